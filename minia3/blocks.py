@@ -1,0 +1,126 @@
+"""Chapter 2. The transformer block that T5 and LLaMA share, with (IA)^3 in its three places.
+
+Attention is two calls. `kv(memory)` makes keys and values, and that is where (IA)^3 scales them; `forward(x, kv, ...)`
+asks questions of them. Self-attention is `kv` of its own input, cross-attention is `kv` of the encoder's output, and a
+cache is what `kv` is appended to: nothing here asks which of them it is. What differs between the architectures comes
+in as a number or a tensor, made once by the stack (see `Context` in state.py).
+
+Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, K head width,
+F feed-forward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minia3.ia3 import IA3
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # T5 v1.1's "gelu" is the tanh approximation
+    "silu": F.silu,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, d, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotate(x_BHLK, rotation):
+    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle (RoPE, arXiv 2104.09864, eq. 34).
+
+    The two are half a head apart, as in Hugging Face's files. Meta's own files and GGUF pair neighbours (2i, 2i + 1):
+    their W_q and W_k are permuted on the way in.
+    """
+    cos_B1LK, sin_B1LK = rotation
+    low, high = x_BHLK.chunk(2, dim=-1)
+    return x_BHLK * cos_B1LK + torch.cat((-high, low), dim=-1) * sin_B1LK
+
+
+class Attention(nn.Module):
+    """Attention with `n_kv_heads` key/value heads, each serving n_heads / n_kv_heads query heads (arXiv 2305.13245)."""
+
+    def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):
+        super().__init__()
+        self.q = nn.Linear(d_model, n_heads * d_head, bias=False)
+        self.k = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
+        self.v = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
+        self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
+        self.l_k = IA3(n_kv_heads * d_head, n_adapters)
+        self.l_v = IA3(n_kv_heads * d_head, n_adapters)
+        self.d_head, self.scale, self.grouped, self.dropout = d_head, scale, n_heads != n_kv_heads, dropout
+
+    def kv(self, memory_BMD, adapter_B, rotation=None):
+        """Keys and values (B, G, M, K) of what is attended to: scaled by l_k and l_v, then rotated."""
+        k_BGMK = self.heads(self.l_k(self.k(memory_BMD), adapter_B))  # before the rotation: so it folds into W_k
+        v_BGMK = self.heads(self.l_v(self.v(memory_BMD), adapter_B))
+        return (k_BGMK if rotation is None else rotate(k_BGMK, rotation)), v_BGMK
+
+    def forward(self, x_BLD, kv, bias_BHLM=None, causal=False, rotation=None):
+        k_BGMK, v_BGMK = kv
+        q_BHLK = self.heads(self.q(x_BLD))
+        out_BHLK = F.scaled_dot_product_attention(
+            q_BHLK if rotation is None else rotate(q_BHLK, rotation),
+            k_BGMK,
+            v_BGMK,
+            attn_mask=bias_BHLM,
+            is_causal=causal,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=self.grouped,
+        )
+        return self.o(out_BHLK.transpose(1, 2).flatten(2))
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """act(x W_gate) W_down, or (act(x W_gate) * x W_up) W_down where it is gated (arXiv 2002.05202).
+
+    l_ff scales the input of the down projection: the one place that is right for ReLU, GEGLU and SwiGLU alike.
+    """
+
+    def __init__(self, d_model, d_ff, activation, gated, dropout, n_adapters):
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False) if gated else None
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.l_ff = IA3(d_ff, n_adapters)
+        self.activation, self.dropout = ACTIVATIONS[activation], nn.Dropout(dropout)
+
+    def forward(self, x_BLD, adapter_B):
+        h_BLF = self.activation(self.gate(x_BLD))
+        if self.up is not None:
+            h_BLF = h_BLF * self.up(x_BLD)
+        return self.down(self.dropout(self.l_ff(h_BLF, adapter_B)))
+
+
+class Block(nn.Module):
+    """x + self-attention, then + cross-attention where `cross` is present, then + feed-forward; norms come before."""
+
+    def __init__(self, attn, cross, ffn, d_model, eps, dropout):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(d_model, eps), attn
+        self.cross_norm, self.cross = (RMSNorm(d_model, eps), cross) if cross else (None, None)
+        self.ffn_norm, self.ffn = RMSNorm(d_model, eps), ffn
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLD, context, cache):
+        h_BLD = self.attn_norm(x_BLD)
+        kv = cache.append(*self.attn.kv(h_BLD, context.adapter_B, context.rotation))
+        x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context.bias_BHLM, context.causal, context.rotation))
+        if self.cross is not None:
+            h_BLD = self.cross_norm(x_BLD)
+            x_BLD = x_BLD + self.dropout(self.cross(h_BLD, cache.memory, context.memory_bias_B11M))
+        return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), context.adapter_B))

@@ -1,0 +1,131 @@
+"""Chapter 4. LLaMA: a decoder alone, which reads the prompt and goes on (arXiv 2302.13971).
+
+The blocks are T5's without cross-attention: the feed-forward is gated by SiLU, several query heads may share one
+key/value head, scores are divided by sqrt(d), and order comes from rotating queries and keys instead of a bias.
+
+Shapes: B batch, L query length, M memory length, D model, K head width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minia3.blocks import Attention, Block, FeedForward, RMSNorm
+from minia3.state import Cache, Context, State, causal_mask, check_start, mask_to_bias
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    d_model: int
+    d_head: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    own_head: bool = True  # False: the head is the embedding
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: tuple | None = None  # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length)
+    rope_factors: tuple | None = None  # GGUF's form of the same: what each inverse frequency is divided by
+    max_length: int = 2048
+    dropout: float = 0.0  # of the attention alone
+    pad_id: int | None = None
+    eos_ids: tuple = (2,)
+    bos_id: int | None = 1
+
+
+def inverse_frequencies(config):
+    """(K/2,) float32: how far each pair of a head turns per position, in radians.
+
+    theta ** (-2i / K). Llama 3.1 was stretched to long texts: pairs that turn slowly over the original length are
+    slowed down by `factor`, fast ones are kept, and those between are blended.
+    """
+    frequency_K = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head)
+    if config.rope_factors is not None:
+        return frequency_K / torch.tensor(config.rope_factors)
+    if config.rope_scaling is None:
+        return frequency_K
+    factor, low, high, original = config.rope_scaling
+    turns_K = original * frequency_K / (2 * math.pi)
+    kept_K = ((turns_K - low) / (high - low)).clamp(0, 1)
+    return kept_K * frequency_K + (1 - kept_K) * frequency_K / factor
+
+
+class Llama(nn.Module):
+    def __init__(self, config, n_adapters=1):
+        super().__init__()
+        self.config, self.n_adapters = config, n_adapters
+        c = config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_head**-0.5, c.dropout, n_adapters),
+                None,
+                FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters),
+                c.d_model,
+                c.eps,
+                0.0,
+            )
+            for _ in range(c.n_layers)
+        )
+        self.norm = RMSNorm(c.d_model, c.eps)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False) if c.own_head else None
+        with torch.device("cpu"):  # real numbers even where the model is built on the meta device
+            self.register_buffer("frequency", inverse_frequencies(c), persistent=False)
+
+    def start(self, source_BM, mask=None, adapter=None):
+        """Read the prompt up to each row's last real token, wherever the padding lies: -> State.
+
+        `state.start` is that last token, which is not yet in the cache. Arguments and errors as T5's.
+        """
+        adapter_B = check_start(source_BM, mask, adapter, self.n_adapters)
+        caches = [Cache() for _ in self.blocks]
+        if mask is None:
+            state = State(source_BM[:, -1:], adapter_B, caches)
+            read_BL, mask_BL = source_BM[:, :-1], None
+        else:  # real tokens first: then the causal mask alone keeps them from seeing the padding
+            order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
+            source_BM = source_BM.gather(1, order_BM)
+            last_B1 = mask.sum(dim=1, keepdim=True) - 1
+            state = State(source_BM.gather(1, last_B1), adapter_B, caches)
+            longest = int(last_B1.max())
+            read_BL = source_BM[:, :longest]
+            mask_BL = torch.arange(longest, device=source_BM.device) < last_B1
+        if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
+            self.read(read_BL, state)
+            state.mask_BM = mask_BL
+        return state
+
+    def step(self, tokens_BL, state):
+        """Go on with tokens (B, L): -> logits (B, L, V) of the token after each; `state` moves on."""
+        x_BLD = self.norm(self.read(tokens_BL, state))
+        return F.linear(x_BLD, self.embed.weight) if self.head is None else self.head(x_BLD)
+
+    def read(self, tokens_BL, state):
+        x_BLD = self.embed(tokens_BL)
+        length, total = tokens_BL.shape[1], state.length + tokens_BL.shape[1]
+        position_BL = torch.arange(state.length, total, device=tokens_BL.device).unsqueeze(0)
+        bias_BHLM = None
+        if state.mask_BM is not None:  # padded columns neither count as positions nor are seen
+            position_BL = position_BL + (state.mask_BM.sum(dim=1, keepdim=True) - state.length)
+            state.mask_BM = torch.cat((state.mask_BM, torch.ones_like(tokens_BL, dtype=torch.bool)), dim=1)
+            seen_BLM = state.mask_BM[:, None, :] & causal_mask(length, total, tokens_BL.device)
+            bias_BHLM = mask_to_bias(seen_BLM.unsqueeze(1), x_BLD.dtype)
+        elif 1 < length < total:
+            bias_BHLM = mask_to_bias(causal_mask(length, total, tokens_BL.device), x_BLD.dtype)
+        causal = bias_BHLM is None and length > 1
+        context = Context(state.adapter_B, bias_BHLM, causal, self.rotation(position_BL, x_BLD.dtype))
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x_BLD = block(x_BLD, context, cache)
+        state.length = total
+        return x_BLD
+
+    def rotation(self, position_BL, dtype):
+        """cos and sin (B, 1, L, K) of every position's angles: made in float32, then cast."""
+        angle_BLK = position_BL[..., None].float() * self.frequency.float()
+        angle_B1LK = torch.cat((angle_BLK, angle_BLK), dim=-1).unsqueeze(1)
+        return angle_B1LK.cos().to(dtype), angle_B1LK.sin().to(dtype)

@@ -1,0 +1,136 @@
+"""Chapter 3. T5: an encoder that reads the source, a decoder that writes the target (arXiv 1910.10683).
+
+Three oddities. Scores are not divided by sqrt(d): the initialisation took care of it. Order is a learned bias per head
+and bucket of distance, one table a stack, added to the scores. And v1.0, whose head is the embedding, scales the
+decoder's output by d_model ** -0.5 before it; v1.1 (flan-T5, T0, mT5) does neither and has a head of its own.
+
+Shapes: B batch, L query length, M memory length, D model, H heads, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from minia3.blocks import Attention, Block, FeedForward, RMSNorm
+from minia3.state import Cache, Context, State, causal_mask, check_start, mask_to_bias
+
+
+@dataclass(frozen=True)
+class T5Config:
+    d_model: int
+    d_head: int  # n_heads * d_head need not be d_model: t5-3b and t5-11b
+    d_ff: int
+    n_layers: int
+    n_decoder_layers: int
+    n_heads: int
+    vocab_size: int
+    activation: str = "relu"
+    gated: bool = False
+    own_head: bool = False  # False: the head is the embedding
+    scale_logits: bool = True
+    n_buckets: int = 32
+    max_distance: int = 128
+    dropout: float = 0.1
+    eps: float = 1e-6
+    pad_id: int = 0
+    eos_ids: tuple = (1,)
+    start_id: int = 0
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder: blocks, a final norm, and the table of relative positions that all blocks share."""
+
+    def __init__(self, config, n_layers, decoder, n_adapters):
+        super().__init__()
+        c = config
+        attention = (c.d_model, c.n_heads, c.n_heads, c.d_head, 1.0, c.dropout, n_adapters)
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(*attention),
+                Attention(*attention) if decoder else None,
+                FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters),
+                c.d_model,
+                c.eps,
+                c.dropout,
+            )
+            for _ in range(n_layers)
+        )
+        self.norm = RMSNorm(c.d_model, c.eps)
+        self.dropout = nn.Dropout(c.dropout)
+        self.position = nn.Embedding(c.n_buckets, c.n_heads)
+        self.max_distance, self.bidirectional = c.max_distance, not decoder
+
+    def forward(self, x_BLD, context, caches):
+        x_BLD = self.dropout(x_BLD)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_BLD = block(x_BLD, context, cache)
+        return self.dropout(self.norm(x_BLD))
+
+    def bias(self, length, total):
+        """(1, H, L, M): the bias of the last `length` of `total` positions towards all of them."""
+        position_M = torch.arange(total, device=self.position.weight.device)
+        distance_LM = position_M[None, :] - position_M[total - length :, None]
+        bucket_LM = distance_bucket(distance_LM, self.bidirectional, self.position.num_embeddings, self.max_distance)
+        return self.position(bucket_LM).permute(2, 0, 1).unsqueeze(0)
+
+
+def distance_bucket(distance_LM, bidirectional, n_buckets, max_distance):
+    """Distance (key minus query) -> bucket: half of them exact, the rest in logarithmic steps up to `max_distance`.
+
+    As `_relative_position_bucket` of Mesh TensorFlow's T5, down to its float32 logarithm.
+    """
+    if bidirectional:  # half of the buckets for each direction
+        n_buckets //= 2
+        first_LM = (distance_LM > 0) * n_buckets
+        distance_LM = distance_LM.abs()
+    else:
+        first_LM = 0
+        distance_LM = (-distance_LM).clamp(min=0)
+    exact = n_buckets // 2
+    ratio_LM = torch.log(distance_LM.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far_LM = (exact + (ratio_LM * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
+    return first_LM + torch.where(distance_LM < exact, distance_LM, far_LM)
+
+
+class T5(nn.Module):
+    def __init__(self, config, n_adapters=1):
+        super().__init__()
+        self.config, self.n_adapters = config, n_adapters
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, config.n_layers, False, n_adapters)
+        self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False) if config.own_head else None
+
+    def start(self, source_BM, mask=None, adapter=None):
+        """Read the source: -> the State from which `step` writes the target. See DESIGN of the contract in README.
+
+        source (B, M) ids; mask (B, M) bool, True = real, None = all; adapter None (row 0), an int or (B,) long.
+        Raises ValueError for an empty source or row, and for an adapter that is not there.
+        """
+        adapter_B = check_start(source_BM, mask, adapter, self.n_adapters)
+        x_BMD = self.embed(source_BM)
+        bias_BHMM = self.encoder.bias(source_BM.shape[1], source_BM.shape[1])
+        memory_bias_B11M = None if mask is None else mask_to_bias(mask[:, None, None, :], x_BMD.dtype)
+        if mask is not None:
+            bias_BHMM = bias_BHMM + memory_bias_B11M
+        memory_BMD = self.encoder(x_BMD, Context(adapter_B, bias_BHMM), [Cache() for _ in self.encoder.blocks])
+        caches = [Cache(memory=block.cross.kv(memory_BMD, adapter_B)) for block in self.decoder.blocks]
+        start_B1 = torch.full_like(source_BM[:, :1], self.config.start_id)
+        return State(start_B1, adapter_B, caches, memory_bias_B11M=memory_bias_B11M)
+
+    def step(self, tokens_BL, state):
+        """Append tokens (B, L) to the target: -> logits (B, L, V) of the token after each; `state` moves on."""
+        x_BLD = self.embed(tokens_BL)
+        length, total = tokens_BL.shape[1], state.length + tokens_BL.shape[1]
+        bias_BHLM = self.decoder.bias(length, total)
+        if length > 1:
+            bias_BHLM = bias_BHLM + mask_to_bias(causal_mask(length, total, tokens_BL.device), x_BLD.dtype)
+        context = Context(state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M)
+        x_BLD = self.decoder(x_BLD, context, state.caches)
+        state.length = total
+        if self.config.scale_logits:
+            x_BLD = x_BLD * self.config.d_model**-0.5
+        return F.linear(x_BLD, self.embed.weight) if self.head is None else self.head(x_BLD)
