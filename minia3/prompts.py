@@ -1,0 +1,103 @@
+"""Chapter 7. Tasks and data, part one: how a row of a data set is put into words.
+
+A prompt is a format string over the row's fields, with the choices that answer it. The words are our own. Several
+prompts a task, answered Yes/No, True/False or in the label's words, let an adapter learn the task and not one phrasing
+of it. No prompt ends in white space: the tokenizer puts the space before a choice.
+"""
+
+import re
+import string
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Prompt(NamedTuple):
+    text: str
+    choices: tuple[str, ...] | None  # format strings, in the labels' order; None: the row's own choices, or its target
+    words: dict[str, dict[str, str]] | None = None  # field -> value -> what stands for that value in this prompt
+    for_model: str | None = None  # the family that was trained on this form; other models do not see it
+
+
+class Rendered(NamedTuple):
+    input: str
+    choices: list[str]  # just one, where the row has a target
+    label: int
+
+
+def for_family(prompts: tuple[Prompt, ...], family: str | None) -> tuple[Prompt, ...]:
+    """The prompts to draw from for a model: those its family was trained on; where there are none, those for all."""
+    own = tuple(prompt for prompt in prompts if prompt.for_model == family)
+    return own or tuple(prompt for prompt in prompts if prompt.for_model is None)
+
+
+def render(prompt: Prompt, row: dict) -> Rendered:
+    """A row in a prompt's words. Raises ValueError where the row lacks a field of the prompt."""
+    try:
+        fields = row | {name: words[str(row[name])] for name, words in (prompt.words or {}).items()}
+        if prompt.choices:
+            choices = [choice.format_map(fields).strip() for choice in prompt.choices]  # some of COPA's end in a space
+        else:
+            choices = row["choices"] if "choices" in row else [row["target"]]
+        return Rendered(prompt.text.format_map(fields), choices, row["label"])
+    except KeyError as error:
+        raise ValueError(f"no {error} in the row, but in the prompt {prompt.text!r:.60}") from error
+
+
+def fit(prompt: Prompt, row: dict, n_tokens: Callable[[str], int], max_length: int) -> tuple[Rendered, bool]:
+    """`render`, with the input cut to `max_length` tokens where it is longer, and whether it was cut.
+
+    The row's longest field (in characters) loses words from its middle, as few as need be, then the next longest: so
+    the prompt's own words remain, and of a user's input the head (what to do) and the tail (the question). Choices are
+    never cut. Raises ValueError where even one word of each field is too much.
+    """
+    rendered, row = render(prompt, row), dict(row)
+    if n_tokens(rendered.input) <= max_length:
+        return rendered, False
+    used = {name for _, name, _, _ in string.Formatter().parse(prompt.text) if isinstance(row.get(name), str)}
+    for name in sorted(used - set(prompt.words or ()), key=lambda name: (-len(row[name]), name)):
+        words = re.findall(r"\s*\S{1,20}", row[name])  # Chinese has no spaces: 20 characters of anything are a word
+        kept, over = 1, len(words)  # so many words fit, if any do; so many do not
+        while kept < over - 1:
+            row[name] = _shorten(words, middle := (kept + over) // 2)
+            kept, over = (middle, over) if n_tokens(render(prompt, row).input) <= max_length else (kept, middle)
+        row[name] = _shorten(words, kept)
+        cut = rendered._replace(input=render(prompt, row).input)
+        if n_tokens(cut.input) <= max_length:
+            return cut, True
+    raise ValueError(f"row {row['idx']} does not fit into max_length {max_length}, even with one word of each field")
+
+
+def _shorten(words: list[str], n: int) -> str:
+    head, tail = words[: (n + 1) // 2], words[len(words) - n // 2 :]
+    return f"{''.join(head).strip()} {''.join(tail).strip()}".strip()
+
+
+YES_NO, TRUE_FALSE, ENDINGS = ("Yes", "No"), ("True", "False"), ("{choice1}", "{choice2}")
+
+OWN = (Prompt("{input}", None),)  # a user's rows are prompts already
+
+RTE = (
+    Prompt("{premise}\nQuestion: {hypothesis} True or False?\nAnswer:", TRUE_FALSE),
+    Prompt('{premise}\nDoes it follow that "{hypothesis}"? Yes or No?\nAnswer:', YES_NO),
+    Prompt("Text: {premise}\nClaim: {hypothesis}\nGiven the text, must the claim be true? Yes or No:", YES_NO),
+    Prompt('Suppose that this is so: {premise}\nThen "{hypothesis}" is, True or False:', TRUE_FALSE),
+    Prompt("First: {premise}\nSecond: {hypothesis}\nEntailment or not?\nAnswer:", ("entailment", "not entailment")),
+    # GLUE's form in the pre-training mixture of T5 v1.0 (Raffel et al. 2020, appendix D), its answers to the letter
+    Prompt("rte sentence1: {premise} sentence2: {hypothesis}", ("entailment", "not_entailment"), for_model="t5-v1.0"),
+)
+
+CB = (
+    Prompt("{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:", ("True", "False", "Neither")),
+    Prompt('{premise}\nIs it so that "{hypothesis}"? Yes, No or Maybe?\nAnswer:', ("Yes", "No", "Maybe")),
+    Prompt("Text: {premise}\nDoes it say that {hypothesis}? Yes, No or Unclear:", ("Yes", "No", "Unclear")),
+    Prompt('Given: {premise}\nThen "{hypothesis}" is True, False or Undecided:', ("True", "False", "Undecided")),
+    Prompt("First: {premise}\nSecond: {hypothesis}\nRelation:", ("entailment", "contradiction", "neutral")),
+)
+
+COPA = (
+    Prompt("{premise}\n{question}\nAnswer:", ENDINGS, {"question": {"cause": "Why was that?", "effect": "What then?"}}),
+    Prompt("{premise} {question}:", ENDINGS, {"question": {"cause": "This is because", "effect": "And so"}}),
+    Prompt("The likely {question} of the following: {premise}\nIt is this:", ENDINGS),
+    Prompt("{premise}\nIs the {question} 1 or 2?\n1: {choice1}\n2: {choice2}\nAnswer:", ("1", "2")),
+    Prompt('{premise}\nTrue or False: the {question} is "{choice1}", not "{choice2}"\nAnswer:', TRUE_FALSE),
+)
