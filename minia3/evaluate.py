@@ -1,0 +1,51 @@
+"""Chapter 7, part five: how good a model is at a task, by rank classification or by exact match.
+
+Shapes: N rows, C choices.
+"""
+
+import numpy as np
+
+from minia3.data import encode_example
+from minia3.generation import generate, score
+from minia3.prompts import fit
+
+
+def encode_rows(pairs, tokenizer, max_length, end):
+    """(row, prompt) pairs -> (their Rendered texts, their Examples, how many had to be cut to `max_length` tokens)."""
+    fitted = [fit(prompt, row, lambda text: len(tokenizer.encode(text)), max_length) for row, prompt in pairs]
+    rendered = [text for text, _ in fitted]
+    return rendered, [encode_example(text, tokenizer, end) for text in rendered], sum(cut for _, cut in fitted)
+
+
+def evaluate(model, tokenizer, rows, prompt, *, metric, max_length=512, max_new_tokens=64, adapter=None, batch_size=16):
+    """Score N rows with one prompt -> {"accuracy", "auc", "n", "n_cut"}.
+
+    metric "accuracy": the share of rows whose right choice has the highest mean log-probability per token; `auc`, where
+    all rows have two choices and both labels occur, is the chance that a row of label 1 has a larger score difference
+    between its second and its first choice than a row of label 0: it sees knowledge which a biased threshold hides.
+    metric "exact_match": the share of rows whose generated text is the target, white space at the ends aside; no auc.
+    """
+    generated = metric == "exact_match"
+    rendered, examples, n_cut = encode_rows([(row, prompt) for row in rows], tokenizer, max_length, end=generated)
+    auc = None
+    if generated:
+        prompts = [text.input for text in rendered]
+        texts = generate(
+            model, tokenizer, prompts, adapter=adapter, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        right = [text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)]
+    else:
+        scores_NC = score(model, examples, tokenizer.pad_id, adapter=adapter, batch_size=batch_size).double().numpy()
+        label_N = np.array([example.label for example in examples])
+        right = scores_NC.argmax(axis=1) == label_N
+        if scores_NC.shape[1] == 2 and np.isfinite(scores_NC).all() and set(label_N) == {0, 1}:
+            difference_N = scores_NC[:, 1] - scores_NC[:, 0]
+            auc = area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
+    return {"accuracy": float(np.mean(right)), "auc": auc, "n": len(rows), "n_cut": n_cut}
+
+
+def area_under_curve(positive, negative):
+    """The chance that one of `positive` is larger than one of `negative`; a tie is a half (Mann & Whitney 1947)."""
+    negative = np.sort(negative)
+    below = np.searchsorted(negative, positive, side="left") + np.searchsorted(negative, positive, side="right")
+    return float(below.mean() / (2 * len(negative)))

@@ -1,0 +1,65 @@
+"""Chapter 8. T-Few's three losses over the log-probabilities of each choice's tokens (arXiv 2205.05638, section 3.2).
+
+    L_LM = mean over the right choice's tokens of -log p                          likelihood
+    L_UL = mean over the wrong choices' tokens of -log(1 - p)                     unlikelihood, equation 1
+    L_LN = -log softmax over choices of (mean log p of each choice's tokens)      length-normalised, equation 2
+
+Each is a sum over a batch, divided by the numbers of `counts`: of this batch, or of the larger one it is a part of.
+A row with a target instead of choices is a row with one choice: its L_UL and L_LN are zero, and its loss is L_LM.
+
+Shapes: B batch, C choices, L target length.
+"""
+
+import torch
+import torch.nn.functional as F
+
+UNLIKELY_EPS = 1e-2  # T-Few's code adds it inside of the logarithm; the paper does not have it
+
+
+def choice_scores(logp_BCL, mask_BCL, length_norm=True):
+    """(B, C): the mean (or the sum) of each choice's log-probabilities; -inf where a row has no such choice."""
+    n_BC = mask_BCL.sum(dim=-1)
+    total_BC = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=-1)
+    score_BC = total_BC / n_BC.clamp(min=1) if length_norm else total_BC
+    return score_BC.masked_fill(n_BC == 0, float("-inf"))
+
+
+def right(mask_BCL, label_B):
+    """(B, C, L) bool: the tokens of the right choice."""
+    return (torch.arange(mask_BCL.shape[1], device=label_B.device) == label_B[:, None])[:, :, None]
+
+
+def lm_loss(logp_BCL, mask_BCL, label_B):
+    return -logp_BCL[right(mask_BCL, label_B)].sum()
+
+
+def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
+    """T-Few's code keeps padding and the right choice in the sum, at log p = -100: each position adds -log(1.01),
+    a constant without a gradient. Here they are left out.
+    """
+    wrong_BCL = mask_BCL & ~right(mask_BCL, label_B)
+    return -torch.log(1 - logp_BCL[wrong_BCL].exp() + UNLIKELY_EPS).sum()
+
+
+def length_normalised_loss(logp_BCL, mask_BCL, label_B):
+    return F.cross_entropy(choice_scores(logp_BCL, mask_BCL), label_B, reduction="sum")
+
+
+LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}
+
+
+def counts(mask_BCL, label_B):
+    """What each loss is a mean over: tokens of right choices, tokens of wrong ones, rows. As in T-Few's code, means are
+    over the whole batch's tokens, not over each row's.
+    """
+    n_right = int(right(mask_BCL, label_B).sum())
+    return {"lm": n_right, "ul": int(mask_BCL.sum()) - n_right, "ln": len(label_B)}
+
+
+def total_loss(logp_BCL, mask_BCL, label_B, which=("lm", "ul", "ln"), n=None):
+    """The sum of the losses named in `which` (all weights are one, as in T-Few): a scalar with gradients.
+
+    n: the `counts` of the whole batch, where these rows are a part of it; the parts' losses then add up to the whole's.
+    """
+    n = n or counts(mask_BCL, label_B)
+    return sum(LOSSES[name](logp_BCL, mask_BCL, label_B) / max(n[name], 1) for name in which)
