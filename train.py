@@ -1,0 +1,400 @@
+"""Chapter 9. Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and measure before and after.
+
+    python train.py                                               the embedded model and task, in a minute on a CPU
+    python train.py --model t5-base --task rte                    T-Few's recipe on a real model and a real task
+    python train.py --model google/t5-v1_1-base --task rte --shots 32 --seed 1
+    python train.py --model path/to/model --task path/to/rows.jsonl
+    python train.py --resume runs/t5-base-rte-ia3-0               goes on where a run was stopped
+
+Two hops lead to the equations: the loop below calls a model (minia3/t5.py, llama.py), a model its blocks (blocks.py).
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import minia3
+from minia3 import files, flags, runs
+from minia3.blocks import Attention
+from minia3.data import collate, order
+from minia3.evaluate import encode_rows, evaluate
+from minia3.flags import flag
+from minia3.generation import choice_logprobs
+from minia3.losses import LOSSES, counts, total_loss
+from minia3.models import known
+from minia3.optim import Adafactor
+from minia3.prompts import for_family
+
+LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class Config:
+    # what
+    model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
+    task: str = flag("same-colour", "known task (rte ...), .jsonl file, or folder of train/validation/test.jsonl")
+    method: str = flag("ia3", "ia3: train the vectors; none: measure the base alone", one_of=("ia3", "none"))
+    shots: int | None = flag(None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1)
+    seed: int = flag(0, "of the few-shot split, the order of rows, the drawn prompts, dropout", at_least=0, below=2**32)
+    adapter: str | None = flag(None, "start from this PEFT adapter; with --eval-only, measure it")
+    eval_only: bool = flag(False, "measure once and stop; no folder is written unless --out is given")
+    # where
+    data_dir: str = flag("data", "folder of tasks; what is not there is downloaded to it")
+    out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
+    resume: str | None = flag(None, "go on with the run in this folder; the other flags come from its config.json")
+    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)")
+    dtype: str | None = flag(None, "of the base (default: bfloat16 on CUDA, float32 on the CPU)", one_of=tuple(DTYPES))
+    deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
+    # the recipe: T-Few's
+    steps: int = flag(1000, "steps of the optimiser", at_least=1)
+    batch_size: int = flag(8, "examples per step", at_least=1)
+    micro_batch_size: int | None = flag(None, "examples per forward pass, to save memory (default: all)", at_least=1)
+    optimizer: str = flag("adafactor", "adafactor is T-Few's", one_of=("adafactor", "adamw"))
+    lr: float = flag(3e-3, "peak learning rate; Adafactor multiplies it by the RMS of each vector", above=0)
+    warmup_ratio: float = flag(
+        0.06, "share of the steps that warm up linearly; then linear decay to 0", at_least=0, below=1
+    )
+    clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    weight_decay: float = flag(0.0, "of adamw; it pulls vectors towards 0, which is not the identity", at_least=0)
+    losses: str = flag("lm,ul,ln", "which of T-Few's: likelihood, unlikelihood, length-normalised")
+    dropout: float | None = flag(None, "in training (default: as in the model's config)", at_least=0, below=1)
+    # measuring
+    max_length: int = flag(512, "tokens of a source; of a longer one, the longest field loses its middle", at_least=1)
+    max_new_tokens: int = flag(64, "tokens generated for rows with a target", at_least=1)
+    eval_prompt: int = flag(0, "which of the task's prompts measures; training draws from all of them", at_least=0)
+    eval_batch_size: int = flag(16, "rows per forward pass when measuring", at_least=1)
+    eval_every: int = flag(0, "steps between measurements on held-out rows; the best vectors win (0: none)", at_least=0)
+    patience: int = flag(0, "stop after so many of these without a better one (0: never)", at_least=0)
+    save_every: int = flag(100, "steps between checkpoints", at_least=1)
+
+
+def check(config):
+    """Raise ValueError for a value that is out of its limits, or does not go with another."""
+    flags.check(config)
+    if not set(config.losses.split(",")) <= LOSSES.keys():
+        raise ValueError(
+            f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, with commas between them"
+        )
+    if config.patience and not config.eval_every:
+        raise ValueError("--patience counts measurements: give --eval-every too")
+
+
+def open_run(config):
+    """-> config, the run's folder (None: nothing is written), its last checkpoint (None: there is none), its lock."""
+    if config.resume is not None:
+        folder = Path(config.resume)
+        names = [f.name for f in dataclasses.fields(Config)]
+        raw = files.read_json(folder / "config.json")
+        config = Config(**{name: raw[name] for name in names if name in raw})
+        check(config)
+        lock = runs.lock(folder)
+        return config, folder, runs.load_checkpoint(folder), lock
+    check(config)
+    if config.out is None:  # --eval-only
+        return config, None, None, None
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = runs.lock(folder)
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a run already: go on with --resume, give another --out, or remove the folder")
+    files.write_json(folder / "config.json", dataclasses.asdict(config) | runs.environment())
+    return config, folder, None, lock
+
+
+def run(config, signals):
+    config, folder, saved, _lock = open_run(config)
+    if saved and saved["finished"]:
+        print(f"{folder} is finished; its last line of metrics.jsonl is the result")
+        return
+    metrics = runs.Metrics(folder, saved and saved["step"])
+
+    # Where it runs, what, and on which data.
+    device, why = choose_device(config.device)
+    dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
+    torch.use_deterministic_algorithms(config.deterministic)
+    task = minia3.load_task(config.task, config.data_dir, config.shots, config.seed)
+    if folder:
+        files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"data": task.checksums})
+    model = minia3.load_model(config.model, dtype=dtype, device=device)
+    tokenizer = minia3.load_tokenizer(config.model)
+    if dtype == torch.float64:
+        model.double()  # the vectors too, which are float32 otherwise
+    minia3.freeze(model)
+    set_dropout(model, config.dropout)
+    if config.adapter:
+        minia3.load_adapter(model, config.adapter)
+    trainable = sum(vector[0].numel() for vector in minia3.vectors(model).values())
+    total = sum(p.numel() for p in model.parameters()) - trainable
+    if total < 10**7:
+        torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
+    print(f"model    {config.model}: {total:,} numbers, and {trainable:,} in an adapter ({trainable / total:.3%})")
+
+    split, rows = task.evaluation
+    train_rows, held_out = task.train, []
+    if config.eval_every and split == "test" and task.validation:
+        held_out = task.validation
+    elif config.eval_every:  # never the split that is reported
+        n = max(1, len(task.train) // 5)
+        train_rows, held_out = task.train[:-n], task.train[-n:]
+    print(f"task     {task.name}: {len(train_rows)} rows to train on, {len(rows)} of {split} to report on")
+    family = known(config.model).family if known(config.model) else None
+    prompts = for_family(task.prompts, family)
+    if config.eval_prompt >= len(prompts):
+        raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected 0 to {len(prompts) - 1} for {task.name}")
+    notes = list(task.notes)
+    if held_out:
+        notes.append(f"the best vectors are chosen on {len(held_out)} rows that are neither trained nor reported on")
+    if family in task.seen:
+        notes.append(f"{family} saw this task's labels in its pre-training: these results are not few-shot")
+    for note in notes:
+        print(f"note     {note}")
+
+    measure = partial(
+        evaluate,
+        model,
+        tokenizer,
+        prompt=prompts[config.eval_prompt],
+        metric=task.metric,
+        max_length=config.max_length,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.eval_batch_size,
+    )
+    saved = saved or {"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "finished": False}
+    if "before" not in saved:
+        saved["before"] = measure(rows)
+        metrics.write(event="before", step=0, metric=task.metric, **saved["before"])
+    before = after = saved["before"]
+    print(f"before   {describe(task.metric, before)}", flush=True)
+    trains = config.method == "ia3" and not config.eval_only
+    if trains:
+        train(config, model, tokenizer, task, train_rows, prompts, held_out, measure, folder, metrics, saved, signals)
+        minia3.save_adapter(model, folder / "adapter")
+        after = measure(rows)
+        print(f"after    {describe(task.metric, after)}")
+
+    final = {
+        "model": config.model,
+        "task": task.name,
+        "method": config.method,
+        "metric": task.metric,
+        "split": split,
+        "rows": len(rows),
+        "rows_cut": before["n_cut"],
+        "accuracy_before": before["accuracy"],
+        "accuracy": after["accuracy"],
+        "auc_before": before["auc"],
+        "auc": after["auc"],
+        "trainable": trainable if trains else 0,
+        "total": total,
+        "steps": saved["step"],
+        "seconds": round(saved["seconds"], 3),
+        "peak_memory_bytes": runs.peak_memory(device),
+    }
+    metrics.write(event="final", step=saved["step"], **final)
+    if folder:
+        runs.save_checkpoint(folder, saved | {"finished": True})
+    report(config, folder, final)
+
+
+def train(config, model, tokenizer, task, rows, prompts, held_out, measure, folder, metrics, saved, signals):
+    """The loop. `saved` is where the run stands, and what a checkpoint holds; its "step" counts the steps done."""
+    device, vectors = model.embed.weight.device, minia3.vectors(model)
+    rows_of = order(len(rows), config.batch_size, config.seed)
+    plan = []  # for each step, a row and a prompt for each example: drawn anew each time, as in T-Few
+    for step in range(config.steps):
+        drawn = np.random.RandomState([config.seed, 1, step]).randint(len(prompts), size=config.batch_size)
+        plan.append(list(zip(rows_of(step), drawn.tolist(), strict=True)))
+    pairs = sorted({pair for step in plan for pair in step})
+    texts = [(rows[row], prompts[prompt]) for row, prompt in pairs]
+    _, examples, n_cut = encode_rows(texts, tokenizer, config.max_length, end=task.metric == "exact_match")
+    examples = dict(zip(pairs, examples, strict=True))
+    if n_cut:
+        print(f"note     {n_cut} of {len(pairs)} training inputs are cut to {config.max_length} tokens (--max-length)")
+
+    if config.optimizer == "adafactor":
+        optimizer = Adafactor(vectors.values(), lr=config.lr)
+    else:
+        optimizer = torch.optim.AdamW(vectors.values(), lr=config.lr, weight_decay=config.weight_decay)
+    torch.manual_seed(config.seed)  # dropout's
+    if "vectors" in saved:
+        set_values(vectors, saved["vectors"])
+        optimizer.load_state_dict(saved["optimizer"])
+        runs.set_random_state(saved["random"])
+
+    def checkpoint():
+        saved.update(vectors=values(vectors), optimizer=optimizer.state_dict(), random=runs.random_state())
+        runs.save_checkpoint(folder, saved)
+
+    losses, n_tokens, since = [], 0, time.perf_counter()
+    bar = tqdm(total=config.steps, initial=saved["step"], unit="step", disable=not sys.stderr.isatty())
+    try:
+        while True:
+            step = saved["step"]
+            if config.eval_every and step % config.eval_every == 0 and step > saved["evaluated"]:
+                result, best = measure(held_out), saved["best"]
+                metrics.write(event="eval", step=step, metric=task.metric, **result)
+                bar.write(f"step {step:>6}  {describe(task.metric, result)}, held out", file=sys.stdout)
+                if best is None or result["accuracy"] >= best["accuracy"]:  # of equals, the one that trained longer
+                    saved["best"] = {"step": step, "accuracy": result["accuracy"], "vectors": values(vectors)}
+                better = best is None or result["accuracy"] > best["accuracy"]
+                saved["misses"] = 0 if better else saved["misses"] + 1
+                saved["evaluated"], since = step, time.perf_counter()
+            if step == config.steps or (config.patience and saved["misses"] >= config.patience):
+                break
+
+            signals.in_step = True
+            model.train()
+            batch = [examples[pair] for pair in plan[step]]
+            whole = collate(batch, tokenizer.pad_id)
+            n = counts(whole.target_mask_BCL, whole.label_B)
+            losses.append(0.0)
+            micro = config.micro_batch_size or len(batch)
+            for first in range(0, len(batch), micro):
+                part = collate(batch[first : first + micro], tokenizer.pad_id)
+                part = part._make(x.to(device) for x in part)
+                logp_BCL = choice_logprobs(model, part)
+                loss = total_loss(logp_BCL, part.target_mask_BCL, part.label_B, config.losses.split(","), n)
+                loss.backward()
+                losses[-1] = losses[-1] + loss.detach()
+            torch.nn.utils.clip_grad_norm_(vectors.values(), config.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            saved["step"] = step = step + 1
+            n_tokens += sum(len(e.source) + sum(map(len, e.targets)) for e in batch)
+            bar.update()
+
+            if step % LOG_EVERY == 0 or step % config.save_every == 0 or step in (1, config.steps):
+                numbers = torch.stack(losses).tolist()  # here alone, and to measure, the loop waits for the device
+                for i, number in enumerate(numbers):
+                    if not np.isfinite(number):
+                        bad = step - len(numbers) + 1 + i
+                        raise runs.Failed(f"the loss of step {bad} is {number}: try a lower --lr or --dtype float32")
+                seconds = time.perf_counter() - since
+                line = {
+                    "loss": sum(numbers) / len(numbers),
+                    "lr": learning_rate(step - 1, config),
+                    "examples_per_second": len(numbers) * config.batch_size / seconds,
+                    "tokens_per_second": n_tokens / seconds,
+                    "memory_bytes": runs.peak_memory(device),
+                }
+                metrics.write(event="train", step=step, **line)
+                text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  {line['examples_per_second']:.1f} examples/s"
+                text += f"  {line['tokens_per_second']:.0f} tokens/s  {line['memory_bytes'] / 1e6:.0f} MB"
+                bar.set_postfix_str(text)
+                if bar.disable:
+                    print(f"step {step:>6}  {text}", flush=True)
+                saved["seconds"] += seconds
+                losses, n_tokens, since = [], 0, time.perf_counter()
+            if step % config.save_every == 0 or step == config.steps:
+                checkpoint()
+            signals.in_step = False
+            signals.check()
+    except runs.Stopped:
+        checkpoint()
+        raise
+    finally:
+        bar.close()
+    if saved["best"]:
+        set_values(vectors, saved["best"]["vectors"])
+
+
+def learning_rate(step, config):
+    """Linear from 0 to the peak, then linear to 0. As in T-Few, whose first step therefore changes nothing."""
+    warmup = round(config.warmup_ratio * config.steps)
+    if step < warmup:
+        return config.lr * step / warmup
+    return config.lr * (config.steps - step) / (config.steps - warmup)
+
+
+def values(vectors):
+    return {name: vector.detach().cpu().clone() for name, vector in vectors.items()}
+
+
+def set_values(vectors, saved):
+    for name, vector in vectors.items():
+        vector.data.copy_(saved[name])
+
+
+def set_dropout(model, p):
+    for module in model.modules() if p is not None else ():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        elif isinstance(module, Attention):
+            module.dropout = p
+
+
+def choose_device(name):
+    """-> the device, and why this one. Raises ValueError for one that is not there."""
+    if name is None:
+        found = torch.cuda.is_available()
+        return torch.device("cuda" if found else "cpu"), torch.cuda.get_device_name() if found else "no CUDA GPU found"
+    try:
+        return torch.empty(0, device=name).device, "as asked"
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {name!r}: {files.one_line(error)}") from None
+
+
+def describe(metric, result):
+    auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
+    return f"{metric} {result['accuracy']:.1%}{auc}"
+
+
+def report(config, folder, final):
+    cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
+    print(f"\n{final['task']}: {final['rows']} rows of {final['split']}{cut}")
+    print(f"  {final['metric']:<12}{final['accuracy_before']:.1%}", end="")
+    print(f" before, {final['accuracy']:.1%} after" if final["trainable"] else "")
+    if final["auc"] is not None:
+        print(f"  {'AUC':<12}{final['auc_before']:.2f}", end="")
+        print(f" before, {final['auc']:.2f} after" if final["trainable"] else "")
+    print(f"  {'memory':<12}{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")
+    if final["trainable"]:
+        share = final["trainable"] / final["total"]
+        print(f"  {'trained':<12}{final['trainable']:,} of {final['total']:,} numbers ({share:.3%})")
+        print(f"  {'time':<12}{final['seconds']:.0f} s for {final['steps']} steps")
+        print(f"  {'adapter':<12}{folder / 'adapter'}")
+        words = f"--model {config.model} --task {config.task} --adapter {folder / 'adapter'} --eval-only"
+        print(f"  {'use it':<12}python train.py {words}")
+
+
+def main(argv=None):
+    """-> the exit code: 0, 2 for a mistake in what was given, 1 for a run that failed, 130 or 143 if it was stopped."""
+    folder, signals = None, runs.Signals()
+    try:
+        config = flags.parse(Config, argv, __doc__)
+        if config.resume is not None and config != Config(resume=config.resume):
+            raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
+        if config.out is None and not config.eval_only:
+            names = (Path(config.model).name, Path(config.task).stem, config.method, config.seed)
+            config.out = str(Path("runs", "-".join(map(str, names))))
+        folder = config.resume or config.out
+        run(config, signals)
+        return 0
+    except runs.Stopped as stop:
+        print(f"stopped; to go on: python train.py --resume {folder}" if folder else "stopped", file=sys.stderr)
+        return 128 + stop.args[0]
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {files.one_line(error)}: lower --micro-batch-size or --eval-batch-size", file=sys.stderr)
+        return 1
+    except (runs.Failed, OSError) as error:
+        print(f"train.py: {files.one_line(error)}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"train.py: {files.one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
