@@ -10,6 +10,8 @@ Two hops lead to the equations: the loop below calls a model (minia3/t5.py, llam
 """
 
 import dataclasses
+import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -44,12 +46,14 @@ class Config:
     method: str = flag("ia3", "ia3: train the vectors; none: measure the base alone", one_of=("ia3", "none"))
     shots: int | None = flag(None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1)
     seed: int = flag(0, "of the few-shot split, the order of rows, the drawn prompts, dropout", at_least=0, below=2**32)
-    adapter: str | None = flag(None, "start from this PEFT adapter; with --eval-only, measure it")
+    adapter: str | None = flag(None, "start from this PEFT adapter; with --eval-only, measure it (default: all ones)")
     eval_only: bool = flag(False, "measure once and stop; no folder is written unless --out is given")
     # where
     data_dir: str = flag("data", "folder of tasks; what is not there is downloaded to it")
     out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
-    resume: str | None = flag(None, "go on with the run in this folder; the other flags come from its config.json")
+    resume: str | None = flag(
+        None, "go on with the run in this folder, with the flags of its config.json (default: a new run)"
+    )
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)")
     dtype: str | None = flag(None, "of the base (default: bfloat16 on CUDA, float32 on the CPU)", one_of=tuple(DTYPES))
     deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
@@ -90,40 +94,39 @@ def check(config):
 def open_run(config):
     """-> config, the run's folder (None: nothing is written), its last checkpoint (None: there is none), its lock."""
     if config.resume is not None:
+        if config != Config(resume=config.resume):
+            raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
         folder = Path(config.resume)
-        names = [f.name for f in dataclasses.fields(Config)]
-        raw = files.read_json(folder / "config.json")
-        config = Config(**{name: raw[name] for name in names if name in raw})
+        raw = runs.read_config(folder)
+        config = Config(**{f.name: raw[f.name] for f in dataclasses.fields(Config) if f.name in raw})
         check(config)
         lock = runs.lock(folder)
         return config, folder, runs.load_checkpoint(folder), lock
     check(config)
-    if config.out is None:  # --eval-only
+    if config.out is None and config.eval_only:
         return config, None, None, None
+    if config.out is None:
+        names = (Path(config.model).name, Path(config.task).stem, config.method, config.seed)
+        config.out = str(Path("runs", "-".join(map(str, names))))
     folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = runs.lock(folder)
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds a run already: go on with --resume, give another --out, or remove the folder")
-    files.write_json(folder / "config.json", dataclasses.asdict(config) | runs.environment())
-    return config, folder, None, lock
+    return config, folder, None, runs.begin(folder, dataclasses.asdict(config))
 
 
-def run(config, signals):
-    config, folder, saved, _lock = open_run(config)
+def run(config, folder, saved, signals):
     if saved and saved["finished"]:
         print(f"{folder} is finished; its last line of metrics.jsonl is the result")
         return
-    metrics = runs.Metrics(folder, saved and saved["step"])
+    metrics = runs.Metrics(folder, saved["metrics"] if saved else 0)
 
     # Where it runs, what, and on which data.
     device, why = choose_device(config.device)
     dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
     torch.use_deterministic_algorithms(config.deterministic)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
     task = minia3.load_task(config.task, config.data_dir, config.shots, config.seed)
     if folder:
-        files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"data": task.checksums})
+        runs.record_data(folder, task.checksums)
     model = minia3.load_model(config.model, dtype=dtype, device=device)
     tokenizer = minia3.load_tokenizer(config.model)
     if dtype == torch.float64:
@@ -145,6 +148,10 @@ def run(config, signals):
     elif config.eval_every:  # never the split that is reported
         n = max(1, len(task.train) // 5)
         train_rows, held_out = task.train[:-n], task.train[-n:]
+    trains = config.method == "ia3" and not config.eval_only
+    if trains and not train_rows:
+        kept = ", as --eval-every holds the only one out" if held_out else ""
+        raise ValueError(f"{task.name}: no rows to train on{kept}: expected one or more in train.jsonl")
     print(f"task     {task.name}: {len(train_rows)} rows to train on, {len(rows)} of {split} to report on")
     family = known(config.model).family if known(config.model) else None
     prompts = for_family(task.prompts, family)
@@ -168,18 +175,24 @@ def run(config, signals):
         max_new_tokens=config.max_new_tokens,
         batch_size=config.eval_batch_size,
     )
-    saved = saved or {"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "finished": False}
+    saved = saved or {
+        **{"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "metrics": 0, "finished": False},
+        **{
+            "losses": [],
+            "tokens": 0,
+            "logged": 0.0,
+        },  # since the last line of metrics.jsonl, which was at "logged" seconds
+    }
     if "before" not in saved:
         saved["before"] = measure(rows)
-        metrics.write(event="before", step=0, metric=task.metric, **saved["before"])
+        saved["metrics"] = metrics.write(event="before", step=0, metric=task.metric, **saved["before"])
     before = after = saved["before"]
-    print(f"before   {describe(task.metric, before)}", flush=True)
-    trains = config.method == "ia3" and not config.eval_only
+    print(f"before   {runs.describe(task.metric, before)}", flush=True)
     if trains:
         train(config, model, tokenizer, task, train_rows, prompts, held_out, measure, folder, metrics, saved, signals)
         minia3.save_adapter(model, folder / "adapter")
         after = measure(rows)
-        print(f"after    {describe(task.metric, after)}")
+        print(f"after    {runs.describe(task.metric, after)}")
 
     final = {
         "model": config.model,
@@ -202,7 +215,7 @@ def run(config, signals):
     metrics.write(event="final", step=saved["step"], **final)
     if folder:
         runs.save_checkpoint(folder, saved | {"finished": True})
-    report(config, folder, final)
+    runs.report(config, folder, final)
 
 
 def train(config, model, tokenizer, task, rows, prompts, held_out, measure, folder, metrics, saved, signals):
@@ -232,72 +245,74 @@ def train(config, model, tokenizer, task, rows, prompts, held_out, measure, fold
 
     def checkpoint():
         saved.update(vectors=values(vectors), optimizer=optimizer.state_dict(), random=runs.random_state())
+        saved["losses"] = [float(loss) for loss in saved["losses"]]
         runs.save_checkpoint(folder, saved)
 
-    losses, n_tokens, since = [], 0, time.perf_counter()
     bar = tqdm(total=config.steps, initial=saved["step"], unit="step", disable=not sys.stderr.isatty())
     try:
         while True:
             step = saved["step"]
             if config.eval_every and step % config.eval_every == 0 and step > saved["evaluated"]:
                 result, best = measure(held_out), saved["best"]
-                metrics.write(event="eval", step=step, metric=task.metric, **result)
-                bar.write(f"step {step:>6}  {describe(task.metric, result)}, held out", file=sys.stdout)
+                bar.write(f"step {step:>6}  {runs.describe(task.metric, result)}, held out", file=sys.stdout)
+                misses = 0 if best is None or result["accuracy"] > best["accuracy"] else saved["misses"] + 1
                 if best is None or result["accuracy"] >= best["accuracy"]:  # of equals, the one that trained longer
-                    saved["best"] = {"step": step, "accuracy": result["accuracy"], "vectors": values(vectors)}
-                better = best is None or result["accuracy"] > best["accuracy"]
-                saved["misses"] = 0 if better else saved["misses"] + 1
-                saved["evaluated"], since = step, time.perf_counter()
+                    best = {"step": step, "accuracy": result["accuracy"], "vectors": values(vectors)}
+                size = metrics.write(event="eval", step=step, metric=task.metric, **result)
+                # in one call: a signal comes before it or after
+                saved.update(evaluated=step, best=best, misses=misses, metrics=size)
             if step == config.steps or (config.patience and saved["misses"] >= config.patience):
+                checkpoint()
                 break
 
-            signals.in_step = True
+            began, signals.in_step = time.perf_counter(), True
             model.train()
             batch = [examples[pair] for pair in plan[step]]
             whole = collate(batch, tokenizer.pad_id)
             n = counts(whole.target_mask_BCL, whole.label_B)
-            losses.append(0.0)
             micro = config.micro_batch_size or len(batch)
+            step_loss = 0.0
             for first in range(0, len(batch), micro):
                 part = collate(batch[first : first + micro], tokenizer.pad_id)
                 part = part._make(x.to(device) for x in part)
                 logp_BCL = choice_logprobs(model, part)
                 loss = total_loss(logp_BCL, part.target_mask_BCL, part.label_B, config.losses.split(","), n)
                 loss.backward()
-                losses[-1] = losses[-1] + loss.detach()
+                step_loss += loss.detach()
             torch.nn.utils.clip_grad_norm_(vectors.values(), config.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
             optimizer.zero_grad()
             model.eval()
+            saved["losses"].append(step_loss)
+            saved["tokens"] += sum(len(e.source) + sum(map(len, e.targets)) for e in batch)
             saved["step"] = step = step + 1
-            n_tokens += sum(len(e.source) + sum(map(len, e.targets)) for e in batch)
             bar.update()
 
-            if step % LOG_EVERY == 0 or step % config.save_every == 0 or step in (1, config.steps):
-                numbers = torch.stack(losses).tolist()  # here alone, and to measure, the loop waits for the device
-                for i, number in enumerate(numbers):
-                    if not np.isfinite(number):
-                        bad = step - len(numbers) + 1 + i
-                        raise runs.Failed(f"the loss of step {bad} is {number}: try a lower --lr or --dtype float32")
-                seconds = time.perf_counter() - since
+            logs = step % LOG_EVERY == 0 or step % config.save_every == 0 or step in (1, config.steps)
+            numbers = [float(loss) for loss in saved["losses"]] if logs else []  # waits for the device
+            saved["seconds"] += time.perf_counter() - began
+            for i, number in enumerate(numbers, step - len(numbers) + 1):
+                if not np.isfinite(number):
+                    raise runs.Failed(f"the loss of step {i} is {number}: try a lower --lr or --dtype float32")
+            if logs:
+                seconds = saved["seconds"] - saved["logged"]
                 line = {
                     "loss": sum(numbers) / len(numbers),
                     "lr": learning_rate(step - 1, config),
                     "examples_per_second": len(numbers) * config.batch_size / seconds,
-                    "tokens_per_second": n_tokens / seconds,
+                    "tokens_per_second": saved["tokens"] / seconds,
                     "memory_bytes": runs.peak_memory(device),
                 }
-                metrics.write(event="train", step=step, **line)
+                saved["metrics"] = metrics.write(event="train", step=step, **line)
+                saved.update(losses=[], tokens=0, logged=saved["seconds"])
                 text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  {line['examples_per_second']:.1f} examples/s"
                 text += f"  {line['tokens_per_second']:.0f} tokens/s  {line['memory_bytes'] / 1e6:.0f} MB"
                 bar.set_postfix_str(text)
                 if bar.disable:
                     print(f"step {step:>6}  {text}", flush=True)
-                saved["seconds"] += seconds
-                losses, n_tokens, since = [], 0, time.perf_counter()
-            if step % config.save_every == 0 or step == config.steps:
+            if step % config.save_every == 0:
                 checkpoint()
             signals.in_step = False
             signals.check()
@@ -341,59 +356,32 @@ def choose_device(name):
         found = torch.cuda.is_available()
         return torch.device("cuda" if found else "cpu"), torch.cuda.get_device_name() if found else "no CUDA GPU found"
     try:
-        return torch.empty(0, device=name).device, "as asked"
+        torch.ones(1, device=name).tolist()
+        return torch.device(name), "as asked"
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}: {files.one_line(error)}") from None
-
-
-def describe(metric, result):
-    auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
-    return f"{metric} {result['accuracy']:.1%}{auc}"
-
-
-def report(config, folder, final):
-    cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
-    print(f"\n{final['task']}: {final['rows']} rows of {final['split']}{cut}")
-    print(f"  {final['metric']:<12}{final['accuracy_before']:.1%}", end="")
-    print(f" before, {final['accuracy']:.1%} after" if final["trainable"] else "")
-    if final["auc"] is not None:
-        print(f"  {'AUC':<12}{final['auc_before']:.2f}", end="")
-        print(f" before, {final['auc']:.2f} after" if final["trainable"] else "")
-    print(f"  {'memory':<12}{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")
-    if final["trainable"]:
-        share = final["trainable"] / final["total"]
-        print(f"  {'trained':<12}{final['trainable']:,} of {final['total']:,} numbers ({share:.3%})")
-        print(f"  {'time':<12}{final['seconds']:.0f} s for {final['steps']} steps")
-        print(f"  {'adapter':<12}{folder / 'adapter'}")
-        words = f"--model {config.model} --task {config.task} --adapter {folder / 'adapter'} --eval-only"
-        print(f"  {'use it':<12}python train.py {words}")
+        raise ValueError(f"--device is {name!r}, expected cpu or cuda: {files.one_line(error)}") from None
 
 
 def main(argv=None):
     """-> the exit code: 0, 2 for a mistake in what was given, 1 for a run that failed, 130 or 143 if it was stopped."""
-    folder, signals = None, runs.Signals()
+    asked, folder, signals = None, None, runs.Signals()
     try:
-        config = flags.parse(Config, argv, __doc__)
-        if config.resume is not None and config != Config(resume=config.resume):
-            raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
-        if config.out is None and not config.eval_only:
-            names = (Path(config.model).name, Path(config.task).stem, config.method, config.seed)
-            config.out = str(Path("runs", "-".join(map(str, names))))
-        folder = config.resume or config.out
-        run(config, signals)
+        asked = flags.parse(Config, argv, __doc__)
+        config, folder, saved, _lock = open_run(asked)
+        run(config, folder, saved, signals)
         return 0
     except runs.Stopped as stop:
-        print(f"stopped; to go on: python train.py --resume {folder}" if folder else "stopped", file=sys.stderr)
+        how = f"; to go on: python train.py --resume {shlex.quote(str(folder))}" if folder else ""
+        print(f"stopped{how}", file=sys.stderr)
         return 128 + stop.args[0]
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: {files.one_line(error)}: lower --micro-batch-size or --eval-batch-size", file=sys.stderr)
-        return 1
-    except (runs.Failed, OSError) as error:
-        print(f"train.py: {files.one_line(error)}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"train.py: {files.one_line(error)}", file=sys.stderr)
-        return 2
+    except (torch.OutOfMemoryError, runs.Failed, OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"{text:.200}: lower --micro-batch-size or --eval-batch-size"
+        print(f"train.py: {text}", file=sys.stderr)
+        if folder and asked.resume is None:
+            runs.discard(folder)
+        return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """python -m minia3 info NAME_OR_PATH: what a model is, what an adapter of it weighs, and what it takes to run it."""
 
-import argparse
 import sys
+
+from minia3.flags import Parser
 
 EXAMPLE = "for example: python -m minia3 info t5-base"
 
 
 def info(name_or_path, batch=8, length=128, target=8):
-    """Yield (title, text) lines about a model from its config alone, without its weights; a known name needs no network.
+    """Yield (title, text) lines about a model from its config alone; a known name needs no network.
 
     batch, length, target: of the training step whose memory is estimated. Raises ValueError for a name that leads
     nowhere, and for a model that minia3 does not run.
@@ -49,12 +50,18 @@ def info(name_or_path, batch=8, length=128, target=8):
         serve = weights + 4 * adapter
         train = weights + 3 * 4 * adapter + kept_for_backward(c, dtype, batch, length, target)
         yield str(dtype).removeprefix("torch."), f"{serve / 1e9:,.2f} GB to serve, {train / 1e9:,.2f} GB to train"
-    yield "", "to serve: the weights and an adapter, no caches; to train: also its gradient, Adafactor's state,"
+    yield (
+        "",
+        "to serve: the weights and an adapter, no caches; to train, at most: also its gradient, Adafactor's state,",
+    )
     yield "", f"and what backward needs of {batch} sources of {length} tokens with targets of {target}"
 
 
 def kept_for_backward(config, dtype, batch, length, target):
-    """Bytes that autograd keeps of a training step's forward pass, counted on the meta device: nothing is computed."""
+    """Bytes that autograd keeps of a training step's forward pass, counted on the meta device: nothing is computed.
+
+    Attention is counted with its (B, H, L, M) weights; a fused kernel, where there is one, does not keep them.
+    """
     import torch
 
     from minia3.generation import logprobs
@@ -82,13 +89,12 @@ def kept_for_backward(config, dtype, batch, length, target):
 
 def main(argv=None):
     """-> the exit code: 0, or 2 for a mistake in what was given."""
-    parser = argparse.ArgumentParser(prog="python -m minia3", description=__doc__, epilog=EXAMPLE)
+    parser = Parser(prog="python -m minia3", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="what a model is, and what it takes to run it", epilog=EXAMPLE)
     command.add_argument("model", help="known name (t5-base ...), hub id, folder or .gguf file")
-    arguments = parser.parse_args(argv)
     try:
-        for title, text in info(arguments.model):
+        for title, text in info(parser.parse_args(argv).model):
             print(f"{title:<14}{text}")
     except ValueError as error:
         print(f"minia3: {error}", file=sys.stderr)

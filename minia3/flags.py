@@ -13,35 +13,45 @@ TESTS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse prints how a command is used, and exits."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help explains all flags)")
+
+
 def flag(default, help, **limits):
     """A field of the dataclass. limits: names of TESTS."""
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 
-def option(field):
-    return "--" + field.name.replace("_", "-")
+def option(name):
+    return "--" + name.replace("_", "-")
+
+
+def words(config, names):
+    """The flags `names` with their values, as they are typed."""
+    return [word for name in names for word in (option(name), str(getattr(config, name)))]
 
 
 def parse(cls, argv, description):
     """The command line as an instance of `cls`. Raises ValueError for an unknown flag, and a word that is no value."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            unknown = message.removeprefix("unrecognized arguments: ")
-            names = [option(field) for field in dataclasses.fields(cls)]
-            near = difflib.get_close_matches(unknown.split()[0].split("=")[0], names, n=1) if unknown != message else []
-            raise ValueError(f"{message}{f'; did you mean {near[0]}?' if near else ''} (--help explains all flags)")
-
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=description, formatter_class=raw, allow_abbrev=False)
     for field in dataclasses.fields(cls):
         kind, help = (get_args(field.type) or (field.type,))[0], field.metadata["help"]
         if kind is bool:
-            parser.add_argument(option(field), action="store_true", help=help)
+            parser.add_argument(option(field.name), action="store_true", help=f"{help} (default: no)")
         else:
             help += "" if field.default is None else f" (default: {field.default})"
-            parser.add_argument(option(field), type=kind, default=field.default, help=help, metavar=kind.__name__)
-    return cls(**vars(parser.parse_args(argv)))
+            parser.add_argument(option(field.name), type=kind, default=field.default, help=help, metavar=kind.__name__)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [option(field.name) for field in dataclasses.fields(cls)]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        parser.error(f"{unknown[0]!r} is no flag, nor the value of one{hint}")
+    return cls(**vars(values))
 
 
 def check(config):
@@ -49,7 +59,9 @@ def check(config):
     for field in dataclasses.fields(config):
         value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
         if not isinstance(value, kinds + (int,) * (float in kinds)):
-            raise ValueError(f"{option(field)} is {value!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ValueError(
+                f"{option(field.name)} is {value!r}, expected {' or '.join(kind.__name__ for kind in kinds)}"
+            )
         for name, limit in field.metadata["limits"].items() if value is not None else ():
             if not TESTS[name](value, limit):
-                raise ValueError(f"{option(field)} is {value!r}, expected {name.replace('_', ' ')} {limit}")
+                raise ValueError(f"{option(field.name)} is {value!r}, expected {name.replace('_', ' ')} {limit}")

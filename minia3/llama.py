@@ -3,7 +3,8 @@
 The blocks are T5's without cross-attention: the feed-forward is gated by SiLU, several query heads may share one
 key/value head, scores are divided by sqrt(d), and order comes from rotating queries and keys instead of a bias.
 
-Shapes: B batch, L query length, M memory length, D model, K head width, V vocabulary.
+Shapes: B batch, L query length, M memory length, D model, H query heads, K head width, P pairs of it (K / 2),
+V vocabulary.
 """
 
 import math
@@ -39,20 +40,20 @@ class LlamaConfig:
 
 
 def inverse_frequencies(config):
-    """(K/2,) float32: how far each pair of a head turns per position, in radians.
+    """(P,) float32: how far each pair of a head turns per position, in radians.
 
     theta ** (-2i / K). Llama 3.1 was stretched to long texts: pairs that turn slowly over the original length are
     slowed down by `factor`, fast ones are kept, and those between are blended.
     """
-    frequency_K = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head)
+    frequency_P = 1.0 / config.rope_theta ** (torch.arange(0, config.d_head, 2).float() / config.d_head)
     if config.rope_factors is not None:
-        return frequency_K / torch.tensor(config.rope_factors)
+        return frequency_P / torch.tensor(config.rope_factors)
     if config.rope_scaling is None:
-        return frequency_K
+        return frequency_P
     factor, low, high, original = config.rope_scaling
-    turns_K = original * frequency_K / (2 * math.pi)
-    kept_K = ((turns_K - low) / (high - low)).clamp(0, 1)
-    return kept_K * frequency_K + (1 - kept_K) * frequency_K / factor
+    turns_P = original * frequency_P / (2 * math.pi)
+    kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
+    return kept_P * frequency_P + (1 - kept_P) * frequency_P / factor
 
 
 class Llama(nn.Module):
@@ -77,32 +78,32 @@ class Llama(nn.Module):
         with torch.device("cpu"):  # real numbers even where the model is built on the meta device
             self.register_buffer("frequency", inverse_frequencies(c), persistent=False)
 
-    def start(self, source_BM, mask=None, adapter=None):
+    def start(self, source, mask=None, adapter=None):
         """Read the prompt up to each row's last real token, wherever the padding lies: -> State.
 
         `state.start` is that last token, which is not yet in the cache. Arguments and errors as T5's.
         """
-        adapter_B = check_start(source_BM, mask, adapter, self.n_adapters)
+        adapter_B = check_start(source, mask, adapter, self.n_adapters)
         caches = [Cache() for _ in self.blocks]
         if mask is None:
-            state = State(source_BM[:, -1:], adapter_B, caches)
-            read_BL, mask_BL = source_BM[:, :-1], None
+            state = State(source[:, -1:], adapter_B, caches)
+            read_BL, mask_BL = source[:, :-1], None
         else:  # real tokens first: then the causal mask alone keeps them from seeing the padding
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
-            source_BM = source_BM.gather(1, order_BM)
+            source_BM = source.gather(1, order_BM)
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
             state = State(source_BM.gather(1, last_B1), adapter_B, caches)
             longest = int(last_B1.max())
             read_BL = source_BM[:, :longest]
-            mask_BL = torch.arange(longest, device=source_BM.device) < last_B1
+            mask_BL = torch.arange(longest, device=source.device) < last_B1
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.read(read_BL, state)
             state.mask_BM = mask_BL
         return state
 
-    def step(self, tokens_BL, state):
+    def step(self, tokens, state):
         """Go on with tokens (B, L): -> logits (B, L, V) of the token after each; `state` moves on."""
-        x_BLD = self.norm(self.read(tokens_BL, state))
+        x_BLD = self.norm(self.read(tokens, state))
         return F.linear(x_BLD, self.embed.weight) if self.head is None else self.head(x_BLD)
 
     def read(self, tokens_BL, state):
@@ -116,7 +117,7 @@ class Llama(nn.Module):
             seen_BLM = state.mask_BM[:, None, :] & causal_mask(length, total, tokens_BL.device)
             bias_BHLM = mask_to_bias(seen_BLM.unsqueeze(1), x_BLD.dtype)
         elif 1 < length < total:
-            bias_BHLM = mask_to_bias(causal_mask(length, total, tokens_BL.device), x_BLD.dtype)
+            bias_BHLM = mask_to_bias(causal_mask(length, total, tokens_BL.device)[None, None], x_BLD.dtype)
         causal = bias_BHLM is None and length > 1
         context = Context(state.adapter_B, bias_BHLM, causal, self.rotation(position_BL, x_BLD.dtype))
         for block, cache in zip(self.blocks, state.caches, strict=True):
@@ -126,6 +127,6 @@ class Llama(nn.Module):
 
     def rotation(self, position_BL, dtype):
         """cos and sin (B, 1, L, K) of every position's angles: made in float32, then cast."""
-        angle_BLK = position_BL[..., None].float() * self.frequency.float()
-        angle_B1LK = torch.cat((angle_BLK, angle_BLK), dim=-1).unsqueeze(1)
+        angle_BLP = position_BL[..., None].float() * self.frequency.float()
+        angle_B1LK = torch.cat((angle_BLP, angle_BLP), dim=-1).unsqueeze(1)
         return angle_B1LK.cos().to(dtype), angle_B1LK.sin().to(dtype)

@@ -26,7 +26,7 @@ def choice_scores(logp_BCL, mask_BCL, length_norm=True):
 
 def right(mask_BCL, label_B):
     """(B, C, L) bool: the tokens of the right choice."""
-    return (torch.arange(mask_BCL.shape[1], device=label_B.device) == label_B[:, None])[:, :, None]
+    return mask_BCL & (torch.arange(mask_BCL.shape[1], device=label_B.device) == label_B[:, None])[:, :, None]
 
 
 def lm_loss(logp_BCL, mask_BCL, label_B):

@@ -98,9 +98,9 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         if empty:
             raise ValueError(f"source rows {empty} have no real token: mask them in the batch, or give them one")
     batch = source_BM.shape[0]
-    adapter_B = torch.as_tensor(0 if adapter is None else adapter, device=source_BM.device)
-    if adapter_B.dtype not in (torch.int64, torch.int32) or adapter_B.shape not in ((), (batch,)):
+    rows = torch.as_tensor(0 if adapter is None else adapter, device=source_BM.device)
+    if rows.dtype not in (torch.int64, torch.int32) or rows.shape not in ((), (batch,)):
         raise ValueError(f"adapter must be None, an int or ({batch},) long, found {adapter!r}")
-    if adapter is not None and (adapter_B.min() < 0 or adapter_B.max() >= n_adapters):
+    if adapter is not None and (rows.min() < 0 or rows.max() >= n_adapters):
         raise ValueError(f"adapter {adapter!r} is out of range: the model has rows 0 to {n_adapters - 1}")
-    return adapter_B.long().expand(batch)
+    return rows.long().expand(batch)

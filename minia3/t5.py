@@ -87,7 +87,7 @@ def distance_bucket(distance_LM, bidirectional, n_buckets, max_distance):
         first_LM = (distance_LM > 0) * n_buckets
         distance_LM = distance_LM.abs()
     else:
-        first_LM = 0
+        first_LM = torch.zeros_like(distance_LM)
         distance_LM = (-distance_LM).clamp(min=0)
     exact = n_buckets // 2
     ratio_LM = torch.log(distance_LM.clamp(min=1).float() / exact) / math.log(max_distance / exact)
@@ -104,30 +104,30 @@ class T5(nn.Module):
         self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False) if config.own_head else None
 
-    def start(self, source_BM, mask=None, adapter=None):
-        """Read the source: -> the State from which `step` writes the target. See DESIGN of the contract in README.
+    def start(self, source, mask=None, adapter=None):
+        """Read the source: -> the State from which `step` writes the target. See `State`.
 
         source (B, M) ids; mask (B, M) bool, True = real, None = all; adapter None (row 0), an int or (B,) long.
         Raises ValueError for an empty source or row, and for an adapter that is not there.
         """
-        adapter_B = check_start(source_BM, mask, adapter, self.n_adapters)
-        x_BMD = self.embed(source_BM)
-        bias_BHMM = self.encoder.bias(source_BM.shape[1], source_BM.shape[1])
+        adapter_B = check_start(source, mask, adapter, self.n_adapters)
+        x_BMD = self.embed(source)
+        bias_BHMM = self.encoder.bias(source.shape[1], source.shape[1])
         memory_bias_B11M = None if mask is None else mask_to_bias(mask[:, None, None, :], x_BMD.dtype)
         if mask is not None:
             bias_BHMM = bias_BHMM + memory_bias_B11M
         memory_BMD = self.encoder(x_BMD, Context(adapter_B, bias_BHMM), [Cache() for _ in self.encoder.blocks])
         caches = [Cache(memory=block.cross.kv(memory_BMD, adapter_B)) for block in self.decoder.blocks]
-        start_B1 = torch.full_like(source_BM[:, :1], self.config.start_id)
+        start_B1 = torch.full_like(source[:, :1], self.config.start_id)
         return State(start_B1, adapter_B, caches, memory_bias_B11M=memory_bias_B11M)
 
-    def step(self, tokens_BL, state):
+    def step(self, tokens, state):
         """Append tokens (B, L) to the target: -> logits (B, L, V) of the token after each; `state` moves on."""
-        x_BLD = self.embed(tokens_BL)
-        length, total = tokens_BL.shape[1], state.length + tokens_BL.shape[1]
+        x_BLD = self.embed(tokens)
+        length, total = tokens.shape[1], state.length + tokens.shape[1]
         bias_BHLM = self.decoder.bias(length, total)
         if length > 1:
-            bias_BHLM = bias_BHLM + mask_to_bias(causal_mask(length, total, tokens_BL.device), x_BLD.dtype)
+            bias_BHLM = bias_BHLM + mask_to_bias(causal_mask(length, total, tokens.device), x_BLD.dtype)
         context = Context(state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M)
         x_BLD = self.decoder(x_BLD, context, state.caches)
         state.length = total
