@@ -104,6 +104,8 @@ class Tokenizer:
             backend, ids = read_sentencepiece(data)
             if t5:  # its sentinels are not in the file: <extra_id_99> ... <extra_id_0> come behind the pieces
                 backend.add_special_tokens([f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))][::-1])
+            added = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+            backend.add_tokens([AddedToken(**{**token, "normalized": False}) for _, token in added])
             return cls(backend, {"add_bos_token": not t5, "add_eos_token": t5, **ids, **settings})
 
     @classmethod
@@ -140,9 +142,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 def special_id(backend, settings, kind):
     """The id of `{kind}_token`, a text or a dict with it, else `{kind}_token_id`, one or several; None if no token."""
-    token, i = settings.get(f"{kind}_token"), settings.get(f"{kind}_token_id")
-    token = token.get("content") if isinstance(token, dict) else token
-    named = backend.token_to_id(token) if isinstance(token, str) else None
+    token, i = settings.get(f"{kind}_token", ""), settings.get(f"{kind}_token_id")
+    named = backend.token_to_id(token["content"] if isinstance(token, dict) else token)
     i = named if named is not None else i[0] if isinstance(i, list) and i else i
     return i if isinstance(i, int) and 0 <= i < 2**32 and backend.id_to_token(i) is not None else None
 
@@ -195,7 +196,7 @@ def sentencepiece(names, scores, kinds, unigram=False, charsmap=None, dummy_pref
         score = {name: score for name, score, kind in zip(names, scores, kinds, strict=True) if kind == NORMAL}
         lengths = sorted({len(name) for name in score})
         merges = [(name[:n], name[n:]) for name in score for n in lengths if name[:n] in score and name[n:] in score]
-        # All ways to one piece have its score, and the leftmost counts: the longest left half first comes to the same.
+        # Ways to one piece tie, as do LLaMA-2's runs of spaces: the leftmost wins if the longest left half comes first.
         merges.sort(key=lambda halves: (-score[halves[0] + halves[1]], -len(halves[0])))
         vocab = {name: i for i, name in enumerate(names)}
         backend = Backend(models.BPE(vocab, merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=has_bytes))
@@ -209,8 +210,7 @@ def sentencepiece(names, scores, kinds, unigram=False, charsmap=None, dummy_pref
 
 
 @contextmanager
-def damage_named(where):
-    """All the ways in which a damaged tokenizer fails become one ValueError of one line."""
+def damage_named(where):  # all the ways in which a damaged tokenizer fails become one ValueError of one line
     try:
         yield
     except BaseException as error:  # tokenizers raises plain Exceptions, and a panic of its Rust code is not even one
