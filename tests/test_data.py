@@ -1,0 +1,790 @@
+"""Guards the way from a name or a file to a batch: that a download is whole or leaves nothing, that every bad row is
+reported by file and line, that few-shot splits are T-Few's own, that padding, masks and the order of rows are exact.
+
+Real files are read where MINIA3_TEST_DATA says they are; the network is a server on 127.0.0.1.
+"""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minia3 import data
+from minia3.data import Example, collate, encode_example, load_task, order
+from minia3.prompts import OWN, Prompt, Rendered, fit, render
+from minia3.tasks import TASKS, Archive, Spec
+
+REAL = os.environ.get("MINIA3_TEST_DATA")
+needs_real_data = pytest.mark.skipif(not REAL, reason="MINIA3_TEST_DATA is not set: no real data sets to read")
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def target(n, **more):
+    return {"input": f"question {n}", "target": f"answer {n}", **more}
+
+
+def choice(n, label=0, **more):
+    return {"input": f"question {n}", "choices": ["yes", "no"], "label": label, **more}
+
+
+# Real files
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "sizes", "labels"),
+    [
+        ("rte", (2490, 277, 3000), ({0: 1249, 1: 1241}, {0: 146, 1: 131})),
+        ("cb", (250, 56, 250), ({0: 115, 1: 119, 2: 16}, {0: 23, 1: 28, 2: 5})),
+        ("copa", (400, 100, 500), ({0: 195, 1: 205}, {0: 55, 1: 45})),
+    ],
+)
+def test_the_real_files_are_read_whole(name, sizes, labels):
+    folder = Path(REAL, "data")
+    task = load_task(name, folder)
+    parts = (task.train, task.validation, task.test)
+    assert tuple(map(len, parts)) == sizes
+    assert tuple(Counter(row["label"] for row in part) for part in parts) == (*labels, {-1: sizes[2]})
+    assert all([row["idx"] for row in part] == list(range(len(part))) for part in parts)
+    assert task.evaluation == ("validation", task.validation)
+    assert (task.name, task.metric, task.prompts, task.seen) == (
+        name,
+        "accuracy",
+        TASKS[name].prompts,
+        TASKS[name].seen,
+    )
+    names = ("train.jsonl", "val.jsonl", "test.jsonl")
+    sums = {file: hashlib.sha256((folder / name / file).read_bytes()).hexdigest() for file in names}
+    assert task.checksums == sums
+    assert task.notes == [f"{sizes[2]} of {sizes[2]} test rows have no label: results are on validation"]
+    for prompt in task.prompts:
+        for row in (row for part in parts for row in part):
+            rendered = render(prompt, row)
+            assert len(set(rendered.choices)) == len(rendered.choices) > rendered.label
+            assert rendered.input == rendered.input.rstrip()
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["rte", "cb", "copa"])
+def test_few_shot_splits_are_the_published_ones(name):
+    files = sorted(Path(REAL, "data", "few_shot", name, "32_shot").glob("*_seed.jsonl"))
+    seeds = [int(file.name.removesuffix("_seed.jsonl")) for file in files]
+    assert {0, 1, 32, 42, 1024} <= set(seeds)
+    for seed, file in zip(seeds, files, strict=True):
+        published = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        task = load_task(name, Path(REAL, "data"), shots=32, seed=seed)
+        assert task.train == published, "order, idx, label and texts"
+        assert len(task.validation) == len(load_task(name, Path(REAL, "data")).validation)
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["t5-base-hf", "llama2-hf"])
+def test_long_real_rows_fit_under_a_real_tokenizer_and_keep_their_question(name):
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(REAL, "tokenizers", name, "tokenizer.json")))
+
+    def n_tokens(text):
+        return len(tokenizer.encode(text).ids)
+
+    rows = sorted(load_task("rte", Path(REAL, "data")).train, key=lambda row: -len(row["premise"]))[:40]
+    for prompt in TASKS["rte"].prompts:
+        for row in rows:
+            cut, was_cut = fit(prompt, row, n_tokens, 100)
+            assert was_cut
+            assert 80 < n_tokens(cut.input) <= 100
+            before, after = prompt.text.split("{premise}")
+            assert cut.input.startswith(before + row["premise"].split()[0])
+            assert cut.input.endswith(row["premise"].split()[-1] + after.format_map(row))
+
+
+# Few shots
+
+
+def test_the_few_shot_stream_is_that_of_numpys_global_generator_which_stays_untouched(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(*(target(n) for n in range(57))))
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    for seed in (0, 1, 100, 2**32 - 1):
+        rows = load_task(str(tmp_path)).train
+        np.random.seed(seed)
+        np.random.shuffle(rows)
+        np.random.seed(12345)
+        before = np.random.get_state()
+        assert load_task(str(tmp_path), shots=9, seed=seed).train == rows[:9]
+        assert load_task(str(tmp_path), shots=57, seed=seed).train == rows
+        after = np.random.get_state()
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert [row["idx"] for row in load_task(str(tmp_path)).train] == list(range(57))
+
+
+@pytest.mark.parametrize("shots", [-1, 0, 4])
+def test_shots_that_cannot_be_drawn_are_an_error(tmp_path, shots):
+    (tmp_path / "train.jsonl").write_bytes(lines(*(target(n) for n in range(3))))
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=rf"1 to 3 shots.* found {shots}$"):
+        load_task(str(tmp_path), shots=shots)
+
+
+# Download
+
+PARTS = {"train": "T/train.jsonl", "val": "T/val.jsonl", "test": "T/test.jsonl"}
+FILES = {
+    "T/train.jsonl": lines({"text": "a", "label": "no"}, {"text": "b", "label": "yes", "idx": 9}),
+    "T/val.jsonl": lines({"text": "c", "label": "YES"}),
+    "T/test.jsonl": lines({"text": "d"}),
+    "T/README": b"not taken out",
+}
+
+
+def zipped(files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content`. `status`, `promise` (the length named) and `wait` (before the body) make it misbehave."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.status, self.promise, self.wait, self.n_requests = b"", 200, None, lambda: None, 0
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.n_requests += 1
+        self.send_response(server.status)
+        if server.promise != 0:
+            self.send_header("Content-Length", str(server.promise or len(server.content)))
+        self.end_headers()
+        server.wait()
+        self.wfile.write(server.content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server, and in the table the task `served` of which it has the archive."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        serve(server, monkeypatch, zipped(FILES))
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def serve(server, monkeypatch, content, address=None, **changes):
+    server.content = content
+    address = address or f"http://127.0.0.1:{server.server_port}/T.zip"
+    archive = Archive(address, len(content), hashlib.sha256(content).hexdigest(), PARTS)._replace(**changes)
+    spec = Spec((Prompt("{text}?", ("No", "Yes")),), archive, labels=("no", "yes"))
+    monkeypatch.setitem(TASKS, "served", spec)
+
+
+def left(folder):
+    """What a failed download left behind, folders of the task itself apart."""
+    return [path for path in Path(folder).rglob("*") if path != Path(folder, "served")]
+
+
+def failure(folder):
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
+        load_task("served", folder)
+    assert left(folder) == []
+    message = str(error.value)
+    assert message.startswith(TASKS["served"].archive.address + ": ")
+    assert message.endswith(f"put train.jsonl, val.jsonl, test.jsonl into {Path(folder, 'served')} by hand")
+    return message
+
+
+def test_a_row_of_the_table_is_enough_for_a_new_task(server, tmp_path, capsys):
+    task = load_task("served", tmp_path / "new" / "data")
+    assert task.train == [{"text": "a", "label": 0, "idx": 0}, {"text": "b", "label": 1, "idx": 9}]
+    assert task.validation == [{"text": "c", "label": 1, "idx": 0}]
+    assert task.test == [{"text": "d", "label": -1, "idx": 0}]
+    assert render(task.prompts[0], task.train[1]) == ("b?", ["No", "Yes"], 1)
+    folder = tmp_path / "new" / "data" / "served"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        name: FILES[f"T/{name}"] for name in ("train.jsonl", "val.jsonl", "test.jsonl")
+    }
+    assert capsys.readouterr().err == "", "no progress bar where nobody looks at a terminal"
+
+
+def test_a_downloaded_file_is_as_readable_as_any_other(server, tmp_path):
+    load_task("served", tmp_path)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "served" / "train.jsonl").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_files_that_are_there_are_not_downloaded_again(server, tmp_path):
+    load_task("served", tmp_path)
+    server.shutdown()
+    assert load_task("served", tmp_path).train == load_task("served", str(tmp_path)).train
+    assert server.n_requests == 1
+
+
+def test_train_and_val_are_enough(server, tmp_path):
+    load_task("served", tmp_path)
+    (tmp_path / "served" / "test.jsonl").unlink()
+    (tmp_path / "served" / "val.jsonl").rename(tmp_path / "served" / "validation.jsonl")
+    task = load_task("served", tmp_path)
+    assert (len(task.train), len(task.validation), task.test, task.notes) == (2, 1, [], [])
+    assert server.n_requests == 1
+
+
+def test_a_file_that_somebody_put_there_is_not_overwritten(server, tmp_path):
+    (tmp_path / "served").mkdir()
+    mine = lines({"text": "mine", "label": "no"})
+    (tmp_path / "served" / "train.jsonl").write_bytes(mine)
+    task = load_task("served", tmp_path)
+    assert (task.train[0]["text"], len(task.train), len(task.validation)) == ("mine", 1, 1)
+    assert (tmp_path / "served" / "train.jsonl").read_bytes() == mine
+
+
+def test_a_terminal_gets_a_progress_bar(server, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    load_task("served", tmp_path)
+    assert "100%" in sys.stderr.getvalue()
+
+
+def test_a_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
+    content = zipped(FILES)
+    changed = bytes([content[0], content[1] ^ 1]) + content[2:]
+    wrong, right = (hashlib.sha256(x).hexdigest() for x in (changed, content))
+    serve(server, monkeypatch, changed, sha256=right)
+    assert f"expected sha256 {right}, but the file there has {wrong}" in failure(tmp_path)
+
+
+@pytest.mark.parametrize("change", [-1, 1, 100_000])
+def test_a_wrong_length_is_refused(server, tmp_path, monkeypatch, change):
+    content = zipped(FILES)
+    other = content[:change] if change < 0 else content + b"x" * change
+    serve(server, monkeypatch, other, size=len(content))
+    assert f"expected {len(content)} bytes, but the file there has {len(other)}" in failure(tmp_path)
+    server.promise = 0  # a server that does not name the length
+    assert f"expected {len(content)} bytes" in failure(tmp_path)
+
+
+def test_no_more_is_written_than_the_file_should_have(server, tmp_path, monkeypatch):
+    serve(server, monkeypatch, b"x" * 10_000_000, size=1000)
+    plain_open = Path.open
+
+    class Counted(io.FileIO):
+        total = 0
+
+        def write(self, chunk):
+            Counted.total += len(chunk)
+            return super().write(chunk)
+
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r": Counted(path, "w") if mode == "wb" else plain_open(path, mode)
+    )
+    failure(tmp_path)
+    assert 1000 < Counted.total < 200_000
+
+
+def test_a_transfer_that_breaks_off_is_refused(server, tmp_path):
+    server.promise = len(server.content)
+    server.content = server.content[:100]
+    assert "the connection was closed after 100 of" in failure(tmp_path)
+
+
+def test_a_server_that_hangs_is_given_up(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TIMEOUT", 0.2)
+    done = threading.Event()
+    server.wait = lambda: done.wait(10)
+    try:
+        assert "timed out" in failure(tmp_path)
+    finally:
+        done.set()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(404, "HTTP Error 404: Not Found"), (410, "HTTP Error 410"), (503, "503")]
+)
+def test_an_address_that_is_gone_is_named(server, tmp_path, status, words):
+    server.status = status
+    assert words in failure(tmp_path)
+
+
+def test_no_network_is_said(server, tmp_path, monkeypatch):
+    serve(server, monkeypatch, zipped(FILES), address="http://data.example/T.zip")
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+
+    def no_network(*args, **options):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    assert "Temporary failure in name resolution" in failure(tmp_path)
+
+
+def test_a_server_that_is_not_there_is_said(server, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/T.zip"
+    serve(server, monkeypatch, zipped(FILES), address=address)
+    assert "Connection refused" in failure(tmp_path)
+
+
+def test_an_answer_that_is_not_http_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.wfile.write(b"\x00\x01\n\n"))
+    failure(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil.jsonl", "T/../../evil.jsonl", "/evil.jsonl"])
+def test_a_zip_entry_that_climbs_out_is_refused(server, tmp_path, monkeypatch, name):
+    serve(server, monkeypatch, zipped({**FILES, name: b"evil"}))
+    assert f"climbs out of its folder, {name!r}" in failure(tmp_path)
+
+
+def test_a_zip_without_a_member_is_refused(server, tmp_path, monkeypatch):
+    serve(server, monkeypatch, zipped({name: content for name, content in FILES.items() if "val" not in name}))
+    assert "the zip has no T/val.jsonl" in failure(tmp_path)
+
+
+def test_what_is_no_zip_is_refused(server, tmp_path, monkeypatch):
+    serve(server, monkeypatch, b"<html>moved</html>")
+    assert "not a zip file" in failure(tmp_path)
+
+
+def test_a_data_folder_that_cannot_be_written_is_said(server, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"T\.zip: .*(Not a directory|File exists)"):
+        load_task("served", tmp_path / "file")
+
+
+def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeypatch):
+    both = threading.Barrier(2, timeout=60)
+    server.wait = both.wait  # neither gets its file before both are under way
+    code = (
+        "import sys; from minia3.data import load_task; from minia3.tasks import *; from minia3.prompts import Prompt\n"
+        f"TASKS['served'] = {TASKS['served']!r}\n"
+        f"print(len(load_task('served', {str(tmp_path)!r}).train))"
+    )
+    run = [sys.executable, "-c", code]
+    both_runs = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate() for process in both_runs] == [(b"2\n", b"")] * 2
+    assert server.n_requests == 2
+    assert sorted(path.name for path in left(tmp_path)) == ["test.jsonl", "train.jsonl", "val.jsonl"]
+
+
+def test_what_a_killed_process_left_does_no_harm(server, tmp_path):
+    (tmp_path / "served" / ".part-killed").mkdir(parents=True)
+    (tmp_path / "served" / ".part-killed" / "train.jsonl").write_bytes(b"{")
+    (tmp_path / "served" / "test.jsonl").write_bytes(FILES["T/test.jsonl"])
+    (tmp_path / "served" / "val.jsonl").write_bytes(FILES["T/val.jsonl"])
+    assert len(load_task("served", tmp_path).train) == 2
+
+
+@pytest.mark.parametrize("n_moved", [0, 1, 2])
+def test_an_unpacking_that_stops_halfway_is_taken_up_by_the_next_run(server, tmp_path, monkeypatch, n_moved):
+    moved = []
+
+    def move(source, to):
+        if len(moved) == n_moved:
+            raise KeyboardInterrupt
+        moved.append(to.name)
+        os.rename(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", move)
+        with pytest.raises(KeyboardInterrupt):
+            load_task("served", tmp_path)
+    assert sorted(path.name for path in left(tmp_path)) == sorted(moved)
+    load_task("served", tmp_path)
+    assert sorted(path.name for path in left(tmp_path)) == ["test.jsonl", "train.jsonl", "val.jsonl"]
+
+
+# A known task's files
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"text": "a", "label": "maybe"}, "'label' is 'maybe', expected one of no, yes"),
+        ({"text": "a"}, "'label' is None, expected one of no, yes"),
+        ({"label": "no"}, "no 'text'"),
+        (["text"], r"not a JSON object: \['text'\]"),
+    ],
+)
+def test_a_bad_row_of_a_known_task_is_reported_like_any_other(tmp_path, monkeypatch, line, words):
+    monkeypatch.setitem(
+        TASKS, "served", Spec((Prompt("{text}?", ("No", "Yes")),), Archive("", 0, "", {}), ("no", "yes"))
+    )
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "train.jsonl").write_bytes(lines({"text": "a", "label": "no"}, line))
+    (tmp_path / "served" / "val.jsonl").write_bytes(lines({"text": "a", "label": "no"}))
+    with pytest.raises(ValueError, match=rf"served/train\.jsonl:2: {words}"):
+        load_task("served", tmp_path)
+
+
+def test_labels_may_be_texts_numbers_and_truth_values(tmp_path, monkeypatch):
+    prompt = (Prompt("{text}?", ("a", "b")),)
+    (tmp_path / "served").mkdir()
+    for labels, in_file in {("false", "true"): [False, "true", "False", True], ("0", "1"): [0, "1", "0", 1]}.items():
+        monkeypatch.setitem(TASKS, "served", Spec(prompt, Archive("", 0, "", {}), labels))
+        rows = lines(*({"text": "a", "label": label} for label in in_file))
+        for name in ("train", "val", "test"):
+            (tmp_path / "served" / f"{name}.jsonl").write_bytes(rows)
+        task = load_task("served", tmp_path)
+        assert [row["label"] for row in task.train] == [0, 1, 0, 1]
+        assert all(type(row["label"]) is int for row in task.train)
+        assert task.evaluation == ("test", task.test), "labelled throughout, so it is what counts"
+
+
+def test_a_shipped_task_is_own_rows_under_a_name(tmp_path, monkeypatch):
+    (tmp_path / "colours").mkdir()
+    for split in ("train", "val", "test"):
+        (tmp_path / "colours" / f"{split}.jsonl").write_bytes(lines(choice(1), choice(2, label=1)))
+    monkeypatch.setattr(data, "SHIPPED", tmp_path)
+    monkeypatch.setitem(TASKS, "colour", Spec(OWN, shipped="colours"))
+    task = load_task("colour", tmp_path / "elsewhere")
+    assert (task.name, task.metric, task.evaluation) == ("colour", "accuracy", ("test", task.test))
+    assert render(task.prompts[0], task.train[1]) == ("question 2", ["yes", "no"], 1)
+
+
+# Own rows
+
+
+def test_a_folder_of_own_rows(tmp_path):
+    mine = tmp_path / "mine.v1"
+    mine.mkdir()
+    (mine / "train.jsonl").write_bytes(lines(choice(0, extra=[1]), choice(1, label=1, idx=70), choice(2, idx=True)))
+    three = {"input": "x", "choices": ["a", "b", "c"], "label": 2, "idx": "k"}
+    (mine / "dev.jsonl").write_bytes(lines(three))
+    (mine / "test.jsonl").write_bytes(lines({"input": "x", "choices": ["a"]}, {**three, "label": -1}))
+    task = load_task(mine)
+    assert task.train == [choice(0, extra=[1], idx=0), choice(1, label=1, idx=70), choice(2, idx=2)]
+    assert task.validation == [{**three, "idx": 0}]
+    assert [row["label"] for row in task.test] == [-1, -1]
+    assert task.evaluation == ("validation", task.validation)
+    assert (task.name, task.metric, task.prompts, task.seen) == ("mine.v1", "accuracy", OWN, ())
+    assert set(task.checksums) == {"train.jsonl", "dev.jsonl", "test.jsonl"}
+    assert task.notes == ["2 of 2 test rows have no label: results are on validation"]
+
+
+def test_rows_with_targets_are_matched_exactly_and_have_label_0(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(target(0, label="x"), target(1)))
+    (tmp_path / "test.jsonl").write_bytes(lines(target(2)))
+    task = load_task(str(tmp_path))
+    assert task.metric == "exact_match"
+    assert task.train == [target(0, label=0, idx=0), target(1, label=0, idx=1)]
+    assert task.evaluation == ("test", task.test)
+
+
+def test_a_folder_may_hold_what_is_to_be_evaluated_alone(tmp_path):
+    (tmp_path / "test.jsonl").write_bytes(lines(target(2)))
+    task = load_task(str(tmp_path))
+    assert (task.train, task.validation, len(task.test)) == ([], [], 1)
+    with pytest.raises(ValueError, match="no rows to train on"):
+        order(len(task.train), 8, 0)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(3, (1, 1, 1)), (9, (7, 1, 1)), (20, (16, 2, 2)), (109, (89, 10, 10))])
+def test_one_file_is_split_80_10_10_the_same_way_whatever_the_seed(tmp_path, n, sizes):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(lines(*(target(i) for i in range(n))))
+    task = load_task(str(file))
+    parts = (task.train, task.validation, task.test)
+    indices = [[row["idx"] for row in part] for part in parts]
+    assert tuple(map(len, parts)) == sizes
+    assert sorted(chain(*indices)) == list(range(n))
+    assert all(part == sorted(part) for part in indices), "in the order of the file"
+    assert load_task(str(file), seed=5) == task
+    assert task.notes == [
+        f"{file} is split, the same way each time: {sizes[0]} train, {sizes[1]} validation, {sizes[2]} test"
+    ]
+    assert (task.name, list(task.checksums)) == ("mine", ["mine.jsonl"])
+
+
+def test_the_split_does_not_depend_on_the_machine_or_the_version(tmp_path):
+    (tmp_path / "mine.jsonl").write_bytes(lines(*(target(i) for i in range(20))))
+    task = load_task(str(tmp_path / "mine.jsonl"))
+    assert [[row["idx"] for row in part] for part in (task.validation, task.test)] == [[1, 18], [8, 19]]
+
+
+def test_a_folder_with_train_alone_is_split_like_a_file(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(*(target(i) for i in range(20))))
+    assert len(load_task(str(tmp_path)).validation) == 2
+
+
+def test_two_rows_cannot_be_split(tmp_path):
+    (tmp_path / "mine.jsonl").write_bytes(lines(target(0), target(1)))
+    with pytest.raises(ValueError, match=r"too few rows to split \(2\): give a folder"):
+        load_task(str(tmp_path / "mine.jsonl"))
+
+
+def test_byte_order_mark_windows_line_ends_blank_lines_and_a_missing_last_line_end_are_read(tmp_path):
+    rows = [target(0), target(1), target(2, note="\u2028 é 漢 🙂")]
+    text = "\ufeff\n" + "\r\n \t\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "train.jsonl").write_bytes(text.encode())
+    (tmp_path / "val.jsonl").write_bytes(text.encode())
+    assert load_task(str(tmp_path)).train == [{**row, "label": 0, "idx": n} for n, row in enumerate(rows)]
+
+
+def test_inputs_that_end_in_white_space_are_counted(tmp_path):
+    (tmp_path / "val.jsonl").write_bytes(
+        lines(target(0), {**target(1), "input": "Answer: "}, {**target(2), "input": "a\n"})
+    )
+    assert load_task(str(tmp_path)).notes == [
+        "2 inputs end in white space: leave it out, the tokenizer puts a space before the answer"
+    ]
+
+
+BAD_LINES = [
+    (b'{"input": "a",', "not JSON: "),
+    (b'{"input": "a", "target": "b"} x', "not JSON: Extra data"),
+    (b"[" * 100_000, "not JSON: "),
+    (b'{"input": "a", "target": "\\ud83d"}', "not JSON: .*surrogates"),
+    (b'{"input": "a", "target": "b", "n": ' + b"9" * 5000 + b"}", "not JSON: "),
+    (b'["input"]', r"not a JSON object: \['input'\]"),
+    (b"null", "not a JSON object: None"),
+    (lines({"target": "b"}), "'input': expected a text that is not empty, found None"),
+    (lines({"input": "", "target": "b"}), "'input': expected a text that is not empty, found ''"),
+    (lines({"input": " \n", "target": "b"}), "'input': expected a text that is not empty"),
+    (lines({"input": ["a"], "target": "b"}), r"'input': expected a text that is not empty, found \['a'\]"),
+    (lines({"input": "a"}), "expected either 'target', or 'choices' and 'label'; found 'input'"),
+    (lines({"input": "a", "target": "b", "choices": ["b"], "label": 0}), "expected either 'target', or"),
+    (lines({"input": "a", "target": " "}), "'target': expected a text that is not empty"),
+    (lines({"input": "a", "target": 4}), "'target': expected a text that is not empty, found 4"),
+    (lines({"input": "a", "choices": [], "label": 0}), r"'choices' is \[\], expected a list"),
+    (lines({"input": "a", "choices": "bc", "label": 0}), "'choices' is 'bc', expected a list"),
+    (lines({"input": "a", "choices": None, "label": 0}), "'choices' is None, expected a list"),
+    (lines({"input": "a", "choices": ["b", ""], "label": 0}), "'choices': expected a text that is not empty, found ''"),
+    (lines({"input": "a", "choices": ["b", 1], "label": 0}), "'choices': expected a text that is not empty, found 1"),
+    (lines({"input": "a", "choices": ["b", "c", "b"], "label": 0}), "'choices' has the same text twice"),
+    (lines({"input": "a", "choices": ["b", "c"]}), "'label' is None, expected .* 0 to 1"),
+    (lines({"input": "a", "choices": ["b", "c"], "label": 2}), "'label' is 2, expected .* 0 to 1"),
+    (lines({"input": "a", "choices": ["b", "c"], "label": -1}), "'label' is -1, expected .* 0 to 1"),
+    (lines({"input": "a", "choices": ["b", "c"], "label": "b"}), "'label' is 'b', expected .* 0 to 1"),
+    (lines({"input": "a", "choices": ["b", "c"], "label": True}), "'label' is True, expected .* 0 to 1"),
+    (lines({"input": "a", "choices": ["b", "c"], "label": 1.0}), "'label' is 1.0, expected .* 0 to 1"),
+    ('{"input": "café", "target": "b"}'.encode("latin-1"), "not UTF-8 text"),
+    ('{"input": "a", "target": "b"}'.encode("utf-16"), "not UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=[words for _, words in BAD_LINES])
+def test_a_bad_row_is_reported_with_file_line_and_what_is_wrong(tmp_path, line, words):
+    good = lines(choice(0) if b"choices" in line and b"target" not in line else target(0))
+    (tmp_path / "train.jsonl").write_bytes(good + b"\n" + line.rstrip() + b"\n" + good)
+    (tmp_path / "val.jsonl").write_bytes(good)
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}/train\.jsonl:3: {words}[^\n]*\Z") as error:
+        load_task(str(tmp_path))
+    assert len(str(error.value)) < len(str(tmp_path)) + 250
+    assert str(error.value).count(str(tmp_path)) == 1, "one bad row, one report"
+
+
+def test_a_choice_may_lack_its_label_in_test_only(tmp_path):
+    (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
+    (tmp_path / "test.jsonl").write_bytes(
+        lines({**choice(0), "label": True}, {**choice(0), "label": 2}, choice(0, label=-1))
+    )
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: 'label' is True.*test\.jsonl:2: 'label' is 2[^;]*\Z"):
+        load_task(str(tmp_path))
+
+
+def test_bad_rows_of_all_files_are_in_one_error_five_written_out_and_the_rest_counted(tmp_path):
+    bad = [{"input": "a"}] * 3
+    (tmp_path / "train.jsonl").write_bytes(lines(*bad, target(0)))
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad))
+    with pytest.raises(ValueError, match=r"; and 1 more\Z") as error:
+        load_task(str(tmp_path))
+    places = [part.split(": ")[0] for part in str(error.value).split(f"{tmp_path}/")[1:]]
+    assert places == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3", "val.jsonl:2", "val.jsonl:3"]
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad[:2]))
+    with pytest.raises(ValueError, match="expected either") as error:
+        load_task(str(tmp_path))
+    assert "more" not in str(error.value)
+
+
+def test_a_file_in_another_encoding_is_one_report_and_not_one_for_each_line(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"input": "é", "target": "é"}\n'.encode("latin-1") * 9)
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: not UTF-8 text\Z"):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", "\ufeff".encode()])
+def test_an_empty_file_is_an_error_beside_those_of_other_files(tmp_path, content):
+    (tmp_path / "train.jsonl").write_bytes(lines({"input": "a"}))
+    (tmp_path / "val.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: expected .*val\.jsonl: no rows\Z"):
+        load_task(str(tmp_path))
+
+
+def test_a_file_that_may_not_be_read_is_an_error_like_any_other(tmp_path, monkeypatch):
+    (tmp_path / "val.jsonl").touch()
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # and not chmod, which root ignores
+    with pytest.raises(ValueError, match=r"val\.jsonl: Permission denied\Z"):
+        load_task(str(tmp_path))
+
+
+def test_both_kinds_of_rows_are_an_error_in_one_file_and_across_files(tmp_path):
+    (tmp_path / "one.jsonl").write_bytes(lines(target(0), choice(1), target(2)))
+    with pytest.raises(ValueError, match=r"one\.jsonl: 2 rows have 'target', the others 'choices'"):
+        load_task(str(tmp_path / "one.jsonl"))
+    (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
+    (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
+    with pytest.raises(ValueError, match=r"train\.jsonl, .*val\.jsonl: 1 rows have 'target'"):
+        load_task(str(tmp_path))
+
+
+def test_a_folder_with_no_known_file(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"has none of train\.jsonl, validation\.jsonl \(or val, dev\), test\.jsonl"):
+        load_task(str(tmp_path))
+
+
+def test_a_folder_with_two_files_for_one_split(tmp_path):
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    (tmp_path / "dev.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"has val\.jsonl and dev\.jsonl: keep one"):
+        load_task(str(tmp_path))
+
+
+def test_a_folder_with_nothing_to_report_on(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(choice(0)))
+    (tmp_path / "test.jsonl").write_bytes(lines({"input": "a", "choices": ["b"]}, choice(0)))
+    with pytest.raises(ValueError, match="no labelled rows to report on"):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.json", "mine"])
+def test_an_unknown_suffix(tmp_path, name):
+    (tmp_path / name).write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
+        load_task(str(tmp_path / name))
+
+
+def test_an_unknown_name_gets_the_nearest_one_and_the_list():
+    for name in ("rtee", "RTE"):
+        with pytest.raises(ValueError, match=rf"'{name}' .*did you mean 'rte'\? Known tasks: .*cb, .*copa, .*rte"):
+            load_task(name)
+    for name in ("no/such/file.jsonl", "", "zzzzzz", "x" * 5000, "a\0b"):
+        with pytest.raises(ValueError, match="is no task, file or folder: Known tasks: "):
+            load_task(name)
+
+
+# Ids and batches
+
+
+class Letters:
+    """A tokenizer of one id a letter; 1 ends whatever has an end."""
+
+    pad_id = 0
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def encode_target(self, text, end):
+        return [ord(letter) for letter in text] + [1] * end
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_an_example_is_the_ids_of_its_texts(end):
+    example = encode_example(Rendered("ab", ["c", "de"], 1), Letters(), end=end)
+    assert example == Example([97, 98], [[99] + [1] * end, [100, 101] + [1] * end], 1)
+
+
+def test_a_batch_is_padded_on_the_right_and_missing_choices_are_masked():
+    examples = [Example([7, 8, 9], [[1], [2, 3]], 1), Example([5], [[4, 5, 6]], -1)]
+    batch = collate(examples, pad_id=99)
+    assert batch.source_BM.tolist() == [[7, 8, 9], [5, 99, 99]]
+    assert batch.mask_BM.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.target_BCL.tolist() == [[[1, 99, 99], [2, 3, 99]], [[4, 5, 6], [99, 99, 99]]]
+    assert batch.target_mask_BCL.int().tolist() == [[[1, 0, 0], [1, 1, 0]], [[1, 1, 1], [0, 0, 0]]]
+    assert batch.label_B.tolist() == [1, -1]
+    assert [x.dtype for x in batch] == [torch.long, torch.bool, torch.long, torch.bool, torch.long]
+
+
+IDS = st.lists(st.integers(0, 50), min_size=1, max_size=6)
+EXAMPLES = st.lists(
+    st.tuples(IDS, st.lists(IDS, min_size=1, max_size=4), st.integers(-1, 3)), min_size=1, max_size=5
+).map(lambda rows: [Example(*row) for row in rows])
+
+
+@settings(deadline=None, max_examples=60)
+@given(EXAMPLES, st.integers(0, 50))
+def test_masks_give_back_exactly_what_went_in_even_if_the_padding_is_a_real_id(examples, pad_id):
+    batch = collate(examples, pad_id)
+    for b, example in enumerate(examples):
+        assert batch.source_BM[b][batch.mask_BM[b]].tolist() == example.source
+        targets = [
+            batch.target_BCL[b, c][batch.target_mask_BCL[b, c]].tolist() for c in range(batch.target_BCL.shape[1])
+        ]
+        assert targets == example.targets + [[]] * (len(targets) - len(example.targets))
+        assert (batch.source_BM[b][~batch.mask_BM[b]] == pad_id).all()
+        assert (batch.target_BCL[b][~batch.target_mask_BCL[b]] == pad_id).all()
+    assert batch.source_BM.shape[1] == max(len(example.source) for example in examples)
+    assert batch.target_BCL.shape[1] == max(len(example.targets) for example in examples)
+    assert batch.label_B.tolist() == [example.label for example in examples]
+
+
+@pytest.mark.parametrize(
+    "bad", [Example([], [[1]], 0), Example([1], [], 0), Example([1], [[]], 0), Example([1], [[2], []], 0)]
+)
+def test_a_batch_with_nothing_to_read_or_to_score_is_an_error(bad):
+    with pytest.raises(ValueError, match="example 1 of the batch"):
+        collate([Example([1], [[1]], 0), bad], 0)
+
+
+# The order of rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**32 - 1))
+def test_batches_are_a_stream_of_permutations_and_every_step_can_be_asked_for_alone(n_rows, batch_size, seed):
+    n_steps = 3 * n_rows // batch_size + 2
+    batches = [order(n_rows, batch_size, seed)(step) for step in reversed(range(n_steps))][::-1]
+    assert {len(batch) for batch in batches} == {batch_size}
+    stream = list(chain(*batches))
+    for epoch in range(len(stream) // n_rows):
+        assert sorted(stream[epoch * n_rows : (epoch + 1) * n_rows]) == list(range(n_rows))
+    same = order(n_rows, batch_size, seed)
+    assert [same(step) for step in range(n_steps)] == batches
+    smaller = order(n_rows, 1, seed)
+    assert [smaller(step)[0] for step in range(len(stream))] == stream, "the stream does not depend on the batch size"
+
+
+def test_epochs_and_seeds_have_permutations_of_their_own():
+    epochs = [tuple(order(100, 100, seed)(epoch)) for seed in (0, 1, 2) for epoch in range(3)]
+    assert len(set(epochs)) == 9
+
+
+def test_the_order_does_not_depend_on_the_machine_or_the_version():
+    assert [order(5, 2, 7)(step) for step in (0, 1, 2, 1000)] == [[4, 1], [2, 3], [0, 3], [3, 4]]
