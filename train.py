@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,8 +124,10 @@ def run(config, folder, saved, signals):
     dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
     torch.use_deterministic_algorithms(config.deterministic)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
     task = minia3.load_task(config.task, config.data_dir, config.shots, config.seed)
+    notes = list(task.notes)
     if folder:
         runs.record_data(folder, task.checksums)
     model = minia3.load_model(config.model, dtype=dtype, device=device)
@@ -133,8 +136,10 @@ def run(config, folder, saved, signals):
         model.double()  # the vectors too, which are float32 otherwise
     minia3.freeze(model)
     set_dropout(model, config.dropout)
-    if config.adapter:
-        minia3.load_adapter(model, config.adapter)
+    if config.adapter is not None:
+        with warnings.catch_warnings(record=True) as warned:
+            minia3.load_adapter(model, config.adapter)
+        notes += [str(warning.message) for warning in warned]
     trainable = sum(vector[0].numel() for vector in minia3.vectors(model).values())
     total = sum(p.numel() for p in model.parameters()) - trainable
     if total < 10**7:
@@ -150,14 +155,13 @@ def run(config, folder, saved, signals):
         train_rows, held_out = task.train[:-n], task.train[-n:]
     trains = config.method == "ia3" and not config.eval_only
     if trains and not train_rows:
-        kept = ", as --eval-every holds the only one out" if held_out else ""
-        raise ValueError(f"{task.name}: no rows to train on{kept}: expected one or more in train.jsonl")
+        kept = " beside those which --eval-every holds out" if held_out else ""
+        raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
     print(f"task     {task.name}: {len(train_rows)} rows to train on, {len(rows)} of {split} to report on")
     family = known(config.model).family if known(config.model) else None
     prompts = for_family(task.prompts, family)
     if config.eval_prompt >= len(prompts):
         raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected 0 to {len(prompts) - 1} for {task.name}")
-    notes = list(task.notes)
     if held_out:
         notes.append(f"the best vectors are chosen on {len(held_out)} rows that are neither trained nor reported on")
     if family in task.seen:
@@ -175,21 +179,17 @@ def run(config, folder, saved, signals):
         max_new_tokens=config.max_new_tokens,
         batch_size=config.eval_batch_size,
     )
-    saved = saved or {
-        **{"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "metrics": 0, "finished": False},
-        **{
-            "losses": [],
-            "tokens": 0,
-            "logged": 0.0,
-        },  # since the last line of metrics.jsonl, which was at "logged" seconds
-    }
+    batches = draw(config, task, train_rows, prompts, tokenizer) if trains else []
+    begun = {"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "metrics": 0, "finished": False}
+    unlogged = {"losses": [], "tokens": 0, "logged": 0.0}  # since the last line of metrics.jsonl, at "logged" seconds
+    saved = saved or begun | unlogged
     if "before" not in saved:
         saved["before"] = measure(rows)
         saved["metrics"] = metrics.write(event="before", step=0, metric=task.metric, **saved["before"])
     before = after = saved["before"]
     print(f"before   {runs.describe(task.metric, before)}", flush=True)
     if trains:
-        train(config, model, tokenizer, task, train_rows, prompts, held_out, measure, folder, metrics, saved, signals)
+        train(config, model, tokenizer.pad_id, task, batches, held_out, measure, folder, metrics, saved, signals)
         minia3.save_adapter(model, folder / "adapter")
         after = measure(rows)
         print(f"after    {runs.describe(task.metric, after)}")
@@ -218,11 +218,10 @@ def run(config, folder, saved, signals):
     runs.report(config, folder, final)
 
 
-def train(config, model, tokenizer, task, rows, prompts, held_out, measure, folder, metrics, saved, signals):
-    """The loop. `saved` is where the run stands, and what a checkpoint holds; its "step" counts the steps done."""
-    device, vectors = model.embed.weight.device, minia3.vectors(model)
+def draw(config, task, rows, prompts, tokenizer):
+    """-> the examples of each step. Each time that a row comes, its prompt is drawn anew, as in T-Few."""
     rows_of = order(len(rows), config.batch_size, config.seed)
-    plan = []  # for each step, a row and a prompt for each example: drawn anew each time, as in T-Few
+    plan = []  # for each step, a row and a prompt for each example
     for step in range(config.steps):
         drawn = np.random.RandomState([config.seed, 1, step]).randint(len(prompts), size=config.batch_size)
         plan.append(list(zip(rows_of(step), drawn.tolist(), strict=True)))
@@ -232,7 +231,12 @@ def train(config, model, tokenizer, task, rows, prompts, held_out, measure, fold
     examples = dict(zip(pairs, examples, strict=True))
     if n_cut:
         print(f"note     {n_cut} of {len(pairs)} training inputs are cut to {config.max_length} tokens (--max-length)")
+    return [[examples[pair] for pair in step] for step in plan]
 
+
+def train(config, model, pad_id, task, batches, held_out, measure, folder, metrics, saved, signals):
+    """The loop. `saved` is where the run stands, and what a checkpoint holds; its "step" counts the steps done."""
+    device, vectors = model.embed.weight.device, minia3.vectors(model)
     if config.optimizer == "adafactor":
         optimizer = Adafactor(vectors.values(), lr=config.lr)
     else:
@@ -267,13 +271,13 @@ def train(config, model, tokenizer, task, rows, prompts, held_out, measure, fold
 
             began, signals.in_step = time.perf_counter(), True
             model.train()
-            batch = [examples[pair] for pair in plan[step]]
-            whole = collate(batch, tokenizer.pad_id)
+            batch = batches[step]
+            whole = collate(batch, pad_id)
             n = counts(whole.target_mask_BCL, whole.label_B)
             micro = config.micro_batch_size or len(batch)
             step_loss = 0.0
             for first in range(0, len(batch), micro):
-                part = collate(batch[first : first + micro], tokenizer.pad_id)
+                part = collate(batch[first : first + micro], pad_id)
                 part = part._make(x.to(device) for x in part)
                 logp_BCL = choice_logprobs(model, part)
                 loss = total_loss(logp_BCL, part.target_mask_BCL, part.label_B, config.losses.split(","), n)

@@ -55,13 +55,11 @@ def parse(cls, argv, description):
 
 
 def check(config):
-    """Raise ValueError for the first field whose value is of another type or out of its limits."""
+    """Raise ValueError for the first field whose value is of another type, empty or out of its limits."""
     for field in dataclasses.fields(config):
         value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
-        if not isinstance(value, kinds + (int,) * (float in kinds)):
-            raise ValueError(
-                f"{option(field.name)} is {value!r}, expected {' or '.join(kind.__name__ for kind in kinds)}"
-            )
+        if value == "" or not isinstance(value, kinds + (int,) * (float in kinds)):
+            raise ValueError(f"{option(field.name)} is {value!r}, expected {kinds[0].__name__}")
         for name, limit in field.metadata["limits"].items() if value is not None else ():
             if not TESTS[name](value, limit):
                 raise ValueError(f"{option(field.name)} is {value!r}, expected {name.replace('_', ' ')} {limit}")

@@ -71,13 +71,16 @@ def read_config(path):
     if path.is_file():
         from minia3 import gguf_file
 
-        return from_hf(gguf_file.config(path))
-    config = from_hf(files.read_json(path / "config.json"))
-    if (path / "generation_config.json").exists():
-        eos = files.read_json(path / "generation_config.json").get("eos_token_id")
-        if eos is not None:
-            config = replace(config, eos_ids=token_ids(eos))
-    return config
+        raw = gguf_file.config(path)
+    else:
+        raw = files.read_json(path / "config.json")
+    try:
+        config = from_hf(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    generation = path / "generation_config.json"
+    eos = files.read_json(generation).get("eos_token_id") if generation.exists() else None
+    return config if eos is None else replace(config, eos_ids=token_ids(eos))
 
 
 def read_entries(path):

@@ -73,9 +73,8 @@ def begin(folder, values):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder)
-        if found := [
-            name for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter") if (folder / name).exists()
-        ]:
+        names = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter")
+        if found := [name for name in names if (folder / name).exists()]:
             raise ValueError(
                 f"{folder} holds a run already ({', '.join(found)}): go on with --resume, give another --out, "
                 "or remove the folder"

@@ -1,0 +1,190 @@
+"""Guards `python -m minia3 info`: its numbers are those of the model that is loaded and of the files that are written;
+neither a network nor weights are needed to know them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import LLAMA_PEERS, T5_PEERS
+from test_models import TOTALS, VECTORS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import minia3
+from minia3.__main__ import info, kept_for_backward, main
+from minia3.generation import logprobs
+from minia3.models import KNOWN
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a network is asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+def cells(name):
+    """The lines that have a title."""
+    return {title: text for title, text in info(name) if title}
+
+
+def test_t5_base_from_the_command_line_without_a_network(tmp_path):
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "minia3", "info", "t5-base"]
+    root = os.path.dirname(os.path.dirname(minia3.__file__))
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for number in ("129,024", "222,903,552", "0.058%"):
+        assert number in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(VECTORS.keys() | TOTALS.keys()))
+def test_every_known_name_has_its_numbers_without_a_network(name, monkeypatch):
+    monkeypatch.setattr("minia3.files._fetch", lambda *args: 0 / 0)
+    found = cells(name)
+    adapter, base = int(found["adapter"].split()[0].replace(",", "")), int(found["parameters"].replace(",", ""))
+    assert adapter == VECTORS.get(name, adapter)
+    assert base == TOTALS.get(name, base)
+    assert found["adapter"] == f"{adapter:,} numbers, {adapter / base:.3%} of the base"
+    assert found["model"] == KNOWN[name].repo
+    serve = {dtype: float(found[dtype].split(" GB to serve")[0].replace(",", "")) for dtype in ("float32", "bfloat16")}
+    assert serve["float32"] == pytest.approx((4 * base + 4 * adapter) / 1e9, abs=0.006)
+    assert serve["bfloat16"] == pytest.approx((2 * base + 4 * adapter) / 1e9, abs=0.006)
+    for dtype in serve:
+        assert float(found[dtype].split(", ")[-1].split(" GB to train")[0].replace(",", "")) > serve[dtype]
+    assert float(found["its file"].split()[0]) == pytest.approx(4 * adapter / 1e6, rel=0.1, abs=0.02)
+
+
+def test_the_embedded_model_is_what_its_row_says():
+    model = minia3.load_model("tiny-t5")
+    adapter = sum(vector.numel() for vector in minia3.vectors(model).values())
+    assert cells("tiny-t5")["parameters"] == f"{sum(p.numel() for p in model.parameters()) - adapter:,}"
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        (
+            "t5-base",
+            [
+                "T5, encoder-decoder, its embedding is its head",
+                "12 encoder, 12 decoder",
+                "model 768",
+                "12 heads of 64",
+                "3072 (relu)",
+                "32,128",
+            ],
+        ),
+        ("t5-3b", ["32 heads of 128", "model 1024"]),
+        ("flan-t5-base", ["a head of its own", "2048 (gated gelu)"]),
+        (
+            "llama-3-8b",
+            ["LLaMA, decoder-only, a head of its own", "32 heads, 8 of keys and values, of 128", "14336 (gated silu)"],
+        ),
+        ("llama-3.2-1b", ["its embedding is its head", "model 2048"]),
+        ("google-t5/t5-base", ["google-t5/t5-base", "129,024"]),
+        ("HuggingFaceTB/SmolLM2-135M", ["134,515,008"]),
+    ],
+)
+def test_a_model_is_described(name, texts, capsys):
+    assert main(["info", name]) == 0
+    out = capsys.readouterr().out
+    for text in texts:
+        assert text in out
+
+
+@pytest.mark.parametrize("name", [*T5_PEERS, *LLAMA_PEERS])
+def test_a_folder_is_described_from_its_config_alone_as_what_is_loaded(name, peer, loaded, tmp_path):
+    shutil.copy(peer(name).folder / "config.json", tmp_path)
+    model = loaded(name)
+    adapter = sum(vector.numel() for vector in minia3.vectors(model).values())
+    found = cells(tmp_path)
+    if name not in ("t5-v1.1", "t5-unscaled", "t5-deep-decoder", "mt5"):  # the file decides, not the config
+        assert found["parameters"] == f"{sum(p.numel() for p in model.parameters()) - adapter:,}"
+    assert found["adapter"].startswith(f"{adapter:,} numbers, ")
+    minia3.save_adapter(model, tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert found["its file"] == f"{size / 1e6:.2f} MB"
+
+
+@contextmanager
+def counting(model):
+    """-> a dict of the storages that autograd keeps, other than the model's."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own and storage.nbytes():
+            kept[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "t5-wide", "llama-mha", "llama-gqa", "llama3"])
+def test_what_backward_needs_is_what_a_real_step_keeps(name, dtype, loaded):
+    model = loaded(name, dtype=dtype).train()
+    minia3.freeze(model)
+    source, target = torch.ones(3, 17, dtype=torch.long), torch.ones(3, 5, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), counting(model) as kept:
+        logprobs(model, model.start(source), target)
+    expected = sum(storage.nbytes() for storage in kept.values())
+    assert kept_for_backward(model.config, dtype, batch=3, length=17, target=5) == expected > 10_000
+
+
+def test_to_train_is_weights_vectors_their_gradient_their_state_and_what_backward_needs():
+    config = KNOWN["t5-small"].config
+    kept = kept_for_backward(config, torch.bfloat16, 8, 128, 8)
+    total = 2 * TOTALS["t5-small"] + 3 * 4 * VECTORS["t5-small"] + kept
+    assert cells("t5-small")["bfloat16"].endswith(f" {total / 1e9:,.2f} GB to train")
+
+
+def mistakes(arguments, capsys, *parts):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("minia3: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert str(part) in err, err
+
+
+def test_a_mistake_is_one_line(tmp_path, capsys):
+    mistakes(["info", "t5-bsae"], capsys, "t5-bsae", "did you mean t5-base?")
+    mistakes(["info", str(tmp_path / "nowhere")], capsys, "nowhere", "Known names")
+    mistakes(["info", str(tmp_path)], capsys, "config.json", "not found")
+    mistakes(["inof", "t5-base"], capsys, "inof", "info")
+    mistakes(["info"], capsys, "model", "required")
+    mistakes(["info", "t5-base", "t5-large"], capsys, "t5-large")
+    mistakes([], capsys, "command", "required")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    mistakes(["info", str(tmp_path)], capsys, "bert")
+    (tmp_path / "config.json").write_text("{")
+    mistakes(["info", str(tmp_path)], capsys, "config.json")
+
+
+def test_a_hub_id_that_is_not_known_needs_the_network_and_says_so(capsys, monkeypatch, tmp_path):
+    code = "import sys; from minia3.__main__ import main; sys.exit(main(['info', 'some/model']))"
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    root = os.path.dirname(os.path.dirname(minia3.__file__))
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("minia3: some/model: config.json is not in the cache, and the hub cannot be reached")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])
+def test_help_has_an_example(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    assert "python -m minia3 info t5-base" in " ".join(capsys.readouterr().out.split())
