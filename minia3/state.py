@@ -72,7 +72,7 @@ class State:
 
 
 def mask_to_bias(mask, dtype):
-    """0 where `mask` is True, -inf elsewhere, in the queries' dtype: with another, SDPA is silently wrong on the CPU."""
+    """0 where `mask` is True, -inf elsewhere, in the queries' dtype: another may be silently misread on the CPU."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 

@@ -1,4 +1,4 @@
-"""What the README says is so: its Python runs, its numbers are the code's, its commands have the flags and files they name.
+"""What the README says is so: its Python runs, its numbers are the code's, its commands have the flags they use.
 
 The two commands of its beginning are run by .ci/run, which reads them from there.
 """

