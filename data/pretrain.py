@@ -234,6 +234,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="20 steps: to see that it runs, not to make a model")
     parser.add_argument("--details", nargs="+", choices=DETAILS, default=[SHIPPED], help="held-out tasks to write")
     args = parser.parse_args()
+    if args.quick and args.out.resolve() == HERE:
+        parser.error("--quick would write over the shipped model: give an --out")
 
     torch.set_num_threads(1)  # the model is small, and the same machine gives the same bits
     model, tokenizer = pretrain(args.seed, 20 if args.quick else args.steps)

@@ -44,17 +44,21 @@ def info(name_or_path, batch=8, length=128, target=8):
     yield "adapter", f"{adapter:,} numbers, {adapter / base:.3%} of the base"
     for name, vector in vectors(model).items():
         place(model, f"{name}.scale", torch.ones(vector.shape))
-    yield "its file", f"{len(save(adapter_tensors(model))) / 1e6:.2f} MB"
+    yield "its file", size(len(save(adapter_tensors(model))))
     for dtype in (torch.float32, torch.bfloat16):
         weights = base * dtype.itemsize
         serve = weights + 4 * adapter
         train = weights + 3 * 4 * adapter + kept_for_backward(c, dtype, batch, length, target)
-        yield str(dtype).removeprefix("torch."), f"{serve / 1e9:,.2f} GB to serve, {train / 1e9:,.2f} GB to train"
+        yield str(dtype).removeprefix("torch."), f"{size(serve)} to serve, {size(train)} to train"
     yield (
         "",
         "to serve: the weights and an adapter, no caches; to train, at most: also its gradient, Adafactor's state,",
     )
     yield "", f"and what backward needs of {batch} sources of {length} tokens with targets of {target}"
+
+
+def size(n_bytes):
+    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
 
 
 def kept_for_backward(config, dtype, batch, length, target):

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from minia3 import files, names
@@ -53,7 +53,7 @@ def save_adapter(model, folder, adapter=0):
     t5 = isinstance(model, T5)
     sites = ["k", "v", "wo"] if t5 else ["k_proj", "v_proj", "down_proj"]
     with files.replacing(Path(folder) / WEIGHTS[0]) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     files.write_json(
         Path(folder) / "adapter_config.json",
         {

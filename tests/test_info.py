@@ -29,6 +29,11 @@ def no_network(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", refuse)
 
 
+def n_bytes(text):
+    number, unit = text.replace(",", "").split()
+    return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
+
 def cells(name):
     """The lines that have a title."""
     return {title: text for title, text in info(name) if title}
@@ -54,12 +59,11 @@ def test_every_known_name_has_its_numbers_without_a_network(name, monkeypatch):
     assert base == TOTALS.get(name, base)
     assert found["adapter"] == f"{adapter:,} numbers, {adapter / base:.3%} of the base"
     assert found["model"] == KNOWN[name].repo
-    serve = {dtype: float(found[dtype].split(" GB to serve")[0].replace(",", "")) for dtype in ("float32", "bfloat16")}
-    assert serve["float32"] == pytest.approx((4 * base + 4 * adapter) / 1e9, abs=0.006)
-    assert serve["bfloat16"] == pytest.approx((2 * base + 4 * adapter) / 1e9, abs=0.006)
-    for dtype in serve:
-        assert float(found[dtype].split(", ")[-1].split(" GB to train")[0].replace(",", "")) > serve[dtype]
-    assert float(found["its file"].split()[0]) == pytest.approx(4 * adapter / 1e6, rel=0.1, abs=0.02)
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        serve, train = (n_bytes(text.rsplit(" to ", 1)[0]) for text in found[dtype].split(", "))
+        assert serve == pytest.approx(width * base + 4 * adapter, rel=0.006)
+        assert train > serve + 8 * adapter
+    assert n_bytes(found["its file"]) == pytest.approx(4 * adapter, rel=0.1, abs=2e4)
 
 
 def test_the_embedded_model_is_what_its_row_says():
@@ -145,7 +149,7 @@ def test_to_train_is_weights_vectors_their_gradient_their_state_and_what_backwar
     config = KNOWN["t5-small"].config
     kept = kept_for_backward(config, torch.bfloat16, 8, 128, 8)
     total = 2 * TOTALS["t5-small"] + 3 * 4 * VECTORS["t5-small"] + kept
-    assert cells("t5-small")["bfloat16"].endswith(f" {total / 1e9:,.2f} GB to train")
+    assert cells("t5-small")["bfloat16"].endswith(f", {total / 1e6:.2f} MB to train")
 
 
 def mistakes(arguments, capsys, *parts):

@@ -235,6 +235,7 @@ def test_nothing_but_the_vectors_is_trained(tmp_path, monkeypatch):
     moving = minia3.vectors(fresh).keys()
     for (name, before), after in zip(fresh.named_parameters(), trained.parameters(), strict=True):
         assert torch.equal(before, after) != (name.removesuffix(".scale") in moving), name
+        assert after.requires_grad == (name.removesuffix(".scale") in moving), name  # else backward keeps more
     assert not trained.training
 
 
