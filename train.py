@@ -2,7 +2,7 @@
 
     python train.py                                               the embedded model and task, in a minute on a CPU
     python train.py --model t5-base --task rte                    T-Few's recipe on a real model and a real task
-    python train.py --model google/t5-v1_1-base --task rte --shots 32 --seed 1
+    python train.py --model google/flan-t5-small --task cb --shots 32 --seed 1
     python train.py --model path/to/model --task path/to/rows.jsonl
     python train.py --resume runs/t5-base-rte-ia3-0               goes on where a run was stopped
 
@@ -56,13 +56,13 @@ class Config:
         None, "go on with the run in this folder, with the flags of its config.json (default: a new run)"
     )
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)")
-    dtype: str | None = flag(None, "of the base (default: bfloat16 on CUDA, float32 on the CPU)", one_of=tuple(DTYPES))
+    dtype: str | None = flag(None, "float32 (default: on the CPU), bfloat16 (on CUDA), float64", one_of=tuple(DTYPES))
     deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
     # the recipe: T-Few's
     steps: int = flag(1000, "steps of the optimiser", at_least=1)
     batch_size: int = flag(8, "examples per step", at_least=1)
     micro_batch_size: int | None = flag(None, "examples per forward pass, to save memory (default: all)", at_least=1)
-    optimizer: str = flag("adafactor", "adafactor is T-Few's", one_of=("adafactor", "adamw"))
+    optimizer: str = flag("adafactor", "adafactor (T-Few's) or adamw", one_of=("adafactor", "adamw"))
     lr: float = flag(3e-3, "peak learning rate; Adafactor multiplies it by the RMS of each vector", above=0)
     warmup_ratio: float = flag(
         0.06, "share of the steps that warm up linearly; then linear decay to 0", at_least=0, below=1
