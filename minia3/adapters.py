@@ -31,11 +31,8 @@ def peft_table(model):
     else:
         table = names.expand(names.PEFT_LLAMA, c.n_layers)
     ours = vectors(model)
-    return {theirs: name for theirs, name in table.items() if name in ours and (c_gated(c) or ".wi_1." not in theirs)}
-
-
-def c_gated(config):
-    return getattr(config, "gated", True)
+    plain = isinstance(model, T5) and not c.gated  # has no wi_1
+    return {theirs: name for theirs, name in table.items() if name in ours and not (plain and ".wi_1." in theirs)}
 
 
 def adapter_tensors(model, adapter=0):
