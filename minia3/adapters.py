@@ -1,153 +1,226 @@
-"""Chapter 6, adapters: PEFT's files are our files, and a row of vectors folds into the weights.
+"""Chapter 6, adapters: PEFT's files are our files, T-Few's are read, several mix into one, and rows have names.
 
-W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
+Away from a model an adapter is a dict from our names of vectors ("encoder.blocks.0.attn.l_k") to (D,) float32. Vectors
+that it lacks are ones: adapters of some layers, or of keys and values alone, are adapters.
+
+Shapes: D width of a vector, A rows of a model, P adapters that mix, B batch.
 """
 
-import copy
+import difflib
+import math
+import re
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save
-from torch import nn
 
 from minia3 import files, names
-from minia3.blocks import Attention, FeedForward
-from minia3.ia3 import IA3, vectors
+from minia3.ia3 import vectors as tables
+from minia3.load import FLOATS
 from minia3.models import hub_name
-from minia3.t5 import T5
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+READ = names.PEFT | names.TFEW
+WRITE = {ours: theirs for theirs, ours in names.PEFT.items()}  # of two the last: wo, not wi_1
+INPUTS = (".wo.ia3_l", ".down_proj.ia3_l")  # these scale what goes in, as (1, d); all others what comes out, as (d, 1)
 
 
-def peft_table(model):
-    """PEFT's name -> the name of our vector, for the vectors which this model has.
+class Adapter(NamedTuple):
+    vectors: dict
+    base: str | None  # base_model_name_or_path, where the file says it
 
-    On a gated T5, PEFT scales either the output of wi_1 or the input of wo, which is the same function.
+
+def read_adapter(name_or_path):
+    """A PEFT folder, its .safetensors or .bin alone, T-Few's .pt, or a hub id -> Adapter. No model is needed.
+
+    Raises one ValueError for another kind of adapter, and for all tensors that scale another place or one place twice,
+    have another shape or no floats, or an entry that is not finite.
     """
-    c = model.config
-    if isinstance(model, T5):
-        table = names.expand(names.PEFT_T5, max(c.n_layers, c.n_decoder_layers))
-    else:
-        table = names.expand(names.PEFT_LLAMA, c.n_layers)
-    ours = vectors(model)
-    plain = isinstance(model, T5) and not c.gated  # has no wi_1
-    return {theirs: name for theirs, name in table.items() if name in ours and not (plain and ".wi_1." in theirs)}
+    path, base = files.find_adapter(name_or_path), None
+    if path.is_dir():
+        raw = files.read_json(path / "adapter_config.json")
+        kind, modules, base = (raw.get(key) for key in ("peft_type", "modules_to_save", "base_model_name_or_path"))
+        if kind != "IA3" or modules:
+            raise ValueError(f"{path}: expected PEFT's IA3 and no modules_to_save, found {kind!r} and {modules!r}")
+        path = next((path / x for x in files.ADAPTER_FILES if (path / x).exists()), path / files.ADAPTER_FILES[0])
+    vectors, problems = {}, []
+    for theirs, entry in files.tensors(path).items():
+        name, d = _rename(theirs, READ), math.prod(entry.shape)
+        shape = (1, d) if theirs.endswith(INPUTS) else (d, 1)
+        if name is None or name in vectors:
+            problem = "scales what another vector of the file scales already" if name else "has no place in T5 or LLaMA"
+            problems.append(f"{theirs} {entry.shape} {problem}")
+        elif entry.shape != shape or entry.dtype not in FLOATS:
+            problems.append(f"{theirs} is {entry.dtype} {entry.shape}, expected floats {shape}")
+        else:
+            vector_D = vectors[name] = entry.read().detach().float().flatten()
+            bad = (~vector_D.isfinite()).nonzero().flatten().tolist()
+            problems += [f"{theirs} is {vector_D[i]} at {i}" for i in bad[:1]]
+    if problems or not vectors:
+        raise ValueError(f"{path}: no (IA)^3 adapter: {'; '.join(problems) or 'there are no vectors in it'}")
+    return Adapter(vectors, base if isinstance(base, str) else None)
 
 
-def adapter_tensors(model, adapter=0):
-    """PEFT's name -> row `adapter` of each vector in PEFT's shape, float32."""
-    table = {ours: theirs for theirs, ours in peft_table(model).items()}  # of two names the last: wo, not wi_1
-    return {
-        table[name]: vector[adapter].detach().float().cpu().reshape((1, -1) if name.endswith("l_ff") else (-1, 1))
-        for name, vector in vectors(model).items()
-    }
+def write_adapter(folder, vectors, base=None, card=None):
+    """Write `vectors` as a PEFT folder. base: its model's name or path; card: the text of its README.md.
+
+    PEFT makes vectors in the same places. (Layers behind the last that has one cannot be known here, and get ones.)
+    """
+    tensors, blocks = peft_tensors(vectors), [name.split("blocks.") for name in vectors]  # stack, "0.attn.l_k"
+    depths = {s: 1 + max(int(site.split(".")[0]) for stack, site in blocks if stack == s) for s in dict(blocks)}
+    modules = [theirs.removeprefix("base_model.model.").removesuffix(".ia3_l") for theirs in tensors]
+    kinds = sorted({module.rpartition(".")[2] for module in modules})
+    sites = [ours for ours, theirs in WRITE.items() if theirs.split(".")[-2] in kinds]
+    partial = len(modules) < sum(depths.get(ours.split("blocks.")[0], 1) for ours in sites)
+    targets = modules if partial else kinds
+    inputs = [target for target in targets if f".{target}.ia3_l".endswith(INPUTS)]
+    if partial:  # a regex of modules: PEFT shortens long lists, and then refuses what it has written
+        targets, inputs = ("|".join(map(re.escape, x)) for x in (targets, inputs))
+    config = {
+        "peft_type": "IA3", "task_type": "CAUSAL_LM" if "" in depths else "SEQ_2_SEQ_LM", "inference_mode": True,
+        "base_model_name_or_path": hub_name(base), "revision": None, "modules_to_save": None,
+        "target_modules": targets, "feedforward_modules": inputs, "fan_in_fan_out": False, "init_ia3_weights": True,
+    }  # fmt: skip
+    with files.writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
+        (temporary / files.ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
+        files.write_json(temporary / "adapter_config.json", config)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_adapter(model, folder, adapter=0):
-    """Write row `adapter` as a PEFT adapter: adapter_config.json and adapter_model.safetensors (float32)."""
-    tensors = adapter_tensors(model, _row(model, adapter))
-    t5 = isinstance(model, T5)
-    sites = ["k", "v", "wo"] if t5 else ["k_proj", "v_proj", "down_proj"]
-    with files.replacing(Path(folder) / WEIGHTS[0]) as temporary:
-        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    files.write_json(
-        Path(folder) / "adapter_config.json",
-        {
-            "base_model_name_or_path": hub_name(getattr(model, "name_or_path", None)),
-            "fan_in_fan_out": False,
-            "feedforward_modules": sites[2:],
-            "inference_mode": True,
-            "init_ia3_weights": True,
-            "modules_to_save": None,
-            "peft_type": "IA3",
-            "revision": None,
-            "target_modules": sites,
-            "task_type": "SEQ_2_SEQ_LM" if t5 else "CAUSAL_LM",
-        },
-    )
+def peft_tensors(vectors):
+    """PEFT's name -> the vector in PEFT's shape, float32."""
+    tensors = {_rename(name, WRITE): vector.float().cpu() for name, vector in vectors.items()}
+    return {theirs: x.reshape((1, -1) if theirs.endswith(INPUTS) else (-1, 1)) for theirs, x in tensors.items()}
+
+
+def _rename(name, table):
+    """`name` through a table with {} for the layer, the first number in a name; None where it is not in there."""
+    layer = re.search(r"\.(0|[1-9][0-9]{0,3})\.", name)
+    found = layer and table.get(name.replace(layer[0], ".{}.", 1))
+    return found and found.replace("{}", layer[1])
+
+
+def row_of(model, adapter):
+    """Our name -> (D,) of row `adapter` of the model. Raises ValueError where it has no such row."""
+    if not 0 <= adapter < model.n_adapters:
+        raise ValueError(f"adapter {adapter} is out of range: the model has rows 0 to {model.n_adapters - 1}")
+    return {name: table[adapter].detach() for name, table in tables(model).items()}
+
+
+def save_adapter(model, folder, adapter=0, *, card=None):
+    """Write row `adapter` of the model as a PEFT folder. card: the text of its README.md."""
+    write_adapter(folder, row_of(model, adapter), getattr(model, "name_or_path", None), card)
 
 
 def load_adapter(model, folder_or_file, adapter=0):
-    """Read a PEFT (IA)^3 adapter into row `adapter`. Vectors that it does not have become ones.
+    """Read an adapter (see `read_adapter`) into row `adapter`. Vectors that it lacks become ones.
 
-    folder_or_file: a folder as PEFT writes it, or its adapter_model.safetensors or .bin alone. Raises ValueError for
-    another kind of adapter, and for tensors that this model has no place for, of another shape, or with entries that
-    are not finite, naming all of them. A different base model's name is a warning.
+    Raises ValueError also where it does not fit the model. Another name of its base is a warning.
     """
-    row = _row(model, adapter)
-    path = Path(folder_or_file)
-    if path.is_dir():
-        _check_config(model, files.read_json(path / "adapter_config.json"), path)
-        path = next((path / name for name in WEIGHTS if (path / name).exists()), path / WEIGHTS[0])
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: not found; expected a PEFT adapter: a folder with adapter_config.json and {WEIGHTS[0]}"
-        )
-    table, ours = peft_table(model), vectors(model)
-    found, problems = {}, []
-    for theirs, entry in files.tensors(path).items():
-        if theirs not in table:
-            problems.append(f"{theirs} {entry.shape} has no place in this model")
-            continue
-        d = ours[table[theirs]].shape[1]
-        expected = (1, d) if theirs.endswith((".wo.ia3_l", ".down_proj.ia3_l")) else (d, 1)
-        if entry.shape != expected:
-            problems.append(f"{theirs} has shape {entry.shape}, expected {expected}")
-        elif table[theirs] in found:
-            problems.append(f"{theirs} scales what another vector of the file scales already")
-        else:
-            value = found[table[theirs]] = entry.read().float().flatten()
-            if not value.isfinite().all():
-                problems.append(f"{theirs} has entries that are not finite")
-    if not found and not problems:
-        problems.append("there are no vectors in it")
-    if problems:
-        raise ValueError(f"{path}: not an (IA)^3 adapter of this model: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, vector in ours.items():
-            vector[row] = found[name].to(vector) if name in found else 1.0
+    row_of(model, adapter)
+    fill(model, adapter, fitting(model, read_adapter(folder_or_file), folder_or_file))
 
 
-def _row(model, adapter):
-    if not 0 <= adapter < model.n_adapters:
-        raise ValueError(f"adapter {adapter} is out of range: the model has rows 0 to {model.n_adapters - 1}")
-    return adapter
+@torch.no_grad()
+def fill(model, row, vectors):
+    for name, table_AD in tables(model).items():
+        table_AD[row] = vectors[name].to(table_AD) if name in vectors else 1.0
 
 
-def _check_config(model, raw, path):
-    if raw.get("peft_type") != "IA3":
-        raise ValueError(f"{path}: expected a PEFT adapter of type IA3, found {raw.get('peft_type')!r}")
-    if raw.get("modules_to_save"):
-        raise ValueError(f"{path}: holds whole modules beside its vectors: modules_to_save={raw['modules_to_save']}")
-    base, name = raw.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if base and name and hub_name(base) != hub_name(name):
-        warnings.warn(f"{path} was trained on {base}, and this model is {name}", stacklevel=3)
+def fitting(model, adapter, where):
+    """The vectors of an Adapter that came from `where`. ValueError where the model has no such places."""
+    d = {name: table.shape[1] for name, table in tables(model).items()}
+    wrong = {name: len(x) for name, x in adapter.vectors.items() if len(x) != d.get(name)}
+    if wrong:
+        found = "; ".join(f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items())
+        what = f"found {len(wrong)} vectors that do not fit this {type(model).__name__}: {found}"
+        raise ValueError(f"{where}: an adapter of another base: {what}")
+    name = getattr(model, "name_or_path", None)
+    if adapter.base and name and hub_name(adapter.base) != hub_name(name):
+        warnings.warn(f"{where} was trained on {adapter.base}, and this model is {name}", stacklevel=3)
+    return adapter.vectors
 
 
-def merge(model, adapter=0):
-    """A new model with row `adapter` folded into its weights, and one row of ones.
+MIX = {  # l (P, D), and w (P, 1), of P adapters
+    "average": lambda l_PD, w_P1: 1 + (w_P1 * (l_PD - 1)).sum(0),
+    "product": lambda l_PD, w_P1: (1 + w_P1 * (l_PD - 1)).prod(0),
+    "power": lambda l_PD, w_P1: (l_PD**w_P1).prod(0),
+}
 
-    The product is made in float32 at least and rounded once. Tensors that do not change are shared with `model`, which
-    stays as it is.
+
+def mix(parts, how="average"):
+    """One adapter out of several. parts: a list of (vectors, weight) -> vectors.
+
+    average    1 + sum_i w_i (l_i - 1)
+    product    prod_i (1 + w_i (l_i - 1))
+    power      prod_i l_i ** w_i, for positive entries
+
+    1 changes nothing, and vectors that an adapter lacks count as ones. Raises ValueError for adapters of different
+    architectures or widths, and, saying where, for entries that are not positive (power) or come out infinite.
     """
-    row = _row(model, adapter)
-    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    merged = copy.deepcopy(model, shared)
-    merged.n_adapters = 1
-    for module in merged.modules():
-        if isinstance(module, Attention):
-            _fold(module.k, module.l_k.scale[row, :, None])
-            _fold(module.v, module.l_v.scale[row, :, None])
-        elif isinstance(module, FeedForward):
-            _fold(module.down, module.l_ff.scale[row])
-    for module in merged.modules():
-        if isinstance(module, IA3):
-            module.scale = nn.Parameter(torch.ones_like(module.scale[:1]), module.scale.requires_grad)
-    return merged
+    if how not in MIX or not parts:
+        raise ValueError(f"expected adapters and one of {', '.join(MIX)}, found {len(parts)} adapters and {how!r}")
+    mixed, w_P1 = {}, torch.tensor([[weight] for _, weight in parts], dtype=torch.float64)
+    for name in dict.fromkeys(name for vectors, _ in parts for name in vectors):
+        first, d = next(iter(mixed), name), {len(vectors[name]) for vectors, _ in parts if name in vectors}
+        if len(d) > 1 or name.startswith("blocks.") != first.startswith("blocks."):
+            raise ValueError(f"adapters of different bases do not mix: {first}, and {name} of {sorted(d)} entries")
+        l_PD = torch.stack([vectors.get(name, torch.ones(*d)) for vectors, _ in parts]).double()
+        mixed[name] = MIX[how](l_PD, w_P1).float()
+        bad = ~mixed[name].isfinite() | (how == "power") & (l_PD <= 0).any(0)
+        for i in bad.nonzero()[:1].flatten().tolist():
+            raise ValueError(f"{name} at {i}: the {how} of {l_PD[:, i].tolist()} is not a finite number")
+    return mixed
 
 
-def _fold(linear, factors):
-    weight = linear.weight.detach()
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) * factors.detach()
-    linear.weight = nn.Parameter(wide.to(weight.dtype), linear.weight.requires_grad)
+class Adapters(dict):
+    """Names for the rows of a model in use: name -> row. Row 0 is the base, all ones, and its name is None.
+
+    A state that has been started goes on while others are added or removed. An unknown name is a ValueError.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        fill(model, 0, {})
+
+    def load(self, name, name_or_path):
+        """Add an adapter (see `load_adapter`) under a new name, or in place of the one that has the name."""
+        if not isinstance(name, str):
+            raise ValueError(f"expected a text as the name of an adapter, found {name!r} (None is the base)")
+        self._add({name: name_or_path})
+
+    def load_folder(self, folder):
+        """Add every sub-folder that is an adapter under its own name: all of them, or ValueError and none."""
+        paths = {path.parent.name: path.parent for path in sorted(Path(folder).glob("[!.]*/adapter_config.json"))}
+        if not paths:
+            raise ValueError(f"{folder}: expected sub-folders with an adapter_config.json, found none")
+        self._add(paths)
+
+    def _add(self, paths):
+        added = {name: fitting(self.model, read_adapter(path), path) for name, path in paths.items()}
+        free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
+        rows = {name: self.get(name) or next(free) for name in added}
+        while self.model.n_adapters <= max(rows.values()):  # twice as many rows, in the same parameters
+            for table_AD in tables(self.model).values():
+                table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
+            self.model.n_adapters *= 2
+        for name, vectors in added.items():
+            fill(self.model, rows[name], vectors)
+        self.update(rows)
+
+    def remove(self, name):
+        """Forget a name; its row is ones again, and free."""
+        fill(self.model, self[name], {})
+        del self[name]
+
+    def rows(self, names):
+        """(B,) long: the row of each name (None: the base), as `start` takes them."""
+        rows = [0 if name is None else self[name] for name in names]
+        return torch.tensor(rows, dtype=torch.long, device=self.model.embed.weight.device)
+
+    def __missing__(self, name):
+        near = ", ".join(difflib.get_close_matches(str(name), self, n=1, cutoff=0)) or "none"
+        raise ValueError(f"there is no adapter {name!r}; the nearest of {len(self)} names: {near}")

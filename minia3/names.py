@@ -1,4 +1,4 @@
-"""Chapter 6, the tables. Checkpoint names -> ours, one literal table per architecture, and PEFT's names for adapters.
+"""Chapter 6, the tables. Checkpoint names -> ours, one literal table per architecture; PEFT's and T-Few's for adapters.
 
 `{}` is the layer's number. None: a tensor that is knowingly passed over, with the reason beside it. Export reads the
 same tables backwards; a test demands that the right-hand sides are exactly the model's parameters.
@@ -48,24 +48,26 @@ T5_GATED = {
     "decoder.block.{}.layer.2.DenseReluDense.wi_1.weight":                       "decoder.blocks.{}.ffn.up.weight",
 }
 
-LLAMA = {
-    "model.embed_tokens.weight":                         "embed.weight",
-    "model.layers.{}.input_layernorm.weight":            "blocks.{}.attn_norm.weight",
-    "model.layers.{}.self_attn.q_proj.weight":           "blocks.{}.attn.q.weight",
-    "model.layers.{}.self_attn.k_proj.weight":           "blocks.{}.attn.k.weight",
-    "model.layers.{}.self_attn.v_proj.weight":           "blocks.{}.attn.v.weight",
-    "model.layers.{}.self_attn.o_proj.weight":           "blocks.{}.attn.o.weight",
-    "model.layers.{}.self_attn.rotary_emb.inv_freq":     None,  # in older files; computed from the config
-    "model.layers.{}.post_attention_layernorm.weight":   "blocks.{}.ffn_norm.weight",
-    "model.layers.{}.mlp.gate_proj.weight":              "blocks.{}.ffn.gate.weight",
-    "model.layers.{}.mlp.up_proj.weight":                "blocks.{}.ffn.up.weight",
-    "model.layers.{}.mlp.down_proj.weight":              "blocks.{}.ffn.down.weight",
-    "model.norm.weight":                                 "norm.weight",
-    "lm_head.weight":                                    "head.weight",
-}
+# LLaMA's, without ".weight": Hugging Face's names, llama.cpp's, Meta's, the axis on which Meta's shards split it, ours.
+LLAMA_TENSORS = [
+    ("model.embed_tokens", "token_embd", "tok_embeddings", 1, "embed"),  # from Llama 3 on, 0
+    ("model.layers.{}.input_layernorm", "blk.{}.attn_norm", "layers.{}.attention_norm", None, "blocks.{}.attn_norm"),
+    ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q", "layers.{}.attention.wq", 0, "blocks.{}.attn.q"),
+    ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k", "layers.{}.attention.wk", 0, "blocks.{}.attn.k"),
+    ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v", "layers.{}.attention.wv", 0, "blocks.{}.attn.v"),
+    ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output", "layers.{}.attention.wo", 1, "blocks.{}.attn.o"),
+    ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm", "layers.{}.ffn_norm", None, "blocks.{}.ffn_norm"),
+    ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate", "layers.{}.feed_forward.w1", 0, "blocks.{}.ffn.gate"),
+    ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up", "layers.{}.feed_forward.w3", 0, "blocks.{}.ffn.up"),
+    ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down", "layers.{}.feed_forward.w2", 1, "blocks.{}.ffn.down"),
+    ("model.norm", "output_norm", "norm", None, "norm"),
+    ("lm_head", "output", "output", 0, "head"),
+]
+LLAMA = {f"{theirs}.weight": f"{ours}.weight" for theirs, *_, ours in LLAMA_TENSORS}
+LLAMA["model.layers.{}.self_attn.rotary_emb.inv_freq"] = None  # in older files; computed from the config
 
 # PEFT scales the output of k and v, stored as (d, 1), and the input of the down projection, stored as (1, d).
-PEFT_T5 = {
+PEFT = {
     "base_model.model.encoder.block.{}.layer.0.SelfAttention.k.ia3_l":       "encoder.blocks.{}.attn.l_k",
     "base_model.model.encoder.block.{}.layer.0.SelfAttention.v.ia3_l":       "encoder.blocks.{}.attn.l_v",
     "base_model.model.encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l":   "encoder.blocks.{}.ffn.l_ff",
@@ -76,14 +78,18 @@ PEFT_T5 = {
     "base_model.model.decoder.block.{}.layer.1.EncDecAttention.v.ia3_l":     "decoder.blocks.{}.cross.l_v",
     "base_model.model.decoder.block.{}.layer.2.DenseReluDense.wi_1.ia3_l":   "decoder.blocks.{}.ffn.l_ff",
     "base_model.model.decoder.block.{}.layer.2.DenseReluDense.wo.ia3_l":     "decoder.blocks.{}.ffn.l_ff",
-}
-
-PEFT_LLAMA = {
-    "base_model.model.model.layers.{}.self_attn.k_proj.ia3_l":   "blocks.{}.attn.l_k",
-    "base_model.model.model.layers.{}.self_attn.v_proj.ia3_l":   "blocks.{}.attn.l_v",
-    "base_model.model.model.layers.{}.mlp.down_proj.ia3_l":      "blocks.{}.ffn.l_ff",
+    "base_model.model.model.layers.{}.self_attn.k_proj.ia3_l":             "blocks.{}.attn.l_k",
+    "base_model.model.model.layers.{}.self_attn.v_proj.ia3_l":             "blocks.{}.attn.l_v",
+    "base_model.model.model.layers.{}.mlp.down_proj.ia3_l":                "blocks.{}.ffn.l_ff",
 }
 # fmt: on
+
+# T-Few's, all stored as (d, 1), read and never written: scaling wi_1's output is scaling the input of wo.
+TFEW = {
+    theirs.removeprefix("base_model.model.").replace(".ia3_l", ".multi_lora_b"): ours
+    for theirs, ours in PEFT.items()
+    if ours.startswith(("encoder", "decoder")) and ".wo." not in theirs
+}
 
 
 def expand(table, n_layers):

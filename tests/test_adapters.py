@@ -1,16 +1,19 @@
-"""Guards adapters: PEFT's folders come in and go out with the same logits on both sides, what is no (IA)^3 adapter of
-the model is refused, and a row folded into the weights computes what the row applied computes."""
+"""Guards adapters: PEFT's folders come in and go out with the same logits on both sides, T-Few's files come in, and
+what is no (IA)^3 adapter, or none of the model, is refused with what was found."""
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
-from conftest import PEERS, T5_PEERS, Peer, logits, make, off, randomize, rms, tokens, with_peft
+from conftest import PEERS, T5_PEERS, Peer, logits, make, off, tokens, with_peft
 from safetensors.torch import load_file, save_file
 
 import minia3
-from minia3.adapters import load_adapter, merge, peft_table, save_adapter
+from minia3 import load, names
+from minia3.adapters import WRITE, load_adapter, read_adapter, save_adapter, write_adapter
+from minia3.models import KNOWN
 
 SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
@@ -96,6 +99,65 @@ def test_a_row_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(loaded, tmp
         assert torch.equal(vector[0], torch.ones_like(vector[0]))
 
 
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "mt5", "llama-gqa"])
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"selected_adapters": ["ours"]}])
+def test_our_adapter_trains_on_in_peft_and_comes_back(loaded, tmp_path, name, partial, options):
+    import peft
+
+    vectors = {n: v[0] for n, v in minia3.vectors(loaded(name, seed=2)).items() if not (partial and "1.attn" in n)}
+    write_adapter(tmp_path / "ours", vectors)
+    adapter = "ours" if "selected_adapters" in options else "default"
+    theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours", adapter_name=adapter, is_trainable=True)
+    learning = [p for p in theirs.parameters() if p.requires_grad]
+    assert len(learning) == len(vectors)
+    optimizer = torch.optim.SGD(learning, lr=0.1)
+    for _ in range(3):
+        labels = {"labels": TARGET} if name in T5_PEERS else {"labels": SOURCE}
+        theirs(input_ids=SOURCE, **labels).loss.backward()
+        optimizer.step()
+    expected = Peer(name, None, theirs.eval()).logits(SOURCE, MASK, TARGET)
+    theirs.save_pretrained(tmp_path / "theirs", **options)
+    folder = tmp_path / "theirs" / ("ours" if "selected_adapters" in options else "")
+    files = {path.name for path in folder.iterdir()}
+    assert ("adapter_model.bin" in files) == ("safe_serialization" in options)
+    model = loaded(name, n_adapters=2)
+    load_adapter(model, tmp_path / "ours", adapter=0)
+    load_adapter(model, folder, adapter=1)
+    assert off(logits(model, SOURCE, MASK, TARGET, adapter=1), expected) < 1e-5
+    assert off(logits(model, SOURCE, MASK, TARGET, adapter=0), expected) > 1e-3, "it has learnt"
+    peft.PeftModel.from_pretrained(make(name), folder)  # what PEFT wrote of ours, PEFT reads
+
+
+def test_keys_that_peft_writes_hold_no_name_of_an_adapter(peft_folder):
+    theirs, folder = peft_folder("t5-v1.0")
+    assert any(".ia3_l.default" in n for n in theirs.state_dict())
+    assert not [n for n in load_file(folder / "adapter_model.safetensors") if "default" in n]
+
+
+@pytest.mark.parametrize("name", [*WITH_ALL, "mt5"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"feedforward_modules": None, "target_modules": None},
+        {"target_modules": ".*(k|v|wo|proj)", "auto_mapping": {"a": []}, "peft_version": "9", "inference_mode": False},
+        {"base_model_name_or_path": ["no", "text"]},
+    ],
+)
+def test_what_a_config_says_beside_its_kind_does_not_matter(loaded, peft_folder, name, changes):
+    """Old PEFT left feedforward_modules out, a regex stands for a list, new PEFT says more."""
+    theirs, folder = peft_folder(name)
+    raw = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(
+        json.dumps({key: value for key, value in raw.items() if value is not None})
+    )
+    model = loaded(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, folder)
+    assert off(logits(model, SOURCE, MASK, TARGET), Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)) < 1e-5
+
+
 def test_vectors_on_the_output_of_wi_1_are_those_on_the_input_of_wo(loaded, peft_folder):
     """T-Few's place on a gated T5, and PEFT's default for mT5."""
     options = {"target_modules": ["k", "v", "wi_1"], "feedforward_modules": []}
@@ -107,20 +169,118 @@ def test_vectors_on_the_output_of_wi_1_are_those_on_the_input_of_wo(loaded, peft
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("t5-v1.0", {"target_modules": ["k", "v"], "feedforward_modules": []}),
-        ("t5-v1.0", {"target_modules": ["EncDecAttention.v", "wo"], "feedforward_modules": ["wo"]}),
-        ("llama-gqa", {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}),
-    ],
-)
-def test_vectors_that_an_adapter_does_not_have_become_ones(loaded, peft_folder, name, options):
-    theirs, folder = peft_folder(name, **options)
+PARTIAL = [
+    ("t5-v1.0", ["k", "v"], []),
+    ("t5-v1.0", ["EncDecAttention.v", "wo"], ["wo"]),
+    ("t5-v1.0", r".*\.block\.1\..*\.(k|v)", []),
+    ("t5-wide", r"encoder\..*\.(k|wo)", ["wo"]),
+    ("mt5", r".*\.1\.layer\.\d\..*(k|wi_1)", []),
+    ("llama-gqa", ["down_proj"], ["down_proj"]),
+    ("llama-gqa", r".*\.layers\.1\..*(k_proj|down_proj)", r".*down_proj"),
+]
+
+
+@pytest.mark.parametrize(("name", "targets", "inputs"), PARTIAL)
+def test_vectors_that_an_adapter_does_not_have_become_ones(loaded, peft_folder, name, targets, inputs):
+    theirs, folder = peft_folder(name, target_modules=targets, feedforward_modules=inputs)
     model = loaded(name, seed=1)
     load_adapter(model, folder)
     expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "targets", "inputs"), PARTIAL)
+def test_an_adapter_without_some_vectors_is_written_without_them(peft_folder, tmp_path, name, targets, inputs):
+    import peft
+
+    theirs, folder = peft_folder(name, target_modules=targets, feedforward_modules=inputs)
+    adapter = read_adapter(folder)
+    write_adapter(tmp_path / "ours", *adapter)
+    again = read_adapter(tmp_path / "ours")
+    assert {n: v.tolist() for n, v in again.vectors.items()} == {n: v.tolist() for n, v in adapter.vectors.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
+        ours = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
+    assert len([n for n in ours.state_dict() if "ia3_l" in n]) == len([n for n in theirs.state_dict() if "ia3_l" in n])
+    expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
+    assert off(Peer(name, None, ours).logits(SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+# T-Few's files
+
+
+def t_few(n_layers, d_kv, d_ff, seed=0):
+    """What T-Few's finish.pt holds for a gated T5: all of it (d, 1)."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for stack, attentions in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
+        for i in range(n_layers):
+            widths = {f"layer.{j}.{a}.{x}": d_kv for j, a in enumerate(attentions) for x in "kv"}
+            widths[f"layer.{len(attentions)}.DenseReluDense.wi_1"] = d_ff
+            for site, d in widths.items():
+                vector = 1 + 0.5 * torch.randn(d, 1, generator=generator)
+                tensors[f"{stack}.block.{i}.{site}.multi_lora_b"] = torch.nn.Parameter(vector)
+    return tensors
+
+
+def test_t0_3b_s_vectors_are_converted_without_the_model(tmp_path):
+    tensors = t_few(24, 2048, 5120)
+    assert (len(tensors), sum(x.numel() for x in tensors.values())) == (192, 540_672)
+    torch.save(tensors, tmp_path / "finish.pt")
+    vectors, base = read_adapter(tmp_path / "finish.pt")
+    assert base is None
+    write_adapter(tmp_path / "peft", vectors, "t0-3b")
+    written = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert (len(written), sum(x.numel() for x in written.values())) == (192, 540_672)
+    for theirs, x in tensors.items():
+        name = f"base_model.model.{theirs.replace('multi_lora_b', 'ia3_l').replace('wi_1', 'wo')}"
+        assert torch.equal(written[name], x.T if "wi_1" in theirs else x)
+    raw = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == "bigscience/T0_3B"
+    assert (raw["target_modules"], raw["feedforward_modules"]) == (["k", "v", "wo"], ["wo"])
+    model = load.build(KNOWN["t0-3b"].config)
+    assert {n: tuple(v[0].shape) for n, v in minia3.vectors(model).items()} == {
+        n: tuple(v.shape) for n, v in read_adapter(tmp_path / "peft").vectors.items()
+    }
+
+
+def test_t_few_s_vectors_scale_what_t_few_scaled(loaded, tmp_path):
+    """By hand: the outputs of k, v and wi_1 in transformers' model. PEFT agrees on the converted folder."""
+    import peft
+
+    tensors = t_few(2, 24, 40)
+    torch.save(tensors, tmp_path / "finish.pt")
+    scaled = make("t5-v1.1")
+    for name, x in tensors.items():
+        module = scaled.get_submodule(name.removesuffix(".multi_lora_b"))
+        module.register_forward_hook(lambda module, inputs, out, x=x: out * x.flatten())
+    expected = Peer("t5-v1.1", None, scaled).logits(SOURCE, MASK, TARGET)
+    write_adapter(tmp_path / "peft", read_adapter(tmp_path / "finish.pt").vectors)
+    for path in (tmp_path / "finish.pt", tmp_path / "peft"):
+        model = loaded("t5-v1.1")
+        load_adapter(model, path)
+        assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
+    theirs = peft.PeftModel.from_pretrained(make("t5-v1.1"), tmp_path / "peft").eval()
+    assert off(Peer("t5-v1.1", None, theirs).logits(SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+def test_a_file_of_t_few_with_more_than_vectors_is_refused(tmp_path):
+    for name, value, message in (
+        (
+            "encoder.block.0.layer.0.SelfAttention.k.multi_lora_a",
+            torch.ones(1, 8),
+            r"multi_lora_a \(1, 8\) has no place",
+        ),
+        ("encoder.block.0.layer.1.DenseReluDense.wi_1.multi_lora_b", torch.ones(1, 8), r"expected floats \(8, 1\)"),
+        ("encoder.block.0.layer.1.DenseReluDense.wi_0.multi_lora_b", torch.ones(8, 1), "has no place"),
+        ("encoder.block.0.layer.0.SelfAttention.k.multi_lora_b", print, "damaged, or more than tensors"),
+    ):
+        torch.save({name: value}, tmp_path / "finish.pt")
+        with pytest.raises(ValueError, match=message):
+            read_adapter(tmp_path / "finish.pt")
+
+
+# What is read and written
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
@@ -139,14 +299,35 @@ def test_an_adapter_is_read_from_its_folder_a_bin_or_its_file_alone(loaded, peft
         assert all(torch.equal(v, minia3.vectors(expected)[n]) for n, v in minia3.vectors(model).items())
 
 
-def test_the_tables_have_one_name_of_peft_for_each_vector_and_one_more_for_a_gated_ones_hidden_units(loaded):
+def test_a_card_is_the_readme_and_without_one_there_is_none(loaded, tmp_path):
+    save_adapter(loaded("t5-v1.0"), tmp_path / "with", card="# Grüße\n")
+    save_adapter(loaded("t5-v1.0"), tmp_path / "without")
+    assert (tmp_path / "with" / "README.md").read_text(encoding="utf-8") == "# Grüße\n"
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in (tmp_path / "without").iterdir()} == files
+    assert {path.name for path in (tmp_path / "with").iterdir()} == {*files, "README.md"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_vectors_of_any_float_are_read_as_float32(loaded, tmp_path, dtype):
+    save_adapter(loaded("llama-gqa", seed=1), tmp_path)
+    change(tmp_path, lambda tensors: tensors.update({n: x.to(dtype) for n, x in tensors.items()}))
+    for name, vector in read_adapter(tmp_path).vectors.items():
+        assert vector.dtype == torch.float32
+        assert torch.equal(vector, minia3.vectors(loaded("llama-gqa", seed=1))[name][0].to(dtype).float())
+
+
+def test_the_tables_have_one_name_for_each_vector_and_peft_s_one_more_for_a_gated_one_s_hidden_units(loaded):
     for name in PEERS:
-        model = loaded(name)
-        values = list(peft_table(model).values())
-        assert set(values) == set(minia3.vectors(model))
-        twice = {n for n in values if values.count(n) == 2}
-        gated = name in T5_PEERS and model.config.gated
-        assert twice == {n for n in minia3.vectors(model) if gated and n.endswith("l_ff")}
+        ours, is_t5 = set(minia3.vectors(loaded(name))), name in T5_PEERS
+        peft = {theirs: ours for theirs, ours in names.PEFT.items() if ours.startswith("blocks.") != is_t5}
+        table = names.expand(peft, 3)
+        values = [n for n in table.values() if n in ours]
+        assert set(values) == ours
+        assert {n for n in values if values.count(n) == 2} == {n for n in ours if is_t5 and n.endswith("l_ff")}
+        assert {WRITE[re.sub(r"\d+", "{}", n)] for n in ours} <= peft.keys()
+        if is_t5:
+            assert sorted(n for n in names.expand(names.TFEW, 3).values() if n in ours) == sorted(ours)
 
 
 # What is refused
@@ -161,45 +342,74 @@ def refused(model, path, **options):
     return str(error.value)
 
 
-def test_tensors_that_do_not_fit_are_named_all_at_once(loaded, peft_folder):
+def test_tensors_that_are_no_vectors_are_named_all_at_once(loaded, peft_folder):
     _, folder = peft_folder("t5-v1.0")
     prefix = "base_model.model.encoder.block"
 
     def edit(tensors):
         tensors[f"{prefix}.0.layer.0.SelfAttention.k.ia3_l"] = torch.ones(1, 24)
-        tensors[f"{prefix}.1.layer.0.SelfAttention.v.ia3_l"] = torch.ones(25, 1)
+        tensors[f"{prefix}.0.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, dtype=torch.int64)[None]
         tensors[f"{prefix}.1.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, 1)
-        tensors[f"{prefix}.2.layer.0.SelfAttention.k.ia3_l"] = torch.ones(24, 1)
         tensors[f"{prefix}.0.layer.0.SelfAttention.q.ia3_l"] = torch.ones(24, 1)
-        tensors[f"{prefix}.0.layer.1.DenseReluDense.wi_1.ia3_l"] = torch.ones(40, 1)
-        tensors[f"{prefix}.0.layer.0.SelfAttention.v.ia3_l"][3] = float("nan")
-        tensors[f"{prefix}.1.layer.0.SelfAttention.k.ia3_l"][3] = float("inf")
+        tensors[f"{prefix}.0.layer.1.DenseReluDense.wi_0.ia3_l"] = torch.ones(40, 1)
+        tensors[f"{prefix}.01.layer.0.SelfAttention.v.ia3_l"] = torch.ones(24, 1)
+        tensors[f"{prefix}.0.layer.0.SelfAttention.v.ia3_l"][3:] = float("nan")
+        tensors[f"{prefix}.1.layer.0.SelfAttention.k.ia3_l"][5] = float("-inf")
+        tensors[f"{prefix}.1.layer.0.SelfAttention.v.ia3_l"] = torch.full((24, 1), 1e300, dtype=torch.float64)
 
     change(folder, edit)
     message = refused(loaded("t5-v1.0", seed=1), folder)
-    assert "0.layer.0.SelfAttention.k.ia3_l has shape (1, 24), expected (24, 1)" in message
-    assert "1.layer.0.SelfAttention.v.ia3_l has shape (25, 1), expected (24, 1)" in message
-    assert "1.layer.1.DenseReluDense.wo.ia3_l has shape (40, 1), expected (1, 40)" in message
-    assert "2.layer.0.SelfAttention.k.ia3_l (24, 1) has no place in this model" in message
-    assert "0.layer.0.SelfAttention.q.ia3_l (24, 1) has no place" in message
-    assert "wi_1.ia3_l (40, 1) has no place in this model" in message, "T5 v1.0 has no wi_1"
-    assert "0.layer.0.SelfAttention.v.ia3_l has entries that are not finite" in message
-    assert "1.layer.0.SelfAttention.k.ia3_l has entries that are not finite" in message
+    assert message.startswith(f"{folder / 'adapter_model.safetensors'}: no (IA)^3 adapter: ")
+    assert sorted(message.partition("adapter: ")[2].split("; ")) == [
+        f"{prefix}.{problem}"
+        for problem in (
+            "0.layer.0.SelfAttention.k.ia3_l is torch.float32 (1, 24), expected floats (24, 1)",
+            "0.layer.0.SelfAttention.q.ia3_l (24, 1) has no place in T5 or LLaMA",
+            "0.layer.0.SelfAttention.v.ia3_l is nan at 3",
+            "0.layer.1.DenseReluDense.wi_0.ia3_l (40, 1) has no place in T5 or LLaMA",
+            "0.layer.1.DenseReluDense.wo.ia3_l is I64 (1, 40), expected floats (1, 40)",
+            "01.layer.0.SelfAttention.v.ia3_l (24, 1) has no place in T5 or LLaMA",
+            "1.layer.0.SelfAttention.k.ia3_l is -inf at 5",
+            "1.layer.0.SelfAttention.v.ia3_l is inf at 0",
+            "1.layer.1.DenseReluDense.wo.ia3_l is torch.float32 (40, 1), expected floats (1, 40)",
+        )
+    ]
+
+
+@pytest.mark.parametrize("targets", [["q", "k"], ["k", "o"], ["v", "wi_0"], ["k", "lm_head"]])
+def test_targets_that_have_no_vector_here_are_refused_by_name(loaded, peft_folder, targets):
+    _, folder = peft_folder("t5-v1.1", target_modules=targets, feedforward_modules=[])
+    site = ({*targets} - {"k", "v"}).pop()
+    assert re.search(rf"\.?{site}\.ia3_l \(\d+, 1\) has no place in T5 or LLaMA", refused(loaded("t5-v1.1"), folder))
+
+
+@pytest.mark.parametrize("inputs", [["k"], ["v", "wo"]])
+def test_vectors_on_the_other_side_of_a_place_are_refused(loaded, peft_folder, inputs):
+    """The input of k, or the output of wo, is another function. The shape alone tells."""
+    options = {"target_modules": ["k", "v", "wo"], "feedforward_modules": inputs}
+    _, folder = peft_folder("t5-wide", **options)
+    message = refused(loaded("t5-wide"), folder)
+    assert f"0.SelfAttention.{inputs[0]}.ia3_l is torch.float32 (1, 24), expected floats (24, 1)" in message
 
 
 def test_vectors_for_both_sides_of_one_place_are_refused(loaded, peft_folder):
-    _, folder = peft_folder("t5-v1.1")
-    change(
-        folder,
-        lambda x: x.update({"base_model.model.encoder.block.0.layer.1.DenseReluDense.wi_1.ia3_l": torch.ones(40, 1)}),
-    )
+    _, folder = peft_folder("t5-v1.1", target_modules=["k", "wi_1", "wo"], feedforward_modules=["wo"])
     assert "scales what another vector of the file scales already" in refused(loaded("t5-v1.1"), folder)
 
 
-def test_an_adapter_of_another_architecture_or_size_is_refused(loaded, peft_folder):
+LLAMA_WIDTHS = {"attn.l_k": 12, "attn.l_v": 12, "ffn.l_ff": 40}
+
+
+def test_an_adapter_of_another_base_is_refused_with_what_was_found_and_expected(loaded, peft_folder, tmp_path):
     _, folder = peft_folder("llama-gqa")
-    assert "has no place in this model" in refused(loaded("t5-v1.0"), folder)
-    assert "k_proj.ia3_l has shape (12, 1), expected (24, 1)" in refused(loaded("llama-mha"), folder)
+    start, _, end = refused(loaded("t5-v1.0"), folder).partition("T5: ")
+    assert start == f"{folder}: an adapter of another base: found 6 vectors that do not fit this "
+    widths = {f"blocks.{i}.{site}": d for i in (0, 1) for site, d in LLAMA_WIDTHS.items()}
+    assert sorted(end.split("; ")) == [f"{name} of {d}, expected none" for name, d in sorted(widths.items())]
+    message = refused(loaded("llama-mha"), folder)
+    assert "found 4 vectors that do not fit this Llama: blocks.0.attn.l_k of 12, expected 24; " in message
+    save_adapter(loaded("t5-wide"), tmp_path / "deep")
+    assert "encoder.blocks.2.ffn.l_ff of 40, expected none" in refused(loaded("t5-v1.0"), tmp_path / "deep")
 
 
 def test_other_kinds_of_adapters_are_refused(loaded, tmp_path):
@@ -207,37 +417,40 @@ def test_other_kinds_of_adapters_are_refused(loaded, tmp_path):
 
     lora = peft.get_peft_model(make("llama-gqa"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"]))
     lora.save_pretrained(tmp_path)
-    assert "expected a PEFT adapter of type IA3, found 'LORA'" in refused(loaded("llama-gqa"), tmp_path)
-    assert "lora_A.weight" in refused(loaded("llama-gqa"), tmp_path / "adapter_model.safetensors")
+    expected = f"{tmp_path}: expected PEFT's IA3 and no modules_to_save, found 'LORA' and None"
+    assert refused(loaded("llama-gqa"), tmp_path) == expected
+    assert "k_proj.lora_A.weight (8, 24) has no place" in refused(
+        loaded("llama-gqa"), tmp_path / "adapter_model.safetensors"
+    )
 
 
 def test_whole_modules_beside_the_vectors_are_refused(loaded, peft_folder):
     _, folder = peft_folder("t5-v1.1", modules_to_save=["lm_head"])
-    assert "modules_to_save=['lm_head']" in refused(loaded("t5-v1.1"), folder)
+    assert "no modules_to_save, found 'IA3' and ['lm_head']" in refused(loaded("t5-v1.1"), folder)
+    assert "lm_head.weight (61, 24) has no place" in refused(loaded("t5-v1.1"), folder / "adapter_model.safetensors")
 
 
 def test_what_is_no_adapter_is_refused(loaded, tmp_path, peft_folder):
     model = loaded("t5-v1.0")
     assert refused(model, tmp_path) == f"{tmp_path / 'adapter_config.json'}: not found"
-    assert "not found; expected a PEFT adapter" in refused(model, tmp_path / "nowhere")
+    assert "not found; expected the folder or file of an adapter" in refused(model, tmp_path / "nowhere")
     _, folder = peft_folder("t5-v1.0")
     (folder / "adapter_config.json").write_text("{}")
-    assert "of type IA3, found None" in refused(model, folder)
+    assert "found None and None" in refused(model, folder)
     save_file({}, folder / "adapter_model.safetensors")
     assert "there are no vectors in it" in refused(model, folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").write_bytes(b"\x10")
     assert "damaged" in refused(model, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     (folder / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors: not found" in refused(model, folder)
+    assert "adapter_model.safetensors: " in refused(model, folder)
 
 
 @pytest.mark.parametrize("adapter", [-1, 2])
 def test_a_row_that_is_not_there_is_refused(loaded, tmp_path, adapter):
     model = loaded("t5-v1.0", n_adapters=2)
-    for call in (lambda: save_adapter(model, tmp_path / "x", adapter), lambda: merge(model, adapter)):
-        with pytest.raises(ValueError, match="out of range: the model has rows 0 to 1"):
-            call()
+    with pytest.raises(ValueError, match="out of range: the model has rows 0 to 1"):
+        save_adapter(model, tmp_path / "x", adapter)
     assert "out of range" in refused(model, tmp_path, adapter=adapter)
     assert not (tmp_path / "x").exists()
 
@@ -268,114 +481,3 @@ def test_the_name_that_peft_needs_to_find_the_base_is_written(loaded, tmp_path):
         model.name_or_path = name
         save_adapter(model, tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
-
-
-# Merging
-
-
-def extreme(model):
-    """Vectors with zeros, negative, huge and tiny entries, other ones in each row."""
-    with torch.no_grad():
-        for i, vector in enumerate(minia3.vectors(randomize(model, 5)).values()):
-            for row in range(len(vector)):
-                vector[row, (i + row) % 3 :: 3] *= torch.tensor([0.0, -1.0, 30.0, 1e-4])[(i + row) % 4]
-    return model
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_a_merged_row_is_the_row_applied(loaded, name):
-    model = loaded(name, n_adapters=3, seed=5)
-    for adapter in (2, 0):
-        merged = merge(model, adapter)
-        assert merged.n_adapters == 1
-        expected = logits(model, SOURCE, MASK, TARGET, adapter=adapter)
-        assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
-        assert all(torch.equal(v, torch.ones_like(v[:1])) for v in minia3.vectors(merged).values())
-    assert off(logits(merge(model), SOURCE, MASK, TARGET), expected) < 1e-5, "row 0, if none is named"
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_merging_is_exact_whatever_the_entries(loaded, name):
-    """In float64, since huge entries make huge scores, whose rounding in float32 the softmax would show."""
-    model = extreme(loaded(name, n_adapters=2).double())
-    for adapter in (0, 1):
-        expected = logits(model, SOURCE, MASK, TARGET, adapter=adapter)
-        assert off(logits(merge(model, adapter), SOURCE, MASK, TARGET), expected) < 1e-11
-
-
-@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
-def test_a_merged_row_is_rounded_once_in_bfloat16(loaded, name):
-    """Applied or merged, the distance to the exact logits of the same bfloat16 weights is that of rounding."""
-    model = randomize(loaded(name, n_adapters=2, dtype=torch.bfloat16), 5)
-    exact = randomize(loaded(name, n_adapters=2, dtype=torch.bfloat16).double(), 5)
-    expected = logits(exact, SOURCE, MASK, TARGET, adapter=1)
-    applied = rms(logits(model, SOURCE, MASK, TARGET, adapter=1) - expected)
-    merged = rms(logits(merge(model, 1), SOURCE, MASK, TARGET) - expected)
-    assert 0 < merged < 1.5 * applied
-    assert merged < 0.05 * rms(expected)
-    block, folded = ((m if name == "llama-gqa" else m.encoder).blocks[0] for m in (model, merge(model, 1)))
-    assert torch.equal(
-        folded.attn.k.weight, (block.attn.k.weight.float() * block.attn.l_k.scale[1][:, None]).bfloat16()
-    )
-    assert torch.equal(
-        folded.attn.v.weight, (block.attn.v.weight.float() * block.attn.l_v.scale[1][:, None]).bfloat16()
-    )
-    assert torch.equal(folded.ffn.down.weight, (block.ffn.down.weight.float() * block.ffn.l_ff.scale[1]).bfloat16())
-
-
-@pytest.mark.parametrize("name", ["t5-deep-decoder", "llama-tied"])
-def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(loaded, name):
-    model = randomize(loaded(name, n_adapters=2), 5)
-    before = {n: value.clone() for n, value in model.state_dict().items()}
-    merged = merge(model, 1)
-    assert model.n_adapters == 2
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
-    changed = (".k.weight", ".v.weight", ".down.weight", ".scale")
-    ours = dict(model.named_parameters())
-    for n, parameter in merged.named_parameters():
-        assert (parameter.data_ptr() == ours[n].data_ptr()) == (not n.endswith(changed)), n
-        assert parameter is not ours[n]
-    with torch.no_grad():
-        for n, parameter in merged.named_parameters():
-            if n.endswith(changed):
-                parameter.zero_()
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
-def test_merging_keeps_the_mode_and_what_is_frozen(loaded, name):
-    model = loaded(name)
-    minia3.freeze(model)
-    for mode in (True, False):
-        merged = merge(model.train(mode))
-        assert {module.training for module in merged.modules()} == {mode}
-    trains = {n for n, p in merged.named_parameters() if p.requires_grad}
-    assert trains == {f"{n}.scale" for n in minia3.vectors(merged)}
-    assert {n for n, p in merge(loaded(name)).named_parameters() if not p.requires_grad} == set()
-
-
-@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "t5-wide", "llama-gqa", "llama3"])
-def test_a_merged_model_is_saved_and_loaded_as_any_other_and_transformers_agrees(loaded, tmp_path, name):
-    import transformers
-
-    model = randomize(loaded(name, n_adapters=2), 5)
-    expected = logits(model, SOURCE, MASK, TARGET, adapter=1)
-    minia3.save_model(merge(model, 1), tmp_path)
-    assert off(logits(minia3.load_model(tmp_path), SOURCE, MASK, TARGET), expected) < 1e-5
-    kind = transformers.AutoModelForSeq2SeqLM if name in T5_PEERS else transformers.AutoModelForCausalLM
-    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
-    assert off(Peer(name, None, theirs.eval()).logits(SOURCE, MASK, TARGET), expected) < 1e-5
-
-
-def test_merging_ones_changes_no_bit(loaded):
-    model = loaded("t5-v1.1", dtype=torch.bfloat16)
-    merged = merge(model)
-    assert all(torch.equal(value, merged.state_dict()[n]) for n, value in model.state_dict().items())
-
-
-def test_a_merged_model_can_be_tuned_and_merged_again(loaded):
-    model = randomize(loaded("llama-gqa"), 5)
-    twice = randomize(merge(model), 6)
-    expected = logits(twice, SOURCE, MASK, TARGET)
-    assert off(logits(merge(twice), SOURCE, MASK, TARGET), expected) < 1e-5

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minia3
-from minia3.adapters import load_adapter, peft_table
+from minia3 import names
+from minia3.adapters import load_adapter
 from minia3.ia3 import IA3
 
 BOTH = ["t5-v1.1", "llama-gqa"]
@@ -131,7 +132,7 @@ def test_gradients_of_the_vectors_equal_those_of_peft(loaded, tmp_path, name):
     expected.backward()
     assert abs(loss - expected) < 1e-12
     gradients = {n.replace(".ia3_l.default", ".ia3_l"): p.grad for n, p in theirs.named_parameters() if "ia3_l" in n}
-    table, vectors = peft_table(ours), minia3.vectors(ours)
+    table, vectors = names.expand(names.PEFT, 3), minia3.vectors(ours)
     assert {table[n] for n in gradients} == set(vectors)
     for n, gradient in gradients.items():
         vector = vectors[table[n]]
