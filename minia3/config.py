@@ -7,195 +7,124 @@ import torch
 from minia3.llama import LlamaConfig, inverse_frequencies
 from minia3.t5 import T5Config
 
-# config.json -> ours
-T5_SIZES = {
-    "d_model": "d_model",
-    "d_kv": "d_head",
-    "d_ff": "d_ff",
-    "num_layers": "n_layers",
-    "num_decoder_layers": "n_decoder_layers",
-    "num_heads": "n_heads",
-    "vocab_size": "vocab_size",
-    "relative_attention_num_buckets": "n_buckets",
-    "relative_attention_max_distance": "max_distance",
-}
-LLAMA_SIZES = {
-    "hidden_size": "d_model",
-    "head_dim": "d_head",
-    "intermediate_size": "d_ff",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_length",
+# config.json -> ours, the least and the most that it may be. Whole numbers are counts, and no larger than lets a lie
+# in a file be found without filling the memory.
+T5 = {
+    "d_model": ("d_model", 1, 2**20), "d_kv": ("d_head", 1, 2**20), "d_ff": ("d_ff", 1, 2**20),
+    "num_layers": ("n_layers", 1, 2**10), "num_decoder_layers": ("n_decoder_layers", 1, 2**10),
+    "num_heads": ("n_heads", 1, 2**20), "vocab_size": ("vocab_size", 1, 2**24),
+    "relative_attention_num_buckets": ("n_buckets", 4, 2**20),
+    "relative_attention_max_distance": ("max_distance", 1, 2**31),
+    "dropout_rate": ("dropout", 0.0, 1.0), "layer_norm_epsilon": ("eps", 0.0, 1.0),
+    "pad_token_id": ("pad_id", -1, 2**31), "decoder_start_token_id": ("start_id", 0, 2**31),
+}  # fmt: skip
+LLAMA = {
+    "hidden_size": ("d_model", 1, 2**20), "head_dim": ("d_head", 1, 2**20), "intermediate_size": ("d_ff", 1, 2**20),
+    "num_hidden_layers": ("n_layers", 1, 2**10), "num_attention_heads": ("n_heads", 1, 2**20),
+    "num_key_value_heads": ("n_kv_heads", 1, 2**20), "vocab_size": ("vocab_size", 1, 2**24),
+    "max_position_embeddings": ("max_length", 1, 2**31), "rope_theta": ("rope_theta", 1.0, 1e30),
+    "attention_dropout": ("dropout", 0.0, 1.0), "rms_norm_eps": ("eps", 0.0, 1.0),
+}  # fmt: skip
+LLAMA3_ROPE = {  # -> rope_scaling
+    "factor": ("factor", 1.0, 1e9),
+    "low_freq_factor": ("low", 0.0, 1e9),
+    "high_freq_factor": ("high", 0.0, 1e9),
+    "original_max_position_embeddings": ("original", 1, 2**31),
 }
 FEED_FORWARDS = {"relu": ("relu", False), "gated-gelu": ("gelu", True)}
-NUMBERS = ("layer_norm_epsilon", "rms_norm_eps", "dropout_rate", "attention_dropout", "rope_theta")
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-# What transformers assumes where a key is absent.
+# What transformers assumes where a key is absent, beside what our own classes do: a value, or that of another key.
 DEFAULTS = {
-    "t5": {"feed_forward_proj": "relu", "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
-    "mt5": {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
-            "relative_attention_max_distance": 128, "tie_word_embeddings": False,
+    "t5": {"feed_forward_proj": "relu"},
+    "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
             "scale_decoder_outputs": False},  # whatever is tied: transformers 5 saves every mT5 as tied
-    "llama": {"max_position_embeddings": 2048},
+    "llama": {},
     "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
 }  # fmt: skip
-
+AS = {"num_decoder_layers": "num_layers", "decoder_start_token_id": "pad_token_id",
+      "num_key_value_heads": "num_attention_heads"}  # fmt: skip
 # The values under which the model is what this code computes; None: absent or null.
-LLAMA_SUPPORTED = {
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1.0, None),
-    "num_local_experts": (0, None),
-    "quantization_config": (None,),
-}
-SUPPORTED = {
-    "t5": {"feed_forward_proj": tuple(FEED_FORWARDS), "quantization_config": (None,)},
-    "mt5": {"feed_forward_proj": tuple(FEED_FORWARDS), "quantization_config": (None,)},
-    "llama": LLAMA_SUPPORTED,
-    "mistral": LLAMA_SUPPORTED,  # LLaMA, where it has no sliding window
-}
+T5_SUPPORTED = {"feed_forward_proj": tuple(FEED_FORWARDS), "quantization_config": (None,)}
+LLAMA_SUPPORTED = {  # Mistral is LLaMA, where it has no sliding window
+    "hidden_act": ("silu", None), "attention_bias": (False, None), "mlp_bias": (False, None),
+    "sliding_window": (None,), "partial_rotary_factor": (1.0, None), "num_local_experts": (0, None),
+    "quantization_config": (None,), "rope_type": ("default", "llama3"),
+}  # fmt: skip
 
 
 def from_hf(raw):
     """A config.json as dict -> T5Config or LlamaConfig.
 
-    Raises ValueError for another architecture, for sizes that are missing or no positive whole numbers, and for
-    features that this code does not have: all of them in one line.
+    Raises ValueError for another architecture, for features that this code does not have, and for numbers that are
+    missing or out of range: all of them in one line.
     """
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in [*SUPPORTED]:  # a list, since `kind` may be unhashable
-        raise ValueError(f"config.json: model_type is {kind!r}, but minia3 runs only {', '.join(SUPPORTED)}")
-    raw = {**DEFAULTS[kind], **raw}
-    refused = [f"{key}={raw[key]!r}" for key, values in SUPPORTED[kind].items() if raw.get(key) not in values]
+    kind = raw.get("model_type")
+    if kind not in [*DEFAULTS]:  # a list, since `kind` may be unhashable
+        raise ValueError(f"config.json: model_type is {kind!r}, but minia3 runs only {', '.join(DEFAULTS)}")
+    t5 = kind in ("t5", "mt5")
+    cls, table, supported = (T5Config, T5, T5_SUPPORTED) if t5 else (LlamaConfig, LLAMA, LLAMA_SUPPORTED)
+    # Newer files have one dict for theta and the scaling, older ones two keys.
+    rope = (not t5 and (raw.get("rope_scaling") or raw.get("rope_parameters"))) or {}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    known = {key: rope[key] for key in ("rope_type", "rope_theta", *LLAMA3_ROPE) if key in rope}
+    raw = DEFAULTS[kind] | raw | {"rope_type": rope.get("type", "default")} | known
+    refused = [f"{key}={raw.get(key)!r}" for key, values in supported.items() if raw.get(key) not in values]
+    refused += [f"{key}={rope[key]!r}" for key in rope if key not in (*known, "type") and rope[key] not in (None, 1.0)]
     if refused:
         raise ValueError(f"config.json asks for what minia3 does not do: {', '.join(refused)}")
-    ends = {"eos_token_id": []} if "eos_token_id" in raw else {}  # null: no end token; absent: the default
-    raw = ends | {key: value for key, value in raw.items() if value is not None}
-    wrong = [f"{key}={raw[key]!r}" for key in NUMBERS if type(raw.get(key, 0)) not in (int, float)]
-    if wrong:
-        raise ValueError(f"config.json: expected a number, found {', '.join(wrong)}")
-    return t5_from_hf(raw) if kind in ("t5", "mt5") else llama_from_hf(raw)
-
-
-def t5_from_hf(raw):
-    sizes = _sizes({"num_decoder_layers": raw.get("num_layers"), **raw}, T5_SIZES)
-    activation, gated = FEED_FORWARDS[raw["feed_forward_proj"]]
-    tied = raw.get("tie_word_embeddings", True)
-    pad_id = raw.get("pad_token_id", 0)
-    return T5Config(
-        **sizes,
-        activation=activation,
-        gated=gated,
-        own_head=not tied,
-        scale_logits=raw.get("scale_decoder_outputs", tied),
-        dropout=raw.get("dropout_rate", 0.1),
-        eps=raw.get("layer_norm_epsilon", 1e-6),
-        pad_id=pad_id,
-        eos_ids=token_ids(raw.get("eos_token_id", 1)),
-        start_id=raw.get("decoder_start_token_id", pad_id),
-    )
-
-
-def llama_from_hf(raw):
-    raw = {"num_key_value_heads": raw.get("num_attention_heads"), **raw}
-    if "head_dim" not in raw and all(isinstance(raw.get(k), int) for k in ("hidden_size", "num_attention_heads")):
+    ends = raw.get("eos_token_id", [*cls.eos_ids])  # null: no end token; absent: the default
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    raw = {key: value for key, value in raw.items() if value is not None}
+    raw = {key: raw[other] for key, other in AS.items() if other in raw} | raw
+    if "head_dim" not in raw and all(type(raw.get(key)) is int for key in ("hidden_size", "num_attention_heads")):
         raw["head_dim"] = raw["hidden_size"] // max(raw["num_attention_heads"], 1)
-    sizes = _sizes(raw, LLAMA_SIZES)
-    if sizes["n_heads"] % sizes["n_kv_heads"] or sizes["d_head"] % 2:
-        raise ValueError(
-            f"config.json: {sizes['n_kv_heads']} key/value heads must divide {sizes['n_heads']} heads, "
-            f"and head_dim {sizes['d_head']} must be even"
-        )
-    theta, scaling = _rope(raw)
-    return LlamaConfig(
-        **sizes,
-        own_head=not raw.get("tie_word_embeddings", False),
-        eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        rope_factors=tuple(raw["rope_factors"]) if "rope_factors" in raw else None,
-        dropout=raw.get("attention_dropout", 0.0),
-        pad_id=raw.get("pad_token_id"),
-        eos_ids=token_ids(raw.get("eos_token_id", 2)),
-        bos_id=raw.get("bos_token_id"),
-    )
-
-
-def _rope(raw):
-    """-> theta and llama3's four numbers (or None). Newer files have one dict for both, older ones two keys."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ["default", "llama3"]:
-        raise ValueError(f"config.json: rope scaling of kind {kind!r}, but minia3 does only 'llama3' or none")
-    known = ("rope_type", "type", "rope_theta", *LLAMA3_ROPE)
-    unknown = [f"{key}={value!r}" for key, value in rope.items() if key not in known and value not in (None, 1.0)]
-    if unknown:
-        raise ValueError(f"config.json: the rope scaling asks for what minia3 does not do: {', '.join(unknown)}")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    needed = {"rope_theta": theta} | {key: rope.get(key) for key in LLAMA3_ROPE if kind == "llama3"}
-    wrong = [f"{key}={value!r}" for key, value in needed.items() if type(value) not in (int, float)]
-    if wrong:
-        raise ValueError(f"config.json: the rope scaling needs numbers, found {', '.join(wrong)}")
-    return float(theta), tuple(rope[key] for key in LLAMA3_ROPE) if kind == "llama3" else None
-
-
-def token_ids(value):
-    """An eos_token_id of a config file, which is a number or a list of them -> tuple."""
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _sizes(raw, table):
-    wrong = [f"{key}={raw.get(key)!r}" for key in table if type(raw.get(key)) is not int or raw[key] < 1]
-    if wrong:
-        raise ValueError(f"config.json: expected a positive whole number, found {', '.join(wrong)}")
-    return {ours: raw[key] for key, ours in table.items()}
+    table = table | LLAMA3_ROPE if raw["rope_type"] == "llama3" else table
+    numbers = {ours: raw.get(key, getattr(cls, ours, None)) for key, (ours, _, _) in table.items()}
+    faults = [] if all(type(i) is int for i in ends) else [f"eos_token_id is {ends!r}, expected whole numbers"]
+    for key, (ours, least, most) in table.items():
+        if type(numbers[ours]) not in (int, type(least)) or not least <= numbers[ours] <= most:
+            what = "a whole number" if type(least) is int else "a number"
+            faults.append(f"{key} is {numbers[ours]!r}, expected {what} from {least} to {most}")
+    for key in ("tie_word_embeddings", "scale_decoder_outputs", "pad_token_id", "bos_token_id"):
+        plain = int if key.endswith("_id") else bool
+        if type(raw.get(key, plain())) is not plain:
+            faults.append(f"{key} is {raw[key]!r}, expected {plain.__name__}")
+    if t5 and not faults:
+        if numbers["start_id"] >= numbers["vocab_size"] or numbers["max_distance"] <= numbers["n_buckets"] // 2:
+            faults.append("expected decoder_start_token_id < vocab_size, max_distance > num_buckets / 2")
+    elif not faults:
+        heads, kv_heads, width = (numbers[ours] for ours in ("n_heads", "n_kv_heads", "d_head"))
+        if heads % kv_heads or width % 2:
+            faults.append(f"{kv_heads} key/value heads must divide {heads} heads, and head_dim {width} must be even")
+    if faults:
+        raise ValueError(f"config.json: {'; '.join(faults)}")
+    tied = raw.get("tie_word_embeddings", t5)
+    numbers |= {"own_head": not tied, "eos_ids": tuple(ends)}
+    if t5:
+        activation, gated = FEED_FORWARDS[raw["feed_forward_proj"]]
+        scale = raw.get("scale_decoder_outputs", tied)
+        return T5Config(**numbers, activation=activation, gated=gated, scale_logits=scale)
+    scaling = tuple(numbers.pop(ours) for ours, _, _ in LLAMA3_ROPE.values() if ours in numbers) or None
+    factors = tuple(raw["rope_factors"]) if "rope_factors" in raw else None  # of gguf_file alone
+    ids = {"pad_id": raw.get("pad_token_id"), "bos_id": raw.get("bos_token_id")}
+    return LlamaConfig(**numbers, **ids, rope_scaling=scaling, rope_factors=factors)
 
 
 def to_hf(config, dtype):
     """Our config -> a config.json as dict, which transformers 4 and 5 read as the same model."""
-    ids = list(config.eos_ids)
-    shared = {
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "pad_token_id": config.pad_id,
-        "eos_token_id": ids[0] if len(ids) == 1 else ids or None,
-    }
-    if isinstance(config, T5Config):
+    t5, ids = isinstance(config, T5Config), list(config.eos_ids)
+    raw = {key: getattr(config, ours) for key, (ours, _, _) in (T5 if t5 else LLAMA).items()}
+    raw |= {"torch_dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": not config.own_head}
+    raw |= {"pad_token_id": config.pad_id, "eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+    if t5:
         forward = {pair: name for name, pair in FEED_FORWARDS.items()}[config.activation, config.gated]
-        return {
-            "architectures": ["T5ForConditionalGeneration"],
-            "model_type": "t5",
-            "is_encoder_decoder": True,
-            **{key: getattr(config, ours) for key, ours in T5_SIZES.items()},
-            "feed_forward_proj": forward,
-            "tie_word_embeddings": not config.own_head,  # transformers 4 takes "scale" from this, 5 from the next
-            "scale_decoder_outputs": config.scale_logits,
-            "dropout_rate": config.dropout,
-            "layer_norm_epsilon": config.eps,
-            "decoder_start_token_id": config.start_id,
-            **shared,
-        }
-    rope = {"rope_theta": config.rope_theta}
-    scaling = config.rope_scaling or _named_scaling(config)
-    if scaling:
-        rope["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, scaling, strict=True))}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{key: getattr(config, ours) for key, ours in LLAMA_SIZES.items()},
-        "hidden_act": "silu",
-        "rms_norm_eps": config.eps,
-        **rope,
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": not config.own_head,
-        "bos_token_id": config.bos_id,
-        **shared,
-    }
+        raw |= {"feed_forward_proj": forward, "scale_decoder_outputs": config.scale_logits, "is_encoder_decoder": True}
+        # transformers 4 takes from tie_word_embeddings whether to scale, 5 from scale_decoder_outputs
+        return raw | {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
+    if scaling := config.rope_scaling or _named_scaling(config):
+        raw["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, scaling, strict=True))}
+    raw |= {"hidden_act": "silu", "bos_token_id": config.bos_id}
+    return raw | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def _named_scaling(config):

@@ -5,13 +5,16 @@ must change its dtype or device.
 """
 
 import difflib
+import filecmp
 import json
 import os
-import pickle
-import tempfile
+import re
+import shutil
+import uuid
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,24 +23,17 @@ from safetensors import safe_open
 
 from minia3.models import KNOWN, known
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "spiece.model",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-WEIGHT_FILES = (  # the first that is there
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a checkpoint, or an adapter
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json",
+                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",  # the first that is there
+                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+HUB_ID = re.compile(r"[^/.~][^/]*/[^/]*(?<!\.gguf)")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class Entry(NamedTuple):
-    """A tensor of a checkpoint that has not been read yet."""
-
+class Entry(NamedTuple):  # a tensor of a checkpoint that has not been read yet
     shape: tuple
     dtype: torch.dtype | str  # a string: what is no float
     read: Callable[[], torch.Tensor]
@@ -48,23 +44,30 @@ def find(name_or_path, weights=True):
 
     What is not on this machine comes from the hub through huggingface_hub (its cache, resume, token, HF_ENDPOINT and
     HF_HUB_OFFLINE): only the files needed, safetensors rather than .bin; `weights=False` leaves the weights out.
-    A folder with a config.json goes before a known name. Raises ValueError for a name that leads nowhere, with the
-    nearest known one.
+    A folder with a config goes before a known name. ValueError for a name that leads nowhere, with the nearest known.
     """
     path, row = Path(name_or_path), known(name_or_path)
-    if path.is_dir() and (row is None or (path / "config.json").exists()):
+    if path.is_dir() and (row is None or any((path / name).exists() for name in ("config.json", "params.json"))):
         return path
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return path
-        raise ValueError(f"{path}: expected a folder with config.json, or a .gguf file")
+    if path.is_file() and path.suffix == ".gguf":
+        return path
     repo = row.repo if row else str(name_or_path)
     if Path(repo).is_dir():
         return Path(repo)
-    if repo.count("/") == 1 and not repo.startswith((".", "/", "~")) and path.suffix != ".gguf":
-        return _fetch(repo, weights)
+    if not path.is_file() and HUB_ID.fullmatch(repo):
+        return _fetch(repo, "config.json", ("generation_config.json", *TOKENIZER_FILES), WEIGHT_FILES * weights)
     hint = _near(repo) or f". Known names: {', '.join(KNOWN)}"
-    raise ValueError(f"{name_or_path}: no such folder or .gguf file, no hub id (org/name), and no known name{hint}")
+    raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
+
+
+def find_adapter(name_or_path):
+    """A folder or file of an adapter, or a hub id (`user/name`), fetched as `find` does -> Path. ValueError too."""
+    path = Path(name_or_path)
+    if path.exists():
+        return path
+    if HUB_ID.fullmatch(str(name_or_path)):
+        return _fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
+    raise ValueError(f"{path}: not found; expected the folder or file of an adapter, or a hub id (user/name)")
 
 
 def _near(name):
@@ -72,81 +75,55 @@ def _near(name):
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _fetch(repo, weights):
+def _fetch(repo, config, beside, weights):
     """The snapshot of the repository in huggingface_hub's cache, filled with what is needed and not there yet."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
-    commit, unreachable = None, None
+    commit = unreachable = None
 
-    def get(file):
+    def get(name):
         nonlocal unreachable
-        cached = try_to_load_from_cache(repo, file, revision=commit) if commit else None
-        if cached is not None:  # a path, or a mark that this commit has no such file
-            return Path(cached) if isinstance(cached, str) else None
+        if commit and not isinstance(try_to_load_from_cache(repo, name, revision=commit), str | None):
+            return None  # a mark in the cache: this commit has no such file
         try:
-            return Path(hf_hub_download(repo, file, revision=commit, local_files_only=unreachable is not None))
-        except LocalEntryNotFoundError as error:  # no network: from here on, what is in the cache must do
-            unreachable = unreachable or error.__cause__ or error
-        except EntryNotFoundError:
-            pass
-        return None
+            return Path(hf_hub_download(repo, name, revision=commit, local_files_only=unreachable is not None))
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError):  # no network: from here on, the cache must do
+                unreachable = unreachable or one_line(error.__cause__ or error)
+            return None
+        except errors.GatedRepoError:
+            why = f"gated. Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN, or run `hf auth login`"
+        except errors.RepositoryNotFoundError:
+            why = f"the hub has no such repository, or it is private and needs a token{_near(repo)}"
+        except Exception as error:  # huggingface_hub's, its HTTP library's (which depends on its version), the disk's
+            why = f"not a hub id, or the download failed: {one_line(error)}"
+        raise ValueError(f"{repo}: {why}")
 
-    def absent(what):
+    def need(*names):
+        """The path of the first of `names` that is there."""
+        if path := next(filter(None, map(get, names)), None):
+            return path
+        names = " or ".join(names)
         if unreachable is None:
-            return ValueError(f"{repo}: this hub repository has no {what}")
-        return ValueError(
-            f"{repo}: {what} is not in the cache, and the hub cannot be reached ({one_line(unreachable)}). "
-            "Without a network, give the path of a folder"
-        )
+            raise ValueError(f"{repo}: this hub repository has no {names}")
+        why = f"is not in the cache, and the hub cannot be reached ({unreachable})"
+        raise ValueError(f"{repo}: {names} {why}. Without a network, give the path of a folder")
 
-    try:
-        config = get("config.json")
-        if config is None:
-            raise absent("config.json")
-        commit = config.parent.name  # all files of one checkpoint, even while the repository moves on
-        for file in ("generation_config.json", *TOKENIZER_FILES):
-            get(file)
-        if weights:
-            first = next(filter(None, map(get, WEIGHT_FILES)), None)
-            if first is None:
-                raise absent(" or ".join(WEIGHT_FILES))
-            for file in shard_names(first) if first.suffix == ".json" else []:
-                if get(file) is None:
-                    raise absent(file)
-    except GatedRepoError:
-        raise ValueError(
-            f"{repo}: gated. Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN, or run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{repo}: the hub has no such repository, or it is private and needs a token{_near(repo)}"
-        ) from None
-    except HFValidationError as error:
-        raise ValueError(f"{repo}: not a hub id: {one_line(error)}") from None
-    except ValueError:
-        raise
-    except Exception as error:  # huggingface_hub's, its HTTP library's (another one in each major version), the disk's
-        raise ValueError(f"{repo}: the download failed: {one_line(error)}") from None
-    return config.parent
+    folder = need(config).parent
+    commit = folder.name  # all files of one checkpoint, even while the repository moves on
+    for name in beside:
+        get(name)
+    for name in shard_names(need(*weights)) if weights else []:
+        need(name)
+    return folder
 
 
 def read_json(path):
     """The object in a JSON file. Raises ValueError, in one line, where there is none."""
-    try:
+    with reading(path):
         value = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {not_what_it_says(path) or one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -156,53 +133,65 @@ def weight_files(folder):
     if first is None:
         found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
         raise ValueError(f"{folder}: expected one of {', '.join(WEIGHT_FILES)}; the folder holds {found}")
-    files = [folder / name for name in shard_names(first)] if first.suffix == ".json" else [first]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise ValueError(f"{first}: names shards that are not there: {', '.join(missing)}")
-    return files
+    names = shard_names(first)
+    if missing := [name for name in names if not os.path.exists(folder / name)]:  # nor a name that is too long
+        raise ValueError(f"{first}: names shards that are not there: {', '.join(missing):.300}")
+    return [folder / name for name in names]
 
 
-def shard_names(index):
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index}: expected a weight_map from tensors to files")
-    names = sorted(set(names.values()))
-    outside = [repr(name) for name in names if Path(name).name != name or name in ("", "..")]
-    if outside:
-        raise ValueError(f"{index}: names files outside of its folder: {', '.join(outside)}")
-    return names
+def shard_names(first):
+    """The names of all shards, of which the index tells; `first` alone where it is none."""
+    if first.suffix != ".json":
+        return [first.name]
+    parts = read_json(first).get("weight_map")
+    names = [*parts.values()] if isinstance(parts, dict) else []
+    wrong = [x for x in names if not (isinstance(x, str) and x == Path(x).name and x not in ("", ".."))]
+    if wrong or not names:
+        found = f"{wrong or parts!r:.200}"
+        raise ValueError(f"{first}: expected a weight_map from tensors to files of this folder, found {found}")
+    return sorted(set(names))
 
 
 def tensors(file):
     """Name -> Entry of every tensor of a .safetensors or .bin file. Raises ValueError where it is neither."""
-    try:
-        if file.suffix == ".safetensors":
+    mapped, entries = file.suffix == ".safetensors", {}
+    with reading(file, "damaged or cut short" if mapped else "damaged, or more than tensors"):
+        if mapped:
             handle = safe_open(file, framework="pt")
-            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: Entry(
-                    tuple(part.get_shape()),
-                    DTYPES.get(part.get_dtype(), part.get_dtype()),
-                    lambda n=name: handle.get_tensor(n),
-                )
-                for name, part in parts.items()
-            }
-        # The old, non-zip form of torch's files cannot be mapped: it is read whole.
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:  # torch goes on to advise weights_only=False: not for a stranger's file
-        reason = one_line(error).split(". ")[0]
-        raise ValueError(f"{file}: {not_what_it_says(file) or 'damaged, or more than tensors: ' + reason}") from None
-    except Exception as error:  # a damaged file provokes many kinds
-        raise ValueError(f"{file}: {not_what_it_says(file) or 'damaged or cut short: ' + one_line(error)}") from None
-    if not isinstance(loaded, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
-    ):
-        raise ValueError(f"{file}: expected a dict from names to tensors")
-    return {name: Entry(tuple(x.shape), x.dtype, lambda x=x: x) for name, x in loaded.items()}
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                x = handle.get_slice(name)
+                dtype = DTYPES.get(x.get_dtype(), x.get_dtype())
+                entries[name] = Entry(tuple(x.get_shape()), dtype, partial(handle.get_tensor, name))
+        else:  # the old, non-zip form of torch's files cannot be mapped: it is read whole
+            parts = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            for name, x in parts.items() if isinstance(parts, dict) else [(None, parts)]:
+                plain = isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
+                if not (plain and x.untyped_storage().nbytes() >= x.nbytes):  # or one number is seen as a million
+                    raise ValueError(f"expected a dict from names to tensors, found {name!r:.80}: {type(x).__name__}")
+                entries[name] = Entry(tuple(x.shape), x.dtype, lambda x=x: x)
+        if bad := [name for name in entries if not (isinstance(name, str) and name.isprintable())]:
+            raise ValueError(f"expected a dict from names to tensors, found a name {bad[0]!r:.80}")
+    return entries
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+@contextmanager
+def reading(where, damage="damaged or cut short", extra=None):
+    """Whatever goes wrong while a file of others is read becomes a ValueError of one line that begins with `where`.
+
+    A plain ValueError keeps its message; `damage` is what any other tells. `extra` of minia3: for imports in between.
+    """
+    try:
+        yield
+    except BaseException as error:  # tokenizers raises plain Exceptions, and a panic of its Rust code is not even one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = one_line(error)
+        if extra and isinstance(error, ImportError):
+            why = f"{why}: pip install 'minia3[{extra}]'"
+        elif type(error) is not ValueError:  # of others, the first sentence: torch goes on to advise weights_only=False
+            why = f"{damage}: {type(error).__name__}: {why.split('. ')[0]}"
+        known = not_what_it_says(where) if isinstance(where, Path) and not where.is_dir() else ""
+        raise ValueError(f"{where}: {known or why}") from None
 
 
 def not_what_it_says(path):
@@ -211,14 +200,12 @@ def not_what_it_says(path):
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        return one_line(error)
-    if not head:
-        return "the file is empty"
+        return "not found" if isinstance(error, FileNotFoundError) else one_line(error)
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer in place of the file: run `git lfs pull`"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "an HTML page in place of the file: the download went wrong"
-    return ""
+    return "" if head else "the file is empty"
 
 
 def one_line(error):
@@ -230,22 +217,68 @@ def replacing(path):
     """A temporary path beside `path`, renamed to it at the end: readers see the old file or the new one, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sync(path):
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def lock(folder):
+    """Hold `folder` until the returned file is closed. Raises ValueError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (stays open as long as the folder is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder}: another run is writing there") from None
+    return file if os.fstat(file.fileno()).st_nlink else lock(folder)  # its holder removed it meanwhile: not the lock
+
+
+@contextmanager
+def writing_folder(folder, replaces=()):
+    """A hidden folder inside `folder` (made if need be): what is written there moves to `folder` at the end.
+
+    Until then nothing changes, whatever fails. `folder` is held meanwhile: ValueError where another process holds it.
+    What matches the patterns `replaces` and is not written anew is removed. One file that changes does so by one
+    rename: a kill leaves the old or the new. No rename changes several: then the old config is removed first, and the
+    new one comes last. A kill in the milliseconds between leaves a folder without a config, which loaders refuse:
+    neither the old nor the new, but never a mixture.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held, hidden = lock(folder), folder / ".writing"
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
+        hidden.mkdir()
+        yield hidden
+        new = {path: folder / path.name for path in sorted(hidden.iterdir(), key=lambda path: path.name in CONFIGS)}
+        configs = [path for path in new.values() if path.name in CONFIGS]
+        for path in new:
+            path.chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+            _sync(path)
+        stale = {path for pattern in replaces for path in folder.glob(pattern)} - {*new.values()}
+        same = [old.exists() and filecmp.cmp(path, old, shallow=False) for path, old in new.items()]
+        for path in [*(configs if same.count(False) + len(stale) > 1 else []), *stale]:
+            path.unlink(missing_ok=True)
+        for path, target in new.items():
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        (folder / ".lock").unlink(missing_ok=True)
+        if held:
+            held.close()
 
 
 def write_json(path, value):

@@ -15,40 +15,23 @@ from struct import calcsize, unpack
 import numpy as np
 import torch
 
-from minia3.files import Entry, not_what_it_says, one_line
+from minia3.files import DTYPES, Entry, reading
+from minia3.names import LLAMA_TENSORS
 
-NAMES = {  # GGUF -> Hugging Face; any other tensor keeps its name, and the strict loader names it as left over
-    "token_embd.weight": "model.embed_tokens.weight",
-    "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "blk.{}.attn_q.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "blk.{}.attn_k.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "blk.{}.attn_v.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "blk.{}.attn_output.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "blk.{}.ffn_gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "blk.{}.ffn_up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "blk.{}.ffn_down.weight": "model.layers.{}.mlp.down_proj.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+NAMES = {
+    f"{theirs}.weight": f"{hf}.weight" for hf, theirs, *_ in LLAMA_TENSORS
+}  # others keep theirs, and are left over
 CONFIG = {  # GGUF -> config.json; all are positive numbers
-    "llama.embedding_length": "hidden_size",
-    "llama.feed_forward_length": "intermediate_size",
-    "llama.block_count": "num_hidden_layers",
-    "llama.context_length": "max_position_embeddings",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "llama.rope.freq_base": "rope_theta",
-}
+    "llama.embedding_length": "hidden_size", "llama.feed_forward_length": "intermediate_size",
+    "llama.block_count": "num_hidden_layers", "llama.context_length": "max_position_embeddings",
+    "llama.attention.head_count": "num_attention_heads", "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps", "llama.rope.freq_base": "rope_theta",
+}  # fmt: skip
 HARMLESS = {  # keys of what the code does not do, and the values under which they ask for nothing
-    "llama.expert_count": [0],
-    "llama.attention.sliding_window": [0],
+    "llama.expert_count": [0], "llama.attention.sliding_window": [0],
     "llama.rope.scaling.type": ["none"],  # Llama 3.1's scaling has no type: it is the tensor rope_freqs.weight
-    "llama.rope.scaling.factor": [0, 1],  # linear where no type is given, as in llama.cpp
-    "llama.rope.scale_linear": [0, 1],  # its old name
-}
-KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # quantised kinds become float32
+    "llama.rope.scaling.factor": [0, 1], "llama.rope.scale_linear": [0, 1],  # linear where no type is given
+}  # fmt: skip
 STRING, ARRAY = 8, 9  # types of values; the others are scalars, here in struct's letters
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MOST = 1 << 22  # entries of an array, bytes of a string: no model's header comes near it, and a damaged one stays cheap
@@ -66,37 +49,33 @@ def config(path):
     frequencies. ValueError where the file is damaged, lacks keys, or asks for what the code does not do.
     """
     meta, stored = read_header(path)
-    if meta.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: general.architecture is {meta.get('general.architecture')!r:.40}, expected 'llama'")
-    meta.setdefault("llama.rope.freq_base", 10000.0)  # llama.cpp's defaults
-    meta.setdefault("llama.attention.head_count_kv", meta.get("llama.attention.head_count"))
+    if (found := meta.get("general.architecture")) != "llama":
+        raise ValueError(f"{path}: general.architecture is {found!r:.40}, expected 'llama'")
+    heads = {"llama.attention.head_count_kv": meta.get("llama.attention.head_count")}
+    meta = {"llama.rope.freq_base": 10000.0} | heads | meta  # llama.cpp's defaults
     missing = [key for key in CONFIG if not isinstance(meta.get(key), int | float) or not 0 < meta[key] < math.inf]
-    missing += {"token_embd.weight"} - stored.keys()
-    if missing:
+    if missing := [*missing, *{"token_embd.weight"} - stored.keys()]:
         raise ValueError(f"{path}: missing, or not a positive number: {', '.join(missing)}")
-    hf = {"model_type": "llama", "tie_word_embeddings": "output.weight" not in stored}
-    hf |= {name: meta[key] for key, name in CONFIG.items()}
-    hf["vocab_size"] = stored["token_embd.weight"][1][0]
-    hf["head_dim"] = meta.get("llama.attention.key_length", hf["hidden_size"] // hf["num_attention_heads"])
+    hf = {name: meta[key] for key, name in CONFIG.items()}
+    vocab_size, n_blocks = stored["token_embd.weight"][1][0], len({x.split(".")[1] for x in stored if x[:4] == "blk."})
+    d_head = meta.get("llama.attention.key_length", hf["hidden_size"] // hf["num_attention_heads"])
     ids = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "eos", "eot")]
-    allowed = {
-        **HARMLESS,
-        **dict.fromkeys(ids, range(hf["vocab_size"])),
-        "llama.block_count": [len({name.split(".")[1] for name in stored if name.startswith("blk.")})],
-        "llama.attention.key_length": range(2, MOST, 2),
-        "llama.attention.value_length": [hf["head_dim"]],
-        "llama.rope.dimension_count": [hf["head_dim"]],
-    }
-    wrong = {key: ok for key, ok in allowed.items() if key in meta and meta[key] not in ok}
-    faults = [f"{key} is {meta[key]!r:.40}, expected {ok!r:.40}" for key, ok in wrong.items()]
+    allowed = HARMLESS | dict.fromkeys(ids, range(vocab_size)) | {
+        "llama.block_count": [n_blocks], "llama.attention.key_length": range(2, MOST, 2),
+        "llama.attention.value_length": [d_head], "llama.rope.dimension_count": [d_head],
+    }  # fmt: skip
+    wrong = [key for key, ok in allowed.items() if key in meta and meta[key] not in ok]
+    faults = [f"{key} is {meta[key]!r:.40}, expected {allowed[key]!r:.40}" for key in wrong]
     if "rope_freqs.weight" in stored:
         hf["rope_factors"] = factors = read_tensor(path, *stored["rope_freqs.weight"]).flatten().tolist()
-        if 2 * len(factors) != hf["head_dim"] or not all(0 < x < math.inf for x in factors):
-            faults.append(f"rope_freqs.weight is not {hf['head_dim']} / 2 positive numbers")
+        if 2 * len(factors) != d_head or not all(0 < x < math.inf for x in factors):
+            faults.append(f"rope_freqs.weight is not {d_head} / 2 positive numbers")
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
-    hf["bos_token_id"], hf["pad_token_id"], *ends = map(meta.get, ids)
+    bos, pad, *ends = map(meta.get, ids)
     ends = [i for i in dict.fromkeys(ends) if i is not None]
+    hf |= {"model_type": "llama", "tie_word_embeddings": "output.weight" not in stored, "vocab_size": vocab_size}
+    hf |= {"head_dim": d_head, "bos_token_id": bos, "pad_token_id": pad}
     return hf | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
@@ -105,18 +84,17 @@ def tensors(path):
 
     `read()` touches that tensor alone: F32, F16 and BF16 are private views of the file, quantised kinds become float32.
     """
-    hf, (_, stored) = config(path), read_header(path)
+    hf, (_, stored), entries = config(path), read_header(path), {}
     heads = {"blk.{}.attn_q.weight": hf["num_attention_heads"], "blk.{}.attn_k.weight": hf["num_key_value_heads"]}
-    entries = {}
+    stored.pop("rope_freqs.weight", None)
     for name, (kind, shape, offset) in stored.items():
         key = re.sub(r"^blk\.[0-9]+\.", "blk.{}.", name)
         n_heads = heads.get(key)
         if n_heads and shape[0] != n_heads * hf["head_dim"]:
             raise ValueError(f"{path}: {name} has shape {shape}, expected {n_heads} heads of {hf['head_dim']} rows")
-        hf_name = NAMES[key].format(name.split(".")[1]) if key in NAMES else name
         read = partial(read_tensor, path, kind, shape, offset, n_heads)
-        entries[hf_name] = Entry(shape, KEPT.get(kind.name, torch.float32), read)
-    entries.pop("rope_freqs.weight", None)
+        hf_name = NAMES[key].format(name.split(".")[1]) if key in NAMES else name
+        entries[hf_name] = Entry(shape, DTYPES.get(kind.name, torch.float32), read)
     return entries
 
 
@@ -128,8 +106,8 @@ def read_tensor(path, kind, shape, offset, n_heads=None):
     from gguf.quants import dequantize, quant_shape_to_byte_shape
 
     raw = np.memmap(path, np.uint8, "c", offset, quant_shape_to_byte_shape((math.prod(shape[:-1]), shape[-1]), kind))
-    if kind.name in KEPT:
-        x = torch.from_numpy(raw).view(KEPT[kind.name])
+    if kind.name in DTYPES:
+        x = torch.from_numpy(raw).view(DTYPES[kind.name])
     else:
         x = torch.empty(len(raw), shape[-1])
         for i in range(0, len(raw), 256):  # in parts, since dequantize holds twice what it returns
@@ -141,19 +119,13 @@ def read_tensor(path, kind, shape, offset, n_heads=None):
 
 def read_header(path):
     """-> metadata, and name -> (kind, shape, offset) of each tensor. ValueError unless the numbers of all are there."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError(f"{path}: reading GGUF needs the package gguf: pip install 'minia3[gguf]'") from None
-    try:
-        with open(path, "rb") as file:
-            return parse(file, os.path.getsize(path), gguf)
-    except Exception as error:  # whatever a damaged header provokes
-        fault = not_what_it_says(path) or f"cut short, damaged or not supported: {one_line(error)}"
-        raise ValueError(f"{path}: {fault}") from None
+    with reading(path, "cut short, damaged or not supported", "gguf"), open(path, "rb") as file:
+        return parse(file, os.path.getsize(path))
 
 
-def parse(file, size, gguf):
+def parse(file, size):
+    import gguf
+
     def take(form):
         return unpack("<" + form, file.read(calcsize("<" + form)))
 
@@ -163,26 +135,27 @@ def parse(file, size, gguf):
             raise ValueError(f"a count of {n}, expected at most {most}")
         return n
 
-    def text():
-        return take(f"{count()}s")[0].decode()
-
     def values(kind, n):
-        return [text() for _ in range(n)] if kind == STRING else list(take(f"{n}{SCALARS[kind]}"))
+        if kind == STRING:
+            return [take(f"{count()}s")[0].decode() for _ in range(n)]
+        return list(take(f"{n}{SCALARS[kind]}"))
 
     magic, version = take("4sI")
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"found {magic!r} version {version:#x}, expected b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)")
     n_tensors, n_keys, meta, stored = count(), count(), {}, {}
     for _ in range(n_keys):
-        key, (kind,) = text(), take("I")
+        (key,), (kind,) = values(STRING, 1), take("I")
+        if key in meta:
+            raise ValueError(f"the key {key!r:.80} is there twice")
         meta[key] = values(*take("I"), count()) if kind == ARRAY else values(kind, 1)[0]
-    infos = [(text(), take(f"{count('I', 4)}Q")[::-1], *take("IQ")) for _ in range(n_tensors)]
+    infos = [(*values(STRING, 1), take(f"{count('I', 4)}Q")[::-1], *take("IQ")) for _ in range(n_tensors)]
     start = file.tell() + -file.tell() % int(meta.get("general.alignment", 32))
     for name, shape, kind, offset in infos:
         kind = gguf.GGMLQuantizationType(kind)
         gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)  # raises where it cannot
         end = start + offset + math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
         if end > size or 0 in shape or name in stored:
-            raise ValueError(f"{name} {shape} ends at byte {end} of {size}, is empty, or is there twice")
+            raise ValueError(f"{name} {shape} is cut short (byte {end} of {size}), empty, or there twice")
         stored[name] = kind, shape, start + offset
     return meta, stored

@@ -8,56 +8,65 @@ The model is built on the meta device, without memory; each tensor then goes str
 import difflib
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minia3 import files, names
-from minia3.config import from_hf, to_hf, token_ids
+from minia3 import files, gguf_file, meta_files, names
+from minia3.config import from_hf, to_hf
 from minia3.ia3 import vectors
 from minia3.llama import Llama
 from minia3.t5 import T5, T5Config
 
 SHARD_BYTES = 5 * 10**9
+N_SHOWN = 20  # tensors that do not fit; the others are counted
+STALE = ("model*.safetensors*", "pytorch_model*.bin*", "chat_template.jinja")  # what an older checkpoint may have left
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
     """A T5 or LLaMA with its weights and `n_adapters` rows of ones, in eval mode.
 
-    name_or_path: a folder in the Hugging Face layout, a .gguf file, a known name (`t5-base`) or a hub id.
+    name_or_path: a folder in the Hugging Face layout or as Meta publishes LLaMA, a .gguf file, a known name (`t5-base`)
+    or a hub id.
     dtype: None keeps what is stored, but float16 T5 and quantised GGUF become float32. Vectors are float32 in any case.
     On the CPU, weights whose dtype stays as stored are mapped from the file, not copied.
     Raises ValueError for what cannot be found or read, and for tensors that do not fit: all of them at once.
     """
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
+    model, stored, dtype = opened(name_or_path, dtype, n_adapters)
+    for name, (_, entry) in stored.items():
+        place(model, name, entry.read().to(device=device, dtype=dtype).contiguous())
+    for name, vector in vectors(model).items():
+        place(model, f"{name}.scale", torch.ones(vector.shape, dtype=torch.float32, device=device))
+    return model.to(device).eval()
+
+
+def opened(name_or_path, dtype=None, n_adapters=1):
+    """A checkpoint that fits its config, before its weights are read (see `load_model`).
+
+    -> the model on the meta device, our name -> (theirs, Entry) of its parameters, and the dtype that they are to have.
+    """
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, FLOATS))}, found {dtype!r}")
     path = files.find(name_or_path)
-    config = read_config(path)
+    config, entries = read_config(path), read_entries(path)
     is_t5 = isinstance(config, T5Config)
     if dtype == torch.float16 and is_t5:
         raise ValueError("T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32")
-    entries = read_entries(path)
-    maybe_tied = not config.own_head
+    head, embed = map(entries.get, ("lm_head.weight", "shared.weight" if is_t5 else "model.embed_tokens.weight"))
+    if not config.own_head and head and embed and head[:2] == embed[:2] and torch.equal(head.read(), embed.read()):
+        del entries["lm_head.weight"]  # a copy of the embedding, as some files keep it
     model = build(replace(config, own_head="lm_head.weight" in entries or config.own_head), n_adapters)
-    table = name_table(model)
+    model.name_or_path, table = str(name_or_path), name_table(model)
     check(model, table, entries, path)
+    stored = {table[name]: (name, entry) for name, entry in entries.items() if table[name]}
     if dtype is None:
-        stored = reduce(torch.promote_types, (entry.dtype for name, entry in entries.items() if table[name]))
-        dtype = torch.float32 if is_t5 and stored == torch.float16 else stored
-    for name, entry in entries.items():
-        if table[name] is not None:
-            place(model, table[name], entry.read().to(device=device, dtype=dtype).contiguous())
-    for name, vector in vectors(model).items():
-        place(model, f"{name}.scale", torch.ones(vector.shape, dtype=torch.float32, device=device))
-    if maybe_tied and model.head is not None and torch.equal(model.head.weight, model.embed.weight):
-        model.head, model.config = None, config  # a copy of the embedding, as some files keep it
-    model.name_or_path = str(name_or_path)
-    return model.to(device).eval()
+        dtype = reduce(torch.promote_types, (entry.dtype for _, entry in stored.values()))
+        dtype = torch.float32 if is_t5 and dtype == torch.float16 else dtype
+    return model, stored, dtype
 
 
 def build(config, n_adapters=1):
@@ -66,64 +75,60 @@ def build(config, n_adapters=1):
         return (T5 if isinstance(config, T5Config) else Llama)(config, n_adapters)
 
 
+def other_form(path):
+    """The module that presents a .gguf file or Meta's own folder as a Hugging Face checkpoint, else None."""
+    if path.is_file():
+        return gguf_file
+    return meta_files if (path / "params.json").exists() and not (path / "config.json").exists() else None
+
+
 def read_config(path):
     """The config of a checkpoint's folder or .gguf file, with the end tokens of its generation_config.json."""
-    if path.is_file():
-        from minia3 import gguf_file
-
-        raw = gguf_file.config(path)
-    else:
-        raw = files.read_json(path / "config.json")
-    try:
-        config = from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    generation = path / "generation_config.json"
-    eos = files.read_json(generation).get("eos_token_id") if generation.exists() else None
-    return config if eos is None else replace(config, eos_ids=token_ids(eos))
+    other, generation = other_form(path), path / "generation_config.json"
+    raw = other.config(path) if other else files.read_json(path / "config.json") | {"rope_factors": None}  # GGUF's own
+    ends = files.read_json(generation).get("eos_token_id") if generation.exists() else None
+    with files.reading(path):
+        return from_hf(raw if ends is None else raw | {"eos_token_id": ends})
 
 
 def read_entries(path):
     """Checkpoint name -> Entry of every tensor of a folder or .gguf file."""
-    if path.is_file():
-        from minia3 import gguf_file
-
-        return gguf_file.tensors(path)
-    return {name: entry for file in files.weight_files(path) for name, entry in files.tensors(file).items()}
+    if other := other_form(path):
+        return other.tensors(path)
+    entries = {}
+    for file in files.weight_files(path):
+        for name, entry in files.tensors(file).items():
+            if entries.setdefault(name, entry) is not entry:
+                raise ValueError(f"{file}: {name} is in another shard too")
+    return entries
 
 
 def name_table(model):
     """Checkpoint name -> ours (None: passed over), for exactly the parameters that this model has."""
-    c = model.config
-    if isinstance(model, T5):
-        table = names.T5 | (names.T5_GATED if c.gated else names.T5_PLAIN)
-        table = names.expand(table, max(c.n_layers, c.n_decoder_layers))
-    else:
-        table = names.expand(names.LLAMA, c.n_layers)
+    c, t5 = model.config, isinstance(model, T5)
+    table = names.T5 | (names.T5_GATED if c.gated else names.T5_PLAIN) if t5 else names.LLAMA
+    table = names.expand(table, max(c.n_layers, c.n_decoder_layers) if t5 else c.n_layers)
     parameters = dict(model.named_parameters())
     return {theirs: ours for theirs, ours in table.items() if ours is None or ours in parameters}
 
 
 def check(model, table, entries, path):
     """Raise one ValueError that names every tensor which is left over, missing, of another shape or no float."""
-    parameters = dict(model.named_parameters())
-    wanted = {ours: theirs for theirs, ours in table.items() if ours is not None}
-    filled = {table[name] for name in entries if name in table}
-    problems = []
-    for name in entries.keys() - table.keys():
-        near = difflib.get_close_matches(name, table, n=1)
-        problems.append(f"{name} is left over" + (f" (nearest known: {near[0]})" if near else ""))
-    problems += [f"{theirs} is missing" for ours, theirs in wanted.items() if ours not in filled]
-    for name in sorted(entries.keys() & table.keys()):
-        if table[name] is None:
-            continue
-        found, expected = entries[name], tuple(parameters[table[name]].shape)
-        if found.shape != expected:
-            problems.append(f"{name} has shape {found.shape}, expected {expected}")
-        elif found.dtype not in FLOATS:
-            problems.append(f"{name} is stored as {found.dtype}, expected a float")
+    shapes, problems = {ours: tuple(parameter.shape) for ours, parameter in model.named_parameters()}, []
+    for name in sorted(entries.keys() | table.keys()):
+        entry, ours = entries.get(name), table.get(name)
+        if name not in table:
+            near = difflib.get_close_matches(name, table, n=1) if len(problems) < N_SHOWN else []  # each takes a while
+            problems.append(f"{name} is left over" + (f" (nearest known: {near[0]})" if near else ""))
+        elif ours and entry is None:
+            problems.append(f"{name} is missing")
+        elif ours and entry.shape != shapes[ours]:
+            problems.append(f"{name} has shape {entry.shape}, expected {shapes[ours]}")
+        elif ours and entry.dtype not in FLOATS:
+            problems.append(f"{name} is stored as {entry.dtype}, expected a float")
     if problems:
-        raise ValueError(f"{path}: {len(problems)} tensors do not fit the config: {'; '.join(sorted(problems))}")
+        shown = "; ".join(problems[:N_SHOWN]) + " ..." * (len(problems) > N_SHOWN)
+        raise ValueError(f"{path}: {len(problems)} tensors do not fit the config: {shown}")
 
 
 def place(model, name, tensor):
@@ -135,35 +140,41 @@ def place(model, name, tensor):
 def save_model(model, folder, tokenizer=None):
     """Write the base weights (no vectors) in the Hugging Face layout, as transformers reads it.
 
-    Weights go in shards of 5 GB at most; with `tokenizer`, its files too. Files are replaced one by one, whole.
+    Weights go in shards of 5 GB at most; with `tokenizer`, its files too. See `files.writing_folder` for what is there.
     """
-    folder = Path(folder)
-    raw = to_hf(model.config, model.embed.weight.dtype)
-    theirs = {ours: name for name, ours in name_table(model).items() if ours is not None}
-    shards, size = [{}], 0
-    for ours, parameter in model.named_parameters():
-        if ours in theirs:
-            n_bytes = parameter.numel() * parameter.element_size()
-            if shards[-1] and size + n_bytes > SHARD_BYTES:
-                shards, size = [*shards, {}], 0
-            shards[-1][theirs[ours]] = parameter.detach()
-            size += n_bytes
-    index = {}
-    for i, shard in enumerate(shards):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with files.replacing(folder / name) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(p.numel() * p.element_size() for shard in shards for p in shard.values())
-        files.write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index}
-        )
-        (folder / "model.safetensors").unlink(missing_ok=True)  # an older one would be read in place of the shards
-    generation = {key: raw[key] for key in ("eos_token_id", "pad_token_id", "bos_token_id") if raw.get(key) is not None}
-    if isinstance(model, T5):
-        generation["decoder_start_token_id"] = raw["decoder_start_token_id"]
-    files.write_json(folder / "generation_config.json", generation)
-    if tokenizer is not None:
-        tokenizer.save(folder)
+    theirs = {ours: name for name, ours in name_table(model).items()}
+    parts = [(theirs[ours], p.nbytes, p.detach) for ours, p in model.named_parameters() if ours in theirs]
+    with files.writing_folder(folder, replaces=STALE) as temporary:
+        save_tensors(temporary, parts)
+        save_configs(temporary, model.config, model.embed.weight.dtype)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+
+
+def save_configs(folder, config, dtype):
+    """Write config.json and generation_config.json."""
+    raw, ids = to_hf(config, dtype), ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
     files.write_json(folder / "config.json", raw)
+    generation = {key: raw[key] for key in ids if raw.get(key) is not None}
+    files.write_json(folder / "generation_config.json", generation)
+
+
+def save_tensors(folder, parts):
+    """Write model.safetensors, or shards of SHARD_BYTES and their index. One shard at a time is in memory.
+
+    parts: (checkpoint's name, number of bytes, function without arguments -> tensor) of each tensor, in order.
+    """
+    shards, size, total = [{}], 0, 0
+    for name, n_bytes, read in parts:
+        if shards[-1] and size + n_bytes > SHARD_BYTES:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = read
+        size, total = size + n_bytes, total + n_bytes
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: read().contiguous() for name, read in shard.items()}, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": index}
+        files.write_json(folder / "model.safetensors.index.json", index)

@@ -20,6 +20,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 
 def test_what_a_t5_config_leaves_out_is_what_transformers_assumes():
+    assert from_hf(T5 | {"pad_token_id": 3}).start_id == 3
     assert from_hf(T5) == T5Config(8, 4, 16, 2, 2, 2, 10, own_head=False, scale_logits=True)
     assert from_hf(T5 | {"num_decoder_layers": None, "eos_token_id": [1, 5]}) == T5Config(
         8, 4, 16, 2, 2, 2, 10, eos_ids=(1, 5)
@@ -78,8 +79,7 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ([], "model_type is None, but minia3 runs only t5, mt5, llama, mistral"),
-        ({}, "model_type is None"),
+        ({}, "model_type is None, but minia3 runs only t5, mt5, llama, mistral"),
         (T5 | {"model_type": "umt5"}, "model_type is 'umt5'"),
         (LLAMA | {"model_type": "mixtral"}, "model_type is 'mixtral'"),
         (LLAMA | {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
@@ -92,10 +92,10 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (LLAMA | {"num_local_experts": 8}, "num_local_experts=8"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling of kind 'yarn'"),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling of kind 'linear'"),
-        (LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rope scaling of kind 'dynamic'"),
-        (LLAMA | {"rope_scaling": "llama3"}, "needs numbers, found factor=None"),
+        (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type='linear'"),
+        (LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
+        (LLAMA | {"rope_scaling": "llama3"}, "factor is None, expected a number from 1.0 to"),
         (
             LLAMA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5",
@@ -103,20 +103,41 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention={'rope_theta': 5.0}"),
         (
             LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}},
-            "low_freq_factor='1', high_freq_factor=None, original_max_position_embeddings=None",
+            "low_freq_factor is '1'.*; high_freq_factor is None.*; original_max_position_embeddings is None",
         ),
-        (LLAMA | {"rope_theta": "10000"}, "rope_theta='10000'"),
-        (LLAMA | {"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'"),
-        (T5 | {"dropout_rate": True}, "dropout_rate=True"),
-        ({"model_type": "t5", "d_model": 8}, "d_kv=None, d_ff=None, num_layers=None"),
-        ({"model_type": "llama", "hidden_size": 8}, "head_dim=None, intermediate_size=None, num_hidden_layers=None"),
+        (LLAMA | {"rope_theta": "10000"}, "rope_theta is '10000', expected a number from 1.0 to"),
+        (LLAMA | {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expected a number from 0.0 to 1.0"),
+        (T5 | {"dropout_rate": True}, "dropout_rate is True, expected a number from 0.0 to 1.0"),
+        (
+            {"model_type": "t5", "d_model": 8},
+            "d_kv is None, .*; d_ff is None, .*; num_layers is None, .* from 1 to 1024; ",
+        ),
+        (
+            {"model_type": "llama", "hidden_size": 8},
+            "head_dim is None, .*; intermediate_size is None, .*; num_hidden_layers is None",
+        ),
         (
             T5 | {"d_model": 0, "d_ff": 1.5, "num_heads": True},
-            "positive whole number, found d_model=0, d_ff=1.5, num_heads=True",
+            "d_model is 0, expected a whole number from 1 to 1048576; d_ff is 1.5, .*; num_heads is True, ",
         ),
         (LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 2}, "2 key/value heads must divide 3 heads"),
         (LLAMA | {"head_dim": 5}, "head_dim 5 must be even"),
-        (LLAMA | {"num_attention_heads": 0}, "num_attention_heads=0"),
+        (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0.0 to 1.0"),
+        (
+            LLAMA | {"rope_theta": float("inf"), "num_hidden_layers": 10**400},
+            "num_hidden_layers is 1000.*rope_theta is inf",
+        ),
+        (LLAMA | {"eos_token_id": [2, "3"]}, r"eos_token_id is \[2, '3'\], expected whole numbers"),
+        (T5 | {"eos_token_id": "</s>"}, "eos_token_id is .*, expected whole numbers"),
+        (T5 | {"decoder_start_token_id": 10}, "decoder_start_token_id < vocab_size"),
+        (
+            T5 | {"relative_attention_num_buckets": 2},
+            "relative_attention_num_buckets is 2, expected a whole number from 4",
+        ),
+        (T5 | {"relative_attention_max_distance": 16}, "max_distance > num_buckets / 2"),
+        (T5 | {"pad_token_id": "<pad>"}, "pad_token_id is '<pad>'.*decoder_start_token_id is '<pad>'"),
+        (LLAMA | {"rope_parameters": {"rope_type": "default", "hidden_size": 4}}, "does not do: hidden_size=4"),
+        (LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0, "),
     ],
 )
 def test_what_is_not_supported_or_not_there_is_refused_by_name(raw, message):

@@ -429,6 +429,10 @@ def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 0, 2**40), str(2**40)),  # of an array
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 0), "not supported"),  # an array of arrays
         (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"\xff", 0), "utf-8"),
+        (
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * struct.pack("<QcIB", 1, b"k", 0, 7),
+            "the key 'k' is there twice",
+        ),
         (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"t", 2**31), str(2**31)),  # dimensions
         (b"GGUF" + struct.pack("<IQQQcI5QIQ", 3, 1, 0, 1, b"t", 5, 1, 1, 1, 1, 1, 0, 0) + bytes(99), "a count of 5"),
         (b"GGUF" + struct.pack("<IQQQcIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0) + bytes(99), "t (0,) "),
@@ -444,7 +448,7 @@ def test_what_is_no_gguf_file_is_said_in_one_line(tmp_path, function, content, w
 
 def test_a_folder_a_missing_file_and_big_endian_are_refused(tmp_path):
     assert "directory" in fault(gguf_file.config, tmp_path)
-    assert "No such file" in fault(gguf_file.config, tmp_path / "none.gguf")
+    assert "not found" in fault(gguf_file.config, tmp_path / "none.gguf")
     stored = gguf_tensors(hf_tensors(make_model()))
     path = write(tmp_path / "a.gguf", stored, endianess=gguf.GGUFEndian.BIG)
     assert "big-endian" in fault(gguf_file.config, path)

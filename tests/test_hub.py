@@ -11,12 +11,15 @@ import sys
 import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from conftest import make
 from safetensors.torch import load_file
+
+from minia3 import files
 
 COMMIT = "0123456789" * 4
 CHILD = """
@@ -30,6 +33,8 @@ CHILD = """
         try:
             if call == "find without weights":
                 return sorted(path.name for path in files.find(name, weights=False).iterdir())
+            if call == "find adapter":
+                return {path.name: path.read_text() for path in files.find_adapter(name).iterdir()}
             value = minia3.load_model(name)
         except ValueError as error:
             return "ValueError: " + str(error)
@@ -148,7 +153,15 @@ def hub(contents):
             "org/gated": whole,
             "org/private": whole,
             "org/broken": whole,
-            "google-t5/t5-small": whole,
+            "google-t5/t5-small": whole | {"chat_template.jinja": b"{{ messages }}"},
+            "user/adapter": {
+                "adapter_config.json": b"{}",
+                "adapter_model.safetensors": b"a",
+                "adapter_model.bin": b"b",
+            },
+            "user/old-adapter": {"adapter_config.json": b"{}", "adapter_model.bin": b"b", "README.md": b"#"},
+            "user/gated-adapter": {},
+            "user/empty-adapter": {"adapter_config.json": b"{}"},
         }
     )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -172,7 +185,10 @@ def cached(hub, loads, tmp_path_factory):
     """A cache filled by our loads, by looking for a tokenizer, and by another program; and what we asked for."""
     cache, (calls, sums) = tmp_path_factory.mktemp("cache"), loads
     found = ask(cache, hub.address, [*calls, ("find without weights", "t5-small")])
-    assert found == [*sums, ["config.json", "generation_config.json", "tokenizer.json"]]
+    assert found == [
+        *sums,
+        ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"],
+    ]
     asked = hub.take()
     for file in ("config.json", "pytorch_model.bin"):
         huggingface_hub.hf_hub_download("org/others", file, cache_dir=cache / "hub", endpoint=hub.address)
@@ -194,7 +210,7 @@ def test_only_what_is_needed_is_fetched(hub, cached):
         "org/both": [*common, "tokenizer.json", "spiece.model", "model.safetensors"],
         "org/bin": [*common, "pytorch_model.bin"],
         "org/shards": [*common, "model.safetensors.index.json", *shards],
-        "google-t5/t5-small": [*common, "tokenizer.json"],  # a known name, without its weights
+        "google-t5/t5-small": [*common, "tokenizer.json", "chat_template.jinja"],  # a known name, without its weights
     }
 
 
@@ -232,8 +248,8 @@ def test_each_failure_is_one_clear_line(hub, tmp_path):
         "org/no-weights": "org/no-weights: this hub repository has no model.safetensors or",
         "org/no-config": "org/no-config: this hub repository has no config.json",
         "org/lost-shard": "org/lost-shard: this hub repository has no model-00002-of-",
-        "org/broken": "org/broken: the download failed: ",
-        "org/a name": "org/a name: not a hub id: ",
+        "org/broken": "org/broken: not a hub id, or the download failed: ",
+        "org/a name": "org/a name: not a hub id, or ",
     }
     for (name, message), found in zip(
         names.items(), ask(tmp_path, hub.address, [("load", name) for name in names]), strict=True
@@ -242,3 +258,42 @@ def test_each_failure_is_one_clear_line(hub, tmp_path):
         assert found.startswith(f"ValueError: {name}: ")
         assert "\n" not in found
         assert len(found) < 500
+
+
+def test_an_adapter_is_fetched_with_its_config_and_its_best_weights_alone(hub, tmp_path):
+    names = ("user/adapter", "user/old-adapter")
+    expected = [
+        {"adapter_config.json": "{}", "adapter_model.safetensors": "a"},
+        {"adapter_config.json": "{}", "adapter_model.bin": "b"},
+    ]
+    calls = [("find adapter", name) for name in names]
+    hub.requests.clear()
+    assert ask(tmp_path, hub.address, calls) == expected
+    assert hub.take() == {name: list(files) for name, files in zip(names, expected, strict=True)}
+    assert ask(tmp_path, hub.address, calls, HF_HUB_OFFLINE="1") == expected
+    assert hub.requests == []
+
+
+def test_an_adapter_that_cannot_be_fetched_is_refused_as_a_model_is(hub, tmp_path):
+    names = {
+        "user/gated-adapter": "user/gated-adapter: gated. Accept its terms at https://huggingface.co/user/gated-adapter",
+        "user/nowhere": "user/nowhere: the hub has no such repository, or it is private and needs a token",
+        "user/empty-adapter": "user/empty-adapter: this hub repository has no adapter_model.safetensors or adapter_mod",
+        "org/both": "org/both: this hub repository has no adapter_config.json",
+        "nothing": "nothing: not found; expected the folder or file of an adapter, or a hub id (user/name)",
+        "./user/name": "user/name: not found; expected",
+        "user/a name": "user/a name: not a hub id, or ",
+    }
+    found = ask(tmp_path, hub.address, [("find adapter", name) for name in names])
+    for message, expected in zip(found, names.values(), strict=True):
+        assert message.startswith(f"ValueError: {expected}")
+        assert "\n" not in message
+
+
+def test_an_adapter_that_is_here_is_not_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "_fetch", lambda *_: 0 / 0)
+    (tmp_path / "user" / "name").mkdir(parents=True)
+    (tmp_path / "finish.pt").write_text("")
+    assert files.find_adapter("user/name") == Path("user/name")
+    assert files.find_adapter(tmp_path / "finish.pt") == tmp_path / "finish.pt"
