@@ -1,0 +1,81 @@
+"""Chapter 6, merging: a row of vectors folds into the weights, in memory or from file to file.
+
+    W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
+
+The base is never divided: whoever wants it back still has it.
+"""
+
+import copy
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minia3 import files, load, tokenizer
+from minia3.adapters import fitting, read_adapter, row_of
+
+FOLDS = {"k": ("l_k", (-1, 1)), "v": ("l_v", (-1, 1)), "down": ("l_ff", (1, -1))}
+
+
+def merge(model, adapter=0):
+    """A new model with row `adapter` folded into its weights, and one row of ones.
+
+    The product is made in float32 at least and rounded once. Tensors that do not change are shared with `model`, which
+    stays as it is. ValueError for a row that is not there.
+    """
+    vectors, memo = row_of(model, adapter), {}
+    for name, p in model.named_parameters():
+        new = torch.ones_like(p[:1]) if name.endswith(".scale") else fold(name, p.detach(), vectors)
+        memo[id(p)] = nn.Parameter(new, p.requires_grad)
+    merged = copy.deepcopy(model, memo)
+    merged.n_adapters = 1
+    return merged
+
+
+def fold(name, weight, vectors):
+    """The parameter `name` with its vector folded in; `weight` itself where it has none."""
+    module, _, part = name.removesuffix(".weight").rpartition(".")
+    vector, shape = FOLDS.get(part, ("", ()))
+    if f"{module}.{vector}" not in vectors:
+        return weight
+    folded = (weight * vectors[f"{module}.{vector}"].reshape(shape)).to(weight.dtype)  # times float32: in float32
+    if not folded.isfinite().all():
+        raise ValueError(f"{name} with its vector folded in is not finite in {weight.dtype}: take a wider dtype")
+    return folded
+
+
+def merge_files(name_or_path, adapter, out):
+    """Fold an adapter (see `read_adapter`) into a checkpoint (see `load_model`) and write it to the new folder `out`.
+
+    The bits are those of load_model, load_adapter, merge and save_model; in memory is one shard, not the model. What
+    was written is read back and compared before it is there. Raises ValueError for an `out` that is not empty, for what
+    cannot be read or does not fit, and where what was written differs; then there is no `out`.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(not x.name.startswith(".") for x in out.iterdir())):
+        raise ValueError(f"{out}: exists and is not empty; give a new folder")
+    model, stored, dtype = load.opened(name_or_path)
+    vectors, path = fitting(model, read_adapter(adapter), adapter), files.find(name_or_path)
+    has_words = path.is_file() or any((path / name).exists() for name in tokenizer.FORMS)
+    words = tokenizer.load_tokenizer(path) if has_words else None
+
+    def read(ours):
+        return fold(ours, stored[ours][1].read().to(dtype), vectors).contiguous()
+
+    sizes = {ours: p.numel() * dtype.itemsize for ours, p in model.named_parameters() if ours in stored}
+    parts = [(stored[ours][0], n_bytes, partial(read, ours)) for ours, n_bytes in sizes.items()]
+    try:
+        with files.writing_folder(out) as temporary:
+            load.save_tensors(temporary, parts)
+            written = load.read_entries(temporary)
+            for name, _, expected in parts:
+                if not torch.equal(written[name].read().view(torch.uint8), expected().view(torch.uint8)):
+                    raise ValueError(f"{out}: {name} was read back with other bits than were written")
+            load.save_configs(temporary, model.config, dtype)
+            if words is not None:
+                words.save(temporary)
+    finally:
+        with suppress(OSError):  # not empty: it succeeded
+            out.rmdir()
