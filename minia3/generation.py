@@ -1,8 +1,13 @@
 """Chapter 7, part four: scoring, rank classification and decoding, over `start` and `step` alone, for both models.
 
-Shapes: B batch, M source length, L target length, V vocabulary, C choices, N prompts.
+Shapes: B batch, M source length, L target length, V vocabulary, C choices, N prompts, R rows selected.
 """
 
+import secrets
+from itertools import chain
+from math import inf
+
+import numpy as np
 import torch
 
 from minia3.data import collate, encode_example
@@ -53,58 +58,196 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
         raise ValueError(f"expected a list of prompts, one or more: found {prompts!r:.80}")
     lists = [choices] * len(prompts) if choices and isinstance(choices[0], str) else choices
     if len(lists) != len(prompts) or not all(lists) or any(isinstance(texts, str) for texts in (choices, *lists)):
-        raise ValueError(
-            f"expected one list of choices for all of the {len(prompts)} prompts, or one for each, and none empty: "
-            f"found {choices!r:.80}"
-        )
+        expected = f"one list of choices, none empty, for all of {len(prompts)} prompts or for each"
+        raise ValueError(f"expected {expected}: found {choices!r:.80}")
     rows = [Rendered(prompt, list(texts), 0) for prompt, texts in zip(prompts, lists, strict=True)]
     examples = [encode_example(row, tokenizer, end=False) for row in rows]
     return score(model, examples, tokenizer.pad_id, adapter=adapter, length_norm=length_norm, batch_size=batch_size)
 
 
-@torch.no_grad()
-def generate(model, tokenizer, prompts, *, adapter=None, max_new_tokens=64, temperature=0.0, batch_size=16):
-    """A list of N texts which go on from N prompts, each to its end token or for `max_new_tokens`.
+def generate(model, tokenizer, prompts, *, adapter=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
+             beams=1, length_penalty=1.0, samples=1, stop=(), seed=None, batch_size=16):  # fmt: skip
+    """N * samples texts that go on from N prompts: all samples of the first, then of the second.
 
-    temperature: 0 takes the most likely token; otherwise one is drawn from softmax(logits / temperature), by torch's
-    own generator. adapter: None, an int, or (N,) long. Raises ValueError for a prompt without tokens, and for a
-    temperature or max_new_tokens that is out of range.
+    prompts: N texts or lists of ids. adapter: None, an int, or (N,) long. A text ends before an end token, before the
+    first of `stop` (a text or several), or after `max_new_tokens`. temperature, top_k, top_p: see `draw`; 0 takes the
+    likeliest token. beams, length_penalty: more than one are a `beam_search`, and the samples are its best.
+    seed: what is drawn depends on it (None: a new one), on the prompt's index and the sample's, and not on the rest of
+    the batch, of `batch_size` rows (or one prompt's samples or beams, where these are more).
+    Raises ValueError for a value out of its range, and for a prompt with no tokens or with ids that are none.
     """
-    if temperature < 0 or max_new_tokens < 1 or isinstance(prompts, str):
-        found = f"found {prompts!r:.40}, {temperature}, {max_new_tokens}"
-        raise ValueError(f"expected a list of prompts, temperature >= 0 and max_new_tokens >= 1: {found}")
-    sources, texts = [tokenizer.encode(prompt) for prompt in prompts], [""] * len(prompts)
-    if empty := [i for i, source in enumerate(sources) if not source]:
-        raise ValueError(f"prompts {empty} have no tokens")
-    device = model.embed.weight.device
-    ends = torch.tensor(model.config.eos_ids, device=device)
-    for rows, adapter_B in _batches([len(source) for source in sources], adapter, batch_size):
-        length = max(len(sources[i]) for i in rows)
-        source_BM = torch.tensor([sources[i] + [tokenizer.pad_id] * (length - len(sources[i])) for i in rows])
-        mask_BM = torch.arange(length) < torch.tensor([[len(sources[i])] for i in rows])
-        state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM.to(device), adapter_B)
-        tokens_B1, written = state.start, []
-        done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        while len(written) < max_new_tokens and not done_B.all():
-            logits_BV = model.step(tokens_B1, state)[:, -1].float()
-            if temperature:
-                tokens_B1 = torch.multinomial((logits_BV / temperature).softmax(dim=-1), 1)
-            else:
-                tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-            done_B |= torch.isin(tokens_B1[:, 0], ends)
-            written.append(tokens_B1[:, 0].masked_fill(done_B, -1))
-        for i, ids in zip(rows, torch.stack(written, dim=1).tolist(), strict=True):
-            texts[i] = tokenizer.decode([token for token in ids if token >= 0])
+    how, search = (temperature, top_k, top_p), (beams, length_penalty)
+    texts = [""] * (len(prompts) * samples)
+    pieces = _pieces(model, tokenizer, prompts, adapter, max_new_tokens, how, stop, seed, search, samples, batch_size)
+    for n, piece in pieces:
+        texts[n] += piece
     return texts
+
+
+def stream(model, tokenizer, prompt, *, adapter=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
+           stop=(), seed=None):  # fmt: skip
+    """An iterator of the pieces of the text that goes on from one prompt, as they come; joined, they are `generate`'s.
+
+    What may be the beginning of a stop text waits, as do the parts of a character that is split over tokens.
+    """
+    pieces = _pieces(model, tokenizer, [prompt], adapter, max_new_tokens, (temperature, top_k, top_p), stop, seed)
+    return (piece for _, piece in pieces if piece)
+
+
+def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, search=(1, 1.0), samples=1, batch_size=1):
+    """An iterator of (index of a text, a piece of it)."""
+    (temperature, top_k, top_p), (beams, length_penalty) = how, search
+    counts = (n_tokens, beams, samples, batch_size)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    no_list = isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts)
+    for wrong, found, expected in (
+        (no_list, f"prompts {prompts!r:.40}", "a list of texts, or of lists of ids"),
+        (min(counts) < 1, f"max_new_tokens, beams, samples, batch_size {counts}", "1 or more"),
+        (not temperature >= 0 or top_k < 0, f"temperature, top_k {temperature, top_k}", "0 or more"),
+        (not 0 < top_p <= 1, f"top_p {top_p}", "above 0, and at most 1"),
+        (not abs(length_penalty) <= 10, f"length_penalty {length_penalty}", "-10 to 10"),
+        ("" in stops, f"stop {stop!r:.40}", "texts that are not empty"),
+        (beams > 1 and temperature, f"beams {beams} at temperature {temperature}", "temperature 0: none are drawn"),
+        (samples > beams and not temperature, f"samples {samples}", "a temperature, or as many beams"),
+    ):
+        if wrong:
+            raise ValueError(f"{found}: expected {expected}")
+    n_ids, device = model.embed.num_embeddings, model.embed.weight.device
+    sources = [tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    if bad := [i for i, source in enumerate(sources) if not source or min(source) < 0 or max(source) >= n_ids]:
+        raise ValueError(f"prompts {bad} have no tokens, or ids that are not 0 to {n_ids - 1}")
+    seed = secrets.randbits(32) if seed is None else seed
+
+    def run():
+        for read, adapter_B in _batches(list(map(len, sources)), adapter, max(1, batch_size // max(beams, samples))):
+            longest = max(len(sources[i]) for i in read)
+            source_BM = torch.tensor([sources[i] + [tokenizer.pad_id] * (longest - len(sources[i])) for i in read])
+            mask_BM = torch.arange(longest) < torch.tensor([[len(sources[i])] for i in read])
+            with torch.no_grad():
+                state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM.to(device), adapter_B)
+            done, which = set(), [i * samples + sample for i in read for sample in range(samples)]
+            if beams > 1:
+                best = beam_search(model, state, beams, n_tokens, length_penalty)
+                best = enumerate(ids for texts in best for ids in texts[:samples])
+                written = ((row, token) for row, ids in best for token in ids)
+            else:
+                streams = [np.random.RandomState([seed, *divmod(n, samples)]) for n in which]
+                written = tokens(model, state.repeat(samples), n_tokens, done, streams, *how)
+            texts = [Text(tokenizer.decode, stops) for _ in which]
+            for row, token in chain(written, enumerate([None] * len(which))):
+                yield which[row], texts[row].add(token)
+                if texts[row].done:
+                    done.add(row)
+
+    return run()
+
+
+class Text:
+    """One row's text in pieces that are final: parts of a character, or of a stop text, wait for what follows."""
+
+    def __init__(self, decode, stops):
+        self.decode, self.stops, self.ids, self.length, self.done = decode, stops, [], 0, False
+
+    def add(self, token):
+        """The piece that `token` makes final, often an empty one; None: nothing follows."""
+        self.ids += [] if token is None else [token]
+        text = self.decode(self.ids)  # all of it: what a token is depends on those before, and a step takes far longer
+        if self.done or (token is not None and text.endswith("\ufffd")):
+            return ""
+        for at in range(self.length, len(text) + 1):
+            self.done = text.startswith(self.stops, at)
+            if self.done or (token is not None and any(stop.startswith(text[at:]) for stop in self.stops)):
+                break
+        piece, self.length = text[self.length : at], at
+        return piece
+
+
+@torch.no_grad()
+def tokens(model, state, max_new_tokens, done, streams=None, temperature=0.0, top_k=0, top_p=1.0):
+    """Yield (row, token), step by step: the most likely token, or one drawn by a number of the row's stream.
+
+    A row that comes to an end token, which is not yielded, is put into the set `done`, as the caller may do with any
+    row: from the next step on it is not in the batch and costs nothing.
+    """
+    rows, tokens_B1 = list(range(len(state.start))), state.start
+    for _ in range(max_new_tokens):
+        kept = [i for i, row in enumerate(rows) if row not in done]
+        if not kept:
+            return
+        if len(kept) < len(rows):
+            rows, kept_R = [rows[i] for i in kept], torch.tensor(kept, device=tokens_B1.device)
+            state, tokens_B1 = state.select(kept_R), tokens_B1[kept_R]
+        logits_BV = model.step(tokens_B1, state)[:, -1].float()
+        if temperature:
+            uniform_B1 = torch.tensor([[streams[row].random_sample()] for row in rows], dtype=torch.float64)
+            tokens_B1 = draw(logits_BV, uniform_B1.to(logits_BV.device), temperature, top_k, top_p)
+        else:
+            tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        for row, token in zip(rows, tokens_B1[:, 0].tolist(), strict=True):
+            if token in model.config.eos_ids:
+                done.add(row)
+            else:
+                yield row, token
+
+
+def draw(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
+    """(B, 1): the token at which the sum of the probabilities, in the order of ids, passes a number from [0, 1).
+
+    The probabilities are softmax(logits / temperature) of the `top_k` most likely tokens (0: of all), and of these of
+    the fewest whose sum reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751). In the order of ids, rounding, which
+    differs from batch to batch, moves each bound by little.
+    """
+    if 0 < top_k < logits_BV.shape[1]:
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -inf)
+    logits_BV = logits_BV.double() - logits_BV.amax(dim=-1, keepdim=True)  # at most 0: no temperature makes it inf
+    p_BV = (logits_BV / temperature).softmax(dim=-1)
+    if top_p < 1:
+        sorted_BV, order_BV = p_BV.sort(descending=True)
+        p_BV = p_BV.scatter(1, order_BV, sorted_BV.masked_fill(sorted_BV.cumsum(-1) - sorted_BV >= top_p, 0.0))
+    sum_BV = p_BV.cumsum(dim=-1)
+    return torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True)
+
+
+@torch.no_grad()
+def beam_search(model, state, beams, max_new_tokens, length_penalty=1.0):
+    """For each row of `state` its `beams` best texts, best first: lists of ids without the end token.
+
+    A text's score is the sum of log p / length ** length_penalty, the end token counted. As transformers'
+    `generate(num_beams=beams, early_stopping=False)`: of all ways to go on by one token, the `beams` likeliest may end,
+    and the `beams` likeliest that do not end go on. A row is done when `beams` have ended, none of them with a lower
+    score than the best of those that go on has so far.
+    """
+    ends, rows, ended = model.config.eos_ids, range(len(state.start)), [[] for _ in state.start]
+    state, written = state.repeat(beams), [[]] * len(rows) * beams
+    tokens_B1, device = state.start, state.start.device
+    sum_B1 = torch.tensor([[0.0], *[[-inf]] * (beams - 1)] * len(rows), device=device)  # at first all are the same
+    for length in range(1, max_new_tokens + 1):
+        logp_BV = model.step(tokens_B1, state)[:, -1].float().log_softmax(dim=-1)
+        n_vocab, penalty, last, kept, going = logp_BV.shape[1], length**length_penalty, length == max_new_tokens, [], []
+        best = (sum_B1 + logp_BV).view(len(rows), -1).topk(min(1 + len(ends), n_vocab) * beams)
+        for n, (row, sums, ways) in enumerate(zip(rows, best.values.tolist(), best.indices.tolist(), strict=True)):
+            ways = [(total, n * beams + i // n_vocab, i % n_vocab) for total, i in zip(sums, ways, strict=True)]
+            end = [way for way in ways[:beams] if last or way[2] in ends]
+            ended[row] += [(total / penalty, [*written[beam], token]) for total, beam, token in end]
+            ended[row] = sorted(ended[row], key=lambda text: -text[0])[:beams]
+            ways = [way for way in ways if not last and way[2] not in ends][:beams]
+            if ways and (len(ended[row]) < beams or ways[0][0] / penalty > ended[row][-1][0]):
+                kept.append(row)
+                going += ways
+        if not going:
+            break
+        rows, written = kept, [[*written[beam], token] for _, beam, token in going]
+        sum_B1, order_B1, tokens_B1 = (torch.tensor(x, device=device)[:, None] for x in zip(*going, strict=True))
+        state = state.select(order_B1[:, 0])
+    return [[[token for token in ids if token not in ends] for _, ids in texts] for texts in ended]
 
 
 def _batches(lengths, adapter, batch_size):
     """Rows in batches of similar lengths, longest first (memory runs out at once if it does), with their adapters."""
-    if adapter is not None and not isinstance(adapter, int):
-        adapter = torch.as_tensor(adapter)
-        if adapter.dim() and len(adapter) != len(lengths):
-            raise ValueError(f"expected an adapter for each of {len(lengths)} rows, found {len(adapter)}")
+    adapter = torch.as_tensor(0 if adapter is None else adapter)
+    if adapter.dim() and len(adapter) != len(lengths):
+        raise ValueError(f"expected an adapter for each of {len(lengths)} rows, found {len(adapter)}")
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for first in range(0, len(by_length), batch_size):
         rows = by_length[first : first + batch_size]
-        yield rows, adapter[rows] if isinstance(adapter, torch.Tensor) and adapter.dim() else adapter
+        yield rows, adapter.expand(len(lengths))[rows]

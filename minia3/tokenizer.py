@@ -5,19 +5,24 @@
     tokenizer.model        LLaMA's: neighbours merge to the piece of the best score, leftmost first, until none do (BPE)
     .gguf                  the same pieces and scores ("llama"), or bytes and merges and the name of a rule ("gpt2")
 
-The library `tokenizers` does the work. Ids are sentencepiece's, with two exceptions that are the library's, and so T5's
-published tokenizer.json's too: it sums scores in float64, not float32, so where two cuts tie, the other may win; its
-normaliser may lose a combining mark behind a letter that it replaces. Sources: google/sentencepiece (its .proto file,
-normalizer.cc, unigram_model.cc, bpe_model.cc) and ggml-org/llama.cpp (llama-vocab.cpp).
+The library `tokenizers` does the work. Ids are sentencepiece's, with two exceptions of the library, and so of T5's
+published tokenizer.json: scores are summed in float64, not float32, so of two cuts that tie the other may win; a mark
+that combines with a letter that is replaced may be lost. Sources: google/sentencepiece (its .proto file, normalizer.cc,
+unigram_model.cc, bpe_model.cc) and ggml-org/llama.cpp (llama-vocab.cpp).
 """
 
+import json
 import re
 import struct
-from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+
+from minia3.files import find, read_json, reading, write_json, writing_folder
+from minia3.gguf_file import metadata
 
 FORMS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # the first that is there
 BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")  # the last wins
@@ -37,10 +42,14 @@ class Tokenizer:
     def __init__(self, backend, settings):  # settings: what the files of BESIDE say, in one dict
         backend.no_truncation()  # a tokenizer.json may hold what was set when it was saved, and cut or pad every text
         backend.no_padding()
-        self.backend = backend
+        template = settings.get("chat_template")  # a text, or a list of several with names
+        several = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
+        self.backend, self.chat_template = backend, several.get("default")
         self.bos_id, self.eos_id, pad_id = (special_id(backend, settings, kind) for kind in ("bos", "eos", "pad"))
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
         token = {i: backend.id_to_token(i) for i in (self.bos_id, self.eos_id, pad_id) if i is not None}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        self.special = {name: token[i] for name, i in ids.items() if i in token}  # pad_id may be that of a word
         backend.add_special_tokens(list(token.values()))  # not every file marks them, and decode drops only what is
         if backend.post_processor is None:
             bos = [token[self.bos_id]] if settings.get("add_bos_token") and self.bos_id in token else []
@@ -50,7 +59,7 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of `text` with the files' special tokens: T5 `</s>` behind, LLaMA `<s>` in front, SmolLM2 none."""
-        with damage_named(f"text {text[:40]!r}"):  # half a surrogate pair; or what loading did not see of a damage
+        with reading(f"text {text[:40]!r}"):  # half a surrogate pair; or what loading did not see of a damage
             return self.backend.encode(text, add_special_tokens=special).ids
 
     def encode_target(self, text: str, end: bool) -> list[int]:
@@ -67,43 +76,60 @@ class Tokenizer:
         prompt, joined = (self.encode(t, special=False) for t in ("a", "a " + text.removeprefix(" ")))
         return joined[len(prompt) :] + [self.eos_id] * end
 
+    def chat(self, messages: list[dict]) -> list[int]:
+        """The ids of a conversation, [{"role": "user", "content": "Hello"}, ...], up to where the answer begins.
+
+        The checkpoint's chat_template, rendered in jinja2's sandbox as transformers' apply_chat_template does it.
+        ValueError without jinja2 or a template, and where the template fails or refuses the messages.
+        """
+
+        def refuse(message):
+            raise ValueError(message)
+
+        if self.chat_template is None:
+            raise ValueError("the tokenizer's files have no chat_template: give the whole prompt as a text")
+        values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self.special}
+        values |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        with reading("chat_template", extra="chat"):
+            from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
+
+            sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own is made for HTML
+            return self.encode(sandbox.from_string(self.chat_template).render(values), special=False)
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids` without special tokens, and without ids that are none (T5's embedding has 28 rows more)."""
         return self.backend.decode([i for i in ids if 0 <= i < 2**32])
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, by which transformers' AutoTokenizer gives the same ids."""
-        from minia3.files import replacing, write_json  # imports torch
-
-        with replacing(Path(folder) / "tokenizer.json") as temporary:
-            self.backend.save(str(temporary))
-        special = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        config = {name: special.get(i) for name, i in ids.items()}  # no pad token where pad_id is that of a word
+        config = {**self.special, **({"chat_template": self.chat_template} if self.chat_template else {})}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # LlamaTokenizer would make a normaliser of its own
         config["model_input_names"] = ["input_ids", "attention_mask"]  # not token_type_ids, which generate refuses
-        write_json(Path(folder) / "tokenizer_config.json", config)
+        with writing_folder(folder, replaces=["chat_template.jinja"]) as new:
+            self.backend.save(str(new / "tokenizer.json"))
+            write_json(new / "tokenizer_config.json", config)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
         """The first of FORMS in the folder, with the small JSON files beside it. ValueError if none or damaged."""
-        from minia3.files import not_what_it_says, read_json  # imports torch
-
-        folder = Path(path)
-        file = next((folder / name for name in FORMS if (folder / name).is_file()), None)
-        if file is None:
-            raise ValueError(f"{folder}: no tokenizer; expected one of {', '.join(FORMS)}")
-        if wrong := not_what_it_says(file):
-            raise ValueError(f"{file}: {wrong}")
-        data, t5, settings = file.read_bytes(), file.name == "spiece.model", {}
-        for beside in (folder / name for name in BESIDE if (folder / name).is_file()):
-            settings |= {key: value for key, value in read_json(beside).items() if value is not None}
-        with damage_named(file):
-            if file.name == "tokenizer.json":
-                return cls(Backend.from_buffer(data), settings)
-            backend, ids = read_sentencepiece(data)
+        here = {name: Path(path) / name for name in (*FORMS, *BESIDE, "chat_template.jinja")}
+        here = {name: file for name, file in here.items() if file.is_file()}
+        name, file = next(iter(here.items()), (None, None))
+        if name not in FORMS:
+            raise ValueError(f"{path}: no tokenizer; expected one of {', '.join(FORMS)}")
+        read = [read_json(here[beside]) for beside in BESIDE if beside in here]
+        settings = {key: value for raw in read for key, value in raw.items() if value is not None}
+        with reading(file):
+            if "chat_template.jinja" in here:
+                settings["chat_template"] = here["chat_template.jinja"].read_text(encoding="utf-8")
+            if name == "tokenizer.json":
+                return cls(Backend.from_buffer(file.read_bytes()), settings)
+            (backend, ids), t5 = read_sentencepiece(file.read_bytes()), name == "spiece.model"
             if t5:  # its sentinels are not in the file: <extra_id_99> ... <extra_id_0> come behind the pieces
-                backend.add_special_tokens([f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))][::-1])
+                if (n := settings.get("extra_ids", 100)) not in range(1001):
+                    raise ValueError(f"extra_ids is {n!r}, expected 0 to 1000")
+                backend.add_special_tokens([f"<extra_id_{i}>" for i in range(n)][::-1])
             added = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
             backend.add_tokens([AddedToken(**{**token, "normalized": False}) for _, token in added])
             return cls(backend, {"add_bos_token": not t5, "add_eos_token": t5, **ids, **settings})
@@ -111,9 +137,9 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, metadata: dict, where: str | Path = "GGUF") -> "Tokenizer":
         """The tokenizer in a GGUF file's metadata ("tokenizer.ggml.tokens" ...). ValueError for a kind not known."""
-        meta = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+        meta = {key.removeprefix("tokenizer.").removeprefix("ggml."): value for key, value in metadata.items()}
         model, pre = meta.get("model"), meta.get("pre", "default")
-        with damage_named(where):
+        with reading(where):
             if model == "llama":
                 prefix, bos = meta.get("add_space_prefix", True), True
                 backend = sentencepiece(meta["tokens"], meta["scores"], meta["token_type"], dummy_prefix=prefix)
@@ -133,11 +159,8 @@ class Tokenizer:
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a known model, a hub id, a folder or a .gguf file. ValueError where there is none."""
-    from minia3.files import find  # imports torch
-    from minia3.gguf_file import metadata
-
     path = find(name_or_path, weights=False)
-    return Tokenizer.from_gguf(metadata(path), path) if path.suffix == ".gguf" else Tokenizer.from_folder(path)
+    return Tokenizer.from_gguf(metadata(path), path) if path.is_file() else Tokenizer.from_folder(path)
 
 
 def special_id(backend, settings, kind):
@@ -169,16 +192,17 @@ def read_sentencepiece(data):
 
 def fields(data):
     """(number, value) of each field of a protobuf message: an int for a varint, bytes for any other."""
-
-    def varint(at):
-        end = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]").match(data, at).end()
-        return sum((byte & 127) << 7 * n for n, byte in enumerate(data[at:end])), end
-
     at = 0
+
+    def varint():
+        nonlocal at
+        first, at = at, re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]").match(data, at).end()
+        return sum((byte & 127) << 7 * n for n, byte in enumerate(data[first:at]))
+
     while at < len(data):
-        key, at = varint(at)
-        value, at = varint(at) if key & 7 in (0, 2) else ({1: 8, 5: 4}[key & 7], at)
-        if key & 7:  # then this was the length
+        key = varint()
+        value = varint() if key & 7 in (0, 2) else {1: 8, 5: 4}[key & 7]
+        if key & 7:  # then this is the length
             value, at = data[at : at + value], at + value
         if at > len(data):
             raise ValueError("a field is cut")
@@ -207,14 +231,3 @@ def sentencepiece(names, scores, kinds, unigram=False, charsmap=None, dummy_pref
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     add_tokens(backend, zip(names, kinds, strict=True))
     return backend
-
-
-@contextmanager
-def damage_named(where):  # all the ways in which a damaged tokenizer fails become one ValueError of one line
-    try:
-        yield
-    except BaseException as error:  # tokenizers raises plain Exceptions, and a panic of its Rust code is not even one
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        damage = "" if type(error) is ValueError else f"cut short or damaged: {type(error).__name__}: "
-        raise ValueError(f"{where}: {damage}{' '.join(str(error).split())}") from None

@@ -12,8 +12,6 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -395,7 +393,7 @@ def test_gguf_of_an_unknown_kind_is_refused_by_name():
             Tokenizer.from_gguf({k: v for k, v in meta.items() if k != f"tokenizer.ggml.{key}"})
     with pytest.raises(ValueError, match=r"^GGUF: "):
         Tokenizer.from_gguf(meta | {"tokenizer.ggml.token_type": [1]})
-    with pytest.raises(ValueError, match=r"^GGUF: cut short or damaged: .*`no thing` out of vocabulary$"):
+    with pytest.raises(ValueError, match=r"^GGUF: damaged or cut short: .*`no thing` out of vocabulary$"):
         Tokenizer.from_gguf(meta | {"tokenizer.ggml.merges": ["Ġ no\nthing"]})
 
 
@@ -508,12 +506,6 @@ def test_load_tokenizer_reads_a_folder_and_a_gguf_file(small, tmp_path):
     writer.close()
     for path in (folder, str(folder), tmp_path / "x.gguf"):
         assert load_tokenizer(path).encode("the red  hats") == small["llama"].encode("the red  hats")
-
-
-def test_importing_the_module_does_not_import_torch():
-    code = "import sys; import minia3.tokenizer; sys.exit('torch' in sys.modules)"
-    root = Path(minia3.tokenizer.__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 
 # Damage
