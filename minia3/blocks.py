@@ -12,6 +12,8 @@ F feed-forward.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight, in float32 at least (arXiv 1910.07467)
+from torch.utils.checkpoint import checkpoint
 
 from minia3.ia3 import IA3
 
@@ -22,18 +24,10 @@ ACTIVATIONS = {
 }
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, d, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # there is nothing to fill, and there torch would load its compiler to do it: 1 s
+            super().reset_parameters()
 
 
 def rotate(x_BHLK, rotation):
@@ -60,15 +54,18 @@ class Attention(nn.Module):
         self.l_v = IA3(n_kv_heads * d_head, n_adapters)
         self.d_head, self.scale, self.grouped, self.dropout = d_head, scale, n_heads != n_kv_heads, dropout
 
-    def kv(self, memory_BMD, adapter_B, rotation=None):
-        """Keys and values (B, G, M, K) of what is attended to: scaled by l_k and l_v, then rotated."""
-        k_BGMK = self.heads(self.l_k(self.k(memory_BMD), adapter_B))  # before the rotation: so it folds into W_k
-        v_BGMK = self.heads(self.l_v(self.v(memory_BMD), adapter_B))
+    def kv(self, memory, adapter, rotation=None, packing=None):
+        """Keys and values (B, G, M, K) of what is attended to: scaled by l_k and l_v, then rotated.
+
+        memory (B, M, D) and adapter (B,); or (T, 1, D) and (T,), packed.
+        """
+        k_BGMK = self.heads(self.l_k(self.k(memory), adapter), packing)  # before the rotation: so it folds into W_k
+        v_BGMK = self.heads(self.l_v(self.v(memory), adapter), packing)
         return (k_BGMK if rotation is None else rotate(k_BGMK, rotation)), v_BGMK
 
-    def forward(self, x_BLD, kv, bias_BHLM=None, causal=False, rotation=None):
+    def forward(self, x, kv, bias_BHLM=None, causal=False, rotation=None, packing=None):
         k_BGMK, v_BGMK = kv
-        q_BHLK = self.heads(self.q(x_BLD))
+        q_BHLK = self.heads(self.q(x), packing)
         out_BHLK = F.scaled_dot_product_attention(
             q_BHLK if rotation is None else rotate(q_BHLK, rotation),
             k_BGMK,
@@ -79,10 +76,11 @@ class Attention(nn.Module):
             scale=self.scale,
             enable_gqa=self.grouped,
         )
-        return self.o(out_BHLK.transpose(1, 2).flatten(2))
+        out = out_BHLK.transpose(1, 2).flatten(2)
+        return self.o(packing.pack(out) if packing else out)
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+    def heads(self, x, packing):
+        return (packing.unpack(x) if packing else x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -100,10 +98,19 @@ class FeedForward(nn.Module):
         self.activation, self.dropout = ACTIVATIONS[activation], nn.Dropout(dropout)
 
     def forward(self, x_BLD, adapter_B):
-        h_BLF = self.activation(self.gate(x_BLD))
-        if self.up is not None:
-            h_BLF = h_BLF * self.up(x_BLD)
-        return self.down(self.dropout(self.l_ff(h_BLF, adapter_B)))
+        gate_BLF, up_BLF = self.gate(x_BLD), None if self.up is None else self.up(x_BLD)
+        if self.up is None or not torch.is_grad_enabled():
+            h_BLF = self.hidden(gate_BLF, up_BLF, adapter_B)
+        else:  # the backward computes these products again: two tensors are kept for it in place of four
+            recompute = {"use_reentrant": False, "preserve_rng_state": False}
+            h_BLF = checkpoint(self.hidden, gate_BLF, up_BLF, adapter_B, **recompute)
+        return self.down(self.dropout(h_BLF))
+
+    def hidden(self, gate_BLF, up_BLF, adapter_B):
+        h_BLF = self.activation(gate_BLF)
+        if up_BLF is not None:
+            h_BLF = h_BLF * up_BLF
+        return self.l_ff(h_BLF, adapter_B)
 
 
 class Block(nn.Module):
@@ -117,10 +124,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD, context, cache):
-        h_BLD = self.attn_norm(x_BLD)
-        kv = cache.append(*self.attn.kv(h_BLD, context.adapter_B, context.rotation))
-        x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context.bias_BHLM, context.causal, context.rotation))
+        c, h_BLD = context, self.attn_norm(x_BLD)
+        kv = cache.append(*self.attn.kv(h_BLD, c.adapter_B, c.rotation, c.packing))
+        x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing))
         if self.cross is not None:
-            h_BLD = self.cross_norm(x_BLD)
-            x_BLD = x_BLD + self.dropout(self.cross(h_BLD, cache.memory, context.memory_bias_B11M))
-        return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), context.adapter_B))
+            h = self.cross_norm(x_BLD).reshape(len(cache.memory[0]), -1, x_BLD.shape[2])  # rows may share a source
+            x_BLD = x_BLD + self.dropout(self.cross(h, cache.memory, c.memory_bias_B11M).view_as(x_BLD))
+        return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), c.adapter_B))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minia3.blocks import Attention, Block, FeedForward, RMSNorm
-from minia3.state import Cache, Context, State, causal_mask, check_start, mask_to_bias
+from minia3.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
+from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.n_adapters = config, n_adapters
         c = config
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.embed = Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(
             Block(
                 Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_head**-0.5, c.dropout, n_adapters),
@@ -97,7 +97,7 @@ class Llama(nn.Module):
             read_BL = source_BM[:, :longest]
             mask_BL = torch.arange(longest, device=source.device) < last_B1
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
-            self.read(read_BL, state)
+            self.read(read_BL, state, None if mask_BL is None else Packing(mask_BL))
             state.mask_BM = mask_BL
         return state
 
@@ -106,8 +106,8 @@ class Llama(nn.Module):
         x_BLD = self.norm(self.read(tokens, state))
         return F.linear(x_BLD, self.embed.weight) if self.head is None else self.head(x_BLD)
 
-    def read(self, tokens_BL, state):
-        x_BLD = self.embed(tokens_BL)
+    def read(self, tokens_BL, state, packing=None):
+        x = self.embed(tokens_BL)
         length, total = tokens_BL.shape[1], state.length + tokens_BL.shape[1]
         position_BL = torch.arange(state.length, total, device=tokens_BL.device).unsqueeze(0)
         bias_BHLM = None
@@ -115,15 +115,18 @@ class Llama(nn.Module):
             position_BL = position_BL + (state.mask_BM.sum(dim=1, keepdim=True) - state.length)
             state.mask_BM = torch.cat((state.mask_BM, torch.ones_like(tokens_BL, dtype=torch.bool)), dim=1)
             seen_BLM = state.mask_BM[:, None, :] & causal_mask(length, total, tokens_BL.device)
-            bias_BHLM = mask_to_bias(seen_BLM.unsqueeze(1), x_BLD.dtype)
+            bias_BHLM = mask_to_bias(seen_BLM.unsqueeze(1), x.dtype)
         elif 1 < length < total:
-            bias_BHLM = mask_to_bias(causal_mask(length, total, tokens_BL.device)[None, None], x_BLD.dtype)
+            bias_BHLM = mask_to_bias(causal_mask(length, total, tokens_BL.device)[None, None], x.dtype)
         causal = bias_BHLM is None and length > 1
-        context = Context(state.adapter_B, bias_BHLM, causal, self.rotation(position_BL, x_BLD.dtype))
+        adapter, rotation = state.adapter_B, self.rotation(position_BL, x.dtype)
+        if packing:
+            x, adapter = packing.pack(x), adapter[packing.row_T]
+        context = Context(adapter, bias_BHLM, causal, rotation, packing=packing)
         for block, cache in zip(self.blocks, state.caches, strict=True):
-            x_BLD = block(x_BLD, context, cache)
+            x = block(x, context, cache)
         state.length = total
-        return x_BLD
+        return x
 
     def rotation(self, position_BL, dtype):
         """cos and sin (B, 1, L, K) of every position's angles: made in float32, then cast."""

@@ -3,37 +3,66 @@
 `State` is what `model.start` returns and `model.step` moves on; `Cache` is one block's part of it; `Context` is what
 all blocks of one call share. A training step uses a fresh state like any other.
 
-Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, K head width.
+Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, K head width,
+R rows selected, D model, T real tokens of a batch.
 """
 
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
+
+
+class Packing:
+    """Where a padded batch has its real tokens. What works token by token gets them alone, as T rows of one token,
+    (T, 1, D), each with the adapter of its row. Attention unpacks them, to (B, L, D) with zeros for padding.
+    """
+
+    def __init__(self, mask_BL):
+        self.row_T, self.column_T = mask_BL.nonzero(as_tuple=True)
+        self.shape = mask_BL.shape
+
+    def pack(self, x_BLD):
+        return x_BLD[self.row_T, self.column_T].unsqueeze(1)
+
+    def unpack(self, x_T1D):
+        return x_T1D.new_zeros(*self.shape, x_T1D.shape[2]).index_put((self.row_T, self.column_T), x_T1D[:, 0])
 
 
 @dataclass
 class Context:
     """One call's masks, positions and adapter rows, the same for every block."""
 
-    adapter_B: torch.Tensor
+    adapter_B: torch.Tensor  # (T,) where the call is packed
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf) and T5's relative positions
     causal: bool = False  # SDPA's own causal mask: right only where L = M
     rotation: tuple | None = None  # cos, sin (B or 1, 1, L, K)
     memory_bias_B11M: torch.Tensor | None = None  # the source's padding, for cross-attention
+    packing: Packing | None = None
 
 
 @dataclass
 class Cache:
-    """One block's keys and values, scaled and rotated: `kv` grows with each step, `memory` is the encoder's."""
+    """One block's keys and values, scaled and rotated: `kv`, with `length` columns filled; `memory`, the encoder's."""
 
     kv: tuple | None = None
     memory: tuple | None = None
+    length: int = 0
 
-    def append(self, k_BGMK, v_BGMK):
-        if self.kv is not None:
-            k_BGMK, v_BGMK = torch.cat((self.kv[0], k_BGMK), dim=2), torch.cat((self.kv[1], v_BGMK), dim=2)
-        self.kv = (k_BGMK, v_BGMK)
-        return self.kv
+    def append(self, k_BGLK, v_BGLK):
+        """-> all keys and values so far. Without gradients they are written into room that is made for 64 at a time."""
+        old, new, first = self.kv, (k_BGLK, v_BGLK), self.length
+        self.length += k_BGLK.shape[2]
+        if old is None:
+            self.kv = new
+        elif torch.is_grad_enabled():  # the graph may still need what it has read: nothing is written over
+            self.kv = tuple(torch.cat((x[:, :, :first], y), dim=2) for x, y in zip(old, new, strict=True))
+        else:
+            if old[0].shape[2] < self.length:
+                self.kv = tuple(F.pad(x[:, :, :first], (0, 0, 0, self.length - first + 64)) for x in old)
+            for x, y in zip(self.kv, new, strict=True):
+                x[:, :, first : self.length] = y
+        return tuple(x[:, :, : self.length] for x in self.kv)
 
 
 @dataclass
@@ -43,6 +72,7 @@ class State:
     start: (B, 1) the token that begins the target.
     length: columns of the self-attention cache so far.
     mask_BM: which of these columns are real; None where all are.
+    sharing: so many consecutive rows ask the same keys and values of the source.
     """
 
     start: torch.Tensor
@@ -51,24 +81,25 @@ class State:
     length: int = 0
     mask_BM: torch.Tensor | None = None
     memory_bias_B11M: torch.Tensor | None = field(default=None, kw_only=True)
+    sharing: int = 1
+
+    def select(self, rows_R):
+        """A new state whose row i goes on from row rows_R[i] (R,) long of this one; neither sees the other's steps."""
+        return self._go_on(rows_R, rows_R // self.sharing, 1)
 
     def repeat(self, c):
-        """A new state whose rows b*c ... b*c + c - 1 go on from row b of this one."""
+        """A new state whose rows b*c ... b*c + c - 1 go on from row b of this one. The source's keys are not copied."""
+        rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
+        return self._go_on(rows_R, slice(None), c * self.sharing)
 
-        def rows(x):
-            return None if x is None else x.repeat_interleave(c, dim=0)
+    def _go_on(self, rows, memory_rows, sharing):
+        def pick(x, rows=rows):  # not by index_select, whose gradient a GPU sums in any order
+            return tuple(pick(y, rows) for y in x) if isinstance(x, tuple) else None if x is None else x[rows]
 
-        def pair(kv):
-            return None if kv is None else (rows(kv[0]), rows(kv[1]))
-
-        return replace(
-            self,
-            start=rows(self.start),
-            adapter_B=rows(self.adapter_B),
-            caches=[Cache(pair(cache.kv), pair(cache.memory)) for cache in self.caches],
-            mask_BM=rows(self.mask_BM),
-            memory_bias_B11M=rows(self.memory_bias_B11M),
-        )
+        caches = [Cache(pick(cache.kv), pick(cache.memory, memory_rows), cache.length) for cache in self.caches]
+        new = {name: pick(getattr(self, name)) for name in ("start", "adapter_B", "mask_BM")}
+        bias_B11M = pick(self.memory_bias_B11M, memory_rows)
+        return replace(self, caches=caches, memory_bias_B11M=bias_B11M, sharing=sharing, **new)
 
 
 def mask_to_bias(mask, dtype):
@@ -91,11 +122,9 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         raise ValueError(f"source must be (batch, length) ids with at least one token, found {tuple(source_BM.shape)}")
     if mask_BM is not None:
         if mask_BM.shape != source_BM.shape or mask_BM.dtype != torch.bool:
-            raise ValueError(
-                f"mask must be bool {tuple(source_BM.shape)}, found {mask_BM.dtype} {tuple(mask_BM.shape)}"
-            )
-        empty = (~mask_BM.any(dim=1)).nonzero().flatten().tolist()
-        if empty:
+            found = f"{mask_BM.dtype} {tuple(mask_BM.shape)}"
+            raise ValueError(f"mask must be bool {tuple(source_BM.shape)}, found {found}")
+        if empty := (~mask_BM.any(dim=1)).nonzero().flatten().tolist():
             raise ValueError(f"source rows {empty} have no real token: mask them in the batch, or give them one")
     batch = source_BM.shape[0]
     rows = torch.as_tensor(0 if adapter is None else adapter, device=source_BM.device)

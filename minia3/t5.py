@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minia3.blocks import Attention, Block, FeedForward, RMSNorm
-from minia3.state import Cache, Context, State, causal_mask, check_start, mask_to_bias
+from minia3.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
+from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Stack(nn.Module):
         )
         self.norm = RMSNorm(c.d_model, c.eps)
         self.dropout = nn.Dropout(c.dropout)
-        self.position = nn.Embedding(c.n_buckets, c.n_heads)
+        self.position = Embedding(c.n_buckets, c.n_heads)
         self.max_distance, self.bidirectional = c.max_distance, not decoder
 
     def forward(self, x_BLD, context, caches):
@@ -99,7 +99,7 @@ class T5(nn.Module):
     def __init__(self, config, n_adapters=1):
         super().__init__()
         self.config, self.n_adapters = config, n_adapters
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, False, n_adapters)
         self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False) if config.own_head else None
@@ -111,13 +111,14 @@ class T5(nn.Module):
         Raises ValueError for an empty source or row, and for an adapter that is not there.
         """
         adapter_B = check_start(source, mask, adapter, self.n_adapters)
-        x_BMD = self.embed(source)
+        x, adapter, memory_bias_B11M, packing = self.embed(source), adapter_B, None, None
         bias_BHMM = self.encoder.bias(source.shape[1], source.shape[1])
-        memory_bias_B11M = None if mask is None else mask_to_bias(mask[:, None, None, :], x_BMD.dtype)
         if mask is not None:
-            bias_BHMM = bias_BHMM + memory_bias_B11M
-        memory_BMD = self.encoder(x_BMD, Context(adapter_B, bias_BHMM), [Cache() for _ in self.encoder.blocks])
-        caches = [Cache(memory=block.cross.kv(memory_BMD, adapter_B)) for block in self.decoder.blocks]
+            packing, memory_bias_B11M = Packing(mask), mask_to_bias(mask[:, None, None, :], x.dtype)
+            x, adapter, bias_BHMM = packing.pack(x), adapter_B[packing.row_T], bias_BHMM + memory_bias_B11M
+        context = Context(adapter, bias_BHMM, packing=packing)
+        memory = self.encoder(x, context, [Cache() for _ in self.encoder.blocks])
+        caches = [Cache(memory=block.cross.kv(memory, adapter, packing=packing)) for block in self.decoder.blocks]
         start_B1 = torch.full_like(source[:, :1], self.config.start_id)
         return State(start_B1, adapter_B, caches, memory_bias_B11M=memory_bias_B11M)
 

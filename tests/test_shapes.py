@@ -14,6 +14,7 @@ from conftest import tokens
 from words import texts, word_tokenizer
 
 import minia3
+from minia3.adapters import mix, read_adapter, write_adapter
 from minia3.evaluate import evaluate
 from minia3.llama import inverse_frequencies
 from minia3.losses import total_loss
@@ -106,7 +107,7 @@ def suffixed_names(path):
 NAMES = {path: names for path in sorted(PACKAGE.glob("*.py")) if (names := suffixed_names(path))}
 
 
-def run(model, tokenizer):
+def run(model, tokenizer, folder):
     """Everything that the package does with a model, in sizes that differ from one another."""
     n_rows, n_source, n_target, n_choices = 5, 7, 9, 2
     source, target = tokens(n_rows, n_source), tokens(n_rows, n_target)
@@ -126,19 +127,26 @@ def run(model, tokenizer):
     prompts = sorted(texts(6), key=len, reverse=True)  # so the first batch has more choices than the second
     adapters = torch.tensor([0, 2, 1, 2, 0, 1])
     minia3.rank(model, tokenizer, prompts, [["w3", "w4 w5", "w6"], *[["w7", "w8"]] * 5], adapter=adapters, batch_size=4)
-    for temperature in (0.0, 1.0):
-        options = {"max_new_tokens": 3, "temperature": temperature, "batch_size": 4}
-        minia3.generate(model, tokenizer, prompts, adapter=adapters, **options)
+    for how in ({}, {"beams": 2}, {"temperature": 1.0, "samples": 2, "top_k": 40, "top_p": 0.9}):
+        minia3.generate(model, tokenizer, prompts, adapter=adapters, max_new_tokens=3, batch_size=4, **how)
     rows = [{"input": p, "choices": ["w9 w3", "w4"], "label": i % 2, "idx": i} for i, p in enumerate(prompts)]
     evaluate(model, tokenizer, rows, OWN[0], metric="accuracy", batch_size=4)
+    minia3.save_adapter(model, folder / "one" / "adapter")
+    vectors = read_adapter(folder / "one" / "adapter").vectors
+    write_adapter(folder / "mixed", mix([(vectors, 0.5), (vectors, 0.25)]))
+    names = minia3.Adapters(model)
+    names.load_folder(folder / "one")
+    for name in ("two", "three"):  # the third is a row more than there are
+        names.load(name, folder / "mixed")
+    names.rows(["adapter", None, "two", "three"])
 
 
 @pytest.fixture(scope="module")
-def watch(loaded):
+def watch(loaded, tmp_path_factory):
     with watched(PACKAGE) as watch:
         for name in ("t5-v1.0", "t5-deep-decoder", "llama-gqa", "llama3"):
             model = loaded(name, n_adapters=3)
-            run(model, word_tokenizer(ends=name.startswith("t5")))
+            run(model, word_tokenizer(ends=name.startswith("t5")), tmp_path_factory.mktemp(name))
         inverse_frequencies(replace(model.config, rope_factors=(1.0,) * (model.config.d_head // 2)))
     return watch
 
@@ -149,7 +157,7 @@ def test_no_name_lies_about_its_shape(watch):
 
 def test_every_name_with_a_suffix_was_looked_at(watch):
     names = set.union(*NAMES.values())
-    assert not names - watch.seen
+    assert names - watch.seen == set()
     assert BROADCAST.keys() <= {name for _, name in names}  # none of them has gone
 
 

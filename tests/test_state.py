@@ -1,5 +1,6 @@
-"""Guards `start`, `step` and `repeat` for both architectures: however the target is cut into steps, wherever the
-padding lies and whoever shares the batch, the logits are those of the row alone; what cannot be started is refused."""
+"""Guards `start`, `step`, `select` and `repeat` for both architectures: however the target is cut into steps, wherever
+the padding lies and whoever shares the batch, the logits are those of the row alone; the cache grows in place, but not
+where a graph or another state needs what was there; what cannot be started is refused."""
 
 import pytest
 import torch
@@ -131,6 +132,122 @@ def test_stepping_a_repeated_state_leaves_the_first_one_where_it_was(models, nam
             assert torch.equal(model.step(token, state), model.step(token, undisturbed))
 
 
+ROWS = {
+    "one": [1],
+    "fewer": [2, 0],
+    "turned round": [3, 2, 1, 0],
+    "more": [0, 0, 3, 1, 1, 1, 2],
+    "the same": [0, 1, 2, 3],
+}
+MASK = torch.tensor([[False, True, True, True], [True, False, False, False], [True] * 4, [True, True, True, False]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+@pytest.mark.parametrize("n_before", [0, 1, 3])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_selecting_rows_of_a_state_is_starting_from_these_rows(models, name, mask, n_before, rows):
+    model, source, adapter, rows = models[name], tokens(4, 4), torch.tensor([1, 0, 0, 1]), torch.tensor(rows)
+    before, target, other = tokens(4, n_before, seed=1), tokens(len(rows), 3, seed=2), tokens(4, 3, seed=3)
+    with torch.no_grad():
+        state = model.start(source, mask, adapter)
+        whole = model.start(source[rows], None if mask is None else mask[rows], adapter[rows])
+        undisturbed = model.start(source, mask, adapter)
+        for token in before.split(1, dim=1) if n_before else ():
+            model.step(token, state)
+            model.step(token, undisturbed)
+            model.step(token[rows], whole)
+        selected, again = state.select(rows), state.select(rows)
+        assert torch.equal(selected.start, whole.start)
+        for i in range(3):  # three states that go on in turns, each of them in room of its own
+            expected = model.step(target[:, i : i + 1], whole)
+            assert off(model.step(target[:, i : i + 1], selected), expected) < 1e-5
+            assert torch.equal(model.step(other[:, i : i + 1], state), model.step(other[:, i : i + 1], undisturbed))
+            model.step(other[rows, i : i + 1], again)
+
+
+# The cache
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+def test_cached_is_uncached_across_the_blocks_in_which_the_cache_grows(models, name, mask):
+    model, source, target = models[name], tokens(4, 4), tokens(4, 203, seed=1)
+    expected = logits(model, source, mask, target)
+    with torch.no_grad():
+        for cuts in ([1] * 204, [63, 1, 1, 65, 70, 4]):
+            state = model.start(source, mask)
+            parts = torch.cat((state.start, target), dim=1).split(cuts, dim=1)
+            found = torch.cat([model.step(part, state) for part in parts], dim=1)
+            assert off(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_the_cache_is_not_copied_at_each_step(models, name, monkeypatch):
+    model, n, copied = models[name], 200, []
+    cat, pad = torch.cat, F.pad
+    monkeypatch.setattr(
+        torch, "cat", lambda xs, dim=0: copied.append(max(x.shape[dim] for x in xs)) or cat(xs, dim=dim)
+    )
+    monkeypatch.setattr(F, "pad", lambda x, *rest: copied.append(x.shape[2]) or pad(x, *rest))
+    with torch.no_grad():
+        state, places = model.start(tokens(3, 5)), set()
+        for token in tokens(3, n, seed=1).split(1, dim=1):
+            model.step(token, state)
+            places.add(state.caches[0].kv[0].data_ptr())
+    columns = [length for length in copied if length > model.config.d_head]  # the others are halves of a rotated head
+    assert len(columns) == 2 * len(state.caches) * (n // 64)  # keys and values of each block, once for 64 steps
+    assert 3 <= len(places) <= 5
+
+
+def gradients(model, out):
+    model.zero_grad()
+    out.square().sum().backward()
+    return {name: vector.grad.clone() for name, vector in minia3.vectors(model).items() if vector.grad is not None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+@pytest.mark.parametrize("order", ["ng", "gn", "ngng", "gngn", "nngn", "ggnn"])
+def test_steps_with_and_without_gradients_may_follow_one_another(models, name, mask, order):
+    """The logits are those of one step; a step's gradients do not change by what is stepped after it, nor whether what
+    came before it without gradients was written in place or not."""
+    model, source, target = models[name], tokens(4, 4), tokens(4, 2 * len(order) - 1, seed=1)
+    expected = logits(model, source, mask, target)
+
+    def run(order):
+        with torch.set_grad_enabled(order[0] == "g"):
+            state = model.start(source, mask)
+        outs = []
+        for kind, part in zip(order, torch.cat((state.start, target), dim=1).split(2, dim=1), strict=False):
+            with torch.set_grad_enabled(kind == "g"):
+                outs.append(model.step(part, state))
+        return outs
+
+    outs = run(order)
+    assert [out.requires_grad for out in outs] == [kind == "g" for kind in order]
+    assert off(torch.cat(outs, dim=1).detach(), expected) < 1e-5
+    for i, kind in enumerate(order):
+        if kind == "g":
+            shorter = gradients(model, run(order[: i + 1])[-1])
+            for vector, gradient in gradients(model, run(order)[i]).items():
+                assert torch.equal(gradient, shorter[vector])
+                assert gradient.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_flow_through_a_cache_that_grows_and_is_selected_from(models, name):
+    model, source, target = models[name], tokens(2, 4), tokens(2, 5, seed=1)
+    rows = torch.tensor([1, 0, 1])
+    state = model.start(source)
+    for token in target[:, :3].split(1, dim=1):
+        model.step(token, state)
+    found = gradients(model, model.step(target[rows, 3:], state.select(rows)))
+    expected = gradients(model, model.step(target[rows], model.start(source[rows]))[:, 3:])
+    for vector, gradient in expected.items():
+        torch.testing.assert_close(found[vector], gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_every_mask_has_the_dtype_of_the_queries(loaded, monkeypatch, name, dtype):
@@ -187,3 +304,58 @@ def test_log_probabilities_are_those_of_the_logits_and_move_the_state(models, na
 def test_what_cannot_be_started_is_refused(models, name, source, mask, message):
     with pytest.raises(ValueError, match=message):
         models[name].start(source, mask)
+
+
+# Padded tokens are not computed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_a_padded_batch_are_those_of_its_rows_apart(loaded, name):
+    """In float64; a row of one token is one of them."""
+    model = loaded(name, n_adapters=2, seed=0, dtype=torch.float64).double()
+    minia3.freeze(model)
+    source, target, adapter = tokens(4, 7), tokens(4, 3, seed=1), torch.tensor([0, 1, 1, 0])
+    mask = torch.arange(7) < torch.tensor([[7], [1], [4], [2]])
+    minia3.logprobs(model, model.start(source, mask, adapter), target).sum().backward()
+    together = {n: vector.grad.clone() for n, vector in minia3.vectors(model).items()}
+    model.zero_grad()
+    for row in range(4):
+        state = model.start(source[row : row + 1, : mask[row].sum()], None, int(adapter[row]))
+        minia3.logprobs(model, state, target[row : row + 1]).sum().backward()
+    for n, vector in minia3.vectors(model).items():
+        assert off(together[n], vector.grad) < 1e-12, n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_done_token_by_token_is_done_for_real_tokens_alone(loaded, name, monkeypatch):
+    model, mask, seen = loaded(name), torch.arange(9) < torch.tensor([[9], [2], [5]]), []
+    block = (model.encoder.blocks if hasattr(model, "encoder") else model.blocks)[0]
+    block.ffn.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[:2].numel()))
+    model.start(tokens(3, 9), mask)
+    n_kept = 0 if hasattr(model, "encoder") else 3  # LLaMA's start leaves each row's last token to `step`
+    assert seen == [mask.sum().item() - n_kept]
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-wide"])
+def test_the_source_s_keys_and_values_are_not_copied_for_each_choice(models, name):
+    state = models[name].start(tokens(2, 5), torch.arange(5) < torch.tensor([[5], [3]]))
+    repeated = state.repeat(3)
+    for cache, again in zip(state.caches, repeated.caches, strict=True):
+        assert [x.data_ptr() for x in again.memory] == [x.data_ptr() for x in cache.memory]
+        assert [len(x) for x in again.memory] == [2, 2]
+    assert len(repeated.repeat(2).select(torch.tensor([11, 0, 5])).caches[0].memory[0]) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None, max_examples=20)
+@given(mask=masks(), c=st.integers(1, 3), d=st.integers(1, 2), seed=st.integers(0, 9), data=st.data())
+def test_rows_that_share_a_source_and_are_selected_are_the_rows_apart(models, name, mask, c, d, seed, data):
+    model, n = models[name], len(mask) * c * d
+    rows = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=4))
+    source, target = tokens(*mask.shape, seed=seed), tokens(len(rows), 3, seed=seed + 1)
+    adapter = torch.arange(len(mask)) % 2
+    with torch.no_grad():
+        state = model.start(source, mask, adapter).repeat(c).repeat(d).select(torch.tensor(rows))
+        found = model.step(torch.cat((state.start, target), dim=1), state)
+    of = torch.tensor(rows) // (c * d)
+    assert off(found, logits(model, source[of], mask[of], target, adapter[of])) < 1e-5
