@@ -9,56 +9,45 @@
 Shapes: B batch, M source length, C choices, L target length.
 """
 
+import csv
 import difflib
 import hashlib
-import http.client
 import json
 import os
-import tempfile
-import urllib.request
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from minia3 import prompts
-from minia3.prompts import Rendered, render
-from minia3.tasks import SHIPPED, TASKS, Archive, Spec, Task
+from minia3.prompts import OWN, Rendered, render
+from minia3.tasks import SHIPPED, TASKS, Spec, Task, download
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}  # -> names of the file
-TIMEOUT = 30  # seconds without a byte
 N_SHOWN = 5  # bad rows that are written out; the others are counted
+MOST = 1 << 24  # bytes of a row
 
 
 def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = None, seed: int = 0) -> Task:
-    """A known task by its name, or a user's own rows: a .jsonl file, or a folder with train, validation and test.
+    """A known task by its name, or a user's own rows: a .jsonl or .csv file, or a folder with train, validation, test.
 
     A known task is read from `<data_dir>/<name>/{train,val,test}.jsonl`, and downloaded to there first if need be. Own
-    rows are {"input", "target"} or {"input", "choices", "label"}; train alone is split into train, validation and test.
-    `shots`: train is T-Few's few-shot split, the first `shots` rows after a shuffle by `seed`.
-    Raises ValueError, in one line, for whatever is wrong with the name, the files, a row or the transfer.
+    rows are {"input", "target"} or {"input", "choices", "label"}; train alone is split in three. `shots`: train is
+    T-Few's few-shot split, the first `shots` rows after a shuffle by `seed`. Raises ValueError, in one line.
     """
     name, notes = str(name_or_path), []
-    spec = TASKS.get(name)
-    if spec is None:
-        spec, files = Spec(prompts.OWN), _own_files(name)
-        name = os.path.basename(os.path.abspath(name)).removesuffix(".jsonl")
-    elif spec.archive:
-        files = _known_files(spec.archive, Path(data_dir, name))
-    else:
-        files = _own_files(SHIPPED / spec.shipped)
+    spec = TASKS.get(name, Spec(OWN))
+    files = _files(name, spec, data_dir)
     rows, checksums = _read(files, spec)
+    name = os.path.basename(os.path.abspath(name)).removesuffix(".jsonl").removesuffix(".csv")
     if list(rows) == ["train"]:
         rows = _split(rows["train"], files["train"])
-        sizes = ", ".join(f"{len(part)} {split}" for split, part in rows.items())
-        notes.append(f"{files['train']} is split, the same way each time: {sizes}")
+        notes.append(f"{files['train']} is split into train, validation and test, the same way each time")
     train, validation, test = (rows.get(split, []) for split in SPLITS)
-    metric = spec.metric if spec.labels or "choices" in next(iter(rows.values()))[0] else "exact_match"
-    if n := sum(row["input"] != row["input"].rstrip() for part in rows.values() for row in part if not spec.labels):
+    own = [] if spec.labels else [*train, *validation, *test]
+    metric = "exact_match" if own and "target" in own[0] else "accuracy"
+    if n := sum(row["input"] != row["input"].rstrip() for row in own):
         notes.append(f"{n} inputs end in white space: leave it out, the tokenizer puts a space before the answer")
     if n := sum(row["label"] < 0 for row in test):
         notes.append(f"{n} of {len(test)} test rows have no label: results are on validation")
@@ -74,160 +63,140 @@ def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = Non
     return task
 
 
-# Files: where they are, and how they get there
+def _files(name, spec, data_dir):
+    """Paths by split: of a known task, downloaded if need be, or of a user's file or folder."""
+    if spec.archive:
+        folder = Path(data_dir, name)
+        if not {"train", "validation"} <= _find(folder, ".jsonl").keys():
+            download(spec.archive, folder)
+        return _find(folder, ".jsonl")
+    path, suffixes = Path(SHIPPED, spec.shipped) if spec.shipped else Path(name), (".jsonl", ".csv")
+    if not (spec.shipped or os.path.exists(name)):
+        hint = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name.lower(), TASKS, n=1))
+        raise ValueError(f"{name!r} is no task, file or folder: {hint}Known tasks: {', '.join(sorted(TASKS))}")
+    files = _find(path, *suffixes) if path.is_dir() else {"train": path} if path.suffix in suffixes else {}
+    if not files:
+        raise ValueError(
+            f"{path}: expected a .jsonl or .csv file, or a folder of train, validation (val, dev) and test"
+        )
+    return files
 
 
-def _find(folder: Path) -> dict[str, Path]:
-    """The files of a folder by split."""
+def _find(folder, *suffixes):
     files = {}
     for split, names in SPLITS.items():
-        for path in (folder / f"{name}.jsonl" for name in names):
+        for path in (folder / (name + suffix) for name in names for suffix in suffixes):
             if path.is_file() and files.setdefault(split, path) != path:
                 raise ValueError(f"{folder} has {files[split].name} and {path.name}: keep one of them as {split}")
     return files
 
 
-def _own_files(path: str | Path) -> dict[str, Path]:
-    if not os.path.exists(path):
-        hint = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(str(path).lower(), TASKS, n=1))
-        raise ValueError(f"{str(path)!r} is no task, file or folder: {hint}Known tasks: {', '.join(sorted(TASKS))}")
-    path = Path(path)
-    if not path.is_dir() and path.suffix != ".jsonl":
-        raise ValueError(f"{path}: expected a .jsonl file, with one JSON object a line, or a folder of such files")
-    files = _find(path) if path.is_dir() else {"train": path}
-    if not files:
-        raise ValueError(f"{path} has none of train.jsonl, validation.jsonl (or val, dev), test.jsonl")
-    return files
+def read_rows(path: str | Path, column: str | None = "input") -> Iterator[tuple[int, dict | ValueError]]:
+    """Each row of a .jsonl or .csv file: the number of its first line, and a dict or what is wrong with it.
 
+    Streamed; a row of more than 16 MB, or that is not UTF-8, is the last to be read. A byte order mark, CRLF and blank
+    lines are passed over. csv: commas, and a header that has `column`; an empty cell is as good as none, `choices` is a
+    JSON list, or texts with | between. Raises ValueError where the file cannot be opened, or its header is wrong.
+    """
+    n_lines = n_bytes = 0
 
-def _known_files(archive: Archive, folder: Path) -> dict[str, Path]:
-    if {"train", "validation"} <= _find(folder).keys():
-        return _find(folder)
+    def lines(file):
+        nonlocal n_lines, n_bytes
+        while line := file.readline(MOST + 1):  # ended by \n alone: JSON's texts may hold Unicode's separators
+            n_lines, n_bytes = n_lines + 1, n_bytes + len(line)
+            if n_bytes > MOST:
+                raise ValueError(f"a row of more than {MOST} bytes")
+            yield line.decode("utf-8-sig" if n_lines == 1 else "utf-8")
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # All is made in a folder of this process's own, which goes whatever happens, and only whole files leave it, by
-        # a rename: nothing half-written is ever seen or left behind, and two processes at once do not meet.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
-            _download(archive, Path(scratch, "archive.zip"))
-            _unpack(Path(scratch, "archive.zip"), archive.members, folder)
-    except (OSError, http.client.HTTPException, zipfile.BadZipFile, ValueError) as error:
-        wanted = ", ".join(f"{name}.jsonl" for name in archive.members)
-        what = " ".join(str(error).split())  # one line, whatever a server answered
-        raise ValueError(f"{archive.address}: {what:.300}; or put {wanted} into {folder} by hand") from error
-    return _find(folder)
+        with Path(path).open("rb") as file:
+            records, header = lines(file), None
+            if Path(path).suffix == ".csv":
+                records = csv.reader(records, strict=True)
+                header = next(filter(None, records), [])
+                if column not in (None, *header) or len(set(header)) < len(header) or not header:
+                    raise ValueError(
+                        f"expected a header with {column or 'columns'!r}, none twice; found {header!r:.80}"
+                    )
+            while True:
+                number, n_bytes = n_lines + 1, 0
+                try:
+                    if (record := next(records, None)) is None:  # also after an error of `lines`
+                        return
+                    if any(map(str.strip, record)):
+                        yield number, _from_csv(header, record) if header else _json(dict, record)
+                except (ValueError, csv.Error) as error:
+                    yield number, ValueError(str(error))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
-def _download(archive: Archive, path: Path) -> None:
-    with (
-        urllib.request.urlopen(archive.address, timeout=TIMEOUT) as response,
-        path.open("wb") as file,
-        tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.address, disable=None) as bar,
-    ):
-        while file.tell() <= archive.size and (chunk := response.read(1 << 16)):
-            bar.update(file.write(chunk))
-        came, promised = file.tell(), int(response.headers.get("Content-Length", file.tell()))
-    if came < min(promised, archive.size):
-        raise ValueError(f"the connection was closed after {came} of {promised} bytes: try again")
-    if came != archive.size:
-        raise ValueError(f"expected {archive.size} bytes, but the file there has {max(came, promised)}")
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != archive.sha256:
-        raise ValueError(f"expected sha256 {archive.sha256}, but the file there has {found}")
+def _json(kind, text):
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no tokenizer takes
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {getattr(error, 'msg', error)}: {text[:40]!r}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+    return value
 
 
-def _unpack(path: Path, members: dict[str, str], folder: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if climbs := [name for name in names if {"", ".."} & set(name.rstrip("/").split("/"))]:
-            raise ValueError(f"the zip has an entry that climbs out of its folder, {climbs[0]!r}")
-        if missing := [name for name in members.values() if name not in names]:
-            raise ValueError(f"the zip has no {', '.join(missing)}")
-        for name, member in reversed(members.items()):  # train is last: where it is, the others are
-            whole, target = path.with_name(f"{name}.jsonl"), folder / f"{name}.jsonl"
-            whole.write_bytes(archive.read(member))
-            if not target.exists():  # what somebody put there stays
-                os.replace(whole, target)
+def _from_csv(header, cells):
+    if cells == header or len(cells) != len(header):
+        raise ValueError(f"expected {len(header)} cells, other than the header's; found {len(cells)}: {cells!r:.80}")
+    row = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    if choices := row.get("choices"):
+        row["choices"] = _json(list, choices) if choices[0] == "[" else [text.strip() for text in choices.split("|")]
+    return row
 
 
-# Rows: read, checked, split
-
-
-def _read(files: dict[str, Path], spec: Spec) -> tuple[dict[str, list[dict]], dict[str, str]]:
+def _read(files, spec):
     """Rows by split, checksums by file name. Whatever is wrong with any row of any file is in one ValueError."""
-    rows, checksums, bad = {}, {}, []
+    rows, checksums, bad = {split: [] for split in files}, {}, []
     for split, path in files.items():
-        rows[split], digest, n_bad = [], hashlib.sha256(), len(bad)
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):  # ended by \n alone: JSON's texts may hold Unicode's separators
-                    digest.update(line)
-                    try:
-                        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                        if text.strip():
-                            rows[split].append(_parse(text, spec, split, len(rows[split])))
-                    except UnicodeDecodeError:
-                        bad.append(f"{path}:{number}: not UTF-8 text")
-                        break  # the file's other lines would say the same
-                    except ValueError as error:
-                        bad.append(f"{path}:{number}: {error}")
-        except OSError as error:
-            bad.append(f"{path}: {error.strerror}")
-        if not rows[split] and len(bad) == n_bad:
-            bad.append(f"{path}: no rows")
-        checksums[path.name] = digest.hexdigest()
-    n_targets = sum("target" in row for part in rows.values() for row in part)
-    if not spec.labels and 0 < n_targets < sum(map(len, rows.values())):
+        number = 0
+        for number, row in read_rows(path):
+            try:
+                rows[split].append(check_row(row, spec, split, len(rows[split])))
+            except ValueError as error:
+                bad.append(f"{path}:{number}: {error}")
+        bad += [] if number else [f"{path}: no rows"]
+        checksums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    targets = ["target" in row for part in rows.values() for row in part]
+    if not spec.labels and 0 < sum(targets) < len(targets):
         where = ", ".join(map(str, files.values()))
-        bad.append(f"{where}: {n_targets} rows have 'target', the others 'choices': a task has rows of one kind")
+        bad.append(f"{where}: {sum(targets)} rows have 'target', the others 'choices': a task has rows of one kind")
     if bad:
-        more = f"; and {len(bad) - N_SHOWN} more" if len(bad) > N_SHOWN else ""
-        raise ValueError("; ".join(bad[:N_SHOWN]) + more)
+        raise ValueError("; ".join(bad[:N_SHOWN] + [f"and {len(bad) - N_SHOWN} more"] * (len(bad) > N_SHOWN)))
     return rows, checksums
 
 
-def _parse(line: str, spec: Spec, split: str, number: int) -> dict:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no tokenizer takes
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {getattr(error, 'msg', error)}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"not a JSON object: {row!r:.40}")
-    if not spec.labels:
-        row["label"] = _own_label(row, split)
-    elif "label" not in row and split == "test":
-        row["label"] = -1
-    elif (label := str(row.get("label")).lower()) in spec.labels:  # the files have "entailment", 1, true and "true"
-        row["label"] = spec.labels.index(label)
-    else:
-        raise ValueError(f"'label' is {row.get('label')!r:.40}, expected one of {', '.join(spec.labels)}")
+def check_row(row, spec, split, number):
+    """`row` with an integer `label` and `idx`. Raises ValueError for what is wrong with it."""
+    if isinstance(row, ValueError):
+        raise row
+    labels, value = spec.labels, row.get("label")
+    if not labels:  # a user's row: it has choices of its own, or a target, which is the only choice, and right
+        if ("target" in row) == ("choices" in row):
+            raise ValueError(f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}")
+        kind, choices = ("choices", row["choices"]) if "choices" in row else ("target", [row["target"]])
+        for key, texts in (("input", [row.get("input")]), (kind, choices)):
+            good = isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
+            if not good or len(set(texts)) < len(texts):
+                expected = "a list of texts, none twice and none" if key == "choices" else "a text that is not"
+                raise ValueError(f"{key!r} is {row.get(key)!r:.80}, expected {expected} empty")
+        labels, value = [str(i) for i in range(len(choices))], value if kind == "choices" else 0
+    label = str(value).lower()  # the files have "entailment", 1, true and "true"
+    if label not in labels and not (split == "test" and label in ("none", "-1")):
+        raise ValueError(f"'label' is {value!r:.40}, expected one of {', '.join(labels):.80}")
+    row["label"] = labels.index(label) if label in labels else -1
     row["idx"] = row["idx"] if type(row.get("idx")) is int else number
     render(spec.prompts[0], row)  # names the field that is missing in a known task's row
     return row
 
 
-def _own_label(row: dict, split: str) -> int:
-    """The label of a user's row, when all of the row has been checked."""
-    if ("target" in row) == ("choices" in row):
-        raise ValueError(f"expected either 'target', or 'choices' and 'label'; found {', '.join(map(repr, row))}"[:200])
-    kind, label = ("target" if "target" in row else "choices"), row.get("label")
-    choices = [row["target"]] if kind == "target" else row["choices"]
-    if not isinstance(choices, list) or not choices:
-        raise ValueError(f"'choices' is {choices!r:.40}, expected a list of one text or more")
-    for key, text in [("input", row.get("input")), *((kind, choice) for choice in choices)]:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{key!r}: expected a text that is not empty, found {text!r:.40}")
-    if len(set(choices)) < len(choices):
-        raise ValueError(f"'choices' has the same text twice: {choices!r:.80}")
-    if kind == "target":
-        return 0
-    if split == "test" and (label is None or label == -1):
-        return -1
-    if type(label) is not int or not 0 <= label < len(choices):  # bool is an int to isinstance
-        raise ValueError(f"'label' is {label!r:.40}, expected the right choice's number: 0 to {len(choices) - 1}")
-    return label
-
-
-def _split(rows: list[dict], path: Path) -> dict[str, list[dict]]:
+def _split(rows, path):
     """80/10/10, at least one row each, in the file's order; not by the run's seed: all seeds test on the same rows."""
     if len(rows) < 3:
         raise ValueError(f"{path}: too few rows to split ({len(rows)}): give a folder with train, validation, test")
@@ -258,9 +227,8 @@ def encode_example(rendered: Rendered, tokenizer, end: bool) -> Example:
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Examples as tensors. Raises ValueError where one has nothing to read, or nothing to score: all is masked."""
-    for n, example in enumerate(examples):
-        if not (example.source and example.targets and all(example.targets)):
-            raise ValueError(f"example {n} of the batch has no target, or a source or target of no tokens: {example}")
+    if bad := [n for n, one in enumerate(examples) if not (one.source and one.targets and all(one.targets))]:
+        raise ValueError(f"example {bad[0]} of the batch has no target, or a source or target of no tokens")
     n_choices = max(len(example.targets) for example in examples)
     source_BM, mask_BM = _pad([example.source for example in examples], pad_id)
     targets, masks = _pad([t for e in examples for t in e.targets + [[]] * (n_choices - len(e.targets))], pad_id)
@@ -268,7 +236,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(source_BM, mask_BM, target_BCL, target_mask_BCL, torch.tensor([example.label for example in examples]))
 
 
-def _pad(lists: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(lists, pad_id):
     """(N, longest) ids, padded on the right, and their mask."""
     length = max(map(len, lists))
     mask = torch.arange(length) < torch.tensor([[len(ids)] for ids in lists])
@@ -281,14 +249,11 @@ def order(n_rows: int, batch_size: int, seed: int) -> Callable[[int], list[int]]
     Every epoch is a new permutation, and batches run on over its end: each has `batch_size` rows, and all rows come
     equally often. (T-Few's loader shuffles too, but drops an epoch's last batch if it is not full, even the only one.)
     """
-    if n_rows < 1:
-        raise ValueError("no rows to train on: add train.jsonl")
 
-    def rows(step: int) -> list[int]:
-        epoch, first = divmod(step * batch_size, n_rows)
-        epochs = range(epoch, epoch + (first + batch_size - 1) // n_rows + 1)
+    def rows(step):
+        places = [divmod(i, n_rows) for i in range(step * batch_size, (step + 1) * batch_size)]
         # RandomState: numpy has frozen its streams; default_rng's may change from one version to the next.
-        stream = [i for e in epochs for i in np.random.RandomState([seed, e]).permutation(n_rows).tolist()]
-        return stream[first : first + batch_size]
+        epochs = {epoch: np.random.RandomState([seed, epoch]).permutation(n_rows) for epoch in {e for e, _ in places}}
+        return [int(epochs[epoch][n]) for epoch, n in places]
 
     return rows

@@ -25,17 +25,14 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, max_length=512, max_new_
     between its second and its first choice than a row of label 0: it sees knowledge which a biased threshold hides.
     metric "exact_match": the share of rows whose generated text is the target, white space at the ends aside; no auc.
     """
-    generated = metric == "exact_match"
+    generated, auc, options = metric == "exact_match", None, {"adapter": adapter, "batch_size": batch_size}
     rendered, examples, n_cut = encode_rows([(row, prompt) for row in rows], tokenizer, max_length, end=generated)
-    auc = None
     if generated:
-        prompts = [text.input for text in rendered]
-        texts = generate(
-            model, tokenizer, prompts, adapter=adapter, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
+        inputs = [text.input for text in rendered]
+        texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, **options)
         right = [text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)]
     else:
-        scores_NC = score(model, examples, tokenizer.pad_id, adapter=adapter, batch_size=batch_size).double().numpy()
+        scores_NC = score(model, examples, tokenizer.pad_id, **options).double().numpy()
         label_N = np.array([example.label for example in examples])
         right = scores_NC.argmax(axis=1) == label_N
         if scores_NC.shape[1] == 2 and np.isfinite(scores_NC).all() and set(label_N) == {0, 1}:

@@ -4,7 +4,6 @@
     L_UL = mean over the wrong choices' tokens of -log(1 - p)                     unlikelihood, equation 1
     L_LN = -log softmax over choices of (mean log p of each choice's tokens)      length-normalised, equation 2
 
-Each is a sum over a batch, divided by the numbers of `counts`: of this batch, or of the larger one it is a part of.
 A row with a target instead of choices is a row with one choice: its L_UL and L_LN are zero, and its loss is L_LM.
 
 Shapes: B batch, C choices, L target length.
@@ -34,9 +33,7 @@ def lm_loss(logp_BCL, mask_BCL, label_B):
 
 
 def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
-    """T-Few's code keeps padding and the right choice in the sum, at log p = -100: each position adds -log(1.01),
-    a constant without a gradient. Here they are left out.
-    """
+    # T-Few's code has padding and the right choice in this sum too, each as log p = -100: a constant, no gradient.
     wrong_BCL = mask_BCL & ~right(mask_BCL, label_B)
     return -torch.log(1 - logp_BCL[wrong_BCL].exp() + UNLIKELY_EPS).sum()
 
@@ -49,9 +46,7 @@ LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}
 
 
 def counts(mask_BCL, label_B):
-    """What each loss is a mean over: tokens of right choices, tokens of wrong ones, rows. As in T-Few's code, means are
-    over the whole batch's tokens, not over each row's.
-    """
+    """What each loss is a mean over: right choices' tokens and wrong ones' (the batch's, as T-Few has it), and rows."""
     n_right = int(right(mask_BCL, label_B).sum())
     return {"lm": n_right, "ul": int(mask_BCL.sum()) - n_right, "ln": len(label_B)}
 
@@ -59,7 +54,7 @@ def counts(mask_BCL, label_B):
 def total_loss(logp_BCL, mask_BCL, label_B, which=("lm", "ul", "ln"), n=None):
     """The sum of the losses named in `which` (all weights are one, as in T-Few): a scalar with gradients.
 
-    n: the `counts` of the whole batch, where these rows are a part of it; the parts' losses then add up to the whole's.
+    n: the `counts` of the batch that these rows are a part of; the parts' losses then add up to the whole's.
     """
     n = n or counts(mask_BCL, label_B)
     return sum(LOSSES[name](logp_BCL, mask_BCL, label_B) / max(n[name], 1) for name in which)

@@ -7,8 +7,8 @@ vector's second moment is not factored, so the whole update, for one row l of gr
     u  = g / sqrt(v)
     l <- l - lr max(1e-3, rms(l)) u / max(1, rms(u))
 
-Each row of a vector's table is one adapter's: means are over the row alone, so that adapters trained side by side do
-what each would do alone. Given a whole table, torch's and transformers' Adafactor factor and clip across the rows.
+Means are over a row alone, so that adapters trained side by side do what each would do alone: given a whole table,
+torch's and transformers' Adafactor factor and clip across its rows.
 
 Shapes: A adapters (rows), D width of a vector.
 """
@@ -23,9 +23,7 @@ class Adafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for l_AD in group["params"]:
-                if l_AD.grad is None:
-                    continue
+            for l_AD in (table for table in group["params"] if table.grad is not None):
                 state = self.state[l_AD]
                 if not state:
                     state["step"], state["v_AD"] = 0, torch.zeros_like(l_AD)

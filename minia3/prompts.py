@@ -1,12 +1,12 @@
 """Chapter 7. Tasks and data, part one: how a row of a data set is put into words.
 
-A prompt is a format string over the row's fields, with the choices that answer it. The words are our own. Several
-prompts a task, answered Yes/No, True/False or in the label's words, let an adapter learn the task and not one phrasing
-of it. No prompt ends in white space: the tokenizer puts the space before a choice.
+A prompt is a format string over the row's fields, with the choices that answer it, in our own words. Several for a task
+let an adapter learn the task and not one phrasing. None ends in white space: the tokenizer puts it before a choice.
 """
 
 import re
 import string
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,27 +53,22 @@ def fit(prompt: Prompt, row: dict, n_tokens: Callable[[str], int], max_length: i
     rendered, row = render(prompt, row), dict(row)
     if n_tokens(rendered.input) <= max_length:
         return rendered, False
+
+    def cut(n):  # n words are left of the field `name`
+        head, tail = words[: (n + 1) // 2], words[len(words) - n // 2 :]
+        row[name] = f"{''.join(head).strip()} {''.join(tail).strip()}".strip()
+        return rendered._replace(input=render(prompt, row).input)
+
     used = {name for _, name, _, _ in string.Formatter().parse(prompt.text) if isinstance(row.get(name), str)}
     for name in sorted(used - set(prompt.words or ()), key=lambda name: (-len(row[name]), name)):
         words = re.findall(r"\s*\S{1,20}", row[name])  # Chinese has no spaces: 20 characters of anything are a word
-        kept, over = 1, len(words)  # so many words fit, if any do; so many do not
-        while kept < over - 1:
-            row[name] = _shorten(words, middle := (kept + over) // 2)
-            kept, over = (middle, over) if n_tokens(render(prompt, row).input) <= max_length else (kept, middle)
-        row[name] = _shorten(words, kept)
-        cut = rendered._replace(input=render(prompt, row).input)
-        if n_tokens(cut.input) <= max_length:
-            return cut, True
+        most = bisect_left(range(1, len(words)), True, key=lambda n: n_tokens(cut(n).input) > max_length)
+        if n_tokens((shorter := cut(most or 1)).input) <= max_length:
+            return shorter, True
     raise ValueError(f"row {row['idx']} does not fit into max_length {max_length}, even with one word of each field")
 
 
-def _shorten(words: list[str], n: int) -> str:
-    head, tail = words[: (n + 1) // 2], words[len(words) - n // 2 :]
-    return f"{''.join(head).strip()} {''.join(tail).strip()}".strip()
-
-
 YES_NO, TRUE_FALSE, ENDINGS = ("Yes", "No"), ("True", "False"), ("{choice1}", "{choice2}")
-
 OWN = (Prompt("{input}", None),)  # a user's rows are prompts already
 
 RTE = (
