@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 import minia3
-from minia3 import files, flags, runs
+from minia3 import flags, runs
 from minia3.blocks import Attention
+from minia3.card import card
 from minia3.data import collate, order
 from minia3.evaluate import encode_rows, evaluate
 from minia3.flags import flag
@@ -36,6 +37,7 @@ from minia3.optim import Adafactor
 from minia3.prompts import for_family
 
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
+MEASURING = ("data_dir", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # flags that a result depends on
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -52,9 +54,7 @@ class Config:
     # where
     data_dir: str = flag("data", "folder of tasks; what is not there is downloaded to it")
     out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
-    resume: str | None = flag(
-        None, "go on with the run in this folder, with the flags of its config.json (default: a new run)"
-    )
+    resume: str | None = flag(None, "go on with the run in this folder, by its config.json (default: a new run)")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)")
     dtype: str | None = flag(None, "float32 (default: on the CPU), bfloat16 (on CUDA), float64", one_of=tuple(DTYPES))
     deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
@@ -64,9 +64,7 @@ class Config:
     micro_batch_size: int | None = flag(None, "examples per forward pass, to save memory (default: all)", at_least=1)
     optimizer: str = flag("adafactor", "adafactor (T-Few's) or adamw", one_of=("adafactor", "adamw"))
     lr: float = flag(3e-3, "peak learning rate; Adafactor multiplies it by the RMS of each vector", above=0)
-    warmup_ratio: float = flag(
-        0.06, "share of the steps that warm up linearly; then linear decay to 0", at_least=0, below=1
-    )
+    warmup_ratio: float = flag(0.06, "share of steps of linear warm-up; then linear decay to 0", at_least=0, below=1)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = flag(0.0, "of adamw; it pulls vectors towards 0, which is not the identity", at_least=0)
     losses: str = flag("lm,ul,ln", "which of T-Few's: likelihood, unlikelihood, length-normalised")
@@ -85,9 +83,7 @@ def check(config):
     """Raise ValueError for a value that is out of its limits, or does not go with another."""
     flags.check(config)
     if not set(config.losses.split(",")) <= LOSSES.keys():
-        raise ValueError(
-            f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, with commas between them"
-        )
+        raise ValueError(f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, commas between them")
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts measurements: give --eval-every too")
 
@@ -120,7 +116,7 @@ def run(config, folder, saved, signals):
     metrics = runs.Metrics(folder, saved["metrics"] if saved else 0)
 
     # Where it runs, what, and on which data.
-    device, why = choose_device(config.device)
+    device, why = runs.choose_device(config.device)
     dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
     torch.use_deterministic_algorithms(config.deterministic)
@@ -169,16 +165,9 @@ def run(config, folder, saved, signals):
     for note in notes:
         print(f"note     {note}")
 
-    measure = partial(
-        evaluate,
-        model,
-        tokenizer,
-        prompt=prompts[config.eval_prompt],
-        metric=task.metric,
-        max_length=config.max_length,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.eval_batch_size,
-    )
+    limits = {name: getattr(config, name) for name in ("max_length", "max_new_tokens")}
+    limits |= {"batch_size": config.eval_batch_size, "metric": task.metric}
+    measure = partial(evaluate, model, tokenizer, prompt=prompts[config.eval_prompt], **limits)
     batches = draw(config, task, train_rows, prompts, tokenizer) if trains else []
     begun = {"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "metrics": 0, "finished": False}
     unlogged = {"losses": [], "tokens": 0, "logged": 0.0}  # since the last line of metrics.jsonl, at "logged" seconds
@@ -187,12 +176,11 @@ def run(config, folder, saved, signals):
         saved["before"] = measure(rows)
         saved["metrics"] = metrics.write(event="before", step=0, metric=task.metric, **saved["before"])
     before = after = saved["before"]
-    print(f"before   {runs.describe(task.metric, before)}", flush=True)
+    print(f"before   {describe(task.metric, before)}", flush=True)
     if trains:
         train(config, model, tokenizer.pad_id, task, batches, held_out, measure, folder, metrics, saved, signals)
-        minia3.save_adapter(model, folder / "adapter")
         after = measure(rows)
-        print(f"after    {runs.describe(task.metric, after)}")
+        print(f"after    {describe(task.metric, after)}")
 
     final = {
         "model": config.model,
@@ -202,20 +190,21 @@ def run(config, folder, saved, signals):
         "split": split,
         "rows": len(rows),
         "rows_cut": before["n_cut"],
-        "accuracy_before": before["accuracy"],
-        "accuracy": after["accuracy"],
-        "auc_before": before["auc"],
-        "auc": after["auc"],
+        **{f"{name}_before": before[name] for name in ("accuracy", "auc")},
+        **{name: after[name] for name in ("accuracy", "auc")},
         "trainable": trainable if trains else 0,
         "total": total,
         "steps": saved["step"],
         "seconds": round(saved["seconds"], 3),
         "peak_memory_bytes": runs.peak_memory(device),
     }
+    if trains:
+        about = {"data": task.checksums, "architecture": type(model).__name__}
+        minia3.save_adapter(model, folder / "adapter", card=card(config, final | about))
     metrics.write(event="final", step=saved["step"], **final)
     if folder:
         runs.save_checkpoint(folder, saved | {"finished": True})
-    runs.report(config, folder, final)
+    report(config, folder, final)
 
 
 def draw(config, task, rows, prompts, tokenizer):
@@ -258,7 +247,7 @@ def train(config, model, pad_id, task, batches, held_out, measure, folder, metri
             step = saved["step"]
             if config.eval_every and step % config.eval_every == 0 and step > saved["evaluated"]:
                 result, best = measure(held_out), saved["best"]
-                bar.write(f"step {step:>6}  {runs.describe(task.metric, result)}, held out", file=sys.stdout)
+                bar.write(f"step {step:>6}  {describe(task.metric, result)}, held out", file=sys.stdout)
                 misses = 0 if best is None or result["accuracy"] > best["accuracy"] else saved["misses"] + 1
                 if best is None or result["accuracy"] >= best["accuracy"]:  # of equals, the one that trained longer
                     best = {"step": step, "accuracy": result["accuracy"], "vectors": values(vectors)}
@@ -354,16 +343,34 @@ def set_dropout(model, p):
             module.dropout = p
 
 
-def choose_device(name):
-    """-> the device, and why this one. Raises ValueError for one that is not there."""
-    if name is None:
-        found = torch.cuda.is_available()
-        return torch.device("cuda" if found else "cpu"), torch.cuda.get_device_name() if found else "no CUDA GPU found"
-    try:
-        torch.ones(1, device=name).tolist()
-        return torch.device(name), "as asked"
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}, expected cpu or cuda: {files.one_line(error)}") from None
+def describe(metric, result):
+    auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
+    return f"{metric} {result['accuracy']:.1%}{auc}"
+
+
+def report(config, folder, final):
+    """Print what came out of a run: a line for each figure, and the command that measures its adapter again."""
+    trained, total = final["trainable"], final["total"]
+
+    def figure(name, form):
+        return f"{final[f'{name}_before']:{form}}" + (f" before, {final[name]:{form}} after" if trained else "")
+
+    cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
+    lines = [(final["metric"], figure("accuracy", ".1%"))]
+    lines += [("AUC", figure("auc", ".2f"))] if final["auc"] is not None else []
+    lines += [("memory", f"{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")]
+    if trained:
+        names = ["model", "task", *(name for name in MEASURING if getattr(config, name) != getattr(type(config), name))]
+        words = [*flags.words(config, names), "--adapter", str(folder / "adapter"), "--eval-only"]
+        lines += [
+            ("trained", f"{trained:,} of {total:,} numbers ({trained / total:.3%})"),
+            ("time", f"{final['seconds']:.0f} s for {final['steps']} steps"),
+            ("adapter", folder / "adapter"),
+            ("use it", f"python train.py {shlex.join(words)}"),
+        ]
+    print(f"\n{final['task']}: {final['rows']} rows of {final['split']}{cut}")
+    for title, text in lines:
+        print(f"  {title:<12}{text}")
 
 
 def main(argv=None):

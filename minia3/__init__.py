@@ -14,11 +14,13 @@ _HOMES = {
     "load_task": "data",
     "load_adapter": "adapters",
     "save_adapter": "adapters",
-    "merge": "adapters",
+    "Adapters": "adapters",
+    "merge": "merging",
     "vectors": "ia3",
     "freeze": "ia3",
     "logprobs": "generation",
     "generate": "generation",
+    "stream": "generation",
     "rank": "generation",
 }
 

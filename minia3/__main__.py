@@ -1,109 +1,260 @@
-"""python -m minia3 info NAME_OR_PATH: what a model is, what an adapter of it weighs, and what it takes to run it."""
+"""What can be done with a model and its adapters, beside training (which is train.py). Each command has a --help."""
 
+import argparse
+import json
+import os
+import shutil
 import sys
+import warnings
+from contextlib import nullcontext, suppress
+from itertools import islice
+from pathlib import Path
 
 from minia3.flags import Parser
 
-EXAMPLE = "for example: python -m minia3 info t5-base"
+
+def show(text="", end="\n"):
+    """Print at once. Where the reader has gone (`| head`), end without a word, as SIGPIPE would."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails again when Python ends
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(141) from None
+        raise
 
 
-def info(name_or_path, batch=8, length=128, target=8):
-    """Yield (title, text) lines about a model from its config alone; a known name needs no network.
-
-    batch, length, target: of the training step whose memory is estimated. Raises ValueError for a name that leads
-    nowhere, and for a model that minia3 does not run.
-    """
-    import torch
-    from safetensors.torch import save
-
-    from minia3 import files
-    from minia3.adapters import adapter_tensors
-    from minia3.ia3 import vectors
-    from minia3.load import build, place, read_config
-    from minia3.models import known
-    from minia3.t5 import T5Config
-
-    row = known(name_or_path)
-    c = row.config if row else read_config(files.find(name_or_path, weights=False))
-    model = build(c)
-    adapter = sum(vector.numel() for vector in vectors(model).values())
-    base = sum(p.numel() for p in model.parameters()) - adapter
-    is_t5 = isinstance(c, T5Config)
-    heads = f"{c.n_heads} heads" + ("" if is_t5 else f", {c.n_kv_heads} of keys and values,")
-    forward = (f"gated {c.activation}" if c.gated else c.activation) if is_t5 else "gated silu"
-    yield "model", row.repo if row else str(name_or_path)
-    yield (
-        "architecture",
-        ("T5, encoder-decoder" if is_t5 else "LLaMA, decoder-only")
-        + (", a head of its own" if c.own_head else ", its embedding is its head"),
-    )
-    yield "layers", f"{c.n_layers} encoder, {c.n_decoder_layers} decoder" if is_t5 else str(c.n_layers)
-    yield "widths", f"model {c.d_model}, {heads} of {c.d_head}, feed-forward {c.d_ff} ({forward})"
-    yield "tokens", f"{c.vocab_size:,}"
-    yield "parameters", f"{base:,}"
-    yield "adapter", f"{adapter:,} numbers, {adapter / base:.3%} of the base"
-    for name, vector in vectors(model).items():
-        place(model, f"{name}.scale", torch.ones(vector.shape))
-    yield "its file", size(len(save(adapter_tensors(model))))
-    for dtype in (torch.float32, torch.bfloat16):
-        weights = base * dtype.itemsize
-        serve = weights + 4 * adapter
-        train = weights + 3 * 4 * adapter + kept_for_backward(c, dtype, batch, length, target)
-        yield str(dtype).removeprefix("torch."), f"{size(serve)} to serve, {size(train)} to train"
-    yield (
-        "",
-        "to serve: the weights and an adapter, no caches; to train, at most: also its gradient, Adafactor's state,",
-    )
-    yield "", f"and what backward needs of {batch} sources of {length} tokens with targets of {target}"
-
-
-def size(n_bytes):
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
-
-
-def kept_for_backward(config, dtype, batch, length, target):
-    """Bytes that autograd keeps of a training step's forward pass, counted on the meta device: nothing is computed.
-
-    Attention is counted with its (B, H, L, M) weights; a fused kernel, where there is one, does not keep them.
-    """
+def load(args):
     import torch
 
-    from minia3.generation import logprobs
-    from minia3.ia3 import freeze
-    from minia3.load import build
+    from minia3 import load, runs, tokenizer
 
-    model = build(config).to("meta")
-    for name, parameter in model.named_parameters():
-        if not name.endswith(".scale"):  # vectors stay float32
-            parameter.data = parameter.data.to(dtype)
-    freeze(model)
-    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    device, dtype = runs.choose_device(args.device)[0], getattr(torch, args.dtype or "", args.dtype)
+    return load.load_model(args.model, dtype=dtype, device=device), tokenizer.load_tokenizer(args.model)
 
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        state = model.start(torch.zeros(batch, length, dtype=torch.long, device="meta"))
-        logprobs(model, state, torch.zeros(batch, target, dtype=torch.long, device="meta"))
-    return sum(storage.nbytes() for storage in kept.values())
+def info(args):
+    """What a model is, and what it takes to run it: python -m minia3 info t5-base"""
+    from minia3.info import info
+
+    lines = list(info(args.model))
+    text = "\n".join(f"{title:<18}{text}" for title, text in lines)
+    show(json.dumps({title: text for title, text in lines if title}) if args.json else text)
+
+
+def generate(args):
+    """Continue a text, answer, or chat: python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"""
+    from minia3 import adapters, generation
+
+    def typed():
+        with suppress(EOFError):
+            while True:
+                yield input("> " if sys.stdout.isatty() else "")
+
+    model, tokenizer = load(args)
+    if args.adapter:
+        adapters.load_adapter(model, args.adapter)
+    drawn = {key: vars(args)[key] for key in ("temperature", "top_k", "top_p", "stop", "seed", "max_new_tokens")}
+    several = {key: vars(args)[key] for key in ("beams", "length_penalty", "samples")}
+    talks, messages = not args.prompts and sys.stdin.isatty(), []
+    lines = iter(args.prompts) if args.prompts else filter(None, map(str.strip, typed() if talks else sys.stdin))
+    while texts := list(islice(lines, 1 if talks else 16)):
+        prompts = texts
+        if args.chat:
+            prompts = [tokenizer.chat([*messages, {"role": "user", "content": text}]) for text in texts]
+        if len(texts) == args.beams == args.samples == 1 and not args.json:
+            outputs = [""]
+            for piece in generation.stream(model, tokenizer, prompts[0], **drawn):
+                outputs[0] += piece
+                show(piece, end="")
+            show()
+        else:
+            outputs = generation.generate(model, tokenizer, prompts, **drawn, **several)
+            for i, text in enumerate(texts):
+                own = outputs[i * args.samples : (i + 1) * args.samples]
+                answer = {"output": own[0]} if args.samples == 1 else {"outputs": own}
+                show(json.dumps({"prompt": text, **answer}) if args.json else "\n".join(own))
+        if talks:
+            messages += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": outputs[0]}]
+
+
+def predict(args):
+    """Label the rows of a file, or continue them: python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"""
+    from minia3 import adapters, files, models, predict, prompts, tasks
+
+    if args.task not in (None, *tasks.TASKS):
+        raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.TASKS)}")
+    spec, row = tasks.TASKS.get(args.task, tasks.Spec(prompts.OWN)), models.known(args.model)
+    worded = prompts.for_family(spec.prompts, row and row.family)
+    if not 0 <= args.prompt < len(worded):
+        raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(worded) - 1}")
+    model, tokenizer = load(args)
+    names, default = adapters.Adapters(model), args.adapter
+    if default and Path(default).is_dir() and not Path(default, "adapter_config.json").exists():
+        names.load_folder(default)
+        default = None
+    elif default:
+        names.load(default, default)
+    to_csv = (args.out or "").endswith(".csv")
+    columns = args.columns.split(",") if args.columns else predict.COLUMNS if to_csv else ()
+    columns = {name: field or name for name, _, field in (column.partition("=") for column in columns)}
+
+    def lines(first=0):
+        if to_csv and first == 0:
+            yield predict.csv_line(columns)
+        rows = predict.read(args.file, tokenizer, spec, worded[args.prompt], names, default, args.max_length)
+        options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        for row, result in predict.predict(model, tokenizer, islice(rows, first, None), names, **options):
+            result |= {"word": spec.labels[result["label"]]} if spec.labels else {}
+            values = row | dict.fromkeys(predict.COLUMNS) | result
+            if missing := [field for field in columns.values() if field not in values]:
+                raise ValueError(f"--columns: {missing[0]!r} is not in row {row['idx']}; it has {', '.join(values)}")
+            cells = {name: values[field] for name, field in columns.items()} or result
+            yield predict.csv_line(cells.values()) if to_csv else json.dumps(cells) + "\n"
+
+    if args.out is None:
+        for line in lines():
+            show(line, end="")
+        return
+    out = Path(args.out)
+    held = out.with_name(f".{out.name}")
+    held.mkdir(parents=True, exist_ok=True)
+    with files.lock(held) or nullcontext(), out.open("a+b") as file:
+        first, tail = predict.begun(file, to_csv)
+        for line in map(str.encode, lines(first)):
+            if line[: len(tail)] != tail[: len(line)]:
+                break
+            file.write(line[len(tail) :])
+            file.flush()
+            tail = tail[len(line) :]
+        if tail:
+            raise ValueError(f"{out} holds other results than these: give another --out, or remove it")
+    shutil.rmtree(held)
+    show(f"{out} is finished")
+
+
+def merge(args):
+    """Fold an adapter into a model: python -m minia3 merge tiny-t5 adapter merged"""
+    from minia3 import merging
+
+    merging.merge_files(args.model, args.adapter, args.out)
+
+
+def convert(args):
+    """An adapter to PEFT's form, or a model to Hugging Face's: python -m minia3 convert finish.pt adapter"""
+    from minia3.adapters import read_adapter, write_adapter
+    from minia3.load import save_model
+
+    path = Path(args.model)
+    if (path.is_file() and path.suffix != ".gguf") or (path / "adapter_config.json").exists():
+        write_adapter(args.out, *read_adapter(path))
+    else:
+        model, tokenizer = load(args)
+        save_model(model, args.out, tokenizer)
+
+
+def mix(args):
+    """Make one adapter of several: python -m minia3 mix mixed one/adapter:0.5 other/adapter:0.5"""
+    from minia3 import adapters, models
+
+    parts = [(adapters.read_adapter(name), weight) for name, weight in vars(args)["adapter:weight"]]
+    vectors = adapters.mix([(part.vectors, weight) for part, weight in parts], args.how)
+    bases = {models.hub_name(part.base) for part, _ in parts}
+    if len(bases) > 1:
+        warnings.warn(f"trained on different models, {', '.join(map(str, bases))}: the mixture names none")  # noqa: B028
+    adapters.write_adapter(args.out, vectors, bases.pop() if len(bases) == 1 else None)
+
+
+def weighted(word):
+    name, weight = word.rsplit(":", 1)
+    return name, float(weight)
+
+
+def new(out):
+    if os.path.isfile(out) or (os.path.isdir(out) and any(name[0] != "." for name in os.listdir(out))):
+        raise argparse.ArgumentTypeError(f"{out} exists and is not empty: give a new folder")
+    return out
+
+
+COMMANDS = {  # and their arguments: * any number of them, + at least one
+    info: "model --json",
+    generate: "model prompts* --adapter --chat --temperature --top-k --top-p --samples --beams --length-penalty --stop "
+    "--seed --max-new-tokens --device --dtype --json",
+    predict: "model file --adapter --task --prompt --out --columns --batch-size --max-length --max-new-tokens --device "
+    "--dtype",
+    merge: "model adapter out",
+    convert: "model out --device --dtype",
+    mix: "out adapter:weight+ --how",
+}
+ARGUMENTS = {  # name -> default, or a type where there is none
+    "model": (str, "known name (t5-base ...), hub id, folder or .gguf file; convert: or an adapter's"),
+    "prompts": (str, "texts; none: each line of standard input, or on a terminal a conversation"),
+    "file": (str, ".jsonl or .csv; a row has an input, maybe choices, maybe the name of its adapter"),
+    "adapter": (str, "folder, file or hub id of an adapter"),
+    "out": (new, "new folder"),
+    "adapter:weight": (weighted, "adapters, and how much of each: path/to/adapter:0.5"),
+    "--adapter": (str, "folder, file or hub id of an adapter; predict: or a folder of adapters, for rows to name"),
+    "--chat": (False, "prompts are messages, in the model's own chat format"),
+    "--temperature": (0.0, "above 0, tokens are drawn"),
+    "--top-k": (0, "draw from so many; 0: from all"),
+    "--top-p": (1.0, "draw from the likeliest that have this probability together"),
+    "--samples": (1, "outputs for each prompt"),
+    "--beams": (1, "width of the beam search; 1: none"),
+    "--length-penalty": (1.0, "of the beam search; more: longer outputs"),
+    "--stop": ([], "text that ends the output; may be given several times"),
+    "--seed": (int, "for the same draws again"),
+    "--max-new-tokens": (64, "tokens of an output"),
+    "--task": (str, "rows have this known task's fields (rte ...); its prompt and choices are used"),
+    "--prompt": (0, "which of the task's prompts"),
+    "--out": (str, "file of results, .jsonl or .csv; where it ends too early, it is gone on with"),
+    "--columns": (str, "NAME or NAME=FIELD of result or row, with commas between: ID,Label=choice"),
+    "--batch-size": (16, "rows per forward pass"),
+    "--max-length": (512, "tokens of an input; of a longer one, the middle is left out"),
+    "--how": ("average", "average, product or power; the equations are in minia3/adapters.py"),
+    "--device": (str, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)"),
+    "--dtype": (str, "float32, bfloat16 ... (default: as the weights are stored)"),
+    "--json": (False, "for programs: an object a line"),
+}
+
+
+def parse(words):
+    """-> the arguments, and the command's function as `run`. Raises ValueError for what is no command line."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    example = "example: python -m minia3 info t5-base"
+    parser = Parser(prog="python -m minia3", description=__doc__, epilog=example, **form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for run, names in COMMANDS.items():
+        title, _, example = run.__doc__.partition(": ")
+        command = commands.add_parser(run.__name__, help=title, description=title, epilog=f"example: {example}", **form)
+        command.set_defaults(run=run)
+        for name in names.split():
+            default, help = ARGUMENTS[name.rstrip("*+")]
+            default, kind = (None, default) if callable(default) else (default, type(default))
+            how = {"default": default, "help": help + (f" (default: {default})" if default else "")}
+            how |= {bool: {"action": "store_true"}, list: {"action": "append"}}.get(kind) or {"type": kind}
+            command.add_argument(name.rstrip("*+"), **how, **({"nargs": name[-1]} if name[-1] in "*+" else {}))
+    if words and words[0] in commands.choices:  # so that prompts may stand behind flags too
+        return commands.choices[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def main(argv=None):
-    """-> the exit code: 0, or 2 for a mistake in what was given."""
-    parser = Parser(prog="python -m minia3", description=__doc__, epilog=EXAMPLE)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("info", help="what a model is, and what it takes to run it", epilog=EXAMPLE)
-    command.add_argument("model", help="known name (t5-base ...), hub id, folder or .gguf file")
+    """-> the exit code: 0; 2 for a mistake in what was given; 1 for what failed (disk, memory); 130 for Ctrl-C."""
     try:
-        for title, text in info(parser.parse_args(argv).model):
-            print(f"{title:<14}{text}")
-    except ValueError as error:
-        print(f"minia3: {error}", file=sys.stderr)
-        return 2
-    return 0
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: print(f"minia3: {message}", file=sys.stderr)
+                args = parse(sys.argv[1:] if argv is None else argv)
+                args.run(args)
+        finally:
+            show(end="")  # fails here rather than when Python ends
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's for memory is a RuntimeError
+        print(f"minia3: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        mistakes = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+        return 2 if isinstance(error, mistakes) else 1
 
 
 if __name__ == "__main__":

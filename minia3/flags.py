@@ -31,7 +31,8 @@ def option(name):
 
 def words(config, names):
     """The flags `names` with their values, as they are typed."""
-    return [word for name in names for word in (option(name), str(getattr(config, name)))]
+    values = [(option(name), getattr(config, name)) for name in names]
+    return [word for name, value in values for word in ([name] if value is True else [name, str(value)])]
 
 
 def parse(cls, argv, description):
@@ -39,17 +40,16 @@ def parse(cls, argv, description):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=description, formatter_class=raw, allow_abbrev=False)
     for field in dataclasses.fields(cls):
-        kind, help = (get_args(field.type) or (field.type,))[0], field.metadata["help"]
-        if kind is bool:
-            parser.add_argument(option(field.name), action="store_true", help=f"{help} (default: no)")
-        else:
-            help += "" if field.default is None else f" (default: {field.default})"
-            parser.add_argument(option(field.name), type=kind, default=field.default, help=help, metavar=kind.__name__)
+        kind, default = (get_args(field.type) or (field.type,))[0], field.default
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        help = field.metadata["help"] + (
+            "" if default is None else f" (default: {'no' if default is False else default})"
+        )
+        parser.add_argument(option(field.name), default=default, help=help, **how)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        names = [option(field.name) for field in dataclasses.fields(cls)]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], map(option, vars(values)), n=1)
+        hint = "".join(f": did you mean {name}?" for name in near)
         parser.error(f"{unknown[0]!r} is no flag, nor the value of one{hint}")
     return cls(**vars(values))
 
@@ -58,8 +58,9 @@ def check(config):
     """Raise ValueError for the first field whose value is of another type, empty or out of its limits."""
     for field in dataclasses.fields(config):
         value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
+        found = f"{option(field.name)} is {value!r}, expected"
         if value == "" or not isinstance(value, kinds + (int,) * (float in kinds)):
-            raise ValueError(f"{option(field.name)} is {value!r}, expected {kinds[0].__name__}")
+            raise ValueError(f"{found} {kinds[0].__name__}")
         for name, limit in field.metadata["limits"].items() if value is not None else ():
             if not TESTS[name](value, limit):
-                raise ValueError(f"{option(field.name)} is {value!r}, expected {name.replace('_', ' ')} {limit}")
+                raise ValueError(f"{found} {name.replace('_', ' ')} {limit}")

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 
 import minia3
-from minia3 import files, flags
+from minia3 import files
+from minia3.files import lock
 
-MEASURING = ("data_dir", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # flags that a result depends on
+PARTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter")
 
 
 class Failed(Exception):
@@ -51,20 +51,6 @@ class Signals:
             raise Stopped(self.number)
 
 
-def lock(folder):
-    """Hold `folder` until the returned file is closed. Raises ValueError where another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    file = open(folder / ".lock", "w")  # noqa: SIM115 (stays open as long as the run lasts)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{folder}: another run is writing there") from None
-    return file
-
-
 def begin(folder, values):
     """Make the folder of a new run, with its config.json: -> its lock. `values`: of all flags.
 
@@ -73,12 +59,8 @@ def begin(folder, values):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder)
-        names = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter")
-        if found := [name for name in names if (folder / name).exists()]:
-            raise ValueError(
-                f"{folder} holds a run already ({', '.join(found)}): go on with --resume, give another --out, "
-                "or remove the folder"
-            )
+        if found := ", ".join(name for name in PARTS if (folder / name).exists()):
+            raise ValueError(f"{folder} holds a run already ({found}): use --resume or another --out, or remove it")
         files.write_json(folder / "config.json", values | environment())
     except OSError as error:
         raise ValueError(f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}") from None
@@ -98,10 +80,10 @@ def read_config(folder):
     """The flags of a run, and what else its config.json holds. Raises ValueError for a folder that holds no run."""
     try:
         config = files.read_json(folder / "config.json")
+        if not {"model", "task"} <= config.keys():
+            raise ValueError(f"{folder / 'config.json'} is that of something else")
     except ValueError as error:
         raise ValueError(f"expected the folder of a run: {error}") from None
-    if not {"model", "task"} <= config.keys():
-        raise ValueError(f"expected the folder of a run: {folder / 'config.json'} is that of something else")
     return config
 
 
@@ -115,17 +97,12 @@ def record_data(folder, checksums):
 
 def environment():
     """What a result depends on beside the flags: versions, and the commit of the repository that the code is in."""
-
-    def git(*words):
-        try:
-            where = Path(__file__).parent
-            return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            return ""
-
-    commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    return {"minia3": minia3.__version__, "git_commit": commit or None, "versions": versions}
+    return {"minia3": minia3.__version__, "git_commit": commit, "versions": versions}
 
 
 class Metrics:
@@ -155,11 +132,11 @@ def save_checkpoint(folder, state):
 def load_checkpoint(folder):
     """The last checkpoint of a run, or None. Raises ValueError where it is damaged."""
     path = folder / "checkpoint.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-    except Exception as error:  # of many kinds
-        why = files.not_what_it_says(path) or files.one_line(error)
-        raise ValueError(f"{path}: damaged; without it, the run begins anew: {why}") from None
+    with files.reading(path, "damaged; without it, the run begins anew"):
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if state is not None and not {"step", "finished", "metrics"} <= state.keys():
+            raise TypeError("not the state of a run")
+        return state
 
 
 def random_state():
@@ -172,36 +149,24 @@ def set_random_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def choose_device(name):
+    """-> the device, and why this one. Raises ValueError for one that is not there."""
+    if name is None:
+        found = torch.cuda.is_available()
+        return torch.device("cuda" if found else "cpu"), torch.cuda.get_device_name() if found else "no CUDA GPU found"
+    try:
+        torch.ones(1, device=name).tolist()
+        return torch.device(name), "as asked"
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {name!r}, expected cpu or cuda: {files.one_line(error)}") from None
+
+
 def peak_memory(device):
     """Bytes: the most that torch held on a CUDA device; on the CPU, the largest resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
+    with suppress(ImportError):  # Windows has none
         import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-
-def describe(metric, result):
-    auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
-    return f"{metric} {result['accuracy']:.1%}{auc}"
-
-
-def report(config, folder, final):
-    cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
-    print(f"\n{final['task']}: {final['rows']} rows of {final['split']}{cut}")
-    print(f"  {final['metric']:<12}{final['accuracy_before']:.1%}", end="")
-    print(f" before, {final['accuracy']:.1%} after" if final["trainable"] else "")
-    if final["auc"] is not None:
-        print(f"  {'AUC':<12}{final['auc_before']:.2f}", end="")
-        print(f" before, {final['auc']:.2f} after" if final["trainable"] else "")
-    print(f"  {'memory':<12}{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")
-    if final["trainable"]:
-        share = final["trainable"] / final["total"]
-        print(f"  {'trained':<12}{final['trainable']:,} of {final['total']:,} numbers ({share:.3%})")
-        print(f"  {'time':<12}{final['seconds']:.0f} s for {final['steps']} steps")
-        print(f"  {'adapter':<12}{folder / 'adapter'}")
-        names = ["model", "task", *(name for name in MEASURING if getattr(config, name) != getattr(type(config), name))]
-        words = [*flags.words(config, names), "--adapter", str(folder / "adapter"), "--eval-only"]
-        print(f"  {'use it':<12}python train.py {shlex.join(words)}")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0

@@ -173,12 +173,12 @@ def copy(peer, tmp_path):
     return get
 
 
-def randomize(model, seed=0):
+def randomize(model, seed=0, std=0.5):
     """Vectors from a normal distribution around one, some of them negative."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for vector in minia3.vectors(model).values():
-            vector.copy_(1 + 0.5 * torch.randn(vector.shape, generator=generator))
+            vector.copy_(1 + std * torch.randn(vector.shape, generator=generator))
     return model
 
 

@@ -32,7 +32,7 @@ CONFIGS = {
     "llama": LlamaConfig(24, 6, 40, 2, 4, 2, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
 }
 TIMES = {"seconds", "examples_per_second", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
-TRACED = (str(ROOT / "train.py"), train.runs.__file__, train.files.__file__)
+TRACED = (str(ROOT / "train.py"), train.runs.__file__, train.runs.files.__file__)
 
 
 @functools.cache

@@ -32,7 +32,7 @@ RECIPES = {
         **{"dropout": 0.2, "optimizer": "adamw", "weight_decay": 0.1, "micro_batch_size": 3, "save_every": 4},
         "choices": (2, 3, 1),
     },
-    "best of": {"dropout": 0.1, "eval_every": 3, "patience": 2, "save_every": 6, "steps": 24, "seed": 1, "lr": 0.3},
+    "best of": {"dropout": 0.1, "eval_every": 3, "patience": 2, "save_every": 6, "steps": 24, "seed": 10, "lr": 0.3},
     "targets": {"model": "llama", "choices": (0,), "max_new_tokens": 4, "eval_every": 6, "dropout": 0.1},
 }
 
@@ -483,6 +483,25 @@ def test_config_json_is_there_before_anything_slow_and_holds_every_flag(tmp_path
     assert json.loads((out / "config.json").read_text()) == {**seen[0], "data": sums}
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_is_that_of_the_code_and_says_whether_files_differ_from_it(tmp_path, monkeypatch):
+    def git(*arguments):
+        words = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert runs.environment()["git_commit"] is None
+    (tmp_path / "code.py").write_text("1")
+    for arguments in (["init"], ["add", "code.py"], ["commit", "-m", "first"], ["tag", "-a", "v1", "-m", "v1"]):
+        git(*arguments)
+    commit = git("rev-parse", "HEAD").strip()
+    (tmp_path / "untracked.py").write_text("2")
+    assert runs.environment()["git_commit"] == commit
+    (tmp_path / "code.py").write_text("2")
+    assert runs.environment()["git_commit"] == f"{commit}-dirty"
+
+
 def test_metrics_are_flushed_line_by_line_and_come_at_least_every_ten_steps(tmp_path, monkeypatch):
     out, clip, steps = tmp_path / "run", torch.nn.utils.clip_grad_norm_, []
 
@@ -592,5 +611,5 @@ def test_a_folder_that_may_not_be_written_is_a_mistake(tmp_path, capsys, monkeyp
     def refuse(*args, **options):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("minia3.files.write_json", refuse)
     fails(words(out), capsys, out, "Permission denied")

@@ -1,0 +1,80 @@
+"""Chapter 7, part six: from a file of any length to labels, scores and texts, a chunk of rows at a time."""
+
+import csv
+import io
+import json
+from itertools import groupby, islice
+
+from minia3 import data
+from minia3.generation import generate, score
+from minia3.prompts import fit
+
+CHUNK = 256  # rows that are read, sorted by length and answered at a time
+COLUMNS = ("idx", "label", "choice", "scores", "output")  # of a csv
+
+
+def read(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
+    """Yield (row, Rendered, Example) for each row of a .jsonl or .csv file, checked and in the words of `prompt`.
+
+    spec: of the task (see tasks.py). A row that is to be continued has no choices in its Rendered. Its "adapter" is one
+    of `adapters`; where it has none, `default`. Raises ValueError, "path:line: reason", at the first row that is wrong.
+    """
+    for n, (number, row) in enumerate(data.read_rows(path, None if spec.labels else "input")):
+        try:
+            if isinstance(row, dict) and not spec.labels:  # own rows: what they should come to does not matter
+                row = row | {"label": None} | ({} if "choices" in row else {"target": "?"})
+            row = data.check_row(row, spec, "test", n)
+            name = row["adapter"] = default if row.get("adapter") is None else row["adapter"]
+            if name is not None and not (isinstance(name, str) and name in adapters):
+                raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}"[:200])
+            text, _ = fit(prompt, row, lambda text: len(tokenizer.encode(text)), max_length)
+            example = data.encode_example(text, tokenizer, end=False)
+            text = text if prompt.choices or "choices" in row else text._replace(choices=[])
+            if not example.source or (text.choices and not all(example.targets)):
+                raise ValueError(f"no tokens in the input or in a choice: {text.input!r:.40}, {text.choices!r:.80}")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        yield row, text, example
+
+
+def predict(model, tokenizer, rows, adapters, *, batch_size=16, max_new_tokens=64):
+    """Yield (row, result) in order: {"idx", "label", "choice", "scores"}, or without choices {"idx", "output"}.
+
+    rows: of `read`. scores: the mean log-probability per token of each choice. adapters: see adapters.Adapters.
+    """
+    while chunk := list(islice(rows, CHUNK)):
+        for scored, part in groupby(chunk, lambda one: bool(one[1].choices)):
+            some, texts, examples = zip(*part, strict=True)
+            options = {"adapter": adapters.rows([row["adapter"] for row in some]), "batch_size": batch_size}
+            if scored:
+                answers = score(model, examples, tokenizer.pad_id, **options).tolist()
+            else:
+                sources = [example.source for example in examples]
+                answers = generate(model, tokenizer, sources, max_new_tokens=max_new_tokens, **options)
+            for row, text, answer in zip(some, texts, answers, strict=True):
+                if scored:
+                    scores = answer[: len(text.choices)]  # -inf where another row has more
+                    label = scores.index(max(scores))
+                    yield row, {"idx": row["idx"], "label": label, "choice": text.choices[label], "scores": scores}
+                else:
+                    yield row, {"idx": row["idx"], "output": answer}
+
+
+def csv_line(cells):
+    text = io.StringIO()
+    csv.writer(text).writerow("" if x is None else x if isinstance(x, str) else json.dumps(x) for x in cells)
+    return text.getvalue()
+
+
+def begun(file, to_csv):
+    """-> where a file of results goes on: the first row of its last chunk, and what the file has from there on."""
+    first, n, tail, line, n_quotes = 0, -to_csv, b"", bytearray(), 0  # n: the row of the line, after csv's header
+    file.seek(0)
+    for part in file:
+        line += part
+        n_quotes += part.count(b'"')
+        if part.endswith(b"\n") and not (to_csv and n_quotes % 2):  # a quoted text may have several lines
+            if n > 0 and n % CHUNK == 0:
+                first, tail = n, b""
+            n, tail, line = n + 1, tail + line, bytearray()
+    return first, tail + line

@@ -1,0 +1,130 @@
+"""Guards the model card: the hub accepts its first lines, its numbers are the run's, its command makes the same run
+again, and the code that it shows loads the adapter, here and in PEFT.
+"""
+
+import dataclasses
+import re
+import shlex
+
+import pytest
+import running
+import torch
+from conftest import randomize
+from running import train
+
+import minia3
+from minia3 import flags
+from minia3.card import card
+from minia3.models import EMBEDDED
+from minia3.runs import read_config
+
+FINAL = {
+    **{"model": "tiny-t5", "task": "same-colour", "method": "ia3", "metric": "accuracy", "split": "test"},
+    **{"rows": 1024, "rows_cut": 0, "accuracy_before": 0.513, "accuracy": 0.9995, "auc_before": 0.554, "auc": 0.999},
+    **{"trainable": 1536, "total": 218112, "steps": 1000, "seconds": 16.2, "peak_memory_bytes": 10**8},
+    "architecture": "T5",
+    "data": {"train.jsonl": "ab" * 32, "test.jsonl": "cd" * 32},
+}
+
+
+def front(text):
+    from huggingface_hub import ModelCard
+
+    return ModelCard(text).data.to_dict()
+
+
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("model", "base"), [("t5-base", "google-t5/t5-base"), ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M")]
+)
+def test_the_hub_reads_base_library_tags_and_data(model, base):
+    text = card(train.Config(model=model, task="rte"), FINAL | {"model": model, "task": "rte"})
+    expected = {"base_model": base, "library_name": "peft", "tags": ["ia3", "peft"], "datasets": ["rte"]}
+    assert front(text) == expected
+
+
+def test_a_base_that_is_a_path_is_not_named_to_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "my" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in front(card(train.Config(model="my/base"), FINAL | {"model": "my/base"}))
+    assert "base_model" not in front(card(train.Config(), FINAL))
+
+
+@pytest.mark.parametrize("task", ['it\'s: "mine" # 1', "no", "[x"])
+def test_any_name_of_a_task_is_read_back(task):
+    assert front(card(train.Config(task=f"{task}.jsonl"), FINAL | {"task": task}))["datasets"] == [task]
+
+
+def test_figures_counts_and_checksums_are_the_run_s():
+    text = card(train.Config(), FINAL)
+    for part in ("| accuracy | 51.3% | 100.0% |", "| AUC | 0.55 | 1.00 |", "1,024 rows of test", "1,536", "218,112"):
+        assert part in text
+    for part in ("0.704%", "- train.jsonl `" + "ab" * 32 + "`", "- test.jsonl `" + "cd" * 32 + "`", "1,000 steps"):
+        assert part in text
+    other = card(train.Config(), FINAL | {"metric": "exact_match", "auc": None, "auc_before": None})
+    assert "| exact_match | 51.3% | 100.0% |" in other
+    assert "AUC" not in other
+
+
+def test_the_command_makes_the_same_run_again_and_tells_no_place():
+    config = train.Config(
+        **{
+            "model": "t5-small",
+            "task": "my rows.jsonl",
+            "shots": 32,
+            "lr": 1e-4,
+            "deterministic": True,
+            "dropout": 0.0,
+        },
+        **{"out": "/home/me/runs/1", "data_dir": "/home/me/data", "device": "cuda:3"},
+    )
+    (command,) = re.findall("`(python train.py .*?)`", card(config, FINAL))
+    words = shlex.split(command)
+    assert words[:2] == ["python", "train.py"]
+    found = flags.parse(train.Config, words[2:], "")
+    assert found == dataclasses.replace(config, out=None, data_dir="data", device=None)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_the_code_loads_the_adapter_here_and_in_peft(name, tmp_path, monkeypatch):
+    config = train.Config(model=str(running.model(name)), task="rows.jsonl")
+    text = card(config, FINAL | {"model": config.model, "architecture": {"t5": "T5", "llama": "Llama"}[name]})
+    model = randomize(minia3.load_model(config.model))
+    minia3.save_adapter(model, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = blocks(text)
+    found = {}
+    exec(compile(ours, "README.md", "exec"), found)
+    for name, vector in minia3.vectors(model).items():
+        assert torch.equal(minia3.vectors(found["model"])[name], vector)
+    assert found["tokenizer"].decode(found["tokenizer"].encode("w7 w9")) == "w7 w9"
+    exec(compile(theirs, "README.md", "exec"), found)
+    factors = [p for name, p in found["model"].named_parameters() if "ia3_l" in name]
+    assert sum(p.numel() for p in factors) == sum(v.numel() for v in minia3.vectors(model).values())
+    assert sum(p.double().sum() for p in factors) == pytest.approx(
+        sum(v.double().sum().item() for v in minia3.vectors(model).values())
+    )
+
+
+def test_the_code_for_the_embedded_model_runs(tmp_path, monkeypatch):
+    minia3.save_adapter(minia3.load_model("tiny-t5"), tmp_path)
+    (tmp_path / "data").symlink_to(running.ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(card(train.Config(), FINAL)):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_a_run_s_own_flags_and_result_make_a_card(tmp_path):
+    out = tmp_path / "run"
+    assert running.run(running.words(out, steps=3)) == 0
+    final = running.metrics(out)[-1] | {"data": read_config(out)["data"], "architecture": "T5"}
+    raw = read_config(out)
+    config = train.Config(**{field.name: raw[field.name] for field in dataclasses.fields(train.Config)})
+    text = card(config, final)
+    assert front(text)["datasets"] == [running.task().name]
+    for digest in read_config(out)["data"].values():
+        assert digest in text
+    assert str(EMBEDDED) not in text
