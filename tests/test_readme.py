@@ -5,12 +5,14 @@ The two commands of its beginning are run by .ci/run, which reads them from ther
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import minia3
 import train
+from minia3.__main__ import COMMANDS, main, parse
 from minia3.ia3 import vectors
 from minia3.load import build, load_model
 from minia3.models import KNOWN
@@ -35,11 +37,30 @@ def test_the_first_two_commands_are_there_for_ci_to_read():
 def test_the_python_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     minia3.save_adapter(load_model("tiny-t5"), "runs/tiny-t5-same-colour-ia3-0/adapter")
-    (code,) = [block for block in blocks("python") if "import minia3" in block]
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
+    codes, names = [block for block in blocks("python") if "minia3." in block], {}
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "same-colour-t5" / "model.safetensors").exists()
     assert type(names["merged"]) is type(names["model"])
+    assert list(names["served"]) == []
+
+
+def test_the_lines_of_the_command_line_work_as_they_stand(tmp_path, monkeypatch, capsys):
+    """Those on the embedded model run, one after the other; those that need other files or a GGUF are parsed."""
+    monkeypatch.chdir(tmp_path)
+    minia3.save_adapter(load_model("tiny-t5"), "runs/tiny-t5-same-colour-ia3-0/adapter")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("minia3 ")]
+    assert {line.split()[1] for line in lines} == {command.__name__ for command in COMMANDS} - {"info", "convert"}
+    for line in lines:
+        words = shlex.split(line.replace("$A", "runs/tiny-t5-same-colour-ia3-0/adapter"), comments=True)[1:]
+        assert parse(words).run.__name__ == words[0]
+        if "runs/three" not in words and "runs/two" not in words and "$GGUF" not in words:
+            assert main(words) == 0, line
+    assert (tmp_path / "runs" / "merged" / "model.safetensors").exists()
+    assert len((tmp_path / "labels.jsonl").read_text().splitlines()) == 1024
+    assert capsys.readouterr().err == ""
 
 
 def test_the_three_lines_are_the_three_lines_of_the_code():
@@ -69,10 +90,10 @@ def test_the_map_names_every_module_with_its_chapter():
 
 def test_commands_use_flags_names_and_files_that_exist():
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)}
-    commands = [line for block in blocks("sh") for line in block.splitlines() if "train.py" in line]
+    commands = [line for block in blocks("sh") for line in block.splitlines() if "python train.py" in line]
     assert len(commands) >= 5
     for command in commands:
-        words = command.split("#")[0].split()
+        words = command[command.index("train.py") :].split("#")[0].split(";")[0].split()
         assert {word for word in words if word.startswith("--")} <= flags
         if "--task" in words and "/" not in (task := words[words.index("--task") + 1]):
             assert task in TASKS
