@@ -6,9 +6,14 @@ show. transformers and peft are imported only by the fixtures which need them.
 
 import functools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+# Models this small cost more to share among cores than to run; and a fork, as of the fuzz, hangs in threads of OpenMP
+# that it does not have. Before torch is imported; children inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
