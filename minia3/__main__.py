@@ -166,8 +166,10 @@ def mix(args):
 
 
 def weighted(word):
-    name, weight = word.rsplit(":", 1)
-    return name, float(weight)
+    name, _, weight = word.rpartition(":")
+    with suppress(ValueError):
+        return name, float(weight)
+    raise argparse.ArgumentTypeError(f"{word!r}, expected ADAPTER:WEIGHT, as in path/to/adapter:0.5")
 
 
 def new(out):

@@ -164,7 +164,7 @@ def test_every_argument_is_used_by_a_command():
         (["convert", "nowhere", "out"], ["nowhere"]),
         (["mix", "out"], ["adapter:weight", "required"]),
         (["mix", "out", "adapter"], ["adapter:weight", "'adapter'"]),
-        (["mix", "out", "adapter:half"], ["adapter:weight", "'adapter:half'"]),
+        (["mix", "out", "adapter:half"], ["'adapter:half'", "expected ADAPTER:WEIGHT"]),
         (["mix", "out", "nowhere:1"], ["nowhere"]),
     ],
 )
