@@ -6,7 +6,7 @@ cache is what `kv` is appended to: nothing here asks which of them it is. What d
 in as a number or a tensor, made once by the stack (see `Context` in state.py).
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, K head width,
-F feed-forward.
+F feed-forward. A packed batch (see state.py) comes as T rows of one token: B is T and L is 1, but not inside attention.
 """
 
 import torch
