@@ -39,10 +39,10 @@ def choice_logprobs(model, batch, adapter=None):
 def score(model, examples, pad_id, *, adapter=None, length_norm=True, batch_size=16):
     """(N, C) float32: the score of each choice of N examples (see `rank`), read in batches of similar lengths."""
     scores_NC = torch.full((len(examples), max(len(e.targets) for e in examples)), float("-inf"))
-    for rows, adapter_B in _batches([len(e.source) for e in examples], adapter, batch_size):
+    for rows, own in _batches([len(e.source) for e in examples], adapter, batch_size):
         batch = collate([examples[i] for i in rows], pad_id)
         batch = batch._make(x.to(model.embed.weight.device) for x in batch)
-        scores = choice_scores(choice_logprobs(model, batch, adapter_B), batch.target_mask_BCL, length_norm)
+        scores = choice_scores(choice_logprobs(model, batch, own), batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float().cpu()  # a batch may have fewer than C
     return scores_NC
 
@@ -119,12 +119,12 @@ def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, searc
     seed = secrets.randbits(32) if seed is None else seed
 
     def run():
-        for read, adapter_B in _batches(list(map(len, sources)), adapter, max(1, batch_size // max(beams, samples))):
+        for read, own in _batches(list(map(len, sources)), adapter, max(1, batch_size // max(beams, samples))):
             longest = max(len(sources[i]) for i in read)
             source_BM = torch.tensor([sources[i] + [tokenizer.pad_id] * (longest - len(sources[i])) for i in read])
             mask_BM = torch.arange(longest) < torch.tensor([[len(sources[i])] for i in read])
             with torch.no_grad():
-                state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM.to(device), adapter_B)
+                state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM.to(device), own)
             done, which = set(), [i * samples + sample for i in read for sample in range(samples)]
             if beams > 1:
                 best = beam_search(model, state, beams, n_tokens, length_penalty)
@@ -250,4 +250,4 @@ def _batches(lengths, adapter, batch_size):
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for first in range(0, len(by_length), batch_size):
         rows = by_length[first : first + batch_size]
-        yield rows, adapter.expand(len(lengths))[rows]
+        yield rows, adapter[rows] if adapter.dim() else adapter

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
-from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias
+from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias, of_rows
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Llama(nn.Module):
         causal = bias_BHLM is None and length > 1
         adapter, rotation = state.adapter_B, self.rotation(position_BL, x.dtype)
         if packing:
-            x, adapter = packing.pack(x), adapter[packing.row_T]
+            x, adapter = packing.pack(x), of_rows(adapter, packing.row_T)
         context = Context(adapter, bias_BHLM, causal, rotation, packing=packing)
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block(x, context, cache)

@@ -33,7 +33,7 @@ class Packing:
 class Context:
     """One call's masks, positions and adapter rows, the same for every block."""
 
-    adapter_B: torch.Tensor  # (T,) where the call is packed
+    adapter_B: torch.Tensor  # (T,) where the call is packed; (1,) where one serves all
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf) and T5's relative positions
     causal: bool = False  # SDPA's own causal mask: right only where L = M
     rotation: tuple | None = None  # cos, sin (B or 1, 1, L, K)
@@ -70,6 +70,7 @@ class State:
     """A batch of sequences under way.
 
     start: (B, 1) the token that begins the target.
+    adapter_B: the row of each, or (1,) where one serves all.
     length: columns of the self-attention cache so far.
     mask_BM: which of these columns are real; None where all are.
     sharing: so many consecutive rows ask the same keys and values of the source.
@@ -97,9 +98,14 @@ class State:
             return tuple(pick(y, rows) for y in x) if isinstance(x, tuple) else None if x is None else x[rows]
 
         caches = [Cache(pick(cache.kv), pick(cache.memory, memory_rows), cache.length) for cache in self.caches]
-        new = {name: pick(getattr(self, name)) for name in ("start", "adapter_B", "mask_BM")}
+        new = {"start": pick(self.start), "mask_BM": pick(self.mask_BM), "adapter_B": of_rows(self.adapter_B, rows)}
         bias_B11M = pick(self.memory_bias_B11M, memory_rows)
         return replace(self, caches=caches, memory_bias_B11M=bias_B11M, sharing=sharing, **new)
+
+
+def of_rows(adapter_B, rows):
+    """The adapters of some rows; one that serves the whole batch, (1,), serves them too."""
+    return adapter_B if len(adapter_B) == 1 else adapter_B[rows]
 
 
 def mask_to_bias(mask, dtype):
@@ -113,7 +119,7 @@ def causal_mask(length, total, device):
 
 
 def check_start(source_BM, mask_BM, adapter, n_adapters):
-    """The arguments of `start`, checked: -> adapter_B (long).
+    """The arguments of `start`, checked: -> adapter_B (long), of (1,) where one serves all.
 
     Raises ValueError for an empty source, a mask of another shape, a row without a real token, and adapters which the
     model does not have (negative ones too).
@@ -132,4 +138,4 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         raise ValueError(f"adapter must be None, an int or ({batch},) long, found {adapter!r}")
     if adapter is not None and (rows.min() < 0 or rows.max() >= n_adapters):
         raise ValueError(f"adapter {adapter!r} is out of range: the model has rows 0 to {n_adapters - 1}")
-    return rows.long().expand(batch)
+    return rows.long().reshape(-1)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
-from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias
+from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias, of_rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class T5(nn.Module):
         bias_BHMM = self.encoder.bias(source.shape[1], source.shape[1])
         if mask is not None:
             packing, memory_bias_B11M = Packing(mask), mask_to_bias(mask[:, None, None, :], x.dtype)
-            x, adapter, bias_BHMM = packing.pack(x), adapter_B[packing.row_T], bias_BHMM + memory_bias_B11M
+            x, adapter, bias_BHMM = packing.pack(x), of_rows(adapter_B, packing.row_T), bias_BHMM + memory_bias_B11M
         context = Context(adapter, bias_BHMM, packing=packing)
         memory = self.encoder(x, context, [Cache() for _ in self.encoder.blocks])
         caches = [Cache(memory=block.cross.kv(memory, adapter, packing=packing)) for block in self.decoder.blocks]

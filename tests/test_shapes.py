@@ -27,6 +27,8 @@ SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z1]*[A-Z][A-Z1]*)")
 
 # Names of which an axis may be 1 where its letter is more: what is the same for all is made once and broadcast.
 BROADCAST = {
+    "adapter_B": "B",  # one row of vectors serves the whole batch
+    "l_BD": "B",
     "bias_BHLM": "BHL",  # T5's positions are the same for all rows, padding for all heads (and, of the memory, queries)
     "bias_BHMM": "B",  # T5's relative positions are the same for all rows: without padding there is nothing else
     "position_BL": "B",  # without padding, all rows are at the same position
