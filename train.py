@@ -267,7 +267,6 @@ def train(config, model, pad_id, task, batches, held_out, measure, folder, metri
             step_loss = 0.0
             for first in range(0, len(batch), micro):
                 part = collate(batch[first : first + micro], pad_id)
-                part = part._make(x.to(device) for x in part)
                 logp_BCL = choice_logprobs(model, part)
                 loss = total_loss(logp_BCL, part.target_mask_BCL, part.label_B, config.losses.split(","), n)
                 loss.backward()

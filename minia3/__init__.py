@@ -7,23 +7,16 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "load_model": "load",
-    "save_model": "load",
-    "load_tokenizer": "tokenizer",
-    "load_task": "data",
-    "load_adapter": "adapters",
-    "save_adapter": "adapters",
-    "Adapters": "adapters",
-    "merge": "merging",
-    "vectors": "ia3",
-    "freeze": "ia3",
-    "logprobs": "generation",
-    "generate": "generation",
-    "stream": "generation",
-    "rank": "generation",
+_NAMES = {  # module -> what is public of it
+    "ia3": "vectors freeze",
+    "load": "load_model save_model",
+    "tokenizer": "load_tokenizer",
+    "adapters": "load_adapter save_adapter Adapters",
+    "merging": "merge",
+    "data": "load_task",
+    "generation": "logprobs generate stream rank",
 }
-
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOMES)
 
 

@@ -37,9 +37,9 @@ def info(args):
     """What a model is, and what it takes to run it: python -m minia3 info t5-base"""
     from minia3.info import info
 
-    lines = list(info(args.model))
-    text = "\n".join(f"{title:<18}{text}" for title, text in lines)
-    show(json.dumps({title: text for title, text in lines if title}) if args.json else text)
+    lines = info(args.model, args.batch, args.length)
+    for line in [json.dumps({title: text for title, text in lines if title})] if args.json else lines:
+        show(line if args.json else "{:<18}{}".format(*line))
 
 
 def generate(args):
@@ -179,7 +179,7 @@ def new(out):
 
 
 COMMANDS = {  # and their arguments: * any number of them, + at least one
-    info: "model --json",
+    info: "model --batch --length --json",
     generate: "model prompts* --adapter --chat --temperature --top-k --top-p --samples --beams --length-penalty --stop "
     "--seed --max-new-tokens --device --dtype --json",
     predict: "model file --adapter --task --prompt --out --columns --batch-size --max-length --max-new-tokens --device "
@@ -210,6 +210,8 @@ ARGUMENTS = {  # name -> default, or a type where there is none
     "--prompt": (0, "which of the task's prompts"),
     "--out": (str, "file of results, .jsonl or .csv; where it ends too early, it is gone on with"),
     "--columns": (str, "NAME or NAME=FIELD of result or row, with commas between: ID,Label=choice"),
+    "--batch": (8, "sources of the step whose memory is planned"),
+    "--length": (128, "tokens of each of them"),
     "--batch-size": (16, "rows per forward pass"),
     "--max-length": (512, "tokens of an input; of a longer one, the middle is left out"),
     "--how": ("average", "average, product or power; the equations are in minia3/adapters.py"),

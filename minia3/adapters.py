@@ -55,7 +55,7 @@ def read_adapter(name_or_path):
             problems.append(f"{theirs} is {entry.dtype} {entry.shape}, expected floats {shape}")
         else:
             vector_D = vectors[name] = entry.read().detach().float().flatten()
-            bad = (~vector_D.isfinite()).nonzero().flatten().tolist()
+            bad = [] if math.isfinite(vector_D.sum()) else (~vector_D.isfinite()).nonzero().flatten().tolist()
             problems += [f"{theirs} is {vector_D[i]} at {i}" for i in bad[:1]]
     if problems or not vectors:
         raise ValueError(f"{path}: no (IA)^3 adapter: {'; '.join(problems) or 'there are no vectors in it'}")
@@ -103,10 +103,10 @@ def _rename(name, table):
 
 
 def row_of(model, adapter):
-    """Our name -> (D,) of row `adapter` of the model. Raises ValueError where it has no such row."""
+    """Our name -> (D,) of row `adapter` of the model: the row itself. Raises ValueError where it has no such row."""
     if not 0 <= adapter < model.n_adapters:
         raise ValueError(f"adapter {adapter} is out of range: the model has rows 0 to {model.n_adapters - 1}")
-    return {name: table[adapter].detach() for name, table in tables(model).items()}
+    return {name: table.detach()[adapter] for name, table in tables(model).items()}
 
 
 def save_adapter(model, folder, adapter=0, *, card=None):
@@ -119,20 +119,19 @@ def load_adapter(model, folder_or_file, adapter=0):
 
     Raises ValueError also where it does not fit the model. Another name of its base is a warning.
     """
-    row_of(model, adapter)
-    fill(model, adapter, fitting(model, read_adapter(folder_or_file), folder_or_file))
+    row = row_of(model, adapter)
+    fill(row, fitting(model, read_adapter(folder_or_file), folder_or_file, row))
 
 
-@torch.no_grad()
-def fill(model, row, vectors):
-    for name, table_AD in tables(model).items():
-        table_AD[row] = vectors[name].to(table_AD) if name in vectors else 1.0
+def fill(row, vectors):
+    for name, l_D in row.items():
+        l_D[:] = vectors.get(name, 1.0)
 
 
-def fitting(model, adapter, where):
-    """The vectors of an Adapter that came from `where`. ValueError where the model has no such places."""
-    d = {name: table.shape[1] for name, table in tables(model).items()}
-    wrong = {name: len(x) for name, x in adapter.vectors.items() if len(x) != d.get(name)}
+def fitting(model, adapter, where, row=None):
+    """The vectors of an Adapter that came from `where`. ValueError where the model (a `row` of it) lacks the places."""
+    d = {name: len(vector) for name, vector in (row or row_of(model, 0)).items()}
+    wrong = {name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)}
     if wrong:
         found = "; ".join(f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items())
         what = f"found {len(wrong)} vectors that do not fit this {type(model).__name__}: {found}"
@@ -143,19 +142,15 @@ def fitting(model, adapter, where):
     return adapter.vectors
 
 
-MIX = {  # l (P, D), and w (P, 1), of P adapters
-    "average": lambda l_PD, w_P1: 1 + (w_P1 * (l_PD - 1)).sum(0),
-    "product": lambda l_PD, w_P1: (1 + w_P1 * (l_PD - 1)).prod(0),
-    "power": lambda l_PD, w_P1: (l_PD**w_P1).prod(0),
+MIX = {
+    "average": lambda l_PD, w_P1: 1 + (w_P1 * (l_PD - 1)).sum(0),  # 1 + sum_i w_i (l_i - 1)
+    "product": lambda l_PD, w_P1: (1 + w_P1 * (l_PD - 1)).prod(0),  # prod_i (1 + w_i (l_i - 1))
+    "power": lambda l_PD, w_P1: (l_PD**w_P1).prod(0),  # prod_i l_i ** w_i, for positive entries
 }
 
 
 def mix(parts, how="average"):
-    """One adapter out of several. parts: a list of (vectors, weight) -> vectors.
-
-    average    1 + sum_i w_i (l_i - 1)
-    product    prod_i (1 + w_i (l_i - 1))
-    power      prod_i l_i ** w_i, for positive entries
+    """One adapter out of several, by an equation of MIX. parts: a list of (vectors, weight) -> vectors.
 
     1 changes nothing, and vectors that an adapter lacks count as ones. Raises ValueError for adapters of different
     architectures or widths, and, saying where, for entries that are not positive (power) or come out infinite.
@@ -184,7 +179,7 @@ class Adapters(dict):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        fill(model, 0, {})
+        fill(row_of(model, 0), {})
 
     def load(self, name, name_or_path):
         """Add an adapter (see `load_adapter`) under a new name, or in place of the one that has the name."""
@@ -200,7 +195,8 @@ class Adapters(dict):
         self._add(paths)
 
     def _add(self, paths):
-        added = {name: fitting(self.model, read_adapter(path), path) for name, path in paths.items()}
+        base = row_of(self.model, 0)
+        added = {name: fitting(self.model, read_adapter(path), path, base) for name, path in paths.items()}
         free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
         rows = {name: self.get(name) or next(free) for name in added}
         while self.model.n_adapters <= max(rows.values()):  # twice as many rows, in the same parameters
@@ -208,12 +204,12 @@ class Adapters(dict):
                 table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
             self.model.n_adapters *= 2
         for name, vectors in added.items():
-            fill(self.model, rows[name], vectors)
+            fill(row_of(self.model, rows[name]), vectors)
         self.update(rows)
 
     def remove(self, name):
         """Forget a name; its row is ones again, and free."""
-        fill(self.model, self[name], {})
+        fill(row_of(self.model, self[name]), {})
         del self[name]
 
     def rows(self, names):

@@ -12,9 +12,8 @@ F feed-forward. A packed batch (see state.py) comes as T rows of one token: B is
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn import RMSNorm  # x / sqrt(mean(x^2) + eps) * weight, in float32 at least (arXiv 1910.07467)
-from torch.utils.checkpoint import checkpoint
 
+from minia3.backward import Recomputed, RMSNormed
 from minia3.ia3 import IA3
 
 ACTIVATIONS = {
@@ -28,6 +27,13 @@ class Embedding(nn.Embedding):
     def reset_parameters(self):
         if not self.weight.is_meta:  # there is nothing to fill, and there torch would load its compiler to do it: 1 s
             super().reset_parameters()
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (arXiv 1910.07467)."""
+
+    def forward(self, x):
+        return RMSNormed.apply(x, self.weight, self.eps) if torch.is_grad_enabled() else super().forward(x)
 
 
 def rotate(x_BHLK, rotation):
@@ -99,11 +105,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD, adapter_B):
         gate_BLF, up_BLF = self.gate(x_BLD), None if self.up is None else self.up(x_BLD)
-        if self.up is None or not torch.is_grad_enabled():
+        if self.up is None:
             h_BLF = self.hidden(gate_BLF, up_BLF, adapter_B)
         else:  # the backward computes these products again: two tensors are kept for it in place of four
-            recompute = {"use_reentrant": False, "preserve_rng_state": False}
-            h_BLF = checkpoint(self.hidden, gate_BLF, up_BLF, adapter_B, **recompute)
+            h_BLF = Recomputed.apply(self.hidden, self.l_ff.scale, gate_BLF, up_BLF, adapter_B)
         return self.down(self.dropout(h_BLF))
 
     def hidden(self, gate_BLF, up_BLF, adapter_B):
@@ -123,9 +128,11 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = RMSNorm(d_model, eps), ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD, context, cache):
+    def forward(self, x_BLD, context, cache, asked=True):
         c, h_BLD = context, self.attn_norm(x_BLD)
         kv = cache.append(*self.attn.kv(h_BLD, c.adapter_B, c.rotation, c.packing))
+        if not asked:  # what comes after the last keys and values of a prompt goes nowhere
+            return None
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing))
         if self.cross is not None:
             h = self.cross_norm(x_BLD).reshape(len(cache.memory[0]), -1, x_BLD.shape[2])  # rows may share a source

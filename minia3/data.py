@@ -21,10 +21,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minia3.prompts import OWN, Rendered, render
-from minia3.tasks import SHIPPED, TASKS, Spec, Task, download
+from minia3 import tasks
+from minia3.prompts import Rendered, render
+from minia3.tasks import SHIPPED, Spec, Task
 
-SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}  # -> names of the file
+SPLITS = {  # -> names of the file; the last ones are RAFT's and StoryCloze's
+    "train": ("train", "cloze_test_val__spring2016 - cloze_test_ALL_val"),
+    "validation": ("validation", "val", "dev"),
+    "test": ("test", "test_unlabeled", "cloze_test_test__spring2016 - cloze_test_ALL_test"),
+}
+FORMS = {".csv": {"strict": True}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+FOLDS = 5  # of RAFT's train rows: it hides the labels of the test rows
 N_SHOWN = 5  # bad rows that are written out; the others are counted
 MOST = 1 << 24  # bytes of a row
 
@@ -32,57 +39,83 @@ MOST = 1 << 24  # bytes of a row
 def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = None, seed: int = 0) -> Task:
     """A known task by its name, or a user's own rows: a .jsonl or .csv file, or a folder with train, validation, test.
 
-    A known task is read from `<data_dir>/<name>/{train,val,test}.jsonl`, and downloaded to there first if need be. Own
-    rows are {"input", "target"} or {"input", "choices", "label"}; train alone is split in three. `shots`: train is
-    T-Few's few-shot split, the first `shots` rows after a shuffle by `seed`. Raises ValueError, in one line.
+    A known task is read from `<data_dir>/<name>`, and downloaded to there first if need be; where that fails, T-Few's
+    published splits are read from `<data_dir>/few_shot`. Own rows are {"input", "target"} or {"input", "choices",
+    "label"}; train alone is split in three. `shots`: train is T-Few's few-shot split, the first `shots` rows (of SST-2,
+    of each class) after a shuffle by `seed`. RAFT's test labels are hidden: a fifth of its 50 train rows is held out,
+    another for each of five seeds in a row, or with shots=50 none. Raises ValueError, in one line.
     """
     name, notes = str(name_or_path), []
-    spec = TASKS.get(name, Spec(OWN))
-    files = _files(name, spec, data_dir)
-    rows, checksums = _read(files, spec)
-    name = os.path.basename(os.path.abspath(name)).removesuffix(".jsonl").removesuffix(".csv")
-    if list(rows) == ["train"]:
+    spec = tasks.TASKS.get(name, Spec())
+    files = _files(name, spec, data_dir, seed, notes)
+    known, published = bool(spec.labels), seed in files
+    rows = _read({split: files[split] for split in files if split != "validation" or not spec.dev_ids}, spec)
+    checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()}
+    if published:
+        drawn = {row["idx"] for row in rows[seed]}
+        others = {row["idx"]: row for part in rows.values() for row in part if row["idx"] not in drawn}
+        rows = {"train": rows[seed], "validation": list(others.values())}
+    elif not known and list(rows) == ["train"]:
         rows = _split(rows["train"], files["train"])
         notes.append(f"{files['train']} is split into train, validation and test, the same way each time")
     train, validation, test = (rows.get(split, []) for split in SPLITS)
-    own = [] if spec.labels else [*train, *validation, *test]
-    metric = "exact_match" if own and "target" in own[0] else "accuracy"
+    own = [] if known else [*train, *validation, *test]
+    metric = "exact_match" if own and "target" in own[0] else spec.metric
+    name = name if known else os.path.basename(os.path.abspath(name)).removesuffix(".jsonl").removesuffix(".csv")
     if n := sum(row["input"] != row["input"].rstrip() for row in own):
         notes.append(f"{n} inputs end in white space: leave it out, the tokenizer puts a space before the answer")
-    if n := sum(row["label"] < 0 for row in test):
-        notes.append(f"{n} of {len(test)} test rows have no label: results are on validation")
+    n_hidden = sum(row["label"] < 0 for row in test)
+    if spec.dev_ids:
+        ids = {tuple(line.split()) for line in files["validation"].read_text("utf-8").splitlines()}
+        validation = [row for row in train if tuple(map(row.get, spec.dev_ids)) in ids]
+    elif known and n_hidden and not validation and shots != len(train):
+        validation = [train[i] for i in np.random.RandomState(0).permutation(len(train))[seed % FOLDS :: FOLDS]]
+        notes.append(f"fold {seed % FOLDS + 1} of {FOLDS} is held out: report the mean of {FOLDS} seeds in a row")
+    if not rows.get("validation"):  # then they are rows of train
+        held = {row["idx"] for row in validation}
+        train = [row for row in train if row["idx"] not in held]
+    if n_hidden and validation:
+        notes.append(f"{n_hidden} of {len(test)} test rows have no label: results are on validation")
     if shots is not None:
-        if not 1 <= shots <= len(train):
-            raise ValueError(f"{name}: expected 1 to {len(train)} shots, the rows to train on; found {shots}")
+        labels = range(len(spec.labels)) if spec.per_class else ()
+        parts = [[row for row in train if row["label"] == label] for label in labels] or [train]
+        if not 1 <= shots <= min(map(len, parts)):
+            raise ValueError(f"{name}: expected 1 to {min(map(len, parts))} shots, the rows to train on; found {shots}")
         # T-Few's `np.random.seed(seed); np.random.shuffle(rows)`: the same stream, but the global state stays as it is.
-        np.random.RandomState(seed).shuffle(train)
-        train = train[:shots]
+        for part in [] if published else parts:
+            np.random.RandomState(seed).shuffle(part)
+        train = [row for part in parts for row in part[:shots]]
     task = Task(name, train, validation, test, spec.prompts, metric, spec.seen, checksums, notes)
-    if not task.evaluation[1]:
-        raise ValueError(f"{name}: no labelled rows to report on: add validation.jsonl, or labels to test.jsonl")
+    _ = known or task.evaluation  # raises where there is nothing to report on
     return task
 
 
-def _files(name, spec, data_dir):
-    """Paths by split: of a known task, downloaded if need be, or of a user's file or folder."""
-    if spec.archive:
-        folder = Path(data_dir, name)
-        if not {"train", "validation"} <= _find(folder, ".jsonl").keys():
-            download(spec.archive, folder)
-        return _find(folder, ".jsonl")
+def _files(name, spec, data_dir, seed, notes):
+    """Paths by split, of a known task or of a user's file or folder; or by seed, of T-Few's published splits."""
     path, suffixes = Path(SHIPPED, spec.shipped) if spec.shipped else Path(name), (".jsonl", ".csv")
-    if not (spec.shipped or os.path.exists(name)):
-        hint = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name.lower(), TASKS, n=1))
-        raise ValueError(f"{name!r} is no task, file or folder: {hint}Known tasks: {', '.join(sorted(TASKS))}")
-    files = _find(path, *suffixes) if path.is_dir() else {"train": path} if path.suffix in suffixes else {}
-    if not files:
-        raise ValueError(
-            f"{path}: expected a .jsonl or .csv file, or a folder of train, validation (val, dev) and test"
-        )
-    return files
+    if spec.sources:
+        path, names = Path(data_dir, name), [Path(file) for source in spec.sources for file in source.files]
+        suffixes = {file.suffix for file in names}
+        needed = {"train", "validation" if {file.stem for file in names} & {*SPLITS["validation"]} else "test"}
+        try:
+            if not needed <= _find(path, suffixes).keys():
+                tasks.download(spec.sources, path)
+        except ValueError as error:
+            folder = Path(data_dir, "few_shot", spec.few_shot or name, f"{spec.shots}_shot")
+            files = {int(file.stem.removesuffix("_seed")): file for file in sorted(folder.glob("*_seed.jsonl"))}
+            if seed not in files:
+                raise
+            notes.append(f"{error}; so this is T-Few's published split, evaluated on those of the other seeds")
+            return files
+    elif not (spec.shipped or os.path.exists(name)):
+        hint = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name.lower(), tasks.TASKS, n=1))
+        raise ValueError(f"{name!r} is no task, file or folder: {hint}Known tasks: {', '.join(tasks.TASKS)}")
+    if files := _find(path, suffixes) if path.is_dir() else {"train": path} if path.suffix in suffixes else {}:
+        return files
+    raise ValueError(f"{path}: expected a .jsonl or .csv file, or a folder of train, validation (val, dev) and test")
 
 
-def _find(folder, *suffixes):
+def _find(folder, suffixes):
     files = {}
     for split, names in SPLITS.items():
         for path in (folder / (name + suffix) for name in names for suffix in suffixes):
@@ -92,11 +125,12 @@ def _find(folder, *suffixes):
 
 
 def read_rows(path: str | Path, column: str | None = "input") -> Iterator[tuple[int, dict | ValueError]]:
-    """Each row of a .jsonl or .csv file: the number of its first line, and a dict or what is wrong with it.
+    """Each row of a .jsonl, .csv or .tsv file: the number of its first line, and a dict or what is wrong with it.
 
     Streamed; a row of more than 16 MB, or that is not UTF-8, is the last to be read. A byte order mark, CRLF and blank
-    lines are passed over. csv: commas, and a header that has `column`; an empty cell is as good as none, `choices` is a
-    JSON list, or texts with | between. Raises ValueError where the file cannot be opened, or its header is wrong.
+    lines are passed over. csv: commas, and a header; one that has `column`, and then an empty cell is as good as none,
+    and `choices` is a JSON list, or texts with | between. tsv: tabs, no quotes. Raises ValueError where the file cannot
+    be opened, or its header is wrong.
     """
     n_lines = n_bytes = 0
 
@@ -111,20 +145,18 @@ def read_rows(path: str | Path, column: str | None = "input") -> Iterator[tuple[
     try:
         with Path(path).open("rb") as file:
             records, header = lines(file), None
-            if Path(path).suffix == ".csv":
-                records = csv.reader(records, strict=True)
+            if form := FORMS.get(Path(path).suffix):
+                records = csv.reader(records, **form)
                 header = next(filter(None, records), [])
                 if column not in (None, *header) or len(set(header)) < len(header) or not header:
-                    raise ValueError(
-                        f"expected a header with {column or 'columns'!r}, none twice; found {header!r:.80}"
-                    )
+                    raise ValueError(f"expected a header with {column or 'names'!r}, none twice; found {header!r:.80}")
             while True:
                 number, n_bytes = n_lines + 1, 0
                 try:
                     if (record := next(records, None)) is None:  # also after an error of `lines`
                         return
                     if any(map(str.strip, record)):
-                        yield number, _from_csv(header, record) if header else _json(dict, record)
+                        yield number, _from_csv(header, record, column) if header else _json(dict, record)
                 except (ValueError, csv.Error) as error:
                     yield number, ValueError(str(error))
     except (OSError, ValueError, csv.Error) as error:
@@ -142,41 +174,43 @@ def _json(kind, text):
     return value
 
 
-def _from_csv(header, cells):
+def _from_csv(header, cells, column):
     if cells == header or len(cells) != len(header):
         raise ValueError(f"expected {len(header)} cells, other than the header's; found {len(cells)}: {cells!r:.80}")
-    row = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+    row = {name: cell for name, cell in zip(header, cells, strict=True) if cell or column is None}
     if choices := row.get("choices"):
         row["choices"] = _json(list, choices) if choices[0] == "[" else [text.strip() for text in choices.split("|")]
     return row
 
 
 def _read(files, spec):
-    """Rows by split, checksums by file name. Whatever is wrong with any row of any file is in one ValueError."""
-    rows, checksums, bad = {split: [] for split in files}, {}, []
+    """Rows by split. Whatever is wrong with any row of any file is in one ValueError."""
+    rows, bad = {split: [] for split in files}, []
     for split, path in files.items():
         number = 0
-        for number, row in read_rows(path):
+        for number, row in read_rows(path, None if spec.labels else "input"):
             try:
                 rows[split].append(check_row(row, spec, split, len(rows[split])))
             except ValueError as error:
                 bad.append(f"{path}:{number}: {error}")
         bad += [] if number else [f"{path}: no rows"]
-        checksums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     targets = ["target" in row for part in rows.values() for row in part]
     if not spec.labels and 0 < sum(targets) < len(targets):
         where = ", ".join(map(str, files.values()))
         bad.append(f"{where}: {sum(targets)} rows have 'target', the others 'choices': a task has rows of one kind")
     if bad:
         raise ValueError("; ".join(bad[:N_SHOWN] + [f"and {len(bad) - N_SHOWN} more"] * (len(bad) > N_SHOWN)))
-    return rows, checksums
+    return rows
 
 
 def check_row(row, spec, split, number):
     """`row` with an integer `label` and `idx`. Raises ValueError for what is wrong with it."""
     if isinstance(row, ValueError):
         raise row
-    labels, value = spec.labels, row.get("label")
+    row = {spec.fields.get(name, name): value for name, value in row.items()}
+    if spec.spans:
+        tasks.fix_spans(row, spec.spans)
+    labels, value = spec.labels, row.get(spec.label)
     if not labels:  # a user's row: it has choices of its own, or a target, which is the only choice, and right
         if ("target" in row) == ("choices" in row):
             raise ValueError(f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}")
@@ -187,10 +221,12 @@ def check_row(row, spec, split, number):
                 expected = "a list of texts, none twice and none" if key == "choices" else "a text that is not"
                 raise ValueError(f"{key!r} is {row.get(key)!r:.80}, expected {expected} empty")
         labels, value = [str(i) for i in range(len(choices))], value if kind == "choices" else 0
-    label = str(value).lower()  # the files have "entailment", 1, true and "true"
-    if label not in labels and not (split == "test" and label in ("none", "-1")):
-        raise ValueError(f"'label' is {value!r:.40}, expected one of {', '.join(labels):.80}")
-    row["label"] = labels.index(label) if label in labels else -1
+    lower, label = [label.lower() for label in labels], str(value).lower()  # files have 1, true, "true" and "True"
+    if label not in lower and type(value) is int and 0 <= value < len(labels):
+        label = lower[value]  # in T-Few's published splits it is an index
+    if label not in lower and not (split == "test" and label in ("none", "-1", "")):
+        raise ValueError(f"{spec.label!r} is {value!r:.40}, expected one of {', '.join(labels):.80}")
+    row["label"] = lower.index(label) if label in lower else -1
     row["idx"] = row["idx"] if type(row.get("idx")) is int else number
     render(spec.prompts[0], row)  # names the field that is missing in a known task's row
     return row

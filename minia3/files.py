@@ -13,7 +13,7 @@ import shutil
 import uuid
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,27 +47,24 @@ def find(name_or_path, weights=True):
     A folder with a config goes before a known name. ValueError for a name that leads nowhere, with the nearest known.
     """
     path, row = Path(name_or_path), known(name_or_path)
-    if path.is_dir() and (row is None or any((path / name).exists() for name in ("config.json", "params.json"))):
-        return path
-    if path.is_file() and path.suffix == ".gguf":
+    is_checkpoint = row is None or any((path / name).exists() for name in ("config.json", "params.json"))
+    if (path.is_dir() and is_checkpoint) or (path.is_file() and path.suffix == ".gguf"):
         return path
     repo = row.repo if row else str(name_or_path)
-    if Path(repo).is_dir():
+    if Path(repo).is_dir():  # the embedded one
         return Path(repo)
-    if not path.is_file() and HUB_ID.fullmatch(repo):
-        return _fetch(repo, "config.json", ("generation_config.json", *TOKENIZER_FILES), WEIGHT_FILES * weights)
-    hint = _near(repo) or f". Known names: {', '.join(KNOWN)}"
-    raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
+    if path.is_file() or not HUB_ID.fullmatch(repo):
+        hint = _near(repo) or f". Known names: {', '.join(KNOWN)}"
+        raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
+    return _fetch(repo, "config.json", ("generation_config.json", *TOKENIZER_FILES), WEIGHT_FILES * weights)
 
 
 def find_adapter(name_or_path):
     """A folder or file of an adapter, or a hub id (`user/name`), fetched as `find` does -> Path. ValueError too."""
     path = Path(name_or_path)
-    if path.exists():
-        return path
-    if HUB_ID.fullmatch(str(name_or_path)):
-        return _fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
-    raise ValueError(f"{path}: not found; expected the folder or file of an adapter, or a hub id (user/name)")
+    if not (path.exists() or HUB_ID.fullmatch(str(name_or_path))):
+        raise ValueError(f"{path}: not found; expected the folder or file of an adapter, or a hub id (user/name)")
+    return path if path.exists() else _fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
 
 
 def _near(name):
@@ -81,40 +78,37 @@ def _fetch(repo, config, beside, weights):
 
     commit = unreachable = None
 
-    def get(name):
+    def get(*names, needed=True):
+        """The path of the first of `names` that is there; where none is, ValueError if `needed`."""
         nonlocal unreachable
-        if commit and not isinstance(try_to_load_from_cache(repo, name, revision=commit), str | None):
-            return None  # a mark in the cache: this commit has no such file
-        try:
-            return Path(hf_hub_download(repo, name, revision=commit, local_files_only=unreachable is not None))
-        except errors.EntryNotFoundError as error:
-            if isinstance(error, errors.LocalEntryNotFoundError):  # no network: from here on, the cache must do
-                unreachable = unreachable or one_line(error.__cause__ or error)
-            return None
-        except errors.GatedRepoError:
-            why = f"gated. Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN, or run `hf auth login`"
-        except errors.RepositoryNotFoundError:
-            why = f"the hub has no such repository, or it is private and needs a token{_near(repo)}"
-        except Exception as error:  # huggingface_hub's, its HTTP library's (which depends on its version), the disk's
-            why = f"not a hub id, or the download failed: {one_line(error)}"
-        raise ValueError(f"{repo}: {why}")
+        for name in names:
+            if commit and not isinstance(try_to_load_from_cache(repo, name, revision=commit), str | None):
+                continue  # a mark in the cache: this commit has no such file
+            try:
+                return Path(hf_hub_download(repo, name, revision=commit, local_files_only=unreachable is not None))
+            except errors.EntryNotFoundError as error:
+                if isinstance(error, errors.LocalEntryNotFoundError):  # no network: from here on, the cache must do
+                    unreachable = unreachable or one_line(error.__cause__ or error)
+                continue
+            except errors.GatedRepoError:
+                why = f"gated. Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN or `hf auth login`"
+            except errors.RepositoryNotFoundError:
+                why = f"the hub has no such repository, or it is private and needs a token{_near(repo)}"
+            except Exception as error:  # of huggingface_hub, the disk, an HTTP library (its version's)
+                why = f"not a hub id, or the download failed: {one_line(error)}"
+            raise ValueError(f"{repo}: {why}")
+        if needed and unreachable:
+            why = f"is not in the cache, and the hub cannot be reached ({unreachable})"
+            raise ValueError(f"{repo}: {' or '.join(names)} {why}. Without a network, give the path of a folder")
+        if needed:
+            raise ValueError(f"{repo}: this hub repository has no {' or '.join(names)}")
 
-    def need(*names):
-        """The path of the first of `names` that is there."""
-        if path := next(filter(None, map(get, names)), None):
-            return path
-        names = " or ".join(names)
-        if unreachable is None:
-            raise ValueError(f"{repo}: this hub repository has no {names}")
-        why = f"is not in the cache, and the hub cannot be reached ({unreachable})"
-        raise ValueError(f"{repo}: {names} {why}. Without a network, give the path of a folder")
-
-    folder = need(config).parent
+    folder = get(config).parent
     commit = folder.name  # all files of one checkpoint, even while the repository moves on
     for name in beside:
+        get(name, needed=False)
+    for name in shard_names(get(*weights)) if weights else []:
         get(name)
-    for name in shard_names(need(*weights)) if weights else []:
-        need(name)
     return folder
 
 
@@ -133,10 +127,10 @@ def weight_files(folder):
     if first is None:
         found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
         raise ValueError(f"{folder}: expected one of {', '.join(WEIGHT_FILES)}; the folder holds {found}")
-    names = shard_names(first)
-    if missing := [name for name in names if not os.path.exists(folder / name)]:  # nor a name that is too long
+    paths = [folder / name for name in shard_names(first)]
+    if missing := [path.name for path in paths if not os.path.exists(path)]:  # nor a name that is too long
         raise ValueError(f"{first}: names shards that are not there: {', '.join(missing):.300}")
-    return [folder / name for name in names]
+    return paths
 
 
 def shard_names(first):
@@ -147,8 +141,8 @@ def shard_names(first):
     names = [*parts.values()] if isinstance(parts, dict) else []
     wrong = [x for x in names if not (isinstance(x, str) and x == Path(x).name and x not in ("", ".."))]
     if wrong or not names:
-        found = f"{wrong or parts!r:.200}"
-        raise ValueError(f"{first}: expected a weight_map from tensors to files of this folder, found {found}")
+        what = "a weight_map from tensors to files of this folder"
+        raise ValueError(f"{first}: expected {what}, found {wrong or parts!r:.200}")
     return sorted(set(names))
 
 
@@ -220,23 +214,19 @@ def replacing(path):
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        _sync(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path):
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def lock(folder):
-    """Hold `folder` until the returned file is closed. Raises ValueError where another process holds it."""
+    """Hold `folder` until what is returned is left, or closed. Raises ValueError where another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return None
+        return nullcontext()
     file = open(folder / ".lock", "w")  # noqa: SIM115 (stays open as long as the folder is held)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,34 +241,33 @@ def writing_folder(folder, replaces=()):
     """A hidden folder inside `folder` (made if need be): what is written there moves to `folder` at the end.
 
     Until then nothing changes, whatever fails. `folder` is held meanwhile: ValueError where another process holds it.
-    What matches the patterns `replaces` and is not written anew is removed. One file that changes does so by one
-    rename: a kill leaves the old or the new. No rename changes several: then the old config is removed first, and the
-    new one comes last. A kill in the milliseconds between leaves a folder without a config, which loaders refuse:
-    neither the old nor the new, but never a mixture.
+    What matches the patterns `replaces` and is not written anew is removed. A kill leaves the old or the new: one file
+    changes by one rename. Where several change, the old config is removed first, and the new one comes last: a kill in
+    the milliseconds between leaves a folder without a config, which loaders refuse, but never a mixture.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held, hidden = lock(folder), folder / ".writing"
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
-        hidden.mkdir()
-        yield hidden
-        new = {path: folder / path.name for path in sorted(hidden.iterdir(), key=lambda path: path.name in CONFIGS)}
-        configs = [path for path in new.values() if path.name in CONFIGS]
-        for path in new:
-            path.chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-            _sync(path)
-        stale = {path for pattern in replaces for path in folder.glob(pattern)} - {*new.values()}
-        same = [old.exists() and filecmp.cmp(path, old, shallow=False) for path, old in new.items()]
-        for path in [*(configs if same.count(False) + len(stale) > 1 else []), *stale]:
-            path.unlink(missing_ok=True)
-        for path, target in new.items():
-            os.replace(path, target)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        (folder / ".lock").unlink(missing_ok=True)
-        if held:
-            held.close()
+    with lock(folder):
+        hidden = folder / ".writing"
+        try:
+            shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
+            hidden.mkdir()
+            yield hidden
+            new = {path: folder / path.name for path in sorted(hidden.iterdir(), key=lambda path: path.name in CONFIGS)}
+            for path in new:
+                path.chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            stale = {path for pattern in replaces for path in folder.glob(pattern)} - {*new.values()}
+            same = [old.exists() and filecmp.cmp(path, old, shallow=False) for path, old in new.items()]
+            several = same.count(False) + len(stale) > 1
+            for path in [*(path for path in new.values() if several and path.name in CONFIGS), *stale]:
+                path.unlink(missing_ok=True)
+            for path, target in new.items():
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def write_json(path, value):

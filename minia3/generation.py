@@ -1,6 +1,7 @@
 """Chapter 7, part four: scoring, rank classification and decoding, over `start` and `step` alone, for both models.
 
-Shapes: B batch, M source length, L target length, V vocabulary, C choices, N prompts, R rows selected.
+Shapes: B batch, M source length, L target length, D model, V vocabulary, C choices, N prompts, R rows selected,
+T real tokens of a batch's targets.
 """
 
 import secrets
@@ -9,10 +10,14 @@ from math import inf
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from minia3.backward import Recomputed
 from minia3.data import collate, encode_example
 from minia3.losses import choice_scores
 from minia3.prompts import Rendered
+
+PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
 
 
 def logprobs(model, state, target):
@@ -20,18 +25,38 @@ def logprobs(model, state, target):
 
     target (B, L): right-padded with any valid id; the caller masks. (A float64 model's are float64.)
     """
-    tokens_BL = torch.cat((state.start, target[:, :-1]), dim=1)
-    logits_BLV = model.step(tokens_BL, state)
-    logits_BLV = logits_BLV.to(torch.promote_types(logits_BLV.dtype, torch.float32))
-    return logits_BLV.log_softmax(dim=-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return masked_logprobs(model, state, target, torch.ones(target.shape, dtype=torch.bool))
+
+
+def masked_logprobs(model, state, target, mask):
+    """`logprobs` where mask (B, L) is True, and 0 elsewhere: no logits are made for what nobody asks."""
+
+    def score(x_TD, target_T):
+        logits_TV = model.logits(x_TD)
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        return -F.cross_entropy(logits_TV, target_T, reduction="none")
+
+    row_T, column_T = mask.nonzero().to(target.device).unbind(1)
+    x_BLD = model.read(torch.cat((state.start, target[:, :-1]), dim=1), state)
+    x_TD, target_T = x_BLD[row_T, column_T], target[row_T, column_T]
+    n = max(1, PIECE // model.embed.num_embeddings)
+    if len(x_TD) <= n:
+        logp_T = score(x_TD, target_T)
+    else:  # a piece's logits are gone before the next one's are made, and are made again for the backward
+        weight, pieces = (model.head or model.embed).weight, zip(x_TD.split(n), target_T.split(n), strict=True)
+        logp_T = torch.cat([Recomputed.apply(score, weight, *piece) for piece in pieces])
+    return logp_T.new_zeros(target.shape).index_put((row_T, column_T), logp_T)
 
 
 def choice_logprobs(model, batch, adapter=None):
-    """(B, C, L): the log-probabilities of every choice's tokens; the source is read once. `batch`: see data.py."""
-    mask_BM = None if batch.mask_BM.all() else batch.mask_BM
-    state = model.start(batch.source_BM, mask_BM, adapter)
-    n_choices = batch.target_BCL.shape[1]
-    logp = logprobs(model, state.repeat(n_choices) if n_choices > 1 else state, batch.target_BCL.flatten(0, 1))
+    """(B, C, L): the log-probabilities of every choice's tokens; the source is read once. `batch`: see data.py.
+
+    Masks stay on the CPU, where what they say is known without waiting for a GPU.
+    """
+    device, n_choices = model.embed.weight.device, batch.target_BCL.shape[1]
+    state = model.start(batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter)
+    target, mask = (x.flatten(0, 1) for x in (batch.target_BCL.to(device), batch.target_mask_BCL))
+    logp = masked_logprobs(model, state.repeat(n_choices) if n_choices > 1 else state, target, mask)
     return logp.view(batch.target_BCL.shape)
 
 
@@ -41,9 +66,8 @@ def score(model, examples, pad_id, *, adapter=None, length_norm=True, batch_size
     scores_NC = torch.full((len(examples), max(len(e.targets) for e in examples)), float("-inf"))
     for rows, own in _batches([len(e.source) for e in examples], adapter, batch_size):
         batch = collate([examples[i] for i in rows], pad_id)
-        batch = batch._make(x.to(model.embed.weight.device) for x in batch)
-        scores = choice_scores(choice_logprobs(model, batch, own), batch.target_mask_BCL, length_norm)
-        scores_NC[rows, : scores.shape[1]] = scores.float().cpu()  # a batch may have fewer than C
+        scores = choice_scores(choice_logprobs(model, batch, own).cpu(), batch.target_mask_BCL, length_norm)
+        scores_NC[rows, : scores.shape[1]] = scores.float()  # a batch may have fewer than C
     return scores_NC
 
 
@@ -124,7 +148,7 @@ def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, searc
             source_BM = torch.tensor([sources[i] + [tokenizer.pad_id] * (longest - len(sources[i])) for i in read])
             mask_BM = torch.arange(longest) < torch.tensor([[len(sources[i])] for i in read])
             with torch.no_grad():
-                state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM.to(device), own)
+                state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM, own)
             done, which = set(), [i * samples + sample for i in read for sample in range(samples)]
             if beams > 1:
                 best = beam_search(model, state, beams, n_tokens, length_penalty)

@@ -8,7 +8,6 @@ here, since gguf's reader takes ten times as long, and follows a damaged count u
 
 import math
 import os
-import re
 from functools import partial
 from struct import calcsize, unpack
 
@@ -16,11 +15,9 @@ import numpy as np
 import torch
 
 from minia3.files import DTYPES, Entry, reading
-from minia3.names import LLAMA_TENSORS
+from minia3.names import LLAMA_TENSORS, expand
 
-NAMES = {
-    f"{theirs}.weight": f"{hf}.weight" for hf, theirs, *_ in LLAMA_TENSORS
-}  # others keep theirs, and are left over
+NAMES = {f"{gguf}.weight": f"{hf}.weight" for hf, gguf, *_ in LLAMA_TENSORS}  # others keep theirs, and are left over
 CONFIG = {  # GGUF -> config.json; all are positive numbers
     "llama.embedding_length": "hidden_size", "llama.feed_forward_length": "intermediate_size",
     "llama.block_count": "num_hidden_layers", "llama.context_length": "max_position_embeddings",
@@ -42,8 +39,8 @@ def metadata(path):
     return read_header(path)[0]
 
 
-def config(path):
-    """A Hugging Face config.json of model_type "llama".
+def read(path):
+    """A file -> a config.json of model_type "llama" as dict, and Hugging Face name -> Entry of every tensor.
 
     One key more, `rope_factors`, where the file has rope_freqs.weight: head_dim / 2 floats, which divide the inverse
     frequencies. ValueError where the file is damaged, lacks keys, or asks for what the code does not do.
@@ -51,23 +48,22 @@ def config(path):
     meta, stored = read_header(path)
     if (found := meta.get("general.architecture")) != "llama":
         raise ValueError(f"{path}: general.architecture is {found!r:.40}, expected 'llama'")
-    heads = {"llama.attention.head_count_kv": meta.get("llama.attention.head_count")}
-    meta = {"llama.rope.freq_base": 10000.0} | heads | meta  # llama.cpp's defaults
+    meta = {"llama.rope.freq_base": 1e4, "llama.attention.head_count_kv": meta.get("llama.attention.head_count")} | meta
     missing = [key for key in CONFIG if not isinstance(meta.get(key), int | float) or not 0 < meta[key] < math.inf]
     if missing := [*missing, *{"token_embd.weight"} - stored.keys()]:
         raise ValueError(f"{path}: missing, or not a positive number: {', '.join(missing)}")
     hf = {name: meta[key] for key, name in CONFIG.items()}
-    vocab_size, n_blocks = stored["token_embd.weight"][1][0], len({x.split(".")[1] for x in stored if x[:4] == "blk."})
+    vocab_size, blocks = stored["token_embd.weight"].shape[0], {x.split(".")[1] for x in stored if x[:4] == "blk."}
     d_head = meta.get("llama.attention.key_length", hf["hidden_size"] // hf["num_attention_heads"])
     ids = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "eos", "eot")]
     allowed = HARMLESS | dict.fromkeys(ids, range(vocab_size)) | {
-        "llama.block_count": [n_blocks], "llama.attention.key_length": range(2, MOST, 2),
+        "llama.block_count": [len(blocks)], "llama.attention.key_length": range(2, MOST, 2),
         "llama.attention.value_length": [d_head], "llama.rope.dimension_count": [d_head],
     }  # fmt: skip
     wrong = [key for key, ok in allowed.items() if key in meta and meta[key] not in ok]
     faults = [f"{key} is {meta[key]!r:.40}, expected {allowed[key]!r:.40}" for key in wrong]
-    if "rope_freqs.weight" in stored:
-        hf["rope_factors"] = factors = read_tensor(path, *stored["rope_freqs.weight"]).flatten().tolist()
+    if rope := stored.pop("rope_freqs.weight", None):
+        hf["rope_factors"] = factors = tuple(rope.read().flatten().tolist())
         if 2 * len(factors) != d_head or not all(0 < x < math.inf for x in factors):
             faults.append(f"rope_freqs.weight is not {d_head} / 2 positive numbers")
     if faults:
@@ -75,63 +71,33 @@ def config(path):
     bos, pad, *ends = map(meta.get, ids)
     ends = [i for i in dict.fromkeys(ends) if i is not None]
     hf |= {"model_type": "llama", "tie_word_embeddings": "output.weight" not in stored, "vocab_size": vocab_size}
-    hf |= {"head_dim": d_head, "bos_token_id": bos, "pad_token_id": pad}
-    return hf | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    ends = ends[0] if len(ends) == 1 else ends
+    hf |= {"head_dim": d_head, "bos_token_id": bos, "pad_token_id": pad, "eos_token_id": ends}
+    table = expand(NAMES, len(blocks))
+    return hf, {table.get(name, name): entry for name, entry in stored.items()}
 
 
-def tensors(path):
-    """Hugging Face name -> Entry of every tensor but rope_freqs.weight, which is in the config. ValueError as `config`.
-
-    `read()` touches that tensor alone: F32, F16 and BF16 are private views of the file, quantised kinds become float32.
-    """
-    hf, (_, stored), entries = config(path), read_header(path), {}
-    heads = {"blk.{}.attn_q.weight": hf["num_attention_heads"], "blk.{}.attn_k.weight": hf["num_key_value_heads"]}
-    stored.pop("rope_freqs.weight", None)
-    for name, (kind, shape, offset) in stored.items():
-        key = re.sub(r"^blk\.[0-9]+\.", "blk.{}.", name)
-        n_heads = heads.get(key)
-        if n_heads and shape[0] != n_heads * hf["head_dim"]:
-            raise ValueError(f"{path}: {name} has shape {shape}, expected {n_heads} heads of {hf['head_dim']} rows")
-        read = partial(read_tensor, path, kind, shape, offset, n_heads)
-        hf_name = NAMES[key].format(name.split(".")[1]) if key in NAMES else name
-        entries[hf_name] = Entry(shape, DTYPES.get(kind.name, torch.float32), read)
-    return entries
-
-
-def read_tensor(path, kind, shape, offset, n_heads=None):
-    """One tensor. With n_heads it is a q or k, whose rows are put in Hugging Face's order.
-
-    llama.cpp rotates the rows 0 and 1, 2 and 3 ... of a head together, Hugging Face 0 and d/2, 1 and d/2 + 1 ...
-    """
+def read_tensor(path, kind, shape, offset):
+    """F32, F16 and BF16 are private views of the file, quantised kinds become float32."""
     from gguf.quants import dequantize, quant_shape_to_byte_shape
 
     raw = np.memmap(path, np.uint8, "c", offset, quant_shape_to_byte_shape((math.prod(shape[:-1]), shape[-1]), kind))
     if kind.name in DTYPES:
-        x = torch.from_numpy(raw).view(DTYPES[kind.name])
-    else:
-        x = torch.empty(len(raw), shape[-1])
-        for i in range(0, len(raw), 256):  # in parts, since dequantize holds twice what it returns
-            x[i : i + 256] = torch.from_numpy(dequantize(raw[i : i + 256], kind))
-    if n_heads:
-        x = x.unflatten(0, (n_heads, -1, 2)).transpose(1, 2)  # (heads, d/2, 2, D) -> (heads, 2, d/2, D)
+        return torch.from_numpy(raw).view(DTYPES[kind.name]).reshape(shape)
+    x = torch.empty(len(raw), shape[-1])
+    for i in range(0, len(raw), 256):  # in parts, since dequantize holds twice what it returns
+        x[i : i + 256] = torch.from_numpy(dequantize(raw[i : i + 256], kind))
     return x.reshape(shape)
 
 
 def read_header(path):
-    """-> metadata, and name -> (kind, shape, offset) of each tensor. ValueError unless the numbers of all are there."""
-    with reading(path, "cut short, damaged or not supported", "gguf"), open(path, "rb") as file:
-        return parse(file, os.path.getsize(path))
-
-
-def parse(file, size):
-    import gguf
+    """-> metadata, and GGUF's name -> Entry of each tensor. ValueError unless the numbers of all are there."""
 
     def take(form):
         return unpack("<" + form, file.read(calcsize("<" + form)))
 
     def count(form="Q", most=MOST):
-        (n,) = take(form)
-        if n > most:
+        if (n := take(form)[0]) > most:
             raise ValueError(f"a count of {n}, expected at most {most}")
         return n
 
@@ -140,22 +106,26 @@ def parse(file, size):
             return [take(f"{count()}s")[0].decode() for _ in range(n)]
         return list(take(f"{n}{SCALARS[kind]}"))
 
-    magic, version = take("4sI")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"found {magic!r} version {version:#x}, expected b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)")
-    n_tensors, n_keys, meta, stored = count(), count(), {}, {}
-    for _ in range(n_keys):
-        (key,), (kind,) = values(STRING, 1), take("I")
-        if key in meta:
-            raise ValueError(f"the key {key!r:.80} is there twice")
-        meta[key] = values(*take("I"), count()) if kind == ARRAY else values(kind, 1)[0]
-    infos = [(*values(STRING, 1), take(f"{count('I', 4)}Q")[::-1], *take("IQ")) for _ in range(n_tensors)]
-    start = file.tell() + -file.tell() % int(meta.get("general.alignment", 32))
-    for name, shape, kind, offset in infos:
-        kind = gguf.GGMLQuantizationType(kind)
-        gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)  # raises where it cannot
-        end = start + offset + math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
-        if end > size or 0 in shape or name in stored:
-            raise ValueError(f"{name} {shape} is cut short (byte {end} of {size}), empty, or there twice")
-        stored[name] = kind, shape, start + offset
+    with reading(path, "cut short, damaged or not supported", "gguf"), open(path, "rb") as file:
+        import gguf
+
+        magic, version = take("4sI")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"found {magic!r} {version:#x}, expected b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)")
+        n_tensors, n_keys, meta, stored = count(), count(), {}, {}
+        for _ in range(n_keys):
+            (key,), (kind,) = values(STRING, 1), take("I")
+            if key in meta:
+                raise ValueError(f"the key {key!r:.80} is there twice")
+            meta[key] = values(*take("I"), count()) if kind == ARRAY else values(kind, 1)[0]
+        infos = [(*values(STRING, 1), take(f"{count('I', 4)}Q")[::-1], *take("IQ")) for _ in range(n_tensors)]
+        start, size = file.tell() + -file.tell() % int(meta.get("general.alignment", 32)), os.path.getsize(path)
+        for name, shape, kind, offset in infos:
+            kind = gguf.GGMLQuantizationType(kind)
+            gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)  # raises where it cannot
+            end = start + offset + math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
+            if end > size or 0 in shape or name in stored:
+                raise ValueError(f"{name} {shape} is cut short (byte {end} of {size}), empty, or there twice")
+            reader = partial(read_tensor, path, kind, shape, start + offset)
+            stored[name] = Entry(shape, DTYPES.get(kind.name, torch.float32), reader)
     return meta, stored

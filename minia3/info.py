@@ -1,25 +1,31 @@
-"""Chapter 9, info: what a model is, what an adapter of it weighs, and what it takes to run it."""
+"""Chapter 9, info: what a model is, what an adapter of it weighs, and the memory that both take."""
 
+import weakref
 from dataclasses import asdict
 
 import torch
 from safetensors.torch import save
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minia3 import files
 from minia3.adapters import peft_tensors
 from minia3.generation import logprobs
 from minia3.ia3 import freeze, vectors
-from minia3.load import build, read_config
+from minia3.load import build, place, read_config
 from minia3.models import known
 from minia3.t5 import T5Config
 
 
-def info(name_or_path, batch=8, length=128, target=8):
+def info(name_or_path, batch=8, length=128):
     """Yield (title, text) lines about a model from its config alone; a known name needs no network.
 
-    batch, length, target: of the training step whose memory is estimated. Raises ValueError for a name that leads
-    nowhere, and for a model that minia3 does not run.
+    batch, length: of the sources whose memory is planned. Raises ValueError for a name that leads nowhere, and for a
+    model that minia3 does not run. The memory comes last, and takes some seconds.
     """
+    if batch < 1 or length < 1:
+        raise ValueError(f"batch and length are {batch} and {length}, expected at least 1")
     row = known(name_or_path)
     c = row.config if row else read_config(files.find(name_or_path, weights=False))
     model = build(c)
@@ -33,36 +39,61 @@ def info(name_or_path, batch=8, length=128, target=8):
     ones = {name: torch.ones(vector.shape[1]) for name, vector in vectors(model).items()}
     yield "its file", size(len(save(peft_tensors(ones))))
     for dtype in (torch.float32, torch.bfloat16):
-        serve = base * dtype.itemsize + 4 * adapter
-        train = serve + 2 * 4 * adapter + kept_for_backward(c, dtype, batch, length, target)
-        yield str(dtype).removeprefix("torch."), f"{size(serve)} to serve, {size(train)} to train"
-    yield "", "to serve: weights and an adapter, no caches; to train, at most: also its gradient, Adafactor's state,"
-    yield "", f"and what backward needs of {batch} sources of {length} tokens with targets of {target}"
+        serve, train = (size(peak_memory(c, dtype, batch, length, train)) for train in (False, True))
+        yield str(dtype).removeprefix("torch."), f"{serve} to serve, {train} to train"
+    yield "", f"the most that is held at once, weights included, for {batch} sources of {length} tokens: to serve, when"
+    yield "", "they are read and the first token is written; to train, in a step with targets of 8 tokens"
 
 
 def size(n_bytes):
     return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
 
 
-def kept_for_backward(config, dtype, batch, length, target):
-    """Bytes that autograd keeps of a training step's forward pass, counted on the meta device: nothing is computed.
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive: `now`, and the most so far, `peak`."""
 
-    Attention is counted with its (B, H, L, M) weights; a fused kernel, where there is one, does not keep them.
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.count(x.untyped_storage())
+        return result
+
+    def count(self, storage):
+        key, n_bytes = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.finalize(storage, self.forget, key, n_bytes)
+            self.now += n_bytes
+            self.peak = max(self.peak, self.now)
+
+    def forget(self, key, n_bytes):
+        del self.alive[key]
+        self.now -= n_bytes
+
+
+def peak_memory(config, dtype, batch, length, train, target=8):
+    """Bytes that tensors take at the most: of a training step, or of reading the sources and writing a token.
+
+    The model runs on tensors that have shapes and no numbers, with the CPU's kernels. Beside these bytes the process
+    has its libraries (0.3 GB), and what malloc does not give back: see the README.
     """
-    model = build(config).to("meta")
-    for name, parameter in model.named_parameters():
-        if not name.endswith(".scale"):  # vectors stay float32
-            parameter.data = parameter.data.to(dtype)
-    freeze(model)
-    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        source, targets = (torch.zeros(batch, n, dtype=torch.long, device="meta") for n in (length, target))
-        logprobs(model, model.start(source), targets)
-    return sum(storage.nbytes() for storage in kept.values())
+    with FakeTensorMode(), torch.set_grad_enabled(train):
+        model = build(config).train(train)
+        for name, p in [*model.named_parameters()]:
+            place(model, name, torch.empty(p.shape, dtype=torch.float32 if name.endswith(".scale") else dtype))
+        freeze(model)
+        tokens, held = torch.zeros(batch, max(length, target), dtype=torch.long), Held()
+        for p in model.parameters():
+            held.count(p.untyped_storage())
+        with held:
+            state = model.start(tokens[:, :length])
+            if not train:
+                model.step(state.start, state)
+                return held.peak
+            logprobs(model, state, tokens[:, :target]).sum().backward()
+    moments = 4 * sum(vector.numel() for vector in vectors(model).values())  # Adafactor's, one for each number
+    return max(held.peak, held.now + moments)

@@ -87,26 +87,28 @@ class Llama(nn.Module):
         caches = [Cache() for _ in self.blocks]
         if mask is None:
             state = State(source[:, -1:], adapter_B, caches)
-            read_BL, mask_BL = source[:, :-1], None
+            read_BL = source[:, :-1]
         else:  # real tokens first: then the causal mask alone keeps them from seeing the padding
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
-            source_BM = source.gather(1, order_BM)
+            source_BM = source.gather(1, order_BM.to(source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
-            state = State(source_BM.gather(1, last_B1), adapter_B, caches)
+            state = State(source_BM.gather(1, last_B1.to(source.device)), adapter_B, caches)
             longest = int(last_B1.max())
             read_BL = source_BM[:, :longest]
-            mask_BL = torch.arange(longest, device=source.device) < last_B1
+            mask_BL = torch.arange(longest, device=mask.device) < last_B1
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
-            self.read(read_BL, state, None if mask_BL is None else Packing(mask_BL))
-            state.mask_BM = mask_BL
+            self.read(read_BL, state, None if mask is None else Packing(mask_BL, source.device), asked=False)
+            state.mask_BM = None if mask is None else mask_BL.to(source.device)
         return state
 
     def step(self, tokens, state):
         """Go on with tokens (B, L): -> logits (B, L, V) of the token after each; `state` moves on."""
-        x_BLD = self.norm(self.read(tokens, state))
-        return F.linear(x_BLD, self.embed.weight) if self.head is None else self.head(x_BLD)
+        return self.logits(self.read(tokens, state))
 
-    def read(self, tokens_BL, state, packing=None):
+    def logits(self, x):
+        return F.linear(x, (self.head or self.embed).weight)
+
+    def read(self, tokens_BL, state, packing=None, asked=True):
         x = self.embed(tokens_BL)
         length, total = tokens_BL.shape[1], state.length + tokens_BL.shape[1]
         position_BL = torch.arange(state.length, total, device=tokens_BL.device).unsqueeze(0)
@@ -124,9 +126,9 @@ class Llama(nn.Module):
             x, adapter = packing.pack(x), of_rows(adapter, packing.row_T)
         context = Context(adapter, bias_BHLM, causal, rotation, packing=packing)
         for block, cache in zip(self.blocks, state.caches, strict=True):
-            x = block(x, context, cache)
+            x = block(x, context, cache, asked or block is not self.blocks[-1])
         state.length = total
-        return x
+        return self.norm(x) if asked else None
 
     def rotation(self, position_BL, dtype):
         """cos and sin (B, 1, L, K) of every position's angles: made in float32, then cast."""

@@ -28,8 +28,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
     """A T5 or LLaMA with its weights and `n_adapters` rows of ones, in eval mode.
 
-    name_or_path: a folder in the Hugging Face layout or as Meta publishes LLaMA, a .gguf file, a known name (`t5-base`)
-    or a hub id.
+    name_or_path: a folder (Hugging Face's layout or Meta's of LLaMA), a .gguf file, a known name (`t5-base`), a hub id.
     dtype: None keeps what is stored, but float16 T5 and quantised GGUF become float32. Vectors are float32 in any case.
     On the CPU, weights whose dtype stays as stored are mapped from the file, not copied.
     Raises ValueError for what cannot be found or read, and for tensors that do not fit: all of them at once.
@@ -45,14 +44,11 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
 
 
 def opened(name_or_path, dtype=None, n_adapters=1):
-    """A checkpoint that fits its config, before its weights are read (see `load_model`).
-
-    -> the model on the meta device, our name -> (theirs, Entry) of its parameters, and the dtype that they are to have.
-    """
+    """`load_model`, unread: a model on the meta device, our name -> (theirs, Entry) of its weights, and their dtype."""
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, FLOATS))}, found {dtype!r}")
     path = files.find(name_or_path)
-    config, entries = read_config(path), read_entries(path)
+    config, entries = read(path)
     is_t5 = isinstance(config, T5Config)
     if dtype == torch.float16 and is_t5:
         raise ValueError("T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32")
@@ -60,9 +56,7 @@ def opened(name_or_path, dtype=None, n_adapters=1):
     if not config.own_head and head and embed and head[:2] == embed[:2] and torch.equal(head.read(), embed.read()):
         del entries["lm_head.weight"]  # a copy of the embedding, as some files keep it
     model = build(replace(config, own_head="lm_head.weight" in entries or config.own_head), n_adapters)
-    model.name_or_path, table = str(name_or_path), name_table(model)
-    check(model, table, entries, path)
-    stored = {table[name]: (name, entry) for name, entry in entries.items() if table[name]}
+    model.name_or_path, stored = str(name_or_path), matched(model, entries, path)
     if dtype is None:
         dtype = reduce(torch.promote_types, (entry.dtype for _, entry in stored.values()))
         dtype = torch.float32 if is_t5 and dtype == torch.float16 else dtype
@@ -75,32 +69,33 @@ def build(config, n_adapters=1):
         return (T5 if isinstance(config, T5Config) else Llama)(config, n_adapters)
 
 
-def other_form(path):
-    """The module that presents a .gguf file or Meta's own folder as a Hugging Face checkpoint, else None."""
-    if path.is_file():
-        return gguf_file
-    return meta_files if (path / "params.json").exists() and not (path / "config.json").exists() else None
-
-
-def read_config(path):
-    """The config of a checkpoint's folder or .gguf file, with the end tokens of its generation_config.json."""
-    other, generation = other_form(path), path / "generation_config.json"
-    raw = other.config(path) if other else files.read_json(path / "config.json") | {"rope_factors": None}  # GGUF's own
+def read(path, weights=True):
+    """A folder or .gguf file -> its config, and Hugging Face's name -> Entry. Without `weights` there may be none."""
+    meta = (path / "params.json").exists() and not (path / "config.json").exists()
+    form = gguf_file if path.is_file() else meta_files if meta else None
+    raw, entries = form.read(path) if form else (files.read_json(path / "config.json"), {})
+    generation = path / "generation_config.json"  # what it says of the end goes before the config
     ends = files.read_json(generation).get("eos_token_id") if generation.exists() else None
     with files.reading(path):
-        return from_hf(raw if ends is None else raw | {"eos_token_id": ends})
-
-
-def read_entries(path):
-    """Checkpoint name -> Entry of every tensor of a folder or .gguf file."""
-    if other := other_form(path):
-        return other.tensors(path)
-    entries = {}
-    for file in files.weight_files(path):
+        config = from_hf(raw if ends is None else raw | {"eos_token_id": ends})
+    for name, entry in entries.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            entries[name] = in_halves(entry, config.n_heads if "q_proj" in name else config.n_kv_heads)
+    for file in files.weight_files(path) if weights and not form else []:
         for name, entry in files.tensors(file).items():
             if entries.setdefault(name, entry) is not entry:
                 raise ValueError(f"{file}: {name} is in another shard too")
-    return entries
+    return config, entries
+
+
+def in_halves(entry, n_heads):
+    """A q or k of GGUF or Meta: there rows 0 and 1, 2 and 3 ... of a head rotate together, here 0 and d/2 ..."""
+    return entry._replace(read=lambda: entry.read().unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(entry.shape))
+
+
+def read_config(path):
+    """The config of a .gguf file, or of a folder, which need not have weights."""
+    return read(path, weights=False)[0]
 
 
 def name_table(model):
@@ -112,9 +107,9 @@ def name_table(model):
     return {theirs: ours for theirs, ours in table.items() if ours is None or ours in parameters}
 
 
-def check(model, table, entries, path):
-    """Raise one ValueError that names every tensor which is left over, missing, of another shape or no float."""
-    shapes, problems = {ours: tuple(parameter.shape) for ours, parameter in model.named_parameters()}, []
+def matched(model, entries, path):
+    """Our name -> (theirs, Entry). One ValueError for all that is left over, missing, of another shape or no float."""
+    table, stored, problems = name_table(model), {}, []
     for name in sorted(entries.keys() | table.keys()):
         entry, ours = entries.get(name), table.get(name)
         if name not in table:
@@ -122,13 +117,16 @@ def check(model, table, entries, path):
             problems.append(f"{name} is left over" + (f" (nearest known: {near[0]})" if near else ""))
         elif ours and entry is None:
             problems.append(f"{name} is missing")
-        elif ours and entry.shape != shapes[ours]:
-            problems.append(f"{name} has shape {entry.shape}, expected {shapes[ours]}")
+        elif ours and entry.shape != (shape := tuple(model.get_parameter(ours).shape)):
+            problems.append(f"{name} has shape {entry.shape}, expected {shape}")
         elif ours and entry.dtype not in FLOATS:
             problems.append(f"{name} is stored as {entry.dtype}, expected a float")
+        elif ours:
+            stored[ours] = name, entry
     if problems:
         shown = "; ".join(problems[:N_SHOWN]) + " ..." * (len(problems) > N_SHOWN)
         raise ValueError(f"{path}: {len(problems)} tensors do not fit the config: {shown}")
+    return stored
 
 
 def place(model, name, tensor):
@@ -145,25 +143,21 @@ def save_model(model, folder, tokenizer=None):
     theirs = {ours: name for name, ours in name_table(model).items()}
     parts = [(theirs[ours], p.nbytes, p.detach) for ours, p in model.named_parameters() if ours in theirs]
     with files.writing_folder(folder, replaces=STALE) as temporary:
+        save_others(temporary, model.config, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
-        save_configs(temporary, model.config, model.embed.weight.dtype)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
 
 
-def save_configs(folder, config, dtype):
-    """Write config.json and generation_config.json."""
+def save_others(folder, config, dtype, tokenizer):
+    """Write config.json, generation_config.json and the files of a tokenizer, which may be None."""
     raw, ids = to_hf(config, dtype), ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
     files.write_json(folder / "config.json", raw)
-    generation = {key: raw[key] for key in ids if raw.get(key) is not None}
-    files.write_json(folder / "generation_config.json", generation)
+    files.write_json(folder / "generation_config.json", {key: raw[key] for key in ids if raw.get(key) is not None})
+    if tokenizer is not None:
+        tokenizer.save(folder)
 
 
 def save_tensors(folder, parts):
-    """Write model.safetensors, or shards of SHARD_BYTES and their index. One shard at a time is in memory.
-
-    parts: (checkpoint's name, number of bytes, function without arguments -> tensor) of each tensor, in order.
-    """
+    """Write parts (name, number of bytes, function -> tensor) in shards, of which one at a time is in memory."""
     shards, size, total = [{}], 0, 0
     for name, n_bytes, read in parts:
         if shards[-1] and size + n_bytes > SHARD_BYTES:

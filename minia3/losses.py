@@ -29,13 +29,13 @@ def right(mask_BCL, label_B):
 
 
 def lm_loss(logp_BCL, mask_BCL, label_B):
-    return -logp_BCL[right(mask_BCL, label_B)].sum()
+    return -logp_BCL.masked_fill(~right(mask_BCL, label_B), 0.0).sum()
 
 
 def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
     # T-Few's code has padding and the right choice in this sum too, each as log p = -100: a constant, no gradient.
     wrong_BCL = mask_BCL & ~right(mask_BCL, label_B)
-    return -torch.log(1 - logp_BCL[wrong_BCL].exp() + UNLIKELY_EPS).sum()
+    return -torch.log(1 - logp_BCL.exp() + UNLIKELY_EPS).masked_fill(~wrong_BCL, 0.0).sum()
 
 
 def length_normalised_loss(logp_BCL, mask_BCL, label_B):
@@ -57,4 +57,5 @@ def total_loss(logp_BCL, mask_BCL, label_B, which=("lm", "ul", "ln"), n=None):
     n: the `counts` of the batch that these rows are a part of; the parts' losses then add up to the whole's.
     """
     n = n or counts(mask_BCL, label_B)
+    mask_BCL, label_B = mask_BCL.to(logp_BCL.device), label_B.to(logp_BCL.device)
     return sum(LOSSES[name](logp_BCL, mask_BCL, label_B) / max(n[name], 1) for name in which)

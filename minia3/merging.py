@@ -7,7 +7,6 @@ The base is never divided: whoever wants it back still has it.
 
 import copy
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,9 +48,8 @@ def fold(name, weight, vectors):
 def merge_files(name_or_path, adapter, out):
     """Fold an adapter (see `read_adapter`) into a checkpoint (see `load_model`) and write it to the new folder `out`.
 
-    The bits are those of load_model, load_adapter, merge and save_model; in memory is one shard, not the model. What
-    was written is read back and compared before it is there. Raises ValueError for an `out` that is not empty, for what
-    cannot be read or does not fit, and where what was written differs; then there is no `out`.
+    The bits are those of load_model, load_adapter, merge and save_model, and are read back; in memory is one shard.
+    ValueError where `out` is not empty; and, leaving nothing, for what cannot be read or fit, or is read back changed.
     """
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(not x.name.startswith(".") for x in out.iterdir())):
@@ -61,21 +59,19 @@ def merge_files(name_or_path, adapter, out):
     has_words = path.is_file() or any((path / name).exists() for name in tokenizer.FORMS)
     words = tokenizer.load_tokenizer(path) if has_words else None
 
-    def read(ours):
-        return fold(ours, stored[ours][1].read().to(dtype), vectors).contiguous()
+    def part(ours, p):
+        theirs, entry = stored[ours]
+        return theirs, p.numel() * dtype.itemsize, lambda: fold(ours, entry.read().to(dtype), vectors).contiguous()
 
-    sizes = {ours: p.numel() * dtype.itemsize for ours, p in model.named_parameters() if ours in stored}
-    parts = [(stored[ours][0], n_bytes, partial(read, ours)) for ours, n_bytes in sizes.items()]
+    parts = [part(ours, p) for ours, p in model.named_parameters() if ours in stored]
     try:
         with files.writing_folder(out) as temporary:
+            load.save_others(temporary, model.config, dtype, words)
             load.save_tensors(temporary, parts)
-            written = load.read_entries(temporary)
+            written = load.read(temporary)[1]
             for name, _, expected in parts:
                 if not torch.equal(written[name].read().view(torch.uint8), expected().view(torch.uint8)):
                     raise ValueError(f"{out}: {name} was read back with other bits than were written")
-            load.save_configs(temporary, model.config, dtype)
-            if words is not None:
-                words.save(temporary)
     finally:
         with suppress(OSError):  # not empty: it succeeded
             out.rmdir()

@@ -4,82 +4,62 @@ Each shard holds its part of every matrix: some of its rows where a layer's outp
 the input is. Norms are in each. The source is Meta's code: model.py of meta-llama/llama and of meta-llama/llama3.
 """
 
-import re
-from functools import partial
-
 import torch
 
 from minia3 import files
-from minia3.names import LLAMA_TENSORS
+from minia3.names import LLAMA_TENSORS, expand
 
-NAMES = {f"{meta}.weight": (f"{hf}.weight", axis) for hf, _, meta, axis, _ in LLAMA_TENSORS}  # others keep theirs
+NAMES = {f"{meta}.weight": f"{hf}.weight" for hf, _, meta, *_ in LLAMA_TENSORS}  # others keep theirs
+AXES = {meta.split(".")[-1]: axis for _, _, meta, axis, _ in LLAMA_TENSORS}
 PARAMS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-          "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}  # fmt: skip
-ALSO = {"vocab_size", "use_scaled_rope", "multiple_of", "ffn_dim_multiplier"}  # the last two are in the shape of w1
+          "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
+          "vocab_size": "vocab_size"}  # fmt: skip
+ALSO = {"use_scaled_rope", "multiple_of", "ffn_dim_multiplier"}  # the last two are in the shape of w1
 LLAMA3 = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "max_position_embeddings": 8192}
 SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
 
 
-def config(folder):
-    """A Hugging Face config.json of model_type "llama". Raises ValueError where files are missing or do not fit.
+def read(folder):
+    """A folder -> a config.json of model_type "llama" as dict, and Hugging Face name -> Entry of every tensor.
 
+    `Entry.read()` joins that tensor alone. Raises ValueError where files are missing or do not fit.
     Llama 3.2 slows positions down 32-fold, 3.1 8-fold, and params.json does not say which (converters ask their user).
     Here the head tells: that of 3.2's text models is a copy of the embedding.
     """
-    return read(folder)[0]
-
-
-def tensors(folder):
-    """Hugging Face name -> Entry of every tensor but rope.freqs. `read()` joins that tensor alone. ValueError too."""
-    return read(folder)[1]
-
-
-def read(folder):
-    params, paths = files.read_json(folder / "params.json"), sorted(folder.glob("consolidated.*.pth"))
+    params = files.read_json(folder / "params.json")
     if unknown := params.keys() - PARAMS.keys() - ALSO:
         raise ValueError(f"{folder / 'params.json'} asks for what minia3 does not do: {sorted(unknown)}")
-    if not paths:
-        raise ValueError(f"{folder}: params.json, but no consolidated.00.pth")
+    paths = sorted(folder.glob("consolidated.*.pth")) or [folder / "consolidated.00.pth"]  # which is then not found
     shards = [files.tensors(path) for path in paths]
     kinds = [{name: part[:2] for name, part in shard.items()} for shard in shards]
     if others := [path for path, kind in zip(paths, kinds, strict=True) if kind != kinds[0]]:
         raise ValueError(f"{others[0]}: expected tensors of the names, shapes and dtypes of those in {paths[0].name}")
-    n_heads, dim, entries = params.get("n_heads"), params.get("dim"), {}
-    heads = {"attention.wq.weight": n_heads, "attention.wk.weight": params.get("n_kv_heads", n_heads)}
-    for name, (shape, dtype) in kinds[0].items():
-        layer = re.search(r"\.([0-9]+)\.|$", name)[1] or ""
-        hf_name, axis = NAMES.get(name.replace(f".{layer}.", ".{}.", 1), (name, None))
+    dim, table = params.get("dim"), expand(NAMES, len(kinds[0]))  # there are no more layers than tensors
+
+    def entry(name, shape, dtype):
+        parts, axis = [shard[name] for shard in shards], AXES.get(name.removesuffix(".weight").split(".")[-1])
         axis = 0 if name == "tok_embeddings.weight" and shape[1:] == (dim,) else axis
-        shape = tuple(n * len(shards) if i == axis else n for i, n in enumerate(shape))
-        joined = partial(join, [shard[name] for shard in shards], axis, heads.get(name.split(".", 2)[-1]))
-        entries[hf_name.replace("{}", layer)] = files.Entry(shape, dtype, joined)
+        shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(shape))
+        whole = parts[0].read if axis is None else lambda: torch.cat([part.read() for part in parts], axis)
+        return files.Entry(shape, dtype, whole)
 
-    def rows(name):
-        return entries[name].shape[0] if name in entries and entries[name].shape else None
-
-    if (n_rows := rows("model.layers.0.self_attn.q_proj.weight")) != dim:
+    entries = {table.get(name, name): entry(name, *kind) for name, kind in kinds[0].items()}
+    rows = {name: entry.shape[0] for name, entry in entries.items() if entry.shape}
+    if (n_rows := rows.get("model.layers.0.self_attn.q_proj.weight")) != dim:
         found = f"{len(paths)} shards join to {n_rows} rows of attention.wq.weight"
         raise ValueError(f"{folder}: {found}, expected dim={dim!r}: is a shard missing?")
     head, embed = (shards[0].get(name) for name in ("output.weight", "tok_embeddings.weight"))
     tied = not head or (bool(embed) and head[:2] == embed[:2] and torch.equal(head.read(), embed.read()))
     hf = {"model_type": "llama", "tie_word_embeddings": tied, "bos_token_id": 1, "max_position_embeddings": 4096}
     hf |= {theirs: params[ours] for ours, theirs in PARAMS.items() if ours in params}
-    hf |= {"vocab_size": params.get("vocab_size", -1), "intermediate_size": rows("model.layers.0.mlp.gate_proj.weight")}
-    if hf["vocab_size"] == -1:
-        hf["vocab_size"] = rows("model.embed_tokens.weight")
+    hf["intermediate_size"] = rows.get("model.layers.0.mlp.gate_proj.weight")
+    if params.get("vocab_size", -1) == -1:
+        hf["vocab_size"] = rows.get("model.embed_tokens.weight")
     if hf["vocab_size"] == 128256:
         hf |= LLAMA3
-    if "rope.freqs" in entries:
-        hf["head_dim"] = 2 * (rows("rope.freqs") or 0)
-        del entries["rope.freqs"]
+    if entries.pop("rope.freqs", None):
+        hf["head_dim"] = 2 * rows.get("rope.freqs", 0)
     if params.get("use_scaled_rope"):
         hf |= {"max_position_embeddings": 131072, "rope_scaling": SCALED | {"factor": 32.0 if tied else 8.0}}
     return hf, entries
-
-
-def join(parts, axis, n_heads):
-    x = parts[0].read() if axis is None else torch.cat([part.read() for part in parts], axis)
-    if n_heads:  # its rows in Hugging Face's order, as in gguf_file.read_tensor
-        return x.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(x.shape)
-    return x

@@ -66,30 +66,22 @@ LLAMA_TENSORS = [
 LLAMA = {f"{theirs}.weight": f"{ours}.weight" for theirs, *_, ours in LLAMA_TENSORS}
 LLAMA["model.layers.{}.self_attn.rotary_emb.inv_freq"] = None  # in older files; computed from the config
 
-# PEFT scales the output of k and v, stored as (d, 1), and the input of the down projection, stored as (1, d).
+# PEFT's name of a vector is that of the module whose output it scales, as (d, 1), or for wo and down_proj the input, as
+# (1, d). Scaling wi_1's output, as T-Few does, is scaling the input of wo: both are read, and wo is written. So
+#     base_model.model.encoder.block.{}.layer.0.SelfAttention.k.ia3_l    is    encoder.blocks.{}.attn.l_k
+#     base_model.model.model.layers.{}.mlp.down_proj.ia3_l               is    blocks.{}.ffn.l_ff
+VECTORS = {"k": "l_k", "v": "l_v", "wi_1": "l_ff", "wo": "l_ff", "k_proj": "l_k", "v_proj": "l_v", "down_proj": "l_ff"}
 PEFT = {
-    "base_model.model.encoder.block.{}.layer.0.SelfAttention.k.ia3_l":       "encoder.blocks.{}.attn.l_k",
-    "base_model.model.encoder.block.{}.layer.0.SelfAttention.v.ia3_l":       "encoder.blocks.{}.attn.l_v",
-    "base_model.model.encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l":   "encoder.blocks.{}.ffn.l_ff",
-    "base_model.model.encoder.block.{}.layer.1.DenseReluDense.wo.ia3_l":     "encoder.blocks.{}.ffn.l_ff",
-    "base_model.model.decoder.block.{}.layer.0.SelfAttention.k.ia3_l":       "decoder.blocks.{}.attn.l_k",
-    "base_model.model.decoder.block.{}.layer.0.SelfAttention.v.ia3_l":       "decoder.blocks.{}.attn.l_v",
-    "base_model.model.decoder.block.{}.layer.1.EncDecAttention.k.ia3_l":     "decoder.blocks.{}.cross.l_k",
-    "base_model.model.decoder.block.{}.layer.1.EncDecAttention.v.ia3_l":     "decoder.blocks.{}.cross.l_v",
-    "base_model.model.decoder.block.{}.layer.2.DenseReluDense.wi_1.ia3_l":   "decoder.blocks.{}.ffn.l_ff",
-    "base_model.model.decoder.block.{}.layer.2.DenseReluDense.wo.ia3_l":     "decoder.blocks.{}.ffn.l_ff",
-    "base_model.model.model.layers.{}.self_attn.k_proj.ia3_l":             "blocks.{}.attn.l_k",
-    "base_model.model.model.layers.{}.self_attn.v_proj.ia3_l":             "blocks.{}.attn.l_v",
-    "base_model.model.model.layers.{}.mlp.down_proj.ia3_l":                "blocks.{}.ffn.l_ff",
+    f"base_model.model.{theirs.removesuffix('.weight')}.ia3_l": ours.rsplit(".", 2)[0] + "." + VECTORS[module]
+    for theirs, ours in (T5_GATED | T5 | LLAMA).items()
+    if (module := theirs.split(".")[-2]) in VECTORS
+}
+TFEW = {  # T-Few's, all stored as (d, 1), are read and never written
+    theirs.removeprefix("base_model.model.").replace("ia3_l", "multi_lora_b"): ours
+    for theirs, ours in PEFT.items()
+    if theirs.endswith((".k.ia3_l", ".v.ia3_l", ".wi_1.ia3_l"))
 }
 # fmt: on
-
-# T-Few's, all stored as (d, 1), read and never written: scaling wi_1's output is scaling the input of wo.
-TFEW = {
-    theirs.removeprefix("base_model.model.").replace(".ia3_l", ".multi_lora_b"): ours
-    for theirs, ours in PEFT.items()
-    if ours.startswith(("encoder", "decoder")) and ".wo." not in theirs
-}
 
 
 def expand(table, n_layers):

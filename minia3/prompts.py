@@ -1,7 +1,8 @@
 """Chapter 7. Tasks and data, part one: how a row of a data set is put into words.
 
-A prompt is a format string over the row's fields, with the choices that answer it, in our own words. Several for a task
-let an adapter learn the task and not one phrasing. None ends in white space: the tokenizer puts it before a choice.
+A prompt is a format string over the row's fields, with the choices that answer it; tasks.json has them, in our own
+words, several for a task, so that an adapter learns the task and not one phrasing. None ends in white space: the
+tokenizer puts it before a choice.
 """
 
 import re
@@ -39,8 +40,9 @@ def render(prompt: Prompt, row: dict) -> Rendered:
         else:
             choices = row["choices"] if "choices" in row else [row["target"]]
         return Rendered(prompt.text.format_map(fields), choices, row["label"])
-    except KeyError as error:
-        raise ValueError(f"no {error} in the row, but in the prompt {prompt.text!r:.60}") from error
+    except (LookupError, TypeError) as error:  # TypeError: an item is asked for of what has none
+        lacks = error if isinstance(error, KeyError) else f"such item ({error})"
+        raise ValueError(f"no {lacks} in the row, but in the prompt {prompt.text!r:.60}") from error
 
 
 def fit(prompt: Prompt, row: dict, n_tokens: Callable[[str], int], max_length: int) -> tuple[Rendered, bool]:
@@ -68,31 +70,4 @@ def fit(prompt: Prompt, row: dict, n_tokens: Callable[[str], int], max_length: i
     raise ValueError(f"row {row['idx']} does not fit into max_length {max_length}, even with one word of each field")
 
 
-YES_NO, TRUE_FALSE, ENDINGS = ("Yes", "No"), ("True", "False"), ("{choice1}", "{choice2}")
 OWN = (Prompt("{input}", None),)  # a user's rows are prompts already
-
-RTE = (
-    Prompt("{premise}\nQuestion: {hypothesis} True or False?\nAnswer:", TRUE_FALSE),
-    Prompt('{premise}\nDoes it follow that "{hypothesis}"? Yes or No?\nAnswer:', YES_NO),
-    Prompt("Text: {premise}\nClaim: {hypothesis}\nGiven the text, must the claim be true? Yes or No:", YES_NO),
-    Prompt('Suppose that this is so: {premise}\nThen "{hypothesis}" is, True or False:', TRUE_FALSE),
-    Prompt("First: {premise}\nSecond: {hypothesis}\nEntailment or not?\nAnswer:", ("entailment", "not entailment")),
-    # GLUE's form in the pre-training mixture of T5 v1.0 (Raffel et al. 2020, appendix D), its answers to the letter
-    Prompt("rte sentence1: {premise} sentence2: {hypothesis}", ("entailment", "not_entailment"), for_model="t5-v1.0"),
-)
-
-CB = (
-    Prompt("{premise}\nQuestion: {hypothesis}. True, False or Neither?\nAnswer:", ("True", "False", "Neither")),
-    Prompt('{premise}\nIs it so that "{hypothesis}"? Yes, No or Maybe?\nAnswer:', ("Yes", "No", "Maybe")),
-    Prompt("Text: {premise}\nDoes it say that {hypothesis}? Yes, No or Unclear:", ("Yes", "No", "Unclear")),
-    Prompt('Given: {premise}\nThen "{hypothesis}" is True, False or Undecided:', ("True", "False", "Undecided")),
-    Prompt("First: {premise}\nSecond: {hypothesis}\nRelation:", ("entailment", "contradiction", "neutral")),
-)
-
-COPA = (
-    Prompt("{premise}\n{question}\nAnswer:", ENDINGS, {"question": {"cause": "Why was that?", "effect": "What then?"}}),
-    Prompt("{premise} {question}:", ENDINGS, {"question": {"cause": "This is because", "effect": "And so"}}),
-    Prompt("The likely {question} of the following: {premise}\nIt is this:", ENDINGS),
-    Prompt("{premise}\nIs the {question} 1 or 2?\n1: {choice1}\n2: {choice2}\nAnswer:", ("1", "2")),
-    Prompt('{premise}\nTrue or False: the {question} is "{choice1}", not "{choice2}"\nAnswer:', TRUE_FALSE),
-)

@@ -18,8 +18,8 @@ class Packing:
     (T, 1, D), each with the adapter of its row. Attention unpacks them, to (B, L, D) with zeros for padding.
     """
 
-    def __init__(self, mask_BL):
-        self.row_T, self.column_T = mask_BL.nonzero(as_tuple=True)
+    def __init__(self, mask_BL, device):
+        self.row_T, self.column_T = mask_BL.nonzero().to(device).unbind(1)
         self.shape = mask_BL.shape
 
     def pack(self, x_BLD):
@@ -132,10 +132,9 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
             raise ValueError(f"mask must be bool {tuple(source_BM.shape)}, found {found}")
         if empty := (~mask_BM.any(dim=1)).nonzero().flatten().tolist():
             raise ValueError(f"source rows {empty} have no real token: mask them in the batch, or give them one")
-    batch = source_BM.shape[0]
-    rows = torch.as_tensor(0 if adapter is None else adapter, device=source_BM.device)
-    if rows.dtype not in (torch.int64, torch.int32) or rows.shape not in ((), (batch,)):
-        raise ValueError(f"adapter must be None, an int or ({batch},) long, found {adapter!r}")
+    rows = torch.as_tensor(0 if adapter is None else adapter)
+    if rows.dtype not in (torch.int64, torch.int32) or rows.shape not in ((), source_BM.shape[:1]):
+        raise ValueError(f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long, found {adapter!r}")
     if adapter is not None and (rows.min() < 0 or rows.max() >= n_adapters):
         raise ValueError(f"adapter {adapter!r} is out of range: the model has rows 0 to {n_adapters - 1}")
-    return rows.long().reshape(-1)
+    return rows.long().reshape(-1).to(source_BM.device)

@@ -114,7 +114,8 @@ class T5(nn.Module):
         x, adapter, memory_bias_B11M, packing = self.embed(source), adapter_B, None, None
         bias_BHMM = self.encoder.bias(source.shape[1], source.shape[1])
         if mask is not None:
-            packing, memory_bias_B11M = Packing(mask), mask_to_bias(mask[:, None, None, :], x.dtype)
+            mask_B11M, packing = mask.to(source.device)[:, None, None, :], Packing(mask, source.device)
+            memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
             x, adapter, bias_BHMM = packing.pack(x), of_rows(adapter_B, packing.row_T), bias_BHMM + memory_bias_B11M
         context = Context(adapter, bias_BHMM, packing=packing)
         memory = self.encoder(x, context, [Cache() for _ in self.encoder.blocks])
@@ -124,14 +125,18 @@ class T5(nn.Module):
 
     def step(self, tokens, state):
         """Append tokens (B, L) to the target: -> logits (B, L, V) of the token after each; `state` moves on."""
+        return self.logits(self.read(tokens, state))
+
+    def read(self, tokens, state):
         x_BLD = self.embed(tokens)
         length, total = tokens.shape[1], state.length + tokens.shape[1]
         bias_BHLM = self.decoder.bias(length, total)
         if length > 1:
             bias_BHLM = bias_BHLM + mask_to_bias(causal_mask(length, total, tokens.device), x_BLD.dtype)
         context = Context(state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M)
-        x_BLD = self.decoder(x_BLD, context, state.caches)
         state.length = total
-        if self.config.scale_logits:
-            x_BLD = x_BLD * self.config.d_model**-0.5
-        return F.linear(x_BLD, self.embed.weight) if self.head is None else self.head(x_BLD)
+        return self.decoder(x_BLD, context, state.caches)
+
+    def logits(self, x):
+        x = x * self.config.d_model**-0.5 if self.config.scale_logits else x
+        return F.linear(x, (self.head or self.embed).weight)

@@ -45,16 +45,15 @@ class Tokenizer:
         template = settings.get("chat_template")  # a text, or a list of several with names
         several = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {"default": template}
         self.backend, self.chat_template = backend, several.get("default")
-        self.bos_id, self.eos_id, pad_id = (special_id(backend, settings, kind) for kind in ("bos", "eos", "pad"))
-        self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
-        token = {i: backend.id_to_token(i) for i in (self.bos_id, self.eos_id, pad_id) if i is not None}
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        self.special = {name: token[i] for name, i in ids.items() if i in token}  # pad_id may be that of a word
-        backend.add_special_tokens(list(token.values()))  # not every file marks them, and decode drops only what is
+        ids = {f"{kind}_token": special_id(backend, settings, kind) for kind in ("bos", "eos", "pad")}
+        ids["pad_token"] = ids["eos_token"] if ids["pad_token"] is None else ids["pad_token"]
+        self.bos_id, self.eos_id, self.pad_id = ids["bos_token"], ids["eos_token"], ids["pad_token"] or 0
+        self.special = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
+        backend.add_special_tokens([*self.special.values()])  # not every file marks them; decode drops only what is
         if backend.post_processor is None:
-            bos = [token[self.bos_id]] if settings.get("add_bos_token") and self.bos_id in token else []
-            eos = [token[self.eos_id]] if settings.get("add_eos_token") and self.eos_id in token else []
-            backend.post_processor = processors.TemplateProcessing([*bos, "$A", *eos], None, list(token.items()))
+            bos, eos = (settings.get(f"add_{name}") and self.special.get(name) for name in ("bos_token", "eos_token"))
+            form, tokens = [*filter(None, (bos, "$A", eos))], [(self.special[name], ids[name]) for name in self.special]
+            backend.post_processor = processors.TemplateProcessing(form, None, tokens)
         self.ends = self.encode("\U0010fffd")[-1:] == [self.eos_id]  # fails now where an unknown character would later
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -89,7 +88,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("the tokenizer's files have no chat_template: give the whole prompt as a text")
         values = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None, **self.special}
-        values |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        values |= {"raise_exception": refuse, "strftime_now": datetime.now().strftime}
         with reading("chat_template", extra="chat"):
             from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
@@ -113,8 +112,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
         """The first of FORMS in the folder, with the small JSON files beside it. ValueError if none or damaged."""
-        here = {name: Path(path) / name for name in (*FORMS, *BESIDE, "chat_template.jinja")}
-        here = {name: file for name, file in here.items() if file.is_file()}
+        here = {x: file for x in (*FORMS, *BESIDE, "chat_template.jinja") if (file := Path(path) / x).is_file()}
         name, file = next(iter(here.items()), (None, None))
         if name not in FORMS:
             raise ValueError(f"{path}: no tokenizer; expected one of {', '.join(FORMS)}")

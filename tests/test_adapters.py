@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import minia3
 from minia3 import load, names
-from minia3.adapters import WRITE, load_adapter, read_adapter, save_adapter, write_adapter
+from minia3.adapters import WRITE, load_adapter, read_adapter, row_of, save_adapter, write_adapter
 from minia3.models import KNOWN
 
 SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
@@ -315,6 +315,30 @@ def test_vectors_of_any_float_are_read_as_float32(loaded, tmp_path, dtype):
     for name, vector in read_adapter(tmp_path).vectors.items():
         assert vector.dtype == torch.float32
         assert torch.equal(vector, minia3.vectors(loaded("llama-gqa", seed=1))[name][0].to(dtype).float())
+
+
+def test_entries_whose_sum_is_infinite_are_finite_all_the_same(tmp_path):
+    vectors = {"blocks.0.attn.l_k": torch.full((4,), 3e38), "blocks.0.attn.l_v": torch.tensor([3e38, -3e38] * 2)}
+    write_adapter(tmp_path, vectors)
+    assert {n: x.tolist() for n, x in read_adapter(tmp_path).vectors.items()} == {
+        n: x.tolist() for n, x in vectors.items()
+    }
+
+
+def test_the_row_of_a_model_is_the_row_itself_and_needs_no_gradient(loaded):
+    model = loaded("t5-v1.0", n_adapters=2)
+    for name, l_D in row_of(model, 1).items():
+        l_D += 1
+        assert (minia3.vectors(model)[name].tolist()[0][0], minia3.vectors(model)[name].tolist()[1][0]) == (1.0, 2.0)
+
+
+def test_a_vector_s_name_in_peft_is_its_module_s():
+    prefix = "base_model.model."
+    assert names.PEFT[prefix + "decoder.block.{}.layer.1.EncDecAttention.v.ia3_l"] == "decoder.blocks.{}.cross.l_v"
+    assert names.PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l"] == "encoder.blocks.{}.ffn.l_ff"
+    assert names.PEFT[prefix + "model.layers.{}.mlp.down_proj.ia3_l"] == "blocks.{}.ffn.l_ff"
+    assert names.TFEW["decoder.block.{}.layer.2.DenseReluDense.wi_1.multi_lora_b"] == "decoder.blocks.{}.ffn.l_ff"
+    assert (len(names.PEFT), len(names.TFEW)) == (13, 8)
 
 
 def test_the_tables_have_one_name_for_each_vector_and_peft_s_one_more_for_a_gated_one_s_hidden_units(loaded):

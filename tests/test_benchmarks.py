@@ -1,17 +1,48 @@
-"""Guards the benchmark: every line works on tiny models, where both sides compute the same before they are timed."""
+"""Guards the benchmarks: every line works on tiny models, where both sides compute the same before they are timed."""
 
 import json
 
 import pytest
 
+from tests.benchmarks import growth
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.lines import LINES
+from tests.benchmarks.lines import GOALS, LINES
+
+HERE = ",".join(LINES.keys() - {"start", "peak"})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_line_works_quickly(dtype, tmp_path, capsys):
-    main(["--quick", "--dtype", dtype, "--json", str(tmp_path / "result.json")])
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert len(result["rows"]) >= 2 * len(LINES)
-    assert all(row["ours"] > 0 and row["ratio"] > 0 for row in result["rows"].values())
-    assert capsys.readouterr().out.count("\n| ") == len(result["rows"]) + 1
+def run(folder, *flags):
+    main(["--quick", "--json", str(folder / "result.json"), *flags])
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_every_line_works_on_a_t5(tmp_path, capsys):
+    """In float32, where texts are compared too."""
+    result = run(tmp_path, "--models", "t5-base", "--dtype", "float32")
+    rows = {line.removeprefix("t5-base, "): row for line, row in result["rows"].items()}
+    assert all(row["ours"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert GOALS.keys() - rows.keys() == {"peak memory of training, against (IA)^3"}  # its process is PEFT's
+    assert all(row["goal"] == GOALS.get(what, (None,))[0] for what, row in rows.items())
+    assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
+
+
+def test_lines_that_begin_no_process_work_on_a_llama(tmp_path):
+    """In bfloat16; with the share of the roof that is reached."""
+    result = run(tmp_path, "--models", "smollm2-135m", "--dtype", "bfloat16", "--only", HERE)
+    assert len(result["rows"]) > 2 * len(HERE.split(","))
+    steps = {line: row for line, row in result["rows"].items() if "training step" in line}
+    assert len(steps) == 4
+    for row in steps.values():
+        assert row["roof"] == row["flops"] / row["ours"] / result["peak_flops"] > 0
+        assert row["tokens_per_second"] > 0
+    texts = [row for line, row in result["rows"].items() if "generation" in line]
+    assert all(row["ours_over_products"] == row["ours"] / row["products"] for row in texts)
+
+
+def test_growth_is_measured_fitted_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")
+    growth.main(["--quick", "--dtype", "float32", "--json", str(tmp_path / "growth.json"), "--plot", str(tmp_path)])
+    result = json.loads((tmp_path / "growth.json").read_text())
+    assert {p["sweep"] for p in result["points"]} == growth.SWEEPS.keys()
+    assert result["exponents"]["smollm2-135m, length, train"]["kept"] == pytest.approx(1, abs=0.01)
+    assert "</svg>" in (tmp_path / "growth.svg").read_text()

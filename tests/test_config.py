@@ -110,7 +110,7 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (T5 | {"dropout_rate": True}, "dropout_rate is True, expected a number from 0.0 to 1.0"),
         (
             {"model_type": "t5", "d_model": 8},
-            "d_kv is None, .*; d_ff is None, .*; num_layers is None, .* from 1 to 1024; ",
+            "d_kv is None, .*; d_ff is None, .*; num_layers is None, expected a whole number from 1 to 1024; ",
         ),
         (
             {"model_type": "llama", "hidden_size": 8},
@@ -121,7 +121,7 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             "d_model is 0, expected a whole number from 1 to 1048576; d_ff is 1.5, .*; num_heads is True, ",
         ),
         (LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 2}, "2 key/value heads must divide 3 heads"),
-        (LLAMA | {"head_dim": 5}, "head_dim 5 must be even"),
+        (LLAMA | {"head_dim": 5}, "head_dim 5 be even"),
         (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0.0 to 1.0"),
         (
             LLAMA | {"rope_theta": float("inf"), "num_hidden_layers": 10**400},

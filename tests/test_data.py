@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from minia3 import data, tasks
 from minia3.data import Example, collate, encode_example, load_task, order, read_rows
 from minia3.prompts import OWN, Prompt, Rendered, fit, render
-from minia3.tasks import TASKS, Archive, Spec
+from minia3.tasks import TASKS, Source, Spec
 
 REAL = os.environ.get("MINIA3_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="MINIA3_TEST_DATA is not set: no real data sets to read")
@@ -85,17 +85,130 @@ def test_the_real_files_are_read_whole(name, sizes, labels):
             assert rendered.input == rendered.input.rstrip()
 
 
+# Folder of the published splits -> the task, and how many rows its train file has. Where the file is not to be had, the
+# published idx are still those of the shuffle.
+SPLITS = {
+    **{"rte": ("rte", 2490), "cb": ("cb", 250), "copa": ("copa", 400), "wsc": ("wsc", 554), "wic": ("wic", 5428)},
+    **{"boolq": ("boolq", 9427), "anli-r1": ("anli-r1", 16946), "anli-r2": ("anli-r2", 45460)},
+    **{"anli-r3": ("anli-r3", 100459), "h-swag": ("hellaswag", 39905), "winogrande": ("winogrande", 40398)},
+    **{"storycloze": ("storycloze", 1871), "sst2": ("sst2", 67349)},
+}
+SST2 = (29780, 37569)  # rows of each class
+
+
+def published():
+    for folder, (task, n) in SPLITS.items() if REAL else ():
+        for file in sorted(Path(REAL, "data", "few_shot", folder).glob("*_shot/*_seed.jsonl")):
+            shots, seed = int(file.parent.name.removesuffix("_shot")), int(file.stem.removesuffix("_seed"))
+            yield pytest.param(task, n, shots, seed, file, id=f"{task}-{shots}-{seed}")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(tasks, "urlopen", lambda *args, **options: (_ for _ in ()).throw(OSError("no network")))
+
+
 @needs_real_data
-@pytest.mark.parametrize("name", ["rte", "cb", "copa"])
-def test_few_shot_splits_are_the_published_ones(name):
-    files = sorted(Path(REAL, "data", "few_shot", name, "32_shot").glob("*_seed.jsonl"))
-    seeds = [int(file.name.removesuffix("_seed.jsonl")) for file in files]
-    assert {0, 1, 32, 42, 1024} <= set(seeds)
-    for seed, file in zip(seeds, files, strict=True):
-        published = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        task = load_task(name, Path(REAL, "data"), shots=32, seed=seed)
-        assert task.train == published, "order, idx, label and texts"
-        assert len(task.validation) == len(load_task(name, Path(REAL, "data")).validation)
+def test_all_published_splits_are_looked_at():
+    assert {path.name for path in Path(REAL, "data", "few_shot").iterdir()} == set(SPLITS)
+    assert len(list(published())) == len(list(Path(REAL, "data", "few_shot").rglob("*.jsonl"))) >= 65
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "n", "shots", "seed", "file"), list(published()))
+def test_few_shot_splits_are_the_published_ones(name, n, shots, seed, file, offline):
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    task = load_task(name, Path(REAL, "data"), shots=shots, seed=seed)
+    assert task.train == rows, "order, idx, label and texts"
+    assert TASKS[name].shots == shots
+    whole = Path(REAL, "data", name, "train.jsonl").exists()
+    assert len(load_task(name, Path(REAL, "data"), seed=seed).train) == (n if whole else len(rows))
+    assert whole == (not any("published split" in note for note in task.notes))
+    split, others = task.evaluation
+    assert split == "validation"
+    if not whole:
+        assert not {row["idx"] for row in others} & {row["idx"] for row in rows}
+        assert len({row["idx"] for row in others}) == len(others) > 2 * len(rows)
+    for part in (task.train, others):
+        for prompt in task.prompts:
+            for row in part:
+                rendered = render(prompt, row)
+                assert len(set(rendered.choices)) == len(rendered.choices) > rendered.label >= 0
+                assert rendered.input == rendered.input.strip()
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "n", "shots", "seed", "file"), list(published()))
+def test_the_published_indices_are_those_of_our_shuffle(name, n, shots, seed, file, tmp_path, monkeypatch):
+    """Of SST-2 it is each class that is shuffled: only that its places are in the order of the idx can be seen here."""
+    n_rows, per_class = (sum(SST2), True) if name == "sst2" else (n, False)
+    monkeypatch.setattr(data, "_files", lambda *_: {"train": tmp_path, "validation": tmp_path})
+    monkeypatch.setattr(data, "_read", lambda *_: {"train": [dict(row) for row in rows], "validation": rows[:1]})
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"")
+    monkeypatch.setitem(TASKS, "served", Spec(labels=["no", "yes"], per_class=per_class))
+    rows = [{"label": int(per_class and i >= SST2[0]), "idx": i} for i in range(n_rows)]
+    ours = [row["idx"] for row in load_task("served", shots=shots, seed=seed).train]
+    theirs = [json.loads(line)["idx"] for line in file.read_text("utf-8").splitlines()]
+    if not per_class:
+        assert ours == theirs
+    for one, other in ((ours[:shots], theirs[:shots]), (ours[shots:], theirs[shots:])):
+        assert np.argsort(one).tolist() == np.argsort(other).tolist()
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("raft/")])
+def test_every_row_of_raft_is_held_out_by_one_of_five_seeds_in_a_row(name):
+    folds = [load_task(name, Path(REAL, "data"), seed=seed) for seed in range(7, 12)]
+    assert sorted(row["idx"] for task in folds for row in task.validation) == list(range(50))
+    for seed, task in enumerate(folds, 7):
+        assert (len(task.train), len(task.validation), task.metric, task.name) == (40, 10, "macro_f1", name)
+        assert sorted(row["idx"] for row in task.train + task.validation) == list(range(50))
+        assert task.evaluation == ("validation", task.validation)
+        assert task.notes[0] == f"fold {seed % 5 + 1} of 5 is held out: report the mean of 5 seeds in a row"
+    assert load_task(name, Path(REAL, "data"), seed=2).validation == folds[0].validation
+    task = folds[0]
+    assert all(TASKS[name].labels[row["label"]] == row["Label"] for row in task.train)
+    assert [row["ID"] for row in task.test] == [str(50 + i) for i in range(len(task.test))], (
+        "what the leaderboard wants"
+    )
+    assert {row["label"] for row in task.test} == {-1}
+    for prompt in task.prompts:
+        for row in [*task.train, *task.test[::10]]:
+            rendered = render(prompt, row)
+            assert len(set(rendered.choices)) == len(rendered.choices) == len(TASKS[name].labels)
+
+
+@needs_real_data
+def test_all_rows_of_raft_can_be_trained_on_and_then_there_are_none_to_report_on():
+    task = load_task("raft/ade_corpus_v2", Path(REAL, "data"), shots=50, seed=3)
+    assert sorted(row["idx"] for row in task.train) == list(range(50))
+    with pytest.raises(ValueError, match="raft/ade_corpus_v2: no labelled rows to report on"):
+        _ = task.evaluation
+    assert len(load_task("raft/ade_corpus_v2", Path(REAL, "data"), shots=40, seed=3).train) == 40
+    with pytest.raises(ValueError, match="1 to 40 shots, the rows to train on; found 45"):
+        load_task("raft/ade_corpus_v2", Path(REAL, "data"), shots=45)
+
+
+@needs_real_data
+def test_each_span_of_wsc_stands_in_its_text():
+    task = load_task("wsc", Path(REAL, "data"))
+    assert tuple(map(len, (task.train, task.validation, task.test))) == (554, 104, 146)
+    rows = [*task.train, *task.validation, *task.test]
+    gaps = [row["idx"] for row in rows for n in (1, 2) if row[f"span{n}_text"] not in row["text"]]
+    assert gaps == [80, 82], "Kamenev and Zinoviev: two names with other words between them"
+    assert all("target" not in row for row in rows)
+    assert task.train[16]["span1_text"] == "the demonstrators"
+
+
+@needs_real_data
+def test_a_seed_that_was_not_published_is_an_error_and_a_failed_download_is_a_note(offline):
+    with pytest.raises(ValueError, match=r"WiC\.zip: no network; or put .* by hand\Z"):
+        load_task("wic", Path(REAL, "data"), shots=32, seed=7)
+    (note,) = load_task("wic", Path(REAL, "data"), shots=8).notes
+    assert "WiC.zip: no network; or put" in note
+    assert note.endswith("so this is T-Few's published split, evaluated on those of the other seeds")
+    with pytest.raises(ValueError, match="1 to 32 shots"):
+        load_task("wic", Path(REAL, "data"), shots=33)
 
 
 @needs_real_data
@@ -146,7 +259,8 @@ def test_shots_that_cannot_be_drawn_are_an_error(tmp_path, shots):
 
 # Download
 
-PARTS = {"train": "T/train.jsonl", "val": "T/val.jsonl", "test": "T/test.jsonl"}
+SPLIT_NAMES = ("train", "val", "test")
+PARTS = {f"{name}.jsonl": f"T/{name}.jsonl" for name in SPLIT_NAMES}
 FILES = {
     "T/train.jsonl": lines({"text": "a", "label": "no"}, {"text": "b", "label": "yes", "idx": 9}),
     "T/val.jsonl": lines({"text": "c", "label": "YES"}),
@@ -171,12 +285,15 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.status, self.promise, self.wait, self.n_requests = b"", 200, None, lambda: None, 0
+        self.pages = None  # path -> content, in place of `content` alone
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.n_requests += 1
+        if server.pages is not None:
+            server.content, server.status = server.pages.get(self.path, b""), 200 if self.path in server.pages else 404
         self.send_response(server.status)
         if server.promise != 0:
             self.send_header("Content-Length", str(server.promise or len(server.content)))
@@ -204,8 +321,8 @@ def server(monkeypatch):
 def serve(server, monkeypatch, content, address=None, **changes):
     server.content = content
     address = address or f"http://127.0.0.1:{server.server_port}/T.zip"
-    archive = Archive(address, len(content), hashlib.sha256(content).hexdigest(), PARTS)._replace(**changes)
-    spec = Spec((Prompt("{text}?", ("No", "Yes")),), archive, labels=("no", "yes"))
+    source = Source(address, PARTS, len(content), hashlib.sha256(content).hexdigest())._replace(**changes)
+    spec = Spec((Prompt("{text}?", ("No", "Yes")),), [source], labels=("no", "yes"))
     monkeypatch.setitem(TASKS, "served", spec)
 
 
@@ -219,7 +336,7 @@ def failure(folder):
         load_task("served", folder)
     assert left(folder) == []
     message = str(error.value)
-    assert message.startswith(TASKS["served"].archive.address + ": ")
+    assert message.startswith(TASKS["served"].sources[0].address + ": ")
     assert message.endswith(f"put train.jsonl, val.jsonl, test.jsonl into {Path(folder, 'served')} by hand")
     return message
 
@@ -291,14 +408,14 @@ def test_a_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
 def test_a_wrong_length_is_refused(server, tmp_path, monkeypatch, change):
     content = zipped(FILES)
     other = content[:change] if change < 0 else content + b"x" * change
-    serve(server, monkeypatch, other, size=len(content))
+    serve(server, monkeypatch, other, bytes=len(content))
     assert f", expected {len(content)} bytes of sha256 " in failure(tmp_path)
     server.promise = 0  # a server that does not name the length
     assert f", expected {len(content)} bytes of sha256 " in failure(tmp_path)
 
 
 def test_no_more_is_read_than_the_file_should_have(server, tmp_path, monkeypatch):
-    serve(server, monkeypatch, b"x" * 10_000_000, size=1000)
+    serve(server, monkeypatch, b"x" * 10_000_000, bytes=1000)
     found = int(re.search(r"found (\d+) bytes", failure(tmp_path))[1])
     assert 1000 < found < 200_000
 
@@ -370,7 +487,7 @@ def test_a_zip_entry_that_climbs_out_is_not_taken_out(server, tmp_path, monkeypa
 @pytest.mark.parametrize("name", ["../val.jsonl", "T/../../val.jsonl", "/val.jsonl"])
 def test_a_member_of_such_a_name_stays_in_the_folder(server, tmp_path, monkeypatch, name):
     files = {name if path == "T/val.jsonl" else path: content for path, content in FILES.items()}
-    serve(server, monkeypatch, zipped(files), members={**PARTS, "val": name})
+    serve(server, monkeypatch, zipped(files), files={**PARTS, "val.jsonl": name})
     assert len(load_task("served", tmp_path).validation) == 1
     assert sorted(path.name for path in left(tmp_path)) == ["test.jsonl", "train.jsonl", "val.jsonl"]
 
@@ -396,7 +513,7 @@ def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeyp
     server.wait = both.wait  # neither gets its file before both are under way
     code = (
         "import sys; from minia3.data import load_task; from minia3.tasks import *; from minia3.prompts import Prompt\n"
-        f"TASKS['served'] = {TASKS['served']!r}\n"
+        f"from minia3.tasks import TASKS; TASKS['served'] = {TASKS['served']!r}\n"
         f"print(len(load_task('served', {str(tmp_path)!r}).train))"
     )
     run = [sys.executable, "-c", code]
@@ -433,6 +550,182 @@ def test_an_unpacking_that_stops_halfway_is_taken_up_by_the_next_run(server, tmp
     assert sorted(path.name for path in left(tmp_path)) == ["test.jsonl", "train.jsonl", "val.jsonl"]
 
 
+# Every form of file that a known task has, as its authors wrote it
+
+
+def official(monkeypatch, server, name, contents):
+    """The task `name` of the table, with its addresses on the server, which has `contents`: address's end -> bytes."""
+    server.pages, sources = {f"/{end}": content for end, content in contents.items()}, []
+    for source in TASKS[name].sources:
+        end = source.address.rsplit("/", 1)[1]
+        address, digest = f"http://127.0.0.1:{server.server_port}/{end}", hashlib.sha256(contents[end]).hexdigest()
+        sources.append(Source(address, source.files, len(contents[end]), digest))
+    monkeypatch.setitem(TASKS, name, TASKS[name]._replace(sources=sources))
+
+
+def test_anlis_rounds_are_taken_from_one_zip_and_reported_on_test(server, tmp_path, monkeypatch):
+    row = {"uid": "u", "context": "c", "hypothesis": "h", "model_label": "n"}
+    names = ("train", "dev", "test")
+    parts = {f"anli_v0.1/R{r}/{name}.jsonl": lines({**row, "label": "enc"[r - 1]}) for r in (1, 2, 3) for name in names}
+    official(monkeypatch, server, "anli-r2", {"anli_v0.1.zip": zipped(parts)})
+    task = load_task("anli-r2", tmp_path)
+    expected = {"uid": "u", "premise": "c", "hypothesis": "h", "model_label": "n", "label": 1, "idx": 0}
+    assert task.train == task.validation == task.test == [expected]
+    assert (task.name, task.evaluation) == ("anli-r2", ("test", [expected]))
+    assert {path.stem for path in (tmp_path / "anli-r2").iterdir()} == set(names)
+
+
+def test_hellaswags_three_files_are_no_zip_and_have_their_choices_in_the_row(server, tmp_path, monkeypatch):
+    row = {"ctx": "A man", "activity_label": "Running", "endings": ["a", "b", "c", "d "], "label": 3}
+    contents = {f"hellaswag_{name}.jsonl": lines(row) for name in ("train", "val")}
+    contents["hellaswag_test.jsonl"] = lines({key: row[key] for key in ("ctx", "activity_label", "endings")})
+    official(monkeypatch, server, "hellaswag", contents)
+    task = load_task("hellaswag", tmp_path)
+    assert render(task.prompts[0], task.train[0]) == ("Topic: Running\nText: A man", ["a", "b", "c", "d"], 3)
+    assert task.evaluation == ("validation", [{**row, "idx": 0}])
+    assert [row["label"] for row in task.test] == [-1]
+    (tmp_path / "hellaswag" / "val.jsonl").write_bytes(lines({**row, "endings": ["a", "b"]}, {**row, "endings": 7}))
+    with pytest.raises(ValueError, match=r"val\.jsonl:1: no such item \(.*val\.jsonl:2: no such item \("):
+        load_task("hellaswag", tmp_path)
+
+
+def test_of_several_files_train_comes_last_so_that_the_next_run_takes_up_what_is_missing(server, tmp_path, monkeypatch):
+    row = {"ctx": "A man", "activity_label": "Running", "endings": ["a", "b", "c", "d"], "label": 3}
+    official(monkeypatch, server, "hellaswag", {f"hellaswag_{x}.jsonl": lines(row) for x in ("train", "val", "test")})
+    gone = server.pages.pop("/hellaswag_train.jsonl")
+    with pytest.raises(ValueError, match=r"_train\.jsonl: HTTP Error 404.*put train\.jsonl, val\.jsonl, test\.jsonl "):
+        load_task("hellaswag", tmp_path)
+    assert sorted(path.name for path in (tmp_path / "hellaswag").iterdir()) == ["test.jsonl", "val.jsonl"]
+    server.pages["/hellaswag_train.jsonl"] = gone
+    assert len(load_task("hellaswag", tmp_path).train) == 1
+
+
+def test_winograndes_answer_is_its_label_and_is_empty_in_test(server, tmp_path, monkeypatch):
+    row = {"qID": "q", "sentence": "The _ is red.", "option1": "cat", "option2": "dog", "answer": "2"}
+    parts = {f"winogrande_1.1/{name}.jsonl": lines(row) for name in ("train_xl", "dev")}
+    parts |= {"winogrande_1.1/train_xs.jsonl": b"", "winogrande_1.1/test.jsonl": lines({**row, "answer": ""})}
+    official(monkeypatch, server, "winogrande", {"winogrande_1.1.zip": zipped(parts)})
+    task = load_task("winogrande", tmp_path)
+    assert task.train == task.validation == [{**row, "label": 1, "idx": 0}]
+    assert task.test == [{**row, "answer": "", "label": -1, "idx": 0}]
+    assert render(task.prompts[0], task.train[0])[1:] == (["cat", "dog"], 1)
+
+
+def test_sst2_is_tabs_without_quotes_and_has_so_many_shots_of_each_class(server, tmp_path, monkeypatch):
+    texts = [f'a "film {i} ' for i in range(9)]
+    train = "sentence\tlabel\n" + "".join(f"{text}\t{i % 3 // 2}\n" for i, text in enumerate(texts))
+    parts = {"SST-2/train.tsv": train, "SST-2/dev.tsv": "sentence\tlabel\ngood \t1\n"}
+    parts["SST-2/test.tsv"] = 'index\tsentence\n0\t" bad\n'
+    official(monkeypatch, server, "sst2", {"SST-2.zip": zipped(parts)})
+    task = load_task("sst2", tmp_path)
+    assert [row["sentence"] for row in task.train] == texts
+    assert [row["label"] for row in task.train] == [0, 0, 1] * 3
+    assert task.test == [{"index": "0", "sentence": '" bad', "label": -1, "idx": 0}]
+    few = load_task("sst2", tmp_path, shots=2, seed=5).train
+    classes = [[row for row in task.train if row["label"] == label] for label in (0, 1)]
+    for rows in classes:
+        np.random.RandomState(5).shuffle(rows)
+    assert few == classes[0][:2] + classes[1][:2]
+    with pytest.raises(ValueError, match="1 to 3 shots"):
+        load_task("sst2", tmp_path, shots=4)
+
+
+def test_mrpcs_validation_rows_are_those_of_train_that_a_list_names(server, tmp_path, monkeypatch):
+    head = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    rows = [f'{i % 2}\t{i}\t{i + 10}\tone "{i}\ttwo {i}\r\n' for i in range(5)]
+    ids = b"1\t11\n3\t13\n4\t9\n"
+    contents = {"msr_paraphrase_train.txt": (head + "".join(rows)).encode(), "mrpc_dev_ids.tsv": ids}
+    official(monkeypatch, server, "mrpc", contents | {"msr_paraphrase_test.txt": (head + rows[1]).encode()})
+    task = load_task("mrpc", tmp_path)
+    assert [row["idx"] for row in task.train] == [0, 2, 4]
+    row = {"Quality": "1", "id1": "1", "id2": "11", "sentence1": 'one "1', "sentence2": "two 1", "label": 1}
+    assert task.validation[0] == {**row, "idx": 1}
+    assert [row["idx"] for row in task.validation] == [1, 3]
+    assert task.evaluation == ("test", [{**row, "idx": 0}])
+    assert task.checksums["dev.tsv"] == hashlib.sha256(ids).hexdigest()
+    assert set(task.checksums) == {"train.tsv", "dev.tsv", "test.tsv"}
+    (tmp_path / "mrpc" / "test.tsv").unlink()
+    assert load_task("mrpc", tmp_path).evaluation == ("validation", task.validation)
+
+
+def test_wscs_spans_are_fields_and_spelled_as_in_the_text(server, tmp_path, monkeypatch):
+    text = "The cat saw it ."
+    spans = [(0, "the cat"), (1, "Cat."), (1, "cat\nsaw"), (2, "cat"), (1, "X")]
+    rest = {"span2_text": "it", "span2_index": 3}
+    rows = [{"text": text, "target": {"span1_index": i, "span1_text": x, **rest}, "label": True} for i, x in spans]
+    official(monkeypatch, server, "wsc", {"WSC.zip": zipped({f"WSC/{x}.jsonl": lines(*rows) for x in SPLIT_NAMES})})
+    task = load_task("wsc", tmp_path)
+    assert [row["span1_text"] for row in task.train] == ["The cat", "cat", "cat saw", "cat", "X"]
+    assert task.train[0] == {"text": text, "span1_text": "The cat", "span1_index": 0, **rest, "label": 1, "idx": 0}
+    bad = [{**rows[0], "target": target} for target in (None, [1], {**rows[0]["target"], "span1_index": "0"}, {})]
+    (tmp_path / "wsc" / "val.jsonl").write_bytes(lines(*bad))
+    with pytest.raises(ValueError, match="'text' and 'target' are not as expected") as error:
+        load_task("wsc", tmp_path)
+    assert all(f"val.jsonl:{n}: " in str(error.value) for n in (1, 2, 3, 4))
+
+
+def test_storycloze_is_asked_for_and_read_from_the_two_files_that_come(tmp_path):
+    val, test = (f"cloze_test_{name}__spring2016 - cloze_test_ALL_{name}.csv" for name in ("val", "test"))
+    folder = tmp_path / "storycloze"
+    with pytest.raises(ValueError, match=r"https://cs\.rochester\.edu\S+: the authors give .*; or put ") as error:
+        load_task("storycloze", tmp_path)
+    assert str(error.value).endswith(f"put {val}, {test} into {folder} by hand")
+    head = "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
+    head += "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n"
+    folder.mkdir()
+    (folder / val).write_text(head + 'id,"One, two.",Two.,Three.,Four.,Good.,Bad.,1\n')
+    with pytest.raises(ValueError, match="by hand"):
+        load_task("storycloze", tmp_path)
+    (folder / test).write_text(head + "id,One.,Two.,Three.,Four.,Bad.,Good.,2\n")
+    task = load_task("storycloze", tmp_path)
+    assert task.evaluation == ("test", task.test)
+    sentences = {f"input_sentence_{i}": f"{word}." for i, word in enumerate(("One, two", "Two", "Three", "Four"), 1)}
+    quiz = {"sentence_quiz1": "Good.", "sentence_quiz2": "Bad.", "answer_right_ending": "1"}
+    assert task.train == [{"story_id": "id", **sentences, **quiz, "label": 0, "idx": 0}]
+    (plain,) = (prompt for prompt in task.prompts if prompt.text.endswith("{input_sentence_4}"))
+    assert render(plain, task.test[0]) == ("One. Two. Three. Four.", ["Bad.", "Good."], 1)
+
+
+def test_raft_comes_from_the_hub_through_its_own_client(tmp_path, monkeypatch):
+    """In a child: huggingface_hub reads its environment when it is imported."""
+    train = "Tweet text,Label,ID\n" + "".join(f"t{i},{'no ' * (i % 2)}complaint,{i}\n" for i in range(50))
+    files = {"train.csv": train.encode(), "test_unlabeled.csv": b"Tweet text,ID\n,50\nx,51\n"}
+    prefix, asked = "/datasets/ought/raft/resolve/main/data/twitter_complaints/", []
+
+    def answer(self):
+        asked.append(self.path)
+        content = files.get(self.path.removeprefix(prefix))
+        self.send_response(404 if content is None else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0123456789" * 4)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET" and content:
+            self.wfile.write(content)
+
+    monkeypatch.setattr(Handler, "do_GET", answer)
+    monkeypatch.setattr(Handler, "do_HEAD", answer, raising=False)
+    code = (
+        "import sys; from minia3 import load_task; task = load_task('raft/twitter_complaints', sys.argv[1])\n"
+        "print(len(task.train), len(task.validation), task.test)"
+    )
+    env = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper() and not key.startswith("HF_")}
+    with Server() as hub:
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hub")}
+        run = [sys.executable, "-c", code, str(tmp_path / "data")]
+        done = [subprocess.run(run, capture_output=True, text=True, env=env, timeout=120, check=False) for _ in "12"]
+        hub.shutdown()
+        thread.join()
+    hidden = {"label": -1}
+    test = [{"Tweet text": "", "ID": "50", **hidden, "idx": 0}, {"Tweet text": "x", "ID": "51", **hidden, "idx": 1}]
+    assert [one.stdout for one in done] == [f"40 10 {test}\n"] * 2, done[0].stderr
+    folder = tmp_path / "data" / "raft" / "twitter_complaints"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert sum(path.startswith(prefix) for path in asked) == 4, "HEAD and GET of each file, and none the second time"
+
+
 # A known task's files
 
 
@@ -446,9 +739,7 @@ def test_an_unpacking_that_stops_halfway_is_taken_up_by_the_next_run(server, tmp
     ],
 )
 def test_a_bad_row_of_a_known_task_is_reported_like_any_other(tmp_path, monkeypatch, line, words):
-    monkeypatch.setitem(
-        TASKS, "served", Spec((Prompt("{text}?", ("No", "Yes")),), Archive("", 0, "", {}), ("no", "yes"))
-    )
+    monkeypatch.setitem(TASKS, "served", Spec((Prompt("{text}?", ("No", "Yes")),), [Source("", PARTS)], ("no", "yes")))
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "train.jsonl").write_bytes(lines({"text": "a", "label": "no"}, line))
     (tmp_path / "served" / "val.jsonl").write_bytes(lines({"text": "a", "label": "no"}))
@@ -460,7 +751,7 @@ def test_labels_may_be_texts_numbers_and_truth_values(tmp_path, monkeypatch):
     prompt = (Prompt("{text}?", ("a", "b")),)
     (tmp_path / "served").mkdir()
     for labels, in_file in {("false", "true"): [False, "true", "False", True], ("0", "1"): [0, "1", "0", 1]}.items():
-        monkeypatch.setitem(TASKS, "served", Spec(prompt, Archive("", 0, "", {}), labels))
+        monkeypatch.setitem(TASKS, "served", Spec(prompt, [Source("", PARTS)], labels))
         rows = lines(*({"text": "a", "label": label} for label in in_file))
         for name in ("train", "val", "test"):
             (tmp_path / "served" / f"{name}.jsonl").write_bytes(rows)

@@ -37,7 +37,7 @@ from minia3 import adapters, data, files, gguf_file, load, runs
 from minia3.llama import Llama, LlamaConfig
 from minia3.prompts import Prompt
 from minia3.t5 import T5, T5Config
-from minia3.tasks import TASKS, Archive, Spec
+from minia3.tasks import TASKS, Source, Spec
 from minia3.tokenizer import Tokenizer
 
 resource = pytest.importorskip("resource", reason="memory is limited by a means that Windows lacks")
@@ -545,7 +545,7 @@ def read_gguf(folder):
 
     peer = gguf.GGUFReader(path)
     theirs = {tensor.name: tensor for tensor in peer.tensors}
-    ours, config = gguf_file.tensors(path), model.config
+    ours, config = gguf_file.read(path)[1], model.config
     assert len(theirs) == len(peer.tensors)
     assert len(ours) == len(theirs) - ("rope_freqs.weight" in theirs)
     for name, tensor in theirs.items():
@@ -667,7 +667,7 @@ def honest_csv(content):
     return rows
 
 
-MEMBERS = {name: f"T/{name}.jsonl" for name in ("train", "val", "test")}
+MEMBERS = {f"{name}.jsonl": f"T/{name}.jsonl" for name in ("train", "val", "test")}
 
 
 def make_zip(folder):
@@ -681,12 +681,12 @@ def read_zip(folder):
     """As if the table's checksum were that of the file: a zip is no safer for being the right one."""
     path, out = folder / "T.zip", folder / "data"
     content = path.read_bytes() if path.is_file() else b""
-    archive = Archive(path.as_uri(), len(content), sha256(content).hexdigest(), MEMBERS)
-    TASKS["fuzzed"] = Spec((Prompt("{text}?", ("No", "Yes")),), archive, ("0", "1"))
+    source = Source(path.as_uri(), MEMBERS, len(content), sha256(content).hexdigest())
+    TASKS["fuzzed"] = Spec((Prompt("{text}?", ("No", "Yes")),), [source], ("0", "1"))
     try:
         task = data.load_task("fuzzed", out)
         with zipfile.ZipFile(path) as archive:
-            for name, rows in (("train", task.train), ("val", task.validation)):
+            for name, rows in (("train.jsonl", task.train), ("val.jsonl", task.validation)):
                 texts = [json.loads(line)["text"] for line in archive.read(MEMBERS[name]).splitlines() if line.strip()]
                 assert [row["text"] for row in rows] == texts
     finally:

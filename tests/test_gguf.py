@@ -19,7 +19,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minia3 import gguf_file
+import minia3
+from minia3 import gguf_file, load
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: pip install 'minia3[gguf]'")
 KINDS = gguf.GGMLQuantizationType
@@ -112,7 +113,7 @@ def write(path, tensors, changes=None, arch="llama", **options):
 
 
 def read_all(path):
-    return {name: entry.read() for name, entry in gguf_file.tensors(path).items()}
+    return {name: entry.read() for name, entry in load.read(path)[1].items()}
 
 
 def fault(function, path):
@@ -139,7 +140,7 @@ def small(tmp_path):
 def test_a_float32_file_gives_the_hugging_face_tensors_bit_for_bit(tmp_path, tied):
     expected = hf_tensors(make_model(tied))
     path = write(tmp_path / "a.gguf", gguf_tensors(expected))
-    entries = gguf_file.tensors(path)
+    entries = load.read(path)[1]
     assert entries.keys() == expected.keys()
     for name, entry in entries.items():
         assert (entry.shape, entry.dtype) == (expected[name].shape, torch.float32)
@@ -150,7 +151,7 @@ def test_a_float32_file_gives_the_hugging_face_tensors_bit_for_bit(tmp_path, tie
 def test_config_and_tensors_make_the_model_that_the_file_was_made_from(tmp_path, tied):
     model = make_model(tied)
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(model)))
-    again = transformers.LlamaForCausalLM(transformers.LlamaConfig(**gguf_file.config(path))).eval()
+    again = transformers.LlamaForCausalLM(transformers.LlamaConfig(**gguf_file.read(path)[0])).eval()
     missing, left_over = again.load_state_dict(read_all(path), strict=False)
     assert (set(missing), left_over) == ({"lm_head.weight"} if tied else set(), [])
     again.tie_weights()
@@ -177,7 +178,7 @@ def test_rows_of_q_and_k_come_back_for_any_number_of_heads(tmp_path_factory, lay
     }
     sizes = {
         "llama.embedding_length": d_model,
-        "llama.block_count": 1,
+        "llama.block_count": layer + 1,
         "llama.attention.head_count": n_heads,
         "llama.attention.head_count_kv": n_kv_heads,
         "llama.attention.key_length": d_head,
@@ -185,9 +186,11 @@ def test_rows_of_q_and_k_come_back_for_any_number_of_heads(tmp_path_factory, lay
         "llama.rope.dimension_count": d_head,
     }
     path = tmp_path_factory.mktemp("heads") / "a.gguf"
-    write(path, gguf_tensors(tensors, n_heads=n_heads, n_kv_heads=n_kv_heads), sizes)
-    for name, x in read_all(path).items():
-        assert torch.equal(x, torch.from_numpy(tensors[name]))
+    others = {f"blk.{i}.x": (np.ones(1, np.float32), F32) for i in range(layer)}
+    write(path, gguf_tensors(tensors, n_heads=n_heads, n_kv_heads=n_kv_heads) | others, sizes)
+    read = read_all(path)
+    for name, x in tensors.items():
+        assert torch.equal(read[name], torch.from_numpy(x))
 
 
 def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_path):
@@ -220,7 +223,7 @@ def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_
 def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
     expected = hf_tensors(make_model())
     path = write(tmp_path / "a.gguf", gguf_tensors(expected, kind))
-    entries = gguf_file.tensors(path)
+    entries = load.read(path)[1]
     for name, x in expected.items():
         wanted = torch.from_numpy(x).to(dtype if x.ndim > 1 else torch.float32)
         assert entries[name].dtype == wanted.dtype
@@ -242,9 +245,9 @@ def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(
     try:
         expected = {name: gguf.quants.dequantize(raw, kind) for name, raw in expected.items()}
     except NotImplementedError:
-        assert kind.name in fault(gguf_file.tensors, path)
+        assert kind.name in fault(gguf_file.read, path)
         return
-    entries = gguf_file.tensors(path)
+    entries = load.read(path)[1]
     for name, x in expected.items():
         assert (entries[name].shape, entries[name].dtype) == (x.shape, torch.float32)
         assert torch.equal(entries[name].read(), torch.from_numpy(x))
@@ -254,13 +257,13 @@ def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(
 def test_numbers_that_are_no_weights_are_refused_by_name_before_anything_is_read(tmp_path, kind):
     x = np.ones((300, 256), np.float64 if kind == KINDS.F64 else np.int32)
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | {"token_embd.weight": (x, kind)})
-    assert kind.name in fault(gguf_file.tensors, path)
+    assert kind.name in fault(gguf_file.read, path)
 
 
 def test_a_tensor_that_the_table_lacks_keeps_its_name(tmp_path):
     extra = {name: (np.ones(4, np.float32), F32) for name in ("blk.0.attn_q.bias", "rope_{}_long.weight", "blk.1.x")}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | extra)
-    assert gguf_file.tensors(path).keys() == hf_tensors(make_model()).keys() | extra.keys()
+    assert gguf_file.read(path)[1].keys() == hf_tensors(make_model()).keys() | extra.keys()
 
 
 def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(tmp_path):
@@ -269,7 +272,7 @@ def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(t
     big = {name: (gguf.quants.quantize(x, kind), kind) for name, kind in (("big.f32", F32), ("big.q8", Q8_0))}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | big)
     before = path.read_bytes()
-    entries = gguf_file.tensors(path)
+    entries = load.read(path)[1]
     for name in big:
         tracemalloc.start()
         read = entries[name].read()
@@ -309,7 +312,7 @@ def test_an_array_may_be_empty(tmp_path):
 
 
 def test_config_says_what_config_json_would(small):
-    assert gguf_file.config(small) == {
+    assert gguf_file.read(small)[0] == {
         "model_type": "llama",
         "hidden_size": 256,
         "intermediate_size": 32,
@@ -347,7 +350,7 @@ def test_config_says_what_config_json_would(small):
 )  # fmt: skip
 def test_config_of_other_keys(tmp_path, changes, expected):
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model(tied=True))), changes)
-    found = gguf_file.config(path)
+    found = gguf_file.read(path)[0]
     assert {key: found[key] for key in expected} == expected
     assert found["tie_word_embeddings"] is True
 
@@ -355,15 +358,15 @@ def test_config_of_other_keys(tmp_path, changes, expected):
 def test_llama3_scaling_comes_as_factors_and_is_no_tensor(tmp_path):
     factors = {"rope_freqs.weight": (np.array([1, 2.5, 8], np.float32), F32)}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | factors)
-    assert gguf_file.config(path)["rope_factors"] == [1.0, 2.5, 8.0]
-    assert gguf_file.tensors(path).keys() == hf_tensors(make_model()).keys()
+    assert gguf_file.read(path)[0]["rope_factors"] == (1.0, 2.5, 8.0)
+    assert gguf_file.read(path)[1].keys() == hf_tensors(make_model()).keys()
 
 
 @pytest.mark.parametrize("factors", [[1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, 2, math.inf]])
 def test_factors_that_cannot_be_are_refused(tmp_path, factors):
     stored = {"rope_freqs.weight": (np.array(factors, np.float32), F32)}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | stored)
-    assert "rope_freqs.weight" in fault(gguf_file.config, path)
+    assert "rope_freqs.weight" in fault(gguf_file.read, path)
 
 
 @pytest.mark.parametrize(
@@ -391,24 +394,23 @@ def test_factors_that_cannot_be_are_refused(tmp_path, factors):
 )
 def test_config_names_all_that_is_missing_or_not_supported(tmp_path, changes, words):
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())), changes)
-    message = fault(gguf_file.config, path)
+    message = fault(gguf_file.read, path)
     assert [word for word in words if word not in message] == []
     assert len(message) < 600
-    assert fault(gguf_file.tensors, path) == message
 
 
 def test_other_architectures_and_files_without_an_embedding_are_refused(tmp_path):
     stored = gguf_tensors(hf_tensors(make_model()))
-    assert "'qwen2'" in fault(gguf_file.config, write(tmp_path / "a.gguf", stored, arch="qwen2"))
+    assert "'qwen2'" in fault(gguf_file.read, write(tmp_path / "a.gguf", stored, arch="qwen2"))
     stored.pop("token_embd.weight")
-    assert "token_embd.weight" in fault(gguf_file.config, write(tmp_path / "b.gguf", stored))
+    assert "token_embd.weight" in fault(gguf_file.read, write(tmp_path / "b.gguf", stored))
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
     stored = gguf_tensors(hf_tensors(make_model())) | {f"blk.1.attn_{name}.weight": (np.ones((8, 256), "f4"), F32)}
-    message = fault(gguf_file.tensors, write(tmp_path / "a.gguf", stored))
-    assert f"blk.1.attn_{name}.weight has shape (8, 256)" in message
+    message = fault(minia3.load_model, write(tmp_path / "a.gguf", stored))
+    assert f"1 tensors do not fit the config: model.layers.1.self_attn.{name}_proj.weight has shape (8, 256)" in message
 
 
 # What is no GGUF file, or a damaged one
@@ -439,7 +441,7 @@ def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
         (b"GGUF" + struct.pack("<IQQQcIQIQ", 3, 1, 0, 1, b"t", 1, 4, 99, 0), "99"),
     ],
 )
-@pytest.mark.parametrize("function", [gguf_file.metadata, gguf_file.config, gguf_file.tensors])
+@pytest.mark.parametrize("function", [gguf_file.metadata, gguf_file.read])
 def test_what_is_no_gguf_file_is_said_in_one_line(tmp_path, function, content, words):
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
@@ -447,17 +449,17 @@ def test_what_is_no_gguf_file_is_said_in_one_line(tmp_path, function, content, w
 
 
 def test_a_folder_a_missing_file_and_big_endian_are_refused(tmp_path):
-    assert "directory" in fault(gguf_file.config, tmp_path)
-    assert "not found" in fault(gguf_file.config, tmp_path / "none.gguf")
+    assert "directory" in fault(gguf_file.read, tmp_path)
+    assert "not found" in fault(gguf_file.read, tmp_path / "none.gguf")
     stored = gguf_tensors(hf_tensors(make_model()))
     path = write(tmp_path / "a.gguf", stored, endianess=gguf.GGUFEndian.BIG)
-    assert "big-endian" in fault(gguf_file.config, path)
+    assert "big-endian" in fault(gguf_file.read, path)
 
 
 def test_a_tensor_that_is_there_twice_is_refused(tmp_path, small):
     path = tmp_path / "twice.gguf"
     path.write_bytes(small.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
-    assert "twice" in fault(gguf_file.tensors, path)
+    assert "twice" in fault(gguf_file.read, path)
 
 
 def test_a_file_that_is_cut_anywhere_is_refused_before_reading(tmp_path, small):
@@ -465,7 +467,7 @@ def test_a_file_that_is_cut_anywhere_is_refused_before_reading(tmp_path, small):
     end = max(t.data_offset + t.n_bytes for t in gguf.GGUFReader(small).tensors)
     for size in [*range(1, end, 997), *range(1, 2000, 7), end - 1]:
         path.write_bytes(whole[:size])
-        assert "cut short" in fault(gguf_file.config, path)
+        assert "cut short" in fault(gguf_file.read, path)
     path.write_bytes(whole[:end])
     assert read_all(path).keys() == read_all(small).keys()
 
@@ -489,7 +491,7 @@ def test_mutated_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_p
         path.write_bytes(mutated)
         try:
             gguf_file.metadata(path)
-            read_all(path)
+            minia3.load_model(path)
         except ValueError as error:
             faults.append(str(error))
     assert tracemalloc.get_traced_memory()[1] < 50e6
@@ -504,7 +506,7 @@ def test_mutated_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_p
 
 def test_without_the_package_gguf_one_line_says_how_to_get_it(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    for function in (gguf_file.metadata, gguf_file.config, gguf_file.tensors):
+    for function in (gguf_file.metadata, gguf_file.read):
         assert "pip install 'minia3[gguf]'" in fault(function, small)
 
 
@@ -522,11 +524,11 @@ def test_smollm2_is_what_transformers_makes_of_the_same_file():
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     expected = {name: x for name, x in theirs.state_dict().items() if name != "lm_head.weight"}
-    entries = gguf_file.tensors(folder / file)
+    entries = load.read(folder / file)[1]
     assert len(entries) == 272
     assert entries.keys() == expected.keys()
     for name, entry in entries.items():
         assert torch.equal(entry.read().view(torch.int32), expected[name].view(torch.int32))
-    ours, config = gguf_file.config(folder / file), theirs.config
+    ours, config = gguf_file.read(folder / file)[0], theirs.config
     assert ours.pop("rope_theta") == config.rope_parameters["rope_theta"] == 100000.0
     assert ours == {key: getattr(config, key) for key in ours}

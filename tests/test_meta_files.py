@@ -104,7 +104,7 @@ def test_bfloat16_comes_through_bit_for_bit(tmp_path):
 
 
 def test_one_tensor_is_joined_when_it_is_read_and_no_other(tmp_path, monkeypatch):
-    entries = meta_files.tensors(take_apart(make(), tmp_path, 4))
+    entries = meta_files.read(take_apart(make(), tmp_path, 4))[1]
     assert len(entries) == 2 * 9 + 3
     assert {entry.shape for entry in entries.values()} == {(64, 32), (32, 32), (40, 32), (32, 40), (32,)}
     joined, cat = [], torch.cat
@@ -200,10 +200,11 @@ def test_a_missing_shard_is_told(tmp_path):
         (1, rows),
         (3, rows.replace("3", "2", 1).replace("24", "16")),
         (2, rows.replace("3", "1", 1).replace("24", "8").replace("dim=12", "dim=32")),
-        (0, "params.json, but no consolidated.00.pth"),
     ):
         (tmp_path / f"consolidated.{number:02d}.pth").unlink()
         assert refusal(tmp_path).startswith(f"{tmp_path}: {message}")
+    (tmp_path / "consolidated.00.pth").unlink()
+    assert refusal(tmp_path) == f"{tmp_path / 'consolidated.00.pth'}: not found"
 
 
 def change(path, act):

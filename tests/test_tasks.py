@@ -1,26 +1,26 @@
 """Guards the table of tasks and the words of their prompts: what every row must hold, how a row of data is rendered,
 and that cutting an input takes words from the middle of the row's own texts and never one of the prompt's."""
 
+import json
+import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from string import Formatter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minia3 import tasks
 from minia3.prompts import OWN, Prompt, fit, for_family, render
-from minia3.tasks import TASKS, Task
+from minia3.tasks import TASKS, Source, Spec, Task, read_table
 
-ROWS = {
-    "rte": {"premise": "It rains {0}.", "hypothesis": "It is wet.", "label": 1, "idx": 7},
-    "cb": {"premise": "A: Is it so? B: I think so.", "hypothesis": "it is so", "label": 2, "idx": 7},
-    "copa": {
-        **{"premise": "I fell.", "choice1": "I was ill.", "choice2": "I sang. ", "question": "cause"},
-        **{"label": 0, "idx": 7},
-    },
+COPA = {
+    **{"premise": "I fell.", "choice1": "I was ill.", "choice2": "I sang. ", "question": "cause"},
+    **{"label": 0, "idx": 7},
 }
 PROMPTS = [pytest.param(task, p, id=f"{task}-{n}") for task, row in TASKS.items() for n, p in enumerate(row.prompts)]
 
@@ -31,39 +31,203 @@ def n_words(text):
 
 # The table
 
+T_FEW = {  # task -> its shots, and the splits of its files
+    **dict.fromkeys(("rte", "cb", "copa", "wic", "wsc", "boolq"), (32, {"train", "val", "test"})),
+    **dict.fromkeys(("anli-r1", "anli-r2", "anli-r3", "winogrande"), (50, {"train", "dev", "test"})),
+    "hellaswag": (20, {"train", "val", "test"}),
+    "storycloze": (70, {f"cloze_test_{x}__spring2016 - cloze_test_ALL_{x}" for x in ("val", "test")}),
+    "sst2": (16, {"train", "dev", "test"}),
+    "mrpc": (32, {"train", "dev", "test"}),
+}
+RAFT = {
+    *("ade_corpus_v2", "banking_77", "neurips_impact_statement_risks", "one_stop_english", "overruling"),
+    *("semiconductor_org_types", "systematic_review_inclusion", "tai_safety_research", "terms_of_service"),
+    *("tweet_eval_hate", "twitter_complaints"),
+}
+LABELS = {
+    "rte": ["entailment", "not_entailment"],
+    "cb": ["entailment", "contradiction", "neutral"],
+    **{name: ["e", "n", "c"] for name in ("anli-r1", "anli-r2", "anli-r3")},
+    **{name: ["false", "true"] for name in ("wic", "wsc", "boolq")},
+    **{name: ["0", "1"] for name in ("copa", "sst2", "mrpc")},
+    **{name: ["1", "2"] for name in ("winogrande", "storycloze")},
+    "hellaswag": ["0", "1", "2", "3"],
+}
+KNOWN = [name for name, row in TASKS.items() if row.sources]
+TABLE = Path(tasks.__file__).with_name("tasks.json")
+
+
+class Named(dict):
+    """A row that has whatever field is asked for: its own name, or of `endings` four."""
+
+    def __missing__(self, name):
+        return [f"<{name} {i}>" for i in range(4)] if name == "endings" else f"<{name}>"
+
+    def __or__(self, other):
+        return Named({**self, **other})
+
+
+def fields(*texts):
+    return {name.partition("[")[0] for text in texts for _, name, _, _ in Formatter().parse(text) if name}
+
+
+def test_the_table_has_all_tasks_of_t_few_and_raft_and_their_shots():
+    assert set(TASKS) == {*T_FEW, *(f"raft/{name}" for name in RAFT), "same-colour"}
+    for name, (shots, files) in T_FEW.items():
+        assert TASKS[name].shots == shots
+        assert {Path(file).stem for source in TASKS[name].sources for file in source.files} == files
+        assert TASKS[name].metric == "accuracy"
+        assert TASKS[name].labels == LABELS[name]
+    assert [name for name, row in TASKS.items() if row.per_class] == ["sst2"]
+    for name in RAFT:
+        row = TASKS[f"raft/{name}"]
+        assert (row.shots, row.metric, row.label) == (50, "macro_f1", "Label")
+        files = {file: f"data/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv")}
+        assert row.sources == [Source("https://huggingface.co/datasets/ought/raft", files)]
+
+
+@pytest.mark.skipif("MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real data sets")
+@pytest.mark.parametrize("name", sorted(RAFT))
+def test_raft_has_the_labels_of_its_own_files_in_their_order_and_spelling(name):
+    file = Path(os.environ["MINIA3_TEST_DATA"], "data", "raft", name, "task.json")
+    assert TASKS[f"raft/{name}"].labels == json.loads(file.read_text("utf-8"))["label_columns"]["Label"]
+
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_row_says_where_its_files_are_and_what_they_must_be(name):
     row = TASKS[name]
-    assert (row.archive is None) == bool(row.shipped) == (not row.labels)
-    if row.archive:
-        assert re.fullmatch(r"https://\S+\.zip", row.archive.address)
-        assert re.fullmatch(r"[0-9a-f]{64}", row.archive.sha256)
-        assert row.archive.size > 0
-        assert {"train", "val"} <= set(row.archive.members) <= {"train", "val", "test"}
-        assert len(set(row.archive.members.values())) == len(row.archive.members)
-        assert all(label == label.lower() for label in row.labels), "labels are compared in lower case"
+    assert (not row.sources) == bool(row.shipped) == (not row.labels)
+    assert len({label.lower() for label in row.labels}) == len(row.labels), "they are compared in lower case"
+    files = [file for source in row.sources for file in source.files]
+    assert len(set(files)) == len(files)
+    assert len({Path(file).suffix for file in files}) == bool(files)
+    for source in row.sources:
+        assert source.address.startswith("https://")
+        on_request = name == "storycloze" or name.startswith("raft/")
+        assert re.fullmatch("" if on_request else r"[0-9a-f]{64}", source.sha256)
+        assert (source.bytes == 0) == on_request
+        members = list(source.files.values())
+        if source.address.endswith(".zip"):
+            assert len(set(members)) == len(members) == 3
+        elif not source.address.startswith(tasks.HUB):
+            assert members == [""] * len(members)
 
 
-@pytest.mark.parametrize("name", [name for name, row in TASKS.items() if row.archive])
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_task_has_five_different_prompts_for_every_model(name):
     prompts = for_family(TASKS[name].prompts, None)
     assert len({prompt.text for prompt in prompts}) == len(prompts) >= 5
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_answers_are_of_several_kinds_and_of_banking_77_of_its_many(name):
+    n_kinds = len({prompt.choices for prompt in for_family(TASKS[name].prompts, None)})
+    row_has_choices = name in ("hellaswag", "storycloze", "winogrande", "copa")
+    assert n_kinds >= (1 if row_has_choices or name in ("raft/banking_77", "raft/semiconductor_org_types") else 2)
+
+
 @pytest.mark.parametrize("prompt", [param.values[1] for param in PROMPTS])
 def test_no_prompt_ends_in_white_space_and_no_choice_has_any_around_it(prompt):
-    assert prompt.text == prompt.text.rstrip()
+    assert prompt.text == prompt.text.strip()
+    assert "  " not in prompt.text
     for choice in prompt.choices or ():
         assert choice == choice.strip() != ""
 
 
-@pytest.mark.parametrize(("task", "prompt"), [p for p in PROMPTS if p.values[0] in ROWS])
-def test_a_prompt_uses_only_fields_of_its_task_and_has_a_different_choice_for_each_label(task, prompt):
-    rendered = render(prompt, ROWS[task])
-    assert len(set(rendered.choices)) == len(rendered.choices) == len(TASKS[task].labels)
-    assert "premise" in {name for _, name, _, _ in Formatter().parse(prompt.text)}
-    assert ROWS[task]["premise"] in rendered.input
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_prompt_renders_has_a_different_choice_for_each_label_and_asks_about_what_its_task_is_about(name):
+    """check_row renders the first prompt to see whether a row has its fields: it has all that any prompt has."""
+    first = TASKS[name].prompts[0]
+    all_fields = fields(first.text, *first.choices)
+    main = {"rte": {"premise", "hypothesis"}, "cb": {"premise", "hypothesis"}, "copa": {"premise", "question"}}
+    main |= {"wic": {"word", "sentence1", "sentence2"}, "wsc": {"text", "span1_text", "span2_text"}}
+    main |= {"hellaswag": {"ctx", "endings"}, "winogrande": {"sentence", "option1", "option2"}}
+    main |= {"storycloze": {*(f"input_sentence_{i}" for i in (1, 2, 3, 4)), "sentence_quiz1", "sentence_quiz2"}}
+    main |= {"boolq": {"passage", "question"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"}}
+    main |= {name: {"premise", "hypothesis"} for name in ("anli-r1", "anli-r2", "anli-r3")}
+    for prompt in TASKS[name].prompts:
+        row = Named(label=0, question="cause") if prompt.words else Named(label=0)
+        rendered = render(prompt, row)
+        assert len(set(rendered.choices)) == len(rendered.choices) == len(TASKS[name].labels)
+        used = fields(prompt.text, *prompt.choices)
+        assert main.get(name, set()) <= used <= all_fields
+        assert used
+        for field in fields(prompt.text) - {"question"}:
+            assert f"<{field}>" in rendered.input
+
+
+def test_yes_is_the_answer_of_the_label_that_says_yes():
+    """Yes, True and their like stand for the same label in every prompt of a task, and No and its like never do."""
+    good, bad = {"yes", "true", "right", "the same"}, {"no", "false", "wrong", "different"}
+    yes = {"boolq": 1, "wic": 1, "wsc": 1, "mrpc": 1, "sst2": 1, "rte": 0, "cb": 0}
+    yes |= dict.fromkeys(("anli-r1", "anli-r2", "anli-r3"), 0)
+    labels = {"overruling": 1, "terms_of_service": 1, "neurips_impact_statement_risks": 1} | {
+        **dict.fromkeys(("ade_corpus_v2", "systematic_review_inclusion", "tai_safety_research"), 0),
+        **dict.fromkeys(("tweet_eval_hate", "twitter_complaints"), 0),
+    }
+    yes |= {f"raft/{name}": label for name, label in labels.items()}
+    seen = 0
+    for name, label in yes.items():
+        for prompt in TASKS[name].prompts:
+            for i, choice in enumerate(prompt.choices):
+                if choice.lower() in good | bad:
+                    assert (choice.lower() in good) == (i == label), (name, prompt)
+                    seen += 1
+    assert seen > 100
+
+
+def test_the_words_of_a_prompt_and_its_answers_are_the_same_words():
+    """A prompt that names the answers ("Yes or No?", "1 or 2") has these and no others."""
+    for name in KNOWN:
+        for prompt in TASKS[name].prompts:
+            for pair in (("Yes", "No"), ("True", "False"), ("yes", "no")):
+                if re.search(rf"\b{pair[0]}(, {pair[1]}\b|,? or {pair[1]}\b)", prompt.text):
+                    assert set(pair) <= set(prompt.choices), prompt
+
+
+def test_the_table_is_sorted_and_has_each_prompt_on_a_line_of_its_own():
+    def unique(pairs):
+        assert len(dict(pairs)) == len(pairs), "no key twice"
+        return dict(pairs)
+
+    text = TABLE.read_text("utf-8")
+    table = json.loads(text, object_pairs_hook=unique)
+    assert list(table) == sorted(table)
+    lines = {line.strip().removesuffix(",") for line in text.splitlines()}
+    for row in table.values():
+        assert {json.dumps(prompt, ensure_ascii=False) for prompt in row.get("prompts", ())} <= lines
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"promts": []}, "rte: .*unexpected keyword argument 'promts'"),
+        ({"prompts": [{"text": "a", "choice": ["b", "c"]}]}, "rte: .*unexpected keyword argument 'choice'"),
+        ({"sources": [{"address": "a", "files": {}, "sha": ""}]}, "rte: .*unexpected keyword argument 'sha'"),
+        ({"like": "rtee"}, "rte: 'rtee'"),
+    ],
+)
+def test_a_key_that_no_task_has_is_an_error(tmp_path, change, words):
+    row = {"sources": [], "labels": ["x", "y"], "prompts": [{"text": "{a}"}]}
+    (tmp_path / "t.json").write_text(json.dumps({"cb": row, "rte": {**row, **change}}))
+    with pytest.raises(ValueError, match=rf"t\.json: {words}"):
+        read_table(tmp_path / "t.json")
+
+
+def test_a_row_that_is_like_another_says_only_what_differs_and_choices_of_the_task_are_those_of_its_prompts(tmp_path):
+    one = {"labels": ["x", "y"], "metric": "m", "prompts": [{"text": "{a}"}, {"text": "b", "choices": ["c", "d"]}]}
+    (tmp_path / "t.json").write_text(json.dumps({"a": {"like": "b", "choices": ["z", "{w}"]}, "b": one}))
+    table = read_table(tmp_path / "t.json")
+    assert table["b"] == Spec((Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d"))), [], ["x", "y"], metric="m")
+    assert table["a"] == table["b"]._replace(prompts=(Prompt("{a}", ("z", "{w}")), table["b"].prompts[1]))
+
+
+def test_the_table_is_read_when_it_is_first_asked_for_and_only_once():
+    code = (
+        "from pathlib import Path; from minia3 import data, tasks; assert 'TASKS' not in vars(tasks)\n"
+        "first = tasks.TASKS; Path.read_text = None; assert tasks.TASKS is first and 'rte' in first"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_answers_are_of_several_kinds():
@@ -89,9 +253,12 @@ def test_only_t5_v1_0_gets_the_form_that_it_was_trained_on():
     assert for_family(TASKS["cb"].prompts, "t5-v1.0") == TASKS["cb"].prompts
 
 
-@pytest.mark.parametrize("name", ["rte", "cb", "copa"])
-def test_t5_v1_0_and_flan_t5_have_seen_superglue_and_t5_v1_1_and_t0_have_not(name):
-    assert set(TASKS[name].seen) == {"t5-v1.0", "flan-t5"}
+def test_the_families_that_saw_a_task_are_named():
+    superglue = ("rte", "cb", "copa", "boolq", "wic", "wsc")
+    assert all(set(TASKS[name].seen) == {"t5-v1.0", "flan-t5"} for name in superglue), "not T5 v1.1, not T0"
+    assert all(set(TASKS[name].seen) == {"t5-v1.0", "flan-t5", "t0"} for name in ("sst2", "mrpc"))
+    others = ("anli-r1", "anli-r2", "anli-r3", "hellaswag", "winogrande", "storycloze")
+    assert all(TASKS[name].seen == ["flan-t5"] for name in others)
 
 
 def test_known_families_are_those_of_the_table_of_models():
@@ -119,7 +286,7 @@ def test_the_tables_do_not_import_torch():
 
 
 def test_copas_question_is_put_into_the_words_of_the_prompt():
-    cause, effect = ({**ROWS["copa"], "question": question} for question in ("cause", "effect"))
+    cause, effect = ({**COPA, "question": question} for question in ("cause", "effect"))
     prompt = Prompt(
         "{premise} {question}:", ("{choice1}", "{choice2}"), {"question": {"cause": "because", "effect": "so"}}
     )
