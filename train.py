@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import minia3
 from minia3 import flags, runs
-from minia3.blocks import Attention
+from minia3.backward import checkpointed
+from minia3.blocks import Attention, Block
 from minia3.card import card
 from minia3.data import collate, order
 from minia3.evaluate import encode_rows, evaluate
@@ -57,6 +58,8 @@ class Config:
     resume: str | None = flag(None, "go on with the run in this folder, by its config.json (default: a new run)")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)")
     dtype: str | None = flag(None, "float32 (default: on the CPU), bfloat16 (on CUDA), float64", one_of=tuple(DTYPES))
+    compile: bool = flag(False, "compile the blocks (torch.compile): minutes at first, then faster steps")
+    checkpoint: bool = flag(False, "keep the blocks' inputs alone for the backward: less memory, slower steps")
     deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
     # the recipe: T-Few's
     steps: int = flag(1000, "steps of the optimiser", at_least=1)
@@ -131,7 +134,7 @@ def run(config, folder, saved, signals):
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
     minia3.freeze(model)
-    set_dropout(model, config.dropout)
+    prepare(model, config)
     if config.adapter is not None:
         with warnings.catch_warnings(record=True) as warned:
             minia3.load_adapter(model, config.adapter)
@@ -182,22 +185,12 @@ def run(config, folder, saved, signals):
         after = measure(rows)
         print(f"after    {describe(task.metric, after)}")
 
-    final = {
-        "model": config.model,
-        "task": task.name,
-        "method": config.method,
-        "metric": task.metric,
-        "split": split,
-        "rows": len(rows),
-        "rows_cut": before["n_cut"],
-        **{f"{name}_before": before[name] for name in ("accuracy", "auc")},
-        **{name: after[name] for name in ("accuracy", "auc")},
-        "trainable": trainable if trains else 0,
-        "total": total,
-        "steps": saved["step"],
-        "seconds": round(saved["seconds"], 3),
-        "peak_memory_bytes": runs.peak_memory(device),
-    }
+    final = {name: getattr(config, name) for name in ("model", "task", "method")}
+    final |= {"metric": task.metric, "split": split, "rows": len(rows), "rows_cut": before["n_cut"]}
+    final |= {f"{name}_before": before[name] for name in ("accuracy", "auc")}
+    final |= {name: after[name] for name in ("accuracy", "auc")}
+    final |= {"trainable": trainable if trains else 0, "total": total, "steps": saved["step"]}
+    final |= {"seconds": round(saved["seconds"], 3), "peak_memory_bytes": runs.peak_memory(device)}
     if trains:
         about = {"data": task.checksums, "architecture": type(model).__name__}
         minia3.save_adapter(model, folder / "adapter", card=card(config, final | about))
@@ -334,12 +327,19 @@ def set_values(vectors, saved):
         vector.data.copy_(saved[name])
 
 
-def set_dropout(model, p):
-    for module in model.modules() if p is not None else ():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = p
-        elif isinstance(module, Attention):
-            module.dropout = p
+def prepare(model, config):
+    """How the model's modules are to train, as the flags say."""
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64  # graphs of a block: first or last, padded or not, training or not
+    for module in model.modules():
+        if config.dropout is not None and isinstance(module, torch.nn.Dropout):
+            module.p = config.dropout
+        elif config.dropout is not None and isinstance(module, Attention):
+            module.dropout = config.dropout
+        if config.checkpoint and isinstance(module, Block):
+            module.forward = checkpointed(module.forward)
+        if config.compile and isinstance(module, Block):
+            module.compile(dynamic=True)
 
 
 def describe(metric, result):

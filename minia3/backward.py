@@ -1,9 +1,12 @@
-"""Chapter 2, beside the blocks: two functions that compute what a plain line computes, and keep less for the backward.
+"""Chapter 2, beside the blocks: functions that compute what plain lines compute, and keep less for the backward.
 
 Shapes: B batch, L length, D model.
 """
 
+from dataclasses import replace
+
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed(torch.autograd.Function):
@@ -49,3 +52,23 @@ class RMSNormed(torch.autograd.Function):
         grad_x_BLD = ((weighted_BLD - unit_BLD * along_BL1) * r_BL1).to(x_BLD.dtype)
         grad_weight_D = (grad_BLD * unit_BLD).sum_to_size(weight_D.shape) if ctx.needs_input_grad[1] else None
         return grad_x_BLD, grad_weight_D, None
+
+
+def checkpointed(forward):
+    """A block's `forward` that keeps its input, and what later steps ask of its cache: all else is computed again."""
+
+    def run(x_BLD, context, cache, asked=True):
+        if not torch.is_grad_enabled():
+            return forward(x_BLD, context, cache, asked)
+
+        before = replace(cache)  # what the second time begins with too
+
+        def once(x):
+            own = replace(before)
+            return forward(x, context, own, asked), own.kv
+
+        out_BLD, cache.kv = checkpoint(once, x_BLD, use_reentrant=False)
+        cache.length = cache.kv[0].shape[2]
+        return out_BLD
+
+    return run

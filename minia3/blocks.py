@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD, adapter_B):
         gate_BLF, up_BLF = self.gate(x_BLD), None if self.up is None else self.up(x_BLD)
-        if self.up is None:
+        if self.up is None or torch.compiler.is_compiling():  # the compiler sees by itself what need not be kept
             h_BLF = self.hidden(gate_BLF, up_BLF, adapter_B)
         else:  # the backward computes these products again: two tensors are kept for it in place of four
             h_BLF = Recomputed.apply(self.hidden, self.l_ff.scale, gate_BLF, up_BLF, adapter_B)

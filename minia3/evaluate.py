@@ -23,6 +23,7 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, max_length=512, max_new_
     metric "accuracy": the share of rows whose right choice has the highest mean log-probability per token; `auc`, where
     all rows have two choices and both labels occur, is the chance that a row of label 1 has a larger score difference
     between its second and its first choice than a row of label 0: it sees knowledge which a biased threshold hides.
+    metric "macro_f1": of the same choices, the F1 of each label, averaged.
     metric "exact_match": the share of rows whose generated text is the target, white space at the ends aside; no auc.
     """
     generated, auc, options = metric == "exact_match", None, {"adapter": adapter, "batch_size": batch_size}
@@ -30,15 +31,22 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, max_length=512, max_new_
     if generated:
         inputs = [text.input for text in rendered]
         texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, **options)
-        right = [text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)]
+        value = np.mean([text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)])
     else:
         scores_NC = score(model, examples, tokenizer.pad_id, **options).double().numpy()
         label_N = np.array([example.label for example in examples])
-        right = scores_NC.argmax(axis=1) == label_N
+        best_N = scores_NC.argmax(axis=1)
+        value = macro_f1(best_N, label_N) if metric == "macro_f1" else np.mean(best_N == label_N)
         if scores_NC.shape[1] == 2 and np.isfinite(scores_NC).all() and set(label_N) == {0, 1}:
             difference_N = scores_NC[:, 1] - scores_NC[:, 0]
             auc = area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
-    return {"accuracy": float(np.mean(right)), "auc": auc, "n": len(rows), "n_cut": n_cut}
+    return {"accuracy": float(value), "auc": auc, "n": len(rows), "n_cut": n_cut}
+
+
+def macro_f1(found_N, label_N):
+    """The mean, over the labels that are found or right, of 2 (found and right) / (found + right)."""
+    hits = [(found_N == label, label_N == label) for label in np.union1d(found_N, label_N)]
+    return np.mean([2 * (found & right).sum() / (found.sum() + right.sum()) for found, right in hits])
 
 
 def area_under_curve(positive, negative):

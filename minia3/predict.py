@@ -24,7 +24,8 @@ def read(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
             if isinstance(row, dict) and not spec.labels:  # own rows: what they should come to does not matter
                 row = row | {"label": None} | ({} if "choices" in row else {"target": "?"})
             row = data.check_row(row, spec, "test", n)
-            name = row["adapter"] = default if row.get("adapter") is None else row["adapter"]
+            name = row.get("adapter")
+            name = row["adapter"] = default if name is None or (spec.labels and name == "") else name
             if name is not None and not (isinstance(name, str) and name in adapters):
                 raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}"[:200])
             text, _ = fit(prompt, row, lambda text: len(tokenizer.encode(text)), max_length)

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from words import N_IDS, word_tokenizer
 
 import minia3
-from minia3.evaluate import area_under_curve, encode_rows, evaluate
+from minia3.evaluate import area_under_curve, encode_rows, evaluate, macro_f1
 from minia3.prompts import OWN, Prompt
 
 PROMPT = Prompt("w7 {input} w8", None)
@@ -139,3 +140,20 @@ def test_rows_are_encoded_with_their_own_prompt_and_targets_end_where_asked(ours
         tail = [1] if ours.t5 else []
         assert [e.source for e in examples] == [[7, 9, 8, *tail], [9, *tail]]
         assert [e.targets for e in examples] == [[[5, 6, *([1] if ours.t5 or end else [])]]] * 2
+
+
+def test_macro_f1_is_sklearn_s_definition_by_hand():
+    """2 (found and right) / (found + right) is 2/4, 0/1 and 4/5."""
+    found, right = np.array([0, 0, 2, 2, 1]), np.array([0, 2, 2, 2, 0])
+    expected = (2 * 1 / (2 + 2) + 2 * 0 / (1 + 0) + 2 * 2 / (2 + 3)) / 3
+    assert macro_f1(found, right) == pytest.approx(expected)
+    assert macro_f1(right, right) == 1.0
+
+
+def test_macro_f1_is_what_evaluate_reports_where_a_task_asks_for_it(ours, monkeypatch):
+    scores = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    monkeypatch.setattr("minia3.evaluate.score", lambda *args, **options: scores)
+    rows = [{"input": "w3", "choices": ["w4", "w5"], "label": label, "idx": 0} for label in (1, 0, 0, 1)]
+    found = evaluate(ours.model, ours.tokenizer, rows, OWN[0], metric="macro_f1")
+    assert found["accuracy"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2)) / 2)
+    assert evaluate(ours.model, ours.tokenizer, rows, OWN[0], metric="accuracy")["accuracy"] == 0.75

@@ -79,8 +79,8 @@ def t5_flops(read, written, d=24, inner=24, ff=40, layers=2, vocab=61):
 
 def llama_flops(read, written, d=24, inner=24, kv=12, ff=40, layers=2, vocab=61):
     layer, kv, q = 2 * d * inner + 2 * d * kv + 3 * d * ff, 2 * d * kv, d * inner
-    unasked = read * (layer - kv)  # of the source, nothing but the last layer's keys and values is used
-    return 2 * (layers * (read + written) * layer + written * d * vocab), 2 * ((read + written) * (kv + q) + unasked)
+    source = read * ((layers - 1) * layer + kv)  # of its last layer, nothing but keys and values is used
+    return 2 * (source + written * (layers * layer + d * vocab)), 2 * (read + written) * (kv + q)
 
 
 # A LLaMA's source is read up to its last token, which then asks for the first of the target.
@@ -97,15 +97,14 @@ def test_a_step_has_the_products_of_forward_and_of_the_gradients_of_activations_
 @pytest.mark.parametrize("name", NAMES)
 def test_full_fine_tuning_has_those_of_the_gradients_of_weights_too(frozen, name):
     model, batch, (forward, _) = frozen(name).requires_grad_(True), batch_of(), FLOPS[name]
-    unasked = {"t5-v1.0": 0, "llama-gqa": 2 * B * (M - 1) * (2 * 24 * 24 + 3 * 24 * 40)}[name]
-    assert weight_flops(lambda: step(model, batch)) == 3 * forward - 2 * unasked
+    assert weight_flops(lambda: step(model, batch)) == 3 * forward
 
 
 @pytest.mark.parametrize(
     ("name", "ours", "full"),
     [
         ("t5-base", 433_707_810_816, 656_337_272_832),
-        ("llama-2-7b", 27_558_137_561_088, 41_328_759_013_376),
+        ("llama-2-7b", 27_215_093_825_536, 40_985_715_277_824),
     ],
 )
 def test_in_the_size_of_real_models_that_is_two_thirds(name, ours, full):
@@ -162,7 +161,9 @@ def test_below_the_lowest_vector_that_is_trained_autograd_records_nothing(frozen
     for part, module in model.named_modules():
         if re.fullmatch(r"embed|encoder|decoder|.*blocks\.\d", part):
             recorded[part] = []
-            module.register_forward_hook(lambda _, __, x, part=part: recorded[part].append(x.requires_grad))
+            module.register_forward_hook(
+                lambda _, __, x, part=part: recorded[part].append(x is not None and x.requires_grad)
+            )
     step(model, batch_of())
     assert sorted(part for part, outputs in recorded.items() if not any(outputs)) == sorted(below)
 
@@ -173,10 +174,10 @@ def test_below_the_lowest_vector_that_is_trained_autograd_records_nothing(frozen
 @pytest.mark.parametrize(
     ("name", "dtype", "n_bytes"),
     [
-        ("t5-v1.0", torch.float32, 142_188),
-        ("t5-v1.0", torch.bfloat16, 76_860),
-        ("llama-gqa", torch.float32, 102_304),
-        ("llama-gqa", torch.bfloat16, 56_234),
+        ("t5-v1.0", torch.float32, 142_792),
+        ("t5-v1.0", torch.bfloat16, 77_464),
+        ("llama-gqa", torch.float32, 89_876),
+        ("llama-gqa", torch.bfloat16, 50_142),
     ],
 )
 def test_a_step_keeps_so_many_bytes_for_its_backward_pass(frozen, name, dtype, n_bytes):
@@ -246,12 +247,14 @@ def test_a_decoder_reads_the_source_once_for_all_choices(frozen, n_choices):
     for block in model.blocks:
         block.ffn.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
     step(model, batch_of(lengths, n_choices))
-    assert seen == [sum(lengths) - B] * 2 + [B * n_choices * L] * 2
+    assert (
+        seen == [sum(lengths) - B] + [B * n_choices * L] * 2
+    )  # the last layer's keys and values are all that is asked
 
 
-@pytest.mark.parametrize(("name", "n_reads"), [("t5-v1.0", 16), ("llama-gqa", 12)])
+@pytest.mark.parametrize(("name", "n_reads"), [("t5-v1.0", 16), ("llama-gqa", 11)])
 def test_each_vector_is_looked_up_once_for_a_batch(frozen, name, n_reads):
-    """Three to a layer, five in T5's decoder; all of a LLaMA's twice, for the source and for the targets."""
+    """Three to a layer, five in T5's decoder; a LLaMA's twice, but for its last l_ff, which the source does not need."""
     model = frozen(name, n_adapters=4)
     with Made(minia3.vectors(model).values()) as counted:
         choice_logprobs(model, batch_of(n_choices=2), torch.tensor([3, 0, 1]))

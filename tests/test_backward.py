@@ -1,0 +1,168 @@
+"""Guards what keeps less for the backward, and what compiles: results and gradients are those of the plain lines."""
+
+import pytest
+import torch
+from conftest import tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import minia3
+from minia3.backward import Recomputed, RMSNormed, checkpointed
+from minia3.blocks import Block, FeedForward, RMSNorm
+from minia3.data import Batch
+from minia3.generation import choice_logprobs
+from minia3.losses import total_loss
+from tests.benchmarks.measure import kept_for_backward
+
+NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
+
+
+def batch_of(lengths, n_choices=2, n_target=4, seed=0):
+    """Padded where the lengths differ."""
+    source, target = (
+        tokens(len(lengths), max(lengths), seed=seed),
+        tokens(len(lengths), n_choices, n_target, seed=seed + 1),
+    )
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    n_real = torch.arange(len(lengths) * n_choices).view(len(lengths), n_choices, 1) % n_target + 1
+    return Batch(source, mask, target, torch.arange(n_target) < n_real, torch.arange(len(lengths)) % n_choices)
+
+
+def loss_of(model, batch):
+    return total_loss(choice_logprobs(model, batch), batch.target_mask_BCL, batch.label_B)
+
+
+def gradients(model, batch, seed=0):
+    """The loss, and the gradient of every vector."""
+    model.zero_grad()
+    torch.manual_seed(seed)  # dropout's
+    loss = loss_of(model, batch)
+    loss.backward()
+    return [loss.detach(), *(vector.grad for vector in minia3.vectors(model).values())]
+
+
+def same(found, expected, **tolerance):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_the_norm_s_gradients_are_right(rows, length, width, frozen):
+    x = torch.randn(rows, length, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(width, dtype=torch.float64, requires_grad=not frozen)
+    assert torch.autograd.gradcheck(lambda x, weight: RMSNormed.apply(x, weight, 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_is_torch_s_and_so_are_its_gradients(dtype):
+    theirs, ours = nn.RMSNorm(24, 1e-6, dtype=dtype), RMSNorm(24, 1e-6, dtype=dtype)
+    nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict())
+    x, grad = torch.randn(3, 5, 24).to(dtype), torch.randn(3, 5, 24).to(dtype)
+    found, expected = [], []
+    for norm, results in ((ours, found), (theirs, expected)):
+        own = x.clone().requires_grad_()
+        out = norm(own)
+        out.backward(grad)
+        results += [out.detach(), own.grad, norm.weight.grad]
+    same(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), found[0])
+
+
+@pytest.mark.parametrize(
+    "trained", [("gate", "scale"), ("gate",), ("scale",), ("up", "scale"), ("gate", "up", "scale")]
+)
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_a_gated_feed_forward_has_the_gradients_of_its_plain_lines(activation, trained):
+    ffn = FeedForward(6, 10, activation, True, 0.0, n_adapters=3).double()
+    nn.init.normal_(ffn.l_ff.scale)
+    given = {"scale": ffn.l_ff.scale, "gate": ffn.gate.weight, "up": ffn.up.weight}
+    ffn.requires_grad_(False)
+    for name in trained:
+        given[name].requires_grad_(True)
+    x, adapter = torch.randn(4, 3, 6, dtype=torch.float64), torch.tensor([2, 0, 1, 2])
+    weight = torch.randn(4, 3, 6, dtype=torch.float64)
+    plain = ffn.down(ffn.hidden(ffn.gate(x), ffn.up(x), adapter))
+    wanted = [given[name] for name in trained]
+    torch.testing.assert_close(ffn(x, adapter), plain)
+    same(
+        torch.autograd.grad((ffn(x, adapter) * weight).sum(), wanted),
+        torch.autograd.grad((plain * weight).sum(), wanted),
+    )
+
+
+def test_what_is_computed_again_passes_gradcheck_and_keeps_its_inputs_alone():
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(x, weight):
+        return Recomputed.apply(lambda x: (x * weight).tanh().exp() * x, weight, x)
+
+    assert torch.autograd.gradcheck(run, (x, weight))
+    module = nn.Module()
+    assert kept_for_backward(lambda: run(x, weight), module) == x.nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_in_pieces_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
+    model, batch = loaded(name, seed=0).double(), batch_of((7, 3, 5))
+    minia3.freeze(model)
+    expected = gradients(model, batch)
+    n_tokens, n_logits = int(batch.target_mask_BCL.sum()), []
+    monkeypatch.setattr("minia3.generation.PIECE", 4 * model.embed.num_embeddings)
+    logits = model.logits
+    model.logits = lambda x: n_logits.append(len(x)) or logits(x)
+    same(gradients(model, batch), expected, rtol=1e-9, atol=1e-12)
+    assert max(n_logits) == 4
+    assert sum(n_logits) == 2 * n_tokens  # forward, and again for the backward
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointed_blocks_give_the_same_bits_under_dropout_and_keep_less(name, loaded):
+    model, batch = loaded(name, seed=0).train(), batch_of((30, 12, 25))
+    minia3.freeze(model)
+    expected, kept = gradients(model, batch), kept_for_backward(lambda: loss_of(model, batch), model)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.forward = checkpointed(block.forward)
+    same(gradients(model, batch), expected, rtol=0, atol=0)
+    assert kept_for_backward(lambda: loss_of(model, batch), model) < kept / 2.5
+    text = minia3.generation.tokens(model.eval(), model.start(batch.source_BM, batch.mask_BM), 4, set())
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        del block.forward
+    assert list(text) == list(minia3.generation.tokens(model, model.start(batch.source_BM, batch.mask_BM), 4, set()))
+
+
+def compiled(model, backend):
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64  # as train.py has it
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.compile(dynamic=True, fullgraph=True, backend=backend)  # fullgraph: a break in a graph is an error
+    return model
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_a_step_has_no_graph_break_and_other_lengths_compile_nothing_anew(name, loaded):
+    model, graphs = loaded(name, seed=0).train(), []
+    minia3.freeze(model)
+    compiled(model, lambda graph, _: graphs.append(graph) or graph.forward)
+    # Sizes that are equal when a graph is made are one size to the compiler: here none is another, or one of the model's.
+    gradients(model, batch_of((15, 5, 9, 16, 13)))
+    gradients(model, batch_of((18,) * 7))  # nothing is padded: other graphs
+    n = len(graphs)
+    assert n > 0
+    for lengths in ((4, 9, 2, 2), (12, 3), (8, 8), (5, 5, 5), (30, 1, 1, 1, 1, 2, 9)):
+        gradients(model, batch_of(lengths, seed=len(lengths)))
+    assert len(graphs) == n
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_compiled_is_plain(name, loaded):
+    model, batch = loaded(name, seed=0), batch_of((7, 3, 5))
+    minia3.freeze(model)
+    expected = gradients(model, batch)
+    same(gradients(compiled(model, "aot_eager"), batch), expected)
+    torch.compiler.reset()
