@@ -57,9 +57,9 @@ class RMSNormed(torch.autograd.Function):
 def checkpointed(forward):
     """A block's `forward` that keeps its input, and what later steps ask of its cache: all else is computed again."""
 
-    def run(x_BLD, context, cache, asked=True):
+    def run(x, context, cache, asked=True):
         if not torch.is_grad_enabled():
-            return forward(x_BLD, context, cache, asked)
+            return forward(x, context, cache, asked)
 
         before = replace(cache)  # what the second time begins with too
 
@@ -67,8 +67,8 @@ def checkpointed(forward):
             own = replace(before)
             return forward(x, context, own, asked), own.kv
 
-        out_BLD, cache.kv = checkpoint(once, x_BLD, use_reentrant=False)
+        out, cache.kv = checkpoint(once, x, use_reentrant=False)
         cache.length = cache.kv[0].shape[2]
-        return out_BLD
+        return out
 
     return run

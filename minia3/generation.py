@@ -25,27 +25,30 @@ def logprobs(model, state, target):
 
     target (B, L): right-padded with any valid id; the caller masks. (A float64 model's are float64.)
     """
-    return masked_logprobs(model, state, target, torch.ones(target.shape, dtype=torch.bool))
+    return masked_logprobs(model, state, target, None)
 
 
 def masked_logprobs(model, state, target, mask):
-    """`logprobs` where mask (B, L) is True, and 0 elsewhere: no logits are made for what nobody asks."""
+    """`logprobs` where mask (B, L) is True, and 0 elsewhere: no logits are made for what nobody asks. None: all."""
 
     def score(x_TD, target_T):
         logits_TV = model.logits(x_TD)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         return -F.cross_entropy(logits_TV, target_T, reduction="none")
 
-    row_T, column_T = mask.nonzero().to(target.device).unbind(1)
-    x_BLD = model.read(torch.cat((state.start, target[:, :-1]), dim=1), state)
-    x_TD, target_T = x_BLD[row_T, column_T], target[row_T, column_T]
+    x_TD = model.read(torch.cat((state.start, target[:, :-1]), dim=1), state).flatten(0, 1)
+    target_T = target.flatten()
+    if mask is not None:
+        real_T = mask.flatten().nonzero()[:, 0].to(target.device)
+        x_TD, target_T = x_TD[real_T], target_T[real_T]
     n = max(1, PIECE // model.embed.num_embeddings)
     if len(x_TD) <= n:
         logp_T = score(x_TD, target_T)
     else:  # a piece's logits are gone before the next one's are made, and are made again for the backward
         weight, pieces = (model.head or model.embed).weight, zip(x_TD.split(n), target_T.split(n), strict=True)
         logp_T = torch.cat([Recomputed.apply(score, weight, *piece) for piece in pieces])
-    return logp_T.new_zeros(target.shape).index_put((row_T, column_T), logp_T)
+    logp = logp_T if mask is None else logp_T.new_zeros(target.numel()).index_put((real_T,), logp_T)
+    return logp.view(target.shape)
 
 
 def choice_logprobs(model, batch, adapter=None):
@@ -55,8 +58,9 @@ def choice_logprobs(model, batch, adapter=None):
     """
     device, n_choices = model.embed.weight.device, batch.target_BCL.shape[1]
     state = model.start(batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter)
-    target, mask = (x.flatten(0, 1) for x in (batch.target_BCL.to(device), batch.target_mask_BCL))
-    logp = masked_logprobs(model, state.repeat(n_choices) if n_choices > 1 else state, target, mask)
+    state = state.repeat(n_choices) if n_choices > 1 else state
+    mask = None if batch.target_mask_BCL.all() else batch.target_mask_BCL.flatten(0, 1)
+    logp = masked_logprobs(model, state, batch.target_BCL.to(device).flatten(0, 1), mask)
     return logp.view(batch.target_BCL.shape)
 
 

@@ -148,7 +148,7 @@ def test_a_step_has_no_graph_break_and_other_lengths_compile_nothing_anew(name, 
     model, graphs = loaded(name, seed=0).train(), []
     minia3.freeze(model)
     compiled(model, lambda graph, _: graphs.append(graph) or graph.forward)
-    # Sizes that are equal when a graph is made are one size to the compiler: here none is another, or one of the model's.
+    # Sizes that are equal when a graph is made are one to the compiler: here none is another's, or one of the model's.
     gradients(model, batch_of((15, 5, 9, 16, 13)))
     gradients(model, batch_of((18,) * 7))  # nothing is padded: other graphs
     n = len(graphs)

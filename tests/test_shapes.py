@@ -134,7 +134,8 @@ def run(model, tokenizer, folder):
     for how in ({}, {"beams": 2}, {"temperature": 1.0, "samples": 2, "top_k": 40, "top_p": 0.9, "seed": 0}):
         minia3.generate(model, tokenizer, prompts, adapter=adapters, max_new_tokens=3, batch_size=4, **how)
     rows = [{"input": p, "choices": ["w9 w3", "w4"], "label": i % 2, "idx": i} for i, p in enumerate(prompts)]
-    evaluate(model, tokenizer, rows, OWN[0], metric="accuracy", batch_size=4)
+    for metric in ("accuracy", "macro_f1"):
+        evaluate(model, tokenizer, rows, OWN[0], metric=metric, batch_size=4)
     minia3.save_adapter(model, folder / "one" / "adapter")
     vectors = read_adapter(folder / "one" / "adapter").vectors
     write_adapter(folder / "mixed", mix([(vectors, 0.5), (vectors, 0.25)]))

@@ -10,6 +10,7 @@ from minia3.llama import Llama
 from minia3.losses import total_loss
 from minia3.t5 import T5
 from tests.benchmarks.measure import child, compare, kept_for_backward
+from train import Config, prepare
 
 PEERS = {"(IA)^3": "theirs", "LoRA r8 (q, v)": "lora", "our full fine-tuning": "full"}  # name -> method of Pair
 
@@ -61,6 +62,19 @@ def steps(bench, pair):
             sides = (training_step(loss, m.parameters()) for loss, m in zip(losses, (ours, theirs), strict=True))
             yield f"training step, {how}", bench.time(*sides, tokens=n_tokens(batch))
         del theirs, losses, sides  # before there is another
+
+
+def flags(bench, pair):
+    """What train.py's --checkpoint and --compile cost and save: ours, against ours with the flag."""
+    batch, plain = pair.batch(pair.lengths(like_rte=True)), pair.ours().train()
+    for flag in ("checkpoint",) if bench.quick else ("checkpoint", "compile"):  # that takes a minute at first
+        model = pair.ours().train()
+        prepare(model, Config(**{flag: True}))
+        sides = same_losses(pair, *(loss_of(pair, m, batch) for m in (plain, model)))
+        found, other = (kept_for_backward(loss, m) for loss, m in zip(sides, (plain, model), strict=True))
+        yield f"bytes kept for backward, against --{flag} (ours)", compare(found, other, "B")
+        steps = (training_step(loss, m.parameters()) for loss, m in zip(sides, (plain, model), strict=True))
+        yield f"RTE-like lengths, against --{flag} (ours)", bench.time(*steps, tokens=n_tokens(batch))
 
 
 def choices(bench, pair):

@@ -1,0 +1,77 @@
+"""python -m tests.benchmarks.memory: what `python -m minia3 info` plans, and what a process takes, at four points.
+
+Measured is the largest resident set of a process, beyond what it has when torch is there and before the model is: its
+weights are random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes; the last
+column is of a process that is told to give it back (MALLOC_TRIM_THRESHOLD_=1000000), which costs time.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from minia3.info import peak_memory, size
+from minia3.models import KNOWN
+
+POINTS = [  # model, dtype, batch, length, whether it trains
+    ("t5-base", "float32", 8, 128, True),
+    ("t5-base", "bfloat16", 8, 512, False),
+    ("smollm2-135m", "bfloat16", 8, 256, True),
+    ("smollm2-135m", "float32", 8, 512, False),
+]
+STEP = """
+import torch
+import torch.fx.experimental.symbolic_shapes  # a library that torch loads in the first backward of a gated model
+from minia3.generation import logprobs
+from minia3.ia3 import freeze
+from minia3.llama import LlamaConfig
+from minia3.load import build, place
+from minia3.t5 import T5Config
+
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+torch.ones(9, 9, dtype={dtype}) @ torch.ones(9, 9, dtype={dtype})
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+model = build({config}).train({train})
+for name, p in list(model.named_parameters()):
+    place(model, name, torch.full(p.shape, 0.01, dtype=torch.float32 if name.endswith(".scale") else {dtype}))
+freeze(model)
+tokens = torch.ones({batch}, {length}, dtype=torch.long)
+with torch.set_grad_enabled({train}):
+    state = model.start(tokens)
+    if {train}:
+        logprobs(model, state, tokens[:, :8]).sum().backward()
+    else:
+        model.step(state.start, state)
+print(peak() - before)
+"""
+
+
+def measured(config, dtype, batch, length, train, trim):
+    """Bytes that a process takes (Linux alone)."""
+    code = STEP.format(config=config, dtype=dtype, batch=batch, length=length, train=train)
+    environ = os.environ | {"OMP_NUM_THREADS": "1"} | ({"MALLOC_TRIM_THRESHOLD_": "1000000"} if trim else {})
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return int(done.stdout)
+
+
+def main():
+    print("| step | planned | measured | measured without malloc's holes |\n|---|---|---|---|")
+    for name, dtype, batch, length, train in POINTS:
+        given = KNOWN[name].config, getattr(torch, dtype), batch, length, train
+        planned, found, tight = peak_memory(*given), measured(*given, trim=False), measured(*given, trim=True)
+        cells = [f"{name}, {dtype}, {batch} x {length}, {'training' if train else 'serving'}", size(planned)]
+        print(
+            f"| {' | '.join(cells)} | {size(found)} ({planned / found:.2f}) | {size(tight)} ({planned / tight:.2f}) |"
+        )
+
+
+if __name__ == "__main__":
+    main()
