@@ -185,8 +185,8 @@ def run(config, folder, saved, signals):
         after = measure(rows)
         print(f"after    {describe(task.metric, after)}")
 
-    final = {name: getattr(config, name) for name in ("model", "task", "method")}
-    final |= {"metric": task.metric, "split": split, "rows": len(rows), "rows_cut": before["n_cut"]}
+    final = {"model": config.model, "task": task.name, "method": config.method, "metric": task.metric}
+    final |= {"split": split, "rows": len(rows), "rows_cut": before["n_cut"]}
     final |= {f"{name}_before": before[name] for name in ("accuracy", "auc")}
     final |= {name: after[name] for name in ("accuracy", "auc")}
     final |= {"trainable": trainable if trains else 0, "total": total, "steps": saved["step"]}

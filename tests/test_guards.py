@@ -254,7 +254,7 @@ def test_a_decoder_reads_the_source_once_for_all_choices(frozen, n_choices):
 
 @pytest.mark.parametrize(("name", "n_reads"), [("t5-v1.0", 16), ("llama-gqa", 11)])
 def test_each_vector_is_looked_up_once_for_a_batch(frozen, name, n_reads):
-    """Three to a layer, five in T5's decoder; a LLaMA's twice, but for its last l_ff, which the source does not need."""
+    """Three to a layer, five in T5's decoder; a LLaMA's twice, but for its last l_ff, unasked by the source."""
     model = frozen(name, n_adapters=4)
     with Made(minia3.vectors(model).values()) as counted:
         choice_logprobs(model, batch_of(n_choices=2), torch.tensor([3, 0, 1]))
