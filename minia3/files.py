@@ -256,8 +256,6 @@ def writing_folder(folder, replaces=()):
             new = {path: folder / path.name for path in sorted(hidden.iterdir(), key=lambda path: path.name in CONFIGS)}
             for path in new:
                 path.chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
             stale = {path for pattern in replaces for path in folder.glob(pattern)} - {*new.values()}
             same = [old.exists() and filecmp.cmp(path, old, shallow=False) for path, old in new.items()]
             several = same.count(False) + len(stale) > 1

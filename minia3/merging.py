@@ -39,8 +39,9 @@ def fold(name, weight, vectors):
     vector, shape = FOLDS.get(part, ("", ()))
     if f"{module}.{vector}" not in vectors:
         return weight
-    folded = (weight * vectors[f"{module}.{vector}"].reshape(shape)).to(weight.dtype)  # times float32: in float32
-    if not folded.isfinite().all():
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    folded = (wide * vectors[f"{module}.{vector}"].reshape(shape)).to(weight.dtype)
+    if not all(x.isfinite() for x in folded.aminmax()):  # a NaN would be both
         raise ValueError(f"{name} with its vector folded in is not finite in {weight.dtype}: take a wider dtype")
     return folded
 
