@@ -34,6 +34,7 @@ FORMS = {".csv": {"strict": True}, ".tsv": {"delimiter": "\t", "quoting": csv.QU
 FOLDS = 5  # of RAFT's train rows: it hides the labels of the test rows
 N_SHOWN = 5  # bad rows that are written out; the others are counted
 MOST = 1 << 24  # bytes of a row
+WINDOW = 32  # steps
 
 
 def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = None, seed: int = 0) -> Task:
@@ -279,17 +280,21 @@ def _pad(lists, pad_id):
     return torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in lists]), mask
 
 
-def order(n_rows: int, batch_size: int, seed: int) -> Callable[[int], list[int]]:
+def order(n_rows: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> Callable[[int], list[int]]:
     """step -> indices of its batch's rows: a function of (seed, step) and nothing else, so resuming needs no state.
 
     Every epoch is a new permutation, and batches run on over its end: each has `batch_size` rows, and all rows come
     equally often. (T-Few's loader shuffles too, but drops an epoch's last batch if it is not full, even the only one.)
+    lengths: of the rows; then WINDOW steps share their rows out by length, and come in a random order.
     """
 
     def rows(step):
-        places = [divmod(i, n_rows) for i in range(step * batch_size, (step + 1) * batch_size)]
+        window, nth = divmod(step, n_steps := 1 if lengths is None else WINDOW)
+        places = [divmod(window * n_steps * batch_size + i, n_rows) for i in range(n_steps * batch_size)]
         # RandomState: numpy has frozen its streams; default_rng's may change from one version to the next.
         epochs = {epoch: np.random.RandomState([seed, epoch]).permutation(n_rows) for epoch in {e for e, _ in places}}
-        return [int(epochs[epoch][n]) for epoch, n in places]
+        drawn = sorted((int(epochs[epoch][n]) for epoch, n in places), key=lambda row: lengths[row] if lengths else 0)
+        nth = np.random.RandomState([seed, 2, window]).permutation(n_steps)[nth]
+        return drawn[nth * batch_size : (nth + 1) * batch_size]
 
     return rows

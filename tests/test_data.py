@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minia3 import data, tasks
-from minia3.data import Example, collate, encode_example, load_task, order, read_rows
+from minia3.data import WINDOW, Example, collate, encode_example, load_task, order, read_rows
 from minia3.prompts import OWN, Prompt, Rendered, fit, render
 from minia3.tasks import TASKS, Source, Spec
 
@@ -1243,3 +1243,23 @@ def test_epochs_and_seeds_have_permutations_of_their_own():
 
 def test_the_order_does_not_depend_on_the_machine_or_the_version():
     assert [order(5, 2, 7)(step) for step in (0, 1, 2, 1000)] == [[4, 1], [2, 3], [0, 3], [3, 4]]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_batches_of_similar_lengths_hold_the_same_rows_in_as_many_steps(n_rows, batch_size, seed, key):
+    lengths = np.random.RandomState(key).randint(1, 500, n_rows).tolist()
+    plain, similar = order(n_rows, batch_size, seed), order(n_rows, batch_size, seed, lengths)
+    for window in (0, 3):
+        steps = range(window * WINDOW, (window + 1) * WINDOW)
+        batches = [similar(step) for step in steps]
+        assert sorted(sum(batches, [])) == sorted(sum((plain(step) for step in steps), []))
+        ranges = sorted((min(map(lengths.__getitem__, rows)), max(map(lengths.__getitem__, rows))) for rows in batches)
+        assert all(high <= low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))  # they do not overlap
+
+
+def test_batches_of_similar_lengths_come_in_another_order_each_time():
+    similar = order(320, 10, 0, list(range(320)))
+    first, second = ([similar(step)[0] for step in range(n, n + WINDOW)] for n in (0, WINDOW))
+    assert first != sorted(first)
+    assert np.argsort(first).tolist() != np.argsort(second).tolist()
