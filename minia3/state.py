@@ -135,6 +135,6 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
     rows = torch.as_tensor(0 if adapter is None else adapter)
     if rows.dtype not in (torch.int64, torch.int32) or rows.shape not in ((), source_BM.shape[:1]):
         raise ValueError(f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long, found {adapter!r}")
-    if adapter is not None and (rows.min() < 0 or rows.max() >= n_adapters):
+    if not all(0 <= row < n_adapters for row in rows.flatten().tolist()):
         raise ValueError(f"adapter {adapter!r} is out of range: the model has rows 0 to {n_adapters - 1}")
     return rows.long().reshape(-1).to(source_BM.device)
