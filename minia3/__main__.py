@@ -165,6 +165,26 @@ def mix(args):
     adapters.write_adapter(args.out, vectors, bases.pop() if len(bases) == 1 else None)
 
 
+def table(args):
+    """Make the paper's table of runs: python -m minia3 table runs"""
+    from minia3 import table
+
+    rows, note = table.rows(args.runs)
+    show(table.text(rows, args.csv), end="")
+    if note and args.csv:
+        warnings.warn(note)  # noqa: B028
+    elif note:
+        show(f"\n{note}")
+
+
+def plot(args):
+    """Draw runs, and what their adapters learned: python -m minia3 plot runs --out pictures"""
+    from minia3 import plot
+
+    for line in filter(None, plot.plot(args.runs, args.out or "pictures")):
+        show(line)
+
+
 def weighted(word):
     name, _, weight = word.rpartition(":")
     with suppress(ValueError):
@@ -187,6 +207,8 @@ COMMANDS = {  # and their arguments: * any number of them, + at least one
     merge: "model adapter out",
     convert: "model out --device --dtype",
     mix: "out adapter:weight+ --how",
+    table: "runs+ --csv",
+    plot: "runs+ --out",
 }
 ARGUMENTS = {  # name -> default, or a type where there is none
     "model": (str, "known name (t5-base ...), hub id, folder or .gguf file; convert: or an adapter's"),
@@ -194,6 +216,7 @@ ARGUMENTS = {  # name -> default, or a type where there is none
     "file": (str, ".jsonl or .csv; a row has an input, maybe choices, maybe the name of its adapter"),
     "adapter": (str, "folder, file or hub id of an adapter"),
     "out": (new, "new folder"),
+    "runs": (str, "folders of runs, or folders of such"),
     "adapter:weight": (weighted, "adapters, and how much of each: path/to/adapter:0.5"),
     "--adapter": (str, "folder, file or hub id of an adapter; predict: or a folder of adapters, for rows to name"),
     "--chat": (False, "prompts are messages, in the model's own chat format"),
@@ -208,7 +231,8 @@ ARGUMENTS = {  # name -> default, or a type where there is none
     "--max-new-tokens": (64, "tokens of an output"),
     "--task": (str, "rows have this known task's fields (rte ...); its prompt and choices are used"),
     "--prompt": (0, "which of the task's prompts"),
-    "--out": (str, "file of results, .jsonl or .csv; where it ends too early, it is gone on with"),
+    "--out": (str, "file of results, .jsonl or .csv; where it ends too early, it is gone on with; plot: a folder"),
+    "--csv": (False, "comma-separated values, with all digits"),
     "--columns": (str, "NAME or NAME=FIELD of result or row, with commas between: ID,Label=choice"),
     "--batch": (8, "sources of the step whose memory is planned"),
     "--length": (128, "tokens of each of them"),

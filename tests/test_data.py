@@ -1253,7 +1253,7 @@ def test_batches_of_similar_lengths_hold_the_same_rows_in_as_many_steps(n_rows, 
     for window in (0, 3):
         steps = range(window * WINDOW, (window + 1) * WINDOW)
         batches = [similar(step) for step in steps]
-        assert sorted(sum(batches, [])) == sorted(sum((plain(step) for step in steps), []))
+        assert sorted(chain(*batches)) == sorted(chain(*map(plain, steps)))
         ranges = sorted((min(map(lengths.__getitem__, rows)), max(map(lengths.__getitem__, rows))) for rows in batches)
         assert all(high <= low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))  # they do not overlap
 

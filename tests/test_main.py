@@ -129,9 +129,13 @@ def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, c
         shutil.copytree(adapters / "one" / "adapter", adapters / "adapter")
     tfew(adapters / "finish.pt")
     monkeypatch.chdir(adapters)
+    if name in ("table", "plot"):
+        pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not installed")
+        running.run(running.words(adapters / "runs" / "one"))
+        capsys.readouterr()
     assert main(EXAMPLES[name]) == 0
     out, err = capsys.readouterr()
-    assert (out != "") == (name in ("info", "generate", "predict"))
+    assert (out != "") == (name in ("info", "generate", "predict", "table", "plot"))
     assert err == ""
 
 

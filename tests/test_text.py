@@ -30,7 +30,7 @@ MODEL = [
     ["gguf_file", "meta_files"],
     ["load", "tokenizer"],
     ["adapters"],
-    ["merging"],
+    ["merging", "lora"],
 ]
 TASKS = [
     ["prompts"],
@@ -38,10 +38,10 @@ TASKS = [
     ["data"],
 ]
 TOP = [
-    ["flags", "losses", "optim"],
+    ["flags", "losses", "optim", "table"],
     ["generation"],
     ["evaluate", "predict"],
-    ["runs", "card", "info"],
+    ["runs", "card", "info", "plot"],
     ["train", "__main__"],
 ]
 
@@ -231,10 +231,22 @@ CHAPTERS = {
     3: ["t5"],
     4: ["llama"],
     5: ["state"],
-    6: ["load", "files", "config", "names", "models", "gguf_file", "meta_files", "tokenizer", "adapters", "merging"],
+    6: [
+        "load",
+        "files",
+        "config",
+        "names",
+        "models",
+        "gguf_file",
+        "meta_files",
+        "tokenizer",
+        "adapters",
+        "merging",
+        "lora",
+    ],
     7: ["prompts", "tasks", "data", "generation", "evaluate", "predict"],
     8: ["losses"],
-    9: ["train", "optim", "runs", "card", "flags"],
+    9: ["train", "optim", "runs", "card", "flags", "table", "plot"],
 }
 
 

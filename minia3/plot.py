@@ -1,0 +1,100 @@
+"""Chapter 9, pictures: how good runs became with how many numbers, how they learned, and what their vectors became."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from minia3 import adapters, files, table
+
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+TITLES = {"train": "loss in training", "eval": "held-out accuracy (%)"}
+
+
+def plot(folders, out):
+    """Draw runs (see table.read) as .png files in `out`: yields paths, and a note. ValueError also: no matplotlib."""
+    with files.reading("plot", extra="plot"):
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    (runs, note), models = table.read(folders), {}
+    trained = [run for run in runs if len(run["train"])]
+    pictures = [("accuracy", accuracy, table.rows(folders)[0]), ("curves", curves, trained)]
+    top = os.path.commonpath([run["folder"].resolve().parent for run in runs])
+    for run in (run for run in runs if run["method"] == "ia3" and run["trainable"]):
+        name = "-".join(x for x in run["adapter"].resolve().relative_to(top).parts if x not in ("adapter", "adapters"))
+        found = adapters.read_adapter(run["adapter"]).vectors.items()
+        models.setdefault(run["model"], {})[name] = {key.replace("blocks.", ""): x.numpy() for key, x in found}
+        pictures.append((f"learned-{name}", learned, models[run["model"]][name]))
+    pictures += [(f"similarity-{Path(model).name}", similarity, x) for model, x in models.items() if len(x) > 1]
+    for name, draw, what in (picture for picture in pictures if picture[2]):
+        with rc_context(STYLE), files.replacing(Path(out, f"{name}.png")) as temporary:
+            draw(figure := Figure(figsize=(8, 5.5), dpi=200, layout="constrained"), what)  # inches: 1600 pixels wide
+            figure.savefig(temporary, format="png")
+        yield str(Path(out, f"{name}.png"))
+    yield from [note] if note else []
+
+
+def accuracy(figure, rows):
+    """By trainable numbers, of each row of the table the medians and interquartile ranges, and the mean over tasks."""
+    ax = figure.add_subplot(xlabel="trainable numbers", ylabel="accuracy (%); bars: interquartile range")
+    for i, row in enumerate(rows):
+        tasks = [key for key in row if f"{key} IQR" in row and row[key] == row[key]]
+        x, medians, bars = row["trainable"], [row[task] for task in tasks], [row[f"{task} IQR"] / 2 for task in tasks]
+        ax.errorbar([x] * len(tasks), medians, bars, fmt=".", color=f"C{i}", alpha=0.6)
+        label = f"{row['model']}: {row['method']} (tasks: {len(tasks)})"[-70:]
+        ax.plot(x, np.mean(medians), "D", color=f"C{i}", label=label)
+    ax.set_xscale("symlog", linthresh=min([row["trainable"] for row in rows if row["trainable"]], default=1))
+    figure.legend(loc="outside lower center", ncols=2)
+
+
+def curves(figure, runs):
+    """Loss and held-out accuracy by step and by time: of like runs the median, and from quartile to quartile."""
+    groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
+    for run in runs:
+        groups.setdefault(f"{run['model']}, {run['task']}: {run['label']}", []).append(run)
+    axes = figure.subplots(len(shown), 2, squeeze=False)
+    for i, (label, group) in enumerate(groups.items()):
+        speed = np.median([run["seconds"] / run["steps"] for run in group])
+        for row, key in zip(axes, shown, strict=True):
+            if lines := [run[key].T[:2] for run in group if len(run[key])]:
+                x = np.unique(np.concatenate([steps for steps, _ in lines]))
+                y = [np.interp(x, *line, left=np.nan, right=np.nan) for line in lines]  # none where a run has ended
+                low, middle, high = np.nanpercentile(y, (25, 50, 75), axis=0)
+                for ax, title, scale in zip(row, ("step", "time (s), at the mean speed"), (1, speed), strict=True):
+                    ax.plot(x * scale, middle, color=f"C{i}", label=f"{label} (runs: {len(group)})"[-70:])
+                    ax.fill_between(x * scale, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+                    ax.set(xlabel=title, ylabel=TITLES[key])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
+def learned(figure, vectors):
+    """The distribution of each vector by layer, a site a panel, and the entries that are furthest from 1."""
+    sites, ax = {}, None
+    for name in sorted(vectors, key=lambda name: (name.startswith("decoder"), int(name.split(".")[-3]), name)):
+        *stack, layer, module, site = name.split(".")
+        sites.setdefault(".".join([*stack, module, site]), {})[int(layer)] = vectors[name]
+    figure.set_figheight(2.2 * (n_rows := len(sites) // 3 + 1))
+    for i, (site, layers) in enumerate(sites.items(), 1):
+        ax = figure.add_subplot(n_rows, 3, i, sharey=ax, title=site, xlabel="layer", ylabel="entries")
+        x, q = [*layers], np.quantile([*layers.values()], (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), axis=1)
+        ax.plot(x, q[3], "C0.-", x, q[0], "C1.", x, q[6], "C1.", markersize=3)
+        for n in (1, 2):
+            ax.fill_between(x, q[n], q[6 - n], color="C0", alpha=0.25, linewidth=0)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    entries = sorted((-abs(x - 1), f"{x:.3f} {name}[{i}]") for name in vectors for i, x in enumerate(vectors[name]))
+    text = "line: median\nbands: 50 % and 90 %\ndots: extremes\n\nfurthest from 1:\n"
+    ax = figure.add_subplot(n_rows, 3, len(sites) + 1, frame_on=False, xticks=[], yticks=[])
+    ax.text(0, 1, text + "\n".join(line for _, line in entries[:8]), va="top", family="monospace", size=7)
+
+
+def similarity(figure, some):
+    """The cosine of the angle between l - 1 of each two adapters."""
+    ones = {name: np.ones_like(vector) for vectors in some.values() for name, vector in vectors.items()}
+    changes = np.array([np.concatenate([*(ones | vectors).values()]) - 1 for vectors in some.values()])
+    changes /= np.maximum(np.linalg.norm(changes, axis=1, keepdims=True), 1e-12)
+    cosines, ax = changes @ changes.T, figure.add_subplot()
+    figure.colorbar(ax.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", zorder=2), label="cosine of l - 1")
+    ax.set_xticks(range(len(some)), some, rotation=90)
+    ax.set_yticks(range(len(some)), some)
+    for (i, j), x in np.ndenumerate(cosines):
+        ax.text(j, i, f"{x:.2f}", ha="center", va="center", size=7, color="white" if abs(x) > 0.6 else "black")

@@ -1,0 +1,109 @@
+"""Chapter 9, the paper's table: for each method and task the median over seeds and prompts, and what methods cost."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+PAPER = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
+COSTS = {"runs": "{}", "trainable": "{:,}", "FLOPs/example": "{:.1e}", "FLOPs to train": "{:.1e}", "MB": "{:,.3f}"}
+TRAIN = ("step", "loss", "examples_per_second", "tokens_per_second")
+# Of config.json, what names no row: it is a column, or within a cell, or leaves the result as it is.
+UNNAMED = {"model", "task", "method", "seed", "eval_prompt", "out", "data_dir", "resume", "device", "deterministic",
+           "micro_batch_size", "eval_batch_size", "save_every", "minia3", "git_commit", "versions", "data"}  # fmt: skip
+
+
+def flops(n_parameters, n_tokens, decoder_only, training=False):
+    """Operations by Kaplan's rule (arXiv 2001.08361), as in the paper: a multiplication and an addition a parameter.
+
+    A token passes all N parameters of a decoder-only model: 2N. Of an encoder-decoder, half: N. Training: 6N and 3N.
+    """
+    return n_parameters * n_tokens * (2 if decoder_only else 1) * (3 if training else 1)
+
+
+def read(folders):
+    """-> a dict (see `_run`) for each final line of metrics.jsonl, and a note on the runs that have none, maybe empty.
+
+    Each folder is a run's, or holds such. ValueError, of one line: it is neither, or a file is not as train.py's.
+    """
+    paths, runs = {}, []
+    for folder in map(Path, folders):
+        inside = [] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
+        paths |= {path.resolve(): path.parent for path in inside or [folder / "config.json"]}
+    for folder in paths.values():
+        try:
+            config, metrics = json.loads((folder / "config.json").read_bytes()), folder / "metrics.jsonl"
+            if not {"model", "task", "batch_size"} <= config.keys():
+                raise ValueError("config.json is that of something else")
+            text = metrics.read_text("utf-8").strip().replace("\n", ",\n") if metrics.exists() else ""
+            lines = json.loads(f"[{text}]")  # in one: so an error tells the line
+            runs += [_run(folder, config, final, lines) for final in lines if final["event"] == "final"]
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder}: expected a run of train.py: {type(error).__name__}: {error}") from None
+    unfinished = [str(folder) for folder in paths.values() if folder not in [run["folder"] for run in runs]]
+    note = f"{len(unfinished)} left out, without a final line in metrics.jsonl: {', '.join(unfinished)}"
+    if not runs:
+        raise ValueError(f"no run is finished: {note:.300}")
+    for run in runs:  # label: the method, and the flags in which its runs differ; shots: on a task
+        named = [f"{key[0]} {x}" for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)]
+        run["label"] = ", ".join([run["method"], *named])
+    return runs, note if unfinished else ""
+
+
+def _run(folder, config, final, lines):
+    """A run, or one adapter of a grid. accuracies: of each prompt, in per cent; flops: of an example, and to train."""
+    run = {"folder": folder} | {key: str(final[key]) for key in ("model", "task", "method")}
+    run |= {"trainable": int(final["trainable"])} | {key: float(final[key]) for key in ("total", "steps", "seconds")}
+    run["task"] += "" if final["metric"] == "accuracy" else f" ({final['metric']})"
+    run["accuracies"] = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
+    if not (abs(run["accuracies"] - 50) <= 50).all():
+        raise ValueError(f"accuracies are {run['accuracies'].tolist()!r:.80} %")
+    name, own = final.get("adapter"), config | {key: final[key] for key in ("lr", "shots") if key in final}
+    run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x not in UNNAMED}
+    run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
+    lines = [line for line in lines if line.get("adapter", name) == name]
+    run["train"] = np.array([[line[key] for key in TRAIN] for line in lines if line["event"] == "train"], float)
+    run["eval"] = np.array([[line["step"], 100 * line["accuracy"]] for line in lines if line["event"] == "eval"], float)
+    step, _, examples, tokens = run["train"].T if len(run["train"]) else np.full((4, 1), np.nan)
+    n = np.diff(step, prepend=0) @ (tokens / examples) / step[-1]  # tokens of an example, in the mean
+    kinds = [json.loads(path.read_bytes())["task_type"] for path in run["adapter"].glob("adapter_config.json")]
+    kind = final.get("architecture", *kinds)
+    total, twice = run["total"] if kind else np.nan, kind in ("Llama", "CAUSAL_LM")
+    return run | {"flops": (flops(total, n, twice), flops(total, n * config["batch_size"] * run["steps"], twice, True))}
+
+
+def rows(folders):
+    """-> the table's rows, dicts from column to text or number (nan: there is none), and `read`'s note."""
+    (runs, note), groups, table = read(folders), {}, []
+    for run in runs:
+        groups.setdefault((run["model"], run["trainable"], len(run["label"]), run["label"]), []).append(run)
+    tasks = sorted({run["task"] for run in runs}, key=lambda task: ((*PAPER, task).index(task), task))
+    for (model, trainable, _, label), group in sorted(groups.items()):
+        row = {"model": model, "method": label}
+        for task in tasks:
+            values = [x for run in group if run["task"] == task for x in run["accuracies"]] or [np.nan]
+            low, row[task], high = np.percentile(values, (25, 50, 75))
+            row[f"{task} IQR"] = high - low if len(values) > 1 else np.nan
+        costs = len(group), trainable, *np.median([run["flops"] for run in group], axis=0), 4 * trainable / 1e6
+        row["average"] = np.mean([row[task] for task in tasks])
+        table.append(row | dict(zip(COSTS, costs, strict=True)))
+    return table, note
+
+
+def text(rows, as_csv=False):
+    """The rows as a Markdown table that is aligned, or as CSV with all digits."""
+    if as_csv:
+        file, cells = io.StringIO(), [["" if x != x else x for x in row.values()] for row in rows]
+        csv.writer(file, lineterminator="\n").writerows([rows[0], *cells])
+        return file.getvalue()
+    columns = []
+    for name in (x for x in rows[0] if not x.endswith(" IQR")):
+        form, cells = COSTS.get(name, "{:.1f}") + " ({:.1f})", [name]
+        for x, iqr in [(row[name], row.get(f"{name} IQR", np.nan)) for row in rows]:
+            cells.append(x if isinstance(x, str) else form.format(x, iqr).replace(" (nan)", "").replace("nan", "-"))
+        width, side = max(map(len, cells)), "<" if name in ("model", "method") else ">"
+        cells.insert(1, ("-" if side == "<" else ":").rjust(width, "-"))
+        columns.append([f"{x:{side}{width}}" for x in cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns, strict=True))

@@ -1,0 +1,258 @@
+"""Guards the paper's table: the published FLOPs, the medians over seeds and prompts, what a row is called, what is left
+out, and that a folder which is no run, or a damaged file of one, is told in one line."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import running
+
+from minia3.table import flops, read, rows, text
+
+CONFIG = {"model": "m", "task": "rte", "method": "ia3", "seed": 0, "batch_size": 8, "lr": 0.003, "shots": None}
+FINAL = {
+    **{"event": "final", "model": "m", "task": "rte", "method": "ia3", "metric": "accuracy", "accuracy": 0.5},
+    **{"trainable": 100, "total": 1000, "steps": 20, "seconds": 2.0},
+}
+TRAIN = {"event": "train", "step": 20, "loss": 1.0, "examples_per_second": 4.0, "tokens_per_second": 100.0}
+
+
+def make(folder, finals=({},), lines=(), **config):
+    """A run's folder: its flags, and of each final line, as they differ from the ones above."""
+    folder.mkdir(parents=True)
+    own = {key: value for key, value in config.items() if key in ("model", "task", "method")}
+    lines = [*lines, *(FINAL | own | final for final in finals)]
+    (folder / "config.json").write_text(json.dumps(CONFIG | config, indent=2))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def labels(folder):
+    return [run["label"] for run in read([folder])[0]]
+
+
+# FLOPs
+
+
+def digits(x):
+    return f"{x:.1e}"
+
+
+def test_flops_are_those_that_the_paper_publishes():
+    """With the round numbers of parameters of its text: T0 has 11.135e9, which would round the second to 2.8e16."""
+    assert digits(flops(11e9, 103, decoder_only=False)) == "1.1e+12"
+    assert digits(flops(11e9, 103 * 8 * 1000, decoder_only=False, training=True)) == "2.7e+16"
+    # 41 shots of 98 tokens, which have the right choice alone, and then 103 with all choices, as T-Few's example has
+    assert digits(flops(175e9, 41 * 98 + 103, decoder_only=True)) == "1.4e+15"
+
+
+def test_training_takes_three_times_as_much_and_a_decoder_alone_twice():
+    each = [flops(7, 5, only, training) for only in (False, True) for training in (False, True)]
+    assert each == [35, 105, 70, 210]
+
+
+@pytest.mark.parametrize(("architecture", "n"), [("T5", 1), ("Llama", 2)])
+def test_flops_of_a_run_follow_from_its_mean_tokens_an_example(tmp_path, architecture, n):
+    """5 steps of 10 tokens an example, then 15 of 30: 25."""
+    lines = [TRAIN | {"step": 5, "tokens_per_second": 40.0}, TRAIN | {"tokens_per_second": 120.0}]
+    make(tmp_path / "run", [{"architecture": architecture}], lines)
+    (row,), _ = rows([tmp_path])
+    assert row["FLOPs/example"] == n * 1000 * 25
+    assert row["FLOPs to train"] == 3 * n * 1000 * 25 * 8 * 20
+
+
+@pytest.mark.parametrize(("kind", "n"), [("SEQ_2_SEQ_LM", 1), ("CAUSAL_LM", 2)])
+def test_the_adapter_tells_the_architecture_where_the_run_does_not(tmp_path, kind, n):
+    make(tmp_path / "run", lines=[TRAIN]).joinpath("adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text(json.dumps({"task_type": kind}))
+    assert rows([tmp_path])[0][0]["FLOPs/example"] == n * 1000 * 25
+
+
+def test_flops_are_unknown_without_lines_of_training_and_without_an_architecture(tmp_path):
+    make(tmp_path / "none" / "run", [{"architecture": "T5"}])
+    make(tmp_path / "plain" / "run", lines=[TRAIN])
+    for name in ("none", "plain"):
+        (row,), _ = rows([tmp_path / name])
+        assert np.isnan([row["FLOPs/example"], row["FLOPs to train"]]).all()
+
+
+# Cells
+
+
+def test_a_cell_is_the_median_and_interquartile_range_over_seeds_and_prompts(tmp_path):
+    make(tmp_path / "a", [{"accuracies": [0.1, 0.2, 0.6]}], seed=0)
+    make(tmp_path / "b", [{"accuracies": [0.7, 0.8]}], seed=1)
+    (row,), note = rows([tmp_path])
+    assert (row["rte"], row["rte IQR"], row["average"], row["runs"], note) == (60, pytest.approx(50), 60, 2, "")
+
+
+def test_an_average_is_there_where_all_tasks_are(tmp_path):
+    for task, accuracy in (("rte", 0.5), ("copa", 0.75)):
+        make(tmp_path / f"ia3-{task}", [{"accuracy": accuracy}], task=task)
+    make(tmp_path / "lora-rte", [{"accuracy": 0.6, "trainable": 500}], method="lora")
+    (ia3, lora), _ = rows([tmp_path])
+    assert (ia3["average"], lora["rte"]) == (62.5, 60)
+    assert np.isnan([lora["average"], lora["copa"], lora["copa IQR"], ia3["copa IQR"]]).all()
+
+
+def test_tasks_stand_in_the_paper_s_order_and_others_behind_by_name_with_their_metric(tmp_path):
+    for i, task in enumerate(("sst2", "anli-r1", "boolq", "rte", "copa")):
+        make(tmp_path / str(i), task=task)
+    make(tmp_path / "raft", [{"metric": "macro_f1"}], task="raft/overruling")
+    names = [name.removesuffix(" IQR") for name in rows([tmp_path])[0][0] if name.endswith(" IQR")]
+    assert names == ["copa", "rte", "anli-r1", "boolq", "raft/overruling (macro_f1)", "sst2"]
+
+
+def test_four_bytes_a_number_are_on_disk(tmp_path):
+    make(tmp_path / "run", [{"trainable": 540_672}])
+    assert rows([tmp_path])[0][0]["MB"] == pytest.approx(2.162688)
+
+
+# Rows
+
+
+def test_a_row_names_the_flags_in_which_runs_of_its_method_differ(tmp_path):
+    make(tmp_path / "a", losses="lm", out="x", seed=1)
+    make(tmp_path / "b", losses="lm,ul,ln", out="y", data_dir="elsewhere", git_commit="abc", versions={"torch": "3"})
+    make(tmp_path / "c", [{"trainable": 9}], method="lora", lr=0.1)
+    assert labels(tmp_path) == ["ia3, losses lm", "ia3, losses lm,ul,ln", "lora"]
+
+
+def test_a_flag_that_an_older_run_lacks_makes_no_other_row(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", sites="k,v,ff", seed=1)
+    assert labels(tmp_path) == ["ia3", "ia3"]
+
+
+def test_shots_name_a_row_where_they_differ_within_a_task(tmp_path):
+    make(tmp_path / "paper" / "a", task="rte", shots=32)
+    make(tmp_path / "paper" / "b", task="hellaswag", shots=20)
+    assert labels(tmp_path / "paper") == ["ia3", "ia3"]
+    make(tmp_path / "study" / "a", shots=4)
+    make(tmp_path / "study" / "b", shots=256)
+    make(tmp_path / "study" / "c", shots=16)
+    assert [row["method"] for row in rows([tmp_path / "study"])[0]] == [f"ia3, shots {n}" for n in (4, 16, 256)]
+
+
+def test_rows_stand_by_model_and_trainable_numbers(tmp_path):
+    for i, (model, n) in enumerate([("b", 5), ("a", 200), ("a", 0)]):
+        make(tmp_path / str(i), [{"trainable": n}], model=model)
+    assert [(row["model"], row["trainable"]) for row in rows([tmp_path])[0]] == [("a", 0), ("a", 200), ("b", 5)]
+
+
+def test_each_adapter_of_a_grid_is_a_run_with_its_own_task_rate_and_lines(tmp_path):
+    lines = [TRAIN | {"step": 10, "adapter": "raft/x-lr0.1"}, TRAIN | {"adapter": "cb-lr0.2"}, TRAIN | {"step": 5}]
+    finals = [
+        {"adapter": "raft/x-lr0.1", "task": "raft/x", "lr": 0.1, "seed": 0, "accuracies": [0.25, 0.75]},
+        {"adapter": "cb-lr0.2", "task": "cb", "lr": 0.2, "seed": 0},
+    ]
+    make(tmp_path / "grid", finals, lines, task="raft/x,cb", lr="0.1,0.2")
+    x, cb = read([tmp_path])[0]
+    assert [x["label"], cb["label"]] == ["ia3, lr 0.1", "ia3, lr 0.2"]
+    assert [x["task"], cb["task"]] == ["raft/x", "cb"]
+    assert [x["adapter"].name, cb["adapter"].name] == ["raft-x-lr0.1", "cb-lr0.2"]
+    assert [x["train"][:, 0].tolist(), cb["train"][:, 0].tolist()] == [[10, 5], [20, 5]]
+    assert x["accuracies"].tolist() == [25, 75]
+
+
+# What is read
+
+
+def test_runs_without_a_final_line_are_counted(tmp_path):
+    make(tmp_path / "done")
+    make(tmp_path / "begun", finals=[], lines=[TRAIN])
+    make(tmp_path / "empty").joinpath("metrics.jsonl").unlink()
+    (row,), note = rows([tmp_path])
+    assert row["runs"] == 1
+    assert note.startswith("2 left out")
+    assert str(tmp_path / "begun") in note
+    assert str(tmp_path / "empty") in note
+    with pytest.raises(ValueError, match="no run is finished: 1 left out"):
+        rows([tmp_path / "begun"])
+
+
+def test_a_run_that_is_given_twice_counts_once(tmp_path):
+    run = make(tmp_path / "run")
+    (row,), _ = rows([tmp_path, run, tmp_path / "run" / ".." / "run"])
+    assert row["runs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", "{", "JSONDecodeError"),
+        ("config.json", "[1]", "AttributeError"),
+        ("config.json", '{"model_type": "t5"}', "something else"),
+        ("metrics.jsonl", '{"event": "train"\n{"event": "final"}', "line 2"),
+        ("metrics.jsonl", "3", "TypeError"),
+        ("metrics.jsonl", '{"event": "final"}', "'model'"),
+        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": 53.0}), "5300"),
+        ("metrics.jsonl", json.dumps(FINAL | {"accuracies": ["x"]}), "could not convert"),
+        ("metrics.jsonl", json.dumps(FINAL | {"trainable": None}), "NoneType"),
+        ("metrics.jsonl", json.dumps({"event": "train", "step": 1}) + "\n" + json.dumps(FINAL), "'loss'"),
+        ("metrics.jsonl", "[" * 100_000, "RecursionError"),
+    ],
+)
+def test_a_damaged_file_is_told_in_one_line(tmp_path, name, content, told):
+    (make(tmp_path / "run") / name).write_text(content)
+    with pytest.raises(ValueError, match=r"expected a run of train\.py") as error:
+        rows([tmp_path / "run"])
+    assert str(tmp_path / "run") in str(error.value)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a run of train\.py: FileNotFoundError"):
+        rows([tmp_path])
+    with pytest.raises(ValueError, match=r"nowhere: expected a run of train\.py: FileNotFoundError"):
+        rows([tmp_path / "nowhere"])
+
+
+def test_train_s_own_folder_is_read(tmp_path):
+    assert running.run(running.words(tmp_path / "run")) == 0
+    (row,), note = rows([tmp_path])
+    final = running.metrics(tmp_path / "run")[-1]
+    lines = [line for line in running.metrics(tmp_path / "run") if line["event"] == "train"]
+    n_steps = np.diff([0, *(line["step"] for line in lines)])
+    tokens = sum(n * x["tokens_per_second"] / x["examples_per_second"] for n, x in zip(n_steps, lines, strict=True))
+    assert note == ""
+    assert row["FLOPs to train"] == pytest.approx(3 * final["total"] * tokens * 4)  # examples a step
+    assert row[final["task"]] == 100 * final["accuracy"]
+
+
+# What is shown
+
+
+@pytest.fixture
+def study(tmp_path):
+    make(tmp_path / "a", [{"accuracy": 0.5, "architecture": "T5"}], [TRAIN], seed=0)
+    make(tmp_path / "b", [{"accuracy": 0.625, "architecture": "T5"}], [TRAIN], seed=1)
+    make(tmp_path / "c", [{"trainable": 0}], model="nano", method="none", task="cb")
+    return rows([tmp_path])[0]
+
+
+def test_markdown_is_aligned_and_has_dashes_where_nothing_is_known(study):
+    assert text(study) == (
+        "| model | method |        rte |   cb | average | runs | trainable | FLOPs/example | FLOPs to train |    MB |\n"
+        "| ----- | ------ | ---------: | ---: | ------: | ---: | --------: | ------------: | -------------: | ----: |\n"
+        "| m     | ia3    | 56.2 (6.2) |    - |       - |    2 |       100 |       2.5e+04 |        1.2e+07 | 0.000 |\n"
+        "| nano  | none   |          - | 50.0 |       - |    1 |         0 |             - |              - | 0.000 |\n"
+    )
+
+
+def test_csv_has_all_digits_and_nothing_where_nothing_is_known(study):
+    header, ia3, none = csv.reader(io.StringIO(text(study, as_csv=True)))
+    costs = ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
+    assert header == ["model", "method", "rte", "rte IQR", "cb", "cb IQR", *costs]
+    assert ia3 == ["m", "ia3", "56.25", "6.25", "", "", "", "2", "100", "25000.0", "12000000.0", "0.0004"]
+    assert none == ["nano", "none", "", "", "50.0", "", "", "1", "0", "", "", "0.0"]
+
+
+def test_the_table_needs_no_torch():
+    code = "import sys, minia3.table; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
