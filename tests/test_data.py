@@ -17,7 +17,7 @@ import threading
 import tracemalloc
 import zipfile
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -1255,7 +1255,7 @@ def test_batches_of_similar_lengths_hold_the_same_rows_in_as_many_steps(n_rows, 
         batches = [similar(step) for step in steps]
         assert sorted(chain(*batches)) == sorted(chain(*map(plain, steps)))
         ranges = sorted((min(map(lengths.__getitem__, rows)), max(map(lengths.__getitem__, rows))) for rows in batches)
-        assert all(high <= low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))  # they do not overlap
+        assert all(high <= low for (_, high), (low, _) in pairwise(ranges))  # they do not overlap
 
 
 def test_batches_of_similar_lengths_come_in_another_order_each_time():
