@@ -2,8 +2,8 @@
 
     python train.py                                               the embedded model and task, in a minute on a CPU
     python train.py --model t5-base --task rte                    T-Few's recipe on a real model and a real task
-    python train.py --model google/flan-t5-small --task cb --shots 32 --seed 1
     python train.py --model path/to/model --task path/to/rows.jsonl
+    python train.py --model t5-base --task rte,cb --seed 0,1,32   six adapters side by side, in one run
     python train.py --resume runs/t5-base-rte-ia3-0               goes on where a run was stopped
 
 Two hops lead to the equations: the loop below calls a model (minia3/t5.py, llama.py), a model its blocks (blocks.py).
@@ -27,29 +27,34 @@ import minia3
 from minia3 import flags, runs
 from minia3.backward import checkpointed
 from minia3.blocks import Attention, Block
-from minia3.card import card
-from minia3.data import collate, order
-from minia3.evaluate import encode_rows, evaluate
+from minia3.card import card, describe, report
+from minia3.data import collate
+from minia3.evaluate import evaluate
 from minia3.flags import flag
 from minia3.generation import choice_logprobs
+from minia3.lora import add_lora, load_lora, lora_parameters, save_lora
 from minia3.losses import LOSSES, counts, total_loss
-from minia3.models import known
-from minia3.optim import Adafactor
-from minia3.prompts import for_family
+from minia3.optim import Adafactor, learning_rate, select
 
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
-MEASURING = ("data_dir", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # flags that a result depends on
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+CHOICE = {"sites": "ia3", "layers": "ia3", "no_cross": "ia3", "rank": "lora", "alpha": "lora", "where": "lora"}
 
 
 @dataclass
 class Config:
     # what
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
-    task: str = flag("same-colour", "known task (rte ...), .jsonl file, or folder of train/validation/test.jsonl")
-    method: str = flag("ia3", "ia3: train the vectors; none: measure the base alone", one_of=("ia3", "none"))
+    task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl file, or folder; commas between several")
+    method: str = flag("ia3", "what is trained: vectors, lora, all or nothing", one_of=("ia3", "lora", "full", "none"))
+    sites: str = flag("k,v,ff", "which vectors are trained: those of keys, values, feed-forward")
+    layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
+    no_cross: bool = flag(False, "leave cross-attention's vectors at one")
+    rank: int = flag(8, "of lora", at_least=1)
+    alpha: int = flag(16, "of lora, which adds alpha / rank B A to a weight", at_least=1)
+    where: str = flag("q,v", "the weights that lora adds to: of q,k,v,o,gate,up,down")
     shots: int | None = flag(None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1)
-    seed: int = flag(0, "of the few-shot split, the order of rows, the drawn prompts, dropout", at_least=0, below=2**32)
+    seed: int | tuple = flag(0, "of shots, order, prompts, dropout; commas: several", at_least=0, below=2**32)
     adapter: str | None = flag(None, "start from this PEFT adapter; with --eval-only, measure it (default: all ones)")
     eval_only: bool = flag(False, "measure once and stop; no folder is written unless --out is given")
     # where
@@ -63,10 +68,11 @@ class Config:
     deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
     # the recipe: T-Few's
     steps: int = flag(1000, "steps of the optimiser", at_least=1)
-    batch_size: int = flag(8, "examples per step", at_least=1)
+    batch_size: int = flag(8, "examples per step, and adapter", at_least=1)
+    similar_lengths: bool = flag(False, "batches of rows of similar lengths, in place of any rows")
     micro_batch_size: int | None = flag(None, "examples per forward pass, to save memory (default: all)", at_least=1)
-    optimizer: str = flag("adafactor", "adafactor (T-Few's) or adamw", one_of=("adafactor", "adamw"))
-    lr: float = flag(3e-3, "peak learning rate; Adafactor multiplies it by the RMS of each vector", above=0)
+    optimizer: str | None = flag(None, "adafactor (default: for ia3), or adamw", one_of=("adafactor", "adamw"))
+    lr: float | tuple = flag(3e-3, "peak learning rate; Adafactor: times a vector's RMS; commas: several", above=0)
     warmup_ratio: float = flag(0.06, "share of steps of linear warm-up; then linear decay to 0", at_least=0, below=1)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = flag(0.0, "of adamw; it pulls vectors towards 0, which is not the identity", at_least=0)
@@ -89,6 +95,16 @@ def check(config):
         raise ValueError(f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, commas between them")
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts measurements: give --eval-every too")
+    for name, method in CHOICE.items():
+        if method != config.method and getattr(config, name) != getattr(Config, name):
+            raise ValueError(f"{flags.option(name)} is for --method {method}, found --method {config.method}")
+    alone = config.method in ("lora", "full")
+    if alone and flags.grid(config)[0]:
+        raise ValueError(f"--method {config.method} takes one --task, one --seed and one --lr, a run for each")
+    if alone and config.optimizer == "adafactor":  # ours does not factor the second moment of a matrix, either
+        raise ValueError("--optimizer adafactor steps in proportion to a parameter; lora's B begins at 0: use adamw")
+    if config.method == "full" and config.adapter:
+        raise ValueError("--method full goes on from a model: give it as --model, and no --adapter")
 
 
 def open_run(config):
@@ -97,7 +113,7 @@ def open_run(config):
         if config != Config(resume=config.resume):
             raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
         folder = Path(config.resume)
-        raw = runs.read_config(folder)
+        raw = {key: tuple(x) if isinstance(x, list) else x for key, x in runs.read_config(folder).items()}
         config = Config(**{f.name: raw[f.name] for f in dataclasses.fields(Config) if f.name in raw})
         check(config)
         lock = runs.lock(folder)
@@ -105,9 +121,7 @@ def open_run(config):
     check(config)
     if config.out is None and config.eval_only:
         return config, None, None, None
-    if config.out is None:
-        names = (Path(config.model).name, Path(config.task).stem, config.method, config.seed)
-        config.out = str(Path("runs", "-".join(map(str, names))))
+    config.out = config.out or str(Path("runs", runs.name(config)))
     folder = Path(config.out)
     return config, folder, None, runs.begin(folder, dataclasses.asdict(config))
 
@@ -125,113 +139,121 @@ def run(config, folder, saved, signals):
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
-    task = minia3.load_task(config.task, config.data_dir, config.shots, config.seed)
-    notes = list(task.notes)
+    trains = config.method != "none" and not config.eval_only
+    axes, configs = flags.grid(config)  # one config for each adapter: with one task, one seed, one learning rate
+    tasks = dict.fromkeys((one.task, one.seed) for one in configs)
+    tasks = {key: minia3.load_task(key[0], config.data_dir, config.shots, key[1]) for key in tasks}
+    cells = [runs.Cell(one, tasks[one.task, one.seed], axes, trains) for one in configs]
+    if len({cell.folder for cell in cells}) < len(cells):
+        raise ValueError(f"expected a name for each adapter, found {', '.join(cell.name for cell in cells):.200}")
     if folder:
-        runs.record_data(folder, task.checksums)
-    model = minia3.load_model(config.model, dtype=dtype, device=device)
+        runs.record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
+    model = minia3.load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
     tokenizer = minia3.load_tokenizer(config.model)
+    total = sum(p.numel() for p in model.parameters()) - sum(v.numel() for v in minia3.vectors(model).values())
+    with warnings.catch_warnings(record=True) as warned:
+        trained = parameters(model, config)
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
-    minia3.freeze(model)
     prepare(model, config)
-    if config.adapter is not None:
-        with warnings.catch_warnings(record=True) as warned:
-            minia3.load_adapter(model, config.adapter)
-        notes += [str(warning.message) for warning in warned]
-    trainable = sum(vector[0].numel() for vector in minia3.vectors(model).values())
-    total = sum(p.numel() for p in model.parameters()) - trainable
+    trainable = sum(p.numel() for p in trained.values()) // len(cells)
     if total < 10**7:
         torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
-    print(f"model    {config.model}: {total:,} numbers, and {trainable:,} in an adapter ({trainable / total:.3%})")
+    where = "to train" if config.method == "full" else "in an adapter"
+    print(f"model    {config.model}: {total:,} numbers, and {trainable:,} {where} ({trainable / total:.3%})")
+    cells[0].said += [f"note     {warning.message}" for warning in warned]
+    for line in dict.fromkeys(line for cell in cells for line in cell.said):
+        print(line)
 
-    split, rows = task.evaluation
-    train_rows, held_out = task.train, []
-    if config.eval_every and split == "test" and task.validation:
-        held_out = task.validation
-    elif config.eval_every:  # never the split that is reported
-        n = max(1, len(task.train) // 5)
-        train_rows, held_out = task.train[:-n], task.train[-n:]
-    trains = config.method == "ia3" and not config.eval_only
-    if trains and not train_rows:
-        kept = " beside those which --eval-every holds out" if held_out else ""
-        raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
-    print(f"task     {task.name}: {len(train_rows)} rows to train on, {len(rows)} of {split} to report on")
-    family = known(config.model).family if known(config.model) else None
-    prompts = for_family(task.prompts, family)
-    if config.eval_prompt >= len(prompts):
-        raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected 0 to {len(prompts) - 1} for {task.name}")
-    if held_out:
-        notes.append(f"the best vectors are chosen on {len(held_out)} rows that are neither trained nor reported on")
-    if family in task.seen:
-        notes.append(f"{family} saw this task's labels in its pre-training: these results are not few-shot")
-    for note in notes:
-        print(f"note     {note}")
+    def measure(i, rows):
+        limits = {"max_length": config.max_length, "max_new_tokens": config.max_new_tokens, "adapter": i}
+        limits |= {"batch_size": config.eval_batch_size, "metric": cells[i].task.metric}
+        return evaluate(model, tokenizer, rows, prompt=cells[i].prompts[config.eval_prompt], **limits)
 
-    limits = {name: getattr(config, name) for name in ("max_length", "max_new_tokens")}
-    limits |= {"batch_size": config.eval_batch_size, "metric": task.metric}
-    measure = partial(evaluate, model, tokenizer, prompt=prompts[config.eval_prompt], **limits)
-    batches = draw(config, task, train_rows, prompts, tokenizer) if trains else []
-    begun = {"step": 0, "seconds": 0.0, "evaluated": 0, "best": None, "misses": 0, "metrics": 0, "finished": False}
+    batches = [runs.draw(cell, tokenizer) for cell in cells] if trains else []
+    begun = {"step": 0, "seconds": 0.0, "evaluated": 0, "metrics": 0, "finished": False, "active": [*range(len(cells))]}
+    begun["cells"] = [{"steps": 0, "best": None, "misses": 0} for _ in cells]
     unlogged = {"losses": [], "tokens": 0, "logged": 0.0}  # since the last line of metrics.jsonl, at "logged" seconds
     saved = saved or begun | unlogged
     if "before" not in saved:
-        saved["before"] = measure(rows)
-        saved["metrics"] = metrics.write(event="before", step=0, metric=task.metric, **saved["before"])
-    before = after = saved["before"]
-    print(f"before   {describe(task.metric, before)}", flush=True)
+        before = []
+        for i, cell in enumerate(cells):  # all begin alike: one measurement serves those that report on the same rows
+            same = [j for j in range(i) if (cells[j].task.name, cells[j].rows) == (cell.task.name, cell.rows)]
+            before.append(before[same[0]] if same else measure(i, cell.rows))
+            size = metrics.write(event="before", step=0, metric=cell.task.metric, **cell.key, **before[i])
+            print(f"before   {cell.title}{describe(cell.task.metric, before[i])}", flush=True)
+        saved.update(before=before, metrics=size)
+    after = saved["before"]
     if trains:
-        train(config, model, tokenizer.pad_id, task, batches, held_out, measure, folder, metrics, saved, signals)
-        after = measure(rows)
-        print(f"after    {describe(task.metric, after)}")
+        train(config, model, tokenizer.pad_id, cells, trained, batches, measure, folder, metrics, saved, signals)
+        after = [measure(i, cell.rows) for i, cell in enumerate(cells)]
+        for cell, result in zip(cells, after, strict=True):
+            print(f"after    {cell.title}{describe(cell.task.metric, result)}")
 
-    final = {"model": config.model, "task": task.name, "method": config.method, "metric": task.metric}
-    final |= {"split": split, "rows": len(rows), "rows_cut": before["n_cut"]}
-    final |= {f"{name}_before": before[name] for name in ("accuracy", "auc")}
-    final |= {name: after[name] for name in ("accuracy", "auc")}
-    final |= {"trainable": trainable if trains else 0, "total": total, "steps": saved["step"]}
-    final |= {"seconds": round(saved["seconds"], 3), "peak_memory_bytes": runs.peak_memory(device)}
-    if trains:
-        about = {"data": task.checksums, "architecture": type(model).__name__}
-        minia3.save_adapter(model, folder / "adapter", card=card(config, final | about))
-    metrics.write(event="final", step=saved["step"], **final)
+    finals = []
+    for i, (cell, before, result, own) in enumerate(zip(cells, saved["before"], after, saved["cells"], strict=True)):
+        final = {"model": config.model, "task": cell.task.name, "method": config.method, "metric": cell.task.metric}
+        final |= {"split": cell.split, "rows": len(cell.rows), "rows_cut": before["n_cut"]}
+        final |= {"architecture": type(model).__name__}
+        for when, measured in (("_before", before), ("", result)):
+            final |= {f"{name}{when}": measured[name] for name in ("accuracy", "auc")}
+        final |= {"trainable": trainable if trains else 0, "total": total, "steps": own["steps"]}
+        final |= {"seconds": round(saved["seconds"], 3), "peak_memory_bytes": runs.peak_memory(device)} | cell.key
+        if trains and config.method == "ia3":
+            text = card(cell.config, final | {"data": cell.task.checksums})
+            minia3.save_adapter(model, folder / cell.folder, i, card=text)
+        elif trains and config.method == "lora":
+            save_lora(model, folder / cell.folder, config.model)
+        elif trains:
+            minia3.save_model(model, folder / cell.folder, tokenizer)
+        metrics.write(event="final", step=own["steps"], **final)
+        finals.append(final)
     if folder:
         runs.save_checkpoint(folder, saved | {"finished": True})
-    report(config, folder, final)
+    report(config, folder, finals)
 
 
-def draw(config, task, rows, prompts, tokenizer):
-    """-> the examples of each step. Each time that a row comes, its prompt is drawn anew, as in T-Few."""
-    rows_of = order(len(rows), config.batch_size, config.seed)
-    plan = []  # for each step, a row and a prompt for each example
-    for step in range(config.steps):
-        drawn = np.random.RandomState([config.seed, 1, step]).randint(len(prompts), size=config.batch_size)
-        plan.append(list(zip(rows_of(step), drawn.tolist(), strict=True)))
-    pairs = sorted({pair for step in plan for pair in step})
-    texts = [(rows[row], prompts[prompt]) for row, prompt in pairs]
-    _, examples, n_cut = encode_rows(texts, tokenizer, config.max_length, end=task.metric == "exact_match")
-    examples = dict(zip(pairs, examples, strict=True))
-    if n_cut:
-        print(f"note     {n_cut} of {len(pairs)} training inputs are cut to {config.max_length} tokens (--max-length)")
-    return [[examples[pair] for pair in step] for step in plan]
+def parameters(model, config):
+    """Freeze all that the flags do not train: -> name -> parameter of the rest. Reads --adapter into every row."""
+    if config.method == "lora" and config.adapter is None:
+        return add_lora(model, config.rank, config.alpha, config.where.split(","), config.seed)
+    if config.method == "lora":
+        load_lora(model, config.adapter)
+        return lora_parameters(model)
+    minia3.freeze(model)
+    if config.method == "full":
+        for p in model.parameters():
+            p.requires_grad_(not p.requires_grad)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for i in range(model.n_adapters if config.adapter is not None else 0):
+        minia3.load_adapter(model, config.adapter, i)
+    return select(model, config.sites, config.layers, not config.no_cross)
 
 
-def train(config, model, pad_id, task, batches, held_out, measure, folder, metrics, saved, signals):
-    """The loop. `saved` is where the run stands, and what a checkpoint holds; its "step" counts the steps done."""
-    device, vectors = model.embed.weight.device, minia3.vectors(model)
-    if config.optimizer == "adafactor":
-        optimizer = Adafactor(vectors.values(), lr=config.lr)
-    else:
-        optimizer = torch.optim.AdamW(vectors.values(), lr=config.lr, weight_decay=config.weight_decay)
-    torch.manual_seed(config.seed)  # dropout's
+def train(config, model, pad_id, cells, trained, batches, measure, folder, metrics, saved, signals):
+    """The loop. `saved` is where the run stands, and what a checkpoint holds; its "step" counts the steps done.
+
+    Each cell trains its row of `trained`, by its own loss, clipping and optimiser, as it would alone: all that cells
+    share is the forward pass.
+    """
+    device, several = model.embed.weight.device, len(cells) > 1
+    rows = [trained]
+    if several:  # views: of all that the optimisers do, a row sees nothing of the others
+        rows = [{name: torch.nn.Parameter(x.data[i : i + 1]) for name, x in trained.items()} for i in range(len(cells))]
+    name = config.optimizer or ("adafactor" if config.method == "ia3" else "adamw")
+    make = {"adafactor": Adafactor, "adamw": partial(torch.optim.AdamW, weight_decay=config.weight_decay)}[name]
+    optimizers = [make(row.values(), lr=cell.config.lr) for row, cell in zip(rows, cells, strict=True)]
+    torch.manual_seed(cells[0].config.seed)  # dropout's
     if "vectors" in saved:
-        set_values(vectors, saved["vectors"])
-        optimizer.load_state_dict(saved["optimizer"])
+        set_values(trained, saved["vectors"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         runs.set_random_state(saved["random"])
 
     def checkpoint():
-        saved.update(vectors=values(vectors), optimizer=optimizer.state_dict(), random=runs.random_state())
-        saved["losses"] = [float(loss) for loss in saved["losses"]]
+        saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        saved.update(vectors=values(trained), random=runs.random_state())
+        saved["losses"] = [{i: float(loss) for i, loss in losses.items()} for losses in saved["losses"]]
         runs.save_checkpoint(folder, saved)
 
     bar = tqdm(total=config.steps, initial=saved["step"], unit="step", disable=not sys.stderr.isatty())
@@ -239,57 +261,77 @@ def train(config, model, pad_id, task, batches, held_out, measure, folder, metri
         while True:
             step = saved["step"]
             if config.eval_every and step % config.eval_every == 0 and step > saved["evaluated"]:
-                result, best = measure(held_out), saved["best"]
-                bar.write(f"step {step:>6}  {describe(task.metric, result)}, held out", file=sys.stdout)
-                misses = 0 if best is None or result["accuracy"] > best["accuracy"] else saved["misses"] + 1
-                if best is None or result["accuracy"] >= best["accuracy"]:  # of equals, the one that trained longer
-                    best = {"step": step, "accuracy": result["accuracy"], "vectors": values(vectors)}
-                size = metrics.write(event="eval", step=step, metric=task.metric, **result)
+                results, standing = {i: measure(i, cells[i].held_out) for i in saved["active"]}, [*saved["cells"]]
+                for i, result in results.items():
+                    cell, own, best = cells[i], standing[i], standing[i]["best"]
+                    said = f"{cell.title}{describe(cell.task.metric, result)}, held out"
+                    bar.write(f"step {step:>6}  {said}", file=sys.stdout)
+                    misses = 0 if best is None or result["accuracy"] > best["accuracy"] else own["misses"] + 1
+                    if best is None or result["accuracy"] >= best["accuracy"]:  # of equals, the one that trained longer
+                        best = {"step": step, "accuracy": result["accuracy"], "vectors": values(rows[i])}
+                    standing[i] = own | {"best": best, "misses": misses}
+                    size = metrics.write(event="eval", step=step, metric=cell.task.metric, **cell.key, **result)
+                active = [i for i in results if not 0 < config.patience <= standing[i]["misses"]]
                 # in one call: a signal comes before it or after
-                saved.update(evaluated=step, best=best, misses=misses, metrics=size)
-            if step == config.steps or (config.patience and saved["misses"] >= config.patience):
+                saved.update(evaluated=step, active=active, cells=standing, metrics=size)
+            active = saved["active"]
+            if step == config.steps or not active:
                 checkpoint()
                 break
 
             began, signals.in_step = time.perf_counter(), True
             model.train()
-            batch = batches[step]
-            whole = collate(batch, pad_id)
-            n = counts(whole.target_mask_BCL, whole.label_B)
-            micro = config.micro_batch_size or len(batch)
-            step_loss = 0.0
-            for first in range(0, len(batch), micro):
-                part = collate(batch[first : first + micro], pad_id)
-                logp_BCL = choice_logprobs(model, part)
-                loss = total_loss(logp_BCL, part.target_mask_BCL, part.label_B, config.losses.split(","), n)
+            whole = {i: collate(batches[i][step], pad_id) for i in active}
+            n = {i: counts(batch.target_mask_BCL, batch.label_B) for i, batch in whole.items()}
+            mixed = [(i, example) for i in active for example in batches[i][step]]
+            micro = config.micro_batch_size or len(mixed)
+            step_losses = dict.fromkeys(active, 0.0)
+            for first in range(0, len(mixed), micro):
+                owners, examples = zip(*mixed[first : first + micro], strict=True)
+                part = collate(examples, pad_id)
+                logp_BCL = choice_logprobs(model, part, torch.tensor(owners) if several else None)
+                loss = 0.0
+                for i in dict.fromkeys(owners):
+                    own = slice(owners.index(i), owners.index(i) + owners.count(i))
+                    masks = part.target_mask_BCL[own], part.label_B[own]
+                    of_cell = total_loss(logp_BCL[own], *masks, config.losses.split(","), n[i])
+                    step_losses[i] += of_cell.detach()
+                    loss = loss + of_cell
                 loss.backward()
-                step_loss += loss.detach()
-            torch.nn.utils.clip_grad_norm_(vectors.values(), config.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            optimizer.step()
-            optimizer.zero_grad()
+            for i in active:
+                for name, p in rows[i].items() if several else ():
+                    p.grad = trained[name].grad[i : i + 1]
+                torch.nn.utils.clip_grad_norm_(rows[i].values(), config.clip)
+                for group in optimizers[i].param_groups:
+                    group["lr"] = learning_rate(step, cells[i].config)
+                optimizers[i].step()
+                saved["cells"][i]["steps"] = step + 1
+            model.zero_grad()
             model.eval()
-            saved["losses"].append(step_loss)
-            saved["tokens"] += sum(len(e.source) + sum(map(len, e.targets)) for e in batch)
+            saved["losses"].append(step_losses)
+            saved["tokens"] += sum(len(e.source) + sum(map(len, e.targets)) for _, e in mixed)
             saved["step"] = step = step + 1
             bar.update()
 
             logs = step % LOG_EVERY == 0 or step % config.save_every == 0 or step in (1, config.steps)
-            numbers = [float(loss) for loss in saved["losses"]] if logs else []  # waits for the device
+            numbers = [{i: float(x) for i, x in of.items()} for of in saved["losses"]] if logs else []  # GPU: waits
             saved["seconds"] += time.perf_counter() - began
-            for i, number in enumerate(numbers, step - len(numbers) + 1):
-                if not np.isfinite(number):
-                    raise runs.Failed(f"the loss of step {i} is {number}: try a lower --lr or --dtype float32")
+            for of, losses in enumerate(numbers, step - len(numbers) + 1):
+                if bad := [i for i, number in losses.items() if not np.isfinite(number)]:
+                    found = f"{cells[bad[0]].title}the loss of step {of} is {losses[bad[0]]}"
+                    raise runs.Failed(f"{found}: try a lower --lr or --dtype float32")
             if logs:
                 seconds = saved["seconds"] - saved["logged"]
+                of = {i: [losses[i] for losses in numbers if i in losses] for i in numbers[0]}
+                means = {cells[i].name: sum(x) / len(x) for i, x in of.items()}
                 line = {
-                    "loss": sum(numbers) / len(numbers),
-                    "lr": learning_rate(step - 1, config),
-                    "examples_per_second": len(numbers) * config.batch_size / seconds,
+                    "loss": sum(means.values()) / len(means),
+                    "lr": max(learning_rate(step - 1, cells[i].config) for i in active),
+                    "examples_per_second": sum(map(len, numbers)) * config.batch_size / seconds,
                     "tokens_per_second": saved["tokens"] / seconds,
                     "memory_bytes": runs.peak_memory(device),
                 }
+                line |= {"losses": means} if several else {}
                 saved["metrics"] = metrics.write(event="train", step=step, **line)
                 saved.update(losses=[], tokens=0, logged=saved["seconds"])
                 text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  {line['examples_per_second']:.1f} examples/s"
@@ -306,16 +348,8 @@ def train(config, model, pad_id, task, batches, held_out, measure, folder, metri
         raise
     finally:
         bar.close()
-    if saved["best"]:
-        set_values(vectors, saved["best"]["vectors"])
-
-
-def learning_rate(step, config):
-    """Linear from 0 to the peak, then linear to 0. As in T-Few, whose first step therefore changes nothing."""
-    warmup = round(config.warmup_ratio * config.steps)
-    if step < warmup:
-        return config.lr * step / warmup
-    return config.lr * (config.steps - step) / (config.steps - warmup)
+    for row, own in zip(rows, saved["cells"], strict=True):
+        set_values(row, own["best"]["vectors"] if own["best"] else {})
 
 
 def values(vectors):
@@ -323,53 +357,21 @@ def values(vectors):
 
 
 def set_values(vectors, saved):
-    for name, vector in vectors.items():
-        vector.data.copy_(saved[name])
+    for name, value in saved.items():
+        vectors[name].data.copy_(value)
 
 
 def prepare(model, config):
     """How the model's modules are to train, as the flags say."""
     if config.compile:
-        torch._dynamo.config.recompile_limit = 64  # graphs of a block: first or last, padded or not, training or not
+        torch._dynamo.config.cache_size_limit = 64  # graphs of a block: first or last, padded or not, training or not
     for module in model.modules():
-        if config.dropout is not None and isinstance(module, torch.nn.Dropout):
-            module.p = config.dropout
-        elif config.dropout is not None and isinstance(module, Attention):
-            module.dropout = config.dropout
+        if config.dropout is not None and isinstance(module, torch.nn.Dropout | Attention):
+            setattr(module, "dropout" if isinstance(module, Attention) else "p", config.dropout)
         if config.checkpoint and isinstance(module, Block):
             module.forward = checkpointed(module.forward)
         if config.compile and isinstance(module, Block):
             module.compile(dynamic=True)
-
-
-def describe(metric, result):
-    auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
-    return f"{metric} {result['accuracy']:.1%}{auc}"
-
-
-def report(config, folder, final):
-    """Print what came out of a run: a line for each figure, and the command that measures its adapter again."""
-    trained, total = final["trainable"], final["total"]
-
-    def figure(name, form):
-        return f"{final[f'{name}_before']:{form}}" + (f" before, {final[name]:{form}} after" if trained else "")
-
-    cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
-    lines = [(final["metric"], figure("accuracy", ".1%"))]
-    lines += [("AUC", figure("auc", ".2f"))] if final["auc"] is not None else []
-    lines += [("memory", f"{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")]
-    if trained:
-        names = ["model", "task", *(name for name in MEASURING if getattr(config, name) != getattr(type(config), name))]
-        words = [*flags.words(config, names), "--adapter", str(folder / "adapter"), "--eval-only"]
-        lines += [
-            ("trained", f"{trained:,} of {total:,} numbers ({trained / total:.3%})"),
-            ("time", f"{final['seconds']:.0f} s for {final['steps']} steps"),
-            ("adapter", folder / "adapter"),
-            ("use it", f"python train.py {shlex.join(words)}"),
-        ]
-    print(f"\n{final['task']}: {final['rows']} rows of {final['split']}{cut}")
-    for title, text in lines:
-        print(f"  {title:<12}{text}")
 
 
 def main(argv=None):

@@ -1,4 +1,6 @@
-"""Chapter 9, the model card: the README.md in the folder of a run's adapter, for people and for the hub (card.md)."""
+"""Chapter 9, what is said of a result: in the terminal, and in the model card, the README.md in the folder of a run's
+adapter, for people and for the hub (card.md).
+"""
 
 import dataclasses
 import json
@@ -10,6 +12,7 @@ from minia3 import flags
 from minia3.models import hub_name
 
 AUTO = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}  # class of ours -> of transformers
+MEASURING = ("data_dir", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # flags that a result depends on
 WHERE = ("model", "task", "out", "data_dir", "resume", "device")  # these say where something is; the others, what to do
 
 
@@ -36,3 +39,42 @@ def card(config, final):
         checksums="\n".join(f"- {name} `{digest}`" for name, digest in final["data"].items()),
         auto=AUTO[final["architecture"]],
     )
+
+
+def describe(metric, result):
+    auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
+    return f"{metric} {result['accuracy']:.1%}{auc}"
+
+
+def report(config, folder, finals):
+    """Print what came out of a run: a line for each figure, or each adapter, and the command that measures it again."""
+    final, several = finals[0], "adapter" in finals[0]
+    trained, total, kind = final["trainable"], final["total"], "model" if config.method == "full" else "adapter"
+
+    def figure(final, name, form):
+        return f"{final[f'{name}_before']:{form}}" + (f" before, {final[name]:{form}} after" if trained else "")
+
+    if several:
+        title, where, task = f"{len(finals)} adapters", Path("adapters", "NAME"), config.task
+        task = "TASK" if isinstance(task, tuple) else task
+        lines = [(x["adapter"], f"{x['metric']} {figure(x, 'accuracy', '.1%')}, {x['steps']} steps") for x in finals]
+    else:
+        cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
+        title, where, task = f"{final['task']}: {final['rows']} rows of {final['split']}{cut}", kind, config.task
+        lines = [(final["metric"], figure(final, "accuracy", ".1%"))]
+        lines += [("AUC", figure(final, "auc", ".2f"))] if final["auc"] is not None else []
+    lines += [("memory", f"{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")]
+    if trained:
+        names = [x for x in ("method", *MEASURING) if getattr(config, x) != getattr(type(config), x)]
+        model, start = (folder / where, []) if kind == "model" else (config.model, ["--adapter", folder / where])
+        words = ["--model", model, "--task", task, *flags.words(config, names), *start, "--eval-only"]
+        lines += [
+            ("trained", f"{trained:,} of {total:,} numbers ({trained / total:.3%})" + " each" * several),
+            ("time", f"{final['seconds']:.0f} s for {max(x['steps'] for x in finals)} steps"),
+            (kind, folder / where),
+            ("use it", f"python train.py {shlex.join(map(str, words))}"),
+        ]
+    width = max(12, *(2 + len(name) for name, _ in lines))
+    print(f"\n{title}")
+    for name, text in lines:
+        print(f"  {name:<{width}}{text}")

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import os
+from itertools import product
 from typing import get_args
 
 TESTS = {
@@ -29,6 +31,23 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
+def several(kind):
+    """What reads a text: one value of `kind`, or with commas between them, where it is no path, a tuple."""
+
+    def read(text):
+        values = tuple(kind(part) for part in ([text] if os.path.exists(text) else text.split(",")))
+        return values if len(values) > 1 else values[0]
+
+    read.__name__ = kind.__name__  # argparse's errors name it
+    return read
+
+
+def grid(config):
+    """-> the names of the fields that hold several values, and a config of one value each for each cell of the grid."""
+    axes = {name: value for name, value in vars(config).items() if isinstance(value, tuple)}
+    return list(axes), [dataclasses.replace(config, **dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
+
+
 def words(config, names):
     """The flags `names` with their values, as they are typed."""
     values = [(option(name), getattr(config, name)) for name in names]
@@ -40,8 +59,9 @@ def parse(cls, argv, description):
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="train.py", description=description, formatter_class=raw, allow_abbrev=False)
     for field in dataclasses.fields(cls):
-        kind, default = (get_args(field.type) or (field.type,))[0], field.default
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        (kind, *others), default = get_args(field.type) or (field.type,), field.default
+        read = several(kind) if tuple in others else kind
+        how = {"action": "store_true"} if kind is bool else {"type": read, "metavar": kind.__name__}
         help = field.metadata["help"] + (
             "" if default is None else f" (default: {'no' if default is False else default})"
         )
@@ -57,10 +77,11 @@ def parse(cls, argv, description):
 def check(config):
     """Raise ValueError for the first field whose value is of another type, empty or out of its limits."""
     for field in dataclasses.fields(config):
-        value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
-        found = f"{option(field.name)} is {value!r}, expected"
-        if value == "" or not isinstance(value, kinds + (int,) * (float in kinds)):
-            raise ValueError(f"{found} {kinds[0].__name__}")
-        for name, limit in field.metadata["limits"].items() if value is not None else ():
-            if not TESTS[name](value, limit):
-                raise ValueError(f"{found} {name.replace('_', ' ')} {limit}")
+        values, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
+        for value in values if tuple in kinds and isinstance(values, tuple) and values else [values]:
+            found = f"{option(field.name)} is {value!r}, expected"
+            if value == "" or isinstance(value, tuple) or not isinstance(value, kinds + (int,) * (float in kinds)):
+                raise ValueError(f"{found} {kinds[0].__name__}")
+            for name, limit in field.metadata["limits"].items() if value is not None else ():
+                if not TESTS[name](value, limit):
+                    raise ValueError(f"{found} {name.replace('_', ' ')} {limit}")

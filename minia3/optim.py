@@ -8,12 +8,16 @@ vector's second moment is not factored, so the whole update, for one row l of gr
     l <- l - lr max(1e-3, rms(l)) u / max(1, rms(u))
 
 Means are over a row alone, so that adapters trained side by side do what each would do alone: given a whole table,
-torch's and transformers' Adafactor factor and clip across its rows.
+torch's and transformers' Adafactor factor and clip across its rows. Below it, the schedule, and which vectors train.
 
 Shapes: A adapters (rows), D width of a vector.
 """
 
+import re
+
 import torch
+
+from minia3.ia3 import vectors
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -37,3 +41,29 @@ class Adafactor(torch.optim.Optimizer):
 
 def rms(x_AD):
     return x_AD.square().mean(dim=-1, keepdim=True).sqrt()
+
+
+def learning_rate(step, config):
+    """Linear from 0 to the peak, then linear to 0. As in T-Few, whose first step therefore changes nothing."""
+    warmup = round(config.warmup_ratio * config.steps)
+    if step < warmup:
+        return config.lr * step / warmup
+    return config.lr * (config.steps - step) / (config.steps - warmup)
+
+
+def select(model, sites, layers, cross):
+    """Freeze the vectors outside of `sites` ("k,v,ff"), `layers` ("0-5,20-") and, if not `cross`, of cross-attention.
+
+    -> name -> parameter of the others. Raises ValueError where there are none, and for a text of another form.
+    """
+    chosen, wanted = {}, sites.split(",")
+    spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
+    for name, vector in vectors(model).items() if all(spans) and {*wanted} <= {"k", "v", "ff"} else ():
+        layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name).groups()
+        inside = any(int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1])) for x in spans)
+        vector.requires_grad_(inside and site in wanted and (cross or part != "cross"))
+        chosen |= {name: vector} if vector.requires_grad else {}
+    if not chosen:
+        expected = "some of k,v,ff, and layers of the model as in 0-5,20-"
+        raise ValueError(f"no vectors are --sites {sites!r} of --layers {layers!r}: expected {expected}")
+    return chosen

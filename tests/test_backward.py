@@ -137,7 +137,7 @@ def test_checkpointed_blocks_give_the_same_bits_under_dropout_and_keep_less(name
 
 def compiled(model, backend):
     torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = 64  # as train.py has it
+    torch._dynamo.config.cache_size_limit = 64  # as train.py has it
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.compile(dynamic=True, fullgraph=True, backend=backend)  # fullgraph: a break in a graph is an error
     return model

@@ -254,24 +254,24 @@ def rte(tmp_path):
 
 
 def test_training_draws_from_all_prompts_and_one_of_them_measures(rte, tmp_path, monkeypatch):
-    seen, original = [], train.encode_rows
+    seen, original = [], runs.encode_rows
 
     def spy(pairs, *args, **options):
         seen.append({prompt for _, prompt in pairs})
         return original(pairs, *args, **options)
 
-    monkeypatch.setattr(train, "encode_rows", spy)
+    monkeypatch.setattr(runs, "encode_rows", spy)
     monkeypatch.setattr("minia3.evaluate.encode_rows", spy)
     assert run(words(tmp_path / "run", eval_prompt=2, steps=10, **rte)) == 0
-    prompts = train.for_family(minia3.load_task("rte", rte["data_dir"]).prompts, None)
+    prompts = runs.for_family(minia3.load_task("rte", rte["data_dir"]).prompts, None)
     assert seen == [set(prompts), {prompts[2]}, {prompts[2]}]
 
 
 def test_a_family_that_saw_the_labels_is_said_to_have_seen_them(rte, tmp_path, monkeypatch, capsys):
     assert run(words(tmp_path / "run", steps=1, **rte)) == 0
     assert "pre-training" not in capsys.readouterr().out
-    monkeypatch.setattr(train, "known", lambda name: minia3.models.KNOWN["t5-base"])
-    monkeypatch.setattr(train, "for_family", lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0)
+    monkeypatch.setattr(runs, "known", lambda name: minia3.models.KNOWN["t5-base"])
+    monkeypatch.setattr(runs, "for_family", lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0)
     assert run(words(tmp_path / "seen", steps=1, **rte)) == 0
     assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out
 
@@ -541,7 +541,20 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--out", ""], ["--out is '', expected str"]),
         (["--adapter", ""], ["--adapter is '', expected str"]),
         (["--dtype", "float16"], ["--dtype is 'float16'", "float32", "bfloat16"]),
-        (["--method", "lora"], ["--method is 'lora'", "ia3", "none"]),
+        (["--method", "prefix"], ["--method is 'prefix'", "ia3", "none"]),
+        (["--rank", "0"], ["--rank is 0", "at least 1"]),
+        (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
+        (["--rank", "4"], ["--rank is for --method lora", "found --method ia3"]),
+        (["--method", "lora", "--sites", "k"], ["--sites is for --method ia3", "found --method lora"]),
+        (["--method", "lora", "--seed", "0,1"], ["--method lora takes one --task"]),
+        (["--method", "full", "--lr", "1e-3,1e-4"], ["--method full takes one --task"]),
+        (["--method", "lora", "--optimizer", "adafactor"], ["--optimizer adafactor", "B begins at 0", "use adamw"]),
+        (["--method", "full", "--optimizer", "adafactor"], ["--optimizer adafactor", "use adamw"]),
+        (["--method", "full", "--adapter", "x"], ["--method full", "--model"]),
+        (["--seed", "0,x"], ["--seed", "'0,x'", "int"]),
+        (["--seed", "0,-1"], ["--seed is -1", "at least 0"]),
+        (["--lr", "1e-3,0"], ["--lr is 0.0", "above 0"]),
+        (["--task", "rte,"], ["--task is ''", "str"]),
         (["--optimizer", "sgd"], ["--optimizer is 'sgd'", "adafactor", "adamw"]),
         *[([f"--{flag}", value], [f"--{flag} is {value}", limit]) for flag, value, limit in LIMITS],
     ],
@@ -775,3 +788,23 @@ def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     final = metrics(tmp_path / "runs" / "tiny-t5-same-colour-none-0")[-1]
     assert (final["model"], final["task"], final["total"], final["rows"]) == ("tiny-t5", "same-colour", 218_112, 1024)
+
+
+def test_batches_of_similar_lengths_are_a_flag_and_off_by_default(tmp_path, monkeypatch):
+    lengths, order = [], runs.order
+    monkeypatch.setattr(runs, "order", lambda *args: lengths.append(args[3]) or order(*args))
+    for name, flags in (("plain", []), ("similar", ["--similar-lengths"])):
+        assert run(words(tmp_path / name, *flags)) == 0
+    assert lengths[0] is None
+    assert lengths[1] == [len(row["input"]) for row in minia3.load_task(task()).train]
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint", "--compile"])
+def test_a_flag_that_saves_memory_or_time_changes_no_result(flag, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: seen.append(how))
+    seen, results = [], []
+    for name, flags in (("plain", []), ("other", [flag])):
+        assert run(words(tmp_path / name, *flags)) == 0
+        results.append(outcome(tmp_path / name))
+    assert results[0] == results[1]
+    assert seen == [{"dynamic": True}] * (4 if flag == "--compile" else 0)

@@ -1,0 +1,393 @@
+"""Guards many adapters in one run: N trained together are the N trained apart, each with its own data order, prompts,
+optimiser, clipping and patience; a grid that is stopped goes on as if it had not been; names and files are each cell's.
+And the baselines and ablations: what is not asked for does not move.
+"""
+
+import functools
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+import torch
+from running import at_line, fails, kill_self, metrics, model, resume, rows, run, train, words, write
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import minia3
+from minia3 import runs
+
+EXACT = {"dtype": "float64", "dropout": 0}
+GRID = {"seed": "0,3", "lr": "0.05,0.01", "eval_every": 3, "patience": 2, "steps": 24, "clip": 0.5, "warmup_ratio": 0.2}
+
+
+@functools.cache
+def two_tasks():
+    """Two folders of rows, of another number of choices and other lengths: every mixed batch is padded."""
+    made = {"one": rows(42, (2,), seed=1), "two": rows(42, (2, 3, 1), seed=2)}
+    home = Path(running.home().name)
+    return [write(home / k, train=x[:20], validation=x[20:30], test=x[30:]) for k, x in made.items()]
+
+
+def both_tasks():
+    return ",".join(map(str, two_tasks()))
+
+
+def together(out, **flags):
+    """A run of a grid: -> a dict for each of its cells (see `cell`)."""
+    assert run(words(out, **{"task": both_tasks(), **flags})) == 0
+    saved = runs.load_checkpoint(out)["vectors"]
+    names = [line["adapter"] for line in metrics(out) if line["event"] == "final"]
+    assert len(set(names)) == len(names)
+    return {name: cell(out, name, saved, i) for i, name in enumerate(names)}
+
+
+def cell(out, name, saved, i):
+    """What became of an adapter: its row as it was trained last, the final line, the measurements, the losses."""
+    lines = [line for line in metrics(out) if line.get("adapter", name) == name]
+    return {
+        "vectors": {key: x[i] for key, x in saved.items()},
+        "saved": load_file(out / "adapters" / name / "adapter_model.safetensors") if name else None,
+        "final": lines[-1],
+        "evals": [(line["step"], line["accuracy"], line["auc"]) for line in lines if line["event"] == "eval"],
+    }
+
+
+def apart(out, task, **flags):
+    assert run(words(out, task=task, **flags)) == 0
+    one = cell(out, None, runs.load_checkpoint(out)["vectors"], 0)
+    one["saved"] = load_file(out / "adapter" / "adapter_model.safetensors")
+    return one
+
+
+# A larger one makes T5's random attention so sure of itself that Adafactor steps by what rounding leaves of a gradient
+RATES = {"t5": ("0.05", "0.01"), "llama": ("0.3", "0.02")}
+
+
+def cells(rates):
+    for task in two_tasks():
+        for seed in (0, 3):
+            for lr in rates:
+                yield f"{task.name}-s{seed}-lr{lr}", {"task": task, "seed": seed, "lr": lr}
+
+
+RESULTS = ("accuracy_before", "auc_before", "accuracy", "auc", "steps", "trainable", "total", "rows", "task", "metric")
+
+
+@pytest.mark.parametrize("recipe", [{}, {"optimizer": "adamw", "weight_decay": 0.1}, {"micro_batch_size": 7}])
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_adapters_trained_together_are_those_trained_apart(name, recipe, tmp_path):
+    flags, rates = {"model": model(name), **GRID, **EXACT, **recipe}, RATES[name]
+    found = together(tmp_path / "grid", **{**flags, "lr": ",".join(rates)})
+    assert found.keys() == {name for name, _ in cells(rates)}
+    steps = set()
+    for i, (name, own) in enumerate(cells(rates)):
+        alone = apart(tmp_path / str(i), **{**flags, **own})
+        steps.add(alone["final"]["steps"])
+        assert found[name]["evals"] == alone["evals"]
+        for key in RESULTS:
+            assert found[name]["final"][key] == alone["final"][key], (name, key)
+        for key, l_D in alone["vectors"].items():
+            assert_close(found[name]["vectors"][key], l_D, rtol=1e-9, atol=1e-9)
+        for key, x in alone["saved"].items():
+            assert_close(found[name]["saved"][key], x, rtol=1e-6, atol=1e-6)
+        assert max((x - 1).abs().max() for x in alone["vectors"].values()) > 0.01
+    assert min(steps) < 24  # some stop early
+    assert len(steps) > 1
+
+
+def test_each_adapter_s_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
+    norms, original = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, most):
+        norms.append(original(parameters := list(parameters), most).item())
+        after = torch.stack([p.grad.norm() for p in parameters]).norm().item()
+        assert after == pytest.approx(min(norms[-1], most), rel=1e-4)
+        return norms[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    together(tmp_path / "grid", **{**GRID, "steps": 2, "clip": 2})
+    assert len(norms) == 16  # one for each adapter and step
+    assert min(norms) < 2 < max(norms)
+
+
+def test_the_embedded_model_s_seeds_together_are_those_apart_in_float32(tmp_path):
+    flags = {"model": "tiny-t5", "task": "same-colour", "steps": 100, "dropout": 0, "batch_size": 8, "shots": 64}
+    assert run(words(tmp_path / "grid", seed="0,1,2", **flags)) == 0
+    for seed in range(3):
+        assert run(words(tmp_path / str(seed), seed=seed, **flags)) == 0
+        alone = load_file(tmp_path / str(seed) / "adapter" / "adapter_model.safetensors")
+        found = load_file(tmp_path / "grid" / "adapters" / f"s{seed}" / "adapter_model.safetensors")
+        assert max((found[name] - x).abs().max() for name, x in alone.items()) < 1e-3
+        assert max((x - 1).abs().max() for x in alone.values()) > 0.05
+
+
+def test_seeds_draw_their_own_shots_rows_and_prompts(tmp_path):
+    found = together(tmp_path / "grid", task=two_tasks()[0], seed="0,1", shots=6, steps=5, **EXACT)
+    for seed in (0, 1):
+        alone = apart(tmp_path / str(seed), two_tasks()[0], seed=seed, shots=6, steps=5, **EXACT)
+        for key, l_D in alone["vectors"].items():
+            assert_close(found[f"s{seed}"]["vectors"][key], l_D, rtol=1e-9, atol=1e-9)
+
+
+def test_each_seed_draws_prompts_of_its_own(tmp_path):
+    rte = [{"premise": "w5 w6", "hypothesis": "w7", "label": label} for label in ("entailment", "not_entailment")]
+    write(tmp_path / "rte", train=rte[:1], val=rte)
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    drawn = []
+    for seed in (0, 5):
+        config = train.Config(task="rte", seed=seed, steps=3, batch_size=7)
+        task = minia3.load_task("rte", tmp_path, None, seed)
+        cell = runs.Cell(config, task, ["seed"], True)
+        texts = [runs.encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0] for prompt in cell.prompts]
+        drawn.append(runs.draw(cell, tokenizer))
+        for step, batch in enumerate(drawn[-1]):
+            prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
+            assert batch == [texts[prompt] for prompt in prompts]  # there is one row
+    assert drawn[0] != drawn[1]
+
+
+# Stopped and resumed
+
+STOPPED = {**GRID, "dropout": 0.1, "save_every": 4, "optimizer": "adamw"}
+
+
+def outcome(folder):
+    """What two equal runs have in common: all adapters' files, cards too, and metrics but for times."""
+    lines = [{key: value for key, value in line.items() if key not in running.TIMES} for line in metrics(folder)]
+    adapters = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("adapters/*/*")}
+    return adapters, lines
+
+
+@functools.cache
+def uninterrupted():
+    folder = Path(running.home().name, "uninterrupted grid")
+    with at_line(0, None) as ran:
+        assert run(words(folder, task=both_tasks(), **STOPPED)) == 0
+    return outcome(folder), len(ran)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_grid_that_is_stopped_anywhere_goes_on_bit_for_bit(seed, tmp_path):
+    expected, n = uninterrupted()
+    assert len(expected[0]) == 8 * 3
+    assert len({line["steps"] for line in expected[1] if line["event"] == "final"}) > 1  # one stops before another
+    out = tmp_path / "run"
+    with at_line(int(n * (seed + random.Random(seed).random()) / 6), functools.partial(kill_self, signal.SIGINT)):
+        assert run(words(out, task=both_tasks(), **STOPPED)) == 130
+    assert resume(out) == 0
+    assert outcome(out) == expected
+    assert resume(out) == 0  # it is finished
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"seed": "0,7"}, ["s0", "s7"]),
+        ({"lr": "1e-3,0.01,2e-5"}, ["lr0.001", "lr0.01", "lr2e-05"]),
+        ({"seed": "2,1", "lr": "1,2"}, ["s2-lr1.0", "s2-lr2.0", "s1-lr1.0", "s1-lr2.0"]),
+    ],
+)
+def test_an_adapter_is_named_by_what_varies(flags, names, tmp_path):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1, **flags)) == 0
+    finals = [line for line in metrics(out) if line["event"] == "final"]
+    assert [line["adapter"] for line in finals] == names
+    assert sorted(p.name for p in (out / "adapters").iterdir()) == sorted(names)
+    assert not (out / "adapter").exists()
+    for line in finals:
+        parts = {part.lstrip("slr"): part for part in line["adapter"].split("-lr")}
+        assert str(line["seed"]) in parts or "seed" not in flags
+        assert line["task"] == running.task().name
+    train_lines = [line for line in metrics(out) if line["event"] == "train"]
+    assert all([*line["losses"]] == names for line in train_lines)
+    assert train_lines[0]["loss"] == pytest.approx(sum(train_lines[0]["losses"].values()) / len(names))
+
+
+def test_one_cell_is_an_ordinary_run(tmp_path):
+    assert run(words(tmp_path / "run", steps=1)) == 0
+    assert (tmp_path / "run" / "adapter").is_dir()
+    assert not any({"adapter", "losses"} & line.keys() for line in metrics(tmp_path / "run"))
+
+
+def test_a_slash_in_a_task_s_name_is_a_dash_in_the_folder_s(tmp_path):
+    task = minia3.load_task(two_tasks()[0])._replace(name="raft/x")
+    config = train.Config(seed=3)
+    cell = runs.Cell(config, task, ["task", "seed"], True)
+    assert (cell.name, cell.folder) == ("raft/x-s3", Path("adapters", "raft-x-s3"))
+
+
+def test_a_path_with_a_comma_is_one_task(tmp_path):
+    folder = write(tmp_path / "a,b", train=rows(4), test=rows(4, seed=1))
+    assert run(words(tmp_path / "run", task=folder, steps=1)) == 0
+    assert metrics(tmp_path / "run")[-1]["task"] == "a,b"
+
+
+def test_two_adapters_of_one_name_are_refused(tmp_path, capsys):
+    fails(words(tmp_path / "run", seed="1,1"), capsys, "a name for each adapter", "s1, s1")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"task": ("rte", "a/b.jsonl"), "seed": (0, 1)}, "tiny-t5-rte,b-ia3-0,1"),
+        ({"lr": (0.001, 0.01)}, "tiny-t5-same-colour-ia3-0-0.001,0.01"),
+        ({"task": tuple(f"raft/{i:030}" for i in range(11))}, f"tiny-t5-{0:030}+10-ia3-0"),
+        ({"seed": tuple(range(100))}, "tiny-t5-same-colour-ia3-0+99"),
+        ({"model": "x/t5", "task": "x" * 60, "method": "none"}, f"t5-{'x' * 60}-none-0"),
+    ],
+)
+def test_the_default_folder_of_a_grid_has_its_values_with_commas(flags, expected):
+    assert runs.name(train.Config(**flags)) == expected
+
+
+def test_a_card_has_the_command_that_trains_its_adapter_alone(tmp_path):
+    assert run(words(tmp_path / "run", seed="0,4", steps=1, lr=0.1)) == 0
+    card = (tmp_path / "run" / "adapters" / "s4" / "README.md").read_text()
+    assert "--seed 4 " in card
+    assert "0,4" not in card
+
+
+def test_the_base_is_measured_once_for_each_set_of_rows(tmp_path, monkeypatch):
+    measured, original = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o))
+    assert run(words(tmp_path / "run", task=both_tasks(), seed="0,1,2", method="none")) == 0
+    assert measured == [0, 3]
+    finals = [line for line in metrics(tmp_path / "run") if line["event"] == "final"]
+    assert len(finals) == 6
+    assert len({line["accuracy"] for line in finals}) == 2
+
+
+def test_all_adapters_start_from_the_one_that_is_given(tmp_path):
+    assert run(words(tmp_path / "one", lr=0.3)) == 0
+    start = {"adapter": tmp_path / "one" / "adapter", "steps": 1, "warmup_ratio": 0.6}  # a first step changes nothing
+    assert run(words(tmp_path / "on", seed="0,1", **start)) == 0
+    expected = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    for name in ("s0", "s1"):
+        found = load_file(tmp_path / "on" / "adapters" / name / "adapter_model.safetensors")
+        assert all(torch.equal(found[key], x) for key, x in expected.items())
+
+
+def test_the_end_is_a_line_for_each_adapter(tmp_path, capsys):
+    assert run(words(tmp_path / "run", seed="0,11", steps=2)) == 0
+    title, *table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert title == "2 adapters"
+    for name, line in zip(("s0", "s11"), table, strict=False):
+        final = next(x for x in metrics(tmp_path / "run") if x["event"] == "final" and x["adapter"] == name)
+        figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
+        assert line == f"  {name:<12}accuracy {figures}, 2 steps"
+
+
+def test_a_loss_that_is_no_number_is_said_to_be_whose(tmp_path, capsys):
+    fails(words(tmp_path / "run", lr="1e-3,1e30", warmup_ratio=0), capsys, "lr1e+30: the loss of step", "--lr", code=1)
+
+
+# Which vectors learn
+
+
+def sites(name):
+    """Every vector of a model's as (name, layer, its part of the block, site)."""
+    for key in minia3.vectors(minia3.load_model(model(name))):
+        layer, part, site = key.split("blocks.")[1].split(".")
+        yield key, int(layer), part, site.removeprefix("l_")
+
+
+@pytest.mark.parametrize(
+    ("flags", "moves"),
+    [
+        ([], lambda layer, part, site: True),
+        (["--sites", "k"], lambda layer, part, site: site == "k"),
+        (["--sites", "ff,v"], lambda layer, part, site: site != "k"),
+        (["--layers", "1"], lambda layer, part, site: layer == 1),
+        (["--layers", "0"], lambda layer, part, site: layer == 0),
+        (["--layers", "0,1-9"], lambda layer, part, site: True),
+        (["--layers", "1-", "--sites", "k,ff"], lambda layer, part, site: layer == 1 and site != "v"),
+        (["--no-cross"], lambda layer, part, site: part != "cross"),
+    ],
+)
+@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize("seed", ["0", "0,1"])
+def test_only_the_chosen_vectors_leave_one(seed, name, flags, moves, tmp_path):
+    assert run(words(tmp_path / "run", *flags, model=model(name), lr=0.1, seed=seed)) == 0
+    trained = runs.load_checkpoint(tmp_path / "run")["vectors"]
+    ours = minia3.load_model(model(name))
+    folder = tmp_path / "run" / ("adapter" if seed == "0" else "adapters/s1")
+    minia3.load_adapter(ours, folder)
+    n = 0
+    for key, *place in sites(name):
+        moved = (minia3.vectors(ours)[key] != 1).any().item()
+        assert moved == moves(*place), key
+        assert (key in trained) == moves(*place)
+        n += minia3.vectors(ours)[key].numel() * moves(*place)
+    assert metrics(tmp_path / "run")[-1]["trainable"] == n
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "parts"),
+    [
+        ("sites", "k,q", ["--sites 'k,q'", "some of k,v,ff"]),
+        ("sites", "k,", ["--sites 'k,'"]),
+        ("layers", "2", ["--layers '2'"]),
+        ("layers", "1-0", ["--layers '1-0'"]),
+        ("layers", "0,x", ["--layers '0,x'", "0-5,20-"]),
+        ("layers", "0,", ["--layers '0,'"]),
+    ],
+)
+def test_sites_and_layers_that_are_not_there_are_one_line(flag, value, parts, tmp_path, capsys):
+    fails(words(tmp_path / "run", **{flag: value}), capsys, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+# The baselines
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_lora_trains_what_it_adds_and_its_folder_measures_the_same(name, tmp_path, capsys):
+    flags = {"model": model(name), "method": "lora", "rank": 2, "alpha": 3, "where": "q,down", "lr": 0.05}
+    out = tmp_path / "run"
+    assert run(words(out, steps=10, **flags)) == 0
+    final = metrics(out)[-1]
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert final["trainable"] == sum(x.numel() for x in tensors.values())
+    assert all(x.any() for x in tensors.values())  # B too has left zero
+    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split("train.py ")[1]
+    assert run([*command.split(), "--device", "cpu"]) == 0
+    assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_full_trains_all_but_the_vectors_and_saves_a_model(name, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, model=model(name), method="full", lr=0.01, steps=10)) == 0
+    final, before = metrics(out)[-1], minia3.load_model(model(name))
+    after = minia3.load_model(out / "model")
+    vectors = sum(v.numel() for v in minia3.vectors(before).values())
+    assert final["trainable"] == final["total"] == sum(p.numel() for p in before.parameters()) - vectors
+    for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(old, new) == key.endswith(".scale"), key
+    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split("train.py ")[1]
+    assert run([*command.split(), "--device", "cpu"]) == 0
+    assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_baseline_that_is_stopped_goes_on_bit_for_bit(method, tmp_path):
+    flags = {"method": method, "lr": 0.01, "eval_every": 3, "dropout": 0.1}
+    assert run(words(tmp_path / "whole", **flags)) == 0
+    with at_line(0, None) as ran:
+        assert run(words(tmp_path / "again", **flags)) == 0
+    with at_line(int(0.7 * len(ran)), functools.partial(kill_self, signal.SIGINT)):
+        assert run(words(tmp_path / "run", **flags)) == 130
+    assert resume(tmp_path / "run") == 0
+    whole, found = (
+        {name: x for p in sorted((tmp_path / n).rglob("*.safetensors")) for name, x in load_file(p).items()}
+        for n in ("whole", "run")
+    )
+    assert whole.keys() == found.keys() != set()
+    assert all(torch.equal(found[key], x) for key, x in whole.items())
