@@ -10,6 +10,7 @@ import torch
 import minia3
 from minia3.config import to_hf
 from minia3.data import Example, collate
+from minia3.lora import add_lora
 from minia3.models import KNOWN
 from minia3.t5 import T5Config
 
@@ -75,6 +76,12 @@ class Pair:
 
         with quiet():
             return peft.PeftModel.from_pretrained(self.base(), self.adapter, is_trainable=True)
+
+    def our_lora(self):
+        """Ours, with LoRA at rank 8 on q and v in place of the vectors."""
+        model = minia3.load_model(self.folder, device=self.device)
+        add_lora(model)
+        return model
 
     def lora(self, names=("default",)):
         """PEFT's LoRA at rank 8 on q and v, with random B, as after training."""
