@@ -690,6 +690,7 @@ def read_zip(folder):
                 texts = [json.loads(line)["text"] for line in archive.read(MEMBERS[name]).splitlines() if line.strip()]
                 assert [row["text"] for row in rows] == texts
     finally:
+        del TASKS["fuzzed"]
         left = {path.name for path in out.rglob("*")} if out.exists() else set()
         assert left <= {"fuzzed", "train.jsonl", "val.jsonl", "test.jsonl"}
         assert {path.name for path in folder.iterdir()} <= {"T.zip", "data"}
