@@ -5,6 +5,7 @@ import shutil
 import torch
 
 import minia3
+from minia3.load import name_table
 from minia3.state import check_start
 from tests.benchmarks.measure import child
 
@@ -50,4 +51,8 @@ def export(bench, pair):
         pair.theirs().merge_and_unload().save_pretrained(pair.scratch / "theirs")
         shutil.rmtree(pair.scratch / "theirs")
 
+    merged, folded = minia3.merge(pair.ours()), pair.theirs().merge_and_unload().state_dict()
+    for name, parameter in name_table(merged).items():
+        if parameter is not None:
+            pair.same(merged.get_parameter(parameter), folded[name])
     yield "load, merge and export", bench.time(ours, theirs)
