@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 import minia3
 from minia3 import flags, runs
-from minia3.backward import checkpointed
-from minia3.blocks import Attention, Block
 from minia3.card import card, describe, report
+from minia3.cells import draw, grid
 from minia3.data import collate
-from minia3.evaluate import evaluate
+from minia3.evaluate import evaluate, over_prompts
 from minia3.flags import flag
 from minia3.generation import choice_logprobs
 from minia3.lora import add_lora, load_lora, lora_parameters, save_lora
@@ -37,6 +36,7 @@ from minia3.losses import LOSSES, counts, total_loss
 from minia3.optim import Adafactor, learning_rate, select
 
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
+METHODS = ("ia3", "lora", "full", "none", "icl")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHOICE = {"sites": "ia3", "layers": "ia3", "no_cross": "ia3", "rank": "lora", "alpha": "lora", "where": "lora"}
 
@@ -46,7 +46,7 @@ class Config:
     # what
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
     task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl file, or folder; commas between several")
-    method: str = flag("ia3", "what is trained: vectors, lora, all or nothing", one_of=("ia3", "lora", "full", "none"))
+    method: str = flag("ia3", "vectors, lora or all that is trained; icl: --shots before each row", one_of=METHODS)
     sites: str = flag("k,v,ff", "which vectors are trained: those of keys, values, feed-forward")
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
     no_cross: bool = flag(False, "leave cross-attention's vectors at one")
@@ -54,8 +54,12 @@ class Config:
     alpha: int = flag(16, "of lora, which adds alpha / rank B A to a weight", at_least=1)
     where: str = flag("q,v", "the weights that lora adds to: of q,k,v,o,gate,up,down")
     shots: int | None = flag(None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1)
+    adapters: str = flag(
+        "each", "of several tasks, an adapter for each; one: for their mixture", one_of=("each", "one")
+    )
+    cap: int = flag(2**16, "rows of a task that count in a mixture, at the most", at_least=1)
     seed: int | tuple = flag(0, "of shots, order, prompts, dropout; commas: several", at_least=0, below=2**32)
-    adapter: str | None = flag(None, "start from this PEFT adapter; with --eval-only, measure it (default: all ones)")
+    adapter: str | None = flag(None, "start from this PEFT adapter, or measure it (default: ones)", also=["--init"])
     eval_only: bool = flag(False, "measure once and stop; no folder is written unless --out is given")
     # where
     data_dir: str = flag("data", "folder of tasks; what is not there is downloaded to it")
@@ -73,7 +77,7 @@ class Config:
     micro_batch_size: int | None = flag(None, "examples per forward pass, to save memory (default: all)", at_least=1)
     optimizer: str | None = flag(None, "adafactor (default: for ia3), or adamw", one_of=("adafactor", "adamw"))
     lr: float | tuple = flag(3e-3, "peak learning rate; Adafactor: times a vector's RMS; commas: several", above=0)
-    warmup_ratio: float = flag(0.06, "share of steps of linear warm-up; then linear decay to 0", at_least=0, below=1)
+    warmup_ratio: float | tuple = flag(0.06, "share of steps of linear warm-up, before the decay", at_least=0, below=1)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = flag(0.0, "of adamw; it pulls vectors towards 0, which is not the identity", at_least=0)
     losses: str = flag("lm,ul,ln", "which of T-Few's: likelihood, unlikelihood, length-normalised")
@@ -81,7 +85,7 @@ class Config:
     # measuring
     max_length: int = flag(512, "tokens of a source; of a longer one, the longest field loses its middle", at_least=1)
     max_new_tokens: int = flag(64, "tokens generated for rows with a target", at_least=1)
-    eval_prompt: int = flag(0, "which of the task's prompts measures; training draws from all of them", at_least=0)
+    eval_prompt: str = flag("0", "which prompts measure: 0, or 0,1,2, or all; results are the median over them")
     eval_batch_size: int = flag(16, "rows per forward pass when measuring", at_least=1)
     eval_every: int = flag(0, "steps between measurements on held-out rows; the best vectors win (0: none)", at_least=0)
     patience: int = flag(0, "stop after so many of these without a better one (0: never)", at_least=0)
@@ -99,8 +103,10 @@ def check(config):
         if method != config.method and getattr(config, name) != getattr(Config, name):
             raise ValueError(f"{flags.option(name)} is for --method {method}, found --method {config.method}")
     alone = config.method in ("lora", "full")
-    if alone and flags.grid(config)[0]:
-        raise ValueError(f"--method {config.method} takes one --task, one --seed and one --lr, a run for each")
+    if alone and flags.grid(config, ["task"] * (config.adapters == "one"))[0]:
+        raise ValueError(f"--method {config.method} takes one value of each flag, and a run for each")
+    if config.method == "icl" and config.shots is None:
+        raise ValueError("--method icl puts rows before each row: say how many with --shots")
     if alone and config.optimizer == "adafactor":  # ours does not factor the second moment of a matrix, either
         raise ValueError("--optimizer adafactor steps in proportion to a parameter; lora's B begins at 0: use adamw")
     if config.method == "full" and config.adapter:
@@ -139,13 +145,8 @@ def run(config, folder, saved, signals):
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
-    trains = config.method != "none" and not config.eval_only
-    axes, configs = flags.grid(config)  # one config for each adapter: with one task, one seed, one learning rate
-    tasks = dict.fromkeys((one.task, one.seed) for one in configs)
-    tasks = {key: minia3.load_task(key[0], config.data_dir, config.shots, key[1]) for key in tasks}
-    cells = [runs.Cell(one, tasks[one.task, one.seed], axes, trains) for one in configs]
-    if len({cell.folder for cell in cells}) < len(cells):
-        raise ValueError(f"expected a name for each adapter, found {', '.join(cell.name for cell in cells):.200}")
+    trains = config.method in ("ia3", "lora", "full") and not config.eval_only
+    cells = grid(config, trains)
     if folder:
         runs.record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
     model = minia3.load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
@@ -155,59 +156,62 @@ def run(config, folder, saved, signals):
         trained = parameters(model, config)
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
-    prepare(model, config)
+    runs.prepare(model, config)
     trainable = sum(p.numel() for p in trained.values()) // len(cells)
     if total < 10**7:
         torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
-    where = "to train" if config.method == "full" else "in an adapter"
-    print(f"model    {config.model}: {total:,} numbers, and {trainable:,} {where} ({trainable / total:.3%})")
-    cells[0].said += [f"note     {warning.message}" for warning in warned]
-    for line in dict.fromkeys(line for cell in cells for line in cell.said):
+    print(f"model    {config.model}: {total:,} numbers, and {trainable:,} that train ({trainable / total:.3%})")
+    said = [line for cell in cells for part in cell.parts for line in part.said]
+    for line in dict.fromkeys(said + [f"note     {warning.message}" for warning in warned]):
         print(line)
 
-    def measure(i, rows):
+    def measure(i, part, rows, shots=()):
         limits = {"max_length": config.max_length, "max_new_tokens": config.max_new_tokens, "adapter": i}
-        limits |= {"batch_size": config.eval_batch_size, "metric": cells[i].task.metric}
-        return evaluate(model, tokenizer, rows, prompt=cells[i].prompts[config.eval_prompt], **limits)
+        limits |= {"batch_size": config.eval_batch_size, "metric": part.task.metric, "shots": shots}
+        return over_prompts([evaluate(model, tokenizer, rows, prompt=prompt, **limits) for prompt in part.measured])
 
-    batches = [runs.draw(cell, tokenizer) for cell in cells] if trains else []
+    batches = [draw(cell, tokenizer) for cell in cells] if trains else []
     begun = {"step": 0, "seconds": 0.0, "evaluated": 0, "metrics": 0, "finished": False, "active": [*range(len(cells))]}
-    begun["cells"] = [{"steps": 0, "best": None, "misses": 0} for _ in cells]
+    begun["cells"] = [{"steps": 0, "best": None, "misses": 0, "failed": None} for _ in cells]
     unlogged = {"losses": [], "tokens": 0, "logged": 0.0}  # since the last line of metrics.jsonl, at "logged" seconds
     saved = saved or begun | unlogged
     if "before" not in saved:
-        before = []
-        for i, cell in enumerate(cells):  # all begin alike: one measurement serves those that report on the same rows
-            same = [j for j in range(i) if (cells[j].task.name, cells[j].rows) == (cell.task.name, cell.rows)]
-            before.append(before[same[0]] if same else measure(i, cell.rows))
-            size = metrics.write(event="before", step=0, metric=cell.task.metric, **cell.key, **before[i])
-            print(f"before   {cell.title}{describe(cell.task.metric, before[i])}", flush=True)
-        saved.update(before=before, metrics=size)
-    after = saved["before"]
+        before, size = {}, 0  # all begin alike: one measurement serves those that report on the same rows
+        for i, cell in enumerate(cells):
+            for part in cell.parts:
+                same = part.task.name, *(row["idx"] for row in part.rows)
+                before[same] = before[same] if same in before else measure(i, part, part.rows)
+                part.before = before[same]
+                size = metrics.write(event="before", step=0, metric=part.task.metric, **part.key, **part.before)
+                print(f"before   {part.title}{describe(part.task.metric, part.before)}", flush=True)
+        saved.update(before=[[part.before for part in cell.parts] for cell in cells], metrics=size)
     if trains:
         train(config, model, tokenizer.pad_id, cells, trained, batches, measure, folder, metrics, saved, signals)
-        after = [measure(i, cell.rows) for i, cell in enumerate(cells)]
-        for cell, result in zip(cells, after, strict=True):
-            print(f"after    {cell.title}{describe(cell.task.metric, result)}")
 
     finals = []
-    for i, (cell, before, result, own) in enumerate(zip(cells, saved["before"], after, saved["cells"], strict=True)):
-        final = {"model": config.model, "task": cell.task.name, "method": config.method, "metric": cell.task.metric}
-        final |= {"split": cell.split, "rows": len(cell.rows), "rows_cut": before["n_cut"]}
-        final |= {"architecture": type(model).__name__}
-        for when, measured in (("_before", before), ("", result)):
-            final |= {f"{name}{when}": measured[name] for name in ("accuracy", "auc")}
-        final |= {"trainable": trainable if trains else 0, "total": total, "steps": own["steps"]}
-        final |= {"seconds": round(saved["seconds"], 3), "peak_memory_bytes": runs.peak_memory(device)} | cell.key
+    shared = {"model": config.model, "method": config.method, "architecture": type(model).__name__, "total": total}
+    shared |= {"trainable": trainable if trains else 0, "seconds": round(saved["seconds"], 3)}
+    for i, (cell, results, own) in enumerate(zip(cells, saved["before"], saved["cells"], strict=True)):
+        if own["failed"]:
+            metrics.write(event="failed", step=own["steps"], reason=own["failed"], **cell.key)
+            continue
+        for part, before in zip(cell.parts, results, strict=True):
+            after = measure(i, part, part.rows, part.shots) if trains or part.shots else before
+            if trains or part.shots:
+                print(f"after    {part.title}{describe(part.task.metric, after)}")
+            final = shared | {"metric": part.task.metric, "split": part.split, "rows": len(part.rows)} | part.key
+            final |= {"steps": own["steps"], "rows_cut": after["n_cut"], "peak_memory_bytes": runs.peak_memory(device)}
+            final |= {f"{name}_before": x for name, x in before.items() if name in ("accuracy", "auc", "accuracies")}
+            finals.append(final | {name: x for name, x in after.items() if name not in ("n", "n_cut")})
         if trains and config.method == "ia3":
-            text = card(cell.config, final | {"data": cell.task.checksums})
+            text = card(cell.config, finals[-1] | {"data": cell.checksums})
             minia3.save_adapter(model, folder / cell.folder, i, card=text)
         elif trains and config.method == "lora":
             save_lora(model, folder / cell.folder, config.model)
         elif trains:
             minia3.save_model(model, folder / cell.folder, tokenizer)
-        metrics.write(event="final", step=own["steps"], **final)
-        finals.append(final)
+        for final in finals[-len(cell.parts) :]:
+            metrics.write(event="final", step=own["steps"], **final)
     if folder:
         runs.save_checkpoint(folder, saved | {"finished": True})
     report(config, folder, finals)
@@ -261,17 +265,22 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
         while True:
             step = saved["step"]
             if config.eval_every and step % config.eval_every == 0 and step > saved["evaluated"]:
-                results, standing = {i: measure(i, cells[i].held_out) for i in saved["active"]}, [*saved["cells"]]
-                for i, result in results.items():
-                    cell, own, best = cells[i], standing[i], standing[i]["best"]
-                    said = f"{cell.title}{describe(cell.task.metric, result)}, held out"
-                    bar.write(f"step {step:>6}  {said}", file=sys.stdout)
-                    misses = 0 if best is None or result["accuracy"] > best["accuracy"] else own["misses"] + 1
-                    if best is None or result["accuracy"] >= best["accuracy"]:  # of equals, the one that trained longer
-                        best = {"step": step, "accuracy": result["accuracy"], "vectors": values(rows[i])}
+                standing = [*saved["cells"]]
+                for i in saved["active"]:
+                    own, best, results = standing[i], standing[i]["best"], []
+                    for part in cells[i].parts:
+                        results.append(measure(i, part, part.held_out))
+                        size = metrics.write(
+                            event="eval", step=step, metric=part.task.metric, **part.key, **results[-1]
+                        )
+                        said = f"{part.title}{describe(part.task.metric, results[-1])}, held out"
+                        bar.write(f"step {step:>6}  {said}", file=sys.stdout)
+                    mean = sum(result["accuracy"] for result in results) / len(results)
+                    misses = 0 if best is None or mean > best["accuracy"] else own["misses"] + 1
+                    if best is None or mean >= best["accuracy"]:  # of equals, the one that trained longer
+                        best = {"step": step, "accuracy": mean, "vectors": values(rows[i])}
                     standing[i] = own | {"best": best, "misses": misses}
-                    size = metrics.write(event="eval", step=step, metric=cell.task.metric, **cell.key, **result)
-                active = [i for i in results if not 0 < config.patience <= standing[i]["misses"]]
+                active = [i for i in saved["active"] if not 0 < config.patience <= standing[i]["misses"]]
                 # in one call: a signal comes before it or after
                 saved.update(evaluated=step, active=active, cells=standing, metrics=size)
             active = saved["active"]
@@ -317,13 +326,17 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
             numbers = [{i: float(x) for i, x in of.items()} for of in saved["losses"]] if logs else []  # GPU: waits
             saved["seconds"] += time.perf_counter() - began
             for of, losses in enumerate(numbers, step - len(numbers) + 1):
-                if bad := [i for i, number in losses.items() if not np.isfinite(number)]:
-                    found = f"{cells[bad[0]].title}the loss of step {of} is {losses[bad[0]]}"
-                    raise runs.Failed(f"{found}: try a lower --lr or --dtype float32")
+                for i in [i for i in saved["active"] if not np.isfinite(losses.get(i, 0))]:
+                    found = f"{cells[i].title}the loss of step {of} is {losses[i]}"
+                    saved["cells"][i]["failed"] = why = f"{found}: try a lower --lr or --dtype float32"
+                    saved["active"] = [j for j in saved["active"] if j != i]
+                    if all(own["failed"] for own in saved["cells"]):
+                        raise runs.Failed(why)
+                    bar.write(f"failed   {why}", file=sys.stdout)
             if logs:
                 seconds = saved["seconds"] - saved["logged"]
-                of = {i: [losses[i] for losses in numbers if i in losses] for i in numbers[0]}
-                means = {cells[i].name: sum(x) / len(x) for i, x in of.items()}
+                going = [i for i in numbers[0] if not saved["cells"][i]["failed"]] or active
+                means = {cells[i].name: np.mean([losses[i] for losses in numbers if i in losses]) for i in going}
                 line = {
                     "loss": sum(means.values()) / len(means),
                     "lr": max(learning_rate(step - 1, cells[i].config) for i in active),
@@ -359,19 +372,6 @@ def values(vectors):
 def set_values(vectors, saved):
     for name, value in saved.items():
         vectors[name].data.copy_(value)
-
-
-def prepare(model, config):
-    """How the model's modules are to train, as the flags say."""
-    if config.compile:
-        torch._dynamo.config.cache_size_limit = 64  # graphs of a block: first or last, padded or not, training or not
-    for module in model.modules():
-        if config.dropout is not None and isinstance(module, torch.nn.Dropout | Attention):
-            setattr(module, "dropout" if isinstance(module, Attention) else "p", config.dropout)
-        if config.checkpoint and isinstance(module, Block):
-            module.forward = checkpointed(module.forward)
-        if config.compile and isinstance(module, Block):
-            module.compile(dynamic=True)
 
 
 def main(argv=None):

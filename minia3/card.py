@@ -26,7 +26,7 @@ def card(config, final):
     differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     words = flags.words(config, ["model", "task", *(name for name in differ if name not in WHERE)])
     figures = [(final["metric"], "accuracy", ".1%")] + [("AUC", "auc", ".2f")] * (final["auc"] is not None)
-    rows = [f"| {title} | {final[f'{key}_before']:{form}} | {final[key]:{form}} |" for title, key, form in figures]
+    cells = [(title, *before_after(final, key, form)) for title, key, form in figures]
     text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
     return text.format(
         **final,
@@ -34,35 +34,45 @@ def card(config, final):
         base="data/tiny-t5" if base == "tiny-t5" else base,  # in this project's repository
         dataset=json.dumps(final["task"]),
         share=final["trainable"] / final["total"],
-        figures="\n".join(rows),
+        figures="\n".join(f"| {' | '.join(row)} |" for row in cells),
         command=shlex.join(["python", "train.py", *words]),
         checksums="\n".join(f"- {name} `{digest}`" for name, digest in final["data"].items()),
         auto=AUTO[final["architecture"]],
     )
 
 
+def before_after(final, name, form):
+    return ["-" if x is None else format(x, form) for x in (final[f"{name}_before"], final[name])]
+
+
 def describe(metric, result):
     auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
-    return f"{metric} {result['accuracy']:.1%}{auc}"
+    return "nothing to measure" if result["accuracy"] is None else f"{metric} {result['accuracy']:.1%}{auc}"
 
 
 def report(config, folder, finals):
     """Print what came out of a run: a line for each figure, or each adapter, and the command that measures it again."""
-    final, several = finals[0], "adapter" in finals[0]
+    final, several = finals[0], "adapter" in finals[0] or len(finals) > 1
     trained, total, kind = final["trainable"], final["total"], "model" if config.method == "full" else "adapter"
 
     def figure(final, name, form):
-        return f"{final[f'{name}_before']:{form}}" + (f" before, {final[name]:{form}} after" if trained else "")
+        then, now = before_after(final, name, form)
+        return f"{then} before, {now} after" if trained or config.method == "icl" else now
 
     if several:
-        title, where, task = f"{len(finals)} adapters", Path("adapters", "NAME"), config.task
-        task = "TASK" if isinstance(task, tuple) else task
-        lines = [(x["adapter"], f"{x['metric']} {figure(x, 'accuracy', '.1%')}, {x['steps']} steps") for x in finals]
+        mixed, named = config.adapters == "one" and isinstance(config.task, tuple), "adapter" in final
+        title, where = f"{len(finals)} results", Path("adapters", "NAME") if named else Path(kind)
+        task = "TASK" if isinstance(config.task, tuple) else config.task
+        keys = ["adapter"] * named + ["task"] * mixed
+        names = [": ".join(x[key] for key in keys) for x in finals]
+        figures = [f"{x['metric']} {figure(x, 'accuracy', '.1%')}, {x['steps']} steps" for x in finals]
+        lines = [*zip(names, figures, strict=True)]
     else:
         cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
         title, where, task = f"{final['task']}: {final['rows']} rows of {final['split']}{cut}", kind, config.task
         lines = [(final["metric"], figure(final, "accuracy", ".1%"))]
         lines += [("AUC", figure(final, "auc", ".2f"))] if final["auc"] is not None else []
+    lines += [("shots", f"{final['n_shots']:.1f} before a row, in the mean")] if "n_shots" in final else []
     lines += [("memory", f"{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")]
     if trained:
         names = [x for x in ("method", *MEASURING) if getattr(config, x) != getattr(type(config), x)]

@@ -22,9 +22,9 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help explains all flags)")
 
 
-def flag(default, help, **limits):
-    """A field of the dataclass. limits: names of TESTS."""
-    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+def flag(default, help, also=(), **limits):
+    """A field of the dataclass. also: other names of the flag; limits: names of TESTS."""
+    return dataclasses.field(default=default, metadata={"help": help, "also": also, "limits": limits})
 
 
 def option(name):
@@ -42,16 +42,20 @@ def several(kind):
     return read
 
 
-def grid(config):
-    """-> the names of the fields that hold several values, and a config of one value each for each cell of the grid."""
-    axes = {name: value for name, value in vars(config).items() if isinstance(value, tuple)}
+def grid(config, whole=()):
+    """-> the names of the fields that hold several values, and a config of one value each for each cell of the grid.
+
+    whole: fields whose values stay together.
+    """
+    axes = {name: x for name, x in vars(config).items() if isinstance(x, tuple) and name not in whole}
     return list(axes), [dataclasses.replace(config, **dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
 
 
 def words(config, names):
     """The flags `names` with their values, as they are typed."""
-    values = [(option(name), getattr(config, name)) for name in names]
-    return [word for name, value in values for word in ([name] if value is True else [name, str(value)])]
+    found = [(option(name), getattr(config, name)) for name in names]
+    texts = [(name, x if isinstance(x, tuple) else (x,)) for name, x in found]
+    return [word for name, x in texts for word in ([name] if x == (True,) else [name, ",".join(map(str, x))])]
 
 
 def parse(cls, argv, description):
@@ -65,7 +69,7 @@ def parse(cls, argv, description):
         help = field.metadata["help"] + (
             "" if default is None else f" (default: {'no' if default is False else default})"
         )
-        parser.add_argument(option(field.name), default=default, help=help, **how)
+        parser.add_argument(option(field.name), *field.metadata["also"], default=default, help=help, **how)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0], map(option, vars(values)), n=1)

@@ -70,4 +70,12 @@ def fit(prompt: Prompt, row: dict, n_tokens: Callable[[str], int], max_length: i
     raise ValueError(f"row {row['idx']} does not fit into max_length {max_length}, even with one word of each field")
 
 
+def in_context(prompt: Prompt, rows: list[dict]) -> list[Prompt]:
+    """`prompt` behind none, the first, the first two ... of `rows`, each in the prompt's words and answered."""
+    heads = [""]
+    for text, choices, label in (render(prompt, row) for row in rows):
+        heads.append(f"{heads[-1]}{text} {choices[label]}\n\n")
+    return [prompt._replace(text=head.replace("{", "{{").replace("}", "}}") + prompt.text) for head in heads]
+
+
 OWN = (Prompt("{input}", None),)  # a user's rows are prompts already

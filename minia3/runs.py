@@ -1,5 +1,4 @@
-"""Chapter 9, what surrounds the loop: what each adapter trains on, the run's folder, its metrics and checkpoints, and
-how a run is stopped.
+"""Chapter 9, what surrounds the loop: the run's folder, its metrics and checkpoints, and how a run is stopped.
 
 config.json      all flags, versions, commit, checksums of the data
 metrics.jsonl    an object a line; the last one is the result
@@ -22,11 +21,9 @@ import torch
 
 import minia3
 from minia3 import files
-from minia3.data import order
-from minia3.evaluate import encode_rows
+from minia3.backward import checkpointed
+from minia3.blocks import Attention, Block
 from minia3.files import lock
-from minia3.models import known
-from minia3.prompts import for_family, render
 
 PARTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
 
@@ -54,63 +51,6 @@ class Signals:
     def check(self):
         if self.number is not None and not self.in_step:
             raise Stopped(self.number)
-
-
-class Cell:
-    """One adapter of a run, a cell of its grid: with rows to train on, to choose by (held out) and to report on.
-
-    config: the run's flags, but one task, seed and learning rate. axes: the flags that have several values in the run;
-    they name the cell. Raises ValueError where there is nothing to train on, or no such prompt.
-    """
-
-    def __init__(self, config, task, axes, trains):
-        self.config, self.task = config, task
-        self.name = "-".join({"task": task.name, "seed": f"s{config.seed}", "lr": f"lr{config.lr}"}[x] for x in axes)
-        self.title, self.key = "", {}  # what a line of output begins with, and a line of metrics has
-        self.folder, self.checksums = Path("model" if config.method == "full" else "adapter"), task.checksums
-        if axes:
-            self.title, self.folder = f"{self.name}: ", Path("adapters", self.name.replace("/", "-"))
-            self.key = {"adapter": self.name, "seed": config.seed, "lr": config.lr}
-            self.checksums = {f"{task.name}/{name}": digest for name, digest in task.checksums.items()}
-        self.split, self.rows = task.evaluation
-        self.train_rows, self.held_out = task.train, []
-        if config.eval_every and self.split == "test" and task.validation:
-            self.held_out = task.validation
-        elif config.eval_every:  # never the split that is reported
-            n = max(1, len(task.train) // 5)
-            self.train_rows, self.held_out = task.train[:-n], task.train[-n:]
-        if trains and not self.train_rows:
-            kept = " beside those which --eval-every holds out" if self.held_out else ""
-            raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
-        family = known(config.model).family if known(config.model) else None
-        self.prompts = for_family(task.prompts, family)
-        if config.eval_prompt >= (n := len(self.prompts)):
-            raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected 0 to {n - 1} for {task.name}")
-        notes = [*task.notes]
-        if n := len(self.held_out):
-            notes.append(f"the best vectors are chosen on {n} rows that are neither trained nor reported on")
-        if family in task.seen:
-            notes.append(f"{family} saw this task's labels in its pre-training: these results are not few-shot")
-        counts = f"{len(self.train_rows)} rows to train on, {len(self.rows)} of {self.split} to report on"
-        self.said = [f"task     {task.name}: {counts}", *(f"note     {note}" for note in notes)]
-
-
-def draw(cell, tokenizer):
-    """-> the examples of each step. Each time that a row comes, its prompt is drawn anew, as in T-Few."""
-    config, rows, prompts = cell.config, cell.train_rows, cell.prompts
-    lengths = [len(render(prompts[0], row).input) for row in rows] if config.similar_lengths else None
-    rows_of = order(len(rows), config.batch_size, config.seed, lengths)
-    plan = []  # for each step, a row and a prompt for each example
-    for step in range(config.steps):
-        drawn = np.random.RandomState([config.seed, 1, step]).randint(len(prompts), size=config.batch_size)
-        plan.append(list(zip(rows_of(step), drawn.tolist(), strict=True)))
-    pairs = sorted({pair for step in plan for pair in step})
-    texts = [(rows[row], prompts[prompt]) for row, prompt in pairs]
-    _, examples, n_cut = encode_rows(texts, tokenizer, config.max_length, end=cell.task.metric == "exact_match")
-    examples = dict(zip(pairs, examples, strict=True))
-    if n_cut:
-        print(f"note     {n_cut} of {len(pairs)} training inputs are cut to {config.max_length} tokens (--max-length)")
-    return [[examples[pair] for pair in step] for step in plan]
 
 
 def name(config):
@@ -209,6 +149,19 @@ def load_checkpoint(folder):
         if state is not None and not {"step", "finished", "metrics"} <= state.keys():
             raise TypeError("not the state of a run")
         return state
+
+
+def prepare(model, config):
+    """How the model's modules are to train, as the flags say."""
+    if config.compile:
+        torch._dynamo.config.cache_size_limit = 64  # graphs of a block: first or last, padded or not, training or not
+    for module in model.modules():
+        if config.dropout is not None and isinstance(module, torch.nn.Dropout | Attention):
+            setattr(module, "dropout" if isinstance(module, Attention) else "p", config.dropout)
+        if config.checkpoint and isinstance(module, Block):
+            module.forward = checkpointed(module.forward)
+        if config.compile and isinstance(module, Block):
+            module.compile(dynamic=True)
 
 
 def random_state():

@@ -9,6 +9,7 @@ import numpy as np
 
 PAPER = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
 COSTS = {"runs": "{}", "trainable": "{:,}", "FLOPs/example": "{:.1e}", "FLOPs to train": "{:.1e}", "MB": "{:,.3f}"}
+GRID = ("lr", "warmup_ratio", "shots")  # of a final line, where they differ from config.json's
 TRAIN = ("step", "loss", "examples_per_second", "tokens_per_second")
 # Of config.json, what names no row: it is a column, or within a cell, or leaves the result as it is.
 UNNAMED = {"model", "task", "method", "seed", "eval_prompt", "out", "data_dir", "resume", "device", "deterministic",
@@ -39,11 +40,15 @@ def read(folders):
                 raise ValueError("config.json is that of something else")
             text = metrics.read_text("utf-8").strip().replace("\n", ",\n") if metrics.exists() else ""
             lines = json.loads(f"[{text}]")  # in one: so an error tells the line
-            runs += [_run(folder, config, final, lines) for final in lines if final["event"] == "final"]
+            runs += [
+                _run(folder, config, final, lines)
+                for final in lines
+                if final["event"] == "final" and final["accuracy"] is not None
+            ]
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder}: expected a run of train.py: {type(error).__name__}: {error}") from None
     unfinished = [str(folder) for folder in paths.values() if folder not in [run["folder"] for run in runs]]
-    note = f"{len(unfinished)} left out, without a final line in metrics.jsonl: {', '.join(unfinished)}"
+    note = f"{len(unfinished)} left out, without a result in metrics.jsonl: {', '.join(unfinished)}"
     if not runs:
         raise ValueError(f"no run is finished: {note:.300}")
     for run in runs:  # label: the method, and the flags in which its runs differ; shots: on a task
@@ -60,18 +65,18 @@ def _run(folder, config, final, lines):
     run["accuracies"] = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
     if not (abs(run["accuracies"] - 50) <= 50).all():
         raise ValueError(f"accuracies are {run['accuracies'].tolist()!r:.80} %")
-    name, own = final.get("adapter"), config | {key: final[key] for key in ("lr", "shots") if key in final}
+    name, own = final.get("adapter"), config | {key: final[key] for key in GRID if key in final}
     run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x not in UNNAMED}
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
-    lines = [line for line in lines if line.get("adapter", name) == name]
+    own = {"adapter": name, "task": final["task"]}
+    lines = [line for line in lines if all(line.get(key, x) == x for key, x in own.items())]
     run["train"] = np.array([[line[key] for key in TRAIN] for line in lines if line["event"] == "train"], float)
     run["eval"] = np.array([[line["step"], 100 * line["accuracy"]] for line in lines if line["event"] == "eval"], float)
     step, _, examples, tokens = run["train"].T if len(run["train"]) else np.full((4, 1), np.nan)
     n = np.diff(step, prepend=0) @ (tokens / examples) / step[-1]  # tokens of an example, in the mean
-    kinds = [json.loads(path.read_bytes())["task_type"] for path in run["adapter"].glob("adapter_config.json")]
-    kind = final.get("architecture", *kinds)
-    total, twice = run["total"] if kind else np.nan, kind in ("Llama", "CAUSAL_LM")
-    return run | {"flops": (flops(total, n, twice), flops(total, n * config["batch_size"] * run["steps"], twice, True))}
+    total, twice = run["total"], final["architecture"] == "Llama"
+    to_train = flops(total, n * config["batch_size"] * run["steps"], twice, True)
+    return run | {"flops": (flops(total, final["tokens"], twice), to_train)}
 
 
 def rows(folders):

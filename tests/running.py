@@ -19,6 +19,7 @@ from tqdm import tqdm
 from words import N_IDS, word_tokenizer
 
 import minia3
+from minia3 import cells
 from minia3.llama import LlamaConfig
 from minia3.load import build, place
 from minia3.t5 import T5Config
@@ -32,7 +33,7 @@ CONFIGS = {
     "llama": LlamaConfig(24, 6, 40, 2, 4, 2, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
 }
 TIMES = {"seconds", "examples_per_second", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
-TRACED = (str(ROOT / "train.py"), train.runs.__file__, train.runs.files.__file__)
+TRACED = (str(ROOT / "train.py"), cells.__file__, train.runs.__file__, train.runs.files.__file__)
 
 
 @functools.cache

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from words import N_IDS, word_tokenizer
 
 import minia3
-from minia3.evaluate import area_under_curve, encode_rows, evaluate, macro_f1
-from minia3.prompts import OWN, Prompt
+from minia3.evaluate import area_under_curve, encode_rows, evaluate, macro_f1, over_prompts
+from minia3.prompts import OWN, Prompt, in_context
 
 PROMPT = Prompt("w7 {input} w8", None)
 
@@ -47,6 +47,13 @@ def ranks(ours, rows, **options):
     )
 
 
+def tokens(ours, rows):
+    """Of a row in its prompt, and of all its choices, in the mean."""
+    ends = 1 if ours.t5 else 0
+    lengths = [[2 + len(row["input"].split()), *(len(text.split()) for text in row["choices"])] for row in rows]
+    return pytest.approx(np.mean([sum(lengths) + ends * len(lengths) for lengths in lengths]))
+
+
 def brute_force(positive, negative):
     pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
     return sum(pairs) / len(pairs)
@@ -72,7 +79,13 @@ def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours
         row["label"] = (scores[i, :n_choices].argmax().item() + (i % 5 == 0)) % n_choices
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", adapter=adapter, batch_size=7)
     n_wrong = sum(i % 5 == 0 and len(row["choices"]) > 1 for i, row in enumerate(rows))
-    assert found == {"accuracy": pytest.approx(1 - n_wrong / 40), "auc": None, "n": 40, "n_cut": 0}
+    assert found == {
+        "accuracy": pytest.approx(1 - n_wrong / 40),
+        "auc": None,
+        "n": 40,
+        "n_cut": 0,
+        "tokens": tokens(ours, rows),
+    }
 
 
 def test_auc_of_rows_with_two_choices_is_that_of_their_score_differences(ours):
@@ -111,7 +124,8 @@ def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_spa
         del row["choices"]
         row |= {"target": f"{text.strip()} \n" if i % 4 == 0 else f"{text} w4", "label": 0}
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=5, batch_size=6)
-    assert found == {"accuracy": 0.25, "auc": None, "n": 20, "n_cut": 0}
+    ended = [row | {"choices": [row["target"] + ("" if ours.t5 else " </s>")]} for row in rows]  # as one it would write
+    assert found == {"accuracy": 0.25, "auc": None, "n": 20, "n_cut": 0, "tokens": tokens(ours, ended)}
     longer = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=6)
     assert longer["accuracy"] < 0.25
     other = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=5, adapter=1)
@@ -157,3 +171,58 @@ def test_macro_f1_is_what_evaluate_reports_where_a_task_asks_for_it(ours, monkey
     found = evaluate(ours.model, ours.tokenizer, rows, OWN[0], metric="macro_f1")
     assert found["accuracy"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2)) / 2)
     assert evaluate(ours.model, ours.tokenizer, rows, OWN[0], metric="accuracy")["accuracy"] == 0.75
+
+
+# In-context learning
+
+
+def test_shots_stand_answered_before_the_row_as_many_as_fit_and_in_their_order(ours):
+    rows, shots = rows_of(30, (2,)), rows_of(4, (2,), seed=5)
+    most, end = 30, 1 if ours.t5 else 0
+    heads = [f"w7 {shot['input']} w8 {shot['choices'][shot['label']]}\n\n" for shot in shots]
+    texts, fitting = [], []
+    for row in rows:
+        with_shots = ["".join(heads[:n]) + f"w7 {row['input']} w8" for n in range(5)]
+        fitting.append(max(n for n in range(5) if len(with_shots[n].split()) + end <= most))
+        texts.append(with_shots[fitting[-1]])
+    assert len(set(fitting)) > 1
+    scores = minia3.rank(ours.model, ours.tokenizer, texts, [row["choices"] for row in rows])
+    options = {"metric": "accuracy", "shots": shots, "max_length": most}
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
+    assert found["accuracy"] == pytest.approx(np.mean(scores.argmax(1).numpy() == [row["label"] for row in rows]))
+    assert found["n_shots"] == pytest.approx(np.mean(fitting))
+    assert found["n_cut"] == 0
+    assert found["tokens"] > evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")["tokens"]
+
+
+def test_shots_with_a_target_are_answered_with_it_and_braces_stay():
+    shots = [{"input": "{x} {", "target": "}y", "label": 0, "idx": 0}]
+    none, one = in_context(Prompt("{input} ->", None), shots)
+    row = {"input": "{z}", "target": "t", "label": 0, "idx": 1}
+    assert none.text.format_map(row) == "{z} ->"
+    assert one.text.format_map(row) == "{x} { -> }y\n\n{z} ->"
+
+
+def test_a_row_that_does_not_fit_is_cut_only_where_no_shot_is_left(ours):
+    rows = [{"input": " ".join(["w5"] * 20), "choices": ["w4", "w6"], "label": 0, "idx": 0}]
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", shots=rows_of(2, (2,)), max_length=9)
+    assert (found["n_cut"], found["n_shots"]) == (1, 0)
+
+
+# Several prompts, and no rows
+
+
+def test_over_several_prompts_a_result_is_the_median_and_has_all_accuracies():
+    def result(accuracy, auc):
+        return {"accuracy": accuracy, "auc": auc, "n": 10, "n_cut": 0, "tokens": 20 * accuracy}
+
+    one, *others = result(0.5, 0.25), result(0.75, 0.5), result(1.0, 0.375)
+    assert over_prompts([one]) == one
+    both = {"n": 10, "n_cut": 0, "accuracies": [0.5, 0.75, 1.0]}
+    assert over_prompts([one, *others]) == both | {"accuracy": 0.75, "auc": 0.375, "tokens": 15}
+    assert over_prompts([result(0.5, None), result(0.75, None)])["auc"] is None
+
+
+def test_of_no_rows_nothing_is_known(ours):
+    found = evaluate(ours.model, ours.tokenizer, [], PROMPT, metric="macro_f1")
+    assert found == {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}

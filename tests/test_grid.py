@@ -5,6 +5,7 @@ And the baselines and ablations: what is not asked for does not move.
 
 import functools
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 
 import minia3
 from minia3 import runs
+from minia3.cells import Cell, Part, draw, encode_rows
 
 EXACT = {"dtype": "float64", "dropout": 0}
 GRID = {"seed": "0,3", "lr": "0.05,0.01", "eval_every": 3, "patience": 2, "steps": 24, "clip": 0.5, "warmup_ratio": 0.2}
@@ -140,9 +142,9 @@ def test_each_seed_draws_prompts_of_its_own(tmp_path):
     for seed in (0, 5):
         config = train.Config(task="rte", seed=seed, steps=3, batch_size=7)
         task = minia3.load_task("rte", tmp_path, None, seed)
-        cell = runs.Cell(config, task, ["seed"], True)
-        texts = [runs.encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0] for prompt in cell.prompts]
-        drawn.append(runs.draw(cell, tokenizer))
+        part = Part(config, task, True)
+        texts = [encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0] for prompt in part.prompts]
+        drawn.append(draw(Cell(config, [part], ["seed"]), tokenizer))
         for step, batch in enumerate(drawn[-1]):
             prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
             assert batch == [texts[prompt] for prompt in prompts]  # there is one row
@@ -218,7 +220,7 @@ def test_one_cell_is_an_ordinary_run(tmp_path):
 def test_a_slash_in_a_task_s_name_is_a_dash_in_the_folder_s(tmp_path):
     task = minia3.load_task(two_tasks()[0])._replace(name="raft/x")
     config = train.Config(seed=3)
-    cell = runs.Cell(config, task, ["task", "seed"], True)
+    cell = Cell(config, [Part(config, task, True)], ["task", "seed"])
     assert (cell.name, cell.folder) == ("raft/x-s3", Path("adapters", "raft-x-s3"))
 
 
@@ -277,15 +279,32 @@ def test_all_adapters_start_from_the_one_that_is_given(tmp_path):
 def test_the_end_is_a_line_for_each_adapter(tmp_path, capsys):
     assert run(words(tmp_path / "run", seed="0,11", steps=2)) == 0
     title, *table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
-    assert title == "2 adapters"
+    assert title == "2 results"
     for name, line in zip(("s0", "s11"), table, strict=False):
         final = next(x for x in metrics(tmp_path / "run") if x["event"] == "final" and x["adapter"] == name)
         figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
         assert line == f"  {name:<12}accuracy {figures}, 2 steps"
 
 
-def test_a_loss_that_is_no_number_is_said_to_be_whose(tmp_path, capsys):
-    fails(words(tmp_path / "run", lr="1e-3,1e30", warmup_ratio=0), capsys, "lr1e+30: the loss of step", "--lr", code=1)
+def test_an_adapter_whose_loss_is_no_number_ends_and_the_others_are_as_without_it(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, lr="0.2,1e30", warmup_ratio=0, dtype="float64", dropout=0)) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\nfailed   lr1e\+30: the loss of step \d+ is (nan|inf): try a lower --lr", shown)
+    *_, failed = (line for line in metrics(out) if line["event"] != "final")
+    assert (failed["event"], failed["adapter"]) == ("failed", "lr1e+30")
+    assert failed["steps" if "steps" in failed else "step"] < 12
+    assert f"failed   {failed['reason']}\n" in shown
+    assert [p.name for p in (out / "adapters").iterdir()] == ["lr0.2"]
+    assert [line["adapter"] for line in metrics(out) if line["event"] == "final"] == ["lr0.2"]
+    alone = apart(tmp_path / "alone", running.task(), lr=0.2, warmup_ratio=0, dtype="float64", dropout=0)
+    for key, l_D in runs.load_checkpoint(out)["vectors"].items():
+        assert_close(l_D[0], alone["vectors"][key], rtol=1e-9, atol=1e-9)
+    assert all(np.isfinite(line["loss"]) for line in metrics(out) if line["event"] == "train" and line["step"] > 10)
+
+
+def test_a_run_whose_adapters_all_fail_fails(tmp_path, capsys):
+    fails(words(tmp_path / "run", lr="1e29,1e30", warmup_ratio=0), capsys, "the loss of step", "--lr", code=1)
 
 
 # Which vectors learn

@@ -24,7 +24,7 @@ import torch
 from running import at_line, contents, fails, finish, kill_self, metrics, outcome, resume, run, start, train, words
 
 import minia3
-from minia3 import runs
+from minia3 import cells, runs
 
 RECIPES = {
     "adafactor": {"dropout": 0.1, "save_every": 5},
@@ -130,7 +130,7 @@ def test_a_measurement_on_held_out_rows_counts_as_a_whole_or_not_at_all(tmp_path
     code = Path(train.__file__).read_text().splitlines()
     first, end = (
         next(number for number, line in enumerate(code, 1) if text in line)
-        for text in ("measure(i, cells[i].held_out)", "began, signals.in_step")
+        for text in ("measure(i, part, part.held_out)", "began, signals.in_step")
     )
     ran = uninterrupted("best of")[1]
     begin = [n for n, line in enumerate(ran) if line == ("train.py", first)][3]  # the fourth, which is no better
@@ -459,13 +459,13 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, monkeypatch):
 
 def test_config_json_is_there_before_anything_slow_and_holds_every_flag(tmp_path, monkeypatch):
     out, seen = tmp_path / "run", []
-    original = minia3.load_task
+    original = cells.load_task
 
     def load_task(*args):
         seen.append(json.loads((out / "config.json").read_text()))
         return original(*args)
 
-    monkeypatch.setattr(minia3, "load_task", load_task)
+    monkeypatch.setattr(cells, "load_task", load_task)
     assert run(words(out, "--deterministic", steps=1, lr=0.5, dropout=0)) == 0
     expected = dataclasses.asdict(train.Config()) | {
         **{"model": str(running.model("t5")), "task": str(running.task()), "out": str(out), "device": "cpu"},

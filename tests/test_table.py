@@ -17,6 +17,7 @@ CONFIG = {"model": "m", "task": "rte", "method": "ia3", "seed": 0, "batch_size":
 FINAL = {
     **{"event": "final", "model": "m", "task": "rte", "method": "ia3", "metric": "accuracy", "accuracy": 0.5},
     **{"trainable": 100, "total": 1000, "steps": 20, "seconds": 2.0},
+    **{"architecture": "T5", "tokens": 25.0},
 }
 TRAIN = {"event": "train", "step": 20, "loss": 1.0, "examples_per_second": 4.0, "tokens_per_second": 100.0}
 
@@ -57,27 +58,19 @@ def test_training_takes_three_times_as_much_and_a_decoder_alone_twice():
 
 @pytest.mark.parametrize(("architecture", "n"), [("T5", 1), ("Llama", 2)])
 def test_flops_of_a_run_follow_from_its_mean_tokens_an_example(tmp_path, architecture, n):
-    """5 steps of 10 tokens an example, then 15 of 30: 25."""
+    """Of those that are measured 17, of those that train in 5 steps 10 tokens, then in 15 steps 30: 25."""
     lines = [TRAIN | {"step": 5, "tokens_per_second": 40.0}, TRAIN | {"tokens_per_second": 120.0}]
-    make(tmp_path / "run", [{"architecture": architecture}], lines)
+    make(tmp_path / "run", [{"architecture": architecture, "tokens": 17.0}], lines)
     (row,), _ = rows([tmp_path])
-    assert row["FLOPs/example"] == n * 1000 * 25
+    assert row["FLOPs/example"] == n * 1000 * 17
     assert row["FLOPs to train"] == 3 * n * 1000 * 25 * 8 * 20
 
 
-@pytest.mark.parametrize(("kind", "n"), [("SEQ_2_SEQ_LM", 1), ("CAUSAL_LM", 2)])
-def test_the_adapter_tells_the_architecture_where_the_run_does_not(tmp_path, kind, n):
-    make(tmp_path / "run", lines=[TRAIN]).joinpath("adapter").mkdir()
-    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text(json.dumps({"task_type": kind}))
-    assert rows([tmp_path])[0][0]["FLOPs/example"] == n * 1000 * 25
-
-
-def test_flops_are_unknown_without_lines_of_training_and_without_an_architecture(tmp_path):
-    make(tmp_path / "none" / "run", [{"architecture": "T5"}])
-    make(tmp_path / "plain" / "run", lines=[TRAIN])
-    for name in ("none", "plain"):
-        (row,), _ = rows([tmp_path / name])
-        assert np.isnan([row["FLOPs/example"], row["FLOPs to train"]]).all()
+def test_what_is_not_trained_costs_nothing_to_train_that_is_known(tmp_path):
+    make(tmp_path / "run", [{"tokens": 200.0}], method="icl")
+    (row,), _ = rows([tmp_path])
+    assert row["FLOPs/example"] == 1000 * 200
+    assert np.isnan(row["FLOPs to train"])
 
 
 # Cells
@@ -175,6 +168,23 @@ def test_runs_without_a_final_line_are_counted(tmp_path):
         rows([tmp_path / "begun"])
 
 
+def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
+    finals = [{"task": "rte", "accuracy": 0.5}, {"task": "copa", "accuracy": 0.75}]
+    evals = [{"event": "eval", "step": 5, "task": task, "accuracy": x} for task, x in (("rte", 0.4), ("copa", 0.6))]
+    make(tmp_path / "run", finals, [TRAIN, *evals], task=["rte", "copa"], adapters="one")
+    (row,), _ = rows([tmp_path])
+    assert (row["rte"], row["copa"], row["average"]) == (50, 75, 62.5)
+    assert [run["eval"].tolist() for run in read([tmp_path])[0]] == [[[5, 40]], [[5, 60]]]
+
+
+def test_what_nothing_measured_is_left_out(tmp_path):
+    make(tmp_path / "a", [{"accuracy": None, "tokens": None}])
+    make(tmp_path / "b")
+    (row,), note = rows([tmp_path])
+    assert row["runs"] == 1
+    assert note.startswith("1 left out, without a result in metrics.jsonl")
+
+
 def test_a_run_that_is_given_twice_counts_once(tmp_path):
     run = make(tmp_path / "run")
     (row,), _ = rows([tmp_path, run, tmp_path / "run" / ".." / "run"])
@@ -189,7 +199,7 @@ def test_a_run_that_is_given_twice_counts_once(tmp_path):
         ("config.json", '{"model_type": "t5"}', "something else"),
         ("metrics.jsonl", '{"event": "train"\n{"event": "final"}', "line 2"),
         ("metrics.jsonl", "3", "TypeError"),
-        ("metrics.jsonl", '{"event": "final"}', "'model'"),
+        ("metrics.jsonl", '{"event": "final"}', "'accuracy'"),
         ("metrics.jsonl", json.dumps(FINAL | {"accuracy": 53.0}), "5300"),
         ("metrics.jsonl", json.dumps(FINAL | {"accuracies": ["x"]}), "could not convert"),
         ("metrics.jsonl", json.dumps(FINAL | {"trainable": None}), "NoneType"),
@@ -241,7 +251,7 @@ def test_markdown_is_aligned_and_has_dashes_where_nothing_is_known(study):
         "| model | method |        rte |   cb | average | runs | trainable | FLOPs/example | FLOPs to train |    MB |\n"
         "| ----- | ------ | ---------: | ---: | ------: | ---: | --------: | ------------: | -------------: | ----: |\n"
         "| m     | ia3    | 56.2 (6.2) |    - |       - |    2 |       100 |       2.5e+04 |        1.2e+07 | 0.000 |\n"
-        "| nano  | none   |          - | 50.0 |       - |    1 |         0 |             - |              - | 0.000 |\n"
+        "| nano  | none   |          - | 50.0 |       - |    1 |         0 |       2.5e+04 |              - | 0.000 |\n"
     )
 
 
@@ -250,7 +260,7 @@ def test_csv_has_all_digits_and_nothing_where_nothing_is_known(study):
     costs = ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
     assert header == ["model", "method", "rte", "rte IQR", "cb", "cb IQR", *costs]
     assert ia3 == ["m", "ia3", "56.25", "6.25", "", "", "", "2", "100", "25000.0", "12000000.0", "0.0004"]
-    assert none == ["nano", "none", "", "", "50.0", "", "", "1", "0", "", "", "0.0"]
+    assert none == ["nano", "none", "", "", "50.0", "", "", "1", "0", "25000.0", "", "0.0"]
 
 
 def test_the_table_needs_no_torch():

@@ -41,7 +41,7 @@ TOP = [
     ["flags", "losses", "optim", "table"],
     ["generation"],
     ["evaluate", "predict"],
-    ["runs", "card", "info", "plot"],
+    ["cells", "runs", "card", "info", "plot"],
     ["train", "__main__"],
 ]
 
@@ -246,7 +246,7 @@ CHAPTERS = {
     ],
     7: ["prompts", "tasks", "data", "generation", "evaluate", "predict"],
     8: ["losses"],
-    9: ["train", "optim", "runs", "card", "flags", "table", "plot"],
+    9: ["train", "optim", "cells", "runs", "card", "flags", "table", "plot"],
 }
 
 

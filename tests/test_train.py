@@ -26,7 +26,7 @@ from running import fails, finish, metrics, model, outcome, rows, run, start, ta
 from safetensors.torch import load_file, save_file
 
 import minia3
-from minia3 import runs
+from minia3 import cells, runs
 
 
 def read(path):
@@ -254,24 +254,24 @@ def rte(tmp_path):
 
 
 def test_training_draws_from_all_prompts_and_one_of_them_measures(rte, tmp_path, monkeypatch):
-    seen, original = [], runs.encode_rows
+    seen, original = [], cells.encode_rows
 
     def spy(pairs, *args, **options):
         seen.append({prompt for _, prompt in pairs})
         return original(pairs, *args, **options)
 
-    monkeypatch.setattr(runs, "encode_rows", spy)
+    monkeypatch.setattr(cells, "encode_rows", spy)
     monkeypatch.setattr("minia3.evaluate.encode_rows", spy)
     assert run(words(tmp_path / "run", eval_prompt=2, steps=10, **rte)) == 0
-    prompts = runs.for_family(minia3.load_task("rte", rte["data_dir"]).prompts, None)
+    prompts = cells.for_family(minia3.load_task("rte", rte["data_dir"]).prompts, None)
     assert seen == [set(prompts), {prompts[2]}, {prompts[2]}]
 
 
 def test_a_family_that_saw_the_labels_is_said_to_have_seen_them(rte, tmp_path, monkeypatch, capsys):
     assert run(words(tmp_path / "run", steps=1, **rte)) == 0
     assert "pre-training" not in capsys.readouterr().out
-    monkeypatch.setattr(runs, "known", lambda name: minia3.models.KNOWN["t5-base"])
-    monkeypatch.setattr(runs, "for_family", lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0)
+    monkeypatch.setattr(cells, "known", lambda name: minia3.models.KNOWN["t5-base"])
+    monkeypatch.setattr(cells, "for_family", lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0)
     assert run(words(tmp_path / "seen", steps=1, **rte)) == 0
     assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out
 
@@ -304,7 +304,7 @@ def relabelled(folder, split):
 
 def test_nothing_is_chosen_on_the_split_that_is_reported(tmp_path):
     assert run(words(tmp_path / "run", **CHOOSING)) == 0
-    assert run(words(tmp_path / "other", task=relabelled(tmp_path / "a", "test"), **CHOOSING)) == 0
+    assert run(words(tmp_path / "other", task=relabelled(tmp_path / "a" / task().name, "test"), **CHOOSING)) == 0
     (chosen, lines), (other, others) = outcome(tmp_path / "run"), outcome(tmp_path / "other")
     assert chosen == other
     assert lines[1:-1] == others[1:-1]
@@ -502,7 +502,7 @@ LIMITS = """
     max-length 0 at least 1
     max-new-tokens 0 at least 1
     eval-every -1 at least 0
-    eval-prompt -1 at least 0
+    cap 0 at least 1
     patience -1 at least 0
     seed -1 at least 0
     seed 4294967296 below 4294967296
@@ -546,8 +546,10 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
         (["--rank", "4"], ["--rank is for --method lora", "found --method ia3"]),
         (["--method", "lora", "--sites", "k"], ["--sites is for --method ia3", "found --method lora"]),
-        (["--method", "lora", "--seed", "0,1"], ["--method lora takes one --task"]),
-        (["--method", "full", "--lr", "1e-3,1e-4"], ["--method full takes one --task"]),
+        (["--method", "lora", "--seed", "0,1"], ["--method lora takes one value of each flag"]),
+        (["--method", "full", "--lr", "1e-3,1e-4"], ["--method full takes one value of each flag"]),
+        (["--method", "icl"], ["--method icl", "say how many with --shots"]),
+        (["--adapters", "two"], ["--adapters is 'two'", "each", "one"]),
         (["--method", "lora", "--optimizer", "adafactor"], ["--optimizer adafactor", "B begins at 0", "use adamw"]),
         (["--method", "full", "--optimizer", "adafactor"], ["--optimizer adafactor", "use adamw"]),
         (["--method", "full", "--adapter", "x"], ["--method full", "--model"]),
@@ -583,7 +585,7 @@ def test_each_flag_with_limits_is_tried_above():
         ({"device": "gpu"}, ["--device is 'gpu'", "expected cpu or cuda"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected cpu or cuda"]),
         ({"shots": 21}, ["expected 1 to 20 shots", "found 21"]),
-        ({"eval_prompt": 1}, ["--eval-prompt is 1", "expected 0 to 0"]),
+        ({"eval_prompt": 1}, ["--eval-prompt is 1", "some of 0 to 0"]),
         ({"max_length": 1}, ["does not fit into max_length 1"]),
     ],
 )
@@ -735,7 +737,7 @@ def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_begin
     assert run(words(tmp_path / "run", steps=1)) == 0
     device, name, of_task, *_ = capsys.readouterr().out.splitlines()
     assert device == "device   cpu (as asked), float32"
-    assert name == f"model    {model('t5')}: 23,512 numbers, and 448 in an adapter ({448 / 23512:.3%})"
+    assert name == f"model    {model('t5')}: 23,512 numbers, and 448 that train ({448 / 23512:.3%})"
     assert of_task == "task     task-2: 20 rows to train on, 12 of test to report on"
 
 
@@ -745,7 +747,7 @@ def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_begin
 def test_without_a_flag_it_runs_on_cuda_where_there_is_a_gpu_and_says_why(found, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr(minia3, "load_task", lambda *args: 0 / 0)
+    monkeypatch.setattr(cells, "load_task", lambda *args: 0 / 0)
     with pytest.raises(ZeroDivisionError):
         run(words(tmp_path / "run", device=None))
     assert capsys.readouterr().out.splitlines()[0] == said
@@ -791,8 +793,8 @@ def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
 
 
 def test_batches_of_similar_lengths_are_a_flag_and_off_by_default(tmp_path, monkeypatch):
-    lengths, order = [], runs.order
-    monkeypatch.setattr(runs, "order", lambda *args: lengths.append(args[3]) or order(*args))
+    lengths, order = [], cells.order
+    monkeypatch.setattr(cells, "order", lambda *args: lengths.append(args[3]) or order(*args))
     for name, flags in (("plain", []), ("similar", ["--similar-lengths"])):
         assert run(words(tmp_path / name, *flags)) == 0
     assert lengths[0] is None

@@ -1,0 +1,132 @@
+"""Chapter 9, what a run trains: the cells of its grid, each an adapter with its task, and the examples of each step."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from minia3 import flags
+from minia3.data import load_task, order
+from minia3.evaluate import encode_rows
+from minia3.models import known
+from minia3.prompts import for_family, render
+
+
+class Part:
+    """A task of a cell: its rows to train on, to choose by (held out) and to report on, and its prompts.
+
+    Raises ValueError where there is nothing to train or to report on, or no such prompt.
+    """
+
+    def __init__(self, config, task, trains):
+        self.task, self.said = task, [*task.notes]
+        if not task.validation and any(row["label"] < 0 for row in task.test) and trains:
+            self.split, self.rows = "test", []
+            self.said.append("no rows are labelled but those to train on: nothing is measured")
+        else:
+            self.split, self.rows = task.evaluation
+        self.train_rows, self.held_out = task.train, []
+        if config.eval_every and self.split == "test" and task.validation:
+            self.held_out = task.validation
+        elif config.eval_every:  # never the split that is reported
+            n = max(1, len(task.train) // 5)
+            self.train_rows, self.held_out = task.train[:-n], task.train[-n:]
+        if (trains or config.method == "icl") and not self.train_rows:
+            kept = " beside those which --eval-every holds out" if self.held_out else ""
+            raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
+        self.shots = self.train_rows if config.method == "icl" else ()
+        family = known(config.model).family if known(config.model) else None
+        self.prompts = for_family(task.prompts, family)
+        numbers = {str(i): prompt for i, prompt in enumerate(self.prompts)}
+        asked = [*numbers] if config.eval_prompt == "all" else config.eval_prompt.split(",")
+        if not {*asked} <= numbers.keys():
+            expected = f"all, or some of 0 to {len(numbers) - 1} for {task.name}, commas between them"
+            raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected {expected}")
+        self.measured = [numbers[number] for number in asked]
+        if n := len(self.held_out):
+            self.said.append(f"the best vectors are chosen on {n} rows that are neither trained nor reported on")
+        if family in task.seen:
+            self.said.append(f"{family} saw this task's labels in its pre-training: these results are not few-shot")
+        counts = f"{len(self.train_rows)} rows to train on, {len(self.rows)} of {self.split} to report on"
+        self.said = [f"task     {task.name}: {counts}", *(f"note     {note}" for note in self.said)]
+
+
+class Cell:
+    """One adapter of a run, a cell of its grid, with its tasks: one, or with --adapters one all that mix.
+
+    config: the run's flags, but of what the grid's axes hold one value; these name the cell.
+    """
+
+    def __init__(self, config, parts, axes):
+        self.config, self.parts = config, parts
+        names = {"task": parts[0].task.name, "seed": f"s{config.seed}", "lr": f"lr{config.lr}"}
+        self.name = "-".join((names | {"warmup_ratio": f"w{config.warmup_ratio}"})[axis] for axis in axes)
+        self.title, self.key = "", {}  # what a line of output begins with, and a line of metrics has
+        self.folder = Path("model" if config.method == "full" else "adapter")
+        if axes:
+            self.title, self.folder = f"{self.name}: ", Path("adapters", self.name.replace("/", "-"))
+            self.key = {"adapter": self.name} | {axis: getattr(config, axis) for axis in ("seed", "lr", *axes)}
+        for part in parts:
+            part.title = self.title + f"{part.task.name}: " * (len(parts) > 1)
+            part.key = self.key | {"task": part.task.name}
+
+    @property
+    def checksums(self):
+        several = self.key or len(self.parts) > 1
+        digests = [(part.task.name, *item) for part in self.parts for item in part.task.checksums.items()]
+        return {f"{task}/{file}" if several else file: digest for task, file, digest in digests}
+
+
+def grid(config, trains):
+    """The cells of the grid that the flags' commas make. Raises ValueError where two would have one name."""
+    axes, configs = flags.grid(config, ["task"] * (config.adapters == "one"))
+    found, tasks = [], {}
+    for one in configs:
+        names = one.task if isinstance(one.task, tuple) else (one.task,)
+        for name in names:
+            if (name, one.seed) not in tasks:
+                tasks[name, one.seed] = load_task(name, config.data_dir, config.shots, one.seed)
+        found.append(Cell(one, [Part(one, tasks[name, one.seed], trains) for name in names], axes))
+    if len({cell.folder for cell in found}) < len(found):
+        raise ValueError(f"expected a name for each adapter, found {', '.join(cell.name for cell in found):.200}")
+    return found
+
+
+def draw(cell, tokenizer):
+    """-> the examples of each step. Each time that a row comes, its prompt is drawn anew, as in T-Few.
+
+    Where tasks mix, an example is of each in proportion to its rows, of which at most `--cap` count (as in T5's
+    mixtures: arXiv 1910.10683, section 3.5.2).
+    """
+    config, parts = cell.config, cell.parts
+    rows_of, prompts_of, drawn, plan = [], [len(part.prompts) for part in parts], [0] * len(parts), []
+    for part in parts:
+        lengths = [len(render(part.prompts[0], row).input) for row in part.train_rows]
+        rows = order(len(lengths), config.batch_size, config.seed, lengths if config.similar_lengths else None)
+        rows_of.append(lru_cache(1)(rows))
+    share = np.minimum([len(part.train_rows) for part in parts], config.cap)
+    for step in range(config.steps):  # for each example of a step: task, row and prompt
+        task = np.random.RandomState([config.seed, 3, step]).choice(
+            len(parts), config.batch_size, p=share / share.sum()
+        )
+        prompt = np.random.RandomState([config.seed, 1, step]).randint([prompts_of[i] for i in task])
+        plan.append([])
+        for i, p in zip(task.tolist(), prompt.tolist(), strict=True):
+            nth, place = divmod(drawn[i], config.batch_size)
+            plan[-1].append((i, rows_of[i](nth)[place], p))
+            drawn[i] += 1
+    examples, n_cut = {}, 0
+    for i, part in enumerate(parts):
+        wanted = sorted({x for step in plan for x in step if x[0] == i})
+        texts, ends = (
+            [(part.train_rows[row], part.prompts[p]) for _, row, p in wanted],
+            part.task.metric == "exact_match",
+        )
+        _, encoded, cut = encode_rows(texts, tokenizer, config.max_length, end=ends)
+        examples |= dict(zip(wanted, encoded, strict=True))
+        n_cut += cut
+    if n_cut:
+        print(
+            f"note     {n_cut} of {len(examples)} training inputs are cut to {config.max_length} tokens (--max-length)"
+        )
+    return [[examples[x] for x in step] for step in plan]
