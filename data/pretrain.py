@@ -145,12 +145,10 @@ def make_tokenizer():
     return Tokenizer(backend, {"pad_token": PAD, "eos_token": EOS})
 
 
-def new_model(tokenizer, seed):
+def new_model(tokenizer, seed, d_model=64):
     """A T5 (v1.0 form) with T5's own initialisation: standard deviations as in Mesh TensorFlow's, factor 1."""
     vocab_size = -(-tokenizer.backend.get_vocab_size() // 16) * 16  # a multiple of 16; the last rows are no token's
-    c = T5Config(
-        d_model=64, d_head=16, d_ff=192, n_layers=2, n_decoder_layers=2, n_heads=4, vocab_size=vocab_size, dropout=0.0
-    )
+    c = T5Config(d_model, d_model // 4, 3 * d_model, 2, 2, n_heads=4, vocab_size=vocab_size, dropout=0.0)
     torch.manual_seed(seed)
     model = T5(c)
     widths = [(model.embed, 1), (model.encoder.position, c.d_model), (model.decoder.position, c.d_model)]
@@ -172,10 +170,10 @@ def padded(texts, tokenizer):
     return ids_BM, ids_BM != tokenizer.pad_id
 
 
-def pretrain(seed, steps, lr=2e-3, batch_size=64):
+def pretrain(seed, steps, d_model=64, lr=2e-3, batch_size=64):
     """-> (model, tokenizer), trained on fresh examples at every step: nothing comes twice but by chance."""
     tokenizer = make_tokenizer()
-    model = new_model(tokenizer, seed)
+    model = new_model(tokenizer, seed, d_model)
     weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]  # (IA)^3 stays at one
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     rng, asks, shares = np.random.RandomState(seed), list(QUESTIONS), list(QUESTIONS.values())
@@ -231,6 +229,7 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=4, help="of the weights and of the training examples (default 4)")
     parser.add_argument("--steps", type=int, default=3000, help="of pre-training (default 3000)")
+    parser.add_argument("--d-model", type=int, default=64, help="width, a multiple of 8 (default 64)")
     parser.add_argument("--quick", action="store_true", help="20 steps: to see that it runs, not to make a model")
     parser.add_argument("--details", nargs="+", choices=DETAILS, default=[SHIPPED], help="held-out tasks to write")
     args = parser.parse_args()
@@ -238,7 +237,7 @@ def main():
         parser.error("--quick would write over the shipped model: give an --out")
 
     torch.set_num_threads(1)  # the model is small, and the same machine gives the same bits
-    model, tokenizer = pretrain(args.seed, 20 if args.quick else args.steps)
+    model, tokenizer = pretrain(args.seed, 20 if args.quick else args.steps, args.d_model)
     minia3.save_model(model, args.out / "tiny-t5", tokenizer)
     for detail in args.details:
         write_held_out(args.out / f"same-{detail}", detail)

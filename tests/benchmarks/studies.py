@@ -10,16 +10,19 @@ Flags that are not the study's own go to each run: --data-dir, --device ...
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
 from minia3.files import read_json
+from minia3.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
-T0_TASKS = "copa,hellaswag,storycloze,winogrande,wsc,wic,rte,cb,anli-r1,anli-r2,anli-r3"
+T0_TASKS = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
 SEEDS = {"embedded": "0,1,2,3,4", "smollm2": "0,1,32", "raft": "0,1,2,3,4", "t0": "0,1,32,42,1024"}
+DETAILS = ("colour", "thing", "place", "person")
 
 
 def each(name, words, **axes):
@@ -29,7 +32,62 @@ def each(name, words, **axes):
         yield "-".join([name, *values]).replace("/", "-"), [*words, *own]
 
 
-def smollm2(model):
+def held_out(folder):
+    """The embedded model's held-out tasks, and one more of their rows: yes, if colour or place agree, but not both."""
+    if not (folder / "xor" / "train.jsonl").exists():
+        words = ["--quick", "--out", str(folder), "--details", *DETAILS]  # the rows do not depend on what it trains
+        subprocess.run(
+            [sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True, stdout=subprocess.DEVNULL
+        )
+        (folder / "xor").mkdir(exist_ok=True)
+        for split in ("test", "validation", "train"):
+            files = [(folder / f"same-{detail}" / f"{split}.jsonl").read_text() for detail in ("colour", "place")]
+            pairs = [[json.loads(line) for line in pair] for pair in zip(*map(str.splitlines, files), strict=True)]
+            rows = [one | {"label": one["label"] ^ other["label"]} for one, other in pairs]
+            (folder / "xor" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(folder / name) for name in (*(f"same-{detail}" for detail in DETAILS), "xor")]
+
+
+def embedded(model, out):
+    """The embedded T5: methods, losses and sites on its held-out tasks, shots, learning rates, and smaller bases."""
+    tasks, seeds = held_out(out / "tasks"), SEEDS["embedded"].split(",")
+    on, all_seeds = ["--model", model, "--eval-batch-size", "64"], ["--seed", SEEDS["embedded"]]
+    every, colour = [*on, *all_seeds, "--task", ",".join(tasks)], [*on, "--task", tasks[0]]
+    trained = {"lora": ["--method", "lora", "--lr", "3e-3"], "full": ["--method", "full", "--lr", "1e-3"]}
+    yield "methods-none", [*on, "--task", ",".join(tasks), "--method", "none"]
+    yield "methods-ia3", every
+    for n in ("4", "16"):
+        yield f"methods-icl-{n}", [*every, "--method", "icl", "--shots", n]
+    for method, words in trained.items():
+        yield from each(f"methods-{method}", [*on, *words], task=tasks, seed=seeds)
+    for losses in ("lm", "lm,ul", "lm,ln"):
+        yield f"losses-{losses}", [*every, "--losses", losses]
+    for sites in ("k", "v", "ff", "k,v", "k,ff", "v,ff"):
+        yield f"sites-{sites}", [*every, "--sites", sites]
+    yield "sites-no-cross", [*every, "--no-cross"]
+    for shots in ("4", "8", "16", "32", "64", "128", "256"):
+        yield f"shots-{shots}-ia3", [*colour, *all_seeds, "--shots", shots]
+        for method, words in trained.items():
+            yield from each(f"shots-{shots}-{method}", [*colour, *words, "--shots", shots], seed=seeds)
+    rates = ["--lr", "3e-4,1e-3,3e-3,1e-2,3e-2,1e-1", "--warmup-ratio", "0,0.06,0.3"]
+    yield "rates-ia3", [*colour, *rates, "--seed", "0,1,2"]
+    yield "sites-all", [*every, "--sites", "k,v,ff,q,o"]
+
+
+def widths(model, out):
+    """Bases of widths 16, 32 and 64, three of each, made here in two minutes each: what trains well on small ones?"""
+    task = held_out(out / "tasks")[0]
+    for width, seed in product(("16", "32", "64"), ("0", "1", "2")):
+        base = out / f"base-{width}-{seed}"
+        if not (base / "tiny-t5").exists():
+            words = ["--d-model", width, "--seed", seed, "--out", str(base)]
+            subprocess.run([sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True)
+        on = ["--model", str(base / "tiny-t5"), "--task", task, "--eval-batch-size", "64"]
+        for method, lr in {"none": "3e-3", "ia3": "3e-3", "lora": "3e-3", "full": "1e-3"}.items():
+            yield f"{width}-{seed}-{method}", [*on, "--method", method, "--lr", lr]
+
+
+def smollm2(model, out):
     """Real weights: RTE, CB, COPA and a task of RAFT, by 32 rows (of RAFT 40), 60 steps, three prompts."""
     for task in ("copa", "cb", "raft/ade_corpus_v2", "rte"):
         raft, shots = task.startswith("raft"), [] if task.startswith("raft") else ["--shots", "32"]
@@ -42,7 +100,16 @@ def smollm2(model):
         yield from each(f"{name}-lora", [*on, *shots, *lora], seed=seeds.split(","))
 
 
-STUDIES = {"smollm2": smollm2}
+def t0_3b(model, out):
+    """Table 4 of the paper for T0-3B: five seeds, all prompts. With --init ADAPTER, from given vectors."""
+    for task in T0_TASKS:
+        on = ["--model", model, "--task", task, "--shots", str(TASKS[task].shots), "--eval-prompt", "all"]
+        yield f"{task}-ia3", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
+        for method, lr in {"lora": "3e-3", "full": "1e-4"}.items():
+            yield from each(f"{task}-{method}", [*on, "--method", method, "--lr", lr], seed=SEEDS["t0"].split(","))
+
+
+STUDIES = {"embedded": embedded, "widths": widths, "smollm2": smollm2, "t0-3b": t0_3b}
 
 
 def main(argv=None):
@@ -53,7 +120,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--only", default="", help="the beginning of the names of the runs that are wanted")
     args, more = parser.parse_known_args(argv)
-    for name, words in STUDIES[args.study](args.model):
+    for name, words in STUDIES[args.study](args.model, args.out):
         if name.startswith(args.only):
             go_on(args.out / name, [*words, *more])
 
