@@ -3,10 +3,9 @@
 import argparse
 import json
 import os
-import shutil
 import sys
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -80,11 +79,11 @@ def generate(args):
 
 def predict(args):
     """Label the rows of a file, or continue them: python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"""
-    from minia3 import adapters, files, models, predict, prompts, tasks
+    from minia3 import adapters, models, predict, prompts, tasks
 
     if args.task not in (None, *tasks.TASKS):
         raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.TASKS)}")
-    spec, row = tasks.TASKS.get(args.task, tasks.Spec(prompts.OWN)), models.known(args.model)
+    spec, row = tasks.TASKS.get(args.task, tasks.Spec()), models.known(args.model)
     worded = prompts.for_family(spec.prompts, row and row.family)
     if not 0 <= args.prompt < len(worded):
         raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(worded) - 1}")
@@ -115,22 +114,9 @@ def predict(args):
     if args.out is None:
         for line in lines():
             show(line, end="")
-        return
-    out = Path(args.out)
-    held = out.with_name(f".{out.name}")
-    held.mkdir(parents=True, exist_ok=True)
-    with files.lock(held) or nullcontext(), out.open("a+b") as file:
-        first, tail = predict.begun(file, to_csv)
-        for line in map(str.encode, lines(first)):
-            if line[: len(tail)] != tail[: len(line)]:
-                break
-            file.write(line[len(tail) :])
-            file.flush()
-            tail = tail[len(line) :]
-        if tail:
-            raise ValueError(f"{out} holds other results than these: give another --out, or remove it")
-    shutil.rmtree(held)
-    show(f"{out} is finished")
+    else:
+        predict.write(Path(args.out), lines, to_csv)
+        show(f"{args.out} is finished")
 
 
 def merge(args):
