@@ -18,9 +18,7 @@ def show(text="", end="\n"):
         print(text, end=end, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails again when Python ends
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(141) from None
-        raise
+        raise SystemExit(141) if isinstance(error, BrokenPipeError) else error from None
 
 
 def load(args):
