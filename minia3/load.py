@@ -93,11 +93,6 @@ def in_halves(entry, n_heads):
     return entry._replace(read=lambda: entry.read().unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(entry.shape))
 
 
-def read_config(path):
-    """The config of a .gguf file, or of a folder, which need not have weights."""
-    return read(path, weights=False)[0]
-
-
 def name_table(model):
     """Checkpoint name -> ours (None: passed over), for exactly the parameters that this model has."""
     c, t5 = model.config, isinstance(model, T5)
