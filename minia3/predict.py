@@ -27,7 +27,7 @@ def read(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
             name = row.get("adapter")
             name = row["adapter"] = default if name is None or (spec.labels and name == "") else name
             if name is not None and not (isinstance(name, str) and name in adapters):
-                raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}"[:200])
+                raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}")
             (text,), (example,), _ = encode_rows([(row, prompt)], tokenizer, max_length, end=False)
             text = text if prompt.choices or "choices" in row else text._replace(choices=[])
             if not example.source or (text.choices and not all(example.targets)):
