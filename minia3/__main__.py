@@ -165,7 +165,7 @@ def plot(args):
     """Draw runs, and what their adapters learned: python -m minia3 plot runs --out pictures"""
     from minia3 import plot
 
-    for line in filter(None, plot.plot(args.runs, args.out or "pictures")):
+    for line in plot.plot(args.runs, args.out or "pictures"):
         show(line)
 
 
