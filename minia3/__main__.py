@@ -3,10 +3,9 @@
 import argparse
 import json
 import os
-import shutil
 import sys
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +18,7 @@ def show(text="", end="\n"):
         print(text, end=end, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails again when Python ends
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(141) from None
-        raise
+        raise SystemExit(141) if isinstance(error, BrokenPipeError) else error from None
 
 
 def load(args):
@@ -80,11 +77,11 @@ def generate(args):
 
 def predict(args):
     """Label the rows of a file, or continue them: python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"""
-    from minia3 import adapters, files, models, predict, prompts, tasks
+    from minia3 import adapters, models, predict, prompts, tasks
 
     if args.task not in (None, *tasks.TASKS):
         raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.TASKS)}")
-    spec, row = tasks.TASKS.get(args.task, tasks.Spec(prompts.OWN)), models.known(args.model)
+    spec, row = tasks.TASKS.get(args.task, tasks.Spec()), models.known(args.model)
     worded = prompts.for_family(spec.prompts, row and row.family)
     if not 0 <= args.prompt < len(worded):
         raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(worded) - 1}")
@@ -115,22 +112,9 @@ def predict(args):
     if args.out is None:
         for line in lines():
             show(line, end="")
-        return
-    out = Path(args.out)
-    held = out.with_name(f".{out.name}")
-    held.mkdir(parents=True, exist_ok=True)
-    with files.lock(held) or nullcontext(), out.open("a+b") as file:
-        first, tail = predict.begun(file, to_csv)
-        for line in map(str.encode, lines(first)):
-            if line[: len(tail)] != tail[: len(line)]:
-                break
-            file.write(line[len(tail) :])
-            file.flush()
-            tail = tail[len(line) :]
-        if tail:
-            raise ValueError(f"{out} holds other results than these: give another --out, or remove it")
-    shutil.rmtree(held)
-    show(f"{out} is finished")
+    else:
+        predict.write(Path(args.out), lines, to_csv)
+        show(f"{args.out} is finished")
 
 
 def merge(args):
@@ -181,7 +165,7 @@ def plot(args):
     """Draw runs, and what their adapters learned: python -m minia3 plot runs --out pictures"""
     from minia3 import plot
 
-    for line in filter(None, plot.plot(args.runs, args.out or "pictures")):
+    for line in plot.plot(args.runs, args.out or "pictures"):
         show(line)
 
 
@@ -198,69 +182,24 @@ def new(out):
     return out
 
 
-COMMANDS = {  # and their arguments: * any number of them, + at least one
-    info: "model --batch --length --json",
-    generate: "model prompts* --adapter --chat --temperature --top-k --top-p --samples --beams --length-penalty --stop "
-    "--seed --max-new-tokens --device --dtype --json",
-    predict: "model file --adapter --task --prompt --out --columns --batch-size --max-length --max-new-tokens --device "
-    "--dtype",
-    merge: "model adapter out",
-    convert: "model out --device --dtype",
-    mix: "out adapter:weight+ --how",
-    table: "runs+ --csv",
-    plot: "runs+ --out",
-}
-ARGUMENTS = {  # name -> default, or a type where there is none
-    "model": (str, "known name (t5-base ...), hub id, folder or .gguf file; convert: or an adapter's"),
-    "prompts": (str, "texts; none: each line of standard input, or on a terminal a conversation"),
-    "file": (str, ".jsonl or .csv; a row has an input, maybe choices, maybe the name of its adapter"),
-    "adapter": (str, "folder, file or hub id of an adapter"),
-    "out": (new, "new folder"),
-    "runs": (str, "folders of runs, or folders of such"),
-    "adapter:weight": (weighted, "adapters, and how much of each: path/to/adapter:0.5"),
-    "--adapter": (str, "folder, file or hub id of an adapter; predict: or a folder of adapters, for rows to name"),
-    "--chat": (False, "prompts are messages, in the model's own chat format"),
-    "--temperature": (0.0, "above 0, tokens are drawn"),
-    "--top-k": (0, "draw from so many; 0: from all"),
-    "--top-p": (1.0, "draw from the likeliest that have this probability together"),
-    "--samples": (1, "outputs for each prompt"),
-    "--beams": (1, "width of the beam search; 1: none"),
-    "--length-penalty": (1.0, "of the beam search; more: longer outputs"),
-    "--stop": ([], "text that ends the output; may be given several times"),
-    "--seed": (int, "for the same draws again"),
-    "--max-new-tokens": (64, "tokens of an output"),
-    "--task": (str, "rows have this known task's fields (rte ...); its prompt and choices are used"),
-    "--prompt": (0, "which of the task's prompts"),
-    "--out": (str, "file of results, .jsonl or .csv; where it ends too early, it is gone on with; plot: a folder"),
-    "--csv": (False, "comma-separated values, with all digits"),
-    "--columns": (str, "NAME or NAME=FIELD of result or row, with commas between: ID,Label=choice"),
-    "--batch": (8, "sources of the step whose memory is planned"),
-    "--length": (128, "tokens of each of them"),
-    "--batch-size": (16, "rows per forward pass"),
-    "--max-length": (512, "tokens of an input; of a longer one, the middle is left out"),
-    "--how": ("average", "average, product or power; the equations are in minia3/adapters.py"),
-    "--device": (str, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)"),
-    "--dtype": (str, "float32, bfloat16 ... (default: as the weights are stored)"),
-    "--json": (False, "for programs: an object a line"),
-}
+COMMANDS = (info, generate, predict, merge, convert, mix, table, plot)
 
 
 def parse(words):
     """-> the arguments, and the command's function as `run`. Raises ValueError for what is no command line."""
+    given = json.loads(Path(__file__).with_name("commands.json").read_text("utf-8"))  # in argparse's own words
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     example = "example: python -m minia3 info t5-base"
     parser = Parser(prog="python -m minia3", description=__doc__, epilog=example, **form)
     commands = parser.add_subparsers(dest="command", required=True)
-    for run, names in COMMANDS.items():
+    for run in COMMANDS:
         title, _, example = run.__doc__.partition(": ")
         command = commands.add_parser(run.__name__, help=title, description=title, epilog=f"example: {example}", **form)
         command.set_defaults(run=run)
-        for name in names.split():
-            default, help = ARGUMENTS[name.rstrip("*+")]
-            default, kind = (None, default) if callable(default) else (default, type(default))
-            how = {"default": default, "help": help + (f" (default: {default})" if default else "")}
-            how |= {bool: {"action": "store_true"}, list: {"action": "append"}}.get(kind) or {"type": kind}
-            command.add_argument(name.rstrip("*+"), **how, **({"nargs": name[-1]} if name[-1] in "*+" else {}))
+        for kind in (int, float, new, weighted):
+            command.register("type", kind.__name__, kind)
+        for name in given["commands"][run.__name__].split():
+            command.add_argument(name, **given["arguments"][name])
     if words and words[0] in commands.choices:  # so that prompts may stand behind flags too
         return commands.choices[words[0]].parse_intermixed_args(words[1:])
     return parser.parse_args(words)

@@ -13,7 +13,7 @@ from minia3 import files
 from minia3.adapters import peft_tensors
 from minia3.generation import logprobs
 from minia3.ia3 import freeze, vectors
-from minia3.load import build, place, read_config
+from minia3.load import build, place, read
 from minia3.models import known
 from minia3.t5 import T5Config
 
@@ -27,7 +27,7 @@ def info(name_or_path, batch=8, length=128):
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length are {batch} and {length}, expected at least 1")
     row = known(name_or_path)
-    c = row.config if row else read_config(files.find(name_or_path, weights=False))
+    c = row.config if row else read(files.find(name_or_path, weights=False), weights=False)[0]
     model = build(c)
     adapter = sum(vector.numel() for vector in vectors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapter

@@ -93,11 +93,6 @@ def in_halves(entry, n_heads):
     return entry._replace(read=lambda: entry.read().unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(entry.shape))
 
 
-def read_config(path):
-    """The config of a .gguf file, or of a folder, which need not have weights."""
-    return read(path, weights=False)[0]
-
-
 def name_table(model):
     """Checkpoint name -> ours (None: passed over), for exactly the parameters that this model has."""
     c, t5 = model.config, isinstance(model, T5)
@@ -158,17 +153,13 @@ def save_others(folder, config, dtype, tokenizer):
 
 def save_tensors(folder, parts):
     """Write parts (name, number of bytes, function -> tensor) in shards, of which one at a time is in memory."""
-    shards, size, total = [{}], 0, 0
-    for name, n_bytes, read in parts:
-        if shards[-1] and size + n_bytes > SHARD_BYTES:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = read
-        size, total = size + n_bytes, total + n_bytes
-    index = {}
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: read().contiguous() for name, read in shard.items()}, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": index}
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+
+    parts = {name: (n_bytes, read) for name, n_bytes, read in parts}
+    options = {"filename_pattern": "model{suffix}.safetensors", "get_storage_size": lambda part: part[0]}
+    shards = split(parts, max_shard_size=SHARD_BYTES, **options)
+    for file, shard in shards.filename_to_tensors.items():
+        save_file({name: parts[name][1]().contiguous() for name in shard}, folder / file, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         files.write_json(folder / "model.safetensors.index.json", index)

@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 
-from minia3 import data
+from minia3 import data, files
+from minia3.evaluate import encode_rows
 from minia3.generation import generate, score
-from minia3.prompts import fit
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
 COLUMNS = ("idx", "label", "choice", "scores", "output")  # of a csv
@@ -20,21 +20,18 @@ def read(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
     of `adapters`; where it has none, `default`. Raises ValueError, "path:line: reason", at the first row that is wrong.
     """
     for n, (number, row) in enumerate(data.read_rows(path, None if spec.labels else "input")):
-        try:
+        with files.reading(f"{path}:{number}"):
             if isinstance(row, dict) and not spec.labels:  # own rows: what they should come to does not matter
                 row = row | {"label": None} | ({} if "choices" in row else {"target": "?"})
             row = data.check_row(row, spec, "test", n)
             name = row.get("adapter")
             name = row["adapter"] = default if name is None or (spec.labels and name == "") else name
             if name is not None and not (isinstance(name, str) and name in adapters):
-                raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}"[:200])
-            text, _ = fit(prompt, row, lambda text: len(tokenizer.encode(text)), max_length)
-            example = data.encode_example(text, tokenizer, end=False)
+                raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}")
+            (text,), (example,), _ = encode_rows([(row, prompt)], tokenizer, max_length, end=False)
             text = text if prompt.choices or "choices" in row else text._replace(choices=[])
             if not example.source or (text.choices and not all(example.targets)):
                 raise ValueError(f"no tokens in the input or in a choice: {text.input!r:.40}, {text.choices!r:.80}")
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
         yield row, text, example
 
 
@@ -49,15 +46,14 @@ def predict(model, tokenizer, rows, adapters, *, batch_size=16, max_new_tokens=6
             options = {"adapter": adapters.rows([row["adapter"] for row in some]), "batch_size": batch_size}
             if scored:
                 answers = score(model, examples, tokenizer.pad_id, **options).tolist()
+                for row, text, scores in zip(some, texts, answers, strict=True):
+                    scores = scores[: len(text.choices)]  # -inf where another row has more
+                    label = scores.index(max(scores))
+                    yield row, {"idx": row["idx"], "label": label, "choice": text.choices[label], "scores": scores}
             else:
                 sources = [example.source for example in examples]
                 answers = generate(model, tokenizer, sources, max_new_tokens=max_new_tokens, **options)
-            for row, text, answer in zip(some, texts, answers, strict=True):
-                if scored:
-                    scores = answer[: len(text.choices)]  # -inf where another row has more
-                    label = scores.index(max(scores))
-                    yield row, {"idx": row["idx"], "label": label, "choice": text.choices[label], "scores": scores}
-                else:
+                for row, answer in zip(some, answers, strict=True):
                     yield row, {"idx": row["idx"], "output": answer}
 
 
@@ -67,15 +63,26 @@ def csv_line(cells):
     return text.getvalue()
 
 
-def begun(file, to_csv):
-    """-> where a file of results goes on: the first row of its last chunk, and what the file has from there on."""
-    first, n, tail, line, n_quotes = 0, -to_csv, b"", bytearray(), 0  # n: the row of the line, after csv's header
-    file.seek(0)
-    for part in file:
-        line += part
-        n_quotes += part.count(b'"')
-        if part.endswith(b"\n") and not (to_csv and n_quotes % 2):  # a quoted text may have several lines
-            if n > 0 and n % CHUNK == 0:
-                first, tail = n, b""
-            n, tail, line = n + 1, tail + line, bytearray()
-    return first, tail + line
+def write(path, lines, to_csv):
+    """Bring a file of results to its end. lines: a row's number -> an iterator of the lines from there on.
+
+    Of what is there, the last chunk is made anew and compared. Raises ValueError where it differs, where the file has
+    more, and where another process is writing it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.lock(path.parent, path.name), path.open("a+b") as file:
+        first = start = end = n_quotes = file.seek(0)
+        n = -to_csv  # the row of a line, after csv's header
+        for line in file:
+            n_quotes += line.count(b'"')
+            if line.endswith(b"\n") and not (to_csv and n_quotes % 2):  # a quoted text may have several lines
+                if n > 0 and n % CHUNK == 0:
+                    first, start = n, end
+                n, end = n + 1, file.tell()
+        file.seek(start)
+        for line in chain(map(str.encode, lines(first)), [b""]):  # at last, nothing
+            there = file.read(len(line) or 1)
+            if there != line[: len(there)]:
+                raise ValueError(f"{path} holds other results than these: give another --out, or remove it")
+            file.write(line[len(there) :])
+            file.flush()

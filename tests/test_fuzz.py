@@ -421,7 +421,7 @@ def make_llama_config(folder):
 
 
 def read_config(folder):
-    found = load.read_config(folder)
+    found = load.read(folder, weights=False)[0]
     sane_config(found, read_object(folder / "config.json"), read_object(folder / "generation_config.json"))
 
 
@@ -863,13 +863,13 @@ def rename_tensor(path, name):
 def t5_with(folder, **changes):
     make_config(folder)
     change_json(folder / "config.json", **changes)
-    load.read_config(folder)
+    load.read(folder, weights=False)
 
 
 def llama_with(folder, **changes):
     make_llama_config(folder)
     change_json(folder / "config.json", **changes)
-    load.read_config(folder)
+    load.read(folder, weights=False)
 
 
 def two_shards_with_one_name(folder):

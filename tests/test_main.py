@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 
 import minia3
 from minia3 import generation
-from minia3.__main__ import ARGUMENTS, COMMANDS, main
+from minia3.__main__ import COMMANDS, main
 from minia3.adapters import mix, read_adapter
 from minia3.info import info
 from minia3.merging import merge
 from minia3.tokenizer import Tokenizer
 
+GIVEN = json.loads((ROOT / "minia3" / "commands.json").read_text())
 NAMES = [run.__name__ for run in COMMANDS]
 EXAMPLES = {run.__name__: shlex.split(run.__doc__.partition(": python -m minia3 ")[2]) for run in COMMANDS}
 
@@ -116,9 +117,9 @@ def test_the_help_of_a_command_explains_every_argument_and_ends_with_an_example(
         main([run.__name__, "--help"])
     out = capsys.readouterr().out
     text = " ".join(out.split())
-    for name in COMMANDS[run].split():
-        assert name.rstrip("*+") in text
-        assert ARGUMENTS[name.rstrip("*+")][1] in text
+    for name in GIVEN["commands"][run.__name__].split():
+        assert name in text
+        assert GIVEN["arguments"][name]["help"] % GIVEN["arguments"][name] in text
     assert out.splitlines()[-1] == f"example: python -m minia3 {shlex.join(EXAMPLES[run.__name__])}"
 
 
@@ -139,8 +140,9 @@ def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, c
     assert err == ""
 
 
-def test_every_argument_is_used_by_a_command():
-    assert set(ARGUMENTS) == {name.rstrip("*+") for names in COMMANDS.values() for name in names.split()}
+def test_the_file_tells_of_every_command_and_of_the_arguments_that_they_use():
+    assert list(GIVEN["commands"]) == NAMES
+    assert set(GIVEN["arguments"]) == {name for names in GIVEN["commands"].values() for name in names.split()}
 
 
 # Mistakes and failures

@@ -356,7 +356,7 @@ def watch():
         time.sleep(0.0005)
 
 load.SHARD_BYTES = 4_000_000
-load.build(load.read_config(Path(sys.argv[1])))  # what torch imports on first use is not ours
+load.build(load.read(Path(sys.argv[1]), weights=False)[0])  # what torch imports on first use is not ours
 peak = before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 merge_files(*sys.argv[1:])

@@ -119,12 +119,12 @@ def test_the_form_is_told_by_its_files_and_a_config_json_goes_before(tmp_path, m
     tmp_path.rename("llama-2-7b")
     assert files.find("llama-2-7b") == files.Path("llama-2-7b"), "not the known model of that name"
     folder = files.find("llama-2-7b")
-    assert load.read_config(folder).n_kv_heads == 4
+    assert load.read(folder, weights=False)[0].n_kv_heads == 4
     minia3.save_model(minia3.load_model(folder), folder)
     model = minia3.load_model(folder)
     assert len(list(folder.glob("consolidated*"))) == 1
     rewrite(folder, n_heads="nothing looks here now")
-    assert load.read_config(folder) == model.config
+    assert load.read(folder, weights=False)[0] == model.config
 
 
 def test_what_comes_in_as_metas_goes_out_as_hugging_faces(tmp_path):
@@ -149,7 +149,7 @@ def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(tmp_path, n_shard
     take_apart(theirs, tmp_path, n_shards, llama3=True, freqs=False, rope_theta=500000.0, use_scaled_rope=scaled)
     model = minia3.load_model(tmp_path)
     assert model.config.rope_scaling == ((factor, 1.0, 4.0, 8192) if scaled else None)
-    assert load.read_config(tmp_path).own_head == model.config.own_head == (not tied)
+    assert load.read(tmp_path, weights=False)[0].own_head == model.config.own_head == (not tied)
     assert (model.head is None) == tied
     source_BM = tokens(2, 40)
     expected = Peer("", None, theirs).logits(source_BM, None, TARGET)
@@ -183,7 +183,7 @@ def test_the_params_that_meta_published_are_the_config_that_the_hub_has(tmp_path
     (tmp_path / "consolidated.00.pth").write_text("")
     params |= {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads}
     (tmp_path / "params.json").write_text(json.dumps(params))
-    found = load.read_config(tmp_path)
+    found = load.read(tmp_path, weights=False)[0]
     if c.vocab_size == 128256:
         assert found.eos_ids == (128001, 128008, 128009)
         expected = dataclasses.replace(expected, eos_ids=found.eos_ids)

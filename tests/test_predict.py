@@ -377,6 +377,7 @@ def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(tmp_path,
     file.write_text(lines(rows[:9]) + "{\n" + lines(rows[10:]))
     assert f"{file}:10: " in fails(capsys, running.model("t5"), file, "--out", out)
     assert out.read_text() == "".join(text.splitlines(keepends=True)[:8])
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, out.name}, "nothing hidden stays behind"
     write(file, rows)
     predict(running.model("t5"), file, "--out", out)
     assert out.read_text() == text

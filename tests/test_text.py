@@ -40,7 +40,8 @@ TASKS = [
 TOP = [
     ["flags", "losses", "optim", "table"],
     ["generation"],
-    ["evaluate", "predict"],
+    ["evaluate"],
+    ["predict"],
     ["cells", "runs", "card", "info", "plot"],
     ["train", "__main__"],
 ]
