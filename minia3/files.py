@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from minia3.models import KNOWN, known
+from minia3 import models
 
 CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a checkpoint, or an adapter
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json",
@@ -46,7 +46,7 @@ def find(name_or_path, weights=True):
     HF_HUB_OFFLINE): only the files needed, safetensors rather than .bin; `weights=False` leaves the weights out.
     A folder with a config goes before a known name. ValueError for a name that leads nowhere, with the nearest known.
     """
-    path, row = Path(name_or_path), known(name_or_path)
+    path, row = Path(name_or_path), models.known(name_or_path)
     is_checkpoint = row is None or any((path / name).exists() for name in ("config.json", "params.json"))
     if (path.is_dir() and is_checkpoint) or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -54,7 +54,7 @@ def find(name_or_path, weights=True):
     if Path(repo).is_dir():  # the embedded one
         return Path(repo)
     if path.is_file() or not HUB_ID.fullmatch(repo):
-        hint = _near(repo) or f". Known names: {', '.join(KNOWN)}"
+        hint = _near(repo) or f". Known names: {', '.join(models.table())}"
         raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
     return _fetch(repo, "config.json", ("generation_config.json", *TOKENIZER_FILES), WEIGHT_FILES * weights)
 
@@ -68,7 +68,8 @@ def find_adapter(name_or_path):
 
 
 def _near(name):
-    near = difflib.get_close_matches(name.lower(), [*KNOWN, *(row.repo.lower() for row in KNOWN.values())], n=1)
+    names = [known for short, row in models.table().items() for known in (short, row.repo.lower())]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -1,8 +1,12 @@
 """Guards the table of known models: its counts are the papers', and each row is what the model's own config.json says.
 The configs below are those of the hub, less what says nothing about the model."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from minia3 import models
 from minia3.config import from_hf
 from minia3.ia3 import vectors
 from minia3.load import build, read
@@ -163,6 +167,15 @@ def test_a_t5_adapter_has_as_many_numbers_as_the_formula_says(name):
     c = KNOWN[name].config
     kv = 2 * c.n_heads * c.d_head
     assert counts(c)[0] == c.n_layers * (kv + c.d_ff) + c.n_decoder_layers * (2 * kv + c.d_ff)
+
+
+def test_a_row_of_the_file_is_like_one_above_it_and_says_only_what_differs():
+    whole = {}
+    for name, row in json.loads(Path(models.__file__).with_name("models.json").read_text()).items():
+        like = whole[row["like"]] if "like" in row else {}
+        assert not [key for key in row if key in like and row[key] == like[key]]
+        whole[name] = like | {key: value for key, value in row.items() if key != "like"}
+    assert list(whole) == list(KNOWN)
 
 
 def test_names_and_hub_ids_lead_to_the_same_row_in_any_case():
