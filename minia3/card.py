@@ -1,5 +1,5 @@
 """Chapter 9, what is said of a result: in the terminal, and in the model card, the README.md in the folder of a run's
-adapter, for people and for the hub (card.md).
+adapter or model, for people and for the hub. In card.md a line <!-- METHODS --> stands before what these alone say.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ def card(config, final):
     words = flags.words(config, ["model", "task", *(name for name in differ if name not in WHERE)])
     figures = [(final["metric"], "accuracy", ".1%")] + [("AUC", "auc", ".2f")] * (final["auc"] is not None)
     cells = [(title, *before_after(final, key, form)) for title, key, form in figures]
-    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    _, *parts = re.split("<!-- (.*) -->\n", Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    text = "".join(x for methods, x in zip(parts[::2], parts[1::2], strict=True) if final["method"] in methods.split())
     return text.format(
         **final,
         front=f"base_model: {base}\n" if on_hub else "",

@@ -1,5 +1,5 @@
 """Guards the model card: the hub accepts its first lines, its numbers are the run's, its command makes the same run
-again, and the code that it shows loads the adapter, here and in PEFT.
+again, and the code that it shows loads the adapter or the model, here and in PEFT or transformers.
 """
 
 import dataclasses
@@ -9,12 +9,13 @@ import shlex
 import pytest
 import running
 import torch
-from conftest import randomize
+from conftest import logits, off, randomize
 from running import train
 
 import minia3
 from minia3 import flags
 from minia3.card import card
+from minia3.lora import add_lora, save_lora
 from minia3.models import EMBEDDED
 from minia3.runs import read_config
 
@@ -86,6 +87,74 @@ def test_the_command_makes_the_same_run_again_and_tells_no_place():
     assert words[:2] == ["python", "train.py"]
     found = flags.parse(train.Config, words[2:], "")
     assert found == dataclasses.replace(config, out=None, data_dir="data", device=None)
+
+
+@pytest.mark.parametrize(
+    ("method", "library", "tags", "word"),
+    [
+        ("ia3", "peft", ["ia3", "peft"], "# (IA)^3 for rte, on t5-base"),
+        ("lora", "peft", ["lora", "peft"], "# LoRA for rte, on t5-base"),
+        ("full", "transformers", None, "# t5-base, fine-tuned for rte"),
+    ],
+)
+def test_each_method_has_its_own_title_and_names_its_own_library(method, library, tags, word):
+    config = train.Config(model="t5-base", task="rte", method=method)
+    text = card(config, FINAL | {"model": "t5-base", "task": "rte", "method": method})
+    found = front(text)
+    assert (found["base_model"], found["library_name"], found.get("tags")) == ("google-t5/t5-base", library, tags)
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [word]
+    assert "| accuracy | 51.3% | 100.0% |" in text
+    assert f"--method {method}" in text or method == "ia3"
+    assert len(blocks(text)) == 2
+    assert "<!--" not in text
+
+
+def run_blocks(text, folder, monkeypatch):
+    """What the two pieces of code of a card define, run in the folder that it lies in."""
+    monkeypatch.chdir(folder)
+    for block in blocks(text):
+        found = {}
+        exec(compile(block, "README.md", "exec"), found)
+        yield found
+
+
+SOURCE, TARGET = torch.tensor([[5, 9, 7, 4]]), torch.tensor([[3, 8, 6]])
+
+
+@torch.no_grad()
+def theirs(model, name):
+    """Logits of transformers, or PEFT, for SOURCE and TARGET."""
+    if name == "t5":
+        start = torch.full((1, 1), model.config.decoder_start_token_id)
+        return model(input_ids=SOURCE, decoder_input_ids=torch.cat([start, TARGET], 1)).logits
+    return model(input_ids=torch.cat([SOURCE, TARGET], 1)).logits[:, SOURCE.shape[1] - 1 :]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_the_code_of_lora_and_of_a_model_loads_what_was_trained_here_and_there(name, method, tmp_path, monkeypatch):
+    config = train.Config(model=str(running.model(name)), task="rows.jsonl", method=method)
+    changes = {"model": config.model, "method": method, "architecture": {"t5": "T5", "llama": "Llama"}[name]}
+    model, tokenizer = minia3.load_model(config.model), minia3.load_tokenizer(config.model)
+    if method == "lora":
+        randomize_all(add_lora(model).values())
+        save_lora(model, tmp_path, config.model)
+    else:
+        randomize_all(p for n, p in model.named_parameters() if not n.endswith(".scale"))
+        minia3.save_model(model, tmp_path, tokenizer)
+    ours, peer = run_blocks(card(config, FINAL | changes), tmp_path, monkeypatch)
+    expected, found = (logits(m, SOURCE, None, TARGET) for m in (model, ours["model"]))
+    assert torch.equal(found, expected)
+    assert off(theirs(peer["model"].eval(), name), expected) < 1e-5
+    assert off(logits(minia3.load_model(config.model), SOURCE, None, TARGET), expected) > 1e-2
+    for one in (ours, peer) if method == "full" else (ours,):
+        assert one["tokenizer"].decode(one["tokenizer"].encode("w7 w9"))[:5] == "w7 w9"
+
+
+def randomize_all(parameters):
+    generator = torch.Generator().manual_seed(0)
+    for p in parameters:
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
