@@ -254,16 +254,15 @@ def writing_folder(folder, replaces=()):
             shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
             hidden.mkdir()
             yield hidden
-            new = {path: folder / path.name for path in sorted(hidden.iterdir(), key=lambda path: path.name in CONFIGS)}
-            for path in new:
-                path.chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-            stale = {path for pattern in replaces for path in folder.glob(pattern)} - {*new.values()}
-            same = [old.exists() and filecmp.cmp(path, old, shallow=False) for path, old in new.items()]
-            several = same.count(False) + len(stale) > 1
-            for path in [*(path for path in new.values() if several and path.name in CONFIGS), *stale]:
-                path.unlink(missing_ok=True)
-            for path, target in new.items():
-                os.replace(path, target)
+            names = sorted(os.listdir(hidden), key=CONFIGS.__contains__)
+            stale = {path.name for pattern in replaces for path in folder.glob(pattern)} - {*names}
+            same, *_ = filecmp.cmpfiles(hidden, folder, names, shallow=False)
+            several = len(names) - len(same) + len(stale) > 1
+            for name in [*(name for name in names if several and name in CONFIGS), *stale]:
+                (folder / name).unlink(missing_ok=True)
+            for name in names:
+                (hidden / name).chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+                os.replace(hidden / name, folder / name)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             (folder / ".lock").unlink(missing_ok=True)
