@@ -26,7 +26,6 @@ LIMITS = {  # the least and the most; of other numbers 1 and 2**20, so that a li
     "pad_id": (-1, 2**31), "start_id": (0, 2**31), "dropout": (0.0, 1.0), "eps": (0.0, 1.0),
     "rope_theta": (1.0, 1e30), "factor": (1.0, 1e9), "low_freq_factor": (0.0, 1e9), "high_freq_factor": (0.0, 1e9),
 }
-KINDS = {"tie_word_embeddings": bool, "scale_decoder_outputs": bool, "pad_token_id": int, "bos_token_id": int}
 DEFAULTS = {  # what transformers assumes where a key is absent, beside what our own classes do
     "t5": {},
     "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
@@ -40,6 +39,7 @@ SUPPORTED = {  # the values under which the model is what this code computes; No
     "feed_forward_proj": ("relu", "gated-gelu", None), "hidden_act": ("silu", None), "attention_bias": (False, None),
     "mlp_bias": (False, None), "partial_rotary_factor": (1.0, None), "num_local_experts": (0, None),
     "quantization_config": (None,), "rope_type": ("default", "llama3"),
+    "tie_word_embeddings": (True, False, None), "scale_decoder_outputs": (True, False, None),
     "sliding_window": (None,),  # Mistral is LLaMA, where it has none
 }
 # fmt: on
@@ -72,14 +72,13 @@ def from_hf(raw):
         raw["head_dim"] = raw["hidden_size"] // max(raw["num_attention_heads"], 1)
     table = table | {key: key for key in LLAMA3_ROPE} if raw["rope_type"] == "llama3" else table
     n = {ours: raw.get(key, getattr(cls, ours, None)) for key, ours in table.items()}  # the numbers
-    faults = [] if all(type(i) is int for i in ends) else [f"eos_token_id is {ends!r}, expected whole numbers"]
+    ids = {"eos_token_id": ends, **{x: [raw[x]] for x in ("pad_token_id", "bos_token_id") if x in raw.keys() - table}}
+    faults = [f"{x} is {ids[x]!r}, expected whole numbers" for x in ids if not all(type(i) is int for i in ids[x])]
     for key, ours in table.items():
         least, most = LIMITS.get(ours, (1, 2**20))
         if type(n[ours]) not in (int, type(least)) or not least <= n[ours] <= most:
             what = "a whole number" if type(least) is int else "a number"
             faults.append(f"{key} is {n[ours]!r}, expected {what} from {least} to {most}")
-    others = [key for key, plain in KINDS.items() if type(raw.get(key, plain())) is not plain]
-    faults += [f"{key} is {raw[key]!r}, expected {KINDS[key].__name__}" for key in others]
     if not faults and t5 and (n["start_id"] >= n["vocab_size"] or n["max_distance"] <= n["n_buckets"] // 2):
         faults.append("expected decoder_start_token_id < vocab_size, max_distance > num_buckets / 2")
     if not faults and not t5 and (n["n_heads"] % n["n_kv_heads"] or n["d_head"] % 2):
