@@ -24,8 +24,9 @@ from safetensors import safe_open
 from minia3 import models
 
 CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a checkpoint, or an adapter
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json",
-                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+FORMS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # of a tokenizer: the first that is there
+BESIDE = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")  # its settings: the last wins
+TEMPLATE = "chat_template.jinja"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",  # the first that is there
                 "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -46,17 +47,16 @@ def find(name_or_path, weights=True):
     HF_HUB_OFFLINE): only the files needed, safetensors rather than .bin; `weights=False` leaves the weights out.
     A folder with a config goes before a known name. ValueError for a name that leads nowhere, with the nearest known.
     """
-    path, row = Path(name_or_path), models.known(name_or_path)
-    is_checkpoint = row is None or any((path / name).exists() for name in ("config.json", "params.json"))
-    if (path.is_dir() and is_checkpoint) or (path.is_file() and path.suffix == ".gguf"):
+    repo, row = str(name_or_path), models.known(name_or_path)
+    if row and not any(Path(repo, name).exists() for name in ("config.json", "params.json")):
+        repo = row.repo  # of the embedded one, a folder
+    path = Path(repo)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
-    repo = row.repo if row else str(name_or_path)
-    if Path(repo).is_dir():  # the embedded one
-        return Path(repo)
     if path.is_file() or not HUB_ID.fullmatch(repo):
         hint = _near(repo) or f". Known names: {', '.join(models.table())}"
         raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
-    return _fetch(repo, "config.json", ("generation_config.json", *TOKENIZER_FILES), WEIGHT_FILES * weights)
+    return _fetch(repo, "config.json", (*BESIDE, *FORMS, TEMPLATE), WEIGHT_FILES * weights)
 
 
 def find_adapter(name_or_path):

@@ -21,11 +21,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from minia3.files import find, read_json, reading, write_json, writing_folder
+from minia3.files import BESIDE, FORMS, TEMPLATE, find, read_json, reading, write_json, writing_folder
 from minia3.gguf_file import metadata
 
-FORMS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # the first that is there
-BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")  # the last wins
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, in sentencepiece and GGUF alike
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
 PRE = {  # tokenizer.ggml.pre: where text is cut; then into GPT-2's words too; a word that is a token stays whole; bos
@@ -39,7 +37,7 @@ PRE = {  # tokenizer.ggml.pre: where text is cut; then into GPT-2's words too; a
 class Tokenizer:
     """Text to ids and back. `bos_id` and `eos_id` may be None; `pad_id` is the pad token of the files, or eos, or 0."""
 
-    def __init__(self, backend, settings):  # settings: what the files of BESIDE say, in one dict
+    def __init__(self, backend, settings):  # settings: what config.json and BESIDE say, in one dict
         backend.no_truncation()  # a tokenizer.json may hold what was set when it was saved, and cut or pad every text
         backend.no_padding()
         template = settings.get("chat_template")  # a text, or a list of several with names
@@ -105,25 +103,24 @@ class Tokenizer:
         config = {**self.special, **({"chat_template": self.chat_template} if self.chat_template else {})}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # LlamaTokenizer would make a normaliser of its own
         config["model_input_names"] = ["input_ids", "attention_mask"]  # not token_type_ids, which generate refuses
-        with writing_folder(folder, replaces=["chat_template.jinja"]) as new:
+        with writing_folder(folder, replaces=[TEMPLATE]) as new:
             self.backend.save(str(new / "tokenizer.json"))
             write_json(new / "tokenizer_config.json", config)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
         """The first of FORMS in the folder, with the small JSON files beside it. ValueError if none or damaged."""
-        here = {x: file for x in (*FORMS, *BESIDE, "chat_template.jinja") if (file := Path(path) / x).is_file()}
-        name, file = next(iter(here.items()), (None, None))
-        if name not in FORMS:
+        file = next((Path(path, name) for name in FORMS if Path(path, name).is_file()), None)
+        if file is None:
             raise ValueError(f"{path}: no tokenizer; expected one of {', '.join(FORMS)}")
-        read = [read_json(here[beside]) for beside in BESIDE if beside in here]
-        settings = {key: value for raw in read for key, value in raw.items() if value is not None}
+        beside = [read_json(Path(path, name)) for name in ("config.json", *BESIDE) if Path(path, name).is_file()]
+        settings = {key: value for raw in beside for key, value in raw.items() if value is not None}
         with reading(file):
-            if "chat_template.jinja" in here:
-                settings["chat_template"] = here["chat_template.jinja"].read_text(encoding="utf-8")
-            if name == "tokenizer.json":
+            if (template := Path(path, TEMPLATE)).is_file():
+                settings["chat_template"] = template.read_text(encoding="utf-8")
+            if file.suffix == ".json":
                 return cls(Backend.from_buffer(file.read_bytes()), settings)
-            (backend, ids), t5 = read_sentencepiece(file.read_bytes()), name == "spiece.model"
+            (backend, ids), t5 = read_sentencepiece(file.read_bytes()), file.name == "spiece.model"
             if t5:  # its sentinels are not in the file: <extra_id_99> ... <extra_id_0> come behind the pieces
                 if (n := settings.get("extra_ids", 100)) not in range(1001):
                     raise ValueError(f"extra_ids is {n!r}, expected 0 to 1000")
