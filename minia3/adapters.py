@@ -20,9 +20,10 @@ from minia3 import files, names
 from minia3.ia3 import vectors as tables
 from minia3.load import FLOATS
 from minia3.models import hub_name
+from minia3.sites import add_sites, places
 
 READ = names.PEFT | names.TFEW
-WRITE = {ours: theirs for theirs, ours in names.PEFT.items()}  # of two the last: wo, not wi_1
+WRITE = {ours: theirs for theirs, ours in names.PEFT.items()}
 INPUTS = (".wo.ia3_l", ".down_proj.ia3_l")  # these scale what goes in, as (1, d); all others what comes out, as (d, 1)
 
 
@@ -59,6 +60,8 @@ def read_adapter(name_or_path):
             problems += [f"{theirs} is {vector_D[i]} at {i}" for i in bad[:1]]
     if problems or not vectors:
         raise ValueError(f"{path}: no (IA)^3 adapter: {'; '.join(problems) or 'there are no vectors in it'}")
+    # l_up alone, as PEFT's default for mT5 has it, is l_ff: the same function.
+    vectors = {n if (ff := n.replace("l_up", "l_ff")) in vectors else ff: l_D for n, l_D in vectors.items()}
     return Adapter(vectors, base if isinstance(base, str) else None)
 
 
@@ -117,20 +120,23 @@ def save_adapter(model, folder, adapter=0, *, card=None):
 def load_adapter(model, folder_or_file, adapter=0):
     """Read an adapter (see `read_adapter`) into row `adapter`. Vectors that it lacks become ones.
 
-    Raises ValueError also where it does not fit the model. Another name of its base is a warning.
+    Those of sites.py are added to the model, ones in its other rows. Raises ValueError also where it does not fit the
+    model. Another name of its base is a warning.
     """
-    row = row_of(model, adapter)
-    fill(row, fitting(model, read_adapter(folder_or_file), folder_or_file, row))
+    row_of(model, adapter)
+    fill(model, adapter, fitting(model, read_adapter(folder_or_file), folder_or_file))
 
 
-def fill(row, vectors):
-    for name, l_D in row.items():
+def fill(model, adapter, vectors):
+    add_sites(model, vectors)
+    for name, l_D in row_of(model, adapter).items():
         l_D[:] = vectors.get(name, 1.0)
 
 
-def fitting(model, adapter, where, row=None):
-    """The vectors of an Adapter that came from `where`. ValueError where the model (a `row` of it) lacks the places."""
-    d = {name: len(vector) for name, vector in (row or row_of(model, 0)).items()}
+def fitting(model, adapter, where):
+    """The vectors of an Adapter that came from `where`. ValueError where the model has no places for them."""
+    d = {name: linear.out_features for name, linear in places(model).items()}
+    d |= {name: len(vector) for name, vector in row_of(model, 0).items()}
     wrong = {name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)}
     if wrong:
         found = "; ".join(f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items())
@@ -179,7 +185,7 @@ class Adapters(dict):
     def __init__(self, model):
         super().__init__()
         self.model = model
-        fill(row_of(model, 0), {})
+        fill(model, 0, {})
 
     def load(self, name, name_or_path):
         """Add an adapter (see `load_adapter`) under a new name, or in place of the one that has the name."""
@@ -195,8 +201,7 @@ class Adapters(dict):
         self._add(paths)
 
     def _add(self, paths):
-        base = row_of(self.model, 0)
-        added = {name: fitting(self.model, read_adapter(path), path, base) for name, path in paths.items()}
+        added = {name: fitting(self.model, read_adapter(path), path) for name, path in paths.items()}
         free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
         rows = {name: self.get(name) or next(free) for name in added}
         while self.model.n_adapters <= max(rows.values()):  # twice as many rows, in the same parameters
@@ -204,12 +209,12 @@ class Adapters(dict):
                 table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
             self.model.n_adapters *= 2
         for name, vectors in added.items():
-            fill(row_of(self.model, rows[name]), vectors)
+            fill(self.model, rows[name], vectors)
         self.update(rows)
 
     def remove(self, name):
         """Forget a name; its row is ones again, and free."""
-        fill(row_of(self.model, self[name]), {})
+        fill(self.model, self[name], {})
         del self[name]
 
     def rows(self, names):

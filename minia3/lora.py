@@ -24,7 +24,7 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
 
     As in PEFT, A is uniform up to in ** -0.5 and B zero: a bit-exact copy. ValueError for what cannot be put there.
     """
-    linears = [(n.split(".")[-1], x) for n, x in model.named_modules() if "blocks" in n and isinstance(x, nn.Linear)]
+    linears = [(n.split(".")[-1], x) for n, x in model.named_modules() if "blocks" in n and type(x) is nn.Linear]
     kinds, generator = sorted({kind for kind, _ in linears}), torch.Generator().manual_seed(seed)
     if rank < 1 or not where or not {*where} <= {*kinds} or lora_parameters(model):
         raise ValueError(f"expected no LoRA yet, a rank of 1 or more and some of {kinds}, found {rank} and {where!r}")

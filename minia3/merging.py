@@ -2,7 +2,7 @@
 
     W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
 
-The base is never divided: whoever wants it back still has it.
+and W_q, W_o, W_up, W_gate as W_k, where there is a vector. The base is never divided: who wants it back still has it.
 """
 
 import copy
@@ -14,8 +14,7 @@ from torch import nn
 
 from minia3 import files, load, tokenizer
 from minia3.adapters import fitting, read_adapter, row_of
-
-FOLDS = {"k": ("l_k", (-1, 1)), "v": ("l_v", (-1, 1)), "down": ("l_ff", (1, -1))}
+from minia3.sites import SITES, remove_sites
 
 
 def merge(model, adapter=0):
@@ -29,6 +28,7 @@ def merge(model, adapter=0):
         new = torch.ones_like(p[:1]) if name.endswith(".scale") else fold(name, p.detach(), vectors)
         memo[id(p)] = nn.Parameter(new, p.requires_grad)
     merged = copy.deepcopy(model, memo)
+    remove_sites(merged)
     merged.n_adapters = 1
     return merged
 
@@ -36,11 +36,12 @@ def merge(model, adapter=0):
 def fold(name, weight, vectors):
     """The parameter `name` with its vector folded in; `weight` itself where it has none."""
     module, _, part = name.removesuffix(".weight").rpartition(".")
-    vector, shape = FOLDS.get(part, ("", ()))
-    if f"{module}.{vector}" not in vectors:
+    own = (f"{module}.l_{site}" for site, linear in SITES.items() if linear == part)
+    l_D = next((vectors[vector] for vector in own if vector in vectors), None)
+    if l_D is None:
         return weight
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    folded = (wide * vectors[f"{module}.{vector}"].reshape(shape)).to(weight.dtype)
+    folded = (wide * l_D.reshape((1, -1) if part == "down" else (-1, 1))).to(weight.dtype)
     if not all(x.isfinite() for x in folded.aminmax()):  # a NaN would be both
         raise ValueError(f"{name} with its vector folded in is not finite in {weight.dtype}: take a wider dtype")
     return folded

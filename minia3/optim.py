@@ -18,6 +18,7 @@ import re
 import torch
 
 from minia3.ia3 import vectors
+from minia3.sites import SITES, add_sites, places
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -54,16 +55,20 @@ def learning_rate(step, config):
 def select(model, sites, layers, cross):
     """Freeze the vectors outside of `sites` ("k,v,ff"), `layers` ("0-5,20-") and, if not `cross`, of cross-attention.
 
-    -> name -> parameter of the others. Raises ValueError where there are none, and for a text of another form.
+    -> name -> parameter of the others; those of sites.py are added to the model, where need be. Raises ValueError where
+    there are none, and for a text of another form.
     """
-    chosen, wanted = {}, sites.split(",")
+    chosen, wanted, known = set(), sites.split(","), [site for site in SITES if site != "wi"]
     spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
-    for name, vector in vectors(model).items() if all(spans) and {*wanted} <= {"k", "v", "ff"} else ():
+    for name in {**vectors(model), **places(model)} if all(spans) and {*wanted} <= {*known} else ():
         layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name).groups()
         inside = any(int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1])) for x in spans)
-        vector.requires_grad_(inside and site in wanted and (cross or part != "cross"))
-        chosen |= {name: vector} if vector.requires_grad else {}
+        if inside and site.replace("wi", "gate") in wanted and (cross or part != "cross"):
+            chosen.add(name)
     if not chosen:
-        expected = "some of k,v,ff, and layers of the model as in 0-5,20-"
+        expected = f"some of {','.join(known)}, and layers of the model as in 0-5,20-"
         raise ValueError(f"no vectors are --sites {sites!r} of --layers {layers!r}: expected {expected}")
-    return chosen
+    add_sites(model, chosen)
+    for name, vector in vectors(model).items():
+        vector.requires_grad_(name in chosen)
+    return {name: vector for name, vector in vectors(model).items() if name in chosen}

@@ -14,6 +14,7 @@ import minia3
 from minia3 import load, names
 from minia3.adapters import WRITE, load_adapter, read_adapter, row_of, save_adapter, write_adapter
 from minia3.models import KNOWN
+from minia3.sites import places
 
 SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
@@ -335,21 +336,22 @@ def test_the_row_of_a_model_is_the_row_itself_and_needs_no_gradient(loaded):
 def test_a_vector_s_name_in_peft_is_its_module_s():
     prefix = "base_model.model."
     assert names.PEFT[prefix + "decoder.block.{}.layer.1.EncDecAttention.v.ia3_l"] == "decoder.blocks.{}.cross.l_v"
-    assert names.PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l"] == "encoder.blocks.{}.ffn.l_ff"
+    assert names.PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wo.ia3_l"] == "encoder.blocks.{}.ffn.l_ff"
+    assert names.PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l"] == "encoder.blocks.{}.ffn.l_up"
+    assert names.PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi.ia3_l"] == "encoder.blocks.{}.ffn.l_wi"
     assert names.PEFT[prefix + "model.layers.{}.mlp.down_proj.ia3_l"] == "blocks.{}.ffn.l_ff"
     assert names.TFEW["decoder.block.{}.layer.2.DenseReluDense.wi_1.multi_lora_b"] == "decoder.blocks.{}.ffn.l_ff"
-    assert (len(names.PEFT), len(names.TFEW)) == (13, 8)
+    assert (len(names.PEFT), len(names.TFEW)) == (27, 8)
 
 
-def test_the_tables_have_one_name_for_each_vector_and_peft_s_one_more_for_a_gated_one_s_hidden_units(loaded):
+def test_the_tables_have_one_name_for_each_vector(loaded):
     for name in PEERS:
         ours, is_t5 = set(minia3.vectors(loaded(name))), name in T5_PEERS
         peft = {theirs: ours for theirs, ours in names.PEFT.items() if ours.startswith("blocks.") != is_t5}
-        table = names.expand(peft, 3)
-        values = [n for n in table.values() if n in ours]
-        assert set(values) == ours
-        assert {n for n in values if values.count(n) == 2} == {n for n in ours if is_t5 and n.endswith("l_ff")}
-        assert {WRITE[re.sub(r"\d+", "{}", n)] for n in ours} <= peft.keys()
+        for names_of_ours in (ours, places(loaded(name)).keys()):
+            values = [n for n in names.expand(peft, 3).values() if n in names_of_ours]
+            assert sorted(values) == sorted(names_of_ours)
+            assert {WRITE[re.sub(r"\d+", "{}", n)] for n in names_of_ours} <= peft.keys()
         if is_t5:
             assert sorted(n for n in names.expand(names.TFEW, 3).values() if n in ours) == sorted(ours)
 
@@ -374,8 +376,8 @@ def test_tensors_that_are_no_vectors_are_named_all_at_once(loaded, peft_folder):
         tensors[f"{prefix}.0.layer.0.SelfAttention.k.ia3_l"] = torch.ones(1, 24)
         tensors[f"{prefix}.0.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, dtype=torch.int64)[None]
         tensors[f"{prefix}.1.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, 1)
-        tensors[f"{prefix}.0.layer.0.SelfAttention.q.ia3_l"] = torch.ones(24, 1)
-        tensors[f"{prefix}.0.layer.1.DenseReluDense.wi_0.ia3_l"] = torch.ones(40, 1)
+        tensors[f"{prefix}.0.layer.0.SelfAttention.r.ia3_l"] = torch.ones(24, 1)
+        tensors[f"{prefix}.0.layer.1.DenseReluDense.wi_2.ia3_l"] = torch.ones(40, 1)
         tensors[f"{prefix}.01.layer.0.SelfAttention.v.ia3_l"] = torch.ones(24, 1)
         tensors[f"{prefix}.0.layer.0.SelfAttention.v.ia3_l"][3:] = float("nan")
         tensors[f"{prefix}.1.layer.0.SelfAttention.k.ia3_l"][5] = float("-inf")
@@ -388,9 +390,9 @@ def test_tensors_that_are_no_vectors_are_named_all_at_once(loaded, peft_folder):
         f"{prefix}.{problem}"
         for problem in (
             "0.layer.0.SelfAttention.k.ia3_l is torch.float32 (1, 24), expected floats (24, 1)",
-            "0.layer.0.SelfAttention.q.ia3_l (24, 1) has no place in T5 or LLaMA",
+            "0.layer.0.SelfAttention.r.ia3_l (24, 1) has no place in T5 or LLaMA",
             "0.layer.0.SelfAttention.v.ia3_l is nan at 3",
-            "0.layer.1.DenseReluDense.wi_0.ia3_l (40, 1) has no place in T5 or LLaMA",
+            "0.layer.1.DenseReluDense.wi_2.ia3_l (40, 1) has no place in T5 or LLaMA",
             "0.layer.1.DenseReluDense.wo.ia3_l is I64 (1, 40), expected floats (1, 40)",
             "01.layer.0.SelfAttention.v.ia3_l (24, 1) has no place in T5 or LLaMA",
             "1.layer.0.SelfAttention.k.ia3_l is -inf at 5",
@@ -400,11 +402,11 @@ def test_tensors_that_are_no_vectors_are_named_all_at_once(loaded, peft_folder):
     ]
 
 
-@pytest.mark.parametrize("targets", [["q", "k"], ["k", "o"], ["v", "wi_0"], ["k", "lm_head"]])
-def test_targets_that_have_no_vector_here_are_refused_by_name(loaded, peft_folder, targets):
-    _, folder = peft_folder("t5-v1.1", target_modules=targets, feedforward_modules=[])
-    site = ({*targets} - {"k", "v"}).pop()
-    assert re.search(rf"\.?{site}\.ia3_l \(\d+, 1\) has no place in T5 or LLaMA", refused(loaded("t5-v1.1"), folder))
+def test_targets_that_have_no_vector_here_are_refused_by_name(loaded, peft_folder):
+    _, folder = peft_folder("t5-v1.1", target_modules=["k", "lm_head"], feedforward_modules=[])
+    message = refused(loaded("t5-v1.1"), folder)
+    assert "base_model.model.lm_head.ia3_l (61, 1) has no place in T5 or LLaMA" in message
+    assert ".k.ia3_l" not in message
 
 
 @pytest.mark.parametrize("inputs", [["k"], ["v", "wo"]])
@@ -416,9 +418,12 @@ def test_vectors_on_the_other_side_of_a_place_are_refused(loaded, peft_folder, i
     assert f"0.SelfAttention.{inputs[0]}.ia3_l is torch.float32 (1, 24), expected floats (24, 1)" in message
 
 
-def test_vectors_for_both_sides_of_one_place_are_refused(loaded, peft_folder):
-    _, folder = peft_folder("t5-v1.1", target_modules=["k", "wi_1", "wo"], feedforward_modules=["wo"])
-    assert "scales what another vector of the file scales already" in refused(loaded("t5-v1.1"), folder)
+def test_one_place_that_a_file_scales_twice_is_refused(loaded, tmp_path):
+    name = "encoder.block.0.layer.0.SelfAttention.k"
+    save_file({f"base_model.model.{name}.ia3_l": torch.ones(24, 1), f"{name}.multi_lora_b": torch.ones(24, 1)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    message = refused(loaded("t5-v1.1"), tmp_path / "adapter_model.safetensors")
+    assert "scales what another vector of the file scales already" in message
 
 
 LLAMA_WIDTHS = {"attn.l_k": 12, "attn.l_v": 12, "ffn.l_ff": 40}

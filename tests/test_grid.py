@@ -350,7 +350,7 @@ def test_only_the_chosen_vectors_leave_one(seed, name, flags, moves, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value", "parts"),
     [
-        ("sites", "k,q", ["--sites 'k,q'", "some of k,v,ff"]),
+        ("sites", "k,x", ["--sites 'k,x'", "some of k,v,ff,q,o,up,gate"]),
         ("sites", "k,", ["--sites 'k,'"]),
         ("layers", "2", ["--layers '2'"]),
         ("layers", "1-0", ["--layers '1-0'"]),

@@ -1,0 +1,66 @@
+"""Chapter 2, beside the blocks: more vectors than the paper's three, put on from outside, for those who need more room.
+
+    l_q * (W_q x)        l_o * (W_o x)        l_up * (W_up x)        l_gate * (W_gate x)
+
+They scale what comes out of linears: the blocks know nothing of them, and a model has none until they are added.
+
+Shapes: B batch, L length, D width of what is scaled.
+"""
+
+from torch import nn
+
+from minia3.blocks import Block
+from minia3.ia3 import IA3, vectors
+
+# The vector l_... -> the linear whose output it scales; ff: whose input. The first three are in the blocks. wi is the
+# gate where there is no up beside it (T5 v1.0); --sites calls it gate too.
+SITES = {"k": "k", "v": "v", "ff": "down", "q": "q", "o": "o", "up": "up", "gate": "gate", "wi": "gate"}
+
+
+class Scaled(nn.Linear):
+    """What such a linear becomes, in its place and with its W: each example is scaled by its own adapter's row."""
+
+    def forward(self, x_BLD):
+        rows = self.rows  # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
+        return self.l(super().forward(x_BLD), rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
+
+
+class ScaledBlock(Block):
+    """What the block around them becomes, which says whose rows come."""
+
+    def forward(self, x_BLD, context, cache, asked=True):
+        for linear in (module for module in self.modules() if type(module) is Scaled):
+            linear.rows = context.adapter_B
+        return super().forward(x_BLD, context, cache, asked)
+
+
+def places(model):
+    """Our name of each vector that there may be beside the paper's -> the linear whose output it scales."""
+    found = {}
+    for name, linear in model.named_modules():
+        parent, _, kind = name.rpartition(".")
+        if kind in ("q", "o", "up", "gate") and type(linear) in (nn.Linear, Scaled):
+            wi = kind == "gate" and model.get_submodule(parent).up is None
+            found[f"{parent}.l_{'wi' if wi else kind}"] = linear
+    return found
+
+
+def add_sites(model, names):
+    """Add those vectors of `names` that are `places` without one: all ones, a row for each adapter."""
+    like = next(iter(vectors(model).values()))
+    for name, linear in places(model).items():
+        if name in names and type(linear) is nn.Linear:
+            (block, part, attribute), vector = name.rsplit(".", 2), IA3(linear.out_features, model.n_adapters).to(like)
+            model.get_submodule(f"{block}.{part}").add_module(attribute, vector)
+            linear.__dict__.update(l=vector, rows=None)  # not as its own module: a vector has one name
+            linear.__class__, model.get_submodule(block).__class__ = Scaled, ScaledBlock
+
+
+def remove_sites(model):
+    """Take them off again."""
+    for name, linear in places(model).items():
+        if type(linear) is Scaled:
+            block, part, attribute = name.rsplit(".", 2)
+            delattr(model.get_submodule(f"{block}.{part}"), attribute)
+            linear.__class__, model.get_submodule(block).__class__ = nn.Linear, Block
+            del linear.l, linear.rows
