@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import minia3
 from minia3 import flags, runs
-from minia3.card import card, describe, report
+from minia3.card import describe, report, write_card
 from minia3.cells import draw, grid
 from minia3.data import collate
 from minia3.evaluate import evaluate, over_prompts
@@ -47,7 +47,7 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
     task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl file, or folder; commas between several")
     method: str = flag("ia3", "vectors, lora or all that is trained; icl: --shots before each row", one_of=METHODS)
-    sites: str = flag("k,v,ff", "which vectors are trained: those of keys, values, feed-forward")
+    sites: str = flag("k,v,ff", "which vectors are trained: any of these and of q,o,up,gate (see sites.py)")
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
     no_cross: bool = flag(False, "leave cross-attention's vectors at one")
     rank: int = flag(8, "of lora", at_least=1)
@@ -204,12 +204,13 @@ def run(config, folder, saved, signals):
             final |= {f"{name}_before": x for name, x in before.items() if name in ("accuracy", "auc", "accuracies")}
             finals.append(final | {name: x for name, x in after.items() if name not in ("n", "n_cut")})
         if trains and config.method == "ia3":
-            text = card(cell.config, finals[-1] | {"data": cell.checksums})
-            minia3.save_adapter(model, folder / cell.folder, i, card=text)
+            minia3.save_adapter(model, folder / cell.folder, i)
         elif trains and config.method == "lora":
             save_lora(model, folder / cell.folder, config.model)
         elif trains:
             minia3.save_model(model, folder / cell.folder, tokenizer)
+        if trains:
+            write_card(folder / cell.folder, cell.config, finals[-len(cell.parts) :], cell.checksums)
         for final in finals[-len(cell.parts) :]:
             metrics.write(event="final", step=own["steps"], **final)
     if folder:
@@ -343,8 +344,7 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
                     "examples_per_second": sum(map(len, numbers)) * config.batch_size / seconds,
                     "tokens_per_second": saved["tokens"] / seconds,
                     "memory_bytes": runs.peak_memory(device),
-                }
-                line |= {"losses": means} if several else {}
+                } | ({"losses": means} if several else {})
                 saved["metrics"] = metrics.write(event="train", step=step, **line)
                 saved.update(losses=[], tokens=0, logged=saved["seconds"])
                 text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  {line['examples_per_second']:.1f} examples/s"

@@ -65,8 +65,8 @@ def read_adapter(name_or_path):
     return Adapter(vectors, base if isinstance(base, str) else None)
 
 
-def write_adapter(folder, vectors, base=None, card=None):
-    """Write `vectors` as a PEFT folder. base: its model's name or path; card: the text of its README.md.
+def write_adapter(folder, vectors, base=None):
+    """Write `vectors` as a PEFT folder. base: its model's name or path.
 
     PEFT makes vectors in the same places. (Layers behind the last that has one cannot be known here, and get ones.)
     """
@@ -88,8 +88,6 @@ def write_adapter(folder, vectors, base=None, card=None):
     with files.writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
         (temporary / files.ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
         files.write_json(temporary / "adapter_config.json", config)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def peft_tensors(vectors):
@@ -112,9 +110,9 @@ def row_of(model, adapter):
     return {name: table.detach()[adapter] for name, table in tables(model).items()}
 
 
-def save_adapter(model, folder, adapter=0, *, card=None):
-    """Write row `adapter` of the model as a PEFT folder. card: the text of its README.md."""
-    write_adapter(folder, row_of(model, adapter), getattr(model, "name_or_path", None), card)
+def save_adapter(model, folder, adapter=0):
+    """Write row `adapter` of the model as a PEFT folder."""
+    write_adapter(folder, row_of(model, adapter), getattr(model, "name_or_path", None))
 
 
 def load_adapter(model, folder_or_file, adapter=0):

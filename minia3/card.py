@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from minia3 import flags
+from minia3 import files, flags
 from minia3.models import hub_name
 
 AUTO = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}  # class of ours -> of transformers
@@ -16,26 +16,35 @@ MEASURING = ("data_dir", "dtype", "max_length", "max_new_tokens", "eval_prompt")
 WHERE = ("model", "task", "out", "data_dir", "resume", "device")  # these say where something is; the others, what to do
 
 
-def card(config, final):
+def write_card(folder, config, finals, checksums):
+    with files.replacing(folder / "README.md") as temporary:
+        temporary.write_text(card(config, *(final | {"data": checksums} for final in finals)), encoding="utf-8")
+
+
+def card(config, *finals):
     """The text of README.md. config: the run's flags, train.py's Config.
 
-    final: the run's result, and `architecture`, the name of the model's class, and `data`, the files' checksums.
+    finals: the run's result, for each task of a mixture; with `data`, the checksums of its files.
     """
-    base = hub_name(config.model)
+    final, base, tasks = finals[0], hub_name(config.model), [final["task"] for final in finals]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     words = flags.words(config, ["model", "task", *(name for name in differ if name not in WHERE)])
-    figures = [(final["metric"], "accuracy", ".1%")] + [("AUC", "auc", ".2f")] * (final["auc"] is not None)
-    cells = [(title, *before_after(final, key, form)) for title, key, form in figures]
+    rows = []
+    for one in finals:
+        of = f"{one['task']}, {one['rows']:,} rows of {one['split']}: " if len(finals) > 1 else ""
+        rows.append([of + one["metric"], *before_after(one, "accuracy", ".1%")])
+        rows += [[of + "AUC", *before_after(one, "auc", ".2f")]] if one["auc"] is not None else []
     _, *parts = re.split("<!-- (.*) -->\n", Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
     text = "".join(x for methods, x in zip(parts[::2], parts[1::2], strict=True) if final["method"] in methods.split())
     return text.format(
-        **final,
+        **final | {"task": ", ".join(tasks)},
+        measured=f"{final['rows']:,} rows of {final['split']}" if len(finals) == 1 else "",
         front=f"base_model: {base}\n" if on_hub else "",
         base="data/tiny-t5" if base == "tiny-t5" else base,  # in this project's repository
-        dataset=json.dumps(final["task"]),
+        datasets=json.dumps(tasks),
         share=final["trainable"] / final["total"],
-        figures="\n".join(f"| {' | '.join(row)} |" for row in cells),
+        figures="\n".join(f"| {' | '.join(row)} |" for row in rows),
         command=shlex.join(["python", "train.py", *words]),
         checksums="\n".join(f"- {name} `{digest}`" for name, digest in final["data"].items()),
         auto=AUTO[final["architecture"]],

@@ -300,15 +300,6 @@ def test_an_adapter_is_read_from_its_folder_a_bin_or_its_file_alone(loaded, peft
         assert all(torch.equal(v, minia3.vectors(expected)[n]) for n, v in minia3.vectors(model).items())
 
 
-def test_a_card_is_the_readme_and_without_one_there_is_none(loaded, tmp_path):
-    save_adapter(loaded("t5-v1.0"), tmp_path / "with", card="# Grüße\n")
-    save_adapter(loaded("t5-v1.0"), tmp_path / "without")
-    assert (tmp_path / "with" / "README.md").read_text(encoding="utf-8") == "# Grüße\n"
-    files = {"adapter_config.json", "adapter_model.safetensors"}
-    assert {path.name for path in (tmp_path / "without").iterdir()} == files
-    assert {path.name for path in (tmp_path / "with").iterdir()} == {*files, "README.md"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_vectors_of_any_float_are_read_as_float32(loaded, tmp_path, dtype):
     save_adapter(loaded("llama-gqa", seed=1), tmp_path)

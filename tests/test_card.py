@@ -14,7 +14,7 @@ from running import train
 
 import minia3
 from minia3 import flags
-from minia3.card import card
+from minia3.card import card, write_card
 from minia3.lora import add_lora, save_lora
 from minia3.models import EMBEDDED
 from minia3.runs import read_config
@@ -68,6 +68,26 @@ def test_figures_counts_and_checksums_are_the_run_s():
     other = card(train.Config(), FINAL | {"metric": "exact_match", "auc": None, "auc_before": None})
     assert "| exact_match | 51.3% | 100.0% |" in other
     assert "AUC" not in other
+
+
+def test_a_mixture_s_card_names_its_tasks_and_has_the_figures_of_each():
+    config = train.Config(task=("rte", "a/b.jsonl"), adapters="one")
+    finals = [FINAL | {"task": "rte"}, FINAL | {"task": "b", "rows": 7, "accuracy": None, "auc": None}]
+    text = card(config, *finals)
+    assert "# (IA)^3 for rte, b, on tiny-t5" in text
+    assert front(text)["datasets"] == ["rte", "b"]
+    table = text[text.index("| ") :].splitlines()[2:5]
+    assert table[0] == "| rte, 1,024 rows of test: accuracy | 51.3% | 100.0% |"
+    assert table[1] == "| rte, 1,024 rows of test: AUC | 0.55 | 1.00 |"
+    assert table[2] == "| b, 7 rows of test: accuracy | 51.3% | - |"
+    assert "--task rte,a/b.jsonl --adapters one" in text
+
+
+def test_a_card_is_written_in_utf_8_beside_what_is_there(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    write_card(tmp_path, train.Config(), [FINAL | {"task": "Grüße"}], {"train.jsonl": "ab"})
+    assert "# (IA)^3 for Grüße, on tiny-t5" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "README.md"}
 
 
 def test_the_command_makes_the_same_run_again_and_tells_no_place():
