@@ -46,7 +46,9 @@ class Config:
     # what
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
     task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl file, or folder; commas between several")
-    method: str = flag("ia3", "vectors, lora or all that is trained; icl: --shots before each row", one_of=METHODS)
+    method: str = flag(
+        "ia3", "what trains: vectors, lora, all or nothing; icl: nothing, --shots before each row", one_of=METHODS
+    )
     sites: str = flag("k,v,ff", "which vectors are trained: any of these and of q,o,up,gate (see sites.py)")
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
     no_cross: bool = flag(False, "leave cross-attention's vectors at one")
@@ -54,9 +56,7 @@ class Config:
     alpha: int = flag(16, "of lora, which adds alpha / rank B A to a weight", at_least=1)
     where: str = flag("q,v", "the weights that lora adds to: of q,k,v,o,gate,up,down")
     shots: int | None = flag(None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1)
-    adapters: str = flag(
-        "each", "of several tasks, an adapter for each; one: for their mixture", one_of=("each", "one")
-    )
+    adapters: str = flag("each", "of several tasks, an adapter each; one: for their mixture", one_of=("each", "one"))
     cap: int = flag(2**16, "rows of a task that count in a mixture, at the most", at_least=1)
     seed: int | tuple = flag(0, "of shots, order, prompts, dropout; commas: several", at_least=0, below=2**32)
     adapter: str | None = flag(None, "start from this PEFT adapter, or measure it (default: ones)", also=["--init"])
