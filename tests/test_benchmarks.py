@@ -1,10 +1,14 @@
 """Guards the benchmarks: every line works on tiny models, where both sides compute the same before they are timed."""
 
 import json
+from pathlib import Path
 
 import pytest
+import running
+import torch
 
-from tests.benchmarks import growth
+from minia3 import flags
+from tests.benchmarks import growth, studies
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES
 
@@ -46,3 +50,36 @@ def test_growth_is_measured_fitted_and_drawn(tmp_path):
     assert {p["sweep"] for p in result["points"]} == growth.SWEEPS.keys()
     assert result["exponents"]["smollm2-135m, length, train"]["kept"] == pytest.approx(1, abs=0.01)
     assert "</svg>" in (tmp_path / "growth.svg").read_text()
+
+
+# Studies
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "held_out", lambda folder: [f"{folder}/{task}" for task in ("a", "b", "xor")])
+    monkeypatch.setattr(studies.subprocess, "run", lambda *args, **options: None)  # makes bases
+    lines = list(studies.STUDIES[name]("tiny-t5", tmp_path))
+    assert len({of for of, _ in lines}) == len(lines) > 20
+    for of, words in lines:
+        assert Path(of).name == of
+        running.train.check(flags.parse(running.train.Config, words, ""))
+
+
+def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_finished(tmp_path, monkeypatch, capfd):
+    some = {name: running.words(None, steps=4, seed=seed) for seed, name in enumerate(("one", "two"))}
+    monkeypatch.setattr(studies, "STUDIES", {"s": lambda model, out: some.items()})
+    study = ["s", "--model", "m", "--out", str(tmp_path), "--save-every", "1"]
+    studies.main([*study, "--only", "one"])
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    checkpoint = tmp_path / "one" / "checkpoint.pt"
+    lines, state = running.metrics(tmp_path / "one"), checkpoint.read_bytes()
+    studies.main(study)
+    assert checkpoint.read_bytes() == state
+    assert "is finished" in capfd.readouterr().out
+    assert running.metrics(tmp_path / "two")[-1]["event"] == "final"
+    saved = torch.load(checkpoint, weights_only=True)  # as one that was stopped after it had trained
+    torch.save(saved | {"finished": False}, checkpoint)
+    studies.main(study)
+    assert running.metrics(tmp_path / "one")[-1]["accuracy"] == lines[-1]["accuracy"]
+    assert torch.load(checkpoint, weights_only=True)["finished"]

@@ -29,7 +29,7 @@ def each(name, words, **axes):
     """A line for each combination of `axes`, flag -> values: what cannot be a grid, or is too large for one."""
     for values in product(*axes.values()):
         own = [word for flag, value in zip(axes, values, strict=True) for word in (f"--{flag}", value)]
-        yield "-".join([name, *values]).replace("/", "-"), [*words, *own]
+        yield "-".join([name, *(Path(value).name for value in values)]), [*words, *own]
 
 
 def held_out(folder):
@@ -60,6 +60,7 @@ def embedded(model, out):
         yield f"methods-icl-{n}", [*every, "--method", "icl", "--shots", n]
     for method, words in trained.items():
         yield from each(f"methods-{method}", [*on, *words], task=tasks, seed=seeds)
+    every = [*on, *all_seeds, "--task", ",".join(tasks[:-1])]  # nothing learns the last one
     for losses in ("lm", "lm,ul", "lm,ln"):
         yield f"losses-{losses}", [*every, "--losses", losses]
     for sites in ("k", "v", "ff", "k,v", "k,ff", "v,ff"):

@@ -8,9 +8,10 @@ import torch
 from minia3.generation import choice_logprobs
 from minia3.llama import Llama
 from minia3.losses import total_loss
+from minia3.runs import prepare
 from minia3.t5 import T5
 from tests.benchmarks.measure import child, compare, kept_for_backward
-from train import Config, prepare
+from train import Config
 
 PEERS = {  # name -> method of Pair
     "(IA)^3": "theirs",
