@@ -98,31 +98,26 @@ def draw(cell, tokenizer):
     Where tasks mix, an example is of each in proportion to its rows, of which at most `--cap` count (as in T5's
     mixtures: arXiv 1910.10683, section 3.5.2).
     """
-    config, parts = cell.config, cell.parts
-    rows_of, prompts_of, drawn, plan = [], [len(part.prompts) for part in parts], [0] * len(parts), []
+    config, parts, rows_of, plan = cell.config, cell.parts, [], []
     for part in parts:
-        lengths = [len(render(part.prompts[0], row).input) for row in part.train_rows]
-        rows = order(len(lengths), config.batch_size, config.seed, lengths if config.similar_lengths else None)
-        rows_of.append(lru_cache(1)(rows))
-    share = np.minimum([len(part.train_rows) for part in parts], config.cap)
+        like = part.train_rows if config.similar_lengths else ()
+        lengths = [len(render(part.prompts[0], row).input) for row in like] or None
+        rows_of.append(lru_cache(1)(order(len(part.train_rows), config.batch_size, config.seed, lengths)))
+    size, drawn = np.minimum([len(part.train_rows) for part in parts], config.cap), [0] * len(parts)
     for step in range(config.steps):  # for each example of a step: task, row and prompt
-        task = np.random.RandomState([config.seed, 3, step]).choice(
-            len(parts), config.batch_size, p=share / share.sum()
-        )
-        prompt = np.random.RandomState([config.seed, 1, step]).randint([prompts_of[i] for i in task])
+        rng, rng_of_prompt = (np.random.RandomState([config.seed, stream, step]) for stream in (3, 1))
+        task = rng.choice(len(parts), config.batch_size, p=size / size.sum()).tolist()
+        prompt = rng_of_prompt.randint([len(parts[i].prompts) for i in task]).tolist()
         plan.append([])
-        for i, p in zip(task.tolist(), prompt.tolist(), strict=True):
+        for i, p in zip(task, prompt, strict=True):
             nth, place = divmod(drawn[i], config.batch_size)
             plan[-1].append((i, rows_of[i](nth)[place], p))
             drawn[i] += 1
     examples, n_cut = {}, 0
     for i, part in enumerate(parts):
-        wanted = sorted({x for step in plan for x in step if x[0] == i})
-        texts, ends = (
-            [(part.train_rows[row], part.prompts[p]) for _, row, p in wanted],
-            part.task.metric == "exact_match",
-        )
-        _, encoded, cut = encode_rows(texts, tokenizer, config.max_length, end=ends)
+        wanted, end = sorted({x for step in plan for x in step if x[0] == i}), part.task.metric == "exact_match"
+        texts = [(part.train_rows[row], part.prompts[p]) for _, row, p in wanted]
+        _, encoded, cut = encode_rows(texts, tokenizer, config.max_length, end)
         examples |= dict(zip(wanted, encoded, strict=True))
         n_cut += cut
     if n_cut:
