@@ -1,7 +1,7 @@
 """Chapter 7, part four: scoring, rank classification and decoding, over `start` and `step` alone, for both models.
 
 Shapes: B batch, M source length, L target length, D model, V vocabulary, C choices, N prompts, R rows selected,
-T real tokens of a batch's targets.
+T real tokens of a batch's targets, P parts of the vocabulary of I ids each.
 """
 
 import secrets
@@ -30,23 +30,29 @@ def logprobs(model, state, target):
 
 def masked_logprobs(model, state, target, mask):
     """`logprobs` where mask (B, L) is True, and 0 elsewhere: no logits are made for what nobody asks. None: all."""
+    weight_VD = (model.head or model.embed).weight
+    wide = torch.promote_types(weight_VD.dtype, torch.float32)
 
-    def score(x_TD, target_T):
-        logits_TV = model.logits(x_TD)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return -F.cross_entropy(logits_TV, target_T, reduction="none")
+    def part(x_TD, weight_ID, at_T):
+        """(2, T): the logsumexp of I ids' logits, and the logit of the target if it is one of them, or else 0."""
+        logits_TI = model.logits(x_TD.to(weight_ID.dtype), weight_ID).to(wide)
+        near_T = at_T.clamp(0, len(weight_ID) - 1)
+        own_T = logits_TI.gather(1, near_T[:, None])[:, 0] * (near_T == at_T)
+        return torch.stack((logits_TI.logsumexp(1), own_T))
 
     x_TD = model.read(torch.cat((state.start, target[:, :-1]), dim=1), state).flatten(0, 1)
     target_T = target.flatten()
     if mask is not None:
         real_T = mask.flatten().nonzero()[:, 0].to(target.device)
         x_TD, target_T = x_TD[real_T], target_T[real_T]
-    n = max(1, PIECE // model.embed.num_embeddings)
-    if len(x_TD) <= n:
-        logp_T = score(x_TD, target_T)
-    else:  # a piece's logits are gone before the next one's are made, and are made again for the backward
-        weight, pieces = (model.head or model.embed).weight, zip(x_TD.split(n), target_T.split(n), strict=True)
-        logp_T = torch.cat([Recomputed.apply(score, weight, *piece) for piece in pieces])
+    if len(x_TD) * len(weight_VD) <= PIECE:
+        logp_T = -F.cross_entropy(model.logits(x_TD).to(wide), target_T, reduction="none")
+    else:  # a part's logits are gone before the next one's are made, and are made again for the backward
+        x_TD, n = x_TD.to(wide), max(1, PIECE // len(x_TD))  # wide: the parts' gradients of x add up in it
+        parts = enumerate(weight_VD.split(n))
+        parts = [Recomputed.apply(part, None, x_TD, weight, target_T - i * n) for i, weight in parts]
+        lse_PT, own_PT = torch.stack(parts, dim=1)
+        logp_T = own_PT.sum(0) - lse_PT.logsumexp(0)
     logp = logp_T if mask is None else logp_T.new_zeros(target.numel()).index_put((real_T,), logp_T)
     return logp.view(target.shape)
 
