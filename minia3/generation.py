@@ -5,12 +5,14 @@ T real tokens of a batch's targets, P parts of the vocabulary of I ids each.
 """
 
 import secrets
+from functools import partial
 from itertools import chain
 from math import inf
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minia3.backward import Recomputed
 from minia3.data import collate, encode_example
@@ -18,6 +20,7 @@ from minia3.losses import choice_scores
 from minia3.prompts import Rendered
 
 PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
+TEXTS = 256  # choices of all rows that are scored at once: a batch with more, as of 77 intents, takes several turns
 
 
 def logprobs(model, state, target):
@@ -62,12 +65,19 @@ def choice_logprobs(model, batch, adapter=None):
 
     Masks stay on the CPU, where what they say is known without waiting for a GPU.
     """
-    device, n_choices = model.embed.weight.device, batch.target_BCL.shape[1]
+    device, (n_rows, n_choices, _) = model.embed.weight.device, batch.target_BCL.shape
     state = model.start(batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter)
-    state = state.repeat(n_choices) if n_choices > 1 else state
-    mask = None if batch.target_mask_BCL.all() else batch.target_mask_BCL.flatten(0, 1)
-    logp = masked_logprobs(model, state, batch.target_BCL.to(device).flatten(0, 1), mask)
-    return logp.view(batch.target_BCL.shape)
+
+    def some(target_BCL, mask_BCL):
+        mask = None if mask_BCL.all() else mask_BCL.flatten(0, 1)
+        own = state.repeat(target_BCL.shape[1]) if n_choices > 1 else state
+        return masked_logprobs(model, own, target_BCL.flatten(0, 1), mask).view(target_BCL.shape)
+
+    n = max(1, TEXTS // n_rows)
+    pieces = zip(batch.target_BCL.to(device).split(n, dim=1), batch.target_mask_BCL.split(n, dim=1), strict=True)
+    if n_choices > n and torch.is_grad_enabled():  # the backward keeps the source alone, and scores a piece again
+        some = partial(checkpoint, some, use_reentrant=False)
+    return torch.cat([some(*piece) for piece in pieces], dim=1)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from minia3.backward import Recomputed, RMSNormed, checkpointed
 from minia3.blocks import Block, FeedForward, RMSNorm
 from minia3.data import Batch
 from minia3.generation import choice_logprobs
+from minia3.info import Held
 from minia3.load import build
 from minia3.losses import total_loss
 from tests.benchmarks.measure import kept_for_backward
@@ -171,6 +172,60 @@ def test_bfloat16_gradients_in_many_pieces_are_as_near_to_float64_s_as_in_one(lo
         found.append(own.grad.double())
     plain, pieces = ((other - found[0]).norm() for other in found[1:])
     assert 0 < pieces < 1.5 * plain
+
+
+def many_choices():
+    """Rows with 77 choices, 76 and 1, of 1 to 4 tokens."""
+    batch = batch_of((7, 3, 5), n_choices=77)
+    n_own = torch.tensor([77, 76, 1])[:, None, None]
+    mask = batch.target_mask_BCL & (torch.arange(77)[:, None] < n_own)
+    return batch._replace(target_mask_BCL=mask, label_B=torch.tensor([76, 0, 0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
+    model, batch, adapter = loaded(name, n_adapters=2, seed=0).double(), many_choices(), torch.tensor([1, 0, 1])
+    minia3.freeze(model)
+
+    def found():
+        model.zero_grad()
+        logp = choice_logprobs(model, batch, adapter)
+        total_loss(logp, batch.target_mask_BCL, batch.label_B).backward()
+        with torch.no_grad():
+            scored = choice_logprobs(model, batch, adapter)
+        return [logp.detach(), scored, *(vector.grad for vector in minia3.vectors(model).values())]
+
+    expected, read, reads = found(), model.read, []
+    model.read = lambda tokens, *rest, **options: reads.append(tuple(tokens.shape)) or read(tokens, *rest, **options)
+    for texts, sizes in ((69, [23, 23, 23, 8]), (1, [1] * 77), (3 * 77, [77])):
+        monkeypatch.setattr("minia3.generation.TEXTS", texts)
+        reads.clear()
+        same(found(), expected, rtol=1e-12, atol=1e-12)
+        again = sizes[::-1] if len(sizes) > 1 else []  # for the backward
+        targets = [(3 * n, 4) for n in [*sizes, *again, *sizes]]
+        assert [shape for shape in reads if shape != (3, 6)] == targets  # (3, 6): a LLaMA's prompts
+        assert len(reads) - len(targets) == (0 if name.startswith("t5") else 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(name, loaded, monkeypatch):
+    """The backward keeps a piece's ids alone; and there is one piece's work at a time, then and without gradients."""
+    model, batches = loaded(name, seed=0), {n: batch_of((7, 3), n_choices=n) for n in (8, 80, 160)}
+    minia3.freeze(model)
+    monkeypatch.setattr("minia3.generation.TEXTS", 16)
+    kept, trained, scored = {}, {}, {}
+    for n, batch in batches.items():
+        kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
+        with Held() as held:
+            choice_logprobs(model, batch).sum().backward()
+        with torch.no_grad(), Held() as held_without:
+            choice_logprobs(model, batch)
+        trained[n], scored[n] = held.peak, held_without.peak
+    ids = 2 * 80 * 4 * (8 + 1)  # bytes of the ids and the mask of 80 choices more
+    assert kept[160] - kept[80] == ids < kept[8] / 20
+    assert trained[160] - trained[80] < 2 * ids
+    assert scored[160] - scored[80] < 2 * ids
+    assert kept[80] < kept[8] / 4  # in one piece it keeps all
 
 
 @pytest.mark.parametrize("name", NAMES)
