@@ -1,16 +1,18 @@
 """Chapter 7, part four: scoring, rank classification and decoding, over `start` and `step` alone, for both models.
 
 Shapes: B batch, M source length, L target length, D model, V vocabulary, C choices, N prompts, R rows selected,
-T real tokens of a batch's targets.
+T real tokens of a batch's targets, P parts of the vocabulary of I ids each.
 """
 
 import secrets
+from functools import partial
 from itertools import chain
 from math import inf
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minia3.backward import Recomputed
 from minia3.data import collate, encode_example
@@ -18,6 +20,7 @@ from minia3.losses import choice_scores
 from minia3.prompts import Rendered
 
 PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
+TEXTS = 256  # choices of all rows that are scored at once: a batch with more, as of 77 intents, takes several turns
 
 
 def logprobs(model, state, target):
@@ -30,23 +33,29 @@ def logprobs(model, state, target):
 
 def masked_logprobs(model, state, target, mask):
     """`logprobs` where mask (B, L) is True, and 0 elsewhere: no logits are made for what nobody asks. None: all."""
+    weight_VD = (model.head or model.embed).weight
+    wide = torch.promote_types(weight_VD.dtype, torch.float32)
 
-    def score(x_TD, target_T):
-        logits_TV = model.logits(x_TD)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return -F.cross_entropy(logits_TV, target_T, reduction="none")
+    def part(x_TD, weight_ID, at_T):
+        """(2, T): the logsumexp of I ids' logits, and the logit of the target if it is one of them, or else 0."""
+        logits_TI = model.logits(x_TD.to(weight_ID.dtype), weight_ID).to(wide)
+        near_T = at_T.clamp(0, len(weight_ID) - 1)
+        own_T = logits_TI.gather(1, near_T[:, None])[:, 0] * (near_T == at_T)
+        return torch.stack((logits_TI.logsumexp(1), own_T))
 
     x_TD = model.read(torch.cat((state.start, target[:, :-1]), dim=1), state).flatten(0, 1)
     target_T = target.flatten()
     if mask is not None:
         real_T = mask.flatten().nonzero()[:, 0].to(target.device)
         x_TD, target_T = x_TD[real_T], target_T[real_T]
-    n = max(1, PIECE // model.embed.num_embeddings)
-    if len(x_TD) <= n:
-        logp_T = score(x_TD, target_T)
-    else:  # a piece's logits are gone before the next one's are made, and are made again for the backward
-        weight, pieces = (model.head or model.embed).weight, zip(x_TD.split(n), target_T.split(n), strict=True)
-        logp_T = torch.cat([Recomputed.apply(score, weight, *piece) for piece in pieces])
+    if len(x_TD) * len(weight_VD) <= PIECE:
+        logp_T = -F.cross_entropy(model.logits(x_TD).to(wide), target_T, reduction="none")
+    else:  # a part's logits are gone before the next one's are made, and are made again for the backward
+        x_TD, n = x_TD.to(wide), max(1, PIECE // len(x_TD))  # wide: the parts' gradients of x add up in it
+        parts = enumerate(weight_VD.split(n))
+        parts = [Recomputed.apply(part, None, x_TD, weight, target_T - i * n) for i, weight in parts]
+        lse_PT, own_PT = torch.stack(parts, dim=1)
+        logp_T = own_PT.sum(0) - lse_PT.logsumexp(0)
     logp = logp_T if mask is None else logp_T.new_zeros(target.numel()).index_put((real_T,), logp_T)
     return logp.view(target.shape)
 
@@ -56,12 +65,19 @@ def choice_logprobs(model, batch, adapter=None):
 
     Masks stay on the CPU, where what they say is known without waiting for a GPU.
     """
-    device, n_choices = model.embed.weight.device, batch.target_BCL.shape[1]
+    device, (n_rows, n_choices, _) = model.embed.weight.device, batch.target_BCL.shape
     state = model.start(batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter)
-    state = state.repeat(n_choices) if n_choices > 1 else state
-    mask = None if batch.target_mask_BCL.all() else batch.target_mask_BCL.flatten(0, 1)
-    logp = masked_logprobs(model, state, batch.target_BCL.to(device).flatten(0, 1), mask)
-    return logp.view(batch.target_BCL.shape)
+
+    def some(target_BCL, mask_BCL):
+        mask = None if mask_BCL.all() else mask_BCL.flatten(0, 1)
+        own = state.repeat(target_BCL.shape[1]) if n_choices > 1 else state
+        return masked_logprobs(model, own, target_BCL.flatten(0, 1), mask).view(target_BCL.shape)
+
+    n = max(1, TEXTS // n_rows)
+    pieces = zip(batch.target_BCL.to(device).split(n, dim=1), batch.target_mask_BCL.split(n, dim=1), strict=True)
+    if n_choices > n and torch.is_grad_enabled():  # the backward keeps the source alone, and scores a piece again
+        some = partial(checkpoint, some, use_reentrant=False)
+    return torch.cat([some(*piece) for piece in pieces], dim=1)
 
 
 @torch.no_grad()

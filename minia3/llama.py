@@ -105,8 +105,8 @@ class Llama(nn.Module):
         """Go on with tokens (B, L): -> logits (B, L, V) of the token after each; `state` moves on."""
         return self.logits(self.read(tokens, state))
 
-    def logits(self, x):
-        return F.linear(x, (self.head or self.embed).weight)
+    def logits(self, x, weight=None):
+        return F.linear(x, (self.head or self.embed).weight if weight is None else weight)
 
     def read(self, tokens_BL, state, packing=None, asked=True):
         x = self.embed(tokens_BL)

@@ -137,6 +137,6 @@ class T5(nn.Module):
         state.length = total
         return self.decoder(x_BLD, context, state.caches)
 
-    def logits(self, x):
+    def logits(self, x, weight=None):
         x = x * self.config.d_model**-0.5 if self.config.scale_logits else x
-        return F.linear(x, (self.head or self.embed).weight)
+        return F.linear(x, (self.head or self.embed).weight if weight is None else weight)

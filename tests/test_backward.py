@@ -1,17 +1,23 @@
 """Guards what keeps less for the backward, and what compiles: results and gradients are those of the plain lines."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minia3
 from minia3.backward import Recomputed, RMSNormed, checkpointed
 from minia3.blocks import Block, FeedForward, RMSNorm
 from minia3.data import Batch
 from minia3.generation import choice_logprobs
+from minia3.info import Held
+from minia3.load import build
 from minia3.losses import total_loss
 from tests.benchmarks.measure import kept_for_backward
 
@@ -106,18 +112,120 @@ def test_what_is_computed_again_passes_gradcheck_and_keeps_its_inputs_alone():
     assert kept_for_backward(lambda: run(x, weight), module) == x.nbytes
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_logits_in_pieces_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
+HEADS = [*NAMES, "t5-unscaled", "llama-tied"]  # scaled embedding, own head, own head; embedding as it is, twice
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_in_pieces_of_the_vocabulary_are_the_same_and_so_are_the_gradients(name, full, loaded, monkeypatch):
+    """Of the vectors; or of all weights, the head or embedding among them, and of what the head reads."""
     model, batch = loaded(name, seed=0).double(), batch_of((7, 3, 5))
     minia3.freeze(model)
-    expected = gradients(model, batch)
-    n_tokens, n_logits = int(batch.target_mask_BCL.sum()), []
-    monkeypatch.setattr("minia3.generation.PIECE", 4 * model.embed.num_embeddings)
-    logits = model.logits
-    model.logits = lambda x: n_logits.append(len(x)) or logits(x)
-    same(gradients(model, batch), expected, rtol=1e-9, atol=1e-12)
-    assert max(n_logits) == 4
-    assert sum(n_logits) == 2 * n_tokens  # forward, and again for the backward
+    model.requires_grad_(full) if full else None
+
+    def found():
+        return [*gradients(model, batch), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    expected, (n_tokens, n_ids) = found(), (int(batch.target_mask_BCL.sum()), model.embed.num_embeddings)
+    monkeypatch.setattr("minia3.generation.PIECE", 8 * n_tokens + 7)
+    sizes, logits = [], model.logits
+    model.logits = lambda x, weight: sizes.append((len(x), len(weight))) or logits(x, weight)
+    same(found(), expected, rtol=1e-12, atol=1e-12)
+    pieces = [(n_tokens, 8)] * (n_ids // 8) + [(n_tokens, n_ids % 8)]
+    assert sizes == pieces + pieces[::-1]  # forward, and again for the backward
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_tensor_has_every_token_s_logits_for_every_id(grad, loaded, monkeypatch):
+    config, batch = replace(loaded("t5-v1.1").config, vocab_size=2000), batch_of((2, 3, 1), n_choices=9)
+    model, n_logits = build(config).bfloat16(), int(batch.target_mask_BCL.sum()) * 2000
+    minia3.freeze(model)
+    for piece, large in ((n_logits, True), (n_logits // 4, False)):
+        monkeypatch.setattr("minia3.generation.PIECE", piece)
+        with torch.set_grad_enabled(grad), Largest() as found:
+            loss = loss_of(model, batch)
+            loss.backward() if grad else None
+        assert (found.numel >= n_logits) == large
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_bfloat16_gradients_in_many_pieces_are_as_near_to_float64_s_as_in_one(loaded, monkeypatch):
+    """What the head reads gets a part of its gradient from each piece: they add up in float32."""
+    x, found = torch.randn(12, 4, 24, generator=torch.Generator().manual_seed(0)).bfloat16(), []
+    for dtype, piece in ((torch.float64, 1 << 24), (torch.bfloat16, 1 << 24), (torch.bfloat16, 1)):
+        model, batch = loaded("t5-v1.1", seed=0, dtype=torch.bfloat16).to(dtype), batch_of((7, 3, 5), n_choices=4)
+        monkeypatch.setattr("minia3.generation.PIECE", piece)
+        minia3.freeze(model)
+        own = x.to(dtype, copy=True).requires_grad_()
+        monkeypatch.setattr(model, "read", lambda tokens, state, own=own: own)
+        loss_of(model, batch).backward()
+        found.append(own.grad.double())
+    plain, pieces = ((other - found[0]).norm() for other in found[1:])
+    assert 0 < pieces < 1.5 * plain
+
+
+def many_choices():
+    """Rows with 77 choices, 76 and 1, of 1 to 4 tokens."""
+    batch = batch_of((7, 3, 5), n_choices=77)
+    n_own = torch.tensor([77, 76, 1])[:, None, None]
+    mask = batch.target_mask_BCL & (torch.arange(77)[:, None] < n_own)
+    return batch._replace(target_mask_BCL=mask, label_B=torch.tensor([76, 0, 0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
+    model, batch, adapter = loaded(name, n_adapters=2, seed=0).double(), many_choices(), torch.tensor([1, 0, 1])
+    minia3.freeze(model)
+
+    def found():
+        model.zero_grad()
+        logp = choice_logprobs(model, batch, adapter)
+        total_loss(logp, batch.target_mask_BCL, batch.label_B).backward()
+        with torch.no_grad():
+            scored = choice_logprobs(model, batch, adapter)
+        return [logp.detach(), scored, *(vector.grad for vector in minia3.vectors(model).values())]
+
+    expected, read, reads = found(), model.read, []
+    model.read = lambda tokens, *rest, **options: reads.append(tuple(tokens.shape)) or read(tokens, *rest, **options)
+    for texts, sizes in ((69, [23, 23, 23, 8]), (1, [1] * 77), (3 * 77, [77])):
+        monkeypatch.setattr("minia3.generation.TEXTS", texts)
+        reads.clear()
+        same(found(), expected, rtol=1e-12, atol=1e-12)
+        again = sizes[::-1] if len(sizes) > 1 else []  # for the backward
+        targets = [(3 * n, 4) for n in [*sizes, *again, *sizes]]
+        assert [shape for shape in reads if shape != (3, 6)] == targets  # (3, 6): a LLaMA's prompts
+        assert len(reads) - len(targets) == (0 if name.startswith("t5") else 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(name, loaded, monkeypatch):
+    """The backward keeps a piece's ids alone; and there is one piece's work at a time, then and without gradients."""
+    model, batches = loaded(name, seed=0), {n: batch_of((7, 3), n_choices=n) for n in (8, 80, 160)}
+    minia3.freeze(model)
+    monkeypatch.setattr("minia3.generation.TEXTS", 16)
+    kept, trained, scored = {}, {}, {}
+    for n, batch in batches.items():
+        kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
+        with Held() as held:
+            choice_logprobs(model, batch).sum().backward()
+        with torch.no_grad(), Held() as held_without:
+            choice_logprobs(model, batch)
+        trained[n], scored[n] = held.peak, held_without.peak
+    ids = 2 * 80 * 4 * (8 + 1)  # bytes of the ids and the mask of 80 choices more
+    assert kept[160] - kept[80] == ids < kept[8] / 20
+    assert trained[160] - trained[80] < 2 * ids
+    assert scored[160] - scored[80] < 2 * ids
+    assert kept[80] < kept[8] / 4  # in one piece it keeps all
 
 
 @pytest.mark.parametrize("name", NAMES)

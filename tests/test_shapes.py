@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -130,6 +131,8 @@ def run(model, tokenizer, folder):
     prompts = sorted(texts(6), key=len, reverse=True)  # so the first batch has more choices than the second
     adapters = torch.tensor([0, 2, 1, 2, 0, 1])
     minia3.rank(model, tokenizer, prompts, [["w3", "w4 w5", "w6"], *[["w7", "w8"]] * 5], adapter=adapters, batch_size=4)
+    with mock.patch.object(generation, "PIECE", 100):  # logits in parts of the vocabulary
+        minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"])
     list(generation.tokens(model, model.start(source, mask, adapter), 3, done={0}))  # a row that is dropped
     for how in ({}, {"beams": 2}, {"temperature": 1.0, "samples": 2, "top_k": 40, "top_p": 0.9, "seed": 0}):
         minia3.generate(model, tokenizer, prompts, adapter=adapters, max_new_tokens=3, batch_size=4, **how)

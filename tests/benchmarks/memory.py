@@ -1,8 +1,9 @@
 """python -m tests.benchmarks.memory: what `python -m minia3 info` plans, and what a process takes, at four points.
 
 Measured is the largest resident set of a process, beyond what it has when torch is there and before the model is: its
-weights are random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes; the last
-column is of a process that is told to give it back (MALLOC_TRIM_THRESHOLD_=1000000), which costs time.
+weights are random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes. Its share
+in the plan was fitted to other points than these (`--fit` has those). The last columns are of tensors alone, and of a
+process that is told to give memory back (MALLOC_TRIM_THRESHOLD_=1000000), which costs time.
 """
 
 import os
@@ -16,10 +17,29 @@ from minia3.info import peak_memory, size
 from minia3.models import KNOWN
 
 POINTS = [  # model, dtype, batch, length, whether it trains
+    ("flan-t5-base", "float32", 2, 512, True),
+    ("t5-large", "bfloat16", 8, 256, False),
+    ("smollm2-135m", "float32", 16, 96, True),
+    ("tinyllama-1.1b", "bfloat16", 4, 128, False),
+]
+FIT = [  # the constants of malloc in info.py are from these
+    ("t5-small", "float32", 8, 128, True),
     ("t5-base", "float32", 8, 128, True),
-    ("t5-base", "bfloat16", 8, 512, False),
+    ("t5-base", "float32", 4, 256, True),
+    ("t5-base", "bfloat16", 8, 128, True),
+    ("t5-base", "bfloat16", 16, 256, True),
+    ("flan-t5-base", "bfloat16", 8, 256, True),
+    ("smollm2-135m", "float32", 8, 128, True),
+    ("smollm2-135m", "float32", 2, 512, True),
+    ("smollm2-135m", "bfloat16", 8, 128, True),
     ("smollm2-135m", "bfloat16", 8, 256, True),
+    ("t5-small", "bfloat16", 16, 512, False),
+    ("t5-base", "float32", 8, 128, False),
+    ("t5-base", "bfloat16", 8, 512, False),
+    ("flan-t5-base", "float32", 8, 256, False),
+    ("smollm2-135m", "float32", 4, 256, False),
     ("smollm2-135m", "float32", 8, 512, False),
+    ("smollm2-135m", "bfloat16", 16, 512, False),
 ]
 STEP = """
 import torch
@@ -41,12 +61,14 @@ for name, p in list(model.named_parameters()):
     place(model, name, torch.full(p.shape, 0.01, dtype=torch.float32 if name.endswith(".scale") else {dtype}))
 freeze(model)
 tokens = torch.ones({batch}, {length}, dtype=torch.long)
-with torch.set_grad_enabled({train}):
+torch.set_grad_enabled({train})
+for _ in range(3):  # the first makes the holes, and those after it find them
     state = model.start(tokens)
     if {train}:
         logprobs(model, state, tokens[:, :8]).sum().backward()
     else:
         model.step(state.start, state)
+    del state
 print(peak() - before)
 """
 
@@ -62,15 +84,17 @@ def measured(config, dtype, batch, length, train, trim):
     return int(done.stdout)
 
 
-def main():
-    print("| step | planned | measured | measured without malloc's holes |\n|---|---|---|---|")
-    for name, dtype, batch, length, train in POINTS:
+def main(argv=None):
+    points = FIT if (argv or sys.argv[1:]) == ["--fit"] else POINTS
+    print("| step | planned | measured | tensors alone | measured without malloc's holes |\n|---|---|---|---|---|")
+    for name, dtype, batch, length, train in points:
         given = KNOWN[name].config, getattr(torch, dtype), batch, length, train
-        planned, found, tight = peak_memory(*given), measured(*given, trim=False), measured(*given, trim=True)
-        cells = [f"{name}, {dtype}, {batch} x {length}, {'training' if train else 'serving'}", size(planned)]
-        print(
-            f"| {' | '.join(cells)} | {size(found)} ({planned / found:.2f}) | {size(tight)} ({planned / tight:.2f}) |"
-        )
+        tensors, malloc = peak_memory(*given)
+        cells = [f"{name}, {dtype}, {batch} x {length}, {'training' if train else 'serving'}"]
+        for planned, trim in ((tensors + malloc, False), (tensors, True)):
+            found = measured(*given, trim=trim)
+            cells += [size(planned), f"{size(found)} ({planned / found:.2f})"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

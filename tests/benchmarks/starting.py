@@ -11,7 +11,7 @@ from tests.benchmarks.measure import child
 
 
 def start(bench, pair):
-    """A process from nothing to a model that is ready to train."""
+    """A process from nothing to a model that is ready to train; both give the same loss, which is not timed."""
     folder, device = str(pair.folder), pair.device
     ours = f"import minia3; m = minia3.load_model({folder!r}, device={device!r}); minia3.freeze(m); m.train()"
     kind, task = ("Seq2SeqLM", "SEQ_2_SEQ_LM") if pair.is_t5 else ("CausalLM", "CAUSAL_LM")
@@ -20,6 +20,12 @@ def start(bench, pair):
         f"m = M.from_pretrained({folder!r}, dtype='auto').to({device!r}); "
         f"peft.get_peft_model(m, peft.IA3Config(task_type='{task}')).train()"
     )
+    data = f"; import torch; s = torch.arange(2, 18, device={device!r}).view(2, 8); t = s[:, :4].contiguous()"
+    given = "s, labels=t" if pair.is_t5 else "torch.cat((s, t), 1), labels=torch.cat((0 * s - 100, t), 1)"
+    losses = "-minia3.logprobs(m, m.start(s), t).mean()", f"m({given}).loss"
+    sides = zip((ours, theirs), losses, strict=True)
+    found = (child(f"{code}{data}; print(float({loss}))").split()[-1] for code, loss in sides)
+    pair.same(*(torch.tensor(float(loss)) for loss in found), rtol=2**-7)
     yield "process start to ready to train", bench.time(lambda: child(ours), lambda: child(theirs))
 
 
