@@ -20,7 +20,7 @@ from minia3.losses import choice_scores
 from minia3.prompts import Rendered
 
 PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
-TEXTS = 256  # choices of all rows that are scored at once: a batch with more, as of 77 intents, takes several turns
+TOKENS = 1 << 12  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
 
 
 def logprobs(model, state, target):
@@ -65,7 +65,7 @@ def choice_logprobs(model, batch, adapter=None):
 
     Masks stay on the CPU, where what they say is known without waiting for a GPU.
     """
-    device, (n_rows, n_choices, _) = model.embed.weight.device, batch.target_BCL.shape
+    device, (n_rows, n_choices, length) = model.embed.weight.device, batch.target_BCL.shape
     state = model.start(batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter)
 
     def some(target_BCL, mask_BCL):
@@ -73,7 +73,7 @@ def choice_logprobs(model, batch, adapter=None):
         own = state.repeat(target_BCL.shape[1]) if n_choices > 1 else state
         return masked_logprobs(model, own, target_BCL.flatten(0, 1), mask).view(target_BCL.shape)
 
-    n = max(1, TEXTS // n_rows)
+    n = max(1, TOKENS // (n_rows * length))
     pieces = zip(batch.target_BCL.to(device).split(n, dim=1), batch.target_mask_BCL.split(n, dim=1), strict=True)
     if n_choices > n and torch.is_grad_enabled():  # the backward keeps the source alone, and scores a piece again
         some = partial(checkpoint, some, use_reentrant=False)

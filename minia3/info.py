@@ -46,9 +46,12 @@ def info(name_or_path, batch=8, length=128):
     for dtype in (torch.float32, torch.bfloat16):
         serve, train = (size(sum(peak_memory(c, dtype, batch, length, train))) for train in (False, True))
         yield str(dtype).removeprefix("torch."), f"{serve} to serve, {train} to train"
-    yield "", f"the most that a process takes on a CPU, beside Python and torch (0.3 GB), for {batch} sources of"
-    yield "", f"{length} tokens: to serve, when they are read and the first token is written; to train, in a step with"
-    yield "", "targets of 8. Weights are in it, and what malloc keeps: 64 MB, and an eighth of all but the weights"
+    yield "", f"for {batch} sources of {length} tokens: to serve, when they are read and the first token is written; to"
+    yield "", "train, in a step with targets of 8. It is the most that tensors take, weights included, and what malloc"
+    yield (
+        "",
+        "keeps on a CPU at first. Python and torch take 0.3 GB more, and malloc may keep more later (see the README)",
+    )
 
 
 def size(n_bytes):

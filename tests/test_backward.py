@@ -198,7 +198,7 @@ def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, load
     expected, read, reads = found(), model.read, []
     model.read = lambda tokens, *rest, **options: reads.append(tuple(tokens.shape)) or read(tokens, *rest, **options)
     for texts, sizes in ((69, [23, 23, 23, 8]), (1, [1] * 77), (3 * 77, [77])):
-        monkeypatch.setattr("minia3.generation.TEXTS", texts)
+        monkeypatch.setattr("minia3.generation.TOKENS", 4 * texts)
         reads.clear()
         same(found(), expected, rtol=1e-12, atol=1e-12)
         again = sizes[::-1] if len(sizes) > 1 else []  # for the backward
@@ -212,7 +212,7 @@ def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(n
     """The backward keeps a piece's ids alone; and there is one piece's work at a time, then and without gradients."""
     model, batches = loaded(name, seed=0), {n: batch_of((7, 3), n_choices=n) for n in (8, 80, 160)}
     minia3.freeze(model)
-    monkeypatch.setattr("minia3.generation.TEXTS", 16)
+    monkeypatch.setattr("minia3.generation.TOKENS", 16 * 4)
     kept, trained, scored = {}, {}, {}
     for n, batch in batches.items():
         kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
