@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from minia3.files import read_json
+from minia3.runs import load_checkpoint
 from minia3.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +71,9 @@ def embedded(model, out):
         yield f"shots-{shots}-ia3", [*colour, *all_seeds, "--shots", shots]
         for method, words in trained.items():
             yield from each(f"shots-{shots}-{method}", [*colour, *words, "--shots", shots], seed=seeds)
-    rates = ["--lr", "3e-4,1e-3,3e-3,1e-2,3e-2,1e-1", "--warmup-ratio", "0,0.06,0.3"]
-    yield "rates-ia3", [*colour, *rates, "--seed", "0,1,2"]
+    rates = ["--lr", "1e-3,3e-3,1e-2,3e-2", "--warmup-ratio", "0,0.06,0.3", "--seed", "0,1,2"]
+    for task in (tasks[0], tasks[3]):
+        yield f"rates-{Path(task).name}", [*on, "--task", task, *rates]
     yield "sites-all", [*every, "--sites", "k,v,ff,q,o"]
 
 
@@ -127,8 +129,11 @@ def main(argv=None):
 
 
 def go_on(folder, words):
-    """Begin a run, go on with one that was stopped, or leave alone one that is finished (train.py says so itself)."""
+    """Begin a run, go on with one that was stopped, or leave alone one that is finished."""
     begun = (folder / "config.json").exists() and "data" in read_json(folder / "config.json")
+    if begun and (load_checkpoint(folder) or {}).get("finished"):
+        print(f"{folder} is finished", flush=True)
+        return
     words = ["--resume", str(folder)] if begun else [*words, "--out", str(folder)]
     print("python train.py", *words, flush=True)
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words])
