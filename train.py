@@ -85,7 +85,7 @@ class Config:
     # measuring
     max_length: int = flag(512, "tokens of a source; of a longer one, the longest field loses its middle", at_least=1)
     max_new_tokens: int = flag(64, "tokens generated for rows with a target", at_least=1)
-    eval_prompt: str = flag("0", "which prompts measure: 0, or 0,1,2, or all; results are the median over them")
+    eval_prompt: str | int = flag("0", "which prompts measure: 0, or 0,1,2, or all; results are the median over them")
     eval_batch_size: int = flag(16, "rows per forward pass when measuring", at_least=1)
     eval_every: int = flag(0, "steps between measurements on held-out rows; the best vectors win (0: none)", at_least=0)
     patience: int = flag(0, "stop after so many of these without a better one (0: never)", at_least=0)
@@ -157,7 +157,7 @@ def run(config, folder, saved, signals):
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
     runs.prepare(model, config)
-    trainable = sum(p.numel() for p in trained.values()) // len(cells)
+    trainable = sum(p.numel() for p in trained.values()) // len(cells) if trains else 0
     if total < 10**7:
         torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
     print(f"model    {config.model}: {total:,} numbers, and {trainable:,} that train ({trainable / total:.3%})")
@@ -190,7 +190,7 @@ def run(config, folder, saved, signals):
 
     finals = []
     shared = {"model": config.model, "method": config.method, "architecture": type(model).__name__, "total": total}
-    shared |= {"trainable": trainable if trains else 0, "seconds": round(saved["seconds"], 3)}
+    shared |= {"trainable": trainable, "seconds": round(saved["seconds"], 3)}
     for i, (cell, results, own) in enumerate(zip(cells, saved["before"], saved["cells"], strict=True)):
         if own["failed"]:
             metrics.write(event="failed", step=own["steps"], reason=own["failed"], **cell.key)
@@ -215,7 +215,7 @@ def run(config, folder, saved, signals):
             metrics.write(event="final", step=own["steps"], **final)
     if folder:
         runs.save_checkpoint(folder, saved | {"finished": True})
-    report(config, folder, finals)
+    report(config, folder, finals, sum(bool(own["failed"]) for own in saved["cells"]))
 
 
 def parameters(model, config):
@@ -249,17 +249,25 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
     make = {"adafactor": Adafactor, "adamw": partial(torch.optim.AdamW, weight_decay=config.weight_decay)}[name]
     optimizers = [make(row.values(), lr=cell.config.lr) for row, cell in zip(rows, cells, strict=True)]
     torch.manual_seed(cells[0].config.seed)  # dropout's
+    everything = minia3.vectors(model) | trained  # what does not train came from --adapter, which may change
     if "vectors" in saved:
-        set_values(trained, saved["vectors"])
+        runs.set_values(everything, saved["vectors"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         runs.set_random_state(saved["random"])
 
     def checkpoint():
         saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        saved.update(vectors=values(trained), random=runs.random_state())
+        saved.update(vectors=runs.values(everything), random=runs.random_state())
         saved["losses"] = [{i: float(loss) for i, loss in losses.items()} for losses in saved["losses"]]
         runs.save_checkpoint(folder, saved)
+
+    def fail(i, why):
+        saved["cells"][i]["failed"] = why = f"{cells[i].title}{why}: try a lower --lr or --dtype float32"
+        saved["active"] = [j for j in saved["active"] if j != i]
+        if all(own["failed"] for own in saved["cells"]):
+            raise runs.Failed(why)
+        bar.write(f"failed   {why}", file=sys.stdout)
 
     bar = tqdm(total=config.steps, initial=saved["step"], unit="step", disable=not sys.stderr.isatty())
     try:
@@ -278,8 +286,8 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
                         bar.write(f"step {step:>6}  {said}", file=sys.stdout)
                     mean = sum(result["accuracy"] for result in results) / len(results)
                     misses = 0 if best is None or mean > best["accuracy"] else own["misses"] + 1
-                    if best is None or mean >= best["accuracy"]:  # of equals, the one that trained longer
-                        best = {"step": step, "accuracy": mean, "vectors": values(rows[i])}
+                    if runs.finite(rows[i]) and (best is None or mean >= best["accuracy"]):  # of equals, the later
+                        best = {"step": step, "accuracy": mean, "vectors": runs.values(rows[i])}
                     standing[i] = own | {"best": best, "misses": misses}
                 active = [i for i in saved["active"] if not 0 < config.patience <= standing[i]["misses"]]
                 # in one call: a signal comes before it or after
@@ -328,15 +336,10 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
             saved["seconds"] += time.perf_counter() - began
             for of, losses in enumerate(numbers, step - len(numbers) + 1):
                 for i in [i for i in saved["active"] if not np.isfinite(losses.get(i, 0))]:
-                    found = f"{cells[i].title}the loss of step {of} is {losses[i]}"
-                    saved["cells"][i]["failed"] = why = f"{found}: try a lower --lr or --dtype float32"
-                    saved["active"] = [j for j in saved["active"] if j != i]
-                    if all(own["failed"] for own in saved["cells"]):
-                        raise runs.Failed(why)
-                    bar.write(f"failed   {why}", file=sys.stdout)
-            if logs:
+                    fail(i, f"the loss of step {of} is {losses[i]}")
+            if logs and saved["active"]:
                 seconds = saved["seconds"] - saved["logged"]
-                going = [i for i in numbers[0] if not saved["cells"][i]["failed"]] or active
+                going = [i for i in numbers[0] if not saved["cells"][i]["failed"]]
                 means = {cells[i].name: np.mean([losses[i] for losses in numbers if i in losses]) for i in going}
                 line = {
                     "loss": sum(means.values()) / len(means),
@@ -361,17 +364,10 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
         raise
     finally:
         bar.close()
-    for row, own in zip(rows, saved["cells"], strict=True):
-        set_values(row, own["best"]["vectors"] if own["best"] else {})
-
-
-def values(vectors):
-    return {name: vector.detach().cpu().clone() for name, vector in vectors.items()}
-
-
-def set_values(vectors, saved):
-    for name, value in saved.items():
-        vectors[name].data.copy_(value)
+    for i, (row, own) in enumerate(zip(rows, saved["cells"], strict=True)):
+        runs.set_values(row, own["best"]["vectors"] if own["best"] else {})
+        if not (own["failed"] or runs.finite(row)):
+            fail(i, "the last step led to what is no number")
 
 
 def main(argv=None):

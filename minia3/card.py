@@ -12,7 +12,7 @@ from minia3 import files, flags
 from minia3.models import hub_name
 
 AUTO = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}  # class of ours -> of transformers
-MEASURING = ("data_dir", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # flags that a result depends on
+MEASURING = ("data_dir", "shots", "seed", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # a result depends on
 WHERE = ("model", "task", "out", "data_dir", "resume", "device")  # these say where something is; the others, what to do
 
 
@@ -33,7 +33,8 @@ def card(config, *finals):
     rows = []
     for one in finals:
         of = f"{one['task']}, {one['rows']:,} rows of {one['split']}: " if len(finals) > 1 else ""
-        rows.append([of + one["metric"], *before_after(one, "accuracy", ".1%")])
+        over = f", median over {len(one['accuracies'])} prompts" if "accuracies" in one else ""
+        rows.append([of + one["metric"] + over, *before_after(one, "accuracy", ".1%")])
         rows += [[of + "AUC", *before_after(one, "auc", ".2f")]] if one["auc"] is not None else []
     _, *parts = re.split("<!-- (.*) -->\n", Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
     text = "".join(x for methods, x in zip(parts[::2], parts[1::2], strict=True) if final["method"] in methods.split())
@@ -60,40 +61,45 @@ def describe(metric, result):
     return "nothing to measure" if result["accuracy"] is None else f"{metric} {result['accuracy']:.1%}{auc}"
 
 
-def report(config, folder, finals):
-    """Print what came out of a run: a line for each figure, or each adapter, and the command that measures it again."""
-    final, several = finals[0], "adapter" in finals[0] or len(finals) > 1
+def report(config, folder, finals, n_failed=0):
+    """Print what came out of a run: a line for each figure, or each adapter, and the command that measures it again.
+
+    n_failed: of a grid's adapters.
+    """
+    final, mixed = finals[0], config.adapters == "one" and isinstance(config.task, tuple)
     trained, total, kind = final["trainable"], final["total"], "model" if config.method == "full" else "adapter"
+    axes, where = flags.grid(config, ["task"] * mixed)[0], Path("adapters", "NAME") if "adapter" in final else kind
 
     def figure(final, name, form):
         then, now = before_after(final, name, form)
         return f"{then} before, {now} after" if trained or config.method == "icl" else now
 
-    if several:
-        mixed, named = config.adapters == "one" and isinstance(config.task, tuple), "adapter" in final
-        title, where = f"{len(finals)} results", Path("adapters", "NAME") if named else Path(kind)
-        task = "TASK" if isinstance(config.task, tuple) else config.task
-        keys = ["adapter"] * named + ["task"] * mixed
+    if axes or mixed:
+        title = f"{len(finals)} results" + f", and {n_failed} that failed" * bool(n_failed)
+        keys = ["adapter"] * bool(axes) + ["task"] * mixed
         names = [": ".join(x[key] for key in keys) for x in finals]
         figures = [f"{x['metric']} {figure(x, 'accuracy', '.1%')}, {x['steps']} steps" for x in finals]
         lines = [*zip(names, figures, strict=True)]
     else:
         cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
-        title, where, task = f"{final['task']}: {final['rows']} rows of {final['split']}{cut}", kind, config.task
+        title = f"{final['task']}: {final['rows']} rows of {final['split']}{cut}"
         lines = [(final["metric"], figure(final, "accuracy", ".1%"))]
         lines += [("AUC", figure(final, "auc", ".2f"))] if final["auc"] is not None else []
     lines += [("shots", f"{final['n_shots']:.1f} before a row, in the mean")] if "n_shots" in final else []
     lines += [("memory", f"{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")]
     if trained:
-        names = [x for x in ("method", *MEASURING) if getattr(config, x) != getattr(type(config), x)]
-        model, start = (folder / where, []) if kind == "model" else (config.model, ["--adapter", folder / where])
-        words = ["--model", model, "--task", task, *flags.words(config, names), *start, "--eval-only"]
-        lines += [
-            ("trained", f"{trained:,} of {total:,} numbers ({trained / total:.3%})" + " each" * several),
-            ("time", f"{final['seconds']:.0f} s for {max(x['steps'] for x in finals)} steps"),
-            (kind, folder / where),
-            ("use it", f"python train.py {shlex.join(map(str, words))}"),
-        ]
+        share = f"{trained:,} of {total:,} numbers ({trained / total:.3%})" + " each" * bool(axes)
+        lines += [("trained", share), ("time", f"{final['seconds']:.0f} s for {max(x['steps'] for x in finals)} steps")]
+        lines += [(kind, folder / where)]
+    if trained and any(x["rows"] for x in finals):
+        one = dataclasses.replace(config, **{axis: axis.upper() for axis in axes})  # NAME, SEED ...: to be filled in
+        start = ["--adapter", folder / where]
+        if kind == "model":
+            one, start = dataclasses.replace(one, model=str(folder / where)), []
+        names = ["method", *["adapters"] * mixed, *MEASURING]
+        names = ["model", "task", *(x for x in names if getattr(config, x) != getattr(type(config), x))]
+        command = ["python", "train.py", *flags.words(one, names), *start, "--eval-only"]
+        lines += [("use it", shlex.join(map(str, command)))]
     width = max(12, *(2 + len(name) for name, _ in lines))
     print(f"\n{title}")
     for name, text in lines:

@@ -26,19 +26,21 @@ class Part:
         else:
             self.split, self.rows = task.evaluation
         self.train_rows, self.held_out = task.train, []
-        if config.eval_every and self.split == "test" and task.validation:
+        order = np.random.RandomState([config.seed, 4]).permutation(len(task.train))  # SST-2's shots are class by class
+        shuffled = [task.train[i] for i in order]
+        if trains and config.eval_every and self.split == "test" and task.validation:
             self.held_out = task.validation
-        elif config.eval_every:  # never the split that is reported
+        elif trains and config.eval_every:  # never the split that is reported
             n = max(1, len(task.train) // 5)
-            self.train_rows, self.held_out = task.train[:-n], task.train[-n:]
+            self.train_rows, self.held_out = shuffled[:-n], shuffled[-n:]
         if (trains or config.method == "icl") and not self.train_rows:
             kept = " beside those which --eval-every holds out" if self.held_out else ""
             raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
-        self.shots = self.train_rows if config.method == "icl" else ()
+        self.shots = shuffled if config.method == "icl" else ()
         family = known(config.model).family if known(config.model) else None
         self.prompts = for_family(task.prompts, family)
         numbers = {str(i): prompt for i, prompt in enumerate(self.prompts)}
-        asked = [*numbers] if config.eval_prompt == "all" else config.eval_prompt.split(",")
+        asked = [*numbers] if config.eval_prompt == "all" else [*dict.fromkeys(str(config.eval_prompt).split(","))]
         if not {*asked} <= numbers.keys():
             expected = f"all, or some of 0 to {len(numbers) - 1} for {task.name}, commas between them"
             raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected {expected}")
@@ -87,8 +89,9 @@ def grid(config, trains):
             if (name, one.seed) not in tasks:
                 tasks[name, one.seed] = load_task(name, config.data_dir, config.shots, one.seed)
         found.append(Cell(one, [Part(one, tasks[name, one.seed], trains) for name in names], axes))
-    if len({cell.folder for cell in found}) < len(found):
-        raise ValueError(f"expected a name for each adapter, found {', '.join(cell.name for cell in found):.200}")
+    for names in [[cell.name for cell in found], *([part.task.name for part in cell.parts] for cell in found)]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected a name for each adapter, and each task of a mixture, found {names!r:.200}")
     return found
 
 

@@ -42,13 +42,14 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
     generated, auc, options = metric == "exact_match", None, {"adapter": adapter, "batch_size": batch_size}
-    prompts = in_context(prompt, shots)
+    prompts = in_context(prompt, shots[:max_length])  # each has a token or more
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=generated)
     if generated:
         inputs = [text.input for text in rendered]
-        texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, **options)
+        stop = ("\n\n",) * bool(shots)  # as the shots' answers end
+        texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, stop=stop, **options)
         value = np.mean([text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)])
     else:
         scores_NC = score(model, examples, tokenizer.pad_id, **options).double().numpy()
@@ -67,10 +68,10 @@ def over_prompts(results):
     """Of one result of `evaluate` that one; of several, one for each prompt, the medians, and all "accuracies"."""
     if len(results) == 1:
         return results[0]
-    middle = {
-        key: float(np.median([result[key] for result in results])) for key, x in results[0].items() if type(x) is float
-    }
-    return results[0] | middle | {"accuracies": [result["accuracy"] for result in results]}
+    all_of = {key: [result[key] for result in results] for key in results[0]}
+    middle = {key: None if None in values else float(np.median(values)) for key, values in all_of.items()}
+    counts = {"n": results[0]["n"], "n_cut": max(all_of["n_cut"])}
+    return middle | counts | {"accuracies": all_of["accuracy"]}
 
 
 def macro_f1(found_N, label_N):

@@ -55,7 +55,7 @@ def words(config, names):
     """The flags `names` with their values, as they are typed."""
     found = [(option(name), getattr(config, name)) for name in names]
     texts = [(name, x if isinstance(x, tuple) else (x,)) for name, x in found]
-    return [word for name, x in texts for word in ([name] if x == (True,) else [name, ",".join(map(str, x))])]
+    return [word for name, x in texts for word in ([name] if x[0] is True else [name, ",".join(map(str, x))])]
 
 
 def parse(cls, argv, description):

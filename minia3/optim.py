@@ -56,18 +56,21 @@ def select(model, sites, layers, cross):
     """Freeze the vectors outside of `sites` ("k,v,ff"), `layers` ("0-5,20-") and, if not `cross`, of cross-attention.
 
     -> name -> parameter of the others; those of sites.py are added to the model, where need be. Raises ValueError where
-    there are none, and for a text of another form.
+    a site has none, and for a text of another form.
     """
-    chosen, wanted, known = set(), sites.split(","), [site for site in SITES if site != "wi"]
+    chosen, missing, known = set(), {*sites.split(",")}, [site for site in SITES if site != "wi"]
     spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
-    for name in {**vectors(model), **places(model)} if all(spans) and {*wanted} <= {*known} else ():
-        layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name).groups()
+    for name in {**vectors(model), **places(model)} if all(spans) else ():
+        layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")).groups()
         inside = any(int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1])) for x in spans)
-        if inside and site.replace("wi", "gate") in wanted and (cross or part != "cross"):
+        if inside and site in sites.split(",") and (cross or part != "cross"):
             chosen.add(name)
-    if not chosen:
-        expected = f"some of {','.join(known)}, and layers of the model as in 0-5,20-"
-        raise ValueError(f"no vectors are --sites {sites!r} of --layers {layers!r}: expected {expected}")
+            missing.discard(site)
+    if missing:
+        found = (
+            f"of --sites {sites!r}, {','.join(sorted(missing))!r} has no vectors in --layers {layers!r} of this model"
+        )
+        raise ValueError(f"{found}: expected some of {','.join(known)}, and layers as in 0-5,20-")
     add_sites(model, chosen)
     for name, vector in vectors(model).items():
         vector.requires_grad_(name in chosen)

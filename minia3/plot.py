@@ -20,7 +20,7 @@ def plot(folders, out):
     trained = [run for run in runs if len(run["train"])]
     pictures = [("accuracy", accuracy, table.rows(folders)[0]), ("curves", curves, trained)]
     top = os.path.commonpath([run["folder"].resolve().parent for run in runs])
-    for run in (run for run in runs if run["method"] == "ia3" and run["trainable"]):
+    for run in {run["adapter"]: run for run in runs if run["method"] == "ia3" and run["trainable"]}.values():
         name = "-".join(x for x in run["adapter"].resolve().relative_to(top).parts if x not in ("adapter", "adapters"))
         found = adapters.read_adapter(run["adapter"]).vectors.items()
         models.setdefault(run["model"], {})[name] = {key.replace("blocks.", ""): x.numpy() for key, x in found}

@@ -164,6 +164,19 @@ def prepare(model, config):
             module.compile(dynamic=True)
 
 
+def values(vectors):
+    return {name: vector.detach().cpu().clone() for name, vector in vectors.items()}
+
+
+def set_values(vectors, saved):
+    for name, value in saved.items():
+        vectors[name].data.copy_(value)
+
+
+def finite(vectors):
+    return all(bool(x.isfinite().all()) for x in vectors.values())
+
+
 def random_state():
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 

@@ -7,6 +7,8 @@ They scale what comes out of linears: the blocks know nothing of them, and a mod
 Shapes: B batch, L length, D width of what is scaled.
 """
 
+import threading
+
 from torch import nn
 
 from minia3.blocks import Block
@@ -16,12 +18,14 @@ from minia3.ia3 import IA3, vectors
 # gate where there is no up beside it (T5 v1.0); --sites calls it gate too.
 SITES = {"k": "k", "v": "v", "ff": "down", "q": "q", "o": "o", "up": "up", "gate": "gate", "wi": "gate"}
 
+CALL = threading.local()  # its `rows`: of the block's call that is under way; threads may share a model
+
 
 class Scaled(nn.Linear):
     """What such a linear becomes, in its place and with its W: each example is scaled by its own adapter's row."""
 
     def forward(self, x_BLD):
-        rows = self.rows  # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
+        rows = CALL.rows  # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
         return self.l(super().forward(x_BLD), rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
 
 
@@ -29,8 +33,7 @@ class ScaledBlock(Block):
     """What the block around them becomes, which says whose rows come."""
 
     def forward(self, x_BLD, context, cache, asked=True):
-        for linear in (module for module in self.modules() if type(module) is Scaled):
-            linear.rows = context.adapter_B
+        CALL.rows = context.adapter_B
         return super().forward(x_BLD, context, cache, asked)
 
 
@@ -51,8 +54,9 @@ def add_sites(model, names):
     for name, linear in places(model).items():
         if name in names and type(linear) is nn.Linear:
             (block, part, attribute), vector = name.rsplit(".", 2), IA3(linear.out_features, model.n_adapters).to(like)
+            vector.requires_grad_(like.requires_grad)
             model.get_submodule(f"{block}.{part}").add_module(attribute, vector)
-            linear.__dict__.update(l=vector, rows=None)  # not as its own module: a vector has one name
+            linear.__dict__["l"] = vector  # not as its own module: a vector has one name
             linear.__class__, model.get_submodule(block).__class__ = Scaled, ScaledBlock
 
 
@@ -63,4 +67,4 @@ def remove_sites(model):
             block, part, attribute = name.rsplit(".", 2)
             delattr(model.get_submodule(f"{block}.{part}"), attribute)
             linear.__class__, model.get_submodule(block).__class__ = nn.Linear, Block
-            del linear.l, linear.rows
+            del linear.l

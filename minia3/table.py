@@ -29,7 +29,7 @@ def read(folders):
 
     Each folder is a run's, or holds such. ValueError, of one line: it is neither, or a file is not as train.py's.
     """
-    paths, runs = {}, []
+    paths, runs, left_out = {}, [], []
     for folder in map(Path, folders):
         inside = [] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
         paths |= {path.resolve(): path.parent for path in inside or [folder / "config.json"]}
@@ -40,21 +40,19 @@ def read(folders):
                 raise ValueError("config.json is that of something else")
             text = metrics.read_text("utf-8").strip().replace("\n", ",\n") if metrics.exists() else ""
             lines = json.loads(f"[{text}]")  # in one: so an error tells the line
-            runs += [
-                _run(folder, config, final, lines)
-                for final in lines
-                if final["event"] == "final" and final["accuracy"] is not None
-            ]
+            finals = [line for line in lines if line["event"] == "final" and line["accuracy"] is not None]
+            failed = [f"{folder}: {line.get('adapter', 'adapter')}" for line in lines if line["event"] == "failed"]
+            runs += [_run(folder, config, final, lines) for final in finals]
+            left_out += failed if finals else [str(folder)]
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder}: expected a run of train.py: {type(error).__name__}: {error}") from None
-    unfinished = [str(folder) for folder in paths.values() if folder not in [run["folder"] for run in runs]]
-    note = f"{len(unfinished)} left out, without a result in metrics.jsonl: {', '.join(unfinished)}"
+    note = f"{len(left_out)} left out, without a result in metrics.jsonl: {', '.join(left_out)}"
     if not runs:
         raise ValueError(f"no run is finished: {note:.300}")
     for run in runs:  # label: the method, and the flags in which its runs differ; shots: on a task
         named = [f"{key[0]} {x}" for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)]
         run["label"] = ", ".join([run["method"], *named])
-    return runs, note if unfinished else ""
+    return runs, note if left_out else ""
 
 
 def _run(folder, config, final, lines):
@@ -91,7 +89,8 @@ def rows(folders):
             values = [x for run in group if run["task"] == task for x in run["accuracies"]] or [np.nan]
             low, row[task], high = np.percentile(values, (25, 50, 75))
             row[f"{task} IQR"] = high - low if len(values) > 1 else np.nan
-        costs = len(group), trainable, *np.median([run["flops"] for run in group], axis=0), 4 * trainable / 1e6
+        n = len({run["adapter"] for run in group})
+        costs = n, trainable, *np.median([run["flops"] for run in group], axis=0), 4 * trainable / 1e6
         row["average"] = np.mean([row[task] for task in tasks])
         table.append(row | dict(zip(COSTS, costs, strict=True)))
     return table, note

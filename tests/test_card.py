@@ -83,6 +83,17 @@ def test_a_mixture_s_card_names_its_tasks_and_has_the_figures_of_each():
     assert "--task rte,a/b.jsonl --adapters one" in text
 
 
+@pytest.mark.parametrize("values", [{"seed": 1}, {"lr": 1.0}, {"shots": 1, "save_every": 1}])
+def test_a_value_of_one_is_no_switch(values):
+    (command,) = re.findall("`(python train.py .*?)`", card(config := train.Config(**values), FINAL))
+    assert flags.parse(train.Config, shlex.split(command)[2:], "") == config
+
+
+def test_a_card_tells_that_its_figure_is_a_median_over_prompts():
+    text = card(train.Config(eval_prompt="all"), FINAL | {"accuracies": [0.5, 0.9995, 1.0]})
+    assert "| accuracy, median over 3 prompts | 51.3% | 100.0% |" in text
+
+
 def test_a_card_is_written_in_utf_8_beside_what_is_there(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     write_card(tmp_path, train.Config(), [FINAL | {"task": "Grüße"}], {"train.jsonl": "ab"})

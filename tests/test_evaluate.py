@@ -220,7 +220,9 @@ def test_over_several_prompts_a_result_is_the_median_and_has_all_accuracies():
     assert over_prompts([one]) == one
     both = {"n": 10, "n_cut": 0, "accuracies": [0.5, 0.75, 1.0]}
     assert over_prompts([one, *others]) == both | {"accuracy": 0.75, "auc": 0.375, "tokens": 15}
-    assert over_prompts([result(0.5, None), result(0.75, None)])["auc"] is None
+    for auc in (None, 0.5):
+        assert over_prompts([result(0.5, auc), result(0.75, None)])["auc"] is None
+    assert over_prompts([one, others[0] | {"n_cut": 3}])["n_cut"] == 3
 
 
 def test_of_no_rows_nothing_is_known(ours):

@@ -6,6 +6,7 @@ And the baselines and ablations: what is not asked for does not move.
 import functools
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import pytest
 import running
 import torch
 from running import at_line, fails, kill_self, metrics, model, resume, rows, run, train, words, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import minia3
 from minia3 import runs
 from minia3.cells import Cell, Part, draw, encode_rows
+from minia3.table import rows as table_rows
 
 EXACT = {"dtype": "float64", "dropout": 0}
 GRID = {"seed": "0,3", "lr": "0.05,0.01", "eval_every": 3, "patience": 2, "steps": 24, "clip": 0.5, "warmup_ratio": 0.2}
@@ -231,7 +233,7 @@ def test_a_path_with_a_comma_is_one_task(tmp_path):
 
 
 def test_two_adapters_of_one_name_are_refused(tmp_path, capsys):
-    fails(words(tmp_path / "run", seed="1,1"), capsys, "a name for each adapter", "s1, s1")
+    fails(words(tmp_path / "run", seed="1,1"), capsys, "a name for each adapter", "'s1', 's1'")
     assert not (tmp_path / "run").exists()
 
 
@@ -303,6 +305,38 @@ def test_an_adapter_whose_loss_is_no_number_ends_and_the_others_are_as_without_i
     assert all(np.isfinite(line["loss"]) for line in metrics(out) if line["event"] == "train" and line["step"] > 10)
 
 
+def test_vectors_that_are_no_number_are_never_the_best_nor_saved(tmp_path, capsys):
+    flags = {"warmup_ratio": 0, "eval_every": 3, "patience": 1, "dropout": 0}
+    fails(words(tmp_path / "one", lr="1e25", **flags), capsys, "try a lower --lr", code=1)
+    assert not (tmp_path / "one" / "adapter").exists()
+    assert run(words(tmp_path / "two", lr="1e-12,1e25", **flags)) == 0
+    assert "1 results, and 1 that failed" in capsys.readouterr().out
+    events = {line["adapter"]: line["event"] for line in metrics(tmp_path / "two") if "adapter" in line}
+    assert events == {"lr1e-12": "final", "lr1e+25": "failed"}
+    (row,), note = table_rows([tmp_path / "two"])
+    assert (row["runs"], note.startswith("1 left out"), "lr1e+25" in note) == (1, True, True)
+
+
+def test_a_resumed_run_has_the_vectors_it_began_with_though_its_start_has_changed(tmp_path):
+    assert run(words(tmp_path / "start", lr=0.3)) == 0
+    folders = []
+    for name in ("whole", "stopped"):
+        shutil.copytree(tmp_path / "start" / "adapter", tmp_path / name / "from")
+        folders.append(tmp_path / name / "run")
+    flags = {"sites": "v", "save_every": 4}
+    assert run(words(folders[0], adapter=tmp_path / "whole" / "from", **flags)) == 0
+    with at_line(0, None) as ran:
+        assert run(words(tmp_path / "measure", adapter=tmp_path / "whole" / "from", **flags)) == 0
+    start = tmp_path / "stopped" / "from"
+    with at_line(len(ran) * 2 // 3, functools.partial(kill_self, signal.SIGINT)):
+        assert run(words(folders[1], adapter=start, **flags)) == 130
+    file = start / "adapter_model.safetensors"
+    save_file({name: 2 * x for name, x in load_file(file).items()}, file)
+    assert resume(folders[1]) == 0
+    whole, stopped = (load_file(f / "adapter" / "adapter_model.safetensors") for f in folders)
+    assert all(torch.equal(whole[name], x) for name, x in stopped.items())
+
+
 def test_a_run_whose_adapters_all_fail_fails(tmp_path, capsys):
     fails(words(tmp_path / "run", lr="1e29,1e30", warmup_ratio=0), capsys, "the loss of step", "--lr", code=1)
 
@@ -342,7 +376,7 @@ def test_only_the_chosen_vectors_leave_one(seed, name, flags, moves, tmp_path):
     for key, *place in sites(name):
         moved = (minia3.vectors(ours)[key] != 1).any().item()
         assert moved == moves(*place), key
-        assert (key in trained) == moves(*place)
+        assert (trained[key] != 1).any().item() == moves(*place)
         n += minia3.vectors(ours)[key].numel() * moves(*place)
     assert metrics(tmp_path / "run")[-1]["trainable"] == n
 
@@ -350,7 +384,7 @@ def test_only_the_chosen_vectors_leave_one(seed, name, flags, moves, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value", "parts"),
     [
-        ("sites", "k,x", ["--sites 'k,x'", "some of k,v,ff,q,o,up,gate"]),
+        ("sites", "k,x", ["--sites 'k,x', 'x' has no vectors", "some of k,v,ff,q,o,up,gate"]),
         ("sites", "k,", ["--sites 'k,'"]),
         ("layers", "2", ["--layers '2'"]),
         ("layers", "1-0", ["--layers '1-0'"]),

@@ -3,6 +3,8 @@ learning, and a task whose labelled rows are all trained on."""
 
 import functools
 import json
+import shlex
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 import minia3
 from minia3.cells import Cell, Part, draw
-from minia3.prompts import for_family
+from minia3.prompts import OWN, for_family
 
 SIZES = {"small": 6, "large": 40}
 
@@ -123,6 +125,37 @@ def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_adapter_t
             assert found[name].equal(x)
 
 
+def test_two_tasks_of_one_name_do_not_mix(tmp_path, capsys):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "same", train=rows(4), test=rows(4, seed=1))
+    two = f"{tmp_path / 'a' / 'same'},{tmp_path / 'b' / 'same'}"
+    fails(words(tmp_path / "run", task=two, adapters="one"), capsys, "a name for each", "['same', 'same']")
+
+
+# What train.py prints to measure again
+
+
+def use_it(shown):
+    (line,) = (line for line in shown.splitlines() if line.startswith("  use it"))
+    return shlex.split(line.split("python train.py ")[1])
+
+
+@pytest.mark.parametrize("adapters", ["one", "each"])
+def test_the_line_that_measures_again_measures_the_same(adapters, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=tasks(), adapters=adapters, seed="0,1", steps=4, lr=0.3)) == 0
+    command = use_it(capsys.readouterr().out)
+    finals = [line for line in metrics(out) if line["event"] == "final"]
+    for final in finals:
+        put = {"NAME": final["adapter"], "SEED": str(final["seed"])}
+        put["TASK"] = next(path for path in tasks().split(",") if Path(path).name == final["task"])
+        filled = [functools.reduce(lambda word, key: word.replace(key, put[key]), put, word) for word in command]
+        assert run([*filled, "--device", "cpu", "--out", tmp_path / "again"]) == 0
+        again = [line for line in metrics(tmp_path / "again") if line["event"] == "final"]
+        assert final["accuracy"] in [line["accuracy"] for line in again if line["task"] == final["task"]]
+        shutil.rmtree(tmp_path / "again")
+
+
 # Several prompts
 
 
@@ -158,6 +191,27 @@ def test_a_prompt_that_is_not_there_is_refused(rte, asked, tmp_path, capsys):
 # In-context learning
 
 
+def test_a_written_answer_ends_where_the_shots_answers_end(monkeypatch):
+    seen = []
+    monkeypatch.setattr("minia3.evaluate.generate", lambda *args, stop, **options: seen.append(stop) or ["w4"])
+    ours, tokenizer = minia3.load_model(model("llama")), minia3.load_tokenizer(model("llama"))
+    row = {"input": "w5", "target": "w4", "label": 0, "idx": 0}
+    for shots in ((), [row]):
+        minia3.evaluate.evaluate(ours, tokenizer, [row], OWN[0], metric="exact_match", shots=shots)
+    assert seen == [(), ("\n\n",)]
+
+
+def test_shots_are_of_all_classes_where_few_fit(monkeypatch):
+    made = [{"input": f"w{5 + i}", "choices": ["w3", "w4"], "label": i // 16, "idx": i} for i in range(32)]
+    data = minia3.load_task(task())._replace(train=made)
+    first = [Part(train.Config(method="icl", shots=16, seed=seed), data, False).shots[:6] for seed in range(3)]
+    assert all({row["label"] for row in some} == {0, 1} for some in first)
+    assert first[0] != first[1]
+    held_out = [Part(train.Config(eval_every=1, seed=seed), data._replace(test=[]), True).held_out for seed in range(3)]
+    assert all({row["label"] for row in some} == {0, 1} for some in held_out)
+    assert Part(train.Config(method="none", eval_every=1), data, False).held_out == []
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_in_context_learning_measures_rows_behind_the_shots_of_each_seed(name, tmp_path):
     out = tmp_path / "run"
@@ -166,7 +220,9 @@ def test_in_context_learning_measures_rows_behind_the_shots_of_each_seed(name, t
     ours, tokenizer = minia3.load_model(model(name)), minia3.load_tokenizer(model(name))
     for seed, final in enumerate(finals):
         data = minia3.load_task(task(), shots=3, seed=seed)
-        head = "".join(f"{row['input']} {row['choices'][row['label']]}\n\n" for row in data.train)
+        order = np.random.RandomState([seed, 4]).permutation(3)
+        shots = [data.train[i] for i in order]
+        head = "".join(f"{row['input']} {row['choices'][row['label']]}\n\n" for row in shots)
         scores = minia3.rank(
             ours, tokenizer, [head + row["input"] for row in data.test], [x["choices"] for x in data.test]
         )
@@ -201,6 +257,7 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_measure
     shown, final = capsys.readouterr().out, metrics(tmp_path / "run")[-1]
     assert "10 rows to train on, 0 of test to report on" in shown
     assert "after    nothing to measure" in shown
+    assert "use it" not in shown
     assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (None, None, 0, 12)
     assert (tmp_path / "run" / "adapter" / "README.md").exists()
     fails(words(tmp_path / "none", shots=10, method="none", **of), capsys, "no labelled rows to report on")

@@ -16,7 +16,6 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from minia3.files import read_json
 from minia3.runs import load_checkpoint
 from minia3.tasks import TASKS
 
@@ -72,7 +71,7 @@ def embedded(model, out):
         for method, words in trained.items():
             yield from each(f"shots-{shots}-{method}", [*colour, *words, "--shots", shots], seed=seeds)
     rates = ["--lr", "1e-3,3e-3,1e-2,3e-2", "--warmup-ratio", "0,0.06,0.3", "--seed", "0,1,2"]
-    for task in (tasks[0], tasks[3]):
+    for task in (tasks[0], tasks[3], tasks[4]):
         yield f"rates-{Path(task).name}", [*on, "--task", task, *rates]
     yield "sites-all", [*every, "--sites", "k,v,ff,q,o"]
 
@@ -95,7 +94,18 @@ def smollm2(model, out):
     for task in ("copa", "cb", "raft/ade_corpus_v2", "rte"):
         raft, shots = task.startswith("raft"), [] if task.startswith("raft") else ["--shots", "32"]
         seeds, name = SEEDS["raft" if raft else "smollm2"], Path(task).name
-        on = f"--model {model} --task {task} --dtype bfloat16 --eval-batch-size 8 --eval-prompt 0,1,2".split()
+        on = [
+            "--model",
+            model,
+            "--task",
+            task,
+            "--dtype",
+            "bfloat16",
+            "--eval-batch-size",
+            "8",
+            "--eval-prompt",
+            "0,1,2",
+        ]
         yield f"{name}-none", [*on, "--method", "none", "--seed", seeds if raft else "0"]
         yield f"{name}-ia3", [*on, *shots, "--steps", "60", "--seed", seeds]
         yield f"{name}-icl", [*on, "--method", "icl", "--shots", "4", "--seed", seeds]
@@ -130,7 +140,7 @@ def main(argv=None):
 
 def go_on(folder, words):
     """Begin a run, go on with one that was stopped, or leave alone one that is finished."""
-    begun = (folder / "config.json").exists() and "data" in read_json(folder / "config.json")
+    begun = (folder / "config.json").exists()
     if begun and (load_checkpoint(folder) or {}).get("finished"):
         print(f"{folder} is finished", flush=True)
         return
