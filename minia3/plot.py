@@ -50,8 +50,11 @@ def accuracy(figure, rows):
 def curves(figure, runs):
     """Loss and held-out accuracy by step and by time: of like runs the median, and from quartile to quartile."""
     groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
+    titles = sorted({f"{run['model']}, {run['task']}" for run in runs})
     for run in runs:
-        groups.setdefault(f"{run['model']}, {run['task']}: {run['label']}", []).append(run)
+        title = f"{run['model']}, {run['task']}: " * (len(titles) > 1)
+        groups.setdefault(title + run["label"], []).append(run)
+    figure.suptitle(titles[0] if len(titles) == 1 else "")
     axes = figure.subplots(len(shown), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
         speed = np.median([run["seconds"] / run["steps"] for run in group])
@@ -61,10 +64,11 @@ def curves(figure, runs):
                 y = [np.interp(x, *line, left=np.nan, right=np.nan) for line in lines]  # none where a run has ended
                 low, middle, high = np.nanpercentile(y, (25, 50, 75), axis=0)
                 for ax, title, scale in zip(row, ("step", "time (s), at the mean speed"), (1, speed), strict=True):
-                    ax.plot(x * scale, middle, color=f"C{i}", label=f"{label} (runs: {len(group)})"[-70:])
+                    style, of = {"color": f"C{i}", "ls": "-" if i < 10 else "--"}, f"{label} (runs: {len(group)})"
+                    ax.plot(x * scale, middle, label=of[-70:], **style)
                     ax.fill_between(x * scale, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
                     ax.set(xlabel=title, ylabel=TITLES[key])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + (len(titles) == 1))
 
 
 def learned(figure, vectors):

@@ -68,7 +68,9 @@ def _run(folder, config, final, lines):
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
     own = {"adapter": name, "task": final["task"]}
     lines = [line for line in lines if all(line.get(key, x) == x for key, x in own.items())]
-    run["train"] = np.array([[line[key] for key in TRAIN] for line in lines if line["event"] == "train"], float)
+    train = [line for line in lines if line["event"] == "train" and name in line.get("losses", [name])]  # not yet ended
+    train = [line | {"loss": line["losses"][name]} if "losses" in line else line for line in train]
+    run["train"] = np.array([[line[key] for key in TRAIN] for line in train], float)
     run["eval"] = np.array([[line["step"], 100 * line["accuracy"]] for line in lines if line["event"] == "eval"], float)
     step, _, examples, tokens = run["train"].T if len(run["train"]) else np.full((4, 1), np.nan)
     n = np.diff(step, prepend=0) @ (tokens / examples) / step[-1]  # tokens of an example, in the mean

@@ -168,6 +168,14 @@ def test_runs_without_a_final_line_are_counted(tmp_path):
         rows([tmp_path / "begun"])
 
 
+def test_a_cell_s_curve_is_of_its_own_loss_as_long_as_it_trains(tmp_path):
+    losses = [{"a": 1.0, "b": 3.0}, {"a": 0.5}]
+    lines = [TRAIN | {"step": 10 * i, "loss": 9.0, "losses": x} for i, x in enumerate(losses, 1)]
+    make(tmp_path / "run", [{"adapter": "a"}, {"adapter": "b"}], lines)
+    found = {run["adapter"].name: run["train"][:, :2].tolist() for run in read([tmp_path])[0]}
+    assert found == {"a": [[10, 1], [20, 0.5]], "b": [[10, 3]]}
+
+
 def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
     finals = [{"task": "rte", "accuracy": 0.5}, {"task": "copa", "accuracy": 0.75}]
     evals = [{"event": "eval", "step": 5, "task": task, "accuracy": x} for task, x in (("rte", 0.4), ("copa", 0.6))]

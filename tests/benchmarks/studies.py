@@ -56,6 +56,7 @@ def embedded(model, out):
     trained = {"lora": ["--method", "lora", "--lr", "3e-3"], "full": ["--method", "full", "--lr", "1e-3"]}
     yield "methods-none", [*on, "--task", ",".join(tasks), "--method", "none"]
     yield "methods-ia3", every
+    yield "methods-ia3-3e-2", [*every, "--lr", "3e-2"]
     for n in ("4", "16"):
         yield f"methods-icl-{n}", [*every, "--method", "icl", "--shots", n]
     for method, words in trained.items():
@@ -85,7 +86,8 @@ def widths(model, out):
             words = ["--d-model", width, "--seed", seed, "--out", str(base)]
             subprocess.run([sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True)
         on = ["--model", str(base / "tiny-t5"), "--task", task, "--eval-batch-size", "64"]
-        for method, lr in {"none": "3e-3", "ia3": "3e-3", "lora": "3e-3", "full": "1e-3"}.items():
+        yield f"{width}-{seed}-ia3", [*on, "--lr", "3e-3,3e-2"]
+        for method, lr in {"none": "3e-3", "lora": "3e-3", "full": "1e-3"}.items():
             yield f"{width}-{seed}-{method}", [*on, "--method", method, "--lr", lr]
 
 
