@@ -96,9 +96,8 @@ def report(config, folder, finals, n_failed=0):
         start = ["--adapter", folder / where]
         if kind == "model":
             one, start = dataclasses.replace(one, model=str(folder / where)), []
-        names = ["method", *["adapters"] * mixed, *MEASURING]
-        names = ["model", "task", *(x for x in names if getattr(config, x) != getattr(type(config), x))]
-        command = ["python", "train.py", *flags.words(one, names), *start, "--eval-only"]
+        differ = [x for x in ("method", *MEASURING) if getattr(config, x) != getattr(type(config), x)]
+        command = ["python", "train.py", *flags.words(one, ["model", "task", *differ]), *start, "--eval-only"]
         lines += [("use it", shlex.join(map(str, command)))]
     width = max(12, *(2 + len(name) for name, _ in lines))
     print(f"\n{title}")

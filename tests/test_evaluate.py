@@ -216,9 +216,9 @@ def test_over_several_prompts_a_result_is_the_median_and_has_all_accuracies():
     def result(accuracy, auc):
         return {"accuracy": accuracy, "auc": auc, "n": 10, "n_cut": 0, "tokens": 20 * accuracy}
 
-    one, *others = result(0.5, 0.25), result(0.75, 0.5), result(1.0, 0.375)
+    one, *others = result(0.5, 0.25), result(0.75, 0.5), result(0.875, 0.375)
     assert over_prompts([one]) == one
-    both = {"n": 10, "n_cut": 0, "accuracies": [0.5, 0.75, 1.0]}
+    both = {"n": 10, "n_cut": 0, "accuracies": [0.5, 0.75, 0.875]}
     assert over_prompts([one, *others]) == both | {"accuracy": 0.75, "auc": 0.375, "tokens": 15}
     for auc in (None, 0.5):
         assert over_prompts([result(0.5, auc), result(0.75, None)])["auc"] is None

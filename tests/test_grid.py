@@ -317,6 +317,14 @@ def test_vectors_that_are_no_number_are_never_the_best_nor_saved(tmp_path, capsy
     assert (row["runs"], note.startswith("1 left out"), "lr1e+25" in note) == (1, True, True)
 
 
+def test_the_last_vectors_that_are_numbers_stay_the_best(tmp_path):
+    flags = {"lr": "1e25", "warmup_ratio": 0.5, "eval_every": 1, "patience": 1}  # the first step changes nothing
+    assert run(words(tmp_path / "run", dropout=0, **flags)) == 0
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(x.isfinite().all() for x in saved.values())
+    assert [line["accuracy"] for line in metrics(tmp_path / "run") if line["event"] == "eval"] == [0.4, 0.5, 0.5]
+
+
 def test_a_resumed_run_has_the_vectors_it_began_with_though_its_start_has_changed(tmp_path):
     assert run(words(tmp_path / "start", lr=0.3)) == 0
     folders = []
