@@ -56,7 +56,7 @@ def embedded(model, out):
     trained = {"lora": ["--method", "lora", "--lr", "3e-3"], "full": ["--method", "full", "--lr", "1e-3"]}
     yield "methods-none", [*on, "--task", ",".join(tasks), "--method", "none"]
     yield "methods-ia3", every
-    yield "methods-ia3-3e-2", [*every, "--lr", "3e-2"]
+    yield "methods-faster", [*every, "--lr", "3e-2"]
     for n in ("4", "16"):
         yield f"methods-icl-{n}", [*every, "--method", "icl", "--shots", n]
     for method, words in trained.items():
@@ -69,6 +69,7 @@ def embedded(model, out):
     yield "sites-no-cross", [*every, "--no-cross"]
     for shots in ("4", "8", "16", "32", "64", "128", "256"):
         yield f"shots-{shots}-ia3", [*colour, *all_seeds, "--shots", shots]
+        yield f"shots-{shots}-faster", [*colour, *all_seeds, "--shots", shots, "--lr", "3e-2"]
         for method, words in trained.items():
             yield from each(f"shots-{shots}-{method}", [*colour, *words, "--shots", shots], seed=seeds)
     rates = ["--lr", "1e-3,3e-3,1e-2,3e-2", "--warmup-ratio", "0,0.06,0.3", "--seed", "0,1,2"]
