@@ -117,12 +117,12 @@ def smollm2(model, out):
 
 
 def t0_3b(model, out):
-    """Table 4 of the paper for T0-3B: five seeds, all prompts. With --init ADAPTER, from given vectors."""
+    """Table 4 of the paper for T0-3B: five seeds, all prompts. With --only ia3 --init ADAPTER, from given vectors."""
     for task in T0_TASKS:
         on = ["--model", model, "--task", task, "--shots", str(TASKS[task].shots), "--eval-prompt", "all"]
-        yield f"{task}-ia3", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
+        yield f"ia3-{task}", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
         for method, lr in {"lora": "3e-3", "full": "1e-4"}.items():
-            yield from each(f"{task}-{method}", [*on, "--method", method, "--lr", lr], seed=SEEDS["t0"].split(","))
+            yield from each(f"{method}-{task}", [*on, "--method", method, "--lr", lr], seed=SEEDS["t0"].split(","))
 
 
 STUDIES = {"embedded": embedded, "widths": widths, "smollm2": smollm2, "t0-3b": t0_3b}
