@@ -47,7 +47,7 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
     task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl file, or folder; commas between several")
     method: str = flag(
-        "ia3", "what trains: vectors, lora, all or nothing; icl: nothing, --shots before each row", one_of=METHODS
+        "ia3", "what trains: ia3, lora, full, none; icl: none, but --shots before each row", one_of=METHODS
     )
     sites: str = flag("k,v,ff", "which vectors are trained: any of these and of q,o,up,gate (see sites.py)")
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
