@@ -61,7 +61,7 @@ def read_adapter(name_or_path):
     if problems or not vectors:
         raise ValueError(f"{path}: no (IA)^3 adapter: {'; '.join(problems) or 'there are no vectors in it'}")
     # l_up alone, as PEFT's default for mT5 has it, is l_ff: the same function.
-    vectors = {n if (ff := n.replace("l_up", "l_ff")) in vectors else ff: l_D for n, l_D in vectors.items()}
+    vectors = {n if (ff := n.replace("l_up", "l_ff")) in vectors else ff: x for n, x in vectors.items()}
     return Adapter(vectors, base if isinstance(base, str) else None)
 
 

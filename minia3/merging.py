@@ -3,6 +3,8 @@
     W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
 
 and W_q, W_o, W_up, W_gate as W_k, where there is a vector. The base is never divided: who wants it back still has it.
+
+Shapes: D width of a vector.
 """
 
 import copy

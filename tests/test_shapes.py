@@ -20,7 +20,7 @@ from minia3.adapters import mix, read_adapter, write_adapter
 from minia3.evaluate import evaluate
 from minia3.llama import inverse_frequencies
 from minia3.losses import total_loss
-from minia3.optim import Adafactor
+from minia3.optim import Adafactor, select
 from minia3.prompts import OWN
 
 PACKAGE = Path(minia3.__file__).parent
@@ -147,6 +147,9 @@ def run(model, tokenizer, folder):
     for name in ("two", "three"):  # the third is a row more than there are
         names.load(name, folder / "mixed")
     names.rows(["adapter", None, "two", "three"])
+    minia3.merge(model, 1)
+    select(model, "k,v,ff,q,o", "0-", True)  # and more, from outside
+    minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"], adapter=adapters)
 
 
 @pytest.fixture(scope="module")
