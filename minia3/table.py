@@ -76,7 +76,7 @@ def _run(folder, config, final, lines):
     n = np.diff(step, prepend=0) @ (tokens / examples) / step[-1]  # tokens of an example, in the mean
     total, twice = run["total"], final["architecture"] == "Llama"
     to_train = flops(total, n * config["batch_size"] * run["steps"], twice, True)
-    return run | {"flops": (flops(total, final["tokens"], twice), to_train)}
+    return run | {"flops": (flops(total, final.get("tokens", np.nan), twice), to_train)}
 
 
 def rows(folders):

@@ -66,6 +66,16 @@ def test_flops_of_a_run_follow_from_its_mean_tokens_an_example(tmp_path, archite
     assert row["FLOPs to train"] == 3 * n * 1000 * 25 * 8 * 20
 
 
+def test_an_older_run_that_did_not_count_its_tokens_has_all_but_that(tmp_path):
+    folder = make(tmp_path / "run", lines=[TRAIN])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    del lines[-1]["tokens"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,), _ = rows([tmp_path])
+    assert (row["rte"], row["FLOPs to train"]) == (50, 3 * 1000 * 25 * 8 * 20)
+    assert np.isnan(row["FLOPs/example"])
+
+
 def test_what_is_not_trained_costs_nothing_to_train_that_is_known(tmp_path):
     make(tmp_path / "run", [{"tokens": 200.0}], method="icl")
     (row,), _ = rows([tmp_path])
