@@ -80,7 +80,7 @@ class Cell:
 
 
 def grid(config, trains):
-    """The cells of the grid that the flags' commas make. Raises ValueError where two would have one name."""
+    """The cells of the grid that the flags' commas make. ValueError: two adapters, or tasks of one, are named alike."""
     axes, configs = flags.grid(config, ["task"] * (config.adapters == "one"))
     found, tasks = [], {}
     for one in configs:

@@ -66,8 +66,8 @@ def _run(folder, config, final, lines):
     name, own = final.get("adapter"), config | {key: final[key] for key in GRID if key in final}
     run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x not in UNNAMED}
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
-    own = {"adapter": name, "task": final["task"]}
-    lines = [line for line in lines if all(line.get(key, x) == x for key, x in own.items())]
+    whose = {"adapter": name, "task": final["task"]}
+    lines = [line for line in lines if all(line.get(key, x) == x for key, x in whose.items())]
     train = [line for line in lines if line["event"] == "train" and name in line.get("losses", [name])]  # not yet ended
     train = [line | {"loss": line["losses"][name]} if "losses" in line else line for line in train]
     run["train"] = np.array([[line[key] for key in TRAIN] for line in train], float)

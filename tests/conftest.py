@@ -199,6 +199,15 @@ def logits(model, source_BM, mask_BM, target_BL, adapter=None):
         return model.step(torch.cat((state.start, target_BL), dim=1), state)
 
 
+def their_logits(model, source_BM, mask_BM, target_BL):
+    """As Peer.logits, with gradients."""
+    if model.config.is_encoder_decoder:
+        target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
+        return model(input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL).logits
+    texts = [torch.cat((row[m], target)) for row, m, target in zip(source_BM, mask_BM, target_BL, strict=True)]
+    return torch.cat([model(input_ids=text[None]).logits[:, -target_BL.shape[1] - 1 :] for text in texts])
+
+
 def off(found, expected):
     """The largest difference as a part of the largest expected value."""
     assert found.shape == expected.shape

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import PEERS, T5_PEERS, Peer, double, logits, make, off, randomize, rms, tokens, with_peft
+from conftest import PEERS, T5_PEERS, Peer, double, logits, make, off, randomize, rms, their_logits, tokens, with_peft
 from safetensors.torch import load_file, save_file
 
 import minia3
@@ -76,15 +76,6 @@ def in_peft(name, folder, **options):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # transformers' and PEFT's own affair
         return peft.PeftModel.from_pretrained(make(name), folder, **options).eval()
-
-
-def their_logits(model, source_BM, mask_BM, target_BL):
-    """As Peer.logits, with gradients."""
-    if model.config.is_encoder_decoder:
-        target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
-        return model(input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL).logits
-    texts = [torch.cat((row[m], target)) for row, m, target in zip(source_BM, mask_BM, target_BL, strict=True)]
-    return torch.cat([model(input_ids=text[None]).logits[:, -target_BL.shape[1] - 1 :] for text in texts])
 
 
 # As PEFT

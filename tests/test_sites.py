@@ -5,12 +5,14 @@ import functools
 import json
 import re
 import signal
+import sys
+import threading
 import warnings
 
 import pytest
 import running
 import torch
-from conftest import Peer, double, logits, make, off, randomize, tokens, with_peft
+from conftest import Peer, double, logits, make, off, randomize, their_logits, tokens, with_peft
 from running import at_line, kill_self, metrics, run, words
 from safetensors.torch import load_file
 from test_backward import batch_of, compiled, gradients, same
@@ -120,15 +122,6 @@ def test_every_block_has_room_for_what_its_linears_give(loaded, name):
 
 
 # As PEFT
-
-
-def their_logits(model, source_BM, mask_BM, target_BL):
-    """As Peer.logits, with gradients."""
-    if model.config.is_encoder_decoder:
-        target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
-        return model(input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL).logits
-    texts = [torch.cat((row[m], target)) for row, m, target in zip(source_BM, mask_BM, target_BL, strict=True)]
-    return torch.cat([model(input_ids=text[None]).logits[:, -target_BL.shape[1] - 1 :] for text in texts])
 
 
 @pytest.mark.parametrize("name", SEVEN)
@@ -276,6 +269,30 @@ def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(scal
 
 
 # Each example by its own row
+
+
+@torch.no_grad()
+def test_threads_that_share_a_model_each_get_their_own_rows(scaled):
+    model, wrong = scaled("llama-gqa", n_adapters=3), []
+    expected = [logits(model, SOURCE, MASK, TARGET, adapter) for adapter in range(3)]
+
+    @torch.no_grad()
+    def work(adapter):
+        wrong.extend(
+            1 for _ in range(60) if off(logits(model, SOURCE, MASK, TARGET, adapter), expected[adapter]) > 1e-5
+        )
+
+    threads = [threading.Thread(target=work, args=(adapter,)) for adapter in range(3)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds: threads take turns within a block
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", THREE)
