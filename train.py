@@ -99,6 +99,8 @@ def check(config):
         raise ValueError(f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, commas between them")
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts measurements: give --eval-every too")
+    if config.cap != Config.cap and config.adapters != "one":
+        raise ValueError("--cap counts the rows of a mixture's tasks: give --adapters one too")
     for name, method in CHOICE.items():
         if method != config.method and getattr(config, name) != getattr(Config, name):
             raise ValueError(f"{flags.option(name)} is for --method {method}, found --method {config.method}")

@@ -54,13 +54,17 @@ class Signals:
 
 
 def name(config):
-    """The default name of a run's folder: <model>-<task>-<method>-<seed>, where need be with several values, and lr."""
+    """The default name of a run's folder: <model>-<task>-<method>-<seed>, where need be with several values, and lr.
+
+    Of a mixture the method is ia3-one.
+    """
     lists = [x if isinstance(x, tuple) else (x,) for x in (config.task, config.seed, config.lr)]
     lists[0], parts = [Path(task).stem for task in lists[0]], []
     for values in lists:
         text = ",".join(map(str, values))
         parts.append(f"{values[0]}+{len(values) - 1}" if len(text) > 50 and len(values) > 1 else text)
-    return "-".join([Path(config.model).name, parts[0], config.method, *parts[1 : 3 if len(lists[2]) > 1 else 2]])
+    method = config.method + "-one" * (config.adapters == "one" and len(lists[0]) > 1)
+    return "-".join([Path(config.model).name, parts[0], method, *parts[1 : 3 if len(lists[2]) > 1 else 2]])
 
 
 def begin(folder, values):

@@ -241,6 +241,8 @@ def test_two_adapters_of_one_name_are_refused(tmp_path, capsys):
     ("flags", "expected"),
     [
         ({"task": ("rte", "a/b.jsonl"), "seed": (0, 1)}, "tiny-t5-rte,b-ia3-0,1"),
+        ({"task": ("rte", "cb"), "adapters": "one"}, "tiny-t5-rte,cb-ia3-one-0"),
+        ({"adapters": "one"}, "tiny-t5-same-colour-ia3-0"),
         ({"lr": (0.001, 0.01)}, "tiny-t5-same-colour-ia3-0-0.001,0.01"),
         ({"task": tuple(f"raft/{i:030}" for i in range(11))}, f"tiny-t5-{0:030}+10-ia3-0"),
         ({"seed": tuple(range(100))}, "tiny-t5-same-colour-ia3-0+99"),

@@ -132,6 +132,10 @@ def test_two_tasks_of_one_name_do_not_mix(tmp_path, capsys):
     fails(words(tmp_path / "run", task=two, adapters="one"), capsys, "a name for each", "['same', 'same']")
 
 
+def test_a_cap_is_refused_where_nothing_mixes(tmp_path, capsys):
+    fails(words(tmp_path / "run", task=tasks(), cap=5), capsys, "--cap", "--adapters one")
+
+
 # What train.py prints to measure again
 
 

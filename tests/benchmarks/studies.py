@@ -76,6 +76,14 @@ def embedded(model, out):
     for task in (tasks[0], tasks[3], tasks[4]):
         yield f"rates-{Path(task).name}", [*on, "--task", task, *rates]
     yield "sites-all", [*every, "--sites", "k,v,ff,q,o"]
+    for method, lrs in {"lora": ("1e-3", "3e-3", "1e-2"), "full": ("3e-4", "1e-3", "3e-3")}.items():
+        yield from each(f"rates-{method}", [*on, "--method", method], task=tasks[3:], lr=lrs, seed=seeds[:3])
+    for shots in ("16", "32"):
+        yield f"few-{shots}-rates", [*colour, *all_seeds, "--shots", shots, "--lr", "3e-3,1e-2,3e-2,1e-1"]
+    person = [*on, "--task", tasks[3], "--eval-every", "50"]
+    yield "curves-ia3", [*person, *all_seeds, "--lr", "3e-3,3e-2"]
+    for method, words in trained.items():
+        yield from each(f"curves-{method}", [*person, *words], seed=seeds)
 
 
 def widths(model, out):
@@ -97,18 +105,7 @@ def smollm2(model, out):
     for task in ("copa", "cb", "raft/ade_corpus_v2", "rte"):
         raft, shots = task.startswith("raft"), [] if task.startswith("raft") else ["--shots", "32"]
         seeds, name = SEEDS["raft" if raft else "smollm2"], Path(task).name
-        on = [
-            "--model",
-            model,
-            "--task",
-            task,
-            "--dtype",
-            "bfloat16",
-            "--eval-batch-size",
-            "8",
-            "--eval-prompt",
-            "0,1,2",
-        ]
+        on = ["--model", model, "--task", task, "--eval-batch-size", "8", "--eval-prompt", "0,1,2"]
         yield f"{name}-none", [*on, "--method", "none", "--seed", seeds if raft else "0"]
         yield f"{name}-ia3", [*on, *shots, "--steps", "60", "--seed", seeds]
         yield f"{name}-icl", [*on, "--method", "icl", "--shots", "4", "--seed", seeds]
