@@ -66,7 +66,7 @@ class Config:
     out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
     resume: str | None = flag(None, "go on with the run in this folder, by its config.json (default: a new run)")
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: CUDA where there is a GPU, else the CPU)")
-    dtype: str | None = flag(None, "float32 (default: on the CPU), bfloat16 (on CUDA), float64", one_of=tuple(DTYPES))
+    dtype: str | None = flag(None, "bfloat16 (default: on CUDA, not for full), float32, float64", one_of=tuple(DTYPES))
     compile: bool = flag(False, "compile the blocks (torch.compile): minutes at first, then faster steps")
     checkpoint: bool = flag(False, "keep the blocks' inputs alone for the backward: less memory, slower steps")
     deterministic: bool = flag(False, "deterministic CUDA kernels: a resumed run then has the same bits there too")
@@ -142,7 +142,8 @@ def run(config, folder, saved, signals):
 
     # Where it runs, what, and on which data.
     device, why = runs.choose_device(config.device)
-    dtype = DTYPES[config.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    half = device.type == "cuda" and config.method != "full"  # bfloat16 weights lose an optimiser's small steps
+    dtype = DTYPES[config.dtype or ("bfloat16" if half else "float32")]
     print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:

@@ -746,14 +746,21 @@ def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_begin
 
 
 @pytest.mark.parametrize(
-    ("found", "said"), [(False, "device   cpu (no CUDA GPU found), float32"), (True, "device   cuda (H100), bfloat16")]
+    ("found", "method", "said"),
+    [
+        (False, "ia3", "device   cpu (no CUDA GPU found), float32"),
+        (True, "ia3", "device   cuda (H100), bfloat16"),
+        (True, "full", "device   cuda (H100), float32"),
+    ],
 )
-def test_without_a_flag_it_runs_on_cuda_where_there_is_a_gpu_and_says_why(found, said, tmp_path, monkeypatch, capsys):
+def test_without_a_flag_it_runs_on_cuda_where_there_is_a_gpu_and_says_why(
+    found, method, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     monkeypatch.setattr(cells, "load_task", lambda *args: 0 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(words(tmp_path / "run", device=None))
+        run(words(tmp_path / "run", device=None, method=method))
     assert capsys.readouterr().out.splitlines()[0] == said
 
 
