@@ -217,7 +217,7 @@ def run(config, folder, saved, signals):
         for final in finals[-len(cell.parts) :]:
             metrics.write(event="final", step=own["steps"], **final)
     if folder:
-        runs.save_checkpoint(folder, saved | {"finished": True})
+        runs.finish(folder, saved, config.method == "full")
     report(config, folder, finals, sum(bool(own["failed"]) for own in saved["cells"]))
 
 

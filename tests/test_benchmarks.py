@@ -78,8 +78,7 @@ def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_f
     assert checkpoint.read_bytes() == state
     assert "is finished" in capfd.readouterr().out
     assert running.metrics(tmp_path / "two")[-1]["event"] == "final"
-    saved = torch.load(checkpoint, weights_only=True)  # as one that was stopped after it had trained
-    torch.save(saved | {"finished": False}, checkpoint)
+    checkpoint.unlink()  # as one that was stopped before its first
     studies.main(study)
     assert running.metrics(tmp_path / "one")[-1]["accuracy"] == lines[-1]["accuracy"]
     assert torch.load(checkpoint, weights_only=True)["finished"]

@@ -282,6 +282,15 @@ def test_whatever_metrics_hold_past_the_checkpoint_is_cut(more, tmp_path, monkey
     goes_on_as_if_nothing_had_been("adafactor", out)
 
 
+def test_a_finished_run_of_a_whole_model_keeps_it_once(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, method="full", lr=1e-3)) == 0
+    assert (out / "checkpoint.pt").stat().st_size < (out / "model" / "model.safetensors").stat().st_size / 10
+    capsys.readouterr()
+    assert resume(out) == 0
+    assert capsys.readouterr().out.startswith(f"{out} is finished")
+
+
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out)) == 0

@@ -118,8 +118,9 @@ def t0_3b(model, out):
     for task in T0_TASKS:
         on = ["--model", model, "--task", task, "--shots", str(TASKS[task].shots), "--eval-prompt", "all"]
         yield f"ia3-{task}", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
-        for method, lr in {"lora": "3e-3", "full": "1e-4"}.items():
-            yield from each(f"{method}-{task}", [*on, "--method", method, "--lr", lr], seed=SEEDS["t0"].split(","))
+        for method, words in {"lora": ["3e-3"], "full": ["1e-4", "--save-every", "1000"]}.items():  # 34 GB a time
+            words = [*on, "--method", method, "--lr", *words]
+            yield from each(f"{method}-{task}", words, seed=SEEDS["t0"].split(","))
 
 
 STUDIES = {"embedded": embedded, "widths": widths, "smollm2": smollm2, "t0-3b": t0_3b}
