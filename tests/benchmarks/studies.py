@@ -111,6 +111,8 @@ def smollm2(model, out):
         yield f"{name}-icl", [*on, "--method", "icl", "--shots", "4", "--seed", seeds]
         lora = ["--method", "lora", "--lr", "1e-3", "--steps", "60"]
         yield from each(f"{name}-lora", [*on, *shots, *lora], seed=seeds.split(","))
+        if task == "copa":
+            yield "rates-copa", [*on, *shots, "--steps", "60", "--seed", seeds, "--lr", "1e-2,3e-2"]
 
 
 def t0_3b(model, out):
