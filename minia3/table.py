@@ -104,7 +104,9 @@ def text(rows, as_csv=False):
         file, cells = io.StringIO(), [["" if x != x else x for x in row.values()] for row in rows]
         csv.writer(file, lineterminator="\n").writerows([rows[0], *cells])
         return file.getvalue()
-    columns = []
+    short, columns = {row["model"]: Path(row["model"]).name for row in rows}, []
+    if len({*short.values()}) == len(short):  # a folder's whole path would be wider than the figures
+        rows = [row | {"model": short[row["model"]]} for row in rows]
     for name in (x for x in rows[0] if not x.endswith(" IQR")):
         form, cells = COSTS.get(name, "{:.1f}") + " ({:.1f})", [name]
         for x, iqr in [(row[name], row.get(f"{name} IQR", np.nan)) for row in rows]:

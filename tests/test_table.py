@@ -273,6 +273,17 @@ def test_markdown_is_aligned_and_has_dashes_where_nothing_is_known(study):
     )
 
 
+@pytest.mark.parametrize(
+    ("models", "shown"), [(("a/one", "b/c/two"), ["one", "two"]), (("a/one", "b/one"), ["a/one", "b/one"])]
+)
+def test_a_model_s_folders_are_shown_where_its_name_is_not_enough(models, shown, tmp_path):
+    for i, model in enumerate(models):
+        make(tmp_path / str(i), model=model)
+    table = rows([tmp_path])[0]
+    assert [line.split(" | ")[0].removeprefix("| ").strip() for line in text(table).splitlines()[2:]] == shown
+    assert [line[0] for line in csv.reader(io.StringIO(text(table, as_csv=True)))] == ["model", *models]
+
+
 def test_csv_has_all_digits_and_nothing_where_nothing_is_known(study):
     header, ia3, none = csv.reader(io.StringIO(text(study, as_csv=True)))
     costs = ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
