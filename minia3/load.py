@@ -124,10 +124,10 @@ def matched(model, entries, path):
     return stored
 
 
-def place(model, name, tensor):
+def place(model, name, tensor, requires_grad=True):
     """Put `tensor` where the parameter `name` is."""
     module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, nn.Parameter(tensor))
+    setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad))
 
 
 def save_model(model, folder, tokenizer=None):

@@ -58,13 +58,3 @@ def add_sites(model, names):
             model.get_submodule(f"{block}.{part}").add_module(attribute, vector)
             linear.__dict__["l"] = vector  # not as its own module: a vector has one name
             linear.__class__, model.get_submodule(block).__class__ = Scaled, ScaledBlock
-
-
-def remove_sites(model):
-    """Take them off again."""
-    for name, linear in places(model).items():
-        if type(linear) is Scaled:
-            block, part, attribute = name.rsplit(".", 2)
-            delattr(model.get_submodule(f"{block}.{part}"), attribute)
-            linear.__class__, model.get_submodule(block).__class__ = nn.Linear, Block
-            del linear.l

@@ -120,7 +120,7 @@ def t0_3b(model, out):
     for task in T0_TASKS:
         on = ["--model", model, "--task", task, "--shots", str(TASKS[task].shots), "--eval-prompt", "all"]
         yield f"ia3-{task}", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
-        for method, words in {"lora": ["3e-3"], "full": ["1e-4", "--save-every", "1000"]}.items():  # 34 GB a time
+        for method, words in {"lora": ["1e-3"], "full": ["1e-4", "--save-every", "1000"]}.items():  # 34 GB a time
             words = [*on, "--method", method, "--lr", *words]
             yield from each(f"{method}-{task}", words, seed=SEEDS["t0"].split(","))
 
