@@ -121,20 +121,23 @@ def load_adapter(model, folder_or_file, adapter=0):
     Those of sites.py are added to the model, ones in its other rows. Raises ValueError also where it does not fit the
     model. Another name of its base is a warning.
     """
-    row_of(model, adapter)
     fill(model, adapter, fitting(model, read_adapter(folder_or_file), folder_or_file))
 
 
 def fill(model, adapter, vectors):
-    add_sites(model, vectors)
-    for name, l_D in row_of(model, adapter).items():
+    row = row_of(model, adapter)
+    if vectors.keys() - row:
+        add_sites(model, vectors)
+        row = row_of(model, adapter)
+    for name, l_D in row.items():
         l_D[:] = vectors.get(name, 1.0)
 
 
 def fitting(model, adapter, where):
     """The vectors of an Adapter that came from `where`. ValueError where the model has no places for them."""
-    d = {name: linear.out_features for name, linear in places(model).items()}
-    d |= {name: len(vector) for name, vector in row_of(model, 0).items()}
+    d = {name: table.shape[1] for name, table in tables(model).items()}
+    if adapter.vectors.keys() - d:
+        d |= {name: linear.out_features for name, linear in places(model).items()}
     wrong = {name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)}
     if wrong:
         found = "; ".join(f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items())

@@ -259,3 +259,13 @@ def test_each_vector_is_looked_up_once_for_a_batch(frozen, name, n_reads):
     with Made(minia3.vectors(model).values()) as counted:
         choice_logprobs(model, batch_of(n_choices=2), torch.tensor([3, 0, 1]))
     assert counted.n_reads == n_reads
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loading_an_adapter_goes_over_the_model_twice(loaded, name, tmp_path, monkeypatch):
+    """Each time over all modules by name, which is most of what it costs."""
+    model, walked, walk = loaded(name, n_adapters=2), [], torch.nn.Module.named_modules
+    minia3.save_adapter(model, tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda x, *args: walked.append(x) or walk(x, *args))
+    minia3.load_adapter(model, tmp_path, 1)
+    assert sum(x is model for x in walked) == 2
