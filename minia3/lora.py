@@ -1,7 +1,5 @@
 """Chapter 6, LoRA, a baseline, put on from outside: W x + (alpha / r) B A x (Hu et al. 2021, arXiv 2106.09685)."""
 
-import copy
-
 import torch
 from safetensors.torch import save
 from torch import nn
@@ -17,6 +15,10 @@ class LoRA(nn.Linear):
 
     def forward(self, x):
         return super().forward(x) + x @ self.lora_A.T.to(x.dtype) * self.scale @ self.lora_B.T.to(x.dtype)
+
+    def merged(self):
+        """(out, in): W + (alpha / r) B A, in float32 at least."""
+        return (self.weight + self.scale * (self.lora_B @ self.lora_A)).detach()
 
 
 def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
@@ -72,14 +74,3 @@ def load_lora(model, folder):
             raise ValueError(f"lacks finite {sorted(expected - found)[:1]} ..., has {sorted(found - expected)[:1]} ...")
     for name, p in add_lora(model, *args).items():
         p.data.copy_(entries[name].read())
-
-
-def merge_lora(model):
-    """A new model without LoRA: W + (alpha / r) B A, in float32 at least and rounded once. Other weights are shared."""
-    kept = {id(p): nn.Parameter(p.detach(), p.requires_grad) for n, p in model.named_parameters() if ".l_" not in n}
-    merged = copy.deepcopy(model, kept)
-    for x in (x for x in merged.modules() if isinstance(x, LoRA)):
-        w = x.weight + x.scale * (x.lora_B @ x.lora_A)  # bfloat16 plus float32 is float32
-        x.__class__, x.weight = nn.Linear, nn.Parameter(w.detach().to(x.weight.dtype), False)
-        del x.lora_A, x.lora_B, x.alpha, x.scale
-    return merged

@@ -2,7 +2,8 @@
 
     W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
 
-and W_q, W_o, W_up, W_gate as W_k, where there is a vector. The base is never divided: who wants it back still has it.
+and W_q, W_o, W_up, W_gate as W_k, where there is a vector; LoRA is added before. The base is never divided: who wants
+it back still has it.
 
 Shapes: D width of a vector.
 """
@@ -14,21 +15,21 @@ import torch
 
 from minia3 import files, load, tokenizer
 from minia3.adapters import fitting, read_adapter, row_of
+from minia3.lora import LoRA
 from minia3.sites import SITES
 
 
 def merge(model, adapter=0):
-    """A new model with row `adapter` folded into its weights, and one row of ones.
+    """A new model with row `adapter` folded into its weights, LoRA too where there is any, and one row of ones.
 
     The product is made in float32 at least and rounded once. Tensors that do not change are shared with `model`, which
-    stays as it is. ValueError for a row that is not there, and for a model with LoRA.
+    stays as it is. ValueError for a row that is not there.
     """
-    vectors, merged, parameters = row_of(model, adapter), load.build(model.config), dict(model.named_parameters())
-    if any(".lora_" in name for name in parameters):
-        raise ValueError("the model has LoRA, which is not among its vectors: lora.merge_lora comes first")
-    for name in dict(merged.named_parameters()):  # vectors of sites.py fold in too, and a new model has none
-        p = parameters[name]
-        new = torch.ones_like(p[:1]) if name.endswith(".scale") else fold(name, p.detach(), vectors)
+    vectors, merged = row_of(model, adapter), load.build(model.config)
+    for name in dict(merged.named_parameters()):  # a new model has neither LoRA nor vectors of sites.py
+        p, module = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
+        new = module.merged() if isinstance(module, LoRA) else p.detach()
+        new = torch.ones_like(p[:1]) if name.endswith(".scale") else fold(name, new, vectors).to(p.dtype)
         load.place(merged, name, new, p.requires_grad)
     return merged.to(model.embed.weight.device).train(model.training)
 

@@ -11,7 +11,8 @@ from conftest import PEERS, T5_PEERS, Peer, double, logits, make, off, randomize
 from safetensors.torch import load_file, save_file
 
 import minia3
-from minia3.lora import LoRA, add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from minia3.lora import LoRA, add_lora, load_lora, lora_parameters, save_lora
+from minia3.merging import merge
 
 SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
@@ -240,15 +241,15 @@ def test_the_base_under_a_lora_can_be_saved(applied, loaded, tmp_path):
 
 @pytest.mark.parametrize("name", ALL)
 def test_merged_is_applied(applied, loaded, tmp_path, name):
-    model = randomize(applied(name).double(), 1)  # the vectors of (IA)^3 beside it stay what they are
-    merged, expected = merge_lora(model), logits(model, SOURCE, MASK, TARGET)
+    model = randomize(applied(name).double(), 1)  # the vectors of (IA)^3 beside it, too
+    merged, expected = merge(model), logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-11
     assert not any(isinstance(x, LoRA) for x in merged.modules())
     assert [n for n, _ in merged.named_parameters()] == [n for n, _ in loaded(name).named_parameters()]
-    merged = merge_lora(applied(name))
+    merged = merge(applied(name))
     minia3.save_model(merged, tmp_path)
     expected = logits(applied(name), SOURCE, MASK, TARGET)
-    for x in (merged, minia3.load_model(tmp_path), merge_lora(merged)):
+    for x in (merged, minia3.load_model(tmp_path), merge(merged)):
         assert off(logits(x, SOURCE, MASK, TARGET), expected) < 1e-5
 
 
@@ -256,7 +257,7 @@ def test_merged_is_applied(applied, loaded, tmp_path, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merged_weight_is_the_sum_in_float32_rounded_once(applied, name, dtype):
     model = applied(name, dtype=dtype)
-    merged = merge_lora(model)
+    merged = merge(model)
     for n, x in model.named_modules():
         if isinstance(x, LoRA):
             expected = (x.weight.float() + 5 / 3 * (x.lora_B @ x.lora_A)).to(dtype)
@@ -266,7 +267,7 @@ def test_a_merged_weight_is_the_sum_in_float32_rounded_once(applied, name, dtype
 def test_a_merged_weight_in_bfloat16_is_as_near_as_rounding_allows(applied):
     model = applied("t5-v1.0", dtype=torch.bfloat16)
     expected = logits(applied("t5-v1.0", dtype=torch.bfloat16).double(), SOURCE, MASK, TARGET)
-    error, applied_error = (rms(logits(x, SOURCE, MASK, TARGET) - expected) for x in (merge_lora(model), model))
+    error, applied_error = (rms(logits(x, SOURCE, MASK, TARGET) - expected) for x in (merge(model), model))
     assert 0 < error < 1.5 * applied_error
     assert applied_error < 0.05 * rms(expected)
 
@@ -275,7 +276,7 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(appli
     model = applied("t5-v1.1", n_adapters=2)
     for mode in (True, False):
         before = {n: value.clone() for n, value in model.state_dict().items()}
-        merged = merge_lora(model.train(mode))
+        merged = merge(model.train(mode))
         assert {x.training for x in merged.modules()} == {mode}
         ours, changed = dict(model.named_parameters()), (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale")
         for n, p in merged.named_parameters():

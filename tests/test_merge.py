@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import minia3
 from minia3 import load
 from minia3.adapters import row_of, save_adapter, write_adapter
-from minia3.lora import add_lora
 from minia3.merging import merge, merge_files
 
 SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
@@ -151,12 +150,6 @@ def test_a_merged_model_can_be_tuned_and_merged_again(loaded):
     twice = randomize(merge(model), 6)
     expected = logits(twice, SOURCE, MASK, TARGET)
     assert off(logits(merge(twice), SOURCE, MASK, TARGET), expected) < 1e-5
-
-
-def test_a_model_with_lora_is_refused(loaded):
-    add_lora(model := loaded("llama-gqa"))
-    with pytest.raises(ValueError, match="merge_lora comes first"):
-        merge(model)
 
 
 # From file to file

@@ -29,8 +29,8 @@ MODEL = [
     ["files"],
     ["gguf_file", "meta_files"],
     ["load", "tokenizer"],
-    ["adapters"],
-    ["merging", "lora"],
+    ["adapters", "lora"],
+    ["merging"],
 ]
 TASKS = [
     ["prompts"],
