@@ -267,13 +267,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     if bad := [n for n, one in enumerate(examples) if not (one.source and one.targets and all(one.targets))]:
         raise ValueError(f"example {bad[0]} of the batch has no target, or a source or target of no tokens")
     n_choices = max(len(example.targets) for example in examples)
-    source_BM, mask_BM = _pad([example.source for example in examples], pad_id)
-    targets, masks = _pad([t for e in examples for t in e.targets + [[]] * (n_choices - len(e.targets))], pad_id)
+    source_BM, mask_BM = pad([example.source for example in examples], pad_id)
+    targets, masks = pad([t for e in examples for t in e.targets + [[]] * (n_choices - len(e.targets))], pad_id)
     target_BCL, target_mask_BCL = (x.view(len(examples), n_choices, -1) for x in (targets, masks))
     return Batch(source_BM, mask_BM, target_BCL, target_mask_BCL, torch.tensor([example.label for example in examples]))
 
 
-def _pad(lists, pad_id):
+def pad(lists, pad_id):
     """(N, longest) ids, padded on the right, and their mask."""
     length = max(map(len, lists))
     mask = torch.arange(length) < torch.tensor([[len(ids)] for ids in lists])

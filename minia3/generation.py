@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minia3.backward import Recomputed
-from minia3.data import collate, encode_example
+from minia3.data import collate, encode_example, pad
 from minia3.losses import choice_scores
 from minia3.prompts import Rendered
 
@@ -164,9 +164,7 @@ def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, searc
 
     def run():
         for read, own in _batches(list(map(len, sources)), adapter, max(1, batch_size // max(beams, samples))):
-            longest = max(len(sources[i]) for i in read)
-            source_BM = torch.tensor([sources[i] + [tokenizer.pad_id] * (longest - len(sources[i])) for i in read])
-            mask_BM = torch.arange(longest) < torch.tensor([[len(sources[i])] for i in read])
+            source_BM, mask_BM = pad([sources[i] for i in read], tokenizer.pad_id)
             with torch.no_grad():
                 state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM, own)
             done, which = set(), [i * samples + sample for i in read for sample in range(samples)]

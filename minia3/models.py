@@ -22,15 +22,9 @@ class Known(NamedTuple):
     config: T5Config | LlamaConfig
 
 
-def __getattr__(name):
-    """KNOWN, short name -> Known, is read when it is first asked for (PEP 562)."""
-    if name != "KNOWN":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return table()
-
-
 @cache
 def table():
+    """Short name -> Known."""
     rows, models = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8")), {}
     for short, row in rows.items():
         row = rows[short] = rows.get(row.pop("like", None), {}) | row

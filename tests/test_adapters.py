@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import minia3
 from minia3 import load, names
 from minia3.adapters import WRITE, load_adapter, read_adapter, row_of, save_adapter, write_adapter
-from minia3.models import KNOWN
+from minia3.models import table
 from minia3.sites import places
 
 SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
@@ -239,7 +239,7 @@ def test_t0_3b_s_vectors_are_converted_without_the_model(tmp_path):
     raw = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "bigscience/T0_3B"
     assert (raw["target_modules"], raw["feedforward_modules"]) == (["k", "v", "wo"], ["wo"])
-    model = load.build(KNOWN["t0-3b"].config)
+    model = load.build(table()["t0-3b"].config)
     assert {n: tuple(v[0].shape) for n, v in minia3.vectors(model).items()} == {
         n: tuple(v.shape) for n, v in read_adapter(tmp_path / "peft").vectors.items()
     }

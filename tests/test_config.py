@@ -8,7 +8,7 @@ import torch
 
 from minia3.config import from_hf, to_hf
 from minia3.llama import LlamaConfig
-from minia3.models import KNOWN
+from minia3.models import table
 from minia3.t5 import T5Config
 
 T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 10}
@@ -147,7 +147,7 @@ def test_what_is_not_supported_or_not_there_is_refused_by_name(raw, message):
 
 
 CONFIGS = {
-    **{name: row.config for name, row in KNOWN.items()},
+    **{name: row.config for name, row in table().items()},
     "t5-unscaled": T5Config(8, 4, 16, 2, 1, 2, 10, "gelu", True, own_head=False, scale_logits=False),
     "t5-scaled-own": T5Config(
         8, 4, 16, 2, 3, 2, 10, own_head=True, eps=1e-3, start_id=4, pad_id=3, dropout=0.0, n_buckets=8

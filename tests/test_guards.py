@@ -19,7 +19,7 @@ from minia3.data import Batch
 from minia3.generation import choice_logprobs
 from minia3.load import build
 from minia3.losses import total_loss
-from minia3.models import KNOWN
+from minia3.models import table
 from tests.benchmarks.measure import kept_for_backward
 
 aten = torch.ops.aten
@@ -109,7 +109,7 @@ def test_full_fine_tuning_has_those_of_the_gradients_of_weights_too(frozen, name
 )
 def test_in_the_size_of_real_models_that_is_two_thirds(name, ours, full):
     """A step of 8 sources of 128 tokens and targets of 8, counted on the meta device: nothing is computed."""
-    model = build(KNOWN[name].config).to("meta").eval()
+    model = build(table()[name].config).to("meta").eval()
     source_BM, target_BL = (torch.zeros(8, n, dtype=torch.long, device="meta") for n in (128, 8))
 
     def step():
@@ -156,8 +156,8 @@ ENCODER = ["encoder", "encoder.blocks.0", "encoder.blocks.1"]
 )
 def test_below_the_lowest_vector_that_is_trained_autograd_records_nothing(frozen, name, trained, below):
     model, recorded = frozen(name), {}
-    for vector, table in minia3.vectors(model).items():
-        table.requires_grad_(vector.startswith(trained))
+    for vector, rows in minia3.vectors(model).items():
+        rows.requires_grad_(vector.startswith(trained))
     for part, module in model.named_modules():
         if re.fullmatch(r"embed|encoder|decoder|.*blocks\.\d", part):
             recorded[part] = []

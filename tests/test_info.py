@@ -18,7 +18,7 @@ import minia3
 from minia3.__main__ import main
 from minia3.info import info, peak_memory
 from minia3.load import build
-from minia3.models import KNOWN
+from minia3.models import table
 from tests.benchmarks.memory import measured
 
 
@@ -63,7 +63,7 @@ def test_every_known_name_has_its_numbers_without_a_network(name, monkeypatch):
     assert adapter == VECTORS.get(name, adapter)
     assert base == TOTALS.get(name, base)
     assert found["adapter"] == f"{adapter:,} numbers, {adapter / base:.3%} of the base"
-    assert found["model"] == KNOWN[name].repo
+    assert found["model"] == table()[name].repo
     assert n_bytes(found["its file"]) == pytest.approx(4 * adapter, rel=0.1, abs=2e4)
 
 
@@ -107,7 +107,10 @@ def test_a_folder_is_described_from_its_config_alone_as_what_is_loaded(name, pee
     assert found["its file"] == f"{size / 1e6:.2f} MB"
 
 
-SMALL = {"t5": KNOWN["t5-small"].config, "llama": replace(KNOWN["smollm2-135m"].config, n_layers=6, vocab_size=8192)}
+SMALL = {
+    "t5": table()["t5-small"].config,
+    "llama": replace(table()["smollm2-135m"].config, n_layers=6, vocab_size=8192),
+}
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells and resets a process's peak")
@@ -131,7 +134,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_process_takes(kind, dtype, batch, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["t5-small", "smollm2-135m"])
 def test_the_plan_counts_weights_vectors_and_what_a_step_keeps(name, dtype):
-    config = KNOWN[name].config
+    config = table()[name].config
     own = sum(p.numel() * (4 if n.endswith(".scale") else dtype.itemsize) for n, p in build(config).named_parameters())
     serve, train, longer = (
         peak_memory(config, dtype, 8, length, on)[0] for length, on in ((64, False), (64, True), (128, True))
@@ -141,7 +144,7 @@ def test_the_plan_counts_weights_vectors_and_what_a_step_keeps(name, dtype):
 
 
 def test_malloc_s_share_is_of_what_comes_and_goes_and_not_of_weights():
-    config = KNOWN["t5-small"].config
+    config = table()["t5-small"].config
     own = sum(p.numel() * 4 for p in build(config).parameters())
     for batch, length, train in ((1, 8, False), (4, 64, True)):
         tensors, malloc = peak_memory(config, torch.float32, batch, length, train)
@@ -159,7 +162,7 @@ def mistakes(arguments, capsys, *parts):
 
 
 def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
-    config = KNOWN["t5-small"].config
+    config = table()["t5-small"].config
     assert main(["info", "t5-small", "--batch", "3", "--length", "50", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for dtype in (torch.float32, torch.bfloat16):

@@ -10,7 +10,7 @@ from minia3 import models
 from minia3.config import from_hf
 from minia3.ia3 import vectors
 from minia3.load import build, read
-from minia3.models import EMBEDDED, KNOWN, hub_name, known
+from minia3.models import EMBEDDED, hub_name, known, table
 
 # (IA)^3's numbers in one adapter
 VECTORS = {
@@ -145,26 +145,26 @@ def counts(config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_row_of_the_table_is_what_the_config_of_the_hub_says(name):
-    assert KNOWN[name].config == from_hf(CONFIGS[name])
+    assert table()[name].config == from_hf(CONFIGS[name])
 
 
 def test_the_row_of_the_embedded_model_is_what_its_own_config_says():
-    assert KNOWN["tiny-t5"].config == read(EMBEDDED, weights=False)[0]
+    assert table()["tiny-t5"].config == read(EMBEDDED, weights=False)[0]
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_one_adapter_has_as_many_numbers_as_the_papers_say(name):
-    assert counts(KNOWN[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
+    assert counts(table()[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
 
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_the_base_has_as_many_numbers_as_are_published(name):
-    assert counts(KNOWN[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
+    assert counts(table()[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
 
 
-@pytest.mark.parametrize("name", [name for name, row in KNOWN.items() if row.family.startswith(("t5", "flan", "t0"))])
+@pytest.mark.parametrize("name", [name for name, row in table().items() if row.family.startswith(("t5", "flan", "t0"))])
 def test_a_t5_adapter_has_as_many_numbers_as_the_formula_says(name):
-    c = KNOWN[name].config
+    c = table()[name].config
     kv = 2 * c.n_heads * c.d_head
     assert counts(c)[0] == c.n_layers * (kv + c.d_ff) + c.n_decoder_layers * (2 * kv + c.d_ff)
 
@@ -175,15 +175,15 @@ def test_a_row_of_the_file_is_like_one_above_it_and_says_only_what_differs():
         like = whole[row["like"]] if "like" in row else {}
         assert not [key for key in row if key in like and row[key] == like[key]]
         whole[name] = like | {key: value for key, value in row.items() if key != "like"}
-    assert list(whole) == list(KNOWN)
+    assert list(whole) == list(table())
 
 
 def test_names_and_hub_ids_lead_to_the_same_row_in_any_case():
-    assert known("t5-base") is known("google-t5/T5-Base") is KNOWN["t5-base"]
-    assert known("Llama-2-7B") is known("meta-llama/llama-2-7b-hf") is KNOWN["llama-2-7b"]
+    assert known("t5-base") is known("google-t5/T5-Base") is table()["t5-base"]
+    assert known("Llama-2-7B") is known("meta-llama/llama-2-7b-hf") is table()["llama-2-7b"]
     assert known("t5-bse") is None
-    assert len({row.repo for row in KNOWN.values()}) == len(KNOWN)
-    assert all(name == name.lower() for name in KNOWN)
+    assert len({row.repo for row in table().values()}) == len(table())
+    assert all(name == name.lower() for name in table())
 
 
 def test_the_hub_name_is_the_repository_of_what_is_on_the_hub():
@@ -198,14 +198,14 @@ def test_the_hub_name_is_the_repository_of_what_is_on_the_hub():
 def test_the_families_that_the_tasks_speak_of_are_there():
     from minia3.tasks import TASKS
 
-    families = {row.family for row in KNOWN.values()}
+    families = {row.family for row in table().values()}
     for task in TASKS.values():
         assert set(getattr(task, "seen", ())) <= families
 
 
 def test_building_takes_no_memory():
-    model = build(KNOWN["t0-11b"].config, n_adapters=2)
+    model = build(table()["t0-11b"].config, n_adapters=2)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert build(KNOWN["llama-2-70b"].config).frequency.device.type == "cpu", (
+    assert build(table()["llama-2-70b"].config).frequency.device.type == "cpu", (
         "the rotation's frequencies are real numbers"
     )

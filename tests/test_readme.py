@@ -16,7 +16,7 @@ import train
 from minia3.__main__ import COMMANDS, main, parse
 from minia3.ia3 import vectors
 from minia3.load import build, load_model
-from minia3.models import KNOWN
+from minia3.models import table
 from minia3.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +77,7 @@ def test_the_table_of_counts_is_what_the_configs_give():
     rows = re.findall(r"^\| ([\w.-]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+%) \|$", README, re.MULTILINE)
     assert len(rows) >= 11
     for name, base, adapter, share in rows:
-        model = build(KNOWN[name].config)
+        model = build(table()[name].config)
         n = sum(vector.numel() for vector in vectors(model).values())
         total = sum(p.numel() for p in model.parameters()) - n
         assert (name, base, adapter, share) == (name, f"{total:,}", f"{n:,}", f"{n / total:.3%}")

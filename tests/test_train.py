@@ -270,7 +270,7 @@ def test_training_draws_from_all_prompts_and_one_of_them_measures(rte, tmp_path,
 def test_a_family_that_saw_the_labels_is_said_to_have_seen_them(rte, tmp_path, monkeypatch, capsys):
     assert run(words(tmp_path / "run", steps=1, **rte)) == 0
     assert "pre-training" not in capsys.readouterr().out
-    monkeypatch.setattr(cells, "known", lambda name: minia3.models.KNOWN["t5-base"])
+    monkeypatch.setattr(cells, "known", lambda name: minia3.models.table()["t5-base"])
     monkeypatch.setattr(cells, "for_family", lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0)
     assert run(words(tmp_path / "seen", steps=1, **rte)) == 0
     assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from minia3.info import peak_memory, size
-from minia3.models import KNOWN
+from minia3.models import table
 
 POINTS = [  # model, dtype, batch, length, whether it trains
     ("flan-t5-base", "float32", 2, 512, True),
@@ -88,7 +88,7 @@ def main(argv=None):
     points = FIT if (argv or sys.argv[1:]) == ["--fit"] else POINTS
     print("| step | planned | measured | tensors alone | measured without malloc's holes |\n|---|---|---|---|---|")
     for name, dtype, batch, length, train in points:
-        given = KNOWN[name].config, getattr(torch, dtype), batch, length, train
+        given = table()[name].config, getattr(torch, dtype), batch, length, train
         tensors, malloc = peak_memory(*given)
         cells = [f"{name}, {dtype}, {batch} x {length}, {'training' if train else 'serving'}"]
         for planned, trim in ((tensors + malloc, False), (tensors, True)):

@@ -11,7 +11,7 @@ import minia3
 from minia3.config import to_hf
 from minia3.data import Example, collate
 from minia3.lora import add_lora
-from minia3.models import KNOWN
+from minia3.models import table
 from minia3.t5 import T5Config
 
 IGNORED = -100  # transformers' label of a position without a loss
@@ -21,7 +21,7 @@ TINY = {"d_model": 32, "d_head": 8, "d_ff": 64, "n_layers": 2, "n_heads": 4, "vo
 
 def config_of(name, quick=False):
     """The config of a known model; `quick`: of the same kind, but tiny."""
-    config = replace(KNOWN[name].config, dropout=0.0)
+    config = replace(table()[name].config, dropout=0.0)
     if not quick:
         return config
     return replace(config, **TINY, **({"n_decoder_layers": 2} if isinstance(config, T5Config) else {"n_kv_heads": 2}))
