@@ -79,9 +79,9 @@ def predict(args):
     """Label the rows of a file, or continue them: python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"""
     from minia3 import adapters, models, predict, prompts, tasks
 
-    if args.task not in (None, *tasks.TASKS):
-        raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.TASKS)}")
-    spec, row = tasks.TASKS.get(args.task, tasks.Spec()), models.known(args.model)
+    if args.task not in (None, *tasks.table()):
+        raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.table())}")
+    spec, row = tasks.table().get(args.task, tasks.Spec()), models.known(args.model)
     worded = prompts.for_family(spec.prompts, row and row.family)
     if not 0 <= args.prompt < len(worded):
         raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(worded) - 1}")

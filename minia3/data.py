@@ -47,7 +47,7 @@ def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = Non
     another for each of five seeds in a row, or with shots=50 none. Raises ValueError, in one line.
     """
     name, notes = str(name_or_path), []
-    spec = tasks.TASKS.get(name, Spec())
+    spec = tasks.table().get(name, Spec())
     files = _files(name, spec, data_dir, seed, notes)
     known, published = bool(spec.labels), seed in files
     rows = _read({split: files[split] for split in files if split != "validation" or not spec.dev_ids}, spec)
@@ -109,8 +109,8 @@ def _files(name, spec, data_dir, seed, notes):
             notes.append(f"{error}; so this is T-Few's published split, evaluated on those of the other seeds")
             return files
     elif not (spec.shipped or os.path.exists(name)):
-        hint = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name.lower(), tasks.TASKS, n=1))
-        raise ValueError(f"{name!r} is no task, file or folder: {hint}Known tasks: {', '.join(tasks.TASKS)}")
+        hint = "".join(f"did you mean {x!r}? " for x in difflib.get_close_matches(name.lower(), tasks.table(), n=1))
+        raise ValueError(f"{name!r} is no task, file or folder: {hint}Known tasks: {', '.join(tasks.table())}")
     if files := _find(path, suffixes) if path.is_dir() else {"train": path} if path.suffix in suffixes else {}:
         return files
     raise ValueError(f"{path}: expected a .jsonl or .csv file, or a folder of train, validation (val, dev) and test")

@@ -11,6 +11,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -22,6 +23,7 @@ from minia3.prompts import OWN, Prompt
 TIMEOUT = 30  # seconds without a byte
 INFLATED = 100  # a zip's member may be so many times the archive; texts become four times as long
 HUB = "https://huggingface.co/datasets/"
+TABLE = Path(__file__).with_suffix(".json")
 SHIPPED = Path(__file__).resolve().parent.parent / "data"  # what comes with the repository, whatever --data-dir says
 
 
@@ -75,19 +77,13 @@ class Task(NamedTuple):
         return "validation", self.validation
 
 
-def __getattr__(name):
-    """TASKS, name -> Spec, is read when it is first asked for (PEP 562)."""
-    if name != "TASKS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, read_table(Path(__file__).with_name("tasks.json")))
-
-
-def read_table(path):
+@cache
+def table(path=TABLE):
     """Name -> Spec of a file such as tasks.json. Raises ValueError, in one line, for a key that no task has."""
-    table, tasks = json.loads(Path(path).read_text("utf-8")), {}
-    for name, row in table.items():
+    rows, tasks = json.loads(Path(path).read_text("utf-8")), {}
+    for name, row in rows.items():
         try:
-            row = (table[row.pop("like")] if "like" in row else {}) | row
+            row = (rows[row.pop("like")] if "like" in row else {}) | row
             choices, texts = row.pop("choices", row.get("labels")), row.pop("prompts", [])
             prompts = tuple(Prompt(**text | {"choices": tuple(text.get("choices", choices))}) for text in texts) or OWN
             tasks[name] = Spec(prompts, [Source(**source) for source in row.pop("sources", [])], **row)

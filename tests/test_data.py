@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from minia3 import data, tasks
 from minia3.data import WINDOW, Example, collate, encode_example, load_task, order, read_rows
 from minia3.prompts import OWN, Prompt, Rendered, fit, render
-from minia3.tasks import TASKS, Source, Spec
+from minia3.tasks import Source, Spec, table
 
 REAL = os.environ.get("MINIA3_TEST_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="MINIA3_TEST_DATA is not set: no real data sets to read")
@@ -71,8 +71,8 @@ def test_the_real_files_are_read_whole(name, sizes, labels):
     assert (task.name, task.metric, task.prompts, task.seen) == (
         name,
         "accuracy",
-        TASKS[name].prompts,
-        TASKS[name].seen,
+        table()[name].prompts,
+        table()[name].seen,
     )
     names = ("train.jsonl", "val.jsonl", "test.jsonl")
     sums = {file: hashlib.sha256((folder / name / file).read_bytes()).hexdigest() for file in names}
@@ -120,7 +120,7 @@ def test_few_shot_splits_are_the_published_ones(name, n, shots, seed, file, offl
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     task = load_task(name, Path(REAL, "data"), shots=shots, seed=seed)
     assert task.train == rows, "order, idx, label and texts"
-    assert TASKS[name].shots == shots
+    assert table()[name].shots == shots
     whole = Path(REAL, "data", name, "train.jsonl").exists()
     assert len(load_task(name, Path(REAL, "data"), seed=seed).train) == (n if whole else len(rows))
     assert whole == (not any("published split" in note for note in task.notes))
@@ -145,7 +145,7 @@ def test_the_published_indices_are_those_of_our_shuffle(name, n, shots, seed, fi
     monkeypatch.setattr(data, "_files", lambda *_: {"train": tmp_path, "validation": tmp_path})
     monkeypatch.setattr(data, "_read", lambda *_: {"train": [dict(row) for row in rows], "validation": rows[:1]})
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"")
-    monkeypatch.setitem(TASKS, "served", Spec(labels=["no", "yes"], per_class=per_class))
+    monkeypatch.setitem(table(), "served", Spec(labels=["no", "yes"], per_class=per_class))
     rows = [{"label": int(per_class and i >= SST2[0]), "idx": i} for i in range(n_rows)]
     ours = [row["idx"] for row in load_task("served", shots=shots, seed=seed).train]
     theirs = [json.loads(line)["idx"] for line in file.read_text("utf-8").splitlines()]
@@ -156,7 +156,7 @@ def test_the_published_indices_are_those_of_our_shuffle(name, n, shots, seed, fi
 
 
 @needs_real_data
-@pytest.mark.parametrize("name", [name for name in TASKS if name.startswith("raft/")])
+@pytest.mark.parametrize("name", [name for name in table() if name.startswith("raft/")])
 def test_every_row_of_raft_is_held_out_by_one_of_five_seeds_in_a_row(name):
     folds = [load_task(name, Path(REAL, "data"), seed=seed) for seed in range(7, 12)]
     assert sorted(row["idx"] for task in folds for row in task.validation) == list(range(50))
@@ -167,7 +167,7 @@ def test_every_row_of_raft_is_held_out_by_one_of_five_seeds_in_a_row(name):
         assert task.notes[0] == f"fold {seed % 5 + 1} of 5 is held out: report the mean of 5 seeds in a row"
     assert load_task(name, Path(REAL, "data"), seed=2).validation == folds[0].validation
     task = folds[0]
-    assert all(TASKS[name].labels[row["label"]] == row["Label"] for row in task.train)
+    assert all(table()[name].labels[row["label"]] == row["Label"] for row in task.train)
     assert [row["ID"] for row in task.test] == [str(50 + i) for i in range(len(task.test))], (
         "what the leaderboard wants"
     )
@@ -175,7 +175,7 @@ def test_every_row_of_raft_is_held_out_by_one_of_five_seeds_in_a_row(name):
     for prompt in task.prompts:
         for row in [*task.train, *task.test[::10]]:
             rendered = render(prompt, row)
-            assert len(set(rendered.choices)) == len(rendered.choices) == len(TASKS[name].labels)
+            assert len(set(rendered.choices)) == len(rendered.choices) == len(table()[name].labels)
 
 
 @needs_real_data
@@ -220,7 +220,7 @@ def test_long_real_rows_fit_under_a_real_tokenizer_and_keep_their_question(name)
         return len(tokenizer.encode(text).ids)
 
     rows = sorted(load_task("rte", Path(REAL, "data")).train, key=lambda row: -len(row["premise"]))[:40]
-    for prompt in TASKS["rte"].prompts:
+    for prompt in table()["rte"].prompts:
         for row in rows:
             cut, was_cut = fit(prompt, row, n_tokens, 100)
             assert was_cut
@@ -323,7 +323,7 @@ def serve(server, monkeypatch, content, address=None, **changes):
     address = address or f"http://127.0.0.1:{server.server_port}/T.zip"
     source = Source(address, PARTS, len(content), hashlib.sha256(content).hexdigest())._replace(**changes)
     spec = Spec((Prompt("{text}?", ("No", "Yes")),), [source], labels=("no", "yes"))
-    monkeypatch.setitem(TASKS, "served", spec)
+    monkeypatch.setitem(table(), "served", spec)
 
 
 def left(folder):
@@ -336,7 +336,7 @@ def failure(folder):
         load_task("served", folder)
     assert left(folder) == []
     message = str(error.value)
-    assert message.startswith(TASKS["served"].sources[0].address + ": ")
+    assert message.startswith(table()["served"].sources[0].address + ": ")
     assert message.endswith(f"put train.jsonl, val.jsonl, test.jsonl into {Path(folder, 'served')} by hand")
     return message
 
@@ -513,7 +513,7 @@ def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeyp
     server.wait = both.wait  # neither gets its file before both are under way
     code = (
         "import sys; from minia3.data import load_task; from minia3.tasks import *; from minia3.prompts import Prompt\n"
-        f"from minia3.tasks import TASKS; TASKS['served'] = {TASKS['served']!r}\n"
+        f"from minia3.tasks import table; table()['served'] = {table()['served']!r}\n"
         f"print(len(load_task('served', {str(tmp_path)!r}).train))"
     )
     run = [sys.executable, "-c", code]
@@ -556,11 +556,11 @@ def test_an_unpacking_that_stops_halfway_is_taken_up_by_the_next_run(server, tmp
 def official(monkeypatch, server, name, contents):
     """The task `name` of the table, with its addresses on the server, which has `contents`: address's end -> bytes."""
     server.pages, sources = {f"/{end}": content for end, content in contents.items()}, []
-    for source in TASKS[name].sources:
+    for source in table()[name].sources:
         end = source.address.rsplit("/", 1)[1]
         address, digest = f"http://127.0.0.1:{server.server_port}/{end}", hashlib.sha256(contents[end]).hexdigest()
         sources.append(Source(address, source.files, len(contents[end]), digest))
-    monkeypatch.setitem(TASKS, name, TASKS[name]._replace(sources=sources))
+    monkeypatch.setitem(table(), name, table()[name]._replace(sources=sources))
 
 
 def test_anlis_rounds_are_taken_from_one_zip_and_reported_on_test(server, tmp_path, monkeypatch):
@@ -739,7 +739,9 @@ def test_raft_comes_from_the_hub_through_its_own_client(tmp_path, monkeypatch):
     ],
 )
 def test_a_bad_row_of_a_known_task_is_reported_like_any_other(tmp_path, monkeypatch, line, words):
-    monkeypatch.setitem(TASKS, "served", Spec((Prompt("{text}?", ("No", "Yes")),), [Source("", PARTS)], ("no", "yes")))
+    monkeypatch.setitem(
+        table(), "served", Spec((Prompt("{text}?", ("No", "Yes")),), [Source("", PARTS)], ("no", "yes"))
+    )
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "train.jsonl").write_bytes(lines({"text": "a", "label": "no"}, line))
     (tmp_path / "served" / "val.jsonl").write_bytes(lines({"text": "a", "label": "no"}))
@@ -751,7 +753,7 @@ def test_labels_may_be_texts_numbers_and_truth_values(tmp_path, monkeypatch):
     prompt = (Prompt("{text}?", ("a", "b")),)
     (tmp_path / "served").mkdir()
     for labels, in_file in {("false", "true"): [False, "true", "False", True], ("0", "1"): [0, "1", "0", 1]}.items():
-        monkeypatch.setitem(TASKS, "served", Spec(prompt, [Source("", PARTS)], labels))
+        monkeypatch.setitem(table(), "served", Spec(prompt, [Source("", PARTS)], labels))
         rows = lines(*({"text": "a", "label": label} for label in in_file))
         for name in ("train", "val", "test"):
             (tmp_path / "served" / f"{name}.jsonl").write_bytes(rows)
@@ -766,7 +768,7 @@ def test_a_shipped_task_is_own_rows_under_a_name(tmp_path, monkeypatch):
     for split in ("train", "val", "test"):
         (tmp_path / "colours" / f"{split}.jsonl").write_bytes(lines(choice(1), choice(2, label=1)))
     monkeypatch.setattr(data, "SHIPPED", tmp_path)
-    monkeypatch.setitem(TASKS, "colour", Spec(OWN, shipped="colours"))
+    monkeypatch.setitem(table(), "colour", Spec(OWN, shipped="colours"))
     task = load_task("colour", tmp_path / "elsewhere")
     assert (task.name, task.metric, task.evaluation) == ("colour", "accuracy", ("test", task.test))
     assert render(task.prompts[0], task.train[1]) == ("question 2", ["yes", "no"], 1)

@@ -37,7 +37,7 @@ from minia3 import adapters, data, files, gguf_file, load, runs
 from minia3.llama import Llama, LlamaConfig
 from minia3.prompts import Prompt
 from minia3.t5 import T5, T5Config
-from minia3.tasks import TASKS, Source, Spec
+from minia3.tasks import Source, Spec, table
 from minia3.tokenizer import Tokenizer
 
 resource = pytest.importorskip("resource", reason="memory is limited by a means that Windows lacks")
@@ -682,7 +682,7 @@ def read_zip(folder):
     path, out = folder / "T.zip", folder / "data"
     content = path.read_bytes() if path.is_file() else b""
     source = Source(path.as_uri(), MEMBERS, len(content), sha256(content).hexdigest())
-    TASKS["fuzzed"] = Spec((Prompt("{text}?", ("No", "Yes")),), [source], ("0", "1"))
+    table()["fuzzed"] = Spec((Prompt("{text}?", ("No", "Yes")),), [source], ("0", "1"))
     try:
         task = data.load_task("fuzzed", out)
         with zipfile.ZipFile(path) as archive:
@@ -690,7 +690,7 @@ def read_zip(folder):
                 texts = [json.loads(line)["text"] for line in archive.read(MEMBERS[name]).splitlines() if line.strip()]
                 assert [row["text"] for row in rows] == texts
     finally:
-        del TASKS["fuzzed"]
+        del table()["fuzzed"]
         left = {path.name for path in out.rglob("*")} if out.exists() else set()
         assert left <= {"fuzzed", "train.jsonl", "val.jsonl", "test.jsonl"}
         assert {path.name for path in folder.iterdir()} <= {"T.zip", "data"}

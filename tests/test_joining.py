@@ -10,7 +10,7 @@ import pytest
 
 from minia3.data import encode_example, load_task
 from minia3.prompts import render
-from minia3.tasks import TASKS
+from minia3.tasks import table
 from minia3.tokenizer import load_tokenizer
 
 SHARED = os.environ.get("MINIA3_TEST_DATA")
@@ -46,7 +46,7 @@ def of_task(name):
 
 
 @needs_data
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", table())
 @pytest.mark.parametrize(
     "tokenizer", ["llama2", "llama2-hf", pytest.param("smollm2", marks=needs_smollm2)], indirect=True
 )
@@ -61,7 +61,7 @@ def test_prompt_and_answer_apart_are_the_joined_text_on_every_task(tokenizer, ta
 
 
 @needs_data
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", table())
 @pytest.mark.parametrize("tokenizer", ["t5-base", "t5-base-hf"], indirect=True)
 def test_t5_reads_a_source_and_writes_a_target_that_each_end(tokenizer, task):
     for prompt, rows in of_task(task):

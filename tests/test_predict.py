@@ -104,7 +104,7 @@ def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(p
     rows = [task, {**task, "hypothesis": "tom has a cup", "idx": 77}, {**task, "label": "not_entailment"}]
     file = write(tmp_path / "rows.jsonl", rows)
     results = predicted(capsys, "tiny-t5", file, "--task", "rte", "--prompt", prompt)
-    chosen = for_family(tasks.TASKS["rte"].prompts, "tiny-t5")[prompt]
+    chosen = for_family(tasks.table()["rte"].prompts, "tiny-t5")[prompt]
     model, tokenizer = minia3.load_model("tiny-t5"), minia3.load_tokenizer("tiny-t5")
     assert [result["idx"] for result in results] == [0, 77, 2]
     for row, result in zip(rows, results, strict=True):

@@ -13,11 +13,11 @@ import running
 
 import minia3
 import train
+from minia3 import tasks
 from minia3.__main__ import COMMANDS, main, parse
 from minia3.ia3 import vectors
 from minia3.load import build, load_model
 from minia3.models import table
-from minia3.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def test_commands_use_flags_names_and_files_that_exist():
         words = command[command.index("train.py") :].split("#")[0].split(";")[0].split()
         assert {word for word in words if word.startswith("--")} <= flags
         if "--task" in words and "/" not in (task := words[words.index("--task") + 1]):
-            assert {*task.split(",")} <= TASKS.keys()
+            assert {*task.split(",")} <= tasks.table().keys()
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from minia3 import tasks
 from minia3.prompts import OWN, Prompt, fit, for_family, render
-from minia3.tasks import TASKS, Source, Spec, Task, read_table
+from minia3.tasks import Source, Spec, Task, table
 
 COPA = {
     **{"premise": "I fell.", "choice1": "I was ill.", "choice2": "I sang. ", "question": "cause"},
     **{"label": 0, "idx": 7},
 }
-PROMPTS = [pytest.param(task, p, id=f"{task}-{n}") for task, row in TASKS.items() for n, p in enumerate(row.prompts)]
+PROMPTS = [pytest.param(task, p, id=f"{task}-{n}") for task, row in table().items() for n, p in enumerate(row.prompts)]
 
 
 def n_words(text):
@@ -53,7 +53,7 @@ LABELS = {
     **{name: ["1", "2"] for name in ("winogrande", "storycloze")},
     "hellaswag": ["0", "1", "2", "3"],
 }
-KNOWN = [name for name, row in TASKS.items() if row.sources]
+KNOWN = [name for name, row in table().items() if row.sources]
 TABLE = Path(tasks.__file__).with_name("tasks.json")
 
 
@@ -72,15 +72,15 @@ def fields(*texts):
 
 
 def test_the_table_has_all_tasks_of_t_few_and_raft_and_their_shots():
-    assert set(TASKS) == {*T_FEW, *(f"raft/{name}" for name in RAFT), "same-colour"}
+    assert set(table()) == {*T_FEW, *(f"raft/{name}" for name in RAFT), "same-colour"}
     for name, (shots, files) in T_FEW.items():
-        assert TASKS[name].shots == shots
-        assert {Path(file).stem for source in TASKS[name].sources for file in source.files} == files
-        assert TASKS[name].metric == "accuracy"
-        assert TASKS[name].labels == LABELS[name]
-    assert [name for name, row in TASKS.items() if row.per_class] == ["sst2"]
+        assert table()[name].shots == shots
+        assert {Path(file).stem for source in table()[name].sources for file in source.files} == files
+        assert table()[name].metric == "accuracy"
+        assert table()[name].labels == LABELS[name]
+    assert [name for name, row in table().items() if row.per_class] == ["sst2"]
     for name in RAFT:
-        row = TASKS[f"raft/{name}"]
+        row = table()[f"raft/{name}"]
         assert (row.shots, row.metric, row.label) == (50, "macro_f1", "Label")
         files = {file: f"data/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv")}
         assert row.sources == [Source("https://huggingface.co/datasets/ought/raft", files)]
@@ -90,12 +90,12 @@ def test_the_table_has_all_tasks_of_t_few_and_raft_and_their_shots():
 @pytest.mark.parametrize("name", sorted(RAFT))
 def test_raft_has_the_labels_of_its_own_files_in_their_order_and_spelling(name):
     file = Path(os.environ["MINIA3_TEST_DATA"], "data", "raft", name, "task.json")
-    assert TASKS[f"raft/{name}"].labels == json.loads(file.read_text("utf-8"))["label_columns"]["Label"]
+    assert table()[f"raft/{name}"].labels == json.loads(file.read_text("utf-8"))["label_columns"]["Label"]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", table())
 def test_a_row_says_where_its_files_are_and_what_they_must_be(name):
-    row = TASKS[name]
+    row = table()[name]
     assert (not row.sources) == bool(row.shipped) == (not row.labels)
     assert len({label.lower() for label in row.labels}) == len(row.labels), "they are compared in lower case"
     files = [file for source in row.sources for file in source.files]
@@ -115,13 +115,13 @@ def test_a_row_says_where_its_files_are_and_what_they_must_be(name):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_task_has_five_different_prompts_for_every_model(name):
-    prompts = for_family(TASKS[name].prompts, None)
+    prompts = for_family(table()[name].prompts, None)
     assert len({prompt.text for prompt in prompts}) == len(prompts) >= 5
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_answers_are_of_several_kinds_and_of_banking_77_of_its_many(name):
-    n_kinds = len({prompt.choices for prompt in for_family(TASKS[name].prompts, None)})
+    n_kinds = len({prompt.choices for prompt in for_family(table()[name].prompts, None)})
     row_has_choices = name in ("hellaswag", "storycloze", "winogrande", "copa")
     assert n_kinds >= (1 if row_has_choices or name in ("raft/banking_77", "raft/semiconductor_org_types") else 2)
 
@@ -137,7 +137,7 @@ def test_no_prompt_ends_in_white_space_and_no_choice_has_any_around_it(prompt):
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_prompt_renders_has_a_different_choice_for_each_label_and_asks_about_what_its_task_is_about(name):
     """check_row renders the first prompt to see whether a row has its fields: it has all that any prompt has."""
-    first = TASKS[name].prompts[0]
+    first = table()[name].prompts[0]
     all_fields = fields(first.text, *first.choices)
     main = {"rte": {"premise", "hypothesis"}, "cb": {"premise", "hypothesis"}, "copa": {"premise", "question"}}
     main |= {"wic": {"word", "sentence1", "sentence2"}, "wsc": {"text", "span1_text", "span2_text"}}
@@ -145,10 +145,10 @@ def test_every_prompt_renders_has_a_different_choice_for_each_label_and_asks_abo
     main |= {"storycloze": {*(f"input_sentence_{i}" for i in (1, 2, 3, 4)), "sentence_quiz1", "sentence_quiz2"}}
     main |= {"boolq": {"passage", "question"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"}}
     main |= {name: {"premise", "hypothesis"} for name in ("anli-r1", "anli-r2", "anli-r3")}
-    for prompt in TASKS[name].prompts:
+    for prompt in table()[name].prompts:
         row = Named(label=0, question="cause") if prompt.words else Named(label=0)
         rendered = render(prompt, row)
-        assert len(set(rendered.choices)) == len(rendered.choices) == len(TASKS[name].labels)
+        assert len(set(rendered.choices)) == len(rendered.choices) == len(table()[name].labels)
         used = fields(prompt.text, *prompt.choices)
         assert main.get(name, set()) <= used <= all_fields
         assert used
@@ -168,7 +168,7 @@ def test_yes_is_the_answer_of_the_label_that_says_yes():
     yes |= {f"raft/{name}": label for name, label in labels.items()}
     seen = 0
     for name, label in yes.items():
-        for prompt in TASKS[name].prompts:
+        for prompt in table()[name].prompts:
             for i, choice in enumerate(prompt.choices):
                 if choice.lower() in good | bad:
                     assert (choice.lower() in good) == (i == label), (name, prompt)
@@ -179,7 +179,7 @@ def test_yes_is_the_answer_of_the_label_that_says_yes():
 def test_the_words_of_a_prompt_and_its_answers_are_the_same_words():
     """A prompt that names the answers ("Yes or No?", "1 or 2") has these and no others."""
     for name in KNOWN:
-        for prompt in TASKS[name].prompts:
+        for prompt in table()[name].prompts:
             for pair in (("Yes", "No"), ("True", "False"), ("yes", "no")):
                 if re.search(rf"\b{pair[0]}(, {pair[1]}\b|,? or {pair[1]}\b)", prompt.text):
                     assert set(pair) <= set(prompt.choices), prompt
@@ -211,27 +211,27 @@ def test_a_key_that_no_task_has_is_an_error(tmp_path, change, words):
     row = {"sources": [], "labels": ["x", "y"], "prompts": [{"text": "{a}"}]}
     (tmp_path / "t.json").write_text(json.dumps({"cb": row, "rte": {**row, **change}}))
     with pytest.raises(ValueError, match=rf"t\.json: {words}"):
-        read_table(tmp_path / "t.json")
+        table(tmp_path / "t.json")
 
 
 def test_a_row_that_is_like_another_says_only_what_differs_and_choices_of_the_task_are_those_of_its_prompts(tmp_path):
     one = {"labels": ["x", "y"], "metric": "m", "prompts": [{"text": "{a}"}, {"text": "b", "choices": ["c", "d"]}]}
     (tmp_path / "t.json").write_text(json.dumps({"a": {"like": "b", "choices": ["z", "{w}"]}, "b": one}))
-    table = read_table(tmp_path / "t.json")
-    assert table["b"] == Spec((Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d"))), [], ["x", "y"], metric="m")
-    assert table["a"] == table["b"]._replace(prompts=(Prompt("{a}", ("z", "{w}")), table["b"].prompts[1]))
+    found = table(tmp_path / "t.json")
+    assert found["b"] == Spec((Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d"))), [], ["x", "y"], metric="m")
+    assert found["a"] == found["b"]._replace(prompts=(Prompt("{a}", ("z", "{w}")), found["b"].prompts[1]))
 
 
 def test_the_table_is_read_when_it_is_first_asked_for_and_only_once():
     code = (
-        "from pathlib import Path; from minia3 import data, tasks; assert 'TASKS' not in vars(tasks)\n"
-        "first = tasks.TASKS; Path.read_text = None; assert tasks.TASKS is first and 'rte' in first"
+        "from pathlib import Path; from minia3 import data, tasks; assert not tasks.table.cache_info().misses\n"
+        "first = tasks.table(); Path.read_text = None; assert tasks.table() is first and 'rte' in first"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_answers_are_of_several_kinds():
-    answers = Counter(prompt.choices for prompt in TASKS["rte"].prompts if prompt.for_model is None)
+    answers = Counter(prompt.choices for prompt in table()["rte"].prompts if prompt.for_model is None)
     assert answers[("Yes", "No")] >= 2
     assert answers[("True", "False")] >= 2
     assert answers[("entailment", "not entailment")] == 1
@@ -239,33 +239,33 @@ def test_the_answers_are_of_several_kinds():
 
 def test_the_first_prompt_of_rte_is_the_one_that_published_figures_are_about():
     text = "{premise}\nQuestion: {hypothesis} True or False?\nAnswer:"
-    assert TASKS["rte"].prompts[0] == Prompt(text, ("True", "False"))
+    assert table()["rte"].prompts[0] == Prompt(text, ("True", "False"))
 
 
 def test_only_t5_v1_0_gets_the_form_that_it_was_trained_on():
-    prompts = TASKS["rte"].prompts
+    prompts = table()["rte"].prompts
     (form,) = for_family(prompts, "t5-v1.0")
     row = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 1, "idx": 0}
     rendered = ("rte sentence1: It rains. sentence2: It is wet.", ["entailment", "not_entailment"], 1)
     assert render(form, row) == rendered
     for family in ("t5-v1.1", "t0", "flan-t5", "llama", None):
         assert for_family(prompts, family) == tuple(prompt for prompt in prompts if prompt != form)
-    assert for_family(TASKS["cb"].prompts, "t5-v1.0") == TASKS["cb"].prompts
+    assert for_family(table()["cb"].prompts, "t5-v1.0") == table()["cb"].prompts
 
 
 def test_the_families_that_saw_a_task_are_named():
     superglue = ("rte", "cb", "copa", "boolq", "wic", "wsc")
-    assert all(set(TASKS[name].seen) == {"t5-v1.0", "flan-t5"} for name in superglue), "not T5 v1.1, not T0"
-    assert all(set(TASKS[name].seen) == {"t5-v1.0", "flan-t5", "t0"} for name in ("sst2", "mrpc"))
+    assert all(set(table()[name].seen) == {"t5-v1.0", "flan-t5"} for name in superglue), "not T5 v1.1, not T0"
+    assert all(set(table()[name].seen) == {"t5-v1.0", "flan-t5", "t0"} for name in ("sst2", "mrpc"))
     others = ("anli-r1", "anli-r2", "anli-r3", "hellaswag", "winogrande", "storycloze")
-    assert all(TASKS[name].seen == ["flan-t5"] for name in others)
+    assert all(table()[name].seen == ["flan-t5"] for name in others)
 
 
 def test_known_families_are_those_of_the_table_of_models():
-    from minia3.models import table
+    from minia3 import models
 
-    families = {model.family for model in table().values()}
-    for row in TASKS.values():
+    families = {model.family for model in models.table().values()}
+    for row in table().values():
         assert {*row.seen, *(prompt.for_model for prompt in row.prompts if prompt.for_model)} <= families
 
 

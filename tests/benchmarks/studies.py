@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from minia3.runs import load_checkpoint
-from minia3.tasks import TASKS
+from minia3.tasks import table
 
 ROOT = Path(__file__).parents[2]
 T0_TASKS = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
@@ -118,7 +118,7 @@ def smollm2(model, out):
 def t0_3b(model, out):
     """Table 4 of the paper for T0-3B: five seeds, all prompts. With --only ia3 --init ADAPTER, from given vectors."""
     for task in T0_TASKS:
-        on = ["--model", model, "--task", task, "--shots", str(TASKS[task].shots), "--eval-prompt", "all"]
+        on = ["--model", model, "--task", task, "--shots", str(table()[task].shots), "--eval-prompt", "all"]
         yield f"ia3-{task}", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
         for method, words in {"lora": ["1e-3"], "full": ["1e-4", "--save-every", "1000"]}.items():  # 34 GB a time
             words = [*on, "--method", method, "--lr", *words]
