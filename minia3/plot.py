@@ -48,7 +48,7 @@ def accuracy(figure, rows):
 
 
 def curves(figure, runs):
-    """Loss and held-out accuracy by step and by time: of like runs the median, and from quartile to quartile."""
+    """Loss and held-out accuracy by step and by time, at the mean speed: of like runs the median, and from quartile to quartile."""
     groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
     titles = sorted({f"{run['model']}, {run['task']}" for run in runs})
     for run in runs:
@@ -63,7 +63,7 @@ def curves(figure, runs):
                 x = np.unique(np.concatenate([steps for steps, _ in lines]))
                 y = [np.interp(x, *line, left=np.nan, right=np.nan) for line in lines]  # none where a run has ended
                 low, middle, high = np.nanpercentile(y, (25, 50, 75), axis=0)
-                for ax, title, scale in zip(row, ("step", "time (s), at the mean speed"), (1, speed), strict=True):
+                for ax, title, scale in zip(row, ("step", "time (s); in a grid, its share"), (1, speed), strict=True):
                     style, of = {"color": f"C{i}", "ls": "-" if i < 10 else "--"}, f"{label} (runs: {len(group)})"
                     ax.plot(x * scale, middle, label=of[-70:], **style)
                     ax.fill_between(x * scale, low, high, color=f"C{i}", alpha=0.2, linewidth=0)

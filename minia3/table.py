@@ -66,6 +66,7 @@ def _run(folder, config, final, lines):
     name, own = final.get("adapter"), config | {key: final[key] for key in GRID if key in final}
     run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x not in UNNAMED}
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
+    run["seconds"] /= len({x.get("adapter") for x in lines if x["event"] in ("final", "failed")})  # a cell's share
     whose = {"adapter": name, "task": final["task"]}
     lines = [line for line in lines if all(line.get(key, x) == x for key, x in whose.items())]
     train = [line for line in lines if line["event"] == "train" and name in line.get("losses", [name])]  # not yet ended

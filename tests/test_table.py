@@ -160,6 +160,7 @@ def test_each_adapter_of_a_grid_is_a_run_with_its_own_task_rate_and_lines(tmp_pa
     assert [x["adapter"].name, cb["adapter"].name] == ["raft-x-lr0.1", "cb-lr0.2"]
     assert [x["train"][:, 0].tolist(), cb["train"][:, 0].tolist()] == [[10, 5], [20, 5]]
     assert x["accuracies"].tolist() == [25, 75]
+    assert [x["seconds"], cb["seconds"]] == [1.0, 1.0]  # of 2 that both took
 
 
 # What is read
