@@ -48,7 +48,7 @@ def accuracy(figure, rows):
 
 
 def curves(figure, runs):
-    """Loss and held-out accuracy by step and by time, at the mean speed: of like runs the median, and from quartile to quartile."""
+    """Loss and held-out accuracy by step and by time at the mean speed: of like runs the median and both quartiles."""
     groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
     titles = sorted({f"{run['model']}, {run['task']}" for run in runs})
     for run in runs:
