@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save
 
 from minia3 import files, names
 from minia3.ia3 import vectors as tables
@@ -85,9 +84,7 @@ def write_adapter(folder, vectors, base=None):
         "base_model_name_or_path": hub_name(base), "revision": None, "modules_to_save": None,
         "target_modules": targets, "feedforward_modules": inputs, "fan_in_fan_out": False, "init_ia3_weights": True,
     }  # fmt: skip
-    with files.writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
-        (temporary / files.ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
-        files.write_json(temporary / "adapter_config.json", config)
+    files.write_peft(folder, tensors, config)
 
 
 def peft_tensors(vectors):

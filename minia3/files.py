@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 from minia3 import models
 
@@ -271,3 +272,10 @@ def writing_folder(folder, replaces=()):
 def write_json(path, value):
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_peft(folder, tensors, config):
+    """Write an adapter's tensors and adapter_config.json as a PEFT folder."""
+    with writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
+        (temporary / ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
+        write_json(temporary / "adapter_config.json", config)

@@ -1,7 +1,6 @@
 """Chapter 6, LoRA, a baseline, put on from outside: W x + (alpha / r) B A x (Hu et al. 2021, arXiv 2106.09685)."""
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from minia3 import files, load, models
@@ -53,9 +52,7 @@ def save_lora(model, folder, base=None):
     config = PLAIN | {"r": len(one.lora_A), "lora_alpha": one.alpha, "base_model_name_or_path": models.hub_name(base)}
     config["task_type"] = "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM"
     config["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
-    with files.writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
-        (temporary / files.ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
-        files.write_json(temporary / "adapter_config.json", config)
+    files.write_peft(folder, tensors, config)
 
 
 def load_lora(model, folder):
