@@ -79,7 +79,10 @@ def embedded(model, out):
     for method, lrs in {"lora": ("1e-3", "3e-3", "1e-2"), "full": ("3e-4", "1e-3", "3e-3")}.items():
         yield from each(f"rates-{method}", [*on, "--method", method], task=tasks[3:], lr=lrs, seed=seeds[:3])
     for shots in ("16", "32"):
-        yield f"few-{shots}-rates", [*colour, *all_seeds, "--shots", shots, "--lr", "3e-3,1e-2,3e-2,1e-1"]
+        yield f"few-{shots}-ia3", [*colour, *all_seeds, "--shots", shots, "--lr", "1e-2,1e-1"]
+        for method, lrs in {"lora": ("1e-3", "1e-2"), "full": ("3e-4", "3e-3")}.items():
+            words = [*colour, "--shots", shots, "--method", method]
+            yield from each(f"few-{shots}-{method}", words, lr=lrs, seed=seeds)
     person = [*on, "--task", tasks[3], "--eval-every", "50"]
     yield "curves-ia3", [*person, *all_seeds, "--lr", "3e-3,3e-2"]
     for method, words in trained.items():
