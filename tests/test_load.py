@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import minia3
 from minia3 import files, load, names
 from minia3.load import build, name_table
-from minia3.models import KNOWN
+from minia3.models import table
 
 SOURCE, TARGET = tokens(2, 7), tokens(2, 4, seed=1)
 
@@ -49,15 +49,15 @@ def test_the_table_names_every_parameter_once_and_every_tensor_of_transformers(l
 
 @pytest.mark.parametrize("name", ["t5-base", "flan-t5-small", "t0-11b", "llama-2-7b", "llama-3.2-1b", "smollm2-135m"])
 def test_the_table_names_every_parameter_of_the_known_models(name):
-    model = build(KNOWN[name].config)
+    model = build(table()[name].config)
     ours = [ours for ours in name_table(model).values() if ours is not None]
     assert sorted(ours) == sorted(n for n, _ in model.named_parameters() if n.split(".")[-1] != "scale")
 
 
 def test_every_line_of_the_tables_is_used_by_some_model(loaded):
     used = {n for name in PEERS for n in name_table(loaded(name))}
-    for table in (names.T5, names.T5_PLAIN, names.T5_GATED, names.LLAMA):
-        assert names.expand(table, 1).keys() <= used
+    for one in (names.T5, names.T5_PLAIN, names.T5_GATED, names.LLAMA):
+        assert names.expand(one, 1).keys() <= used
 
 
 # Every form of file
@@ -605,7 +605,7 @@ ALLOWANCE = 8 * 2**20  # the sampling thread's stack, the model's modules, the a
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
 def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_path, peer):
-    config = load.replace(KNOWN["smollm2-135m"].config, n_layers=6, vocab_size=20_000, own_head=True)
+    config = load.replace(table()["smollm2-135m"].config, n_layers=6, vocab_size=20_000, own_head=True)
     model = build(config)
     shapes = {theirs: ours for theirs, ours in name_table(model).items() if ours}
     for dtype, form in ((torch.float32, "safetensors"), (torch.bfloat16, "safetensors"), (torch.float32, "bin")):

@@ -14,7 +14,7 @@ from conftest import LLAMA3_ROPE, LLAMA_SIZES, Peer, logits, off, tokens
 
 import minia3
 from minia3 import files, load, meta_files
-from minia3.models import KNOWN
+from minia3.models import table
 
 SOURCE, TARGET = tokens(2, 7), tokens(2, 4, seed=1)
 SIZES = {**LLAMA_SIZES, "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 8, "rms_norm_eps": 1e-3}
@@ -172,7 +172,7 @@ def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(tmp_path, n_shard
 )  # fmt: skip
 def test_the_params_that_meta_published_are_the_config_that_the_hub_has(tmp_path, monkeypatch, name, params):
     """The tensors have the published shapes, and no memory; that the head is the embedding is said by their numbers."""
-    expected = KNOWN[name].config
+    expected = table()[name].config
     c = expected
     shapes = {"tok_embeddings.weight": (c.vocab_size, c.d_model), "output.weight": (c.vocab_size, c.d_model)}
     shapes |= {"layers.0.attention.wq.weight": (c.d_model, c.d_model)}
