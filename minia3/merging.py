@@ -23,7 +23,8 @@ def merge(model, adapter=0):
     """A new model with row `adapter` folded into its weights, LoRA too where there is any, and one row of ones.
 
     The product is made in float32 at least and rounded once. Tensors that do not change are shared with `model`, which
-    stays as it is. ValueError for a row that is not there.
+    stays as it is. The new one has no name: adapters that are trained on it are not the base's. ValueError for a row
+    that is not there.
     """
     vectors, merged = row_of(model, adapter), load.build(model.config)
     for name in dict(merged.named_parameters()):  # a new model has neither LoRA nor vectors of sites.py

@@ -145,6 +145,14 @@ def test_merging_ones_changes_no_bit(loaded):
     assert all(torch.equal(value, merged.state_dict()[n]) for n, value in model.state_dict().items())
 
 
+def test_what_is_trained_on_a_merged_model_does_not_name_the_base(loaded, tmp_path):
+    model = loaded("t5-v1.0")
+    for one, named in ((model, True), (merge(model), False)):
+        save_adapter(one, tmp_path)
+        base = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert (base is not None) == named
+
+
 def test_a_merged_model_can_be_tuned_and_merged_again(loaded):
     model = randomize(loaded("llama-gqa"), 5)
     twice = randomize(merge(model), 6)
