@@ -9,7 +9,6 @@
 Two hops lead to the equations: the loop below calls a model (minia3/t5.py, llama.py), a model its blocks (blocks.py).
 """
 
-import dataclasses
 import os
 import shlex
 import sys
@@ -17,7 +16,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +35,7 @@ from minia3.optim import Adafactor, learning_rate, select
 
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
 METHODS = ("ia3", "lora", "full", "none", "icl")
+ALONE = ("lora", "full")  # of a grid's cells each trains by itself, one after the other
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHOICE = {"sites": "ia3", "layers": "ia3", "no_cross": "ia3", "rank": "lora", "alpha": "lora", "where": "lora"}
 
@@ -95,43 +94,24 @@ class Config:
 def check(config):
     """Raise ValueError for a value that is out of its limits, or does not go with another."""
     flags.check(config)
-    if not set(config.losses.split(",")) <= LOSSES.keys():
-        raise ValueError(f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, commas between them")
+    if not {*(losses := config.losses.split(","))} <= LOSSES.keys() or len({*losses}) < len(losses):
+        raise ValueError(f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, none twice")
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts measurements: give --eval-every too")
     if config.cap != Config.cap and config.adapters != "one":
         raise ValueError("--cap counts the rows of a mixture's tasks: give --adapters one too")
     for name, method in CHOICE.items():
-        if method != config.method and getattr(config, name) != getattr(Config, name):
+        given = getattr(config, name) != getattr(Config, name)
+        if given and method != config.method:
             raise ValueError(f"{flags.option(name)} is for --method {method}, found --method {config.method}")
-    alone = config.method in ("lora", "full")
-    if alone and flags.grid(config, ["task"] * (config.adapters == "one"))[0]:
-        raise ValueError(f"--method {config.method} takes one value of each flag, and a run for each")
+        if given and method == "lora" and config.adapter:
+            raise ValueError(f"{flags.option(name)} is of a new LoRA, and --adapter brings its own: leave it out")
     if config.method == "icl" and config.shots is None:
         raise ValueError("--method icl puts rows before each row: say how many with --shots")
-    if alone and config.optimizer == "adafactor":  # ours does not factor the second moment of a matrix, either
+    if config.method in ALONE and config.optimizer == "adafactor":  # ours does not factor a matrix's moment, either
         raise ValueError("--optimizer adafactor steps in proportion to a parameter; lora's B begins at 0: use adamw")
     if config.method == "full" and config.adapter:
         raise ValueError("--method full goes on from a model: give it as --model, and no --adapter")
-
-
-def open_run(config):
-    """-> config, the run's folder (None: nothing is written), its last checkpoint (None: there is none), its lock."""
-    if config.resume is not None:
-        if config != Config(resume=config.resume):
-            raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
-        folder = Path(config.resume)
-        raw = {key: tuple(x) if isinstance(x, list) else x for key, x in runs.read_config(folder).items()}
-        config = Config(**{f.name: raw[f.name] for f in dataclasses.fields(Config) if f.name in raw})
-        check(config)
-        lock = runs.lock(folder)
-        return config, folder, runs.load_checkpoint(folder), lock
-    check(config)
-    if config.out is None and config.eval_only:
-        return config, None, None, None
-    config.out = config.out or str(Path("runs", runs.name(config)))
-    folder = Path(config.out)
-    return config, folder, None, runs.begin(folder, dataclasses.asdict(config))
 
 
 def run(config, folder, saved, signals):
@@ -148,22 +128,43 @@ def run(config, folder, saved, signals):
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
-    trains = config.method in ("ia3", "lora", "full") and not config.eval_only
-    cells = grid(config, trains)
+    cells = grid(config, config.method in ("ia3", "lora", "full") and not config.eval_only)
     if folder:
         runs.record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
+    saved, known = saved or {"done": 0, "finals": [], "metrics": 0, "finished": False}, {}
+    together = 1 if config.method in ALONE else len(cells)
+    while True:
+        on = cells[saved["done"] :][:together]
+        run_cells(config, on, device, dtype, known, folder, metrics, saved, signals)
+        saved["done"] += len(on)
+        if saved["done"] == len(cells):
+            break
+        for name in saved.keys() - {"done", "finals", "failed", "metrics", "finished"}:
+            del saved[name]
+        runs.save_checkpoint(folder, saved)
+    if not saved["finals"]:
+        raise runs.Failed(saved["failed"])
+    if folder:
+        runs.finish(folder, saved, config.method == "full")
+    report(config, folder, saved["finals"], len(cells) - len({final.get("adapter") for final in saved["finals"]}))
+
+
+def run_cells(config, cells, device, dtype, known, folder, metrics, saved, signals):
+    """Measure, train and measure cells that share a model. known: measurements of it, before, by their rows."""
+    trains = config.method in ("ia3", "lora", "full") and not config.eval_only
     model = minia3.load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
     tokenizer = minia3.load_tokenizer(config.model)
     total = sum(p.numel() for p in model.parameters()) - sum(v.numel() for v in minia3.vectors(model).values())
     with warnings.catch_warnings(record=True) as warned:
-        trained = parameters(model, config)
+        trained = parameters(model, cells[0].config)
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
     runs.prepare(model, config)
     trainable = sum(p.numel() for p in trained.values()) // len(cells) if trains else 0
     if total < 10**7:
         torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
-    print(f"model    {config.model}: {total:,} numbers, and {trainable:,} that train ({trainable / total:.3%})")
+    if saved["done"] == 0:
+        print(f"model    {config.model}: {total:,} numbers, and {trainable:,} that train ({trainable / total:.3%})")
     said = [line for cell in cells for part in cell.parts for line in part.said]
     for line in dict.fromkeys(said + [f"note     {warning.message}" for warning in warned]):
         print(line)
@@ -174,51 +175,52 @@ def run(config, folder, saved, signals):
         return over_prompts([evaluate(model, tokenizer, rows, prompt=prompt, **limits) for prompt in part.measured])
 
     batches = [draw(cell, tokenizer) for cell in cells] if trains else []
-    begun = {"step": 0, "seconds": 0.0, "evaluated": 0, "metrics": 0, "finished": False, "active": [*range(len(cells))]}
-    begun["cells"] = [{"steps": 0, "best": None, "misses": 0, "failed": None} for _ in cells]
-    unlogged = {"losses": [], "tokens": 0, "logged": 0.0}  # since the last line of metrics.jsonl, at "logged" seconds
-    saved = saved or begun | unlogged
-    if "before" not in saved:
-        before, size = {}, 0  # all begin alike: one measurement serves those that report on the same rows
+    if "step" not in saved:
+        saved["before"] = [[] for _ in cells]
         for i, cell in enumerate(cells):
-            for part in cell.parts:
+            for part in cell.parts:  # all begin alike: one measurement serves those that report on the same rows
                 same = part.task.name, *(row["idx"] for row in part.rows)
-                before[same] = before[same] if same in before else measure(i, part, part.rows)
-                part.before = before[same]
-                size = metrics.write(event="before", step=0, metric=part.task.metric, **part.key, **part.before)
-                print(f"before   {part.title}{describe(part.task.metric, part.before)}", flush=True)
-        saved.update(before=[[part.before for part in cell.parts] for cell in cells], metrics=size)
+                before = known[same] = known[same] if same in known else measure(i, part, part.rows)
+                size = metrics.write(event="before", step=0, metric=part.task.metric, **part.key, **before)
+                print(f"before   {part.title}{describe(part.task.metric, before)}", flush=True)
+                saved["before"][i].append(before)
+        fresh = [{"steps": 0, "best": None, "misses": 0, "failed": None, "reported": False} for _ in cells]
+        saved.update(step=0, seconds=0.0, evaluated=0, active=[*range(len(cells))], cells=fresh, metrics=size)
+        saved.update(losses=[], tokens=0, logged=0.0)  # since the last line of metrics.jsonl, at "logged" seconds
     if trains:
         train(config, model, tokenizer.pad_id, cells, trained, batches, measure, folder, metrics, saved, signals)
 
-    finals = []
     shared = {"model": config.model, "method": config.method, "architecture": type(model).__name__, "total": total}
     shared |= {"trainable": trainable, "seconds": round(saved["seconds"], 3)}
     for i, (cell, results, own) in enumerate(zip(cells, saved["before"], saved["cells"], strict=True)):
-        if own["failed"]:
-            metrics.write(event="failed", step=own["steps"], reason=own["failed"], **cell.key)
+        if own["reported"]:
             continue
-        for part, before in zip(cell.parts, results, strict=True):
+        finals = []
+        for part, before in zip(cell.parts, results, strict=True) if not own["failed"] else ():
             after = measure(i, part, part.rows, part.shots) if trains or part.shots else before
             if trains or part.shots:
-                print(f"after    {part.title}{describe(part.task.metric, after)}")
+                print(f"after    {part.title}{describe(part.task.metric, after)}", flush=True)
             final = shared | {"metric": part.task.metric, "split": part.split, "rows": len(part.rows)} | part.key
             final |= {"steps": own["steps"], "rows_cut": after["n_cut"], "peak_memory_bytes": runs.peak_memory(device)}
             final |= {f"{name}_before": x for name, x in before.items() if name in ("accuracy", "auc", "accuracies")}
             finals.append(final | {name: x for name, x in after.items() if name not in ("n", "n_cut")})
-        if trains and config.method == "ia3":
-            minia3.save_adapter(model, folder / cell.folder, i)
-        elif trains and config.method == "lora":
-            save_lora(model, folder / cell.folder, config.model)
-        elif trains:
-            minia3.save_model(model, folder / cell.folder, tokenizer)
-        if trains:
-            write_card(folder / cell.folder, cell.config, finals[-len(cell.parts) :], cell.checksums)
-        for final in finals[-len(cell.parts) :]:
-            metrics.write(event="final", step=own["steps"], **final)
-    if folder:
-        runs.finish(folder, saved, config.method == "full")
-    report(config, folder, finals, sum(bool(own["failed"]) for own in saved["cells"]))
+        if trains and finals:
+            if config.method == "ia3":
+                minia3.save_adapter(model, folder / cell.folder, i)
+            elif config.method == "lora":
+                save_lora(model, folder / cell.folder, config.model)
+            else:
+                minia3.save_model(model, folder / cell.folder, tokenizer)
+            write_card(folder / cell.folder, cell.config, finals, cell.checksums)
+        for final in finals:
+            saved["metrics"] = metrics.write(event="final", step=own["steps"], **final)
+        if own["failed"]:
+            saved["failed"] = own["failed"]
+            saved["metrics"] = metrics.write(event="failed", step=own["steps"], reason=own["failed"], **cell.key)
+        saved["finals"] += finals
+        own["reported"] = True
+        if folder and cell is not cells[-1]:
+            runs.save_checkpoint(folder, saved)
 
 
 def parameters(model, config):
@@ -268,9 +270,8 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
     def fail(i, why):
         saved["cells"][i]["failed"] = why = f"{cells[i].title}{why}: try a lower --lr or --dtype float32"
         saved["active"] = [j for j in saved["active"] if j != i]
-        if all(own["failed"] for own in saved["cells"]):
-            raise runs.Failed(why)
-        bar.write(f"failed   {why}", file=sys.stdout)
+        if cells[i].title:
+            bar.write(f"failed   {why}", file=sys.stdout)
 
     bar = tqdm(total=config.steps, initial=saved["step"], unit="step", disable=not sys.stderr.isatty())
     try:
@@ -350,7 +351,7 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
                     "examples_per_second": sum(map(len, numbers)) * config.batch_size / seconds,
                     "tokens_per_second": saved["tokens"] / seconds,
                     "memory_bytes": runs.peak_memory(device),
-                } | ({"losses": means} if several else {})
+                } | ({"losses": means} if cells[0].name else {})
                 saved["metrics"] = metrics.write(event="train", step=step, **line)
                 saved.update(losses=[], tokens=0, logged=saved["seconds"])
                 text = f"loss {line['loss']:.3f}  lr {line['lr']:.1e}  {line['examples_per_second']:.1f} examples/s"
@@ -378,7 +379,7 @@ def main(argv=None):
     asked, folder, signals = None, None, runs.Signals()
     try:
         asked = flags.parse(Config, argv, __doc__)
-        config, folder, saved, _lock = open_run(asked)
+        config, folder, saved, _lock = runs.open_run(asked, check)
         run(config, folder, saved, signals)
         return 0
     except runs.Stopped as stop:

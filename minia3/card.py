@@ -10,9 +10,9 @@ from pathlib import Path
 
 from minia3 import files, flags
 from minia3.models import hub_name
+from minia3.table import MEASURING
 
 AUTO = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}  # class of ours -> of transformers
-MEASURING = ("data_dir", "shots", "seed", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # a result depends on
 WHERE = ("model", "task", "out", "data_dir", "resume", "device")  # these say where something is; the others, what to do
 
 
@@ -85,11 +85,15 @@ def report(config, folder, finals, n_failed=0):
         title = f"{final['task']}: {final['rows']} rows of {final['split']}{cut}"
         lines = [(final["metric"], figure(final, "accuracy", ".1%"))]
         lines += [("AUC", figure(final, "auc", ".2f"))] if final["auc"] is not None else []
-    lines += [("shots", f"{final['n_shots']:.1f} before a row, in the mean")] if "n_shots" in final else []
-    lines += [("memory", f"{final['peak_memory_bytes'] / 1e6:,.0f} MB at the most")]
+    if shots := sorted(x["n_shots"] for x in finals if "n_shots" in x):
+        most = f" to {shots[-1]:.1f}" * (shots[0] < shots[-1])
+        lines += [("shots", f"{shots[0]:.1f}{most} before a row, in the mean")]
+    lines += [("memory", f"{max(x['peak_memory_bytes'] for x in finals) / 1e6:,.0f} MB at the most")]
     if trained:
+        cells = {x.get("adapter"): x["seconds"] for x in finals}  # of (IA)^3 all together, of others one by one
+        seconds = final["seconds"] if config.method == "ia3" else sum(cells.values())
         share = f"{trained:,} of {total:,} numbers ({trained / total:.3%})" + " each" * bool(axes)
-        lines += [("trained", share), ("time", f"{final['seconds']:.0f} s for {max(x['steps'] for x in finals)} steps")]
+        lines += [("trained", share), ("time", f"{seconds:.0f} s for {max(x['steps'] for x in finals)} steps")]
         lines += [(kind, folder / where)]
     if trained and any(x["rows"] for x in finals):
         one = dataclasses.replace(config, **{axis: axis.upper() for axis in axes})  # NAME, SEED ...: to be filled in

@@ -6,6 +6,7 @@ checkpoint.pt    all that a run needs to go on as if it had never stopped
 adapter/         the vectors, as PEFT keeps them; of a grid adapters/ with one for each cell; of full fine-tuning model/
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -65,6 +66,28 @@ def name(config):
         parts.append(f"{values[0]}+{len(values) - 1}" if len(text) > 50 and len(values) > 1 else text)
     method = config.method + "-one" * (config.adapters == "one" and len(lists[0]) > 1)
     return "-".join([Path(config.model).name, parts[0], method, *parts[1 : 3 if len(lists[2]) > 1 else 2]])
+
+
+def open_run(config, check):
+    """-> config, the run's folder (None: nothing is written), its last checkpoint (None: there is none), its lock.
+
+    check: raises ValueError for a config that cannot be.
+    """
+    if config.resume is not None:
+        if config != type(config)(resume=config.resume):
+            raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
+        folder = Path(config.resume)
+        raw = {key: tuple(x) if isinstance(x, list) else x for key, x in read_config(folder).items()}
+        config = type(config)(**{key: raw[key] for key in vars(config) if key in raw})
+        check(config)
+        held = lock(folder)
+        return config, folder, load_checkpoint(folder), held
+    check(config)
+    if config.out is None and config.eval_only:
+        return config, None, None, None
+    config.out = config.out or str(Path("runs", name(config)))
+    folder = Path(config.out)
+    return config, folder, None, begin(folder, dataclasses.asdict(config))
 
 
 def begin(folder, values):
@@ -156,7 +179,7 @@ def load_checkpoint(folder):
     path = folder / "checkpoint.pt"
     with files.reading(path, "damaged; without it, the run begins anew"):
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        if state is not None and not {"step", "finished", "metrics"} <= state.keys():
+        if state is not None and not {"done", "finished", "metrics"} <= state.keys():
             raise TypeError("not the state of a run")
         return state
 

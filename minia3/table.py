@@ -3,16 +3,18 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 PAPER = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
 COSTS = {"runs": "{}", "trainable": "{:,}", "FLOPs/example": "{:.1e}", "FLOPs to train": "{:.1e}", "MB": "{:,.3f}"}
-GRID = ("lr", "warmup_ratio", "shots")  # of a final line, where they differ from config.json's
+GRID = ("seed", "lr", "warmup_ratio")  # of a final line, where they differ from config.json's
 TRAIN = ("step", "loss", "examples_per_second", "tokens_per_second")
+MEASURING = ("data_dir", "shots", "seed", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # a result depends on
 # Of config.json, what names no row: it is a column, or within a cell, or leaves the result as it is.
-UNNAMED = {"model", "task", "method", "seed", "eval_prompt", "out", "data_dir", "resume", "device", "deterministic",
+UNNAMED = {"model", "task", "method", "seed", "out", "data_dir", "resume", "device", "deterministic",
            "micro_batch_size", "eval_batch_size", "save_every", "minia3", "git_commit", "versions", "data"}  # fmt: skip
 
 
@@ -25,48 +27,72 @@ def flops(n_parameters, n_tokens, decoder_only, training=False):
 
 
 def read(folders):
-    """-> a dict (see `_run`) for each final line of metrics.jsonl, and a note on the runs that have none, maybe empty.
+    """-> a dict (see `_run`) for each result in metrics.jsonl, and a note on what is left out, maybe empty.
 
     Each folder is a run's, or holds such. ValueError, of one line: it is neither, or a file is not as train.py's.
     """
     paths, runs, left_out = {}, [], []
     for folder in map(Path, folders):
         inside = [] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
-        paths |= {path.resolve(): path.parent for path in inside or [folder / "config.json"]}
-    for folder in paths.values():
+        paths |= {path.resolve(): (path.parent, bool(inside)) for path in inside or [folder / "config.json"]}
+    for folder, found in paths.values():
         try:
             config, metrics = json.loads((folder / "config.json").read_bytes()), folder / "metrics.jsonl"
             if not {"model", "task", "batch_size"} <= config.keys():
+                if found:  # a model, among runs
+                    continue
                 raise ValueError("config.json is that of something else")
-            text = metrics.read_text("utf-8").strip().replace("\n", ",\n") if metrics.exists() else ""
-            lines = json.loads(f"[{text}]")  # in one: so an error tells the line
+            text = metrics.read_text("utf-8").rpartition("\n")[0] if metrics.exists() else ""  # a last line may be torn
+            lines = json.loads("[" + text.replace("\n", ",\n") + "]")  # in one: so an error tells the line
             finals = [line for line in lines if line["event"] == "final" and line["accuracy"] is not None]
-            failed = [f"{folder}: {line.get('adapter', 'adapter')}" for line in lines if line["event"] == "failed"]
             runs += [_run(folder, config, final, lines) for final in finals]
-            left_out += failed if finals else [str(folder)]
+            ended = {line.get("adapter"): line["event"] for line in lines if line["event"] in ("final", "failed")}
+            left_out += [f"{folder}: {x}" for x in ended if ended[x] == "failed"] if finals else [str(folder)]
+            axes = [x for x in config if isinstance(config[x], list) and (x, config.get("adapters")) != ("task", "one")]
+            if finals and (n := math.prod(len(config[x]) for x in axes) - len(ended)):
+                left_out.append(f"{folder}: {n} adapters to come")
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder}: expected a run of train.py: {type(error).__name__}: {error}") from None
-    note = f"{len(left_out)} left out, without a result in metrics.jsonl: {', '.join(left_out)}"
+    note = f"{len(left_out)} left out, without a result in metrics.jsonl: {', '.join(left_out)}" if left_out else ""
     if not runs:
-        raise ValueError(f"no run is finished: {note:.300}")
+        raise ValueError(f"no run has a result: {note:.300}")
+    same, typed = {}, {}
+    for run in runs:
+        typed.setdefault(run["task"], set()).add(run["typed"])
     for run in runs:  # label: the method, and the flags in which its runs differ; shots: on a task
-        named = [f"{key[0]} {x}" for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)]
-        run["label"] = ", ".join([run["method"], *named])
-    return runs, note if left_out else ""
+        run["task"] = run["task"] if len(typed[run["task"]]) == 1 else run["typed"]  # two files may have one name
+        flags = {key: x for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)}
+        run["label"] = ", ".join([run["method"], *(f"{key[0]} {x}" for key, x in flags.items() if x is not None)])
+        same.setdefault((run["model"], run["task"], run["label"], run["trainable"], run["seed"]), run)
+    if n := len(runs) - len(same):
+        note += f"{'; ' if note else ''}{n} left out that repeat others, flag by flag"
+    return [*same.values()], note
 
 
 def _run(folder, config, final, lines):
     """A run, or one adapter of a grid. accuracies: of each prompt, in per cent; flops: of an example, and to train."""
     run = {"folder": folder} | {key: str(final[key]) for key in ("model", "task", "method")}
     run |= {"trainable": int(final["trainable"])} | {key: float(final[key]) for key in ("total", "steps", "seconds")}
-    run["task"] += "" if final["metric"] == "accuracy" else f" ({final['metric']})"
+    tasks = config["task"] if isinstance(config["task"], list) else [config["task"]]
+    typed = {Path(x).name.removesuffix(".jsonl").removesuffix(".csv"): x for x in tasks}
+    more = [x for x in (final["metric"], final["split"]) if x not in ("accuracy", "validation", "test")]
+    more, run["typed"] = f" ({', '.join(more)})" * bool(more), typed.get(run["task"], run["task"])
+    run["task"], run["typed"] = run["task"] + more, run["typed"] + more
     run["accuracies"] = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
     if not (abs(run["accuracies"] - 50) <= 50).all():
         raise ValueError(f"accuracies are {run['accuracies'].tolist()!r:.80} %")
     name, own = final.get("adapter"), config | {key: final[key] for key in GRID if key in final}
-    run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x not in UNNAMED}
+    run["seed"], named = own["seed"], {*own} - UNNAMED
+    if not run["trainable"]:  # then it was only measured
+        named &= {*MEASURING, "adapter"} - ({"shots"} if run["method"] == "none" else set())
+    run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x in named}
+    if config.get("adapters") == "one":
+        run["flags"]["mixture", run["method"], False] = "+".join(typed)
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
-    run["seconds"] /= len({x.get("adapter") for x in lines if x["event"] in ("final", "failed")})  # a cell's share
+    weights = (run["adapter"] if run["method"] != "full" or name else folder / "model").glob("*.safetensors")
+    run["bytes"] = (sum(path.stat().st_size for path in weights) or np.nan) if run["trainable"] else 0
+    if run["method"] == "ia3":  # a cell's share of what all took together
+        run["seconds"] /= len({x.get("adapter") for x in lines if x["event"] in ("final", "failed")})
     whose = {"adapter": name, "task": final["task"]}
     lines = [line for line in lines if all(line.get(key, x) == x for key, x in whose.items())]
     train = [line for line in lines if line["event"] == "train" and name in line.get("losses", [name])]  # not yet ended
@@ -93,7 +119,7 @@ def rows(folders):
             low, row[task], high = np.percentile(values, (25, 50, 75))
             row[f"{task} IQR"] = high - low if len(values) > 1 else np.nan
         n = len({run["adapter"] for run in group})
-        costs = n, trainable, *np.median([run["flops"] for run in group], axis=0), 4 * trainable / 1e6
+        costs = n, trainable, *np.median([[*run["flops"], run["bytes"] / 1e6] for run in group], axis=0)
         row["average"] = np.mean([row[task] for task in tasks])
         table.append(row | dict(zip(COSTS, costs, strict=True)))
     return table, note

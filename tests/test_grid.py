@@ -347,6 +347,35 @@ def test_a_resumed_run_has_the_vectors_it_began_with_though_its_start_has_change
     assert all(torch.equal(whole[name], x) for name, x in stopped.items())
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_its_own(method, tmp_path, capsys):
+    flags, kind = {"method": method, "steps": 12, "dropout": 0.1}, {"lora": "adapter", "full": "model"}[method]
+    assert run(words(tmp_path / "grid", task=both_tasks(), seed="0,3", lr="0.02,0.001", **flags)) == 0
+    assert "8 results" in capsys.readouterr().out
+    finals = {line["adapter"]: line for line in metrics(tmp_path / "grid") if line["event"] == "final"}
+    assert metrics(tmp_path / "grid")[-1] in finals.values()
+    assert len({line["accuracy_before"] for line in finals.values()}) == 2  # a figure for each task
+    for i, (name, own) in enumerate(cells(("0.02", "0.001"))):
+        assert run(words(tmp_path / str(i), **flags, **own)) == 0
+        (path,) = (tmp_path / str(i) / kind).glob("*.safetensors")
+        assert path.read_bytes() == (tmp_path / "grid" / "adapters" / name / path.name).read_bytes()
+        alone, shared = metrics(tmp_path / str(i)), metrics(tmp_path / "grid")
+        for key in RESULTS:
+            assert alone[-1][key] == finals[name][key]
+        losses = [line["losses"][name] for line in shared if name in line.get("losses", {})]
+        assert losses == [line["loss"] for line in alone if line["event"] == "train"]
+    (row,) = [row for row in table_rows([tmp_path / "grid"])[0] if row["method"] == f"{method}, lr 0.02"]
+    assert row["runs"] == 4
+
+
+def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, capsys):
+    assert run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 0
+    assert "1 results, and 1 that failed" in capsys.readouterr().out
+    events = {line["adapter"]: line["event"] for line in metrics(tmp_path / "run") if "adapter" in line}
+    assert events == {"lr1e+30": "failed", "lr0.01": "final"}
+    fails(words(tmp_path / "none", method="full", lr="1e30,1e29", warmup_ratio=0), capsys, "the loss of step", code=1)
+
+
 def test_a_run_whose_adapters_all_fail_fails(tmp_path, capsys):
     fails(words(tmp_path / "run", lr="1e29,1e30", warmup_ratio=0), capsys, "the loss of step", "--lr", code=1)
 

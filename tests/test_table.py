@@ -17,7 +17,7 @@ CONFIG = {"model": "m", "task": "rte", "method": "ia3", "seed": 0, "batch_size":
 FINAL = {
     **{"event": "final", "model": "m", "task": "rte", "method": "ia3", "metric": "accuracy", "accuracy": 0.5},
     **{"trainable": 100, "total": 1000, "steps": 20, "seconds": 2.0},
-    **{"architecture": "T5", "tokens": 25.0},
+    **{"architecture": "T5", "tokens": 25.0, "split": "validation"},
 }
 TRAIN = {"event": "train", "step": 20, "loss": 1.0, "examples_per_second": 4.0, "tokens_per_second": 100.0}
 
@@ -110,9 +110,18 @@ def test_tasks_stand_in_the_paper_s_order_and_others_behind_by_name_with_their_m
     assert names == ["copa", "rte", "anli-r1", "boolq", "raft/overruling (macro_f1)", "sst2"]
 
 
-def test_four_bytes_a_number_are_on_disk(tmp_path):
-    make(tmp_path / "run", [{"trainable": 540_672}])
-    assert rows([tmp_path])[0][0]["MB"] == pytest.approx(2.162688)
+def test_megabytes_are_those_of_the_files(tmp_path):
+    for name, method in (("adapter", "ia3"), ("adapter", "lora"), ("model", "full")):
+        folder = make(tmp_path / method, method=method) / name
+        folder.mkdir()
+        for i in (1, 2):
+            (folder / f"{i}.safetensors").write_bytes(bytes(1000 * i * len(method)))
+        (folder / "README.md").write_text("not counted")
+    make(tmp_path / "gone", method="ia3", lr=1.0)
+    make(tmp_path / "none", [{"trainable": 0}], method="none")
+    found = {row["method"]: row["MB"] for row in rows([tmp_path])[0]}
+    expected = {"ia3, lr 0.003": 0.009, "lora": 0.012, "full": 0.012, "ia3, lr 1.0": np.nan, "none": 0}
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 # Rows
@@ -139,6 +148,51 @@ def test_shots_name_a_row_where_they_differ_within_a_task(tmp_path):
     make(tmp_path / "study" / "b", shots=256)
     make(tmp_path / "study" / "c", shots=16)
     assert [row["method"] for row in rows([tmp_path / "study"])[0]] == [f"ia3, shots {n}" for n in (4, 16, 256)]
+    make(tmp_path / "study" / "d")  # all rows: and so is another task, whose row it shares
+    make(tmp_path / "study" / "e", task="cb")
+    found = [(row["method"], row["cb"] == row["cb"]) for row in rows([tmp_path / "study"])[0]]
+    assert found[0] == ("ia3", True)
+    assert [x[0] for x in found[1:]] == [f"ia3, shots {n}" for n in (4, 16, 256)]
+
+
+def test_the_prompts_that_measured_name_a_row_where_they_differ(tmp_path):
+    make(tmp_path / "a", eval_prompt="0")
+    make(tmp_path / "b", [{"accuracies": [0.5, 0.6]}], eval_prompt="all")
+    assert labels(tmp_path) == ["ia3, eval_prompt 0", "ia3, eval_prompt all"]
+
+
+def test_flags_of_training_name_nothing_that_is_only_measured(tmp_path):
+    make(tmp_path / "a", [{"trainable": 0}], method="none", lr=1.0, shots=4, steps=9)
+    make(tmp_path / "b", [{"trainable": 0}], method="none", seed=1)
+    make(tmp_path / "c", [{"trainable": 0}], method="icl", lr=1.0, shots=4)
+    make(tmp_path / "d", [{"trainable": 0}], method="icl", shots=8)
+    make(tmp_path / "e", [{"trainable": 0}], adapter="x")
+    make(tmp_path / "f", [{"trainable": 0}], adapter="y")
+    assert [*dict.fromkeys(labels(tmp_path))] == [
+        "none",
+        "icl, shots 4",
+        "icl, shots 8",
+        "ia3, adapter x",
+        "ia3, adapter y",
+    ]
+
+
+def test_tasks_of_one_file_name_are_two_columns(tmp_path):
+    for i, task in enumerate(("a/rows.jsonl", "b/rows.jsonl", "c/other")):
+        make(tmp_path / str(i), [{"task": task.split("/")[1].removesuffix(".jsonl")}], task=task)
+    assert {run["task"] for run in read([tmp_path])[0]} == {"a/rows.jsonl", "b/rows.jsonl", "other"}
+
+
+def test_what_is_measured_on_published_splits_is_another_column(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", [{"split": "other published shots"}])
+    assert [run["task"] for run in read([tmp_path])[0]] == ["rte", "rte (other published shots)"]
+
+
+def test_mixtures_of_other_tasks_are_other_rows(tmp_path):
+    for tasks in (["rte", "cb"], ["rte", "copa"]):
+        make(tmp_path / tasks[1], [{"task": task} for task in tasks], task=tasks, adapters="one")
+    assert {*labels(tmp_path)} == {"ia3, mixture rte+cb", "ia3, mixture rte+copa"}
 
 
 def test_rows_stand_by_model_and_trainable_numbers(tmp_path):
@@ -175,14 +229,14 @@ def test_runs_without_a_final_line_are_counted(tmp_path):
     assert note.startswith("2 left out")
     assert str(tmp_path / "begun") in note
     assert str(tmp_path / "empty") in note
-    with pytest.raises(ValueError, match="no run is finished: 1 left out"):
+    with pytest.raises(ValueError, match="no run has a result: 1 left out"):
         rows([tmp_path / "begun"])
 
 
 def test_a_cell_s_curve_is_of_its_own_loss_as_long_as_it_trains(tmp_path):
     losses = [{"a": 1.0, "b": 3.0}, {"a": 0.5}]
     lines = [TRAIN | {"step": 10 * i, "loss": 9.0, "losses": x} for i, x in enumerate(losses, 1)]
-    make(tmp_path / "run", [{"adapter": "a"}, {"adapter": "b"}], lines)
+    make(tmp_path / "run", [{"adapter": "a", "seed": 0}, {"adapter": "b", "seed": 1}], lines)
     found = {run["adapter"].name: run["train"][:, :2].tolist() for run in read([tmp_path])[0]}
     assert found == {"a": [[10, 1], [20, 0.5]], "b": [[10, 3]]}
 
@@ -210,6 +264,35 @@ def test_a_run_that_is_given_twice_counts_once(tmp_path):
     assert row["runs"] == 1
 
 
+def test_the_same_cell_of_two_runs_counts_once_and_is_told(tmp_path):
+    make(tmp_path / "one")
+    make(tmp_path / "grid", [{"adapter": f"s{i}", "seed": i, "lr": 0.003} for i in range(3)], seed=[0, 1, 2])
+    (row,), note = rows([tmp_path])
+    assert (row["runs"], note) == (3, "1 left out that repeat others, flag by flag")
+
+
+def test_what_a_grid_has_not_come_to_is_told(tmp_path):
+    grid = {"seed": [0, 1, 2], "lr": [0.1, 0.2], "task": ["rte", "cb"], "adapters": "one"}
+    finals = [{"adapter": f"s{i}-lr0.1", "task": task, "seed": i, "lr": 0.1} for i in (0, 1) for task in ("rte", "cb")]
+    failed = {"event": "failed", "adapter": "s0-lr0.2", "step": 3}
+    make(tmp_path / "grid", finals, [failed], **grid)
+    (row,), note = rows([tmp_path])
+    assert row["runs"] == 2
+    assert note.endswith(f"{tmp_path / 'grid'}: s0-lr0.2, {tmp_path / 'grid'}: 3 adapters to come")
+
+
+def test_a_line_that_was_being_written_and_a_model_among_runs_are_passed_over(tmp_path):
+    folder = make(tmp_path / "run", [{}, {"accuracy": 0.75}])
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[:-20])
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text('{"model_type": "t5"}')
+    (row,), note = rows([tmp_path])
+    assert (row["rte"], note) == (50, "")
+    with pytest.raises(ValueError, match="something else"):
+        rows([tmp_path / "merged"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
@@ -227,7 +310,7 @@ def test_a_run_that_is_given_twice_counts_once(tmp_path):
     ],
 )
 def test_a_damaged_file_is_told_in_one_line(tmp_path, name, content, told):
-    (make(tmp_path / "run") / name).write_text(content)
+    (make(tmp_path / "run") / name).write_text(content + "\n")
     with pytest.raises(ValueError, match=r"expected a run of train\.py") as error:
         rows([tmp_path / "run"])
     assert str(tmp_path / "run") in str(error.value)
@@ -262,6 +345,9 @@ def study(tmp_path):
     make(tmp_path / "a", [{"accuracy": 0.5, "architecture": "T5"}], [TRAIN], seed=0)
     make(tmp_path / "b", [{"accuracy": 0.625, "architecture": "T5"}], [TRAIN], seed=1)
     make(tmp_path / "c", [{"trainable": 0}], model="nano", method="none", task="cb")
+    for name in "ab":
+        (tmp_path / name / "adapter").mkdir()
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").write_bytes(bytes(400))
     return rows([tmp_path])[0]
 
 

@@ -4,6 +4,7 @@ what to do.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import json
@@ -541,6 +542,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--eval-only=yes"], ["--eval-only"]),
         (["--patience", "2"], ["--patience", "--eval-every"]),
         (["--losses", "lm,xx"], ["--losses is 'lm,xx'", "lm,ul,ln"]),
+        (["--losses", "lm,lm"], ["--losses is 'lm,lm'", "none twice"]),
         (["--losses", ""], ["--losses is ''"]),
         (["--out", ""], ["--out is '', expected str"]),
         (["--adapter", ""], ["--adapter is '', expected str"]),
@@ -550,8 +552,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
         (["--rank", "4"], ["--rank is for --method lora", "found --method ia3"]),
         (["--method", "lora", "--sites", "k"], ["--sites is for --method ia3", "found --method lora"]),
-        (["--method", "lora", "--seed", "0,1"], ["--method lora takes one value of each flag"]),
-        (["--method", "full", "--lr", "1e-3,1e-4"], ["--method full takes one value of each flag"]),
+        (["--method", "lora", "--rank", "4", "--init", "x"], ["--rank is of a new LoRA", "--adapter brings its own"]),
         (["--method", "icl"], ["--method icl", "say how many with --shots"]),
         (["--adapters", "two"], ["--adapters is 'two'", "each", "one"]),
         (["--method", "lora", "--optimizer", "adafactor"], ["--optimizer adafactor", "B begins at 0", "use adamw"]),
@@ -574,7 +575,7 @@ def test_a_bad_flag_is_one_line_before_anything_is_written(arguments, parts, tmp
 def test_each_flag_with_limits_is_tried_above():
     (mark,) = test_a_bad_flag_is_one_line_before_anything_is_written.pytestmark
     tried = {arguments[0] for arguments, _ in mark.args[1]}
-    limited = {f.name for f in train.dataclasses.fields(train.Config) if f.metadata["limits"]}
+    limited = {f.name for f in dataclasses.fields(train.Config) if f.metadata["limits"]}
     assert {f"--{name.replace('_', '-')}" for name in limited} <= tried
 
 
@@ -671,7 +672,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(t
 
     monkeypatch.setattr(train, "total_loss", total_loss)
     fails(words(tmp_path / "run"), capsys, "the loss of step 7 is nan", "--lr", "--dtype", code=1)
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+    *lines, failed = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1]
+    assert failed["event"] == "failed"
+    assert "step 7" in failed["reason"]
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path, capsys):
@@ -698,7 +702,7 @@ def test_help_explains_every_flag_with_its_default(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     explained = [" ".join(part.split()) for part in text.split("options:")[1].split("\n  --")[1:]]
-    fields = train.dataclasses.fields(train.Config)
+    fields = dataclasses.fields(train.Config)
     assert len(explained) == len(fields)
     for field, words_of in zip(fields, explained, strict=True):
         name, *rest = words_of.split()
