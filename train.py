@@ -36,6 +36,7 @@ from minia3.optim import Adafactor, learning_rate, select
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
 METHODS = ("ia3", "lora", "full", "none", "icl")
 ALONE = ("lora", "full")  # of a grid's cells each trains by itself, one after the other
+SITES, LINEARS = ("k", "v", "ff", "q", "o", "up", "gate"), ("q", "k", "v", "o", "gate", "up", "down")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHOICE = {"sites": "ia3", "layers": "ia3", "no_cross": "ia3", "rank": "lora", "alpha": "lora", "where": "lora"}
 
@@ -48,12 +49,12 @@ class Config:
     method: str = flag(
         "ia3", "what trains: ia3, lora, full, none; icl: none, but --shots before each row", one_of=METHODS
     )
-    sites: str = flag("k,v,ff", "which vectors are trained: any of these and of q,o,up,gate (see sites.py)")
+    sites: str = flag("k,v,ff", "which vectors are trained; for more room q,o,up,gate too (sites.py)", some_of=SITES)
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
     no_cross: bool = flag(False, "leave cross-attention's vectors at one")
     rank: int = flag(8, "of lora", at_least=1)
     alpha: int = flag(16, "of lora, which adds alpha / rank B A to a weight", at_least=1)
-    where: str = flag("q,v", "the weights that lora adds to: of q,k,v,o,gate,up,down")
+    where: str = flag("q,v", "the weights that lora adds to, of q,k,v,o,gate,up,down", some_of=LINEARS)
     shots: int | None = flag(None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1)
     adapters: str = flag("each", "of several tasks, an adapter each; one: for their mixture", one_of=("each", "one"))
     cap: int = flag(2**16, "rows of a task that count in a mixture, at the most", at_least=1)
@@ -79,7 +80,7 @@ class Config:
     warmup_ratio: float | tuple = flag(0.06, "share of steps of linear warm-up, before the decay", at_least=0, below=1)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = flag(0.0, "of adamw; it pulls vectors towards 0, which is not the identity", at_least=0)
-    losses: str = flag("lm,ul,ln", "which of T-Few's: likelihood, unlikelihood, length-normalised")
+    losses: str = flag("lm,ul,ln", "T-Few's: likelihood, unlikelihood, length-normalised", some_of=tuple(LOSSES))
     dropout: float | None = flag(None, "in training (default: as in the model's config)", at_least=0, below=1)
     # measuring
     max_length: int = flag(512, "tokens of a source; of a longer one, the longest field loses its middle", at_least=1)
@@ -94,8 +95,6 @@ class Config:
 def check(config):
     """Raise ValueError for a value that is out of its limits, or does not go with another."""
     flags.check(config)
-    if not {*(losses := config.losses.split(","))} <= LOSSES.keys() or len({*losses}) < len(losses):
-        raise ValueError(f"--losses is {config.losses!r}, expected some of {','.join(LOSSES)}, none twice")
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts measurements: give --eval-every too")
     if config.cap != Config.cap and config.adapters != "one":

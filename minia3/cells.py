@@ -36,6 +36,8 @@ class Part:
         if (trains or config.method == "icl") and not self.train_rows:
             kept = " beside those which --eval-every holds out" if self.held_out else ""
             raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
+        if trains and task.metric == "exact_match" and "lm" not in config.losses.split(","):
+            raise ValueError(f"{task.name}: a target has no other choices beside it: --losses {config.losses} lacks lm")
         self.shots = shuffled if config.method == "icl" else ()
         family = known(config.model).family if known(config.model) else None
         self.prompts = for_family(task.prompts, family)

@@ -49,10 +49,10 @@ def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = Non
     name, notes = str(name_or_path), []
     spec = tasks.table().get(name, Spec())
     files = _files(name, spec, data_dir, seed, notes)
-    known, published = bool(spec.labels), seed in files
+    known, split = bool(spec.labels), "T-Few's other splits" if seed in files else "validation"
     rows = _read({split: files[split] for split in files if split != "validation" or not spec.dev_ids}, spec)
     checksums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()}
-    if published:
+    if seed in files:
         drawn = {row["idx"] for row in rows[seed]}
         others = {row["idx"]: row for part in rows.values() for row in part if row["idx"] not in drawn}
         rows = {"train": rows[seed], "validation": list(others.values())}
@@ -71,7 +71,7 @@ def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = Non
         validation = [row for row in train if tuple(map(row.get, spec.dev_ids)) in ids]
     elif known and n_hidden and not validation and shots != len(train):
         validation = [train[i] for i in np.random.RandomState(0).permutation(len(train))[seed % FOLDS :: FOLDS]]
-        notes.append(f"fold {seed % FOLDS + 1} of {FOLDS} is held out: report the mean of {FOLDS} seeds in a row")
+        notes.append(f"fold {seed % FOLDS + 1} of {FOLDS} is held out: {FOLDS} seeds in a row report on each row once")
     if not rows.get("validation"):  # then they are rows of train
         held = {row["idx"] for row in validation}
         train = [row for row in train if row["idx"] not in held]
@@ -80,13 +80,13 @@ def load_task(name_or_path: str, data_dir: str = "data", shots: int | None = Non
     if shots is not None:
         labels = range(len(spec.labels)) if spec.per_class else ()
         parts = [[row for row in train if row["label"] == label] for label in labels] or [train]
-        if not 1 <= shots <= min(map(len, parts)):
-            raise ValueError(f"{name}: expected 1 to {min(map(len, parts))} shots, the rows to train on; found {shots}")
+        if not (n := min(map(len, parts))) >= shots >= 1:
+            raise ValueError(f"{name}: expected 1 to {n} shots{' of a label' * bool(labels)}, found {shots}")
         # T-Few's `np.random.seed(seed); np.random.shuffle(rows)`: the same stream, but the global state stays as it is.
-        for part in [] if published else parts:
+        for part in [] if seed in files else parts:
             np.random.RandomState(seed).shuffle(part)
         train = [row for part in parts for row in part[:shots]]
-    task = Task(name, train, validation, test, spec.prompts, metric, spec.seen, checksums, notes)
+    task = Task(name, train, validation, test, spec.prompts, metric, spec.seen, checksums, notes, split)
     _ = known or task.evaluation  # raises where there is nothing to report on
     return task
 
@@ -105,7 +105,7 @@ def _files(name, spec, data_dir, seed, notes):
             folder = Path(data_dir, "few_shot", spec.few_shot or name, f"{spec.shots}_shot")
             files = {int(file.stem.removesuffix("_seed")): file for file in sorted(folder.glob("*_seed.jsonl"))}
             if seed not in files:
-                raise
+                raise ValueError(f"{error}{'; published are seeds ' * bool(files)}{sorted(files) or ''}") from None
             notes.append(f"{error}; so this is T-Few's published split, evaluated on those of the other seeds")
             return files
     elif not (spec.shipped or os.path.exists(name)):

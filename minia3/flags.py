@@ -9,6 +9,7 @@ from typing import get_args
 
 TESTS = {
     "one_of": lambda value, limit: value in limit,
+    "some_of": lambda value, limit: {*(x := value.split(","))} <= {*limit} and len({*x}) == len(x),
     "at_least": lambda value, limit: value >= limit,
     "above": lambda value, limit: limit < value < float("inf"),
     "below": lambda value, limit: value < limit,
@@ -88,4 +89,5 @@ def check(config):
                 raise ValueError(f"{found} {kinds[0].__name__}")
             for name, limit in field.metadata["limits"].items() if value is not None else ():
                 if not TESTS[name](value, limit):
-                    raise ValueError(f"{found} {name.replace('_', ' ')} {limit}")
+                    told = ",".join(limit) + ", none twice" * (name == "some_of") if isinstance(limit, tuple) else limit
+                    raise ValueError(f"{found} {name.replace('_', ' ')} {told}")

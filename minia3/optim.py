@@ -59,18 +59,21 @@ def select(model, sites, layers, cross):
     a site has none, and for a text of another form.
     """
     chosen, missing, known = set(), {*sites.split(",")}, [site for site in SITES if site != "wi"]
+    parts, used = set(), set()
     spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
     for name in {**vectors(model), **places(model)} if all(spans) else ():
         layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")).groups()
-        inside = any(int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1])) for x in spans)
+        inside = {x for x in spans if int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1]))}
+        parts.add(part)
         if inside and site in sites.split(",") and (cross or part != "cross"):
             chosen.add(name)
             missing.discard(site)
-    if missing:
-        found = (
-            f"of --sites {sites!r}, {','.join(sorted(missing))!r} has no vectors in --layers {layers!r} of this model"
-        )
+            used |= inside
+    if lacking := sorted(missing) or [x[0] for x in spans if x not in used]:
+        found = f"of --sites {sites!r} in --layers {layers!r}, {','.join(lacking)!r} has no vectors in this model"
         raise ValueError(f"{found}: expected some of {','.join(known)}, and layers as in 0-5,20-")
+    if not (cross or "cross" in parts):
+        raise ValueError("--no-cross is for models with cross-attention, and this one has none")
     add_sites(model, chosen)
     for name, vector in vectors(model).items():
         vector.requires_grad_(name in chosen)

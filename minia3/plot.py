@@ -1,6 +1,7 @@
 """Chapter 9, pictures: how good runs became with how many numbers, how they learned, and what their vectors became."""
 
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def plot(folders, out):
         found = adapters.read_adapter(run["adapter"]).vectors.items()
         models.setdefault(run["model"], {})[name] = {key.replace("blocks.", ""): x.numpy() for key, x in found}
         pictures.append((f"learned-{name}", learned, models[run["model"]][name]))
-    pictures += [(f"similarity-{Path(model).name}", similarity, x) for model, x in models.items() if len(x) > 1]
+    names = {model: name.strip("/").replace("/", "-") for model, name in table.short(models).items()}
+    pictures += [(f"similarity-{names[model]}", similarity, x) for model, x in models.items() if len(x) > 1]
     for name, draw, what in (picture for picture in pictures if picture[2]):
         with rc_context(STYLE), files.replacing(Path(out, f"{name}.png")) as temporary:
             draw(figure := Figure(figsize=(8, 5.5), dpi=200, layout="constrained"), what)  # inches: 1600 pixels wide
@@ -37,22 +39,24 @@ def plot(folders, out):
 def accuracy(figure, rows):
     """By trainable numbers, of each row of the table the medians and interquartile ranges, and the mean over tasks."""
     ax = figure.add_subplot(xlabel="trainable numbers", ylabel="accuracy (%); bars: interquartile range")
+    names = table.short(row["model"] for row in rows)
     for i, row in enumerate(rows):
         tasks = [key for key in row if f"{key} IQR" in row and row[key] == row[key]]
         x, medians, bars = row["trainable"], [row[task] for task in tasks], [row[f"{task} IQR"] / 2 for task in tasks]
         ax.errorbar([x] * len(tasks), medians, bars, fmt=".", color=f"C{i}", alpha=0.6)
-        label = f"{row['model']}: {row['method']} (tasks: {len(tasks)})"[-70:]
+        label = f"{names[row['model']]}: {row['method']} (tasks: {len(tasks)})"
         ax.plot(x, np.mean(medians), "D", color=f"C{i}", label=label)
     ax.set_xscale("symlog", linthresh=min([row["trainable"] for row in rows if row["trainable"]], default=1))
-    figure.legend(loc="outside lower center", ncols=2)
+    legend(figure, ax)
 
 
 def curves(figure, runs):
     """Loss and held-out accuracy by step and by time at the mean speed: of like runs the median and both quartiles."""
     groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
-    titles = sorted({f"{run['model']}, {run['task']}" for run in runs})
+    names = table.short(run["model"] for run in runs)
+    titles = sorted({f"{names[run['model']]}, {run['task']}" for run in runs})
     for run in runs:
-        title = f"{run['model']}, {run['task']}: " * (len(titles) > 1)
+        title = f"{names[run['model']]}, {run['task']}: " * (len(titles) > 1)
         groups.setdefault(title + run["label"], []).append(run)
     figure.suptitle(titles[0] if len(titles) == 1 else "")
     axes = figure.subplots(len(shown), 2, squeeze=False)
@@ -65,10 +69,20 @@ def curves(figure, runs):
                 low, middle, high = np.nanpercentile(y, (25, 50, 75), axis=0)
                 for ax, title, scale in zip(row, ("step", "time (s); in a grid, its share"), (1, speed), strict=True):
                     style, of = {"color": f"C{i}", "ls": "-" if i < 10 else "--"}, f"{label} (runs: {len(group)})"
-                    ax.plot(x * scale, middle, label=of[-70:], **style)
+                    ax.plot(x * scale, middle, label=of, **style)
                     ax.fill_between(x * scale, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
                     ax.set(xlabel=title, ylabel=TITLES[key])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + (len(titles) == 1))
+    legend(figure, axes[0, 0])
+
+
+def legend(figure, ax):
+    """Below the axes, as wide as its labels want; the figure grows by its height."""
+    lines, labels = ax.get_legend_handles_labels()
+    labels = [textwrap.fill(label, 100) for label in labels]
+    columns = 1 if max(map(len, labels)) > 60 else 2
+    height = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + 0.16 * height)  # inches
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns)
 
 
 def learned(figure, vectors):

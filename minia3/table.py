@@ -125,15 +125,20 @@ def rows(folders):
     return table, note
 
 
+def short(models):
+    """Model -> the last part of its path, which is wider than figures are; where two would be alike the whole."""
+    names = {model: Path(model).name for model in models}
+    return names if len({*names.values()}) == len(names) else dict(zip(names, names, strict=True))
+
+
 def text(rows, as_csv=False):
     """The rows as a Markdown table that is aligned, or as CSV with all digits."""
     if as_csv:
         file, cells = io.StringIO(), [["" if x != x else x for x in row.values()] for row in rows]
         csv.writer(file, lineterminator="\n").writerows([rows[0], *cells])
         return file.getvalue()
-    short, columns = {row["model"]: Path(row["model"]).name for row in rows}, []
-    if len({*short.values()}) == len(short):  # a folder's whole path would be wider than the figures
-        rows = [row | {"model": short[row["model"]]} for row in rows]
+    names, columns = short(row["model"] for row in rows), []
+    rows = [row | {"model": names[row["model"]]} for row in rows]
     for name in (x for x in rows[0] if not x.endswith(" IQR")):
         form, cells = COSTS.get(name, "{:.1f}") + " ({:.1f})", [name]
         for x, iqr in [(row[name], row.get(f"{name} IQR", np.nan)) for row in rows]:

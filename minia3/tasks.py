@@ -66,6 +66,7 @@ class Task(NamedTuple):
     seen: Sequence[str]
     checksums: dict[str, str]  # file name -> sha256
     notes: list[str]  # lines that a run should print
+    split: str = "validation"  # what `validation` is
 
     @property
     def evaluation(self) -> tuple[str, list[dict]]:
@@ -74,7 +75,7 @@ class Task(NamedTuple):
             return "test", self.test
         if not self.validation:
             raise ValueError(f"{self.name}: no labelled rows to report on: add a validation file, or labels to test's")
-        return "validation", self.validation
+        return self.split, self.validation
 
 
 @cache

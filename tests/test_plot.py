@@ -65,6 +65,27 @@ def test_the_adapters_of_a_grid_each_have_a_picture(runs, tmp_path):
     assert names[2:4] == ["learned-grid-cb-s0.png", "learned-grid-rte-s0.png"]
 
 
+def test_models_of_one_name_have_a_picture_of_similarity_each(runs, tmp_path):
+    for i in (0, 1):
+        for seed in (0, 1):
+            folder = tmp_path / f"{i}-{seed}"
+            shutil.copytree(runs / f"ia3-{seed}", folder)
+            *lines, final = running.metrics(folder)
+            lines.append(final | {"model": f"base-{i}/t5"})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = [path.rpartition("/")[2] for path in plot.plot([tmp_path], tmp_path / "out")]
+    assert [name for name in names if "similarity" in name] == ["similarity-base-0-t5.png", "similarity-base-1-t5.png"]
+
+
+def test_a_legend_has_each_label_whole(runs):
+    flags = ", ".join(f"flag{i} {i}" for i in range(30))
+    new = drawn(plot.curves, [run | {"label": f"ia3, {flags}"} for run in table.read([runs / "ia3-0"])[0]])
+    (text,) = new.legends[0].get_texts()
+    assert text.get_text().replace("\n", " ") == f"ia3, {flags} (runs: 1)"
+    assert max(map(len, text.get_text().splitlines())) <= 100
+    assert new.get_figheight() > drawn(plot.curves, table.read([runs / "ia3-0"])[0]).get_figheight()
+
+
 def test_no_matplotlib_is_a_line_with_the_extra(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"^plot: .*pip install 'minia3\[plot\]'$"):

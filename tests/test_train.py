@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import warnings
+from itertools import product
 
 import numpy as np
 import pytest
@@ -76,11 +77,11 @@ def loss_of(ours, tokenizer, batch, which):
     return sum(parts[name] for name in which.split(","))
 
 
+LOSSES = ("lm,ul,ln", "ul", "lm,ln")
 KINDS = {"choices": (2,), "mixed choices": (2, 3, 1), "targets": (0,)}
 
 
-@pytest.mark.parametrize("losses", ["lm,ul,ln", "ul", "lm,ln"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "losses"), [x for x in product(KINDS, LOSSES) if x != ("targets", "ul")])
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_the_loss_of_the_first_step_is_that_of_the_base_on_the_first_batch(name, kind, losses, tmp_path):
     folder = task(KINDS[kind])
@@ -542,6 +543,10 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--eval-only=yes"], ["--eval-only"]),
         (["--patience", "2"], ["--patience", "--eval-every"]),
         (["--losses", "lm,xx"], ["--losses is 'lm,xx'", "lm,ul,ln"]),
+        (["--sites", "k,x"], ["--sites is 'k,x'", "some of k,v,ff,q,o,up,gate, none twice"]),
+        (["--sites", "k,"], ["--sites is 'k,'"]),
+        (["--sites", "k,v,k"], ["--sites is 'k,v,k'", "none twice"]),
+        (["--where", "q,ff"], ["--where is 'q,ff'", "some of q,k,v,o,gate,up,down"]),
         (["--losses", "lm,lm"], ["--losses is 'lm,lm'", "none twice"]),
         (["--losses", ""], ["--losses is ''"]),
         (["--out", ""], ["--out is '', expected str"]),
@@ -590,6 +595,7 @@ def test_each_flag_with_limits_is_tried_above():
         ({"device": "gpu"}, ["--device is 'gpu'", "expected cpu or cuda"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected cpu or cuda"]),
         ({"shots": 21}, ["expected 1 to 20 shots", "found 21"]),
+        ({"task": task((0,)), "losses": "ul,ln"}, ["--losses ul,ln lacks lm"]),
         ({"eval_prompt": 1}, ["--eval-prompt is 1", "some of 0 to 0"]),
         ({"max_length": 1}, ["does not fit into max_length 1"]),
     ],
