@@ -1,7 +1,8 @@
 """python -m tests.benchmarks.studies STUDY --out FOLDER: the runs behind a table of the README, one after the other.
 
-A study is a list of command lines of train.py, printed as they run, each with a folder of its own. What is finished is
-skipped and what was stopped goes on, so a study that was killed is started again by the same line. Afterwards:
+A study is a list of command lines of train.py, most of them grids, printed as they run, each with a folder of its own.
+What is finished is skipped and what was stopped goes on: a study that was killed is started again by the same line.
+Afterwards:
 
     python -m minia3 table FOLDER
     python -m minia3 plot FOLDER --out PICTURES
@@ -25,13 +26,6 @@ SEEDS = {"embedded": "0,1,2,3,4", "smollm2": "0,1,32", "raft": "0,1,2,3,4", "t0"
 DETAILS = ("colour", "thing", "place", "person")
 
 
-def each(name, words, **axes):
-    """A line for each combination of `axes`, flag -> values: what cannot be a grid, or is too large for one."""
-    for values in product(*axes.values()):
-        own = [word for flag, value in zip(axes, values, strict=True) for word in (f"--{flag}", value)]
-        yield "-".join([name, *(Path(value).name for value in values)]), [*words, *own]
-
-
 def held_out(folder):
     """The embedded model's held-out tasks, and one more of their rows: yes, if colour or place agree, but not both."""
     if not (folder / "xor" / "train.jsonl").exists():
@@ -50,43 +44,37 @@ def held_out(folder):
 
 def embedded(model, out):
     """The embedded T5: methods, losses and sites on its held-out tasks, shots, learning rates, and smaller bases."""
-    tasks, seeds = held_out(out / "tasks"), SEEDS["embedded"].split(",")
-    on, all_seeds = ["--model", model, "--eval-batch-size", "64"], ["--seed", SEEDS["embedded"]]
-    every, colour = [*on, *all_seeds, "--task", ",".join(tasks)], [*on, "--task", tasks[0]]
-    trained = {"lora": ["--method", "lora", "--lr", "3e-3"], "full": ["--method", "full", "--lr", "1e-3"]}
+    tasks, seeds = held_out(out / "tasks"), ["--seed", SEEDS["embedded"]]
+    on, colour = ["--model", model, "--eval-batch-size", "64"], ["--task", tasks[0]]
+    every = [*on, *seeds, "--task", ",".join(tasks)]
+    trained = {"ia3": [], "faster": ["--lr", "3e-2"], "lora": ["--method", "lora", "--lr", "3e-3"]}
+    trained["full"] = ["--method", "full", "--lr", "1e-3"]
     yield "methods-none", [*on, "--task", ",".join(tasks), "--method", "none"]
-    yield "methods-ia3", every
-    yield "methods-faster", [*every, "--lr", "3e-2"]
     for n in ("4", "16"):
         yield f"methods-icl-{n}", [*every, "--method", "icl", "--shots", n]
     for method, words in trained.items():
-        yield from each(f"methods-{method}", [*on, *words], task=tasks, seed=seeds)
-    every = [*on, *all_seeds, "--task", ",".join(tasks[:-1])]  # nothing learns the last one
+        yield f"methods-{method}", [*every, *words]
+    every = [*on, *seeds, "--task", ",".join(tasks[:-1])]  # at this rate nothing learns the last one
     for losses in ("lm", "lm,ul", "lm,ln"):
         yield f"losses-{losses}", [*every, "--losses", losses]
-    for sites in ("k", "v", "ff", "k,v", "k,ff", "v,ff"):
+    for sites in ("k", "v", "ff", "k,v", "k,ff", "v,ff", "k,v,ff,q,o"):
         yield f"sites-{sites}", [*every, "--sites", sites]
     yield "sites-no-cross", [*every, "--no-cross"]
     for shots in ("4", "8", "16", "32", "64", "128", "256"):
-        yield f"shots-{shots}-ia3", [*colour, *all_seeds, "--shots", shots]
-        yield f"shots-{shots}-faster", [*colour, *all_seeds, "--shots", shots, "--lr", "3e-2"]
         for method, words in trained.items():
-            yield from each(f"shots-{shots}-{method}", [*colour, *words, "--shots", shots], seed=seeds)
+            yield f"shots-{shots}-{method}", [*on, *seeds, *colour, *words, "--shots", shots]
     rates = ["--lr", "1e-3,3e-3,1e-2,3e-2", "--warmup-ratio", "0,0.06,0.3", "--seed", "0,1,2"]
     for task in (tasks[0], tasks[3], tasks[4]):
         yield f"rates-{Path(task).name}", [*on, "--task", task, *rates]
-    yield "sites-all", [*every, "--sites", "k,v,ff,q,o"]
-    for method, lrs in {"lora": ("1e-3", "3e-3", "1e-2"), "full": ("3e-4", "1e-3", "3e-3")}.items():
-        yield from each(f"rates-{method}", [*on, "--method", method], task=tasks[3:], lr=lrs, seed=seeds[:3])
+    for method, lrs in {"lora": "1e-3,3e-3,1e-2", "full": "3e-4,1e-3,3e-3"}.items():
+        words = ["--method", method, "--lr", lrs, "--seed", "0,1,2"]
+        yield f"rates-{method}", [*on, *words, "--task", ",".join(tasks[3:])]
     for shots in ("16", "32"):
-        yield f"few-{shots}-ia3", [*colour, *all_seeds, "--shots", shots, "--lr", "1e-2,1e-1"]
-        for method, lrs in {"lora": ("1e-3", "1e-2"), "full": ("3e-4", "3e-3")}.items():
-            words = [*colour, "--shots", shots, "--method", method]
-            yield from each(f"few-{shots}-{method}", words, lr=lrs, seed=seeds)
-    person = [*on, "--task", tasks[3], "--eval-every", "50"]
-    yield "curves-ia3", [*person, *all_seeds, "--lr", "3e-3,3e-2"]
+        for method, lrs in {"ia3": "1e-2,1e-1", "lora": "1e-3,1e-2", "full": "3e-4,3e-3"}.items():
+            words = ["--method", method, "--lr", lrs, "--shots", shots]
+            yield f"few-{shots}-{method}", [*on, *seeds, *colour, *words]
     for method, words in trained.items():
-        yield from each(f"curves-{method}", [*person, *words], seed=seeds)
+        yield f"curves-{method}", [*on, *seeds, "--task", tasks[3], "--eval-every", "50", *words]
 
 
 def widths(model, out):
@@ -95,14 +83,14 @@ def widths(model, out):
     Bases are made in this order, those too whose runs --only leaves out.
     """
     task = held_out(out / "tasks")[0]
+    lrs = {"ia3": "3e-3,3e-2,1e-1", "none": "3e-3", "lora": "3e-3,1e-2,3e-2", "full": "1e-3,3e-3,1e-2"}
     for width, seed in product(("16", "32", "64"), ("0", "1", "2")):
         base = out / f"base-{width}-{seed}"
         if not (base / "tiny-t5").exists():
             words = ["--d-model", width, "--seed", seed, "--out", str(base)]
             subprocess.run([sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True)
         on = ["--model", str(base / "tiny-t5"), "--task", task, "--eval-batch-size", "64"]
-        yield f"{width}-{seed}-ia3", [*on, "--lr", "3e-3,3e-2"]
-        for method, lr in {"none": "3e-3", "lora": "3e-3", "full": "1e-3"}.items():
+        for method, lr in lrs.items():
             yield f"{width}-{seed}-{method}", [*on, "--method", method, "--lr", lr]
 
 
@@ -113,22 +101,22 @@ def smollm2(model, out):
         seeds, name = SEEDS["raft" if raft else "smollm2"], Path(task).name
         on = ["--model", model, "--task", task, "--eval-batch-size", "8", "--eval-prompt", "0,1,2"]
         yield f"{name}-none", [*on, "--method", "none", "--seed", seeds if raft else "0"]
-        yield f"{name}-ia3", [*on, *shots, "--steps", "60", "--seed", seeds]
-        yield f"{name}-icl", [*on, "--method", "icl", "--shots", "4", "--seed", seeds]
-        lora = ["--method", "lora", "--lr", "1e-3", "--steps", "60"]
-        yield from each(f"{name}-lora", [*on, *shots, *lora], seed=seeds.split(","))
+        on += ["--seed", seeds]
+        yield f"{name}-ia3", [*on, *shots, "--steps", "60"]
+        yield f"{name}-icl", [*on, "--method", "icl", "--shots", "4"]
+        yield f"{name}-lora", [*on, *shots, "--method", "lora", "--lr", "1e-3", "--steps", "60"]
         if task == "copa":
-            yield "rates-copa", [*on, *shots, "--steps", "60", "--seed", seeds, "--lr", "1e-2,3e-2"]
+            yield "rates-copa", [*on, *shots, "--steps", "60", "--lr", "1e-2,3e-2"]
 
 
 def t0_3b(model, out):
     """Table 4 of the paper for T0-3B: five seeds, all prompts. With --only ia3 --init ADAPTER, from given vectors."""
     for task in T0_TASKS:
         on = ["--model", model, "--task", task, "--shots", str(table()[task].shots), "--eval-prompt", "all"]
-        yield f"ia3-{task}", [*on, "--seed", SEEDS["t0"], "--micro-batch-size", "8"]
-        for method, words in {"lora": ["1e-3"], "full": ["1e-4", "--save-every", "1000"]}.items():  # 34 GB a time
-            words = [*on, "--method", method, "--lr", *words]
-            yield from each(f"{method}-{task}", words, seed=SEEDS["t0"].split(","))
+        on += ["--seed", SEEDS["t0"]]
+        yield f"ia3-{task}", [*on, "--micro-batch-size", "8"]
+        yield f"lora-{task}", [*on, "--method", "lora", "--lr", "1e-3"]
+        yield f"full-{task}", [*on, "--method", "full", "--lr", "1e-4", "--save-every", "1000"]  # 34 GB a time
 
 
 STUDIES = {"embedded": embedded, "widths": widths, "smollm2": smollm2, "t0-3b": t0_3b}
@@ -142,9 +130,13 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--only", default="", help="the beginning of the names of the runs that are wanted")
     args, more = parser.parse_known_args(argv)
+    names = []
     for name, words in STUDIES[args.study](args.model, args.out):
+        names.append(name)
         if name.startswith(args.only):
             go_on(args.out / name, [*words, *more])
+    if not any(name.startswith(args.only) for name in names):
+        parser.error(f"--only is {args.only!r}, expected the beginning of one of {', '.join(names)}")
 
 
 def go_on(folder, words):
