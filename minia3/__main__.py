@@ -53,8 +53,9 @@ def generate(args):
         adapters.load_adapter(model, args.adapter)
     drawn = {key: vars(args)[key] for key in ("temperature", "top_k", "top_p", "stop", "seed", "max_new_tokens")}
     several = {key: vars(args)[key] for key in ("beams", "length_penalty", "samples")}
-    talks, messages = not args.prompts and sys.stdin.isatty(), []
-    lines = iter(args.prompts) if args.prompts else filter(None, map(str.strip, typed() if talks else sys.stdin))
+    stdin, messages = sys.stdin or (), []  # None: it is closed
+    talks = not args.prompts and bool(stdin) and stdin.isatty()
+    lines = iter(args.prompts) if args.prompts else filter(None, map(str.strip, typed() if talks else stdin))
     while texts := list(islice(lines, 1 if talks else 16)):
         prompts = texts
         if args.chat:
@@ -220,7 +221,14 @@ def main(argv=None):
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's for memory is a RuntimeError
         print(f"minia3: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        mistakes = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+        mistakes = (
+            ValueError,
+            FileExistsError,
+            FileNotFoundError,
+            IsADirectoryError,
+            NotADirectoryError,
+            PermissionError,
+        )
         return 2 if isinstance(error, mistakes) else 1
 
 

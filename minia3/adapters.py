@@ -9,6 +9,7 @@ Shapes: D width of a vector, A rows of a model, P adapters that mix, B batch.
 import difflib
 import math
 import re
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -102,8 +103,8 @@ def _rename(name, table):
 
 def row_of(model, adapter):
     """Our name -> (D,) of row `adapter` of the model: the row itself. Raises ValueError where it has no such row."""
-    if not 0 <= adapter < model.n_adapters:
-        raise ValueError(f"adapter {adapter} is out of range: the model has rows 0 to {model.n_adapters - 1}")
+    if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
+        raise ValueError(f"adapter {adapter!r} is out of range: the model has rows 0 to {model.n_adapters - 1}")
     return {name: table.detach()[adapter] for name, table in tables(model).items()}
 
 
@@ -177,12 +178,13 @@ def mix(parts, how="average"):
 class Adapters(dict):
     """Names for the rows of a model in use: name -> row. Row 0 is the base, all ones, and its name is None.
 
-    A state that has been started goes on while others are added or removed. An unknown name is a ValueError.
+    A state that has been started goes on while others are added or removed, by any thread. An unknown name is a
+    ValueError.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.lock = model, threading.Lock()
         fill(model, 0, {})
 
     def load(self, name, name_or_path):
@@ -200,20 +202,22 @@ class Adapters(dict):
 
     def _add(self, paths):
         added = {name: fitting(self.model, read_adapter(path), path) for name, path in paths.items()}
-        free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
-        rows = {name: self.get(name) or next(free) for name in added}
-        while self.model.n_adapters <= max(rows.values()):  # twice as many rows, in the same parameters
-            for table_AD in tables(self.model).values():
-                table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
-            self.model.n_adapters *= 2
-        for name, vectors in added.items():
-            fill(self.model, rows[name], vectors)
-        self.update(rows)
+        with self.lock:
+            free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
+            rows = {name: self.get(name) or next(free) for name in added}
+            while self.model.n_adapters <= max(rows.values()):  # twice as many rows, in the same parameters
+                for table_AD in tables(self.model).values():
+                    table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
+                self.model.n_adapters *= 2
+            for name, vectors in added.items():
+                fill(self.model, rows[name], vectors)
+            self.update(rows)
 
     def remove(self, name):
         """Forget a name; its row is ones again, and free."""
-        fill(self.model, self[name], {})
-        del self[name]
+        with self.lock:
+            fill(self.model, self[name], {})
+            del self[name]
 
     def rows(self, names):
         """(B,) long: the row of each name (None: the base), as `start` takes them."""

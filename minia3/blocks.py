@@ -18,7 +18,7 @@ from minia3.ia3 import IA3
 
 ACTIVATIONS = {
     "relu": F.relu,
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),  # T5 v1.1's "gelu" is the tanh approximation
+    "gelu": nn.GELU(approximate="tanh"),  # T5 v1.1's "gelu" is the tanh approximation
     "silu": F.silu,
 }
 
@@ -135,6 +135,6 @@ class Block(nn.Module):
             return None
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing))
         if self.cross is not None:
-            h = self.cross_norm(x_BLD).reshape(len(cache.memory[0]), -1, x_BLD.shape[2])  # rows may share a source
+            h = self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)  # rows may share a source
             x_BLD = x_BLD + self.dropout(self.cross(h, cache.memory, c.memory_bias_B11M).view_as(x_BLD))
         return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), c.adapter_B))

@@ -62,6 +62,8 @@ def from_hf(raw):
     raw = DEFAULTS[kind] | raw | {"rope_type": rope.get("type", "default")} | known
     refused = [f"{key}={raw.get(key)!r}" for key, values in SUPPORTED.items() if raw.get(key) not in values]
     refused += [f"{key}={rope[key]!r}" for key in rope if key not in (*known, "type") and rope[key] not in (None, 1.0)]
+    act = "gelu_new" if raw.get("feed_forward_proj") == "gated-gelu" else "relu"  # as transformers derives it
+    refused += [f"dense_act_fn={raw['dense_act_fn']!r}"] if t5 and raw.get("dense_act_fn") not in (None, act) else []
     if refused:
         raise ValueError(f"config.json asks for what minia3 does not do: {', '.join(refused)}")
     ends = raw.get("eos_token_id", [*cls.eos_ids])  # null: no end token; absent: the default
@@ -82,7 +84,9 @@ def from_hf(raw):
     if not faults and t5 and (n["start_id"] >= n["vocab_size"] or n["max_distance"] <= n["n_buckets"] // 2):
         faults.append("expected decoder_start_token_id < vocab_size, max_distance > num_buckets / 2")
     if not faults and not t5 and (n["n_heads"] % n["n_kv_heads"] or n["d_head"] % 2):
-        faults = ["{n_kv_heads} key/value heads must divide {n_heads} heads, head_dim {d_head} be even".format(**n)]
+        faults.append("{n_kv_heads} key/value heads must divide {n_heads} heads, head_dim {d_head} be even".format(**n))
+    if not faults and n.get("low_freq_factor", 0) > n.get("high_freq_factor", 1):
+        faults.append("low_freq_factor must not be above high_freq_factor")
     if faults:
         raise ValueError(f"config.json: {'; '.join(faults)}")
     tied = raw.get("tie_word_embeddings", t5)

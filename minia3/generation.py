@@ -147,9 +147,10 @@ def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, searc
     for wrong, found, expected in (
         (no_list, f"prompts {prompts!r:.40}", "a list of texts, or of lists of ids"),
         (min(counts) < 1, f"max_new_tokens, beams, samples, batch_size {counts}", "1 or more"),
-        (not temperature >= 0 or top_k < 0, f"temperature, top_k {temperature, top_k}", "0 or more"),
+        (not 0 <= temperature < inf or top_k < 0, f"temperature, top_k {temperature, top_k}", "0 or more, and finite"),
         (not 0 < top_p <= 1, f"top_p {top_p}", "above 0, and at most 1"),
         (not abs(length_penalty) <= 10, f"length_penalty {length_penalty}", "-10 to 10"),
+        (seed is not None and not 0 <= seed < 2**32, f"seed {seed}", "0 to 2**32 - 1"),
         ("" in stops, f"stop {stop!r:.40}", "texts that are not empty"),
         (beams > 1 and temperature, f"beams {beams} at temperature {temperature}", "temperature 0: none are drawn"),
         (samples > beams and not temperature, f"samples {samples}", "a temperature, or as many beams"),
@@ -286,6 +287,8 @@ def beam_search(model, state, beams, max_new_tokens, length_penalty=1.0):
 
 def _batches(lengths, adapter, batch_size):
     """Rows in batches of similar lengths, longest first (memory runs out at once if it does), with their adapters."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     adapter = torch.as_tensor(0 if adapter is None else adapter)
     if adapter.dim() and len(adapter) != len(lengths):
         raise ValueError(f"expected an adapter for each of {len(lengths)} rows, found {len(adapter)}")

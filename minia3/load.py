@@ -52,9 +52,14 @@ def opened(name_or_path, dtype=None, n_adapters=1):
     is_t5 = isinstance(config, T5Config)
     if dtype == torch.float16 and is_t5:
         raise ValueError("T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32")
-    head, embed = map(entries.get, ("lm_head.weight", "shared.weight" if is_t5 else "model.embed_tokens.weight"))
-    if not config.own_head and head and embed and head[:2] == embed[:2] and torch.equal(head.read(), embed.read()):
-        del entries["lm_head.weight"]  # a copy of the embedding, as some files keep it
+    embed = entries.get("shared.weight" if is_t5 else "model.embed_tokens.weight")
+    heads, inputs = ("lm_head.weight",), ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    for name in (inputs if config.own_head else heads + inputs) if embed else ():  # some files keep copies
+        same = name in entries and entries[name][:2] == embed[:2] and torch.equal(entries[name].read(), embed.read())
+        if same:
+            del entries[name]
+        elif name in entries and name in inputs:
+            raise ValueError(f"{path}: {name} is not the copy of shared.weight that it should be")
     model = build(replace(config, own_head="lm_head.weight" in entries or config.own_head), n_adapters)
     model.name_or_path, stored = str(name_or_path), matched(model, entries, path)
     if dtype is None:

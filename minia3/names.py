@@ -7,8 +7,8 @@ same tables backwards; a test demands that the right-hand sides are exactly the 
 # fmt: off
 T5 = {
     "shared.weight":                                                             "embed.weight",
-    "encoder.embed_tokens.weight":                                               None,  # a copy of shared
-    "decoder.embed_tokens.weight":                                               None,  # a copy of shared
+    "encoder.embed_tokens.weight":                                               None,  # a copy of shared (load.py)
+    "decoder.embed_tokens.weight":                                               None,  # a copy of shared (load.py)
     "encoder.block.{}.layer.0.layer_norm.weight":                                "encoder.blocks.{}.attn_norm.weight",
     "encoder.block.{}.layer.0.SelfAttention.q.weight":                           "encoder.blocks.{}.attn.q.weight",
     "encoder.block.{}.layer.0.SelfAttention.k.weight":                           "encoder.blocks.{}.attn.k.weight",

@@ -25,8 +25,11 @@ class Scaled(nn.Linear):
     """What such a linear becomes, in its place and with its W: each example is scaled by its own adapter's row."""
 
     def forward(self, x_BLD):
-        rows = CALL.rows  # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
-        return self.l(super().forward(x_BLD), rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
+        rows, y = getattr(CALL, "rows", None), super().forward(x_BLD)
+        if rows is None:  # its block's call had begun when the vector was added: none of its adapters has one
+            return y
+        # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
+        return self.l(y, rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
 
 
 class ScaledBlock(Block):
@@ -34,7 +37,10 @@ class ScaledBlock(Block):
 
     def forward(self, x_BLD, context, cache, asked=True):
         CALL.rows = context.adapter_B
-        return super().forward(x_BLD, context, cache, asked)
+        try:
+            return super().forward(x_BLD, context, cache, asked)
+        finally:
+            CALL.rows = None
 
 
 def places(model):

@@ -52,7 +52,8 @@ class Tokenizer:
             bos, eos = (settings.get(f"add_{name}") and self.special.get(name) for name in ("bos_token", "eos_token"))
             form, tokens = [*filter(None, (bos, "$A", eos))], [(self.special[name], ids[name]) for name in self.special]
             backend.post_processor = processors.TemplateProcessing(form, None, tokens)
-        self.ends = self.encode("\U0010fffd")[-1:] == [self.eos_id]  # fails now where an unknown character would later
+        one = self.encode("\U0010fffd")  # fails now where an unknown character would later
+        self.ends = one[-1:] == [self.eos_id] and one[:1] != [self.bos_id]  # T5's; a LLaMA may ask for both
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of `text` with the files' special tokens: T5 `</s>` behind, LLaMA `<s>` in front, SmolLM2 none."""
@@ -62,8 +63,9 @@ class Tokenizer:
     def encode_target(self, text: str, end: bool) -> list[int]:
         """The ids of `text` as what follows a prompt and one space; "True" and " True" are the same.
 
-        Where `encode` ends in eos (T5): `encode(text)`. Else encode(prompt) + encode_target(text, False) ==
-        encode(prompt + " " + text) for a prompt that is not empty and does not end in white space; `end` adds eos.
+        Where `encode` ends in eos, with no bos in front (T5): `encode(text)`. Else encode(prompt) +
+        encode_target(text, False) == encode(prompt + " " + text) for a prompt that is not empty and does not end in
+        white space (where encode adds no eos); `end` adds eos.
         """
         if self.ends:
             return self.encode(text)

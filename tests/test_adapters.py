@@ -476,6 +476,15 @@ def test_a_row_that_is_not_there_is_refused(loaded, tmp_path, adapter):
     assert "out of range" in refused(model, tmp_path / "good", adapter=adapter)
 
 
+@pytest.mark.parametrize("adapter", [True, False, 1.0, "0", None, torch.tensor([1]), torch.tensor(1)])
+def test_a_row_that_is_no_int_is_refused(loaded, tmp_path, adapter):
+    model = loaded("t5-v1.0", n_adapters=2)
+    save_adapter(model, tmp_path / "good")
+    assert "out of range" in refused(model, tmp_path / "good", adapter=adapter)
+    with pytest.raises(ValueError, match="out of range"):
+        minia3.merge(model, adapter)
+
+
 def test_another_name_of_the_base_is_a_warning_and_another_spelling_is_none(loaded, tmp_path):
     model = loaded("t5-v1.0")
     for saved, name, warns in (

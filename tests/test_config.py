@@ -19,6 +19,20 @@ LLAMA = {
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+@pytest.mark.parametrize(("form", "act"), [("relu", "relu"), ("gated-gelu", "gelu_new")])
+def test_t5_s_activation_is_that_of_its_feed_forward_s_name(form, act):
+    assert from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": act}) == from_hf(T5 | {"feed_forward_proj": form})
+    for other in {"relu", "gelu", "gelu_new"} - {act}:  # transformers takes it, whatever the name says
+        with pytest.raises(ValueError, match=f"does not do: dense_act_fn='{other}'"):
+            from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": other})
+
+
+def test_llama_3_s_low_frequencies_are_below_its_high_ones():
+    rope = {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 5.0}
+    with pytest.raises(ValueError, match="low_freq_factor must not be above high_freq_factor"):
+        from_hf(LLAMA | {"rope_scaling": rope})
+
+
 def test_what_a_t5_config_leaves_out_is_what_transformers_assumes():
     assert from_hf(T5 | {"pad_token_id": 3}).start_id == 3
     assert from_hf(T5) == T5Config(8, 4, 16, 2, 2, 2, 10, own_head=False, scale_logits=True)

@@ -603,6 +603,7 @@ def test_no_prompts_give_no_texts(both):
 BOTH = [
     ({"temperature": -1.0}, r"temperature, top_k \(-1.0, 0\): expected 0 or more"),
     ({"temperature": float("nan")}, "expected 0 or more"),
+    ({"temperature": float("inf"), "top_k": 3}, "expected 0 or more, and finite"),
     ({"top_k": -1}, "expected 0 or more"),
     ({"top_p": 0.0}, "top_p 0.0: expected above 0, and at most 1"),
     ({"top_p": 1.1}, "top_p 1.1: expected above 0, and at most 1"),
@@ -612,6 +613,7 @@ BOTH = [
     ({"stop": ["a", ""]}, r"stop \['a', ''\]: expected texts that are not empty"),
     ({"seed": -1}, "2\\*\\*32 - 1"),
     ({"seed": 2**32}, "2\\*\\*32 - 1"),
+    ({"seed": 10**30}, "2\\*\\*32 - 1"),
     ({"adapter": 3}, "rows 0 to 2"),
     ({"adapter": -1}, "rows 0 to 2"),
 ]
@@ -626,6 +628,12 @@ GENERATE = [
     ({"length_penalty": 1e6, "beams": 2}, "length_penalty 1000000.0: expected -10 to 10"),
     ({"adapter": torch.tensor([0, 1])}, "an adapter for each of 1 rows, found 2"),
 ]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_rank_names_a_batch_size_that_is_none(both, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}, expected 1 or more"):
+        minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
 
 
 @pytest.mark.parametrize(("options", "message"), [*BOTH, *GENERATE])

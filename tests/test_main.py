@@ -272,6 +272,12 @@ def read_until(fd, mark):
     return seen.replace(b"\r", b"")
 
 
+def test_a_closed_standard_input_is_an_empty_one():
+    for words in (["generate", "tiny-t5"], ["generate", "tiny-t5", "--chat"]):
+        process = python(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+        assert (*process.communicate(timeout=60), process.returncode) == (b"", b"", 0)
+
+
 def test_ctrl_c_makes_no_noise():
     process = python("generate", "tiny-t5", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(b"same colour ?\n" * 16)

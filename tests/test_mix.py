@@ -4,6 +4,8 @@ each example has its own adapter is each alone, and a load that fails changes no
 import json
 import math
 import re
+import sys
+import threading
 
 import pytest
 import torch
@@ -264,6 +266,25 @@ def test_a_load_that_fails_leaves_everything_as_it_was(loaded, folders, tmp_path
             call()
         assert (list(adapters), model.n_adapters) == (["a0"], 2)
         assert same(dict(minia3.vectors(model)), before)
+
+
+def test_threads_that_load_each_get_a_row_of_their_own(loaded, folders):
+    folder, model = folders("llama-gqa", 6), loaded("llama-gqa")
+    adapters = Adapters(model)
+    expected = {f"a{i}": read_adapter(folder / f"a{i}").vectors for i in range(6)}
+    threads = [threading.Thread(target=adapters.load, args=(name, folder / name)) for name in expected]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds: threads take turns within a load
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert sorted(adapters.values()) == [1, 2, 3, 4, 5, 6]
+    for name, vectors in expected.items():
+        assert same(row_of(model, adapters[name]), vectors)
 
 
 def test_an_adapter_of_a_base_of_another_name_is_a_warning(loaded, folders):

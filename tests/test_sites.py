@@ -268,6 +268,23 @@ def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(scal
     assert all((x == 1).all() for row in (0, 2) for x in row_of(model, row).values())
 
 
+@torch.no_grad()
+def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled, loaded, tmp_path):
+    """As another thread might: the call that is under way has none of them, and goes on as the base."""
+    save_adapter(scaled("llama-gqa", seed=3), tmp_path / "more")
+    logits(scaled("llama-gqa"), SOURCE, MASK, TARGET)  # leaves its rows
+    model = loaded("llama-gqa", n_adapters=2)
+    expected, adapters = logits(model, SOURCE, MASK, TARGET), Adapters(model)
+    hook = model.blocks[0].attn_norm.register_forward_hook(
+        lambda *_: None if adapters else adapters.load("more", tmp_path / "more")
+    )
+    assert torch.equal(logits(model, SOURCE, MASK, TARGET), expected)
+    hook.remove()
+    row = adapters.rows(["more"]).item()
+    alone = logits(scaled("llama-gqa", seed=3), SOURCE, MASK, TARGET)
+    assert off(logits(model, SOURCE, MASK, TARGET, row), alone) < 1e-5
+
+
 # Each example by its own row
 
 

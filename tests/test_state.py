@@ -182,6 +182,14 @@ def test_cached_is_uncached_across_the_blocks_in_which_the_cache_grows(models, n
             assert off(found, expected) < 1e-5
 
 
+@torch.no_grad()
+def test_tokens_of_fewer_rows_than_the_state_has_are_refused(models):
+    model = models["t5-v1.0"]
+    state = model.start(torch.randint(5, 20, (3, 4)))
+    with pytest.raises(RuntimeError):
+        model.step(torch.tensor([[0, 5, 6]]), state)
+
+
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
 def test_the_cache_is_not_copied_at_each_step(models, name, monkeypatch):
     model, n, copied = models[name], 200, []

@@ -195,6 +195,17 @@ def test_special_tokens_stand_where_the_files_ask_for_them(tmp_path, name, confi
         assert tokenizer.encode(text, special=False) == PEERS[name].encode(text)
 
 
+def test_a_target_of_a_llama_whose_texts_end_is_still_what_follows_a_prompt(tmp_path):
+    plain, ended = (
+        Tokenizer.from_folder(write(tmp_path / str(add), "llama", tokenizer_config={"add_eos_token": add}))
+        for add in (False, True)
+    )
+    assert ended.encode("the red hats") == [*plain.encode("the red hats"), 2]
+    for end in (False, True):
+        assert ended.encode_target("red hats", end) == plain.encode_target("red hats", end)
+    assert 1 not in ended.encode_target("red hats", True)
+
+
 def test_control_tokens_in_a_text_are_found_and_dropped_and_user_defined_ones_found_and_kept(small):
     tokenizer, peer = small["llama-user-defined"], PEERS["llama-user-defined"]
     sep, ctl = peer.piece_to_id("<sep>"), peer.piece_to_id("<ctl>")
