@@ -8,6 +8,12 @@ from dataclasses import replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
+PLAIN = False  # True: the plain lines of blocks.py, whose gradients are the same, and for which autograd keeps more
+
+
+def keeps_less():
+    return torch.is_grad_enabled() and not PLAIN
+
 
 class Recomputed(torch.autograd.Function):
     """function(*inputs), of which the inputs alone are kept: the backward computes it again.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minia3.backward import Recomputed, RMSNormed
+from minia3 import backward
 from minia3.ia3 import IA3
 
 ACTIVATIONS = {
@@ -33,7 +33,7 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (arXiv 1910.07467)."""
 
     def forward(self, x):
-        return RMSNormed.apply(x, self.weight, self.eps) if torch.is_grad_enabled() else super().forward(x)
+        return backward.RMSNormed.apply(x, self.weight, self.eps) if backward.keeps_less() else super().forward(x)
 
 
 def rotate(x_BHLK, rotation):
@@ -105,10 +105,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD, adapter_B):
         gate_BLF, up_BLF = self.gate(x_BLD), None if self.up is None else self.up(x_BLD)
-        if self.up is None or torch.compiler.is_compiling():  # the compiler sees by itself what need not be kept
+        if self.up is None or not backward.keeps_less() or torch.compiler.is_compiling():  # which keeps less by itself
             h_BLF = self.hidden(gate_BLF, up_BLF, adapter_B)
         else:  # the backward computes these products again: two tensors are kept for it in place of four
-            h_BLF = Recomputed.apply(self.hidden, self.l_ff.scale, gate_BLF, up_BLF, adapter_B)
+            h_BLF = backward.Recomputed.apply(self.hidden, self.l_ff.scale, gate_BLF, up_BLF, adapter_B)
         return self.down(self.dropout(h_BLF))
 
     def hidden(self, gate_BLF, up_BLF, adapter_B):

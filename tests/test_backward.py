@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import minia3
+from minia3 import backward
 from minia3.backward import Recomputed, RMSNormed, checkpointed
 from minia3.blocks import Block, FeedForward, RMSNorm
 from minia3.data import Batch
@@ -59,6 +60,17 @@ def test_the_norm_s_gradients_are_right(rows, length, width, frozen):
     x = torch.randn(rows, length, width, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(width, dtype=torch.float64, requires_grad=not frozen)
     assert torch.autograd.gradcheck(lambda x, weight: RMSNormed.apply(x, weight, 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_lines_have_the_same_results_and_keep_more(loaded, name, monkeypatch):
+    model, batch = loaded(name).double().train(), batch_of((9, 5, 7))
+    found, kept = gradients(model, batch), kept_for_backward(lambda: loss_of(model, batch), model)
+    monkeypatch.setattr(backward, "PLAIN", True)
+    for function in (Recomputed, RMSNormed):
+        monkeypatch.setattr(function, "apply", None)  # nobody asks for it
+    same(gradients(model, batch), found, rtol=1e-12, atol=1e-12)
+    assert kept_for_backward(lambda: loss_of(model, batch), model) > kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

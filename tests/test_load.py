@@ -425,11 +425,17 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("form", ["bin", "old bin", ])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "bin",
+        "old bin",
+    ],
+)
 def test_a_hostile_pickle_is_refused_and_does_not_run(copy, tmp_path, form):
     folder, marker = copy("t5-v1.0"), tmp_path / "it ran"
     content = {"shared.weight": Hostile(str(marker))}
-    if form == :
+    if form == "pickle":
         (folder / "model.safetensors").unlink()
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content, protocol=2))
     else:

@@ -73,7 +73,7 @@ def steps(bench, pair):
 def flags(bench, pair):
     """What train.py's --checkpoint and --compile cost and save: ours, against ours with the flag."""
     batch, plain = pair.batch(pair.lengths(like_rte=True)), pair.ours().train()
-    for flag in ("checkpoint",) if bench.quick else ("checkpoint", "compile"):  # that takes a minute at first
+    for flag in ("checkpoint", "compile"):  # this takes a minute at first
         model = pair.ours().train()
         prepare(model, Config(**{flag: True}))
         sides = same_losses(pair, *(loss_of(pair, m, batch) for m in (plain, model)))
@@ -171,6 +171,6 @@ def peak(bench, pair):
     given = {name: getattr(pair, name) for name in ("name", "quick", "dtype", "device")}
     given |= {"folder": str(pair.scratch), "threads": torch.get_num_threads()}
     ours = int(child(PEAK.format(method="ours", **given)))
-    for what, method in list(PEERS.items())[3 if bench.quick else 0 :]:  # a process each, and PEFT's begin slowly
+    for what, method in PEERS.items():  # a process each, and PEFT's begin slowly
         theirs = int(child(PEAK.format(method=method, **given)))
         yield f"peak memory of training, against {what}", compare(ours, theirs, "B")
