@@ -41,7 +41,7 @@ def info(args):
 
 def generate(args):
     """Continue a text, answer, or chat: python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"""
-    from minia3 import adapters, generation
+    from minia3 import adapters, generation, lora
 
     def typed():
         with suppress(EOFError):
@@ -50,7 +50,7 @@ def generate(args):
 
     model, tokenizer = load(args)
     if args.adapter:
-        adapters.load_adapter(model, args.adapter)
+        (lora.load_lora if lora.is_lora(args.adapter) else adapters.load_adapter)(model, args.adapter)
     drawn = {key: vars(args)[key] for key in ("temperature", "top_k", "top_p", "stop", "seed", "max_new_tokens")}
     several = {key: vars(args)[key] for key in ("beams", "length_penalty", "samples")}
     stdin, messages = sys.stdin or (), []  # None: it is closed
@@ -78,7 +78,7 @@ def generate(args):
 
 def predict(args):
     """Label the rows of a file, or continue them: python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"""
-    from minia3 import adapters, models, predict, prompts, tasks
+    from minia3 import adapters, lora, models, predict, prompts, tasks
 
     if args.task not in (None, *tasks.table()):
         raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.table())}")
@@ -91,6 +91,8 @@ def predict(args):
     if default and Path(default).is_dir() and not Path(default, "adapter_config.json").exists():
         names.load_folder(default)
         default = None
+    elif default and lora.is_lora(default):
+        default = lora.load_lora(model, default)  # None: there are no rows of it
     elif default:
         names.load(default, default)
     to_csv = (args.out or "").endswith(".csv")
@@ -120,9 +122,14 @@ def predict(args):
 
 def merge(args):
     """Fold an adapter into a model: python -m minia3 merge tiny-t5 adapter merged"""
-    from minia3 import merging
+    from minia3 import load, lora, merging, tokenizer
 
-    merging.merge_files(args.model, args.adapter, args.out)
+    if lora.is_lora(args.adapter):
+        model, words = load.load_model(args.model), tokenizer.load_tokenizer(args.model)
+        lora.load_lora(model, args.adapter)
+        load.save_model(merging.merge(model), args.out, words)
+    else:
+        merging.merge_files(args.model, args.adapter, args.out)
 
 
 def convert(args):

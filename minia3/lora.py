@@ -55,6 +55,12 @@ def save_lora(model, folder, base=None):
     files.write_peft(folder, tensors, config)
 
 
+def is_lora(name_or_path):
+    """Whether an adapter says that it is LoRA. Raises ValueError where there is none."""
+    path = files.find_adapter(name_or_path)
+    return path.is_dir() and files.read_json(path / "adapter_config.json").get("peft_type") == "LORA"
+
+
 def load_lora(model, folder):
     """Put the LoRA of a PEFT folder or hub id on the model. Raises ValueError for more than that, or what misfits."""
     path = files.find_adapter(folder)

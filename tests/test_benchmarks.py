@@ -25,7 +25,7 @@ def test_every_line_works_on_a_t5(tmp_path, capsys):
     result = run(tmp_path, "--models", "t5-base", "--dtype", "float32")
     rows = {line.removeprefix("t5-base, "): row for line, row in result["rows"].items()}
     assert all(row["ours"] > 0 and row["ratio"] > 0 for row in rows.values())
-    assert GOALS.keys() - rows.keys() == {"peak memory of training, against (IA)^3"}  # its process is PEFT's
+    assert GOALS.keys() <= rows.keys()
     assert all(row["goal"] == GOALS.get(what, (None,))[0] for what, row in rows.items())
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
 

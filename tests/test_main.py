@@ -21,12 +21,14 @@ import torch
 from conftest import randomize
 from running import ROOT
 from safetensors.torch import load_file
+from torch import nn
 
 import minia3
 from minia3 import generation
 from minia3.__main__ import COMMANDS, main
 from minia3.adapters import mix, read_adapter
 from minia3.info import info
+from minia3.lora import add_lora, save_lora
 from minia3.merging import merge
 from minia3.tokenizer import Tokenizer
 
@@ -449,6 +451,27 @@ def test_merge_is_merge(adapters, capsys):
     found = minia3.load_model(adapters / "merged")
     assert same(dict(found.named_parameters()), dict(merge(model).named_parameters()))
     assert minia3.load_tokenizer(adapters / "merged").encode("same colour ?")
+
+
+def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
+    model, tokenizer = minia3.load_model("tiny-t5"), minia3.load_tokenizer("tiny-t5")
+    torch.manual_seed(0)
+    for name, p in add_lora(model, where=("q", "v", "gate")).items():
+        nn.init.normal_(p, std=0.3 if name.endswith("lora_B.weight") else 0.1)
+    folder, texts = tmp_path / "lora", ["anna has a red ball .", "tom has a blue cup ."]
+    save_lora(model, folder)
+    expected = minia3.generate(model, tokenizer, texts, max_new_tokens=5)
+    assert expected != minia3.generate(minia3.load_model("tiny-t5"), tokenizer, texts, max_new_tokens=5)
+    flags = ["--adapter", str(folder), "--max-new-tokens", "5"]
+    out = said(capsys, "generate", "tiny-t5", *texts, *flags, "--json")
+    assert [json.loads(line)["output"] for line in out.splitlines()] == expected
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input": text}) + "\n" for text in texts))
+    out = said(capsys, "predict", "tiny-t5", str(tmp_path / "rows.jsonl"), *flags)
+    assert [json.loads(line)["output"] for line in out.splitlines()] == expected
+    said(capsys, "merge", "tiny-t5", str(folder), str(tmp_path / "merged"))
+    merged = minia3.load_model(tmp_path / "merged")
+    assert same(dict(merged.named_parameters()), dict(merge(model).named_parameters()))
+    assert minia3.load_tokenizer(tmp_path / "merged").encode(texts[0]) == tokenizer.encode(texts[0])
 
 
 def test_t_few_s_file_becomes_a_peft_folder_without_the_base(tmp_path, loaded):
