@@ -220,13 +220,13 @@ def test_a_failure_is_one_line_and_one(error, code, capsys, monkeypatch):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("minia3.merging.merge_files", fail)
+    monkeypatch.setattr("minia3.lora.is_lora", fail)
     line = fails(capsys, "merge", "tiny-t5", "adapter", "out", code=code)
     assert line == f"minia3: {' '.join(str(error).split()) or 'MemoryError'}\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
-    monkeypatch.setattr("minia3.merging.merge_files", lambda *args: {}["bug"])
+    monkeypatch.setattr("minia3.lora.is_lora", lambda *args: {}["bug"])
     with pytest.raises(KeyError):
         main(["merge", "tiny-t5", "adapter", "out"])
 
