@@ -4,10 +4,12 @@ And the baselines and ablations: what is not asked for does not move.
 """
 
 import functools
+import gc
 import random
 import re
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +368,23 @@ def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_it
         assert losses == [line["loss"] for line in alone if line["event"] == "train"]
     (row,) = [row for row in table_rows([tmp_path / "grid"])[0] if row["method"] == f"{method}, lr 0.02"]
     assert row["runs"] == 4
+
+
+def test_whole_models_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
+    original, models = minia3.load_model, []
+
+    def load_model(*args, **options):
+        assert not any(model() for model in models)
+        models.append(weakref.ref(model := original(*args, **options)))
+        return model
+
+    monkeypatch.setattr(minia3, "load_model", load_model)
+    gc.disable()  # not even until the next collection
+    try:
+        assert run(words(tmp_path / "run", method="full", seed="0,1,2", steps=2)) == 0
+    finally:
+        gc.enable()
+    assert len(models) == 3
 
 
 def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, capsys):
