@@ -140,7 +140,8 @@ def run(config, folder, saved, signals):
             break
         for name in saved.keys() - {"done", "finals", "failed", "metrics", "finished"}:
             del saved[name]
-        runs.save_checkpoint(folder, saved)
+        if folder:
+            runs.save_checkpoint(folder, saved)
     if not saved["finals"]:
         raise runs.Failed(saved["failed"])
     if folder:
