@@ -373,7 +373,7 @@ def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_it
 def test_a_grid_of_lora_is_measured_without_a_folder(tmp_path, monkeypatch, capsys):
     assert run(words(tmp_path / "one", method="lora", steps=6)) == 0
     monkeypatch.chdir(tmp_path)
-    flags = {"method": "lora", "adapter": tmp_path / "one" / "adapter", "task": both_tasks(), "out": None}
+    flags = {"method": "lora", "adapter": tmp_path / "one" / "adapter", "task": both_tasks()}
     capsys.readouterr()
     assert run(words(None, "--eval-only", **flags)) == 0
     assert "2 results" in capsys.readouterr().out
