@@ -45,7 +45,7 @@ CHOICE = {"sites": "ia3", "layers": "ia3", "no_cross": "ia3", "rank": "lora", "a
 class Config:
     # what
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
-    task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl file, or folder; commas between several")
+    task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl or .csv file, or folder; commas: several")
     method: str = flag(
         "ia3", "what trains: ia3, lora, full, none; icl: none, but --shots before each row", one_of=METHODS
     )

@@ -78,11 +78,11 @@ def generate(args):
 
 def predict(args):
     """Label the rows of a file, or continue them: python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"""
-    from minia3 import adapters, lora, models, predict, prompts, tasks
+    from minia3 import adapters, files, lora, models, predict, prompts, tasks
 
     if args.task not in (None, *tasks.table()):
         raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(tasks.table())}")
-    spec, row = tasks.table().get(args.task, tasks.Spec()), models.known(args.model)
+    spec, row = tasks.table().get(args.task, tasks.Spec()), models.known(files.base_of(args.model))
     worded = prompts.for_family(spec.prompts, row and row.family)
     if not 0 <= args.prompt < len(worded):
         raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(worded) - 1}")

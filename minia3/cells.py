@@ -8,6 +8,7 @@ import numpy as np
 from minia3 import flags
 from minia3.data import load_task, order
 from minia3.evaluate import encode_rows
+from minia3.files import base_of
 from minia3.models import known
 from minia3.prompts import for_family, render
 
@@ -39,7 +40,8 @@ class Part:
         if trains and task.metric == "exact_match" and "lm" not in config.losses.split(","):
             raise ValueError(f"{task.name}: a target has no other choices beside it: --losses {config.losses} lacks lm")
         self.shots = shuffled if config.method == "icl" else ()
-        family = known(config.model).family if known(config.model) else None
+        row = known(base_of(config.model))
+        family = row and row.family
         self.prompts = for_family(task.prompts, family)
         numbers = {str(i): prompt for i, prompt in enumerate(self.prompts)}
         asked = [*numbers] if config.eval_prompt == "all" else [*dict.fromkeys(str(config.eval_prompt).split(","))]
@@ -51,7 +53,8 @@ class Part:
             self.said.append(f"the best vectors are chosen on {n} rows that are neither trained nor reported on")
         if family in task.seen:
             self.said.append(f"{family} saw this task's labels in its pre-training: these results are not few-shot")
-        counts = f"{len(self.train_rows)} rows to train on, {len(self.rows)} of {self.split} to report on"
+        what = "put before each" if config.method == "icl" else "train on"
+        counts = f"{len(self.train_rows)} rows to {what}, {len(self.rows)} of {self.split} to report on"
         self.said = [f"task     {task.name}: {counts}", *(f"note     {note}" for note in self.said)]
 
 

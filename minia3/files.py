@@ -60,6 +60,13 @@ def find(name_or_path, weights=True):
     return _fetch(repo, "config.json", (*BESIDE, *FORMS, TEMPLATE), WEIGHT_FILES * weights)
 
 
+def base_of(name_or_path):
+    """The known model that a folder says it was made of (config.json's _name_or_path); any other name as it is."""
+    config = Path(name_or_path, "config.json")
+    base = read_json(config).get("_name_or_path") if config.is_file() else name_or_path
+    return base if models.known(base) else name_or_path
+
+
 def find_adapter(name_or_path):
     """A folder or file of an adapter, or a hub id (`user/name`), fetched as `find` does -> Path. ValueError too."""
     path = Path(name_or_path)

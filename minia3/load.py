@@ -17,6 +17,7 @@ from minia3 import files, gguf_file, meta_files, names
 from minia3.config import from_hf, to_hf
 from minia3.ia3 import vectors
 from minia3.llama import Llama
+from minia3.models import known
 from minia3.t5 import T5, T5Config
 
 SHARD_BYTES = 5 * 10**9
@@ -143,13 +144,16 @@ def save_model(model, folder, tokenizer=None):
     theirs = {ours: name for name, ours in name_table(model).items()}
     parts = [(theirs[ours], p.nbytes, p.detach) for ours, p in model.named_parameters() if ours in theirs]
     with files.writing_folder(folder, replaces=STALE) as temporary:
-        save_others(temporary, model.config, model.embed.weight.dtype, tokenizer)
+        save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
 
 
-def save_others(folder, config, dtype, tokenizer):
+def save_others(folder, model, dtype, tokenizer):
     """Write config.json, generation_config.json and the files of a tokenizer, which may be None."""
-    raw, ids = to_hf(config, dtype), ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+    raw, name = to_hf(model.config, dtype), getattr(model, "name_or_path", None)
+    if name and known(base := files.base_of(name)):  # so that it is asked in the words that the base knows
+        raw["_name_or_path"] = str(base)
+    ids = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
     files.write_json(folder / "config.json", raw)
     files.write_json(folder / "generation_config.json", {key: raw[key] for key in ids if raw.get(key) is not None})
     if tokenizer is not None:

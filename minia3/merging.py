@@ -72,7 +72,7 @@ def merge_files(name_or_path, adapter, out):
     parts = [part(ours, p) for ours, p in model.named_parameters() if ours in stored]
     try:
         with files.writing_folder(out) as temporary:
-            load.save_others(temporary, model.config, dtype, words)
+            load.save_others(temporary, model, dtype, words)
             load.save_tensors(temporary, parts)
             written = load.read(temporary)[1]
             for name, _, expected in parts:

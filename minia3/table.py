@@ -56,16 +56,18 @@ def read(folders):
     note = f"{len(left_out)} left out, without a result in metrics.jsonl: {', '.join(left_out)}" if left_out else ""
     if not runs:
         raise ValueError(f"no run has a result: {note:.300}")
-    same, typed = {}, {}
-    for run in runs:
+    same, typed, named = {}, {}, {}
+    for run in runs:  # named: flags in which runs of a method differ (shots: on a task), for all cells of a run
         typed.setdefault(run["task"], set()).add(run["typed"])
-    for run in runs:  # label: the method, and the flags in which its runs differ; shots: on a task
+        differ = {key[0] for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)}
+        named[run["folder"]] = named.get(run["folder"], set()) | differ
+    for run in runs:
         run["task"] = run["task"] if len(typed[run["task"]]) == 1 else run["typed"]  # two files may have one name
-        flags = {key: x for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)}
-        run["label"] = ", ".join([run["method"], *(f"{key[0]} {x}" for key, x in flags.items() if x is not None)])
+        flags = {key[0]: x for key, x in run["flags"].items() if key[0] in named[run["folder"]] and x is not None}
+        run["label"] = ", ".join([run["method"], *(f"{name} {x}" for name, x in flags.items())])
         same.setdefault((run["model"], run["task"], run["label"], run["trainable"], run["seed"]), run)
     if n := len(runs) - len(same):
-        note += f"{'; ' if note else ''}{n} left out that repeat others, flag by flag"
+        note += f"{'; ' if note else ''}{n} left out, whose flags are those of others"
     return [*same.values()], note
 
 

@@ -5,6 +5,7 @@ And the baselines and ablations: what is not asked for does not move.
 
 import functools
 import gc
+import json
 import random
 import re
 import shutil
@@ -153,6 +154,19 @@ def test_each_seed_draws_prompts_of_its_own(tmp_path):
             prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
             assert batch == [texts[prompt] for prompt in prompts]  # there is one row
     assert drawn[0] != drawn[1]
+
+
+def test_a_model_that_was_made_of_a_known_one_is_asked_in_the_known_one_s_words(tmp_path):
+    row = {"premise": "w5", "hypothesis": "w7", "label": "entailment"}
+    write(tmp_path / "rte", train=[row], val=[row])
+    task = minia3.load_task("rte", tmp_path)
+    prompts = {}
+    for base in ("t5-base", None):
+        (folder := tmp_path / str(base)).mkdir()
+        (folder / "config.json").write_text(json.dumps({"_name_or_path": base}))
+        prompts[base] = Part(train.Config(model=str(folder), task="rte"), task, True).prompts
+    assert prompts["t5-base"] == Part(train.Config(model="t5-base", task="rte"), task, True).prompts
+    assert (len(prompts["t5-base"]), len(prompts[None])) == (1, 5)
 
 
 # Stopped and resumed

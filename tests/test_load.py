@@ -161,6 +161,19 @@ def test_what_older_files_hold_beside_the_weights_is_passed_over(loaded, copy):
     assert same_bits(minia3.load_model(folder), loaded("llama-mha"))
 
 
+def test_a_folder_says_of_which_known_model_it_was_made(loaded, copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = loaded("t5-v1.0")
+    for name, base in (("t5-base", "t5-base"), ("one", "t5-base"), ("some/where", None), (None, None)):
+        model.name_or_path = name
+        minia3.save_model(model, "one" if base else "other")
+        raw = json.loads((tmp_path / ("one" if base else "other") / "config.json").read_text())
+        assert raw.get("_name_or_path") == base
+    assert files.base_of("one") == "t5-base"  # and so, one from the other
+    for name in ("other", "t5-base", "nowhere", str(copy("t5-v1.0"))):
+        assert files.base_of(name) == name
+
+
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1"])
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_a_copy_of_the_embedding_that_differs_is_refused(copy, name, stack):

@@ -155,6 +155,15 @@ def test_shots_name_a_row_where_they_differ_within_a_task(tmp_path):
     assert [x[0] for x in found[1:]] == [f"ia3, shots {n}" for n in (4, 16, 256)]
 
 
+def test_a_grid_is_one_row_though_shots_differ_on_one_of_its_tasks(tmp_path):
+    finals = [{"task": task, "adapter": task} for task in ("rte", "cb")]
+    make(tmp_path / "grid", finals, task=["rte", "cb"], shots=8)
+    make(tmp_path / "other", task="rte", shots=16)
+    found = {row["method"]: (row["rte"], row["cb"]) for row in rows([tmp_path])[0]}
+    assert found["ia3, shots 8"] == (50, 50)
+    assert found.keys() == {"ia3, shots 8", "ia3, shots 16"}
+
+
 def test_the_prompts_that_measured_name_a_row_where_they_differ(tmp_path):
     make(tmp_path / "a", eval_prompt="0")
     make(tmp_path / "b", [{"accuracies": [0.5, 0.6]}], eval_prompt="all")
@@ -268,7 +277,7 @@ def test_the_same_cell_of_two_runs_counts_once_and_is_told(tmp_path):
     make(tmp_path / "one")
     make(tmp_path / "grid", [{"adapter": f"s{i}", "seed": i, "lr": 0.003} for i in range(3)], seed=[0, 1, 2])
     (row,), note = rows([tmp_path])
-    assert (row["runs"], note) == (3, "1 left out that repeat others, flag by flag")
+    assert (row["runs"], note) == (3, "1 left out, whose flags are those of others")
 
 
 def test_what_a_grid_has_not_come_to_is_told(tmp_path):

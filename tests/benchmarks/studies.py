@@ -73,6 +73,10 @@ def embedded(model, out):
         for method, lrs in {"ia3": "1e-2,1e-1", "lora": "1e-3,1e-2", "full": "3e-4,3e-3"}.items():
             words = ["--method", method, "--lr", lrs, "--shots", shots]
             yield f"few-{shots}-{method}", [*on, *seeds, *colour, *words]
+    yield "mixture", [*on, "--task", ",".join(tasks[1:4]), "--adapters", "one", "--lr", "3e-2"]
+    start = [*on, *seeds, *colour, "--lr", "3e-3,3e-2", "--init", str(out / "mixture" / "adapter")]
+    for shots in ("16", "32", "64", "512"):
+        yield f"init-{shots}", [*start, "--shots", shots]
     for method, words in trained.items():
         yield f"curves-{method}", [*on, *seeds, "--task", tasks[3], "--eval-every", "50", *words]
 
