@@ -113,7 +113,8 @@ def rows(folders):
     (runs, note), groups, table = read(folders), {}, []
     for run in runs:
         groups.setdefault((run["model"], run["trainable"], len(run["label"]), run["label"]), []).append(run)
-    tasks = sorted({run["task"] for run in runs}, key=lambda task: ((*PAPER, task).index(task), task))
+    place = {task: i for i, task in enumerate(PAPER)}
+    tasks = sorted({run["task"] for run in runs}, key=lambda x: (place.get(x.partition(" (")[0], len(place)), x))
     for (model, trainable, _, label), group in sorted(groups.items()):
         row = {"model": model, "method": label}
         for task in tasks:

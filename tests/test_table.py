@@ -105,9 +105,10 @@ def test_an_average_is_there_where_all_tasks_are(tmp_path):
 def test_tasks_stand_in_the_paper_s_order_and_others_behind_by_name_with_their_metric(tmp_path):
     for i, task in enumerate(("sst2", "anli-r1", "boolq", "rte", "copa")):
         make(tmp_path / str(i), task=task)
+    make(tmp_path / "cb", [{"split": "some others"}], task="cb")
     make(tmp_path / "raft", [{"metric": "macro_f1"}], task="raft/overruling")
     names = [name.removesuffix(" IQR") for name in rows([tmp_path])[0][0] if name.endswith(" IQR")]
-    assert names == ["copa", "rte", "anli-r1", "boolq", "raft/overruling (macro_f1)", "sst2"]
+    assert names == ["copa", "rte", "cb (some others)", "anli-r1", "boolq", "raft/overruling (macro_f1)", "sst2"]
 
 
 def test_megabytes_are_those_of_the_files(tmp_path):
