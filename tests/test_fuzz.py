@@ -702,6 +702,7 @@ def make_run(folder):
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     vectors = {name: x.detach()[0].clone() for name, x in minia3.vectors(adapter_model()).items()}
     state = {
+        "done": 0,
         "step": 3,
         "finished": False,
         "metrics": 12,
@@ -717,7 +718,7 @@ def read_run(folder):
     assert {"model", "task"} <= flags.keys()
     runs.record_data(folder, {"train.jsonl": "0"})
     saved = runs.load_checkpoint(folder)
-    assert saved is None or (type(saved) is dict and {"step", "finished", "metrics"} <= saved.keys()), "no state"
+    assert saved is None or (type(saved) is dict and {"done", "finished", "metrics"} <= saved.keys()), "no state"
     if saved is not None and type(saved["metrics"]) is int and saved["metrics"] >= 0:
         with suppress(OSError):  # train.py says it in one line
             runs.Metrics(folder, saved["metrics"]).write(step=4)
