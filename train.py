@@ -76,7 +76,7 @@ class Config:
     similar_lengths: bool = flag(False, "batches of rows of similar lengths, in place of any rows")
     micro_batch_size: int | None = flag(None, "examples per forward pass, to save memory (default: all)", at_least=1)
     optimizer: str | None = flag(None, "adafactor (default: for ia3), or adamw", one_of=("adafactor", "adamw"))
-    lr: float | tuple = flag(3e-3, "peak learning rate; Adafactor: times a vector's RMS; commas: several", above=0)
+    lr: float | tuple = flag(3e-3, "peak learning rate; Adafactor: times a vector's RMS; commas", above=0, below=1e32)
     warmup_ratio: float | tuple = flag(0.06, "share of steps of linear warm-up, before the decay", at_least=0, below=1)
     clip: float = flag(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = flag(0.0, "of adamw; it pulls vectors towards 0, which is not the identity", at_least=0)
@@ -90,6 +90,10 @@ class Config:
     eval_every: int = flag(0, "steps between measurements on held-out rows; the best vectors win (0: none)", at_least=0)
     patience: int = flag(0, "stop after so many of these without a better one (0: never)", at_least=0)
     save_every: int = flag(100, "steps between checkpoints", at_least=1)
+
+    @property
+    def trains(self):
+        return self.method in ("ia3", *ALONE) and not self.eval_only
 
 
 def check(config):
@@ -115,7 +119,7 @@ def check(config):
 
 def run(config, folder, saved, signals):
     if saved and saved["finished"]:
-        print(f"{folder} is finished; its last line of metrics.jsonl is the result")
+        print(f"{folder} is finished; its final lines of metrics.jsonl are the results")
         return
     metrics = runs.Metrics(folder, saved["metrics"] if saved else 0)
 
@@ -127,31 +131,27 @@ def run(config, folder, saved, signals):
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
-    cells = grid(config, config.method in ("ia3", "lora", "full") and not config.eval_only)
+    cells = grid(config, config.trains)
     if folder:
         runs.record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
-    saved, known = saved or {"done": 0, "finals": [], "metrics": 0, "finished": False}, {}
-    together = 1 if config.method in ALONE else len(cells)
+    saved, measured = saved or {"done": 0, "finals": [], "metrics": 0, "finished": False}, {}
     while True:
-        on = cells[saved["done"] :][:together]
-        run_cells(config, on, device, dtype, known, folder, metrics, saved, signals)
+        on = cells[saved["done"] :][: 1 if config.method in ALONE and config.trains else None]
+        run_cells(config, on, device, dtype, measured, folder, metrics, saved, signals)
         saved["done"] += len(on)
         if saved["done"] == len(cells):
             break
-        for name in saved.keys() - {"done", "finals", "failed", "metrics", "finished"}:
+        for name in saved.keys() - {"done", "finals", "failed", "metrics", "finished"}:  # these are the whole run's
             del saved[name]
-        if folder:
-            runs.save_checkpoint(folder, saved)
+        runs.save_checkpoint(folder, saved)
     if not saved["finals"]:
         raise runs.Failed(saved["failed"])
-    if folder:
-        runs.finish(folder, saved, config.method == "full")
+    runs.finish(folder, saved, config.method == "full")
     report(config, folder, saved["finals"], len(cells) - len({final.get("adapter") for final in saved["finals"]}))
 
 
-def run_cells(config, cells, device, dtype, known, folder, metrics, saved, signals):
-    """Measure, train and measure cells that share a model. known: measurements of it, before, by their rows."""
-    trains = config.method in ("ia3", "lora", "full") and not config.eval_only
+def run_cells(config, cells, device, dtype, measured, folder, metrics, saved, signals):
+    """Measure, train and measure cells that share a model. measured: what it was before training, by the rows."""
     model = minia3.load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
     tokenizer = minia3.load_tokenizer(config.model)
     total = sum(p.numel() for p in model.parameters()) - sum(v.numel() for v in minia3.vectors(model).values())
@@ -160,7 +160,7 @@ def run_cells(config, cells, device, dtype, known, folder, metrics, saved, signa
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
     runs.prepare(model, config)
-    trainable = sum(p.numel() for p in trained.values()) // len(cells) if trains else 0
+    trainable = sum(p.numel() for p in trained.values()) // len(cells) if config.trains else 0
     if total < 10**7:
         torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
     if saved["done"] == 0:
@@ -174,20 +174,20 @@ def run_cells(config, cells, device, dtype, known, folder, metrics, saved, signa
         limits |= {"batch_size": config.eval_batch_size, "metric": part.task.metric, "shots": shots}
         return over_prompts([evaluate(model, tokenizer, rows, prompt=prompt, **limits) for prompt in part.measured])
 
-    batches = [draw(cell, tokenizer) for cell in cells] if trains else []
+    batches = [draw(cell, tokenizer) for cell in cells] if config.trains else []
     if "step" not in saved:
         saved["before"] = [[] for _ in cells]
         for i, cell in enumerate(cells):
             for part in cell.parts:  # all begin alike: one measurement serves those that report on the same rows
                 same = part.task.name, *(row["idx"] for row in part.rows)
-                before = known[same] = known[same] if same in known else measure(i, part, part.rows)
+                before = measured[same] = measured[same] if same in measured else measure(i, part, part.rows)
                 size = metrics.write(event="before", step=0, metric=part.task.metric, **part.key, **before)
                 print(f"before   {part.title}{describe(part.task.metric, before)}", flush=True)
                 saved["before"][i].append(before)
         fresh = [{"steps": 0, "best": None, "misses": 0, "failed": None, "reported": False} for _ in cells]
         saved.update(step=0, seconds=0.0, evaluated=0, active=[*range(len(cells))], cells=fresh, metrics=size)
         saved.update(losses=[], tokens=0, logged=0.0)  # since the last line of metrics.jsonl, at "logged" seconds
-    if trains:
+    if config.trains:
         train(config, model, tokenizer.pad_id, cells, trained, batches, measure, folder, metrics, saved, signals)
 
     shared = {"model": config.model, "method": config.method, "architecture": type(model).__name__, "total": total}
@@ -197,14 +197,14 @@ def run_cells(config, cells, device, dtype, known, folder, metrics, saved, signa
             continue
         finals = []
         for part, before in zip(cell.parts, results, strict=True) if not own["failed"] else ():
-            after = measure(i, part, part.rows, part.shots) if trains or part.shots else before
-            if trains or part.shots:
+            after = measure(i, part, part.rows, part.shots) if config.trains or part.shots else before
+            if config.trains or part.shots:
                 print(f"after    {part.title}{describe(part.task.metric, after)}", flush=True)
             final = shared | {"metric": part.task.metric, "split": part.split, "rows": len(part.rows)} | part.key
             final |= {"steps": own["steps"], "rows_cut": after["n_cut"], "peak_memory_bytes": runs.peak_memory(device)}
             final |= {f"{name}_before": x for name, x in before.items() if name in ("accuracy", "auc", "accuracies")}
             finals.append(final | {name: x for name, x in after.items() if name not in ("n", "n_cut")})
-        if trains and finals:
+        if config.trains and finals:
             if config.method == "ia3":
                 minia3.save_adapter(model, folder / cell.folder, i)
             elif config.method == "lora":
@@ -219,7 +219,7 @@ def run_cells(config, cells, device, dtype, known, folder, metrics, saved, signa
             saved["metrics"] = metrics.write(event="failed", step=own["steps"], reason=own["failed"], **cell.key)
         saved["finals"] += finals
         own["reported"] = True
-        if folder and cell is not cells[-1]:
+        if cell is not cells[-1]:
             runs.save_checkpoint(folder, saved)
 
 

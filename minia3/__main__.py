@@ -92,7 +92,8 @@ def predict(args):
         names.load_folder(default)
         default = None
     elif default and lora.is_lora(default):
-        default = lora.load_lora(model, default)  # None: there are no rows of it
+        lora.load_lora(model, default)
+        default = None
     elif default:
         names.load(default, default)
     to_csv = (args.out or "").endswith(".csv")

@@ -104,7 +104,9 @@ def _rename(name, table):
 def row_of(model, adapter):
     """Our name -> (D,) of row `adapter` of the model: the row itself. Raises ValueError where it has no such row."""
     if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
-        raise ValueError(f"adapter {adapter!r} is out of range: the model has rows 0 to {model.n_adapters - 1}")
+        raise ValueError(
+            f"adapter {adapter!r} is no int, or out of range: the model has rows 0 to {model.n_adapters - 1}"
+        )
     return {name: table.detach()[adapter] for name, table in tables(model).items()}
 
 
@@ -182,9 +184,11 @@ class Adapters(dict):
     ValueError.
     """
 
+    lock = threading.Lock()  # of all, since copies share none of their own
+
     def __init__(self, model):
         super().__init__()
-        self.model, self.lock = model, threading.Lock()
+        self.model = model
         fill(model, 0, {})
 
     def load(self, name, name_or_path):

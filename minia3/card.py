@@ -92,8 +92,11 @@ def report(config, folder, finals, n_failed=0):
     if trained:
         cells = {x.get("adapter"): x["seconds"] for x in finals}  # of (IA)^3 all together, of others one by one
         seconds = final["seconds"] if config.method == "ia3" else sum(cells.values())
+        steps = f"{max(x['steps'] for x in finals)} steps" + f" of {len(cells)}" * (
+            config.method != "ia3" and len(cells) > 1
+        )
         share = f"{trained:,} of {total:,} numbers ({trained / total:.3%})" + " each" * bool(axes)
-        lines += [("trained", share), ("time", f"{seconds:.0f} s for {max(x['steps'] for x in finals)} steps")]
+        lines += [("trained", share), ("time", f"{seconds:.0f} s for {steps}")]
         lines += [(kind, folder / where)]
     if trained and any(x["rows"] for x in finals):
         one = dataclasses.replace(config, **{axis: axis.upper() for axis in axes})  # NAME, SEED ...: to be filled in

@@ -150,7 +150,7 @@ def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, searc
         (not 0 <= temperature < inf or top_k < 0, f"temperature, top_k {temperature, top_k}", "0 or more, and finite"),
         (not 0 < top_p <= 1, f"top_p {top_p}", "above 0, and at most 1"),
         (not abs(length_penalty) <= 10, f"length_penalty {length_penalty}", "-10 to 10"),
-        (seed is not None and not 0 <= seed < 2**32, f"seed {seed}", "0 to 2**32 - 1"),
+        (seed is not None and (type(seed) is not int or not 0 <= seed < 2**32), f"seed {seed!r}", "0 to 2**32 - 1"),
         ("" in stops, f"stop {stop!r:.40}", "texts that are not empty"),
         (beams > 1 and temperature, f"beams {beams} at temperature {temperature}", "temperature 0: none are drawn"),
         (samples > beams and not temperature, f"samples {samples}", "a temperature, or as many beams"),

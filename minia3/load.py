@@ -150,7 +150,7 @@ def save_model(model, folder, tokenizer=None):
 
 def save_others(folder, model, dtype, tokenizer):
     """Write config.json, generation_config.json and the files of a tokenizer, which may be None."""
-    raw, name = to_hf(model.config, dtype), getattr(model, "name_or_path", None)
+    raw, name = to_hf(model.config, dtype), getattr(model, "name_or_path", getattr(model, "made_of", None))
     if name and known(base := files.base_of(name)):  # so that it is asked in the words that the base knows
         raw["_name_or_path"] = str(base)
     ids = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")

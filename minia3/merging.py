@@ -32,6 +32,7 @@ def merge(model, adapter=0):
         new = module.merged() if isinstance(module, LoRA) else p.detach()
         new = torch.ones_like(p[:1]) if name.endswith(".scale") else fold(name, new, vectors).to(p.dtype)
         load.place(merged, name, new, p.requires_grad)
+    merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
     return merged.to(model.embed.weight.device).train(model.training)
 
 

@@ -56,7 +56,7 @@ def select(model, sites, layers, cross):
     """Freeze the vectors outside of `sites` ("k,v,ff"), `layers` ("0-5,20-") and, if not `cross`, of cross-attention.
 
     -> name -> parameter of the others; those of sites.py are added to the model, where need be. Raises ValueError where
-    a site has none, and for a text of another form.
+    a site or a layer has none, where there is no cross-attention to leave out, and for a text of another form.
     """
     chosen, missing, known = set(), {*sites.split(",")}, [site for site in SITES if site != "wi"]
     parts, used = set(), set()

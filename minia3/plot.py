@@ -79,7 +79,7 @@ def legend(figure, ax):
     """Below the axes, as wide as its labels want; the figure grows by its height."""
     lines, labels = ax.get_legend_handles_labels()
     labels = [textwrap.fill(label, 100) for label in labels]
-    columns = 1 if max(map(len, labels)) > 60 else 2
+    columns = 1 if max(map(len, labels)) > 50 else 2
     height = sum(label.count("\n") + 1 for label in labels) / columns
     figure.set_figheight(figure.get_figheight() + 0.16 * height)  # inches
     figure.legend(lines, labels, loc="outside lower center", ncols=columns)

@@ -1,9 +1,9 @@
 """Chapter 9, what surrounds the loop: the run's folder, its metrics and checkpoints, and how a run is stopped.
 
 config.json      all flags, versions, commit, checksums of the data
-metrics.jsonl    an object a line; the last one is the result
+metrics.jsonl    an object a line; those of "event": "final" are the results
 checkpoint.pt    all that a run needs to go on as if it had never stopped
-adapter/         the vectors, as PEFT keeps them; of a grid adapters/ with one for each cell; of full fine-tuning model/
+adapter/         the vectors, as PEFT keeps them; of full fine-tuning model/; of a grid adapters/ with one for each cell
 """
 
 import dataclasses
@@ -162,6 +162,8 @@ class Metrics:
 
 
 def save_checkpoint(folder, state):
+    if folder is None:  # nothing is written
+        return
     buffer = io.BytesIO()  # torch's own writer hides what the disk says
     torch.save(state, buffer)
     with files.replacing(folder / "checkpoint.pt") as temporary:
@@ -179,7 +181,7 @@ def load_checkpoint(folder):
     path = folder / "checkpoint.pt"
     with files.reading(path, "damaged; without it, the run begins anew"):
         state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        if state is not None and not {"done", "finished", "metrics"} <= state.keys():
+        if state is not None and not (state["finished"] or {"done", "metrics"} <= state.keys()):
             raise TypeError("not the state of a run")
         return state
 

@@ -26,7 +26,7 @@ class Scaled(nn.Linear):
 
     def forward(self, x_BLD):
         rows, y = getattr(CALL, "rows", None), super().forward(x_BLD)
-        if rows is None:  # its block's call had begun when the vector was added: none of its adapters has one
+        if rows is None:  # the block's call had begun when the vector was added: none of its adapters has one
             return y
         # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
         return self.l(y, rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
@@ -59,6 +59,8 @@ def add_sites(model, names):
     like = next(iter(vectors(model).values()))
     for name, linear in places(model).items():
         if name in names and type(linear) is nn.Linear:
+            if "forward" in vars(model.get_submodule(name.rsplit(".", 2)[0])):
+                raise ValueError(f"{name}: its block's forward is another already: add vectors before it is changed")
             (block, part, attribute), vector = name.rsplit(".", 2), IA3(linear.out_features, model.n_adapters).to(like)
             vector.requires_grad_(like.requires_grad)
             model.get_submodule(f"{block}.{part}").add_module(attribute, vector)

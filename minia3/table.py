@@ -1,6 +1,7 @@
 """Chapter 9, the paper's table: for each method and task the median over seeds and prompts, and what methods cost."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -13,9 +14,12 @@ COSTS = {"runs": "{}", "trainable": "{:,}", "FLOPs/example": "{:.1e}", "FLOPs to
 GRID = ("seed", "lr", "warmup_ratio")  # of a final line, where they differ from config.json's
 TRAIN = ("step", "loss", "examples_per_second", "tokens_per_second")
 MEASURING = ("data_dir", "shots", "seed", "dtype", "max_length", "max_new_tokens", "eval_prompt")  # a result depends on
-# Of config.json, what names no row: it is a column, or within a cell, or leaves the result as it is.
-UNNAMED = {"model", "task", "method", "seed", "out", "data_dir", "resume", "device", "deterministic",
-           "micro_batch_size", "eval_batch_size", "save_every", "minia3", "git_commit", "versions", "data"}  # fmt: skip
+# Of config.json, what names no row: it is a column, or within a cell, or leaves the result as it is. (Of the data what
+# is in the files counts, not where they are.)
+# fmt: off
+UNNAMED = {"model", "task", "method", "seed", "out", "data_dir", "resume", "device", "deterministic", "checkpoint",
+           "compile", "micro_batch_size", "eval_batch_size", "save_every", "minia3", "git_commit", "versions", "data"}
+# fmt: on
 
 
 def flops(n_parameters, n_tokens, decoder_only, training=False):
@@ -28,6 +32,8 @@ def flops(n_parameters, n_tokens, decoder_only, training=False):
 
 def read(folders):
     """-> a dict (see `_run`) for each result in metrics.jsonl, and a note on what is left out, maybe empty.
+
+    Of results that have the same flags and data the first one counts.
 
     Each folder is a run's, or holds such. ValueError, of one line: it is neither, or a file is not as train.py's.
     """
@@ -56,13 +62,13 @@ def read(folders):
     note = f"{len(left_out)} left out, without a result in metrics.jsonl: {', '.join(left_out)}" if left_out else ""
     if not runs:
         raise ValueError(f"no run has a result: {note:.300}")
-    same, typed, named = {}, {}, {}
+    same, data, named = {}, {}, {}
     for run in runs:  # named: flags in which runs of a method differ (shots: on a task), for all cells of a run
-        typed.setdefault(run["task"], set()).add(run["typed"])
+        data.setdefault(run["task"], set()).add(run["data"])
         differ = {key[0] for key, x in run["flags"].items() if any(y["flags"].get(key, x) != x for y in runs)}
         named[run["folder"]] = named.get(run["folder"], set()) | differ
     for run in runs:
-        run["task"] = run["task"] if len(typed[run["task"]]) == 1 else run["typed"]  # two files may have one name
+        run["task"] += f" [{run['data']}]" * (len(data[run["task"]]) > 1)  # other rows under the same name
         flags = {key[0]: x for key, x in run["flags"].items() if key[0] in named[run["folder"]] and x is not None}
         run["label"] = ", ".join([run["method"], *(f"{name} {x}" for name, x in flags.items())])
         same.setdefault((run["model"], run["task"], run["label"], run["trainable"], run["seed"]), run)
@@ -75,11 +81,11 @@ def _run(folder, config, final, lines):
     """A run, or one adapter of a grid. accuracies: of each prompt, in per cent; flops: of an example, and to train."""
     run = {"folder": folder} | {key: str(final[key]) for key in ("model", "task", "method")}
     run |= {"trainable": int(final["trainable"])} | {key: float(final[key]) for key in ("total", "steps", "seconds")}
-    tasks = config["task"] if isinstance(config["task"], list) else [config["task"]]
-    typed = {Path(x).name.removesuffix(".jsonl").removesuffix(".csv"): x for x in tasks}
     more = [x for x in (final["metric"], final["split"]) if x not in ("accuracy", "validation", "test")]
-    more, run["typed"] = f" ({', '.join(more)})" * bool(more), typed.get(run["task"], run["task"])
-    run["task"], run["typed"] = run["task"] + more, run["typed"] + more
+    digests = config.get("data", {})  # of a grid's files, those in the task's folder
+    own = {key: x for key, x in digests.items() if f"/{key}".startswith(f"/{run['task']}/")} or digests
+    run["data"] = hashlib.sha256(json.dumps(sorted(own.values())).encode()).hexdigest()[:6]
+    run["task"] += f" ({', '.join(more)})" * bool(more)
     run["accuracies"] = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
     if not (abs(run["accuracies"] - 50) <= 50).all():
         raise ValueError(f"accuracies are {run['accuracies'].tolist()!r:.80} %")
@@ -89,7 +95,7 @@ def _run(folder, config, final, lines):
         named &= {*MEASURING, "adapter"} - ({"shots"} if run["method"] == "none" else set())
     run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x in named}
     if config.get("adapters") == "one":
-        run["flags"]["mixture", run["method"], False] = "+".join(typed)
+        run["flags"]["mixture", run["method"], False] = "+".join(Path(task).stem for task in config["task"])
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
     weights = (run["adapter"] if run["method"] != "full" or name else folder / "model").glob("*.safetensors")
     run["bytes"] = (sum(path.stat().st_size for path in weights) or np.nan) if run["trainable"] else 0

@@ -471,6 +471,9 @@ def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
     said(capsys, "merge", "tiny-t5", str(folder), str(tmp_path / "merged"))
     merged = minia3.load_model(tmp_path / "merged")
     assert same(dict(merged.named_parameters()), dict(merge(model).named_parameters()))
+    minia3.save_model(merge(merge(model)), tmp_path / "again")
+    for name in ("merged", "again"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["_name_or_path"] == "tiny-t5"
     assert minia3.load_tokenizer(tmp_path / "merged").encode(texts[0]) == tokenizer.encode(texts[0])
 
 

@@ -1,6 +1,7 @@
 """Guards many adapters on one model: a mixture is its equation, a name is its row and never another, a batch in which
 each example has its own adapter is each alone, and a load that fails changes nothing."""
 
+import copy
 import json
 import math
 import re
@@ -266,6 +267,15 @@ def test_a_load_that_fails_leaves_everything_as_it_was(loaded, folders, tmp_path
             call()
         assert (list(adapters), model.n_adapters) == (["a0"], 2)
         assert same(dict(minia3.vectors(model)), before)
+
+
+def test_names_are_copied_with_their_model(loaded, folders):
+    adapters = Adapters(loaded("llama-gqa"))
+    adapters.load("a0", folders("llama-gqa", 1) / "a0")
+    other = copy.deepcopy(adapters)
+    other.remove("a0")
+    assert ([*adapters], [*other]) == (["a0"], [])
+    assert not all((x == 1).all() for x in row_of(adapters.model, 1).values())
 
 
 def test_threads_that_load_each_get_a_row_of_their_own(loaded, folders):

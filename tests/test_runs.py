@@ -258,6 +258,19 @@ def test_a_run_killed_while_it_writes_a_line_of_metrics_has_it_once(event, step,
     goes_on_as_if_nothing_had_been("best of", out)
 
 
+def test_a_finished_run_of_another_layout_is_finished(tmp_path, capsys):
+    assert run(recipe("adafactor", tmp_path / "run")) == 0
+    before = contents(tmp_path / "run")
+    torch.save({"finished": True, "step": 3}, tmp_path / "run" / "checkpoint.pt")
+    capsys.readouterr()
+    assert resume(tmp_path / "run") == 0
+    assert "is finished" in capsys.readouterr().out
+    after = contents(tmp_path / "run")
+    assert {name for name in before if before[name] != after[name]} == {Path("checkpoint.pt")}
+    torch.save({"finished": False, "step": 3}, tmp_path / "run" / "checkpoint.pt")
+    fails(["--resume", tmp_path / "run"], capsys, "not the state of a run")
+
+
 def test_a_run_killed_before_its_first_checkpoint_goes_on_from_step_0(tmp_path):
     out = tmp_path / "run"
     prepare = functools.partial(torn_line, "train", 10, 1)
@@ -299,7 +312,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     before = contents(out), [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"]
     capsys.readouterr()
     assert resume(out) == 0
-    assert capsys.readouterr().out == f"{out} is finished; its last line of metrics.jsonl is the result\n"
+    assert capsys.readouterr().out == f"{out} is finished; its final lines of metrics.jsonl are the results\n"
     assert before == (contents(out), [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"])
 
 

@@ -13,7 +13,7 @@ import pytest
 import running
 import torch
 from conftest import Peer, double, logits, make, off, randomize, their_logits, tokens, with_peft
-from running import at_line, kill_self, metrics, run, words
+from running import at_line, kill_self, metrics, run, train, words
 from safetensors.torch import load_file
 from test_backward import batch_of, compiled, gradients, same
 from torch.testing import assert_close
@@ -283,6 +283,13 @@ def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled
     row = adapters.rows(["more"]).item()
     alone = logits(scaled("llama-gqa", seed=3), SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET, row), alone) < 1e-5
+
+
+def test_vectors_are_not_added_to_a_block_whose_forward_is_another(loaded):
+    model = loaded("llama-gqa")
+    runs.prepare(model, train.Config(checkpoint=True))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.l_q: its block's forward is another already"):
+        select(model, "q", "0-", True)
 
 
 # Each example by its own row

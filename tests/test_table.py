@@ -187,10 +187,18 @@ def test_flags_of_training_name_nothing_that_is_only_measured(tmp_path):
     ]
 
 
-def test_tasks_of_one_file_name_are_two_columns(tmp_path):
-    for i, task in enumerate(("a/rows.jsonl", "b/rows.jsonl", "c/other")):
-        make(tmp_path / str(i), [{"task": task.split("/")[1].removesuffix(".jsonl")}], task=task)
-    assert {run["task"] for run in read([tmp_path])[0]} == {"a/rows.jsonl", "b/rows.jsonl", "other"}
+def test_other_rows_under_the_same_name_are_another_column(tmp_path):
+    """Whatever path they were typed by: the checksums tell, in a grid by the task's folder."""
+    data = [{"rows.jsonl": "aa"}, {"rows.jsonl": "bb"}, {"rows/rows.jsonl": "aa", "cb/train.jsonl": "cc"}]
+    for i, (task, digests) in enumerate(
+        zip(("a/rows.jsonl", "a/rows.jsonl", ["./a/rows.jsonl", "cb"]), data, strict=True)
+    ):
+        make(tmp_path / str(i), [{"task": "rows", "adapter": "x"}], task=task, data=digests, seed=i, adapters="each")
+    make(tmp_path / "cb", task="cb", data={"train.jsonl": "cc"})
+    one, other, again, cb = (run["task"] for run in read([tmp_path])[0])
+    assert one == again != other
+    assert one.startswith("rows [")
+    assert cb == "cb"
 
 
 def test_what_is_measured_on_published_splits_is_another_column(tmp_path):

@@ -523,6 +523,7 @@ LIMITS = """
     warmup-ratio 1.0 below 1
     warmup-ratio -0.5 at least 0
     weight-decay -1.0 at least 0
+    lr 1e+38 below 1e+32
 """
 LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
 
