@@ -23,6 +23,7 @@ from torch.testing import assert_close
 
 import minia3
 from minia3 import runs
+from minia3.card import report
 from minia3.cells import Cell, Part, draw, encode_rows
 from minia3.table import rows as table_rows
 
@@ -382,6 +383,16 @@ def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_it
         assert losses == [line["loss"] for line in alone if line["event"] == "train"]
     (row,) = [row for row in table_rows([tmp_path / "grid"])[0] if row["method"] == f"{method}, lr 0.02"]
     assert row["runs"] == 4
+
+
+@pytest.mark.parametrize(("method", "told"), [("lora", "30 s for 12 steps of 3"), ("ia3", "10 s for 12 steps")])
+def test_the_time_of_a_grid_is_that_of_all_its_cells(method, told, tmp_path, capsys):
+    assert run(words(tmp_path / "run", method=method, seed="0,1,2")) == 0
+    finals = [line | {"seconds": 10.0} for line in metrics(tmp_path / "run") if line["event"] == "final"]
+    capsys.readouterr()
+    report(train.Config(method=method, seed=(0, 1, 2)), tmp_path, finals)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  time "))
+    assert line.split(None, 1)[1] == told
 
 
 def test_a_grid_of_lora_is_measured_without_a_folder(tmp_path, monkeypatch, capsys):

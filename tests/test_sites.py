@@ -272,7 +272,7 @@ def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(scal
 def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled, loaded, tmp_path):
     """As another thread might: the call that is under way has none of them, and goes on as the base."""
     save_adapter(scaled("llama-gqa", seed=3), tmp_path / "more")
-    logits(scaled("llama-gqa"), SOURCE, MASK, TARGET)  # leaves its rows
+    logits(scaled("llama-gqa", n_adapters=2), SOURCE, MASK, TARGET, 1)  # its rows are not those of another's call
     model = loaded("llama-gqa", n_adapters=2)
     expected, adapters = logits(model, SOURCE, MASK, TARGET), Adapters(model)
     hook = model.blocks[0].attn_norm.register_forward_hook(
