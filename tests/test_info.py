@@ -124,11 +124,14 @@ SMALL = {
     ],
 )
 def test_the_plan_is_within_a_tenth_of_what_a_process_takes(kind, dtype, batch, length, train):
-    """Its tensors alone are, of a process whose malloc is told to give back what is freed."""
+    """Its tensors alone are, of a process whose malloc is told to give back what is freed.
+
+    Holes differ from process to process (of ten: 0.98 to 1.09 of the plan, and once 1.13): so the median of three.
+    """
     point = SMALL[kind], dtype, batch, length, train
     tensors, malloc = peak_memory(*point)
     assert tensors == pytest.approx(measured(*point, trim=True), rel=0.1)
-    assert tensors + malloc == pytest.approx(measured(*point, trim=False), rel=0.1)
+    assert tensors + malloc == pytest.approx(sorted(measured(*point, trim=False) for _ in range(3))[1], rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
