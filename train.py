@@ -32,11 +32,11 @@ from minia3.generation import choice_logprobs
 from minia3.lora import add_lora, load_lora, lora_parameters, save_lora
 from minia3.losses import LOSSES, counts, total_loss
 from minia3.optim import Adafactor, learning_rate, select
+from minia3.sites import CHOICES, LINEARS
 
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
 METHODS = ("ia3", "lora", "full", "none", "icl")
 ALONE = ("lora", "full")  # of a grid's cells each trains by itself, one after the other
-SITES, LINEARS = ("k", "v", "ff", "q", "o", "up", "gate"), ("q", "k", "v", "o", "gate", "up", "down")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 CHOICE = {"sites": "ia3", "layers": "ia3", "no_cross": "ia3", "rank": "lora", "alpha": "lora", "where": "lora"}
 
@@ -49,7 +49,7 @@ class Config:
     method: str = flag(
         "ia3", "what trains: ia3, lora, full, none; icl: none, but --shots before each row", one_of=METHODS
     )
-    sites: str = flag("k,v,ff", "which vectors are trained; for more room q,o,up,gate too (sites.py)", some_of=SITES)
+    sites: str = flag("k,v,ff", "which vectors are trained; for more room q,o,up,gate too (sites.py)", some_of=CHOICES)
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
     no_cross: bool = flag(False, "leave cross-attention's vectors at one")
     rank: int = flag(8, "of lora", at_least=1)

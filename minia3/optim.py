@@ -18,7 +18,7 @@ import re
 import torch
 
 from minia3.ia3 import vectors
-from minia3.sites import SITES, add_sites, places
+from minia3.sites import CHOICES, add_sites, places
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -58,8 +58,7 @@ def select(model, sites, layers, cross):
     -> name -> parameter of the others; those of sites.py are added to the model, where need be. Raises ValueError where
     a site or a layer has none, where there is no cross-attention to leave out, and for a text of another form.
     """
-    chosen, missing, known = set(), {*sites.split(",")}, [site for site in SITES if site != "wi"]
-    parts, used = set(), set()
+    chosen, missing, parts, used = set(), {*sites.split(",")}, set(), set()
     spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
     for name in {**vectors(model), **places(model)} if all(spans) else ():
         layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")).groups()
@@ -71,7 +70,7 @@ def select(model, sites, layers, cross):
             used |= inside
     if lacking := sorted(missing) or [x[0] for x in spans if x not in used]:
         found = f"of --sites {sites!r} in --layers {layers!r}, {','.join(lacking)!r} has no vectors in this model"
-        raise ValueError(f"{found}: expected some of {','.join(known)}, and layers as in 0-5,20-")
+        raise ValueError(f"{found}: expected some of {','.join(CHOICES)}, and layers as in 0-5,20-")
     if not (cross or "cross" in parts):
         raise ValueError("--no-cross is for models with cross-attention, and this one has none")
     add_sites(model, chosen)

@@ -18,6 +18,9 @@ from minia3.ia3 import IA3, vectors
 # gate where there is no up beside it (T5 v1.0); --sites calls it gate too.
 SITES = {"k": "k", "v": "v", "ff": "down", "q": "q", "o": "o", "up": "up", "gate": "gate", "wi": "gate"}
 
+CHOICES = tuple(site for site in SITES if site != "wi")  # what --sites takes
+LINEARS = tuple(dict.fromkeys(SITES.values()))  # all linears of a block
+
 CALL = threading.local()  # its `rows`: of the block's call that is under way; threads may share a model
 
 

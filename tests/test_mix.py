@@ -5,12 +5,10 @@ import copy
 import json
 import math
 import re
-import sys
-import threading
 
 import pytest
 import torch
-from conftest import logits, off, randomize, tokens
+from conftest import at_once, logits, off, randomize, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -282,16 +280,7 @@ def test_threads_that_load_each_get_a_row_of_their_own(loaded, folders):
     folder, model = folders("llama-gqa", 6), loaded("llama-gqa")
     adapters = Adapters(model)
     expected = {f"a{i}": read_adapter(folder / f"a{i}").vectors for i in range(6)}
-    threads = [threading.Thread(target=adapters.load, args=(name, folder / name)) for name in expected]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # seconds: threads take turns within a load
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    at_once(adapters.load, [(name, folder / name) for name in expected])
     assert sorted(adapters.values()) == [1, 2, 3, 4, 5, 6]
     for name, vectors in expected.items():
         assert same(row_of(model, adapters[name]), vectors)

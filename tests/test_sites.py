@@ -5,14 +5,12 @@ import functools
 import json
 import re
 import signal
-import sys
-import threading
 import warnings
 
 import pytest
 import running
 import torch
-from conftest import Peer, double, logits, make, off, randomize, their_logits, tokens, with_peft
+from conftest import Peer, at_once, double, logits, make, off, randomize, their_logits, tokens, with_peft
 from running import at_line, kill_self, metrics, run, train, words
 from safetensors.torch import load_file
 from test_backward import batch_of, compiled, gradients, same
@@ -306,16 +304,7 @@ def test_threads_that_share_a_model_each_get_their_own_rows(scaled):
             1 for _ in range(60) if off(logits(model, SOURCE, MASK, TARGET, adapter), expected[adapter]) > 1e-5
         )
 
-    threads = [threading.Thread(target=work, args=(adapter,)) for adapter in range(3)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # seconds: threads take turns within a block
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    at_once(work, [(adapter,) for adapter in range(3)])
     assert wrong == []
 
 

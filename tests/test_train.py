@@ -547,7 +547,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--sites", "k,x"], ["--sites is 'k,x'", "some of k,v,ff,q,o,up,gate, none twice"]),
         (["--sites", "k,"], ["--sites is 'k,'"]),
         (["--sites", "k,v,k"], ["--sites is 'k,v,k'", "none twice"]),
-        (["--where", "q,ff"], ["--where is 'q,ff'", "some of q,k,v,o,gate,up,down"]),
+        (["--where", "q,ff"], ["--where is 'q,ff'", "some of k,v,down,q,o,up,gate"]),
         (["--losses", "lm,lm"], ["--losses is 'lm,lm'", "none twice"]),
         (["--losses", ""], ["--losses is ''"]),
         (["--out", ""], ["--out is '', expected str"]),
