@@ -1,7 +1,6 @@
 """python -m tests.benchmarks.memory: what `python -m minia3 info` plans, and what a process takes, at four points.
 
-Measured is the largest resident set of a process, beyond what it has when torch is there and before the model is: its
-weights are random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes. Its share
+Measured is the largest resident set of a process, beyond what it has after steps of a tiny model: its weights are random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes. Its share
 in the plan was fitted to other points than these (`--fit` has those). The last columns are of tensors alone, and of a
 process that is told to give memory back (MALLOC_TRIM_THRESHOLD_=1000000), which costs time.
 """
@@ -15,6 +14,7 @@ import torch
 
 from minia3.info import peak_memory, size
 from minia3.models import table
+from minia3.t5 import T5Config
 
 POINTS = [  # model, dtype, batch, length, whether it trains
     ("flan-t5-base", "float32", 2, 512, True),
@@ -42,40 +42,45 @@ FIT = [  # the constants of malloc in info.py are from these
     ("smollm2-135m", "bfloat16", 16, 512, False),
 ]
 STEP = """
+from dataclasses import replace
+
 import torch
-import torch.fx.experimental.symbolic_shapes  # a library that torch loads in the first backward of a gated model
 from minia3.generation import logprobs
 from minia3.ia3 import freeze
 from minia3.llama import LlamaConfig
 from minia3.load import build, place
 from minia3.t5 import T5Config
 
+def steps(config, batch, length):
+    model = build(config).train({train})
+    for name, p in list(model.named_parameters()):
+        place(model, name, torch.full(p.shape, 0.01, dtype=torch.float32 if name.endswith(".scale") else {dtype}))
+    freeze(model)
+    tokens = torch.ones(batch, length, dtype=torch.long)
+    for _ in range(3):  # the first makes the holes, and those after it find them
+        state = model.start(tokens)
+        if {train}:
+            logprobs(model, state, tokens[:, :8]).sum().backward()
+        else:
+            model.step(state.start, state)
+        del state
+
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-torch.ones(9, 9, dtype={dtype}) @ torch.ones(9, 9, dtype={dtype})
+torch.set_grad_enabled({train})
+steps(replace({config}, d_model=64, d_head=32, d_ff=64, n_heads=2, vocab_size=64, **{small}), 2, 16)  # torch is read in
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
-model = build({config}).train({train})
-for name, p in list(model.named_parameters()):
-    place(model, name, torch.full(p.shape, 0.01, dtype=torch.float32 if name.endswith(".scale") else {dtype}))
-freeze(model)
-tokens = torch.ones({batch}, {length}, dtype=torch.long)
-torch.set_grad_enabled({train})
-for _ in range(3):  # the first makes the holes, and those after it find them
-    state = model.start(tokens)
-    if {train}:
-        logprobs(model, state, tokens[:, :8]).sum().backward()
-    else:
-        model.step(state.start, state)
-    del state
+steps({config}, {batch}, {length})
 print(peak() - before)
 """
 
 
 def measured(config, dtype, batch, length, train, trim):
     """Bytes that a process takes (Linux alone)."""
-    code = STEP.format(config=config, dtype=dtype, batch=batch, length=length, train=train)
+    small = {"n_layers": 1} | ({"n_decoder_layers": 1} if isinstance(config, T5Config) else {"n_kv_heads": 2})
+    code = STEP.format(config=config, small=small, dtype=dtype, batch=batch, length=length, train=train)
     environ = os.environ | {"OMP_NUM_THREADS": "1"} | ({"MALLOC_TRIM_THRESHOLD_": "1000000"} if trim else {})
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True)
