@@ -21,6 +21,7 @@ from minia3.prompts import Rendered
 
 PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
 TOKENS = 1 << 12  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
+SIDE_BY_SIDE = 1 << 9  # of these, one source's, each of which has a score with every other
 
 
 def logprobs(model, state, target):
@@ -73,7 +74,7 @@ def choice_logprobs(model, batch, adapter=None):
         own = state.repeat(target_BCL.shape[1]) if n_choices > 1 else state
         return masked_logprobs(model, own, target_BCL.flatten(0, 1), mask).view(target_BCL.shape)
 
-    n = max(1, TOKENS // (n_rows * length))
+    n = max(1, min(TOKENS // n_rows, SIDE_BY_SIDE) // length)
     pieces = zip(batch.target_BCL.to(device).split(n, dim=1), batch.target_mask_BCL.split(n, dim=1), strict=True)
     if n_choices > n and torch.is_grad_enabled():  # the backward keeps the source alone, and scores a piece again
         some = partial(checkpoint, some, use_reentrant=False)

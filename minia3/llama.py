@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
-from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias, of_rows
+from minia3.state import Cache, Context, Packing, State, check_start, mask_to_bias, of_rows
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,15 @@ def inverse_frequencies(config):
 class Llama(nn.Module):
     def __init__(self, config, n_adapters=1):
         super().__init__()
-        self.config, self.n_adapters = config, n_adapters
-        c = config
+        self.config, self.n_adapters, c = config, n_adapters, config
         self.embed = Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_head**-0.5, c.dropout, n_adapters),
-                None,
-                FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters),
-                c.d_model,
-                c.eps,
-                0.0,
-            )
-            for _ in range(c.n_layers)
-        )
+
+        def block():
+            attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_head**-0.5, c.dropout, n_adapters)
+            ffn = FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters)
+            return Block(attn, None, ffn, c.d_model, c.eps, 0.0)
+
+        self.blocks = nn.ModuleList(block() for _ in range(c.n_layers))
         self.norm = RMSNorm(c.d_model, c.eps)
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False) if c.own_head else None
         with torch.device("cpu"):  # real numbers even where the model is built on the meta device
@@ -84,21 +79,17 @@ class Llama(nn.Module):
         `state.start` is that last token, which is not yet in the cache. Arguments and errors as T5's.
         """
         adapter_B = check_start(source, mask, adapter, self.n_adapters)
-        caches = [Cache() for _ in self.blocks]
-        if mask is None:
-            state = State(source[:, -1:], adapter_B, caches)
-            read_BL = source[:, :-1]
-        else:  # real tokens first: then the causal mask alone keeps them from seeing the padding
+        start_B1, read_BL, mask_BL, packing = source[:, -1:], source[:, :-1], None, None
+        if mask is not None:  # real tokens first: then the causal mask alone keeps them from seeing the padding
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
-            source_BM = source.gather(1, order_BM.to(source.device))
-            last_B1 = mask.sum(dim=1, keepdim=True) - 1
-            state = State(source_BM.gather(1, last_B1.to(source.device)), adapter_B, caches)
-            longest = int(last_B1.max())
-            read_BL = source_BM[:, :longest]
-            mask_BL = torch.arange(longest, device=mask.device) < last_B1
+            source_BM, last_B1 = source.gather(1, order_BM.to(source.device)), mask.sum(dim=1, keepdim=True) - 1
+            start_B1, read_BL = source_BM.gather(1, last_B1.to(source.device)), source_BM[:, : int(last_B1.max())]
+            mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
+            packing, mask_BL = Packing(mask_BL, source.device), mask_BL.to(source.device)
+        state = State(start_B1, adapter_B, [Cache() for _ in self.blocks], source.new_zeros(2, 0))
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
-            self.read(read_BL, state, None if mask is None else Packing(mask_BL, source.device), asked=False)
-            state.mask_BM = None if mask is None else mask_BL.to(source.device)
+            self.read(read_BL, state, packing, asked=False)
+            state.mask_BM = mask_BL
         return state
 
     def step(self, tokens, state):
@@ -108,27 +99,23 @@ class Llama(nn.Module):
     def logits(self, x, weight=None):
         return F.linear(x, (self.head or self.embed).weight if weight is None else weight)
 
-    def read(self, tokens_BL, state, packing=None, asked=True):
-        x = self.embed(tokens_BL)
-        length, total = tokens_BL.shape[1], state.length + tokens_BL.shape[1]
-        position_BL = torch.arange(state.length, total, device=tokens_BL.device).unsqueeze(0)
-        bias_BHLM = None
+    def read(self, tokens, state, packing=None, asked=True):
+        tokens_BL = state.fold(tokens)
+        x, n = self.embed(tokens_BL), tokens_BL.shape[1]
+        position_BL, bias_BHLM = state.column_2M[:1, -n:], None
         if state.mask_BM is not None:  # padded columns neither count as positions nor are seen
-            position_BL = position_BL + (state.mask_BM.sum(dim=1, keepdim=True) - state.length)
+            position_BL = position_BL - (~state.mask_BM).sum(dim=1, keepdim=True)
             state.mask_BM = torch.cat((state.mask_BM, torch.ones_like(tokens_BL, dtype=torch.bool)), dim=1)
-            seen_BLM = state.mask_BM[:, None, :] & causal_mask(length, total, tokens_BL.device)
-            bias_BHLM = mask_to_bias(seen_BLM.unsqueeze(1), x.dtype)
-        elif 1 < length < total:
-            bias_BHLM = mask_to_bias(causal_mask(length, total, tokens_BL.device)[None, None], x.dtype)
-        causal = bias_BHLM is None and length > 1
+            bias_BHLM = mask_to_bias((state.mask_BM[:, None, :] & state.seen(n)).unsqueeze(1), x.dtype)
+        elif n > 1 and (n < state.column_2M.shape[1] or state.sharing > 1):
+            bias_BHLM = mask_to_bias(state.seen(n)[None, None], x.dtype)
         adapter, rotation = state.adapter_B, self.rotation(position_BL, x.dtype)
         if packing:
             x, adapter = packing.pack(x), of_rows(adapter, packing.row_T)
-        context = Context(adapter, bias_BHLM, causal, rotation, packing=packing)
+        context = Context(adapter, bias_BHLM, bias_BHLM is None and n > 1, rotation, packing=packing)
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block(x, context, cache, asked or block is not self.blocks[-1])
-        state.length = total
-        return self.norm(x) if asked else None
+        return self.norm(x).view(*tokens.shape, -1) if asked else None
 
     def rotation(self, position_BL, dtype):
         """cos and sin (B, 1, L, K) of every position's angles: made in float32, then cast."""

@@ -3,8 +3,8 @@
 `State` is what `model.start` returns and `model.step` moves on; `Cache` is one block's part of it; `Context` is what
 all blocks of one call share. A training step uses a fresh state like any other.
 
-Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, K head width,
-R rows selected, D model, T real tokens of a batch.
+Shapes: B batch (of sources), R rows that go on from them, L query length, M memory length, N columns of one row,
+H query heads, G key/value heads, K head width, D model, T real tokens of a batch.
 """
 
 from dataclasses import dataclass, field, replace
@@ -69,38 +69,65 @@ class Cache:
 class State:
     """A batch of sequences under way.
 
-    start: (B, 1) the token that begins the target.
-    adapter_B: the row of each, or (1,) where one serves all.
-    length: columns of the self-attention cache so far.
+    start: (R, 1) the token that begins the target.
+    adapter_B: the row of each source, or (1,) where one serves all.
+    caches: of B sources. From each, `sharing` consecutive rows go on: they are read as one, one after the other.
+    length: tokens of a row so far.
+    column_2M: what the columns of the self-attention's caches are: which token, and of which of the rows that share
+        (-1: of all).
     mask_BM: which of these columns are real; None where all are.
-    sharing: so many consecutive rows ask the same keys and values of the source.
     """
 
     start: torch.Tensor
     adapter_B: torch.Tensor
     caches: list
+    column_2M: torch.Tensor
     length: int = 0
     mask_BM: torch.Tensor | None = None
     memory_bias_B11M: torch.Tensor | None = field(default=None, kw_only=True)
     sharing: int = 1
 
+    def fold(self, tokens_RL):
+        """The next tokens of the rows, as they are read: (B, sharing * L). Their columns are counted in."""
+        (n_rows, length), c = tokens_RL.shape, self.sharing
+        if n_rows != len(self.start) or length == 0:
+            raise ValueError(f"expected tokens for each of {len(self.start)} rows, found {tuple(tokens_RL.shape)}")
+        new = torch.arange(c * length, device=tokens_RL.device)
+        self.column_2M = torch.cat((self.column_2M, torch.stack((self.length + new % length, new // length))), dim=1)
+        self.length += length
+        return tokens_RL.reshape(-1, c * length)
+
+    def seen(self, n):
+        """(n, M) bool: what the last n columns see: their own row's, and what is of all, up to themselves."""
+        token_M, row_M = self.column_2M
+        return (token_M <= token_M[-n:, None]) & ((row_M < 0) | (row_M == row_M[-n:, None]))
+
     def select(self, rows_R):
         """A new state whose row i goes on from row rows_R[i] (R,) long of this one; neither sees the other's steps."""
-        return self._go_on(rows_R, rows_R // self.sharing, 1)
+        row = self.column_2M[1]
+        own = [((row < 0) | (row == i)).nonzero()[:, 0] for i in range(self.sharing)]
+        source_R, column_RN = rows_R // self.sharing, torch.stack(own)[rows_R % self.sharing]
+
+        def pick(x, axis=None):  # axis: of the columns. Not by index_select, whose gradient a GPU sums in any order
+            if x is None or isinstance(x, tuple):
+                return x and tuple(pick(y, axis) for y in x)
+            if axis is None or self.sharing == 1:
+                return x[source_R]
+            return x.transpose(1, axis)[source_R[:, None], column_RN].transpose(1, axis)
+
+        caches = [Cache(pick(cache.kv, 2), pick(cache.memory), self.length) for cache in self.caches]
+        new = {"start": self.start[rows_R], "adapter_B": of_rows(self.adapter_B, source_R), "sharing": 1}
+        new |= {"column_2M": self.column_2M[:, own[0]], "mask_BM": pick(self.mask_BM, 1)}
+        return replace(self, caches=caches, memory_bias_B11M=pick(self.memory_bias_B11M), **new)
 
     def repeat(self, c):
-        """A new state whose rows b*c ... b*c + c - 1 go on from row b of this one. The source's keys are not copied."""
-        rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
-        return self._go_on(rows_R, slice(None), c * self.sharing)
-
-    def _go_on(self, rows, memory_rows, sharing):
-        def pick(x, rows=rows):  # not by index_select, whose gradient a GPU sums in any order
-            return tuple(pick(y, rows) for y in x) if isinstance(x, tuple) else None if x is None else x[rows]
-
-        caches = [Cache(pick(cache.kv), pick(cache.memory, memory_rows), cache.length) for cache in self.caches]
-        new = {"start": pick(self.start), "mask_BM": pick(self.mask_BM), "adapter_B": of_rows(self.adapter_B, rows)}
-        bias_B11M = pick(self.memory_bias_B11M, memory_rows)
-        return replace(self, caches=caches, memory_bias_B11M=bias_B11M, sharing=sharing, **new)
+        """A new state whose rows b*c ... b*c + c - 1 go on from row b of this one. No keys and values are copied."""
+        if self.sharing > 1:
+            return self.select(torch.arange(len(self.start), device=self.start.device)).repeat(c)
+        caches = [Cache(x.kv and tuple(y[:, :, : x.length] for y in x.kv), x.memory, x.length) for x in self.caches]
+        column_2M = torch.stack((self.column_2M[0], -torch.ones_like(self.column_2M[1])))
+        start = self.start.repeat_interleave(c, dim=0)
+        return replace(self, start=start, caches=caches, column_2M=column_2M, sharing=c)
 
 
 def of_rows(adapter_B, rows):
@@ -111,11 +138,6 @@ def of_rows(adapter_B, rows):
 def mask_to_bias(mask, dtype):
     """0 where `mask` is True, -inf elsewhere, in the queries' dtype: another may be silently misread on the CPU."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-
-
-def causal_mask(length, total, device):
-    """(L, M) bool: the last `length` of `total` positions each see those up to themselves."""
-    return torch.ones(length, total, dtype=torch.bool, device=device).tril(total - length)
 
 
 def check_start(source_BM, mask_BM, adapter, n_adapters):

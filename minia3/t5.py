@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
-from minia3.state import Cache, Context, Packing, State, causal_mask, check_start, mask_to_bias, of_rows
+from minia3.state import Cache, Context, Packing, State, check_start, mask_to_bias, of_rows
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,13 @@ class Stack(nn.Module):
         super().__init__()
         c = config
         attention = (c.d_model, c.n_heads, c.n_heads, c.d_head, 1.0, c.dropout, n_adapters)
-        self.blocks = nn.ModuleList(
-            Block(
-                Attention(*attention),
-                Attention(*attention) if decoder else None,
-                FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters),
-                c.d_model,
-                c.eps,
-                c.dropout,
-            )
-            for _ in range(n_layers)
-        )
+
+        def block():
+            attn, cross = Attention(*attention), Attention(*attention) if decoder else None
+            ffn = FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters)
+            return Block(attn, cross, ffn, c.d_model, c.eps, c.dropout)
+
+        self.blocks = nn.ModuleList(block() for _ in range(n_layers))
         self.norm = RMSNorm(c.d_model, c.eps)
         self.dropout = nn.Dropout(c.dropout)
         self.position = Embedding(c.n_buckets, c.n_heads)
@@ -69,10 +65,9 @@ class Stack(nn.Module):
             x_BLD = block(x_BLD, context, cache)
         return self.dropout(self.norm(x_BLD))
 
-    def bias(self, length, total):
-        """(1, H, L, M): the bias of the last `length` of `total` positions towards all of them."""
-        position_M = torch.arange(total, device=self.position.weight.device)
-        distance_LM = position_M[None, :] - position_M[total - length :, None]
+    def bias(self, position_L, position_M):
+        """(1, H, L, M): the bias of each position of the queries towards each of the keys."""
+        distance_LM = position_M - position_L[:, None]
         bucket_LM = distance_bucket(distance_LM, self.bidirectional, self.position.num_embeddings, self.max_distance)
         return self.position(bucket_LM).permute(2, 0, 1).unsqueeze(0)
 
@@ -82,17 +77,13 @@ def distance_bucket(distance_LM, bidirectional, n_buckets, max_distance):
 
     As `_relative_position_bucket` of Mesh TensorFlow's T5, down to its float32 logarithm.
     """
-    if bidirectional:  # half of the buckets for each direction
-        n_buckets //= 2
-        first_LM = (distance_LM > 0) * n_buckets
-        distance_LM = distance_LM.abs()
-    else:
-        first_LM = torch.zeros_like(distance_LM)
-        distance_LM = (-distance_LM).clamp(min=0)
+    n_buckets = n_buckets // 2 if bidirectional else n_buckets  # half of them for each direction
+    first = (distance_LM > 0) * n_buckets if bidirectional else 0
+    distance_LM = distance_LM.abs() if bidirectional else (-distance_LM).clamp(min=0)
     exact = n_buckets // 2
     ratio_LM = torch.log(distance_LM.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far_LM = (exact + (ratio_LM * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
-    return first_LM + torch.where(distance_LM < exact, distance_LM, far_LM)
+    return first + torch.where(distance_LM < exact, distance_LM, far_LM)
 
 
 class T5(nn.Module):
@@ -112,7 +103,8 @@ class T5(nn.Module):
         """
         adapter_B = check_start(source, mask, adapter, self.n_adapters)
         x, adapter, memory_bias_B11M, packing = self.embed(source), adapter_B, None, None
-        bias_BHMM = self.encoder.bias(source.shape[1], source.shape[1])
+        position_M = torch.arange(source.shape[1], device=source.device)
+        bias_BHMM = self.encoder.bias(position_M, position_M)
         if mask is not None:
             mask_B11M, packing = mask.to(source.device)[:, None, None, :], Packing(mask, source.device)
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
@@ -121,21 +113,20 @@ class T5(nn.Module):
         memory = self.encoder(x, context, [Cache() for _ in self.encoder.blocks])
         caches = [Cache(memory=block.cross.kv(memory, adapter, packing=packing)) for block in self.decoder.blocks]
         start_B1 = torch.full_like(source[:, :1], self.config.start_id)
-        return State(start_B1, adapter_B, caches, memory_bias_B11M=memory_bias_B11M)
+        return State(start_B1, adapter_B, caches, source.new_zeros(2, 0), memory_bias_B11M=memory_bias_B11M)
 
     def step(self, tokens, state):
         """Append tokens (B, L) to the target: -> logits (B, L, V) of the token after each; `state` moves on."""
         return self.logits(self.read(tokens, state))
 
     def read(self, tokens, state):
-        x_BLD = self.embed(tokens)
-        length, total = tokens.shape[1], state.length + tokens.shape[1]
-        bias_BHLM = self.decoder.bias(length, total)
-        if length > 1:
-            bias_BHLM = bias_BHLM + mask_to_bias(causal_mask(length, total, tokens.device), x_BLD.dtype)
+        tokens_BL = state.fold(tokens)
+        x_BLD, n = self.embed(tokens_BL), tokens_BL.shape[1]
+        bias_BHLM = self.decoder.bias(state.column_2M[0, -n:], state.column_2M[0])
+        if n > 1:
+            bias_BHLM = bias_BHLM + mask_to_bias(state.seen(n), x_BLD.dtype)
         context = Context(state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M)
-        state.length = total
-        return self.decoder(x_BLD, context, state.caches)
+        return self.decoder(x_BLD, context, state.caches).view(*tokens.shape, -1)
 
     def logits(self, x, weight=None):
         x = x * self.config.d_model**-0.5 if self.config.scale_logits else x

@@ -174,10 +174,10 @@ def test_below_the_lowest_vector_that_is_trained_autograd_records_nothing(frozen
 @pytest.mark.parametrize(
     ("name", "dtype", "n_bytes"),
     [
-        ("t5-v1.0", torch.float32, 142_312),
-        ("t5-v1.0", torch.bfloat16, 76_984),
-        ("llama-gqa", torch.float32, 89_396),
-        ("llama-gqa", torch.bfloat16, 49_662),
+        ("t5-v1.0", torch.float32, 143_512),
+        ("t5-v1.0", torch.bfloat16, 77_584),
+        ("llama-gqa", torch.float32, 86_552),
+        ("llama-gqa", torch.bfloat16, 48_216),
     ],
 )
 def test_a_step_keeps_so_many_bytes_for_its_backward_pass(frozen, name, dtype, n_bytes):
@@ -214,7 +214,7 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 100), ("llama-gqa", 91)])
+@pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 104), ("llama-gqa", 96)])
 def test_a_decoded_token_makes_so_many_tensors_whatever_the_length_of_the_text(frozen, name, n_tensors):
     """Twice in 130 tokens all caches are moved, keys and values of two layers, to where there is room for 64 more."""
     model, made = frozen(name), []

@@ -126,7 +126,7 @@ SMALL = {
 def test_the_plan_is_within_a_tenth_of_what_a_process_takes(kind, dtype, batch, length, train):
     """Its tensors alone are, of a process whose malloc is told to give back what is freed.
 
-    Holes differ from process to process (of ten: 0.98 to 1.09 of the plan, and once 1.13): so the median of three.
+    Holes differ from process to process (of eight at each point: 0.92 to 1.06 of the plan): so the median of three.
     """
     point = SMALL[kind], dtype, batch, length, train
     tensors, malloc = peak_memory(*point)

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minia3
+from minia3.state import State
 
 NAMES = ["t5-v1.0", "t5-wide", "llama-gqa", "llama3"]
 
@@ -183,20 +184,25 @@ def test_cached_is_uncached_across_the_blocks_in_which_the_cache_grows(models, n
 
 
 @torch.no_grad()
-def test_tokens_of_fewer_rows_than_the_state_has_are_refused(models):
-    model = models["t5-v1.0"]
-    state = model.start(torch.randint(5, 20, (3, 4)))
-    with pytest.raises(RuntimeError):
-        model.step(torch.tensor([[0, 5, 6]]), state)
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+@pytest.mark.parametrize("given", [(1, 3), (4, 3), (6, 3), (3, 0)])
+def test_tokens_of_other_rows_than_the_state_has_are_refused(models, name, given):
+    state = models[name].start(tokens(3, 4))
+    with pytest.raises(ValueError, match=rf"expected tokens for each of 3 rows, found \({given[0]}, {given[1]}\)"):
+        models[name].step(tokens(*given), state)
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
 def test_the_cache_is_not_copied_at_each_step(models, name, monkeypatch):
     model, n, copied = models[name], 200, []
     cat, pad = torch.cat, F.pad
-    monkeypatch.setattr(
-        torch, "cat", lambda xs, dim=0: copied.append(max(x.shape[dim] for x in xs)) or cat(xs, dim=dim)
-    )
+
+    def note(xs, dim=0):
+        if xs[0].is_floating_point():
+            copied.append(max(x.shape[dim] for x in xs))
+        return cat(xs, dim=dim)
+
+    monkeypatch.setattr(torch, "cat", note)
     monkeypatch.setattr(F, "pad", lambda x, *rest: copied.append(x.shape[2]) or pad(x, *rest))
     with torch.no_grad():
         state, places = model.start(tokens(3, 5)), set()
@@ -252,6 +258,16 @@ def test_gradients_flow_through_a_cache_that_grows_and_is_selected_from(models, 
         model.step(token, state)
     found = gradients(model, model.step(target[rows, 3:], state.select(rows)))
     expected = gradients(model, model.step(target[rows], model.start(source[rows]))[:, 3:])
+    for vector, gradient in expected.items():
+        torch.testing.assert_close(found[vector], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_rows_that_share_a_source_are_those_of_the_rows_apart(models, name):
+    model, mask, target = models[name], MASK[:2], tokens(6, 3, seed=1)
+    source, adapter, of = tokens(2, 4), torch.tensor([1, 0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    found = gradients(model, model.step(target, model.start(source, mask, adapter).repeat(3)))
+    expected = gradients(model, model.step(target, model.start(source[of], mask[of], adapter[of])))
     for vector, gradient in expected.items():
         torch.testing.assert_close(found[vector], gradient, rtol=1e-4, atol=1e-4)
 
@@ -344,14 +360,61 @@ def test_what_is_done_token_by_token_is_done_for_real_tokens_alone(loaded, name,
     assert seen == [mask.sum().item() - n_kept]
 
 
-@pytest.mark.parametrize("name", ["t5-v1.0", "t5-wide"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_source_s_keys_and_values_are_not_copied_for_each_choice(models, name):
     state = models[name].start(tokens(2, 5), torch.arange(5) < torch.tensor([[5], [3]]))
-    repeated = state.repeat(3)
+    repeated, source = state.repeat(3), "memory" if name.startswith("t5") else "kv"
     for cache, again in zip(state.caches, repeated.caches, strict=True):
-        assert [x.data_ptr() for x in again.memory] == [x.data_ptr() for x in cache.memory]
-        assert [len(x) for x in again.memory] == [2, 2]
-    assert len(repeated.repeat(2).select(torch.tensor([11, 0, 5])).caches[0].memory[0]) == 3
+        found = getattr(again, source)
+        assert [x.data_ptr() for x in found] == [x.data_ptr() for x in getattr(cache, source)]
+        assert [len(x) for x in found] == [2, 2]
+    assert len(getattr(repeated.repeat(2).select(torch.tensor([11, 0, 5])).caches[0], source)[0]) == 3
+
+
+def test_a_column_is_seen_by_its_own_row_and_those_after_it():
+    state = State(torch.zeros(2, 1), None, [], torch.zeros(2, 0, dtype=torch.long))
+    state.fold(torch.zeros(2, 2))
+    shared = state.repeat(2)  # two columns of both rows, and then two and one of each
+    assert [shared.fold(torch.arange(4 * n).view(4, n)).tolist() for n in (2, 1)] == [
+        [[0, 1, 2, 3], [4, 5, 6, 7]],
+        [[0, 1], [2, 3]],
+    ]
+    assert [state.length, shared.length] == [2, 5]
+    assert [["".join("-x"[seen] for seen in row) for row in state.seen(n).tolist()] for n in (1, 2)] == [
+        ["xx"],
+        ["x-", "xx"],
+    ]
+    assert ["".join("-x"[seen] for seen in row) for row in shared.seen(6).tolist()] == [
+        "xxx-----",
+        "xxxx----",
+        "xx--x---",
+        "xx--xx--",
+        "xxxx--x-",
+        "xx--xx-x",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("grad", [False, True])
+@settings(deadline=None, max_examples=10)
+@given(mask=masks(), c=st.integers(2, 3), lengths=st.lists(st.integers(1, 3), min_size=2, max_size=4), data=st.data())
+def test_rows_that_go_on_from_one_source_are_rows_apart(models, name, grad, mask, c, lengths, data):
+    """Over several steps, and after some are selected, and repeated again."""
+    model, of = models[name], torch.arange(len(mask)).repeat_interleave(c)
+    source, adapter = tokens(*mask.shape), torch.arange(len(mask)) % 2
+    with torch.set_grad_enabled(grad):
+        state, whole = model.start(source, mask, adapter).repeat(c), model.start(source[of], mask[of], adapter[of])
+        for i, length in enumerate(lengths):
+            target = tokens(len(of), length, seed=i)
+            assert off(model.step(target, state), model.step(target, whole)) < 1e-5
+        rows = torch.tensor(data.draw(st.lists(st.integers(0, len(of) - 1), min_size=1, max_size=4, unique=True)))
+        state, whole, again = state.select(rows), whole.select(rows), state.repeat(2)
+        for i in range(2):
+            target, both = tokens(len(rows), 2, seed=9 + i), tokens(2 * len(of), 2, seed=9 + i)
+            both[rows * 2] = target
+            expected = model.step(target, whole)
+            assert off(model.step(target, state), expected) < 1e-5
+            assert off(model.step(both, again)[rows * 2], expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

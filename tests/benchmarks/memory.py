@@ -1,8 +1,9 @@
 """python -m tests.benchmarks.memory: what `python -m minia3 info` plans, and what a process takes, at four points.
 
-Measured is the largest resident set of a process, beyond what it has after steps of a tiny model: its weights are random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes. Its share
-in the plan was fitted to other points than these (`--fit` has those). The last columns are of tensors alone, and of a
-process that is told to give memory back (MALLOC_TRIM_THRESHOLD_=1000000), which costs time.
+Measured is the largest resident set of a process, beyond what it has after steps of a tiny model: its weights are
+random numbers in memory, not mapped files. glibc's malloc keeps much of what is freed, in holes. Its share in the plan
+was fitted to other points than these (`--fit` has those). The last columns are of tensors alone, and of a process that
+is told to give memory back (MALLOC_TRIM_THRESHOLD_=1000000), which costs time.
 """
 
 import os
