@@ -188,7 +188,7 @@ def run_cells(config, cells, device, dtype, measured, folder, metrics, saved, si
         saved.update(step=0, seconds=0.0, evaluated=0, active=[*range(len(cells))], cells=fresh, metrics=size)
         saved.update(losses=[], tokens=0, logged=0.0)  # since the last line of metrics.jsonl, at "logged" seconds
     if config.trains:
-        train(config, model, tokenizer.pad_id, cells, trained, batches, measure, folder, metrics, saved, signals)
+        train(config, model, cells, trained, batches, measure, folder, metrics, saved, signals)
 
     shared = {"model": config.model, "method": config.method, "architecture": type(model).__name__, "total": total}
     shared |= {"trainable": trainable, "seconds": round(saved["seconds"], 3)}
@@ -240,7 +240,7 @@ def parameters(model, config):
     return select(model, config.sites, config.layers, not config.no_cross)
 
 
-def train(config, model, pad_id, cells, trained, batches, measure, folder, metrics, saved, signals):
+def train(config, model, cells, trained, batches, measure, folder, metrics, saved, signals):
     """The loop. `saved` is where the run stands, and what a checkpoint holds; its "step" counts the steps done.
 
     Each cell trains its row of `trained`, by its own loss, clipping and optimiser, as it would alone: all that cells
@@ -303,14 +303,14 @@ def train(config, model, pad_id, cells, trained, batches, measure, folder, metri
 
             began, signals.in_step = time.perf_counter(), True
             model.train()
-            whole = {i: collate(batches[i][step], pad_id) for i in active}
+            whole = {i: collate(batches[i][step]) for i in active}
             n = {i: counts(batch.target_mask_BCL, batch.label_B) for i, batch in whole.items()}
             mixed = [(i, example) for i in active for example in batches[i][step]]
             micro = config.micro_batch_size or len(mixed)
             step_losses = dict.fromkeys(active, 0.0)
             for first in range(0, len(mixed), micro):
                 owners, examples = zip(*mixed[first : first + micro], strict=True)
-                part = collate(examples, pad_id)
+                part = collate(examples)
                 logp_BCL = choice_logprobs(model, part, torch.tensor(owners) if several else None)
                 loss = 0.0
                 for i in dict.fromkeys(owners):

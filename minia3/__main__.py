@@ -21,13 +21,14 @@ def show(text="", end="\n"):
         raise SystemExit(141) if isinstance(error, BrokenPipeError) else error from None
 
 
-def load(args):
+def load(args, words="load_tokenizer"):
     import torch
 
-    from minia3 import load, runs, tokenizer
+    from minia3 import files, load, runs, tokenizer
 
     device, dtype = runs.choose_device(args.device)[0], getattr(torch, args.dtype or "", args.dtype)
-    return load.load_model(args.model, dtype=dtype, device=device), tokenizer.load_tokenizer(args.model)
+    model = load.load_model(args.model, dtype=dtype, device=device)
+    return model, getattr(tokenizer, words)(files.find(args.model, weights=False))
 
 
 def info(args):
@@ -123,10 +124,10 @@ def predict(args):
 
 def merge(args):
     """Fold an adapter into a model: python -m minia3 merge tiny-t5 adapter merged"""
-    from minia3 import load, lora, merging, tokenizer
+    from minia3 import files, load, lora, merging, tokenizer
 
     if lora.is_lora(args.adapter):
-        model, words = load.load_model(args.model), tokenizer.load_tokenizer(args.model)
+        model, words = load.load_model(args.model), tokenizer.tokenizer_at(files.find(args.model))
         lora.load_lora(model, args.adapter)
         load.save_model(merging.merge(model), args.out, words)
     else:
@@ -142,8 +143,8 @@ def convert(args):
     if (path.is_file() and path.suffix != ".gguf") or (path / "adapter_config.json").exists():
         write_adapter(args.out, *read_adapter(path))
     else:
-        model, tokenizer = load(args)
-        save_model(model, args.out, tokenizer)
+        model, words = load(args, "tokenizer_at")
+        save_model(model, args.out, words)
 
 
 def mix(args):
@@ -174,7 +175,7 @@ def plot(args):
     """Draw runs, and what their adapters learned: python -m minia3 plot runs --out pictures"""
     from minia3 import plot
 
-    for line in plot.plot(args.runs, args.out or "pictures"):
+    for line in plot.plot(args.runs, args.out):
         show(line)
 
 
@@ -208,7 +209,7 @@ def parse(words):
         for kind in (int, float, new, weighted):
             command.register("type", kind.__name__, kind)
         for name in given["commands"][run.__name__].split():
-            command.add_argument(name, **given["arguments"][name])
+            command.add_argument(name, **given["arguments"][name] | given["own"].get(f"{run.__name__} {name}", {}))
     if words and words[0] in commands.choices:  # so that prompts may stand behind flags too
         return commands.choices[words[0]].parse_intermixed_args(words[1:])
     return parser.parse_args(words)

@@ -3,7 +3,7 @@
     task    = load_task("rte", shots=32)                            download, check, read, split
     text, _ = fit(prompt, row, n_tokens, max_length)                see prompts.py
     example = encode_example(text, tokenizer, end)                  texts -> ids
-    batch   = collate([example, ...], pad_id)                       ids -> padded tensors and their masks
+    batch   = collate([example, ...])                               ids -> padded tensors and their masks
     rows    = order(len(task.train), batch_size, seed)(step)        which rows make up the batch of a step
 
 Shapes: B batch, M source length, C choices, L target length.
@@ -262,22 +262,22 @@ def encode_example(rendered: Rendered, tokenizer, end: bool) -> Example:
     return Example(tokenizer.encode(rendered.input), targets, rendered.label)
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+def collate(examples: Sequence[Example]) -> Batch:
     """Examples as tensors. Raises ValueError where one has nothing to read, or nothing to score: all is masked."""
     if bad := [n for n, one in enumerate(examples) if not (one.source and one.targets and all(one.targets))]:
         raise ValueError(f"example {bad[0]} of the batch has no target, or a source or target of no tokens")
     n_choices = max(len(example.targets) for example in examples)
-    source_BM, mask_BM = pad([example.source for example in examples], pad_id)
-    targets, masks = pad([t for e in examples for t in e.targets + [[]] * (n_choices - len(e.targets))], pad_id)
+    source_BM, mask_BM = pad([example.source for example in examples])
+    targets, masks = pad([t for e in examples for t in e.targets + [[]] * (n_choices - len(e.targets))])
     target_BCL, target_mask_BCL = (x.view(len(examples), n_choices, -1) for x in (targets, masks))
     return Batch(source_BM, mask_BM, target_BCL, target_mask_BCL, torch.tensor([example.label for example in examples]))
 
 
-def pad(lists, pad_id):
-    """(N, longest) ids, padded on the right, and their mask."""
+def pad(lists):
+    """(N, longest) ids, padded on the right, and their mask. Any id would do: a pad token may have no embedding."""
     length = max(map(len, lists))
     mask = torch.arange(length) < torch.tensor([[len(ids)] for ids in lists])
-    return torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in lists]), mask
+    return torch.tensor([ids + [0] * (length - len(ids)) for ids in lists]), mask
 
 
 def order(n_rows: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> Callable[[int], list[int]]:

@@ -52,7 +52,7 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512
         texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, stop=stop, **options)
         value = np.mean([text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)])
     else:
-        scores_NC = score(model, examples, tokenizer.pad_id, **options).double().numpy()
+        scores_NC = score(model, examples, **options).double().numpy()
         label_N = np.array([example.label for example in examples])
         best_N = scores_NC.argmax(axis=1)
         value = macro_f1(best_N, label_N) if metric == "macro_f1" else np.mean(best_N == label_N)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from minia3 import models
@@ -28,6 +28,7 @@ CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a checkp
 FORMS = ("tokenizer.json", "spiece.model", "tokenizer.model")  # of a tokenizer: the first that is there
 BESIDE = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")  # its settings: the last wins
 TEMPLATE = "chat_template.jinja"
+ADDED = "added_tokens.json"  # token -> id: what older tokenizers put behind sentencepiece's pieces
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",  # the first that is there
                 "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -48,16 +49,15 @@ def find(name_or_path, weights=True):
     HF_HUB_OFFLINE): only the files needed, safetensors rather than .bin; `weights=False` leaves the weights out.
     A folder with a config goes before a known name. ValueError for a name that leads nowhere, with the nearest known.
     """
-    repo, row = str(name_or_path), models.known(name_or_path)
-    if row and not any(Path(repo, name).exists() for name in ("config.json", "params.json")):
-        repo = row.repo  # of the embedded one, a folder
+    row = models.known(name_or_path)
+    repo = row.repo if row else str(name_or_path)  # of the embedded one, a folder
     path = Path(repo)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file() or not HUB_ID.fullmatch(repo):
         hint = _near(repo) or f". Known names: {', '.join(models.table())}"
         raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
-    return _fetch(repo, "config.json", (*BESIDE, *FORMS, TEMPLATE), WEIGHT_FILES * weights)
+    return _fetch(repo, "config.json", (*BESIDE, *FORMS, TEMPLATE, ADDED), WEIGHT_FILES * weights)
 
 
 def base_of(name_or_path):
@@ -261,7 +261,8 @@ def writing_folder(folder, replaces=()):
         try:
             shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
             hidden.mkdir()
-            yield hidden
+            with written(folder):
+                yield hidden
             names = sorted(os.listdir(hidden), key=CONFIGS.__contains__)
             stale = {path.name for pattern in replaces for path in folder.glob(pattern)} - {*names}
             same, *_ = filecmp.cmpfiles(hidden, folder, names, shallow=False)
@@ -274,6 +275,17 @@ def writing_folder(folder, replaces=()):
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             (folder / ".lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def written(folder):
+    """The errors of safetensors and tokenizers, where they write, become OSErrors: the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(f"{folder}: {one_line(error)}") from None
+        raise
 
 
 def write_json(path, value):

@@ -82,11 +82,11 @@ def choice_logprobs(model, batch, adapter=None):
 
 
 @torch.no_grad()
-def score(model, examples, pad_id, *, adapter=None, length_norm=True, batch_size=16):
+def score(model, examples, *, adapter=None, length_norm=True, batch_size=16):
     """(N, C) float32: the score of each choice of N examples (see `rank`), read in batches of similar lengths."""
     scores_NC = torch.full((len(examples), max(len(e.targets) for e in examples)), float("-inf"))
     for rows, own in _batches([len(e.source) for e in examples], adapter, batch_size):
-        batch = collate([examples[i] for i in rows], pad_id)
+        batch = collate([examples[i] for i in rows])
         scores = choice_scores(choice_logprobs(model, batch, own).cpu(), batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # a batch may have fewer than C
     return scores_NC
@@ -107,7 +107,7 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
         raise ValueError(f"expected {expected}: found {choices!r:.80}")
     rows = [Rendered(prompt, list(texts), 0) for prompt, texts in zip(prompts, lists, strict=True)]
     examples = [encode_example(row, tokenizer, end=False) for row in rows]
-    return score(model, examples, tokenizer.pad_id, adapter=adapter, length_norm=length_norm, batch_size=batch_size)
+    return score(model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size)
 
 
 def generate(model, tokenizer, prompts, *, adapter=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
@@ -166,7 +166,7 @@ def _pieces(model, tokenizer, prompts, adapter, n_tokens, how, stop, seed, searc
 
     def run():
         for read, own in _batches(list(map(len, sources)), adapter, max(1, batch_size // max(beams, samples))):
-            source_BM, mask_BM = pad([sources[i] for i in read], tokenizer.pad_id)
+            source_BM, mask_BM = pad([sources[i] for i in read])
             with torch.no_grad():
                 state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM, own)
             done, which = set(), [i * samples + sample for i in read for sample in range(samples)]

@@ -53,9 +53,13 @@ def opened(name_or_path, dtype=None, n_adapters=1):
     is_t5 = isinstance(config, T5Config)
     if dtype == torch.float16 and is_t5:
         raise ValueError("T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32")
-    embed = entries.get("shared.weight" if is_t5 else "model.embed_tokens.weight")
-    heads, inputs = ("lm_head.weight",), ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    for name in (inputs if config.own_head else heads + inputs) if embed else ():  # some files keep copies
+    own = "shared.weight" if is_t5 else "model.embed_tokens.weight"
+    inputs = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight") if is_t5 else ()
+    copies = inputs if config.own_head else (*inputs, "lm_head.weight")
+    if own not in entries and (there := [name for name in copies if name in entries]):
+        entries[own] = entries.pop(there[0])
+    embed = entries.get(own)
+    for name in copies if embed else ():  # some files keep copies
         same = name in entries and entries[name][:2] == embed[:2] and torch.equal(entries[name].read(), embed.read())
         if same:
             del entries[name]

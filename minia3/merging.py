@@ -63,8 +63,7 @@ def merge_files(name_or_path, adapter, out):
         raise ValueError(f"{out}: exists and is not empty; give a new folder")
     model, stored, dtype = load.opened(name_or_path)
     vectors, path = fitting(model, read_adapter(adapter), adapter), files.find(name_or_path)
-    has_words = path.is_file() or any((path / name).exists() for name in tokenizer.FORMS)
-    words = tokenizer.load_tokenizer(path) if has_words else None
+    words = tokenizer.tokenizer_at(path)
 
     def part(ours, p):
         theirs, entry = stored[ours]

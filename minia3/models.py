@@ -6,6 +6,7 @@ A test compares the counts that come out with those of the papers.
 """
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,11 @@ def hub_name(name):
 
 
 def known(name):
-    """The table's row for a short name or a hub id, in any case; None where it has none."""
-    name = str(name).lower()
-    return next((row for short, row in table().items() if name in (short, row.repo.lower())), None)
+    """The table's row for a short name or a hub id, in any case; None where it has none.
+
+    Nor where a folder of that name holds a model: that goes first.
+    """
+    name = str(name)
+    row = next((row for short, row in table().items() if name.lower() in (short, row.repo.lower())), None)
+    there = any(os.path.exists(os.path.join(name, file)) for file in ("config.json", "params.json"))
+    return None if there and name != str(EMBEDDED) else row

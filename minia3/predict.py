@@ -45,7 +45,7 @@ def predict(model, tokenizer, rows, adapters, *, batch_size=16, max_new_tokens=6
             some, texts, examples = zip(*part, strict=True)
             options = {"adapter": adapters.rows([row["adapter"] for row in some]), "batch_size": batch_size}
             if scored:
-                answers = score(model, examples, tokenizer.pad_id, **options).tolist()
+                answers = score(model, examples, **options).tolist()
                 for row, text, scores in zip(some, texts, answers, strict=True):
                     scores = scores[: len(text.choices)]  # -inf where another row has more
                     label = scores.index(max(scores))

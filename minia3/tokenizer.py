@@ -5,10 +5,12 @@
     tokenizer.model        LLaMA's: neighbours merge to the piece of the best score, leftmost first, until none do (BPE)
     .gguf                  the same pieces and scores ("llama"), or bytes and merges and the name of a rule ("gpt2")
 
-The library `tokenizers` does the work. Ids are sentencepiece's, with two exceptions of the library, and so of T5's
+The library `tokenizers` does the work. Ids are sentencepiece's, with three exceptions of the library, and so of T5's
 published tokenizer.json: scores are summed in float64, not float32, so of two cuts that tie the other may win; a mark
-that combines with a letter that is replaced may be lost. Sources: google/sentencepiece (its .proto file, normalizer.cc,
-unigram_model.cc, bpe_model.cc) and ggml-org/llama.cpp (llama-vocab.cpp).
+that combines with a letter that is replaced may be lost; what follows a token that is added or user-defined begins like
+a text, with a space of its own. A GGUF that names no rule is cut by GPT-2's (llama.cpp has one of its own). Sources:
+google/sentencepiece (its .proto file, normalizer.cc, unigram_model.cc, bpe_model.cc) and ggml-org/llama.cpp
+(llama-vocab.cpp).
 """
 
 import json
@@ -21,7 +23,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from minia3.files import BESIDE, FORMS, TEMPLATE, find, read_json, reading, write_json, writing_folder
+from minia3.files import ADDED, BESIDE, FORMS, TEMPLATE, find, read_json, reading, write_json, writing_folder
 from minia3.gguf_file import metadata
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, in sentencepiece and GGUF alike
@@ -47,6 +49,11 @@ class Tokenizer:
         ids["pad_token"] = ids["eos_token"] if ids["pad_token"] is None else ids["pad_token"]
         self.bos_id, self.eos_id, self.pad_id = ids["bos_token"], ids["eos_token"], ids["pad_token"] or 0
         self.special = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
+        if not settings.get("pad_token") and ids["pad_token"] not in (
+            ids["eos_token"],
+            *backend.get_added_tokens_decoder(),
+        ):
+            self.special.pop("pad_token", None)  # a config may name any id: that of a word stays one
         backend.add_special_tokens([*self.special.values()])  # not every file marks them; decode drops only what is
         if backend.post_processor is None:
             bos, eos = (settings.get(f"add_{name}") and self.special.get(name) for name in ("bos_token", "eos_token"))
@@ -127,8 +134,12 @@ class Tokenizer:
                 if (n := settings.get("extra_ids", 100)) not in range(1001):
                     raise ValueError(f"extra_ids is {n!r}, expected 0 to 1000")
                 backend.add_special_tokens([f"<extra_id_{i}>" for i in range(n)][::-1])
-            added = sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-            backend.add_tokens([AddedToken(**{**token, "normalized": False}) for _, token in added])
+            older = read_json(Path(path, ADDED)) if Path(path, ADDED).is_file() else {}
+            added = {i: {"content": token} for token, i in older.items()}
+            added |= {int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()}
+            backend.add_tokens([AddedToken(**{**added[i], "normalized": False}) for i in sorted(added)])
+            if wrong := [i for i in added if backend.token_to_id(added[i]["content"]) != i]:
+                raise ValueError(f"added tokens have the ids {wrong}, but these do not follow the pieces")
             return cls(backend, {"add_bos_token": not t5, "add_eos_token": t5, **ids, **settings})
 
     @classmethod
@@ -160,6 +171,11 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return Tokenizer.from_gguf(metadata(path), path) if path.is_file() else Tokenizer.from_folder(path)
 
 
+def tokenizer_at(path: Path) -> Tokenizer | None:
+    """`load_tokenizer` of a path, which may be of a model that has none."""
+    return load_tokenizer(path) if path.is_file() or any((path / name).exists() for name in FORMS) else None
+
+
 def special_id(backend, settings, kind):
     """The id of `{kind}_token`, a text or a dict with it, else `{kind}_token_id`, one or several; None if no token."""
     token, i = settings.get(f"{kind}_token", ""), settings.get(f"{kind}_token_id")
@@ -180,6 +196,8 @@ def read_sentencepiece(data):
     model = list(fields(data))
     trainer, normalizer = (dict(fields(dict(model).get(number, b""))) for number in (2, 3))
     unigram = {1: True, 2: False}[trainer.get(3, 1)]  # the types WORD and CHAR are not read
+    if trainer.get(24):
+        raise ValueError("treat_whitespace_as_suffix is not read")
     pieces = [dict(fields(value)) for number, value in model if number == 1]
     pieces = [(p[1].decode(), *struct.unpack("<f", p.get(2, bytes(4))), p.get(3, NORMAL)) for p in pieces]
     ids = {"bos_token_id": trainer.get(41, 1), "eos_token_id": trainer.get(42, 2), "pad_token_id": trainer.get(43)}

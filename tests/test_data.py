@@ -1165,8 +1165,6 @@ def test_known_tasks_are_jsonl(server, tmp_path):
 class Letters:
     """A tokenizer of one id a letter; 1 ends whatever has an end."""
 
-    pad_id = 0
-
     def encode(self, text):
         return [ord(letter) for letter in text]
 
@@ -1182,10 +1180,10 @@ def test_an_example_is_the_ids_of_its_texts(end):
 
 def test_a_batch_is_padded_on_the_right_and_missing_choices_are_masked():
     examples = [Example([7, 8, 9], [[1], [2, 3]], 1), Example([5], [[4, 5, 6]], -1)]
-    batch = collate(examples, pad_id=99)
-    assert batch.source_BM.tolist() == [[7, 8, 9], [5, 99, 99]]
+    batch = collate(examples)
+    assert batch.source_BM.tolist() == [[7, 8, 9], [5, 0, 0]]
     assert batch.mask_BM.tolist() == [[True, True, True], [True, False, False]]
-    assert batch.target_BCL.tolist() == [[[1, 99, 99], [2, 3, 99]], [[4, 5, 6], [99, 99, 99]]]
+    assert batch.target_BCL.tolist() == [[[1, 0, 0], [2, 3, 0]], [[4, 5, 6], [0, 0, 0]]]
     assert batch.target_mask_BCL.int().tolist() == [[[1, 0, 0], [1, 1, 0]], [[1, 1, 1], [0, 0, 0]]]
     assert batch.label_B.tolist() == [1, -1]
     assert [x.dtype for x in batch] == [torch.long, torch.bool, torch.long, torch.bool, torch.long]
@@ -1198,17 +1196,17 @@ EXAMPLES = st.lists(
 
 
 @settings(deadline=None, max_examples=60)
-@given(EXAMPLES, st.integers(0, 50))
-def test_masks_give_back_exactly_what_went_in_even_if_the_padding_is_a_real_id(examples, pad_id):
-    batch = collate(examples, pad_id)
+@given(EXAMPLES)
+def test_masks_give_back_exactly_what_went_in_even_if_the_padding_is_a_real_id(examples):
+    batch = collate(examples)
     for b, example in enumerate(examples):
         assert batch.source_BM[b][batch.mask_BM[b]].tolist() == example.source
         targets = [
             batch.target_BCL[b, c][batch.target_mask_BCL[b, c]].tolist() for c in range(batch.target_BCL.shape[1])
         ]
         assert targets == example.targets + [[]] * (len(targets) - len(example.targets))
-        assert (batch.source_BM[b][~batch.mask_BM[b]] == pad_id).all()
-        assert (batch.target_BCL[b][~batch.target_mask_BCL[b]] == pad_id).all()
+        assert (batch.source_BM[b][~batch.mask_BM[b]] == 0).all()
+        assert (batch.target_BCL[b][~batch.target_mask_BCL[b]] == 0).all()
     assert batch.source_BM.shape[1] == max(len(example.source) for example in examples)
     assert batch.target_BCL.shape[1] == max(len(example.targets) for example in examples)
     assert batch.label_B.tolist() == [example.label for example in examples]
@@ -1219,7 +1217,7 @@ def test_masks_give_back_exactly_what_went_in_even_if_the_padding_is_a_real_id(e
 )
 def test_a_batch_with_nothing_to_read_or_to_score_is_an_error(bad):
     with pytest.raises(ValueError, match="example 1 of the batch"):
-        collate([Example([1], [[1]], 0), bad], 0)
+        collate([Example([1], [[1]], 0), bad])
 
 
 # The order of rows

@@ -106,7 +106,7 @@ def test_every_choice_s_log_probabilities_come_from_one_reading_of_the_source(bo
     examples = [Example([5, 6, 7], [[8], [9, 10]], 0), Example([11], [[12, 13, 14]], 0)]
     reads, start = [], both.model.start
     monkeypatch.setattr(both.model, "start", lambda *arguments: reads.append(len(arguments[0])) or start(*arguments))
-    found = choice_logprobs(both.model, collate(examples, PAD))
+    found = choice_logprobs(both.model, collate(examples))
     assert reads == [2]
     for row, example in enumerate(examples):
         for c, target in enumerate(example.targets):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import minia3
 from minia3 import files, load, names
+from minia3.info import info
 from minia3.load import build, name_table
-from minia3.models import table
+from minia3.models import known, table
 
 SOURCE, TARGET = tokens(2, 7), tokens(2, 4, seed=1)
 
@@ -159,6 +160,23 @@ def test_what_older_files_hold_beside_the_weights_is_passed_over(loaded, copy):
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.randn(3) for i in range(2)}
     write(folder, load_file(folder / "model.safetensors") | extra, "bin")
     assert same_bits(minia3.load_model(folder), loaded("llama-mha"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("t5-v1.0", "encoder.embed_tokens.weight"),
+        ("t5-v1.0", "decoder.embed_tokens.weight"),
+        ("t5-v1.0", "lm_head.weight"),
+        ("llama-tied", "lm_head.weight"),
+    ],
+)
+def test_the_one_copy_of_a_tied_embedding_may_have_any_of_its_names(loaded, copy, model, name):
+    folder = copy(model)
+    tensors, own = load_file(folder / "model.safetensors"), "shared" if model == "t5-v1.0" else "model.embed_tokens"
+    tensors[name] = tensors.pop(f"{own}.weight")
+    write(folder, tensors, "safetensors")
+    assert same_bits(minia3.load_model(folder), loaded(model))
 
 
 def test_a_folder_says_of_which_known_model_it_was_made(loaded, copy, tmp_path, monkeypatch):
@@ -486,6 +504,10 @@ def test_a_folder_with_a_checkpoint_goes_before_a_known_name(copy, tmp_path, mon
     model = minia3.load_model("flan-t5-base")
     assert not model.config.gated
     assert model.name_or_path == "flan-t5-base"
+    assert known("flan-t5-base") is known("params.json") is None, "it is another model, whatever its name"
+    assert dict(info("flan-t5-base"))["d_model"] == "24"
+    minia3.save_model(model, "saved")
+    assert "_name_or_path" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 # Saving

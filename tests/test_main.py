@@ -121,7 +121,8 @@ def test_the_help_of_a_command_explains_every_argument_and_ends_with_an_example(
     text = " ".join(out.split())
     for name in GIVEN["commands"][run.__name__].split():
         assert name in text
-        assert GIVEN["arguments"][name]["help"] % GIVEN["arguments"][name] in text
+        argument = GIVEN["arguments"][name] | GIVEN["own"].get(f"{run.__name__} {name}", {})
+        assert argument["help"] % argument in text
     assert out.splitlines()[-1] == f"example: python -m minia3 {shlex.join(EXAMPLES[run.__name__])}"
 
 
@@ -491,6 +492,16 @@ def test_t_few_s_file_becomes_a_peft_folder_without_the_base(tmp_path, loaded):
     for j, part in ((2, "DenseReluDense.wi_1"), (1, "EncDecAttention.v")):
         value_D = raw[f"decoder.block.1.layer.{j}.{part}.multi_lora_b"][:, 0]
         assert [torch.equal(vector[0], value_D) for vector in minia3.vectors(model).values()].count(True) == 1
+
+
+def test_a_model_without_a_tokenizer_converts(adapters, copy):
+    folder = copy("t5-v1.0")
+    assert main(["convert", str(folder), str(adapters / "out")]) == 0
+    assert sorted(path.name for path in (adapters / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_any_form_of_an_adapter_converts_to_the_same_folder(adapters):

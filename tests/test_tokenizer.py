@@ -243,6 +243,27 @@ def test_tokens_that_a_fine_tune_added_follow_in_the_order_of_their_ids(tmp_path
     assert tokenizer.pad_id == 9
 
 
+def test_tokens_that_an_older_fine_tune_added_are_in_a_file_of_their_own(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<7>": 7, "<6>": 6}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<7>"}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a<6><7>") == [1, 3, 4, 6, 7]
+    assert (tokenizer.pad_id, tokenizer.decode([4, 6, 7])) == (7, "a<6>")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<6>": 6, "<8>": 8}))
+    check_refused(tmp_path, "added tokens have the ids [8], but these do not follow the pieces")
+
+
+def test_a_pad_id_that_is_a_word_s_leaves_it_a_word(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE))
+    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": 5}))
+    for folder in (tmp_path, tmp_path / "saved"):
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.decode(tokenizer.encode("a aa")) == "a aa"
+        tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path).pad_id == 5
+
+
 # tokenizer.json
 
 

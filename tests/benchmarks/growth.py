@@ -73,7 +73,7 @@ def measure(config, setting, mode, rounds, dtype, device):
     """-> {"seconds", "kept", "peak"} of one setting."""
     length, n, n_choices, resident, mixed = setting.values()
     model = random_model(config, resident, dtype, device).train(mode == "train")
-    batch = collate(examples([length] * n, n_choices, 8, config.vocab_size), 0)
+    batch = collate(examples([length] * n, n_choices, 8, config.vocab_size))
     batch = batch._make(x.to(device) for x in batch)
     adapter = torch.arange(n, device=device) % mixed * (resident // mixed)
 

@@ -23,13 +23,13 @@ def ranking(bench, pair):
         rows = examples(lengths, n_choices, n_target, pair.vocab_size)
 
         def our_scores(rows=rows):
-            return score(ours, rows, 0, batch_size=8)
+            return score(ours, rows, batch_size=8)
 
         @torch.no_grad()
         def their_scores(rows=rows, n_target=n_target):
             scores = []
             for first in range(0, len(rows), 8):
-                batch = collate(rows[first : first + 8], 0)
+                batch = collate(rows[first : first + 8])
                 batch = batch._make(x.to(pair.device) for x in batch)
                 target_NL = batch.target_BCL.flatten(0, 1)
                 inputs = pair.their_inputs(batch, target_NL, "left")
@@ -46,8 +46,6 @@ def ranking(bench, pair):
 
 class Ids:
     """Stands for a tokenizer where prompts are ids."""
-
-    pad_id = 0
 
     def decode(self, ids):
         return " ".join(map(str, ids))

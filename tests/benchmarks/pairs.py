@@ -109,7 +109,7 @@ class Pair:
 
     def batch(self, lengths=None, n_choices=1):
         """The examples of these lengths with targets of 8 tokens, as a batch."""
-        batch = collate(examples(lengths or self.lengths(), n_choices, 8, self.vocab_size), 0)
+        batch = collate(examples(lengths or self.lengths(), n_choices, 8, self.vocab_size))
         return batch._make(x.to(self.device) for x in batch)
 
     def their_inputs(self, batch, target_NL, padding_side="right"):
