@@ -6,7 +6,7 @@
     python train.py --model t5-base --task rte,cb --seed 0,1,32   six adapters side by side, in one run
     python train.py --resume runs/t5-base-rte-ia3-0               goes on where a run was stopped
 
-Two hops lead to the equations: the loop below calls a model (minia3/t5.py, llama.py), a model its blocks (blocks.py).
+What the loop calls (minia3/generation.py) is two hops from the equations: a model (t5.py, llama.py), and its blocks.
 """
 
 import os

@@ -135,6 +135,6 @@ class Block(nn.Module):
             return None
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing))
         if self.cross is not None:
-            h_BLD = self.cross_norm(x_BLD)
-            x_BLD = x_BLD + self.dropout(self.cross(h_BLD, cache.memory, c.memory_bias_B11M))
+            h = self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)  # rows may share a source
+            x_BLD = x_BLD + self.dropout(self.cross(h, cache.memory, c.memory_bias_B11M).view_as(x_BLD))
         return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), c.adapter_B))

@@ -27,8 +27,8 @@ class Part:
         else:
             self.split, self.rows = task.evaluation
         self.train_rows, self.held_out = task.train, []
-        order = np.random.RandomState([config.seed, 4]).permutation(len(task.train))  # SST-2's shots are class by class
-        shuffled = [task.train[i] for i in order]
+        shuffled = np.random.RandomState([config.seed, 4]).permutation(len(task.train))  # SST-2's shots are by class
+        shuffled = [task.train[i] for i in shuffled]
         if trains and config.eval_every and self.split == "test" and task.validation:
             self.held_out = task.validation
         elif trains and config.eval_every:  # never the split that is reported

@@ -1,4 +1,4 @@
-"""Chapter 7, part four: scoring, rank classification and decoding, over `start` and `step` alone, for both models.
+"""Chapter 7, part four: scoring, rank classification and decoding, over `start` and `step` (scoring: its halves).
 
 Shapes: B batch, M source length, L target length, D model, V vocabulary, C choices, N prompts, R rows selected,
 T real tokens of a batch's targets, P parts of the vocabulary of I ids each.

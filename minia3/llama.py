@@ -65,7 +65,7 @@ class Llama(nn.Module):
         def block():
             attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_head**-0.5, c.dropout, n_adapters)
             ffn = FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters)
-            return Block(attn, None, ffn, c.d_model, c.eps, 0.0)
+            return Block(attn, cross=None, ffn=ffn, d_model=c.d_model, eps=c.eps, dropout=0.0)
 
         self.blocks = nn.ModuleList(block() for _ in range(c.n_layers))
         self.norm = RMSNorm(c.d_model, c.eps)

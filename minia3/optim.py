@@ -60,7 +60,9 @@ def select(model, sites, layers, cross):
     """
     chosen, missing, parts, used = set(), {*sites.split(",")}, set(), set()
     spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
-    for name in {**vectors(model), **places(model)} if all(spans) else ():
+    if not all(spans):
+        raise ValueError(f"--layers {layers!r}: expected numbers and spans, as in 0-5,20-")
+    for name in {**vectors(model), **places(model)}:
         layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")).groups()
         inside = {x for x in spans if int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1]))}
         parts.add(part)

@@ -46,12 +46,15 @@ def accuracy(figure, rows):
         ax.errorbar([x] * len(tasks), medians, bars, fmt=".", color=f"C{i}", alpha=0.6)
         label = f"{names[row['model']]}: {row['method']} (tasks: {len(tasks)})"
         ax.plot(x, np.mean(medians), "D", color=f"C{i}", label=label)
-    ax.set_xscale("symlog", linthresh=min([row["trainable"] for row in rows if row["trainable"]], default=1))
+    ticks = sorted({row["trainable"] for row in rows})
+    ax.set_xscale("symlog", linthresh=min(filter(None, ticks), default=1))
+    ax.set_xticks(ticks, [f"{x:,}" for x in ticks], rotation=45)
+    ax.set_ylim(top=min(ax.get_ylim()[1], 101))
     legend(figure, ax)
 
 
 def curves(figure, runs):
-    """Loss and held-out accuracy by step and by time at the mean speed: of like runs the median and both quartiles."""
+    """Loss and held-out accuracy by step and by time (a cell's share): of like runs the median, both quartiles."""
     groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
     names = table.short(run["model"] for run in runs)
     titles = sorted({f"{names[run['model']]}, {run['task']}" for run in runs})

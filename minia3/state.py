@@ -7,7 +7,7 @@ Shapes: B batch (of sources), R rows that go on from them, L query length, M mem
 H query heads, G key/value heads, K head width, D model, T real tokens of a batch.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -67,15 +67,14 @@ class Cache:
 
 @dataclass
 class State:
-    """A batch of sequences under way.
+    """A batch of sequences under way. From one source, and from what is read before `repeat`, several rows may go on.
 
     start: (R, 1) the token that begins the target.
-    adapter_B: the row of each source, or (1,) where one serves all.
-    caches: of B sources. From each, `sharing` consecutive rows go on: they are read as one, one after the other.
+    adapter_B: the row of vectors of each, or (1,) where one serves all.
+    sharing: so many rows are read as one, one after the other, for the sake of the columns that they share.
+    column_2M: the columns of the self-attention's caches: which token each is, and of which of these rows (-1: of all).
     length: tokens of a row so far.
-    column_2M: what the columns of the self-attention's caches are: which token, and of which of the rows that share
-        (-1: of all).
-    mask_BM: which of these columns are real; None where all are.
+    mask_BM: which of the columns are real; None where all are.
     """
 
     start: torch.Tensor
@@ -84,7 +83,7 @@ class State:
     column_2M: torch.Tensor
     length: int = 0
     mask_BM: torch.Tensor | None = None
-    memory_bias_B11M: torch.Tensor | None = field(default=None, kw_only=True)
+    memory_bias_B11M: torch.Tensor | None = None
     sharing: int = 1
 
     def fold(self, tokens_RL):
@@ -106,28 +105,31 @@ class State:
         """A new state whose row i goes on from row rows_R[i] (R,) long of this one; neither sees the other's steps."""
         row = self.column_2M[1]
         own = [((row < 0) | (row == i)).nonzero()[:, 0] for i in range(self.sharing)]
-        source_R, column_RN = rows_R // self.sharing, torch.stack(own)[rows_R % self.sharing]
+        column_RN = torch.stack(own)[rows_R % self.sharing]
 
         def pick(x, axis=None):  # axis: of the columns. Not by index_select, whose gradient a GPU sums in any order
             if x is None or isinstance(x, tuple):
                 return x and tuple(pick(y, axis) for y in x)
+            of_R = rows_R // (len(self.start) // len(x))  # what has fewer rows serves several, one after the other
             if axis is None or self.sharing == 1:
-                return x[source_R]
-            return x.transpose(1, axis)[source_R[:, None], column_RN].transpose(1, axis)
+                return x[of_R]
+            return x.transpose(1, axis)[of_R[:, None], column_RN].transpose(1, axis)
 
         caches = [Cache(pick(cache.kv, 2), pick(cache.memory), self.length) for cache in self.caches]
-        new = {"start": self.start[rows_R], "adapter_B": of_rows(self.adapter_B, source_R), "sharing": 1}
-        new |= {"column_2M": self.column_2M[:, own[0]], "mask_BM": pick(self.mask_BM, 1)}
-        return replace(self, caches=caches, memory_bias_B11M=pick(self.memory_bias_B11M), **new)
+        new = {"memory_bias_B11M": pick(self.memory_bias_B11M), "mask_BM": pick(self.mask_BM, 1), "sharing": 1}
+        new |= {"start": self.start[rows_R], "adapter_B": of_rows(self.adapter_B, rows_R // self.sharing)}
+        return replace(self, caches=caches, column_2M=self.column_2M[:, own[0]], **new)
 
     def repeat(self, c):
         """A new state whose rows b*c ... b*c + c - 1 go on from row b of this one. No keys and values are copied."""
         if self.sharing > 1:
             return self.select(torch.arange(len(self.start), device=self.start.device)).repeat(c)
+        rows = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
         caches = [Cache(x.kv and tuple(y[:, :, : x.length] for y in x.kv), x.memory, x.length) for x in self.caches]
+        if self.length == 0:  # no columns are shared
+            return replace(self, start=self.start[rows], caches=caches, adapter_B=of_rows(self.adapter_B, rows))
         column_2M = torch.stack((self.column_2M[0], -torch.ones_like(self.column_2M[1])))
-        start = self.start.repeat_interleave(c, dim=0)
-        return replace(self, start=start, caches=caches, column_2M=column_2M, sharing=c)
+        return replace(self, start=self.start[rows], caches=caches, column_2M=column_2M, sharing=c)
 
 
 def of_rows(adapter_B, rows):
@@ -150,8 +152,7 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         raise ValueError(f"source must be (batch, length) ids with at least one token, found {tuple(source_BM.shape)}")
     if mask_BM is not None:
         if mask_BM.shape != source_BM.shape or mask_BM.dtype != torch.bool:
-            found = f"{mask_BM.dtype} {tuple(mask_BM.shape)}"
-            raise ValueError(f"mask must be bool {tuple(source_BM.shape)}, found {found}")
+            raise ValueError(f"mask must be bool {(*source_BM.shape,)}, found {mask_BM.dtype} {(*mask_BM.shape,)}")
         if empty := (~mask_BM.any(dim=1)).nonzero().flatten().tolist():
             raise ValueError(f"source rows {empty} have no real token: mask them in the batch, or give them one")
     rows = torch.as_tensor(0 if adapter is None else adapter)

@@ -43,9 +43,8 @@ class T5Config:
 class Stack(nn.Module):
     """The encoder or the decoder: blocks, a final norm, and the table of relative positions that all blocks share."""
 
-    def __init__(self, config, n_layers, decoder, n_adapters):
+    def __init__(self, c, n_layers, decoder, n_adapters):
         super().__init__()
-        c = config
         attention = (c.d_model, c.n_heads, c.n_heads, c.d_head, 1.0, c.dropout, n_adapters)
 
         def block():

@@ -20,6 +20,7 @@ MEASURING = ("data_dir", "shots", "seed", "dtype", "max_length", "max_new_tokens
 UNNAMED = {"model", "task", "method", "seed", "out", "data_dir", "resume", "device", "deterministic", "checkpoint",
            "compile", "micro_batch_size", "eval_batch_size", "save_every", "minia3", "git_commit", "versions", "data"}
 # fmt: on
+BUDGET = ("steps", "batch_size")  # named where any rows differ in them, and not only those of one method
 
 
 def flops(n_parameters, n_tokens, decoder_only, training=False):
@@ -93,7 +94,9 @@ def _run(folder, config, final, lines):
     run["seed"], named = own["seed"], {*own} - UNNAMED
     if not run["trainable"]:  # then it was only measured
         named &= {*MEASURING, "adapter"} - ({"shots"} if run["method"] == "none" else set())
-    run["flags"] = {(x, run["method"], x == "shots" and run["task"]): own[x] for x in own if x in named}
+    run["flags"] = {
+        (x, x not in BUDGET and run["method"], x == "shots" and run["task"]): own[x] for x in own if x in named
+    }
     if config.get("adapters") == "one":
         run["flags"]["mixture", run["method"], False] = "+".join(Path(task).stem for task in config["task"])
     run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"

@@ -343,7 +343,7 @@ def test_without_a_labelled_test_split_a_fifth_of_train_is_held_out_and_not_trai
 
 
 def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path):
-    assert run(words(tmp_path / "run", **CHOOSING | {"seed": 0})) == 0
+    assert run(words(tmp_path / "run", **CHOOSING)) == 0
     held_out = accuracies(tmp_path / "run", "eval")
     assert held_out[-1] < max(held_out)
     swapped = write(tmp_path / "swapped", test=read(task() / "validation.jsonl"))
