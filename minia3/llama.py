@@ -107,7 +107,7 @@ class Llama(nn.Module):
             position_BL = position_BL - (~state.mask_BM).sum(dim=1, keepdim=True)
             state.mask_BM = torch.cat((state.mask_BM, torch.ones_like(tokens_BL, dtype=torch.bool)), dim=1)
             bias_BHLM = mask_to_bias((state.mask_BM[:, None, :] & state.seen(n)).unsqueeze(1), x.dtype)
-        elif n > 1 and (n < state.column_2M.shape[1] or state.sharing > 1):
+        elif 1 < n < state.column_2M.shape[1]:
             bias_BHLM = mask_to_bias(state.seen(n)[None, None], x.dtype)
         adapter, rotation = state.adapter_B, self.rotation(position_BL, x.dtype)
         if packing:

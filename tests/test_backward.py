@@ -209,8 +209,14 @@ def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, load
 
     expected, read, reads = found(), model.read, []
     model.read = lambda tokens, *rest, **options: reads.append(tuple(tokens.shape)) or read(tokens, *rest, **options)
-    for texts, sizes in ((69, [23, 23, 23, 8]), (1, [1] * 77), (3 * 77, [77])):
+    for texts, side_by_side, sizes in (
+        (69, 99, [23, 23, 23, 8]),
+        (1, 99, [1] * 77),
+        (3 * 77, 77, [77]),
+        (3 * 77, 30, [30, 30, 17]),
+    ):
         monkeypatch.setattr("minia3.generation.TOKENS", 4 * texts)
+        monkeypatch.setattr("minia3.generation.SIDE_BY_SIDE", 4 * side_by_side)
         reads.clear()
         same(found(), expected, rtol=1e-12, atol=1e-12)
         again = sizes[::-1] if len(sizes) > 1 else []  # for the backward

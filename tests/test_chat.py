@@ -194,5 +194,6 @@ def test_without_jinja2_only_a_chat_fails_and_says_what_to_install(monkeypatch):
 def test_an_exported_model_keeps_its_template(tmp_path, loaded, peer):
     """save_model writes the tokenizer with the model: the folder is what transformers chats with."""
     tokenizer = Tokenizer(backend(), {**SETTINGS, "chat_template": CHATML})
+    folder_with(tmp_path / "out", None, jinja=STRICT)  # of the checkpoint that it replaces
     minia3.save_model(loaded("llama-gqa"), tmp_path / "out", tokenizer)
     assert theirs(tmp_path / "out", CHATS["system"]) == tokenizer.chat(CHATS["system"])

@@ -192,6 +192,10 @@ def test_transformers_reads_what_is_written_as_the_same_model(name):
     assert from_hf(again) == ours
 
 
+def test_a_model_without_an_end_token_is_written_with_null():
+    assert to_hf(CONFIGS["llama-no-end"], torch.float32)["eos_token_id"] is None
+
+
 def test_the_factors_of_a_gguf_are_written_as_the_scaling_they_come_from():
     from minia3.llama import inverse_frequencies
 

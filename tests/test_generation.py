@@ -352,6 +352,7 @@ def test_the_token_that_crosses_top_p_is_kept_and_a_probability_of_zero_is_never
     assert draw(torch.tensor([[0.0, 0.5, 0.5]]).log(), uniform[:1], 1.0).item() == 1
     assert set(draw(torch.zeros(5, 4), uniform, 1.0, top_p=0.5)[:, 0].tolist()) == {0, 1}  # these are 0.5, to the bit
     assert set(draw(rows, uniform, 1e-300)[:, 0].tolist()) == {0}  # no overflow
+    assert set(draw(rows + 9, uniform, 5e-324)[:, 0].tolist()) == {0}  # nor of logits above 0
 
 
 def test_sampled_tokens_follow_the_softmax_at_that_temperature(both):
@@ -614,6 +615,8 @@ BOTH = [
     ({"seed": -1}, "2\\*\\*32 - 1"),
     ({"seed": 2**32}, "2\\*\\*32 - 1"),
     ({"seed": 10**30}, "2\\*\\*32 - 1"),
+    ({"seed": 1.5}, "seed 1.5: expected 0 to 2\\*\\*32 - 1"),
+    ({"seed": True}, "seed True: expected 0 to 2\\*\\*32 - 1"),
     ({"adapter": 3}, "rows 0 to 2"),
     ({"adapter": -1}, "rows 0 to 2"),
 ]

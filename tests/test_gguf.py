@@ -147,6 +147,18 @@ def test_a_float32_file_gives_the_hugging_face_tensors_bit_for_bit(tmp_path, tie
         assert torch.equal(entry.read(), torch.from_numpy(expected[name]))
 
 
+def test_numbers_begin_where_the_file_s_own_alignment_says(tmp_path, monkeypatch):
+    def aligned(*args, **options):
+        made = writer(*args, **options)
+        made.add_custom_alignment(512)
+        return made
+
+    writer, expected = gguf.GGUFWriter, hf_tensors(make_model())
+    monkeypatch.setattr(gguf, "GGUFWriter", aligned)
+    found = read_all(write(tmp_path / "a.gguf", gguf_tensors(expected)))
+    assert all(torch.equal(found[name], torch.from_numpy(x)) for name, x in expected.items())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_config_and_tensors_make_the_model_that_the_file_was_made_from(tmp_path, tied):
     model = make_model(tied)

@@ -25,6 +25,7 @@ import minia3
 from minia3 import runs
 from minia3.card import report
 from minia3.cells import Cell, Part, draw, encode_rows
+from minia3.lora import add_lora
 from minia3.table import rows as table_rows
 
 EXACT = {"dtype": "float64", "dropout": 0}
@@ -287,6 +288,18 @@ def test_the_base_is_measured_once_for_each_set_of_rows(tmp_path, monkeypatch):
     assert len({line["accuracy"] for line in finals}) == 2
 
 
+def test_seeds_that_report_on_other_rows_are_measured_on_their_own(tmp_path, monkeypatch):
+    def load_task(name, data_dir, shots, seed):
+        made = minia3.load_task(name, data_dir, shots, seed)
+        return made._replace(test=made.test[seed::2])
+
+    measured, original = [], train.evaluate
+    monkeypatch.setattr("minia3.cells.load_task", load_task)
+    monkeypatch.setattr(train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o))
+    assert run(words(tmp_path / "run", seed="0,1", method="none")) == 0
+    assert measured == [0, 1]
+
+
 def test_all_adapters_start_from_the_one_that_is_given(tmp_path):
     assert run(words(tmp_path / "one", lr=0.3)) == 0
     start = {"adapter": tmp_path / "one" / "adapter", "steps": 1, "warmup_ratio": 0.6}  # a first step changes nothing
@@ -305,6 +318,7 @@ def test_the_end_is_a_line_for_each_adapter(tmp_path, capsys):
         final = next(x for x in metrics(tmp_path / "run") if x["event"] == "final" and x["adapter"] == name)
         figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
         assert line == f"  {name:<12}accuracy {figures}, 2 steps"
+    assert next(line for line in table if line.startswith("  trained ")).endswith("%) each")
 
 
 def test_an_adapter_whose_loss_is_no_number_ends_and_the_others_are_as_without_it(tmp_path, capsys):
@@ -508,6 +522,12 @@ def test_lora_trains_what_it_adds_and_its_folder_measures_the_same(name, tmp_pat
     command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split("train.py ")[1]
     assert run([*command.split(), "--device", "cpu"]) == 0
     assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
+
+
+def test_a_lora_begins_by_the_seed_of_its_run():
+    found = train.parameters(minia3.load_model(model("t5")), train.Config(method="lora", seed=3))
+    expected = add_lora(minia3.load_model(model("t5")), seed=3)
+    assert all(torch.equal(p, expected[name]) for name, p in found.items())
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -621,6 +622,28 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert files.read_json(file) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_json_that_is_written_halfway_leaves_the_old_file(tmp_path, monkeypatch):
+    def write_half(path, text, **_):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError
+
+    file = tmp_path / "x.json"
+    files.write_json(file, {"a": 1})
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError):  # noqa: PT011
+        files.write_json(file, {"a": 2})
+    assert files.read_json(file) == {"a": 1}
+
+
+def test_what_replaces_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
+    files.write_json(tmp_path / "x.json", {"a": 1})
+    assert calls == ["fsync", "replace"]
 
 
 # Memory

@@ -143,6 +143,11 @@ def test_what_is_saved_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(app
     assert torch.equal(logits(again, SOURCE, MASK, TARGET), logits(model, SOURCE, MASK, TARGET))
 
 
+def test_what_is_saved_of_a_float64_model_is_float32(applied, tmp_path):
+    save_lora(applied("t5-v1.0").double(), tmp_path)
+    assert {x.dtype for x in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_ours_trains_on_in_peft_and_comes_back(applied, loaded, tmp_path, name):
     save_lora(applied(name), tmp_path / "ours")
@@ -315,6 +320,9 @@ def test_a_second_lora_and_the_saving_of_none_are_refused(applied, loaded, tmp_p
     for again in (add_lora, lambda model: load_lora(model, tmp_path / "one")):
         with pytest.raises(ValueError, match="expected no LoRA yet"):
             again(applied("t5-v1.0"))
+    add_lora(model := loaded("t5-v1.0"), where=("q",))
+    with pytest.raises(ValueError, match="expected no LoRA yet"):
+        add_lora(model, where=("o",))
     with pytest.raises(ValueError, match="at least 1"):
         save_lora(loaded("t5-v1.0"), tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -200,6 +200,7 @@ def test_a_place_that_holds_something_is_refused(command, inside, adapters, monk
     assert [p.read_text() for p in ([out / inside] if inside else [out])] == ["mine"]
     shutil.rmtree(out) if inside else out.unlink()
     out.mkdir()
+    (out / ".hidden").touch()
     assert main(words) == 0
 
 
@@ -409,9 +410,10 @@ def test_chat_wraps_a_prompt_and_a_conversation_keeps_its_messages(capsys, monke
     assert heard == [[("user", "w3 w4")], [("user", "w5")]]
     assert out.splitlines() == expected(["w3 w4", "w5"], max_new_tokens=3)
     heard.clear()
-    Terminal(monkeypatch, "w3", "  ", "w4 ")
-    first, second = said(capsys, *words).splitlines()
-    assert heard == [[("user", "w3")], [("user", "w3"), ("assistant", first), ("user", "w4")]]
+    Terminal(monkeypatch, "w3", "  ", "w4 ", "w5")
+    first, second, _ = said(capsys, *words).splitlines()
+    so_far = [("user", "w3"), ("assistant", first), ("user", "w4"), ("assistant", second), ("user", "w5")]
+    assert heard == [so_far[:1], so_far[:3], so_far]
     assert [first, second] == expected(["w3", f"w3 {first} w4"], max_new_tokens=3)
 
 

@@ -153,6 +153,11 @@ def test_what_is_trained_on_a_merged_model_does_not_name_the_base(loaded, tmp_pa
         assert (base is not None) == named
 
 
+def test_what_is_merged_twice_is_still_made_of_its_base(tmp_path):
+    minia3.save_model(merge(merge(minia3.load_model("tiny-t5"))), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_name_or_path"] == "tiny-t5"
+
+
 def test_a_merged_model_can_be_tuned_and_merged_again(loaded):
     model = randomize(loaded("llama-gqa"), 5)
     twice = randomize(merge(model), 6)

@@ -16,6 +16,7 @@ from running import at_line, fails, kill_self, metrics, model, outcome, resume, 
 from safetensors.torch import load_file
 
 import minia3
+from minia3.card import report
 from minia3.cells import Cell, Part, draw
 from minia3.prompts import OWN, for_family
 
@@ -244,6 +245,9 @@ def test_what_in_context_learning_came_to_is_told(tmp_path, capsys):
     final, shown = metrics(tmp_path / "run")[-1], capsys.readouterr().out
     assert f"accuracy    {final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after" in shown
     assert "shots       3.0 before a row, in the mean" in shown
+    finals = [final | {"adapter": f"s{i}", "n_shots": n} for i, n in enumerate((3.0, 1.0, 2.5))]
+    report(train.Config(method="icl", shots=3, seed=(0, 1, 2)), tmp_path / "run", finals)
+    assert "shots       1.0 to 3.0 before a row, in the mean" in capsys.readouterr().out
 
 
 # Nothing to report on

@@ -51,6 +51,11 @@ def test_without_training_there_is_no_curve_and_of_one_adapter_no_similarity(run
     assert names == ["accuracy.png", "curves.png", "learned-ia3-1.png"]
 
 
+def test_a_run_that_trained_nothing_has_no_adapter_to_draw(tmp_path):
+    assert running.run(running.words(tmp_path / "run", "--eval-only")) == 0
+    assert [*plot.plot([tmp_path / "run"], tmp_path)] == [str(tmp_path / "accuracy.png")]
+
+
 def test_the_adapters_of_a_grid_each_have_a_picture(runs, tmp_path):
     grid = tmp_path / "grid"
     shutil.copytree(runs / "ia3-0", grid)
@@ -161,7 +166,7 @@ def test_similarity_is_the_cosine_of_the_changes_and_a_vector_that_is_not_there_
         "third": {"0.attn.l_v": np.array([-4.0])},
         "base": {"0.attn.l_k": np.ones(2)},
     }
-    cosines = drawn(plot.similarity, some).axes[0].images[0].get_array()
+    cosines = drawn(plot.similarity, some).axes[0].images[0].get_array().filled(np.nan)
     half = 0.5**0.5
     expected = [[1, 0, -half, 0], [0, 1, 0, 0], [-half, 0, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(cosines, expected, atol=1e-12)

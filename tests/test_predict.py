@@ -114,12 +114,15 @@ def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(p
         assert result["word"] == ("entailment", "not_entailment")[result["label"]]
     as_csv = tmp_path / "rows.csv"
     with as_csv.open("w", newline="") as out:
-        table = csv.DictWriter(out, ["premise", "hypothesis"], extrasaction="ignore")
+        table = csv.DictWriter(out, ["premise", "hypothesis", "adapter"], extrasaction="ignore")
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(rows)  # their cell of the adapter is empty: none
     found = predicted(capsys, "tiny-t5", as_csv, "--task", "rte", "--prompt", prompt)
     assert [result["scores"] for result in found] == [result["scores"] for result in results]
-    assert "expected 0 to 4" in fails(capsys, "tiny-t5", file, "--task", "rte", "--prompt", 5)
+    for number in (5, -1):
+        assert "expected 0 to 4" in fails(capsys, "tiny-t5", file, "--task", "rte", "--prompt", number)
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "t5-base"}))  # which has a form of its own
+    assert "expected 0 to 0" in fails(capsys, tmp_path, file, "--task", "rte", "--prompt", 1)
     assert "rte" in fails(capsys, "tiny-t5", file, "--task", "rtr")
 
 

@@ -297,6 +297,12 @@ def test_whatever_metrics_hold_past_the_checkpoint_is_cut(more, tmp_path, monkey
     goes_on_as_if_nothing_had_been("adafactor", out)
 
 
+def test_metrics_that_lost_their_end_are_not_filled_up(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
+    runs.Metrics(tmp_path, 100).write(b=2)
+    assert metrics(tmp_path) == [{"a": 1}, {"b": 2}]
+
+
 def test_a_finished_run_of_a_whole_model_keeps_it_once(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, method="full", lr=1e-3)) == 0
@@ -341,7 +347,7 @@ def test_a_run_may_be_moved_before_it_goes_on(tmp_path, capsys):
 @contextlib.contextmanager
 def hanging():
     """Loading a task never ends."""
-    minia3.load_task = lambda *args: time.sleep(60)
+    running.cells.load_task = lambda *args: time.sleep(60)
     yield
 
 

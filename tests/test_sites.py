@@ -266,6 +266,13 @@ def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(scal
     assert all((x == 1).all() for row in (0, 2) for x in row_of(model, row).values())
 
 
+def test_vectors_join_a_model_that_needs_no_gradient_without_one(scaled, loaded, tmp_path):
+    save_adapter(scaled("t5-v1.1", seed=3), tmp_path)
+    model = loaded("t5-v1.1").requires_grad_(False)
+    minia3.load_adapter(model, tmp_path)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 @torch.no_grad()
 def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled, loaded, tmp_path):
     """As another thread might: the call that is under way has none of them, and goes on as the base."""

@@ -129,8 +129,13 @@ def test_stepping_a_repeated_state_leaves_the_first_one_where_it_was(models, nam
     with torch.no_grad():
         undisturbed, state = model.start(source), model.start(source)
         for token in target.split(1, dim=1):
-            model.step(token.repeat_interleave(2, dim=0), state.repeat(2))
+            twice = token.repeat_interleave(2, dim=0)
+            one, other = state.repeat(2), state.repeat(2)
+            model.step(twice, one)
+            model.step(twice + 1, other)
             assert torch.equal(model.step(token, state), model.step(token, undisturbed))
+            expected = state.repeat(2)
+            assert off(model.step(twice, one), model.step(twice, expected)) < 1e-5, "nor does the other"
 
 
 ROWS = {

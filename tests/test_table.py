@@ -141,6 +141,13 @@ def test_a_flag_that_an_older_run_lacks_makes_no_other_row(tmp_path):
     assert labels(tmp_path) == ["ia3", "ia3"]
 
 
+@pytest.mark.parametrize("flag", ["save_every", "micro_batch_size", "eval_batch_size", "checkpoint", "out"])
+def test_a_flag_that_leaves_results_as_they_are_names_no_row(tmp_path, flag):
+    make(tmp_path / "a", **{flag: 1})
+    make(tmp_path / "b", **{flag: 2}, seed=1)
+    assert labels(tmp_path) == ["ia3", "ia3"]
+
+
 def test_shots_name_a_row_where_they_differ_within_a_task(tmp_path):
     make(tmp_path / "paper" / "a", task="rte", shots=32)
     make(tmp_path / "paper" / "b", task="hellaswag", shots=20)
@@ -199,6 +206,12 @@ def test_other_rows_under_the_same_name_are_another_column(tmp_path):
     assert one == again != other
     assert one.startswith("rows [")
     assert cb == "cb"
+
+
+def test_the_same_files_in_another_order_are_the_same_data(tmp_path):
+    make(tmp_path / "a", data={"train.jsonl": "aa", "test.jsonl": "bb"})
+    make(tmp_path / "b", data={"test.jsonl": "bb", "train.jsonl": "aa"}, seed=1)
+    assert [run["task"] for run in read([tmp_path])[0]] == ["rte", "rte"]
 
 
 def test_what_is_measured_on_published_splits_is_another_column(tmp_path):
@@ -321,6 +334,7 @@ def test_a_line_that_was_being_written_and_a_model_among_runs_are_passed_over(tm
         ("metrics.jsonl", "3", "TypeError"),
         ("metrics.jsonl", '{"event": "final"}', "'accuracy'"),
         ("metrics.jsonl", json.dumps(FINAL | {"accuracy": 53.0}), "5300"),
+        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": float("nan")}), "[nan] %"),
         ("metrics.jsonl", json.dumps(FINAL | {"accuracies": ["x"]}), "could not convert"),
         ("metrics.jsonl", json.dumps(FINAL | {"trainable": None}), "NoneType"),
         ("metrics.jsonl", json.dumps({"event": "train", "step": 1}) + "\n" + json.dumps(FINAL), "'loss'"),

@@ -367,6 +367,13 @@ def test_the_longest_field_is_found_by_its_length_and_not_its_place():
     assert cut.input == "p0 p1 p2\nQuestion: h0 h1 h8 h9 True or False?\nAnswer:"
 
 
+def test_of_fields_of_one_length_the_first_by_name_is_cut():
+    row = {name: "a b c" for name in "zyxwvutsrqponm"}
+    prompt = Prompt(" ".join(f"{name}: {{{name}}}" for name in row), ("yes", "no"))
+    cut, _ = fit(prompt, row | {"label": 0, "idx": 0}, n_words, 4 * len(row) - 1)
+    assert cut.input == render(prompt, row | {"m": "a c", "label": 0}).input
+
+
 def test_the_next_longest_is_cut_when_one_word_is_left_of_the_longest():
     cut, _ = fit(PAIR, row_of(9, 6), n_words, 9)
     assert cut.input == "p0\nQuestion: h0 h1 h5 True or False?\nAnswer:"

@@ -226,6 +226,7 @@ def test_ids_of_special_tokens_come_from_the_files(tmp_path, small):
     assert ids("llama", config={"eos_token_id": 5}, generation_config={"eos_token_id": [6, 5]}) == (1, 6, 6)
     assert ids("llama", config={"eos_token_id": 5}, tokenizer_config={"eos_token": "<s>"}) == (1, 1, 1)
     assert ids("llama", special_tokens_map={"pad_token": {"content": "<unk>", "lstrip": False}}) == (1, 2, 0)
+    assert ids("llama", special_tokens_map={"eos_token": "<s>"}, tokenizer_config={"eos_token": "</s>"}) == (1, 2, 2)
     assert ids("llama", special_tokens_map={"pad_token": "<s>"}, tokenizer_config={"pad_token": None}) == (1, 2, 1)
     assert ids("llama", tokenizer_config={"pad_token": "[PAD]"}) == (1, 2, 2)  # no token of this vocabulary
     assert ids("llama", config={"pad_token_id": -1, "bos_token_id": 10**6}) == (None, 2, 2)
@@ -615,6 +616,11 @@ def by_hand(folder, pieces, model_type=2):
     return Tokenizer.from_folder(folder), spm.SentencePieceProcessor(model_proto=data)
 
 
+def test_a_file_whose_words_end_in_their_spaces_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE, 1) + field(2, field(24, 1)))
+    check_refused(tmp_path, "treat_whitespace_as_suffix")
+
+
 @pytest.mark.parametrize("model_type", [1, 2])
 def test_a_file_that_says_no_more_than_its_pieces_is_read_as_sentencepiece_reads_it(tmp_path, model_type):
     ours, peer = by_hand(tmp_path, [*BASE, ("\n", -3.0, 1)], model_type)
@@ -657,6 +663,7 @@ def test_a_file_that_is_cut_inside_of_a_field_is_always_refused(tmp_path, model_
         ([], 2, "damaged"),
         ([*BASE, ("b", float("nan"), 1)], 2, "no number"),
         ([*BASE, ("b", float("inf"), 1)], 1, "no number"),
+        ([*BASE, ("b", -float("inf"), 1)], 2, "no number"),
     ],
 )
 def test_a_sentencepiece_file_that_asks_for_what_is_not_there_is_refused(tmp_path, pieces, model_type, word):

@@ -203,6 +203,42 @@ def test_the_same_seed_is_the_same_run_and_another_one_is_not(tmp_path):
     assert outcome(tmp_path / "a")[0] != outcome(tmp_path / "c")[0]
 
 
+def test_dropout_is_drawn_by_the_seed(tmp_path):
+    one = write(tmp_path / "one", train=rows(1), test=rows(3, seed=1))  # whose order no seed changes
+    losses = {}
+    for seed, dropout in product((0, 1), (0, 0.5)):
+        out = tmp_path / f"{seed}-{dropout}"
+        assert run(words(out, task=one, seed=seed, dropout=dropout, steps=1)) == 0
+        losses[seed, dropout] = metrics(out)[1]["loss"]
+    assert losses[0, 0] == losses[1, 0]
+    assert losses[0, 0.5] != losses[1, 0.5]
+
+
+def test_the_flag_asks_torch_for_deterministic_kernels(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    assert run(words(tmp_path / "run", "--deterministic", method="none")) == 0
+    assert asked[0] is True
+
+
+def test_measuring_is_as_the_flags_say(tmp_path, monkeypatch):
+    seen, original = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **o: seen.append(o) or original(*a, **o))
+    flags = {"eval_batch_size": 5, "max_new_tokens": 3, "max_length": 9}
+    assert run(words(tmp_path / "run", steps=1, **flags)) == 0
+    assert len(seen) == 2
+    assert all((o["batch_size"], o["max_new_tokens"], o["max_length"]) == (5, 3, 9) for o in seen)
+
+
+@pytest.mark.parametrize("seed", ["0", "0,1"])
+def test_speeds_count_the_examples_of_all_adapters_with_sources_and_choices(seed, tmp_path):
+    assert run(words(tmp_path / "run", seed=seed, batch_size=20, steps=1)) == 0  # all rows once
+    line = next(line for line in metrics(tmp_path / "run") if line["event"] == "train")
+    tokenizer, train_rows = minia3.load_tokenizer(model("t5")), read(task() / "train.jsonl")
+    n_tokens = sum(len(tokenizer.encode(text)) for row in train_rows for text in (row["input"], *row["choices"]))
+    assert line["tokens_per_second"] / line["examples_per_second"] == pytest.approx(n_tokens / 20)
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_dropout_is_that_of_the_flag_else_of_the_config_and_is_off_where_it_is_measured(name, tmp_path):
     own = {"t5": "0.1", "llama": "0.0"}[name]
@@ -340,6 +376,14 @@ def test_without_a_labelled_test_split_a_fifth_of_train_is_held_out_and_not_trai
     assert losses["base"] == losses["held"] != losses["trained"]
     wrong = [1 - accuracy for accuracy in accuracies(tmp_path / "held", "eval")]
     assert accuracies(tmp_path / "base", "eval") == pytest.approx(wrong)
+
+
+@pytest.mark.parametrize(("n", "n_held_out"), [(2, 1), (4, 1), (20, 4)])
+def test_without_validation_a_fifth_of_train_is_held_out_and_one_row_at_least(n, n_held_out, tmp_path):
+    splits = {"train": rows(n), "test": rows(5, seed=1)}
+    config = train.Config(model=model("t5"), task=write(tmp_path / "task", **splits), eval_every=1)
+    part = cells.Part(config, minia3.load_task(config.task), True)
+    assert (len(part.held_out), len(part.train_rows)) == (n_held_out, n - n_held_out)
 
 
 def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path):
