@@ -182,6 +182,7 @@ def test_names_and_hub_ids_lead_to_the_same_row_in_any_case():
     assert known("t5-base") is known("google-t5/T5-Base") is table()["t5-base"]
     assert known("Llama-2-7B") is known("meta-llama/llama-2-7b-hf") is table()["llama-2-7b"]
     assert known("t5-bse") is None
+    assert known(EMBEDDED) is known("tiny-t5") is table()["tiny-t5"]
     assert len({row.repo for row in table().values()}) == len(table())
     assert all(name == name.lower() for name in table())
 

@@ -135,6 +135,12 @@ def test_a_row_names_the_flags_in_which_runs_of_its_method_differ(tmp_path):
     assert labels(tmp_path) == ["ia3, losses lm", "ia3, losses lm,ul,ln", "lora"]
 
 
+def test_budgets_that_differ_between_methods_are_told(tmp_path):
+    make(tmp_path / "a", steps=1000)
+    make(tmp_path / "b", [{"trainable": 9}], method="lora", steps=150)
+    assert labels(tmp_path) == ["ia3, steps 1000", "lora, steps 150"]
+
+
 def test_a_flag_that_an_older_run_lacks_makes_no_other_row(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", sites="k,v,ff", seed=1)
