@@ -110,8 +110,7 @@ class Llama(nn.Module):
         elif 1 < n < state.column_2M.shape[1]:
             bias_BHLM = mask_to_bias(state.seen(n)[None, None], x.dtype)
         adapter, rotation = state.adapter_B, self.rotation(position_BL, x.dtype)
-        if packing:
-            x, adapter = packing.pack(x), of_rows(adapter, packing.row_T)
+        x, adapter = (packing.pack(x), of_rows(adapter, packing.row_T)) if packing else (x, adapter)
         context = Context(adapter, bias_BHLM, bias_BHLM is None and n > 1, rotation, packing=packing)
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x = block(x, context, cache, asked or block is not self.blocks[-1])

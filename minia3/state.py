@@ -103,19 +103,20 @@ class State:
 
     def select(self, rows_R):
         """A new state whose row i goes on from row rows_R[i] (R,) long of this one; neither sees the other's steps."""
-        row = self.column_2M[1]
-        own = [((row < 0) | (row == i)).nonzero()[:, 0] for i in range(self.sharing)]
+        own = [((self.column_2M[1] < 0) | (self.column_2M[1] == i)).nonzero()[:, 0] for i in range(self.sharing)]
         column_RN = torch.stack(own)[rows_R % self.sharing]
 
         def pick(x, axis=None):  # axis: of the columns. Not by index_select, whose gradient a GPU sums in any order
-            if x is None or isinstance(x, tuple):
-                return x and tuple(pick(y, axis) for y in x)
+            if x is None:
+                return None
             of_R = rows_R // (len(self.start) // len(x))  # what has fewer rows serves several, one after the other
             if axis is None or self.sharing == 1:
                 return x[of_R]
             return x.transpose(1, axis)[of_R[:, None], column_RN].transpose(1, axis)
 
-        caches = [Cache(pick(cache.kv, 2), pick(cache.memory), self.length) for cache in self.caches]
+        kvs = [cache.kv and tuple(pick(x, 2) for x in cache.kv) for cache in self.caches]
+        memories = [cache.memory and tuple(pick(x) for x in cache.memory) for cache in self.caches]
+        caches = [Cache(kv, memory, self.length) for kv, memory in zip(kvs, memories, strict=True)]
         new = {"memory_bias_B11M": pick(self.memory_bias_B11M), "mask_BM": pick(self.mask_BM, 1), "sharing": 1}
         new |= {"start": self.start[rows_R], "adapter_B": of_rows(self.adapter_B, rows_R // self.sharing)}
         return replace(self, caches=caches, column_2M=self.column_2M[:, own[0]], **new)

@@ -457,7 +457,10 @@ TOKENIZER_CONFIG = {
 
 def make_spiece(folder, name="spiece.model", kind=1):
     (folder / name).write_bytes(sentencepiece(kind))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+    text = json.dumps(TOKENIZER_CONFIG)
+    if kind == 1:  # T5's sentinels come before what was added
+        text = text.replace('"9"', '"13"').replace('"10"', '"14"')
+    (folder / "tokenizer_config.json").write_text(text)
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<unk>"}))
     (folder / "config.json").write_text(json.dumps({"pad_token_id": 0, "eos_token_id": [2, 1]}))
 

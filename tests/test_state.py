@@ -2,6 +2,9 @@
 the padding lies and whoever shares the batch, the logits are those of the row alone; the cache grows in place, but not
 where a graph or another state needs what was there; what cannot be started is refused."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +173,21 @@ def test_selecting_rows_of_a_state_is_starting_from_these_rows(models, name, mas
             assert off(model.step(target[:, i : i + 1], selected), expected) < 1e-5
             assert torch.equal(model.step(other[:, i : i + 1], state), model.step(other[:, i : i + 1], undisturbed))
             model.step(other[rows, i : i + 1], again)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_selected_from_is_freed_at_once(models, name):
+    """A search selects at each step: what waits for Python's collector of cycles would be a cache a step."""
+    gc.disable()
+    try:
+        with torch.no_grad():
+            state = models[name].start(tokens(2, 4), MASK[:2]).repeat(2)
+            for _ in range(3):
+                models[name].step(state.start, state)
+                old, state = weakref.ref(state), state.select(torch.tensor([0, 3, 1, 1]))
+                assert old() is None
+    finally:
+        gc.enable()
 
 
 # The cache
