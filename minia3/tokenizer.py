@@ -49,11 +49,9 @@ class Tokenizer:
         ids["pad_token"] = ids["eos_token"] if ids["pad_token"] is None else ids["pad_token"]
         self.bos_id, self.eos_id, self.pad_id = ids["bos_token"], ids["eos_token"], ids["pad_token"] or 0
         self.special = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
-        if not settings.get("pad_token") and ids["pad_token"] not in (
-            ids["eos_token"],
-            *backend.get_added_tokens_decoder(),
-        ):
-            self.special.pop("pad_token", None)  # a config may name any id: that of a word stays one
+        known = {ids["eos_token"], *backend.get_added_tokens_decoder()}
+        if not settings.get("pad_token") and ids["pad_token"] not in known:
+            self.special.pop("pad_token", None)  # a config may name any id: what is a word stays one
         backend.add_special_tokens([*self.special.values()])  # not every file marks them; decode drops only what is
         if backend.post_processor is None:
             bos, eos = (settings.get(f"add_{name}") and self.special.get(name) for name in ("bos_token", "eos_token"))

@@ -283,7 +283,12 @@ def test_a_closed_standard_input_is_an_empty_one():
 
 
 def test_ctrl_c_makes_no_noise():
-    process = python("generate", "tiny-t5", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    try:
+        process = python("generate", "tiny-t5", **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
     process.stdin.write(b"same colour ?\n" * 16)
     process.stdin.flush()
     assert read_until(process.stdout.fileno(), b"\n")  # it waits for more
