@@ -21,7 +21,7 @@ from minia3.prompts import Rendered
 
 PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
 TOKENS = 1 << 12  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
-SIDE_BY_SIDE = 1 << 9  # of these, one source's, each of which has a score with every other
+SIDE_BY_SIDE = 1 << 9  # of these, of one source: a LLaMA reads them as one row, each with a score for every other
 
 
 def logprobs(model, state, target):
