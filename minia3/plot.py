@@ -109,13 +109,15 @@ def learned(figure, vectors):
 
 
 def similarity(figure, some):
-    """The cosine of the angle between l - 1 of each two adapters."""
+    """The cosine of the angle between l - 1 of each two adapters; of more than 36, the colours alone."""
     ones = {name: np.ones_like(vector) for vectors in some.values() for name, vector in vectors.items()}
     changes = np.array([np.concatenate([*(ones | vectors).values()]) - 1 for vectors in some.values()])
     changes /= np.maximum(np.linalg.norm(changes, axis=1, keepdims=True), 1e-12)
-    cosines, ax = changes @ changes.T, figure.add_subplot()
+    cosines, side = changes @ changes.T, np.clip(3 + 0.36 * len(some), 5.5, 16)  # inches
+    figure.set_size_inches(side + 2.5, side)
+    ax = figure.add_subplot()
     figure.colorbar(ax.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", zorder=2), label="cosine of l - 1")
     ax.set_xticks(range(len(some)), some, rotation=90)
     ax.set_yticks(range(len(some)), some)
-    for (i, j), x in np.ndenumerate(cosines):
+    for (i, j), x in np.ndenumerate(cosines) if len(some) <= 36 else ():
         ax.text(j, i, f"{x:.2f}", ha="center", va="center", size=7, color="white" if abs(x) > 0.6 else "black")

@@ -1,6 +1,7 @@
 """Guards the benchmarks: every line works on tiny models, where both sides compute the same before they are timed."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,16 @@ def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_f
     studies.main(study)
     assert running.metrics(tmp_path / "one")[-1]["accuracy"] == lines[-1]["accuracy"]
     assert torch.load(checkpoint, weights_only=True)["finished"]
+
+
+@pytest.mark.skipif("MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no tokenizer, no data")
+def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp_path):
+    """On CB, whose file is there, and StoryCloze, of which there are T-Few's published splits alone."""
+    shared = Path(os.environ["MINIA3_TEST_DATA"])
+    study = ["t0-3b", "--dry-run", str(shared / "tokenizers" / "t5-base"), "--out", str(tmp_path)]
+    splits = {"ia3-storycloze": "T-Few's other splits", "lora-cb": "validation", "full-cb": "validation"}
+    for name, split in splits.items():
+        studies.main([*study, "--only", name, "--data-dir", str(shared / "data")])
+        finals = [line for line in running.metrics(tmp_path / name) if line["event"] == "final"]
+        assert [(final["adapter"], final["split"]) for final in finals] == [("s0", split), ("s1", split)]
+        assert all(final["steps"] == 2 and len(final["accuracies"]) == 2 for final in finals)

@@ -4,6 +4,7 @@ without matplotlib is told which extra to install."""
 import json
 import shutil
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -170,6 +171,16 @@ def test_similarity_is_the_cosine_of_the_changes_and_a_vector_that_is_not_there_
     half = 0.5**0.5
     expected = [[1, 0, -half, 0], [0, 1, 0, 0], [-half, 0, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(cosines, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 12, 36, 37])
+def test_the_numbers_of_similarity_lie_apart_and_of_many_adapters_there_are_none(n):
+    new = figure.Figure(layout="constrained")  # as `plot` has it: names take their room
+    plot.similarity(new, {f"methods-ia3-same-colour-s{i}": {"0.attn.l_k": np.ones(2) * i} for i in range(n)})
+    new.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in new.axes[0].texts[:n]]
+    assert len(new.axes[0].texts) == (n * n if n <= 36 else 0)
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_adapters_of_two_models_are_not_compared(runs, tmp_path):

@@ -8,22 +8,29 @@ Afterwards:
     python -m minia3 plot FOLDER --out PICTURES
 
 Flags that are not the study's own go to each run: --data-dir, --device ...
+
+python -m tests.benchmarks.studies t0-3b --dry-run t5-base --out FOLDER       all of it on a tiny random model
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import minia3
+from minia3 import models
 from minia3.runs import load_checkpoint
 from minia3.tasks import table
+from tests.benchmarks.growth import random_model
 
 ROOT = Path(__file__).parents[2]
 T0_TASKS = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
 SEEDS = {"embedded": "0,1,2,3,4", "smollm2": "0,1,32", "raft": "0,1,2,3,4", "t0": "0,1,32,42,1024"}
 DETAILS = ("colour", "thing", "place", "person")
+DRY = ("--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1")
 
 
 def held_out(folder):
@@ -123,6 +130,14 @@ def t0_3b(model, out):
         yield f"full-{task}", [*on, "--method", "full", "--lr", "1e-4", "--save-every", "1000"]  # 34 GB a time
 
 
+def tiny_t0(folder, tokenizer):
+    """A random model of T0's architecture and vocabulary, 2 + 2 narrow layers: -> its folder."""
+    sizes = {"d_model": 64, "d_head": 16, "d_ff": 128, "n_layers": 2, "n_decoder_layers": 2, "n_heads": 4}
+    model = random_model(replace(models.table()["t0-3b"].config, **sizes))
+    minia3.save_model(model, folder, minia3.load_tokenizer(tokenizer))
+    return folder
+
+
 STUDIES = {"embedded": embedded, "widths": widths, "smollm2": smollm2, "t0-3b": t0_3b}
 
 
@@ -130,10 +145,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.studies", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--model", required=True, help="as train.py's")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="as train.py's")
+    what = "a tiny random model of T0's architecture with this model's tokenizer, two seeds, two steps, two prompts"
+    model.add_argument("--dry-run", metavar="MODEL", help=what)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--only", default="", help="the beginning of the names of the runs that are wanted")
     args, more = parser.parse_known_args(argv)
+    if args.dry_run:
+        args.model, more = str(tiny_t0(args.out / "tiny-t0", args.dry_run)), [*DRY, *more]
     names = []
     for name, words in STUDIES[args.study](args.model, args.out):
         names.append(name)
