@@ -121,19 +121,18 @@ def run(config, folder, saved, signals):
     if saved and saved["finished"]:
         print(f"{folder} is finished; its final lines of metrics.jsonl are the results")
         return
-    metrics = runs.Metrics(folder, saved["metrics"] if saved else 0)
-
     # Where it runs, what, and on which data.
     device, why = runs.choose_device(config.device)
     half = device.type == "cuda" and config.method != "full"  # bfloat16 weights lose an optimiser's small steps
     dtype = DTYPES[config.dtype or ("bfloat16" if half else "float32")]
     print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
-    torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
+        torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
     cells = grid(config, config.trains)
     if folder:
         runs.record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
+    metrics = runs.Metrics(folder, saved["metrics"] if saved else 0)  # what a refused --resume leaves as it is
     saved, measured = saved or {"done": 0, "finals": [], "metrics": 0, "finished": False}, {}
     while True:
         on = cells[saved["done"] :][: 1 if config.method in ALONE and config.trains else None]

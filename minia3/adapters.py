@@ -11,6 +11,7 @@ import math
 import re
 import threading
 import warnings
+from os.path import realpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def fitting(model, adapter, where):
         what = f"found {len(wrong)} vectors that do not fit this {type(model).__name__}: {found}"
         raise ValueError(f"{where}: an adapter of another base: {what}")
     name = getattr(model, "name_or_path", None)
-    if adapter.base and name and hub_name(adapter.base) != hub_name(name):
+    if adapter.base and name and realpath(hub_name(adapter.base)) != realpath(hub_name(name)):
         warnings.warn(f"{where} was trained on {adapter.base}, and this model is {name}", stacklevel=3)
     return adapter.vectors
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,10 +257,10 @@ class Batch(NamedTuple):
     label_B: torch.Tensor  # long, -1 where there is none
 
 
-def encode_example(rendered: Rendered, tokenizer, end: bool) -> Example:
-    """Texts to ids. `end`: whether a decoder-only model's targets get the end token (T5's always have it)."""
+def encode_example(rendered: Rendered, tokenizer, end: bool, source: list[int] | None = None) -> Example:
+    """Texts to ids. `end`: whether a LLaMA's targets get the end token (T5's always have it). `source`: if known."""
     targets = [tokenizer.encode_target(choice, end=end) for choice in rendered.choices]
-    return Example(tokenizer.encode(rendered.input), targets, rendered.label)
+    return Example(source or tokenizer.encode(rendered.input), targets, rendered.label)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -287,13 +288,12 @@ def order(n_rows: int, batch_size: int, seed: int, lengths: Sequence[int] | None
     equally often. (T-Few's loader shuffles too, but drops an epoch's last batch if it is not full, even the only one.)
     lengths: of the rows; then WINDOW steps share their rows out by length, and come in a random order.
     """
+    of = lru_cache(2)(lambda epoch: np.random.RandomState([seed, epoch]).permutation(n_rows))  # numpy froze its streams
 
     def rows(step):
         window, nth = divmod(step, n_steps := 1 if lengths is None else WINDOW)
         places = [divmod(window * n_steps * batch_size + i, n_rows) for i in range(n_steps * batch_size)]
-        # RandomState: numpy has frozen its streams; default_rng's may change from one version to the next.
-        epochs = {epoch: np.random.RandomState([seed, epoch]).permutation(n_rows) for epoch in {e for e, _ in places}}
-        drawn = sorted((int(epochs[epoch][n]) for epoch, n in places), key=lambda row: lengths[row] if lengths else 0)
+        drawn = sorted((int(of(epoch)[n]) for epoch, n in places), key=lambda row: lengths[row] if lengths else 0)
         nth = np.random.RandomState([seed, 2, window]).permutation(n_steps)[nth]
         return drawn[nth * batch_size : (nth + 1) * batch_size]
 

@@ -4,6 +4,7 @@ Shapes: N rows, C choices.
 """
 
 from bisect import bisect_left
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,9 +15,13 @@ from minia3.prompts import fit, in_context, render
 
 def encode_rows(pairs, tokenizer, max_length, end):
     """(row, prompt) pairs -> (their Rendered texts, their Examples, how many had to be cut to `max_length` tokens)."""
-    fitted = [fit(prompt, row, lambda text: len(tokenizer.encode(text)), max_length) for row, prompt in pairs]
-    rendered = [text for text, _ in fitted]
-    return rendered, [encode_example(text, tokenizer, end) for text in rendered], sum(cut for _, cut in fitted)
+    encode, rendered, examples, n_cut = lru_cache(1)(tokenizer.encode), [], [], 0
+    for row, prompt in pairs:
+        text, cut = fit(prompt, row, lambda text: len(encode(text)), max_length)
+        rendered.append(text)
+        examples.append(encode_example(text, tokenizer, end, encode(text.input)))  # the last that `fit` has counted
+        n_cut += cut
+    return rendered, examples, n_cut
 
 
 def most_shots(row, prompts, tokenizer, max_length):
@@ -47,7 +52,7 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=generated)
     if generated:
-        inputs = [text.input for text in rendered]
+        inputs = [example.source for example in examples]
         stop = ("\n\n",) * bool(shots)  # as the shots' answers end
         texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, stop=stop, **options)
         value = np.mean([text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)])

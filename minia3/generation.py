@@ -105,8 +105,9 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     if len(lists) != len(prompts) or not all(lists) or any(isinstance(texts, str) for texts in (choices, *lists)):
         expected = f"one list of choices, none empty, for all of {len(prompts)} prompts or for each"
         raise ValueError(f"expected {expected}: found {choices!r:.80}")
-    rows = [Rendered(prompt, list(texts), 0) for prompt, texts in zip(prompts, lists, strict=True)]
-    examples = [encode_example(row, tokenizer, end=False) for row in rows]
+    examples = [encode_example(Rendered(*row, 0), tokenizer, end=False) for row in zip(prompts, lists, strict=True)]
+    if bad := [i for i, example in enumerate(examples) if not (example.source and all(example.targets))]:
+        raise ValueError(f"prompts {bad} have no tokens, or a choice of none")
     return score(model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size)
 
 

@@ -21,9 +21,21 @@ from minia3.ia3 import vectors
 from minia3.sites import CHOICES, add_sites, places
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor:
+    """What the loop asks of an optimiser. Not a torch.optim.Optimizer: the first one loads torch's compiler, 1 s."""
+
     def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
+        self.param_groups = [{"params": list(params), "lr": lr}]
+        self.state = {l_AD: {} for l_AD in self.param_groups[0]["params"]}
+
+    def state_dict(self):
+        return {"state": dict(enumerate(self.state.values())), "param_groups": [{"lr": self.param_groups[0]["lr"]}]}
+
+    def load_state_dict(self, saved):
+        self.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
+        for i, l_AD in enumerate(self.state):
+            state = saved["state"].get(i, {})
+            self.state[l_AD] = state | ({"v_AD": state["v_AD"].to(l_AD)} if state else {})
 
     @torch.no_grad()
     def step(self):
@@ -31,7 +43,7 @@ class Adafactor(torch.optim.Optimizer):
             for l_AD in (table for table in group["params"] if table.grad is not None):
                 state = self.state[l_AD]
                 if not state:
-                    state["step"], state["v_AD"] = 0, torch.zeros_like(l_AD)
+                    state.update(step=0, v_AD=torch.zeros_like(l_AD))
                 state["step"] += 1
                 beta = 1 - state["step"] ** -0.8
                 state["v_AD"].mul_(beta).add_(l_AD.grad.square() + 1e-30, alpha=1 - beta)

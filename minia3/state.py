@@ -109,9 +109,9 @@ class State:
         def pick(x, axis=None):  # axis: of the columns. Not by index_select, whose gradient a GPU sums in any order
             if x is None:
                 return None
-            of_R = rows_R // (len(self.start) // len(x))  # what has fewer rows serves several, one after the other
+            of_R = rows_R // (n := len(self.start) // len(x))  # one may serve several rows, and go on to: as of beams
             if axis is None or self.sharing == 1:
-                return x[of_R]
+                return x[of_R[::n] if torch.equal(of_R, of_R[::n].repeat_interleave(n)) else of_R]
             return x.transpose(1, axis)[of_R[:, None], column_RN].transpose(1, axis)
 
         kvs = [cache.kv and tuple(pick(x, 2) for x in cache.kv) for cache in self.caches]

@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
-import torch._dynamo  # as the first optimiser does, in seconds: here once, and not in each of the processes
+import torch._dynamo  # as the first AdamW does, in seconds: here once, and not in each of the processes
 from tqdm import tqdm
 from words import N_IDS, word_tokenizer
 

@@ -2,6 +2,7 @@
 what is no (IA)^3 adapter, or none of the model, is refused with what was found."""
 
 import json
+import os
 import re
 import warnings
 
@@ -492,6 +493,8 @@ def test_another_name_of_the_base_is_a_warning_and_another_spelling_is_none(load
         ("t5-base", "t5-base", False),
         ("google-t5/t5-base", "t5-base", False),
         (str(model.name_or_path), str(model.name_or_path), False),
+        (str(model.name_or_path), f"{model.name_or_path}/", False),
+        (str(model.name_or_path), os.path.relpath(model.name_or_path), False),
         ("tiny-t5", "tiny-t5", False),
     ):
         model.name_or_path = saved

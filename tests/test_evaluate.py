@@ -146,6 +146,13 @@ def test_inputs_beyond_max_length_are_cut_counted_and_scored_as_cut(ours):
     assert found | {"n_cut": 0} == evaluate(ours.model, ours.tokenizer, cut, OWN[0], metric="accuracy")
 
 
+def test_a_source_is_encoded_once(ours, monkeypatch):
+    encode, seen = ours.tokenizer.encode, []
+    monkeypatch.setattr(ours.tokenizer, "encode", lambda text, **how: seen.append(text) or encode(text, **how))
+    rendered, _, _ = encode_rows([(row, PROMPT) for row in rows_of(9, (2,))], ours.tokenizer, 512, end=False)
+    assert [text for text in seen if text.startswith("w7 ")] == [text.input for text in rendered]
+
+
 def test_rows_are_encoded_with_their_own_prompt_and_targets_end_where_asked(ours):
     rows = [{"input": "w9", "target": "w5 w6", "label": 0, "idx": 0}] * 2
     pairs = list(zip(rows, (PROMPT, OWN[0]), strict=True))

@@ -172,9 +172,9 @@ def test_prompts_and_choices_without_tokens_are_named(both):
     tokenizer = word_tokenizer(ends=False)  # adds nothing to an empty text
     with pytest.raises(ValueError, match=r"prompts \[1, 2\] have no tokens"):
         minia3.generate(both.model, tokenizer, ["w4", "", " "])
-    for prompts, choices in ((["w4", ""], ["w5"]), (["w4"], ["w5", ""])):
-        with pytest.raises(ValueError, match="no tokens"):
-            minia3.rank(both.model, tokenizer, prompts, choices)
+    for prompts, choices, named in ((["w4", "", "w5"], ["w5"], 1), (["w4"], ["w5", ""], 0)):
+        with pytest.raises(ValueError, match=rf"prompts \[{named}\] have no tokens, or a choice of none"):
+            minia3.rank(both.model, tokenizer, prompts, choices, batch_size=1)
 
 
 def byte_tokenizer():

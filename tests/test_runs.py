@@ -431,6 +431,17 @@ def test_resume_goes_alone(tmp_path, capsys):
     assert contents(out) == before
 
 
+def test_what_is_refused_leaves_the_run_as_it_is(tmp_path, capsys):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in running.rows(20)))
+    assert run(words(out, task=data, steps=11)) == 0
+    (out / "checkpoint.pt").unlink()  # as one that was killed before its first
+    before = contents(out)
+    data.write_text(data.read_text() + json.dumps(running.rows(1, seed=1)[0]) + "\n")
+    fails(["--resume", out], capsys, "files have changed")
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -394,6 +394,18 @@ def test_the_source_s_keys_and_values_are_not_copied_for_each_choice(models, nam
     assert len(getattr(repeated.repeat(2).select(torch.tensor([11, 0, 5])).caches[0], source)[0]) == 3
 
 
+@pytest.mark.parametrize(("rows", "n_sources"), [([2, 0, 1, 5, 3, 3], 2), ([4, 4, 3], 1), ([0, 3, 1], 3), ([0, 1], 2)])
+def test_beams_go_on_from_their_source_s_keys_and_values_without_copies_of_them(models, rows, n_sources):
+    """Of two sources, three beams each: rows that still are three of a source, one after the other, share it."""
+    model, mask, of = models["t5-v1.0"], torch.arange(5) < torch.tensor([[5], [3]]), [row // 3 for row in rows]
+    chosen, apart = model.start(tokens(2, 5), mask).repeat(3).select(torch.tensor(rows)), tokens(2, 5)[of]
+    assert {len(x) for cache in chosen.caches for x in cache.memory} == {n_sources}
+    assert len(chosen.memory_bias_B11M) == n_sources
+    with torch.no_grad():
+        found, expected = (model.step(tokens(len(rows), 1), state) for state in (chosen, model.start(apart, mask[of])))
+    assert off(found, expected) < 1e-5
+
+
 def test_a_column_is_seen_by_its_own_row_and_those_after_it():
     state = State(torch.zeros(2, 1), None, [], torch.zeros(2, 0, dtype=torch.long))
     state.fold(torch.zeros(2, 2))

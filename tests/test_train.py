@@ -858,6 +858,14 @@ def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
     assert (final["model"], final["task"], final["total"], final["rows"]) == ("tiny-t5", "same-colour", 218_112, 1024)
 
 
+def test_a_run_does_not_wait_for_torch_s_compiler(tmp_path):
+    code = "import sys, train; sys.exit(train.main(sys.argv[1:]) or 'torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, *map(str, words(tmp_path / "run", steps=2))]
+    environ = {**os.environ, "PYTHONPATH": str(running.ROOT)}
+    assert subprocess.run(command, env=environ, stdout=subprocess.DEVNULL).returncode == 0
+    assert metrics(tmp_path / "run")[-1]["steps"] == 2
+
+
 def test_batches_of_similar_lengths_are_a_flag_and_off_by_default(tmp_path, monkeypatch):
     lengths, order = [], cells.order
     monkeypatch.setattr(cells, "order", lambda *args: lengths.append(args[3]) or order(*args))
