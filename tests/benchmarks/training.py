@@ -8,6 +8,7 @@ import torch
 from minia3.generation import choice_logprobs
 from minia3.llama import Llama
 from minia3.losses import total_loss
+from minia3.models import table
 from minia3.runs import prepare
 from minia3.t5 import T5
 from tests.benchmarks.measure import child, compare, kept_for_backward
@@ -68,6 +69,26 @@ def steps(bench, pair):
             sides = (training_step(loss, m.parameters()) for loss, m in zip(losses, (ours, theirs), strict=True))
             yield f"training step, {how}", bench.time(*sides, tokens=n_tokens(batch))
         del theirs, losses, sides  # before there is another
+
+
+def dropout(bench, pair):
+    """The steps with T5's own dropout, for which a CPU has no fused attention. (LLaMA has none; elsewhere it is 0.)"""
+    p = table()[pair.name].config.dropout
+    if p == 0:
+        return
+    sides = pair.ours().train(), pair.theirs().train()
+    for module in (*sides[0].modules(), *sides[1].modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        elif isinstance(getattr(module, "dropout", None), float):  # an attention's
+            module.dropout = p
+    for how, like_rte in {"no padding": False, "RTE-like lengths": True}.items():
+        batch = pair.batch(pair.lengths(like_rte))
+        losses = [loss_of(pair, model, batch) for model in sides]
+        steps = (training_step(loss, m.parameters()) for loss, m in zip(losses, sides, strict=True))
+        yield f"training step, {how}, dropout {p}", bench.time(*steps, tokens=n_tokens(batch))
+        found = [kept_for_backward(loss, m) for loss, m in zip(losses, sides, strict=True)]
+        yield f"bytes kept for backward, {how}, dropout {p}", compare(*found, "B")
 
 
 def flags(bench, pair):
