@@ -27,7 +27,7 @@ def info(name_or_path, batch=8, length=128):
     """Yield (title, text) lines about a model from its config alone; a known name needs no network.
 
     batch, length: of the sources whose memory is planned. Raises ValueError for a name that leads nowhere, and for a
-    model that minia3 does not run. The memory comes last, and takes some seconds.
+    model that minia3 does not run. The memory comes last, and takes up to half a minute.
     """
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length are {batch} and {length}, expected at least 1")

@@ -38,7 +38,7 @@ def test_lines_that_begin_no_process_work_on_a_llama(tmp_path):
     steps = {line: row for line, row in result["rows"].items() if "training step" in line}
     assert len(steps) == 5
     for row in steps.values():
-        assert row["roof"] == row["flops"] / row["ours"] / result["peak_flops"] > 0
+        assert row["roof"] == row["flops"] / row["ours"] / row["peak_flops"] > 0
         assert row["tokens_per_second"] > 0
     texts = [row for line, row in result["rows"].items() if "generation" in line]
     assert all(row["ours_over_products"] == row["ours"] / row["products"] for row in texts)

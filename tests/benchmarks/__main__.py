@@ -6,7 +6,7 @@ python -m tests.benchmarks --device cuda --models t5-large,t0-3b,llama-3.2-1b,ll
 python -m tests.benchmarks --quick                        every line once on tiny models: does it work
 
 Training: 8 sources of 128 tokens, or of lengths like RTE's, with targets of 8. Generation: 32 tokens after 128.
-The last column is our FLOP/s as a part of what a 4096 x 4096 x 4096 matrix product reaches in the same run; for
+The last column is our FLOP/s as a part of what a 4096 x 4096 x 4096 matrix product reaches in the same rounds; for
 generation it is our time and theirs, over that of the same matrix products alone.
 """
 
@@ -20,7 +20,7 @@ import torch
 
 from minia3.models import table
 from tests.benchmarks.lines import GOALS, LINES
-from tests.benchmarks.measure import Bench, peak_flops
+from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
 
 HEAD = """
@@ -54,12 +54,11 @@ def main(argv=None):
         "threads": torch.get_num_threads(),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "dtype": args.dtype,
-        "peak_flops": peak_flops(dtype, 256 if args.quick else 4096, args.device),
         "rows": {},
     }
     print(", ".join(f"{name}: {value}" for name, value in result.items() if value), flush=True)
     print(HEAD, flush=True)
-    bench = Bench(args.quick, 1 if args.quick else args.rounds, result["peak_flops"])
+    bench = Bench(args.quick, 1 if args.quick else args.rounds, Roof(dtype, 256 if args.quick else 4096, args.device))
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
             pair = Pair(model, Path(scratch), args.quick, dtype, args.device)

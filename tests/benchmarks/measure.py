@@ -21,22 +21,23 @@ class Bench(NamedTuple):
 
     quick: bool
     rounds: int
-    peak_flops: float  # of this machine: see `peak_flops`
+    roof: "Roof"
 
     def time(self, ours, theirs, tokens=None, products=None):
         """A row of the table. tokens: what one call of `ours` reads or writes; then its share of the roof is counted,
-        or, where `products` is its matrix products alone, its time over theirs."""
-        sides = {"ours": ours, "theirs": theirs} | ({"products": products} if products else {})
+        or, where `products` is its matrix products alone, its time over theirs. They take their turns with the sides.
+        """
+        sides = {"ours": ours, "theirs": theirs} | ({"products": products or self.roof} if tokens else {})
         times = alternate(sides, self.rounds, warm_up=0 if self.quick else 2)
         row = summary(times)
         if tokens:
             row["tokens_per_second"] = tokens / row["ours"]
-        if products:
-            alone = row["products"] = statistics.median(times["products"])
-            row |= {"ours_over_products": row["ours"] / alone, "theirs_over_products": row["theirs"] / alone}
-        elif tokens:
-            row["flops"] = flops(ours)
-            row["roof"] = row["flops"] / row["ours"] / self.peak_flops
+            alone = statistics.median(times["products"])
+            if products:
+                row |= {f"{side}_over_products": row[side] / alone for side in ("ours", "theirs")} | {"products": alone}
+            else:
+                row |= {"flops": flops(ours), "peak_flops": self.roof.flops / alone}
+                row["roof"] = row["flops"] / row["ours"] / row["peak_flops"]
         return row
 
 
@@ -181,8 +182,12 @@ def child(code):
     return done.stdout
 
 
-def peak_flops(dtype, n, device="cpu", rounds=3):
-    """FLOP/s of an (n, n) x (n, n) matrix product: the roof that a step is compared with."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(rounds))
+class Roof:
+    """An (n, n) x (n, n) matrix product: the FLOP/s that a step's are a part of."""
+
+    def __init__(self, dtype, n, device="cpu"):
+        self.a, self.b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        self.flops = 2 * n**3
+
+    def __call__(self):
+        self.a @ self.b
