@@ -26,16 +26,16 @@ class Adafactor:
 
     def __init__(self, params, lr):
         self.param_groups = [{"params": list(params), "lr": lr}]
-        self.state = {l_AD: {} for l_AD in self.param_groups[0]["params"]}
+        self.state = {table: {} for table in self.param_groups[0]["params"]}
 
     def state_dict(self):
         return {"state": dict(enumerate(self.state.values())), "param_groups": [{"lr": self.param_groups[0]["lr"]}]}
 
     def load_state_dict(self, saved):
         self.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
-        for i, l_AD in enumerate(self.state):
+        for i, table in enumerate(self.state):
             state = saved["state"].get(i, {})
-            self.state[l_AD] = state | ({"v_AD": state["v_AD"].to(l_AD)} if state else {})
+            self.state[table] = state | ({"v_AD": state["v_AD"].to(table)} if state else {})
 
     @torch.no_grad()
     def step(self):
