@@ -19,7 +19,7 @@ from minia3.data import collate, encode_example, pad
 from minia3.losses import choice_scores
 from minia3.prompts import Rendered
 
-PIECE = 1 << 24  # logits that exist at once in scoring: 64 MB of float32
+PIECE = 1 << 24  # logits at once in scoring: 64 MB of float32; more are made by the quarter, which malloc has at hand
 TOKENS = 1 << 12  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
 SIDE_BY_SIDE = 1 << 9  # of these, of one source: a LLaMA reads them as one row, each with a score for every other
 
@@ -52,7 +52,7 @@ def masked_logprobs(model, state, target, mask):
     if len(x_TD) * len(weight_VD) <= PIECE:
         logp_T = -F.cross_entropy(model.logits(x_TD).to(wide), target_T, reduction="none")
     else:  # a part's logits are gone before the next one's are made, and are made again for the backward
-        x_TD, n = x_TD.to(wide), max(1, PIECE // len(x_TD))  # wide: the parts' gradients of x add up in it
+        x_TD, n = x_TD.to(wide), max(1, PIECE // 4 // len(x_TD))  # wide: the parts' gradients of x add up in it
         parts = enumerate(weight_VD.split(n))
         parts = [Recomputed.apply(part, None, x_TD, weight, target_T - i * n) for i, weight in parts]
         lse_PT, own_PT = torch.stack(parts, dim=1)

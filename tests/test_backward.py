@@ -139,7 +139,7 @@ def test_logits_in_pieces_of_the_vocabulary_are_the_same_and_so_are_the_gradient
         return [*gradients(model, batch), *(p.grad for p in model.parameters() if p.requires_grad)]
 
     expected, (n_tokens, n_ids) = found(), (int(batch.target_mask_BCL.sum()), model.embed.num_embeddings)
-    monkeypatch.setattr("minia3.generation.PIECE", 8 * n_tokens + 7)
+    monkeypatch.setattr("minia3.generation.PIECE", 4 * (8 * n_tokens + 7))
     sizes, logits = [], model.logits
     model.logits = lambda x, weight: sizes.append((len(x), len(weight))) or logits(x, weight)
     same(found(), expected, rtol=1e-12, atol=1e-12)
