@@ -121,6 +121,7 @@ def run(config, folder, saved, signals):
     if saved and saved["finished"]:
         print(f"{folder} is finished; its final lines of metrics.jsonl are the results")
         return
+
     # Where it runs, what, and on which data.
     device, why = runs.choose_device(config.device)
     half = device.type == "cuda" and config.method != "full"  # bfloat16 weights lose an optimiser's small steps

@@ -109,7 +109,7 @@ class State:
         def pick(x, axis=None):  # axis: of the columns. Not by index_select, whose gradient a GPU sums in any order
             if x is None:
                 return None
-            of_R = rows_R // (n := len(self.start) // len(x))  # one may serve several rows, and go on to: as of beams
+            of_R = rows_R // (n := len(self.start) // len(x))  # one that serves n rows may go on to, as under beams
             if axis is None or self.sharing == 1:
                 return x[of_R[::n] if torch.equal(of_R, of_R[::n].repeat_interleave(n)) else of_R]
             return x.transpose(1, axis)[of_R[:, None], column_RN].transpose(1, axis)
