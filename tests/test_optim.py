@@ -100,3 +100,14 @@ def test_a_saved_optimiser_goes_on_bit_for_bit(tmp_path):
     optimizer.load_state_dict(saved["optimizer"])
     for a, b in zip(train(optimizer, second, grads[11:]), expected[11:], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_one_before_the_first_step_is_empty():
+    rows = [torch.nn.Parameter(torch.ones(1, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    first, second = (Adafactor([row], lr=LR) for row in rows)
+    second.load_state_dict(first.state_dict())
+    assert second.state == {rows[1]: {}}
+    train(first, rows[0], list(gradients((1, 3)))[:2])
+    second.load_state_dict(first.state_dict())
+    assert second.state[rows[1]]["v_AD"].dtype == torch.float64
+    assert second.state[rows[1]]["step"] == 2
