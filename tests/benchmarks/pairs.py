@@ -95,11 +95,13 @@ class Pair:
                 model.add_adapter(name, config)
         return model
 
-    def same(self, found, expected, rtol=3e-2):
-        """Both compute this: to rounding in float32, to bfloat16's eight bits otherwise."""
-        atol, rtol = (1e-4, 1e-4) if self.dtype == torch.float32 else (3e-2, rtol)
-        if not torch.allclose(found.float(), expected.float(), rtol=rtol, atol=atol):
-            raise AssertionError(f"the two sides differ by {(found - expected).abs().max()}")
+    def same(self, found, expected):
+        """Both compute this: to rounding, beside how far apart the values are. In bfloat16 this is found to be 0.01 to
+        0.03 of log-probabilities, which are off by 0.12 and more where one side leaves the adapter out.
+        """
+        off = (found.float() - expected.float()).square().mean().sqrt()
+        if not off <= (1e-4 if self.dtype == torch.float32 else 0.06) * expected.float().std():
+            raise AssertionError(f"the two sides differ by {off:.3g}, of values whose spread is {expected.std():.3g}")
 
     # What they read
 

@@ -1,5 +1,6 @@
 """Lines of the table: from nothing to a model, adapters in, the merged model out."""
 
+import json
 import shutil
 
 import torch
@@ -8,10 +9,12 @@ import minia3
 from minia3.load import name_table
 from minia3.state import check_start
 from tests.benchmarks.measure import child
+from tests.benchmarks.pairs import quiet
+from tests.benchmarks.training import same_targets
 
 
 def start(bench, pair):
-    """A process from nothing to a model that is ready to train; both give the same loss, which is not timed."""
+    """A process from nothing to a model that is ready to train; both give the same logits, which are not timed."""
     folder, device = str(pair.folder), pair.device
     ours = f"import minia3; m = minia3.load_model({folder!r}, device={device!r}); minia3.freeze(m); m.train()"
     kind, task = ("Seq2SeqLM", "SEQ_2_SEQ_LM") if pair.is_t5 else ("CausalLM", "CAUSAL_LM")
@@ -20,17 +23,21 @@ def start(bench, pair):
         f"m = M.from_pretrained({folder!r}, dtype='auto').to({device!r}); "
         f"peft.get_peft_model(m, peft.IA3Config(task_type='{task}')).train()"
     )
-    data = f"; import torch; s = torch.arange(2, 18, device={device!r}).view(2, 8); t = s[:, :4].contiguous()"
-    given = "s, labels=t" if pair.is_t5 else "torch.cat((s, t), 1), labels=torch.cat((0 * s - 100, t), 1)"
-    losses = "-minia3.logprobs(m, m.start(s), t).mean()", f"m({given}).loss"
-    sides = zip((ours, theirs), losses, strict=True)
-    found = (child(f"{code}{data}; print(float({loss}))").split()[-1] for code, loss in sides)
-    pair.same(*(torch.tensor(float(loss)) for loss in found), rtol=2**-7)
+    source = f"; import torch; s = torch.arange(2, 18, device={device!r}).view(2, 8); "
+    logits = "t = m.start(s); x = m.step(t.start, t)", f"x = m(s{', labels=s[:, :1]' if pair.is_t5 else ''}).logits"
+    sides = zip((ours, theirs), logits, strict=True)
+    found = (child(f"{code}{source}{made}; print(x[:, -1, :100].tolist())").splitlines()[-1] for code, made in sides)
+    pair.same(*(torch.tensor(json.loads(x)) for x in found))
     yield "process start to ready to train", bench.time(lambda: child(ours), lambda: child(theirs))
 
 
 def adapters(bench, pair):
-    ours, theirs = pair.ours(n_adapters=2), pair.theirs()
+    """Of two adapters, of which the first is the base: both sides say the same with each."""
+    import peft
+
+    ours = minia3.load_model(pair.folder, n_adapters=2, device=pair.device)
+    with quiet():
+        theirs = peft.get_peft_model(pair.base(), peft.PeftConfig.from_pretrained(pair.adapter), "base")
 
     def reload():
         theirs.load_adapter(pair.adapter, "other")
@@ -38,7 +45,10 @@ def adapters(bench, pair):
 
     yield "load an adapter from disk", bench.time(lambda: minia3.load_adapter(ours, pair.adapter, 1), reload)
     theirs.load_adapter(pair.adapter, "other")
-    names, source_BM = ["default", "other"], torch.zeros(8, 1, dtype=torch.long, device=pair.device)
+    names, source_BM = ["base", "other"], torch.zeros(8, 1, dtype=torch.long, device=pair.device)
+    for row, name in enumerate(names):
+        theirs.set_adapter(name)
+        same_targets(pair, pair.batch(), ours, theirs, adapter=row)
 
     def switch_theirs():
         names.reverse()

@@ -12,6 +12,7 @@ from minia3.models import table
 from minia3.runs import prepare
 from minia3.t5 import T5
 from tests.benchmarks.measure import child, compare, kept_for_backward
+from tests.benchmarks.pairs import IGNORED
 from train import Config
 
 PEERS = {  # name -> method of Pair
@@ -31,11 +32,21 @@ def loss_of(pair, model, batch, adapter=None):
     return lambda: model(**inputs).loss
 
 
-def same_losses(pair, *losses):
-    with torch.no_grad():
-        ours, theirs = (loss() for loss in losses)
-        pair.same(ours, theirs, rtol=2**-7)  # T5 of transformers computes it in bfloat16
-    return losses
+@torch.no_grad()
+def same_targets(pair, batch, *models, adapter=None):
+    """Both sides give each token of the targets the same log-probability."""
+
+    def logp(model):
+        if isinstance(model, T5 | Llama):
+            return choice_logprobs(model, batch, adapter)[batch.target_mask_BCL]
+        inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
+        logits, labels = model(**inputs).logits, inputs["labels"]
+        if not pair.is_t5:  # the token before predicts
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        label_T1 = labels[labels != IGNORED].unsqueeze(1)
+        return logits[labels != IGNORED].float().log_softmax(-1).gather(-1, label_T1).squeeze(1)
+
+    pair.same(*map(logp, models))
 
 
 def training_step(loss, parameters):
@@ -63,9 +74,9 @@ def steps(bench, pair):
         shapes = {"no padding": False, "RTE-like lengths": True} if method == "theirs" else {f"against {what}": False}
         for how, like_rte in shapes.items():
             batch = pair.batch(pair.lengths(like_rte))
-            losses = [loss_of(pair, model, batch) for model in (ours, theirs)]
             if "lora" not in method:
-                same_losses(pair, *losses)
+                same_targets(pair, batch, ours, theirs)
+            losses = [loss_of(pair, model, batch) for model in (ours, theirs)]
             sides = (training_step(loss, m.parameters()) for loss, m in zip(losses, (ours, theirs), strict=True))
             yield f"training step, {how}", bench.time(*sides, tokens=n_tokens(batch))
         del theirs, losses, sides  # before there is another
@@ -97,7 +108,8 @@ def flags(bench, pair):
     for flag in ("checkpoint", "compile"):  # this takes a minute at first
         model = pair.ours().train()
         prepare(model, Config(**{flag: True}))
-        sides = same_losses(pair, *(loss_of(pair, m, batch) for m in (plain, model)))
+        same_targets(pair, batch, plain, model)
+        sides = [loss_of(pair, m, batch) for m in (plain, model)]
         found, other = (kept_for_backward(loss, m) for loss, m in zip(sides, (plain, model), strict=True))
         yield f"bytes kept for backward, against --{flag} (ours)", compare(found, other, "B")
         steps = (training_step(loss, m.parameters()) for loss, m in zip(sides, (plain, model), strict=True))
@@ -114,23 +126,27 @@ def choices(bench, pair):
         repeated = {key: x for key, x in repeated.items() if key != "labels"}
         repeated["logits_to_keep"] = target_NL.shape[1] + 1
 
-    def their_loss(**inputs):
+    def their_logp(**inputs):
         logits_NLV = theirs(**inputs).logits[:, : target_NL.shape[1]]
-        logp_NL = logits_NLV.float().log_softmax(-1).gather(-1, target_NL[..., None])
-        return total_loss(logp_NL.view(batch.target_BCL.shape), batch.target_mask_BCL, batch.label_B)
-
-    def our_loss():
-        return total_loss(choice_logprobs(ours, batch), batch.target_mask_BCL, batch.label_B)
+        return logits_NLV.float().log_softmax(-1).gather(-1, target_NL[..., None]).view(batch.target_BCL.shape)
 
     def encoded_once():
         source = {"input_ids": batch.source_BM, "attention_mask": batch.mask_BM.long()}
         memory = theirs.base_model.model.encoder(**source).last_hidden_state.repeat_interleave(n, dim=0)
-        return their_loss(encoder_outputs=(memory,), **{key: repeated[key] for key in ("attention_mask", "labels")})
+        return their_logp(encoder_outputs=(memory,), **{key: repeated[key] for key in ("attention_mask", "labels")})
 
-    ways = {"repeated inputs": lambda: their_loss(**repeated)} | ({"one encoding": encoded_once} if pair.is_t5 else {})
-    for what, loss in ways.items():
-        same_losses(pair, our_loss, loss)
-        sides = training_step(our_loss, ours.parameters()), training_step(loss, theirs.parameters())
+    def our_logp():
+        return choice_logprobs(ours, batch)
+
+    def step(logp_BCL, model):
+        mask, label = batch.target_mask_BCL, batch.label_B
+        return training_step(lambda: total_loss(logp_BCL(), mask, label), model.parameters())
+
+    ways = {"repeated inputs": lambda: their_logp(**repeated)} | ({"one encoding": encoded_once} if pair.is_t5 else {})
+    for what, their_way in ways.items():
+        with torch.no_grad():
+            pair.same(our_logp(), their_way())
+        sides = step(our_logp, ours), step(their_way, theirs)
         yield f"T-Few's loss, {n} choices, against {what}", bench.time(*sides, tokens=n_tokens(batch))
 
 
@@ -141,7 +157,7 @@ def many_tasks(bench, pair):
     names = ["default"] + [f"task{i}" for i in range(1, n)]
     for name in names[1:]:
         theirs.load_adapter(pair.adapter, name, is_trainable=True)
-    our_loss, _ = same_losses(pair, *(loss_of(pair, m, batch, torch.arange(n)) for m in (ours, theirs)))
+    same_targets(pair, batch, ours, theirs, adapter=torch.arange(n))
     inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
     for p in theirs.parameters():
         p.requires_grad_(False)
@@ -156,7 +172,7 @@ def many_tasks(bench, pair):
         adam.step()
         adam.zero_grad()
 
-    our_step = training_step(our_loss, ours.parameters())
+    our_step = training_step(loss_of(pair, ours, batch, torch.arange(n)), ours.parameters())
     yield f"{n} tasks in one batch of {n}, trained in one pass", bench.time(our_step, theirs_step, n_tokens(batch))
 
 
