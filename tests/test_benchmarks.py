@@ -2,16 +2,23 @@
 
 import json
 import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import running
 import torch
 
+import minia3
 from minia3 import flags
-from tests.benchmarks import growth, studies
+from minia3.load import build
+from minia3.models import table
+from tests.benchmarks import growth, memory, studies
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES
+from tests.benchmarks.measure import Bench, Roof
+from tests.benchmarks.pairs import Pair, config_of
 
 HERE = ",".join(LINES.keys() - {"start", "peak"})
 
@@ -44,6 +51,16 @@ def test_lines_that_begin_no_process_work_on_a_llama(tmp_path):
     assert all(row["ours_over_products"] == row["ours"] / row["products"] for row in texts)
 
 
+@pytest.mark.parametrize("line", ["adapters", "export", "steps", "choices", "many_tasks", "ranking", "generation"])
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+def test_nothing_is_timed_where_one_side_leaves_the_adapter_out(model, line, tmp_path, monkeypatch):
+    dtype = torch.float32 if line == "generation" else torch.bfloat16
+    pair = Pair(model, tmp_path, True, dtype)
+    monkeypatch.setattr(minia3, "load_adapter", lambda *_: None)
+    with pytest.raises(AssertionError, match="the two sides"):
+        list(LINES[line](Bench(True, 1, Roof(dtype, 8)), pair))
+
+
 def test_growth_is_measured_fitted_and_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")
     growth.main(["--quick", "--dtype", "float32", "--json", str(tmp_path / "growth.json"), "--plot", str(tmp_path)])
@@ -51,6 +68,34 @@ def test_growth_is_measured_fitted_and_drawn(tmp_path):
     assert {p["sweep"] for p in result["points"]} == growth.SWEEPS.keys()
     assert result["exponents"]["smollm2-135m, length, train"]["kept"] == pytest.approx(1, abs=0.01)
     assert "</svg>" in (tmp_path / "growth.svg").read_text()
+
+
+# Memory
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured and limited as Linux does it")
+@pytest.mark.parametrize("name", ["t5-base", "smollm2-135m"])
+def test_a_process_that_trains_is_measured_and_one_that_finds_no_memory_is_told_from_a_failure(name):
+    config = config_of(name, quick=True)
+    given = torch.float32, 2, 16, True
+    assert 0 < memory.measured(config, *given, limit=10**9) < 10**8
+    assert memory.measured(replace(config, vocab_size=10**7), *given, limit=10**9) is None
+    with pytest.raises(RuntimeError, match="IndexError"):
+        memory.measured(replace(config, vocab_size=1), *given)
+
+
+@pytest.mark.parametrize("room", [10**6, 3 * 10**8, 10**9, 10**12])
+def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, capsys):
+    def measured(config, *_, limit, **__):
+        n = sum(p.numel() for p in build(config).parameters())
+        return n if n < limit else None
+
+    monkeypatch.setattr(memory, "measured", measured)
+    memory.main(["--largest", str(room / 1e9)])
+    counts = {name: sum(p.numel() for p in build(known.config).parameters()) for name, known in table().items()}
+    best = max((n for n in counts.values() if n < room), default=None)
+    found = capsys.readouterr().out.split()[-1]
+    assert counts.get(found) == best and (found == "none") == (best is None)
 
 
 # Studies
