@@ -1,14 +1,17 @@
 """Chapter 2, beside the blocks: functions that compute what plain lines compute, and keep less for the backward.
 
-Shapes: B batch, L length, D model.
+Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, N query heads of each of
+them, K head width.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-PLAIN = False  # True: the plain lines of blocks.py, whose gradients are the same, and for which autograd keeps more
+PLAIN = False  # True: the plain lines of blocks.py, whose results are the same, and for which autograd keeps more
 
 
 def keeps_less():
@@ -16,27 +19,50 @@ def keeps_less():
 
 
 class Recomputed(torch.autograd.Function):
-    """function(*inputs), of which the inputs alone are kept: the backward computes it again.
+    """function(*inputs), of which the inputs alone are kept: the backward computes it again, with the same dropout.
 
-    `weight` is the parameter that the function uses. (torch.utils.checkpoint does the same, once it has loaded torch's
-    compiler, for two seconds and 100 MB.)
+    `weight` is the parameter that the function uses; an input may be None. (torch.utils.checkpoint does the same, once it
+    has loaded torch's compiler, for two seconds and 100 MB.)
     """
 
     @staticmethod
     def forward(ctx, function, weight, *inputs):
-        ctx.function, ctx.weight = function, weight
+        ctx.function, ctx.weight, ctx.random = function, weight, torch.get_rng_state()
         ctx.save_for_backward(*inputs)
         return function(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed[1:], strict=True)]
-        with torch.enable_grad():
+        inputs = [x if x is None else x.detach() for x in ctx.saved_tensors]
+        for x, n in zip(inputs, needed[1:], strict=True):
+            if n:
+                x.requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(ctx.random)
             out = ctx.function(*inputs)
         wanted = [x for x, n in zip([ctx.weight, *inputs], needed, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad))
         return None, *(next(grads) if n else None for n in needed)
+
+
+def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, scale, **options):
+    """F.scaled_dot_product_attention, but for two cases in which a CPU's is poor.
+
+    Under dropout it keeps the weights, in float32: here it is computed again. And for one query, as in decoding, it is 2
+    to 9 times as slow in bfloat16 as the equation, written out (the query heads of a group are its queries; so a mask
+    may be of the head only where each has keys of its own).
+    """
+    function = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, **options)
+    if not PLAIN and q_BHLK.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and dropout_p:
+            return Recomputed.apply(function, None, q_BHLK, k_BGMK, v_BGMK, attn_mask)
+        if not torch.is_grad_enabled() and q_BHLK.shape[2] == 1 and q_BHLK.dtype.itemsize == 2:
+            q_BGNK = q_BHLK.reshape(*k_BGMK.shape[:2], -1, q_BHLK.shape[3])
+            scores_BGNM = (q_BGNK.float() * scale) @ k_BGMK.float().mT
+            p_BGNM = (scores_BGNM if attn_mask is None else scores_BGNM + attn_mask).softmax(-1).to(v_BGMK.dtype)
+            return (p_BGNM @ v_BGMK).view_as(q_BHLK)
+    return function(q_BHLK, k_BGMK, v_BGMK, attn_mask)
 
 
 class RMSNormed(torch.autograd.Function):

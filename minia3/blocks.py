@@ -72,7 +72,7 @@ class Attention(nn.Module):
     def forward(self, x, kv, bias_BHLM=None, causal=False, rotation=None, packing=None):
         k_BGMK, v_BGMK = kv
         q_BHLK = self.heads(self.q(x), packing)
-        out_BHLK = F.scaled_dot_product_attention(
+        out_BHLK = backward.attention(  # F.scaled_dot_product_attention
             q_BHLK if rotation is None else rotate(q_BHLK, rotation),
             k_BGMK,
             v_BGMK,

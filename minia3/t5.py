@@ -110,7 +110,8 @@ class T5(nn.Module):
             x, adapter, bias_BHMM = packing.pack(x), of_rows(adapter_B, packing.row_T), bias_BHMM + memory_bias_B11M
         context = Context(adapter, bias_BHMM, packing=packing)
         memory = self.encoder(x, context, [Cache() for _ in self.encoder.blocks])
-        caches = [Cache(memory=block.cross.kv(memory, adapter, packing=packing)) for block in self.decoder.blocks]
+        kvs = (block.cross.kv(memory, adapter, packing=packing) for block in self.decoder.blocks)
+        caches = [Cache(memory=tuple(x.contiguous() for x in kv)) for kv in kvs]  # a head in one piece: read often
         start_B1 = torch.full_like(source[:, :1], self.config.start_id)
         return State(start_B1, adapter_B, caches, source.new_zeros(2, 0), memory_bias_B11M=memory_bias_B11M)
 

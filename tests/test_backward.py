@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from minia3.generation import choice_logprobs
 from minia3.info import Held
 from minia3.load import build
 from minia3.losses import total_loss
+from minia3.state import mask_to_bias
 from tests.benchmarks.measure import kept_for_backward
 
 NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
@@ -71,6 +73,51 @@ def test_the_plain_lines_have_the_same_results_and_keep_more(loaded, name, monke
         monkeypatch.setattr(function, "apply", None)  # nobody asks for it
     same(gradients(model, batch), found, rtol=1e-12, atol=1e-12)
     assert kept_for_backward(lambda: loss_of(model, batch), model) > kept
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_under_dropout_is_computed_again_with_the_same_dropout(loaded, name, whole, monkeypatch):
+    """And what is drawn after it is the same. (T5's bias has a gradient where the whole model is trained.)"""
+    model, batch = loaded(name).double().train(), batch_of((9, 5, 7))
+    model.requires_grad_() if whole else minia3.freeze(model)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.attn.dropout = 0.3
+
+    def found():
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss = loss_of(model, batch)
+        loss.backward()
+        return [loss.detach(), torch.rand(3), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    recomputed, kept = found(), kept_for_backward(lambda: loss_of(model, batch), model)
+    monkeypatch.setattr(backward, "attention", F.scaled_dot_product_attention)
+    same(found(), recomputed, rtol=1e-10, atol=1e-10)
+    assert kept_for_backward(lambda: loss_of(model, batch), model) > kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "groups", "masked"),
+    [(4, 4, None), (4, 4, "heads"), (4, 4, "rows"), (6, 2, None), (6, 2, "rows"), (3, 1, None), (3, 1, "rows")],
+)
+def test_one_query_is_answered_as_near_to_float64_as_by_torch_s_attention(heads, groups, masked, dtype, monkeypatch):
+    """It asks columns of a longer cache."""
+    torch.manual_seed(0)
+    q_BHLK = torch.randn(5, heads, 1, 16).to(dtype)
+    k_BGMK, v_BGMK = (torch.randn(5, groups, 40, 16).to(dtype)[:, :, :31] for _ in range(2))
+    seen_B11M = torch.rand(5, 1, 1, 31) < 0.7
+    bias = {None: None, "heads": torch.randn(1, heads, 1, 31).to(dtype), "rows": mask_to_bias(seen_B11M, dtype)}[masked]
+    how = {"scale": 0.7, "enable_gqa": heads != groups, "dropout_p": 0.0}
+    wide = [x if x is None else x.double() for x in (q_BHLK, k_BGMK, v_BGMK, bias)]
+    exact = F.scaled_dot_product_attention(*wide, **how)
+    theirs = F.scaled_dot_product_attention(q_BHLK, k_BGMK, v_BGMK, bias, **how)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda: None)  # nobody asks it
+    with torch.no_grad():
+        ours = backward.attention(q_BHLK, k_BGMK, v_BGMK, attn_mask=bias, **how)
+    assert ours.dtype == dtype and ours.shape == q_BHLK.shape
+    assert (ours - exact).norm() < 2 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

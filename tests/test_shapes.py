@@ -147,7 +147,7 @@ def run(model, tokenizer, folder):
     for name in ("two", "three"):  # the third is a row more than there are
         names.load(name, folder / "mixed")
     names.rows(["adapter", None, "two", "three"])
-    minia3.merge(model, 1)
+    minia3.generate(minia3.merge(model, 1).bfloat16(), tokenizer, prompts, max_new_tokens=3)
     select(model, "k,v,ff,q,o", "0-", True)  # and more, from outside
     minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"], adapter=adapters)
 
