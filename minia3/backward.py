@@ -21,8 +21,8 @@ def keeps_less():
 class Recomputed(torch.autograd.Function):
     """function(*inputs), of which the inputs alone are kept: the backward computes it again, with the same dropout.
 
-    `weight` is the parameter that the function uses; an input may be None. (torch.utils.checkpoint does the same, once it
-    has loaded torch's compiler, for two seconds and 100 MB.)
+    `weight` is the parameter that the function uses; an input may be None. (torch.utils.checkpoint does the same, once
+    it has loaded torch's compiler, for two seconds and 100 MB.)
     """
 
     @staticmethod
@@ -49,8 +49,8 @@ class Recomputed(torch.autograd.Function):
 def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, scale, **options):
     """F.scaled_dot_product_attention, but for two cases in which a CPU's is poor.
 
-    Under dropout it keeps the weights, in float32: here it is computed again. And for one query, as in decoding, it is 2
-    to 9 times as slow in bfloat16 as the equation, written out (the query heads of a group are its queries; so a mask
+    Under dropout it keeps the weights, in float32: here it is computed again. And for one query, as in decoding, it is
+    2 to 9 times as slow in bfloat16 as the equation, written out (the query heads of a group are its queries; so a mask
     may be of the head only where each has keys of its own).
     """
     function = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, **options)

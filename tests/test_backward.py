@@ -116,7 +116,8 @@ def test_one_query_is_answered_as_near_to_float64_as_by_torch_s_attention(heads,
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda: None)  # nobody asks it
     with torch.no_grad():
         ours = backward.attention(q_BHLK, k_BGMK, v_BGMK, attn_mask=bias, **how)
-    assert ours.dtype == dtype and ours.shape == q_BHLK.shape
+    assert ours.dtype == dtype
+    assert ours.shape == q_BHLK.shape
     assert (ours - exact).norm() < 2 * (theirs - exact).norm()
 
 

@@ -95,7 +95,8 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
     counts = {name: sum(p.numel() for p in build(known.config).parameters()) for name, known in table().items()}
     best = max((n for n in counts.values() if n < room), default=None)
     found = capsys.readouterr().out.split()[-1]
-    assert counts.get(found) == best and (found == "none") == (best is None)
+    assert counts.get(found) == best
+    assert (found == "none") == (best is None)
 
 
 # Studies
