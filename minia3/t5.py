@@ -108,8 +108,7 @@ class T5(nn.Module):
             mask_B11M, packing = mask.to(source.device)[:, None, None, :], Packing(mask, source.device)
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
             x, adapter, bias_BHMM = packing.pack(x), of_rows(adapter_B, packing.row_T), bias_BHMM + memory_bias_B11M
-        context = Context(adapter, bias_BHMM, packing=packing)
-        memory = self.encoder(x, context, [Cache() for _ in self.encoder.blocks])
+        memory = self.encoder(x, Context(adapter, bias_BHMM, packing=packing), [Cache() for _ in self.encoder.blocks])
         kvs = (block.cross.kv(memory, adapter, packing=packing) for block in self.decoder.blocks)
         caches = [Cache(memory=tuple(x.contiguous() for x in kv)) for kv in kvs]  # a head in one piece: read often
         start_B1 = torch.full_like(source[:, :1], self.config.start_id)

@@ -27,11 +27,13 @@ def words(rng, least, most):
 
 
 def rows_of(n, n_choices, seed=0):
-    """Rows with as many choices as `n_choices` says by turns, and any label."""
+    """Rows with as many choices as `n_choices` says by turns, no two of them alike, and any label."""
     rng = np.random.default_rng(seed)
     rows = []
     for idx in range(n):
-        choices = [words(rng, 1, 4) for _ in range(n_choices[idx % len(n_choices)])]
+        choices = []
+        while len(choices) < n_choices[idx % len(n_choices)]:
+            choices = list(dict.fromkeys([*choices, words(rng, 1, 4)]))
         label = int(rng.integers(len(choices)))
         rows.append({"input": words(rng, 1, 9), "choices": choices, "label": label, "idx": idx})
     return rows
