@@ -5,7 +5,6 @@ them, K head width.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,50 +18,77 @@ def keeps_less():
 
 
 class Recomputed(torch.autograd.Function):
-    """function(*inputs), of which the inputs alone are kept: the backward computes it again, with the same dropout.
+    """function(*inputs), of which the inputs alone are kept: the backward computes it again.
 
-    `weight` is the parameter that the function uses; an input may be None. (torch.utils.checkpoint does the same, once
-    it has loaded torch's compiler, for two seconds and 100 MB.)
+    `weight` is the parameter that the function uses. (torch.utils.checkpoint does the same, once it has loaded torch's
+    compiler, for two seconds and 100 MB.)
     """
 
     @staticmethod
     def forward(ctx, function, weight, *inputs):
-        ctx.function, ctx.weight, ctx.random = function, weight, torch.get_rng_state()
+        ctx.function, ctx.weight = function, weight
         ctx.save_for_backward(*inputs)
         return function(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[1:]
-        inputs = [x if x is None else x.detach() for x in ctx.saved_tensors]
-        for x, n in zip(inputs, needed[1:], strict=True):
-            if n:
-                x.requires_grad_()
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(ctx.random)
+        inputs = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed[1:], strict=True)]
+        with torch.enable_grad():
             out = ctx.function(*inputs)
         wanted = [x for x, n in zip([ctx.weight, *inputs], needed, strict=True) if n]
         grads = iter(torch.autograd.grad(out, wanted, grad))
         return None, *(next(grads) if n else None for n in needed)
 
 
-def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, scale, **options):
+class DroppedAttention(torch.autograd.Function):
+    """dropout(softmax(q k^T * scale + bias)) v. Of the weights, which are dropped is kept, a byte for each."""
+
+    @staticmethod
+    def forward(ctx, q_BHLK, k_BHMK, v_BHMK, bias_BHLM, scale, rate):
+        p_BHLM = weights(q_BHLK, k_BHMK, bias_BHLM, scale)
+        noise_BHLM = torch.empty_like(p_BHLM).bernoulli_(1 - rate)
+        ctx.save_for_backward(q_BHLK, k_BHMK, v_BHMK, bias_BHLM, noise_BHLM.bool())
+        ctx.scale, ctx.rate = scale, rate
+        return p_BHLM.mul_(noise_BHLM).to(v_BHMK.dtype) @ v_BHMK / (1 - rate)
+
+    @staticmethod
+    def backward(ctx, grad_BHLK):
+        q_BHLK, k_BHMK, v_BHMK, bias_BHLM, kept_BHLM = ctx.saved_tensors
+        p_BHLM, grad_BHLK = weights(q_BHLK, k_BHMK, bias_BHLM, ctx.scale), grad_BHLK / (1 - ctx.rate)
+        noise_BHLM = kept_BHLM.to(p_BHLM.dtype)
+        grad_v_BHMK = (p_BHLM * noise_BHLM).to(v_BHMK.dtype).mT @ grad_BHLK
+        p_times_grad_BHLM = noise_BHLM.mul_(grad_BHLK @ v_BHMK.mT).mul_(p_BHLM)  # in place: room that is new is slow
+        grad_s_BHLM = p_times_grad_BHLM.sub_(p_BHLM.mul_(p_times_grad_BHLM.sum(-1, keepdim=True)))  # the softmax's
+        grad_bias = grad_s_BHLM.sum_to_size(bias_BHLM.shape) if ctx.needs_input_grad[3] else None
+        grad_s_BHLM = grad_s_BHLM.to(q_BHLK.dtype)
+        grad_q_BHLK, grad_k_BHMK = grad_s_BHLM @ k_BHMK * ctx.scale, grad_s_BHLM.mT @ q_BHLK * ctx.scale
+        return grad_q_BHLK, grad_k_BHMK, grad_v_BHMK, grad_bias, None, None
+
+
+def weights(q_BGNK, k_BGMK, bias, scale):
+    """softmax(q k^T * scale + bias), in float32 at least."""
+    wide = torch.promote_types(q_BGNK.dtype, torch.float32)
+    scores_BGNM = (q_BGNK.to(wide) * scale) @ k_BGMK.to(wide).mT
+    return (scores_BGNM if bias is None else scores_BGNM.add_(bias)).softmax(-1)
+
+
+def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     """F.scaled_dot_product_attention, but for two cases in which a CPU's is poor.
 
-    Under dropout it keeps the weights, in float32: here it is computed again. And for one query, as in decoding, it is
-    2 to 9 times as slow in bfloat16 as the equation, written out (the query heads of a group are its queries; so a mask
-    may be of the head only where each has keys of its own).
+    Under dropout (T5's) it takes more time, and keeps the weights several times, in float32. And for one query, as in
+    decoding, it is 2 to 9 times as slow in bfloat16 as the equation, written out. (The query heads of a group are its
+    queries then: a mask may be of the head only where each has keys of its own.)
     """
-    function = partial(F.scaled_dot_product_attention, dropout_p=dropout_p, scale=scale, **options)
     if not PLAIN and q_BHLK.device.type == "cpu" and not torch.compiler.is_compiling():
-        if torch.is_grad_enabled() and dropout_p:
-            return Recomputed.apply(function, None, q_BHLK, k_BGMK, v_BGMK, attn_mask)
-        if not torch.is_grad_enabled() and q_BHLK.shape[2] == 1 and q_BHLK.dtype.itemsize == 2:
+        if dropout_p and torch.is_grad_enabled() and not is_causal and not enable_gqa:
+            return DroppedAttention.apply(q_BHLK, k_BGMK, v_BGMK, attn_mask, scale, dropout_p)
+        if q_BHLK.shape[2] == 1 and q_BHLK.dtype.itemsize == 2 and not torch.is_grad_enabled():
             q_BGNK = q_BHLK.reshape(*k_BGMK.shape[:2], -1, q_BHLK.shape[3])
-            scores_BGNM = (q_BGNK.float() * scale) @ k_BGMK.float().mT
-            p_BGNM = (scores_BGNM if attn_mask is None else scores_BGNM + attn_mask).softmax(-1).to(v_BGMK.dtype)
-            return (p_BGNM @ v_BGMK).view_as(q_BHLK)
-    return function(q_BHLK, k_BGMK, v_BGMK, attn_mask)
+            p_BGNM = weights(q_BGNK, k_BGMK, attn_mask, scale)
+            return (p_BGNM.to(v_BGMK.dtype) @ v_BGMK).view_as(q_BHLK)
+    how = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    return F.scaled_dot_product_attention(q_BHLK, k_BGMK, v_BGMK, attn_mask, **how)
 
 
 class RMSNormed(torch.autograd.Function):
