@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minia3 import backward
 from minia3.blocks import ACTIVATIONS, Attention, FeedForward, RMSNorm, rotate
 from minia3.llama import Llama, LlamaConfig
 from minia3.state import mask_to_bias
@@ -165,13 +165,13 @@ def test_the_norm_of_bfloat16_is_computed_in_float32():
 def test_dropout_of_attention_falls_on_the_weights_in_training_alone(monkeypatch):
     attention, x = random_attention(4, 4, dropout=0.25), random_input(2, 3, 10)
     seen = []
-    original = F.scaled_dot_product_attention
+    original = backward.attention
 
     def spy(*args, dropout_p, **options):
         seen.append(dropout_p)
         return original(*args, dropout_p=dropout_p, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(backward, "attention", spy)
     for mode in (True, False):
         attention.train(mode)
         attention(x, attention.kv(x, ROW_0))

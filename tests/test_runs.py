@@ -32,7 +32,7 @@ RECIPES = {
         **{"dropout": 0.2, "optimizer": "adamw", "weight_decay": 0.1, "micro_batch_size": 3, "save_every": 4},
         "choices": (2, 3, 1),
     },
-    "best of": {"dropout": 0.1, "eval_every": 3, "patience": 2, "save_every": 6, "steps": 24, "seed": 10, "lr": 0.3},
+    "best of": {"dropout": 0.1, "eval_every": 3, "patience": 2, "save_every": 6, "steps": 24, "seed": 26, "lr": 0.3},
     "one by one": {"method": "lora", "seed": "0,3", "lr": "0.1,0.01", "steps": 6, "save_every": 4, "dropout": 0.1},
     "in context": {"method": "icl", "shots": 2, "seed": "0,1,2"},
     "targets": {"model": "llama", "choices": (0,), "max_new_tokens": 4, "eval_every": 6, "dropout": 0.1},

@@ -1,6 +1,6 @@
 """python -m tests.benchmarks: minia3 against transformers and peft, every pair in alternation, as JSON and as a table.
 
-python -m tests.benchmarks --json bench.json              all lines; about 40 minutes on two cores
+python -m tests.benchmarks --json bench.json              all lines; about an hour on one core (--threads 1)
 python -m tests.benchmarks --only steps,kept
 python -m tests.benchmarks --device cuda --models t5-large,t0-3b,llama-3.2-1b,llama-2-7b
 python -m tests.benchmarks --quick                        every line once on tiny models: does it work
