@@ -1,4 +1,4 @@
-"""Chapter 2, beside the blocks: functions that compute what plain lines compute, and keep less for the backward.
+"""Chapter 2, beside the blocks: functions that compute what plain lines compute, and keep less, or take less time.
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, N query heads of each of
 them, K head width.
@@ -83,7 +83,7 @@ def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, is_causal, scale,
     if not PLAIN and q_BHLK.device.type == "cpu" and not torch.compiler.is_compiling():
         if dropout_p and torch.is_grad_enabled() and not is_causal and not enable_gqa:
             return DroppedAttention.apply(q_BHLK, k_BGMK, v_BGMK, attn_mask, scale, dropout_p)
-        if q_BHLK.shape[2] == 1 and q_BHLK.dtype.itemsize == 2 and not torch.is_grad_enabled():
+        if q_BHLK.shape[2] == 1 and q_BHLK.dtype.itemsize == 2 and not (dropout_p or torch.is_grad_enabled()):
             q_BGNK = q_BHLK.reshape(*k_BGMK.shape[:2], -1, q_BHLK.shape[3])
             p_BGNM = weights(q_BGNK, k_BGMK, attn_mask, scale)
             return (p_BGNM.to(v_BGMK.dtype) @ v_BGMK).view_as(q_BHLK)

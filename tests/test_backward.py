@@ -128,6 +128,9 @@ def test_one_query_is_answered_as_near_to_float64_as_by_torch_s_attention(heads,
     wide = [x if x is None else x.double() for x in (q_BHLK, k_BGMK, v_BGMK, bias)]
     exact = F.scaled_dot_product_attention(*wide, **how)
     theirs = F.scaled_dot_product_attention(q_BHLK, k_BGMK, v_BGMK, bias, **how)
+    with torch.no_grad():  # dropout is not left out, if that is asked for
+        dropped = backward.attention(q_BHLK, k_BGMK, v_BGMK, attn_mask=bias, **how | {"dropout_p": 0.9})
+    assert (dropped - exact).norm() > exact.norm()
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda: None)  # nobody asks it
     with torch.no_grad():
         ours = backward.attention(q_BHLK, k_BGMK, v_BGMK, attn_mask=bias, **how)
