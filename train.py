@@ -22,17 +22,30 @@ import torch
 from tqdm import tqdm
 
 import minia3
-from minia3 import flags, runs
-from minia3.card import describe, report, write_card
-from minia3.cells import draw, grid
-from minia3.data import collate
-from minia3.evaluate import evaluate, over_prompts
-from minia3.flags import flag
-from minia3.generation import choice_logprobs
-from minia3.lora import add_lora, load_lora, lora_parameters, save_lora
-from minia3.losses import LOSSES, counts, total_loss
-from minia3.optim import Adafactor, learning_rate, select
-from minia3.sites import CHOICES, LINEARS
+from minia3.adapters.lora import add_lora, load_lora, lora_parameters, save_lora
+from minia3.inference.evaluation import evaluate, over_prompts
+from minia3.inference.scoring import choice_logprobs
+from minia3.model.more_vectors import CHOICES, LINEARS, select_vectors
+from minia3.tasks.batches import collate
+from minia3.training.cell import draw_examples, make_cells
+from minia3.training.checkpoint import (
+    all_finite,
+    copy_values,
+    random_state,
+    save_checkpoint,
+    save_last_checkpoint,
+    set_random_state,
+    set_values,
+)
+from minia3.training.device import choose_device, peak_memory
+from minia3.training.flags import check_flags, flag, option, parse_flags
+from minia3.training.losses import LOSSES, counts, total_loss
+from minia3.training.model_card import write_card
+from minia3.training.optimizer import Adafactor, learning_rate
+from minia3.training.prepare import prepare_model
+from minia3.training.report import describe, report
+from minia3.training.run_folder import Metrics, discard_run, open_run, record_data
+from minia3.training.signals import Failed, Signals, Stopped
 
 LOG_EVERY = 10  # steps from one line of metrics.jsonl to the next
 METHODS = ("ia3", "lora", "full", "none", "icl")
@@ -46,9 +59,7 @@ class Config:
     # what
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, folder in the Hugging Face layout, or .gguf file")
     task: str | tuple = flag("same-colour", "known task (rte ...), .jsonl or .csv file, or folder; commas: several")
-    method: str = flag(
-        "ia3", "what trains: ia3, lora, full, none; icl: none, but --shots before each row", one_of=METHODS
-    )
+    method: str = flag("ia3", "what trains: ia3, lora, full, none; icl: none, but --shots before each row", one_of=METHODS)
     sites: str = flag("k,v,ff", "which vectors are trained; for more room q,o,up,gate too (sites.py)", some_of=CHOICES)
     layers: str = flag("0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)")
     no_cross: bool = flag(False, "leave cross-attention's vectors at one")
@@ -98,7 +109,7 @@ class Config:
 
 def check(config):
     """Raise ValueError for a value that is out of its limits, or does not go with another."""
-    flags.check(config)
+    check_flags(config)
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts measurements: give --eval-every too")
     if config.cap != Config.cap and config.adapters != "one":
@@ -106,9 +117,9 @@ def check(config):
     for name, method in CHOICE.items():
         given = getattr(config, name) != getattr(Config, name)
         if given and method != config.method:
-            raise ValueError(f"{flags.option(name)} is for --method {method}, found --method {config.method}")
+            raise ValueError(f"{option(name)} is for --method {method}, found --method {config.method}")
         if given and method == "lora" and config.adapter:
-            raise ValueError(f"{flags.option(name)} is of a new LoRA, and --adapter brings its own: leave it out")
+            raise ValueError(f"{option(name)} is of a new LoRA, and --adapter brings its own: leave it out")
     if config.method == "icl" and config.shots is None:
         raise ValueError("--method icl puts rows before each row: say how many with --shots")
     if config.method in ALONE and config.optimizer == "adafactor":  # ours does not factor a matrix's moment, either
@@ -123,17 +134,17 @@ def run(config, folder, saved, signals):
         return
 
     # Where it runs, what, and on which data.
-    device, why = runs.choose_device(config.device)
+    device, why = choose_device(config.device)
     half = device.type == "cuda" and config.method != "full"  # bfloat16 weights lose an optimiser's small steps
     dtype = DTYPES[config.dtype or ("bfloat16" if half else "float32")]
     print(f"device   {device} ({why}), {str(dtype).removeprefix('torch.')}")
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not, and torch refuses
-    cells = grid(config, config.trains)
+    cells = make_cells(config, config.trains)
     if folder:
-        runs.record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
-    metrics = runs.Metrics(folder, saved["metrics"] if saved else 0)  # what a refused --resume leaves as it is
+        record_data(folder, {name: digest for cell in cells for name, digest in cell.checksums.items()})
+    metrics = Metrics(folder, saved["metrics"] if saved else 0)  # what a refused --resume leaves as it is
     saved, measured = saved or {"done": 0, "finals": [], "metrics": 0, "finished": False}, {}
     while True:
         on = cells[saved["done"] :][: 1 if config.method in ALONE and config.trains else None]
@@ -143,10 +154,10 @@ def run(config, folder, saved, signals):
             break
         for name in saved.keys() - {"done", "finals", "failed", "metrics", "finished"}:  # these are the whole run's
             del saved[name]
-        runs.save_checkpoint(folder, saved)
+        save_checkpoint(folder, saved)
     if not saved["finals"]:
-        raise runs.Failed(saved["failed"])
-    runs.finish(folder, saved, config.method == "full")
+        raise Failed(saved["failed"])
+    save_last_checkpoint(folder, saved, config.method == "full")
     report(config, folder, saved["finals"], len(cells) - len({final.get("adapter") for final in saved["finals"]}))
 
 
@@ -159,7 +170,7 @@ def run_cells(config, cells, device, dtype, measured, folder, metrics, saved, si
         trained = parameters(model, cells[0].config)
     if dtype == torch.float64:
         model.double()  # the vectors too, which are float32 otherwise
-    runs.prepare(model, config)
+    prepare_model(model, config)
     trainable = sum(p.numel() for p in trained.values()) // len(cells) if config.trains else 0
     if total < 10**7:
         torch.set_num_threads(1)  # operations this small cost more to share among cores than to do
@@ -174,7 +185,7 @@ def run_cells(config, cells, device, dtype, measured, folder, metrics, saved, si
         limits |= {"batch_size": config.eval_batch_size, "metric": part.task.metric, "shots": shots}
         return over_prompts([evaluate(model, tokenizer, rows, prompt=prompt, **limits) for prompt in part.measured])
 
-    batches = [draw(cell, tokenizer) for cell in cells] if config.trains else []
+    batches = [draw_examples(cell, tokenizer) for cell in cells] if config.trains else []
     if "step" not in saved:
         saved["before"] = [[] for _ in cells]
         for i, cell in enumerate(cells):
@@ -201,7 +212,7 @@ def run_cells(config, cells, device, dtype, measured, folder, metrics, saved, si
             if config.trains or part.shots:
                 print(f"after    {part.title}{describe(part.task.metric, after)}", flush=True)
             final = shared | {"metric": part.task.metric, "split": part.split, "rows": len(part.rows)} | part.key
-            final |= {"steps": own["steps"], "rows_cut": after["n_cut"], "peak_memory_bytes": runs.peak_memory(device)}
+            final |= {"steps": own["steps"], "rows_cut": after["n_cut"], "peak_memory_bytes": peak_memory(device)}
             final |= {f"{name}_before": x for name, x in before.items() if name in ("accuracy", "auc", "accuracies")}
             finals.append(final | {name: x for name, x in after.items() if name not in ("n", "n_cut")})
         if config.trains and finals:
@@ -220,7 +231,7 @@ def run_cells(config, cells, device, dtype, measured, folder, metrics, saved, si
         saved["finals"] += finals
         own["reported"] = True
         if cell is not cells[-1]:
-            runs.save_checkpoint(folder, saved)
+            save_checkpoint(folder, saved)
 
 
 def parameters(model, config):
@@ -237,7 +248,7 @@ def parameters(model, config):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
     for i in range(model.n_adapters if config.adapter is not None else 0):
         minia3.load_adapter(model, config.adapter, i)
-    return select(model, config.sites, config.layers, not config.no_cross)
+    return select_vectors(model, config.sites, config.layers, not config.no_cross)
 
 
 def train(config, model, cells, trained, batches, measure, folder, metrics, saved, signals):
@@ -256,16 +267,16 @@ def train(config, model, cells, trained, batches, measure, folder, metrics, save
     torch.manual_seed(cells[0].config.seed)  # dropout's
     everything = minia3.vectors(model) | trained  # what does not train came from --adapter, which may change
     if "vectors" in saved:
-        runs.set_values(everything, saved["vectors"])
+        set_values(everything, saved["vectors"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        runs.set_random_state(saved["random"])
+        set_random_state(saved["random"])
 
     def checkpoint():
         saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        saved.update(vectors=runs.values(everything), random=runs.random_state())
+        saved.update(vectors=copy_values(everything), random=random_state())
         saved["losses"] = [{i: float(loss) for i, loss in losses.items()} for losses in saved["losses"]]
-        runs.save_checkpoint(folder, saved)
+        save_checkpoint(folder, saved)
 
     def fail(i, why):
         saved["cells"][i]["failed"] = why = f"{cells[i].title}{why}: try a lower --lr or --dtype float32"
@@ -283,15 +294,13 @@ def train(config, model, cells, trained, batches, measure, folder, metrics, save
                     own, best, results = standing[i], standing[i]["best"], []
                     for part in cells[i].parts:
                         results.append(measure(i, part, part.held_out))
-                        size = metrics.write(
-                            event="eval", step=step, metric=part.task.metric, **part.key, **results[-1]
-                        )
+                        size = metrics.write(event="eval", step=step, metric=part.task.metric, **part.key, **results[-1])
                         said = f"{part.title}{describe(part.task.metric, results[-1])}, held out"
                         bar.write(f"step {step:>6}  {said}", file=sys.stdout)
                     mean = sum(result["accuracy"] for result in results) / len(results)
                     misses = 0 if best is None or mean > best["accuracy"] else own["misses"] + 1
-                    if runs.finite(rows[i]) and (best is None or mean >= best["accuracy"]):  # of equals, the later
-                        best = {"step": step, "accuracy": mean, "vectors": runs.values(rows[i])}
+                    if all_finite(rows[i]) and (best is None or mean >= best["accuracy"]):  # of equals, the later
+                        best = {"step": step, "accuracy": mean, "vectors": copy_values(rows[i])}
                     standing[i] = own | {"best": best, "misses": misses}
                 active = [i for i in saved["active"] if not 0 < config.patience <= standing[i]["misses"]]
                 # in one call: a signal comes before it or after
@@ -350,7 +359,7 @@ def train(config, model, cells, trained, batches, measure, folder, metrics, save
                     "lr": max(learning_rate(step - 1, cells[i].config) for i in active),
                     "examples_per_second": sum(map(len, numbers)) * config.batch_size / seconds,
                     "tokens_per_second": saved["tokens"] / seconds,
-                    "memory_bytes": runs.peak_memory(device),
+                    "memory_bytes": peak_memory(device),
                 } | ({"losses": means} if cells[0].name else {})
                 saved["metrics"] = metrics.write(event="train", step=step, **line)
                 saved.update(losses=[], tokens=0, logged=saved["seconds"])
@@ -363,36 +372,36 @@ def train(config, model, cells, trained, batches, measure, folder, metrics, save
                 checkpoint()
             signals.in_step = False
             signals.check()
-    except runs.Stopped:
+    except Stopped:
         checkpoint()
         raise
     finally:
         bar.close()
     for i, (row, own) in enumerate(zip(rows, saved["cells"], strict=True)):
-        runs.set_values(row, own["best"]["vectors"] if own["best"] else {})
-        if not (own["failed"] or runs.finite(row)):
+        set_values(row, own["best"]["vectors"] if own["best"] else {})
+        if not (own["failed"] or all_finite(row)):
             fail(i, "the last step led to what is no number")
 
 
 def main(argv=None):
     """-> the exit code: 0, 2 for a mistake in what was given, 1 for a run that failed, 130 or 143 if it was stopped."""
-    asked, folder, signals = None, None, runs.Signals()
+    asked, folder, signals = None, None, Signals()
     try:
-        asked = flags.parse(Config, argv, __doc__)
-        config, folder, saved, _lock = runs.open_run(asked, check)
+        asked = parse_flags(Config, argv, __doc__)
+        config, folder, saved, _lock = open_run(asked, check)
         run(config, folder, saved, signals)
         return 0
-    except runs.Stopped as stop:
+    except Stopped as stop:
         how = f"; to go on: python train.py --resume {shlex.quote(str(folder))}" if folder else ""
         print(f"stopped{how}", file=sys.stderr)
         return 128 + stop.args[0]
-    except (torch.OutOfMemoryError, runs.Failed, OSError, ValueError) as error:
+    except (torch.OutOfMemoryError, Failed, OSError, ValueError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
             text = f"{text:.200}: lower --micro-batch-size or --eval-batch-size"
         print(f"train.py: {text}", file=sys.stderr)
         if folder and asked.resume is None:
-            runs.discard(folder)
+            discard_run(folder)
         return 2 if isinstance(error, ValueError) else 1
 
 

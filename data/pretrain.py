@@ -25,10 +25,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that the command works without an installation
 
 import minia3  # noqa: E402
-from minia3.blocks import Attention, FeedForward  # noqa: E402
-from minia3.evaluate import area_under_curve  # noqa: E402
-from minia3.t5 import T5, T5Config  # noqa: E402
-from minia3.tokenizer import Tokenizer  # noqa: E402
+from minia3.checkpoints.tokenizer import Tokenizer  # noqa: E402
+from minia3.inference.metrics import area_under_curve  # noqa: E402
+from minia3.model.blocks import Attention, FeedForward  # noqa: E402
+from minia3.model.t5 import T5, T5Config  # noqa: E402
 
 # The language
 
@@ -224,9 +224,7 @@ def measure_held_out(model, tokenizer, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="where tiny-t5/ and the held-out task go (default: here)"
-    )
+    parser.add_argument("--out", type=Path, default=HERE, help="where tiny-t5/ and the held-out task go (default: here)")
     parser.add_argument("--seed", type=int, default=4, help="of the weights and of the training examples (default 4)")
     parser.add_argument("--steps", type=int, default=3000, help="of pre-training (default 3000)")
     parser.add_argument("--d-model", type=int, default=64, help="width, a multiple of 8 (default 64)")

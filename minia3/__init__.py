@@ -7,14 +7,17 @@ import importlib
 
 __version__ = "0.1.0"
 
-_NAMES = {  # module -> what is public of it
-    "ia3": "vectors freeze",
-    "load": "load_model save_model",
-    "tokenizer": "load_tokenizer",
-    "adapters": "load_adapter save_adapter Adapters",
-    "merging": "merge",
-    "data": "load_task",
-    "generation": "logprobs generate stream rank",
+_NAMES = {  # module -> its public names
+    "model.ia3": "vectors freeze",
+    "checkpoints.load": "load_model",
+    "checkpoints.save": "save_model",
+    "checkpoints.tokenizer": "load_tokenizer",
+    "adapters.rows": "load_adapter save_adapter",
+    "adapters.named_rows": "Adapters",
+    "adapters.merge": "merge",
+    "tasks.splits": "load_task",
+    "inference.scoring": "logprobs rank",
+    "inference.decoding": "generate stream",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOMES)

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from words import N_IDS, word_tokenizer
 
 import minia3
-from minia3 import cells
-from minia3.llama import LlamaConfig
-from minia3.load import build, place
-from minia3.t5 import T5Config
+from minia3.checkpoints.load import build_model, place_parameter
+from minia3.files import write
+from minia3.model.llama import LlamaConfig
+from minia3.model.t5 import T5Config
+from minia3.training import cell, checkpoint, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,7 +34,7 @@ CONFIGS = {
     "llama": LlamaConfig(24, 6, 40, 2, 4, 2, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
 }
 TIMES = {"seconds", "examples_per_second", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
-TRACED = (str(ROOT / "train.py"), cells.__file__, train.runs.__file__, train.runs.files.__file__)
+TRACED = (str(ROOT / "train.py"), cell.__file__, run_folder.__file__, checkpoint.__file__, write.__file__)
 
 
 @functools.cache
@@ -45,10 +46,10 @@ def home():
 def model(name, seed=0):
     """The folder of a random model of CONFIGS with a tokenizer of words."""
     folder, generator = Path(home().name, f"{name}-{seed}"), torch.Generator().manual_seed(seed)
-    new = build(CONFIGS[name])
+    new = build_model(CONFIGS[name])
     for key, p in list(new.named_parameters()):
         scale = 1.0 if "embed" in key or "position" in key else 0.3
-        place(new, key, scale * torch.randn(p.shape, generator=generator) + key.endswith("norm.weight"))
+        place_parameter(new, key, scale * torch.randn(p.shape, generator=generator) + key.endswith("norm.weight"))
     minia3.save_model(new, folder, word_tokenizer(ends=name == "t5"))
     return folder
 

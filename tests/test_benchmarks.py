@@ -11,9 +11,9 @@ import running
 import torch
 
 import minia3
-from minia3 import flags
-from minia3.load import build
-from minia3.models import table
+from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.load import build_model
+from minia3.training.flags import parse_flags
 from tests.benchmarks import growth, memory, studies
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES
@@ -87,12 +87,12 @@ def test_a_process_that_trains_is_measured_and_one_that_finds_no_memory_is_told_
 @pytest.mark.parametrize("room", [10**6, 3 * 10**8, 10**9, 10**12])
 def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, capsys):
     def measured(config, *_, limit, **__):
-        n = sum(p.numel() for p in build(config).parameters())
+        n = sum(p.numel() for p in build_model(config).parameters())
         return n if n < limit else None
 
     monkeypatch.setattr(memory, "measured", measured)
     memory.main(["--largest", str(room / 1e9)])
-    counts = {name: sum(p.numel() for p in build(known.config).parameters()) for name, known in table().items()}
+    counts = {name: sum(p.numel() for p in build_model(known.config).parameters()) for name, known in known_models().items()}
     best = max((n for n in counts.values() if n < room), default=None)
     found = capsys.readouterr().out.split()[-1]
     assert counts.get(found) == best
@@ -110,7 +110,7 @@ def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_o
     assert len({of for of, _ in lines}) == len(lines) > 16
     for of, words in lines:
         assert Path(of).name == of
-        running.train.check(flags.parse(running.train.Config, words, ""))
+        running.train.check(parse_flags(running.train.Config, words, ""))
 
 
 def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_finished(tmp_path, monkeypatch, capfd):

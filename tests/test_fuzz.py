@@ -33,12 +33,23 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import minia3
-from minia3 import adapters, data, files, gguf_file, load, runs
-from minia3.llama import Llama, LlamaConfig
-from minia3.prompts import Prompt
-from minia3.t5 import T5, T5Config
-from minia3.tasks import Source, Spec, table
-from minia3.tokenizer import Tokenizer
+from minia3.adapters.peft_files import peft_tensors
+from minia3.adapters.rows import row_of
+from minia3.checkpoints import save as save_module
+from minia3.checkpoints.gguf import NAMES, read_gguf, read_metadata
+from minia3.checkpoints.load import read_checkpoint
+from minia3.checkpoints.tensor_names import name_table
+from minia3.checkpoints.tokenizer import Tokenizer
+from minia3.files.tensors import read_tensors
+from minia3.model.llama import Llama, LlamaConfig
+from minia3.model.t5 import T5, T5Config
+from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.prompts import Prompt
+from minia3.tasks.rows import read_rows
+from minia3.tasks.splits import load_task
+from minia3.tasks.task import Source, TaskSpec
+from minia3.training.checkpoint import load_checkpoint, random_state
+from minia3.training.run_folder import Metrics, read_run_config, record_data
 
 resource = pytest.importorskip("resource", reason="memory is limited by a means that Windows lacks")
 SEED = int(os.environ.get("MINIA3_FUZZ_SEED", "0"))
@@ -331,7 +342,7 @@ def make_safetensors(folder):
 
 def read_safetensors(folder):
     path = folder / "model.safetensors"
-    same_entries(files.tensors(path), path.read_bytes())
+    same_entries(read_tensors(path), path.read_bytes())
 
 
 def make_bin(folder, zipped=True):
@@ -342,7 +353,7 @@ def make_bin(folder, zipped=True):
 
 
 def read_bin(folder):
-    for name, entry in files.tensors(folder / "pytorch_model.bin").items():
+    for name, entry in read_tensors(folder / "pytorch_model.bin").items():
         assert type(name) is str
         tensor = entry.read()
         assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype)
@@ -359,17 +370,17 @@ def make_llama(folder):
 
 
 def make_shards(folder):
-    size, load.SHARD_BYTES = load.SHARD_BYTES, 1500
+    size, save_module.SHARD_BYTES = save_module.SHARD_BYTES, 1500
     try:
         make_llama(folder)
     finally:
-        load.SHARD_BYTES = size
+        save_module.SHARD_BYTES = size
 
 
 def read_model(folder):
     model = minia3.load_model(folder)
     sane_config(model.config, read_object(folder / "config.json"), read_object(folder / "generation_config.json"))
-    table, parameters = load.name_table(model), dict(model.named_parameters())
+    table, parameters = name_table(model), dict(model.named_parameters())
     shards = [folder / "model.safetensors"]
     if not shards[0].exists():
         weight_map = read_object(folder / "model.safetensors.index.json")["weight_map"]
@@ -421,7 +432,7 @@ def make_llama_config(folder):
 
 
 def read_config(folder):
-    found = load.read(folder, weights=False)[0]
+    found = read_checkpoint(folder, weights=False)[0]
     sane_config(found, read_object(folder / "config.json"), read_object(folder / "generation_config.json"))
 
 
@@ -442,9 +453,7 @@ PIECES += [("ab", -1.5, 1), ("▁ab", -0.5, 1), ("<x>", 0.0, 4)]
 
 
 def sentencepiece(kind, pieces=PIECES):
-    made = b"".join(
-        protobuf(1, protobuf(1, text.encode()) + protobuf(2, score) + protobuf(3, kind)) for text, score, kind in pieces
-    )
+    made = b"".join(protobuf(1, protobuf(1, text.encode()) + protobuf(2, score) + protobuf(3, kind)) for text, score, kind in pieces)
     return made + protobuf(2, protobuf(3, kind)) + protobuf(3, protobuf(3, 1) + protobuf(4, 0))
 
 
@@ -533,9 +542,9 @@ def make_gguf(folder):
     (folder / "a.gguf").write_bytes(header + bytes(-len(header) % 32) + body)
 
 
-def read_gguf(folder):
+def check_gguf(folder):
     path = folder / "a.gguf"
-    meta = gguf_file.metadata(path)
+    meta = read_metadata(path)
     assert all(type(key) is str for key in meta)
     try:
         sane_tokenizer(Tokenizer.from_gguf(meta, path))
@@ -548,14 +557,14 @@ def read_gguf(folder):
 
     peer = gguf.GGUFReader(path)
     theirs = {tensor.name: tensor for tensor in peer.tensors}
-    ours, config = gguf_file.read(path)[1], model.config
+    ours, config = read_gguf(path)[1], model.config
     assert len(theirs) == len(peer.tensors)
     assert len(ours) == len(theirs) - ("rope_freqs.weight" in theirs)
     for name, tensor in theirs.items():
         if re.search("attn_[qk]|rope", name):
             continue
         block = re.fullmatch(r"blk\.0\.(.*)", name)
-        key = gguf_file.NAMES["blk.{}." + block[1] if block else name].format(0)
+        key = NAMES["blk.{}." + block[1] if block else name].format(0)
         wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(ours[key].read().float().numpy(), wanted.reshape(ours[key].shape), equal_nan=True), name
     fields = {"d_model": "embedding_length", "d_ff": "feed_forward_length", "max_length": "context_length"}
@@ -578,7 +587,7 @@ def make_adapter(folder):
 
 def make_adapter_bin(folder):
     make_adapter(folder)
-    torch.save(adapters.peft_tensors(adapters.row_of(adapter_model(), 0)), folder / "adapter_model.bin")
+    torch.save(peft_tensors(row_of(adapter_model(), 0)), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
 
 
@@ -602,7 +611,7 @@ def read_adapter(folder, file=None):
         path = folder / "adapter_model.safetensors"
         if path.exists() and file is None:
             assert read_object(folder / "adapter_config.json")["peft_type"] == "IA3"
-            places = {theirs: ours for ours, x in before.items() for theirs in adapters.peft_tensors({ours: x[0]})}
+            places = {theirs: ours for ours, x in before.items() for theirs in peft_tensors({ours: x[0]})}
             honest = {places[name]: x for name, x in honest_safetensors(path.read_bytes()).items()}
             for name, x in vectors.items():
                 dtype, _, raw = honest.get(name, ("F32", None, np.ones(x.shape[1], "<f4").tobytes()))
@@ -627,16 +636,13 @@ def make_jsonl(folder):
 
 
 def make_csv(folder):
-    rows = [
-        f'"q, {n}\n""é""",{["yes|no", chr(34) + "[" + chr(34) * 2 + "a" + chr(34) * 2 + "]" + chr(34)][n % 2]},0'
-        for n in range(8)
-    ]
+    rows = [f'"q, {n}\n""é""",{["yes|no", chr(34) + "[" + chr(34) * 2 + "a" + chr(34) * 2 + "]" + chr(34)][n % 2]},0' for n in range(8)]
     (folder / "rows.csv").write_text("input,choices,label\r\n" + "\r\n".join(rows))
 
 
-def read_rows(folder):
+def check_rows(folder):
     path = next(folder.glob("rows.*"), folder / "rows.csv")
-    found = [row for _, row in data.read_rows(path)]
+    found = [row for _, row in read_rows(path)]
     for error in (row for row in found if not isinstance(row, dict)):
         assert type(error) is ValueError
         one_line(error)
@@ -644,7 +650,7 @@ def read_rows(folder):
     if len(good) == len(found):
         wanted = (honest_json if path.suffix == ".jsonl" else honest_csv)(path.read_bytes())
         assert repr(good) == repr(wanted)
-    task = data.load_task(path)
+    task = load_task(path)
     parts = [*task.train, *task.validation, *task.test]
     assert sorted(row["input"] for row in parts) == sorted(row["input"] for row in good)
     assert all(0 <= row["label"] < len(row.get("choices", [0])) for row in parts)
@@ -662,9 +668,7 @@ def honest_csv(content):
         row = {key: cell for key, cell in cells.items() if cell}
         if "choices" in row:
             text = row["choices"]
-            row["choices"] = (
-                json.loads(text) if text.startswith("[") else [choice.strip() for choice in text.split("|")]
-            )
+            row["choices"] = json.loads(text) if text.startswith("[") else [choice.strip() for choice in text.split("|")]
         if any(cell.strip() for cell in cells.values()):
             rows.append(row)
     return rows
@@ -685,15 +689,15 @@ def read_zip(folder):
     path, out = folder / "T.zip", folder / "data"
     content = path.read_bytes() if path.is_file() else b""
     source = Source(path.as_uri(), MEMBERS, len(content), sha256(content).hexdigest())
-    table()["fuzzed"] = Spec((Prompt("{text}?", ("No", "Yes")),), [source], ("0", "1"))
+    known_tasks()["fuzzed"] = TaskSpec((Prompt("{text}?", ("No", "Yes")),), [source], ("0", "1"))
     try:
-        task = data.load_task("fuzzed", out)
+        task = load_task("fuzzed", out)
         with zipfile.ZipFile(path) as archive:
             for name, rows in (("train.jsonl", task.train), ("val.jsonl", task.validation)):
                 texts = [json.loads(line)["text"] for line in archive.read(MEMBERS[name]).splitlines() if line.strip()]
                 assert [row["text"] for row in rows] == texts
     finally:
-        del table()["fuzzed"]
+        del known_tasks()["fuzzed"]
         left = {path.name for path in out.rglob("*")} if out.exists() else set()
         assert left <= {"fuzzed", "train.jsonl", "val.jsonl", "test.jsonl"}
         assert {path.name for path in folder.iterdir()} <= {"T.zip", "data"}
@@ -711,20 +715,20 @@ def make_run(folder):
         "metrics": 12,
         "vectors": vectors,
         "best": None,
-        "random": runs.random_state(),
+        "random": random_state(),
     }
     torch.save(state, folder / "checkpoint.pt")
 
 
 def read_run(folder):
-    flags = runs.read_config(folder)
+    flags = read_run_config(folder)
     assert {"model", "task"} <= flags.keys()
-    runs.record_data(folder, {"train.jsonl": "0"})
-    saved = runs.load_checkpoint(folder)
+    record_data(folder, {"train.jsonl": "0"})
+    saved = load_checkpoint(folder)
     assert saved is None or (type(saved) is dict and {"done", "finished", "metrics"} <= saved.keys()), "no state"
     if saved is not None and type(saved["metrics"]) is int and saved["metrics"] >= 0:
         with suppress(OSError):  # train.py says it in one line
-            runs.Metrics(folder, saved["metrics"]).write(step=4)
+            Metrics(folder, saved["metrics"]).write(step=4)
 
 
 class Target(NamedTuple):
@@ -746,12 +750,12 @@ TARGETS = {
     "tokenizer.json": Target(make_tokenizer_json, read_tokenizer, 600),
     "spiece.model": Target(make_spiece, read_tokenizer, 600),
     "tokenizer.model": Target(make_bpe, read_tokenizer, 600),
-    "GGUF": Target(make_gguf, read_gguf, 800),
+    "GGUF": Target(make_gguf, check_gguf, 800),
     "adapter": Target(make_adapter, read_adapter, 500),
     "adapter bin": Target(make_adapter_bin, read_adapter, 300),
     "T-Few": Target(make_tfew, read_tfew, 300),
-    "JSONL": Target(make_jsonl, read_rows, 500),
-    "csv": Target(make_csv, read_rows, 500),
+    "JSONL": Target(make_jsonl, check_rows, 500),
+    "csv": Target(make_csv, check_rows, 500),
     "zip": Target(make_zip, read_zip, 300),
     "run": Target(make_run, read_run, 300),
 }
@@ -848,7 +852,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, name, form):
     else:
         torch.save({"a": torch.ones(2), "b": Code(marker)}, path, _use_new_zipfile_serialization=form == "zip")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    readers = {"pytorch_model.bin": files.tensors, "checkpoint.pt": lambda path: runs.load_checkpoint(path.parent)}
+    readers = {"pytorch_model.bin": read_tensors, "checkpoint.pt": lambda path: load_checkpoint(path.parent)}
     read = readers.get(name, lambda path: minia3.load_adapter(adapter_model(), path))
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
         read(path)
@@ -867,13 +871,13 @@ def rename_tensor(path, name):
 def t5_with(folder, **changes):
     make_config(folder)
     change_json(folder / "config.json", **changes)
-    load.read(folder, weights=False)
+    read_checkpoint(folder, weights=False)
 
 
 def llama_with(folder, **changes):
     make_llama_config(folder)
     change_json(folder / "config.json", **changes)
-    load.read(folder, weights=False)
+    read_checkpoint(folder, weights=False)
 
 
 def two_shards_with_one_name(folder):
@@ -916,7 +920,7 @@ def a_hundred_thousand_sentinels(folder):
 
 def a_checkpoint_that_is_a_text(folder):
     torch.save("x", folder / "checkpoint.pt")
-    runs.load_checkpoint(folder)
+    load_checkpoint(folder)
 
 
 FOUND = {  # by the fuzz, or beside it: each the smallest

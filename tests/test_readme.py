@@ -13,11 +13,11 @@ import running
 
 import minia3
 import train
-from minia3 import tasks
-from minia3.__main__ import COMMANDS, main, parse
-from minia3.ia3 import vectors
-from minia3.load import build, load_model
-from minia3.models import table
+from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.load import build_model, load_model
+from minia3.cli.main import COMMANDS, main, parse
+from minia3.model.ia3 import vectors
+from minia3.tasks.known_tasks import known_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def test_the_table_of_counts_is_what_the_configs_give():
     rows = re.findall(r"^\| ([\w.-]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+%) \|$", README, re.MULTILINE)
     assert len(rows) >= 11
     for name, base, adapter, share in rows:
-        model = build(table()[name].config)
+        model = build_model(known_models()[name].config)
         n = sum(vector.numel() for vector in vectors(model).values())
         total = sum(p.numel() for p in model.parameters()) - n
         assert (name, base, adapter, share) == (name, f"{total:,}", f"{n:,}", f"{n / total:.3%}")
@@ -99,7 +99,7 @@ def test_commands_use_flags_names_and_files_that_exist():
         words = command[command.index("train.py") :].split("#")[0].split(";")[0].split()
         assert {word for word in words if word.startswith("--")} <= flags
         if "--task" in words and "/" not in (task := words[words.index("--task") + 1]):
-            assert {*task.split(",")} <= tasks.table().keys()
+            assert {*task.split(",")} <= known_tasks().keys()
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
 

@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from minia3.tokenizer import Tokenizer
+from minia3.checkpoints.tokenizer import Tokenizer
 
 N_IDS = 61
 PAD, END = 0, 1

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from minia3.models import table
+from minia3.checkpoints.known_models import known_models
 from tests.benchmarks.lines import GOALS, LINES
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
@@ -32,7 +32,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--models", default="t5-base,smollm2-135m", help=f"some of {', '.join(table())}")
+    parser.add_argument("--models", default="t5-base,smollm2-135m", help=f"some of {', '.join(known_models())}")
     parser.add_argument("--only", help=f"some of {','.join(LINES)}")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each pair (default: 7)")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 import minia3
-from minia3.data import collate
-from minia3.generation import choice_logprobs
-from minia3.load import build, place
-from minia3.losses import total_loss
+from minia3.checkpoints.load import build_model, place_parameter
+from minia3.inference.scoring import choice_logprobs
+from minia3.tasks.batches import collate
+from minia3.training.losses import total_loss
 from tests.benchmarks.measure import kept_for_backward, peak_beyond, seconds
 from tests.benchmarks.pairs import config_of, examples
 
@@ -44,12 +44,12 @@ LONGEST = {"t5-base": 1024, "smollm2-135m": 4096}  # T5 adds a bias of (heads, l
 
 def random_model(config, n_adapters=1, dtype=torch.float32, device="cpu"):
     """A model with small random weights, its vectors at one."""
-    model, generator = build(config, n_adapters), torch.Generator().manual_seed(0)
+    model, generator = build_model(config, n_adapters), torch.Generator().manual_seed(0)
     for name, p in list(model.named_parameters()):
         if name.endswith(".scale"):
-            place(model, name, torch.ones(p.shape))
+            place_parameter(model, name, torch.ones(p.shape))
         else:
-            place(model, name, (0.05 * torch.randn(p.shape, generator=generator)).to(dtype))
+            place_parameter(model, name, (0.05 * torch.randn(p.shape, generator=generator)).to(dtype))
     minia3.freeze(model)
     return model.to(device)
 

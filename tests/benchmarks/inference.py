@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 import minia3
-from minia3.data import collate
-from minia3.generation import score
+from minia3.inference.scoring import score_examples
+from minia3.tasks.batches import collate
 from tests.benchmarks.measure import products
 from tests.benchmarks.pairs import examples, quiet
 
@@ -23,7 +23,7 @@ def ranking(bench, pair):
         rows = examples(lengths, n_choices, n_target, pair.vocab_size)
 
         def our_scores(rows=rows):
-            return score(ours, rows, batch_size=8)
+            return score_examples(ours, rows, batch_size=8)
 
         @torch.no_grad()
         def their_scores(rows=rows, n_target=n_target):

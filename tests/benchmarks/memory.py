@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from minia3.info import peak_memory, size
-from minia3.load import build
-from minia3.models import table
-from minia3.t5 import T5Config
+from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.load import build_model
+from minia3.cli.info import size
+from minia3.model.t5 import T5Config
+from minia3.training.memory_plan import planned_memory
 
 POINTS = [  # model, dtype, batch, length, whether it trains
     ("flan-t5-base", "float32", 2, 512, True),
@@ -109,8 +110,8 @@ def measured(config, dtype, batch, length, train, trim=False, device="cpu", limi
 def planned_and_measured(points):
     print("| step | planned | measured | tensors alone | measured without malloc's holes |\n|---|---|---|---|---|")
     for name, dtype, batch, length, train in points:
-        given = table()[name].config, getattr(torch, dtype), batch, length, train
-        tensors, malloc = peak_memory(*given)
+        given = known_models()[name].config, getattr(torch, dtype), batch, length, train
+        tensors, malloc = planned_memory(*given)
         cells = [f"{name}, {dtype}, {batch} x {length}, {'training' if train else 'serving'}"]
         for planned, trim in ((tensors + malloc, False), (tensors, True)):
             found = measured(*given, trim=trim)
@@ -122,14 +123,14 @@ def largest(limit, device):
     """The known model with most weights that trains within `limit` bytes: tried by bisection, a process each."""
 
     def weights(name):
-        return sum(p.numel() for p in build(table()[name].config).parameters())
+        return sum(p.numel() for p in build_model(known_models()[name].config).parameters())
 
     def fails(name):
-        found = measured(table()[name].config, torch.bfloat16, 8, 128, True, device=device, limit=limit)
+        found = measured(known_models()[name].config, torch.bfloat16, 8, 128, True, device=device, limit=limit)
         print(f"{name}: {weights(name):,} numbers, {'out of memory' if found is None else size(found)}", flush=True)
         return found is None
 
-    names = sorted(table(), key=weights)
+    names = sorted(known_models(), key=weights)
     first = bisect.bisect_left(names, True, key=fails)
     print(f"the largest that trains in {size(limit)}: {names[first - 1] if first else 'none'}")
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 import minia3
-from minia3.config import to_hf
-from minia3.data import Example, collate
-from minia3.lora import add_lora
-from minia3.models import table
-from minia3.t5 import T5Config
+from minia3.adapters.lora import add_lora
+from minia3.checkpoints.config import to_hf
+from minia3.checkpoints.known_models import known_models
+from minia3.model.t5 import T5Config
+from minia3.tasks.batches import collate
+from minia3.tasks.examples import Example
 
 IGNORED = -100  # transformers' label of a position without a loss
 RTE = (40, 46, 52, 58, 66, 77, 95, 180)  # lengths like RTE's: the middles of the eighths of its rows, about
@@ -21,7 +22,7 @@ TINY = {"d_model": 32, "d_head": 8, "d_ff": 64, "n_layers": 2, "n_heads": 4, "vo
 
 def config_of(name, quick=False):
     """The config of a known model; `quick`: of the same kind, but tiny."""
-    config = replace(table()[name].config, dropout=0.0)
+    config = replace(known_models()[name].config, dropout=0.0)
     if not quick:
         return config
     return replace(config, **TINY, **({"n_decoder_layers": 2} if isinstance(config, T5Config) else {"n_kv_heads": 2}))

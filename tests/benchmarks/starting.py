@@ -6,8 +6,8 @@ import shutil
 import torch
 
 import minia3
-from minia3.load import name_table
-from minia3.state import check_start
+from minia3.checkpoints.tensor_names import name_table
+from minia3.model.sequence_state import check_start
 from tests.benchmarks.measure import child
 from tests.benchmarks.pairs import quiet
 from tests.benchmarks.training import same_targets

@@ -21,9 +21,9 @@ from itertools import product
 from pathlib import Path
 
 import minia3
-from minia3 import models
-from minia3.runs import load_checkpoint
-from minia3.tasks import table
+from minia3.checkpoints.known_models import known_models
+from minia3.tasks.known_tasks import known_tasks
+from minia3.training.checkpoint import load_checkpoint
 from tests.benchmarks.growth import random_model
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +37,7 @@ def held_out(folder):
     """The embedded model's held-out tasks, and one more of their rows: yes, if colour or place agree, but not both."""
     if not (folder / "xor" / "train.jsonl").exists():
         words = ["--quick", "--out", str(folder), "--details", *DETAILS]  # the rows do not depend on what it trains
-        subprocess.run(
-            [sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True, stdout=subprocess.DEVNULL)
         (folder / "xor").mkdir(exist_ok=True)
         for split in ("test", "validation", "train"):
             files = [(folder / f"same-{detail}" / f"{split}.jsonl").read_text() for detail in ("colour", "place")]
@@ -123,7 +121,7 @@ def smollm2(model, out):
 def t0_3b(model, out):
     """Table 4 of the paper for T0-3B: five seeds, all prompts. With --only ia3 --init ADAPTER, from given vectors."""
     for task in T0_TASKS:
-        on = ["--model", model, "--task", task, "--shots", str(table()[task].shots), "--eval-prompt", "all"]
+        on = ["--model", model, "--task", task, "--shots", str(known_tasks()[task].shots), "--eval-prompt", "all"]
         on += ["--seed", SEEDS["t0"]]
         yield f"ia3-{task}", [*on, "--micro-batch-size", "8"]
         yield f"lora-{task}", [*on, "--method", "lora", "--lr", "1e-3"]
@@ -133,7 +131,7 @@ def t0_3b(model, out):
 def tiny_t0(folder, tokenizer):
     """A random model of T0's architecture and vocabulary, 2 + 2 narrow layers: -> its folder."""
     sizes = {"d_model": 64, "d_head": 16, "d_ff": 128, "n_layers": 2, "n_decoder_layers": 2, "n_heads": 4}
-    model = random_model(replace(models.table()["t0-3b"].config, **sizes))
+    model = random_model(replace(known_models()["t0-3b"].config, **sizes))
     minia3.save_model(model, folder, minia3.load_tokenizer(tokenizer))
     return folder
 

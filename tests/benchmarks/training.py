@@ -5,12 +5,12 @@ Shapes: B batch, M source length, C choices, L target length, N all choices of a
 
 import torch
 
-from minia3.generation import choice_logprobs
-from minia3.llama import Llama
-from minia3.losses import total_loss
-from minia3.models import table
-from minia3.runs import prepare
-from minia3.t5 import T5
+from minia3.checkpoints.known_models import known_models
+from minia3.inference.scoring import choice_logprobs
+from minia3.model.llama import Llama
+from minia3.model.t5 import T5
+from minia3.training.losses import total_loss
+from minia3.training.prepare import prepare_model
 from tests.benchmarks.measure import child, compare, kept_for_backward
 from tests.benchmarks.pairs import IGNORED
 from train import Config
@@ -84,7 +84,7 @@ def steps(bench, pair):
 
 def dropout(bench, pair):
     """The steps with T5's own dropout, for which a CPU has no fused attention. (LLaMA has none; elsewhere it is 0.)"""
-    p = table()[pair.name].config.dropout
+    p = known_models()[pair.name].config.dropout
     if p == 0:
         return
     sides = pair.ours().train(), pair.theirs().train()
@@ -107,7 +107,7 @@ def flags(bench, pair):
     batch, plain = pair.batch(pair.lengths(like_rte=True)), pair.ours().train()
     for flag in ("checkpoint", "compile"):  # this takes a minute at first
         model = pair.ours().train()
-        prepare(model, Config(**{flag: True}))
+        prepare_model(model, Config(**{flag: True}))
         same_targets(pair, batch, plain, model)
         sides = [loss_of(pair, m, batch) for m in (plain, model)]
         found, other = (kept_for_backward(loss, m) for loss, m in zip(sides, (plain, model), strict=True))

