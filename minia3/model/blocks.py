@@ -16,7 +16,9 @@ ACTIVATIONS = {
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        if not self.weight.is_meta:  # there is nothing to fill, and there torch would load its compiler to do it: 1 s
+        if (
+            not self.weight.is_meta
+        ):  # there is nothing to fill, and there torch would load its compiler to do it: 1 s
             super().reset_parameters()
 
 
@@ -49,14 +51,21 @@ class Attention(nn.Module):
         self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
         self.l_k = IA3(n_kv_heads * d_head, n_adapters)
         self.l_v = IA3(n_kv_heads * d_head, n_adapters)
-        self.d_head, self.scale, self.grouped, self.dropout = d_head, scale, n_heads != n_kv_heads, dropout
+        self.d_head, self.scale, self.grouped, self.dropout = (
+            d_head,
+            scale,
+            n_heads != n_kv_heads,
+            dropout,
+        )
 
     def kv(self, memory, adapter, rotation=None, packing=None):
         """Keys and values (B, G, M, K) of what is attended to: scaled by l_k and l_v, then rotated.
 
         memory (B, M, D) and adapter (B,); or (T, 1, D) and (T,), packed.
         """
-        k_BGMK = self.heads(self.l_k(self.k(memory), adapter), packing)  # before the rotation: so it folds into W_k
+        k_BGMK = self.heads(
+            self.l_k(self.k(memory), adapter), packing
+        )  # before the rotation: so it folds into W_k
         v_BGMK = self.heads(self.l_v(self.v(memory), adapter), packing)
         return (k_BGMK if rotation is None else rotate(k_BGMK, rotation)), v_BGMK
 
@@ -77,7 +86,9 @@ class Attention(nn.Module):
         return self.o(packing.pack(out) if packing else out)
 
     def heads(self, x, packing):
-        return (packing.unpack(x) if packing else x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        return (
+            (packing.unpack(x) if packing else x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        )
 
 
 class FeedForward(nn.Module):
@@ -96,7 +107,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD, adapter_B):
         gate_BLF, up_BLF = self.gate(x_BLD), None if self.up is None else self.up(x_BLD)
-        if self.up is None or not keeps_less() or torch.compiler.is_compiling():  # which keeps less by itself
+        if (
+            self.up is None or not keeps_less() or torch.compiler.is_compiling()
+        ):  # which keeps less by itself
             h_BLF = self.hidden(gate_BLF, up_BLF, adapter_B)
         else:  # the backward computes these products again: two tensors are kept for it in place of four
             h_BLF = Recomputed.apply(self.hidden, self.l_ff.scale, gate_BLF, up_BLF, adapter_B)
@@ -124,8 +137,14 @@ class Block(nn.Module):
         kv = cache.append(*self.attn.kv(h_BLD, c.adapter_B, c.rotation, c.packing))
         if not asked:  # what comes after the last keys and values of a prompt goes nowhere
             return None
-        x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing))
+        x_BLD = x_BLD + self.dropout(
+            self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing)
+        )
         if self.cross is not None:
-            h = self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)  # rows may share a source
-            x_BLD = x_BLD + self.dropout(self.cross(h, cache.memory, c.memory_bias_B11M).view_as(x_BLD))
+            h = (
+                self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)
+            )  # rows may share a source
+            x_BLD = x_BLD + self.dropout(
+                self.cross(h, cache.memory, c.memory_bias_B11M).view_as(x_BLD)
+            )
         return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), c.adapter_B))

@@ -10,10 +10,21 @@ from minia3.model.ia3 import IA3, vectors
 
 # The vector l_... -> the linear whose output it scales; ff: whose input. The first three are in the blocks. wi is the
 # gate where there is no up beside it (T5 v1.0); --sites calls it gate too.
-SITES = {"k": "k", "v": "v", "ff": "down", "q": "q", "o": "o", "up": "up", "gate": "gate", "wi": "gate"}
+SITES = {
+    "k": "k",
+    "v": "v",
+    "ff": "down",
+    "q": "q",
+    "o": "o",
+    "up": "up",
+    "gate": "gate",
+    "wi": "gate",
+}
 CHOICES = tuple(site for site in SITES if site != "wi")  # what --sites takes
 LINEARS = tuple(dict.fromkeys(SITES.values()))  # all linears of a block
-CALL = threading.local()  # its `rows`: of the block's call that is under way; threads may share a model
+CALL = (
+    threading.local()
+)  # its `rows`: of the block's call that is under way; threads may share a model
 
 
 class Scaled(nn.Linear):
@@ -21,7 +32,9 @@ class Scaled(nn.Linear):
 
     def forward(self, x_BLD):
         rows, y = getattr(CALL, "rows", None), super().forward(x_BLD)
-        if rows is None:  # the block's call had begun when the vector was added: none of its adapters has one
+        if (
+            rows is None
+        ):  # the block's call had begun when the vector was added: none of its adapters has one
             return y
         # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
         return self.l(y, rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
@@ -55,8 +68,13 @@ def add_sites(model, names):
     for name, linear in places(model).items():
         if name in names and type(linear) is nn.Linear:
             if "forward" in vars(model.get_submodule(name.rsplit(".", 2)[0])):
-                raise ValueError(f"{name}: its block's forward is another already: add vectors before it is changed")
-            (block, part, attribute), vector = name.rsplit(".", 2), IA3(linear.out_features, model.n_adapters).to(like)
+                raise ValueError(
+                    f"{name}: its block's forward is another already: add vectors before it is changed"
+                )
+            (block, part, attribute), vector = (
+                name.rsplit(".", 2),
+                IA3(linear.out_features, model.n_adapters).to(like),
+            )
             vector.requires_grad_(like.requires_grad)
             model.get_submodule(f"{block}.{part}").add_module(attribute, vector)
             linear.__dict__["l"] = vector  # not as its own module: a vector has one name
@@ -74,8 +92,12 @@ def select_vectors(model, sites, layers, cross):
     if not all(spans):
         raise ValueError(f"--layers {layers!r}: expected numbers and spans, as in 0-5,20-")
     for name in {**vectors(model), **places(model)}:
-        layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")).groups()
-        inside = {x for x in spans if int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1]))}
+        layer, part, site = re.search(
+            r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")
+        ).groups()
+        inside = {
+            x for x in spans if int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1]))
+        }
         parts.add(part)
         if inside and site in sites.split(",") and (cross or part != "cross"):
             chosen.add(name)

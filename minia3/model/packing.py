@@ -14,4 +14,6 @@ class Packing:
         return x_BLD[self.row_T, self.column_T].unsqueeze(1)
 
     def unpack(self, x_T1D):
-        return x_T1D.new_zeros(*self.shape, x_T1D.shape[2]).index_put((self.row_T, self.column_T), x_T1D[:, 0])
+        return x_T1D.new_zeros(*self.shape, x_T1D.shape[2]).index_put(
+            (self.row_T, self.column_T), x_T1D[:, 0]
+        )

@@ -29,7 +29,9 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed[1:], strict=True)]
+        inputs = [
+            x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed[1:], strict=True)
+        ]
         with torch.enable_grad():
             out = ctx.function(*inputs)
         wanted = [x for x, n in zip([ctx.weight, *inputs], needed, strict=True) if n]
@@ -51,14 +53,24 @@ class DroppedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BHLK):
         q_BHLK, k_BHMK, v_BHMK, bias_BHLM, kept_BHLM = ctx.saved_tensors
-        p_BHLM, grad_BHLK = weights(q_BHLK, k_BHMK, bias_BHLM, ctx.scale), grad_BHLK / (1 - ctx.rate)
+        p_BHLM, grad_BHLK = (
+            weights(q_BHLK, k_BHMK, bias_BHLM, ctx.scale),
+            grad_BHLK / (1 - ctx.rate),
+        )
         noise_BHLM = kept_BHLM.to(p_BHLM.dtype)
         grad_v_BHMK = (p_BHLM * noise_BHLM).to(v_BHMK.dtype).mT @ grad_BHLK
-        p_times_grad_BHLM = noise_BHLM.mul_(grad_BHLK @ v_BHMK.mT).mul_(p_BHLM)  # in place: room that is new is slow
-        grad_s_BHLM = p_times_grad_BHLM.sub_(p_BHLM.mul_(p_times_grad_BHLM.sum(-1, keepdim=True)))  # the softmax's
+        p_times_grad_BHLM = noise_BHLM.mul_(grad_BHLK @ v_BHMK.mT).mul_(
+            p_BHLM
+        )  # in place: room that is new is slow
+        grad_s_BHLM = p_times_grad_BHLM.sub_(
+            p_BHLM.mul_(p_times_grad_BHLM.sum(-1, keepdim=True))
+        )  # the softmax's
         grad_bias = grad_s_BHLM.sum_to_size(bias_BHLM.shape) if ctx.needs_input_grad[3] else None
         grad_s_BHLM = grad_s_BHLM.to(q_BHLK.dtype)
-        grad_q_BHLK, grad_k_BHMK = grad_s_BHLM @ k_BHMK * ctx.scale, grad_s_BHLM.mT @ q_BHLK * ctx.scale
+        grad_q_BHLK, grad_k_BHMK = (
+            grad_s_BHLM @ k_BHMK * ctx.scale,
+            grad_s_BHLM.mT @ q_BHLK * ctx.scale,
+        )
         return grad_q_BHLK, grad_k_BHMK, grad_v_BHMK, grad_bias, None, None
 
 
@@ -79,7 +91,11 @@ def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, is_causal, scale,
     if not PLAIN and q_BHLK.device.type == "cpu" and not torch.compiler.is_compiling():
         if dropout_p and torch.is_grad_enabled() and not is_causal and not enable_gqa:
             return DroppedAttention.apply(q_BHLK, k_BGMK, v_BGMK, attn_mask, scale, dropout_p)
-        if q_BHLK.shape[2] == 1 and q_BHLK.dtype.itemsize == 2 and not (dropout_p or torch.is_grad_enabled()):
+        if (
+            q_BHLK.shape[2] == 1
+            and q_BHLK.dtype.itemsize == 2
+            and not (dropout_p or torch.is_grad_enabled())
+        ):
             q_BGNK = q_BHLK.reshape(*k_BGMK.shape[:2], -1, q_BHLK.shape[3])
             p_BGNM = weights(q_BGNK, k_BGMK, attn_mask, scale)
             return (p_BGNM.to(v_BGMK.dtype) @ v_BGMK).view_as(q_BHLK)
@@ -102,9 +118,13 @@ class RMSNormed(torch.autograd.Function):
         x_BLD, weight_D, r_BL1 = ctx.saved_tensors
         unit_BLD = x_BLD * r_BL1
         weighted_BLD = grad_BLD * weight_D.to(r_BL1.dtype)
-        along_BL1 = (weighted_BLD * unit_BLD).mean(-1, keepdim=True)  # growing x does not change its direction
+        along_BL1 = (weighted_BLD * unit_BLD).mean(
+            -1, keepdim=True
+        )  # growing x does not change its direction
         grad_x_BLD = ((weighted_BLD - unit_BLD * along_BL1) * r_BL1).to(x_BLD.dtype)
-        grad_weight_D = (grad_BLD * unit_BLD).sum_to_size(weight_D.shape) if ctx.needs_input_grad[1] else None
+        grad_weight_D = (
+            (grad_BLD * unit_BLD).sum_to_size(weight_D.shape) if ctx.needs_input_grad[1] else None
+        )
         return grad_x_BLD, grad_weight_D, None
 
 

@@ -61,7 +61,9 @@ class Stack(nn.Module):
     def bias(self, position_L, position_M):
         """(1, H, L, M): the bias of each position of the queries towards each of the keys."""
         distance_LM = position_M - position_L[:, None]
-        bucket_LM = distance_bucket(distance_LM, self.bidirectional, self.position.num_embeddings, self.max_distance)
+        bucket_LM = distance_bucket(
+            distance_LM, self.bidirectional, self.position.num_embeddings, self.max_distance
+        )
         return self.position(bucket_LM).permute(2, 0, 1).unsqueeze(0)
 
 
@@ -86,7 +88,9 @@ class T5(nn.Module):
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, False, n_adapters)
         self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False) if config.own_head else None
+        self.head = (
+            nn.Linear(config.d_model, config.vocab_size, bias=False) if config.own_head else None
+        )
 
     def start(self, source, mask=None, adapter=None):
         """Read the source: -> the State from which `step` writes the target. See `State`.
@@ -99,14 +103,27 @@ class T5(nn.Module):
         position_M = torch.arange(source.shape[1], device=source.device)
         bias_BHMM = self.encoder.bias(position_M, position_M)
         if mask is not None:
-            mask_B11M, packing = mask.to(source.device)[:, None, None, :], Packing(mask, source.device)
+            mask_B11M, packing = (
+                mask.to(source.device)[:, None, None, :],
+                Packing(mask, source.device),
+            )
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
-            x, adapter, bias_BHMM = packing.pack(x), of_rows(adapter_B, packing.row_T), bias_BHMM + memory_bias_B11M
-        memory = self.encoder(x, Context(adapter, bias_BHMM, packing=packing), [Cache() for _ in self.encoder.blocks])
+            x, adapter, bias_BHMM = (
+                packing.pack(x),
+                of_rows(adapter_B, packing.row_T),
+                bias_BHMM + memory_bias_B11M,
+            )
+        memory = self.encoder(
+            x, Context(adapter, bias_BHMM, packing=packing), [Cache() for _ in self.encoder.blocks]
+        )
         kvs = (block.cross.kv(memory, adapter, packing=packing) for block in self.decoder.blocks)
-        caches = [Cache(memory=tuple(x.contiguous() for x in kv)) for kv in kvs]  # a head in one piece: read often
+        caches = [
+            Cache(memory=tuple(x.contiguous() for x in kv)) for kv in kvs
+        ]  # a head in one piece: read often
         start_B1 = torch.full_like(source[:, :1], self.config.start_id)
-        return State(start_B1, adapter_B, caches, source.new_zeros(2, 0), memory_bias_B11M=memory_bias_B11M)
+        return State(
+            start_B1, adapter_B, caches, source.new_zeros(2, 0), memory_bias_B11M=memory_bias_B11M
+        )
 
     def step(self, tokens, state):
         """Append tokens (B, L) to the target: -> logits (B, L, V) of the token after each; `state` moves on."""
