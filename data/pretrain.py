@@ -87,7 +87,12 @@ def ask_value(rng, alike, first, second):
     return f"{name} of the {('first', 'second')[which]} ?", (first, second)[which][name]
 
 
-QUESTIONS = {ask_one: 0.4, ask_list: 0.3, ask_count: 0.1, ask_value: 0.2}  # with their shares of the training
+QUESTIONS = {
+    ask_one: 0.4,
+    ask_list: 0.3,
+    ask_count: 0.1,
+    ask_value: 0.2,
+}  # with their shares of the training
 
 
 def example(rng, ask):
@@ -131,30 +136,50 @@ def write_held_out(folder, detail=SHIPPED):
 
 def make_tokenizer():
     """A token for each word of the language, and one for each byte: every UTF-8 text comes back."""
-    words = " ".join([*FACTS, *ANSWERS, *(" ".join([name, *values]) for name, values in DETAILS.items())])
+    words = " ".join(
+        [*FACTS, *ANSWERS, *(" ".join([name, *values]) for name, values in DETAILS.items())]
+    )
     words += " ? different same compare . how many are the same of the first second 0 1 2 3 4"
     tokens = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += ["Ġ" + word for word in dict.fromkeys(words.split()) if "{" not in word]
     # BPE without merges: with ignore_merges, a word that is a token is taken whole, and any other byte by byte.
-    backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, [], ignore_merges=True))
+    backend = Backend(
+        models.BPE({token: i for i, token in enumerate(tokens)}, [], ignore_merges=True)
+    )
     backend.normalizer = normalizers.Prepend(" ")  # the first word as every other
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens([PAD, EOS])
-    backend.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, 1)]
+    )
     return Tokenizer(backend, {"pad_token": PAD, "eos_token": EOS})
 
 
 def new_model(tokenizer, seed, d_model=64):
     """A T5 (v1.0 form) with T5's own initialisation: standard deviations as in Mesh TensorFlow's, factor 1."""
-    vocab_size = -(-tokenizer.backend.get_vocab_size() // 16) * 16  # a multiple of 16; the last rows are no token's
-    c = T5Config(d_model, d_model // 4, 3 * d_model, 2, 2, n_heads=4, vocab_size=vocab_size, dropout=0.0)
+    vocab_size = (
+        -(-tokenizer.backend.get_vocab_size() // 16) * 16
+    )  # a multiple of 16; the last rows are no token's
+    c = T5Config(
+        d_model, d_model // 4, 3 * d_model, 2, 2, n_heads=4, vocab_size=vocab_size, dropout=0.0
+    )
     torch.manual_seed(seed)
     model = T5(c)
-    widths = [(model.embed, 1), (model.encoder.position, c.d_model), (model.decoder.position, c.d_model)]
+    widths = [
+        (model.embed, 1),
+        (model.encoder.position, c.d_model),
+        (model.decoder.position, c.d_model),
+    ]
     for module in model.modules():
-        if isinstance(module, Attention):  # q's holds the 1 / sqrt(d_head) that T5's scores do without
-            widths += [(module.q, c.d_model * c.d_head), (module.k, c.d_model), (module.v, c.d_model)]
+        if isinstance(
+            module, Attention
+        ):  # q's holds the 1 / sqrt(d_head) that T5's scores do without
+            widths += [
+                (module.q, c.d_model * c.d_head),
+                (module.k, c.d_model),
+                (module.v, c.d_model),
+            ]
             widths += [(module.o, c.n_heads * c.d_head)]
         elif isinstance(module, FeedForward):
             widths += [(module.gate, c.d_model), (module.down, c.d_ff)]
@@ -174,7 +199,9 @@ def pretrain(seed, steps, d_model=64, lr=2e-3, batch_size=64):
     """-> (model, tokenizer), trained on fresh examples at every step: nothing comes twice but by chance."""
     tokenizer = make_tokenizer()
     model = new_model(tokenizer, seed, d_model)
-    weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]  # (IA)^3 stays at one
+    weights = [
+        p for name, p in model.named_parameters() if not name.endswith(".scale")
+    ]  # (IA)^3 stays at one
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     rng, asks, shares = np.random.RandomState(seed), list(QUESTIONS), list(QUESTIONS.values())
     begin = time.time()
@@ -190,7 +217,9 @@ def pretrain(seed, steps, d_model=64, lr=2e-3, batch_size=64):
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if step % 250 == 0 or step + 1 == steps:
-            print(f"step {step:5d}  loss {loss.item():.4f}  {time.time() - begin:.0f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.4f}  {time.time() - begin:.0f} s", flush=True
+            )
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -199,7 +228,10 @@ def pretrain(seed, steps, d_model=64, lr=2e-3, batch_size=64):
 
 def right(answer, target):
     """Is a generated answer the target? A list's details may come in any order."""
-    pairs = [sorted(zip(words[::2], words[1::2], strict=False)) for words in (answer.split(), target.split())]
+    pairs = [
+        sorted(zip(words[::2], words[1::2], strict=False))
+        for words in (answer.split(), target.split())
+    ]
     return answer == target or (len(target.split()) == 2 * len(DETAILS) and pairs[0] == pairs[1])
 
 
@@ -208,28 +240,54 @@ def measure(model, tokenizer, n=512):
     rng, shares = np.random.RandomState(2**31), {}
     for ask in QUESTIONS:
         examples = [example(rng, ask) for _ in range(n)]
-        answers = minia3.generate(model, tokenizer, [source for source, _ in examples], max_new_tokens=9, batch_size=64)
-        shares[ask.__name__] = np.mean([right(a, target) for a, (_, target) in zip(answers, examples, strict=True)])
+        answers = minia3.generate(
+            model, tokenizer, [source for source, _ in examples], max_new_tokens=9, batch_size=64
+        )
+        shares[ask.__name__] = np.mean(
+            [right(a, target) for a, (_, target) in zip(answers, examples, strict=True)]
+        )
     return shares
 
 
 def measure_held_out(model, tokenizer, rows):
     """(accuracy, AUC) of the score of "yes" minus the score of "no" on rows of the held-out task."""
-    scores_NC = minia3.rank(model, tokenizer, [row["input"] for row in rows], list(ANSWERS), batch_size=64)
+    scores_NC = minia3.rank(
+        model, tokenizer, [row["input"] for row in rows], list(ANSWERS), batch_size=64
+    )
     label_N = torch.tensor([row["label"] for row in rows])
     difference_N = scores_NC[:, 1] - scores_NC[:, 0]
     accuracy = ((difference_N > 0) == (label_N == 1)).double().mean().item()
-    return accuracy, area_under_curve(difference_N[label_N == 1].numpy(), difference_N[label_N == 0].numpy())
+    return accuracy, area_under_curve(
+        difference_N[label_N == 1].numpy(), difference_N[label_N == 0].numpy()
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="where tiny-t5/ and the held-out task go (default: here)")
-    parser.add_argument("--seed", type=int, default=4, help="of the weights and of the training examples (default 4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE,
+        help="where tiny-t5/ and the held-out task go (default: here)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=4,
+        help="of the weights and of the training examples (default 4)",
+    )
     parser.add_argument("--steps", type=int, default=3000, help="of pre-training (default 3000)")
-    parser.add_argument("--d-model", type=int, default=64, help="width, a multiple of 8 (default 64)")
-    parser.add_argument("--quick", action="store_true", help="20 steps: to see that it runs, not to make a model")
-    parser.add_argument("--details", nargs="+", choices=DETAILS, default=[SHIPPED], help="held-out tasks to write")
+    parser.add_argument(
+        "--d-model", type=int, default=64, help="width, a multiple of 8 (default 64)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="20 steps: to see that it runs, not to make a model"
+    )
+    parser.add_argument(
+        "--details", nargs="+", choices=DETAILS, default=[SHIPPED], help="held-out tasks to write"
+    )
     args = parser.parse_args()
     if args.quick and args.out.resolve() == HERE:
         parser.error("--quick would write over the shipped model: give an --out")
@@ -245,7 +303,9 @@ def main():
     print("held out (no question), before any training on it")
     for detail in DETAILS:
         accuracy, auc = measure_held_out(model, tokenizer, held_out(detail)["test"])
-        print(f"  same-{detail:7} {accuracy:6.1%}  AUC {auc:.2f}{'  (shipped)' if detail == SHIPPED else ''}")
+        print(
+            f"  same-{detail:7} {accuracy:6.1%}  AUC {auc:.2f}{'  (shipped)' if detail == SHIPPED else ''}"
+        )
 
 
 if __name__ == "__main__":

@@ -40,11 +40,18 @@ GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 T5_PEERS = {
     "t5-v1.0": ("T5", {}),
     "t5-v1.1": ("T5", GATED),  # with its own head: see `make`
-    "t5-wide": ("T5", {"d_kv": 10, "num_layers": 3, "num_decoder_layers": 1}),  # heads * d_kv != d_model, as t5-3b
+    "t5-wide": (
+        "T5",
+        {"d_kv": 10, "num_layers": 3, "num_decoder_layers": 1},
+    ),  # heads * d_kv != d_model, as t5-3b
     "t5-deep-decoder": ("T5", {**GATED, "num_heads": 3, "num_layers": 1, "num_decoder_layers": 3}),
     "t5-near": (
         "T5",
-        {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "dropout_rate": 0.3},
+        {
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "dropout_rate": 0.3,
+        },
     ),
     "t5-unscaled": ("T5", GATED),  # tied and not scaled: what transformers 5 makes of a v1.1 config
     "mt5": ("MT5", {"feed_forward_proj": "gated-gelu"}),
@@ -63,7 +70,10 @@ LLAMA_PEERS = {
             "intermediate_size": 37,
         },
     ),
-    "llama3": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}),
+    "llama3": (
+        "Llama",
+        {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
+    ),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
 }
 PEERS = T5_PEERS | LLAMA_PEERS
@@ -79,13 +89,25 @@ class Peer(NamedTuple):
         """(B, L + 1, V): the logits after the source and after each token of the target; LLaMA's rows unpadded."""
         with torch.no_grad():
             if self.model.config.is_encoder_decoder:
-                start_B1 = torch.full_like(target_BL[:, :1], self.model.config.decoder_start_token_id)
+                start_B1 = torch.full_like(
+                    target_BL[:, :1], self.model.config.decoder_start_token_id
+                )
                 target_BL = torch.cat((start_B1, target_BL), dim=1)
                 mask_BM = None if mask_BM is None else mask_BM.long()
-                return self.model(input_ids=source_BM, attention_mask=mask_BM, decoder_input_ids=target_BL).logits
-            rows = source_BM if mask_BM is None else [row[keep] for row, keep in zip(source_BM, mask_BM, strict=True)]
-            texts = [torch.cat((row, target))[None] for row, target in zip(rows, target_BL, strict=True)]
-            return torch.cat([self.model(input_ids=text).logits[:, -target_BL.shape[1] - 1 :] for text in texts])
+                return self.model(
+                    input_ids=source_BM, attention_mask=mask_BM, decoder_input_ids=target_BL
+                ).logits
+            rows = (
+                source_BM
+                if mask_BM is None
+                else [row[keep] for row, keep in zip(source_BM, mask_BM, strict=True)]
+            )
+            texts = [
+                torch.cat((row, target))[None] for row, target in zip(rows, target_BL, strict=True)
+            ]
+            return torch.cat(
+                [self.model(input_ids=text).logits[:, -target_BL.shape[1] - 1 :] for text in texts]
+            )
 
 
 def make(name, **overrides):
@@ -104,10 +126,18 @@ def make(name, **overrides):
         model = getattr(transformers, f"{kind}{model_kind}")(config)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                std = 1.0 if "relative_attention_bias" in parameter_name else 0.2 if name in LLAMA_PEERS else 0.1
+                std = (
+                    1.0
+                    if "relative_attention_bias" in parameter_name
+                    else 0.2
+                    if name in LLAMA_PEERS
+                    else 0.1
+                )
                 parameter.add_(std * torch.randn(parameter.shape))
         if name in OWN_HEAD:  # transformers 5 ties every T5
-            model.lm_head.weight = torch.nn.Parameter(torch.randn(config.vocab_size, config.d_model))
+            model.lm_head.weight = torch.nn.Parameter(
+                torch.randn(config.vocab_size, config.d_model)
+            )
     return model.eval()
 
 
@@ -157,7 +187,9 @@ def double(model):
     """`model` in float64 throughout: transformers' norms compute in float32 even then."""
 
     def forward(norm, x):
-        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return (
+            norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        )
 
     for module in model.double().modules():
         if hasattr(module, "variance_epsilon"):
@@ -174,7 +206,9 @@ def copy(peer, tmp_path):
         shutil.copytree(peer(name).folder, folder)
         raw = json.loads((folder / "config.json").read_text())
         raw.update(changes)
-        (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in raw.items() if value is not None})
+        )
         return folder
 
     return get
@@ -191,7 +225,10 @@ def randomize(model, seed=0, std=0.5):
 
 def at_once(work, arguments):
     """Call `work` with each of these tuples, in a thread of its own; they take turns within a block, or a load."""
-    threads, before = [threading.Thread(target=work, args=own) for own in arguments], sys.getswitchinterval()
+    threads, before = (
+        [threading.Thread(target=work, args=own) for own in arguments],
+        sys.getswitchinterval(),
+    )
     sys.setswitchinterval(1e-6)  # seconds
     try:
         for thread in threads:
@@ -218,9 +255,16 @@ def their_logits(model, source_BM, mask_BM, target_BL):
     """As Peer.logits, with gradients."""
     if model.config.is_encoder_decoder:
         target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
-        return model(input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL).logits
-    texts = [torch.cat((row[m], target)) for row, m, target in zip(source_BM, mask_BM, target_BL, strict=True)]
-    return torch.cat([model(input_ids=text[None]).logits[:, -target_BL.shape[1] - 1 :] for text in texts])
+        return model(
+            input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL
+        ).logits
+    texts = [
+        torch.cat((row[m], target))
+        for row, m, target in zip(source_BM, mask_BM, target_BL, strict=True)
+    ]
+    return torch.cat(
+        [model(input_ids=text[None]).logits[:, -target_BL.shape[1] - 1 :] for text in texts]
+    )
 
 
 def off(found, expected):
@@ -245,4 +289,8 @@ def bfloat16_errors(peer, name, source_BM, mask_BM, target_BL):
     arguments = (source_BM, mask_BM, target_BL)
     expected = Peer(name, folder, exact).logits(*arguments)
     ours = logits(minia3.load_model(folder, dtype=torch.bfloat16), *arguments)
-    return rms(ours - expected), rms(Peer(name, folder, theirs).logits(*arguments) - expected), rms(expected)
+    return (
+        rms(ours - expected),
+        rms(Peer(name, folder, theirs).logits(*arguments) - expected),
+        rms(expected),
+    )

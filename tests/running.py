@@ -34,7 +34,13 @@ CONFIGS = {
     "llama": LlamaConfig(24, 6, 40, 2, 4, 2, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
 }
 TIMES = {"seconds", "examples_per_second", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
-TRACED = (str(ROOT / "train.py"), cell.__file__, run_folder.__file__, checkpoint.__file__, write.__file__)
+TRACED = (
+    str(ROOT / "train.py"),
+    cell.__file__,
+    run_folder.__file__,
+    checkpoint.__file__,
+    write.__file__,
+)
 
 
 @functools.cache
@@ -49,7 +55,11 @@ def model(name, seed=0):
     new = build_model(CONFIGS[name])
     for key, p in list(new.named_parameters()):
         scale = 1.0 if "embed" in key or "position" in key else 0.3
-        place_parameter(new, key, scale * torch.randn(p.shape, generator=generator) + key.endswith("norm.weight"))
+        place_parameter(
+            new,
+            key,
+            scale * torch.randn(p.shape, generator=generator) + key.endswith("norm.weight"),
+        )
     minia3.save_model(new, folder, word_tokenizer(ends=name == "t5"))
     return folder
 
@@ -87,14 +97,21 @@ def task(n_choices=(2,)):
     """The folder of a task: 20 rows to train on, 10 to validate, 12 to test."""
     made = rows(42, n_choices)
     name = "-".join(map(str, n_choices))
-    return write(Path(home().name, f"task-{name}"), train=made[:20], validation=made[20:30], test=made[30:])
+    return write(
+        Path(home().name, f"task-{name}"), train=made[:20], validation=made[20:30], test=made[30:]
+    )
 
 
 def words(out, *flags, **values):
     """A command line: of a short run into `out` on the random T5 and its task, unless `values` say otherwise."""
     default = {"model": model("t5"), "task": task(), "device": "cpu"}
     values = {**default, "steps": 12, "batch_size": 4, "eval_batch_size": 64, "out": out, **values}
-    named = [w for key, v in values.items() if v is not None for w in (f"--{key.replace('_', '-')}", str(v))]
+    named = [
+        w
+        for key, v in values.items()
+        if v is not None
+        for w in (f"--{key.replace('_', '-')}", str(v))
+    ]
     return [*named, *flags]
 
 
@@ -124,7 +141,9 @@ def metrics(folder):
 
 def outcome(folder):
     """What two equal runs have in common: the adapters' bytes, and all numbers of metrics.jsonl that are not times."""
-    lines = [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
+    lines = [
+        {key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)
+    ]
     return tuple(path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))), lines
 
 

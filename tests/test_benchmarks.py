@@ -51,7 +51,9 @@ def test_lines_that_begin_no_process_work_on_a_llama(tmp_path):
     assert all(row["ours_over_products"] == row["ours"] / row["products"] for row in texts)
 
 
-@pytest.mark.parametrize("line", ["adapters", "export", "steps", "choices", "many_tasks", "ranking", "generation"])
+@pytest.mark.parametrize(
+    "line", ["adapters", "export", "steps", "choices", "many_tasks", "ranking", "generation"]
+)
 @pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
 def test_nothing_is_timed_where_one_side_leaves_the_adapter_out(model, line, tmp_path, monkeypatch):
     dtype = torch.float32 if line == "generation" else torch.bfloat16
@@ -63,7 +65,17 @@ def test_nothing_is_timed_where_one_side_leaves_the_adapter_out(model, line, tmp
 
 def test_growth_is_measured_fitted_and_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")
-    growth.main(["--quick", "--dtype", "float32", "--json", str(tmp_path / "growth.json"), "--plot", str(tmp_path)])
+    growth.main(
+        [
+            "--quick",
+            "--dtype",
+            "float32",
+            "--json",
+            str(tmp_path / "growth.json"),
+            "--plot",
+            str(tmp_path),
+        ]
+    )
     result = json.loads((tmp_path / "growth.json").read_text())
     assert {p["sweep"] for p in result["points"]} == growth.SWEEPS.keys()
     assert result["exponents"]["smollm2-135m, length, train"]["kept"] == pytest.approx(1, abs=0.01)
@@ -73,9 +85,13 @@ def test_growth_is_measured_fitted_and_drawn(tmp_path):
 # Memory
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured and limited as Linux does it")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="memory is measured and limited as Linux does it"
+)
 @pytest.mark.parametrize("name", ["t5-base", "smollm2-135m"])
-def test_a_process_that_trains_is_measured_and_one_that_finds_no_memory_is_told_from_a_failure(name):
+def test_a_process_that_trains_is_measured_and_one_that_finds_no_memory_is_told_from_a_failure(
+    name,
+):
     config = config_of(name, quick=True)
     given = torch.float32, 2, 16, True
     assert 0 < memory.measured(config, *given, limit=10**9) < 10**8
@@ -92,7 +108,10 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
 
     monkeypatch.setattr(memory, "measured", measured)
     memory.main(["--largest", str(room / 1e9)])
-    counts = {name: sum(p.numel() for p in build_model(known.config).parameters()) for name, known in known_models().items()}
+    counts = {
+        name: sum(p.numel() for p in build_model(known.config).parameters())
+        for name, known in known_models().items()
+    }
     best = max((n for n in counts.values() if n < room), default=None)
     found = capsys.readouterr().out.split()[-1]
     assert counts.get(found) == best
@@ -103,8 +122,12 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
-def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_own(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "held_out", lambda folder: [f"{folder}/{task}" for task in "abcdx"])
+def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_own(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        studies, "held_out", lambda folder: [f"{folder}/{task}" for task in "abcdx"]
+    )
     monkeypatch.setattr(studies.subprocess, "run", lambda *args, **options: None)  # makes bases
     lines = list(studies.STUDIES[name]("tiny-t5", tmp_path))
     assert len({of for of, _ in lines}) == len(lines) > 16
@@ -113,8 +136,12 @@ def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_o
         running.train.check(parse_flags(running.train.Config, words, ""))
 
 
-def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_finished(tmp_path, monkeypatch, capfd):
-    some = {name: running.words(None, steps=4, seed=seed) for seed, name in enumerate(("one", "two"))}
+def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_finished(
+    tmp_path, monkeypatch, capfd
+):
+    some = {
+        name: running.words(None, steps=4, seed=seed) for seed, name in enumerate(("one", "two"))
+    }
     monkeypatch.setattr(studies, "STUDIES", {"s": lambda model, out: some.items()})
     study = ["s", "--model", "m", "--out", str(tmp_path), "--save-every", "1"]
     with pytest.raises(SystemExit):
@@ -134,14 +161,24 @@ def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_f
     assert torch.load(checkpoint, weights_only=True)["finished"]
 
 
-@pytest.mark.skipif("MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no tokenizer, no data")
+@pytest.mark.skipif(
+    "MINIA3_TEST_DATA" not in os.environ,
+    reason="MINIA3_TEST_DATA is not set: no tokenizer, no data",
+)
 def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp_path):
     """On CB, whose file is there, and StoryCloze, of which there are T-Few's published splits alone."""
     shared = Path(os.environ["MINIA3_TEST_DATA"])
     study = ["t0-3b", "--dry-run", str(shared / "tokenizers" / "t5-base"), "--out", str(tmp_path)]
-    splits = {"ia3-storycloze": "T-Few's other splits", "lora-cb": "validation", "full-cb": "validation"}
+    splits = {
+        "ia3-storycloze": "T-Few's other splits",
+        "lora-cb": "validation",
+        "full-cb": "validation",
+    }
     for name, split in splits.items():
         studies.main([*study, "--only", name, "--data-dir", str(shared / "data")])
         finals = [line for line in running.metrics(tmp_path / name) if line["event"] == "final"]
-        assert [(final["adapter"], final["split"]) for final in finals] == [("s0", split), ("s1", split)]
+        assert [(final["adapter"], final["split"]) for final in finals] == [
+            ("s0", split),
+            ("s1", split),
+        ]
         assert all(final["steps"] == 2 and len(final["accuracies"]) == 2 for final in finals)

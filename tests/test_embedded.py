@@ -35,7 +35,10 @@ TWO_FACTS = re.compile(f"{FACT} {FACT}")
 
 
 def read(split):
-    return [json.loads(line) for line in (TASK / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (TASK / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +57,17 @@ def base():
 def test_the_shipped_rows_are_what_the_script_makes_byte_for_byte(tmp_path):
     pretrain.write_held_out(tmp_path)
     for split in SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (TASK / f"{split}.jsonl").read_bytes(), split
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (
+            TASK / f"{split}.jsonl"
+        ).read_bytes(), split
 
 
 def test_the_shipped_tokenizer_is_what_the_script_makes(tmp_path):
     pretrain.make_tokenizer().save(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / name).read_text()) == json.loads((MODEL / name).read_text()), name
+        assert json.loads((tmp_path / name).read_text()) == json.loads(
+            (MODEL / name).read_text()
+        ), name
 
 
 def test_the_model_is_small_and_its_adapter_under_two_percent_of_it(base):
@@ -75,11 +82,16 @@ def test_the_model_is_small_and_its_adapter_under_two_percent_of_it(base):
 def test_transformers_reads_the_model_and_its_tokenizer_to_the_same_numbers(base, rows):
     transformers = pytest.importorskip("transformers")
     model, tokenizer = base
-    theirs, info = transformers.T5ForConditionalGeneration.from_pretrained(MODEL, output_loading_info=True)
+    theirs, info = transformers.T5ForConditionalGeneration.from_pretrained(
+        MODEL, output_loading_info=True
+    )
     assert not any(info.values())
     text = rows["test"][0]["input"] + " same colour ?"
     source_BM = torch.tensor([tokenizer.encode(text)])
-    assert transformers.AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"] == source_BM[0].tolist()
+    assert (
+        transformers.AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
+        == source_BM[0].tolist()
+    )
     target_BL = torch.tensor([[0, *tokenizer.encode("yes")]])
     with torch.no_grad():
         expected = theirs.eval()(input_ids=source_BM, decoder_input_ids=target_BL).logits
@@ -98,7 +110,12 @@ def test_each_word_of_the_language_is_one_token(base, rows):
     _, tokenizer = base
     rng = np.random.RandomState(0)
     texts = [row["input"] for row in rows["train"]]
-    texts += [text for ask in pretrain.QUESTIONS for _ in range(200) for text in pretrain.example(rng, ask)]
+    texts += [
+        text
+        for ask in pretrain.QUESTIONS
+        for _ in range(200)
+        for text in pretrain.example(rng, ask)
+    ]
     for text in texts:
         assert len(tokenizer.encode(text)) == len(text.split()) + 1, text
 
@@ -140,7 +157,11 @@ def guess(train, test, features):
             seen[feature][row["label"]] += 1
     right = 0
     for row in test:
-        ratios = [log((seen[f][1] + 1) / (seen[f][0] + 1)) for f in features(row["input"].split()) if f in seen]
+        ratios = [
+            log((seen[f][1] + 1) / (seen[f][0] + 1))
+            for f in features(row["input"].split())
+            if f in seen
+        ]
         right += (sum(ratios) > 0) == row["label"]
     return right / len(test)
 
@@ -151,7 +172,9 @@ def guess(train, test, features):
         lambda words: words,  # how often each word occurs
         lambda words: list(enumerate(words)),  # which word stands where
         lambda words: [len(words)],
-        lambda words: [" ".join(w for w in words if not COLOUR.fullmatch(w))],  # all but the colours
+        lambda words: [
+            " ".join(w for w in words if not COLOUR.fullmatch(w))
+        ],  # all but the colours
     ],
     ids=["words", "positions", "length", "the rest"],
 )
@@ -188,8 +211,12 @@ def test_a_new_model_has_the_initialisation_of_t5():
     }
     for module, width in widths.items():
         n = module.weight.numel()
-        assert module.weight.std().item() * width**0.5 == pytest.approx(1, abs=5 / (2 * n) ** 0.5), module
-    assert all(torch.equal(vector, torch.ones_like(vector)) for vector in minia3.vectors(model).values())
+        assert module.weight.std().item() * width**0.5 == pytest.approx(
+            1, abs=5 / (2 * n) ** 0.5
+        ), module
+    assert all(
+        torch.equal(vector, torch.ones_like(vector)) for vector in minia3.vectors(model).values()
+    )
 
 
 def test_pretraining_twice_gives_the_same_bits_and_leaves_the_vectors_at_one():
@@ -215,7 +242,13 @@ def final(folder, **flags):
     """Run train.py into `folder` with `flags`: -> the last line of its metrics."""
     args = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "train.py", "--device", "cpu", "--out", str(folder), *args]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -224,7 +257,9 @@ def test_the_default_run_learns_what_the_base_cannot_do(tmp_path):
     result = final(tmp_path / "run")
     assert result["rows"] == 1024
     assert result["accuracy_before"] <= 0.6
-    assert 0.4 <= result["auc_before"] <= 0.6  # nor does it know with another threshold, or the other way round
+    assert (
+        0.4 <= result["auc_before"] <= 0.6
+    )  # nor does it know with another threshold, or the other way round
     assert result["accuracy"] >= 0.97
 
 
@@ -233,12 +268,20 @@ def test_shuffled_labels_teach_nothing(tmp_path, rows):
     for seed in range(3):
         task = tmp_path / f"shuffled-{seed}"
         task.mkdir()
-        labels = np.random.RandomState(seed).permutation([row["label"] for row in rows["train"]]).tolist()
-        shuffled = [{**row, "label": label} for row, label in zip(rows["train"], labels, strict=True)]
+        labels = (
+            np.random.RandomState(seed)
+            .permutation([row["label"] for row in rows["train"]])
+            .tolist()
+        )
+        shuffled = [
+            {**row, "label": label} for row, label in zip(rows["train"], labels, strict=True)
+        ]
         for split, part in {**rows, "train": shuffled}.items():
             (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         accuracies.append(final(tmp_path / f"run-{seed}", task=task, seed=seed)["accuracy"])
-    assert 0.4 <= np.mean(accuracies) <= 0.6, accuracies  # two-sided: knowing it upside down is knowing it
+    assert 0.4 <= np.mean(accuracies) <= 0.6, (
+        accuracies
+    )  # two-sided: knowing it upside down is knowing it
 
 
 def test_an_untrained_base_learns_nothing(tmp_path):

@@ -59,7 +59,21 @@ MEMORY = 4 << 30  # bytes that a child may ask for, filled or not
 # Mutations: (generator, bytes of a file) -> other bytes
 
 LIES = [0, 1, 2, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-TEXTS = ["", "x", "a\nb", "../x", "/etc/passwd", "\ud800", "a\0b", "x" * 5000, "F32", "F16", "BF16", "I64", "F8_E5M2"]
+TEXTS = [
+    "",
+    "x",
+    "a\nb",
+    "../x",
+    "/etc/passwd",
+    "\ud800",
+    "a\0b",
+    "x" * 5000,
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "F8_E5M2",
+]
 VALUES = [  # JSON's own texts
     "null", "true", "false", "0", "1", "-1", "2", "3", "4.0", "1.5", "1e400", "-1e-300", "NaN", "Infinity", "-Infinity",
     "[]", "{}", "[0]", "[0,0]", "[4,6]", "[1,1,1]",
@@ -103,7 +117,10 @@ def mutate_tree(rng, tree):
     elif isinstance(tree, list):
         items[at] = mutate_tree(rng, items[at])
     elif how < 0.3:
-        items[at] = (rng.choice(["x", "", "a\nb", items[at][0] + "x", "../x", rng.choice(items)[0]]), items[at][1])
+        items[at] = (
+            rng.choice(["x", "", "a\nb", items[at][0] + "x", "../x", rng.choice(items)[0]]),
+            items[at][1],
+        )
     elif how < 0.4:
         items.append((items[at][0], mutate_tree(rng, items[at][1])))  # the same key twice
     else:
@@ -114,7 +131,9 @@ def mutate_tree(rng, tree):
 def damage(rng, content):
     """Bytes as such: cut, flipped, overwritten by numbers that lie, left out, repeated, foreign."""
     new, how = bytearray(content), rng.randrange(7)
-    at = rng.randrange(len(new) + 1) if rng.random() < 0.5 else rng.randrange(min(len(new), 600) + 1)
+    at = (
+        rng.randrange(len(new) + 1) if rng.random() < 0.5 else rng.randrange(min(len(new), 600) + 1)
+    )
     n = rng.choice([1, 2, 4, 8, 100])
     if how == 0:
         del new[at:]
@@ -124,7 +143,9 @@ def damage(rng, content):
                 new[rng.randrange(len(new))] ^= 1 << rng.randrange(8)
     elif how == 2:
         width = rng.choice([4, 8])
-        new[at : at + width] = (rng.choice(LIES) % 2 ** (8 * width)).to_bytes(width, rng.choice(["little", "big"]))
+        new[at : at + width] = (rng.choice(LIES) % 2 ** (8 * width)).to_bytes(
+            width, rng.choice(["little", "big"])
+        )
     elif how == 3:
         del new[at : at + n]
     elif how == 4:
@@ -132,14 +153,20 @@ def damage(rng, content):
     elif how == 5:
         new[at : at + n] = rng.randbytes(n)
     else:
-        new[at:at] = rng.choice([b"\0", b"\xff", b"\n", b'"', b",", b"\xef\xbb\xbf", b"{", b"]", b"\r", b"\x80" * 12])
+        new[at:at] = rng.choice(
+            [b"\0", b"\xff", b"\n", b'"', b",", b"\xef\xbb\xbf", b"{", b"]", b"\r", b"\x80" * 12]
+        )
     return bytes(new)
 
 
 def poison(rng, content):
     """NaN or infinity in the place of one of the last numbers."""
     at = len(content) - 4 * rng.randrange(1, max(len(content) // 8, 2))
-    return content[:at] + rng.choice([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff"]) + content[at + 4 :]
+    return (
+        content[:at]
+        + rng.choice([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff"])
+        + content[at + 4 :]
+    )
 
 
 def mutate_safetensors(rng, content):
@@ -216,9 +243,13 @@ def mutate(rng, folder):
     if how < 0.03:
         changed = b""
     else:
-        changed = (MUTATIONS.get(path.suffix, damage) if rng.random() < 0.75 else damage)(rng, content)
+        changed = (MUTATIONS.get(path.suffix, damage) if rng.random() < 0.75 else damage)(
+            rng, content
+        )
     path.write_bytes(changed)
-    first = next((i for i, (a, b) in enumerate(zip(content, changed, strict=False)) if a != b), "the end")
+    first = next(
+        (i for i, (a, b) in enumerate(zip(content, changed, strict=False)) if a != b), "the end"
+    )
     return f"{path.name}: {len(content)} bytes became {len(changed)}, from {first} on"
 
 
@@ -287,7 +318,11 @@ def sane_config(config, raw, generation):
     assert config.pad_id is None or is_id(config.pad_id), f"pad_id {config.pad_id!r}"
     assert type(config.eos_ids) is tuple
     assert all(is_id(i) for i in config.eos_ids), f"eos_ids {config.eos_ids!r}"
-    wanted = raw.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
+    wanted = (
+        raw.get("eos_token_id")
+        if generation.get("eos_token_id") is None
+        else generation["eos_token_id"]
+    )
     wanted = wanted if isinstance(wanted, list) or wanted is None else [wanted]
     assert wanted is None or config.eos_ids == tuple(wanted), f"eos_ids {config.eos_ids!r}"
     if t5:
@@ -297,7 +332,9 @@ def sane_config(config, raw, generation):
         assert config.n_heads % config.n_kv_heads == 0
         assert is_number(config.rope_theta, 1e-300), f"theta {config.rope_theta}"
         assert config.bos_id is None or is_id(config.bos_id), f"bos_id {config.bos_id!r}"
-        assert all(is_number(x, 1e-300) for x in config.rope_scaling or ()), f"scaling {config.rope_scaling}"
+        assert all(is_number(x, 1e-300) for x in config.rope_scaling or ()), (
+            f"scaling {config.rope_scaling}"
+        )
 
 
 def read_object(path):
@@ -323,7 +360,15 @@ def small_t5(**changes):
 
 def small_llama():
     torch.manual_seed(0)
-    sizes = {"d_model": 8, "d_head": 4, "d_ff": 12, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 20}
+    sizes = {
+        "d_model": 8,
+        "d_head": 4,
+        "d_ff": 12,
+        "n_layers": 2,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "vocab_size": 20,
+    }
     return Llama(LlamaConfig(**sizes, max_length=32, rope_scaling=(8.0, 1.0, 4.0, 16))).eval()
 
 
@@ -336,7 +381,12 @@ def jitter(model):
 
 def make_safetensors(folder):
     torch.manual_seed(0)
-    tensors = {"a": torch.randn(2, 3), "b.c": torch.randn(4).half(), "n": torch.arange(3), "e": torch.randn(0, 2)}
+    tensors = {
+        "a": torch.randn(2, 3),
+        "b.c": torch.randn(4).half(),
+        "n": torch.arange(3),
+        "e": torch.randn(0, 2),
+    }
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
@@ -379,7 +429,11 @@ def make_shards(folder):
 
 def read_model(folder):
     model = minia3.load_model(folder)
-    sane_config(model.config, read_object(folder / "config.json"), read_object(folder / "generation_config.json"))
+    sane_config(
+        model.config,
+        read_object(folder / "config.json"),
+        read_object(folder / "generation_config.json"),
+    )
     table, parameters = name_table(model), dict(model.named_parameters())
     shards = [folder / "model.safetensors"]
     if not shards[0].exists():
@@ -389,10 +443,17 @@ def read_model(folder):
     for path in shards:
         for name, (dtype, shape, raw) in honest_safetensors(path.read_bytes()).items():
             found = parameters.pop(table[name]) if table[name] else None
-            assert found is None or (tuple(found.shape), raw_bytes(found)) == (shape, raw), (name, dtype)
-    assert all(name.endswith(".scale") and (x == 1).all() for name, x in parameters.items()), parameters.keys()
+            assert found is None or (tuple(found.shape), raw_bytes(found)) == (shape, raw), (
+                name,
+                dtype,
+            )
+    assert all(name.endswith(".scale") and (x == 1).all() for name, x in parameters.items()), (
+        parameters.keys()
+    )
     ids = torch.tensor([[1, 2, 3]])
-    with torch.no_grad():  # a config that a model can be made of, but not run, is a mistake that comes late
+    with (
+        torch.no_grad()
+    ):  # a config that a model can be made of, but not run, is a mistake that comes late
         state = model.start(ids)
         model.step(state.start, state)
 
@@ -400,21 +461,49 @@ def read_model(folder):
 def make_meta(folder):
     """Two shards as Meta writes them."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"tok_embeddings": (20, 4), "norm": (8,), "output": (10, 8), "layers.0.attention_norm": (8,)}
-    shapes |= {"layers.0.attention.wq": (4, 8), "layers.0.attention.wk": (4, 8), "layers.0.attention.wv": (4, 8)}
-    shapes |= {"layers.0.attention.wo": (8, 4), "layers.0.feed_forward.w1": (6, 8), "layers.0.feed_forward.w3": (6, 8)}
+    shapes = {
+        "tok_embeddings": (20, 4),
+        "norm": (8,),
+        "output": (10, 8),
+        "layers.0.attention_norm": (8,),
+    }
+    shapes |= {
+        "layers.0.attention.wq": (4, 8),
+        "layers.0.attention.wk": (4, 8),
+        "layers.0.attention.wv": (4, 8),
+    }
+    shapes |= {
+        "layers.0.attention.wo": (8, 4),
+        "layers.0.feed_forward.w1": (6, 8),
+        "layers.0.feed_forward.w3": (6, 8),
+    }
     shapes |= {"layers.0.feed_forward.w2": (8, 6), "layers.0.ffn_norm": (8,)}
     for i in range(2):
-        shard = {f"{name}.weight": torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+        shard = {
+            f"{name}.weight": torch.rand(shape, generator=generator)
+            for name, shape in shapes.items()
+        }
         torch.save(shard, folder / f"consolidated.{i:02d}.pth")
-    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "norm_eps": 1e-5, "vocab_size": -1, "multiple_of": 256}
+    params = {
+        "dim": 8,
+        "n_layers": 1,
+        "n_heads": 2,
+        "norm_eps": 1e-5,
+        "vocab_size": -1,
+        "multiple_of": 256,
+    }
     (folder / "params.json").write_text(json.dumps(params))
 
 
 def read_meta(folder):
     model, params = minia3.load_model(folder), read_object(folder / "params.json")
     sane_config(model.config, {}, {})
-    for key, name in {"dim": "d_model", "n_layers": "n_layers", "n_heads": "n_heads", "norm_eps": "eps"}.items():
+    for key, name in {
+        "dim": "d_model",
+        "n_layers": "n_layers",
+        "n_heads": "n_heads",
+        "norm_eps": "eps",
+    }.items():
         assert params.get(key, getattr(model.config, name)) == getattr(model.config, name), key
     assert params.get("vocab_size") in (None, -1, model.config.vocab_size)
     state = model.start(torch.tensor([[1, 2, 3]]))
@@ -422,18 +511,26 @@ def read_meta(folder):
 
 
 def make_config(folder):
-    (folder / "config.json").write_text(json.dumps(minia3.config.to_hf(small_t5().config, torch.float32)))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0}))
+    (folder / "config.json").write_text(
+        json.dumps(minia3.config.to_hf(small_t5().config, torch.float32))
+    )
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, 2], "pad_token_id": 0})
+    )
 
 
 def make_llama_config(folder):
     make_config(folder)
-    (folder / "config.json").write_text(json.dumps(minia3.config.to_hf(small_llama().config, torch.float32)))
+    (folder / "config.json").write_text(
+        json.dumps(minia3.config.to_hf(small_llama().config, torch.float32))
+    )
 
 
 def read_config(folder):
     found = read_checkpoint(folder, weights=False)[0]
-    sane_config(found, read_object(folder / "config.json"), read_object(folder / "generation_config.json"))
+    sane_config(
+        found, read_object(folder / "config.json"), read_object(folder / "generation_config.json")
+    )
 
 
 def protobuf(number, value):
@@ -448,18 +545,36 @@ def varint(n):
     return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
 
-PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("▁", -1.0, 1), ("a", -2.0, 1), ("b", -2.5, 1)]
+PIECES = [
+    ("<unk>", 0.0, 2),
+    ("<s>", 0.0, 3),
+    ("</s>", 0.0, 3),
+    ("▁", -1.0, 1),
+    ("a", -2.0, 1),
+    ("b", -2.5, 1),
+]
 PIECES += [("ab", -1.5, 1), ("▁ab", -0.5, 1), ("<x>", 0.0, 4)]
 
 
 def sentencepiece(kind, pieces=PIECES):
-    made = b"".join(protobuf(1, protobuf(1, text.encode()) + protobuf(2, score) + protobuf(3, kind)) for text, score, kind in pieces)
+    made = b"".join(
+        protobuf(1, protobuf(1, text.encode()) + protobuf(2, score) + protobuf(3, kind))
+        for text, score, kind in pieces
+    )
     return made + protobuf(2, protobuf(3, kind)) + protobuf(3, protobuf(3, 1) + protobuf(4, 0))
 
 
 TOKENIZER_CONFIG = {
-    **{"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "add_bos_token": True, "extra_ids": 4},
-    "added_tokens_decoder": {"9": {"content": "<new>", "special": True}, "10": {"content": "<more>"}},
+    **{
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "lstrip": False},
+        "add_bos_token": True,
+        "extra_ids": 4,
+    },
+    "added_tokens_decoder": {
+        "9": {"content": "<new>", "special": True},
+        "10": {"content": "<more>"},
+    },
     "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
 }
 
@@ -470,7 +585,9 @@ def make_spiece(folder, name="spiece.model", kind=1):
     if kind == 1:  # T5's sentinels come before what was added
         text = text.replace('"9"', '"13"').replace('"10"', '"14"')
     (folder / "tokenizer_config.json").write_text(text)
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "pad_token": "<unk>"}))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "</s>", "pad_token": "<unk>"})
+    )
     (folder / "config.json").write_text(json.dumps({"pad_token_id": 0, "eos_token_id": [2, 1]}))
 
 
@@ -508,16 +625,27 @@ def gguf_value(value):
         return 8, struct.pack("<Q", len(value.encode())) + value.encode()
     if isinstance(value, list):
         kind = gguf_value(value[0])[0]
-        return 9, struct.pack("<IQ", kind, len(value)) + b"".join(gguf_value(item)[1] for item in value)
-    return (6, struct.pack("<f", value)) if isinstance(value, float) else (4, struct.pack("<I", value))
+        return 9, struct.pack("<IQ", kind, len(value)) + b"".join(
+            gguf_value(item)[1] for item in value
+        )
+    return (
+        (6, struct.pack("<f", value)) if isinstance(value, float) else (4, struct.pack("<I", value))
+    )
 
 
 GGUF = {
-    **{"general.architecture": "llama", "llama.embedding_length": 8, "llama.feed_forward_length": 32},
+    **{
+        "general.architecture": "llama",
+        "llama.embedding_length": 8,
+        "llama.feed_forward_length": 32,
+    },
     **{"llama.block_count": 1, "llama.context_length": 64, "llama.attention.head_count": 2},
     **{"llama.attention.head_count_kv": 1, "llama.attention.layer_norm_rms_epsilon": 0.001},
     **{"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [text for text, _, _ in PIECES]},
-    **{"tokenizer.ggml.scores": [score for _, score, _ in PIECES], "tokenizer.ggml.eos_token_id": 2},
+    **{
+        "tokenizer.ggml.scores": [score for _, score, _ in PIECES],
+        "tokenizer.ggml.eos_token_id": 2,
+    },
     "tokenizer.ggml.token_type": [kind for _, _, kind in PIECES],
 }
 
@@ -525,9 +653,21 @@ GGUF = {
 def make_gguf(folder):
     rng = np.random.default_rng(0)
     shapes = {"token_embd.weight": (9, 8), "output_norm.weight": (8,), "rope_freqs.weight": (2,)}
-    shapes |= {"blk.0.attn_q.weight": (8, 8), "blk.0.attn_k.weight": (4, 8), "blk.0.attn_v.weight": (4, 8)}
-    shapes |= {"blk.0.attn_output.weight": (8, 8), "blk.0.attn_norm.weight": (8,), "blk.0.ffn_norm.weight": (8,)}
-    shapes |= {"blk.0.ffn_gate.weight": (32, 8), "blk.0.ffn_up.weight": (32, 8), "blk.0.ffn_down.weight": (8, 32)}
+    shapes |= {
+        "blk.0.attn_q.weight": (8, 8),
+        "blk.0.attn_k.weight": (4, 8),
+        "blk.0.attn_v.weight": (4, 8),
+    }
+    shapes |= {
+        "blk.0.attn_output.weight": (8, 8),
+        "blk.0.attn_norm.weight": (8,),
+        "blk.0.ffn_norm.weight": (8,),
+    }
+    shapes |= {
+        "blk.0.ffn_gate.weight": (32, 8),
+        "blk.0.ffn_up.weight": (32, 8),
+        "blk.0.ffn_down.weight": (8, 32),
+    }
     header, body = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(GGUF)), b""
     for key, value in GGUF.items():
         kind, packed = gguf_value(value)
@@ -566,8 +706,14 @@ def check_gguf(folder):
         block = re.fullmatch(r"blk\.0\.(.*)", name)
         key = NAMES["blk.{}." + block[1] if block else name].format(0)
         wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        assert np.array_equal(ours[key].read().float().numpy(), wanted.reshape(ours[key].shape), equal_nan=True), name
-    fields = {"d_model": "embedding_length", "d_ff": "feed_forward_length", "max_length": "context_length"}
+        assert np.array_equal(
+            ours[key].read().float().numpy(), wanted.reshape(ours[key].shape), equal_nan=True
+        ), name
+    fields = {
+        "d_model": "embedding_length",
+        "d_ff": "feed_forward_length",
+        "max_length": "context_length",
+    }
     for name, key in fields.items():
         assert getattr(config, name) == peer.get_field(f"llama.{key}").contents()
     state = model.start(torch.tensor([[1, 2, 3]]))
@@ -611,10 +757,14 @@ def read_adapter(folder, file=None):
         path = folder / "adapter_model.safetensors"
         if path.exists() and file is None:
             assert read_object(folder / "adapter_config.json")["peft_type"] == "IA3"
-            places = {theirs: ours for ours, x in before.items() for theirs in peft_tensors({ours: x[0]})}
+            places = {
+                theirs: ours for ours, x in before.items() for theirs in peft_tensors({ours: x[0]})
+            }
             honest = {places[name]: x for name, x in honest_safetensors(path.read_bytes()).items()}
             for name, x in vectors.items():
-                dtype, _, raw = honest.get(name, ("F32", None, np.ones(x.shape[1], "<f4").tobytes()))
+                dtype, _, raw = honest.get(
+                    name, ("F32", None, np.ones(x.shape[1], "<f4").tobytes())
+                )
                 value = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).float()
                 assert torch.equal(x[0].detach(), value), name
     except ValueError:
@@ -631,12 +781,18 @@ def read_tfew(folder):
 
 
 def make_jsonl(folder):
-    rows = [{"input": f"q {n} é", "choices": ["yes", "no", f"{n}"], "label": n % 3, "idx": n} for n in range(8)]
+    rows = [
+        {"input": f"q {n} é", "choices": ["yes", "no", f"{n}"], "label": n % 3, "idx": n}
+        for n in range(8)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def make_csv(folder):
-    rows = [f'"q, {n}\n""é""",{["yes|no", chr(34) + "[" + chr(34) * 2 + "a" + chr(34) * 2 + "]" + chr(34)][n % 2]},0' for n in range(8)]
+    rows = [
+        f'"q, {n}\n""é""",{["yes|no", chr(34) + "[" + chr(34) * 2 + "a" + chr(34) * 2 + "]" + chr(34)][n % 2]},0'
+        for n in range(8)
+    ]
     (folder / "rows.csv").write_text("input,choices,label\r\n" + "\r\n".join(rows))
 
 
@@ -668,7 +824,11 @@ def honest_csv(content):
         row = {key: cell for key, cell in cells.items() if cell}
         if "choices" in row:
             text = row["choices"]
-            row["choices"] = json.loads(text) if text.startswith("[") else [choice.strip() for choice in text.split("|")]
+            row["choices"] = (
+                json.loads(text)
+                if text.startswith("[")
+                else [choice.strip() for choice in text.split("|")]
+            )
         if any(cell.strip() for cell in cells.values()):
             rows.append(row)
     return rows
@@ -680,7 +840,10 @@ MEMBERS = {f"{name}.jsonl": f"T/{name}.jsonl" for name in ("train", "val", "test
 def make_zip(folder):
     with zipfile.ZipFile(folder / "T.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in MEMBERS.values():
-            archive.writestr(name, "".join(json.dumps({"text": f"{n}", "label": n % 2}) + "\n" for n in range(40)))
+            archive.writestr(
+                name,
+                "".join(json.dumps({"text": f"{n}", "label": n % 2}) + "\n" for n in range(40)),
+            )
         archive.writestr("T/README", "x")
 
 
@@ -694,7 +857,11 @@ def read_zip(folder):
         task = load_task("fuzzed", out)
         with zipfile.ZipFile(path) as archive:
             for name, rows in (("train.jsonl", task.train), ("val.jsonl", task.validation)):
-                texts = [json.loads(line)["text"] for line in archive.read(MEMBERS[name]).splitlines() if line.strip()]
+                texts = [
+                    json.loads(line)["text"]
+                    for line in archive.read(MEMBERS[name]).splitlines()
+                    if line.strip()
+                ]
                 assert [row["text"] for row in rows] == texts
     finally:
         del known_tasks()["fuzzed"]
@@ -725,7 +892,9 @@ def read_run(folder):
     assert {"model", "task"} <= flags.keys()
     record_data(folder, {"train.jsonl": "0"})
     saved = load_checkpoint(folder)
-    assert saved is None or (type(saved) is dict and {"done", "finished", "metrics"} <= saved.keys()), "no state"
+    assert saved is None or (
+        type(saved) is dict and {"done", "finished", "metrics"} <= saved.keys()
+    ), "no state"
     if saved is not None and type(saved["metrics"]) is int and saved["metrics"] >= 0:
         with suppress(OSError):  # train.py says it in one line
             Metrics(folder, saved["metrics"]).write(step=4)
@@ -794,12 +963,17 @@ def child(name, numbers, whole, scratch, pipe):
         signal.signal(number, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust's panics, which become ValueErrors
     warnings.simplefilter("ignore")
-    limit = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 + MEMORY
+    limit = (
+        int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        + MEMORY
+    )
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for number in numbers:
         os.write(pipe, f"{number}\n".encode())
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # what it signals ends the process
-        signal.setitimer(signal.ITIMER_REAL, 20 * SECONDS)  # on a busy machine; or where it waits for something
+        signal.setitimer(
+            signal.ITIMER_REAL, 20 * SECONDS
+        )  # on a busy machine; or where it waits for something
         what, wrong = run_case(name, number, whole, scratch)
         if wrong:
             os.write(pipe, f"{number}: {what}: {wrong}\n".encode("utf-8", "replace"))
@@ -812,7 +986,9 @@ def test_a_damaged_file_is_one_line_or_read_as_it_is(name, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
     TARGETS[name].make(whole)
-    TARGETS[name].read(shutil.copytree(whole, tmp_path / "scratch"))  # the whole one is read, and is as it should be
+    TARGETS[name].read(
+        shutil.copytree(whole, tmp_path / "scratch")
+    )  # the whole one is read, and is as it should be
     n, first, failures = math.ceil(TARGETS[name].n * SHARE), 0, []
     while first < n and not failures:
         reading, writing = os.pipe()
@@ -829,7 +1005,9 @@ def test_a_damaged_file_is_one_line_or_read_as_it_is(name, tmp_path):
         failures += [line for line in lines if ":" in line]
         last = max(int(line.split(":")[0]) for line in lines)
         if status:
-            failures.append(f"{last}: ended the process with status {status} (27: more than {SECONDS} s of CPU)")
+            failures.append(
+                f"{last}: ended the process with status {status} (27: more than {SECONDS} s of CPU)"
+            )
         first = last + 1
     repeat = f"MINIA3_FUZZ_SEED={SEED}; run_case({name!r}, NUMBER, ...)"
     assert not failures, f"{len(failures)} of {n} cases ({repeat}):\n" + "\n".join(failures)
@@ -844,15 +1022,24 @@ class Code:
 
 
 @pytest.mark.parametrize("form", ["plain", "zip", "old"])
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "finish.pt", "checkpoint.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "adapter_model.bin", "finish.pt", "checkpoint.pt"]
+)
 def test_a_pickle_that_would_run_code_does_not(tmp_path, name, form):
     path, marker = tmp_path / name, tmp_path / "ran"
     if form == "plain":
         path.write_bytes(pickle.dumps({"a": Code(marker)}))
     else:
-        torch.save({"a": torch.ones(2), "b": Code(marker)}, path, _use_new_zipfile_serialization=form == "zip")
+        torch.save(
+            {"a": torch.ones(2), "b": Code(marker)},
+            path,
+            _use_new_zipfile_serialization=form == "zip",
+        )
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    readers = {"pytorch_model.bin": read_tensors, "checkpoint.pt": lambda path: load_checkpoint(path.parent)}
+    readers = {
+        "pytorch_model.bin": read_tensors,
+        "checkpoint.pt": lambda path: load_checkpoint(path.parent),
+    }
     read = readers.get(name, lambda path: minia3.load_adapter(adapter_model(), path))
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
         read(path)
@@ -945,13 +1132,17 @@ def test_what_was_found_is_refused_in_one_line(name, tmp_path):
         FOUND[name](tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", "a\0b"]
+)
 def test_an_index_names_no_file_outside_of_its_folder(tmp_path, name):
     folder = tmp_path / "model"
     folder.mkdir()
     make_shards(folder)
     (folder / "model-00001-of-00004.safetensors").rename(tmp_path / "model.safetensors")
     index = folder / "model.safetensors.index.json"
-    index.write_text(index.read_text().replace("model-00001-of-00004.safetensors", name.replace("\0", "\\u0000")))
+    index.write_text(
+        index.read_text().replace("model-00001-of-00004.safetensors", name.replace("\0", "\\u0000"))
+    )
     with pytest.raises(ValueError, match=r"\A[^\n]*model\.safetensors\.index\.json: [^\n]+\Z"):
         minia3.load_model(folder)

@@ -54,10 +54,17 @@ def test_the_lines_of_the_command_line_work_as_they_stand(tmp_path, monkeypatch,
     running.run(["--steps", "2", "--device", "cpu"])
     capsys.readouterr()
     (tmp_path / "data").symlink_to(ROOT / "data")
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("minia3 ")]
-    assert {line.split()[1] for line in lines} == {command.__name__ for command in COMMANDS} - {"info", "convert"}
+    lines = [
+        line for block in blocks("sh") for line in block.splitlines() if line.startswith("minia3 ")
+    ]
+    assert {line.split()[1] for line in lines} == {command.__name__ for command in COMMANDS} - {
+        "info",
+        "convert",
+    }
     for line in lines:
-        words = shlex.split(line.replace("$A", "runs/tiny-t5-same-colour-ia3-0/adapter"), comments=True)[1:]
+        words = shlex.split(
+            line.replace("$A", "runs/tiny-t5-same-colour-ia3-0/adapter"), comments=True
+        )[1:]
         assert parse(words).run.__name__ == words[0]
         if "runs/three" not in words and "runs/two" not in words and "$GGUF" not in words:
             assert main(words) == 0, line
@@ -68,13 +75,21 @@ def test_the_lines_of_the_command_line_work_as_they_stand(tmp_path, monkeypatch,
 
 def test_the_three_lines_are_the_three_lines_of_the_code():
     uses = re.compile(r"self\.l_(?:k|v|ff)\(")
-    code = [line.strip() for path in sorted((ROOT / "minia3").glob("*.py")) for line in path.read_text().splitlines()]
+    code = [
+        line.strip()
+        for path in sorted((ROOT / "minia3").glob("*.py"))
+        for line in path.read_text().splitlines()
+    ]
     shown = [line for block in blocks("python") for line in block.splitlines()]
-    assert [line for line in shown if uses.search(line)] == [line for line in code if uses.search(line)]
+    assert [line for line in shown if uses.search(line)] == [
+        line for line in code if uses.search(line)
+    ]
 
 
 def test_the_table_of_counts_is_what_the_configs_give():
-    rows = re.findall(r"^\| ([\w.-]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+%) \|$", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\w.-]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+%) \|$", README, re.MULTILINE
+    )
     assert len(rows) >= 11
     for name, base, adapter, share in rows:
         model = build_model(known_models()[name].config)
@@ -85,15 +100,23 @@ def test_the_table_of_counts_is_what_the_configs_give():
 
 def test_the_map_names_every_module_with_its_chapter():
     shown = dict(re.findall(r"^  (\w+\.py) +(\d?)  ", README, re.MULTILINE))
-    modules = {path.name: path.read_text() for path in (ROOT / "minia3").glob("*.py") if path.name != "__init__.py"}
+    modules = {
+        path.name: path.read_text()
+        for path in (ROOT / "minia3").glob("*.py")
+        if path.name != "__init__.py"
+    }
     assert shown.keys() == modules.keys()
     for name, chapter in shown.items():
         assert not chapter or modules[name].startswith(f'"""Chapter {chapter}')
 
 
 def test_commands_use_flags_names_and_files_that_exist():
-    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)} | {"--init"}
-    commands = [line for block in blocks("sh") for line in block.splitlines() if "python train.py" in line]
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)} | {
+        "--init"
+    }
+    commands = [
+        line for block in blocks("sh") for line in block.splitlines() if "python train.py" in line
+    ]
     assert len(commands) >= 5
     for command in commands:
         words = command[command.index("train.py") :].split("#")[0].split(";")[0].split()

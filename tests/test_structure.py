@@ -17,7 +17,11 @@ from minia3.model.sequence_state import State
 from minia3.model.t5 import T5
 
 ROOT = Path(minia3.__file__).parent.parent
-FILES = {path.stem: path for path in [*(ROOT / "minia3").glob("*.py"), ROOT / "train.py"] if path.stem != "__init__"}
+FILES = {
+    path.stem: path
+    for path in [*(ROOT / "minia3").glob("*.py"), ROOT / "train.py"]
+    if path.stem != "__init__"
+}
 
 # Imports. A module imports from the lines above its own, inside its group; TOP's from the other groups too.
 
@@ -66,7 +70,11 @@ def imports(tree):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            names = [f"{module}.{alias.name}" for alias in node.names] if module == "minia3" else [module]
+            names = (
+                [f"{module}.{alias.name}" for alias in node.names]
+                if module == "minia3"
+                else [module]
+            )
         else:
             continue
         for name in names:
@@ -84,20 +92,34 @@ def test_every_module_has_a_place():
 def test_imports_go_one_way(name):
     """Imports inside of functions too. The package as a whole hides where a name comes from: only train.py takes it."""
     tree = ast.parse(FILES[name].read_text())
-    whole = {"minia3"} if name == "train" or set(attributes_of_minia3(tree)) == {"__version__"} else set()
+    whole = (
+        {"minia3"}
+        if name == "train" or set(attributes_of_minia3(tree)) == {"__version__"}
+        else set()
+    )
     assert imports(tree) <= allowed()[name] | whole
     assert "import_module" not in FILES[name].read_text()
 
 
 def attributes_of_minia3(tree):
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "minia3":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "minia3"
+        ):
             yield node.attr
 
 
 def test_an_upward_a_lazy_and_a_relative_import_are_seen():
-    assert imports(ast.parse("import os; from minia3 import load; import minia3.data")) == {"load", "data"}
-    assert imports(ast.parse("def f():\n    import train; from minia3.t5 import T5")) == {"t5", "train"}
+    assert imports(ast.parse("import os; from minia3 import load; import minia3.data")) == {
+        "load",
+        "data",
+    }
+    assert imports(ast.parse("def f():\n    import train; from minia3.t5 import T5")) == {
+        "t5",
+        "train",
+    }
     assert imports(ast.parse("from . import load")) == {""}
     assert imports(ast.parse("import minia3")) == {"minia3"}
     assert allowed()["load"] >= {"ia3", "files"}
@@ -128,7 +150,9 @@ class Contract:
     def load_tokenizer(name_or_path): ...
     def load_task(name_or_path, data_dir="data", shots=None, seed=0): ...
     def logprobs(model, state, target): ...
-    def generate(model, tokenizer, prompts, *, adapter=None, max_new_tokens=..., temperature=0.0): ...
+    def generate(
+        model, tokenizer, prompts, *, adapter=None, max_new_tokens=..., temperature=0.0
+    ): ...
     def stream(model, tokenizer, prompt, *, adapter=None, max_new_tokens=..., temperature=0.0): ...
     def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True): ...
     def vectors(model): ...
@@ -221,7 +245,9 @@ def test_budgets_are_kept():
     assert n_lines("ia3", "blocks", "state", "t5", "llama") <= 600
 
 
-@pytest.mark.xfail(strict=True, reason="the package is longer than its design allows: see the README, Design")
+@pytest.mark.xfail(
+    strict=True, reason="the package is longer than its design allows: see the README, Design"
+)
 def test_the_whole_package_is_within_its_budget():
     assert n_lines(*(name for name in FILES if name != "train")) <= 3500
 
@@ -252,7 +278,11 @@ CHAPTERS = {
 
 
 def test_every_module_begins_with_its_chapter():
-    assert sorted(chain(["__main__", "info"], *CHAPTERS.values())) == sorted(FILES)  # the command line is no chapter
+    assert sorted(chain(["__main__", "info"], *CHAPTERS.values())) == sorted(
+        FILES
+    )  # the command line is no chapter
     for chapter, names in CHAPTERS.items():
         for name in names:
-            assert re.match(rf"Chapter {chapter}[.,:]", ast.get_docstring(ast.parse(FILES[name].read_text()))), name
+            assert re.match(
+                rf"Chapter {chapter}[.,:]", ast.get_docstring(ast.parse(FILES[name].read_text()))
+            ), name

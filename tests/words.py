@@ -22,4 +22,7 @@ def texts(n, seed=0, longest=9):
     """`n` texts of 1 to `longest` words."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (n,), generator=g).tolist()
-    return [" ".join(f"w{i}" for i in torch.randint(3, N_IDS, (length,), generator=g).tolist()) for length in lengths]
+    return [
+        " ".join(f"w{i}" for i in torch.randint(3, N_IDS, (length,), generator=g).tolist())
+        for length in lengths
+    ]

@@ -24,10 +24,16 @@ def merge(model, adapter=0):
     that is not there.
     """
     vectors, merged = row_of(model, adapter), build_model(model.config)
-    for name in dict(merged.named_parameters()):  # a new model has neither LoRA nor vectors of sites.py
+    for name in dict(
+        merged.named_parameters()
+    ):  # a new model has neither LoRA nor vectors of sites.py
         p, module = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
         new = module.merged() if isinstance(module, LoRA) else p.detach()
-        new = torch.ones_like(p[:1]) if name.endswith(".scale") else fold(name, new, vectors).to(p.dtype)
+        new = (
+            torch.ones_like(p[:1])
+            if name.endswith(".scale")
+            else fold(name, new, vectors).to(p.dtype)
+        )
         place_parameter(merged, name, new, p.requires_grad)
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
     return merged.to(model.embed.weight.device).train(model.training)
@@ -40,12 +46,19 @@ def fold(name, weight, vectors):
     l_D = next((vectors[vector] for vector in own if vector in vectors), None)
     if l_D is None:
         return weight
-    factor, folded = l_D.reshape((1, -1) if part == "down" else (-1, 1)).expand_as(weight), torch.empty_like(weight)
-    parts = (x.split(32) for x in (weight, factor, folded))  # so many rows stay in the cache: four times as fast
+    factor, folded = (
+        l_D.reshape((1, -1) if part == "down" else (-1, 1)).expand_as(weight),
+        torch.empty_like(weight),
+    )
+    parts = (
+        x.split(32) for x in (weight, factor, folded)
+    )  # so many rows stay in the cache: four times as fast
     for old, by, new in zip(*parts, strict=True):
         torch.mul(old, by, out=new)  # in float32 at least, rounded once
     if not all(x.isfinite() for x in folded.aminmax()):  # a NaN would be both
-        raise ValueError(f"{name} with its vector folded in is not finite in {weight.dtype}: take a wider dtype")
+        raise ValueError(
+            f"{name} with its vector folded in is not finite in {weight.dtype}: take a wider dtype"
+        )
     return folded
 
 
@@ -64,7 +77,11 @@ def merge_files(name_or_path, adapter, out):
 
     def part(ours, p):
         theirs, entry = stored[ours]
-        return theirs, p.numel() * dtype.itemsize, lambda: fold(ours, entry.read().to(dtype), vectors).contiguous()
+        return (
+            theirs,
+            p.numel() * dtype.itemsize,
+            lambda: fold(ours, entry.read().to(dtype), vectors).contiguous(),
+        )
 
     parts = [part(ours, p) for ours, p in model.named_parameters() if ours in stored]
     try:
@@ -73,8 +90,12 @@ def merge_files(name_or_path, adapter, out):
             save_tensors(temporary, parts)
             written = read_checkpoint(temporary)[1]
             for name, _, expected in parts:
-                if not torch.equal(written[name].read().view(torch.uint8), expected().view(torch.uint8)):
-                    raise ValueError(f"{out}: {name} was read back with other bits than were written")
+                if not torch.equal(
+                    written[name].read().view(torch.uint8), expected().view(torch.uint8)
+                ):
+                    raise ValueError(
+                        f"{out}: {name} was read back with other bits than were written"
+                    )
     finally:
         with suppress(OSError):  # not empty: it succeeded
             out.rmdir()

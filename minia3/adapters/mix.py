@@ -16,15 +16,24 @@ def mix(parts, how="average"):
     architectures or widths, and, saying where, for entries that are not positive (power) or come out infinite.
     """
     if how not in MIX or not parts:
-        raise ValueError(f"expected adapters and one of {', '.join(MIX)}, found {len(parts)} adapters and {how!r}")
+        raise ValueError(
+            f"expected adapters and one of {', '.join(MIX)}, found {len(parts)} adapters and {how!r}"
+        )
     mixed, w_P1 = {}, torch.tensor([[weight] for _, weight in parts], dtype=torch.float64)
     for name in dict.fromkeys(name for vectors, _ in parts for name in vectors):
-        first, d = next(iter(mixed), name), {len(vectors[name]) for vectors, _ in parts if name in vectors}
+        first, d = (
+            next(iter(mixed), name),
+            {len(vectors[name]) for vectors, _ in parts if name in vectors},
+        )
         if len(d) > 1 or name.startswith("blocks.") != first.startswith("blocks."):
-            raise ValueError(f"adapters of different bases do not mix: {first}, and {name} of {sorted(d)} entries")
+            raise ValueError(
+                f"adapters of different bases do not mix: {first}, and {name} of {sorted(d)} entries"
+            )
         l_PD = torch.stack([vectors.get(name, torch.ones(*d)) for vectors, _ in parts]).double()
         mixed[name] = MIX[how](l_PD, w_P1).float()
         bad = ~mixed[name].isfinite() | (how == "power") & (l_PD <= 0).any(0)
         for i in bad.nonzero()[:1].flatten().tolist():
-            raise ValueError(f"{name} at {i}: the {how} of {l_PD[:, i].tolist()} is not a finite number")
+            raise ValueError(
+                f"{name} at {i}: the {how} of {l_PD[:, i].tolist()} is not a finite number"
+            )
     return mixed

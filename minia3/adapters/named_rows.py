@@ -28,22 +28,34 @@ class Adapters(dict):
     def load(self, name, name_or_path):
         """Add an adapter (see `load_adapter`) under a new name, or in place of the one that has the name."""
         if not isinstance(name, str):
-            raise ValueError(f"expected a text as the name of an adapter, found {name!r} (None is the base)")
+            raise ValueError(
+                f"expected a text as the name of an adapter, found {name!r} (None is the base)"
+            )
         self._add({name: name_or_path})
 
     def load_folder(self, folder):
         """Add every sub-folder that is an adapter under its own name: all of them, or ValueError and none."""
-        paths = {path.parent.name: path.parent for path in sorted(Path(folder).glob("[!.]*/adapter_config.json"))}
+        paths = {
+            path.parent.name: path.parent
+            for path in sorted(Path(folder).glob("[!.]*/adapter_config.json"))
+        }
         if not paths:
-            raise ValueError(f"{folder}: expected sub-folders with an adapter_config.json, found none")
+            raise ValueError(
+                f"{folder}: expected sub-folders with an adapter_config.json, found none"
+            )
         self._add(paths)
 
     def _add(self, paths):
-        added = {name: fitting_vectors(self.model, read_adapter(path), path) for name, path in paths.items()}
+        added = {
+            name: fitting_vectors(self.model, read_adapter(path), path)
+            for name, path in paths.items()
+        }
         with self.lock:
             free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
             rows = {name: self.get(name) or next(free) for name in added}
-            while self.model.n_adapters <= max(rows.values()):  # twice as many rows, in the same parameters
+            while self.model.n_adapters <= max(
+                rows.values()
+            ):  # twice as many rows, in the same parameters
                 for table_AD in vectors(self.model).values():
                     table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
                 self.model.n_adapters *= 2

@@ -12,7 +12,9 @@ from minia3.model.more_vectors import add_sites, places
 def row_of(model, adapter):
     """Our name -> (D,) of row `adapter` of the model: the row itself. Raises ValueError where it has no such row."""
     if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
-        raise ValueError(f"adapter {adapter!r} is no int, or out of range: the model has rows 0 to {model.n_adapters - 1}")
+        raise ValueError(
+            f"adapter {adapter!r} is no int, or out of range: the model has rows 0 to {model.n_adapters - 1}"
+        )
     return {name: table.detach()[adapter] for name, table in vectors(model).items()}
 
 
@@ -44,12 +46,18 @@ def fitting_vectors(model, adapter, where):
     d = {name: table.shape[1] for name, table in vectors(model).items()}
     if adapter.vectors.keys() - d:
         d |= {name: linear.out_features for name, linear in places(model).items()}
-    wrong = {name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)}
+    wrong = {
+        name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)
+    }
     if wrong:
-        found = "; ".join(f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items())
+        found = "; ".join(
+            f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items()
+        )
         what = f"found {len(wrong)} vectors that do not fit this {type(model).__name__}: {found}"
         raise ValueError(f"{where}: an adapter of another base: {what}")
     name = getattr(model, "name_or_path", None)
     if adapter.base and name and realpath(hub_name(adapter.base)) != realpath(hub_name(name)):
-        warnings.warn(f"{where} was trained on {adapter.base}, and this model is {name}", stacklevel=3)
+        warnings.warn(
+            f"{where} was trained on {adapter.base}, and this model is {name}", stacklevel=3
+        )
     return adapter.vectors

@@ -13,7 +13,9 @@ from minia3.checkpoints.tensor_names import LLAMA_TENSORS, expand
 from minia3.files.read import reading
 from minia3.files.tensors import DTYPES, Entry
 
-NAMES = {f"{gguf}.weight": f"{hf}.weight" for hf, gguf, *_ in LLAMA_TENSORS}  # others keep theirs, and are left over
+NAMES = {
+    f"{gguf}.weight": f"{hf}.weight" for hf, gguf, *_ in LLAMA_TENSORS
+}  # others keep theirs, and are left over
 CONFIG = {  # GGUF -> config.json; all are positive numbers
     "llama.embedding_length": "hidden_size", "llama.feed_forward_length": "intermediate_size",
     "llama.block_count": "num_hidden_layers", "llama.context_length": "max_position_embeddings",
@@ -26,8 +28,22 @@ HARMLESS = {  # keys of what the code does not do, and the values under which th
     "llama.rope.scaling.factor": [0, 1], "llama.rope.scale_linear": [0, 1],  # linear where no type is given
 }  # fmt: skip
 STRING, ARRAY = 8, 9  # types of values; the others are scalars, here in struct's letters
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-MOST = 1 << 22  # entries of an array, bytes of a string: no model's header comes near it, and a damaged one stays cheap
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+MOST = (
+    1 << 22
+)  # entries of an array, bytes of a string: no model's header comes near it, and a damaged one stays cheap
 
 
 def read_metadata(path):
@@ -44,12 +60,22 @@ def read_gguf(path):
     meta, stored = read_header(path)
     if (found := meta.get("general.architecture")) != "llama":
         raise ValueError(f"{path}: general.architecture is {found!r:.40}, expected 'llama'")
-    meta = {"llama.rope.freq_base": 1e4, "llama.attention.head_count_kv": meta.get("llama.attention.head_count")} | meta
-    missing = [key for key in CONFIG if not isinstance(meta.get(key), int | float) or not 0 < meta[key] < math.inf]
+    meta = {
+        "llama.rope.freq_base": 1e4,
+        "llama.attention.head_count_kv": meta.get("llama.attention.head_count"),
+    } | meta
+    missing = [
+        key
+        for key in CONFIG
+        if not isinstance(meta.get(key), int | float) or not 0 < meta[key] < math.inf
+    ]
     if missing := [*missing, *{"token_embd.weight"} - stored.keys()]:
         raise ValueError(f"{path}: missing, or not a positive number: {', '.join(missing)}")
     hf = {name: meta[key] for key, name in CONFIG.items()}
-    vocab_size, blocks = stored["token_embd.weight"].shape[0], {x.split(".")[1] for x in stored if x[:4] == "blk."}
+    vocab_size, blocks = (
+        stored["token_embd.weight"].shape[0],
+        {x.split(".")[1] for x in stored if x[:4] == "blk."},
+    )
     d_head = meta.get("llama.attention.key_length", hf["hidden_size"] // hf["num_attention_heads"])
     ids = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "eos", "eot")]
     allowed = HARMLESS | dict.fromkeys(ids, range(vocab_size)) | {
@@ -66,7 +92,11 @@ def read_gguf(path):
         raise ValueError(f"{path}: {'; '.join(faults)}")
     bos, pad, *ends = map(meta.get, ids)
     ends = [i for i in dict.fromkeys(ends) if i is not None]
-    hf |= {"model_type": "llama", "tie_word_embeddings": "output.weight" not in stored, "vocab_size": vocab_size}
+    hf |= {
+        "model_type": "llama",
+        "tie_word_embeddings": "output.weight" not in stored,
+        "vocab_size": vocab_size,
+    }
     ends = ends[0] if len(ends) == 1 else ends
     hf |= {"head_dim": d_head, "bos_token_id": bos, "pad_token_id": pad, "eos_token_id": ends}
     table = expand(NAMES, len(blocks))
@@ -76,7 +106,13 @@ def read_gguf(path):
 def read_tensor(path, kind, shape, offset):
     """F32, F16 and BF16 are private views of the file, quantised kinds become float32."""
 
-    raw = np.memmap(path, np.uint8, "c", offset, quant_shape_to_byte_shape((math.prod(shape[:-1]), shape[-1]), kind))
+    raw = np.memmap(
+        path,
+        np.uint8,
+        "c",
+        offset,
+        quant_shape_to_byte_shape((math.prod(shape[:-1]), shape[-1]), kind),
+    )
     if kind.name in DTYPES:
         return torch.from_numpy(raw).view(DTYPES[kind.name]).reshape(shape)
     x = torch.empty(len(raw), shape[-1])
@@ -106,21 +142,33 @@ def read_header(path):
 
         magic, version = take("4sI")
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"found {magic!r} {version:#x}, expected b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)")
+            raise ValueError(
+                f"found {magic!r} {version:#x}, expected b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)"
+            )
         n_tensors, n_keys, meta, stored = count(), count(), {}, {}
         for _ in range(n_keys):
             (key,), (kind,) = values(STRING, 1), take("I")
             if key in meta:
                 raise ValueError(f"the key {key!r:.80} is there twice")
             meta[key] = values(*take("I"), count()) if kind == ARRAY else values(kind, 1)[0]
-        infos = [(*values(STRING, 1), take(f"{count('I', 4)}Q")[::-1], *take("IQ")) for _ in range(n_tensors)]
-        start, size = file.tell() + -file.tell() % int(meta.get("general.alignment", 32)), os.path.getsize(path)
+        infos = [
+            (*values(STRING, 1), take(f"{count('I', 4)}Q")[::-1], *take("IQ"))
+            for _ in range(n_tensors)
+        ]
+        start, size = (
+            file.tell() + -file.tell() % int(meta.get("general.alignment", 32)),
+            os.path.getsize(path),
+        )
         for name, shape, kind, offset in infos:
             kind = gguf.GGMLQuantizationType(kind)
-            gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)  # raises where it cannot
+            gguf.quants.dequantize(
+                np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind
+            )  # raises where it cannot
             end = start + offset + math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
             if end > size or 0 in shape or name in stored:
-                raise ValueError(f"{name} {shape} is cut short (byte {end} of {size}), empty, or there twice")
+                raise ValueError(
+                    f"{name} {shape} is cut short (byte {end} of {size}), empty, or there twice"
+                )
             reader = partial(read_tensor, path, kind, shape, start + offset)
             stored[name] = Entry(shape, DTYPES.get(kind.name, torch.float32), reader)
     return meta, stored

@@ -35,16 +35,29 @@ def find(name_or_path, weights=True):
         return path
     if path.is_file() or not HUB_ID.fullmatch(repo):
         hint = nearest_name(repo) or f". Known names: {', '.join(known_models())}"
-        raise ValueError(f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}")
-    return fetch(repo, "config.json", (*SETTINGS_FILES, *TOKENIZER_FILES, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE), WEIGHT_FILES * weights)
+        raise ValueError(
+            f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}"
+        )
+    return fetch(
+        repo,
+        "config.json",
+        (*SETTINGS_FILES, *TOKENIZER_FILES, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE),
+        WEIGHT_FILES * weights,
+    )
 
 
 def find_adapter(name_or_path):
     """A folder or file of an adapter, or a hub id (`user/name`), fetched as `find` does -> Path. ValueError too."""
     path = Path(name_or_path)
     if not (path.exists() or HUB_ID.fullmatch(str(name_or_path))):
-        raise ValueError(f"{path}: not found; expected the folder or file of an adapter, or a hub id (user/name)")
-    return path if path.exists() else fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
+        raise ValueError(
+            f"{path}: not found; expected the folder or file of an adapter, or a hub id (user/name)"
+        )
+    return (
+        path
+        if path.exists()
+        else fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
+    )
 
 
 def nearest_name(name):
@@ -62,24 +75,36 @@ def fetch(repo, config, beside, weights):
         """The path of the first of `names` that is there; where none is, ValueError if `needed`."""
         nonlocal unreachable
         for name in names:
-            if commit and not isinstance(try_to_load_from_cache(repo, name, revision=commit), str | None):
+            if commit and not isinstance(
+                try_to_load_from_cache(repo, name, revision=commit), str | None
+            ):
                 continue  # a mark in the cache: this commit has no such file
             try:
-                return Path(hf_hub_download(repo, name, revision=commit, local_files_only=unreachable is not None))
+                return Path(
+                    hf_hub_download(
+                        repo, name, revision=commit, local_files_only=unreachable is not None
+                    )
+                )
             except errors.EntryNotFoundError as error:
-                if isinstance(error, errors.LocalEntryNotFoundError):  # no network: from here on, the cache must do
+                if isinstance(
+                    error, errors.LocalEntryNotFoundError
+                ):  # no network: from here on, the cache must do
                     unreachable = unreachable or one_line(error.__cause__ or error)
                 continue
             except errors.GatedRepoError:
                 why = f"gated. Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN or `hf auth login`"
             except errors.RepositoryNotFoundError:
                 why = f"the hub has no such repository, or it is private and needs a token{nearest_name(repo)}"
-            except Exception as error:  # of huggingface_hub, the disk, an HTTP library (its version's)
+            except (
+                Exception
+            ) as error:  # of huggingface_hub, the disk, an HTTP library (its version's)
                 why = f"not a hub id, or the download failed: {one_line(error)}"
             raise ValueError(f"{repo}: {why}")
         if needed and unreachable:
             why = f"is not in the cache, and the hub cannot be reached ({unreachable})"
-            raise ValueError(f"{repo}: {' or '.join(names)} {why}. Without a network, give the path of a folder")
+            raise ValueError(
+                f"{repo}: {' or '.join(names)} {why}. Without a network, give the path of a folder"
+            )
         if needed:
             raise ValueError(f"{repo}: this hub repository has no {' or '.join(names)}")
 

@@ -25,7 +25,11 @@ def known_models():
     rows, models = json.loads(Path(__file__).with_name("models.json").read_text("utf-8")), {}
     for short, row in rows.items():
         row = rows[short] = rows.get(row.pop("like", None), {}) | row
-        sizes = {key: tuple(x) if isinstance(x, list) else x for key, x in row.items() if key not in KnownModel._fields}
+        sizes = {
+            key: tuple(x) if isinstance(x, list) else x
+            for key, x in row.items()
+            if key not in KnownModel._fields
+        }
         kind = T5Config if "n_decoder_layers" in row else LlamaConfig
         models[short] = KnownModel(row.get("repo", str(EMBEDDED)), row["family"], kind(**sizes))
     return models
@@ -43,7 +47,10 @@ def known_model(name):
     Nor where a folder of that name holds a model: that goes first.
     """
     name = str(name)
-    row = next((row for short, row in known_models().items() if name.lower() in (short, row.repo.lower())), None)
+    row = next(
+        (row for short, row in known_models().items() if name.lower() in (short, row.repo.lower())),
+        None,
+    )
     there = any(os.path.exists(os.path.join(name, file)) for file in ("config.json", "params.json"))
     return None if there and name != str(EMBEDDED) else row
 

@@ -36,19 +36,25 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
     for name, (_, entry) in stored.items():
         place_parameter(model, name, entry.read().to(device=device, dtype=dtype).contiguous())
     for name, vector in vectors(model).items():
-        place_parameter(model, f"{name}.scale", torch.ones(vector.shape, dtype=torch.float32, device=device))
+        place_parameter(
+            model, f"{name}.scale", torch.ones(vector.shape, dtype=torch.float32, device=device)
+        )
     return model.to(device).eval()
 
 
 def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
     """`load_model`, unread: a model on the meta device, our name -> (theirs, Entry) of its weights, and their dtype."""
     if dtype not in (None, *FLOATS):
-        raise ValueError(f"dtype must be None or one of {', '.join(map(str, FLOATS))}, found {dtype!r}")
+        raise ValueError(
+            f"dtype must be None or one of {', '.join(map(str, FLOATS))}, found {dtype!r}"
+        )
     path = find(name_or_path)
     config, entries = read_checkpoint(path)
     is_t5 = isinstance(config, T5Config)
     if dtype == torch.float16 and is_t5:
-        raise ValueError("T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32")
+        raise ValueError(
+            "T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32"
+        )
     own = "shared.weight" if is_t5 else "model.embed_tokens.weight"
     inputs = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight") if is_t5 else ()
     copies = inputs if config.own_head else (*inputs, "lm_head.weight")
@@ -56,12 +62,18 @@ def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
         entries[own] = entries.pop(there[0])
     embed = entries.get(own)
     for name in copies if embed else ():  # some files keep copies
-        same = name in entries and entries[name][:2] == embed[:2] and torch.equal(entries[name].read(), embed.read())
+        same = (
+            name in entries
+            and entries[name][:2] == embed[:2]
+            and torch.equal(entries[name].read(), embed.read())
+        )
         if same:
             del entries[name]
         elif name in entries and name in inputs:
             raise ValueError(f"{path}: {name} is not the copy of shared.weight that it should be")
-    model = build_model(replace(config, own_head="lm_head.weight" in entries or config.own_head), n_adapters)
+    model = build_model(
+        replace(config, own_head="lm_head.weight" in entries or config.own_head), n_adapters
+    )
     model.name_or_path, stored = str(name_or_path), match_tensors(model, entries, path)
     if dtype is None:
         dtype = reduce(torch.promote_types, (entry.dtype for _, entry in stored.values()))
@@ -86,7 +98,9 @@ def read_checkpoint(path, weights=True):
         config = from_hf(raw if ends is None else raw | {"eos_token_id": ends})
     for name, entry in entries.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            entries[name] = in_halves(entry, config.n_heads if "q_proj" in name else config.n_kv_heads)
+            entries[name] = in_halves(
+                entry, config.n_heads if "q_proj" in name else config.n_kv_heads
+            )
     for file in weight_files(path) if weights and not form else []:
         for name, entry in read_tensors(file).items():
             if entries.setdefault(name, entry) is not entry:
@@ -96,7 +110,11 @@ def read_checkpoint(path, weights=True):
 
 def in_halves(entry, n_heads):
     """A q or k of GGUF or Meta: there rows 0 and 1, 2 and 3 ... of a head rotate together, here 0 and d/2 ..."""
-    return entry._replace(read=lambda: entry.read().unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(entry.shape))
+    return entry._replace(
+        read=lambda: (
+            entry.read().unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(entry.shape)
+        )
+    )
 
 
 def match_tensors(model, entries, path):
@@ -105,8 +123,12 @@ def match_tensors(model, entries, path):
     for name in sorted(entries.keys() | table.keys()):
         entry, ours = entries.get(name), table.get(name)
         if name not in table:
-            near = difflib.get_close_matches(name, table, n=1) if len(problems) < N_SHOWN else []  # each takes a while
-            problems.append(f"{name} is left over" + (f" (nearest known: {near[0]})" if near else ""))
+            near = (
+                difflib.get_close_matches(name, table, n=1) if len(problems) < N_SHOWN else []
+            )  # each takes a while
+            problems.append(
+                f"{name} is left over" + (f" (nearest known: {near[0]})" if near else "")
+            )
         elif ours and entry is None:
             problems.append(f"{name} is missing")
         elif ours and entry.shape != (shape := tuple(model.get_parameter(ours).shape)):

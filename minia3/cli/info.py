@@ -28,17 +28,28 @@ def info(name_or_path, batch=8, length=128):
     adapter = sum(vector.numel() for vector in vectors(model).values())
     base = sum(p.numel() for p in model.parameters()) - adapter
     yield "model", row.repo if row else str(name_or_path)
-    yield "architecture", "T5: encoder-decoder" if isinstance(c, T5Config) else "LLaMA: decoder-only"
+    yield (
+        "architecture",
+        "T5: encoder-decoder" if isinstance(c, T5Config) else "LLaMA: decoder-only",
+    )
     yield from ((name, str(value)) for name, value in asdict(c).items() if value is not None)
     yield "parameters", f"{base:,}"
     yield "adapter", f"{adapter:,} numbers, {adapter / base:.3%} of the base"
     ones = {name: torch.ones(vector.shape[1]) for name, vector in vectors(model).items()}
     yield "its file", size(len(save(peft_tensors(ones))))
     for dtype in (torch.float32, torch.bfloat16):
-        serve, train = (size(sum(planned_memory(c, dtype, batch, length, train))) for train in (False, True))
+        serve, train = (
+            size(sum(planned_memory(c, dtype, batch, length, train))) for train in (False, True)
+        )
         yield str(dtype).removeprefix("torch."), f"{serve} to serve, {train} to train"
-    yield "", f"for {batch} sources of {length} tokens: to serve, when they are read and the first token is written; to"
-    yield "", "train, in a step with targets of 8. It is the most that tensors take, weights included, and what malloc"
+    yield (
+        "",
+        f"for {batch} sources of {length} tokens: to serve, when they are read and the first token is written; to",
+    )
+    yield (
+        "",
+        "train, in a step with targets of 8. It is the most that tensors take, weights included, and what malloc",
+    )
     yield (
         "",
         "keeps on a CPU at first. Python and torch take 0.3 GB more, and malloc may keep more later (see the README)",

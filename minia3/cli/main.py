@@ -17,7 +17,9 @@ def show(text="", end="\n"):
     try:
         print(text, end=end, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it fails again when Python ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or it fails again when Python ends
         raise SystemExit(141) if isinstance(error, BrokenPipeError) else error from None
 
 
@@ -39,7 +41,9 @@ def info(args):
     from minia3.cli.info import info
 
     lines = info(args.model, args.batch, args.length)
-    for line in [json.dumps({title: text for title, text in lines if title})] if args.json else lines:
+    for line in (
+        [json.dumps({title: text for title, text in lines if title})] if args.json else lines
+    ):
         show(line if args.json else "{:<18}{}".format(*line))
 
 
@@ -57,15 +61,24 @@ def generate(args):
     model, tokenizer = load(args)
     if args.adapter:
         (load_lora if is_lora(args.adapter) else load_adapter)(model, args.adapter)
-    drawn = {key: vars(args)[key] for key in ("temperature", "top_k", "top_p", "stop", "seed", "max_new_tokens")}
+    drawn = {
+        key: vars(args)[key]
+        for key in ("temperature", "top_k", "top_p", "stop", "seed", "max_new_tokens")
+    }
     several = {key: vars(args)[key] for key in ("beams", "length_penalty", "samples")}
     stdin, messages = sys.stdin or (), []  # None: it is closed
     talks = not args.prompts and bool(stdin) and stdin.isatty()
-    lines = iter(args.prompts) if args.prompts else filter(None, map(str.strip, typed() if talks else stdin))
+    lines = (
+        iter(args.prompts)
+        if args.prompts
+        else filter(None, map(str.strip, typed() if talks else stdin))
+    )
     while texts := list(islice(lines, 1 if talks else 16)):
         prompts = texts
         if args.chat:
-            prompts = [tokenizer.chat([*messages, {"role": "user", "content": text}]) for text in texts]
+            prompts = [
+                tokenizer.chat([*messages, {"role": "user", "content": text}]) for text in texts
+            ]
         if len(texts) == args.beams == args.samples == 1 and not args.json:
             outputs = [""]
             for piece in stream(model, tokenizer, prompts[0], **drawn):
@@ -79,7 +92,10 @@ def generate(args):
                 answer = {"output": own[0]} if args.samples == 1 else {"outputs": own}
                 show(json.dumps({"prompt": text, **answer}) if args.json else "\n".join(own))
         if talks:
-            messages += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": outputs[0]}]
+            messages += [
+                {"role": "user", "content": texts[0]},
+                {"role": "assistant", "content": outputs[0]},
+            ]
 
 
 def predict(args):
@@ -110,18 +126,24 @@ def predict(args):
         names.load(default, default)
     to_csv = (args.out or "").endswith(".csv")
     columns = args.columns.split(",") if args.columns else COLUMNS if to_csv else ()
-    columns = {name: field or name for name, _, field in (column.partition("=") for column in columns)}
+    columns = {
+        name: field or name for name, _, field in (column.partition("=") for column in columns)
+    }
 
     def lines(first=0):
         if to_csv and first == 0:
             yield csv_line(columns)
-        rows = read_inputs(args.file, tokenizer, spec, worded[args.prompt], names, default, args.max_length)
+        rows = read_inputs(
+            args.file, tokenizer, spec, worded[args.prompt], names, default, args.max_length
+        )
         options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
         for row, result in predict(model, tokenizer, islice(rows, first, None), names, **options):
             result |= {"word": spec.labels[result["label"]]} if spec.labels else {}
             values = row | dict.fromkeys(COLUMNS) | result
             if missing := [field for field in columns.values() if field not in values]:
-                raise ValueError(f"--columns: {missing[0]!r} is not in row {row['idx']}; it has {', '.join(values)}")
+                raise ValueError(
+                    f"--columns: {missing[0]!r} is not in row {row['idx']}; it has {', '.join(values)}"
+                )
             cells = {name: values[field] for name, field in columns.items()} or result
             yield csv_line(cells.values()) if to_csv else json.dumps(cells) + "\n"
 
@@ -174,7 +196,9 @@ def mix(args):
     vectors = mix([(part.vectors, weight) for part, weight in parts], args.how)
     bases = {hub_name(part.base) for part, _ in parts}
     if len(bases) > 1:
-        warnings.warn(f"trained on different models, {', '.join(map(str, bases))}: the mixture names none")  # noqa: B028
+        warnings.warn(
+            f"trained on different models, {', '.join(map(str, bases))}: the mixture names none"
+        )  # noqa: B028
     write_adapter(args.out, vectors, bases.pop() if len(bases) == 1 else None)
 
 
@@ -202,11 +226,15 @@ def weighted(word):
     name, _, weight = word.rpartition(":")
     with suppress(ValueError):
         return name, float(weight)
-    raise argparse.ArgumentTypeError(f"{word!r}, expected ADAPTER:WEIGHT, as in path/to/adapter:0.5")
+    raise argparse.ArgumentTypeError(
+        f"{word!r}, expected ADAPTER:WEIGHT, as in path/to/adapter:0.5"
+    )
 
 
 def new(out):
-    if os.path.isfile(out) or (os.path.isdir(out) and any(name[0] != "." for name in os.listdir(out))):
+    if os.path.isfile(out) or (
+        os.path.isdir(out) and any(name[0] != "." for name in os.listdir(out))
+    ):
         raise argparse.ArgumentTypeError(f"{out} exists and is not empty: give a new folder")
     return out
 
@@ -216,19 +244,25 @@ COMMANDS = (info, generate, predict, merge, convert, mix, table, plot)
 
 def parse(words):
     """-> the arguments, and the command's function as `run`. Raises ValueError for what is no command line."""
-    given = json.loads(Path(__file__).with_name("commands.json").read_text("utf-8"))  # in argparse's own words
+    given = json.loads(
+        Path(__file__).with_name("commands.json").read_text("utf-8")
+    )  # in argparse's own words
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     example = "example: python -m minia3 info t5-base"
     parser = Parser(prog="python -m minia3", description=__doc__, epilog=example, **form)
     commands = parser.add_subparsers(dest="command", required=True)
     for run in COMMANDS:
         title, _, example = run.__doc__.partition(": ")
-        command = commands.add_parser(run.__name__, help=title, description=title, epilog=f"example: {example}", **form)
+        command = commands.add_parser(
+            run.__name__, help=title, description=title, epilog=f"example: {example}", **form
+        )
         command.set_defaults(run=run)
         for kind in (int, float, new, weighted):
             command.register("type", kind.__name__, kind)
         for name in given["commands"][run.__name__].split():
-            command.add_argument(name, **given["arguments"][name] | given["own"].get(f"{run.__name__} {name}", {}))
+            command.add_argument(
+                name, **given["arguments"][name] | given["own"].get(f"{run.__name__} {name}", {})
+            )
     if words and words[0] in commands.choices:  # so that prompts may stand behind flags too
         return commands.choices[words[0]].parse_intermixed_args(words[1:])
     return parser.parse_args(words)
@@ -239,7 +273,9 @@ def main(argv=None):
     try:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: print(f"minia3: {message}", file=sys.stderr)
+                warnings.showwarning = lambda message, *_: print(
+                    f"minia3: {message}", file=sys.stderr
+                )
                 args = parse(sys.argv[1:] if argv is None else argv)
                 args.run(args)
         finally:
@@ -247,7 +283,12 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # torch's for memory is a RuntimeError
+    except (
+        ValueError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch's for memory is a RuntimeError
         print(f"minia3: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         mistakes = (
             ValueError,

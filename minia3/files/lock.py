@@ -16,4 +16,6 @@ def lock_folder(folder, name=".lock"):
     except BlockingIOError:
         file.close()
         raise ValueError(f"{folder}: another run is writing there") from None
-    return file if os.fstat(file.fileno()).st_nlink else lock_folder(folder, name)  # removed meanwhile: not the lock
+    return (
+        file if os.fstat(file.fileno()).st_nlink else lock_folder(folder, name)
+    )  # removed meanwhile: not the lock

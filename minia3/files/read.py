@@ -22,13 +22,17 @@ def reading(where, damage="damaged or cut short", extra=None):
     """
     try:
         yield
-    except BaseException as error:  # tokenizers raises plain Exceptions, and a panic of its Rust code is not even one
+    except (
+        BaseException
+    ) as error:  # tokenizers raises plain Exceptions, and a panic of its Rust code is not even one
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         why = one_line(error)
         if extra and isinstance(error, ImportError):
             why = f"{why}: pip install 'minia3[{extra}]'"
-        elif type(error) is not ValueError:  # of others, the first sentence: torch goes on to advise weights_only=False
+        elif (
+            type(error) is not ValueError
+        ):  # of others, the first sentence: torch goes on to advise weights_only=False
             why = f"{damage}: {type(error).__name__}: {why.split('. ')[0]}"
         known = not_what_it_says(where) if isinstance(where, Path) and not where.is_dir() else ""
         raise ValueError(f"{where}: {known or why}") from None

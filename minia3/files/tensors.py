@@ -31,11 +31,17 @@ def read_tensors(file):
                 dtype = DTYPES.get(x.get_dtype(), x.get_dtype())
                 entries[name] = Entry(tuple(x.get_shape()), dtype, partial(handle.get_tensor, name))
         else:  # the old, non-zip form of torch's files cannot be mapped: it is read whole
-            parts = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            parts = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
             for name, x in parts.items() if isinstance(parts, dict) else [(None, parts)]:
                 plain = isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
-                if not (plain and x.untyped_storage().nbytes() >= x.nbytes):  # or one number is seen as a million
-                    raise ValueError(f"expected a dict from names to tensors, found {name!r:.80}: {type(x).__name__}")
+                if not (
+                    plain and x.untyped_storage().nbytes() >= x.nbytes
+                ):  # or one number is seen as a million
+                    raise ValueError(
+                        f"expected a dict from names to tensors, found {name!r:.80}: {type(x).__name__}"
+                    )
                 entries[name] = Entry(tuple(x.shape), x.dtype, lambda x=x: x)
         if bad := [name for name in entries if not (isinstance(name, str) and name.isprintable())]:
             raise ValueError(f"expected a dict from names to tensors, found a name {bad[0]!r:.80}")

@@ -56,7 +56,9 @@ def writing_folder(folder, replaces=()):
             for name in [*(name for name in names if several and name in CONFIGS), *stale]:
                 (folder / name).unlink(missing_ok=True)
             for name in names:
-                (hidden / name).chmod(hidden.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
+                (hidden / name).chmod(
+                    hidden.stat().st_mode & 0o666
+                )  # safetensors makes files for their owner alone
                 os.replace(hidden / name, folder / name)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)

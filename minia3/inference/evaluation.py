@@ -13,7 +13,11 @@ from minia3.tasks.prompts import in_context, render
 
 def most_shots(row, prompts, tokenizer, max_length):
     """How many shots of `in_context`'s prompts go before the row: the first ones, as many as fit."""
-    return bisect_left(range(1, len(prompts)), True, key=lambda n: len(tokenizer.encode(render(prompts[n], row).input)) > max_length)
+    return bisect_left(
+        range(1, len(prompts)),
+        True,
+        key=lambda n: len(tokenizer.encode(render(prompts[n], row).input)) > max_length,
+    )
 
 
 def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512, max_new_tokens=64, adapter=None,
@@ -31,7 +35,11 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512
     """
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
-    generated, auc, options = metric == "exact_match", None, {"adapter": adapter, "batch_size": batch_size}
+    generated, auc, options = (
+        metric == "exact_match",
+        None,
+        {"adapter": adapter, "batch_size": batch_size},
+    )
     prompts = in_context(prompt, shots[:max_length])  # each has a token or more
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
@@ -39,8 +47,15 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512
     if generated:
         inputs = [example.source for example in examples]
         stop = ("\n\n",) * bool(shots)  # as the shots' answers end
-        texts = generate(model, tokenizer, inputs, max_new_tokens=max_new_tokens, stop=stop, **options)
-        value = np.mean([text.strip() == row.choices[0].strip() for text, row in zip(texts, rendered, strict=True)])
+        texts = generate(
+            model, tokenizer, inputs, max_new_tokens=max_new_tokens, stop=stop, **options
+        )
+        value = np.mean(
+            [
+                text.strip() == row.choices[0].strip()
+                for text, row in zip(texts, rendered, strict=True)
+            ]
+        )
     else:
         scores_NC = score_examples(model, examples, **options).double().numpy()
         label_N = np.array([example.label for example in examples])
@@ -49,8 +64,16 @@ def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512
         if scores_NC.shape[1] == 2 and np.isfinite(scores_NC).all() and set(label_N) == {0, 1}:
             difference_N = scores_NC[:, 1] - scores_NC[:, 0]
             auc = area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
-    n_tokens = np.mean([len(example.source) + sum(map(len, example.targets)) for example in examples])
-    result = {"accuracy": float(value), "auc": auc, "n": len(rows), "n_cut": n_cut, "tokens": float(n_tokens)}
+    n_tokens = np.mean(
+        [len(example.source) + sum(map(len, example.targets)) for example in examples]
+    )
+    result = {
+        "accuracy": float(value),
+        "auc": auc,
+        "n": len(rows),
+        "n_cut": n_cut,
+        "tokens": float(n_tokens),
+    }
     return result | ({"n_shots": float(np.mean(n_shots))} if shots else {})
 
 
@@ -59,6 +82,8 @@ def over_prompts(results):
     if len(results) == 1:
         return results[0]
     all_of = {key: [result[key] for result in results] for key in results[0]}
-    middle = {key: None if None in values else float(np.median(values)) for key, values in all_of.items()}
+    middle = {
+        key: None if None in values else float(np.median(values)) for key, values in all_of.items()
+    }
     counts = {"n": results[0]["n"], "n_cut": max(all_of["n_cut"])}
     return middle | counts | {"accuracies": all_of["accuracy"]}

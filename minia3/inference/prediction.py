@@ -24,17 +24,25 @@ def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_lengt
     """
     for n, (number, row) in enumerate(read_rows(path, None if spec.labels else "input")):
         with reading(f"{path}:{number}"):
-            if isinstance(row, dict) and not spec.labels:  # own rows: what they should come to does not matter
+            if (
+                isinstance(row, dict) and not spec.labels
+            ):  # own rows: what they should come to does not matter
                 row = row | {"label": None} | ({} if "choices" in row else {"target": "?"})
             row = check_row(row, spec, "test", n)
             name = row.get("adapter")
-            name = row["adapter"] = default if name is None or (spec.labels and name == "") else name
+            name = row["adapter"] = (
+                default if name is None or (spec.labels and name == "") else name
+            )
             if name is not None and not (isinstance(name, str) and name in adapters):
-                raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}")
+                raise ValueError(
+                    f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}"
+                )
             (text,), (example,), _ = encode_rows([(row, prompt)], tokenizer, max_length, end=False)
             text = text if prompt.choices or "choices" in row else text._replace(choices=[])
             if not example.source or (text.choices and not all(example.targets)):
-                raise ValueError(f"no tokens in the input or in a choice: {text.input!r:.40}, {text.choices!r:.80}")
+                raise ValueError(
+                    f"no tokens in the input or in a choice: {text.input!r:.40}, {text.choices!r:.80}"
+                )
         yield row, text, example
 
 
@@ -46,23 +54,38 @@ def predict(model, tokenizer, rows, adapters, *, batch_size=16, max_new_tokens=6
     while chunk := list(islice(rows, CHUNK)):
         for scored, part in groupby(chunk, lambda one: bool(one[1].choices)):
             some, texts, examples = zip(*part, strict=True)
-            options = {"adapter": adapters.rows([row["adapter"] for row in some]), "batch_size": batch_size}
+            options = {
+                "adapter": adapters.rows([row["adapter"] for row in some]),
+                "batch_size": batch_size,
+            }
             if scored:
                 answers = score_examples(model, examples, **options).tolist()
                 for row, text, scores in zip(some, texts, answers, strict=True):
                     scores = scores[: len(text.choices)]  # -inf where another row has more
                     label = scores.index(max(scores))
-                    yield row, {"idx": row["idx"], "label": label, "choice": text.choices[label], "scores": scores}
+                    yield (
+                        row,
+                        {
+                            "idx": row["idx"],
+                            "label": label,
+                            "choice": text.choices[label],
+                            "scores": scores,
+                        },
+                    )
             else:
                 sources = [example.source for example in examples]
-                answers = generate(model, tokenizer, sources, max_new_tokens=max_new_tokens, **options)
+                answers = generate(
+                    model, tokenizer, sources, max_new_tokens=max_new_tokens, **options
+                )
                 for row, answer in zip(some, answers, strict=True):
                     yield row, {"idx": row["idx"], "output": answer}
 
 
 def csv_line(cells):
     text = io.StringIO()
-    csv.writer(text).writerow("" if x is None else x if isinstance(x, str) else json.dumps(x) for x in cells)
+    csv.writer(text).writerow(
+        "" if x is None else x if isinstance(x, str) else json.dumps(x) for x in cells
+    )
     return text.getvalue()
 
 
@@ -78,7 +101,9 @@ def write_results(path, lines, to_csv):
         n = -to_csv  # the row of a line, after csv's header
         for line in file:
             n_quotes += line.count(b'"')
-            if line.endswith(b"\n") and not (to_csv and n_quotes % 2):  # a quoted text may have several lines
+            if line.endswith(b"\n") and not (
+                to_csv and n_quotes % 2
+            ):  # a quoted text may have several lines
                 if n > 0 and n % CHUNK == 0:
                     first, start = n, end
                 n, end = n + 1, file.tell()
@@ -86,6 +111,8 @@ def write_results(path, lines, to_csv):
         for line in chain(map(str.encode, lines(first)), [b""]):  # at last, nothing
             there = file.read(len(line) or 1)
             if there != line[: len(there)]:
-                raise ValueError(f"{path} holds other results than these: give another --out, or remove it")
+                raise ValueError(
+                    f"{path} holds other results than these: give another --out, or remove it"
+                )
             file.write(line[len(there) :])
             file.flush()

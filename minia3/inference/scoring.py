@@ -11,9 +11,15 @@ from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
 from minia3.tasks.prompts import Rendered
 
-PIECE = 1 << 24  # logits at once in scoring: 64 MB of float32; more are made by the quarter, which malloc has at hand
-TOKENS = 1 << 12  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
-SIDE_BY_SIDE = 1 << 9  # of these, of one source: a LLaMA reads them as one row, each with a score for every other
+PIECE = (
+    1 << 24
+)  # logits at once in scoring: 64 MB of float32; more are made by the quarter, which malloc has at hand
+TOKENS = (
+    1 << 12
+)  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
+SIDE_BY_SIDE = (
+    1 << 9
+)  # of these, of one source: a LLaMA reads them as one row, each with a score for every other
 
 
 def logprobs(model, state, target):
@@ -44,9 +50,14 @@ def masked_logprobs(model, state, target, mask):
     if len(x_TD) * len(weight_VD) <= PIECE:
         logp_T = -F.cross_entropy(model.logits(x_TD).to(wide), target_T, reduction="none")
     else:  # a part's logits are gone before the next one's are made, and are made again for the backward
-        x_TD, n = x_TD.to(wide), max(1, PIECE // 4 // len(x_TD))  # wide: the parts' gradients of x add up in it
+        x_TD, n = (
+            x_TD.to(wide),
+            max(1, PIECE // 4 // len(x_TD)),
+        )  # wide: the parts' gradients of x add up in it
         parts = enumerate(weight_VD.split(n))
-        parts = [Recomputed.apply(part, None, x_TD, weight, target_T - i * n) for i, weight in parts]
+        parts = [
+            Recomputed.apply(part, None, x_TD, weight, target_T - i * n) for i, weight in parts
+        ]
         lse_PT, own_PT = torch.stack(parts, dim=1)
         logp_T = own_PT.sum(0) - lse_PT.logsumexp(0)
     logp = logp_T if mask is None else logp_T.new_zeros(target.numel()).index_put((real_T,), logp_T)
@@ -59,7 +70,9 @@ def choice_logprobs(model, batch, adapter=None):
     Masks stay on the CPU, where what they say is known without waiting for a GPU.
     """
     device, (n_rows, n_choices, length) = model.embed.weight.device, batch.target_BCL.shape
-    state = model.start(batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter)
+    state = model.start(
+        batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter
+    )
 
     def some(target_BCL, mask_BCL):
         mask = None if mask_BCL.all() else mask_BCL.flatten(0, 1)
@@ -67,8 +80,14 @@ def choice_logprobs(model, batch, adapter=None):
         return masked_logprobs(model, own, target_BCL.flatten(0, 1), mask).view(target_BCL.shape)
 
     n = max(1, min(TOKENS // n_rows, SIDE_BY_SIDE) // length)
-    pieces = zip(batch.target_BCL.to(device).split(n, dim=1), batch.target_mask_BCL.split(n, dim=1), strict=True)
-    if n_choices > n and torch.is_grad_enabled():  # the backward keeps the source alone, and scores a piece again
+    pieces = zip(
+        batch.target_BCL.to(device).split(n, dim=1),
+        batch.target_mask_BCL.split(n, dim=1),
+        strict=True,
+    )
+    if (
+        n_choices > n and torch.is_grad_enabled()
+    ):  # the backward keeps the source alone, and scores a piece again
         some = partial(checkpoint, some, use_reentrant=False)
     return torch.cat([some(*piece) for piece in pieces], dim=1)
 
@@ -87,7 +106,9 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     scores_NC = torch.full((len(examples), max(len(e.targets) for e in examples)), float("-inf"))
     for rows, own in batches_by_length([len(e.source) for e in examples], adapter, batch_size):
         batch = collate([examples[i] for i in rows])
-        scores = choice_scores(choice_logprobs(model, batch, own).cpu(), batch.target_mask_BCL, length_norm)
+        scores = choice_scores(
+            choice_logprobs(model, batch, own).cpu(), batch.target_mask_BCL, length_norm
+        )
         scores_NC[rows, : scores.shape[1]] = scores.float()  # a batch may have fewer than C
     return scores_NC
 
@@ -102,13 +123,24 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of prompts, one or more: found {prompts!r:.80}")
     lists = [choices] * len(prompts) if choices and isinstance(choices[0], str) else choices
-    if len(lists) != len(prompts) or not all(lists) or any(isinstance(texts, str) for texts in (choices, *lists)):
+    if (
+        len(lists) != len(prompts)
+        or not all(lists)
+        or any(isinstance(texts, str) for texts in (choices, *lists))
+    ):
         expected = f"one list of choices, none empty, for all of {len(prompts)} prompts or for each"
         raise ValueError(f"expected {expected}: found {choices!r:.80}")
-    examples = [encode_example(Rendered(*row, 0), tokenizer, end=False) for row in zip(prompts, lists, strict=True)]
-    if bad := [i for i, example in enumerate(examples) if not (example.source and all(example.targets))]:
+    examples = [
+        encode_example(Rendered(*row, 0), tokenizer, end=False)
+        for row in zip(prompts, lists, strict=True)
+    ]
+    if bad := [
+        i for i, example in enumerate(examples) if not (example.source and all(example.targets))
+    ]:
         raise ValueError(f"prompts {bad} have no tokens, or a choice of none")
-    return score_examples(model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size)
+    return score_examples(
+        model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size
+    )
 
 
 def batches_by_length(lengths, adapter, batch_size):
@@ -117,7 +149,9 @@ def batches_by_length(lengths, adapter, batch_size):
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     adapter = torch.as_tensor(0 if adapter is None else adapter)
     if adapter.dim() and len(adapter) != len(lengths):
-        raise ValueError(f"expected an adapter for each of {len(lengths)} rows, found {len(adapter)}")
+        raise ValueError(
+            f"expected an adapter for each of {len(lengths)} rows, found {len(adapter)}"
+        )
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for first in range(0, len(by_length), batch_size):
         rows = by_length[first : first + batch_size]

@@ -29,8 +29,12 @@ def download(sources, folder):
                         Path(scratch, name).write_bytes(content)
                         os.replace(Path(scratch, name), target)
         except Exception as error:  # the network's, the disk's, a zip's: of many kinds
-            what = " ".join(str(error).split()) or type(error).__name__  # one line, whatever a server answered
-            raise ValueError(f"{source.address}: {what:.300}; or put {wanted} into {folder} by hand") from error
+            what = (
+                " ".join(str(error).split()) or type(error).__name__
+            )  # one line, whatever a server answered
+            raise ValueError(
+                f"{source.address}: {what:.300}; or put {wanted} into {folder} by hand"
+            ) from error
 
 
 def fetch_source(source):
@@ -39,19 +43,29 @@ def fetch_source(source):
         from huggingface_hub import hf_hub_download
 
         repo, get = source.address.removeprefix(HUB), hf_hub_download
-        return {name: Path(get(repo, file, repo_type="dataset")).read_bytes() for name, file in source.files.items()}
+        return {
+            name: Path(get(repo, file, repo_type="dataset")).read_bytes()
+            for name, file in source.files.items()
+        }
     if not source.sha256:
         raise ValueError("the authors give these files to those who ask there")
     content, bar = bytearray(), {"total": source.bytes, "desc": source.address, "disable": None}
-    with urlopen(source.address, timeout=TIMEOUT) as file, tqdm.wrapattr(file, "read", **bar) as body:
+    with (
+        urlopen(source.address, timeout=TIMEOUT) as file,
+        tqdm.wrapattr(file, "read", **bar) as body,
+    ):
         while len(content) <= source.bytes and (chunk := body.read(1 << 16)):
             content += chunk
     expected = f"{source.bytes} bytes of sha256 {source.sha256}"
-    if (found := f"{len(content)} bytes of sha256 {hashlib.sha256(content).hexdigest()}") != expected:
+    if (
+        found := f"{len(content)} bytes of sha256 {hashlib.sha256(content).hexdigest()}"
+    ) != expected:
         raise ValueError(f"found {found}, expected {expected}")
     if not source.address.endswith(".zip"):
         return dict.fromkeys(source.files, content)
     file, most = zipfile.ZipFile(io.BytesIO(content)), INFLATED * source.bytes
-    if bad := [member for member in source.files.values() if file.getinfo(member).file_size >= most]:
+    if bad := [
+        member for member in source.files.values() if file.getinfo(member).file_size >= most
+    ]:
         raise ValueError(f"found {most} bytes or more in the zip's {', '.join(bad)}, expected less")
     return {name: file.read(member) for name, member in source.files.items()}

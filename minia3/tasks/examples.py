@@ -12,7 +12,9 @@ class Example(NamedTuple):
     label: int
 
 
-def encode_example(rendered: Rendered, tokenizer, end: bool, source: list[int] | None = None) -> Example:
+def encode_example(
+    rendered: Rendered, tokenizer, end: bool, source: list[int] | None = None
+) -> Example:
     """Texts to ids. `end`: whether a LLaMA's targets get the end token (T5's always have it). `source`: if known."""
     targets = [tokenizer.encode_target(choice, end=end) for choice in rendered.choices]
     return Example(source or tokenizer.encode(rendered.input), targets, rendered.label)
@@ -24,6 +26,8 @@ def encode_rows(pairs, tokenizer, max_length, end):
     for row, prompt in pairs:
         text, cut = fit(prompt, row, lambda text: len(encode(text)), max_length)
         rendered.append(text)
-        examples.append(encode_example(text, tokenizer, end, encode(text.input)))  # the last that `fit` has counted
+        examples.append(
+            encode_example(text, tokenizer, end, encode(text.input))
+        )  # the last that `fit` has counted
         n_cut += cut
     return rendered, examples, n_cut

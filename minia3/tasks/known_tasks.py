@@ -8,7 +8,9 @@ from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import Source, TaskSpec
 
 TABLE = Path(__file__).with_name("tasks.json")
-SHIPPED = Path(__file__).resolve().parents[2] / "data"  # what comes with the repository, whatever --data-dir says
+SHIPPED = (
+    Path(__file__).resolve().parents[2] / "data"
+)  # what comes with the repository, whatever --data-dir says
 
 
 @cache
@@ -19,8 +21,16 @@ def known_tasks(path=TABLE):
         try:
             row = (rows[row.pop("like")] if "like" in row else {}) | row
             choices, texts = row.pop("choices", row.get("labels")), row.pop("prompts", [])
-            prompts = tuple(Prompt(**text | {"choices": tuple(text.get("choices", choices))}) for text in texts) or OWN_PROMPTS
-            tasks[name] = TaskSpec(prompts, [Source(**source) for source in row.pop("sources", [])], **row)
+            prompts = (
+                tuple(
+                    Prompt(**text | {"choices": tuple(text.get("choices", choices))})
+                    for text in texts
+                )
+                or OWN_PROMPTS
+            )
+            tasks[name] = TaskSpec(
+                prompts, [Source(**source) for source in row.pop("sources", [])], **row
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {name}: {error}") from None
     return tasks

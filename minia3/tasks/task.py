@@ -10,7 +10,9 @@ class Source(NamedTuple):
     """Where files of a task come from. Without a sha256 it is a data set of the hub, or where to ask for them."""
 
     address: str
-    files: dict[str, str]  # all that is taken: name in the task's folder -> name in the zip or data set, if it is one
+    files: dict[
+        str, str
+    ]  # all that is taken: name in the task's folder -> name in the zip or data set, if it is one
     bytes: int = 0
     sha256: str = ""
 
@@ -24,12 +26,16 @@ class TaskSpec(NamedTuple):
     label: str = "label"  # the field of them
     fields: Mapping[str, str] = {}  # column of the file -> what it is called here
     spans: str = ""  # of WSC: the field that holds its spans
-    dev_ids: Sequence[str] = ()  # of MRPC: the file for validation has these fields, unnamed, of some rows of train
+    dev_ids: Sequence[
+        str
+    ] = ()  # of MRPC: the file for validation has these fields, unnamed, of some rows of train
     metric: str = "accuracy"
     shots: int | None = None  # T-Few's
     per_class: bool = False  # shots are so many of each label
     few_shot: str = ""  # folder of T-Few's published splits, where it has another name
-    seen: Sequence[str] = ()  # families whose pre-training had the task's labels: their numbers are not few-shot
+    seen: Sequence[
+        str
+    ] = ()  # families whose pre-training had the task's labels: their numbers are not few-shot
     shipped: str = ""  # folder below SHIPPED
 
 
@@ -53,5 +59,7 @@ class Task(NamedTuple):
         if self.test and all(row["label"] >= 0 for row in self.test):
             return "test", self.test
         if not self.validation:
-            raise ValueError(f"{self.name}: no labelled rows to report on: add a validation file, or labels to test's")
+            raise ValueError(
+                f"{self.name}: no labelled rows to report on: add a validation file, or labels to test's"
+            )
         return self.split, self.validation

@@ -20,7 +20,9 @@ def save_checkpoint(folder, state):
 def save_last_checkpoint(folder, saved, whole):
     """The last checkpoint, without what only going on needs; of a whole model that would be four times its size."""
     gone = ("optimizers", "random") + ("vectors", "cells") * whole
-    save_checkpoint(folder, {key: x for key, x in saved.items() if key not in gone} | {"finished": True})
+    save_checkpoint(
+        folder, {key: x for key, x in saved.items() if key not in gone} | {"finished": True}
+    )
 
 
 def load_checkpoint(folder):
@@ -47,7 +49,10 @@ def all_finite(vectors):
 
 
 def random_state():
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_state(state):

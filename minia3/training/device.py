@@ -12,7 +12,9 @@ def choose_device(name):
     """-> the device, and why this one. Raises ValueError for one that is not there."""
     if name is None:
         found = torch.cuda.is_available()
-        return torch.device("cuda" if found else "cpu"), torch.cuda.get_device_name() if found else "no CUDA GPU found"
+        return torch.device(
+            "cuda" if found else "cpu"
+        ), torch.cuda.get_device_name() if found else "no CUDA GPU found"
     try:
         torch.ones(1, device=name).tolist()
         return torch.device(name), "as asked"
@@ -27,5 +29,7 @@ def peak_memory(device):
     with suppress(ImportError):  # Windows has none
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     return 0

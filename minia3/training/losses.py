@@ -10,7 +10,10 @@ UNLIKELY_EPS = 1e-2  # T-Few's code adds it inside of the logarithm; the paper d
 
 def right_tokens(mask_BCL, label_B):
     """(B, C, L) bool: the tokens of the right choice."""
-    return mask_BCL & (torch.arange(mask_BCL.shape[1], device=label_B.device) == label_B[:, None])[:, :, None]
+    return (
+        mask_BCL
+        & (torch.arange(mask_BCL.shape[1], device=label_B.device) == label_B[:, None])[:, :, None]
+    )
 
 
 def lm_loss(logp_BCL, mask_BCL, label_B):

@@ -53,7 +53,11 @@ def planned_memory(config, dtype, batch, length, train, target=8):
     with FakeTensorMode(), torch.set_grad_enabled(train):
         model = build_model(config).train(train)
         for name, p in [*model.named_parameters()]:
-            place_parameter(model, name, torch.empty(p.shape, dtype=torch.float32 if name.endswith(".scale") else dtype))
+            place_parameter(
+                model,
+                name,
+                torch.empty(p.shape, dtype=torch.float32 if name.endswith(".scale") else dtype),
+            )
         freeze(model)
         tokens, held = torch.zeros(batch, max(length, target), dtype=torch.long), Held()
         for p in model.parameters():
@@ -65,6 +69,8 @@ def planned_memory(config, dtype, batch, length, train, target=8):
                 logprobs(model, state, tokens[:, :target]).sum().backward()
             else:
                 model.step(state.start, state)
-    moments = 4 * sum(vector.numel() for vector in vectors(model).values()) * train  # Adafactor's, one for each number
+    moments = (
+        4 * sum(vector.numel() for vector in vectors(model).values()) * train
+    )  # Adafactor's, one for each number
     peak = max(held.peak, held.now + moments)
     return peak, min(HEAP_END, peak - weights) + int(HOLES * (peak - weights))

@@ -11,13 +11,25 @@ from minia3.files.write import replacing
 from minia3.training.flags import flag_words
 from minia3.training.report import before_after
 
-AUTO = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}  # class of ours -> of transformers
-WHERE = ("model", "task", "out", "data_dir", "resume", "device")  # these say where something is; the others, what to do
+AUTO = {
+    "T5": "AutoModelForSeq2SeqLM",
+    "Llama": "AutoModelForCausalLM",
+}  # class of ours -> of transformers
+WHERE = (
+    "model",
+    "task",
+    "out",
+    "data_dir",
+    "resume",
+    "device",
+)  # these say where something is; the others, what to do
 
 
 def write_card(folder, config, finals, checksums):
     with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card(config, *(final | {"data": checksums} for final in finals)), encoding="utf-8")
+        temporary.write_text(
+            card(config, *(final | {"data": checksums} for final in finals)), encoding="utf-8"
+        )
 
 
 def card(config, *finals):
@@ -35,8 +47,14 @@ def card(config, *finals):
         over = f", median over {len(one['accuracies'])} prompts" if "accuracies" in one else ""
         rows.append([of + one["metric"] + over, *before_after(one, "accuracy", ".1%")])
         rows += [[of + "AUC", *before_after(one, "auc", ".2f")]] if one["auc"] is not None else []
-    _, *parts = re.split("<!-- (.*) -->\n", Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
-    text = "".join(x for methods, x in zip(parts[::2], parts[1::2], strict=True) if final["method"] in methods.split())
+    _, *parts = re.split(
+        "<!-- (.*) -->\n", Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    )
+    text = "".join(
+        x
+        for methods, x in zip(parts[::2], parts[1::2], strict=True)
+        if final["method"] in methods.split()
+    )
     return text.format(
         **final | {"task": ", ".join(tasks)},
         measured=f"{final['rows']:,} rows of {final['split']}" if len(finals) == 1 else "",

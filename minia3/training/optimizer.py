@@ -11,7 +11,10 @@ class Adafactor:
         self.state = {table: {} for table in self.param_groups[0]["params"]}
 
     def state_dict(self):
-        return {"state": dict(enumerate(self.state.values())), "param_groups": [{"lr": self.param_groups[0]["lr"]}]}
+        return {
+            "state": dict(enumerate(self.state.values())),
+            "param_groups": [{"lr": self.param_groups[0]["lr"]}],
+        }
 
     def load_state_dict(self, saved):
         self.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]

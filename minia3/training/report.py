@@ -14,7 +14,11 @@ def before_after(final, name, form):
 
 def describe(metric, result):
     auc = "" if result["auc"] is None else f", AUC {result['auc']:.2f}"
-    return "nothing to measure" if result["accuracy"] is None else f"{metric} {result['accuracy']:.1%}{auc}"
+    return (
+        "nothing to measure"
+        if result["accuracy"] is None
+        else f"{metric} {result['accuracy']:.1%}{auc}"
+    )
 
 
 def report(config, folder, finals, n_failed=0):
@@ -23,8 +27,15 @@ def report(config, folder, finals, n_failed=0):
     n_failed: of a grid's adapters.
     """
     final, mixed = finals[0], config.adapters == "one" and isinstance(config.task, tuple)
-    trained, total, kind = final["trainable"], final["total"], "model" if config.method == "full" else "adapter"
-    axes, where = expand_grid(config, ["task"] * mixed)[0], Path("adapters", "NAME") if "adapter" in final else kind
+    trained, total, kind = (
+        final["trainable"],
+        final["total"],
+        "model" if config.method == "full" else "adapter",
+    )
+    axes, where = (
+        expand_grid(config, ["task"] * mixed)[0],
+        Path("adapters", "NAME") if "adapter" in final else kind,
+    )
 
     def figure(final, name, form):
         then, now = before_after(final, name, form)
@@ -34,31 +45,53 @@ def report(config, folder, finals, n_failed=0):
         title = f"{len(finals)} results" + f", and {n_failed} that failed" * bool(n_failed)
         keys = ["adapter"] * bool(axes) + ["task"] * mixed
         names = [": ".join(x[key] for key in keys) for x in finals]
-        figures = [f"{x['metric']} {figure(x, 'accuracy', '.1%')}, {x['steps']} steps" for x in finals]
+        figures = [
+            f"{x['metric']} {figure(x, 'accuracy', '.1%')}, {x['steps']} steps" for x in finals
+        ]
         lines = [*zip(names, figures, strict=True)]
     else:
-        cut = f", {final['rows_cut']} of them cut to {config.max_length} tokens" if final["rows_cut"] else ""
+        cut = (
+            f", {final['rows_cut']} of them cut to {config.max_length} tokens"
+            if final["rows_cut"]
+            else ""
+        )
         title = f"{final['task']}: {final['rows']} rows of {final['split']}{cut}"
         lines = [(final["metric"], figure(final, "accuracy", ".1%"))]
         lines += [("AUC", figure(final, "auc", ".2f"))] if final["auc"] is not None else []
     if shots := sorted(x["n_shots"] for x in finals if "n_shots" in x):
         most = f" to {shots[-1]:.1f}" * (shots[0] < shots[-1])
         lines += [("shots", f"{shots[0]:.1f}{most} before a row, in the mean")]
-    lines += [("memory", f"{max(x['peak_memory_bytes'] for x in finals) / 1e6:,.0f} MB at the most")]
+    lines += [
+        ("memory", f"{max(x['peak_memory_bytes'] for x in finals) / 1e6:,.0f} MB at the most")
+    ]
     if trained:
-        cells = {x.get("adapter"): x["seconds"] for x in finals}  # of (IA)^3 all together, of others one by one
+        cells = {
+            x.get("adapter"): x["seconds"] for x in finals
+        }  # of (IA)^3 all together, of others one by one
         seconds = final["seconds"] if config.method == "ia3" else sum(cells.values())
-        steps = f"{max(x['steps'] for x in finals)} steps" + f" of {len(cells)}" * (config.method != "ia3" and len(cells) > 1)
+        steps = f"{max(x['steps'] for x in finals)} steps" + f" of {len(cells)}" * (
+            config.method != "ia3" and len(cells) > 1
+        )
         share = f"{trained:,} of {total:,} numbers ({trained / total:.3%})" + " each" * bool(axes)
         lines += [("trained", share), ("time", f"{seconds:.0f} s for {steps}")]
         lines += [(kind, folder / where)]
     if trained and any(x["rows"] for x in finals):
-        one = dataclasses.replace(config, **{axis: axis.upper() for axis in axes})  # NAME, SEED ...: to be filled in
+        one = dataclasses.replace(
+            config, **{axis: axis.upper() for axis in axes}
+        )  # NAME, SEED ...: to be filled in
         start = ["--adapter", folder / where]
         if kind == "model":
             one, start = dataclasses.replace(one, model=str(folder / where)), []
-        differ = [x for x in ("method", *MEASURING) if getattr(config, x) != getattr(type(config), x)]
-        command = ["python", "train.py", *flag_words(one, ["model", "task", *differ]), *start, "--eval-only"]
+        differ = [
+            x for x in ("method", *MEASURING) if getattr(config, x) != getattr(type(config), x)
+        ]
+        command = [
+            "python",
+            "train.py",
+            *flag_words(one, ["model", "task", *differ]),
+            *start,
+            "--eval-only",
+        ]
         lines += [("use it", shlex.join(map(str, command)))]
     width = max(12, *(2 + len(name) for name, _ in lines))
     print(f"\n{title}")

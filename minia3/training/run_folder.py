@@ -29,9 +29,13 @@ def run_name(config):
     lists[0], parts = [Path(task).stem for task in lists[0]], []
     for values in lists:
         text = ",".join(map(str, values))
-        parts.append(f"{values[0]}+{len(values) - 1}" if len(text) > 50 and len(values) > 1 else text)
+        parts.append(
+            f"{values[0]}+{len(values) - 1}" if len(text) > 50 and len(values) > 1 else text
+        )
     method = config.method + "-one" * (config.adapters == "one" and len(lists[0]) > 1)
-    return "-".join([Path(config.model).name, parts[0], method, *parts[1 : 3 if len(lists[2]) > 1 else 2]])
+    return "-".join(
+        [Path(config.model).name, parts[0], method, *parts[1 : 3 if len(lists[2]) > 1 else 2]]
+    )
 
 
 def open_run(config, check):
@@ -41,9 +45,14 @@ def open_run(config, check):
     """
     if config.resume is not None:
         if config != type(config)(resume=config.resume):
-            raise ValueError("--resume goes alone: all other flags come from the config.json of its folder")
+            raise ValueError(
+                "--resume goes alone: all other flags come from the config.json of its folder"
+            )
         folder = Path(config.resume)
-        raw = {key: tuple(x) if isinstance(x, list) else x for key, x in read_run_config(folder).items()}
+        raw = {
+            key: tuple(x) if isinstance(x, list) else x
+            for key, x in read_run_config(folder).items()
+        }
         config = type(config)(**{key: raw[key] for key in vars(config) if key in raw})
         check(config)
         held = lock_folder(folder)
@@ -65,10 +74,14 @@ def begin_run(folder, values):
         folder.mkdir(parents=True, exist_ok=True)
         held = lock_folder(folder)
         if found := ", ".join(name for name in PARTS if (folder / name).exists()):
-            raise ValueError(f"{folder} holds a run already ({found}): use --resume or another --out, or remove it")
+            raise ValueError(
+                f"{folder} holds a run already ({found}): use --resume or another --out, or remove it"
+            )
         write_json(folder / "config.json", values | environment())
     except OSError as error:
-        raise ValueError(f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}") from None
+        raise ValueError(
+            f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"
+        ) from None
     return held
 
 
@@ -96,7 +109,9 @@ def record_data(folder, checksums):
     """Add the data's checksums to config.json. Raises ValueError where a run that goes on began with other data."""
     config = read_run_config(folder)
     if config.get("data", checksums) != checksums:
-        raise ValueError(f"{folder}: the task's files have changed since this run began: put them back, or begin anew")
+        raise ValueError(
+            f"{folder}: the task's files have changed since this run began: put them back, or begin anew"
+        )
     write_json(folder / "config.json", config | {"data": checksums})
 
 
@@ -104,9 +119,22 @@ def environment():
     """What a result depends on beside the flags: versions, and the commit of the repository that the code is in."""
     commit = None
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     return {"minia3": minia3.__version__, "git_commit": commit, "versions": versions}
 
 

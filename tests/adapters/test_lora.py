@@ -7,7 +7,20 @@ import warnings
 
 import pytest
 import torch
-from conftest import PEERS, T5_PEERS, Peer, double, logits, make, off, randomize, rms, their_logits, tokens, with_peft
+from conftest import (
+    PEERS,
+    T5_PEERS,
+    Peer,
+    double,
+    logits,
+    make,
+    off,
+    randomize,
+    rms,
+    their_logits,
+    tokens,
+    with_peft,
+)
 from safetensors.torch import load_file, save_file
 
 import minia3
@@ -22,7 +35,11 @@ ALL = {  # PEFT's names of all linears of the blocks
     "t5-v1.1": [*ATTENTION, "wi_0", "wi_1", "wo"],
     "llama-gqa": [*LLAMA_ATTENTION, "gate_proj", "up_proj", "down_proj"],
 }
-OURS = {"t5-v1.0": "q k v o gate down", "t5-v1.1": "q k v o gate up down", "llama-gqa": "q k v o gate up down"}
+OURS = {
+    "t5-v1.0": "q k v o gate down",
+    "t5-v1.1": "q k v o gate up down",
+    "llama-gqa": "q k v o gate up down",
+}
 QV = {"t5-v1.0": ["q", "v"], "t5-v1.1": ["q", "v"], "llama-gqa": ["q_proj", "v_proj"]}
 
 
@@ -75,7 +92,9 @@ def in_peft(name, folder, **options):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # transformers' and PEFT's own affair
+        warnings.filterwarnings(
+            "ignore", ".*is_gradient_checkpointing.*"
+        )  # transformers' and PEFT's own affair
         return peft.PeftModel.from_pretrained(make(name), folder, **options).eval()
 
 
@@ -84,7 +103,9 @@ def in_peft(name, folder, **options):
 
 @pytest.mark.parametrize("targets", [QV, ALL], ids=["qv", "all"])
 @pytest.mark.parametrize("name", ALL)
-def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft_folder, name, targets):
+def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(
+    loaded, peft_folder, name, targets
+):
     theirs, folder = peft_folder(name, targets[name])
     ours = loaded(name)
     load_lora(ours, folder)
@@ -96,7 +117,9 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft
     assert off(logits(loaded(name).double(), SOURCE, MASK, TARGET), expected) > 1e-2
     for x in (expected, found):
         x.log_softmax(-1)[..., 5].mean().backward()
-    gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if ".lora_" in n}
+    gradients = {
+        n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if ".lora_" in n
+    }
     parameters = lora_parameters(ours)
     assert gradients.keys() == parameters.keys()
     largest = max(gradient.abs().max() for gradient in gradients.values())
@@ -110,7 +133,9 @@ def test_our_folder_gives_the_same_logits_in_peft_without_a_warning(applied, tmp
     model = applied(name)
     save_lora(model, tmp_path)
     theirs = in_peft(name, tmp_path)
-    assert len([n for n, _ in theirs.named_parameters() if ".lora_" in n]) == len(lora_parameters(model))
+    assert len([n for n, _ in theirs.named_parameters() if ".lora_" in n]) == len(
+        lora_parameters(model)
+    )
     expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
 
@@ -122,18 +147,28 @@ def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, na
     model = loaded(name)
     load_lora(model, folder)
     save_lora(model, tmp_path / "ours", "t5-base")
-    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "ours", folder))
+    ours, theirs = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "ours", folder)
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
-    ours, theirs = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path / "ours", folder))
-    theirs |= {"target_modules": sorted(theirs["target_modules"]), "base_model_name_or_path": "google-t5/t5-base"}
+    ours, theirs = (
+        json.loads((path / "adapter_config.json").read_text())
+        for path in (tmp_path / "ours", folder)
+    )
+    theirs |= {
+        "target_modules": sorted(theirs["target_modules"]),
+        "base_model_name_or_path": "google-t5/t5-base",
+    }
     assert ours == {key: theirs[key] for key in ours}
     assert {"peft_type", "task_type", "r", "lora_alpha", "target_modules", "bias"} <= ours.keys()
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_saved_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(applied, loaded, tmp_path, name, dtype):
+def test_what_is_saved_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(
+    applied, loaded, tmp_path, name, dtype
+):
     model, again = applied(name, dtype=dtype), loaded(name, dtype=dtype)
     save_lora(model, tmp_path)
     load_lora(again, tmp_path)
@@ -145,7 +180,9 @@ def test_what_is_saved_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(app
 
 def test_what_is_saved_of_a_float64_model_is_float32(applied, tmp_path):
     save_lora(applied("t5-v1.0").double(), tmp_path)
-    assert {x.dtype for x in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    assert {x.dtype for x in load_file(tmp_path / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -163,14 +200,22 @@ def test_ours_trains_on_in_peft_and_comes_back(applied, loaded, tmp_path, name):
     assert off(logits(applied(name), SOURCE, MASK, TARGET), expected) > 1e-3, "it has learnt"
 
 
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"init_lora_weights": False}, {"targets": r".*\.[qv]"}])
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.5}, {"init_lora_weights": False}, {"targets": r".*\.[qv]"}]
+)
 def test_what_does_not_change_what_is_computed_is_passed_over(loaded, peft_folder, options):
     theirs, folder = peft_folder("t5-v1.0", **options)
     tensors = load_file(folder / "adapter_model.safetensors")
     torch.save(tensors, folder / "adapter_model.bin")  # as older ones wrote
     (folder / "adapter_model.safetensors").unlink()
     load_lora(model := loaded("t5-v1.0"), folder)
-    assert off(logits(model, SOURCE, MASK, TARGET), Peer("t5-v1.0", None, theirs).logits(SOURCE, MASK, TARGET)) < 1e-5
+    assert (
+        off(
+            logits(model, SOURCE, MASK, TARGET),
+            Peer("t5-v1.0", None, theirs).logits(SOURCE, MASK, TARGET),
+        )
+        < 1e-5
+    )
 
 
 # How it begins and what it trains
@@ -189,7 +234,9 @@ def test_a_model_begins_as_the_base_bit_for_bit(loaded, name, dtype):
     assert len(ours) - len(before) == len(lora_parameters(model))
 
 
-@pytest.mark.parametrize(("name", "n"), [("t5-v1.0", 12), ("t5-deep-decoder", 14), ("llama-gqa", 4)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("t5-v1.0", 12), ("t5-deep-decoder", 14), ("llama-gqa", 4)]
+)
 def test_lora_is_on_q_and_v_unless_told_otherwise_with_peft_s_beginning(loaded, name, n):
     lora = {n: x for n, x in add_named(loaded(name)).items() if isinstance(x, LoRA)}
     assert len(lora) == n
@@ -211,7 +258,9 @@ def add_named(model, **options):
 def test_a_seed_and_nothing_else_decides_how_it_begins(loaded):
     def begin(**options):
         torch.rand(3)  # the state of all others' random numbers
-        return torch.cat([p.flatten() for p in add_lora(loaded("t5-v1.0", **options), seed=seed).values()])
+        return torch.cat(
+            [p.flatten() for p in add_lora(loaded("t5-v1.0", **options), seed=seed).values()]
+        )
 
     seed = 3
     first = begin()
@@ -228,7 +277,9 @@ def test_only_a_and_b_get_gradients(loaded, name, where):
     parameters = add_lora(model, where=[where] if where else OURS[name].split())
     fill(parameters)
     state = model.start(SOURCE, MASK)
-    model.step(torch.cat((state.start, TARGET), dim=1), state).log_softmax(-1).square().mean().backward()
+    model.step(torch.cat((state.start, TARGET), dim=1), state).log_softmax(
+        -1
+    ).square().mean().backward()
     learning = {id(p) for p in parameters.values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == learning
     assert {id(p) for p in model.parameters() if p.grad is not None} == learning
@@ -250,7 +301,9 @@ def test_merged_is_applied(applied, loaded, tmp_path, name):
     merged, expected = merge(model), logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-11
     assert not any(isinstance(x, LoRA) for x in merged.modules())
-    assert [n for n, _ in merged.named_parameters()] == [n for n, _ in loaded(name).named_parameters()]
+    assert [n for n, _ in merged.named_parameters()] == [
+        n for n, _ in loaded(name).named_parameters()
+    ]
     merged = merge(applied(name))
     minia3.save_model(merged, tmp_path)
     expected = logits(applied(name), SOURCE, MASK, TARGET)
@@ -272,7 +325,9 @@ def test_a_merged_weight_is_the_sum_in_float32_rounded_once(applied, name, dtype
 def test_a_merged_weight_in_bfloat16_is_as_near_as_rounding_allows(applied):
     model = applied("t5-v1.0", dtype=torch.bfloat16)
     expected = logits(applied("t5-v1.0", dtype=torch.bfloat16).double(), SOURCE, MASK, TARGET)
-    error, applied_error = (rms(logits(x, SOURCE, MASK, TARGET) - expected) for x in (merge(model), model))
+    error, applied_error = (
+        rms(logits(x, SOURCE, MASK, TARGET) - expected) for x in (merge(model), model)
+    )
     assert 0 < error < 1.5 * applied_error
     assert applied_error < 0.05 * rms(expected)
 
@@ -283,7 +338,10 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(appli
         before = {n: value.clone() for n, value in model.state_dict().items()}
         merged = merge(model.train(mode))
         assert {x.training for x in merged.modules()} == {mode}
-        ours, changed = dict(model.named_parameters()), (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale")
+        ours, changed = (
+            dict(model.named_parameters()),
+            (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale"),
+        )
         for n, p in merged.named_parameters():
             assert (p.data_ptr() == ours[n].data_ptr()) == (not n.endswith(changed)), n
             assert p is not ours[n]
@@ -353,7 +411,9 @@ def test_a_config_of_more_than_lora_is_refused(loaded, peft_folder, changes, mes
     raw = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(raw | changes))
     refused(loaded("t5-v1.0"), folder, message)
-    (folder / "adapter_config.json").write_text(json.dumps({key: x for key, x in raw.items() if key != "r"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({key: x for key, x in raw.items() if key != "r"})
+    )
     refused(loaded("t5-v1.0"), folder, "'r'")
 
 

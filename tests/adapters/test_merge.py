@@ -27,7 +27,9 @@ def extreme(model):
     with torch.no_grad():
         for i, vector in enumerate(minia3.vectors(randomize(model, 5)).values()):
             for row in range(len(vector)):
-                vector[row, (i + row) % 3 :: 3] *= torch.tensor([0.0, -1.0, 1e4, 1e-4])[(i + row) % 4]
+                vector[row, (i + row) % 3 :: 3] *= torch.tensor([0.0, -1.0, 1e4, 1e-4])[
+                    (i + row) % 4
+                ]
     return model
 
 
@@ -40,7 +42,9 @@ def test_a_merged_row_is_the_row_applied(loaded, name):
         expected = logits(model, SOURCE, MASK, TARGET, adapter=adapter)
         assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
         assert all(torch.equal(v, torch.ones_like(v[:1])) for v in minia3.vectors(merged).values())
-    assert off(logits(merge(model), SOURCE, MASK, TARGET), expected) < 1e-5, "row 0, if none is named"
+    assert off(logits(merge(model), SOURCE, MASK, TARGET), expected) < 1e-5, (
+        "row 0, if none is named"
+    )
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -83,9 +87,13 @@ def test_every_weight_is_its_product_rounded_once(loaded, name, dtype):
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
 def test_what_leaves_the_range_of_the_dtype_is_refused_by_name(loaded, name):
     model = loaded(name, dtype=torch.bfloat16)
-    minia3.vectors(model)["encoder.blocks.1.ffn.l_ff" if name in T5_PEERS else "blocks.1.ffn.l_ff"].data[0, 2] = 3e38
+    minia3.vectors(model)[
+        "encoder.blocks.1.ffn.l_ff" if name in T5_PEERS else "blocks.1.ffn.l_ff"
+    ].data[0, 2] = 3e38
     next(p for n, p in model.named_parameters() if n.endswith("1.ffn.down.weight")).data[:, 2] = 8
-    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.down\.weight with .* not finite in torch.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.ffn\.down\.weight with .* not finite in torch.bfloat16"
+    ):
         merge(model)
 
 
@@ -127,14 +135,20 @@ def test_merging_keeps_the_mode_and_what_is_frozen(loaded, name):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_merged_model_is_saved_and_loaded_as_any_other_and_transformers_agrees(loaded, tmp_path, name):
+def test_a_merged_model_is_saved_and_loaded_as_any_other_and_transformers_agrees(
+    loaded, tmp_path, name
+):
     import transformers
 
     model = randomize(loaded(name, n_adapters=2), 5)
     expected = logits(model, SOURCE, MASK, TARGET, adapter=1)
     minia3.save_model(merge(model, 1), tmp_path)
     assert off(logits(minia3.load_model(tmp_path), SOURCE, MASK, TARGET), expected) < 1e-5
-    kind = transformers.AutoModelForSeq2SeqLM if name in T5_PEERS else transformers.AutoModelForCausalLM
+    kind = (
+        transformers.AutoModelForSeq2SeqLM
+        if name in T5_PEERS
+        else transformers.AutoModelForCausalLM
+    )
     theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert off(Peer(name, None, theirs.eval()).logits(SOURCE, MASK, TARGET), expected) < 1e-5
@@ -143,7 +157,9 @@ def test_a_merged_model_is_saved_and_loaded_as_any_other_and_transformers_agrees
 def test_merging_ones_changes_no_bit(loaded):
     model = loaded("t5-v1.1", dtype=torch.bfloat16)
     merged = merge(model)
-    assert all(torch.equal(value, merged.state_dict()[n]) for n, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, merged.state_dict()[n]) for n, value in model.state_dict().items()
+    )
 
 
 def test_what_is_trained_on_a_merged_model_does_not_name_the_base(loaded, tmp_path):
@@ -178,7 +194,11 @@ def in_memory(source, adapter, out):
     """What merge_files must write: {name: bytes}."""
     model = minia3.load_model(source)
     minia3.load_adapter(model, adapter)
-    tokenizer = minia3.load_tokenizer(source) if source.is_file() or (source / "tokenizer.json").exists() else None
+    tokenizer = (
+        minia3.load_tokenizer(source)
+        if source.is_file() or (source / "tokenizer.json").exists()
+        else None
+    )
     minia3.save_model(merge(model), out, tokenizer)
     return tree(out)
 
@@ -197,7 +217,9 @@ def adapter(loaded, tmp_path):
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_from_file_to_file_the_bits_are_those_of_merge_and_save_model(peer, adapter, tmp_path, name, dtype):
+def test_from_file_to_file_the_bits_are_those_of_merge_and_save_model(
+    peer, adapter, tmp_path, name, dtype
+):
     folder = shutil.copytree(peer(name).folder, tmp_path / name)
     stored = load_file(folder / "model.safetensors")
     save_file({n: x.to(dtype) for n, x in stored.items()}, folder / "model.safetensors")
@@ -209,7 +231,9 @@ def test_from_file_to_file_the_bits_are_those_of_merge_and_save_model(peer, adap
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_shards_and_absent_vectors_and_a_tokenizer(loaded, copy, adapter, tmp_path, name, monkeypatch, word_tokenizer):
+def test_shards_and_absent_vectors_and_a_tokenizer(
+    loaded, copy, adapter, tmp_path, name, monkeypatch, word_tokenizer
+):
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 9000)
     folder, vectors = copy(name), adapter(name, without=".1.")
     minia3.save_model(minia3.load_model(folder), folder, word_tokenizer)
@@ -235,14 +259,21 @@ def test_a_quantised_gguf_becomes_float32_with_its_tokenizer(tmp_path):
     pytest.importorskip("gguf", reason="needs the extra: pip install 'minia3[gguf]'")
     from test_gguf import Q8_0, gguf_tensors, hf_tensors, make_model, write
 
-    keys = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "a"], "token_type": [2, 3, 3, 1], "scores": [0.0] * 4}
+    keys = {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "</s>", "a"],
+        "token_type": [2, 3, 3, 1],
+        "scores": [0.0] * 4,
+    }
     keys = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model()), Q8_0), keys)
     write_adapter(tmp_path / "adapter", row_of(randomize(minia3.load_model(path)), 0))
     expected = in_memory(path, tmp_path / "adapter", tmp_path / "expected")
     merge_files(path, tmp_path / "adapter", tmp_path / "out")
     assert tree(tmp_path / "out") == expected
-    assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+    assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        torch.float32
+    }
     assert "tokenizer.json" in expected
 
 
@@ -285,13 +316,19 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(loaded, copy, adapter, tm
 def test_a_differing_name_of_the_base_is_a_warning(copy, adapter, tmp_path):
     folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
     raw = json.loads((vectors / "adapter_config.json").read_text())
-    (vectors / "adapter_config.json").write_text(json.dumps(raw | {"base_model_name_or_path": "t5-large"}))
+    (vectors / "adapter_config.json").write_text(
+        json.dumps(raw | {"base_model_name_or_path": "t5-large"})
+    )
     with pytest.warns(UserWarning, match=f"trained on t5-large, and this model is {folder}"):
         merge_files(folder, vectors, tmp_path / "out")
 
 
-@pytest.mark.parametrize("tensor", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"])
-def test_what_is_read_back_with_another_bit_is_refused_and_removed(copy, adapter, tmp_path, monkeypatch, tensor):
+@pytest.mark.parametrize(
+    "tensor", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"]
+)
+def test_what_is_read_back_with_another_bit_is_refused_and_removed(
+    copy, adapter, tmp_path, monkeypatch, tensor
+):
     folder, vectors, save = copy("t5-v1.0"), adapter("t5-v1.0"), save_tensors
 
     def on_a_bad_disk(temporary, parts):
@@ -306,7 +343,9 @@ def test_what_is_read_back_with_another_bit_is_refused_and_removed(copy, adapter
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_at_any_moment_there_is_no_checkpoint_or_a_whole_one(copy, adapter, tmp_path, monkeypatch):
+def test_killed_at_any_moment_there_is_no_checkpoint_or_a_whole_one(
+    copy, adapter, tmp_path, monkeypatch
+):
     """A child is killed at its first operation on a file of `out`, then at its second, and so on to the last."""
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 40_000)
     folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
@@ -330,7 +369,9 @@ def test_killed_at_any_moment_there_is_no_checkpoint_or_a_whole_one(copy, adapte
             finally:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
-        visible = {n: x for n, x in (tree_of_files(out) if out.exists() else {}).items() if n != ".lock"}
+        visible = {
+            n: x for n, x in (tree_of_files(out) if out.exists() else {}).items() if n != ".lock"
+        }
         outcomes.append(visible == expected)
         if not outcomes[-1]:
             with pytest.raises(ValueError, match=r"not found|no such folder"):
@@ -379,14 +420,25 @@ print(peak - before)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_memory_is_one_shard_and_not_the_model(tmp_path, dtype):
     """64 MB of weights in shards of 4 MB; float16 T5 becomes float32 on the way."""
     import transformers
 
-    sizes = {"vocab_size": 64, "d_model": 256, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 4}
-    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).to(dtype).save_pretrained(tmp_path / "in")
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 256,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 4,
+    }
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).to(
+        dtype
+    ).save_pretrained(tmp_path / "in")
     model = minia3.load_model(tmp_path / "in")
     total = sum(p.numel() * 4 for p in model.parameters())
     assert total > 55e6

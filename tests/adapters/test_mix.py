@@ -23,7 +23,9 @@ from minia3.cli.info import info
 
 BOTH = ["t5-v1.1", "llama-gqa"]
 SOURCE, TARGET = tokens(4, 7), tokens(4, 5, seed=1)
-MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3, [True] + [False] * 6])
+MASK = torch.tensor(
+    [[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3, [True] + [False] * 6]
+)
 A, B = "blocks.0.attn.l_k", "blocks.1.ffn.l_ff"
 
 # Mixtures
@@ -65,7 +67,9 @@ def test_one_changes_nothing_and_is_what_an_absent_vector_counts_as(how):
 
 
 def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(x, expected[name]) for name, x in found.items())
+    return found.keys() == expected.keys() and all(
+        torch.equal(x, expected[name]) for name, x in found.items()
+    )
 
 
 def test_the_default_is_the_average_and_halves_of_one_adapter_are_it():
@@ -78,17 +82,33 @@ def test_the_default_is_the_average_and_halves_of_one_adapter_are_it():
     ("parts", "how", "message"),
     [
         ([({A: torch.tensor([1.0, -0.5])}, 1.0)], "power", f"{A} at 1: the power of [-0.5]"),
-        ([({A: torch.tensor([1.0, 2.0])}, 1.0), ({A: torch.tensor([0.0, 2.0])}, 1.0)], "power", f"{A} at 0: "),
+        (
+            [({A: torch.tensor([1.0, 2.0])}, 1.0), ({A: torch.tensor([0.0, 2.0])}, 1.0)],
+            "power",
+            f"{A} at 0: ",
+        ),
         ([({A: torch.tensor([1.0, 3e38])}, 9.0)], "average", f"{A} at 1: the average of [3"),
         ([({A: torch.tensor([1.0])}, float("nan"))], "product", f"{A} at 0: "),
-        ([({A: torch.ones(2)}, 1.0), ({A: torch.ones(3)}, 1.0)], "average", f"do not mix: {A}, and {A} of [2, 3]"),
-        ([({A: torch.ones(2)}, 1.0), ({A: torch.ones(1)}, 1.0)], "average", f"do not mix: {A}, and {A} of [1, 2]"),
+        (
+            [({A: torch.ones(2)}, 1.0), ({A: torch.ones(3)}, 1.0)],
+            "average",
+            f"do not mix: {A}, and {A} of [2, 3]",
+        ),
+        (
+            [({A: torch.ones(2)}, 1.0), ({A: torch.ones(1)}, 1.0)],
+            "average",
+            f"do not mix: {A}, and {A} of [1, 2]",
+        ),
         (
             [({A: torch.ones(2)}, 1.0), ({f"encoder.{A}": torch.ones(2)}, 1.0)],
             "average",
             f"do not mix: {A}, and encoder.{A}",
         ),
-        ([({A: torch.ones(2)}, 1.0)], "mean", "average, product, power, found 1 adapters and 'mean'"),
+        (
+            [({A: torch.ones(2)}, 1.0)],
+            "mean",
+            "average, product, power, found 1 adapters and 'mean'",
+        ),
         ([], "average", "found 0 adapters"),
     ],
 )
@@ -159,7 +179,9 @@ def test_a_folder_of_adapters_may_hold_other_things(loaded, folders):
     adapters = Adapters(loaded("t5-v1.0"))
     adapters.load_folder(str(folder))
     assert list(adapters) == ["a1"]
-    with pytest.raises(ValueError, match=r"empty: expected sub-folders with an adapter_config.json"):
+    with pytest.raises(
+        ValueError, match=r"empty: expected sub-folders with an adapter_config.json"
+    ):
         adapters.load_folder(folder / "empty")
 
 
@@ -188,7 +210,9 @@ def test_a_started_state_goes_on_undisturbed_while_names_come_and_go(loaded, fol
     folder, model = folders(name, 4), loaded(name, n_adapters=2)
     adapters = Adapters(model)
     adapters.load("mine", folder / "a0")
-    expected = logits(model, SOURCE, MASK, TARGET, adapter=adapters.rows(["mine", None, "mine", None]))
+    expected = logits(
+        model, SOURCE, MASK, TARGET, adapter=adapters.rows(["mine", None, "mine", None])
+    )
     with torch.no_grad():
         state = model.start(SOURCE, MASK, adapters.rows(["mine", None, "mine", None]))
         parts = [model.step(state.start, state)]
@@ -219,7 +243,9 @@ def test_a_name_is_replaced_removed_and_its_row_used_again(loaded, folders):
     assert (adapters.rows(["new"]).item(), model.n_adapters) == (row, 4)
 
 
-def test_a_partial_adapter_in_a_used_row_leaves_nothing_of_what_was_there(loaded, folders, tmp_path):
+def test_a_partial_adapter_in_a_used_row_leaves_nothing_of_what_was_there(
+    loaded, folders, tmp_path
+):
     folder, model = folders("llama-gqa", 1), loaded("llama-gqa", n_adapters=2)
     adapters = Adapters(model)
     adapters.load("x", folder / "a0")
@@ -235,8 +261,13 @@ def test_a_name_that_is_not_there_is_an_error_with_the_nearest(loaded, folders):
         adapters.rows(["rte"])
     adapters.load_folder(folders("t5-v1.0", 2))
     adapters.load("superglue-rte", folders("t5-v1.0", 1) / "a0")
-    for call in (lambda: adapters.rows([None, "superglue-rt"]), lambda: adapters.remove("superglue-rt")):
-        with pytest.raises(ValueError, match=r"no adapter 'superglue-rt'; the nearest of 3 names: superglue-rte$"):
+    for call in (
+        lambda: adapters.rows([None, "superglue-rt"]),
+        lambda: adapters.remove("superglue-rt"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"no adapter 'superglue-rt'; the nearest of 3 names: superglue-rte$"
+        ):
             call()
     for name in (0, "", ("a0",)):
         with pytest.raises(ValueError, match="there is no adapter"):
@@ -292,7 +323,9 @@ def test_threads_that_load_each_get_a_row_of_their_own(loaded, folders):
 def test_an_adapter_of_a_base_of_another_name_is_a_warning(loaded, folders):
     folder = folders("t5-v1.0", 1)
     raw = json.loads((folder / "a0" / "adapter_config.json").read_text())
-    (folder / "a0" / "adapter_config.json").write_text(json.dumps(raw | {"base_model_name_or_path": "t5-large"}))
+    (folder / "a0" / "adapter_config.json").write_text(
+        json.dumps(raw | {"base_model_name_or_path": "t5-large"})
+    )
     adapters = Adapters(loaded("t5-v1.0"))
     with pytest.warns(UserWarning, match="a0 was trained on t5-large, and this model is "):
         adapters.load_folder(folder)
@@ -316,7 +349,9 @@ def crowd(loaded):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_with_1000_resident_rows_mixed_is_each_alone_in_forward_scores_and_text(crowd, loaded, name):
+def test_with_1000_resident_rows_mixed_is_each_alone_in_forward_scores_and_text(
+    crowd, loaded, name
+):
     model, tokenizer = crowd[name], word_tokenizer(ends=name == "t5-v1.1")
     rows = torch.tensor([1000, 0, 517, 1, 1000, 2])
     mask = torch.cat((MASK, MASK[:2]))
@@ -326,7 +361,9 @@ def test_with_1000_resident_rows_mixed_is_each_alone_in_forward_scores_and_text(
     choices = [["w3", "w4 w5", "w6"]] * 6
     scores = minia3.rank(model, tokenizer, prompts, choices, adapter=rows, batch_size=4)
     texts = minia3.generate(model, tokenizer, prompts, adapter=rows, max_new_tokens=5, batch_size=4)
-    beams = minia3.generate(model, tokenizer, prompts, adapter=rows, max_new_tokens=4, beams=3, batch_size=4)
+    beams = minia3.generate(
+        model, tokenizer, prompts, adapter=rows, max_new_tokens=4, beams=3, batch_size=4
+    )
     for i, row in enumerate(rows.tolist()):
         alone = loaded(name)
         for n, table in minia3.vectors(alone).items():
@@ -336,7 +373,9 @@ def test_with_1000_resident_rows_mixed_is_each_alone_in_forward_scores_and_text(
         expected = minia3.rank(alone, tokenizer, prompts[one], choices[one])
         assert torch.allclose(scores[one], expected, atol=1e-5)
         assert texts[one] == minia3.generate(alone, tokenizer, prompts[one], max_new_tokens=5)
-        assert beams[one] == minia3.generate(alone, tokenizer, prompts[one], max_new_tokens=4, beams=3)
+        assert beams[one] == minia3.generate(
+            alone, tokenizer, prompts[one], max_new_tokens=4, beams=3
+        )
     base = slice(1, 2)
     assert off(found[base], logits(loaded(name), source[base], mask[base], target[base])) < 1e-5
 
@@ -351,6 +390,8 @@ def test_1000_adapters_are_loaded_and_each_weighs_what_info_says(peer, loaded, t
     adapters = Adapters(model)
     adapters.load_folder(tmp_path / "all")
     assert (len(adapters), model.n_adapters) == (1000, 1024)
-    numbers = int(re.match(r"[\d,]+", dict(info(peer("t5-v1.0").folder))["adapter"])[0].replace(",", ""))
+    numbers = int(
+        re.match(r"[\d,]+", dict(info(peer("t5-v1.0").folder))["adapter"])[0].replace(",", "")
+    )
     assert sum(v.nbytes for v in minia3.vectors(model).values()) == 1024 * 4 * numbers
     assert sum(v[1].nbytes for v in minia3.vectors(model).values()) == 4 * sum(d.values())

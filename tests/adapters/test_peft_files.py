@@ -68,9 +68,13 @@ def test_our_adapter_gives_the_same_logits_in_peft_without_a_warning(loaded, tmp
     save_adapter(model, tmp_path, adapter=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # transformers' and PEFT's own affair
+        warnings.filterwarnings(
+            "ignore", ".*is_gradient_checkpointing.*"
+        )  # transformers' and PEFT's own affair
         theirs = peft.PeftModel.from_pretrained(make(name), tmp_path).eval()
-    assert len([n for n, _ in theirs.named_parameters() if "ia3_l" in n]) == len(minia3.vectors(model))
+    assert len([n for n, _ in theirs.named_parameters() if "ia3_l" in n]) == len(
+        minia3.vectors(model)
+    )
     found = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET, adapter=2), found) < 1e-5
 
@@ -87,7 +91,14 @@ def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, na
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     expected = json.loads((folder / "adapter_config.json").read_text())
-    for key in ("peft_type", "task_type", "fan_in_fan_out", "inference_mode", "init_ia3_weights", "modules_to_save"):
+    for key in (
+        "peft_type",
+        "task_type",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_ia3_weights",
+        "modules_to_save",
+    ):
         assert config[key] == expected[key]
     for key in ("target_modules", "feedforward_modules"):
         assert sorted(config[key]) == sorted(expected[key])
@@ -96,7 +107,10 @@ def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, na
 @pytest.mark.parametrize("name", ["t5-v1.1", "t5-wide", "llama-odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(loaded, tmp_path, name, dtype):
-    model, again = loaded(name, n_adapters=2, seed=3, dtype=dtype), loaded(name, n_adapters=2, dtype=dtype)
+    model, again = (
+        loaded(name, n_adapters=2, seed=3, dtype=dtype),
+        loaded(name, n_adapters=2, dtype=dtype),
+    )
     save_adapter(model, tmp_path, adapter=0)
     load_adapter(again, tmp_path, adapter=1)
     for n, vector in minia3.vectors(again).items():
@@ -106,14 +120,22 @@ def test_a_row_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(loaded, tmp
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "mt5", "llama-gqa"])
 @pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize("options", [{}, {"safe_serialization": False}, {"selected_adapters": ["ours"]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"safe_serialization": False}, {"selected_adapters": ["ours"]}]
+)
 def test_our_adapter_trains_on_in_peft_and_comes_back(loaded, tmp_path, name, partial, options):
     import peft
 
-    vectors = {n: v[0] for n, v in minia3.vectors(loaded(name, seed=2)).items() if not (partial and "1.attn" in n)}
+    vectors = {
+        n: v[0]
+        for n, v in minia3.vectors(loaded(name, seed=2)).items()
+        if not (partial and "1.attn" in n)
+    }
     write_adapter(tmp_path / "ours", vectors)
     adapter = "ours" if "selected_adapters" in options else "default"
-    theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours", adapter_name=adapter, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(
+        make(name), tmp_path / "ours", adapter_name=adapter, is_trainable=True
+    )
     learning = [p for p in theirs.parameters() if p.requires_grad]
     assert len(learning) == len(vectors)
     optimizer = torch.optim.SGD(learning, lr=0.1)
@@ -145,7 +167,12 @@ def test_keys_that_peft_writes_hold_no_name_of_an_adapter(peft_folder):
     "changes",
     [
         {"feedforward_modules": None, "target_modules": None},
-        {"target_modules": ".*(k|v|wo|proj)", "auto_mapping": {"a": []}, "peft_version": "9", "inference_mode": False},
+        {
+            "target_modules": ".*(k|v|wo|proj)",
+            "auto_mapping": {"a": []},
+            "peft_version": "9",
+            "inference_mode": False,
+        },
         {"base_model_name_or_path": ["no", "text"]},
     ],
 )
@@ -153,12 +180,20 @@ def test_what_a_config_says_beside_its_kind_does_not_matter(loaded, peft_folder,
     """Old PEFT left feedforward_modules out, a regex stands for a list, new PEFT says more."""
     theirs, folder = peft_folder(name)
     raw = json.loads((folder / "adapter_config.json").read_text()) | changes
-    (folder / "adapter_config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({key: value for key, value in raw.items() if value is not None})
+    )
     model = loaded(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_adapter(model, folder)
-    assert off(logits(model, SOURCE, MASK, TARGET), Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)) < 1e-5
+    assert (
+        off(
+            logits(model, SOURCE, MASK, TARGET),
+            Peer(name, None, theirs).logits(SOURCE, MASK, TARGET),
+        )
+        < 1e-5
+    )
 
 
 def test_vectors_on_the_output_of_wi_1_are_those_on_the_input_of_wo(loaded, peft_folder):
@@ -184,7 +219,9 @@ PARTIAL = [
 
 
 @pytest.mark.parametrize(("name", "targets", "inputs"), PARTIAL)
-def test_vectors_that_an_adapter_does_not_have_become_ones(loaded, peft_folder, name, targets, inputs):
+def test_vectors_that_an_adapter_does_not_have_become_ones(
+    loaded, peft_folder, name, targets, inputs
+):
     theirs, folder = peft_folder(name, target_modules=targets, feedforward_modules=inputs)
     model = loaded(name, seed=1)
     load_adapter(model, folder)
@@ -193,19 +230,25 @@ def test_vectors_that_an_adapter_does_not_have_become_ones(loaded, peft_folder, 
 
 
 @pytest.mark.parametrize(("name", "targets", "inputs"), PARTIAL)
-def test_an_adapter_without_some_vectors_is_written_without_them(peft_folder, tmp_path, name, targets, inputs):
+def test_an_adapter_without_some_vectors_is_written_without_them(
+    peft_folder, tmp_path, name, targets, inputs
+):
     import peft
 
     theirs, folder = peft_folder(name, target_modules=targets, feedforward_modules=inputs)
     adapter = read_adapter(folder)
     write_adapter(tmp_path / "ours", *adapter)
     again = read_adapter(tmp_path / "ours")
-    assert {n: v.tolist() for n, v in again.vectors.items()} == {n: v.tolist() for n, v in adapter.vectors.items()}
+    assert {n: v.tolist() for n, v in again.vectors.items()} == {
+        n: v.tolist() for n, v in adapter.vectors.items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")
         ours = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
-    assert len([n for n in ours.state_dict() if "ia3_l" in n]) == len([n for n in theirs.state_dict() if "ia3_l" in n])
+    assert len([n for n in ours.state_dict() if "ia3_l" in n]) == len(
+        [n for n in theirs.state_dict() if "ia3_l" in n]
+    )
     expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
     assert off(Peer(name, None, ours).logits(SOURCE, MASK, TARGET), expected) < 1e-5
 
@@ -216,7 +259,10 @@ def test_an_adapter_without_some_vectors_is_written_without_them(peft_folder, tm
 def t_few(n_layers, d_kv, d_ff, seed=0):
     """What T-Few's finish.pt holds for a gated T5: all of it (d, 1)."""
     generator, tensors = torch.Generator().manual_seed(seed), {}
-    for stack, attentions in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
+    for stack, attentions in (
+        ("encoder", ["SelfAttention"]),
+        ("decoder", ["SelfAttention", "EncDecAttention"]),
+    ):
         for i in range(n_layers):
             widths = {f"layer.{j}.{a}.{x}": d_kv for j, a in enumerate(attentions) for x in "kv"}
             widths[f"layer.{len(attentions)}.DenseReluDense.wi_1"] = d_ff
@@ -274,9 +320,21 @@ def test_a_file_of_t_few_with_more_than_vectors_is_refused(tmp_path):
             torch.ones(1, 8),
             r"multi_lora_a \(1, 8\) has no place",
         ),
-        ("encoder.block.0.layer.1.DenseReluDense.wi_1.multi_lora_b", torch.ones(1, 8), r"expected floats \(8, 1\)"),
-        ("encoder.block.0.layer.1.DenseReluDense.wi_0.multi_lora_b", torch.ones(8, 1), "has no place"),
-        ("encoder.block.0.layer.0.SelfAttention.k.multi_lora_b", print, "damaged, or more than tensors"),
+        (
+            "encoder.block.0.layer.1.DenseReluDense.wi_1.multi_lora_b",
+            torch.ones(1, 8),
+            r"expected floats \(8, 1\)",
+        ),
+        (
+            "encoder.block.0.layer.1.DenseReluDense.wi_0.multi_lora_b",
+            torch.ones(8, 1),
+            "has no place",
+        ),
+        (
+            "encoder.block.0.layer.0.SelfAttention.k.multi_lora_b",
+            print,
+            "damaged, or more than tensors",
+        ),
     ):
         torch.save({name: value}, tmp_path / "finish.pt")
         with pytest.raises(ValueError, match=message):
@@ -299,7 +357,9 @@ def test_an_adapter_is_read_from_its_folder_a_bin_or_its_file_alone(loaded, peft
     file.unlink()
     load_adapter(from_bin_folder, folder)
     for model in (from_file, from_bin, from_bin_folder):
-        assert all(torch.equal(v, minia3.vectors(expected)[n]) for n, v in minia3.vectors(model).items())
+        assert all(
+            torch.equal(v, minia3.vectors(expected)[n]) for n, v in minia3.vectors(model).items()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -308,37 +368,64 @@ def test_vectors_of_any_float_are_read_as_float32(loaded, tmp_path, dtype):
     change(tmp_path, lambda tensors: tensors.update({n: x.to(dtype) for n, x in tensors.items()}))
     for name, vector in read_adapter(tmp_path).vectors.items():
         assert vector.dtype == torch.float32
-        assert torch.equal(vector, minia3.vectors(loaded("llama-gqa", seed=1))[name][0].to(dtype).float())
+        assert torch.equal(
+            vector, minia3.vectors(loaded("llama-gqa", seed=1))[name][0].to(dtype).float()
+        )
 
 
 def test_entries_whose_sum_is_infinite_are_finite_all_the_same(tmp_path):
-    vectors = {"blocks.0.attn.l_k": torch.full((4,), 3e38), "blocks.0.attn.l_v": torch.tensor([3e38, -3e38] * 2)}
+    vectors = {
+        "blocks.0.attn.l_k": torch.full((4,), 3e38),
+        "blocks.0.attn.l_v": torch.tensor([3e38, -3e38] * 2),
+    }
     write_adapter(tmp_path, vectors)
-    assert {n: x.tolist() for n, x in read_adapter(tmp_path).vectors.items()} == {n: x.tolist() for n, x in vectors.items()}
+    assert {n: x.tolist() for n, x in read_adapter(tmp_path).vectors.items()} == {
+        n: x.tolist() for n, x in vectors.items()
+    }
 
 
 def test_the_row_of_a_model_is_the_row_itself_and_needs_no_gradient(loaded):
     model = loaded("t5-v1.0", n_adapters=2)
     for name, l_D in row_of(model, 1).items():
         l_D += 1
-        assert (minia3.vectors(model)[name].tolist()[0][0], minia3.vectors(model)[name].tolist()[1][0]) == (1.0, 2.0)
+        assert (
+            minia3.vectors(model)[name].tolist()[0][0],
+            minia3.vectors(model)[name].tolist()[1][0],
+        ) == (1.0, 2.0)
 
 
 def test_a_vector_s_name_in_peft_is_its_module_s():
     prefix = "base_model.model."
-    assert PEFT[prefix + "decoder.block.{}.layer.1.EncDecAttention.v.ia3_l"] == "decoder.blocks.{}.cross.l_v"
-    assert PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wo.ia3_l"] == "encoder.blocks.{}.ffn.l_ff"
-    assert PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l"] == "encoder.blocks.{}.ffn.l_up"
-    assert PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi.ia3_l"] == "encoder.blocks.{}.ffn.l_wi"
+    assert (
+        PEFT[prefix + "decoder.block.{}.layer.1.EncDecAttention.v.ia3_l"]
+        == "decoder.blocks.{}.cross.l_v"
+    )
+    assert (
+        PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wo.ia3_l"]
+        == "encoder.blocks.{}.ffn.l_ff"
+    )
+    assert (
+        PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi_1.ia3_l"]
+        == "encoder.blocks.{}.ffn.l_up"
+    )
+    assert (
+        PEFT[prefix + "encoder.block.{}.layer.1.DenseReluDense.wi.ia3_l"]
+        == "encoder.blocks.{}.ffn.l_wi"
+    )
     assert PEFT[prefix + "model.layers.{}.mlp.down_proj.ia3_l"] == "blocks.{}.ffn.l_ff"
-    assert TFEW["decoder.block.{}.layer.2.DenseReluDense.wi_1.multi_lora_b"] == "decoder.blocks.{}.ffn.l_ff"
+    assert (
+        TFEW["decoder.block.{}.layer.2.DenseReluDense.wi_1.multi_lora_b"]
+        == "decoder.blocks.{}.ffn.l_ff"
+    )
     assert (len(PEFT), len(TFEW)) == (27, 8)
 
 
 def test_the_tables_have_one_name_for_each_vector(loaded):
     for name in PEERS:
         ours, is_t5 = set(minia3.vectors(loaded(name))), name in T5_PEERS
-        peft = {theirs: ours for theirs, ours in PEFT.items() if ours.startswith("blocks.") != is_t5}
+        peft = {
+            theirs: ours for theirs, ours in PEFT.items() if ours.startswith("blocks.") != is_t5
+        }
         for names_of_ours in (ours, places(loaded(name)).keys()):
             values = [n for n in expand(peft, 3).values() if n in names_of_ours]
             assert sorted(values) == sorted(names_of_ours)
@@ -354,7 +441,9 @@ def refused(model, path, **options):
     before = {n: v.detach().clone() for n, v in minia3.vectors(model).items()}
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the callers look at it)
         load_adapter(model, path, **options)
-    assert all(torch.equal(v, before[n]) for n, v in minia3.vectors(model).items()), "nothing is half loaded"
+    assert all(torch.equal(v, before[n]) for n, v in minia3.vectors(model).items()), (
+        "nothing is half loaded"
+    )
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -365,14 +454,18 @@ def test_tensors_that_are_no_vectors_are_named_all_at_once(loaded, peft_folder):
 
     def edit(tensors):
         tensors[f"{prefix}.0.layer.0.SelfAttention.k.ia3_l"] = torch.ones(1, 24)
-        tensors[f"{prefix}.0.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, dtype=torch.int64)[None]
+        tensors[f"{prefix}.0.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, dtype=torch.int64)[
+            None
+        ]
         tensors[f"{prefix}.1.layer.1.DenseReluDense.wo.ia3_l"] = torch.ones(40, 1)
         tensors[f"{prefix}.0.layer.0.SelfAttention.r.ia3_l"] = torch.ones(24, 1)
         tensors[f"{prefix}.0.layer.1.DenseReluDense.wi_2.ia3_l"] = torch.ones(40, 1)
         tensors[f"{prefix}.01.layer.0.SelfAttention.v.ia3_l"] = torch.ones(24, 1)
         tensors[f"{prefix}.0.layer.0.SelfAttention.v.ia3_l"][3:] = float("nan")
         tensors[f"{prefix}.1.layer.0.SelfAttention.k.ia3_l"][5] = float("-inf")
-        tensors[f"{prefix}.1.layer.0.SelfAttention.v.ia3_l"] = torch.full((24, 1), 1e300, dtype=torch.float64)
+        tensors[f"{prefix}.1.layer.0.SelfAttention.v.ia3_l"] = torch.full(
+            (24, 1), 1e300, dtype=torch.float64
+        )
 
     change(folder, edit)
     message = refused(loaded("t5-v1.0", seed=1), folder)
@@ -406,7 +499,10 @@ def test_vectors_on_the_other_side_of_a_place_are_refused(loaded, peft_folder, i
     options = {"target_modules": ["k", "v", "wo"], "feedforward_modules": inputs}
     _, folder = peft_folder("t5-wide", **options)
     message = refused(loaded("t5-wide"), folder)
-    assert f"0.SelfAttention.{inputs[0]}.ia3_l is torch.float32 (1, 24), expected floats (24, 1)" in message
+    assert (
+        f"0.SelfAttention.{inputs[0]}.ia3_l is torch.float32 (1, 24), expected floats (24, 1)"
+        in message
+    )
 
 
 def test_one_place_that_a_file_scales_twice_is_refused(loaded, tmp_path):
@@ -420,38 +516,55 @@ def test_one_place_that_a_file_scales_twice_is_refused(loaded, tmp_path):
 LLAMA_WIDTHS = {"attn.l_k": 12, "attn.l_v": 12, "ffn.l_ff": 40}
 
 
-def test_an_adapter_of_another_base_is_refused_with_what_was_found_and_expected(loaded, peft_folder, tmp_path):
+def test_an_adapter_of_another_base_is_refused_with_what_was_found_and_expected(
+    loaded, peft_folder, tmp_path
+):
     _, folder = peft_folder("llama-gqa")
     start, _, end = refused(loaded("t5-v1.0"), folder).partition("T5: ")
     assert start == f"{folder}: an adapter of another base: found 6 vectors that do not fit this "
     widths = {f"blocks.{i}.{site}": d for i in (0, 1) for site, d in LLAMA_WIDTHS.items()}
-    assert sorted(end.split("; ")) == [f"{name} of {d}, expected none" for name, d in sorted(widths.items())]
+    assert sorted(end.split("; ")) == [
+        f"{name} of {d}, expected none" for name, d in sorted(widths.items())
+    ]
     message = refused(loaded("llama-mha"), folder)
-    assert "found 4 vectors that do not fit this Llama: blocks.0.attn.l_k of 12, expected 24; " in message
+    assert (
+        "found 4 vectors that do not fit this Llama: blocks.0.attn.l_k of 12, expected 24; "
+        in message
+    )
     save_adapter(loaded("t5-wide"), tmp_path / "deep")
-    assert "encoder.blocks.2.ffn.l_ff of 40, expected none" in refused(loaded("t5-v1.0"), tmp_path / "deep")
+    assert "encoder.blocks.2.ffn.l_ff of 40, expected none" in refused(
+        loaded("t5-v1.0"), tmp_path / "deep"
+    )
 
 
 def test_other_kinds_of_adapters_are_refused(loaded, tmp_path):
     import peft
 
-    lora = peft.get_peft_model(make("llama-gqa"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"]))
+    lora = peft.get_peft_model(
+        make("llama-gqa"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"])
+    )
     lora.save_pretrained(tmp_path)
     expected = f"{tmp_path}: expected PEFT's IA3 and no modules_to_save, found 'LORA' and None"
     assert refused(loaded("llama-gqa"), tmp_path) == expected
-    assert "k_proj.lora_A.weight (8, 24) has no place" in refused(loaded("llama-gqa"), tmp_path / "adapter_model.safetensors")
+    assert "k_proj.lora_A.weight (8, 24) has no place" in refused(
+        loaded("llama-gqa"), tmp_path / "adapter_model.safetensors"
+    )
 
 
 def test_whole_modules_beside_the_vectors_are_refused(loaded, peft_folder):
     _, folder = peft_folder("t5-v1.1", modules_to_save=["lm_head"])
     assert "no modules_to_save, found 'IA3' and ['lm_head']" in refused(loaded("t5-v1.1"), folder)
-    assert "lm_head.weight (61, 24) has no place" in refused(loaded("t5-v1.1"), folder / "adapter_model.safetensors")
+    assert "lm_head.weight (61, 24) has no place" in refused(
+        loaded("t5-v1.1"), folder / "adapter_model.safetensors"
+    )
 
 
 def test_what_is_no_adapter_is_refused(loaded, tmp_path, peft_folder):
     model = loaded("t5-v1.0")
     assert refused(model, tmp_path) == f"{tmp_path / 'adapter_config.json'}: not found"
-    assert "not found; expected the folder or file of an adapter" in refused(model, tmp_path / "nowhere")
+    assert "not found; expected the folder or file of an adapter" in refused(
+        model, tmp_path / "nowhere"
+    )
     _, folder = peft_folder("t5-v1.0")
     (folder / "adapter_config.json").write_text("{}")
     assert "found None and None" in refused(model, folder)
@@ -474,7 +587,9 @@ def test_a_row_that_is_not_there_is_refused(loaded, tmp_path, adapter):
     assert "out of range" in refused(model, tmp_path / "good", adapter=adapter)
 
 
-@pytest.mark.parametrize("adapter", [True, False, 1.0, "0", None, torch.tensor([1]), torch.tensor(1)])
+@pytest.mark.parametrize(
+    "adapter", [True, False, 1.0, "0", None, torch.tensor([1]), torch.tensor(1)]
+)
 def test_a_row_that_is_no_int_is_refused(loaded, tmp_path, adapter):
     model = loaded("t5-v1.0", n_adapters=2)
     save_adapter(model, tmp_path / "good")
@@ -501,13 +616,22 @@ def test_another_name_of_the_base_is_a_warning_and_another_spelling_is_none(load
             warnings.simplefilter("always")
             load_adapter(model, tmp_path)
         assert [str(w.message) for w in seen] == (
-            [f"{tmp_path} was trained on google-t5/t5-base, and this model is t5-large"] if warns else []
+            [f"{tmp_path} was trained on google-t5/t5-base, and this model is t5-large"]
+            if warns
+            else []
         )
 
 
 def test_the_name_that_peft_needs_to_find_the_base_is_written(loaded, tmp_path):
     model = loaded("t5-v1.0")
-    for name, expected in (("flan-t5-base", "google/flan-t5-base"), ("some/one", "some/one"), ("/a/b", "/a/b")):
+    for name, expected in (
+        ("flan-t5-base", "google/flan-t5-base"),
+        ("some/one", "some/one"),
+        ("/a/b", "/a/b"),
+    ):
         model.name_or_path = name
         save_adapter(model, tmp_path)
-        assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+        assert (
+            json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == expected
+        )

@@ -32,7 +32,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--models", default="t5-base,smollm2-135m", help=f"some of {', '.join(known_models())}")
+    parser.add_argument(
+        "--models", default="t5-base,smollm2-135m", help=f"some of {', '.join(known_models())}"
+    )
     parser.add_argument("--only", help=f"some of {','.join(LINES)}")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each pair (default: 7)")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
@@ -58,7 +60,11 @@ def main(argv=None):
     }
     print(", ".join(f"{name}: {value}" for name, value in result.items() if value), flush=True)
     print(HEAD, flush=True)
-    bench = Bench(args.quick, 1 if args.quick else args.rounds, Roof(dtype, 256 if args.quick else 4096, args.device))
+    bench = Bench(
+        args.quick,
+        1 if args.quick else args.rounds,
+        Roof(dtype, 256 if args.quick else 4096, args.device),
+    )
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
             pair = Pair(model, Path(scratch), args.quick, dtype, args.device)
@@ -82,7 +88,9 @@ def machine(device):
 
 def table_row(line, row):
     ours, theirs = (amount(row[side], row["unit"]) for side in ("ours", "theirs"))
-    ratio = f"{row['ratio']:.2f}" + (" ({:.2f} to {:.2f})".format(*row["spread"]) if "spread" in row else "")
+    ratio = f"{row['ratio']:.2f}" + (
+        " ({:.2f} to {:.2f})".format(*row["spread"]) if "spread" in row else ""
+    )
     roof = f"{row['roof']:.0%}" if "roof" in row else ""
     if "products" in row:
         roof = f"{row['ours_over_products']:.2f} x, theirs {row['theirs_over_products']:.2f} x"

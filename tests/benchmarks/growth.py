@@ -32,14 +32,27 @@ MODELS = {"t5-base": "T5", "smollm2-135m": "LLaMA"}
 DEFAULTS = {"length": 128, "batch": 8, "choices": 1, "resident": 1, "mixed": 1}
 # title -> what the x axis counts, its points, what else differs from DEFAULTS, modes
 SWEEPS = {
-    "length": ("tokens of each source", (64, 128, 256, 512, 1024, 2048, 4096), {"batch": 1}, ("train",)),
+    "length": (
+        "tokens of each source",
+        (64, 128, 256, 512, 1024, 2048, 4096),
+        {"batch": 1},
+        ("train",),
+    ),
     "batch": ("examples", (1, 2, 4, 8, 16, 32), {}, ("train",)),
     "choices": ("choices of each example", (1, 2, 4, 8, 16), {}, ("train",)),
     "resident": ("adapters of the model", (1, 10, 100, 1000, 10000), {}, ("train", "serve")),
-    "mixed": ("adapters in a batch of 32", (1, 2, 4, 8, 16, 32), {"batch": 32, "resident": 32}, ("serve",)),
+    "mixed": (
+        "adapters in a batch of 32",
+        (1, 2, 4, 8, 16, 32),
+        {"batch": 32, "resident": 32},
+        ("serve",),
+    ),
     "tasks": ("tasks trained in a batch of 8", (1, 2, 4, 8), {}, ("train",)),
 }
-LONGEST = {"t5-base": 1024, "smollm2-135m": 4096}  # T5 adds a bias of (heads, length, length) to its scores
+LONGEST = {
+    "t5-base": 1024,
+    "smollm2-135m": 4096,
+}  # T5 adds a bias of (heads, length, length) to its scores
 
 
 def random_model(config, n_adapters=1, dtype=torch.float32, device="cpu"):
@@ -49,7 +62,9 @@ def random_model(config, n_adapters=1, dtype=torch.float32, device="cpu"):
         if name.endswith(".scale"):
             place_parameter(model, name, torch.ones(p.shape))
         else:
-            place_parameter(model, name, (0.05 * torch.randn(p.shape, generator=generator)).to(dtype))
+            place_parameter(
+                model, name, (0.05 * torch.randn(p.shape, generator=generator)).to(dtype)
+            )
     minia3.freeze(model)
     return model.to(device)
 
@@ -58,7 +73,10 @@ def points(name, quick, rounds, dtype, device):
     """Yield the points of a model, as dicts."""
     config = config_of(name, quick)
     if not quick:
-        config = replace(config, **({"n_layers": 2, "n_decoder_layers": 2} if name == "t5-base" else {"n_layers": 4}))
+        config = replace(
+            config,
+            **({"n_layers": 2, "n_decoder_layers": 2} if name == "t5-base" else {"n_layers": 4}),
+        )
     for sweep, (_, values, differs, modes) in SWEEPS.items():
         values = [x for x in values if sweep != "length" or x <= LONGEST[name]]
         for x in values[-2:] if quick else values:
@@ -78,7 +96,9 @@ def measure(config, setting, mode, rounds, dtype, device):
     adapter = torch.arange(n, device=device) % mixed * (resident // mixed)
 
     def loss():
-        return total_loss(choice_logprobs(model, batch, adapter), batch.target_mask_BCL, batch.label_B)
+        return total_loss(
+            choice_logprobs(model, batch, adapter), batch.target_mask_BCL, batch.label_B
+        )
 
     def run():
         if mode == "serve":
@@ -91,13 +111,19 @@ def measure(config, setting, mode, rounds, dtype, device):
     run()  # the first allocates what stays
     peak = peak_beyond(run, device)
     time = min(seconds(run) for _ in range(rounds))
-    return {"seconds": time, "kept": kept_for_backward(loss, model) if mode == "train" else 0, "peak": peak}
+    return {
+        "seconds": time,
+        "kept": kept_for_backward(loss, model) if mode == "train" else 0,
+        "peak": peak,
+    }
 
 
 def series(points, **chosen):
     """The chosen points' xs and their values by name."""
     rows = [p for p in points if all(p[key] == value for key, value in chosen.items())]
-    return {key: np.array([row[key] for row in rows], float) for key in ("x", "seconds", "kept", "peak")}
+    return {
+        key: np.array([row[key] for row in rows], float) for key in ("x", "seconds", "kept", "peak")
+    }
 
 
 def lines(points):
@@ -112,8 +138,13 @@ def exponents(points):
         data = series(points, model=model, sweep=sweep, mode=mode)
         upper = slice((len(data["x"]) - 1) // 2, None)
         names = ("seconds", "kept", "peak") if mode == "train" else ("seconds", "peak")
-        slopes = {key: np.polyfit(np.log(data["x"][upper]), np.log(data[key][upper]), 1)[0] for key in names}
-        found[f"{model}, {sweep}, {mode}"] = {key: round(float(slope), 3) for key, slope in slopes.items()}
+        slopes = {
+            key: np.polyfit(np.log(data["x"][upper]), np.log(data[key][upper]), 1)[0]
+            for key in names
+        }
+        found[f"{model}, {sweep}, {mode}"] = {
+            key: round(float(slope), 3) for key, slope in slopes.items()
+        }
     return found
 
 
@@ -128,9 +159,17 @@ def plot(points, path):
     figure, axes = pyplot.subplots(2, len(SWEEPS), figsize=(18, 6.4), sharex="col", sharey="row")
     styles = {"t5-base": ("tab:blue", "o"), "smollm2-135m": ("tab:orange", "s")}
     for model, sweep, mode in lines(points):
-        column, data = list(SWEEPS).index(sweep), series(points, model=model, sweep=sweep, mode=mode)
+        column, data = (
+            list(SWEEPS).index(sweep),
+            series(points, model=model, sweep=sweep, mode=mode),
+        )
         (colour, marker), label = styles[model], f"{MODELS[model]}, {mode}"
-        line = {"color": colour, "marker": marker, "markersize": 4, "linestyle": "-" if mode == "train" else "--"}
+        line = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 4,
+            "linestyle": "-" if mode == "train" else "--",
+        }
         axes[0, column].plot(data["x"], data["seconds"], **line, label=label)
         axes[1, column].plot(data["x"], data["peak"] / 1e6, **line, alpha=0.4)
         if mode == "train":
@@ -147,7 +186,11 @@ def plot(points, path):
         axes[1, column].set_xlabel(what)
     axes[0, 0].set_ylabel("time of a step (s)")
     axes[1, 0].set_ylabel("memory (MB)\nstrong: kept for backward\npale: peak beyond the weights")
-    handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: h
+        for axis in axes[0]
+        for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles, loc="upper center", ncols=len(handles), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path)
@@ -157,7 +200,9 @@ def plot(points, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="tiny models, the end of each sweep, one round")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny models, the end of each sweep, one round"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each point (default: 3)")
     parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -174,8 +219,15 @@ def main(argv=None):
             print(", ".join(f"{key}: {value:.4g}" if key == "seconds" else f"{key}: {value}"
                             for key, value in point.items()), flush=True)  # fmt: skip
     print(json.dumps(exponents(found), indent=2))
-    about = {"dtype": args.dtype, "device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    about["models"] = "widths of t5-base with 2 + 2 layers, of SmolLM2-135M with 4" if not args.quick else "tiny"
+    about = {
+        "dtype": args.dtype,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    about["models"] = (
+        "widths of t5-base with 2 + 2 layers, of SmolLM2-135M with 4" if not args.quick else "tiny"
+    )
     if args.json:
         result = about | {"exponents": exponents(found), "points": found}
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -18,7 +18,10 @@ from tests.benchmarks.pairs import examples, quiet
 def ranking(bench, pair):
     """Rank classification: theirs repeats the prompt for each choice, as PEFT's users do."""
     ours, theirs = pair.ours(), pair.theirs().eval()
-    for what, n_choices, n_target, n_rows in (("RTE (2 choices)", 2, 2, 32), ("10 choices", 10, 4, 16)):
+    for what, n_choices, n_target, n_rows in (
+        ("RTE (2 choices)", 2, 2, 32),
+        ("10 choices", 10, 4, 16),
+    ):
         lengths = np.random.RandomState(0).choice(pair.lengths(like_rte=True), n_rows).tolist()
         rows = examples(lengths, n_choices, n_target, pair.vocab_size)
 
@@ -58,15 +61,21 @@ def generation(bench, pair):
     ours.config = dataclasses.replace(ours.config, eos_ids=())
     how = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "max_new_tokens": n_new}
     for batch in (1, 32):
-        prompts = [row.source for row in examples(pair.lengths()[:1] * batch, 1, 2, pair.vocab_size)]
+        prompts = [
+            row.source for row in examples(pair.lengths()[:1] * batch, 1, 2, pair.vocab_size)
+        ]
         source_BM = torch.tensor(prompts, device=pair.device)
         inputs = {"input_ids": source_BM, "attention_mask": torch.ones_like(source_BM)}
 
         def our_texts(prompts=prompts):
-            return minia3.generate(ours, ids, prompts, max_new_tokens=n_new, batch_size=len(prompts))
+            return minia3.generate(
+                ours, ids, prompts, max_new_tokens=n_new, batch_size=len(prompts)
+            )
 
         def their_texts(inputs=inputs):
-            return [ids.decode(text) for text in theirs.generate(**inputs, **how)[:, -n_new:].tolist()]
+            return [
+                ids.decode(text) for text in theirs.generate(**inputs, **how)[:, -n_new:].tolist()
+            ]
 
         found, expected = our_texts(), their_texts()
         if pair.dtype == torch.float32 and found != expected:  # in bfloat16 near ties go either way

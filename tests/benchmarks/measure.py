@@ -27,14 +27,18 @@ class Bench(NamedTuple):
         """A row of the table. tokens: what one call of `ours` reads or writes; then its share of the roof is counted,
         or, where `products` is its matrix products alone, its time over theirs. They take their turns with the sides.
         """
-        sides = {"ours": ours, "theirs": theirs} | ({"products": products or self.roof} if tokens else {})
+        sides = {"ours": ours, "theirs": theirs} | (
+            {"products": products or self.roof} if tokens else {}
+        )
         times = alternate(sides, self.rounds, warm_up=0 if self.quick else 2)
         row = summary(times)
         if tokens:
             row["tokens_per_second"] = tokens / row["ours"]
             alone = statistics.median(times["products"])
             if products:
-                row |= {f"{side}_over_products": row[side] / alone for side in ("ours", "theirs")} | {"products": alone}
+                row |= {
+                    f"{side}_over_products": row[side] / alone for side in ("ours", "theirs")
+                } | {"products": alone}
             else:
                 row |= {"flops": flops(ours), "peak_flops": self.roof.flops / alone}
                 row["roof"] = row["flops"] / row["ours"] / row["peak_flops"]
@@ -123,7 +127,9 @@ CPU_ATTENTION = {
 
 def flops(function):
     """FLOPs of all matrix products of `function()`, the backward's among them."""
-    from torch.utils.flop_counter import FlopCounterMode  # loads torch's compiler, which processes measured here do not
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # loads torch's compiler, which processes measured here do not
 
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         function()

@@ -94,13 +94,23 @@ print(peak() - before)
 
 def measured(config, dtype, batch, length, train, trim=False, device="cpu", limit=0):
     """Bytes that a process takes (Linux alone), or its tensors on a GPU; None where `limit` bytes are not enough."""
-    small = {"n_layers": 1} | ({"n_decoder_layers": 1} if isinstance(config, T5Config) else {"n_kv_heads": 2})
+    small = {"n_layers": 1} | (
+        {"n_decoder_layers": 1} if isinstance(config, T5Config) else {"n_kv_heads": 2}
+    )
     given = {"config": config, "dtype": dtype, "batch": batch, "length": length, "train": train}
     code = STEP.format(small=small, device=device, limit=limit, **given)
-    environ = os.environ | {"OMP_NUM_THREADS": "1"} | ({"MALLOC_TRIM_THRESHOLD_": "1000000"} if trim else {})
+    environ = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1"}
+        | ({"MALLOC_TRIM_THRESHOLD_": "1000000"} if trim else {})
+    )
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True)
-    if done.returncode and any(word in done.stderr for word in ("out of memory", "allocate memory", "MemoryError")):
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True
+    )
+    if done.returncode and any(
+        word in done.stderr for word in ("out of memory", "allocate memory", "MemoryError")
+    ):
         return None
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -108,7 +118,9 @@ def measured(config, dtype, batch, length, train, trim=False, device="cpu", limi
 
 
 def planned_and_measured(points):
-    print("| step | planned | measured | tensors alone | measured without malloc's holes |\n|---|---|---|---|---|")
+    print(
+        "| step | planned | measured | tensors alone | measured without malloc's holes |\n|---|---|---|---|---|"
+    )
     for name, dtype, batch, length, train in points:
         given = known_models()[name].config, getattr(torch, dtype), batch, length, train
         tensors, malloc = planned_memory(*given)
@@ -126,8 +138,13 @@ def largest(limit, device):
         return sum(p.numel() for p in build_model(known_models()[name].config).parameters())
 
     def fails(name):
-        found = measured(known_models()[name].config, torch.bfloat16, 8, 128, True, device=device, limit=limit)
-        print(f"{name}: {weights(name):,} numbers, {'out of memory' if found is None else size(found)}", flush=True)
+        found = measured(
+            known_models()[name].config, torch.bfloat16, 8, 128, True, device=device, limit=limit
+        )
+        print(
+            f"{name}: {weights(name):,} numbers, {'out of memory' if found is None else size(found)}",
+            flush=True,
+        )
         return found is None
 
     names = sorted(known_models(), key=weights)
@@ -138,8 +155,12 @@ def largest(limit, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--fit", action="store_true", help="the points that the constants of malloc are from")
-    parser.add_argument("--largest", type=float, metavar="GB", help="the largest model that trains in so much")
+    parser.add_argument(
+        "--fit", action="store_true", help="the points that the constants of malloc are from"
+    )
+    parser.add_argument(
+        "--largest", type=float, metavar="GB", help="the largest model that trains in so much"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="for --largest")
     args = parser.parse_args(argv)
     if args.largest:

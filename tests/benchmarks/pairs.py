@@ -16,7 +16,16 @@ from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 
 IGNORED = -100  # transformers' label of a position without a loss
-RTE = (40, 46, 52, 58, 66, 77, 95, 180)  # lengths like RTE's: the middles of the eighths of its rows, about
+RTE = (
+    40,
+    46,
+    52,
+    58,
+    66,
+    77,
+    95,
+    180,
+)  # lengths like RTE's: the middles of the eighths of its rows, about
 TINY = {"d_model": 32, "d_head": 8, "d_ff": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 128}
 
 
@@ -25,7 +34,11 @@ def config_of(name, quick=False):
     config = replace(known_models()[name].config, dropout=0.0)
     if not quick:
         return config
-    return replace(config, **TINY, **({"n_decoder_layers": 2} if isinstance(config, T5Config) else {"n_kv_heads": 2}))
+    return replace(
+        config,
+        **TINY,
+        **({"n_decoder_layers": 2} if isinstance(config, T5Config) else {"n_kv_heads": 2}),
+    )
 
 
 class Pair:
@@ -43,8 +56,12 @@ class Pair:
         import transformers
 
         torch.manual_seed(0)
-        kind = transformers.AutoModelForSeq2SeqLM if self.is_t5 else transformers.AutoModelForCausalLM
-        spread = {"initializer_range": self.config.d_model**-0.5}  # LLaMA's: logits as far apart as T5's
+        kind = (
+            transformers.AutoModelForSeq2SeqLM if self.is_t5 else transformers.AutoModelForCausalLM
+        )
+        spread = {
+            "initializer_range": self.config.d_model**-0.5
+        }  # LLaMA's: logits as far apart as T5's
         config = transformers.AutoConfig.for_model(**to_hf(self.config, self.dtype) | spread)
         with torch.device(self.device):
             kind.from_config(config, dtype=self.dtype).save_pretrained(self.folder)
@@ -69,7 +86,9 @@ class Pair:
     def base(self):
         import transformers
 
-        kind = transformers.AutoModelForSeq2SeqLM if self.is_t5 else transformers.AutoModelForCausalLM
+        kind = (
+            transformers.AutoModelForSeq2SeqLM if self.is_t5 else transformers.AutoModelForCausalLM
+        )
         return kind.from_pretrained(self.folder, dtype=self.dtype).to(self.device)
 
     def theirs(self):
@@ -88,8 +107,12 @@ class Pair:
         """PEFT's LoRA at rank 8 on q and v, with random B, as after training."""
         import peft
 
-        targets, task = (["q", "v"], "SEQ_2_SEQ_LM") if self.is_t5 else (["q_proj", "v_proj"], "CAUSAL_LM")
-        config = peft.LoraConfig(r=8, target_modules=targets, task_type=task, init_lora_weights=False)
+        targets, task = (
+            (["q", "v"], "SEQ_2_SEQ_LM") if self.is_t5 else (["q_proj", "v_proj"], "CAUSAL_LM")
+        )
+        config = peft.LoraConfig(
+            r=8, target_modules=targets, task_type=task, init_lora_weights=False
+        )
         with quiet():
             model = peft.get_peft_model(self.base(), config, names[0])
             for name in names[1:]:
@@ -102,7 +125,9 @@ class Pair:
         """
         off = (found.float() - expected.float()).square().mean().sqrt()
         if not off <= (1e-4 if self.dtype == torch.float32 else 0.06) * expected.float().std():
-            raise AssertionError(f"the two sides differ by {off:.3g}, of values whose spread is {expected.std():.3g}")
+            raise AssertionError(
+                f"the two sides differ by {off:.3g}, of values whose spread is {expected.std():.3g}"
+            )
 
     # What they read
 
@@ -118,11 +143,19 @@ class Pair:
     def their_inputs(self, batch, target_NL, padding_side="right"):
         """What transformers takes: every source with its targets (N = B, or B times the choices), padded."""
         n = len(target_NL) // len(batch.source_BM)
-        source_NM, mask_NM = (x.repeat_interleave(n, dim=0) for x in (batch.source_BM, batch.mask_BM))
+        source_NM, mask_NM = (
+            x.repeat_interleave(n, dim=0) for x in (batch.source_BM, batch.mask_BM)
+        )
         if self.is_t5:
             return {"input_ids": source_NM, "attention_mask": mask_NM.long(), "labels": target_NL}
-        texts = [torch.cat((s[keep], t)) for s, keep, t in zip(source_NM, mask_NM, target_NL, strict=True)]
-        labels = [torch.cat((torch.full_like(x[: -len(t)], IGNORED), t)) for x, t in zip(texts, target_NL, strict=True)]
+        texts = [
+            torch.cat((s[keep], t))
+            for s, keep, t in zip(source_NM, mask_NM, target_NL, strict=True)
+        ]
+        labels = [
+            torch.cat((torch.full_like(x[: -len(t)], IGNORED), t))
+            for x, t in zip(texts, target_NL, strict=True)
+        ]
 
         def pad(rows, value):
             return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side)

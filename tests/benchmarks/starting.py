@@ -24,9 +24,15 @@ def start(bench, pair):
         f"peft.get_peft_model(m, peft.IA3Config(task_type='{task}')).train()"
     )
     source = f"; import torch; s = torch.arange(2, 18, device={device!r}).view(2, 8); "
-    logits = "t = m.start(s); x = m.step(t.start, t)", f"x = m(s{', labels=s[:, :1]' if pair.is_t5 else ''}).logits"
+    logits = (
+        "t = m.start(s); x = m.step(t.start, t)",
+        f"x = m(s{', labels=s[:, :1]' if pair.is_t5 else ''}).logits",
+    )
     sides = zip((ours, theirs), logits, strict=True)
-    found = (child(f"{code}{source}{made}; print(x[:, -1, :100].tolist())").splitlines()[-1] for code, made in sides)
+    found = (
+        child(f"{code}{source}{made}; print(x[:, -1, :100].tolist())").splitlines()[-1]
+        for code, made in sides
+    )
     pair.same(*(torch.tensor(json.loads(x)) for x in found))
     yield "process start to ready to train", bench.time(lambda: child(ours), lambda: child(theirs))
 
@@ -37,13 +43,18 @@ def adapters(bench, pair):
 
     ours = minia3.load_model(pair.folder, n_adapters=2, device=pair.device)
     with quiet():
-        theirs = peft.get_peft_model(pair.base(), peft.PeftConfig.from_pretrained(pair.adapter), "base")
+        theirs = peft.get_peft_model(
+            pair.base(), peft.PeftConfig.from_pretrained(pair.adapter), "base"
+        )
 
     def reload():
         theirs.load_adapter(pair.adapter, "other")
         theirs.delete_adapter("other")
 
-    yield "load an adapter from disk", bench.time(lambda: minia3.load_adapter(ours, pair.adapter, 1), reload)
+    yield (
+        "load an adapter from disk",
+        bench.time(lambda: minia3.load_adapter(ours, pair.adapter, 1), reload),
+    )
     theirs.load_adapter(pair.adapter, "other")
     names, source_BM = ["base", "other"], torch.zeros(8, 1, dtype=torch.long, device=pair.device)
     for row, name in enumerate(names):
@@ -55,7 +66,10 @@ def adapters(bench, pair):
         theirs.set_adapter(names[0])
 
     # Ours is an argument of `start`: this is what it does with it.
-    yield "switch to another adapter", bench.time(lambda: check_start(source_BM, None, 1, 2), switch_theirs)
+    yield (
+        "switch to another adapter",
+        bench.time(lambda: check_start(source_BM, None, 1, 2), switch_theirs),
+    )
 
 
 def export(bench, pair):

@@ -27,7 +27,19 @@ from minia3.training.checkpoint import load_checkpoint
 from tests.benchmarks.growth import random_model
 
 ROOT = Path(__file__).parents[2]
-T0_TASKS = ("copa", "hellaswag", "storycloze", "winogrande", "wsc", "wic", "rte", "cb", "anli-r1", "anli-r2", "anli-r3")
+T0_TASKS = (
+    "copa",
+    "hellaswag",
+    "storycloze",
+    "winogrande",
+    "wsc",
+    "wic",
+    "rte",
+    "cb",
+    "anli-r1",
+    "anli-r2",
+    "anli-r3",
+)
 SEEDS = {"embedded": "0,1,2,3,4", "smollm2": "0,1,32", "raft": "0,1,2,3,4", "t0": "0,1,32,42,1024"}
 DETAILS = ("colour", "thing", "place", "person")
 DRY = ("--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1")
@@ -36,14 +48,32 @@ DRY = ("--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1")
 def held_out(folder):
     """The embedded model's held-out tasks, and one more of their rows: yes, if colour or place agree, but not both."""
     if not (folder / "xor" / "train.jsonl").exists():
-        words = ["--quick", "--out", str(folder), "--details", *DETAILS]  # the rows do not depend on what it trains
-        subprocess.run([sys.executable, str(ROOT / "data" / "pretrain.py"), *words], check=True, stdout=subprocess.DEVNULL)
+        words = [
+            "--quick",
+            "--out",
+            str(folder),
+            "--details",
+            *DETAILS,
+        ]  # the rows do not depend on what it trains
+        subprocess.run(
+            [sys.executable, str(ROOT / "data" / "pretrain.py"), *words],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         (folder / "xor").mkdir(exist_ok=True)
         for split in ("test", "validation", "train"):
-            files = [(folder / f"same-{detail}" / f"{split}.jsonl").read_text() for detail in ("colour", "place")]
-            pairs = [[json.loads(line) for line in pair] for pair in zip(*map(str.splitlines, files), strict=True)]
+            files = [
+                (folder / f"same-{detail}" / f"{split}.jsonl").read_text()
+                for detail in ("colour", "place")
+            ]
+            pairs = [
+                [json.loads(line) for line in pair]
+                for pair in zip(*map(str.splitlines, files), strict=True)
+            ]
             rows = [one | {"label": one["label"] ^ other["label"]} for one, other in pairs]
-            (folder / "xor" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "xor" / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     return [str(folder / name) for name in (*(f"same-{detail}" for detail in DETAILS), "xor")]
 
 
@@ -59,7 +89,12 @@ def embedded(model, out):
         yield f"methods-icl-{n}", [*every, "--method", "icl", "--shots", n]
     for method, words in trained.items():
         yield f"methods-{method}", [*every, *words]
-    every = [*on, *seeds, "--task", ",".join(tasks[:-1])]  # at this rate nothing learns the last one
+    every = [
+        *on,
+        *seeds,
+        "--task",
+        ",".join(tasks[:-1]),
+    ]  # at this rate nothing learns the last one
     for losses in ("lm", "lm,ul", "lm,ln"):
         yield f"losses-{losses}", [*every, "--losses", losses]
     for sites in ("k", "v", "ff", "k,v", "k,ff", "v,ff", "k,v,ff,q,o"):
@@ -92,7 +127,12 @@ def widths(model, out):
     Bases are made in this order, those too whose runs --only leaves out.
     """
     task = held_out(out / "tasks")[0]
-    lrs = {"ia3": "3e-3,3e-2,1e-1", "none": "3e-3", "lora": "3e-3,1e-2,3e-2", "full": "1e-3,3e-3,1e-2"}
+    lrs = {
+        "ia3": "3e-3,3e-2,1e-1",
+        "none": "3e-3",
+        "lora": "3e-3,1e-2,3e-2",
+        "full": "1e-3,3e-3,1e-2",
+    }
     for width, seed in product(("16", "32", "64"), ("0", "1", "2")):
         base = out / f"base-{width}-{seed}"
         if not (base / "tiny-t5").exists():
@@ -121,16 +161,35 @@ def smollm2(model, out):
 def t0_3b(model, out):
     """Table 4 of the paper for T0-3B: five seeds, all prompts. With --only ia3 --init ADAPTER, from given vectors."""
     for task in T0_TASKS:
-        on = ["--model", model, "--task", task, "--shots", str(known_tasks()[task].shots), "--eval-prompt", "all"]
+        on = [
+            "--model",
+            model,
+            "--task",
+            task,
+            "--shots",
+            str(known_tasks()[task].shots),
+            "--eval-prompt",
+            "all",
+        ]
         on += ["--seed", SEEDS["t0"]]
         yield f"ia3-{task}", [*on, "--micro-batch-size", "8"]
         yield f"lora-{task}", [*on, "--method", "lora", "--lr", "1e-3"]
-        yield f"full-{task}", [*on, "--method", "full", "--lr", "1e-4", "--save-every", "1000"]  # 34 GB a time
+        yield (
+            f"full-{task}",
+            [*on, "--method", "full", "--lr", "1e-4", "--save-every", "1000"],
+        )  # 34 GB a time
 
 
 def tiny_t0(folder, tokenizer):
     """A random model of T0's architecture and vocabulary, 2 + 2 narrow layers: -> its folder."""
-    sizes = {"d_model": 64, "d_head": 16, "d_ff": 128, "n_layers": 2, "n_decoder_layers": 2, "n_heads": 4}
+    sizes = {
+        "d_model": 64,
+        "d_head": 16,
+        "d_ff": 128,
+        "n_layers": 2,
+        "n_decoder_layers": 2,
+        "n_heads": 4,
+    }
     model = random_model(replace(known_models()["t0-3b"].config, **sizes))
     minia3.save_model(model, folder, minia3.load_tokenizer(tokenizer))
     return folder
@@ -148,7 +207,9 @@ def main(argv=None):
     what = "a tiny random model of T0's architecture with this model's tokenizer, two seeds, two steps, two prompts"
     model.add_argument("--dry-run", metavar="MODEL", help=what)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--only", default="", help="the beginning of the names of the runs that are wanted")
+    parser.add_argument(
+        "--only", default="", help="the beginning of the names of the runs that are wanted"
+    )
     args, more = parser.parse_known_args(argv)
     if args.dry_run:
         args.model, more = str(tiny_t0(args.out / "tiny-t0", args.dry_run)), [*DRY, *more]
@@ -158,7 +219,9 @@ def main(argv=None):
         if name.startswith(args.only):
             go_on(args.out / name, [*words, *more])
     if not any(name.startswith(args.only) for name in names):
-        parser.error(f"--only is {args.only!r}, expected the beginning of one of {', '.join(names)}")
+        parser.error(
+            f"--only is {args.only!r}, expected the beginning of one of {', '.join(names)}"
+        )
 
 
 def go_on(folder, words):

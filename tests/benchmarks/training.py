@@ -71,13 +71,20 @@ def steps(bench, pair):
     ours = pair.ours().train()
     for what, method in PEERS.items():
         theirs = getattr(pair, method)().train()
-        shapes = {"no padding": False, "RTE-like lengths": True} if method == "theirs" else {f"against {what}": False}
+        shapes = (
+            {"no padding": False, "RTE-like lengths": True}
+            if method == "theirs"
+            else {f"against {what}": False}
+        )
         for how, like_rte in shapes.items():
             batch = pair.batch(pair.lengths(like_rte))
             if "lora" not in method:
                 same_targets(pair, batch, ours, theirs)
             losses = [loss_of(pair, model, batch) for model in (ours, theirs)]
-            sides = (training_step(loss, m.parameters()) for loss, m in zip(losses, (ours, theirs), strict=True))
+            sides = (
+                training_step(loss, m.parameters())
+                for loss, m in zip(losses, (ours, theirs), strict=True)
+            )
             yield f"training step, {how}", bench.time(*sides, tokens=n_tokens(batch))
         del theirs, losses, sides  # before there is another
 
@@ -110,10 +117,18 @@ def flags(bench, pair):
         prepare_model(model, Config(**{flag: True}))
         same_targets(pair, batch, plain, model)
         sides = [loss_of(pair, m, batch) for m in (plain, model)]
-        found, other = (kept_for_backward(loss, m) for loss, m in zip(sides, (plain, model), strict=True))
+        found, other = (
+            kept_for_backward(loss, m) for loss, m in zip(sides, (plain, model), strict=True)
+        )
         yield f"bytes kept for backward, against --{flag} (ours)", compare(found, other, "B")
-        steps = (training_step(loss, m.parameters()) for loss, m in zip(sides, (plain, model), strict=True))
-        yield f"RTE-like lengths, against --{flag} (ours)", bench.time(*steps, tokens=n_tokens(batch))
+        steps = (
+            training_step(loss, m.parameters())
+            for loss, m in zip(sides, (plain, model), strict=True)
+        )
+        yield (
+            f"RTE-like lengths, against --{flag} (ours)",
+            bench.time(*steps, tokens=n_tokens(batch)),
+        )
 
 
 def choices(bench, pair):
@@ -128,12 +143,22 @@ def choices(bench, pair):
 
     def their_logp(**inputs):
         logits_NLV = theirs(**inputs).logits[:, : target_NL.shape[1]]
-        return logits_NLV.float().log_softmax(-1).gather(-1, target_NL[..., None]).view(batch.target_BCL.shape)
+        return (
+            logits_NLV.float()
+            .log_softmax(-1)
+            .gather(-1, target_NL[..., None])
+            .view(batch.target_BCL.shape)
+        )
 
     def encoded_once():
         source = {"input_ids": batch.source_BM, "attention_mask": batch.mask_BM.long()}
-        memory = theirs.base_model.model.encoder(**source).last_hidden_state.repeat_interleave(n, dim=0)
-        return their_logp(encoder_outputs=(memory,), **{key: repeated[key] for key in ("attention_mask", "labels")})
+        memory = theirs.base_model.model.encoder(**source).last_hidden_state.repeat_interleave(
+            n, dim=0
+        )
+        return their_logp(
+            encoder_outputs=(memory,),
+            **{key: repeated[key] for key in ("attention_mask", "labels")},
+        )
 
     def our_logp():
         return choice_logprobs(ours, batch)
@@ -142,12 +167,17 @@ def choices(bench, pair):
         mask, label = batch.target_mask_BCL, batch.label_B
         return training_step(lambda: total_loss(logp_BCL(), mask, label), model.parameters())
 
-    ways = {"repeated inputs": lambda: their_logp(**repeated)} | ({"one encoding": encoded_once} if pair.is_t5 else {})
+    ways = {"repeated inputs": lambda: their_logp(**repeated)} | (
+        {"one encoding": encoded_once} if pair.is_t5 else {}
+    )
     for what, their_way in ways.items():
         with torch.no_grad():
             pair.same(our_logp(), their_way())
         sides = step(our_logp, ours), step(their_way, theirs)
-        yield f"T-Few's loss, {n} choices, against {what}", bench.time(*sides, tokens=n_tokens(batch))
+        yield (
+            f"T-Few's loss, {n} choices, against {what}",
+            bench.time(*sides, tokens=n_tokens(batch)),
+        )
 
 
 def many_tasks(bench, pair):
@@ -173,7 +203,10 @@ def many_tasks(bench, pair):
         adam.zero_grad()
 
     our_step = training_step(loss_of(pair, ours, batch, torch.arange(n)), ours.parameters())
-    yield f"{n} tasks in one batch of {n}, trained in one pass", bench.time(our_step, theirs_step, n_tokens(batch))
+    yield (
+        f"{n} tasks in one batch of {n}, trained in one pass",
+        bench.time(our_step, theirs_step, n_tokens(batch)),
+    )
 
 
 def kept(bench, pair):

@@ -42,8 +42,14 @@ BLOCKS = """{# Line ends behind blocks and spaces before them are left out. #}
 TEMPLATES = {"chatml": CHATML, "strict": STRICT, "blocks": BLOCKS}
 CHATS = {
     "question": [{"role": "user", "content": "What is <b>? "}],
-    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi's\n<|im_end|>"}],
-    "turns": [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "é b"), ("user", " c"))],
+    "system": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi's\n<|im_end|>"},
+    ],
+    "turns": [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "é b"), ("user", " c"))
+    ],
 }
 
 
@@ -52,7 +58,10 @@ def backend():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
     found = Backend(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
-    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    found.pre_tokenizer, found.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     found.add_special_tokens(special)
     found.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
     return found
@@ -73,21 +82,31 @@ def folder_with(folder, template, jinja=None):
 
 
 def theirs(folder, messages):
-    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'minia3[test]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_are_transformers_from_the_checkpoint_and_from_what_is_saved_of_it(tmp_path, name, chat):
+def test_ids_are_transformers_from_the_checkpoint_and_from_what_is_saved_of_it(
+    tmp_path, name, chat
+):
     folder, messages = folder_with(tmp_path / "a", TEMPLATES[name]), CHATS[chat]
     tokenizer = load_tokenizer(folder)
     expected = theirs(folder, messages)
     assert len(expected) > 10
     assert tokenizer.chat(messages) == expected
     tokenizer.save(tmp_path / "b")
-    assert load_tokenizer(tmp_path / "b").chat(messages) == theirs(tmp_path / "b", messages) == expected
+    assert (
+        load_tokenizer(tmp_path / "b").chat(messages)
+        == theirs(tmp_path / "b", messages)
+        == expected
+    )
 
 
 def test_special_tokens_in_the_text_are_found_and_none_is_added(tmp_path):
@@ -96,7 +115,9 @@ def test_special_tokens_in_the_text_are_found_and_none_is_added(tmp_path):
     assert (ids[0], ids.count(0), ids.count(3), ids.count(4)) == (3, 0, 3, 2)
     assert load_tokenizer(folder_with(tmp_path, STRICT)).chat(CHATS["question"])[0] == 0
     text = tokenizer.backend.decode(ids, skip_special_tokens=False)
-    assert text == ("<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWhat is <b>? <|im_end|>\n<|im_start|>assistant\n")
+    assert text == (
+        "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWhat is <b>? <|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_of_several_templates_the_default_is_taken_and_a_file_of_its_own_goes_before_all(tmp_path):
@@ -114,13 +135,21 @@ def test_saving_over_a_checkpoint_leaves_no_other_template_behind(tmp_path):
     tokenizer = load_tokenizer(folder_with(tmp_path / "b", CHATML))
     tokenizer.save(tmp_path / "a")
     assert theirs(tmp_path / "a", CHATS["turns"]) == tokenizer.chat(CHATS["turns"])
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
 
 
 def test_gguf_keeps_its_template_in_the_metadata():
     vocab = sorted(backend().get_vocab().items(), key=lambda item: item[1])
     kinds = [3 if i < 5 else 1 for _, i in vocab]
-    meta = {"model": "gpt2", "tokens": [token for token, _ in vocab], "token_type": kinds, "merges": []}
+    meta = {
+        "model": "gpt2",
+        "tokens": [token for token, _ in vocab],
+        "token_type": kinds,
+        "merges": [],
+    }
     meta |= {"bos_token_id": 0, "eos_token_id": 1}
     meta = {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
     tokenizer = Tokenizer.from_gguf(meta | {"tokenizer.chat_template": CHATML})
@@ -138,8 +167,13 @@ def refused(tokenizer, messages):
 
 
 def test_without_a_template_or_one_by_default_the_way_out_is_named():
-    for settings in (SETTINGS, {**SETTINGS, "chat_template": [{"name": "rag", "template": CHATML}]}):
-        assert "no chat_template: give the whole prompt as a text" in refused(Tokenizer(backend(), settings), [])
+    for settings in (
+        SETTINGS,
+        {**SETTINGS, "chat_template": [{"name": "rag", "template": CHATML}]},
+    ):
+        assert "no chat_template: give the whole prompt as a text" in refused(
+            Tokenizer(backend(), settings), []
+        )
 
 
 def test_what_a_template_raises_is_passed_on_in_one_line():
@@ -163,7 +197,9 @@ def test_what_a_template_raises_is_passed_on_in_one_line():
     ],
 )
 def test_a_damaged_or_hostile_template_is_one_line(template, word):
-    message = refused(Tokenizer(backend(), {**SETTINGS, "chat_template": template}), CHATS["question"])
+    message = refused(
+        Tokenizer(backend(), {**SETTINGS, "chat_template": template}), CHATS["question"]
+    )
     assert message.startswith("chat_template: ")
     assert word in message
 

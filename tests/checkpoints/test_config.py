@@ -11,18 +11,35 @@ from minia3.checkpoints.known_models import known_models
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
 
-T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 10}
+T5 = {
+    "model_type": "t5",
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 10,
+}
 LLAMA = {
     **{"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "vocab_size": 10},
 }
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @pytest.mark.parametrize(("form", "act"), [("relu", "relu"), ("gated-gelu", "gelu_new")])
 def test_t5_s_activation_is_that_of_its_feed_forward_s_name(form, act):
-    assert from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": act}) == from_hf(T5 | {"feed_forward_proj": form})
-    for other in {"relu", "gelu", "gelu_new"} - {act}:  # transformers takes it, whatever the name says
+    assert from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": act}) == from_hf(
+        T5 | {"feed_forward_proj": form}
+    )
+    for other in {"relu", "gelu", "gelu_new"} - {
+        act
+    }:  # transformers takes it, whatever the name says
         with pytest.raises(ValueError, match=f"does not do: dense_act_fn='{other}'"):
             from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": other})
 
@@ -36,11 +53,23 @@ def test_llama_3_s_low_frequencies_are_below_its_high_ones():
 def test_what_a_t5_config_leaves_out_is_what_transformers_assumes():
     assert from_hf(T5 | {"pad_token_id": 3}).start_id == 3
     assert from_hf(T5) == T5Config(8, 4, 16, 2, 2, 2, 10, own_head=False, scale_logits=True)
-    assert from_hf(T5 | {"num_decoder_layers": None, "eos_token_id": [1, 5]}) == T5Config(8, 4, 16, 2, 2, 2, 10, eos_ids=(1, 5))
+    assert from_hf(T5 | {"num_decoder_layers": None, "eos_token_id": [1, 5]}) == T5Config(
+        8, 4, 16, 2, 2, 2, 10, eos_ids=(1, 5)
+    )
     v1_1 = from_hf(T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
-    assert (v1_1.activation, v1_1.gated, v1_1.own_head, v1_1.scale_logits) == ("gelu", True, True, False)
+    assert (v1_1.activation, v1_1.gated, v1_1.own_head, v1_1.scale_logits) == (
+        "gelu",
+        True,
+        True,
+        False,
+    )
     mt5 = from_hf(T5 | {"model_type": "mt5"})
-    assert (mt5.activation, mt5.gated, mt5.own_head, mt5.scale_logits) == ("gelu", True, True, False)
+    assert (mt5.activation, mt5.gated, mt5.own_head, mt5.scale_logits) == (
+        "gelu",
+        True,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,9 +77,17 @@ def test_what_a_t5_config_leaves_out_is_what_transformers_assumes():
     [
         ({"tie_word_embeddings": True}, False, True),
         ({"tie_word_embeddings": False}, True, False),
-        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False, False),  # v1.1, saved by transformers 5
+        (
+            {"tie_word_embeddings": True, "scale_decoder_outputs": False},
+            False,
+            False,
+        ),  # v1.1, saved by transformers 5
         ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, True, True),
-        ({"model_type": "mt5", "tie_word_embeddings": True}, False, False),  # mT5, saved by transformers 5
+        (
+            {"model_type": "mt5", "tie_word_embeddings": True},
+            False,
+            False,
+        ),  # mT5, saved by transformers 5
     ],
 )
 def test_whether_t5_scales_is_said_by_one_key_and_else_by_another(keys, own_head, scale):
@@ -60,11 +97,21 @@ def test_whether_t5_scales_is_said_by_one_key_and_else_by_another(keys, own_head
 
 def test_what_a_llama_config_leaves_out_is_what_transformers_assumes():
     assert from_hf(LLAMA) == LlamaConfig(8, 4, 16, 2, 2, 2, 10, bos_id=None)
-    nulls = dict.fromkeys(("head_dim", "num_key_value_heads", "rope_scaling", "sliding_window", "pad_token_id"))
+    nulls = dict.fromkeys(
+        ("head_dim", "num_key_value_heads", "rope_scaling", "sliding_window", "pad_token_id")
+    )
     assert from_hf(LLAMA | nulls) == from_hf(LLAMA)
     assert from_hf(LLAMA | {"head_dim": 6}).d_head == 6
     assert from_hf(LLAMA | {"eos_token_id": None}).eos_ids == ()
-    mistral = from_hf(LLAMA | {"model_type": "mistral", "sliding_window": None, "num_attention_heads": 16, "head_dim": 2})
+    mistral = from_hf(
+        LLAMA
+        | {
+            "model_type": "mistral",
+            "sliding_window": None,
+            "num_attention_heads": 16,
+            "head_dim": 2,
+        }
+    )
     assert (mistral.n_kv_heads, mistral.max_length) == (8, 131072)
 
 
@@ -74,11 +121,30 @@ def test_what_a_llama_config_leaves_out_is_what_transformers_assumes():
         ({}, 10000.0, None),
         ({"rope_theta": 500000}, 500000.0, None),
         ({"rope_theta": 5.0, "rope_scaling": None}, 5.0, None),
-        ({"rope_theta": 5.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 5.0, (8.0, 1.0, 4.0, 8192)),
-        ({"rope_theta": 5.0, "rope_scaling": {"type": "llama3", **LLAMA3}}, 5.0, (8.0, 1.0, 4.0, 8192)),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}}, 7.0, (8.0, 1.0, 4.0, 8192)),
+        (
+            {"rope_theta": 5.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            5.0,
+            (8.0, 1.0, 4.0, 8192),
+        ),
+        (
+            {"rope_theta": 5.0, "rope_scaling": {"type": "llama3", **LLAMA3}},
+            5.0,
+            (8.0, 1.0, 4.0, 8192),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}},
+            7.0,
+            (8.0, 1.0, 4.0, 8192),
+        ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
-        ({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, 5.0, None),
+        (
+            {
+                "rope_theta": 5.0,
+                "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0},
+            },
+            5.0,
+            None,
+        ),
     ],
 )
 def test_rope_is_read_in_every_form(keys, theta, scaling):
@@ -94,11 +160,17 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (LLAMA | {"model_type": "mixtral"}, "model_type is 'mixtral'"),
         (LLAMA | {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
         (T5 | {"feed_forward_proj": "gated-silu"}, "does not do: feed_forward_proj='gated-silu'"),
-        (T5 | {"quantization_config": {"load_in_8bit": True}}, "quantization_config={'load_in_8bit': True}"),
+        (
+            T5 | {"quantization_config": {"load_in_8bit": True}},
+            "quantization_config={'load_in_8bit': True}",
+        ),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
         (LLAMA | {"sliding_window": 4096}, "sliding_window=4096"),
         (LLAMA | {"model_type": "mistral"}, "sliding_window=4096"),  # the default of Mistral
-        (LLAMA | {"attention_bias": True, "mlp_bias": True}, "attention_bias=True, mlp_bias=True"),  # both at once
+        (
+            LLAMA | {"attention_bias": True, "mlp_bias": True},
+            "attention_bias=True, mlp_bias=True",
+        ),  # both at once
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (LLAMA | {"num_local_experts": 8}, "num_local_experts=8"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -110,13 +182,20 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             LLAMA | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5",
         ),
-        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention={'rope_theta': 5.0}"),
         (
-            LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}},
+            LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "full_attention={'rope_theta': 5.0}",
+        ),
+        (
+            LLAMA
+            | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}},
             "low_freq_factor is '1'.*; high_freq_factor is None.*; original_max_position_embeddings is None",
         ),
         (LLAMA | {"rope_theta": "10000"}, "rope_theta is '10000', expected a number from 1.0 to"),
-        (LLAMA | {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expected a number from 0.0 to 1.0"),
+        (
+            LLAMA | {"rms_norm_eps": "1e-5"},
+            "rms_norm_eps is '1e-5', expected a number from 0.0 to 1.0",
+        ),
         (T5 | {"dropout_rate": True}, "dropout_rate is True, expected a number from 0.0 to 1.0"),
         (
             {"model_type": "t5", "d_model": 8},
@@ -130,9 +209,15 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             T5 | {"d_model": 0, "d_ff": 1.5, "num_heads": True},
             "d_model is 0, expected a whole number from 1 to 1048576; d_ff is 1.5, .*; num_heads is True, ",
         ),
-        (LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 2}, "2 key/value heads must divide 3 heads"),
+        (
+            LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 2},
+            "2 key/value heads must divide 3 heads",
+        ),
         (LLAMA | {"head_dim": 5}, "head_dim 5 be even"),
-        (LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0.0 to 1.0"),
+        (
+            LLAMA | {"rms_norm_eps": float("nan")},
+            "rms_norm_eps is nan, expected a number from 0.0 to 1.0",
+        ),
         (
             LLAMA | {"rope_theta": float("inf"), "num_hidden_layers": 10**400},
             "num_hidden_layers is 1000.*rope_theta is inf",
@@ -145,8 +230,14 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             "relative_attention_num_buckets is 2, expected a whole number from 4",
         ),
         (T5 | {"relative_attention_max_distance": 16}, "max_distance > num_buckets / 2"),
-        (T5 | {"pad_token_id": "<pad>"}, "pad_token_id is '<pad>'.*decoder_start_token_id is '<pad>'"),
-        (LLAMA | {"rope_parameters": {"rope_type": "default", "hidden_size": 4}}, "does not do: hidden_size=4"),
+        (
+            T5 | {"pad_token_id": "<pad>"},
+            "pad_token_id is '<pad>'.*decoder_start_token_id is '<pad>'",
+        ),
+        (
+            LLAMA | {"rope_parameters": {"rope_type": "default", "hidden_size": 4}},
+            "does not do: hidden_size=4",
+        ),
         (LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0, "),
     ],
 )
@@ -158,10 +249,30 @@ def test_what_is_not_supported_or_not_there_is_refused_by_name(raw, message):
 
 CONFIGS = {
     **{name: row.config for name, row in known_models().items()},
-    "t5-unscaled": T5Config(8, 4, 16, 2, 1, 2, 10, "gelu", True, own_head=False, scale_logits=False),
-    "t5-scaled-own": T5Config(8, 4, 16, 2, 3, 2, 10, own_head=True, eps=1e-3, start_id=4, pad_id=3, dropout=0.0, n_buckets=8),
-    "llama-no-end": LlamaConfig(8, 4, 16, 2, 4, 2, 10, eos_ids=(), bos_id=None, eps=1e-3, dropout=0.5),
-    "llama-ends": LlamaConfig(8, 6, 16, 2, 4, 2, 10, eos_ids=(4, 5), pad_id=3, rope_theta=7.0, max_length=9),
+    "t5-unscaled": T5Config(
+        8, 4, 16, 2, 1, 2, 10, "gelu", True, own_head=False, scale_logits=False
+    ),
+    "t5-scaled-own": T5Config(
+        8,
+        4,
+        16,
+        2,
+        3,
+        2,
+        10,
+        own_head=True,
+        eps=1e-3,
+        start_id=4,
+        pad_id=3,
+        dropout=0.0,
+        n_buckets=8,
+    ),
+    "llama-no-end": LlamaConfig(
+        8, 4, 16, 2, 4, 2, 10, eos_ids=(), bos_id=None, eps=1e-3, dropout=0.5
+    ),
+    "llama-ends": LlamaConfig(
+        8, 6, 16, 2, 4, 2, 10, eos_ids=(4, 5), pad_id=3, rope_theta=7.0, max_length=9
+    ),
 }
 
 
@@ -178,7 +289,9 @@ def test_transformers_reads_what_is_written_as_the_same_model(name):
     kind = transformers.T5Config if isinstance(ours, T5Config) else transformers.LlamaConfig
     again = kind.from_dict(dict(raw)).to_dict() | {"model_type": raw["model_type"]}
     if isinstance(ours, T5Config):
-        again["tie_word_embeddings"] = not ours.own_head  # transformers 5 makes this True, and keeps the head of the file
+        again[
+            "tie_word_embeddings"
+        ] = not ours.own_head  # transformers 5 makes this True, and keeps the head of the file
     else:
         assert kind.from_dict(dict(raw)).dtype == torch.bfloat16
     assert from_hf(again) == ours
@@ -198,4 +311,7 @@ def test_the_factors_of_a_gguf_are_written_as_the_scaling_they_come_from():
         of_gguf = dataclasses.replace(config, rope_scaling=None, rope_factors=factors)
         assert from_hf(to_hf(of_gguf, torch.float32)) == config
         with pytest.raises(ValueError, match=r"config\.json cannot express them"):
-            to_hf(dataclasses.replace(of_gguf, rope_factors=tuple(2 * f for f in factors)), torch.float32)
+            to_hf(
+                dataclasses.replace(of_gguf, rope_factors=tuple(2 * f for f in factors)),
+                torch.float32,
+            )

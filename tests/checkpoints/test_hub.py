@@ -46,13 +46,26 @@ CHILD = """
 
 def ask(cache, endpoint, calls, **environment):
     """What each call came to in a child: a list of files, a sum of weights, or a ValueError's message."""
-    settings = {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_TOKEN": ""}
-    env = {key: value for key, value in os.environ.items() if "PROXY" not in key.upper() and not key.startswith("HF_")}
+    settings = {
+        "HF_HOME": str(cache),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_TOKEN": "",
+    }
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if "PROXY" not in key.upper() and not key.startswith("HF_")
+    }
     child = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(calls)]
-    done = subprocess.run(child, capture_output=True, text=True, env=env | settings | environment, timeout=120)
+    done = subprocess.run(
+        child, capture_output=True, text=True, env=env | settings | environment, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     outcomes, waited = json.loads(done.stdout)
-    assert waited < 60, "where the hub cannot be reached, it is tried again for one file of a repository, not for each"
+    assert waited < 60, (
+        "where the hub cannot be reached, it is tried again for one file of a repository, not for each"
+    )
     return outcomes
 
 
@@ -98,7 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: len(content) // 2] if "broken" in name and "model" in file else content)
+            self.wfile.write(
+                content[: len(content) // 2] if "broken" in name and "model" in file else content
+            )
             self.close_connection = "broken" in name
 
     do_HEAD = do_GET = answer
@@ -124,7 +139,9 @@ def contents(tmp_path_factory):
     make("t5-v1.0").save_pretrained(shards, max_shard_size="30KB")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "tokenizer.json").write_text("{}")
-    return [{path.name: path.read_bytes() for path in where.iterdir()} for where in (folder, shards)]
+    return [
+        {path.name: path.read_bytes() for path in where.iterdir()} for where in (folder, shards)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +176,11 @@ def hub(contents):
                 "adapter_model.safetensors": b"a",
                 "adapter_model.bin": b"b",
             },
-            "user/old-adapter": {"adapter_config.json": b"{}", "adapter_model.bin": b"b", "README.md": b"#"},
+            "user/old-adapter": {
+                "adapter_config.json": b"{}",
+                "adapter_model.bin": b"b",
+                "README.md": b"#",
+            },
             "user/gated-adapter": {},
             "user/empty-adapter": {"adapter_config.json": b"{}"},
         }
@@ -191,7 +212,9 @@ def cached(hub, loads, tmp_path_factory):
     ]
     asked = hub.take()
     for file in ("config.json", "pytorch_model.bin"):
-        huggingface_hub.hf_hub_download("org/others", file, cache_dir=cache / "hub", endpoint=hub.address)
+        huggingface_hub.hf_hub_download(
+            "org/others", file, cache_dir=cache / "hub", endpoint=hub.address
+        )
     hub.take()
     return cache, asked
 
@@ -204,13 +227,19 @@ def free_port():
 
 def test_only_what_is_needed_is_fetched(hub, cached):
     common = ["config.json", "generation_config.json"]
-    shards = sorted(name for name in hub.repositories["org/shards"] if name.endswith(".safetensors"))
+    shards = sorted(
+        name for name in hub.repositories["org/shards"] if name.endswith(".safetensors")
+    )
     assert len(shards) > 2
     assert cached[1] == {
         "org/both": [*common, "tokenizer.json", "spiece.model", "model.safetensors"],
         "org/bin": [*common, "pytorch_model.bin"],
         "org/shards": [*common, "model.safetensors.index.json", *shards],
-        "google-t5/t5-small": [*common, "tokenizer.json", "chat_template.jinja"],  # a known name, without its weights
+        "google-t5/t5-small": [
+            *common,
+            "tokenizer.json",
+            "chat_template.jinja",
+        ],  # a known name, without its weights
     }
 
 
@@ -223,7 +252,9 @@ def test_offline_what_is_cached_is_enough_and_what_is_not_is_named(hub, cached, 
     calls = [*loads[0], ("load", "org/others"), ("load", "t5-small"), ("load", "org/else")]
     found = ask(cached[0], hub.address, calls, HF_HUB_OFFLINE="1")
     assert hub.requests == []
-    assert found[:4] == [*loads[1], loads[1][0]], "whoever filled the cache: it may know nothing of files we look for"
+    assert found[:4] == [*loads[1], loads[1][0]], (
+        "whoever filled the cache: it may know nothing of files we look for"
+    )
     assert "google-t5/t5-small: model.safetensors or model.safetensors.index.json or" in found[4]
     for message in found[4:]:
         assert "is not in the cache, and the hub cannot be reached" in message
@@ -235,7 +266,9 @@ def test_where_the_network_is_down_what_is_cached_is_enough(cached, loads):
     address = f"http://127.0.0.1:{free_port()}"
     found = ask(cached[0], address, [*loads[0], ("load", "org/others"), ("load", "org/else")])
     assert found[:4] == [*loads[1], loads[1][0]]
-    assert found[4].startswith("ValueError: org/else: config.json is not in the cache, and the hub cannot be reached (")
+    assert found[4].startswith(
+        "ValueError: org/else: config.json is not in the cache, and the hub cannot be reached ("
+    )
     assert "\n" not in found[4]
 
 
@@ -251,7 +284,9 @@ def test_each_failure_is_one_clear_line(hub, tmp_path):
         "org/broken": "org/broken: not a hub id, or the download failed: ",
         "org/a name": "org/a name: not a hub id, or ",
     }
-    for (name, message), found in zip(names.items(), ask(tmp_path, hub.address, [("load", name) for name in names]), strict=True):
+    for (name, message), found in zip(
+        names.items(), ask(tmp_path, hub.address, [("load", name) for name in names]), strict=True
+    ):
         assert message in found, name
         assert found.startswith(f"ValueError: {name}: ")
         assert "\n" not in found

@@ -43,7 +43,12 @@ T5 = {
         "dropout_rate": 0.1,
         "eos_token_id": 1,
     },
-    **{"initializer_factor": 1.0, "is_encoder_decoder": True, "layer_norm_epsilon": 1e-06, "model_type": "t5"},
+    **{
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-06,
+        "model_type": "t5",
+    },
     **{
         "n_positions": 512,
         "output_past": True,
@@ -54,13 +59,28 @@ T5 = {
 }
 V1_1 = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "use_cache": True}
 LLAMA = {
-    **{"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu"},
-    **{"initializer_range": 0.02, "model_type": "llama", "tie_word_embeddings": False, "use_cache": True},
+    **{
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+    },
+    **{
+        "initializer_range": 0.02,
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    },
     **{"rms_norm_eps": 1e-05, "pretraining_tp": 1, "rope_scaling": None, "vocab_size": 32000},
 }
 LLAMA3 = {
     **LLAMA,
-    **{"attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001},
+    **{
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
     **{"rope_theta": 500000.0, "vocab_size": 128256, "torch_dtype": "bfloat16"},
 }
 ROPE = {
@@ -69,7 +89,12 @@ ROPE = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
-LLAMA31 = {**LLAMA3, "mlp_bias": False, "max_position_embeddings": 131072, "rope_scaling": {"factor": 8.0, **ROPE}}
+LLAMA31 = {
+    **LLAMA3,
+    "mlp_bias": False,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"factor": 8.0, **ROPE},
+}
 LLAMA32 = {**LLAMA31, "tie_word_embeddings": True, "rope_scaling": {"factor": 32.0, **ROPE}}
 SMOLLM2 = {
     **LLAMA,
@@ -80,16 +105,34 @@ SMOLLM2 = {
         "eos_token_id": 0,
         "is_llama_config": True,
     },
-    **{"max_position_embeddings": 8192, "rope_interleaved": False, "rope_theta": 100000, "tie_word_embeddings": True},
+    **{
+        "max_position_embeddings": 8192,
+        "rope_interleaved": False,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+    },
     **{"torch_dtype": "bfloat16", "vocab_size": 49152},
 }
 
 
 def t5(d_model, d_kv, d_ff, num_layers, num_heads):
-    return {"d_model": d_model, "d_kv": d_kv, "d_ff": d_ff, "num_layers": num_layers, "num_heads": num_heads}
+    return {
+        "d_model": d_model,
+        "d_kv": d_kv,
+        "d_ff": d_ff,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+    }
 
 
-def llama(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, **more):
+def llama(
+    hidden_size,
+    intermediate_size,
+    num_hidden_layers,
+    num_attention_heads,
+    num_key_value_heads,
+    **more,
+):
     return {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -152,15 +195,22 @@ def test_the_row_of_the_embedded_model_is_what_its_own_config_says():
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_one_adapter_has_as_many_numbers_as_the_papers_say(name):
-    assert counts(known_models()[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
+    assert (
+        counts(known_models()[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
+    )
 
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_the_base_has_as_many_numbers_as_are_published(name):
-    assert counts(known_models()[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
+    assert (
+        counts(known_models()[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
+    )
 
 
-@pytest.mark.parametrize("name", [name for name, row in known_models().items() if row.family.startswith(("t5", "flan", "t0"))])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, row in known_models().items() if row.family.startswith(("t5", "flan", "t0"))],
+)
 def test_a_t5_adapter_has_as_many_numbers_as_the_formula_says(name):
     c = known_models()[name].config
     kv = 2 * c.n_heads * c.d_head
@@ -169,7 +219,9 @@ def test_a_t5_adapter_has_as_many_numbers_as_the_formula_says(name):
 
 def test_a_row_of_the_file_is_like_one_above_it_and_says_only_what_differs():
     whole = {}
-    for name, row in json.loads(EMBEDDED.parents[1].joinpath("minia3/checkpoints/models.json").read_text()).items():
+    for name, row in json.loads(
+        EMBEDDED.parents[1].joinpath("minia3/checkpoints/models.json").read_text()
+    ).items():
         like = whole[row["like"]] if "like" in row else {}
         assert not [key for key in row if key in like and row[key] == like[key]]
         whole[name] = like | {key: value for key, value in row.items() if key != "like"}
@@ -178,7 +230,11 @@ def test_a_row_of_the_file_is_like_one_above_it_and_says_only_what_differs():
 
 def test_names_and_hub_ids_lead_to_the_same_row_in_any_case():
     assert known_model("t5-base") is known_model("google-t5/T5-Base") is known_models()["t5-base"]
-    assert known_model("Llama-2-7B") is known_model("meta-llama/llama-2-7b-hf") is known_models()["llama-2-7b"]
+    assert (
+        known_model("Llama-2-7B")
+        is known_model("meta-llama/llama-2-7b-hf")
+        is known_models()["llama-2-7b"]
+    )
     assert known_model("t5-bse") is None
     assert known_model(EMBEDDED) is known_model("tiny-t5") is known_models()["tiny-t5"]
     assert len({row.repo for row in known_models().values()}) == len(known_models())
@@ -205,4 +261,6 @@ def test_the_families_that_the_tasks_speak_of_are_there():
 def test_building_takes_no_memory():
     model = build_model(known_models()["t0-11b"].config, n_adapters=2)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert build_model(known_models()["llama-2-70b"].config).frequency.device.type == "cpu", "the rotation's frequencies are real numbers"
+    assert build_model(known_models()["llama-2-70b"].config).frequency.device.type == "cpu", (
+        "the rotation's frequencies are real numbers"
+    )

@@ -31,7 +31,9 @@ SOURCE, TARGET = tokens(2, 7), tokens(2, 4, seed=1)
 
 def same_bits(model, other):
     ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def refusal(call, *arguments, **options):
@@ -51,14 +53,20 @@ def test_the_table_names_every_parameter_once_and_every_tensor_of_transformers(l
     pairs = [(theirs, ours) for theirs, ours in name_table(model).items() if ours is not None]
     parameters = [n for n, _ in model.named_parameters() if n.split(".")[-1] != "scale"]
     assert sorted(ours for _, ours in pairs) == sorted(parameters)
-    assert {theirs for theirs, _ in pairs} == load_file(peer(name).folder / "model.safetensors").keys()
+    assert {theirs for theirs, _ in pairs} == load_file(
+        peer(name).folder / "model.safetensors"
+    ).keys()
 
 
-@pytest.mark.parametrize("name", ["t5-base", "flan-t5-small", "t0-11b", "llama-2-7b", "llama-3.2-1b", "smollm2-135m"])
+@pytest.mark.parametrize(
+    "name", ["t5-base", "flan-t5-small", "t0-11b", "llama-2-7b", "llama-3.2-1b", "smollm2-135m"]
+)
 def test_the_table_names_every_parameter_of_the_known_models(name):
     model = build_model(known_models()[name].config)
     ours = [ours for ours in name_table(model).values() if ours is not None]
-    assert sorted(ours) == sorted(n for n, _ in model.named_parameters() if n.split(".")[-1] != "scale")
+    assert sorted(ours) == sorted(
+        n for n, _ in model.named_parameters() if n.split(".")[-1] != "scale"
+    )
 
 
 def test_every_line_of_the_tables_is_used_by_some_model(loaded):
@@ -89,7 +97,9 @@ def write(folder, tensors, form):
     for i, half in enumerate(halves):
         save(half, folder / f"{stem}-{i}.{suffix}")
         index |= dict.fromkeys(half, f"{stem}-{i}.{suffix}")
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / f"{stem}.{suffix}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 FORMS = ["safetensors", "sharded safetensors", "bin", "sharded bin", "old bin"]
@@ -102,7 +112,9 @@ def test_every_form_of_file_gives_the_same_bits(loaded, copy, name, form):
     write(folder, load_file(folder / "model.safetensors"), form)
     model = minia3.load_model(folder)
     assert same_bits(model, loaded(name))
-    assert torch.equal(logits(model, SOURCE, None, TARGET), logits(loaded(name), SOURCE, None, TARGET))
+    assert torch.equal(
+        logits(model, SOURCE, None, TARGET), logits(loaded(name), SOURCE, None, TARGET)
+    )
 
 
 def test_shards_as_transformers_writes_them(loaded, tmp_path):
@@ -139,7 +151,11 @@ def test_a_head_that_differs_from_the_embedding_is_kept_whatever_the_config_says
     model = minia3.load_model(folder)
     assert torch.equal(model.head.weight, head)
     assert model.config.own_head
-    kind = transformers.AutoModelForCausalLM if name in LLAMA_PEERS else transformers.AutoModelForSeq2SeqLM
+    kind = (
+        transformers.AutoModelForCausalLM
+        if name in LLAMA_PEERS
+        else transformers.AutoModelForSeq2SeqLM
+    )
     theirs = Peer(name, folder, kind.from_pretrained(folder).eval())
     assert off(logits(model, SOURCE, None, TARGET), theirs.logits(SOURCE, None, TARGET)) < 1e-5
 
@@ -158,8 +174,13 @@ def test_a_head_of_its_own_may_equal_the_embedding(copy, name):
 def test_what_older_files_hold_beside_the_weights_is_passed_over(loaded, copy):
     folder = copy("t5-v1.0")
     tensors = load_file(folder / "model.safetensors")
-    extra = {f"{stack}.embed_tokens.weight": tensors["shared.weight"].clone() for stack in ("encoder", "decoder")}
-    extra["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.randn(32, 4)
+    extra = {
+        f"{stack}.embed_tokens.weight": tensors["shared.weight"].clone()
+        for stack in ("encoder", "decoder")
+    }
+    extra["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.randn(
+        32, 4
+    )
     write(folder, tensors | extra, "bin")
     assert same_bits(minia3.load_model(folder), loaded("t5-v1.0"))
     folder = copy("llama-mha")
@@ -179,7 +200,10 @@ def test_what_older_files_hold_beside_the_weights_is_passed_over(loaded, copy):
 )
 def test_the_one_copy_of_a_tied_embedding_may_have_any_of_its_names(loaded, copy, model, name):
     folder = copy(model)
-    tensors, own = load_file(folder / "model.safetensors"), "shared" if model == "t5-v1.0" else "model.embed_tokens"
+    tensors, own = (
+        load_file(folder / "model.safetensors"),
+        "shared" if model == "t5-v1.0" else "model.embed_tokens",
+    )
     tensors[name] = tensors.pop(f"{own}.weight")
     write(folder, tensors, "safetensors")
     assert same_bits(minia3.load_model(folder), loaded(model))
@@ -188,7 +212,12 @@ def test_the_one_copy_of_a_tied_embedding_may_have_any_of_its_names(loaded, copy
 def test_a_folder_says_of_which_known_model_it_was_made(loaded, copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = loaded("t5-v1.0")
-    for name, base in (("t5-base", "t5-base"), ("one", "t5-base"), ("some/where", None), (None, None)):
+    for name, base in (
+        ("t5-base", "t5-base"),
+        ("one", "t5-base"),
+        ("some/where", None),
+        (None, None),
+    ):
         model.name_or_path = name
         minia3.save_model(model, "one" if base else "other")
         raw = json.loads((tmp_path / ("one" if base else "other") / "config.json").read_text())
@@ -206,7 +235,9 @@ def test_a_copy_of_the_embedding_that_differs_is_refused(copy, name, stack):
     other = tensors["shared.weight"].clone()
     other[3, 5] += 1
     write(folder, tensors | {f"{stack}.embed_tokens.weight": other}, "safetensors")
-    assert f"{stack}.embed_tokens.weight is not the copy of shared.weight" in refusal(minia3.load_model, folder)
+    assert f"{stack}.embed_tokens.weight is not the copy of shared.weight" in refusal(
+        minia3.load_model, folder
+    )
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
@@ -217,7 +248,9 @@ def test_a_model_can_be_pickled(loaded, name):
 
 def test_the_ends_of_generation_config_go_before_those_of_config(copy):
     folder = copy("llama-mha", eos_token_id=4)
-    assert minia3.load_model(folder).config.eos_ids == (2,), "transformers wrote 2 into generation_config.json"
+    assert minia3.load_model(folder).config.eos_ids == (2,), (
+        "transformers wrote 2 into generation_config.json"
+    )
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     assert minia3.load_model(folder).config.eos_ids == (7, 8)
     (folder / "generation_config.json").write_text("{}")
@@ -233,7 +266,11 @@ def test_the_factors_that_stand_for_a_gguf_are_not_taken_from_a_config_json(load
 
 
 def as_dtype(folder, dtype):
-    write(folder, {n: x.to(dtype) for n, x in load_file(folder / "model.safetensors").items()}, "safetensors")
+    write(
+        folder,
+        {n: x.to(dtype) for n, x in load_file(folder / "model.safetensors").items()},
+        "safetensors",
+    )
     return folder
 
 
@@ -292,7 +329,9 @@ def test_the_default_dtype_of_torch_does_not_reach_the_vectors(loaded):
 
 def test_options_that_make_no_sense_are_refused(peer):
     folder = peer("t5-v1.0").folder
-    assert "n_adapters must be at least 1, found 0" in refusal(minia3.load_model, folder, n_adapters=0)
+    assert "n_adapters must be at least 1, found 0" in refusal(
+        minia3.load_model, folder, n_adapters=0
+    )
     assert "dtype must be None or one of" in refusal(minia3.load_model, folder, dtype=torch.int8)
     assert "found 'bfloat16'" in refusal(minia3.load_model, folder, dtype="bfloat16")
 
@@ -315,7 +354,10 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(copy):
         assert "5 tensors do not fit the config" in message
         assert "encoder.final_layer_norm.weight is missing" in message
         assert "decoder.final_layer_norm.weight has shape (25,), expected (24,)" in message
-        assert "SelfAttention.kk.weight is left over (nearest known: decoder.block.1.layer.0.SelfAttention." in message
+        assert (
+            "SelfAttention.kk.weight is left over (nearest known: decoder.block.1.layer.0.SelfAttention."
+            in message
+        )
         assert "decoder.block.2.layer.2.layer_norm.weight is left over" in message
         assert f"lm_head.weight is stored as {kind}, expected a float" in message
 
@@ -323,16 +365,38 @@ def test_all_tensors_that_do_not_fit_are_named_at_once(copy):
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("t5-v1.1", {"feed_forward_proj": "relu", "dense_act_fn": "relu"}, "DenseReluDense.wi.weight is missing"),
+        (
+            "t5-v1.1",
+            {"feed_forward_proj": "relu", "dense_act_fn": "relu"},
+            "DenseReluDense.wi.weight is missing",
+        ),
         ("t5-v1.0", {"num_layers": 1}, "encoder.block.1.layer.0.layer_norm.weight is left over"),
-        ("t5-v1.0", {"num_decoder_layers": 3}, "decoder.block.2.layer.2.DenseReluDense.wo.weight is missing"),
+        (
+            "t5-v1.0",
+            {"num_decoder_layers": 3},
+            "decoder.block.2.layer.2.DenseReluDense.wo.weight is missing",
+        ),
         ("t5-v1.0", {"vocab_size": 62}, "shared.weight has shape (61, 24), expected (62, 24)"),
-        ("llama-mha", {"num_key_value_heads": 2}, "k_proj.weight has shape (24, 24), expected (12, 24)"),
-        ("llama-gqa", {"num_key_value_heads": 4}, "v_proj.weight has shape (12, 24), expected (24, 24)"),
-        ("llama-tied", {"tie_word_embeddings": False}, "1 tensors do not fit the config: lm_head.weight is missing"),
+        (
+            "llama-mha",
+            {"num_key_value_heads": 2},
+            "k_proj.weight has shape (24, 24), expected (12, 24)",
+        ),
+        (
+            "llama-gqa",
+            {"num_key_value_heads": 4},
+            "v_proj.weight has shape (12, 24), expected (24, 24)",
+        ),
+        (
+            "llama-tied",
+            {"tie_word_embeddings": False},
+            "1 tensors do not fit the config: lm_head.weight is missing",
+        ),
     ],
 )
-def test_a_config_of_another_model_is_refused_with_the_tensors_that_tell(copy, name, changes, expected):
+def test_a_config_of_another_model_is_refused_with_the_tensors_that_tell(
+    copy, name, changes, expected
+):
     assert expected in refusal(minia3.load_model, copy(name, **changes))
 
 
@@ -356,7 +420,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c9
 HTML = "\n<!DOCTYPE html>\n<html><head><title>429 Too Many Requests</title></head></html>"
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "pytorch_model.bin", "config.json", "model.safetensors.index.json"],
+)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -417,13 +484,18 @@ def test_a_config_that_is_refused_is_named_with_its_folder(copy):
         ("[1]", "expected a JSON object, found list"),
         ('{"model_type": "t5"}', "d_model is None, expected a whole number from 1 to"),
         ("[" * 100_000, "RecursionError: maximum recursion depth"),
-        ('{"model_type": "llama", "num_hidden_layers": 1000000000}', "num_hidden_layers is 1000000000, expected"),
+        (
+            '{"model_type": "llama", "num_hidden_layers": 1000000000}',
+            "num_hidden_layers is 1000000000, expected",
+        ),
         (b"\x80", "UnicodeDecodeError: 'utf-8' codec can't decode"),
     ],
 )
 def test_a_config_that_is_none_is_refused(copy, content, message):
     folder = copy("t5-v1.0")
-    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "config.json").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     assert message in refusal(minia3.load_model, folder)
 
 
@@ -434,7 +506,10 @@ def test_a_folder_that_holds_no_checkpoint_is_refused(copy, tmp_path):
     folder = copy("t5-v1.0")
     (folder / "model.safetensors").unlink()
     message = refusal(minia3.load_model, folder)
-    assert "expected one of model.safetensors, model.safetensors.index.json, pytorch_model.bin" in message
+    assert (
+        "expected one of model.safetensors, model.safetensors.index.json, pytorch_model.bin"
+        in message
+    )
     assert "the folder holds ['config.json', 'generation_config.json']" in message
 
 
@@ -442,7 +517,11 @@ def test_a_folder_that_holds_no_checkpoint_is_refused(copy, tmp_path):
     "value",
     [
         *([torch.ones(2)], {"state_dict": {"a": torch.ones(2)}}, {1: torch.ones(2)}, torch.ones(2)),
-        *({"a": torch.eye(2).to_sparse()}, {"a": torch.ones(2, device="meta")}, {"a": torch.ones(1).expand(10**12)}),
+        *(
+            {"a": torch.eye(2).to_sparse()},
+            {"a": torch.ones(2, device="meta")},
+            {"a": torch.ones(1).expand(10**12)},
+        ),
     ],
 )
 def test_a_bin_that_is_no_dict_of_tensors_is_refused(copy, value):
@@ -491,24 +570,36 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_nearest_known(tmp_path, m
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "weights.pt").write_text("")
     expected = "no such folder, .gguf file, hub id (org/name) or known name. Known names: tiny-t5, t5-small"
-    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf", tmp_path / "sub" / "weights.pt", "sub/weights.pt"):
+    for name in (
+        "xyzzy",
+        "./not/there",
+        tmp_path / "model.gguf",
+        tmp_path / "sub" / "weights.pt",
+        "sub/weights.pt",
+    ):
         assert refusal(minia3.load_model, name).startswith(f"{name}: {expected}")
 
 
 def test_a_folder_with_a_checkpoint_goes_before_a_known_name(copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("minia3.checkpoints.hub.fetch", lambda repo, config, beside, weights: (repo, bool(weights)))
+    monkeypatch.setattr(
+        "minia3.checkpoints.hub.fetch", lambda repo, config, beside, weights: (repo, bool(weights))
+    )
     assert find("t5-base") == ("google-t5/t5-base", True)
     assert find("Flan-T5-Base", weights=False) == ("google/flan-t5-base", False)
     assert find("someone/model") == ("someone/model", True)
     (tmp_path / "t5-base").mkdir()
-    assert find("t5-base") == ("google-t5/t5-base", True), "an empty folder of that name is not meant"
+    assert find("t5-base") == ("google-t5/t5-base", True), (
+        "an empty folder of that name is not meant"
+    )
     copy("t5-v1.0").rename(tmp_path / "flan-t5-base")
     assert find("flan-t5-base") == Path("flan-t5-base")
     model = minia3.load_model("flan-t5-base")
     assert not model.config.gated
     assert model.name_or_path == "flan-t5-base"
-    assert known_model("flan-t5-base") is known_model("params.json") is None, "it is another model, whatever its name"
+    assert known_model("flan-t5-base") is known_model("params.json") is None, (
+        "it is another model, whatever its name"
+    )
     assert dict(info("flan-t5-base"))["d_model"] == "24"
     minia3.save_model(model, "saved")
     assert "_name_or_path" not in json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -518,11 +609,19 @@ def test_a_folder_with_a_checkpoint_goes_before_a_known_name(copy, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_transformers_loads_what_is_saved_with_nothing_missing_or_left_over(peer, loaded, tmp_path, name):
+def test_transformers_loads_what_is_saved_with_nothing_missing_or_left_over(
+    peer, loaded, tmp_path, name
+):
     import transformers
 
-    minia3.save_model(loaded(name, seed=0), tmp_path / "deep" / "folder")  # the vectors are not part of it
-    kind = transformers.AutoModelForCausalLM if name in LLAMA_PEERS else transformers.AutoModelForSeq2SeqLM
+    minia3.save_model(
+        loaded(name, seed=0), tmp_path / "deep" / "folder"
+    )  # the vectors are not part of it
+    kind = (
+        transformers.AutoModelForCausalLM
+        if name in LLAMA_PEERS
+        else transformers.AutoModelForSeq2SeqLM
+    )
     model, info = kind.from_pretrained(tmp_path / "deep" / "folder", output_loading_info=True)
     assert not any(info.values()), info
     theirs = Peer(name, None, model.eval())
@@ -546,14 +645,23 @@ def test_transformers_reads_the_dtype_that_was_saved(loaded, tmp_path):
     import transformers
 
     minia3.save_model(loaded("t5-v1.0", dtype=torch.bfloat16), tmp_path)
-    assert transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert (
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype="auto").dtype
+        == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-mha"])
-def test_large_models_are_saved_in_shards_and_old_files_do_not_hide_new_ones(loaded, tmp_path, monkeypatch, name):
+def test_large_models_are_saved_in_shards_and_old_files_do_not_hide_new_ones(
+    loaded, tmp_path, monkeypatch, name
+):
     import transformers
 
-    first, second, third = loaded(name), randomize_weights(loaded(name), 1), randomize_weights(loaded(name), 2)
+    first, second, third = (
+        loaded(name),
+        randomize_weights(loaded(name), 1),
+        randomize_weights(loaded(name), 2),
+    )
     minia3.save_model(first, tmp_path)
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 15_000)
     minia3.save_model(second, tmp_path)
@@ -562,9 +670,15 @@ def test_large_models_are_saved_in_shards_and_old_files_do_not_hide_new_ones(loa
     assert len(shards) > 2
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     assert all(sum(x.nbytes for x in load_file(shard).values()) <= 15_000 for shard in shards)
-    assert index["metadata"]["total_size"] == sum(x.nbytes for shard in shards for x in load_file(shard).values())
+    assert index["metadata"]["total_size"] == sum(
+        x.nbytes for shard in shards for x in load_file(shard).values()
+    )
     assert same_bits(minia3.load_model(tmp_path), second)
-    kind = transformers.AutoModelForCausalLM if name in LLAMA_PEERS else transformers.AutoModelForSeq2SeqLM
+    kind = (
+        transformers.AutoModelForCausalLM
+        if name in LLAMA_PEERS
+        else transformers.AutoModelForSeq2SeqLM
+    )
     model, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     theirs = Peer(name, None, model.eval()).logits(SOURCE, None, TARGET)
@@ -644,7 +758,9 @@ def test_what_replaces_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, mo
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, original=original: calls.append(name) or original(*a)
+        )
     write_json(tmp_path / "x.json", {"a": 1})
     assert calls == ["fsync", "replace"]
 
@@ -687,16 +803,27 @@ MEMORY = """
 ALLOWANCE = 8 * 2**20  # the sampling thread's stack, the model's modules, the allocator's slack
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc"
+)
 def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_path, peer):
-    config = replace(known_models()["smollm2-135m"].config, n_layers=6, vocab_size=20_000, own_head=True)
+    config = replace(
+        known_models()["smollm2-135m"].config, n_layers=6, vocab_size=20_000, own_head=True
+    )
     model = build_model(config)
     shapes = {theirs: ours for theirs, ours in name_table(model).items() if ours}
-    for dtype, form in ((torch.float32, "safetensors"), (torch.bfloat16, "safetensors"), (torch.float32, "bin")):
+    for dtype, form in (
+        (torch.float32, "safetensors"),
+        (torch.bfloat16, "safetensors"),
+        (torch.float32, "bin"),
+    ):
         folder = tmp_path / f"{dtype} {form}"
         folder.mkdir()
         write_json(folder / "config.json", to_hf(config, dtype))
-        tensors = {theirs: torch.ones(model.get_parameter(ours).shape, dtype=dtype) for theirs, ours in shapes.items()}
+        tensors = {
+            theirs: torch.ones(model.get_parameter(ours).shape, dtype=dtype)
+            for theirs, ours in shapes.items()
+        }
         tensors["lm_head.weight"] *= 2
         write(folder, tensors, form)
         del tensors
@@ -710,7 +837,9 @@ def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_
         ("torch.float32 bin", None),
     ]
     child = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path), json.dumps(cases)]
-    output = subprocess.run(child, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    output = subprocess.run(
+        child, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     for (name, dtype), found in zip(cases, json.loads(output.stdout), strict=True):
         print(name, dtype, {key: f"{value / 2**20:.1f} MiB" for key, value in found.items()})
         assert found["peak"] <= found["model"] + found["largest"] + ALLOWANCE, (name, dtype)

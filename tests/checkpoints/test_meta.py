@@ -22,11 +22,21 @@ from minia3.checkpoints.tensor_names import name_table
 from minia3.files.tensors import Entry
 
 SOURCE, TARGET = tokens(2, 7), tokens(2, 4, seed=1)
-SIZES = {**LLAMA_SIZES, "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 8, "rms_norm_eps": 1e-3}
+SIZES = {
+    **LLAMA_SIZES,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 8,
+    "rms_norm_eps": 1e-3,
+}
 ROWS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "gate_proj": "feed_forward.w1",
         "up_proj": "feed_forward.w3", "lm_head": "output"}  # fmt: skip
 COLUMNS = {"o_proj": "attention.wo", "down_proj": "feed_forward.w2"}
-WHOLE = {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm", "norm": "norm"}
+WHOLE = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "norm": "norm",
+}
 
 
 def make(n_kv_heads=8, **differs):
@@ -42,7 +52,12 @@ def make(n_kv_heads=8, **differs):
 def neighbours(weight, n_heads):
     """Rows of a head, of which Hugging Face turns i with i + d/2, in Meta's order: 0, d/2, 1, d/2 + 1 ..."""
     d = len(weight) // n_heads
-    order = [head * d + half * (d // 2) + i for head in range(n_heads) for i in range(d // 2) for half in range(2)]
+    order = [
+        head * d + half * (d // 2) + i
+        for head in range(n_heads)
+        for i in range(d // 2)
+        for half in range(2)
+    ]
     return weight[order]
 
 
@@ -67,7 +82,12 @@ def take_apart(model, folder, n_shards=1, llama3=False, freqs=True, **params):
                 shard["rope.freqs"] = torch.rand(c.hidden_size // c.num_attention_heads // 2)
     for i, shard in enumerate(shards):
         torch.save(shard, folder / f"consolidated.{i:02d}.pth")
-    known = {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads, "vocab_size": -1}
+    known = {
+        "dim": c.hidden_size,
+        "n_layers": c.num_hidden_layers,
+        "n_heads": c.num_attention_heads,
+        "vocab_size": -1,
+    }
     known |= {"multiple_of": 8, "norm_eps": c.rms_norm_eps}
     if c.num_key_value_heads != c.num_attention_heads:
         known["n_kv_heads"] = c.num_key_value_heads
@@ -111,7 +131,13 @@ def test_bfloat16_comes_through_bit_for_bit(tmp_path):
 def test_one_tensor_is_joined_when_it_is_read_and_no_other(tmp_path, monkeypatch):
     entries = read_meta(take_apart(make(), tmp_path, 4))[1]
     assert len(entries) == 2 * 9 + 3
-    assert {entry.shape for entry in entries.values()} == {(64, 32), (32, 32), (40, 32), (32, 40), (32,)}
+    assert {entry.shape for entry in entries.values()} == {
+        (64, 32),
+        (32, 32),
+        (40, 32),
+        (32, 40),
+        (32,),
+    }
     joined, cat = [], torch.cat
     monkeypatch.setattr(torch, "cat", lambda parts, axis: joined.append(axis) or cat(parts, axis))
     assert entries["model.layers.1.mlp.down_proj.weight"].read().shape == (32, 40)
@@ -135,7 +161,9 @@ def test_the_form_is_told_by_its_files_and_a_config_json_goes_before(tmp_path, m
 def test_what_comes_in_as_metas_goes_out_as_hugging_faces(tmp_path):
     theirs = make(4)
     minia3.save_model(minia3.load_model(take_apart(theirs, tmp_path, 2)), tmp_path / "out")
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(info.values()), info
     assert all(torch.equal(again.state_dict()[name], x) for name, x in theirs.state_dict().items())
 
@@ -144,15 +172,35 @@ def test_what_comes_in_as_metas_goes_out_as_hugging_faces(tmp_path):
 
 
 @pytest.mark.parametrize("n_shards", [1, 2])
-@pytest.mark.parametrize(("tied", "scaled", "factor"), [(True, True, 32.0), (False, True, 8.0), (True, False, None), (False, False, None)])
-def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(tmp_path, n_shards, tied, scaled, factor):
-    rope = {**LLAMA3_ROPE, "rope_theta": 500000.0, "factor": factor, "original_max_position_embeddings": 8192}
+@pytest.mark.parametrize(
+    ("tied", "scaled", "factor"),
+    [(True, True, 32.0), (False, True, 8.0), (True, False, None), (False, False, None)],
+)
+def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(
+    tmp_path, n_shards, tied, scaled, factor
+):
+    rope = {
+        **LLAMA3_ROPE,
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "original_max_position_embeddings": 8192,
+    }
     rope = rope if scaled else {"rope_type": "default", "rope_theta": 500000.0}
     theirs = make(4, tie_word_embeddings=tied, rope_parameters=rope)
-    take_apart(theirs, tmp_path, n_shards, llama3=True, freqs=False, rope_theta=500000.0, use_scaled_rope=scaled)
+    take_apart(
+        theirs,
+        tmp_path,
+        n_shards,
+        llama3=True,
+        freqs=False,
+        rope_theta=500000.0,
+        use_scaled_rope=scaled,
+    )
     model = minia3.load_model(tmp_path)
     assert model.config.rope_scaling == ((factor, 1.0, 4.0, 8192) if scaled else None)
-    assert read_checkpoint(tmp_path, weights=False)[0].own_head == model.config.own_head == (not tied)
+    assert (
+        read_checkpoint(tmp_path, weights=False)[0].own_head == model.config.own_head == (not tied)
+    )
     assert (model.head is None) == tied
     source_BM = tokens(2, 40)
     expected = Peer("", None, theirs).logits(source_BM, None, TARGET)
@@ -173,15 +221,22 @@ def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(tmp_path, n_shard
                           "vocab_size": 128256, "rope_theta": 500000.0, "use_scaled_rope": True}),
     ],
 )  # fmt: skip
-def test_the_params_that_meta_published_are_the_config_that_the_hub_has(tmp_path, monkeypatch, name, params):
+def test_the_params_that_meta_published_are_the_config_that_the_hub_has(
+    tmp_path, monkeypatch, name, params
+):
     """The tensors have the published shapes, and no memory; that the head is the embedding is said by their numbers."""
     expected = known_models()[name].config
     c = expected
-    shapes = {"tok_embeddings.weight": (c.vocab_size, c.d_model), "output.weight": (c.vocab_size, c.d_model)}
+    shapes = {
+        "tok_embeddings.weight": (c.vocab_size, c.d_model),
+        "output.weight": (c.vocab_size, c.d_model),
+    }
     shapes |= {"layers.0.attention.wq.weight": (c.d_model, c.d_model)}
     shapes |= {"layers.0.feed_forward.w1.weight": (c.d_ff, c.d_model)}
     numbers = dict.fromkeys(shapes, torch.zeros(3)) | {"output.weight": torch.ones(3) * c.own_head}
-    entries = {n: Entry(shape, torch.bfloat16, lambda n=n: numbers[n]) for n, shape in shapes.items()}
+    entries = {
+        n: Entry(shape, torch.bfloat16, lambda n=n: numbers[n]) for n, shape in shapes.items()
+    }
     monkeypatch.setattr("minia3.checkpoints.meta.read_tensors", lambda path: entries)
     (tmp_path / "consolidated.00.pth").write_text("")
     params |= {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads}
@@ -238,11 +293,23 @@ def test_shards_of_other_models_are_told(tmp_path, act):
         ({"dim": None}, "expected dim=None"),
         ({"n_layers": 1}, "model.layers.1.input_layernorm.weight is left over"),
         ({"n_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"n_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole number from 1 to 1024"),
-        ({"n_heads": 4}, "model.layers.0.self_attn.q_proj.weight has shape (32, 32), expected (16, 32)"),
-        ({"n_heads": 16}, "model.layers.0.self_attn.q_proj.weight has shape (32, 32), expected (64, 32)"),
+        (
+            {"n_layers": 10**9},
+            "num_hidden_layers is 1000000000, expected a whole number from 1 to 1024",
+        ),
+        (
+            {"n_heads": 4},
+            "model.layers.0.self_attn.q_proj.weight has shape (32, 32), expected (16, 32)",
+        ),
+        (
+            {"n_heads": 16},
+            "model.layers.0.self_attn.q_proj.weight has shape (32, 32), expected (64, 32)",
+        ),
         ({"n_heads": "8"}, "num_attention_heads is '8', expected a whole number"),
-        ({"n_kv_heads": 8}, "model.layers.0.self_attn.k_proj.weight has shape (16, 32), expected (32, 32)"),
+        (
+            {"n_kv_heads": 8},
+            "model.layers.0.self_attn.k_proj.weight has shape (16, 32), expected (32, 32)",
+        ),
         ({"n_kv_heads": 3}, "3 key/value heads must divide 8 heads"),
         ({"n_kv_heads": 0}, "num_key_value_heads is 0"),
         ({"vocab_size": 65}, "model.embed_tokens.weight has shape (64, 32), expected (65, 32)"),
@@ -303,11 +370,16 @@ def test_llama_3s_own_tokenizer_is_refused_with_what_to_take_instead(tmp_path):
     lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
     take_apart(make(), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    with pytest.raises(ValueError, match=r"tokenizer\.model: this is Llama 3's tiktoken form.*use the model's tokenizer\.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer\.model: this is Llama 3's tiktoken form.*use the model's tokenizer\.json",
+    ):
         minia3.load_tokenizer(tmp_path)
 
 
-@pytest.mark.skipif("MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real tokenizers")
+@pytest.mark.skipif(
+    "MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real tokenizers"
+)
 def test_llama_2s_tokenizer_is_read_beside_metas_files(tmp_path):
     real = Path(os.environ["MINIA3_TEST_DATA"], "tokenizers", "llama2", "tokenizer.model")
     shutil.copy(real, take_apart(make(), tmp_path))

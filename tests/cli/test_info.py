@@ -46,7 +46,12 @@ def cells(name):
 
 
 def test_t5_base_from_the_command_line_without_a_network(tmp_path):
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environ = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+    }
     command = [sys.executable, "-m", "minia3", "info", "t5-base"]
     root = os.path.dirname(os.path.dirname(minia3.__file__))
     done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
@@ -60,7 +65,10 @@ def test_t5_base_from_the_command_line_without_a_network(tmp_path):
 def test_every_known_name_has_its_numbers_without_a_network(name, monkeypatch):
     monkeypatch.setattr("minia3.checkpoints.hub.fetch", lambda *args: 0 / 0)
     found = cells(name)
-    adapter, base = int(found["adapter"].split()[0].replace(",", "")), int(found["parameters"].replace(",", ""))
+    adapter, base = (
+        int(found["adapter"].split()[0].replace(",", "")),
+        int(found["parameters"].replace(",", "")),
+    )
     assert adapter == VECTORS.get(name, adapter)
     assert base == TOTALS.get(name, base)
     assert found["adapter"] == f"{adapter:,} numbers, {adapter / base:.3%} of the base"
@@ -71,15 +79,29 @@ def test_every_known_name_has_its_numbers_without_a_network(name, monkeypatch):
 def test_the_embedded_model_is_what_its_row_says():
     model = minia3.load_model("tiny-t5")
     adapter = sum(vector.numel() for vector in minia3.vectors(model).values())
-    assert cells("tiny-t5")["parameters"] == f"{sum(p.numel() for p in model.parameters()) - adapter:,}"
+    assert (
+        cells("tiny-t5")["parameters"]
+        == f"{sum(p.numel() for p in model.parameters()) - adapter:,}"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("t5-base", ["T5: encoder-decoder", "n_decoder_layers  12", "n_heads           12", "activation        relu"]),
+        (
+            "t5-base",
+            [
+                "T5: encoder-decoder",
+                "n_decoder_layers  12",
+                "n_heads           12",
+                "activation        relu",
+            ],
+        ),
         ("t5-3b", ["n_heads           32", "d_head            128", "d_model           1024"]),
-        ("flan-t5-base", ["own_head          True", "d_ff              2048", "gated             True"]),
+        (
+            "flan-t5-base",
+            ["own_head          True", "d_ff              2048", "gated             True"],
+        ),
         ("llama-3-8b", ["LLaMA: decoder-only", "own_head          True", "n_kv_heads        8"]),
         ("llama-3.2-1b", ["own_head          False", "rope_scaling      (32.0, 1.0, 4.0, 8192)"]),
         ("google-t5/t5-base", ["google-t5/t5-base", "129,024"]),
@@ -95,12 +117,19 @@ def test_a_model_is_described(name, texts, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*T5_PEERS, *LLAMA_PEERS])
-def test_a_folder_is_described_from_its_config_alone_as_what_is_loaded(name, peer, loaded, tmp_path):
+def test_a_folder_is_described_from_its_config_alone_as_what_is_loaded(
+    name, peer, loaded, tmp_path
+):
     shutil.copy(peer(name).folder / "config.json", tmp_path)
     model = loaded(name)
     adapter = sum(vector.numel() for vector in minia3.vectors(model).values())
     found = cells(tmp_path)
-    if name not in ("t5-v1.1", "t5-unscaled", "t5-deep-decoder", "mt5"):  # the file decides, not the config
+    if name not in (
+        "t5-v1.1",
+        "t5-unscaled",
+        "t5-deep-decoder",
+        "mt5",
+    ):  # the file decides, not the config
         assert found["parameters"] == f"{sum(p.numel() for p in model.parameters()) - adapter:,}"
     assert found["adapter"].startswith(f"{adapter:,} numbers, ")
     minia3.save_adapter(model, tmp_path / "adapter")
@@ -114,12 +143,21 @@ SMALL = {
 }
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells and resets a process's peak")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"),
+    reason="only Linux tells and resets a process's peak",
+)
 @pytest.mark.parametrize(
     ("kind", "dtype", "batch", "length", "train"),
     [
         ("t5", torch.float32, 8, 128, True),
-        ("t5", torch.float32, 8, 256, False),  # in bfloat16, of what so small a T5 serves, holes are up to a fifth
+        (
+            "t5",
+            torch.float32,
+            8,
+            256,
+            False,
+        ),  # in bfloat16, of what so small a T5 serves, holes are up to a fifth
         ("llama", torch.float32, 8, 256, True),
         ("llama", torch.bfloat16, 8, 1024, False),
     ],
@@ -132,17 +170,27 @@ def test_the_plan_is_within_a_tenth_of_what_a_process_takes(kind, dtype, batch, 
     point = SMALL[kind], dtype, batch, length, train
     tensors, malloc = planned_memory(*point)
     assert tensors == pytest.approx(measured(*point, trim=True), rel=0.1)
-    assert tensors + malloc == pytest.approx(sorted(measured(*point, trim=False) for _ in range(3))[1], rel=0.1)
+    assert tensors + malloc == pytest.approx(
+        sorted(measured(*point, trim=False) for _ in range(3))[1], rel=0.1
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["t5-small", "smollm2-135m"])
 def test_the_plan_counts_weights_vectors_and_what_a_step_keeps(name, dtype):
     config = known_models()[name].config
-    own = sum(p.numel() * (4 if n.endswith(".scale") else dtype.itemsize) for n, p in build_model(config).named_parameters())
-    serve, train, longer = (planned_memory(config, dtype, 8, length, on)[0] for length, on in ((64, False), (64, True), (128, True)))
+    own = sum(
+        p.numel() * (4 if n.endswith(".scale") else dtype.itemsize)
+        for n, p in build_model(config).named_parameters()
+    )
+    serve, train, longer = (
+        planned_memory(config, dtype, 8, length, on)[0]
+        for length, on in ((64, False), (64, True), (128, True))
+    )
     assert own < serve < train < longer
-    assert longer - own < 2.5 * (train - own)  # linear in the length, but for T5's weights of attention under dropout
+    assert longer - own < 2.5 * (
+        train - own
+    )  # linear in the length, but for T5's weights of attention under dropout
 
 
 def test_malloc_s_share_is_of_what_comes_and_goes_and_not_of_weights():
@@ -169,7 +217,10 @@ def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
     found = json.loads(capsys.readouterr().out)
     for dtype in (torch.float32, torch.bfloat16):
         serve, train = (sum(planned_memory(config, dtype, 3, 50, on)) / 1e6 for on in (False, True))
-        assert found[str(dtype).removeprefix("torch.")] == f"{serve:.2f} MB to serve, {train:.2f} MB to train"
+        assert (
+            found[str(dtype).removeprefix("torch.")]
+            == f"{serve:.2f} MB to serve, {train:.2f} MB to train"
+        )
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
@@ -181,7 +232,9 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     mistakes(["info"], capsys, "model", "required")
     mistakes(["info", "t5-base", "t5-large"], capsys, "t5-large")
     mistakes([], capsys, "command", "required")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
+    )
     mistakes(["info", str(tmp_path)], capsys, "bert")
     (tmp_path / "config.json").write_text("{")
     mistakes(["info", str(tmp_path)], capsys, "config.json")
@@ -191,9 +244,13 @@ def test_a_hub_id_that_is_not_known_needs_the_network_and_says_so(capsys, monkey
     code = "import sys; from minia3.__main__ import main; sys.exit(main(['info', 'some/model']))"
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = os.path.dirname(os.path.dirname(minia3.__file__))
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert done.stderr.startswith("minia3: some/model: config.json is not in the cache, and the hub cannot be reached")
+    assert done.stderr.startswith(
+        "minia3: some/model: config.json is not in the cache, and the hub cannot be reached"
+    )
     assert done.stderr.count("\n") == 1
 
 

@@ -34,13 +34,22 @@ from minia3.cli.main import COMMANDS, main
 
 GIVEN = json.loads((ROOT / "minia3" / "cli" / "commands.json").read_text())
 NAMES = [run.__name__ for run in COMMANDS]
-EXAMPLES = {run.__name__: shlex.split(run.__doc__.partition(": python -m minia3 ")[2]) for run in COMMANDS}
+EXAMPLES = {
+    run.__name__: shlex.split(run.__doc__.partition(": python -m minia3 ")[2]) for run in COMMANDS
+}
 
 
 def python(*words, **options):
     """`python -m minia3` in a process of its own."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "minia3", *map(str, words)], env=environ, **options)
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "minia3", *map(str, words)], env=environ, **options
+    )
 
 
 def done(*words):
@@ -73,20 +82,30 @@ def fails(capsys, *words, code=2):
 def adapters(tmp_path):
     """A folder with two adapters of the embedded model, one/adapter and other/adapter."""
     for seed, name in enumerate(("one", "other")):
-        minia3.save_adapter(randomize(minia3.load_model("tiny-t5"), seed), tmp_path / name / "adapter")
+        minia3.save_adapter(
+            randomize(minia3.load_model("tiny-t5"), seed), tmp_path / name / "adapter"
+        )
     return tmp_path
 
 
 def tfew(path):
     """T-Few's file of random vectors for a gated T5 of two layers."""
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for stack, sites in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
+    for stack, sites in (
+        ("encoder", ["SelfAttention"]),
+        ("decoder", ["SelfAttention", "EncDecAttention"]),
+    ):
         for i in range(2):
             for j, site in enumerate(sites):
                 for part in "kv":
                     tensors[f"{stack}.block.{i}.layer.{j}.{site}.{part}.multi_lora_b"] = (24, 1)
-            tensors[f"{stack}.block.{i}.layer.{len(sites)}.DenseReluDense.wi_1.multi_lora_b"] = (40, 1)
-    torch.save({name: torch.randn(shape, generator=generator) for name, shape in tensors.items()}, path)
+            tensors[f"{stack}.block.{i}.layer.{len(sites)}.DenseReluDense.wi_1.multi_lora_b"] = (
+                40,
+                1,
+            )
+    torch.save(
+        {name: torch.randn(shape, generator=generator) for name, shape in tensors.items()}, path
+    )
     return path
 
 
@@ -101,7 +120,9 @@ def test_help_is_quick_and_imports_no_torch(words):
     assert (code, err) == (0, "")
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     program = f"import sys, minia3.__main__ as m\ntry: m.main({words})\nfinally: print('torch' in sys.modules)"
-    child = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
     assert child.stdout == out + "False\n"
 
 
@@ -145,7 +166,9 @@ def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, c
 
 def test_the_file_tells_of_every_command_and_of_the_arguments_that_they_use():
     assert list(GIVEN["commands"]) == NAMES
-    assert set(GIVEN["arguments"]) == {name for names in GIVEN["commands"].values() for name in names.split()}
+    assert set(GIVEN["arguments"]) == {
+        name for names in GIVEN["commands"].values() for name in names.split()
+    }
 
 
 # Mistakes and failures
@@ -186,7 +209,9 @@ def test_a_mistake_is_one_line_and_two(words, parts, capsys, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("inside", ["notes.txt", None])
-@pytest.mark.parametrize("command", ["merge tiny-t5 one/adapter", "convert one/adapter", "convert tiny-t5", "mix"])
+@pytest.mark.parametrize(
+    "command", ["merge tiny-t5 one/adapter", "convert one/adapter", "convert tiny-t5", "mix"]
+)
 def test_a_place_that_holds_something_is_refused(command, inside, adapters, monkeypatch, capsys):
     monkeypatch.chdir(adapters)
     out = adapters / "out"
@@ -235,7 +260,9 @@ def test_a_bug_is_not_hidden(monkeypatch):
 
 def test_a_warning_is_one_line(adapters, capsys):
     path = adapters / "one" / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "other/base"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "other/base"})
+    )
     assert main(["generate", "tiny-t5", "same colour ?", "--adapter", str(path.parent)]) == 0
     err = capsys.readouterr().err
     assert err.startswith("minia3: ")
@@ -246,7 +273,10 @@ def test_a_warning_is_one_line(adapters, capsys):
 # Pipes, signals
 
 
-@pytest.mark.parametrize("words", [["--help"], ["info", "t5-base"], ["predict", "tiny-t5", "data/same-colour/test.jsonl"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["info", "t5-base"], ["predict", "tiny-t5", "data/same-colour/test.jsonl"]],
+)
 def test_a_reader_that_goes_makes_no_noise(words):
     read, write = os.pipe()
     process = python(*words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
@@ -276,13 +306,17 @@ def read_until(fd, mark):
 
 def test_a_closed_standard_input_is_an_empty_one():
     for words in (["generate", "tiny-t5"], ["generate", "tiny-t5", "--chat"]):
-        process = python(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(0))
+        process = python(
+            *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=lambda: os.close(0)
+        )
         assert (*process.communicate(timeout=60), process.returncode) == (b"", b"", 0)
 
 
 def test_ctrl_c_makes_no_noise():
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's job in the background ignores it
     try:
         process = python("generate", "tiny-t5", **pipes)
     finally:
@@ -313,7 +347,10 @@ PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
 
 
 def expected(prompts=PROMPTS, adapter=None, name="t5", **options):
-    model, tokenizer = minia3.load_model(running.model(name)), minia3.load_tokenizer(running.model(name))
+    model, tokenizer = (
+        minia3.load_model(running.model(name)),
+        minia3.load_tokenizer(running.model(name)),
+    )
     if adapter:
         minia3.load_adapter(model, adapter)
     return minia3.generate(model, tokenizer, prompts, **options)
@@ -325,8 +362,14 @@ def expected(prompts=PROMPTS, adapter=None, name="t5", **options):
         ([], {}),
         (["--beams", "3", "--length-penalty", "0.5"], {"beams": 3, "length_penalty": 0.5}),
         (["--temperature", "2", "--seed", "5"], {"temperature": 2.0, "seed": 5}),
-        (["--temperature", "2", "--seed", "5", "--top-k", "4"], {"temperature": 2.0, "seed": 5, "top_k": 4}),
-        (["--temperature", "2", "--seed", "5", "--top-p", "0.5"], {"temperature": 2.0, "seed": 5, "top_p": 0.5}),
+        (
+            ["--temperature", "2", "--seed", "5", "--top-k", "4"],
+            {"temperature": 2.0, "seed": 5, "top_k": 4},
+        ),
+        (
+            ["--temperature", "2", "--seed", "5", "--top-p", "0.5"],
+            {"temperature": 2.0, "seed": 5, "top_p": 0.5},
+        ),
         (["--stop", "w1", "--stop", "w2"], {"stop": ["w1", "w2"]}),
         (["--max-new-tokens", "2"], {"max_new_tokens": 2}),
     ],
@@ -337,17 +380,23 @@ def test_generate_prints_what_generate_gives(words, options, capsys):
     if "max_new_tokens" not in options:
         words, options = [*words, "--max-new-tokens", "8"], {**options, "max_new_tokens": 8}
     texts = expected(**options)
-    assert said(capsys, "generate", model, *PROMPTS, *words) == "".join(f"{text}\n" for text in texts)
+    assert said(capsys, "generate", model, *PROMPTS, *words) == "".join(
+        f"{text}\n" for text in texts
+    )
     assert said(capsys, "generate", model, *words, PROMPTS[0]) == f"{texts[0]}\n"
     lines = said(capsys, "generate", *words, "--json", model, *PROMPTS).splitlines()
-    assert [json.loads(line) for line in lines] == [{"prompt": prompt, "output": text} for prompt, text in zip(PROMPTS, texts, strict=True)]
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": prompt, "output": text} for prompt, text in zip(PROMPTS, texts, strict=True)
+    ]
 
 
 def test_samples_follow_their_prompt(capsys):
     words = ["--temperature", "3", "--seed", "1", "--samples", "2", "--max-new-tokens", "4"]
     texts = expected(temperature=3.0, seed=1, samples=2, max_new_tokens=4)
     assert len(set(texts)) > 3
-    assert said(capsys, "generate", running.model("t5"), *PROMPTS, *words) == "".join(f"{text}\n" for text in texts)
+    assert said(capsys, "generate", running.model("t5"), *PROMPTS, *words) == "".join(
+        f"{text}\n" for text in texts
+    )
     lines = said(capsys, "generate", running.model("t5"), *PROMPTS, *words, "--json").splitlines()
     assert [json.loads(line)["outputs"] for line in lines] == [texts[0:2], texts[2:4], texts[4:6]]
 
@@ -376,7 +425,9 @@ def test_one_prompt_is_streamed_piece_by_piece(capsys, monkeypatch):
 def test_a_pipe_sends_a_prompt_a_line(capsys, monkeypatch):
     prompts = [f"w{3 + i % 50} w{4 + i % 7}" for i in range(40)]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(prompts)))
-    found = said(capsys, "generate", running.model("t5"), "--max-new-tokens", "3", "--json").splitlines()
+    found = said(
+        capsys, "generate", running.model("t5"), "--max-new-tokens", "3", "--json"
+    ).splitlines()
     assert [json.loads(line)["prompt"] for line in found] == prompts
     assert [json.loads(line)["output"] for line in found] == expected(prompts, max_new_tokens=3)
 
@@ -413,7 +464,13 @@ def test_chat_wraps_a_prompt_and_a_conversation_keeps_its_messages(capsys, monke
     heard.clear()
     Terminal(monkeypatch, "w3", "  ", "w4 ", "w5")
     first, second, _ = said(capsys, *words).splitlines()
-    so_far = [("user", "w3"), ("assistant", first), ("user", "w4"), ("assistant", second), ("user", "w5")]
+    so_far = [
+        ("user", "w3"),
+        ("assistant", first),
+        ("user", "w4"),
+        ("assistant", second),
+        ("user", "w5"),
+    ]
     assert heard == [so_far[:1], so_far[:3], so_far]
     assert [first, second] == expected(["w3", f"w3 {first} w4"], max_new_tokens=3)
 
@@ -426,7 +483,9 @@ def test_without_chat_each_line_that_is_typed_stands_alone(capsys, monkeypatch):
 
 def test_a_conversation_on_a_terminal_ends_with_ctrl_d():
     mine, theirs = pty.openpty()
-    process = python("generate", "tiny-t5", "--max-new-tokens", "1", stdin=theirs, stdout=theirs, stderr=theirs)
+    process = python(
+        "generate", "tiny-t5", "--max-new-tokens", "1", stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     assert read_until(mine, b"> ") == b"> "
     os.write(mine, b"same colour ?\n")
@@ -449,7 +508,9 @@ def same(ours, theirs):
 
 
 def test_merge_is_merge(adapters, capsys):
-    assert main(["merge", "tiny-t5", str(adapters / "one" / "adapter"), str(adapters / "merged")]) == 0
+    assert (
+        main(["merge", "tiny-t5", str(adapters / "one" / "adapter"), str(adapters / "merged")]) == 0
+    )
     model = minia3.load_model("tiny-t5")
     minia3.load_adapter(model, adapters / "one" / "adapter")
     found = minia3.load_model(adapters / "merged")
@@ -465,11 +526,15 @@ def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
     folder, texts = tmp_path / "lora", ["anna has a red ball .", "tom has a blue cup ."]
     save_lora(model, folder)
     expected = minia3.generate(model, tokenizer, texts, max_new_tokens=5)
-    assert expected != minia3.generate(minia3.load_model("tiny-t5"), tokenizer, texts, max_new_tokens=5)
+    assert expected != minia3.generate(
+        minia3.load_model("tiny-t5"), tokenizer, texts, max_new_tokens=5
+    )
     flags = ["--adapter", str(folder), "--max-new-tokens", "5"]
     out = said(capsys, "generate", "tiny-t5", *texts, *flags, "--json")
     assert [json.loads(line)["output"] for line in out.splitlines()] == expected
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"input": text}) + "\n" for text in texts))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"input": text}) + "\n" for text in texts)
+    )
     out = said(capsys, "predict", "tiny-t5", str(tmp_path / "rows.jsonl"), *flags)
     assert [json.loads(line)["output"] for line in out.splitlines()] == expected
     said(capsys, "merge", "tiny-t5", str(folder), str(tmp_path / "merged"))
@@ -477,7 +542,9 @@ def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
     assert same(dict(merged.named_parameters()), dict(merge(model).named_parameters()))
     minia3.save_model(merge(merge(model)), tmp_path / "again")
     for name in ("merged", "again"):
-        assert json.loads((tmp_path / name / "config.json").read_text())["_name_or_path"] == "tiny-t5"
+        assert (
+            json.loads((tmp_path / name / "config.json").read_text())["_name_or_path"] == "tiny-t5"
+        )
     assert minia3.load_tokenizer(tmp_path / "merged").encode(texts[0]) == tokenizer.encode(texts[0])
 
 
@@ -491,10 +558,14 @@ def test_t_few_s_file_becomes_a_peft_folder_without_the_base(tmp_path, loaded):
     model = loaded("t5-v1.1")
     minia3.load_adapter(model, tmp_path / "out")
     raw = torch.load(file, weights_only=True)
-    assert sum(v.numel() for v in minia3.vectors(model).values()) == sum(x.numel() for x in raw.values())
+    assert sum(v.numel() for v in minia3.vectors(model).values()) == sum(
+        x.numel() for x in raw.values()
+    )
     for j, part in ((2, "DenseReluDense.wi_1"), (1, "EncDecAttention.v")):
         value_D = raw[f"decoder.block.1.layer.{j}.{part}.multi_lora_b"][:, 0]
-        assert [torch.equal(vector[0], value_D) for vector in minia3.vectors(model).values()].count(True) == 1
+        assert [torch.equal(vector[0], value_D) for vector in minia3.vectors(model).values()].count(
+            True
+        ) == 1
 
 
 def test_a_model_without_a_tokenizer_converts(adapters, copy):
@@ -527,7 +598,9 @@ def test_a_model_becomes_a_folder_in_the_hugging_face_layout(name, tmp_path):
     assert found.embed.weight.dtype == torch.bfloat16
     wanted = minia3.load_model(source, dtype=torch.bfloat16)
     assert same(dict(found.named_parameters()), dict(wanted.named_parameters()))
-    assert minia3.load_tokenizer(out).encode("w3 w9") == minia3.load_tokenizer(source).encode("w3 w9")
+    assert minia3.load_tokenizer(out).encode("w3 w9") == minia3.load_tokenizer(source).encode(
+        "w3 w9"
+    )
 
 
 @pytest.mark.parametrize("how", ["average", "product", "power"])
@@ -541,13 +614,17 @@ def test_mix_is_mix(how, adapters):
     one, other = adapters / "one" / "positive", adapters / "other" / "positive"
     more = ["--how", how] if how != "average" else []
     assert main(["mix", str(adapters / "out"), *more, f"{one}:0.25", f"{other}:-1.5"]) == 0
-    assert same(vectors_of(adapters / "out"), mix([(vectors_of(one), 0.25), (vectors_of(other), -1.5)], how))
+    assert same(
+        vectors_of(adapters / "out"), mix([(vectors_of(one), 0.25), (vectors_of(other), -1.5)], how)
+    )
     assert read_adapter(adapters / "out").base == read_adapter(one).base == "tiny-t5"
 
 
 def test_a_mixture_of_adapters_of_different_models_names_none_and_says_so(adapters, capsys):
     path = adapters / "one" / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "other/base"}))
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "other/base"})
+    )
     words = ["mix", adapters / "out", f"{path.parent}:1", f"{adapters / 'other' / 'adapter'}:1"]
     assert main([str(word) for word in words]) == 0
     err = capsys.readouterr().err

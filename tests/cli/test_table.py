@@ -15,13 +15,34 @@ from minia3.cli.results import read_results
 from minia3.cli.table import table_rows, table_text
 from minia3.model.costs import flops
 
-CONFIG = {"model": "m", "task": "rte", "method": "ia3", "seed": 0, "batch_size": 8, "lr": 0.003, "shots": None}
+CONFIG = {
+    "model": "m",
+    "task": "rte",
+    "method": "ia3",
+    "seed": 0,
+    "batch_size": 8,
+    "lr": 0.003,
+    "shots": None,
+}
 FINAL = {
-    **{"event": "final", "model": "m", "task": "rte", "method": "ia3", "metric": "accuracy", "accuracy": 0.5},
+    **{
+        "event": "final",
+        "model": "m",
+        "task": "rte",
+        "method": "ia3",
+        "metric": "accuracy",
+        "accuracy": 0.5,
+    },
     **{"trainable": 100, "total": 1000, "steps": 20, "seconds": 2.0},
     **{"architecture": "T5", "tokens": 25.0, "split": "validation"},
 }
-TRAIN = {"event": "train", "step": 20, "loss": 1.0, "examples_per_second": 4.0, "tokens_per_second": 100.0}
+TRAIN = {
+    "event": "train",
+    "step": 20,
+    "loss": 1.0,
+    "examples_per_second": 4.0,
+    "tokens_per_second": 100.0,
+}
 
 
 def make(folder, finals=({},), lines=(), **config):
@@ -92,7 +113,13 @@ def test_a_cell_is_the_median_and_interquartile_range_over_seeds_and_prompts(tmp
     make(tmp_path / "a", [{"accuracies": [0.1, 0.2, 0.6]}], seed=0)
     make(tmp_path / "b", [{"accuracies": [0.7, 0.8]}], seed=1)
     (row,), note = table_rows([tmp_path])
-    assert (row["rte"], row["rte IQR"], row["average"], row["runs"], note) == (60, pytest.approx(50), 60, 2, "")
+    assert (row["rte"], row["rte IQR"], row["average"], row["runs"], note) == (
+        60,
+        pytest.approx(50),
+        60,
+        2,
+        "",
+    )
 
 
 def test_an_average_is_there_where_all_tasks_are(tmp_path):
@@ -109,8 +136,18 @@ def test_tasks_stand_in_the_paper_s_order_and_others_behind_by_name_with_their_m
         make(tmp_path / str(i), task=task)
     make(tmp_path / "cb", [{"split": "some others"}], task="cb")
     make(tmp_path / "raft", [{"metric": "macro_f1"}], task="raft/overruling")
-    names = [name.removesuffix(" IQR") for name in table_rows([tmp_path])[0][0] if name.endswith(" IQR")]
-    assert names == ["copa", "rte", "cb (some others)", "anli-r1", "boolq", "raft/overruling (macro_f1)", "sst2"]
+    names = [
+        name.removesuffix(" IQR") for name in table_rows([tmp_path])[0][0] if name.endswith(" IQR")
+    ]
+    assert names == [
+        "copa",
+        "rte",
+        "cb (some others)",
+        "anli-r1",
+        "boolq",
+        "raft/overruling (macro_f1)",
+        "sst2",
+    ]
 
 
 def test_megabytes_are_those_of_the_files(tmp_path):
@@ -123,7 +160,13 @@ def test_megabytes_are_those_of_the_files(tmp_path):
     make(tmp_path / "gone", method="ia3", lr=1.0)
     make(tmp_path / "none", [{"trainable": 0}], method="none")
     found = {row["method"]: row["MB"] for row in table_rows([tmp_path])[0]}
-    expected = {"ia3, lr 0.003": 0.009, "lora": 0.012, "full": 0.012, "ia3, lr 1.0": np.nan, "none": 0}
+    expected = {
+        "ia3, lr 0.003": 0.009,
+        "lora": 0.012,
+        "full": 0.012,
+        "ia3, lr 1.0": np.nan,
+        "none": 0,
+    }
     assert found == pytest.approx(expected, nan_ok=True)
 
 
@@ -132,7 +175,14 @@ def test_megabytes_are_those_of_the_files(tmp_path):
 
 def test_a_row_names_the_flags_in_which_runs_of_its_method_differ(tmp_path):
     make(tmp_path / "a", losses="lm", out="x", seed=1)
-    make(tmp_path / "b", losses="lm,ul,ln", out="y", data_dir="elsewhere", git_commit="abc", versions={"torch": "3"})
+    make(
+        tmp_path / "b",
+        losses="lm,ul,ln",
+        out="y",
+        data_dir="elsewhere",
+        git_commit="abc",
+        versions={"torch": "3"},
+    )
     make(tmp_path / "c", [{"trainable": 9}], method="lora", lr=0.1)
     assert labels(tmp_path) == ["ia3, losses lm", "ia3, losses lm,ul,ln", "lora"]
 
@@ -149,7 +199,9 @@ def test_a_flag_that_an_older_run_lacks_makes_no_other_row(tmp_path):
     assert labels(tmp_path) == ["ia3", "ia3"]
 
 
-@pytest.mark.parametrize("flag", ["save_every", "micro_batch_size", "eval_batch_size", "checkpoint", "out"])
+@pytest.mark.parametrize(
+    "flag", ["save_every", "micro_batch_size", "eval_batch_size", "checkpoint", "out"]
+)
 def test_a_flag_that_leaves_results_as_they_are_names_no_row(tmp_path, flag):
     make(tmp_path / "a", **{flag: 1})
     make(tmp_path / "b", **{flag: 2}, seed=1)
@@ -163,7 +215,9 @@ def test_shots_name_a_row_where_they_differ_within_a_task(tmp_path):
     make(tmp_path / "study" / "a", shots=4)
     make(tmp_path / "study" / "b", shots=256)
     make(tmp_path / "study" / "c", shots=16)
-    assert [row["method"] for row in table_rows([tmp_path / "study"])[0]] == [f"ia3, shots {n}" for n in (4, 16, 256)]
+    assert [row["method"] for row in table_rows([tmp_path / "study"])[0]] == [
+        f"ia3, shots {n}" for n in (4, 16, 256)
+    ]
     make(tmp_path / "study" / "d")  # all rows: and so is another task, whose row it shares
     make(tmp_path / "study" / "e", task="cb")
     found = [(row["method"], row["cb"] == row["cb"]) for row in table_rows([tmp_path / "study"])[0]]
@@ -204,9 +258,22 @@ def test_flags_of_training_name_nothing_that_is_only_measured(tmp_path):
 
 def test_other_rows_under_the_same_name_are_another_column(tmp_path):
     """Whatever path they were typed by: the checksums tell, in a grid by the task's folder."""
-    data = [{"rows.jsonl": "aa"}, {"rows.jsonl": "bb"}, {"rows/rows.jsonl": "aa", "cb/train.jsonl": "cc"}]
-    for i, (task, digests) in enumerate(zip(("a/rows.jsonl", "a/rows.jsonl", ["./a/rows.jsonl", "cb"]), data, strict=True)):
-        make(tmp_path / str(i), [{"task": "rows", "adapter": "x"}], task=task, data=digests, seed=i, adapters="each")
+    data = [
+        {"rows.jsonl": "aa"},
+        {"rows.jsonl": "bb"},
+        {"rows/rows.jsonl": "aa", "cb/train.jsonl": "cc"},
+    ]
+    for i, (task, digests) in enumerate(
+        zip(("a/rows.jsonl", "a/rows.jsonl", ["./a/rows.jsonl", "cb"]), data, strict=True)
+    ):
+        make(
+            tmp_path / str(i),
+            [{"task": "rows", "adapter": "x"}],
+            task=task,
+            data=digests,
+            seed=i,
+            adapters="each",
+        )
     make(tmp_path / "cb", task="cb", data={"train.jsonl": "cc"})
     one, other, again, cb = (run["task"] for run in read_results([tmp_path])[0])
     assert one == again != other
@@ -223,7 +290,10 @@ def test_the_same_files_in_another_order_are_the_same_data(tmp_path):
 def test_what_is_measured_on_published_splits_is_another_column(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", [{"split": "other published shots"}])
-    assert [run["task"] for run in read_results([tmp_path])[0]] == ["rte", "rte (other published shots)"]
+    assert [run["task"] for run in read_results([tmp_path])[0]] == [
+        "rte",
+        "rte (other published shots)",
+    ]
 
 
 def test_mixtures_of_other_tasks_are_other_rows(tmp_path):
@@ -235,13 +305,27 @@ def test_mixtures_of_other_tasks_are_other_rows(tmp_path):
 def test_rows_stand_by_model_and_trainable_numbers(tmp_path):
     for i, (model, n) in enumerate([("b", 5), ("a", 200), ("a", 0)]):
         make(tmp_path / str(i), [{"trainable": n}], model=model)
-    assert [(row["model"], row["trainable"]) for row in table_rows([tmp_path])[0]] == [("a", 0), ("a", 200), ("b", 5)]
+    assert [(row["model"], row["trainable"]) for row in table_rows([tmp_path])[0]] == [
+        ("a", 0),
+        ("a", 200),
+        ("b", 5),
+    ]
 
 
 def test_each_adapter_of_a_grid_is_a_run_with_its_own_task_rate_and_lines(tmp_path):
-    lines = [TRAIN | {"step": 10, "adapter": "raft/x-lr0.1"}, TRAIN | {"adapter": "cb-lr0.2"}, TRAIN | {"step": 5}]
+    lines = [
+        TRAIN | {"step": 10, "adapter": "raft/x-lr0.1"},
+        TRAIN | {"adapter": "cb-lr0.2"},
+        TRAIN | {"step": 5},
+    ]
     finals = [
-        {"adapter": "raft/x-lr0.1", "task": "raft/x", "lr": 0.1, "seed": 0, "accuracies": [0.25, 0.75]},
+        {
+            "adapter": "raft/x-lr0.1",
+            "task": "raft/x",
+            "lr": 0.1,
+            "seed": 0,
+            "accuracies": [0.25, 0.75],
+        },
         {"adapter": "cb-lr0.2", "task": "cb", "lr": 0.2, "seed": 0},
     ]
     make(tmp_path / "grid", finals, lines, task="raft/x,cb", lr="0.1,0.2")
@@ -274,13 +358,18 @@ def test_a_cell_s_curve_is_of_its_own_loss_as_long_as_it_trains(tmp_path):
     losses = [{"a": 1.0, "b": 3.0}, {"a": 0.5}]
     lines = [TRAIN | {"step": 10 * i, "loss": 9.0, "losses": x} for i, x in enumerate(losses, 1)]
     make(tmp_path / "run", [{"adapter": "a", "seed": 0}, {"adapter": "b", "seed": 1}], lines)
-    found = {run["adapter"].name: run["train"][:, :2].tolist() for run in read_results([tmp_path])[0]}
+    found = {
+        run["adapter"].name: run["train"][:, :2].tolist() for run in read_results([tmp_path])[0]
+    }
     assert found == {"a": [[10, 1], [20, 0.5]], "b": [[10, 3]]}
 
 
 def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
     finals = [{"task": "rte", "accuracy": 0.5}, {"task": "copa", "accuracy": 0.75}]
-    evals = [{"event": "eval", "step": 5, "task": task, "accuracy": x} for task, x in (("rte", 0.4), ("copa", 0.6))]
+    evals = [
+        {"event": "eval", "step": 5, "task": task, "accuracy": x}
+        for task, x in (("rte", 0.4), ("copa", 0.6))
+    ]
     make(tmp_path / "run", finals, [TRAIN, *evals], task=["rte", "copa"], adapters="one")
     (row,), _ = table_rows([tmp_path])
     assert (row["rte"], row["copa"], row["average"]) == (50, 75, 62.5)
@@ -303,14 +392,26 @@ def test_a_run_that_is_given_twice_counts_once(tmp_path):
 
 def test_the_same_cell_of_two_runs_counts_once_and_is_told(tmp_path):
     make(tmp_path / "one", [{"accuracy": 1.0}])
-    make(tmp_path / "grid", [{"adapter": f"s{i}", "seed": i, "lr": 0.003} for i in range(3)], seed=[0, 1, 2])
+    make(
+        tmp_path / "grid",
+        [{"adapter": f"s{i}", "seed": i, "lr": 0.003} for i in range(3)],
+        seed=[0, 1, 2],
+    )
     (row,), note = table_rows([tmp_path])  # the grid comes first
-    assert (row["runs"], row["rte IQR"], note) == (3, 0, "1 left out, whose flags are those of others")
+    assert (row["runs"], row["rte IQR"], note) == (
+        3,
+        0,
+        "1 left out, whose flags are those of others",
+    )
 
 
 def test_what_a_grid_has_not_come_to_is_told(tmp_path):
     grid = {"seed": [0, 1, 2], "lr": [0.1, 0.2], "task": ["rte", "cb"], "adapters": "one"}
-    finals = [{"adapter": f"s{i}-lr0.1", "task": task, "seed": i, "lr": 0.1} for i in (0, 1) for task in ("rte", "cb")]
+    finals = [
+        {"adapter": f"s{i}-lr0.1", "task": task, "seed": i, "lr": 0.1}
+        for i in (0, 1)
+        for task in ("rte", "cb")
+    ]
     failed = {"event": "failed", "adapter": "s0-lr0.2", "step": 3}
     make(tmp_path / "grid", finals, [failed], **grid)
     (row,), note = table_rows([tmp_path])
@@ -343,7 +444,11 @@ def test_a_line_that_was_being_written_and_a_model_among_runs_are_passed_over(tm
         ("metrics.jsonl", json.dumps(FINAL | {"accuracy": float("nan")}), "[nan] %"),
         ("metrics.jsonl", json.dumps(FINAL | {"accuracies": ["x"]}), "could not convert"),
         ("metrics.jsonl", json.dumps(FINAL | {"trainable": None}), "NoneType"),
-        ("metrics.jsonl", json.dumps({"event": "train", "step": 1}) + "\n" + json.dumps(FINAL), "'loss'"),
+        (
+            "metrics.jsonl",
+            json.dumps({"event": "train", "step": 1}) + "\n" + json.dumps(FINAL),
+            "'loss'",
+        ),
         ("metrics.jsonl", "[" * 100_000, "RecursionError"),
     ],
 )
@@ -359,7 +464,9 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path, name, content, told):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected a run of train\.py: FileNotFoundError"):
         table_rows([tmp_path])
-    with pytest.raises(ValueError, match=r"nowhere: expected a run of train\.py: FileNotFoundError"):
+    with pytest.raises(
+        ValueError, match=r"nowhere: expected a run of train\.py: FileNotFoundError"
+    ):
         table_rows([tmp_path / "nowhere"])
 
 
@@ -369,9 +476,14 @@ def test_train_s_own_folder_is_read(tmp_path):
     final = running.metrics(tmp_path / "run")[-1]
     lines = [line for line in running.metrics(tmp_path / "run") if line["event"] == "train"]
     n_steps = np.diff([0, *(line["step"] for line in lines)])
-    tokens = sum(n * x["tokens_per_second"] / x["examples_per_second"] for n, x in zip(n_steps, lines, strict=True))
+    tokens = sum(
+        n * x["tokens_per_second"] / x["examples_per_second"]
+        for n, x in zip(n_steps, lines, strict=True)
+    )
     assert note == ""
-    assert row["FLOPs to train"] == pytest.approx(3 * final["total"] * tokens * 4)  # examples a step
+    assert row["FLOPs to train"] == pytest.approx(
+        3 * final["total"] * tokens * 4
+    )  # examples a step
     assert row[final["task"]] == 100 * final["accuracy"]
 
 
@@ -398,23 +510,48 @@ def test_markdown_is_aligned_and_has_dashes_where_nothing_is_known(study):
     )
 
 
-@pytest.mark.parametrize(("models", "shown"), [(("a/one", "b/c/two"), ["one", "two"]), (("a/one", "b/one"), ["a/one", "b/one"])])
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [(("a/one", "b/c/two"), ["one", "two"]), (("a/one", "b/one"), ["a/one", "b/one"])],
+)
 def test_a_model_s_folders_are_shown_where_its_name_is_not_enough(models, shown, tmp_path):
     for i, model in enumerate(models):
         make(tmp_path / str(i), model=model)
     table = table_rows([tmp_path])[0]
-    assert [line.split(" | ")[0].removeprefix("| ").strip() for line in table_text(table).splitlines()[2:]] == shown
-    assert [line[0] for line in csv.reader(io.StringIO(table_text(table, as_csv=True)))] == ["model", *models]
+    assert [
+        line.split(" | ")[0].removeprefix("| ").strip()
+        for line in table_text(table).splitlines()[2:]
+    ] == shown
+    assert [line[0] for line in csv.reader(io.StringIO(table_text(table, as_csv=True)))] == [
+        "model",
+        *models,
+    ]
 
 
 def test_csv_has_all_digits_and_nothing_where_nothing_is_known(study):
     header, ia3, none = csv.reader(io.StringIO(table_text(study, as_csv=True)))
     costs = ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
     assert header == ["model", "method", "rte", "rte IQR", "cb", "cb IQR", *costs]
-    assert ia3 == ["m", "ia3", "56.25", "6.25", "", "", "", "2", "100", "25000.0", "12000000.0", "0.0004"]
+    assert ia3 == [
+        "m",
+        "ia3",
+        "56.25",
+        "6.25",
+        "",
+        "",
+        "",
+        "2",
+        "100",
+        "25000.0",
+        "12000000.0",
+        "0.0004",
+    ]
     assert none == ["nano", "none", "", "", "50.0", "", "", "1", "0", "25000.0", "", "0.0"]
 
 
 def test_the_table_needs_no_torch():
     code = "import sys, minia3.table; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "False\n"
+    )

@@ -23,7 +23,9 @@ from minia3.checkpoints.save import save_tensors
 from minia3.files.lock import lock_folder
 from minia3.files.write import write_json, writing_folder
 
-resource = pytest.importorskip("resource", reason="processes are killed and limited by means that Windows lacks")
+resource = pytest.importorskip(
+    "resource", reason="processes are killed and limited by means that Windows lacks"
+)
 LLAMA = {"model_type": "llama", **LLAMA_SIZES}
 T5 = {"model_type": "t5", **T5_SIZES}
 
@@ -40,7 +42,12 @@ def filled(raw, number):
 def number_in(folder):
     """The one number that all weights of a saved model are; a mixture has several."""
     model = minia3.load_model(folder)
-    (number,) = {x for n, p in model.named_parameters() if not n.endswith(".scale") for x in p.unique().tolist()}
+    (number,) = {
+        x
+        for n, p in model.named_parameters()
+        if not n.endswith(".scale")
+        for x in p.unique().tolist()
+    }
     return number
 
 
@@ -89,7 +96,9 @@ def die_at(count):
 
         return wrapper
 
-    os.replace, Path.unlink, os.unlink, os.rmdir = map(counted, (os.replace, Path.unlink, os.unlink, os.rmdir))
+    os.replace, Path.unlink, os.unlink, os.rmdir = map(
+        counted, (os.replace, Path.unlink, os.unlink, os.rmdir)
+    )
 
 
 KILLED = """
@@ -128,7 +137,9 @@ def test_a_process_killed_at_random_leaves_the_old_model_or_the_new(tmp_path):
     assert set(found) == {1.0, 2.0}
     assert hidden > 0, "some are killed while they write"
     assert last == 2.0
-    assert left == ["config.json", "generation_config.json", "model.safetensors"], "what the killed left is gone"
+    assert left == ["config.json", "generation_config.json", "model.safetensors"], (
+        "what the killed left is gone"
+    )
 
 
 def test_a_process_killed_at_random_leaves_no_mixture_of_shards(tmp_path):
@@ -168,7 +179,9 @@ REFUSED = "config.json: not found"
         (LLAMA, LLAMA, (10**9, 15_000)),
     ],
 )
-def test_killed_at_each_rename_a_folder_holds_the_old_or_the_new_or_is_refused(tmp_path, old, new, cut):
+def test_killed_at_each_rename_a_folder_holds_the_old_or_the_new_or_is_refused(
+    tmp_path, old, new, cut
+):
     found, left = run(EACH, tmp_path, json.dumps(old), json.dumps(new), json.dumps(cut))
     order = [1.0, REFUSED, 2.0] if (old, cut) != (new, (10**9, 10**9)) else [1.0, 2.0]
     assert list(dict.fromkeys(found)) == order
@@ -238,7 +251,9 @@ def test_a_lock_that_was_removed_meanwhile_is_no_lock(tmp_path):
     second.close()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError()]
+)
 def test_what_fails_while_it_writes_leaves_what_was_there_and_nothing_hidden(tmp_path, error):
     minia3.save_model(filled(LLAMA, 1.0), tmp_path)
     before = contents(tmp_path)
@@ -279,7 +294,9 @@ def test_a_folder_is_made_where_there_is_none_and_its_files_have_the_usual_permi
         write_json(hidden / "config.json", {})
     (tmp_path / "usual").write_text("")
     usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a" / "b").iterdir()} == {usual}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a" / "b").iterdir()} == {
+        usual
+    }
     assert sorted(contents(tmp_path / "a" / "b")) == ["config.json", "x.safetensors"]
 
 
@@ -288,7 +305,9 @@ def test_the_config_moves_last(tmp_path, monkeypatch):
     with writing_folder(tmp_path) as hidden:
         for name in ("config.json", "a", "z"):
             (hidden / name).write_text(name)
-        monkeypatch.setattr(os, "replace", lambda old, new: done.append(new.name) or replace(old, new))
+        monkeypatch.setattr(
+            os, "replace", lambda old, new: done.append(new.name) or replace(old, new)
+        )
     assert sorted(done[:2]) == ["a", "z"]
     assert done[2:] == ["config.json"]
 
@@ -319,7 +338,9 @@ def test_tensors_are_read_when_their_shard_is_written_and_not_before(tmp_path, m
     assert most == 2
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 280}
-    assert index["weight_map"] == {f"x{i}": f"model-{i // 2 + 1:05d}-of-00004.safetensors" for i in range(7)}
+    assert index["weight_map"] == {
+        f"x{i}": f"model-{i // 2 + 1:05d}-of-00004.safetensors" for i in range(7)
+    }
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / file)[name], torch.full((10,), float(name[1:])))
 
@@ -328,7 +349,9 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 100)
     save_tensors(tmp_path, [(f"x{n}", 4 * n, lambda n=n: torch.ones(n)) for n in (10, 50, 16)])
     files_of = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert {files_of[f"x{n}"][6:] for n in (10, 50, 16)} == {f"0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert {files_of[f"x{n}"][6:] for n in (10, 50, 16)} == {
+        f"0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    }
 
 
 def test_what_is_not_contiguous_is_written_as_it_reads(tmp_path):

@@ -35,7 +35,13 @@ def both(request, peer, loaded):
     model.config = replace(model.config, eos_ids=EOS)
     for vector in minia3.vectors(model).values():
         vector.data[0] = 1.0
-    return SimpleNamespace(name=request.param, t5=t5, peer=peer(request.param), model=model, tokenizer=word_tokenizer(t5))
+    return SimpleNamespace(
+        name=request.param,
+        t5=t5,
+        peer=peer(request.param),
+        model=model,
+        tokenizer=word_tokenizer(t5),
+    )
 
 
 PROMPTS = texts(11)
@@ -62,7 +68,9 @@ def peer_score(both, prompt, choice, length_norm=True):
 def peer_text(both, prompt, n):
     """transformers' greedy text behind one prompt, up to any of the end tokens; and whether it came to one."""
     source = torch.tensor([both.tokenizer.encode(prompt)])
-    ids = both.peer.model.generate(source, do_sample=False, max_new_tokens=n, eos_token_id=list(EOS), pad_token_id=PAD)
+    ids = both.peer.model.generate(
+        source, do_sample=False, max_new_tokens=n, eos_token_id=list(EOS), pad_token_id=PAD
+    )
     ids = ids[0, 1 if both.t5 else source.shape[1] :].tolist()
     end = next((i for i, token in enumerate(ids) if token in EOS), len(ids))
     return both.tokenizer.decode(ids[:end]), end < len(ids)
@@ -75,14 +83,20 @@ def test_log_probabilities_are_transformers_and_move_the_state(both):
     source, target = random_tokens(3, 6), random_tokens(3, 5, seed=1)
     state = both.model.start(source)
     found = minia3.logprobs(both.model, state, target)
-    expected = [peer_logprobs(both, s.tolist(), t.tolist()) for s, t in zip(source, target, strict=True)]
+    expected = [
+        peer_logprobs(both, s.tolist(), t.tolist()) for s, t in zip(source, target, strict=True)
+    ]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-4)
     # The state has read all of the target but its last token.
     logits = both.model.step(target[:, -1:], state)[:, -1]
-    torch.testing.assert_close(logits, both.peer.logits(source, None, target)[:, -1], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        logits, both.peer.logits(source, None, target)[:, -1], rtol=1e-5, atol=1e-4
+    )
 
 
-def test_log_probabilities_are_float32_where_the_model_is_bfloat16_and_float64_where_it_is_that(both, loaded):
+def test_log_probabilities_are_float32_where_the_model_is_bfloat16_and_float64_where_it_is_that(
+    both, loaded
+):
     source, target = random_tokens(2, 6), random_tokens(2, 3, seed=1)
     for dtype, expected in {torch.bfloat16: torch.float32, torch.float64: torch.float64}.items():
         model = loaded(both.name, dtype=dtype)
@@ -90,12 +104,16 @@ def test_log_probabilities_are_float32_where_the_model_is_bfloat16_and_float64_w
         state = model.start(source)
         logits = model.step(torch.cat((state.start, target[:, :-1]), dim=1), state)
         assert (logits.dtype, found.dtype) == (dtype, expected)
-        assert torch.equal(found, logits.to(expected).log_softmax(-1).gather(-1, target[..., None])[..., 0])
+        assert torch.equal(
+            found, logits.to(expected).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+        )
 
 
 def test_log_probabilities_carry_gradients_to_the_vectors_of_the_row_s_adapter(both):
     both.model.zero_grad()
-    minia3.logprobs(both.model, both.model.start(random_tokens(1, 6), adapter=2), random_tokens(1, 3, seed=1)).sum().backward()
+    minia3.logprobs(
+        both.model, both.model.start(random_tokens(1, 6), adapter=2), random_tokens(1, 3, seed=1)
+    ).sum().backward()
     for name, vector in minia3.vectors(both.model).items():
         assert vector.grad[2].any(), name
         assert not vector.grad[:2].any(), name
@@ -104,7 +122,9 @@ def test_log_probabilities_carry_gradients_to_the_vectors_of_the_row_s_adapter(b
 def test_every_choice_s_log_probabilities_come_from_one_reading_of_the_source(both, monkeypatch):
     examples = [Example([5, 6, 7], [[8], [9, 10]], 0), Example([11], [[12, 13, 14]], 0)]
     reads, start = [], both.model.start
-    monkeypatch.setattr(both.model, "start", lambda *arguments: reads.append(len(arguments[0])) or start(*arguments))
+    monkeypatch.setattr(
+        both.model, "start", lambda *arguments: reads.append(len(arguments[0])) or start(*arguments)
+    )
     found = choice_logprobs(both.model, collate(examples))
     assert reads == [2]
     for row, example in enumerate(examples):
@@ -119,29 +139,41 @@ def test_every_choice_s_log_probabilities_come_from_one_reading_of_the_source(bo
 @pytest.mark.parametrize("length_norm", [True, False])
 def test_one_list_of_choices_is_ranked_as_transformers_scores_each_pair_alone(both, length_norm):
     found = minia3.rank(both.model, both.tokenizer, PROMPTS, CHOICES, length_norm=length_norm)
-    expected = [[peer_score(both, prompt, choice, length_norm) for choice in CHOICES] for prompt in PROMPTS]
+    expected = [
+        [peer_score(both, prompt, choice, length_norm) for choice in CHOICES] for prompt in PROMPTS
+    ]
     assert found.dtype == torch.float32
     assert not found.requires_grad
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_a_list_of_choices_each_is_ranked_the_same_in_batches_of_any_size_and_what_is_missing_is_minus_infinity(both, batch_size):
+def test_a_list_of_choices_each_is_ranked_the_same_in_batches_of_any_size_and_what_is_missing_is_minus_infinity(
+    both, batch_size
+):
     found = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
     expected = torch.full((len(PROMPTS), 4), -INF)
     for row, (prompt, choices) in enumerate(zip(PROMPTS, LISTS, strict=True)):
-        expected[row, : len(choices)] = torch.tensor([peer_score(both, prompt, choice) for choice in choices])
+        expected[row, : len(choices)] = torch.tensor(
+            [peer_score(both, prompt, choice) for choice in choices]
+        )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_a_mixed_batch_ranks_each_row_as_its_own_adapter_alone_does(both, batch_size):
-    mixed = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, adapter=ADAPTERS, batch_size=batch_size)
-    as_list = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, adapter=ADAPTERS.tolist(), batch_size=batch_size)
+    mixed = minia3.rank(
+        both.model, both.tokenizer, PROMPTS, LISTS, adapter=ADAPTERS, batch_size=batch_size
+    )
+    as_list = minia3.rank(
+        both.model, both.tokenizer, PROMPTS, LISTS, adapter=ADAPTERS.tolist(), batch_size=batch_size
+    )
     assert torch.equal(mixed, as_list)
     base = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS)
     for row, adapter in enumerate(ADAPTERS.tolist()):
-        alone = minia3.rank(both.model, both.tokenizer, PROMPTS[row : row + 1], LISTS[row], adapter=adapter)
+        alone = minia3.rank(
+            both.model, both.tokenizer, PROMPTS[row : row + 1], LISTS[row], adapter=adapter
+        )
         torch.testing.assert_close(mixed[row, : alone.shape[1]], alone[0], rtol=1e-5, atol=1e-4)
         same = torch.allclose(alone[0], base[row, : alone.shape[1]], atol=1e-3)
         assert same == (adapter == 0)
@@ -155,7 +187,10 @@ def test_rank_names_what_is_wrong_with_its_lists(both):
         with pytest.raises(ValueError, match="expected a list of prompts"):
             rank(prompts, ["w4"])
     for choices in ([], "w4", [["w4"]], [["w4"], []], [["w4"], "w5"], [["w4"], ["w5"], ["w6"]]):
-        with pytest.raises(ValueError, match="expected one list of choices, none empty, for all of 2 prompts or for each"):
+        with pytest.raises(
+            ValueError,
+            match="expected one list of choices, none empty, for all of 2 prompts or for each",
+        ):
             rank(["w4", "w5"], choices)
     with pytest.raises(ValueError, match="an adapter for each of 2 rows, found 3"):
         rank(["w4", "w5"], ["w6"], adapter=torch.tensor([0, 1, 2]))
@@ -168,7 +203,9 @@ def test_prompts_and_choices_without_tokens_are_named(both):
     with pytest.raises(ValueError, match=r"prompts \[1, 2\] have no tokens"):
         minia3.generate(both.model, tokenizer, ["w4", "", " "])
     for prompts, choices, named in ((["w4", "", "w5"], ["w5"], 1), (["w4"], ["w5", ""], 0)):
-        with pytest.raises(ValueError, match=rf"prompts \[{named}\] have no tokens, or a choice of none"):
+        with pytest.raises(
+            ValueError, match=rf"prompts \[{named}\] have no tokens, or a choice of none"
+        ):
             minia3.rank(both.model, tokenizer, prompts, choices, batch_size=1)
 
 
@@ -178,12 +215,22 @@ def byte_tokenizer():
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(["Is it true or false ? It is true . The answer is False , not True ."] * 2, trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(
+        ["Is it true or false ? It is true . The answer is False , not True ."] * 2, trainer
+    )
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
 
 
-BYTES, TEXT = byte_tokenizer(), st.text(min_size=1, max_size=12) | st.sampled_from(["True", " True", "not True", "?"])
+BYTES, TEXT = (
+    byte_tokenizer(),
+    st.text(min_size=1, max_size=12) | st.sampled_from(["True", " True", "not True", "?"]),
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -204,7 +251,9 @@ def test_greedy_texts_are_transformers_for_prompts_of_different_lengths_in_one_b
     assert not all(ended)
     assert len(set(expected)) > 5
     for batch_size in (1, 7, 64):
-        found = minia3.generate(both.model, both.tokenizer, prompts, max_new_tokens=n, batch_size=batch_size)
+        found = minia3.generate(
+            both.model, both.tokenizer, prompts, max_new_tokens=n, batch_size=batch_size
+        )
         assert found == list(expected)
     for n in (1, 5):
         found = minia3.generate(both.model, both.tokenizer, prompts, max_new_tokens=n)
@@ -212,9 +261,14 @@ def test_greedy_texts_are_transformers_for_prompts_of_different_lengths_in_one_b
 
 
 def test_a_mixed_batch_writes_for_each_row_what_its_own_adapter_alone_does(both):
-    mixed = minia3.generate(both.model, both.tokenizer, PROMPTS, adapter=ADAPTERS, max_new_tokens=8, batch_size=4)
+    mixed = minia3.generate(
+        both.model, both.tokenizer, PROMPTS, adapter=ADAPTERS, max_new_tokens=8, batch_size=4
+    )
     rows = zip(PROMPTS, ADAPTERS.tolist(), strict=True)
-    alone = [minia3.generate(both.model, both.tokenizer, [p], adapter=a, max_new_tokens=8)[0] for p, a in rows]
+    alone = [
+        minia3.generate(both.model, both.tokenizer, [p], adapter=a, max_new_tokens=8)[0]
+        for p, a in rows
+    ]
     assert mixed == alone
     base = minia3.generate(both.model, both.tokenizer, PROMPTS, max_new_tokens=8)
     changed = [a != b for a, b in zip(mixed, base, strict=True)]
@@ -222,10 +276,14 @@ def test_a_mixed_batch_writes_for_each_row_what_its_own_adapter_alone_does(both)
     assert not any(changed[i] for i in range(len(PROMPTS)) if ADAPTERS[i] == 0)
 
 
-def test_decoding_reads_the_longest_prompts_first_and_stops_when_all_rows_of_a_batch_have_ended(both, monkeypatch):
+def test_decoding_reads_the_longest_prompts_first_and_stops_when_all_rows_of_a_batch_have_ended(
+    both, monkeypatch
+):
     ends = next(prompt for prompt in texts(40, seed=2) if peer_text(both, prompt, 5)[1])
     lengths, steps, start, step = [], [], both.model.start, both.model.step
-    monkeypatch.setattr(both.model, "start", lambda x, *rest: lengths.append(x.shape[1]) or start(x, *rest))
+    monkeypatch.setattr(
+        both.model, "start", lambda x, *rest: lengths.append(x.shape[1]) or start(x, *rest)
+    )
     monkeypatch.setattr(both.model, "step", lambda *arguments: steps.append(1) or step(*arguments))
     minia3.generate(both.model, both.tokenizer, [ends], max_new_tokens=100)
     assert len(steps) <= 5
@@ -238,9 +296,15 @@ def test_greedy_ids_are_transformers_for_every_kind_of_model(peer, loaded, name)
     model, theirs = loaded(name), peer(name).model
     model.config = replace(model.config, eos_ids=EOS)
     source = random_tokens(3, 6)
-    options = {"use_cache": name != "t5-deep-decoder", "eos_token_id": list(EOS), "pad_token_id": PAD}  # see BEAM_PEERS
+    options = {
+        "use_cache": name != "t5-deep-decoder",
+        "eos_token_id": list(EOS),
+        "pad_token_id": PAD,
+    }  # see BEAM_PEERS
     for row in source.split(1):
-        expected = new_ids(theirs.generate(row, do_sample=False, max_new_tokens=20, **options), theirs, row)[0]
+        expected = new_ids(
+            theirs.generate(row, do_sample=False, max_new_tokens=20, **options), theirs, row
+        )[0]
         found = [token for _, token in decode_tokens(model, model.start(row), 20, set())]
         assert found == expected
 
@@ -248,7 +312,9 @@ def test_greedy_ids_are_transformers_for_every_kind_of_model(peer, loaded, name)
 def new_ids(rows, model, source):
     """The lists of ids, without the end token, in what transformers' generate returns."""
     rows = rows[:, 1 if model.config.is_encoder_decoder else source.shape[1] :].tolist()
-    return [row[: next((i for i, token in enumerate(row) if token in EOS), len(row))] for row in rows]
+    return [
+        row[: next((i for i, token in enumerate(row) if token in EOS), len(row))] for row in rows
+    ]
 
 
 # Beam search
@@ -265,40 +331,68 @@ def test_all_beams_are_transformers_in_their_order(peer, loaded, name):
     source = random_tokens(3, 6)
     lengths = set()
     for beams, n, penalty in ((2, 12, 1.0), (4, 12, 2.0), (3, 1, 0.0), (5, 9, -1.0), (3, 15, 0.6)):
-        options = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": penalty, "max_new_tokens": n}
-        options |= {"do_sample": False, "early_stopping": False, "eos_token_id": list(EOS), "pad_token_id": PAD}
-        expected = [new_ids(theirs.generate(row, **options), theirs, row) for row in source.split(1)]
+        options = {
+            "num_beams": beams,
+            "num_return_sequences": beams,
+            "length_penalty": penalty,
+            "max_new_tokens": n,
+        }
+        options |= {
+            "do_sample": False,
+            "early_stopping": False,
+            "eos_token_id": list(EOS),
+            "pad_token_id": PAD,
+        }
+        expected = [
+            new_ids(theirs.generate(row, **options), theirs, row) for row in source.split(1)
+        ]
         assert beam_search(model, model.start(source), beams, n, penalty) == expected
         lengths |= {len(ids) for row in expected for ids in row}
     assert len(lengths) > 3  # some end before the last step
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_beams_in_a_padded_mixed_batch_are_those_of_each_row_alone_and_samples_are_the_best_of_them(both, batch_size):
+def test_beams_in_a_padded_mixed_batch_are_those_of_each_row_alone_and_samples_are_the_best_of_them(
+    both, batch_size
+):
     options = {"max_new_tokens": 8, "beams": 3, "length_penalty": 0.5, "samples": 2}
-    mixed = generate(both.model, both.tokenizer, PROMPTS, adapter=ADAPTERS, batch_size=batch_size, **options)
+    mixed = generate(
+        both.model, both.tokenizer, PROMPTS, adapter=ADAPTERS, batch_size=batch_size, **options
+    )
     alone = []
     for prompt, adapter in zip(PROMPTS, ADAPTERS.tolist(), strict=True):
         state = both.model.start(torch.tensor([both.tokenizer.encode(prompt)]), adapter=adapter)
-        alone += [both.tokenizer.decode(ids) for ids in beam_search(both.model, state, 3, 8, 0.5)[0][:2]]
+        alone += [
+            both.tokenizer.decode(ids) for ids in beam_search(both.model, state, 3, 8, 0.5)[0][:2]
+        ]
     assert mixed == alone
     assert len(set(mixed)) > len(PROMPTS)
     assert generate(both.model, both.tokenizer, PROMPTS, **options | {"samples": 1}) != mixed[::2]
 
 
 def test_one_beam_is_greedy(both):
-    found = [beam_search(both.model, both.model.start(row), 1, 9)[0][0] for row in random_tokens(9, 5).split(1)]
-    greedy = [[token for _, token in decode_tokens(both.model, both.model.start(row), 9, set())] for row in random_tokens(9, 5).split(1)]
+    found = [
+        beam_search(both.model, both.model.start(row), 1, 9)[0][0]
+        for row in random_tokens(9, 5).split(1)
+    ]
+    greedy = [
+        [token for _, token in decode_tokens(both.model, both.model.start(row), 9, set())]
+        for row in random_tokens(9, 5).split(1)
+    ]
     assert found == greedy
 
 
 @pytest.mark.parametrize("options", [{"samples": 2, "temperature": 1.0}, {"beams": 2}])
-def test_a_batch_has_as_many_rows_as_it_may_whether_prompts_samples_or_beams(both, monkeypatch, options):
+def test_a_batch_has_as_many_rows_as_it_may_whether_prompts_samples_or_beams(
+    both, monkeypatch, options
+):
     rows, step = [], both.model.step
     monkeypatch.setattr(both.model, "step", lambda x, state: rows.append(len(x)) or step(x, state))
     for batch_size, prompts in ((7, [3, 3, 3, 2]), (1, [1] * 11)):
         rows.clear()
-        generate(both.model, both.tokenizer, PROMPTS, max_new_tokens=1, batch_size=batch_size, **options)
+        generate(
+            both.model, both.tokenizer, PROMPTS, max_new_tokens=1, batch_size=batch_size, **options
+        )
         assert [n // 2 for n in rows] == prompts
 
 
@@ -321,14 +415,18 @@ def warped(logits, temperature, top_k, top_p):
     top_k=st.sampled_from([0, 1, 5, 61, 100]),
     top_p=st.sampled_from([1e-9, 0.2, 0.7, 0.95, 1.0]),
 )
-def test_what_is_drawn_has_the_probabilities_of_transformers_warpers(seed, temperature, top_k, top_p):
+def test_what_is_drawn_has_the_probabilities_of_transformers_warpers(
+    seed, temperature, top_k, top_p
+):
     logits = 3 * torch.randn(2, N_IDS, generator=torch.Generator().manual_seed(seed))
     for row, expected in zip(logits, warped(logits, temperature, top_k, top_p), strict=True):
         n = 2000
         uniform = (torch.arange(n, dtype=torch.float64) + 0.5)[:, None] / n
         drawn = draw_tokens(row.expand(n, -1), uniform, temperature, top_k, top_p)[:, 0]
         share = drawn.bincount(minlength=N_IDS) / n
-        assert (share - expected).abs().max() <= 1 / n + 1e-6  # even numbers meet each interval to within one of them
+        assert (
+            share - expected
+        ).abs().max() <= 1 / n + 1e-6  # even numbers meet each interval to within one of them
         assert drawn.equal(drawn.sort().values)  # in the order of ids
 
 
@@ -340,9 +438,14 @@ def test_the_token_that_crosses_top_p_is_kept_and_a_probability_of_zero_is_never
     assert set(draw_tokens(rows, uniform, 1.0, top_p=0.5)[:, 0].tolist()) == {0}
     assert len(set(draw_tokens(rows, uniform, 1.0, top_p=0.5001)[:, 0].tolist())) == 2
     assert draw_tokens(torch.tensor([[0.0, 0.5, 0.5]]).log(), uniform[:1], 1.0).item() == 1
-    assert set(draw_tokens(torch.zeros(5, 4), uniform, 1.0, top_p=0.5)[:, 0].tolist()) == {0, 1}  # these are 0.5, to the bit
+    assert set(draw_tokens(torch.zeros(5, 4), uniform, 1.0, top_p=0.5)[:, 0].tolist()) == {
+        0,
+        1,
+    }  # these are 0.5, to the bit
     assert set(draw_tokens(rows, uniform, 1e-300)[:, 0].tolist()) == {0}  # no overflow
-    assert set(draw_tokens(rows + 9, uniform, 5e-324)[:, 0].tolist()) == {0}  # nor of logits above 0
+    assert set(draw_tokens(rows + 9, uniform, 5e-324)[:, 0].tolist()) == {
+        0
+    }  # nor of logits above 0
 
 
 def test_sampled_tokens_follow_the_softmax_at_that_temperature(both):
@@ -370,16 +473,22 @@ DRAWN = {"max_new_tokens": 6, "temperature": 1.5, "top_k": 30, "top_p": 0.9, "sa
 def test_what_is_drawn_for_a_sample_does_not_depend_on_the_batch(both, batch_size):
     def sample(n, **options):
         adapter = options.pop("adapter", ADAPTERS)
-        return generate(both.model, both.tokenizer, PROMPTS[:n], adapter=adapter[:n], seed=7, **DRAWN | options)
+        return generate(
+            both.model, both.tokenizer, PROMPTS[:n], adapter=adapter[:n], seed=7, **DRAWN | options
+        )
 
     together = sample(len(PROMPTS), batch_size=16)
     assert sample(len(PROMPTS), batch_size=batch_size) == together
     assert sample(4, batch_size=batch_size) == together[:12]  # fewer prompts
     assert sample(4, batch_size=batch_size, samples=1) == together[:12:3]  # fewer samples
     assert sample(4, batch_size=batch_size, samples=5)[5:8] == together[3:6]  # more of them
-    other = sample(len(PROMPTS), batch_size=batch_size, adapter=torch.where(ADAPTERS == 2, 1, ADAPTERS))
+    other = sample(
+        len(PROMPTS), batch_size=batch_size, adapter=torch.where(ADAPTERS == 2, 1, ADAPTERS)
+    )
     same = (ADAPTERS != 2).repeat_interleave(3).tolist()  # other adapters beside it
-    assert [a for a, keep in zip(other, same, strict=True) if keep] == [a for a, keep in zip(together, same, strict=True) if keep]
+    assert [a for a, keep in zip(other, same, strict=True) if keep] == [
+        a for a, keep in zip(together, same, strict=True) if keep
+    ]
     assert other != together
 
 
@@ -399,7 +508,9 @@ def test_a_seed_gives_the_same_texts_and_no_seed_gives_others_each_time(both):
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_among_a_thousand_adapters_a_mixed_batch_writes_what_each_of_its_rows_does_alone(loaded, name):
+def test_among_a_thousand_adapters_a_mixed_batch_writes_what_each_of_its_rows_does_alone(
+    loaded, name
+):
     model, tokenizer = loaded(name, n_adapters=1000, seed=0), word_tokenizer(name.startswith("t5"))
     for vector in minia3.vectors(model).values():
         vector.data[0] = 1.0
@@ -410,8 +521,12 @@ def test_among_a_thousand_adapters_a_mixed_batch_writes_what_each_of_its_rows_do
         {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.8, "seed": 0},
     ):
         found = generate(model, tokenizer, PROMPTS, adapter=adapters, batch_size=7, **options)
-        for row, adapter in enumerate(adapters):  # as the prompt with the same index, for its numbers
-            alone = generate(model, tokenizer, PROMPTS[: row + 1], adapter=adapter, batch_size=1, **options)
+        for row, adapter in enumerate(
+            adapters
+        ):  # as the prompt with the same index, for its numbers
+            alone = generate(
+                model, tokenizer, PROMPTS[: row + 1], adapter=adapter, batch_size=1, **options
+            )
             assert found[row] == alone[row]
         assert found != generate(model, tokenizer, PROMPTS, batch_size=7, **options)
 
@@ -422,7 +537,11 @@ def test_among_a_thousand_adapters_a_mixed_batch_writes_what_each_of_its_rows_do
 def spied(both, monkeypatch):
     """The adapter rows of each step's batch: each row has one of its own below."""
     steps, step = [], both.model.step
-    monkeypatch.setattr(both.model, "step", lambda x, state: steps.append(state.adapter_B.tolist()) or step(x, state))
+    monkeypatch.setattr(
+        both.model,
+        "step",
+        lambda x, state: steps.append(state.adapter_B.tolist()) or step(x, state),
+    )
     return steps
 
 
@@ -440,12 +559,18 @@ def test_a_row_that_is_done_is_in_no_later_step(many, monkeypatch, stop):
     for row, prompt in enumerate(prompts):
         state, ids = model.start(torch.tensor([tokenizer.encode(prompt)]), adapter=row), [None]
         token = state.start
-        while len(ids) <= n and ids[-1] not in EOS and not any(word in tokenizer.decode(ids[1:]) for word in stop):
+        while (
+            len(ids) <= n
+            and ids[-1] not in EOS
+            and not any(word in tokenizer.decode(ids[1:]) for word in stop)
+        ):
             token = model.step(token, state)[:, -1].argmax(dim=-1, keepdim=True)
             ids.append(token.item())
         expected.append(len(ids) - 1)
     steps = spied(many, monkeypatch)
-    generate(model, tokenizer, prompts, adapter=range(40), max_new_tokens=n, stop=stop, batch_size=40)
+    generate(
+        model, tokenizer, prompts, adapter=range(40), max_new_tokens=n, stop=stop, batch_size=40
+    )
     assert [sum(row in step for step in steps) for row in range(40)] == expected
     assert len({*expected}) > 3
 
@@ -457,7 +582,10 @@ def test_a_beam_search_that_is_done_is_in_no_later_step(many, monkeypatch):
     counts = [sum(row in step for step in steps) for row in rows]
     for row in rows:
         steps.clear()
-        assert beam_search(many.model, many.model.start(source[row : row + 1], adapter=row), 2, 8)[0] == together[row]
+        assert (
+            beam_search(many.model, many.model.start(source[row : row + 1], adapter=row), 2, 8)[0]
+            == together[row]
+        )
         assert len(steps) == counts[row]
     assert len({*counts}) > 2
 
@@ -470,7 +598,9 @@ def plain(text, stops):
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
-@pytest.mark.parametrize("options", [{}, {"beams": 2, "samples": 2}, {"temperature": 2.0, "seed": 1, "samples": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"beams": 2, "samples": 2}, {"temperature": 2.0, "seed": 1, "samples": 2}]
+)
 def test_a_text_ends_before_the_first_of_the_stop_texts(both, options):
     options = {"max_new_tokens": 10, **options}
     whole = generate(both.model, both.tokenizer, PROMPTS, **options)
@@ -482,13 +612,25 @@ def test_a_text_ends_before_the_first_of_the_stop_texts(both, options):
     assert shortened > 20
 
 
-FALLBACK = {"<unk>": 0, "▁a": 1, "b": 2, "▁": 3, "é": 4, **{f"<0x{i:02X}>": 5 + i for i in range(256)}}
+FALLBACK = {
+    "<unk>": 0,
+    "▁a": 1,
+    "b": 2,
+    "▁": 3,
+    "é": 4,
+    **{f"<0x{i:02X}>": 5 + i for i in range(256)},
+}
 
 
 def fallback_tokenizer():
     """Pieces and bytes, as LLaMA-2's: a character that is no piece is split over tokens of one byte each."""
     backend = Backend(models.BPE(FALLBACK, [], unk_token="<unk>", byte_fallback=True))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     backend.decoder = decoders.Sequence(steps)
     return Tokenizer(backend, {})
 
@@ -507,7 +649,9 @@ def encoded(name, text):
 @pytest.mark.parametrize("name", SPLIT)
 @settings(deadline=None, max_examples=100)
 @given(text=LETTERS, stops=st.lists(st.text("ab é中", min_size=1, max_size=3), max_size=3))
-def test_pieces_have_whole_characters_hold_back_what_may_be_a_stop_text_and_join_to_the_text(name, text, stops):
+def test_pieces_have_whole_characters_hold_back_what_may_be_a_stop_text_and_join_to_the_text(
+    name, text, stops
+):
     decode, ids = SPLIT[name].decode, encoded(name, text)
     row = Text(decode, tuple(stops))
     pieces = []
@@ -542,7 +686,9 @@ def test_a_piece_comes_as_soon_as_it_is_certain():
     assert (row.add(None), row.done) == ("<e", False)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20, "seed": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20, "seed": 5}]
+)
 def test_streamed_pieces_join_to_what_generate_gives(both, options):
     n_pieces = set()
     for adapter in (0, 2):
@@ -568,7 +714,9 @@ def test_a_stream_steps_only_as_far_as_it_is_read(both, monkeypatch):
 
 def test_prompts_may_be_ids(both):
     prompts = [both.tokenizer.encode(prompt) for prompt in PROMPTS]
-    assert generate(both.model, both.tokenizer, prompts) == generate(both.model, both.tokenizer, PROMPTS)
+    assert generate(both.model, both.tokenizer, prompts) == generate(
+        both.model, both.tokenizer, PROMPTS
+    )
     pieces = stream(both.model, both.tokenizer, prompts[0])
     assert "".join(pieces) == generate(both.model, both.tokenizer, PROMPTS[:1])[0]
 
@@ -597,7 +745,10 @@ BOTH = [
     ({"top_p": 0.0}, "top_p 0.0: expected above 0, and at most 1"),
     ({"top_p": 1.1}, "top_p 1.1: expected above 0, and at most 1"),
     ({"top_p": float("nan")}, "top_p nan: expected above 0, and at most 1"),
-    ({"max_new_tokens": 0}, r"max_new_tokens, beams, samples, batch_size \(0, 1, 1, \d+\): expected 1 or more"),
+    (
+        {"max_new_tokens": 0},
+        r"max_new_tokens, beams, samples, batch_size \(0, 1, 1, \d+\): expected 1 or more",
+    ),
     ({"stop": ""}, "stop '': expected texts that are not empty"),
     ({"stop": ["a", ""]}, r"stop \['a', ''\]: expected texts that are not empty"),
     ({"seed": -1}, "2\\*\\*32 - 1"),
@@ -644,7 +795,9 @@ def test_prompts_that_are_none_are_named(both):
         with pytest.raises(ValueError, match="expected a list of texts, or of lists of ids"):
             generate(both.model, both.tokenizer, prompts)
     for bad in ([], [4, 61], [-1]):
-        with pytest.raises(ValueError, match=r"prompts \[1\] have no tokens, or ids that are not 0 to 60"):
+        with pytest.raises(
+            ValueError, match=r"prompts \[1\] have no tokens, or ids that are not 0 to 60"
+        ):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):
         stream(both.model, both.tokenizer, [])

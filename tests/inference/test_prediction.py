@@ -69,10 +69,17 @@ def with_adapters(folder):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gives(name, tmp_path, capsys):
+def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gives(
+    name, tmp_path, capsys
+):
     rows = running.rows(40, n_choices=(2, 0, 3, 1, 0))
-    results = predicted(capsys, running.model(name), write(tmp_path / "rows.jsonl", rows), "--max-new-tokens", 5)
-    model, tokenizer = minia3.load_model(running.model(name)), minia3.load_tokenizer(running.model(name))
+    results = predicted(
+        capsys, running.model(name), write(tmp_path / "rows.jsonl", rows), "--max-new-tokens", 5
+    )
+    model, tokenizer = (
+        minia3.load_model(running.model(name)),
+        minia3.load_tokenizer(running.model(name)),
+    )
     assert [result["idx"] for result in results] == list(range(40))
     for row, result in zip(rows, results, strict=True):
         if "choices" in row:
@@ -89,26 +96,41 @@ def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gi
 def test_labels_are_as_often_right_as_evaluate_says(tmp_path, capsys):
     minia3.save_adapter(randomize(minia3.load_model("tiny-t5")), tmp_path / "adapter")
     file = running.ROOT / "data" / "same-colour" / "validation.jsonl"
-    results = predicted(capsys, "tiny-t5", file, "--task", "same-colour", "--adapter", tmp_path / "adapter")
+    results = predicted(
+        capsys, "tiny-t5", file, "--task", "same-colour", "--adapter", tmp_path / "adapter"
+    )
     task, model = minia3.load_task("same-colour"), minia3.load_model("tiny-t5")
     minia3.load_adapter(model, tmp_path / "adapter")
     tokenizer = minia3.load_tokenizer("tiny-t5")
-    expected = evaluate(model, tokenizer, task.validation, task.prompts[0], metric="accuracy")["accuracy"]
-    right = [result["label"] == row["label"] for result, row in zip(results, task.validation, strict=True)]
+    expected = evaluate(model, tokenizer, task.validation, task.prompts[0], metric="accuracy")[
+        "accuracy"
+    ]
+    right = [
+        result["label"] == row["label"]
+        for result, row in zip(results, task.validation, strict=True)
+    ]
     assert sum(right) / len(right) == expected
 
 
 @pytest.mark.parametrize("prompt", [0, 2])
-def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(prompt, tmp_path, capsys):
+def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(
+    prompt, tmp_path, capsys
+):
     task = {"premise": "anna has a ball", "hypothesis": "anna has a red ball"}
-    rows = [task, {**task, "hypothesis": "tom has a cup", "idx": 77}, {**task, "label": "not_entailment"}]
+    rows = [
+        task,
+        {**task, "hypothesis": "tom has a cup", "idx": 77},
+        {**task, "label": "not_entailment"},
+    ]
     file = write(tmp_path / "rows.jsonl", rows)
     results = predicted(capsys, "tiny-t5", file, "--task", "rte", "--prompt", prompt)
     chosen = for_family(known_tasks()["rte"].prompts, "tiny-t5")[prompt]
     model, tokenizer = minia3.load_model("tiny-t5"), minia3.load_tokenizer("tiny-t5")
     assert [result["idx"] for result in results] == [0, 77, 2]
     for row, result in zip(rows, results, strict=True):
-        scores = minia3.rank(model, tokenizer, [chosen.text.format_map(row)], list(chosen.choices))[0].tolist()
+        scores = minia3.rank(model, tokenizer, [chosen.text.format_map(row)], list(chosen.choices))[
+            0
+        ].tolist()
         assert result["scores"] == pytest.approx(scores, abs=1e-5)
         assert result["choice"] == chosen.choices[result["label"]]
         assert result["word"] == ("entailment", "not_entailment")[result["label"]]
@@ -120,8 +142,12 @@ def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(p
     found = predicted(capsys, "tiny-t5", as_csv, "--task", "rte", "--prompt", prompt)
     assert [result["scores"] for result in found] == [result["scores"] for result in results]
     for number in (5, -1):
-        assert "expected 0 to 4" in fails(capsys, "tiny-t5", file, "--task", "rte", "--prompt", number)
-    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "t5-base"}))  # which has a form of its own
+        assert "expected 0 to 4" in fails(
+            capsys, "tiny-t5", file, "--task", "rte", "--prompt", number
+        )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_name_or_path": "t5-base"})
+    )  # which has a form of its own
     assert "expected 0 to 0" in fails(capsys, tmp_path, file, "--task", "rte", "--prompt", 1)
     assert "rte" in fails(capsys, "tiny-t5", file, "--task", "rtr")
 
@@ -129,7 +155,9 @@ def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(p
 def test_a_long_input_loses_its_middle(tmp_path, capsys):
     row = {"input": "w3 w4 w5 w6 w7 w8", "choices": ["w9", "w10"]}
     short = {**row, "input": "w3 w4 w8"}
-    results = predicted(capsys, running.model("t5"), write(tmp_path / "r.jsonl", [row, short]), "--max-length", 4)
+    results = predicted(
+        capsys, running.model("t5"), write(tmp_path / "r.jsonl", [row, short]), "--max-length", 4
+    )
     assert results[0]["scores"] == results[1]["scores"]
 
 
@@ -141,22 +169,33 @@ def test_a_batch_of_rows_with_adapters_of_their_own_is_each_alone(adapters, tmp_
     for i, row in enumerate(rows):
         row |= {"adapter": ("one", "two")[i % 2]} if i % 3 else {}
     file = write(tmp_path / "rows.jsonl", rows)
-    results = predicted(capsys, running.model("t5"), file, "--adapter", adapters, "--max-new-tokens", 4)
+    results = predicted(
+        capsys, running.model("t5"), file, "--adapter", adapters, "--max-new-tokens", 4
+    )
     model, tokenizer = with_adapters(adapters)
     for row, result in zip(rows, results, strict=True):
         adapter = {None: 0, "one": 1, "two": 2}[row.get("adapter")]
         if "choices" in row:
-            scores = minia3.rank(model, tokenizer, [row["input"]], row["choices"], adapter=adapter)[0].tolist()
+            scores = minia3.rank(model, tokenizer, [row["input"]], row["choices"], adapter=adapter)[
+                0
+            ].tolist()
             assert result["scores"] == pytest.approx(scores, abs=1e-5)
         else:
-            generated = minia3.generate(model, tokenizer, [row["input"]], adapter=adapter, max_new_tokens=4)
+            generated = minia3.generate(
+                model, tokenizer, [row["input"]], adapter=adapter, max_new_tokens=4
+            )
             assert [result["output"]] == generated
 
 
 def test_a_row_without_an_adapter_has_the_one_that_is_given(adapters, tmp_path, capsys):
     rows = running.rows(6)
     one, two = adapters / "one", adapters / "two"
-    alone = {path: predicted(capsys, running.model("t5"), write(tmp_path / "a.jsonl", rows), "--adapter", path) for path in (one, two)}
+    alone = {
+        path: predicted(
+            capsys, running.model("t5"), write(tmp_path / "a.jsonl", rows), "--adapter", path
+        )
+        for path in (one, two)
+    }
     null = write(tmp_path / "c.jsonl", [{**row, "adapter": None} for row in rows])
     assert predicted(capsys, running.model("t5"), null, "--adapter", one) == alone[one]
     named = write(tmp_path / "b.jsonl", [{**row, "adapter": "two"} for row in rows])
@@ -165,7 +204,9 @@ def test_a_row_without_an_adapter_has_the_one_that_is_given(adapters, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["three", "ONE", "../one", 1, ["one"], "", False])
-def test_an_unknown_adapter_is_an_error_with_its_line_and_never_the_base(name, adapters, tmp_path, capsys):
+def test_an_unknown_adapter_is_an_error_with_its_line_and_never_the_base(
+    name, adapters, tmp_path, capsys
+):
     rows = running.rows(3)
     rows[2]["adapter"] = name
     file = write(tmp_path / "rows.jsonl", rows)
@@ -210,17 +251,29 @@ def test_a_bad_row_is_named_by_path_line_and_reason(row, part, tmp_path, capsys)
 
 
 def test_a_row_that_lacks_a_field_of_the_task_or_does_not_fit_is_named(tmp_path, capsys):
-    file = write(tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": "w4"}, {"premise": "w3"}])
+    file = write(
+        tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": "w4"}, {"premise": "w3"}]
+    )
     assert f"{file}:2: no 'hypothesis'" in fails(capsys, "tiny-t5", file, "--task", "rte")
     file = write(tmp_path / "rows.jsonl", [{"input": "w3", "choices": ["w4"]}])
-    assert f"{file}:1: row 0 does not fit" in fails(capsys, running.model("t5"), file, "--max-length", 1)
+    assert f"{file}:1: row 0 does not fit" in fails(
+        capsys, running.model("t5"), file, "--max-length", 1
+    )
 
 
 @pytest.mark.parametrize("text", ["w7", "w8", "w9"])
 def test_an_input_or_a_choice_without_tokens_is_named(text, tmp_path, capsys, monkeypatch):
-    rows = [{"input": "w3", "choices": ["w4"]}, {"input": "w7", "choices": ["w8", "w6"]}, {"input": "w9"}]
+    rows = [
+        {"input": "w3", "choices": ["w4"]},
+        {"input": "w7", "choices": ["w8", "w6"]},
+        {"input": "w9"},
+    ]
     encode = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, t, special=True: [] if t == text else encode(self, t, special))
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode",
+        lambda self, t, special=True: [] if t == text else encode(self, t, special),
+    )
     error = fails(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
     assert f"rows.jsonl:{3 if text == 'w9' else 2}: no tokens" in error
 
@@ -235,7 +288,9 @@ def test_csv_in_and_csv_out(tmp_path, capsys):
         {"input": "w3 w4", "choices": ["w5", "w6 w7"]},
     ]
     file = tmp_path / "rows.csv"
-    file.write_text('input,choices\r\nw3 w4,"[""w5"", ""w6, w7""]"\r\nw8,\r\nw3 w4,w5|w6 w7\r\n', newline="")
+    file.write_text(
+        'input,choices\r\nw3 w4,"[""w5"", ""w6, w7""]"\r\nw8,\r\nw3 w4,w5|w6 w7\r\n', newline=""
+    )
     expected = predicted(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
     assert predicted(capsys, running.model("t5"), file) == expected
     predict(running.model("t5"), file, "--out", tmp_path / "out.csv")
@@ -247,11 +302,19 @@ def test_csv_in_and_csv_out(tmp_path, capsys):
         if "output" in result:
             assert cells[1:] == ["", "", "", result["output"]]
         else:
-            assert cells[1:] == [str(result["label"]), result["choice"], json.dumps(result["scores"]), ""]
+            assert cells[1:] == [
+                str(result["label"]),
+                result["choice"],
+                json.dumps(result["scores"]),
+                "",
+            ]
 
 
 def test_columns_make_the_file_that_a_leaderboard_wants(tmp_path, capsys):
-    rows = [{"premise": "anna has a ball", "hypothesis": f"tom has {i} cups", "ID": 50 + i} for i in range(3)]
+    rows = [
+        {"premise": "anna has a ball", "hypothesis": f"tom has {i} cups", "ID": 50 + i}
+        for i in range(3)
+    ]
     file = write(tmp_path / "rows.jsonl", rows)
     words = ["tiny-t5", file, "--task", "rte", "--columns", "ID,Label=word,choice"]
     predict(*words, "--out", tmp_path / "out.csv")
@@ -259,9 +322,17 @@ def test_columns_make_the_file_that_a_leaderboard_wants(tmp_path, capsys):
     with (tmp_path / "out.csv").open(newline="") as f:
         header, *found = csv.reader(f)
     assert header == ["ID", "Label", "choice"]
-    assert found == [[str(50 + i), result["word"], result["choice"]] for i, result in enumerate(results)]
-    assert predicted(capsys, *words)[0] == {"ID": 50, "Label": results[0]["word"], "choice": results[0]["choice"]}
-    assert "'Id' is not in row 0" in fails(capsys, "tiny-t5", file, "--task", "rte", "--columns", "Id")
+    assert found == [
+        [str(50 + i), result["word"], result["choice"]] for i, result in enumerate(results)
+    ]
+    assert predicted(capsys, *words)[0] == {
+        "ID": 50,
+        "Label": results[0]["word"],
+        "choice": results[0]["choice"],
+    }
+    assert "'Id' is not in row 0" in fails(
+        capsys, "tiny-t5", file, "--task", "rte", "--columns", "Id"
+    )
 
 
 # A file that was begun
@@ -273,10 +344,18 @@ def small_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_file_that_was_cut_anywhere_goes_on_to_the_same_bytes(kind, tmp_path, capsys, small_chunks):
+def test_a_file_that_was_cut_anywhere_goes_on_to_the_same_bytes(
+    kind, tmp_path, capsys, small_chunks
+):
     rows = running.rows(15, n_choices=(2, 0, 3))
     rows[3]["choices"] = ['w5 "\n,"', "w6\r\n"]  # quotes and line breaks, as csv may have them
-    words = [running.model("t5"), write(tmp_path / "rows.jsonl", rows), "--max-new-tokens", 3, "--out"]
+    words = [
+        running.model("t5"),
+        write(tmp_path / "rows.jsonl", rows),
+        "--max-new-tokens",
+        3,
+        "--out",
+    ]
     whole = tmp_path / f"whole.{kind}"
     predict(*words, whole)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -327,8 +406,13 @@ def test_results_are_on_disk_before_the_next_chunk_is_read(tmp_path, monkeypatch
     assert seen == [0, 4, 8]
 
 
-@pytest.mark.parametrize("change", ["adapter", "model", "first row", "more rows before", "fewer rows", "columns", "length"])
-def test_results_of_anything_else_are_not_gone_on_with(change, adapters, tmp_path, capsys, small_chunks):
+@pytest.mark.parametrize(
+    "change",
+    ["adapter", "model", "first row", "more rows before", "fewer rows", "columns", "length"],
+)
+def test_results_of_anything_else_are_not_gone_on_with(
+    change, adapters, tmp_path, capsys, small_chunks
+):
     out, rows, more = tmp_path / "out.jsonl", running.rows(10), []
     model, file = running.model("t5"), write(tmp_path / "rows.jsonl", rows)
     predict(model, file, "--out", out)
@@ -358,11 +442,15 @@ def test_results_of_anything_else_are_not_gone_on_with(change, adapters, tmp_pat
 def test_another_file_is_not_overwritten(text, tmp_path, capsys):
     out = tmp_path / "notes.txt"
     out.write_text(text)
-    assert "other results" in fails(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(3)), "--out", out)
+    assert "other results" in fails(
+        capsys, running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(3)), "--out", out
+    )
     assert out.read_text() == text
 
 
-def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(tmp_path, capsys, small_chunks):
+def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(
+    tmp_path, capsys, small_chunks
+):
     rows, out = running.rows(12), tmp_path / "out.jsonl"
     file = write(tmp_path / "rows.jsonl", rows)
     predict(running.model("t5"), file, "--out", out)
@@ -371,7 +459,9 @@ def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(tmp_path,
     file.write_text(lines(rows[:9]) + "{\n" + lines(rows[10:]))
     assert f"{file}:10: " in fails(capsys, running.model("t5"), file, "--out", out)
     assert out.read_text() == "".join(text.splitlines(keepends=True)[:8])
-    assert {path.name for path in tmp_path.iterdir()} == {file.name, out.name}, "nothing hidden stays behind"
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, out.name}, (
+        "nothing hidden stays behind"
+    )
     write(file, rows)
     predict(running.model("t5"), file, "--out", out)
     assert out.read_text() == text
@@ -392,15 +482,30 @@ def test_two_at_once_do_not_write_the_same_file(tmp_path, capsys, monkeypatch):
     assert out.read_text() == (tmp_path / "other.jsonl").read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak since its start")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="only Linux tells a process's peak since its start",
+)
 def test_memory_does_not_grow_with_the_file(tmp_path):
     code = "import sys; from minia3.__main__ import main; assert main(sys.argv[1:]) == 0;"
     code += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     peaks = []
     for n in (2_000, 40_000):
         file, out = tmp_path / f"{n}.jsonl", tmp_path / f"{n}.out.jsonl"
-        file.write_text((json.dumps({"input": "w3 w4", "choices": ["w5", "w6"], "note": "x" * 500}) + "\n") * n)
-        words = ["predict", running.model("t5"), file, "--out", out, "--batch-size", 256, "--device", "cpu"]
+        file.write_text(
+            (json.dumps({"input": "w3 w4", "choices": ["w5", "w6"], "note": "x" * 500}) + "\n") * n
+        )
+        words = [
+            "predict",
+            running.model("t5"),
+            file,
+            "--out",
+            out,
+            "--batch-size",
+            256,
+            "--device",
+            "cpu",
+        ]
         child = [sys.executable, "-c", code, *map(str, words)]
         done = subprocess.run(child, capture_output=True, text=True, cwd=running.ROOT, check=True)
         peaks.append(int(done.stdout.split()[-1]) * 1024)

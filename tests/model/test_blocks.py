@@ -17,7 +17,9 @@ ROW_0 = torch.zeros(2, dtype=torch.long)
 
 def random_attention(n_heads, n_kv_heads, d_head=6, scale=0.3, dropout=0.0):
     torch.manual_seed(n_heads)
-    attention = Attention(10, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters=1).double().eval()
+    attention = (
+        Attention(10, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters=1).double().eval()
+    )
     for parameter in attention.parameters():
         parameter.data = torch.randn_like(parameter)
     return attention
@@ -52,11 +54,19 @@ def written_out(a, x, memory, bias):
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
 def test_attention_is_the_softmax_written_out(n_heads, n_kv_heads):
     attention = random_attention(n_heads, n_kv_heads)
-    x, memory, bias = random_input(2, 3, 10), random_input(2, 5, 10, seed=1), random_input(2, n_heads, 3, 5, seed=2)
+    x, memory, bias = (
+        random_input(2, 3, 10),
+        random_input(2, 5, 10, seed=1),
+        random_input(2, n_heads, 3, 5, seed=2),
+    )
     found = attention(x, attention.kv(memory, ROW_0), bias)
     assert torch.allclose(found, written_out(attention, x, memory, bias), atol=1e-12)
     no_bias = torch.zeros(1, 1, 3, 5, dtype=torch.float64)
-    assert torch.allclose(attention(x, attention.kv(memory, ROW_0)), written_out(attention, x, memory, no_bias), atol=1e-12)
+    assert torch.allclose(
+        attention(x, attention.kv(memory, ROW_0)),
+        written_out(attention, x, memory, no_bias),
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
@@ -64,7 +74,9 @@ def test_the_causal_flag_is_the_causal_mask(n_kv_heads):
     attention, x = random_attention(4, n_kv_heads), random_input(2, 5, 10)
     bias = mask_to_bias(torch.ones(5, 5, dtype=torch.bool).tril(), torch.float64)[None, None]
     kv = attention.kv(x, ROW_0)
-    assert torch.allclose(attention(x, kv, causal=True), written_out(attention, x, x, bias), atol=1e-12)
+    assert torch.allclose(
+        attention(x, kv, causal=True), written_out(attention, x, x, bias), atol=1e-12
+    )
     assert torch.allclose(attention(x, kv, bias), written_out(attention, x, x, bias), atol=1e-12)
 
 
@@ -105,8 +117,12 @@ def test_a_rotation_turns_pairs_that_are_half_a_head_apart_by_position_times_fre
     found = rotate(x, rotation_at([position]))[0, 0, 0]
     for pair in range(4):
         angle = position * 100.0 ** (-2 * pair / 8)
-        turned = torch.complex(x[0, 0, 0, pair], x[0, 0, 0, pair + 4]) * complex(math.cos(angle), math.sin(angle))
-        assert torch.allclose(torch.stack((found[pair], found[pair + 4])), torch.view_as_real(turned), atol=1e-6)
+        turned = torch.complex(x[0, 0, 0, pair], x[0, 0, 0, pair + 4]) * complex(
+            math.cos(angle), math.sin(angle)
+        )
+        assert torch.allclose(
+            torch.stack((found[pair], found[pair + 4])), torch.view_as_real(turned), atol=1e-6
+        )
 
 
 def test_l_k_comes_before_the_rotation_so_that_it_folds_into_the_keys_weights():

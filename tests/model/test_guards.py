@@ -29,10 +29,15 @@ NAMES = ["t5-v1.0", "llama-gqa"]
 
 def batch_of(lengths=(M,) * B, n_choices=1):
     """Sources of these lengths, each with choices of L tokens."""
-    source_BM, target_BCL = tokens(len(lengths), max(lengths)), tokens(len(lengths), n_choices, L, seed=1)
+    source_BM, target_BCL = (
+        tokens(len(lengths), max(lengths)),
+        tokens(len(lengths), n_choices, L, seed=1),
+    )
     mask_BM = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     label_B = torch.arange(len(lengths)) % n_choices
-    return Batch(source_BM, mask_BM, target_BCL, torch.ones_like(target_BCL, dtype=torch.bool), label_B)
+    return Batch(
+        source_BM, mask_BM, target_BCL, torch.ones_like(target_BCL, dtype=torch.bool), label_B
+    )
 
 
 def loss_of(model, batch):
@@ -72,14 +77,20 @@ def t5_flops(read, written, d=24, inner=24, ff=40, layers=2, vocab=61):
     read, written: tokens of the sources and of the targets.
     """
     encoder = read * (4 * d * inner + 2 * d * ff)
-    decoder = written * (6 * d * inner + 2 * d * ff) + read * 2 * d * inner  # keys and values of the encoder's output
-    embedded = (read + written) * 3 * d * inner  # the first layers' queries, keys and values are of embeddings
+    decoder = (
+        written * (6 * d * inner + 2 * d * ff) + read * 2 * d * inner
+    )  # keys and values of the encoder's output
+    embedded = (
+        (read + written) * 3 * d * inner
+    )  # the first layers' queries, keys and values are of embeddings
     return 2 * (layers * (encoder + decoder) + written * d * vocab), 2 * embedded
 
 
 def llama_flops(read, written, d=24, inner=24, kv=12, ff=40, layers=2, vocab=61):
     layer, kv, q = 2 * d * inner + 2 * d * kv + 3 * d * ff, 2 * d * kv, d * inner
-    source = read * ((layers - 1) * layer + kv)  # of its last layer, nothing but keys and values is used
+    source = read * (
+        (layers - 1) * layer + kv
+    )  # of its last layer, nothing but keys and values is used
     return 2 * (source + written * (layers * layer + d * vocab)), 2 * (read + written) * (kv + q)
 
 
@@ -88,7 +99,9 @@ FLOPS = {"t5-v1.0": t5_flops(B * M, B * L), "llama-gqa": llama_flops(B * (M - 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_has_the_products_of_forward_and_of_the_gradients_of_activations_and_no_others(frozen, name):
+def test_a_step_has_the_products_of_forward_and_of_the_gradients_of_activations_and_no_others(
+    frozen, name
+):
     model, batch, (forward, unused) = frozen(name), batch_of(), FLOPS[name]
     assert weight_flops(lambda: loss_of(model, batch)) == forward
     assert weight_flops(lambda: step(model, batch)) == 2 * forward - unused
@@ -124,7 +137,10 @@ def test_in_the_size_of_real_models_that_is_two_thirds(name, ours, full):
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_is_in_no_product(frozen, name):
     lengths = (M, 2, 4)
-    count, read = {"t5-v1.0": (t5_flops, sum(lengths)), "llama-gqa": (llama_flops, sum(lengths) - B)}[name]
+    count, read = {
+        "t5-v1.0": (t5_flops, sum(lengths)),
+        "llama-gqa": (llama_flops, sum(lengths) - B),
+    }[name]
     model, batch, (forward, unused) = frozen(name), batch_of(lengths), count(read, B * L)
     assert weight_flops(lambda: step(model, batch)) == 2 * forward - unused
 
@@ -154,14 +170,18 @@ ENCODER = ["encoder", "encoder.blocks.0", "encoder.blocks.1"]
         ("llama-gqa", "blocks.1.", ["embed", "blocks.0"]),
     ],
 )
-def test_below_the_lowest_vector_that_is_trained_autograd_records_nothing(frozen, name, trained, below):
+def test_below_the_lowest_vector_that_is_trained_autograd_records_nothing(
+    frozen, name, trained, below
+):
     model, recorded = frozen(name), {}
     for vector, rows in minia3.vectors(model).items():
         rows.requires_grad_(vector.startswith(trained))
     for part, module in model.named_modules():
         if re.fullmatch(r"embed|encoder|decoder|.*blocks\.\d", part):
             recorded[part] = []
-            module.register_forward_hook(lambda _, __, x, part=part: recorded[part].append(x is not None and x.requires_grad))
+            module.register_forward_hook(
+                lambda _, __, x, part=part: recorded[part].append(x is not None and x.requires_grad)
+            )
     step(model, batch_of())
     assert sorted(part for part, outputs in recorded.items() if not any(outputs)) == sorted(below)
 
@@ -187,7 +207,10 @@ def test_a_step_keeps_so_many_bytes_for_its_backward_pass(frozen, name, dtype, n
 def test_they_grow_in_proportion_to_length(frozen, name):
     """T5's scores have a bias for each pair of positions and head, once for all layers: it is taken off."""
     model, heads = frozen(name), 4 if name.startswith("t5") else 0
-    kept = [kept_for_backward(lambda n=n: loss_of(model, batch_of((n,) * B)), model) for n in (64, 128, 192)]
+    kept = [
+        kept_for_backward(lambda n=n: loss_of(model, batch_of((n,) * B)), model)
+        for n in (64, 128, 192)
+    ]
     kept = [n_bytes - 4 * heads * n * n for n_bytes, n in zip(kept, (64, 128, 192), strict=True)]
     assert kept[2] - kept[1] == kept[1] - kept[0] > 0
 
@@ -213,7 +236,9 @@ class Made(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 104), ("llama-gqa", 96)])
-def test_a_decoded_token_makes_so_many_tensors_whatever_the_length_of_the_text(frozen, name, n_tensors):
+def test_a_decoded_token_makes_so_many_tensors_whatever_the_length_of_the_text(
+    frozen, name, n_tensors
+):
     """Twice in 130 tokens all caches are moved, keys and values of two layers, to where there is room for 64 more."""
     model, made = frozen(name), []
     with torch.no_grad():
@@ -232,9 +257,14 @@ def test_a_decoded_token_makes_so_many_tensors_whatever_the_length_of_the_text(f
 def test_the_source_is_read_once_for_all_choices(frozen, n_choices):
     """By the encoder, and by the layers that make the decoder's keys and values of it."""
     model, lengths, seen = frozen("t5-v1.0"), (M, 2, 4), []
-    readers = [model.encoder, *(module for block in model.decoder.blocks for module in (block.cross.k, block.cross.v))]
+    readers = [
+        model.encoder,
+        *(module for block in model.decoder.blocks for module in (block.cross.k, block.cross.v)),
+    ]
     for module in readers:
-        module.register_forward_hook(lambda module, args, _: seen.append((module, args[0].shape[:-1].numel())))
+        module.register_forward_hook(
+            lambda module, args, _: seen.append((module, args[0].shape[:-1].numel()))
+        )
     step(model, batch_of(lengths, n_choices))
     assert seen == [(module, sum(lengths)) for module in readers]
 
@@ -245,7 +275,9 @@ def test_a_decoder_reads_the_source_once_for_all_choices(frozen, n_choices):
     for block in model.blocks:
         block.ffn.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
     step(model, batch_of(lengths, n_choices))
-    assert seen == [sum(lengths) - B] + [B * n_choices * L] * 2  # the last layer's keys and values are all that is asked
+    assert (
+        seen == [sum(lengths) - B] + [B * n_choices * L] * 2
+    )  # the last layer's keys and values are all that is asked
 
 
 @pytest.mark.parametrize(("name", "n_reads"), [("t5-v1.0", 16), ("llama-gqa", 11)])
@@ -262,6 +294,8 @@ def test_loading_an_adapter_goes_over_the_model_twice(loaded, name, tmp_path, mo
     """Each time over all modules by name, which is most of what it costs."""
     model, walked, walk = loaded(name, n_adapters=2), [], torch.nn.Module.named_modules
     minia3.save_adapter(model, tmp_path)
-    monkeypatch.setattr(torch.nn.Module, "named_modules", lambda x, *args: walked.append(x) or walk(x, *args))
+    monkeypatch.setattr(
+        torch.nn.Module, "named_modules", lambda x, *args: walked.append(x) or walk(x, *args)
+    )
     minia3.load_adapter(model, tmp_path, 1)
     assert sum(x is model for x in walked) == 2

@@ -35,7 +35,9 @@ def test_a_new_row_is_all_ones_in_float32():
 
 
 def test_the_whole_method_is_three_lines():
-    sources = "".join(path.read_text() for path in sorted(Path(minia3.__file__).parent.glob("*.py")))
+    sources = "".join(
+        path.read_text() for path in sorted(Path(minia3.__file__).parent.glob("*.py"))
+    )
     assert sorted(re.findall(r"self\.(l_\w+)\(", sources)) == ["l_ff", "l_k", "l_v"]
 
 
@@ -52,7 +54,9 @@ def test_a_fresh_model_is_the_base_bit_for_bit(loaded, monkeypatch, name, dtype)
 @pytest.mark.parametrize("name", BOTH)
 def test_vectors_are_float32_and_keep_small_updates_in_a_bfloat16_model(loaded, name):
     model = loaded(name, dtype=torch.bfloat16)
-    assert {p.dtype for n, p in model.named_parameters() if not n.endswith(".scale")} == {torch.bfloat16}
+    assert {p.dtype for n, p in model.named_parameters() if not n.endswith(".scale")} == {
+        torch.bfloat16
+    }
     for vector in minia3.vectors(model).values():
         assert vector.dtype == torch.float32
         vector.data += 1e-3
@@ -64,7 +68,8 @@ def test_vectors_are_named_by_their_place_and_hold_one_row_per_adapter(loaded):
     t5 = minia3.vectors(loaded("t5-wide", n_adapters=3))
     self_attention = [f"blocks.0.attn.{x}" for x in ("l_k", "l_v")]
     assert [n for n in t5 if n.startswith("decoder.")] == [
-        f"decoder.{n}" for n in (*self_attention, "blocks.0.cross.l_k", "blocks.0.cross.l_v", "blocks.0.ffn.l_ff")
+        f"decoder.{n}"
+        for n in (*self_attention, "blocks.0.cross.l_k", "blocks.0.cross.l_v", "blocks.0.ffn.l_ff")
     ]
     assert len(t5) == 3 * 3 + 5
     assert {n.rsplit(".", 1)[1]: tuple(v.shape) for n, v in t5.items()} == {
@@ -105,7 +110,9 @@ def test_only_vectors_get_gradients_and_rows_of_absent_adapters_get_exactly_zero
     state = model.start(tokens(2, 6), adapter=torch.tensor([3, 1]))
     loss_of(model.step(torch.cat((state.start, target[:, :-1]), dim=1), state), target).backward()
     vectors = minia3.vectors(model)
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == {f"{n}.scale" for n in vectors}
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        f"{n}.scale" for n in vectors
+    }
     for name, vector in vectors.items():
         assert torch.equal(vector.grad[[0, 2]], torch.zeros_like(vector[:2])), name
         assert (vector.grad[[1, 3]] != 0).any(dim=1).all(), name
@@ -126,13 +133,21 @@ def test_gradients_of_the_vectors_equal_those_of_peft(loaded, tmp_path, name):
     loss.backward()
     if name in T5_PEERS:
         start = torch.zeros_like(target[:, :1])
-        found = theirs(input_ids=source, decoder_input_ids=torch.cat((start, target[:, :-1]), dim=1)).logits
+        found = theirs(
+            input_ids=source, decoder_input_ids=torch.cat((start, target[:, :-1]), dim=1)
+        ).logits
     else:
-        found = theirs(input_ids=torch.cat((source, target[:, :-1]), dim=1)).logits[:, source.shape[1] - 1 :]
+        found = theirs(input_ids=torch.cat((source, target[:, :-1]), dim=1)).logits[
+            :, source.shape[1] - 1 :
+        ]
     expected = loss_of(found, target)
     expected.backward()
     assert abs(loss - expected) < 1e-12
-    gradients = {n.replace(".ia3_l.default", ".ia3_l"): p.grad for n, p in theirs.named_parameters() if "ia3_l" in n}
+    gradients = {
+        n.replace(".ia3_l.default", ".ia3_l"): p.grad
+        for n, p in theirs.named_parameters()
+        if "ia3_l" in n
+    }
     table, vectors = expand(PEFT, 3), minia3.vectors(ours)
     assert {table[n] for n in gradients} == set(vectors)
     for n, gradient in gradients.items():
@@ -153,7 +168,9 @@ def test_a_mixed_batch_is_each_row_alone_with_its_adapter(models, name, rows, se
     found = logits(model, source, mask, target, adapter=torch.tensor(rows))
     for i, row in enumerate(rows):
         one = slice(i, i + 1)
-        assert off(found[one], logits(model, source[one], mask[one], target[one], adapter=row)) < 1e-5
+        assert (
+            off(found[one], logits(model, source[one], mask[one], target[one], adapter=row)) < 1e-5
+        )
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +204,9 @@ def test_no_adapter_is_row_0_and_an_int_is_that_row_for_all(models, name):
         (1.5, r"\(2,\) long"),
     ],
 )
-def test_an_adapter_that_is_not_there_or_of_another_shape_is_refused(models, name, adapter, message):
+def test_an_adapter_that_is_not_there_or_of_another_shape_is_refused(
+    models, name, adapter, message
+):
     with pytest.raises(ValueError, match=message):
         models[name].start(tokens(2, 4), adapter=adapter)
 

@@ -5,7 +5,17 @@ import json
 
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, LLAMA_PEERS, Peer, bfloat16_errors, double, logits, make, off, tokens
+from conftest import (
+    LLAMA3_ROPE,
+    LLAMA_PEERS,
+    Peer,
+    bfloat16_errors,
+    double,
+    logits,
+    make,
+    off,
+    tokens,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,13 +35,19 @@ MASK = torch.tensor(
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 def test_logits_are_those_of_transformers(peer, loaded, name, mask):
     source, target = tokens(6, 9), tokens(6, 6, seed=1)
-    assert off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target)) < 1e-5
+    assert (
+        off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["llama-odd", "llama3"])
 def test_logits_of_long_texts_are_those_of_transformers(peer, loaded, name):
     source, target = tokens(2, 150), tokens(2, 150, seed=1)
-    assert off(logits(loaded(name), source, None, target), peer(name).logits(source, None, target)) < 1e-5
+    assert (
+        off(logits(loaded(name), source, None, target), peer(name).logits(source, None, target))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", LLAMA_PEERS)
@@ -60,20 +76,37 @@ def test_a_prompt_of_one_token_leaves_an_empty_cache_which_works(peer, loaded, n
     only_one_is_real = torch.tensor([[False, True, False]]).expand(3, 3)
     padded = torch.cat((tokens(3, 1, seed=2), source, tokens(3, 1, seed=3)), dim=1)
     assert model.start(padded, only_one_is_real).length == 0
-    assert off(logits(model, padded, only_one_is_real, target), peer(name).logits(source, None, target)) < 1e-5
+    assert (
+        off(
+            logits(model, padded, only_one_is_real, target), peer(name).logits(source, None, target)
+        )
+        < 1e-5
+    )
 
 
 def test_the_target_starts_with_the_last_real_token(loaded):
     source = tokens(6, 9)
     state = loaded("llama-gqa").start(source, MASK)
-    assert torch.equal(state.start[:, 0], torch.stack([row[keep][-1] for row, keep in zip(source, MASK, strict=True)]))
+    assert torch.equal(
+        state.start[:, 0],
+        torch.stack([row[keep][-1] for row, keep in zip(source, MASK, strict=True)]),
+    )
 
 
-@given(n_before=st.integers(1, 5), n_after=st.integers(0, 5), n_real=st.integers(1, 5), value=st.integers(0, 60))
+@given(
+    n_before=st.integers(1, 5),
+    n_after=st.integers(0, 5),
+    n_real=st.integers(1, 5),
+    value=st.integers(0, 60),
+)
 @settings(deadline=None, max_examples=10)
-def test_neither_the_amount_nor_the_content_of_padding_matters(loaded, n_before, n_after, n_real, value):
+def test_neither_the_amount_nor_the_content_of_padding_matters(
+    loaded, n_before, n_after, n_real, value
+):
     model, real, target = loaded("llama-gqa"), tokens(1, n_real), tokens(1, 3, seed=1)
-    source = torch.cat((torch.full((1, n_before), value), real, torch.full((1, n_after), value)), dim=1)
+    source = torch.cat(
+        (torch.full((1, n_before), value), real, torch.full((1, n_after), value)), dim=1
+    )
     mask = torch.tensor([[False] * n_before + [True] * n_real + [False] * n_after])
     assert off(logits(model, source, mask, target), logits(model, real, None, target)) < 1e-5
 
@@ -95,14 +128,29 @@ def test_frequencies_are_those_of_transformers(theta, rope, d_head):
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = dict(zip(names, rope, strict=True)) | {"rope_type": "llama3"} if rope else {}
     config = transformers.LlamaConfig(
-        hidden_size=d_head, num_attention_heads=1, head_dim=d_head, rope_parameters={"rope_theta": theta, **scaling}
+        hidden_size=d_head,
+        num_attention_heads=1,
+        head_dim=d_head,
+        rope_parameters={"rope_theta": theta, **scaling},
     )
     expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
     ours = LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta, rope_scaling=rope)
     assert torch.allclose(inverse_frequencies(ours), expected, rtol=1e-6, atol=0)
     plain = inverse_frequencies(LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta))
-    as_factors = LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta, rope_factors=tuple((plain / expected).tolist()))
-    assert torch.allclose(inverse_frequencies(as_factors), expected, rtol=1e-6, atol=0), "GGUF's form of the same"
+    as_factors = LlamaConfig(
+        d_head,
+        d_head,
+        1,
+        1,
+        1,
+        1,
+        1,
+        rope_theta=theta,
+        rope_factors=tuple((plain / expected).tolist()),
+    )
+    assert torch.allclose(inverse_frequencies(as_factors), expected, rtol=1e-6, atol=0), (
+        "GGUF's form of the same"
+    )
 
 
 def test_the_old_and_the_new_form_of_rope_in_config_json_are_one(peer, copy):
@@ -121,7 +169,9 @@ def test_the_old_and_the_new_form_of_rope_in_config_json_are_one(peer, copy):
     assert off(logits(minia3.load_model(folder), source, None, target), expected) < 1e-5
     del raw["rope_scaling"]
     (folder / "config.json").write_text(json.dumps(raw))
-    assert off(logits(minia3.load_model(folder), source, None, target), expected) > 1e-3, "without scaling it is another"
+    assert off(logits(minia3.load_model(folder), source, None, target), expected) > 1e-3, (
+        "without scaling it is another"
+    )
 
 
 def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
@@ -133,7 +183,11 @@ def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
 def test_dropout_in_training_falls_on_attention_alone_as_in_transformers(copy):
     import transformers
 
-    folder, source, target = copy("llama-gqa", attention_dropout=0.3), tokens(3, 7), tokens(3, 1, seed=1)
+    folder, source, target = (
+        copy("llama-gqa", attention_dropout=0.3),
+        tokens(3, 7),
+        tokens(3, 1, seed=1),
+    )
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
     ours = minia3.load_model(folder).train()
     torch.manual_seed(0)

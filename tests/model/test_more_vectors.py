@@ -10,7 +10,18 @@ import warnings
 import pytest
 import running
 import torch
-from conftest import Peer, at_once, double, logits, make, off, randomize, their_logits, tokens, with_peft
+from conftest import (
+    Peer,
+    at_once,
+    double,
+    logits,
+    make,
+    off,
+    randomize,
+    their_logits,
+    tokens,
+    with_peft,
+)
 from running import at_line, kill_self, metrics, run, train, words
 from safetensors.torch import load_file
 from test_recompute import batch_of, compiled, gradients, same
@@ -33,7 +44,9 @@ from minia3.training.prepare import prepare_model
 
 ALL, PLAIN = "k,v,ff,q,o,up,gate", "k,v,ff,q,o,gate"  # the latter where no feed-forward is gated
 SOURCE, TARGET = tokens(4, 7), tokens(4, 5, seed=1)
-MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3, [True] + [False] * 6])
+MASK = torch.tensor(
+    [[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3, [True] + [False] * 6]
+)
 ATTENTION = ["q", "k", "v", "o"]
 SEVEN = {  # PEFT's names of all linears of the blocks; the last scales its input
     "t5-v1.0": [*ATTENTION, "wi", "wo"],
@@ -111,7 +124,10 @@ def test_a_model_has_none_that_nobody_asked_for(loaded, name):
     assert {n.rsplit(".l_")[1] for n in minia3.vectors(model)} == {"k", "v", "ff"}
 
 
-COUNTS = {"t5-v1.0": [("q", 6), ("o", 6), ("wi", 4)], "llama-gqa": [("q", 2), ("o", 2), ("up", 2), ("gate", 2)]}
+COUNTS = {
+    "t5-v1.0": [("q", 6), ("o", 6), ("wi", 4)],
+    "llama-gqa": [("q", 2), ("o", 2), ("up", 2), ("gate", 2)],
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -133,7 +149,9 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft
     others = {n: v.detach().clone() for n, v in minia3.vectors(ours).items()}
     minia3.load_adapter(ours, folder, adapter=1)
     for n, vector in minia3.vectors(ours).items():
-        assert torch.equal(vector[[0, 2]], others[n][[0, 2]] if n in others else torch.ones_like(vector[:2])), n
+        assert torch.equal(
+            vector[[0, 2]], others[n][[0, 2]] if n in others else torch.ones_like(vector[:2])
+        ), n
     theirs, ours = double(theirs), ours.double()
     minia3.freeze(ours)
     expected = their_logits(theirs, SOURCE, MASK, TARGET)
@@ -143,7 +161,11 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft
     for x in (expected, found):
         x.log_softmax(-1)[..., 5].mean().backward()
     table = minia3.names.expand(minia3.names.PEFT, 3)
-    learnt = {table[n.replace(".default", "")]: p.grad.flatten() for n, p in theirs.named_parameters() if "ia3_l" in n}
+    learnt = {
+        table[n.replace(".default", "")]: p.grad.flatten()
+        for n, p in theirs.named_parameters()
+        if "ia3_l" in n
+    }
     assert learnt.keys() == minia3.vectors(ours).keys()
     largest = max(gradient.abs().max() for gradient in learnt.values())
     for n, gradient in learnt.items():
@@ -153,24 +175,35 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft
 
 
 @pytest.mark.parametrize("name", SEVEN)
-def test_our_folder_is_what_peft_itself_writes_and_gives_the_same_logits_there(loaded, peft_folder, tmp_path, name):
+def test_our_folder_is_what_peft_itself_writes_and_gives_the_same_logits_there(
+    loaded, peft_folder, tmp_path, name
+):
     import peft
 
     _, folder = peft_folder(name)
     model = loaded(name)
     minia3.load_adapter(model, folder)
     save_adapter(model, tmp_path / "ours")
-    found, expected = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "ours", folder))
+    found, expected = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "ours", folder)
+    )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], x) for n, x in expected.items())
-    ours, raw = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path / "ours", folder))
+    ours, raw = (
+        json.loads((path / "adapter_config.json").read_text())
+        for path in (tmp_path / "ours", folder)
+    )
     assert sorted(ours["target_modules"]) == sorted(raw["target_modules"])
     assert ours["feedforward_modules"] == raw["feedforward_modules"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*")  # transformers' and PEFT's own affair
+        warnings.filterwarnings(
+            "ignore", ".*is_gradient_checkpointing.*"
+        )  # transformers' and PEFT's own affair
         again = peft.PeftModel.from_pretrained(make(name), tmp_path / "ours").eval()
-    assert len([n for n, _ in again.named_parameters() if "ia3_l" in n]) == len(minia3.vectors(model))
+    assert len([n for n, _ in again.named_parameters() if "ia3_l" in n]) == len(
+        minia3.vectors(model)
+    )
     expected = Peer(name, None, again).logits(SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
 
@@ -179,7 +212,10 @@ PARTIAL = [
     ("t5-v1.0", ["q", "wi"]),
     ("t5-v1.0", r".*EncDecAttention\.(q|o)"),
     ("t5-v1.1", ["wi_0"]),
-    ("t5-v1.1", r"encoder\..*wi_1|decoder\.block\.1\..*wo|decoder\..*\.wi_1"),  # wi_1 alone, and with wo
+    (
+        "t5-v1.1",
+        r"encoder\..*wi_1|decoder\.block\.1\..*wo|decoder\..*\.wi_1",
+    ),  # wi_1 alone, and with wo
     ("llama-gqa", ["up_proj", "o_proj"]),
     ("llama-gqa", r".*\.1\..*(gate|down)_proj"),
 ]
@@ -203,14 +239,18 @@ def test_any_subset_of_places_comes_in_and_goes_out(loaded, peft_folder, tmp_pat
 
 
 def test_l_up_alone_is_l_ff_and_beside_it_is_itself(peft_folder):
-    _, folder = peft_folder("t5-v1.1", r"encoder\..*wi_1|decoder\.block\.1\..*wo|decoder\..*\.wi_1", r".*\.wo")
+    _, folder = peft_folder(
+        "t5-v1.1", r"encoder\..*wi_1|decoder\.block\.1\..*wo|decoder\..*\.wi_1", r".*\.wo"
+    )
     assert sorted(read_adapter(folder).vectors) == [
         *("decoder.blocks.0.ffn.l_ff", "decoder.blocks.1.ffn.l_ff", "decoder.blocks.1.ffn.l_up"),
         *("encoder.blocks.0.ffn.l_ff", "encoder.blocks.1.ffn.l_ff"),
     ]
 
 
-def test_an_adapter_with_places_that_the_model_lacks_is_refused_and_adds_nothing(loaded, peft_folder):
+def test_an_adapter_with_places_that_the_model_lacks_is_refused_and_adds_nothing(
+    loaded, peft_folder
+):
     for name, other, message in (
         ("t5-v1.1", "t5-v1.0", "encoder.blocks.0.ffn.l_gate of 40, expected none"),
         ("t5-v1.0", "t5-v1.1", "encoder.blocks.0.ffn.l_wi of 40, expected none"),
@@ -225,9 +265,13 @@ def test_an_adapter_with_places_that_the_model_lacks_is_refused_and_adds_nothing
         assert [n for n, _ in model.named_parameters()] == before
 
 
-def test_the_output_of_the_down_projection_has_no_vector_and_is_refused_by_name(loaded, peft_folder):
+def test_the_output_of_the_down_projection_has_no_vector_and_is_refused_by_name(
+    loaded, peft_folder
+):
     _, folder = peft_folder("llama-gqa", inputs=[])
-    with pytest.raises(ValueError, match=r"down_proj.ia3_l is torch.float32 \(24, 1\), expected floats \(1, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"down_proj.ia3_l is torch.float32 \(24, 1\), expected floats \(1, 24\)"
+    ):
         minia3.load_adapter(loaded("llama-gqa"), folder)
 
 
@@ -242,7 +286,9 @@ def test_what_is_saved_comes_back_bit_for_bit(scaled, loaded, tmp_path, name):
         assert (vector[:2] == 1).all()
 
 
-def test_a_vector_that_an_adapter_lacks_becomes_one_and_is_one_in_a_mixture(scaled, loaded, tmp_path):
+def test_a_vector_that_an_adapter_lacks_becomes_one_and_is_one_in_a_mixture(
+    scaled, loaded, tmp_path
+):
     model = scaled("llama-gqa", seed=3)
     save_adapter(loaded("llama-gqa", seed=4), tmp_path / "three")
     save_adapter(model, tmp_path / "seven")
@@ -254,7 +300,9 @@ def test_a_vector_that_an_adapter_lacks_becomes_one_and_is_one_in_a_mixture(scal
     assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == places(model).keys()
 
 
-def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(scaled, loaded, tmp_path):
+def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(
+    scaled, loaded, tmp_path
+):
     save_adapter(scaled("t5-v1.1", seed=3), tmp_path / "all" / "a")
     save_adapter(loaded("t5-v1.1", seed=4), tmp_path / "all" / "b")
     model = loaded("t5-v1.1", n_adapters=2).double()
@@ -281,10 +329,14 @@ def test_vectors_join_a_model_that_needs_no_gradient_without_one(scaled, loaded,
 def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled, loaded, tmp_path):
     """As another thread might: the call that is under way has none of them, and goes on as the base."""
     save_adapter(scaled("llama-gqa", seed=3), tmp_path / "more")
-    logits(scaled("llama-gqa", n_adapters=2), SOURCE, MASK, TARGET, 1)  # its rows are not those of another's call
+    logits(
+        scaled("llama-gqa", n_adapters=2), SOURCE, MASK, TARGET, 1
+    )  # its rows are not those of another's call
     model = loaded("llama-gqa", n_adapters=2)
     expected, adapters = logits(model, SOURCE, MASK, TARGET), Adapters(model)
-    hook = model.blocks[0].attn_norm.register_forward_hook(lambda *_: None if adapters else adapters.load("more", tmp_path / "more"))
+    hook = model.blocks[0].attn_norm.register_forward_hook(
+        lambda *_: None if adapters else adapters.load("more", tmp_path / "more")
+    )
     assert torch.equal(logits(model, SOURCE, MASK, TARGET), expected)
     hook.remove()
     row = adapters.rows(["more"]).item()
@@ -295,7 +347,9 @@ def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled
 def test_vectors_are_not_added_to_a_block_whose_forward_is_another(loaded):
     model = loaded("llama-gqa")
     prepare_model(model, train.Config(checkpoint=True))
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.l_q: its block's forward is another already"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.attn\.l_q: its block's forward is another already"
+    ):
         select_vectors(model, "q", "0-", True)
 
 
@@ -309,14 +363,20 @@ def test_threads_that_share_a_model_each_get_their_own_rows(scaled):
 
     @torch.no_grad()
     def work(adapter):
-        wrong.extend(1 for _ in range(60) if off(logits(model, SOURCE, MASK, TARGET, adapter), expected[adapter]) > 1e-5)
+        wrong.extend(
+            1
+            for _ in range(60)
+            if off(logits(model, SOURCE, MASK, TARGET, adapter), expected[adapter]) > 1e-5
+        )
 
     at_once(work, [(adapter,) for adapter in range(3)])
     assert wrong == []
 
 
 @pytest.mark.parametrize("name", THREE)
-def test_mixed_is_each_alone_padded_or_not_with_cache_choices_beams_and_samples(scaled, loaded, name):
+def test_mixed_is_each_alone_padded_or_not_with_cache_choices_beams_and_samples(
+    scaled, loaded, name
+):
     model, rows = scaled(name, n_adapters=5, seed=3), torch.tensor([4, 0, 2, 4])
     tokenizer = word_tokenizer(ends=name != "llama-gqa")
     prompts = ["w3 w4 w5", "w9", "w6 w7 w8 w9 w10", "w11 w12"]
@@ -326,13 +386,21 @@ def test_mixed_is_each_alone_padded_or_not_with_cache_choices_beams_and_samples(
         "padded": logits(model, SOURCE, MASK, TARGET, rows),
         "not": logits(model, SOURCE, None, TARGET, rows),
         "rank": minia3.rank(model, tokenizer, prompts, choices, adapter=rows, batch_size=4),
-        "greedy": minia3.generate(model, tokenizer, prompts, adapter=rows, max_new_tokens=5, batch_size=4),
-        "beams": minia3.generate(model, tokenizer, prompts, adapter=rows, max_new_tokens=4, beams=3, batch_size=16),
-        "drawn": minia3.generate(model, tokenizer, prompts, adapter=rows, max_new_tokens=4, batch_size=16, **drawn),
+        "greedy": minia3.generate(
+            model, tokenizer, prompts, adapter=rows, max_new_tokens=5, batch_size=4
+        ),
+        "beams": minia3.generate(
+            model, tokenizer, prompts, adapter=rows, max_new_tokens=4, beams=3, batch_size=16
+        ),
+        "drawn": minia3.generate(
+            model, tokenizer, prompts, adapter=rows, max_new_tokens=4, batch_size=16, **drawn
+        ),
     }
     with torch.no_grad():  # a token at a time
         state = model.start(SOURCE, MASK, rows)
-        steps = [model.step(x, state) for x in torch.cat((state.start, TARGET), dim=1).split(1, dim=1)]
+        steps = [
+            model.step(x, state) for x in torch.cat((state.start, TARGET), dim=1).split(1, dim=1)
+        ]
     assert off(torch.cat(steps, dim=1), found["padded"]) < 1e-5
     for i, row in enumerate(rows.tolist()):
         one, own = alone(model, row, loaded, name), slice(i, i + 1)
@@ -340,12 +408,20 @@ def test_mixed_is_each_alone_padded_or_not_with_cache_choices_beams_and_samples(
         assert off(found["not"][own], logits(one, SOURCE[own], None, TARGET[own])) < 1e-5
         expected = minia3.rank(one, tokenizer, prompts[own], choices[own])
         assert_close(found["rank"][own, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
-        assert found["greedy"][own] == minia3.generate(one, tokenizer, prompts[own], max_new_tokens=5)
-        assert found["beams"][own] == minia3.generate(one, tokenizer, prompts[own], max_new_tokens=4, beams=3)
-        own_drawn = minia3.generate(model, tokenizer, prompts, adapter=row, max_new_tokens=4, batch_size=16, **drawn)
+        assert found["greedy"][own] == minia3.generate(
+            one, tokenizer, prompts[own], max_new_tokens=5
+        )
+        assert found["beams"][own] == minia3.generate(
+            one, tokenizer, prompts[own], max_new_tokens=4, beams=3
+        )
+        own_drawn = minia3.generate(
+            model, tokenizer, prompts, adapter=row, max_new_tokens=4, batch_size=16, **drawn
+        )
         assert found["drawn"][2 * i : 2 * i + 2] == own_drawn[2 * i : 2 * i + 2]
     assert off(found["not"][:1], found["not"][3:]) > 1e-2
-    for n, table in minia3.vectors(model).items():  # every vector takes part, of row 2 in the third example alone
+    for n, table in minia3.vectors(
+        model
+    ).items():  # every vector takes part, of row 2 in the third example alone
         was = table.data[2].clone()
         table.data[2] += 0.5
         moved = (logits(model, SOURCE, MASK, TARGET, rows) - found["padded"]).abs().amax((1, 2))
@@ -403,14 +479,20 @@ def test_compiled_is_plain_and_other_lengths_compile_nothing_anew(scaled, name):
 
 @pytest.mark.parametrize("name", SEVEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_merged_row_is_the_row_applied_and_has_no_vectors_but_the_paper_s(scaled, loaded, name, dtype):
+def test_a_merged_row_is_the_row_applied_and_has_no_vectors_but_the_paper_s(
+    scaled, loaded, name, dtype
+):
     model = scaled(name, n_adapters=2, seed=3, dtype=dtype)
     expected = logits(model, SOURCE, MASK, TARGET, adapter=1)
     before = {n: value.clone() for n, value in model.state_dict().items()}
     merged = merge(model, 1)
-    bound = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 0.1}[dtype]  # vectors are float32
+    bound = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 0.1}[
+        dtype
+    ]  # vectors are float32
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < bound
-    assert [(n, type(x)) for n, x in merged.named_modules()] == [(n, type(x)) for n, x in loaded(name).named_modules()]
+    assert [(n, type(x)) for n, x in merged.named_modules()] == [
+        (n, type(x)) for n, x in loaded(name).named_modules()
+    ]
     assert all((v == 1).all() and len(v) == 1 for v in minia3.vectors(merged).values())
     weights = dict(model.named_parameters())
     for n, p in merged.named_parameters():
@@ -463,13 +545,22 @@ def test_lora_is_not_put_where_a_vector_is_nor_a_vector_where_lora_is(loaded, pe
     ("name", "sites", "layers", "cross", "chosen", "added"),
     [
         ("t5-v1.1", ALL, "0-", True, ".*", ".*"),
-        ("t5-v1.1", "q,gate", "1", False, r".*\.1\.(attn\.l_q|ffn\.l_gate)", r".*\.1\.(attn\.l_q|ffn\.l_gate)"),
+        (
+            "t5-v1.1",
+            "q,gate",
+            "1",
+            False,
+            r".*\.1\.(attn\.l_q|ffn\.l_gate)",
+            r".*\.1\.(attn\.l_q|ffn\.l_gate)",
+        ),
         ("t5-v1.0", "k,gate", "0", True, r".*\.0\..*l_(k|wi)", r".*\.0\..*l_wi"),
         ("llama-gqa", "o,up", "0,1", True, r".*l_(o|up)", r".*l_(o|up)"),
         ("llama-gqa", "ff,k", "0-", True, r".*l_(ff|k)", "none"),
     ],
 )
-def test_what_is_chosen_is_added_and_alone_requires_a_gradient(loaded, name, sites, layers, cross, chosen, added):
+def test_what_is_chosen_is_added_and_alone_requires_a_gradient(
+    loaded, name, sites, layers, cross, chosen, added
+):
     model = loaded(name, n_adapters=2)
     paper, room = {*minia3.vectors(model)}, {*places(model)}
     found = select_vectors(model, sites, layers, cross)
@@ -479,14 +570,18 @@ def test_what_is_chosen_is_added_and_alone_requires_a_gradient(loaded, name, sit
     assert all(found[n] is ours[n] for n in found)
     assert {n for n, v in ours.items() if v.requires_grad} == found.keys()
     select_vectors(model, "k", "0-", True)
-    assert {n for n, v in minia3.vectors(model).items() if v.requires_grad} == {n for n in ours if n.endswith("l_k")}
+    assert {n for n, v in minia3.vectors(model).items() if v.requires_grad} == {
+        n for n in ours if n.endswith("l_k")
+    }
     assert minia3.vectors(model).keys() == ours.keys()
 
 
 @pytest.mark.parametrize("sites", ["x", "k,wi", "k,", "down", "", "up"])
 def test_sites_that_are_none_or_of_another_model_are_refused_and_add_nothing(loaded, sites):
     model = loaded("t5-v1.0")
-    with pytest.raises(ValueError, match=r"has no vectors in .* expected some of k,v,ff,q,o,up,gate, and layers"):
+    with pytest.raises(
+        ValueError, match=r"has no vectors in .* expected some of k,v,ff,q,o,up,gate, and layers"
+    ):
         select_vectors(model, sites, "0-", True)
     assert minia3.vectors(model).keys() == minia3.vectors(loaded("t5-v1.0")).keys()
 
@@ -497,7 +592,12 @@ EXACT = {"dtype": "float64", "dropout": 0, "lr": 0.01, "steps": 8}
 @pytest.mark.parametrize("name", ["t5", "llama"])
 @pytest.mark.parametrize("recipe", [[], ["--checkpoint"]])
 def test_two_seeds_together_are_each_apart_with_all_sites(name, recipe, tmp_path):
-    flags = {"model": running.model(name), "task": running.task((2, 3)), "sites": all_of(name), **EXACT}
+    flags = {
+        "model": running.model(name),
+        "task": running.task((2, 3)),
+        "sites": all_of(name),
+        **EXACT,
+    }
     assert run(words(tmp_path / "grid", *recipe, seed="0,3", **flags)) == 0
     together = load_checkpoint(tmp_path / "grid")["vectors"]
     base = minia3.load_model(running.model(name))
@@ -511,7 +611,9 @@ def test_two_seeds_together_are_each_apart_with_all_sites(name, recipe, tmp_path
             assert (l_D != 1).any(), n
         final = metrics(tmp_path / str(seed))[-1]
         assert final["trainable"] == sum(v.numel() for v in apart.values())
-        assert final["total"] == sum(p.numel() for n, p in base.named_parameters() if not n.endswith(".scale"))
+        assert final["total"] == sum(
+            p.numel() for n, p in base.named_parameters() if not n.endswith(".scale")
+        )
         saved = read_adapter(tmp_path / "grid" / "adapters" / f"s{seed}").vectors
         assert saved.keys() == expected
         again = minia3.load_model(running.model(name))
@@ -526,19 +628,35 @@ def test_a_run_with_all_sites_is_measured_again_and_stopped_goes_on_bit_for_bit(
     flags["adapter"] = tmp_path / "three" / "adapter"  # which has fewer
     with at_line(0, None) as ran:
         assert run(words(tmp_path / "whole", **flags)) == 0
-    assert {n.rsplit(".l_")[1] for n in load_checkpoint(tmp_path / "whole")["vectors"]} == {*"kvqo", "ff", "wi"}
+    assert {n.rsplit(".l_")[1] for n in load_checkpoint(tmp_path / "whole")["vectors"]} == {
+        *"kvqo",
+        "ff",
+        "wi",
+    }
     with at_line(len(ran) * 2 // 3, functools.partial(kill_self, signal.SIGINT)):
         assert run(words(tmp_path / "stopped", **flags)) == 130
     assert running.resume(tmp_path / "stopped") == 0
     assert running.outcome(tmp_path / "stopped") == running.outcome(tmp_path / "whole")
-    assert run(words(tmp_path / "again", "--eval-only", adapter=tmp_path / "whole" / "adapter")) == 0
-    assert metrics(tmp_path / "again")[-1]["accuracy"] == metrics(tmp_path / "whole")[-1]["accuracy"]
+    assert (
+        run(words(tmp_path / "again", "--eval-only", adapter=tmp_path / "whole" / "adapter")) == 0
+    )
+    assert (
+        metrics(tmp_path / "again")[-1]["accuracy"] == metrics(tmp_path / "whole")[-1]["accuracy"]
+    )
 
 
 def test_the_vectors_of_a_model_are_at_peft_s_names_of_its_linears(loaded):
     for name in SEVEN:
         model = loaded(name)
         ours = minia3.vectors(model).keys() | places(model).keys()
-        theirs = {n for n, place in minia3.names.expand(minia3.names.PEFT, 3).items() if place in ours}
-        weights = {n for n, own in name_table(model).items() if own and ".blocks" in f".{own}" and "norm" not in own}
-        assert {n.removeprefix("base_model.model.").replace("ia3_l", "weight") for n in theirs} == weights
+        theirs = {
+            n for n, place in minia3.names.expand(minia3.names.PEFT, 3).items() if place in ours
+        }
+        weights = {
+            n
+            for n, own in name_table(model).items()
+            if own and ".blocks" in f".{own}" and "norm" not in own
+        }
+        assert {
+            n.removeprefix("base_model.model.").replace("ia3_l", "weight") for n in theirs
+        } == weights

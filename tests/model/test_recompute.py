@@ -34,7 +34,13 @@ def batch_of(lengths, n_choices=2, n_target=4, seed=0):
     )
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     n_real = torch.arange(len(lengths) * n_choices).view(len(lengths), n_choices, 1) % n_target + 1
-    return Batch(source, mask, target, torch.arange(n_target) < n_real, torch.arange(len(lengths)) % n_choices)
+    return Batch(
+        source,
+        mask,
+        target,
+        torch.arange(n_target) < n_real,
+        torch.arange(len(lengths)) % n_choices,
+    )
 
 
 def loss_of(model, batch):
@@ -86,7 +92,11 @@ def test_attention_under_dropout_is_torch_s_and_keeps_less(loaded, name, whole, 
         torch.manual_seed(0)
         loss = loss_of(model, batch)
         loss.backward()
-        return [loss.detach(), torch.rand(3), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return [
+            loss.detach(),
+            torch.rand(3),
+            *(p.grad for p in model.parameters() if p.grad is not None),
+        ]
 
     ours, kept = found(), kept_for_backward(lambda: loss_of(model, batch), model)
     monkeypatch.setattr("minia3.model.blocks.attention", F.scaled_dot_product_attention)
@@ -96,9 +106,14 @@ def test_attention_under_dropout_is_torch_s_and_keeps_less(loaded, name, whole, 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_under_dropout_is_torch_s_in_bfloat16_too(masked):
-    q_BHLK, k_BHMK, v_BHMK, grad_BHLK = (torch.randn(3, 4, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (5, 7, 7, 5))
+    q_BHLK, k_BHMK, v_BHMK, grad_BHLK = (
+        torch.randn(3, 4, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (5, 7, 7, 5)
+    )
     seen_B11M = torch.arange(7) < torch.tensor([7, 2, 4])[:, None, None, None]
-    how = {"attn_mask": mask_to_bias(seen_B11M, torch.bfloat16) if masked else None, "is_causal": False}
+    how = {
+        "attn_mask": mask_to_bias(seen_B11M, torch.bfloat16) if masked else None,
+        "is_causal": False,
+    }
     how |= {"dropout_p": 0.4, "scale": 0.5, "enable_gqa": False}
 
     def found(attention):
@@ -112,15 +127,29 @@ def test_attention_under_dropout_is_torch_s_in_bfloat16_too(masked):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "groups", "masked"),
-    [(4, 4, None), (4, 4, "heads"), (4, 4, "rows"), (6, 2, None), (6, 2, "rows"), (3, 1, None), (3, 1, "rows")],
+    [
+        (4, 4, None),
+        (4, 4, "heads"),
+        (4, 4, "rows"),
+        (6, 2, None),
+        (6, 2, "rows"),
+        (3, 1, None),
+        (3, 1, "rows"),
+    ],
 )
-def test_one_query_is_answered_as_near_to_float64_as_by_torch_s_attention(heads, groups, masked, dtype, monkeypatch):
+def test_one_query_is_answered_as_near_to_float64_as_by_torch_s_attention(
+    heads, groups, masked, dtype, monkeypatch
+):
     """It asks columns of a longer cache."""
     torch.manual_seed(0)
     q_BHLK = torch.randn(5, heads, 1, 16).to(dtype)
     k_BGMK, v_BGMK = (torch.randn(5, groups, 40, 16).to(dtype)[:, :, :31] for _ in range(2))
     seen_B11M = torch.rand(5, 1, 1, 31) < 0.7
-    bias = {None: None, "heads": torch.randn(1, heads, 1, 31).to(dtype), "rows": mask_to_bias(seen_B11M, dtype)}[masked]
+    bias = {
+        None: None,
+        "heads": torch.randn(1, heads, 1, 31).to(dtype),
+        "rows": mask_to_bias(seen_B11M, dtype),
+    }[masked]
     how = {"scale": 0.7, "enable_gqa": heads != groups, "dropout_p": 0.0, "is_causal": False}
     wide = [x if x is None else x.double() for x in (q_BHLK, k_BGMK, v_BGMK, bias)]
     exact = F.scaled_dot_product_attention(*wide, **how)
@@ -153,7 +182,9 @@ def test_the_norm_is_torch_s_and_so_are_its_gradients(dtype):
         torch.testing.assert_close(ours(x), found[0])
 
 
-@pytest.mark.parametrize("trained", [("gate", "scale"), ("gate",), ("scale",), ("up", "scale"), ("gate", "up", "scale")])
+@pytest.mark.parametrize(
+    "trained", [("gate", "scale"), ("gate",), ("scale",), ("up", "scale"), ("gate", "up", "scale")]
+)
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_a_gated_feed_forward_has_the_gradients_of_its_plain_lines(activation, trained):
     ffn = FeedForward(6, 10, activation, True, 0.0, n_adapters=3).double()
@@ -185,12 +216,18 @@ def test_what_is_computed_again_passes_gradcheck_and_keeps_its_inputs_alone():
     assert kept_for_backward(lambda: run(x, weight), module) == x.nbytes
 
 
-HEADS = [*NAMES, "t5-unscaled", "llama-tied"]  # scaled embedding, own head, own head; embedding as it is, twice
+HEADS = [
+    *NAMES,
+    "t5-unscaled",
+    "llama-tied",
+]  # scaled embedding, own head, own head; embedding as it is, twice
 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", HEADS)
-def test_logits_in_pieces_of_the_vocabulary_are_the_same_and_so_are_the_gradients(name, full, loaded, monkeypatch):
+def test_logits_in_pieces_of_the_vocabulary_are_the_same_and_so_are_the_gradients(
+    name, full, loaded, monkeypatch
+):
     """Of the vectors; or of all weights, the head or embedding among them, and of what the head reads."""
     model, batch = loaded(name, seed=0).double(), batch_of((7, 3, 5))
     minia3.freeze(model)
@@ -199,7 +236,10 @@ def test_logits_in_pieces_of_the_vocabulary_are_the_same_and_so_are_the_gradient
     def found():
         return [*gradients(model, batch), *(p.grad for p in model.parameters() if p.requires_grad)]
 
-    expected, (n_tokens, n_ids) = found(), (int(batch.target_mask_BCL.sum()), model.embed.num_embeddings)
+    expected, (n_tokens, n_ids) = (
+        found(),
+        (int(batch.target_mask_BCL.sum()), model.embed.num_embeddings),
+    )
     monkeypatch.setattr("minia3.inference.scoring.PIECE", 4 * (8 * n_tokens + 7))
     sizes, logits = [], model.logits
     model.logits = lambda x, weight: sizes.append((len(x), len(weight))) or logits(x, weight)
@@ -210,7 +250,10 @@ def test_logits_in_pieces_of_the_vocabulary_are_the_same_and_so_are_the_gradient
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_tensor_has_every_token_s_logits_for_every_id(grad, loaded, monkeypatch):
-    config, batch = replace(loaded("t5-v1.1").config, vocab_size=2000), batch_of((2, 3, 1), n_choices=9)
+    config, batch = (
+        replace(loaded("t5-v1.1").config, vocab_size=2000),
+        batch_of((2, 3, 1), n_choices=9),
+    )
     model, n_logits = build_model(config).bfloat16(), int(batch.target_mask_BCL.sum()) * 2000
     minia3.freeze(model)
     for piece, large in ((n_logits, True), (n_logits // 4, False)):
@@ -228,7 +271,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        self.numel = max(
+            [self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))]
+        )
         return out
 
 
@@ -236,7 +281,10 @@ def test_bfloat16_gradients_in_many_pieces_are_as_near_to_float64_s_as_in_one(lo
     """What the head reads gets a part of its gradient from each piece: they add up in float32."""
     x, found = torch.randn(12, 4, 24, generator=torch.Generator().manual_seed(0)).bfloat16(), []
     for dtype, piece in ((torch.float64, 1 << 24), (torch.bfloat16, 1 << 24), (torch.bfloat16, 1)):
-        model, batch = loaded("t5-v1.1", seed=0, dtype=torch.bfloat16).to(dtype), batch_of((7, 3, 5), n_choices=4)
+        model, batch = (
+            loaded("t5-v1.1", seed=0, dtype=torch.bfloat16).to(dtype),
+            batch_of((7, 3, 5), n_choices=4),
+        )
         monkeypatch.setattr("minia3.inference.scoring.PIECE", piece)
         minia3.freeze(model)
         own = x.to(dtype, copy=True).requires_grad_()
@@ -257,7 +305,11 @@ def many_choices():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
-    model, batch, adapter = loaded(name, n_adapters=2, seed=0).double(), many_choices(), torch.tensor([1, 0, 1])
+    model, batch, adapter = (
+        loaded(name, n_adapters=2, seed=0).double(),
+        many_choices(),
+        torch.tensor([1, 0, 1]),
+    )
     minia3.freeze(model)
 
     def found():
@@ -269,7 +321,9 @@ def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, load
         return [logp.detach(), scored, *(vector.grad for vector in minia3.vectors(model).values())]
 
     expected, read, reads = found(), model.read, []
-    model.read = lambda tokens, *rest, **options: reads.append(tuple(tokens.shape)) or read(tokens, *rest, **options)
+    model.read = lambda tokens, *rest, **options: (
+        reads.append(tuple(tokens.shape)) or read(tokens, *rest, **options)
+    )
     for texts, side_by_side, sizes in (
         (69, 99, [23, 23, 23, 8]),
         (1, 99, [1] * 77),
@@ -287,7 +341,9 @@ def test_many_choices_in_pieces_are_the_same_and_so_are_the_gradients(name, load
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(name, loaded, monkeypatch):
+def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(
+    name, loaded, monkeypatch
+):
     """The backward keeps a piece's ids alone; and there is one piece's work at a time, then and without gradients."""
     model, batches = loaded(name, seed=0), {n: batch_of((7, 3), n_choices=n) for n in (8, 80, 160)}
     minia3.freeze(model)
@@ -311,22 +367,31 @@ def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(n
 def test_checkpointed_blocks_give_the_same_bits_under_dropout_and_keep_less(name, loaded):
     model, batch = loaded(name, seed=0).train(), batch_of((30, 12, 25))
     minia3.freeze(model)
-    expected, kept = gradients(model, batch), kept_for_backward(lambda: loss_of(model, batch), model)
+    expected, kept = (
+        gradients(model, batch),
+        kept_for_backward(lambda: loss_of(model, batch), model),
+    )
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.forward = checkpointed(block.forward)
     same(gradients(model, batch), expected, rtol=0, atol=0)
     assert kept_for_backward(lambda: loss_of(model, batch), model) < kept / 2.5
-    text = minia3.generation.tokens(model.eval(), model.start(batch.source_BM, batch.mask_BM), 4, set())
+    text = minia3.generation.tokens(
+        model.eval(), model.start(batch.source_BM, batch.mask_BM), 4, set()
+    )
     for block in (module for module in model.modules() if isinstance(module, Block)):
         del block.forward
-    assert list(text) == list(minia3.generation.tokens(model, model.start(batch.source_BM, batch.mask_BM), 4, set()))
+    assert list(text) == list(
+        minia3.generation.tokens(model, model.start(batch.source_BM, batch.mask_BM), 4, set())
+    )
 
 
 def compiled(model, backend):
     torch.compiler.reset()
     torch._dynamo.config.cache_size_limit = 64  # as train.py has it
     for block in (module for module in model.modules() if isinstance(module, Block)):
-        block.compile(dynamic=True, fullgraph=True, backend=backend)  # fullgraph: a break in a graph is an error
+        block.compile(
+            dynamic=True, fullgraph=True, backend=backend
+        )  # fullgraph: a break in a graph is an error
     return model
 
 

@@ -39,7 +39,10 @@ def masks(draw, holes=False):
 
 
 def check_rows(model, mask, seed):
-    source, target = tokens(*mask.shape, seed=seed), tokens(len(mask), 3, seed=seed + 1)  # padding holds random ids
+    source, target = (
+        tokens(*mask.shape, seed=seed),
+        tokens(len(mask), 3, seed=seed + 1),
+    )  # padding holds random ids
     adapter = torch.arange(len(mask)) % 2
     found = logits(model, source, mask, target, adapter)
     for i in range(len(mask)):
@@ -62,10 +65,14 @@ def test_a_llama_row_with_holes_is_the_row_without_them(models, name, mask, seed
 
 
 @pytest.mark.parametrize("name", NAMES)
-@given(mask=masks(), cuts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99))
+@given(
+    mask=masks(), cuts=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 99)
+)
 @example(mask=torch.tensor([[False, True, True], [True, True, False]]), cuts=[1, 1, 3, 1], seed=0)
 @settings(deadline=None, max_examples=6)
-def test_however_the_target_is_cut_into_steps_the_logits_are_those_of_one_step(models, name, mask, cuts, seed):
+def test_however_the_target_is_cut_into_steps_the_logits_are_those_of_one_step(
+    models, name, mask, cuts, seed
+):
     model, source, target = (
         models[name],
         tokens(*mask.shape, seed=seed),
@@ -84,7 +91,13 @@ def test_however_the_target_is_cut_into_steps_the_logits_are_those_of_one_step(m
 def test_a_mask_of_all_true_is_no_mask(models, name):
     source, target = tokens(2, 6), tokens(2, 4, seed=1)
     all_true = torch.ones_like(source, dtype=torch.bool)
-    assert off(logits(models[name], source, all_true, target), logits(models[name], source, None, target)) < 1e-6
+    assert (
+        off(
+            logits(models[name], source, all_true, target),
+            logits(models[name], source, None, target),
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,8 +116,17 @@ def test_a_later_token_changes_nothing_before_it(models, name):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("n_before", [0, 1, 3])
 def test_repeating_the_state_is_repeating_the_source(models, name, masked, n_before):
-    model, source, before, target = models[name], tokens(2, 5), tokens(2, n_before, seed=1), tokens(6, 3, seed=2)
-    mask = torch.tensor([[False, True, True, True, False], [True, False, False, False, False]]) if masked else None
+    model, source, before, target = (
+        models[name],
+        tokens(2, 5),
+        tokens(2, n_before, seed=1),
+        tokens(6, 3, seed=2),
+    )
+    mask = (
+        torch.tensor([[False, True, True, True, False], [True, False, False, False, False]])
+        if masked
+        else None
+    )
     adapter = torch.tensor([1, 0])
 
     def repeat(x):
@@ -138,7 +160,9 @@ def test_stepping_a_repeated_state_leaves_the_first_one_where_it_was(models, nam
             model.step(twice + 1, other)
             assert torch.equal(model.step(token, state), model.step(token, undisturbed))
             expected = state.repeat(2)
-            assert off(model.step(twice, one), model.step(twice, expected)) < 1e-5, "nor does the other"
+            assert off(model.step(twice, one), model.step(twice, expected)) < 1e-5, (
+                "nor does the other"
+            )
 
 
 ROWS = {
@@ -148,7 +172,9 @@ ROWS = {
     "more": [0, 0, 3, 1, 1, 1, 2],
     "the same": [0, 1, 2, 3],
 }
-MASK = torch.tensor([[False, True, True, True], [True, False, False, False], [True] * 4, [True, True, True, False]])
+MASK = torch.tensor(
+    [[False, True, True, True], [True, False, False, False], [True] * 4, [True, True, True, False]]
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,8 +182,17 @@ MASK = torch.tensor([[False, True, True, True], [True, False, False, False], [Tr
 @pytest.mark.parametrize("n_before", [0, 1, 3])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_selecting_rows_of_a_state_is_starting_from_these_rows(models, name, mask, n_before, rows):
-    model, source, adapter, rows = models[name], tokens(4, 4), torch.tensor([1, 0, 0, 1]), torch.tensor(rows)
-    before, target, other = tokens(4, n_before, seed=1), tokens(len(rows), 3, seed=2), tokens(4, 3, seed=3)
+    model, source, adapter, rows = (
+        models[name],
+        tokens(4, 4),
+        torch.tensor([1, 0, 0, 1]),
+        torch.tensor(rows),
+    )
+    before, target, other = (
+        tokens(4, n_before, seed=1),
+        tokens(len(rows), 3, seed=2),
+        tokens(4, 3, seed=3),
+    )
     with torch.no_grad():
         state = model.start(source, mask, adapter)
         whole = model.start(source[rows], None if mask is None else mask[rows], adapter[rows])
@@ -171,7 +206,9 @@ def test_selecting_rows_of_a_state_is_starting_from_these_rows(models, name, mas
         for i in range(3):  # three states that go on in turns, each of them in room of its own
             expected = model.step(target[:, i : i + 1], whole)
             assert off(model.step(target[:, i : i + 1], selected), expected) < 1e-5
-            assert torch.equal(model.step(other[:, i : i + 1], state), model.step(other[:, i : i + 1], undisturbed))
+            assert torch.equal(
+                model.step(other[:, i : i + 1], state), model.step(other[:, i : i + 1], undisturbed)
+            )
             model.step(other[rows, i : i + 1], again)
 
 
@@ -211,7 +248,9 @@ def test_cached_is_uncached_across_the_blocks_in_which_the_cache_grows(models, n
 @pytest.mark.parametrize("given", [(1, 3), (4, 3), (6, 3), (3, 0)])
 def test_tokens_of_other_rows_than_the_state_has_are_refused(models, name, given):
     state = models[name].start(tokens(3, 4))
-    with pytest.raises(ValueError, match=rf"expected tokens for each of 3 rows, found \({given[0]}, {given[1]}\)"):
+    with pytest.raises(
+        ValueError, match=rf"expected tokens for each of 3 rows, found \({given[0]}, {given[1]}\)"
+    ):
         models[name].step(tokens(*given), state)
 
 
@@ -232,15 +271,23 @@ def test_the_cache_is_not_copied_at_each_step(models, name, monkeypatch):
         for token in tokens(3, n, seed=1).split(1, dim=1):
             model.step(token, state)
             places.add(state.caches[0].kv[0].data_ptr())
-    columns = [length for length in copied if length > model.config.d_head]  # the others are halves of a rotated head
-    assert len(columns) == 2 * len(state.caches) * (n // 64)  # keys and values of each block, once for 64 steps
+    columns = [
+        length for length in copied if length > model.config.d_head
+    ]  # the others are halves of a rotated head
+    assert len(columns) == 2 * len(state.caches) * (
+        n // 64
+    )  # keys and values of each block, once for 64 steps
     assert 3 <= len(places) <= 5
 
 
 def gradients(model, out):
     model.zero_grad()
     out.square().sum().backward()
-    return {name: vector.grad.clone() for name, vector in minia3.vectors(model).items() if vector.grad is not None}
+    return {
+        name: vector.grad.clone()
+        for name, vector in minia3.vectors(model).items()
+        if vector.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -256,7 +303,9 @@ def test_steps_with_and_without_gradients_may_follow_one_another(models, name, m
         with torch.set_grad_enabled(order[0] == "g"):
             state = model.start(source, mask)
         outs = []
-        for kind, part in zip(order, torch.cat((state.start, target), dim=1).split(2, dim=1), strict=False):
+        for kind, part in zip(
+            order, torch.cat((state.start, target), dim=1).split(2, dim=1), strict=False
+        ):
             with torch.set_grad_enabled(kind == "g"):
                 outs.append(model.step(part, state))
         return outs
@@ -325,7 +374,11 @@ def test_start_changes_neither_its_arguments_nor_the_model(models, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_log_probabilities_are_those_of_the_logits_and_move_the_state(models, name):
     model, source, target = models[name], tokens(2, 5), tokens(2, 4, seed=1)
-    expected = logits(model, source, None, target)[:, :-1].log_softmax(-1).gather(2, target[..., None])[..., 0]
+    expected = (
+        logits(model, source, None, target)[:, :-1]
+        .log_softmax(-1)
+        .gather(2, target[..., None])[..., 0]
+    )
     state = model.start(source)
     before = state.length
     found = minia3.logprobs(model, state, target)
@@ -342,10 +395,18 @@ def test_log_probabilities_are_those_of_the_logits_and_move_the_state(models, na
         (torch.ones(2, 0, dtype=torch.long), None, r"at least one token, found \(2, 0\)"),
         (torch.ones(0, 2, dtype=torch.long), None, r"found \(0, 2\)"),
         (torch.ones(3, dtype=torch.long), None, r"found \(3,\)"),
-        (tokens(2, 3), torch.ones(2, 4, dtype=torch.bool), r"mask must be bool \(2, 3\), found torch.bool \(2, 4\)"),
+        (
+            tokens(2, 3),
+            torch.ones(2, 4, dtype=torch.bool),
+            r"mask must be bool \(2, 3\), found torch.bool \(2, 4\)",
+        ),
         (tokens(2, 3), torch.ones(2, 3), r"mask must be bool \(2, 3\), found torch.float32"),
         (tokens(2, 3), torch.ones(2, 3, dtype=torch.long), "mask must be bool"),
-        (tokens(3, 2), torch.tensor([[True] * 2, [False] * 2, [False] * 2]), r"rows \[1, 2\] have no real token"),
+        (
+            tokens(3, 2),
+            torch.tensor([[True] * 2, [False] * 2, [False] * 2]),
+            r"rows \[1, 2\] have no real token",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_refused(models, name, source, mask, message):
@@ -377,9 +438,13 @@ def test_gradients_of_a_padded_batch_are_those_of_its_rows_apart(loaded, name):
 def test_what_is_done_token_by_token_is_done_for_real_tokens_alone(loaded, name, monkeypatch):
     model, mask, seen = loaded(name), torch.arange(9) < torch.tensor([[9], [2], [5]]), []
     block = (model.encoder.blocks if hasattr(model, "encoder") else model.blocks)[0]
-    block.ffn.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[:2].numel()))
+    block.ffn.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0].shape[:2].numel())
+    )
     model.start(tokens(3, 9), mask)
-    n_kept = 0 if hasattr(model, "encoder") else 3  # LLaMA's start leaves each row's last token to `step`
+    n_kept = (
+        0 if hasattr(model, "encoder") else 3
+    )  # LLaMA's start leaves each row's last token to `step`
     assert seen == [mask.sum().item() - n_kept]
 
 
@@ -391,18 +456,34 @@ def test_the_source_s_keys_and_values_are_not_copied_for_each_choice(models, nam
         found = getattr(again, source)
         assert [x.data_ptr() for x in found] == [x.data_ptr() for x in getattr(cache, source)]
         assert [len(x) for x in found] == [2, 2]
-    assert len(getattr(repeated.repeat(2).select(torch.tensor([11, 0, 5])).caches[0], source)[0]) == 3
+    assert (
+        len(getattr(repeated.repeat(2).select(torch.tensor([11, 0, 5])).caches[0], source)[0]) == 3
+    )
 
 
-@pytest.mark.parametrize(("rows", "n_sources"), [([2, 0, 1, 5, 3, 3], 2), ([4, 4, 3], 1), ([0, 3, 1], 3), ([0, 1], 2)])
-def test_beams_go_on_from_their_source_s_keys_and_values_without_copies_of_them(models, rows, n_sources):
+@pytest.mark.parametrize(
+    ("rows", "n_sources"), [([2, 0, 1, 5, 3, 3], 2), ([4, 4, 3], 1), ([0, 3, 1], 3), ([0, 1], 2)]
+)
+def test_beams_go_on_from_their_source_s_keys_and_values_without_copies_of_them(
+    models, rows, n_sources
+):
     """Of two sources, three beams each: rows that still are three of a source, one after the other, share it."""
-    model, mask, of = models["t5-v1.0"], torch.arange(5) < torch.tensor([[5], [3]]), [row // 3 for row in rows]
-    chosen, apart = model.start(tokens(2, 5), mask).repeat(3).select(torch.tensor(rows)), tokens(2, 5)[of]
+    model, mask, of = (
+        models["t5-v1.0"],
+        torch.arange(5) < torch.tensor([[5], [3]]),
+        [row // 3 for row in rows],
+    )
+    chosen, apart = (
+        model.start(tokens(2, 5), mask).repeat(3).select(torch.tensor(rows)),
+        tokens(2, 5)[of],
+    )
     assert {len(x) for cache in chosen.caches for x in cache.memory} == {n_sources}
     assert len(chosen.memory_bias_B11M) == n_sources
     with torch.no_grad():
-        found, expected = (model.step(tokens(len(rows), 1), state) for state in (chosen, model.start(apart, mask[of])))
+        found, expected = (
+            model.step(tokens(len(rows), 1), state)
+            for state in (chosen, model.start(apart, mask[of]))
+        )
     assert off(found, expected) < 1e-5
 
 
@@ -415,7 +496,9 @@ def test_a_column_is_seen_by_its_own_row_and_those_after_it():
         [[0, 1], [2, 3]],
     ]
     assert [state.length, shared.length] == [2, 5]
-    assert [["".join("-x"[seen] for seen in row) for row in state.seen(n).tolist()] for n in (1, 2)] == [
+    assert [
+        ["".join("-x"[seen] for seen in row) for row in state.seen(n).tolist()] for n in (1, 2)
+    ] == [
         ["xx"],
         ["x-", "xx"],
     ]
@@ -432,17 +515,27 @@ def test_a_column_is_seen_by_its_own_row_and_those_after_it():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grad", [False, True])
 @settings(deadline=None, max_examples=10)
-@given(mask=masks(), c=st.integers(2, 3), lengths=st.lists(st.integers(1, 3), min_size=2, max_size=4), data=st.data())
+@given(
+    mask=masks(),
+    c=st.integers(2, 3),
+    lengths=st.lists(st.integers(1, 3), min_size=2, max_size=4),
+    data=st.data(),
+)
 def test_rows_that_go_on_from_one_source_are_rows_apart(models, name, grad, mask, c, lengths, data):
     """Over several steps, and after some are selected, and repeated again."""
     model, of = models[name], torch.arange(len(mask)).repeat_interleave(c)
     source, adapter = tokens(*mask.shape), torch.arange(len(mask)) % 2
     with torch.set_grad_enabled(grad):
-        state, whole = model.start(source, mask, adapter).repeat(c), model.start(source[of], mask[of], adapter[of])
+        state, whole = (
+            model.start(source, mask, adapter).repeat(c),
+            model.start(source[of], mask[of], adapter[of]),
+        )
         for i, length in enumerate(lengths):
             target = tokens(len(of), length, seed=i)
             assert off(model.step(target, state), model.step(target, whole)) < 1e-5
-        rows = torch.tensor(data.draw(st.lists(st.integers(0, len(of) - 1), min_size=1, max_size=4, unique=True)))
+        rows = torch.tensor(
+            data.draw(st.lists(st.integers(0, len(of) - 1), min_size=1, max_size=4, unique=True))
+        )
         state, whole, again = state.select(rows), whole.select(rows), state.repeat(2)
         for i in range(2):
             target, both = tokens(len(rows), 2, seed=9 + i), tokens(2 * len(of), 2, seed=9 + i)
@@ -454,8 +547,12 @@ def test_rows_that_go_on_from_one_source_are_rows_apart(models, name, grad, mask
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(deadline=None, max_examples=20)
-@given(mask=masks(), c=st.integers(1, 3), d=st.integers(1, 2), seed=st.integers(0, 9), data=st.data())
-def test_rows_that_share_a_source_and_are_selected_are_the_rows_apart(models, name, mask, c, d, seed, data):
+@given(
+    mask=masks(), c=st.integers(1, 3), d=st.integers(1, 2), seed=st.integers(0, 9), data=st.data()
+)
+def test_rows_that_share_a_source_and_are_selected_are_the_rows_apart(
+    models, name, mask, c, d, seed, data
+):
     model, n = models[name], len(mask) * c * d
     rows = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=4))
     source, target = tokens(*mask.shape, seed=seed), tokens(len(rows), 3, seed=seed + 1)

@@ -62,7 +62,10 @@ def lies(names):
                 continue
             first, expected = sizes.setdefault(letter, (name, 1 if letter == "1" else size))
             if size != expected:
-                wrong.append(f"{name} {tuple(shape)}: {letter} is {expected}" + f" by {first}" * (letter != "1"))
+                wrong.append(
+                    f"{name} {tuple(shape)}: {letter} is {expected}"
+                    + f" by {first}" * (letter != "1")
+                )
     return wrong, seen
 
 
@@ -122,23 +125,51 @@ def run(model, tokenizer, folder):
     model.train()
     for source_mask in (None, mask, mask.flip(1)):
         state = model.start(source, source_mask, adapter)
-        logp = minia3.logprobs(model, state.repeat(n_choices), target.repeat_interleave(n_choices, 0))
+        logp = minia3.logprobs(
+            model, state.repeat(n_choices), target.repeat_interleave(n_choices, 0)
+        )
         logp = logp.view(n_rows, n_choices, n_target)
-        total_loss(logp, torch.ones_like(logp, dtype=torch.bool), torch.tensor([0, 1, 1, 0, 1])).backward()
+        total_loss(
+            logp, torch.ones_like(logp, dtype=torch.bool), torch.tensor([0, 1, 1, 0, 1])
+        ).backward()
         Adafactor(minia3.vectors(model).values(), lr=1e-3).step()
-        for first, last in ((0, 4), (4, 5), (5, 8)):  # on an empty cache; one token; some tokens on a cache
+        for first, last in (
+            (0, 4),
+            (4, 5),
+            (5, 8),
+        ):  # on an empty cache; one token; some tokens on a cache
             model.step(target[:, first:last], state)
     model.start(source[:, :1])  # one token
     model.eval()
-    prompts = sorted(texts(6), key=len, reverse=True)  # so the first batch has more choices than the second
+    prompts = sorted(
+        texts(6), key=len, reverse=True
+    )  # so the first batch has more choices than the second
     adapters = torch.tensor([0, 2, 1, 2, 0, 1])
-    minia3.rank(model, tokenizer, prompts, [["w3", "w4 w5", "w6"], *[["w7", "w8"]] * 5], adapter=adapters, batch_size=4)
+    minia3.rank(
+        model,
+        tokenizer,
+        prompts,
+        [["w3", "w4 w5", "w6"], *[["w7", "w8"]] * 5],
+        adapter=adapters,
+        batch_size=4,
+    )
     with mock.patch("minia3.inference.scoring.PIECE", 100):  # logits in parts of the vocabulary
         minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"])
-    list(decode_tokens(model, model.start(source, mask, adapter), 3, done={0}))  # a row that is dropped
-    for how in ({}, {"beams": 2}, {"temperature": 1.0, "samples": 2, "top_k": 40, "top_p": 0.9, "seed": 0}):
-        minia3.generate(model, tokenizer, prompts, adapter=adapters, max_new_tokens=3, batch_size=4, **how)
-    rows = [{"input": p, "choices": ["w9 w3", "w4"], "label": i % 2, "idx": i} for i, p in enumerate(prompts)]
+    list(
+        decode_tokens(model, model.start(source, mask, adapter), 3, done={0})
+    )  # a row that is dropped
+    for how in (
+        {},
+        {"beams": 2},
+        {"temperature": 1.0, "samples": 2, "top_k": 40, "top_p": 0.9, "seed": 0},
+    ):
+        minia3.generate(
+            model, tokenizer, prompts, adapter=adapters, max_new_tokens=3, batch_size=4, **how
+        )
+    rows = [
+        {"input": p, "choices": ["w9 w3", "w4"], "label": i % 2, "idx": i}
+        for i, p in enumerate(prompts)
+    ]
     for metric in ("accuracy", "macro_f1"):
         evaluate(model, tokenizer, rows, OWN_PROMPTS[0], metric=metric, batch_size=4)
     minia3.save_adapter(model, folder / "one" / "adapter")
@@ -165,7 +196,9 @@ def watch(loaded, tmp_path_factory):
 
 
 def test_no_name_lies_about_its_shape(watch):
-    assert not watch.wrong, "\n".join(f"{where}: {line}" for (where, _), line in watch.wrong.items())
+    assert not watch.wrong, "\n".join(
+        f"{where}: {line}" for (where, _), line in watch.wrong.items()
+    )
 
 
 def test_every_name_with_a_suffix_was_looked_at(watch):
@@ -176,7 +209,9 @@ def test_every_name_with_a_suffix_was_looked_at(watch):
 
 @pytest.mark.parametrize("path", NAMES, ids=lambda path: path.stem)
 def test_every_letter_is_in_the_legend_of_its_file(path):
-    legend = re.search(r"^Shapes: (.*?)(?:\n\n|\Z)", ast.get_docstring(ast.parse(path.read_text())), re.M | re.S)
+    legend = re.search(
+        r"^Shapes: (.*?)(?:\n\n|\Z)", ast.get_docstring(ast.parse(path.read_text())), re.M | re.S
+    )
     defined = set(re.findall(r"\b[A-Z]\b", legend[1])) if legend else set()
     used = set("".join(SUFFIXED.fullmatch(name)[1] for _, name in NAMES[path])) - {"1"}
     assert used <= defined, f"{path.name}: no legend for {sorted(used - defined)}"

@@ -10,14 +10,24 @@ from minia3.model.blocks import Attention
 from minia3.model.t5 import distance_bucket
 
 # Padding on the right, on the left, on both sides; none.
-MASK = torch.tensor([[True] * 5 + [False] * 4, [False] * 3 + [True] * 6, [False, True, True] + [False] * 6, [True] * 9])
+MASK = torch.tensor(
+    [
+        [True] * 5 + [False] * 4,
+        [False] * 3 + [True] * 6,
+        [False, True, True] + [False] * 6,
+        [True] * 9,
+    ]
+)
 
 
 @pytest.mark.parametrize("name", T5_PEERS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 def test_logits_are_those_of_transformers(peer, loaded, name, mask):
     source, target = tokens(4, 9), tokens(4, 6, seed=1)
-    assert off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target)) < 1e-5
+    assert (
+        off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-near"])
@@ -25,7 +35,10 @@ def test_logits_are_those_of_transformers_beyond_the_last_bucket(peer, loaded, n
     source, target = tokens(2, 300), tokens(2, 290, seed=1)
     mask = torch.ones_like(source, dtype=torch.bool)
     mask[0, 280:] = False
-    assert off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target)) < 1e-5
+    assert (
+        off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", T5_PEERS)
@@ -45,7 +58,9 @@ def test_logits_in_bfloat16_are_as_near_the_exact_ones_as_those_of_transformers(
 
 
 def test_the_heads_of_the_peers_are_as_meant(loaded):
-    found = {name: (loaded(name).head is not None, loaded(name).config.scale_logits) for name in T5_PEERS}
+    found = {
+        name: (loaded(name).head is not None, loaded(name).config.scale_logits) for name in T5_PEERS
+    }
     assert found == {
         **{name: (False, True) for name in ("t5-v1.0", "t5-wide", "t5-near")},
         **{name: (True, False) for name in OWN_HEAD},
@@ -83,7 +98,9 @@ def test_buckets_of_distances_are_those_of_transformers(bidirectional, n_buckets
     from transformers.models.t5.modeling_t5 import T5Attention
 
     distance = torch.arange(-3000, 3001)
-    expected = T5Attention._relative_position_bucket(distance, bidirectional, n_buckets, max_distance)
+    expected = T5Attention._relative_position_bucket(
+        distance, bidirectional, n_buckets, max_distance
+    )
     found = distance_bucket(distance, bidirectional, n_buckets, max_distance)
     assert torch.equal(found, expected)
     assert found.max() == n_buckets - 1
@@ -94,13 +111,19 @@ def test_the_target_starts_with_the_token_that_the_config_names(copy):
     model = minia3.load_model(copy("t5-v1.0", decoder_start_token_id=7))
     assert torch.equal(model.start(tokens(3, 4)).start, torch.full((3, 1), 7))
     model = minia3.load_model(copy("t5-v1.1", decoder_start_token_id=None, pad_token_id=5))
-    assert torch.equal(model.start(tokens(1, 4)).start, torch.full((1, 1), 5)), "no start token: the pad token"
+    assert torch.equal(model.start(tokens(1, 4)).start, torch.full((1, 1), 5)), (
+        "no start token: the pad token"
+    )
 
 
 def test_keys_and_values_of_the_source_are_made_once(loaded, monkeypatch):
     model, made = loaded("t5-deep-decoder"), []
     original = Attention.kv
-    monkeypatch.setattr(Attention, "kv", lambda self, *args, **more: made.append(self) or original(self, *args, **more))
+    monkeypatch.setattr(
+        Attention,
+        "kv",
+        lambda self, *args, **more: made.append(self) or original(self, *args, **more),
+    )
     state = model.start(tokens(2, 4))
     cross = [block.cross for block in model.decoder.blocks]
     assert made == [block.attn for block in model.encoder.blocks] + cross

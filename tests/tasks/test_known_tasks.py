@@ -24,7 +24,11 @@ COPA = {
     **{"premise": "I fell.", "choice1": "I was ill.", "choice2": "I sang. ", "question": "cause"},
     **{"label": 0, "idx": 7},
 }
-PROMPTS = [pytest.param(task, p, id=f"{task}-{n}") for task, row in known_tasks().items() for n, p in enumerate(row.prompts)]
+PROMPTS = [
+    pytest.param(task, p, id=f"{task}-{n}")
+    for task, row in known_tasks().items()
+    for n, p in enumerate(row.prompts)
+]
 
 
 def n_words(text):
@@ -35,15 +39,31 @@ def n_words(text):
 
 T_FEW = {  # task -> its shots, and the splits of its files
     **dict.fromkeys(("rte", "cb", "copa", "wic", "wsc", "boolq"), (32, {"train", "val", "test"})),
-    **dict.fromkeys(("anli-r1", "anli-r2", "anli-r3", "winogrande"), (50, {"train", "dev", "test"})),
+    **dict.fromkeys(
+        ("anli-r1", "anli-r2", "anli-r3", "winogrande"), (50, {"train", "dev", "test"})
+    ),
     "hellaswag": (20, {"train", "val", "test"}),
-    "storycloze": (70, {f"cloze_test_{x}__spring2016 - cloze_test_ALL_{x}" for x in ("val", "test")}),
+    "storycloze": (
+        70,
+        {f"cloze_test_{x}__spring2016 - cloze_test_ALL_{x}" for x in ("val", "test")},
+    ),
     "sst2": (16, {"train", "dev", "test"}),
     "mrpc": (32, {"train", "dev", "test"}),
 }
 RAFT = {
-    *("ade_corpus_v2", "banking_77", "neurips_impact_statement_risks", "one_stop_english", "overruling"),
-    *("semiconductor_org_types", "systematic_review_inclusion", "tai_safety_research", "terms_of_service"),
+    *(
+        "ade_corpus_v2",
+        "banking_77",
+        "neurips_impact_statement_risks",
+        "one_stop_english",
+        "overruling",
+    ),
+    *(
+        "semiconductor_org_types",
+        "systematic_review_inclusion",
+        "tai_safety_research",
+        "terms_of_service",
+    ),
     *("tweet_eval_hate", "twitter_complaints"),
 }
 LABELS = {
@@ -70,14 +90,21 @@ class Named(dict):
 
 
 def fields(*texts):
-    return {name.partition("[")[0] for text in texts for _, name, _, _ in Formatter().parse(text) if name}
+    return {
+        name.partition("[")[0]
+        for text in texts
+        for _, name, _, _ in Formatter().parse(text)
+        if name
+    }
 
 
 def test_the_table_has_all_tasks_of_t_few_and_raft_and_their_shots():
     assert set(known_tasks()) == {*T_FEW, *(f"raft/{name}" for name in RAFT), "same-colour"}
     for name, (shots, files) in T_FEW.items():
         assert known_tasks()[name].shots == shots
-        assert {Path(file).stem for source in known_tasks()[name].sources for file in source.files} == files
+        assert {
+            Path(file).stem for source in known_tasks()[name].sources for file in source.files
+        } == files
         assert known_tasks()[name].metric == "accuracy"
         assert known_tasks()[name].labels == LABELS[name]
     assert [name for name, row in known_tasks().items() if row.per_class] == ["sst2"]
@@ -88,18 +115,25 @@ def test_the_table_has_all_tasks_of_t_few_and_raft_and_their_shots():
         assert row.sources == [Source("https://huggingface.co/datasets/ought/raft", files)]
 
 
-@pytest.mark.skipif("MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real data sets")
+@pytest.mark.skipif(
+    "MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real data sets"
+)
 @pytest.mark.parametrize("name", sorted(RAFT))
 def test_raft_has_the_labels_of_its_own_files_in_their_order_and_spelling(name):
     file = Path(os.environ["MINIA3_TEST_DATA"], "data", "raft", name, "task.json")
-    assert known_tasks()[f"raft/{name}"].labels == json.loads(file.read_text("utf-8"))["label_columns"]["Label"]
+    assert (
+        known_tasks()[f"raft/{name}"].labels
+        == json.loads(file.read_text("utf-8"))["label_columns"]["Label"]
+    )
 
 
 @pytest.mark.parametrize("name", known_tasks())
 def test_a_row_says_where_its_files_are_and_what_they_must_be(name):
     row = known_tasks()[name]
     assert (not row.sources) == bool(row.shipped) == (not row.labels)
-    assert len({label.lower() for label in row.labels}) == len(row.labels), "they are compared in lower case"
+    assert len({label.lower() for label in row.labels}) == len(row.labels), (
+        "they are compared in lower case"
+    )
     files = [file for source in row.sources for file in source.files]
     assert len(set(files)) == len(files)
     assert len({Path(file).suffix for file in files}) == bool(files)
@@ -125,7 +159,9 @@ def test_a_task_has_five_different_prompts_for_every_model(name):
 def test_answers_are_of_several_kinds_and_of_banking_77_of_its_many(name):
     n_kinds = len({prompt.choices for prompt in for_family(known_tasks()[name].prompts, None)})
     row_has_choices = name in ("hellaswag", "storycloze", "winogrande", "copa")
-    assert n_kinds >= (1 if row_has_choices or name in ("raft/banking_77", "raft/semiconductor_org_types") else 2)
+    assert n_kinds >= (
+        1 if row_has_choices or name in ("raft/banking_77", "raft/semiconductor_org_types") else 2
+    )
 
 
 @pytest.mark.parametrize("prompt", [param.values[1] for param in PROMPTS])
@@ -137,20 +173,38 @@ def test_no_prompt_ends_in_white_space_and_no_choice_has_any_around_it(prompt):
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_every_prompt_renders_has_a_different_choice_for_each_label_and_asks_about_what_its_task_is_about(name):
+def test_every_prompt_renders_has_a_different_choice_for_each_label_and_asks_about_what_its_task_is_about(
+    name,
+):
     """check_row renders the first prompt to see whether a row has its fields: it has all that any prompt has."""
     first = known_tasks()[name].prompts[0]
     all_fields = fields(first.text, *first.choices)
-    main = {"rte": {"premise", "hypothesis"}, "cb": {"premise", "hypothesis"}, "copa": {"premise", "question"}}
+    main = {
+        "rte": {"premise", "hypothesis"},
+        "cb": {"premise", "hypothesis"},
+        "copa": {"premise", "question"},
+    }
     main |= {"wic": {"word", "sentence1", "sentence2"}, "wsc": {"text", "span1_text", "span2_text"}}
     main |= {"hellaswag": {"ctx", "endings"}, "winogrande": {"sentence", "option1", "option2"}}
-    main |= {"storycloze": {*(f"input_sentence_{i}" for i in (1, 2, 3, 4)), "sentence_quiz1", "sentence_quiz2"}}
-    main |= {"boolq": {"passage", "question"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"}}
+    main |= {
+        "storycloze": {
+            *(f"input_sentence_{i}" for i in (1, 2, 3, 4)),
+            "sentence_quiz1",
+            "sentence_quiz2",
+        }
+    }
+    main |= {
+        "boolq": {"passage", "question"},
+        "sst2": {"sentence"},
+        "mrpc": {"sentence1", "sentence2"},
+    }
     main |= {name: {"premise", "hypothesis"} for name in ("anli-r1", "anli-r2", "anli-r3")}
     for prompt in known_tasks()[name].prompts:
         row = Named(label=0, question="cause") if prompt.words else Named(label=0)
         rendered = render(prompt, row)
-        assert len(set(rendered.choices)) == len(rendered.choices) == len(known_tasks()[name].labels)
+        assert (
+            len(set(rendered.choices)) == len(rendered.choices) == len(known_tasks()[name].labels)
+        )
         used = fields(prompt.text, *prompt.choices)
         assert main.get(name, set()) <= used <= all_fields
         assert used
@@ -197,15 +251,23 @@ def test_the_table_is_sorted_and_has_each_prompt_on_a_line_of_its_own():
     assert list(table) == sorted(table)
     lines = {line.strip().removesuffix(",") for line in text.splitlines()}
     for row in table.values():
-        assert {json.dumps(prompt, ensure_ascii=False) for prompt in row.get("prompts", ())} <= lines
+        assert {
+            json.dumps(prompt, ensure_ascii=False) for prompt in row.get("prompts", ())
+        } <= lines
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"promts": []}, "rte: .*unexpected keyword argument 'promts'"),
-        ({"prompts": [{"text": "a", "choice": ["b", "c"]}]}, "rte: .*unexpected keyword argument 'choice'"),
-        ({"sources": [{"address": "a", "files": {}, "sha": ""}]}, "rte: .*unexpected keyword argument 'sha'"),
+        (
+            {"prompts": [{"text": "a", "choice": ["b", "c"]}]},
+            "rte: .*unexpected keyword argument 'choice'",
+        ),
+        (
+            {"sources": [{"address": "a", "files": {}, "sha": ""}]},
+            "rte: .*unexpected keyword argument 'sha'",
+        ),
         ({"like": "rtee"}, "rte: 'rtee'"),
     ],
 )
@@ -216,12 +278,24 @@ def test_a_key_that_no_task_has_is_an_error(tmp_path, change, words):
         known_tasks(tmp_path / "t.json")
 
 
-def test_a_row_that_is_like_another_says_only_what_differs_and_choices_of_the_task_are_those_of_its_prompts(tmp_path):
-    one = {"labels": ["x", "y"], "metric": "m", "prompts": [{"text": "{a}"}, {"text": "b", "choices": ["c", "d"]}]}
-    (tmp_path / "t.json").write_text(json.dumps({"a": {"like": "b", "choices": ["z", "{w}"]}, "b": one}))
+def test_a_row_that_is_like_another_says_only_what_differs_and_choices_of_the_task_are_those_of_its_prompts(
+    tmp_path,
+):
+    one = {
+        "labels": ["x", "y"],
+        "metric": "m",
+        "prompts": [{"text": "{a}"}, {"text": "b", "choices": ["c", "d"]}],
+    }
+    (tmp_path / "t.json").write_text(
+        json.dumps({"a": {"like": "b", "choices": ["z", "{w}"]}, "b": one})
+    )
     found = known_tasks(tmp_path / "t.json")
-    assert found["b"] == TaskSpec((Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d"))), [], ["x", "y"], metric="m")
-    assert found["a"] == found["b"]._replace(prompts=(Prompt("{a}", ("z", "{w}")), found["b"].prompts[1]))
+    assert found["b"] == TaskSpec(
+        (Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d"))), [], ["x", "y"], metric="m"
+    )
+    assert found["a"] == found["b"]._replace(
+        prompts=(Prompt("{a}", ("z", "{w}")), found["b"].prompts[1])
+    )
 
 
 def test_the_table_is_read_when_it_is_first_asked_for_and_only_once():
@@ -233,7 +307,9 @@ def test_the_table_is_read_when_it_is_first_asked_for_and_only_once():
 
 
 def test_the_answers_are_of_several_kinds():
-    answers = Counter(prompt.choices for prompt in known_tasks()["rte"].prompts if prompt.for_model is None)
+    answers = Counter(
+        prompt.choices for prompt in known_tasks()["rte"].prompts if prompt.for_model is None
+    )
     assert answers[("Yes", "No")] >= 2
     assert answers[("True", "False")] >= 2
     assert answers[("entailment", "not entailment")] == 1
@@ -248,7 +324,11 @@ def test_only_t5_v1_0_gets_the_form_that_it_was_trained_on():
     prompts = known_tasks()["rte"].prompts
     (form,) = for_family(prompts, "t5-v1.0")
     row = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 1, "idx": 0}
-    rendered = ("rte sentence1: It rains. sentence2: It is wet.", ["entailment", "not_entailment"], 1)
+    rendered = (
+        "rte sentence1: It rains. sentence2: It is wet.",
+        ["entailment", "not_entailment"],
+        1,
+    )
     assert render(form, row) == rendered
     for family in ("t5-v1.1", "t0", "flan-t5", "llama", None):
         assert for_family(prompts, family) == tuple(prompt for prompt in prompts if prompt != form)
@@ -257,8 +337,12 @@ def test_only_t5_v1_0_gets_the_form_that_it_was_trained_on():
 
 def test_the_families_that_saw_a_task_are_named():
     superglue = ("rte", "cb", "copa", "boolq", "wic", "wsc")
-    assert all(set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5"} for name in superglue), "not T5 v1.1, not T0"
-    assert all(set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0"} for name in ("sst2", "mrpc"))
+    assert all(set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5"} for name in superglue), (
+        "not T5 v1.1, not T0"
+    )
+    assert all(
+        set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0"} for name in ("sst2", "mrpc")
+    )
     others = ("anli-r1", "anli-r2", "anli-r3", "hellaswag", "winogrande", "storycloze")
     assert all(known_tasks()[name].seen == ["flan-t5"] for name in others)
 
@@ -268,10 +352,15 @@ def test_known_families_are_those_of_the_table_of_models():
 
     families = {model.family for model in known_models().values()}
     for row in known_tasks().values():
-        assert {*row.seen, *(prompt.for_model for prompt in row.prompts if prompt.for_model)} <= families
+        assert {
+            *row.seen,
+            *(prompt.for_model for prompt in row.prompts if prompt.for_model),
+        } <= families
 
 
-@pytest.mark.parametrize(("labels", "split"), [([0, 1], "test"), ([0, -1], "validation"), ([], "validation")])
+@pytest.mark.parametrize(
+    ("labels", "split"), [([0, 1], "test"), ([0, -1], "validation"), ([], "validation")]
+)
 def test_a_run_reports_on_test_only_if_all_of_it_is_labelled(labels, split):
     test = [{"label": label} for label in labels]
     validation = [{"label": 0}]
@@ -289,7 +378,11 @@ def test_the_tables_do_not_import_torch():
 
 def test_copas_question_is_put_into_the_words_of_the_prompt():
     cause, effect = ({**COPA, "question": question} for question in ("cause", "effect"))
-    prompt = Prompt("{premise} {question}:", ("{choice1}", "{choice2}"), {"question": {"cause": "because", "effect": "so"}})
+    prompt = Prompt(
+        "{premise} {question}:",
+        ("{choice1}", "{choice2}"),
+        {"question": {"cause": "because", "effect": "so"}},
+    )
     assert render(prompt, cause) == ("I fell. because:", ["I was ill.", "I sang."], 0)
     assert render(prompt, effect).input == "I fell. so:"
     assert cause["question"] == "cause", "the row itself stays as it is"
@@ -308,7 +401,11 @@ def test_braces_in_a_value_are_not_formatted_again():
 
 
 def test_a_row_with_a_target_is_a_row_with_one_choice():
-    assert render(OWN_PROMPTS[0], {"input": "2 + 2 =", "target": "4", "label": 0}) == ("2 + 2 =", ["4"], 0)
+    assert render(OWN_PROMPTS[0], {"input": "2 + 2 =", "target": "4", "label": 0}) == (
+        "2 + 2 =",
+        ["4"],
+        0,
+    )
 
 
 def test_an_unlabelled_row_stays_unlabelled():
@@ -387,7 +484,12 @@ def test_a_prompt_that_cannot_fit_is_an_error_which_names_the_row():
 
 
 def test_of_own_input_the_head_and_the_tail_remain_with_their_line_breaks():
-    row = {"input": "Translate:\n" + " ".join("x" * 50) + "\n\nAnswer in French:", "target": "y", "label": 0, "idx": 0}
+    row = {
+        "input": "Translate:\n" + " ".join("x" * 50) + "\n\nAnswer in French:",
+        "target": "y",
+        "label": 0,
+        "idx": 0,
+    }
     cut, was_cut = fit(OWN_PROMPTS[0], row, n_words, 8)
     assert (cut.input, was_cut) == ("Translate:\nx x x x\n\nAnswer in French:", True)
 
@@ -402,7 +504,11 @@ def test_text_without_spaces_can_be_cut_too():
 
 
 def test_words_that_stand_for_a_value_belong_to_the_prompt():
-    prompt = Prompt("{premise} {question}", ("a",), {"question": {"the cause": "which was so because of what follows"}})
+    prompt = Prompt(
+        "{premise} {question}",
+        ("a",),
+        {"question": {"the cause": "which was so because of what follows"}},
+    )
     row = {"premise": "a b c d", "question": "the cause", "label": 0, "idx": 0}
     assert fit(prompt, row, n_words, 9)[0].input == "a d which was so because of what follows"
     with pytest.raises(ValueError, match="does not fit"):
@@ -414,7 +520,9 @@ WORDS = st.lists(st.text("abäß{}.", min_size=1, max_size=4), min_size=1, max_s
 
 @settings(deadline=None, max_examples=150)
 @given(premise=WORDS, hypothesis=WORDS, length=st.integers(1, 90))
-def test_a_cut_input_fits_keeps_the_prompts_words_and_loses_no_more_than_it_must(premise, hypothesis, length):
+def test_a_cut_input_fits_keeps_the_prompts_words_and_loses_no_more_than_it_must(
+    premise, hypothesis, length
+):
     row = {"premise": premise, "hypothesis": hypothesis, "label": 0, "idx": 0}
     whole = n_words(render(PAIR, row).input)
     if length < 7:  # the prompt's own five words, and one of each field

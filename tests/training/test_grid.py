@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 import running
 import torch
-from running import at_line, fails, kill_self, metrics, model, resume, rows, run, train, words, write
+from running import (
+    at_line,
+    fails,
+    kill_self,
+    metrics,
+    model,
+    resume,
+    rows,
+    run,
+    train,
+    words,
+    write,
+)
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -31,7 +43,15 @@ from minia3.training.report import report
 from minia3.training.run_folder import run_name
 
 EXACT = {"dtype": "float64", "dropout": 0}
-GRID = {"seed": "0,3", "lr": "0.05,0.01", "eval_every": 3, "patience": 2, "steps": 24, "clip": 0.5, "warmup_ratio": 0.2}
+GRID = {
+    "seed": "0,3",
+    "lr": "0.05,0.01",
+    "eval_every": 3,
+    "patience": 2,
+    "steps": 24,
+    "clip": 0.5,
+    "warmup_ratio": 0.2,
+}
 
 
 @functools.cache
@@ -39,7 +59,9 @@ def two_tasks():
     """Two folders of rows, of another number of choices and other lengths: every mixed batch is padded."""
     made = {"one": rows(42, (2,), seed=1), "two": rows(42, (2, 3, 1), seed=2)}
     home = Path(running.home().name)
-    return [write(home / k, train=x[:20], validation=x[20:30], test=x[30:]) for k, x in made.items()]
+    return [
+        write(home / k, train=x[:20], validation=x[20:30], test=x[30:]) for k, x in made.items()
+    ]
 
 
 def both_tasks():
@@ -62,7 +84,11 @@ def cell(out, name, saved, i):
         "vectors": {key: x[i] for key, x in saved.items()},
         "saved": load_file(out / "adapters" / name / "adapter_model.safetensors") if name else None,
         "final": lines[-1],
-        "evals": [(line["step"], line["accuracy"], line["auc"]) for line in lines if line["event"] == "eval"],
+        "evals": [
+            (line["step"], line["accuracy"], line["auc"])
+            for line in lines
+            if line["event"] == "eval"
+        ],
     }
 
 
@@ -84,10 +110,23 @@ def cells(rates):
                 yield f"{task.name}-s{seed}-lr{lr}", {"task": task, "seed": seed, "lr": lr}
 
 
-RESULTS = ("accuracy_before", "auc_before", "accuracy", "auc", "steps", "trainable", "total", "rows", "task", "metric")
+RESULTS = (
+    "accuracy_before",
+    "auc_before",
+    "accuracy",
+    "auc",
+    "steps",
+    "trainable",
+    "total",
+    "rows",
+    "task",
+    "metric",
+)
 
 
-@pytest.mark.parametrize("recipe", [{}, {"optimizer": "adamw", "weight_decay": 0.1}, {"micro_batch_size": 7}])
+@pytest.mark.parametrize(
+    "recipe", [{}, {"optimizer": "adamw", "weight_decay": 0.1}, {"micro_batch_size": 7}]
+)
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_adapters_trained_together_are_those_trained_apart(name, recipe, tmp_path):
     flags, rates = {"model": model(name), **GRID, **EXACT, **recipe}, RATES[name]
@@ -125,7 +164,14 @@ def test_each_adapter_s_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatc
 
 
 def test_the_embedded_model_s_seeds_together_are_those_apart_in_float32(tmp_path):
-    flags = {"model": "tiny-t5", "task": "same-colour", "steps": 100, "dropout": 0, "batch_size": 8, "shots": 64}
+    flags = {
+        "model": "tiny-t5",
+        "task": "same-colour",
+        "steps": 100,
+        "dropout": 0,
+        "batch_size": 8,
+        "shots": 64,
+    }
     assert run(words(tmp_path / "grid", seed="0,1,2", **flags)) == 0
     for seed in range(3):
         assert run(words(tmp_path / str(seed), seed=seed, **flags)) == 0
@@ -144,7 +190,10 @@ def test_seeds_draw_their_own_shots_rows_and_prompts(tmp_path):
 
 
 def test_each_seed_draws_prompts_of_its_own(tmp_path):
-    rte = [{"premise": "w5 w6", "hypothesis": "w7", "label": label} for label in ("entailment", "not_entailment")]
+    rte = [
+        {"premise": "w5 w6", "hypothesis": "w7", "label": label}
+        for label in ("entailment", "not_entailment")
+    ]
     write(tmp_path / "rte", train=rte[:1], val=rte)
     tokenizer = minia3.load_tokenizer(model("t5"))
     drawn = []
@@ -152,7 +201,10 @@ def test_each_seed_draws_prompts_of_its_own(tmp_path):
         config = train.Config(task="rte", seed=seed, steps=3, batch_size=7)
         task = minia3.load_task("rte", tmp_path, None, seed)
         part = Part(config, task, True)
-        texts = [encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0] for prompt in part.prompts]
+        texts = [
+            encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0]
+            for prompt in part.prompts
+        ]
         drawn.append(draw_examples(Cell(config, [part], ["seed"]), tokenizer))
         for step, batch in enumerate(drawn[-1]):
             prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
@@ -180,7 +232,10 @@ STOPPED = {**GRID, "dropout": 0.1, "save_every": 4, "optimizer": "adamw"}
 
 def outcome(folder):
     """What two equal runs have in common: all adapters' files, cards too, and metrics but for times."""
-    lines = [{key: value for key, value in line.items() if key not in running.TIMES} for line in metrics(folder)]
+    lines = [
+        {key: value for key, value in line.items() if key not in running.TIMES}
+        for line in metrics(folder)
+    ]
     adapters = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("adapters/*/*")}
     return adapters, lines
 
@@ -197,9 +252,14 @@ def uninterrupted():
 def test_a_grid_that_is_stopped_anywhere_goes_on_bit_for_bit(seed, tmp_path):
     expected, n = uninterrupted()
     assert len(expected[0]) == 8 * 3
-    assert len({line["steps"] for line in expected[1] if line["event"] == "final"}) > 1  # one stops before another
+    assert (
+        len({line["steps"] for line in expected[1] if line["event"] == "final"}) > 1
+    )  # one stops before another
     out = tmp_path / "run"
-    with at_line(int(n * (seed + random.Random(seed).random()) / 6), functools.partial(kill_self, signal.SIGINT)):
+    with at_line(
+        int(n * (seed + random.Random(seed).random()) / 6),
+        functools.partial(kill_self, signal.SIGINT),
+    ):
         assert run(words(out, task=both_tasks(), **STOPPED)) == 130
     assert resume(out) == 0
     assert outcome(out) == expected
@@ -230,7 +290,9 @@ def test_an_adapter_is_named_by_what_varies(flags, names, tmp_path):
         assert line["task"] == running.task().name
     train_lines = [line for line in metrics(out) if line["event"] == "train"]
     assert all([*line["losses"]] == names for line in train_lines)
-    assert train_lines[0]["loss"] == pytest.approx(sum(train_lines[0]["losses"].values()) / len(names))
+    assert train_lines[0]["loss"] == pytest.approx(
+        sum(train_lines[0]["losses"].values()) / len(names)
+    )
 
 
 def test_one_cell_is_an_ordinary_run(tmp_path):
@@ -282,7 +344,9 @@ def test_a_card_has_the_command_that_trains_its_adapter_alone(tmp_path):
 
 def test_the_base_is_measured_once_for_each_set_of_rows(tmp_path, monkeypatch):
     measured, original = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o))
+    monkeypatch.setattr(
+        train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o)
+    )
     assert run(words(tmp_path / "run", task=both_tasks(), seed="0,1,2", method="none")) == 0
     assert measured == [0, 3]
     finals = [line for line in metrics(tmp_path / "run") if line["event"] == "final"]
@@ -297,14 +361,20 @@ def test_seeds_that_report_on_other_rows_are_measured_on_their_own(tmp_path, mon
 
     measured, original = [], train.evaluate
     monkeypatch.setattr("minia3.training.cell.load_task", load_task)
-    monkeypatch.setattr(train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o))
+    monkeypatch.setattr(
+        train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o)
+    )
     assert run(words(tmp_path / "run", seed="0,1", method="none")) == 0
     assert measured == [0, 1]
 
 
 def test_all_adapters_start_from_the_one_that_is_given(tmp_path):
     assert run(words(tmp_path / "one", lr=0.3)) == 0
-    start = {"adapter": tmp_path / "one" / "adapter", "steps": 1, "warmup_ratio": 0.6}  # a first step changes nothing
+    start = {
+        "adapter": tmp_path / "one" / "adapter",
+        "steps": 1,
+        "warmup_ratio": 0.6,
+    }  # a first step changes nothing
     assert run(words(tmp_path / "on", seed="0,1", **start)) == 0
     expected = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
     for name in ("s0", "s1"):
@@ -317,7 +387,9 @@ def test_the_end_is_a_line_for_each_adapter(tmp_path, capsys):
     title, *table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert title == "2 results"
     for name, line in zip(("s0", "s11"), table, strict=False):
-        final = next(x for x in metrics(tmp_path / "run") if x["event"] == "final" and x["adapter"] == name)
+        final = next(
+            x for x in metrics(tmp_path / "run") if x["event"] == "final" and x["adapter"] == name
+        )
         figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
         assert line == f"  {name:<12}accuracy {figures}, 2 steps"
     assert next(line for line in table if line.startswith("  trained ")).endswith("%) each")
@@ -327,17 +399,25 @@ def test_an_adapter_whose_loss_is_no_number_ends_and_the_others_are_as_without_i
     out = tmp_path / "run"
     assert run(words(out, lr="0.2,1e30", warmup_ratio=0, dtype="float64", dropout=0)) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"\nfailed   lr1e\+30: the loss of step \d+ is (nan|inf): try a lower --lr", shown)
+    assert re.search(
+        r"\nfailed   lr1e\+30: the loss of step \d+ is (nan|inf): try a lower --lr", shown
+    )
     *_, failed = (line for line in metrics(out) if line["event"] != "final")
     assert (failed["event"], failed["adapter"]) == ("failed", "lr1e+30")
     assert failed["steps" if "steps" in failed else "step"] < 12
     assert f"failed   {failed['reason']}\n" in shown
     assert [p.name for p in (out / "adapters").iterdir()] == ["lr0.2"]
     assert [line["adapter"] for line in metrics(out) if line["event"] == "final"] == ["lr0.2"]
-    alone = apart(tmp_path / "alone", running.task(), lr=0.2, warmup_ratio=0, dtype="float64", dropout=0)
+    alone = apart(
+        tmp_path / "alone", running.task(), lr=0.2, warmup_ratio=0, dtype="float64", dropout=0
+    )
     for key, l_D in load_checkpoint(out)["vectors"].items():
         assert_close(l_D[0], alone["vectors"][key], rtol=1e-9, atol=1e-9)
-    assert all(np.isfinite(line["loss"]) for line in metrics(out) if line["event"] == "train" and line["step"] > 10)
+    assert all(
+        np.isfinite(line["loss"])
+        for line in metrics(out)
+        if line["event"] == "train" and line["step"] > 10
+    )
 
 
 def test_vectors_that_are_no_number_are_never_the_best_nor_saved(tmp_path, capsys):
@@ -346,18 +426,29 @@ def test_vectors_that_are_no_number_are_never_the_best_nor_saved(tmp_path, capsy
     assert not (tmp_path / "one" / "adapter").exists()
     assert run(words(tmp_path / "two", lr="1e-12,1e25", **flags)) == 0
     assert "1 results, and 1 that failed" in capsys.readouterr().out
-    events = {line["adapter"]: line["event"] for line in metrics(tmp_path / "two") if "adapter" in line}
+    events = {
+        line["adapter"]: line["event"] for line in metrics(tmp_path / "two") if "adapter" in line
+    }
     assert events == {"lr1e-12": "final", "lr1e+25": "failed"}
     (row,), note = table_rows([tmp_path / "two"])
     assert (row["runs"], note.startswith("1 left out"), "lr1e+25" in note) == (1, True, True)
 
 
 def test_the_last_vectors_that_are_numbers_stay_the_best(tmp_path):
-    flags = {"lr": "1e25", "warmup_ratio": 0.5, "eval_every": 1, "patience": 1}  # the first step changes nothing
+    flags = {
+        "lr": "1e25",
+        "warmup_ratio": 0.5,
+        "eval_every": 1,
+        "patience": 1,
+    }  # the first step changes nothing
     assert run(words(tmp_path / "run", dropout=0, **flags)) == 0
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(x.isfinite().all() for x in saved.values())
-    assert [line["accuracy"] for line in metrics(tmp_path / "run") if line["event"] == "eval"] == [0.4, 0.5, 0.5]
+    assert [line["accuracy"] for line in metrics(tmp_path / "run") if line["event"] == "eval"] == [
+        0.4,
+        0.5,
+        0.5,
+    ]
 
 
 def test_a_resumed_run_has_the_vectors_it_began_with_though_its_start_has_changed(tmp_path):
@@ -381,11 +472,20 @@ def test_a_resumed_run_has_the_vectors_it_began_with_though_its_start_has_change
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_its_own(method, tmp_path, capsys):
-    flags, kind = {"method": method, "steps": 12, "dropout": 0.1}, {"lora": "adapter", "full": "model"}[method]
-    assert run(words(tmp_path / "grid", task=both_tasks(), seed="0,3", lr="0.02,0.001", **flags)) == 0
+def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_its_own(
+    method, tmp_path, capsys
+):
+    flags, kind = (
+        {"method": method, "steps": 12, "dropout": 0.1},
+        {"lora": "adapter", "full": "model"}[method],
+    )
+    assert (
+        run(words(tmp_path / "grid", task=both_tasks(), seed="0,3", lr="0.02,0.001", **flags)) == 0
+    )
     assert "8 results" in capsys.readouterr().out
-    finals = {line["adapter"]: line for line in metrics(tmp_path / "grid") if line["event"] == "final"}
+    finals = {
+        line["adapter"]: line for line in metrics(tmp_path / "grid") if line["event"] == "final"
+    }
     assert metrics(tmp_path / "grid")[-1] in finals.values()
     assert len({line["accuracy_before"] for line in finals.values()}) == 2  # a figure for each task
     for i, (name, own) in enumerate(cells(("0.02", "0.001"))):
@@ -397,14 +497,20 @@ def test_what_cannot_share_a_model_trains_cell_by_cell_and_each_is_the_run_of_it
             assert alone[-1][key] == finals[name][key]
         losses = [line["losses"][name] for line in shared if name in line.get("losses", {})]
         assert losses == [line["loss"] for line in alone if line["event"] == "train"]
-    (row,) = [row for row in table_rows([tmp_path / "grid"])[0] if row["method"] == f"{method}, lr 0.02"]
+    (row,) = [
+        row for row in table_rows([tmp_path / "grid"])[0] if row["method"] == f"{method}, lr 0.02"
+    ]
     assert row["runs"] == 4
 
 
-@pytest.mark.parametrize(("method", "told"), [("lora", "30 s for 12 steps of 3"), ("ia3", "10 s for 12 steps")])
+@pytest.mark.parametrize(
+    ("method", "told"), [("lora", "30 s for 12 steps of 3"), ("ia3", "10 s for 12 steps")]
+)
 def test_the_time_of_a_grid_is_that_of_all_its_cells(method, told, tmp_path, capsys):
     assert run(words(tmp_path / "run", method=method, seed="0,1,2")) == 0
-    finals = [line | {"seconds": 10.0} for line in metrics(tmp_path / "run") if line["event"] == "final"]
+    finals = [
+        line | {"seconds": 10.0} for line in metrics(tmp_path / "run") if line["event"] == "final"
+    ]
     capsys.readouterr()
     report(train.Config(method=method, seed=(0, 1, 2)), tmp_path, finals)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  time "))
@@ -439,15 +545,30 @@ def test_whole_models_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, capsys):
-    assert run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 0
+    assert (
+        run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 0
+    )
     assert "1 results, and 1 that failed" in capsys.readouterr().out
-    events = {line["adapter"]: line["event"] for line in metrics(tmp_path / "run") if "adapter" in line}
+    events = {
+        line["adapter"]: line["event"] for line in metrics(tmp_path / "run") if "adapter" in line
+    }
     assert events == {"lr1e+30": "failed", "lr0.01": "final"}
-    fails(words(tmp_path / "none", method="full", lr="1e30,1e29", warmup_ratio=0), capsys, "the loss of step", code=1)
+    fails(
+        words(tmp_path / "none", method="full", lr="1e30,1e29", warmup_ratio=0),
+        capsys,
+        "the loss of step",
+        code=1,
+    )
 
 
 def test_a_run_whose_adapters_all_fail_fails(tmp_path, capsys):
-    fails(words(tmp_path / "run", lr="1e29,1e30", warmup_ratio=0), capsys, "the loss of step", "--lr", code=1)
+    fails(
+        words(tmp_path / "run", lr="1e29,1e30", warmup_ratio=0),
+        capsys,
+        "the loss of step",
+        "--lr",
+        code=1,
+    )
 
 
 # Which vectors learn
@@ -469,7 +590,10 @@ def sites(name):
         (["--layers", "1"], lambda layer, part, site: layer == 1),
         (["--layers", "0"], lambda layer, part, site: layer == 0),
         (["--layers", "0,1-9"], lambda layer, part, site: True),
-        (["--layers", "1-", "--sites", "k,ff"], lambda layer, part, site: layer == 1 and site != "v"),
+        (
+            ["--layers", "1-", "--sites", "k,ff"],
+            lambda layer, part, site: layer == 1 and site != "v",
+        ),
         (["--no-cross"], lambda layer, part, site: part != "cross"),
     ],
 )
@@ -477,7 +601,12 @@ def sites(name):
 @pytest.mark.parametrize("seed", ["0", "0,1"])
 def test_only_the_chosen_vectors_leave_one(seed, name, flags, moves, tmp_path, capsys):
     if (name, flags) == ("llama", ["--no-cross"]):
-        fails(words(tmp_path / "run", *flags, model=model(name)), capsys, "--no-cross", "this one has none")
+        fails(
+            words(tmp_path / "run", *flags, model=model(name)),
+            capsys,
+            "--no-cross",
+            "this one has none",
+        )
         return
     assert run(words(tmp_path / "run", *flags, model=model(name), lr=0.1, seed=seed)) == 0
     trained = load_checkpoint(tmp_path / "run")["vectors"]
@@ -514,14 +643,23 @@ def test_sites_and_layers_that_are_not_there_are_one_line(flag, value, parts, tm
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_lora_trains_what_it_adds_and_its_folder_measures_the_same(name, tmp_path, capsys):
-    flags = {"model": model(name), "method": "lora", "rank": 2, "alpha": 3, "where": "q,down", "lr": 0.05}
+    flags = {
+        "model": model(name),
+        "method": "lora",
+        "rank": 2,
+        "alpha": 3,
+        "where": "q,down",
+        "lr": 0.05,
+    }
     out = tmp_path / "run"
     assert run(words(out, steps=10, **flags)) == 0
     final = metrics(out)[-1]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert final["trainable"] == sum(x.numel() for x in tensors.values())
     assert all(x.any() for x in tensors.values())  # B too has left zero
-    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split("train.py ")[1]
+    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split(
+        "train.py "
+    )[1]
     assert run([*command.split(), "--device", "cpu"]) == 0
     assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
 
@@ -539,10 +677,16 @@ def test_full_trains_all_but_the_vectors_and_saves_a_model(name, tmp_path, capsy
     final, before = metrics(out)[-1], minia3.load_model(model(name))
     after = minia3.load_model(out / "model")
     vectors = sum(v.numel() for v in minia3.vectors(before).values())
-    assert final["trainable"] == final["total"] == sum(p.numel() for p in before.parameters()) - vectors
+    assert (
+        final["trainable"]
+        == final["total"]
+        == sum(p.numel() for p in before.parameters()) - vectors
+    )
     for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(old, new) == key.endswith(".scale"), key
-    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split("train.py ")[1]
+    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split(
+        "train.py "
+    )[1]
     assert run([*command.split(), "--device", "cpu"]) == 0
     assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
 
@@ -557,7 +701,12 @@ def test_a_baseline_that_is_stopped_goes_on_bit_for_bit(method, tmp_path):
         assert run(words(tmp_path / "run", **flags)) == 130
     assert resume(tmp_path / "run") == 0
     whole, found = (
-        {name: x for p in sorted((tmp_path / n).rglob("*.safetensors")) for name, x in load_file(p).items()} for n in ("whole", "run")
+        {
+            name: x
+            for p in sorted((tmp_path / n).rglob("*.safetensors"))
+            for name, x in load_file(p).items()
+        }
+        for n in ("whole", "run")
     )
     assert whole.keys() == found.keys() != set()
     assert all(torch.equal(found[key], x) for key, x in whole.items())

@@ -32,7 +32,10 @@ N_RIGHT, N_WRONG, N_ROWS = 4, 3, 2
 L_LM = -math.log(0.5 * 0.25 * 0.5 * 0.8) / N_RIGHT
 L_UL = -math.log(0.81 * 0.91 * 0.61) / N_WRONG  # 1 - p + 0.01 for p = 0.2, 0.1, 0.4
 # The mean of log 0.5, log 0.25, log 0.5 is log of the cube root of 1/16; of log 0.1 and log 0.4 it is log 0.2.
-L_LN = -(math.log(0.0625 ** (1 / 3) / (0.0625 ** (1 / 3) + 0.2)) + math.log(0.8 / (0.2 + 0.8))) / N_ROWS
+L_LN = (
+    -(math.log(0.0625 ** (1 / 3) / (0.0625 ** (1 / 3) + 0.2)) + math.log(0.8 / (0.2 + 0.8)))
+    / N_ROWS
+)
 
 
 def test_each_loss_is_the_number_worked_out_by_hand():
@@ -77,8 +80,12 @@ def t_few(case):
     """T-Few's three losses, and how many positions enter its unlikelihood's sum as log p = -100."""
     target = case.target_BCL.masked_fill(~case.mask_BCL, -100)
     rows = torch.arange(len(target))
-    nll = F.cross_entropy(case.logits_BCLV.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
-    lm = F.cross_entropy(case.logits_BCLV[rows, case.label_B].flatten(0, 1), target[rows, case.label_B].flatten())
+    nll = F.cross_entropy(case.logits_BCLV.flatten(0, 2), target.flatten(), reduction="none").view(
+        target.shape
+    )
+    lm = F.cross_entropy(
+        case.logits_BCLV[rows, case.label_B].flatten(0, 1), target[rows, case.label_B].flatten()
+    )
     mc = F.cross_entropy(-nll.sum(-1) / case.mask_BCL.sum(-1), case.label_B)
     logp = torch.where(case.mask_BCL, -nll, -100.0)
     logp[rows, case.label_B] = -100.0
@@ -92,11 +99,15 @@ def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows,
     case = random_case(seed, n_rows, n_choices, length)
     theirs, n_constant = t_few(case)
     n = counts(case.mask_BCL, case.label_B)
-    theirs["ul"] = theirs["ul"] + n_constant * math.log(1.01) / n["ul"]  # theirs is smaller by log 1.01 for each
+    theirs["ul"] = (
+        theirs["ul"] + n_constant * math.log(1.01) / n["ul"]
+    )  # theirs is smaller by log 1.01 for each
     for name, expected in theirs.items():
         ours = total_loss(case.logp_BCL, case.mask_BCL, case.label_B, (name,))
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-        gradients = [torch.autograd.grad(x, case.logits_BCLV, retain_graph=True)[0] for x in (ours, expected)]
+        gradients = [
+            torch.autograd.grad(x, case.logits_BCLV, retain_graph=True)[0] for x in (ours, expected)
+        ]
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
@@ -119,13 +130,25 @@ def losses_of(logp_BCL, mask_BCL, label_B):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
-def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(seed, n_rows, n_choices, length, extra):
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
+    seed, n_rows, n_choices, length, extra
+):
     logp, mask, label = ragged(seed, n_rows, n_choices, length)
     expected = torch.zeros(3, dtype=torch.float64)
     n = counts(mask, label)
     for row in range(n_rows):
-        texts = [choice[real].tolist() for choice, real in zip(logp[row], mask[row], strict=True) if real.any()]
+        texts = [
+            choice[real].tolist()
+            for choice, real in zip(logp[row], mask[row], strict=True)
+            if real.any()
+        ]
         means = torch.tensor([sum(text) / len(text) for text in texts], dtype=torch.float64)
         wrong = [x for i, text in enumerate(texts) if i != label[row] for x in text]
         expected[0] -= sum(texts[label[row]]) / n["lm"]
@@ -137,7 +160,9 @@ def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(se
     assert logp.grad.isfinite().all()
     assert not logp.grad[~mask].any()
     more = (0, extra, 0, extra)  # columns and choices that hold nothing
-    torch.testing.assert_close(losses_of(F.pad(logp, more, value=-INF), F.pad(mask, more), label), found)
+    torch.testing.assert_close(
+        losses_of(F.pad(logp, more, value=-INF), F.pad(mask, more), label), found
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -172,7 +197,9 @@ def test_a_wrong_choice_that_cannot_be_is_as_if_it_were_not_there():
     found.sum().backward()
     assert found[0].item() == pytest.approx(L_LM)
     assert found[1].item() == pytest.approx(-math.log(0.81 * 1.01 * 0.61) / 3)
-    assert found[2].item() == pytest.approx(-math.log(0.0625 ** (1 / 3) / (0.0625 ** (1 / 3) + 0.2)) / 2)
+    assert found[2].item() == pytest.approx(
+        -math.log(0.0625 ** (1 / 3) / (0.0625 ** (1 / 3) + 0.2)) / 2
+    )
     assert logp.grad.isfinite().all()
 
 

@@ -12,7 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import running
-from running import at_line, fails, kill_self, metrics, model, outcome, resume, rows, run, task, train, words, write
+from running import (
+    at_line,
+    fails,
+    kill_self,
+    metrics,
+    model,
+    outcome,
+    resume,
+    rows,
+    run,
+    task,
+    train,
+    words,
+    write,
+)
 from safetensors.torch import load_file
 
 import minia3
@@ -35,7 +49,9 @@ def tasks():
 
 
 def cell(cap, seed=0, steps=200):
-    config = train.Config(task=tuple(tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps)
+    config = train.Config(
+        task=tuple(tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
+    )
     return Cell(config, [Part(config, minia3.load_task(name), True) for name in config.task], [])
 
 
@@ -45,7 +61,11 @@ def cell(cap, seed=0, steps=200):
 @pytest.mark.parametrize(("cap", "share"), [(10**6, 6 / 46), (10, 6 / 16), (1, 1 / 2)])
 def test_tasks_mix_in_proportion_to_their_rows_of_which_at_most_the_cap_count(cap, share):
     mixture = cell(cap)
-    n_choices = Counter(len(example.targets) for step in draw_examples(mixture, minia3.load_tokenizer(model("t5"))) for example in step)
+    n_choices = Counter(
+        len(example.targets)
+        for step in draw_examples(mixture, minia3.load_tokenizer(model("t5")))
+        for example in step
+    )
     n = sum(n_choices.values())
     assert n == 200 * 8
     assert n_choices[2] / n == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
@@ -54,11 +74,15 @@ def test_tasks_mix_in_proportion_to_their_rows_of_which_at_most_the_cap_count(ca
 def test_each_task_s_rows_come_equally_often_in_an_order_of_the_seed():
     tokenizer, seen = minia3.load_tokenizer(model("t5")), []
     for seed in (0, 0, 1):
-        examples = [example for step in draw_examples(cell(10, seed), tokenizer) for example in step]
+        examples = [
+            example for step in draw_examples(cell(10, seed), tokenizer) for example in step
+        ]
         seen.append([(len(e.targets), tuple(e.source)) for e in examples])
         for n_choices in (2, 3):
             times = Counter(source for n, source in seen[-1] if n == n_choices).values()
-            assert max(times) - min(times) <= 1 + (n_choices == 3)  # two rows of the larger one may be alike
+            assert max(times) - min(times) <= 1 + (
+                n_choices == 3
+            )  # two rows of the larger one may be alike
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -67,8 +91,13 @@ def test_a_single_task_is_drawn_batch_by_batch_as_order_says():
     part = Part(config, minia3.load_task(task()), True)
     tokenizer = minia3.load_tokenizer(model("t5"))
     rows_of = order(20, 8, 3)
-    expected = [[tokenizer.encode(part.train_rows[i]["input"]) for i in rows_of(step)] for step in range(30)]
-    assert [[example.source for example in step] for step in draw_examples(Cell(config, [part], []), tokenizer)] == expected
+    expected = [
+        [tokenizer.encode(part.train_rows[i]["input"]) for i in rows_of(step)] for step in range(30)
+    ]
+    assert [
+        [example.source for example in step]
+        for step in draw_examples(Cell(config, [part], []), tokenizer)
+    ] == expected
 
 
 MIXTURE = {"adapters": "one", "lr": 0.1, "eval_every": 4, "steps": 12, "save_every": 5}
@@ -90,14 +119,18 @@ def test_a_mixture_trains_one_adapter_and_reports_on_each_task(tmp_path, capsys)
         assert run(words(again, "--eval-only", **measure)) == 0
         assert metrics(again)[-1]["accuracy"] == final["accuracy"]
     assert json.loads((out / "config.json").read_text())["task"] == tasks().split(",")
-    assert {name.split("/")[0] for name in json.loads((out / "config.json").read_text())["data"]} == {*SIZES}
+    assert {
+        name.split("/")[0] for name in json.loads((out / "config.json").read_text())["data"]
+    } == {*SIZES}
 
 
 def test_the_best_vectors_of_a_mixture_are_those_of_the_best_mean(tmp_path):
     out = tmp_path / "run"
     assert run(words(out, task=tasks(), **MIXTURE)) == 0
     evals = [line for line in metrics(out) if line["event"] == "eval"]
-    means = {step: np.mean([x["accuracy"] for x in evals if x["step"] == step]) for step in (4, 8, 12)}
+    means = {
+        step: np.mean([x["accuracy"] for x in evals if x["step"] == step]) for step in (4, 8, 12)
+    }
     best = train.runs.load_checkpoint(out)["cells"][0]["best"]
     assert best["accuracy"] == max(means.values()) == means[best["step"]]
 
@@ -113,12 +146,23 @@ def test_a_mixture_that_is_stopped_goes_on_bit_for_bit(tmp_path):
         assert outcome(out) == outcome(tmp_path / "whole")
 
 
-def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_adapter_that_is_given(tmp_path):
+def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_adapter_that_is_given(
+    tmp_path,
+):
     assert run(words(tmp_path / "start", lr=0.3)) == 0
     start, out = tmp_path / "start" / "adapter", tmp_path / "run"
-    assert run(words(out, task=tasks(), adapters="one", seed="0,1", init=start, steps=1, warmup_ratio=0.6)) == 0
+    assert (
+        run(
+            words(
+                out, task=tasks(), adapters="one", seed="0,1", init=start, steps=1, warmup_ratio=0.6
+            )
+        )
+        == 0
+    )
     finals = [line for line in metrics(out) if line["event"] == "final"]
-    assert [(x["adapter"], x["task"]) for x in finals] == [(f"s{seed}", name) for seed in (0, 1) for name in SIZES]
+    assert [(x["adapter"], x["task"]) for x in finals] == [
+        (f"s{seed}", name) for seed in (0, 1) for name in SIZES
+    ]
     for seed in (0, 1):  # a first step changes nothing
         found = load_file(out / "adapters" / f"s{seed}" / "adapter_model.safetensors")
         for name, x in load_file(start / "adapter_model.safetensors").items():
@@ -129,7 +173,12 @@ def test_two_tasks_of_one_name_do_not_mix(tmp_path, capsys):
     for folder in ("a", "b"):
         write(tmp_path / folder / "same", train=rows(4), test=rows(4, seed=1))
     two = f"{tmp_path / 'a' / 'same'},{tmp_path / 'b' / 'same'}"
-    fails(words(tmp_path / "run", task=two, adapters="one"), capsys, "a name for each", "['same', 'same']")
+    fails(
+        words(tmp_path / "run", task=two, adapters="one"),
+        capsys,
+        "a name for each",
+        "['same', 'same']",
+    )
 
 
 def test_a_cap_is_refused_where_nothing_mixes(tmp_path, capsys):
@@ -153,10 +202,15 @@ def test_the_line_that_measures_again_measures_the_same(adapters, tmp_path, caps
     for final in finals:
         put = {"NAME": final["adapter"], "SEED": str(final["seed"])}
         put["TASK"] = next(path for path in tasks().split(",") if Path(path).name == final["task"])
-        filled = [functools.reduce(lambda word, key: word.replace(key, put[key]), put, word) for word in command]
+        filled = [
+            functools.reduce(lambda word, key: word.replace(key, put[key]), put, word)
+            for word in command
+        ]
         assert run([*filled, "--device", "cpu", "--out", tmp_path / "again"]) == 0
         again = [line for line in metrics(tmp_path / "again") if line["event"] == "final"]
-        assert final["accuracy"] in [line["accuracy"] for line in again if line["task"] == final["task"]]
+        assert final["accuracy"] in [
+            line["accuracy"] for line in again if line["task"] == final["task"]
+        ]
         shutil.rmtree(tmp_path / "again")
 
 
@@ -167,7 +221,9 @@ def test_the_line_that_measures_again_measures_the_same(adapters, tmp_path, caps
 def rte(tmp_path):
     """A data folder with a few rows in the form of RTE's."""
     labels = ("entailment", "not_entailment")
-    made = [{"premise": "w5 w6", "hypothesis": f"w{i}", "label": labels[i % 2]} for i in range(8, 18)]
+    made = [
+        {"premise": "w5 w6", "hypothesis": f"w{i}", "label": labels[i % 2]} for i in range(8, 18)
+    ]
     write(tmp_path / "data" / "rte", train=made, val=made[:7])
     return {"task": "rte", "data_dir": tmp_path / "data", "steps": 2}
 
@@ -197,21 +253,35 @@ def test_a_prompt_that_is_not_there_is_refused(rte, asked, tmp_path, capsys):
 
 def test_a_written_answer_ends_where_the_shots_answers_end(monkeypatch):
     seen = []
-    monkeypatch.setattr("minia3.inference.evaluation.generate", lambda *args, stop, **options: seen.append(stop) or ["w4"])
+    monkeypatch.setattr(
+        "minia3.inference.evaluation.generate",
+        lambda *args, stop, **options: seen.append(stop) or ["w4"],
+    )
     ours, tokenizer = minia3.load_model(model("llama")), minia3.load_tokenizer(model("llama"))
     row = {"input": "w5", "target": "w4", "label": 0, "idx": 0}
     for shots in ((), [row]):
-        minia3.evaluate.evaluate(ours, tokenizer, [row], OWN_PROMPTS[0], metric="exact_match", shots=shots)
+        minia3.evaluate.evaluate(
+            ours, tokenizer, [row], OWN_PROMPTS[0], metric="exact_match", shots=shots
+        )
     assert seen == [(), ("\n\n",)]
 
 
 def test_shots_are_of_all_classes_where_few_fit(monkeypatch):
-    made = [{"input": f"w{5 + i}", "choices": ["w3", "w4"], "label": i // 16, "idx": i} for i in range(32)]
+    made = [
+        {"input": f"w{5 + i}", "choices": ["w3", "w4"], "label": i // 16, "idx": i}
+        for i in range(32)
+    ]
     data = minia3.load_task(task())._replace(train=made)
-    first = [Part(train.Config(method="icl", shots=16, seed=seed), data, False).shots[:6] for seed in range(3)]
+    first = [
+        Part(train.Config(method="icl", shots=16, seed=seed), data, False).shots[:6]
+        for seed in range(3)
+    ]
     assert all({row["label"] for row in some} == {0, 1} for some in first)
     assert first[0] != first[1]
-    held_out = [Part(train.Config(eval_every=1, seed=seed), data._replace(test=[]), True).held_out for seed in range(3)]
+    held_out = [
+        Part(train.Config(eval_every=1, seed=seed), data._replace(test=[]), True).held_out
+        for seed in range(3)
+    ]
     assert all({row["label"] for row in some} == {0, 1} for some in held_out)
     assert Part(train.Config(method="none", eval_every=1), data, False).held_out == []
 
@@ -227,10 +297,25 @@ def test_in_context_learning_measures_rows_behind_the_shots_of_each_seed(name, t
         order = np.random.RandomState([seed, 4]).permutation(3)
         shots = [data.train[i] for i in order]
         head = "".join(f"{row['input']} {row['choices'][row['label']]}\n\n" for row in shots)
-        scores = minia3.rank(ours, tokenizer, [head + row["input"] for row in data.test], [x["choices"] for x in data.test])
-        expected = np.mean([best == row["label"] for best, row in zip(scores.argmax(1).tolist(), data.test, strict=True)])
+        scores = minia3.rank(
+            ours,
+            tokenizer,
+            [head + row["input"] for row in data.test],
+            [x["choices"] for x in data.test],
+        )
+        expected = np.mean(
+            [
+                best == row["label"]
+                for best, row in zip(scores.argmax(1).tolist(), data.test, strict=True)
+            ]
+        )
         assert final["accuracy"] == pytest.approx(expected)
-        assert (final["n_shots"], final["trainable"], final["steps"], final["method"]) == (3, 0, 0, "icl")
+        assert (final["n_shots"], final["trainable"], final["steps"], final["method"]) == (
+            3,
+            0,
+            0,
+            "icl",
+        )
     assert finals[0]["accuracy_before"] == finals[1]["accuracy_before"]
     assert not (out / "adapters").exists()
 
@@ -238,7 +323,9 @@ def test_in_context_learning_measures_rows_behind_the_shots_of_each_seed(name, t
 def test_what_in_context_learning_came_to_is_told(tmp_path, capsys):
     assert run(words(tmp_path / "run", method="icl", shots=3)) == 0
     final, shown = metrics(tmp_path / "run")[-1], capsys.readouterr().out
-    assert f"accuracy    {final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after" in shown
+    assert (
+        f"accuracy    {final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after" in shown
+    )
     assert "shots       3.0 before a row, in the mean" in shown
     finals = [final | {"adapter": f"s{i}", "n_shots": n} for i, n in enumerate((3.0, 1.0, 2.5))]
     report(train.Config(method="icl", shots=3, seed=(0, 1, 2)), tmp_path / "run", finals)
@@ -261,6 +348,15 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_measure
     assert "10 rows to train on, 0 of test to report on" in shown
     assert "after    nothing to measure" in shown
     assert "use it" not in shown
-    assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (None, None, 0, 12)
+    assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (
+        None,
+        None,
+        0,
+        12,
+    )
     assert (tmp_path / "run" / "adapter" / "README.md").exists()
-    fails(words(tmp_path / "none", shots=10, method="none", **of), capsys, "no labelled rows to report on")
+    fails(
+        words(tmp_path / "none", shots=10, method="none", **of),
+        capsys,
+        "no labelled rows to report on",
+    )

@@ -20,9 +20,28 @@ from minia3.training.model_card import card, write_card
 from minia3.training.run_folder import read_run_config
 
 FINAL = {
-    **{"model": "tiny-t5", "task": "same-colour", "method": "ia3", "metric": "accuracy", "split": "test"},
-    **{"rows": 1024, "rows_cut": 0, "accuracy_before": 0.513, "accuracy": 0.9995, "auc_before": 0.554, "auc": 0.999},
-    **{"trainable": 1536, "total": 218112, "steps": 1000, "seconds": 16.2, "peak_memory_bytes": 10**8},
+    **{
+        "model": "tiny-t5",
+        "task": "same-colour",
+        "method": "ia3",
+        "metric": "accuracy",
+        "split": "test",
+    },
+    **{
+        "rows": 1024,
+        "rows_cut": 0,
+        "accuracy_before": 0.513,
+        "accuracy": 0.9995,
+        "auc_before": 0.554,
+        "auc": 0.999,
+    },
+    **{
+        "trainable": 1536,
+        "total": 218112,
+        "steps": 1000,
+        "seconds": 16.2,
+        "peak_memory_bytes": 10**8,
+    },
     "architecture": "T5",
     "data": {"train.jsonl": "ab" * 32, "test.jsonl": "cd" * 32},
 }
@@ -39,31 +58,55 @@ def blocks(text):
 
 
 @pytest.mark.parametrize(
-    ("model", "base"), [("t5-base", "google-t5/t5-base"), ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M")]
+    ("model", "base"),
+    [
+        ("t5-base", "google-t5/t5-base"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+    ],
 )
 def test_the_hub_reads_base_library_tags_and_data(model, base):
     text = card(train.Config(model=model, task="rte"), FINAL | {"model": model, "task": "rte"})
-    expected = {"base_model": base, "library_name": "peft", "tags": ["ia3", "peft"], "datasets": ["rte"]}
+    expected = {
+        "base_model": base,
+        "library_name": "peft",
+        "tags": ["ia3", "peft"],
+        "datasets": ["rte"],
+    }
     assert front(text) == expected
 
 
 def test_a_base_that_is_a_path_is_not_named_to_the_hub(tmp_path, monkeypatch):
     (tmp_path / "my" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in front(card(train.Config(model="my/base"), FINAL | {"model": "my/base"}))
+    assert "base_model" not in front(
+        card(train.Config(model="my/base"), FINAL | {"model": "my/base"})
+    )
     assert "base_model" not in front(card(train.Config(), FINAL))
 
 
 @pytest.mark.parametrize("task", ['it\'s: "mine" # 1', "no", "[x"])
 def test_any_name_of_a_task_is_read_back(task):
-    assert front(card(train.Config(task=f"{task}.jsonl"), FINAL | {"task": task}))["datasets"] == [task]
+    assert front(card(train.Config(task=f"{task}.jsonl"), FINAL | {"task": task}))["datasets"] == [
+        task
+    ]
 
 
 def test_figures_counts_and_checksums_are_the_run_s():
     text = card(train.Config(), FINAL)
-    for part in ("| accuracy | 51.3% | 100.0% |", "| AUC | 0.55 | 1.00 |", "1,024 rows of test", "1,536", "218,112"):
+    for part in (
+        "| accuracy | 51.3% | 100.0% |",
+        "| AUC | 0.55 | 1.00 |",
+        "1,024 rows of test",
+        "1,536",
+        "218,112",
+    ):
         assert part in text
-    for part in ("0.704%", "- train.jsonl `" + "ab" * 32 + "`", "- test.jsonl `" + "cd" * 32 + "`", "1,000 steps"):
+    for part in (
+        "0.704%",
+        "- train.jsonl `" + "ab" * 32 + "`",
+        "- test.jsonl `" + "cd" * 32 + "`",
+        "1,000 steps",
+    ):
         assert part in text
     other = card(train.Config(), FINAL | {"metric": "exact_match", "auc": None, "auc_before": None})
     assert "| exact_match | 51.3% | 100.0% |" in other
@@ -72,7 +115,10 @@ def test_figures_counts_and_checksums_are_the_run_s():
 
 def test_a_mixture_s_card_names_its_tasks_and_has_the_figures_of_each():
     config = train.Config(task=("rte", "a/b.jsonl"), adapters="one")
-    finals = [FINAL | {"task": "rte"}, FINAL | {"task": "b", "rows": 7, "accuracy": None, "auc": None}]
+    finals = [
+        FINAL | {"task": "rte"},
+        FINAL | {"task": "b", "rows": 7, "accuracy": None, "auc": None},
+    ]
     text = card(config, *finals)
     assert "# (IA)^3 for rte, b, on tiny-t5" in text
     assert front(text)["datasets"] == ["rte", "b"]
@@ -85,7 +131,9 @@ def test_a_mixture_s_card_names_its_tasks_and_has_the_figures_of_each():
 
 @pytest.mark.parametrize("values", [{"seed": 1}, {"lr": 1.0}, {"shots": 1, "save_every": 1}])
 def test_a_value_of_one_is_no_switch(values):
-    (command,) = re.findall("`(python train.py .*?)`", card(config := train.Config(**values), FINAL))
+    (command,) = re.findall(
+        "`(python train.py .*?)`", card(config := train.Config(**values), FINAL)
+    )
     assert parse_flags(train.Config, shlex.split(command)[2:], "") == config
 
 
@@ -132,7 +180,11 @@ def test_each_method_has_its_own_title_and_names_its_own_library(method, library
     config = train.Config(model="t5-base", task="rte", method=method)
     text = card(config, FINAL | {"model": "t5-base", "task": "rte", "method": method})
     found = front(text)
-    assert (found["base_model"], found["library_name"], found.get("tags")) == ("google-t5/t5-base", library, tags)
+    assert (found["base_model"], found["library_name"], found.get("tags")) == (
+        "google-t5/t5-base",
+        library,
+        tags,
+    )
     assert [line for line in text.splitlines() if line.startswith("# ")] == [word]
     assert "| accuracy | 51.3% | 100.0% |" in text
     assert f"--method {method}" in text or method == "ia3"
@@ -163,9 +215,15 @@ def theirs(model, name):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_the_code_of_lora_and_of_a_model_loads_what_was_trained_here_and_there(name, method, tmp_path, monkeypatch):
+def test_the_code_of_lora_and_of_a_model_loads_what_was_trained_here_and_there(
+    name, method, tmp_path, monkeypatch
+):
     config = train.Config(model=str(running.model(name)), task="rows.jsonl", method=method)
-    changes = {"model": config.model, "method": method, "architecture": {"t5": "T5", "llama": "Llama"}[name]}
+    changes = {
+        "model": config.model,
+        "method": method,
+        "architecture": {"t5": "T5", "llama": "Llama"}[name],
+    }
     model, tokenizer = minia3.load_model(config.model), minia3.load_tokenizer(config.model)
     if method == "lora":
         randomize_all(add_lora(model).values())
@@ -191,7 +249,10 @@ def randomize_all(parameters):
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_the_code_loads_the_adapter_here_and_in_peft(name, tmp_path, monkeypatch):
     config = train.Config(model=str(running.model(name)), task="rows.jsonl")
-    text = card(config, FINAL | {"model": config.model, "architecture": {"t5": "T5", "llama": "Llama"}[name]})
+    text = card(
+        config,
+        FINAL | {"model": config.model, "architecture": {"t5": "T5", "llama": "Llama"}[name]},
+    )
     model = randomize(minia3.load_model(config.model))
     minia3.save_adapter(model, tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -204,7 +265,9 @@ def test_the_code_loads_the_adapter_here_and_in_peft(name, tmp_path, monkeypatch
     exec(compile(theirs, "README.md", "exec"), found)
     factors = [p for name, p in found["model"].named_parameters() if "ia3_l" in name]
     assert sum(p.numel() for p in factors) == sum(v.numel() for v in minia3.vectors(model).values())
-    assert sum(p.double().sum() for p in factors) == pytest.approx(sum(v.double().sum().item() for v in minia3.vectors(model).values()))
+    assert sum(p.double().sum() for p in factors) == pytest.approx(
+        sum(v.double().sum().item() for v in minia3.vectors(model).values())
+    )
 
 
 def test_the_code_for_the_embedded_model_runs(tmp_path, monkeypatch):
@@ -220,7 +283,9 @@ def test_a_run_s_own_flags_and_result_make_a_card(tmp_path):
     assert running.run(running.words(out, steps=3)) == 0
     final = running.metrics(out)[-1] | {"data": read_run_config(out)["data"], "architecture": "T5"}
     raw = read_run_config(out)
-    config = train.Config(**{field.name: raw[field.name] for field in dataclasses.fields(train.Config)})
+    config = train.Config(
+        **{field.name: raw[field.name] for field in dataclasses.fields(train.Config)}
+    )
     text = card(config, final)
     assert front(text)["datasets"] == [running.task().name]
     for digest in read_run_config(out)["data"].values():

@@ -34,11 +34,15 @@ def train(optimizer, parameter, grads):
 
 @pytest.mark.parametrize("start", [1.0, 0.0, 1e-4, -30.0])  # below 1e-3, the step is that of 1e-3
 @pytest.mark.parametrize("d", [1, 3, 64])
-@pytest.mark.parametrize("size", [1.0, 1e-14])  # of the gradients: against the 1e-30 that is added to their squares
+@pytest.mark.parametrize(
+    "size", [1.0, 1e-14]
+)  # of the gradients: against the 1e-30 that is added to their squares
 @pytest.mark.parametrize("column", [False, True], ids=["(d,)", "T-Few's (d, 1)"])
 def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column):
     ours = torch.nn.Parameter(start * vector((1, d)))
-    theirs = torch.nn.Parameter(ours.detach().clone().view(d, 1) if column else ours.detach().clone().view(d))
+    theirs = torch.nn.Parameter(
+        ours.detach().clone().view(d, 1) if column else ours.detach().clone().view(d)
+    )
     options = {"scale_parameter": True, "relative_step": False, "warmup_init": False}
     grads = [size * grad for grad in gradients((1, d))]
     expected = train(Theirs([theirs], lr=LR, **options), theirs, grads)
@@ -46,17 +50,23 @@ def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column
     moved = (expected[-1].flatten() - start * vector((1, d)).flatten()).abs().max()
     assert moved > LR * max(abs(start), 1e-3) / 10
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(a.flatten(), b.flatten(), rtol=1e-5, atol=1e-5 * moved.item(), msg=f"step {step}")
+        torch.testing.assert_close(
+            a.flatten(), b.flatten(), rtol=1e-5, atol=1e-5 * moved.item(), msg=f"step {step}"
+        )
 
 
 @pytest.mark.parametrize("d", [1, 2, 7, 64, 1000])
 def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
-    size = torch.tensor([[1.0], [1e-4], [30.0], [0.0]])  # row 3 has no gradient: nothing of its task is in the batches
+    size = torch.tensor(
+        [[1.0], [1e-4], [30.0], [0.0]]
+    )  # row 3 has no gradient: nothing of its task is in the batches
     table = torch.nn.Parameter(vector((4, d)) * torch.tensor([[1.0], [5.0], [1e-4], [1.0]]))
     rows = [torch.nn.Parameter(row.clone()[None]) for row in table.detach()]
     together = train(Adafactor([table], lr=LR), table, (grad * size for grad in gradients((4, d))))
     for i, row in enumerate(rows):
-        alone = train(Adafactor([row], lr=LR), row, ((grad * size)[i] for grad in gradients((4, d))))
+        alone = train(
+            Adafactor([row], lr=LR), row, ((grad * size)[i] for grad in gradients((4, d)))
+        )
         assert torch.equal(torch.stack(together)[:, i], torch.stack(alone)[:, 0])
     assert torch.equal(table[3], rows[3][0])
 
@@ -93,7 +103,9 @@ def test_a_saved_optimiser_goes_on_bit_for_bit(tmp_path):
     first = torch.nn.Parameter(vector((3, 9)))
     optimizer = Adafactor([first], lr=LR)
     train(optimizer, first, grads[:11])
-    torch.save({"vector": first.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    torch.save(
+        {"vector": first.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt"
+    )
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     second = torch.nn.Parameter(saved["vector"])
     optimizer = Adafactor([second], lr=1.0)  # the saved rate replaces it
@@ -103,7 +115,10 @@ def test_a_saved_optimiser_goes_on_bit_for_bit(tmp_path):
 
 
 def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_one_before_the_first_step_is_empty():
-    rows = [torch.nn.Parameter(torch.ones(1, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    rows = [
+        torch.nn.Parameter(torch.ones(1, 3, dtype=dtype))
+        for dtype in (torch.float32, torch.float64)
+    ]
     first, second = (Adafactor([row], lr=LR) for row in rows)
     second.load_state_dict(first.state_dict())
     assert second.state == {rows[1]: {}}

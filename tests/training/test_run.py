@@ -21,7 +21,20 @@ from pathlib import Path
 import pytest
 import running
 import torch
-from running import at_line, contents, fails, finish, kill_self, metrics, outcome, resume, run, start, train, words
+from running import (
+    at_line,
+    contents,
+    fails,
+    finish,
+    kill_self,
+    metrics,
+    outcome,
+    resume,
+    run,
+    start,
+    train,
+    words,
+)
 
 import minia3
 from minia3.tasks.splits import load_task
@@ -31,20 +44,50 @@ from minia3.training.run_folder import Metrics, environment
 RECIPES = {
     "adafactor": {"dropout": 0.1, "save_every": 5},
     "adamw": {
-        **{"dropout": 0.2, "optimizer": "adamw", "weight_decay": 0.1, "micro_batch_size": 3, "save_every": 4},
+        **{
+            "dropout": 0.2,
+            "optimizer": "adamw",
+            "weight_decay": 0.1,
+            "micro_batch_size": 3,
+            "save_every": 4,
+        },
         "choices": (2, 3, 1),
     },
-    "best of": {"dropout": 0.1, "eval_every": 3, "patience": 2, "save_every": 6, "steps": 24, "seed": 26, "lr": 0.3},
-    "one by one": {"method": "lora", "seed": "0,3", "lr": "0.1,0.01", "steps": 6, "save_every": 4, "dropout": 0.1},
+    "best of": {
+        "dropout": 0.1,
+        "eval_every": 3,
+        "patience": 2,
+        "save_every": 6,
+        "steps": 24,
+        "seed": 26,
+        "lr": 0.3,
+    },
+    "one by one": {
+        "method": "lora",
+        "seed": "0,3",
+        "lr": "0.1,0.01",
+        "steps": 6,
+        "save_every": 4,
+        "dropout": 0.1,
+    },
     "in context": {"method": "icl", "shots": 2, "seed": "0,1,2"},
-    "targets": {"model": "llama", "choices": (0,), "max_new_tokens": 4, "eval_every": 6, "dropout": 0.1},
+    "targets": {
+        "model": "llama",
+        "choices": (0,),
+        "max_new_tokens": 4,
+        "eval_every": 6,
+        "dropout": 0.1,
+    },
 }
 
 
 def recipe(name, out):
     """The command line of a run of RECIPES into `out`."""
     values = dict(RECIPES[name])
-    values |= {"task": running.task(values.pop("choices", (2,))), "model": running.model(values.pop("model", "t5"))}
+    values |= {
+        "task": running.task(values.pop("choices", (2,))),
+        "model": running.model(values.pop("model", "t5")),
+    }
     return words(out, **values)
 
 
@@ -76,7 +119,9 @@ def test_the_recipes_are_worth_interrupting():
     assert len(set(accuracies)) >= 3
     assert lines[-1]["steps"] < RECIPES["best of"]["steps"]  # patience
     assert len({uninterrupted(name)[0][0] for name in RECIPES}) == len(RECIPES)
-    assert any(line["step"] % 5 and line["event"] == "train" for line in uninterrupted("adafactor")[0][1])
+    assert any(
+        line["step"] % 5 and line["event"] == "train" for line in uninterrupted("adafactor")[0][1]
+    )
 
 
 # Stopped: Ctrl-C, SIGTERM
@@ -84,7 +129,9 @@ def test_the_recipes_are_worth_interrupting():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_run_stopped_anywhere_says_how_to_go_on_and_goes_on_bit_for_bit(name, seed, tmp_path, capsys):
+def test_a_run_stopped_anywhere_says_how_to_go_on_and_goes_on_bit_for_bit(
+    name, seed, tmp_path, capsys
+):
     number, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[seed % 2]
     out = tmp_path / "run"
     n = somewhere(name, seed)
@@ -106,7 +153,9 @@ def test_a_run_stopped_anywhere_says_how_to_go_on_and_goes_on_bit_for_bit(name, 
         ("after", train, "evaluate", 8, 18),
     ],
 )
-def test_each_phase_can_be_stopped_and_a_step_is_never_half_done(phase, owner, function, call, step, tmp_path, capsys, monkeypatch):
+def test_each_phase_can_be_stopped_and_a_step_is_never_half_done(
+    phase, owner, function, call, step, tmp_path, capsys, monkeypatch
+):
     original, calls = getattr(owner, function), []
 
     def interrupted(*args, **options):
@@ -135,7 +184,9 @@ def test_a_measurement_on_held_out_rows_counts_as_a_whole_or_not_at_all(tmp_path
         for text in ("measure(i, part, part.held_out)", "began, signals.in_step")
     )
     ran = uninterrupted("best of")[1]
-    begin = [n for n, line in enumerate(ran) if line == ("train.py", first)][3]  # the fourth, which is no better
+    begin = [n for n, line in enumerate(ran) if line == ("train.py", first)][
+        3
+    ]  # the fourth, which is no better
     stops = range(begin, ran.index(("train.py", end), begin))
     for n in (n for n in stops if first <= ran[n][1] <= end):
         out = tmp_path / str(n)
@@ -144,7 +195,9 @@ def test_a_measurement_on_held_out_rows_counts_as_a_whole_or_not_at_all(tmp_path
         goes_on_as_if_nothing_had_been("best of", out)
 
 
-def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
     uninterrupted("adafactor")
     out, original = tmp_path / "run", torch.save
 
@@ -178,7 +231,9 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_type(tmp_path, capsys, monke
     assert capsys.readouterr().err == f"stopped; to go on: python train.py --resume '{out}'\n"
 
 
-def test_a_measurement_without_a_folder_that_is_stopped_has_nothing_to_go_on_with(capsys, monkeypatch):
+def test_a_measurement_without_a_folder_that_is_stopped_has_nothing_to_go_on_with(
+    capsys, monkeypatch
+):
     monkeypatch.setattr(minia3, "load_model", lambda *args, **options: kill_self(signal.SIGTERM))
     assert run(words(None, "--eval-only")) == 143
     assert capsys.readouterr().err == "stopped\n"
@@ -250,7 +305,9 @@ def torn_line(event, step, part):
 
 
 @pytest.mark.parametrize("part", [0, 0.5, 1])
-@pytest.mark.parametrize(("event", "step"), [("before", 0), ("train", 10), ("eval", 6), ("final", 18)])
+@pytest.mark.parametrize(
+    ("event", "step"), [("before", 0), ("train", 10), ("eval", 6), ("final", 18)]
+)
 def test_a_run_killed_while_it_writes_a_line_of_metrics_has_it_once(event, step, part, tmp_path):
     out = tmp_path / "run"
     prepare = functools.partial(torn_line, event, step, part)
@@ -280,7 +337,9 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_from_step_0(tmp_path):
     goes_on_as_if_nothing_had_been("targets", out)
 
 
-@pytest.mark.parametrize("more", ["", '{"event": "train", "step": 99}\n', '{"event": "fin', "\0\0\0", "\n\n"])
+@pytest.mark.parametrize(
+    "more", ["", '{"event": "train", "step": 99}\n', '{"event": "fin', "\0\0\0", "\n\n"]
+)
 def test_whatever_metrics_hold_past_the_checkpoint_is_cut(more, tmp_path, monkeypatch):
     uninterrupted("adafactor")
     out, original = tmp_path / "run", save_checkpoint
@@ -306,7 +365,9 @@ def test_metrics_that_lost_their_end_are_not_filled_up(tmp_path):
 def test_a_finished_run_of_a_whole_model_keeps_it_once(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, method="full", lr=1e-3)) == 0
-    assert (out / "checkpoint.pt").stat().st_size < (out / "model" / "model.safetensors").stat().st_size / 10
+    assert (out / "checkpoint.pt").stat().st_size < (
+        out / "model" / "model.safetensors"
+    ).stat().st_size / 10
     capsys.readouterr()
     assert resume(out) == 0
     assert capsys.readouterr().out.startswith(f"{out} is finished")
@@ -315,11 +376,20 @@ def test_a_finished_run_of_a_whole_model_keeps_it_once(tmp_path, capsys):
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out)) == 0
-    before = contents(out), [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"]
+    before = (
+        contents(out),
+        [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"],
+    )
     capsys.readouterr()
     assert resume(out) == 0
-    assert capsys.readouterr().out == f"{out} is finished; its final lines of metrics.jsonl are the results\n"
-    assert before == (contents(out), [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"])
+    assert (
+        capsys.readouterr().out
+        == f"{out} is finished; its final lines of metrics.jsonl are the results\n"
+    )
+    assert before == (
+        contents(out),
+        [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"],
+    )
 
 
 def test_a_measurement_with_a_folder_that_is_killed_goes_on_and_ends(tmp_path):
@@ -450,7 +520,10 @@ def test_what_is_refused_leaves_the_run_as_it_is(tmp_path, capsys):
         ('{"model": "t5', ["config.json"]),
         ("[1]", ["config.json", "list"]),
         ('{"model_type": "t5", "d_model": 4}', ["config.json", "something else"]),
-        ('{"model": "tiny-t5", "task": "same-colour", "steps": "many"}', ["--steps is 'many'", "int"]),
+        (
+            '{"model": "tiny-t5", "task": "same-colour", "steps": "many"}',
+            ["--steps is 'many'", "int"],
+        ),
         ('{"model": "tiny-t5", "task": "same-colour", "lr": -1}', ["--lr is -1", "above 0"]),
     ],
 )
@@ -465,7 +538,13 @@ def test_a_folder_that_holds_no_run_cannot_go_on(text, parts, tmp_path, capsys):
 
 
 def test_a_folder_that_is_not_there_cannot_go_on(tmp_path, capsys):
-    fails(["--resume", tmp_path / "nowhere"], capsys, "expected the folder of a run", tmp_path / "nowhere", "not found")
+    fails(
+        ["--resume", tmp_path / "nowhere"],
+        capsys,
+        "expected the folder of a run",
+        tmp_path / "nowhere",
+        "not found",
+    )
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -509,8 +588,20 @@ def test_config_json_is_there_before_anything_slow_and_holds_every_flag(tmp_path
     monkeypatch.setattr("minia3.training.cell.load_task", spy)
     assert run(words(out, "--deterministic", steps=1, lr=0.5, dropout=0)) == 0
     expected = dataclasses.asdict(train.Config()) | {
-        **{"model": str(running.model("t5")), "task": str(running.task()), "out": str(out), "device": "cpu"},
-        **{"batch_size": 4, "eval_batch_size": 64, "deterministic": True, "steps": 1, "lr": 0.5, "dropout": 0.0},
+        **{
+            "model": str(running.model("t5")),
+            "task": str(running.task()),
+            "out": str(out),
+            "device": "cpu",
+        },
+        **{
+            "batch_size": 4,
+            "eval_batch_size": 64,
+            "deterministic": True,
+            "steps": 1,
+            "lr": 0.5,
+            "dropout": 0.0,
+        },
     }
     assert {name: seen[0][name] for name in expected} == expected
     rest = {name: value for name, value in seen[0].items() if name not in expected}
@@ -518,23 +609,41 @@ def test_config_json_is_there_before_anything_slow_and_holds_every_flag(tmp_path
     assert rest["minia3"] == minia3.__version__
     versions = {"python": "{}.{}.{}".format(*sys.version_info), "torch": torch.__version__}
     assert versions.items() <= rest["versions"].items()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=running.ROOT, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=running.ROOT, capture_output=True, text=True
+    ).stdout.strip()
     assert (rest["git_commit"] or "").removesuffix("-dirty") == git
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in running.task().iterdir()}
     assert json.loads((out / "config.json").read_text()) == {**seen[0], "data": sums}
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_commit_is_that_of_the_code_and_says_whether_files_differ_from_it(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_the_code_and_says_whether_files_differ_from_it(
+    tmp_path, monkeypatch
+):
     def git(*arguments):
-        words = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        words = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            *arguments,
+        ]
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
     monkeypatch.setattr("minia3.training.run_folder.__file__", str(tmp_path / "code.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert environment()["git_commit"] is None
     (tmp_path / "code.py").write_text("1")
-    for arguments in (["init"], ["add", "code.py"], ["commit", "-m", "first"], ["tag", "-a", "v1", "-m", "v1"]):
+    for arguments in (
+        ["init"],
+        ["add", "code.py"],
+        ["commit", "-m", "first"],
+        ["tag", "-a", "v1", "-m", "v1"],
+    ):
         git(*arguments)
     commit = git("rev-parse", "HEAD").strip()
     (tmp_path / "untracked.py").write_text("2")
@@ -552,7 +661,9 @@ def test_metrics_are_flushed_line_by_line_and_come_at_least_every_ten_steps(tmp_
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     assert run(words(out, steps=25)) == 0
-    assert steps == [0] + [1] * 9 + [10] * 10 + [20] * 5  # the last line on disk, as each step sees it
+    assert (
+        steps == [0] + [1] * 9 + [10] * 10 + [20] * 5
+    )  # the last line on disk, as each step sees it
     assert [(line["event"], line["step"]) for line in metrics(out)] == [
         ("before", 0), ("train", 1), ("train", 10), ("train", 20), ("train", 25), ("final", 25)
     ]  # fmt: skip
@@ -569,14 +680,24 @@ def test_the_last_line_is_the_result(tmp_path):
     trainable = sum(vector.numel() for vector in minia3.vectors(model).values())
     assert final["event"] == "final"
     assert final["accuracy_before"] == before["accuracy"]
-    assert (final["metric"], final["split"], final["rows"], final["steps"]) == ("accuracy", "test", 12, 3)
-    assert (final["trainable"], final["total"]) == (trainable, sum(p.numel() for p in model.parameters()) - trainable)
+    assert (final["metric"], final["split"], final["rows"], final["steps"]) == (
+        "accuracy",
+        "test",
+        12,
+        3,
+    )
+    assert (final["trainable"], final["total"]) == (
+        trainable,
+        sum(p.numel() for p in model.parameters()) - trainable,
+    )
     assert 0 <= final["accuracy"] <= 1
     assert 0 < final["seconds"] < 60
     assert final["peak_memory_bytes"] > 10**7
 
 
-def test_time_is_that_of_all_steps_whether_or_not_the_run_was_stopped_or_measured_between(tmp_path, monkeypatch):
+def test_time_is_that_of_all_steps_whether_or_not_the_run_was_stopped_or_measured_between(
+    tmp_path, monkeypatch
+):
     step, evaluated, result = 0.02, 0.3, {"accuracy": 0.5, "auc": None, "n": 1, "n_cut": 0}
     monkeypatch.setattr(train, "evaluate", lambda *args, **options: time.sleep(evaluated) or result)
     clip, calls = torch.nn.utils.clip_grad_norm_, []
@@ -597,8 +718,12 @@ def test_time_is_that_of_all_steps_whether_or_not_the_run_was_stopped_or_measure
     assert len(calls) == 12
     assert 12 * step < metrics(out)[-1]["seconds"] < elapsed - 5 * evaluated
     logged = [line for line in metrics(out) if line["event"] == "train"]
-    steps = [b["step"] - a for a, b in zip([0, *(line["step"] for line in logged)], logged, strict=False)]
-    seconds = sum(4 * n / line["examples_per_second"] for n, line in zip(steps, logged, strict=True))
+    steps = [
+        b["step"] - a for a, b in zip([0, *(line["step"] for line in logged)], logged, strict=False)
+    ]
+    seconds = sum(
+        4 * n / line["examples_per_second"] for n, line in zip(steps, logged, strict=True)
+    )
     assert metrics(out)[-1]["seconds"] == pytest.approx(seconds, abs=1e-3)
 
 
@@ -606,7 +731,9 @@ def test_time_is_that_of_all_steps_whether_or_not_the_run_was_stopped_or_measure
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(number, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    number, tmp_path, capsys, monkeypatch
+):
     uninterrupted("adafactor")
     out, write = tmp_path / "run", Path.write_bytes
 
@@ -619,7 +746,12 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(number, tmp_path,
     monkeypatch.setattr(Path, "write_bytes", full)
     fails(recipe("adafactor", out), capsys, os.strerror(number), code=1)
     monkeypatch.undo()
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoint.pt", "config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        ".lock",
+        "checkpoint.pt",
+        "config.json",
+        "metrics.jsonl",
+    ]
     goes_on_as_if_nothing_had_been("adafactor", out)
 
 

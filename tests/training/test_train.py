@@ -24,7 +24,20 @@ import running
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import fails, finish, metrics, model, outcome, rows, run, start, task, train, words, write
+from running import (
+    fails,
+    finish,
+    metrics,
+    model,
+    outcome,
+    rows,
+    run,
+    start,
+    task,
+    train,
+    words,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 import minia3
@@ -86,9 +99,13 @@ LOSSES = ("lm,ul,ln", "ul", "lm,ln")
 KINDS = {"choices": (2,), "mixed choices": (2, 3, 1), "targets": (0,)}
 
 
-@pytest.mark.parametrize(("kind", "losses"), [x for x in product(KINDS, LOSSES) if x != ("targets", "ul")])
+@pytest.mark.parametrize(
+    ("kind", "losses"), [x for x in product(KINDS, LOSSES) if x != ("targets", "ul")]
+)
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_the_loss_of_the_first_step_is_that_of_the_base_on_the_first_batch(name, kind, losses, tmp_path):
+def test_the_loss_of_the_first_step_is_that_of_the_base_on_the_first_batch(
+    name, kind, losses, tmp_path
+):
     folder = task(KINDS[kind])
     flags = {"model": model(name), "task": folder, "losses": losses, "seed": 4, "max_new_tokens": 2}
     assert run(words(tmp_path / "run", steps=1, dropout=0, **flags)) == 0
@@ -102,17 +119,33 @@ def test_the_loss_of_the_first_step_is_that_of_the_base_on_the_first_batch(name,
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
-def test_a_run_is_the_loop_written_out_with_the_optimisers_of_transformers_and_torch(optimizer, tmp_path):
+def test_a_run_is_the_loop_written_out_with_the_optimisers_of_transformers_and_torch(
+    optimizer, tmp_path
+):
     transformers = pytest.importorskip("transformers")
-    flags = {"steps": 7, "warmup_ratio": 0.4, "lr": 0.03, "clip": 0.5, "weight_decay": 0.1, "optimizer": optimizer}
+    flags = {
+        "steps": 7,
+        "warmup_ratio": 0.4,
+        "lr": 0.03,
+        "clip": 0.5,
+        "weight_decay": 0.1,
+        "optimizer": optimizer,
+    }
     out = tmp_path / "run"
     assert run(words(out, task=task((2, 3, 1)), seed=2, dropout=0, dtype="float64", **flags)) == 0
 
-    ours, tokenizer = minia3.load_model(model("t5"), dtype=torch.float64).double(), minia3.load_tokenizer(model("t5"))
+    ours, tokenizer = (
+        minia3.load_model(model("t5"), dtype=torch.float64).double(),
+        minia3.load_tokenizer(model("t5")),
+    )
     minia3.freeze(ours)
-    parameters = {name: torch.nn.Parameter(v.detach()[0].clone()) for name, v in minia3.vectors(ours).items()}
+    parameters = {
+        name: torch.nn.Parameter(v.detach()[0].clone()) for name, v in minia3.vectors(ours).items()
+    }
     if optimizer == "adafactor":
-        optimiser = transformers.Adafactor(parameters.values(), lr=0.03, relative_step=False, scale_parameter=True)
+        optimiser = transformers.Adafactor(
+            parameters.values(), lr=0.03, relative_step=False, scale_parameter=True
+        )
     else:
         optimiser = torch.optim.AdamW(parameters.values(), lr=0.03, weight_decay=0.1)
     schedule = transformers.get_linear_schedule_with_warmup(optimiser, 3, 7)
@@ -137,7 +170,9 @@ def test_a_run_is_the_loop_written_out_with_the_optimisers_of_transformers_and_t
         torch.testing.assert_close(found[name][0], p.detach(), rtol=1e-5, atol=1e-7)
     first, rest = (line["loss"] for line in metrics(out) if line["event"] == "train")
     assert first == pytest.approx(losses[0], rel=1e-9)
-    assert rest == pytest.approx(np.mean(losses[1:]), rel=1e-6)  # a line is the mean since the line before
+    assert rest == pytest.approx(
+        np.mean(losses[1:]), rel=1e-6
+    )  # a line is the mean since the line before
 
 
 @settings(deadline=None, max_examples=60)
@@ -148,7 +183,9 @@ def test_the_learning_rate_is_that_of_transformers_schedule(steps, ratio, lr):
     schedule = transformers.get_linear_schedule_with_warmup(optimiser, round(ratio * steps), steps)
     config = train.Config(steps=steps, warmup_ratio=ratio, lr=lr)
     for step in range(steps):
-        assert train.learning_rate(step, config) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-12)
+        assert train.learning_rate(step, config) == pytest.approx(
+            schedule.get_last_lr()[0], rel=1e-9, abs=1e-12
+        )
         optimiser.step()
         schedule.step()
 
@@ -160,7 +197,9 @@ def test_t_fews_schedule_warms_up_for_60_steps_of_1000_and_ends_at_0():
 
 def test_the_logged_learning_rate_is_that_of_the_step(tmp_path):
     assert run(words(tmp_path / "run", warmup_ratio=0.5)) == 0
-    rates = {line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["event"] == "train"}
+    rates = {
+        line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["event"] == "train"
+    }
     assert rates == pytest.approx({1: 0, 10: 0.003 * 3 / 6, 12: 0.003 * 1 / 6})
 
 
@@ -170,7 +209,13 @@ def test_the_logged_learning_rate_is_that_of_the_step(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("micro", [1, 3, 7])
 def test_micro_batches_add_up_to_the_batch(kind, micro, tmp_path):
-    flags = {"task": task(KINDS[kind]), "batch_size": 8, "dtype": "float64", "dropout": 0, "max_new_tokens": 2}
+    flags = {
+        "task": task(KINDS[kind]),
+        "batch_size": 8,
+        "dtype": "float64",
+        "dropout": 0,
+        "max_new_tokens": 2,
+    }
     flags["steps"] = 5
     assert run(words(tmp_path / "whole", **flags)) == 0
     assert run(words(tmp_path / "parts", micro_batch_size=micro, **flags)) == 0
@@ -209,7 +254,9 @@ def test_the_same_seed_is_the_same_run_and_another_one_is_not(tmp_path):
 
 
 def test_dropout_is_drawn_by_the_seed(tmp_path):
-    one = write(tmp_path / "one", train=rows(1), test=rows(3, seed=1))  # whose order no seed changes
+    one = write(
+        tmp_path / "one", train=rows(1), test=rows(3, seed=1)
+    )  # whose order no seed changes
     losses = {}
     for seed, dropout in product((0, 1), (0, 0.5)):
         out = tmp_path / f"{seed}-{dropout}"
@@ -240,15 +287,24 @@ def test_speeds_count_the_examples_of_all_adapters_with_sources_and_choices(seed
     assert run(words(tmp_path / "run", seed=seed, batch_size=20, steps=1)) == 0  # all rows once
     line = next(line for line in metrics(tmp_path / "run") if line["event"] == "train")
     tokenizer, train_rows = minia3.load_tokenizer(model("t5")), read(task() / "train.jsonl")
-    n_tokens = sum(len(tokenizer.encode(text)) for row in train_rows for text in (row["input"], *row["choices"]))
+    n_tokens = sum(
+        len(tokenizer.encode(text))
+        for row in train_rows
+        for text in (row["input"], *row["choices"])
+    )
     assert line["tokens_per_second"] / line["examples_per_second"] == pytest.approx(n_tokens / 20)
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_dropout_is_that_of_the_flag_else_of_the_config_and_is_off_where_it_is_measured(name, tmp_path):
+def test_dropout_is_that_of_the_flag_else_of_the_config_and_is_off_where_it_is_measured(
+    name, tmp_path
+):
     own = {"t5": "0.1", "llama": "0.0"}[name]
     for p in (None, own, 0.4):
-        assert run(words(tmp_path / str(p), model=model(name), dropout=p, steps=2, warmup_ratio=0)) == 0
+        assert (
+            run(words(tmp_path / str(p), model=model(name), dropout=p, steps=2, warmup_ratio=0))
+            == 0
+        )
     none, same, more = (tmp_path / str(p) for p in (None, own, 0.4))
     assert outcome(none) == outcome(same)
     assert metrics(more)[1]["loss"] != metrics(none)[1]["loss"]
@@ -272,13 +328,17 @@ def test_float64_is_float64_throughout(tmp_path):
 def test_nothing_but_the_vectors_is_trained(tmp_path, monkeypatch):
     loaded = []
     original = minia3.load_model
-    monkeypatch.setattr(minia3, "load_model", lambda *a, **o: loaded.append(original(*a, **o)) or loaded[-1])
+    monkeypatch.setattr(
+        minia3, "load_model", lambda *a, **o: loaded.append(original(*a, **o)) or loaded[-1]
+    )
     assert run(words(tmp_path / "run", steps=3, lr=0.1)) == 0
     fresh, (trained,) = original(model("t5")), loaded
     moving = minia3.vectors(fresh).keys()
     for (name, before), after in zip(fresh.named_parameters(), trained.parameters(), strict=True):
         assert torch.equal(before, after) != (name.removesuffix(".scale") in moving), name
-        assert after.requires_grad == (name.removesuffix(".scale") in moving), name  # else backward keeps more
+        assert after.requires_grad == (name.removesuffix(".scale") in moving), (
+            name
+        )  # else backward keeps more
     assert not trained.training
 
 
@@ -314,14 +374,22 @@ def test_a_family_that_saw_the_labels_is_said_to_have_seen_them(rte, tmp_path, m
     assert run(words(tmp_path / "run", steps=1, **rte)) == 0
     assert "pre-training" not in capsys.readouterr().out
     monkeypatch.setattr("minia3.training.cell.known_model", lambda name: known_models()["t5-base"])
-    monkeypatch.setattr("minia3.training.cell.for_family", lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0)
+    monkeypatch.setattr(
+        "minia3.training.cell.for_family",
+        lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0,
+    )
     assert run(words(tmp_path / "seen", steps=1, **rte)) == 0
     assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out
 
 
-def test_inputs_that_are_cut_are_counted_where_they_are_trained_on_and_where_they_are_measured(tmp_path, capsys):
+def test_inputs_that_are_cut_are_counted_where_they_are_trained_on_and_where_they_are_measured(
+    tmp_path, capsys
+):
     splits = {split: read(task() / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    n = {split: sum(len(row["input"].split()) + 1 > 6 for row in part) for split, part in splits.items()}
+    n = {
+        split: sum(len(row["input"].split()) + 1 > 6 for row in part)
+        for split, part in splits.items()
+    }
     assert run(words(tmp_path / "run", max_length=6, batch_size=20, steps=1)) == 0
     out = capsys.readouterr().out
     assert f"{n['train']} of 20 training inputs are cut to 6 tokens (--max-length)" in out
@@ -347,22 +415,40 @@ def relabelled(folder, split):
 
 def test_nothing_is_chosen_on_the_split_that_is_reported(tmp_path):
     assert run(words(tmp_path / "run", **CHOOSING)) == 0
-    assert run(words(tmp_path / "other", task=relabelled(tmp_path / "a" / task().name, "test"), **CHOOSING)) == 0
+    assert (
+        run(
+            words(
+                tmp_path / "other",
+                task=relabelled(tmp_path / "a" / task().name, "test"),
+                **CHOOSING,
+            )
+        )
+        == 0
+    )
     (chosen, lines), (other, others) = outcome(tmp_path / "run"), outcome(tmp_path / "other")
     assert chosen == other
     assert lines[1:-1] == others[1:-1]
-    assert lines[-1]["accuracy"] == pytest.approx(1 - others[-1]["accuracy"])  # they were measured on these labels
+    assert lines[-1]["accuracy"] == pytest.approx(
+        1 - others[-1]["accuracy"]
+    )  # they were measured on these labels
     assert lines[-1]["accuracy"] != 0.5
-    assert run(words(tmp_path / "held", task=relabelled(tmp_path / "b", "validation"), **CHOOSING)) == 0
+    assert (
+        run(words(tmp_path / "held", task=relabelled(tmp_path / "b", "validation"), **CHOOSING))
+        == 0
+    )
     assert outcome(tmp_path / "held")[0] != chosen  # but on these they were chosen
 
 
-def test_without_a_labelled_test_split_a_fifth_of_train_is_held_out_and_not_trained_on(tmp_path, capsys):
+def test_without_a_labelled_test_split_a_fifth_of_train_is_held_out_and_not_trained_on(
+    tmp_path, capsys
+):
     train_rows, validation = read(task() / "train.jsonl"), read(task() / "validation.jsonl")
     order = np.random.RandomState([CHOOSING["seed"], 4]).permutation(20).tolist()
 
     def flipped(which):
-        return [{**row, "label": (row["label"] + (i in which)) % 2} for i, row in enumerate(train_rows)]
+        return [
+            {**row, "label": (row["label"] + (i in which)) % 2} for i, row in enumerate(train_rows)
+        ]
 
     all_flipped = [{**row, "label": 1 - row["label"]} for row in validation]
     tasks = {
@@ -373,10 +459,18 @@ def test_without_a_labelled_test_split_a_fifth_of_train_is_held_out_and_not_trai
     }
     found = {}
     for name, splits in tasks.items():
-        assert run(words(tmp_path / name, task=write(tmp_path / f"task-{name}", **splits), **CHOOSING)) == 0
-        assert "chosen on 4 rows that are neither trained nor reported on" in capsys.readouterr().out
+        assert (
+            run(words(tmp_path / name, task=write(tmp_path / f"task-{name}", **splits), **CHOOSING))
+            == 0
+        )
+        assert (
+            "chosen on 4 rows that are neither trained nor reported on" in capsys.readouterr().out
+        )
         found[name] = outcome(tmp_path / name)
-    losses = {name: [line["loss"] for line in lines if line["event"] == "train"] for name, (_, lines) in found.items()}
+    losses = {
+        name: [line["loss"] for line in lines if line["event"] == "train"]
+        for name, (_, lines) in found.items()
+    }
     assert found["base"][0] == found["reported"][0]
     assert losses["base"] == losses["held"] != losses["trained"]
     wrong = [1 - accuracy for accuracy in accuracies(tmp_path / "held", "eval")]
@@ -384,7 +478,9 @@ def test_without_a_labelled_test_split_a_fifth_of_train_is_held_out_and_not_trai
 
 
 @pytest.mark.parametrize(("n", "n_held_out"), [(2, 1), (4, 1), (20, 4)])
-def test_without_validation_a_fifth_of_train_is_held_out_and_one_row_at_least(n, n_held_out, tmp_path):
+def test_without_validation_a_fifth_of_train_is_held_out_and_one_row_at_least(
+    n, n_held_out, tmp_path
+):
     splits = {"train": rows(n), "test": rows(5, seed=1)}
     config = train.Config(model=model("t5"), task=write(tmp_path / "task", **splits), eval_every=1)
     part = Part(config, minia3.load_task(config.task), True)
@@ -396,7 +492,9 @@ def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path):
     held_out = accuracies(tmp_path / "run", "eval")
     assert held_out[-1] < max(held_out)
     swapped = write(tmp_path / "swapped", test=read(task() / "validation.jsonl"))
-    again = words(tmp_path / "again", "--eval-only", task=swapped, adapter=tmp_path / "run" / "adapter")
+    again = words(
+        tmp_path / "again", "--eval-only", task=swapped, adapter=tmp_path / "run" / "adapter"
+    )
     assert run(again) == 0
     assert metrics(tmp_path / "again")[-1]["accuracy"] == max(held_out)
 
@@ -420,13 +518,20 @@ def scripted(monkeypatch, held_out):
     ("held_out", "patience", "n", "best"),
     [
         ([0.5, 0.6, 0.4, 0.3], 2, 4, 1),
-        ([0.5, 0.5, 0.5, 0.9], 2, 3, 2),  # an equal one is no better, but of equals the last is kept
+        (
+            [0.5, 0.5, 0.5, 0.9],
+            2,
+            3,
+            2,
+        ),  # an equal one is no better, but of equals the last is kept
         ([0.5, 0.6, 0.6, 0.7, 0.7, 0.2], 2, 6, 4),
         ([0.5, 0.4, 0.3, 0.2, 0.1], 0, 5, 0),
         ([0.1, 0.2, 0.3, 0.4, 0.5], 1, 5, 4),
     ],
 )
-def test_patience_counts_measurements_without_a_better_one_and_the_best_vectors_win(held_out, patience, n, best, tmp_path, monkeypatch):
+def test_patience_counts_measurements_without_a_better_one_and_the_best_vectors_win(
+    held_out, patience, n, best, tmp_path, monkeypatch
+):
     seen = scripted(monkeypatch, held_out)
     flags = {"eval_every": 2, "patience": patience, "steps": 2 * len(held_out), "lr": 0.1}
     assert run(words(tmp_path / "run", **flags)) == 0
@@ -446,7 +551,9 @@ def test_patience_counts_measurements_without_a_better_one_and_the_best_vectors_
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_of_a_run_scores_what_the_run_says_and_a_run_can_start_from_it(name, kind, tmp_path, capsys):
+def test_the_adapter_of_a_run_scores_what_the_run_says_and_a_run_can_start_from_it(
+    name, kind, tmp_path, capsys
+):
     flags = {"model": model(name), "task": task(KINDS[kind]), "lr": 0.3, "max_new_tokens": 3}
     assert run(words(tmp_path / "run", **flags)) == 0
     final = metrics(tmp_path / "run")[-1]
@@ -458,7 +565,11 @@ def test_the_adapter_of_a_run_scores_what_the_run_says_and_a_run_can_start_from_
     assert f"  {final['metric']:<12}{final['accuracy']:.1%}\n" in capsys.readouterr().out
     assert run(words(tmp_path / "scored", "--eval-only", **flags, **adapter_flag)) == 0
     scored = metrics(tmp_path / "scored")[-1]
-    assert (scored["accuracy"], scored["auc"], scored["trainable"]) == (final["accuracy"], final["auc"], 0)
+    assert (scored["accuracy"], scored["auc"], scored["trainable"]) == (
+        final["accuracy"],
+        final["auc"],
+        0,
+    )
     assert not (tmp_path / "scored" / "adapter").exists()
     assert run(words(tmp_path / "on", steps=1, **flags, **adapter_flag)) == 0
     on = metrics(tmp_path / "on")[-1]
@@ -467,7 +578,10 @@ def test_the_adapter_of_a_run_scores_what_the_run_says_and_a_run_can_start_from_
 
 def test_a_run_that_does_not_move_gives_back_the_adapter_that_it_began_with(tmp_path):
     assert run(words(tmp_path / "run", lr=0.1)) == 0
-    assert run(words(tmp_path / "on", steps=1, warmup_ratio=0.6, adapter=tmp_path / "run" / "adapter")) == 0
+    assert (
+        run(words(tmp_path / "on", steps=1, warmup_ratio=0.6, adapter=tmp_path / "run" / "adapter"))
+        == 0
+    )
     assert outcome(tmp_path / "on")[0] == outcome(tmp_path / "run")[0]
 
 
@@ -538,7 +652,12 @@ def test_a_task_to_measure_on_needs_no_rows_to_train_on_and_one_to_train_on_does
     fails(words(tmp_path / "run", task=only), capsys, "no rows to train on", "train.jsonl")
     assert "before" not in capsys.readouterr().out
     one = write(tmp_path / "one", train=rows(1), validation=rows(5))
-    fails(words(tmp_path / "run", task=one, eval_every=1), capsys, "no rows to train on", "--eval-every")
+    fails(
+        words(tmp_path / "run", task=one, eval_every=1),
+        capsys,
+        "no rows to train on",
+        "--eval-every",
+    )
     assert run(words(tmp_path / "run", task=one, steps=2)) == 0
 
 
@@ -604,11 +723,20 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--rank", "0"], ["--rank is 0", "at least 1"]),
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
         (["--rank", "4"], ["--rank is for --method lora", "found --method ia3"]),
-        (["--method", "lora", "--sites", "k"], ["--sites is for --method ia3", "found --method lora"]),
-        (["--method", "lora", "--rank", "4", "--init", "x"], ["--rank is of a new LoRA", "--adapter brings its own"]),
+        (
+            ["--method", "lora", "--sites", "k"],
+            ["--sites is for --method ia3", "found --method lora"],
+        ),
+        (
+            ["--method", "lora", "--rank", "4", "--init", "x"],
+            ["--rank is of a new LoRA", "--adapter brings its own"],
+        ),
         (["--method", "icl"], ["--method icl", "say how many with --shots"]),
         (["--adapters", "two"], ["--adapters is 'two'", "each", "one"]),
-        (["--method", "lora", "--optimizer", "adafactor"], ["--optimizer adafactor", "B begins at 0", "use adamw"]),
+        (
+            ["--method", "lora", "--optimizer", "adafactor"],
+            ["--optimizer adafactor", "B begins at 0", "use adamw"],
+        ),
         (["--method", "full", "--optimizer", "adafactor"], ["--optimizer adafactor", "use adamw"]),
         (["--method", "full", "--adapter", "x"], ["--method full", "--model"]),
         (["--seed", "0,x"], ["--seed", "'0,x'", "int"]),
@@ -619,7 +747,9 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         *[([f"--{flag}", value], [f"--{flag} is {value}", limit]) for flag, value, limit in LIMITS],
     ],
 )
-def test_a_bad_flag_is_one_line_before_anything_is_written(arguments, parts, tmp_path, capsys, monkeypatch):
+def test_a_bad_flag_is_one_line_before_anything_is_written(
+    arguments, parts, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     fails(arguments, capsys, *parts)
     assert list(tmp_path.iterdir()) == []
@@ -648,14 +778,18 @@ def test_each_flag_with_limits_is_tried_above():
         ({"max_length": 1}, ["does not fit into max_length 1"]),
     ],
 )
-def test_what_is_not_there_is_one_line_and_leaves_nothing_behind(values, parts, tmp_path, capsys, monkeypatch):
+def test_what_is_not_there_is_one_line_and_leaves_nothing_behind(
+    values, parts, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fails(words(tmp_path / "run", **values), capsys, *parts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_row_to_train_on_that_cannot_be_cut_to_fit_is_found_before_anything_is_measured(tmp_path, capsys):
+def test_a_row_to_train_on_that_cannot_be_cut_to_fit_is_found_before_anything_is_measured(
+    tmp_path, capsys
+):
     long = {
         "input": "\N{SNOWMAN}" * 20,
         "choices": ["no", "yes"],
@@ -675,9 +809,21 @@ def test_cuda_where_there_is_none_is_one_line(tmp_path, capsys):
 
 def test_every_bad_row_is_named_in_one_line(tmp_path, capsys):
     bad = write(tmp_path / "task", test=rows(3))
-    lines = ["{", "[]", '{"input": "a"}', '{"input": "", "target": "b"}', '{"input": "a", "choices": ["b"]}', "{"]
+    lines = [
+        "{",
+        "[]",
+        '{"input": "a"}',
+        '{"input": "", "target": "b"}',
+        '{"input": "a", "choices": ["b"]}',
+        "{",
+    ]
     (bad / "train.jsonl").write_text("\n".join(lines))
-    fails(words(tmp_path / "run", task=bad), capsys, *[f"train.jsonl:{i}: " for i in range(1, 6)], "and 1 more")
+    fails(
+        words(tmp_path / "run", task=bad),
+        capsys,
+        *[f"train.jsonl:{i}: " for i in range(1, 6)],
+        "and 1 more",
+    )
     (bad / "train.jsonl").write_text("")
     fails(words(tmp_path / "run", task=bad), capsys, "train.jsonl: no rows")
 
@@ -692,7 +838,9 @@ def test_an_adapter_of_another_model_is_one_line(tmp_path, capsys):
     folder = tmp_path / "wrong"
     shutil.copytree(tmp_path / "llama" / "adapter", folder)
     save_file({name: x[:1] for name, x in tensors.items()}, folder / "adapter_model.safetensors")
-    fails(words(tmp_path / "run", model=model("llama"), adapter=folder), capsys, "of 1, expected 12")
+    fails(
+        words(tmp_path / "run", model=model("llama"), adapter=folder), capsys, "of 1, expected 12"
+    )
 
 
 def test_an_adapter_of_another_base_is_a_note(tmp_path, capsys):
@@ -701,7 +849,10 @@ def test_an_adapter_of_another_base_is_a_note(tmp_path, capsys):
     other = {"model": model("t5", seed=1), "adapter": tmp_path / "run" / "adapter"}
     with warnings.catch_warnings(record=True) as more_lines:
         assert run(words(None, "--eval-only", **other)) == 0
-    assert f"adapter was trained on {model('t5')}, and this model is {model('t5', seed=1)}\n" in capsys.readouterr().out
+    assert (
+        f"adapter was trained on {model('t5')}, and this model is {model('t5', seed=1)}\n"
+        in capsys.readouterr().out
+    )
     assert more_lines == []
 
 
@@ -709,15 +860,28 @@ def test_a_data_folder_that_is_not_there_is_one_line(tmp_path, capsys, monkeypat
     no_network = lambda *args, **options: (_ for _ in ()).throw(OSError("no network"))  # noqa: E731
     monkeypatch.setattr("minia3.tasks.download.urlopen", no_network)
     data = tmp_path / "data"
-    fails(words(tmp_path / "run", task="rte", data_dir=data), capsys, "no network", data / "rte", "by hand")
+    fails(
+        words(tmp_path / "run", task="rte", data_dir=data),
+        capsys,
+        "no network",
+        data / "rte",
+        "by hand",
+    )
     (tmp_path / "file").write_text("mine")
-    fails(words(tmp_path / "run", task="rte", data_dir=tmp_path / "file"), capsys, tmp_path / "file", "by hand")
+    fails(
+        words(tmp_path / "run", task="rte", data_dir=tmp_path / "file"),
+        capsys,
+        tmp_path / "file",
+        "by hand",
+    )
 
 
 # Runs that fail
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(
+    tmp_path, capsys, monkeypatch
+):
     original, calls = train.total_loss, []
 
     def total_loss(*args, **options):
@@ -733,12 +897,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(t
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path, capsys):
-    fails(words(tmp_path / "run", lr=1e30), capsys, "the loss of step ", " is nan: ", "try a lower --lr", code=1)
+    fails(
+        words(tmp_path / "run", lr=1e30),
+        capsys,
+        "the loss of step ",
+        " is nan: ",
+        "try a lower --lr",
+        code=1,
+    )
 
 
 def test_a_gpu_that_is_full_is_one_line_with_the_flag_to_lower(tmp_path, capsys, monkeypatch):
     def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has " + "many words " * 50)
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has " + "many words " * 50
+        )
 
     monkeypatch.setattr(train, "choice_logprobs", full)
     fails(words(tmp_path / "run"), capsys, "CUDA out of memory", "lower --micro-batch-size", code=1)
@@ -760,7 +933,9 @@ def test_help_explains_every_flag_with_its_default(capsys):
     assert len(explained) == len(fields)
     for field, words_of in zip(fields, explained, strict=True):
         name, *rest = words_of.split()
-        assert name.rstrip(",") == field.name.replace("_", "-")  # Python 3.13 has a comma before another name
+        assert name.rstrip(",") == field.name.replace(
+            "_", "-"
+        )  # Python 3.13 has a comma before another name
         assert len(rest) > 4
         if field.default not in (None, False, 0):
             assert f"(default: {field.default})" in words_of
@@ -786,7 +961,9 @@ def test_the_end_is_one_short_table(tmp_path, capsys):
     head, *table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert head == "task-2: 12 rows of test"
     cells = {line[2:14].strip(): line[14:] for line in table}
-    assert cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
+    assert (
+        cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
+    )
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
     assert cells["trained"] == f"448 of 23,512 numbers ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
@@ -795,7 +972,9 @@ def test_the_end_is_one_short_table(tmp_path, capsys):
     assert cells["use it"].startswith("python train.py --model ")
 
 
-def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_beginning(tmp_path, capsys):
+def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_beginning(
+    tmp_path, capsys
+):
     assert run(words(tmp_path / "run", steps=1)) == 0
     device, name, of_task, *_ = capsys.readouterr().out.splitlines()
     assert device == "device   cpu (as asked), float32"
@@ -811,7 +990,9 @@ def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_begin
         (True, "full", "device   cuda (H100), float32"),
     ],
 )
-def test_without_a_flag_it_runs_on_cuda_where_there_is_a_gpu_and_says_why(found, method, said, tmp_path, monkeypatch, capsys):
+def test_without_a_flag_it_runs_on_cuda_where_there_is_a_gpu_and_says_why(
+    found, method, said, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     monkeypatch.setattr("minia3.training.cell.load_task", lambda *args: 0 / 0)
@@ -830,7 +1011,9 @@ def terminal(name):
 def test_progress_is_a_bar_in_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines, columns
-    process = start(words(tmp_path / "run"), tmp_path / "log", functools.partial(terminal, os.ttyname(theirs)))
+    process = start(
+        words(tmp_path / "run"), tmp_path / "log", functools.partial(terminal, os.ttyname(theirs))
+    )
     assert finish(process) == 0
     os.close(theirs)
     shown = b""
@@ -856,7 +1039,12 @@ def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     final = metrics(tmp_path / "runs" / "tiny-t5-same-colour-none-0")[-1]
-    assert (final["model"], final["task"], final["total"], final["rows"]) == ("tiny-t5", "same-colour", 218_112, 1024)
+    assert (final["model"], final["task"], final["total"], final["rows"]) == (
+        "tiny-t5",
+        "same-colour",
+        218_112,
+        1024,
+    )
 
 
 def test_a_run_does_not_wait_for_torch_s_compiler(tmp_path):
@@ -869,7 +1057,9 @@ def test_a_run_does_not_wait_for_torch_s_compiler(tmp_path):
 
 def test_batches_of_similar_lengths_are_a_flag_and_off_by_default(tmp_path, monkeypatch):
     lengths, order = [], order_rows
-    monkeypatch.setattr("minia3.training.cell.order", lambda *args: lengths.append(args[3]) or order(*args))
+    monkeypatch.setattr(
+        "minia3.training.cell.order", lambda *args: lengths.append(args[3]) or order(*args)
+    )
     for name, flags in (("plain", []), ("similar", ["--similar-lengths"])):
         assert run(words(tmp_path / name, *flags)) == 0
     assert lengths[0] is None
