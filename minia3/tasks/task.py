@@ -54,6 +54,11 @@ class Task(NamedTuple):
     split: str = "validation"  # what `validation` is
 
     @property
+    def members(self) -> "list[Task]":
+        """The tasks that are evaluated one by one: this one. A Mixture has several (see mixture.py)."""
+        return [self]
+
+    @property
     def evaluation(self) -> tuple[str, list[dict]]:
         """Name and rows of the split to report on: test if all of it is labelled, else validation. ValueError: none."""
         if self.test and all(row["label"] >= 0 for row in self.test):
