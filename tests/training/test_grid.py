@@ -37,8 +37,14 @@ import minia3
 from minia3.adapters.lora import add_lora
 from minia3.cli.table import table_rows
 from minia3.tasks.examples import encode_rows
-from minia3.training.cell import Cell, Part, draw_examples
-from minia3.training.checkpoint import load_checkpoint
+from minia3.inference.evaluation import evaluate
+from minia3.checkpoints.load import load_model
+from minia3.training.assignment import assign_rows
+from minia3.training.cell import Cell
+from minia3.training.drawing import draw_batches
+from minia3.training.grid import cell_name
+from minia3.training.methods import trainable_parameters
+from running import last_vectors
 from minia3.training.report import report
 from minia3.training.run_folder import run_name
 
@@ -71,7 +77,7 @@ def both_tasks():
 def together(out, **flags):
     """A run of a grid: -> a dict for each of its cells (see `cell`)."""
     assert run(words(out, **{"task": both_tasks(), **flags})) == 0
-    saved = load_checkpoint(out)["vectors"]
+    saved = last_vectors(out)
     names = [line["adapter"] for line in metrics(out) if line["event"] == "final"]
     assert len(set(names)) == len(names)
     return {name: cell(out, name, saved, i) for i, name in enumerate(names)}
@@ -94,7 +100,7 @@ def cell(out, name, saved, i):
 
 def apart(out, task, **flags):
     assert run(words(out, task=task, **flags)) == 0
-    one = cell(out, None, load_checkpoint(out)["vectors"], 0)
+    one = cell(out, None, last_vectors(out), 0)
     one["saved"] = load_file(out / "adapter" / "adapter_model.safetensors")
     return one
 
@@ -200,12 +206,12 @@ def test_each_seed_draws_prompts_of_its_own(tmp_path):
     for seed in (0, 5):
         config = train.Config(task="rte", seed=seed, steps=3, batch_size=7)
         task = minia3.load_task("rte", tmp_path, None, seed)
-        part = Part(config, task, True)
+        part = assign_rows(task, config)
         texts = [
             encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0]
             for prompt in part.prompts
         ]
-        drawn.append(draw_examples(Cell(config, [part], ["seed"]), tokenizer))
+        drawn.append(draw_batches(Cell(config, task), tokenizer))
         for step, batch in enumerate(drawn[-1]):
             prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
             assert batch == [texts[prompt] for prompt in prompts]  # there is one row
@@ -220,8 +226,8 @@ def test_a_model_that_was_made_of_a_known_one_is_asked_in_the_known_one_s_words(
     for base in ("t5-base", None):
         (folder := tmp_path / str(base)).mkdir()
         (folder / "config.json").write_text(json.dumps({"_name_or_path": base}))
-        prompts[base] = Part(train.Config(model=str(folder), task="rte"), task, True).prompts
-    assert prompts["t5-base"] == Part(train.Config(model="t5-base", task="rte"), task, True).prompts
+        prompts[base] = assign_rows(task, train.Config(model=str(folder), task="rte")).prompts
+    assert prompts["t5-base"] == assign_rows(task, train.Config(model="t5-base", task="rte")).prompts
     assert (len(prompts["t5-base"]), len(prompts[None])) == (1, 5)
 
 
@@ -304,7 +310,8 @@ def test_one_cell_is_an_ordinary_run(tmp_path):
 def test_a_slash_in_a_task_s_name_is_a_dash_in_the_folder_s(tmp_path):
     task = minia3.load_task(two_tasks()[0])._replace(name="raft/x")
     config = train.Config(seed=3)
-    cell = Cell(config, [Part(config, task, True)], ["task", "seed"])
+    axes = ["task", "seed"]
+    cell = Cell(config, task, cell_name(config, task, axes), axes)
     assert (cell.name, cell.folder) == ("raft/x-s3", Path("adapters", "raft-x-s3"))
 
 
@@ -315,7 +322,7 @@ def test_a_path_with_a_comma_is_one_task(tmp_path):
 
 
 def test_two_adapters_of_one_name_are_refused(tmp_path, capsys):
-    fails(words(tmp_path / "run", seed="1,1"), capsys, "a name for each adapter", "'s1', 's1'")
+    fails(words(tmp_path / "run", seed="1,1"), capsys, "another name for each adapter", "'s1', 's1'")
     assert not (tmp_path / "run").exists()
 
 
@@ -343,9 +350,9 @@ def test_a_card_has_the_command_that_trains_its_adapter_alone(tmp_path):
 
 
 def test_the_base_is_measured_once_for_each_set_of_rows(tmp_path, monkeypatch):
-    measured, original = [], train.evaluate
+    measured, original = [], evaluate
     monkeypatch.setattr(
-        train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o)
+        "minia3.training.group.evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o)
     )
     assert run(words(tmp_path / "run", task=both_tasks(), seed="0,1,2", method="none")) == 0
     assert measured == [0, 3]
@@ -359,10 +366,10 @@ def test_seeds_that_report_on_other_rows_are_measured_on_their_own(tmp_path, mon
         made = minia3.load_task(name, data_dir, shots, seed)
         return made._replace(test=made.test[seed::2])
 
-    measured, original = [], train.evaluate
-    monkeypatch.setattr("minia3.training.cell.load_task", load_task)
+    measured, original = [], evaluate
+    monkeypatch.setattr("minia3.training.grid.load_task", load_task)
     monkeypatch.setattr(
-        train, "evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o)
+        "minia3.training.group.evaluate", lambda *a, **o: measured.append(o["adapter"]) or original(*a, **o)
     )
     assert run(words(tmp_path / "run", seed="0,1", method="none")) == 0
     assert measured == [0, 1]
@@ -411,7 +418,7 @@ def test_an_adapter_whose_loss_is_no_number_ends_and_the_others_are_as_without_i
     alone = apart(
         tmp_path / "alone", running.task(), lr=0.2, warmup_ratio=0, dtype="float64", dropout=0
     )
-    for key, l_D in load_checkpoint(out)["vectors"].items():
+    for key, l_D in last_vectors(out).items():
         assert_close(l_D[0], alone["vectors"][key], rtol=1e-9, atol=1e-9)
     assert all(
         np.isfinite(line["loss"])
@@ -528,14 +535,14 @@ def test_a_grid_of_lora_is_measured_without_a_folder(tmp_path, monkeypatch, caps
 
 
 def test_whole_models_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
-    original, models = minia3.load_model, []
+    original, models = load_model, []
 
-    def load_model(*args, **options):
+    def load_one_model(*args, **options):
         assert not any(model() for model in models)
         models.append(weakref.ref(model := original(*args, **options)))
         return model
 
-    monkeypatch.setattr(minia3, "load_model", load_model)
+    monkeypatch.setattr("minia3.training.group.load_model", load_one_model)
     gc.disable()  # not even until the next collection
     try:
         assert run(words(tmp_path / "run", method="full", seed="0,1,2", steps=2)) == 0
@@ -609,7 +616,7 @@ def test_only_the_chosen_vectors_leave_one(seed, name, flags, moves, tmp_path, c
         )
         return
     assert run(words(tmp_path / "run", *flags, model=model(name), lr=0.1, seed=seed)) == 0
-    trained = load_checkpoint(tmp_path / "run")["vectors"]
+    trained = last_vectors(tmp_path / "run")
     ours = minia3.load_model(model(name))
     folder = tmp_path / "run" / ("adapter" if seed == "0" else "adapters/s1")
     minia3.load_adapter(ours, folder)
@@ -665,7 +672,7 @@ def test_lora_trains_what_it_adds_and_its_folder_measures_the_same(name, tmp_pat
 
 
 def test_a_lora_begins_by_the_seed_of_its_run():
-    found = train.parameters(minia3.load_model(model("t5")), train.Config(method="lora", seed=3))
+    found = trainable_parameters(minia3.load_model(model("t5")), train.Config(method="lora", seed=3))
     expected = add_lora(minia3.load_model(model("t5")), seed=3)
     assert all(torch.equal(p, expected[name]) for name, p in found.items())
 

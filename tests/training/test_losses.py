@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minia3.inference.scoring import choice_scores
-from minia3.training.losses import LOSSES, counts, total_loss, unlikelihood_loss
+from minia3.training.losses import LOSSES, count_terms, total_loss, unlikelihood_loss
 
 INF = float("inf")
 
@@ -39,7 +39,7 @@ L_LN = (
 
 
 def test_each_loss_is_the_number_worked_out_by_hand():
-    assert counts(MASK, LABEL) == {"lm": N_RIGHT, "ul": N_WRONG, "ln": N_ROWS}
+    assert count_terms(MASK, LABEL) == {"lm": N_RIGHT, "ul": N_WRONG, "ln": N_ROWS}
     for name, expected in {"lm": L_LM, "ul": L_UL, "ln": L_LN}.items():
         assert total_loss(LOGP, MASK, LABEL, (name,)).item() == pytest.approx(expected, rel=1e-6)
     assert total_loss(LOGP, MASK, LABEL).item() == pytest.approx(L_LM + L_UL + L_LN, rel=1e-6)
@@ -98,7 +98,7 @@ def t_few(case):
 def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows, n_choices, length):
     case = random_case(seed, n_rows, n_choices, length)
     theirs, n_constant = t_few(case)
-    n = counts(case.mask_BCL, case.label_B)
+    n = count_terms(case.mask_BCL, case.label_B)
     theirs["ul"] = (
         theirs["ul"] + n_constant * math.log(1.01) / n["ul"]
     )  # theirs is smaller by log 1.01 for each
@@ -142,7 +142,7 @@ def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
 ):
     logp, mask, label = ragged(seed, n_rows, n_choices, length)
     expected = torch.zeros(3, dtype=torch.float64)
-    n = counts(mask, label)
+    n = count_terms(mask, label)
     for row in range(n_rows):
         texts = [
             choice[real].tolist()
@@ -169,12 +169,12 @@ def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.sets(st.integers(1, 5)))
 def test_parts_with_the_whole_s_counts_add_up_to_the_whole(seed, n_rows, cuts):
     logp, mask, label = ragged(seed, n_rows, 3, 4)
-    n = counts(mask, label)
+    n = count_terms(mask, label)
     total_loss(logp, mask, label).backward()
     whole, logp.grad = logp.grad, None
     edges = [0, *sorted(cut for cut in cuts if cut < n_rows), n_rows]
     parts = [slice(first, last) for first, last in pairwise(edges)]
-    losses = [total_loss(logp[part], mask[part], label[part], n=n) for part in parts]
+    losses = [total_loss(logp[part], mask[part], label[part], n_terms=n) for part in parts]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(sum(losses), total_loss(logp, mask, label))

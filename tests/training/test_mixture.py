@@ -32,7 +32,11 @@ from safetensors.torch import load_file
 import minia3
 from minia3.tasks.batches import order
 from minia3.tasks.prompts import OWN_PROMPTS, for_family
-from minia3.training.cell import Cell, Part, draw_examples
+from minia3.inference.evaluation import evaluate
+from minia3.tasks.mixture import mix
+from minia3.training.assignment import assign_rows
+from minia3.training.cell import Cell
+from minia3.training.drawing import draw_batches
 from minia3.training.report import report
 
 SIZES = {"small": 6, "large": 40}
@@ -52,7 +56,7 @@ def cell(cap, seed=0, steps=200):
     config = train.Config(
         task=tuple(tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
     )
-    return Cell(config, [Part(config, minia3.load_task(name), True) for name in config.task], [])
+    return Cell(config, mix([minia3.load_task(name) for name in config.task]))
 
 
 # A mixture
@@ -63,7 +67,7 @@ def test_tasks_mix_in_proportion_to_their_rows_of_which_at_most_the_cap_count(ca
     mixture = cell(cap)
     n_choices = Counter(
         len(example.targets)
-        for step in draw_examples(mixture, minia3.load_tokenizer(model("t5")))
+        for step in draw_batches(mixture, minia3.load_tokenizer(model("t5")))
         for example in step
     )
     n = sum(n_choices.values())
@@ -75,7 +79,7 @@ def test_each_task_s_rows_come_equally_often_in_an_order_of_the_seed():
     tokenizer, seen = minia3.load_tokenizer(model("t5")), []
     for seed in (0, 0, 1):
         examples = [
-            example for step in draw_examples(cell(10, seed), tokenizer) for example in step
+            example for step in draw_batches(cell(10, seed), tokenizer) for example in step
         ]
         seen.append([(len(e.targets), tuple(e.source)) for e in examples])
         for n_choices in (2, 3):
@@ -88,15 +92,15 @@ def test_each_task_s_rows_come_equally_often_in_an_order_of_the_seed():
 
 def test_a_single_task_is_drawn_batch_by_batch_as_order_says():
     config = train.Config(seed=3, steps=30)
-    part = Part(config, minia3.load_task(task()), True)
+    data = minia3.load_task(task())
     tokenizer = minia3.load_tokenizer(model("t5"))
     rows_of = order(20, 8, 3)
     expected = [
-        [tokenizer.encode(part.train_rows[i]["input"]) for i in rows_of(step)] for step in range(30)
+        [tokenizer.encode(data.train[i]["input"]) for i in rows_of(step)] for step in range(30)
     ]
     assert [
         [example.source for example in step]
-        for step in draw_examples(Cell(config, [part], []), tokenizer)
+        for step in draw_batches(Cell(config, data), tokenizer)
     ] == expected
 
 
@@ -176,7 +180,7 @@ def test_two_tasks_of_one_name_do_not_mix(tmp_path, capsys):
     fails(
         words(tmp_path / "run", task=two, adapters="one"),
         capsys,
-        "a name for each",
+        "another name for each task",
         "['same', 'same']",
     )
 
@@ -260,7 +264,7 @@ def test_a_written_answer_ends_where_the_shots_answers_end(monkeypatch):
     ours, tokenizer = minia3.load_model(model("llama")), minia3.load_tokenizer(model("llama"))
     row = {"input": "w5", "target": "w4", "label": 0, "idx": 0}
     for shots in ((), [row]):
-        minia3.evaluate.evaluate(
+        evaluate(
             ours, tokenizer, [row], OWN_PROMPTS[0], metric="exact_match", shots=shots
         )
     assert seen == [(), ("\n\n",)]
@@ -273,17 +277,17 @@ def test_shots_are_of_all_classes_where_few_fit(monkeypatch):
     ]
     data = minia3.load_task(task())._replace(train=made)
     first = [
-        Part(train.Config(method="icl", shots=16, seed=seed), data, False).shots[:6]
+        assign_rows(data, train.Config(method="icl", shots=16, seed=seed)).shots[:6]
         for seed in range(3)
     ]
     assert all({row["label"] for row in some} == {0, 1} for some in first)
     assert first[0] != first[1]
     held_out = [
-        Part(train.Config(eval_every=1, seed=seed), data._replace(test=[]), True).held_out
+        assign_rows(data._replace(test=[]), train.Config(eval_every=1, seed=seed)).held_out_rows
         for seed in range(3)
     ]
     assert all({row["label"] for row in some} == {0, 1} for some in held_out)
-    assert Part(train.Config(method="none", eval_every=1), data, False).held_out == []
+    assert assign_rows(data, train.Config(method="none", eval_every=1)).held_out_rows == []
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])

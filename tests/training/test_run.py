@@ -38,7 +38,8 @@ from running import (
 
 import minia3
 from minia3.tasks.splits import load_task
-from minia3.training.checkpoint import load_checkpoint, save_checkpoint
+from minia3.training import group as training_group
+from minia3.training.checkpoint import load_checkpoint
 from minia3.training.run_folder import Metrics, environment
 
 RECIPES = {
@@ -110,7 +111,7 @@ def goes_on_as_if_nothing_had_been(name, folder):
 
 
 def stopped(out):
-    return f"stopped; to go on: python train.py --resume {out}\n"
+    return f"stopped; to continue: python train.py --resume {out}\n"
 
 
 def test_the_recipes_are_worth_interrupting():
@@ -145,12 +146,12 @@ def test_a_run_stopped_anywhere_says_how_to_go_on_and_goes_on_bit_for_bit(
 @pytest.mark.parametrize(
     ("phase", "owner", "function", "call", "step"),
     [
-        ("load", minia3, "load_model", 1, None),
-        ("before", train, "evaluate", 1, None),
+        ("load", training_group, "load_model", 1, None),
+        ("before", training_group, "evaluate", 1, None),
         ("step", torch.nn.utils, "clip_grad_norm_", 8, 8),
         ("first step", torch.nn.utils, "clip_grad_norm_", 1, 1),
-        ("held out", train, "evaluate", 3, 6),
-        ("after", train, "evaluate", 8, 18),
+        ("held out", training_group, "evaluate", 3, 6),
+        ("after", training_group, "evaluate", 8, 18),
     ],
 )
 def test_each_phase_can_be_stopped_and_a_step_is_never_half_done(
@@ -225,16 +226,16 @@ def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
 
 
 def test_a_folder_with_a_space_is_quoted_in_what_to_type(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(minia3, "load_model", lambda *args, **options: kill_self(signal.SIGINT))
+    monkeypatch.setattr(training_group, "load_model", lambda *args, **options: kill_self(signal.SIGINT))
     out = tmp_path / "my run"
     assert run(words(out)) == 130
-    assert capsys.readouterr().err == f"stopped; to go on: python train.py --resume '{out}'\n"
+    assert capsys.readouterr().err == f"stopped; to continue: python train.py --resume '{out}'\n"
 
 
 def test_a_measurement_without_a_folder_that_is_stopped_has_nothing_to_go_on_with(
     capsys, monkeypatch
 ):
-    monkeypatch.setattr(minia3, "load_model", lambda *args, **options: kill_self(signal.SIGTERM))
+    monkeypatch.setattr(training_group, "load_model", lambda *args, **options: kill_self(signal.SIGTERM))
     assert run(words(None, "--eval-only")) == 143
     assert capsys.readouterr().err == "stopped\n"
 
@@ -480,7 +481,7 @@ def test_a_mistake_before_anything_was_measured_leaves_the_place_free(tmp_path, 
 def test_a_mistake_that_shows_when_a_run_goes_on_leaves_its_folder(tmp_path, capsys, monkeypatch):
     out, task = tmp_path / "run", tmp_path / "task"
     shutil.copytree(running.task(), task)
-    monkeypatch.setattr(minia3, "load_model", lambda *args, **options: kill_self(signal.SIGINT))
+    monkeypatch.setattr(training_group, "load_model", lambda *args, **options: kill_self(signal.SIGINT))
     assert run(words(out, task=task)) == 130
     monkeypatch.undo()
     task.rename(tmp_path / "away")
@@ -562,7 +563,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, monkeypatch):
     task = tmp_path / "task"
     shutil.copytree(running.task(), task)
     out = tmp_path / "run"
-    monkeypatch.setattr(train, "evaluate", lambda *args, **options: kill_self(signal.SIGINT))
+    monkeypatch.setattr(training_group, "evaluate", lambda *args, **options: kill_self(signal.SIGINT))
     assert run(words(out, task=task)) == 130
     monkeypatch.undo()
     text = (task / "train.jsonl").read_text()
@@ -585,7 +586,7 @@ def test_config_json_is_there_before_anything_slow_and_holds_every_flag(tmp_path
         seen.append(json.loads((out / "config.json").read_text()))
         return original(*args)
 
-    monkeypatch.setattr("minia3.training.cell.load_task", spy)
+    monkeypatch.setattr("minia3.training.grid.load_task", spy)
     assert run(words(out, "--deterministic", steps=1, lr=0.5, dropout=0)) == 0
     expected = dataclasses.asdict(train.Config()) | {
         **{
@@ -699,7 +700,7 @@ def test_time_is_that_of_all_steps_whether_or_not_the_run_was_stopped_or_measure
     tmp_path, monkeypatch
 ):
     step, evaluated, result = 0.02, 0.3, {"accuracy": 0.5, "auc": None, "n": 1, "n_cut": 0}
-    monkeypatch.setattr(train, "evaluate", lambda *args, **options: time.sleep(evaluated) or result)
+    monkeypatch.setattr(training_group, "evaluate", lambda *args, **options: time.sleep(evaluated) or result)
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def slow(*args, **options):

@@ -42,11 +42,16 @@ from safetensors.torch import load_file, save_file
 
 import minia3
 from minia3.checkpoints.known_models import known_models
-from minia3.tasks.batches import order as order_rows
+from minia3.inference.evaluation import evaluate
+from minia3.training.losses import total_loss as sum_of_losses
+from minia3.checkpoints.load import load_model
+from minia3.training.methods import trainable_parameters
+from minia3.adapters.peft_files import peft_tensors
+from minia3.adapters.rows import row_of
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.prompts import for_family
-from minia3.training.cell import Part
-from minia3.training.checkpoint import load_checkpoint
+from minia3.training.assignment import assign_rows
+from minia3.training.optimizer import learning_rate
 
 
 def read(path):
@@ -58,8 +63,7 @@ def adapter(folder):
 
 
 def vectors(folder):
-    """Those of the last checkpoint: as they were trained, in their own dtype."""
-    return load_checkpoint(folder)["vectors"]
+    return running.last_vectors(folder)
 
 
 def accuracies(folder, event):
@@ -183,7 +187,7 @@ def test_the_learning_rate_is_that_of_transformers_schedule(steps, ratio, lr):
     schedule = transformers.get_linear_schedule_with_warmup(optimiser, round(ratio * steps), steps)
     config = train.Config(steps=steps, warmup_ratio=ratio, lr=lr)
     for step in range(steps):
-        assert train.learning_rate(step, config) == pytest.approx(
+        assert learning_rate(step, config) == pytest.approx(
             schedule.get_last_lr()[0], rel=1e-9, abs=1e-12
         )
         optimiser.step()
@@ -191,7 +195,7 @@ def test_the_learning_rate_is_that_of_transformers_schedule(steps, ratio, lr):
 
 
 def test_t_fews_schedule_warms_up_for_60_steps_of_1000_and_ends_at_0():
-    rates = [train.learning_rate(step, train.Config()) for step in (0, 30, 60, 530, 999)]
+    rates = [learning_rate(step, train.Config()) for step in (0, 30, 60, 530, 999)]
     assert rates == pytest.approx([0, 0.0015, 0.003, 0.0015, 0.003 / 940])
 
 
@@ -274,8 +278,8 @@ def test_the_flag_asks_torch_for_deterministic_kernels(tmp_path, monkeypatch):
 
 
 def test_measuring_is_as_the_flags_say(tmp_path, monkeypatch):
-    seen, original = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *a, **o: seen.append(o) or original(*a, **o))
+    seen, original = [], evaluate
+    monkeypatch.setattr("minia3.training.group.evaluate", lambda *a, **o: seen.append(o) or original(*a, **o))
     flags = {"eval_batch_size": 5, "max_new_tokens": 3, "max_length": 9}
     assert run(words(tmp_path / "run", steps=1, **flags)) == 0
     assert len(seen) == 2
@@ -327,9 +331,9 @@ def test_float64_is_float64_throughout(tmp_path):
 
 def test_nothing_but_the_vectors_is_trained(tmp_path, monkeypatch):
     loaded = []
-    original = minia3.load_model
+    original = load_model
     monkeypatch.setattr(
-        minia3, "load_model", lambda *a, **o: loaded.append(original(*a, **o)) or loaded[-1]
+        "minia3.training.group.load_model", lambda *a, **o: loaded.append(original(*a, **o)) or loaded[-1]
     )
     assert run(words(tmp_path / "run", steps=3, lr=0.1)) == 0
     fresh, (trained,) = original(model("t5")), loaded
@@ -363,7 +367,7 @@ def test_training_draws_from_all_prompts_and_one_of_them_measures(rte, tmp_path,
         seen.append({prompt for _, prompt in pairs})
         return original(pairs, *args, **options)
 
-    monkeypatch.setattr("minia3.training.cell.encode_rows", spy)
+    monkeypatch.setattr("minia3.training.drawing.encode_rows", spy)
     monkeypatch.setattr("minia3.inference.evaluation.encode_rows", spy)
     assert run(words(tmp_path / "run", eval_prompt=2, steps=10, **rte)) == 0
     prompts = for_family(minia3.load_task("rte", rte["data_dir"]).prompts, None)
@@ -373,9 +377,9 @@ def test_training_draws_from_all_prompts_and_one_of_them_measures(rte, tmp_path,
 def test_a_family_that_saw_the_labels_is_said_to_have_seen_them(rte, tmp_path, monkeypatch, capsys):
     assert run(words(tmp_path / "run", steps=1, **rte)) == 0
     assert "pre-training" not in capsys.readouterr().out
-    monkeypatch.setattr("minia3.training.cell.known_model", lambda name: known_models()["t5-base"])
+    monkeypatch.setattr("minia3.training.assignment.known_model", lambda name: known_models()["t5-base"])
     monkeypatch.setattr(
-        "minia3.training.cell.for_family",
+        "minia3.training.assignment.for_family",
         lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0,
     )
     assert run(words(tmp_path / "seen", steps=1, **rte)) == 0
@@ -483,8 +487,8 @@ def test_without_validation_a_fifth_of_train_is_held_out_and_one_row_at_least(
 ):
     splits = {"train": rows(n), "test": rows(5, seed=1)}
     config = train.Config(model=model("t5"), task=write(tmp_path / "task", **splits), eval_every=1)
-    part = Part(config, minia3.load_task(config.task), True)
-    assert (len(part.held_out), len(part.train_rows)) == (n_held_out, n - n_held_out)
+    part = assign_rows(minia3.load_task(config.task), config)
+    assert (len(part.held_out_rows), len(part.train_rows)) == (n_held_out, n - n_held_out)
 
 
 def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path):
@@ -501,16 +505,16 @@ def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path):
 
 def scripted(monkeypatch, held_out):
     """Make measurements on held-out rows give these accuracies; -> the vectors at each of them."""
-    seen, original, numbers = [], train.evaluate, iter(held_out)
+    seen, numbers = [], iter(held_out)
 
-    def evaluate(ours, tokenizer, rows, **options):
-        result = original(ours, tokenizer, rows, **options)
+    def scripted_evaluate(ours, tokenizer, rows, **options):
+        result = evaluate(ours, tokenizer, rows, **options)
         if len(rows) == 10:
             seen.append({name: v.detach().clone() for name, v in minia3.vectors(ours).items()})
             result["accuracy"] = next(numbers)
         return result
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr("minia3.training.group.evaluate", scripted_evaluate)
     return seen
 
 
@@ -542,7 +546,7 @@ def test_patience_counts_measurements_without_a_better_one_and_the_best_vectors_
         for name, v in minia3.vectors(expected).items():
             v.copy_(seen[best][name])
     found = adapter(tmp_path / "run")
-    for name, v in minia3.adapters.peft_tensors(minia3.adapters.row_of(expected, 0)).items():
+    for name, v in peft_tensors(row_of(expected, 0)).items():
         assert torch.equal(found[name], v)
 
 
@@ -697,12 +701,12 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--modle", "x"], ["'--modle' is no flag", "did you mean --model?", "--help"]),
+        (["--modle", "x"], ["'--modle' is not a flag", "did you mean --model?", "--help"]),
         (["--step=3"], ["'--step=3'", "did you mean --steps?"]),
         (["--eval_every", "3"], ["did you mean --eval-every?"]),
-        (["--frobnicate"], ["'--frobnicate' is no flag"]),
-        (["rte"], ["'rte' is no flag"]),
-        ([""], ["'' is no flag"]),
+        (["--frobnicate"], ["'--frobnicate' is not a flag"]),
+        (["rte"], ["'rte' is not a flag"]),
+        ([""], ["'' is not a flag"]),
         (["--steps"], ["--steps", "expected one argument"]),
         (["--steps", "many"], ["--steps", "'many'", "int"]),
         (["--steps", "1.5"], ["--steps", "'1.5'"]),
@@ -729,15 +733,15 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         ),
         (
             ["--method", "lora", "--rank", "4", "--init", "x"],
-            ["--rank is of a new LoRA", "--adapter brings its own"],
+            ["--rank is for a new LoRA", "--adapter brings a trained one"],
         ),
-        (["--method", "icl"], ["--method icl", "say how many with --shots"]),
+        (["--method", "icl"], ["--method icl", "give their number, --shots"]),
         (["--adapters", "two"], ["--adapters is 'two'", "each", "one"]),
         (
             ["--method", "lora", "--optimizer", "adafactor"],
-            ["--optimizer adafactor", "B begins at 0", "use adamw"],
+            ["--optimizer adafactor", "B starts at 0", "use --optimizer adamw"],
         ),
-        (["--method", "full", "--optimizer", "adafactor"], ["--optimizer adafactor", "use adamw"]),
+        (["--method", "full", "--optimizer", "adafactor"], ["--optimizer adafactor", "use --optimizer adamw"]),
         (["--method", "full", "--adapter", "x"], ["--method full", "--model"]),
         (["--seed", "0,x"], ["--seed", "'0,x'", "int"]),
         (["--seed", "0,-1"], ["--seed is -1", "at least 0"]),
@@ -882,13 +886,13 @@ def test_a_data_folder_that_is_not_there_is_one_line(tmp_path, capsys, monkeypat
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(
     tmp_path, capsys, monkeypatch
 ):
-    original, calls = train.total_loss, []
+    original, calls = sum_of_losses, []
 
     def total_loss(*args, **options):
         calls.append(None)
         return original(*args, **options) * (float("nan") if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(train, "total_loss", total_loss)
+    monkeypatch.setattr("minia3.training.batch.total_loss", total_loss)
     fails(words(tmp_path / "run"), capsys, "the loss of step 7 is nan", "--lr", "--dtype", code=1)
     *lines, failed = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1]
@@ -915,7 +919,7 @@ def test_a_gpu_that_is_full_is_one_line_with_the_flag_to_lower(tmp_path, capsys,
 
     monkeypatch.setattr(train, "choice_logprobs", full)
     fails(words(tmp_path / "run"), capsys, "CUDA out of memory", "lower --micro-batch-size", code=1)
-    monkeypatch.setattr(train, "evaluate", full)
+    monkeypatch.setattr("minia3.training.group.evaluate", full)
     fails(words(tmp_path / "other"), capsys, "CUDA out of memory", "--eval-batch-size", code=1)
     assert not (tmp_path / "other").exists()  # so that the same command with other flags can begin
 
@@ -978,7 +982,7 @@ def test_the_device_the_model_and_the_share_of_its_numbers_are_said_at_the_begin
     assert run(words(tmp_path / "run", steps=1)) == 0
     device, name, of_task, *_ = capsys.readouterr().out.splitlines()
     assert device == "device   cpu (as asked), float32"
-    assert name == f"model    {model('t5')}: 23,512 numbers, and 448 that train ({448 / 23512:.3%})"
+    assert name == f"model    {model('t5')}: 23,512 parameters, and 448 that train ({448 / 23512:.3%})"
     assert of_task == "task     task-2: 20 rows to train on, 12 of test to report on"
 
 
@@ -995,7 +999,7 @@ def test_without_a_flag_it_runs_on_cuda_where_there_is_a_gpu_and_says_why(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr("minia3.training.cell.load_task", lambda *args: 0 / 0)
+    monkeypatch.setattr("minia3.training.grid.load_task", lambda *args: 0 / 0)
     with pytest.raises(ZeroDivisionError):
         run(words(tmp_path / "run", device=None, method=method))
     assert capsys.readouterr().out.splitlines()[0] == said
@@ -1055,18 +1059,7 @@ def test_a_run_does_not_wait_for_torch_s_compiler(tmp_path):
     assert metrics(tmp_path / "run")[-1]["steps"] == 2
 
 
-def test_batches_of_similar_lengths_are_a_flag_and_off_by_default(tmp_path, monkeypatch):
-    lengths, order = [], order_rows
-    monkeypatch.setattr(
-        "minia3.training.cell.order", lambda *args: lengths.append(args[3]) or order(*args)
-    )
-    for name, flags in (("plain", []), ("similar", ["--similar-lengths"])):
-        assert run(words(tmp_path / name, *flags)) == 0
-    assert lengths[0] is None
-    assert lengths[1] == [len(row["input"]) for row in minia3.load_task(task()).train]
-
-
-@pytest.mark.parametrize("flag", ["--checkpoint", "--compile"])
+@pytest.mark.parametrize("flag", ["--recompute", "--compile"])
 def test_a_flag_that_saves_memory_or_time_changes_no_result(flag, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: seen.append(how))
     seen, results = [], []
