@@ -198,9 +198,9 @@ class Block(nn.Module):
 
         if self.cross is not None:
             # Rows that share a source ask together: their queries become one row, without copies.
-            context_of_memory = context.for_memory(len(x_BLD), cache.memory)
-            h = self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)
-            h = self.cross(h, cache.memory, context_of_memory)
+            n_sources = len(cache.memory[0])
+            h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)
+            h = self.cross(h, cache.memory, context.cross)
             x_BLD = x_BLD + self.dropout(h.view_as(x_BLD))
 
         h_BLD = self.ffn_norm(x_BLD)
