@@ -145,9 +145,7 @@ class State:
             adapter_B = pick_adapters(self.adapter_B, rows_R)
             return replace(self, start=self.start[rows_R], caches=caches, adapter_B=adapter_B)
         owner_M = torch.full_like(self.owner_M, -1)
-        return replace(
-            self, start=self.start[rows_R], caches=caches, owner_M=owner_M, n_sharing=c
-        )
+        return replace(self, start=self.start[rows_R], caches=caches, owner_M=owner_M, n_sharing=c)
 
     def select(self, rows_R):
         """Return a new state: its row i continues row rows_R[i] of this one. rows_R: (R,) long.
@@ -234,7 +232,9 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         raise ValueError(f"{expected}, found {tuple(source_BM.shape)}")
     if mask_BM is not None:
         check_mask(mask_BM, tuple(source_BM.shape))
-    rows = torch.as_tensor(0 if adapter is None else adapter)
+    if adapter is None:
+        adapter = 0
+    rows = torch.as_tensor(adapter)
     is_integer = rows.dtype in (torch.int64, torch.int32)
     if not is_integer or rows.shape not in ((), source_BM.shape[:1]):
         expected = f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long"

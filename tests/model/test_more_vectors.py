@@ -10,6 +10,7 @@ import warnings
 import pytest
 import running
 import torch
+from batches import batch_of, gradients, same
 from conftest import (
     Peer,
     at_once,
@@ -24,7 +25,6 @@ from conftest import (
 )
 from running import at_line, kill_self, metrics, run, train, words
 from safetensors.torch import load_file
-from batches import batch_of, gradients, same
 from test_compile import compile_blocks
 from torch.testing import assert_close
 from words import word_tokenizer
@@ -299,7 +299,9 @@ def test_a_vector_that_an_adapter_lacks_becomes_one_and_is_one_in_a_mixture(
     name = "blocks.1.ffn.l_gate"
     assert torch.equal(mixed[name], 1 + 0.5 * (parts[1][0][name] - 1))
     minia3.load_adapter(model, tmp_path / "three")
-    assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == possible_vectors(model).keys()
+    assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == possible_vectors(
+        model
+    ).keys()
 
 
 def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(
@@ -654,9 +656,7 @@ def test_the_vectors_of_a_model_are_at_peft_s_names_of_its_linears(loaded):
     for name in SEVEN:
         model = loaded(name)
         ours = minia3.vectors(model).keys() | possible_vectors(model).keys()
-        theirs = {
-            n for n, place in expand(PEFT, 3).items() if place in ours
-        }
+        theirs = {n for n, place in expand(PEFT, 3).items() if place in ours}
         weights = {
             n
             for n, own in name_table(model).items()

@@ -498,7 +498,8 @@ def test_a_column_is_seen_by_its_own_row_and_those_after_it():
     ]
     assert [state.length, shared.length] == [2, 5]
     assert [
-        ["".join("-x"[seen] for seen in row) for row in state.causal_mask(n).tolist()] for n in (1, 2)
+        ["".join("-x"[seen] for seen in row) for row in state.causal_mask(n).tolist()]
+        for n in (1, 2)
     ] == [
         ["xx"],
         ["x-", "xx"],
