@@ -1,6 +1,7 @@
 """What the tests of train.py share: small random models, rows of words, and runs.
 
-A run happens in this process (`run`, `resume`), or in another one if it is killed (`start`, `finish`).
+A run happens in this process (`run`, `resume`). If it is killed, it happens in another process
+(`start`, `finish`).
 """
 
 import contextlib
@@ -198,8 +199,8 @@ def contents(folder):
 def at_line(n, act):
     """Call `act` before the n-th line that a run executes, counted from `train.run_grid` on.
 
-    Only lines of train.py, minia3/training and the writing of files count. Yield a list of the lines
-    that were executed so far, as (file name, line number).
+    Only lines of train.py, minia3/training and the writing of files count. Yield a list of the
+    lines that were executed so far, as (file name, line number).
     """
     executed = []
 

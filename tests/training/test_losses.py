@@ -1,5 +1,8 @@
-"""Guards the three losses: equal to numbers worked out by hand and to T-Few's own formulation, blind to padding and to
-choices that a row does not have, and additive over the parts of a batch (gradient accumulation)."""
+"""The three losses equal values worked out by hand, and T-Few's own formulation.
+
+They are blind to padding and to choices that a row does not have, and the losses of the parts of a
+batch add up to the loss of the batch.
+"""
 
 import math
 from itertools import pairwise
@@ -27,11 +30,14 @@ LOGP = torch.tensor(
 ).log()
 MASK = torch.tensor([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 0, 0]]]).bool()
 LABEL = torch.tensor([0, 1])
-N_RIGHT, N_WRONG, N_ROWS = 4, 3, 2
+N_RIGHT = 4
+N_WRONG = 3
+N_ROWS = 2
 
 L_LM = -math.log(0.5 * 0.25 * 0.5 * 0.8) / N_RIGHT
 L_UL = -math.log(0.81 * 0.91 * 0.61) / N_WRONG  # 1 - p + 0.01 for p = 0.2, 0.1, 0.4
-# The mean of log 0.5, log 0.25, log 0.5 is log of the cube root of 1/16; of log 0.1 and log 0.4 it is log 0.2.
+# The mean of log 0.5, log 0.25 and log 0.5 is the log of the cube root of 1/16. The mean of log 0.1
+# and log 0.4 is log 0.2.
 L_LN = (
     -(math.log(0.0625 ** (1 / 3) / (0.0625 ** (1 / 3) + 0.2)) + math.log(0.8 / (0.2 + 0.8)))
     / N_ROWS
@@ -115,7 +121,7 @@ def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows,
 
 
 def ragged(seed, n_rows, n_choices, length):
-    """A batch whose rows have from one choice to `n_choices`; where there is no token, anything may stand."""
+    """Return a batch whose rows have 1 to `n_choices` choices. Any value stands where no token is."""
     case = random_case(seed, n_rows, n_choices, length)
     g = torch.Generator().manual_seed(seed)
     n_of_row = torch.randint(1, n_choices + 1, (n_rows, 1, 1), generator=g)

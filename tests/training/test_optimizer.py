@@ -1,17 +1,19 @@
-"""Guards the optimiser: step by step the Adafactor that T-Few used (transformers'), and row by row, so that adapters
-which train together do what each would do alone."""
+"""The optimizer is the Adafactor that T-Few used, that of transformers, for each row alone."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import train
 from transformers.optimization import Adafactor as Theirs
 
-from minia3.training.optimizer import Adafactor
+from minia3.training.optimizer import Adafactor, learning_rate
 
 LR, STEPS = 3e-3, 30
 
 
 def gradients(shape, seed=0):
-    """Of a step each, over eight orders of magnitude between steps and between entries, some of them zero."""
+    """Yield a gradient per step: over eight orders of magnitude, and some entries are zero."""
     g = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
         size = 10 ** (-4 + 4 * torch.rand(shape, generator=g)) * 10.0 ** -(step % 5)
@@ -22,8 +24,8 @@ def vector(shape, seed=0):
     return 1 + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def train(optimizer, parameter, grads):
-    """The parameter's values after each step."""
+def take_steps(optimizer, parameter, grads):
+    """Return the values of the parameter after each step."""
     values = []
     for grad in grads:
         parameter.grad = grad.view_as(parameter).clone()
@@ -45,8 +47,8 @@ def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column
     )
     options = {"scale_parameter": True, "relative_step": False, "warmup_init": False}
     grads = [size * grad for grad in gradients((1, d))]
-    expected = train(Theirs([theirs], lr=LR, **options), theirs, grads)
-    found = train(Adafactor([ours], lr=LR), ours, grads)
+    expected = take_steps(Theirs([theirs], lr=LR, **options), theirs, grads)
+    found = take_steps(Adafactor([ours], lr=LR), ours, grads)
     moved = (expected[-1].flatten() - start * vector((1, d)).flatten()).abs().max()
     assert moved > LR * max(abs(start), 1e-3) / 10
     for step, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -62,9 +64,11 @@ def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
     )  # row 3 has no gradient: nothing of its task is in the batches
     table = torch.nn.Parameter(vector((4, d)) * torch.tensor([[1.0], [5.0], [1e-4], [1.0]]))
     rows = [torch.nn.Parameter(row.clone()[None]) for row in table.detach()]
-    together = train(Adafactor([table], lr=LR), table, (grad * size for grad in gradients((4, d))))
+    together = take_steps(
+        Adafactor([table], lr=LR), table, (grad * size for grad in gradients((4, d)))
+    )
     for i, row in enumerate(rows):
-        alone = train(
+        alone = take_steps(
             Adafactor([row], lr=LR), row, ((grad * size)[i] for grad in gradients((4, d)))
         )
         assert torch.equal(torch.stack(together)[:, i], torch.stack(alone)[:, 0])
@@ -74,15 +78,15 @@ def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
 def test_zero_gradients_move_nothing_at_first_and_later():
     row = torch.nn.Parameter(vector((1, 5)))
     start, optimizer = row.detach().clone(), Adafactor([row], lr=LR)
-    assert torch.equal(train(optimizer, row, [torch.zeros(5)] * 3)[-1], start)
-    moved = train(optimizer, row, gradients((1, 5)))[-1]
+    assert torch.equal(take_steps(optimizer, row, [torch.zeros(5)] * 3)[-1], start)
+    moved = take_steps(optimizer, row, gradients((1, 5)))[-1]
     assert not torch.equal(moved, start)
-    assert torch.equal(train(optimizer, row, [torch.zeros(5)] * 3)[-1], moved)
+    assert torch.equal(take_steps(optimizer, row, [torch.zeros(5)] * 3)[-1], moved)
 
 
 def test_a_vector_without_a_gradient_stays_and_the_others_move():
     stays, moves = (torch.nn.Parameter(torch.ones(1, 3)) for _ in range(2))
-    train(Adafactor([stays, moves], lr=LR), moves, gradients((1, 3)))
+    take_steps(Adafactor([stays, moves], lr=LR), moves, gradients((1, 3)))
     assert torch.equal(stays, torch.ones(1, 3))
     assert not torch.equal(moves, torch.ones(1, 3))
 
@@ -91,18 +95,18 @@ def test_the_learning_rate_of_each_step_is_the_group_s():
     row = torch.nn.Parameter(torch.ones(1, 4))
     optimizer = Adafactor([row], lr=LR)
     optimizer.param_groups[0]["lr"] = 0.0
-    assert torch.equal(train(optimizer, row, gradients((1, 4)))[-1], torch.ones(1, 4))
+    assert torch.equal(take_steps(optimizer, row, gradients((1, 4)))[-1], torch.ones(1, 4))
     optimizer.param_groups[0]["lr"] = LR
-    assert not torch.equal(train(optimizer, row, gradients((1, 4)))[-1], torch.ones(1, 4))
+    assert not torch.equal(take_steps(optimizer, row, gradients((1, 4)))[-1], torch.ones(1, 4))
 
 
 def test_a_saved_optimiser_goes_on_bit_for_bit(tmp_path):
     grads = list(gradients((3, 9)))
     whole = torch.nn.Parameter(vector((3, 9)))
-    expected = train(Adafactor([whole], lr=LR), whole, grads)
+    expected = take_steps(Adafactor([whole], lr=LR), whole, grads)
     first = torch.nn.Parameter(vector((3, 9)))
     optimizer = Adafactor([first], lr=LR)
-    train(optimizer, first, grads[:11])
+    take_steps(optimizer, first, grads[:11])
     torch.save(
         {"vector": first.detach(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt"
     )
@@ -110,7 +114,7 @@ def test_a_saved_optimiser_goes_on_bit_for_bit(tmp_path):
     second = torch.nn.Parameter(saved["vector"])
     optimizer = Adafactor([second], lr=1.0)  # the saved rate replaces it
     optimizer.load_state_dict(saved["optimizer"])
-    for a, b in zip(train(optimizer, second, grads[11:]), expected[11:], strict=True):
+    for a, b in zip(take_steps(optimizer, second, grads[11:]), expected[11:], strict=True):
         assert torch.equal(a, b)
 
 
@@ -122,7 +126,27 @@ def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_one_before_the_first_s
     first, second = (Adafactor([row], lr=LR) for row in rows)
     second.load_state_dict(first.state_dict())
     assert second.state == {rows[1]: {}}
-    train(first, rows[0], list(gradients((1, 3)))[:2])
+    take_steps(first, rows[0], list(gradients((1, 3)))[:2])
     second.load_state_dict(first.state_dict())
     assert second.state[rows[1]]["v_AD"].dtype == torch.float64
     assert second.state[rows[1]]["step"] == 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps=st.integers(1, 400), ratio=st.floats(0, 0.99), lr=st.floats(1e-6, 10))
+def test_the_learning_rate_is_that_of_transformers(steps, ratio, lr):
+    transformers = pytest.importorskip("transformers")
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule = transformers.get_linear_schedule_with_warmup(optimiser, round(ratio * steps), steps)
+    config = train.Config(steps=steps, warmup_ratio=ratio, lr=lr)
+    for step in range(steps):
+        assert learning_rate(step, config) == pytest.approx(
+            schedule.get_last_lr()[0], rel=1e-9, abs=1e-12
+        )
+        optimiser.step()
+        schedule.step()
+
+
+def test_t_few_warms_up_for_60_of_1000_steps_and_ends_at_0():
+    rates = [learning_rate(step, train.Config()) for step in (0, 30, 60, 530, 999)]
+    assert rates == pytest.approx([0, 0.0015, 0.003, 0.0015, 0.003 / 940])
