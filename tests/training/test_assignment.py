@@ -52,6 +52,7 @@ def test_nothing_is_chosen_on_the_rows_that_are_reported(tmp_path, monkeypatch):
     assert found["other held out"][0] != adapters
 
 
+@pytest.mark.slow
 def test_without_labels_for_test_a_fifth_of_train_is_held_out_and_not_trained_on(tmp_path, capsys):
     train_rows = read(task() / "train.jsonl")
     validation = read(task() / "validation.jsonl")

@@ -113,6 +113,7 @@ RESULTS = ("accuracy_before", "auc_before", "accuracy", "auc", "steps", "trainab
 RESULTS += ("rows", "task", "metric")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [{}, {"optimizer": "adamw", "weight_decay": 0.1}, {"micro_batch_size": 7}]
 )
@@ -154,6 +155,7 @@ def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch
     assert min(norms) < 2 < max(norms)
 
 
+@pytest.mark.slow
 def test_seeds_of_the_embedded_model_train_together_as_apart_in_float32(tmp_path):
     flags = {
         "model": "tiny-t5",
@@ -207,6 +209,7 @@ def uninterrupted():
     return files_and_lines(folder), len(ran)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_grid_that_is_stopped_anywhere_continues_bit_for_bit(seed, tmp_path, monkeypatch):
     results_by_hand(monkeypatch, accuracy_by_hand)
@@ -226,6 +229,7 @@ def test_a_grid_that_is_stopped_anywhere_continues_bit_for_bit(seed, tmp_path, m
     assert resume(out) == 0  # it is finished
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_read_the_adapter_that_it_started_from_again(tmp_path):
     assert run(words(tmp_path / "start", lr=0.3)) == 0
     folders = []
@@ -414,6 +418,7 @@ def test_a_run_whose_adapters_all_fail_fails(tmp_path, capsys):
 # Methods that change the model: one cell after the other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_methods_that_change_the_model_train_cell_by_cell_as_in_runs_of_their_own(
     method, tmp_path, capsys

@@ -168,6 +168,7 @@ def terminal(name):
     yield
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_in_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines, columns

@@ -148,6 +148,7 @@ def test_full_trains_everything_except_the_vectors_and_saves_a_model(name, tmp_p
     assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_baseline_that_is_stopped_continues_bit_for_bit(method, tmp_path):
     flags = {"method": method, "lr": 0.01, "eval_every": 3, "dropout": 0.1}

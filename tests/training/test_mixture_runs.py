@@ -85,6 +85,7 @@ def test_the_best_vectors_of_a_mixture_are_those_of_the_best_mean(tmp_path, monk
     assert not torch.equal(found, vectors[12])
 
 
+@pytest.mark.slow
 def test_a_mixture_that_is_stopped_continues_bit_for_bit(tmp_path):
     with at_line(0, None) as ran:
         assert run(words(tmp_path / "whole", task=tasks(), **MIXTURE)) == 0

@@ -249,6 +249,7 @@ def test_a_single_file_is_split_and_the_run_says_so(tmp_path, capsys):
 # As a newcomer runs it
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
     words = ["--device", "cpu", "--method", "none", "--eval-batch-size", "64"]
     command = [sys.executable, str(running.ROOT / "train.py"), *words]
@@ -264,6 +265,7 @@ def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_does_not_import_torchs_compiler(tmp_path):
     code = "import sys, train; sys.exit(train.main(sys.argv[1:]) or 'torch._dynamo' in sys.modules)"
     command = [sys.executable, "-c", code, *map(str, words(tmp_path / "run", steps=2))]
