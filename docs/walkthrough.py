@@ -30,9 +30,8 @@
 
 # %% [markdown]
 # Names of tensors end in their shape: `x_LD` has L rows and D columns. The letters are B (rows
-# of a batch), L (tokens that ask), M (tokens that are asked), D (width of the model), H (heads),
-# G (key/value heads), K (width of a head) and F (width of the feed-forward). The folder of data
-# that ships with the repository is found from the package, so the notebook runs from anywhere.
+# of a batch), L (tokens that read), M (tokens that are read), D (width of the model), K (width of
+# a head), P (pairs of its entries), N (examples), C (choices) and A (adapters).
 
 # %%
 import copy
@@ -51,6 +50,7 @@ ACCENT = "#d9480f"  # everything that belongs to (IA)^3
 GREY = "#868e96"
 torch.manual_seed(0)
 torch.set_printoptions(precision=3, sci_mode=False)
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 def gap(a, b):
@@ -128,7 +128,7 @@ assert abs(green_of_ball - 0.839) < 0.001
 
 # %%
 def draw_weights(ax, weights_LM, title):
-    ax.imshow(weights_LM, cmap="Greys", vmin=0, vmax=1.4)
+    ax.imshow(weights_LM, cmap="Greys", vmin=0, vmax=2)
     for row in range(4):
         for column in range(4):
             weight = weights_LM[row, column]
@@ -158,8 +158,8 @@ assert gap(weights_LM.sum(dim=-1), torch.ones(4)) < 1e-6
 # up to rounding (below 1e-6).
 
 # %%
-from minia3.model.blocks import Attention, Block, FeedForward, rotate  # noqa: E402
-from minia3.model.sequence_state import Cache, Context  # noqa: E402
+from minia3.model.blocks import Attention, Block, FeedForward, rotate
+from minia3.model.sequence_state import Cache, Context
 
 by_hand = Attention(4, n_heads=1, n_kv_heads=1, d_head=4, scale=1.0, dropout=0.0, n_adapters=1)
 by_hand.requires_grad_(False)
@@ -345,7 +345,7 @@ assert gap(scaled_LD, l_v * out_LD) < 1e-6
 # vocabulary to come next. `base`, the model without vectors, stays with us.)
 
 # %%
-from minia3.model.ia3 import IA3  # noqa: E402
+from minia3.model.ia3 import IA3
 
 
 class Nothing(nn.Module):
@@ -357,10 +357,15 @@ class Nothing(nn.Module):
 
 @torch.no_grad()
 def first_logits(model, source):
+    """Return the logits (B, 1, V) of what comes first in the target."""
     state = model.start(source)
     return model.step(state.start, state)
 
 
+# %% [markdown]
+# All sixteen vectors are taken out by type.
+
+# %%
 base = minia3.load_model("tiny-t5")
 source = torch.randint(2, 300, (4, 12))
 logits = first_logits(base, source)
@@ -385,8 +390,8 @@ assert is_same
 # `build_model` builds a model of shapes alone, so nothing is downloaded.
 
 # %%
-from minia3.checkpoints.load import build_model  # noqa: E402
-from minia3.model.t5 import T5Config  # noqa: E402
+from minia3.checkpoints.load import build_model
+from minia3.model.t5 import T5Config
 
 t5_base = build_model(
     T5Config(
@@ -421,7 +426,7 @@ assert counts == [1_536, 129_024]
 # $32\,(2 \cdot 1024 + 14336)$ = 524,288, which is *fewer*.
 
 # %%
-from minia3.model.llama import LlamaConfig  # noqa: E402
+from minia3.model.llama import LlamaConfig
 
 llama_2 = LlamaConfig(
     d_model=4096, d_head=128, d_ff=11008, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000
@@ -530,7 +535,7 @@ assert start > 2 * LOG_2
 # 0.01 a step moves a vector by at most 1 % of its size (in the root mean square, RMS).
 
 # %%
-from minia3.training.optimizer import Adafactor  # noqa: E402
+from minia3.training.optimizer import Adafactor
 
 
 def train(model, optimizer, n_steps=300, batch_size=16):
@@ -847,7 +852,7 @@ assert error_lora < 1e-9
 # run was at step 49.
 
 # %%
-from minia3.adapters.lora import add_lora  # noqa: E402
+from minia3.adapters.lora import add_lora
 
 slow = minia3.load_model("tiny-t5")
 minia3.freeze(slow)
