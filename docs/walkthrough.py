@@ -129,7 +129,7 @@ assert abs(green_of_ball - 0.839) < 0.001
 
 # %%
 def draw_weights(ax, weights_LM, title):
-    ax.imshow(weights_LM, cmap="Greys", vmin=0, vmax=2)
+    ax.imshow(weights_LM.tolist(), cmap="Greys", vmin=0, vmax=2)
     for row in range(4):
         for column in range(4):
             weight = weights_LM[row, column]
@@ -416,16 +416,14 @@ assert is_same
 from minia3.checkpoints.load import build_model
 from minia3.model.t5 import T5Config
 
-t5_base = build_model(
-    T5Config(
-        d_model=768,
-        d_head=64,
-        d_ff=3072,
-        n_layers=12,
-        n_decoder_layers=12,
-        n_heads=12,
-        vocab_size=32128,
-    )
+t5_base = T5Config(
+    d_model=768,
+    d_head=64,
+    d_ff=3072,
+    n_layers=12,
+    n_decoder_layers=12,
+    n_heads=12,
+    vocab_size=32128,
 )
 
 
@@ -433,14 +431,13 @@ def count(parameters):
     return sum(parameter.numel() for parameter in parameters)
 
 
-counts = []
 model = minia3.load_model("tiny-t5")
-for network in (model, t5_base):
+counts = []
+for network in (model, build_model(t5_base)):
     n_vectors = count(minia3.vectors(network).values())
     n_base = count(network.parameters()) - n_vectors
     counts.append(n_vectors)
-    share = n_vectors / n_base
-    print(f"{n_vectors:,} of {n_base:,}: {share:.2%}")
+    print(f"{n_vectors:,} of {n_base:,}: {n_vectors / n_base:.2%}")
 assert counts == [1_536, 129_024]
 
 # %% [markdown]
@@ -768,8 +765,8 @@ assert difference_of_pairs < 1e-12
 #
 # As a stand-in for eight tasks, we make eight adapters on the way from the base to our trained
 # one: row $a$ is $1 + \frac{a}{7}(l - 1)$. Then we put *one* text eight times into *one* batch, a
-# text that the base gets wrong. **Predict:** row 0 answers wrongly, row 7 answers right, and somewhere between
-# them the sign of the score changes.
+# text that the base gets wrong. **Predict:** row 0 answers wrongly, row 7 answers right, and
+# somewhere between them the sign of the score changes.
 
 # %%
 eight = minia3.load_model("tiny-t5", n_adapters=8)
@@ -929,7 +926,7 @@ for series, color, name in (
     (losses, ACCENT, "(IA)^3, rate 0.01"),
     (lora_losses, "#343a40", "LoRA, rate 0.003"),
 ):
-    smooth = torch.tensor(series).unfold(0, 10, 1).mean(dim=1)
+    smooth = torch.tensor(series).unfold(0, 10, 1).mean(dim=1).tolist()
     ax.plot(range(10, 301), smooth, color=color, label=name)
 ax.axhline(LOG_2, color=GREY, linestyle="--", linewidth=1)
 ax.set(xlabel="step", ylabel="loss (mean of 10)", ylim=(0, None))
@@ -944,8 +941,8 @@ plt.show()
 #   it serves many tasks in one batch.
 # - It rescales what the matrices compute, and adds no direction to any of them. Here this was
 #   enough, because the base knew how to compare colours.
-# - Choose the learning rate first. On small models the paper's 0.003 is too slow. Longer studies
-#   of the embedded model, which README.md reports, say the same of a harder task: "same colour or
+# - Choose the learning rate first. On small models the paper's 0.003 is too slow. The longer
+#   [studies](studies.md) of the embedded model say the same of a harder task: "same colour or
 #   same place, but not both" stays at 50 % at 0.003 and reaches 97 % at 0.03. LoRA's median over
 #   five seeds is 77 %.
 # - All of this is one tiny model and one language of 56 words. It shows how the method works. It
