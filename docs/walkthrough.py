@@ -271,10 +271,13 @@ llama_feed_forward = FeedForward(64, 192, "silu", True, 0.0, 1)
 llama_block = Block(llama_attention, None, llama_feed_forward, 64, 1e-6, 0.0)
 
 
+def count(parameters):
+    return sum(parameter.numel() for parameter in parameters)
+
+
 def count_matrices(block):
-    """Return the number of parameters of all linear maps of a block."""
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    return sum(linear.weight.numel() for linear in linears)
+    return count(linear.weight for linear in linears)
 
 
 n_t5 = count_matrices(t5_block)
@@ -426,18 +429,14 @@ t5_base = T5Config(
     vocab_size=32128,
 )
 
-
-def count(parameters):
-    return sum(parameter.numel() for parameter in parameters)
-
-
 model = minia3.load_model("tiny-t5")
 counts = []
 for network in (model, build_model(t5_base)):
     n_vectors = count(minia3.vectors(network).values())
     n_base = count(network.parameters()) - n_vectors
     counts.append(n_vectors)
-    print(f"{n_vectors:,} of {n_base:,}: {n_vectors / n_base:.2%}")
+    share = n_vectors / n_base
+    print(f"{n_vectors:,} of {n_base:,}: {share:.2%}")
 assert counts == [1_536, 129_024]
 
 # %% [markdown]
@@ -639,7 +638,8 @@ for place, vector in enumerate(minia3.vectors(model).values()):
     ax.hlines(place, low, high, color=GREY, linewidth=1)
     ax.hlines(place, quarter, three_quarters, color=ACCENT, linewidth=5, alpha=0.6)
     ax.plot(median, place, "o", color=ACCENT, markersize=5)
-    changes.append((l_D - 1).square().mean().sqrt().item())
+    mean_square = (l_D - 1).square().mean()
+    changes.append(mean_square.sqrt().item())
 ax.axvline(1, color=GREY, linestyle="--", linewidth=1)
 ax.set_yticks(range(len(names)), names, fontsize=8)
 ax.invert_yaxis()
