@@ -517,7 +517,9 @@ def accuracy(model, rows):
 # the question**, and this is what (IA)^3 will have to supply.
 
 # %%
-asked_rows = [row | {"input": row["input"] + " same colour ?"} for row in task.test]
+asked_rows = []
+for row in task.test:
+    asked_rows.append(row | {"input": row["input"] + " same colour ?"})
 unasked = accuracy(model, task.test)
 asked = accuracy(model, asked_rows)
 print(f"unasked {unasked:.1%}, asked {asked:.1%}")
@@ -807,7 +809,8 @@ def mixed_against_separate(model):
     mixed_BC = scores(model, mixed_rows, adapter_B)
     separate_BC = torch.zeros_like(mixed_BC)
     for adapter in range(8):
-        separate_BC[adapter::8] = scores(model, mixed_rows[adapter::8], adapter)
+        rows = mixed_rows[adapter::8]
+        separate_BC[adapter::8] = scores(model, rows, adapter)
     return gap(mixed_BC, separate_BC)
 
 
