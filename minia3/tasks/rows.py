@@ -142,10 +142,8 @@ def read_header(records: Iterator[list[str]], column: str | None) -> list[str]:
     has_repeats = len(set(header)) < len(header)
     is_without_column = column is not None and column not in header
     if not header or has_repeats or is_without_column:
-        expected = "names" if column is None else f"the name {column!r}"
-        raise ValueError(
-            f"expected a header with {expected}, and no name twice; found {header!r:.80}"
-        )
+        expected = "a header" if column is None else f"a header with {column!r}"
+        raise ValueError(f"expected {expected}, and no name twice; found {header!r:.80}")
     return header
 
 
@@ -318,6 +316,4 @@ def unpack_spans(row: dict, field: str):
                 row[f"{prefix}_text"] = text_at_index
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         names = "span1_text, span1_index, span2_text and span2_index"
-        raise ValueError(
-            f"expected a 'text', and a {field!r} with {names}; found {error}"
-        ) from None
+        raise ValueError(f"expected 'text', and {field!r} with {names} ({error})") from None

@@ -7,7 +7,6 @@ import http.server
 import io
 import json
 import os
-import threading
 import zipfile
 from pathlib import Path
 
@@ -95,19 +94,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A server that has the archive of the task `served`."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        serve(server, monkeypatch, zipped(FILES))
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def serve(server, monkeypatch, content, address=None, **changes):

@@ -32,19 +32,18 @@ EXAMPLES = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(EXAMPLES)
-def test_masks_give_back_exactly_what_went_in_even_if_the_padding_is_a_real_id(examples):
+def test_masked_tensors_are_exactly_the_ids_even_if_the_padding_is_a_real_id(examples):
     batch = collate(examples)
+    n_choices = batch.target_BCL.shape[1]
     for b, example in enumerate(examples):
         assert batch.source_BM[b][batch.mask_BM[b]].tolist() == example.source
-        targets = [
-            batch.target_BCL[b, c][batch.target_mask_BCL[b, c]].tolist()
-            for c in range(batch.target_BCL.shape[1])
-        ]
-        assert targets == example.targets + [[]] * (len(targets) - len(example.targets))
+        for c in range(n_choices):
+            ids = batch.target_BCL[b, c][batch.target_mask_BCL[b, c]].tolist()
+            assert ids == (example.targets[c] if c < len(example.targets) else [])
         assert (batch.source_BM[b][~batch.mask_BM[b]] == 0).all()
         assert (batch.target_BCL[b][~batch.target_mask_BCL[b]] == 0).all()
     assert batch.source_BM.shape[1] == max(len(example.source) for example in examples)
-    assert batch.target_BCL.shape[1] == max(len(example.targets) for example in examples)
+    assert n_choices == max(len(example.targets) for example in examples)
     assert batch.label_B.tolist() == [example.label for example in examples]
 
 
@@ -62,26 +61,29 @@ def test_a_batch_with_nothing_to_read_or_to_score_is_an_error(bad):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**32 - 1))
-def test_batches_are_a_stream_of_permutations_and_every_step_can_be_asked_for_alone(
-    n_rows, batch_size, seed
-):
+def test_batches_are_a_stream_of_permutations(n_rows, batch_size, seed):
     n_steps = 3 * n_rows // batch_size + 2
-    batches = [order(n_rows, batch_size, seed)(step) for step in reversed(range(n_steps))][::-1]
+    # Each step from a new function, the last step first: a step depends on no other.
+    backwards = [order(n_rows, batch_size, seed)(step) for step in reversed(range(n_steps))]
+    batches = backwards[::-1]
     assert {len(batch) for batch in batches} == {batch_size}
     stream = list(chain(*batches))
     for epoch in range(len(stream) // n_rows):
         assert sorted(stream[epoch * n_rows : (epoch + 1) * n_rows]) == list(range(n_rows))
-    same = order(n_rows, batch_size, seed)
-    assert [same(step) for step in range(n_steps)] == batches
-    smaller = order(n_rows, 1, seed)
-    assert [smaller(step)[0] for step in range(len(stream))] == stream, (
+    rows_of_step = order(n_rows, batch_size, seed)
+    assert [rows_of_step(step) for step in range(n_steps)] == batches
+    single_rows = order(n_rows, 1, seed)
+    assert [single_rows(step)[0] for step in range(len(stream))] == stream, (
         "the stream does not depend on the batch size"
     )
 
 
-def test_epochs_and_seeds_have_permutations_of_their_own():
-    epochs = [tuple(order(100, 100, seed)(epoch)) for seed in (0, 1, 2) for epoch in range(3)]
-    assert len(set(epochs)) == 9
+def test_each_epoch_and_each_seed_has_another_permutation():
+    permutations = set()
+    for seed in (0, 1, 2):
+        for epoch in (0, 1, 2):
+            permutations.add(tuple(order(100, 100, seed)(epoch)))
+    assert len(permutations) == 9
 
 
 def test_the_order_does_not_depend_on_the_machine_or_the_version():

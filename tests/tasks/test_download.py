@@ -1,5 +1,5 @@
-"""A download is whole and has the right checksum, or it leaves nothing behind, whatever a server, a network, an archive
-or another process does.
+"""A download is whole and has the right checksum, or it leaves nothing behind, whatever a server, a
+network, an archive or another process does.
 """
 
 import hashlib
@@ -20,10 +20,18 @@ from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import render
 from minia3.tasks.splits import load_task
 
-pytest_plugins = ["task_files"]
+pytest_plugins = ["served_task"]
+
+
+ALL_FILES = ["test.jsonl", "train.jsonl", "val.jsonl"]
+
+
+def names_below(folder):
+    return sorted(path.name for path in files_below(folder))
 
 
 def failure(folder):
+    """Load the task, which must fail and leave nothing behind, and return the message."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
         load_task("served", folder)
     assert files_below(folder) == []
@@ -35,25 +43,23 @@ def failure(folder):
     return message
 
 
-def test_a_row_of_the_table_is_enough_for_a_new_task(server, tmp_path, capsys):
+def test_an_entry_of_the_table_is_enough_for_a_new_task(server, tmp_path, capsys):
     task = load_task("served", tmp_path / "new" / "data")
     assert task.train == [{"text": "a", "label": 0, "idx": 0}, {"text": "b", "label": 1, "idx": 9}]
     assert task.validation == [{"text": "c", "label": 1, "idx": 0}]
     assert task.test == [{"text": "d", "label": -1, "idx": 0}]
     assert render(task.prompts[0], task.train[1]) == ("b?", ["No", "Yes"], 1)
     folder = tmp_path / "new" / "data" / "served"
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        name: FILES[f"T/{name}"] for name in ("train.jsonl", "val.jsonl", "test.jsonl")
-    }
-    assert capsys.readouterr().err == "", "no progress bar where nobody looks at a terminal"
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert contents == {name: FILES[f"T/{name}"] for name in ALL_FILES}
+    assert capsys.readouterr().err == "", "a progress bar is for terminals only"
 
 
 def test_a_downloaded_file_is_as_readable_as_any_other(server, tmp_path):
     load_task("served", tmp_path)
     (tmp_path / "plain").touch()
-    assert (tmp_path / "served" / "train.jsonl").stat().st_mode == (
-        tmp_path / "plain"
-    ).stat().st_mode
+    mode = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "served" / "train.jsonl").stat().st_mode == mode
 
 
 def test_files_that_are_there_are_not_downloaded_again(server, tmp_path):
@@ -94,12 +100,11 @@ def test_a_terminal_gets_a_progress_bar(server, tmp_path, monkeypatch):
 def test_a_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
     content = zipped(FILES)
     changed = bytes([content[0], content[1] ^ 1]) + content[2:]
-    wrong, right = (hashlib.sha256(x).hexdigest() for x in (changed, content))
-    serve(server, monkeypatch, changed, sha256=right)
-    n = len(content)
-    assert f"found {n} bytes of sha256 {wrong}, expected {n} bytes of sha256 {right};" in failure(
-        tmp_path
-    )
+    found = f"{len(content)} bytes of sha256 {hashlib.sha256(changed).hexdigest()}"
+    digest = hashlib.sha256(content).hexdigest()
+    serve(server, monkeypatch, changed, sha256=digest)
+    expected = f"{len(content)} bytes of sha256 {digest}"
+    assert f"found {found}, expected {expected};" in failure(tmp_path)
 
 
 @pytest.mark.parametrize("change", [-1, 1, 100_000])
@@ -124,7 +129,7 @@ def test_a_transfer_that_breaks_off_is_refused(server, tmp_path):
     assert re.search(rf"found 100 bytes of sha256 \w+, expected {n} bytes", failure(tmp_path))
 
 
-def test_a_server_that_hangs_is_given_up(server, tmp_path, monkeypatch):
+def test_a_server_that_hangs_runs_into_a_timeout(server, tmp_path, monkeypatch):
     monkeypatch.setattr("minia3.tasks.download.TIMEOUT", 0.2)
     done = threading.Event()
     server.wait = lambda: done.wait(10)
@@ -142,7 +147,7 @@ def test_an_address_that_is_gone_is_named(server, tmp_path, status, words):
     assert words in failure(tmp_path)
 
 
-def test_no_network_is_said(server, tmp_path, monkeypatch):
+def test_a_missing_network_is_named(server, tmp_path, monkeypatch):
     serve(server, monkeypatch, zipped(FILES), address="http://data.example/T.zip")
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
@@ -154,7 +159,7 @@ def test_no_network_is_said(server, tmp_path, monkeypatch):
     assert "Temporary failure in name resolution" in failure(tmp_path)
 
 
-def test_a_server_that_is_not_there_is_said(server, tmp_path, monkeypatch):
+def test_a_server_that_does_not_run_is_named(server, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}/T.zip"
@@ -167,11 +172,11 @@ def test_an_answer_that_is_not_http_is_refused(server, tmp_path, monkeypatch):
     failure(tmp_path)
 
 
-def test_a_zip_whose_member_blows_up_is_refused_before_it_is_read(server, tmp_path, monkeypatch):
+def test_a_zip_bomb_is_refused_before_it_is_read(server, tmp_path, monkeypatch):
     serve(server, monkeypatch, zipped({**FILES, "T/val.jsonl": bytes(2_000_000)}))
     monkeypatch.setattr(zipfile.ZipFile, "open", None)
     assert re.search(
-        r"found \d+ bytes or more in the zip's T/val\.jsonl, expected less", failure(tmp_path)
+        r"found \d+ bytes or more in T/val\.jsonl of the zip file, expected less", failure(tmp_path)
     )
 
 
@@ -189,15 +194,11 @@ def test_a_zip_entry_that_climbs_out_is_not_taken_out(server, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["../val.jsonl", "T/../../val.jsonl", "/val.jsonl"])
-def test_a_member_of_such_a_name_stays_in_the_folder(server, tmp_path, monkeypatch, name):
+def test_a_member_whose_name_climbs_out_stays_in_the_folder(server, tmp_path, monkeypatch, name):
     files = {name if path == "T/val.jsonl" else path: content for path, content in FILES.items()}
     serve(server, monkeypatch, zipped(files), files={**PARTS, "val.jsonl": name})
     assert len(load_task("served", tmp_path).validation) == 1
-    assert sorted(path.name for path in files_below(tmp_path)) == [
-        "test.jsonl",
-        "train.jsonl",
-        "val.jsonl",
-    ]
+    assert names_below(tmp_path) == ALL_FILES
 
 
 def test_a_zip_without_a_member_is_refused(server, tmp_path, monkeypatch):
@@ -209,23 +210,27 @@ def test_a_zip_without_a_member_is_refused(server, tmp_path, monkeypatch):
     assert "no item named 'T/val.jsonl'" in failure(tmp_path)
 
 
-def test_what_is_no_zip_is_refused(server, tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_zip_is_refused(server, tmp_path, monkeypatch):
     serve(server, monkeypatch, b"<html>moved</html>")
     assert "not a zip file" in failure(tmp_path)
 
 
-def test_a_data_folder_that_cannot_be_written_is_said(server, tmp_path):
+def test_a_data_folder_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"T\.zip: .*(Not a directory|File exists)"):
         load_task("served", tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=60)
     server.wait = both.wait  # neither gets its file before both are under way
     code = (
-        "import sys; from minia3.data import load_task; from minia3.tasks import *; from minia3.prompts import Prompt\n"
-        f"from minia3.tasks import table; table()['served'] = {known_tasks()['served']!r}\n"
+        "from minia3.tasks.known_tasks import known_tasks\n"
+        "from minia3.tasks.prompts import Prompt\n"
+        "from minia3.tasks.splits import load_task\n"
+        "from minia3.tasks.task import Source, TaskSpec\n"
+        f"known_tasks()['served'] = {known_tasks()['served']!r}\n"
         f"print(len(load_task('served', {str(tmp_path)!r}).train))"
     )
     run = [sys.executable, "-c", code]
@@ -234,14 +239,10 @@ def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeyp
     ]
     assert [process.communicate() for process in both_runs] == [(b"2\n", b"")] * 2
     assert server.n_requests == 2
-    assert sorted(path.name for path in files_below(tmp_path)) == [
-        "test.jsonl",
-        "train.jsonl",
-        "val.jsonl",
-    ]
+    assert names_below(tmp_path) == ALL_FILES
 
 
-def test_what_a_killed_process_left_does_no_harm(server, tmp_path):
+def test_the_leftovers_of_a_killed_process_do_no_harm(server, tmp_path):
     (tmp_path / "served" / ".part-killed").mkdir(parents=True)
     (tmp_path / "served" / ".part-killed" / "train.jsonl").write_bytes(b"{")
     (tmp_path / "served" / "test.jsonl").write_bytes(FILES["T/test.jsonl"])
@@ -250,7 +251,7 @@ def test_what_a_killed_process_left_does_no_harm(server, tmp_path):
 
 
 @pytest.mark.parametrize("n_moved", [0, 1, 2])
-def test_an_unpacking_that_stops_halfway_is_taken_up_by_the_next_run(
+def test_the_next_run_finishes_an_unpacking_that_stopped_halfway(
     server, tmp_path, monkeypatch, n_moved
 ):
     moved = []
@@ -265,16 +266,12 @@ def test_an_unpacking_that_stops_halfway_is_taken_up_by_the_next_run(
         patch.setattr(os, "replace", move)
         with pytest.raises(KeyboardInterrupt):
             load_task("served", tmp_path)
-    assert sorted(path.name for path in files_below(tmp_path)) == sorted(moved)
+    assert names_below(tmp_path) == sorted(moved)
     load_task("served", tmp_path)
-    assert sorted(path.name for path in files_below(tmp_path)) == [
-        "test.jsonl",
-        "train.jsonl",
-        "val.jsonl",
-    ]
+    assert names_below(tmp_path) == ALL_FILES
 
 
-def test_known_tasks_are_jsonl(server, tmp_path):
+def test_a_known_task_is_not_read_from_files_with_another_suffix(server, tmp_path):
     (tmp_path / "served").mkdir()
     for name in ("train", "val"):
         (tmp_path / "served" / f"{name}.csv").write_text("input\n")

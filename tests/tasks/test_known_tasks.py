@@ -184,7 +184,7 @@ def test_the_prompts_of_a_task_ask_for_several_kinds_of_answers(name):
     assert n_kinds >= 2 or has_choices_of_the_row or has_many_labels
 
 
-@pytest.mark.parametrize("prompt", all_prompts())
+@pytest.mark.parametrize("prompt", list(all_prompts()))
 def test_no_prompt_ends_in_white_space_and_no_choice_has_any_around_it(prompt):
     assert prompt.text == prompt.text.strip()
     assert "  " not in prompt.text
