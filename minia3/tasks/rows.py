@@ -51,18 +51,25 @@ class LineReader:
         error, not one for each line.)
         """
         while True:
-            # Only \n ends a line here, because the texts in a row may hold other line ends, such as
-            # U+2028.
+            # Only \n ends a line, because a text in a row may hold other line ends, such as U+2028.
             line = self.file.readline(MAX_ROW_BYTES + 1)
             if not line:
                 return
             self.n_lines += 1
             self.n_row_bytes += len(line)
             if self.n_row_bytes > MAX_ROW_BYTES:
-                raise ValueError(f"a row of more than {MAX_ROW_BYTES} bytes")
-            is_first = self.n_lines == 1
-            encoding = "utf-8-sig" if is_first else "utf-8"  # "sig": without the byte order mark
-            yield line.decode(encoding)
+                raise ValueError(
+                    f"a row of more than {MAX_ROW_BYTES} bytes: is a line end or a quote missing?"
+                )
+            yield self.decode(line)
+
+    def decode(self, line: bytes) -> str:
+        is_first = self.n_lines == 1
+        encoding = "utf-8-sig" if is_first else "utf-8"  # "sig" drops the byte order mark
+        try:
+            return line.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{error}: save the file as UTF-8") from None
 
 
 def read_rows(
@@ -205,9 +212,7 @@ def read_file(path: Path, spec: TaskSpec, split: str) -> tuple[list[dict], list[
 
 
 def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> list[str]:
-    """Return a message if some of a task's rows have a target and others choices: it has one metric
-    for all.
-    """
+    """Return a message if some rows have a target and others choices: a task has one metric."""
     has_target = ["target" in row for row in chain.from_iterable(rows.values())]
     n_targets = sum(has_target)
     if n_targets in (0, len(has_target)):
@@ -222,8 +227,9 @@ def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> lis
 
 
 def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -> dict:
-    """Return a row with an integer `label` (-1: unlabelled) and an integer `idx` (`number`, if the
-    file has none).
+    """Return a row with an integer `label` (-1: unlabelled) and an integer `idx`.
+
+    number: the `idx` of a row that has none in its file.
 
     Raise ValueError if something is wrong with the row; if the row is a ValueError (see
     `read_rows`), raise that. Only rows of the split "test" may lack a label.
@@ -238,16 +244,13 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     row["label"] = read_label(row, spec, may_be_hidden=split == "test")
     if type(row.get("idx")) is not int:  # a bool is not a number either
         row["idx"] = number
-    check_fields(
-        spec.prompts[0], row
-    )  # the first prompt uses every field that any prompt of the task uses
+    # The first prompt uses every field that any prompt of the task uses (a test says so).
+    check_fields(spec.prompts[0], row)
     return row
 
 
 def check_user_row(row: dict):
-    """Raise ValueError if a user's row lacks a text that it should have. Its label is checked by
-    `find_label`.
-    """
+    """Raise ValueError if a user's row lacks a text that it should have."""
     if ("target" in row) == ("choices" in row):
         raise ValueError(
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"

@@ -1,6 +1,4 @@
-"""What a task is: TaskSpec describes one before its files are read, and Task holds its rows
-afterwards.
-"""
+"""What a task is: TaskSpec says how to load one, and Task holds its rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +16,7 @@ class Source(NamedTuple):
     address: str
     # Name in the task's folder -> name in the archive or data set. Only these files are taken.
     files: dict[str, str]
-    # Of the download. Data sets of the hub have neither, nor have files that are given on request.
+    # Of the download. They are empty for a data set of the hub, and for files on request.
     n_bytes: int = 0
     sha256: str = ""
 
@@ -62,9 +60,7 @@ class TaskSpec(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The rows of a task. A row has its file's fields, and as integers `label` (-1: unlabelled) and
-    `idx`.
-    """
+    """A task's rows: a file's fields, and the integers `label` (-1: unlabelled) and `idx`."""
 
     name: str
     train: list[dict]
@@ -97,10 +93,10 @@ class Task(NamedTuple):
 
     @property
     def evaluation(self) -> tuple[str, list[dict]]:
-        """The name and the rows of the split to report on: test if all of it is labelled, else
-        validation.
+        """The name and the rows of the split to report on.
 
-        Raise ValueError if there are no such rows.
+        That is test if all of it is labelled, and else validation. Raise ValueError if there are no
+        such rows.
         """
         self.check_evaluation()
         if self.has_labelled_test:
