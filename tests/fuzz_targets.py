@@ -550,7 +550,7 @@ def adapter_model():
 
 @functools.cache
 def peft_names():
-    """Return PEFT's name of each vector -> ours, found by saving vectors filled with their number."""
+    """Return PEFT's name -> ours, found by saving vectors that are filled with their number."""
     model = small_t5(activation="gelu", gated=True)
     vectors = minia3.vectors(model)
     with torch.no_grad():
