@@ -378,6 +378,33 @@ def test_a_config_stays_if_only_one_file_changes(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"config.json": b"old", "a": b"new"}
 
 
+@pytest.mark.parametrize(
+    ("written", "replaces"),
+    [
+        ({"config.json": "new", "a": "new"}, ()),  # the config itself is one of two changes
+        ({"config.json": "old", "a": "new", "b": "new"}, ()),
+        ({"config.json": "old", "a": "new"}, ("b",)),  # a removal is a change, too
+    ],
+)
+def test_there_is_no_config_while_two_files_change(tmp_path, monkeypatch, written, replaces):
+    for name in ("config.json", "a", "b"):
+        (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def watched_replace(old, new):
+        assert not (tmp_path / "config.json").exists()
+        replace(old, new)
+
+    with writing_folder(tmp_path, replaces) as hidden:
+        for name, content in written.items():
+            (hidden / name).write_text(content)
+        monkeypatch.setattr(os, "replace", watched_replace)
+    found = contents(tmp_path)
+    for name, content in written.items():
+        assert found[name] == content.encode()
+    assert ("b" in found) == (replaces == ())
+
+
 def test_matching_files_are_removed_unless_they_are_written_and_others_stay(tmp_path):
     for name in ("config.json", "model-1.bin", "model-2.bin", "README.md"):
         (tmp_path / name).write_text("old")
