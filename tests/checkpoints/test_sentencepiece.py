@@ -31,7 +31,6 @@ LLAMAS = ["llama", "llama-no-bytes", "llama-no-prefix", "llama-spaces-inside"]
 # Trained files
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "mt5"])
 def test_unigram_ids_are_those_of_sentencepiece(name):
     # Without marks that combine: the test with the real T5 tells why.
@@ -51,7 +50,6 @@ def test_unigram_ids_are_those_of_sentencepiece(name):
     check()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LLAMAS)
 def test_bpe_ids_and_texts_are_those_of_sentencepiece(name):
     parts = ["a", "an", " ", "  ", "   ", "é", "🎉", "305", "\n"]

@@ -239,7 +239,6 @@ PROMPTS = st.text(min_size=1).filter(lambda text: text.strip() and text[-1] == t
 ANSWERS = ["True", " True", "  two", "", "12", "not entailment", "'s", "\nx"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama-no-prefix", "gpt-2", "smollm", "llama-bpe"])
 def test_prompt_and_target_encoded_separately_equal_the_joined_text(name):
     if name in OPTIONS:
@@ -256,7 +255,6 @@ def test_prompt_and_target_encoded_separately_equal_the_joined_text(name):
     check()
 
 
-@pytest.mark.slow
 def test_prompt_and_target_join_at_a_colon_even_if_pieces_have_spaces_inside():
     """Such pieces may swallow the seam of other prompts. (No published LLaMA has any.)"""
 
