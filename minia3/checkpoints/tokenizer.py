@@ -71,8 +71,7 @@ class Tokenizer:
         ids = self.encode(UNKNOWN_CHARACTER)
         begins_with_bos = ids[:1] == [self.bos_id]
         ends_with_eos = ids[-1:] == [self.eos_id]
-        # This is how we tell a T5. (A LLaMA's files may ask for eos, too, but then for bos as
-        # well.)
+        # A T5 adds eos alone. (The files of a LLaMA that ask for eos ask for bos as well.)
         self.has_separate_targets = ends_with_eos and not begins_with_bos
 
     def _find_special_tokens(self, settings):
