@@ -1,7 +1,7 @@
 """A mixture draws each example from a task in proportion to its rows, up to a cap."""
 
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def first_steps(n_steps, *arguments):
 )
 def test_members_are_drawn_in_proportion_to_their_rows_up_to_the_cap(cap, shares):
     steps = first_steps(500, [6, 40, 4], cap, 8, 0)
-    n_drawn = Counter(member for step in steps for member, _ in step)
+    n_drawn = Counter(member for member, _ in chain(*steps))
     for member, share in enumerate(shares):
         p = share / sum(shares)
         assert n_drawn[member] / 4000 == pytest.approx(p, abs=4 * (p * (1 - p) / 4000) ** 0.5)
@@ -33,9 +33,9 @@ def test_members_are_drawn_in_proportion_to_their_rows_up_to_the_cap(cap, shares
 def test_the_rows_of_a_member_come_in_its_order_whoever_is_drawn_between():
     steps = first_steps(60, [6, 40], 10, 8, 3)
     for member, n_rows in enumerate([6, 40]):
-        drawn = [row for step in steps for drawn_member, row in step if drawn_member == member]
+        drawn = [row for drawn_member, row in chain(*steps) if drawn_member == member]
         rows_of_step = order(n_rows, 8, 3)
-        expected = [row for step in range(60) for row in rows_of_step(step)]
+        expected = list(chain(*map(rows_of_step, range(60))))
         assert drawn == expected[: len(drawn)]
 
 

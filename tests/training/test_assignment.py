@@ -94,8 +94,8 @@ def test_without_validation_a_fifth_of_train_is_held_out_but_at_least_one_row(
 ):
     splits = {"train": rows(n), "test": rows(5, seed=1)}
     config = train.Config(model=model("t5"), task=write(tmp_path / "task", **splits), eval_every=1)
-    part = assign_rows(minia3.load_task(config.task), config)
-    assert (len(part.held_out_rows), len(part.train_rows)) == (n_held_out, n - n_held_out)
+    found = assign_rows(minia3.load_task(config.task), config)
+    assert (len(found.held_out_rows), len(found.train_rows)) == (n_held_out, n - n_held_out)
 
 
 def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path, capsys):
@@ -103,33 +103,29 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path, capsy
     assert run(words(None, "--eval-only", task=only)) == 0
     fails(words(tmp_path / "run", task=only), capsys, "no rows to train on", "train.jsonl")
     assert "before" not in capsys.readouterr().out
-    one = write(tmp_path / "one", train=rows(1), validation=rows(5))
+    single = write(tmp_path / "single", train=rows(1), validation=rows(5))
     fails(
-        words(tmp_path / "run", task=one, eval_every=1),
+        words(tmp_path / "run", task=single, eval_every=1),
         capsys,
         "no rows to train on",
         "--eval-every",
     )
-    assert run(words(tmp_path / "run", task=one, steps=2)) == 0
+    assert run(words(tmp_path / "run", task=single, steps=2)) == 0
 
 
 def test_shots_and_held_out_rows_are_of_all_classes(monkeypatch):
-    made = [
-        {"input": f"w{5 + i}", "choices": ["w3", "w4"], "label": i // 16, "idx": i}
-        for i in range(32)
-    ]
+    made = []
+    for i in range(32):  # sorted by label
+        made.append({"input": f"w{5 + i}", "choices": ["w3", "w4"], "label": i // 16, "idx": i})
     data = minia3.load_task(task())._replace(train=made)
-    first = [
-        assign_rows(data, train.Config(method="icl", shots=16, seed=seed)).shots[:6]
-        for seed in range(3)
-    ]
-    assert all({row["label"] for row in some} == {0, 1} for some in first)
-    assert first[0] != first[1]
-    held_out = [
-        assign_rows(data._replace(test=[]), train.Config(eval_every=1, seed=seed)).held_out_rows
-        for seed in range(3)
-    ]
-    assert all({row["label"] for row in some} == {0, 1} for some in held_out)
+    first_shots = []
+    for seed in range(3):
+        in_context = assign_rows(data, train.Config(method="icl", shots=16, seed=seed))
+        first_shots.append(in_context.shots[:6])
+        assert {row["label"] for row in first_shots[seed]} == {0, 1}
+        trained = assign_rows(data._replace(test=[]), train.Config(eval_every=1, seed=seed))
+        assert {row["label"] for row in trained.held_out_rows} == {0, 1}
+    assert first_shots[0] != first_shots[1]
     assert assign_rows(data, train.Config(method="none", eval_every=1)).held_out_rows == []
 
 
@@ -142,8 +138,8 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluat
     train_rows = "".join(f"w{5 + i} w6,{labels[i % 2]},{i}\n" for i in range(10))
     (folder / "train.csv").write_text("Sentence,Label,ID\n" + train_rows)
     (folder / "test_unlabeled.csv").write_text("Sentence,ID\nw7 w8,10\n")
-    of = {"task": "raft/overruling", "data_dir": tmp_path / "data"}
-    assert run(words(tmp_path / "run", shots=10, **of)) == 0
+    flags = {"task": "raft/overruling", "data_dir": tmp_path / "data"}
+    assert run(words(tmp_path / "run", shots=10, **flags)) == 0
     shown = capsys.readouterr().out
     final = metrics(tmp_path / "run")[-1]
     assert "10 rows to train on, 0 of test to report on" in shown
@@ -157,7 +153,7 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluat
     )
     assert (tmp_path / "run" / "adapter" / "README.md").exists()
     fails(
-        words(tmp_path / "none", shots=10, method="none", **of),
+        words(tmp_path / "none", shots=10, method="none", **flags),
         capsys,
         "no labelled rows to report on",
     )

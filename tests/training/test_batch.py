@@ -1,5 +1,7 @@
 """A mixed batch has the examples of several cells, and each cell its own loss."""
 
+from itertools import chain
+
 import pytest
 import torch
 from running import model, task, train
@@ -57,10 +59,10 @@ def test_a_part_has_the_examples_and_the_rows_of_their_cells_in_order(cells):
     batch = MixedBatch(cells, 0, has_rows=True)
     parts = list(batch.split(4))
     assert [part.row_B.tolist() for part in parts] == [[0, 0, 0, 1], [1, 1, 2, 2], [2]]
-    examples = [example for cell in cells for example in cell.batches[0]]
+    examples = list(chain(*(cell.batches[0] for cell in cells)))
     assert [example for _, example in batch.pairs] == examples
-    n_tokens = sum(len(e.source) + sum(len(target) for target in e.targets) for e in examples)
-    assert batch.n_tokens == n_tokens
+    texts = list(chain(*((example.source, *example.targets) for example in examples)))
+    assert batch.n_tokens == sum(map(len, texts))
 
 
 def test_a_model_with_a_single_row_gets_no_rows(cells):

@@ -6,7 +6,7 @@ from running import fails, run, words
 
 
 @pytest.mark.parametrize(
-    ("found", "method", "said"),
+    ("has_gpu", "method", "line"),
     [
         (False, "ia3", "device   cpu (no CUDA GPU found), float32"),
         (True, "ia3", "device   cuda (H100), bfloat16"),
@@ -14,14 +14,14 @@ from running import fails, run, words
     ],
 )
 def test_by_default_a_run_takes_the_gpu_if_there_is_one_and_says_why(
-    found, method, said, tmp_path, monkeypatch, capsys
+    has_gpu, method, line, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
     monkeypatch.setattr("minia3.training.grid.load_task", lambda *args: 0 / 0)
     with pytest.raises(ZeroDivisionError):
         run(words(tmp_path / "run", device=None, method=method))
-    assert capsys.readouterr().out.splitlines()[0] == said
+    assert capsys.readouterr().out.splitlines()[0] == line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")

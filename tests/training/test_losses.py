@@ -121,7 +121,7 @@ def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows,
 
 
 def ragged(seed, n_rows, n_choices, length):
-    """Return a batch whose rows have 1 to `n_choices` choices. Any value stands where no token is."""
+    """Return a batch whose rows have 1 to `n_choices` choices. Padding has any value."""
     case = random_case(seed, n_rows, n_choices, length)
     g = torch.Generator().manual_seed(seed)
     n_of_row = torch.randint(1, n_choices + 1, (n_rows, 1, 1), generator=g)
@@ -143,9 +143,7 @@ def losses_of(logp_BCL, mask_BCL, label_B):
     st.integers(1, 4),
     st.integers(0, 3),
 )
-def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
-    seed, n_rows, n_choices, length, extra
-):
+def test_padding_and_missing_choices_change_no_loss(seed, n_rows, n_choices, length, extra):
     logp, mask, label = ragged(seed, n_rows, n_choices, length)
     expected = torch.zeros(3, dtype=torch.float64)
     n = count_terms(mask, label)
@@ -156,7 +154,10 @@ def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
             if real.any()
         ]
         means = torch.tensor([sum(text) / len(text) for text in texts], dtype=torch.float64)
-        wrong = [x for i, text in enumerate(texts) if i != label[row] for x in text]
+        wrong = []
+        for i, text in enumerate(texts):
+            if i != label[row]:
+                wrong += text
         expected[0] -= sum(texts[label[row]]) / n["lm"]
         expected[1] -= sum(math.log(1 - math.exp(x) + 0.01) for x in wrong) / max(n["ul"], 1)
         expected[2] -= means.log_softmax(0)[label[row]] / n["ln"]
@@ -173,11 +174,12 @@ def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.sets(st.integers(1, 5)))
-def test_parts_with_the_whole_s_counts_add_up_to_the_whole(seed, n_rows, cuts):
+def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(seed, n_rows, cuts):
     logp, mask, label = ragged(seed, n_rows, 3, 4)
     n = count_terms(mask, label)
     total_loss(logp, mask, label).backward()
-    whole, logp.grad = logp.grad, None
+    whole = logp.grad
+    logp.grad = None
     edges = [0, *sorted(cut for cut in cuts if cut < n_rows), n_rows]
     parts = [slice(first, last) for first, last in pairwise(edges)]
     losses = [total_loss(logp[part], mask[part], label[part], n_terms=n) for part in parts]
@@ -189,13 +191,14 @@ def test_parts_with_the_whole_s_counts_add_up_to_the_whole(seed, n_rows, cuts):
 
 def test_a_row_with_one_choice_has_its_likelihood_alone():
     logp = torch.tensor([[[-0.5, -2.0]], [[-1.0, -9.0]]], requires_grad=True)
-    mask, label = torch.tensor([[[True, True]], [[True, False]]]), torch.zeros(2, dtype=torch.long)
+    mask = torch.tensor([[[True, True]], [[True, False]]])
+    label = torch.zeros(2, dtype=torch.long)
     assert losses_of(logp, mask, label).tolist() == pytest.approx([3.5 / 3, 0.0, 0.0])
     total_loss(logp, mask, label).backward()
     torch.testing.assert_close(logp.grad, torch.tensor([[[-1.0, -1.0]], [[-1.0, 0.0]]]) / 3)
 
 
-def test_a_wrong_choice_that_cannot_be_is_as_if_it_were_not_there():
+def test_a_wrong_choice_of_probability_0_adds_nothing_to_the_softmax():
     logp = LOGP.clone()
     logp[1, 0, 0] = -INF  # one token of probability 0
     logp.requires_grad_()

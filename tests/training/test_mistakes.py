@@ -16,8 +16,8 @@ from written_out import adapter
     [
         ({"model": "t5-bsae"}, ["t5-bsae", "did you mean t5-base?"]),
         ({"model": "nowhere/to/be/found"}, ["nowhere/to/be/found", "Known names"]),
-        ({"task": "rt"}, ["'rt' is no task", "did you mean 'rte'?", "Known tasks"]),
-        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is no task, file or folder"]),
+        ({"task": "rt"}, ["'rt' is not a known task", "did you mean 'rte'?", "Known tasks"]),
+        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is not a known task, a file or a folder"]),
         ({"adapter": "nowhere"}, ["nowhere", "expected the folder or file of an adapter"]),
         ({"device": "gpu"}, ["--device is 'gpu'", "expected cpu or cuda"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected cpu or cuda"]),
@@ -37,15 +37,12 @@ def test_a_name_of_something_that_does_not_exist_is_one_line_and_nothing_is_writ
 
 
 def test_a_row_that_cannot_be_cut_to_fit_is_found_before_the_first_evaluation(tmp_path, capsys):
-    long = {
-        "input": "\N{SNOWMAN}" * 20,
-        "choices": ["no", "yes"],
-        "label": 0,
-    }  # 20 characters without a space, 60 bytes
+    # 20 characters without a space are one word, and here 60 bytes.
+    long = {"input": "\N{SNOWMAN}" * 20, "choices": ["no", "yes"], "label": 0}
     short = {**long, "input": "red"}
     split = write(tmp_path / "task", train=[short, long], validation=[short])
-    own = {"model": "tiny-t5", "task": split, "max_length": 30}
-    fails(words(tmp_path / "run", **own), capsys, "row 1 does not fit into max_length 30")
+    flags = {"model": "tiny-t5", "task": split, "max_length": 30}
+    fails(words(tmp_path / "run", **flags), capsys, "row 1 does not fit into max_length 30")
     assert not (tmp_path / "run").exists()
 
 

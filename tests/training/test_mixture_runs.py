@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import signal
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,9 @@ def test_the_best_vectors_of_a_mixture_are_those_of_the_best_mean(tmp_path, monk
 
 @pytest.mark.slow
 def test_a_mixture_that_is_stopped_continues_bit_for_bit(tmp_path):
-    with at_line(0, None) as ran:
+    with at_line(0, None) as executed:
         assert run(words(tmp_path / "whole", task=tasks(), **MIXTURE)) == 0
-    for n in (len(ran) // 3, len(ran) * 2 // 3):
+    for n in (len(executed) // 3, len(executed) * 2 // 3):
         out = tmp_path / str(n)
         with at_line(n, functools.partial(kill_self, signal.SIGINT)):
             assert run(words(out, task=tasks(), **MIXTURE)) == 130
@@ -97,24 +98,15 @@ def test_a_mixture_that_is_stopped_continues_bit_for_bit(tmp_path):
         assert outcome(out) == outcome(tmp_path / "whole")
 
 
-def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_given_adapter(
-    tmp_path,
-):
+def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_given_adapter(tmp_path):
     assert run(words(tmp_path / "start", lr=0.3)) == 0
     start = tmp_path / "start" / "adapter"
     out = tmp_path / "run"
-    assert (
-        run(
-            words(
-                out, task=tasks(), adapters="one", seed="0,1", init=start, steps=1, warmup_ratio=0.6
-            )
-        )
-        == 0
-    )
+    flags = {"adapters": "one", "seed": "0,1", "init": start, "steps": 1, "warmup_ratio": 0.6}
+    assert run(words(out, task=tasks(), **flags)) == 0
     finals = [line for line in metrics(out) if line["event"] == "final"]
-    assert [(x["adapter"], x["task"]) for x in finals] == [
-        (f"s{seed}", name) for seed in (0, 1) for name in SIZES
-    ]
+    expected = [(f"s{seed}", name) for seed, name in product((0, 1), SIZES)]
+    assert [(line["adapter"], line["task"]) for line in finals] == expected
     for seed in (0, 1):  # a first step changes nothing
         found = load_file(out / "adapters" / f"s{seed}" / "adapter_model.safetensors")
         for name, x in load_file(start / "adapter_model.safetensors").items():

@@ -9,7 +9,8 @@ from transformers.optimization import Adafactor as Theirs
 
 from minia3.training.optimizer import Adafactor, learning_rate
 
-LR, STEPS = 3e-3, 30
+LR = 3e-3
+STEPS = 30
 
 
 def gradients(shape, seed=0):
@@ -36,15 +37,13 @@ def take_steps(optimizer, parameter, grads):
 
 @pytest.mark.parametrize("start", [1.0, 0.0, 1e-4, -30.0])  # below 1e-3, the step is that of 1e-3
 @pytest.mark.parametrize("d", [1, 3, 64])
-@pytest.mark.parametrize(
-    "size", [1.0, 1e-14]
-)  # of the gradients: against the 1e-30 that is added to their squares
+# The size of the gradients. Against the smaller, the 1e-30 that is added to their squares counts.
+@pytest.mark.parametrize("size", [1.0, 1e-14])
 @pytest.mark.parametrize("column", [False, True], ids=["(d,)", "T-Few's (d, 1)"])
 def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column):
     ours = torch.nn.Parameter(start * vector((1, d)))
-    theirs = torch.nn.Parameter(
-        ours.detach().clone().view(d, 1) if column else ours.detach().clone().view(d)
-    )
+    shape = (d, 1) if column else (d,)
+    theirs = torch.nn.Parameter(ours.detach().clone().view(shape))
     options = {"scale_parameter": True, "relative_step": False, "warmup_init": False}
     grads = [size * grad for grad in gradients((1, d))]
     expected = take_steps(Theirs([theirs], lr=LR, **options), theirs, grads)
@@ -59,9 +58,8 @@ def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column
 
 @pytest.mark.parametrize("d", [1, 2, 7, 64, 1000])
 def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
-    size = torch.tensor(
-        [[1.0], [1e-4], [30.0], [0.0]]
-    )  # row 3 has no gradient: nothing of its task is in the batches
+    # Row 3 has no gradient: no batch has an example of its task.
+    size = torch.tensor([[1.0], [1e-4], [30.0], [0.0]])
     table = torch.nn.Parameter(vector((4, d)) * torch.tensor([[1.0], [5.0], [1e-4], [1.0]]))
     rows = [torch.nn.Parameter(row.clone()[None]) for row in table.detach()]
     together = take_steps(
@@ -77,7 +75,8 @@ def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
 
 def test_zero_gradients_move_nothing_at_first_and_later():
     row = torch.nn.Parameter(vector((1, 5)))
-    start, optimizer = row.detach().clone(), Adafactor([row], lr=LR)
+    start = row.detach().clone()
+    optimizer = Adafactor([row], lr=LR)
     assert torch.equal(take_steps(optimizer, row, [torch.zeros(5)] * 3)[-1], start)
     moved = take_steps(optimizer, row, gradients((1, 5)))[-1]
     assert not torch.equal(moved, start)
@@ -91,7 +90,7 @@ def test_a_vector_without_a_gradient_stays_and_the_others_move():
     assert not torch.equal(moves, torch.ones(1, 3))
 
 
-def test_the_learning_rate_of_each_step_is_the_group_s():
+def test_the_learning_rate_of_a_step_is_that_of_its_group():
     row = torch.nn.Parameter(torch.ones(1, 4))
     optimizer = Adafactor([row], lr=LR)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -100,7 +99,7 @@ def test_the_learning_rate_of_each_step_is_the_group_s():
     assert not torch.equal(take_steps(optimizer, row, gradients((1, 4)))[-1], torch.ones(1, 4))
 
 
-def test_a_saved_optimiser_goes_on_bit_for_bit(tmp_path):
+def test_a_saved_optimizer_continues_bit_for_bit(tmp_path):
     grads = list(gradients((3, 9)))
     whole = torch.nn.Parameter(vector((3, 9)))
     expected = take_steps(Adafactor([whole], lr=LR), whole, grads)

@@ -25,16 +25,25 @@ def test_a_signal_stops_at_once(number, signals):
 
 def test_a_signal_waits_for_the_end_of_a_block(signals):
     seen = []
-    with pytest.raises(Stopped), signals.uninterrupted():
-        kill_self(signal.SIGTERM)
-        seen.append("rest of the block")
+
+    def block():
+        with signals.uninterrupted():
+            kill_self(signal.SIGTERM)
+            seen.append("rest of the block")
+
+    with pytest.raises(Stopped):
+        block()
     assert seen == ["rest of the block"]
 
 
 def test_an_error_in_a_block_is_not_hidden_by_a_signal(signals):
-    with pytest.raises(ZeroDivisionError), signals.uninterrupted():
-        kill_self(signal.SIGTERM)
-        raise ZeroDivisionError
+    def block():
+        with signals.uninterrupted():
+            kill_self(signal.SIGTERM)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
 
 
 def test_a_block_without_a_signal_ends_quietly_and_the_next_signal_stops_at_once(signals):

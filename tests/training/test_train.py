@@ -153,13 +153,12 @@ def test_the_same_seed_is_the_same_run_and_another_one_is_not(tmp_path):
 
 
 def test_dropout_is_drawn_by_the_seed(tmp_path):
-    one = write(
-        tmp_path / "one", train=rows(1), test=rows(3, seed=1)
-    )  # whose order no seed changes
+    # No seed changes the order of a single row.
+    folder = write(tmp_path / "single", train=rows(1), test=rows(3, seed=1))
     losses = {}
     for seed, dropout in product((0, 1), (0, 0.5)):
         out = tmp_path / f"{seed}-{dropout}"
-        assert run(words(out, task=one, seed=seed, dropout=dropout, steps=1)) == 0
+        assert run(words(out, task=folder, seed=seed, dropout=dropout, steps=1)) == 0
         losses[seed, dropout] = metrics(out)[1]["loss"]
     assert losses[0, 0] == losses[1, 0]
     assert losses[0, 0.5] != losses[1, 0.5]
@@ -167,13 +166,11 @@ def test_dropout_is_drawn_by_the_seed(tmp_path):
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_dropout_is_that_of_the_flag_or_of_the_config_and_is_off_in_evaluation(name, tmp_path):
-    own = {"t5": "0.1", "llama": "0.0"}[name]
-    for p in (None, own, 0.4):
-        assert (
-            run(words(tmp_path / str(p), model=model(name), dropout=p, steps=2, warmup_ratio=0))
-            == 0
-        )
-    none, same, more = (tmp_path / str(p) for p in (None, own, 0.4))
+    configured = {"t5": "0.1", "llama": "0.0"}[name]
+    for dropout in (None, configured, 0.4):
+        flags = {"model": model(name), "dropout": dropout, "steps": 2, "warmup_ratio": 0}
+        assert run(words(tmp_path / str(dropout), **flags)) == 0
+    none, same, more = (tmp_path / str(dropout) for dropout in (None, configured, 0.4))
     assert outcome(none) == outcome(same)
     assert metrics(more)[1]["loss"] != metrics(none)[1]["loss"]
     assert metrics(more)[0] == metrics(none)[0]
@@ -216,7 +213,7 @@ def test_only_the_vectors_are_trained(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--recompute", "--compile"])
 def test_a_flag_that_saves_memory_or_time_changes_no_result(flag, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: seen.append(how))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: seen.append(options))
     seen = []
     results = []
     for name, flags in (("plain", []), ("other", [flag])):
