@@ -34,28 +34,15 @@ def assign_rows(task, config):
 
     Raise ValueError if there are no rows to train on or to report on, or no such prompt.
     """
-    notes = list(task.notes)
     if is_without_results(task, config):
         split = "test"
         report_rows = []
-        notes.append("only the rows to train on have labels: nothing is evaluated")
     else:
         split, report_rows = task.evaluation
-
     train_rows, held_out_rows = hold_out(task, config, split)
-    if held_out_rows:
-        n_rows = len(held_out_rows)
-        notes.append(
-            f"the best vectors are chosen on {n_rows} rows that are neither trained nor reported on"
-        )
     check_train_rows(task, config, train_rows, held_out_rows)
-
     shots = shuffled_rows(task.train, config.seed) if config.method == "icl" else []
     family = family_of(config.model)
-    if family in task.seen:
-        notes.append(
-            f"{family} saw this task's labels in its pre-training: these results are not few-shot"
-        )
     prompts = for_family(task.prompts, family)
     return Assignment(
         task=task,
@@ -66,8 +53,25 @@ def assign_rows(task, config):
         shots=shots,
         prompts=prompts,
         eval_prompts=choose_prompts(prompts, config.eval_prompt, task.name),
-        notes=notes,
+        notes=[*task.notes, *notes_on(task, family, report_rows, held_out_rows)],
     )
+
+
+def notes_on(task, family, report_rows, held_out_rows):
+    """Return what the user should know about the choice of rows and of the model."""
+    notes = []
+    if not report_rows:
+        notes.append("only the rows to train on have labels: nothing is evaluated")
+    if held_out_rows:
+        n_rows = len(held_out_rows)
+        notes.append(
+            f"the best vectors are chosen on {n_rows} rows that are neither trained nor reported on"
+        )
+    if family in task.seen:
+        notes.append(
+            f"{family} saw this task's labels in its pre-training: these results are not few-shot"
+        )
+    return notes
 
 
 def is_without_results(task, config):

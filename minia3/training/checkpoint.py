@@ -29,9 +29,9 @@ class Checkpoint:
 
     def check(self):
         """Raise TypeError if a value has another type."""
-        numbers_are_counts = type(self.n_done) is int and type(self.n_bytes) is int
-        containers_are_right = isinstance(self.finals, list) and isinstance(self.group, dict | None)
-        if not numbers_are_counts or not containers_are_right or self.n_bytes < 0:
+        has_counts = type(self.n_done) is int and type(self.n_bytes) is int
+        has_containers = isinstance(self.finals, list) and isinstance(self.group, dict | None)
+        if not has_counts or not has_containers or self.n_bytes < 0:
             raise TypeError("not the state of a run")
 
 

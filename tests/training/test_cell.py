@@ -64,7 +64,7 @@ def test_patience_counts_evaluations_without_a_better_one_and_the_best_vectors_a
         assert torch.equal(found[name], tensor)
 
 
-def test_of_a_run_that_diverges_the_last_finite_vectors_are_saved(tmp_path, monkeypatch):
+def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch):
     accuracies = {1: 0.4, 2: 0.5, 3: 0.5}
     results_by_hand(monkeypatch, lambda group, cell: accuracies[group.log.step])
     flags = {"lr": 1e25, "warmup_ratio": 0.5, "eval_every": 1, "patience": 1, "dropout": 0}

@@ -156,22 +156,17 @@ def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_seeds_of_the_embedded_model_train_together_as_apart_in_float32(tmp_path):
-    flags = {
-        "model": "tiny-t5",
-        "task": "same-colour",
-        "steps": 100,
-        "dropout": 0,
-        "batch_size": 8,
-        "shots": 64,
-    }
+def test_seeds_of_the_embedded_model_train_together_as_apart(tmp_path):
+    # In float32, Adafactor would enlarge what rounding leaves of small gradients.
+    flags = {"model": "tiny-t5", "task": "same-colour", "shots": 64, "batch_size": 8, **EXACT}
+    flags["steps"] = 60
     assert run(words(tmp_path / "grid", seed="0,1,2", **flags)) == 0
     for seed in range(3):
         assert run(words(tmp_path / str(seed), seed=seed, **flags)) == 0
         alone = load_file(tmp_path / str(seed) / "adapter" / "adapter_model.safetensors")
         found = load_file(tmp_path / "grid" / "adapters" / f"s{seed}" / "adapter_model.safetensors")
-        assert max((found[name] - x).abs().max() for name, x in alone.items()) < 1e-3
-        assert max((x - 1).abs().max() for x in alone.values()) > 0.05
+        assert max((found[name] - x).abs().max() for name, x in alone.items()) < 1e-6
+        assert max((x - 1).abs().max() for x in alone.values()) > 0.01
 
 
 def test_each_seed_draws_its_own_shots_and_rows(tmp_path):
