@@ -74,7 +74,7 @@ class Config:
     )
     cap: int = flag(2**16, "a mixture counts at most this many rows of each task", at_least=1)
     seed: int | tuple = flag(
-        0, "of shots, order, prompts and dropout; commas: several", at_least=0, below=2**32
+        0, "seed of shots, order, prompts and dropout; commas: several", at_least=0, below=2**32
     )
     adapter: str | None = flag(
         None, "start from this PEFT adapter, or evaluate it (default: ones)", also=["--init"]
@@ -89,7 +89,9 @@ class Config:
     )
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
     dtype: str | None = flag(
-        None, "of the weights (default: bfloat16 on a GPU, but not for full)", one_of=tuple(DTYPES)
+        None,
+        "dtype of the weights (default: bfloat16 on a GPU, but not for full)",
+        one_of=tuple(DTYPES),
     )
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
     recompute: bool = flag(
@@ -109,20 +111,20 @@ class Config:
         None, "adafactor or adamw (default: adafactor for ia3)", one_of=OPTIMIZERS
     )
     lr: float | tuple = flag(
-        3e-3, "peak learning rate; of Adafactor, relative to a vector's RMS", above=0, below=1e32
+        3e-3, "peak learning rate; with Adafactor, relative to a vector's RMS", above=0, below=1e32
     )
     warmup_ratio: float | tuple = flag(
         0.06, "share of the steps that warm up linearly", at_least=0, below=1
     )
     clip: float = flag(1.0, "largest norm of an adapter's gradient", above=0)
     weight_decay: float = flag(
-        0.0, "of adamw; pulls vectors towards 0, but the identity is 1", at_least=0
+        0.0, "for adamw; it pulls vectors towards 0, but the identity is 1", at_least=0
     )
     losses: str = flag(
-        "lm,ul,ln", "likelihood, unlikelihood, length-normalised", some_of=tuple(LOSSES)
+        "lm,ul,ln", "lm: likelihood, ul: unlikelihood, ln: length-normalised", some_of=tuple(LOSSES)
     )
     dropout: float | None = flag(
-        None, "in training (default: as the model's config says)", at_least=0, below=1
+        None, "dropout in training (default: as the model's config says)", at_least=0, below=1
     )
 
     # Evaluation and checkpoints

@@ -96,9 +96,8 @@ def test_help_explains_every_flag_and_its_default(capsys):
     assert len(explained) == len(fields)
     for field, words_of in zip(fields, explained, strict=True):
         name, *rest = words_of.split()
-        assert name.rstrip(",") == field.name.replace(
-            "_", "-"
-        )  # Python 3.13 has a comma before another name
+        # Python 3.13 has a comma before another name of the flag.
+        assert name.rstrip(",") == field.name.replace("_", "-")
         assert len(rest) > 4
         if field.default not in (None, False, 0):
             assert f"(default: {field.default})" in words_of

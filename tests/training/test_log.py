@@ -41,9 +41,8 @@ def test_metrics_are_on_disk_line_by_line_at_least_every_ten_steps(tmp_path, mon
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     assert run(words(out, steps=25)) == 0
-    assert (
-        steps == [0] + [1] * 9 + [10] * 10 + [20] * 5
-    )  # the last line on disk, as each step sees it
+    # The last line on disk, as each step sees it.
+    assert steps == [0] + [1] * 9 + [10] * 10 + [20] * 5
     assert [(line["event"], line["step"]) for line in metrics(out)] == [
         ("before", 0), ("train", 1), ("train", 10), ("train", 20), ("train", 25), ("final", 25)
     ]  # fmt: skip

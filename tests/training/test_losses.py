@@ -101,13 +101,12 @@ def t_few(case):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 4), st.integers(1, 5))
-def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows, n_choices, length):
+def test_losses_and_gradients_equal_t_fews_except_for_a_constant(seed, n_rows, n_choices, length):
     case = random_case(seed, n_rows, n_choices, length)
     theirs, n_constant = t_few(case)
     n = count_terms(case.mask_BCL, case.label_B)
-    theirs["ul"] = (
-        theirs["ul"] + n_constant * math.log(1.01) / n["ul"]
-    )  # theirs is smaller by log 1.01 for each
+    # Their loss is smaller by log 1.01 for each position that is counted as log p = -100.
+    theirs["ul"] = theirs["ul"] + n_constant * math.log(1.01) / n["ul"]
     for name, expected in theirs.items():
         ours = total_loss(case.logp_BCL, case.mask_BCL, case.label_B, (name,))
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)

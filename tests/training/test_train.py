@@ -93,9 +93,8 @@ def test_a_run_is_the_loop_written_out_with_the_optimizers_of_transformers_and_t
         torch.testing.assert_close(found[name][0], p.detach(), rtol=1e-5, atol=1e-7)
     first, rest = (line["loss"] for line in metrics(out) if line["event"] == "train")
     assert first == pytest.approx(losses[0], rel=1e-9)
-    assert rest == pytest.approx(
-        np.mean(losses[1:]), rel=1e-6
-    )  # a line is the mean since the line before
+    # A line has the mean since the line before.
+    assert rest == pytest.approx(np.mean(losses[1:]), rel=1e-6)
 
 
 # Batches, shots, seeds, dropout, dtypes
@@ -204,10 +203,10 @@ def test_only_the_vectors_are_trained(tmp_path, monkeypatch):
     (trained,) = loaded
     moving = minia3.vectors(fresh).keys()
     for (name, before), after in zip(fresh.named_parameters(), trained.parameters(), strict=True):
-        assert torch.equal(before, after) != (name.removesuffix(".scale") in moving), name
-        assert after.requires_grad == (name.removesuffix(".scale") in moving), (
-            name
-        )  # else backward keeps more
+        is_vector = name.removesuffix(".scale") in moving
+        assert torch.equal(before, after) != is_vector, name
+        # If others required a gradient, the backward pass would keep more.
+        assert after.requires_grad == is_vector, name
     assert not trained.training
 
 
