@@ -153,7 +153,7 @@ def run(model, tokenizer, folder):
         adapter=adapters,
         batch_size=4,
     )
-    with mock.patch("minia3.inference.scoring.PIECE", 100):  # logits in parts of the vocabulary
+    with mock.patch("minia3.inference.scoring.MAX_LOGITS", 100):  # logits in parts of the vocabulary
         minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"])
     list(
         decode_tokens(model, model.start(source, mask, adapter), 3, done={0})
