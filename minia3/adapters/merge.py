@@ -66,11 +66,9 @@ def fold(name, weight, vectors):
     l_D = vector_of(name, vectors)
     if l_D is None:
         return weight
-    if name.endswith(".down.weight"):
-        factor = l_D.unsqueeze(0)  # l_ff scales the input of its linear: the columns
-    else:
-        factor = l_D.unsqueeze(1)
-    factor = factor.expand_as(weight)
+    # l_ff scales the input of its linear, which is the columns; all others scale the rows.
+    axis = 0 if name.endswith(".down.weight") else 1
+    factor = l_D.unsqueeze(axis).expand_as(weight)
     folded = torch.empty_like(weight)
     parts = zip(
         weight.split(N_ROWS_AT_ONCE),

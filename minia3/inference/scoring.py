@@ -155,8 +155,8 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     lengths = [len(example.source) for example in examples]
     for rows, adapters in batches_by_length(lengths, adapter, batch_size):
         batch = collate([examples[row] for row in rows])
-        logp_BCL = choice_logprobs(model, batch, adapters).cpu()
-        scores = choice_scores(logp_BCL, batch.target_mask_BCL, length_norm)
+        logp = choice_logprobs(model, batch, adapters).cpu()
+        scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
     return scores_NC
 

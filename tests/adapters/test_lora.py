@@ -27,9 +27,11 @@ import minia3
 from minia3.adapters.lora import LoRA, add_lora, load_lora, lora_parameters, save_lora
 from minia3.adapters.merge import merge
 
-SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
+SOURCE = tokens(3, 7)
+TARGET = tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
-ATTENTION, LLAMA_ATTENTION = ["q", "k", "v", "o"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = ["q", "k", "v", "o"]
+LLAMA_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = {  # PEFT's names of all linears of the blocks
     "t5-v1.0": [*ATTENTION, "wi", "wo"],
     "t5-v1.1": [*ATTENTION, "wi_0", "wi_1", "wo"],
@@ -109,7 +111,8 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(
     theirs, folder = peft_folder(name, targets[name])
     ours = loaded(name)
     load_lora(ours, folder)
-    theirs, ours = double(theirs), ours.double()
+    theirs = double(theirs)
+    ours = ours.double()
     expected = their_logits(theirs, SOURCE, MASK, TARGET)
     state = ours.start(SOURCE, MASK)
     found = ours.step(torch.cat((state.start, TARGET), dim=1), state)
@@ -169,10 +172,12 @@ def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, na
 def test_what_is_saved_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(
     applied, loaded, tmp_path, name, dtype
 ):
-    model, again = applied(name, dtype=dtype), loaded(name, dtype=dtype)
+    model = applied(name, dtype=dtype)
+    again = loaded(name, dtype=dtype)
     save_lora(model, tmp_path)
     load_lora(again, tmp_path)
-    expected, found = lora_parameters(model), lora_parameters(again)
+    expected = lora_parameters(model)
+    found = lora_parameters(again)
     assert found.keys() == expected.keys()
     assert all(p.dtype == torch.float32 and torch.equal(p, expected[n]) for n, p in found.items())
     assert torch.equal(logits(again, SOURCE, MASK, TARGET), logits(model, SOURCE, MASK, TARGET))
@@ -228,7 +233,8 @@ def test_a_model_begins_as_the_base_bit_for_bit(loaded, name, dtype):
     model = loaded(name, dtype=dtype)
     add_lora(model, where=["q", "k", "v", "o", "gate", "down"])
     assert torch.equal(logits(model, SOURCE, MASK, TARGET), logits(base, SOURCE, MASK, TARGET))
-    ours, before = dict(model.named_parameters()), dict(base.named_parameters())
+    ours = dict(model.named_parameters())
+    before = dict(base.named_parameters())
     assert [n for n in ours if n in before] == list(before), "names stay, and their order"
     assert {n.rpartition(".")[2] for n in ours if n not in before} == {"lora_A", "lora_B"}
     assert len(ours) - len(before) == len(lora_parameters(model))
@@ -298,7 +304,8 @@ def test_the_base_under_a_lora_can_be_saved(applied, loaded, tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_merged_is_applied(applied, loaded, tmp_path, name):
     model = randomize(applied(name).double(), 1)  # the vectors of (IA)^3 beside it, too
-    merged, expected = merge(model), logits(model, SOURCE, MASK, TARGET)
+    merged = merge(model)
+    expected = logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-11
     assert not any(isinstance(x, LoRA) for x in merged.modules())
     assert [n for n, _ in merged.named_parameters()] == [
@@ -338,10 +345,8 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(appli
         before = {n: value.clone() for n, value in model.state_dict().items()}
         merged = merge(model.train(mode))
         assert {x.training for x in merged.modules()} == {mode}
-        ours, changed = (
-            dict(model.named_parameters()),
-            (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale"),
-        )
+        ours = dict(model.named_parameters())
+        changed = (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale")
         for n, p in merged.named_parameters():
             assert (p.data_ptr() == ours[n].data_ptr()) == (not n.endswith(changed)), n
             assert p is not ours[n]

@@ -18,7 +18,8 @@ from minia3.adapters.peft_files import write_adapter
 from minia3.adapters.rows import row_of, save_adapter
 from minia3.checkpoints.save import save_tensors
 
-SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
+SOURCE = tokens(3, 7)
+TARGET = tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
 
 
@@ -72,7 +73,8 @@ def test_a_merged_row_is_rounded_once_in_bfloat16(loaded, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_weight_is_its_product_rounded_once(loaded, name, dtype):
     model = extreme(loaded(name, n_adapters=2, dtype=dtype))
-    before, merged = dict(model.named_parameters()), dict(merge(model, 1).named_parameters())
+    before = dict(model.named_parameters())
+    merged = dict(merge(model, 1).named_parameters())
     changed = set()
     for n, vector in minia3.vectors(model).items():
         place, _, kind = n.rpartition(".l_")
@@ -235,7 +237,8 @@ def test_shards_and_absent_vectors_and_a_tokenizer(
     loaded, copy, adapter, tmp_path, name, monkeypatch, word_tokenizer
 ):
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 9000)
-    folder, vectors = copy(name), adapter(name, without=".1.")
+    folder = copy(name)
+    vectors = adapter(name, without=".1.")
     minia3.save_model(minia3.load_model(folder), folder, word_tokenizer)
     expected = in_memory(folder, vectors, tmp_path / "expected")
     assert len(expected) > 6
@@ -290,7 +293,9 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_left_out(copy, adapter, tmp_p
 
 
 def test_what_cannot_be_is_refused_and_nothing_is_left(loaded, copy, adapter, tmp_path):
-    folder, vectors, out = copy("t5-v1.0"), adapter("t5-v1.0"), tmp_path / "out"
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
+    out = tmp_path / "out"
     for arguments, message in (
         ((folder, tmp_path / "none"), "not found"),
         ((tmp_path / "none", vectors), "no such folder"),
@@ -314,7 +319,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(loaded, copy, adapter, tm
 
 
 def test_a_differing_name_of_the_base_is_a_warning(copy, adapter, tmp_path):
-    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
     raw = json.loads((vectors / "adapter_config.json").read_text())
     (vectors / "adapter_config.json").write_text(
         json.dumps(raw | {"base_model_name_or_path": "t5-large"})
@@ -329,7 +335,9 @@ def test_a_differing_name_of_the_base_is_a_warning(copy, adapter, tmp_path):
 def test_what_is_read_back_with_another_bit_is_refused_and_removed(
     copy, adapter, tmp_path, monkeypatch, tensor
 ):
-    folder, vectors, save = copy("t5-v1.0"), adapter("t5-v1.0"), save_tensors
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
+    save = save_tensors
 
     def on_a_bad_disk(temporary, parts):
         save(temporary, parts)
@@ -348,9 +356,11 @@ def test_killed_at_any_moment_there_is_no_checkpoint_or_a_whole_one(
 ):
     """A child is killed at its first operation on a file of `out`, then at its second, and so on to the last."""
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 40_000)
-    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
     expected = in_memory(folder, vectors, tmp_path / "expected")
-    out, outcomes = tmp_path / "out", []
+    out = tmp_path / "out"
+    outcomes = []
     for moment in range(1, 500):
         child = os.fork()
         if child == 0:
@@ -388,7 +398,8 @@ def tree_of_files(folder):
 
 
 def test_after_a_kill_it_runs_again_where_nothing_is_visible(copy, adapter, tmp_path):
-    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
     (tmp_path / "out" / ".writing").mkdir(parents=True)
     (tmp_path / "out" / ".writing" / "config.json").write_text("{}")
     merge_files(folder, vectors, tmp_path / "out")

@@ -22,11 +22,13 @@ from minia3.adapters.rows import row_of, save_adapter
 from minia3.cli.info import info
 
 BOTH = ["t5-v1.1", "llama-gqa"]
-SOURCE, TARGET = tokens(4, 7), tokens(4, 5, seed=1)
+SOURCE = tokens(4, 7)
+TARGET = tokens(4, 5, seed=1)
 MASK = torch.tensor(
     [[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3, [True] + [False] * 6]
 )
-A, B = "blocks.0.attn.l_k", "blocks.1.ffn.l_ff"
+A = "blocks.0.attn.l_k"
+B = "blocks.1.ffn.l_ff"
 
 # Mixtures
 
@@ -154,7 +156,8 @@ def folders(loaded, tmp_path):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_a_row_has_the_vectors_of_its_name_and_row_0_is_the_base(loaded, folders, name):
-    folder, model = folders(name, 5), loaded(name, n_adapters=2, seed=9)
+    folder = folders(name, 5)
+    model = loaded(name, n_adapters=2, seed=9)
     adapters = Adapters(model)
     assert (len(adapters), list(adapters), "a0" in adapters) == (0, [], False)
     adapters.load_folder(folder)
@@ -187,7 +190,8 @@ def test_a_folder_of_adapters_may_hold_other_things(loaded, folders):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_growing_keeps_values_dtype_gradients_and_the_tables_themselves(loaded, folders, dtype):
-    folder, model = folders("llama-gqa", 4), loaded("llama-gqa", n_adapters=2).to(dtype)
+    folder = folders("llama-gqa", 4)
+    model = loaded("llama-gqa", n_adapters=2).to(dtype)
     minia3.freeze(model)
     minia3.vectors(model)[A].requires_grad_(False)
     before = dict(minia3.vectors(model))
@@ -207,7 +211,8 @@ def test_growing_keeps_values_dtype_gradients_and_the_tables_themselves(loaded, 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_a_started_state_goes_on_undisturbed_while_names_come_and_go(loaded, folders, name):
-    folder, model = folders(name, 4), loaded(name, n_adapters=2)
+    folder = folders(name, 4)
+    model = loaded(name, n_adapters=2)
     adapters = Adapters(model)
     adapters.load("mine", folder / "a0")
     expected = logits(
@@ -226,7 +231,8 @@ def test_a_started_state_goes_on_undisturbed_while_names_come_and_go(loaded, fol
 
 
 def test_a_name_is_replaced_removed_and_its_row_used_again(loaded, folders):
-    folder, model = folders("t5-v1.0", 4), loaded("t5-v1.0", n_adapters=4)
+    folder = folders("t5-v1.0", 4)
+    model = loaded("t5-v1.0", n_adapters=4)
     adapters = Adapters(model)
     for a in ("a0", "a1", "a2"):
         adapters.load(a, folder / a)
@@ -246,7 +252,8 @@ def test_a_name_is_replaced_removed_and_its_row_used_again(loaded, folders):
 def test_a_partial_adapter_in_a_used_row_leaves_nothing_of_what_was_there(
     loaded, folders, tmp_path
 ):
-    folder, model = folders("llama-gqa", 1), loaded("llama-gqa", n_adapters=2)
+    folder = folders("llama-gqa", 1)
+    model = loaded("llama-gqa", n_adapters=2)
     adapters = Adapters(model)
     adapters.load("x", folder / "a0")
     write_adapter(tmp_path / "partial", {A: torch.full((12,), 2.0)})
@@ -280,7 +287,8 @@ def test_a_name_that_is_not_there_is_an_error_with_the_nearest(loaded, folders):
 
 
 def test_a_load_that_fails_leaves_everything_as_it_was(loaded, folders, tmp_path):
-    folder, model = folders("t5-v1.0", 3), loaded("t5-v1.0", n_adapters=2)
+    folder = folders("t5-v1.0", 3)
+    model = loaded("t5-v1.0", n_adapters=2)
     save_adapter(loaded("llama-gqa"), tmp_path / "llama")
     adapters = Adapters(model)
     adapters.load("a0", folder / "a0")
@@ -311,7 +319,8 @@ def test_names_are_copied_with_their_model(loaded, folders):
 
 
 def test_threads_that_load_each_get_a_row_of_their_own(loaded, folders):
-    folder, model = folders("llama-gqa", 6), loaded("llama-gqa")
+    folder = folders("llama-gqa", 6)
+    model = loaded("llama-gqa")
     adapters = Adapters(model)
     expected = {f"a{i}": read_adapter(folder / f"a{i}").vectors for i in range(6)}
     at_once(adapters.load, [(name, folder / name) for name in expected])
@@ -352,10 +361,12 @@ def crowd(loaded):
 def test_with_1000_resident_rows_mixed_is_each_alone_in_forward_scores_and_text(
     crowd, loaded, name
 ):
-    model, tokenizer = crowd[name], word_tokenizer(ends=name == "t5-v1.1")
+    model = crowd[name]
+    tokenizer = word_tokenizer(ends=name == "t5-v1.1")
     rows = torch.tensor([1000, 0, 517, 1, 1000, 2])
     mask = torch.cat((MASK, MASK[:2]))
-    source, target = tokens(6, 7, seed=5), tokens(6, 4, seed=6)
+    source = tokens(6, 7, seed=5)
+    target = tokens(6, 4, seed=6)
     found = logits(model, source, mask, target, adapter=rows)
     prompts = ["w3 w4 w5", "w9", "w6 w7 w8 w9 w10", "w11 w12", "w13 w14", "w20 w21 w22"]
     choices = [["w3", "w4 w5", "w6"]] * 6

@@ -18,9 +18,10 @@ from minia3.adapters.vector_names import PEFT, TFEW, WRITE
 from minia3.checkpoints.known_models import known_models
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import expand
-from minia3.model.more_vectors import places
+from minia3.model.more_vectors import possible_vectors
 
-SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
+SOURCE = tokens(3, 7)
+TARGET = tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
 WITH_ALL = ["t5-v1.0", "t5-v1.1", "t5-wide", "t5-deep-decoder", "llama-gqa", "llama3", "mistral"]
 
@@ -107,10 +108,8 @@ def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, na
 @pytest.mark.parametrize("name", ["t5-v1.1", "t5-wide", "llama-odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(loaded, tmp_path, name, dtype):
-    model, again = (
-        loaded(name, n_adapters=2, seed=3, dtype=dtype),
-        loaded(name, n_adapters=2, dtype=dtype),
-    )
+    model = loaded(name, n_adapters=2, seed=3, dtype=dtype)
+    again = loaded(name, n_adapters=2, dtype=dtype)
     save_adapter(model, tmp_path, adapter=0)
     load_adapter(again, tmp_path, adapter=1)
     for n, vector in minia3.vectors(again).items():
@@ -258,7 +257,8 @@ def test_an_adapter_without_some_vectors_is_written_without_them(
 
 def t_few(n_layers, d_kv, d_ff, seed=0):
     """What T-Few's finish.pt holds for a gated T5: all of it (d, 1)."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
     for stack, attentions in (
         ("encoder", ["SelfAttention"]),
         ("decoder", ["SelfAttention", "EncDecAttention"]),
@@ -351,7 +351,9 @@ def test_an_adapter_is_read_from_its_folder_a_bin_or_its_file_alone(loaded, peft
     load_adapter(expected, folder)
     file = folder / "adapter_model.safetensors"
     torch.save(load_file(file), folder / "adapter_model.bin")
-    from_file, from_bin, from_bin_folder = loaded(name), loaded(name), loaded(name)
+    from_file = loaded(name)
+    from_bin = loaded(name)
+    from_bin_folder = loaded(name)
     load_adapter(from_file, str(file))
     load_adapter(from_bin, folder / "adapter_model.bin")
     file.unlink()
@@ -422,11 +424,12 @@ def test_a_vector_s_name_in_peft_is_its_module_s():
 
 def test_the_tables_have_one_name_for_each_vector(loaded):
     for name in PEERS:
-        ours, is_t5 = set(minia3.vectors(loaded(name))), name in T5_PEERS
+        ours = set(minia3.vectors(loaded(name)))
+        is_t5 = name in T5_PEERS
         peft = {
             theirs: ours for theirs, ours in PEFT.items() if ours.startswith("blocks.") != is_t5
         }
-        for names_of_ours in (ours, places(loaded(name)).keys()):
+        for names_of_ours in (ours, possible_vectors(loaded(name)).keys()):
             values = [n for n in expand(peft, 3).values() if n in names_of_ours]
             assert sorted(values) == sorted(names_of_ours)
             assert {WRITE[re.sub(r"\d+", "{}", n)] for n in names_of_ours} <= peft.keys()

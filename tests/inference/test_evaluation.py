@@ -176,7 +176,8 @@ def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_spa
 
 
 def test_inputs_beyond_max_length_are_cut_counted_and_scored_as_cut(ours):
-    rows, most = rows_of(30, (2,)), 8
+    rows = rows_of(30, (2,))
+    most = 8
     extra = 3 if ours.t5 else 2  # w7, w8, and T5's </s>
     lengths = [len(row["input"].split()) + extra for row in rows]
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", max_length=most)
@@ -194,7 +195,8 @@ def test_inputs_beyond_max_length_are_cut_counted_and_scored_as_cut(ours):
 
 
 def test_a_source_is_encoded_once(ours, monkeypatch):
-    encode, seen = ours.tokenizer.encode, []
+    encode = ours.tokenizer.encode
+    seen = []
     monkeypatch.setattr(
         ours.tokenizer, "encode", lambda text, **how: seen.append(text) or encode(text, **how)
     )
@@ -216,7 +218,8 @@ def test_rows_are_encoded_with_their_own_prompt_and_targets_end_where_asked(ours
 
 def test_macro_f1_is_sklearn_s_definition_by_hand():
     """2 (found and right) / (found + right) is 2/4, 0/1 and 4/5."""
-    found, right = np.array([0, 0, 2, 2, 1]), np.array([0, 2, 2, 2, 0])
+    found = np.array([0, 0, 2, 2, 1])
+    right = np.array([0, 2, 2, 2, 0])
     expected = (2 * 1 / (2 + 2) + 2 * 0 / (1 + 0) + 2 * 2 / (2 + 3)) / 3
     assert macro_f1(found, right) == pytest.approx(expected)
     assert macro_f1(right, right) == 1.0
@@ -240,10 +243,13 @@ def test_macro_f1_is_what_evaluate_reports_where_a_task_asks_for_it(ours, monkey
 
 
 def test_shots_stand_answered_before_the_row_as_many_as_fit_and_in_their_order(ours):
-    rows, shots = rows_of(30, (2,)), rows_of(4, (2,), seed=5)
-    most, end = 30, 1 if ours.t5 else 0
+    rows = rows_of(30, (2,))
+    shots = rows_of(4, (2,), seed=5)
+    most = 30
+    end = 1 if ours.t5 else 0
     heads = [f"w7 {shot['input']} w8 {shot['choices'][shot['label']]}\n\n" for shot in shots]
-    texts, fitting = [], []
+    texts = []
+    fitting = []
     for row in rows:
         with_shots = ["".join(heads[:n]) + f"w7 {row['input']} w8" for n in range(5)]
         fitting.append(max(n for n in range(5) if len(with_shots[n].split()) + end <= most))

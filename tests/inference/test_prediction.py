@@ -76,10 +76,8 @@ def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gi
     results = predicted(
         capsys, running.model(name), write(tmp_path / "rows.jsonl", rows), "--max-new-tokens", 5
     )
-    model, tokenizer = (
-        minia3.load_model(running.model(name)),
-        minia3.load_tokenizer(running.model(name)),
-    )
+    model = minia3.load_model(running.model(name))
+    tokenizer = minia3.load_tokenizer(running.model(name))
     assert [result["idx"] for result in results] == list(range(40))
     for row, result in zip(rows, results, strict=True):
         if "choices" in row:
@@ -99,7 +97,8 @@ def test_labels_are_as_often_right_as_evaluate_says(tmp_path, capsys):
     results = predicted(
         capsys, "tiny-t5", file, "--task", "same-colour", "--adapter", tmp_path / "adapter"
     )
-    task, model = minia3.load_task("same-colour"), minia3.load_model("tiny-t5")
+    task = minia3.load_task("same-colour")
+    model = minia3.load_model("tiny-t5")
     minia3.load_adapter(model, tmp_path / "adapter")
     tokenizer = minia3.load_tokenizer("tiny-t5")
     expected = evaluate(model, tokenizer, task.validation, task.prompts[0], metric="accuracy")[
@@ -125,7 +124,8 @@ def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(
     file = write(tmp_path / "rows.jsonl", rows)
     results = predicted(capsys, "tiny-t5", file, "--task", "rte", "--prompt", prompt)
     chosen = for_family(known_tasks()["rte"].prompts, "tiny-t5")[prompt]
-    model, tokenizer = minia3.load_model("tiny-t5"), minia3.load_tokenizer("tiny-t5")
+    model = minia3.load_model("tiny-t5")
+    tokenizer = minia3.load_tokenizer("tiny-t5")
     assert [result["idx"] for result in results] == [0, 77, 2]
     for row, result in zip(rows, results, strict=True):
         scores = minia3.rank(model, tokenizer, [chosen.text.format_map(row)], list(chosen.choices))[
@@ -189,7 +189,8 @@ def test_a_batch_of_rows_with_adapters_of_their_own_is_each_alone(adapters, tmp_
 
 def test_a_row_without_an_adapter_has_the_one_that_is_given(adapters, tmp_path, capsys):
     rows = running.rows(6)
-    one, two = adapters / "one", adapters / "two"
+    one = adapters / "one"
+    two = adapters / "two"
     alone = {
         path: predicted(
             capsys, running.model("t5"), write(tmp_path / "a.jsonl", rows), "--adapter", path
@@ -359,7 +360,8 @@ def test_a_file_that_was_cut_anywhere_goes_on_to_the_same_bytes(
     whole = tmp_path / f"whole.{kind}"
     predict(*words, whole)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    text, out = whole.read_bytes(), tmp_path / f"out.{kind}"
+    text = whole.read_bytes()
+    out = tmp_path / f"out.{kind}"
     ends = [i + 1 for i, byte in enumerate(text) if byte == 10]
     cuts = {0, 1, *ends, *(end - 1 for end in ends), *random.Random(0).sample(range(len(text)), 15)}
     for cut in sorted(cuts):
@@ -383,7 +385,8 @@ def test_going_on_makes_only_the_last_results_again(tmp_path, monkeypatch, small
     words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(12)), "--out", out]
     predict(*words)
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:9]))
-    scored, score = [], score_examples
+    scored = []
+    score = score_examples
 
     def counting(model, examples, *args, **options):
         scored.append(len(examples))
@@ -395,7 +398,9 @@ def test_going_on_makes_only_the_last_results_again(tmp_path, monkeypatch, small
 
 
 def test_results_are_on_disk_before_the_next_chunk_is_read(tmp_path, monkeypatch, small_chunks):
-    out, seen, score = tmp_path / "out.jsonl", [], score_examples
+    out = tmp_path / "out.jsonl"
+    seen = []
+    score = score_examples
 
     def looking(*args, **options):
         seen.append(out.read_text().count("\n"))
@@ -413,8 +418,11 @@ def test_results_are_on_disk_before_the_next_chunk_is_read(tmp_path, monkeypatch
 def test_results_of_anything_else_are_not_gone_on_with(
     change, adapters, tmp_path, capsys, small_chunks
 ):
-    out, rows, more = tmp_path / "out.jsonl", running.rows(10), []
-    model, file = running.model("t5"), write(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    rows = running.rows(10)
+    more = []
+    model = running.model("t5")
+    file = write(tmp_path / "rows.jsonl", rows)
     predict(model, file, "--out", out)
     text = "".join(out.read_text().splitlines(keepends=True)[:3])
     out.write_text(text)
@@ -451,7 +459,8 @@ def test_another_file_is_not_overwritten(text, tmp_path, capsys):
 def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(
     tmp_path, capsys, small_chunks
 ):
-    rows, out = running.rows(12), tmp_path / "out.jsonl"
+    rows = running.rows(12)
+    out = tmp_path / "out.jsonl"
     file = write(tmp_path / "rows.jsonl", rows)
     predict(running.model("t5"), file, "--out", out)
     text = out.read_text()
@@ -468,7 +477,8 @@ def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(
 
 
 def test_two_at_once_do_not_write_the_same_file(tmp_path, capsys, monkeypatch):
-    out, original = tmp_path / "out.jsonl", predict
+    out = tmp_path / "out.jsonl"
+    original = predict
     words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(5)), "--out", out]
 
     def second(*args, **options):
@@ -491,7 +501,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     code += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     peaks = []
     for n in (2_000, 40_000):
-        file, out = tmp_path / f"{n}.jsonl", tmp_path / f"{n}.out.jsonl"
+        file = tmp_path / f"{n}.jsonl"
+        out = tmp_path / f"{n}.out.jsonl"
         file.write_text(
             (json.dumps({"input": "w3 w4", "choices": ["w5", "w6"], "note": "x" * 500}) + "\n") * n
         )
