@@ -1,4 +1,4 @@
-"""Guards beam search. All beams are those of transformers, in their order, whatever the batch, and a
+"""Guards beam search. All beams are those of transformers, in their order, whatever the batch. A
 search that is over costs nothing."""
 
 from dataclasses import replace
@@ -33,8 +33,8 @@ def many(request, loaded):
     return model_of_many(request.param, loaded)
 
 
-# transformers 5.24's cache has as many layers as the encoder. It fails on a deeper decoder, in a beam
-# search even without use_cache.
+# transformers 5.24's cache has as many layers as the encoder. It fails on a deeper decoder, and a
+# beam search does even without use_cache.
 BEAM_PEERS = [name for name in (*T5_PEERS, *LLAMA_PEERS) if name != "t5-deep-decoder"]
 
 

@@ -1,5 +1,5 @@
-"""Guards generation. Greedy texts are those of transformers for single rows, whatever the batch, its
-adapters and its padding. What is drawn follows the distribution, and depends on the seed alone. A
+"""Guards generation. Greedy texts are those of transformers for single rows, whatever the batch, the
+adapters and the padding. What is drawn follows the distribution, and depends on the seed alone. A
 row that has ended costs nothing. Pieces join to the text. Mistakes are named."""
 
 from dataclasses import replace
@@ -189,6 +189,7 @@ def test_no_temperature_overflows():
     assert set(draw_tokens(logits + 9, uniform, 5e-324)[:, 0].tolist()) == {0}
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_the_softmax_at_that_temperature(both):
     n = 10_000
     temperature = 0.5
@@ -248,7 +249,8 @@ def test_a_seed_gives_the_same_texts_and_no_seed_gives_others_each_time(both):
 # Many adapters
 
 
-@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_with_a_thousand_adapters_a_batch_of_several_writes_what_each_row_writes_alone(
     loaded, name
 ):

@@ -1,6 +1,6 @@
-"""Guards scoring. Log-probabilities and scores are those of transformers for single rows, whatever the
-batch, its adapters and its padding. Logits and choices in parts are those in one, and so are their
-gradients. Mistakes are named."""
+"""Guards scoring. Log-probabilities and scores are those of transformers for single rows, whatever
+the batch, the adapters and the padding. Logits and choices that are made in parts are the same, and
+so are their gradients. Mistakes are named."""
 
 from dataclasses import replace
 
@@ -123,7 +123,7 @@ def test_scores_of_one_list_of_choices_are_those_of_transformers_for_each_pair_a
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_scores_of_a_list_for_each_prompt_do_not_depend_on_the_batch_and_missing_choices_have_minus_infinity(
+def test_scores_of_a_list_for_each_prompt_do_not_depend_on_the_batch_and_none_is_minus_infinity(
     both, batch_size
 ):
     found = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
