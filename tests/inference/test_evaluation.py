@@ -42,7 +42,7 @@ def words(rng, least, most):
 
 
 def rows_of(n, n_choices, seed=0):
-    """Return rows that have as many choices as `n_choices` says in turn, all different, any label."""
+    """Return rows with as many different choices as `n_choices` says in turn, and any label."""
     rng = np.random.default_rng(seed)
     rows = []
     for idx in range(n):
