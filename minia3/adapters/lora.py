@@ -51,8 +51,9 @@ class LoRA(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x):
-        low = x @ self.lora_A.T.to(x.dtype) * self.scale
-        return super().forward(x) + low @ self.lora_B.T.to(x.dtype)
+        out = super().forward(x)
+        low_rank = x @ self.lora_A.T.to(x.dtype) * self.scale
+        return out + low_rank @ self.lora_B.T.to(x.dtype)
 
     def merged(self):
         """Return (out, in): W + (alpha / r) B A, in float32 at least."""

@@ -5,6 +5,8 @@
 
 There is no second format, so what is trained here loads in PEFT, and the other way round. No model
 is needed to read or write a file. Whether it fits a model is the question of rows.py.
+
+Shapes: D entries of a vector.
 """
 
 import math
@@ -105,10 +107,7 @@ def find_mismatch(peft_name, entry, name, vectors):
 
 
 def find_infinite(peft_name, vector_D):
-    """Return where a vector has an entry that is infinite or NaN, or None.
-
-    Shapes: D entries.
-    """
+    """Return where a vector has an entry that is infinite or NaN, or None."""
     # The sum of thousands of vectors is quick. It may also be infinite if all entries are finite.
     if math.isfinite(vector_D.sum()):
         return None

@@ -8,8 +8,8 @@
 Training, evaluation and prediction all go through these. Whatever is large is made in parts: the
 logits of many tokens, and the choices of a task that has many.
 
-Shapes: B batch, C choices, L target length, D model, V vocabulary, T tokens that are scored, N all
-examples, or all tokens of a batch.
+Shapes: B batch, M source length, C choices, L target length, D model, V vocabulary, T tokens that
+are scored, N all examples, or all tokens of a batch.
 """
 
 from functools import partial

@@ -1,4 +1,4 @@
-"""Guards the tables of names. A vector has one name in PEFT, and T-Few's vectors have a place here."""
+"""Guards the tables of names. A vector has one name in PEFT, and T-Few's vectors have a place."""
 
 import re
 
