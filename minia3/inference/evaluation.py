@@ -63,7 +63,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     if is_generated:
         sources = [example.source for example in examples]
         options["max_new_tokens"] = max_new_tokens
-        options["stop"] = "\n\n" if shots else ()  # as the answers of the shots end
+        options["stop"] = ("\n\n",) if shots else ()  # as the answers of the shots end
         value = exact_match(generate(model, tokenizer, sources, **options), rendered)
     else:
         scores = score_examples(model, examples, **options)

@@ -254,6 +254,21 @@ def test_as_many_shots_as_fit_come_before_the_row_with_their_answers_and_in_orde
     )
 
 
+def test_a_written_answer_ends_as_the_answers_of_the_shots_end(ours, monkeypatch):
+    """The model would go on with a new question."""
+    rows = [{"input": "w9", "target": "w4", "label": 0, "idx": 0}]
+    text = "w4\n\nw9"
+
+    def decode(ids):
+        return text
+
+    monkeypatch.setattr(ours.tokenizer, "decode", decode)
+    options = {"metric": "exact_match", "max_new_tokens": 2}
+    with_shots = evaluate(ours.model, ours.tokenizer, rows, PROMPT, shots=rows, **options)
+    without_shots = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
+    assert (with_shots["accuracy"], without_shots["accuracy"]) == (1.0, 0.0)
+
+
 def test_the_answer_of_a_shot_with_a_target_is_the_target_and_braces_stay():
     shots = [{"input": "{x} {", "target": "}y", "label": 0, "idx": 0}]
     without_shot, with_shot = in_context(Prompt("{input} ->", None), shots)
