@@ -165,8 +165,8 @@ def target_modules(vectors, tensors):
 
     Usually these are kinds of linears, such as ["k", "v", "wo"]: PEFT puts a vector on each linear
     of these kinds. If some of them have no vector, it is a regular expression of the full names.
-    (A list of full names would do, but PEFT shortens a long one when it saves the adapter again,
-    and then refuses what it has written.)
+    (A list of full names would do today. But older versions of PEFT shorten a long list when they
+    save the adapter again, and then refuse what they have written: its issue 2429.)
     """
     linears = [name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in tensors]
     kinds = sorted({linear.rpartition(".")[2] for linear in linears})

@@ -141,6 +141,31 @@ def test_our_adapter_can_be_trained_further_in_peft_and_comes_back(
     peft.PeftModel.from_pretrained(make(name), folder)  # what PEFT wrote of ours, PEFT reads
 
 
+def test_a_large_partial_adapter_is_read_from_what_peft_saves_of_it(tmp_path):
+    """Older versions of PEFT shorten a list of many linears, but no expression: its issue 2429."""
+    import peft
+
+    vectors = {}
+    for i in range(12):
+        vectors[f"blocks.{i}.ffn.l_ff"] = torch.full((40,), 1.5)
+        if i != 5:
+            vectors[f"blocks.{i}.attn.l_k"] = torch.full((12,), 0.5)
+            vectors[f"blocks.{i}.attn.l_v"] = torch.full((12,), 2.0)
+    write_adapter(tmp_path / "ours", vectors)
+    raw = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert isinstance(raw["target_modules"], str)
+
+    def load(folder):
+        base = make("llama-gqa", num_hidden_layers=12)
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+
+    load(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = read_adapter(tmp_path / "theirs").vectors
+    assert {n: v.tolist() for n, v in again.items()} == {n: v.tolist() for n, v in vectors.items()}
+    n_vectors = sum("ia3_l" in name for name in load(tmp_path / "theirs").state_dict())
+    assert n_vectors == len(vectors)
+
+
 def test_keys_that_peft_writes_hold_no_name_of_an_adapter(peft_folder):
     theirs, folder = peft_folder("t5-v1.0")
     assert any(".ia3_l.default" in n for n in theirs.state_dict())
