@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minia3.checkpoints.config import from_hf, to_hf
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
 
@@ -248,7 +248,7 @@ def test_what_is_not_supported_or_not_there_is_refused_by_name(raw, message):
 
 
 CONFIGS = {
-    **{name: row.config for name, row in known_models().items()},
+    **{name: row.config for name, row in KNOWN_MODELS.items()},
     "t5-unscaled": T5Config(
         8, 4, 16, 2, 1, 2, 10, "gelu", True, own_head=False, scale_logits=False
     ),

@@ -1,4 +1,4 @@
-"""Guards minia3/gguf_file.py: what is read from a GGUF file is the Hugging Face checkpoint that it was made from, bit
+"""Guards minia3/checkpoints/gguf.py: what is read from a GGUF file is the Hugging Face checkpoint that it was made from, bit
 for bit, in every kind of number; and whatever is damaged, or is no LLaMA, ends in a ValueError of one line."""
 
 import importlib.util
@@ -623,7 +623,7 @@ def test_without_the_package_gguf_one_line_says_how_to_get_it(small, monkeypatch
 
 
 def test_importing_the_module_does_not_import_gguf():
-    code = "import sys, minia3.gguf_file; sys.exit('gguf' in sys.modules)"
+    code = "import sys, minia3.checkpoints.gguf; sys.exit('gguf' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
     )

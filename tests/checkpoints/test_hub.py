@@ -27,14 +27,14 @@ CHILD = """
     waits = []
     time.sleep = waits.append  # huggingface_hub waits longer and longer between its tries
     import minia3
-    from minia3 import files
+    from minia3.checkpoints import hub
 
     def outcome(call, name):
         try:
             if call == "find without weights":
-                return sorted(path.name for path in files.find(name, weights=False).iterdir())
+                return sorted(path.name for path in hub.find(name, weights=False).iterdir())
             if call == "find adapter":
-                return {path.name: path.read_text() for path in files.find_adapter(name).iterdir()}
+                return {path.name: path.read_text() for path in hub.find_adapter(name).iterdir()}
             value = minia3.load_model(name)
         except ValueError as error:
             return "ValueError: " + str(error)

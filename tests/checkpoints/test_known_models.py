@@ -1,12 +1,10 @@
 """Guards the table of known models: its counts are the papers', and each row is what the model's own config.json says.
 The configs below are those of the hub, less what says nothing about the model."""
 
-import json
-
 import pytest
 
 from minia3.checkpoints.config import from_hf
-from minia3.checkpoints.known_models import EMBEDDED, hub_name, known_model, known_models
+from minia3.checkpoints.known_models import EMBEDDED, KNOWN_MODELS, hub_name, known_model
 from minia3.checkpoints.load import build_model, read_checkpoint
 from minia3.model.ia3 import vectors
 
@@ -186,59 +184,48 @@ def counts(config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_row_of_the_table_is_what_the_config_of_the_hub_says(name):
-    assert known_models()[name].config == from_hf(CONFIGS[name])
+    assert KNOWN_MODELS[name].config == from_hf(CONFIGS[name])
 
 
 def test_the_row_of_the_embedded_model_is_what_its_own_config_says():
-    assert known_models()["tiny-t5"].config == read_checkpoint(EMBEDDED, weights=False)[0]
+    assert KNOWN_MODELS["tiny-t5"].config == read_checkpoint(EMBEDDED, weights=False)[0]
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_one_adapter_has_as_many_numbers_as_the_papers_say(name):
     assert (
-        counts(known_models()[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
+        counts(KNOWN_MODELS[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
     )
 
 
 @pytest.mark.parametrize("name", TOTALS)
 def test_the_base_has_as_many_numbers_as_are_published(name):
     assert (
-        counts(known_models()[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
+        counts(KNOWN_MODELS[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
     )
 
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, row in known_models().items() if row.family.startswith(("t5", "flan", "t0"))],
+    [name for name, row in KNOWN_MODELS.items() if row.family.startswith(("t5", "flan", "t0"))],
 )
 def test_a_t5_adapter_has_as_many_numbers_as_the_formula_says(name):
-    c = known_models()[name].config
+    c = KNOWN_MODELS[name].config
     kv = 2 * c.n_heads * c.d_head
     assert counts(c)[0] == c.n_layers * (kv + c.d_ff) + c.n_decoder_layers * (2 * kv + c.d_ff)
 
 
-def test_a_row_of_the_file_is_like_one_above_it_and_says_only_what_differs():
-    whole = {}
-    for name, row in json.loads(
-        EMBEDDED.parents[1].joinpath("minia3/checkpoints/models.json").read_text()
-    ).items():
-        like = whole[row["like"]] if "like" in row else {}
-        assert not [key for key in row if key in like and row[key] == like[key]]
-        whole[name] = like | {key: value for key, value in row.items() if key != "like"}
-    assert list(whole) == list(known_models())
-
-
 def test_names_and_hub_ids_lead_to_the_same_row_in_any_case():
-    assert known_model("t5-base") is known_model("google-t5/T5-Base") is known_models()["t5-base"]
+    assert known_model("t5-base") is known_model("google-t5/T5-Base") is KNOWN_MODELS["t5-base"]
     assert (
         known_model("Llama-2-7B")
         is known_model("meta-llama/llama-2-7b-hf")
-        is known_models()["llama-2-7b"]
+        is KNOWN_MODELS["llama-2-7b"]
     )
     assert known_model("t5-bse") is None
-    assert known_model(EMBEDDED) is known_model("tiny-t5") is known_models()["tiny-t5"]
-    assert len({row.repo for row in known_models().values()}) == len(known_models())
-    assert all(name == name.lower() for name in known_models())
+    assert known_model(EMBEDDED) is known_model("tiny-t5") is KNOWN_MODELS["tiny-t5"]
+    assert len({row.repo for row in KNOWN_MODELS.values()}) == len(KNOWN_MODELS)
+    assert all(name == name.lower() for name in KNOWN_MODELS)
 
 
 def test_the_hub_name_is_the_repository_of_what_is_on_the_hub():
@@ -253,14 +240,14 @@ def test_the_hub_name_is_the_repository_of_what_is_on_the_hub():
 def test_the_families_that_the_tasks_speak_of_are_there():
     from minia3.tasks.known_tasks import known_tasks
 
-    families = {row.family for row in known_models().values()}
+    families = {row.family for row in KNOWN_MODELS.values()}
     for task in known_tasks().values():
         assert set(getattr(task, "seen", ())) <= families
 
 
 def test_building_takes_no_memory():
-    model = build_model(known_models()["t0-11b"].config, n_adapters=2)
+    model = build_model(KNOWN_MODELS["t0-11b"].config, n_adapters=2)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert build_model(known_models()["llama-2-70b"].config).frequency.device.type == "cpu", (
+    assert build_model(KNOWN_MODELS["llama-2-70b"].config).frequency.device.type == "cpu", (
         "the rotation's frequencies are real numbers"
     )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import minia3
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.known_models import base_of, known_model, known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS, base_of, known_model
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import LLAMA, T5, T5_GATED, T5_PLAIN, expand, name_table
 from minia3.cli.info import info
@@ -62,7 +62,7 @@ def test_the_table_names_every_parameter_once_and_every_tensor_of_transformers(l
     "name", ["t5-base", "flan-t5-small", "t0-11b", "llama-2-7b", "llama-3.2-1b", "smollm2-135m"]
 )
 def test_the_table_names_every_parameter_of_the_known_models(name):
-    model = build_model(known_models()[name].config)
+    model = build_model(KNOWN_MODELS[name].config)
     ours = [ours for ours in name_table(model).values() if ours is not None]
     assert sorted(ours) == sorted(
         n for n, _ in model.named_parameters() if n.split(".")[-1] != "scale"
@@ -770,7 +770,7 @@ def test_what_replaces_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, mo
 MEMORY = """
     import gc, json, sys, threading, time
     import torch
-    import minia3.load, safetensors.torch, zipfile
+    import minia3.checkpoints.load, safetensors.torch, zipfile
 
     def anonymous():
         with open("/proc/self/status") as file:
@@ -808,7 +808,7 @@ ALLOWANCE = 8 * 2**20  # the sampling thread's stack, the model's modules, the a
 )
 def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_path, peer):
     config = replace(
-        known_models()["smollm2-135m"].config, n_layers=6, vocab_size=20_000, own_head=True
+        KNOWN_MODELS["smollm2-135m"].config, n_layers=6, vocab_size=20_000, own_head=True
     )
     model = build_model(config)
     shapes = {theirs: ours for theirs, ours in name_table(model).items() if ours}

@@ -15,7 +15,7 @@ from conftest import LLAMA3_ROPE, LLAMA_SIZES, Peer, logits, off, tokens
 
 import minia3
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import read_checkpoint
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.tensor_names import name_table
@@ -225,7 +225,7 @@ def test_the_params_that_meta_published_are_the_config_that_the_hub_has(
     tmp_path, monkeypatch, name, params
 ):
     """The tensors have the published shapes, and no memory; that the head is the embedding is said by their numbers."""
-    expected = known_models()[name].config
+    expected = KNOWN_MODELS[name].config
     c = expected
     shapes = {
         "tok_embeddings.weight": (c.vocab_size, c.d_model),
