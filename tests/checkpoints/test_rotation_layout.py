@@ -1,0 +1,62 @@
+"""Guards the order of rows in W_q and W_k. If it is wrong, texts stay fluent and logits do not."""
+
+import numpy as np
+import pytest
+import torch
+
+from minia3.checkpoints.rotation_layout import neighbours_to_halves
+from minia3.files.tensors import Entry
+
+
+def entry_of(weight):
+    return Entry(tuple(weight.shape), weight.dtype, lambda: weight)
+
+
+def rotate_neighbours(x, angles):
+    even = x[0::2]
+    odd = x[1::2]
+    cos = np.cos(angles)
+    sin = np.sin(angles)
+    return np.stack([even * cos - odd * sin, odd * cos + even * sin], 1).ravel()
+
+
+def rotate_halves(x, angles):
+    low = x[: len(x) // 2]
+    high = x[len(x) // 2 :]
+    cos = np.cos(angles)
+    sin = np.sin(angles)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin])
+
+
+def test_rows_of_each_head_go_from_pairs_to_halves():
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])[:, None]
+    entries = {
+        "model.layers.0.self_attn.q_proj.weight": entry_of(rows),
+        "model.layers.0.self_attn.k_proj.weight": entry_of(rows[:6]),
+        "model.layers.0.self_attn.v_proj.weight": entry_of(rows),
+    }
+    q, k, v = neighbours_to_halves(entries, n_heads=2, n_kv_heads=1).values()
+    assert q.read().flatten().tolist() == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
+    assert k.read().flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert v is entries["model.layers.0.self_attn.v_proj.weight"]
+
+
+def test_nothing_is_read_before_it_is_asked_for():
+    entry = Entry((4, 3), torch.float32, lambda: pytest.fail("read too early"))
+    (permuted,) = neighbours_to_halves({"q_proj.weight": entry}, 1, 1).values()
+    assert (permuted.shape, permuted.dtype) == ((4, 3), torch.float32)
+
+
+def test_rotating_halves_of_permuted_rows_gives_the_scores_of_rotating_neighbours():
+    d_head = 8
+    angles = 7 * 50000.0 ** (-np.arange(0, d_head, 2) / d_head)
+    w_q, w_k = np.random.default_rng(0).normal(size=(2, d_head, 3))
+    x, y = np.random.default_rng(1).normal(size=(2, 3))
+    entries = {
+        "q_proj.weight": entry_of(torch.from_numpy(w_q)),
+        "k_proj.weight": entry_of(torch.from_numpy(w_k)),
+    }
+    q, k = (entry.read().numpy() for entry in neighbours_to_halves(entries, 1, 1).values())
+    expected = rotate_neighbours(w_q @ x, angles) @ (w_k @ y)
+    assert np.isclose(rotate_halves(q @ x, angles) @ (k @ y), expected)
+    assert not np.isclose(rotate_halves(w_q @ x, angles) @ (w_k @ y), expected)
