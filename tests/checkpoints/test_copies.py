@@ -1,4 +1,4 @@
-"""Guards the copies of the embedding: files hold it under any of its names, once or several times."""
+"""Guards the copies of the embedding: files hold it once or several times, under any of its names."""
 
 import json
 
@@ -61,7 +61,9 @@ def test_tensors_that_only_older_files_hold_are_passed_over(loaded, copy):
     older = {
         "encoder.embed_tokens.weight": embedding.clone(),
         "decoder.embed_tokens.weight": embedding.clone(),
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.randn(32, 4),
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.randn(
+            32, 4
+        ),
     }
     write_weights(folder, tensors | older, "bin")
     assert have_the_same_bits(minia3.load_model(folder), loaded("t5-v1.0"))

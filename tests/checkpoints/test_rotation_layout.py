@@ -12,24 +12,28 @@ def entry_of(weight):
     return Entry(tuple(weight.shape), weight.dtype, lambda: weight)
 
 
-def rotate_neighbours(x, angles):
-    even = x[0::2]
-    odd = x[1::2]
+def rotate(first, second, angles):
+    """Turn each pair of an entry of `first` and one of `second` by its angle."""
     cos = np.cos(angles)
     sin = np.sin(angles)
-    return np.stack([even * cos - odd * sin, odd * cos + even * sin], 1).ravel()
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def rotate_neighbours(x, angles):
+    pairs = rotate(x[0::2], x[1::2], angles)
+    return np.stack(pairs, axis=1).ravel()
 
 
 def rotate_halves(x, angles):
-    low = x[: len(x) // 2]
-    high = x[len(x) // 2 :]
-    cos = np.cos(angles)
-    sin = np.sin(angles)
-    return np.concatenate([low * cos - high * sin, high * cos + low * sin])
+    first, second = np.split(x, 2)
+    pairs = rotate(first, second, angles)
+    return np.concatenate(pairs)
 
 
 def test_rows_of_each_head_go_from_pairs_to_halves():
-    rows = torch.tensor([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])[:, None]
+    first_head = torch.arange(0, 6)
+    second_head = torch.arange(10, 16)
+    rows = torch.cat((first_head, second_head))[:, None]
     entries = {
         "model.layers.0.self_attn.q_proj.weight": entry_of(rows),
         "model.layers.0.self_attn.k_proj.weight": entry_of(rows[:6]),
@@ -49,14 +53,19 @@ def test_nothing_is_read_before_it_is_asked_for():
 
 def test_rotating_halves_of_permuted_rows_gives_the_scores_of_rotating_neighbours():
     d_head = 8
-    angles = 7 * 50000.0 ** (-np.arange(0, d_head, 2) / d_head)
+    exponents = -np.arange(0, d_head, 2) / d_head
+    angles = 7 * 50000.0**exponents
     w_q, w_k = np.random.default_rng(0).normal(size=(2, d_head, 3))
     x, y = np.random.default_rng(1).normal(size=(2, 3))
     entries = {
         "q_proj.weight": entry_of(torch.from_numpy(w_q)),
         "k_proj.weight": entry_of(torch.from_numpy(w_k)),
     }
-    q, k = (entry.read().numpy() for entry in neighbours_to_halves(entries, 1, 1).values())
+    permuted = neighbours_to_halves(entries, 1, 1)
+    q = permuted["q_proj.weight"].read().numpy()
+    k = permuted["k_proj.weight"].read().numpy()
     expected = rotate_neighbours(w_q @ x, angles) @ (w_k @ y)
-    assert np.isclose(rotate_halves(q @ x, angles) @ (k @ y), expected)
-    assert not np.isclose(rotate_halves(w_q @ x, angles) @ (w_k @ y), expected)
+    found = rotate_halves(q @ x, angles) @ (k @ y)
+    unpermuted = rotate_halves(w_q @ x, angles) @ (w_k @ y)
+    assert np.isclose(found, expected)
+    assert not np.isclose(unpermuted, expected)
