@@ -1,4 +1,4 @@
-"""Guards the copies of the embedding: files hold it once or several times, under any of its names."""
+"""Guards the copies of the embedding: files hold it once or several times, under any name."""
 
 import json
 

@@ -54,8 +54,8 @@ CHILD = """
 
 
 def ask(cache, endpoint, calls, **environment):
-    """Run the calls in a child process. Return for each call the files that were found, the sum of the
-    weights that were loaded, or the message of a ValueError.
+    """Run the calls in a child process. Return for each call the files that were found, the sum of
+    the weights that were loaded, or the message of a ValueError.
     """
     settings = {
         "HF_HOME": str(cache),

@@ -16,7 +16,9 @@ def rotate(first, second, angles):
     """Turn each pair of an entry of `first` and one of `second` by its angle."""
     cos = np.cos(angles)
     sin = np.sin(angles)
-    return first * cos - second * sin, second * cos + first * sin
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    return turned_first, turned_second
 
 
 def rotate_neighbours(x, angles):
@@ -40,8 +42,10 @@ def test_rows_of_each_head_go_from_pairs_to_halves():
         "model.layers.0.self_attn.v_proj.weight": entry_of(rows),
     }
     q, k, v = neighbours_to_halves(entries, n_heads=2, n_kv_heads=1).values()
-    assert q.read().flatten().tolist() == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
-    assert k.read().flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    q_rows = q.read().flatten().tolist()
+    k_rows = k.read().flatten().tolist()
+    assert q_rows == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
+    assert k_rows == [0, 2, 4, 1, 3, 5]
     assert v is entries["model.layers.0.self_attn.v_proj.weight"]
 
 
@@ -65,7 +69,9 @@ def test_rotating_halves_of_permuted_rows_gives_the_scores_of_rotating_neighbour
     q = permuted["q_proj.weight"].read().numpy()
     k = permuted["k_proj.weight"].read().numpy()
     expected = rotate_neighbours(w_q @ x, angles) @ (w_k @ y)
-    found = rotate_halves(q @ x, angles) @ (k @ y)
-    unpermuted = rotate_halves(w_q @ x, angles) @ (w_k @ y)
+    rotated = rotate_halves(q @ x, angles)
+    found = rotated @ (k @ y)
+    rotated_unpermuted = rotate_halves(w_q @ x, angles)
+    unpermuted = rotated_unpermuted @ (w_k @ y)
     assert np.isclose(found, expected)
     assert not np.isclose(unpermuted, expected)
