@@ -6,8 +6,10 @@ takes them to mean.
 
 `from_hf` works in these steps:
 
-    refuse what is not supported  >  fill in defaults  >  check ids and numbers  >  T5Config or
-    LlamaConfig
+    1. refuse what is not supported
+    2. fill in defaults
+    3. check ids and numbers
+    4. make a T5Config or a LlamaConfig
 """
 
 from dataclasses import replace

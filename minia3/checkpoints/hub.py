@@ -79,9 +79,10 @@ def nearest_name(name):
 def fetch(repo, config, optional, weights):
     """Download the files of a repository that are not in the cache. Return the folder in the cache.
 
-    config: the file that makes the repository a model or an adapter. optional: files that are taken
-    if the repository has them. weights: names of the weights, the first of which that the
-    repository has is taken, with its shards; may be empty.
+    config: the file that makes the repository a model or an adapter.
+    optional: files that are downloaded if the repository has them.
+    weights: possible names of the weights. The first that exists is downloaded, with its shards.
+        If there are no names, no weights are downloaded.
     """
     snapshot = Snapshot(repo, config)
     for name in optional:
@@ -97,8 +98,8 @@ class Snapshot:
 
     The first file decides the commit, so that all files of a checkpoint belong together even if
     somebody pushes to the repository meanwhile. If the hub cannot be reached for one file, the
-    other files are looked for in the cache alone: huggingface_hub waits and tries again many times,
-    and that is enough once.
+    other files are looked for in the cache alone, because huggingface_hub waits and tries again
+    several times before it gives up.
     """
 
     def __init__(self, repo, config):

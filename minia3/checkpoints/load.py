@@ -37,12 +37,10 @@ N_SHOWN = 20  # misfits that a message names; the others are counted
 def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
     """Return a T5 or a Llama with its weights and `n_adapters` adapters of ones, in eval mode.
 
-    name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file, a
-    known name
-        (`t5-base`) or a hub id (`org/name`).
+    name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
+        a known name (`t5-base`) or a hub id (`org/name`).
     dtype: None keeps the stored dtype, except that float16 T5 and quantised GGUF become float32.
-    The vectors are
-        float32 in any case.
+        The vectors are float32 in any case.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raises
     ValueError for a name that leads nowhere, for files that cannot be read, and for tensors that do
@@ -61,10 +59,10 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
 
 
 def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
-    """Do all steps of `load_model` but the last. Return what is needed to place the weights:
+    """Do all steps of `load_model` but the last, which reads the weights.
 
-    the model on the meta device, a dict from our name of each weight to (its name in the
-    checkpoint, its Entry), and the dtype that the weights will have. Raises ValueError as
+    Return the model on the meta device, a dict from our name of each weight to (its name in the
+    checkpoint, its Entry), and the dtype that the weights will have. Raise ValueError as
     `load_model` does.
     """
     if dtype not in (None, *FLOATS):
