@@ -1,6 +1,6 @@
 """Guards generation. Greedy texts are those of transformers for single rows, whatever the batch,
-the adapters and the padding. What is drawn follows the distribution, and depends on the seed alone. A
-row that has ended costs nothing. Pieces join to the text. Mistakes are named."""
+the adapters and the padding. What is drawn follows the distribution, and depends on the seed
+alone. A row that has ended costs nothing. Pieces join to the text. Mistakes are named."""
 
 from dataclasses import replace
 
