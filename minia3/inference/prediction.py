@@ -113,15 +113,15 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
             names = [row_input.row["adapter"] for row_input in run]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
             if is_scored:
-                results = choose(model, run, options)
+                results = scored_results(model, run, options)
             else:
                 options["max_new_tokens"] = max_new_tokens
-                results = write(model, tokenizer, run, options)
+                results = written_results(model, tokenizer, run, options)
             for row_input, result in zip(run, results, strict=True):
                 yield row_input.row, result
 
 
-def choose(model, inputs, options):
+def scored_results(model, inputs, options):
     """Return the result of each Input, all of which have choices."""
     examples = [row_input.example for row_input in inputs]
     results = []
@@ -135,7 +135,7 @@ def choose(model, inputs, options):
     return results
 
 
-def write(model, tokenizer, inputs, options):
+def written_results(model, tokenizer, inputs, options):
     """Return the result of each Input, none of which has choices."""
     sources = [row_input.example.source for row_input in inputs]
     texts = generate(model, tokenizer, sources, **options)
