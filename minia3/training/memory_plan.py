@@ -78,8 +78,8 @@ def measure_peak(model, tokens_BL, length, is_training):
     counter = MemoryCounter()
     freeze(model)
     model.train(is_training)
-    for p in model.parameters():
-        counter.add(p)
+    for tensor in (*model.parameters(), tokens_BL):
+        counter.add(tensor)
     with counter, torch.set_grad_enabled(is_training):
         state = model.start(tokens_BL[:, :length])
         if is_training:

@@ -14,17 +14,17 @@ def report(config, folder, finals, n_failed=0):
     """
     axes = grid_axes(config)
     if axes or is_mixture(config):
-        title = f"{len(finals)} results"
+        title = "1 result" if len(finals) == 1 else f"{len(finals)} results"
         if n_failed:
             title += f", and {n_failed} that failed"
         lines = [result_line(config, final, axes) for final in finals]
     else:
         title, lines = single_result(config, finals[0])
-    lines += cost_lines(config, finals, axes)
+    lines += cost_lines(config, finals, is_grid=bool(axes))
     if finals[0]["trainable"]:
         lines += adapter_lines(config, folder, finals, axes)
 
-    width = max(12, *(len(name) + 2 for name, _ in lines))
+    width = max(12, *(len(name) + 1 for name, _ in lines))
     print(f"\n{title}")
     for name, text in lines:
         print(f"  {name:<{width}}{text}")
@@ -95,7 +95,7 @@ def format_figure(config, final, name, form):
     return after
 
 
-def cost_lines(config, finals, axes):
+def cost_lines(config, finals, is_grid):
     """Return lines about shots and memory, and if anything was trained, about its size and time."""
     lines = []
     n_shots = sorted(final["n_shots"] for final in finals if "n_shots" in final)
@@ -111,8 +111,8 @@ def cost_lines(config, finals, axes):
     n_base = finals[0]["total"]
     if n_trained:
         text = f"{n_trained:,} of {n_base:,} parameters ({n_trained / n_base:.3%})"
-        if axes:
-            text += " per adapter"
+        if is_grid:
+            text += " each"
         lines.append(("trained", text))
         lines.append(("time", format_time(config, finals)))
     return lines
@@ -131,7 +131,7 @@ def format_time(config, finals):
     seconds = sum(seconds_by_adapter.values())
     if len(seconds_by_adapter) == 1:
         return f"{seconds:.0f} s for {n_steps} steps"
-    return f"{seconds:.0f} s for {len(seconds_by_adapter)} times {n_steps} steps"
+    return f"{seconds:.0f} s for {len(seconds_by_adapter)} x {n_steps} steps"
 
 
 def adapter_lines(config, folder, finals, axes):
@@ -148,5 +148,5 @@ def adapter_lines(config, folder, finals, axes):
             words = evaluation_command(dataclasses.replace(filled, model=str(path)))
         else:
             words = evaluation_command(filled, adapter=path)
-        lines.append(("evaluate it", shlex.join(words)))
+        lines.append(("use it", shlex.join(words)))
     return lines

@@ -20,7 +20,7 @@ from minia3.model.recompute import Recomputed, RMSNormed, attention, checkpointe
 from minia3.model.sequence_state import mask_to_bias
 from minia3.tasks.batches import Batch
 from minia3.training.losses import total_loss
-from minia3.training.memory_plan import Held
+from minia3.training.memory_plan import MemoryCounter
 from tests.benchmarks.measure import kept_for_backward
 
 NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
@@ -351,9 +351,9 @@ def test_more_pieces_of_choices_take_no_more_memory_than_their_ids_and_results(
     kept, trained, scored = {}, {}, {}
     for n, batch in batches.items():
         kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
-        with Held() as held:
+        with MemoryCounter() as held:
             choice_logprobs(model, batch).sum().backward()
-        with torch.no_grad(), Held() as held_without:
+        with torch.no_grad(), MemoryCounter() as held_without:
             choice_logprobs(model, batch)
         trained[n], scored[n] = held.peak, held_without.peak
     ids = 2 * 80 * 4 * (8 + 1)  # bytes of the ids and the mask of 80 choices more

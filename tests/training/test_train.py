@@ -965,10 +965,10 @@ def test_the_end_is_one_short_table(tmp_path, capsys):
         cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
     )
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
-    assert cells["trained"] == f"448 of 23,512 numbers ({448 / 23512:.3%})"
+    assert cells["trained"] == f"448 of 23,512 parameters ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
     assert cells["time"].endswith(" s for 12 steps")
-    assert cells["memory"].endswith(" MB at the most")
+    assert cells["peak memory"].endswith(" MB")
     assert cells["use it"].startswith("python train.py --model ")
 
 
