@@ -20,7 +20,7 @@ from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.model.llama import inverse_frequencies
-from minia3.model.more_vectors import select_vectors
+from minia3.model.more_vectors import choose_vectors
 from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.training.losses import total_loss
 from minia3.training.optimizer import Adafactor
@@ -40,6 +40,11 @@ BROADCAST = {
     "cos_B1LK": "B",
     "sin_B1LK": "B",
 }
+
+
+def place(path):
+    """Return a short name of a file: its folder and its stem."""
+    return f"{Path(path).parent.name}/{Path(path).stem}"
 
 
 def lies(names):
@@ -78,7 +83,7 @@ class Watch:
     def __call__(self, frame, event, argument):
         code = frame.f_code
         if event in ("call", "return") and code.co_filename.startswith(self.folder):
-            where = f"{Path(code.co_filename).stem}.{code.co_name}"
+            where = f"{place(code.co_filename)}.{code.co_name}"
             wrong, seen = lies(frame.f_locals)
             for line in wrong:
                 self.wrong.setdefault((where, line.split()[0]), line)
@@ -106,14 +111,14 @@ def suffixed_names(path):
                 name = child.id
             inner = child.name if isinstance(child, ast.FunctionDef) else function
             if name and function and SUFFIXED.fullmatch(name):
-                found.add((f"{path.stem}.{function}", name))
+                found.add((f"{place(path)}.{function}", name))
             visit(child, inner)
 
     visit(ast.parse(path.read_text()), None)
     return found
 
 
-NAMES = {path: names for path in sorted(PACKAGE.glob("*.py")) if (names := suffixed_names(path))}
+NAMES = {path: names for path in sorted(PACKAGE.rglob("*.py")) if (names := suffixed_names(path))}
 
 
 def run(model, tokenizer, folder):
@@ -181,7 +186,7 @@ def run(model, tokenizer, folder):
         names.load(name, folder / "mixed")
     names.rows(["adapter", None, "two", "three"])
     minia3.generate(minia3.merge(model, 1).bfloat16(), tokenizer, prompts, max_new_tokens=3)
-    select_vectors(model, "k,v,ff,q,o", "0-", True)  # and more, from outside
+    choose_vectors(model, "k,v,ff,q,o", "0-", True)  # and more, from outside
     minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"], adapter=adapters)
 
 
@@ -207,7 +212,7 @@ def test_every_name_with_a_suffix_was_looked_at(watch):
     assert BROADCAST.keys() <= {name for _, name in names}  # none of them has gone
 
 
-@pytest.mark.parametrize("path", NAMES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NAMES, ids=place)
 def test_every_letter_is_in_the_legend_of_its_file(path):
     legend = re.search(
         r"^Shapes: (.*?)(?:\n\n|\Z)", ast.get_docstring(ast.parse(path.read_text())), re.M | re.S
