@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from command_line import output
 from conftest import LLAMA_PEERS, T5_PEERS
 
 import minia3
@@ -157,8 +158,8 @@ def assert_refused(arguments, capsys, *parts):
 
 
 def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
-    config = known_models()["t5-small"].config
-    assert main(["info", "t5-small", "--batch", "3", "--length", "50", "--json"]) == 0
+    config = known_models()["tiny-t5"].config
+    assert main(["info", "tiny-t5", "--batch", "3", "--length", "50", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for dtype in (torch.float32, torch.bfloat16):
         serving = planned_memory(config, dtype, 3, 50, is_training=False) / 1e6
@@ -212,3 +213,12 @@ def test_help_has_an_example(arguments, capsys):
         main(arguments)
     assert stop.value.code == 0
     assert "python -m minia3 info t5-base" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_prints_the_lines_and_json_has_those_with_a_title(capsys):
+    lines = list(info("tiny-t5"))
+    text = output(capsys, "info", "tiny-t5")
+    assert text == "".join(f"{title:<18}{line}\n" for title, line in lines)
+    json_line = output(capsys, "info", "tiny-t5", "--json")
+    assert json_line.count("\n") == 1
+    assert json.loads(json_line) == {title: line for title, line in lines if title}
