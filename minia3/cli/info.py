@@ -12,7 +12,7 @@ EXAMPLE = "python -m minia3 info t5-base"
 MEMORY_NOTE = """\
 The most that tensors take at once, weights included, for {batch} sources of {length} tokens.
 To serve: read the sources and write one token. To train: a step with targets of {target} tokens.
-Python and PyTorch take about 0.3 GB more, and the memory allocator keeps some of what is freed."""
+Python and PyTorch take about 0.3 GB more. On a CPU, the allocator keeps some of what is freed."""
 
 
 def add_arguments(parser):

@@ -191,7 +191,7 @@ def errors_in_one_line(folder):
         raise ValueError(f"{folder}: expected a run of train.py: {error}") from None
     except KeyError as error:
         raise ValueError(f"{folder}: expected a run of train.py: {error} is missing") from None
-    except (TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"  # the text alone may say too little
         raise ValueError(f"{folder}: expected a run of train.py: {reason}") from None
 

@@ -65,9 +65,9 @@ tags: [ia3, peft]
 
 # (IA)^3 for {facts.tasks}, on {facts.model}
 
-{facts.n_trainable} parameters ({facts.share} of the {facts.n_base} of the base) that rescale the
-keys, the values and the inner activations of the feed-forward in each layer of {facts.model}, whose
-own parameters stay as they are: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
+{facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}) that rescale the keys,
+the values and the inner activations of the feed-forward in each layer of {facts.model}, whose
+parameters stay as they are: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 
 {facts.results}
 
@@ -101,9 +101,8 @@ tags: [lora, peft]
 
 # LoRA for {facts.tasks}, on {facts.model}
 
-{facts.n_trainable} parameters ({facts.share} of the {facts.n_base} of the base): two thin matrices
-A and B beside some of the weights W of {facts.model}, whose own parameters stay as they are. W x
-becomes W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The weights, alpha
+{facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}): two thin matrices A and
+B beside some of the weights W of {facts.model}, whose parameters stay as they are. W x becomes W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The weights, alpha
 and r are in adapter_config.json. `train.py --method lora --adapter .` trains it further.
 
 {facts.results}

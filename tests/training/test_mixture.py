@@ -326,10 +326,10 @@ def test_what_in_context_learning_came_to_is_told(tmp_path, capsys):
     assert (
         f"accuracy    {final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after" in shown
     )
-    assert "shots       3.0 before each input, on average" in shown
+    assert "shots       3.0 before a row, in the mean" in shown
     finals = [final | {"adapter": f"s{i}", "n_shots": n} for i, n in enumerate((3.0, 1.0, 2.5))]
     report(train.Config(method="icl", shots=3, seed=(0, 1, 2)), tmp_path / "run", finals)
-    assert "shots       1.0 to 3.0 before each input, on average" in capsys.readouterr().out
+    assert "shots       1.0 to 3.0 before a row, in the mean" in capsys.readouterr().out
 
 
 # Nothing to report on
@@ -346,7 +346,7 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_measure
     assert run(words(tmp_path / "run", shots=10, **of)) == 0
     shown, final = capsys.readouterr().out, metrics(tmp_path / "run")[-1]
     assert "10 rows to train on, 0 of test to report on" in shown
-    assert "after    nothing to evaluate" in shown
+    assert "after    nothing to measure" in shown
     assert "use it" not in shown
     assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (
         None,

@@ -126,7 +126,7 @@ def test_figures_counts_and_checksums_are_those_of_the_run():
         "| 1,024 rows of test | before | after |",
         "| accuracy | 51.3% | 100.0% |",
         "| AUC | 0.55 | 1.00 |",
-        "1,536 parameters (0.704% of the 218,112 of the base)",
+        "1,536 parameters (0.704% of the base's 218,112)",
         "1,000 steps",
         "- train.jsonl `" + "ab" * 32 + "`",
         "- test.jsonl `" + "cd" * 32 + "`",

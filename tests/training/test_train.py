@@ -767,8 +767,8 @@ def test_each_flag_with_limits_is_tried_above():
     [
         ({"model": "t5-bsae"}, ["t5-bsae", "did you mean t5-base?"]),
         ({"model": "nowhere/to/be/found"}, ["nowhere/to/be/found", "Known names"]),
-        ({"task": "rt"}, ["'rt' is no task", "did you mean 'rte'?", "Known tasks"]),
-        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is no task, file or folder"]),
+        ({"task": "rt"}, ["'rt' is not a known task", "did you mean 'rte'?", "Known tasks"]),
+        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is not a known task, a file or a folder"]),
         ({"adapter": "nowhere"}, ["nowhere", "expected the folder or file of an adapter"]),
         ({"device": "gpu"}, ["--device is 'gpu'", "expected cpu or cuda"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected cpu or cuda"]),
@@ -965,10 +965,10 @@ def test_the_end_is_one_short_table(tmp_path, capsys):
         cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
     )
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
-    assert cells["trained"] == f"448 of 23,512 parameters ({448 / 23512:.3%})"
+    assert cells["trained"] == f"448 of 23,512 numbers ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
     assert cells["time"].endswith(" s for 12 steps")
-    assert cells["peak memory"].endswith(" MB")
+    assert cells["memory"].endswith(" MB at the most")
     assert cells["use it"].startswith("python train.py --model ")
 
 

@@ -312,6 +312,7 @@ def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_pat
         ("metrics.jsonl", json.dumps(FINAL | {"accuracy": float("nan")}), "[nan] %"),
         ("metrics.jsonl", json.dumps(FINAL | {"accuracies": ["x"]}), "could not convert"),
         ("metrics.jsonl", json.dumps(FINAL | {"trainable": None}), "NoneType"),
+        ("metrics.jsonl", json.dumps(FINAL | {"steps": float("inf")}), "OverflowError"),
         ("metrics.jsonl", '{"event": "train", "step": 1}\n' + json.dumps(FINAL), "is missing"),
         ("metrics.jsonl", "[" * 100_000, "RecursionError"),
     ],
