@@ -102,8 +102,10 @@ tags: [lora, peft]
 # LoRA for {facts.tasks}, on {facts.model}
 
 {facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}): two thin matrices A and
-B beside some of the weights W of {facts.model}, whose parameters stay as they are. W x becomes W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The weights, alpha
-and r are in adapter_config.json. `train.py --method lora --adapter .` trains it further.
+B beside some of the weights W of {facts.model}, whose parameters stay as they are. W x becomes
+W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The file
+adapter_config.json has alpha and r, and says which weights. `train.py --method lora --adapter .`
+trains it further.
 
 {facts.results}
 

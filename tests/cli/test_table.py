@@ -67,6 +67,7 @@ def test_a_grid_is_one_row_even_if_shots_differ_on_one_of_its_tasks(tmp_path):
     grid, other = table_rows([tmp_path])[0]
     assert [grid.method, other.method] == ["ia3, shots 8", "ia3, shots 16"]
     assert [grid.cells["rte"].median, grid.cells["cb"].median] == [50, 50]
+    assert (grid.n_runs, other.n_runs) == (2, 1)
 
 
 def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
