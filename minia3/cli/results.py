@@ -348,8 +348,7 @@ def mean_tokens(train_lines):
     steps = np.array([line["step"] for line in train_lines], float)
     tokens = np.array([line["tokens_per_second"] for line in train_lines], float)
     examples = np.array([line["examples_per_second"] for line in train_lines], float)
-    steps_between = np.diff(steps, prepend=0)
-    return steps_between @ (tokens / examples) / steps[-1]
+    return np.average(tokens / examples, weights=np.diff(steps, prepend=0))
 
 
 # Labels
