@@ -155,7 +155,7 @@ def draw_accuracy(figure, rows):
 def draw_curves(figure, results):
     """Draw loss and held-out accuracy by step and by time.
 
-    A line is the median of all results with the same label, and its band are their quartiles.
+    A line is the median of all results with the same label, and the band shows their quartiles.
     """
     names = short_names(result.model for result in results)
     titles = sorted({f"{names[result.model]}, {result.task}" for result in results})
