@@ -143,7 +143,7 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluat
     shown = capsys.readouterr().out
     final = metrics(tmp_path / "run")[-1]
     assert "10 rows to train on, 0 of test to report on" in shown
-    assert "after    nothing to measure" in shown
+    assert "after    nothing to evaluate" in shown
     assert "use it" not in shown
     assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (
         None,

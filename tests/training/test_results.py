@@ -241,10 +241,10 @@ def test_the_report_says_how_many_shots_fit(tmp_path, capsys):
     assert (
         f"accuracy    {final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after" in shown
     )
-    assert "shots       3.0 before a row, in the mean" in shown
+    assert "shots       3.0 before each input, on average" in shown
     finals = [final | {"adapter": f"s{i}", "n_shots": n} for i, n in enumerate((3.0, 1.0, 2.5))]
     report(train.Config(method="icl", shots=3, seed=(0, 1, 2)), tmp_path / "run", finals)
-    assert "shots       1.0 to 3.0 before a row, in the mean" in capsys.readouterr().out
+    assert "shots       1.0 to 3.0 before each input, on average" in capsys.readouterr().out
 
 
 def test_a_written_answer_ends_where_the_shots_answers_end(monkeypatch):
@@ -284,8 +284,8 @@ def test_a_run_ends_with_one_short_table(tmp_path, capsys):
         cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
     )
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
-    assert cells["trained"] == f"448 of 23,512 numbers ({448 / 23512:.3%})"
+    assert cells["trained"] == f"448 of 23,512 parameters ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
     assert cells["time"].endswith(" s for 12 steps")
-    assert cells["memory"].endswith(" MB at the most")
+    assert cells["peak memory"].endswith(" MB")
     assert cells["use it"].startswith("python train.py --model ")
