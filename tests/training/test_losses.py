@@ -75,8 +75,9 @@ class Logits(NamedTuple):
 def random_case(seed, n_rows, n_choices, length, n_ids=7):
     """Every row has all choices, of random lengths from 1 to `length`, as T-Few's code needs."""
     g = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(n_rows, n_choices, length, n_ids, generator=g, dtype=torch.float64)
-    target = torch.randint(n_ids, (n_rows, n_choices, length), generator=g)
+    shape = (n_rows, n_choices, length)
+    logits = 2 * torch.randn(*shape, n_ids, generator=g, dtype=torch.float64)
+    target = torch.randint(n_ids, shape, generator=g)
     lengths = torch.randint(1, length + 1, (n_rows, n_choices, 1), generator=g)
     label = torch.randint(n_choices, (n_rows,), generator=g)
     return Logits(logits.requires_grad_(), target, torch.arange(length) < lengths, label)
@@ -147,11 +148,10 @@ def test_padding_and_missing_choices_change_no_loss(seed, n_rows, n_choices, len
     expected = torch.zeros(3, dtype=torch.float64)
     n = count_terms(mask, label)
     for row in range(n_rows):
-        texts = [
-            choice[real].tolist()
-            for choice, real in zip(logp[row], mask[row], strict=True)
-            if real.any()
-        ]
+        texts = []
+        for choice, is_real in zip(logp[row], mask[row], strict=True):
+            if is_real.any():
+                texts.append(choice[is_real].tolist())
         means = torch.tensor([sum(text) / len(text) for text in texts], dtype=torch.float64)
         wrong = []
         for i, text in enumerate(texts):

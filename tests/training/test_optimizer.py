@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import train
+from torch.testing import assert_close
 from transformers.optimization import Adafactor as Theirs
 
 from minia3.training.optimizer import Adafactor, learning_rate
@@ -15,14 +16,18 @@ STEPS = 30
 
 def gradients(shape, seed=0):
     """Yield a gradient per step: over eight orders of magnitude, and some entries are zero."""
-    g = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
-        size = 10 ** (-4 + 4 * torch.rand(shape, generator=g)) * 10.0 ** -(step % 5)
-        yield torch.randn(shape, generator=g) * size * (torch.rand(shape, generator=g) > 0.1)
+        exponent = -4 + 4 * torch.rand(shape, generator=generator)
+        size = 10**exponent * 10.0 ** -(step % 5)
+        direction = torch.randn(shape, generator=generator)
+        is_there = torch.rand(shape, generator=generator) > 0.1
+        yield direction * size * is_there
 
 
 def vector(shape, seed=0):
-    return 1 + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return 1 + 0.1 * torch.randn(shape, generator=generator)
 
 
 def take_steps(optimizer, parameter, grads):
@@ -48,12 +53,13 @@ def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column
     grads = [size * grad for grad in gradients((1, d))]
     expected = take_steps(Theirs([theirs], lr=LR, **options), theirs, grads)
     found = take_steps(Adafactor([ours], lr=LR), ours, grads)
-    moved = (expected[-1].flatten() - start * vector((1, d)).flatten()).abs().max()
+    first = start * vector((1, d)).flatten()
+    moved = (expected[-1].flatten() - first).abs().max().item()
     assert moved > LR * max(abs(start), 1e-3) / 10
-    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(
-            a.flatten(), b.flatten(), rtol=1e-5, atol=1e-5 * moved.item(), msg=f"step {step}"
-        )
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * moved}
+    for step, (our_step, their_step) in enumerate(zip(found, expected, strict=True)):
+        message = f"step {step}"
+        assert_close(our_step.flatten(), their_step.flatten(), **tolerance, msg=message)
 
 
 @pytest.mark.parametrize("d", [1, 2, 7, 64, 1000])
@@ -62,14 +68,12 @@ def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
     size = torch.tensor([[1.0], [1e-4], [30.0], [0.0]])
     table = torch.nn.Parameter(vector((4, d)) * torch.tensor([[1.0], [5.0], [1e-4], [1.0]]))
     rows = [torch.nn.Parameter(row.clone()[None]) for row in table.detach()]
-    together = take_steps(
-        Adafactor([table], lr=LR), table, (grad * size for grad in gradients((4, d)))
-    )
+    grads = [grad * size for grad in gradients((4, d))]
+    together = torch.stack(take_steps(Adafactor([table], lr=LR), table, grads))
     for i, row in enumerate(rows):
-        alone = take_steps(
-            Adafactor([row], lr=LR), row, ((grad * size)[i] for grad in gradients((4, d)))
-        )
-        assert torch.equal(torch.stack(together)[:, i], torch.stack(alone)[:, 0])
+        grads_of_row = [grad[i] for grad in grads]
+        alone = torch.stack(take_steps(Adafactor([row], lr=LR), row, grads_of_row))
+        assert torch.equal(together[:, i], alone[:, 0])
     assert torch.equal(table[3], rows[3][0])
 
 
