@@ -1,5 +1,6 @@
 """Where a run is written, and how it is stopped and continued."""
 
+import dataclasses
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -34,7 +35,8 @@ class Run:
             saved = load_checkpoint(self.folder)
         elif config.out is not None or not config.eval_only:
             folder = Path(config.out or default_folder(config))
-            self.resources.enter_context(begin_run(folder, config))
+            recorded = dataclasses.replace(config, out=str(folder))
+            self.resources.enter_context(begin_run(folder, recorded))
             self.folder = folder
 
         self.saved = saved or Checkpoint()

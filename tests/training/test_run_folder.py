@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import running
@@ -72,7 +73,9 @@ def test_other_files_in_the_folder_stay(tmp_path):
 def test_the_default_folder_is_named_after_model_task_method_and_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(words(None, steps=1, seed=3)) == 0
-    assert (tmp_path / "runs" / "t5-0-task-2-ia3-3" / "adapter").is_dir()
+    folder = Path("runs", "t5-0-task-2-ia3-3")
+    assert (tmp_path / folder / "adapter").is_dir()
+    assert json.loads((folder / "config.json").read_text())["out"] == str(folder)
 
 
 @pytest.mark.parametrize(
