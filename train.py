@@ -152,12 +152,9 @@ class Config:
 def train(run, group, config):
     """Train all cells of a group at once. A cell is one adapter: a row of the model's vectors.
 
-    Each cell has its own data order, loss, clipping, optimizer and early stop, exactly as if it
-    trained alone. The cells share the forward pass, in which each example has the row of its cell.
-
-    A signal stops the run at once, but not within `run.uninterrupted()`. Outside of these blocks
-    the group is always complete: a checkpoint of it resumes to the same bits as a run that never
-    stopped.
+    Each cell has its own data order, loss, clipping, optimizer and early stop, as if it trained
+    alone. The cells share only the forward pass. A signal stops the run at once, but not within
+    `run.uninterrupted()`: outside of these blocks, the group is always a complete checkpoint.
     """
     model = group.model
     log = group.log
@@ -179,7 +176,6 @@ def train(run, group, config):
                 log.start_step()
                 model.train()
                 batch = group.next_batch()
-
                 # Forward and backward, in parts if memory is short.
                 for part in batch.split(config.micro_batch_size):
                     logp_BCL = choice_logprobs(model, part.batch, part.row_B)
