@@ -25,7 +25,7 @@ import minia3
 from minia3.adapters.lora import add_lora, load_lora, lora_parameters, save_lora
 from minia3.inference.evaluation import evaluate, over_prompts
 from minia3.inference.scoring import choice_logprobs
-from minia3.model.more_vectors import CHOICES, LINEARS, select_vectors
+from minia3.model.more_vectors import SITE_NAMES, LINEARS, choose_vectors
 from minia3.tasks.batches import collate
 from minia3.training.cell import draw_examples, make_cells
 from minia3.training.checkpoint import (
@@ -79,7 +79,7 @@ class Config:
     sites: str = flag(
         "k,v,ff",
         "which vectors are trained; for more room q,o,up,gate too (sites.py)",
-        some_of=CHOICES,
+        some_of=SITE_NAMES,
     )
     layers: str = flag(
         "0-", "of which layers, such as 0-5,20- (of T5, in the encoder and in the decoder)"
@@ -391,7 +391,7 @@ def parameters(model, config):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
     for i in range(model.n_adapters if config.adapter is not None else 0):
         minia3.load_adapter(model, config.adapter, i)
-    return select_vectors(model, config.sites, config.layers, not config.no_cross)
+    return choose_vectors(model, config.sites, config.layers, not config.no_cross)
 
 
 def train(config, model, cells, trained, batches, measure, folder, metrics, saved, signals):

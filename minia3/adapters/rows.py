@@ -6,7 +6,7 @@ from os.path import realpath
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
 from minia3.model.ia3 import vectors
-from minia3.model.more_vectors import add_sites, places
+from minia3.model.more_vectors import add_vectors, possible_vectors
 
 
 def row_of(model, adapter):
@@ -35,7 +35,7 @@ def load_adapter(model, folder_or_file, adapter=0):
 def fill_row(model, adapter, vectors):
     row = row_of(model, adapter)
     if vectors.keys() - row:
-        add_sites(model, vectors)
+        add_vectors(model, vectors)
         row = row_of(model, adapter)
     for name, l_D in row.items():
         l_D[:] = vectors.get(name, 1.0)
@@ -45,7 +45,7 @@ def fitting_vectors(model, adapter, where):
     """The vectors of an Adapter that came from `where`. ValueError where the model has no places for them."""
     d = {name: table.shape[1] for name, table in vectors(model).items()}
     if adapter.vectors.keys() - d:
-        d |= {name: linear.out_features for name, linear in places(model).items()}
+        d |= possible_vectors(model)
     wrong = {
         name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)
     }

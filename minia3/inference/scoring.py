@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minia3.model.recompute import Recomputed
+from minia3.model.recompute import recompute
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
 from minia3.tasks.prompts import Rendered
@@ -31,37 +31,41 @@ def logprobs(model, state, target):
 
 
 def masked_logprobs(model, state, target, mask):
-    """`logprobs` where mask (B, L) is True, and 0 elsewhere: no logits are made for what nobody asks. None: all."""
-    weight_VD = (model.head or model.embed).weight
-    wide = torch.promote_types(weight_VD.dtype, torch.float32)
+    """Return `logprobs` if mask (B, L) is True, and 0 if not. mask=None: every token is scored.
 
-    def part(x_TD, weight_ID, at_T):
-        """(2, T): the logsumexp of I ids' logits, and the logit of the target if it is one of them, or else 0."""
-        logits_TI = model.logits(x_TD.to(weight_ID.dtype), weight_ID).to(wide)
-        near_T = at_T.clamp(0, len(weight_ID) - 1)
-        own_T = logits_TI.gather(1, near_T[:, None])[:, 0] * (near_T == at_T)
-        return torch.stack((logits_TI.logsumexp(1), own_T))
-
-    x_TD = model.read(torch.cat((state.start, target[:, :-1]), dim=1), state).flatten(0, 1)
+    Tokens that nobody asks for get no logits. If there are many logits, they are made for some
+    tokens at a time, and made again for the backward pass, so that they never all exist at once.
+    """
+    read_BL = torch.cat((state.start, target[:, :-1]), dim=1)
+    x_TD = model.run_blocks(read_BL, state).flatten(0, 1)
     target_T = target.flatten()
     if mask is not None:
         real_T = mask.flatten().nonzero()[:, 0].to(target.device)
-        x_TD, target_T = x_TD[real_T], target_T[real_T]
-    if len(x_TD) * len(weight_VD) <= PIECE:
-        logp_T = -F.cross_entropy(model.logits(x_TD).to(wide), target_T, reduction="none")
-    else:  # a part's logits are gone before the next one's are made, and are made again for the backward
-        x_TD, n = (
-            x_TD.to(wide),
-            max(1, PIECE // 4 // len(x_TD)),
-        )  # wide: the parts' gradients of x add up in it
-        parts = enumerate(weight_VD.split(n))
-        parts = [
-            Recomputed.apply(part, None, x_TD, weight, target_T - i * n) for i, weight in parts
-        ]
-        lse_PT, own_PT = torch.stack(parts, dim=1)
-        logp_T = own_PT.sum(0) - lse_PT.logsumexp(0)
-    logp = logp_T if mask is None else logp_T.new_zeros(target.numel()).index_put((real_T,), logp_T)
-    return logp.view(target.shape)
+        x_TD = x_TD[real_T]
+        target_T = target_T[real_T]
+
+    n_vocab = len(model.head_weight)
+    if len(x_TD) * n_vocab <= PIECE:
+        logp_T = token_logprobs(model, x_TD, target_T)
+    else:
+        n_tokens = max(1, PIECE // 4 // n_vocab)
+        score = partial(token_logprobs, model)
+        parts = []
+        for x, targets in zip(x_TD.split(n_tokens), target_T.split(n_tokens), strict=True):
+            parts.append(recompute(score, x, targets, parameters=[model.head_weight]))
+        logp_T = torch.cat(parts)
+
+    if mask is None:
+        return logp_T.view(target.shape)
+    logp_N = logp_T.new_zeros(target.numel()).index_put((real_T,), logp_T)
+    return logp_N.view(target.shape)
+
+
+def token_logprobs(model, x_TD, target_T):
+    """Return (T,): the log-probability of each target, in float32 at least."""
+    logits_TV = model.logits(x_TD)
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    return -F.cross_entropy(logits_TV.to(wide), target_T, reduction="none")
 
 
 def choice_logprobs(model, batch, adapter=None):

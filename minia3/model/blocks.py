@@ -1,49 +1,81 @@
-"""To be written."""
+"""The transformer block that T5 and LLaMA share, with (IA)^3 in its three places.
+
+Attention is two calls. `kv(memory)` makes keys and values, and this is where (IA)^3 scales them.
+`forward(x, kv)` asks questions of them. Self-attention is `kv` of its own input, cross-attention
+is `kv` of the encoder's output, and a cache is what `kv` is appended to. So no line here asks which
+kind of attention it is, or which architecture. What differs between architectures is a number or a
+module at construction, or a tensor in the `Context` of a call (sequence_state.py).
+
+Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, K head
+width, F feed-forward. Outside of attention, a packed batch (packing.py) is rows of one token each:
+then B counts tokens, and L is 1. Names without a suffix are either.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minia3.model.attend import attend
 from minia3.model.ia3 import IA3
-from minia3.model.recompute import Recomputed, RMSNormed, attention, keeps_less
+from minia3.model.recompute import recompute, rms_norm
 
 ACTIVATIONS = {
     "relu": F.relu,
-    "gelu": nn.GELU(approximate="tanh"),  # T5 v1.1's "gelu" is the tanh approximation
+    "gelu": nn.GELU(approximate="tanh"),  # T5 v1.1 means the tanh approximation
     "silu": F.silu,
 }
 
 
 class Embedding(nn.Embedding):
+    """nn.Embedding. On the meta device there is nothing to initialise, so it skips that.
+
+    PyTorch would import its compiler to do it, which takes a second.
+    """
+
     def reset_parameters(self):
-        if (
-            not self.weight.is_meta
-        ):  # there is nothing to fill, and there torch would load its compiler to do it: 1 s
+        if not self.weight.is_meta:
             super().reset_parameters()
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (Zhang & Sennrich, 1910.07467)."""
 
     def forward(self, x):
-        return RMSNormed.apply(x, self.weight, self.eps) if keeps_less() else super().forward(x)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Unscaled(nn.Module):
+    """Stands where a vector could be. The paper has none there, so nothing is scaled.
+
+    `--sites` puts an IA3 in its place (more_vectors.py).
+    """
+
+    def forward(self, x, adapter):
+        return x
 
 
 def rotate(x_BHLK, rotation):
-    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle (RoPE, arXiv 2104.09864, eq. 34).
+    """Turn each pair (x_i, x_{i + K/2}) by the angle of its position.
 
-    The two are half a head apart, as in Hugging Face's files. Meta's own files and GGUF pair neighbours (2i, 2i + 1):
-    their W_q and W_k are permuted on the way in.
+    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), or None
+    (T5 does not rotate). The two of a pair are half a head apart, as in Hugging Face's files. Meta's
+    files and GGUF pair neighbours, so their readers permute W_q and W_k.
     """
+    if rotation is None:
+        return x_BHLK
     cos_B1LK, sin_B1LK = rotation
     low, high = x_BHLK.chunk(2, dim=-1)
     return x_BHLK * cos_B1LK + torch.cat((-high, low), dim=-1) * sin_B1LK
 
 
 class Attention(nn.Module):
-    """Attention with `n_kv_heads` key/value heads, each serving n_heads / n_kv_heads query heads (arXiv 2305.13245)."""
+    """Attention of n_heads query heads, several of which may share a key/value head.
 
-    def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):
+    Vaswani et al. 2017, arXiv 1706.03762; shared (grouped) heads: Ainslie et al. 2023, 2305.13245.
+    scale: of the scores. LLaMA's is d_head ** -0.5; T5's is 1.
+    """
+
+    def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):  # noqa: PLR0913 (numbers, not a config)
         super().__init__()
         self.q = nn.Linear(d_model, n_heads * d_head, bias=False)
         self.k = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
@@ -51,68 +83,82 @@ class Attention(nn.Module):
         self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
         self.l_k = IA3(n_kv_heads * d_head, n_adapters)
         self.l_v = IA3(n_kv_heads * d_head, n_adapters)
-        self.d_head, self.scale, self.grouped, self.dropout = (
-            d_head,
-            scale,
-            n_heads != n_kv_heads,
-            dropout,
-        )
+        self.l_q = Unscaled()
+        self.l_o = Unscaled()
+        self.d_head = d_head
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)  # of the weights; `attend` applies it
 
-    def kv(self, memory, adapter, rotation=None, packing=None):
-        """Keys and values (B, G, M, K) of what is attended to: scaled by l_k and l_v, then rotated.
+    def kv(self, memory, context):
+        """Return keys and values (B, G, M, K) of `memory` (B, M, D): scaled, and the keys rotated.
 
-        memory (B, M, D) and adapter (B,); or (T, 1, D) and (T,), packed.
+        The keys are scaled before the rotation, because only then l_k folds into W_k.
         """
-        k_BGMK = self.heads(
-            self.l_k(self.k(memory), adapter), packing
-        )  # before the rotation: so it folds into W_k
-        v_BGMK = self.heads(self.l_v(self.v(memory), adapter), packing)
-        return (k_BGMK if rotation is None else rotate(k_BGMK, rotation)), v_BGMK
+        k = self.l_k(self.k(memory), context.adapter_B)
+        v = self.l_v(self.v(memory), context.adapter_B)
 
-    def forward(self, x, kv, bias_BHLM=None, causal=False, rotation=None, packing=None):
+        k_BGMK = self.split_heads(context.packing.unpack(k))
+        v_BGMK = self.split_heads(context.packing.unpack(v))
+        return rotate(k_BGMK, context.rotation), v_BGMK
+
+    def forward(self, x, kv, context):
+        """Return (B, L, D): what the queries of `x` find in `kv`, the keys and values so far."""
         k_BGMK, v_BGMK = kv
-        q_BHLK = self.heads(self.q(x), packing)
-        out_BHLK = attention(  # F.scaled_dot_product_attention
-            q_BHLK if rotation is None else rotate(q_BHLK, rotation),
+        q = self.l_q(self.q(x), context.adapter_B)
+
+        q_BHLK = self.split_heads(context.packing.unpack(q))
+        q_BHLK = rotate(q_BHLK, context.rotation)
+
+        out_BHLK = attend(
+            q_BHLK,
             k_BGMK,
             v_BGMK,
-            attn_mask=bias_BHLM,
-            is_causal=causal,
-            dropout_p=self.dropout if self.training else 0.0,
+            context.bias_BHLM,
+            is_causal=context.is_causal,
+            dropout=self.dropout.p if self.training else 0.0,
             scale=self.scale,
-            enable_gqa=self.grouped,
         )
-        out = out_BHLK.transpose(1, 2).flatten(2)
-        return self.o(packing.pack(out) if packing else out)
+        out = context.packing.pack(out_BHLK.transpose(1, 2).flatten(2))
+        return self.l_o(self.o(out), context.adapter_B)
 
-    def heads(self, x, packing):
-        return (
-            (packing.unpack(x) if packing else x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-        )
+    def split_heads(self, x):
+        """Return (B, heads, L, K) of x (B, L, heads * K)."""
+        return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
-    """act(x W_gate) W_down, or (act(x W_gate) * x W_up) W_down where it is gated (arXiv 2002.05202).
+    """act(x W_gate) W_down, or, if it is gated, (act(x W_gate) * x W_up) W_down.
 
-    l_ff scales the input of the down projection: the one place that is right for ReLU, GEGLU and SwiGLU alike.
+    Gated: Shazeer 2020, arXiv 2002.05202. l_ff scales the input of the down projection. This is the
+    only place that is right for ReLU, GEGLU and SwiGLU alike: scaling before a ReLU is another
+    function if an entry is negative, and some trained entries are.
     """
 
     def __init__(self, d_model, d_ff, activation, gated, dropout, n_adapters):
         super().__init__()
         self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False) if gated else None
+        self.up = None
         self.down = nn.Linear(d_ff, d_model, bias=False)
         self.l_ff = IA3(d_ff, n_adapters)
-        self.activation, self.dropout = ACTIVATIONS[activation], nn.Dropout(dropout)
+        if gated:
+            self.up = nn.Linear(d_model, d_ff, bias=False)
+            self.l_gate = Unscaled()
+            self.l_up = Unscaled()
+        else:
+            self.l_wi = Unscaled()  # T5 v1.0 calls the linear `gate` wi
+        self.activation = ACTIVATIONS[activation]
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLD, adapter_B):
-        gate_BLF, up_BLF = self.gate(x_BLD), None if self.up is None else self.up(x_BLD)
-        if (
-            self.up is None or not keeps_less() or torch.compiler.is_compiling()
-        ):  # which keeps less by itself
-            h_BLF = self.hidden(gate_BLF, up_BLF, adapter_B)
-        else:  # the backward computes these products again: two tensors are kept for it in place of four
-            h_BLF = Recomputed.apply(self.hidden, self.l_ff.scale, gate_BLF, up_BLF, adapter_B)
+        gate_BLF = self.gate(x_BLD)
+        if self.up is None:
+            h_BLF = self.hidden(self.l_wi(gate_BLF, adapter_B), None, adapter_B)
+        else:
+            gate_BLF = self.l_gate(gate_BLF, adapter_B)
+            up_BLF = self.l_up(self.up(x_BLD), adapter_B)
+            # self.hidden(gate_BLF, up_BLF, adapter_B), which keeps two tensors instead of four.
+            l_ff = self.l_ff.scale
+            h_BLF = recompute(self.hidden, gate_BLF, up_BLF, adapter_B, parameters=[l_ff])
         return self.down(self.dropout(h_BLF))
 
     def hidden(self, gate_BLF, up_BLF, adapter_B):
@@ -123,28 +169,39 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + self-attention, then + cross-attention where `cross` is present, then + feed-forward; norms come before."""
+    """x + self-attention(x), then x + cross-attention(x) if there is any, then x + feed-forward(x).
+
+    The norms come before each part (pre-norm). `cross` is None in an encoder and in LLaMA.
+    """
 
     def __init__(self, attn, cross, ffn, d_model, eps, dropout):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(d_model, eps), attn
-        self.cross_norm, self.cross = (RMSNorm(d_model, eps), cross) if cross else (None, None)
-        self.ffn_norm, self.ffn = RMSNorm(d_model, eps), ffn
+        self.attn_norm = RMSNorm(d_model, eps)
+        self.attn = attn
+        self.cross_norm = RMSNorm(d_model, eps) if cross else None
+        self.cross = cross
+        self.ffn_norm = RMSNorm(d_model, eps)
+        self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD, context, cache, asked=True):
-        c, h_BLD = context, self.attn_norm(x_BLD)
-        kv = cache.append(*self.attn.kv(h_BLD, c.adapter_B, c.rotation, c.packing))
-        if not asked:  # what comes after the last keys and values of a prompt goes nowhere
+    def forward(self, x_BLD, context, cache, keys_only=False):
+        """Return the block's output (B, L, D), and append its keys and values to `cache`.
+
+        keys_only: return None after the keys and values. In the last block of a prompt, nobody
+        reads more than these.
+        """
+        h_BLD = self.attn_norm(x_BLD)
+        kv = cache.append(*self.attn.kv(h_BLD, context))
+        if keys_only:
             return None
-        x_BLD = x_BLD + self.dropout(
-            self.attn(h_BLD, kv, c.bias_BHLM, c.causal, c.rotation, c.packing)
-        )
+        x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context))
+
         if self.cross is not None:
-            h = (
-                self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)
-            )  # rows may share a source
-            x_BLD = x_BLD + self.dropout(
-                self.cross(h, cache.memory, c.memory_bias_B11M).view_as(x_BLD)
-            )
-        return x_BLD + self.dropout(self.ffn(self.ffn_norm(x_BLD), c.adapter_B))
+            # Rows that share a source ask together: their queries become one row, without copies.
+            context_of_memory = context.for_memory(len(x_BLD), cache.memory)
+            h = self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)
+            h = self.cross(h, cache.memory, context_of_memory)
+            x_BLD = x_BLD + self.dropout(h.view_as(x_BLD))
+
+        h_BLD = self.ffn_norm(x_BLD)
+        return x_BLD + self.dropout(self.ffn(h_BLD, context.adapter_B))

@@ -1,9 +1,14 @@
-"""To be written."""
+"""What a model costs to run, by the rule that the paper uses."""
 
 
 def flops(n_parameters, n_tokens, decoder_only, training=False):
-    """Operations by Kaplan's rule (arXiv 2001.08361), as in the paper: a multiplication and an addition a parameter.
+    """Return the operations that `n_tokens` cost: a multiplication and an addition per parameter.
 
-    A token passes all N parameters of a decoder-only model: 2N. Of an encoder-decoder, half: N. Training: 6N and 3N.
+    Kaplan et al. 2020, arXiv 2001.08361. A token passes all N parameters of a decoder-only model:
+    2N operations. It passes half of an encoder-decoder: N. The backward pass costs twice as much
+    again, so training costs 6N and 3N.
     """
-    return n_parameters * n_tokens * (2 if decoder_only else 1) * (3 if training else 1)
+    per_token = 2 * n_parameters if decoder_only else n_parameters
+    if training:
+        per_token = 3 * per_token
+    return per_token * n_tokens

@@ -1,14 +1,26 @@
-"""To be written."""
+"""(IA)^3: three learned vectors per layer that rescale a frozen transformer.
+
+    softmax( Q (l_k * K)^T / sqrt(d) ) (l_v * V)        self-attention and cross-attention
+    ( l_ff * act(x W_1) ) W_2                            feed-forward
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
+Learning", arXiv 2205.05638, section 3.3. Every vector starts at one, so a model starts as a
+bit-exact copy of the pre-trained one.
+
+One model holds many adapters: row `a` of every vector belongs to adapter `a`.
+
+Shapes: B batch, L length, D width of what is scaled, A adapters (rows).
+"""
 
 import torch
 from torch import nn
 
 
 class IA3(nn.Module):
-    """One row of `d` factors per adapter; each example of a batch is scaled by the row of its own adapter.
+    """One vector: a row of `d` factors per adapter. Each example is scaled by its adapter's row.
 
-    The rows are float32 whatever the model's dtype, so that small updates are kept (in bfloat16, 1 + 0.003 is 1); they
-    are rounded to the activations' dtype only where they are used.
+    The rows are float32 whatever the dtype of the model, because small updates must survive (in
+    bfloat16, 1 + 0.003 is 1). They are cast to the dtype of the activations when they are used.
     """
 
     def __init__(self, d, n_adapters=1):
@@ -21,12 +33,16 @@ class IA3(nn.Module):
 
 
 def vectors(model):
-    """Name -> parameter (A, D) of every (IA)^3 vector of `model`, in the order of its modules."""
-    return {name: module.scale for name, module in model.named_modules() if isinstance(module, IA3)}
+    """Return a dict from the name of each vector to its parameter (A, D), in module order."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, IA3):
+            found[name] = module.scale
+    return found
 
 
 def freeze(model):
-    """Make the (IA)^3 vectors the only parameters of `model` that require a gradient: by type, not by name."""
+    """Let only the (IA)^3 vectors require a gradient. They are found by type, not by name."""
     model.requires_grad_(False)
     for vector in vectors(model).values():
         vector.requires_grad_(True)

@@ -1,4 +1,12 @@
-"""To be written."""
+"""LLaMA: a decoder alone, which reads the prompt and continues it.
+
+Touvron et al. 2023, arXiv 2302.13971. The blocks are T5's without cross-attention. The feed-forward
+is gated by SiLU, several query heads may share one key/value head, scores are divided by
+sqrt(d_head), and order comes from rotating queries and keys.
+
+Shapes: B batch, L query length, M memory length, D model, H query heads, K head width, P pairs of a
+head (K / 2), V vocabulary.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
-from minia3.model.packing import Packing
-from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias, of_rows
+from minia3.model.packing import NO_PACKING, Packing
+from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias
 
 
 @dataclass(frozen=True)
@@ -24,116 +32,153 @@ class LlamaConfig:
     own_head: bool = True  # False: the head is the embedding
     eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple | None = (
-        None  # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length)
-    )
-    rope_factors: tuple | None = (
-        None  # GGUF's form of the same: what each inverse frequency is divided by
-    )
+    # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length)
+    rope_scaling: tuple | None = None
+    # GGUF's form of the same: the divisor of each inverse frequency
+    rope_factors: tuple | None = None
     max_length: int = 2048
-    dropout: float = 0.0  # of the attention alone
+    dropout: float = 0.0  # of the attention weights only
     pad_id: int | None = None
     eos_ids: tuple = (2,)
     bos_id: int | None = 1
 
 
 def inverse_frequencies(config):
-    """(P,) float32: how far each pair of a head turns per position, in radians.
+    """Return (P,) float32: the angle by which each pair of a head turns per position, in radians.
 
-    theta ** (-2i / K). Llama 3.1 was stretched to long texts: pairs that turn slowly over the original length are
-    slowed down by `factor`, fast ones are kept, and those between are blended.
+    theta ** (-2i / K). Llama 3.1 was stretched to long texts: pairs that turn slowly over the
+    original length are slowed down by `factor`, fast pairs are kept, and the pairs between them are
+    blended. As `_compute_llama3_parameters` of transformers.
     """
-    frequency_P = 1.0 / config.rope_theta ** (
-        torch.arange(0, config.d_head, 2).float() / config.d_head
-    )
+    exponent_P = torch.arange(0, config.d_head, 2).float() / config.d_head
+    frequency_P = 1.0 / config.rope_theta**exponent_P
     if config.rope_factors is not None:
         return frequency_P / torch.tensor(config.rope_factors)
     if config.rope_scaling is None:
         return frequency_P
-    factor, low, high, original = config.rope_scaling
-    turns_P = original * frequency_P / (2 * math.pi)
+    factor, low, high, original_length = config.rope_scaling
+    turns_P = original_length * frequency_P / (2 * math.pi)
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
     return kept_P * frequency_P + (1 - kept_P) * frequency_P / factor
+
+
+def make_block(config, n_adapters):
+    c = config
+    scale = c.d_head**-0.5
+    attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, scale, c.dropout, n_adapters)
+    ffn = FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters)
+    return Block(attn, None, ffn, c.d_model, c.eps, 0.0)
 
 
 class Llama(nn.Module):
     def __init__(self, config, n_adapters=1):
         super().__init__()
-        self.config, self.n_adapters, c = config, n_adapters, config
-        self.embed = Embedding(c.vocab_size, c.d_model)
-
-        def block():
-            attn = Attention(
-                c.d_model, c.n_heads, c.n_kv_heads, c.d_head, c.d_head**-0.5, c.dropout, n_adapters
-            )
-            ffn = FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters)
-            return Block(attn, cross=None, ffn=ffn, d_model=c.d_model, eps=c.eps, dropout=0.0)
-
-        self.blocks = nn.ModuleList(block() for _ in range(c.n_layers))
-        self.norm = RMSNorm(c.d_model, c.eps)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False) if c.own_head else None
-        with torch.device("cpu"):  # real numbers even where the model is built on the meta device
-            self.register_buffer("frequency", inverse_frequencies(c), persistent=False)
+        self.config = config
+        self.n_adapters = n_adapters
+        self.embed = Embedding(config.vocab_size, config.d_model)
+        blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.d_model, config.eps)
+        self.head = None
+        if config.own_head:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        with torch.device("cpu"):  # values even if the model is built on the meta device
+            frequency = inverse_frequencies(config)
+        self.register_buffer("frequency", frequency, persistent=False)
 
     def start(self, source, mask=None, adapter=None):
-        """Read the prompt up to each row's last real token, wherever the padding lies: -> State.
+        """Read the prompt up to the last real token of each row, and return the State.
 
-        `state.start` is that last token, which is not yet in the cache. Arguments and errors as T5's.
+        The padding may be anywhere. `state.start` is that last token, which is not in the cache
+        yet. Arguments and errors are those of T5.start.
         """
         adapter_B = check_start(source, mask, adapter, self.n_adapters)
-        start_B1, read_BL, mask_BL, packing = source[:, -1:], source[:, :-1], None, None
-        if (
-            mask is not None
-        ):  # real tokens first: then the causal mask alone keeps them from seeing the padding
+        if mask is None:
+            packing = NO_PACKING
+            mask_BL = None
+            read_BL = source[:, :-1]
+            start_B1 = source[:, -1:]
+        else:
+            # Move real tokens to the front: then the causal mask alone hides the padding from them.
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
-            source_BM, last_B1 = (
-                source.gather(1, order_BM.to(source.device)),
-                mask.sum(dim=1, keepdim=True) - 1,
-            )
-            start_B1, read_BL = (
-                source_BM.gather(1, last_B1.to(source.device)),
-                source_BM[:, : int(last_B1.max())],
-            )
+            source_BM = source.gather(1, order_BM.to(source.device))
+            last_B1 = mask.sum(dim=1, keepdim=True) - 1
+            start_B1 = source_BM.gather(1, last_B1.to(source.device))
+            read_BL = source_BM[:, : int(last_B1.max())]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
-            packing, mask_BL = Packing(mask_BL, source.device), mask_BL.to(source.device)
-        state = State(start_B1, adapter_B, [Cache() for _ in self.blocks], source.new_zeros(2, 0))
+            packing = Packing(mask_BL, source.device)
+            mask_BL = mask_BL.to(source.device)
+
+        state = State(
+            start=start_B1,
+            adapter_B=adapter_B,
+            caches=[Cache() for _ in self.blocks],
+            token_M=source.new_zeros(0),
+            owner_M=source.new_zeros(0),
+        )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
-            self.read(read_BL, state, packing, asked=False)
+            self.run_blocks(read_BL, state, packing, keys_only=True)
             state.mask_BM = mask_BL
         return state
 
     def step(self, tokens, state):
-        """Go on with tokens (B, L): -> logits (B, L, V) of the token after each; `state` moves on."""
-        return self.logits(self.read(tokens, state))
+        """Continue with tokens (B, L), and return the logits (B, L, V) of what follows each.
 
-    def logits(self, x, weight=None):
-        return F.linear(x, (self.head or self.embed).weight if weight is None else weight)
+        `state` advances.
+        """
+        return self.logits(self.run_blocks(tokens, state))
 
-    def read(self, tokens, state, packing=None, asked=True):
-        tokens_BL = state.fold(tokens)
-        x, n = self.embed(tokens_BL), tokens_BL.shape[1]
-        position_BL, bias_BHLM = state.column_2M[:1, -n:], None
-        if state.mask_BM is not None:  # padded columns neither count as positions nor are seen
-            position_BL = position_BL - (~state.mask_BM).sum(dim=1, keepdim=True)
-            state.mask_BM = torch.cat(
-                (state.mask_BM, torch.ones_like(tokens_BL, dtype=torch.bool)), dim=1
-            )
-            bias_BHLM = mask_to_bias(
-                (state.mask_BM[:, None, :] & state.seen(n)).unsqueeze(1), x.dtype
-            )
-        elif 1 < n < state.column_2M.shape[1]:
-            bias_BHLM = mask_to_bias(state.seen(n)[None, None], x.dtype)
-        adapter, rotation = state.adapter_B, self.rotation(position_BL, x.dtype)
-        x, adapter = (packing.pack(x), of_rows(adapter, packing.row_T)) if packing else (x, adapter)
-        context = Context(
-            adapter, bias_BHLM, bias_BHLM is None and n > 1, rotation, packing=packing
-        )
+    def run_blocks(self, tokens, state, packing=NO_PACKING, keys_only=False):
+        """Continue with tokens (B, L), and return the last block's output (B, L, D), normed.
+
+        packing: leaves out the padding of a prompt. keys_only: return None, because of a prompt
+        only the keys and values are needed; the last block stops after them.
+        """
+        tokens_BL = state.append_columns(tokens)
+        x_BLD = self.embed(tokens_BL)
+        context = self.context(tokens_BL, state, packing, x_BLD.dtype)
+        x = packing.pack(x_BLD)
+        last_block = self.blocks[-1]
         for block, cache in zip(self.blocks, state.caches, strict=True):
-            x = block(x, context, cache, asked or block is not self.blocks[-1])
-        return self.norm(x).view(*tokens.shape, -1) if asked else None
+            x = block(x, context, cache, keys_only and block is last_block)
+        if keys_only:
+            return None
+        return self.norm(x).view(*tokens.shape, -1)
+
+    def context(self, tokens_BL, state, packing, dtype):
+        """Return the Context of the tokens that were just appended to `state`."""
+        n_queries = tokens_BL.shape[1]
+        n_columns = len(state.token_M)
+        position_BL = state.token_M[None, -n_queries:]
+        bias_BHLM = None
+        if state.mask_BM is not None:
+            # Padded columns of the prompt do not count as positions, and nobody sees them.
+            position_BL = position_BL - (~state.mask_BM).sum(dim=1, keepdim=True)
+            is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+            state.mask_BM = torch.cat((state.mask_BM, is_real_BL), dim=1)
+            mask_BLM = state.mask_BM[:, None, :] & state.causal_mask(n_queries)
+            bias_BHLM = mask_to_bias(mask_BLM.unsqueeze(1), dtype)
+        elif 1 < n_queries < n_columns:
+            bias_BHLM = mask_to_bias(state.causal_mask(n_queries)[None, None], dtype)
+        return Context(
+            packing.adapters(state.adapter_B),
+            bias_BHLM,
+            is_causal=bias_BHLM is None and n_queries > 1,
+            rotation=self.rotation(position_BL, dtype),
+            packing=packing,
+        )
 
     def rotation(self, position_BL, dtype):
-        """cos and sin (B, 1, L, K) of every position's angles: made in float32, then cast."""
+        """Return cos and sin (B, 1, L, K) of each position's angles, made in float32, then cast."""
         angle_BLP = position_BL[..., None].float() * self.frequency.float()
         angle_B1LK = torch.cat((angle_BLP, angle_BLP), dim=-1).unsqueeze(1)
         return angle_B1LK.cos().to(dtype), angle_B1LK.sin().to(dtype)
+
+    def logits(self, x):
+        """Return the logits (..., V) of the last block's output (..., D)."""
+        return F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self):
+        """(V, D): the head's own weight, or the embedding."""
+        return self.embed.weight if self.head is None else self.head.weight

@@ -1,15 +1,18 @@
-"""To be written."""
+"""Which vectors train, and vectors that the paper does not have.
+
+    l_q * (W_q x)        l_o * (W_o x)        l_up * (W_up x)        l_gate * (W_gate x)
+
+These scale the outputs of the other linears of a block, for users who need more capacity. A block
+has an `Unscaled` in each of these places, and `add_vectors` puts an IA3 there.
+"""
 
 import re
-import threading
 
-from torch import nn
-
-from minia3.model.blocks import Block
+from minia3.model.blocks import Unscaled
 from minia3.model.ia3 import IA3, vectors
 
-# The vector l_... -> the linear whose output it scales; ff: whose input. The first three are in the blocks. wi is the
-# gate where there is no up beside it (T5 v1.0); --sites calls it gate too.
+# The site of a vector (l_<site>), and the linear that it scales: its output, but for ff its input.
+# The linear `gate` has two sites, because files name it so: T5 v1.0, which is not gated, calls it wi.
 SITES = {
     "k": "k",
     "v": "v",
@@ -20,95 +23,87 @@ SITES = {
     "gate": "gate",
     "wi": "gate",
 }
-CHOICES = tuple(site for site in SITES if site != "wi")  # what --sites takes
-LINEARS = tuple(dict.fromkeys(SITES.values()))  # all linears of a block
-CALL = (
-    threading.local()
-)  # its `rows`: of the block's call that is under way; threads may share a model
+SITE_NAMES = ("k", "v", "ff", "q", "o", "up", "gate")  # for users, who call wi a gate, too
+LINEARS = ("k", "v", "down", "q", "o", "up", "gate")
 
 
-class Scaled(nn.Linear):
-    """What such a linear becomes, in its place and with its W: each example is scaled by its own adapter's row."""
-
-    def forward(self, x_BLD):
-        rows, y = getattr(CALL, "rows", None), super().forward(x_BLD)
-        if (
-            rows is None
-        ):  # the block's call had begun when the vector was added: none of its adapters has one
-            return y
-        # (1,), or (B,): where rows of a batch share a source, cross-attention sees them as one
-        return self.l(y, rows if len(rows) == 1 else rows.reshape(len(x_BLD), -1)[:, 0])
+def possible_vectors(model):
+    """Return a dict from the name of each vector that could be added, or was, to its width."""
+    widths = {}
+    for name, module in model.named_modules():
+        parent_name, _, attribute = name.rpartition(".")
+        if attribute in ("l_q", "l_o", "l_up", "l_gate", "l_wi"):
+            linear = getattr(model.get_submodule(parent_name), SITES[attribute.removeprefix("l_")])
+            widths[name] = linear.out_features
+    return widths
 
 
-class ScaledBlock(Block):
-    """What the block around them becomes, which says whose rows come."""
-
-    def forward(self, x_BLD, context, cache, asked=True):
-        CALL.rows = context.adapter_B
-        try:
-            return super().forward(x_BLD, context, cache, asked)
-        finally:
-            CALL.rows = None
-
-
-def places(model):
-    """Our name of each vector that there may be beside the paper's -> the linear whose output it scales."""
-    found = {}
-    for name, linear in model.named_modules():
-        parent, _, kind = name.rpartition(".")
-        if kind in ("q", "o", "up", "gate") and type(linear) in (nn.Linear, Scaled):
-            wi = kind == "gate" and model.get_submodule(parent).up is None
-            found[f"{parent}.l_{'wi' if wi else kind}"] = linear
-    return found
+def add_vectors(model, names):
+    """Add the vectors of `names` that are possible and not there yet: a row of ones per adapter."""
+    example = next(iter(vectors(model).values()))
+    for name, width in possible_vectors(model).items():
+        if name in names and isinstance(model.get_submodule(name), Unscaled):
+            parent_name, _, attribute = name.rpartition(".")
+            vector = IA3(width, model.n_adapters).to(example)
+            vector.requires_grad_(example.requires_grad)
+            setattr(model.get_submodule(parent_name), attribute, vector)
 
 
-def add_sites(model, names):
-    """Add those vectors of `names` that are `places` without one: all ones, a row for each adapter."""
-    like = next(iter(vectors(model).values()))
-    for name, linear in places(model).items():
-        if name in names and type(linear) is nn.Linear:
-            if "forward" in vars(model.get_submodule(name.rsplit(".", 2)[0])):
-                raise ValueError(
-                    f"{name}: its block's forward is another already: add vectors before it is changed"
-                )
-            (block, part, attribute), vector = (
-                name.rsplit(".", 2),
-                IA3(linear.out_features, model.n_adapters).to(like),
-            )
-            vector.requires_grad_(like.requires_grad)
-            model.get_submodule(f"{block}.{part}").add_module(attribute, vector)
-            linear.__dict__["l"] = vector  # not as its own module: a vector has one name
-            linear.__class__, model.get_submodule(block).__class__ = Scaled, ScaledBlock
+def choose_vectors(model, sites, layers, cross=True):
+    """Let only the vectors of some sites and layers train, and return them: name to parameter.
 
-
-def select_vectors(model, sites, layers, cross):
-    """Freeze the vectors outside of `sites` ("k,v,ff"), `layers` ("0-5,20-") and, if not `cross`, of cross-attention.
-
-    -> name -> parameter of the others; those of sites.py are added to the model, where need be. Raises ValueError where
-    a site or a layer has none, where there is no cross-attention to leave out, and for a text of another form.
+    sites: such as "k,v,ff". layers: such as "0-5,20-", counted in the encoder and in the decoder.
+    cross: whether cross-attention is among them. Vectors that are not in the model yet are added.
+    Raise ValueError if a site or a span of layers has no vectors, if `layers` has another form, or
+    if there is no cross-attention to leave out.
     """
-    chosen, missing, parts, used = set(), {*sites.split(",")}, set(), set()
-    spans = [re.fullmatch(r"(\d+)(-?)(\d*)", text) for text in layers.split(",")]
-    if not all(spans):
-        raise ValueError(f"--layers {layers!r}: expected numbers and spans, as in 0-5,20-")
-    for name in {**vectors(model), **places(model)}:
-        layer, part, site = re.search(
-            r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name.replace("l_wi", "l_gate")
-        ).groups()
-        inside = {
-            x for x in spans if int(x[1]) <= int(layer) <= int(x[3] or (layer if x[2] else x[1]))
-        }
-        parts.add(part)
-        if inside and site in sites.split(",") and (cross or part != "cross"):
+    spans = parse_layers(layers)
+    asked_sites = sites.split(",")
+    chosen = set()
+    used_sites = set()
+    used_spans = set()
+    has_cross = False
+    for name in {**vectors(model), **possible_vectors(model)}:
+        layer, part, site = re.search(r"blocks\.(\d+)\.(\w+)\.l_(\w+)$", name).groups()
+        site = "gate" if site == "wi" else site
+        has_cross = has_cross or part == "cross"
+        matching_spans = {text for text, span in spans.items() if int(layer) in span}
+        is_left_out = part == "cross" and not cross
+        if matching_spans and site in asked_sites and not is_left_out:
             chosen.add(name)
-            missing.discard(site)
-            used |= inside
-    if lacking := sorted(missing) or [x[0] for x in spans if x not in used]:
-        found = f"of --sites {sites!r} in --layers {layers!r}, {','.join(lacking)!r} has no vectors in this model"
-        raise ValueError(f"{found}: expected some of {','.join(CHOICES)}, and layers as in 0-5,20-")
-    if not (cross or "cross" in parts):
+            used_sites.add(site)
+            used_spans |= matching_spans
+
+    missing = sorted(set(asked_sites) - used_sites)
+    missing = missing or [text for text in spans if text not in used_spans]
+    if missing:
+        found = f"--sites {sites!r} --layers {layers!r}: this model has no vectors for"
+        expected = f"expected sites from {','.join(SITE_NAMES)}, and layers as in 0-5,20-"
+        raise ValueError(f"{found} {','.join(missing)!r}; {expected}")
+    if not cross and not has_cross:
         raise ValueError("--no-cross is for models with cross-attention, and this one has none")
-    add_sites(model, chosen)
+
+    add_vectors(model, chosen)
+    trained = {}
     for name, vector in vectors(model).items():
         vector.requires_grad_(name in chosen)
-    return {name: vector for name, vector in vectors(model).items() if name in chosen}
+        if name in chosen:
+            trained[name] = vector
+    return trained
+
+
+def parse_layers(text):
+    """Return a dict from each span of "0-5,8,20-" to the layers in it. Raise ValueError."""
+    spans = {}
+    for span in text.split(","):
+        match = re.fullmatch(r"(\d+)(-?)(\d*)", span)
+        if match is None:
+            raise ValueError(f"--layers {text!r}: expected layers and spans, as in 0-5,20-")
+        first, dash, last = match.groups()
+        if last:
+            spans[span] = range(int(first), int(last) + 1)
+        elif dash:
+            spans[span] = range(int(first), 10**9)  # to the last layer there is
+        else:
+            spans[span] = range(int(first), int(first) + 1)
+    return spans

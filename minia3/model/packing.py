@@ -1,9 +1,17 @@
-"""To be written."""
+"""Packing: most of a block works token by token, so a padded batch can leave its padding out.
+
+Two sources of 30 and 500 tokens fill a batch of 2 x 500 positions, of which only 530 are tokens.
+Projections, norms and feed-forwards get those 530 as rows of one token each. Only attention needs
+to know which tokens belong together, so it unpacks them.
+
+Shapes: B batch, L length, D width, T real tokens of the batch.
+"""
 
 
 class Packing:
-    """Where a padded batch has its real tokens. What works token by token gets them alone, as T rows of one token,
-    (T, 1, D), each with the adapter of its row. Attention unpacks them, to (B, L, D) with zeros for padding.
+    """The positions of the real tokens of a padded batch.
+
+    mask_BL: bool, True = real. It stays on the CPU, because there `nonzero` waits for no GPU.
     """
 
     def __init__(self, mask_BL, device):
@@ -11,9 +19,32 @@ class Packing:
         self.shape = mask_BL.shape
 
     def pack(self, x_BLD):
+        """Return the real tokens (T, 1, D), row by row."""
         return x_BLD[self.row_T, self.column_T].unsqueeze(1)
 
     def unpack(self, x_T1D):
-        return x_T1D.new_zeros(*self.shape, x_T1D.shape[2]).index_put(
-            (self.row_T, self.column_T), x_T1D[:, 0]
-        )
+        """Return (B, L, D), with zeros in place of the padding."""
+        x_BLD = x_T1D.new_zeros(*self.shape, x_T1D.shape[2])
+        return x_BLD.index_put((self.row_T, self.column_T), x_T1D[:, 0])
+
+    def adapters(self, adapter_B):
+        """Return the adapter of each token (T,). One adapter for the whole batch (1,) stays one."""
+        if len(adapter_B) == 1:
+            return adapter_B
+        return adapter_B[self.row_T]
+
+
+class NoPacking:
+    """The same for a batch without padding, which stays as it is."""
+
+    def pack(self, x):
+        return x
+
+    def unpack(self, x):
+        return x
+
+    def adapters(self, adapter_B):
+        return adapter_B
+
+
+NO_PACKING = NoPacking()

@@ -1,4 +1,11 @@
-"""To be written."""
+"""Less memory for the backward pass: keep inputs, and compute what follows from them again.
+
+Autograd keeps every tensor that a backward pass reads. Three places keep less of them, each by one
+call that stands where the plain line would: gated feed-forwards (`recompute`), norms (`rms_norm`)
+and whole blocks, if the user asks for it with --recompute (`recompute_blocks`).
+
+Shapes: B batch, L length, D width of the model.
+"""
 
 from dataclasses import replace
 
@@ -6,106 +13,55 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-PLAIN = False  # True: the plain lines of blocks.py, whose results are the same, and for which autograd keeps more
 
+def recompute(function, *inputs, parameters=()):
+    """Return function(*inputs), and keep only `inputs` for the backward pass, which calls it again.
 
-def keeps_less():
-    return torch.is_grad_enabled() and not PLAIN
+    The function must return one tensor. parameters: those that the function reads from elsewhere,
+    such as its module; they get gradients, too. Without gradients, and in torch.compile (which
+    decides for itself what to recompute), this is the plain call.
 
-
-class Recomputed(torch.autograd.Function):
-    """function(*inputs), of which the inputs alone are kept: the backward computes it again.
-
-    `weight` is the parameter that the function uses. (torch.utils.checkpoint does the same, once it has loaded torch's
-    compiler, for two seconds and 100 MB.)
+    torch.utils.checkpoint does the same, but importing what it needs takes 2 s and 100 MB.
     """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    return _Recomputed.apply(function, len(parameters), *parameters, *inputs)
 
+
+class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, weight, *inputs):
-        ctx.function, ctx.weight = function, weight
+    def forward(ctx, function, n_parameters, *tensors):
+        ctx.function = function
+        ctx.parameters = tensors[:n_parameters]
+        inputs = tensors[n_parameters:]
         ctx.save_for_backward(*inputs)
         return function(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
-        needed = ctx.needs_input_grad[1:]
-        inputs = [
-            x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed[1:], strict=True)
-        ]
+        need_grad = ctx.needs_input_grad[2:]
+        inputs = []
+        for x, needs in zip(ctx.saved_tensors, need_grad[len(ctx.parameters) :], strict=True):
+            inputs.append(None if x is None else x.detach().requires_grad_(needs))
         with torch.enable_grad():
             out = ctx.function(*inputs)
-        wanted = [x for x, n in zip([ctx.weight, *inputs], needed, strict=True) if n]
+        candidates = [*ctx.parameters, *inputs]
+        wanted = [x for x, needs in zip(candidates, need_grad, strict=True) if needs]
         grads = iter(torch.autograd.grad(out, wanted, grad))
-        return None, *(next(grads) if n else None for n in needed)
+        return None, None, *(next(grads) if needs else None for needs in need_grad)
 
 
-class DroppedAttention(torch.autograd.Function):
-    """dropout(softmax(q k^T * scale + bias)) v. Of the weights, which are dropped is kept, a byte for each."""
+def rms_norm(x_BLD, weight_D, eps):
+    """Return F.rms_norm(x, weight), and keep x and one number per token for the backward pass.
 
-    @staticmethod
-    def forward(ctx, q_BHLK, k_BHMK, v_BHMK, bias_BHLM, scale, rate):
-        p_BHLM = weights(q_BHLK, k_BHMK, bias_BHLM, scale)
-        noise_BHLM = torch.empty_like(p_BHLM).bernoulli_(1 - rate)
-        ctx.save_for_backward(q_BHLK, k_BHMK, v_BHMK, bias_BHLM, noise_BHLM.bool())
-        ctx.scale, ctx.rate = scale, rate
-        return p_BHLM.mul_(noise_BHLM).to(v_BHMK.dtype) @ v_BHMK / (1 - rate)
-
-    @staticmethod
-    def backward(ctx, grad_BHLK):
-        q_BHLK, k_BHMK, v_BHMK, bias_BHLM, kept_BHLM = ctx.saved_tensors
-        p_BHLM, grad_BHLK = (
-            weights(q_BHLK, k_BHMK, bias_BHLM, ctx.scale),
-            grad_BHLK / (1 - ctx.rate),
-        )
-        noise_BHLM = kept_BHLM.to(p_BHLM.dtype)
-        grad_v_BHMK = (p_BHLM * noise_BHLM).to(v_BHMK.dtype).mT @ grad_BHLK
-        p_times_grad_BHLM = noise_BHLM.mul_(grad_BHLK @ v_BHMK.mT).mul_(
-            p_BHLM
-        )  # in place: room that is new is slow
-        grad_s_BHLM = p_times_grad_BHLM.sub_(
-            p_BHLM.mul_(p_times_grad_BHLM.sum(-1, keepdim=True))
-        )  # the softmax's
-        grad_bias = grad_s_BHLM.sum_to_size(bias_BHLM.shape) if ctx.needs_input_grad[3] else None
-        grad_s_BHLM = grad_s_BHLM.to(q_BHLK.dtype)
-        grad_q_BHLK, grad_k_BHMK = (
-            grad_s_BHLM @ k_BHMK * ctx.scale,
-            grad_s_BHLM.mT @ q_BHLK * ctx.scale,
-        )
-        return grad_q_BHLK, grad_k_BHMK, grad_v_BHMK, grad_bias, None, None
-
-
-def weights(q_BGNK, k_BGMK, bias, scale):
-    """softmax(q k^T * scale + bias), in float32 at least."""
-    wide = torch.promote_types(q_BGNK.dtype, torch.float32)
-    scores_BGNM = (q_BGNK.to(wide) * scale) @ k_BGMK.to(wide).mT
-    return (scores_BGNM if bias is None else scores_BGNM.add_(bias)).softmax(-1)
-
-
-def attention(q_BHLK, k_BGMK, v_BGMK, *, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """F.scaled_dot_product_attention, but for two cases in which a CPU's is poor.
-
-    Under dropout (T5's) it takes more time, and keeps the weights several times, in float32. And for one query, as in
-    decoding, it is 2 to 9 times as slow in bfloat16 as the equation, written out. (The query heads of a group are its
-    queries then: a mask may be of the head only where each has keys of its own.)
+    PyTorch's own keeps a float32 copy of a bfloat16 x as well. Arithmetic is in float32 at least.
     """
-    if not PLAIN and q_BHLK.device.type == "cpu" and not torch.compiler.is_compiling():
-        if dropout_p and torch.is_grad_enabled() and not is_causal and not enable_gqa:
-            return DroppedAttention.apply(q_BHLK, k_BGMK, v_BGMK, attn_mask, scale, dropout_p)
-        if (
-            q_BHLK.shape[2] == 1
-            and q_BHLK.dtype.itemsize == 2
-            and not (dropout_p or torch.is_grad_enabled())
-        ):
-            q_BGNK = q_BHLK.reshape(*k_BGMK.shape[:2], -1, q_BHLK.shape[3])
-            p_BGNM = weights(q_BGNK, k_BGMK, attn_mask, scale)
-            return (p_BGNM.to(v_BGMK.dtype) @ v_BGMK).view_as(q_BHLK)
-    how = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    return F.scaled_dot_product_attention(q_BHLK, k_BGMK, v_BGMK, attn_mask, **how)
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x_BLD, weight_D.shape, weight_D, eps)
+    return _RMSNorm.apply(x_BLD, weight_D, eps)
 
 
-class RMSNormed(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least; x and a number a token are kept."""
-
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD, weight_D, eps):
         wide_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
@@ -118,30 +74,34 @@ class RMSNormed(torch.autograd.Function):
         x_BLD, weight_D, r_BL1 = ctx.saved_tensors
         unit_BLD = x_BLD * r_BL1
         weighted_BLD = grad_BLD * weight_D.to(r_BL1.dtype)
-        along_BL1 = (weighted_BLD * unit_BLD).mean(
-            -1, keepdim=True
-        )  # growing x does not change its direction
+        # The part of the gradient along x drops out, because scaling x does not change its norm.
+        along_BL1 = (weighted_BLD * unit_BLD).mean(-1, keepdim=True)
         grad_x_BLD = ((weighted_BLD - unit_BLD * along_BL1) * r_BL1).to(x_BLD.dtype)
-        grad_weight_D = (
-            (grad_BLD * unit_BLD).sum_to_size(weight_D.shape) if ctx.needs_input_grad[1] else None
-        )
+        grad_weight_D = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_D = (grad_BLD * unit_BLD).sum_to_size(weight_D.shape)
         return grad_x_BLD, grad_weight_D, None
 
 
-def checkpointed(forward):
-    """A block's `forward` that keeps its input, and what later steps ask of its cache: all else is computed again."""
+def recompute_blocks(blocks):
+    """Make each block keep only its input, and its keys and values, for the backward pass."""
+    for block in blocks:
+        block.forward = _recomputed_forward(block.forward)
 
-    def run(x, context, cache, asked=True):
+
+def _recomputed_forward(forward):
+    def run(x, context, cache, keys_only=False):
         if not torch.is_grad_enabled():
-            return forward(x, context, cache, asked)
+            return forward(x, context, cache, keys_only)
 
-        before = replace(cache)  # what the second time begins with too
+        before = replace(cache)  # the second pass must start from the same cache as the first
 
-        def once(x):
-            own = replace(before)
-            return forward(x, context, own, asked), own.kv
+        def run_once(x):
+            cache_of_this_pass = replace(before)
+            out = forward(x, context, cache_of_this_pass, keys_only)
+            return out, cache_of_this_pass.kv
 
-        out, cache.kv = checkpoint(once, x, use_reentrant=False)
+        out, cache.kv = checkpoint(run_once, x, use_reentrant=False)
         cache.length = cache.kv[0].shape[2]
         return out
 

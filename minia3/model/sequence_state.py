@@ -1,186 +1,253 @@
-"""To be written."""
+"""What a running sequence carries. It is kept outside the modules, fresh for each batch.
+
+    State     what `model.start` returns and `model.step` advances: the whole batch
+    Cache     one block's keys and values
+    Context   what all blocks of one call share: masks, positions, adapters
+
+Training, scoring and decoding use them alike, so no code asks whether there is a cache.
+
+Several rows may continue one source: the choices of a question, samples, beams. T5's rows share the
+encoder's keys and values, which nobody changes. LLaMA's rows share the prompt's keys and values, to
+which each row adds its own. They are kept in one row of the cache, side by side,
+
+    column    0  1  2  3     4  5  6     7  8  9
+    owner_M  -1 -1 -1 -1     0  0  0     1  1  1      prompt (shared), then row 0's, then row 1's
+    token_M   0  1  2  3     4  5  6     4  5  6      the column's place in its own row
+
+and a mask lets each token see the prompt and the earlier tokens of its own row. No keys are copied.
+
+Shapes: B batch (of sources), R rows that continue them, L query length, M memory length (columns),
+N columns of one row, H query heads, G key/value heads, K head width.
+"""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from minia3.model.packing import Packing
+from minia3.model.packing import NO_PACKING
+
+ROOM = 64  # columns that a cache grows by, so that most steps copy nothing
 
 
 @dataclass
 class Context:
-    """One call's masks, positions and adapter rows, the same for every block."""
+    """The masks, positions and adapters of one call, the same for every block."""
 
-    adapter_B: torch.Tensor  # (T,) where the call is packed; (1,) where one serves all
-    bias_BHLM: torch.Tensor | None = (
-        None  # added to the scores: masks (-inf) and T5's relative positions
-    )
-    causal: bool = False  # SDPA's own causal mask: right only where L = M
-    rotation: tuple | None = None  # cos, sin (B or 1, 1, L, K)
-    memory_bias_B11M: torch.Tensor | None = None  # the source's padding, for cross-attention
-    packing: Packing | None = None
+    adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
+    bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
+    is_causal: bool = False  # use PyTorch's own causal mask, which is only right if L = M
+    rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
+    memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
+    packing: Any = NO_PACKING
+
+    def for_memory(self, n_rows, memory):
+        """Return the context of cross-attention. `n_rows` rows read a memory of maybe fewer."""
+        n_rows_per_source = n_rows // len(memory[0])
+        return Context(self.adapter_B[::n_rows_per_source], self.memory_bias_B11M)
 
 
 @dataclass
 class Cache:
-    """One block's keys and values, scaled and rotated: `kv`, with `length` columns filled; `memory`, the encoder's."""
+    """One block's keys and values (B, G, M, K), scaled and rotated.
+
+    kv: of self-attention. The first `length` columns are filled, and the others are spare room.
+    memory: of cross-attention, made once from the encoder's output. None in LLaMA.
+    """
 
     kv: tuple | None = None
     memory: tuple | None = None
     length: int = 0
 
     def append(self, k_BGLK, v_BGLK):
-        """-> all keys and values so far. Without gradients they are written into room that is made for 64 at a time."""
-        old, new, first = self.kv, (k_BGLK, v_BGLK), self.length
+        """Add columns, and return all keys and values so far."""
+        new = (k_BGLK, v_BGLK)
+        first = self.length
         self.length += k_BGLK.shape[2]
-        if old is None:
+        if self.kv is None:
             self.kv = new
-        elif (
-            torch.is_grad_enabled()
-        ):  # the graph may still need what it has read: nothing is written over
-            self.kv = tuple(
-                torch.cat((x[:, :, :first], y), dim=2) for x, y in zip(old, new, strict=True)
-            )
+        elif torch.is_grad_enabled():
+            # Copy, because the backward pass may still need what the old tensors hold.
+            pairs = zip(self.kv, new, strict=True)
+            self.kv = tuple(torch.cat((old[:, :, :first], x), dim=2) for old, x in pairs)
         else:
-            if old[0].shape[2] < self.length:
-                self.kv = tuple(
-                    F.pad(x[:, :, :first], (0, 0, 0, self.length - first + 64)) for x in old
-                )
-            for x, y in zip(self.kv, new, strict=True):
-                x[:, :, first : self.length] = y
+            self._make_room(first)
+            for old, x in zip(self.kv, new, strict=True):
+                old[:, :, first : self.length] = x
+        return self.filled()
+
+    def filled(self):
+        """Return `kv` without its spare room, so that no two states write into the same room."""
+        if self.kv is None:
+            return None
         return tuple(x[:, :, : self.length] for x in self.kv)
+
+    def _make_room(self, n_filled):
+        if self.kv[0].shape[2] < self.length:
+            n_more = self.length - n_filled + ROOM
+            self.kv = tuple(F.pad(x[:, :, :n_filled], (0, 0, 0, n_more)) for x in self.kv)
 
 
 @dataclass
 class State:
-    """A batch of sequences under way. From one source, and from what is read before `repeat`, several rows may go on.
+    """A batch of sequences that are being continued."""
 
-    start: (R, 1) the token that begins the target.
-    adapter_B: the row of vectors of each, or (1,) where one serves all.
-    sharing: so many rows are read as one, one after the other, for the sake of the columns that they share.
-    column_2M: the columns of the self-attention's caches: which token each is, and of which of these rows (-1: of all).
-    length: tokens of a row so far.
-    mask_BM: which of the columns are real; None where all are.
-    """
+    start: torch.Tensor  # (R, 1): the token that begins each target
+    adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
+    caches: list  # one per block
+    token_M: torch.Tensor  # the place of each cached column in its row, see above
+    owner_M: torch.Tensor  # the row to which the column belongs, -1: to all that share it
+    length: int = 0  # tokens of a row so far
+    mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
+    memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
+    n_sharing: int = 1  # rows that share one row of the caches
 
-    start: torch.Tensor
-    adapter_B: torch.Tensor
-    caches: list
-    column_2M: torch.Tensor
-    length: int = 0
-    mask_BM: torch.Tensor | None = None
-    memory_bias_B11M: torch.Tensor | None = None
-    sharing: int = 1
+    def append_columns(self, tokens_RL):
+        """Count the columns of the next tokens, and return the tokens as the blocks read them.
 
-    def fold(self, tokens_RL):
-        """The next tokens of the rows, as they are read: (B, sharing * L). Their columns are counted in."""
-        (n_rows, length), c = tokens_RL.shape, self.sharing
-        if n_rows != len(self.start) or length == 0:
-            raise ValueError(
-                f"expected tokens for each of {len(self.start)} rows, found {tuple(tokens_RL.shape)}"
-            )
-        new = torch.arange(c * length, device=tokens_RL.device)
-        self.column_2M = torch.cat(
-            (self.column_2M, torch.stack((self.length + new % length, new // length))), dim=1
-        )
-        self.length += length
-        return tokens_RL.reshape(-1, c * length)
+        tokens_RL (R, L) becomes (R / n_sharing, n_sharing * L): rows that share a cache row stand
+        side by side in it. Raise ValueError if the number of rows is wrong.
+        """
+        n_rows, n_tokens = tokens_RL.shape
+        if n_rows != len(self.start) or n_tokens == 0:
+            expected = f"expected tokens for each of {len(self.start)} rows"
+            raise ValueError(f"{expected}, found {tuple(tokens_RL.shape)}")
+        column_L = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
+        self.token_M = torch.cat((self.token_M, self.length + column_L % n_tokens))
+        self.owner_M = torch.cat((self.owner_M, column_L // n_tokens))
+        self.length += n_tokens
+        return tokens_RL.reshape(-1, self.n_sharing * n_tokens)
 
-    def seen(self, n):
-        """(n, M) bool: what the last n columns see: their own row's, and what is of all, up to themselves."""
-        token_M, row_M = self.column_2M
-        return (token_M <= token_M[-n:, None]) & ((row_M < 0) | (row_M == row_M[-n:, None]))
-
-    def select(self, rows_R):
-        """A new state whose row i goes on from row rows_R[i] (R,) long of this one; neither sees the other's steps."""
-        own = [
-            ((self.column_2M[1] < 0) | (self.column_2M[1] == i)).nonzero()[:, 0]
-            for i in range(self.sharing)
-        ]
-        column_RN = torch.stack(own)[rows_R % self.sharing]
-
-        def pick(
-            x, axis=None
-        ):  # axis: of the columns. Not by index_select, whose gradient a GPU sums in any order
-            if x is None:
-                return None
-            of_R = rows_R // (
-                n := len(self.start) // len(x)
-            )  # one that serves n rows may go on to, as under beams
-            if axis is None or self.sharing == 1:
-                return x[of_R[::n] if torch.equal(of_R, of_R[::n].repeat_interleave(n)) else of_R]
-            return x.transpose(1, axis)[of_R[:, None], column_RN].transpose(1, axis)
-
-        kvs = [cache.kv and tuple(pick(x, 2) for x in cache.kv) for cache in self.caches]
-        memories = [cache.memory and tuple(pick(x) for x in cache.memory) for cache in self.caches]
-        caches = [Cache(kv, memory, self.length) for kv, memory in zip(kvs, memories, strict=True)]
-        new = {
-            "memory_bias_B11M": pick(self.memory_bias_B11M),
-            "mask_BM": pick(self.mask_BM, 1),
-            "sharing": 1,
-        }
-        new |= {
-            "start": self.start[rows_R],
-            "adapter_B": of_rows(self.adapter_B, rows_R // self.sharing),
-        }
-        return replace(self, caches=caches, column_2M=self.column_2M[:, own[0]], **new)
+    def causal_mask(self, n_queries):
+        """Return (L, M) bool: which columns each of the last `n_queries` columns may see."""
+        query_token_L = self.token_M[-n_queries:]
+        query_owner_L = self.owner_M[-n_queries:]
+        is_past_LM = self.token_M <= query_token_L[:, None]
+        is_shared_M = self.owner_M < 0
+        is_same_row_LM = self.owner_M == query_owner_L[:, None]
+        return is_past_LM & (is_shared_M | is_same_row_LM)
 
     def repeat(self, c):
-        """A new state whose rows b*c ... b*c + c - 1 go on from row b of this one. No keys and values are copied."""
-        if self.sharing > 1:
-            return self.select(torch.arange(len(self.start), device=self.start.device)).repeat(c)
-        rows = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
-        caches = [
-            Cache(x.kv and tuple(y[:, :, : x.length] for y in x.kv), x.memory, x.length)
-            for x in self.caches
-        ]
-        if self.length == 0:  # no columns are shared
-            return replace(
-                self, start=self.start[rows], caches=caches, adapter_B=of_rows(self.adapter_B, rows)
-            )
-        column_2M = torch.stack((self.column_2M[0], -torch.ones_like(self.column_2M[1])))
-        return replace(self, start=self.start[rows], caches=caches, column_2M=column_2M, sharing=c)
+        """Return a new state: its rows b*c ... b*c + c - 1 continue row b of this one.
+
+        Neither state sees the other's later tokens. No keys or values are copied.
+        """
+        if self.n_sharing > 1:
+            rows_R = torch.arange(len(self.start), device=self.start.device)
+            return self.select(rows_R).repeat(c)
+        rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
+        caches = [Cache(cache.filled(), cache.memory, cache.length) for cache in self.caches]
+        if self.length == 0:
+            # Nothing is cached yet, so there is nothing to share: each row gets its own cache row.
+            adapter_B = pick_adapters(self.adapter_B, rows_R)
+            return replace(self, start=self.start[rows_R], caches=caches, adapter_B=adapter_B)
+        owner_M = torch.full_like(self.owner_M, -1)
+        return replace(
+            self, start=self.start[rows_R], caches=caches, owner_M=owner_M, n_sharing=c
+        )
+
+    def select(self, rows_R):
+        """Return a new state: its row i continues row rows_R[i] of this one. rows_R: (R,) long.
+
+        Neither state sees the other's later tokens.
+        """
+        columns = self._columns_of_rows()
+        n_rows = len(self.start)
+        caches = []
+        for cache in self.caches:
+            kv = memory = None
+            if cache.kv is not None:
+                kv = tuple(self._pick(x, rows_R, columns, column_axis=2) for x in cache.kv)
+            if cache.memory is not None:
+                memory = tuple(pick_rows(x, rows_R, n_rows) for x in cache.memory)
+            caches.append(Cache(kv, memory, self.length))
+        return replace(
+            self,
+            start=self.start[rows_R],
+            adapter_B=pick_adapters(self.adapter_B, rows_R // self.n_sharing),
+            caches=caches,
+            token_M=self.token_M[columns[0]],
+            owner_M=self.owner_M[columns[0]],
+            mask_BM=self._pick(self.mask_BM, rows_R, columns, column_axis=1),
+            memory_bias_B11M=pick_rows(self.memory_bias_B11M, rows_R, n_rows),
+            n_sharing=1,
+        )
+
+    def _columns_of_rows(self):
+        """Return, for each row that shares a cache row, the columns that it sees: shared or own."""
+        columns = []
+        for row in range(self.n_sharing):
+            is_seen_M = (self.owner_M < 0) | (self.owner_M == row)
+            columns.append(is_seen_M.nonzero()[:, 0])
+        return columns
+
+    def _pick(self, x, rows_R, columns, column_axis):
+        """Return the rows rows_R of x, each with the columns that it sees."""
+        if x is None or self.n_sharing == 1:
+            return pick_rows(x, rows_R, len(self.start))
+        column_RN = torch.stack(columns)[rows_R % self.n_sharing]
+        # Not by index_select, because a GPU sums its gradient in any order.
+        x = x.transpose(1, column_axis)[(rows_R // self.n_sharing)[:, None], column_RN]
+        return x.transpose(1, column_axis)
 
 
-def of_rows(adapter_B, rows):
-    """The adapters of some rows; one that serves the whole batch, (1,), serves them too."""
-    return adapter_B if len(adapter_B) == 1 else adapter_B[rows]
+def pick_rows(x, rows_R, n_rows):
+    """Return the rows of `x` that serve rows_R. Each row of x serves n_rows / len(x) rows.
+
+    If rows_R is such that each picked row still serves as many, it is picked once (beams of one
+    source stay beams of one source).
+    """
+    if x is None:
+        return None
+    n_served = n_rows // len(x)
+    source_R = rows_R // n_served
+    first_of_each = source_R[::n_served]
+    if torch.equal(source_R, first_of_each.repeat_interleave(n_served)):
+        return x[first_of_each]
+    return x[source_R]
+
+
+def pick_adapters(adapter_B, rows):
+    """Return the adapters of some rows. One adapter for the whole batch (1,) stays one."""
+    if len(adapter_B) == 1:
+        return adapter_B
+    return adapter_B[rows]
 
 
 def mask_to_bias(mask, dtype):
-    """0 where `mask` is True, -inf elsewhere, in the queries' dtype: another may be silently misread on the CPU."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-        ~mask, float("-inf")
-    )
+    """Return 0 if `mask` is True and -inf if not, in the dtype of the queries (see attend.py)."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, float("-inf"))
 
 
 def check_start(source_BM, mask_BM, adapter, n_adapters):
-    """The arguments of `start`, checked: -> adapter_B (long), of (1,) where one serves all.
+    """Check the arguments of `start`, and return adapter_B: (B,) long, or (1,) for the whole batch.
 
-    Raises ValueError for an empty source, a mask of another shape, a row without a real token, and adapters which the
-    model does not have (negative ones too).
+    Raise ValueError if the source is empty, if the mask has another shape or dtype, if a row has no
+    real token, and if the model does not have an adapter (negative ones, too).
     """
     if source_BM.dim() != 2 or 0 in source_BM.shape:
-        raise ValueError(
-            f"source must be (batch, length) ids with at least one token, found {tuple(source_BM.shape)}"
-        )
+        expected = "source must be (batch, length) ids with at least one token"
+        raise ValueError(f"{expected}, found {tuple(source_BM.shape)}")
     if mask_BM is not None:
-        if mask_BM.shape != source_BM.shape or mask_BM.dtype != torch.bool:
-            raise ValueError(
-                f"mask must be bool {(*source_BM.shape,)}, found {mask_BM.dtype} {(*mask_BM.shape,)}"
-            )
-        if empty := (~mask_BM.any(dim=1)).nonzero().flatten().tolist():
-            raise ValueError(
-                f"source rows {empty} have no real token: mask them in the batch, or give them one"
-            )
+        check_mask(mask_BM, tuple(source_BM.shape))
     rows = torch.as_tensor(0 if adapter is None else adapter)
-    if rows.dtype not in (torch.int64, torch.int32) or rows.shape not in ((), source_BM.shape[:1]):
-        raise ValueError(
-            f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long, found {adapter!r}"
-        )
+    is_integer = rows.dtype in (torch.int64, torch.int32)
+    if not is_integer or rows.shape not in ((), source_BM.shape[:1]):
+        expected = f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long"
+        raise ValueError(f"{expected}, found {adapter!r}")
     if not all(0 <= row < n_adapters for row in rows.flatten().tolist()):
-        raise ValueError(
-            f"adapter {adapter!r} is out of range: the model has rows 0 to {n_adapters - 1}"
-        )
+        expected = f"the model has rows 0 to {n_adapters - 1}"
+        raise ValueError(f"adapter {adapter!r} is out of range: {expected}")
     return rows.long().reshape(-1).to(source_BM.device)
+
+
+def check_mask(mask_BM, shape):
+    if mask_BM.shape != shape or mask_BM.dtype != torch.bool:
+        found = f"{mask_BM.dtype} {tuple(mask_BM.shape)}"
+        raise ValueError(f"mask must be bool {shape}, found {found}")
+    empty_rows = (~mask_BM.any(dim=1)).nonzero().flatten().tolist()
+    if empty_rows:
+        advice = "leave them out of the batch, or give each a token"
+        raise ValueError(f"source rows {empty_rows} have no real token: {advice}")

@@ -1,4 +1,15 @@
-"""To be written."""
+"""T5: an encoder that reads the source, and a decoder that writes the target.
+
+Raffel et al. 2019, arXiv 1910.10683. Three things are unlike other transformers:
+
+- Scores are not divided by sqrt(d_head). The initialisation took care of it.
+- Order is a learned bias, one number per head and bucket of distance, which is added to the scores.
+  One table serves all blocks of a stack.
+- In v1.0 the head is the embedding, and the decoder's output is scaled by d_model ** -0.5 before
+  it. v1.1 (flan-T5, T0, mT5) does not scale, and has a head of its own.
+
+Shapes: B batch, L query length, M memory length, D model, H heads, V vocabulary.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,16 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
-from minia3.model.packing import Packing
-from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias, of_rows
+from minia3.model.packing import NO_PACKING, Packing
+from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias
 
 
 @dataclass(frozen=True)
 class T5Config:
     d_model: int
-    d_head: int  # n_heads * d_head need not be d_model: t5-3b and t5-11b
+    d_head: int  # n_heads * d_head need not be d_model: see t5-3b and t5-11b
     d_ff: int
-    n_layers: int
+    n_layers: int  # of the encoder
     n_decoder_layers: int
     n_heads: int
     vocab_size: int
@@ -35,22 +46,17 @@ class T5Config:
 
 
 class Stack(nn.Module):
-    """The encoder or the decoder: blocks, a final norm, and the table of relative positions that all blocks share."""
+    """The encoder or the decoder: blocks, a final norm, and the table of position biases."""
 
-    def __init__(self, c, n_layers, decoder, n_adapters):
+    def __init__(self, config, n_layers, is_decoder, n_adapters):
         super().__init__()
-        attention = (c.d_model, c.n_heads, c.n_heads, c.d_head, 1.0, c.dropout, n_adapters)
-
-        def block():
-            attn, cross = Attention(*attention), Attention(*attention) if decoder else None
-            ffn = FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters)
-            return Block(attn, cross, ffn, c.d_model, c.eps, c.dropout)
-
-        self.blocks = nn.ModuleList(block() for _ in range(n_layers))
-        self.norm = RMSNorm(c.d_model, c.eps)
-        self.dropout = nn.Dropout(c.dropout)
-        self.position = Embedding(c.n_buckets, c.n_heads)
-        self.max_distance, self.bidirectional = c.max_distance, not decoder
+        blocks = [make_block(config, is_decoder, n_adapters) for _ in range(n_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.d_model, config.eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.position = Embedding(config.n_buckets, config.n_heads)
+        self.max_distance = config.max_distance
+        self.is_bidirectional = not is_decoder
 
     def forward(self, x_BLD, context, caches):
         x_BLD = self.dropout(x_BLD)
@@ -58,86 +64,123 @@ class Stack(nn.Module):
             x_BLD = block(x_BLD, context, cache)
         return self.dropout(self.norm(x_BLD))
 
-    def bias(self, position_L, position_M):
-        """(1, H, L, M): the bias of each position of the queries towards each of the keys."""
-        distance_LM = position_M - position_L[:, None]
+    def position_bias(self, position_L, position_M):
+        """Return (1, H, L, M): the bias from each position of a query to each position of a key."""
         bucket_LM = distance_bucket(
-            distance_LM, self.bidirectional, self.position.num_embeddings, self.max_distance
+            position_M - position_L[:, None],
+            self.is_bidirectional,
+            self.position.num_embeddings,
+            self.max_distance,
         )
         return self.position(bucket_LM).permute(2, 0, 1).unsqueeze(0)
 
 
-def distance_bucket(distance_LM, bidirectional, n_buckets, max_distance):
-    """Distance (key minus query) -> bucket: half of them exact, the rest in logarithmic steps up to `max_distance`.
+def make_block(config, is_decoder, n_adapters):
+    c = config
+    attention = (c.d_model, c.n_heads, c.n_heads, c.d_head, 1.0, c.dropout, n_adapters)
+    attn = Attention(*attention)
+    cross = Attention(*attention) if is_decoder else None
+    ffn = FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters)
+    return Block(attn, cross, ffn, c.d_model, c.eps, c.dropout)
 
+
+def distance_bucket(distance_LM, is_bidirectional, n_buckets, max_distance):
+    """Return the bucket (L, M) of each distance (position of the key minus position of the query).
+
+    Half of the buckets hold one distance each; the others grow in logarithmic steps up to
+    max_distance. The encoder divides them between both directions; the decoder only looks back.
     As `_relative_position_bucket` of Mesh TensorFlow's T5, down to its float32 logarithm.
     """
-    n_buckets = n_buckets // 2 if bidirectional else n_buckets  # half of them for each direction
-    first = (distance_LM > 0) * n_buckets if bidirectional else 0
-    distance_LM = distance_LM.abs() if bidirectional else (-distance_LM).clamp(min=0)
-    exact = n_buckets // 2
-    ratio_LM = torch.log(distance_LM.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far_LM = (exact + (ratio_LM * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
-    return first + torch.where(distance_LM < exact, distance_LM, far_LM)
+    if is_bidirectional:
+        n_buckets = n_buckets // 2
+        first_LM = (distance_LM > 0) * n_buckets  # the second half is for keys after the query
+        distance_LM = distance_LM.abs()
+    else:
+        first_LM = 0
+        distance_LM = (-distance_LM).clamp(min=0)
+    n_exact = n_buckets // 2
+    ratio_LM = torch.log(distance_LM.clamp(min=1).float() / n_exact)
+    ratio_LM = ratio_LM / math.log(max_distance / n_exact)
+    far_LM = (n_exact + (ratio_LM * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
+    return first_LM + torch.where(distance_LM < n_exact, distance_LM, far_LM)
 
 
 class T5(nn.Module):
     def __init__(self, config, n_adapters=1):
         super().__init__()
-        self.config, self.n_adapters = config, n_adapters
+        self.config = config
+        self.n_adapters = n_adapters
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, False, n_adapters)
         self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
-        self.head = (
-            nn.Linear(config.d_model, config.vocab_size, bias=False) if config.own_head else None
-        )
+        self.head = None
+        if config.own_head:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def start(self, source, mask=None, adapter=None):
-        """Read the source: -> the State from which `step` writes the target. See `State`.
+        """Encode the source, and return the State from which `step` writes the target.
 
-        source (B, M) ids; mask (B, M) bool, True = real, None = all; adapter None (row 0), an int or (B,) long.
-        Raises ValueError for an empty source or row, and for an adapter that is not there.
+        source: (B, M) ids. mask: (B, M) bool, True = real; None: all of it. adapter: None (row 0 of
+        the vectors), an int for all rows, or (B,) long. `state.start` is the decoder's start token.
+        Raise ValueError if the source or a row of it is empty, or if an adapter does not exist.
         """
         adapter_B = check_start(source, mask, adapter, self.n_adapters)
-        x, adapter, memory_bias_B11M, packing = self.embed(source), adapter_B, None, None
+
         position_M = torch.arange(source.shape[1], device=source.device)
-        bias_BHMM = self.encoder.bias(position_M, position_M)
+        bias_BHMM = self.encoder.position_bias(position_M, position_M)
+        x = self.embed(source)
+        packing = NO_PACKING
+        memory_bias_B11M = None
         if mask is not None:
-            mask_B11M, packing = (
-                mask.to(source.device)[:, None, None, :],
-                Packing(mask, source.device),
-            )
-            memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
-            x, adapter, bias_BHMM = (
-                packing.pack(x),
-                of_rows(adapter_B, packing.row_T),
-                bias_BHMM + memory_bias_B11M,
-            )
-        memory = self.encoder(
-            x, Context(adapter, bias_BHMM, packing=packing), [Cache() for _ in self.encoder.blocks]
-        )
-        kvs = (block.cross.kv(memory, adapter, packing=packing) for block in self.decoder.blocks)
-        caches = [
-            Cache(memory=tuple(x.contiguous() for x in kv)) for kv in kvs
-        ]  # a head in one piece: read often
-        start_B1 = torch.full_like(source[:, :1], self.config.start_id)
+            packing = Packing(mask, source.device)
+            memory_bias_B11M = mask_to_bias(mask.to(source.device)[:, None, None, :], x.dtype)
+            bias_BHMM = bias_BHMM + memory_bias_B11M
+
+        context = Context(packing.adapters(adapter_B), bias_BHMM, packing=packing)
+        unused_caches = [Cache() for _ in self.encoder.blocks]
+        memory = self.encoder(packing.pack(x), context, unused_caches)
+
+        caches = []
+        for block in self.decoder.blocks:
+            kv = block.cross.kv(memory, context)
+            # Contiguous, because every step of the decoder reads them.
+            caches.append(Cache(memory=tuple(x.contiguous() for x in kv)))
         return State(
-            start_B1, adapter_B, caches, source.new_zeros(2, 0), memory_bias_B11M=memory_bias_B11M
+            start=torch.full_like(source[:, :1], self.config.start_id),
+            adapter_B=adapter_B,
+            caches=caches,
+            token_M=source.new_zeros(0),
+            owner_M=source.new_zeros(0),
+            memory_bias_B11M=memory_bias_B11M,
         )
 
     def step(self, tokens, state):
-        """Append tokens (B, L) to the target: -> logits (B, L, V) of the token after each; `state` moves on."""
-        return self.logits(self.read(tokens, state))
+        """Append tokens (B, L) to the target, and return the logits (B, L, V) of what follows each.
 
-    def read(self, tokens, state):
-        tokens_BL = state.fold(tokens)
-        x_BLD, n = self.embed(tokens_BL), tokens_BL.shape[1]
-        bias_BHLM = self.decoder.bias(state.column_2M[0, -n:], state.column_2M[0])
-        if n > 1:
-            bias_BHLM = bias_BHLM + mask_to_bias(state.seen(n), x_BLD.dtype)
-        context = Context(state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M)
+        `state` advances.
+        """
+        return self.logits(self.run_blocks(tokens, state))
+
+    def run_blocks(self, tokens, state):
+        """Append tokens (B, L) to the target, and return the decoder's output (B, L, D)."""
+        tokens_BL = state.append_columns(tokens)
+        n_queries = tokens_BL.shape[1]
+        x_BLD = self.embed(tokens_BL)
+        bias_BHLM = self.decoder.position_bias(state.token_M[-n_queries:], state.token_M)
+        if n_queries > 1:
+            bias_BHLM = bias_BHLM + mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
+        context = Context(
+            state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M
+        )
         return self.decoder(x_BLD, context, state.caches).view(*tokens.shape, -1)
 
-    def logits(self, x, weight=None):
-        x = x * self.config.d_model**-0.5 if self.config.scale_logits else x
-        return F.linear(x, (self.head or self.embed).weight if weight is None else weight)
+    def logits(self, x):
+        """Return the logits (..., V) of the decoder's output (..., D)."""
+        if self.config.scale_logits:
+            x = x * self.config.d_model**-0.5
+        return F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self):
+        """(V, D): the head's own weight, or the embedding."""
+        return self.embed.weight if self.head is None else self.head.weight

@@ -1,21 +1,22 @@
-"""To be written."""
+"""How a model's modules are set up to train: dropout, recomputation, compilation."""
 
 import torch
 
-from minia3.model.blocks import Attention, Block
-from minia3.model.recompute import checkpointed
+from minia3.model.blocks import Block
+from minia3.model.recompute import recompute_blocks
 
 
 def prepare_model(model, config):
-    """How the model's modules are to train, as the flags say."""
+    """Apply --dropout, --checkpoint and --compile to the modules of `model`."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if config.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = config.dropout
+    if config.checkpoint:
+        recompute_blocks(blocks)
     if config.compile:
-        torch._dynamo.config.cache_size_limit = (
-            64  # graphs of a block: first or last, padded or not, training or not
-        )
-    for module in model.modules():
-        if config.dropout is not None and isinstance(module, torch.nn.Dropout | Attention):
-            setattr(module, "dropout" if isinstance(module, Attention) else "p", config.dropout)
-        if config.checkpoint and isinstance(module, Block):
-            module.forward = checkpointed(module.forward)
-        if config.compile and isinstance(module, Block):
-            module.compile(dynamic=True)
+        # A block has several graphs: the first or the last one, padded or not, training or not.
+        torch._dynamo.config.cache_size_limit = 64
+        for block in blocks:
+            block.compile(dynamic=True)

@@ -37,8 +37,8 @@ from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import row_of, save_adapter
 from minia3.checkpoints.tensor_names import name_table
 from minia3.model.blocks import Block
-from minia3.model.more_vectors import add_sites, places, select_vectors
-from minia3.model.recompute import checkpointed
+from minia3.model.more_vectors import add_vectors, choose_vectors, possible_vectors
+from minia3.model.recompute import recompute_blocks
 from minia3.training.checkpoint import load_checkpoint
 from minia3.training.prepare import prepare_model
 
@@ -70,7 +70,7 @@ def scaled(loaded):
 
     def get(name, n_adapters=1, seed=0, sites=None, **options):
         model = loaded(name, n_adapters, **options)
-        select_vectors(model, sites or all_of(name), "0-", True)
+        choose_vectors(model, sites or all_of(name), "0-", True)
         return randomize(model, seed)
 
     return get
@@ -93,7 +93,7 @@ def peft_folder(tmp_path):
 def alone(model, row, loaded, name, **options):
     """A model of ours in which this row is the only one."""
     one = loaded(name, **options)
-    add_sites(one, minia3.vectors(model))
+    add_vectors(one, minia3.vectors(model))
     for n, table in minia3.vectors(one).items():
         table.data[0] = minia3.vectors(model)[n][row]
     return one
@@ -108,17 +108,17 @@ def test_ones_are_the_base_bit_for_bit(loaded, name, dtype):
     model = loaded(name, n_adapters=2, dtype=dtype)
     before = minia3.vectors(model).keys()
     expected = logits(model, SOURCE, MASK, TARGET)
-    select_vectors(model, all_of(name), "0-", True)
+    choose_vectors(model, all_of(name), "0-", True)
     assert torch.equal(logits(model, SOURCE, MASK, TARGET), expected)
     added = {n: v for n, v in minia3.vectors(model).items() if n not in before}
-    assert added.keys() == places(model).keys()
+    assert added.keys() == possible_vectors(model).keys()
     assert all(v.dtype == torch.float32 and len(v) == 2 and (v == 1).all() for v in added.values())
 
 
 @pytest.mark.parametrize("name", THREE)
 def test_a_model_has_none_that_nobody_asked_for(loaded, name):
     model, expected = loaded(name), [n for n, _ in loaded(name).named_parameters()]
-    select_vectors(model, "k,v,ff", "0-", True)
+    choose_vectors(model, "k,v,ff", "0-", True)
     assert [n for n, _ in model.named_parameters()] == expected
     assert all(type(x) is Block for x in model.modules() if isinstance(x, Block))
     assert {n.rsplit(".l_")[1] for n in minia3.vectors(model)} == {"k", "v", "ff"}
@@ -132,7 +132,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_block_has_room_for_what_its_linears_give(loaded, name):
-    found = {n: linear.out_features for n, linear in places(loaded(name)).items()}
+    found = possible_vectors(loaded(name))
     kinds = [n.rsplit(".l_")[1] for n in found]
     assert sorted((kind, kinds.count(kind)) for kind in {*kinds}) == sorted(COUNTS[name])
     assert {found[n] for n in found if n.endswith(("l_q", "l_o"))} == {24}
@@ -297,7 +297,7 @@ def test_a_vector_that_an_adapter_lacks_becomes_one_and_is_one_in_a_mixture(
     name = "blocks.1.ffn.l_gate"
     assert torch.equal(mixed[name], 1 + 0.5 * (parts[1][0][name] - 1))
     minia3.load_adapter(model, tmp_path / "three")
-    assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == places(model).keys()
+    assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == possible_vectors(model).keys()
 
 
 def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(
@@ -350,7 +350,7 @@ def test_vectors_are_not_added_to_a_block_whose_forward_is_another(loaded):
     with pytest.raises(
         ValueError, match=r"blocks\.0\.attn\.l_q: its block's forward is another already"
     ):
-        select_vectors(model, "q", "0-", True)
+        choose_vectors(model, "q", "0-", True)
 
 
 # Each example by its own row
@@ -453,7 +453,7 @@ def test_checkpointed_blocks_give_the_same_bits_under_dropout(scaled, name):
     expected = gradients(model, batch)
     assert all(gradient.any() for gradient in expected[1:])
     for block in (module for module in model.modules() if isinstance(module, Block)):
-        block.forward = checkpointed(block.forward)
+        recompute_blocks([block])
     same(gradients(model, batch), expected, rtol=0, atol=0)
 
 
@@ -502,7 +502,7 @@ def test_a_merged_row_is_the_row_applied_and_has_no_vectors_but_the_paper_s(
     assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
     assert torch.equal(logits(model, SOURCE, MASK, TARGET, adapter=1), expected)
     assert off(logits(merged, SOURCE, MASK, TARGET), logits(model, SOURCE, MASK, TARGET)) > 1e-2
-    add_sites(merged, places(merged))
+    add_vectors(merged, possible_vectors(merged))
     assert len(minia3.vectors(merged)) == len(minia3.vectors(model))
 
 
@@ -529,11 +529,11 @@ def test_the_saved_model_is_the_base_and_nothing_else(scaled, loaded, tmp_path, 
 
 def test_lora_is_not_put_where_a_vector_is_nor_a_vector_where_lora_is(loaded, peft_folder):
     model = loaded("llama-gqa")
-    select_vectors(model, "q", "0-", True)
+    choose_vectors(model, "q", "0-", True)
     with pytest.raises(ValueError, match="expected no LoRA yet"):
         add_lora(model, where=("q", "v"))
     add_lora(model, where=("o", "v"))
-    assert {n.rsplit(".")[-1] for n in places(model)} == {"l_q", "l_up", "l_gate"}
+    assert {n.rsplit(".")[-1] for n in possible_vectors(model)} == {"l_q", "l_up", "l_gate"}
     with pytest.raises(ValueError, match=r"attn.l_o of 24, expected none"):
         minia3.load_adapter(model, peft_folder("llama-gqa")[1])
 
@@ -562,14 +562,14 @@ def test_what_is_chosen_is_added_and_alone_requires_a_gradient(
     loaded, name, sites, layers, cross, chosen, added
 ):
     model = loaded(name, n_adapters=2)
-    paper, room = {*minia3.vectors(model)}, {*places(model)}
-    found = select_vectors(model, sites, layers, cross)
+    paper, room = {*minia3.vectors(model)}, {*possible_vectors(model)}
+    found = choose_vectors(model, sites, layers, cross)
     ours = minia3.vectors(model)
     assert ours.keys() == paper | {n for n in room if re.fullmatch(added, n)}
     assert found.keys() == {n for n in ours if re.fullmatch(chosen, n)}
     assert all(found[n] is ours[n] for n in found)
     assert {n for n, v in ours.items() if v.requires_grad} == found.keys()
-    select_vectors(model, "k", "0-", True)
+    choose_vectors(model, "k", "0-", True)
     assert {n for n, v in minia3.vectors(model).items() if v.requires_grad} == {
         n for n in ours if n.endswith("l_k")
     }
@@ -582,7 +582,7 @@ def test_sites_that_are_none_or_of_another_model_are_refused_and_add_nothing(loa
     with pytest.raises(
         ValueError, match=r"has no vectors in .* expected some of k,v,ff,q,o,up,gate, and layers"
     ):
-        select_vectors(model, sites, "0-", True)
+        choose_vectors(model, sites, "0-", True)
     assert minia3.vectors(model).keys() == minia3.vectors(loaded("t5-v1.0")).keys()
 
 
@@ -601,7 +601,7 @@ def test_two_seeds_together_are_each_apart_with_all_sites(name, recipe, tmp_path
     assert run(words(tmp_path / "grid", *recipe, seed="0,3", **flags)) == 0
     together = load_checkpoint(tmp_path / "grid")["vectors"]
     base = minia3.load_model(running.model(name))
-    expected = minia3.vectors(base).keys() | places(base).keys()
+    expected = minia3.vectors(base).keys() | possible_vectors(base).keys()
     assert together.keys() == expected
     for i, seed in enumerate((0, 3)):
         assert run(words(tmp_path / str(seed), seed=seed, **flags)) == 0
@@ -648,7 +648,7 @@ def test_a_run_with_all_sites_is_measured_again_and_stopped_goes_on_bit_for_bit(
 def test_the_vectors_of_a_model_are_at_peft_s_names_of_its_linears(loaded):
     for name in SEVEN:
         model = loaded(name)
-        ours = minia3.vectors(model).keys() | places(model).keys()
+        ours = minia3.vectors(model).keys() | possible_vectors(model).keys()
         theirs = {
             n for n, place in minia3.names.expand(minia3.names.PEFT, 3).items() if place in ours
         }

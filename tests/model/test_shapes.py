@@ -20,7 +20,7 @@ from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.model.llama import inverse_frequencies
-from minia3.model.more_vectors import select_vectors
+from minia3.model.more_vectors import choose_vectors
 from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.training.losses import total_loss
 from minia3.training.optimizer import Adafactor
@@ -181,7 +181,7 @@ def run(model, tokenizer, folder):
         names.load(name, folder / "mixed")
     names.rows(["adapter", None, "two", "three"])
     minia3.generate(minia3.merge(model, 1).bfloat16(), tokenizer, prompts, max_new_tokens=3)
-    select_vectors(model, "k,v,ff,q,o", "0-", True)  # and more, from outside
+    choose_vectors(model, "k,v,ff,q,o", "0-", True)  # and more, from outside
     minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"], adapter=adapters)
 
 
