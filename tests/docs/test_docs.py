@@ -271,7 +271,7 @@ def shortened(words):
     """Return the flags of a run, but with two steps. Where it fails, it fails as it would."""
     if "--resume" in words or words in failing_commands():
         return words
-    return [*words, "--steps", "2", "--device", "cpu"]
+    return [*words, "--steps", "2", "--eval-batch-size", "64", "--device", "cpu"]
 
 
 @pytest.mark.slow
