@@ -1,5 +1,6 @@
 """The README and the documents tell the truth: commands run, links lead somewhere, tables agree."""
 
+import dataclasses
 import fnmatch
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import running
-from pages import NEEDS, PAGES, README, ROOT, Block, blocks_of, headings, simple_commands
+from pages import FENCE, NEEDS, PAGES, README, ROOT, Block, blocks_of, headings, simple_commands
 
 import minia3
 import train
@@ -21,6 +22,7 @@ from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import parse_flags
 
 DESIGN = ROOT / "docs" / "design.md"
+API = ROOT / "docs" / "python-api.md"
 ADAPTER = "runs/tiny-t5-same-colour-ia3-0/adapter"
 SCRIPTS = {  # words that start a script -> words that print its help
     "data/pretrain.py": ["data/pretrain.py"],
@@ -28,6 +30,19 @@ SCRIPTS = {  # words that start a script -> words that print its help
     "tests.benchmarks.studies": ["-m", "tests.benchmarks.studies"],
     "tests.benchmarks.memory": ["-m", "tests.benchmarks.memory"],
     "tests.benchmarks.growth": ["-m", "tests.benchmarks.growth"],
+}
+# Flags that the text names: of train.py under a second name, of the scripts, and of other programs.
+OTHER_FLAGS = {
+    "--init",
+    "--help",
+    "--seed",
+    "--d-model",
+    "--details",
+    "--quick",
+    "--only",
+    "--checkpoint",  # the name of --recompute in version 0.1.0
+    "--no-deps",
+    "--local-dir",
 }
 # A study hands flags that it does not know to train.py.
 TRAIN_FLAGS_OF_STUDIES = {"--init", "--data-dir", "--device"}
@@ -188,6 +203,20 @@ def test_commands_name_models_and_tasks_that_exist():
             assert task in known_tasks() or is_path(task), task
 
 
+@by_page
+def test_flags_in_the_text_exist(page, capsys):
+    if page.name == "CHANGELOG.md":
+        pytest.skip("it names flags that were removed")
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)}
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            parse([command.__name__, "--help"])
+    known |= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    used = set(re.findall(r"`[^`]*?(--[a-z][\w-]*)", text))
+    assert used - known - OTHER_FLAGS == set()
+
+
 def is_path(name):
     """Whether a name stands for a file or folder that the reader brings, or that a run makes."""
     return name.startswith(("runs/", "path/to/")) or name in ("rows.jsonl", "weights.gguf")
@@ -290,26 +319,30 @@ def without_digits(text):
 # Python
 
 
-@by_page
-def test_the_python_runs_as_it_stands(page, folder):
-    blocks = [block for block in blocks_of(page, "python") if not block.mark]
-    if not blocks:
-        pytest.skip("no Python here")
-    minia3.save_adapter(load_model("tiny-t5"), ADAPTER)
-    names = {}
-    for block in blocks:
-        exec(compile(block.text, page.name, "exec"), names)
-
-
-def test_the_python_of_the_api_page_does_what_it_says(folder):
-    page = ROOT / "docs" / "python-api.md"
-    minia3.save_adapter(load_model("tiny-t5"), ADAPTER)
+def run_python(page):
+    """Execute the Python of a page from top to bottom. Return the names that it leaves."""
+    minia3.save_adapter(load_model("tiny-t5"), ADAPTER)  # what `python train.py` would make
     names = {}
     for block in blocks_of(page, "python"):
-        exec(compile(block.text, page.name, "exec"), names)
+        if not block.mark:
+            exec(compile(block.text, page.name, "exec"), names)
+    return names
+
+
+def test_only_the_api_page_has_python_that_runs():
+    pages = [page for page in PAGES if any(not b.mark for b in blocks_of(page, "python"))]
+    assert pages == [API]
+
+
+def test_the_python_of_the_api_page_runs_and_does_what_it_says(folder):
+    names = run_python(API)
     assert names["scores"].shape == (4, 2)
     assert (Path("same-colour-t5") / "model.safetensors").exists()
     assert type(names["merged"]) is type(names["model"])
     assert list(names["served"]) == []
+
+
+def test_the_api_page_names_every_public_function():
+    text = API.read_text(encoding="utf-8")
     for name in minia3.__all__:
-        assert name in page.read_text(encoding="utf-8"), name
+        assert f"minia3.{name}" in text, name
