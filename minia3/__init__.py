@@ -1,33 +1,37 @@
-"""minia3: (IA)^3 inside a T5 and a LLaMA written directly in torch. The chapters begin in ia3.py.
+"""minia3: (IA)^3 inside a T5 and a LLaMA that are written directly in torch.
 
-Public names are imported on first use (PEP 562): `import minia3` does not import torch.
+Start reading at minia3/model/ia3.py, or at train.py beside this folder. Public names are imported
+when they are first used (PEP 562), so `import minia3` does not import torch.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-_NAMES = {  # module -> its public names
-    "model.ia3": "vectors freeze",
-    "checkpoints.load": "load_model",
-    "checkpoints.save": "save_model",
-    "checkpoints.tokenizer": "load_tokenizer",
-    "adapters.rows": "load_adapter save_adapter",
-    "adapters.named_rows": "Adapters",
-    "adapters.merge": "merge",
-    "tasks.splits": "load_task",
-    "inference.scoring": "logprobs rank",
-    "inference.decoding": "generate stream",
+_MODULES = {  # public name: its module
+    "load_model": "minia3.checkpoints.load",
+    "load_tokenizer": "minia3.checkpoints.tokenizer",
+    "save_model": "minia3.checkpoints.save",
+    "load_task": "minia3.tasks.splits",
+    "vectors": "minia3.model.ia3",
+    "freeze": "minia3.model.ia3",
+    "load_adapter": "minia3.adapters.rows",
+    "save_adapter": "minia3.adapters.rows",
+    "Adapters": "minia3.adapters.named_rows",
+    "merge": "minia3.adapters.merge",
+    "logprobs": "minia3.inference.scoring",
+    "rank": "minia3.inference.scoring",
+    "generate": "minia3.inference.decoding",
+    "stream": "minia3.inference.decoding",
 }
-_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'minia3' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"minia3.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__():
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -1,7 +1,8 @@
-"""What the tests of the models share: small random checkpoints, made by transformers and saved as it saves them.
+"""What the tests of the models share: small random checkpoints, made and saved by transformers.
 
-Weights are jittered, so that no norm is one, no bias zero and no attention uniform: else half of the mistakes would not
-show. transformers and peft are imported only by the fixtures which need them.
+Every weight is random, also those that transformers starts at one or zero, because half of all
+mistakes would not show in a model whose norms are one and whose attention is uniform. Only the
+fixtures that need transformers and peft import them.
 """
 
 import functools
@@ -13,8 +14,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-# Models this small cost more to share among cores than to run; and a fork, as of the fuzz, hangs in threads of OpenMP
-# that it does not have. Before torch is imported; children inherit it.
+# Models this small cost more to share among cores than to run, and a forked process (the fuzz
+# forks) hangs in threads of OpenMP that it does not have. Set before torch is imported; processes
+# that the tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -22,7 +24,14 @@ import torch
 
 import minia3
 
-T5_SIZES = {"vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+T5_SIZES = {
+    "vocab_size": 61,
+    "d_model": 24,
+    "d_kv": 6,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+}
 LLAMA_SIZES = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -31,28 +40,35 @@ LLAMA_SIZES = {
     "num_attention_heads": 4,
 }
 LLAMA3_ROPE = {
-    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0},
-    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
 }
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+NEAR = {
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.3,
+}
+ODD = {
+    "hidden_size": 21,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "intermediate_size": 37,
+}
 
-# name -> class of transformers, and what its config differs in
+# name: (class of transformers, how its config differs from the sizes above)
 T5_PEERS = {
     "t5-v1.0": ("T5", {}),
-    "t5-v1.1": ("T5", GATED),  # with its own head: see `make`
-    "t5-wide": (
-        "T5",
-        {"d_kv": 10, "num_layers": 3, "num_decoder_layers": 1},
-    ),  # heads * d_kv != d_model, as t5-3b
+    "t5-v1.1": ("T5", GATED),  # with a head of its own: see `make`
+    # n_heads * d_head is not d_model, as in t5-3b
+    "t5-wide": ("T5", {"d_kv": 10, "num_layers": 3, "num_decoder_layers": 1}),
     "t5-deep-decoder": ("T5", {**GATED, "num_heads": 3, "num_layers": 1, "num_decoder_layers": 3}),
-    "t5-near": (
-        "T5",
-        {
-            "relative_attention_num_buckets": 8,
-            "relative_attention_max_distance": 12,
-            "dropout_rate": 0.3,
-        },
-    ),
+    "t5-near": ("T5", NEAR),
     "t5-unscaled": ("T5", GATED),  # tied and not scaled: what transformers 5 makes of a v1.1 config
     "mt5": ("MT5", {"feed_forward_proj": "gated-gelu"}),
 }
@@ -60,16 +76,7 @@ LLAMA_PEERS = {
     "llama-mha": ("Llama", {}),
     "llama-gqa": ("Llama", {"num_key_value_heads": 2, "rms_norm_eps": 1e-2}),
     "llama-tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "llama-odd": (
-        "Llama",
-        {
-            "hidden_size": 21,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "head_dim": 10,
-            "intermediate_size": 37,
-        },
-    ),
+    "llama-odd": ("Llama", ODD),
     "llama3": (
         "Llama",
         {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
@@ -80,13 +87,43 @@ PEERS = T5_PEERS | LLAMA_PEERS
 OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5")
 
 
+# What the fast run left out
+
+
+def pytest_configure(config):
+    config.left_out = []
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.left_out.extend(items)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    n_slow = sum(item.get_closest_marker("slow") is not None for item in config.left_out)
+    if n_slow:
+        terminalreporter.write_line(
+            f"{n_slow} slow tests were left out; `python -m pytest -m slow` runs them"
+        )
+    if "MINIA3_TEST_DATA" not in os.environ:
+        terminalreporter.write_line(
+            "MINIA3_TEST_DATA is not set: tests on real data sets and tokenizers were skipped"
+        )
+
+
+# Peers
+
+
 class Peer(NamedTuple):
     name: str
     folder: Path  # as transformers saved it
     model: torch.nn.Module  # transformers' own, in eval mode
 
     def logits(self, source_BM, mask_BM, target_BL):
-        """(B, L + 1, V): the logits after the source and after each token of the target; LLaMA's rows unpadded."""
+        """Return (B, L + 1, V): the logits after the source and after each token of the target.
+
+        A LLaMA gets each row by itself, without its padding.
+        """
         with torch.no_grad():
             if self.model.config.is_encoder_decoder:
                 start_B1 = torch.full_like(
@@ -94,56 +131,67 @@ class Peer(NamedTuple):
                 )
                 target_BL = torch.cat((start_B1, target_BL), dim=1)
                 mask_BM = None if mask_BM is None else mask_BM.long()
-                return self.model(
+                output = self.model(
                     input_ids=source_BM, attention_mask=mask_BM, decoder_input_ids=target_BL
-                ).logits
-            rows = (
-                source_BM
-                if mask_BM is None
-                else [row[keep] for row, keep in zip(source_BM, mask_BM, strict=True)]
-            )
-            texts = [
-                torch.cat((row, target))[None] for row, target in zip(rows, target_BL, strict=True)
-            ]
-            return torch.cat(
-                [self.model(input_ids=text).logits[:, -target_BL.shape[1] - 1 :] for text in texts]
-            )
+                )
+                return output.logits
+            if mask_BM is None:
+                mask_BM = torch.ones_like(source_BM, dtype=torch.bool)
+            return their_llama_logits(self.model, source_BM, mask_BM, target_BL)
+
+
+def their_llama_logits(model, source_BM, mask_BM, target_BL):
+    n_logits = target_BL.shape[1] + 1
+    rows = []
+    for source, mask, target in zip(source_BM, mask_BM, target_BL, strict=True):
+        text = torch.cat((source[mask], target))
+        rows.append(model(input_ids=text[None]).logits[:, -n_logits:])
+    return torch.cat(rows)
+
+
+def their_logits(model, source_BM, mask_BM, target_BL):
+    """Return what Peer.logits does, with gradients."""
+    if model.config.is_encoder_decoder:
+        target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
+        output = model(
+            input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL
+        )
+        return output.logits
+    return their_llama_logits(model, source_BM, mask_BM, target_BL)
 
 
 def make(name, **overrides):
-    """A random model of transformers, in eval mode: the same weights at every call."""
+    """Return a random model of transformers in eval mode, with the same weights at every call."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kind, differs = PEERS[name]
-    sizes = LLAMA_SIZES if name in LLAMA_PEERS else T5_SIZES
-    model_kind = "ForCausalLM" if name in LLAMA_PEERS else "ForConditionalGeneration"
-    config = getattr(transformers, f"{kind}Config")(**{**sizes, **differs, **overrides})
+    kind, differences = PEERS[name]
+    is_llama = name in LLAMA_PEERS
+    sizes = LLAMA_SIZES if is_llama else T5_SIZES
+    config_class = getattr(transformers, f"{kind}Config")
+    config = config_class(**{**sizes, **differences, **overrides})
     config.decoder_start_token_id = 0 if config.is_encoder_decoder else None
+    model_kind = "ForCausalLM" if is_llama else "ForConditionalGeneration"
+    model_class = getattr(transformers, f"{kind}{model_kind}")
     with torch.random.fork_rng():
         torch.manual_seed(sum(name.encode()))
-        model = getattr(transformers, f"{kind}{model_kind}")(config)
+        model = model_class(config)
         with torch.no_grad():
             for parameter_name, parameter in model.named_parameters():
-                std = (
-                    1.0
-                    if "relative_attention_bias" in parameter_name
-                    else 0.2
-                    if name in LLAMA_PEERS
-                    else 0.1
-                )
+                std = 0.2 if is_llama else 0.1
+                if "relative_attention_bias" in parameter_name:
+                    std = 1.0
                 parameter.add_(std * torch.randn(parameter.shape))
-        if name in OWN_HEAD:  # transformers 5 ties every T5
-            model.lm_head.weight = torch.nn.Parameter(
-                torch.randn(config.vocab_size, config.d_model)
-            )
+        if name in OWN_HEAD:  # transformers 5 ties the head of every T5
+            head = torch.randn(config.vocab_size, config.d_model)
+            model.lm_head.weight = torch.nn.Parameter(head)
     return model.eval()
 
 
 @pytest.fixture(scope="session")
 def peer(tmp_path_factory):
-    """name -> Peer, each made once."""
+    """A function from a name to its Peer, each made once."""
 
     @functools.cache
     def get(name):
@@ -157,7 +205,7 @@ def peer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(peer):
-    """name -> a fresh model of ours, with its vectors at one (or random, the same for a seed)."""
+    """A function from a name to a fresh model of ours. Its vectors are one; random with a seed."""
 
     def get(name, n_adapters=1, seed=None, **options):
         model = minia3.load_model(peer(name).folder, n_adapters=n_adapters, **options)
@@ -169,7 +217,7 @@ def loaded(peer):
 
 
 def with_peft(name, **options):
-    """PEFT's (IA)^3 by its defaults around `make(name)`: random vectors, negative ones among them, in eval mode."""
+    """Return PEFT's (IA)^3 around `make(name)` in eval mode, with random vectors, some negative."""
     import peft
 
     model = make(name)
@@ -184,7 +232,7 @@ def with_peft(name, **options):
 
 
 def double(model):
-    """`model` in float64 throughout: transformers' norms compute in float32 even then."""
+    """Return `model` in float64 throughout; transformers' norms compute in float32 even then."""
 
     def forward(norm, x):
         return (
@@ -199,23 +247,28 @@ def double(model):
 
 @pytest.fixture
 def copy(peer, tmp_path):
-    """name, changes of its config.json (None: take the key away) -> a folder of its own that a test may damage."""
+    """A function from a name to a copy of its folder that a test may damage.
+
+    Keyword arguments change its config.json; None takes a key away.
+    """
 
     def get(name, **changes):
         folder = tmp_path / name
         shutil.copytree(peer(name).folder, folder)
-        raw = json.loads((folder / "config.json").read_text())
-        raw.update(changes)
-        (folder / "config.json").write_text(
-            json.dumps({key: value for key, value in raw.items() if value is not None})
-        )
+        config = json.loads((folder / "config.json").read_text())
+        config.update(changes)
+        config = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
         return folder
 
     return get
 
 
+# Models of ours
+
+
 def randomize(model, seed=0, std=0.5):
-    """Vectors from a normal distribution around one, some of them negative."""
+    """Draw all vectors from a normal distribution around one; some become negative."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for vector in minia3.vectors(model).values():
@@ -223,52 +276,37 @@ def randomize(model, seed=0, std=0.5):
     return model
 
 
+def tokens(*shape, seed=0):
+    """Return random ids that are neither pad nor end."""
+    return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, source_BM, mask_BM, target_BL, adapter=None):
+    """Return what Peer.logits does, of a model of ours."""
+    with torch.no_grad():
+        state = model.start(source_BM, mask_BM, adapter)
+        return model.step(torch.cat((state.start, target_BL), dim=1), state)
+
+
 def at_once(work, arguments):
-    """Call `work` with each of these tuples, in a thread of its own; they take turns within a block, or a load."""
-    threads, before = (
-        [threading.Thread(target=work, args=own) for own in arguments],
-        sys.getswitchinterval(),
-    )
-    sys.setswitchinterval(1e-6)  # seconds
+    """Call `work` with each tuple of `arguments` in a thread of its own. Threads switch often."""
+    threads = [threading.Thread(target=work, args=values) for values in arguments]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds: within a block, or a load
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     finally:
-        sys.setswitchinterval(before)
+        sys.setswitchinterval(interval)
 
 
-def tokens(*shape, seed=0):
-    """Random ids which are neither pad nor end."""
-    return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, source_BM, mask_BM, target_BL, adapter=None):
-    """As Peer.logits, of a model of ours."""
-    with torch.no_grad():
-        state = model.start(source_BM, mask_BM, adapter)
-        return model.step(torch.cat((state.start, target_BL), dim=1), state)
-
-
-def their_logits(model, source_BM, mask_BM, target_BL):
-    """As Peer.logits, with gradients."""
-    if model.config.is_encoder_decoder:
-        target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
-        return model(
-            input_ids=source_BM, attention_mask=mask_BM.long(), decoder_input_ids=target_BL
-        ).logits
-    texts = [
-        torch.cat((row[m], target))
-        for row, m, target in zip(source_BM, mask_BM, target_BL, strict=True)
-    ]
-    return torch.cat(
-        [model(input_ids=text[None]).logits[:, -target_BL.shape[1] - 1 :] for text in texts]
-    )
+# Comparisons
 
 
 def off(found, expected):
-    """The largest difference as a part of the largest expected value."""
+    """Return the largest difference, relative to the largest expected value."""
     assert found.shape == expected.shape
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
@@ -278,19 +316,16 @@ def rms(x):
 
 
 def bfloat16_errors(peer, name, source_BM, mask_BM, target_BL):
-    """Root mean square errors of the logits in bfloat16, ours and theirs, from theirs in float32 with the same weights.
+    """Return three root mean squares: our error in bfloat16, transformers' error, and the logits.
 
-    The third value is the root mean square of the logits themselves.
+    An error is the difference from transformers in float32 with the same (bfloat16) weights.
     """
     folder = peer(name).folder
     theirs = type(peer(name).model).from_pretrained(folder, dtype=torch.bfloat16).eval()
     exact = make(name)
     exact.load_state_dict({key: value.float() for key, value in theirs.state_dict().items()})
-    arguments = (source_BM, mask_BM, target_BL)
-    expected = Peer(name, folder, exact).logits(*arguments)
-    ours = logits(minia3.load_model(folder, dtype=torch.bfloat16), *arguments)
-    return (
-        rms(ours - expected),
-        rms(Peer(name, folder, theirs).logits(*arguments) - expected),
-        rms(expected),
-    )
+    expected = Peer(name, folder, exact).logits(source_BM, mask_BM, target_BL)
+    ours = minia3.load_model(folder, dtype=torch.bfloat16)
+    our_error = logits(ours, source_BM, mask_BM, target_BL) - expected
+    their_error = Peer(name, folder, theirs).logits(source_BM, mask_BM, target_BL) - expected
+    return rms(our_error), rms(their_error), rms(expected)

@@ -57,9 +57,9 @@ class Unscaled(nn.Module):
 def rotate(x_BHLK, rotation):
     """Turn each pair (x_i, x_{i + K/2}) by the angle of its position.
 
-    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), or None
-    (T5 does not rotate). The two of a pair are half a head apart, as in Hugging Face's files. Meta's
-    files and GGUF pair neighbours, so their readers permute W_q and W_k.
+    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), or None,
+    because T5 does not rotate. The two of a pair are half a head apart, as in Hugging Face's files.
+    Meta's files and GGUF pair neighbours, so their readers permute W_q and W_k.
     """
     if rotation is None:
         return x_BHLK
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     scale: of the scores. LLaMA's is d_head ** -0.5; T5's is 1.
     """
 
-    def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):  # noqa: PLR0913 (numbers, not a config)
+    def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):
         super().__init__()
         self.q = nn.Linear(d_model, n_heads * d_head, bias=False)
         self.k = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
@@ -109,13 +109,14 @@ class Attention(nn.Module):
         q_BHLK = self.split_heads(context.packing.unpack(q))
         q_BHLK = rotate(q_BHLK, context.rotation)
 
+        dropout = self.dropout.p if self.training else 0.0
         out_BHLK = attend(
             q_BHLK,
             k_BGMK,
             v_BGMK,
             context.bias_BHLM,
             is_causal=context.is_causal,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=dropout,
             scale=self.scale,
         )
         out = context.packing.pack(out_BHLK.transpose(1, 2).flatten(2))
@@ -198,9 +199,9 @@ class Block(nn.Module):
 
         if self.cross is not None:
             # Rows that share a source ask together: their queries become one row, without copies.
-            context_of_memory = context.for_memory(len(x_BLD), cache.memory)
-            h = self.cross_norm(x_BLD).unflatten(0, (len(cache.memory[0]), -1)).flatten(1, 2)
-            h = self.cross(h, cache.memory, context_of_memory)
+            n_sources = len(cache.memory[0])
+            h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)
+            h = self.cross(h, cache.memory, context.cross)
             x_BLD = x_BLD + self.dropout(h.view_as(x_BLD))
 
         h_BLD = self.ffn_norm(x_BLD)

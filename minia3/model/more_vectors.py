@@ -12,7 +12,7 @@ from minia3.model.blocks import Unscaled
 from minia3.model.ia3 import IA3, vectors
 
 # The site of a vector (l_<site>), and the linear that it scales: its output, but for ff its input.
-# The linear `gate` has two sites, because files name it so: T5 v1.0, which is not gated, calls it wi.
+# The linear `gate` has two sites, because files name it so: T5 v1.0 is not gated and calls it wi.
 SITES = {
     "k": "k",
     "v": "v",
@@ -30,7 +30,7 @@ LINEARS = ("k", "v", "down", "q", "o", "up", "gate")
 def possible_vectors(model):
     """Return a dict from the name of each vector that could be added, or was, to its width."""
     widths = {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         parent_name, _, attribute = name.rpartition(".")
         if attribute in ("l_q", "l_o", "l_up", "l_gate", "l_wi"):
             linear = getattr(model.get_submodule(parent_name), SITES[attribute.removeprefix("l_")])

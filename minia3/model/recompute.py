@@ -42,7 +42,7 @@ class _Recomputed(torch.autograd.Function):
         need_grad = ctx.needs_input_grad[2:]
         inputs = []
         for x, needs in zip(ctx.saved_tensors, need_grad[len(ctx.parameters) :], strict=True):
-            inputs.append(None if x is None else x.detach().requires_grad_(needs))
+            inputs.append(x.detach().requires_grad_(needs))
         with torch.enable_grad():
             out = ctx.function(*inputs)
         candidates = [*ctx.parameters, *inputs]

@@ -39,13 +39,8 @@ class Context:
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's own causal mask, which is only right if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
-    memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
     packing: Any = NO_PACKING
-
-    def for_memory(self, n_rows, memory):
-        """Return the context of cross-attention. `n_rows` rows read a memory of maybe fewer."""
-        n_rows_per_source = n_rows // len(memory[0])
-        return Context(self.adapter_B[::n_rows_per_source], self.memory_bias_B11M)
+    cross: "Context | None" = None  # the context of cross-attention, if there is any
 
 
 @dataclass
@@ -113,11 +108,18 @@ class State:
         if n_rows != len(self.start) or n_tokens == 0:
             expected = f"expected tokens for each of {len(self.start)} rows"
             raise ValueError(f"{expected}, found {tuple(tokens_RL.shape)}")
-        column_L = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
-        self.token_M = torch.cat((self.token_M, self.length + column_L % n_tokens))
-        self.owner_M = torch.cat((self.owner_M, column_L // n_tokens))
+        column_N = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
+        self.token_M = torch.cat((self.token_M, self.length + column_N % n_tokens))
+        self.owner_M = torch.cat((self.owner_M, column_N // n_tokens))
         self.length += n_tokens
         return tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+
+    def cross_context(self):
+        """Return the Context of cross-attention, in which rows that share a source ask together."""
+        n_sources = len(self.caches[0].memory[0])
+        n_rows_per_source = len(self.start) // n_sources
+        adapter_B = self.adapter_B[::n_rows_per_source]
+        return Context(adapter_B, self.memory_bias_B11M, packing=NO_PACKING)
 
     def causal_mask(self, n_queries):
         """Return (L, M) bool: which columns each of the last `n_queries` columns may see."""
@@ -143,9 +145,7 @@ class State:
             adapter_B = pick_adapters(self.adapter_B, rows_R)
             return replace(self, start=self.start[rows_R], caches=caches, adapter_B=adapter_B)
         owner_M = torch.full_like(self.owner_M, -1)
-        return replace(
-            self, start=self.start[rows_R], caches=caches, owner_M=owner_M, n_sharing=c
-        )
+        return replace(self, start=self.start[rows_R], caches=caches, owner_M=owner_M, n_sharing=c)
 
     def select(self, rows_R):
         """Return a new state: its row i continues row rows_R[i] of this one. rows_R: (R,) long.
@@ -232,7 +232,9 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         raise ValueError(f"{expected}, found {tuple(source_BM.shape)}")
     if mask_BM is not None:
         check_mask(mask_BM, tuple(source_BM.shape))
-    rows = torch.as_tensor(0 if adapter is None else adapter)
+    if adapter is None:
+        adapter = 0
+    rows = torch.as_tensor(adapter)
     is_integer = rows.dtype in (torch.int64, torch.int32)
     if not is_integer or rows.shape not in ((), source_BM.shape[:1]):
         expected = f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long"

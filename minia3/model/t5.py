@@ -93,16 +93,16 @@ def distance_bucket(distance_LM, is_bidirectional, n_buckets, max_distance):
     """
     if is_bidirectional:
         n_buckets = n_buckets // 2
-        first_LM = (distance_LM > 0) * n_buckets  # the second half is for keys after the query
+        first_bucket = (distance_LM > 0) * n_buckets  # the second half: keys after the query
         distance_LM = distance_LM.abs()
     else:
-        first_LM = 0
+        first_bucket = 0
         distance_LM = (-distance_LM).clamp(min=0)
     n_exact = n_buckets // 2
     ratio_LM = torch.log(distance_LM.clamp(min=1).float() / n_exact)
     ratio_LM = ratio_LM / math.log(max_distance / n_exact)
     far_LM = (n_exact + (ratio_LM * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
-    return first_LM + torch.where(distance_LM < n_exact, distance_LM, far_LM)
+    return first_bucket + torch.where(distance_LM < n_exact, distance_LM, far_LM)
 
 
 class T5(nn.Module):
@@ -169,9 +169,7 @@ class T5(nn.Module):
         bias_BHLM = self.decoder.position_bias(state.token_M[-n_queries:], state.token_M)
         if n_queries > 1:
             bias_BHLM = bias_BHLM + mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
-        context = Context(
-            state.adapter_B, bias_BHLM, memory_bias_B11M=state.memory_bias_B11M
-        )
+        context = Context(state.adapter_B, bias_BHLM, cross=state.cross_context())
         return self.decoder(x_BLD, context, state.caches).view(*tokens.shape, -1)
 
     def logits(self, x):

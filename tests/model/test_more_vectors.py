@@ -10,6 +10,7 @@ import warnings
 import pytest
 import running
 import torch
+from batches import batch_of, gradients, same
 from conftest import (
     Peer,
     at_once,
@@ -24,7 +25,7 @@ from conftest import (
 )
 from running import at_line, kill_self, metrics, run, train, words
 from safetensors.torch import load_file
-from test_recompute import batch_of, compiled, gradients, same
+from test_compile import compile_blocks
 from torch.testing import assert_close
 from words import word_tokenizer
 
@@ -35,7 +36,8 @@ from minia3.adapters.mix import mix
 from minia3.adapters.named_rows import Adapters
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import row_of, save_adapter
-from minia3.checkpoints.tensor_names import name_table
+from minia3.adapters.vector_names import PEFT
+from minia3.checkpoints.tensor_names import expand, name_table
 from minia3.model.blocks import Block
 from minia3.model.more_vectors import add_vectors, choose_vectors, possible_vectors
 from minia3.model.recompute import recompute_blocks
@@ -160,7 +162,7 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft
     assert off(found, expected) < 1e-11
     for x in (expected, found):
         x.log_softmax(-1)[..., 5].mean().backward()
-    table = minia3.names.expand(minia3.names.PEFT, 3)
+    table = expand(PEFT, 3)
     learnt = {
         table[n.replace(".default", "")]: p.grad.flatten()
         for n, p in theirs.named_parameters()
@@ -297,7 +299,9 @@ def test_a_vector_that_an_adapter_lacks_becomes_one_and_is_one_in_a_mixture(
     name = "blocks.1.ffn.l_gate"
     assert torch.equal(mixed[name], 1 + 0.5 * (parts[1][0][name] - 1))
     minia3.load_adapter(model, tmp_path / "three")
-    assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == possible_vectors(model).keys()
+    assert {n for n, x in row_of(model, 0).items() if (x == 1).all()} == possible_vectors(
+        model
+    ).keys()
 
 
 def test_vectors_join_a_float64_model_in_float64_and_a_used_one_in_all_rows(
@@ -344,13 +348,16 @@ def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled
     assert off(logits(model, SOURCE, MASK, TARGET, row), alone) < 1e-5
 
 
-def test_vectors_are_not_added_to_a_block_whose_forward_is_another(loaded):
+def test_vectors_may_be_added_to_recomputed_blocks(loaded):
     model = loaded("llama-gqa")
     prepare_model(model, train.Config(checkpoint=True))
-    with pytest.raises(
-        ValueError, match=r"blocks\.0\.attn\.l_q: its block's forward is another already"
-    ):
-        choose_vectors(model, "q", "0-", True)
+    choose_vectors(model, "q", "0-")
+    randomize(model, seed=3)
+    plain = loaded("llama-gqa")
+    choose_vectors(plain, "q", "0-")
+    randomize(plain, seed=3)
+    batch = batch_of((7, 3, 5))
+    same(gradients(model, batch), gradients(plain, batch), rtol=0, atol=0)
 
 
 # Each example by its own row
@@ -463,7 +470,7 @@ def test_compiled_is_plain_and_other_lengths_compile_nothing_anew(scaled, name):
     minia3.freeze(model)
     first, lengths = (15, 5, 9, 16, 13), [(18,) * 7, (4, 9, 2, 2), (8, 8), (30, 1, 1, 1, 1, 2, 9)]
     expected = gradients(model, batch_of(first))
-    compiled(model, lambda graph, _: graphs.append(graph) or graph.forward)
+    compile_blocks(model, lambda graph, _: graphs.append(graph) or graph.forward)
     same(gradients(model, batch_of(first)), expected)
     gradients(model, batch_of(lengths[0]))
     n = len(graphs)
@@ -527,15 +534,15 @@ def test_the_saved_model_is_the_base_and_nothing_else(scaled, loaded, tmp_path, 
         assert path.read_bytes() == (tmp_path / "scaled" / path.name).read_bytes()
 
 
-def test_lora_is_not_put_where_a_vector_is_nor_a_vector_where_lora_is(loaded, peft_folder):
-    model = loaded("llama-gqa")
-    choose_vectors(model, "q", "0-", True)
-    with pytest.raises(ValueError, match="expected no LoRA yet"):
-        add_lora(model, where=("q", "v"))
-    add_lora(model, where=("o", "v"))
-    assert {n.rsplit(".")[-1] for n in possible_vectors(model)} == {"l_q", "l_up", "l_gate"}
-    with pytest.raises(ValueError, match=r"attn.l_o of 24, expected none"):
-        minia3.load_adapter(model, peft_folder("llama-gqa")[1])
+def test_lora_and_a_vector_may_share_a_linear_and_merge(loaded):
+    """The vector scales what the linear with its LoRA gives, so LoRA is added before it."""
+    model = loaded("llama-gqa", dtype=torch.float64)
+    choose_vectors(model, "q,o", "0-")
+    randomize(model, seed=3)
+    for parameter in add_lora(model, where=("q", "v")).values():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    expected = logits(model, SOURCE, MASK, TARGET)
+    assert off(logits(merge(model), SOURCE, MASK, TARGET), expected) < 1e-6  # vectors are float32
 
 
 # Which are trained
@@ -580,7 +587,7 @@ def test_what_is_chosen_is_added_and_alone_requires_a_gradient(
 def test_sites_that_are_none_or_of_another_model_are_refused_and_add_nothing(loaded, sites):
     model = loaded("t5-v1.0")
     with pytest.raises(
-        ValueError, match=r"has no vectors in .* expected some of k,v,ff,q,o,up,gate, and layers"
+        ValueError, match="has no vectors for .* expected sites from k,v,ff,q,o,up,gate, and layers"
     ):
         choose_vectors(model, sites, "0-", True)
     assert minia3.vectors(model).keys() == minia3.vectors(loaded("t5-v1.0")).keys()
@@ -649,9 +656,7 @@ def test_the_vectors_of_a_model_are_at_peft_s_names_of_its_linears(loaded):
     for name in SEVEN:
         model = loaded(name)
         ours = minia3.vectors(model).keys() | possible_vectors(model).keys()
-        theirs = {
-            n for n, place in minia3.names.expand(minia3.names.PEFT, 3).items() if place in ours
-        }
+        theirs = {n for n, place in expand(PEFT, 3).items() if place in ours}
         weights = {
             n
             for n, own in name_table(model).items()

@@ -488,21 +488,23 @@ def test_beams_go_on_from_their_source_s_keys_and_values_without_copies_of_them(
 
 
 def test_a_column_is_seen_by_its_own_row_and_those_after_it():
-    state = State(torch.zeros(2, 1), None, [], torch.zeros(2, 0, dtype=torch.long))
-    state.fold(torch.zeros(2, 2))
+    empty = torch.zeros(0, dtype=torch.long)
+    state = State(torch.zeros(2, 1), None, [], empty, empty)
+    state.append_columns(torch.zeros(2, 2))
     shared = state.repeat(2)  # two columns of both rows, and then two and one of each
-    assert [shared.fold(torch.arange(4 * n).view(4, n)).tolist() for n in (2, 1)] == [
+    assert [shared.append_columns(torch.arange(4 * n).view(4, n)).tolist() for n in (2, 1)] == [
         [[0, 1, 2, 3], [4, 5, 6, 7]],
         [[0, 1], [2, 3]],
     ]
     assert [state.length, shared.length] == [2, 5]
     assert [
-        ["".join("-x"[seen] for seen in row) for row in state.seen(n).tolist()] for n in (1, 2)
+        ["".join("-x"[seen] for seen in row) for row in state.causal_mask(n).tolist()]
+        for n in (1, 2)
     ] == [
         ["xx"],
         ["x-", "xx"],
     ]
-    assert ["".join("-x"[seen] for seen in row) for row in shared.seen(6).tolist()] == [
+    assert ["".join("-x"[seen] for seen in row) for row in shared.causal_mask(6).tolist()] == [
         "xxx-----",
         "xxxx----",
         "xx--x---",

@@ -42,6 +42,11 @@ BROADCAST = {
 }
 
 
+def place(path):
+    """Return a short name of a file: its folder and its stem."""
+    return f"{Path(path).parent.name}/{Path(path).stem}"
+
+
 def lies(names):
     """What is wrong with the shapes of `names` (name -> value), as lines; and the names that were looked at."""
     sizes, wrong, seen = {}, [], set()
@@ -78,7 +83,7 @@ class Watch:
     def __call__(self, frame, event, argument):
         code = frame.f_code
         if event in ("call", "return") and code.co_filename.startswith(self.folder):
-            where = f"{Path(code.co_filename).stem}.{code.co_name}"
+            where = f"{place(code.co_filename)}.{code.co_name}"
             wrong, seen = lies(frame.f_locals)
             for line in wrong:
                 self.wrong.setdefault((where, line.split()[0]), line)
@@ -106,14 +111,14 @@ def suffixed_names(path):
                 name = child.id
             inner = child.name if isinstance(child, ast.FunctionDef) else function
             if name and function and SUFFIXED.fullmatch(name):
-                found.add((f"{path.stem}.{function}", name))
+                found.add((f"{place(path)}.{function}", name))
             visit(child, inner)
 
     visit(ast.parse(path.read_text()), None)
     return found
 
 
-NAMES = {path: names for path in sorted(PACKAGE.glob("*.py")) if (names := suffixed_names(path))}
+NAMES = {path: names for path in sorted(PACKAGE.rglob("*.py")) if (names := suffixed_names(path))}
 
 
 def run(model, tokenizer, folder):
@@ -207,7 +212,7 @@ def test_every_name_with_a_suffix_was_looked_at(watch):
     assert BROADCAST.keys() <= {name for _, name in names}  # none of them has gone
 
 
-@pytest.mark.parametrize("path", NAMES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NAMES, ids=place)
 def test_every_letter_is_in_the_legend_of_its_file(path):
     legend = re.search(
         r"^Shapes: (.*?)(?:\n\n|\Z)", ast.get_docstring(ast.parse(path.read_text())), re.M | re.S
