@@ -1,112 +1,237 @@
-"""To be written."""
+"""Build a tokenizer of the package `tokenizers` from the pieces of a sentencepiece model.
 
+The aim is sentencepiece's own ids, for every text. There are two kinds of models, and both begin
+with a text whose spaces are "▁":
+
+    Unigram (T5)      chooses the pieces whose scores have the largest sum
+    BPE (LLaMA-2)     begins with single characters, and joins two neighbours again and again,
+                      always the two that make the piece with the best score
+
+`tokenizers` has both. Its BPE, however, wants a list of merges, whose first entry wins, while a
+sentencepiece file has only pieces with scores: see `bpe_merges`.
+
+What goes in is a sentencepiece file (spiece.model of T5, tokenizer.model of LLaMA-2) or the same
+lists from a GGUF file. Known difference: T5's normalisation drops a mark that combines with a
+ligature ("ĳ" + U+0338), as Hugging Face's tokenizer does and sentencepiece does not.
+"""
+
+import math
 import re
 import struct
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
-    1, 7
-)  # kinds of tokens, in sentencepiece and GGUF alike
+from minia3.checkpoints.protobuf import numbered, parse_message, read_fields
+
+# Kinds of pieces, in sentencepiece files and GGUF files alike
+NORMAL = 1
+UNKNOWN = 2  # stands for a character that no piece has
+CONTROL = 3  # such as </s>
+USER_DEFINED = 4  # found in a text before any other piece
+UNUSED = 5
+BYTE = 6  # one of 256, such as <0x0A>, that spell the characters that no piece has
+
+# Kinds of models
+UNIGRAM = 1
+BPE = 2
+
+SPACE = "▁"  # U+2581, which stands for a space in a piece
+
+# A line of Llama 3's tokenizer.model: a token in base64, and its id
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+
+# The fields that we read, with their names, numbers and defaults in sentencepiece_model.proto
+# (github.com/google/sentencepiece, src/sentencepiece_model.proto)
+
+MODEL_PIECES = 1  # ModelProto.pieces, repeated: a message for each piece
 
 
-def add_tokens(backend, tokens):
-    special = {
-        UNKNOWN: True,
-        CONTROL: True,
-        USER_DEFINED: False,
-    }  # what is found in a text before all else
-    backend.add_tokens(
-        [AddedToken(t, special=special[k], normalized=False) for t, k in tokens if k in special]
-    )
+@dataclass
+class ModelProto:
+    trainer_spec: bytes = numbered(2, b"")
+    normalizer_spec: bytes = numbered(3, b"")
+
+
+@dataclass
+class SentencePiece:
+    piece: bytes = numbered(1)
+    score: bytes = numbered(2, bytes(4))  # a float32
+    type: int = numbered(3, NORMAL)
+
+
+@dataclass
+class TrainerSpec:
+    model_type: int = numbered(3, UNIGRAM)
+    treat_whitespace_as_suffix: int = numbered(24, 0)
+    bos_id: int = numbered(41, 1)
+    eos_id: int = numbered(42, 2)
+    pad_id: int = numbered(43, -1)
+
+
+@dataclass
+class NormalizerSpec:
+    precompiled_charsmap: bytes = numbered(2, b"")
+    add_dummy_prefix: int = numbered(3, 1)
+    remove_extra_whitespaces: int = numbered(4, 1)
+
+
+class Piece(NamedTuple):
+    """A token of a vocabulary; its id is its position in the list of all pieces."""
+
+    text: str
+    score: float
+    kind: int
 
 
 def read_sentencepiece(data):
-    """A sentencepiece file -> backend and special ids. Fields have their numbers from sentencepiece_model.proto."""
-    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", data):
+    """Return (backend, {"bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}).
+
+    data: the content of a sentencepiece file. An id that is out of range means that the model has
+    no such token. Raise ValueError if the file is damaged, or asks for something that we do not do.
+    """
+    if TIKTOKEN_LINE.match(data):
         raise ValueError(
-            "this is Llama 3's tiktoken form, which is not read; use the model's tokenizer.json"
+            "this is Llama 3's tiktoken format, which is not supported; use its tokenizer.json"
         )
-    model = list(protobuf_fields(data))
-    trainer, normalizer = (dict(protobuf_fields(dict(model).get(number, b""))) for number in (2, 3))
-    unigram = {1: True, 2: False}[trainer.get(3, 1)]  # the types WORD and CHAR are not read
-    if trainer.get(24):
-        raise ValueError("treat_whitespace_as_suffix is not read")
-    pieces = [dict(protobuf_fields(value)) for number, value in model if number == 1]
-    pieces = [
-        (p[1].decode(), *struct.unpack("<f", p.get(2, bytes(4))), p.get(3, NORMAL)) for p in pieces
-    ]
-    ids = {
-        "bos_token_id": trainer.get(41, 1),
-        "eos_token_id": trainer.get(42, 2),
-        "pad_token_id": trainer.get(43),
-    }
-    options = {
-        "charsmap": normalizer.get(2),
-        "dummy_prefix": normalizer.get(3, 1),
-        "one_space": normalizer.get(4, 1),
-    }
-    return sentencepiece_backend(*zip(*pieces, strict=True), unigram, **options), ids
-
-
-def protobuf_fields(data):
-    """(number, value) of each field of a protobuf message: an int for a varint, bytes for any other."""
-    at = 0
-
-    def varint():
-        nonlocal at
-        first, at = at, re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]").match(data, at).end()
-        return sum((byte & 127) << 7 * n for n, byte in enumerate(data[first:at]))
-
-    while at < len(data):
-        key = varint()
-        value = varint() if key & 7 in (0, 2) else {1: 8, 5: 4}[key & 7]
-        if key & 7:  # then this is the length
-            value, at = data[at : at + value], at + value
-        if at > len(data):
-            raise ValueError("a field is cut")
-        yield key >> 3, value
-
-
-def sentencepiece_backend(
-    names, scores, kinds, unigram=False, charsmap=None, dummy_prefix=True, one_space=False
-):
-    """Pieces in the order of their ids, and how a text is normalised -> a backend that gives sentencepiece's ids."""
-    if UNKNOWN not in kinds or not all(abs(score) < float("inf") for score in scores):
-        raise ValueError("damaged: no piece stands for the unknown, or a score is no number")
-    unknown, has_bytes = kinds.index(UNKNOWN), BYTE in kinds
-    if unigram:
-        backend = Backend(models.Unigram(list(zip(names, scores, strict=True)), unknown, has_bytes))
-    else:
-        score = {
-            name: score
-            for name, score, kind in zip(names, scores, kinds, strict=True)
-            if kind == NORMAL
-        }
-        lengths = sorted({len(name) for name in score})
-        merges = [
-            (name[:n], name[n:])
-            for name in score
-            for n in lengths
-            if name[:n] in score and name[n:] in score
-        ]
-        # Ways to one piece tie, as do LLaMA-2's runs of spaces: the leftmost wins if the longest left half comes first.
-        merges.sort(key=lambda halves: (-score[halves[0] + halves[1]], -len(halves[0])))
-        vocab = {name: i for i, name in enumerate(names)}
-        backend = Backend(
-            models.BPE(
-                vocab, merges, unk_token=names[unknown], fuse_unk=True, byte_fallback=has_bytes
-            )
+    pieces = [read_piece(value) for number, value in read_fields(data) if number == MODEL_PIECES]
+    model = parse_message(ModelProto, data)
+    trainer = parse_message(TrainerSpec, model.trainer_spec)
+    if trainer.model_type not in (UNIGRAM, BPE):
+        raise ValueError(
+            f"model_type is {trainer.model_type!r:.40}, expected {UNIGRAM} (Unigram) or {BPE} (BPE)"
         )
-    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
-    steps += [normalizers.Replace(Regex(r"\A +| +\z| +(?= )"), "")] if one_space else []
-    prefix, strip = (
-        ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if dummy_prefix else ([], [])
-    )
-    backend.normalizer = normalizers.Sequence([*steps, *prefix, normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    add_tokens(backend, zip(names, kinds, strict=True))
+    if trainer.treat_whitespace_as_suffix:
+        raise ValueError("treat_whitespace_as_suffix is not supported")
+    normalizer_spec = parse_message(NormalizerSpec, model.normalizer_spec)
+    backend = sentencepiece_backend(pieces, trainer.model_type, normalizer_spec)
+    special_ids = {
+        "bos_token_id": trainer.bos_id,
+        "eos_token_id": trainer.eos_id,
+        "pad_token_id": trainer.pad_id,
+    }
+    return backend, special_ids
+
+
+def read_piece(data):
+    message = parse_message(SentencePiece, data)
+    (score,) = struct.unpack("<f", message.score)
+    return Piece(message.piece.decode(), score, message.type)
+
+
+def sentencepiece_backend(pieces, model_type, normalizer_spec):
+    """Return a backend of the package `tokenizers` that gives the ids of sentencepiece.
+
+    pieces: a list of Piece in the order of their ids. Raise ValueError if it cannot be a
+    vocabulary.
+    """
+    check_pieces(pieces)
+    model = unigram_model(pieces) if model_type == UNIGRAM else bpe_model(pieces)
+    backend = Backend(model)
+    backend.normalizer = normalizer(normalizer_spec)
+    backend.decoder = decoder(normalizer_spec)
+    add_special_pieces(backend, pieces)
     return backend
+
+
+def check_pieces(pieces):
+    if all(piece.kind != UNKNOWN for piece in pieces):
+        raise ValueError("damaged: no piece stands for unknown characters")
+    for piece in pieces:
+        if not math.isfinite(piece.score):
+            raise ValueError(f"damaged: the piece {piece.text!r:.40} has the score {piece.score}")
+
+
+def unigram_model(pieces):
+    unknown = first_of_kind(pieces, UNKNOWN)
+    scores = [(piece.text, piece.score) for piece in pieces]
+    return models.Unigram(scores, unknown, has_bytes(pieces))
+
+
+def bpe_model(pieces):
+    unknown = first_of_kind(pieces, UNKNOWN)
+    vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
+    # fuse_unk: sentencepiece makes one unknown piece of several unknown characters in a row.
+    return models.BPE(
+        vocabulary,
+        bpe_merges(pieces),
+        unk_token=pieces[unknown].text,
+        fuse_unk=True,
+        byte_fallback=has_bytes(pieces),
+    )
+
+
+def bpe_merges(pieces):
+    """Return the merges of a BPE, best first: pairs of pieces that together are a piece.
+
+    sentencepiece joins the pair that makes the piece with the best score, so the merges are ordered
+    by that score. The order of the ids is nearly the same, but not the same: transformers, which
+    orders by it, gets runs of spaces wrong.
+
+    Merges that make the same piece tie, and so do LLaMA-2's runs of spaces. sentencepiece then
+    takes the leftmost pair of the text. We do so, too, if the longest left half comes first.
+    """
+    scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
+    # Left halves are pieces, so try only the lengths of pieces, because a damaged file may have a
+    # huge piece, and trying every length would take the square of its length.
+    lengths = sorted({len(text) for text in scores})
+    merges = []
+    for text in scores:
+        for n in lengths:
+            left = text[:n]
+            if left in scores and text[n:] in scores:
+                merges.append((left, text[n:]))
+
+    def priority(merge):
+        left, right = merge
+        return -scores[left + right], -len(left)
+
+    merges.sort(key=priority)
+    return merges
+
+
+def normalizer(spec):
+    """Return what happens to a text before it is cut: map characters, tidy and mark the spaces."""
+    steps = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        # Spaces at the start and the end go, and all but the last one of several in a row.
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z| +(?= )"), ""))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def decoder(spec):
+    """Return what makes a text of pieces again."""
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))  # one space at the start, none at the end
+    return decoders.Sequence(steps)
+
+
+def add_special_pieces(backend, pieces):
+    """Let the backend find control and user-defined tokens in a text before it cuts the rest.
+
+    sentencepiece itself does not find control tokens in a text, but transformers does, and so do
+    we. `decode` drops the special tokens.
+    """
+    tokens = []
+    for piece in pieces:
+        if piece.kind in (UNKNOWN, CONTROL):
+            tokens.append(AddedToken(piece.text, special=True, normalized=False))
+        elif piece.kind == USER_DEFINED:
+            tokens.append(AddedToken(piece.text, special=False, normalized=False))
+    backend.add_tokens(tokens)
+
+
+def first_of_kind(pieces, kind):
+    return next(i for i, piece in enumerate(pieces) if piece.kind == kind)
+
+
+def has_bytes(pieces):
+    return any(piece.kind == BYTE for piece in pieces)

@@ -1,14 +1,29 @@
-"""To be written."""
+"""Turn a text into token ids and back, with the tokenizer that a checkpoint brings.
 
-import json
-from datetime import datetime
-from functools import partial
+    tokenizer = load_tokenizer("t5-base")
+    tokenizer.encode("Hello world")         [8774, 296, 1]
+    tokenizer.decode([8774, 296, 1])        "Hello world"
+
+The work is done by a backend of the package `tokenizers`. It is built from the first of these that
+a checkpoint has:
+
+    tokenizer.json       the package's own format
+    spiece.model         a sentencepiece model: T5's
+    tokenizer.model      a sentencepiece model: LLaMA-2's
+    a .gguf file         which holds the tokenizer in its metadata
+
+Special tokens (the beginning of a text, bos; its end, eos; padding) are named by small JSON files
+beside it.
+"""
+
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
+from minia3.checkpoints.chat import default_template, render_chat
 from minia3.checkpoints.gguf import read_metadata
+from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import (
     ADDED_TOKENS_FILE,
@@ -16,249 +31,276 @@ from minia3.checkpoints.layout import (
     SETTINGS_FILES,
     TOKENIZER_FILES,
 )
-from minia3.checkpoints.sentencepiece import add_tokens, read_sentencepiece, sentencepiece_backend
+from minia3.checkpoints.sentencepiece import read_sentencepiece
 from minia3.files.read import read_json, reading
 from minia3.files.write import write_json, writing_folder
 
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-)
-PRE = {  # tokenizer.ggml.pre: where text is cut; then into GPT-2's words too; a word that is a token stays whole; bos
-    "default": (None, True, False, False),
-    "gpt-2": (None, True, False, False),
-    "smollm": (r"\p{N}", True, False, False),  # each digit by itself
-    "llama-bpe": (WORDS + r"|\s*[\r\n]+|\s+(?!\S)|\s+", False, True, True),  # Llama 3
-}
+N_SENTINELS = 100  # <extra_id_0> ... <extra_id_99> of every published T5
+MAX_SENTINELS = 1000
+N_IDS = 2**32  # the backend stores an id in 32 bits, and raises if it gets a larger one
+UNKNOWN_CHARACTER = "\U0010fffd"  # for private use: no vocabulary has it
 
 
 class Tokenizer:
-    """Text to ids and back. `bos_id` and `eos_id` may be None; `pad_id` is the pad token of the files, or eos, or 0."""
+    """Text to ids and back.
 
-    def __init__(self, backend, settings):  # settings: what config.json and BESIDE say, in one dict
-        backend.no_truncation()  # a tokenizer.json may hold what was set when it was saved, and cut or pad every text
+    backend: the tokenizer of the package `tokenizers` that does the work.
+    bos_id, eos_id: the ids of the special tokens, or None if the files name none.
+    pad_id: the id of the pad token, else eos_id, else 0. It is always an int; padding is masked.
+    special: {"bos_token": "<s>", ...}, the texts of the special tokens that the files name.
+    chat_template: the template for `chat`, or None.
+    has_separate_targets: True if a target is a sequence of its own (T5's decoder reads it), False
+        if it continues the prompt (LLaMA).
+    """
+
+    def __init__(self, backend, settings):
+        """Complete a backend by the special tokens that the settings name.
+
+        settings: the content of the JSON files beside the tokenizer, in one dict.
+        An exception of any type is raised if the backend or the settings are damaged.
+        """
+        self.backend = backend
+        self.chat_template = default_template(settings.get("chat_template"))
+        # A tokenizer.json keeps what was set when it was saved, and would cut or pad every text.
+        backend.no_truncation()
         backend.no_padding()
-        template = settings.get("chat_template")  # a text, or a list of several with names
-        several = (
-            {t["name"]: t["template"] for t in template}
-            if isinstance(template, list)
-            else {"default": template}
-        )
-        self.backend, self.chat_template = backend, several.get("default")
-        ids = {
-            f"{kind}_token": special_id(backend, settings, kind) for kind in ("bos", "eos", "pad")
-        }
-        ids["pad_token"] = ids["eos_token"] if ids["pad_token"] is None else ids["pad_token"]
-        self.bos_id, self.eos_id, self.pad_id = (
-            ids["bos_token"],
-            ids["eos_token"],
-            ids["pad_token"] or 0,
-        )
-        self.special = {name: backend.id_to_token(i) for name, i in ids.items() if i is not None}
-        known = {ids["eos_token"], *backend.get_added_tokens_decoder()}
-        if not settings.get("pad_token") and ids["pad_token"] not in known:
-            self.special.pop(
-                "pad_token", None
-            )  # a config may name any id: what is a word stays one
-        backend.add_special_tokens(
-            [*self.special.values()]
-        )  # not every file marks them; decode drops only what is
+        self._find_special_tokens(settings)
         if backend.post_processor is None:
-            bos, eos = (
-                settings.get(f"add_{name}") and self.special.get(name)
-                for name in ("bos_token", "eos_token")
-            )
-            form, tokens = (
-                [*filter(None, (bos, "$A", eos))],
-                [(self.special[name], ids[name]) for name in self.special],
-            )
-            backend.post_processor = processors.TemplateProcessing(form, None, tokens)
-        one = self.encode("\U0010fffd")  # fails now where an unknown character would later
-        self.ends = one[-1:] == [self.eos_id] and one[:1] != [
-            self.bos_id
-        ]  # T5's; a LLaMA may ask for both
+            backend.post_processor = self._frame(settings)
+        # If the backend cannot encode an unknown character, fail now, not at the first such text.
+        ids = self.encode(UNKNOWN_CHARACTER)
+        begins_with_bos = ids[:1] == [self.bos_id]
+        ends_with_eos = ids[-1:] == [self.eos_id]
+        # A T5 adds eos alone. (The files of a LLaMA that ask for eos ask for bos as well.)
+        self.has_separate_targets = ends_with_eos and not begins_with_bos
+
+    def _find_special_tokens(self, settings):
+        """Set bos_id, eos_id, pad_id and special, and tell the backend about these tokens."""
+        self.bos_id = special_id(self.backend, settings, "bos")
+        self.eos_id = special_id(self.backend, settings, "eos")
+        pad_id = special_id(self.backend, settings, "pad")
+        if pad_id is None:
+            pad_id = self.eos_id
+        self.pad_id = pad_id or 0
+
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        # A config may give the id of any word as pad_token_id. If that word became special, decode
+        # would drop it from texts.
+        known_ids = {self.eos_id, *self.backend.get_added_tokens_decoder()}
+        if settings.get("pad_token") or pad_id in known_ids:
+            ids["pad_token"] = pad_id
+        self.special = {
+            name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
+        }
+        # Not every file marks its special tokens, and decode drops only marked ones.
+        self.backend.add_special_tokens(list(self.special.values()))
+
+    def _frame(self, settings):
+        """Return a post-processor that puts bos and eos around a text if the settings say so."""
+        frame = ["$A"]
+        if settings.get("add_bos_token") and "bos_token" in self.special:
+            frame.insert(0, self.special["bos_token"])
+        if settings.get("add_eos_token") and "eos_token" in self.special:
+            frame.append(self.special["eos_token"])
+        ids = [(token, self.backend.token_to_id(token)) for token in self.special.values()]
+        return processors.TemplateProcessing(frame, None, ids)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """The ids of `text` with the files' special tokens: T5 `</s>` behind, LLaMA `<s>` in front, SmolLM2 none."""
-        with reading(
-            f"text {text[:40]!r}"
-        ):  # half a surrogate pair; or what loading did not see of a damage
+        """Return the ids of `text`. `special=False` leaves out the special tokens around it.
+
+        These are the ones that the files ask for: T5 ends a text with `</s>`, LLaMA begins it with
+        `<s>`, and SmolLM2 adds nothing. Raise ValueError if the text cannot be encoded.
+        """
+        # A str may hold half a surrogate pair, which is not Unicode. Some damage shows only now.
+        with reading(f"text {text[:40]!r}"):
             return self.backend.encode(text, add_special_tokens=special).ids
 
     def encode_target(self, text: str, end: bool) -> list[int]:
-        """The ids of `text` as what follows a prompt and one space; "True" and " True" are the same.
+        """Return the ids of `text` as a target. ("True" and " True" are the same target.)
 
-        Where `encode` ends in eos, with no bos in front (T5): `encode(text)`. Else encode(prompt) +
-        encode_target(text, False) == encode(prompt + " " + text) for a prompt that is not empty and does not end in
-        white space (where encode adds no eos); `end` adds eos.
+        T5: encode(text), because the decoder reads the target as a sequence of its own.
+        LLaMA: the ids of the text after one space, so that
+
+            encode(prompt) + encode_target(text, end=False) == encode(prompt + " " + text)
+
+        for a prompt that is not empty and does not end in white space (if encode adds no eos).
+        `end` adds eos.
         """
-        if self.ends:
+        if self.has_separate_targets:
             return self.encode(text)
         if end and self.eos_id is None:
             raise ValueError("a target cannot be ended: the tokenizer's files name no eos token")
-        # "a" is the prompt: LLaMA-2 puts a space of its own before any text, a byte-level tokenizer does not.
-        prompt, joined = (
-            self.encode(t, special=False) for t in ("a", "a " + text.removeprefix(" "))
-        )
-        return joined[len(prompt) :] + [self.eos_id] * end
+        # Encode the text after some prompt, here "a", and cut the prompt off. encode(" " + text)
+        # would not do, because LLaMA-2 puts another space before any text.
+        prompt = self.encode("a", special=False)
+        joined = self.encode("a " + text.removeprefix(" "), special=False)
+        target = joined[len(prompt) :]
+        if end:
+            target.append(self.eos_id)
+        return target
 
     def chat(self, messages: list[dict]) -> list[int]:
-        """The ids of a conversation, [{"role": "user", "content": "Hello"}, ...], up to where the answer begins.
+        """Return the ids of a conversation up to the place at which the answer begins.
 
-        The checkpoint's chat_template, rendered in jinja2's sandbox as transformers' apply_chat_template does it.
-        ValueError without jinja2 or a template, and where the template fails or refuses the messages.
+        messages: [{"role": "user", "content": "Hello"}, ...]
+
+        The ids are those of transformers' apply_chat_template. Raise ValueError if there is no
+        template or no jinja2, or if the template fails or refuses the messages.
         """
-
-        def refuse(message):
-            raise ValueError(message)
-
         if self.chat_template is None:
             raise ValueError(
                 "the tokenizer's files have no chat_template: give the whole prompt as a text"
             )
-        values = {
-            "messages": messages,
-            "add_generation_prompt": True,
-            "tools": None,
-            "documents": None,
-            **self.special,
-        }
-        values |= {"raise_exception": refuse, "strftime_now": datetime.now().strftime}
         with reading("chat_template", extra="chat"):
-            from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
-
-            sandbox = Sandbox(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-            )
-            sandbox.filters["tojson"] = partial(
-                json.dumps, ensure_ascii=False
-            )  # jinja2's own is made for HTML
-            return self.encode(
-                sandbox.from_string(self.chat_template).render(values), special=False
-            )
+            text = render_chat(self.chat_template, messages, self.special)
+            return self.encode(text, special=False)  # the template has written the special tokens
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids` without special tokens, and without ids that are none (T5's embedding has 28 rows more)."""
-        return self.backend.decode([i for i in ids if 0 <= i < 2**32])
+        """Return the text of `ids` without special tokens, and without ids that are not tokens.
+
+        (A model can generate such ids: T5's embedding has 28 rows more than there are tokens.)
+        """
+        return self.backend.decode([i for i in ids if 0 <= i < N_IDS])
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, by which transformers' AutoTokenizer gives the same ids."""
-        config = {
-            **self.special,
-            **({"chat_template": self.chat_template} if self.chat_template else {}),
-        }
-        config["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # LlamaTokenizer would make a normaliser of its own
-        )
-        config["model_input_names"] = [
-            "input_ids",
-            "attention_mask",
-        ]  # not token_type_ids, which generate refuses
-        with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as new:
-            self.backend.save(str(new / "tokenizer.json"))
-            write_json(new / "tokenizer_config.json", config)
+        """Write tokenizer.json and tokenizer_config.json, for us and for transformers.
+
+        transformers' AutoTokenizer gives the same ids from them. An old chat template is removed.
+        """
+        config = dict(self.special)
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        # transformers' LlamaTokenizer would replace our normaliser by another.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+        with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as hidden:
+            self.backend.save(str(hidden / "tokenizer.json"))
+            write_json(hidden / "tokenizer_config.json", config)
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """The first of FORMS in the folder, with the small JSON files beside it. ValueError if none or damaged."""
-        file = next(
-            (Path(path, name) for name in TOKENIZER_FILES if Path(path, name).is_file()), None
-        )
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Return the tokenizer of a checkpoint's folder.
+
+        Raise ValueError if the folder has none, or if a file is damaged.
+        """
+        folder = Path(folder)
+        file = tokenizer_file(folder)
         if file is None:
-            raise ValueError(f"{path}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
-        beside = [
-            read_json(Path(path, name))
-            for name in ("config.json", *SETTINGS_FILES)
-            if Path(path, name).is_file()
-        ]
-        settings = {key: value for raw in beside for key, value in raw.items() if value is not None}
+            expected = ", ".join(TOKENIZER_FILES)
+            raise ValueError(f"{folder}: no tokenizer; expected one of {expected}")
+        settings = read_settings(folder)
         with reading(file):
-            if (template := Path(path, CHAT_TEMPLATE_FILE)).is_file():
-                settings["chat_template"] = template.read_text(encoding="utf-8")
+            template_file = folder / CHAT_TEMPLATE_FILE
+            if template_file.is_file():
+                settings["chat_template"] = template_file.read_text(encoding="utf-8")
+            content = file.read_bytes()
             if file.suffix == ".json":
-                return cls(Backend.from_buffer(file.read_bytes()), settings)
-            (backend, ids), t5 = read_sentencepiece(file.read_bytes()), file.name == "spiece.model"
-            if t5:  # its sentinels are not in the file: <extra_id_99> ... <extra_id_0> come behind the pieces
-                if (n := settings.get("extra_ids", 100)) not in range(1001):
-                    raise ValueError(f"extra_ids is {n!r}, expected 0 to 1000")
-                backend.add_special_tokens([f"<extra_id_{i}>" for i in range(n)][::-1])
-            older = (
-                read_json(Path(path, ADDED_TOKENS_FILE))
-                if Path(path, ADDED_TOKENS_FILE).is_file()
-                else {}
-            )
-            added = {i: {"content": token} for token, i in older.items()}
-            added |= {
-                int(i): token for i, token in settings.get("added_tokens_decoder", {}).items()
-            }
-            backend.add_tokens(
-                [AddedToken(**{**added[i], "normalized": False}) for i in sorted(added)]
-            )
-            if wrong := [i for i in added if backend.token_to_id(added[i]["content"]) != i]:
-                raise ValueError(
-                    f"added tokens have the ids {wrong}, but these do not follow the pieces"
-                )
-            return cls(backend, {"add_bos_token": not t5, "add_eos_token": t5, **ids, **settings})
+                return cls(Backend.from_buffer(content), settings)
+            backend, special_ids = read_sentencepiece(content)
+            is_t5 = file.name == "spiece.model"
+            if is_t5:
+                add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
+            add_tokens_of_fine_tune(backend, folder, settings)
+            defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}
+            return cls(backend, defaults | settings)
 
     @classmethod
-    def from_gguf(cls, metadata: dict, where: str | Path = "GGUF") -> "Tokenizer":
-        """The tokenizer in a GGUF file's metadata ("tokenizer.ggml.tokens" ...). ValueError for a kind not known."""
-        meta = {
-            key.removeprefix("tokenizer.").removeprefix("ggml."): value
-            for key, value in metadata.items()
-        }
-        model, pre = meta.get("model"), meta.get("pre", "default")
-        with reading(where):
-            if model == "llama":
-                prefix, bos = meta.get("add_space_prefix", True), True
-                backend = sentencepiece_backend(
-                    meta["tokens"], meta["scores"], meta["token_type"], dummy_prefix=prefix
-                )
-            elif model == "gpt2" and pre in PRE:
-                cut, gpt2_words, whole_words, bos = PRE[pre]
-                vocab = {token: i for i, token in enumerate(meta["tokens"])}
-                merges = [tuple(merge.split(" ")) for merge in meta["merges"]]
-                backend = Backend(models.BPE(vocab, merges, ignore_merges=whole_words))
-                steps = [pre_tokenizers.Split(Regex(cut), "isolated")] if cut else []
-                steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2_words)]
-                backend.pre_tokenizer, backend.decoder = (
-                    pre_tokenizers.Sequence(steps),
-                    decoders.ByteLevel(),
-                )
-                add_tokens(backend, zip(meta["tokens"], meta["token_type"], strict=True))
-            else:
-                raise ValueError(
-                    f"tokenizer {model!r}, pre {pre!r}; expected llama, or gpt2 with {', '.join(PRE)}"
-                )
-            return cls(
-                backend,
-                {"add_bos_token": bos, "pad_token_id": meta.get("padding_token_id"), **meta},
-            )
+    def from_gguf(cls, metadata: dict, origin: str | Path = "GGUF") -> "Tokenizer":
+        """Return the tokenizer in the metadata of a GGUF file.
+
+        metadata: {"tokenizer.ggml.tokens": [...], ...}, as `read_metadata` returns them.
+        origin: the file, for messages.
+
+        Raise ValueError if the metadata is damaged, or the tokenizer is of an unknown kind.
+        """
+        with reading(origin):
+            backend, settings = read_gguf_tokenizer(metadata)
+            return cls(backend, settings)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of a known model, a hub id, a folder or a .gguf file. ValueError where there is none."""
+    """Return the tokenizer of a known model, a hub id, a folder or a .gguf file.
+
+    Raise ValueError if there is none, or if it is damaged.
+    """
     path = find(name_or_path, weights=False)
-    return (
-        Tokenizer.from_gguf(read_metadata(path), path)
-        if path.is_file()
-        else Tokenizer.from_folder(path)
-    )
+    if path.is_file():
+        return Tokenizer.from_gguf(read_metadata(path), path)
+    return Tokenizer.from_folder(path)
 
 
 def find_tokenizer(path: Path) -> Tokenizer | None:
-    """`load_tokenizer` of a path, which may be of a model that has none."""
-    return (
-        load_tokenizer(path)
-        if path.is_file() or any((path / name).exists() for name in TOKENIZER_FILES)
-        else None
-    )
+    """Return the tokenizer of a model's folder or .gguf file, or None if the folder has none."""
+    has_tokenizer = path.is_file() or any((path / name).exists() for name in TOKENIZER_FILES)
+    return load_tokenizer(path) if has_tokenizer else None
+
+
+def tokenizer_file(folder):
+    """Return the first of TOKENIZER_FILES in `folder`, or None."""
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def read_settings(folder):
+    """Return the content of the JSON files beside a tokenizer. The last file with a key wins."""
+    settings = {}
+    for name in ("config.json", *SETTINGS_FILES):
+        if (folder / name).is_file():
+            for key, value in read_json(folder / name).items():
+                if value is not None:
+                    settings[key] = value
+    return settings
 
 
 def special_id(backend, settings, kind):
-    """The id of `{kind}_token`, a text or a dict with it, else `{kind}_token_id`, one or several; None if no token."""
-    token, i = settings.get(f"{kind}_token", ""), settings.get(f"{kind}_token_id")
-    named = backend.token_to_id(token["content"] if isinstance(token, dict) else token)
-    i = named if named is not None else i[0] if isinstance(i, list) and i else i
-    return (
-        i if isinstance(i, int) and 0 <= i < 2**32 and backend.id_to_token(i) is not None else None
-    )
+    """Return the id of the bos, eos or pad token, or None if the backend has no such token.
+
+    kind: "bos", "eos" or "pad". The settings may give the token's text, as `{kind}_token` (a text,
+        or a dict with the text as "content"), or its id, as `{kind}_token_id` (an id, or a list of
+        ids, whose first one counts). The text wins.
+    """
+    token = settings.get(f"{kind}_token", "")
+    text = token["content"] if isinstance(token, dict) else token
+    named_id = backend.token_to_id(text)
+    if named_id is not None:
+        return named_id
+    given = settings.get(f"{kind}_token_id")
+    ids = given if isinstance(given, list) else [given]
+    for i in ids[:1]:
+        is_id = isinstance(i, int) and 0 <= i < N_IDS
+        if is_id and backend.id_to_token(i) is not None:
+            return i
+    return None
+
+
+def add_sentinels(backend, n_sentinels):
+    """Add T5's sentinels, which spiece.model lacks. They follow the pieces, <extra_id_0> last."""
+    if n_sentinels not in range(MAX_SENTINELS + 1):
+        raise ValueError(f"extra_ids is {n_sentinels!r}, expected 0 to {MAX_SENTINELS}")
+    sentinels = [f"<extra_id_{i}>" for i in range(n_sentinels)]
+    backend.add_special_tokens(sentinels[::-1])
+
+
+def add_tokens_of_fine_tune(backend, folder, settings):
+    """Add the tokens that a fine-tune added to a sentencepiece model, whose file cannot change.
+
+    Older files have token -> id in added_tokens.json, newer ones id -> description of the token in
+    tokenizer_config.json. Raise ValueError if these ids do not follow those of the pieces.
+    """
+    added = {}
+    if (folder / ADDED_TOKENS_FILE).is_file():
+        for token, i in read_json(folder / ADDED_TOKENS_FILE).items():
+            added[i] = {"content": token}
+    for i, description in settings.get("added_tokens_decoder", {}).items():
+        added[int(i)] = description
+    ids = sorted(added)
+    # normalized=False: the tokens are looked for in the text itself, before it is normalised.
+    backend.add_tokens([AddedToken(**(added[i] | {"normalized": False})) for i in ids])
+    wrong_ids = [i for i in ids if backend.token_to_id(added[i]["content"]) != i]
+    if wrong_ids:
+        raise ValueError(
+            f"added tokens have the ids {wrong_ids}, but these do not follow the pieces"
+        )

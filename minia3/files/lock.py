@@ -1,21 +1,34 @@
-"""To be written."""
+"""Keep a second process out of a folder that is being written.
+
+The lock is the operating system's (flock), not the existence of a file: if the process that holds
+it is killed, the system releases it, and nobody has to clean up.
+"""
 
 import os
 from contextlib import nullcontext
 
 
 def lock_folder(folder, name=".lock"):
-    """Hold a file of `folder` until what is returned is left, or closed. ValueError where another process holds it."""
+    """Lock `folder` until the returned file is closed (it is also a context manager).
+
+    folder: a Path. The lock is on the file `name` in it, which is created if need be, and which the
+    holder may remove while it holds the lock.
+
+    Raise ValueError if another process holds the lock. On Windows nothing is locked.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
         return nullcontext()
-    file = open(folder / name, "a")  # noqa: SIM115 (stays open as long as the folder is held)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        file = open(folder / name, "a")  # noqa: SIM115 (closing it releases the lock)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"{folder}: another run is writing there") from None
+        if os.fstat(file.fileno()).st_nlink > 0:
+            return file
+        # The previous holder removed the file after we opened it. Nobody else can see our lock, so
+        # try again.
         file.close()
-        raise ValueError(f"{folder}: another run is writing there") from None
-    return (
-        file if os.fstat(file.fileno()).st_nlink else lock_folder(folder, name)
-    )  # removed meanwhile: not the lock

@@ -1,12 +1,24 @@
-"""To be written."""
+"""Read files that other programs wrote, and say in one line what is wrong with them.
+
+A foreign file may be missing, cut short, an HTML page that a failed download left, or a Git LFS
+pointer. The libraries that parse it (json, torch, safetensors, tokenizers, gguf) each fail in their
+own way. `reading` turns every failure into a ValueError of one line that begins with the file's
+path, because a user's mistake must not end in a traceback:
+
+    with reading(path):
+        vocabulary = parse(path.read_bytes())
+"""
 
 import json
 from contextlib import contextmanager
 from pathlib import Path
 
+N_SHOWN = 300  # characters of a foreign message: some quote the whole file
+N_HEAD = 512  # bytes that tell an HTML page or a Git LFS pointer
+
 
 def read_json(path):
-    """The object in a JSON file. Raises ValueError, in one line, where there is none."""
+    """Return the object in a JSON file as a dict. Raise ValueError if the file holds none."""
     with reading(path):
         value = json.loads(Path(path).read_bytes())
         if not isinstance(value, dict):
@@ -15,42 +27,61 @@ def read_json(path):
 
 
 @contextmanager
-def reading(where, damage="damaged or cut short", extra=None):
-    """Whatever goes wrong while a file of others is read becomes a ValueError of one line that begins with `where`.
+def reading(origin, damage="damaged or cut short", extra=None):
+    """Turn whatever goes wrong in the block into a ValueError of one line that names `origin`.
 
-    A plain ValueError keeps its message; `damage` is what any other tells. `extra` of minia3: for imports in between.
+    origin: the Path of the file that the block reads, or a name for anything that is not a file.
+    damage: what a library's exception means to the user. A plain ValueError keeps its own message.
+    extra: the extra of minia3 to suggest if the block imports a package that is not installed.
     """
     try:
         yield
-    except (
-        BaseException
-    ) as error:  # tokenizers raises plain Exceptions, and a panic of its Rust code is not even one
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        why = one_line(error)
-        if extra and isinstance(error, ImportError):
-            why = f"{why}: pip install 'minia3[{extra}]'"
-        elif (
-            type(error) is not ValueError
-        ):  # of others, the first sentence: torch goes on to advise weights_only=False
-            why = f"{damage}: {type(error).__name__}: {why.split('. ')[0]}"
-        known = not_what_it_says(where) if isinstance(where, Path) and not where.is_dir() else ""
-        raise ValueError(f"{where}: {known or why}") from None
+    except BaseException as error:
+        # If the Rust code of tokenizers panics, the exception is not even an Exception.
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise  # KeyboardInterrupt, SystemExit
+        raise ValueError(f"{origin}: {explain(error, origin, damage, extra)}") from None
+
+
+def explain(error, origin, damage, extra):
+    """Return the message of `reading` for an exception, without the origin."""
+    if isinstance(origin, Path) and not origin.is_dir():
+        mismatch = not_what_it_says(origin)
+        if mismatch:  # tells more than a parser's complaint about the content
+            return mismatch
+    message = one_line(error)
+    if extra and isinstance(error, ImportError):
+        return f"{message}: pip install 'minia3[{extra}]'"
+    if type(error) is ValueError:  # not a subclass: a UnicodeDecodeError does not speak for itself
+        return message
+    # Only the first sentence, because torch.load goes on to recommend weights_only=False.
+    first_sentence = message.split(". ")[0]
+    return f"{damage}: {type(error).__name__}: {first_sentence}"
 
 
 def not_what_it_says(path):
-    """What the first bytes of a file tell, where it is not what its name says; else an empty string."""
+    """Return why this is not the file that its name promises, or "" if it may well be.
+
+    It may be missing, empty, a Git LFS pointer, or an HTML page.
+    """
     try:
         with open(path, "rb") as file:
-            head = file.read(512)
+            head = file.read(N_HEAD)
+    except FileNotFoundError:
+        return "not found"
     except OSError as error:
-        return "not found" if isinstance(error, FileNotFoundError) else one_line(error)
+        return one_line(error)
+    if not head:
+        return "the file is empty"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer in place of the file: run `git lfs pull`"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "an HTML page in place of the file: the download went wrong"
-    return "" if head else "the file is empty"
+    return ""
 
 
 def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Return the message of an exception in one line, or its type if the message is empty."""
+    message = " ".join(str(error).split())
+    return message[:N_SHOWN] or type(error).__name__

@@ -1,4 +1,8 @@
-"""To be written."""
+"""List the tensors of a weight file without reading them.
+
+Files are memory-mapped, so a tensor takes memory of its own only if its dtype or device changes. A
+model that is larger than the free memory can therefore be inspected, or merged shard by shard.
+"""
 
 import zipfile
 from collections.abc import Callable
@@ -10,39 +14,75 @@ from safetensors import safe_open
 
 from minia3.files.read import reading
 
+# The names that safetensors and GGUF give to the floats. A model's weights have one of these types.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Entry(NamedTuple):  # a tensor of a checkpoint that has not been read yet
+class Entry(NamedTuple):
+    """A tensor of a weight file that has not been read yet."""
+
     shape: tuple
-    dtype: torch.dtype | str  # a string: what is no float
+    dtype: torch.dtype | str  # a string, such as "I64": a type of safetensors that is not in DTYPES
     read: Callable[[], torch.Tensor]
 
 
 def read_tensors(file):
-    """Name -> Entry of every tensor of a .safetensors or .bin file. Raises ValueError where it is neither."""
-    mapped, entries = file.suffix == ".safetensors", {}
-    with reading(file, "damaged or cut short" if mapped else "damaged, or more than tensors"):
-        if mapped:
-            handle = safe_open(file, framework="pt")
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                x = handle.get_slice(name)
-                dtype = DTYPES.get(x.get_dtype(), x.get_dtype())
-                entries[name] = Entry(tuple(x.get_shape()), dtype, partial(handle.get_tensor, name))
-        else:  # the old, non-zip form of torch's files cannot be mapped: it is read whole
-            parts = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            )
-            for name, x in parts.items() if isinstance(parts, dict) else [(None, parts)]:
-                plain = isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
-                if not (
-                    plain and x.untyped_storage().nbytes() >= x.nbytes
-                ):  # or one number is seen as a million
-                    raise ValueError(
-                        f"expected a dict from names to tensors, found {name!r:.80}: {type(x).__name__}"
-                    )
-                entries[name] = Entry(tuple(x.shape), x.dtype, lambda x=x: x)
-        if bad := [name for name in entries if not (isinstance(name, str) and name.isprintable())]:
-            raise ValueError(f"expected a dict from names to tensors, found a name {bad[0]!r:.80}")
+    """Return name -> Entry for every tensor of a .safetensors or .bin (torch.save) file.
+
+    Raise ValueError if the file is damaged, or holds anything but tensors by name. Nothing in the
+    file is executed.
+    """
+    is_safetensors = file.suffix == ".safetensors"
+    damage = "damaged or cut short" if is_safetensors else "damaged, or more than tensors"
+    with reading(file, damage):
+        entries = safetensors_entries(file) if is_safetensors else torch_entries(file)
+        for name in entries:
+            # Names end up in messages of one line, so a name of two lines is refused here, once.
+            if not isinstance(name, str) or not name.isprintable():
+                raise ValueError(
+                    f"expected a dict from names to tensors, found the name {name!r:.80}"
+                )
     return entries
+
+
+def safetensors_entries(file):
+    """Return name -> Entry. The header is read now, a tensor when its entry is read."""
+    handle = safe_open(file, framework="pt")
+    entries = {}
+    for name in handle.keys():  # noqa: SIM118 (the handle is not a dict)
+        header = handle.get_slice(name)
+        dtype = DTYPES.get(header.get_dtype(), header.get_dtype())
+        read = partial(handle.get_tensor, name)
+        entries[name] = Entry(tuple(header.get_shape()), dtype, read)
+    return entries
+
+
+def torch_entries(file):
+    """Return name -> Entry.
+
+    torch's old format, which is not a zip archive, cannot be mapped and is read whole.
+    """
+    is_mapped = zipfile.is_zipfile(file)
+    # weights_only refuses a pickle that would run code.
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"expected a dict from names to tensors, found {type(tensors).__name__}")
+    entries = {}
+    for name, tensor in tensors.items():
+        if not is_plain(tensor):
+            found = f"{name!r:.80}: {type(tensor).__name__}"
+            raise ValueError(f"expected a dict from names to tensors, found {found}")
+        # The tensor is mapped already, so there is nothing left to read.
+        entries[name] = Entry(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+    return entries
+
+
+def is_plain(tensor):
+    """Return whether this is a dense tensor whose storage holds all of its entries."""
+    if not isinstance(tensor, torch.Tensor):
+        return False
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    # Damaged strides can show one stored entry as a million of them, which would fill the memory.
+    return tensor.untyped_storage().nbytes() >= tensor.nbytes

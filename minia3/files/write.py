@@ -1,4 +1,32 @@
-"""To be written."""
+"""Write files and folders that a kill or a full disk cannot leave half done.
+
+A file: `replacing` gives a temporary path beside the file and renames it at the end. A rename is
+atomic, so that a reader finds the old file or the new one.
+
+A folder: the system cannot rename several files at once, so `writing_folder` follows a protocol.
+Loaders take a folder for a checkpoint only if it has a config (config.json or adapter_config.json),
+and the protocol relies on this.
+
+    1. lock the folder (.lock)            a second writer gets a ValueError
+    2. write everything to .writing/      whatever fails here leaves the folder as it was
+    3. remove the old config              only if more than one file of the folder will change
+    4. remove stale files                 left by the old checkpoint, not written by the new one
+    5. rename the new files               the config comes last
+    6. remove .writing/ and .lock         after a failure, too
+
+A kill leaves .writing/ behind, which the next writer removes, and .lock, which the system has
+released. What a reader finds in the folder depends on the moment of the kill:
+
+    before step 3                                           the old checkpoint
+    from step 3 until the config is renamed (milliseconds)  no config, so loaders refuse the folder
+    after the config is renamed                             the new checkpoint
+
+The folder is never a mixture of both. If only one file changes, step 3 is left out, because one
+rename leads from the old checkpoint to the new one. The protocol has two limits. Files that are
+written without a config, such as a tokenizer's alone, are renamed one after the other, and a kill
+can come in between. And it guards against a kill, not against a power failure, because it does not
+wait until the files are on the disk. (`replacing` waits.)
+"""
 
 import filecmp
 import json
@@ -13,19 +41,24 @@ from safetensors import SafetensorError
 from minia3.files.lock import lock_folder
 from minia3.files.read import one_line
 
-CONFIGS = ("config.json", "adapter_config.json")  # what makes a folder a checkpoint, or an adapter
+CONFIGS = ("config.json", "adapter_config.json")  # make a folder a checkpoint, or an adapter
+HIDDEN_FOLDER = ".writing"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path`, renamed to it at the end: readers see the old file or the new one, never half."""
+    """Give a temporary path beside `path`, and rename it to `path` at the end.
+
+    If the block fails, `path` stays as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # or a power failure could leave the name without the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,41 +66,67 @@ def replacing(path):
 
 @contextmanager
 def writing_folder(folder, replaces=()):
-    """A hidden folder inside `folder` (made if need be): what is written there moves to `folder` at the end.
+    """Give a hidden folder inside `folder`; at the end, move the files written there to `folder`.
 
-    Until then nothing changes, whatever fails. `folder` is held meanwhile: ValueError where another process holds it.
-    What matches the patterns `replaces` and is not written anew is removed. A kill leaves the old or the new: one file
-    changes by one rename. Where several change, the old config is removed first, and the new one comes last: a kill in
-    the milliseconds between leaves a folder without a config, which loaders refuse, but never a mixture.
+    folder: the path of a folder, which is created if need be.
+    replaces: patterns, such as "model*.safetensors", of files in `folder` that are removed unless
+    they are written.
+
+    If the block fails, `folder` stays as it was. The docstring of the module says what a kill
+    leaves. Raise ValueError if another process is writing there, and OSError if the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder):
-        hidden = folder / ".writing"
+    hidden = folder / HIDDEN_FOLDER
+    with lock_folder(folder, LOCK_FILE):
         try:
-            shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(hidden, ignore_errors=True)  # a killed process may have left it
             hidden.mkdir()
             with disk_errors(folder):
                 yield hidden
-            names = sorted(os.listdir(hidden), key=CONFIGS.__contains__)
-            stale = {path.name for pattern in replaces for path in folder.glob(pattern)} - {*names}
-            same, *_ = filecmp.cmpfiles(hidden, folder, names, shallow=False)
-            several = len(names) - len(same) + len(stale) > 1
-            for name in [*(name for name in names if several and name in CONFIGS), *stale]:
-                (folder / name).unlink(missing_ok=True)
-            for name in names:
-                (hidden / name).chmod(
-                    hidden.stat().st_mode & 0o666
-                )  # safetensors makes files for their owner alone
-                os.replace(hidden / name, folder / name)
+            move_into_place(hidden, folder, replaces)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
-            (folder / ".lock").unlink(missing_ok=True)
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+
+
+def move_into_place(hidden, folder, replaces):
+    """Replace the files of `folder` by those of `hidden` (steps 3 to 5 of the protocol)."""
+    names = os.listdir(hidden)
+    new_configs = [name for name in names if name in CONFIGS]
+    new_others = [name for name in names if name not in CONFIGS]
+    stale = stale_names(folder, replaces, names)
+    if count_changes(hidden, folder, names, stale) > 1:
+        for name in new_configs:
+            (folder / name).unlink(missing_ok=True)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    for name in new_others + new_configs:
+        # safetensors creates files that only their owner may read; a folder has the usual rights.
+        (hidden / name).chmod(hidden.stat().st_mode & 0o666)
+        os.replace(hidden / name, folder / name)
+
+
+def stale_names(folder, replaces, names):
+    """Return the names in `folder` that match a pattern of `replaces` and are not in `names`."""
+    found = set()
+    for pattern in replaces:
+        found.update(path.name for path in folder.glob(pattern))
+    return sorted(found.difference(names))
+
+
+def count_changes(hidden, folder, names, stale):
+    """Return how many files of `folder` change. (A file with the same bytes does not.)"""
+    same, _, _ = filecmp.cmpfiles(hidden, folder, names, shallow=False)
+    return len(names) - len(same) + len(stale)
 
 
 @contextmanager
 def disk_errors(folder):
-    """The errors of safetensors and tokenizers, where they write, become OSErrors: the disk is full."""
+    """Turn the errors that safetensors and tokenizers raise when they cannot write into OSErrors.
+
+    tokenizers raises a bare Exception, so anything more specific is passed on as it is.
+    """
     try:
         yield
     except Exception as error:
@@ -77,5 +136,7 @@ def disk_errors(folder):
 
 
 def write_json(path, value):
+    """Write `value` as indented JSON, by replacing the file at `path`."""
+    text = json.dumps(value, indent=2) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

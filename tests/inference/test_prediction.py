@@ -237,7 +237,7 @@ def test_a_folder_that_holds_no_adapter_is_refused(tmp_path, capsys):
         ({"input": "w3", "choices": []}, "'choices'"),
         ({"input": "w3", "choices": "w4"}, "'choices'"),
         ({"input": "w3", "choices": ["w4", 5]}, "'choices'"),
-        ({"input": "w3", "choices": ["w4", "w4"]}, "twice"),
+        ({"input": "w3", "choices": ["w4", "w4"]}, "texts that differ"),
         ({"input": "w3", "choices": ["w4", "\ud800"]}, "JSON"),
     ],
 )
@@ -254,7 +254,9 @@ def test_a_row_that_lacks_a_field_of_the_task_or_does_not_fit_is_named(tmp_path,
     file = write(
         tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": "w4"}, {"premise": "w3"}]
     )
-    assert f"{file}:2: no 'hypothesis'" in fails(capsys, "tiny-t5", file, "--task", "rte")
+    assert f"{file}:2: the row has no field 'hypothesis'" in fails(
+        capsys, "tiny-t5", file, "--task", "rte"
+    )
     file = write(tmp_path / "rows.jsonl", [{"input": "w3", "choices": ["w4"]}])
     assert f"{file}:1: row 0 does not fit" in fails(
         capsys, running.model("t5"), file, "--max-length", 1

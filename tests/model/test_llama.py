@@ -1,7 +1,11 @@
-"""Guards LLaMA: its logits are transformers' for every form of it, in float32, bfloat16 and float64, wherever the
-padding lies; the rotation is the one that config.json asks for, in its old form and in its new one."""
+"""LLaMA: its logits are those of transformers, for every form of it and in three dtypes.
+
+The padding may be anywhere. The rotation is the one that config.json asks for, in its old form and
+in its new form.
+"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +29,12 @@ from minia3.model.llama import LlamaConfig, inverse_frequencies
 # Padding on the right, on the left, on both sides, in between; none; a single real token.
 MASK = torch.tensor(
     [
-        *([True] * 5 + [False] * 4, [False] * 3 + [True] * 6, [False, True, True] + [False] * 6),
-        *([True, False, False] * 3, [True] * 9, [False] * 4 + [True] + [False] * 4),
+        [True] * 5 + [False] * 4,
+        [False] * 3 + [True] * 6,
+        [False, True, True] + [False] * 6,
+        [True, False, False] * 3,
+        [True] * 9,
+        [False] * 4 + [True] + [False] * 4,
     ]
 )
 
@@ -34,25 +42,24 @@ MASK = torch.tensor(
 @pytest.mark.parametrize("name", LLAMA_PEERS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 def test_logits_are_those_of_transformers(peer, loaded, name, mask):
-    source, target = tokens(6, 9), tokens(6, 6, seed=1)
-    assert (
-        off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target))
-        < 1e-5
-    )
+    source = tokens(6, 9)
+    target = tokens(6, 6, seed=1)
+    found = logits(loaded(name), source, mask, target)
+    assert off(found, peer(name).logits(source, mask, target)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama-odd", "llama3"])
 def test_logits_of_long_texts_are_those_of_transformers(peer, loaded, name):
-    source, target = tokens(2, 150), tokens(2, 150, seed=1)
-    assert (
-        off(logits(loaded(name), source, None, target), peer(name).logits(source, None, target))
-        < 1e-5
-    )
+    source = tokens(2, 150)
+    target = tokens(2, 150, seed=1)
+    found = logits(loaded(name), source, None, target)
+    assert off(found, peer(name).logits(source, None, target)) < 1e-5
 
 
 @pytest.mark.parametrize("name", LLAMA_PEERS)
 def test_logits_in_float64_are_those_of_transformers_in_float64(loaded, name):
-    source, target = tokens(6, 9), tokens(6, 6, seed=1)
+    source = tokens(6, 9)
+    target = tokens(6, 6, seed=1)
     theirs = Peer(name, None, double(make(name))).logits(source, MASK, target)
     found = logits(loaded(name, dtype=torch.float64), source, MASK, target)
     assert found.dtype == torch.float64
@@ -67,30 +74,26 @@ def test_logits_in_bfloat16_are_as_near_the_exact_ones_as_those_of_transformers(
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "llama3"])
-def test_a_prompt_of_one_token_leaves_an_empty_cache_which_works(peer, loaded, name):
-    model, source, target = loaded(name), tokens(3, 1), tokens(3, 4, seed=1)
+def test_a_prompt_of_one_token_leaves_an_empty_cache_that_works(peer, loaded, name):
+    model = loaded(name)
+    source = tokens(3, 1)
+    target = tokens(3, 4, seed=1)
+    expected = peer(name).logits(source, None, target)
     state = model.start(source)
     assert state.length == 0
     assert torch.equal(state.start, source)
-    assert off(logits(model, source, None, target), peer(name).logits(source, None, target)) < 1e-5
-    only_one_is_real = torch.tensor([[False, True, False]]).expand(3, 3)
+    assert off(logits(model, source, None, target), expected) < 1e-5
+    mask = torch.tensor([[False, True, False]]).expand(3, 3)
     padded = torch.cat((tokens(3, 1, seed=2), source, tokens(3, 1, seed=3)), dim=1)
-    assert model.start(padded, only_one_is_real).length == 0
-    assert (
-        off(
-            logits(model, padded, only_one_is_real, target), peer(name).logits(source, None, target)
-        )
-        < 1e-5
-    )
+    assert model.start(padded, mask).length == 0
+    assert off(logits(model, padded, mask, target), expected) < 1e-5
 
 
 def test_the_target_starts_with_the_last_real_token(loaded):
     source = tokens(6, 9)
     state = loaded("llama-gqa").start(source, MASK)
-    assert torch.equal(
-        state.start[:, 0],
-        torch.stack([row[keep][-1] for row, keep in zip(source, MASK, strict=True)]),
-    )
+    last_tokens = [row[mask][-1] for row, mask in zip(source, MASK, strict=True)]
+    assert torch.equal(state.start[:, 0], torch.stack(last_tokens))
 
 
 @given(
@@ -103,10 +106,12 @@ def test_the_target_starts_with_the_last_real_token(loaded):
 def test_neither_the_amount_nor_the_content_of_padding_matters(
     loaded, n_before, n_after, n_real, value
 ):
-    model, real, target = loaded("llama-gqa"), tokens(1, n_real), tokens(1, 3, seed=1)
-    source = torch.cat(
-        (torch.full((1, n_before), value), real, torch.full((1, n_after), value)), dim=1
-    )
+    model = loaded("llama-gqa")
+    real = tokens(1, n_real)
+    target = tokens(1, 3, seed=1)
+    left = torch.full((1, n_before), value)
+    right = torch.full((1, n_after), value)
+    source = torch.cat((left, real, right), dim=1)
     mask = torch.tensor([[False] * n_before + [True] * n_real + [False] * n_after])
     assert off(logits(model, source, mask, target), logits(model, real, None, target)) < 1e-5
 
@@ -126,37 +131,30 @@ def test_frequencies_are_those_of_transformers(theta, rope, d_head):
     import transformers
 
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = dict(zip(names, rope, strict=True)) | {"rope_type": "llama3"} if rope else {}
+    rope_parameters = {"rope_theta": theta}
+    if rope is not None:
+        rope_parameters |= {"rope_type": "llama3", **dict(zip(names, rope, strict=True))}
     config = transformers.LlamaConfig(
         hidden_size=d_head,
         num_attention_heads=1,
         head_dim=d_head,
-        rope_parameters={"rope_theta": theta, **scaling},
+        rope_parameters=rope_parameters,
     )
     expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
-    ours = LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta, rope_scaling=rope)
-    assert torch.allclose(inverse_frequencies(ours), expected, rtol=1e-6, atol=0)
-    plain = inverse_frequencies(LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta))
-    as_factors = LlamaConfig(
-        d_head,
-        d_head,
-        1,
-        1,
-        1,
-        1,
-        1,
-        rope_theta=theta,
-        rope_factors=tuple((plain / expected).tolist()),
-    )
-    assert torch.allclose(inverse_frequencies(as_factors), expected, rtol=1e-6, atol=0), (
-        "GGUF's form of the same"
-    )
+    plain = LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta)
+    scaled = replace(plain, rope_scaling=rope)
+    assert torch.allclose(inverse_frequencies(scaled), expected, rtol=1e-6, atol=0)
+    # GGUF's form of the same
+    factors = tuple((inverse_frequencies(plain) / expected).tolist())
+    divided = replace(plain, rope_factors=factors)
+    assert torch.allclose(inverse_frequencies(divided), expected, rtol=1e-6, atol=0)
 
 
-def test_the_old_and_the_new_form_of_rope_in_config_json_are_one(peer, copy):
+def test_the_old_and_the_new_form_of_rope_in_config_json_are_the_same_model(peer, copy):
     import transformers
 
-    source, target = tokens(2, 40), tokens(2, 5, seed=1)
+    source = tokens(2, 40)
+    target = tokens(2, 5, seed=1)
     expected = peer("llama3").logits(source, None, target)
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     folder = copy("llama3", rope_parameters=None, rope_scaling=scaling, rope_theta=500.0)
@@ -164,14 +162,12 @@ def test_the_old_and_the_new_form_of_rope_in_config_json_are_one(peer, copy):
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     assert off(Peer("llama3", folder, theirs).logits(source, None, target), expected) < 1e-5
     raw = json.loads((folder / "config.json").read_text())
-    raw["rope_scaling"] |= {"type": raw["rope_scaling"].pop("rope_type")}  # its oldest key
+    raw["rope_scaling"]["type"] = raw["rope_scaling"].pop("rope_type")  # the oldest key
     (folder / "config.json").write_text(json.dumps(raw))
     assert off(logits(minia3.load_model(folder), source, None, target), expected) < 1e-5
     del raw["rope_scaling"]
     (folder / "config.json").write_text(json.dumps(raw))
-    assert off(logits(minia3.load_model(folder), source, None, target), expected) > 1e-3, (
-        "without scaling it is another"
-    )
+    assert off(logits(minia3.load_model(folder), source, None, target), expected) > 1e-3
 
 
 def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
@@ -180,14 +176,12 @@ def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
     assert "frequency" not in model.state_dict()
 
 
-def test_dropout_in_training_falls_on_attention_alone_as_in_transformers(copy):
+def test_dropout_in_training_falls_on_attention_only_as_in_transformers(copy):
     import transformers
 
-    folder, source, target = (
-        copy("llama-gqa", attention_dropout=0.3),
-        tokens(3, 7),
-        tokens(3, 1, seed=1),
-    )
+    folder = copy("llama-gqa", attention_dropout=0.3)
+    source = tokens(3, 7)
+    target = tokens(3, 1, seed=1)
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
     ours = minia3.load_model(folder).train()
     torch.manual_seed(0)

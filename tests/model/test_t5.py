@@ -1,5 +1,8 @@
-"""Guards T5: its logits are transformers' for every form of it, in float32, bfloat16 and float64, to positions far
-beyond the last bucket; in training its dropout falls where transformers' does, draw for draw."""
+"""T5: its logits are those of transformers, for every form of it and in three dtypes.
+
+Positions go far beyond the last bucket of distances. In training, dropout falls where transformers'
+dropout falls, draw for draw.
+"""
 
 import pytest
 import torch
@@ -23,27 +26,26 @@ MASK = torch.tensor(
 @pytest.mark.parametrize("name", T5_PEERS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
 def test_logits_are_those_of_transformers(peer, loaded, name, mask):
-    source, target = tokens(4, 9), tokens(4, 6, seed=1)
-    assert (
-        off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target))
-        < 1e-5
-    )
+    source = tokens(4, 9)
+    target = tokens(4, 6, seed=1)
+    found = logits(loaded(name), source, mask, target)
+    assert off(found, peer(name).logits(source, mask, target)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-near"])
 def test_logits_are_those_of_transformers_beyond_the_last_bucket(peer, loaded, name):
-    source, target = tokens(2, 300), tokens(2, 290, seed=1)
+    source = tokens(2, 300)
+    target = tokens(2, 290, seed=1)
     mask = torch.ones_like(source, dtype=torch.bool)
     mask[0, 280:] = False
-    assert (
-        off(logits(loaded(name), source, mask, target), peer(name).logits(source, mask, target))
-        < 1e-5
-    )
+    found = logits(loaded(name), source, mask, target)
+    assert off(found, peer(name).logits(source, mask, target)) < 1e-5
 
 
 @pytest.mark.parametrize("name", T5_PEERS)
 def test_logits_in_float64_are_those_of_transformers_in_float64(peer, loaded, name):
-    source, target = tokens(4, 9), tokens(4, 6, seed=1)
+    source = tokens(4, 9)
+    target = tokens(4, 6, seed=1)
     theirs = Peer(name, None, double(make(name))).logits(source, MASK, target)
     found = logits(loaded(name, dtype=torch.float64), source, MASK, target)
     assert found.dtype == torch.float64
@@ -57,10 +59,11 @@ def test_logits_in_bfloat16_are_as_near_the_exact_ones_as_those_of_transformers(
     assert ours < 0.05 * scale
 
 
-def test_the_heads_of_the_peers_are_as_meant(loaded):
-    found = {
-        name: (loaded(name).head is not None, loaded(name).config.scale_logits) for name in T5_PEERS
-    }
+def test_the_peers_have_tied_and_untied_heads_scaled_and_not(loaded):
+    found = {}
+    for name in T5_PEERS:
+        model = loaded(name)
+        found[name] = (model.head is not None, model.config.scale_logits)
     assert found == {
         **{name: (False, True) for name in ("t5-v1.0", "t5-wide", "t5-near")},
         **{name: (True, False) for name in OWN_HEAD},
@@ -70,12 +73,14 @@ def test_the_heads_of_the_peers_are_as_meant(loaded):
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-near", "t5-deep-decoder"])
 def test_dropout_in_training_falls_where_that_of_transformers_falls(peer, loaded, name):
-    """With the same seed the draws are the same, so one drop too many, too few or another rate changes every logit.
+    """With one seed the draws are the same, so a drop too many or another rate changes all logits.
 
-    (Without padding: padded tokens are not read here, and nothing is drawn for them.)
+    The batch has no padding, because we draw nothing for padded tokens, and transformers does.
     """
-    source, target = tokens(3, 7), tokens(3, 5, seed=1)
-    ours, theirs = loaded(name).train(), make(name).train()
+    source = tokens(3, 7)
+    target = tokens(3, 5, seed=1)
+    ours = loaded(name).train()
+    theirs = make(name).train()
     torch.manual_seed(0)
     expected = Peer(name, None, theirs).logits(source, None, target)
     torch.manual_seed(0)
@@ -92,16 +97,16 @@ def test_a_model_comes_in_eval_mode_and_draws_nothing(loaded):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("is_bidirectional", [True, False])
 @pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (8, 12), (64, 1000)])
-def test_buckets_of_distances_are_those_of_transformers(bidirectional, n_buckets, max_distance):
+def test_buckets_of_distances_are_those_of_transformers(is_bidirectional, n_buckets, max_distance):
     from transformers.models.t5.modeling_t5 import T5Attention
 
     distance = torch.arange(-3000, 3001)
     expected = T5Attention._relative_position_bucket(
-        distance, bidirectional, n_buckets, max_distance
+        distance, is_bidirectional, n_buckets, max_distance
     )
-    found = distance_bucket(distance, bidirectional, n_buckets, max_distance)
+    found = distance_bucket(distance, is_bidirectional, n_buckets, max_distance)
     assert torch.equal(found, expected)
     assert found.max() == n_buckets - 1
     assert found.min() == 0
@@ -112,18 +117,20 @@ def test_the_target_starts_with_the_token_that_the_config_names(copy):
     assert torch.equal(model.start(tokens(3, 4)).start, torch.full((3, 1), 7))
     model = minia3.load_model(copy("t5-v1.1", decoder_start_token_id=None, pad_token_id=5))
     assert torch.equal(model.start(tokens(1, 4)).start, torch.full((1, 1), 5)), (
-        "no start token: the pad token"
+        "without a start token, it is the pad token"
     )
 
 
 def test_keys_and_values_of_the_source_are_made_once(loaded, monkeypatch):
-    model, made = loaded("t5-deep-decoder"), []
+    model = loaded("t5-deep-decoder")
     original = Attention.kv
-    monkeypatch.setattr(
-        Attention,
-        "kv",
-        lambda self, *args, **more: made.append(self) or original(self, *args, **more),
-    )
+    made = []
+
+    def spy(attention, memory, context):
+        made.append(attention)
+        return original(attention, memory, context)
+
+    monkeypatch.setattr(Attention, "kv", spy)
     state = model.start(tokens(2, 4))
     cross = [block.cross for block in model.decoder.blocks]
     assert made == [block.attn for block in model.encoder.blocks] + cross

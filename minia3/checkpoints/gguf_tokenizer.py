@@ -1,0 +1,123 @@
+"""Build a tokenizer of the package `tokenizers` from the metadata of a GGUF file.
+
+A GGUF file holds its tokenizer as lists: the tokens in the order of their ids, their kinds, and
+either scores (tokenizer.ggml.model is "llama": the pieces of a sentencepiece model) or merges
+("gpt2": BPE over bytes). How a text is cut into words before bytes are merged is given only by a
+name, tokenizer.ggml.pre, whose meaning llama.cpp keeps in its code. We know the names below, and
+refuse others, because a wrong rule would give slightly wrong ids.
+"""
+
+from typing import NamedTuple
+
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from minia3.checkpoints.sentencepiece import (
+    BPE,
+    NormalizerSpec,
+    Piece,
+    add_special_pieces,
+    sentencepiece_backend,
+)
+
+# What Llama 3 calls a word, in the order in which the alternatives are tried
+LLAMA3_WORDS = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+class WordRule(NamedTuple):
+    """How a tokenizer over bytes cuts a text into words.
+
+    pattern: each match is cut out; None to leave this out.
+    has_gpt2_words: the parts are then cut into GPT-2's words.
+    has_whole_words: a word that is a token stays whole, even if no merges lead to it.
+    has_bos: a text begins with bos, unless the metadata says otherwise.
+    """
+
+    pattern: str | None = None
+    has_gpt2_words: bool = True
+    has_whole_words: bool = False
+    has_bos: bool = False
+
+
+# tokenizer.ggml.pre -> rule
+WORD_RULES = {
+    "default": WordRule(),
+    "gpt-2": WordRule(),
+    # Each digit is a word.
+    "smollm": WordRule(r"\p{N}"),
+    # Llama 3
+    "llama-bpe": WordRule(LLAMA3_WORDS, has_gpt2_words=False, has_whole_words=True, has_bos=True),
+}
+
+
+def read_gguf_tokenizer(metadata):
+    """Return (backend, settings); the settings are those of Hugging Face's JSON files.
+
+    metadata: {"tokenizer.ggml.tokens": [...], ...}; other keys are ignored.
+
+    Raise ValueError if the tokenizer is of an unknown kind, and any other exception (KeyError ...)
+    if the metadata is damaged.
+    """
+    settings = strip_prefixes(metadata)
+    kind = settings.get("model")
+    rule_name = settings.get("pre", "default")
+    if kind == "llama":
+        backend = backend_with_scores(settings)
+        has_bos = True
+    elif kind == "gpt2" and rule_name in WORD_RULES:
+        rule = WORD_RULES[rule_name]
+        backend = backend_over_bytes(settings, rule)
+        has_bos = rule.has_bos
+    else:
+        known = ", ".join(WORD_RULES)
+        raise ValueError(
+            f"tokenizer {kind!r}, pre {rule_name!r}; expected llama, or gpt2 with {known}"
+        )
+    settings.setdefault("add_bos_token", has_bos)
+    settings.setdefault("pad_token_id", settings.get("padding_token_id"))
+    return backend, settings
+
+
+def strip_prefixes(metadata):
+    """Return the metadata with short keys: "tokenizer.ggml.bos_token_id" becomes "bos_token_id"."""
+    return {
+        key.removeprefix("tokenizer.").removeprefix("ggml."): value
+        for key, value in metadata.items()
+    }
+
+
+def backend_with_scores(settings):
+    """Return a backend with the ids of the sentencepiece model from which the file was made."""
+    columns = (settings["tokens"], settings["scores"], settings["token_type"])
+    pieces = [Piece(*row) for row in zip(*columns, strict=True)]
+    spec = NormalizerSpec(
+        add_dummy_prefix=settings.get("add_space_prefix", True), remove_extra_whitespaces=False
+    )
+    return sentencepiece_backend(pieces, BPE, spec)
+
+
+def backend_over_bytes(settings, rule):
+    """Return a BPE whose smallest tokens are the 256 bytes, as GPT-2 introduced it."""
+    tokens = settings["tokens"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in settings["merges"]]
+    backend = Backend(models.BPE(vocabulary, merges, ignore_merges=rule.has_whole_words))
+    steps = []
+    if rule.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(rule.pattern), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.has_gpt2_words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, settings["token_type"], strict=True)
+    add_special_pieces(backend, [Piece(token, 0.0, kind) for token, kind in kinds])
+    return backend

@@ -1,0 +1,127 @@
+"""Guards minia3/checkpoints/gguf_tokenizer.py: the tokenizer in a GGUF file gives the right ids.
+
+The right ids are those of the tokenizer that the GGUF file was made from.
+"""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import BYTE_LEVEL, TEXTS, byte_level, corpus, gguf_of, peer, small
+from tokenizers import pre_tokenizers
+
+from minia3.checkpoints.tokenizer import Tokenizer
+
+few = settings(deadline=None, max_examples=60)
+
+# Hugging Face's own rules, in the tokenizer.json of GPT-2 and SmolLM2
+PEER_RULES = {
+    "gpt-2": BYTE_LEVEL,
+    "default": BYTE_LEVEL,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
+}
+
+
+# With scores
+
+
+def test_a_vocabulary_with_scores_gives_the_ids_of_its_sentencepiece_file():
+    tokenizer = Tokenizer.from_gguf(gguf_of("llama"))
+    for text in TEXTS:
+        ids = small("llama").encode(text)
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == small("llama").decode(ids)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+
+
+def test_metadata_may_leave_out_bos_ask_for_eos_and_name_a_pad_token():
+    the = peer("llama").encode("the")
+    settings = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.padding_token_id": 0}
+    bare = Tokenizer.from_gguf(gguf_of("llama") | settings)
+    assert bare.encode("the") == the
+    assert bare.pad_id == 0
+    ended = Tokenizer.from_gguf(gguf_of("llama") | {"tokenizer.ggml.add_eos_token": True})
+    assert ended.encode("the") == [1, *the, 2]
+
+
+def test_a_vocabulary_without_a_space_prefix_gives_the_ids_of_such_a_file():
+    metadata = gguf_of("llama-no-prefix") | {"tokenizer.ggml.add_space_prefix": False}
+    tokenizer = Tokenizer.from_gguf(metadata)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == [1, *peer("llama-no-prefix").encode(text)]
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+
+
+# Over bytes
+
+
+@pytest.mark.parametrize("rule", PEER_RULES)
+def test_a_bpe_over_bytes_gives_the_ids_of_the_tokenizer_it_was_made_from(rule):
+    theirs, metadata = byte_level()
+    theirs.pre_tokenizer = PEER_RULES[rule]
+    tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": rule})
+
+    @few
+    @given(st.text() | st.text("ab 12½'st\n") | st.sampled_from(corpus()))
+    @example("tom's  305 hats\n\n  12")
+    @example("the<|end|> hats")
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert ids == theirs.encode(text).ids
+        assert tokenizer.decode(ids) == text.replace("<|end|>", "").replace("<|pad|>", "")
+
+    check()
+
+
+def test_a_text_is_cut_as_gpt_2_does_if_no_rule_is_named():
+    _, metadata = byte_level()
+    unnamed = Tokenizer.from_gguf(metadata)
+    named = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "gpt-2"})
+    assert unnamed.backend.to_str() == named.backend.to_str()
+
+
+def test_llama_3_has_its_own_words_keeps_words_that_are_tokens_and_begins_with_bos():
+    _, metadata = byte_level()
+    metadata["tokenizer.ggml.tokens"] += ["Ġzebra", "zeb"]  # no merge makes them
+    metadata["tokenizer.ggml.token_type"] += [1, 1]
+    metadata["tokenizer.ggml.bos_token_id"] = 1
+    llama3 = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
+    gpt2 = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "gpt-2"})
+    zebra = metadata["tokenizer.ggml.tokens"].index("Ġzebra")
+    assert llama3.encode("a zebra") == [1, *gpt2.encode("a"), zebra]
+    assert zebra not in gpt2.encode("a zebra")
+    words = ["I", "'LL", "Ġpay", "Ġ", "123", "45", "Ġdollars", "!!ĊĊ"]
+    words += ["Ġ", "Ġfoo", "Ġ(", "x", ").Ċ", "ĉtab", "Ġwe", "'RE", "st"]
+    text = "I'LL pay 12345 dollars!!\n\n  foo (x).\n\ttab we'REst"
+    found = llama3.backend.pre_tokenizer.pre_tokenize_str(text)
+    assert [word for word, _ in found] == words
+
+
+# What is refused
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_refused_by_name():
+    _, metadata = byte_level()
+    with pytest.raises(ValueError, match=r"^x.gguf: .*'tekken'.*llama-bpe"):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "tekken"}, "x.gguf")
+    with pytest.raises(ValueError, match=r"'bert'.*expected llama, or gpt2"):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.model": "bert"})
+
+
+@pytest.mark.parametrize("key", ["model", "tokens", "merges", "token_type"])
+def test_metadata_without_a_necessary_key_is_refused(key):
+    _, metadata = byte_level()
+    del metadata[f"tokenizer.ggml.{key}"]
+    named = "None" if key == "model" else key
+    with pytest.raises(ValueError, match=f"^GGUF: .*{named}"):
+        Tokenizer.from_gguf(metadata)
+
+
+def test_lists_that_do_not_fit_together_are_refused():
+    _, metadata = byte_level()
+    with pytest.raises(ValueError, match=r"^GGUF: "):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.token_type": [1]})
+    with pytest.raises(ValueError, match=r"^GGUF: "):
+        Tokenizer.from_gguf(gguf_of("llama") | {"tokenizer.ggml.scores": [1.0]})
+    expected = r"^GGUF: damaged or cut short: .*`no thing` out of vocabulary$"
+    with pytest.raises(ValueError, match=expected):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.merges": ["Ġ no\nthing"]})

@@ -1,0 +1,177 @@
+"""Guards minia3/checkpoints/sentencepiece.py: a sentencepiece file gives sentencepiece's own ids,
+also if scores tie.
+
+The files are trained here, or written by hand. Published ones are in test_published_tokenizers.py.
+"""
+
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_tokenizers import (
+    BASE,
+    TEXTS,
+    check_refused,
+    check_same_segmentation,
+    corpus,
+    field,
+    peer,
+    sentencepiece_file,
+    small,
+    spm,
+)
+
+from minia3.checkpoints.tokenizer import Tokenizer
+
+few = settings(deadline=None, max_examples=60)
+LLAMAS = ["llama", "llama-no-bytes", "llama-no-prefix", "llama-spaces-inside"]
+
+
+# Trained files
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_unigram_ids_are_those_of_sentencepiece(name):
+    # Without marks that combine: the test with the real T5 tells why.
+    characters = "aehnort'Hx305 ,.;!\t\n  é中🎉ﬁ①…ａ½"
+    tokenizer = small(name)
+
+    @few
+    @given(st.text(characters) | st.sampled_from(corpus()))
+    @example("  hello\t the   world \n")
+    def check(text):
+        *ids, end = tokenizer.encode(text)
+        assert end == 1
+        check_same_segmentation(peer(name), ids, peer(name).encode(text))
+        if name == "mt5":  # without bytes, sentencepiece shows unknown characters as " ⁇ "
+            assert tokenizer.decode(ids) == peer(name).decode(ids)
+
+    check()
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_bpe_ids_and_texts_are_those_of_sentencepiece(name):
+    parts = ["a", "an", " ", "  ", "   ", "é", "🎉", "305", "\n"]
+    runs = st.lists(st.sampled_from(parts)).map("".join)
+    tokenizer = small(name)
+    start = [] if peer(name).bos_id() < 0 else [peer(name).bos_id()]
+
+    @few
+    @given(st.text() | st.text("anh  t") | runs)
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert ids == start + peer(name).encode(text)
+        if name != "llama-no-bytes":  # without bytes, sentencepiece shows " ⁇ "
+            assert tokenizer.decode(ids) == peer(name).decode(ids) == text.replace("▁", " ")
+
+    for text in TEXTS:
+        check = example(text)(check)
+    check()
+
+
+def test_control_and_user_defined_tokens_are_found_in_a_text_and_only_the_latter_are_decoded():
+    tokenizer = small("llama-user-defined")
+    processor = peer("llama-user-defined")
+    sep = processor.piece_to_id("<sep>")
+    ctl = processor.piece_to_id("<ctl>")
+    ids = tokenizer.encode("a</s><sep><ctl><unk>", special=False)
+    assert ids == [*processor.encode("a"), 2, sep, ctl, 0]
+    assert tokenizer.decode(ids) == "a<sep>"
+
+
+# Files by hand
+
+
+def by_hand(folder, pieces, model_type=2):
+    """Return our tokenizer and sentencepiece's of the same file."""
+    data = sentencepiece_file(pieces, model_type)
+    (folder / "tokenizer.model").write_bytes(data)
+    return Tokenizer.from_folder(folder), spm.SentencePieceProcessor(model_proto=data)
+
+
+@pytest.mark.parametrize("model_type", [1, 2])
+def test_a_file_with_nothing_but_pieces_has_the_defaults_of_sentencepiece(tmp_path, model_type):
+    ours, processor = by_hand(tmp_path, [*BASE, ("\n", -3.0, 1)], model_type)
+    for text in ["aaa", "  a  aa ", "a\n  \n a", "\n", "ab bb", "", " "]:
+        assert ours.encode(text) == [1, *processor.encode(text)]
+
+
+def equal_scores(n):
+    return -1e9
+
+
+def powers_of_two_first(n):
+    return {2: -1.0, 4: -2.0, 8: -3.0}.get(n, -4.0 - n)
+
+
+@pytest.mark.parametrize("score", [equal_scores, powers_of_two_first])
+def test_ties_go_to_the_leftmost_pair(tmp_path, score):
+    """All ways to make a piece tie, and so do LLaMA-2's runs of spaces.
+
+    The ids have no order, so that an order by ids cannot be right by chance.
+    """
+    lengths = [8, 3, 16, 2, 5, 13, 4, 15, 6, 7, 9, 10, 11, 12, 14]
+    pieces = BASE[:-1] + [("a" * n, score(n), 1) for n in lengths]
+    ours, processor = by_hand(tmp_path, pieces)
+    texts = ["a" * n for n in range(200)]
+    texts += ["aab" * 3 + "a" * n + "b" for n in range(60)]
+    for text in texts:
+        assert ours.encode(text) == [1, *processor.encode(text)]
+
+
+def test_the_name_of_a_byte_in_a_text_is_not_the_byte(tmp_path):
+    parts = ["<", "0", "x", "A", ">", "<0", "<0x", "<0x0", "<0x0A"]
+    pieces = [*BASE, *((part, -2.0, 1) for part in parts), ("<0x0A>", 0.0, 6)]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    names = [name for name, _, _ in pieces]
+    found = [names[i] for i in tokenizer.encode("a<0x0A>\n")]
+    assert found == ["<s>", "▁", "a", "<0x0A", ">", "<0x0A>"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("model_type", [1, 2])
+def test_a_file_that_is_cut_inside_a_field_is_always_refused(tmp_path, model_type):
+    data = sentencepiece_file(BASE, model_type)
+    ends_of_fields = {len(sentencepiece_file(BASE[:n], 1)) for n in range(len(BASE) + 1)}
+    for n in set(range(1, len(data))) - ends_of_fields:
+        (tmp_path / "tokenizer.model").write_bytes(data[:n])
+        check_refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "model_type", "reason"),
+    [
+        (BASE, 3, "model_type is 3, expected 1 (Unigram) or 2 (BPE)"),
+        (BASE[1:], 2, "damaged: no piece stands for unknown characters"),
+        ([], 2, "damaged: no piece stands for unknown characters"),
+        ([*BASE, ("b", float("nan"), 1)], 2, "damaged: the piece 'b' has the score nan"),
+        ([*BASE, ("b", float("inf"), 1)], 1, "damaged: the piece 'b' has the score inf"),
+        ([*BASE, ("b", -float("inf"), 1)], 2, "damaged: the piece 'b' has the score -inf"),
+    ],
+)
+def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path, pieces, model_type, reason):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces, model_type))
+    check_refused(tmp_path, f"tokenizer.model: {reason}")
+
+
+def test_a_file_whose_words_end_in_their_spaces_is_refused(tmp_path):
+    data = sentencepiece_file(BASE, 1) + field(2, field(24, 1))
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    check_refused(tmp_path, "treat_whitespace_as_suffix is not supported")
+
+
+def test_the_tiktoken_file_of_llama_3_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    check_refused(tmp_path, "tiktoken", "tokenizer.json")
+
+
+def test_a_piece_as_long_as_the_file_does_not_take_the_square_of_its_length(tmp_path):
+    data = sentencepiece_file([*BASE, ("a" * 400_000, -2.0, 1)])
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    start = time.process_time()
+    assert Tokenizer.from_folder(tmp_path).encode("aaa") == [1, 3, 5, 4]
+    assert time.process_time() - start < 5

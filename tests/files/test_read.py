@@ -1,0 +1,110 @@
+"""Guards minia3/files/read.py: whatever goes wrong while a foreign file is read becomes one line
+that names the file.
+
+What each kind of file may look like, and what damage does to it, is tested by tests/test_fuzz.py
+and by the tests of the readers.
+"""
+
+import json
+
+import pytest
+
+from minia3.files.read import not_what_it_says, one_line, read_json, reading
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
+
+
+def test_a_json_object_is_read_as_a_dict(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"x": [1, null, "é"]}', encoding="utf-8")
+    assert read_json(path) == read_json(str(path)) == {"x": [1, None, "é"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[1]", "expected a JSON object, found list"),
+        (b"null", "expected a JSON object, found NoneType"),
+        (b'{"x": 1', "damaged or cut short: JSONDecodeError: Expecting ',' delimiter"),
+        (b'{"x": "\xff"}', "damaged or cut short: UnicodeDecodeError: 'utf-8' codec can't decode"),
+        (b"", "the file is empty"),
+        (LFS_POINTER, "a Git LFS pointer in place of the file: run `git lfs pull`"),
+        (b" \n<!DOCTYPE html>\n<p>", "an HTML page in place of the file: the download went wrong"),
+        (b"<HTML><p>", "an HTML page in place of the file: the download went wrong"),
+    ],
+)
+def test_a_file_without_a_json_object_is_refused_with_the_reason(tmp_path, content, reason):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^[^\n]*/b\.json: not found$"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(ValueError, match=r"^[^\n]*damaged or cut short: IsADirectoryError[^\n]*$"):
+        read_json(tmp_path)
+
+
+def message_of(error, *arguments, **options):
+    """Return the message that `reading` makes of an exception."""
+    with pytest.raises(ValueError) as caught, reading(*arguments, **options):  # noqa: PT011
+        raise error
+    assert caught.value.__suppress_context__, "the traceback of a user's mistake would be noise"
+    return str(caught.value)
+
+
+def test_a_value_error_keeps_its_message_and_other_exceptions_are_explained():
+    assert message_of(ValueError("two\nlines"), "x") == "x: two lines"
+    assert message_of(KeyError("a"), "x") == "x: damaged or cut short: KeyError: 'a'"
+    assert message_of(KeyError("a"), "x", "cut") == "x: cut: KeyError: 'a'"
+    assert message_of(UnicodeError("a"), "x") == "x: damaged or cut short: UnicodeError: a"
+    assert message_of(MemoryError(), "x") == "x: damaged or cut short: MemoryError: MemoryError"
+
+
+def test_only_the_first_sentence_of_a_library_is_kept():
+    """torch.load goes on to recommend weights_only=False, which would run the code in a pickle."""
+    error = RuntimeError("Unsupported class. Set weights_only=False to load it anyway.")
+    assert message_of(error, "x", "cut") == "x: cut: RuntimeError: Unsupported class"
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    error = ModuleNotFoundError("No module named 'gguf'")
+    assert message_of(error, "x", extra="gguf").endswith("'gguf': pip install 'minia3[gguf]'")
+    assert "pip" not in message_of(error, "x")
+    assert "pip" not in message_of(ValueError("a"), "x", extra="gguf")
+
+
+def test_a_file_that_is_another_kind_of_file_says_so_whatever_the_parser_found(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(LFS_POINTER)
+    assert message_of(ValueError("a"), path).startswith(f"{path}: a Git LFS pointer")
+    assert message_of(ValueError("a"), str(path)) == f"{path}: a", "a text is not looked up"
+    path.write_bytes(b"weights")
+    assert message_of(ValueError("a"), path) == f"{path}: a"
+    assert message_of(ValueError("a"), tmp_path) == f"{tmp_path}: a"
+
+
+def test_a_panic_of_rust_is_damage_and_an_interrupt_is_not():
+    """A panic in tokenizers or safetensors is a BaseException of this name."""
+    panic = type("PanicException", (BaseException,), {})
+    assert message_of(panic("index out of bounds"), "x").startswith(
+        "x: damaged or cut short: Panic"
+    )
+    for interrupt in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(interrupt), reading("x"):
+            raise interrupt
+
+
+def test_a_message_is_one_line_of_limited_length():
+    assert one_line(ValueError(" a\n\tb  c ")) == "a b c"
+    assert one_line(ValueError("\n")) == "ValueError"
+    assert len(one_line(ValueError("x" * 10_000))) == 300
+
+
+def test_a_good_file_is_what_it_says(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"html": "<html>"}))
+    assert not_what_it_says(tmp_path / "a.json") == ""

@@ -1,0 +1,116 @@
+"""Guards minia3/files/tensors.py: both kinds of weight files give the tensors that were
+saved; a file that holds anything else is refused.
+
+What damage does to these files is tested by tests/test_fuzz.py.
+"""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minia3.files.tensors import DTYPES, FLOATS, Entry, read_tensors
+
+TENSORS = {
+    "a": torch.arange(6.0).view(2, 3),
+    "b.c": torch.tensor([0.5, -2.0], dtype=torch.bfloat16),
+    "half": torch.tensor([1.0, 65504.0], dtype=torch.float16),
+    "double": torch.tensor([0.1], dtype=torch.float64),
+    "scalar": torch.tensor(3.0),
+    "none": torch.zeros(0, 4),
+}
+
+
+def save_bin(tensors, path):
+    torch.save(tensors, path)
+
+
+def save_old_bin(tensors, path):
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+WRITERS = {
+    "safetensors": (save_file, "model.safetensors"),
+    "bin": (save_bin, "pytorch_model.bin"),
+    "old-bin": (save_old_bin, "pytorch_model.bin"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_each_kind_of_file_gives_the_tensors_that_were_saved(tmp_path, kind):
+    save, name = WRITERS[kind]
+    save(TENSORS, tmp_path / name)
+    entries = read_tensors(tmp_path / name)
+    assert entries.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        entry = entries[name]
+        assert isinstance(entry, Entry)
+        assert (entry.shape, entry.dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert entry.read().dtype == tensor.dtype
+        assert torch.equal(entry.read(), tensor)
+
+
+def test_tensors_that_shared_their_memory_still_do(tmp_path):
+    both = torch.randn(2, 3)
+    torch.save({"both": both, "first": both[0]}, tmp_path / "pytorch_model.bin")
+    entries = read_tensors(tmp_path / "pytorch_model.bin")
+    assert torch.equal(entries["first"].read(), both[0])
+    shared = entries["first"].read().untyped_storage().data_ptr()
+    assert entries["both"].read().untyped_storage().data_ptr() == shared
+
+
+def test_only_floats_have_the_dtypes_of_weights(tmp_path):
+    """Whoever wants a float refuses the others by comparing with FLOATS."""
+    integers = {"n": torch.arange(3), "flags": torch.tensor([True])}
+    save_file(integers, tmp_path / "a.safetensors")
+    torch.save(integers, tmp_path / "a.bin")
+    entries = read_tensors(tmp_path / "a.safetensors")
+    assert (entries["n"].dtype, entries["flags"].dtype) == ("I64", "BOOL")
+    for entry in (*entries.values(), *read_tensors(tmp_path / "a.bin").values()):
+        assert entry.dtype not in FLOATS
+    assert set(DTYPES.values()) == set(FLOATS)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ([torch.ones(2)], "found list"),
+        (torch.ones(2), "found Tensor"),
+        ({"model": {"a": torch.ones(2)}}, "found 'model': dict"),
+        ({"a": torch.ones(2), "step": 3}, "found 'step': int"),
+        ({1: torch.ones(2)}, "found the name 1"),
+        ({"a\nb": torch.ones(2)}, r"found the name 'a\\nb'"),
+        ({"a": torch.eye(2).to_sparse()}, "found 'a': Tensor"),
+        ({"a": torch.ones(2, device="meta")}, "found 'a': Tensor"),
+        ({"a": torch.ones(1).expand(10**12)}, "found 'a': Tensor"),
+    ],
+)
+def test_a_bin_that_is_not_a_dict_of_plain_tensors_is_refused(tmp_path, value, found):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(value, path)
+    expected = f"^{path}: expected a dict from names to tensors, {found}$"
+    with pytest.raises(ValueError, match=expected):
+        read_tensors(path)
+
+
+def test_a_safetensors_name_of_two_lines_is_refused(tmp_path):
+    save_file({"a\nb": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"^[^\n]*a\.safetensors: [^\n]*the name 'a\\nb'$"):
+        read_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_of_another_kind_is_refused_by_what_it_should_be(tmp_path):
+    save_file(TENSORS, tmp_path / "a.bin")
+    torch.save(TENSORS, tmp_path / "a.safetensors")
+    (tmp_path / "b.bin").write_bytes(pickle.dumps({"a": object()}))
+    for name, reason in [
+        ("a.bin", "damaged, or more than tensors: "),
+        ("b.bin", "damaged, or more than tensors: UnpicklingError: "),
+        ("a.safetensors", "damaged or cut short: SafetensorError: "),
+        ("c.bin", "not found"),
+        ("c.safetensors", "not found"),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{tmp_path / name}: {reason}[^\n]*$"):
+            read_tensors(tmp_path / name)

@@ -1,0 +1,447 @@
+"""Guards minia3/files/write.py: a folder that is killed at any moment holds the old checkpoint or
+the new one.
+
+If several files change, the folder may also hold no config for a moment, and is then refused. Two
+processes never mix their files. A failure changes nothing and leaves nothing behind.
+
+The folders are whole models here, because a mixture shows only in what is loaded from it.
+"""
+
+import itertools
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLAMA_SIZES, T5_SIZES
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+import minia3
+from minia3.checkpoints import save as save_module  # noqa: F401 (for the processes below)
+from minia3.checkpoints.config import from_hf
+from minia3.checkpoints.load import build_model
+from minia3.files.write import disk_errors, replacing, write_json, writing_folder
+
+LLAMA = {"model_type": "llama", **LLAMA_SIZES}
+T5 = {"model_type": "t5", **T5_SIZES}
+
+# Bytes of a shard: all in one file, or in several
+ONE_FILE = 10**9
+SHARDS = 15_000
+
+slow = pytest.mark.slow
+needs_unix = pytest.mark.skipif(
+    sys.platform == "win32", reason="processes are killed and limited by means that Windows lacks"
+)
+
+
+def filled(raw, value):
+    """Return a model whose weights are all `value`, except for the vectors, which are one."""
+    model = build_model(from_hf(raw)).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".scale"):
+                parameter.fill_(1.0)
+            else:
+                parameter.fill_(value)
+    return model
+
+
+def value_in(folder):
+    """Return the value of all weights of a saved model. (A mixture has several, which fails.)"""
+    model = minia3.load_model(folder)
+    values = set()
+    for name, parameter in model.named_parameters():
+        if not name.endswith(".scale"):
+            values.update(parameter.unique().tolist())
+    (value,) = values
+    return value
+
+
+def outcome(folder):
+    """Return which model a folder holds, or why it holds none."""
+    try:
+        return value_in(folder)
+    except ValueError as error:
+        return str(error).replace(f"{folder}/", "")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def has_hidden(names):
+    return any(name.startswith(".") for name in names)
+
+
+# Processes. A fork must not inherit threads, so each of these tests runs in a new process with one
+# thread, which forks.
+
+
+def in_a_new_process(code, *arguments):
+    """Run `code`, which sees all names of this file, and return the JSON that it prints."""
+    start = [
+        "import sys",
+        f"sys.path[:0] = {sys.path!r}",
+        "from test_write import *",
+        "torch.set_num_threads(1)",
+    ]
+    program = "\n".join([*start, textwrap.dedent(code)])
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def fork(act):
+    """Call `act` in a child process, which then ends. Return the id of the process."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return pid
+
+
+def die_at(n):
+    """Kill this process at its n-th rename or removal of a file from now on, counted from 0."""
+    calls = itertools.count()
+
+    def counted(function):
+        def wrapper(*arguments, **options):
+            if next(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapper
+
+    os.replace = counted(os.replace)
+    os.unlink = counted(os.unlink)
+    os.rmdir = counted(os.rmdir)
+    Path.unlink = counted(Path.unlink)
+
+
+KILL_AT_RANDOM = """
+    import random, time
+
+    folder = Path(sys.argv[1])
+    save_module.SHARD_BYTES = int(sys.argv[2])
+    models = [filled(LLAMA, 1.0), filled(LLAMA, 2.0)]
+    minia3.save_model(models[1], folder)
+    start = time.monotonic()
+    minia3.save_model(models[0], folder)
+    seconds_to_save = time.monotonic() - start
+
+    def overwrite_forever():
+        while True:
+            for model in models:
+                minia3.save_model(model, folder)
+                os.write(saved, b".")
+
+    found = []
+    n_hidden = 0
+    chance = random.Random(0)
+    for i in range(30):
+        read, saved = os.pipe()
+        pid = fork(overwrite_forever)
+        # Wait until one model is saved, or two, so that both of them are overwritten.
+        os.read(read, 1)
+        if i % 2:
+            os.read(read, 1)
+        time.sleep(chance.uniform(0, seconds_to_save))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        found.append(outcome(folder))
+        n_hidden += (folder / ".writing").exists()
+    minia3.save_model(models[1], folder)
+    print(json.dumps([found, n_hidden, outcome(folder), names_in(folder)]))
+"""
+
+
+@slow
+@needs_unix
+def test_a_process_killed_at_random_leaves_the_old_model_or_the_new(tmp_path):
+    found, n_hidden, last, names = in_a_new_process(KILL_AT_RANDOM, tmp_path, ONE_FILE)
+    assert set(found) == {1.0, 2.0}
+    assert n_hidden > 0, "some are killed while they write"
+    assert last == 2.0
+    assert names == ["config.json", "generation_config.json", "model.safetensors"], (
+        "the next writer removes what a killed process left"
+    )
+
+
+@slow
+@needs_unix
+def test_a_process_killed_at_random_leaves_no_mixture_of_shards(tmp_path):
+    found, n_hidden, last, names = in_a_new_process(KILL_AT_RANDOM, tmp_path, SHARDS)
+    assert {1.0, 2.0} <= set(found) <= {1.0, 2.0, REFUSED}
+    assert n_hidden > 0
+    assert last == 2.0
+    assert not has_hidden(names)
+
+
+KILL_AT_EACH_RENAME = """
+    folder = Path(sys.argv[1])
+    old, new, shard_bytes = map(json.loads, sys.argv[2:])
+    models = [filled(old, 1.0), filled(new, 2.0)]
+
+    def overwrite(n):
+        die_at(n)
+        minia3.save_model(models[1], folder)
+
+    found = []
+    for n in range(100):
+        save_module.SHARD_BYTES = shard_bytes[0]
+        minia3.save_model(models[0], folder)
+        save_module.SHARD_BYTES = shard_bytes[1]
+        _, status = os.waitpid(fork(lambda: overwrite(n)), 0)
+        found.append(outcome(folder))
+        if status == 0:
+            break
+    print(json.dumps([found, names_in(folder)]))
+"""
+REFUSED = "config.json: not found"
+
+
+@slow
+@needs_unix
+@pytest.mark.parametrize(
+    ("old", "new", "shard_bytes"),
+    [
+        (LLAMA, LLAMA, (ONE_FILE, ONE_FILE)),
+        (LLAMA, T5, (ONE_FILE, ONE_FILE)),
+        (LLAMA, {**LLAMA, "rms_norm_eps": 0.5}, (ONE_FILE, ONE_FILE)),  # with the same shapes
+        (LLAMA, LLAMA, (SHARDS, SHARDS)),
+        (LLAMA, LLAMA, (SHARDS, ONE_FILE)),
+        (LLAMA, LLAMA, (ONE_FILE, SHARDS)),
+    ],
+)
+def test_a_folder_killed_at_any_rename_holds_the_old_or_the_new_or_is_refused(
+    tmp_path, old, new, shard_bytes
+):
+    arguments = map(json.dumps, (old, new, shard_bytes))
+    found, names = in_a_new_process(KILL_AT_EACH_RENAME, tmp_path, *arguments)
+    only_weights_change = old == new and shard_bytes == (ONE_FILE, ONE_FILE)
+    order = [1.0, 2.0] if only_weights_change else [1.0, REFUSED, 2.0]
+    assert list(dict.fromkeys(found)) == order
+    assert found == sorted(found, key=order.index)
+    assert ("model.safetensors" in names) != ("model.safetensors.index.json" in names)
+    assert not has_hidden(names)
+
+
+TWO_WRITERS = """
+    import contextlib
+
+    folder = Path(sys.argv[1])
+    save_module.SHARD_BYTES = int(sys.argv[2])
+    models = [filled(LLAMA, 1.0), filled(LLAMA, 2.0)]
+
+    def overwrite(model):
+        for _ in range(10):
+            with contextlib.suppress(ValueError):  # the other process is writing
+                minia3.save_model(model, folder)
+
+    found = []
+    for _ in range(4):
+        pids = [fork(lambda model=model: overwrite(model)) for model in models]
+        for pid in pids:
+            os.waitpid(pid, 0)
+        found.append(outcome(folder))
+    print(json.dumps([found, names_in(folder)]))
+"""
+
+
+@slow
+@needs_unix
+@pytest.mark.parametrize("shard_bytes", [ONE_FILE, SHARDS])
+def test_two_processes_that_write_one_folder_leave_the_model_of_one_of_them(tmp_path, shard_bytes):
+    found, names = in_a_new_process(TWO_WRITERS, tmp_path, shard_bytes)
+    assert set(found) <= {1.0, 2.0}
+    assert not has_hidden(names)
+
+
+FULL_DISK = """
+    import resource
+
+    model = filled(LLAMA | {"num_hidden_layers": 4}, 2.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+    messages = []
+    for save_module.SHARD_BYTES in (ONE_FILE, SHARDS):
+        try:
+            minia3.save_model(model, sys.argv[1])
+        except OSError as error:
+            messages.append(str(error))
+    print(json.dumps(messages))
+"""
+
+
+@slow
+@needs_unix
+def test_a_full_disk_leaves_the_old_model(tmp_path):
+    folder = tmp_path / "model"
+    minia3.save_model(filled(LLAMA, 1.0), folder)
+    before = contents(folder)
+    messages = in_a_new_process(FULL_DISK, folder)
+    assert ["File too large" in message for message in messages] == [True, True]
+    assert contents(folder) == before
+
+
+# One process
+
+
+@needs_unix
+def test_a_folder_that_is_being_written_is_refused_and_named(tmp_path):
+    with writing_folder(tmp_path) as hidden:
+        (hidden / "a").write_text("first")
+        refused = pytest.raises(ValueError, match=f"{tmp_path}: another run is writing there")
+        with refused, writing_folder(tmp_path):
+            raise AssertionError
+        assert (hidden / "a").exists(), "the second has not touched what the first writes"
+    assert contents(tmp_path) == {"a": b"first"}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError()]
+)
+def test_a_failure_leaves_the_old_files_and_nothing_hidden(tmp_path, error):
+    minia3.save_model(filled(LLAMA, 1.0), tmp_path)
+    before = contents(tmp_path)
+
+    class Tokenizer:
+        def save(self, folder):
+            (folder / "tokenizer.json").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        minia3.save_model(filled(T5, 2.0), tmp_path, Tokenizer())
+    assert contents(tmp_path) == before
+
+
+def test_a_missing_folder_is_created_and_its_files_have_the_usual_permissions(tmp_path):
+    folder = tmp_path / "a" / "b"
+    with writing_folder(folder) as hidden:
+        assert not list(folder.glob("config*"))
+        save_file({"x": torch.ones(2)}, hidden / "x.safetensors")
+        write_json(hidden / "config.json", {})
+    (tmp_path / "usual").write_text("")
+    usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {usual}
+    assert names_in(folder) == ["config.json", "x.safetensors"]
+
+
+@pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
+def test_the_old_config_is_removed_first_and_the_new_one_comes_last(tmp_path, monkeypatch, config):
+    for name in (config, "a"):
+        (tmp_path / name).write_text("old")
+    moved = []
+    replace = os.replace
+
+    def watched_replace(old, new):
+        assert not (tmp_path / config).exists()
+        moved.append(new.name)
+        replace(old, new)
+
+    with writing_folder(tmp_path) as hidden:
+        for name in (config, "a", "z"):
+            (hidden / name).write_text(name)
+        monkeypatch.setattr(os, "replace", watched_replace)
+    assert sorted(moved[:2]) == ["a", "z"]
+    assert moved[2:] == [config]
+
+
+def test_a_config_stays_if_only_one_file_changes(tmp_path, monkeypatch):
+    """One rename leads from the old checkpoint to the new one: no moment needs to be refused."""
+    for name in ("config.json", "a"):
+        (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def watched_replace(old, new):
+        assert (tmp_path / "config.json").exists()
+        replace(old, new)
+
+    with writing_folder(tmp_path) as hidden:
+        (hidden / "config.json").write_text("old")
+        (hidden / "a").write_text("new")
+        monkeypatch.setattr(os, "replace", watched_replace)
+    assert contents(tmp_path) == {"config.json": b"old", "a": b"new"}
+
+
+@pytest.mark.parametrize(
+    ("written", "replaces"),
+    [
+        ({"config.json": "new", "a": "new"}, ()),  # the config itself is one of two changes
+        ({"config.json": "old", "a": "new", "b": "new"}, ()),
+        ({"config.json": "old", "a": "new"}, ("b",)),  # a removal is a change, too
+    ],
+)
+def test_there_is_no_config_while_two_files_change(tmp_path, monkeypatch, written, replaces):
+    for name in ("config.json", "a", "b"):
+        (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def watched_replace(old, new):
+        assert not (tmp_path / "config.json").exists()
+        replace(old, new)
+
+    with writing_folder(tmp_path, replaces) as hidden:
+        for name, content in written.items():
+            (hidden / name).write_text(content)
+        monkeypatch.setattr(os, "replace", watched_replace)
+    found = contents(tmp_path)
+    for name, content in written.items():
+        assert found[name] == content.encode()
+    assert ("b" in found) == (replaces == ())
+
+
+def test_matching_files_are_removed_unless_they_are_written_and_others_stay(tmp_path):
+    for name in ("config.json", "model-1.bin", "model-2.bin", "README.md"):
+        (tmp_path / name).write_text("old")
+    with writing_folder(tmp_path, replaces=("model*.bin",)) as hidden:
+        (hidden / "model-2.bin").write_text("new")
+    expected = {"config.json": b"old", "model-2.bin": b"new", "README.md": b"old"}
+    assert contents(tmp_path) == expected
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+    assert contents(path.parent) == {"a.txt": b"first"}
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            assert path.read_text() == "first"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert contents(path.parent) == {"a.txt": b"first"}
+
+
+def test_the_errors_of_libraries_that_cannot_write_become_os_errors():
+    for error in (SafetensorError("disk\nfull"), Exception("disk\nfull")):
+        with pytest.raises(OSError, match=r"^folder: disk full$"), disk_errors("folder"):
+            raise error
+    for error in (ValueError("mistake"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), disk_errors("folder"):
+            raise error
+
+
+def test_json_is_written_with_a_line_for_each_value(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1, "y": "é"})
+    expected = '{\n  "x": 1,\n  "y": "\\u00e9"\n}\n'
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == expected
