@@ -358,5 +358,5 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_measure
     fails(
         words(tmp_path / "none", shots=10, method="none", **of),
         capsys,
-        "no labelled rows to report on",
+        "no labeled rows to report on",
     )
