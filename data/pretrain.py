@@ -7,7 +7,7 @@ red cup of tom .". For each of their four details (person, thing, colour, place)
 decides whether it is the same in both facts or different. In pre-training, a question about the
 facts follows. Its kind is one of `QUESTIONS`.
 
-The held-out task has no question: its input is the two facts alone. The answer is "yes" if one
+The held-out task has no question: its input is only the two facts. The answer is "yes" if one
 detail (`SHIPPED`) is the same and "no" if it is different. Nothing in the input says which detail
 is meant, so a model can only learn that from the task's rows.
 

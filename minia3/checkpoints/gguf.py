@@ -126,7 +126,7 @@ def read_gguf(path):
 
 
 def read_sizes(path, metadata, stored):
-    """Return the metadata with defaults. Raise one ValueError for all keys of CONFIG that lack."""
+    """Return the metadata with defaults. Raise one ValueError for all missing keys of CONFIG."""
     defaults = {
         "llama.rope.freq_base": 10000.0,
         "llama.attention.head_count_kv": metadata.get("llama.attention.head_count"),
