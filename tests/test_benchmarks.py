@@ -13,7 +13,9 @@ import torch
 import minia3
 from minia3.checkpoints.known_models import known_models
 from minia3.checkpoints.load import build_model
+from minia3.training.checkpoint import load_checkpoint
 from minia3.training.flags import parse_flags
+from minia3.training.rules import check_config
 from tests.benchmarks import growth, memory, studies
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES
@@ -133,7 +135,7 @@ def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_o
     assert len({of for of, _ in lines}) == len(lines) > 16
     for of, words in lines:
         assert Path(of).name == of
-        running.train.check(parse_flags(running.train.Config, words, ""))
+        check_config(parse_flags(running.train.Config, words, ""))
 
 
 def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_finished(
@@ -158,7 +160,7 @@ def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_f
     checkpoint.unlink()  # as one that was stopped before its first
     studies.main(study)
     assert running.metrics(tmp_path / "one")[-1]["accuracy"] == lines[-1]["accuracy"]
-    assert torch.load(checkpoint, weights_only=True)["finished"]
+    assert load_checkpoint(tmp_path / "one").is_finished
 
 
 @pytest.mark.skipif(

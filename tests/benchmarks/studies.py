@@ -227,7 +227,8 @@ def main(argv=None):
 def go_on(folder, words):
     """Begin a run, go on with one that was stopped, or leave alone one that is finished."""
     begun = (folder / "config.json").exists()
-    if begun and (load_checkpoint(folder) or {}).get("finished"):
+    saved = load_checkpoint(folder) if begun else None
+    if saved is not None and saved.is_finished:
         print(f"{folder} is finished", flush=True)
         return
     words = ["--resume", str(folder)] if begun else [*words, "--out", str(folder)]

@@ -110,7 +110,7 @@ def dropout(bench, pair):
 
 
 def flags(bench, pair):
-    """What train.py's --checkpoint and --compile cost and save: ours, against ours with the flag."""
+    """What train.py's --recompute and --compile cost and save: ours, against ours with the flag."""
     batch, plain = pair.batch(pair.lengths(like_rte=True)), pair.ours().train()
     for flag in ("checkpoint", "compile"):  # this takes a minute at first
         model = pair.ours().train()

@@ -23,7 +23,7 @@ from conftest import (
     tokens,
     with_peft,
 )
-from running import at_line, kill_self, metrics, run, train, words
+from running import at_line, kill_self, last_vectors, metrics, run, train, words
 from safetensors.torch import load_file
 from test_compile import compile_blocks
 from torch.testing import assert_close
@@ -41,7 +41,6 @@ from minia3.checkpoints.tensor_names import expand, name_table
 from minia3.model.blocks import Block
 from minia3.model.more_vectors import add_vectors, choose_vectors, possible_vectors
 from minia3.model.recompute import recompute_blocks
-from minia3.training.checkpoint import load_checkpoint
 from minia3.training.prepare import prepare_model
 
 ALL, PLAIN = "k,v,ff,q,o,up,gate", "k,v,ff,q,o,gate"  # the latter where no feed-forward is gated
@@ -350,7 +349,7 @@ def test_an_adapter_with_more_vectors_may_be_loaded_within_a_block_s_call(scaled
 
 def test_vectors_may_be_added_to_recomputed_blocks(loaded):
     model = loaded("llama-gqa")
-    prepare_model(model, train.Config(checkpoint=True))
+    prepare_model(model, train.Config(recompute=True))
     choose_vectors(model, "q", "0-")
     randomize(model, seed=3)
     plain = loaded("llama-gqa")
@@ -597,7 +596,7 @@ EXACT = {"dtype": "float64", "dropout": 0, "lr": 0.01, "steps": 8}
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-@pytest.mark.parametrize("recipe", [[], ["--checkpoint"]])
+@pytest.mark.parametrize("recipe", [[], ["--recompute"]])
 def test_two_seeds_together_are_each_apart_with_all_sites(name, recipe, tmp_path):
     flags = {
         "model": running.model(name),
@@ -606,13 +605,13 @@ def test_two_seeds_together_are_each_apart_with_all_sites(name, recipe, tmp_path
         **EXACT,
     }
     assert run(words(tmp_path / "grid", *recipe, seed="0,3", **flags)) == 0
-    together = load_checkpoint(tmp_path / "grid")["vectors"]
+    together = last_vectors(tmp_path / "grid")
     base = minia3.load_model(running.model(name))
     expected = minia3.vectors(base).keys() | possible_vectors(base).keys()
     assert together.keys() == expected
     for i, seed in enumerate((0, 3)):
         assert run(words(tmp_path / str(seed), seed=seed, **flags)) == 0
-        apart = load_checkpoint(tmp_path / str(seed))["vectors"]
+        apart = last_vectors(tmp_path / str(seed))
         for n, l_D in apart.items():
             assert_close(together[n][i], l_D[0], rtol=1e-9, atol=1e-9)
             assert (l_D != 1).any(), n
@@ -635,7 +634,7 @@ def test_a_run_with_all_sites_is_measured_again_and_stopped_goes_on_bit_for_bit(
     flags["adapter"] = tmp_path / "three" / "adapter"  # which has fewer
     with at_line(0, None) as ran:
         assert run(words(tmp_path / "whole", **flags)) == 0
-    assert {n.rsplit(".l_")[1] for n in load_checkpoint(tmp_path / "whole")["vectors"]} == {
+    assert {n.rsplit(".l_")[1] for n in last_vectors(tmp_path / "whole")} == {
         *"kvqo",
         "ff",
         "wi",
