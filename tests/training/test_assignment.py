@@ -155,7 +155,7 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluat
     fails(
         words(tmp_path / "none", shots=10, method="none", **flags),
         capsys,
-        "no labelled rows to report on",
+        "no labeled rows to report on",
     )
 
 
