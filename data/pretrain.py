@@ -1,11 +1,15 @@
-"""Make what ships in this folder: a tiny T5, and a task which it has not seen. One command, no network.
+"""Make what this folder ships: a tiny T5, and a task that it has not seen. This needs no network.
 
     python data/pretrain.py
 
-The language: two facts ("anna has a red ball in the garden . in the hall there is a red cup of tom ."), then a question
-about them. The four details of the facts (person, thing, colour, place) are alike or not by independent fair coins. The
-base learns every question of `QUESTIONS`. Held out is the form without a question: the two facts alone, to be answered
-"yes" if one detail (`SHIPPED`) is alike and "no" if not. Nothing in the input says so: only training on the task can.
+An input begins with two facts, such as "anna has a red ball in the garden . in the hall there is a
+red cup of tom .". Each of their four details (person, thing, colour, place) is the same in both
+facts, or different, by a fair coin. In pre-training a question about the facts follows, of one of
+the kinds in `QUESTIONS`.
+
+The held-out task has no question: its input is the two facts alone. The answer is "yes" if one
+detail (`SHIPPED`) is the same and "no" if it is different. Nothing in the input says which detail
+is meant, so a model can only learn that from the task's rows.
 
 Shapes: B batch, M source length, L target length, N rows, C choices.
 """
@@ -14,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +43,7 @@ DETAILS = {
     "colour": ("red", "blue", "green", "yellow", "black", "white"),
     "place": ("garden", "hall", "kitchen", "park", "school", "shop"),
 }
+NAMES = tuple(DETAILS)
 FACTS = (
     "{person} has a {colour} {thing} in the {place} .",
     "in the {place} {person} has a {colour} {thing} .",
@@ -45,83 +51,108 @@ FACTS = (
     "the {colour} {thing} of {person} is in the {place} .",
 )
 ANSWERS = ("no", "yes")  # by label
-PAD, EOS = "<pad>", "</s>"
+QUESTION_WORDS = "? different same compare . how many are the same of the first second 0 1 2 3 4"
+PAD = "<pad>"
+EOS = "</s>"
 
 # The held-out task
 
 SHIPPED = "colour"
-ROWS = {"train": 512, "validation": 128, "test": 1024}  # multiples of 16, see `held_out`
+N_ROWS = {"train": 512, "validation": 128, "test": 1024}  # multiples of 16, see `held_out`
+
+# The model
+
+D_MODEL = 64
+N_LAYERS = 2
+N_HEADS = 4
+VOCAB_MULTIPLE = 16  # the rows of the embedding; the last rows belong to no token
+
+# Facts and questions
 
 
-def draw(rng, alike):
-    """Two facts as text, and their details: `alike` says which details of the second are those of the first."""
-    first, second = {}, {}
+def draw_facts(rng, is_same):
+    """Return two facts as text, and the details of each. They share the details in `is_same`."""
+    first = {}
+    second = {}
     for name, values in DETAILS.items():
         i = rng.randint(len(values))
-        j = i if alike[name] else (i + rng.randint(1, len(values))) % len(values)
-        first[name], second[name] = values[i], values[j]
+        j = i
+        if not is_same[name]:
+            j = (i + rng.randint(1, len(values))) % len(values)
+        first[name] = values[i]
+        second[name] = values[j]
     forms = rng.randint(len(FACTS), size=2)
-    return FACTS[forms[0]].format(**first) + " " + FACTS[forms[1]].format(**second), first, second
+    text = f"{FACTS[forms[0]].format(**first)} {FACTS[forms[1]].format(**second)}"
+    return text, first, second
 
 
-# A kind of question: (rng, which details are alike, the facts' details) -> (question, answer)
+# Each kind of question is a function of the random numbers, of which details are the same, and of
+# the details of both facts. It returns a question and its answer.
 
 
-def ask_one(rng, alike, first, second):
-    name, same = list(DETAILS)[rng.randint(len(DETAILS))], rng.randint(2)
-    return f"{('different', 'same')[same]} {name} ?", ANSWERS[alike[name] == same]
+def ask_one(rng, is_same, first, second):
+    name = NAMES[rng.randint(len(NAMES))]
+    asks_for_same = rng.randint(2)
+    word = "same" if asks_for_same else "different"
+    return f"{word} {name} ?", ANSWERS[is_same[name] == asks_for_same]
 
 
-def ask_list(rng, alike, first, second):
-    names = [list(DETAILS)[i] for i in rng.permutation(len(DETAILS))]
-    return "compare .", " ".join(f"{name} {ANSWERS[alike[name]]}" for name in names)
+def ask_list(rng, is_same, first, second):
+    names = [NAMES[i] for i in rng.permutation(len(NAMES))]
+    return "compare .", " ".join(f"{name} {ANSWERS[is_same[name]]}" for name in names)
 
 
-def ask_count(rng, alike, first, second):
-    return "how many are the same ?", str(sum(alike.values()))
+def ask_count(rng, is_same, first, second):
+    return "how many are the same ?", str(sum(is_same.values()))
 
 
-def ask_value(rng, alike, first, second):
-    name = list(DETAILS)[rng.randint(len(DETAILS))]
-    which = rng.randint(2)
-    return f"{name} of the {('first', 'second')[which]} ?", (first, second)[which][name]
+def ask_value(rng, is_same, first, second):
+    name = NAMES[rng.randint(len(NAMES))]
+    asks_for_second = rng.randint(2)
+    if asks_for_second:
+        return f"{name} of the second ?", second[name]
+    return f"{name} of the first ?", first[name]
 
 
-QUESTIONS = {
-    ask_one: 0.4,
-    ask_list: 0.3,
-    ask_count: 0.1,
-    ask_value: 0.2,
-}  # with their shares of the training
+# Kind -> its share of the training examples.
+QUESTIONS = {ask_one: 0.4, ask_list: 0.3, ask_count: 0.1, ask_value: 0.2}
 
 
-def example(rng, ask):
-    """(source, target) of one question about two facts."""
-    alike = dict(zip(DETAILS, rng.randint(2, size=len(DETAILS)).tolist(), strict=True))
-    facts, *details = draw(rng, alike)
-    question, target = ask(rng, alike, *details)
+def draw_example(rng, ask):
+    """Return the source and the target of one question about two facts."""
+    coins = rng.randint(2, size=len(NAMES)).tolist()
+    is_same = dict(zip(NAMES, coins, strict=True))
+    facts, first, second = draw_facts(rng, is_same)
+    question, target = ask(rng, is_same, first, second)
     return f"{facts} {question}", target
 
 
 def held_out(detail=SHIPPED):
-    """Split -> rows {"input", "choices", "label"} of the held-out task.
+    """Return the rows {"input", "choices", "label"} of each split of the held-out task.
 
-    Each of the 16 ways in which details can be alike comes equally often in each split: the labels are balanced, and no
-    other detail says anything about them. No input comes twice. The rows are the same at every call and on every
-    machine: RandomState's stream is frozen.
+    There are 16 ways in which the details can be the same or different. In each split each comes
+    equally often: the labels are balanced, and no other detail says anything about them. No input
+    comes twice. The rows are the same at every call and on every machine, because NumPy guarantees
+    the stream of RandomState.
     """
-    rng, seen, splits = np.random.RandomState(0), set(), {}
-    for split, n in ROWS.items():
-        rows = []
-        while len(rows) < n:
-            ways = len(rows) % 2 ** len(DETAILS)
-            alike = {name: ways >> bit & 1 for bit, name in enumerate(DETAILS)}
-            text = draw(rng, alike)[0]
-            if text not in seen:
-                seen.add(text)
-                rows.append({"input": text, "choices": list(ANSWERS), "label": alike[detail]})
-        splits[split] = [rows[i] for i in rng.permutation(n)]
+    rng = np.random.RandomState(0)
+    seen = set()
+    splits = {}
+    for split, n_rows in N_ROWS.items():
+        rows = list(draw_held_out_rows(rng, n_rows, detail, seen))
+        splits[split] = [rows[i] for i in rng.permutation(n_rows)]
     return splits
+
+
+def draw_held_out_rows(rng, n_rows, detail, seen) -> Iterator[dict]:
+    """Yield rows whose inputs are not in `seen`, and add their inputs."""
+    for i in range(n_rows):
+        is_same = {name: i >> bit & 1 for bit, name in enumerate(NAMES)}  # the bits of i mod 16
+        text = None
+        while text is None or text in seen:
+            text, _, _ = draw_facts(rng, is_same)
+        seen.add(text)
+        yield {"input": text, "choices": list(ANSWERS), "label": is_same[detail]}
 
 
 def write_held_out(folder, detail=SHIPPED):
@@ -134,82 +165,111 @@ def write_held_out(folder, detail=SHIPPED):
 # The model
 
 
+def list_words():
+    """Return the words of the language, each once."""
+    texts = [*FACTS, *ANSWERS]
+    for name, values in DETAILS.items():
+        texts += [name, *values]
+    words = " ".join([*texts, QUESTION_WORDS]).split()
+    return [word for word in dict.fromkeys(words) if not word.startswith("{")]
+
+
 def make_tokenizer():
-    """A token for each word of the language, and one for each byte: every UTF-8 text comes back."""
-    words = " ".join(
-        [*FACTS, *ANSWERS, *(" ".join([name, *values]) for name, values in DETAILS.items())]
-    )
-    words += " ? different same compare . how many are the same of the first second 0 1 2 3 4"
-    tokens = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += ["Ġ" + word for word in dict.fromkeys(words.split()) if "{" not in word]
-    # BPE without merges: with ignore_merges, a word that is a token is taken whole, and any other byte by byte.
-    backend = Backend(
-        models.BPE({token: i for i, token in enumerate(tokens)}, [], ignore_merges=True)
-    )
-    backend.normalizer = normalizers.Prepend(" ")  # the first word as every other
+    """Return a tokenizer with a token for each word of the language, and one for each byte.
+
+    So a word of the language is one token, and any UTF-8 text can be encoded and comes back when it
+    is decoded.
+    """
+    bytes_as_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["Ġ" + word for word in list_words()]  # Ġ stands for the space before a word
+    tokens = [PAD, EOS, *bytes_as_letters, *words]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # A BPE without merges. ignore_merges takes a word that is a token whole; other words are
+    # encoded byte by byte.
+    backend = Backend(models.BPE(vocabulary, [], ignore_merges=True))
+    backend.normalizer = normalizers.Prepend(" ")  # so that the first word is like all others
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens([PAD, EOS])
     backend.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, 1)]
+        single=f"$A {EOS}", special_tokens=[(EOS, vocabulary[EOS])]
     )
     return Tokenizer(backend, {"pad_token": PAD, "eos_token": EOS})
 
 
-def new_model(tokenizer, seed, d_model=64):
-    """A T5 (v1.0 form) with T5's own initialisation: standard deviations as in Mesh TensorFlow's, factor 1."""
-    vocab_size = (
-        -(-tokenizer.backend.get_vocab_size() // 16) * 16
-    )  # a multiple of 16; the last rows are no token's
-    c = T5Config(
-        d_model, d_model // 4, 3 * d_model, 2, 2, n_heads=4, vocab_size=vocab_size, dropout=0.0
+def new_model(tokenizer, seed, d_model=D_MODEL):
+    """Return a T5 (v1.0 form) with T5's initialisation: that of Mesh TensorFlow, with factor 1."""
+    n_tokens = tokenizer.backend.get_vocab_size()
+    n_multiples = -(-n_tokens // VOCAB_MULTIPLE)  # rounded up
+    config = T5Config(
+        d_model,
+        d_model // N_HEADS,
+        3 * d_model,
+        N_LAYERS,
+        N_LAYERS,
+        n_heads=N_HEADS,
+        vocab_size=n_multiples * VOCAB_MULTIPLE,
+        dropout=0.0,
     )
     torch.manual_seed(seed)
-    model = T5(c)
-    widths = [
-        (model.embed, 1),
-        (model.encoder.position, c.d_model),
-        (model.decoder.position, c.d_model),
-    ]
-    for module in model.modules():
-        if isinstance(
-            module, Attention
-        ):  # q's holds the 1 / sqrt(d_head) that T5's scores do without
-            widths += [
-                (module.q, c.d_model * c.d_head),
-                (module.k, c.d_model),
-                (module.v, c.d_model),
-            ]
-            widths += [(module.o, c.n_heads * c.d_head)]
-        elif isinstance(module, FeedForward):
-            widths += [(module.gate, c.d_model), (module.down, c.d_ff)]
-    for module, width in widths:
+    model = T5(config)
+    for module, width in initial_widths(model):
         torch.nn.init.normal_(module.weight, std=width**-0.5)
     return model
 
 
-def padded(texts, tokenizer):
-    """(ids (B, M), mask (B, M)) of texts."""
-    rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    ids_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+def initial_widths(model):
+    """Return (module, width) pairs: the standard deviation of the module's weights is width **
+    -0.5.
+    """
+    config = model.config
+    widths = [
+        (model.embed, 1),
+        (model.encoder.position, config.d_model),
+        (model.decoder.position, config.d_model),
+    ]
+    for module in model.modules():
+        if isinstance(module, Attention):
+            widths += [
+                # T5 does not divide its scores by sqrt(d_head), so the weights of q do.
+                (module.q, config.d_model * config.d_head),
+                (module.k, config.d_model),
+                (module.v, config.d_model),
+                (module.o, config.n_heads * config.d_head),
+            ]
+        elif isinstance(module, FeedForward):
+            widths += [(module.gate, config.d_model), (module.down, config.d_ff)]
+    return widths
+
+
+# Pre-training
+
+
+def encode_batch(texts, tokenizer):
+    """Return the ids of texts (B, M), padded on the right, and the mask of real tokens (B, M)."""
+    ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    ids_BM = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_id)
     return ids_BM, ids_BM != tokenizer.pad_id
 
 
-def pretrain(seed, steps, d_model=64, lr=2e-3, batch_size=64):
-    """-> (model, tokenizer), trained on fresh examples at every step: nothing comes twice but by chance."""
+def pretrain(seed, steps, d_model=D_MODEL, lr=2e-3, batch_size=64):
+    """Return a trained model and its tokenizer. The examples of every step are drawn afresh."""
     tokenizer = make_tokenizer()
     model = new_model(tokenizer, seed, d_model)
-    weights = [
-        p for name, p in model.named_parameters() if not name.endswith(".scale")
-    ]  # (IA)^3 stays at one
+    vectors = {id(vector) for vector in minia3.vectors(model).values()}
+    weights = [p for p in model.parameters() if id(p) not in vectors]  # (IA)^3 stays at one
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
-    rng, asks, shares = np.random.RandomState(seed), list(QUESTIONS), list(QUESTIONS.values())
-    begin = time.time()
+    rng = np.random.RandomState(seed)
+    kinds = list(QUESTIONS)
+    shares = list(QUESTIONS.values())
+    began = time.time()
     for step in range(steps):
-        batch = [example(rng, asks[i]) for i in rng.choice(len(asks), size=batch_size, p=shares)]
-        source_BM, mask_BM = padded([source for source, _ in batch], tokenizer)
-        target_BL, real_BL = padded([target for _, target in batch], tokenizer)
-        loss = -minia3.logprobs(model, model.start(source_BM, mask_BM), target_BL)[real_BL].mean()
+        chosen = rng.choice(len(kinds), size=batch_size, p=shares)
+        examples = [draw_example(rng, kinds[i]) for i in chosen]
+        source_BM, mask_BM = encode_batch([source for source, _ in examples], tokenizer)
+        target_BL, is_real_BL = encode_batch([target for _, target in examples], tokenizer)
+        state = model.start(source_BM, mask_BM)
+        loss = -minia3.logprobs(model, state, target_BL)[is_real_BL].mean()
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 100, 1 - step / steps)
         optimizer.zero_grad()
@@ -217,95 +277,99 @@ def pretrain(seed, steps, d_model=64, lr=2e-3, batch_size=64):
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if step % 250 == 0 or step + 1 == steps:
-            print(
-                f"step {step:5d}  loss {loss.item():.4f}  {time.time() - begin:.0f} s", flush=True
-            )
+            seconds = time.time() - began
+            print(f"step {step:5d}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
     return model.eval().requires_grad_(False), tokenizer
 
 
-# What it can do
+# Evaluation
 
 
-def right(answer, target):
-    """Is a generated answer the target? A list's details may come in any order."""
-    pairs = [
-        sorted(zip(words[::2], words[1::2], strict=False))
-        for words in (answer.split(), target.split())
-    ]
-    return answer == target or (len(target.split()) == 2 * len(DETAILS) and pairs[0] == pairs[1])
+def is_right(answer, target):
+    """Return whether an answer is the target. The details of a list may come in any order."""
+    is_list = len(target.split()) == 2 * len(NAMES)
+    return answer == target or (is_list and sorted_pairs(answer) == sorted_pairs(target))
 
 
-def measure(model, tokenizer, n=512):
-    """Kind of question -> share of right answers to `n` new examples of it."""
-    rng, shares = np.random.RandomState(2**31), {}
+def sorted_pairs(text):
+    words = text.split()
+    return sorted(zip(words[::2], words[1::2], strict=False))
+
+
+def evaluate(model, tokenizer, n_examples=512):
+    """Return the share of right answers to new examples of each kind of question, by the kind's
+    name.
+    """
+    rng = np.random.RandomState(2**31)
+    shares = {}
     for ask in QUESTIONS:
-        examples = [example(rng, ask) for _ in range(n)]
-        answers = minia3.generate(
-            model, tokenizer, [source for source, _ in examples], max_new_tokens=9, batch_size=64
-        )
-        shares[ask.__name__] = np.mean(
-            [right(a, target) for a, (_, target) in zip(answers, examples, strict=True)]
-        )
+        examples = [draw_example(rng, ask) for _ in range(n_examples)]
+        sources = [source for source, _ in examples]
+        answers = minia3.generate(model, tokenizer, sources, max_new_tokens=9, batch_size=64)
+        n_right = 0
+        for answer, (_, target) in zip(answers, examples, strict=True):
+            n_right += is_right(answer, target)
+        shares[ask.__name__] = n_right / n_examples
     return shares
 
 
-def measure_held_out(model, tokenizer, rows):
-    """(accuracy, AUC) of the score of "yes" minus the score of "no" on rows of the held-out task."""
-    scores_NC = minia3.rank(
-        model, tokenizer, [row["input"] for row in rows], list(ANSWERS), batch_size=64
-    )
-    label_N = torch.tensor([row["label"] for row in rows])
+def evaluate_held_out(model, tokenizer, rows):
+    """Return accuracy and AUC of the score of "yes" minus the score of "no" on rows of the held-out
+    task.
+    """
+    inputs = [row["input"] for row in rows]
+    scores_NC = minia3.rank(model, tokenizer, inputs, list(ANSWERS), batch_size=64)
     difference_N = scores_NC[:, 1] - scores_NC[:, 0]
-    accuracy = ((difference_N > 0) == (label_N == 1)).double().mean().item()
-    return accuracy, area_under_curve(
-        difference_N[label_N == 1].numpy(), difference_N[label_N == 0].numpy()
-    )
+    is_yes_N = torch.tensor([row["label"] == 1 for row in rows])
+    accuracy = ((difference_N > 0) == is_yes_N).double().mean().item()
+    auc = area_under_curve(difference_N[is_yes_N].numpy(), difference_N[~is_yes_N].numpy())
+    return accuracy, auc
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=HERE,
-        help="where tiny-t5/ and the held-out task go (default: here)",
-    )
-    parser.add_argument(
-        "--seed",
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE, help="folder to write to (default: the script's)")
+    add("--seed", type=int, default=4, help="seed of weights and examples (default: 4)")
+    add("--steps", type=int, default=3000, help="steps of pre-training (default: 3000)")
+    add(
+        "--d-model",
         type=int,
-        default=4,
-        help="of the weights and of the training examples (default 4)",
+        default=D_MODEL,
+        help=f"width of the model, a multiple of 8 (default: {D_MODEL})",
     )
-    parser.add_argument("--steps", type=int, default=3000, help="of pre-training (default 3000)")
-    parser.add_argument(
-        "--d-model", type=int, default=64, help="width, a multiple of 8 (default 64)"
+    add("--quick", action="store_true", help="20 steps, to see that the script runs")
+    add(
+        "--details",
+        nargs="+",
+        choices=DETAILS,
+        default=[SHIPPED],
+        help=f"write the held-out tasks of these details (default: {SHIPPED})",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="20 steps: to see that it runs, not to make a model"
-    )
-    parser.add_argument(
-        "--details", nargs="+", choices=DETAILS, default=[SHIPPED], help="held-out tasks to write"
-    )
-    args = parser.parse_args()
-    if args.quick and args.out.resolve() == HERE:
-        parser.error("--quick would write over the shipped model: give an --out")
+    arguments = parser.parse_args()
+    if arguments.quick and arguments.out.resolve() == HERE:
+        parser.error("--quick would overwrite the shipped model: give another folder as --out")
+    return arguments
 
-    torch.set_num_threads(1)  # the model is small, and the same machine gives the same bits
-    model, tokenizer = pretrain(args.seed, 20 if args.quick else args.steps, args.d_model)
-    minia3.save_model(model, args.out / "tiny-t5", tokenizer)
-    for detail in args.details:
-        write_held_out(args.out / f"same-{detail}", detail)
-    print("pre-training, right answers to new examples")
-    for name, share in measure(model, tokenizer).items():
+
+def main():
+    arguments = parse_arguments()
+    n_steps = 20 if arguments.quick else arguments.steps
+    torch.set_num_threads(1)  # enough for a small model, and the same bits at every run
+    model, tokenizer = pretrain(arguments.seed, n_steps, arguments.d_model)
+    minia3.save_model(model, arguments.out / "tiny-t5", tokenizer)
+    for detail in arguments.details:
+        write_held_out(arguments.out / f"same-{detail}", detail)
+    print("pre-training: right answers to new examples")
+    for name, share in evaluate(model, tokenizer).items():
         print(f"  {name:12} {share:6.1%}")
     print("held out (no question), before any training on it")
     for detail in DETAILS:
-        accuracy, auc = measure_held_out(model, tokenizer, held_out(detail)["test"])
-        print(
-            f"  same-{detail:7} {accuracy:6.1%}  AUC {auc:.2f}{'  (shipped)' if detail == SHIPPED else ''}"
-        )
+        accuracy, auc = evaluate_held_out(model, tokenizer, held_out(detail)["test"])
+        mark = "  (shipped)" if detail == SHIPPED else ""
+        print(f"  same-{detail:7} {accuracy:6.1%}  AUC {auc:.2f}{mark}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""To be written."""
+"""LoRA, the baseline that (IA)^3 is compared with.
+
+    W x + (alpha / r) B A x
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Only A and B
+train. Unlike (IA)^3, a model has one LoRA for all examples.
+
+Shapes: (in, out) are the widths of the linear, r is the rank. A is (r, in) and B is (out, r).
+"""
 
 import torch
 from torch import nn
 
-from minia3.adapters.peft_files import write_peft
+from minia3.adapters.peft_files import adapter_file, write_peft
+from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import hub_name
-from minia3.checkpoints.layout import ADAPTER_FILES
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 
-PLAIN = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "init_lora_weights": True,
-}  # what PEFT's config must say, and what not:
-MORE = (
+# What PEFT's config must say, or leave out, if it is the equation above.
+PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
+# What it must leave out: each of these is another equation, or another place.
+VARIANTS = (
     "use_rslora",
     "use_dora",
     "rank_pattern",
@@ -28,109 +34,168 @@ MORE = (
 
 
 class LoRA(nn.Linear):
-    """What a frozen linear becomes, in its place and with its W. A (r, in) and B (out, r) are float32, cast at use."""
+    """A linear with A and B beside its weight. It takes the place of a plain linear in a block.
+
+    The weight is the linear's: the same parameter, under the same name. A and B are float32
+    whatever the dtype of the model, and are cast when they are used, as the vectors of (IA)^3 are.
+    """
+
+    def __init__(self, linear, a, b, alpha):
+        # On the meta device, because the weight that nn.Linear makes is replaced at once.
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.lora_A = nn.Parameter(a)
+        self.lora_B = nn.Parameter(b)
+        self.alpha = alpha
+        self.scale = alpha / len(a)
+        self.train(linear.training)
 
     def forward(self, x):
-        return super().forward(x) + x @ self.lora_A.T.to(x.dtype) * self.scale @ self.lora_B.T.to(
-            x.dtype
-        )
+        out = super().forward(x)
+        low_rank = x @ self.lora_A.T.to(x.dtype) * self.scale
+        return out + low_rank @ self.lora_B.T.to(x.dtype)
 
     def merged(self):
-        """(out, in): W + (alpha / r) B A, in float32 at least."""
+        """Return (out, in): W + (alpha / r) B A, in float32 at least."""
         return (self.weight + self.scale * (self.lora_B @ self.lora_A)).detach()
 
 
 def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
-    """Put LoRA on all linears that `where` names, of q k v o gate up down; freeze the rest. -> `lora_parameters`.
+    """Put LoRA on the linears that `where` names, freeze all else, and return `lora_parameters`.
 
-    As in PEFT, A is uniform up to in ** -0.5 and B zero: a bit-exact copy. ValueError for what cannot be put there.
+    where: some of q, k, v, o, gate, up and down. As in PEFT, A is uniform from -in ** -0.5 to
+    in ** -0.5, and B is zero, so the model starts as a bit-exact copy. A depends on `seed` alone.
+
+    Raise ValueError if the model has LoRA already, or none of these linears.
     """
-    linears = [
-        (n.split(".")[-1], x)
-        for n, x in model.named_modules()
-        if "blocks" in n and type(x) is nn.Linear
-    ]
-    kinds, generator = sorted({kind for kind, _ in linears}), torch.Generator().manual_seed(seed)
-    if rank < 1 or not where or not {*where} <= {*kinds} or lora_parameters(model):
-        raise ValueError(
-            f"expected no LoRA yet, a rank of 1 or more and some of {kinds}, found {rank} and {where!r}"
-        )
+    linears = block_linears(model)
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    has_kinds = bool(where) and set(where) <= set(kinds)
+    if rank < 1 or not has_kinds or lora_parameters(model):
+        expected = f"expected no LoRA yet, a rank of 1 or more and some of {kinds}"
+        raise ValueError(f"{expected}, found {rank} and {where!r}")
+
     model.requires_grad_(False)
-    for linear in (linear for kind, linear in linears if kind in where):
-        a, b = torch.empty(rank, linear.in_features), torch.zeros(linear.out_features, rank)
-        nn.init.kaiming_uniform_(
-            a, 5**0.5, generator=generator
-        )  # on the CPU: the same for every device
-        linear.lora_A, linear.lora_B = (nn.Parameter(x.to(linear.weight.device)) for x in (a, b))
-        linear.__class__, linear.alpha, linear.scale = LoRA, alpha, alpha / rank
+    generator = torch.Generator().manual_seed(seed)
+    for name, linear in linears.items():
+        parent_name, _, kind = name.rpartition(".")
+        if kind in where:
+            device = linear.weight.device
+            a = torch.empty(rank, linear.in_features)  # on the CPU: the same for every device
+            nn.init.kaiming_uniform_(a, 5**0.5, generator=generator)
+            b = torch.zeros(linear.out_features, rank, device=device)
+            lora = LoRA(linear, a.to(device), b, alpha)
+            setattr(model.get_submodule(parent_name), kind, lora)
     return lora_parameters(model)
 
 
+def block_linears(model):
+    """Return a dict from the name of each plain linear in the blocks to the linear."""
+    linears = {}
+    for name, module in model.named_modules():
+        if "blocks" in name and type(module) is nn.Linear:
+            linears[name] = module
+    return linears
+
+
 def lora_parameters(model):
-    """PEFT's name -> parameter of every A and B: what learns, and all that a checkpoint needs."""
-    theirs = {ours: name.removesuffix("weight") for name, ours in name_table(model).items()}
-    parts = [
-        (name.rpartition("lora_"), p) for name, p in model.named_parameters() if ".lora_" in name
-    ]
-    return {
-        f"base_model.model.{theirs[f'{linear}weight']}lora_{x}.weight": p
-        for (linear, _, x), p in parts
-    }
+    """Return a dict from PEFT's name of every A and B to the parameter: all that trains."""
+    peft_names = {}
+    for theirs, ours in name_table(model).items():
+        if ours is not None:
+            peft_names[ours.removesuffix(".weight")] = PREFIX + theirs.removesuffix(".weight")
+    parameters = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            parameters[f"{peft_names[name]}.lora_A.weight"] = module.lora_A
+            parameters[f"{peft_names[name]}.lora_B.weight"] = module.lora_B
+    return parameters
 
 
 def save_lora(model, folder, base=None):
-    """Write the model's LoRA as a PEFT folder. base: the name or path of what it was put on."""
-    one, *_ = (module for module in model.modules() if isinstance(module, LoRA))
-    tensors = {name: p.detach().float().cpu() for name, p in lora_parameters(model).items()}
-    config = PLAIN | {
-        "r": len(one.lora_A),
-        "lora_alpha": one.alpha,
+    """Write the model's LoRA as a PEFT folder. base: the name or path of the model.
+
+    Raise ValueError if the model has none.
+    """
+    loras = [module for module in model.modules() if isinstance(module, LoRA)]
+    if not loras:
+        raise ValueError("expected a model with LoRA on at least 1 linear, found none")
+    tensors = {}
+    for name, parameter in lora_parameters(model).items():
+        tensors[name] = parameter.detach().float().cpu()
+    config = {
+        **PLAIN,
+        "r": len(loras[0].lora_A),
+        "lora_alpha": loras[0].alpha,
         "base_model_name_or_path": hub_name(base),
+        "task_type": "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM",
+        "target_modules": sorted({peft_linear(name) for name in tensors}),
     }
-    config["task_type"] = "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM"
-    config["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
     write_peft(folder, tensors, config)
 
 
+def peft_linear(name):
+    """Return "q" of "...SelfAttention.q.lora_A.weight"."""
+    return name.split(".")[-3]
+
+
 def is_lora(name_or_path):
-    """Whether an adapter says that it is LoRA. Raises ValueError where there is none."""
+    """Return whether an adapter says that it is LoRA. Raise ValueError if there is none."""
     path = find_adapter(name_or_path)
     return path.is_dir() and read_json(path / "adapter_config.json").get("peft_type") == "LORA"
 
 
-def load_lora(model, folder):
-    """Put the LoRA of a PEFT folder or hub id on the model. Raises ValueError for more than that, or what misfits."""
-    path = find_adapter(folder)
-    raw = read_json(path / "adapter_config.json")
-    if more := [
-        key for key in [*PLAIN, *MORE] if (raw.get(key) or PLAIN.get(key)) != PLAIN.get(key)
-    ]:
-        raise ValueError(
-            f"{path}: expected plain LoRA, found {', '.join(f'{key} {raw[key]!r}' for key in more)}"
-        )
-    entries = read_tensors(path / min(ADAPTER_FILES, key=lambda name: not (path / name).exists()))
-    kinds = {
-        theirs.split(".")[-2]: ours.split(".")[-2]
-        for theirs, ours in name_table(model).items()
-        if ours
-    }
-    with reading(path):
-        args = (
-            raw["r"],
-            raw["lora_alpha"],
-            [kinds[x] for x in kinds if any(f".{x}.lora_" in name for name in entries)],
-        )
-        expected = {
-            (name, tuple(p.shape)) for name, p in add_lora(build_model(model.config), *args).items()
-        }
-        found = {
-            (n, x.shape)
-            for n, x in entries.items()
-            if x.dtype in FLOATS and x.read().isfinite().all()
-        }
-        if found != expected:
-            raise ValueError(
-                f"lacks finite {sorted(expected - found)[:1]} ..., has {sorted(found - expected)[:1]} ..."
-            )
-    for name, p in add_lora(model, *args).items():
-        p.data.copy_(entries[name].read())
+def load_lora(model, name_or_path):
+    """Put the LoRA of a PEFT folder or a hub id on the model.
+
+    Raise ValueError, and leave the model as it was, if it is more than plain LoRA, or does not fit.
+    """
+    path = find_adapter(name_or_path)
+    config = read_json(path / "adapter_config.json")
+    check_plain(path, config)
+    entries = read_tensors(adapter_file(path))
+    with reading(path):  # the config may lack r, or hold a text in its place
+        options = (config["r"], config["lora_alpha"], linears_with_lora(model, entries))
+        # A model without memory tells the names and shapes that this LoRA has on such a model.
+        expected = add_lora(build_model(model.config), *options)
+        check_tensors(entries, expected)
+    for name, parameter in add_lora(model, *options).items():
+        parameter.data.copy_(entries[name].read())
+
+
+def check_plain(path, config):
+    """Raise ValueError if PEFT's config describes more than the equation above."""
+    found = []
+    for key in (*PLAIN, *VARIANTS):
+        value = config.get(key)
+        # Nothing, False or an empty dict is PEFT's default.
+        if value and value != PLAIN.get(key):
+            found.append(f"{key} {value!r}")
+    if found:
+        raise ValueError(f"{path}: expected plain LoRA, found {', '.join(found)}")
+
+
+def linears_with_lora(model, entries):
+    """Return our names (q, gate ...) of the linears on which the tensors of a file are."""
+    peft_kinds = {}
+    for theirs, ours in name_table(model).items():
+        if ours is not None:
+            peft_kinds[theirs.split(".")[-2]] = ours.split(".")[-2]
+    where = []
+    for peft_kind, kind in peft_kinds.items():
+        if any(f".{peft_kind}.lora_" in name for name in entries):
+            where.append(kind)
+    return where
+
+
+def check_tensors(entries, parameters):
+    """Raise ValueError unless the file has exactly these tensors, finite and of these shapes."""
+    expected = {(name, tuple(parameter.shape)) for name, parameter in parameters.items()}
+    found = set()
+    for name, entry in entries.items():
+        if entry.dtype in FLOATS and entry.read().isfinite().all():
+            found.add((name, entry.shape))
+    if found != expected:
+        missing = sorted(expected - found)[:1]
+        unknown = sorted(found - expected)[:1]
+        raise ValueError(f"lacks finite {missing} ..., has {unknown} ...")

@@ -1,6 +1,15 @@
-"""To be written."""
+"""Merging: fold an adapter into the weights, so that it costs nothing when the model runs.
+
+    W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
+
+A product is made in float32 at least, and rounded once to the dtype of the weight. Nothing is ever
+divided, so an entry of 0 is an entry like any other, and there is no way back but the base model.
+
+Shapes: D width of what is scaled.
+"""
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,87 +24,129 @@ from minia3.checkpoints.tokenizer import find_tokenizer
 from minia3.files.write import writing_folder
 from minia3.model.more_vectors import SITES
 
+N_ROWS_AT_ONCE = 32  # of a weight that is scaled: they stay in the cache, which is 4 times as fast
+
 
 def merge(model, adapter=0):
-    """A new model with row `adapter` folded into its weights, LoRA too where there is any, and one row of ones.
+    """Return a new model with row `adapter` folded into its weights, and one row of ones.
 
-    The product is made in float32 at least and rounded once. Tensors that do not change are shared with `model`, which
-    stays as it is. The new one has no name: adapters that are trained on it are not the base's. ValueError for a row
-    that is not there.
+    A LoRA is folded in, too. `model` stays as it is, and shares the tensors that do not change with
+    the new one. The new model has no name, because adapters that are trained on it are not adapters
+    of the base. Raise ValueError if there is no such row, or if a product is not finite.
     """
-    vectors, merged = row_of(model, adapter), build_model(model.config)
-    for name in dict(
-        merged.named_parameters()
-    ):  # a new model has neither LoRA nor vectors of sites.py
-        p, module = model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])
-        new = module.merged() if isinstance(module, LoRA) else p.detach()
-        new = (
-            torch.ones_like(p[:1])
-            if name.endswith(".scale")
-            else fold(name, new, vectors).to(p.dtype)
-        )
-        place_parameter(merged, name, new, p.requires_grad)
+    row = row_of(model, adapter)
+    merged = build_model(model.config)
+    # The names are those of a plain model: without LoRA, and without vectors of more_vectors.py.
+    names = [name for name, _ in merged.named_parameters()]
+    for name in names:
+        parameter = model.get_parameter(name)
+        if name.endswith(".scale"):
+            tensor = torch.ones_like(parameter[:1])
+        else:
+            tensor = fold(name, weight_with_lora(model, name), row).to(parameter.dtype)
+        place_parameter(merged, name, tensor, parameter.requires_grad)
+    # save_model still writes which known model this was made of.
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
     return merged.to(model.embed.weight.device).train(model.training)
 
 
+def weight_with_lora(model, name):
+    """Return the parameter `name`, and in float32 at least if a LoRA has to be added to it."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, LoRA):
+        return module.merged()
+    return model.get_parameter(name).detach()
+
+
 def fold(name, weight, vectors):
-    """The parameter `name` with its vector folded in; `weight` itself where it has none."""
-    module, _, part = name.removesuffix(".weight").rpartition(".")
-    own = (f"{module}.l_{site}" for site, linear in SITES.items() if linear == part)
-    l_D = next((vectors[vector] for vector in own if vector in vectors), None)
+    """Return the parameter `name` with its vector folded in; if it has none, `weight` itself.
+
+    vectors: name -> (D,). Raise ValueError if the product is not finite in the weight's dtype.
+    """
+    l_D = vector_of(name, vectors)
     if l_D is None:
         return weight
-    factor, folded = (
-        l_D.reshape((1, -1) if part == "down" else (-1, 1)).expand_as(weight),
-        torch.empty_like(weight),
+    # l_ff scales the input of its linear, which is the columns; all others scale the rows.
+    axis = 0 if name.endswith(".down.weight") else 1
+    factor = l_D.unsqueeze(axis).expand_as(weight)
+    folded = torch.empty_like(weight)
+    parts = zip(
+        weight.split(N_ROWS_AT_ONCE),
+        factor.split(N_ROWS_AT_ONCE),
+        folded.split(N_ROWS_AT_ONCE),
+        strict=True,
     )
-    parts = (
-        x.split(32) for x in (weight, factor, folded)
-    )  # so many rows stay in the cache: four times as fast
-    for old, by, new in zip(*parts, strict=True):
-        torch.mul(old, by, out=new)  # in float32 at least, rounded once
-    if not all(x.isfinite() for x in folded.aminmax()):  # a NaN would be both
-        raise ValueError(
-            f"{name} with its vector folded in is not finite in {weight.dtype}: take a wider dtype"
-        )
+    for weight_rows, factor_rows, folded_rows in parts:
+        # The factor is float32, so the product is, too; `out` rounds it.
+        torch.mul(weight_rows, factor_rows, out=folded_rows)
+    smallest, largest = folded.aminmax()  # a NaN would be both
+    if not (smallest.isfinite() and largest.isfinite()):
+        found = f"{name} with its vector folded in is not finite in {weight.dtype}"
+        raise ValueError(f"{found}: take a wider dtype")
     return folded
 
 
-def merge_files(name_or_path, adapter, out):
-    """Fold an adapter (see `read_adapter`) into a checkpoint (see `load_model`) and write it to the new folder `out`.
+def vector_of(name, vectors):
+    """Return the vector that scales the parameter `name`, such as "blocks.0.attn.k.weight"."""
+    place, _, linear = name.removesuffix(".weight").rpartition(".")
+    for site, scaled_linear in SITES.items():
+        if linear == scaled_linear and f"{place}.l_{site}" in vectors:
+            return vectors[f"{place}.l_{site}"]
+    return None
 
-    The bits are those of load_model, load_adapter, merge and save_model, and are read back; in memory is one shard.
-    ValueError where `out` is not empty; and, leaving nothing, for what cannot be read or fit, or is read back changed.
+
+def merge_files(name_or_path, adapter, out):
+    """Fold an adapter into a checkpoint, and write the result to the new folder `out`.
+
+    name_or_path: see `load_model`; adapter: see `read_adapter`. The bits are those of load_model,
+    load_adapter, merge and save_model, but only one shard is in memory at a time. All tensors are
+    read back and compared.
+
+    Raise ValueError, and leave nothing, if `out` is not empty, if something cannot be read or does
+    not fit, or if the disk gives back other bits.
     """
     out = Path(out)
-    if out.is_file() or (out.is_dir() and any(not x.name.startswith(".") for x in out.iterdir())):
-        raise ValueError(f"{out}: exists and is not empty; give a new folder")
+    check_new(out)
     model, stored, dtype = open_checkpoint(name_or_path)
-    vectors, path = fitting_vectors(model, read_adapter(adapter), adapter), find(name_or_path)
-    words = find_tokenizer(path)
-
-    def part(ours, p):
-        theirs, entry = stored[ours]
-        return (
-            theirs,
-            p.numel() * dtype.itemsize,
-            lambda: fold(ours, entry.read().to(dtype), vectors).contiguous(),
-        )
-
-    parts = [part(ours, p) for ours, p in model.named_parameters() if ours in stored]
+    row = fitting_vectors(model, read_adapter(adapter), adapter)
+    tokenizer = find_tokenizer(find(name_or_path))
+    tensors = folded_tensors(model, stored, dtype, row)
     try:
         with writing_folder(out) as temporary:
-            save_others(temporary, model, dtype, words)
-            save_tensors(temporary, parts)
-            written = read_checkpoint(temporary)[1]
-            for name, _, expected in parts:
-                if not torch.equal(
-                    written[name].read().view(torch.uint8), expected().view(torch.uint8)
-                ):
-                    raise ValueError(
-                        f"{out}: {name} was read back with other bits than were written"
-                    )
+            save_others(temporary, model, dtype, tokenizer)
+            save_tensors(temporary, tensors)
+            check_written(out, temporary, tensors)
     finally:
-        with suppress(OSError):  # not empty: it succeeded
+        with suppress(OSError):  # the folder is not empty: everything went well
             out.rmdir()
+
+
+def check_new(out):
+    """Raise ValueError if `out` is a file, or a folder in which there is something to see."""
+    has_content = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+    if out.is_file() or has_content:
+        raise ValueError(f"{out}: exists and is not empty; give a new folder")
+
+
+def folded_tensors(model, stored, dtype, row):
+    """Return (name in the checkpoint, bytes, function that makes the tensor) of each parameter."""
+
+    def make(name, entry):
+        return fold(name, entry.read().to(dtype), row).contiguous()
+
+    tensors = []
+    for name, parameter in model.named_parameters():
+        if name in stored:
+            stored_name, entry = stored[name]
+            n_bytes = parameter.numel() * dtype.itemsize
+            tensors.append((stored_name, n_bytes, partial(make, name, entry)))
+    return tensors
+
+
+def check_written(out, folder, tensors):
+    """Raise ValueError if a tensor in `folder` does not have the bits that were written there."""
+    _, written = read_checkpoint(folder)
+    for name, _, make in tensors:
+        found = written[name].read()
+        if not torch.equal(found.view(torch.uint8), make().view(torch.uint8)):
+            raise ValueError(f"{out}: {name} was read back with other bits than were written")

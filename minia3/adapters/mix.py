@@ -1,39 +1,80 @@
-"""To be written."""
+"""Mixing: one adapter out of several, by an equation for each entry.
+
+In all three equations, an entry of 1 changes nothing, and so does a weight of 0.
+
+Shapes: P adapters that are mixed (parts), D width of a vector.
+"""
 
 import torch
 
-MIX = {
-    "average": lambda l_PD, w_P1: 1 + (w_P1 * (l_PD - 1)).sum(0),  # 1 + sum_i w_i (l_i - 1)
-    "product": lambda l_PD, w_P1: (1 + w_P1 * (l_PD - 1)).prod(0),  # prod_i (1 + w_i (l_i - 1))
-    "power": lambda l_PD, w_P1: (l_PD**w_P1).prod(0),  # prod_i l_i ** w_i, for positive entries
-}
+
+def average(l_PD, weight_P1):
+    """Return 1 + sum_i w_i (l_i - 1)."""
+    return 1 + (weight_P1 * (l_PD - 1)).sum(0)
 
 
-def mix(parts, how="average"):
-    """One adapter out of several, by an equation of MIX. parts: a list of (vectors, weight) -> vectors.
+def product(l_PD, weight_P1):
+    """Return prod_i (1 + w_i (l_i - 1))."""
+    return (1 + weight_P1 * (l_PD - 1)).prod(0)
 
-    1 changes nothing, and vectors that an adapter lacks count as ones. Raises ValueError for adapters of different
-    architectures or widths, and, saying where, for entries that are not positive (power) or come out infinite.
+
+def power(l_PD, weight_P1):
+    """Return prod_i l_i ** w_i, for positive entries."""
+    return (l_PD**weight_P1).prod(0)
+
+
+MIX = {"average": average, "product": product, "power": power}
+
+
+def mix(parts, equation="average"):
+    """Return the vectors (name -> (D,) float32) of a mixture.
+
+    parts: a list of (vectors, weight). equation: a name of MIX. A vector that an adapter lacks
+    counts as ones. Arithmetic is in float64.
+
+    Raise ValueError for adapters of different architectures or widths, for entries that are not
+    positive in a power, and for a result that is not finite.
     """
-    if how not in MIX or not parts:
-        raise ValueError(
-            f"expected adapters and one of {', '.join(MIX)}, found {len(parts)} adapters and {how!r}"
-        )
-    mixed, w_P1 = {}, torch.tensor([[weight] for _, weight in parts], dtype=torch.float64)
-    for name in dict.fromkeys(name for vectors, _ in parts for name in vectors):
-        first, d = (
-            next(iter(mixed), name),
-            {len(vectors[name]) for vectors, _ in parts if name in vectors},
-        )
-        if len(d) > 1 or name.startswith("blocks.") != first.startswith("blocks."):
-            raise ValueError(
-                f"adapters of different bases do not mix: {first}, and {name} of {sorted(d)} entries"
-            )
-        l_PD = torch.stack([vectors.get(name, torch.ones(*d)) for vectors, _ in parts]).double()
-        mixed[name] = MIX[how](l_PD, w_P1).float()
-        bad = ~mixed[name].isfinite() | (how == "power") & (l_PD <= 0).any(0)
-        for i in bad.nonzero()[:1].flatten().tolist():
-            raise ValueError(
-                f"{name} at {i}: the {how} of {l_PD[:, i].tolist()} is not a finite number"
-            )
+    if equation not in MIX or not parts:
+        expected = f"expected adapters and one of {', '.join(MIX)}"
+        raise ValueError(f"{expected}, found {len(parts)} adapters and {equation!r}")
+    weight_P1 = torch.tensor([[weight] for _, weight in parts], dtype=torch.float64)
+    mixed = {}
+    for name in names_of_parts(parts):
+        l_PD = stack_vectors(name, parts)
+        mixed[name] = MIX[equation](l_PD, weight_P1).float()
+
+        is_wrong = ~mixed[name].isfinite()
+        if equation == "power":
+            is_wrong |= (l_PD <= 0).any(0)
+        if is_wrong.any():
+            i = int(is_wrong.nonzero()[0])
+            entries = l_PD[:, i].tolist()
+            raise ValueError(f"{name} at {i}: the {equation} of {entries} is not a finite number")
     return mixed
+
+
+def names_of_parts(parts):
+    """Return the names of all vectors, in order. Raise ValueError if the architectures differ."""
+    names = []
+    for vectors, _ in parts:
+        names += vectors
+    for name in names:
+        # LLaMA's vectors are "blocks...", T5's are "encoder.blocks..." or "decoder.blocks...".
+        if name.startswith("blocks.") != names[0].startswith("blocks."):
+            refuse(f"{names[0]}, and {name}")
+    return list(dict.fromkeys(names))
+
+
+def stack_vectors(name, parts):
+    """Return (P, D) float64: the vector of each part. Raise ValueError if the widths differ."""
+    present = [vectors[name] for vectors, _ in parts if name in vectors]
+    widths = sorted({len(vector) for vector in present})
+    if len(widths) > 1:
+        refuse(f"{name} of {widths} entries")
+    identity = torch.ones(widths[0])
+    return torch.stack([vectors.get(name, identity) for vectors, _ in parts]).double()
+
+
+def refuse(found):
+    raise ValueError(f"adapters of different bases do not mix: {found}")

@@ -1,4 +1,4 @@
-"""To be written."""
+"""Names for the rows of a model that is in use: thousands of adapters that come and go."""
 
 import difflib
 import threading
@@ -12,13 +12,19 @@ from minia3.model.ia3 import vectors
 
 
 class Adapters(dict):
-    """Names for the rows of a model in use: name -> row. Row 0 is the base, all ones, and its name is None.
+    """A dict from the name of each adapter to its row.
 
-    A state that has been started goes on while others are added or removed, by any thread. An unknown name is a
+        adapters = minia3.Adapters(model)
+        adapters.load("rte", "runs/t5-base-rte-ia3-0/adapter")
+        minia3.generate(model, tokenizer, prompts, adapter=adapters.rows(["rte", None]))
+
+    Row 0 is the base: it is all ones, and its name is None. Any thread may load or remove adapters
+    while others generate: rows that are in use stay where they are. An unknown name is a
     ValueError.
     """
 
-    lock = threading.Lock()  # of all, since copies share none of their own
+    # One lock for all: a lock of its own would keep an Adapters from being copied with its model.
+    lock = threading.Lock()
 
     def __init__(self, model):
         super().__init__()
@@ -26,54 +32,76 @@ class Adapters(dict):
         fill_row(model, 0, {})
 
     def load(self, name, name_or_path):
-        """Add an adapter (see `load_adapter`) under a new name, or in place of the one that has the name."""
+        """Add an adapter (see `load_adapter`) under a name, or replace the one of this name."""
         if not isinstance(name, str):
-            raise ValueError(
-                f"expected a text as the name of an adapter, found {name!r} (None is the base)"
-            )
+            expected = "expected a text as the name of an adapter"
+            raise ValueError(f"{expected}, found {name!r} (None is the base)")
         self._add({name: name_or_path})
 
     def load_folder(self, folder):
-        """Add every sub-folder that is an adapter under its own name: all of them, or ValueError and none."""
-        paths = {
-            path.parent.name: path.parent
-            for path in sorted(Path(folder).glob("[!.]*/adapter_config.json"))
-        }
-        if not paths:
-            raise ValueError(
-                f"{folder}: expected sub-folders with an adapter_config.json, found none"
-            )
-        self._add(paths)
+        """Add each sub-folder that holds an adapter, under the name of the sub-folder.
 
-    def _add(self, paths):
-        added = {
-            name: fitting_vectors(self.model, read_adapter(path), path)
-            for name, path in paths.items()
-        }
-        with self.lock:
-            free = iter(sorted({*range(1, 1 + len(self) + len(added))} - {*self.values()}))
-            rows = {name: self.get(name) or next(free) for name in added}
-            while self.model.n_adapters <= max(
-                rows.values()
-            ):  # twice as many rows, in the same parameters
-                for table_AD in vectors(self.model).values():
-                    table_AD.data = torch.cat((table_AD.data, torch.ones_like(table_AD)))
-                self.model.n_adapters *= 2
-            for name, entries in added.items():
-                fill_row(self.model, rows[name], entries)
-            self.update(rows)
+        Raise ValueError, and add none of them, if one of them cannot be read or does not fit.
+        """
+        configs = sorted(Path(folder).glob("[!.]*/adapter_config.json"))
+        if not configs:
+            expected = "expected sub-folders with an adapter_config.json"
+            raise ValueError(f"{folder}: {expected}, found none")
+        self._add({config.parent.name: config.parent for config in configs})
 
     def remove(self, name):
-        """Forget a name; its row is ones again, and free."""
+        """Forget a name. Its row becomes ones, and is free for another adapter."""
         with self.lock:
             fill_row(self.model, self[name], {})
             del self[name]
 
     def rows(self, names):
-        """(B,) long: the row of each name (None: the base), as `start` takes them."""
+        """Return (B,) long: the row of each name, as `start` takes them. None is the base."""
         rows = [0 if name is None else self[name] for name in names]
         return torch.tensor(rows, dtype=torch.long, device=self.model.embed.weight.device)
 
+    def _add(self, paths):
+        # Read everything first: if one adapter is wrong, nothing has changed.
+        new_vectors = {}
+        for name, path in paths.items():
+            new_vectors[name] = fitting_vectors(self.model, read_adapter(path), path)
+
+        with self.lock:
+            rows = self._choose_rows(new_vectors)
+            grow(self.model, 1 + max(rows.values()))
+            for name, row in rows.items():
+                fill_row(self.model, row, new_vectors[name])
+            self.update(rows)
+
+    def _choose_rows(self, names):
+        """Return a row for each name: the row that it has, or else a free one."""
+        n_most = 1 + len(self) + len(names)
+        free = iter(sorted(set(range(1, n_most)) - set(self.values())))
+        rows = {}
+        for name in names:
+            rows[name] = self[name] if name in self else next(free)
+        return rows
+
     def __missing__(self, name):
-        near = ", ".join(difflib.get_close_matches(str(name), self, n=1, cutoff=0)) or "none"
-        raise ValueError(f"there is no adapter {name!r}; the nearest of {len(self)} names: {near}")
+        nearest = difflib.get_close_matches(str(name), self, n=1, cutoff=0)
+        hint = f"the nearest of {len(self)} names: {nearest[0] if nearest else 'none'}"
+        raise ValueError(f"there is no adapter {name!r}; {hint}")
+
+
+def grow(model, n_rows):
+    """Give the model at least `n_rows` rows. The new ones are ones.
+
+    The number doubles, so a thousand adapters that are loaded one by one copy the rows ten times.
+    The parameters stay the same objects, because an optimizer or a compiled model may hold them. A
+    thread that is computing keeps the tensor that it has.
+    """
+    n_adapters = model.n_adapters
+    while n_adapters < n_rows:
+        n_adapters *= 2
+    n_new = n_adapters - model.n_adapters
+    if n_new == 0:
+        return
+    for vector in vectors(model).values():
+        new_rows = vector.new_ones(n_new, vector.shape[1])
+        vector.data = torch.cat((vector.data, new_rows))
+    model.n_adapters = n_adapters

@@ -1,12 +1,22 @@
-"""To be written."""
+"""Adapters on disk: PEFT's folders are read and written, and T-Few's files are read.
+
+    adapter_config.json           that it is (IA)^3, which linears have vectors, of which base model
+    adapter_model.safetensors     the vectors, under PEFT's names (vector_names.py)
+
+There is no second format, so what is trained here loads in PEFT, and the other way round. No model
+is needed to read or write a file. Whether it fits a model is the question of rows.py.
+
+Shapes: D entries of a vector.
+"""
 
 import math
 import re
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import save
 
-from minia3.adapters.vector_names import INPUTS, READ, WRITE, rename
+from minia3.adapters.vector_names import INPUT_VECTORS, PREFIX, READ, SUFFIX, WRITE, rename
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import hub_name
 from minia3.checkpoints.layout import ADAPTER_FILES
@@ -15,106 +25,208 @@ from minia3.files.tensors import FLOATS, read_tensors
 from minia3.files.write import write_json, writing_folder
 
 
-class Adapter(NamedTuple):
-    vectors: dict
-    base: str | None  # base_model_name_or_path, where the file says it
+class AdapterFile(NamedTuple):
+    """What a file says of one adapter."""
+
+    vectors: dict  # our name -> its entries (D,), float32
+    base: str | None  # the name or path of the base model, if the file tells
+
+
+# Reading
 
 
 def read_adapter(name_or_path):
-    """A PEFT folder, its .safetensors or .bin alone, T-Few's .pt, or a hub id -> Adapter. No model is needed.
+    """Return an adapter as an AdapterFile.
 
-    Raises one ValueError for another kind of adapter, and for all tensors that scale another place or one place twice,
-    have another shape or no floats, or an entry that is not finite.
+    name_or_path: a PEFT folder, its .safetensors or .bin file alone, T-Few's .pt file, or a hub id.
+    Raise ValueError if the adapter is of another kind than (IA)^3. One ValueError names everything
+    that is wrong with the tensors: an unknown name, two names of one place, a wrong shape, a dtype
+    that is not a float, an entry that is not finite.
     """
-    path, base = find_adapter(name_or_path), None
+    path = find_adapter(name_or_path)
+    base = None
     if path.is_dir():
-        raw = read_json(path / "adapter_config.json")
-        kind, modules, base = (
-            raw.get(key) for key in ("peft_type", "modules_to_save", "base_model_name_or_path")
-        )
-        if kind != "IA3" or modules:
-            raise ValueError(
-                f"{path}: expected PEFT's IA3 and no modules_to_save, found {kind!r} and {modules!r}"
-            )
-        path = next(
-            (path / x for x in ADAPTER_FILES if (path / x).exists()), path / ADAPTER_FILES[0]
-        )
-    vectors, problems = {}, []
-    for theirs, entry in read_tensors(path).items():
-        name, d = rename(theirs, READ), math.prod(entry.shape)
-        shape = (1, d) if theirs.endswith(INPUTS) else (d, 1)
-        if name is None or name in vectors:
-            problem = (
-                "scales what another vector of the file scales already"
-                if name
-                else "has no place in T5 or LLaMA"
-            )
-            problems.append(f"{theirs} {entry.shape} {problem}")
-        elif entry.shape != shape or entry.dtype not in FLOATS:
-            problems.append(f"{theirs} is {entry.dtype} {entry.shape}, expected floats {shape}")
+        base = read_base(path)
+        path = adapter_file(path)
+
+    vectors = {}
+    problems = []
+    for peft_name, entry in read_tensors(path).items():
+        name = rename(peft_name, READ)
+        problem = find_mismatch(peft_name, entry, name, vectors)
+        if problem is None:
+            vectors[name] = entry.read().detach().float().flatten()
+            problem = find_infinite(peft_name, vectors[name])
+        if problem is not None:
+            problems.append(problem)
+    if not vectors and not problems:
+        problems.append("there are no vectors in it")
+    if problems:
+        raise ValueError(f"{path}: not an (IA)^3 adapter: {'; '.join(problems)}")
+    return AdapterFile(with_l_ff(vectors), base)
+
+
+def read_base(folder):
+    """Return the base model that adapter_config.json names, or None.
+
+    Raise ValueError unless it is a plain (IA)^3 adapter. Everything else in the config, such as
+    target_modules, follows from the tensors, and older versions of PEFT leave some of it out.
+    """
+    config = read_json(folder / "adapter_config.json")
+    kind = config.get("peft_type")
+    modules = config.get("modules_to_save")
+    if kind != "IA3" or modules:
+        expected = "expected PEFT's IA3 and no modules_to_save"
+        raise ValueError(f"{folder}: {expected}, found {kind!r} and {modules!r}")
+    base = config.get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
+
+
+def adapter_file(folder):
+    """Return the path of the tensors in an adapter's folder."""
+    for name in ADAPTER_FILES:
+        if (folder / name).exists():
+            return folder / name
+    return folder / ADAPTER_FILES[0]  # whose absence is what the user is told
+
+
+def find_mismatch(peft_name, entry, name, vectors):
+    """Return what is wrong with the name, shape or dtype of a stored vector, or None.
+
+    name: ours; None: there is none. vectors: those that were read before.
+    """
+    if name is None:
+        return f"{peft_name} {entry.shape} has no place in T5 or LLaMA"
+    if name in vectors:
+        return f"{peft_name} {entry.shape} scales the same place as another vector of the file"
+    # The shape tells which side of a linear is scaled. To scale the other one is another function.
+    shape = peft_shape(peft_name, math.prod(entry.shape))
+    if entry.shape != shape or entry.dtype not in FLOATS:
+        return f"{peft_name} is {entry.dtype} {entry.shape}, expected floats {shape}"
+    return None
+
+
+def find_infinite(peft_name, vector_D):
+    """Return where a vector has an entry that is infinite or NaN, or None."""
+    # The sum of thousands of vectors is quick. It may also be infinite if all entries are finite.
+    if math.isfinite(vector_D.sum()):
+        return None
+    positions = (~vector_D.isfinite()).nonzero().flatten().tolist()
+    if not positions:
+        return None
+    return f"{peft_name} is {vector_D[positions[0]]} at {positions[0]}"
+
+
+def with_l_ff(vectors):
+    """Return the vectors with l_ff in place of each l_up that stands alone.
+
+    PEFT's default for mT5 scales the output of wi_1, which is the input of wo: the same function.
+    If a file has vectors on both, each keeps its place.
+    """
+    renamed = {}
+    for name, vector in vectors.items():
+        name_of_ff = name.replace("l_up", "l_ff")
+        if name_of_ff in vectors:
+            renamed[name] = vector
         else:
-            vector_D = vectors[name] = entry.read().detach().float().flatten()
-            bad = (
-                []
-                if math.isfinite(vector_D.sum())
-                else (~vector_D.isfinite()).nonzero().flatten().tolist()
-            )
-            problems += [f"{theirs} is {vector_D[i]} at {i}" for i in bad[:1]]
-    if problems or not vectors:
-        raise ValueError(
-            f"{path}: no (IA)^3 adapter: {'; '.join(problems) or 'there are no vectors in it'}"
-        )
-    # l_up alone, as PEFT's default for mT5 has it, is l_ff: the same function.
-    vectors = {
-        n if (ff := n.replace("l_up", "l_ff")) in vectors else ff: x for n, x in vectors.items()
-    }
-    return Adapter(vectors, base if isinstance(base, str) else None)
+            renamed[name_of_ff] = vector
+    return renamed
+
+
+# Writing
 
 
 def write_adapter(folder, vectors, base=None):
-    """Write `vectors` as a PEFT folder. base: its model's name or path.
+    """Write vectors (our name -> (D,)) as a PEFT folder. base: the name or path of their model.
 
-    PEFT makes vectors in the same places. (Layers behind the last that has one cannot be known here, and get ones.)
+    PEFT makes vectors in the same places again. It cannot be known here how many layers the model
+    has: if it has more of them than the vectors, PEFT gives the last ones vectors of ones.
     """
-    tensors, blocks = (
-        peft_tensors(vectors),
-        [name.split("blocks.") for name in vectors],
-    )  # stack, "0.attn.l_k"
-    depths = {
-        s: 1 + max(int(site.split(".")[0]) for stack, site in blocks if stack == s)
-        for s in dict(blocks)
-    }
-    modules = [
-        theirs.removeprefix("base_model.model.").removesuffix(".ia3_l") for theirs in tensors
-    ]
-    kinds = sorted({module.rpartition(".")[2] for module in modules})
-    sites = [ours for ours, theirs in WRITE.items() if theirs.split(".")[-2] in kinds]
-    partial = len(modules) < sum(depths.get(ours.split("blocks.")[0], 1) for ours in sites)
-    targets = modules if partial else kinds
-    inputs = [target for target in targets if f".{target}.ia3_l".endswith(INPUTS)]
-    if (
-        partial
-    ):  # a regex of modules: PEFT shortens long lists, and then refuses what it has written
-        targets, inputs = ("|".join(map(re.escape, x)) for x in (targets, inputs))
+    tensors = peft_tensors(vectors)
+    is_llama = any(name.startswith("blocks.") for name in vectors)
+    targets, inputs = target_modules(vectors, tensors)
     config = {
-        "peft_type": "IA3", "task_type": "CAUSAL_LM" if "" in depths else "SEQ_2_SEQ_LM", "inference_mode": True,
-        "base_model_name_or_path": hub_name(base), "revision": None, "modules_to_save": None,
-        "target_modules": targets, "feedforward_modules": inputs, "fan_in_fan_out": False, "init_ia3_weights": True,
-    }  # fmt: skip
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM" if is_llama else "SEQ_2_SEQ_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": hub_name(base),
+        "revision": None,
+        "modules_to_save": None,
+        "target_modules": targets,
+        "feedforward_modules": inputs,
+        "fan_in_fan_out": False,
+        "init_ia3_weights": True,
+    }
     write_peft(folder, tensors, config)
 
 
+def target_modules(vectors, tensors):
+    """Return PEFT's target_modules and feedforward_modules, the linears that have a vector.
+
+    Usually these are kinds of linears, such as ["k", "v", "wo"]: PEFT puts a vector on each linear
+    of these kinds. If some of them have no vector, it is a regular expression of the full names.
+    (A list of full names would do today. But older versions of PEFT shorten a long list when they
+    save the adapter again, and then refuse what they have written: its issue 2429.)
+    """
+    linears = [name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in tensors]
+    kinds = sorted({linear.rpartition(".")[2] for linear in linears})
+    if len(linears) == count_linears(kinds, count_layers(vectors)):
+        return kinds, [kind for kind in kinds if scales_input(f".{kind}{SUFFIX}")]
+    inputs = [linear for linear in linears if scales_input(f"{linear}{SUFFIX}")]
+    return any_of(linears), any_of(inputs)
+
+
+def any_of(names):
+    """Return a regular expression that matches these names alone."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def count_layers(names):
+    """Return a dict from each stack ("encoder.", "decoder.", LLaMA's "") to how many layers it has.
+
+    The last layer with a vector counts as the last of the stack.
+    """
+    n_layers = {}
+    for name in names:
+        stack, _, place = name.partition("blocks.")
+        layer = int(place.partition(".")[0])
+        n_layers[stack] = max(n_layers.get(stack, 0), layer + 1)
+    return n_layers
+
+
+def count_linears(kinds, n_layers):
+    """Return how many linears of these kinds a model has. n_layers: of each stack.
+
+    A stack without any vector counts as one layer, and so its linears are missed.
+    """
+    count = 0
+    for ours, peft_name in WRITE.items():
+        if peft_name.split(".")[-2] in kinds:
+            stack = ours.partition("blocks.")[0]
+            count += n_layers.get(stack, 1)
+    return count
+
+
 def peft_tensors(vectors):
-    """PEFT's name -> the vector in PEFT's shape, float32."""
-    tensors = {rename(name, WRITE): vector.float().cpu() for name, vector in vectors.items()}
-    return {
-        theirs: x.reshape((1, -1) if theirs.endswith(INPUTS) else (-1, 1))
-        for theirs, x in tensors.items()
-    }
+    """Return a dict from PEFT's name of each vector to its tensor in PEFT's shape, in float32."""
+    tensors = {}
+    for name, vector in vectors.items():
+        peft_name = rename(name, WRITE)
+        shape = peft_shape(peft_name, vector.numel())
+        tensors[peft_name] = vector.to("cpu", torch.float32).reshape(shape)
+    return tensors
+
+
+def peft_shape(peft_name, n_entries):
+    return (1, n_entries) if scales_input(peft_name) else (n_entries, 1)
+
+
+def scales_input(peft_name):
+    return peft_name.endswith(INPUT_VECTORS)
 
 
 def write_peft(folder, tensors, config):
-    """Write an adapter's tensors and adapter_config.json as a PEFT folder."""
+    """Write an adapter's tensors and adapter_config.json as a PEFT folder, of any kind."""
     with writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
         (temporary / ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
         write_json(temporary / "adapter_config.json", config)

@@ -1,4 +1,7 @@
-"""To be written."""
+"""Between files and models: an adapter of a file becomes a row of the model's vectors, and back.
+
+Shapes: D width of what is scaled.
+"""
 
 import warnings
 from os.path import realpath
@@ -10,54 +13,71 @@ from minia3.model.more_vectors import add_vectors, possible_vectors
 
 
 def row_of(model, adapter):
-    """Our name -> (D,) of row `adapter` of the model: the row itself. Raises ValueError where it has no such row."""
+    """Return a dict from the name of each vector to its row `adapter` (D,).
+
+    The rows are views: to change one changes the model. Raise ValueError if there is no such row.
+    """
     if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
-        raise ValueError(
-            f"adapter {adapter!r} is no int, or out of range: the model has rows 0 to {model.n_adapters - 1}"
-        )
-    return {name: table.detach()[adapter] for name, table in vectors(model).items()}
+        expected = f"the model has rows 0 to {model.n_adapters - 1}"
+        raise ValueError(f"adapter {adapter!r} is not an int, or out of range: {expected}")
+    return {name: vector.detach()[adapter] for name, vector in vectors(model).items()}
 
 
 def save_adapter(model, folder, adapter=0):
-    """Write row `adapter` of the model as a PEFT folder."""
+    """Write row `adapter` of the model as a PEFT folder. Raise ValueError if it is not there."""
     write_adapter(folder, row_of(model, adapter), getattr(model, "name_or_path", None))
 
 
 def load_adapter(model, folder_or_file, adapter=0):
-    """Read an adapter (see `read_adapter`) into row `adapter`. Vectors that it lacks become ones.
+    """Read an adapter into row `adapter` of the model.
 
-    Those of sites.py are added to the model, ones in its other rows. Raises ValueError also where it does not fit the
-    model. Another name of its base is a warning.
+    folder_or_file: a PEFT folder, a file, or a hub id; see `read_adapter`. Vectors that it lacks
+    become ones. Vectors that the model lacks (more_vectors.py) are added to it, as ones in its
+    other rows.
+
+    Raise ValueError if there is no such row, or if the adapter cannot be read or does not fit; the
+    model stays as it was. Warn if the adapter names another base model.
     """
-    fill_row(model, adapter, fitting_vectors(model, read_adapter(folder_or_file), folder_or_file))
+    adapter_file = read_adapter(folder_or_file)
+    fill_row(model, adapter, fitting_vectors(model, adapter_file, folder_or_file))
 
 
-def fill_row(model, adapter, vectors):
+def fill_row(model, adapter, new_vectors):
+    """Set row `adapter` to `new_vectors` (name -> (D,)). Vectors that these lack become ones."""
     row = row_of(model, adapter)
-    if vectors.keys() - row:
-        add_vectors(model, vectors)
+    if new_vectors.keys() - row:
+        add_vectors(model, new_vectors)
         row = row_of(model, adapter)
     for name, l_D in row.items():
-        l_D[:] = vectors.get(name, 1.0)
+        l_D[:] = new_vectors.get(name, 1.0)
 
 
-def fitting_vectors(model, adapter, where):
-    """The vectors of an Adapter that came from `where`. ValueError where the model has no places for them."""
-    d = {name: table.shape[1] for name, table in vectors(model).items()}
-    if adapter.vectors.keys() - d:
-        d |= possible_vectors(model)
-    wrong = {
-        name: len(vector) for name, vector in adapter.vectors.items() if len(vector) != d.get(name)
-    }
-    if wrong:
-        found = "; ".join(
-            f"{name} of {width}, expected {d.get(name, 'none')}" for name, width in wrong.items()
-        )
-        what = f"found {len(wrong)} vectors that do not fit this {type(model).__name__}: {found}"
-        raise ValueError(f"{where}: an adapter of another base: {what}")
+def fitting_vectors(model, adapter_file, origin):
+    """Return the vectors of an AdapterFile that came from `origin`.
+
+    Raise ValueError if the model has no place for one of them, or one of another width. Warn if
+    they were trained on another base.
+    """
+    widths = {name: vector.shape[1] for name, vector in vectors(model).items()}
+    if adapter_file.vectors.keys() - widths:
+        widths.update(possible_vectors(model))
+    misfits = []
+    for name, vector in adapter_file.vectors.items():
+        width = widths.get(name, "none")
+        if len(vector) != width:
+            misfits.append(f"{name} of {len(vector)}, expected {width}")
+    if misfits:
+        found = f"{len(misfits)} vectors that do not fit this {type(model).__name__}"
+        misfit = "; ".join(misfits)
+        raise ValueError(f"{origin}: an adapter of another base: found {found}: {misfit}")
+
     name = getattr(model, "name_or_path", None)
-    if adapter.base and name and realpath(hub_name(adapter.base)) != realpath(hub_name(name)):
-        warnings.warn(
-            f"{where} was trained on {adapter.base}, and this model is {name}", stacklevel=3
-        )
-    return adapter.vectors
+    if adapter_file.base and name and not is_same_base(adapter_file.base, name):
+        message = f"{origin} was trained on {adapter_file.base}, and this model is {name}"
+        warnings.warn(message, stacklevel=3)
+    return adapter_file.vectors
+
+
+def is_same_base(name, other_name):
+    """Return whether two names or paths mean one model, however they are spelled."""
+    return realpath(hub_name(name)) == realpath(hub_name(other_name))

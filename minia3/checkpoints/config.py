@@ -1,4 +1,16 @@
-"""To be written."""
+"""Hugging Face's config.json to our configs, and back.
+
+A model that is computed almost right is worse than no model, so whatever changes the computation
+and is not implemented here is refused by name. Keys that a file leaves out mean what transformers
+takes them to mean.
+
+`from_hf` works in these steps:
+
+    1. refuse what is not supported
+    2. fill in defaults
+    3. check ids and numbers
+    4. make a T5Config or a LlamaConfig
+"""
 
 from dataclasses import replace
 
@@ -8,116 +20,349 @@ from minia3.model.llama import LlamaConfig, inverse_frequencies
 from minia3.model.t5 import T5Config
 
 # fmt: off
-T5 = {  # the numbers in config.json -> ours
-    "d_model": "d_model", "d_kv": "d_head", "d_ff": "d_ff", "num_layers": "n_layers", "num_heads": "n_heads",
-    "num_decoder_layers": "n_decoder_layers", "vocab_size": "vocab_size", "relative_attention_num_buckets": "n_buckets",
-    "relative_attention_max_distance": "max_distance", "dropout_rate": "dropout", "layer_norm_epsilon": "eps",
-    "pad_token_id": "pad_id", "decoder_start_token_id": "start_id",
+# The numbers of config.json, and their names in our configs.
+T5_NUMBERS = {
+    "d_model":                         "d_model",
+    "d_kv":                            "d_head",
+    "d_ff":                            "d_ff",
+    "num_layers":                      "n_layers",
+    "num_heads":                       "n_heads",
+    "num_decoder_layers":              "n_decoder_layers",
+    "vocab_size":                      "vocab_size",
+    "relative_attention_num_buckets":  "n_buckets",
+    "relative_attention_max_distance": "max_distance",
+    "dropout_rate":                    "dropout",
+    "layer_norm_epsilon":              "eps",
+    "pad_token_id":                    "pad_id",
+    "decoder_start_token_id":          "start_id",
 }
-LLAMA = {
-    "hidden_size": "d_model", "head_dim": "d_head", "intermediate_size": "d_ff", "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_length", "rope_theta": "rope_theta", "attention_dropout": "dropout",
-    "rms_norm_eps": "eps",
+LLAMA_NUMBERS = {
+    "hidden_size":                     "d_model",
+    "head_dim":                        "d_head",
+    "intermediate_size":               "d_ff",
+    "num_hidden_layers":               "n_layers",
+    "num_attention_heads":             "n_heads",
+    "num_key_value_heads":             "n_kv_heads",
+    "vocab_size":                      "vocab_size",
+    "max_position_embeddings":         "max_length",
+    "rope_theta":                      "rope_theta",
+    "attention_dropout":               "dropout",
+    "rms_norm_eps":                    "eps",
 }
+# The numbers of Llama 3.1's scaling, in the order of LlamaConfig.rope_scaling.
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-LIMITS = {  # the least and the most; of other numbers 1 and 2**20, so that a lie in a file does not fill the memory
-    "n_layers": (1, 2**10), "n_decoder_layers": (1, 2**10), "n_buckets": (4, 2**20), "max_length": (1, 2**31),
-    "pad_id": (-1, 2**31), "start_id": (0, 2**31), "dropout": (0.0, 1.0), "eps": (0.0, 1.0),
-    "rope_theta": (1.0, 1e30), "factor": (1.0, 1e9), "low_freq_factor": (0.0, 1e9), "high_freq_factor": (0.0, 1e9),
+
+# The least and the greatest value of a number. A float means that fractions are allowed. The limits
+# are far beyond all published models, but they keep a damaged file from filling the memory.
+LIMITS = {
+    "num_layers":                      (1, 2**10),
+    "num_decoder_layers":              (1, 2**10),
+    "num_hidden_layers":               (1, 2**10),
+    "relative_attention_num_buckets":  (4, 2**20),
+    "max_position_embeddings":         (1, 2**31),
+    "pad_token_id":                    (-1, 2**31),  # -1 means "no such token"
+    "decoder_start_token_id":          (0, 2**31),
+    "dropout_rate":                    (0.0, 1.0),
+    "attention_dropout":               (0.0, 1.0),
+    "layer_norm_epsilon":              (0.0, 1.0),
+    "rms_norm_eps":                    (0.0, 1.0),
+    "rope_theta":                      (1.0, 1e30),
+    "factor":                          (1.0, 1e9),
+    "low_freq_factor":                 (0.0, 1e9),
+    "high_freq_factor":                (0.0, 1e9),
 }
-DEFAULTS = {  # what transformers assumes where a key is absent, beside what our own classes do
+OTHER_LIMITS = (1, 2**20)
+
+# What transformers assumes for each model_type, if that differs from the defaults of our own
+# classes.
+DEFAULTS = {
     "t5": {},
-    "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-            "scale_decoder_outputs": False},  # whatever is tied: transformers 5 saves every mT5 as tied
+    "mt5": {  # T5 v1.1 under another name
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "scale_decoder_outputs": False,  # even if tied: transformers 5 saves every mT5 as tied
+    },
     "llama": {},
-    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
+    "mistral": {  # LLaMA, as long as no window limits its attention
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "num_key_value_heads": 8,
+    },
 }
-AS = {"num_decoder_layers": "num_layers", "decoder_start_token_id": "pad_token_id",
-      "num_key_value_heads": "num_attention_heads"}  # absent, it is as that one
-SUPPORTED = {  # the values under which the model is what this code computes; None: absent or null
-    "feed_forward_proj": ("relu", "gated-gelu", None), "hidden_act": ("silu", None), "attention_bias": (False, None),
-    "mlp_bias": (False, None), "partial_rotary_factor": (1.0, None), "num_local_experts": (0, None),
-    "quantization_config": (None,), "rope_type": ("default", "llama3"),
-    "tie_word_embeddings": (True, False, None), "scale_decoder_outputs": (True, False, None),
-    "sliding_window": (None,),  # Mistral is LLaMA, where it has none
+T5_TYPES = ("t5", "mt5")
+
+# A key that is absent or null takes the value of another key.
+SAME_AS = {
+    "num_decoder_layers":     "num_layers",
+    "decoder_start_token_id": "pad_token_id",
+    "num_key_value_heads":    "num_attention_heads",
 }
+
+# The values for which our code computes the model of the file. None stands for absent or null.
+SUPPORTED = {
+    "feed_forward_proj":     ("relu", "gated-gelu", None),
+    "hidden_act":            ("silu", None),
+    "attention_bias":        (False, None),
+    "mlp_bias":              (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "num_local_experts":     (0, None),
+    "quantization_config":   (None,),
+    "rope_type":             ("default", "llama3"),
+    "tie_word_embeddings":   (True, False, None),
+    "scale_decoder_outputs": (True, False, None),
+    "sliding_window":        (None,),
+}
+# fmt: on
 
 
 def from_hf(raw):
-    """A config.json as dict -> T5Config or LlamaConfig.
+    """Return the T5Config or LlamaConfig that a config.json describes. `raw` is its dict.
 
-    Raises ValueError for an architecture or features that this code lacks, or for all numbers missing or out of range.
+    Raises ValueError for an architecture or a feature that is not supported, and for values that
+    are missing, are of a wrong type or out of range. One message names them all.
     """
-    kind = raw.get("model_type")
-    if kind not in [*DEFAULTS]:  # a list, since `kind` may be unhashable
-        raise ValueError(f"config.json: model_type is {kind!r}, but minia3 runs only {', '.join(DEFAULTS)}")
-    t5 = kind in ("t5", "mt5")
-    cls, table = (T5Config, T5) if t5 else (LlamaConfig, LLAMA)
-    # Newer files have one dict for theta and the scaling, older ones two keys.
-    rope = (not t5 and (raw.get("rope_scaling") or raw.get("rope_parameters"))) or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    known = {key: rope[key] for key in ("rope_type", "rope_theta", *LLAMA3_ROPE) if key in rope}
-    raw = DEFAULTS[kind] | raw | {"rope_type": rope.get("type", "default")} | known
-    refused = [f"{key}={raw.get(key)!r}" for key, values in SUPPORTED.items() if raw.get(key) not in values]
-    refused += [f"{key}={rope[key]!r}" for key in rope if key not in (*known, "type") and rope[key] not in (None, 1.0)]
-    act = "gelu_new" if raw.get("feed_forward_proj") == "gated-gelu" else "relu"  # as transformers derives it
-    refused += [f"dense_act_fn={raw['dense_act_fn']!r}"] if t5 and raw.get("dense_act_fn") not in (None, act) else []
+    model_type = raw.get("model_type")
+    if model_type not in list(DEFAULTS):  # a list, because a damaged model_type may be unhashable
+        known = ", ".join(DEFAULTS)
+        raise ValueError(f"config.json: model_type is {model_type!r}, but minia3 runs only {known}")
+    is_t5 = model_type in T5_TYPES
+    rope = {} if is_t5 else rope_settings(raw)
+    stated = DEFAULTS[model_type] | raw | {"rope_type": "default"}
+    stated |= {key: rope[key] for key in rope if is_rope_key(key)}
+
+    refused = unsupported(stated) + unsupported_rope(rope)
+    if is_t5:
+        refused += unsupported_activation(stated)
     if refused:
         raise ValueError(f"config.json asks for what minia3 does not do: {', '.join(refused)}")
-    ends = raw.get("eos_token_id", [*cls.eos_ids])  # null: no end token; absent: the default
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    raw = {key: value for key, value in raw.items() if value is not None}
-    raw = {key: raw[other] for key, other in AS.items() if other in raw} | raw
-    if "head_dim" not in raw and all(type(raw.get(key)) is int for key in ("hidden_size", "num_attention_heads")):
-        raw["head_dim"] = raw["hidden_size"] // max(raw["num_attention_heads"], 1)
-    table = table | {key: key for key in LLAMA3_ROPE} if raw["rope_type"] == "llama3" else table
-    n = {ours: raw.get(key, getattr(cls, ours, None)) for key, ours in table.items()}  # the numbers
-    ids = {"eos_token_id": ends, **{x: [raw[x]] for x in ("pad_token_id", "bos_token_id") if x in raw.keys() - table}}
-    faults = [f"{x} is {ids[x]!r}, expected whole numbers" for x in ids if not all(type(i) is int for i in ids[x])]
-    for key, ours in table.items():
-        least, most = LIMITS.get(ours, (1, 2**20))
-        if type(n[ours]) not in (int, type(least)) or not least <= n[ours] <= most:
-            what = "a whole number" if type(least) is int else "a number"
-            faults.append(f"{key} is {n[ours]!r}, expected {what} from {least} to {most}")
-    if not faults and t5 and (n["start_id"] >= n["vocab_size"] or n["max_distance"] <= n["n_buckets"] // 2):
-        faults.append("expected decoder_start_token_id < vocab_size, max_distance > num_buckets / 2")
-    if not faults and not t5 and (n["n_heads"] % n["n_kv_heads"] or n["d_head"] % 2):
-        faults.append("{n_kv_heads} key/value heads must divide {n_heads} heads, head_dim {d_head} be even".format(**n))
-    if not faults and n.get("low_freq_factor", 0) > n.get("high_freq_factor", 1):
-        faults.append("low_freq_factor must not be above high_freq_factor")
+
+    config_class = T5Config if is_t5 else LlamaConfig
+    settings = fill_in(stated, config_class)
+    return t5_config(settings) if is_t5 else llama_config(settings)
+
+
+# What is not supported
+
+
+def rope_settings(raw):
+    """Return the dict that describes the rotation, with its kind under `rope_type`.
+
+    Newer files have `rope_parameters`, which holds theta too. Older files have `rope_scaling`
+    beside `rope_theta`, and the oldest call the kind `type`.
+    """
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        return {"rope_type": rope}  # refused, because it is not a dict of numbers
+    if "type" in rope:
+        renamed = {key: value for key, value in rope.items() if key != "type"}
+        return {"rope_type": rope["type"]} | renamed
+    return rope
+
+
+def is_rope_key(key):
+    return key in ("rope_type", "rope_theta", *LLAMA3_ROPE)
+
+
+def unsupported(stated):
+    refused = []
+    for key, values in SUPPORTED.items():
+        if stated.get(key) not in values:
+            refused.append(f"{key}={stated.get(key)!r}")
+    return refused
+
+
+def unsupported_rope(rope):
+    """Refuse unknown keys of the rotation, unless their value (null or 1.0) changes nothing."""
+    unknown = [key for key in rope if not is_rope_key(key)]
+    return [f"{key}={rope[key]!r}" for key in unknown if rope[key] not in (None, 1.0)]
+
+
+def unsupported_activation(stated):
+    """Refuse a T5 whose `dense_act_fn` does not follow from its `feed_forward_proj`."""
+    # transformers derives the former from the latter, and gelu_new is the tanh approximation.
+    derived = "gelu_new" if stated.get("feed_forward_proj") == "gated-gelu" else "relu"
+    activation = stated.get("dense_act_fn")
+    if activation in (None, derived):
+        return []
+    return [f"dense_act_fn={activation!r}"]
+
+
+# Defaults
+
+
+def fill_in(stated, config_class):
+    """Return the settings without nulls, and with everything that follows from other keys."""
+    settings = {key: value for key, value in stated.items() if value is not None}
+    for key, other in SAME_AS.items():
+        if key not in settings and other in settings:
+            settings[key] = settings[other]
+    if "head_dim" not in settings:
+        width = settings.get("hidden_size")
+        n_heads = settings.get("num_attention_heads")
+        if type(width) is int and type(n_heads) is int:
+            settings["head_dim"] = width // max(n_heads, 1)
+    settings["eos_token_id"] = end_ids(stated, config_class.eos_ids)
+    return settings
+
+
+def end_ids(stated, default):
+    """Return the ids that end a text as a list. Null means none; an absent key, the default."""
+    ids = stated.get("eos_token_id", list(default))
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+# Checks. `type(x) is int`, and not isinstance, because True is an instance of int.
+
+
+def wrong_ids(settings, keys):
+    faults = []
+    if not all(type(i) is int for i in settings["eos_token_id"]):
+        faults.append(f"eos_token_id is {settings['eos_token_id']!r}, expected whole numbers")
+    for key in keys:
+        if key in settings and type(settings[key]) is not int:
+            faults.append(f"{key} is {settings[key]!r}, expected a whole number")
+    return faults
+
+
+def wrong_numbers(numbers):
+    faults = []
+    for key, value in numbers.items():
+        least, greatest = LIMITS.get(key, OTHER_LIMITS)
+        kind = "a whole number" if type(least) is int else "a number"
+        is_number = type(value) in (int, type(least))
+        if not is_number or not least <= value <= greatest:
+            faults.append(f"{key} is {value!r}, expected {kind} from {least} to {greatest}")
+    return faults
+
+
+def raise_if_any(faults):
     if faults:
         raise ValueError(f"config.json: {'; '.join(faults)}")
-    tied = raw.get("tie_word_embeddings", t5)
-    n |= {"own_head": not tied, "eos_ids": tuple(ends)}
-    if t5:
-        gated, scale = raw.get("feed_forward_proj") == "gated-gelu", raw.get("scale_decoder_outputs", tied)
-        return T5Config(**n, activation="gelu" if gated else "relu", gated=gated, scale_logits=scale)
-    scaling = tuple(n.pop(key) for key in LLAMA3_ROPE if key in n) or None
-    factors = raw["rope_factors"] if isinstance(raw.get("rope_factors"), tuple) else None  # JSON has none: of gguf_file
-    ids = {"pad_id": raw.get("pad_token_id"), "bos_id": raw.get("bos_token_id")}
-    return LlamaConfig(**n, **ids, rope_scaling=scaling, rope_factors=factors)
 
 
+def numbers_of(settings, names, config_class):
+    """Return a dict from config.json's keys to numbers: the file's, the default, or else None."""
+    numbers = {}
+    for key, ours in names.items():
+        default = getattr(config_class, ours, None)  # of the dataclass
+        numbers[key] = settings.get(key, default)
+    return numbers
+
+
+# The two configs
+
+
+def t5_config(settings):
+    numbers = numbers_of(settings, T5_NUMBERS, T5Config)
+    raise_if_any(wrong_ids(settings, ["bos_token_id"]) + wrong_numbers(numbers))
+
+    is_tied = settings.get("tie_word_embeddings", True)
+    is_gated = settings.get("feed_forward_proj") == "gated-gelu"
+    activation = "gelu" if is_gated else "relu"
+    config = T5Config(
+        **{ours: numbers[key] for key, ours in T5_NUMBERS.items()},
+        activation=activation,
+        gated=is_gated,
+        own_head=not is_tied,
+        # v1.0 is tied and scaled, v1.1 is neither. Only newer files say so separately.
+        scale_logits=settings.get("scale_decoder_outputs", is_tied),
+        eos_ids=tuple(settings["eos_token_id"]),
+    )
+    if config.start_id >= config.vocab_size or config.max_distance <= config.n_buckets // 2:
+        expected = "decoder_start_token_id < vocab_size, max_distance > num_buckets / 2"
+        raise ValueError(f"config.json: expected {expected}")
+    return config
+
+
+def llama_config(settings):
+    numbers = numbers_of(settings, LLAMA_NUMBERS, LlamaConfig)
+    scaling = {}
+    if settings["rope_type"] == "llama3":
+        scaling = {key: settings.get(key) for key in LLAMA3_ROPE}
+    faults = wrong_ids(settings, ["pad_token_id", "bos_token_id"])
+    raise_if_any(faults + wrong_numbers(numbers | scaling))
+
+    rope_factors = settings.get("rope_factors")
+    if not isinstance(rope_factors, tuple):
+        rope_factors = None  # a key of some config.json; only read_gguf gives a tuple
+    config = LlamaConfig(
+        **{ours: numbers[key] for key, ours in LLAMA_NUMBERS.items()},
+        own_head=not settings.get("tie_word_embeddings", False),
+        rope_scaling=tuple(scaling.values()) or None,
+        rope_factors=rope_factors,
+        pad_id=settings.get("pad_token_id"),
+        eos_ids=tuple(settings["eos_token_id"]),
+        bos_id=settings.get("bos_token_id"),
+    )
+    if config.n_heads % config.n_kv_heads != 0 or config.d_head % 2 != 0:
+        heads = f"{config.n_kv_heads} key/value heads must divide {config.n_heads} heads"
+        raise ValueError(f"config.json: {heads}, head_dim {config.d_head} be even")
+    if scaling and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
+        raise ValueError("config.json: low_freq_factor must not be above high_freq_factor")
+    return config
+
+
+# The way back
 
 
 def to_hf(config, dtype):
-    """Our config -> a config.json as dict, which transformers 4 and 5 read as the same model."""
-    t5, ids = isinstance(config, T5Config), list(config.eos_ids)
-    raw = {key: getattr(config, ours) for key, ours in (T5 if t5 else LLAMA).items()}
-    raw |= {"torch_dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": not config.own_head}
-    raw |= {"pad_token_id": config.pad_id, "eos_token_id": ids[0] if len(ids) == 1 else ids or None}
-    if t5:
-        raw |= {"feed_forward_proj": "gated-gelu" if config.gated else "relu", "is_encoder_decoder": True}
-        raw |= {"scale_decoder_outputs": config.scale_logits}  # transformers 4 takes this from tie_word_embeddings
-        return raw | {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}
-    if config.rope_factors:  # of a GGUF; config.json has a place only for the scaling behind them: Llama 3.1's or 3.2's
-        known = [replace(config, rope_factors=None, rope_scaling=(factor, 1.0, 4.0, 8192)) for factor in (8.0, 32.0)]
-        fits = [c for c in known if torch.allclose(inverse_frequencies(c), inverse_frequencies(config), 1e-5)]
-        if not fits:
-            raise ValueError("these rope factors are none of Llama 3.1's or 3.2's: config.json cannot express them")
-        config = fits[0]
-    if config.rope_scaling:
-        raw["rope_scaling"] = {"rope_type": "llama3", **dict(zip(LLAMA3_ROPE, config.rope_scaling, strict=True))}
-    raw |= {"hidden_act": "silu", "bos_token_id": config.bos_id}
-    return raw | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    """Return the dict of a config.json that transformers 4 and 5 read as the same model.
+
+    Raises ValueError for rope factors (of a GGUF file) that are neither Llama 3.1's nor 3.2's.
+    """
+    raw = t5_to_hf(config) if isinstance(config, T5Config) else llama_to_hf(config)
+    raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    raw["tie_word_embeddings"] = not config.own_head
+    raw["pad_token_id"] = config.pad_id
+    # Many programs expect one id, and not a list of one. None means that no id ends a text.
+    ids = list(config.eos_ids)
+    raw["eos_token_id"] = ids[0] if len(ids) == 1 else ids or None
+    return raw
+
+
+def t5_to_hf(config):
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        **{key: getattr(config, ours) for key, ours in T5_NUMBERS.items()},
+        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+        # Read by transformers 5. Its version 4 takes this from tie_word_embeddings.
+        "scale_decoder_outputs": config.scale_logits,
+    }
+
+
+def llama_to_hf(config):
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, ours) for key, ours in LLAMA_NUMBERS.items()},
+        "hidden_act": "silu",
+        "bos_token_id": config.bos_id,
+    }
+    scaling = config.rope_scaling
+    if config.rope_factors is not None:
+        scaling = scaling_of_factors(config)
+    if scaling is not None:
+        numbers = dict(zip(LLAMA3_ROPE, scaling, strict=True))
+        raw["rope_scaling"] = {"rope_type": "llama3", **numbers}
+    return raw
+
+
+def scaling_of_factors(config):
+    """Return the `rope_scaling` that gives the same frequencies as a GGUF file's `rope_factors`.
+
+    A GGUF file holds the result of Llama 3.1's scaling, and config.json has a place only for its
+    four numbers. Llama 3.1's and 3.2's are tried.
+    """
+    frequency_P = inverse_frequencies(config)
+    for factor in (8.0, 32.0):
+        scaling = (factor, 1.0, 4.0, 8192)
+        candidate = replace(config, rope_factors=None, rope_scaling=scaling)
+        if torch.allclose(inverse_frequencies(candidate), frequency_P, rtol=1e-5):
+            return scaling
+    raise ValueError(
+        "these rope factors are neither Llama 3.1's nor 3.2's: config.json cannot express them"
+    )

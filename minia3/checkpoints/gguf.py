@@ -1,174 +1,327 @@
-"""To be written."""
+"""A GGUF file of llama.cpp, presented as if it were a LLaMA checkpoint of Hugging Face.
+
+    "GGUF" version n_tensors n_keys                  the numbers are little-endian
+    n_keys times: key, type, value                   metadata, of the model and of its tokenizer
+    n_tensors times: name, n_dims, dims, kind, offset
+    padding, and then the data of all tensors        offsets count from here
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package gguf (an extra)
+dequantises. The header is read here, because gguf's own reader takes ten times as long, and follows
+a damaged count until the memory is full.
+"""
 
 import math
 import os
 from functools import partial
 from struct import calcsize, unpack
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from gguf.quants import dequantize, quant_shape_to_byte_shape
 
+from minia3.checkpoints.rotation_layout import neighbours_to_halves
 from minia3.checkpoints.tensor_names import LLAMA_TENSORS, expand
 from minia3.files.read import reading
 from minia3.files.tensors import DTYPES, Entry
 
-NAMES = {
-    f"{gguf}.weight": f"{hf}.weight" for hf, gguf, *_ in LLAMA_TENSORS
-}  # others keep theirs, and are left over
-CONFIG = {  # GGUF -> config.json; all are positive numbers
-    "llama.embedding_length": "hidden_size", "llama.feed_forward_length": "intermediate_size",
-    "llama.block_count": "num_hidden_layers", "llama.context_length": "max_position_embeddings",
-    "llama.attention.head_count": "num_attention_heads", "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps", "llama.rope.freq_base": "rope_theta",
-}  # fmt: skip
-HARMLESS = {  # keys of what the code does not do, and the values under which they ask for nothing
-    "llama.expert_count": [0], "llama.attention.sliding_window": [0],
-    "llama.rope.scaling.type": ["none"],  # Llama 3.1's scaling has no type: it is the tensor rope_freqs.weight
-    "llama.rope.scaling.factor": [0, 1], "llama.rope.scale_linear": [0, 1],  # linear where no type is given
-}  # fmt: skip
-STRING, ARRAY = 8, 9  # types of values; the others are scalars, here in struct's letters
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
+# Names of llama.cpp -> names of Hugging Face. Other tensors keep their names, and are left over
+# when they are matched with a model.
+NAMES = {f"{tensor.gguf}.weight": f"{tensor.hugging_face}.weight" for tensor in LLAMA_TENSORS}
+
+# fmt: off
+# Keys of the metadata -> keys of config.json. All values are positive numbers.
+CONFIG = {
+    "llama.embedding_length":                 "hidden_size",
+    "llama.feed_forward_length":              "intermediate_size",
+    "llama.block_count":                      "num_hidden_layers",
+    "llama.context_length":                   "max_position_embeddings",
+    "llama.attention.head_count":             "num_attention_heads",
+    "llama.attention.head_count_kv":          "num_key_value_heads",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "llama.rope.freq_base":                   "rope_theta",
 }
-MOST = (
-    1 << 22
-)  # entries of an array, bytes of a string: no model's header comes near it, and a damaged one stays cheap
+# Keys that ask for features that are not supported, and the values for which they ask for nothing.
+HARMLESS = {
+    "llama.expert_count":             [0],
+    "llama.attention.sliding_window": [0],
+    # Llama 3.1's scaling has no type here. It comes as the tensor rope_freqs.weight.
+    "llama.rope.scaling.type":        ["none"],
+    # If there is a factor but no type, llama.cpp scales positions linearly.
+    "llama.rope.scaling.factor":      [0, 1],
+    "llama.rope.scale_linear":        [0, 1],
+}
+# fmt: on
+BOS_KEY = "tokenizer.ggml.bos_token_id"
+PAD_KEY = "tokenizer.ggml.padding_token_id"
+END_KEYS = (
+    "tokenizer.ggml.eos_token_id",  # end of a text
+    "tokenizer.ggml.eot_token_id",  # end of a turn in a chat
+)
+
+# Types of values. A scalar's type is followed by its letter in the notation of struct.
+STRING = 8
+ARRAY = 9
+# fmt: off
+SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q",  # integers, 8 to 64 bits
+    6: "f", 12: "d", 7: "?",
+}
+# fmt: on
+
+# The largest number of entries in an array, or of bytes in a string. The header of a real model
+# stays far below, and a damaged count cannot fill the memory.
+LARGEST_COUNT = 2**22
+
+N_DIMENSIONS = 4  # the largest number that ggml knows
+ROWS_AT_ONCE = 256  # rows that are dequantised together
+
+
+class TensorInfo(NamedTuple):
+    """What the header says of one tensor."""
+
+    name: str
+    shape: tuple
+    kind: int  # of numbers: float32, or one of some thirty ways to quantise
+    offset: int  # bytes from the start of the data
 
 
 def read_metadata(path):
-    """The keys and values: str, int, float, bool, or a list of one of these. ValueError where the file is damaged."""
-    return read_header(path)[0]
+    """Return the metadata as a dict from keys to str, int, float, bool, or a list of these.
+
+    Raises ValueError if the file is damaged.
+    """
+    metadata, _ = read_header(path)
+    return metadata
 
 
 def read_gguf(path):
-    """A file -> a config.json of model_type "llama" as dict, and Hugging Face name -> Entry of every tensor.
+    """Return a config.json of model_type "llama" as a dict, and a dict from Hugging Face's names to
+    the Entry of each tensor.
 
-    One key more, `rope_factors`, where the file has rope_freqs.weight: head_dim / 2 floats, which divide the inverse
-    frequencies. ValueError where the file is damaged, lacks keys, or asks for what the code does not do.
+    If the file has a tensor rope_freqs.weight, the config has one more key, `rope_factors`: d_head
+    / 2 floats by which the inverse frequencies of the rotation are divided. Raises ValueError if
+    the file is damaged, lacks keys, or asks for what is not supported.
     """
-    meta, stored = read_header(path)
-    if (found := meta.get("general.architecture")) != "llama":
-        raise ValueError(f"{path}: general.architecture is {found!r:.40}, expected 'llama'")
-    meta = {
-        "llama.rope.freq_base": 1e4,
-        "llama.attention.head_count_kv": meta.get("llama.attention.head_count"),
-    } | meta
-    missing = [
-        key
-        for key in CONFIG
-        if not isinstance(meta.get(key), int | float) or not 0 < meta[key] < math.inf
-    ]
-    if missing := [*missing, *{"token_embd.weight"} - stored.keys()]:
-        raise ValueError(f"{path}: missing, or not a positive number: {', '.join(missing)}")
-    hf = {name: meta[key] for key, name in CONFIG.items()}
-    vocab_size, blocks = (
-        stored["token_embd.weight"].shape[0],
-        {x.split(".")[1] for x in stored if x[:4] == "blk."},
-    )
-    d_head = meta.get("llama.attention.key_length", hf["hidden_size"] // hf["num_attention_heads"])
-    ids = [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "eos", "eot")]
-    allowed = HARMLESS | dict.fromkeys(ids, range(vocab_size)) | {
-        "llama.block_count": [len(blocks)], "llama.attention.key_length": range(2, MOST, 2),
-        "llama.attention.value_length": [d_head], "llama.rope.dimension_count": [d_head],
-    }  # fmt: skip
-    wrong = [key for key, ok in allowed.items() if key in meta and meta[key] not in ok]
-    faults = [f"{key} is {meta[key]!r:.40}, expected {allowed[key]!r:.40}" for key in wrong]
-    if rope := stored.pop("rope_freqs.weight", None):
-        hf["rope_factors"] = factors = tuple(rope.read().flatten().tolist())
-        if 2 * len(factors) != d_head or not all(0 < x < math.inf for x in factors):
-            faults.append(f"rope_freqs.weight is not {d_head} / 2 positive numbers")
+    metadata, stored = read_header(path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        found = f"general.architecture is {architecture!r:.40}"
+        raise ValueError(f"{path}: {found}, expected 'llama'")
+    sizes = read_sizes(path, metadata, stored)
+    config = config_of(metadata, sizes, stored)
+    n_blocks = count_blocks(stored)
+    faults = unsupported(metadata, config, n_blocks)
+    # Llama 3.1's scaling of the rotation. It is part of the config here, and not a weight.
+    rope_freqs = stored.pop("rope_freqs.weight", None)
+    if rope_freqs is not None:
+        config["rope_factors"] = tuple(rope_freqs.read().flatten().tolist())
+        faults += wrong_factors(config["rope_factors"], config["head_dim"])
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
-    bos, pad, *ends = map(meta.get, ids)
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
-    hf |= {
-        "model_type": "llama",
-        "tie_word_embeddings": "output.weight" not in stored,
-        "vocab_size": vocab_size,
+
+    table = expand(NAMES, n_blocks)
+    entries = {table.get(name, name): entry for name, entry in stored.items()}
+    n_heads = config["num_attention_heads"]
+    return config, neighbours_to_halves(entries, n_heads, config["num_key_value_heads"])
+
+
+def read_sizes(path, metadata, stored):
+    """Return the values of the keys of CONFIG. Raise ValueError for all that are missing."""
+    defaults = {
+        "llama.rope.freq_base": 10000.0,
+        "llama.attention.head_count_kv": metadata.get("llama.attention.head_count"),
     }
-    ends = ends[0] if len(ends) == 1 else ends
-    hf |= {"head_dim": d_head, "bos_token_id": bos, "pad_token_id": pad, "eos_token_id": ends}
-    table = expand(NAMES, len(blocks))
-    return hf, {table.get(name, name): entry for name, entry in stored.items()}
+    sizes = defaults | metadata
+    missing = [key for key in CONFIG if not is_positive_number(sizes.get(key))]
+    if "token_embd.weight" not in stored:
+        missing.append("token_embd.weight")
+    if missing:
+        raise ValueError(f"{path}: missing, or not a positive number: {', '.join(missing)}")
+    return sizes
 
 
-def read_tensor(path, kind, shape, offset):
-    """F32, F16 and BF16 are private views of the file, quantised kinds become float32."""
+def is_positive_number(value):
+    return isinstance(value, int | float) and 0 < value < math.inf
 
-    raw = np.memmap(
-        path,
-        np.uint8,
-        "c",
-        offset,
-        quant_shape_to_byte_shape((math.prod(shape[:-1]), shape[-1]), kind),
-    )
-    if kind.name in DTYPES:
-        return torch.from_numpy(raw).view(DTYPES[kind.name]).reshape(shape)
-    x = torch.empty(len(raw), shape[-1])
-    for i in range(0, len(raw), 256):  # in parts, since dequantize holds twice what it returns
-        x[i : i + 256] = torch.from_numpy(dequantize(raw[i : i + 256], kind))
-    return x.reshape(shape)
+
+def config_of(metadata, sizes, stored):
+    """Return the config.json of the metadata, not checked yet."""
+    d_head = sizes["llama.embedding_length"] // sizes["llama.attention.head_count"]
+    return {
+        "model_type": "llama",
+        **{name: sizes[key] for key, name in CONFIG.items()},
+        "vocab_size": stored["token_embd.weight"].shape[0],
+        "head_dim": metadata.get("llama.attention.key_length", d_head),
+        "tie_word_embeddings": "output.weight" not in stored,
+        "bos_token_id": metadata.get(BOS_KEY),
+        "pad_token_id": metadata.get(PAD_KEY),
+        "eos_token_id": end_ids(metadata),
+    }
+
+
+def end_ids(metadata):
+    """Return the ids that end a text as config.json has them: one id, or a list."""
+    ids = []
+    for key in END_KEYS:
+        i = metadata.get(key)
+        if i is not None and i not in ids:
+            ids.append(i)
+    return ids[0] if len(ids) == 1 else ids
+
+
+def count_blocks(stored):
+    return len({name.split(".")[1] for name in stored if name.startswith("blk.")})
+
+
+def unsupported(metadata, config, n_blocks):
+    """Return a text for each key whose value asks for what is not supported, or cannot be true."""
+    d_head = config["head_dim"]
+    allowed = HARMLESS | {
+        "llama.block_count": [n_blocks],
+        "llama.attention.key_length": range(2, LARGEST_COUNT, 2),
+        "llama.attention.value_length": [d_head],  # keys and values have the same width
+        "llama.rope.dimension_count": [d_head],  # the whole head is rotated
+    }
+    for key in (BOS_KEY, PAD_KEY, *END_KEYS):
+        allowed[key] = range(config["vocab_size"])
+    faults = []
+    for key, values in allowed.items():
+        if key in metadata and metadata[key] not in values:
+            faults.append(f"{key} is {metadata[key]!r:.40}, expected {describe(values):.40}")
+    return faults
+
+
+def wrong_factors(factors, d_head):
+    is_positive = all(0 < factor < math.inf for factor in factors)
+    if is_positive and 2 * len(factors) == d_head:
+        return []
+    return [f"rope_freqs.weight is not {d_head!r:.40} / 2 positive numbers"]
+
+
+def describe(values):
+    if isinstance(values, range):
+        kind = "an even number" if values.step == 2 else "a whole number"
+        return f"{kind} from {values[0]} to {values[-1]}"
+    return " or ".join(map(repr, values))
+
+
+# The header
+
+
+class HeaderReader:
+    """Reads the fields of a header, one after the other."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def fields(self, letters):
+        """Return a tuple of values. `letters` are struct's, such as "IQ"."""
+        layout = "<" + letters
+        return unpack(layout, self.file.read(calcsize(layout)))
+
+    def number(self, letter):
+        (value,) = self.fields(letter)
+        return value
+
+    def count(self, letter="Q", largest=LARGEST_COUNT):
+        n = self.number(letter)
+        if n > largest:
+            raise ValueError(f"a count of {n}, expected at most {largest}")
+        return n
+
+    def string(self):
+        (content,) = self.fields(f"{self.count()}s")
+        return content.decode()
+
+    def value(self):
+        kind = self.number("I")
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            return self.array()
+        return self.number(SCALARS[kind])
+
+    def array(self):
+        kind = self.number("I")
+        n = self.count()
+        if kind == STRING:
+            return [self.string() for _ in range(n)]
+        return list(self.fields(f"{n}{SCALARS[kind]}"))
+
+    def metadata(self, n_keys):
+        metadata = {}
+        for _ in range(n_keys):
+            key = self.string()
+            if key in metadata:
+                raise ValueError(f"the key {key!r:.80} is there twice")
+            metadata[key] = self.value()
+        return metadata
+
+    def tensor_info(self):
+        name = self.string()
+        n_dims = self.count("I", N_DIMENSIONS)
+        dims = self.fields(f"{n_dims}Q")
+        kind, offset = self.fields("IQ")
+        return TensorInfo(name, dims[::-1], kind, offset)  # ggml's first dimension is the fastest
 
 
 def read_header(path):
-    """-> metadata, and GGUF's name -> Entry of each tensor. ValueError unless the numbers of all are there."""
+    """Return the metadata, and a dict from llama.cpp's names to the Entry of each tensor.
 
-    def take(form):
-        return unpack("<" + form, file.read(calcsize("<" + form)))
-
-    def count(form="Q", most=MOST):
-        if (n := take(form)[0]) > most:
-            raise ValueError(f"a count of {n}, expected at most {most}")
-        return n
-
-    def values(kind, n):
-        if kind == STRING:
-            return [take(f"{count()}s")[0].decode() for _ in range(n)]
-        return list(take(f"{n}{SCALARS[kind]}"))
-
+    Raises ValueError if the header is damaged, or the file does not hold the data of all tensors.
+    """
     with reading(path, "cut short, damaged or not supported", "gguf"), open(path, "rb") as file:
-        import gguf
-
-        magic, version = take("4sI")
+        header = HeaderReader(file)
+        magic, version = header.fields("4sI")
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(
-                f"found {magic!r} {version:#x}, expected b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)"
-            )
-        n_tensors, n_keys, meta, stored = count(), count(), {}, {}
-        for _ in range(n_keys):
-            (key,), (kind,) = values(STRING, 1), take("I")
-            if key in meta:
-                raise ValueError(f"the key {key!r:.80} is there twice")
-            meta[key] = values(*take("I"), count()) if kind == ARRAY else values(kind, 1)[0]
-        infos = [
-            (*values(STRING, 1), take(f"{count('I', 4)}Q")[::-1], *take("IQ"))
-            for _ in range(n_tensors)
-        ]
-        start, size = (
-            file.tell() + -file.tell() % int(meta.get("general.alignment", 32)),
-            os.path.getsize(path),
-        )
-        for name, shape, kind, offset in infos:
-            kind = gguf.GGMLQuantizationType(kind)
-            gguf.quants.dequantize(
-                np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind
-            )  # raises where it cannot
-            end = start + offset + math.prod(gguf.quants.quant_shape_to_byte_shape(shape, kind))
-            if end > size or 0 in shape or name in stored:
-                raise ValueError(
-                    f"{name} {shape} is cut short (byte {end} of {size}), empty, or there twice"
-                )
-            reader = partial(read_tensor, path, kind, shape, start + offset)
-            stored[name] = Entry(shape, DTYPES.get(kind.name, torch.float32), reader)
-    return meta, stored
+            expected = "b'GGUF' 0x2 or 0x3 (0x3000000 is big-endian)"
+            raise ValueError(f"found {magic!r} {version:#x}, expected {expected}")
+        n_tensors = header.count()
+        n_keys = header.count()
+        metadata = header.metadata(n_keys)
+        infos = [header.tensor_info() for _ in range(n_tensors)]
+        alignment = int(metadata.get("general.alignment", 32))
+        padding = -file.tell() % alignment
+        start = file.tell() + padding
+        stored = {}
+        for info in infos:
+            if info.name in stored:
+                raise ValueError(f"the tensor {info.name} is there twice")
+            stored[info.name] = unread_tensor(path, info, start)
+    return metadata, stored
+
+
+def unread_tensor(path, info, start):
+    """Return the Entry of a tensor. Raise ValueError if it cannot be read or is cut short."""
+    import gguf  # here, because it is an extra, and most users never open such a file
+
+    kind = gguf.GGMLQuantizationType(info.kind)
+    # Try it with zeros, because gguf can name more kinds than it can dequantise.
+    gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+    n_bytes = math.prod(gguf.quants.quant_shape_to_byte_shape(info.shape, kind))
+    end = start + info.offset + n_bytes
+    size = os.path.getsize(path)
+    if end > size or 0 in info.shape:
+        where = f"byte {end} of {size}"
+        raise ValueError(f"{info.name} {info.shape} is cut short ({where}) or empty")
+    read = partial(read_tensor, path, kind, info.shape, start + info.offset)
+    return Entry(info.shape, DTYPES.get(kind.name, torch.float32), read)
+
+
+def read_tensor(path, kind, shape, offset):
+    """Return a tensor. Float32, float16 and bfloat16 are mapped; quantised kinds become float32."""
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    n_rows = math.prod(shape[:-1])
+    n_columns = shape[-1]
+    byte_shape = quant_shape_to_byte_shape((n_rows, n_columns), kind)
+    # Mode "c" is copy on write: whoever writes to the tensor does not change the file.
+    content = np.memmap(path, np.uint8, "c", offset, byte_shape)
+    if kind.name in DTYPES:
+        return torch.from_numpy(content).view(DTYPES[kind.name]).reshape(shape)
+    weight = torch.empty(n_rows, n_columns)
+    # A few rows at a time, because dequantize takes twice the memory of what it returns.
+    for row in range(0, n_rows, ROWS_AT_ONCE):
+        rows = slice(row, row + ROWS_AT_ONCE)
+        weight[rows] = torch.from_numpy(dequantize(content[rows], kind))
+    return weight.reshape(shape)

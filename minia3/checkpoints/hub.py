@@ -1,12 +1,18 @@
-"""To be written."""
+"""From a name to files on this machine.
+
+    find            t5-base, google-t5/t5-base, a/folder, model.gguf  to the files of a model
+    find_adapter    user/adapter, a/folder, finish.pt                 to the files of an adapter
+
+Downloads go through huggingface_hub, so its cache, its resuming of cut downloads, and its variables
+(HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) all work. huggingface_hub is imported when it is
+used, because it brings an HTTP library (0.2 s), and a folder on this machine needs neither.
+"""
 
 import difflib
 import re
 from pathlib import Path
 
-from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-
-from minia3.checkpoints.known_models import known_model, known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS, known_model
 from minia3.checkpoints.layout import (
     ADAPTER_FILES,
     ADDED_TOKENS_FILE,
@@ -18,100 +24,152 @@ from minia3.checkpoints.layout import (
 )
 from minia3.files.read import one_line
 
+# Two parts without a slash, as in `org/name`. The first does not begin like a path (`./x`, `~/x`),
+# and the second does not end in .gguf, because that is a file that does not exist.
 HUB_ID = re.compile(r"[^/.~][^/]*/[^/]*(?<!\.gguf)")
 
 
 def find(name_or_path, weights=True):
-    """A folder, a .gguf file, a known name (`t5-base`) or a hub id (`org/name`) -> Path of the folder or .gguf file.
+    """Return the Path of a model's folder or .gguf file. Download it if it is not on this machine.
 
-    What is not on this machine comes from the hub through huggingface_hub (its cache, resume, token, HF_ENDPOINT and
-    HF_HUB_OFFLINE): only the files needed, safetensors rather than .bin; `weights=False` leaves the weights out.
-    A folder with a config goes before a known name. ValueError for a name that leads nowhere, with the nearest known.
+    name_or_path: a folder, a .gguf file, a known name (`t5-base`) or a hub id (`org/name`). A
+        folder that holds a model wins over a known name.
+    weights: False leaves the weights out, for callers that need only the config or the tokenizer.
+
+    Only files that are needed are downloaded, and safetensors rather than .bin. Raises ValueError
+    if the name leads nowhere (with the nearest known name) or the download fails.
     """
     row = known_model(name_or_path)
-    repo = row.repo if row else str(name_or_path)  # of the embedded one, a folder
+    repo = row.repo if row else str(name_or_path)  # the row of the embedded model names a folder
     path = Path(repo)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file() or not HUB_ID.fullmatch(repo):
-        hint = nearest_name(repo) or f". Known names: {', '.join(known_models())}"
-        raise ValueError(
-            f"{name_or_path}: no such folder, .gguf file, hub id (org/name) or known name{hint}"
-        )
-    return fetch(
-        repo,
-        "config.json",
-        (*SETTINGS_FILES, *TOKENIZER_FILES, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE),
-        WEIGHT_FILES * weights,
-    )
+        hint = nearest_name(repo) or f". Known names: {', '.join(KNOWN_MODELS)}"
+        expected = "folder, .gguf file, hub id (org/name) or known name"
+        raise ValueError(f"{name_or_path}: no such {expected}{hint}")
+    optional = (*SETTINGS_FILES, *TOKENIZER_FILES, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
+    wanted_weights = WEIGHT_FILES if weights else ()
+    return fetch(repo, "config.json", optional, wanted_weights)
 
 
 def find_adapter(name_or_path):
-    """A folder or file of an adapter, or a hub id (`user/name`), fetched as `find` does -> Path. ValueError too."""
+    """Return the Path of an adapter's folder or file. Download it if it is not on this machine.
+
+    name_or_path: a folder, a file or a hub id (`user/name`). Raises ValueError as `find` does.
+    """
     path = Path(name_or_path)
-    if not (path.exists() or HUB_ID.fullmatch(str(name_or_path))):
-        raise ValueError(
-            f"{path}: not found; expected the folder or file of an adapter, or a hub id (user/name)"
-        )
-    return (
-        path
-        if path.exists()
-        else fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
-    )
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(str(name_or_path)):
+        expected = "the folder or file of an adapter, or a hub id (user/name)"
+        raise ValueError(f"{path}: not found; expected {expected}")
+    return fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
 
 
 def nearest_name(name):
-    names = [known for short, row in known_models().items() for known in (short, row.repo.lower())]
+    """Return "; did you mean t5-base?", or an empty string if no known name is near."""
+    names = []
+    for short, row in KNOWN_MODELS.items():
+        names += [short, row.repo.lower()]
     near = difflib.get_close_matches(name.lower(), names, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def fetch(repo, config, beside, weights):
-    """The snapshot of the repository in huggingface_hub's cache, filled with what is needed and not there yet."""
+def fetch(repo, config, optional, weights):
+    """Download the files of a repository that are not in the cache. Return the folder in the cache.
 
-    commit = unreachable = None
+    config: the file that makes the repository a model or an adapter.
+    optional: files that are downloaded if the repository has them.
+    weights: possible names of the weights. The first that exists is downloaded, with its shards.
+        If there are no names, no weights are downloaded.
+    """
+    snapshot = Snapshot(repo, config)
+    for name in optional:
+        snapshot.first_of([name])
+    if weights:
+        for shard in shard_names(snapshot.require(weights)):
+            snapshot.require([shard])
+    return snapshot.folder
 
-    def get(*names, needed=True):
-        """The path of the first of `names` that is there; where none is, ValueError if `needed`."""
-        nonlocal unreachable
+
+class Snapshot:
+    """The files of one commit of a hub repository, in huggingface_hub's cache.
+
+    The first file decides the commit, so that all files of a checkpoint belong together even if
+    somebody pushes to the repository meanwhile. If the hub cannot be reached for one file, the
+    other files are looked for in the cache alone, because huggingface_hub waits and tries again
+    several times before it gives up.
+    """
+
+    def __init__(self, repo, config):
+        self.repo = repo
+        self.commit = None  # None: the newest
+        self.network_error = None  # why the hub cannot be reached
+        self.folder = self.require([config]).parent
+        self.commit = self.folder.name  # the cache names the folder after the commit
+
+    def require(self, names):
+        """Return the path of the first of `names` that exists. Raise ValueError if none does."""
+        path = self.first_of(names)
+        if path is not None:
+            return path
+        wanted = " or ".join(names)
+        if self.network_error:
+            reason = f"is not in the cache, and the hub cannot be reached ({self.network_error})"
+            remedy = "Without a network, give the path of a folder"
+            raise ValueError(f"{self.repo}: {wanted} {reason}. {remedy}")
+        raise ValueError(f"{self.repo}: this hub repository has no {wanted}")
+
+    def first_of(self, names):
+        """Return the path of the first of `names` that the repository has, or None."""
         for name in names:
-            if commit and not isinstance(
-                try_to_load_from_cache(repo, name, revision=commit), str | None
-            ):
-                continue  # a mark in the cache: this commit has no such file
-            try:
-                return Path(
-                    hf_hub_download(
-                        repo, name, revision=commit, local_files_only=unreachable is not None
-                    )
-                )
-            except errors.EntryNotFoundError as error:
-                if isinstance(
-                    error, errors.LocalEntryNotFoundError
-                ):  # no network: from here on, the cache must do
-                    unreachable = unreachable or one_line(error.__cause__ or error)
-                continue
-            except errors.GatedRepoError:
-                why = f"gated. Accept its terms at https://huggingface.co/{repo} and set HF_TOKEN or `hf auth login`"
-            except errors.RepositoryNotFoundError:
-                why = f"the hub has no such repository, or it is private and needs a token{nearest_name(repo)}"
-            except (
-                Exception
-            ) as error:  # of huggingface_hub, the disk, an HTTP library (its version's)
-                why = f"not a hub id, or the download failed: {one_line(error)}"
-            raise ValueError(f"{repo}: {why}")
-        if needed and unreachable:
-            why = f"is not in the cache, and the hub cannot be reached ({unreachable})"
-            raise ValueError(
-                f"{repo}: {' or '.join(names)} {why}. Without a network, give the path of a folder"
-            )
-        if needed:
-            raise ValueError(f"{repo}: this hub repository has no {' or '.join(names)}")
+            path = None if self.is_known_to_lack(name) else self.download(name)
+            if path is not None:
+                return path
+        return None
 
-    folder = get(config).parent
-    commit = folder.name  # all files of one checkpoint, even while the repository moves on
-    for name in beside:
-        get(name, needed=False)
-    for name in shard_names(get(*weights)) if weights else []:
-        get(name)
-    return folder
+    def is_known_to_lack(self, name):
+        """Return whether the cache says that this commit has no such file. This saves a request."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.commit is None:
+            return False
+        found = try_to_load_from_cache(self.repo, name, revision=self.commit)
+        # A path: the file is in the cache. None: nothing is known. Else: the mark of a file that
+        # does not exist.
+        return not isinstance(found, str | None)
+
+    def download(self, name):
+        """Return the path of a file in the cache, or None if there is no such file."""
+        from huggingface_hub import errors, hf_hub_download
+
+        is_offline = self.network_error is not None
+        try:
+            path = hf_hub_download(
+                self.repo, name, revision=self.commit, local_files_only=is_offline
+            )
+        except errors.LocalEntryNotFoundError as error:
+            # There is no network, and the file is not in the cache. From here on, the cache must
+            # do.
+            self.network_error = self.network_error or one_line(error.__cause__ or error)
+            return None
+        except errors.EntryNotFoundError:
+            return None
+        # The disk, the HTTP library (another one in each version) and huggingface_hub raise errors
+        # without a common base.
+        except Exception as error:
+            raise ValueError(f"{self.repo}: {self.reason_of(error)}") from None
+        return Path(path)
+
+    def reason_of(self, error):
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.GatedRepoError):
+            terms = f"Accept its terms at https://huggingface.co/{self.repo}"
+            return f"gated. {terms} and set HF_TOKEN or `hf auth login`"
+        # GatedRepoError is one of these, too.
+        if isinstance(error, errors.RepositoryNotFoundError):
+            hint = nearest_name(self.repo)
+            return f"the hub has no such repository, or it is private and needs a token{hint}"
+        return f"not a hub id, or the download failed: {one_line(error)}"

@@ -1,55 +1,83 @@
-"""To be written."""
+"""Which files a checkpoint's folder holds, in the layout of Hugging Face.
+
+    config.json                     sizes and features of the model (config.py)
+    generation_config.json          token ids that end a text; these win over config.json's
+    model.safetensors               all weights, or
+    model.safetensors.index.json    the names of the shards, model-00001-of-00002.safetensors ...
+    tokenizer.json                  the tokenizer; some of its settings are in other files
+
+A folder with params.json and consolidated.*.pth is in Meta's layout instead (meta.py).
+"""
 
 import os
 from pathlib import Path
 
 from minia3.files.read import read_json
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "spiece.model",
-    "tokenizer.model",
-)  # of a tokenizer: the first that is there
-SETTINGS_FILES = (
-    "generation_config.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)  # its settings: the last wins
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
-ADDED_TOKENS_FILE = (
-    "added_tokens.json"  # token -> id: what older tokenizers put behind sentencepiece's pieces
+# Either file says that a folder holds a model: the first in Hugging Face's layout, the second in
+# Meta's.
+CONFIG_FILES = ("config.json", "params.json")
+
+# The first file that exists holds the weights. Safetensors come first, because they cannot hold
+# code.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",  # the first that is there
-                "pytorch_model.bin", "pytorch_model.bin.index.json")  # fmt: skip
+
+# The first file that exists holds the vectors of an adapter.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+# The first file that exists holds the tokenizer. The other two are sentencepiece's, of T5 and of
+# LLaMA.
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+
+# Settings of the tokenizer. All are read, and if two of them disagree, the later file wins.
+SETTINGS_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+
+# A chat template in a file of its own, as newer writers store it.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+# Token -> id. Older tokenizers store here the tokens that they added to sentencepiece's pieces.
+ADDED_TOKENS_FILE = "added_tokens.json"
 
 
 def weight_files(folder):
-    """The files that hold a checkpoint's weights. Raises ValueError where the folder has none, or lacks a shard."""
-    first = next((folder / file for file in WEIGHT_FILES if (folder / file).exists()), None)
-    if first is None:
+    """Return the paths of the files that hold a checkpoint's weights.
+
+    Raises ValueError if the folder holds no weights, or lacks a shard that the index names.
+    """
+    existing = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
+    if not existing:
         found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
-        raise ValueError(
-            f"{folder}: expected one of {', '.join(WEIGHT_FILES)}; the folder holds {found}"
-        )
+        expected = ", ".join(WEIGHT_FILES)
+        raise ValueError(f"{folder}: expected one of {expected}; the folder holds {found}")
+    first = existing[0]
     paths = [folder / name for name in shard_names(first)]
-    if missing := [
-        path.name for path in paths if not os.path.exists(path)
-    ]:  # nor a name that is too long
+    # os.path.exists, because Path.exists raises OSError if a name is too long for the file system.
+    missing = [path.name for path in paths if not os.path.exists(path)]
+    if missing:
         raise ValueError(f"{first}: names shards that are not there: {', '.join(missing):.300}")
     return paths
 
 
 def shard_names(first):
-    """The names of all shards, of which the index tells; `first` alone where it is none."""
+    """Return the names of all files that hold weights. `first` is an index, or the only file.
+
+    Raises ValueError if the index is damaged, or names a file outside of its folder.
+    """
     if first.suffix != ".json":
         return [first.name]
-    parts = read_json(first).get("weight_map")
-    names = [*parts.values()] if isinstance(parts, dict) else []
-    wrong = [
-        x for x in names if not (isinstance(x, str) and x == Path(x).name and x not in ("", ".."))
-    ]
+    weight_map = read_json(first).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    wrong = [name for name in names if not is_plain_file_name(name)]
     if wrong or not names:
-        what = "a weight_map from tensors to files of this folder"
-        raise ValueError(f"{first}: expected {what}, found {wrong or parts!r:.200}")
+        expected = "a weight_map from tensors to files of this folder"
+        raise ValueError(f"{first}: expected {expected}, found {wrong or weight_map!r:.200}")
     return sorted(set(names))
+
+
+def is_plain_file_name(name):
+    return isinstance(name, str) and name == Path(name).name and name not in ("", "..")

@@ -1,4 +1,15 @@
-"""To be written."""
+"""Load a model in five steps. An Entry is a tensor that has not been read yet.
+
+    find      the folder or .gguf file of a name                         hub.py
+    read      the config, and an Entry for each name in the files        config.py, gguf.py, meta.py
+    settle    if the embedding is stored several times, keep one Entry   copies.py
+    match     find our name for each name, and check shapes and dtypes   tensor_names.py
+    place     read one Entry after the other, and make it a parameter
+
+The model is built on the meta device, where tensors have shapes but no memory. So at any time,
+memory holds what is already placed and one tensor more. Tensors that need no other dtype or device
+are mapped from the file.
+"""
 
 import difflib
 from dataclasses import replace
@@ -8,6 +19,7 @@ import torch
 from torch import nn
 
 from minia3.checkpoints.config import from_hf
+from minia3.checkpoints.copies import keep_one_embedding
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import weight_files
@@ -19,131 +31,168 @@ from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
 from minia3.model.t5 import T5, T5Config
 
-N_SHOWN = 20  # tensors that do not fit; the others are counted
+N_SHOWN = 20  # misfits that a message names; the others are counted
 
 
 def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
-    """A T5 or LLaMA with its weights and `n_adapters` rows of ones, in eval mode.
+    """Return a T5 or a Llama with its weights and `n_adapters` adapters of ones, in eval mode.
 
-    name_or_path: a folder (Hugging Face's layout or Meta's of LLaMA), a .gguf file, a known name (`t5-base`), a hub id.
-    dtype: None keeps what is stored, but float16 T5 and quantised GGUF become float32. Vectors are float32 in any case.
-    On the CPU, weights whose dtype stays as stored are mapped from the file, not copied.
-    Raises ValueError for what cannot be found or read, and for tensors that do not fit: all of them at once.
+    name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
+        a known name (`t5-base`) or a hub id (`org/name`).
+    dtype: None keeps the stored dtype, except that float16 T5 and quantised GGUF become float32.
+        The vectors are float32 in any case.
+
+    On the CPU, weights that keep their dtype are mapped from the file and not copied. Raises
+    ValueError for a name that leads nowhere, for files that cannot be read, and for tensors that do
+    not fit the config, all of them in one message.
     """
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
-    model, stored, dtype = open_checkpoint(name_or_path, dtype, n_adapters)
+    model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
     for name, (_, entry) in stored.items():
-        place_parameter(model, name, entry.read().to(device=device, dtype=dtype).contiguous())
+        weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
+        place_parameter(model, name, weight)
     for name, vector in vectors(model).items():
-        place_parameter(
-            model, f"{name}.scale", torch.ones(vector.shape, dtype=torch.float32, device=device)
-        )
-    return model.to(device).eval()
+        identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
+        place_parameter(model, f"{name}.scale", identity)
+    return model.to(device).eval()  # .to moves the buffers
 
 
 def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
-    """`load_model`, unread: a model on the meta device, our name -> (theirs, Entry) of its weights, and their dtype."""
+    """Do all steps of `load_model` but the last, which reads the weights.
+
+    Return the model on the meta device, a dict from our name of each weight to (its name in the
+    checkpoint, its Entry), and the dtype that the weights will have. Raise ValueError as
+    `load_model` does.
+    """
     if dtype not in (None, *FLOATS):
-        raise ValueError(
-            f"dtype must be None or one of {', '.join(map(str, FLOATS))}, found {dtype!r}"
-        )
+        names = ", ".join(map(str, FLOATS))
+        raise ValueError(f"dtype must be None or one of {names}, found {dtype!r}")
     path = find(name_or_path)
-    config, entries = read_checkpoint(path)
+    config, stored_entries = read_checkpoint(path)
     is_t5 = isinstance(config, T5Config)
-    if dtype == torch.float16 and is_t5:
-        raise ValueError(
-            "T5 overflows in float16 (activations beyond 65,504): use bfloat16 or float32"
-        )
-    own = "shared.weight" if is_t5 else "model.embed_tokens.weight"
-    inputs = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight") if is_t5 else ()
-    copies = inputs if config.own_head else (*inputs, "lm_head.weight")
-    if own not in entries and (there := [name for name in copies if name in entries]):
-        entries[own] = entries.pop(there[0])
-    embed = entries.get(own)
-    for name in copies if embed else ():  # some files keep copies
-        same = (
-            name in entries
-            and entries[name][:2] == embed[:2]
-            and torch.equal(entries[name].read(), embed.read())
-        )
-        if same:
-            del entries[name]
-        elif name in entries and name in inputs:
-            raise ValueError(f"{path}: {name} is not the copy of shared.weight that it should be")
-    model = build_model(
-        replace(config, own_head="lm_head.weight" in entries or config.own_head), n_adapters
-    )
-    model.name_or_path, stored = str(name_or_path), match_tensors(model, entries, path)
-    if dtype is None:
-        dtype = reduce(torch.promote_types, (entry.dtype for _, entry in stored.values()))
-        dtype = torch.float32 if is_t5 and dtype == torch.float16 else dtype
-    return model, stored, dtype
+    if is_t5 and dtype == torch.float16:
+        reason = "T5 overflows in float16 (activations beyond 65,504)"
+        raise ValueError(f"{reason}: use bfloat16 or float32")
+
+    entries = keep_one_embedding(stored_entries, config, path)
+    has_own_head = config.own_head or "lm_head.weight" in entries
+    model = build_model(replace(config, own_head=has_own_head), n_adapters)
+    model.name_or_path = str(name_or_path)
+    stored = match_tensors(model, entries, path)
+    return model, stored, dtype or stored_dtype(stored, is_t5)
 
 
 def build_model(config, n_adapters=1):
-    """The model of a config on the meta device: shapes without memory."""
+    """Return a model on the meta device, where parameters have shapes but take no memory."""
+    model_class = T5 if isinstance(config, T5Config) else Llama
     with torch.device("meta"):
-        return (T5 if isinstance(config, T5Config) else Llama)(config, n_adapters)
+        return model_class(config, n_adapters)
+
+
+# Read
 
 
 def read_checkpoint(path, weights=True):
-    """A folder or .gguf file -> its config, and Hugging Face's name -> Entry. Without `weights` there may be none."""
-    meta = (path / "params.json").exists() and not (path / "config.json").exists()
-    form = read_gguf if path.is_file() else read_meta if meta else None
-    raw, entries = form(path) if form else (read_json(path / "config.json"), {})
-    generation = path / "generation_config.json"  # what it says of the end goes before the config
-    ends = read_json(generation).get("eos_token_id") if generation.exists() else None
-    with reading(path):
-        config = from_hf(raw if ends is None else raw | {"eos_token_id": ends})
-    for name, entry in entries.items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            entries[name] = in_halves(
-                entry, config.n_heads if "q_proj" in name else config.n_kv_heads
-            )
-    for file in weight_files(path) if weights and not form else []:
-        for name, entry in read_tensors(file).items():
-            if entries.setdefault(name, entry) is not entry:
-                raise ValueError(f"{file}: {name} is in another shard too")
+    """Return the config of a folder or .gguf file, and a dict from Hugging Face's names to Entries.
+
+    Without `weights`, a folder in the layout of Hugging Face needs none, and the dict may be empty.
+    Raises ValueError if the files are damaged or not supported.
+    """
+    if path.is_file():
+        raw, entries = read_gguf(path)
+        return read_config(raw, path), entries
+    if (path / "params.json").exists() and not (path / "config.json").exists():
+        raw, entries = read_meta(path)
+        return read_config(raw, path), entries
+    config = read_config(read_json(path / "config.json"), path)
+    entries = read_weights(path) if weights else {}
     return config, entries
 
 
-def in_halves(entry, n_heads):
-    """A q or k of GGUF or Meta: there rows 0 and 1, 2 and 3 ... of a head rotate together, here 0 and d/2 ..."""
-    return entry._replace(
-        read=lambda: (
-            entry.read().unflatten(0, (n_heads, -1, 2)).transpose(1, 2).reshape(entry.shape)
-        )
-    )
+def read_config(raw, path):
+    """Return the config of a config.json's dict. End tokens of generation_config.json win."""
+    generation = path / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if ends is not None:
+        raw = raw | {"eos_token_id": ends}
+    with reading(path):
+        return from_hf(raw)
+
+
+def read_weights(folder):
+    entries = {}
+    for file in weight_files(folder):
+        for name, entry in read_tensors(file).items():
+            if name in entries:
+                raise ValueError(f"{file}: {name} is in another shard too")
+            entries[name] = entry
+    return entries
+
+
+# Match
 
 
 def match_tensors(model, entries, path):
-    """Our name -> (theirs, Entry). One ValueError for all that is left over, missing, of another shape or no float."""
-    table, stored, problems = name_table(model), {}, []
+    """Return a dict from our name of each weight to (its name in the checkpoint, its Entry).
+
+    Raises one ValueError for all tensors that are left over or missing, have another shape, or are
+    not floats.
+    """
+    table = name_table(model)
+    stored = {}
+    problems = []
     for name in sorted(entries.keys() | table.keys()):
-        entry, ours = entries.get(name), table.get(name)
         if name not in table:
-            near = (
-                difflib.get_close_matches(name, table, n=1) if len(problems) < N_SHOWN else []
-            )  # each takes a while
-            problems.append(
-                f"{name} is left over" + (f" (nearest known: {near[0]})" if near else "")
-            )
-        elif ours and entry is None:
-            problems.append(f"{name} is missing")
-        elif ours and entry.shape != (shape := tuple(model.get_parameter(ours).shape)):
-            problems.append(f"{name} has shape {entry.shape}, expected {shape}")
-        elif ours and entry.dtype not in FLOATS:
-            problems.append(f"{name} is stored as {entry.dtype}, expected a float")
-        elif ours:
-            stored[ours] = name, entry
+            # Close matches are searched for the tensors that are shown only, because each search
+            # takes a while.
+            hint = nearest_known(name, table) if len(problems) < N_SHOWN else ""
+            problems.append(f"{name} is left over{hint}")
+            continue
+        ours = table[name]
+        if ours is None:  # passed over; the table says why
+            continue
+        problem = misfit(entries.get(name), tuple(model.get_parameter(ours).shape))
+        if problem:
+            problems.append(f"{name} {problem}")
+        else:
+            stored[ours] = name, entries[name]
     if problems:
-        shown = "; ".join(problems[:N_SHOWN]) + " ..." * (len(problems) > N_SHOWN)
-        raise ValueError(f"{path}: {len(problems)} tensors do not fit the config: {shown}")
+        shown = "; ".join(problems[:N_SHOWN])
+        dots = " ..." if len(problems) > N_SHOWN else ""
+        count = f"{len(problems)} tensors do not fit the config"
+        raise ValueError(f"{path}: {count}: {shown}{dots}")
     return stored
 
 
+def misfit(entry, shape):
+    """Return why an entry cannot become a parameter of this shape, or an empty string if it can."""
+    if entry is None:
+        return "is missing"
+    if entry.shape != shape:
+        return f"has shape {entry.shape}, expected {shape}"
+    if entry.dtype not in FLOATS:
+        return f"is stored as {entry.dtype}, expected a float"
+    return ""
+
+
+def nearest_known(name, table):
+    near = difflib.get_close_matches(name, table, n=1)
+    return f" (nearest known: {near[0]})" if near else ""
+
+
+# Place
+
+
+def stored_dtype(stored, is_t5):
+    """Return the widest dtype of the weights, but float32 for a T5 in float16, which overflows."""
+    dtype = reduce(torch.promote_types, [entry.dtype for _, entry in stored.values()])
+    if is_t5 and dtype == torch.float16:
+        return torch.float32
+    return dtype
+
+
 def place_parameter(model, name, tensor, requires_grad=True):
-    """Put `tensor` where the parameter `name` is."""
+    """Put `tensor` in the place of the parameter `name`."""
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad))

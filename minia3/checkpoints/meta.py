@@ -1,98 +1,176 @@
-"""To be written."""
+"""Meta's own files of a LLaMA, presented as if they were a checkpoint of Hugging Face.
+
+    params.json             sizes, and little else
+    consolidated.00.pth     the first shard; consolidated.01.pth ... the others
+
+Meta runs a model on as many GPUs as it has shards, and each shard holds the part of its GPU. If a
+layer's output is divided among the GPUs, a shard holds some rows of the matrix (wq, wk, wv, w1, w3,
+output). If its input is divided, a shard holds some columns (wo, w2). Norms are whole in each
+shard. The source is Meta's model.py, in meta-llama/llama and in meta-llama/llama3.
+
+params.json leaves out what Meta's code hard-wires. `read_meta` has to conclude it from the tensors:
+
+    begin and end   an embedding of 128,256 rows is Llama 3's, whose tokenizer has other ids
+    tied head       the small models of Llama 3.2 are tied: their files store the embedding twice
+    scaling         `use_scaled_rope` is set for Llama 3.1, which slows the rotation down 8-fold,
+                    and for Llama 3.2, which slows it down 32-fold. params.json does not say which
+                    (converters ask their user). Here the head does: if it is tied, it is Llama 3.2
+    longest text    2,048 tokens in Llama 1 and 4,096 in Llama 2. Nothing tells them apart: 4,096
+"""
 
 import torch
 
+from minia3.checkpoints.copies import is_copy
+from minia3.checkpoints.rotation_layout import neighbours_to_halves
 from minia3.checkpoints.tensor_names import LLAMA_TENSORS, expand
 from minia3.files.read import read_json
 from minia3.files.tensors import Entry, read_tensors
 
-NAMES = {
-    f"{meta}.weight": f"{hf}.weight" for hf, _, meta, *_ in LLAMA_TENSORS
-}  # others keep theirs
-AXES = {meta.split(".")[-1]: axis for _, _, meta, axis, _ in LLAMA_TENSORS}
-PARAMS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-          "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
-          "vocab_size": "vocab_size"}  # fmt: skip
-ALSO = {
-    "use_scaled_rope",
-    "multiple_of",
-    "ffn_dim_multiplier",
-}  # the last two are in the shape of w1
-LLAMA3 = {
+# Meta's names -> names of Hugging Face. Other tensors keep their names, and are left over when they
+# are matched with a model.
+NAMES = {f"{tensor.meta}.weight": f"{tensor.hugging_face}.weight" for tensor in LLAMA_TENSORS}
+EMBED = "model.embed_tokens.weight"
+W_Q = "model.layers.0.self_attn.q_proj.weight"
+W_1 = "model.layers.0.mlp.gate_proj.weight"
+
+# The last word of a name -> the axis that shards split, or None.
+SHARD_AXES = {tensor.meta.split(".")[-1]: tensor.shard_axis for tensor in LLAMA_TENSORS}
+
+# Keys of params.json -> keys of config.json.
+PARAMS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+# Keys that are understood without being copied. The last two say how wide W_1 is, and so does its
+# shape.
+OTHER_PARAMS = {"use_scaled_rope", "multiple_of", "ffn_dim_multiplier"}
+
+LLAMA_3_VOCAB_SIZE = 128256
+LLAMA_3 = {
     "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
+    "eos_token_id": [128001, 128008, 128009],  # end of text, of message and of turn
     "max_position_embeddings": 8192,
 }
-SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
+SCALED_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def read_meta(folder):
-    """A folder -> a config.json of model_type "llama" as dict, and Hugging Face name -> Entry of every tensor.
+    """Return a config.json of model_type "llama" as a dict, and a dict from Hugging Face's names to
+    the Entry of each tensor. `Entry.read()` joins the parts of one tensor.
 
-    `Entry.read()` joins that tensor alone. Raises ValueError where files are missing or do not fit.
-    Llama 3.2 slows positions down 32-fold, 3.1 8-fold, and params.json does not say which (converters ask their user).
-    Here the head tells: that of 3.2's text models is a copy of the embedding.
+    Raises ValueError if files are missing or damaged, do not belong together, or ask for what is
+    not supported.
     """
-    params = read_json(folder / "params.json")
-    if unknown := params.keys() - PARAMS.keys() - ALSO:
-        raise ValueError(
-            f"{folder / 'params.json'} asks for what minia3 does not do: {sorted(unknown)}"
-        )
-    paths = sorted(folder.glob("consolidated.*.pth")) or [
-        folder / "consolidated.00.pth"
-    ]  # which is then not found
+    params = read_params(folder)
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        paths = [folder / "consolidated.00.pth"]  # which is then reported as not found
+    shards = read_shards(paths)
+    entries = join_shards(shards, params.get("dim"))
+
+    n_rows = {name: entry.shape[0] for name, entry in entries.items() if entry.shape}
+    if n_rows.get(W_Q) != params.get("dim"):
+        found = f"{len(paths)} shards join to {n_rows.get(W_Q)} rows of attention.wq.weight"
+        expected = f"dim={params.get('dim')!r}"
+        raise ValueError(f"{folder}: {found}, expected {expected}: is a shard missing?")
+
+    config = config_of(params, n_rows, is_tied=has_tied_head(shards[0]))
+    if entries.pop("rope.freqs", None) is not None:
+        # Llama 1's files hold the frequencies of the rotation: one per pair of a head's entries.
+        config["head_dim"] = 2 * n_rows.get("rope.freqs", 0)
+    n_heads = config.get("num_attention_heads")
+    n_kv_heads = config.get("num_key_value_heads") or n_heads  # Llama 1 and 2-7B name none
+    return config, neighbours_to_halves(entries, n_heads, n_kv_heads)
+
+
+def read_params(folder):
+    path = folder / "params.json"
+    params = read_json(path)
+    unknown = params.keys() - PARAMS.keys() - OTHER_PARAMS
+    if unknown:
+        raise ValueError(f"{path} asks for what minia3 does not do: {sorted(unknown)}")
+    return params
+
+
+def read_shards(paths):
+    """Return a dict from names to Entries for each shard. All have the same names and shapes."""
     shards = [read_tensors(path) for path in paths]
-    kinds = [{name: part[:2] for name, part in shard.items()} for shard in shards]
-    if others := [path for path, kind in zip(paths, kinds, strict=True) if kind != kinds[0]]:
-        raise ValueError(
-            f"{others[0]}: expected tensors of the names, shapes and dtypes of those in {paths[0].name}"
-        )
-    dim, table = (
-        params.get("dim"),
-        expand(NAMES, len(kinds[0])),
-    )  # there are no more layers than tensors
+    for path, shard in zip(paths, shards, strict=True):
+        if kinds(shard) != kinds(shards[0]):
+            expected = f"tensors of the names, shapes and dtypes of those in {paths[0].name}"
+            raise ValueError(f"{path}: expected {expected}")
+    return shards
 
-    def entry(name, shape, dtype):
-        parts, axis = (
-            [shard[name] for shard in shards],
-            AXES.get(name.removesuffix(".weight").split(".")[-1]),
-        )
-        axis = 0 if name == "tok_embeddings.weight" and shape[1:] == (dim,) else axis
-        shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(shape))
-        whole = (
-            parts[0].read
-            if axis is None
-            else lambda: torch.cat([part.read() for part in parts], axis)
-        )
-        return Entry(shape, dtype, whole)
 
-    entries = {table.get(name, name): entry(name, *kind) for name, kind in kinds[0].items()}
-    rows = {name: entry.shape[0] for name, entry in entries.items() if entry.shape}
-    if (n_rows := rows.get("model.layers.0.self_attn.q_proj.weight")) != dim:
-        found = f"{len(paths)} shards join to {n_rows} rows of attention.wq.weight"
-        raise ValueError(f"{folder}: {found}, expected dim={dim!r}: is a shard missing?")
-    head, embed = (shards[0].get(name) for name in ("output.weight", "tok_embeddings.weight"))
-    tied = not head or (
-        bool(embed) and head[:2] == embed[:2] and torch.equal(head.read(), embed.read())
-    )
-    hf = {
+def kinds(shard):
+    return {name: (entry.shape, entry.dtype) for name, entry in shard.items()}
+
+
+def join_shards(shards, d_model):
+    """Return a dict from Hugging Face's names to the Entry of each whole tensor."""
+    table = expand(NAMES, len(shards[0]))  # a model has no more layers than tensors
+    entries = {}
+    for name in shards[0]:
+        parts = [shard[name] for shard in shards]
+        axis = shard_axis(name, parts[0].shape, d_model)
+        entries[table.get(name, name)] = join(parts, axis)
+    return entries
+
+
+def shard_axis(name, shape, d_model):
+    """Return the axis that the shards split, or None if each shard holds the whole tensor."""
+    # Llama 1 and 2 split the embedding by columns, Llama 3 by rows: then the rows are whole.
+    if name == "tok_embeddings.weight" and shape[1:] == (d_model,):
+        return 0
+    return SHARD_AXES.get(name.removesuffix(".weight").split(".")[-1])
+
+
+def join(parts, axis):
+    first = parts[0]
+    if axis is None:
+        return first
+    shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
+    return Entry(shape, first.dtype, lambda: torch.cat([part.read() for part in parts], axis))
+
+
+def has_tied_head(shard):
+    """Return whether the head is the embedding: it is missing, or a copy.
+
+    The first shard tells: Llama 3, whose small models are tied, splits both by rows.
+    """
+    head = shard.get("output.weight")
+    embed = shard.get("tok_embeddings.weight")
+    if head is None:
+        return True
+    return embed is not None and is_copy(head, embed)
+
+
+def config_of(params, n_rows, is_tied):
+    """Return the config.json. `n_rows` are those of the joined tensors, by Hugging Face's names."""
+    config = {
         "model_type": "llama",
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": is_tied,
         "bos_token_id": 1,
         "max_position_embeddings": 4096,
+        "intermediate_size": n_rows.get(W_1),
     }
-    hf |= {theirs: params[ours] for ours, theirs in PARAMS.items() if ours in params}
-    hf["intermediate_size"] = rows.get("model.layers.0.mlp.gate_proj.weight")
-    if params.get("vocab_size", -1) == -1:
-        hf["vocab_size"] = rows.get("model.embed_tokens.weight")
-    if hf["vocab_size"] == 128256:
-        hf |= LLAMA3
-    if entries.pop("rope.freqs", None):
-        hf["head_dim"] = 2 * rows.get("rope.freqs", 0)
+    config |= {theirs: params[key] for key, theirs in PARAMS.items() if key in params}
+    if params.get("vocab_size", -1) == -1:  # Llama 1 and 2: as many as the tokenizer has
+        config["vocab_size"] = n_rows.get(EMBED)
+    if config["vocab_size"] == LLAMA_3_VOCAB_SIZE:
+        config |= LLAMA_3
     if params.get("use_scaled_rope"):
-        hf |= {
-            "max_position_embeddings": 131072,
-            "rope_scaling": SCALED | {"factor": 32.0 if tied else 8.0},
-        }
-    return hf, entries
+        factor = 32.0 if is_tied else 8.0
+        config["max_position_embeddings"] = 131072
+        config["rope_scaling"] = SCALED_ROPE | {"factor": factor}
+    return config

@@ -1,6 +1,12 @@
-"""To be written."""
+"""Export a model in the layout of Hugging Face.
 
-from huggingface_hub import split_state_dict_into_shards_factory as split
+The tables of tensor_names.py and config.py are read backwards here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 from safetensors.torch import save_file
 
 from minia3.checkpoints.config import to_hf
@@ -9,60 +15,70 @@ from minia3.checkpoints.tensor_names import name_table
 from minia3.files.write import write_json, writing_folder
 
 SHARD_BYTES = 5 * 10**9
-STALE = (
-    "model*.safetensors*",
-    "pytorch_model*.bin*",
-    "chat_template.jinja",
-)  # what an older checkpoint may have left
+
+# Files of an older checkpoint in the same folder. Left beside the new files, they could be read in
+# their place.
+STALE = ("model*.safetensors*", "pytorch_model*.bin*", "chat_template.jinja")
+
+# The keys of config.json that generate() of transformers looks for in generation_config.json.
+TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
+
+
+class UnreadTensor(NamedTuple):
+    n_bytes: int
+    read: Callable[[], torch.Tensor]
 
 
 def save_model(model, folder, tokenizer=None):
-    """Write the base weights (no vectors) in the Hugging Face layout, as transformers reads it.
+    """Write the base weights, without the vectors, as a folder that transformers loads.
 
-    Weights go in shards of 5 GB at most; with `tokenizer`, its files too. See `files.writing_folder` for what is there.
+    Weights are written in shards of at most 5 GB. With a `tokenizer`, its files are written too.
+    The folder changes only when everything is written (see `writing_folder`).
     """
-    theirs = {ours: name for name, ours in name_table(model).items()}
-    parts = [
-        (theirs[ours], p.nbytes, p.detach) for ours, p in model.named_parameters() if ours in theirs
-    ]
+    names = {ours: theirs for theirs, ours in name_table(model).items()}
+    parts = []
+    for ours, parameter in model.named_parameters():
+        if ours in names:
+            parts.append((names[ours], parameter.nbytes, parameter.detach))
     with writing_folder(folder, replaces=STALE) as temporary:
         save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
 
 
 def save_others(folder, model, dtype, tokenizer):
-    """Write config.json, generation_config.json and the files of a tokenizer, which may be None."""
-    raw, name = (
-        to_hf(model.config, dtype),
-        getattr(model, "name_or_path", getattr(model, "made_of", None)),
-    )
-    if name and known_model(
-        base := base_of(name)
-    ):  # so that it is asked in the words that the base knows
+    """Write config.json, generation_config.json and, unless `tokenizer` is None, its files."""
+    raw = to_hf(model.config, dtype)
+    name = getattr(model, "name_or_path", getattr(model, "made_of", None))
+    base = base_of(name) if name else None
+    if base and known_model(base):
+        # With this key, a folder is asked in the words that its base knows from pre-training.
         raw["_name_or_path"] = str(base)
-    ids = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
     write_json(folder / "config.json", raw)
-    write_json(
-        folder / "generation_config.json",
-        {key: raw[key] for key in ids if raw.get(key) is not None},
-    )
+    ids = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
+    write_json(folder / "generation_config.json", ids)
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
 def save_tensors(folder, parts):
-    """Write parts (name, number of bytes, function -> tensor) in shards, of which one at a time is in memory."""
+    """Write tensors as safetensors, with an index if there are several shards.
 
-    parts = {name: (n_bytes, read) for name, n_bytes, read in parts}
-    options = {
-        "filename_pattern": "model{suffix}.safetensors",
-        "get_storage_size": lambda part: part[0],
-    }
-    shards = split(parts, max_shard_size=SHARD_BYTES, **options)
-    for file, shard in shards.filename_to_tensors.items():
-        save_file(
-            {name: parts[name][1]().contiguous() for name in shard}, folder / file, {"format": "pt"}
-        )
+    parts: (name, number of bytes, function that returns the tensor) of each. The functions are
+    called shard by shard, so that only one shard is in memory at a time.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory  # imported late: see hub.py
+
+    unread = {name: UnreadTensor(n_bytes, read) for name, n_bytes, read in parts}
+    shards = split_state_dict_into_shards_factory(
+        unread,
+        get_storage_size=lambda tensor: tensor.n_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        tensors = {name: unread[name].read().contiguous() for name in names}
+        save_file(tensors, folder / file, {"format": "pt"})
+        del tensors  # before the tensors of the next shard are read
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

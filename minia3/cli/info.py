@@ -1,60 +1,119 @@
-"""To be written."""
+"""`info`: what a model is, how large an adapter of it is, and the memory that its tensors take."""
 
+import json
 from dataclasses import asdict
 
-import torch
-from safetensors.torch import save
+from minia3.cli.arguments import add_model
+from minia3.cli.terminal import show
 
-from minia3.adapters.peft_files import peft_tensors
-from minia3.checkpoints.hub import find
-from minia3.checkpoints.known_models import known_model
-from minia3.checkpoints.load import build_model, read_checkpoint
-from minia3.model.ia3 import vectors
-from minia3.model.t5 import T5Config
-from minia3.training.memory_plan import planned_memory
+TITLE = "Describe a model, and the memory that it takes to run and to train it"
+EXAMPLE = "python -m minia3 info t5-base"
+
+MEMORY_NOTE = """\
+The most that tensors take at once, weights included, for {batch} sources of {length} tokens.
+To serve: read the sources and write one token. To train: a step with targets of {target} tokens.
+Python and PyTorch take about 0.3 GB more. On a CPU, the allocator keeps some of what is freed."""
+
+
+def add_arguments(parser):
+    add_model(parser)
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        help="sources in the batch whose memory is planned (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--length", type=int, default=128, help="tokens of each source (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def run(args):
+    lines = info(args.model, args.batch, args.length)
+    if args.json:
+        show(json.dumps({title: text for title, text in lines if title}))
+        return
+    for title, text in lines:  # one by one, because the memory takes a while
+        show(f"{title:<18}{text}")
 
 
 def info(name_or_path, batch=8, length=128):
-    """Yield (title, text) lines about a model from its config alone; a known name needs no network.
+    """Yield (title, text) lines that describe a model. Lines without a title are notes.
 
-    batch, length: of the sources whose memory is planned. Raises ValueError for a name that leads nowhere, and for a
-    model that minia3 does not run. The memory comes last, and takes up to half a minute.
+    Only the model's config is read: a known name needs no network and no weights.
+    batch, length: of the sources whose memory is planned. The memory comes last, and takes up to
+    half a minute for large models.
+    Raise ValueError if the name leads nowhere, or if minia3 does not run such a model.
     """
+    from minia3.checkpoints.load import build_model
+    from minia3.model.ia3 import vectors
+    from minia3.model.t5 import T5Config
+
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length are {batch} and {length}, expected at least 1")
-    row = known_model(name_or_path)
-    c = row.config if row else read_checkpoint(find(name_or_path, weights=False), weights=False)[0]
-    model = build_model(c)
-    adapter = sum(vector.numel() for vector in vectors(model).values())
-    base = sum(p.numel() for p in model.parameters()) - adapter
-    yield "model", row.repo if row else str(name_or_path)
-    yield (
-        "architecture",
-        "T5: encoder-decoder" if isinstance(c, T5Config) else "LLaMA: decoder-only",
-    )
-    yield from ((name, str(value)) for name, value in asdict(c).items() if value is not None)
-    yield "parameters", f"{base:,}"
-    yield "adapter", f"{adapter:,} numbers, {adapter / base:.3%} of the base"
-    ones = {name: torch.ones(vector.shape[1]) for name, vector in vectors(model).items()}
-    yield "its file", size(len(save(peft_tensors(ones))))
+    name, config = find_config(name_or_path)
+    model = build_model(config)
+    rows = {vector_name: vector[0] for vector_name, vector in vectors(model).items()}
+    n_adapter = sum(row.numel() for row in rows.values())
+    n_base = sum(p.numel() for p in model.parameters()) - n_adapter
+
+    yield "model", name
+    if isinstance(config, T5Config):
+        yield "architecture", "T5: encoder-decoder"
+    else:
+        yield "architecture", "LLaMA: decoder-only"
+    for field, value in asdict(config).items():
+        if value is not None:
+            yield field, str(value)
+    yield "parameters", f"{n_base:,}"
+    yield "adapter", f"{n_adapter:,} parameters, {n_adapter / n_base:.3%} of the base"
+    yield "adapter file", format_size(adapter_file_size(rows))
+    yield from memory_lines(config, batch, length)
+
+
+def find_config(name_or_path):
+    """Return the full name of a model and its config, without its weights."""
+    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.known_models import known_model
+    from minia3.checkpoints.load import read_checkpoint
+
+    known = known_model(name_or_path)
+    if known:
+        return known.repo, known.config
+    config, _ = read_checkpoint(find(name_or_path, weights=False), weights=False)
+    return str(name_or_path), config
+
+
+def adapter_file_size(rows):
+    """Return the bytes of the file in which `save_adapter` would write these vectors."""
+    import torch
+    from safetensors.torch import save
+
+    from minia3.adapters.peft_files import peft_tensors
+
+    # Untrained: `rows` are of a model without storage, and the values do not change the size.
+    adapter = {name: torch.ones(row.shape) for name, row in rows.items()}
+    return len(save(peft_tensors(adapter)))
+
+
+def memory_lines(config, batch, length):
+    """Yield the planned memory for both dtypes, and what it is the memory of."""
+    import torch
+
+    from minia3.training.memory_plan import TARGET_LENGTH, planned_memory
+
     for dtype in (torch.float32, torch.bfloat16):
-        serve, train = (
-            size(sum(planned_memory(c, dtype, batch, length, train))) for train in (False, True)
-        )
-        yield str(dtype).removeprefix("torch."), f"{serve} to serve, {train} to train"
-    yield (
-        "",
-        f"for {batch} sources of {length} tokens: to serve, when they are read and the first token is written; to",
-    )
-    yield (
-        "",
-        "train, in a step with targets of 8. It is the most that tensors take, weights included, and what malloc",
-    )
-    yield (
-        "",
-        "keeps on a CPU at first. Python and torch take 0.3 GB more, and malloc may keep more later (see the README)",
-    )
+        serving = planned_memory(config, dtype, batch, length, is_training=False)
+        training = planned_memory(config, dtype, batch, length, is_training=True)
+        title = str(dtype).removeprefix("torch.")
+        yield title, f"{format_size(serving)} to serve, {format_size(training)} to train"
+    note = MEMORY_NOTE.format(batch=batch, length=length, target=TARGET_LENGTH)
+    for line in note.splitlines():
+        yield "", line
 
 
-def size(n_bytes):
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
+def format_size(n_bytes):
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:,.2f} GB"
+    return f"{n_bytes / 1e6:,.2f} MB"

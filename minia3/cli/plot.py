@@ -1,16 +1,28 @@
-"""To be written."""
+"""Pictures of runs (.png), and of what their adapters learned.
+
+accuracy          by trainable parameters: a point per task, and their mean, for each table row
+curves            training loss and held-out accuracy, by step and by time
+learned-NAME      the entries of one (IA)^3 adapter, layer by layer
+similarity-MODEL  how alike the adapters of a model are
+"""
 
 import os
 import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from minia3.adapters.peft_files import read_adapter
 from minia3.cli.results import read_results
-from minia3.cli.table import short_names, table_rows
+from minia3.cli.table import is_unknown, short_names, table_rows
+from minia3.cli.terminal import show
 from minia3.files.read import reading
 from minia3.files.write import replacing
+
+TITLE = "Draw runs, and what their adapters learned"
+EXAMPLE = "python -m minia3 plot runs --out pictures"
 
 STYLE = {
     "font.size": 9,
@@ -19,174 +31,290 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
-TITLES = {"train": "loss in training", "eval": "held-out accuracy (%)"}
+SIZE = (8, 5.5)  # inches
+DPI = 200  # 8 inches are 1600 pixels
+
+N_COLORS = 10  # of matplotlib's cycle: after these, another marker or line style
+LABEL_WIDTH = 100  # characters; longer labels of a legend are wrapped
+LINE_HEIGHT = 0.16  # inches per line of a legend
+N_PANELS = 3  # side by side, in the pictures of what was learned
+N_FURTHEST = 8  # entries that are listed
+MOST_NUMBERED = 36  # adapters; with more of them, the cosines would overlap
+
+
+@dataclass
+class Picture:
+    name: str  # of the file, without .png
+    draw: Callable  # takes an empty figure
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "runs", nargs="+", help="folders of runs, or folders that contain folders of runs"
+    )
+    parser.add_argument(
+        "--out", default="pictures", help="folder of the pictures (default: %(default)s)"
+    )
+
+
+def run(args):
+    for line in plot(args.runs, args.out):
+        show(line)
 
 
 def plot(folders, out):
-    """Draw runs (see table.read) as .png files in `out`: yields paths, and a note. ValueError also: no matplotlib."""
+    """Draw the runs in `folders` (see `read_results`) as .png files in the folder `out`.
+
+    Yield the path of each picture, and at last the note on what is left out, if there is one.
+    Raise ValueError if matplotlib is not installed, or if `read_results` does.
+    """
     with reading("plot", extra="plot"):
         from matplotlib import rc_context
         from matplotlib.figure import Figure
-    (runs, note), models = read_results(folders), {}
-    trained = [run for run in runs if len(run["train"])]
-    pictures = [("accuracy", accuracy, table_rows(folders)[0]), ("curves", curves, trained)]
-    top = os.path.commonpath([run["folder"].resolve().parent for run in runs])
-    for run in {
-        run["adapter"]: run for run in runs if run["method"] == "ia3" and run["trainable"]
-    }.values():
-        name = "-".join(
-            x
-            for x in run["adapter"].resolve().relative_to(top).parts
-            if x not in ("adapter", "adapters")
-        )
-        found = read_adapter(run["adapter"]).vectors.items()
-        models.setdefault(run["model"], {})[name] = {
-            key.replace("blocks.", ""): x.numpy() for key, x in found
-        }
-        pictures.append((f"learned-{name}", learned, models[run["model"]][name]))
-    names = {
-        model: name.strip("/").replace("/", "-") for model, name in short_names(models).items()
-    }
-    pictures += [
-        (f"similarity-{names[model]}", similarity, x) for model, x in models.items() if len(x) > 1
-    ]
-    for name, draw, what in (picture for picture in pictures if picture[2]):
-        with rc_context(STYLE), replacing(Path(out, f"{name}.png")) as temporary:
-            draw(
-                figure := Figure(figsize=(8, 5.5), dpi=200, layout="constrained"), what
-            )  # inches: 1600 pixels wide
+    pictures, note = choose_pictures(folders)
+    for picture in pictures:
+        path = Path(out, f"{picture.name}.png")
+        with rc_context(STYLE), replacing(path) as temporary:
+            figure = Figure(SIZE, DPI, layout="constrained")
+            picture.draw(figure)
             figure.savefig(temporary, format="png")
-        yield str(Path(out, f"{name}.png"))
-    yield from [note] if note else []
+        yield str(path)
+    if note:
+        yield note
 
 
-def accuracy(figure, rows):
-    """By trainable numbers, of each row of the table the medians and interquartile ranges, and the mean over tasks."""
+def choose_pictures(folders):
+    """Return the pictures that the runs in `folders` give, and the note of `read_results`."""
+    results, note = read_results(folders)
+    rows, _ = table_rows(folders)
+    pictures = [Picture("accuracy", partial(draw_accuracy, rows=rows))]
+    trained = [result for result in results if len(result.loss_curve)]
+    if trained:
+        pictures.append(Picture("curves", partial(draw_curves, results=trained)))
+
+    adapters = read_adapters(results)
+    for adapters_of_model in adapters.values():
+        for name, vectors in adapters_of_model.items():
+            pictures.append(Picture(f"learned-{name}", partial(draw_learned, vectors=vectors)))
+    for model, model_name in short_names(adapters).items():
+        if len(adapters[model]) > 1:
+            name = "similarity-" + model_name.strip("/").replace("/", "-")
+            pictures.append(Picture(name, partial(draw_similarity, adapters=adapters[model])))
+    return pictures, note
+
+
+def read_adapters(results):
+    """Return the trained (IA)^3 adapters: dicts from model to name to vector to array (D,)."""
+    from minia3.adapters.peft_files import read_adapter  # imports torch, and `--help` is quick
+
+    resolved = [result.run_folder.resolve() for result in results]
+    top = os.path.commonpath([folder.parent for folder in resolved])
+    adapters = {}
+    for result in results:
+        if result.method != "ia3" or not result.n_trainable:
+            continue
+        parts = result.adapter_folder.resolve().relative_to(top).parts
+        name = "-".join(part for part in parts if part not in ("adapter", "adapters"))
+        adapters_of_model = adapters.setdefault(result.model, {})
+        if name not in adapters_of_model:  # a mixture has several results and one adapter
+            vectors = read_adapter(result.adapter_folder).vectors
+            adapters_of_model[name] = {
+                key.replace("blocks.", ""): vector.numpy() for key, vector in vectors.items()
+            }
+    return adapters
+
+
+# Accuracy and curves
+
+
+def draw_accuracy(figure, rows):
+    """Draw medians and interquartile ranges by task, and their mean, over trainable parameters."""
     ax = figure.add_subplot(
-        xlabel="trainable numbers", ylabel="accuracy (%); bars: interquartile range"
+        xlabel="trainable parameters", ylabel="accuracy (%); bars: interquartile range"
     )
-    names = short_names(row["model"] for row in rows)
+    names = short_names(row.model for row in rows)
     for i, row in enumerate(rows):
-        tasks = [key for key in row if f"{key} IQR" in row and row[key] == row[key]]
-        x, medians, bars = (
-            row["trainable"],
-            [row[task] for task in tasks],
-            [row[f"{task} IQR"] / 2 for task in tasks],
-        )
-        ax.errorbar([x] * len(tasks), medians, bars, fmt=".", color=f"C{i}", alpha=0.6)
-        label = f"{names[row['model']]}: {row['method']} (tasks: {len(tasks)})"
-        ax.plot(x, np.mean(medians), "D", color=f"C{i}", label=label)
-    ticks = sorted({row["trainable"] for row in rows})
+        cells = [cell for cell in row.cells.values() if not is_unknown(cell.median)]
+        medians = [cell.median for cell in cells]
+        half_ranges = [cell.iqr / 2 for cell in cells]
+        x = [row.n_trainable] * len(cells)
+        color = f"C{i % N_COLORS}"
+        ax.errorbar(x, medians, half_ranges, fmt=".", color=color, alpha=0.6)
+        marker = "D" if i < N_COLORS else "s"
+        label = f"{names[row.model]}: {row.method} (tasks: {len(cells)})"
+        ax.plot(row.n_trainable, np.mean(medians), marker, color=color, label=label)
+
+    # A logarithmic axis, but with a place for 0: what is only evaluated.
+    ticks = sorted({row.n_trainable for row in rows})
     ax.set_xscale("symlog", linthresh=min(filter(None, ticks), default=1))
-    ax.set_xticks(ticks, [f"{x:,}" for x in ticks], rotation=45)
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
     ax.set_ylim(top=min(ax.get_ylim()[1], 101))
-    legend(figure, ax)
+    add_legend(figure, ax)
 
 
-def curves(figure, runs):
-    """Loss and held-out accuracy by step and by time (a cell's share): of like runs the median, both quartiles."""
-    groups, shown = {}, [key for key in TITLES if any(len(run[key]) for run in runs)]
-    names = short_names(run["model"] for run in runs)
-    titles = sorted({f"{names[run['model']]}, {run['task']}" for run in runs})
-    for run in runs:
-        title = f"{names[run['model']]}, {run['task']}: " * (len(titles) > 1)
-        groups.setdefault(title + run["label"], []).append(run)
-    figure.suptitle(titles[0] if len(titles) == 1 else "")
-    axes = figure.subplots(len(shown), 2, squeeze=False)
+def draw_curves(figure, results):
+    """Draw loss and held-out accuracy by step and by time.
+
+    A line is the median of all results with the same label, and the band shows their quartiles.
+    """
+    names = short_names(result.model for result in results)
+    titles = sorted({f"{names[result.model]}, {result.task}" for result in results})
+    groups = {}
+    for result in results:
+        label = result.label
+        if len(titles) > 1:
+            label = f"{names[result.model]}, {result.task}: {label}"
+        groups.setdefault(label, []).append(result)
+
+    if len(titles) == 1:
+        figure.suptitle(titles[0])
+    quantities = ["training loss"]
+    has_held_out = any(len(result.held_out_curve) for result in results)
+    if has_held_out:
+        quantities.append("held-out accuracy (%)")
+    axes = figure.subplots(len(quantities), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
-        speed = np.median([run["seconds"] / run["steps"] for run in group])
-        for row, key in zip(axes, shown, strict=True):
-            if lines := [run[key].T[:2] for run in group if len(run[key])]:
-                x = np.unique(np.concatenate([steps for steps, _ in lines]))
-                y = [
-                    np.interp(x, *line, left=np.nan, right=np.nan) for line in lines
-                ]  # none where a run has ended
-                low, middle, high = np.nanpercentile(y, (25, 50, 75), axis=0)
-                for ax, title, scale in zip(
-                    row, ("step", "time (s); in a grid, its share"), (1, speed), strict=True
-                ):
-                    style, of = (
-                        {"color": f"C{i}", "ls": "-" if i < 10 else "--"},
-                        f"{label} (runs: {len(group)})",
-                    )
-                    ax.plot(x * scale, middle, label=of, **style)
-                    ax.fill_between(x * scale, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-                    ax.set(xlabel=title, ylabel=TITLES[key])
-    legend(figure, axes[0, 0])
+        style = {
+            "color": f"C{i % N_COLORS}",
+            "linestyle": "-" if i < N_COLORS else "--",
+            "label": f"{label} (runs: {len(group)})",
+        }
+        draw_group(axes[0], [result.loss_curve for result in group], group, style)
+        if has_held_out:
+            draw_group(axes[1], [result.held_out_curve for result in group], group, style)
+    for row, quantity in zip(axes, quantities, strict=True):
+        row[0].set(xlabel="step", ylabel=quantity)
+        row[1].set(xlabel="time (s); in a grid, one adapter's share", ylabel=quantity)
+    add_legend(figure, axes[0, 0])
 
 
-def legend(figure, ax):
-    """Below the axes, as wide as its labels want; the figure grows by its height."""
-    lines, labels = ax.get_legend_handles_labels()
-    labels = [textwrap.fill(label, 100) for label in labels]
-    columns = 1 if max(map(len, labels)) > 50 else 2
-    height = sum(label.count("\n") + 1 for label in labels) / columns
-    figure.set_figheight(figure.get_figheight() + 0.16 * height)  # inches
-    figure.legend(lines, labels, loc="outside lower center", ncols=columns)
+def draw_group(axes, curves, results, style):
+    """Draw the median of curves over steps on the left, and over seconds on the right."""
+    curves = [curve for curve in curves if len(curve)]
+    if not curves:
+        return
+    steps, low, median, high = quartiles(curves)
+    seconds_per_step = np.median([result.seconds / result.n_steps for result in results])
+    for ax, x in ((axes[0], steps), (axes[1], steps * seconds_per_step)):
+        ax.plot(x, median, **style)
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def learned(figure, vectors):
-    """The distribution of each vector by layer, a site a panel, and the entries that are furthest from 1."""
-    sites, ax = {}, None
-    for name in sorted(
-        vectors, key=lambda name: (name.startswith("decoder"), int(name.split(".")[-3]), name)
-    ):
-        *stack, layer, module, site = name.split(".")
-        sites.setdefault(".".join([*stack, module, site]), {})[int(layer)] = vectors[name]
-    figure.set_figheight(2.2 * (n_rows := len(sites) // 3 + 1))
+def quartiles(curves):
+    """Return all steps of the curves (N, 2), and their quartiles there.
+
+    A curve is interpolated between its steps, and does not count outside of them: its run may have
+    stopped early.
+    """
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    values = []
+    for curve in curves:
+        values.append(np.interp(steps, curve[:, 0], curve[:, 1], left=np.nan, right=np.nan))
+    low, median, high = np.nanpercentile(values, (25, 50, 75), axis=0)
+    return steps, low, median, high
+
+
+def add_legend(figure, ax):
+    """Put a legend below the axes. The figure grows by its height."""
+    handles, labels = ax.get_legend_handles_labels()
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label in labels]
+    n_columns = 2
+    if max(map(len, labels)) > LABEL_WIDTH / 2:
+        n_columns = 1
+    n_lines = sum(label.count("\n") + 1 for label in labels) / n_columns
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * n_lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
+
+
+# What adapters learned
+
+
+def draw_learned(figure, vectors):
+    """Draw the quantiles of an adapter's vectors by layer, a panel per site of the block.
+
+    The last panel lists the entries that are furthest from 1, which is where training began.
+    """
+    sites = group_by_site(vectors)
+    n_rows = len(sites) // N_PANELS + 1  # the list needs a panel, too
+    figure.set_figheight(2.2 * n_rows)
+    ax = None
     for i, (site, layers) in enumerate(sites.items(), 1):
         ax = figure.add_subplot(
-            n_rows, 3, i, sharey=ax, title=site, xlabel="layer", ylabel="entries"
+            n_rows, N_PANELS, i, sharey=ax, title=site, xlabel="layer", ylabel="entries"
         )
-        x, q = (
-            [*layers],
-            np.quantile([*layers.values()], (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), axis=1),
-        )
-        ax.plot(x, q[3], "C0.-", x, q[0], "C1.", x, q[6], "C1.", markersize=3)
-        for n in (1, 2):
-            ax.fill_between(x, q[n], q[6 - n], color="C0", alpha=0.25, linewidth=0)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    entries = sorted(
-        (-abs(x - 1), f"{x:.3f} {name}[{i}]")
-        for name in vectors
-        for i, x in enumerate(vectors[name])
-    )
+        draw_quantiles(ax, layers)
+    ax = figure.add_subplot(n_rows, N_PANELS, len(sites) + 1, frame_on=False, xticks=[], yticks=[])
     text = "line: median\nbands: 50 % and 90 %\ndots: extremes\n\nfurthest from 1:\n"
-    ax = figure.add_subplot(n_rows, 3, len(sites) + 1, frame_on=False, xticks=[], yticks=[])
-    ax.text(
-        0,
-        1,
-        text + "\n".join(line for _, line in entries[:8]),
-        va="top",
-        family="monospace",
-        size=7,
-    )
+    text += "\n".join(furthest_entries(vectors))
+    ax.text(0, 1, text, va="top", family="monospace", size=7)
 
 
-def similarity(figure, some):
-    """The cosine of the angle between l - 1 of each two adapters; of more than 36, the colours alone."""
-    ones = {
-        name: np.ones_like(vector) for vectors in some.values() for name, vector in vectors.items()
-    }
-    changes = np.array(
-        [np.concatenate([*(ones | vectors).values()]) - 1 for vectors in some.values()]
-    )
-    changes /= np.maximum(np.linalg.norm(changes, axis=1, keepdims=True), 1e-12)
-    cosines, side = changes @ changes.T, np.clip(3 + 0.36 * len(some), 5.5, 16)  # inches
+def group_by_site(vectors):
+    """Return site -> layer -> vector, in the order of the model: the encoder comes first.
+
+    The vector `encoder.3.attn.l_k` is of the site `encoder.attn.l_k`, in layer 3.
+    """
+
+    def place(name):
+        return name.startswith("decoder"), int(name.split(".")[-3]), name
+
+    sites = {}
+    for name in sorted(vectors, key=place):
+        *stack, layer, module, vector = name.split(".")
+        site = ".".join([*stack, module, vector])
+        sites.setdefault(site, {})[int(layer)] = vectors[name]
+    return sites
+
+
+def draw_quantiles(ax, layers):
+    numbers = list(layers)
+    quantiles = np.quantile(list(layers.values()), (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), axis=1)
+    least, low_90, low_50, median, high_50, high_90, most = quantiles
+    ax.plot(numbers, median, "C0.-", markersize=3)
+    ax.plot(numbers, least, "C1.", markersize=3)
+    ax.plot(numbers, most, "C1.", markersize=3)
+    for low, high in ((low_90, high_90), (low_50, high_50)):
+        ax.fill_between(numbers, low, high, color="C0", alpha=0.25, linewidth=0)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+
+def furthest_entries(vectors):
+    """Return a line for each of the entries that are furthest from 1."""
+    entries = []
+    for name, vector in vectors.items():
+        for i, value in enumerate(vector):
+            entries.append((-abs(value - 1), f"{value:.3f} {name}[{i}]"))
+    return [line for _, line in sorted(entries)[:N_FURTHEST]]
+
+
+def draw_similarity(figure, adapters):
+    """Draw the cosine of the angle between the changes l - 1 of each two adapters."""
+    cosines = compare_changes(list(adapters.values()))
+    side = np.clip(3 + 0.36 * len(adapters), 5.5, 16)  # inches
     figure.set_size_inches(side + 2.5, side)
     ax = figure.add_subplot()
-    figure.colorbar(
-        ax.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", zorder=2), label="cosine of l - 1"
-    )
-    ax.set_xticks(range(len(some)), some, rotation=90)
-    ax.set_yticks(range(len(some)), some)
-    for (i, j), x in np.ndenumerate(cosines) if len(some) <= 36 else ():
-        ax.text(
-            j,
-            i,
-            f"{x:.2f}",
-            ha="center",
-            va="center",
-            size=7,
-            color="white" if abs(x) > 0.6 else "black",
-        )
+    image = ax.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r", zorder=2)
+    figure.colorbar(image, label="cosine of l - 1")
+    ax.set_xticks(range(len(adapters)), adapters, rotation=90)
+    ax.set_yticks(range(len(adapters)), adapters)
+    if len(adapters) > MOST_NUMBERED:
+        return
+    for (i, j), cosine in np.ndenumerate(cosines):
+        color = "white" if abs(cosine) > 0.6 else "black"
+        ax.text(j, i, f"{cosine:.2f}", ha="center", va="center", size=7, color=color)
+
+
+def compare_changes(adapters):
+    """Return (N, N), the cosines of l - 1. A vector that an adapter does not have is no change."""
+    widths = {}
+    for vectors in adapters:
+        for name, vector in vectors.items():
+            widths[name] = len(vector)
+    changes = []
+    for vectors in adapters:
+        full = [vectors.get(name, np.ones(width)) for name, width in widths.items()]
+        changes.append(np.concatenate(full) - 1)
+    changes = np.array(changes)
+    norms = np.linalg.norm(changes, axis=1, keepdims=True)
+    changes /= np.maximum(norms, 1e-12)  # an adapter of ones has no direction
+    return changes @ changes.T

@@ -1,191 +1,421 @@
-"""To be written."""
+"""Read the folders of runs into results, one per adapter and task, for the table and the pictures.
+
+A run's folder holds `config.json`, its flags, and `metrics.jsonl`, which has one line per event:
+
+    train    every few steps: the loss, or in a grid one loss per adapter, and the speed
+    eval     an evaluation on held-out rows
+    final    the result of one adapter on one task
+    failed   one adapter of a grid whose loss became NaN
+
+Folders that older versions wrote are read, too: their config.json has flags that are gone.
+"""
 
 import hashlib
 import json
 import math
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from minia3.files.read import read_json
 from minia3.model.costs import flops
+from minia3.training.command_lines import EVALUATION_FLAGS
 
-GRID = ("seed", "lr", "warmup_ratio")  # of a final line, where they differ from config.json's
-TRAIN = ("step", "loss", "examples_per_second", "tokens_per_second")
-MEASURING = (
-    "data_dir",
-    "shots",
-    "seed",
-    "dtype",
-    "max_length",
-    "max_new_tokens",
-    "eval_prompt",
-)  # a result depends on
-# Of config.json, what names no row: it is a column, or within a cell, or leaves the result as it is. (Of the data what
-# is in the files counts, not where they are.)
-# fmt: off
-UNNAMED = {"model", "task", "method", "seed", "out", "data_dir", "resume", "device", "deterministic", "checkpoint",
-           "compile", "micro_batch_size", "eval_batch_size", "save_every", "minia3", "git_commit", "versions", "data"}
-# fmt: on
-BUDGET = (
-    "steps",
-    "batch_size",
-)  # named where any rows differ in them, and not only those of one method
+GRID_FLAGS = ("task", "seed", "lr", "warmup_ratio")  # several values make a grid of adapters
+
+# These flags do not distinguish results: two runs that differ in nothing else share a row.
+UNNAMED_FLAGS = {
+    # columns of the table, or spread within a cell of it
+    *("model", "task", "method", "seed"),
+    # where things are: the data is compared by its checksums instead
+    *("out", "data_dir", "resume", "device"),
+    # other ways to compute the same result (`checkpoint` is the older name of `recompute`)
+    *("deterministic", "recompute", "checkpoint", "compile"),
+    *("micro_batch_size", "eval_batch_size", "save_every"),
+    # not flags
+    *("minia3", "git_commit", "versions", "data"),
+}
+BUDGET_FLAGS = ("steps", "batch_size")  # compared between all methods, because they are the effort
+
+
+@dataclass
+class Result:
+    """The result of one adapter on one task: a final line of metrics.jsonl, and what led to it."""
+
+    run_folder: Path
+    adapter_folder: Path  # where the adapter was saved, or the whole model
+    model: str
+    task: str  # with what is unusual: another metric or split, or other data of the same name
+    method: str
+    seed: int
+    accuracies: np.ndarray  # one per prompt, in per cent
+    n_trainable: int  # parameters of one adapter
+    n_steps: int
+    n_bytes: float  # of the adapter's files; NaN if they are gone
+    seconds: float  # of training; cells that train together share their time equally
+    flops_per_example: float  # to evaluate; NaN if the run did not count its tokens
+    flops_to_train: float  # NaN if nothing was trained
+    loss_curve: np.ndarray  # (N, 2): step, training loss
+    held_out_curve: np.ndarray  # (N, 2): step, accuracy on held-out rows in per cent
+    flags: dict  # the flags that may distinguish this result from others
+    data_digest: str  # six digits of the checksums of the task's files
+    label: str = ""  # the method, and the flags that do distinguish it
+
+    @property
+    def identity(self):
+        """Results with the same identity are repetitions of one another."""
+        return self.model, self.task, self.label, self.n_trainable, self.seed
+
+
+@dataclass
+class Run:
+    """What train.py wrote into one folder."""
+
+    folder: Path
+    config: dict  # config.json: flags, versions, checksums
+    lines: list  # metrics.jsonl: a dict per event
+
+    @property
+    def final_lines(self):
+        """The final lines with a result. Without labelled rows a run has nothing to report."""
+        finals = [line for line in self.lines if line["event"] == "final"]
+        return [line for line in finals if line["accuracy"] is not None]
+
+    @property
+    def outcomes(self):
+        """A dict from each adapter that has ended to "final" or "failed"."""
+        ends = [line for line in self.lines if line["event"] in ("final", "failed")]
+        return {line.get("adapter"): line["event"] for line in ends}
+
+    @property
+    def is_mixture(self):
+        """Whether one adapter was trained on several tasks."""
+        return self.config.get("adapters") == "one"
+
+    def missing_results(self):
+        """Return a text for each result that this run does not have, or not yet."""
+        if not self.final_lines:
+            return [str(self.folder)]
+        missing = []
+        for adapter, outcome in self.outcomes.items():
+            if outcome == "failed":
+                missing.append(f"{self.folder}: {adapter}")
+        n_to_come = self.count_cells() - len(self.outcomes)
+        if n_to_come:
+            missing.append(f"{self.folder}: {n_to_come} adapters to come")
+        return missing
+
+    def count_cells(self):
+        """Return how many adapters the flags ask for."""
+        lengths = []
+        for flag in GRID_FLAGS:
+            values = self.config.get(flag)
+            is_axis = isinstance(values, list) and not (flag == "task" and self.is_mixture)
+            if is_axis:
+                lengths.append(len(values))
+        return math.prod(lengths)
 
 
 def read_results(folders):
-    """-> a dict (see `_run`) for each result in metrics.jsonl, and a note on what is left out, maybe empty.
+    """Return the results in `folders`, and a note on what is left out, which may be empty.
 
-    Of results that have the same flags and data the first one counts.
-
-    Each folder is a run's, or holds such. ValueError, of one line: it is neither, or a file is not as train.py's.
+    folders: of runs, or of folders with runs in them. Of repetitions the first one counts.
+    Raise ValueError, in one line, if a folder is neither, if a file is not as train.py writes it,
+    or if there is no result at all.
     """
-    paths, runs, left_out = {}, [], []
+    results, missing = read_runs(folders)
+    notes = []
+    if missing:
+        names = ", ".join(missing)
+        notes.append(f"{len(missing)} left out, without a result in metrics.jsonl: {names}")
+    if not results:
+        raise ValueError(f"no run has a result: {notes[0]:.300}")
+
+    label_results(results)
+    tell_data_apart(results)
+    distinct = {}
+    for result in results:
+        distinct.setdefault(result.identity, result)
+    n_repeated = len(results) - len(distinct)
+    if n_repeated:
+        notes.append(f"{n_repeated} left out, whose flags are those of others")
+    return list(distinct.values()), "; ".join(notes)
+
+
+# Reading
+
+
+def read_runs(folders):
+    """Return all results in `folders`, and a text for each result that a run does not have."""
+    results = []
+    missing = []
+    for folder, is_inside in find_runs(folders).items():
+        with errors_in_one_line(folder):
+            config = read_json(folder / "config.json")
+            if {"model", "task", "batch_size"} <= config.keys():
+                run = Run(folder, config, read_metrics(folder / "metrics.jsonl"))
+                results += [read_result(run, final) for final in run.final_lines]
+                missing += run.missing_results()
+            elif not is_inside:  # but a model may lie among the runs of a folder
+                raise ValueError("config.json belongs to something else")
+    return results, missing
+
+
+def find_runs(folders):
+    """Return a dict from each folder with a config.json, to whether it was found inside another.
+
+    A folder that is given twice, or that is also inside another one, is there once.
+    Raise ValueError if there is no config.json in a folder, nor in the folders inside it.
+    """
+    found = {}
     for folder in map(Path, folders):
-        inside = [] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
-        paths |= {
-            path.resolve(): (path.parent, bool(inside))
-            for path in inside or [folder / "config.json"]
-        }
-    for folder, found in paths.values():
+        inside = []
+        if not (folder / "config.json").exists():
+            inside = sorted(path.parent for path in folder.glob("*/config.json"))
+            if not inside:
+                expected = "expected a run of train.py, or a folder of runs"
+                raise ValueError(f"{folder}: {expected}, found no config.json")
+        for path in inside or [folder]:
+            found[path.resolve()] = (path, bool(inside))
+    return dict(found.values())
+
+
+@contextmanager
+def errors_in_one_line(folder):
+    """Turn whatever a damaged file of a run causes into a ValueError of one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: expected a run of train.py: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{folder}: expected a run of train.py: {error} is missing") from None
+    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"  # the text alone may say too little
+        raise ValueError(f"{folder}: expected a run of train.py: {reason}") from None
+
+
+def read_metrics(path):
+    """Return the lines of metrics.jsonl. The last one is left out if it is not complete."""
+    if not path.exists():
+        return []
+    complete_text, _, _ = path.read_text("utf-8").rpartition("\n")
+    lines = []
+    for number, text in enumerate(complete_text.splitlines(), 1):
         try:
-            config, metrics = (
-                json.loads((folder / "config.json").read_bytes()),
-                folder / "metrics.jsonl",
-            )
-            if not {"model", "task", "batch_size"} <= config.keys():
-                if found:  # a model, among runs
-                    continue
-                raise ValueError("config.json is that of something else")
-            text = (
-                metrics.read_text("utf-8").rpartition("\n")[0] if metrics.exists() else ""
-            )  # a last line may be torn
-            lines = json.loads(
-                "[" + text.replace("\n", ",\n") + "]"
-            )  # in one: so an error tells the line
-            finals = [
-                line for line in lines if line["event"] == "final" and line["accuracy"] is not None
-            ]
-            runs += [read_result(folder, config, final, lines) for final in finals]
-            ended = {
-                line.get("adapter"): line["event"]
-                for line in lines
-                if line["event"] in ("final", "failed")
-            }
-            left_out += (
-                [f"{folder}: {x}" for x in ended if ended[x] == "failed"]
-                if finals
-                else [str(folder)]
-            )
-            axes = [
-                x
-                for x in config
-                if isinstance(config[x], list) and (x, config.get("adapters")) != ("task", "one")
-            ]
-            if finals and (n := math.prod(len(config[x]) for x in axes) - len(ended)):
-                left_out.append(f"{folder}: {n} adapters to come")
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            raise ValueError(
-                f"{folder}: expected a run of train.py: {type(error).__name__}: {error}"
-            ) from None
-    note = (
-        f"{len(left_out)} left out, without a result in metrics.jsonl: {', '.join(left_out)}"
-        if left_out
-        else ""
-    )
-    if not runs:
-        raise ValueError(f"no run has a result: {note:.300}")
-    same, data, named = {}, {}, {}
-    for run in (
-        runs
-    ):  # named: flags in which runs of a method differ (shots: on a task), for all cells of a run
-        data.setdefault(run["task"], set()).add(run["data"])
-        differ = {
-            key[0]
-            for key, x in run["flags"].items()
-            if any(y["flags"].get(key, x) != x for y in runs)
-        }
-        named[run["folder"]] = named.get(run["folder"], set()) | differ
-    for run in runs:
-        run["task"] += f" [{run['data']}]" * (
-            len(data[run["task"]]) > 1
-        )  # other rows under the same name
-        flags = {
-            key[0]: x
-            for key, x in run["flags"].items()
-            if key[0] in named[run["folder"]] and x is not None
-        }
-        run["label"] = ", ".join([run["method"], *(f"{name} {x}" for name, x in flags.items())])
-        same.setdefault(
-            (run["model"], run["task"], run["label"], run["trainable"], run["seed"]), run
-        )
-    if n := len(runs) - len(same):
-        note += f"{'; ' if note else ''}{n} left out, whose flags are those of others"
-    return [*same.values()], note
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name}, line {number}: {error.msg}") from None
+        if not isinstance(line, dict):
+            found = type(line).__name__
+            raise ValueError(f"{path.name}, line {number}: expected a JSON object, found {found}")
+        lines.append(line)
+    return lines
 
 
-def read_result(folder, config, final, lines):
-    """A run, or one adapter of a grid. accuracies: of each prompt, in per cent; flops: of an example, and to train."""
-    run = {"folder": folder} | {key: str(final[key]) for key in ("model", "task", "method")}
-    run |= {"trainable": int(final["trainable"])} | {
-        key: float(final[key]) for key in ("total", "steps", "seconds")
-    }
-    more = [
-        x for x in (final["metric"], final["split"]) if x not in ("accuracy", "validation", "test")
-    ]
-    digests = config.get("data", {})  # of a grid's files, those in the task's folder
-    own = {
-        key: x for key, x in digests.items() if f"/{key}".startswith(f"/{run['task']}/")
-    } or digests
-    run["data"] = hashlib.sha256(json.dumps(sorted(own.values())).encode()).hexdigest()[:6]
-    run["task"] += f" ({', '.join(more)})" * bool(more)
-    run["accuracies"] = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
-    if not (abs(run["accuracies"] - 50) <= 50).all():
-        raise ValueError(f"accuracies are {run['accuracies'].tolist()!r:.80} %")
-    name, own = final.get("adapter"), config | {key: final[key] for key in GRID if key in final}
-    run["seed"], named = own["seed"], {*own} - UNNAMED
-    if not run["trainable"]:  # then it was only measured
-        named &= {*MEASURING, "adapter"} - ({"shots"} if run["method"] == "none" else set())
-    run["flags"] = {
-        (x, x not in BUDGET and run["method"], x == "shots" and run["task"]): own[x]
-        for x in own
-        if x in named
-    }
-    if config.get("adapters") == "one":
-        run["flags"]["mixture", run["method"], False] = "+".join(
-            Path(task).stem for task in config["task"]
-        )
-    run["adapter"] = folder / "adapters" / name.replace("/", "-") if name else folder / "adapter"
-    weights = (run["adapter"] if run["method"] != "full" or name else folder / "model").glob(
-        "*.safetensors"
+def read_result(run, final):
+    """Return the Result of a final line."""
+    adapter = final.get("adapter")  # its name in a grid
+    task = str(final["task"])
+    method = str(final["method"])
+    n_trainable = int(final["trainable"])
+    n_steps = int(final["steps"])
+    is_decoder_only = final["architecture"] == "Llama"
+
+    accuracies = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
+    if not (abs(accuracies - 50) <= 50).all():
+        raise ValueError(f"accuracies are {accuracies.tolist()!r:.80} %")
+
+    seconds = float(final["seconds"])
+    if method == "ia3":  # its cells train together, and each line has the time of all
+        seconds /= len(run.outcomes)
+
+    adapter_folder = saved_folder(run, method, adapter)
+    n_bytes = 0.0
+    if n_trainable:
+        n_bytes = count_bytes(adapter_folder)
+
+    train_lines = select_train_lines(run, adapter)
+    n_examples = n_steps * run.config["batch_size"]
+    n_train_tokens = mean_tokens(train_lines) * n_examples
+    n_base = float(final["total"])
+    return Result(
+        run_folder=run.folder,
+        adapter_folder=adapter_folder,
+        model=str(final["model"]),
+        task=name_column(final),
+        method=method,
+        seed=final.get("seed", run.config["seed"]),
+        accuracies=accuracies,
+        n_trainable=n_trainable,
+        n_steps=n_steps,
+        n_bytes=n_bytes,
+        seconds=seconds,
+        flops_per_example=flops(n_base, final.get("tokens", np.nan), is_decoder_only),
+        flops_to_train=flops(n_base, n_train_tokens, is_decoder_only, training=True),
+        loss_curve=read_loss_curve(train_lines, adapter),
+        held_out_curve=read_held_out_curve(run, adapter, task),
+        flags=select_flags(run, final),
+        data_digest=digest_data(run.config.get("data", {}), task),
     )
-    run["bytes"] = (
-        (sum(path.stat().st_size for path in weights) or np.nan) if run["trainable"] else 0
-    )
-    if run["method"] == "ia3":  # a cell's share of what all took together
-        run["seconds"] /= len(
-            {x.get("adapter") for x in lines if x["event"] in ("final", "failed")}
-        )
-    whose = {"adapter": name, "task": final["task"]}
-    lines = [line for line in lines if all(line.get(key, x) == x for key, x in whose.items())]
-    train = [
-        line for line in lines if line["event"] == "train" and name in line.get("losses", [name])
-    ]  # not yet ended
-    train = [line | {"loss": line["losses"][name]} if "losses" in line else line for line in train]
-    run["train"] = np.array([[line[key] for key in TRAIN] for line in train], float)
-    run["eval"] = np.array(
-        [[line["step"], 100 * line["accuracy"]] for line in lines if line["event"] == "eval"], float
-    )
-    step, _, examples, tokens = run["train"].T if len(run["train"]) else np.full((4, 1), np.nan)
-    n = (
-        np.diff(step, prepend=0) @ (tokens / examples) / step[-1]
-    )  # tokens of an example, in the mean
-    total, twice = run["total"], final["architecture"] == "Llama"
-    to_train = flops(total, n * config["batch_size"] * run["steps"], twice, True)
-    return run | {"flops": (flops(total, final.get("tokens", np.nan), twice), to_train)}
+
+
+def name_column(final):
+    """Return the task's name, with its metric and its split if these are not the usual ones."""
+    unusual = []
+    if final["metric"] != "accuracy":
+        unusual.append(final["metric"])
+    if final["split"] not in ("validation", "test"):
+        unusual.append(final["split"])
+    if not unusual:
+        return str(final["task"])
+    return f"{final['task']} ({', '.join(unusual)})"
+
+
+def saved_folder(run, method, adapter):
+    """Return the folder in which a run saved an adapter, or the whole model that it trained."""
+    if adapter is not None:
+        return run.folder / "adapters" / adapter.replace("/", "-")
+    if method == "full":
+        return run.folder / "model"
+    return run.folder / "adapter"
+
+
+def count_bytes(adapter_folder):
+    """Return the size of the weights in a folder, or NaN if there are none any more."""
+    sizes = [path.stat().st_size for path in adapter_folder.glob("*.safetensors")]
+    if not sizes:
+        return np.nan
+    return sum(sizes)
+
+
+def digest_data(checksums, task):
+    """Return six digits that are equal if the task's files are, whatever their order.
+
+    checksums: those of config.json. A grid puts the name of its task before the name of a file.
+    """
+    digests = [digest for file, digest in checksums.items() if file.startswith(f"{task}/")]
+    if not digests:
+        digests = checksums.values()
+    text = json.dumps(sorted(digests))
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+# Curves
+
+
+def select_train_lines(run, adapter):
+    """Return the train lines of the steps that an adapter took part in."""
+    selected = []
+    for line in run.lines:
+        is_other = line.get("adapter", adapter) != adapter
+        has_stopped = adapter not in line.get("losses", [adapter])
+        if line["event"] == "train" and not is_other and not has_stopped:
+            selected.append(line)
+    return selected
+
+
+def read_loss_curve(train_lines, adapter):
+    """Return (N, 2): step and loss. In a grid a line has a loss for each adapter."""
+    points = []
+    for line in train_lines:
+        loss = line["loss"]
+        if "losses" in line:
+            loss = line["losses"][adapter]
+        points.append((line["step"], loss))
+    return np.array(points, float).reshape(-1, 2)
+
+
+def read_held_out_curve(run, adapter, task):
+    """Return (N, 2): step and accuracy in per cent. A mixture has one curve per task."""
+    points = []
+    for line in run.lines:
+        is_of_adapter = line.get("adapter", adapter) == adapter
+        is_of_task = line.get("task", task) == task
+        if line["event"] == "eval" and is_of_adapter and is_of_task:
+            points.append((line["step"], 100 * line["accuracy"]))
+    return np.array(points, float).reshape(-1, 2)
+
+
+def mean_tokens(train_lines):
+    """Return the mean tokens of a training example, or NaN if nothing was trained.
+
+    A line tells the speed since the line before, so it counts by the steps in between.
+    """
+    if not train_lines:
+        return np.nan
+    steps = np.array([line["step"] for line in train_lines], float)
+    tokens = np.array([line["tokens_per_second"] for line in train_lines], float)
+    examples = np.array([line["examples_per_second"] for line in train_lines], float)
+    return np.average(tokens / examples, weights=np.diff(steps, prepend=0))
+
+
+# Labels
+
+
+def select_flags(run, final):
+    """Return the flags of a result that may distinguish it from others, with their values."""
+    values = dict(run.config)
+    for flag in ("seed", "lr", "warmup_ratio"):
+        if flag in final:  # config.json has all values of a grid
+            values[flag] = final[flag]
+    names = values.keys() - UNNAMED_FLAGS
+    if not final["trainable"]:  # flags of training do not matter if there was none
+        names &= {"adapter", *EVALUATION_FLAGS}
+        if final["method"] == "none":  # shots are rows to train on, or to put before a row
+            names -= {"shots"}
+    flags = {name: value for name, value in values.items() if name in names}
+    if run.is_mixture:
+        flags["mixture"] = "+".join(Path(task).stem for task in run.config["task"])
+    return flags
+
+
+def label_results(results):
+    """Set the label of each result: its method, and the flags in which it differs from others.
+
+    A flag is compared between the results that have it (older versions lack some), and
+    - the budget between all methods,
+    - the shots between the results of one method on one task, because T-Few's differ by task,
+    - any other flag between the results of one method.
+    If a flag differs for one adapter of a grid, all adapters of the grid name it: they share a row.
+    """
+    values = {}  # what is compared -> the different values that were found
+    for result in results:
+        for flag, value in result.flags.items():
+            found = values.setdefault(comparison(result, flag), [])
+            if value not in found:
+                found.append(value)
+
+    named_flags = {}  # folder of a run -> the flags that its results name
+    for result in results:
+        named = named_flags.setdefault(result.run_folder, set())
+        for flag in result.flags:
+            if len(values[comparison(result, flag)]) > 1:
+                named.add(flag)
+
+    for result in results:
+        parts = [result.method]
+        for flag, value in result.flags.items():
+            if flag in named_flags[result.run_folder] and value is not None:
+                parts.append(f"{flag} {value}")
+        result.label = ", ".join(parts)
+
+
+def comparison(result, flag):
+    """Return a key that is the same for all results whose values of a flag are compared."""
+    if flag in BUDGET_FLAGS:
+        return (flag,)
+    if flag == "shots":
+        return (flag, result.method, result.task)
+    return (flag, result.method)
+
+
+def tell_data_apart(results):
+    """Add its digest to the name of a task if results report on different data of this name."""
+    digests = {}
+    for result in results:
+        digests.setdefault(result.task, set()).add(result.data_digest)
+    for result in results:
+        if len(digests[result.task]) > 1:
+            result.task += f" [{result.data_digest}]"

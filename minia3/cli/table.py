@@ -1,14 +1,25 @@
-"""To be written."""
+"""The paper's table: a row per model and method, a column per task, and what each row costs.
+
+A cell is the median over seeds and prompts, with the interquartile range in brackets.
+"""
 
 import csv
 import io
+import math
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minia3.cli.results import read_results
+from minia3.cli.terminal import show
 
-PAPER = (
+TITLE = "Make the paper's table of runs"
+EXAMPLE = "python -m minia3 table runs"
+
+# The tasks of the paper come first, in the order of its tables.
+PAPER_TASKS = (
     "copa",
     "hellaswag",
     "storycloze",
@@ -21,69 +32,186 @@ PAPER = (
     "anli-r2",
     "anli-r3",
 )
-COSTS = {
-    "runs": "{}",
-    "trainable": "{:,}",
-    "FLOPs/example": "{:.1e}",
-    "FLOPs to train": "{:.1e}",
-    "MB": "{:,.3f}",
-}
+UNKNOWN = math.nan
+
+
+@dataclass
+class Cell:
+    """The accuracies of a row on one task, in per cent."""
+
+    median: float = UNKNOWN  # over seeds and prompts
+    iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
+
+
+@dataclass
+class Row:
+    """The results that differ in nothing but task, seed and prompt."""
+
+    model: str
+    method: str  # and the flags that distinguish it from other rows
+    cells: dict  # task -> Cell; every row has all tasks of the table
+    average: float  # over all tasks; unknown if a task is missing
+    n_runs: int  # adapters
+    n_trainable: int  # parameters of an adapter
+    flops_per_example: float
+    flops_to_train: float
+    megabytes: float  # of an adapter's files
+
+
+def add_arguments(parser):
+    parser.add_argument(
+        "runs", nargs="+", help="folders of runs, or folders that contain folders of runs"
+    )
+    parser.add_argument(
+        "--csv", action="store_true", help="print comma-separated values, with all digits"
+    )
+
+
+def run(args):
+    rows, note = table_rows(args.runs)
+    if args.csv:
+        show(format_csv(rows), end="")
+        if note:
+            warnings.warn(note, stacklevel=1)  # on standard error, because a program reads the rest
+    else:
+        show(format_markdown(rows), end="")
+        if note:
+            show(f"\n{note}")
+
+
+# Rows
 
 
 def table_rows(folders):
-    """-> the table's rows, dicts from column to text or number (nan: there is none), and `read`'s note."""
-    (runs, note), groups, table = read_results(folders), {}, []
-    for run in runs:
-        groups.setdefault(
-            (run["model"], run["trainable"], len(run["label"]), run["label"]), []
-        ).append(run)
-    place = {task: i for i, task in enumerate(PAPER)}
-    tasks = sorted(
-        {run["task"] for run in runs},
-        key=lambda x: (place.get(x.partition(" (")[0], len(place)), x),
+    """Return the rows of the table, and the note of `read_results` on what is left out.
+
+    Rows are sorted by model and trainable parameters, and then from the shortest label on.
+    """
+    results, note = read_results(folders)
+    tasks = sorted({result.task for result in results}, key=task_order)
+    groups = {}
+    for result in results:
+        key = (result.model, result.n_trainable, len(result.label), result.label)
+        groups.setdefault(key, []).append(result)
+    return [make_row(group, tasks) for _, group in sorted(groups.items())], note
+
+
+def task_order(column):
+    """Return a sort key: the paper's tasks in its order, and then the others by name."""
+    task = column.partition(" (")[0]
+    place = len(PAPER_TASKS)
+    if task in PAPER_TASKS:
+        place = PAPER_TASKS.index(task)
+    return place, column
+
+
+def make_row(results, tasks):
+    cells = {}
+    for task in tasks:
+        cells[task] = make_cell([result for result in results if result.task == task])
+    return Row(
+        model=results[0].model,
+        method=results[0].label,
+        cells=cells,
+        average=float(np.mean([cell.median for cell in cells.values()])),
+        n_runs=len({result.adapter_folder for result in results}),
+        n_trainable=results[0].n_trainable,
+        flops_per_example=float(np.median([result.flops_per_example for result in results])),
+        flops_to_train=float(np.median([result.flops_to_train for result in results])),
+        megabytes=float(np.median([result.n_bytes / 1e6 for result in results])),
     )
-    for (model, trainable, _, label), group in sorted(groups.items()):
-        row = {"model": model, "method": label}
-        for task in tasks:
-            values = [x for run in group if run["task"] == task for x in run["accuracies"]] or [
-                np.nan
-            ]
-            low, row[task], high = np.percentile(values, (25, 50, 75))
-            row[f"{task} IQR"] = high - low if len(values) > 1 else np.nan
-        n = len({run["adapter"] for run in group})
-        costs = (
-            n,
-            trainable,
-            *np.median([[*run["flops"], run["bytes"] / 1e6] for run in group], axis=0),
-        )
-        row["average"] = np.mean([row[task] for task in tasks])
-        table.append(row | dict(zip(COSTS, costs, strict=True)))
-    return table, note
+
+
+def make_cell(results):
+    if not results:
+        return Cell()
+    accuracies = np.concatenate([result.accuracies for result in results])
+    low, median, high = np.percentile(accuracies, (25, 50, 75))
+    iqr = UNKNOWN
+    if len(accuracies) > 1:
+        iqr = float(high - low)
+    return Cell(float(median), iqr)
+
+
+# Text
+
+
+def format_csv(rows):
+    """Return the rows as CSV with all digits. A value that is unknown is an empty text."""
+    header = ["model", "method"]
+    for task in rows[0].cells:
+        header += [task, f"{task} IQR"]
+    header += ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
+
+    lines = [header]
+    for row in rows:
+        line = [row.model, row.method]
+        for cell in row.cells.values():
+            line += [cell.median, cell.iqr]
+        line += [row.average, row.n_runs, row.n_trainable]
+        line += [row.flops_per_example, row.flops_to_train, row.megabytes]
+        lines.append(["" if is_unknown(value) else value for value in line])
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def format_markdown(rows):
+    """Return the rows as a Markdown table whose columns are aligned."""
+    names = short_names(row.model for row in rows)
+    columns = [
+        format_column("model", [names[row.model] for row in rows], "<"),
+        format_column("method", [row.method for row in rows], "<"),
+    ]
+    for task in rows[0].cells:
+        columns.append(format_column(task, [format_cell(row.cells[task]) for row in rows]))
+    columns += [
+        format_column("average", [format_number(row.average, ".1f") for row in rows]),
+        format_column("runs", [format_number(row.n_runs, "d") for row in rows]),
+        format_column("trainable", [format_number(row.n_trainable, ",d") for row in rows]),
+        format_column(
+            "FLOPs/example", [format_number(row.flops_per_example, ".1e") for row in rows]
+        ),
+        format_column("FLOPs to train", [format_number(row.flops_to_train, ".1e") for row in rows]),
+        format_column("MB", [format_number(row.megabytes, ",.3f") for row in rows]),
+    ]
+    lines = [f"| {' | '.join(texts)} |\n" for texts in zip(*columns, strict=True)]
+    return "".join(lines)
+
+
+def format_column(name, texts, side=">"):
+    """Return the lines of a column, all equally wide: its name, Markdown's ruler, its texts."""
+    width = max(map(len, [name, *texts]))
+    ruler = "-" * width
+    if side == ">":
+        ruler = "-" * (width - 1) + ":"
+    return [f"{name:{side}{width}}", ruler, *(f"{text:{side}{width}}" for text in texts)]
+
+
+def format_cell(cell):
+    text = format_number(cell.median, ".1f")
+    if not is_unknown(cell.iqr):
+        text += f" ({cell.iqr:.1f})"
+    return text
+
+
+def format_number(value, form):
+    if is_unknown(value):
+        return "-"
+    return format(value, form)
+
+
+def is_unknown(value):
+    return isinstance(value, float) and math.isnan(value)
 
 
 def short_names(models):
-    """Model -> the last part of its path, which is wider than figures are; where two would be alike the whole."""
+    """Return a dict from each model to a short name: the last part of its path.
+
+    The whole paths stay if two models would have the same short name.
+    """
     names = {model: Path(model).name for model in models}
-    return names if len({*names.values()}) == len(names) else dict(zip(names, names, strict=True))
-
-
-def table_text(rows, as_csv=False):
-    """The rows as a Markdown table that is aligned, or as CSV with all digits."""
-    if as_csv:
-        file, cells = io.StringIO(), [["" if x != x else x for x in row.values()] for row in rows]
-        csv.writer(file, lineterminator="\n").writerows([rows[0], *cells])
-        return file.getvalue()
-    names, columns = short_names(row["model"] for row in rows), []
-    rows = [row | {"model": names[row["model"]]} for row in rows]
-    for name in (x for x in rows[0] if not x.endswith(" IQR")):
-        form, cells = COSTS.get(name, "{:.1f}") + " ({:.1f})", [name]
-        for x, iqr in [(row[name], row.get(f"{name} IQR", np.nan)) for row in rows]:
-            cells.append(
-                x
-                if isinstance(x, str)
-                else form.format(x, iqr).replace(" (nan)", "").replace("nan", "-")
-            )
-        width, side = max(map(len, cells)), "<" if name in ("model", "method") else ">"
-        cells.insert(1, ("-" if side == "<" else ":").rjust(width, "-"))
-        columns.append([f"{x:{side}{width}}" for x in cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in zip(*columns, strict=True))
+    if len(set(names.values())) < len(names):
+        return {model: model for model in names}
+    return names

@@ -1,0 +1,7 @@
+"""What a model is used for once it is loaded: scoring given texts, and writing new ones.
+
+`scoring` comes first, because training needs it too: how likely a model finds a target. `decoding`
+and `beam_search` write. `evaluation` and `metrics` say how good the answers are, and `prediction`
+answers the rows of a file. This folder imports `model`, `files` and `tasks`; it works for both
+architectures, and never asks which one it has.
+"""

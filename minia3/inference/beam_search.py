@@ -1,54 +1,137 @@
-"""To be written."""
+"""Beam search: keep the few likeliest texts at each step, rather than the likeliest token.
 
+As transformers' generate(num_beams=n, early_stopping=False), whose texts and order it equals.
+
+Shapes: B batch (of beams), S sources, W ways to continue a source (its beams times the vocabulary),
+V vocabulary.
+"""
+
+from dataclasses import dataclass
 from math import inf
 
 import torch
 
 
-@torch.no_grad()
-def beam_search(model, state, beams, max_new_tokens, length_penalty=1.0):
-    """For each row of `state` its `beams` best texts, best first: lists of ids without the end token.
+@dataclass
+class Hypothesis:
+    """A text, as its last token and the text before it, which several texts may share."""
 
-    A text's score is the sum of log p / length ** length_penalty, the end token counted. As transformers'
-    `generate(num_beams=beams, early_stopping=False)`: of all ways to go on by one token, the `beams` likeliest may end,
-    and the `beams` likeliest that do not end go on. A row is done when `beams` have ended, none of them with a lower
-    score than the best of those that go on has so far.
+    total: float  # the sum of its tokens' log-probabilities
+    row: int = 0  # the row of the state that has read its tokens but the last
+    token: int | None = None  # None: the empty text, with which the search begins
+    parent: "Hypothesis | None" = None
+
+    def ids(self):
+        tokens = []
+        hypothesis = self
+        while hypothesis.parent is not None:
+            tokens.append(hypothesis.token)
+            hypothesis = hypothesis.parent
+        return tokens[::-1]
+
+
+class Search:
+    """The search from one source: the texts that have ended, and those that are being continued."""
+
+    def __init__(self, n_beams, end_ids, length_penalty):
+        self.n_beams = n_beams
+        self.end_ids = end_ids
+        self.length_penalty = length_penalty
+        self.ended = []  # (score, Hypothesis), best first
+        # All beams begin with the same empty text, so only the first one counts in the first step.
+        self.live = [Hypothesis(0.0)]
+        self.live += [Hypothesis(-inf)] * (n_beams - 1)
+
+    def advance(self, candidates, length, is_last):
+        """Sort the likeliest texts of this length, best first, into `ended` and `live`.
+
+        Only the best n_beams of them may end, and the best n_beams that do not end are continued.
+        The search is over (`live` is empty) if n_beams texts have ended, none of them with a lower
+        score than the best of the others has so far.
+        """
+        divisor = length**self.length_penalty
+        for candidate in candidates[: self.n_beams]:
+            if is_last or candidate.token in self.end_ids:
+                self.ended.append((candidate.total / divisor, candidate))
+        self.ended.sort(key=lambda pair: -pair[0])
+        del self.ended[self.n_beams :]
+
+        self.live = []
+        going = [candidate for candidate in candidates if candidate.token not in self.end_ids]
+        if is_last or not going:
+            return
+        is_full = len(self.ended) == self.n_beams
+        if not is_full or going[0].total / divisor > self.ended[-1][0]:
+            self.live = going[: self.n_beams]
+
+    def texts(self):
+        """Return the ids of the texts that have ended, best first, without the end token."""
+        texts = []
+        for _, hypothesis in self.ended:
+            ids = hypothesis.ids()
+            if ids[-1] in self.end_ids:
+                ids.pop()
+            texts.append(ids)
+        return texts
+
+
+@torch.no_grad()
+def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0):
+    """Return the `n_beams` best texts for each row of `state`, best first: lists of ids.
+
+    The score of a text is the sum of its log-probabilities, divided by length ** length_penalty,
+    and its end token counts. The lists do not hold the end token. `state` stays as it is.
     """
-    ends, rows, ended = model.config.eos_ids, range(len(state.start)), [[] for _ in state.start]
-    state, written = state.repeat(beams), [[]] * len(rows) * beams
-    tokens_B1, device = state.start, state.start.device
-    sum_B1 = torch.tensor(
-        [[0.0], *[[-inf]] * (beams - 1)] * len(rows), device=device
-    )  # at first all are the same
+    end_ids = model.config.eos_ids
+    searches = [Search(n_beams, end_ids, length_penalty) for _ in state.start]
+    active = searches
+    state = state.repeat(n_beams)
+    tokens_B1 = state.start
     for length in range(1, max_new_tokens + 1):
         logp_BV = model.step(tokens_B1, state)[:, -1].float().log_softmax(dim=-1)
-        n_vocab, penalty, last, kept, going = (
-            logp_BV.shape[1],
-            length**length_penalty,
-            length == max_new_tokens,
-            [],
-            [],
-        )
-        best = (sum_B1 + logp_BV).view(len(rows), -1).topk(min(1 + len(ends), n_vocab) * beams)
-        for n, (row, sums, ways) in enumerate(
-            zip(rows, best.values.tolist(), best.indices.tolist(), strict=True)
-        ):
-            ways = [
-                (total, n * beams + i // n_vocab, i % n_vocab)
-                for total, i in zip(sums, ways, strict=True)
-            ]
-            end = [way for way in ways[:beams] if last or way[2] in ends]
-            ended[row] += [(total / penalty, [*written[beam], token]) for total, beam, token in end]
-            ended[row] = sorted(ended[row], key=lambda text: -text[0])[:beams]
-            ways = [way for way in ways if not last and way[2] not in ends][:beams]
-            if ways and (len(ended[row]) < beams or ways[0][0] / penalty > ended[row][-1][0]):
-                kept.append(row)
-                going += ways
-        if not going:
+        # Each beam has at most len(end_ids) ways to end, so n_beams of these ways do not end.
+        n_best = n_beams * min(1 + len(end_ids), logp_BV.shape[1])
+        for search, candidates in zip(active, best_ways(logp_BV, active, n_best), strict=True):
+            search.advance(candidates, length, is_last=length == max_new_tokens)
+
+        active = [search for search in active if search.live]
+        if not active:
             break
-        rows, written = kept, [[*written[beam], token] for _, beam, token in going]
-        sum_B1, order_B1, tokens_B1 = (
-            torch.tensor(x, device=device)[:, None] for x in zip(*going, strict=True)
-        )
-        state = state.select(order_B1[:, 0])
-    return [[[token for token in ids if token not in ends] for _, ids in texts] for texts in ended]
+        live = live_hypotheses(active)
+        device = tokens_B1.device
+        state = state.select(torch.tensor([hypothesis.row for hypothesis in live], device=device))
+        tokens_B1 = torch.tensor([[hypothesis.token] for hypothesis in live], device=device)
+    return [search.texts() for search in searches]
+
+
+def best_ways(logp_BV, searches, n_best):
+    """Return, for each search, the `n_best` likeliest ways to continue by one token, best first.
+
+    logp_BV: the log-probabilities of the next token, for the live hypotheses of all searches.
+    """
+    totals = [[hypothesis.total] for hypothesis in live_hypotheses(searches)]
+    total_BV = torch.tensor(totals, device=logp_BV.device) + logp_BV
+    total_SW = total_BV.view(len(searches), -1)
+    best = total_SW.topk(n_best)
+
+    n_vocab = logp_BV.shape[1]
+    ways_of_searches = []
+    first_row = 0
+    for search, totals_of_search, indices in zip(
+        searches, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        ways = []
+        for total, index in zip(totals_of_search, indices, strict=True):
+            beam, token = divmod(index, n_vocab)
+            ways.append(Hypothesis(total, first_row + beam, token, search.live[beam]))
+        ways_of_searches.append(ways)
+        first_row += len(search.live)
+    return ways_of_searches
+
+
+def live_hypotheses(searches):
+    """Return the live hypotheses of all searches, in the order of the state's rows."""
+    hypotheses = []
+    for search in searches:
+        hypotheses += search.live
+    return hypotheses

@@ -1,7 +1,19 @@
-"""To be written."""
+"""Decoding: a model continues prompts, token by token.
+
+    generate         whole texts, for many prompts
+    stream           the text for one prompt, in pieces, as they come
+    decode_tokens    the loop itself: token ids
+    draw_tokens      how a random token is chosen
+    Text             how ids become pieces of text
+
+Both public functions run the same generator of pieces. Rows that have ended leave the batch.
+
+Shapes: B batch (of rows that are still being written), M source length, R rows that stay in the
+batch, V vocabulary.
+"""
 
 import secrets
-from itertools import chain
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -11,208 +23,364 @@ from minia3.inference.beam_search import beam_search
 from minia3.inference.scoring import batches_by_length
 from minia3.tasks.batches import pad
 
-
-def generate(model, tokenizer, prompts, *, adapter=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
-             beams=1, length_penalty=1.0, samples=1, stop=(), seed=None, batch_size=16):  # fmt: skip
-    """N * samples texts that go on from N prompts: all samples of the first, then of the second.
-
-    prompts: N texts or lists of ids. adapter: None, an int, or (N,) long. A text ends before an end token, before the
-    first of `stop` (a text or several), or after `max_new_tokens`. temperature, top_k, top_p: see `draw`; 0 takes the
-    likeliest token. beams, length_penalty: more than one are a `beam_search`, and the samples are its best.
-    seed: what is drawn depends on it (None: a new one), on the prompt's index and the sample's, and not on the rest of
-    the batch, of `batch_size` rows (or one prompt's samples or beams, where these are more).
-    Raises ValueError for a value out of its range, and for a prompt with no tokens or with ids that are none.
-    """
-    how, search = (temperature, top_k, top_p), (beams, length_penalty)
-    texts = [""] * (len(prompts) * samples)
-    pieces = generate_pieces(
-        model,
-        tokenizer,
-        prompts,
-        adapter,
-        max_new_tokens,
-        how,
-        stop,
-        seed,
-        search,
-        samples,
-        batch_size,
-    )
-    for n, piece in pieces:
-        texts[n] += piece
-    return texts
+SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
 
 
-def stream(model, tokenizer, prompt, *, adapter=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
-           stop=(), seed=None):  # fmt: skip
-    """An iterator of the pieces of the text that goes on from one prompt, as they come; joined, they are `generate`'s.
+@dataclass(frozen=True)
+class Options:
+    """How texts are written. `generate` explains each option."""
 
-    What may be the beginning of a stop text waits, as do the parts of a character that is split over tokens.
-    """
-    pieces = generate_pieces(
-        model, tokenizer, [prompt], adapter, max_new_tokens, (temperature, top_k, top_p), stop, seed
-    )
-    return (piece for _, piece in pieces if piece)
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    samples: int = 1
+    stop: str | tuple = ()
+    seed: int | None = None
+    batch_size: int = 16
+
+    @property
+    def stops(self):
+        """A tuple of the stop texts, of which the user may give just one."""
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop)
+
+    def check(self):
+        """Raise ValueError if an option is out of its range, or does not go with another."""
+        for name in ("max_new_tokens", "beams", "samples", "batch_size"):
+            value = getattr(self, name)
+            expect(value >= 1, name, value, "1 or more")
+        expect("" not in self.stops, "stop", self.stop, "texts that are not empty")
+        self.check_drawing()
+        self.check_search()
+
+    def check_drawing(self):
+        is_finite = 0 <= self.temperature < inf
+        expect(is_finite, "temperature", self.temperature, "0 or more, and finite")
+        expect(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        expect(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, and at most 1")
+        if self.seed is not None:
+            # NumPy seeds its streams with numbers of 32 bits. A bool is an int, but no seed.
+            is_seed = type(self.seed) is int and 0 <= self.seed < 2**32
+            expect(is_seed, "seed", self.seed, "an integer from 0 to 2**32 - 1")
+
+    def check_search(self):
+        is_moderate = abs(self.length_penalty) <= 10  # length ** penalty must not overflow
+        expect(is_moderate, "length_penalty", self.length_penalty, "-10 to 10")
+        if self.beams > 1 and self.temperature > 0:
+            found = f"beams is {self.beams} at temperature {self.temperature}"
+            raise ValueError(f"{found}, expected temperature 0: a beam search draws nothing")
+        if self.samples > self.beams and self.temperature == 0:
+            reason = "without one, all samples would be the same"
+            raise ValueError(
+                f"samples is {self.samples}, expected a temperature, or as many beams: {reason}"
+            )
 
 
-def generate_pieces(
+def expect(is_right, name, value, expected):
+    """Raise ValueError unless `is_right`."""
+    if not is_right:
+        raise ValueError(f"{name} is {value!r:.40}, expected {expected}")
+
+
+def generate(  # noqa: PLR0913 (the contract)
     model,
     tokenizer,
     prompts,
-    adapter,
-    n_tokens,
-    how,
-    stop,
-    seed,
-    search=(1, 1.0),
+    *,
+    adapter=None,
+    max_new_tokens=64,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    beams=1,
+    length_penalty=1.0,
     samples=1,
-    batch_size=1,
+    stop=(),
+    seed=None,
+    batch_size=16,
 ):
-    """An iterator of (index of a text, a piece of it)."""
-    (temperature, top_k, top_p), (beams, length_penalty) = how, search
-    counts = (n_tokens, beams, samples, batch_size)
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    no_list = isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts)
-    for wrong, found, expected in (
-        (no_list, f"prompts {prompts!r:.40}", "a list of texts, or of lists of ids"),
-        (min(counts) < 1, f"max_new_tokens, beams, samples, batch_size {counts}", "1 or more"),
-        (
-            not 0 <= temperature < inf or top_k < 0,
-            f"temperature, top_k {temperature, top_k}",
-            "0 or more, and finite",
-        ),
-        (not 0 < top_p <= 1, f"top_p {top_p}", "above 0, and at most 1"),
-        (not abs(length_penalty) <= 10, f"length_penalty {length_penalty}", "-10 to 10"),
-        (
-            seed is not None and (type(seed) is not int or not 0 <= seed < 2**32),
-            f"seed {seed!r}",
-            "0 to 2**32 - 1",
-        ),
-        ("" in stops, f"stop {stop!r:.40}", "texts that are not empty"),
-        (
-            beams > 1 and temperature,
-            f"beams {beams} at temperature {temperature}",
-            "temperature 0: none are drawn",
-        ),
-        (
-            samples > beams and not temperature,
-            f"samples {samples}",
-            "a temperature, or as many beams",
-        ),
-    ):
-        if wrong:
-            raise ValueError(f"{found}: expected {expected}")
-    n_ids, device = model.embed.num_embeddings, model.embed.weight.device
-    sources = [
-        tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts
-    ]
-    if bad := [
-        i
-        for i, source in enumerate(sources)
-        if not source or min(source) < 0 or max(source) >= n_ids
-    ]:
-        raise ValueError(f"prompts {bad} have no tokens, or ids that are not 0 to {n_ids - 1}")
-    seed = secrets.randbits(32) if seed is None else seed
+    """Return `samples` texts for each of N prompts: all texts of the first prompt, then the second.
 
-    def run():
-        for read, own in batches_by_length(
-            list(map(len, sources)), adapter, max(1, batch_size // max(beams, samples))
-        ):
-            source_BM, mask_BM = pad([sources[i] for i in read])
-            with torch.no_grad():
-                state = model.start(source_BM.to(device), None if mask_BM.all() else mask_BM, own)
-            done, which = set(), [i * samples + sample for i in read for sample in range(samples)]
-            if beams > 1:
-                best = beam_search(model, state, beams, n_tokens, length_penalty)
-                best = enumerate(ids for texts in best for ids in texts[:samples])
-                written = ((row, token) for row, ids in best for token in ids)
-            else:
-                streams = [np.random.RandomState([seed, *divmod(n, samples)]) for n in which]
-                written = decode_tokens(model, state.repeat(samples), n_tokens, done, streams, *how)
-            texts = [Text(tokenizer.decode, stops) for _ in which]
-            for row, token in chain(written, enumerate([None] * len(which))):
-                yield which[row], texts[row].add(token)
-                if texts[row].done:
-                    done.add(row)
+    prompts: texts, or lists of ids. adapter: None (row 0), an int, or (N,) long. A text ends before
+    an end token of the model, before the first of the `stop` texts (one or several), or after
+    `max_new_tokens`.
 
-    return run()
+    temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
+    `draw_tokens`, also for top_k and top_p. What is drawn depends on `seed` (None: a new one), on
+    the index of the prompt and on that of the sample, but not on the batch.
+
+    beams: more than 1 are a beam search, whose best texts are the samples; see `beam_search`, also
+    for length_penalty.
+
+    batch_size: rows per step. The samples or beams of one prompt always stay together, so a batch
+    has more rows if there are more of these.
+
+    Raise ValueError if an option is out of its range, and if a prompt has no tokens or an id that
+    the model does not know.
+    """
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        beams=beams,
+        length_penalty=length_penalty,
+        samples=samples,
+        stop=stop,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    texts = [""] * (len(prompts) * samples)
+    for i, piece in generate_pieces(model, tokenizer, prompts, adapter, options):
+        texts[i] += piece
+    return texts
 
 
-class Text:
-    """One row's text in pieces that are final: parts of a character, or of a stop text, wait for what follows."""
+def stream(  # noqa: PLR0913 (the contract)
+    model,
+    tokenizer,
+    prompt,
+    *,
+    adapter=None,
+    max_new_tokens=64,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    stop=(),
+    seed=None,
+):
+    """Return an iterator of the pieces of the text for one prompt, as they come.
 
-    def __init__(self, decode, stops):
-        self.decode, self.stops, self.ids, self.length, self.done = decode, stops, [], 0, False
+    Joined, they are the text that `generate` returns; arguments and errors are the same. A piece is
+    final: the beginning of what may be a stop text waits, and so do the parts of a character that
+    is split over several tokens.
+    """
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        seed=seed,
+    )
+    pieces = generate_pieces(model, tokenizer, [prompt], adapter, options)
+    return (piece for _, piece in pieces if piece)
 
-    def add(self, token):
-        """The piece that `token` makes final, often an empty one; None: nothing follows."""
-        self.ids += [] if token is None else [token]
-        text = self.decode(
-            self.ids
-        )  # all of it: what a token is depends on those before, and a step takes far longer
-        if self.done or (token is not None and text.endswith("\ufffd")):
-            return ""
-        for at in range(self.length, len(text) + 1):
-            self.done = text.startswith(self.stops, at)
-            if self.done or (
-                token is not None and any(stop.startswith(text[at:]) for stop in self.stops)
-            ):
-                break
-        piece, self.length = text[self.length : at], at
-        return piece
+
+def generate_pieces(model, tokenizer, prompts, adapter, options):
+    """Check everything now, and return an iterator of (index of a text, a piece of it).
+
+    The pieces of a text come in order; those of different texts take turns.
+    """
+    options.check()
+    sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings)
+    return write_in_batches(model, tokenizer, sources, adapter, options)
+
+
+def encode_prompts(prompts, tokenizer, n_ids):
+    """Return the ids of each prompt, which is a text or ids already.
+
+    Raise ValueError if a prompt has no tokens, or an id that is not one of the model's.
+    """
+    is_one_prompt = isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts)
+    expect(not is_one_prompt, "prompts", prompts, "a list of texts, or of lists of ids")
+    sources = []
+    wrong = []
+    for i, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids or min(ids) < 0 or max(ids) >= n_ids:
+            wrong.append(i)
+        sources.append(ids)
+    if wrong:
+        raise ValueError(f"prompts {wrong} have no tokens, or ids that are not 0 to {n_ids - 1}")
+    return sources
+
+
+def write_in_batches(model, tokenizer, sources, adapter, options):
+    """Yield (index of a text, a piece of it), one batch of sources after the other."""
+    device = model.embed.weight.device
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    n_sources = max(1, options.batch_size // max(options.beams, options.samples))
+    lengths = [len(source) for source in sources]
+    for batch, adapters in batches_by_length(lengths, adapter, n_sources):
+        source_BM, mask_BM = pad([sources[i] for i in batch])
+        if mask_BM.all():
+            mask_BM = None
+        with torch.no_grad():
+            state = model.start(source_BM.to(device), mask_BM, adapters)
+
+        # Row r of the batch writes the text number numbers[r] of all.
+        numbers = []
+        for i in batch:
+            numbers += range(i * options.samples, (i + 1) * options.samples)
+        texts = [Text(tokenizer.decode, options.stops) for _ in numbers]
+        ended = set()
+        for row, token in write_tokens(model, state, numbers, seed, ended, options):
+            yield numbers[row], texts[row].add(token)
+            if texts[row].is_stopped:
+                ended.add(row)
+        for number, text in zip(numbers, texts, strict=True):
+            yield number, text.finish()
+
+
+def write_tokens(model, state, numbers, seed, ended, options):
+    """Return an iterator of (row, token) for a batch, by one of the three ways to write.
+
+    state: of the batch's sources, each of which has options.samples rows. numbers: of their texts.
+    ended: the set of rows that are not continued.
+    """
+    if options.beams > 1:
+        return search_tokens(model, state, options)
+    sampler = None
+    if options.temperature > 0:
+        # The streams are NumPy's, because it keeps them the same from version to version.
+        streams = []
+        for number in numbers:
+            prompt, sample = divmod(number, options.samples)
+            streams.append(np.random.RandomState([seed, prompt, sample]))
+        sampler = Sampler(streams, options)
+    rows = state.repeat(options.samples)
+    return decode_tokens(model, rows, options.max_new_tokens, ended, sampler)
+
+
+def search_tokens(model, state, options):
+    """Yield (row, token) of the best texts of a beam search, one text after the other."""
+    searched = beam_search(
+        model, state, options.beams, options.max_new_tokens, options.length_penalty
+    )
+    row = 0
+    for texts in searched:
+        for ids in texts[: options.samples]:
+            for token in ids:
+                yield row, token
+            row += 1
 
 
 @torch.no_grad()
-def decode_tokens(
-    model, state, max_new_tokens, done, streams=None, temperature=0.0, top_k=0, top_p=1.0
-):
-    """Yield (row, token), step by step: the most likely token, or one drawn by a number of the row's stream.
+def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
+    """Yield (row, token) for all rows of `state`, step by step.
 
-    A row that comes to an end token, which is not yielded, is put into the set `done`, as the caller may do with any
-    row: from the next step on it is not in the batch and costs nothing.
+    sampler: a Sampler; None: the likeliest token. A row whose token is an end token, which is not
+    yielded, is put into the set `ended`. The caller may put rows there, too. From the next step on
+    they are not in the batch, and cost nothing.
     """
-    rows, tokens_B1 = list(range(len(state.start))), state.start
+    rows = list(range(len(state.start)))
+    tokens_B1 = state.start
     for _ in range(max_new_tokens):
-        kept = [i for i, row in enumerate(rows) if row not in done]
+        kept = [i for i, row in enumerate(rows) if row not in ended]
         if not kept:
             return
         if len(kept) < len(rows):
-            rows, kept_R = [rows[i] for i in kept], torch.tensor(kept, device=tokens_B1.device)
-            state, tokens_B1 = state.select(kept_R), tokens_B1[kept_R]
+            rows = [rows[i] for i in kept]
+            kept_R = torch.tensor(kept, device=tokens_B1.device)
+            state = state.select(kept_R)
+            tokens_B1 = tokens_B1[kept_R]
+
         logits_BV = model.step(tokens_B1, state)[:, -1].float()
-        if temperature:
-            uniform_B1 = torch.tensor(
-                [[streams[row].random_sample()] for row in rows], dtype=torch.float64
-            )
-            tokens_B1 = draw_tokens(
-                logits_BV, uniform_B1.to(logits_BV.device), temperature, top_k, top_p
-            )
-        else:
+        if sampler is None:
             tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        else:
+            tokens_B1 = sampler.draw(logits_BV, rows)
+
         for row, token in zip(rows, tokens_B1[:, 0].tolist(), strict=True):
             if token in model.config.eos_ids:
-                done.add(row)
+                ended.add(row)
             else:
                 yield row, token
 
 
-def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
-    """(B, 1): the token at which the sum of the probabilities, in the order of ids, passes a number from [0, 1).
+class Sampler:
+    """Draws tokens. Each row has a stream of random numbers, so the other rows do not matter."""
 
-    The probabilities are softmax(logits / temperature) of the `top_k` most likely tokens (0: of all), and of these of
-    the fewest whose sum reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751). In the order of ids, rounding, which
-    differs from batch to batch, moves each bound by little.
+    def __init__(self, streams, options):
+        self.streams = streams
+        self.options = options
+
+    def draw(self, logits_BV, rows):
+        """Return the next tokens (B, 1) of these rows."""
+        uniform = [[self.streams[row].random_sample()] for row in rows]
+        uniform_B1 = torch.tensor(uniform, dtype=torch.float64).to(logits_BV.device)
+        options = self.options
+        return draw_tokens(logits_BV, uniform_B1, options.temperature, options.top_k, options.top_p)
+
+
+def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
+    """Return the tokens (B, 1) that the numbers uniform_B1 (B, 1), each from [0, 1), draw.
+
+    The probabilities are softmax(logits / temperature) of the `top_k` likeliest tokens (0: of all),
+    and of these the fewest whose sum reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751).
+
+    Laid end to end, the probabilities fill the line from 0 to 1, and the token is drawn in whose
+    interval the number lies. They lie in the order of ids, not of size. Logits differ by rounding
+    from batch to batch: in the order of size, two tokens that are almost equally likely would
+    change places, and the number would draw the other. In the order of ids the bounds move by no
+    more than the rounding.
     """
     if 0 < top_k < logits_BV.shape[1]:
-        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], -inf)
-    logits_BV = logits_BV.double() - logits_BV.amax(
-        dim=-1, keepdim=True
-    )  # at most 0: no temperature makes it inf
+        least_B1 = logits_BV.topk(top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -inf)
+    # The largest becomes 0, so that no division by a small temperature gives inf.
+    logits_BV = logits_BV.double() - logits_BV.amax(dim=-1, keepdim=True)
     p_BV = (logits_BV / temperature).softmax(dim=-1)
     if top_p < 1:
-        sorted_BV, order_BV = p_BV.sort(descending=True)
-        p_BV = p_BV.scatter(
-            1, order_BV, sorted_BV.masked_fill(sorted_BV.cumsum(-1) - sorted_BV >= top_p, 0.0)
-        )
-    sum_BV = p_BV.cumsum(dim=-1)
-    return torch.searchsorted(sum_BV, uniform_B1 * sum_BV[:, -1:], right=True)
+        p_BV = keep_top_p(p_BV, top_p)
+    end_BV = p_BV.cumsum(dim=-1)  # where each token's interval ends
+    total_B1 = end_BV[:, -1:]  # 1, but for rounding, or less after keep_top_p
+    return torch.searchsorted(end_BV, uniform_B1 * total_B1, right=True)
+
+
+def keep_top_p(p_BV, top_p):
+    """Set all probabilities to 0 but the largest, as few of these as have a sum of top_p."""
+    sorted_BV, order_BV = p_BV.sort(descending=True)
+    sum_before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    kept_BV = sorted_BV.masked_fill(sum_before_BV >= top_p, 0.0)
+    return p_BV.scatter(1, order_BV, kept_BV)
+
+
+class Text:
+    """The text of one row, given out in pieces that are final.
+
+    Two things wait until it is known what follows: the parts of a character that is split over
+    several tokens, and whatever may be the beginning of a stop text.
+    """
+
+    def __init__(self, decode, stops):
+        self.decode = decode
+        self.stops = stops
+        self.ids = []
+        self.n_given = 0  # characters of the text in the pieces so far
+        self.is_stopped = False  # a stop text was found: nothing follows
+
+    def add(self, token):
+        """Return the piece that becomes final with this token. It is often empty."""
+        if self.is_stopped:
+            return ""
+        self.ids.append(token)
+        # Decode all ids again, because the text of a token depends on those before it. A step of
+        # the model takes far longer.
+        text = self.decode(self.ids)
+        if text.endswith(SPLIT_CHARACTER):
+            return ""
+        return self._give(text, is_whole=False)
+
+    def finish(self):
+        """Return the last piece, after the last token: nothing waits any longer."""
+        if self.is_stopped:
+            return ""
+        return self._give(self.decode(self.ids), is_whole=True)
+
+    def _give(self, text, is_whole):
+        end = self.n_given
+        while end < len(text):
+            self.is_stopped = text.startswith(self.stops, end)
+            may_stop = any(stop.startswith(text[end:]) for stop in self.stops)
+            if self.is_stopped or (may_stop and not is_whole):
+                break
+            end += 1
+        piece = text[self.n_given : end]
+        self.n_given = end
+        return piece

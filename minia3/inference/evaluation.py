@@ -1,4 +1,16 @@
-"""To be written."""
+"""Evaluation: how many rows of a task does a model answer correctly?
+
+The result of an evaluation is a dictionary, because it becomes part of a line of metrics.jsonl:
+
+    accuracy   the value of the metric from 0 to 1, whichever metric it is
+    auc        how well the scores tell two labels apart (`choice_auc`), or None
+    n          rows
+    n_cut      rows whose input was too long and lost words
+    tokens     of a row and its choices, on average
+    n_shots    of a row, on average: only with shots
+
+Shapes: N examples, C choices.
+"""
 
 from bisect import bisect_left
 
@@ -11,79 +23,130 @@ from minia3.tasks.examples import encode_rows
 from minia3.tasks.prompts import in_context, render
 
 
-def most_shots(row, prompts, tokenizer, max_length):
-    """How many shots of `in_context`'s prompts go before the row: the first ones, as many as fit."""
-    return bisect_left(
-        range(1, len(prompts)),
-        True,
-        key=lambda n: len(tokenizer.encode(render(prompts[n], row).input)) > max_length,
-    )
+def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limits of a run)
+    model,
+    tokenizer,
+    rows,
+    prompt,
+    *,
+    metric,
+    shots=(),
+    max_length=512,
+    max_new_tokens=64,
+    adapter=None,
+    batch_size=16,
+):
+    """Return the result (see above) of rows that are asked in the words of one prompt.
 
+    metric "accuracy"     the share of rows whose right choice has the best score, which is the mean
+                          log-probability per token
+    metric "macro_f1"     the F1 of each label by the same choices, averaged
+    metric "exact_match"  the share of rows whose generated text is the target, but for white space
+                          at the ends
 
-def evaluate(model, tokenizer, rows, prompt, *, metric, shots=(), max_length=512, max_new_tokens=64, adapter=None,
-             batch_size=16):  # fmt: skip
-    """Score N rows with one prompt -> {"accuracy", "auc", "n", "n_cut", "tokens"}, the last a row's in the mean.
-
-    shots: rows with their answers, which stand before each row as far as they fit into `max_length` tokens: in-context
-    learning (Brown et al. 2020, arXiv 2005.14165); their number, in the mean, is "n_shots".
-
-    metric "accuracy": the share of rows whose right choice has the highest mean log-probability per token; `auc`, where
-    all rows have two choices and both labels occur, is the chance that a row of label 1 has a larger score difference
-    between its second and its first choice than a row of label 0: it sees knowledge which a biased threshold hides.
-    metric "macro_f1": of the same choices, the F1 of each label, averaged.
-    metric "exact_match": the share of rows whose generated text is the target, white space at the ends aside; no auc.
+    shots: rows that come before each row with their answers, as many as fit into `max_length`
+    tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). Inputs that are too long
+    without any shot lose words from their middle (`fit` in tasks/prompts.py).
     """
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
-    generated, auc, options = (
-        metric == "exact_match",
-        None,
-        {"adapter": adapter, "batch_size": batch_size},
-    )
-    prompts = in_context(prompt, shots[:max_length])  # each has a token or more
+    is_generated = metric == "exact_match"
+
+    # A shot has a token or more, so more than max_length of them never fit.
+    prompts = in_context(prompt, shots[:max_length])
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=generated)
-    if generated:
-        inputs = [example.source for example in examples]
-        stop = ("\n\n",) * bool(shots)  # as the shots' answers end
-        texts = generate(
-            model, tokenizer, inputs, max_new_tokens=max_new_tokens, stop=stop, **options
-        )
-        value = np.mean(
-            [
-                text.strip() == row.choices[0].strip()
-                for text, row in zip(texts, rendered, strict=True)
-            ]
-        )
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=is_generated)
+
+    options = {"adapter": adapter, "batch_size": batch_size}
+    auc = None
+    if is_generated:
+        sources = [example.source for example in examples]
+        options["max_new_tokens"] = max_new_tokens
+        options["stop"] = ("\n\n",) if shots else ()  # as the answers of the shots end
+        value = exact_match(generate(model, tokenizer, sources, **options), rendered)
     else:
-        scores_NC = score_examples(model, examples, **options).double().numpy()
+        scores = score_examples(model, examples, **options)
+        scores_NC = scores.double().numpy()
         label_N = np.array([example.label for example in examples])
-        best_N = scores_NC.argmax(axis=1)
-        value = macro_f1(best_N, label_N) if metric == "macro_f1" else np.mean(best_N == label_N)
-        if scores_NC.shape[1] == 2 and np.isfinite(scores_NC).all() and set(label_N) == {0, 1}:
-            difference_N = scores_NC[:, 1] - scores_NC[:, 0]
-            auc = area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
-    n_tokens = np.mean(
-        [len(example.source) + sum(map(len, example.targets)) for example in examples]
-    )
+        value = choice_metric(metric, scores_NC, label_N)
+        auc = choice_auc(scores_NC, label_N)
+
+    n_tokens = [count_tokens(example) for example in examples]
     result = {
         "accuracy": float(value),
         "auc": auc,
         "n": len(rows),
         "n_cut": n_cut,
-        "tokens": float(n_tokens),
+        "tokens": float(np.mean(n_tokens)),
     }
-    return result | ({"n_shots": float(np.mean(n_shots))} if shots else {})
+    if shots:
+        result["n_shots"] = float(np.mean(n_shots))
+    return result
+
+
+def most_shots(row, prompts, tokenizer, max_length):
+    """Return how many shots fit before the row.
+
+    prompts: of `in_context`, the first without shots, the next with one, and so on.
+    """
+
+    def is_too_long(n):
+        return len(tokenizer.encode(render(prompts[n], row).input)) > max_length
+
+    # The position of the first number (1, 2, ...) that is too long is the number of shots that fit.
+    return bisect_left(range(1, len(prompts)), True, key=is_too_long)
+
+
+def exact_match(texts, rendered):
+    """Return the share of texts that are the row's target, but for white space at the ends."""
+    is_right = []
+    for text, row in zip(texts, rendered, strict=True):
+        is_right.append(text.strip() == row.choices[0].strip())
+    return np.mean(is_right)
+
+
+def choice_metric(metric, scores_NC, label_N):
+    """Return the accuracy or the macro F1 of taking the choice with the best score."""
+    best_N = scores_NC.argmax(axis=1)
+    if metric == "macro_f1":
+        return macro_f1(best_N, label_N)
+    return np.mean(best_N == label_N)
+
+
+def choice_auc(scores_NC, label_N):
+    """Return how well the scores of two choices tell the labels apart, whatever the threshold.
+
+    It is the chance that a row of label 1 has a larger difference between its second and its first
+    score than a row of label 0. A model that prefers one of the choices may have an accuracy of one
+    half and still know the answers; this shows it. Return None unless all rows have two choices and
+    both labels occur.
+    """
+    has_two_choices = scores_NC.shape[1] == 2 and np.isfinite(scores_NC).all()
+    if not has_two_choices or set(label_N) != {0, 1}:
+        return None
+    difference_N = scores_NC[:, 1] - scores_NC[:, 0]
+    return area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
+
+
+def count_tokens(example):
+    """Return how many tokens of an example a model reads or scores."""
+    return len(example.source) + sum(len(target) for target in example.targets)
 
 
 def over_prompts(results):
-    """Of one result of `evaluate` that one; of several, one for each prompt, the medians, and all "accuracies"."""
+    """Return one result for the `results` of several prompts: their medians, and all accuracies.
+
+    The result of a single prompt stays as it is.
+    """
+    first = results[0]
     if len(results) == 1:
-        return results[0]
-    all_of = {key: [result[key] for result in results] for key in results[0]}
-    middle = {
-        key: None if None in values else float(np.median(values)) for key, values in all_of.items()
-    }
-    counts = {"n": results[0]["n"], "n_cut": max(all_of["n_cut"])}
-    return middle | counts | {"accuracies": all_of["accuracy"]}
+        return first
+    combined = {}
+    for key in first:
+        values = [result[key] for result in results]
+        combined[key] = None if None in values else float(np.median(values))
+    combined["n"] = first["n"]
+    combined["n_cut"] = max(result["n_cut"] for result in results)
+    combined["accuracies"] = [result["accuracy"] for result in results]
+    return combined

@@ -1,118 +1,218 @@
-"""To be written."""
+"""Prediction: the answers to the rows of a file, in their order, written to a file.
+
+    read_inputs -> predict -> write_results
+
+Rows are read, answered and written in chunks, so that memory does not grow with the file. If the
+process is stopped, the same command counts the finished lines and continues after them.
+"""
 
 import csv
 import io
 import json
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
+from typing import NamedTuple
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
 from minia3.inference.decoding import generate
 from minia3.inference.scoring import score_examples
-from minia3.tasks.examples import encode_rows
+from minia3.tasks.examples import Example, encode_rows
+from minia3.tasks.prompts import Rendered
 from minia3.tasks.rows import check_row, read_rows
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
-COLUMNS = ("idx", "label", "choice", "scores", "output")  # of a csv
+COLUMNS = (
+    "idx",
+    "label",
+    "choice",
+    "scores",
+    "output",
+)  # of a .csv file, unless --columns is given
+
+
+class Input(NamedTuple):
+    """A row to be answered."""
+
+    row: dict
+    rendered: Rendered  # without choices: the row is to be continued
+    example: Example
 
 
 def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
-    """Yield (row, Rendered, Example) for each row of a .jsonl or .csv file, checked and in the words of `prompt`.
+    """Yield an Input for each row of a .jsonl or .csv file, in the words of `prompt`.
 
-    spec: of the task (see tasks.py). A row that is to be continued has no choices in its Rendered. Its "adapter" is one
-    of `adapters`; where it has none, `default`. Raises ValueError, "path:line: reason", at the first row that is wrong.
+    spec: a TaskSpec. adapters: an Adapters; row["adapter"] becomes one of its names, which is
+    `default` if the row has none. Raise ValueError, "path:line: reason", at the first wrong row.
     """
-    for n, (number, row) in enumerate(read_rows(path, None if spec.labels else "input")):
-        with reading(f"{path}:{number}"):
-            if (
-                isinstance(row, dict) and not spec.labels
-            ):  # own rows: what they should come to does not matter
-                row = row | {"label": None} | ({} if "choices" in row else {"target": "?"})
+    has_own_rows = not spec.labels  # of a user, not of a known task
+    column = "input" if has_own_rows else None
+    for n, (line_number, row) in enumerate(read_rows(path, column)):
+        with reading(f"{path}:{line_number}"):
+            if has_own_rows and isinstance(row, dict):
+                row = without_answer(row)
             row = check_row(row, spec, "test", n)
-            name = row.get("adapter")
-            name = row["adapter"] = (
-                default if name is None or (spec.labels and name == "") else name
+            row["adapter"] = adapter_name(row, spec, adapters, default)
+
+            (rendered,), (example,), _ = encode_rows(
+                [(row, prompt)], tokenizer, max_length, end=False
             )
-            if name is not None and not (isinstance(name, str) and name in adapters):
-                raise ValueError(
-                    f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}"
-                )
-            (text,), (example,), _ = encode_rows([(row, prompt)], tokenizer, max_length, end=False)
-            text = text if prompt.choices or "choices" in row else text._replace(choices=[])
-            if not example.source or (text.choices and not all(example.targets)):
-                raise ValueError(
-                    f"no tokens in the input or in a choice: {text.input!r:.40}, {text.choices!r:.80}"
-                )
-        yield row, text, example
+            if not prompt.choices and "choices" not in row:
+                rendered = rendered._replace(choices=[])
+            check_tokens(rendered, example)
+        yield Input(row, rendered, example)
 
 
-def predict(model, tokenizer, rows, adapters, *, batch_size=16, max_new_tokens=64):
-    """Yield (row, result) in order: {"idx", "label", "choice", "scores"}, or without choices {"idx", "output"}.
+def without_answer(row):
+    """Return a user's row without its label, so that a wrong one does not matter.
 
-    rows: of `read`. scores: the mean log-probability per token of each choice. adapters: see adapters.Adapters.
+    A row without choices gets some target, because `check_row` expects the one or the other.
     """
-    while chunk := list(islice(rows, CHUNK)):
-        for scored, part in groupby(chunk, lambda one: bool(one[1].choices)):
-            some, texts, examples = zip(*part, strict=True)
-            options = {
-                "adapter": adapters.rows([row["adapter"] for row in some]),
-                "batch_size": batch_size,
-            }
-            if scored:
-                answers = score_examples(model, examples, **options).tolist()
-                for row, text, scores in zip(some, texts, answers, strict=True):
-                    scores = scores[: len(text.choices)]  # -inf where another row has more
-                    label = scores.index(max(scores))
-                    yield (
-                        row,
-                        {
-                            "idx": row["idx"],
-                            "label": label,
-                            "choice": text.choices[label],
-                            "scores": scores,
-                        },
-                    )
+    row = {**row, "label": None}
+    if "choices" not in row:
+        row["target"] = "?"
+    return row
+
+
+def adapter_name(row, spec, adapters, default):
+    """Return the name of a row's adapter, or `default`. Raise ValueError if it is not known."""
+    name = row.get("adapter")
+    # In the .csv file of a known task an empty cell is an empty text; in a user's it is left out.
+    is_empty_cell = bool(spec.labels) and name == ""
+    if name is None or is_empty_cell:
+        name = default
+    is_known = isinstance(name, str) and name in adapters
+    if name is not None and not is_known:
+        raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}")
+    return name
+
+
+def check_tokens(rendered, example):
+    """Raise ValueError if there is nothing to read or score, because a text has no tokens."""
+    has_empty_choice = bool(rendered.choices) and not all(example.targets)
+    if not example.source or has_empty_choice:
+        found = f"{rendered.input!r:.40}, {rendered.choices!r:.80}"
+        raise ValueError(f"no tokens in the input or in a choice: {found}")
+
+
+def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens=64):
+    """Yield (row, result) for each Input, in order.
+
+    The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
+    log-probability per token of each choice); that of a row without choices has "idx" and "output",
+    the text that continues it. adapters: an Adapters.
+    """
+
+    def has_choices(row_input):
+        return bool(row_input.rendered.choices)
+
+    inputs = iter(inputs)
+    while chunk := list(islice(inputs, CHUNK)):
+        # Rows of both kinds may take turns in a file; each run of one kind is answered at once.
+        for is_scored, run in groupby(chunk, has_choices):
+            run = list(run)
+            names = [row_input.row["adapter"] for row_input in run]
+            options = {"adapter": adapters.rows(names), "batch_size": batch_size}
+            if is_scored:
+                results = scored_results(model, run, options)
             else:
-                sources = [example.source for example in examples]
-                answers = generate(
-                    model, tokenizer, sources, max_new_tokens=max_new_tokens, **options
-                )
-                for row, answer in zip(some, answers, strict=True):
-                    yield row, {"idx": row["idx"], "output": answer}
+                options["max_new_tokens"] = max_new_tokens
+                results = written_results(model, tokenizer, run, options)
+            for row_input, result in zip(run, results, strict=True):
+                yield row_input.row, result
+
+
+def scored_results(model, inputs, options):
+    """Return the result of each Input, all of which have choices."""
+    examples = [row_input.example for row_input in inputs]
+    results = []
+    all_scores = score_examples(model, examples, **options).tolist()
+    for row_input, scores in zip(inputs, all_scores, strict=True):
+        choices = row_input.rendered.choices
+        scores = scores[: len(choices)]  # -inf after these, if another row has more
+        label = scores.index(max(scores))
+        idx = row_input.row["idx"]
+        results.append({"idx": idx, "label": label, "choice": choices[label], "scores": scores})
+    return results
+
+
+def written_results(model, tokenizer, inputs, options):
+    """Return the result of each Input, none of which has choices."""
+    sources = [row_input.example.source for row_input in inputs]
+    texts = generate(model, tokenizer, sources, **options)
+    results = []
+    for row_input, text in zip(inputs, texts, strict=True):
+        results.append({"idx": row_input.row["idx"], "output": text})
+    return results
 
 
 def csv_line(cells):
-    text = io.StringIO()
-    csv.writer(text).writerow(
-        "" if x is None else x if isinstance(x, str) else json.dumps(x) for x in cells
-    )
-    return text.getvalue()
+    """Return a line of a .csv file. None is an empty cell, and whatever is not a text is JSON."""
+    texts = []
+    for cell in cells:
+        if cell is None:
+            texts.append("")
+        elif isinstance(cell, str):
+            texts.append(cell)
+        else:
+            texts.append(json.dumps(cell))
+    line = io.StringIO()
+    csv.writer(line).writerow(texts)
+    return line.getvalue()
 
 
 def write_results(path, lines, to_csv):
-    """Bring a file of results to its end. lines: a row's number -> an iterator of the lines from there on.
+    """Write a file of results, or complete one: count its finished lines, and append the others.
 
-    Of what is there, the last chunk is made anew and compared. Raises ValueError where it differs, where the file has
-    more, and where another process is writing it.
+    An incomplete last line, as a kill leaves it, is cut; all others stay as they are. Nobody checks
+    that they are the results of this model and these rows: the caller must give the same ones.
+
+    lines: a function from the number of a row to an iterator of the lines from this row on. With
+    to_csv, lines(0) begins with the header. Each line is on disk before the next one is asked for.
+
+    Raise ValueError if another process is writing the file, or if it begins unlike results.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_folder(path.parent, path.name), path.open("a+b") as file:
-        first = start = end = n_quotes = file.seek(0)
-        n = -to_csv  # the row of a line, after csv's header
-        for line in file:
-            n_quotes += line.count(b'"')
-            if line.endswith(b"\n") and not (
-                to_csv and n_quotes % 2
-            ):  # a quoted text may have several lines
-                if n > 0 and n % CHUNK == 0:
-                    first, start = n, end
-                n, end = n + 1, file.tell()
-        file.seek(start)
-        for line in chain(map(str.encode, lines(first)), [b""]):  # at last, nothing
-            there = file.read(len(line) or 1)
-            if there != line[: len(there)]:
-                raise ValueError(
-                    f"{path} holds other results than these: give another --out, or remove it"
-                )
-            file.write(line[len(there) :])
+        expected = b"{"
+        if to_csv:
+            expected = next(iter(lines(0))).encode()
+        check_beginning(path, file, expected)
+        n_rows, n_bytes = count_finished(file, to_csv)
+        file.truncate(n_bytes)
+        for line in lines(n_rows):
+            file.write(line.encode())
             file.flush()
+
+
+def check_beginning(path, file, expected):
+    """Raise ValueError if a file, maybe a cut one, does not begin with the bytes `expected`.
+
+    So a file with other columns, or one that is something else, is not appended to.
+    """
+    file.seek(0)
+    found = file.read(len(expected))
+    if not expected.startswith(found):
+        message = f"{path} does not hold such results: it begins with {found!r:.80}"
+        raise ValueError(f"{message}, expected {expected!r:.80}. Give another --out, or remove it")
+
+
+def count_finished(file, to_csv):
+    """Return how many rows a file has in full, and how many bytes these take, with a csv's header.
+
+    A header without rows counts for nothing: it is written again.
+    """
+    n_header_lines = 1 if to_csv else 0
+    n_lines = 0
+    n_bytes = 0
+    n_quotes = 0
+    file.seek(0)
+    for line in file:
+        n_quotes += line.count(b'"')
+        # A quoted text of a csv may hold line breaks: the quote is open if their number is odd.
+        is_open = to_csv and n_quotes % 2 == 1
+        if line.endswith(b"\n") and not is_open:
+            n_lines += 1
+            n_bytes = file.tell()
+    if n_lines <= n_header_lines:
+        return 0, 0
+    return n_lines - n_header_lines, n_bytes

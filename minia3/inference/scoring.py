@@ -1,4 +1,16 @@
-"""To be written."""
+"""Scoring: how likely a model finds given texts.
+
+    logprobs          the log-probability of each token of a target
+    choice_logprobs   the same for all choices of a batch, whose sources are read once
+    choice_scores     one number per choice: the mean log-probability of its tokens
+    rank              the scores of choices, from texts
+
+Training, evaluation and prediction all go through these. Whatever is large is made in parts: the
+logits of many tokens, and the choices of a task that has many.
+
+Shapes: B batch, M source length, C choices, L target length, D model, V vocabulary, T tokens that
+are scored, N all examples, or all tokens of a batch.
+"""
 
 from functools import partial
 
@@ -11,21 +23,27 @@ from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
 from minia3.tasks.prompts import Rendered
 
-PIECE = (
-    1 << 24
-)  # logits at once in scoring: 64 MB of float32; more are made by the quarter, which malloc has at hand
-TOKENS = (
-    1 << 12
-)  # of all choices of a batch that are scored at once: more of them, as of 77 intents, take turns
-SIDE_BY_SIDE = (
-    1 << 9
-)  # of these, of one source: a LLaMA reads them as one row, each with a score for every other
+# Logits that may exist at once: 64 MB in float32.
+MAX_LOGITS = 1 << 24
+
+# Logits of a part, if there are more: 16 MB in float32. The C library returns a block of 32 MB or
+# more to the system when it is freed, and the next part would wait for new, zeroed pages.
+MAX_LOGITS_OF_PART = 1 << 22
+
+# Tokens of choices, padding included, that are scored at once, because their activations all exist
+# at once. A batch with more of them (77 intents for each of 8 sources) takes turns.
+MAX_CHOICE_TOKENS = 1 << 12
+
+# Tokens of one source's choices that are scored at once. A LLaMA reads them side by side in one row
+# (sequence_state.py), so their attention grows with the square of this number.
+MAX_SIDE_BY_SIDE = 1 << 9
 
 
 def logprobs(model, state, target):
-    """(B, L) float32: log p(target_t | source, target_<t). Carries gradients, and moves `state`.
+    """Return (B, L): log p(target_t | source, target_<t), in float32 (float64 for a float64 model).
 
-    target (B, L): right-padded with any valid id; the caller masks. (A float64 model's are float64.)
+    target: (B, L) ids, padded on the right with any valid id; the caller masks the padding.
+    Gradients flow to the vectors. `state` advances.
     """
     return masked_logprobs(model, state, target, None)
 
@@ -44,16 +62,7 @@ def masked_logprobs(model, state, target, mask):
         x_TD = x_TD[real_T]
         target_T = target_T[real_T]
 
-    n_vocab = len(model.head_weight)
-    if len(x_TD) * n_vocab <= PIECE:
-        logp_T = token_logprobs(model, x_TD, target_T)
-    else:
-        n_tokens = max(1, PIECE // 4 // n_vocab)
-        score = partial(token_logprobs, model)
-        parts = []
-        for x, targets in zip(x_TD.split(n_tokens), target_T.split(n_tokens), strict=True):
-            parts.append(recompute(score, x, targets, parameters=[model.head_weight]))
-        logp_T = torch.cat(parts)
+    logp_T = logprobs_in_parts(model, x_TD, target_T)
 
     if mask is None:
         return logp_T.view(target.shape)
@@ -61,102 +70,155 @@ def masked_logprobs(model, state, target, mask):
     return logp_N.view(target.shape)
 
 
+def logprobs_in_parts(model, x_TD, target_T):
+    """Return `token_logprobs`, without ever holding more than MAX_LOGITS logits."""
+    n_vocab = len(model.head_weight)
+    if len(x_TD) * n_vocab <= MAX_LOGITS:
+        return token_logprobs(model, x_TD, target_T)
+
+    n_tokens = max(1, MAX_LOGITS_OF_PART // n_vocab)
+    score = partial(token_logprobs, model)
+    parts = []
+    for x, targets in zip(x_TD.split(n_tokens), target_T.split(n_tokens), strict=True):
+        parts.append(recompute(score, x, targets, parameters=[model.head_weight]))
+    return torch.cat(parts)
+
+
 def token_logprobs(model, x_TD, target_T):
-    """Return (T,): the log-probability of each target, in float32 at least."""
+    """Return (T,): the log-probability of each target, in float32 at least.
+
+    x_TD: the last block's output at the token before each target.
+    """
     logits_TV = model.logits(x_TD)
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     return -F.cross_entropy(logits_TV.to(wide), target_T, reduction="none")
 
 
 def choice_logprobs(model, batch, adapter=None):
-    """(B, C, L): the log-probabilities of every choice's tokens; the source is read once. `batch`: see data.py.
+    """Return (B, C, L): the log-probabilities of the tokens of every choice, 0 for padding.
 
-    Masks stay on the CPU, where what they say is known without waiting for a GPU.
+    batch: a Batch (tasks/batches.py). Its sources are read once, and the choices continue them. If
+    the choices take turns, the backward pass keeps only the sources, and scores each turn again.
     """
-    device, (n_rows, n_choices, length) = model.embed.weight.device, batch.target_BCL.shape
-    state = model.start(
-        batch.source_BM.to(device), None if batch.mask_BM.all() else batch.mask_BM, adapter
-    )
+    device = model.embed.weight.device
+    # Masks stay on the CPU: there, to ask whether anything is padding does not wait for a GPU.
+    mask_BM = None if batch.mask_BM.all() else batch.mask_BM
+    state = model.start(batch.source_BM.to(device), mask_BM, adapter)
 
-    def some(target_BCL, mask_BCL):
-        mask = None if mask_BCL.all() else mask_BCL.flatten(0, 1)
-        own = state.repeat(target_BCL.shape[1]) if n_choices > 1 else state
-        return masked_logprobs(model, own, target_BCL.flatten(0, 1), mask).view(target_BCL.shape)
+    n_rows, n_choices, length = batch.target_BCL.shape
+    if n_choices == 1:
+        # The only choice may move `state` itself: no other continues it.
+        return score_choices(model, state, batch.target_BCL.to(device), batch.target_mask_BCL)
 
-    n = max(1, min(TOKENS // n_rows, SIDE_BY_SIDE) // length)
-    pieces = zip(
-        batch.target_BCL.to(device).split(n, dim=1),
-        batch.target_mask_BCL.split(n, dim=1),
-        strict=True,
-    )
-    if (
-        n_choices > n and torch.is_grad_enabled()
-    ):  # the backward keeps the source alone, and scores a piece again
-        some = partial(checkpoint, some, use_reentrant=False)
-    return torch.cat([some(*piece) for piece in pieces], dim=1)
+    n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
+
+    def score_repeated(target_BCL, mask_BCL):
+        return score_choices(model, state.repeat(target_BCL.shape[1]), target_BCL, mask_BCL)
+
+    score = score_repeated
+    if n_choices > n_at_once and torch.is_grad_enabled():
+        score = partial(checkpoint, score_repeated, use_reentrant=False)
+    targets = batch.target_BCL.to(device).split(n_at_once, dim=1)
+    masks = batch.target_mask_BCL.split(n_at_once, dim=1)
+    parts = [score(target, mask) for target, mask in zip(targets, masks, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+def score_choices(model, state, target_BCL, mask_BCL):
+    """Return (B, C, L): the log-probabilities of choices, 0 for padding. `state` has B * C rows."""
+    mask = None if mask_BCL.all() else mask_BCL.flatten(0, 1)
+    logp = masked_logprobs(model, state, target_BCL.flatten(0, 1), mask)
+    return logp.view(target_BCL.shape)
 
 
 def choice_scores(logp_BCL, mask_BCL, length_norm=True):
-    """(B, C): the mean (or the sum) of each choice's log-probabilities; -inf where a row has no such choice."""
+    """Return (B, C): the mean of each choice's log-probabilities; their sum without length_norm.
+
+    A choice of no tokens is one that the row does not have: its score is -inf.
+    """
     n_BC = mask_BCL.sum(dim=-1)
-    total_BC = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=-1)
-    score_BC = total_BC / n_BC.clamp(min=1) if length_norm else total_BC
+    score_BC = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=-1)
+    if length_norm:
+        score_BC = score_BC / n_BC.clamp(min=1)
     return score_BC.masked_fill(n_BC == 0, float("-inf"))
 
 
 @torch.no_grad()
 def score_examples(model, examples, *, adapter=None, length_norm=True, batch_size=16):
-    """(N, C) float32: the score of each choice of N examples (see `rank`), read in batches of similar lengths."""
-    scores_NC = torch.full((len(examples), max(len(e.targets) for e in examples)), float("-inf"))
-    for rows, own in batches_by_length([len(e.source) for e in examples], adapter, batch_size):
-        batch = collate([examples[i] for i in rows])
-        scores = choice_scores(
-            choice_logprobs(model, batch, own).cpu(), batch.target_mask_BCL, length_norm
-        )
-        scores_NC[rows, : scores.shape[1]] = scores.float()  # a batch may have fewer than C
+    """Return (N, C) float32: the score of each choice of N examples, -inf if one has fewer than C.
+
+    examples: see tasks/examples.py. adapter: None, an int, or (N,) long. They are read in batches
+    of similar lengths.
+    """
+    n_choices = max(len(example.targets) for example in examples)
+    scores_NC = torch.full((len(examples), n_choices), float("-inf"))
+    lengths = [len(example.source) for example in examples]
+    for rows, adapters in batches_by_length(lengths, adapter, batch_size):
+        batch = collate([examples[row] for row in rows])
+        logp = choice_logprobs(model, batch, adapters).cpu()
+        scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
+        scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
     return scores_NC
 
 
 def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, batch_size=16):
-    """(N, C) float32: each choice's mean log-probability per token (`length_norm=False`: the sum); higher is better.
+    """Return (N, C) float32: the score of each choice for each prompt. Higher is better.
 
-    prompts: N texts. choices: one list for all of them, or a list for each; -inf where a row has fewer than C.
-    adapter: None, an int, or (N,) long. T5's choices end in `</s>`, which counts; LLaMA's have no end token.
-    Raises ValueError where prompts or a row's choices are empty, or their numbers differ.
+    A score is the mean log-probability per token; the sum without length_norm. prompts: N texts.
+    choices: one list of texts for all prompts, or a list for each; -inf if a list has fewer than C.
+    adapter: None (row 0), an int, or (N,) long. T5's choices end in `</s>`, which counts; LLaMA's
+    have no end token.
+
+    Raise ValueError if there are no prompts, if a prompt has no choices, if the numbers of prompts,
+    lists and adapters differ, or if a text has no tokens.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of prompts, one or more: found {prompts!r:.80}")
-    lists = [choices] * len(prompts) if choices and isinstance(choices[0], str) else choices
-    if (
-        len(lists) != len(prompts)
-        or not all(lists)
-        or any(isinstance(texts, str) for texts in (choices, *lists))
-    ):
-        expected = f"one list of choices, none empty, for all of {len(prompts)} prompts or for each"
-        raise ValueError(f"expected {expected}: found {choices!r:.80}")
-    examples = [
-        encode_example(Rendered(*row, 0), tokenizer, end=False)
-        for row in zip(prompts, lists, strict=True)
-    ]
-    if bad := [
-        i for i, example in enumerate(examples) if not (example.source and all(example.targets))
-    ]:
-        raise ValueError(f"prompts {bad} have no tokens, or a choice of none")
+    examples = []
+    without_tokens = []
+    for i, texts in enumerate(choices_of_prompts(choices, len(prompts))):
+        example = encode_example(Rendered(prompts[i], texts, 0), tokenizer, end=False)
+        examples.append(example)
+        if not (example.source and all(example.targets)):
+            without_tokens.append(i)
+    if without_tokens:
+        raise ValueError(f"prompts {without_tokens} have no tokens, or a choice of none")
     return score_examples(
         model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size
     )
 
 
+def choices_of_prompts(choices, n_prompts):
+    """Return a list of choices for each prompt. Raise ValueError if `choices` is neither form."""
+    expected = f"one list of choices, none empty, for all of {n_prompts} prompts or for each"
+    message = f"expected {expected}: found {choices!r:.80}"
+    if isinstance(choices, str) or not choices:
+        raise ValueError(message)
+    lists = choices
+    if isinstance(choices[0], str):
+        lists = [choices] * n_prompts
+    is_wrong = [isinstance(texts, str) or not texts for texts in lists]
+    if len(lists) != n_prompts or any(is_wrong):
+        raise ValueError(message)
+    return lists
+
+
 def batches_by_length(lengths, adapter, batch_size):
-    """Rows in batches of similar lengths, longest first (memory runs out at once if it does), with their adapters."""
+    """Yield (rows, adapters): indices of rows of similar lengths, and their adapters.
+
+    The longest come first: if memory runs out, it does so at once. lengths: of N rows. adapter:
+    None, an int, or (N,) long. Raise ValueError if there is not one adapter for each row.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
-    adapter = torch.as_tensor(0 if adapter is None else adapter)
-    if adapter.dim() and len(adapter) != len(lengths):
-        raise ValueError(
-            f"expected an adapter for each of {len(lengths)} rows, found {len(adapter)}"
-        )
-    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for first in range(0, len(by_length), batch_size):
-        rows = by_length[first : first + batch_size]
-        yield rows, adapter[rows] if adapter.dim() else adapter
+    if adapter is None:
+        adapter = 0
+    adapters = torch.as_tensor(adapter)
+    is_per_row = adapters.dim() > 0
+    if is_per_row and len(adapters) != len(lengths):
+        expected = f"expected an adapter for each of {len(lengths)} rows"
+        raise ValueError(f"{expected}, found {len(adapters)}")
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for first in range(0, len(longest_first), batch_size):
+        rows = longest_first[first : first + batch_size]
+        yield rows, adapters[rows] if is_per_row else adapters

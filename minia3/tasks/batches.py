@@ -1,4 +1,7 @@
-"""To be written."""
+"""Turn examples into padded tensors, and choose the rows of each training step.
+
+Shapes: B batch, M source length, C choices, L target length, N texts.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -9,70 +12,75 @@ import torch
 
 from minia3.tasks.examples import Example
 
-WINDOW = 32  # steps
-
 
 class Batch(NamedTuple):
-    source_BM: torch.Tensor  # long, padded on the right
-    mask_BM: torch.Tensor  # bool, False on padding
-    target_BCL: torch.Tensor  # long, padded on the right
-    target_mask_BCL: torch.Tensor  # bool, False on padding and on choices that a row does not have
-    label_B: torch.Tensor  # long, -1 where there is none
+    """Examples as tensors, padded on the right. A mask is True for real tokens."""
+
+    source_BM: torch.Tensor  # long
+    mask_BM: torch.Tensor  # bool
+    target_BCL: torch.Tensor  # long
+    target_mask_BCL: torch.Tensor  # bool; all False for a choice that an example does not have
+    label_B: torch.Tensor  # long; -1: unlabelled
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Examples as tensors. Raises ValueError where one has nothing to read, or nothing to score: all is masked."""
-    if bad := [
-        n for n, one in enumerate(examples) if not (one.source and one.targets and all(one.targets))
-    ]:
-        raise ValueError(
-            f"example {bad[0]} of the batch has no target, or a source or target of no tokens"
-        )
+    """Return examples as one batch.
+
+    Raise ValueError if an example has no source or no target, or an empty one: all of it would be
+    masked.
+    """
+    for i, example in enumerate(examples):
+        if not (example.source and example.targets and all(example.targets)):
+            raise ValueError(
+                f"example {i} of the batch: expected a source and one target or more, "
+                f"each of one token or more; found {example!r:.80}"
+            )
     n_choices = max(len(example.targets) for example in examples)
+    targets = []
+    for example in examples:
+        targets += example.targets
+        targets += [[]] * (n_choices - len(example.targets))
     source_BM, mask_BM = pad([example.source for example in examples])
-    targets, masks = pad(
-        [t for e in examples for t in e.targets + [[]] * (n_choices - len(e.targets))]
-    )
-    target_BCL, target_mask_BCL = (x.view(len(examples), n_choices, -1) for x in (targets, masks))
+    target_NL, target_mask_NL = pad(targets)
     return Batch(
         source_BM,
         mask_BM,
-        target_BCL,
-        target_mask_BCL,
+        target_NL.view(len(examples), n_choices, -1),
+        target_mask_NL.view(len(examples), n_choices, -1),
         torch.tensor([example.label for example in examples]),
     )
 
 
-def pad(lists):
-    """(N, longest) ids, padded on the right, and their mask. Any id would do: a pad token may have no embedding."""
-    length = max(map(len, lists))
-    mask = torch.arange(length) < torch.tensor([[len(ids)] for ids in lists])
-    return torch.tensor([ids + [0] * (length - len(ids)) for ids in lists]), mask
+def pad(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids of N texts, padded on the right (N, L), and the mask of real tokens (N, L).
 
-
-def order(
-    n_rows: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None
-) -> Callable[[int], list[int]]:
-    """step -> indices of its batch's rows: a function of (seed, step) and nothing else, so resuming needs no state.
-
-    Every epoch is a new permutation, and batches run on over its end: each has `batch_size` rows, and all rows come
-    equally often. (T-Few's loader shuffles too, but drops an epoch's last batch if it is not full, even the only one.)
-    lengths: of the rows; then WINDOW steps share their rows out by length, and come in a random order.
+    Padding is id 0 whatever the tokenizer says. Padding is masked, so any id does that has an
+    embedding, and the pad token of some checkpoints has none.
     """
-    of = lru_cache(2)(
-        lambda epoch: np.random.RandomState([seed, epoch]).permutation(n_rows)
-    )  # numpy froze its streams
+    longest = max(len(ids) for ids in texts)
+    ids_NL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in texts])
+    length_N1 = torch.tensor([[len(ids)] for ids in texts])
+    return ids_NL, torch.arange(longest) < length_N1
 
-    def rows(step):
-        window, nth = divmod(step, n_steps := 1 if lengths is None else WINDOW)
-        places = [
-            divmod(window * n_steps * batch_size + i, n_rows) for i in range(n_steps * batch_size)
-        ]
-        drawn = sorted(
-            (int(of(epoch)[n]) for epoch, n in places),
-            key=lambda row: lengths[row] if lengths else 0,
-        )
-        nth = np.random.RandomState([seed, 2, window]).permutation(n_steps)[nth]
-        return drawn[nth * batch_size : (nth + 1) * batch_size]
 
-    return rows
+def order(n_rows: int, batch_size: int, seed: int) -> Callable[[int], list[int]]:
+    """Return a function from a step to the indices of its rows.
+
+    The indices are a function of (seed, step) alone, so a resumed run needs no state for them.
+
+    Each epoch is a new permutation of all rows, and a batch may begin in one epoch and end in the
+    next: every batch has `batch_size` rows, and all rows come equally often. (T-Few's loader
+    shuffles too, but it drops the last batch of an epoch if that is not full, even if it is the
+    only one.)
+    """
+
+    @lru_cache(2)  # a batch that is no larger than an epoch lies in two at most
+    def permutation(epoch):
+        # NumPy guarantees RandomState's stream: it is the same on all machines, in all versions.
+        return np.random.RandomState([seed, epoch]).permutation(n_rows).tolist()
+
+    def rows_of_step(step):
+        first = step * batch_size
+        return [permutation(i // n_rows)[i % n_rows] for i in range(first, first + batch_size)]
+
+    return rows_of_step

@@ -1,71 +1,121 @@
-"""To be written."""
+"""Download the files of a known task: all of a file, with the right checksum, or nothing."""
 
 import hashlib
 import io
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from urllib.request import urlopen
 
 from tqdm import tqdm
 
-TIMEOUT = 30  # seconds without a byte
-INFLATED = 100  # a zip's member may be so many times the archive; texts become four times as long
+from minia3.tasks.task import Source
+
 HUB = "https://huggingface.co/datasets/"
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 16  # bytes
+
+# How many times as large as its archive an unpacked file may be. Texts become four times as large.
+MAX_INFLATION = 100
 
 
-def download(sources, folder):
-    """Put the files of `sources` into `folder`. Raises ValueError, and leaves no part of one, whatever goes wrong."""
-    wanted = ", ".join(name for source in sources for name in source.files)
-    for source in reversed(sources):  # train is last, here and below: where it is, the others are
+def download(sources: Sequence[Source], folder: Path):
+    """Put the files of `sources` into `folder`. A file that is already there is kept.
+
+    Raise ValueError, in one line, if anything goes wrong. No part of a file is left then.
+    """
+    names = ", ".join(file_names(sources))
+    # The table lists train first and we fetch it last: if train is there, a later run finds all the
+    # other files, too.
+    for source in reversed(sources):
         try:
-            contents = fetch_source(source)
-            folder.mkdir(parents=True, exist_ok=True)
-            # Only whole files leave this process's own folder, by a rename: nothing half-written is ever seen.
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
-                for name, content in reversed(contents.items()):
-                    if not (target := folder / name).exists():  # what somebody put there stays
-                        Path(scratch, name).write_bytes(content)
-                        os.replace(Path(scratch, name), target)
-        except Exception as error:  # the network's, the disk's, a zip's: of many kinds
-            what = (
-                " ".join(str(error).split()) or type(error).__name__
-            )  # one line, whatever a server answered
+            contents = fetch(source)
+            move_in(contents, folder)
+        except Exception as error:  # the network, the disk and the zip module raise many kinds
+            # A server may answer in several lines, and our message has one.
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"{source.address}: {what:.300}; or put {wanted} into {folder} by hand"
+                f"{source.address}: {reason:.300}; or put {names} into {folder} by hand"
             ) from error
 
 
-def fetch_source(source):
-    """The content of each file of a source, by its name in the folder."""
-    if source.address.startswith(HUB):
-        from huggingface_hub import hf_hub_download
+def file_names(sources: Sequence[Source]) -> list[str]:
+    """Return the names of all files of a task."""
+    return list(chain.from_iterable(source.files for source in sources))
 
-        repo, get = source.address.removeprefix(HUB), hf_hub_download
-        return {
-            name: Path(get(repo, file, repo_type="dataset")).read_bytes()
-            for name, file in source.files.items()
-        }
+
+def move_in(contents: dict[str, bytes], folder: Path):
+    """Write files into `folder`, except those that are already there.
+
+    Each is written in a scratch folder first and then renamed, because a rename is atomic: no other
+    process sees a part of a file, and a killed process leaves none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
+        for name, content in reversed(contents.items()):  # train last, as above
+            target = folder / name
+            if target.exists():
+                continue
+            scratch_file = Path(scratch, name)
+            scratch_file.write_bytes(content)
+            os.replace(scratch_file, target)
+
+
+def fetch(source: Source) -> dict[str, bytes]:
+    """Return the content of each file of a source, by its name in the task's folder."""
+    if source.address.startswith(HUB):
+        return fetch_from_hub(source)
     if not source.sha256:
-        raise ValueError("the authors give these files to those who ask there")
-    content, bar = bytearray(), {"total": source.bytes, "desc": source.address, "disable": None}
+        raise ValueError("the authors give these files on request only: ask for them there")
+    content = fetch_address(source)
+    if source.address.endswith(".zip"):
+        return unzip(source, content)
+    return dict.fromkeys(source.files, content)
+
+
+def fetch_from_hub(source: Source) -> dict[str, bytes]:
+    from huggingface_hub import hf_hub_download  # takes half a second to import
+
+    repo = source.address.removeprefix(HUB)
+    contents = {}
+    for name, hub_name in source.files.items():
+        path = hf_hub_download(repo, hub_name, repo_type="dataset")
+        contents[name] = Path(path).read_bytes()
+    return contents
+
+
+def fetch_address(source: Source) -> bytes:
+    """Return what is at the address. Raise ValueError if it is not what the table says."""
+    content = bytearray()
+    # disable=None: there is a progress bar in a terminal only.
+    bar = {"total": source.n_bytes, "desc": source.address, "disable": None}
     with (
-        urlopen(source.address, timeout=TIMEOUT) as file,
-        tqdm.wrapattr(file, "read", **bar) as body,
+        urlopen(source.address, timeout=TIMEOUT) as response,
+        tqdm.wrapattr(response, "read", **bar) as body,
     ):
-        while len(content) <= source.bytes and (chunk := body.read(1 << 16)):
+        # Stop after the first byte too many: a server can send without end.
+        while len(content) <= source.n_bytes:
+            chunk = body.read(CHUNK)
+            if not chunk:
+                break
             content += chunk
-    expected = f"{source.bytes} bytes of sha256 {source.sha256}"
-    if (
-        found := f"{len(content)} bytes of sha256 {hashlib.sha256(content).hexdigest()}"
-    ) != expected:
+    found = f"{len(content)} bytes of sha256 {hashlib.sha256(content).hexdigest()}"
+    expected = f"{source.n_bytes} bytes of sha256 {source.sha256}"
+    if found != expected:
         raise ValueError(f"found {found}, expected {expected}")
-    if not source.address.endswith(".zip"):
-        return dict.fromkeys(source.files, content)
-    file, most = zipfile.ZipFile(io.BytesIO(content)), INFLATED * source.bytes
-    if bad := [
-        member for member in source.files.values() if file.getinfo(member).file_size >= most
-    ]:
-        raise ValueError(f"found {most} bytes or more in the zip's {', '.join(bad)}, expected less")
-    return {name: file.read(member) for name, member in source.files.items()}
+    return bytes(content)
+
+
+def unzip(source: Source, content: bytes) -> dict[str, bytes]:
+    """Return the files of a source from its archive. Raise ValueError if one is far too large."""
+    limit = MAX_INFLATION * source.n_bytes
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    for member in source.files.values():
+        if archive.getinfo(member).file_size >= limit:
+            raise ValueError(
+                f"found {limit} bytes or more in {member} of the zip file, expected less"
+            )
+    return {name: archive.read(member) for name, member in source.files.items()}

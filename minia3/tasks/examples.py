@@ -1,33 +1,48 @@
-"""To be written."""
+"""Turn texts into token ids: a rendered row becomes an Example."""
 
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from minia3.tasks.prompts import Rendered, fit
+from minia3.tasks.prompts import Prompt, Rendered, fit
 
 
 class Example(NamedTuple):
+    """A row as token ids."""
+
     source: list[int]
-    targets: list[list[int]]
-    label: int
+    targets: list[list[int]]  # the ids of each choice
+    label: int  # index of the right choice; -1: unlabelled
 
 
 def encode_example(
     rendered: Rendered, tokenizer, end: bool, source: list[int] | None = None
 ) -> Example:
-    """Texts to ids. `end`: whether a LLaMA's targets get the end token (T5's always have it). `source`: if known."""
+    """Return the ids of a rendered row's texts.
+
+    end: whether a LLaMA's targets end in the end token, as a text to generate must. T5's targets
+    always do.
+    source: the ids of the input, if they are known already.
+    """
+    if source is None:
+        source = tokenizer.encode(rendered.input)
     targets = [tokenizer.encode_target(choice, end=end) for choice in rendered.choices]
-    return Example(source or tokenizer.encode(rendered.input), targets, rendered.label)
+    return Example(source, targets, rendered.label)
 
 
-def encode_rows(pairs, tokenizer, max_length, end):
-    """(row, prompt) pairs -> (their Rendered texts, their Examples, how many had to be cut to `max_length` tokens)."""
-    encode, rendered, examples, n_cut = lru_cache(1)(tokenizer.encode), [], [], 0
+def encode_rows(
+    pairs: Iterable[tuple[dict, Prompt]], tokenizer, max_length: int, end: bool
+) -> tuple[list[Rendered], list[Example], int]:
+    """Render and encode each row with the prompt beside it.
+
+    Return the rendered rows, their examples, and how many inputs were cut to `max_length` tokens
+    (see `fit`).
+    """
+    rendered_rows = []
+    examples = []
+    n_cut = 0
     for row, prompt in pairs:
-        text, cut = fit(prompt, row, lambda text: len(encode(text)), max_length)
-        rendered.append(text)
-        examples.append(
-            encode_example(text, tokenizer, end, encode(text.input))
-        )  # the last that `fit` has counted
-        n_cut += cut
-    return rendered, examples, n_cut
+        rendered, source, was_cut = fit(prompt, row, tokenizer.encode, max_length)
+        rendered_rows.append(rendered)
+        examples.append(encode_example(rendered, tokenizer, end, source))
+        n_cut += was_cut
+    return rendered_rows, examples, n_cut

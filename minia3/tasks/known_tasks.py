@@ -1,6 +1,12 @@
-"""To be written."""
+"""The table of known tasks: reads tasks.json.
+
+An entry of the file holds the fields of a TaskSpec by name, and up to two keys more. `choices` are
+the choices of every prompt that has none (default: the labels). `like` names an entry from which
+this entry takes what it leaves out.
+"""
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -8,29 +14,75 @@ from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import Source, TaskSpec
 
 TABLE = Path(__file__).with_name("tasks.json")
-SHIPPED = (
-    Path(__file__).resolve().parents[2] / "data"
-)  # what comes with the repository, whatever --data-dir says
+
+# The data that comes with the repository. It is found here whatever --data-dir says.
+SHIPPED = Path(__file__).resolve().parents[2] / "data"
 
 
 @cache
-def known_tasks(path=TABLE):
-    """Name -> Spec of a file such as tasks.json. Raises ValueError, in one line, for a key that no task has."""
-    rows, tasks = json.loads(Path(path).read_text("utf-8")), {}
-    for name, row in rows.items():
+def known_tasks(path: str | Path = TABLE) -> dict[str, TaskSpec]:
+    """Return the TaskSpec of each task in a file such as tasks.json, by name.
+
+    Raise ValueError, in one line, if an entry has an unknown key or lacks one, or is like an entry
+    that is not there.
+    """
+    table = json.loads(Path(path).read_text("utf-8"))
+    tasks = {}
+    for name in table:
         try:
-            row = (rows[row.pop("like")] if "like" in row else {}) | row
-            choices, texts = row.pop("choices", row.get("labels")), row.pop("prompts", [])
-            prompts = (
-                tuple(
-                    Prompt(**text | {"choices": tuple(text.get("choices", choices))})
-                    for text in texts
-                )
-                or OWN_PROMPTS
-            )
-            tasks[name] = TaskSpec(
-                prompts, [Source(**source) for source in row.pop("sources", [])], **row
-            )
-        except (KeyError, TypeError) as error:
+            tasks[name] = make_spec(with_inherited(table, name))
+        except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
     return tasks
+
+
+def with_inherited(table: dict[str, dict], name: str) -> dict:
+    """Return an entry without `like`, completed from the entry that `like` names."""
+    entry = dict(table[name])
+    parent_name = entry.pop("like", None)
+    if parent_name is None:
+        return entry
+    if parent_name not in table:
+        expected = ", ".join(other for other in table if other != name)
+        raise ValueError(f"'like' is {parent_name!r}, expected one of {expected}")
+    parent = table[parent_name]
+    # One step is enough for our table, and a reader need not follow a chain to find a value.
+    if "like" in parent:
+        raise ValueError(f"'like' is {parent_name!r}, expected a task without 'like'")
+    return parent | entry
+
+
+def make_spec(entry: dict) -> TaskSpec:
+    """Return the TaskSpec of an entry without `like`."""
+    check_keys(entry, TaskSpec, extra=("choices",))
+    entry = dict(entry)
+    choices = entry.pop("choices", entry.get("labels", ()))
+    entry["sources"] = [make_source(fields) for fields in entry.get("sources", ())]
+    prompts = [make_prompt(fields, choices) for fields in entry.get("prompts", ())]
+    entry["prompts"] = tuple(prompts) or OWN_PROMPTS
+    return TaskSpec(**entry)
+
+
+def make_source(fields: dict) -> Source:
+    check_keys(fields, Source)
+    return Source(**fields)
+
+
+def make_prompt(fields: dict, default_choices: Iterable[str]) -> Prompt:
+    choices = fields.get("choices", default_choices)
+    fields = fields | {"choices": tuple(choices)}
+    check_keys(fields, Prompt)
+    return Prompt(**fields)
+
+
+def check_keys(fields: dict, kind: type, extra: Iterable[str] = ()):
+    """Raise ValueError if `fields` has a key that `kind` (and `extra`) has not, or lacks one."""
+    known = [*kind._fields, *extra]
+    for key in fields:
+        if key not in known:
+            raise ValueError(
+                f"{kind.__name__} has no key {key!r}, expected one of {', '.join(known)}"
+            )
+    for key in kind._fields:
+        if key not in fields and key not in kind._field_defaults:
+            raise ValueError(f"{kind.__name__} lacks the key {key!r}")

@@ -1,4 +1,10 @@
-"""To be written."""
+"""Turn a row into text: the input that a model reads, and the choices among which it answers.
+
+A prompt is a format string, such as "{premise}\\nQuestion: {hypothesis} True or False?\\nAnswer:",
+with a choice for each label. `render` fills in the row's fields. `fit` does so within a number of
+tokens: it takes words out of the middle of the row's longest field, so that the prompt's own words
+remain whole.
+"""
 
 import re
 import string
@@ -6,94 +12,156 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
 
+# A user's text may have no spaces (Chinese has none), so 20 characters of anything count as a word.
+WORD = re.compile(r"\s*\S{1,20}")
+
 
 class Prompt(NamedTuple):
+    """How a row is put into words. `text` and `choices` are format strings with its fields."""
+
     text: str
-    choices: (
-        tuple[str, ...] | None
-    )  # format strings, in the labels' order; None: the row's own choices, or its target
-    words: dict[str, dict[str, str]] | None = (
-        None  # field -> value -> what stands for that value in this prompt
-    )
-    for_model: str | None = (
-        None  # the family that was trained on this form; other models do not see it
-    )
+    # In the order of the labels. None: the row brings its choices, or its target.
+    choices: tuple[str, ...] | None
+    # Field -> value -> what this prompt says in place of the value.
+    words: dict[str, dict[str, str]] | None = None
+    # The family that was pre-trained on this form. Other models do not get the prompt.
+    for_model: str | None = None
 
 
 class Rendered(NamedTuple):
+    """A row in the words of a prompt."""
+
     input: str
-    choices: list[str]  # just one, where the row has a target
-    label: int
+    choices: list[str]  # just one, the target, if the row has a target
+    label: int  # index of the right choice; -1: unlabelled
+
+
+class Fitted(NamedTuple):
+    """A row in the words of a prompt, within a number of tokens."""
+
+    rendered: Rendered
+    ids: list[int]  # of the input
+    was_cut: bool
 
 
 def for_family(prompts: tuple[Prompt, ...], family: str | None) -> tuple[Prompt, ...]:
-    """The prompts to draw from for a model: those its family was trained on; where there are none, those for all."""
-    own = tuple(prompt for prompt in prompts if prompt.for_model == family)
-    return own or tuple(prompt for prompt in prompts if prompt.for_model is None)
+    """Return a model's prompts: those that its family was pre-trained on, or else those for all."""
+    familiar = tuple(prompt for prompt in prompts if prompt.for_model == family)
+    return familiar or tuple(prompt for prompt in prompts if prompt.for_model is None)
 
 
 def render(prompt: Prompt, row: dict) -> Rendered:
-    """A row in a prompt's words. Raises ValueError where the row lacks a field of the prompt."""
+    """Return a row in a prompt's words. Raise ValueError if the row lacks a field of the prompt."""
     try:
-        fields = row | {name: words[str(row[name])] for name, words in (prompt.words or {}).items()}
+        fields = row | values_in_words(prompt, row)
         if prompt.choices:
-            choices = [
-                choice.format_map(fields).strip() for choice in prompt.choices
-            ]  # some of COPA's end in a space
+            # Some of COPA's choices end in a space.
+            choices = [choice.format_map(fields).strip() for choice in prompt.choices]
+        elif "choices" in row:
+            choices = row["choices"]
         else:
-            choices = row["choices"] if "choices" in row else [row["target"]]
+            choices = [row["target"]]
         return Rendered(prompt.text.format_map(fields), choices, row["label"])
-    except (LookupError, TypeError) as error:  # TypeError: an item is asked for of what has none
-        lacks = error if isinstance(error, KeyError) else f"such item ({error})"
-        raise ValueError(f"no {lacks} in the row, but in the prompt {prompt.text!r:.60}") from error
+    except KeyError as error:
+        raise ValueError(
+            f"the row has no field {error}, which the prompt {prompt.text!r:.60} needs"
+        ) from error
+    except (LookupError, TypeError) as error:  # "{endings[3]}" of a list of two, or of a number
+        raise ValueError(
+            f"the row has no such item as the prompt {prompt.text!r:.60} needs ({error})"
+        ) from error
 
 
-def fit(
-    prompt: Prompt, row: dict, n_tokens: Callable[[str], int], max_length: int
-) -> tuple[Rendered, bool]:
-    """`render`, with the input cut to `max_length` tokens where it is longer, and whether it was cut.
+def check_fields(prompt: Prompt, row: dict):
+    """Raise ValueError if the row lacks a field that the prompt uses."""
+    render(prompt, row)
 
-    The row's longest field (in characters) loses words from its middle, as few as need be, then the next longest: so
-    the prompt's own words remain, and of a user's input the head (what to do) and the tail (the question). Choices are
-    never cut. Raises ValueError where even one word of each field is too much.
+
+def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
+    """Return the fields whose values the prompt replaces: "cause" may become "This is because"."""
+    replaced = {}
+    for name, words in (prompt.words or {}).items():
+        value = str(row[name])
+        if value not in words:
+            raise ValueError(f"{name!r} is {value!r:.40}, expected one of {', '.join(words)}")
+        replaced[name] = words[value]
+    return replaced
+
+
+def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_length: int) -> Fitted:
+    """Render a row so that its input has at most `max_length` tokens.
+
+    If the input is too long, the row's longest field (in characters) loses as few words as possible
+    from its middle, down to one word; then the next longest field does. So the prompt's own words
+    remain, and of a user's input the beginning (what to do) and the end (the question). Choices are
+    never cut.
+
+    Raise ValueError if even one word of each field is too much.
     """
-    rendered, row = render(prompt, row), dict(row)
-    if n_tokens(rendered.input) <= max_length:
-        return rendered, False
-
-    def cut(n):  # n words are left of the field `name`
-        head, tail = words[: (n + 1) // 2], words[len(words) - n // 2 :]
-        row[name] = f"{''.join(head).strip()} {''.join(tail).strip()}".strip()
-        return rendered._replace(input=render(prompt, row).input)
-
-    used = {
-        name
-        for _, name, _, _ in string.Formatter().parse(prompt.text)
-        if isinstance(row.get(name), str)
-    }
-    for name in sorted(used - set(prompt.words or ()), key=lambda name: (-len(row[name]), name)):
-        words = re.findall(
-            r"\s*\S{1,20}", row[name]
-        )  # Chinese has no spaces: 20 characters of anything are a word
-        most = bisect_left(
-            range(1, len(words)), True, key=lambda n: n_tokens(cut(n).input) > max_length
-        )
-        if n_tokens((shorter := cut(most or 1)).input) <= max_length:
-            return shorter, True
+    rendered = render(prompt, row)
+    ids = encode(rendered.input)
+    if len(ids) <= max_length:
+        return Fitted(rendered, ids, was_cut=False)
+    for name in fields_to_cut(prompt, row):
+        row = cut_field(prompt, row, name, encode, max_length)
+        shorter = rendered._replace(input=render(prompt, row).input)
+        ids = encode(shorter.input)
+        if len(ids) <= max_length:
+            return Fitted(shorter, ids, was_cut=True)
     raise ValueError(
-        f"row {row['idx']} does not fit into max_length {max_length}, even with one word of each field"
+        f"row {row['idx']} does not fit into max_length {max_length}, "
+        "even with one word of each field: raise max_length"
     )
 
 
+def fields_to_cut(prompt: Prompt, row: dict) -> list[str]:
+    """Return the names of the row's texts in the prompt: the longest first, and then by name."""
+    names = {name for _, name, _, _ in string.Formatter().parse(prompt.text)}
+    names -= set(prompt.words or ())  # these words are the prompt's
+    texts = [name for name in names if isinstance(row.get(name), str)]
+    return sorted(texts, key=lambda name: (-len(row[name]), name))
+
+
+def cut_field(
+    prompt: Prompt, row: dict, name: str, encode: Callable[[str], list[int]], max_length: int
+) -> dict:
+    """Return a row whose field `name` has as many words as fit, and at least one."""
+    words = WORD.findall(row[name])
+
+    def cut_to(n_words):
+        return row | {name: keep_ends(words, n_words)}
+
+    def is_too_long(n_words):
+        return len(encode(render(prompt, cut_to(n_words)).input)) > max_length
+
+    # Among 1, 2, ... words, the position of the first number that is too long is how many fit.
+    n_fitting = bisect_left(range(1, len(words)), True, key=is_too_long)
+    return cut_to(max(n_fitting, 1))
+
+
+def keep_ends(words: list[str], n_words: int) -> str:
+    """Return the text of the first and the last words, `n_words` in all."""
+    n_tail = n_words // 2
+    head = "".join(words[: n_words - n_tail]).strip()
+    tail = "".join(words[len(words) - n_tail :]).strip()
+    return f"{head} {tail}".strip()
+
+
 def in_context(prompt: Prompt, rows: list[dict]) -> list[Prompt]:
-    """`prompt` behind none, the first, the first two ... of `rows`, each in the prompt's words and answered."""
-    heads = [""]
-    for text, choices, label in (render(prompt, row) for row in rows):
-        heads.append(f"{heads[-1]}{text} {choices[label]}\n\n")
-    return [
-        prompt._replace(text=head.replace("{", "{{").replace("}", "}}") + prompt.text)
-        for head in heads
-    ]
+    """Return the prompts of in-context learning with 0, 1, ..., len(rows) shots.
+
+    In prompt n the first n rows, in the words of `prompt` and each with its answer, come before its
+    text.
+    """
+    prompts = [prompt]
+    shots = ""
+    for row in rows:
+        text, choices, label = render(prompt, row)
+        shot = f"{text} {choices[label]}\n\n"
+        shots += shot.replace("{", "{{").replace("}", "}}")  # a prompt's text is a format string
+        prompts.append(prompt._replace(text=shots + prompt.text))
+    return prompts
 
 
-OWN_PROMPTS = (Prompt("{input}", None),)  # a user's rows are prompts already
+# A user's rows are prompts already.
+OWN_PROMPTS = (Prompt("{input}", None),)

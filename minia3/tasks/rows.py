@@ -1,179 +1,322 @@
-"""To be written."""
+"""Read rows from .jsonl, .csv and .tsv files, and check them.
+
+A file is read line by line, so it may be larger than the memory. A bad row does not stop the
+reading: it comes as a ValueError in the place of the row, so that one message can name all bad rows
+of all files.
+"""
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
-from minia3.tasks.prompts import render
+from minia3.tasks.prompts import check_fields
+from minia3.tasks.task import TaskSpec
 
-FORMS = {".csv": {"strict": True}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
-N_SHOWN = 5  # bad rows that are written out; the others are counted
-MOST = 1 << 24  # bytes of a row
+DIALECTS = {
+    ".csv": {"strict": True},  # an error for a quote that is never closed
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+MAX_ROW_BYTES = 1 << 24  # 16 MB
+MAX_PROBLEMS = 5  # in one error message; the others are counted
+
+# Reading files
+
+
+class LineReader:
+    """The lines of a file as text, with their number, and with a limit on the bytes of a row.
+
+    A row of a csv file may have several lines. So the limit is on the bytes since `begin_row`: no
+    file can fill the memory, neither with a line without end nor with a quote that is never closed.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.n_lines = 0
+        self.n_row_bytes = 0
+
+    def begin_row(self) -> int:
+        """Return the number of the next line, which begins a row."""
+        self.n_row_bytes = 0
+        return self.n_lines + 1
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the lines.
+
+        A line that is too long or not UTF-8 is the last, because a generator ends when it raises.
+        (After half of a line, line numbers would be wrong. A file in another encoding should be one
+        error, not one for each line.)
+        """
+        while True:
+            # Only \n ends a line, because a text in a row may hold other line ends, such as U+2028.
+            line = self.file.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            self.n_lines += 1
+            self.n_row_bytes += len(line)
+            if self.n_row_bytes > MAX_ROW_BYTES:
+                raise ValueError(
+                    f"a row of more than {MAX_ROW_BYTES} bytes: is a line end or a quote missing?"
+                )
+            yield self.decode(line)
+
+    def decode(self, line: bytes) -> str:
+        is_first = self.n_lines == 1
+        encoding = "utf-8-sig" if is_first else "utf-8"  # "sig" drops the byte order mark
+        try:
+            return line.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{error}: save the file as UTF-8") from None
 
 
 def read_rows(
     path: str | Path, column: str | None = "input"
 ) -> Iterator[tuple[int, dict | ValueError]]:
-    """Each row of a .jsonl, .csv or .tsv file: the number of its first line, and a dict or what is wrong with it.
+    """Yield each row of a file: the number of its first line, and a dict or a ValueError.
 
-    Streamed; a row of more than 16 MB, or that is not UTF-8, is the last to be read. A byte order mark, CRLF and blank
-    lines are passed over. csv: commas, and a header; one that has `column`, and then an empty cell is as good as none,
-    and `choices` is a JSON list, or texts with | between. tsv: tabs, no quotes. Raises ValueError where the file cannot
-    be opened, or its header is wrong.
+    - .jsonl (and any other name): a JSON object on each line.
+    - .csv: cells with commas between them and a header. An empty cell counts as none. `choices` is
+      a JSON list, or texts with | between them.
+    - .tsv: cells with tabs between them and a header. Quotes are ordinary characters.
+
+    column: the name that the header must have; None accepts any header, and keeps empty cells.
+
+    A byte order mark, Windows line ends and blank lines are ignored. A row of more than 16 MB or
+    that is not UTF-8 is the last to be read. Raise ValueError if the file cannot be opened, or its
+    header is wrong.
     """
-    n_lines = n_bytes = 0
-
-    def lines(file):
-        nonlocal n_lines, n_bytes
-        while line := file.readline(
-            MOST + 1
-        ):  # ended by \n alone: JSON's texts may hold Unicode's separators
-            n_lines, n_bytes = n_lines + 1, n_bytes + len(line)
-            if n_bytes > MOST:
-                raise ValueError(f"a row of more than {MOST} bytes")
-            yield line.decode("utf-8-sig" if n_lines == 1 else "utf-8")
-
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
-            records, header = lines(file), None
-            if form := FORMS.get(Path(path).suffix):
-                records = csv.reader(records, **form)
-                header = next(filter(None, records), [])
-                if column not in (None, *header) or len(set(header)) < len(header) or not header:
-                    raise ValueError(
-                        f"expected a header with {column or 'names'!r}, none twice; found {header!r:.80}"
-                    )
-            while True:
-                number, n_bytes = n_lines + 1, 0
-                try:
-                    if (record := next(records, None)) is None:  # also after an error of `lines`
-                        return
-                    if any(map(str.strip, record)):
-                        yield (
-                            number,
-                            row_from_csv(header, record, column)
-                            if header
-                            else parse_json(dict, record),
-                        )
-                except (ValueError, csv.Error) as error:
-                    yield number, ValueError(str(error))
+        with path.open("rb") as file:
+            lines = LineReader(file)
+            if path.suffix in DIALECTS:
+                records = csv.reader(lines, **DIALECTS[path.suffix])
+                header = read_header(records, column)
+                parse = partial(parse_cells, header=header, keep_empty=column is None)
+            else:
+                records = iter(lines)
+                parse = parse_line
+            yield from parse_records(lines, records, parse)
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"{path}: {reason}") from None
 
 
-def parse_json(kind, text):
+def parse_records(
+    lines: LineReader, records: Iterator, parse: Callable
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number, row or error). A record is a line, or the list of its cells."""
+    while True:
+        number = lines.begin_row()
+        try:
+            record = next(records, None)
+            if record is None:
+                return
+            is_blank = not any(part.strip() for part in record)  # of characters, or of cells
+            if is_blank:
+                continue
+            row = parse(record)
+        except (ValueError, csv.Error) as error:
+            row = ValueError(str(error))
+        yield number, row
+
+
+def parse_line(line: str) -> dict:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
+    return row
+
+
+def parse_json(text: str):
     try:
         value = json.loads(text)
-        json.dumps(
-            value, ensure_ascii=False
-        ).encode()  # fails for half a surrogate pair, which no tokenizer takes
+        # JSON can spell half of a surrogate pair ("\ud83d"). That is not a character, and no
+        # tokenizer takes it.
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {getattr(error, 'msg', error)}: {text[:40]!r}") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"expected a JSON object, found {text[:40]!r}")
+        reason = getattr(error, "msg", error)
+        raise ValueError(f"not JSON: {reason}: {text[:40]!r}") from None
     return value
 
 
-def row_from_csv(header, cells, column):
-    if cells == header or len(cells) != len(header):
+def read_header(records: Iterator[list[str]], column: str | None) -> list[str]:
+    """Return the names of the columns. Raise ValueError if the first line does not have them."""
+    header = next(filter(None, records), [])
+    has_repeats = len(set(header)) < len(header)
+    is_without_column = column is not None and column not in header
+    if not header or has_repeats or is_without_column:
+        expected = "a header" if column is None else f"a header with {column!r}"
+        raise ValueError(f"expected {expected}, and no name twice; found {header!r:.80}")
+    return header
+
+
+def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
+    if cells == header:
+        raise ValueError("found the header again, expected a row: remove this line")
+    if len(cells) != len(header):
         raise ValueError(
-            f"expected {len(header)} cells, other than the header's; found {len(cells)}: {cells!r:.80}"
+            f"expected {len(header)} cells, as in the header; found {len(cells)}: {cells!r:.80}"
         )
-    row = {name: cell for name, cell in zip(header, cells, strict=True) if cell or column is None}
-    if choices := row.get("choices"):
-        row["choices"] = (
-            parse_json(list, choices)
-            if choices[0] == "["
-            else [text.strip() for text in choices.split("|")]
-        )
+    row = dict(zip(header, cells, strict=True))
+    if not keep_empty:
+        row = {name: cell for name, cell in row.items() if cell}
+    choices = row.get("choices")
+    if choices:
+        row["choices"] = parse_choices(choices)
     return row
 
 
-def read_splits(files, spec):
-    """Rows by split. Whatever is wrong with any row of any file is in one ValueError."""
-    rows, bad = {split: [] for split in files}, []
+def parse_choices(cell: str) -> list:
+    if cell.startswith("["):
+        return parse_json(cell)
+    return [choice.strip() for choice in cell.split("|")]
+
+
+def read_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
+    """Return the checked rows of each file, by its key: the name of its split.
+
+    Raise one ValueError for everything that is wrong with any row of any file.
+    """
+    rows = {}
+    problems = []
     for split, path in files.items():
-        number = 0
-        for number, row in read_rows(path, None if spec.labels else "input"):
-            try:
-                rows[split].append(check_row(row, spec, split, len(rows[split])))
-            except ValueError as error:
-                bad.append(f"{path}:{number}: {error}")
-        bad += [] if number else [f"{path}: no rows"]
-    targets = ["target" in row for part in rows.values() for row in part]
-    if not spec.labels and 0 < sum(targets) < len(targets):
-        where = ", ".join(map(str, files.values()))
-        bad.append(
-            f"{where}: {sum(targets)} rows have 'target', the others 'choices': a task has rows of one kind"
-        )
-    if bad:
-        raise ValueError(
-            "; ".join(bad[:N_SHOWN] + [f"and {len(bad) - N_SHOWN} more"] * (len(bad) > N_SHOWN))
-        )
+        rows[split], problems_of_file = read_file(path, spec, split)
+        problems += problems_of_file
+    if spec.has_user_rows:
+        problems += find_mixed_kinds(rows, files)
+    if len(problems) > MAX_PROBLEMS:
+        n_others = len(problems) - MAX_PROBLEMS
+        problems = [*problems[:MAX_PROBLEMS], f"and {n_others} more"]
+    if problems:
+        raise ValueError("; ".join(problems))
     return rows
 
 
-def check_row(row, spec, split, number):
-    """`row` with an integer `label` and `idx`. Raises ValueError for what is wrong with it."""
+def read_file(path: Path, spec: TaskSpec, split: str) -> tuple[list[dict], list[str]]:
+    """Return the good rows of a file, and a message for each bad one."""
+    column = "input" if spec.has_user_rows else None
+    rows = []
+    problems = []
+    for number, row in read_rows(path, column):
+        try:
+            rows.append(check_row(row, spec, split, len(rows)))
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}")
+    if not rows and not problems:
+        problems.append(f"{path}: no rows")
+    return rows, problems
+
+
+def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> list[str]:
+    """Return a message if some rows have a target and others choices: a task has one metric."""
+    has_target = ["target" in row for row in chain.from_iterable(rows.values())]
+    n_targets = sum(has_target)
+    if n_targets in (0, len(has_target)):
+        return []
+    names = ", ".join(map(str, files.values()))
+    return [
+        f"{names}: {n_targets} rows have 'target', the others 'choices': expected rows of one kind"
+    ]
+
+
+# Checking rows
+
+
+def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -> dict:
+    """Return a row with an integer `label` (-1: unlabelled) and an integer `idx`.
+
+    number: the `idx` of a row that has none in its file.
+
+    Raise ValueError if something is wrong with the row; if the row is a ValueError (see
+    `read_rows`), raise that. Only rows of the split "test" may lack a label.
+    """
     if isinstance(row, ValueError):
         raise row
     row = {spec.fields.get(name, name): value for name, value in row.items()}
-    if spec.spans:
-        fix_spans(row, spec.spans)
-    labels, value = spec.labels, row.get(spec.label)
-    if (
-        not labels
-    ):  # a user's row: it has choices of its own, or a target, which is the only choice, and right
-        if ("target" in row) == ("choices" in row):
-            raise ValueError(
-                f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
-            )
-        kind, choices = (
-            ("choices", row["choices"]) if "choices" in row else ("target", [row["target"]])
-        )
-        for key, texts in (("input", [row.get("input")]), (kind, choices)):
-            good = (
-                isinstance(texts, list)
-                and texts
-                and all(isinstance(text, str) and text.strip() for text in texts)
-            )
-            if not good or len(set(texts)) < len(texts):
-                expected = (
-                    "a list of texts, none twice and none"
-                    if key == "choices"
-                    else "a text that is not"
-                )
-                raise ValueError(f"{key!r} is {row.get(key)!r:.80}, expected {expected} empty")
-        labels, value = [str(i) for i in range(len(choices))], value if kind == "choices" else 0
-    lower, label = (
-        [label.lower() for label in labels],
-        str(value).lower(),
-    )  # files have 1, true, "true" and "True"
-    if label not in lower and type(value) is int and 0 <= value < len(labels):
-        label = lower[value]  # in T-Few's published splits it is an index
-    if label not in lower and not (split == "test" and label in ("none", "-1", "")):
-        raise ValueError(
-            f"{spec.label!r} is {value!r:.40}, expected one of {', '.join(labels):.80}"
-        )
-    row["label"] = lower.index(label) if label in lower else -1
-    row["idx"] = row["idx"] if type(row.get("idx")) is int else number
-    render(spec.prompts[0], row)  # names the field that is missing in a known task's row
+    if spec.span_field:
+        unpack_spans(row, spec.span_field)
+    if spec.has_user_rows:
+        check_user_row(row)
+    row["label"] = read_label(row, spec, may_be_hidden=split == "test")
+    if type(row.get("idx")) is not int:  # a bool is not a number either
+        row["idx"] = number
+    # The first prompt uses every field that any prompt of the task uses (a test says so).
+    check_fields(spec.prompts[0], row)
     return row
 
 
-def fix_spans(row, field):
-    """WSC's spans become fields, as in its "fixed" variant: one that is not in the text is spelled as at its index."""
+def check_user_row(row: dict):
+    """Raise ValueError if a user's row lacks a text that it should have."""
+    if ("target" in row) == ("choices" in row):
+        raise ValueError(
+            f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
+        )
+    texts = {"input": row.get("input")}
+    if "target" in row:
+        texts["target"] = row["target"]
+    for name, text in texts.items():
+        if not is_text(text):
+            raise ValueError(f"{name!r} is {text!r:.80}, expected a text that is not empty")
+    if "choices" in row and not are_choices(row["choices"]):
+        raise ValueError(
+            f"'choices' is {row['choices']!r:.80}, "
+            "expected a list of texts that differ and are not empty"
+        )
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def are_choices(value) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(map(is_text, value)) and len(set(value)) == len(value)
+
+
+def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
+    """Return the label of a row as an integer, or -1 if it is hidden."""
+    if not spec.has_user_rows:
+        return find_label(row.get(spec.label_field), spec.labels, spec.label_field, may_be_hidden)
+    if "target" in row:
+        return 0  # the target is the only choice, and right
+    indices = [str(i) for i in range(len(row["choices"]))]
+    return find_label(row.get("label"), indices, "label", may_be_hidden)
+
+
+def find_label(value, labels: list[str], field: str, may_be_hidden: bool) -> int:
+    """Return the index of a label, or -1 if it is hidden. Raise ValueError if it is neither."""
+    lower_labels = [label.lower() for label in labels]
+    text = str(value).lower()  # files have 1, true, "true" and "True"
+    if text in lower_labels:
+        return lower_labels.index(text)
+    if type(value) is int and 0 <= value < len(labels):  # T-Few's published splits have the index
+        return value
+    if may_be_hidden and text in ("none", "-1", ""):
+        return -1
+    raise ValueError(f"{field!r} is {value!r:.40}, expected one of {', '.join(labels):.80}")
+
+
+def unpack_spans(row: dict, field: str):
+    """Replace WSC's object `field` by its entries, and spell the two spans as the text does.
+
+    Like the "fixed" variant of WSC, on which T-Few trains: a span that does not occur in the text
+    takes the spelling that the text has at the span's index, if only the case, line breaks or a
+    full stop differ.
+    """
     try:
         row |= row.pop(field, {})
-        for n in (1, 2):
-            text, index, span = (
-                row["text"],
-                row[f"span{n}_index"],
-                row[f"span{n}_text"].rstrip(".").replace("\n", " "),
-            )
-            there = " ".join(text.split()[index:])[: len(span)]
-            if row[f"span{n}_text"] not in text and there.lower() == span.lower():
-                row[f"span{n}_text"] = there
+        for prefix in ("span1", "span2"):
+            span = row[f"{prefix}_text"]
+            normalized = span.rstrip(".").replace("\n", " ")
+            words_from_index = row["text"].split()[row[f"{prefix}_index"] :]
+            text_at_index = " ".join(words_from_index)[: len(normalized)]
+            if span not in row["text"] and text_at_index.lower() == normalized.lower():
+                row[f"{prefix}_text"] = text_at_index
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"'text' and {field!r} are not as expected: {error}") from None
+        names = "span1_text, span1_index, span2_text and span2_index"
+        raise ValueError(f"expected 'text', and {field!r} with {names} ({error})") from None

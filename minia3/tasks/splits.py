@@ -1,174 +1,339 @@
-"""To be written."""
+"""Load a task: find or download its files, read them, and divide their rows into splits."""
 
 import difflib
 import hashlib
 import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 
-from minia3.tasks.download import download
+from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks
-from minia3.tasks.rows import read_splits
+from minia3.tasks.rows import read_files
 from minia3.tasks.task import Task, TaskSpec
 
-SPLITS = {  # -> names of the file; the last ones are RAFT's and StoryCloze's
+# Split -> names of its file, without the suffix. The last ones are those of StoryCloze and RAFT.
+FILE_NAMES = {
     "train": ("train", "cloze_test_val__spring2016 - cloze_test_ALL_val"),
     "validation": ("validation", "val", "dev"),
     "test": ("test", "test_unlabeled", "cloze_test_test__spring2016 - cloze_test_ALL_test"),
 }
-FOLDS = 5  # of RAFT's train rows: it hides the labels of the test rows
+USER_SUFFIXES = (".jsonl", ".csv")
+N_FOLDS = 5
+
+
+@dataclass
+class Splits:
+    """The rows of a task while it is loaded."""
+
+    name: str
+    files: list[Path]  # all that were read
+    train: list[dict] = field(default_factory=list)
+    validation: list[dict] = field(default_factory=list)
+    test: list[dict] = field(default_factory=list)
+    validation_name: str = "validation"
+    notes: list[str] = field(default_factory=list)
+    is_shuffled: bool = False  # whether train is in the order of T-Few's published split
+
+    def set_rows(self, rows: dict[str, list[dict]]):
+        self.train = rows.get("train", [])
+        self.validation = rows.get("validation", [])
+        self.test = rows.get("test", [])
+
+    def checksums(self) -> dict[str, str]:
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
+
+    def hold_out(self, rows: list[dict]):
+        """Move rows from train to validation."""
+        held_out = {row["idx"] for row in rows}
+        self.validation = rows
+        self.train = [row for row in self.train if row["idx"] not in held_out]
 
 
 def load_task(
-    name_or_path: str, data_dir: str = "data", shots: int | None = None, seed: int = 0
+    name_or_path: str | Path, data_dir: str | Path = "data", shots: int | None = None, seed: int = 0
 ) -> Task:
-    """A known task by its name, or a user's own rows: a .jsonl or .csv file, or a folder with train, validation, test.
+    """Load a known task by its name, or a user's rows from a .jsonl or .csv file or a folder.
 
-    A known task is read from `<data_dir>/<name>`, and downloaded to there first if need be; where that fails, T-Few's
-    published splits are read from `<data_dir>/few_shot`. Own rows are {"input", "target"} or {"input", "choices",
-    "label"}; train alone is split in three. `shots`: train is T-Few's few-shot split, the first `shots` rows (of SST-2,
-    of each class) after a shuffle by `seed`. RAFT's test labels are hidden: a fifth of its 50 train rows is held out,
-    another for each of five seeds in a row, or with shots=50 none. Raises ValueError, in one line.
+    A known task is read from `<data_dir>/<name>`, after a download if the files are not there. If
+    that fails, T-Few's published few-shot splits are read from `<data_dir>/few_shot`.
+
+    A user's rows are {"input", "target"} or {"input", "choices", "label"}. A folder has files named
+    train, validation (or val, or dev) and test; if there is only one file, or only train, its rows
+    are split in three.
+
+    shots: train on T-Few's few-shot split only: the first `shots` rows (SST-2: of each class) after
+    a shuffle by `seed`.
+
+    RAFT hides the labels of its test rows, so a fifth of its 50 train rows is held out as
+    validation, and five seeds in a row hold out each row once. With shots=50 all rows are trained
+    on, and none are held out.
+
+    Raise ValueError, in one line, if there is no such task, or its files or rows are not as
+    expected.
     """
-    name, notes = str(name_or_path), []
+    name = str(name_or_path)
     spec = known_tasks().get(name, TaskSpec())
-    files = find_files(name, spec, data_dir, seed, notes)
-    known, split = bool(spec.labels), "T-Few's other splits" if seed in files else "validation"
-    rows = read_splits(
-        {split: files[split] for split in files if split != "validation" or not spec.dev_ids}, spec
-    )
-    checksums = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files.values()
-    }
-    if seed in files:
-        drawn = {row["idx"] for row in rows[seed]}
-        others = {
-            row["idx"]: row for part in rows.values() for row in part if row["idx"] not in drawn
-        }
-        rows = {"train": rows[seed], "validation": list(others.values())}
-    elif not known and list(rows) == ["train"]:
-        rows = split_rows(rows["train"], files["train"])
-        notes.append(
-            f"{files['train']} is split into train, validation and test, the same way each time"
-        )
-    train, validation, test = (rows.get(split, []) for split in SPLITS)
-    own = [] if known else [*train, *validation, *test]
-    metric = "exact_match" if own and "target" in own[0] else spec.metric
-    name = (
-        name
-        if known
-        else os.path.basename(os.path.abspath(name)).removesuffix(".jsonl").removesuffix(".csv")
-    )
-    if n := sum(row["input"] != row["input"].rstrip() for row in own):
-        notes.append(
-            f"{n} inputs end in white space: leave it out, the tokenizer puts a space before the answer"
-        )
-    n_hidden = sum(row["label"] < 0 for row in test)
-    if spec.dev_ids:
-        ids = {tuple(line.split()) for line in files["validation"].read_text("utf-8").splitlines()}
-        validation = [row for row in train if tuple(map(row.get, spec.dev_ids)) in ids]
-    elif known and n_hidden and not validation and shots != len(train):
-        validation = [
-            train[i]
-            for i in np.random.RandomState(0).permutation(len(train))[seed % FOLDS :: FOLDS]
-        ]
-        notes.append(
-            f"fold {seed % FOLDS + 1} of {FOLDS} is held out: {FOLDS} seeds in a row report on each row once"
-        )
-    if not rows.get("validation"):  # then they are rows of train
-        held = {row["idx"] for row in validation}
-        train = [row for row in train if row["idx"] not in held]
-    if n_hidden and validation:
-        notes.append(
-            f"{n_hidden} of {len(test)} test rows have no label: results are on validation"
-        )
+    if spec.has_user_rows:
+        splits = load_user_task(name, spec)
+    else:
+        splits = load_known_task(name, spec, data_dir, shots, seed)
+    note_hidden_labels(splits)
     if shots is not None:
-        labels = range(len(spec.labels)) if spec.per_class else ()
-        parts = [[row for row in train if row["label"] == label] for label in labels] or [train]
-        if not (n := min(map(len, parts))) >= shots >= 1:
-            raise ValueError(
-                f"{name}: expected 1 to {n} shots{' of a label' * bool(labels)}, found {shots}"
-            )
-        # T-Few's `np.random.seed(seed); np.random.shuffle(rows)`: the same stream, but the global state stays as it is.
-        for part in [] if seed in files else parts:
-            np.random.RandomState(seed).shuffle(part)
-        train = [row for part in parts for row in part[:shots]]
+        splits.train = draw_shots(splits, spec, shots, seed)
     task = Task(
-        name, train, validation, test, spec.prompts, metric, spec.seen, checksums, notes, split
+        splits.name,
+        splits.train,
+        splits.validation,
+        splits.test,
+        spec.prompts,
+        choose_metric(splits, spec),
+        spec.seen,
+        splits.checksums(),
+        splits.notes,
+        splits.validation_name,
     )
-    _ = known or task.evaluation  # raises where there is nothing to report on
+    # A known task may have none: if all 50 rows of RAFT are trained on, no labelled row is left.
+    if spec.has_user_rows:
+        task.check_evaluation()
     return task
 
 
-def find_files(name, spec, data_dir, seed, notes):
-    """Paths by split, of a known task or of a user's file or folder; or by seed, of T-Few's published splits."""
-    path, suffixes = Path(SHIPPED, spec.shipped) if spec.shipped else Path(name), (".jsonl", ".csv")
-    if spec.sources:
-        path, names = (
-            Path(data_dir, name),
-            [Path(file) for source in spec.sources for file in source.files],
-        )
-        suffixes = {file.suffix for file in names}
-        needed = {
-            "train",
-            "validation" if {file.stem for file in names} & {*SPLITS["validation"]} else "test",
-        }
-        try:
-            if not needed <= find_splits(path, suffixes).keys():
-                download(spec.sources, path)
-        except ValueError as error:
-            folder = Path(data_dir, "few_shot", spec.few_shot or name, f"{spec.shots}_shot")
-            files = {
-                int(file.stem.removesuffix("_seed")): file
-                for file in sorted(folder.glob("*_seed.jsonl"))
-            }
-            if seed not in files:
-                raise ValueError(
-                    f"{error}{'; published are seeds ' * bool(files)}{sorted(files) or ''}"
-                ) from None
-            notes.append(
-                f"{error}; so this is T-Few's published split, evaluated on those of the other seeds"
-            )
-            return files
-    elif not (spec.shipped or os.path.exists(name)):
-        hint = "".join(
-            f"did you mean {x!r}? "
-            for x in difflib.get_close_matches(name.lower(), known_tasks(), n=1)
-        )
-        raise ValueError(
-            f"{name!r} is no task, file or folder: {hint}Known tasks: {', '.join(known_tasks())}"
-        )
-    if (
-        files := find_splits(path, suffixes)
-        if path.is_dir()
-        else {"train": path}
-        if path.suffix in suffixes
-        else {}
-    ):
-        return files
-    raise ValueError(
-        f"{path}: expected a .jsonl or .csv file, or a folder of train, validation (val, dev) and test"
-    )
+# A user's rows, and the task that comes with the repository
 
 
-def find_splits(folder, suffixes):
+def load_user_task(name: str, spec: TaskSpec) -> Splits:
+    files = find_user_files(name, spec)
+    rows = read_files(files, spec)
+    splits = Splits(short_name(name), list(files.values()))
+    if list(rows) == ["train"]:
+        rows = split_in_three(rows["train"], files["train"])
+        splits.notes.append(
+            f"{files['train']} is split into train, validation and test, the same way each time"
+        )
+    splits.set_rows(rows)
+    note_white_space(splits)
+    return splits
+
+
+def short_name(path: str) -> str:
+    """Return the name of a task that is a file or a folder."""
+    name = os.path.basename(os.path.abspath(path))
+    return name.removesuffix(".jsonl").removesuffix(".csv")
+
+
+def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
+    """Return the file of each split. Raise ValueError if there are none."""
+    if spec.shipped:
+        path = SHIPPED / spec.shipped
+    elif os.path.exists(name):  # unlike Path.exists, this takes any text, even a null byte
+        path = Path(name)
+    else:
+        raise ValueError(unknown_task(name))
     files = {}
-    for split, names in SPLITS.items():
-        for path in (folder / (name + suffix) for name in names for suffix in suffixes):
-            if path.is_file() and files.setdefault(split, path) != path:
-                raise ValueError(
-                    f"{folder} has {files[split].name} and {path.name}: keep one of them as {split}"
-                )
+    if path.is_dir():
+        files = find_splits(path, USER_SUFFIXES)
+    elif path.suffix in USER_SUFFIXES:
+        files = {"train": path}
+    if not files:
+        raise ValueError(
+            f"{path}: expected a .jsonl or .csv file, "
+            "or a folder of train, validation (val, dev) and test"
+        )
     return files
 
 
-def split_rows(rows, path):
-    """80/10/10, at least one row each, in the file's order; not by the run's seed: all seeds test on the same rows."""
+def unknown_task(name: str) -> str:
+    """Return the message for a name that is neither a known task nor a path."""
+    hint = ""
+    for near in difflib.get_close_matches(name.lower(), known_tasks(), n=1):
+        hint = f"did you mean {near!r}? "
+    known = ", ".join(known_tasks())
+    return f"{name!r} is not a known task, a file or a folder: {hint}Known tasks: {known}"
+
+
+def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
+    """Divide rows 80/10/10, at least one row each, and keep the file's order.
+
+    The run's seed plays no part, so that runs with different seeds are tested on the same rows.
+    """
     if len(rows) < 3:
         raise ValueError(
-            f"{path}: too few rows to split ({len(rows)}): give a folder with train, validation, test"
+            f"{path}: too few rows to split ({len(rows)}): "
+            "give a folder with train, validation and test"
         )
-    shuffled, n = np.random.RandomState(0).permutation(len(rows)), max(1, len(rows) // 10)
-    parts = {"train": shuffled[2 * n :], "validation": shuffled[:n], "test": shuffled[n : 2 * n]}
-    return {split: [rows[i] for i in sorted(part)] for split, part in parts.items()}
+    shuffled = np.random.RandomState(0).permutation(len(rows))
+    n = max(1, len(rows) // 10)
+    indices = {
+        "train": sorted(shuffled[2 * n :]),
+        "validation": sorted(shuffled[:n]),
+        "test": sorted(shuffled[n : 2 * n]),
+    }
+    return {split: [rows[i] for i in indices[split]] for split in indices}
+
+
+def note_white_space(splits: Splits):
+    """The tokenizer puts a space before the answer, so an input that ends in one would have two."""
+    inputs = [row["input"] for row in [*splits.train, *splits.validation, *splits.test]]
+    n_inputs = sum(text != text.rstrip() for text in inputs)
+    if n_inputs:
+        splits.notes.append(
+            f"{n_inputs} inputs end in white space: leave it out, "
+            "because the tokenizer puts a space before the answer"
+        )
+
+
+# Known tasks
+
+
+def load_known_task(
+    name: str, spec: TaskSpec, data_dir: str | Path, shots: int | None, seed: int
+) -> Splits:
+    try:
+        files = find_or_download(spec, Path(data_dir, name))
+    except ValueError as error:
+        return load_published_split(name, spec, data_dir, seed, error)
+    splits = Splits(name, list(files.values()))
+    if spec.dev_id_fields:
+        dev_ids = read_dev_ids(files.pop("validation"))
+        splits.set_rows(read_files(files, spec))
+        splits.hold_out(select_dev_rows(splits.train, spec, dev_ids))
+        return splits
+    splits.set_rows(read_files(files, spec))
+    if is_fold_needed(splits, shots):
+        hold_out_fold(splits, seed)
+    return splits
+
+
+def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
+    """Return the file of each split, after a download if one that is needed is not there."""
+    names = [Path(name) for name in file_names(spec.sources)]
+    suffixes = {name.suffix for name in names}
+    has_validation = any(name.stem in FILE_NAMES["validation"] for name in names)
+    needed = {"train", "validation"} if has_validation else {"train", "test"}
+    files = find_splits(folder, suffixes)
+    if not needed <= files.keys():
+        download(spec.sources, folder)
+        files = find_splits(folder, suffixes)
+    return files
+
+
+def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
+    """Return the file of each split that is in the folder. Raise ValueError if a split has two."""
+    files = {}
+    for split, names in FILE_NAMES.items():
+        candidates = [folder / f"{name}{suffix}" for name, suffix in product(names, suffixes)]
+        found = [path for path in candidates if path.is_file()]
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder} has {found[0].name} and {found[1].name}: keep one of them as {split}"
+            )
+        if found:
+            files[split] = found[0]
+    return files
+
+
+def read_dev_ids(path: Path) -> set[tuple[str, ...]]:
+    """Return the ids on each line of MRPC's validation file. It has no texts."""
+    lines = path.read_text("utf-8").splitlines()
+    return {tuple(line.split()) for line in lines}
+
+
+def select_dev_rows(rows: list[dict], spec: TaskSpec, dev_ids: set[tuple[str, ...]]) -> list[dict]:
+    """Return the rows that the ids name."""
+    selected = []
+    for row in rows:
+        ids = tuple(row.get(name) for name in spec.dev_id_fields)
+        if ids in dev_ids:
+            selected.append(row)
+    return selected
+
+
+def is_fold_needed(splits: Splits, shots: int | None) -> bool:
+    """Whether rows to report on must be taken from train (RAFT), and the shots leave some."""
+    has_hidden = any(row["label"] < 0 for row in splits.test)
+    return has_hidden and not splits.validation and shots != len(splits.train)
+
+
+def hold_out_fold(splits: Splits, seed: int):
+    """Hold out the fold that the seed names. The folds are the same for every seed."""
+    fold = seed % N_FOLDS
+    shuffled = np.random.RandomState(0).permutation(len(splits.train))
+    splits.hold_out([splits.train[i] for i in shuffled[fold::N_FOLDS]])
+    splits.notes.append(
+        f"fold {fold + 1} of {N_FOLDS} is held out: "
+        f"{N_FOLDS} seeds in a row report on each row once"
+    )
+
+
+def load_published_split(
+    name: str, spec: TaskSpec, data_dir: str | Path, seed: int, error: ValueError
+) -> Splits:
+    """Load T-Few's published few-shot split of a seed. Rows of its other splits are validation.
+
+    Raise `error`, which says why the data set itself cannot be had, if there is no such split.
+    """
+    folder = Path(data_dir, "few_shot", spec.few_shot or name, f"{spec.shots}_shot")
+    files = {
+        int(path.stem.removesuffix("_seed")): path for path in sorted(folder.glob("*_seed.jsonl"))
+    }
+    if seed not in files:
+        hint = f"; T-Few's splits are there for seeds {sorted(files)}" if files else ""
+        raise ValueError(f"{error}{hint}") from None
+    rows = read_files(files, spec)
+    train = rows.pop(seed)
+    train_ids = {row["idx"] for row in train}
+    rows_by_id = {row["idx"]: row for row in chain.from_iterable(rows.values())}  # splits overlap
+    return Splits(
+        name,
+        list(files.values()),
+        train,
+        validation=[row for idx, row in rows_by_id.items() if idx not in train_ids],
+        validation_name="T-Few's other splits",
+        notes=[
+            f"{error}; so T-Few's published split is used, and those of other seeds to report on"
+        ],
+        is_shuffled=True,
+    )
+
+
+# Every task
+
+
+def note_hidden_labels(splits: Splits):
+    n_hidden = sum(row["label"] < 0 for row in splits.test)
+    if n_hidden and splits.validation:
+        splits.notes.append(
+            f"{n_hidden} of {len(splits.test)} test rows have no label: results are on validation"
+        )
+
+
+def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[dict]:
+    """Return T-Few's few-shot split of train: the first rows (of each label) after a shuffle."""
+    pools = [splits.train]
+    if spec.per_class:
+        pools = [[] for _ in spec.labels]
+        for row in splits.train:
+            pools[row["label"]].append(row)
+    n_available = min(map(len, pools))
+    if not 1 <= shots <= n_available:
+        unit = "shots of each label" if spec.per_class else "shots"
+        raise ValueError(f"{splits.name}: expected 1 to {n_available} {unit}, found {shots}")
+    drawn = []
+    for pool in pools:
+        if not splits.is_shuffled:
+            # T-Few calls np.random.seed(seed); np.random.shuffle(rows). This is the same stream of
+            # random numbers, but the state of the global generator stays as it is.
+            np.random.RandomState(seed).shuffle(pool)
+        drawn += pool[:shots]
+    return drawn
+
+
+def choose_metric(splits: Splits, spec: TaskSpec) -> str:
+    """Return "exact_match" for a user's rows with targets, which have no other choices to rank."""
+    rows = splits.train or splits.validation or splits.test
+    has_targets = spec.has_user_rows and "target" in rows[0]
+    return "exact_match" if has_targets else spec.metric

@@ -8,7 +8,7 @@ import numpy as np
 from minia3.checkpoints.known_models import base_of, known_model
 from minia3.tasks.batches import order
 from minia3.tasks.examples import encode_rows
-from minia3.tasks.prompts import for_family, render
+from minia3.tasks.prompts import for_family
 from minia3.tasks.splits import load_task
 from minia3.training.flags import expand_grid
 
@@ -143,11 +143,7 @@ def draw_examples(cell, tokenizer):
     """
     config, parts, rows_of, plan = cell.config, cell.parts, [], []
     for part in parts:
-        like = part.train_rows if config.similar_lengths else ()
-        lengths = [len(render(part.prompts[0], row).input) for row in like] or None
-        rows_of.append(
-            lru_cache(1)(order(len(part.train_rows), config.batch_size, config.seed, lengths))
-        )
+        rows_of.append(lru_cache(1)(order(len(part.train_rows), config.batch_size, config.seed)))
     size, drawn = np.minimum([len(part.train_rows) for part in parts], config.cap), [0] * len(parts)
     for step in range(config.steps):  # for each example of a step: task, row and prompt
         rng, rng_of_prompt = (

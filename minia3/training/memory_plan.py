@@ -1,4 +1,9 @@
-"""To be written."""
+"""How much memory the tensors of a model take when it is served or trained, without its weights.
+
+The model runs on fake tensors: they have a shape and a dtype, but no storage. A counter watches
+which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside of
+kernels, and what the allocator keeps of freed memory come on top.
+"""
 
 import weakref
 
@@ -11,66 +16,78 @@ from minia3.checkpoints.load import build_model, place_parameter
 from minia3.inference.scoring import logprobs
 from minia3.model.ia3 import freeze, vectors
 
-# What glibc's malloc, on a CPU, keeps of the memory that is freed. Pieces above 32 MB go back to the system, the end of
-# the heap beyond twice that. Holes between what is held do not: about an eighth of all but the weights, as measured
-# at the points FIT of tests/benchmarks/memory.py.
-HEAP_END, HOLES = 64 << 20, 1 / 8
+TARGET_LENGTH = 8  # tokens of a target in training
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive: `now`, and the most so far, `peak`."""
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive: `now`, and the most so far, `peak`.
+
+    It sees every tensor that an operation returns, fake or real, and is told by the garbage
+    collector when its storage is freed. Views share a storage, which counts once.
+    """
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.finalizers = {}  # address of a storage -> what runs when it is freed
+        self.now = 0
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.count(x.untyped_storage())
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
         return result
 
-    def count(self, storage):
-        key, n_bytes = storage._cdata, storage.nbytes()
-        if key not in self.alive:
-            self.alive[key] = weakref.finalize(storage, self.forget, key, n_bytes)
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        n_bytes = storage.nbytes()
+        if key not in self.finalizers:
+            self.finalizers[key] = weakref.finalize(storage, self.remove, key, n_bytes)
             self.now += n_bytes
             self.peak = max(self.peak, self.now)
 
-    def forget(self, key, n_bytes):
-        del self.alive[key]
+    def remove(self, key, n_bytes):
+        del self.finalizers[key]
         self.now -= n_bytes
 
 
-def planned_memory(config, dtype, batch, length, train, target=8):
-    """(bytes that tensors take at the most, bytes that malloc keeps besides): a training step, or reading and a token.
+def planned_memory(config, dtype, batch, length, is_training):
+    """Return the most bytes that tensors take at once, weights included.
 
-    The model runs on tensors that have shapes and no numbers, with the CPU's kernels. Their sum is what a process takes
-    that does this again and again, beyond Python and torch; a GPU has the former. (glibc kept more of a run of train.py
-    on t5-base, 0.8 GB, and none of it with MALLOC_TRIM_THRESHOLD_=1000000 in the environment.)
+    Serving reads `batch` sources of `length` tokens and writes one token. Training is a step of the
+    (IA)^3 recipe on such sources, with targets of TARGET_LENGTH tokens, once the optimizer has its
+    moments. The kernels are the CPU's; other devices need about as much.
     """
-    with FakeTensorMode(), torch.set_grad_enabled(train):
-        model = build_model(config).train(train)
-        for name, p in [*model.named_parameters()]:
-            place_parameter(
-                model,
-                name,
-                torch.empty(p.shape, dtype=torch.float32 if name.endswith(".scale") else dtype),
-            )
-        freeze(model)
-        tokens, held = torch.zeros(batch, max(length, target), dtype=torch.long), Held()
-        for p in model.parameters():
-            held.count(p.untyped_storage())
-        weights = held.now
-        with held:
-            state = model.start(tokens[:, :length])
-            if train:
-                logprobs(model, state, tokens[:, :target]).sum().backward()
-            else:
-                model.step(state.start, state)
-    moments = (
-        4 * sum(vector.numel() for vector in vectors(model).values()) * train
-    )  # Adafactor's, one for each number
-    peak = max(held.peak, held.now + moments)
-    return peak, min(HEAP_END, peak - weights) + int(HOLES * (peak - weights))
+    with FakeTensorMode():
+        model = build_model(config)
+        for name, p in list(model.named_parameters()):
+            place_parameter(model, name, torch.empty(p.shape, dtype=stored_dtype(name, dtype)))
+        tokens_BL = torch.zeros(batch, max(length, TARGET_LENGTH), dtype=torch.long)
+        return measure_peak(model, tokens_BL, length, is_training)
+
+
+def stored_dtype(name, dtype):
+    """Return the dtype of a parameter: vectors are float32 whatever the dtype of the model."""
+    return torch.float32 if name.endswith(".scale") else dtype
+
+
+def measure_peak(model, tokens_BL, length, is_training):
+    """Run one step and return the most bytes that were alive. The tensors may be fake or real."""
+    counter = MemoryCounter()
+    freeze(model)
+    model.train(is_training)
+    for tensor in (*model.parameters(), tokens_BL):
+        counter.add(tensor)
+    with counter, torch.set_grad_enabled(is_training):
+        state = model.start(tokens_BL[:, :length])
+        if is_training:
+            # Adafactor keeps one moment per entry of a vector, from its first step on.
+            moments = [torch.zeros_like(vector) for vector in vectors(model).values()]
+            logprobs(model, state, tokens_BL[:, :TARGET_LENGTH]).sum().backward()
+            del moments
+            model.zero_grad()
+        else:
+            model.step(state.start, state)
+    return counter.peak

@@ -1,69 +1,222 @@
-"""To be written."""
+"""The model card, README.md, that lies beside an adapter or a model that was trained.
 
-import dataclasses
+The hub reads the lines between `---` at its beginning. People read the rest: what it is, how well
+it does, how it was made, and the code that loads it.
+"""
+
 import json
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from minia3.checkpoints.known_models import hub_name
 from minia3.files.write import replacing
-from minia3.training.flags import flag_words
+from minia3.training.command_lines import training_command
 from minia3.training.report import before_after
 
-AUTO = {
-    "T5": "AutoModelForSeq2SeqLM",
-    "Llama": "AutoModelForCausalLM",
-}  # class of ours -> of transformers
-WHERE = (
-    "model",
-    "task",
-    "out",
-    "data_dir",
-    "resume",
-    "device",
-)  # these say where something is; the others, what to do
+# The class of transformers for each of our architectures
+AUTO_CLASSES = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}
+
+
+@dataclass
+class Facts:
+    """What a card says, as texts that are ready to be put in."""
+
+    model: str  # the base, as the user named it
+    hub_model: str  # the base, as transformers finds it
+    tasks: str
+    n_trainable: str
+    n_base: str
+    share: str
+    front_matter: str  # what the hub reads, whatever the method
+    results: str  # a Markdown table
+    origin: str  # how it was made, and from which files
+    auto_class: str
 
 
 def write_card(folder, config, finals, checksums):
+    """Write README.md into a folder. The arguments are those of `card`."""
     with replacing(folder / "README.md") as temporary:
-        temporary.write_text(
-            card(config, *(final | {"data": checksums} for final in finals)), encoding="utf-8"
-        )
+        temporary.write_text(card(config, finals, checksums), encoding="utf-8")
 
 
-def card(config, *finals):
-    """The text of README.md. config: the run's flags, train.py's Config.
+def card(config, finals, checksums):
+    """Return the text of a card.
 
-    finals: the run's result, for each task of a mixture; with `data`, the checksums of its files.
+    config: the flags of the run (train.py's Config). finals: the final lines of metrics.jsonl for
+    this adapter, one per task of a mixture. checksums: a dict from file of data to sha256.
     """
-    final, base, tasks = finals[0], hub_name(config.model), [final["task"] for final in finals]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
-    differ = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    words = flag_words(config, ["model", "task", *(name for name in differ if name not in WHERE)])
-    rows = []
-    for one in finals:
-        of = f"{one['task']}, {one['rows']:,} rows of {one['split']}: " if len(finals) > 1 else ""
-        over = f", median over {len(one['accuracies'])} prompts" if "accuracies" in one else ""
-        rows.append([of + one["metric"] + over, *before_after(one, "accuracy", ".1%")])
-        rows += [[of + "AUC", *before_after(one, "auc", ".2f")]] if one["auc"] is not None else []
-    _, *parts = re.split(
-        "<!-- (.*) -->\n", Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    facts = collect_facts(config, finals, checksums)
+    if config.method == "lora":
+        return lora_card(facts)
+    if config.method == "full":
+        return full_card(facts)
+    return ia3_card(facts)
+
+
+def ia3_card(facts):
+    return f"""\
+---
+{facts.front_matter}
+library_name: peft
+tags: [ia3, peft]
+---
+
+# (IA)^3 for {facts.tasks}, on {facts.model}
+
+{facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}) that rescale the keys,
+the values and the inner activations of the feed-forward in each layer of {facts.model}, whose
+parameters stay as they are: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
+
+{facts.results}
+
+{facts.origin}
+
+```python
+import minia3
+
+model = minia3.load_model({facts.model!r})
+tokenizer = minia3.load_tokenizer({facts.model!r})
+minia3.load_adapter(model, ".")  # this folder, or the name of this repository
+```
+
+```python
+from peft import PeftModel
+from transformers import {facts.auto_class}
+
+base = {facts.auto_class}.from_pretrained({facts.hub_model!r})
+model = PeftModel.from_pretrained(base, ".")
+```
+"""
+
+
+def lora_card(facts):
+    return f"""\
+---
+{facts.front_matter}
+library_name: peft
+tags: [lora, peft]
+---
+
+# LoRA for {facts.tasks}, on {facts.model}
+
+{facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}): two thin matrices A and
+B beside some of the weights W of {facts.model}, whose parameters stay as they are. W x becomes
+W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The file
+adapter_config.json has alpha and r, and says which weights. `train.py --method lora --adapter .`
+trains it further.
+
+{facts.results}
+
+{facts.origin}
+
+```python
+import minia3
+from minia3.adapters.lora import load_lora
+
+model = minia3.load_model({facts.model!r})
+tokenizer = minia3.load_tokenizer({facts.model!r})
+load_lora(model, ".")  # this folder, or the name of this repository
+```
+
+```python
+from peft import PeftModel
+from transformers import {facts.auto_class}
+
+base = {facts.auto_class}.from_pretrained({facts.hub_model!r})
+model = PeftModel.from_pretrained(base, ".")
+```
+"""
+
+
+def full_card(facts):
+    return f"""\
+---
+{facts.front_matter}
+library_name: transformers
+---
+
+# {facts.model}, fine-tuned for {facts.tasks}
+
+All {facts.n_trainable} parameters of {facts.model}, trained further. This is a whole model, which
+needs no other files.
+
+{facts.results}
+
+{facts.origin}
+
+```python
+import minia3
+
+model = minia3.load_model(".")  # this folder, or the name of this repository
+tokenizer = minia3.load_tokenizer(".")
+```
+
+```python
+from transformers import AutoTokenizer, {facts.auto_class}
+
+model = {facts.auto_class}.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+"""
+
+
+def collect_facts(config, finals, checksums):
+    final = finals[0]  # what does not depend on the task is the same in all
+    base = hub_name(config.model)
+    tasks = [final["task"] for final in finals]
+
+    front_matter = f"datasets: {json.dumps(tasks)}"  # a JSON list is valid YAML, whatever the names
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    if is_on_hub:
+        front_matter = f"base_model: {base}\n{front_matter}"
+
+    hub_model = base
+    if base == "tiny-t5":  # it is in this repository only
+        hub_model = "data/tiny-t5"
+
+    command = shlex.join(training_command(config))
+    origin = f"Made with minia3 in {final['steps']:,} steps, `{command}`, from files with these"
+    origin += " SHA-256 checksums:\n\n"
+    origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
+
+    return Facts(
+        model=config.model,
+        hub_model=hub_model,
+        tasks=", ".join(tasks),
+        n_trainable=f"{final['trainable']:,}",
+        n_base=f"{final['total']:,}",
+        share=f"{final['trainable'] / final['total']:.3%}",
+        front_matter=front_matter,
+        results=results_table(finals),
+        origin=origin,
+        auto_class=AUTO_CLASSES[final["architecture"]],
     )
-    text = "".join(
-        x
-        for methods, x in zip(parts[::2], parts[1::2], strict=True)
-        if final["method"] in methods.split()
-    )
-    return text.format(
-        **final | {"task": ", ".join(tasks)},
-        measured=f"{final['rows']:,} rows of {final['split']}" if len(finals) == 1 else "",
-        front=f"base_model: {base}\n" if on_hub else "",
-        base="data/tiny-t5" if base == "tiny-t5" else base,  # in this project's repository
-        datasets=json.dumps(tasks),
-        share=final["trainable"] / final["total"],
-        figures="\n".join(f"| {' | '.join(row)} |" for row in rows),
-        command=shlex.join(["python", "train.py", *words]),
-        checksums="\n".join(f"- {name} `{digest}`" for name, digest in final["data"].items()),
-        auto=AUTO[final["architecture"]],
-    )
+
+
+def results_table(finals):
+    """Return a Markdown table of the metrics before and after training, with a title per task."""
+    title = ""
+    if len(finals) == 1:
+        title = format_rows(finals[0])
+    lines = [f"| {title} | before | after |", "|---|---|---|"]
+    for final in finals:
+        prefix = ""
+        if len(finals) > 1:
+            prefix = f"{final['task']}, {format_rows(final)}: "
+        name = prefix + final["metric"]
+        if "accuracies" in final:
+            name += f", median over {len(final['accuracies'])} prompts"
+        lines.append(format_line(name, before_after(final, "accuracy", ".1%")))
+        if final["auc"] is not None:
+            lines.append(format_line(f"{prefix}AUC", before_after(final, "auc", ".2f")))
+    return "\n".join(lines)
+
+
+def format_rows(final):
+    return f"{final['rows']:,} rows of {final['split']}"
+
+
+def format_line(name, figures):
+    return f"| {' | '.join([name, *figures])} |"

@@ -1,5 +1,6 @@
-"""Guards the LoRA baseline: it computes, learns and writes what PEFT's does, begins as the base bit for bit, merges to
-what it computes applied, and refuses what is more than LoRA or does not fit, leaving the model as it was."""
+"""Guards the LoRA baseline. It computes, learns and writes what PEFT's does, starts as the base bit
+for bit, and merges to what it computes applied. Files that are more than LoRA, or do not fit, are
+refused, and the model stays as it was."""
 
 import json
 import re
@@ -27,9 +28,11 @@ import minia3
 from minia3.adapters.lora import LoRA, add_lora, load_lora, lora_parameters, save_lora
 from minia3.adapters.merge import merge
 
-SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
+SOURCE = tokens(3, 7)
+TARGET = tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
-ATTENTION, LLAMA_ATTENTION = ["q", "k", "v", "o"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = ["q", "k", "v", "o"]
+LLAMA_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = {  # PEFT's names of all linears of the blocks
     "t5-v1.0": [*ATTENTION, "wi", "wo"],
     "t5-v1.1": [*ATTENTION, "wi_0", "wi_1", "wo"],
@@ -109,7 +112,8 @@ def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(
     theirs, folder = peft_folder(name, targets[name])
     ours = loaded(name)
     load_lora(ours, folder)
-    theirs, ours = double(theirs), ours.double()
+    theirs = double(theirs)
+    ours = ours.double()
     expected = their_logits(theirs, SOURCE, MASK, TARGET)
     state = ours.start(SOURCE, MASK)
     found = ours.step(torch.cat((state.start, TARGET), dim=1), state)
@@ -166,19 +170,21 @@ def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, na
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_saved_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(
+def test_a_saved_lora_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(
     applied, loaded, tmp_path, name, dtype
 ):
-    model, again = applied(name, dtype=dtype), loaded(name, dtype=dtype)
+    model = applied(name, dtype=dtype)
+    again = loaded(name, dtype=dtype)
     save_lora(model, tmp_path)
     load_lora(again, tmp_path)
-    expected, found = lora_parameters(model), lora_parameters(again)
+    expected = lora_parameters(model)
+    found = lora_parameters(again)
     assert found.keys() == expected.keys()
     assert all(p.dtype == torch.float32 and torch.equal(p, expected[n]) for n, p in found.items())
     assert torch.equal(logits(again, SOURCE, MASK, TARGET), logits(model, SOURCE, MASK, TARGET))
 
 
-def test_what_is_saved_of_a_float64_model_is_float32(applied, tmp_path):
+def test_the_saved_lora_of_a_float64_model_is_float32(applied, tmp_path):
     save_lora(applied("t5-v1.0").double(), tmp_path)
     assert {x.dtype for x in load_file(tmp_path / "adapter_model.safetensors").values()} == {
         torch.float32
@@ -186,15 +192,17 @@ def test_what_is_saved_of_a_float64_model_is_float32(applied, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_ours_trains_on_in_peft_and_comes_back(applied, loaded, tmp_path, name):
+def test_our_lora_can_be_trained_further_in_peft_and_comes_back(applied, loaded, tmp_path, name):
     save_lora(applied(name), tmp_path / "ours")
     theirs = in_peft(name, tmp_path / "ours", is_trainable=True)
     optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
-        theirs(input_ids=SOURCE, labels=TARGET if name in T5_PEERS else SOURCE).loss.backward()
+        labels = TARGET if name in T5_PEERS else SOURCE
+        theirs(input_ids=SOURCE, labels=labels).loss.backward()
         optimizer.step()
     theirs.save_pretrained(tmp_path / "theirs")
-    load_lora(model := loaded(name), tmp_path / "theirs")
+    model = loaded(name)
+    load_lora(model, tmp_path / "theirs")
     expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
     assert off(logits(applied(name), SOURCE, MASK, TARGET), expected) > 1e-3, "it has learnt"
@@ -203,7 +211,7 @@ def test_ours_trains_on_in_peft_and_comes_back(applied, loaded, tmp_path, name):
 @pytest.mark.parametrize(
     "options", [{"lora_dropout": 0.5}, {"init_lora_weights": False}, {"targets": r".*\.[qv]"}]
 )
-def test_what_does_not_change_what_is_computed_is_passed_over(loaded, peft_folder, options):
+def test_options_that_do_not_change_the_equation_are_ignored(loaded, peft_folder, options):
     theirs, folder = peft_folder("t5-v1.0", **options)
     tensors = load_file(folder / "adapter_model.safetensors")
     torch.save(tensors, folder / "adapter_model.bin")  # as older ones wrote
@@ -223,12 +231,13 @@ def test_what_does_not_change_what_is_computed_is_passed_over(loaded, peft_folde
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_begins_as_the_base_bit_for_bit(loaded, name, dtype):
+def test_a_model_with_new_lora_is_the_base_bit_for_bit(loaded, name, dtype):
     base = loaded(name, dtype=dtype)
     model = loaded(name, dtype=dtype)
     add_lora(model, where=["q", "k", "v", "o", "gate", "down"])
     assert torch.equal(logits(model, SOURCE, MASK, TARGET), logits(base, SOURCE, MASK, TARGET))
-    ours, before = dict(model.named_parameters()), dict(base.named_parameters())
+    ours = dict(model.named_parameters())
+    before = dict(base.named_parameters())
     assert [n for n in ours if n in before] == list(before), "names stay, and their order"
     assert {n.rpartition(".")[2] for n in ours if n not in before} == {"lora_A", "lora_B"}
     assert len(ours) - len(before) == len(lora_parameters(model))
@@ -237,7 +246,7 @@ def test_a_model_begins_as_the_base_bit_for_bit(loaded, name, dtype):
 @pytest.mark.parametrize(
     ("name", "n"), [("t5-v1.0", 12), ("t5-deep-decoder", 14), ("llama-gqa", 4)]
 )
-def test_lora_is_on_q_and_v_unless_told_otherwise_with_peft_s_beginning(loaded, name, n):
+def test_lora_is_on_q_and_v_by_default_and_starts_as_in_peft(loaded, name, n):
     lora = {n: x for n, x in add_named(loaded(name)).items() if isinstance(x, LoRA)}
     assert len(lora) == n
     assert {n.rpartition(".")[2] for n in lora} == {"q", "v"}
@@ -255,7 +264,7 @@ def add_named(model, **options):
     return dict(model.named_modules())
 
 
-def test_a_seed_and_nothing_else_decides_how_it_begins(loaded):
+def test_a_new_lora_depends_on_the_seed_alone(loaded):
     def begin(**options):
         torch.rand(3)  # the state of all others' random numbers
         return torch.cat(
@@ -273,13 +282,13 @@ def test_a_seed_and_nothing_else_decides_how_it_begins(loaded):
 @pytest.mark.parametrize("where", ["q", "v", "down", "gate", None])
 def test_only_a_and_b_get_gradients(loaded, name, where):
     model = loaded(name)
-    minia3.freeze(model)  # the vectors learn, until there is LoRA
-    parameters = add_lora(model, where=[where] if where else OURS[name].split())
+    minia3.freeze(model)  # the vectors train until there is LoRA
+    linears = OURS[name].split() if where is None else [where]
+    parameters = add_lora(model, where=linears)
     fill(parameters)
     state = model.start(SOURCE, MASK)
-    model.step(torch.cat((state.start, TARGET), dim=1), state).log_softmax(
-        -1
-    ).square().mean().backward()
+    scores = model.step(torch.cat((state.start, TARGET), dim=1), state)
+    scores.log_softmax(-1).square().mean().backward()
     learning = {id(p) for p in parameters.values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == learning
     assert {id(p) for p in model.parameters() if p.grad is not None} == learning
@@ -298,7 +307,8 @@ def test_the_base_under_a_lora_can_be_saved(applied, loaded, tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_merged_is_applied(applied, loaded, tmp_path, name):
     model = randomize(applied(name).double(), 1)  # the vectors of (IA)^3 beside it, too
-    merged, expected = merge(model), logits(model, SOURCE, MASK, TARGET)
+    merged = merge(model)
+    expected = logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-11
     assert not any(isinstance(x, LoRA) for x in merged.modules())
     assert [n for n, _ in merged.named_parameters()] == [
@@ -338,10 +348,8 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(appli
         before = {n: value.clone() for n, value in model.state_dict().items()}
         merged = merge(model.train(mode))
         assert {x.training for x in merged.modules()} == {mode}
-        ours, changed = (
-            dict(model.named_parameters()),
-            (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale"),
-        )
+        ours = dict(model.named_parameters())
+        changed = (*(f".{x}.weight" for x in OURS["t5-v1.1"].split()), ".scale")
         for n, p in merged.named_parameters():
             assert (p.data_ptr() == ours[n].data_ptr()) == (not n.endswith(changed)), n
             assert p is not ours[n]
@@ -365,7 +373,7 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(appli
         ({"where": ("head",)}, "some of .* found 8 and .'head'"),
     ],
 )
-def test_what_cannot_be_put_on_a_model_is_refused(loaded, options, message):
+def test_a_lora_that_a_model_cannot_have_is_refused(loaded, options, message):
     model = loaded("t5-v1.0")
     with pytest.raises(ValueError, match=message):
         add_lora(model, **options)
@@ -373,7 +381,7 @@ def test_what_cannot_be_put_on_a_model_is_refused(loaded, options, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_second_lora_and_the_saving_of_none_are_refused(applied, loaded, tmp_path):
+def test_a_second_lora_is_refused_and_so_is_saving_none(applied, loaded, tmp_path):
     save_lora(applied("t5-v1.0"), tmp_path / "one")
     for again in (add_lora, lambda model: load_lora(model, tmp_path / "one")):
         with pytest.raises(ValueError, match="expected no LoRA yet"):
@@ -399,14 +407,15 @@ def test_a_second_lora_and_the_saving_of_none_are_refused(applied, loaded, tmp_p
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         (
             {"r": 4},
-            r"lacks finite .*\.q\.lora_A.weight', \(4, 24\)\)\] \.\.\., has .*\.q\.lora_A.weight', \(3, 24\)",
+            r"lacks finite .*\.q\.lora_A.weight', \(4, 24\)\)\]"
+            r" \.\.\., has .*\.q\.lora_A.weight', \(3, 24\)",
         ),
         ({"r": None}, "TypeError"),
         ({"r": 0}, "a rank of 1 or more"),
         ({"lora_alpha": "16"}, "TypeError"),
     ],
 )
-def test_a_config_of_more_than_lora_is_refused(loaded, peft_folder, changes, message):
+def test_a_config_that_describes_more_than_lora_is_refused(loaded, peft_folder, changes, message):
     _, folder = peft_folder("t5-v1.0")
     raw = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(raw | changes))
@@ -426,24 +435,48 @@ def refused(model, folder, message):
 
 
 Q = "base_model.model.encoder.block.1.layer.0.SelfAttention.q.lora_"
+QA = f"{Q}A.weight"
+QB = f"{Q}B.weight"
+
+
+def without_cross_attention(tensors):
+    return {name: x for name, x in tensors.items() if "EncDec" not in name}
+
+
+def with_nan(tensors):
+    tensors[QA][1, 1] = torch.nan
+    return tensors
+
+
+def in_block_9(name):
+    return name.replace("block.1", "block.9")
+
+
+# What happens to the tensors of a file, and a part of the error.
 DAMAGE = {
-    "missing": (lambda x: x.pop(f"{Q}B.weight"), rf"lacks finite \[\('{Q}B.weight', \(24, 3\)\)\] \.\.\., has \[\]"),
-    "wide": (lambda x: x.update({f"{Q}A.weight": torch.ones(3, 25)}), rf"has \[\('{Q}A.weight', \(3, 25\)\)\]"),
-    "no floats": (lambda x: x.update({f"{Q}A.weight": torch.ones(3, 24).int()}), rf"\[\('{Q}A.weight'.*has \[\]"),
-    "nan": (lambda x: x[f"{Q}A.weight"].__setitem__((1, 1), torch.nan), rf"\[\('{Q}A.weight'.*has \[\]"),
-    "more": (lambda x: x.update({f"{Q}B.bias": torch.ones(24)}), rf"\[\] \.\.\., has \[\('{Q}B.bias', \(24,\)\)\]"),
-    "deeper": (lambda x: x.update({f"{Q}A.weight".replace("1", "9"): torch.ones(3, 24)}), r"has \[.*block.9.layer"),
-    "half": (lambda x: [x.pop(n) for n in [*x] if "EncDec" in n], "lacks finite .*block.0.layer.1.EncDecAttention.q"),
-    "nothing": (dict.clear, r"found 3 and \[\]"),
-}  # fmt: skip
+    "missing": (
+        lambda x: {name: tensor for name, tensor in x.items() if name != QB},
+        rf"lacks finite \[\('{QB}', \(24, 3\)\)\] \.\.\., has \[\]",
+    ),
+    "wide": (lambda x: x | {QA: torch.ones(3, 25)}, rf"has \[\('{QA}', \(3, 25\)\)\]"),
+    "integers": (lambda x: x | {QA: torch.ones(3, 24).int()}, rf"\[\('{QA}'.*has \[\]"),
+    "nan": (with_nan, rf"\[\('{QA}'.*has \[\]"),
+    "more": (
+        lambda x: x | {f"{Q}B.bias": torch.ones(24)},
+        rf"\[\] \.\.\., has \[\('{Q}B.bias', \(24,\)\)\]",
+    ),
+    "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"has \[.*block.9.layer"),
+    "half": (without_cross_attention, "lacks finite .*block.0.layer.1.EncDecAttention.q"),
+    "nothing": (lambda x: {}, r"found 3 and \[\]"),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_tensors_that_do_not_fit_are_refused(loaded, peft_folder, damage):
     _, folder = peft_folder("t5-v1.0")
     edit, message = DAMAGE[damage]
-    edit(tensors := load_file(folder / "adapter_model.safetensors"))
-    save_file(tensors, folder / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(edit(tensors), folder / "adapter_model.safetensors")
     refused(loaded("t5-v1.0"), folder, message)
 
 

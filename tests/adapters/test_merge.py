@@ -1,5 +1,6 @@
-"""Guards merging: the weights with a row folded in compute what the row applied computes, whatever its entries and
-dtype, before and after export; from file to file it gives the same bits in a shard's memory, all of them or none."""
+"""Guards merging. Weights with a row folded in compute what the row applied computes, whatever its
+entries and dtype, before and after export. From file to file, merging gives the same bits in the
+memory of one shard, all of them or none."""
 
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import PEERS, T5_PEERS, Peer, logits, off, randomize, rms, tokens
@@ -18,12 +20,13 @@ from minia3.adapters.peft_files import write_adapter
 from minia3.adapters.rows import row_of, save_adapter
 from minia3.checkpoints.save import save_tensors
 
-SOURCE, TARGET = tokens(3, 7), tokens(3, 5, seed=1)
+SOURCE = tokens(3, 7)
+TARGET = tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
 
 
 def extreme(model):
-    """Vectors with zeros, negative, huge and tiny entries, other ones in each row."""
+    """Return the model with zero, negative, huge and tiny entries in its vectors."""
     with torch.no_grad():
         for i, vector in enumerate(minia3.vectors(randomize(model, 5)).values()):
             for row in range(len(vector)):
@@ -49,7 +52,7 @@ def test_a_merged_row_is_the_row_applied(loaded, name):
 
 @pytest.mark.parametrize("name", PEERS)
 def test_merging_is_exact_whatever_the_entries(loaded, name):
-    """In float64, since huge entries make huge scores, whose rounding in float32 the softmax would show."""
+    """In float64, because huge entries make huge scores, and a softmax shows their rounding."""
     model = extreme(loaded(name, n_adapters=2).double())
     for adapter in (0, 1):
         expected = logits(model, SOURCE, MASK, TARGET, adapter=adapter)
@@ -58,7 +61,7 @@ def test_merging_is_exact_whatever_the_entries(loaded, name):
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
 def test_a_merged_row_is_rounded_once_in_bfloat16(loaded, name):
-    """Applied or merged, the distance to the exact logits of the same bfloat16 weights is that of rounding."""
+    """Merged logits are as far from the exact logits of the same weights as applied ones."""
     model = randomize(loaded(name, n_adapters=2, dtype=torch.bfloat16), 5)
     exact = randomize(loaded(name, n_adapters=2, dtype=torch.bfloat16).double(), 5)
     expected = logits(exact, SOURCE, MASK, TARGET, adapter=1)
@@ -72,7 +75,8 @@ def test_a_merged_row_is_rounded_once_in_bfloat16(loaded, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_weight_is_its_product_rounded_once(loaded, name, dtype):
     model = extreme(loaded(name, n_adapters=2, dtype=dtype))
-    before, merged = dict(model.named_parameters()), dict(merge(model, 1).named_parameters())
+    before = dict(model.named_parameters())
+    merged = dict(merge(model, 1).named_parameters())
     changed = set()
     for n, vector in minia3.vectors(model).items():
         place, _, kind = n.rpartition(".l_")
@@ -85,7 +89,7 @@ def test_every_weight_is_its_product_rounded_once(loaded, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
-def test_what_leaves_the_range_of_the_dtype_is_refused_by_name(loaded, name):
+def test_a_product_beyond_the_range_of_the_dtype_is_refused_by_name(loaded, name):
     model = loaded(name, dtype=torch.bfloat16)
     minia3.vectors(model)[
         "encoder.blocks.1.ffn.l_ff" if name in T5_PEERS else "blocks.1.ffn.l_ff"
@@ -123,7 +127,7 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(loade
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
-def test_merging_keeps_the_mode_and_what_is_frozen(loaded, name):
+def test_merging_keeps_the_mode_and_which_parameters_are_frozen(loaded, name):
     model = loaded(name)
     minia3.freeze(model)
     for mode in (True, False):
@@ -135,7 +139,7 @@ def test_merging_keeps_the_mode_and_what_is_frozen(loaded, name):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_merged_model_is_saved_and_loaded_as_any_other_and_transformers_agrees(
+def test_a_merged_model_is_saved_and_loaded_like_any_other_and_transformers_agrees(
     loaded, tmp_path, name
 ):
     import transformers
@@ -162,15 +166,15 @@ def test_merging_ones_changes_no_bit(loaded):
     )
 
 
-def test_what_is_trained_on_a_merged_model_does_not_name_the_base(loaded, tmp_path):
+def test_an_adapter_that_is_trained_on_a_merged_model_does_not_name_the_base(loaded, tmp_path):
     model = loaded("t5-v1.0")
-    for one, named in ((model, True), (merge(model), False)):
-        save_adapter(one, tmp_path)
+    for trained, named in ((model, True), (merge(model), False)):
+        save_adapter(trained, tmp_path)
         base = json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert (base is not None) == named
 
 
-def test_what_is_merged_twice_is_still_made_of_its_base(tmp_path):
+def test_a_model_that_is_merged_twice_still_tells_its_known_model(tmp_path):
     minia3.save_model(merge(merge(minia3.load_model("tiny-t5"))), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_name_or_path"] == "tiny-t5"
 
@@ -191,7 +195,7 @@ def tree(folder):
 
 
 def in_memory(source, adapter, out):
-    """What merge_files must write: {name: bytes}."""
+    """Return what merge_files must write: name -> bytes."""
     model = minia3.load_model(source)
     minia3.load_adapter(model, adapter)
     tokenizer = (
@@ -205,7 +209,7 @@ def in_memory(source, adapter, out):
 
 @pytest.fixture
 def adapter(loaded, tmp_path):
-    """name -> the folder of a random adapter of it; `without`: the vectors that it lacks."""
+    """Return a function that writes a random adapter of a model, without some vectors."""
 
     def get(name, without="nothing"):
         vectors = row_of(randomize(loaded(name), 5), 0)
@@ -235,7 +239,8 @@ def test_shards_and_absent_vectors_and_a_tokenizer(
     loaded, copy, adapter, tmp_path, name, monkeypatch, word_tokenizer
 ):
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 9000)
-    folder, vectors = copy(name), adapter(name, without=".1.")
+    folder = copy(name)
+    vectors = adapter(name, without=".1.")
     minia3.save_model(minia3.load_model(folder), folder, word_tokenizer)
     expected = in_memory(folder, vectors, tmp_path / "expected")
     assert len(expected) > 6
@@ -257,16 +262,7 @@ def word_tokenizer(tmp_path):
 
 def test_a_quantised_gguf_becomes_float32_with_its_tokenizer(tmp_path):
     pytest.importorskip("gguf", reason="needs the extra: pip install 'minia3[gguf]'")
-    from test_gguf import Q8_0, gguf_tensors, hf_tensors, make_model, write
-
-    keys = {
-        "model": "llama",
-        "tokens": ["<unk>", "<s>", "</s>", "a"],
-        "token_type": [2, 3, 3, 1],
-        "scores": [0.0] * 4,
-    }
-    keys = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model()), Q8_0), keys)
+    path = write_gguf(tmp_path / "a.gguf")
     write_adapter(tmp_path / "adapter", row_of(randomize(minia3.load_model(path)), 0))
     expected = in_memory(path, tmp_path / "adapter", tmp_path / "expected")
     merge_files(path, tmp_path / "adapter", tmp_path / "out")
@@ -275,6 +271,52 @@ def test_a_quantised_gguf_becomes_float32_with_its_tokenizer(tmp_path):
         torch.float32
     }
     assert "tokenizer.json" in expected
+
+
+def write_gguf(path):
+    """Write a random LLaMA of one layer and four words, with its weights in Q8_0."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
+    writer.add_token_types([2, 3, 3, 1])
+    writer.add_token_scores([0.0] * 4)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {
+        "token_embd": (4, 32),
+        "blk.0.attn_norm": (32,),
+        "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (32, 32),
+        "blk.0.attn_v": (32, 32),
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_norm": (32,),
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+        "output_norm": (32,),
+        "output": (4, 32),
+    }
+    rng = np.random.default_rng(0)
+    kinds = gguf.GGMLQuantizationType
+    for name, shape in shapes.items():
+        kind = kinds.F32 if len(shape) == 1 else kinds.Q8_0
+        x = rng.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(x, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-unscaled", "llama-tied"])
@@ -289,8 +331,12 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_left_out(copy, adapter, tmp_p
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
-def test_what_cannot_be_is_refused_and_nothing_is_left(loaded, copy, adapter, tmp_path):
-    folder, vectors, out = copy("t5-v1.0"), adapter("t5-v1.0"), tmp_path / "out"
+def test_files_that_cannot_be_merged_are_refused_and_nothing_is_left(
+    loaded, copy, adapter, tmp_path
+):
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
+    out = tmp_path / "out"
     for arguments, message in (
         ((folder, tmp_path / "none"), "not found"),
         ((tmp_path / "none", vectors), "no such folder"),
@@ -313,8 +359,9 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(loaded, copy, adapter, tm
     assert tree(out) == {"notes.txt": b"mine"}
 
 
-def test_a_differing_name_of_the_base_is_a_warning(copy, adapter, tmp_path):
-    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+def test_another_name_of_the_base_is_a_warning_from_file_to_file_too(copy, adapter, tmp_path):
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
     raw = json.loads((vectors / "adapter_config.json").read_text())
     (vectors / "adapter_config.json").write_text(
         json.dumps(raw | {"base_model_name_or_path": "t5-large"})
@@ -326,10 +373,12 @@ def test_a_differing_name_of_the_base_is_a_warning(copy, adapter, tmp_path):
 @pytest.mark.parametrize(
     "tensor", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight"]
 )
-def test_what_is_read_back_with_another_bit_is_refused_and_removed(
+def test_a_file_that_is_read_back_with_another_bit_is_refused_and_removed(
     copy, adapter, tmp_path, monkeypatch, tensor
 ):
-    folder, vectors, save = copy("t5-v1.0"), adapter("t5-v1.0"), save_tensors
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
+    save = save_tensors
 
     def on_a_bad_disk(temporary, parts):
         save(temporary, parts)
@@ -343,14 +392,17 @@ def test_what_is_read_back_with_another_bit_is_refused_and_removed(
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_at_any_moment_there_is_no_checkpoint_or_a_whole_one(
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_no_checkpoint_or_a_whole_one(
     copy, adapter, tmp_path, monkeypatch
 ):
-    """A child is killed at its first operation on a file of `out`, then at its second, and so on to the last."""
+    """A child is killed at its first operation on a file of `out`, the next at its second ..."""
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 40_000)
-    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
     expected = in_memory(folder, vectors, tmp_path / "expected")
-    out, outcomes = tmp_path / "out", []
+    out = tmp_path / "out"
+    outcomes = []
     for moment in range(1, 500):
         child = os.fork()
         if child == 0:
@@ -387,8 +439,9 @@ def tree_of_files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_after_a_kill_it_runs_again_where_nothing_is_visible(copy, adapter, tmp_path):
-    folder, vectors = copy("t5-v1.0"), adapter("t5-v1.0")
+def test_after_a_kill_the_same_command_succeeds(copy, adapter, tmp_path):
+    folder = copy("t5-v1.0")
+    vectors = adapter("t5-v1.0")
     (tmp_path / "out" / ".writing").mkdir(parents=True)
     (tmp_path / "out" / ".writing" / "config.json").write_text("{}")
     merge_files(folder, vectors, tmp_path / "out")
@@ -398,11 +451,12 @@ def test_after_a_kill_it_runs_again_where_nothing_is_visible(copy, adapter, tmp_
 PEAK = """
 import sys, threading, time
 from pathlib import Path
-from minia3 import load
-from minia3.merging import merge_files
+from minia3.adapters.merge import merge_files
+from minia3.checkpoints import load, save
 
 def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 def watch():
     global peak
@@ -410,8 +464,9 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.0005)
 
-load.SHARD_BYTES = 4_000_000
-load.build(load.read(Path(sys.argv[1]), weights=False)[0])  # what torch imports on first use is not ours
+save.SHARD_BYTES = 4_000_000
+config, _ = load.read_checkpoint(Path(sys.argv[1]), weights=False)
+load.build_model(config)  # what torch imports on first use does not count
 peak = before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 merge_files(*sys.argv[1:])
@@ -420,11 +475,12 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc"
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_memory_is_one_shard_and_not_the_model(tmp_path, dtype):
+def test_merging_files_takes_the_memory_of_a_few_shards_and_not_of_the_model(tmp_path, dtype):
     """64 MB of weights in shards of 4 MB; float16 T5 becomes float32 on the way."""
     import transformers
 

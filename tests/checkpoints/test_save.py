@@ -1,12 +1,135 @@
-"""Guards minia3/checkpoints/save.py: tensors go into shards, one shard in memory at a time."""
+"""Guards exporting: transformers and minia3 load what is saved, bit for bit."""
 
 import json
+import os
+import stat
 import weakref
 
+import pytest
 import torch
+from checkpoint_folders import (
+    SOURCE,
+    TARGET,
+    have_the_same_bits,
+    randomize_weights,
+    transformers_class,
+    weight_dtypes,
+)
+from conftest import LLAMA_PEERS, PEERS, Peer, logits, off, randomize
 from safetensors.torch import load_file
 
+import minia3
+from minia3.checkpoints.known_models import base_of
 from minia3.checkpoints.save import save_tensors
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_transformers_loads_a_saved_model_with_nothing_missing_or_left_over(
+    peer, loaded, tmp_path, name
+):
+    folder = tmp_path / "deep" / "folder"
+    minia3.save_model(loaded(name, seed=0), folder)  # random vectors, which are not saved
+    model, info = transformers_class(name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    theirs = Peer(name, None, model.eval())
+    assert torch.equal(theirs.logits(SOURCE, None, TARGET), peer(name).logits(SOURCE, None, TARGET))
+    assert model.generation_config.eos_token_id == peer(name).model.generation_config.eos_token_id
+    if name not in LLAMA_PEERS:
+        assert model.generation_config.decoder_start_token_id == 0
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_saved_model_comes_back_bit_for_bit(loaded, tmp_path, name):
+    model = loaded(name, dtype=torch.bfloat16)
+    minia3.save_model(model, tmp_path)
+    again = minia3.load_model(tmp_path)
+    assert weight_dtypes(again) == {torch.bfloat16}
+    assert have_the_same_bits(again, model)
+    assert again.config == model.config
+
+
+def test_transformers_reads_the_dtype_that_was_saved(loaded, tmp_path):
+    minia3.save_model(loaded("t5-v1.0", dtype=torch.bfloat16), tmp_path)
+    model = transformers_class("t5-v1.0").from_pretrained(tmp_path, dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-mha"])
+def test_large_models_are_saved_in_shards_and_old_files_do_not_hide_new_ones(
+    loaded, tmp_path, monkeypatch, name
+):
+    first = loaded(name)
+    second = randomize_weights(loaded(name), 1)
+    third = randomize_weights(loaded(name), 2)
+    minia3.save_model(first, tmp_path)
+    monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 15_000)
+    minia3.save_model(second, tmp_path)
+
+    files = sorted(tmp_path.glob("*.safetensors"))
+    sizes = [sum(x.nbytes for x in load_file(file).values()) for file in files]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(files) > 2
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert max(sizes) <= 15_000
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert have_the_same_bits(minia3.load_model(tmp_path), second)
+    model, info = transformers_class(name).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    theirs = Peer(name, None, model.eval()).logits(SOURCE, None, TARGET)
+    assert off(logits(second, SOURCE, None, TARGET), theirs) < 1e-5
+
+    monkeypatch.undo()
+    minia3.save_model(third, tmp_path)
+    assert have_the_same_bits(minia3.load_model(tmp_path), third)
+
+
+def test_weights_may_be_saved_over_the_files_from_which_they_are_mapped(copy):
+    folder = copy("llama-gqa")
+    model = randomize(minia3.load_model(folder))
+    logits_before = logits(model, SOURCE, None, TARGET)
+    weights_before = {name: value.clone() for name, value in model.state_dict().items()}
+    merged = minia3.merge(model)
+    minia3.save_model(merged, folder)
+    assert torch.equal(logits(model, SOURCE, None, TARGET), logits_before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights_before[name])
+    assert have_the_same_bits(minia3.load_model(folder), merged)
+
+
+class FakeTokenizer:
+    def save(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def test_saving_leaves_only_whole_files_that_others_may_read(loaded, tmp_path):
+    minia3.save_model(loaded("t5-v1.0"), tmp_path, FakeTokenizer())
+    found = sorted(path.name for path in tmp_path.iterdir())
+    expected = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert found == expected
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_folder_names_the_known_model_from_which_it_was_made(loaded, copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = loaded("t5-v1.0")
+
+    def saved_name(name, folder):
+        model.name_or_path = name
+        minia3.save_model(model, folder)
+        return json.loads((tmp_path / folder / "config.json").read_text()).get("_name_or_path")
+
+    assert saved_name("t5-base", "first") == "t5-base"
+    assert saved_name("first", "second") == "t5-base"  # a folder hands the name on
+    assert saved_name("some/where", "other") is None
+    assert saved_name(None, "other") is None
+    assert base_of("second") == "t5-base"
+    for name in ("other", "t5-base", "nowhere", str(copy("t5-v1.0"))):
+        assert base_of(name) == name
+
+
+# Shards
 
 
 def read_index(folder):

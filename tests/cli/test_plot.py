@@ -1,236 +1,255 @@
-"""Guards the pictures: which are drawn of which runs, that what they show are the numbers of the files, and that one
-without matplotlib is told which extra to install."""
+"""Guards the pictures: which ones are drawn of which runs, that they show the numbers of the files,
+and that the missing matplotlib is reported with the extra to install."""
 
 import json
 import shutil
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import running
 import torch
+from run_folders import write_metrics
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
-from minia3.cli.plot import accuracy, curves, learned, plot, similarity
+from minia3.cli.plot import (
+    choose_pictures,
+    draw_accuracy,
+    draw_curves,
+    draw_learned,
+    draw_similarity,
+    plot,
+)
 from minia3.cli.results import read_results
+from minia3.cli.table import Cell, Row
 
 figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds with measurements on held-out rows, the base alone, and one that was not finished."""
+    """Two seeds with held-out evaluations, the base alone, and a run that was not finished."""
     folder = tmp_path_factory.mktemp("plots") / "runs"
     for seed in (0, 1):
-        assert (
-            running.run(running.words(folder / f"ia3-{seed}", seed=seed, eval_every=4, lr=0.1)) == 0
-        )
+        words = running.words(folder / f"ia3-{seed}", seed=seed, eval_every=4, lr=0.1)
+        assert running.run(words) == 0
     assert running.run(running.words(folder / "none", method="none")) == 0
     shutil.copytree(folder / "none", folder / "begun").joinpath("metrics.jsonl").unlink()
     return folder
 
 
-def drawn(draw, what):
+def drawn(draw, data):
     new = figure.Figure()
-    draw(new, what)
+    draw(new, data)
     return new
 
 
-def test_each_picture_is_a_png_and_a_note_tells_what_is_left_out(runs, tmp_path):
+def change_final(folder, **changes):
+    """Change the final line of a run."""
+    *lines, final = running.metrics(folder)
+    write_metrics(folder, [*lines, final | changes])
+
+
+def names_of_pictures(*folders):
+    """Return which pictures `plot` would draw."""
+    return [picture.name for picture in choose_pictures(folders)[0]]
+
+
+# Which pictures
+
+
+def test_each_picture_is_a_png_and_a_note_reports_what_is_left_out(runs, tmp_path):
     *paths, note = plot([runs], tmp_path / "new")
-    names = [
-        "accuracy",
-        "curves",
-        "learned-ia3-0",
-        "learned-ia3-1",
-        f"similarity-{running.model('t5').name}",
-    ]
+    similarity = f"similarity-{running.model('t5').name}"
+    names = ["accuracy", "curves", "learned-ia3-0", "learned-ia3-1", similarity]
     assert paths == [str(tmp_path / "new" / f"{name}.png") for name in names]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        f"{name}.png" for name in names
-    ]
-    for path in (tmp_path / "new").iterdir():
+    files = sorted((tmp_path / "new").iterdir())
+    assert [path.name for path in files] == [f"{name}.png" for name in names]
+    for path in files:
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG")
-        assert int.from_bytes(content[16:20], "big") == 1600  # pixels wide
+        n_pixels = int.from_bytes(content[16:20], "big")
+        assert n_pixels == 1600
     assert str(runs / "begun") in note
 
 
-def test_without_training_there_is_no_curve_and_of_one_adapter_no_similarity(runs, tmp_path):
-    assert [*plot([runs / "none"], tmp_path)] == [str(tmp_path / "accuracy.png")]
-    names = [path.rpartition("/")[2] for path in plot([runs / "ia3-1"], tmp_path)]
-    assert names == ["accuracy.png", "curves.png", "learned-ia3-1.png"]
+def test_without_training_there_are_no_curves_and_one_adapter_has_no_similarity(runs):
+    assert names_of_pictures(runs / "none") == ["accuracy"]
+    assert names_of_pictures(runs / "ia3-1") == ["accuracy", "curves", "learned-ia3-1"]
 
 
 def test_a_run_that_trained_nothing_has_no_adapter_to_draw(tmp_path):
     assert running.run(running.words(tmp_path / "run", "--eval-only")) == 0
-    assert [*plot([tmp_path / "run"], tmp_path)] == [str(tmp_path / "accuracy.png")]
+    assert names_of_pictures(tmp_path / "run") == ["accuracy"]
 
 
-def test_the_adapters_of_a_grid_each_have_a_picture(runs, tmp_path):
+def test_each_adapter_of_a_grid_has_a_picture(runs, tmp_path):
     grid = tmp_path / "grid"
     shutil.copytree(runs / "ia3-0", grid)
     (grid / "adapters").mkdir()
     *lines, final = running.metrics(grid)
-    for cell in ("cb-s0", "rte-s0"):
-        shutil.copytree(grid / "adapter", grid / "adapters" / cell)
-        lines.append(final | {"adapter": cell, "task": cell[:-3]})
+    for task in ("cb", "rte"):
+        shutil.copytree(grid / "adapter", grid / "adapters" / f"{task}-s0")
+        lines.append(final | {"adapter": f"{task}-s0", "task": task})
     shutil.rmtree(grid / "adapter")
-    (grid / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = [path.rpartition("/")[2] for path in plot([grid], tmp_path / "out")]
-    assert names[2:4] == ["learned-grid-cb-s0.png", "learned-grid-rte-s0.png"]
+    write_metrics(grid, lines)
+    assert names_of_pictures(grid)[2:4] == ["learned-grid-cb-s0", "learned-grid-rte-s0"]
 
 
-def test_models_of_one_name_have_a_picture_of_similarity_each(runs, tmp_path):
+def test_a_mixture_has_one_picture_of_its_adapter(runs, tmp_path):
+    mixture = tmp_path / "mixture"
+    shutil.copytree(runs / "ia3-0", mixture)
+    config = json.loads((mixture / "config.json").read_text())
+    changes = {"task": ["cb", "rte"], "adapters": "one"}
+    (mixture / "config.json").write_text(json.dumps(config | changes))
+    *lines, final = running.metrics(mixture)
+    write_metrics(mixture, [*lines, final | {"task": "cb"}, final | {"task": "rte"}])
+    assert names_of_pictures(mixture) == ["accuracy", "curves", "learned-mixture"]
+
+
+def test_two_models_of_the_same_name_have_a_picture_of_similarity_each(runs, tmp_path):
     for i in (0, 1):
         for seed in (0, 1):
             folder = tmp_path / f"{i}-{seed}"
             shutil.copytree(runs / f"ia3-{seed}", folder)
-            *lines, final = running.metrics(folder)
-            lines.append(final | {"model": f"base-{i}/t5"})
-            (folder / "metrics.jsonl").write_text(
-                "".join(json.dumps(line) + "\n" for line in lines)
-            )
-    names = [path.rpartition("/")[2] for path in plot([tmp_path], tmp_path / "out")]
-    assert [name for name in names if "similarity" in name] == [
-        "similarity-base-0-t5.png",
-        "similarity-base-1-t5.png",
-    ]
+            change_final(folder, model=f"base-{i}/t5")
+    names = [name for name in names_of_pictures(tmp_path) if "similarity" in name]
+    assert names == ["similarity-base-0-t5", "similarity-base-1-t5"]
 
 
-def test_a_legend_has_each_label_whole(runs):
-    flags = ", ".join(f"flag{i} {i}" for i in range(30))
-    new = drawn(
-        curves, [run | {"label": f"ia3, {flags}"} for run in read_results([runs / "ia3-0"])[0]]
-    )
-    (text,) = new.legends[0].get_texts()
-    assert text.get_text().replace("\n", " ") == f"ia3, {flags} (runs: 1)"
-    assert max(map(len, text.get_text().splitlines())) <= 100
-    assert new.get_figheight() > drawn(curves, read_results([runs / "ia3-0"])[0]).get_figheight()
+def test_adapters_of_two_models_are_not_compared(runs, tmp_path):
+    for i, model in enumerate(("a/one", "b/two")):
+        shutil.copytree(runs / "ia3-0", tmp_path / "runs" / str(i))
+        change_final(tmp_path / "runs" / str(i), model=model)
+    vectors = read_adapter(runs / "ia3-0" / "adapter").vectors
+    wider = {name: torch.ones(len(vector) + 1) for name, vector in vectors.items()}
+    write_adapter(tmp_path / "runs" / "1" / "adapter", wider)
+    names = names_of_pictures(tmp_path / "runs")
+    assert names == ["accuracy", "curves", "learned-0", "learned-1"]
 
 
-def test_no_matplotlib_is_a_line_with_the_extra(runs, tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_one_line_with_the_extra(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"^plot: .*pip install 'minia3\[plot\]'$"):
         next(plot([runs], tmp_path))
 
 
-def test_curves_are_medians_over_runs_by_step_and_by_time(runs):
-    some, _ = read_results([runs / "ia3-0", runs / "ia3-1"])
-    axes = np.reshape(drawn(curves, some).axes, (2, 2))
-    for row, key in zip(axes, ("train", "eval"), strict=True):
-        by_step, by_time = (ax.lines[0] for ax in row)
-        assert by_step.get_xdata().tolist() == some[0][key][:, 0].tolist()
-        np.testing.assert_allclose(
-            by_step.get_ydata(), (some[0][key][:, 1] + some[1][key][:, 1]) / 2
-        )
-        assert by_time.get_ydata().tolist() == by_step.get_ydata().tolist()
-        seconds = (some[0]["seconds"] + some[1]["seconds"]) / 2
-        assert by_time.get_xdata()[-1] == pytest.approx(
-            seconds * by_step.get_xdata()[-1] / 12
-        )  # of 12 steps
+# Accuracy and curves
 
 
-def test_a_curve_goes_on_by_the_runs_that_have_not_ended(runs):
-    one, other = read_results([runs / "ia3-0", runs / "ia3-1"])[0]
-    one["train"] = one["train"][:1]
-    line = drawn(curves, [one, other]).axes[0].lines[0]
-    assert line.get_xdata().tolist() == other["train"][:, 0].tolist()
-    assert line.get_ydata()[-1] == other["train"][-1, 1]
-
-
-def test_accuracy_shows_each_row_s_tasks_and_their_mean():
-    row = {
-        "model": "m",
-        "method": "ia3",
-        "a": 60.0,
-        "a IQR": 4.0,
-        "b": 80.0,
-        "b IQR": np.nan,
-        "c": np.nan,
-        "c IQR": np.nan,
-    }
-    ax = drawn(accuracy, [row | {"trainable": 5}, row | {"trainable": 0, "a": 10.0}]).axes[0]
+def test_accuracy_shows_the_tasks_of_each_row_and_their_mean():
+    cells = {"a": Cell(60.0, 4.0), "b": Cell(80.0), "c": Cell()}
+    costs = {"flops_per_example": 1.0, "flops_to_train": 1.0, "megabytes": 1.0}
+    row = Row("m", "ia3", cells, np.nan, 1, 5, **costs)
+    other_cells = {"a": Cell(10.0, 4.0), "b": Cell(80.0), "c": Cell()}
+    other = replace(row, cells=other_cells, n_trainable=0)
+    ax = drawn(draw_accuracy, [row, other]).axes[0]
     means = [line for line in ax.lines if line.get_marker() == "D"]
-    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in means] == [(5, 70), (0, 45)]
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in means]
+    assert points == [(5, 70), (0, 45)]
     assert means[0].get_label() == "m: ia3 (tasks: 2)"
     tasks = ax.containers[0]
     assert tasks.lines[0].get_ydata().tolist() == [60, 80]
-    assert tasks.lines[2][0].get_segments()[0][:, 1].tolist() == [
-        58,
-        62,
-    ]  # as long as the interquartile range
+    bar = tasks.lines[2][0].get_segments()[0]
+    assert bar[:, 1].tolist() == [58, 62]  # as long as the interquartile range
+
+
+def test_curves_are_medians_over_runs_by_step_and_by_time(runs):
+    first, second = read_results([runs / "ia3-0", runs / "ia3-1"])[0]
+    axes = np.reshape(drawn(draw_curves, [first, second]).axes, (2, 2))
+    curves = [
+        (first.loss_curve, second.loss_curve),
+        (first.held_out_curve, second.held_out_curve),
+    ]
+    for row, (curve, other) in zip(axes, curves, strict=True):
+        by_step, by_time = (ax.lines[0] for ax in row)
+        assert by_step.get_xdata().tolist() == curve[:, 0].tolist()
+        np.testing.assert_allclose(by_step.get_ydata(), (curve[:, 1] + other[:, 1]) / 2)
+        assert by_time.get_ydata().tolist() == by_step.get_ydata().tolist()
+        seconds_per_step = (first.seconds + second.seconds) / 2 / 12
+        expected = seconds_per_step * by_step.get_xdata()[-1]
+        assert by_time.get_xdata()[-1] == pytest.approx(expected)
+
+
+def test_a_curve_follows_the_runs_that_have_not_ended(runs):
+    ended, other = read_results([runs / "ia3-0", runs / "ia3-1"])[0]
+    ended.loss_curve = ended.loss_curve[:1]
+    line = drawn(draw_curves, [ended, other]).axes[0].lines[0]
+    assert line.get_xdata().tolist() == other.loss_curve[:, 0].tolist()
+    assert line.get_ydata()[-1] == other.loss_curve[-1, 1]
+
+
+def test_a_legend_wraps_long_labels_and_the_figure_grows(runs):
+    (result,), _ = read_results([runs / "ia3-0"])
+    height = drawn(draw_curves, [result]).get_figheight()
+    flags = ", ".join(f"flag{i} {i}" for i in range(30))
+    new = drawn(draw_curves, [replace(result, label=f"ia3, {flags}")])
+    (text,) = new.legends[0].get_texts()
+    assert text.get_text().replace("\n", " ") == f"ia3, {flags} (runs: 1)"
+    assert max(map(len, text.get_text().splitlines())) <= 100
+    assert new.get_figheight() > height
+
+
+@pytest.mark.parametrize("n", [10, 11])
+def test_rows_and_curves_beyond_the_tenth_are_told_apart_without_color(runs, n):
+    (result,), _ = read_results([runs / "ia3-0"])
+    results = [replace(result, label=f"ia3, lr {i}") for i in range(n)]
+    lines = drawn(draw_curves, results).axes[0].lines
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == n
+
+
+# What adapters learned
 
 
 def test_learned_shows_quantiles_in_the_order_of_layers_and_the_furthest_entries():
-    vectors = {f"{i}.attn.l_k": np.linspace(1, 1 + i, 101) for i in (0, 10, 2)} | {
-        "0.ffn.l_ff": np.ones(7)
-    }
+    vectors = {f"{i}.attn.l_k": np.linspace(1, 1 + i, 101) for i in (0, 10, 2)}
+    vectors["0.ffn.l_ff"] = np.ones(7)
     vectors["0.ffn.l_ff"][3] = -20
-    first, second, text = drawn(learned, vectors).axes
+    first, second, text = drawn(draw_learned, vectors).axes
     assert [first.get_title(), second.get_title()] == ["attn.l_k", "ffn.l_ff"]
-    middle, least, most = first.lines
-    assert middle.get_xdata().tolist() == [0, 2, 10]
-    np.testing.assert_allclose(middle.get_ydata(), [1, 2, 6])
+    median, least, most = first.lines
+    assert median.get_xdata().tolist() == [0, 2, 10]
+    np.testing.assert_allclose(median.get_ydata(), [1, 2, 6])
     np.testing.assert_allclose(least.get_ydata(), 1)
     np.testing.assert_allclose(most.get_ydata(), [1, 3, 11])
-    bands = [{*np.round(band.get_paths()[0].vertices[:, 1], 6)} for band in first.collections]
-    assert [max(band) for band in bands] == [10.5, 8.5]  # 95 % and 75 % of layer 10
+    tops = [band.get_paths()[0].vertices[:, 1].max() for band in first.collections]
+    np.testing.assert_allclose(tops, [10.5, 8.5])  # of 95 % and 75 % of the entries of layer 10
     furthest = text.texts[0].get_text().partition("furthest from 1:\n")[2].splitlines()
-    assert furthest[:3] == [
-        "-20.000 0.ffn.l_ff[3]",
-        "11.000 10.attn.l_k[100]",
-        "10.900 10.attn.l_k[99]",
-    ]
+    expected = ["-20.000 0.ffn.l_ff[3]", "11.000 10.attn.l_k[100]", "10.900 10.attn.l_k[99]"]
+    assert furthest[:3] == expected
 
 
-def test_the_encoder_s_panels_come_before_the_decoder_s():
-    vectors = {
-        f"{x}": np.ones(3)
-        for x in ("decoder.0.cross.l_k", "decoder.0.attn.l_k", "encoder.0.ffn.l_ff")
-    }
-    titles = [ax.get_title() for ax in drawn(learned, vectors).axes]
+def test_the_panels_of_the_encoder_come_before_those_of_the_decoder():
+    names = ("decoder.0.cross.l_k", "decoder.0.attn.l_k", "encoder.0.ffn.l_ff")
+    vectors = {name: np.ones(3) for name in names}
+    titles = [ax.get_title() for ax in drawn(draw_learned, vectors).axes]
     assert titles == ["encoder.ffn.l_ff", "decoder.attn.l_k", "decoder.cross.l_k", ""]
 
 
-def test_similarity_is_the_cosine_of_the_changes_and_a_vector_that_is_not_there_is_no_change():
-    some = {
-        "one": {"0.attn.l_k": np.array([2.0, 1.0]), "0.attn.l_v": np.array([2.0])},
-        "other": {"0.attn.l_k": np.array([1.0, 3.0])},
+def test_similarity_is_the_cosine_of_the_changes_and_a_missing_vector_is_no_change():
+    adapters = {
+        "first": {"0.attn.l_k": np.array([2.0, 1.0]), "0.attn.l_v": np.array([2.0])},
+        "second": {"0.attn.l_k": np.array([1.0, 3.0])},
         "third": {"0.attn.l_v": np.array([-4.0])},
         "base": {"0.attn.l_k": np.ones(2)},
     }
-    cosines = drawn(similarity, some).axes[0].images[0].get_array().filled(np.nan)
+    cosines = drawn(draw_similarity, adapters).axes[0].images[0].get_array().filled(np.nan)
     half = 0.5**0.5
     expected = [[1, 0, -half, 0], [0, 1, 0, 0], [-half, 0, 1, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(cosines, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 12, 36, 37])
-def test_the_numbers_of_similarity_lie_apart_and_of_many_adapters_there_are_none(n):
-    new = figure.Figure(layout="constrained")  # as `plot` has it: names take their room
-    similarity(
-        new, {f"methods-ia3-same-colour-s{i}": {"0.attn.l_k": np.ones(2) * i} for i in range(n)}
-    )
+def test_the_cosines_do_not_overlap_and_many_adapters_have_colors_only(n):
+    new = figure.Figure(layout="constrained")  # as `plot` makes it: names take room from the axes
+    vector = np.ones(2)
+    adapters = {f"methods-ia3-same-colour-s{i}": {"0.attn.l_k": vector * i} for i in range(n)}
+    draw_similarity(new, adapters)
     new.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in new.axes[0].texts[:n]]
-    assert len(new.axes[0].texts) == (n * n if n <= 36 else 0)
+    texts = new.axes[0].texts
+    assert len(texts) == (n * n if n <= 36 else 0)
+    boxes = [text.get_window_extent() for text in texts[:n]]
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
-
-
-def test_adapters_of_two_models_are_not_compared(runs, tmp_path):
-    for i, model in enumerate(("a/one", "b/two")):
-        shutil.copytree(runs / "ia3-0", tmp_path / "runs" / str(i))
-        path = tmp_path / "runs" / str(i) / "metrics.jsonl"
-        *lines, final = running.metrics(path.parent)
-        path.write_text(
-            "".join(json.dumps(line) + "\n" for line in [*lines, final | {"model": model}])
-        )
-    vectors = read_adapter(runs / "ia3-0" / "adapter").vectors
-    write_adapter(
-        tmp_path / "runs" / "1" / "adapter",
-        {name: torch.ones(len(x) + 1) for name, x in vectors.items()},
-    )
-    names = [path.rpartition("/")[2] for path in plot([tmp_path / "runs"], tmp_path / "out")]
-    assert names == ["accuracy.png", "curves.png", "learned-0.png", "learned-1.png"]

@@ -1,29 +1,40 @@
-"""Guards what a run reports: accuracy, AUC and exact match are what their definitions say, over the texts that fit."""
+"""Guards what a run reports. Accuracy, AUC and exact match are what their definitions say, over the
+texts that fit."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_metrics import share_of_pairs
 from words import N_IDS, word_tokenizer
 
 import minia3
 from minia3.inference.evaluation import evaluate, over_prompts
-from minia3.inference.metrics import area_under_curve, macro_f1
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, in_context
 
 PROMPT = Prompt("w7 {input} w8", None)
 
 
+@dataclass
+class Ours:
+    is_t5: bool
+    model: Any
+    tokenizer: Any
+
+    @property
+    def n_ends(self):
+        """How many end tokens a text has."""
+        return 1 if self.is_t5 else 0
+
+
 @pytest.fixture(scope="module", params=["t5-v1.1", "llama-gqa"])
 def ours(request, loaded):
-    t5 = request.param.startswith("t5")
-    return SimpleNamespace(
-        t5=t5, model=loaded(request.param, n_adapters=2, seed=0), tokenizer=word_tokenizer(t5)
-    )
+    is_t5 = request.param.startswith("t5")
+    model = loaded(request.param, n_adapters=2, seed=0)
+    return Ours(is_t5, model, word_tokenizer(is_t5))
 
 
 def words(rng, least, most):
@@ -31,7 +42,7 @@ def words(rng, least, most):
 
 
 def rows_of(n, n_choices, seed=0):
-    """Rows with as many choices as `n_choices` says by turns, no two of them alike, and any label."""
+    """Return rows with as many different choices as `n_choices` says in turn, and any label."""
     rng = np.random.default_rng(seed)
     rows = []
     for idx in range(n):
@@ -54,28 +65,12 @@ def ranks(ours, rows, **options):
 
 
 def tokens(ours, rows):
-    """Of a row in its prompt, and of all its choices, in the mean."""
-    ends = 1 if ours.t5 else 0
-    lengths = [
-        [2 + len(row["input"].split()), *(len(text.split()) for text in row["choices"])]
-        for row in rows
-    ]
-    return pytest.approx(np.mean([sum(lengths) + ends * len(lengths) for lengths in lengths]))
-
-
-def brute_force(positive, negative):
-    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
-    return sum(pairs) / len(pairs)
-
-
-SCORES = st.lists(st.integers(-3, 3) | st.floats(-3, 3), min_size=1, max_size=30)
-
-
-@settings(deadline=None)
-@given(SCORES, SCORES)
-def test_auc_is_the_share_of_pairs_in_order_with_ties_by_half(positive, negative):
-    found = area_under_curve(np.array(positive, dtype=float), np.array(negative, dtype=float))
-    assert found == pytest.approx(brute_force(positive, negative))
+    """Return how many tokens a row in its prompt and all of its choices have, on average."""
+    n_tokens = []
+    for row in rows:
+        texts = [f"w7 {row['input']} w8", *row["choices"]]
+        n_tokens.append(sum(len(text.split()) + ours.n_ends for text in texts))
+    return pytest.approx(np.mean(n_tokens))
 
 
 @pytest.mark.parametrize("adapter", [None, 1])
@@ -102,7 +97,7 @@ def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours
     }
 
 
-def test_auc_of_rows_with_two_choices_is_that_of_their_score_differences(ours):
+def test_auc_of_rows_with_two_choices_is_that_of_the_differences_of_their_scores(ours):
     rows = rows_of(40, (2,), seed=2)
     scores = ranks(ours, rows).double()
     difference = (scores[:, 1] - scores[:, 0]).tolist()
@@ -110,11 +105,11 @@ def test_auc_of_rows_with_two_choices_is_that_of_their_score_differences(ours):
         [d for d, row in zip(difference, rows, strict=True) if row["label"] == k] for k in (1, 0)
     )
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")
-    assert found["auc"] == pytest.approx(brute_force(positive, negative), abs=1e-3)
+    assert found["auc"] == pytest.approx(share_of_pairs(positive, negative), abs=1e-3)
     assert abs(found["auc"] - 0.5) > 0.01  # the other way round would be seen
 
 
-def test_auc_is_none_where_all_labels_are_alike_or_a_row_has_other_than_two_choices(ours):
+def test_auc_is_none_if_all_labels_are_alike_or_a_row_does_not_have_two_choices(ours):
     one_label = [{**row, "label": 1} for row in rows_of(6, (2,))]
     three = [{**row, "label": row["idx"] % 2} for row in rows_of(6, (3,))]
     for rows in (one_label, three, rows_of(6, (2, 1)), rows_of(6, (2, 3)), rows_of(6, (1,))):
@@ -133,13 +128,12 @@ def test_auc_sees_knowledge_that_a_biased_threshold_hides(ours):
     assert found["auc"] == 1.0
 
 
-def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_space_at_the_ends(
+def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_spaces_at_the_ends(
     ours, monkeypatch
 ):
     decode = ours.tokenizer.decode
-    monkeypatch.setattr(
-        ours.tokenizer, "decode", lambda ids: f" {decode(ids)}"
-    )  # as bytes behind a prompt are
+    # The first word that a byte-level tokenizer decodes has a space before it.
+    monkeypatch.setattr(ours.tokenizer, "decode", lambda ids: f" {decode(ids)}")
     rows = rows_of(20, (1,))
     prompts = [f"w7 {row['input']} w8" for row in rows]
     texts = minia3.generate(ours.model, ours.tokenizer, prompts, max_new_tokens=5)
@@ -155,9 +149,8 @@ def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_spa
         max_new_tokens=5,
         batch_size=6,
     )
-    ended = [
-        row | {"choices": [row["target"] + ("" if ours.t5 else " </s>")]} for row in rows
-    ]  # as one it would write
+    ending = "" if ours.is_t5 else " </s>"  # as a text to be written has it
+    ended = [row | {"choices": [row["target"] + ending]} for row in rows]
     assert found == {
         "accuracy": 0.25,
         "auc": None,
@@ -176,8 +169,9 @@ def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_white_spa
 
 
 def test_inputs_beyond_max_length_are_cut_counted_and_scored_as_cut(ours):
-    rows, most = rows_of(30, (2,)), 8
-    extra = 3 if ours.t5 else 2  # w7, w8, and T5's </s>
+    rows = rows_of(30, (2,))
+    most = 8
+    extra = 2 + ours.n_ends  # w7, w8, and T5's </s>
     lengths = [len(row["input"].split()) + extra for row in rows]
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", max_length=most)
     assert found["n_cut"] == sum(length > most for length in lengths) > 3
@@ -194,9 +188,10 @@ def test_inputs_beyond_max_length_are_cut_counted_and_scored_as_cut(ours):
 
 
 def test_a_source_is_encoded_once(ours, monkeypatch):
-    encode, seen = ours.tokenizer.encode, []
+    encode = ours.tokenizer.encode
+    seen = []
     monkeypatch.setattr(
-        ours.tokenizer, "encode", lambda text, **how: seen.append(text) or encode(text, **how)
+        ours.tokenizer, "encode", lambda text, **opts: seen.append(text) or encode(text, **opts)
     )
     rendered, _, _ = encode_rows(
         [(row, PROMPT) for row in rows_of(9, (2,))], ours.tokenizer, 512, end=False
@@ -204,58 +199,54 @@ def test_a_source_is_encoded_once(ours, monkeypatch):
     assert [text for text in seen if text.startswith("w7 ")] == [text.input for text in rendered]
 
 
-def test_rows_are_encoded_with_their_own_prompt_and_targets_end_where_asked(ours):
+def test_rows_are_encoded_with_the_prompt_beside_them_and_targets_end_if_asked(ours):
     rows = [{"input": "w9", "target": "w5 w6", "label": 0, "idx": 0}] * 2
     pairs = list(zip(rows, (PROMPT, OWN_PROMPTS[0]), strict=True))
     for end in (False, True):
         _, examples, _ = encode_rows(pairs, ours.tokenizer, 512, end)
-        tail = [1] if ours.t5 else []
+        tail = [1] if ours.is_t5 else []
         assert [e.source for e in examples] == [[7, 9, 8, *tail], [9, *tail]]
-        assert [e.targets for e in examples] == [[[5, 6, *([1] if ours.t5 or end else [])]]] * 2
+        assert [e.targets for e in examples] == [[[5, 6, *([1] if ours.is_t5 or end else [])]]] * 2
 
 
-def test_macro_f1_is_sklearn_s_definition_by_hand():
-    """2 (found and right) / (found + right) is 2/4, 0/1 and 4/5."""
-    found, right = np.array([0, 0, 2, 2, 1]), np.array([0, 2, 2, 2, 0])
-    expected = (2 * 1 / (2 + 2) + 2 * 0 / (1 + 0) + 2 * 2 / (2 + 3)) / 3
-    assert macro_f1(found, right) == pytest.approx(expected)
-    assert macro_f1(right, right) == 1.0
-
-
-def test_macro_f1_is_what_evaluate_reports_where_a_task_asks_for_it(ours, monkeypatch):
+def test_evaluate_reports_macro_f1_for_a_task_that_asks_for_it(ours, monkeypatch):
     scores = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    monkeypatch.setattr("minia3.inference.evaluation.score", lambda *args, **options: scores)
+    monkeypatch.setattr(
+        "minia3.inference.evaluation.score_examples", lambda *args, **options: scores
+    )
     rows = [
         {"input": "w3", "choices": ["w4", "w5"], "label": label, "idx": 0} for label in (1, 0, 0, 1)
     ]
     found = evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="macro_f1")
     assert found["accuracy"] == pytest.approx((2 * 2 / (3 + 2) + 2 * 1 / (1 + 2)) / 2)
-    assert (
-        evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="accuracy")["accuracy"]
-        == 0.75
-    )
+    found = evaluate(ours.model, ours.tokenizer, rows, OWN_PROMPTS[0], metric="accuracy")
+    assert found["accuracy"] == 0.75
 
 
 # In-context learning
 
 
-def test_shots_stand_answered_before_the_row_as_many_as_fit_and_in_their_order(ours):
-    rows, shots = rows_of(30, (2,)), rows_of(4, (2,), seed=5)
-    most, end = 30, 1 if ours.t5 else 0
+def test_as_many_shots_as_fit_come_before_the_row_with_their_answers_and_in_order(ours):
+    rows = rows_of(30, (2,))
+    shots = rows_of(4, (2,), seed=5)
+    most = 30
     heads = [f"w7 {shot['input']} w8 {shot['choices'][shot['label']]}\n\n" for shot in shots]
-    texts, fitting = [], []
+    texts = []
+    n_shots = []
     for row in rows:
         with_shots = ["".join(heads[:n]) + f"w7 {row['input']} w8" for n in range(5)]
-        fitting.append(max(n for n in range(5) if len(with_shots[n].split()) + end <= most))
-        texts.append(with_shots[fitting[-1]])
-    assert len(set(fitting)) > 1
+        n_words = [len(text.split()) for text in with_shots]
+        n_fitting = max(n for n in range(5) if n_words[n] + ours.n_ends <= most)
+        n_shots.append(n_fitting)
+        texts.append(with_shots[n_fitting])
+    assert len(set(n_shots)) > 1
     scores = minia3.rank(ours.model, ours.tokenizer, texts, [row["choices"] for row in rows])
     options = {"metric": "accuracy", "shots": shots, "max_length": most}
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
     assert found["accuracy"] == pytest.approx(
         np.mean(scores.argmax(1).numpy() == [row["label"] for row in rows])
     )
-    assert found["n_shots"] == pytest.approx(np.mean(fitting))
+    assert found["n_shots"] == pytest.approx(np.mean(n_shots))
     assert found["n_cut"] == 0
     assert (
         found["tokens"]
@@ -263,15 +254,30 @@ def test_shots_stand_answered_before_the_row_as_many_as_fit_and_in_their_order(o
     )
 
 
-def test_shots_with_a_target_are_answered_with_it_and_braces_stay():
+def test_a_written_answer_ends_as_the_answers_of_the_shots_end(ours, monkeypatch):
+    """The model would go on with a new question."""
+    rows = [{"input": "w9", "target": "w4", "label": 0, "idx": 0}]
+    text = "w4\n\nw9"
+
+    def decode(ids):
+        return text
+
+    monkeypatch.setattr(ours.tokenizer, "decode", decode)
+    options = {"metric": "exact_match", "max_new_tokens": 2}
+    with_shots = evaluate(ours.model, ours.tokenizer, rows, PROMPT, shots=rows, **options)
+    without_shots = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
+    assert (with_shots["accuracy"], without_shots["accuracy"]) == (1.0, 0.0)
+
+
+def test_the_answer_of_a_shot_with_a_target_is_the_target_and_braces_stay():
     shots = [{"input": "{x} {", "target": "}y", "label": 0, "idx": 0}]
-    none, one = in_context(Prompt("{input} ->", None), shots)
+    without_shot, with_shot = in_context(Prompt("{input} ->", None), shots)
     row = {"input": "{z}", "target": "t", "label": 0, "idx": 1}
-    assert none.text.format_map(row) == "{z} ->"
-    assert one.text.format_map(row) == "{x} { -> }y\n\n{z} ->"
+    assert without_shot.text.format_map(row) == "{z} ->"
+    assert with_shot.text.format_map(row) == "{x} { -> }y\n\n{z} ->"
 
 
-def test_a_row_that_does_not_fit_is_cut_only_where_no_shot_is_left(ours):
+def test_a_row_that_does_not_fit_is_cut_only_after_all_shots_are_left_out(ours):
     rows = [{"input": " ".join(["w5"] * 20), "choices": ["w4", "w6"], "label": 0, "idx": 0}]
     found = evaluate(
         ours.model,
@@ -288,19 +294,26 @@ def test_a_row_that_does_not_fit_is_cut_only_where_no_shot_is_left(ours):
 # Several prompts, and no rows
 
 
-def test_over_several_prompts_a_result_is_the_median_and_has_all_accuracies():
-    def result(accuracy, auc):
-        return {"accuracy": accuracy, "auc": auc, "n": 10, "n_cut": 0, "tokens": 20 * accuracy}
+def test_the_result_over_several_prompts_is_the_median_with_all_accuracies():
+    def result(accuracy, auc, n_cut=0):
+        tokens = 20 * accuracy
+        return {"accuracy": accuracy, "auc": auc, "n": 10, "n_cut": n_cut, "tokens": tokens}
 
-    one, *others = result(0.5, 0.25), result(0.75, 0.5), result(0.875, 0.375)
-    assert over_prompts([one]) == one
-    both = {"n": 10, "n_cut": 0, "accuracies": [0.5, 0.75, 0.875]}
-    assert over_prompts([one, *others]) == both | {"accuracy": 0.75, "auc": 0.375, "tokens": 15}
+    results = [result(0.5, 0.25), result(0.75, 0.5), result(0.875, 0.375)]
+    assert over_prompts(results) == {
+        "accuracy": 0.75,
+        "auc": 0.375,
+        "n": 10,
+        "n_cut": 0,
+        "tokens": 15,
+        "accuracies": [0.5, 0.75, 0.875],
+    }
+    assert over_prompts(results[:1]) == results[0]
     for auc in (None, 0.5):
         assert over_prompts([result(0.5, auc), result(0.75, None)])["auc"] is None
-    assert over_prompts([one, others[0] | {"n_cut": 3}])["n_cut"] == 3
+    assert over_prompts([result(0.5, 0.25), result(0.75, 0.5, n_cut=3)])["n_cut"] == 3
 
 
-def test_of_no_rows_nothing_is_known(ours):
+def test_a_result_of_no_rows_says_nothing(ours):
     found = evaluate(ours.model, ours.tokenizer, [], PROMPT, metric="macro_f1")
     assert found == {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}

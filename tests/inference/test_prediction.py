@@ -1,6 +1,6 @@
-"""Guards `predict`: what it writes is what ranking and generating give, row by row and in the rows' order, with the
-adapter that each row names; a file that was cut anywhere goes on to the same bytes; memory does not grow with the file.
-"""
+"""Guards `predict`. It writes what ranking and generating give, row by row and in their order, with
+the adapter that each row names. A file that was cut anywhere is completed. Memory does not grow
+with the file."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def predicted(capsys, *words):
 
 
 def fails(capsys, *words):
-    """-> the one line on stderr."""
+    """Return the one line on stderr."""
     capsys.readouterr()
     assert main(["predict", *map(str, words), "--device", "cpu"]) == 2
     err = capsys.readouterr().err
@@ -76,10 +76,8 @@ def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gi
     results = predicted(
         capsys, running.model(name), write(tmp_path / "rows.jsonl", rows), "--max-new-tokens", 5
     )
-    model, tokenizer = (
-        minia3.load_model(running.model(name)),
-        minia3.load_tokenizer(running.model(name)),
-    )
+    model = minia3.load_model(running.model(name))
+    tokenizer = minia3.load_tokenizer(running.model(name))
     assert [result["idx"] for result in results] == list(range(40))
     for row, result in zip(rows, results, strict=True):
         if "choices" in row:
@@ -99,7 +97,8 @@ def test_labels_are_as_often_right_as_evaluate_says(tmp_path, capsys):
     results = predicted(
         capsys, "tiny-t5", file, "--task", "same-colour", "--adapter", tmp_path / "adapter"
     )
-    task, model = minia3.load_task("same-colour"), minia3.load_model("tiny-t5")
+    task = minia3.load_task("same-colour")
+    model = minia3.load_model("tiny-t5")
     minia3.load_adapter(model, tmp_path / "adapter")
     tokenizer = minia3.load_tokenizer("tiny-t5")
     expected = evaluate(model, tokenizer, task.validation, task.prompts[0], metric="accuracy")[
@@ -125,7 +124,8 @@ def test_rows_of_a_task_are_put_into_its_words_and_get_the_word_of_their_label(
     file = write(tmp_path / "rows.jsonl", rows)
     results = predicted(capsys, "tiny-t5", file, "--task", "rte", "--prompt", prompt)
     chosen = for_family(known_tasks()["rte"].prompts, "tiny-t5")[prompt]
-    model, tokenizer = minia3.load_model("tiny-t5"), minia3.load_tokenizer("tiny-t5")
+    model = minia3.load_model("tiny-t5")
+    tokenizer = minia3.load_tokenizer("tiny-t5")
     assert [result["idx"] for result in results] == [0, 77, 2]
     for row, result in zip(rows, results, strict=True):
         scores = minia3.rank(model, tokenizer, [chosen.text.format_map(row)], list(chosen.choices))[
@@ -164,7 +164,7 @@ def test_a_long_input_loses_its_middle(tmp_path, capsys):
 # Adapters by row
 
 
-def test_a_batch_of_rows_with_adapters_of_their_own_is_each_alone(adapters, tmp_path, capsys):
+def test_rows_that_name_their_adapters_are_answered_as_each_alone(adapters, tmp_path, capsys):
     rows = running.rows(30, n_choices=(2, 0))
     for i, row in enumerate(rows):
         row |= {"adapter": ("one", "two")[i % 2]} if i % 3 else {}
@@ -187,20 +187,25 @@ def test_a_batch_of_rows_with_adapters_of_their_own_is_each_alone(adapters, tmp_
             assert [result["output"]] == generated
 
 
-def test_a_row_without_an_adapter_has_the_one_that_is_given(adapters, tmp_path, capsys):
+def test_a_row_that_names_no_adapter_has_the_given_one(adapters, tmp_path, capsys):
     rows = running.rows(6)
-    one, two = adapters / "one", adapters / "two"
+    first = adapters / "one"
+    second = adapters / "two"
     alone = {
         path: predicted(
             capsys, running.model("t5"), write(tmp_path / "a.jsonl", rows), "--adapter", path
         )
-        for path in (one, two)
+        for path in (first, second)
     }
     null = write(tmp_path / "c.jsonl", [{**row, "adapter": None} for row in rows])
-    assert predicted(capsys, running.model("t5"), null, "--adapter", one) == alone[one]
+    assert predicted(capsys, running.model("t5"), null, "--adapter", first) == alone[first]
     named = write(tmp_path / "b.jsonl", [{**row, "adapter": "two"} for row in rows])
-    assert predicted(capsys, running.model("t5"), named, "--adapter", adapters) == alone[two]
-    assert alone[one] != alone[two] != predicted(capsys, running.model("t5"), tmp_path / "a.jsonl")
+    assert predicted(capsys, running.model("t5"), named, "--adapter", adapters) == alone[second]
+    assert (
+        alone[first]
+        != alone[second]
+        != predicted(capsys, running.model("t5"), tmp_path / "a.jsonl")
+    )
 
 
 @pytest.mark.parametrize("name", ["three", "ONE", "../one", 1, ["one"], "", False])
@@ -237,7 +242,7 @@ def test_a_folder_that_holds_no_adapter_is_refused(tmp_path, capsys):
         ({"input": "w3", "choices": []}, "'choices'"),
         ({"input": "w3", "choices": "w4"}, "'choices'"),
         ({"input": "w3", "choices": ["w4", 5]}, "'choices'"),
-        ({"input": "w3", "choices": ["w4", "w4"]}, "twice"),
+        ({"input": "w3", "choices": ["w4", "w4"]}, "texts that differ"),
         ({"input": "w3", "choices": ["w4", "\ud800"]}, "JSON"),
     ],
 )
@@ -254,7 +259,9 @@ def test_a_row_that_lacks_a_field_of_the_task_or_does_not_fit_is_named(tmp_path,
     file = write(
         tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": "w4"}, {"premise": "w3"}]
     )
-    assert f"{file}:2: no 'hypothesis'" in fails(capsys, "tiny-t5", file, "--task", "rte")
+    assert f"{file}:2: the row has no field 'hypothesis'" in fails(
+        capsys, "tiny-t5", file, "--task", "rte"
+    )
     file = write(tmp_path / "rows.jsonl", [{"input": "w3", "choices": ["w4"]}])
     assert f"{file}:1: row 0 does not fit" in fails(
         capsys, running.model("t5"), file, "--max-length", 1
@@ -343,115 +350,131 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("minia3.inference.prediction.CHUNK", 4)
 
 
+def results_in(path):
+    """Return the results in a .jsonl or .csv file."""
+    if path.suffix == ".jsonl":
+        results = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        with path.open(newline="") as file:
+            results = list(csv.DictReader(file))
+        for result in results:
+            result["scores"] = json.loads(result["scores"] or "null")
+    return results
+
+
+def up_to_rounding(results):
+    """Return results that equal others whose scores were rounded in other batches."""
+    expected = []
+    for result in results:
+        if result.get("scores") is not None:
+            result = {**result, "scores": pytest.approx(result["scores"], abs=1e-5)}
+        expected.append(result)
+    return expected
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_file_that_was_cut_anywhere_goes_on_to_the_same_bytes(
-    kind, tmp_path, capsys, small_chunks
-):
+def test_a_file_that_was_cut_anywhere_is_completed(kind, tmp_path, small_chunks):
     rows = running.rows(15, n_choices=(2, 0, 3))
     rows[3]["choices"] = ['w5 "\n,"', "w6\r\n"]  # quotes and line breaks, as csv may have them
-    words = [
-        running.model("t5"),
-        write(tmp_path / "rows.jsonl", rows),
-        "--max-new-tokens",
-        3,
-        "--out",
-    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    words = [running.model("t5"), file, "--max-new-tokens", 3, "--out"]
     whole = tmp_path / f"whole.{kind}"
     predict(*words, whole)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    text, out = whole.read_bytes(), tmp_path / f"out.{kind}"
+    text = whole.read_bytes()
+    expected = up_to_rounding(results_in(whole))
+    assert [str(result["idx"]) for result in expected] == [str(i) for i in range(15)]
+
     ends = [i + 1 for i, byte in enumerate(text) if byte == 10]
-    cuts = {0, 1, *ends, *(end - 1 for end in ends), *random.Random(0).sample(range(len(text)), 15)}
+    before_ends = [end - 1 for end in ends]
+    cuts = {0, 1, *ends, *before_ends, *random.Random(0).sample(range(len(text)), 15)}
+    out = tmp_path / f"out.{kind}"
     for cut in sorted(cuts):
         out.write_bytes(text[:cut])
         predict(*words, out)
-        assert out.read_bytes() == text, cut
+        assert results_in(out) == expected, cut
 
 
-def test_a_finished_file_is_said_to_be_finished_and_stays(tmp_path, capsys, small_chunks):
+def test_finished_lines_stay_and_only_the_other_rows_are_answered(
+    tmp_path, monkeypatch, small_chunks
+):
+    out = tmp_path / "out.jsonl"
+    words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(12)), "--out", out]
+    predict(*words)
+    finished = [line + "\n" for line in out.read_text().splitlines()]
+    mark = '{"idx": 8, "mine": true}\n'  # nobody compares the lines with the results
+    out.write_text("".join(finished[:8]) + mark + finished[9][:-5])
+    n_scored = []
+    score = score_examples
+
+    def count(model, examples, *args, **options):
+        n_scored.append(len(examples))
+        return score(model, examples, *args, **options)
+
+    monkeypatch.setattr("minia3.inference.prediction.score_examples", count)
+    predict(*words)
+    assert n_scored == [3]  # rows 9 to 11
+    assert out.read_text().startswith("".join(finished[:8]) + mark)
+    assert [result["idx"] for result in results_in(out)] == list(range(12))
+
+
+def test_a_finished_file_stays_and_the_command_says_so(tmp_path, capsys, small_chunks):
     out = tmp_path / "out.jsonl"
     words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(9)), "--out", out]
+    contents = []
     for _ in range(2):
         capsys.readouterr()
         predict(*words)
         assert capsys.readouterr().out == f"{out} is finished\n"
-    assert len(out.read_text().splitlines()) == 9
-
-
-def test_going_on_makes_only_the_last_results_again(tmp_path, monkeypatch, small_chunks):
-    out = tmp_path / "out.jsonl"
-    words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(12)), "--out", out]
-    predict(*words)
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[:9]))
-    scored, score = [], score_examples
-
-    def counting(model, examples, *args, **options):
-        scored.append(len(examples))
-        return score(model, examples, *args, **options)
-
-    monkeypatch.setattr("minia3.inference.prediction.score_examples", counting)
-    predict(*words)
-    assert scored == [4]  # rows 8 to 11
+        contents.append(out.read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0].count(b"\n") == 9
 
 
 def test_results_are_on_disk_before_the_next_chunk_is_read(tmp_path, monkeypatch, small_chunks):
-    out, seen, score = tmp_path / "out.jsonl", [], score_examples
+    out = tmp_path / "out.jsonl"
+    n_lines = []
+    score = score_examples
 
-    def looking(*args, **options):
-        seen.append(out.read_text().count("\n"))
+    def look(*args, **options):
+        n_lines.append(out.read_text().count("\n"))
         return score(*args, **options)
 
-    monkeypatch.setattr("minia3.inference.prediction.score_examples", looking)
+    monkeypatch.setattr("minia3.inference.prediction.score_examples", look)
     predict(running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(10)), "--out", out)
-    assert seen == [0, 4, 8]
+    assert n_lines == [0, 4, 8]
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["adapter", "model", "first row", "more rows before", "fewer rows", "columns", "length"],
-)
-def test_results_of_anything_else_are_not_gone_on_with(
-    change, adapters, tmp_path, capsys, small_chunks
-):
-    out, rows, more = tmp_path / "out.jsonl", running.rows(10), []
-    model, file = running.model("t5"), write(tmp_path / "rows.jsonl", rows)
-    predict(model, file, "--out", out)
-    text = "".join(out.read_text().splitlines(keepends=True)[:3])
+def test_a_csv_file_with_other_columns_is_not_appended_to(tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    file = write(tmp_path / "rows.jsonl", running.rows(4))
+    predict(running.model("t5"), file, "--out", out)
+    lines_of_file = out.read_bytes().splitlines(keepends=True)
+    for n_bytes in (3, len(lines_of_file[0]), len(b"".join(lines_of_file[:2]))):
+        text = b"".join(lines_of_file)[:n_bytes]
+        out.write_bytes(text)
+        words = ["--out", out, "--columns", "label,choice"]
+        error = fails(capsys, running.model("t5"), file, *words)
+        assert f"{out} does not hold such results" in error
+        assert out.read_bytes() == text
+
+
+@pytest.mark.parametrize("text", ["mine\n", "mine", "[1, 2]\n", " \n"])
+@pytest.mark.parametrize("name", ["notes.txt", "notes.csv"])
+def test_another_file_is_not_appended_to(name, text, tmp_path, capsys):
+    out = tmp_path / name
     out.write_text(text)
-    if change == "adapter":
-        more = ["--adapter", adapters / "one"]
-    elif change == "model":
-        model = running.model("t5", seed=1)
-    elif change == "first row":
-        rows[0]["input"] += " w9"
-    elif change == "more rows before":
-        rows = [rows[0], *rows]
-    elif change == "fewer rows":
-        rows = rows[:2]
-    elif change == "columns":
-        more = ["--columns", "idx,choice"]
-    else:
-        more = ["--max-length", 3]
-    write(file, rows)
-    error = fails(capsys, model, file, "--out", out, *more)
-    assert f"{out} holds other results" in error
+    file = write(tmp_path / "rows.jsonl", running.rows(3))
+    assert "does not hold such results" in fails(capsys, running.model("t5"), file, "--out", out)
     assert out.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["mine\n", "mine", '{"idx": 0, "label": 0}', '{"idx": 0,\n'])
-def test_another_file_is_not_overwritten(text, tmp_path, capsys):
-    out = tmp_path / "notes.txt"
-    out.write_text(text)
-    assert "other results" in fails(
-        capsys, running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(3)), "--out", out
-    )
-    assert out.read_text() == text
-
-
-def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(
+def test_results_before_a_bad_row_are_kept_and_completed_when_it_is_mended(
     tmp_path, capsys, small_chunks
 ):
-    rows, out = running.rows(12), tmp_path / "out.jsonl"
+    rows = running.rows(12)
+    out = tmp_path / "out.jsonl"
     file = write(tmp_path / "rows.jsonl", rows)
     predict(running.model("t5"), file, "--out", out)
     text = out.read_text()
@@ -459,39 +482,49 @@ def test_results_before_a_bad_row_are_kept_and_go_on_when_it_is_mended(
     file.write_text(lines(rows[:9]) + "{\n" + lines(rows[10:]))
     assert f"{file}:10: " in fails(capsys, running.model("t5"), file, "--out", out)
     assert out.read_text() == "".join(text.splitlines(keepends=True)[:8])
-    assert {path.name for path in tmp_path.iterdir()} == {file.name, out.name}, (
-        "nothing hidden stays behind"
-    )
+    # Nothing hidden stays in the folder.
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, out.name}
     write(file, rows)
     predict(running.model("t5"), file, "--out", out)
-    assert out.read_text() == text
+    assert out.read_text() == text  # the chunks are the same, so the bits are
 
 
-def test_two_at_once_do_not_write_the_same_file(tmp_path, capsys, monkeypatch):
-    out, original = tmp_path / "out.jsonl", predict
-    words = [running.model("t5"), write(tmp_path / "rows.jsonl", running.rows(5)), "--out", out]
+def test_two_processes_do_not_write_the_same_file(tmp_path, capsys, monkeypatch):
+    """The second begins while the first answers its rows."""
+    out = tmp_path / "out.jsonl"
+    file = write(tmp_path / "rows.jsonl", running.rows(5))
+    score = score_examples
 
-    def second(*args, **options):
-        monkeypatch.setattr("minia3.inference.prediction.predict", original)
-        assert "another run is writing there" in fails(capsys, *words)
-        predict(*words[:2], "--out", tmp_path / "other.jsonl")  # another file is free
-        return original(*args, **options)
+    def begin_second(*args, **options):
+        monkeypatch.setattr("minia3.inference.prediction.score_examples", score)
+        error = fails(capsys, running.model("t5"), file, "--out", out)
+        assert "another run is writing there" in error
+        predict(running.model("t5"), file, "--out", tmp_path / "other.jsonl")  # it is free
+        return score(*args, **options)
 
-    monkeypatch.setattr("minia3.inference.prediction.predict", second)
-    predict(*words)
+    monkeypatch.setattr("minia3.inference.prediction.score_examples", begin_second)
+    predict(running.model("t5"), file, "--out", out)
     assert out.read_text() == (tmp_path / "other.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(),
     reason="only Linux tells a process's peak since its start",
 )
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    code = "import sys; from minia3.__main__ import main; assert main(sys.argv[1:]) == 0;"
-    code += "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    code = """
+import sys
+from minia3.cli.main import main
+
+assert main(sys.argv[1:]) == 0
+with open("/proc/self/status") as status:
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
     peaks = []
     for n in (2_000, 40_000):
-        file, out = tmp_path / f"{n}.jsonl", tmp_path / f"{n}.out.jsonl"
+        file = tmp_path / f"{n}.jsonl"
+        out = tmp_path / f"{n}.out.jsonl"
         file.write_text(
             (json.dumps({"input": "w3 w4", "choices": ["w5", "w6"], "note": "x" * 500}) + "\n") * n
         )

@@ -15,7 +15,7 @@ from conftest import tokens
 from words import texts, word_tokenizer
 
 import minia3
-from minia3.adapters.mix import mix
+from minia3.adapters.mix import MIX, mix
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
@@ -158,10 +158,10 @@ def run(model, tokenizer, folder):
         adapter=adapters,
         batch_size=4,
     )
-    with mock.patch("minia3.inference.scoring.PIECE", 100):  # logits in parts of the vocabulary
+    with mock.patch("minia3.inference.scoring.MAX_LOGITS", 100):  # logits in parts of the vocabulary
         minia3.rank(model, tokenizer, prompts, ["w3", "w4 w5"])
     list(
-        decode_tokens(model, model.start(source, mask, adapter), 3, done={0})
+        decode_tokens(model, model.start(source, mask, adapter), 3, {0})
     )  # a row that is dropped
     for how in (
         {},
@@ -179,7 +179,9 @@ def run(model, tokenizer, folder):
         evaluate(model, tokenizer, rows, OWN_PROMPTS[0], metric=metric, batch_size=4)
     minia3.save_adapter(model, folder / "one" / "adapter")
     vectors = read_adapter(folder / "one" / "adapter").vectors
-    write_adapter(folder / "mixed", mix([(vectors, 0.5), (vectors, 0.25)]))
+    for equation in MIX:
+        mixed = mix([(vectors, 0.5), (vectors, 0.25)], equation)
+    write_adapter(folder / "mixed", mixed)
     names = minia3.Adapters(model)
     names.load_folder(folder / "one")
     for name in ("two", "three"):  # the third is a row more than there are

@@ -1,8 +1,8 @@
-"""Guards the table of tasks and the words of their prompts: what every row must hold, how a row of data is rendered,
-and that cutting an input takes words from the middle of the row's own texts and never one of the prompt's."""
+"""The table of tasks: what every entry must hold, and that the words of a prompt and of its answers
+agree.
+"""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,137 +11,157 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from task_files import REAL, needs_real_data
 
 from minia3.tasks import known_tasks as known_tasks_module
-from minia3.tasks.download import HUB
+from minia3.tasks.download import HUB, file_names
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, fit, for_family, render
-from minia3.tasks.task import Source, Task, TaskSpec
+from minia3.tasks.prompts import Prompt, for_family, render
+from minia3.tasks.task import Source, TaskSpec
 
-COPA = {
-    **{"premise": "I fell.", "choice1": "I was ill.", "choice2": "I sang. ", "question": "cause"},
-    **{"label": 0, "idx": 7},
+TABLE = Path(known_tasks_module.__file__).with_name("tasks.json")
+DOWNLOADED = [name for name, spec in known_tasks().items() if spec.sources]
+
+SUPERGLUE = ("rte", "cb", "copa", "wic", "wsc", "boolq")
+ANLI = ("anli-r1", "anli-r2", "anli-r3")
+RAFT = (
+    "ade_corpus_v2",
+    "banking_77",
+    "neurips_impact_statement_risks",
+    "one_stop_english",
+    "overruling",
+    "semiconductor_org_types",
+    "systematic_review_inclusion",
+    "tai_safety_research",
+    "terms_of_service",
+    "tweet_eval_hate",
+    "twitter_complaints",
+)
+T_FEW_SHOTS = {
+    **dict.fromkeys(SUPERGLUE, 32),
+    **dict.fromkeys(ANLI, 50),
+    "winogrande": 50,
+    "hellaswag": 20,
+    "storycloze": 70,
+    "sst2": 16,
+    "mrpc": 32,
 }
-PROMPTS = [
-    pytest.param(task, p, id=f"{task}-{n}")
-    for task, row in known_tasks().items()
-    for n, p in enumerate(row.prompts)
-]
-
-
-def n_words(text):
-    return len(text.split())
-
-
-# The table
-
-T_FEW = {  # task -> its shots, and the splits of its files
-    **dict.fromkeys(("rte", "cb", "copa", "wic", "wsc", "boolq"), (32, {"train", "val", "test"})),
-    **dict.fromkeys(
-        ("anli-r1", "anli-r2", "anli-r3", "winogrande"), (50, {"train", "dev", "test"})
-    ),
-    "hellaswag": (20, {"train", "val", "test"}),
-    "storycloze": (
-        70,
-        {f"cloze_test_{x}__spring2016 - cloze_test_ALL_{x}" for x in ("val", "test")},
-    ),
-    "sst2": (16, {"train", "dev", "test"}),
-    "mrpc": (32, {"train", "dev", "test"}),
-}
-RAFT = {
-    *(
-        "ade_corpus_v2",
-        "banking_77",
-        "neurips_impact_statement_risks",
-        "one_stop_english",
-        "overruling",
-    ),
-    *(
-        "semiconductor_org_types",
-        "systematic_review_inclusion",
-        "tai_safety_research",
-        "terms_of_service",
-    ),
-    *("tweet_eval_hate", "twitter_complaints"),
+FILE_NAMES = {
+    **{name: {"train", "val", "test"} for name in (*SUPERGLUE, "hellaswag")},
+    **{name: {"train", "dev", "test"} for name in (*ANLI, "winogrande", "sst2", "mrpc")},
+    "storycloze": {
+        "cloze_test_val__spring2016 - cloze_test_ALL_val",
+        "cloze_test_test__spring2016 - cloze_test_ALL_test",
+    },
 }
 LABELS = {
     "rte": ["entailment", "not_entailment"],
     "cb": ["entailment", "contradiction", "neutral"],
-    **{name: ["e", "n", "c"] for name in ("anli-r1", "anli-r2", "anli-r3")},
+    **{name: ["e", "n", "c"] for name in ANLI},
     **{name: ["false", "true"] for name in ("wic", "wsc", "boolq")},
     **{name: ["0", "1"] for name in ("copa", "sst2", "mrpc")},
     **{name: ["1", "2"] for name in ("winogrande", "storycloze")},
     "hellaswag": ["0", "1", "2", "3"],
 }
-KNOWN = [name for name, row in known_tasks().items() if row.sources]
-TABLE = Path(known_tasks_module.__file__).with_name("tasks.json")
+# What every prompt of a task must ask about.
+MAIN_FIELDS = {
+    **{name: {"premise", "hypothesis"} for name in ("rte", "cb", *ANLI)},
+    "copa": {"premise", "question"},
+    "wic": {"word", "sentence1", "sentence2"},
+    "wsc": {"text", "span1_text", "span2_text"},
+    "boolq": {"passage", "question"},
+    "sst2": {"sentence"},
+    "mrpc": {"sentence1", "sentence2"},
+    "hellaswag": {"ctx", "endings"},
+    "winogrande": {"sentence", "option1", "option2"},
+    "storycloze": {
+        "input_sentence_1",
+        "input_sentence_2",
+        "input_sentence_3",
+        "input_sentence_4",
+        "sentence_quiz1",
+        "sentence_quiz2",
+    },
+}
 
 
-class Named(dict):
-    """A row that has whatever field is asked for: its own name, or of `endings` four."""
+class RowOfNames(dict):
+    """A row that has every field that is asked for: its name in brackets, and four of these for
+    `endings`.
+    """
 
     def __missing__(self, name):
-        return [f"<{name} {i}>" for i in range(4)] if name == "endings" else f"<{name}>"
+        if name == "endings":
+            return [f"<endings {i}>" for i in range(4)]
+        return f"<{name}>"
 
     def __or__(self, other):
-        return Named({**self, **other})
+        return RowOfNames({**self, **other})
 
 
-def fields(*texts):
-    return {
-        name.partition("[")[0]
-        for text in texts
-        for _, name, _, _ in Formatter().parse(text)
-        if name
-    }
+def fields_of(*texts):
+    """Return the names of the fields in format strings."""
+    names = set()
+    for text in texts:
+        for _, name, _, _ in Formatter().parse(text):
+            if name:
+                names.add(name.partition("[")[0])
+    return names
 
 
-def test_the_table_has_all_tasks_of_t_few_and_raft_and_their_shots():
-    assert set(known_tasks()) == {*T_FEW, *(f"raft/{name}" for name in RAFT), "same-colour"}
-    for name, (shots, files) in T_FEW.items():
-        assert known_tasks()[name].shots == shots
-        assert {
-            Path(file).stem for source in known_tasks()[name].sources for file in source.files
-        } == files
-        assert known_tasks()[name].metric == "accuracy"
-        assert known_tasks()[name].labels == LABELS[name]
-    assert [name for name, row in known_tasks().items() if row.per_class] == ["sst2"]
-    for name in RAFT:
-        row = known_tasks()[f"raft/{name}"]
-        assert (row.shots, row.metric, row.label) == (50, "macro_f1", "Label")
-        files = {file: f"data/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv")}
-        assert row.sources == [Source("https://huggingface.co/datasets/ought/raft", files)]
+def all_prompts():
+    for name, spec in known_tasks().items():
+        for i, prompt in enumerate(spec.prompts):
+            yield pytest.param(prompt, id=f"{name}-{i}")
 
 
-@pytest.mark.skipif(
-    "MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real data sets"
-)
-@pytest.mark.parametrize("name", sorted(RAFT))
-def test_raft_has_the_labels_of_its_own_files_in_their_order_and_spelling(name):
-    file = Path(os.environ["MINIA3_TEST_DATA"], "data", "raft", name, "task.json")
-    assert (
-        known_tasks()[f"raft/{name}"].labels
-        == json.loads(file.read_text("utf-8"))["label_columns"]["Label"]
-    )
+def test_the_table_has_the_tasks_of_t_few_and_raft():
+    raft_names = [f"raft/{name}" for name in RAFT]
+    assert set(known_tasks()) == {*T_FEW_SHOTS, *raft_names, "same-colour"}
+
+
+@pytest.mark.parametrize("name", T_FEW_SHOTS)
+def test_a_task_has_t_fews_shots_and_its_authors_labels_and_files(name):
+    spec = known_tasks()[name]
+    assert spec.shots == T_FEW_SHOTS[name]
+    assert spec.metric == "accuracy"
+    assert spec.labels == LABELS[name]
+    assert spec.per_class == (name == "sst2")
+    assert {Path(file).stem for file in file_names(spec.sources)} == FILE_NAMES[name]
+
+
+@pytest.mark.parametrize("name", RAFT)
+def test_a_task_of_raft_comes_from_the_hub_and_has_50_shots(name):
+    spec = known_tasks()[f"raft/{name}"]
+    assert (spec.shots, spec.metric, spec.label_field) == (50, "macro_f1", "Label")
+    assert not spec.per_class
+    files = {file: f"data/{name}/{file}" for file in ("train.csv", "test_unlabeled.csv")}
+    assert spec.sources == [Source("https://huggingface.co/datasets/ought/raft", files)]
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", RAFT)
+def test_raft_has_its_authors_labels_in_their_order_and_spelling(name):
+    file = Path(REAL, "data", "raft", name, "task.json")
+    columns = json.loads(file.read_text("utf-8"))["label_columns"]
+    assert known_tasks()[f"raft/{name}"].labels == columns["Label"]
 
 
 @pytest.mark.parametrize("name", known_tasks())
-def test_a_row_says_where_its_files_are_and_what_they_must_be(name):
-    row = known_tasks()[name]
-    assert (not row.sources) == bool(row.shipped) == (not row.labels)
-    assert len({label.lower() for label in row.labels}) == len(row.labels), (
-        "they are compared in lower case"
-    )
-    files = [file for source in row.sources for file in source.files]
+def test_an_entry_says_where_its_files_are_and_what_they_must_be(name):
+    spec = known_tasks()[name]
+    assert (not spec.sources) == bool(spec.shipped) == (not spec.labels)
+    lower_labels = {label.lower() for label in spec.labels}
+    assert len(lower_labels) == len(spec.labels), "they are compared in lower case"
+    files = file_names(spec.sources)
     assert len(set(files)) == len(files)
     assert len({Path(file).suffix for file in files}) == bool(files)
-    for source in row.sources:
+    is_on_request = name == "storycloze" or name.startswith("raft/")
+    for source in spec.sources:
         assert source.address.startswith("https://")
-        on_request = name == "storycloze" or name.startswith("raft/")
-        assert re.fullmatch("" if on_request else r"[0-9a-f]{64}", source.sha256)
-        assert (source.bytes == 0) == on_request
+        assert (source.n_bytes == 0) == is_on_request
+        assert is_on_request or re.fullmatch(r"[0-9a-f]{64}", source.sha256)
+        assert (source.sha256 == "") == is_on_request
         members = list(source.files.values())
         if source.address.endswith(".zip"):
             assert len(set(members)) == len(members) == 3
@@ -149,22 +169,22 @@ def test_a_row_says_where_its_files_are_and_what_they_must_be(name):
             assert members == [""] * len(members)
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", DOWNLOADED)
 def test_a_task_has_five_different_prompts_for_every_model(name):
     prompts = for_family(known_tasks()[name].prompts, None)
     assert len({prompt.text for prompt in prompts}) == len(prompts) >= 5
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_answers_are_of_several_kinds_and_of_banking_77_of_its_many(name):
-    n_kinds = len({prompt.choices for prompt in for_family(known_tasks()[name].prompts, None)})
-    row_has_choices = name in ("hellaswag", "storycloze", "winogrande", "copa")
-    assert n_kinds >= (
-        1 if row_has_choices or name in ("raft/banking_77", "raft/semiconductor_org_types") else 2
-    )
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_the_prompts_of_a_task_ask_for_several_kinds_of_answers(name):
+    prompts = for_family(known_tasks()[name].prompts, None)
+    n_kinds = len({prompt.choices for prompt in prompts})
+    has_choices_of_the_row = name in ("hellaswag", "storycloze", "winogrande", "copa")
+    has_many_labels = name in ("raft/banking_77", "raft/semiconductor_org_types")
+    assert n_kinds >= 2 or has_choices_of_the_row or has_many_labels
 
 
-@pytest.mark.parametrize("prompt", [param.values[1] for param in PROMPTS])
+@pytest.mark.parametrize("prompt", list(all_prompts()))
 def test_no_prompt_ends_in_white_space_and_no_choice_has_any_around_it(prompt):
     assert prompt.text == prompt.text.strip()
     assert "  " not in prompt.text
@@ -172,368 +192,185 @@ def test_no_prompt_ends_in_white_space_and_no_choice_has_any_around_it(prompt):
         assert choice == choice.strip() != ""
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_every_prompt_renders_has_a_different_choice_for_each_label_and_asks_about_what_its_task_is_about(
-    name,
-):
-    """check_row renders the first prompt to see whether a row has its fields: it has all that any prompt has."""
-    first = known_tasks()[name].prompts[0]
-    all_fields = fields(first.text, *first.choices)
-    main = {
-        "rte": {"premise", "hypothesis"},
-        "cb": {"premise", "hypothesis"},
-        "copa": {"premise", "question"},
-    }
-    main |= {"wic": {"word", "sentence1", "sentence2"}, "wsc": {"text", "span1_text", "span2_text"}}
-    main |= {"hellaswag": {"ctx", "endings"}, "winogrande": {"sentence", "option1", "option2"}}
-    main |= {
-        "storycloze": {
-            *(f"input_sentence_{i}" for i in (1, 2, 3, 4)),
-            "sentence_quiz1",
-            "sentence_quiz2",
-        }
-    }
-    main |= {
-        "boolq": {"passage", "question"},
-        "sst2": {"sentence"},
-        "mrpc": {"sentence1", "sentence2"},
-    }
-    main |= {name: {"premise", "hypothesis"} for name in ("anli-r1", "anli-r2", "anli-r3")}
-    for prompt in known_tasks()[name].prompts:
-        row = Named(label=0, question="cause") if prompt.words else Named(label=0)
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_every_prompt_has_a_different_choice_for_each_label(name):
+    spec = known_tasks()[name]
+    for prompt in spec.prompts:
+        row = RowOfNames(label=0, question="cause") if prompt.words else RowOfNames(label=0)
         rendered = render(prompt, row)
-        assert (
-            len(set(rendered.choices)) == len(rendered.choices) == len(known_tasks()[name].labels)
-        )
-        used = fields(prompt.text, *prompt.choices)
-        assert main.get(name, set()) <= used <= all_fields
-        assert used
-        for field in fields(prompt.text) - {"question"}:
+        assert len(set(rendered.choices)) == len(rendered.choices) == len(spec.labels)
+        for field in fields_of(prompt.text) - {"question"}:
             assert f"<{field}>" in rendered.input
 
 
-def test_yes_is_the_answer_of_the_label_that_says_yes():
-    """Yes, True and their like stand for the same label in every prompt of a task, and No and its like never do."""
-    good, bad = {"yes", "true", "right", "the same"}, {"no", "false", "wrong", "different"}
-    yes = {"boolq": 1, "wic": 1, "wsc": 1, "mrpc": 1, "sst2": 1, "rte": 0, "cb": 0}
-    yes |= dict.fromkeys(("anli-r1", "anli-r2", "anli-r3"), 0)
-    labels = {"overruling": 1, "terms_of_service": 1, "neurips_impact_statement_risks": 1} | {
-        **dict.fromkeys(("ade_corpus_v2", "systematic_review_inclusion", "tai_safety_research"), 0),
-        **dict.fromkeys(("tweet_eval_hate", "twitter_complaints"), 0),
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_every_prompt_asks_about_the_main_fields_of_its_task_and_about_none_that_the_first_lacks(
+    name,
+):
+    """check_row looks at the first prompt to see whether a row has the fields of all prompts."""
+    first = known_tasks()[name].prompts[0]
+    for prompt in known_tasks()[name].prompts:
+        used = fields_of(prompt.text, *prompt.choices)
+        assert used
+        assert MAIN_FIELDS.get(name, set()) <= used <= fields_of(first.text, *first.choices)
+
+
+def test_yes_is_the_answer_of_the_label_that_means_yes():
+    """Yes, True and their like stand for the same label in every prompt of a task, and No and its
+    like never do.
+    """
+    positive = {"yes", "true", "right", "the same"}
+    negative = {"no", "false", "wrong", "different"}
+    label_of_yes = {
+        **dict.fromkeys(("boolq", "wic", "wsc", "mrpc", "sst2"), 1),
+        **dict.fromkeys(("rte", "cb", *ANLI), 0),
+        "raft/overruling": 1,
+        "raft/terms_of_service": 1,
+        "raft/neurips_impact_statement_risks": 1,
+        "raft/ade_corpus_v2": 0,
+        "raft/systematic_review_inclusion": 0,
+        "raft/tai_safety_research": 0,
+        "raft/tweet_eval_hate": 0,
+        "raft/twitter_complaints": 0,
     }
-    yes |= {f"raft/{name}": label for name, label in labels.items()}
-    seen = 0
-    for name, label in yes.items():
+    n_seen = 0
+    for name, label in label_of_yes.items():
         for prompt in known_tasks()[name].prompts:
             for i, choice in enumerate(prompt.choices):
-                if choice.lower() in good | bad:
-                    assert (choice.lower() in good) == (i == label), (name, prompt)
-                    seen += 1
-    assert seen > 100
+                if choice.lower() in positive | negative:
+                    assert (choice.lower() in positive) == (i == label), (name, prompt)
+                    n_seen += 1
+    assert n_seen > 100
 
 
-def test_the_words_of_a_prompt_and_its_answers_are_the_same_words():
-    """A prompt that names the answers ("Yes or No?", "1 or 2") has these and no others."""
-    for name in KNOWN:
-        for prompt in known_tasks()[name].prompts:
-            for pair in (("Yes", "No"), ("True", "False"), ("yes", "no")):
-                if re.search(rf"\b{pair[0]}(, {pair[1]}\b|,? or {pair[1]}\b)", prompt.text):
-                    assert set(pair) <= set(prompt.choices), prompt
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_a_prompt_that_names_its_answers_has_these_choices(name):
+    """Such as "Yes or No?"."""
+    for prompt in known_tasks()[name].prompts:
+        for yes, no in (("Yes", "No"), ("True", "False"), ("yes", "no")):
+            if re.search(rf"\b{yes}(, {no}\b|,? or {no}\b)", prompt.text):
+                assert {yes, no} <= set(prompt.choices), prompt
 
 
-def test_the_table_is_sorted_and_has_each_prompt_on_a_line_of_its_own():
-    def unique(pairs):
-        assert len(dict(pairs)) == len(pairs), "no key twice"
+def test_the_table_is_sorted_and_has_each_prompt_on_a_line():
+    def without_repeats(pairs):
+        assert len(dict(pairs)) == len(pairs), "a key comes twice"
         return dict(pairs)
 
     text = TABLE.read_text("utf-8")
-    table = json.loads(text, object_pairs_hook=unique)
+    table = json.loads(text, object_pairs_hook=without_repeats)
     assert list(table) == sorted(table)
     lines = {line.strip().removesuffix(",") for line in text.splitlines()}
-    for row in table.values():
-        assert {
-            json.dumps(prompt, ensure_ascii=False) for prompt in row.get("prompts", ())
-        } <= lines
+    for entry in table.values():
+        for prompt in entry.get("prompts", ()):
+            assert json.dumps(prompt, ensure_ascii=False) in lines
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"promts": []}, "rte: .*unexpected keyword argument 'promts'"),
+        ({"promts": []}, "rte: TaskSpec has no key 'promts', expected one of prompts, sources, "),
         (
             {"prompts": [{"text": "a", "choice": ["b", "c"]}]},
-            "rte: .*unexpected keyword argument 'choice'",
+            "rte: Prompt has no key 'choice', expected one of text, choices, ",
         ),
         (
             {"sources": [{"address": "a", "files": {}, "sha": ""}]},
-            "rte: .*unexpected keyword argument 'sha'",
+            "rte: Source has no key 'sha', expected one of address, files, ",
         ),
-        ({"like": "rtee"}, "rte: 'rtee'"),
+        ({"prompts": [{"choices": ["b", "c"]}]}, "rte: Prompt lacks the key 'text'"),
+        ({"sources": [{"address": "a"}]}, "rte: Source lacks the key 'files'"),
+        ({"like": "rtee"}, "rte: 'like' is 'rtee', expected one of cb, copa"),
+        ({"like": "copa"}, "rte: 'like' is 'copa', expected a task without 'like'"),
+        ({"like": "rte"}, "rte: 'like' is 'rte', expected a task without 'like'"),
     ],
 )
-def test_a_key_that_no_task_has_is_an_error(tmp_path, change, words):
-    row = {"sources": [], "labels": ["x", "y"], "prompts": [{"text": "{a}"}]}
-    (tmp_path / "t.json").write_text(json.dumps({"cb": row, "rte": {**row, **change}}))
-    with pytest.raises(ValueError, match=rf"t\.json: {words}"):
+def test_a_wrong_key_or_parent_is_an_error_of_one_line(tmp_path, change, words):
+    entry = {"sources": [], "labels": ["x", "y"], "prompts": [{"text": "{a}"}]}
+    table = {"cb": entry, "copa": {"like": "cb"}, "rte": {**entry, **change}}
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=rf"t\.json: {words}[^\n]*\Z"):
         known_tasks(tmp_path / "t.json")
 
 
-def test_a_row_that_is_like_another_says_only_what_differs_and_choices_of_the_task_are_those_of_its_prompts(
-    tmp_path,
-):
-    one = {
+def test_an_entry_takes_what_it_leaves_out_from_the_entry_that_it_is_like(tmp_path):
+    parent = {
         "labels": ["x", "y"],
         "metric": "m",
         "prompts": [{"text": "{a}"}, {"text": "b", "choices": ["c", "d"]}],
     }
-    (tmp_path / "t.json").write_text(
-        json.dumps({"a": {"like": "b", "choices": ["z", "{w}"]}, "b": one})
-    )
+    table = {"a": {"like": "b", "choices": ["z", "{w}"]}, "b": parent}
+    (tmp_path / "t.json").write_text(json.dumps(table))
     found = known_tasks(tmp_path / "t.json")
-    assert found["b"] == TaskSpec(
-        (Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d"))), [], ["x", "y"], metric="m"
-    )
-    assert found["a"] == found["b"]._replace(
-        prompts=(Prompt("{a}", ("z", "{w}")), found["b"].prompts[1])
-    )
+    prompts = (Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d")))
+    assert found["b"] == TaskSpec(prompts, [], ["x", "y"], metric="m")
+    # A task's choices are those of the prompts that have none.
+    changed_prompts = (Prompt("{a}", ("z", "{w}")), prompts[1])
+    assert found["a"] == found["b"]._replace(prompts=changed_prompts)
 
 
+@pytest.mark.slow
 def test_the_table_is_read_when_it_is_first_asked_for_and_only_once():
     code = (
-        "from pathlib import Path; from minia3 import data, tasks; assert not tasks.table.cache_info().misses\n"
-        "first = tasks.table(); Path.read_text = None; assert tasks.table() is first and 'rte' in first"
+        "from pathlib import Path\n"
+        "import minia3.tasks.splits\n"
+        "from minia3.tasks.known_tasks import known_tasks\n"
+        "assert not known_tasks.cache_info().misses\n"
+        "first = known_tasks()\n"
+        "Path.read_text = None\n"
+        "assert known_tasks() is first and 'rte' in first"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_answers_are_of_several_kinds():
-    answers = Counter(
-        prompt.choices for prompt in known_tasks()["rte"].prompts if prompt.for_model is None
-    )
-    assert answers[("Yes", "No")] >= 2
-    assert answers[("True", "False")] >= 2
-    assert answers[("entailment", "not entailment")] == 1
+def test_the_answers_to_rte_are_of_several_kinds():
+    prompts = for_family(known_tasks()["rte"].prompts, None)
+    n_prompts = Counter(prompt.choices for prompt in prompts)
+    assert n_prompts[("Yes", "No")] >= 2
+    assert n_prompts[("True", "False")] >= 2
+    assert n_prompts[("entailment", "not entailment")] == 1
 
 
-def test_the_first_prompt_of_rte_is_the_one_that_published_figures_are_about():
+def test_the_first_prompt_of_rte_is_the_prompt_of_published_figures():
     text = "{premise}\nQuestion: {hypothesis} True or False?\nAnswer:"
     assert known_tasks()["rte"].prompts[0] == Prompt(text, ("True", "False"))
 
 
-def test_only_t5_v1_0_gets_the_form_that_it_was_trained_on():
+def test_only_t5_v1_0_gets_the_form_that_it_was_pre_trained_on():
     prompts = known_tasks()["rte"].prompts
     (form,) = for_family(prompts, "t5-v1.0")
     row = {"premise": "It rains.", "hypothesis": "It is wet.", "label": 1, "idx": 0}
-    rendered = (
-        "rte sentence1: It rains. sentence2: It is wet.",
-        ["entailment", "not_entailment"],
-        1,
-    )
-    assert render(form, row) == rendered
+    text = "rte sentence1: It rains. sentence2: It is wet."
+    assert render(form, row) == (text, ["entailment", "not_entailment"], 1)
     for family in ("t5-v1.1", "t0", "flan-t5", "llama", None):
         assert for_family(prompts, family) == tuple(prompt for prompt in prompts if prompt != form)
     assert for_family(known_tasks()["cb"].prompts, "t5-v1.0") == known_tasks()["cb"].prompts
 
 
 def test_the_families_that_saw_a_task_are_named():
-    superglue = ("rte", "cb", "copa", "boolq", "wic", "wsc")
-    assert all(set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5"} for name in superglue), (
-        "not T5 v1.1, not T0"
-    )
-    assert all(
-        set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0"} for name in ("sst2", "mrpc")
-    )
-    others = ("anli-r1", "anli-r2", "anli-r3", "hellaswag", "winogrande", "storycloze")
-    assert all(known_tasks()[name].seen == ["flan-t5"] for name in others)
+    """T5 v1.1 saw none of them, and T0 saw neither RTE nor the other tasks of SuperGLUE."""
+    for name in SUPERGLUE:
+        assert set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5"}
+    for name in ("sst2", "mrpc"):
+        assert set(known_tasks()[name].seen) == {"t5-v1.0", "flan-t5", "t0"}
+    for name in (*ANLI, "hellaswag", "winogrande", "storycloze"):
+        assert known_tasks()[name].seen == ["flan-t5"]
 
 
-def test_known_families_are_those_of_the_table_of_models():
+def test_families_are_those_of_the_table_of_models():
     from minia3.checkpoints.known_models import known_models
 
     families = {model.family for model in known_models().values()}
-    for row in known_tasks().values():
-        assert {
-            *row.seen,
-            *(prompt.for_model for prompt in row.prompts if prompt.for_model),
-        } <= families
+    for spec in known_tasks().values():
+        assert set(spec.seen) <= families
+        for prompt in spec.prompts:
+            assert prompt.for_model in {None, *families}
 
 
-@pytest.mark.parametrize(
-    ("labels", "split"), [([0, 1], "test"), ([0, -1], "validation"), ([], "validation")]
-)
-def test_a_run_reports_on_test_only_if_all_of_it_is_labelled(labels, split):
-    test = [{"label": label} for label in labels]
-    validation = [{"label": 0}]
-    task = Task("t", [], validation, test, OWN_PROMPTS, "accuracy", (), {}, [])
-    assert task.evaluation == (split, {"test": test, "validation": validation}[split])
-
-
-def test_the_tables_do_not_import_torch():
-    code = "import sys, minia3.tasks; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+@pytest.mark.slow
+def test_the_table_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys, minia3.tasks.known_tasks\n"
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# Rendering
-
-
-def test_copas_question_is_put_into_the_words_of_the_prompt():
-    cause, effect = ({**COPA, "question": question} for question in ("cause", "effect"))
-    prompt = Prompt(
-        "{premise} {question}:",
-        ("{choice1}", "{choice2}"),
-        {"question": {"cause": "because", "effect": "so"}},
-    )
-    assert render(prompt, cause) == ("I fell. because:", ["I was ill.", "I sang."], 0)
-    assert render(prompt, effect).input == "I fell. so:"
-    assert cause["question"] == "cause", "the row itself stays as it is"
-    assert render(prompt._replace(words=None), cause).input == "I fell. cause:"
-
-
-def test_braces_in_a_value_are_not_formatted_again():
-    row = {"premise": "{hypothesis} {0} {", "hypothesis": "}{x}", "label": 0, "idx": 0}
-    assert render(Prompt("{premise}|{hypothesis}|", ("{hypothesis}", "b")), row) == (
-        "{hypothesis} {0} {|}{x}|",
-        ["}{x}", "b"],
-        0,
-    )
-    own = {"input": "{input} {y}", "choices": ["{z}", "{input}"], "label": 1}
-    assert render(OWN_PROMPTS[0], own) == ("{input} {y}", ["{z}", "{input}"], 1)
-
-
-def test_a_row_with_a_target_is_a_row_with_one_choice():
-    assert render(OWN_PROMPTS[0], {"input": "2 + 2 =", "target": "4", "label": 0}) == (
-        "2 + 2 =",
-        ["4"],
-        0,
-    )
-
-
-def test_an_unlabelled_row_stays_unlabelled():
-    assert render(OWN_PROMPTS[0], {"input": "a", "choices": ["b", "c"], "label": -1}).label == -1
-
-
-@pytest.mark.parametrize(
-    ("prompt", "missing"),
-    [
-        (Prompt("{premise} {hypothesis}", ("a",)), "'hypothesis'"),
-        (Prompt("{premise}", ("{choice1}",)), "'choice1'"),
-        (Prompt("{premise} {question}", ("a",), {"question": {"cause": "because"}}), "'question'"),
-        (Prompt("{premise}", ("a",), {"premise": {"cause": "because"}}), "'It rains.'"),
-        (OWN_PROMPTS[0]._replace(text="{premise}"), "'target'"),
-    ],
-)
-def test_what_a_row_lacks_is_named(prompt, missing):
-    with pytest.raises(ValueError, match=missing):
-        render(prompt, {"premise": "It rains.", "label": 0})
-
-
-# Cutting
-
-PAIR = Prompt("{premise}\nQuestion: {hypothesis} True or False?\nAnswer:", ("True", "{premise}"))
-
-
-def row_of(n_premise, n_hypothesis, **more):
-    premise = " ".join(f"p{i}" for i in range(n_premise))
-    return {
-        "premise": premise,
-        "hypothesis": " ".join(f"h{i}" for i in range(n_hypothesis)),
-        "label": 0,
-        "idx": 5,
-        **more,
-    }
-
-
-def test_what_fits_is_not_touched():
-    row = row_of(3, 2, premise="  p0\n\np1  p2 ")
-    assert fit(PAIR, row, n_words, 10) == (render(PAIR, row), False)
-    assert fit(PAIR, row, n_words, 9)[1]
-
-
-def test_the_longest_field_loses_its_middle_and_the_rest_remains():
-    row = row_of(10, 3)
-    before = dict(row)
-    cut, was_cut = fit(PAIR, row, n_words, 13)
-    assert was_cut
-    assert cut.input == "p0 p1 p2 p8 p9\nQuestion: h0 h1 h2 True or False?\nAnswer:"
-    assert cut.choices == ["True", row["premise"]], "choices are never cut"
-    assert row == before
-
-
-def test_the_longest_field_is_found_by_its_length_and_not_its_place():
-    cut, _ = fit(PAIR, row_of(3, 10), n_words, 12)
-    assert cut.input == "p0 p1 p2\nQuestion: h0 h1 h8 h9 True or False?\nAnswer:"
-
-
-def test_of_fields_of_one_length_the_first_by_name_is_cut():
-    row = {name: "a b c" for name in "zyxwvutsrqponm"}
-    prompt = Prompt(" ".join(f"{name}: {{{name}}}" for name in row), ("yes", "no"))
-    cut, _ = fit(prompt, row | {"label": 0, "idx": 0}, n_words, 4 * len(row) - 1)
-    assert cut.input == render(prompt, row | {"m": "a c", "label": 0}).input
-
-
-def test_the_next_longest_is_cut_when_one_word_is_left_of_the_longest():
-    cut, _ = fit(PAIR, row_of(9, 6), n_words, 9)
-    assert cut.input == "p0\nQuestion: h0 h1 h5 True or False?\nAnswer:"
-    cut, _ = fit(PAIR, row_of(9, 6), n_words, 7)
-    assert cut.input == "p0\nQuestion: h0 True or False?\nAnswer:"
-
-
-def test_a_prompt_that_cannot_fit_is_an_error_which_names_the_row():
-    with pytest.raises(ValueError, match=r"row 5 .* 6\b"):
-        fit(PAIR, row_of(9, 6), n_words, 6)
-
-
-def test_of_own_input_the_head_and_the_tail_remain_with_their_line_breaks():
-    row = {
-        "input": "Translate:\n" + " ".join("x" * 50) + "\n\nAnswer in French:",
-        "target": "y",
-        "label": 0,
-        "idx": 0,
-    }
-    cut, was_cut = fit(OWN_PROMPTS[0], row, n_words, 8)
-    assert (cut.input, was_cut) == ("Translate:\nx x x x\n\nAnswer in French:", True)
-
-
-def test_text_without_spaces_can_be_cut_too():
-    text = "".join(chr(0x4E00 + i) for i in range(200))
-    cut, _ = fit(OWN_PROMPTS[0], {"input": text, "target": "y", "label": 0, "idx": 0}, len, 100)
-    head, tail = cut.input.split(" ")
-    assert text.startswith(head)
-    assert text.endswith(tail)
-    assert 60 < len(head + tail) < 100
-
-
-def test_words_that_stand_for_a_value_belong_to_the_prompt():
-    prompt = Prompt(
-        "{premise} {question}",
-        ("a",),
-        {"question": {"the cause": "which was so because of what follows"}},
-    )
-    row = {"premise": "a b c d", "question": "the cause", "label": 0, "idx": 0}
-    assert fit(prompt, row, n_words, 9)[0].input == "a d which was so because of what follows"
-    with pytest.raises(ValueError, match="does not fit"):
-        fit(prompt, row, n_words, 7)
-
-
-WORDS = st.lists(st.text("abäß{}.", min_size=1, max_size=4), min_size=1, max_size=40).map(" ".join)
-
-
-@settings(deadline=None, max_examples=150)
-@given(premise=WORDS, hypothesis=WORDS, length=st.integers(1, 90))
-def test_a_cut_input_fits_keeps_the_prompts_words_and_loses_no_more_than_it_must(
-    premise, hypothesis, length
-):
-    row = {"premise": premise, "hypothesis": hypothesis, "label": 0, "idx": 0}
-    whole = n_words(render(PAIR, row).input)
-    if length < 7:  # the prompt's own five words, and one of each field
-        with pytest.raises(ValueError, match="does not fit"):
-            fit(PAIR, row, n_words, length)
-        return
-    cut, was_cut = fit(PAIR, row, n_words, length)
-    assert was_cut == (whole > length)
-    assert n_words(cut.input) == min(whole, length)
-    kept = re.fullmatch(r"(.+)\nQuestion: (.+) True or False\?\nAnswer:", cut.input).groups()
-    for part, text in zip(kept, (premise, hypothesis), strict=True):
-        part, text = part.split(), text.split()
-        n_head, n_tail = (len(part) + 1) // 2, len(part) // 2
-        assert part == text[:n_head] + text[len(text) - n_tail :]

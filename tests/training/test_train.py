@@ -767,8 +767,8 @@ def test_each_flag_with_limits_is_tried_above():
     [
         ({"model": "t5-bsae"}, ["t5-bsae", "did you mean t5-base?"]),
         ({"model": "nowhere/to/be/found"}, ["nowhere/to/be/found", "Known names"]),
-        ({"task": "rt"}, ["'rt' is no task", "did you mean 'rte'?", "Known tasks"]),
-        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is no task, file or folder"]),
+        ({"task": "rt"}, ["'rt' is not a known task", "did you mean 'rte'?", "Known tasks"]),
+        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is not a known task, a file or a folder"]),
         ({"adapter": "nowhere"}, ["nowhere", "expected the folder or file of an adapter"]),
         ({"device": "gpu"}, ["--device is 'gpu'", "expected cpu or cuda"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected cpu or cuda"]),

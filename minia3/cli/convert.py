@@ -1,0 +1,36 @@
+"""`convert`: write an adapter as a PEFT folder, or a model in the Hugging Face layout."""
+
+from pathlib import Path
+
+from minia3.cli.arguments import MODEL_HELP, add_device_options, add_new_folder, load_model
+
+TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
+EXAMPLE = "python -m minia3 convert finish.pt adapter"
+
+
+def add_arguments(parser):
+    parser.add_argument("model", help=f"a model: {MODEL_HELP}; or an adapter: folder or file")
+    add_new_folder(parser)
+    add_device_options(parser)
+
+
+def run(args):
+    from minia3.adapters.peft_files import read_adapter, write_adapter
+    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.save import save_model
+    from minia3.checkpoints.tokenizer import find_tokenizer
+
+    if is_adapter(Path(args.model)):
+        adapter = read_adapter(args.model)
+        write_adapter(args.out, adapter.vectors, adapter.base)
+    else:
+        model = load_model(args)
+        tokenizer = find_tokenizer(find(args.model, weights=False))  # some models come without one
+        save_model(model, args.out, tokenizer)
+
+
+def is_adapter(path):
+    """Return whether a path is an adapter's. The only models that are one file are GGUF files."""
+    if path.is_file():
+        return path.suffix != ".gguf"
+    return (path / "adapter_config.json").exists()

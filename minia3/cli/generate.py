@@ -1,0 +1,190 @@
+"""`generate`: continue texts from the command line, from a pipe, or in a conversation."""
+
+import json
+import sys
+from itertools import islice
+
+from minia3.cli.arguments import (
+    add_adapter_option,
+    add_device_options,
+    add_max_new_tokens,
+    add_model,
+    load_any_adapter,
+    load_model,
+)
+from minia3.cli.terminal import show
+
+TITLE = "Continue a text, answer, or chat"
+EXAMPLE = "python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
+
+BATCH_SIZE = 16  # prompts that are answered at once
+
+
+def add_arguments(parser):
+    add_model(parser)
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        help="texts (default: the lines of standard input; on a terminal, a conversation)",
+    )
+    add_adapter_option(parser)
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="treat prompts as messages, in the chat template of the model",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="draw tokens at this temperature (default: 0, take the most likely token)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="draw from this many of the most likely tokens (default: 0, from all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the most likely tokens that together have this probability "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, help="outputs per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--beams",
+        type=int,
+        default=1,
+        help="width of the beam search (default: %(default)s, no beam search)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        help="of the beam search; larger values favour longer outputs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="end an output before this text; may be given several times",
+    )
+    parser.add_argument("--seed", type=int, help="draw the same tokens again (default: new ones)")
+    add_max_new_tokens(parser)
+    add_device_options(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per prompt, for programs"
+    )
+
+
+def run(args):
+    from minia3.checkpoints.tokenizer import load_tokenizer
+
+    model = load_model(args)
+    tokenizer = load_tokenizer(args.model)
+    if args.adapter:
+        load_any_adapter(model, args.adapter)
+    generator = Generator(model, tokenizer, args)
+    stdin = sys.stdin or ()  # it is None if it was closed
+    if args.prompts:
+        generator.answer_all(args.prompts)
+    elif stdin and stdin.isatty():
+        generator.converse()
+    else:
+        generator.answer_all(stdin)
+
+
+class Generator:
+    """Answers prompts as the arguments say, and prints the answers."""
+
+    def __init__(self, model, tokenizer, args):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.args = args
+        self.sampling = {
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "stop": args.stop,
+            "seed": args.seed,
+            "max_new_tokens": args.max_new_tokens,
+        }
+        self.search = {
+            "beams": args.beams,
+            "length_penalty": args.length_penalty,
+            "samples": args.samples,
+        }
+
+    def answer_all(self, lines):
+        """Answer lines of text, a batch at a time. Empty lines are skipped."""
+        texts = filter(None, map(str.strip, lines))
+        while batch := list(islice(texts, BATCH_SIZE)):
+            self.answer(batch)
+
+    def converse(self):
+        """Answer what is typed on a terminal, until Ctrl-D. A chat remembers what was said."""
+        messages = []
+        for text in typed_lines():
+            output = self.answer([text], messages)
+            messages.append({"role": "user", "content": text})
+            messages.append({"role": "assistant", "content": output})
+
+    def answer(self, texts, messages=()):
+        """Print the answers to some texts, and return the first one.
+
+        messages: what was said before; a chat template puts it before each text.
+        """
+        prompts = texts
+        if self.args.chat:
+            prompts = []
+            for text in texts:
+                prompts.append(self.tokenizer.chat([*messages, {"role": "user", "content": text}]))
+        is_single = len(texts) == self.args.beams == self.args.samples == 1
+        if is_single and not self.args.json:
+            return self.stream(prompts[0])
+        return self.print_answers(texts, prompts)
+
+    def stream(self, prompt):
+        """Print an output piece by piece, as its tokens come."""
+        from minia3.inference.decoding import stream
+
+        output = ""
+        for piece in stream(self.model, self.tokenizer, prompt, **self.sampling):
+            output += piece
+            show(piece, end="")
+        show()
+        return output
+
+    def print_answers(self, texts, prompts):
+        from minia3.inference.decoding import generate
+
+        options = self.sampling | self.search
+        outputs = iter(generate(self.model, self.tokenizer, prompts, **options))
+        first_output = None
+        for text in texts:
+            samples = list(islice(outputs, self.args.samples))
+            if first_output is None:
+                first_output = samples[0]
+            if not self.args.json:
+                show("\n".join(samples))
+            elif len(samples) == 1:
+                show(json.dumps({"prompt": text, "output": samples[0]}))
+            else:
+                show(json.dumps({"prompt": text, "outputs": samples}))
+        return first_output
+
+
+def typed_lines():
+    """Yield the lines that are typed, without empty ones, until Ctrl-D."""
+    prompt = "> " if sys.stdout.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            return
+        if text:
+            yield text

@@ -1,0 +1,28 @@
+"""`merge`: write a model with an adapter folded into its weights."""
+
+from minia3.cli.arguments import add_model, add_new_folder
+
+TITLE = "Fold an adapter into a model"
+EXAMPLE = "python -m minia3 merge tiny-t5 adapter merged"
+
+
+def add_arguments(parser):
+    add_model(parser)
+    parser.add_argument("adapter", help="folder, file or hub id of an adapter")
+    add_new_folder(parser)
+
+
+def run(args):
+    from minia3.adapters.lora import is_lora, load_lora
+    from minia3.adapters.merge import merge, merge_files
+    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.load import load_model
+    from minia3.checkpoints.save import save_model
+    from minia3.checkpoints.tokenizer import find_tokenizer
+
+    if is_lora(args.adapter):
+        model = load_model(args.model)
+        load_lora(model, args.adapter)
+        save_model(merge(model), args.out, find_tokenizer(find(args.model)))
+    else:
+        merge_files(args.model, args.adapter, args.out)  # file by file: only one shard is in memory

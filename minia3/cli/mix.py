@@ -1,0 +1,60 @@
+"""`mix`: make one (IA)^3 adapter out of several."""
+
+import argparse
+import warnings
+
+from minia3.cli.arguments import add_new_folder
+
+TITLE = "Mix several adapters into one"
+EXAMPLE = "python -m minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
+
+
+def add_arguments(parser):
+    add_new_folder(parser)
+    parser.add_argument(
+        "adapters",
+        metavar="adapter:weight",
+        nargs="+",
+        type=weighted_adapter,
+        help="an adapter and its weight, as in path/to/adapter:0.5",
+    )
+    parser.add_argument(
+        "--how",
+        default="average",
+        help="average: 1 + sum of w (l - 1); product: product of 1 + w (l - 1); "
+        "power: product of l ** w (default: %(default)s)",
+    )
+
+
+def weighted_adapter(text):
+    """Return an adapter and its weight from "ADAPTER:WEIGHT", for argparse."""
+    adapter, _, weight = text.rpartition(":")
+    try:
+        return adapter, float(weight)
+    except ValueError:
+        expected = "expected ADAPTER:WEIGHT, as in path/to/adapter:0.5"
+        raise argparse.ArgumentTypeError(f"{text!r}, {expected}") from None
+
+
+def run(args):
+    from minia3.adapters.mix import mix
+    from minia3.adapters.peft_files import read_adapter, write_adapter
+    from minia3.checkpoints.known_models import hub_name
+
+    weighted_vectors = []
+    bases = set()
+    for name, weight in args.adapters:
+        adapter = read_adapter(name)
+        weighted_vectors.append((adapter.vectors, weight))
+        bases.add(hub_name(adapter.base))
+    vectors = mix(weighted_vectors, args.how)
+    if len(bases) == 1:
+        (base,) = bases
+    else:
+        base = None
+        names = ", ".join(map(str, bases))
+        warnings.warn(
+            f"the adapters were trained on different models, {names}: the mixture names none",
+            stacklevel=1,
+        )
+    write_adapter(args.out, vectors, base)

@@ -1,0 +1,22 @@
+"""Standard output, as a command of a pipeline uses it."""
+
+import os
+import sys
+
+SIGPIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as a shell reports other programs
+
+
+def show(text="", end="\n"):
+    """Print at once. If the reader is gone (`| head`), end without a message, as SIGPIPE would.
+
+    Any other error is raised: for example, the disk behind a file may be full.
+    """
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        # The text is still in the buffer, and Python would fail again when it exits.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(SIGPIPE_EXIT_CODE) from None
+        raise

@@ -1,0 +1,44 @@
+"""The command lines of train.py that a finished run shows: to train again, and to evaluate."""
+
+import dataclasses
+
+from minia3.training.flags import flag_words
+
+# A result depends on these flags even if nothing is trained.
+EVALUATION_FLAGS = (
+    "data_dir",
+    "shots",
+    "seed",
+    "dtype",
+    "max_length",
+    "max_new_tokens",
+    "eval_prompt",
+)
+PLACES = ("out", "data_dir", "resume", "device")  # where a run happens, not what it does
+
+
+def training_command(config):
+    """Return the words of the command that trains with the flags of `config`, wherever that is."""
+    names = ["model", "task"]
+    for name in changed_flags(config):
+        if name not in ("model", "task", *PLACES):
+            names.append(name)
+    return ["python", "train.py", *flag_words(config, names)]
+
+
+def evaluation_command(config, adapter=None):
+    """Return the words of the command that evaluates the model of `config` with an adapter."""
+    names = ["model", "task"]
+    for name in changed_flags(config):
+        if name in ("method", *EVALUATION_FLAGS):
+            names.append(name)
+    words = ["python", "train.py", *flag_words(config, names)]
+    if adapter is not None:
+        words += ["--adapter", str(adapter)]
+    return [*words, "--eval-only"]
+
+
+def changed_flags(config):
+    """Return the names of the flags that differ from their defaults, in the order of --help."""
+    fields = dataclasses.fields(config)
+    return [field.name for field in fields if getattr(config, field.name) != field.default]

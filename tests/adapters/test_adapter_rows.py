@@ -1,0 +1,95 @@
+"""Guards the way between files and rows: a row comes back bit for bit, a row that does not exist is
+refused, and another base is a warning."""
+
+import json
+import os
+import warnings
+
+import pytest
+import torch
+from test_peft_files import refused
+
+import minia3
+from minia3.adapters.rows import load_adapter, row_of, save_adapter
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "t5-wide", "llama-odd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(loaded, tmp_path, name, dtype):
+    model = loaded(name, n_adapters=2, seed=3, dtype=dtype)
+    again = loaded(name, n_adapters=2, dtype=dtype)
+    save_adapter(model, tmp_path, adapter=0)
+    load_adapter(again, tmp_path, adapter=1)
+    for n, vector in minia3.vectors(again).items():
+        assert torch.equal(vector[1], minia3.vectors(model)[n][0])
+        assert torch.equal(vector[0], torch.ones_like(vector[0]))
+
+
+def test_a_row_of_a_model_is_a_view_that_needs_no_gradient(loaded):
+    model = loaded("t5-v1.0", n_adapters=2)
+    for name, l_D in row_of(model, 1).items():
+        l_D += 1
+        assert (
+            minia3.vectors(model)[name].tolist()[0][0],
+            minia3.vectors(model)[name].tolist()[1][0],
+        ) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("adapter", [-1, 2])
+def test_a_row_that_is_not_there_is_refused(loaded, tmp_path, adapter):
+    model = loaded("t5-v1.0", n_adapters=2)
+    with pytest.raises(ValueError, match="out of range: the model has rows 0 to 1"):
+        save_adapter(model, tmp_path / "x", adapter)
+    assert not (tmp_path / "x").exists()
+    save_adapter(model, tmp_path / "good")
+    assert "out of range" in refused(model, tmp_path / "good", adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    "adapter", [True, False, 1.0, "0", None, torch.tensor([1]), torch.tensor(1)]
+)
+def test_a_row_that_is_not_an_int_is_refused(loaded, tmp_path, adapter):
+    model = loaded("t5-v1.0", n_adapters=2)
+    save_adapter(model, tmp_path / "good")
+    assert "out of range" in refused(model, tmp_path / "good", adapter=adapter)
+    with pytest.raises(ValueError, match="out of range"):
+        minia3.merge(model, adapter)
+
+
+def test_another_name_of_the_base_is_a_warning_and_another_spelling_is_not(loaded, tmp_path):
+    model = loaded("t5-v1.0")
+    for saved, name, warns in (
+        ("t5-base", "t5-large", True),
+        ("t5-base", "t5-base", False),
+        ("google-t5/t5-base", "t5-base", False),
+        (str(model.name_or_path), str(model.name_or_path), False),
+        (str(model.name_or_path), f"{model.name_or_path}/", False),
+        (str(model.name_or_path), os.path.relpath(model.name_or_path), False),
+        ("tiny-t5", "tiny-t5", False),
+    ):
+        model.name_or_path = saved
+        save_adapter(model, tmp_path)
+        model.name_or_path = name
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            load_adapter(model, tmp_path)
+        assert [str(w.message) for w in seen] == (
+            [f"{tmp_path} was trained on google-t5/t5-base, and this model is t5-large"]
+            if warns
+            else []
+        )
+
+
+def test_the_name_that_peft_needs_to_find_the_base_is_written(loaded, tmp_path):
+    model = loaded("t5-v1.0")
+    for name, expected in (
+        ("flan-t5-base", "google/flan-t5-base"),
+        ("some/one", "some/one"),
+        ("/a/b", "/a/b"),
+    ):
+        model.name_or_path = name
+        save_adapter(model, tmp_path)
+        assert (
+            json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == expected
+        )

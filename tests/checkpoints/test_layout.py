@@ -1,0 +1,58 @@
+"""Guards the layout of a folder: which files hold the weights, and which indexes are refused."""
+
+import json
+
+import pytest
+from checkpoint_folders import have_the_same_bits, refusal
+
+import minia3
+
+
+def test_safetensors_are_read_even_if_there_is_a_bin_too(loaded, copy):
+    folder = copy("t5-v1.0")
+    (folder / "pytorch_model.bin").write_text("not looked at")
+    assert have_the_same_bits(minia3.load_model(folder), loaded("t5-v1.0"))
+
+
+def weight_map(*files):
+    return {"weight_map": {f"tensor {i}": file for i, file in enumerate(files)}}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            weight_map("../elsewhere.safetensors"),
+            "files of this folder, found ['../elsewhere.safetensors']",
+        ),
+        (weight_map("/etc/passwd"), "found ['/etc/passwd']"),
+        (weight_map("sub/x.safetensors"), "found ['sub/x.safetensors']"),
+        (weight_map(".."), "found ['..']"),
+        (weight_map(""), "found ['']"),
+        (
+            weight_map("one.safetensors", "two.safetensors"),
+            "not there: one.safetensors, two.safetensors",
+        ),
+        (weight_map(1), "expected a weight_map from tensors to files"),
+        (weight_map(), "expected a weight_map"),
+        ({}, "expected a weight_map"),
+        ([], "expected a JSON object, found list"),
+    ],
+)
+def test_an_index_that_leads_nowhere_is_refused(copy, index, message):
+    folder = copy("t5-v1.0")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert message in refusal(minia3.load_model, folder)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(copy, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert refusal(minia3.load_model, empty) == f"{empty / 'config.json'}: not found"
+    folder = copy("t5-v1.0")
+    (folder / "model.safetensors").unlink()
+    message = refusal(minia3.load_model, folder)
+    expected = "expected one of model.safetensors, model.safetensors.index.json, pytorch_model.bin"
+    assert expected in message
+    assert "the folder holds ['config.json', 'generation_config.json']" in message

@@ -1,0 +1,177 @@
+"""Guards `merge`, `convert` and `mix`: each writes what the function of its name makes, and LoRA
+and T-Few's files are read, too."""
+
+import json
+import shutil
+
+import pytest
+import running
+import torch
+from command_line import output, save_adapters, write_tfew_file
+from safetensors.torch import load_file
+from torch import nn
+
+import minia3
+from minia3.adapters.lora import add_lora, save_lora
+from minia3.adapters.merge import merge
+from minia3.adapters.mix import mix
+from minia3.adapters.peft_files import read_adapter
+from minia3.cli.main import main
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    save_adapters(tmp_path)
+    return tmp_path
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def vectors_of(folder):
+    return read_adapter(folder).vectors
+
+
+def have_same_values(tensors, others):
+    assert tensors.keys() == others.keys()
+    return all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def have_same_parameters(model, other):
+    return have_same_values(dict(model.named_parameters()), dict(other.named_parameters()))
+
+
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# merge
+
+
+def test_merge_writes_what_the_function_returns(adapters):
+    run("merge", "tiny-t5", adapters / "one" / "adapter", adapters / "merged")
+    model = minia3.load_model("tiny-t5")
+    minia3.load_adapter(model, adapters / "one" / "adapter")
+    assert have_same_parameters(minia3.load_model(adapters / "merged"), merge(model))
+    assert minia3.load_tokenizer(adapters / "merged").encode("same colour ?")
+
+
+def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
+    model = minia3.load_model("tiny-t5")
+    tokenizer = minia3.load_tokenizer("tiny-t5")
+    texts = ["anna has a red ball .", "tom has a blue cup ."]
+    base_outputs = minia3.generate(model, tokenizer, texts, max_new_tokens=5)
+    torch.manual_seed(0)
+    for name, p in add_lora(model, where=("q", "v", "gate")).items():
+        nn.init.normal_(p, std=0.3 if name.endswith("lora_B.weight") else 0.1)
+    folder = tmp_path / "lora"
+    save_lora(model, folder)
+    expected = minia3.generate(model, tokenizer, texts, max_new_tokens=5)
+    assert expected != base_outputs
+
+    flags = ["--adapter", folder, "--max-new-tokens", "5"]
+    out = output(capsys, "generate", "tiny-t5", *texts, *flags, "--json")
+    assert [json.loads(line)["output"] for line in out.splitlines()] == expected
+
+    rows = "".join(json.dumps({"input": text}) + "\n" for text in texts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    out = output(capsys, "predict", "tiny-t5", tmp_path / "rows.jsonl", *flags)
+    assert [json.loads(line)["output"] for line in out.splitlines()] == expected
+
+    output(capsys, "merge", "tiny-t5", folder, tmp_path / "merged")
+    assert have_same_parameters(minia3.load_model(tmp_path / "merged"), merge(model))
+    assert minia3.load_tokenizer(tmp_path / "merged").encode(texts[0]) == tokenizer.encode(texts[0])
+
+
+def test_a_merged_model_remembers_the_model_that_it_was_made_of(adapters):
+    model = minia3.load_model("tiny-t5")
+    add_lora(model)
+    save_lora(model, adapters / "lora")
+    run("merge", "tiny-t5", adapters / "one" / "adapter", adapters / "merged")
+    run("merge", "tiny-t5", adapters / "lora", adapters / "merged lora")
+    minia3.save_model(merge(merge(model)), adapters / "merged twice")
+    for name in ("merged", "merged lora", "merged twice"):
+        config = json.loads((adapters / name / "config.json").read_text())
+        assert config["_name_or_path"] == "tiny-t5"
+
+
+# convert
+
+
+def test_a_file_of_t_few_becomes_a_peft_folder_without_the_base(tmp_path, loaded):
+    file = tmp_path / "finish.pt"
+    write_tfew_file(file)
+    run("convert", file, tmp_path / "out")
+    assert files_in(tmp_path / "out") == ["adapter_config.json", "adapter_model.safetensors"]
+    model = loaded("t5-v1.1")
+    minia3.load_adapter(model, tmp_path / "out")
+    vectors = minia3.vectors(model)
+    raw = torch.load(file, weights_only=True)
+    n_entries = sum(tensor.numel() for tensor in raw.values())
+    assert sum(vector.numel() for vector in vectors.values()) == n_entries
+    for module in ("2.DenseReluDense.wi_1", "1.EncDecAttention.v"):
+        value_D = raw[f"decoder.block.1.layer.{module}.multi_lora_b"][:, 0]
+        n_equal = sum(torch.equal(vector[0], value_D) for vector in vectors.values())
+        assert n_equal == 1
+
+
+def test_a_model_without_a_tokenizer_converts(adapters, copy):
+    run("convert", copy("t5-v1.0"), adapters / "out")
+    expected = ["config.json", "generation_config.json", "model.safetensors"]
+    assert files_in(adapters / "out") == expected
+
+
+def test_any_form_of_an_adapter_converts_to_the_same_folder(adapters):
+    folder = adapters / "one" / "adapter"
+    run("convert", folder, adapters / "a")
+    run("convert", folder / "adapter_model.safetensors", adapters / "b")
+    assert have_same_values(vectors_of(folder), vectors_of(adapters / "a"))
+    assert have_same_values(vectors_of(folder), vectors_of(adapters / "b"))
+    assert read_adapter(adapters / "a").base == read_adapter(folder).base
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_a_model_becomes_a_folder_in_the_hugging_face_layout(name, tmp_path):
+    source = running.model(name)
+    out = tmp_path / "out"
+    shutil.copytree(source, tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save(load_file(source / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    run("convert", tmp_path / "bin", out, "--dtype", "bfloat16")
+    found = minia3.load_model(out)
+    assert found.embed.weight.dtype == torch.bfloat16
+    assert have_same_parameters(found, minia3.load_model(source, dtype=torch.bfloat16))
+    expected = minia3.load_tokenizer(source).encode("w3 w9")
+    assert minia3.load_tokenizer(out).encode("w3 w9") == expected
+
+
+# mix
+
+
+@pytest.mark.parametrize("how", ["average", "product", "power"])
+def test_mix_writes_what_the_function_returns(how, adapters):
+    for name in ("one", "other"):
+        model = minia3.load_model("tiny-t5")
+        minia3.load_adapter(model, adapters / name / "adapter")
+        for vector in minia3.vectors(model).values():
+            vector.data.abs_().add_(0.1)  # powers need positive entries
+        minia3.save_adapter(model, adapters / name / "positive")
+    one = adapters / "one" / "positive"
+    other = adapters / "other" / "positive"
+    flags = [] if how == "average" else ["--how", how]
+    run("mix", adapters / "out", *flags, f"{one}:0.25", f"{other}:-1.5")
+    expected = mix([(vectors_of(one), 0.25), (vectors_of(other), -1.5)], how)
+    assert have_same_values(vectors_of(adapters / "out"), expected)
+    assert read_adapter(adapters / "out").base == read_adapter(one).base == "tiny-t5"
+
+
+def test_a_mixture_of_adapters_of_different_models_names_none_and_says_so(adapters, capsys):
+    path = adapters / "one" / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "other/base"}))
+    run("mix", adapters / "out", f"{path.parent}:1", f"{adapters / 'other' / 'adapter'}:1")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "other/base" in err
+    assert read_adapter(adapters / "out").base is None

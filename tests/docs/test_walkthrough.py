@@ -1,0 +1,95 @@
+"""The walkthrough runs, its predictions hold, and the notebook is made of the same cells.
+
+The cells run in one namespace, without a kernel, so the test needs nothing but matplotlib.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import minia3
+
+DOCS = Path(minia3.__file__).parent.parent / "docs"
+SOURCE = DOCS / "walkthrough.py"
+NOTEBOOK = DOCS / "walkthrough.ipynb"
+MAX_BYTES = 1_500_000
+N_CHAPTERS = 8
+
+
+def read_cells(path):
+    """Return the cells of a file in the percent format as pairs of kind and text."""
+    parts = re.split(r"^# %%( \[markdown\])?\n", path.read_text(encoding="utf-8"), flags=re.M)
+    cells = []
+    for marker, body in zip(parts[1::2], parts[2::2], strict=True):
+        text = body.strip("\n")
+        if marker:
+            text = re.sub(r"^# ?", "", text, flags=re.M)
+        cells.append(("markdown" if marker else "code", text))
+    return cells
+
+
+def read_notebook():
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_the_predictions_of_the_walkthrough_hold(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib, which draws, is missing")
+    pyplot.switch_backend("Agg")
+    monkeypatch.chdir(tmp_path)  # it must run from anywhere
+    names = {"__name__": "walkthrough"}
+    for kind, text in read_cells(SOURCE):
+        if kind == "code":
+            exec(compile(text, str(SOURCE), "exec"), names)
+        pyplot.close("all")
+    assert names["trained"] > names["unasked"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_notebook_has_the_cells_of_the_source():
+    cells = []
+    for cell in read_notebook()["cells"]:
+        cells.append((cell["cell_type"], "".join(cell["source"])))
+    assert cells == read_cells(SOURCE)
+
+
+def test_every_code_cell_is_short_and_has_a_paragraph_before_it():
+    cells = read_cells(SOURCE)
+    previous_kind = None
+    for kind, text in cells:
+        if kind == "code":
+            assert previous_kind == "markdown", text
+            assert len(text.splitlines()) <= 25, text
+        previous_kind = kind
+
+
+def test_every_chapter_predicts_and_asserts():
+    text = "\n".join(f"{kind}\n{text}" for kind, text in read_cells(SOURCE))
+    chapters = re.split(r"^## \d+\. ", text, flags=re.M)[1:]
+    assert len(chapters) == N_CHAPTERS
+    for chapter in chapters:
+        assert "**Predict" in chapter, chapter[:80]
+        assert re.search(r"^ *assert ", chapter, re.M), chapter[:80]
+
+
+def test_the_notebook_is_small_and_the_same_on_every_machine():
+    assert NOTEBOOK.stat().st_size < MAX_BYTES
+    notebook = read_notebook()
+    assert set(notebook["metadata"]) == {"kernelspec"}
+    outputs = []
+    for cell in notebook["cells"]:
+        assert cell["metadata"] == {}
+        outputs += cell.get("outputs", [])
+    kinds = {output["output_type"] for output in outputs}
+    assert kinds == {"stream", "display_data"}  # no error
+    printed = "".join("".join(output.get("text", "")) for output in outputs)
+    assert not re.search(r"(^|\s)/\w+/", printed)  # no absolute path
+    assert "Warning" not in printed
+
+
+def test_every_picture_of_the_walkthrough_exists():
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", SOURCE.read_text(encoding="utf-8")):
+        assert (DOCS / name).exists(), name

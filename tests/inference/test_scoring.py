@@ -1,0 +1,389 @@
+"""Guards scoring. Log-probabilities and scores are those of transformers for single rows, whatever
+the batch, the adapters and the padding. Logits and choices that are made in parts are the same, and
+so are their gradients. Mistakes are named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from batches import batch_of, gradients, loss_of, same
+from conftest import tokens as random_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from word_models import (
+    ADAPTERS,
+    CHOICES,
+    KINDS,
+    LISTS,
+    PROMPTS,
+    byte_tokenizer,
+    peer_logprobs,
+    peer_score,
+    word_model,
+)
+from words import word_tokenizer
+
+import minia3
+from minia3.checkpoints.load import build_model
+from minia3.inference.scoring import choice_logprobs
+from minia3.tasks.batches import collate
+from minia3.tasks.examples import Example
+from minia3.training.losses import total_loss
+from minia3.training.memory_plan import Held
+from tests.benchmarks.measure import kept_for_backward
+
+INF = float("inf")
+NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def both(request, peer, loaded):
+    return word_model(request.param, peer, loaded)
+
+
+# Log-probabilities
+
+
+def test_log_probabilities_are_those_of_transformers_and_the_state_advances(both):
+    source = random_tokens(3, 6)
+    target = random_tokens(3, 5, seed=1)
+    state = both.model.start(source)
+    found = minia3.logprobs(both.model, state, target)
+    expected = [
+        peer_logprobs(both, s.tolist(), t.tolist()) for s, t in zip(source, target, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-4)
+    # The state has read all of the target but its last token.
+    logits = both.model.step(target[:, -1:], state)[:, -1]
+    torch.testing.assert_close(
+        logits, both.peer.logits(source, None, target)[:, -1], rtol=1e-5, atol=1e-4
+    )
+
+
+def test_log_probabilities_of_a_bfloat16_model_are_float32_and_those_of_a_float64_model_float64(
+    both, loaded
+):
+    source = random_tokens(2, 6)
+    target = random_tokens(2, 3, seed=1)
+    for dtype, expected in {torch.bfloat16: torch.float32, torch.float64: torch.float64}.items():
+        model = loaded(both.name, dtype=dtype)
+        found = minia3.logprobs(model, model.start(source), target)
+        state = model.start(source)
+        logits = model.step(torch.cat((state.start, target[:, :-1]), dim=1), state)
+        assert (logits.dtype, found.dtype) == (dtype, expected)
+        assert torch.equal(
+            found, logits.to(expected).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+        )
+
+
+def test_gradients_of_log_probabilities_reach_only_the_vectors_of_the_row_s_adapter(both):
+    both.model.zero_grad()
+    minia3.logprobs(
+        both.model, both.model.start(random_tokens(1, 6), adapter=2), random_tokens(1, 3, seed=1)
+    ).sum().backward()
+    for name, vector in minia3.vectors(both.model).items():
+        assert vector.grad[2].any(), name
+        assert not vector.grad[:2].any(), name
+
+
+def test_the_source_is_read_once_for_all_of_its_choices(both, monkeypatch):
+    examples = [Example([5, 6, 7], [[8], [9, 10]], 0), Example([11], [[12, 13, 14]], 0)]
+    n_rows_read = []
+    start = both.model.start
+
+    def count(source, *rest):
+        n_rows_read.append(len(source))
+        return start(source, *rest)
+
+    monkeypatch.setattr(both.model, "start", count)
+    found = choice_logprobs(both.model, collate(examples))
+    assert n_rows_read == [2]
+    for row, example in enumerate(examples):
+        for c, target in enumerate(example.targets):
+            expected = peer_logprobs(both, example.source, target)
+            torch.testing.assert_close(found[row, c, : len(target)], expected, rtol=1e-5, atol=1e-4)
+
+
+# Rank
+
+
+@pytest.mark.parametrize("length_norm", [True, False])
+def test_scores_of_one_list_of_choices_are_those_of_transformers_for_each_pair_alone(
+    both, length_norm
+):
+    found = minia3.rank(both.model, both.tokenizer, PROMPTS, CHOICES, length_norm=length_norm)
+    expected = [
+        [peer_score(both, prompt, choice, length_norm) for choice in CHOICES] for prompt in PROMPTS
+    ]
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_scores_of_a_list_for_each_prompt_do_not_depend_on_the_batch_and_none_is_minus_infinity(
+    both, batch_size
+):
+    found = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
+    expected = torch.full((len(PROMPTS), 4), -INF)
+    for row, (prompt, choices) in enumerate(zip(PROMPTS, LISTS, strict=True)):
+        expected[row, : len(choices)] = torch.tensor(
+            [peer_score(both, prompt, choice) for choice in choices]
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_batch_of_several_adapters_has_the_scores_of_each_row_alone(both, batch_size):
+    mixed = minia3.rank(
+        both.model, both.tokenizer, PROMPTS, LISTS, adapter=ADAPTERS, batch_size=batch_size
+    )
+    as_list = minia3.rank(
+        both.model, both.tokenizer, PROMPTS, LISTS, adapter=ADAPTERS.tolist(), batch_size=batch_size
+    )
+    assert torch.equal(mixed, as_list)
+    base = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS)
+    for row, adapter in enumerate(ADAPTERS.tolist()):
+        alone = minia3.rank(
+            both.model, both.tokenizer, PROMPTS[row : row + 1], LISTS[row], adapter=adapter
+        )
+        torch.testing.assert_close(mixed[row, : alone.shape[1]], alone[0], rtol=1e-5, atol=1e-4)
+        is_base = torch.allclose(alone[0], base[row, : alone.shape[1]], atol=1e-3)
+        assert is_base == (adapter == 0)
+
+
+def test_rank_says_what_is_wrong_with_its_lists(both):
+    def rank(prompts, choices, **options):
+        return minia3.rank(both.model, both.tokenizer, prompts, choices, **options)
+
+    for prompts in ([], "w4 w5"):
+        with pytest.raises(ValueError, match="expected a list of prompts"):
+            rank(prompts, ["w4"])
+    for choices in ([], "w4", [["w4"]], [["w4"], []], [["w4"], "w5"], [["w4"], ["w5"], ["w6"]]):
+        with pytest.raises(
+            ValueError,
+            match="expected one list of choices, none empty, for all of 2 prompts or for each",
+        ):
+            rank(["w4", "w5"], choices)
+    with pytest.raises(ValueError, match="an adapter for each of 2 rows, found 3"):
+        rank(["w4", "w5"], ["w6"], adapter=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="rows 0 to 2"):
+        rank(["w4", "w5"], ["w6"], adapter=[0, 3])
+
+
+def test_prompts_and_choices_without_tokens_are_named(both):
+    tokenizer = word_tokenizer(ends=False)  # adds nothing to an empty text
+    with pytest.raises(ValueError, match=r"prompts \[1, 2\] have no tokens"):
+        minia3.generate(both.model, tokenizer, ["w4", "", " "])
+    for prompts, choices, named in ((["w4", "", "w5"], ["w5"], 1), (["w4"], ["w5", ""], 0)):
+        with pytest.raises(
+            ValueError, match=rf"prompts \[{named}\] have no tokens, or a choice of none"
+        ):
+            minia3.rank(both.model, tokenizer, prompts, choices, batch_size=1)
+
+
+BYTES = byte_tokenizer()
+TEXT = st.text(min_size=1, max_size=12) | st.sampled_from(["True", " True", "not True", "?"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(TEXT.map(str.rstrip).filter(bool), TEXT)
+def test_a_prompt_and_a_choice_encoded_separately_are_the_joined_text_encoded(prompt, choice):
+    joined = BYTES.encode(f"{prompt} {choice.removeprefix(' ')}")
+    assert BYTES.encode(prompt) + BYTES.encode_target(choice, end=False) == joined
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_rank_refuses_a_batch_size_below_1(both, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}, expected 1 or more"):
+        minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
+
+
+# Logits in parts
+
+SCORING = "minia3.inference.scoring"
+
+# Scaled embedding, own head, own head; and twice the embedding as it is.
+HEADS = [*NAMES, "t5-unscaled", "llama-tied"]
+
+
+@pytest.mark.parametrize("is_whole", [False, True], ids=["vectors", "all weights"])
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_in_parts_are_the_same_and_so_are_the_gradients(name, is_whole, loaded, monkeypatch):
+    """All weights: the head or the embedding, which all parts share, and whatever lies below it."""
+    model = loaded(name, seed=0).double()
+    batch = batch_of((7, 3, 5))
+    minia3.freeze(model)
+    if is_whole:
+        model.requires_grad_(True)
+
+    def losses_and_gradients():
+        found = gradients(model, batch)
+        return [*found, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    expected = losses_and_gradients()
+    n_ids = model.embed.num_embeddings
+    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", 4 * n_ids)
+    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", 3 * n_ids + 5)
+    n_tokens_of_parts = []
+    logits = model.logits
+
+    def record(x):
+        n_tokens_of_parts.append(len(x))
+        return logits(x)
+
+    model.logits = record
+    same(losses_and_gradients(), expected, rtol=1e-12, atol=1e-12)
+    n_tokens = int(batch.target_mask_BCL.sum())
+    n_whole_parts, n_rest = divmod(n_tokens, 3)
+    assert n_rest > 0
+    parts = [3] * n_whole_parts + [n_rest]
+    assert n_tokens_of_parts == parts + parts[::-1]  # forward, and again for the backward pass
+
+
+def test_few_logits_are_made_at_once_and_kept_for_the_backward_pass(loaded, monkeypatch):
+    model = loaded("t5-v1.1", seed=0)
+    batch = batch_of((7, 3, 5))
+    n_tokens = int(batch.target_mask_BCL.sum())
+    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", n_tokens * model.embed.num_embeddings)
+    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", 1)
+    n_tokens_of_parts = []
+    logits = model.logits
+
+    def record(x):
+        n_tokens_of_parts.append(len(x))
+        return logits(x)
+
+    model.logits = record
+    loss_of(model, batch).backward()
+    assert n_tokens_of_parts == [n_tokens]
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+def test_no_tensor_holds_the_logits_of_all_tokens(has_grad, loaded, monkeypatch):
+    config = replace(loaded("t5-v1.1").config, vocab_size=2000)
+    batch = batch_of((2, 3, 1), n_choices=9)
+    model = build_model(config).bfloat16()
+    n_logits = int(batch.target_mask_BCL.sum()) * 2000
+    minia3.freeze(model)
+    for limit, is_large in ((n_logits, True), (n_logits // 4, False)):
+        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", limit)
+        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", limit)
+        with torch.set_grad_enabled(has_grad), Largest() as largest:
+            loss = loss_of(model, batch)
+            if has_grad:
+                loss.backward()
+        assert (largest.n_entries >= n_logits) == is_large
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that is made."""
+
+    n_entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.n_entries = max(self.n_entries, x.numel())
+        return out
+
+
+def test_bfloat16_gradients_in_many_parts_are_as_near_to_float64_as_those_in_one(
+    loaded, monkeypatch
+):
+    x = torch.randn(12, 4, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for dtype, limit in ((torch.float64, 1 << 24), (torch.bfloat16, 1 << 24), (torch.bfloat16, 1)):
+        model = loaded("t5-v1.1", seed=0, dtype=torch.bfloat16).to(dtype)
+        batch = batch_of((7, 3, 5), n_choices=4)
+        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", limit)
+        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", limit)
+        minia3.freeze(model)
+        read_by_head = x.to(dtype, copy=True).requires_grad_()
+        monkeypatch.setattr(model, "run_blocks", lambda tokens, state, x=read_by_head: x)
+        loss_of(model, batch).backward()
+        found.append(read_by_head.grad.double())
+    exact, in_one, in_parts = found
+    assert 0 < (in_parts - exact).norm() < 1.5 * (in_one - exact).norm()
+
+
+# Choices that take turns
+
+
+def many_choices():
+    """Return a batch of rows with 77, 76 and 1 choices, of 1 to 4 tokens."""
+    batch = batch_of((7, 3, 5), n_choices=77)
+    n_choices = torch.tensor([77, 76, 1])[:, None, None]
+    mask = batch.target_mask_BCL & (torch.arange(77)[:, None] < n_choices)
+    return batch._replace(target_mask_BCL=mask, label_B=torch.tensor([76, 0, 0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_that_take_turns_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
+    model = loaded(name, n_adapters=2, seed=0).double()
+    batch = many_choices()
+    adapter = torch.tensor([1, 0, 1])
+    minia3.freeze(model)
+
+    def scores_and_gradients():
+        model.zero_grad()
+        logp = choice_logprobs(model, batch, adapter)
+        total_loss(logp, batch.target_mask_BCL, batch.label_B).backward()
+        with torch.no_grad():
+            scored = choice_logprobs(model, batch, adapter)
+        return [logp.detach(), scored, *(vector.grad for vector in minia3.vectors(model).values())]
+
+    expected = scores_and_gradients()
+    run_blocks = model.run_blocks
+    shapes = []
+
+    def record(tokens, *rest, **options):
+        shapes.append(tuple(tokens.shape))
+        return run_blocks(tokens, *rest, **options)
+
+    model.run_blocks = record
+    prompts = (3, 6)  # a LLaMA's
+    for n_texts, n_side_by_side, turns in (
+        (69, 99, [23, 23, 23, 8]),
+        (1, 99, [1] * 77),
+        (3 * 77, 77, [77]),
+        (3 * 77, 30, [30, 30, 17]),
+    ):
+        monkeypatch.setattr(f"{SCORING}.MAX_CHOICE_TOKENS", 4 * n_texts)
+        monkeypatch.setattr(f"{SCORING}.MAX_SIDE_BY_SIDE", 4 * n_side_by_side)
+        shapes.clear()
+        same(scores_and_gradients(), expected, rtol=1e-12, atol=1e-12)
+        turns_of_backward = []
+        if len(turns) > 1:
+            turns_of_backward = turns[::-1]
+        targets = [(3 * n, 4) for n in [*turns, *turns_of_backward, *turns]]
+        assert [shape for shape in shapes if shape != prompts] == targets
+        assert len(shapes) - len(targets) == (0 if name.startswith("t5") else 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded, monkeypatch):
+    """The backward pass keeps only the ids of a turn, and only one turn's work exists at a time."""
+    model = loaded(name, seed=0)
+    batches = {n: batch_of((7, 3), n_choices=n) for n in (8, 80, 160)}
+    minia3.freeze(model)
+    monkeypatch.setattr(f"{SCORING}.MAX_CHOICE_TOKENS", 16 * 4)
+    kept = {}
+    peak_of_training = {}
+    peak_of_scoring = {}
+    for n, batch in batches.items():
+        kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
+        with Held() as held:
+            choice_logprobs(model, batch).sum().backward()
+        peak_of_training[n] = held.peak
+        with torch.no_grad(), Held() as held:
+            choice_logprobs(model, batch)
+        peak_of_scoring[n] = held.peak
+    n_bytes = 2 * 80 * 4 * (8 + 1)  # the ids and the mask of 80 choices more
+    assert kept[160] - kept[80] == n_bytes < kept[8] / 20
+    assert peak_of_training[160] - peak_of_training[80] < 2 * n_bytes
+    assert peak_of_scoring[160] - peak_of_scoring[80] < 2 * n_bytes
+    assert kept[80] < kept[8] / 4  # 8 choices have one turn, which keeps everything

@@ -1,0 +1,397 @@
+"""Rows are read as they stand in the file, one at a time, and every bad row is reported by file and
+line.
+"""
+
+import hashlib
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from task_files import PARTS, SPLIT_NAMES, YES_OR_NO, choice, lines, target
+
+from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.rows import read_rows
+from minia3.tasks.splits import load_task
+from minia3.tasks.task import Source, TaskSpec
+
+# Checking rows
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "a", "label": "maybe"}, "'label' is 'maybe', expected one of no, yes"),
+        ({"text": "a"}, "'label' is None, expected one of no, yes"),
+        ({"label": "no"}, "the row has no field 'text', which the prompt '{text}[?]' needs"),
+        (["text"], r"expected a JSON object, found '\[\"text\"\]"),
+    ],
+)
+def test_a_bad_row_of_a_known_task_is_reported_like_any_other(tmp_path, monkeypatch, row, words):
+    spec = TaskSpec(YES_OR_NO, [Source("", PARTS)], ("no", "yes"))
+    monkeypatch.setitem(known_tasks(), "served", spec)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "train.jsonl").write_bytes(lines({"text": "a", "label": "no"}, row))
+    (tmp_path / "served" / "val.jsonl").write_bytes(lines({"text": "a", "label": "no"}))
+    with pytest.raises(ValueError, match=rf"served/train\.jsonl:2: {words}"):
+        load_task("served", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [(("false", "true"), [False, "true", "False", True]), (("0", "1"), [0, "1", "0", 1])],
+)
+def test_labels_may_be_texts_numbers_and_truth_values(tmp_path, monkeypatch, labels, values):
+    spec = TaskSpec(YES_OR_NO, [Source("", PARTS)], labels)
+    monkeypatch.setitem(known_tasks(), "served", spec)
+    (tmp_path / "served").mkdir()
+    content = lines(*({"text": "a", "label": value} for value in values))
+    for name in SPLIT_NAMES:
+        (tmp_path / "served" / f"{name}.jsonl").write_bytes(content)
+    task = load_task("served", tmp_path)
+    assert [row["label"] for row in task.train] == [0, 1, 0, 1]
+    assert all(type(row["label"]) is int for row in task.train)
+    assert task.evaluation == ("test", task.test), "all of it is labelled, so it counts"
+
+
+def test_the_byte_order_mark_and_windows_line_ends_and_blank_lines_are_ignored(tmp_path):
+    rows = [target(0), target(1), target(2, note="\u2028 é 漢 🙂")]
+    text = "\ufeff\n" + "\r\n \t\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "train.jsonl").write_bytes(text.encode())
+    (tmp_path / "val.jsonl").write_bytes(text.encode())
+    assert load_task(str(tmp_path)).train == [
+        {**row, "label": 0, "idx": n} for n, row in enumerate(rows)
+    ]
+
+
+BAD_LINES = [
+    (b'{"input": "a",', "not JSON: "),
+    (b'{"input": "a", "target": "b"} x', "not JSON: Extra data"),
+    (b"[" * 100_000, "not JSON: "),
+    (b'{"input": "a", "target": "\\ud83d"}', "not JSON: .*surrogates"),
+    (b'{"input": "a", "target": "b", "n": ' + b"9" * 5000 + b"}", "not JSON: "),
+    (b'["input"]', r"expected a JSON object, found '\[\"input\"\]"),
+    (b"null", "expected a JSON object, found 'null"),
+    (
+        b'{"input": "a", "choices": ' + b"[" * 600 + b'"b"' + b"]" * 600 + b', "label": 0}',
+        r"'choices' is \[\[.*, expected a list of texts that differ and are not empty",
+    ),
+    (lines({"target": "b"}), "'input' is None, expected a text that is not empty"),
+    (lines({"input": "", "target": "b"}), "'input' is '', expected a text that is not empty"),
+    (
+        lines({"input": " \n", "target": "b"}),
+        r"'input' is ' \\n', expected a text that is not empty",
+    ),
+    (
+        lines({"input": ["a"], "target": "b"}),
+        r"'input' is \['a'\], expected a text that is not empty",
+    ),
+    (
+        lines({"input": "a"}),
+        r"expected either 'target', or 'choices' and 'label'; found \['input'\]",
+    ),
+    (
+        lines({"input": "a", "target": "b", "choices": ["b"], "label": 0}),
+        "expected either 'target', or",
+    ),
+    (lines({"input": "a", "target": " "}), "'target' is ' ', expected a text that is not empty"),
+    (lines({"input": "a", "target": 4}), "'target' is 4, expected a text that is not empty"),
+    (lines({"input": "a", "choices": [], "label": 0}), r"'choices' is \[\], expected a list"),
+    (lines({"input": "a", "choices": "bc", "label": 0}), "'choices' is 'bc', expected a list"),
+    (lines({"input": "a", "choices": None, "label": 0}), "'choices' is None, expected a list"),
+    (
+        lines({"input": "a", "choices": ["b", ""], "label": 0}),
+        r"'choices' is \['b', ''\], expected a list",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", 1], "label": 0}),
+        r"'choices' is \['b', 1\], expected a list",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", "c", "b"], "label": 0}),
+        r"'choices' is \['b', 'c', 'b'\], expected a list of texts that differ",
+    ),
+    (lines({"input": "a", "choices": ["b", "c"]}), "'label' is None, expected one of 0, 1"),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": 2}),
+        "'label' is 2, expected one of 0, 1",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": -1}),
+        "'label' is -1, expected one of 0, 1",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": "b"}),
+        "'label' is 'b', expected one of 0, 1",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": True}),
+        "'label' is True, expected one of 0, 1",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": 1.0}),
+        "'label' is 1.0, expected one of 0, 1",
+    ),
+    ('{"input": "café", "target": "b"}'.encode("latin-1"), "'utf-8' codec can't decode byte"),
+    ('{"input": "a", "target": "b"}'.encode("utf-16"), "'utf-8' codec can't decode byte"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=[words for _, words in BAD_LINES])
+def test_a_bad_row_is_reported_with_file_line_and_what_is_wrong(tmp_path, line, words):
+    has_choices = b"choices" in line and b"target" not in line
+    good_row = choice(0) if has_choices else target(0)
+    good = lines(good_row)
+    (tmp_path / "train.jsonl").write_bytes(good + b"\n" + line.rstrip() + b"\n" + good)
+    (tmp_path / "val.jsonl").write_bytes(good)
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}/train\.jsonl:3: {words}[^\n]*\Z") as error:
+        load_task(str(tmp_path))
+    assert len(str(error.value)) < len(str(tmp_path)) + 250
+    assert str(error.value).count(str(tmp_path)) == 1, "one bad row is one error"
+
+
+def test_only_a_test_row_may_lack_its_label(tmp_path):
+    (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
+    (tmp_path / "test.jsonl").write_bytes(
+        lines({**choice(0), "label": True}, {**choice(0), "label": 2}, choice(0, label=-1))
+    )
+    words = r"test\.jsonl:1: 'label' is True.*test\.jsonl:2: 'label' is 2[^;]*\Z"
+    with pytest.raises(ValueError, match=words):
+        load_task(str(tmp_path))
+
+
+def test_one_error_writes_out_five_bad_rows_of_all_files_and_counts_the_others(tmp_path):
+    bad = [{"input": "a"}] * 3
+    (tmp_path / "train.jsonl").write_bytes(lines(*bad, target(0)))
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad))
+    with pytest.raises(ValueError, match=r"; and 1 more\Z") as error:
+        load_task(str(tmp_path))
+    places = [part.split(": ")[0] for part in str(error.value).split(f"{tmp_path}/")[1:]]
+    assert places == [
+        "train.jsonl:1",
+        "train.jsonl:2",
+        "train.jsonl:3",
+        "val.jsonl:2",
+        "val.jsonl:3",
+    ]
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad[:2]))
+    with pytest.raises(ValueError, match="expected either") as error:
+        load_task(str(tmp_path))
+    assert "more" not in str(error.value)
+
+
+def test_a_file_in_another_encoding_is_one_error_and_not_one_for_each_line(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes('{"input": "é", "target": "é"}\n'.encode("latin-1") * 9)
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    words = r"train\.jsonl:1: 'utf-8' codec can't decode byte 0xe9[^;]*: save the file as UTF-8\Z"
+    with pytest.raises(ValueError, match=words):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", "\ufeff".encode()])
+def test_an_empty_file_is_reported_together_with_bad_rows_of_other_files(tmp_path, content):
+    (tmp_path / "train.jsonl").write_bytes(lines({"input": "a"}))
+    (tmp_path / "val.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: expected .*val\.jsonl: no rows\Z"):
+        load_task(str(tmp_path))
+
+
+def test_a_file_without_permission_is_an_error_like_any_other(tmp_path, monkeypatch):
+    (tmp_path / "val.jsonl").touch()
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # and not chmod, which root ignores
+    with pytest.raises(ValueError, match=r"val\.jsonl: Permission denied\Z"):
+        load_task(str(tmp_path))
+
+
+def test_both_kinds_of_rows_are_an_error_in_one_file_and_across_files(tmp_path):
+    (tmp_path / "one.jsonl").write_bytes(lines(target(0), choice(1), target(2)))
+    with pytest.raises(ValueError, match=r"one\.jsonl: 2 rows have 'target', the others 'choices'"):
+        load_task(str(tmp_path / "one.jsonl"))
+    (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
+    (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
+    with pytest.raises(ValueError, match=r"train\.jsonl, .*val\.jsonl: 1 rows have 'target'"):
+        load_task(str(tmp_path))
+
+
+# Reading files
+
+
+def read(path, content):
+    """Write a file and return its rows with their line numbers. An error is its message."""
+    if isinstance(content, str):
+        content = content.encode()
+    path.write_bytes(content)
+    found = []
+    for number, row in read_rows(path):
+        is_error = isinstance(row, ValueError)
+        found.append((number, str(row) if is_error else row))
+    return found
+
+
+def test_a_jsonl_row_has_the_number_of_its_line_and_an_error_does_not_stop_the_reading(tmp_path):
+    content = '\ufeff{"input": "é"}\r\n\r\n{"inp\n[1]\n  {"n": [1, null]}'
+    rows = read(tmp_path / "a.jsonl", content)
+    assert [number for number, _ in rows] == [1, 3, 4, 5]
+    assert (rows[0][1], rows[3][1]) == ({"input": "é"}, {"n": [1, None]})
+    assert rows[1][1].startswith("not JSON: ")
+    assert rows[2][1] == r"expected a JSON object, found '[1]\n'"
+    assert read(tmp_path / "b.jsonl", b"") == []
+
+
+def test_a_csv_file_is_read_to_the_same_rows_as_jsonl(tmp_path):
+    content = (
+        "\ufeffinput,choices,label,adapter,idx\r\n"
+        'a,"[""x|y"", ""z""]",1,,7\r\n'
+        "\r\n"
+        '"two\nlines, ""quoted""",yes | no,0,b,\r\n'
+        "é \u2028,one,-1,1,x\r\n"
+        ",,,,\r\n"
+        "1,,,,"
+    )
+    assert read(tmp_path / "a.csv", content) == [
+        (2, {"input": "a", "choices": ["x|y", "z"], "label": "1", "idx": "7"}),
+        (
+            4,
+            {
+                "input": 'two\nlines, "quoted"',
+                "choices": ["yes", "no"],
+                "label": "0",
+                "adapter": "b",
+            },
+        ),
+        (6, {"input": "é \u2028", "choices": ["one"], "label": "-1", "adapter": "1", "idx": "x"}),
+        (8, {"input": "1"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a", r"expected 2 cells, .*found 1: \['a'\]"),
+        ("a,b,c", r"expected 2 cells, .*found 3: "),
+        ("input,choices", "found the header again, expected a row"),
+        ('a,"[""x"""', "not JSON: "),
+        ("a,[x]|y", "not JSON: "),
+        ('a,"b" c', "',' expected after '\"'"),
+        ("a" * 200_000 + ",b", "field larger than field limit"),
+    ],
+)
+def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, words):
+    content = f'input,choices\n"1\n",b\n{line}\n2,b\n'
+    (first_number, first), (number, message), (last_number, last) = read(
+        tmp_path / "a.csv", content
+    )
+    assert (first_number, number, last_number) == (2, 4, 5)
+    assert (first["input"], last["input"]) == ("1\n", "2")
+    assert re.match(words, message)
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", r"expected a header with 'input', and no name twice; found \[\]"),
+        ("a question,an answer\nb,c\n", "found .'a question', 'an answer'"),
+        ("input;target\na;b\n", "found .'input;target'"),
+        ("input,target,target\na,b,c\n", "found .'input', 'target', 'target'"),
+        ('"input\n', "unexpected end of data"),
+        (b"\xff\xfei\0n\0", "codec can't decode"),
+    ],
+)
+def test_a_csv_file_without_a_header_is_an_error(tmp_path, content, words):
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}/a\.csv: [^\n]*{words}[^\n]*\Z"):
+        read(tmp_path / "a.csv", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [(".", "Is a directory"), ("no.csv", "No such file or directory")]
+)
+def test_a_path_that_cannot_be_opened_is_an_error(tmp_path, name, words):
+    path = tmp_path / name
+    with pytest.raises(ValueError, match=rf"\A{path}: {words}\Z"):
+        next(read_rows(path))
+
+
+FORMATS = [("a.jsonl", b"", b'{"input": "a"}\n'), ("a.csv", b"input,n\n", b"a,1\n")]
+
+
+@pytest.mark.parametrize(("name", "header", "good"), FORMATS)
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [(b"x" * 51, "a row of more than 50 bytes"), (b"\xff", "'utf-8' codec can't decode byte")],
+)
+def test_a_row_that_is_too_long_or_not_utf_8_is_the_last(
+    tmp_path, monkeypatch, name, header, good, bad, words
+):
+    monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 50)
+    (_, first), (number, message) = read(tmp_path / name, header + good + bad + b"\n" + good)
+    assert first["input"] == "a"
+    assert number == (3 if header else 2)
+    assert message.startswith(words)
+
+
+@pytest.mark.parametrize(("name", "header", "good"), FORMATS)
+def test_a_row_of_exactly_the_limit_is_read(tmp_path, monkeypatch, name, header, good):
+    monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 50)
+    rows = read(tmp_path / name, header + good + b" " * 49 + b"\n" + good)
+    assert [row["input"] for _, row in rows] == ["a", "a"]
+
+
+def test_cells_with_line_ends_do_not_add_up_to_a_row_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 1000)
+    assert read(tmp_path / "a.csv", 'input\n"a' + '\n","' * 1000) == [
+        (2, "a row of more than 1000 bytes: is a line end or a quote missing?")
+    ]
+
+
+@pytest.mark.parametrize("name", ["big.jsonl", "big.csv"])
+def test_reading_takes_the_memory_of_one_row(tmp_path, name):
+    text = b'"' + b"a" * 10_000 + b'"'
+    if name == "big.csv":
+        content = b"input\n" + 2000 * (text + b"\n")
+    else:
+        content = 2000 * (b'{"input": ' + text + b"}\n")
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert sum(len(row["input"]) for _, row in read_rows(tmp_path / name)) == 20_000_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_of_a_gigabyte_is_refused_before_it_is_in_memory(tmp_path):
+    with (tmp_path / "big.jsonl").open("wb") as file:
+        file.truncate(1 << 30)  # a hole, which takes no disk
+    tracemalloc.start()
+    try:
+        ((_, error),) = read_rows(tmp_path / "big.jsonl")
+        assert str(error).startswith(f"a row of more than {1 << 24} bytes: ")
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("make_row", [target, choice])
+def test_a_task_in_csv_is_the_task_in_jsonl(tmp_path, make_row):
+    rows = [make_row(n) for n in range(12)]
+    names = list(rows[0])
+    csv_lines = [",".join(names)]
+    for row in rows:
+        cells = {name: str(value) for name, value in row.items()}
+        if "choices" in row:
+            cells["choices"] = "|".join(row["choices"])
+        csv_lines.append(",".join(cells.values()))
+    (tmp_path / "mine.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "mine.csv").write_text("\n".join(csv_lines))
+    from_jsonl = load_task(tmp_path / "mine.jsonl")
+    from_csv = load_task(tmp_path / "mine.csv")
+    for field in ("name", "train", "validation", "test", "metric"):
+        assert getattr(from_csv, field) == getattr(from_jsonl, field)
+    digest = hashlib.sha256((tmp_path / "mine.csv").read_bytes()).hexdigest()
+    assert from_csv.checksums == {"mine.csv": digest}

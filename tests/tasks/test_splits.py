@@ -1,0 +1,394 @@
+"""A task has the splits that its files have; few-shot splits are T-Few's; whatever is not a task is
+refused.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from task_files import REAL, choice, lines, needs_real_data, target
+
+from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.prompts import OWN_PROMPTS, render
+from minia3.tasks.splits import Splits, draw_shots, load_task
+from minia3.tasks.task import TaskSpec
+
+DATA = Path(REAL or "", "data")
+FEW_SHOT = DATA / "few_shot"
+
+# Real files
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    ("name", "sizes", "train_labels", "validation_labels"),
+    [
+        ("rte", (2490, 277, 3000), {0: 1249, 1: 1241}, {0: 146, 1: 131}),
+        ("cb", (250, 56, 250), {0: 115, 1: 119, 2: 16}, {0: 23, 1: 28, 2: 5}),
+        ("copa", (400, 100, 500), {0: 195, 1: 205}, {0: 55, 1: 45}),
+    ],
+)
+def test_real_files_are_read_whole(name, sizes, train_labels, validation_labels):
+    task = load_task(name, DATA)
+    n_test = sizes[2]
+    splits = (task.train, task.validation, task.test)
+    label_counts = (train_labels, validation_labels, {-1: n_test})
+    for rows, size, labels in zip(splits, sizes, label_counts, strict=True):
+        assert [row["idx"] for row in rows] == list(range(size))
+        assert Counter(row["label"] for row in rows) == labels
+    assert task.evaluation == ("validation", task.validation)
+    spec = known_tasks()[name]
+    assert (task.name, task.metric) == (name, "accuracy")
+    assert (task.prompts, task.seen) == (spec.prompts, spec.seen)
+    for file in ("train.jsonl", "val.jsonl", "test.jsonl"):
+        digest = hashlib.sha256((DATA / name / file).read_bytes()).hexdigest()
+        assert task.checksums.pop(file) == digest
+    assert not task.checksums
+    assert task.notes == [
+        f"{n_test} of {n_test} test rows have no label: results are on validation"
+    ]
+    for prompt in task.prompts:
+        for row in chain(*splits):
+            rendered = render(prompt, row)
+            assert len(set(rendered.choices)) == len(rendered.choices) > rendered.label
+            assert rendered.input == rendered.input.rstrip()
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", [name for name in known_tasks() if name.startswith("raft/")])
+def test_five_seeds_in_a_row_hold_out_each_row_of_raft_once(name):
+    spec = known_tasks()[name]
+    seeds = range(7, 12)
+    tasks = [load_task(name, DATA, seed=seed) for seed in seeds]
+    held_out = chain.from_iterable(task.validation for task in tasks)
+    assert sorted(row["idx"] for row in held_out) == list(range(50))
+    for seed, task in zip(seeds, tasks, strict=True):
+        assert (task.name, task.metric) == (name, "macro_f1")
+        assert (len(task.train), len(task.validation)) == (40, 10)
+        assert sorted(row["idx"] for row in task.train + task.validation) == list(range(50))
+        assert task.evaluation == ("validation", task.validation)
+        fold = f"fold {seed % 5 + 1} of 5"
+        note = f"{fold} is held out: 5 seeds in a row report on each row once"
+        assert task.notes[0] == note
+    task = tasks[0]
+    assert load_task(name, DATA, seed=2).validation == task.validation
+    assert all(spec.labels[row["label"]] == row["Label"] for row in task.train)
+    # The leaderboard wants these ids.
+    assert [row["ID"] for row in task.test] == [str(50 + i) for i in range(len(task.test))]
+    assert {row["label"] for row in task.test} == {-1}
+    for prompt in task.prompts:
+        for row in [*task.train, *task.test[::10]]:
+            rendered = render(prompt, row)
+            assert len(set(rendered.choices)) == len(rendered.choices) == len(spec.labels)
+
+
+@needs_real_data
+def test_with_50_shots_of_raft_no_row_is_left_to_report_on():
+    task = load_task("raft/ade_corpus_v2", DATA, shots=50, seed=3)
+    assert sorted(row["idx"] for row in task.train) == list(range(50))
+    with pytest.raises(ValueError, match="raft/ade_corpus_v2: no labelled rows to report on"):
+        _ = task.evaluation
+    assert len(load_task("raft/ade_corpus_v2", DATA, shots=40, seed=3).train) == 40
+    with pytest.raises(ValueError, match="1 to 40 shots, found 45"):
+        load_task("raft/ade_corpus_v2", DATA, shots=45)
+
+
+@needs_real_data
+def test_wscs_spans_occur_in_their_texts():
+    task = load_task("wsc", DATA)
+    assert (len(task.train), len(task.validation), len(task.test)) == (554, 104, 146)
+    rows = [*task.train, *task.validation, *task.test]
+    missing = []
+    for row in rows:
+        assert "target" not in row
+        for name in ("span1_text", "span2_text"):
+            if row[name] not in row["text"]:
+                missing.append(row["idx"])
+    assert missing == [80, 82], "Kamenev and Zinoviev: two names with other words between them"
+    assert task.train[16]["span1_text"] == "the demonstrators"
+
+
+# Few shots
+
+# Folder of the published splits -> the task, and the number of rows of its train file. The
+# published idx must be those of our shuffle even if the file is not here.
+PUBLISHED = {
+    "rte": ("rte", 2490),
+    "cb": ("cb", 250),
+    "copa": ("copa", 400),
+    "wsc": ("wsc", 554),
+    "wic": ("wic", 5428),
+    "boolq": ("boolq", 9427),
+    "anli-r1": ("anli-r1", 16946),
+    "anli-r2": ("anli-r2", 45460),
+    "anli-r3": ("anli-r3", 100459),
+    "h-swag": ("hellaswag", 39905),
+    "winogrande": ("winogrande", 40398),
+    "storycloze": ("storycloze", 1871),
+    "sst2": ("sst2", 67349),
+}
+SST2_NEGATIVE = 29780  # rows of its train file with the label 0
+
+
+def published_splits():
+    found = []
+    for folder, (name, n_rows) in PUBLISHED.items():
+        for file in sorted((FEW_SHOT / folder).glob("*_shot/*_seed.jsonl")):
+            shots = int(file.parent.name.removesuffix("_shot"))
+            seed = int(file.stem.removesuffix("_seed"))
+            found.append(pytest.param(name, n_rows, shots, seed, file, id=f"{name}-{shots}-{seed}"))
+    return found
+
+
+def read_json_lines(file):
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("minia3.tasks.download.urlopen", refuse)
+
+
+@needs_real_data
+def test_every_published_split_is_compared():
+    assert {path.name for path in FEW_SHOT.iterdir()} == set(PUBLISHED)
+    assert len(published_splits()) == len(list(FEW_SHOT.rglob("*.jsonl"))) >= 65
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "n_rows", "shots", "seed", "file"), published_splits())
+def test_few_shot_splits_equal_the_published_ones(name, n_rows, shots, seed, file, offline):
+    rows = read_json_lines(file)
+    task = load_task(name, DATA, shots=shots, seed=seed)
+    assert task.train == rows, "order, idx, label and texts"
+    assert known_tasks()[name].shots == shots
+    has_train_file = (DATA / name / "train.jsonl").exists()
+    n_train = n_rows if has_train_file else len(rows)
+    assert len(load_task(name, DATA, seed=seed).train) == n_train
+    has_note = any("published split" in note for note in task.notes)
+    assert has_note == (not has_train_file)
+    split, other_rows = task.evaluation
+    if has_train_file:
+        assert split == "validation"
+    else:
+        assert split == "T-Few's other splits"
+        other_ids = {row["idx"] for row in other_rows}
+        assert not other_ids & {row["idx"] for row in rows}
+        assert len(other_ids) == len(other_rows) > 2 * len(rows)
+    for prompt in task.prompts:
+        for row in [*task.train, *other_rows]:
+            rendered = render(prompt, row)
+            assert len(set(rendered.choices)) == len(rendered.choices) > rendered.label >= 0
+            assert rendered.input == rendered.input.strip()
+
+
+@needs_real_data
+@pytest.mark.parametrize(("name", "n_rows", "shots", "seed", "file"), published_splits())
+def test_the_published_indices_are_those_of_our_shuffle(name, n_rows, shots, seed, file):
+    """SST-2's classes are shuffled apart, and its idx count all rows. So only the order of its idx
+    can be compared.
+    """
+    spec = known_tasks()[name]
+    first_positive = SST2_NEGATIVE if spec.per_class else n_rows
+    rows = [{"idx": i, "label": int(i >= first_positive)} for i in range(n_rows)]
+    ours = [row["idx"] for row in draw_shots(Splits(name, [], rows), spec, shots, seed)]
+    theirs = [row["idx"] for row in read_json_lines(file)]
+    if not spec.per_class:
+        assert ours == theirs
+    assert np.argsort(ours[:shots]).tolist() == np.argsort(theirs[:shots]).tolist()
+    assert np.argsort(ours[shots:]).tolist() == np.argsort(theirs[shots:]).tolist()
+
+
+@needs_real_data
+def test_a_failed_download_is_a_note_and_a_seed_that_was_not_published_is_an_error(offline):
+    seeds = r"\[0, 1, 32, 42, 100, 1024\]"
+    words = rf"WiC\.zip: no network; or put .*; T-Few's splits are there for seeds {seeds}"
+    with pytest.raises(ValueError, match=words):
+        load_task("wic", DATA, shots=32, seed=7)
+    (note,) = load_task("wic", DATA, shots=8).notes
+    assert "WiC.zip: no network; or put" in note
+    assert note.endswith(
+        "so T-Few's published split is used, and those of other seeds to report on"
+    )
+    with pytest.raises(ValueError, match="1 to 32 shots"):
+        load_task("wic", DATA, shots=33)
+
+
+def test_shots_are_drawn_as_by_numpys_global_generator_which_stays_untouched(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(*(target(n) for n in range(57))))
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    for seed in (0, 1, 100, 2**32 - 1):
+        rows = load_task(str(tmp_path)).train
+        np.random.seed(seed)
+        np.random.shuffle(rows)
+        np.random.seed(12345)
+        before = np.random.get_state()
+        assert load_task(str(tmp_path), shots=9, seed=seed).train == rows[:9]
+        assert load_task(str(tmp_path), shots=57, seed=seed).train == rows
+        after = np.random.get_state()
+        assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert [row["idx"] for row in load_task(str(tmp_path)).train] == list(range(57))
+
+
+@pytest.mark.parametrize("shots", [-1, 0, 4])
+def test_a_number_of_shots_that_cannot_be_drawn_is_an_error(tmp_path, shots):
+    (tmp_path / "train.jsonl").write_bytes(lines(*(target(n) for n in range(3))))
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=rf"1 to 3 shots.* found {shots}$"):
+        load_task(str(tmp_path), shots=shots)
+
+
+# A user's rows, and the task that comes with the repository
+
+
+def test_a_shipped_task_has_a_users_rows_and_a_name(tmp_path, monkeypatch):
+    (tmp_path / "colours").mkdir()
+    for split in ("train", "val", "test"):
+        (tmp_path / "colours" / f"{split}.jsonl").write_bytes(lines(choice(1), choice(2, label=1)))
+    monkeypatch.setattr("minia3.tasks.splits.SHIPPED", tmp_path)
+    monkeypatch.setitem(known_tasks(), "colour", TaskSpec(OWN_PROMPTS, shipped="colours"))
+    task = load_task("colour", tmp_path / "elsewhere")
+    assert (task.name, task.metric, task.evaluation) == ("colour", "accuracy", ("test", task.test))
+    assert render(task.prompts[0], task.train[1]) == ("question 2", ["yes", "no"], 1)
+
+
+def test_a_folder_of_a_users_rows_is_read_as_it_is(tmp_path):
+    mine = tmp_path / "mine.v1"
+    mine.mkdir()
+    (mine / "train.jsonl").write_bytes(
+        lines(choice(0, extra=[1]), choice(1, label=1, idx=70), choice(2, idx=True))
+    )
+    three = {"input": "x", "choices": ["a", "b", "c"], "label": 2, "idx": "k"}
+    (mine / "dev.jsonl").write_bytes(lines(three))
+    (mine / "test.jsonl").write_bytes(
+        lines({"input": "x", "choices": ["a"]}, {**three, "label": -1})
+    )
+    task = load_task(mine)
+    assert task.train == [choice(0, extra=[1], idx=0), choice(1, label=1, idx=70), choice(2, idx=2)]
+    assert task.validation == [{**three, "idx": 0}]
+    assert [row["label"] for row in task.test] == [-1, -1]
+    assert task.evaluation == ("validation", task.validation)
+    assert (task.name, task.metric) == ("mine.v1", "accuracy")
+    assert (task.prompts, task.seen) == (OWN_PROMPTS, ())
+    assert set(task.checksums) == {"train.jsonl", "dev.jsonl", "test.jsonl"}
+    assert task.notes == ["2 of 2 test rows have no label: results are on validation"]
+
+
+def test_rows_with_targets_are_reported_by_exact_match_and_have_label_0(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(target(0, label="x"), target(1)))
+    (tmp_path / "test.jsonl").write_bytes(lines(target(2)))
+    task = load_task(str(tmp_path))
+    assert task.metric == "exact_match"
+    assert task.train == [target(0, label=0, idx=0), target(1, label=0, idx=1)]
+    assert task.evaluation == ("test", task.test)
+
+
+def test_a_folder_may_hold_test_rows_only(tmp_path):
+    (tmp_path / "test.jsonl").write_bytes(lines(target(2)))
+    task = load_task(str(tmp_path))
+    assert (task.train, task.validation, len(task.test)) == ([], [], 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(3, (1, 1, 1)), (9, (7, 1, 1)), (20, (16, 2, 2)), (109, (89, 10, 10))]
+)
+def test_a_file_is_split_80_10_10_the_same_way_for_every_seed(tmp_path, n, sizes):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(lines(*(target(i) for i in range(n))))
+    task = load_task(str(file))
+    parts = (task.train, task.validation, task.test)
+    indices = [[row["idx"] for row in part] for part in parts]
+    assert tuple(map(len, parts)) == sizes
+    assert sorted(chain(*indices)) == list(range(n))
+    assert all(part == sorted(part) for part in indices), "in the order of the file"
+    assert load_task(str(file), seed=5) == task
+    assert task.notes == [
+        f"{file} is split into train, validation and test, the same way each time"
+    ]
+    assert (task.name, list(task.checksums)) == ("mine", ["mine.jsonl"])
+
+
+def test_the_split_does_not_depend_on_the_machine_or_the_version(tmp_path):
+    (tmp_path / "mine.jsonl").write_bytes(lines(*(target(i) for i in range(20))))
+    task = load_task(str(tmp_path / "mine.jsonl"))
+    assert [row["idx"] for row in task.validation] == [1, 18]
+    assert [row["idx"] for row in task.test] == [8, 19]
+
+
+def test_a_folder_with_train_alone_is_split_like_a_file(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(*(target(i) for i in range(20))))
+    assert len(load_task(str(tmp_path)).validation) == 2
+
+
+def test_two_rows_cannot_be_split(tmp_path):
+    (tmp_path / "mine.jsonl").write_bytes(lines(target(0), target(1)))
+    with pytest.raises(ValueError, match=r"too few rows to split \(2\): give a folder"):
+        load_task(str(tmp_path / "mine.jsonl"))
+
+
+def test_inputs_that_end_in_white_space_are_counted(tmp_path):
+    (tmp_path / "val.jsonl").write_bytes(
+        lines(target(0), {**target(1), "input": "Answer: "}, {**target(2), "input": "a\n"})
+    )
+    assert load_task(str(tmp_path)).notes == [
+        "2 inputs end in white space: leave it out, "
+        "because the tokenizer puts a space before the answer"
+    ]
+
+
+def test_a_folder_without_a_file_of_a_split_is_an_error(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"a folder of train, validation \(val, dev\) and test\Z"):
+        load_task(str(tmp_path))
+
+
+def test_a_folder_with_two_files_for_one_split_is_an_error(tmp_path):
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
+    (tmp_path / "dev.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"has val\.jsonl and dev\.jsonl: keep one"):
+        load_task(str(tmp_path))
+
+
+def test_a_folder_with_nothing_to_report_on_is_an_error(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(choice(0)))
+    (tmp_path / "test.jsonl").write_bytes(lines({"input": "a", "choices": ["b"]}, choice(0)))
+    with pytest.raises(ValueError, match="no labelled rows to report on"):
+        load_task(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mine.CSV", "mine.json", "mine"])
+def test_an_unknown_suffix_is_an_error(tmp_path, name):
+    (tmp_path / name).write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"expected a \.jsonl or \.csv file, or a folder"):
+        load_task(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["rtee", "RTE"])
+def test_an_unknown_name_is_an_error_with_the_nearest_name_and_all_names(name):
+    words = rf"'{name}' .*did you mean 'rte'\? Known tasks: .*cb, .*copa, .*rte"
+    with pytest.raises(ValueError, match=words):
+        load_task(name)
+
+
+@pytest.mark.parametrize("name", ["no/such/file.jsonl", "", "zzzzzz", "x" * 5000, "a\0b"])
+def test_a_name_like_no_other_is_an_error_with_all_names(name):
+    with pytest.raises(ValueError, match="is not a known task, a file or a folder: Known tasks: "):
+        load_task(name)
+
+
+def test_a_folder_may_hold_csv_files_too_but_one_file_for_each_split(tmp_path):
+    (tmp_path / "train.csv").write_text("input,target\na,b\n")
+    (tmp_path / "dev.jsonl").write_bytes(lines(target(0)))
+    task = load_task(tmp_path)
+    assert task.train == [{"input": "a", "target": "b", "label": 0, "idx": 0}]
+    assert list(task.checksums) == ["train.csv", "dev.jsonl"]
+    (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
+    with pytest.raises(ValueError, match=r"has train\.jsonl and train\.csv: keep one"):
+        load_task(tmp_path)

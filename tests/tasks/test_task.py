@@ -1,0 +1,30 @@
+"""What a run reports on."""
+
+import pytest
+
+from minia3.tasks.prompts import OWN_PROMPTS
+from minia3.tasks.task import Task
+
+
+def make_task(validation, test):
+    return Task("t", [], validation, test, OWN_PROMPTS, "accuracy", (), {}, [])
+
+
+@pytest.mark.parametrize(
+    ("labels", "split"), [([0, 1], "test"), ([0, -1], "validation"), ([], "validation")]
+)
+def test_a_run_reports_on_test_only_if_all_of_it_is_labelled(labels, split):
+    test = [{"label": label} for label in labels]
+    validation = [{"label": 0}]
+    task = make_task(validation, test)
+    assert task.evaluation == (split, {"test": test, "validation": validation}[split])
+
+
+@pytest.mark.parametrize("test", [[], [{"label": 0}, {"label": -1}]])
+def test_a_task_with_nothing_to_report_on_says_what_to_add(test):
+    task = make_task([], test)
+    words = "t: no labelled rows to report on: add a validation file, or label all rows of the test"
+    with pytest.raises(ValueError, match=words):
+        _ = task.evaluation
+    with pytest.raises(ValueError, match=words):
+        task.check_evaluation()

@@ -1,0 +1,125 @@
+"""Guards the plan of memory: it equals, byte for byte, what the counter sees when the same steps
+run on real tensors; and the counter itself is right about tensors that come and go."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.load import build_model, place_parameter
+from minia3.inference.scoring import logprobs
+from minia3.model.ia3 import freeze, vectors
+from minia3.training.memory_plan import MemoryCounter, planned_memory
+from minia3.training.optimizer import Adafactor
+
+SMALL_T5 = replace(
+    known_models()["t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256
+)
+SMALL_GATED_T5 = replace(
+    known_models()["flan-t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256
+)
+SMALL_LLAMA = replace(known_models()["smollm2-135m"].config, n_layers=2, vocab_size=256)
+CONFIGS = {"t5": SMALL_T5, "gated t5": SMALL_GATED_T5, "llama": SMALL_LLAMA}
+
+
+def real_model(config, dtype):
+    """A model whose weights are real, and so small that nothing overflows."""
+    model = build_model(config)
+    for name, p in list(model.named_parameters()):
+        is_vector = name.endswith(".scale")
+        value = torch.full(p.shape, 0.01, dtype=torch.float32 if is_vector else dtype)
+        place_parameter(model, name, value)
+    return model
+
+
+def counter_of(model, tokens_BL):
+    """A counter that knows the parameters of a model, and the tokens, already."""
+    counter = MemoryCounter()
+    for tensor in (*model.parameters(), tokens_BL):
+        counter.add(tensor)
+    return counter
+
+
+# The equation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_plan_of_serving_equals_the_peak_of_a_real_step(kind, dtype):
+    model = real_model(CONFIGS[kind], dtype)
+    tokens_BL = torch.ones(4, 48, dtype=torch.long)
+    with counter_of(model, tokens_BL) as counter, torch.no_grad():
+        state = model.eval().start(tokens_BL)
+        model.step(state.start, state)
+    planned = planned_memory(CONFIGS[kind], dtype, 4, 48, is_training=False)
+    assert planned == counter.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype):
+    """Two steps, because Adafactor has its moments from the first one on."""
+    model = real_model(CONFIGS[kind], dtype).train()
+    freeze(model)
+    optimizer = Adafactor(list(vectors(model).values()), lr=1e-3)
+    tokens_BL = torch.ones(4, 48, dtype=torch.long)
+    with counter_of(model, tokens_BL) as counter:
+        for _ in range(2):
+            state = model.start(tokens_BL)
+            logprobs(model, state, tokens_BL[:, :8]).sum().backward()
+            del state
+            optimizer.step()
+            model.zero_grad()
+    planned = planned_memory(CONFIGS[kind], dtype, 4, 48, is_training=True)
+    assert planned == counter.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_plan_counts_weights_vectors_and_what_a_step_keeps(kind, dtype):
+    config = CONFIGS[kind]
+    weights = 0
+    for parameter_name, p in build_model(config).named_parameters():
+        is_vector = parameter_name.endswith(".scale")
+        weights += p.numel() * (4 if is_vector else dtype.itemsize)
+    serving = planned_memory(config, dtype, 8, 64, is_training=False)
+    training = planned_memory(config, dtype, 8, 64, is_training=True)
+    longer = planned_memory(config, dtype, 8, 128, is_training=True)
+    assert weights < serving < training < longer
+    # Linear in the length, except for the attention weights of T5, which dropout needs.
+    assert longer - weights < 2.5 * (training - weights)
+
+
+def test_a_model_of_any_size_is_planned_on_any_machine():
+    config = replace(SMALL_LLAMA, vocab_size=10**10)
+    planned = planned_memory(config, torch.bfloat16, 1, 8, is_training=False)
+    assert planned > 2 * config.vocab_size * config.d_model
+
+
+# The counter
+
+
+def test_the_counter_follows_tensors_that_come_and_go():
+    with MemoryCounter() as counter:
+        first = torch.zeros(1000)
+        second = torch.zeros(500)
+        assert (counter.now, counter.peak) == (6000, 6000)
+        del first
+        assert (counter.now, counter.peak) == (2000, 6000)
+        third = second + 1
+        assert (counter.now, counter.peak) == (4000, 6000)
+        del second, third
+        assert (counter.now, counter.peak) == (0, 6000)
+
+
+def test_the_counter_counts_a_storage_once():
+    with MemoryCounter() as counter:
+        whole = torch.zeros(1000)
+        views = [whole[:10], whole.reshape(10, 100), whole.detach()]
+        whole += 1
+        assert counter.now == 4000
+        del whole
+        assert counter.now == 4000  # a view keeps all of it alive
+        views.clear()
+        assert counter.now == 0

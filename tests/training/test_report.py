@@ -1,0 +1,216 @@
+"""Guards what a run prints at its end: plain lines with the figures of the final lines, and a
+command that evaluates the adapter again."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from running import train
+
+from minia3.training.command_lines import evaluation_command, training_command
+from minia3.training.flags import parse_flags
+from minia3.training.report import before_after, describe, report
+
+FINAL = {
+    "task": "rte",
+    "metric": "accuracy",
+    "split": "test",
+    "rows": 277,
+    "rows_cut": 0,
+    "accuracy_before": 0.5,
+    "accuracy": 0.751,
+    "auc_before": None,
+    "auc": None,
+    "trainable": 1536,
+    "total": 218112,
+    "steps": 30,
+    "seconds": 12.3,
+    "peak_memory_bytes": 279 * 10**6,
+}
+
+
+def lines_of(capsys, config, *changes, folder=Path("runs/x"), n_failed=0):
+    """Return the title, and a dict from name to text, of what `report` prints."""
+    report(config, folder, [FINAL | change for change in changes], n_failed)
+    blank, title, *lines = capsys.readouterr().out.splitlines()
+    assert blank == ""
+    pairs = [line.strip().split(" ", 1) for line in lines]
+    return title, {name: text.strip() for name, text in pairs}
+
+
+def text_of(capsys, config, *changes, folder=Path("runs/x")):
+    report(config, folder, [FINAL | change for change in changes])
+    return capsys.readouterr().out
+
+
+# The lines
+
+
+def test_a_run_with_one_result_prints_these_lines(capsys):
+    config = train.Config(model="t5-base", task="rte")
+    expected = """
+rte: 277 rows of test
+  accuracy    50.0% before, 75.1% after
+  AUC         0.50 before, 0.75 after
+  peak memory 279 MB
+  trained     1,536 of 218,112 parameters (0.704%)
+  time        12 s for 30 steps
+  adapter     runs/x/adapter
+  use it      python train.py --model t5-base --task rte --adapter runs/x/adapter --eval-only
+"""
+    assert text_of(capsys, config, {"auc_before": 0.5, "auc": 0.751}) == expected
+
+
+def test_a_grid_prints_a_line_for_each_adapter(capsys):
+    config = train.Config(model="t5-base", task=("rte", "cb"), seed=(0, 1))
+    changes = [{"adapter": "rte-s0", "accuracy": 0.6}, {"adapter": "cb-s1", "steps": 20}]
+    expected = """
+2 results
+  rte-s0      accuracy 50.0% before, 60.0% after, 30 steps
+  cb-s1       accuracy 50.0% before, 75.1% after, 20 steps
+  peak memory 279 MB
+  trained     1,536 of 218,112 parameters (0.704%) each
+  time        12 s for 30 steps
+  adapter     runs/x/adapters/NAME
+  use it      python train.py --model t5-base --task TASK --seed SEED \
+--adapter runs/x/adapters/NAME --eval-only
+"""
+    assert text_of(capsys, config, *changes) == expected
+
+
+def test_a_mixture_prints_a_line_for_each_task(capsys):
+    config = train.Config(model="t5-base", task=("rte", "cb"), adapters="one")
+    text = text_of(capsys, config, {"task": "rte"}, {"task": "cb", "accuracy": None})
+    assert "\n2 results\n  rte         accuracy 50.0% before, 75.1% after, 30 steps\n" in text
+    assert "\n  cb          accuracy 50.0% before, - after, 30 steps\n" in text
+    assert "(0.704%)\n" in text
+    assert "--task rte,cb --adapter runs/x/adapter --eval-only" in text
+
+
+def test_a_grid_of_mixtures_names_adapter_and_task(capsys):
+    config = train.Config(task=("rte", "cb"), adapters="one", seed=(0, 1))
+    text = text_of(capsys, config, {"adapter": "s0"}, {"adapter": "s0", "task": "cb"})
+    assert "\n  s0: rte     accuracy" in text
+    assert "\n  s0: cb      accuracy" in text
+
+
+@pytest.mark.parametrize(
+    ("n_finals", "n_failed", "expected"),
+    [
+        (2, 0, "2 results"),
+        (1, 1, "1 result, and 1 that failed"),
+        (3, 2, "3 results, and 2 that failed"),
+    ],
+)
+def test_failed_adapters_are_counted(n_finals, n_failed, expected, capsys):
+    config = train.Config(seed=tuple(range(n_finals + n_failed)))
+    finals = [{"adapter": f"s{i}"} for i in range(n_finals)]
+    assert lines_of(capsys, config, *finals, n_failed=n_failed)[0] == expected
+
+
+def test_without_training_there_is_one_figure_and_no_adapter(capsys):
+    config = train.Config(task="rte", method="none")
+    expected = "\nrte: 277 rows of test\n  accuracy    75.1%\n  peak memory 279 MB\n"
+    assert text_of(capsys, config, {"trainable": 0}, folder=None) == expected
+
+
+def test_in_context_learning_prints_its_shots(capsys):
+    config = train.Config(task="rte", method="icl", shots=3)
+    untrained = {"trainable": 0}
+    _, lines = lines_of(capsys, config, untrained | {"n_shots": 3.0})
+    assert lines["accuracy"] == "50.0% before, 75.1% after"
+    assert lines["shots"] == "3.0 before each input, on average"
+    several = train.Config(task="rte", method="icl", shots=3, seed=(0, 1, 2))
+    finals = [untrained | {"adapter": f"s{n}", "n_shots": n} for n in (3.0, 1.0, 2.5)]
+    _, lines = lines_of(capsys, several, *finals)
+    assert lines["shots"] == "1.0 to 3.0 before each input, on average"
+
+
+def test_inputs_that_were_cut_are_counted(capsys):
+    title, _ = lines_of(capsys, train.Config(max_length=99), {"rows_cut": 7})
+    assert title == "rte: 277 rows of test, 7 of them cut to 99 tokens"
+
+
+@pytest.mark.parametrize(
+    ("method", "seeds", "expected"),
+    [
+        ("ia3", (0, 1, 2), "12 s for 30 steps"),  # all cells together
+        ("lora", (0, 1, 2), "37 s for 3 x 30 steps"),  # one after the other
+        ("lora", 0, "12 s for 30 steps"),
+    ],
+)
+def test_the_time_of_a_grid_is_that_of_all_its_cells(method, seeds, expected, capsys):
+    config = train.Config(method=method, seed=seeds)
+    finals = [{}]
+    if isinstance(seeds, tuple):
+        finals = [{"adapter": f"s{seed}"} for seed in seeds]
+    assert f"\n  time        {expected}\n" in text_of(capsys, config, *finals)
+
+
+def test_without_labelled_rows_there_is_nothing_to_evaluate_again(capsys):
+    text = text_of(capsys, train.Config(), {"rows": 0, "accuracy": None, "accuracy_before": None})
+    assert "- before, - after" in text
+    assert "use it" not in text
+
+
+def test_results_are_described_in_a_few_words():
+    assert describe("accuracy", {"accuracy": 0.5, "auc": None}) == "accuracy 50.0%"
+    assert describe("macro_f1", {"accuracy": 0.5, "auc": 0.7}) == "macro_f1 50.0%, AUC 0.70"
+    assert describe("accuracy", {"accuracy": None, "auc": None}) == "nothing to evaluate"
+    assert before_after(FINAL, "accuracy", ".1%") == ["50.0%", "75.1%"]
+    assert before_after(FINAL, "auc", ".2f") == ["-", "-"]
+
+
+# The commands
+
+
+def parsed(words):
+    assert words[:2] == ["python", "train.py"]
+    return parse_flags(train.Config, words[2:], "")
+
+
+def test_the_evaluation_needs_the_flags_that_a_result_depends_on_and_no_others():
+    config = train.Config(
+        model="my model",
+        task="rte",
+        method="lora",
+        rank=4,
+        shots=32,
+        seed=1,
+        data_dir="elsewhere",
+        dtype="float64",
+        max_length=5,
+        max_new_tokens=6,
+        eval_prompt="all",
+        steps=7,
+        lr=0.1,
+        out="runs/x",
+    )
+    found = parsed(evaluation_command(config, Path("runs/x/adapter")))
+    assert found == train.Config(
+        model="my model",
+        task="rte",
+        method="lora",
+        shots=32,
+        seed=1,
+        data_dir="elsewhere",
+        dtype="float64",
+        max_length=5,
+        max_new_tokens=6,
+        eval_prompt="all",
+        adapter="runs/x/adapter",
+        eval_only=True,
+    )
+
+
+def test_a_whole_model_is_evaluated_as_a_model(capsys):
+    text = text_of(capsys, train.Config(model="t5-base", task="rte", method="full"), {})
+    assert "\n  model       runs/x/model\n" in text
+    words = shlex.split(text.splitlines()[-1].partition("use it")[2])
+    found = parsed(words)
+    assert (found.model, found.adapter, found.eval_only) == ("runs/x/model", None, True)
+
+
+def test_the_training_command_gives_the_same_config_in_the_default_places():
+    config = train.Config(task="rte", lr=0.1, steps=7, out="x", device="cpu", data_dir="y")
+    assert parsed(training_command(config)) == train.Config(task="rte", lr=0.1, steps=7)
