@@ -21,6 +21,8 @@ from words import texts, word_tokenizer
 import minia3
 from minia3.adapters.mix import MIX, mix
 from minia3.adapters.peft_files import read_adapter, write_adapter
+from minia3.checkpoints.config import to_hf
+from minia3.checkpoints.known_models import known_models
 from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
@@ -28,6 +30,7 @@ from minia3.model.llama import inverse_frequencies
 from minia3.model.more_vectors import choose_vectors
 from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.training.losses import total_loss
+from minia3.training.memory_plan import planned_memory
 from minia3.training.optimizer import Adafactor
 
 PACKAGE = Path(minia3.__file__).parent
@@ -184,6 +187,7 @@ def run(model, tokenizer, folder):
     rank_and_write(model, tokenizer)
     evaluate_rows(model, tokenizer)
     use_adapters(model, tokenizer, folder)
+    planned_memory(model.config, torch.float32, N_ROWS, N_SOURCE, True)
 
 
 def train_steps(model):
@@ -246,6 +250,15 @@ def use_adapters(model, tokenizer, folder):
     minia3.rank(model, tokenizer, PROMPTS, ["w3", "w4 w5"], adapter=ADAPTER_OF_PROMPTS)
 
 
+def write_rope_factors():
+    """Write the config of a GGUF file of Llama 3.1, which has factors instead of a scaling."""
+    config = known_models()["llama-3.1-8b"].config
+    unscaled = inverse_frequencies(replace(config, rope_scaling=None))
+    factors = unscaled / inverse_frequencies(config)
+    config = replace(config, rope_scaling=None, rope_factors=tuple(factors.tolist()))
+    to_hf(config, torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def watch(loaded, tmp_path_factory):
     with watched(PACKAGE) as watch:
@@ -253,8 +266,7 @@ def watch(loaded, tmp_path_factory):
             model = loaded(name, n_adapters=3)
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
             run(model, tokenizer, tmp_path_factory.mktemp(name))
-        factors = (1.0,) * (model.config.d_head // 2)
-        inverse_frequencies(replace(model.config, rope_factors=factors))
+        write_rope_factors()
     return watch
 
 
