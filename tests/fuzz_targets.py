@@ -40,7 +40,7 @@ from minia3.tasks.prompts import Prompt
 from minia3.tasks.rows import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
-from minia3.training.checkpoint import load_checkpoint, random_state
+from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from minia3.training.run_folder import Metrics, read_run_config, record_data
 
 
@@ -727,16 +727,8 @@ def make_run(folder):
     vectors = {}
     for name, vector in minia3.vectors(adapter_model()).items():
         vectors[name] = vector.detach()[0].clone()
-    state = {
-        "done": 0,
-        "step": 3,
-        "finished": False,
-        "metrics": 12,
-        "vectors": vectors,
-        "best": None,
-        "random": random_state(),
-    }
-    torch.save(state, folder / "checkpoint.pt")
+    group = {"cells": [], "log": {"step": 3}, "parameters": vectors, "random": random_state()}
+    save_checkpoint(folder, Checkpoint(n_bytes=12, group=group))
 
 
 def read_run(folder):
@@ -744,13 +736,10 @@ def read_run(folder):
     assert {"model", "task"} <= flags.keys()
     record_data(folder, {"train.jsonl": "0"})
     saved = load_checkpoint(folder)
-    if saved is None:
-        return
-    assert type(saved) is dict
-    assert {"done", "finished", "metrics"} <= saved.keys()
-    if type(saved["metrics"]) is int and saved["metrics"] >= 0:
+    if saved is not None:
+        assert type(saved) is Checkpoint
         with suppress(OSError):  # train.py reports it in one line
-            Metrics(folder, saved["metrics"]).write(step=4)
+            Metrics(folder, saved.n_bytes).write(step=4)
 
 
 class Target(NamedTuple):

@@ -1,4 +1,8 @@
-"""What the tests of train.py share: small random models, rows in their words, runs in this process and in others."""
+"""What the tests of train.py share: small random models, rows of words, and runs.
+
+A run happens in this process (`run`, `resume`). If it is killed, it happens in another process
+(`start`, `finish`).
+"""
 
 import contextlib
 import functools
@@ -14,58 +18,61 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
-import torch._dynamo  # as the first AdamW does, in seconds: here once, and not in each of the processes
+
+# The first AdamW of a process imports this, which takes seconds. The server below does so once, and
+# the processes that are forked from it do not.
+import torch._dynamo
 from tqdm import tqdm
 from words import N_IDS, word_tokenizer
 
 import minia3
 from minia3.checkpoints.load import build_model, place_parameter
-from minia3.files import write
+from minia3.files import write as file_writing
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
-from minia3.training import cell, checkpoint, run_folder
+from minia3.training.checkpoint import read_vectors
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402 (beside the package, not in it)
+import train  # noqa: E402 (train.py is beside the package, not in it)
 
 CONFIGS = {
     "t5": T5Config(24, 6, 40, 2, 2, 4, N_IDS),
     "llama": LlamaConfig(24, 6, 40, 2, 4, 2, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
 }
 TIMES = {"seconds", "examples_per_second", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
-TRACED = (
+TRACED_FILES = {
     str(ROOT / "train.py"),
-    cell.__file__,
-    run_folder.__file__,
-    checkpoint.__file__,
-    write.__file__,
-)
+    file_writing.__file__,
+    *map(str, (ROOT / "minia3" / "training").glob("*.py")),
+}
+
+
+# Models and tasks
 
 
 @functools.cache
 def home():
-    return tempfile.TemporaryDirectory(prefix="minia3-tests-")  # goes when Python ends
+    """The folder of what these tests share. It is removed when Python ends."""
+    return tempfile.TemporaryDirectory(prefix="minia3-tests-")
 
 
 @functools.cache
 def model(name, seed=0):
-    """The folder of a random model of CONFIGS with a tokenizer of words."""
-    folder, generator = Path(home().name, f"{name}-{seed}"), torch.Generator().manual_seed(seed)
+    """Return the folder of a random model of CONFIGS, whose tokenizer knows words w3, w4 ..."""
+    folder = Path(home().name, f"{name}-{seed}")
+    generator = torch.Generator().manual_seed(seed)
     new = build_model(CONFIGS[name])
-    for key, p in list(new.named_parameters()):
+    for key, parameter in list(new.named_parameters()):
         scale = 1.0 if "embed" in key or "position" in key else 0.3
-        place_parameter(
-            new,
-            key,
-            scale * torch.randn(p.shape, generator=generator) + key.endswith("norm.weight"),
-        )
+        values = scale * torch.randn(parameter.shape, generator=generator)
+        place_parameter(new, key, values + key.endswith("norm.weight"))
     minia3.save_model(new, folder, word_tokenizer(ends=name == "t5"))
     return folder
 
 
 def rows(n, n_choices=(2,), seed=0):
-    """Rows with as many choices as `n_choices` says by turns; 0 stands for a target."""
+    """Return n rows with as many choices as `n_choices` says in turns. 0 stands for a target."""
     rng = random.Random(seed)
 
     def text(longest):
@@ -73,59 +80,65 @@ def rows(n, n_choices=(2,), seed=0):
 
     made = []
     for i in range(n):
-        c = n_choices[i % len(n_choices)]
+        n_choices_of_row = n_choices[i % len(n_choices)]
         row = {"input": text(8)}
-        if c:
-            choices = [f"w{3 + k} {text(3)}" for k in range(c)]  # the first word keeps them apart
-            row |= {"choices": choices, "label": rng.randrange(c)}
+        if n_choices_of_row:
+            # The first word makes the choices differ.
+            row["choices"] = [f"w{3 + k} {text(3)}" for k in range(n_choices_of_row)]
+            row["label"] = rng.randrange(n_choices_of_row)
         else:
-            row |= {"target": text(3)}
+            row["target"] = text(3)
         made.append(row)
     return made
 
 
 def write(folder, **splits):
-    """A folder of own rows: -> its path."""
+    """Write rows as the splits of a user's task, and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, part in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for split, split_rows in splits.items():
+        lines = [json.dumps(row) + "\n" for row in split_rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
     return folder
 
 
 @functools.cache
 def task(n_choices=(2,)):
-    """The folder of a task: 20 rows to train on, 10 to validate, 12 to test."""
+    """Return the folder of a task: 20 rows to train on, 10 to validate, 12 to test."""
     made = rows(42, n_choices)
     name = "-".join(map(str, n_choices))
-    return write(
-        Path(home().name, f"task-{name}"), train=made[:20], validation=made[20:30], test=made[30:]
-    )
+    folder = Path(home().name, f"task-{name}")
+    return write(folder, train=made[:20], validation=made[20:30], test=made[30:])
+
+
+# Runs in this process
 
 
 def words(out, *flags, **values):
-    """A command line: of a short run into `out` on the random T5 and its task, unless `values` say otherwise."""
-    default = {"model": model("t5"), "task": task(), "device": "cpu"}
-    values = {**default, "steps": 12, "batch_size": 4, "eval_batch_size": 64, "out": out, **values}
-    named = [
-        w
-        for key, v in values.items()
-        if v is not None
-        for w in (f"--{key.replace('_', '-')}", str(v))
-    ]
-    return [*named, *flags]
+    """Return the command line of a short run into `out` on the random T5 and its task.
+
+    values: flags that differ from this; None leaves a flag out.
+    """
+    defaults = {"model": model("t5"), "task": task(), "device": "cpu"}
+    defaults |= {"steps": 12, "batch_size": 4, "eval_batch_size": 64, "out": out}
+    typed = []
+    for name, value in {**defaults, **values}.items():
+        if value is not None:
+            typed += [f"--{name.replace('_', '-')}", str(value)]
+    return [*typed, *flags]
 
 
 def run(arguments):
-    """`train.main`: -> its exit code. Signals, threads and other state of the process stay as they were."""
+    """Call `train.main` and return its exit code. The state of this process stays as it was."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads, environ = torch.get_num_threads(), dict(os.environ)
+    n_threads = torch.get_num_threads()
+    environ = dict(os.environ)
     try:
         with torch.random.fork_rng(devices=[]):
             return train.main([str(word) for word in arguments])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(n_threads)
         torch.use_deterministic_algorithms(False)
         os.environ.clear()
         os.environ.update(environ)
@@ -135,20 +148,8 @@ def resume(folder):
     return run(["--resume", folder])
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def outcome(folder):
-    """What two equal runs have in common: the adapters' bytes, and all numbers of metrics.jsonl that are not times."""
-    lines = [
-        {key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)
-    ]
-    return tuple(path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))), lines
-
-
 def fails(arguments, capsys, *parts, code=2):
-    """The command line ends with `code` and one line on stderr with these parts in it."""
+    """Assert that the command line ends with `code` and one line on stderr that has these parts."""
     capsys.readouterr()
     assert run(arguments) == code
     err = capsys.readouterr().err
@@ -159,34 +160,67 @@ def fails(arguments, capsys, *parts, code=2):
         assert str(part) in err, err
 
 
+# What a run has written
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(folder, name):
+    """Return the lines of metrics.jsonl about one kind of event."""
+    return [line for line in metrics(folder) if line["event"] == name]
+
+
+def outcome(folder):
+    """Return what two equal runs share: the bytes of all adapters, and metrics except for times."""
+    lines = []
+    for line in metrics(folder):
+        lines.append({name: value for name, value in line.items() if name not in TIMES})
+    adapters = [path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))]
+    return tuple(adapters), lines
+
+
+def last_vectors(folder):
+    """Return the vectors in a run's last checkpoint: (A, D), in the dtype of their training."""
+    return read_vectors(folder)
+
+
 def contents(folder):
-    """Path -> bytes of all files."""
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Return the bytes of all files in a folder, by path."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+# Interruptions
 
 
 @contextlib.contextmanager
 def at_line(n, act):
-    """Call `act` before the n-th line of train.py, runs.py and files.py that runs, counted from `train.run` on.
+    """Call `act` before the n-th line that a run executes, counted from `train.run_grid` on.
 
-    Gives a list of the lines that ran so far.
+    Only lines of train.py, minia3/training and the writing of files count. Yield a list of the
+    lines that were executed so far, as (file name, line number).
     """
-    ran = []
+    executed = []
 
-    def line(frame, event, _):
+    def trace_line(frame, event, _):
         if event == "line":
-            ran.append((os.path.basename(frame.f_code.co_filename), frame.f_lineno))
-            if len(ran) == n:
+            executed.append((os.path.basename(frame.f_code.co_filename), frame.f_lineno))
+            if len(executed) == n:
                 act()
-        return line
+        return trace_line
 
-    def call(frame, event, _):
-        code = frame.f_code
-        return line if code.co_filename in TRACED and (ran or code is train.run.__code__) else None
+    def trace_call(frame, event, _):
+        has_begun = executed or frame.f_code is train.run_grid.__code__
+        if frame.f_code.co_filename in TRACED_FILES and has_begun:
+            return trace_line
+        return None
 
     before = sys.gettrace()
-    sys.settrace(call)
+    sys.settrace(trace_call)
     try:
-        yield ran
+        yield executed
     finally:
         sys.settrace(before)
 
@@ -195,7 +229,7 @@ def kill_self(number=signal.SIGKILL):
     os.kill(os.getpid(), number)
 
 
-# Runs in other processes: forked from a server that has imported torch once
+# Runs in other processes, which are forked from a server that has imported torch
 
 
 @functools.cache
@@ -212,25 +246,32 @@ def processes():
 
 
 def start(arguments, log, prepare=None):
-    """`train.main` in a process of its own, its output in the file `log`; `prepare` is called there first."""
+    """Start `train.main` in another process, and return the process.
+
+    log: the file for its output. prepare: makes a context in which it runs there.
+    """
     arguments = [str(word) for word in arguments]
-    process = processes().Process(target=child, args=(arguments, str(log), prepare))
+    process = processes().Process(target=run_in_child, args=(arguments, str(log), prepare))
     process.start()
     return process
 
 
 def finish(process):
+    """Wait for a process, and return its exit code."""
     process.join(60)
     assert process.exitcode is not None
     return process.exitcode
 
 
-def child(arguments, log, prepare):
+def run_in_child(arguments, log, prepare):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    tqdm.set_lock(threading.RLock())  # its own outlives a process that is killed
-    with prepare() if prepare else contextlib.nullcontext():
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    # tqdm's own lock is shared by processes, and a process that is killed may never release it.
+    tqdm.set_lock(threading.RLock())
+    context = contextlib.nullcontext() if prepare is None else prepare()
+    with context:
         code = train.main(arguments)
     sys.exit(code)

@@ -92,6 +92,11 @@ class Task(NamedTuple):
             )
 
     @property
+    def members(self) -> "list[Task]":
+        """The tasks that are evaluated one by one: this one. A Mixture has several (see mixture.py)."""
+        return [self]
+
+    @property
     def evaluation(self) -> tuple[str, list[dict]]:
         """The name and the rows of the split to report on.
 

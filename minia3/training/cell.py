@@ -1,173 +1,148 @@
-"""To be written."""
+"""One adapter of a run, and how far its training is."""
 
-from functools import lru_cache
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import torch
+from tqdm import tqdm
 
-from minia3.checkpoints.known_models import base_of, known_model
-from minia3.tasks.batches import order
-from minia3.tasks.examples import encode_rows
-from minia3.tasks.prompts import for_family
-from minia3.tasks.splits import load_task
-from minia3.training.flags import expand_grid
+from minia3.training.assignment import assign_rows
+from minia3.training.checkpoint import all_finite, copy_values, set_values
+from minia3.training.optimizer import make_optimizer
+
+ADVICE = "try a lower --lr or --dtype float32"
 
 
-class Part:
-    """A task of a cell: its rows to train on, to choose by (held out) and to report on, and its prompts.
+@dataclass
+class Progress:
+    """How far a cell is.
 
-    Raises ValueError where there is nothing to train or to report on, or no such prompt.
+    With its parameters and its optimizer, this is its part of a checkpoint.
     """
 
-    def __init__(self, config, task, trains):
-        self.task, self.said = task, [*task.notes]
-        if not task.validation and any(row["label"] < 0 for row in task.test) and trains:
-            self.split, self.rows = "test", []
-            self.said.append("no rows are labelled but those to train on: nothing is measured")
-        else:
-            self.split, self.rows = task.evaluation
-        self.train_rows, self.held_out = task.train, []
-        shuffled = np.random.RandomState([config.seed, 4]).permutation(
-            len(task.train)
-        )  # SST-2's shots are by class
-        shuffled = [task.train[i] for i in shuffled]
-        if trains and config.eval_every and self.split == "test" and task.validation:
-            self.held_out = task.validation
-        elif trains and config.eval_every:  # never the split that is reported
-            n = max(1, len(task.train) // 5)
-            self.train_rows, self.held_out = shuffled[:-n], shuffled[-n:]
-        if (trains or config.method == "icl") and not self.train_rows:
-            kept = " beside those which --eval-every holds out" if self.held_out else ""
-            raise ValueError(
-                f"{task.name}: no rows to train on{kept}: expected more in train.jsonl"
-            )
-        if trains and task.metric == "exact_match" and "lm" not in config.losses.split(","):
-            raise ValueError(
-                f"{task.name}: a target has no other choices beside it: --losses {config.losses} lacks lm"
-            )
-        self.shots = shuffled if config.method == "icl" else ()
-        row = known_model(base_of(config.model))
-        family = row and row.family
-        self.prompts = for_family(task.prompts, family)
-        numbers = {str(i): prompt for i, prompt in enumerate(self.prompts)}
-        asked = (
-            [*numbers]
-            if config.eval_prompt == "all"
-            else [*dict.fromkeys(str(config.eval_prompt).split(","))]
-        )
-        if not {*asked} <= numbers.keys():
-            expected = (
-                f"all, or some of 0 to {len(numbers) - 1} for {task.name}, commas between them"
-            )
-            raise ValueError(f"--eval-prompt is {config.eval_prompt}, expected {expected}")
-        self.measured = [numbers[number] for number in asked]
-        if n := len(self.held_out):
-            self.said.append(
-                f"the best vectors are chosen on {n} rows that are neither trained nor reported on"
-            )
-        if family in task.seen:
-            self.said.append(
-                f"{family} saw this task's labels in its pre-training: these results are not few-shot"
-            )
-        what = "put before each" if config.method == "icl" else "train on"
-        counts = (
-            f"{len(self.train_rows)} rows to {what}, {len(self.rows)} of {self.split} to report on"
-        )
-        self.said = [f"task     {task.name}: {counts}", *(f"note     {note}" for note in self.said)]
+    before: list | None = None  # the results before training, one per member of the task
+    n_steps: int = 0
+    best_accuracy: float | None = None  # on the held-out rows
+    best_parameters: dict = field(default_factory=dict)  # name to tensor
+    n_misses: int = 0  # evaluations since then
+    failure: str | None = None  # why the cell failed, if it did
+    is_reported: bool = False
 
 
 class Cell:
-    """One adapter of a run, a cell of its grid, with its tasks: one, or with --adapters one all that mix.
+    """A cell of the grid: one adapter, the flags that are its own, and its task."""
 
-    config: the run's flags, but of what the grid's axes hold one value; these name the cell.
-    """
-
-    def __init__(self, config, parts, axes):
-        self.config, self.parts = config, parts
-        names = {"task": parts[0].task.name, "seed": f"s{config.seed}", "lr": f"lr{config.lr}"}
-        self.name = "-".join(
-            (names | {"warmup_ratio": f"w{config.warmup_ratio}"})[axis] for axis in axes
-        )
-        self.title, self.key = (
-            "",
-            {},
-        )  # what a line of output begins with, and a line of metrics has
-        self.folder = Path("model" if config.method == "full" else "adapter")
+    def __init__(self, config, task, name="", axes=()):
+        """config: the run's flags, with one value for each axis of the grid, which `name` tells."""
+        self.config = config
+        self.task = task  # a plain task or a mixture
+        self.assignments = [assign_rows(member, config) for member in task.members]
+        self.name = name
+        self.progress = Progress()
+        self.key = {}  # what tells this cell apart in lines of metrics.jsonl
+        kind = "model" if config.method == "full" else "adapter"
+        self.folder = Path(kind)  # in the folder of the run
         if axes:
-            self.title, self.folder = (
-                f"{self.name}: ",
-                Path("adapters", self.name.replace("/", "-")),
-            )
-            self.key = {"adapter": self.name} | {
-                axis: getattr(config, axis) for axis in ("seed", "lr", *axes)
-            }
-        for part in parts:
-            part.title = self.title + f"{part.task.name}: " * (len(parts) > 1)
-            part.key = self.key | {"task": part.task.name}
+            self.key["adapter"] = name
+            for axis in ("seed", "lr", *axes):
+                self.key[axis] = getattr(config, axis)
+            self.folder = Path("adapters", name.replace("/", "-"))
+
+        # What follows is set by `attach`, once there is a model.
+        self.row = 0  # of the vectors' tables
+        self.tables = {}  # name to parameter of the model: for (IA)^3, a table with a row per cell
+        self.parameters = {}  # name to what this cell trains: for (IA)^3, its row of the table
+        self.optimizer = None
+        self.batches = []  # the examples of each step
+
+    @property
+    def title(self):
+        """What a line on the console begins with, if the run has several cells."""
+        return f"{self.name}: " if self.name else ""
+
+    def title_of(self, member):
+        """Return the title of a line about one member of a mixture."""
+        if len(self.task.members) == 1:
+            return self.title
+        return f"{self.title}{member.name}: "
+
+    def key_of(self, member):
+        return {**self.key, "task": member.name}
 
     @property
     def checksums(self):
-        several = self.key or len(self.parts) > 1
-        digests = [
-            (part.task.name, *item) for part in self.parts for item in part.task.checksums.items()
-        ]
-        return {f"{task}/{file}" if several else file: digest for task, file, digest in digests}
+        """The checksums of the task's files: name to sha256."""
+        has_several_tasks = self.key or len(self.task.members) > 1
+        found = {}
+        for member in self.task.members:
+            for file, digest in member.checksums.items():
+                name = f"{member.name}/{file}" if has_several_tasks else file
+                found[name] = digest
+        return found
 
+    @property
+    def is_active(self):
+        """Whether the cell still trains: it has not failed, and it has patience left."""
+        is_out_of_patience = 0 < self.config.patience <= self.progress.n_misses
+        return self.progress.failure is None and not is_out_of_patience
 
-def make_cells(config, trains):
-    """The cells of the grid that the flags' commas make. ValueError: two adapters, or tasks of one, are named alike."""
-    axes, configs = expand_grid(config, ["task"] * (config.adapters == "one"))
-    found, tasks = [], {}
-    for one in configs:
-        names = one.task if isinstance(one.task, tuple) else (one.task,)
-        for name in names:
-            if (name, one.seed) not in tasks:
-                tasks[name, one.seed] = load_task(name, config.data_dir, config.shots, one.seed)
-        found.append(Cell(one, [Part(one, tasks[name, one.seed], trains) for name in names], axes))
-    for names in [
-        [cell.name for cell in found],
-        *([part.task.name for part in cell.parts] for cell in found),
-    ]:
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"expected a name for each adapter, and each task of a mixture, found {names!r:.200}"
-            )
-    return found
+    def attach(self, trained, row):
+        """Train one row of the tables `trained`, or with LoRA and full fine-tuning all of it."""
+        self.row = row
+        self.tables = trained
+        self.parameters = trained
+        if self.config.method == "ia3":
+            # A view of the row is a parameter of its own, so the optimizer sees no other row.
+            self.parameters = {}
+            for name, table in trained.items():
+                self.parameters[name] = torch.nn.Parameter(table.data[row : row + 1])
+        if self.config.is_training:
+            self.optimizer = make_optimizer(self.parameters.values(), self.config)
 
+    def clip_gradient(self):
+        """Scale this cell's gradient down to the norm --clip, if it is larger."""
+        if self.config.method == "ia3":
+            for name, parameter in self.parameters.items():
+                parameter.grad = self.tables[name].grad[self.row : self.row + 1]
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
 
-def draw_examples(cell, tokenizer):
-    """-> the examples of each step. Each time that a row comes, its prompt is drawn anew, as in T-Few.
+    def update(self, lr):
+        """Take a step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.progress.n_steps += 1
 
-    Where tasks mix, an example is of each in proportion to its rows, of which at most `--cap` count (as in T5's
-    mixtures: arXiv 1910.10683, section 3.5.2).
-    """
-    config, parts, rows_of, plan = cell.config, cell.parts, [], []
-    for part in parts:
-        rows_of.append(lru_cache(1)(order(len(part.train_rows), config.batch_size, config.seed)))
-    size, drawn = np.minimum([len(part.train_rows) for part in parts], config.cap), [0] * len(parts)
-    for step in range(config.steps):  # for each example of a step: task, row and prompt
-        rng, rng_of_prompt = (
-            np.random.RandomState([config.seed, stream, step]) for stream in (3, 1)
-        )
-        task = rng.choice(len(parts), config.batch_size, p=size / size.sum()).tolist()
-        prompt = rng_of_prompt.randint([len(parts[i].prompts) for i in task]).tolist()
-        plan.append([])
-        for i, p in zip(task, prompt, strict=True):
-            nth, place = divmod(drawn[i], config.batch_size)
-            plan[-1].append((i, rows_of[i](nth)[place], p))
-            drawn[i] += 1
-    examples, n_cut = {}, 0
-    for i, part in enumerate(parts):
-        wanted, end = (
-            sorted({x for step in plan for x in step if x[0] == i}),
-            part.task.metric == "exact_match",
-        )
-        texts = [(part.train_rows[row], part.prompts[p]) for _, row, p in wanted]
-        _, encoded, cut = encode_rows(texts, tokenizer, config.max_length, end)
-        examples |= dict(zip(wanted, encoded, strict=True))
-        n_cut += cut
-    if n_cut:
-        print(
-            f"note     {n_cut} of {len(examples)} training inputs are cut to {config.max_length} tokens (--max-length)"
-        )
-    return [[examples[x] for x in step] for step in plan]
+    def judge(self, results):
+        """Keep the parameters if these are the best results on held-out rows (one per member)."""
+        progress = self.progress
+        accuracy = sum(result["accuracy"] for result in results) / len(results)
+        is_first = progress.best_accuracy is None
+        is_better = is_first or accuracy > progress.best_accuracy
+        is_as_good = is_first or accuracy >= progress.best_accuracy
+        progress.n_misses = 0 if is_better else progress.n_misses + 1
+        if is_as_good and all_finite(self.parameters):  # of equal ones, the later is kept
+            progress.best_accuracy = accuracy
+            progress.best_parameters = copy_values(self.parameters)
+
+    def take_best(self):
+        """Return to the best parameters, if any were chosen, and check them."""
+        set_values(self.parameters, self.progress.best_parameters)
+        if self.progress.failure is None and not all_finite(self.parameters):
+            self.fail("the parameters are not finite after the last step")
+
+    def fail(self, reason):
+        """End the training of this cell. The other cells continue."""
+        self.progress.failure = f"{self.title}{reason}: {ADVICE}"
+        if self.title:
+            tqdm.write(f"failed   {self.progress.failure}", file=sys.stdout)
+
+    def state_dict(self):
+        optimizer_state = self.optimizer.state_dict() if self.optimizer else None
+        return {"progress": dict(vars(self.progress)), "optimizer": optimizer_state}
+
+    def load_state_dict(self, state):
+        self.progress = Progress(**state["progress"])
+        if self.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])

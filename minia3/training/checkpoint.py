@@ -1,61 +1,102 @@
-"""To be written."""
+"""checkpoint.pt: from what a run can continue, and the vectors that it has trained so far."""
 
 import io
+from dataclasses import dataclass, field
 
 import torch
 
 from minia3.files.read import reading
 from minia3.files.write import replacing
 
+LAYOUT = 2  # goes up if an older checkpoint cannot be continued
+OTHER_LAYOUT = (
+    "not a checkpoint of this version of minia3: finish the run with the version that began it, "
+    "or remove the file to begin anew"
+)
+DAMAGED = "damaged; without it, the run begins anew"
 
-def save_checkpoint(folder, state):
-    if folder is None:  # nothing is written
+
+@dataclass
+class Checkpoint:
+    """Where a run stands: the results that it has, and the state of the group that trains."""
+
+    is_finished: bool = False
+    n_done: int = 0  # cells in the groups that are done
+    finals: list = field(default_factory=list)  # the final lines of metrics.jsonl
+    failure: str | None = None  # why the last cell that failed did so
+    n_bytes: int = 0  # of metrics.jsonl: what lies beyond is not part of this state
+    group: dict | None = None  # Group.state_dict of the group that trains
+
+    def check(self):
+        """Raise TypeError if a value has another type."""
+        has_counts = type(self.n_done) is int and type(self.n_bytes) is int
+        has_containers = isinstance(self.finals, list) and isinstance(self.group, dict | None)
+        if not has_counts or not has_containers or self.n_bytes < 0:
+            raise TypeError("not the state of a run")
+
+
+def save_checkpoint(folder, checkpoint):
+    """Replace the checkpoint of a run's folder. Without a folder, nothing is written."""
+    if folder is None:
         return
-    buffer = io.BytesIO()  # torch's own writer hides what the disk says
-    torch.save(state, buffer)
+    # torch's own writer turns the message of a full disk into another one: let Path write instead.
+    buffer = io.BytesIO()
+    torch.save({"layout": LAYOUT, **vars(checkpoint)}, buffer)
     with replacing(folder / "checkpoint.pt") as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def save_last_checkpoint(folder, saved, whole):
-    """The last checkpoint, without what only going on needs; of a whole model that would be four times its size."""
-    gone = ("optimizers", "random") + ("vectors", "cells") * whole
-    save_checkpoint(
-        folder, {key: x for key, x in saved.items() if key not in gone} | {"finished": True}
-    )
-
-
 def load_checkpoint(folder):
-    """The last checkpoint of a run, or None. Raises ValueError where it is damaged."""
+    """Return the last Checkpoint of a run, or None. Raise ValueError if it is damaged."""
     path = folder / "checkpoint.pt"
-    with reading(path, "damaged; without it, the run begins anew"):
-        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        if state is not None and not (state["finished"] or {"done", "metrics"} <= state.keys()):
+    if not path.exists():
+        return None
+    with reading(path, DAMAGED):
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(values, dict):
             raise TypeError("not the state of a run")
-        return state
+        if values.pop("layout", None) != LAYOUT:
+            if values.get("finished") is True:  # as earlier versions wrote it
+                return Checkpoint(is_finished=True)
+            raise ValueError(OTHER_LAYOUT)
+        checkpoint = Checkpoint(**values)
+        checkpoint.check()
+        return checkpoint
 
 
-def copy_values(vectors):
-    return {name: vector.detach().cpu().clone() for name, vector in vectors.items()}
+def read_vectors(folder):
+    """Return what the last checkpoint of a run has trained: name to (A, D), a row per adapter.
+
+    The tensors have the dtype in which they were trained. The files of an adapter are float32.
+    """
+    return load_checkpoint(folder).group["parameters"]
 
 
-def set_values(vectors, saved):
+# Tensors and the random state
+
+
+def copy_values(parameters):
+    """Return copies on the CPU: name to tensor."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+
+
+def set_values(parameters, saved):
+    """Copy saved values into parameters in place, because views and optimizers refer to these."""
     for name, value in saved.items():
-        vectors[name].data.copy_(value)
+        parameters[name].data.copy_(value)
 
 
-def all_finite(vectors):
-    return all(bool(x.isfinite().all()) for x in vectors.values())
+def all_finite(parameters):
+    return all(bool(parameter.isfinite().all()) for parameter in parameters.values())
 
 
 def random_state():
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    """Return the state of torch's global generators, from which dropout is drawn."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "gpus": on_gpus}
 
 
 def set_random_state(state):
     torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["gpus"]:
+        torch.cuda.set_rng_state_all(state["gpus"])

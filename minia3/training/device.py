@@ -1,5 +1,6 @@
-"""To be written."""
+"""Where a model runs: the device, the dtype of its weights, and the memory that it took."""
 
+import os
 import sys
 from contextlib import suppress
 
@@ -7,29 +8,57 @@ import torch
 
 from minia3.files.read import one_line
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# With fewer parameters than this, sharing an operation among cores takes longer than the operation.
+SMALL_MODEL = 10**7
+
 
 def choose_device(name):
-    """-> the device, and why this one. Raises ValueError for one that is not there."""
+    """Return the device, and why it was chosen. Raise ValueError if there is no such device."""
     if name is None:
-        found = torch.cuda.is_available()
-        return torch.device(
-            "cuda" if found else "cpu"
-        ), torch.cuda.get_device_name() if found else "no CUDA GPU found"
+        if torch.cuda.is_available():
+            return torch.device("cuda"), torch.cuda.get_device_name()
+        return torch.device("cpu"), "no CUDA GPU found"
     try:
         torch.ones(1, device=name).tolist()
-        return torch.device(name), "as asked"
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device is {name!r}, expected cpu or cuda: {one_line(error)}") from None
+    return torch.device(name), "as asked"
+
+
+def choose_dtype(config, device):
+    """Return the dtype of the weights.
+
+    The vectors are float32 whatever the dtype of the base is.
+    """
+    if config.dtype is not None:
+        return DTYPES[config.dtype]
+    # Full fine-tuning updates the weights themselves, and in bfloat16 small updates are lost.
+    if device.type == "cpu" or config.method == "full":
+        return torch.float32
+    return torch.bfloat16
+
+
+def use_deterministic_kernels():
+    """Make the same run give the same bits on a GPU, too."""
+    torch.use_deterministic_algorithms(True)
+    # torch refuses cuBLAS without this, because cuBLAS is not deterministic otherwise.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def limit_threads(n_parameters):
+    if n_parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def peak_memory(device):
-    """Bytes: the most that torch held on a CUDA device; on the CPU, the largest resident set of this process."""
+    """Return bytes: the most that torch held on a GPU, or on a CPU that the process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(ImportError):  # Windows has none
+    with suppress(ImportError):  # Windows does not have this module
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        kilobytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kilobytes_or_bytes if sys.platform == "darwin" else kilobytes_or_bytes * 1024
     return 0

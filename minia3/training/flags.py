@@ -1,120 +1,186 @@
-"""To be written."""
+"""Make a command line from a dataclass: a field is a flag, with its type, default, help and limits.
+
+    @dataclass
+    class Config:
+        lr: float | tuple = flag(3e-3, "peak learning rate", above=0)  # --lr 3e-3, --lr 1e-3,1e-2
+
+The type says how a value is read. With `| tuple`, commas separate several values, which make a
+grid: one adapter for each combination. With `| None`, a flag may be left out.
+"""
 
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 from itertools import product
 from typing import get_args
 
-TESTS = {
-    "one_of": lambda value, limit: value in limit,
-    "some_of": lambda value, limit: {*(x := value.split(","))} <= {*limit} and len({*x}) == len(x),
-    "at_least": lambda value, limit: value >= limit,
-    "above": lambda value, limit: limit < value < float("inf"),
-    "below": lambda value, limit: value < limit,
-}
-
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError where argparse prints how a command is used, and exits."""
+    """An ArgumentParser that raises ValueError instead of printing the usage and exiting."""
 
     def error(self, message):
         raise ValueError(f"{message} (--help explains all flags)")
 
 
 def flag(default, help, also=(), **limits):
-    """A field of the dataclass. also: other names of the flag; limits: names of TESTS."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "also": also, "limits": limits}
-    )
+    """Return a field of the dataclass.
+
+    also: other names of the flag. limits: of its value, by the names that `is_within` knows.
+    """
+    metadata = {"help": help, "also": also, "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def option(name):
+    """Return a field's name as it is typed."""
     return "--" + name.replace("_", "-")
 
 
-def several(kind):
-    """What reads a text: one value of `kind`, or with commas between them, where it is no path, a tuple."""
+# Reading a command line
+
+
+def parse_flags(config_class, argv, description):
+    """Return the command line as an instance of `config_class`. Raise ValueError if it is wrong."""
+    parser = Parser(
+        prog="train.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a run's flags mean the same when the next version has more of them
+    )
+    for field in dataclasses.fields(config_class):
+        names = [option(field.name), *field.metadata["also"]]
+        parser.add_argument(*names, default=field.default, help=help_text(field), **reader(field))
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        typed = unknown[0].partition("=")[0]
+        message = f"{unknown[0]!r} is not a flag, nor the value of one"
+        similar = difflib.get_close_matches(typed, map(option, vars(values)), n=1)
+        if similar:
+            message += f": did you mean {similar[0]}?"
+        parser.error(message)
+    return config_class(**vars(values))
+
+
+def help_text(field):
+    """Return a field's help with its default. If that is None, the help says what happens then."""
+    if field.default is None:
+        return field.metadata["help"]
+    default = "no" if field.default is False else field.default
+    return f"{field.metadata['help']} (default: {default})"
+
+
+def reader(field):
+    """Return the arguments of add_argument that say how the field's value is read."""
+    kind = kinds_of(field)[0]
+    if kind is bool:
+        return {"action": "store_true"}
+    read = kind
+    if tuple in kinds_of(field):
+        read = list_reader(kind)
+    return {"type": read, "metavar": kind.__name__}
+
+
+def list_reader(kind):
+    """Return a function that reads "a,b" as a tuple, and "a" or an existing path as one value."""
 
     def read(text):
-        values = tuple(kind(part) for part in ([text] if os.path.exists(text) else text.split(",")))
+        if os.path.exists(text):  # a path may have a comma in it
+            return kind(text)
+        values = tuple(kind(part) for part in text.split(","))
         return values if len(values) > 1 else values[0]
 
-    read.__name__ = kind.__name__  # argparse's errors name it
+    read.__name__ = kind.__name__  # argparse names it in an error
     return read
 
 
-def expand_grid(config, whole=()):
-    """-> the names of the fields that hold several values, and a config of one value each for each cell of the grid.
-
-    whole: fields whose values stay together.
-    """
-    axes = {
-        name: x for name, x in vars(config).items() if isinstance(x, tuple) and name not in whole
-    }
-    return list(axes), [
-        dataclasses.replace(config, **dict(zip(axes, x, strict=True)))
-        for x in product(*axes.values())
-    ]
+def kinds_of(field):
+    """Return the types of a field: (int, NoneType) for `int | None`."""
+    return get_args(field.type) or (field.type,)
 
 
-def flag_words(config, names):
-    """The flags `names` with their values, as they are typed."""
-    found = [(option(name), getattr(config, name)) for name in names]
-    texts = [(name, x if isinstance(x, tuple) else (x,)) for name, x in found]
-    return [
-        word
-        for name, x in texts
-        for word in ([name] if x[0] is True else [name, ",".join(map(str, x))])
-    ]
-
-
-def parse_flags(cls, argv, description):
-    """The command line as an instance of `cls`. Raises ValueError for an unknown flag, and a word that is no value."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog="train.py", description=description, formatter_class=raw, allow_abbrev=False
-    )
-    for field in dataclasses.fields(cls):
-        (kind, *others), default = get_args(field.type) or (field.type,), field.default
-        read = several(kind) if tuple in others else kind
-        how = {"action": "store_true"} if kind is bool else {"type": read, "metavar": kind.__name__}
-        help = field.metadata["help"] + (
-            "" if default is None else f" (default: {'no' if default is False else default})"
-        )
-        parser.add_argument(
-            option(field.name), *field.metadata["also"], default=default, help=help, **how
-        )
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(
-            unknown[0].partition("=")[0], map(option, vars(values)), n=1
-        )
-        hint = "".join(f": did you mean {name}?" for name in near)
-        parser.error(f"{unknown[0]!r} is no flag, nor the value of one{hint}")
-    return cls(**vars(values))
+# Checking values
 
 
 def check_flags(config):
-    """Raise ValueError for the first field whose value is of another type, empty or out of its limits."""
+    """Raise ValueError for the first field with a value of the wrong type or beyond its limits."""
     for field in dataclasses.fields(config):
-        values, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
-        for value in (
-            values if tuple in kinds and isinstance(values, tuple) and values else [values]
-        ):
-            found = f"{option(field.name)} is {value!r}, expected"
-            if (
-                value == ""
-                or isinstance(value, tuple)
-                or not isinstance(value, kinds + (int,) * (float in kinds))
-            ):
-                raise ValueError(f"{found} {kinds[0].__name__}")
-            for name, limit in field.metadata["limits"].items() if value is not None else ():
-                if not TESTS[name](value, limit):
-                    told = (
-                        ",".join(limit) + ", none twice" * (name == "some_of")
-                        if isinstance(limit, tuple)
-                        else limit
-                    )
-                    raise ValueError(f"{found} {name.replace('_', ' ')} {told}")
+        value = getattr(config, field.name)
+        values = [value]
+        if tuple in kinds_of(field) and isinstance(value, tuple) and value:
+            values = value
+        for value in values:
+            check_value(field, value)
+
+
+def check_value(field, value):
+    """Raise ValueError if a field's value has the wrong type, is empty, or is beyond a limit."""
+    kinds = kinds_of(field)
+    accepted = (*kinds, int) if float in kinds else kinds
+    found = f"{option(field.name)} is {value!r}, expected"
+    if value == "" or isinstance(value, tuple) or not isinstance(value, accepted):
+        raise ValueError(f"{found} {kinds[0].__name__}")
+    if value is None:
+        return
+    for limit_name, limit in field.metadata["limits"].items():
+        if not is_within(limit_name, limit, value):
+            raise ValueError(f"{found} {describe_limit(limit_name, limit)}")
+
+
+def is_within(limit_name, limit, value):
+    """Return whether a value keeps a limit.
+
+    NaN keeps none, because comparisons with it are false.
+    """
+    if limit_name == "one_of":
+        return value in limit
+    if limit_name == "some_of":
+        parts = value.split(",")
+        return set(parts) <= set(limit) and len(set(parts)) == len(parts)
+    if limit_name == "at_least":
+        return value >= limit
+    if limit_name == "above":
+        return limit < value < math.inf
+    return value < limit  # below
+
+
+def describe_limit(limit_name, limit):
+    words = limit_name.replace("_", " ")
+    if limit_name == "some_of":
+        return f"{words} {','.join(limit)}, none twice"
+    if limit_name == "one_of":
+        return f"{words} {','.join(limit)}"
+    return f"{words} {limit}"
+
+
+# Writing a command line, and grids
+
+
+def flag_words(config, names):
+    """Return the flags `names` and their values as the words that one would type."""
+    words = []
+    for name in names:
+        value = getattr(config, name)
+        words.append(option(name))
+        if isinstance(value, tuple):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def expand_grid(config, whole=()):
+    """Return the fields that hold several values, and a config for each combination of these.
+
+    whole: fields whose values stay together.
+    """
+    axes = {}
+    for name, value in vars(config).items():
+        if isinstance(value, tuple) and name not in whole:
+            axes[name] = value
+    configs = []
+    for values in product(*axes.values()):
+        changes = dict(zip(axes, values, strict=True))
+        configs.append(dataclasses.replace(config, **changes))
+    return list(axes), configs

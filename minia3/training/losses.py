@@ -1,49 +1,71 @@
-"""To be written."""
+"""T-Few's three losses (Liu et al. 2022, arXiv 2205.05638, section 3.3), whose weights are all one.
+
+    likelihood         L_LM = - mean over tokens t of the right choice of log p(y_t | x, y_<t)
+    unlikelihood       L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))
+    length-normalised  L_LN = - mean over rows of the log softmax, over the choices and taken at the
+                                right one, of (1/T) sum_t log p(y_t | x, y_<t)
+
+A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more.
+
+Shapes: B rows, C choices, L tokens of a choice. Padding, and choices that a row does not have, are
+False in the mask.
+"""
 
 import torch
 import torch.nn.functional as F
 
 from minia3.inference.scoring import choice_scores
 
-UNLIKELY_EPS = 1e-2  # T-Few's code adds it inside of the logarithm; the paper does not have it
+# T-Few's code adds this inside the logarithm, so that a certain wrong choice has a finite loss. The
+# paper does not mention it.
+UNLIKELY_EPS = 1e-2
 
 
 def right_tokens(mask_BCL, label_B):
-    """(B, C, L) bool: the tokens of the right choice."""
-    return (
-        mask_BCL
-        & (torch.arange(mask_BCL.shape[1], device=label_B.device) == label_B[:, None])[:, :, None]
-    )
+    """Return (B, C, L) bool: which tokens belong to the right choice."""
+    choice_C = torch.arange(mask_BCL.shape[1], device=label_B.device)
+    is_right_BC = choice_C == label_B[:, None]
+    return mask_BCL & is_right_BC[:, :, None]
 
 
 def lm_loss(logp_BCL, mask_BCL, label_B):
-    return -logp_BCL.masked_fill(~right_tokens(mask_BCL, label_B), 0.0).sum()
+    is_right_BCL = right_tokens(mask_BCL, label_B)
+    return -logp_BCL.masked_fill(~is_right_BCL, 0.0).sum()
 
 
 def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
-    # T-Few's code has padding and the right choice in this sum too, each as log p = -100: a constant, no gradient.
-    wrong_BCL = mask_BCL & ~right_tokens(mask_BCL, label_B)
-    return -torch.log(1 - logp_BCL.exp() + UNLIKELY_EPS).masked_fill(~wrong_BCL, 0.0).sum()
+    # T-Few's code also sums over padding and over the right choice, as log p = -100. Each adds the
+    # constant -log(1 + eps), which has no gradient. We leave them out, so our value is larger.
+    is_wrong_BCL = mask_BCL & ~right_tokens(mask_BCL, label_B)
+    unlikely_BCL = torch.log(1 - logp_BCL.exp() + UNLIKELY_EPS)
+    return -unlikely_BCL.masked_fill(~is_wrong_BCL, 0.0).sum()
 
 
 def length_normalised_loss(logp_BCL, mask_BCL, label_B):
     return F.cross_entropy(choice_scores(logp_BCL, mask_BCL), label_B, reduction="sum")
 
 
-LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}
+LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}  # sums, not means
 
 
-def counts(mask_BCL, label_B):
-    """What each loss is a mean over: right choices' tokens and wrong ones' (the batch's, as T-Few has it), and rows."""
+def count_terms(mask_BCL, label_B):
+    """Return how many terms each mean has: tokens of right choices, of wrong choices, and rows."""
     n_right = int(right_tokens(mask_BCL, label_B).sum())
     return {"lm": n_right, "ul": int(mask_BCL.sum()) - n_right, "ln": len(label_B)}
 
 
-def total_loss(logp_BCL, mask_BCL, label_B, which=("lm", "ul", "ln"), n=None):
-    """The sum of the losses named in `which` (all weights are one, as in T-Few): a scalar with gradients.
+def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=None):
+    """Return the sum of the losses in `names`: a scalar that carries gradients.
 
-    n: the `counts` of the batch that these rows are a part of; the parts' losses then add up to the whole's.
+    logp_BCL: see `choice_logprobs`. n_terms: the `count_terms` of the batch that these rows are a
+    part of, if they are one. Then the losses of the parts add up to the loss of the batch.
     """
-    n = n or counts(mask_BCL, label_B)
-    mask_BCL, label_B = mask_BCL.to(logp_BCL.device), label_B.to(logp_BCL.device)
-    return sum(LOSSES[name](logp_BCL, mask_BCL, label_B) / max(n[name], 1) for name in which)
+    if n_terms is None:
+        n_terms = count_terms(mask_BCL, label_B)
+    mask_BCL = mask_BCL.to(logp_BCL.device)
+    label_B = label_B.to(logp_BCL.device)
+    loss = 0
+    for name in names:
+        # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.
+        loss = loss + LOSSES[name](logp_BCL, mask_BCL, label_B) / max(n_terms[name], 1)
+    return loss

@@ -1,4 +1,4 @@
-"""How a model's modules are set up to train: dropout, recomputation, compilation."""
+"""Set up a model's modules for training: dropout, recomputation, compilation."""
 
 import torch
 
@@ -7,13 +7,13 @@ from minia3.model.recompute import recompute_blocks
 
 
 def prepare_model(model, config):
-    """Apply --dropout, --checkpoint and --compile to the modules of `model`."""
+    """Apply --dropout, --recompute and --compile to the modules of `model`."""
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if config.dropout is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = config.dropout
-    if config.checkpoint:
+    if config.recompute:
         recompute_blocks(blocks)
     if config.compile:
         # A block has several graphs: the first or the last one, padded or not, training or not.

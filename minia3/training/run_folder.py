@@ -1,4 +1,10 @@
-"""To be written."""
+"""The folder of a run: its name, its config.json, and its metrics.jsonl.
+
+config.json      all flags, versions, and the checksums of the data
+metrics.jsonl    a line per event: before, train, eval, final, failed
+checkpoint.pt    see checkpoint.py
+adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
+"""
 
 import dataclasses
 import json
@@ -11,145 +17,163 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import minia3
+from minia3 import __version__
 from minia3.files.lock import lock_folder
 from minia3.files.read import read_json
 from minia3.files.write import write_json
-from minia3.training.checkpoint import load_checkpoint
 
-PARTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
+CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
+LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
+
+
+def default_folder(config):
+    """Return runs/<model>-<task>-<method>-<seed>, with commas between several values."""
+    return Path("runs", run_name(config))
 
 
 def run_name(config):
-    """The default name of a run's folder: <model>-<task>-<method>-<seed>, where need be with several values, and lr.
-
-    Of a mixture the method is ia3-one.
-    """
-    lists = [x if isinstance(x, tuple) else (x,) for x in (config.task, config.seed, config.lr)]
-    lists[0], parts = [Path(task).stem for task in lists[0]], []
-    for values in lists:
-        text = ",".join(map(str, values))
-        parts.append(
-            f"{values[0]}+{len(values) - 1}" if len(text) > 50 and len(values) > 1 else text
-        )
-    method = config.method + "-one" * (config.adapters == "one" and len(lists[0]) > 1)
-    return "-".join(
-        [Path(config.model).name, parts[0], method, *parts[1 : 3 if len(lists[2]) > 1 else 2]]
-    )
+    tasks = [Path(task).stem for task in as_tuple(config.task)]
+    method = config.method
+    if config.adapters == "one" and len(tasks) > 1:
+        method += "-one"  # a mixture of these tasks is not the grid of these tasks
+    parts = [Path(config.model).name, join_values(tasks), method]
+    parts.append(join_values(as_tuple(config.seed)))
+    if len(as_tuple(config.lr)) > 1:
+        parts.append(join_values(as_tuple(config.lr)))
+    return "-".join(parts)
 
 
-def open_run(config, check):
-    """-> config, the run's folder (None: nothing is written), its last checkpoint (None: there is none), its lock.
-
-    check: raises ValueError for a config that cannot be.
-    """
-    if config.resume is not None:
-        if config != type(config)(resume=config.resume):
-            raise ValueError(
-                "--resume goes alone: all other flags come from the config.json of its folder"
-            )
-        folder = Path(config.resume)
-        raw = {
-            key: tuple(x) if isinstance(x, list) else x
-            for key, x in read_run_config(folder).items()
-        }
-        config = type(config)(**{key: raw[key] for key in vars(config) if key in raw})
-        check(config)
-        held = lock_folder(folder)
-        return config, folder, load_checkpoint(folder), held
-    check(config)
-    if config.out is None and config.eval_only:
-        return config, None, None, None
-    config.out = config.out or str(Path("runs", run_name(config)))
-    folder = Path(config.out)
-    return config, folder, None, begin_run(folder, dataclasses.asdict(config))
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
-def begin_run(folder, values):
-    """Make the folder of a new run, with its config.json: -> its lock. `values`: of all flags.
+def join_values(values):
+    """Return "a,b,c", or "a+2" if that would be too long."""
+    text = ",".join(map(str, values))
+    if len(text) > LONGEST_NAME and len(values) > 1:
+        return f"{values[0]}+{len(values) - 1}"
+    return text
 
-    Raises ValueError where `folder` cannot be made or written to, and where it holds a run.
+
+# Beginning, continuing and undoing a run
+
+
+def begin_run(folder, config):
+    """Make the folder of a new run with its config.json, and return its lock.
+
+    Raise ValueError if the folder cannot be made or written to, or if it holds a run already.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock_folder(folder)
-        if found := ", ".join(name for name in PARTS if (folder / name).exists()):
+        lock = lock_folder(folder)
+        found = [name for name in CONTENTS if (folder / name).exists()]
+        if found:
             raise ValueError(
-                f"{folder} holds a run already ({found}): use --resume or another --out, or remove it"
+                f"{folder} holds a run already ({', '.join(found)}): "
+                "use --resume or another --out, or remove it"
             )
-        write_json(folder / "config.json", values | environment())
+        write_json(folder / "config.json", dataclasses.asdict(config) | environment())
     except OSError as error:
         raise ValueError(
             f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"
         ) from None
-    return held
+    return lock
 
 
 def discard_run(folder):
-    """Undo `begin`, where a run ended before it measured anything: the next try finds the place free."""
-    if not (folder / "metrics.jsonl").exists():
-        for name in ("config.json", ".lock"):
-            (folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # it held other files before
-            folder.rmdir()
+    """Undo `begin_run` if nothing was evaluated yet, so that the user can try again."""
+    if (folder / "metrics.jsonl").exists():
+        return
+    for name in ("config.json", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # the folder is not empty: it held other files before
+        folder.rmdir()
+
+
+def restore_flags(asked):
+    """Return the flags of the run in the folder --resume. Raise ValueError if others are given."""
+    config_class = type(asked)
+    if asked != config_class(resume=asked.resume):
+        raise ValueError(
+            "--resume goes alone: all other flags come from the config.json of its folder"
+        )
+    folder = Path(asked.resume)
+    saved = read_run_config(folder)
+    if saved.get("similar_lengths"):
+        raise ValueError(
+            f"{folder}: this run of an earlier version has --similar-lengths, which is gone: "
+            "finish it with that version"
+        )
+    if "checkpoint" in saved:
+        saved["recompute"] = saved["checkpoint"]  # the flag's earlier name
+    values = {}
+    for field in dataclasses.fields(config_class):
+        if field.name in saved:
+            value = saved[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values | {"resume": asked.resume})
 
 
 def read_run_config(folder):
-    """The flags of a run, and what else its config.json holds. Raises ValueError for a folder that holds no run."""
+    """Return what the config.json of a run holds: its flags, and more.
+
+    Raise ValueError if the folder is not that of a run.
+    """
     try:
         config = read_json(folder / "config.json")
         if not {"model", "task"} <= config.keys():
-            raise ValueError(f"{folder / 'config.json'} is that of something else")
+            raise ValueError(f"{folder / 'config.json'} belongs to something else")
     except ValueError as error:
         raise ValueError(f"expected the folder of a run: {error}") from None
     return config
 
 
 def record_data(folder, checksums):
-    """Add the data's checksums to config.json. Raises ValueError where a run that goes on began with other data."""
+    """Add the data's checksums to config.json.
+
+    Raise ValueError if a resumed run finds other data.
+    """
     config = read_run_config(folder)
     if config.get("data", checksums) != checksums:
         raise ValueError(
-            f"{folder}: the task's files have changed since this run began: put them back, or begin anew"
+            f"{folder}: the task's files have changed since this run began: "
+            "restore them, or begin a new run"
         )
     write_json(folder / "config.json", config | {"data": checksums})
 
 
 def environment():
-    """What a result depends on beside the flags: versions, and the commit of the repository that the code is in."""
-    commit = None
-    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        git = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    """Return what a result depends on besides the flags: versions, and the commit of this code."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    return {"minia3": minia3.__version__, "git_commit": commit, "versions": versions}
+    return {"minia3": __version__, "git_commit": git_commit(), "versions": versions}
+
+
+def git_commit():
+    """Return the commit of this file's repository, with -dirty if files differ from it, or None."""
+    command = ["git", "-C", str(Path(__file__).parent)]
+    command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or no repository
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
 
 
 class Metrics:
-    """metrics.jsonl. What lies past its first `size` bytes, where the run goes on, is cut."""
+    """metrics.jsonl. Without a folder, nothing is written."""
 
-    def __init__(self, folder, size):
+    def __init__(self, folder, n_bytes):
+        """Cut what an interrupted run wrote after its last checkpoint: all beyond `n_bytes`."""
         self.path = folder / "metrics.jsonl" if folder else None
         if folder and self.path.exists():
-            os.truncate(self.path, min(size, self.path.stat().st_size))
+            os.truncate(self.path, min(n_bytes, self.path.stat().st_size))
 
     def write(self, **values):
-        """Add a line: -> bytes so far."""
+        """Add a line, and return how many bytes the file has."""
         if self.path is None:
             return 0
-        with self.path.open("a") as file:  # closed, and so flushed, line by line
+        with self.path.open("a") as file:  # closed after each line, so that it is on disk
             file.write(json.dumps(values) + "\n")
         return self.path.stat().st_size

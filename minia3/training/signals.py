@@ -1,28 +1,42 @@
-"""To be written."""
+"""How a run is stopped: Ctrl-C and SIGTERM."""
 
 import signal
-
-
-class Failed(Exception):
-    """A run that cannot go on, and what to try."""
+from contextlib import contextmanager
 
 
 class Stopped(BaseException):
-    """A signal asked to stop: its number."""
+    """A signal asked the run to stop.
+
+    This is a BaseException, like KeyboardInterrupt, so that no `except Exception` swallows it.
+    """
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
 
 
 class Signals:
-    """Ctrl-C and SIGTERM raise Stopped: at once, but within a step (`in_step`) at its end: none is half done."""
+    """Raises Stopped on SIGINT and SIGTERM: at once, or at the end of an `uninterrupted` block."""
 
     def __init__(self):
-        self.in_step, self.number = False, None
+        self.is_held = False
+        self.pending = None  # the number of the signal that has arrived
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+            signal.signal(number, self.receive)
 
-    def __call__(self, number, frame):
-        self.number = number
+    def receive(self, number, frame):
+        self.pending = number
         self.check()
 
     def check(self):
-        if self.number is not None and not self.in_step:
-            raise Stopped(self.number)
+        if self.pending is not None and not self.is_held:
+            raise Stopped(self.pending)
+
+    @contextmanager
+    def uninterrupted(self):
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False
+        self.check()

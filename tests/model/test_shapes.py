@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import running
 import torch
 from conftest import tokens
 from words import texts, word_tokenizer
@@ -126,11 +127,16 @@ def watched(folder):
 
 
 def suffixed_names(path):
-    """Return the set of (function, name): all arguments and locals with a suffix in a file."""
+    """Return the set of (function, name): all arguments and locals with a suffix in a file.
+
+    Variables of comprehensions are left out, because they are no locals of their function.
+    """
     found = set()
 
     def visit(node, function):
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.comprehension):
+                continue
             name = bound_name(child)
             if name and function and SUFFIXED.fullmatch(name):
                 found.add((f"{short_name(path)}.{function}", name))
@@ -188,6 +194,7 @@ def run(model, tokenizer, folder):
     evaluate_rows(model, tokenizer)
     use_adapters(model, tokenizer, folder)
     planned_memory(model.config, torch.float32, N_ROWS, N_SOURCE, True)
+    assert running.run(running.words(folder / "run", steps=1)) == 0
 
 
 def train_steps(model):
@@ -199,7 +206,9 @@ def train_steps(model):
         logp = minia3.logprobs(model, state.repeat(N_CHOICES), targets)
         logp = logp.view(N_ROWS, N_CHOICES, N_TARGET)
         total_loss(logp, torch.ones_like(logp, dtype=torch.bool), label).backward()
-        Adafactor(minia3.vectors(model).values(), lr=1e-3).step()
+        optimizer = Adafactor(minia3.vectors(model).values(), lr=1e-3)
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
         model.step(TARGET[:, :4], state)  # on an empty cache
         model.step(TARGET[:, 4:5], state)  # one token
         model.step(TARGET[:, 5:8], state)  # several tokens on a cache

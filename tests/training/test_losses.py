@@ -1,5 +1,8 @@
-"""Guards the three losses: equal to numbers worked out by hand and to T-Few's own formulation, blind to padding and to
-choices that a row does not have, and additive over the parts of a batch (gradient accumulation)."""
+"""The three losses equal values worked out by hand, and T-Few's own formulation.
+
+They are blind to padding and to choices that a row does not have, and the losses of the parts of a
+batch add up to the loss of the batch.
+"""
 
 import math
 from itertools import pairwise
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minia3.inference.scoring import choice_scores
-from minia3.training.losses import LOSSES, counts, total_loss, unlikelihood_loss
+from minia3.training.losses import LOSSES, count_terms, total_loss, unlikelihood_loss
 
 INF = float("inf")
 
@@ -27,11 +30,14 @@ LOGP = torch.tensor(
 ).log()
 MASK = torch.tensor([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 0, 0]]]).bool()
 LABEL = torch.tensor([0, 1])
-N_RIGHT, N_WRONG, N_ROWS = 4, 3, 2
+N_RIGHT = 4
+N_WRONG = 3
+N_ROWS = 2
 
 L_LM = -math.log(0.5 * 0.25 * 0.5 * 0.8) / N_RIGHT
 L_UL = -math.log(0.81 * 0.91 * 0.61) / N_WRONG  # 1 - p + 0.01 for p = 0.2, 0.1, 0.4
-# The mean of log 0.5, log 0.25, log 0.5 is log of the cube root of 1/16; of log 0.1 and log 0.4 it is log 0.2.
+# The mean of log 0.5, log 0.25 and log 0.5 is the log of the cube root of 1/16. The mean of log 0.1
+# and log 0.4 is log 0.2.
 L_LN = (
     -(math.log(0.0625 ** (1 / 3) / (0.0625 ** (1 / 3) + 0.2)) + math.log(0.8 / (0.2 + 0.8)))
     / N_ROWS
@@ -39,7 +45,7 @@ L_LN = (
 
 
 def test_each_loss_is_the_number_worked_out_by_hand():
-    assert counts(MASK, LABEL) == {"lm": N_RIGHT, "ul": N_WRONG, "ln": N_ROWS}
+    assert count_terms(MASK, LABEL) == {"lm": N_RIGHT, "ul": N_WRONG, "ln": N_ROWS}
     for name, expected in {"lm": L_LM, "ul": L_UL, "ln": L_LN}.items():
         assert total_loss(LOGP, MASK, LABEL, (name,)).item() == pytest.approx(expected, rel=1e-6)
     assert total_loss(LOGP, MASK, LABEL).item() == pytest.approx(L_LM + L_UL + L_LN, rel=1e-6)
@@ -69,8 +75,9 @@ class Logits(NamedTuple):
 def random_case(seed, n_rows, n_choices, length, n_ids=7):
     """Every row has all choices, of random lengths from 1 to `length`, as T-Few's code needs."""
     g = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(n_rows, n_choices, length, n_ids, generator=g, dtype=torch.float64)
-    target = torch.randint(n_ids, (n_rows, n_choices, length), generator=g)
+    shape = (n_rows, n_choices, length)
+    logits = 2 * torch.randn(*shape, n_ids, generator=g, dtype=torch.float64)
+    target = torch.randint(n_ids, shape, generator=g)
     lengths = torch.randint(1, length + 1, (n_rows, n_choices, 1), generator=g)
     label = torch.randint(n_choices, (n_rows,), generator=g)
     return Logits(logits.requires_grad_(), target, torch.arange(length) < lengths, label)
@@ -95,13 +102,12 @@ def t_few(case):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(2, 4), st.integers(1, 5))
-def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows, n_choices, length):
+def test_losses_and_gradients_equal_t_fews_except_for_a_constant(seed, n_rows, n_choices, length):
     case = random_case(seed, n_rows, n_choices, length)
     theirs, n_constant = t_few(case)
-    n = counts(case.mask_BCL, case.label_B)
-    theirs["ul"] = (
-        theirs["ul"] + n_constant * math.log(1.01) / n["ul"]
-    )  # theirs is smaller by log 1.01 for each
+    n = count_terms(case.mask_BCL, case.label_B)
+    # Their loss is smaller by log 1.01 for each position that is counted as log p = -100.
+    theirs["ul"] = theirs["ul"] + n_constant * math.log(1.01) / n["ul"]
     for name, expected in theirs.items():
         ours = total_loss(case.logp_BCL, case.mask_BCL, case.label_B, (name,))
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -115,7 +121,7 @@ def test_losses_and_their_gradients_are_t_few_s_but_for_a_constant(seed, n_rows,
 
 
 def ragged(seed, n_rows, n_choices, length):
-    """A batch whose rows have from one choice to `n_choices`; where there is no token, anything may stand."""
+    """Return a batch whose rows have 1 to `n_choices` choices. Padding has any value."""
     case = random_case(seed, n_rows, n_choices, length)
     g = torch.Generator().manual_seed(seed)
     n_of_row = torch.randint(1, n_choices + 1, (n_rows, 1, 1), generator=g)
@@ -137,20 +143,20 @@ def losses_of(logp_BCL, mask_BCL, label_B):
     st.integers(1, 4),
     st.integers(0, 3),
 )
-def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
-    seed, n_rows, n_choices, length, extra
-):
+def test_padding_and_missing_choices_change_no_loss(seed, n_rows, n_choices, length, extra):
     logp, mask, label = ragged(seed, n_rows, n_choices, length)
     expected = torch.zeros(3, dtype=torch.float64)
-    n = counts(mask, label)
+    n = count_terms(mask, label)
     for row in range(n_rows):
-        texts = [
-            choice[real].tolist()
-            for choice, real in zip(logp[row], mask[row], strict=True)
-            if real.any()
-        ]
+        texts = []
+        for choice, is_real in zip(logp[row], mask[row], strict=True):
+            if is_real.any():
+                texts.append(choice[is_real].tolist())
         means = torch.tensor([sum(text) / len(text) for text in texts], dtype=torch.float64)
-        wrong = [x for i, text in enumerate(texts) if i != label[row] for x in text]
+        wrong = []
+        for i, text in enumerate(texts):
+            if i != label[row]:
+                wrong += text
         expected[0] -= sum(texts[label[row]]) / n["lm"]
         expected[1] -= sum(math.log(1 - math.exp(x) + 0.01) for x in wrong) / max(n["ul"], 1)
         expected[2] -= means.log_softmax(0)[label[row]] / n["ln"]
@@ -167,14 +173,15 @@ def test_rows_with_fewer_choices_and_padding_give_the_losses_of_what_is_there(
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.sets(st.integers(1, 5)))
-def test_parts_with_the_whole_s_counts_add_up_to_the_whole(seed, n_rows, cuts):
+def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(seed, n_rows, cuts):
     logp, mask, label = ragged(seed, n_rows, 3, 4)
-    n = counts(mask, label)
+    n = count_terms(mask, label)
     total_loss(logp, mask, label).backward()
-    whole, logp.grad = logp.grad, None
+    whole = logp.grad
+    logp.grad = None
     edges = [0, *sorted(cut for cut in cuts if cut < n_rows), n_rows]
     parts = [slice(first, last) for first, last in pairwise(edges)]
-    losses = [total_loss(logp[part], mask[part], label[part], n=n) for part in parts]
+    losses = [total_loss(logp[part], mask[part], label[part], n_terms=n) for part in parts]
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(sum(losses), total_loss(logp, mask, label))
@@ -183,13 +190,14 @@ def test_parts_with_the_whole_s_counts_add_up_to_the_whole(seed, n_rows, cuts):
 
 def test_a_row_with_one_choice_has_its_likelihood_alone():
     logp = torch.tensor([[[-0.5, -2.0]], [[-1.0, -9.0]]], requires_grad=True)
-    mask, label = torch.tensor([[[True, True]], [[True, False]]]), torch.zeros(2, dtype=torch.long)
+    mask = torch.tensor([[[True, True]], [[True, False]]])
+    label = torch.zeros(2, dtype=torch.long)
     assert losses_of(logp, mask, label).tolist() == pytest.approx([3.5 / 3, 0.0, 0.0])
     total_loss(logp, mask, label).backward()
     torch.testing.assert_close(logp.grad, torch.tensor([[[-1.0, -1.0]], [[-1.0, 0.0]]]) / 3)
 
 
-def test_a_wrong_choice_that_cannot_be_is_as_if_it_were_not_there():
+def test_a_wrong_choice_of_probability_0_adds_nothing_to_the_softmax():
     logp = LOGP.clone()
     logp[1, 0, 0] = -INF  # one token of probability 0
     logp.requires_grad_()

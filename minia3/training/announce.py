@@ -1,0 +1,40 @@
+"""What a run says before it begins."""
+
+
+def announce_device(device, reason, dtype):
+    dtype_name = str(dtype).removeprefix("torch.")
+    print(f"device   {device} ({reason}), {dtype_name}")
+
+
+def announce_group(group, is_first):
+    """Print what trains, and on which rows. Groups of one run have the same model."""
+    if is_first:
+        announce_model(group)
+    lines = []
+    for cell in group.cells:
+        for assignment in cell.assignments:
+            lines += describe_assignment(assignment, cell.config)
+    lines += [f"note     {text}" for text in group.warnings]
+    for line in dict.fromkeys(lines):  # cells that share a task share its lines
+        print(line)
+
+
+def announce_model(group):
+    name = group.config.model
+    share = group.n_trained / group.n_base
+    trained = f"{group.n_trained:,} that train ({share:.3%})"
+    print(f"model    {name}: {group.n_base:,} parameters, and {trained}")
+
+
+def describe_assignment(assignment, config):
+    """Return lines about the rows of a task and what they are used for."""
+    n_train = len(assignment.train_rows)
+    n_report = len(assignment.report_rows)
+    use = "train on"
+    if config.method == "icl":
+        use = "put before each"
+    report = f"{n_report} of {assignment.report_split} to report on"
+    lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
+    for note in assignment.notes:
+        lines.append(f"note     {note}")
+    return lines

@@ -1,0 +1,132 @@
+"""What a run does with the rows and the prompts of a task.
+
+train      is trained on, or shown before each input by in-context learning
+held out   chooses the best vectors (--eval-every), and is not trained on
+report     gives the result, and nothing is chosen by it
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minia3.checkpoints.known_models import base_of, known_model
+from minia3.tasks.prompts import Prompt, for_family
+from minia3.tasks.task import Task
+
+
+@dataclass
+class Assignment:
+    """The rows and prompts of a task, by what a run does with them."""
+
+    task: Task
+    train_rows: list[dict]
+    held_out_rows: list[dict]
+    report_rows: list[dict]
+    report_split: str  # the name of the split that `report_rows` are
+    shots: list[dict]  # examples before each input
+    prompts: tuple[Prompt, ...]  # to draw from in training
+    eval_prompts: list[Prompt]
+    notes: list[str]  # what the user should know about these rows
+
+
+def assign_rows(task, config):
+    """Return the Assignment of a task. `config` has one seed.
+
+    Raise ValueError if there are no rows to train on or to report on, or no such prompt.
+    """
+    if is_without_results(task, config):
+        split = "test"
+        report_rows = []
+    else:
+        split, report_rows = task.evaluation
+    train_rows, held_out_rows = hold_out(task, config, split)
+    check_train_rows(task, config, train_rows, held_out_rows)
+    shots = shuffled_rows(task.train, config.seed) if config.method == "icl" else []
+    family = family_of(config.model)
+    prompts = for_family(task.prompts, family)
+    return Assignment(
+        task=task,
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        report_rows=report_rows,
+        report_split=split,
+        shots=shots,
+        prompts=prompts,
+        eval_prompts=choose_prompts(prompts, config.eval_prompt, task.name),
+        notes=[*task.notes, *notes_on(task, family, report_rows, held_out_rows)],
+    )
+
+
+def notes_on(task, family, report_rows, held_out_rows):
+    """Return what the user should know about the choice of rows and of the model."""
+    notes = []
+    if not report_rows:
+        notes.append("only the rows to train on have labels: nothing is evaluated")
+    if held_out_rows:
+        n_rows = len(held_out_rows)
+        notes.append(
+            f"the best vectors are chosen on {n_rows} rows that are neither trained nor reported on"
+        )
+    if family in task.seen:
+        notes.append(
+            f"{family} saw this task's labels in its pre-training: these results are not few-shot"
+        )
+    return notes
+
+
+def is_without_results(task, config):
+    """Return whether all labelled rows are trained on, as in T-Few's submission to RAFT."""
+    has_hidden_labels = any(row["label"] < 0 for row in task.test)
+    return config.is_training and has_hidden_labels and not task.validation
+
+
+def hold_out(task, config, report_split):
+    """Return the rows to train on, and the rows that choose the best vectors."""
+    if not (config.is_training and config.eval_every):
+        return task.train, []
+    if report_split == "test" and task.validation:
+        return task.train, task.validation
+    # The validation rows are reported on, so a fifth of the rows to train on is held out instead.
+    n_held_out = max(1, len(task.train) // 5)
+    rows = shuffled_rows(task.train, config.seed)
+    return rows[:-n_held_out], rows[-n_held_out:]
+
+
+def shuffled_rows(rows, seed):
+    """Return the rows in a random order, because few-shot rows may be sorted by label (SST-2)."""
+    permutation = np.random.RandomState([seed, 4]).permutation(len(rows))
+    return [rows[i] for i in permutation]
+
+
+def check_train_rows(task, config, train_rows, held_out_rows):
+    """Raise ValueError if nothing can be learnt from the rows."""
+    needs_rows = config.is_training or config.method == "icl"
+    if needs_rows and not train_rows:
+        kept = " besides those that --eval-every holds out" if held_out_rows else ""
+        raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
+    has_no_loss = task.metric == "exact_match" and "lm" not in config.losses.split(",")
+    if config.is_training and has_no_loss:
+        raise ValueError(
+            f"{task.name}: its rows have a target and no other choices, "
+            f"so --losses {config.losses} lacks lm"
+        )
+
+
+def family_of(model):
+    """Return the pre-training that a known model, or the base of a saved one, has had; or None."""
+    known = known_model(base_of(model))
+    return known.family if known else None
+
+
+def choose_prompts(prompts, asked, task_name):
+    """Return the prompts that --eval-prompt asks for: their numbers, or all. Raise ValueError."""
+    if asked == "all":
+        return list(prompts)
+    numbers = dict.fromkeys(str(asked).split(","))  # each once, in the order of the flag
+    chosen = []
+    for number in numbers:
+        if number not in map(str, range(len(prompts))):
+            expected = f"all, or some of 0 to {len(prompts) - 1}, separated by commas"
+            raise ValueError(f"--eval-prompt is {asked}, expected {expected} for {task_name}")
+        chosen.append(prompts[int(number)])
+    return chosen

@@ -1,0 +1,66 @@
+"""One forward pass for the examples of several cells.
+
+Shapes: B examples, C choices, L tokens of a choice.
+"""
+
+import torch
+
+from minia3.tasks.batches import collate
+from minia3.training.losses import count_terms, total_loss
+
+
+class MixedBatch:
+    """The examples of one step: all of the first cell's, then all of the second's, and so on."""
+
+    def __init__(self, cells, step, has_rows):
+        """has_rows: whether the model has a row of vectors for each of several cells."""
+        self.cells = cells
+        self.pairs = []  # (cell, example)
+        self.n_terms = {}  # cell -> of its losses, over the whole step
+        self.has_rows = has_rows
+        for cell in cells:
+            examples = cell.batches[step]
+            self.pairs += [(cell, example) for example in examples]
+            whole = collate(examples)
+            self.n_terms[cell] = count_terms(whole.target_mask_BCL, whole.label_B)
+
+    @property
+    def n_tokens(self):
+        """How many tokens the step reads or scores, without padding."""
+        total = 0
+        for _, example in self.pairs:
+            total += len(example.source) + sum(map(len, example.targets))
+        return total
+
+    def split(self, size=None):
+        """Yield micro-batches of at most `size` examples.
+
+        Their losses add up to those of the step.
+        """
+        size = size or len(self.pairs)
+        for first in range(0, len(self.pairs), size):
+            yield MicroBatch(self.pairs[first : first + size], self.n_terms, self.has_rows)
+
+
+class MicroBatch:
+    """The examples of one forward pass. Those of a cell are contiguous."""
+
+    def __init__(self, pairs, n_terms, has_rows):
+        self.cells = [cell for cell, _ in pairs]  # the owner of each example
+        self.batch = collate([example for _, example in pairs])
+        self.n_terms = n_terms
+        self.row_B = None  # the model's only row
+        if has_rows:
+            self.row_B = torch.tensor([cell.row for cell in self.cells])
+
+    def losses(self, logp_BCL):
+        """Return a dict from each cell to these examples' share of its loss."""
+        found = {}
+        for cell in dict.fromkeys(self.cells):
+            first = self.cells.index(cell)
+            rows = slice(first, first + self.cells.count(cell))
+            mask_BCL = self.batch.target_mask_BCL[rows]
+            label_B = self.batch.label_B[rows]
+            names = cell.config.losses.split(",")
+            found[cell] = total_loss(logp_BCL[rows], mask_BCL, label_B, names, self.n_terms[cell])
+        return found

@@ -1,0 +1,44 @@
+"""The cells of a run: one adapter for each combination of the flags that have several values."""
+
+from minia3.tasks.mixture import mix
+from minia3.tasks.splits import load_task
+from minia3.training.cell import Cell
+from minia3.training.flags import expand_grid
+
+
+def make_cells(config):
+    """Return the cells of the grid. Raise ValueError if two of them have the same name."""
+    whole = ["task"] if config.adapters == "one" else []
+    axes, cell_configs = expand_grid(config, whole)
+    loaded = {}  # cells of the same seed share the rows of a task
+    cells = []
+    for cell_config in cell_configs:
+        task = load_task_of(cell_config, loaded)
+        cells.append(Cell(cell_config, task, cell_name(cell_config, task, axes), axes))
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected another name for each adapter, found {names!r:.200}")
+    return cells
+
+
+def load_task_of(config, loaded):
+    """Return the task of a cell, or with several values of --task their mixture."""
+    names = config.task if isinstance(config.task, tuple) else (config.task,)
+    tasks = []
+    for name in names:
+        key = (name, config.seed)
+        if key not in loaded:
+            loaded[key] = load_task(name, config.data_dir, config.shots, config.seed)
+        tasks.append(loaded[key])
+    return tasks[0] if len(tasks) == 1 else mix(tasks)
+
+
+def cell_name(config, task, axes):
+    """Return what varies in the grid, such as "rte-s0-lr0.01". A single cell has no name."""
+    parts = {
+        "task": task.name,
+        "seed": f"s{config.seed}",
+        "lr": f"lr{config.lr}",
+        "warmup_ratio": f"w{config.warmup_ratio}",
+    }
+    return "-".join(parts[axis] for axis in axes)

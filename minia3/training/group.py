@@ -1,0 +1,116 @@
+"""The cells that share a model: with (IA)^3 the whole grid, otherwise one cell at a time."""
+
+import warnings
+
+import torch
+
+from minia3.checkpoints.load import load_model
+from minia3.checkpoints.tokenizer import load_tokenizer
+from minia3.inference.evaluation import evaluate, over_prompts
+from minia3.model.ia3 import vectors
+from minia3.training.batch import MixedBatch
+from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
+from minia3.training.device import limit_threads
+from minia3.training.drawing import draw_batches
+from minia3.training.log import TrainingLog
+from minia3.training.methods import trainable_parameters
+from minia3.training.prepare import prepare_model
+
+
+class Group:
+    """A model, and the cells that train in it at the same time."""
+
+    def __init__(self, run, cells, config, device, dtype):
+        """Load the model with a row of vectors per cell. config: the run's flags."""
+        self.cells = cells
+        self.config = config
+        self.model = load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
+        self.tokenizer = load_tokenizer(config.model)
+        n_all = count_entries(dict(self.model.named_parameters()))
+        self.n_base = n_all - count_entries(vectors(self.model))
+
+        with warnings.catch_warnings(record=True) as caught:
+            trained = trainable_parameters(self.model, cells[0].config)
+        self.warnings = [str(warning.message) for warning in caught]
+        if dtype == torch.float64:
+            self.model.double()  # vectors, which are float32 otherwise, are float64 here
+        prepare_model(self.model, config)
+        limit_threads(self.n_base)
+
+        self.n_trained = 0  # parameters of one cell
+        self.parameters = {}  # what a checkpoint holds
+        if config.is_training:
+            self.n_trained = count_entries(trained) // len(cells)
+            # Vectors that do not train, too: they come from --adapter, and that file may change.
+            self.parameters = vectors(self.model) | trained
+        for row, cell in enumerate(cells):
+            cell.attach(trained, row)
+        self.log = TrainingLog(run, cells, config)
+        # Dropout is drawn from torch's global generator, and nothing else is.
+        torch.manual_seed(cells[0].config.seed)
+
+    @property
+    def active_cells(self):
+        return [cell for cell in self.cells if cell.is_active]
+
+    @property
+    def device(self):
+        return self.model.embed.weight.device
+
+    def draw_batches(self):
+        """Draw the examples of all steps.
+
+        Raise ValueError if a row does not fit into --max-length.
+        """
+        for cell in self.cells:
+            cell.batches = draw_batches(cell, self.tokenizer)
+
+    def next_batch(self):
+        """Return the examples of the next step, of all cells that still train."""
+        return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
+
+    def evaluate(self, cell, assignment, rows, shots=()):
+        """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
+        results = []
+        for prompt in assignment.eval_prompts:
+            result = evaluate(
+                self.model,
+                self.tokenizer,
+                rows,
+                prompt=prompt,
+                metric=assignment.task.metric,
+                shots=shots,
+                adapter=cell.row,
+                max_length=self.config.max_length,
+                max_new_tokens=self.config.max_new_tokens,
+                batch_size=self.config.eval_batch_size,
+            )
+            results.append(result)
+        return over_prompts(results)
+
+    def evaluate_held_out(self, cell):
+        """Return the results of a cell on its held-out rows, one per member of its task."""
+        results = []
+        for assignment in cell.assignments:
+            results.append(self.evaluate(cell, assignment, assignment.held_out_rows))
+        return results
+
+    def state_dict(self):
+        """Return all that a resumed run needs."""
+        return {
+            "cells": [cell.state_dict() for cell in self.cells],
+            "log": self.log.state_dict(),
+            "parameters": copy_values(self.parameters),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state):
+        for cell, cell_state in zip(self.cells, state["cells"], strict=True):
+            cell.load_state_dict(cell_state)
+        self.log.load_state_dict(state["log"])
+        set_values(self.parameters, state["parameters"])
+        set_random_state(state["random"])
+
+
+def count_entries(parameters):
+    return sum(parameter.numel() for parameter in parameters.values())

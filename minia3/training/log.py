@@ -1,0 +1,163 @@
+"""What goes into the next line of metrics.jsonl, and onto the console, while a group trains."""
+
+import math
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+from tqdm import tqdm
+
+from minia3.training.device import peak_memory
+from minia3.training.optimizer import learning_rate
+from minia3.training.report import describe
+
+LOG_EVERY = 10  # steps between two lines
+
+
+class TrainingLog:
+    """Counts steps, and collects what the next line says about the steps since the last one."""
+
+    SAVED = ("step", "evaluated_at", "seconds", "logged_seconds", "n_tokens")
+
+    def __init__(self, run, cells, config):
+        self.run = run
+        self.cells = cells
+        self.config = config
+        self.bar = None
+        self.step = 0  # how many steps are done
+        self.evaluated_at = 0  # the step of the last evaluation on held-out rows
+        self.seconds = 0.0  # spent in steps, and not in evaluation
+        self.started = 0.0  # when the step that is running did
+        # Since the last line:
+        self.logged_seconds = 0.0  # the value of `seconds` then
+        self.n_tokens = 0
+        self.losses = []  # of each step: from a cell's row to its loss
+
+    def state_dict(self):
+        state = {name: getattr(self, name) for name in self.SAVED}
+        return {**state, "losses": self.read_losses()}
+
+    def load_state_dict(self, state):
+        for name in (*self.SAVED, "losses"):
+            setattr(self, name, state[name])
+
+    @contextmanager
+    def progress_bar(self):
+        """Show a bar in a terminal.
+
+        Elsewhere, a line on the console follows each line of the file.
+        """
+        is_hidden = not sys.stderr.isatty()
+        options = {"total": self.config.steps, "initial": self.step, "unit": "step"}
+        with tqdm(**options, disable=is_hidden) as self.bar:
+            yield
+
+    # When something is due
+
+    def evaluation_is_due(self):
+        every = self.config.eval_every
+        return every > 0 and self.step % every == 0 and self.step > self.evaluated_at
+
+    def checkpoint_is_due(self):
+        return self.step % self.config.save_every == 0
+
+    def line_is_due(self):
+        is_first_or_last = self.step in (1, self.config.steps)
+        return self.step % LOG_EVERY == 0 or self.checkpoint_is_due() or is_first_or_last
+
+    # A step
+
+    def start_step(self):
+        self.started = time.perf_counter()
+        self.losses.append({})
+
+    def add_losses(self, losses):
+        """Add the losses of a micro-batch: from each cell to its share."""
+        of_step = self.losses[-1]
+        for cell, loss in losses.items():
+            of_step[cell.row] = of_step.get(cell.row, 0.0) + loss.detach()
+
+    def end_step(self, batch):
+        self.n_tokens += batch.n_tokens
+        self.step += 1
+        self.bar.update()
+        if self.line_is_due():
+            self.losses = self.read_losses()
+        self.seconds += time.perf_counter() - self.started
+
+    def read_losses(self):
+        """Return the losses as floats.
+
+        This waits for a GPU, so it happens only if a line is due.
+        """
+        steps = []
+        for losses in self.losses:
+            steps.append({row: float(loss) for row, loss in losses.items()})
+        return steps
+
+    # Lines
+
+    def fail_bad_cells(self):
+        """End each cell that has had a loss that is not finite since the last line."""
+        first_step = self.step - len(self.losses) + 1
+        for step, losses in enumerate(self.losses, first_step):
+            for row, loss in losses.items():
+                cell = self.cells[row]
+                if not math.isfinite(loss) and cell.progress.failure is None:
+                    cell.fail(f"the loss of step {step} is {loss}")
+
+    def write_training(self, cells):
+        """Write a line about the steps since the last one. cells: those that took the last step."""
+        means = self.mean_losses()
+        if not means:
+            return  # all cells have failed
+        n_examples = self.config.batch_size * sum(len(losses) for losses in self.losses)
+        seconds = self.seconds - self.logged_seconds
+        line = {
+            "loss": sum(means.values()) / len(means),
+            "lr": max(learning_rate(self.step - 1, cell.config) for cell in cells),
+            "examples_per_second": n_examples / seconds,
+            "tokens_per_second": self.n_tokens / seconds,
+            "memory_bytes": peak_memory(next(iter(cells[0].parameters.values())).device),
+        }
+        if self.cells[0].name:
+            line["losses"] = means
+        self.run.write("train", step=self.step, **line)
+        self.losses = []
+        self.n_tokens = 0
+        self.logged_seconds = self.seconds
+        self.show_training(line)
+
+    def mean_losses(self):
+        """Return the mean loss of each cell that has not failed: from its name."""
+        means = {}
+        for row in self.losses[0]:
+            cell = self.cells[row]
+            if cell.progress.failure is None:
+                of_cell = [losses[row] for losses in self.losses if row in losses]
+                means[cell.name] = np.mean(of_cell)
+        return means
+
+    def show_training(self, line):
+        text = (
+            f"loss {line['loss']:.3f}  lr {line['lr']:.1e}"
+            f"  {line['examples_per_second']:.1f} examples/s"
+            f"  {line['tokens_per_second']:.0f} tokens/s  {line['memory_bytes'] / 1e6:.0f} MB"
+        )
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            print(f"step {self.step:>6}  {text}", flush=True)
+
+    def write_evaluations(self, results):
+        """Write the results on held-out rows: of each cell, one per member of its task."""
+        for cell, cell_results in results.items():
+            for assignment, result in zip(cell.assignments, cell_results, strict=True):
+                self.write_evaluation(cell, assignment.task, result)
+        self.evaluated_at = self.step
+
+    def write_evaluation(self, cell, task, result):
+        key = cell.key_of(task)
+        self.run.write("eval", step=self.step, metric=task.metric, **key, **result)
+        text = f"{cell.title_of(task)}{describe(task.metric, result)}, held out"
+        tqdm.write(f"step {self.step:>6}  {text}", file=sys.stdout)

@@ -1,0 +1,57 @@
+"""What each method trains, and how the result is saved.
+
+ia3     the vectors of the model: a row of a table for each adapter
+lora    A and B of LoRA, which are added to some linears: the baseline of the paper
+full    every parameter except the vectors
+none    nothing: the base model is evaluated
+icl     nothing: the base model is evaluated with examples before each input
+"""
+
+from minia3.adapters.lora import add_lora, load_lora, lora_parameters, save_lora
+from minia3.adapters.rows import load_adapter, save_adapter
+from minia3.checkpoints.save import save_model
+from minia3.model.ia3 import freeze
+from minia3.model.more_vectors import choose_vectors
+
+METHODS = ("ia3", "lora", "full", "none", "icl")
+TRAINED = ("ia3", "lora", "full")
+TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cannot share one
+
+
+def trainable_parameters(model, config):
+    """Freeze all parameters that the flags do not train. Return the others: name to parameter.
+
+    --adapter is read here, for (IA)^3 into every row. `config` has one seed, which draws LoRA's A.
+    """
+    if config.method == "lora":
+        if config.adapter is not None:
+            load_lora(model, config.adapter)
+            return lora_parameters(model)
+        linears = config.where.split(",")
+        return add_lora(model, config.rank, config.alpha, linears, config.seed)
+
+    freeze(model)
+    if config.method == "full":
+        trained = {}
+        for name, parameter in model.named_parameters():
+            is_vector = parameter.requires_grad  # `freeze` leaves only the vectors
+            parameter.requires_grad_(not is_vector)
+            if not is_vector:
+                trained[name] = parameter
+        return trained
+
+    if config.adapter is not None:
+        for row in range(model.n_adapters):
+            load_adapter(model, config.adapter, row)
+    return choose_vectors(model, config.sites, config.layers, not config.no_cross)
+
+
+def save_trained(group, cell, folder):
+    """Write a cell's adapter as a PEFT folder, or for full fine-tuning the whole model."""
+    method = cell.config.method
+    if method == "ia3":
+        save_adapter(group.model, folder, cell.row)
+    elif method == "lora":
+        save_lora(group.model, folder, cell.config.model)
+    else:
+        save_model(group.model, folder, group.tokenizer)

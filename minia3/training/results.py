@@ -1,0 +1,74 @@
+"""The results of a cell before and after training, as lines of metrics.jsonl."""
+
+from minia3.training.device import peak_memory
+from minia3.training.report import describe
+
+COMPARED = ("accuracy", "auc", "accuracies")  # a final line has these before training, too
+NOT_FINAL = ("n", "n_cut")  # a final line has these under other names
+
+
+class Baselines:
+    """Results before training.
+
+    All cells start equal, so those that report on the same rows share a result.
+    """
+
+    def __init__(self):
+        self.results = {}  # by the name of the task and the rows
+
+    def find(self, group, cell, assignment):
+        rows = assignment.report_rows
+        key = (assignment.task.name, *(row["idx"] for row in rows))
+        if key not in self.results:
+            self.results[key] = group.evaluate(cell, assignment, rows)
+        return self.results[key]
+
+
+def evaluate_before(run, group, cell, baselines):
+    """Return the results of a cell before training, one per member of its task."""
+    results = []
+    for assignment in cell.assignments:
+        task = assignment.task
+        result = baselines.find(group, cell, assignment)
+        run.write("before", step=0, metric=task.metric, **cell.key_of(task), **result)
+        print(f"before   {cell.title_of(task)}{describe(task.metric, result)}", flush=True)
+        results.append(result)
+    return results
+
+
+def evaluate_after(group, cell):
+    """Return the final lines of a cell, one per member of its task."""
+    finals = []
+    for assignment, before in zip(cell.assignments, cell.progress.before, strict=True):
+        after = before
+        if group.config.is_training or assignment.shots:
+            task = assignment.task
+            after = group.evaluate(cell, assignment, assignment.report_rows, assignment.shots)
+            print(f"after    {cell.title_of(task)}{describe(task.metric, after)}", flush=True)
+        finals.append(final_line(group, cell, assignment, before, after))
+    return finals
+
+
+def final_line(group, cell, assignment, before, after):
+    final = {
+        "model": group.config.model,
+        "method": group.config.method,
+        "architecture": type(group.model).__name__,
+        "total": group.n_base,
+        "trainable": group.n_trained,
+        "seconds": round(group.log.seconds, 3),
+        "metric": assignment.task.metric,
+        "split": assignment.report_split,
+        "rows": len(assignment.report_rows),
+        **cell.key_of(assignment.task),
+        "steps": cell.progress.n_steps,
+        "rows_cut": after["n_cut"],
+        "peak_memory_bytes": peak_memory(group.device),
+    }
+    for name in COMPARED:
+        if name in before:
+            final[f"{name}_before"] = before[name]
+    for name, value in after.items():
+        if name not in NOT_FINAL:
+            final[name] = value
+    return final

@@ -1,0 +1,50 @@
+"""Rules between the flags of train.py: which of them belong together, and which contradict."""
+
+from minia3.training.flags import check_flags, option
+from minia3.training.methods import TRAINED_ALONE
+
+BELONGS_TO = {  # flag -> the only method that uses it
+    "sites": "ia3",
+    "layers": "ia3",
+    "no_cross": "ia3",
+    "rank": "lora",
+    "alpha": "lora",
+    "where": "lora",
+}
+
+
+def check_config(config):
+    """Raise ValueError if a flag has a bad value, or does not go with another flag."""
+    check_flags(config)
+    if config.patience and not config.eval_every:
+        raise ValueError("--patience counts evaluations on held-out rows: give --eval-every too")
+    if is_given(config, "cap") and config.adapters != "one":
+        raise ValueError("--cap limits the rows of a mixture's tasks: give --adapters one too")
+    for name, method in BELONGS_TO.items():
+        if is_given(config, name):
+            check_belongs(config, name, method)
+    if config.method == "icl" and config.shots is None:
+        raise ValueError("--method icl puts examples before each input: give their number, --shots")
+    if config.method in TRAINED_ALONE and config.optimizer == "adafactor":
+        # LoRA's B starts at zero and would hardly leave it. Full fine-tuning would need Adafactor
+        # to factor the second moments of matrices, and ours does not.
+        reason = "its steps are proportional to a parameter's size, and LoRA's B starts at 0"
+        raise ValueError(
+            f"--optimizer adafactor is for --method ia3 ({reason}): use --optimizer adamw"
+        )
+    if config.method == "full" and config.adapter:
+        raise ValueError("--method full continues from a model: give it as --model, not --adapter")
+
+
+def check_belongs(config, name, method):
+    if config.method != method:
+        raise ValueError(f"{option(name)} is for --method {method}, found --method {config.method}")
+    if method == "lora" and config.adapter:
+        raise ValueError(
+            f"{option(name)} is for a new LoRA, but --adapter brings a trained one: leave it out"
+        )
+
+
+def is_given(config, name):
+    """Return whether a flag differs from its default."""
+    return getattr(config, name) != getattr(type(config), name)

@@ -1,0 +1,200 @@
+"""What a run does with the rows and prompts of a task: nothing is chosen by what is reported."""
+
+import json
+
+import numpy as np
+import pytest
+from running import events, fails, metrics, model, outcome, rows, run, task, train, words, write
+from written_out import (
+    read,
+    relabelled,
+    rte_flags,
+)
+
+import minia3
+from minia3.checkpoints.known_models import known_models
+from minia3.training.assignment import assign_rows
+
+
+def test_nothing_is_chosen_on_the_rows_that_are_reported(tmp_path, monkeypatch):
+    splits = {split: read(task() / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    labels = {row["input"]: row["label"] for row in splits["validation"] + splits["test"]}
+    n_right = {3: 7, 6: 9, 9: 4, 12: 5}  # step -> how many held-out rows a model "answers"
+
+    def evaluate_by_hand(self, cell, assignment, rows, shots=()):
+        """Answer the first rows with their label in the original task, and the others wrongly."""
+        answered = n_right.get(self.log.step, 8)
+        hits = 0
+        for i, row in enumerate(rows):
+            original = labels[row["input"]]
+            answer = original if i < answered else 1 - original
+            hits += answer == row["label"]
+        return {"accuracy": hits / len(rows), "auc": None, "n": len(rows), "n_cut": 0}
+
+    monkeypatch.setattr("minia3.training.group.Group.evaluate", evaluate_by_hand)
+    tasks = {
+        "original": splits,
+        "other reported": splits | {"test": relabelled(splits["test"])},
+        "other held out": splits | {"validation": relabelled(splits["validation"])},
+    }
+    found = {}
+    for name, changed in tasks.items():
+        folder = write(tmp_path / name / "task", **changed)
+        out = tmp_path / name / "run"
+        assert run(words(out, task=folder, eval_every=3, lr=0.1)) == 0
+        found[name] = outcome(out)
+    adapters, lines = found["original"]
+    same_adapters, other_lines = found["other reported"]
+    assert adapters == same_adapters
+    assert lines[1:-1] == other_lines[1:-1]
+    assert lines[-1]["accuracy"] == pytest.approx(1 - other_lines[-1]["accuracy"])
+    # The best of the original labels is step 6, and the best of the others is step 9.
+    assert found["other held out"][0] != adapters
+
+
+@pytest.mark.slow
+def test_without_labels_for_test_a_fifth_of_train_is_held_out_and_not_trained_on(tmp_path, capsys):
+    train_rows = read(task() / "train.jsonl")
+    validation = read(task() / "validation.jsonl")
+    order = np.random.RandomState([3, 4]).permutation(20).tolist()
+
+    def changed(indices):
+        """Return the rows to train on, some of them with the other label."""
+        made = list(train_rows)
+        for i in indices:
+            made[i] = relabelled([train_rows[i]])[0]
+        return made
+
+    tasks = {
+        "base": {"train": train_rows, "validation": validation},
+        "reported": {"train": train_rows, "validation": relabelled(validation)},
+        "held out": {"train": changed(order[16:]), "validation": validation},
+        "trained on": {"train": changed(order[15:16]), "validation": validation},
+    }
+    found = {}
+    for name, splits in tasks.items():
+        folder = write(tmp_path / f"task-{name}", **splits)
+        flags = {"eval_every": 3, "steps": 24, "save_every": 100, "seed": 3}
+        assert run(words(tmp_path / name, task=folder, **flags)) == 0
+        assert "chosen on 4 rows that are neither trained nor" in capsys.readouterr().out
+        found[name] = outcome(tmp_path / name)
+    losses = {}
+    for name in tasks:
+        losses[name] = [line["loss"] for line in events(tmp_path / name, "train")]
+    assert found["base"][0] == found["reported"][0]
+    assert losses["base"] == losses["held out"] != losses["trained on"]
+    accuracies = [line["accuracy"] for line in events(tmp_path / "base", "eval")]
+    complements = [1 - line["accuracy"] for line in events(tmp_path / "held out", "eval")]
+    assert accuracies == pytest.approx(complements)
+
+
+@pytest.mark.parametrize(("n", "n_held_out"), [(2, 1), (4, 1), (20, 4)])
+def test_without_validation_a_fifth_of_train_is_held_out_but_at_least_one_row(
+    n, n_held_out, tmp_path
+):
+    splits = {"train": rows(n), "test": rows(5, seed=1)}
+    config = train.Config(model=model("t5"), task=write(tmp_path / "task", **splits), eval_every=1)
+    found = assign_rows(minia3.load_task(config.task), config)
+    assert (len(found.held_out_rows), len(found.train_rows)) == (n_held_out, n - n_held_out)
+
+
+def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path, capsys):
+    only = write(tmp_path / "only", test=rows(5))
+    assert run(words(None, "--eval-only", task=only)) == 0
+    fails(words(tmp_path / "run", task=only), capsys, "no rows to train on", "train.jsonl")
+    assert "before" not in capsys.readouterr().out
+    single = write(tmp_path / "single", train=rows(1), validation=rows(5))
+    fails(
+        words(tmp_path / "run", task=single, eval_every=1),
+        capsys,
+        "no rows to train on",
+        "--eval-every",
+    )
+    assert run(words(tmp_path / "run", task=single, steps=2)) == 0
+
+
+def test_shots_and_held_out_rows_are_of_all_classes(monkeypatch):
+    made = []
+    for i in range(32):  # sorted by label
+        made.append({"input": f"w{5 + i}", "choices": ["w3", "w4"], "label": i // 16, "idx": i})
+    data = minia3.load_task(task())._replace(train=made)
+    first_shots = []
+    for seed in range(3):
+        in_context = assign_rows(data, train.Config(method="icl", shots=16, seed=seed))
+        first_shots.append(in_context.shots[:6])
+        assert {row["label"] for row in first_shots[seed]} == {0, 1}
+        trained = assign_rows(data._replace(test=[]), train.Config(eval_every=1, seed=seed))
+        assert {row["label"] for row in trained.held_out_rows} == {0, 1}
+    assert first_shots[0] != first_shots[1]
+    assert assign_rows(data, train.Config(method="none", eval_every=1)).held_out_rows == []
+
+
+def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluated(
+    tmp_path, capsys
+):
+    folder = tmp_path / "data" / "raft" / "overruling"
+    labels = ("not overruling", "overruling")
+    folder.mkdir(parents=True)
+    train_rows = "".join(f"w{5 + i} w6,{labels[i % 2]},{i}\n" for i in range(10))
+    (folder / "train.csv").write_text("Sentence,Label,ID\n" + train_rows)
+    (folder / "test_unlabeled.csv").write_text("Sentence,ID\nw7 w8,10\n")
+    flags = {"task": "raft/overruling", "data_dir": tmp_path / "data"}
+    assert run(words(tmp_path / "run", shots=10, **flags)) == 0
+    shown = capsys.readouterr().out
+    final = metrics(tmp_path / "run")[-1]
+    assert "10 rows to train on, 0 of test to report on" in shown
+    assert "after    nothing to evaluate" in shown
+    assert "use it" not in shown
+    assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (
+        None,
+        None,
+        0,
+        12,
+    )
+    assert (tmp_path / "run" / "adapter" / "README.md").exists()
+    fails(
+        words(tmp_path / "none", shots=10, method="none", **flags),
+        capsys,
+        "no labelled rows to report on",
+    )
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("asked", ["9", "0,x", "", "all,0"])
+def test_a_prompt_that_does_not_exist_is_refused(asked, tmp_path, capsys):
+    fails(
+        words(tmp_path / "run", eval_prompt=asked, **rte_flags(tmp_path)),
+        capsys,
+        "--eval-prompt is ",
+    )
+
+
+def test_a_model_that_was_made_from_a_known_model_has_the_prompts_of_that_model(tmp_path):
+    row = {"premise": "w5", "hypothesis": "w7", "label": "entailment"}
+    write(tmp_path / "rte", train=[row], val=[row])
+    task = minia3.load_task("rte", tmp_path)
+    prompts = {}
+    for base in ("t5-base", None):
+        (folder := tmp_path / str(base)).mkdir()
+        (folder / "config.json").write_text(json.dumps({"_name_or_path": base}))
+        prompts[base] = assign_rows(task, train.Config(model=str(folder), task="rte")).prompts
+    assert (
+        prompts["t5-base"] == assign_rows(task, train.Config(model="t5-base", task="rte")).prompts
+    )
+    assert (len(prompts["t5-base"]), len(prompts[None])) == (1, 5)
+
+
+def test_a_note_says_if_the_model_saw_the_labels_in_its_pre_training(tmp_path, monkeypatch, capsys):
+    assert run(words(tmp_path / "run", steps=1, **rte_flags(tmp_path))) == 0
+    assert "pre-training" not in capsys.readouterr().out
+    monkeypatch.setattr(
+        "minia3.training.assignment.known_model", lambda name: known_models()["t5-base"]
+    )
+    monkeypatch.setattr(
+        "minia3.training.assignment.for_family",
+        lambda prompts, family: prompts[5:] if family == "t5-v1.0" else 0 / 0,
+    )
+    assert run(words(tmp_path / "seen", steps=1, **rte_flags(tmp_path))) == 0
+    assert "t5-v1.0 saw this task's labels in its pre-training" in capsys.readouterr().out

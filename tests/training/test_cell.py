@@ -1,0 +1,132 @@
+"""A cell keeps its best parameters, counts its patience, and knows when it has failed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from running import events, metrics, model, run, task, train, words, write
+from safetensors.torch import load_file
+from written_out import adapter, read, results_by_hand
+
+import minia3
+from minia3.training.cell import Cell
+from minia3.training.grid import cell_name
+
+
+def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path, monkeypatch):
+    accuracies = {3: 0.5, 6: 0.7, 9: 0.6, 12: 0.1}
+    real = results_by_hand(monkeypatch, lambda group, cell: accuracies[group.log.step])
+    assert run(words(tmp_path / "run", eval_every=3, lr=0.1)) == 0
+    monkeypatch.undo()
+    adapter_folder = tmp_path / "run" / "adapter"
+    swapped = write(tmp_path / "swapped", test=read(task() / "validation.jsonl"))
+    again = words(tmp_path / "again", "--eval-only", task=swapped, adapter=adapter_folder)
+    assert run(again) == 0
+    step, _, best = real[1]
+    final = metrics(tmp_path / "again")[-1]
+    assert step == 6
+    assert (final["accuracy"], final["auc"]) == (best["accuracy"], best["auc"])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "patience", "n", "best"),
+    [
+        ([0.5, 0.6, 0.4, 0.3], 2, 4, 1),
+        ([0.5, 0.5, 0.5, 0.9], 2, 3, 2),  # an equal one is not better, but the later is kept
+        ([0.5, 0.6, 0.6, 0.7, 0.7, 0.2], 2, 6, 4),
+        ([0.5, 0.4, 0.3, 0.2, 0.1], 0, 5, 0),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 1, 5, 4),
+    ],
+)
+def test_patience_counts_evaluations_without_a_better_one_and_the_best_vectors_are_saved(
+    held_out, patience, n, best, tmp_path, monkeypatch
+):
+    seen = []
+
+    def accuracy_of(group, cell):
+        tables = minia3.vectors(group.model)
+        seen.append({name: table.detach().clone() for name, table in tables.items()})
+        return held_out[len(seen) - 1]
+
+    results_by_hand(monkeypatch, accuracy_of)
+    flags = {"eval_every": 2, "patience": patience, "steps": 2 * len(held_out), "lr": 0.1}
+    assert run(words(tmp_path / "run", **flags)) == 0
+    assert len(seen) == n
+    assert metrics(tmp_path / "run")[-1]["steps"] == 2 * n
+    expected = minia3.load_model(model("t5"))
+    with torch.no_grad():
+        for name, table in minia3.vectors(expected).items():
+            table.copy_(seen[best][name])
+    minia3.save_adapter(expected, tmp_path / "expected" / "adapter")
+    found = adapter(tmp_path / "run")
+    for name, tensor in adapter(tmp_path / "expected").items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch):
+    accuracies = {1: 0.4, 2: 0.5, 3: 0.5}
+    results_by_hand(monkeypatch, lambda group, cell: accuracies[group.log.step])
+    flags = {"lr": 1e25, "warmup_ratio": 0.5, "eval_every": 1, "patience": 1, "dropout": 0}
+    assert run(words(tmp_path / "run", **flags)) == 0
+    folder = tmp_path / "run"
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert [line["step"] for line in events(folder, "eval")] == [1, 2, 3]
+
+
+# Without a model
+
+
+class CellByHand(Cell):
+    """A cell with one parameter, and no model."""
+
+    def __init__(self, value=0.0, **flags):
+        super().__init__(train.Config(**flags), minia3.load_task(task()))
+        self.parameters = {"l": torch.nn.Parameter(torch.tensor([[value]]))}
+
+
+def test_the_best_parameters_are_those_with_the_best_mean_over_the_members():
+    cell = CellByHand(eval_every=1)
+    for value, accuracies in enumerate([(0.5, 0.5), (0.2, 0.9), (0.9, 0.1), (1.0, 0.0)]):
+        cell.parameters["l"].data.fill_(value)
+        cell.judge([{"accuracy": accuracy} for accuracy in accuracies])
+    cell.take_best()
+    assert cell.parameters["l"].item() == 1
+    assert cell.progress.n_misses == 2
+
+
+def test_parameters_that_are_not_finite_are_never_the_best():
+    cell = CellByHand(1.0, eval_every=1)
+    cell.judge([{"accuracy": 0.4}])
+    cell.parameters["l"].data.fill_(float("nan"))
+    cell.judge([{"accuracy": 0.9}])
+    cell.take_best()
+    assert cell.parameters["l"].item() == 1
+    assert cell.progress.failure is None
+
+
+def test_a_cell_that_ends_with_parameters_that_are_not_finite_has_failed():
+    cell = CellByHand(float("inf"))
+    cell.take_best()
+    assert cell.progress.failure.startswith("the parameters are not finite after the last step: ")
+    assert not cell.is_active
+
+
+def test_a_state_is_loaded_as_it_was_saved():
+    cell = CellByHand(3.0, eval_every=1, patience=2)
+    for accuracy in (0.5, 0.4):
+        cell.judge([{"accuracy": accuracy}])
+    other = CellByHand(0.0, eval_every=1, patience=2)
+    other.load_state_dict(cell.state_dict())
+    assert other.progress == cell.progress
+    other.judge([{"accuracy": 0.3}])
+    assert not other.is_active
+    assert cell.is_active
+
+
+def test_a_slash_in_the_name_of_a_task_is_a_dash_in_the_folder(tmp_path):
+    data = minia3.load_task(task())._replace(name="raft/x")
+    config = train.Config(seed=3)
+    axes = ["task", "seed"]
+    cell = Cell(config, data, cell_name(config, data, axes), axes)
+    assert (cell.name, cell.folder) == ("raft/x-s3", Path("adapters", "raft-x-s3"))

@@ -1,0 +1,75 @@
+"""checkpoint.pt: what is damaged, or of another version, is refused in one line."""
+
+import functools
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from running import at_line, contents, fails, kill_self, model, resume, run, words
+
+from minia3.training.checkpoint import LAYOUT, Checkpoint, load_checkpoint, save_checkpoint
+
+
+@pytest.mark.parametrize("damage", ["half", "html", "empty"])
+def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    whole = (out / "checkpoint.pt").read_bytes()
+    broken = {"half": whole[: len(whole) // 2], "html": b"<html>", "empty": b""}[damage]
+    (out / "checkpoint.pt").write_bytes(broken)
+    fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
+
+
+@pytest.mark.parametrize("change", [{"n_bytes": -1}, {"n_bytes": "9"}, {"n_done": None}, {"x": 1}])
+def test_a_checkpoint_with_other_values_is_damaged(change, tmp_path):
+    save_checkpoint(tmp_path, Checkpoint())
+    assert load_checkpoint(tmp_path) == Checkpoint()
+    torch.save({"layout": LAYOUT, **vars(Checkpoint()), **change}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"\A[^\n]*checkpoint.pt: damaged[^\n]*\Z"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
+    out = tmp_path / "run"
+    with at_line(0, None) as executed:
+        assert run(words(tmp_path / "whole", save_every=4)) == 0
+    with at_line(len(executed) // 2, functools.partial(kill_self, signal.SIGINT)):
+        assert run(words(out, save_every=4)) == 130
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"model": str(model("llama"))}))
+    fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
+
+
+def test_a_finished_run_of_an_earlier_version_is_finished(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    before = contents(out)
+    torch.save({"finished": True, "step": 3}, out / "checkpoint.pt")
+    capsys.readouterr()
+    assert resume(out) == 0
+    assert "is finished" in capsys.readouterr().out
+    after = contents(out)
+    assert {name for name in before if before[name] != after[name]} == {Path("checkpoint.pt")}
+
+
+@pytest.mark.parametrize("state", [{"finished": False, "done": 0, "metrics": 9}, {"layout": 1}, {}])
+def test_an_unfinished_run_of_an_earlier_version_is_refused(state, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    torch.save(state, out / "checkpoint.pt")
+    before = contents(out)
+    fails(["--resume", out], capsys, "checkpoint.pt", "not a checkpoint of this version")
+    assert contents(out) == before
+
+
+def test_the_last_checkpoint_of_full_fine_tuning_does_not_hold_the_model_again(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, method="full", lr=1e-3)) == 0
+    assert (out / "checkpoint.pt").stat().st_size < (
+        out / "model" / "model.safetensors"
+    ).stat().st_size / 10
+    capsys.readouterr()
+    assert resume(out) == 0
+    assert capsys.readouterr().out.startswith(f"{out} is finished")

@@ -1,0 +1,122 @@
+"""Which rows and prompts make the batches of a cell."""
+
+import functools
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+from running import (
+    model,
+    rows,
+    run,
+    task,
+    train,
+    words,
+    write,
+)
+from written_out import rte_flags
+
+import minia3
+from minia3.tasks.batches import order
+from minia3.tasks.examples import encode_rows
+from minia3.tasks.mixture import mix
+from minia3.tasks.prompts import for_family
+from minia3.training.assignment import assign_rows
+from minia3.training.cell import Cell
+from minia3.training.drawing import draw_batches
+
+SIZES = {"small": 6, "large": 40}
+
+
+@functools.cache
+def tasks():
+    """Two tasks of different sizes, and of different choices: the flag --task."""
+    home = Path(running.home().name, "mixture")
+    for n_choices, (name, n) in enumerate(SIZES.items(), 2):
+        made = rows(n + 20, (n_choices,), seed=n)
+        write(home / name, train=made[:n], validation=made[n : n + 8], test=made[n + 8 :])
+    return ",".join(str(home / name) for name in SIZES)
+
+
+def cell(cap, seed=0, steps=200):
+    config = train.Config(
+        task=tuple(tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
+    )
+    return Cell(config, mix([minia3.load_task(name) for name in config.task]))
+
+
+@pytest.mark.parametrize(("cap", "share"), [(10**6, 6 / 46), (10, 6 / 16), (1, 1 / 2)])
+def test_tasks_mix_in_proportion_to_their_rows_up_to_the_cap(cap, share):
+    mixture = cell(cap)
+    batches = draw_batches(mixture, minia3.load_tokenizer(model("t5")))
+    n_choices = Counter(len(example.targets) for example in chain(*batches))
+    n = sum(n_choices.values())
+    assert n == 200 * 8
+    assert n_choices[2] / n == pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
+
+
+def test_the_rows_of_each_task_come_equally_often_in_an_order_of_the_seed():
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    seen = []
+    for seed in (0, 0, 1):
+        examples = chain(*draw_batches(cell(10, seed), tokenizer))
+        seen.append([(len(e.targets), tuple(e.source)) for e in examples])
+        for n_choices in (2, 3):
+            times = Counter(source for n, source in seen[-1] if n == n_choices).values()
+            # Two rows of the larger task may be equal.
+            assert max(times) - min(times) <= {2: 1, 3: 2}[n_choices]
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_the_batches_of_a_single_task_are_those_of_order():
+    config = train.Config(seed=3, steps=30)
+    data = minia3.load_task(task())
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    rows_of = order(20, 8, 3)
+    expected = [
+        [tokenizer.encode(data.train[i]["input"]) for i in rows_of(step)] for step in range(30)
+    ]
+    assert [
+        [example.source for example in step] for step in draw_batches(Cell(config, data), tokenizer)
+    ] == expected
+
+
+def test_each_seed_draws_its_own_prompts(tmp_path):
+    rte = [
+        {"premise": "w5 w6", "hypothesis": "w7", "label": label}
+        for label in ("entailment", "not_entailment")
+    ]
+    write(tmp_path / "rte", train=rte[:1], val=rte)
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    drawn = []
+    for seed in (0, 5):
+        config = train.Config(task="rte", seed=seed, steps=3, batch_size=7)
+        task = minia3.load_task("rte", tmp_path, None, seed)
+        part = assign_rows(task, config)
+        texts = [
+            encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0]
+            for prompt in part.prompts
+        ]
+        drawn.append(draw_batches(Cell(config, task), tokenizer))
+        for step, batch in enumerate(drawn[-1]):
+            prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
+            assert batch == [texts[prompt] for prompt in prompts]  # there is one row
+    assert drawn[0] != drawn[1]
+
+
+def test_training_draws_from_all_prompts_and_evaluation_uses_one(tmp_path, monkeypatch):
+    seen = []
+    original = encode_rows
+
+    def spy(pairs, *args, **options):
+        seen.append({prompt for _, prompt in pairs})
+        return original(pairs, *args, **options)
+
+    monkeypatch.setattr("minia3.training.drawing.encode_rows", spy)
+    monkeypatch.setattr("minia3.inference.evaluation.encode_rows", spy)
+    assert run(words(tmp_path / "run", eval_prompt=2, steps=10, **rte_flags(tmp_path))) == 0
+    prompts = for_family(minia3.load_task("rte", tmp_path / "data").prompts, None)
+    assert seen == [set(prompts), {prompts[2]}, {prompts[2]}]

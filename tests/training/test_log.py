@@ -1,0 +1,187 @@
+"""Lines of metrics.jsonl and of the console while a run trains."""
+
+import contextlib
+import fcntl
+import functools
+import os
+import pty
+import signal
+import struct
+import termios
+
+import pytest
+import torch
+from running import (
+    events,
+    fails,
+    finish,
+    kill_self,
+    metrics,
+    model,
+    resume,
+    run,
+    start,
+    task,
+    words,
+)
+from written_out import read
+
+import minia3
+from minia3.training.losses import total_loss as sum_of_losses
+
+
+def test_metrics_are_on_disk_line_by_line_at_least_every_ten_steps(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    clip = torch.nn.utils.clip_grad_norm_
+    steps = []
+
+    def spy(*args, **options):
+        steps.append(max(line["step"] for line in metrics(out)))
+        return clip(*args, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    assert run(words(out, steps=25)) == 0
+    # The last line on disk, as each step sees it.
+    assert steps == [0] + [1] * 9 + [10] * 10 + [20] * 5
+    assert [(line["event"], line["step"]) for line in metrics(out)] == [
+        ("before", 0), ("train", 1), ("train", 10), ("train", 20), ("train", 25), ("final", 25)
+    ]  # fmt: skip
+    for line in metrics(out)[1:-1]:
+        numbers = ("loss", "examples_per_second", "tokens_per_second", "memory_bytes")
+        assert line.keys() == {"event", "step", "lr", *numbers}
+        assert all(line[key] > 0 for key in numbers)
+
+
+def test_the_logged_learning_rate_is_that_of_the_step(tmp_path):
+    assert run(words(tmp_path / "run", warmup_ratio=0.5)) == 0
+    rates = {
+        line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["event"] == "train"
+    }
+    assert rates == pytest.approx({1: 0, 10: 0.003 * 3 / 6, 12: 0.003 * 1 / 6})
+
+
+@pytest.mark.parametrize("seed", ["0", "0,1"])
+def test_speeds_count_the_examples_of_all_adapters_with_sources_and_choices(seed, tmp_path):
+    assert run(words(tmp_path / "run", seed=seed, batch_size=20, steps=1)) == 0  # all rows once
+    line = next(line for line in metrics(tmp_path / "run") if line["event"] == "train")
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    train_rows = read(task() / "train.jsonl")
+    n_tokens = 0
+    for row in train_rows:
+        n_tokens += sum(len(tokenizer.encode(text)) for text in (row["input"], *row["choices"]))
+    assert line["tokens_per_second"] / line["examples_per_second"] == pytest.approx(n_tokens / 20)
+
+
+def test_the_seconds_are_those_of_the_steps_whether_or_not_the_run_was_stopped(
+    tmp_path, monkeypatch
+):
+    clock = [0.0]
+    clips = []
+    original_clip = torch.nn.utils.clip_grad_norm_
+
+    def slow_evaluate(*args, **options):
+        clock[0] += 100
+        return {"accuracy": 0.5, "auc": None, "n": 1, "n_cut": 0}
+
+    def slow_clip(*args, **options):
+        clips.append(None)
+        if len(clips) == 8:
+            kill_self(signal.SIGINT)
+        clock[0] += 2
+        return original_clip(*args, **options)
+
+    monkeypatch.setattr("minia3.training.log.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("minia3.training.group.evaluate", slow_evaluate)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", slow_clip)
+    out = tmp_path / "run"
+    assert run(words(out, eval_every=3)) == 130
+    assert resume(out) == 0
+    assert len(clips) == 12
+    assert metrics(out)[-1]["seconds"] == 12 * 2
+    speeds = [line["examples_per_second"] for line in events(out, "train")]
+    assert speeds == [4 / 2] * len(speeds)
+
+
+# Losses that are not finite
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(
+    tmp_path, capsys, monkeypatch
+):
+    original = sum_of_losses
+    calls = []
+
+    def total_loss(*args, **options):
+        calls.append(None)
+        return original(*args, **options) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr("minia3.training.batch.total_loss", total_loss)
+    fails(words(tmp_path / "run"), capsys, "the loss of step 7 is nan", "--lr", "--dtype", code=1)
+    *lines, failed = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1]
+    assert failed["event"] == "failed"
+    assert "step 7" in failed["reason"]
+
+
+def test_a_learning_rate_that_explodes_stops_the_run(tmp_path, capsys):
+    fails(
+        words(tmp_path / "run", lr=1e30),
+        capsys,
+        "the loss of step ",
+        " is nan: ",
+        "try a lower --lr",
+        code=1,
+    )
+
+
+def test_an_evaluation_that_is_due_when_every_cell_has_failed_changes_nothing(tmp_path, capsys):
+    # Losses are read when a line is due: at step 10, and so is the evaluation.
+    flags = {"lr": 1e30, "warmup_ratio": 0, "eval_every": 10, "dropout": 0}
+    fails(words(tmp_path / "run", **flags), capsys, "the loss of step ", "lower --lr", code=1)
+    assert [line["event"] for line in metrics(tmp_path / "run")] == ["before", "train", "failed"]
+    fails(["--resume", tmp_path / "run"], capsys, "the loss of step ", "lower --lr", code=1)
+    assert [line["event"] for line in metrics(tmp_path / "run")] == ["before", "train", "failed"]
+
+
+# The console
+
+
+def test_progress_is_plain_lines_if_stderr_is_not_a_terminal(tmp_path, capsys):
+    assert run(words(tmp_path / "run", eval_every=6)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\r" not in out
+    lines = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1", "6", "10", "12", "12"]
+    for unit in ("loss ", "lr ", "examples/s", "tokens/s", "MB"):
+        assert unit in lines[0]
+    assert "held out" in lines[1]
+
+
+@contextlib.contextmanager
+def terminal(name):
+    """stderr is the terminal `name`."""
+    os.dup2(os.open(name, os.O_WRONLY), 2)
+    yield
+
+
+@pytest.mark.slow
+def test_progress_is_a_bar_in_a_terminal(tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines, columns
+    process = start(
+        words(tmp_path / "run"), tmp_path / "log", functools.partial(terminal, os.ttyname(theirs))
+    )
+    assert finish(process) == 0
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    text = shown.decode()
+    assert "\r" in text
+    last = text.rstrip().split("\r")[-1]
+    for unit in ("12/12", "step/s", "loss ", "lr ", "examples/s", "tokens/s", "MB"):
+        assert unit in last
+    assert not any(line.startswith("step ") for line in (tmp_path / "log").read_text().splitlines())

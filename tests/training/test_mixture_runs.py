@@ -1,0 +1,158 @@
+"""Runs that train one adapter on a mixture of tasks."""
+
+import functools
+import json
+import shlex
+import shutil
+import signal
+from itertools import product
+from pathlib import Path
+
+import pytest
+import running
+import torch
+from running import (
+    at_line,
+    fails,
+    kill_self,
+    metrics,
+    model,
+    outcome,
+    resume,
+    rows,
+    run,
+    words,
+    write,
+)
+from safetensors.torch import load_file
+
+import minia3
+
+SIZES = {"small": 6, "large": 40}
+
+
+@functools.cache
+def tasks():
+    """Two tasks of different sizes, and of different choices: the flag --task."""
+    home = Path(running.home().name, "mixture")
+    for n_choices, (name, n) in enumerate(SIZES.items(), 2):
+        made = rows(n + 20, (n_choices,), seed=n)
+        write(home / name, train=made[:n], validation=made[n : n + 8], test=made[n + 8 :])
+    return ",".join(str(home / name) for name in SIZES)
+
+
+MIXTURE = {"adapters": "one", "lr": 0.1, "eval_every": 4, "steps": 12, "save_every": 5}
+
+
+def test_a_mixture_trains_one_adapter_and_reports_on_each_task(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=tasks(), **MIXTURE)) == 0
+    shown = capsys.readouterr().out
+    finals = [line for line in metrics(out) if line["event"] == "final"]
+    assert [line["task"] for line in finals] == [*SIZES]
+    assert not any("adapter" in line for line in finals)
+    assert [path.name for path in out.glob("adapter*")] == ["adapter"]
+    for name, final in zip(SIZES, finals, strict=True):
+        figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
+        assert f"  {name:<12}accuracy {figures}, 12 steps\n" in shown
+        again = tmp_path / f"again-{name}"
+        measure = {"adapter": out / "adapter", "task": tasks().split(",")[[*SIZES].index(name)]}
+        assert run(words(again, "--eval-only", **measure)) == 0
+        assert metrics(again)[-1]["accuracy"] == final["accuracy"]
+    assert json.loads((out / "config.json").read_text())["task"] == tasks().split(",")
+    assert {
+        name.split("/")[0] for name in json.loads((out / "config.json").read_text())["data"]
+    } == {*SIZES}
+
+
+def test_the_best_vectors_of_a_mixture_are_those_of_the_best_mean(tmp_path, monkeypatch):
+    accuracies = {4: (0.2, 0.6), 8: (0.9, 0.1), 12: (0.3, 0.4)}
+    vectors = {}
+
+    def evaluate_held_out(group, cell):
+        step = group.log.step
+        table = next(iter(minia3.vectors(group.model).values()))
+        vectors[step] = table.detach().clone()
+        result = {"auc": None, "n": 8, "n_cut": 0, "tokens": 1.0}
+        return [{**result, "accuracy": accuracy} for accuracy in accuracies[step]]
+
+    monkeypatch.setattr("minia3.training.group.Group.evaluate_held_out", evaluate_held_out)
+    out = tmp_path / "run"
+    assert run(words(out, task=tasks(), **MIXTURE)) == 0
+    ours = minia3.load_model(model("t5"))
+    minia3.load_adapter(ours, out / "adapter")
+    found = next(iter(minia3.vectors(ours).values()))
+    assert torch.equal(found, vectors[8])
+    assert not torch.equal(found, vectors[12])
+
+
+@pytest.mark.slow
+def test_a_mixture_that_is_stopped_continues_bit_for_bit(tmp_path):
+    with at_line(0, None) as executed:
+        assert run(words(tmp_path / "whole", task=tasks(), **MIXTURE)) == 0
+    for n in (len(executed) // 3, len(executed) * 2 // 3):
+        out = tmp_path / str(n)
+        with at_line(n, functools.partial(kill_self, signal.SIGINT)):
+            assert run(words(out, task=tasks(), **MIXTURE)) == 130
+        assert resume(out) == 0
+        assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_given_adapter(tmp_path):
+    assert run(words(tmp_path / "start", lr=0.3)) == 0
+    start = tmp_path / "start" / "adapter"
+    out = tmp_path / "run"
+    flags = {"adapters": "one", "seed": "0,1", "init": start, "steps": 1, "warmup_ratio": 0.6}
+    assert run(words(out, task=tasks(), **flags)) == 0
+    finals = [line for line in metrics(out) if line["event"] == "final"]
+    expected = [(f"s{seed}", name) for seed, name in product((0, 1), SIZES)]
+    assert [(line["adapter"], line["task"]) for line in finals] == expected
+    for seed in (0, 1):  # a first step changes nothing
+        found = load_file(out / "adapters" / f"s{seed}" / "adapter_model.safetensors")
+        for name, x in load_file(start / "adapter_model.safetensors").items():
+            assert found[name].equal(x)
+
+
+def test_two_tasks_of_the_same_name_do_not_mix(tmp_path, capsys):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "same", train=rows(4), test=rows(4, seed=1))
+    two = f"{tmp_path / 'a' / 'same'},{tmp_path / 'b' / 'same'}"
+    fails(
+        words(tmp_path / "run", task=two, adapters="one"),
+        capsys,
+        "another name for each task",
+        "['same', 'same']",
+    )
+
+
+def test_a_cap_without_a_mixture_is_refused(tmp_path, capsys):
+    fails(words(tmp_path / "run", task=tasks(), cap=5), capsys, "--cap", "--adapters one")
+
+
+# What train.py prints to evaluate again
+
+
+def use_it(shown):
+    (line,) = (line for line in shown.splitlines() if line.startswith("  use it"))
+    return shlex.split(line.split("python train.py ")[1])
+
+
+@pytest.mark.parametrize("adapters", ["one", "each"])
+def test_the_printed_command_evaluates_each_adapter_of_a_grid(adapters, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=tasks(), adapters=adapters, seed="0,1", steps=4, lr=0.3)) == 0
+    command = use_it(capsys.readouterr().out)
+    finals = [line for line in metrics(out) if line["event"] == "final"]
+    for final in finals:
+        put = {"NAME": final["adapter"], "SEED": str(final["seed"])}
+        put["TASK"] = next(path for path in tasks().split(",") if Path(path).name == final["task"])
+        filled = [
+            functools.reduce(lambda word, key: word.replace(key, put[key]), put, word)
+            for word in command
+        ]
+        assert run([*filled, "--device", "cpu", "--out", tmp_path / "again"]) == 0
+        again = [line for line in metrics(tmp_path / "again") if line["event"] == "final"]
+        assert final["accuracy"] in [
+            line["accuracy"] for line in again if line["task"] == final["task"]
+        ]
+        shutil.rmtree(tmp_path / "again")

@@ -1,0 +1,299 @@
+"""The folder of a run: no run overwrites another, and it records what the run depends on."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import running
+import torch
+from running import contents, fails, kill_self, metrics, resume, run, train, words
+
+import minia3
+from minia3.files.lock import lock_folder
+from minia3.tasks.splits import load_task
+from minia3.training import group as training_group
+from minia3.training.run_folder import Metrics, environment, restore_flags, run_name
+
+
+def test_a_second_run_in_the_folder_of_one_that_lives_is_refused(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    before = contents(out)
+    lock = lock_folder(out)  # as a run holds it that is alive
+    fails(words(out, steps=1), capsys, out, "another run is writing there")
+    fails(["--resume", out], capsys, out, "another run is writing there")
+    lock.close()
+    assert contents(out) == before
+    assert resume(out) == 0
+
+
+def test_a_run_holds_its_folder_until_it_ends(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    seen = []
+
+    def load_task_while_locked(*args):
+        with pytest.raises(ValueError, match="another run is writing there"):
+            lock_folder(out)
+        seen.append(args)
+        return load_task(*args)
+
+    monkeypatch.setattr("minia3.training.grid.load_task", load_task_while_locked)
+    assert run(words(out, steps=1)) == 0
+    assert len(seen) == 1
+    lock_folder(out).close()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoint.pt", "adapter"])
+def test_a_folder_that_holds_a_run_or_a_part_of_a_run_is_never_overwritten(name, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    for path in list(out.iterdir()):
+        if name != "config.json" and path.name not in (name, ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(out)
+    fails(words(out, seed=5), capsys, out, name, "--resume", "--out")
+    fails(words(out, "--eval-only"), capsys, out, name)
+    assert contents(out) == before
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert run(words(out, steps=1)) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_the_default_folder_is_named_after_model_task_method_and_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(words(None, steps=1, seed=3)) == 0
+    folder = Path("runs", "t5-0-task-2-ia3-3")
+    assert (tmp_path / folder / "adapter").is_dir()
+    assert json.loads((folder / "config.json").read_text())["out"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"task": ("rte", "a/b.jsonl"), "seed": (0, 1)}, "tiny-t5-rte,b-ia3-0,1"),
+        ({"task": ("rte", "cb"), "adapters": "one"}, "tiny-t5-rte,cb-ia3-one-0"),
+        ({"adapters": "one"}, "tiny-t5-same-colour-ia3-0"),
+        ({"lr": (0.001, 0.01)}, "tiny-t5-same-colour-ia3-0-0.001,0.01"),
+        ({"task": tuple(f"raft/{i:030}" for i in range(11))}, f"tiny-t5-{0:030}+10-ia3-0"),
+        ({"seed": tuple(range(100))}, "tiny-t5-same-colour-ia3-0+99"),
+        ({"model": "x/t5", "task": "x" * 60, "method": "none"}, f"t5-{'x' * 60}-none-0"),
+    ],
+)
+def test_the_default_folder_of_a_grid_lists_its_values(flags, expected):
+    assert run_name(train.Config(**flags)) == expected
+
+
+def test_a_mistake_before_the_first_evaluation_leaves_the_place_free(tmp_path, capsys):
+    out = tmp_path / "run"
+    fails(words(out, task=tmp_path / "nowhere"), capsys, "nowhere")
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    fails(words(out, adapter=tmp_path / "nowhere"), capsys, "nowhere")
+    assert [p.name for p in out.iterdir()] == ["notes.txt"]
+    assert run(words(out, steps=1)) == 0
+
+
+def test_a_mistake_in_a_resumed_run_leaves_its_folder(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    task = tmp_path / "task"
+    shutil.copytree(running.task(), task)
+    monkeypatch.setattr(
+        training_group, "load_model", lambda *args, **options: kill_self(signal.SIGINT)
+    )
+    assert run(words(out, task=task)) == 130
+    monkeypatch.undo()
+    task.rename(tmp_path / "away")
+    fails(["--resume", out], capsys, "task")
+    assert (out / "config.json").exists()
+    (tmp_path / "away").rename(task)
+    assert resume(out) == 0
+
+
+# --resume, and what it needs
+
+
+def test_resume_takes_no_other_flags(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    before = contents(out)
+    fails(["--resume", out, "--lr", "1"], capsys, "--resume goes alone", "config.json")
+    assert contents(out) == before
+
+
+def test_a_refused_resume_changes_nothing(tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    out = tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in running.rows(20)))
+    assert run(words(out, task=data, steps=11)) == 0
+    (out / "checkpoint.pt").unlink()  # as one that was killed before its first
+    before = contents(out)
+    data.write_text(data.read_text() + json.dumps(running.rows(1, seed=1)[0]) + "\n")
+    fails(["--resume", out], capsys, "files have changed")
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["config.json", "not found"]),
+        ("", ["config.json", "empty"]),
+        ('{"model": "t5', ["config.json"]),
+        ("[1]", ["config.json", "list"]),
+        ('{"model_type": "t5", "d_model": 4}', ["config.json", "something else"]),
+        (
+            '{"model": "tiny-t5", "task": "same-colour", "steps": "many"}',
+            ["--steps is 'many'", "int"],
+        ),
+        ('{"model": "tiny-t5", "task": "same-colour", "lr": -1}', ["--lr is -1", "above 0"]),
+    ],
+)
+def test_a_folder_without_a_run_cannot_be_resumed(text, parts, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    if text is not None:
+        (out / "config.json").write_text(text)
+    before = contents(out)
+    fails(["--resume", out], capsys, *parts)
+    assert contents(out) == before
+
+
+def test_a_folder_that_does_not_exist_cannot_be_resumed(tmp_path, capsys):
+    fails(
+        ["--resume", tmp_path / "nowhere"],
+        capsys,
+        "expected the folder of a run",
+        tmp_path / "nowhere",
+        "not found",
+    )
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_does_not_continue_with_other_data(tmp_path, capsys, monkeypatch):
+    task = tmp_path / "task"
+    shutil.copytree(running.task(), task)
+    out = tmp_path / "run"
+    monkeypatch.setattr(
+        training_group, "evaluate", lambda *args, **options: kill_self(signal.SIGINT)
+    )
+    assert run(words(out, task=task)) == 130
+    monkeypatch.undo()
+    text = (task / "train.jsonl").read_text()
+    (task / "train.jsonl").write_text(text.replace("w7", "w8"))
+    before = contents(out)
+    fails(["--resume", out], capsys, out, "changed")
+    assert contents(out) == before
+    (task / "train.jsonl").write_text(text)
+    assert resume(out) == 0
+
+
+def test_a_run_of_an_earlier_version_keeps_its_flags_under_their_new_names(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, "--recompute", steps=3)) == 0
+    config = json.loads((out / "config.json").read_text())
+    config["checkpoint"] = config.pop("recompute")
+    config["similar_lengths"] = False
+    write_config = (out / "config.json").write_text
+    write_config(json.dumps(config))
+    assert restore_flags(train.Config(resume=str(out))).recompute is True
+    (out / "checkpoint.pt").unlink()
+    shutil.rmtree(out / "adapter")
+    assert resume(out) == 0
+    write_config(json.dumps(config | {"similar_lengths": True}))
+    fails(["--resume", out], capsys, "--similar-lengths, which is gone", "that version")
+
+
+# config.json and metrics.jsonl
+
+
+def test_config_json_is_written_before_anything_slow_and_holds_every_flag(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    seen = []
+    original = load_task
+
+    def spy(*args):
+        seen.append(json.loads((out / "config.json").read_text()))
+        return original(*args)
+
+    monkeypatch.setattr("minia3.training.grid.load_task", spy)
+    assert run(words(out, "--deterministic", steps=1, lr=0.5, dropout=0)) == 0
+    expected = dataclasses.asdict(train.Config()) | {
+        **{
+            "model": str(running.model("t5")),
+            "task": str(running.task()),
+            "out": str(out),
+            "device": "cpu",
+        },
+        **{
+            "batch_size": 4,
+            "eval_batch_size": 64,
+            "deterministic": True,
+            "steps": 1,
+            "lr": 0.5,
+            "dropout": 0.0,
+        },
+    }
+    assert {name: seen[0][name] for name in expected} == expected
+    rest = {name: value for name, value in seen[0].items() if name not in expected}
+    assert rest.keys() == {"minia3", "git_commit", "versions"}
+    assert rest["minia3"] == minia3.__version__
+    versions = {"python": "{}.{}.{}".format(*sys.version_info), "torch": torch.__version__}
+    assert versions.items() <= rest["versions"].items()
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=running.ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    assert (rest["git_commit"] or "").removesuffix("-dirty") == git
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in running.task().iterdir()}
+    assert json.loads((out / "config.json").read_text()) == {**seen[0], "data": sums}
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_recorded_commit_is_that_of_the_code_and_says_whether_files_differ(
+    tmp_path, monkeypatch
+):
+    def git(*arguments):
+        words = [
+            "git",
+            "-C",
+            str(tmp_path),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            *arguments,
+        ]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.setattr("minia3.training.run_folder.__file__", str(tmp_path / "code.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment()["git_commit"] is None
+    (tmp_path / "code.py").write_text("1")
+    for arguments in (
+        ["init"],
+        ["add", "code.py"],
+        ["commit", "-m", "first"],
+        ["tag", "-a", "v1", "-m", "v1"],
+    ):
+        git(*arguments)
+    commit = git("rev-parse", "HEAD").strip()
+    (tmp_path / "untracked.py").write_text("2")
+    assert environment()["git_commit"] == commit
+    (tmp_path / "code.py").write_text("2")
+    assert environment()["git_commit"] == f"{commit}-dirty"
+
+
+def test_metrics_that_are_shorter_than_the_checkpoint_says_are_not_filled_up(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
+    Metrics(tmp_path, 100).write(b=2)
+    assert metrics(tmp_path) == [{"a": 1}, {"b": 2}]
