@@ -1,7 +1,7 @@
 """Keep a second process out of a folder that is being written.
 
-The lock is the operating system's (flock), not the existence of a file: if the process that holds
-it is killed, the system releases it, and nobody has to clean up.
+The lock belongs to the operating system (flock), and is not the existence of a file: if the process
+that holds it is killed, the system releases it, and nobody has to clean up.
 """
 
 import os
@@ -11,8 +11,8 @@ from contextlib import nullcontext
 def lock_folder(folder, name=".lock"):
     """Lock `folder` until the returned file is closed (it is also a context manager).
 
-    folder: a Path. The lock is on the file `name` in it, which is created if need be, and which the
-    holder may remove while it holds the lock.
+    folder: a Path. The lock is on the file `name` in the folder. The file is created if need be,
+    and the holder of the lock may remove it.
 
     Raise ValueError if another process holds the lock. On Windows nothing is locked.
     """

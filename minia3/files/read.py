@@ -18,7 +18,7 @@ N_HEAD = 512  # bytes that tell an HTML page or a Git LFS pointer
 
 
 def read_json(path):
-    """Return the object in a JSON file as a dict. Raise ValueError if the file holds none."""
+    """Return the object in a JSON file as a dict. Raise ValueError if there is no such object."""
     with reading(path):
         value = json.loads(Path(path).read_bytes())
         if not isinstance(value, dict):
@@ -47,23 +47,24 @@ def reading(origin, damage="damaged or cut short", extra=None):
 def explain(error, origin, damage, extra):
     """Return the message of `reading` for an exception, without the origin."""
     if isinstance(origin, Path) and not origin.is_dir():
-        mismatch = not_what_it_says(origin)
-        if mismatch:  # tells more than a parser's complaint about the content
-            return mismatch
+        problem = problem_of_file(origin)
+        if problem:  # which says more than a parser's complaint about the content
+            return problem
     message = one_line(error)
     if extra and isinstance(error, ImportError):
         return f"{message}: pip install 'minia3[{extra}]'"
-    if type(error) is ValueError:  # not a subclass: a UnicodeDecodeError does not speak for itself
+    # Not isinstance, because a subclass such as UnicodeDecodeError does not speak for itself.
+    if type(error) is ValueError:
         return message
     # Only the first sentence, because torch.load goes on to recommend weights_only=False.
     first_sentence = message.split(". ")[0]
     return f"{damage}: {type(error).__name__}: {first_sentence}"
 
 
-def not_what_it_says(path):
-    """Return why this is not the file that its name promises, or "" if it may well be.
+def problem_of_file(path):
+    """Return why this cannot be the file that its name promises, or "" if it can.
 
-    It may be missing, empty, a Git LFS pointer, or an HTML page.
+    It may be missing, empty, a Git LFS pointer or an HTML page.
     """
     try:
         with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """List the tensors of a weight file without reading them.
 
-Files are memory-mapped, so a tensor takes memory of its own only if its dtype or device changes. A
-model that is larger than the free memory can therefore be inspected, or merged shard by shard.
+Files are memory-mapped, so a tensor takes memory only if its dtype or device changes. A model that
+is larger than the free memory can therefore be inspected, or merged shard by shard.
 """
 
 import zipfile
@@ -47,7 +47,7 @@ def read_tensors(file):
 
 
 def safetensors_entries(file):
-    """Return name -> Entry. The header is read now, a tensor when its entry is read."""
+    """Return name -> Entry. Only the header is read now; a tensor is read by its Entry."""
     handle = safe_open(file, framework="pt")
     entries = {}
     for name in handle.keys():  # noqa: SIM118 (the handle is not a dict)
@@ -61,7 +61,8 @@ def safetensors_entries(file):
 def torch_entries(file):
     """Return name -> Entry.
 
-    torch's old format, which is not a zip archive, cannot be mapped and is read whole.
+    A file in torch's old format is not a zip archive. It cannot be mapped, so it is read as a
+    whole.
     """
     is_mapped = zipfile.is_zipfile(file)
     # weights_only refuses a pickle that would run code.
@@ -84,5 +85,5 @@ def is_plain(tensor):
         return False
     if tensor.layout != torch.strided or tensor.is_meta:
         return False
-    # Damaged strides can show one stored entry as a million of them, which would fill the memory.
+    # Damaged strides can show one stored entry as a million entries, which would fill the memory.
     return tensor.untyped_storage().nbytes() >= tensor.nbytes

@@ -1,7 +1,7 @@
 """Write files and folders that a kill or a full disk cannot leave half done.
 
-A file: `replacing` gives a temporary path beside the file and renames it at the end. A rename is
-atomic, so that a reader finds the old file or the new one.
+A file: `replacing` yields a temporary path beside the file and renames it at the end. A rename is
+atomic, so a reader finds either the old file or the new one.
 
 A folder: the system cannot rename several files at once, so `writing_folder` follows a protocol.
 Loaders take a folder for a checkpoint only if it has a config (config.json or adapter_config.json),
@@ -22,10 +22,10 @@ released. What a reader finds in the folder depends on the moment of the kill:
     after the config is renamed                             the new checkpoint
 
 The folder is never a mixture of both. If only one file changes, step 3 is left out, because one
-rename leads from the old checkpoint to the new one. The protocol has two limits. Files that are
-written without a config, such as a tokenizer's alone, are renamed one after the other, and a kill
-can come in between. And it guards against a kill, not against a power failure, because it does not
-wait until the files are on the disk. (`replacing` waits.)
+rename leads from the old checkpoint to the new one. The protocol has two limits. First, files that
+are written without a config, such as the files of a tokenizer, are renamed one after the other, and
+a kill can come in between. Second, the protocol guards against a kill but not against a power
+failure, because it does not wait until the files are on the disk. (`replacing` waits.)
 """
 
 import filecmp
@@ -41,14 +41,14 @@ from safetensors import SafetensorError
 from minia3.files.lock import lock_folder
 from minia3.files.read import one_line
 
-CONFIGS = ("config.json", "adapter_config.json")  # make a folder a checkpoint, or an adapter
+CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
 HIDDEN_FOLDER = ".writing"
 LOCK_FILE = ".lock"
 
 
 @contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`, and rename it to `path` at the end.
+    """Yield a temporary path beside `path`, and rename it to `path` at the end.
 
     If the block fails, `path` stays as it was.
     """
@@ -66,11 +66,11 @@ def replacing(path):
 
 @contextmanager
 def writing_folder(folder, replaces=()):
-    """Give a hidden folder inside `folder`; at the end, move the files written there to `folder`.
+    """Yield a hidden folder inside `folder`; at the end, move the files written there to `folder`.
 
     folder: the path of a folder, which is created if need be.
-    replaces: patterns, such as "model*.safetensors", of files in `folder` that are removed unless
-    they are written.
+    replaces: patterns, such as "model*.safetensors". Files in `folder` that match a pattern are
+    removed unless they are written.
 
     If the block fails, `folder` stays as it was. The docstring of the module says what a kill
     leaves. Raise ValueError if another process is writing there, and OSError if the disk is full.
@@ -91,7 +91,7 @@ def writing_folder(folder, replaces=()):
 
 
 def move_into_place(hidden, folder, replaces):
-    """Replace the files of `folder` by those of `hidden` (steps 3 to 5 of the protocol)."""
+    """Replace the files in `folder` with the files in `hidden` (steps 3 to 5 of the protocol)."""
     names = os.listdir(hidden)
     new_configs = [name for name in names if name in CONFIGS]
     new_others = [name for name in names if name not in CONFIGS]
@@ -102,7 +102,8 @@ def move_into_place(hidden, folder, replaces):
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     for name in new_others + new_configs:
-        # safetensors creates files that only their owner may read; a folder has the usual rights.
+        # safetensors creates files that only their owner may read. The folder has the usual
+        # permissions, so the files get them from it.
         (hidden / name).chmod(hidden.stat().st_mode & 0o666)
         os.replace(hidden / name, folder / name)
 
@@ -116,16 +117,16 @@ def stale_names(folder, replaces, names):
 
 
 def count_changes(hidden, folder, names, stale):
-    """Return how many files of `folder` change. (A file with the same bytes does not.)"""
+    """Return how many files of `folder` change. (A file does not if its bytes stay the same.)"""
     same, _, _ = filecmp.cmpfiles(hidden, folder, names, shallow=False)
     return len(names) - len(same) + len(stale)
 
 
 @contextmanager
 def disk_errors(folder):
-    """Turn the errors that safetensors and tokenizers raise when they cannot write into OSErrors.
+    """Raise OSError in place of the errors of safetensors and tokenizers if they cannot write.
 
-    tokenizers raises a bare Exception, so anything more specific is passed on as it is.
+    tokenizers raises a bare Exception, so any more specific exception is passed on as it is.
     """
     try:
         yield

@@ -1,7 +1,8 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
-PyTorch computes it (`F.scaled_dot_product_attention`). One case is written out, because PyTorch's
-kernel is slow there: one query of 16-bit numbers on a CPU, which is what decoding asks for.
+PyTorch computes it (`F.scaled_dot_product_attention`), except in one case: a single query of 16-bit
+floats on a CPU. Decoding asks for this case, and PyTorch's kernel is slow at it, so it is written
+out here.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), K head width.
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 def attend(q_BHLK, k_BGMK, v_BGMK, bias_BHLM=None, *, is_causal=False, dropout=0.0, scale=1.0):
     """Return (B, H, L, K): for each query, the values weighted by its scores.
 
-    H must be a multiple of G. is_causal: PyTorch's own causal mask, which is only right if L = M.
+    H must be a multiple of G. is_causal: use PyTorch's causal mask, which is right only if L = M.
     bias_BHLM must have the dtype of the queries: on a CPU another dtype is silently misread.
     """
-    if decodes_on_cpu(q_BHLK, dropout):
+    if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
     return F.scaled_dot_product_attention(
         q_BHLK,
@@ -31,8 +32,8 @@ def attend(q_BHLK, k_BGMK, v_BGMK, bias_BHLM=None, *, is_causal=False, dropout=0
     )
 
 
-def decodes_on_cpu(q_BHLK, dropout):
-    """Return whether this is the case that PyTorch is slow at. (Dropout is not written out.)"""
+def is_decoding_on_cpu(q_BHLK, dropout):
+    """Return whether this is the case that is written out. (It has no dropout and no gradient.)"""
     is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
     is_one_query = q_BHLK.shape[2] == 1
     is_16_bit = q_BHLK.dtype.itemsize == 2
@@ -40,10 +41,11 @@ def decodes_on_cpu(q_BHLK, dropout):
 
 
 def attend_with_one_query(q_BH1K, k_BGMK, v_BGMK, bias, scale):
-    """Return `attend` of one query per row. 2 to 9 times as fast as PyTorch in bfloat16.
+    """Return what `attend` returns for one query per row, in bfloat16 2 to 9 times as fast.
 
-    The N query heads that share a key/value head become its N queries, so all of them are one
-    matrix product. A `bias` is per query head only if N = 1 (T5); a mask broadcasts over N.
+    The N query heads that share a key/value head become N queries of that head, so a single matrix
+    product serves them all. `bias` may differ between query heads only if N = 1 (T5). A mask is the
+    same for all heads, and broadcasts over N.
     """
     n_rows, n_kv_heads, _, _ = k_BGMK.shape
     q_BGNK = q_BH1K.reshape(n_rows, n_kv_heads, -1, q_BH1K.shape[3])

@@ -2,13 +2,13 @@
 
 Attention is two calls. `kv(memory)` makes keys and values, and this is where (IA)^3 scales them.
 `forward(x, kv)` asks questions of them. Self-attention is `kv` of its own input, cross-attention
-is `kv` of the encoder's output, and a cache is what `kv` is appended to. So no line here asks which
-kind of attention it is, or which architecture. What differs between architectures is a number or a
+is `kv` of the encoder's output, and a cache is what `kv` is appended to. So no line here asks for
+the kind of attention or for the architecture. What differs between architectures is a number or a
 module at construction, or a tensor in the `Context` of a call (sequence_state.py).
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, G key/value heads, K head
-width, F feed-forward. Outside of attention, a packed batch (packing.py) is rows of one token each:
-then B counts tokens, and L is 1. Names without a suffix are either.
+width, F feed-forward. Outside of attention, a packed batch (packing.py) consists of rows of one
+token each: then B counts tokens, and L is 1. A name without a suffix may be packed or not.
 """
 
 import torch
@@ -27,9 +27,10 @@ ACTIVATIONS = {
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding. On the meta device there is nothing to initialise, so it skips that.
+    """nn.Embedding, but without an initialization on the meta device.
 
-    PyTorch would import its compiler to do it, which takes a second.
+    There is nothing to initialize there, and PyTorch would import its compiler, which takes a
+    second.
     """
 
     def reset_parameters(self):
@@ -38,14 +39,14 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (Zhang & Sennrich, 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 or wider (Zhang & Sennrich, 1910.07467)."""
 
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
 
 class Unscaled(nn.Module):
-    """Stands where a vector could be. The paper has none there, so nothing is scaled.
+    """A place for a vector that the paper does not have. It scales nothing.
 
     `--sites` puts an IA3 in its place (more_vectors.py).
     """
@@ -57,9 +58,9 @@ class Unscaled(nn.Module):
 def rotate(x_BHLK, rotation):
     """Turn each pair (x_i, x_{i + K/2}) by the angle of its position.
 
-    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), or None,
-    because T5 does not rotate. The two of a pair are half a head apart, as in Hugging Face's files.
-    Meta's files and GGUF pair neighbours, so their readers permute W_q and W_k.
+    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), or None
+    for T5, which does not rotate. The entries of a pair are half a head apart, as in Hugging Face's
+    files. In Meta's files and in GGUF they are neighbors, so the readers permute W_q and W_k.
     """
     if rotation is None:
         return x_BHLK
@@ -69,10 +70,10 @@ def rotate(x_BHLK, rotation):
 
 
 class Attention(nn.Module):
-    """Attention of n_heads query heads, several of which may share a key/value head.
+    """Attention with n_heads query heads. Several of them may share a key/value head.
 
     Vaswani et al. 2017, arXiv 1706.03762; shared (grouped) heads: Ainslie et al. 2023, 2305.13245.
-    scale: of the scores. LLaMA's is d_head ** -0.5; T5's is 1.
+    scale: the factor of the scores. LLaMA's is d_head ** -0.5; T5's is 1.
     """
 
     def __init__(self, d_model, n_heads, n_kv_heads, d_head, scale, dropout, n_adapters):
@@ -87,12 +88,12 @@ class Attention(nn.Module):
         self.l_o = Unscaled()
         self.d_head = d_head
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)  # of the weights; `attend` applies it
+        self.dropout = nn.Dropout(dropout)  # of the attention weights; `attend` applies it
 
     def kv(self, memory, context):
-        """Return keys and values (B, G, M, K) of `memory` (B, M, D): scaled, and the keys rotated.
+        """Return the keys and values (B, G, M, K) of `memory` (B, M, D), scaled by (IA)^3.
 
-        The keys are scaled before the rotation, because only then l_k folds into W_k.
+        The keys are scaled before they are rotated, because only then does l_k fold into W_k.
         """
         k = self.l_k(self.k(memory), context.adapter_B)
         v = self.l_v(self.v(memory), context.adapter_B)
@@ -123,7 +124,7 @@ class Attention(nn.Module):
         return self.l_o(self.o(out), context.adapter_B)
 
     def split_heads(self, x):
-        """Return (B, heads, L, K) of x (B, L, heads * K)."""
+        """Return x (B, L, heads * K) as (B, heads, L, K)."""
         return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
 
@@ -157,12 +158,14 @@ class FeedForward(nn.Module):
         else:
             gate_BLF = self.l_gate(gate_BLF, adapter_B)
             up_BLF = self.l_up(self.up(x_BLD), adapter_B)
-            # self.hidden(gate_BLF, up_BLF, adapter_B), which keeps two tensors instead of four.
+            # This is self.hidden(gate_BLF, up_BLF, adapter_B), but it keeps two tensors for the
+            # backward pass instead of four.
             l_ff = self.l_ff.scale
             h_BLF = recompute(self.hidden, gate_BLF, up_BLF, adapter_B, parameters=[l_ff])
         return self.down(self.dropout(h_BLF))
 
     def hidden(self, gate_BLF, up_BLF, adapter_B):
+        """Return the hidden activations (B, L, F), scaled by l_ff. up_BLF is None if not gated."""
         h_BLF = self.activation(gate_BLF)
         if up_BLF is not None:
             h_BLF = h_BLF * up_BLF
@@ -172,7 +175,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + self-attention(x), then x + cross-attention(x) if there is any, then x + feed-forward(x).
 
-    The norms come before each part (pre-norm). `cross` is None in an encoder and in LLaMA.
+    A norm comes before each part (pre-norm). `cross` is None in an encoder and in LLaMA.
     """
 
     def __init__(self, attn, cross, ffn, d_model, eps, dropout):
@@ -188,8 +191,8 @@ class Block(nn.Module):
     def forward(self, x_BLD, context, cache, keys_only=False):
         """Return the block's output (B, L, D), and append its keys and values to `cache`.
 
-        keys_only: return None after the keys and values. In the last block of a prompt, nobody
-        reads more than these.
+        keys_only: stop after the keys and values, and return None. The last block of a prompt does
+        this, because nothing reads its output.
         """
         h_BLD = self.attn_norm(x_BLD)
         kv = cache.append(*self.attn.kv(h_BLD, context))
@@ -198,7 +201,8 @@ class Block(nn.Module):
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context))
 
         if self.cross is not None:
-            # Rows that share a source ask together: their queries become one row, without copies.
+            # Rows that share a source ask together: their queries become one row, so that the
+            # source's keys and values need not be copied.
             n_sources = len(cache.memory[0])
             h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)
             h = self.cross(h, cache.memory, context.cross)

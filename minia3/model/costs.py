@@ -1,12 +1,13 @@
-"""What a model costs to run, by the rule that the paper uses."""
+"""What it costs to run a model, by the rule that the paper uses."""
 
 
 def flops(n_parameters, n_tokens, decoder_only, training=False):
-    """Return the operations that `n_tokens` cost: a multiplication and an addition per parameter.
+    """Return the number of floating-point operations for `n_tokens` tokens.
 
-    Kaplan et al. 2020, arXiv 2001.08361. A token passes all N parameters of a decoder-only model:
-    2N operations. It passes half of an encoder-decoder: N. The backward pass costs twice as much
-    again, so training costs 6N and 3N.
+    A token takes a multiplication and an addition for each parameter that it passes (Kaplan et al.
+    2020, arXiv 2001.08361). It passes all N parameters of a decoder-only model, which makes 2N
+    operations, but only half of an encoder-decoder, which makes N. The backward pass takes twice as
+    many as the forward pass, so training takes 6N and 3N.
     """
     per_token = 2 * n_parameters if decoder_only else n_parameters
     if training:

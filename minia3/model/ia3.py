@@ -5,7 +5,7 @@
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", arXiv 2205.05638, section 3.3. Every vector starts at one, so a model starts as a
-bit-exact copy of the pre-trained one.
+bit-exact copy of the pre-trained model.
 
 One model holds many adapters: row `a` of every vector belongs to adapter `a`.
 

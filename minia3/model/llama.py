@@ -1,11 +1,11 @@
-"""LLaMA: a decoder alone, which reads the prompt and continues it.
+"""LLaMA: only a decoder, which reads the prompt and continues it.
 
 Touvron et al. 2023, arXiv 2302.13971. The blocks are T5's without cross-attention. The feed-forward
 is gated by SiLU, several query heads may share one key/value head, scores are divided by
 sqrt(d_head), and order comes from rotating queries and keys.
 
-Shapes: B batch, L query length, M memory length, D model, H query heads, K head width, P pairs of a
-head (K / 2), V vocabulary.
+Shapes: B batch, L query length, M memory length, D model, H query heads, K head width, P pairs of
+entries in a head (K / 2), V vocabulary.
 """
 
 import math
@@ -34,7 +34,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length)
     rope_scaling: tuple | None = None
-    # GGUF's form of the same: the divisor of each inverse frequency
+    # The same scaling as GGUF stores it: the divisor of each inverse frequency
     rope_factors: tuple | None = None
     max_length: int = 2048
     dropout: float = 0.0  # of the attention weights only
@@ -46,9 +46,9 @@ class LlamaConfig:
 def inverse_frequencies(config):
     """Return (P,) float32: the angle by which each pair of a head turns per position, in radians.
 
-    theta ** (-2i / K). Llama 3.1 was stretched to long texts: pairs that turn slowly over the
-    original length are slowed down by `factor`, fast pairs are kept, and the pairs between them are
-    blended. As `_compute_llama3_parameters` of transformers.
+    For pair i it is theta ** (-2i / K). Llama 3.1 was stretched to longer texts: pairs that turn
+    slowly over the original length are slowed down by `factor`, fast pairs are kept, and the pairs
+    between them are blended, as in `_compute_llama3_parameters` of transformers.
     """
     exponent_P = torch.arange(0, config.d_head, 2).float() / config.d_head
     frequency_P = 1.0 / config.rope_theta**exponent_P
@@ -82,7 +82,7 @@ class Llama(nn.Module):
         self.head = None
         if config.own_head:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        with torch.device("cpu"):  # values even if the model is built on the meta device
+        with torch.device("cpu"):  # so it has values even if the model is built on the meta device
             frequency = inverse_frequencies(config)
         self.register_buffer("frequency", frequency, persistent=False)
 
@@ -90,7 +90,7 @@ class Llama(nn.Module):
         """Read the prompt up to the last real token of each row, and return the State.
 
         The padding may be anywhere. `state.start` is that last token, which is not in the cache
-        yet. Arguments and errors are those of T5.start.
+        yet. The arguments and the errors are those of T5.start.
         """
         adapter_B = check_start(source, mask, adapter, self.n_adapters)
         if mask is None:
@@ -99,7 +99,8 @@ class Llama(nn.Module):
             read_BL = source[:, :-1]
             start_B1 = source[:, -1:]
         else:
-            # Move real tokens to the front: then the causal mask alone hides the padding from them.
+            # Move the real tokens to the front, because then the causal mask is enough to hide the
+            # padding from them.
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
             source_BM = source.gather(1, order_BM.to(source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
@@ -122,17 +123,18 @@ class Llama(nn.Module):
         return state
 
     def step(self, tokens, state):
-        """Continue with tokens (B, L), and return the logits (B, L, V) of what follows each.
+        """Continue with tokens (B, L), and return the logits (B, L, V) of what follows each token.
 
-        `state` advances.
+        This advances `state`.
         """
         return self.logits(self.run_blocks(tokens, state))
 
     def run_blocks(self, tokens, state, packing=NO_PACKING, keys_only=False):
-        """Continue with tokens (B, L), and return the last block's output (B, L, D), normed.
+        """Continue with tokens (B, L), and return the last block's output (B, L, D), normalized.
 
-        packing: leaves out the padding of a prompt. keys_only: return None, because of a prompt
-        only the keys and values are needed; the last block stops after them.
+        packing: the Packing that leaves out the padding of a prompt. keys_only: fill the caches,
+        and return None, because nothing else of a prompt is needed. The last block then stops after
+        its keys and values.
         """
         tokens_BL = state.append_columns(tokens)
         x_BLD = self.embed(tokens_BL)
@@ -152,7 +154,7 @@ class Llama(nn.Module):
         position_BL = state.token_M[None, -n_queries:]
         bias_BHLM = None
         if state.mask_BM is not None:
-            # Padded columns of the prompt do not count as positions, and nobody sees them.
+            # The padding of the prompt does not count as a position, and no token sees it.
             position_BL = position_BL - (~state.mask_BM).sum(dim=1, keepdim=True)
             is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
             state.mask_BM = torch.cat((state.mask_BM, is_real_BL), dim=1)
@@ -169,16 +171,16 @@ class Llama(nn.Module):
         )
 
     def rotation(self, position_BL, dtype):
-        """Return cos and sin (B, 1, L, K) of each position's angles, made in float32, then cast."""
+        """Return the cos and sin (B, 1, L, K) of each position's angles, from float32 angles."""
         angle_BLP = position_BL[..., None].float() * self.frequency.float()
         angle_B1LK = torch.cat((angle_BLP, angle_BLP), dim=-1).unsqueeze(1)
         return angle_B1LK.cos().to(dtype), angle_B1LK.sin().to(dtype)
 
     def logits(self, x):
-        """Return the logits (..., V) of the last block's output (..., D)."""
+        """Return the logits (..., V) of the normalized output (..., D) of the last block."""
         return F.linear(x, self.head_weight)
 
     @property
     def head_weight(self):
-        """(V, D): the head's own weight, or the embedding."""
+        """Return the weight (V, D) of the head: its own, or the embedding's."""
         return self.embed.weight if self.head is None else self.head.weight

@@ -1,8 +1,8 @@
-"""Which vectors train, and vectors that the paper does not have.
+"""Choose which vectors train, and add vectors that the paper does not have.
 
     l_q * (W_q x)        l_o * (W_o x)        l_up * (W_up x)        l_gate * (W_gate x)
 
-These scale the outputs of the other linears of a block, for users who need more capacity. A block
+These scale the outputs of the other linear layers, for users who need more capacity. A block
 has an `Unscaled` in each of these places, and `add_vectors` puts an IA3 there.
 """
 
@@ -11,8 +11,9 @@ import re
 from minia3.model.blocks import Unscaled
 from minia3.model.ia3 import IA3, vectors
 
-# The site of a vector (l_<site>), and the linear that it scales: its output, but for ff its input.
-# The linear `gate` has two sites, because files name it so: T5 v1.0 is not gated and calls it wi.
+# Site of a vector (l_<site>) -> the linear layer that it scales. It scales the output of the layer,
+# except that ff scales the input of `down`. The layer `gate` has two sites, because T5 v1.0, which
+# is not gated, calls it wi, and so do the files of its adapters.
 SITES = {
     "k": "k",
     "v": "v",
@@ -23,12 +24,12 @@ SITES = {
     "gate": "gate",
     "wi": "gate",
 }
-SITE_NAMES = ("k", "v", "ff", "q", "o", "up", "gate")  # for users, who call wi a gate, too
+SITE_NAMES = ("k", "v", "ff", "q", "o", "up", "gate")  # as users write them; `gate` covers wi, too
 LINEARS = ("k", "v", "down", "q", "o", "up", "gate")
 
 
 def possible_vectors(model):
-    """Return a dict from the name of each vector that could be added, or was, to its width."""
+    """Return name -> width for each vector that can be added, or was added already."""
     widths = {}
     for name, _ in model.named_modules():
         parent_name, _, attribute = name.rpartition(".")
@@ -39,7 +40,7 @@ def possible_vectors(model):
 
 
 def add_vectors(model, names):
-    """Add the vectors of `names` that are possible and not there yet: a row of ones per adapter."""
+    """Add each vector in `names` that is possible and missing, with a row of ones per adapter."""
     example = next(iter(vectors(model).values()))
     for name, width in possible_vectors(model).items():
         if name in names and isinstance(model.get_submodule(name), Unscaled):
@@ -50,12 +51,14 @@ def add_vectors(model, names):
 
 
 def choose_vectors(model, sites, layers, cross=True):
-    """Let only the vectors of some sites and layers train, and return them: name to parameter.
+    """Let only the vectors of these sites and layers train, and return name -> parameter for them.
 
-    sites: such as "k,v,ff". layers: such as "0-5,20-", counted in the encoder and in the decoder.
-    cross: whether cross-attention is among them. Vectors that are not in the model yet are added.
-    Raise ValueError if a site or a span of layers has no vectors, if `layers` has another form, or
-    if there is no cross-attention to leave out.
+    sites: a list such as "k,v,ff". layers: a list such as "0-5,20-". The encoder and the decoder
+    each count from 0. cross: False leaves out the vectors of cross-attention.
+
+    Vectors that the model does not have yet are added. Raise ValueError if a site or a span of
+    layers has no vectors, if `layers` has another form, or if there is no cross-attention to leave
+    out.
     """
     spans = parse_layers(layers)
     asked_sites = sites.split(",")
@@ -93,7 +96,10 @@ def choose_vectors(model, sites, layers, cross=True):
 
 
 def parse_layers(text):
-    """Return a dict from each span of "0-5,8,20-" to the layers in it. Raise ValueError."""
+    """Return span -> layers, as a range, for each span of a text such as "0-5,8,20-".
+
+    Raise ValueError if the text has another form.
+    """
     spans = {}
     for span in text.split(","):
         match = re.fullmatch(r"(\d+)(-?)(\d*)", span)
@@ -103,7 +109,7 @@ def parse_layers(text):
         if last:
             spans[span] = range(int(first), int(last) + 1)
         elif dash:
-            spans[span] = range(int(first), 10**9)  # to the last layer there is
+            spans[span] = range(int(first), 10**9)  # up to the last layer
         else:
             spans[span] = range(int(first), int(first) + 1)
     return spans

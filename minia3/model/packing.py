@@ -28,14 +28,14 @@ class Packing:
         return x_BLD.index_put((self.row_T, self.column_T), x_T1D[:, 0])
 
     def adapters(self, adapter_B):
-        """Return the adapter of each token (T,). One adapter for the whole batch (1,) stays one."""
+        """Return the adapter of each token (T,). One adapter for the whole batch stays (1,)."""
         if len(adapter_B) == 1:
             return adapter_B
         return adapter_B[self.row_T]
 
 
 class NoPacking:
-    """The same for a batch without padding, which stays as it is."""
+    """The methods of Packing for a batch without padding, which stays as it is."""
 
     def pack(self, x):
         return x

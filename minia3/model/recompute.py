@@ -1,8 +1,8 @@
-"""Less memory for the backward pass: keep inputs, and compute what follows from them again.
+"""Save memory in the backward pass: keep the inputs, and compute what follows from them again.
 
-Autograd keeps every tensor that a backward pass reads. Three places keep less of them, each by one
-call that stands where the plain line would: gated feed-forwards (`recompute`), norms (`rms_norm`)
-and whole blocks, if the user asks for it with --recompute (`recompute_blocks`).
+Autograd keeps every tensor that a backward pass reads. Three places keep fewer tensors, each with
+one call that replaces the plain line: gated feed-forwards (`recompute`), norms (`rms_norm`) and, if
+the user asks for it with --recompute, whole blocks (`recompute_blocks`).
 
 Shapes: B batch, L length, D width of the model.
 """
@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(function, *inputs, parameters=()):
-    """Return function(*inputs), and keep only `inputs` for the backward pass, which calls it again.
+    """Return function(*inputs), and keep only `inputs` for the backward pass.
 
-    The function must return one tensor. parameters: those that the function reads from elsewhere,
-    such as its module; they get gradients, too. Without gradients, and in torch.compile (which
-    decides for itself what to recompute), this is the plain call.
+    The backward pass calls the function again. The function must return one tensor. parameters: the
+    parameters that it reads from elsewhere, such as from its module; they get gradients, too.
+    Without gradients, and in torch.compile (which decides for itself what to recompute), this is
+    the plain call.
 
     torch.utils.checkpoint does the same, but importing what it needs takes 2 s and 100 MB.
     """
@@ -54,7 +55,8 @@ class _Recomputed(torch.autograd.Function):
 def rms_norm(x_BLD, weight_D, eps):
     """Return F.rms_norm(x, weight), and keep x and one number per token for the backward pass.
 
-    PyTorch's own keeps a float32 copy of a bfloat16 x as well. Arithmetic is in float32 at least.
+    PyTorch's rms_norm also keeps a float32 copy of a bfloat16 x. It computes in float32 or wider,
+    and so does this function.
     """
     if not torch.is_grad_enabled():
         return F.rms_norm(x_BLD, weight_D.shape, weight_D, eps)
@@ -74,7 +76,7 @@ class _RMSNorm(torch.autograd.Function):
         x_BLD, weight_D, r_BL1 = ctx.saved_tensors
         unit_BLD = x_BLD * r_BL1
         weighted_BLD = grad_BLD * weight_D.to(r_BL1.dtype)
-        # The part of the gradient along x drops out, because scaling x does not change its norm.
+        # The part of the gradient along x drops out, because scaling x does not change the result.
         along_BL1 = (weighted_BLD * unit_BLD).mean(-1, keepdim=True)
         grad_x_BLD = ((weighted_BLD - unit_BLD * along_BL1) * r_BL1).to(x_BLD.dtype)
         grad_weight_D = None

@@ -1,4 +1,4 @@
-"""What a running sequence carries. It is kept outside the modules, fresh for each batch.
+"""The state of running sequences. It is kept outside the modules, and each batch has its own.
 
     State     what `model.start` returns and `model.step` advances: the whole batch
     Cache     one block's keys and values
@@ -7,14 +7,14 @@
 Training, scoring and decoding use them alike, so no code asks whether there is a cache.
 
 Several rows may continue one source: the choices of a question, samples, beams. T5's rows share the
-encoder's keys and values, which nobody changes. LLaMA's rows share the prompt's keys and values, to
-which each row adds its own. They are kept in one row of the cache, side by side,
+encoder's keys and values, which never change. LLaMA's rows share the prompt's keys and values, and
+each row adds its own. All of these are kept side by side in one row of the cache:
 
     column    0  1  2  3     4  5  6     7  8  9
     owner_M  -1 -1 -1 -1     0  0  0     1  1  1      prompt (shared), then row 0's, then row 1's
-    token_M   0  1  2  3     4  5  6     4  5  6      the column's place in its own row
+    token_M   0  1  2  3     4  5  6     4  5  6      the place of the token in its sequence
 
-and a mask lets each token see the prompt and the earlier tokens of its own row. No keys are copied.
+A mask lets each token see the prompt and the earlier tokens of its own row. No keys are copied.
 
 Shapes: B batch (of sources), R rows that continue them, L query length, M memory length (columns),
 N columns of one row, H query heads, G key/value heads, K head width.
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from minia3.model.packing import NO_PACKING
 
-ROOM = 64  # columns that a cache grows by, so that most steps copy nothing
+ROOM = 64  # spare columns that a cache gets when it grows, so that most steps copy nothing
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Context:
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
-    is_causal: bool = False  # use PyTorch's own causal mask, which is only right if L = M
+    is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
     packing: Any = NO_PACKING
     cross: "Context | None" = None  # the context of cross-attention, if there is any
@@ -47,8 +47,8 @@ class Context:
 class Cache:
     """One block's keys and values (B, G, M, K), scaled and rotated.
 
-    kv: of self-attention. The first `length` columns are filled, and the others are spare room.
-    memory: of cross-attention, made once from the encoder's output. None in LLaMA.
+    kv: for self-attention. The first `length` columns are filled, and the others are spare room.
+    memory: for cross-attention, made once from the encoder's output. None in LLaMA.
     """
 
     kv: tuple | None = None
@@ -73,7 +73,7 @@ class Cache:
         return self.filled()
 
     def filled(self):
-        """Return `kv` without its spare room, so that no two states write into the same room."""
+        """Return `kv` without its spare room, so that two states never write into the same room."""
         if self.kv is None:
             return None
         return tuple(x[:, :, : self.length] for x in self.kv)
@@ -91,15 +91,15 @@ class State:
     start: torch.Tensor  # (R, 1): the token that begins each target
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
     caches: list  # one per block
-    token_M: torch.Tensor  # the place of each cached column in its row, see above
-    owner_M: torch.Tensor  # the row to which the column belongs, -1: to all that share it
+    token_M: torch.Tensor  # the place of each column's token in its sequence (see above)
+    owner_M: torch.Tensor  # the row to which each column belongs; -1: all rows share it
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
     n_sharing: int = 1  # rows that share one row of the caches
 
     def append_columns(self, tokens_RL):
-        """Count the columns of the next tokens, and return the tokens as the blocks read them.
+        """Add columns for the next tokens, and return the tokens as the blocks read them.
 
         tokens_RL (R, L) becomes (R / n_sharing, n_sharing * L): rows that share a cache row stand
         side by side in it. Raise ValueError if the number of rows is wrong.
@@ -122,7 +122,7 @@ class State:
         return Context(adapter_B, self.memory_bias_B11M, packing=NO_PACKING)
 
     def causal_mask(self, n_queries):
-        """Return (L, M) bool: which columns each of the last `n_queries` columns may see."""
+        """Return (L, M) bool: whether each of the last `n_queries` columns may see each column."""
         query_token_L = self.token_M[-n_queries:]
         query_owner_L = self.owner_M[-n_queries:]
         is_past_LM = self.token_M <= query_token_L[:, None]
@@ -131,7 +131,7 @@ class State:
         return is_past_LM & (is_shared_M | is_same_row_LM)
 
     def repeat(self, c):
-        """Return a new state: its rows b*c ... b*c + c - 1 continue row b of this one.
+        """Return a new state whose rows b*c ... b*c + c - 1 continue row b of this state.
 
         Neither state sees the other's later tokens. No keys or values are copied.
         """
@@ -148,9 +148,9 @@ class State:
         return replace(self, start=self.start[rows_R], caches=caches, owner_M=owner_M, n_sharing=c)
 
     def select(self, rows_R):
-        """Return a new state: its row i continues row rows_R[i] of this one. rows_R: (R,) long.
+        """Return a new state whose row i continues row rows_R[i] of this state.
 
-        Neither state sees the other's later tokens.
+        rows_R: (R,) long. Neither state sees the other's later tokens.
         """
         columns = self._columns_of_rows()
         n_rows = len(self.start)
@@ -175,7 +175,7 @@ class State:
         )
 
     def _columns_of_rows(self):
-        """Return, for each row that shares a cache row, the columns that it sees: shared or own."""
+        """Return which columns each row of a shared cache row sees: the shared and its own."""
         columns = []
         for row in range(self.n_sharing):
             is_seen_M = (self.owner_M < 0) | (self.owner_M == row)
@@ -187,7 +187,7 @@ class State:
         if x is None or self.n_sharing == 1:
             return pick_rows(x, rows_R, len(self.start))
         column_RN = torch.stack(columns)[rows_R % self.n_sharing]
-        # Not by index_select, because a GPU sums its gradient in any order.
+        # This is not index_select, because a GPU sums its gradient in no fixed order.
         x = x.transpose(1, column_axis)[(rows_R // self.n_sharing)[:, None], column_RN]
         return x.transpose(1, column_axis)
 
@@ -195,8 +195,8 @@ class State:
 def pick_rows(x, rows_R, n_rows):
     """Return the rows of `x` that serve rows_R. Each row of x serves n_rows / len(x) rows.
 
-    If rows_R is such that each picked row still serves as many, it is picked once (beams of one
-    source stay beams of one source).
+    If each row that is picked would again serve that many rows, it is picked only once: beams that
+    share a source go on sharing it.
     """
     if x is None:
         return None
@@ -209,14 +209,14 @@ def pick_rows(x, rows_R, n_rows):
 
 
 def pick_adapters(adapter_B, rows):
-    """Return the adapters of some rows. One adapter for the whole batch (1,) stays one."""
+    """Return the adapters of these rows. One adapter for the whole batch stays (1,)."""
     if len(adapter_B) == 1:
         return adapter_B
     return adapter_B[rows]
 
 
 def mask_to_bias(mask, dtype):
-    """Return 0 if `mask` is True and -inf if not, in the dtype of the queries (see attend.py)."""
+    """Return a bias: 0 for True and -inf for False. dtype: that of the queries (see attend.py)."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill(~mask, float("-inf"))
 
@@ -224,8 +224,8 @@ def mask_to_bias(mask, dtype):
 def check_start(source_BM, mask_BM, adapter, n_adapters):
     """Check the arguments of `start`, and return adapter_B: (B,) long, or (1,) for the whole batch.
 
-    Raise ValueError if the source is empty, if the mask has another shape or dtype, if a row has no
-    real token, and if the model does not have an adapter (negative ones, too).
+    Raise ValueError if the source is empty, if the mask has the wrong shape or dtype, if a row has
+    no real token, or if an adapter is negative or does not exist.
     """
     if source_BM.dim() != 2 or 0 in source_BM.shape:
         expected = "source must be (batch, length) ids with at least one token"

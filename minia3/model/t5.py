@@ -1,12 +1,12 @@
 """T5: an encoder that reads the source, and a decoder that writes the target.
 
-Raffel et al. 2019, arXiv 1910.10683. Three things are unlike other transformers:
+Raffel et al. 2019, arXiv 1910.10683. Three things differ from other transformers:
 
-- Scores are not divided by sqrt(d_head). The initialisation took care of it.
-- Order is a learned bias, one number per head and bucket of distance, which is added to the scores.
-  One table serves all blocks of a stack.
+- Scores are not divided by sqrt(d_head), because T5's initialization makes up for it.
+- The order of tokens comes from a learned bias that is added to the scores: one number per head and
+  bucket of distances. One table of these serves all blocks of a stack.
 - In v1.0 the head is the embedding, and the decoder's output is scaled by d_model ** -0.5 before
-  it. v1.1 (flan-T5, T0, mT5) does not scale, and has a head of its own.
+  the head. v1.1 (flan-T5, T0, mT5) does not scale, and has its own head.
 
 Shapes: B batch, L query length, M memory length, D model, H heads, V vocabulary.
 """
@@ -65,7 +65,7 @@ class Stack(nn.Module):
         return self.dropout(self.norm(x_BLD))
 
     def position_bias(self, position_L, position_M):
-        """Return (1, H, L, M): the bias from each position of a query to each position of a key."""
+        """Return (1, H, L, M): the bias for each position of a query and each position of a key."""
         bucket_LM = distance_bucket(
             position_M - position_L[:, None],
             self.is_bidirectional,
@@ -88,8 +88,9 @@ def distance_bucket(distance_LM, is_bidirectional, n_buckets, max_distance):
     """Return the bucket (L, M) of each distance (position of the key minus position of the query).
 
     Half of the buckets hold one distance each; the others grow in logarithmic steps up to
-    max_distance. The encoder divides them between both directions; the decoder only looks back.
-    As `_relative_position_bucket` of Mesh TensorFlow's T5, down to its float32 logarithm.
+    max_distance. The encoder divides the buckets between both directions; the decoder only looks
+    back. This equals `_relative_position_bucket` of Mesh TensorFlow's T5, down to its float32
+    logarithm.
     """
     if is_bidirectional:
         n_buckets = n_buckets // 2
@@ -155,9 +156,9 @@ class T5(nn.Module):
         )
 
     def step(self, tokens, state):
-        """Append tokens (B, L) to the target, and return the logits (B, L, V) of what follows each.
+        """Append tokens (B, L) to the target, and return the logits (B, L, V) after each token.
 
-        `state` advances.
+        This advances `state`.
         """
         return self.logits(self.run_blocks(tokens, state))
 
@@ -180,5 +181,5 @@ class T5(nn.Module):
 
     @property
     def head_weight(self):
-        """(V, D): the head's own weight, or the embedding."""
+        """Return the weight (V, D) of the head: its own, or the embedding's."""
         return self.embed.weight if self.head is None else self.head.weight

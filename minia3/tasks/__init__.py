@@ -1,7 +1,7 @@
-"""From a data set to token ids: what a task is, where its files come from, how its rows are read,
-checked and split into train, validation and test, how a prompt turns a row into text, and how texts
-become padded batches of ids.
+"""From a data set to token ids.
 
-Read in this order: task, known_tasks (with tasks.json), download, prompts, rows, splits, examples,
-batches.
+`task` says what a task is, `known_tasks` reads the table of published tasks (tasks.json), and
+`download` fetches their files. `prompts` turns a row into text, `rows` reads and checks the rows of
+a file, and `splits` divides them into train, validation and test. `examples` turns texts into token
+ids, and `batches` pads the ids to tensors. Read them in this order.
 """

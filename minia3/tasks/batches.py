@@ -24,16 +24,16 @@ class Batch(NamedTuple):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Return examples as one batch.
+    """Return the examples as one batch.
 
-    Raise ValueError if an example has no source or no target, or an empty one: all of it would be
-    masked.
+    Raise ValueError if the source or a target of an example is missing or empty, because all of it
+    would be masked.
     """
     for i, example in enumerate(examples):
         if not (example.source and example.targets and all(example.targets)):
             raise ValueError(
-                f"example {i} of the batch: expected a source and one target or more, "
-                f"each of one token or more; found {example!r:.80}"
+                f"example {i} of the batch: expected a source and at least one target, "
+                f"each with at least one token; found {example!r:.80}"
             )
     n_choices = max(len(example.targets) for example in examples)
     targets = []
@@ -54,8 +54,8 @@ def collate(examples: Sequence[Example]) -> Batch:
 def pad(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ids of N texts, padded on the right (N, L), and the mask of real tokens (N, L).
 
-    Padding is id 0 whatever the tokenizer says. Padding is masked, so any id does that has an
-    embedding, and the pad token of some checkpoints has none.
+    Padding is id 0 whatever the tokenizer says. Because padding is masked, any id that has an
+    embedding will do, and in some checkpoints the pad token has no embedding.
     """
     longest = max(len(ids) for ids in texts)
     ids_NL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in texts])
@@ -66,15 +66,15 @@ def pad(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def order(n_rows: int, batch_size: int, seed: int) -> Callable[[int], list[int]]:
     """Return a function from a step to the indices of its rows.
 
-    The indices are a function of (seed, step) alone, so a resumed run needs no state for them.
+    The indices depend only on the seed and the step, so a resumed run needs no state for them.
 
     Each epoch is a new permutation of all rows, and a batch may begin in one epoch and end in the
     next: every batch has `batch_size` rows, and all rows come equally often. (T-Few's loader
-    shuffles too, but it drops the last batch of an epoch if that is not full, even if it is the
-    only one.)
+    shuffles too, but it drops the last batch of an epoch if the batch is not full, even if there is
+    no other batch.)
     """
 
-    @lru_cache(2)  # a batch that is no larger than an epoch lies in two at most
+    @lru_cache(2)  # a batch that is no larger than an epoch lies in at most two epochs
     def permutation(epoch):
         # NumPy guarantees RandomState's stream: it is the same on all machines, in all versions.
         return np.random.RandomState([seed, epoch]).permutation(n_rows).tolist()

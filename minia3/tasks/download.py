@@ -1,4 +1,4 @@
-"""Download the files of a known task: all of a file, with the right checksum, or nothing."""
+"""Download the files of a known task: each file whole, with the right checksum, or not at all."""
 
 import hashlib
 import io
@@ -15,25 +15,26 @@ from tqdm import tqdm
 from minia3.tasks.task import Source
 
 HUB = "https://huggingface.co/datasets/"
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds to wait for the next byte
 CHUNK = 1 << 16  # bytes
 
-# How many times as large as its archive an unpacked file may be. Texts become four times as large.
+# An unpacked file may be this many times as large as its archive. Texts are about four times as
+# large.
 MAX_INFLATION = 100
 
 
 def download(sources: Sequence[Source], folder: Path):
     """Put the files of `sources` into `folder`. A file that is already there is kept.
 
-    Raise ValueError, in one line, if anything goes wrong. No part of a file is left then.
+    Raise ValueError, in one line, if anything goes wrong. Then no part of a file is left behind.
     """
     names = ", ".join(file_names(sources))
-    # The table lists train first and we fetch it last: if train is there, a later run finds all the
-    # other files, too.
+    # The table lists train first, and we fetch it last. So if a later run finds train, it finds all
+    # the other files, too.
     for source in reversed(sources):
         try:
             contents = fetch(source)
-            move_in(contents, folder)
+            write_files(contents, folder)
         except Exception as error:  # the network, the disk and the zip module raise many kinds
             # A server may answer in several lines, and our message has one.
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -47,11 +48,11 @@ def file_names(sources: Sequence[Source]) -> list[str]:
     return list(chain.from_iterable(source.files for source in sources))
 
 
-def move_in(contents: dict[str, bytes], folder: Path):
+def write_files(contents: dict[str, bytes], folder: Path):
     """Write files into `folder`, except those that are already there.
 
-    Each is written in a scratch folder first and then renamed, because a rename is atomic: no other
-    process sees a part of a file, and a killed process leaves none.
+    Each file is first written to a scratch folder and then renamed. A rename is atomic, so no other
+    process sees a part of a file, and a killed process leaves no part behind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
@@ -90,13 +91,13 @@ def fetch_from_hub(source: Source) -> dict[str, bytes]:
 def fetch_address(source: Source) -> bytes:
     """Return what is at the address. Raise ValueError if it is not what the table says."""
     content = bytearray()
-    # disable=None: there is a progress bar in a terminal only.
+    # disable=None: show a progress bar only in a terminal.
     bar = {"total": source.n_bytes, "desc": source.address, "disable": None}
     with (
         urlopen(source.address, timeout=TIMEOUT) as response,
         tqdm.wrapattr(response, "read", **bar) as body,
     ):
-        # Stop after the first byte too many: a server can send without end.
+        # Stop after the first byte too many, because a server may never stop sending.
         while len(content) <= source.n_bytes:
             chunk = body.read(CHUNK)
             if not chunk:

@@ -7,11 +7,11 @@ from minia3.tasks.prompts import Prompt, Rendered, fit
 
 
 class Example(NamedTuple):
-    """A row as token ids."""
+    """A rendered row as token ids."""
 
     source: list[int]
     targets: list[list[int]]  # the ids of each choice
-    label: int  # index of the right choice; -1: unlabelled
+    label: int  # index of the right choice; -1: unlabeled
 
 
 def encode_example(
@@ -19,9 +19,9 @@ def encode_example(
 ) -> Example:
     """Return the ids of a rendered row's texts.
 
-    end: whether a LLaMA's targets end in the end token, as a text to generate must. T5's targets
-    always do.
-    source: the ids of the input, if they are known already.
+    end: whether the targets of a LLaMA end in the end token, as they must if the model is to
+    generate them. The targets of a T5 always end in it.
+    source: the ids of the input, if they are already known.
     """
     if source is None:
         source = tokenizer.encode(rendered.input)
@@ -32,10 +32,10 @@ def encode_example(
 def encode_rows(
     pairs: Iterable[tuple[dict, Prompt]], tokenizer, max_length: int, end: bool
 ) -> tuple[list[Rendered], list[Example], int]:
-    """Render and encode each row with the prompt beside it.
+    """Render and encode each row in the words of the prompt that it is paired with.
 
-    Return the rendered rows, their examples, and how many inputs were cut to `max_length` tokens
-    (see `fit`).
+    Return the rendered rows, their examples, and the number of inputs that were cut to `max_length`
+    tokens (see `fit`).
     """
     rendered_rows = []
     examples = []

@@ -1,8 +1,8 @@
-"""The table of known tasks: reads tasks.json.
+"""Read the table of known tasks, tasks.json.
 
-An entry of the file holds the fields of a TaskSpec by name, and up to two keys more. `choices` are
-the choices of every prompt that has none (default: the labels). `like` names an entry from which
-this entry takes what it leaves out.
+An entry of the file holds the fields of a TaskSpec by name, and may have two more keys. `choices`
+are the choices of every prompt that names none (default: the labels). `like` names another entry,
+from which this entry takes whatever it leaves out.
 """
 
 import json
@@ -23,8 +23,8 @@ SHIPPED = Path(__file__).resolve().parents[2] / "data"
 def known_tasks(path: str | Path = TABLE) -> dict[str, TaskSpec]:
     """Return the TaskSpec of each task in a file such as tasks.json, by name.
 
-    Raise ValueError, in one line, if an entry has an unknown key or lacks one, or is like an entry
-    that is not there.
+    Raise ValueError, in one line, if an entry has an unknown key, lacks a key, or is like an entry
+    that does not exist.
     """
     table = json.loads(Path(path).read_text("utf-8"))
     tasks = {}
@@ -37,7 +37,7 @@ def known_tasks(path: str | Path = TABLE) -> dict[str, TaskSpec]:
 
 
 def with_inherited(table: dict[str, dict], name: str) -> dict:
-    """Return an entry without `like`, completed from the entry that `like` names."""
+    """Return an entry without its `like`, completed by the entry that `like` names."""
     entry = dict(table[name])
     parent_name = entry.pop("like", None)
     if parent_name is None:
@@ -46,7 +46,7 @@ def with_inherited(table: dict[str, dict], name: str) -> dict:
         expected = ", ".join(other for other in table if other != name)
         raise ValueError(f"'like' is {parent_name!r}, expected one of {expected}")
     parent = table[parent_name]
-    # One step is enough for our table, and a reader need not follow a chain to find a value.
+    # One step is enough for our table, and it spares the reader a chain of entries.
     if "like" in parent:
         raise ValueError(f"'like' is {parent_name!r}, expected a task without 'like'")
     return parent | entry
@@ -76,7 +76,7 @@ def make_prompt(fields: dict, default_choices: Iterable[str]) -> Prompt:
 
 
 def check_keys(fields: dict, kind: type, extra: Iterable[str] = ()):
-    """Raise ValueError if `fields` has a key that `kind` (and `extra`) has not, or lacks one."""
+    """Raise ValueError if `fields` has a key that is unknown to `kind`, or lacks a required key."""
     known = [*kind._fields, *extra]
     for key in fields:
         if key not in known:

@@ -1,9 +1,9 @@
 """Turn a row into text: the input that a model reads, and the choices among which it answers.
 
 A prompt is a format string, such as "{premise}\\nQuestion: {hypothesis} True or False?\\nAnswer:",
-with a choice for each label. `render` fills in the row's fields. `fit` does so within a number of
-tokens: it takes words out of the middle of the row's longest field, so that the prompt's own words
-remain whole.
+with a choice for each label. `render` fills in the row's fields. `fit` does the same within a limit
+of tokens: it takes words out of the middle of the row's longest field, and leaves the words of the
+prompt alone.
 """
 
 import re
@@ -17,14 +17,14 @@ WORD = re.compile(r"\s*\S{1,20}")
 
 
 class Prompt(NamedTuple):
-    """How a row is put into words. `text` and `choices` are format strings with its fields."""
+    """How to put a row into words. `text` and `choices` are format strings with its fields."""
 
     text: str
-    # In the order of the labels. None: the row brings its choices, or its target.
+    # In the order of the labels. None: the row has choices or a target of its own.
     choices: tuple[str, ...] | None
-    # Field -> value -> what this prompt says in place of the value.
+    # Field -> value -> the words of this prompt in place of the value.
     words: dict[str, dict[str, str]] | None = None
-    # The family that was pre-trained on this form. Other models do not get the prompt.
+    # The family of models that was pre-trained on this form. Other models do not get the prompt.
     for_model: str | None = None
 
 
@@ -32,8 +32,8 @@ class Rendered(NamedTuple):
     """A row in the words of a prompt."""
 
     input: str
-    choices: list[str]  # just one, the target, if the row has a target
-    label: int  # index of the right choice; -1: unlabelled
+    choices: list[str]  # only the target, if the row has a target
+    label: int  # index of the right choice; -1: unlabeled
 
 
 class Fitted(NamedTuple):
@@ -45,7 +45,7 @@ class Fitted(NamedTuple):
 
 
 def for_family(prompts: tuple[Prompt, ...], family: str | None) -> tuple[Prompt, ...]:
-    """Return a model's prompts: those that its family was pre-trained on, or else those for all."""
+    """Return the prompts that the family was pre-trained on, or else the prompts for all models."""
     familiar = tuple(prompt for prompt in prompts if prompt.for_model == family)
     return familiar or tuple(prompt for prompt in prompts if prompt.for_model is None)
 
@@ -55,7 +55,7 @@ def render(prompt: Prompt, row: dict) -> Rendered:
     try:
         fields = row | values_in_words(prompt, row)
         if prompt.choices:
-            # Some of COPA's choices end in a space.
+            # In COPA, some choices end in a space.
             choices = [choice.format_map(fields).strip() for choice in prompt.choices]
         elif "choices" in row:
             choices = row["choices"]
@@ -66,7 +66,7 @@ def render(prompt: Prompt, row: dict) -> Rendered:
         raise ValueError(
             f"the row has no field {error}, which the prompt {prompt.text!r:.60} needs"
         ) from error
-    except (LookupError, TypeError) as error:  # "{endings[3]}" of a list of two, or of a number
+    except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
         raise ValueError(
             f"the row has no such item as the prompt {prompt.text!r:.60} needs ({error})"
         ) from error
@@ -78,7 +78,7 @@ def check_fields(prompt: Prompt, row: dict):
 
 
 def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
-    """Return the fields whose values the prompt replaces: "cause" may become "This is because"."""
+    """Return the fields that the prompt puts into words: "cause" may become "This is because"."""
     replaced = {}
     for name, words in (prompt.words or {}).items():
         value = str(row[name])
@@ -92,11 +92,11 @@ def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_lengt
     """Render a row so that its input has at most `max_length` tokens.
 
     If the input is too long, the row's longest field (in characters) loses as few words as possible
-    from its middle, down to one word; then the next longest field does. So the prompt's own words
-    remain, and of a user's input the beginning (what to do) and the end (the question). Choices are
-    never cut.
+    from its middle, down to one word, and then the next longest field does. So the words of the
+    prompt remain, and a user's input keeps its beginning (what to do) and its end (the question).
+    Choices are never cut.
 
-    Raise ValueError if even one word of each field is too much.
+    Raise ValueError if the input is too long even with one word of each field.
     """
     rendered = render(prompt, row)
     ids = encode(rendered.input)
@@ -115,7 +115,7 @@ def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_lengt
 
 
 def fields_to_cut(prompt: Prompt, row: dict) -> list[str]:
-    """Return the names of the row's texts in the prompt: the longest first, and then by name."""
+    """Return the names of the row's texts in the prompt, the longest text first, then by name."""
     names = {name for _, name, _, _ in string.Formatter().parse(prompt.text)}
     names -= set(prompt.words or ())  # these words are the prompt's
     texts = [name for name in names if isinstance(row.get(name), str)]
@@ -134,13 +134,14 @@ def cut_field(
     def is_too_long(n_words):
         return len(encode(render(prompt, cut_to(n_words)).input)) > max_length
 
-    # Among 1, 2, ... words, the position of the first number that is too long is how many fit.
+    # In the range 1, 2, ... the position of the first length that is too long is the last length
+    # that fits.
     n_fitting = bisect_left(range(1, len(words)), True, key=is_too_long)
     return cut_to(max(n_fitting, 1))
 
 
 def keep_ends(words: list[str], n_words: int) -> str:
-    """Return the text of the first and the last words, `n_words` in all."""
+    """Return the text of the first words and the last words, `n_words` in total."""
     n_tail = n_words // 2
     head = "".join(words[: n_words - n_tail]).strip()
     tail = "".join(words[len(words) - n_tail :]).strip()
@@ -150,8 +151,7 @@ def keep_ends(words: list[str], n_words: int) -> str:
 def in_context(prompt: Prompt, rows: list[dict]) -> list[Prompt]:
     """Return the prompts of in-context learning with 0, 1, ..., len(rows) shots.
 
-    In prompt n the first n rows, in the words of `prompt` and each with its answer, come before its
-    text.
+    Prompt n begins with the first n rows, each in the words of `prompt` and with its answer.
     """
     prompts = [prompt]
     shots = ""

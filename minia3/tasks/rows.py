@@ -1,8 +1,7 @@
 """Read rows from .jsonl, .csv and .tsv files, and check them.
 
 A file is read line by line, so it may be larger than the memory. A bad row does not stop the
-reading: it comes as a ValueError in the place of the row, so that one message can name all bad rows
-of all files.
+reading. A ValueError takes the place of the row, so one message can name all bad rows of all files.
 """
 
 import csv
@@ -27,10 +26,10 @@ MAX_PROBLEMS = 5  # in one error message; the others are counted
 
 
 class LineReader:
-    """The lines of a file as text, with their number, and with a limit on the bytes of a row.
+    """The lines of a file as text. It counts the lines, and limits the bytes of a row.
 
-    A row of a csv file may have several lines. So the limit is on the bytes since `begin_row`: no
-    file can fill the memory, neither with a line without end nor with a quote that is never closed.
+    A row of a csv file may have several lines, so the limit is on the bytes since `begin_row`. No
+    file can fill the memory, neither with an endless line nor with a quote that is never closed.
     """
 
     def __init__(self, file: BinaryIO):
@@ -47,11 +46,12 @@ class LineReader:
         """Yield the lines.
 
         A line that is too long or not UTF-8 is the last, because a generator ends when it raises.
-        (After half of a line, line numbers would be wrong. A file in another encoding should be one
-        error, not one for each line.)
+        (After half a line, the line numbers would be wrong. A file in another encoding should cause
+        one error, and not an error for each line.)
         """
         while True:
-            # Only \n ends a line, because a text in a row may hold other line ends, such as U+2028.
+            # Only \n ends a line, because a text in a row may contain other line ends, such as
+            # U+2028.
             line = self.file.readline(MAX_ROW_BYTES + 1)
             if not line:
                 return
@@ -75,17 +75,17 @@ class LineReader:
 def read_rows(
     path: str | Path, column: str | None = "input"
 ) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield each row of a file: the number of its first line, and a dict or a ValueError.
+    """Yield the number of its first line and a dict, or a ValueError, for each row of a file.
 
     - .jsonl (and any other name): a JSON object on each line.
-    - .csv: cells with commas between them and a header. An empty cell counts as none. `choices` is
-      a JSON list, or texts with | between them.
-    - .tsv: cells with tabs between them and a header. Quotes are ordinary characters.
+    - .csv: a header, and cells with commas between them. An empty cell counts as missing. `choices`
+      is a JSON list, or texts with | between them.
+    - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
 
-    column: the name that the header must have; None accepts any header, and keeps empty cells.
+    column: a name that the header must have; None accepts any header, and keeps empty cells.
 
-    A byte order mark, Windows line ends and blank lines are ignored. A row of more than 16 MB or
-    that is not UTF-8 is the last to be read. Raise ValueError if the file cannot be opened, or its
+    A byte order mark, Windows line ends and blank lines are ignored. A row that is larger than
+    16 MB or not UTF-8 is the last to be read. Raise ValueError if the file cannot be opened, or its
     header is wrong.
     """
     path = Path(path)
@@ -134,8 +134,8 @@ def parse_line(line: str) -> dict:
 def parse_json(text: str):
     try:
         value = json.loads(text)
-        # JSON can spell half of a surrogate pair ("\ud83d"). That is not a character, and no
-        # tokenizer takes it.
+        # JSON can spell half a surrogate pair ("\ud83d"), which is not a character, and which no
+        # tokenizer accepts.
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
@@ -144,7 +144,7 @@ def parse_json(text: str):
 
 
 def read_header(records: Iterator[list[str]], column: str | None) -> list[str]:
-    """Return the names of the columns. Raise ValueError if the first line does not have them."""
+    """Return the names of the columns. Raise ValueError if the first line is not a header."""
     header = next(filter(None, records), [])
     has_repeats = len(set(header)) < len(header)
     is_without_column = column is not None and column not in header
@@ -177,7 +177,7 @@ def parse_choices(cell: str) -> list:
 
 
 def read_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
-    """Return the checked rows of each file, by its key: the name of its split.
+    """Return the checked rows of each file. `files` and the result have the splits as their keys.
 
     Raise one ValueError for everything that is wrong with any row of any file.
     """
@@ -212,7 +212,7 @@ def read_file(path: Path, spec: TaskSpec, split: str) -> tuple[list[dict], list[
 
 
 def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> list[str]:
-    """Return a message if some rows have a target and others choices: a task has one metric."""
+    """Return a message if some rows have a target and others choices. (A task has one metric.)"""
     has_target = ["target" in row for row in chain.from_iterable(rows.values())]
     n_targets = sum(has_target)
     if n_targets in (0, len(has_target)):
@@ -227,12 +227,12 @@ def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> lis
 
 
 def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -> dict:
-    """Return a row with an integer `label` (-1: unlabelled) and an integer `idx`.
+    """Return a row with an integer `label` (-1: unlabeled) and an integer `idx`.
 
-    number: the `idx` of a row that has none in its file.
+    number: the `idx` of the row, if it has none in its file.
 
-    Raise ValueError if something is wrong with the row; if the row is a ValueError (see
-    `read_rows`), raise that. Only rows of the split "test" may lack a label.
+    Raise ValueError if something is wrong with the row. If the row is itself a ValueError (see
+    `read_rows`), raise it. Only rows of the split "test" may lack a label.
     """
     if isinstance(row, ValueError):
         raise row
@@ -242,7 +242,7 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     if spec.has_user_rows:
         check_user_row(row)
     row["label"] = read_label(row, spec, may_be_hidden=split == "test")
-    if type(row.get("idx")) is not int:  # a bool is not a number either
+    if type(row.get("idx")) is not int:  # not isinstance, because a bool is an instance of int
         row["idx"] = number
     # The first prompt uses every field that any prompt of the task uses (a test says so).
     check_fields(spec.prompts[0], row)
@@ -283,7 +283,7 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
     if not spec.has_user_rows:
         return find_label(row.get(spec.label_field), spec.labels, spec.label_field, may_be_hidden)
     if "target" in row:
-        return 0  # the target is the only choice, and right
+        return 0  # the target is the only choice, and the right one
     indices = [str(i) for i in range(len(row["choices"]))]
     return find_label(row.get("label"), indices, "label", may_be_hidden)
 
@@ -294,7 +294,7 @@ def find_label(value, labels: list[str], field: str, may_be_hidden: bool) -> int
     text = str(value).lower()  # files have 1, true, "true" and "True"
     if text in lower_labels:
         return lower_labels.index(text)
-    if type(value) is int and 0 <= value < len(labels):  # T-Few's published splits have the index
+    if type(value) is int and 0 <= value < len(labels):  # T-Few's published splits hold the index
         return value
     if may_be_hidden and text in ("none", "-1", ""):
         return -1
@@ -302,11 +302,11 @@ def find_label(value, labels: list[str], field: str, may_be_hidden: bool) -> int
 
 
 def unpack_spans(row: dict, field: str):
-    """Replace WSC's object `field` by its entries, and spell the two spans as the text does.
+    """Replace WSC's object `field` by its entries, and spell the two spans as in the text.
 
-    Like the "fixed" variant of WSC, on which T-Few trains: a span that does not occur in the text
-    takes the spelling that the text has at the span's index, if only the case, line breaks or a
-    full stop differ.
+    This follows the "fixed" variant of WSC, on which T-Few trains: if a span does not occur in the
+    text, it takes the spelling at the span's index in the text, provided that only the case, line
+    breaks or a full stop differ.
     """
     try:
         row |= row.pop(field, {})

@@ -15,7 +15,8 @@ from minia3.tasks.known_tasks import SHIPPED, known_tasks
 from minia3.tasks.rows import read_files
 from minia3.tasks.task import Task, TaskSpec
 
-# Split -> names of its file, without the suffix. The last ones are those of StoryCloze and RAFT.
+# Split -> possible names of its file, without the suffix. The long names are StoryCloze's, and
+# test_unlabeled is RAFT's.
 FILE_NAMES = {
     "train": ("train", "cloze_test_val__spring2016 - cloze_test_ALL_val"),
     "validation": ("validation", "val", "dev"),
@@ -30,13 +31,13 @@ class Splits:
     """The rows of a task while it is loaded."""
 
     name: str
-    files: list[Path]  # all that were read
+    files: list[Path]  # all files that were read
     train: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
     test: list[dict] = field(default_factory=list)
     validation_name: str = "validation"
     notes: list[str] = field(default_factory=list)
-    is_shuffled: bool = False  # whether train is in the order of T-Few's published split
+    is_shuffled: bool = False  # True if train is in the order of T-Few's published split
 
     def set_rows(self, rows: dict[str, list[dict]]):
         self.train = rows.get("train", [])
@@ -62,17 +63,17 @@ def load_task(
     that fails, T-Few's published few-shot splits are read from `<data_dir>/few_shot`.
 
     A user's rows are {"input", "target"} or {"input", "choices", "label"}. A folder has files named
-    train, validation (or val, or dev) and test; if there is only one file, or only train, its rows
+    train, validation (or val, or dev) and test. If there is only one file, or only train, its rows
     are split in three.
 
-    shots: train on T-Few's few-shot split only: the first `shots` rows (SST-2: of each class) after
+    shots: train only on T-Few's few-shot split: the first `shots` rows (SST-2: of each class) after
     a shuffle by `seed`.
 
     RAFT hides the labels of its test rows, so a fifth of its 50 train rows is held out as
-    validation, and five seeds in a row hold out each row once. With shots=50 all rows are trained
-    on, and none are held out.
+    validation, and five consecutive seeds hold out each row once. With shots=50 all rows are
+    trained on, and none are held out.
 
-    Raise ValueError, in one line, if there is no such task, or its files or rows are not as
+    Raise ValueError, in one line, if there is no such task, or if its files or rows are not as
     expected.
     """
     name = str(name_or_path)
@@ -96,7 +97,8 @@ def load_task(
         splits.notes,
         splits.validation_name,
     )
-    # A known task may have none: if all 50 rows of RAFT are trained on, no labelled row is left.
+    # A known task may have no rows to report on: if a run trains on all 50 rows of RAFT, no labeled
+    # row is left.
     if spec.has_user_rows:
         task.check_evaluation()
     return task
@@ -120,7 +122,7 @@ def load_user_task(name: str, spec: TaskSpec) -> Splits:
 
 
 def short_name(path: str) -> str:
-    """Return the name of a task that is a file or a folder."""
+    """Return a name for a task that is a file or a folder."""
     name = os.path.basename(os.path.abspath(path))
     return name.removesuffix(".jsonl").removesuffix(".csv")
 
@@ -129,7 +131,7 @@ def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
     """Return the file of each split. Raise ValueError if there are none."""
     if spec.shipped:
         path = SHIPPED / spec.shipped
-    elif os.path.exists(name):  # unlike Path.exists, this takes any text, even a null byte
+    elif os.path.exists(name):  # unlike Path.exists, this accepts any text, even a null byte
         path = Path(name)
     else:
         raise ValueError(unknown_task(name))
@@ -176,7 +178,9 @@ def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
 
 
 def note_white_space(splits: Splits):
-    """The tokenizer puts a space before the answer, so an input that ends in one would have two."""
+    """Note how many inputs end in white space. The answer would then follow two spaces, because the
+    tokenizer puts a space before it.
+    """
     inputs = [row["input"] for row in [*splits.train, *splits.validation, *splits.test]]
     n_inputs = sum(text != text.rstrip() for text in inputs)
     if n_inputs:
@@ -209,7 +213,7 @@ def load_known_task(
 
 
 def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
-    """Return the file of each split, after a download if one that is needed is not there."""
+    """Return the file of each split, after a download if a file that is needed is missing."""
     names = [Path(name) for name in file_names(spec.sources)]
     suffixes = {name.suffix for name in names}
     has_validation = any(name.stem in FILE_NAMES["validation"] for name in names)
@@ -222,7 +226,7 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
 
 
 def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
-    """Return the file of each split that is in the folder. Raise ValueError if a split has two."""
+    """Return the file of each split in the folder. Raise ValueError if a split has two files."""
     files = {}
     for split, names in FILE_NAMES.items():
         candidates = [folder / f"{name}{suffix}" for name, suffix in product(names, suffixes)]
@@ -237,13 +241,13 @@ def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
 
 
 def read_dev_ids(path: Path) -> set[tuple[str, ...]]:
-    """Return the ids on each line of MRPC's validation file. It has no texts."""
+    """Return the ids on each line of MRPC's validation file, which holds nothing else."""
     lines = path.read_text("utf-8").splitlines()
     return {tuple(line.split()) for line in lines}
 
 
 def select_dev_rows(rows: list[dict], spec: TaskSpec, dev_ids: set[tuple[str, ...]]) -> list[dict]:
-    """Return the rows that the ids name."""
+    """Return the rows with these ids."""
     selected = []
     for row in rows:
         ids = tuple(row.get(name) for name in spec.dev_id_fields)
@@ -253,35 +257,36 @@ def select_dev_rows(rows: list[dict], spec: TaskSpec, dev_ids: set[tuple[str, ..
 
 
 def is_fold_needed(splits: Splits, shots: int | None) -> bool:
-    """Whether rows to report on must be taken from train (RAFT), and the shots leave some."""
+    """Return whether rows to report on must come from train (RAFT), and the shots leave some."""
     has_hidden = any(row["label"] < 0 for row in splits.test)
     return has_hidden and not splits.validation and shots != len(splits.train)
 
 
 def hold_out_fold(splits: Splits, seed: int):
-    """Hold out the fold that the seed names. The folds are the same for every seed."""
+    """Hold out the fold that the seed selects. The folds are the same for every seed."""
     fold = seed % N_FOLDS
     shuffled = np.random.RandomState(0).permutation(len(splits.train))
     splits.hold_out([splits.train[i] for i in shuffled[fold::N_FOLDS]])
     splits.notes.append(
         f"fold {fold + 1} of {N_FOLDS} is held out: "
-        f"{N_FOLDS} seeds in a row report on each row once"
+        f"{N_FOLDS} consecutive seeds report on each row once"
     )
 
 
 def load_published_split(
     name: str, spec: TaskSpec, data_dir: str | Path, seed: int, error: ValueError
 ) -> Splits:
-    """Load T-Few's published few-shot split of a seed. Rows of its other splits are validation.
+    """Load T-Few's published few-shot split of a seed. The rows of other seeds are validation.
 
-    Raise `error`, which says why the data set itself cannot be had, if there is no such split.
+    Raise a ValueError with the message of `error`, which says why the data set itself is not
+    available, if there is no such split.
     """
     folder = Path(data_dir, "few_shot", spec.few_shot or name, f"{spec.shots}_shot")
     files = {
         int(path.stem.removesuffix("_seed")): path for path in sorted(folder.glob("*_seed.jsonl"))
     }
     if seed not in files:
-        hint = f"; T-Few's splits are there for seeds {sorted(files)}" if files else ""
+        hint = f"; T-Few published splits for the seeds {sorted(files)}" if files else ""
         raise ValueError(f"{error}{hint}") from None
     rows = read_files(files, spec)
     train = rows.pop(seed)
@@ -293,9 +298,7 @@ def load_published_split(
         train,
         validation=[row for idx, row in rows_by_id.items() if idx not in train_ids],
         validation_name="T-Few's other splits",
-        notes=[
-            f"{error}; so T-Few's published split is used, and those of other seeds to report on"
-        ],
+        notes=[f"{error}; so T-Few's published split is used, with the other seeds as validation"],
         is_shuffled=True,
     )
 
@@ -312,7 +315,9 @@ def note_hidden_labels(splits: Splits):
 
 
 def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[dict]:
-    """Return T-Few's few-shot split of train: the first rows (of each label) after a shuffle."""
+    """Return T-Few's few-shot split of train: the first rows, or the first of each label, after a
+    shuffle.
+    """
     pools = [splits.train]
     if spec.per_class:
         pools = [[] for _ in spec.labels]
@@ -325,15 +330,15 @@ def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[di
     drawn = []
     for pool in pools:
         if not splits.is_shuffled:
-            # T-Few calls np.random.seed(seed); np.random.shuffle(rows). This is the same stream of
-            # random numbers, but the state of the global generator stays as it is.
+            # T-Few calls np.random.seed(seed); np.random.shuffle(rows). This draws the same random
+            # numbers, but leaves the global generator alone.
             np.random.RandomState(seed).shuffle(pool)
         drawn += pool[:shots]
     return drawn
 
 
 def choose_metric(splits: Splits, spec: TaskSpec) -> str:
-    """Return "exact_match" for a user's rows with targets, which have no other choices to rank."""
+    """Return "exact_match" for a user's rows with targets, because they have no choices to rank."""
     rows = splits.train or splits.validation or splits.test
     has_targets = spec.has_user_rows and "target" in rows[0]
     return "exact_match" if has_targets else spec.metric

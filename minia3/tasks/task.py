@@ -9,14 +9,15 @@ from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 class Source(NamedTuple):
     """Where some files of a task come from.
 
-    The address is that of a zip archive, of a single file, of a data set of the Hugging Face hub
-    (see `HUB` in download.py), or of a page on which the authors give the files away on request.
+    The address leads to a zip archive, to a single file, to a data set on the Hugging Face hub (see
+    `HUB` in download.py), or to a page where the authors give the files away on request.
     """
 
     address: str
     # Name in the task's folder -> name in the archive or data set. Only these files are taken.
     files: dict[str, str]
-    # Of the download. They are empty for a data set of the hub, and for files on request.
+    # The size and checksum of the download. A data set on the hub has neither, and so have files
+    # that are given on request.
     n_bytes: int = 0
     sha256: str = ""
 
@@ -30,37 +31,40 @@ class TaskSpec(NamedTuple):
 
     prompts: tuple[Prompt, ...] = OWN_PROMPTS
     sources: Sequence[Source] = ()
-    # As the files spell them, in the order of the prompts' choices.
+    # The labels as the files spell them, in the order of the prompts' choices.
     labels: Sequence[str] = ()
     # The field that holds the label.
     label_field: str = "label"
-    # Column of the file -> name of the field in our rows, if it is another.
+    # Name of a field in the file -> its name in our rows, if the two differ.
     fields: Mapping[str, str] = {}
     # For WSC: the field that holds the two spans.
     span_field: str = ""
-    # For MRPC: its validation file holds these fields of some rows of train, and nothing else.
+    # For MRPC: its validation file holds only these fields, and they name rows of train.
     dev_id_fields: Sequence[str] = ()
     # "accuracy" or "macro_f1".
     metric: str = "accuracy"
     # The number of shots in T-Few's paper.
     shots: int | None = None
-    # Whether that number is drawn from each label, instead of from all rows together.
+    # Whether the shots are drawn from each label, and not from all rows together.
     per_class: bool = False
-    # The folder of T-Few's published splits, if it is not called like the task.
+    # The folder of T-Few's published splits, if its name is not the task's.
     few_shot: str = ""
-    # Families whose pre-training had the task's labels, so that their results are not few-shot.
+    # The families of models that saw the task's labels in pre-training. Their results are not
+    # few-shot.
     seen: Sequence[str] = ()
     # The folder in the repository's data/, if the task comes with the repository.
     shipped: str = ""
 
     @property
     def has_user_rows(self) -> bool:
-        """Whether rows have a user's form: "input", and "target" or "choices" and "label"."""
+        """Return whether rows have "input" and "target", or "input", "choices" and "label"."""
         return not self.labels
 
 
 class Task(NamedTuple):
-    """A task's rows: a file's fields, and the integers `label` (-1: unlabelled) and `idx`."""
+    """A task. Its rows hold the fields of a file, and the integers `label` (-1: unlabeled) and
+    `idx`.
+    """
 
     name: str
     train: list[dict]
@@ -73,21 +77,21 @@ class Task(NamedTuple):
     seen: Sequence[str]
     # File name -> sha256.
     checksums: dict[str, str]
-    # What a run should tell its user about these rows, a line each.
+    # What a run should tell its user about these rows, one note per line.
     notes: list[str]
-    # What a report calls the rows of `validation`.
+    # The name of `validation` in a report.
     split: str = "validation"
 
     @property
-    def has_labelled_test(self) -> bool:
-        """Whether there are test rows and all of them are labelled."""
+    def has_labeled_test(self) -> bool:
+        """Return whether there are test rows and all of them are labeled."""
         return bool(self.test) and all(row["label"] >= 0 for row in self.test)
 
     def check_evaluation(self):
-        """Raise ValueError if there are no labelled rows to report on."""
-        if not self.has_labelled_test and not self.validation:
+        """Raise ValueError if there are no labeled rows to report on."""
+        if not self.has_labeled_test and not self.validation:
             raise ValueError(
-                f"{self.name}: no labelled rows to report on: "
+                f"{self.name}: no labeled rows to report on: "
                 "add a validation file, or label all rows of the test file"
             )
 
@@ -98,12 +102,12 @@ class Task(NamedTuple):
 
     @property
     def evaluation(self) -> tuple[str, list[dict]]:
-        """The name and the rows of the split to report on.
+        """Return the name and the rows of the split to report on.
 
-        That is test if all of it is labelled, and else validation. Raise ValueError if there are no
-        such rows.
+        This is test if all of its rows are labeled, and otherwise validation. Raise ValueError if
+        there are no such rows.
         """
         self.check_evaluation()
-        if self.has_labelled_test:
+        if self.has_labeled_test:
             return "test", self.test
         return self.split, self.validation

@@ -442,7 +442,7 @@ def test_llama_3s_own_tokenizer_is_refused_with_what_to_use_instead(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     with pytest.raises(
         ValueError,
-        match=r"tokenizer\.model: this is Llama 3's tiktoken form.*use the model's tokenizer\.json",
+        match=r"tokenizer\.model: this is Llama 3's tiktoken format.*use its tokenizer\.json",
     ):
         minia3.load_tokenizer(tmp_path)
 

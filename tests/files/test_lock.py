@@ -1,4 +1,4 @@
-"""Guards minia3/files/lock.py: one holder at a time, also if the lock's file is removed."""
+"""Guards minia3/files/lock.py: a lock has one holder at a time, even if its file is removed."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path):
     lock_folder(tmp_path).close()
 
 
-def test_locks_of_other_names_and_folders_are_other_locks(tmp_path):
+def test_locks_with_different_names_or_folders_are_independent(tmp_path):
     (tmp_path / "b").mkdir()
     with lock_folder(tmp_path), lock_folder(tmp_path, "results.csv"), lock_folder(tmp_path / "b"):
         pass
@@ -31,7 +31,7 @@ def test_a_lock_keeps_the_content_of_its_file(tmp_path):
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
-    """Whoever opened the file before its holder removed it would hold a lock that nobody sees."""
+    """A process that opened the file before it was removed would hold a lock that nobody sees."""
     first = lock_folder(tmp_path)
     flock = fcntl.flock
 

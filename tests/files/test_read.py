@@ -1,15 +1,15 @@
-"""Guards minia3/files/read.py: whatever goes wrong while a foreign file is read becomes one line
-that names the file.
+"""Guards minia3/files/read.py: whatever goes wrong while a foreign file is read becomes a message
+of one line that names the file.
 
-What each kind of file may look like, and what damage does to it, is tested by tests/test_fuzz.py
-and by the tests of the readers.
+The tests of the readers say what each kind of file may look like, and tests/test_fuzz.py damages
+the files.
 """
 
 import json
 
 import pytest
 
-from minia3.files.read import not_what_it_says, one_line, read_json, reading
+from minia3.files.read import one_line, problem_of_file, read_json, reading
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
 
@@ -105,6 +105,6 @@ def test_a_message_is_one_line_of_limited_length():
     assert len(one_line(ValueError("x" * 10_000))) == 300
 
 
-def test_a_good_file_is_what_it_says(tmp_path):
+def test_a_good_file_has_no_problem(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"html": "<html>"}))
-    assert not_what_it_says(tmp_path / "a.json") == ""
+    assert problem_of_file(tmp_path / "a.json") == ""

@@ -1,4 +1,4 @@
-"""Guards `replacing` and `write_json`: a file is the old one or the new one, never half."""
+"""Guards `replacing` and `write_json`: a file is the old one or the new one, never half of it."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Guards minia3/files/tensors.py: both kinds of weight files give the tensors that were
-saved; a file that holds anything else is refused.
+"""Guards minia3/files/tensors.py: both kinds of weight files return the tensors that were saved,
+and a file that holds anything else is refused.
 
-What damage does to these files is tested by tests/test_fuzz.py.
+tests/test_fuzz.py damages such files.
 """
 
 import pickle
@@ -38,7 +38,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_each_kind_of_file_gives_the_tensors_that_were_saved(tmp_path, kind):
+def test_each_kind_of_file_returns_the_tensors_that_were_saved(tmp_path, kind):
     save, name = WRITERS[kind]
     save(TENSORS, tmp_path / name)
     entries = read_tensors(tmp_path / name)
@@ -51,7 +51,7 @@ def test_each_kind_of_file_gives_the_tensors_that_were_saved(tmp_path, kind):
         assert torch.equal(entry.read(), tensor)
 
 
-def test_tensors_that_shared_their_memory_still_do(tmp_path):
+def test_tensors_that_shared_memory_still_share_it(tmp_path):
     both = torch.randn(2, 3)
     torch.save({"both": both, "first": both[0]}, tmp_path / "pytorch_model.bin")
     entries = read_tensors(tmp_path / "pytorch_model.bin")
@@ -61,7 +61,7 @@ def test_tensors_that_shared_their_memory_still_do(tmp_path):
 
 
 def test_only_floats_have_the_dtypes_of_weights(tmp_path):
-    """Whoever wants a float refuses the others by comparing with FLOATS."""
+    """A caller that needs a float refuses every dtype that is not in FLOATS."""
     integers = {"n": torch.arange(3), "flags": torch.tensor([True])}
     save_file(integers, tmp_path / "a.safetensors")
     torch.save(integers, tmp_path / "a.bin")
@@ -94,14 +94,14 @@ def test_a_bin_that_is_not_a_dict_of_plain_tensors_is_refused(tmp_path, value, f
         read_tensors(path)
 
 
-def test_a_safetensors_name_of_two_lines_is_refused(tmp_path):
+def test_a_tensor_name_of_two_lines_is_refused_in_safetensors(tmp_path):
     save_file({"a\nb": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"^[^\n]*a\.safetensors: [^\n]*the name 'a\\nb'$"):
         read_tensors(tmp_path / "a.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_of_another_kind_is_refused_by_what_it_should_be(tmp_path):
+def test_a_file_with_the_suffix_of_another_kind_is_refused(tmp_path):
     save_file(TENSORS, tmp_path / "a.bin")
     torch.save(TENSORS, tmp_path / "a.safetensors")
     (tmp_path / "b.bin").write_bytes(pickle.dumps({"a": object()}))

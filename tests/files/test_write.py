@@ -1,10 +1,10 @@
-"""Guards minia3/files/write.py: a folder that is killed at any moment holds the old checkpoint or
-the new one.
+"""Guards minia3/files/write.py: if a process is killed at any moment while it writes a folder, the
+folder holds the old checkpoint or the new one.
 
 If several files change, the folder may also hold no config for a moment, and is then refused. Two
 processes never mix their files. A failure changes nothing and leaves nothing behind.
 
-The folders are whole models here, because a mixture shows only in what is loaded from it.
+Here the folders hold whole models, because a mixture shows only when the folder is loaded.
 """
 
 import itertools
@@ -55,7 +55,7 @@ def filled(raw, value):
 
 
 def value_in(folder):
-    """Return the value of all weights of a saved model. (A mixture has several, which fails.)"""
+    """Return the value of all weights of a saved model. Fail if there are several: a mixture."""
     model = minia3.load_model(folder)
     values = set()
     for name, parameter in model.named_parameters():
@@ -85,12 +85,12 @@ def has_hidden(names):
     return any(name.startswith(".") for name in names)
 
 
-# Processes. A fork must not inherit threads, so each of these tests runs in a new process with one
-# thread, which forks.
+# Processes. A fork must not inherit threads, so each of these tests starts a new process with one
+# thread, and that process forks.
 
 
 def in_a_new_process(code, *arguments):
-    """Run `code`, which sees all names of this file, and return the JSON that it prints."""
+    """Run `code` with all names of this file, and return the JSON that it prints."""
     start = [
         "import sys",
         f"sys.path[:0] = {sys.path!r}",
@@ -105,7 +105,7 @@ def in_a_new_process(code, *arguments):
 
 
 def fork(act):
-    """Call `act` in a child process, which then ends. Return the id of the process."""
+    """Call `act` in a child process that then ends, and return the id of the process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -175,7 +175,7 @@ KILL_AT_RANDOM = """
 def test_a_process_killed_at_random_leaves_the_old_model_or_the_new(tmp_path):
     found, n_hidden, last, names = in_a_new_process(KILL_AT_RANDOM, tmp_path, ONE_FILE)
     assert set(found) == {1.0, 2.0}
-    assert n_hidden > 0, "some are killed while they write"
+    assert n_hidden > 0, "some processes are killed while they write"
     assert last == 2.0
     assert names == ["config.json", "generation_config.json", "model.safetensors"], (
         "the next writer removes what a killed process left"
@@ -228,7 +228,7 @@ REFUSED = "config.json: not found"
         (LLAMA, LLAMA, (ONE_FILE, SHARDS)),
     ],
 )
-def test_a_folder_killed_at_any_rename_holds_the_old_or_the_new_or_is_refused(
+def test_after_a_kill_at_any_rename_a_folder_holds_the_old_or_the_new_model_or_is_refused(
     tmp_path, old, new, shard_bytes
 ):
     arguments = map(json.dumps, (old, new, shard_bytes))
@@ -308,7 +308,7 @@ def test_a_folder_that_is_being_written_is_refused_and_named(tmp_path):
         refused = pytest.raises(ValueError, match=f"{tmp_path}: another run is writing there")
         with refused, writing_folder(tmp_path):
             raise AssertionError
-        assert (hidden / "a").exists(), "the second has not touched what the first writes"
+        assert (hidden / "a").exists(), "the second writer has not touched what the first writes"
     assert contents(tmp_path) == {"a": b"first"}
 
 
@@ -362,7 +362,7 @@ def test_the_old_config_is_removed_first_and_the_new_one_comes_last(tmp_path, mo
 
 
 def test_a_config_stays_if_only_one_file_changes(tmp_path, monkeypatch):
-    """One rename leads from the old checkpoint to the new one: no moment needs to be refused."""
+    """One rename leads from the old checkpoint to the new one, so the folder is never refused."""
     for name in ("config.json", "a"):
         (tmp_path / name).write_text("old")
     replace = os.replace

@@ -1,5 +1,6 @@
-"""A server on 127.0.0.1 in place of the network. A test file gets it by `pytest_plugins =
-["served_task"]`.
+"""A fixture: a server on 127.0.0.1 that replaces the network.
+
+A test file gets it by `pytest_plugins = ["served_task"]`.
 """
 
 import threading
@@ -10,7 +11,7 @@ from task_files import FILES, Server, serve, zipped
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server that has the archive of the task `served`."""
+    """Return a server that has the archive of the task `served`."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

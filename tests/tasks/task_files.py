@@ -1,5 +1,5 @@
-"""What the tests of this folder share: rows and files of tasks, real ones too, and a server on
-127.0.0.1 in place of the network, with a task `served` in the table that is downloaded from it.
+"""What the tests of this folder share: rows and files of tasks, the path of real data sets, and a
+server on 127.0.0.1 that replaces the network. A task `served` in the table is downloaded from it.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def zipped(files):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server of one file, `content`, or of several, `pages`. The other attributes make it
+    """A server of one file, `content`, or of several files, `pages`. The other attributes make it
     misbehave.
     """
 
@@ -70,9 +70,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.content = b""
         self.pages = None  # path -> content
         self.status = 200
-        self.promised_length = (
-            None  # the Content-Length, if it is not the true one; 0: none is sent
-        )
+        # A false Content-Length. None: the true length is sent. 0: no length is sent.
+        self.promised_length = None
         self.wait = lambda: None  # called before the content is sent
         self.n_requests = 0
 
@@ -97,8 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def serve(server, monkeypatch, content, address=None, **changes):
-    """Give the server `content`, and the table the task `served` with the source of it; `changes`
-    are of the source.
+    """Give the server `content`, and add the task `served` to the table, with the server as its
+    source. `changes` replace fields of the source.
     """
     server.content = content
     address = address or f"http://127.0.0.1:{server.server_port}/T.zip"

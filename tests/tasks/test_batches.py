@@ -1,4 +1,4 @@
-"""Padding and masks are exact, and the order of rows is a function of the seed and the step."""
+"""Padding and masks are exact, and the order of rows depends only on the seed and the step."""
 
 from itertools import chain
 
@@ -32,7 +32,7 @@ EXAMPLES = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(EXAMPLES)
-def test_masked_tensors_are_exactly_the_ids_even_if_the_padding_is_a_real_id(examples):
+def test_a_mask_keeps_exactly_the_ids_even_if_the_padding_is_a_real_id(examples):
     batch = collate(examples)
     n_choices = batch.target_BCL.shape[1]
     for b, example in enumerate(examples):
@@ -78,7 +78,7 @@ def test_batches_are_a_stream_of_permutations(n_rows, batch_size, seed):
     )
 
 
-def test_each_epoch_and_each_seed_has_another_permutation():
+def test_each_epoch_and_each_seed_has_a_different_permutation():
     permutations = set()
     for seed in (0, 1, 2):
         for epoch in (0, 1, 2):

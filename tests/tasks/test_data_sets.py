@@ -1,6 +1,4 @@
-"""Every form of file that a known task has, as its authors wrote it: from the download to the
-checked rows.
-"""
+"""The files of known tasks are downloaded, read and checked in the forms that their authors chose."""
 
 import hashlib
 import os
@@ -21,8 +19,9 @@ pytest_plugins = ["served_task"]
 
 
 def serve_official(monkeypatch, server, name, contents):
-    """Move the addresses of a known task to the server. `contents`: last part of the address ->
-    file.
+    """Move the addresses of a known task to the server.
+
+    contents: a dict from the last part of an address to the content of its file.
     """
     server.pages = {f"/{end}": content for end, content in contents.items()}
     sources = []
@@ -34,7 +33,7 @@ def serve_official(monkeypatch, server, name, contents):
     monkeypatch.setitem(known_tasks(), name, known_tasks()[name]._replace(sources=sources))
 
 
-def test_a_round_of_anli_comes_from_the_zip_of_all_and_is_reported_on_test(
+def test_a_round_of_anli_comes_from_the_zip_of_all_rounds_and_is_reported_on_test(
     server, tmp_path, monkeypatch
 ):
     row = {"uid": "u", "context": "c", "hypothesis": "h", "model_label": "n"}
@@ -58,7 +57,7 @@ def test_a_round_of_anli_comes_from_the_zip_of_all_and_is_reported_on_test(
     assert {path.stem for path in (tmp_path / "anli-r2").iterdir()} == set(names)
 
 
-def test_hellaswag_is_three_plain_files_whose_rows_bring_their_choices(
+def test_hellaswag_has_three_plain_files_and_its_rows_hold_their_choices(
     server, tmp_path, monkeypatch
 ):
     row = {
@@ -101,7 +100,7 @@ def test_train_is_downloaded_last_so_that_the_next_run_fetches_what_is_missing(
     assert len(load_task("hellaswag", tmp_path).train) == 1
 
 
-def test_winograndes_answer_is_its_label_and_is_empty_in_test(server, tmp_path, monkeypatch):
+def test_the_answer_of_winogrande_is_its_label_and_is_empty_in_test(server, tmp_path, monkeypatch):
     row = {
         "qID": "q",
         "sentence": "The _ is red.",
@@ -142,7 +141,7 @@ def test_sst2_has_tabs_and_no_quotes_and_its_shots_are_drawn_from_each_class(
         load_task("sst2", tmp_path, shots=4)
 
 
-def test_mrpcs_validation_rows_are_the_rows_of_train_that_its_list_names(
+def test_the_validation_rows_of_mrpc_are_the_rows_of_train_that_its_list_names(
     server, tmp_path, monkeypatch
 ):
     head = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
@@ -173,7 +172,7 @@ def test_mrpcs_validation_rows_are_the_rows_of_train_that_its_list_names(
     assert load_task("mrpc", tmp_path).evaluation == ("validation", task.validation)
 
 
-def test_wscs_spans_are_fields_and_spelled_as_in_the_text(server, tmp_path, monkeypatch):
+def test_the_spans_of_wsc_are_fields_and_spelled_as_in_the_text(server, tmp_path, monkeypatch):
     text = "The cat saw it . the end"
     spelling = {  # (index, span) -> the span of our row
         (0, "the cat"): "The cat",
@@ -181,7 +180,7 @@ def test_wscs_spans_are_fields_and_spelled_as_in_the_text(server, tmp_path, monk
         (1, "cat\nsaw"): "cat saw",
         (2, "cat"): "cat",
         (1, "X"): "X",
-        (0, "the"): "the",  # this one occurs in the text, at its end
+        (0, "the"): "the",  # this span occurs in the text, at its end
     }
     rest = {"span2_text": "it", "span2_index": 3}
     rows = []
@@ -239,7 +238,7 @@ def test_storycloze_is_given_on_request_and_read_from_its_two_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_raft_comes_from_the_hub_through_its_client(tmp_path, monkeypatch):
+def test_raft_is_downloaded_by_the_client_of_the_hub(tmp_path, monkeypatch):
     """In a child process, because huggingface_hub reads its environment when it is imported."""
     train = "Tweet text,Label,ID\n"
     for i in range(50):

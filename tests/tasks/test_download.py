@@ -1,5 +1,5 @@
-"""A download is whole and has the right checksum, or it leaves nothing behind, whatever a server, a
-network, an archive or another process does.
+"""A download is whole and has the right checksum, or it leaves nothing behind, whatever the server,
+the network, the archive or another process does.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def names_below(folder):
 
 
 def failure(folder):
-    """Load the task, which must fail and leave nothing behind, and return the message."""
+    """Load the task, which must fail and leave nothing behind. Return the message."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
         load_task("served", folder)
     assert files_below(folder) == []
@@ -43,7 +43,7 @@ def failure(folder):
     return message
 
 
-def test_an_entry_of_the_table_is_enough_for_a_new_task(server, tmp_path, capsys):
+def test_a_new_task_needs_only_an_entry_of_the_table(server, tmp_path, capsys):
     task = load_task("served", tmp_path / "new" / "data")
     assert task.train == [{"text": "a", "label": 0, "idx": 0}, {"text": "b", "label": 1, "idx": 9}]
     assert task.validation == [{"text": "c", "label": 1, "idx": 0}]
@@ -69,7 +69,7 @@ def test_files_that_are_there_are_not_downloaded_again(server, tmp_path):
     assert server.n_requests == 1
 
 
-def test_train_and_val_are_enough(server, tmp_path):
+def test_nothing_is_downloaded_if_train_and_validation_are_there(server, tmp_path):
     load_task("served", tmp_path)
     (tmp_path / "served" / "test.jsonl").unlink()
     (tmp_path / "served" / "val.jsonl").rename(tmp_path / "served" / "validation.jsonl")
@@ -113,7 +113,7 @@ def test_a_wrong_length_is_refused(server, tmp_path, monkeypatch, change):
     other = content[:change] if change < 0 else content + b"x" * change
     serve(server, monkeypatch, other, n_bytes=len(content))
     assert f", expected {len(content)} bytes of sha256 " in failure(tmp_path)
-    server.promised_length = 0  # a server that does not name the length
+    server.promised_length = 0  # the server does not name the length
     assert f", expected {len(content)} bytes of sha256 " in failure(tmp_path)
 
 
@@ -181,7 +181,9 @@ def test_a_zip_bomb_is_refused_before_it_is_read(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["../evil.jsonl", "T/../../evil.jsonl", "/evil.jsonl"])
-def test_a_zip_entry_that_climbs_out_is_not_taken_out(server, tmp_path, monkeypatch, name):
+def test_a_zip_entry_whose_path_leaves_the_folder_is_not_written(
+    server, tmp_path, monkeypatch, name
+):
     serve(server, monkeypatch, zipped({**FILES, name: b"evil"}))
     folder = tmp_path / "a" / "b"
     assert len(load_task("served", folder).train) == 2
@@ -194,14 +196,16 @@ def test_a_zip_entry_that_climbs_out_is_not_taken_out(server, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["../val.jsonl", "T/../../val.jsonl", "/val.jsonl"])
-def test_a_member_whose_name_climbs_out_stays_in_the_folder(server, tmp_path, monkeypatch, name):
+def test_a_member_whose_path_leaves_the_folder_is_written_inside_it(
+    server, tmp_path, monkeypatch, name
+):
     files = {name if path == "T/val.jsonl" else path: content for path, content in FILES.items()}
     serve(server, monkeypatch, zipped(files), files={**PARTS, "val.jsonl": name})
     assert len(load_task("served", tmp_path).validation) == 1
     assert names_below(tmp_path) == ALL_FILES
 
 
-def test_a_zip_without_a_member_is_refused(server, tmp_path, monkeypatch):
+def test_a_zip_that_lacks_a_member_is_refused(server, tmp_path, monkeypatch):
     serve(
         server,
         monkeypatch,
@@ -224,7 +228,7 @@ def test_a_data_folder_that_cannot_be_written_is_named(server, tmp_path):
 @pytest.mark.slow
 def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=60)
-    server.wait = both.wait  # neither gets its file before both are under way
+    server.wait = both.wait  # neither process gets its file before both have asked for it
     code = (
         "from minia3.tasks.known_tasks import known_tasks\n"
         "from minia3.tasks.prompts import Prompt\n"

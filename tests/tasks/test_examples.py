@@ -1,4 +1,4 @@
-"""Texts become ids, and the ids of a long input are those of the input as it was cut."""
+"""Texts become ids, and a long input is cut before its ids are used."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from minia3.tasks.prompts import OWN_PROMPTS, Rendered
 
 
 class Letters:
-    """A tokenizer with one id per letter. A text with an end ends in 1. It counts the texts that it
-    encodes.
+    """A tokenizer with one id per letter. A target with an end token ends in 1. It counts the texts
+    that it encodes.
     """
 
     def __init__(self):
@@ -23,7 +23,7 @@ class Letters:
         return [*ids, 1] if end else ids
 
 
-def test_an_example_is_the_ids_of_its_texts():
+def test_an_example_holds_the_ids_of_its_texts():
     rendered = Rendered("ab", ["c", "de"], 1)
     assert encode_example(rendered, Letters(), end=False) == Example(
         [97, 98], [[99], [100, 101]], 1

@@ -1,6 +1,4 @@
-"""The table of tasks: what every entry must hold, and that the words of a prompt and of its answers
-agree.
-"""
+"""The table of tasks: every entry is complete, and the words of a prompt agree with its answers."""
 
 import json
 import re
@@ -63,7 +61,7 @@ LABELS = {
     **{name: ["1", "2"] for name in ("winogrande", "storycloze")},
     "hellaswag": ["0", "1", "2", "3"],
 }
-# What every prompt of a task must ask about.
+# The fields that every prompt of a task must use.
 MAIN_FIELDS = {
     **{name: {"premise", "hypothesis"} for name in ("rte", "cb", *ANLI)},
     "copa": {"premise", "question"},
@@ -86,8 +84,8 @@ MAIN_FIELDS = {
 
 
 class RowOfNames(dict):
-    """A row that has every field that is asked for: its name in brackets, and four of these for
-    `endings`.
+    """A row that has every field: the value is the field's name in brackets, and `endings` has four
+    values.
     """
 
     def __missing__(self, name):
@@ -204,7 +202,7 @@ def test_every_prompt_has_a_different_choice_for_each_label(name):
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
-def test_every_prompt_asks_about_the_main_fields_of_its_task_and_about_none_that_the_first_lacks(
+def test_every_prompt_uses_the_main_fields_of_its_task_and_no_field_that_the_first_prompt_lacks(
     name,
 ):
     """check_row looks at the first prompt to see whether a row has the fields of all prompts."""
@@ -216,8 +214,8 @@ def test_every_prompt_asks_about_the_main_fields_of_its_task_and_about_none_that
 
 
 def test_yes_is_the_answer_of_the_label_that_means_yes():
-    """Yes, True and their like stand for the same label in every prompt of a task, and No and its
-    like never do.
+    """In every prompt of a task, words such as Yes and True stand for this label, and words such as
+    No never do.
     """
     positive = {"yes", "true", "right", "the same"}
     negative = {"no", "false", "wrong", "different"}
@@ -245,7 +243,7 @@ def test_yes_is_the_answer_of_the_label_that_means_yes():
 
 @pytest.mark.parametrize("name", DOWNLOADED)
 def test_a_prompt_that_names_its_answers_has_these_choices(name):
-    """Such as "Yes or No?"."""
+    """A prompt that says "Yes or No?" has the choices Yes and No."""
     for prompt in known_tasks()[name].prompts:
         for yes, no in (("Yes", "No"), ("True", "False"), ("yes", "no")):
             if re.search(rf"\b{yes}(, {no}\b|,? or {no}\b)", prompt.text):
@@ -304,13 +302,13 @@ def test_an_entry_takes_what_it_leaves_out_from_the_entry_that_it_is_like(tmp_pa
     found = known_tasks(tmp_path / "t.json")
     prompts = (Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d")))
     assert found["b"] == TaskSpec(prompts, [], ["x", "y"], metric="m")
-    # A task's choices are those of the prompts that have none.
+    # The choices of an entry apply to the prompts that name none.
     changed_prompts = (Prompt("{a}", ("z", "{w}")), prompts[1])
     assert found["a"] == found["b"]._replace(prompts=changed_prompts)
 
 
 @pytest.mark.slow
-def test_the_table_is_read_when_it_is_first_asked_for_and_only_once():
+def test_the_table_is_read_once_and_only_when_it_is_needed():
     code = (
         "from pathlib import Path\n"
         "import minia3.tasks.splits\n"

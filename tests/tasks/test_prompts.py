@@ -1,5 +1,5 @@
-"""A row is rendered in a prompt's words, and cutting an input takes words from the middle of the
-row's texts, and never one of the prompt's words.
+"""A row is rendered in the words of a prompt. An input that is too long loses words from the middle
+of the row's texts, and none of the prompt's words.
 """
 
 import re
@@ -32,7 +32,7 @@ def n_words(text):
 # Rendering
 
 
-def test_a_prompt_puts_copas_question_into_its_own_words():
+def test_a_prompt_puts_the_question_of_copa_into_words():
     cause, effect = ({**COPA, "question": question} for question in ("cause", "effect"))
     prompt = Prompt(
         "{premise} {question}:",
@@ -56,7 +56,7 @@ def test_braces_in_a_value_are_not_formatted_again():
     assert render(OWN_PROMPTS[0], user_row) == ("{input} {y}", ["{z}", "{input}"], 1)
 
 
-def test_a_row_with_a_target_is_a_row_with_one_choice():
+def test_a_target_is_rendered_as_the_only_choice():
     assert render(OWN_PROMPTS[0], {"input": "2 + 2 =", "target": "4", "label": 0}) == (
         "2 + 2 =",
         ["4"],
@@ -64,7 +64,7 @@ def test_a_row_with_a_target_is_a_row_with_one_choice():
     )
 
 
-def test_an_unlabelled_row_stays_unlabelled():
+def test_an_unlabeled_row_stays_unlabeled():
     assert render(OWN_PROMPTS[0], {"input": "a", "choices": ["b", "c"], "label": -1}).label == -1
 
 
@@ -78,7 +78,7 @@ def test_an_unlabelled_row_stays_unlabelled():
         (OWN_PROMPTS[0]._replace(text="{premise}"), "'target'"),
     ],
 )
-def test_the_field_that_a_row_lacks_is_named(prompt, missing):
+def test_the_error_names_the_field_that_a_row_lacks(prompt, missing):
     row = {"premise": "It rains.", "label": 0}
     with pytest.raises(ValueError, match=missing):
         render(prompt, row)
@@ -119,7 +119,7 @@ def test_the_longest_field_loses_its_middle_and_the_rest_remains():
     assert row == before
 
 
-def test_the_longest_field_is_found_by_its_length_and_not_its_place():
+def test_the_longest_field_is_found_by_length_and_not_by_place():
     cut, *_ = fit(PAIR, row_of(3, 10), str.split, 12)
     assert cut.input == "p0 p1 p2\nQuestion: h0 h1 h8 h9 True or False?\nAnswer:"
 
@@ -143,7 +143,7 @@ def test_a_row_that_cannot_fit_is_an_error_that_names_the_row():
         fit(PAIR, row_of(9, 6), str.split, 6)
 
 
-def test_the_head_and_the_tail_of_a_users_input_remain_with_their_line_breaks():
+def test_a_users_input_keeps_its_beginning_and_its_end_with_their_line_breaks():
     row = {
         "input": "Translate:\n" + " ".join("x" * 50) + "\n\nAnswer in French:",
         "target": "y",

@@ -1,4 +1,4 @@
-"""Rows are read as they stand in the file, one at a time, and every bad row is reported by file and
+"""Rows are read one at a time as the file has them, and every bad row is reported with its file and
 line.
 """
 
@@ -42,7 +42,7 @@ def test_a_bad_row_of_a_known_task_is_reported_like_any_other(tmp_path, monkeypa
     ("labels", "values"),
     [(("false", "true"), [False, "true", "False", True]), (("0", "1"), [0, "1", "0", 1])],
 )
-def test_labels_may_be_texts_numbers_and_truth_values(tmp_path, monkeypatch, labels, values):
+def test_labels_may_be_texts_numbers_or_booleans(tmp_path, monkeypatch, labels, values):
     spec = TaskSpec(YES_OR_NO, [Source("", PARTS)], labels)
     monkeypatch.setitem(known_tasks(), "served", spec)
     (tmp_path / "served").mkdir()
@@ -52,10 +52,10 @@ def test_labels_may_be_texts_numbers_and_truth_values(tmp_path, monkeypatch, lab
     task = load_task("served", tmp_path)
     assert [row["label"] for row in task.train] == [0, 1, 0, 1]
     assert all(type(row["label"]) is int for row in task.train)
-    assert task.evaluation == ("test", task.test), "all of it is labelled, so it counts"
+    assert task.evaluation == ("test", task.test), "all of its rows are labeled, so it counts"
 
 
-def test_the_byte_order_mark_and_windows_line_ends_and_blank_lines_are_ignored(tmp_path):
+def test_a_byte_order_mark_and_windows_line_ends_and_blank_lines_are_ignored(tmp_path):
     rows = [target(0), target(1), target(2, note="\u2028 é 漢 🙂")]
     text = "\ufeff\n" + "\r\n \t\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "train.jsonl").write_bytes(text.encode())
@@ -139,7 +139,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "words"), BAD_LINES, ids=[words for _, words in BAD_LINES])
-def test_a_bad_row_is_reported_with_file_line_and_what_is_wrong(tmp_path, line, words):
+def test_a_bad_row_is_reported_with_its_file_its_line_and_the_reason(tmp_path, line, words):
     has_choices = b"choices" in line and b"target" not in line
     good_row = choice(0) if has_choices else target(0)
     good = lines(good_row)
@@ -161,7 +161,7 @@ def test_only_a_test_row_may_lack_its_label(tmp_path):
         load_task(str(tmp_path))
 
 
-def test_one_error_writes_out_five_bad_rows_of_all_files_and_counts_the_others(tmp_path):
+def test_one_error_shows_five_bad_rows_of_all_files_and_counts_the_others(tmp_path):
     bad = [{"input": "a"}] * 3
     (tmp_path / "train.jsonl").write_bytes(lines(*bad, target(0)))
     (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad))
@@ -208,7 +208,7 @@ def test_a_file_without_permission_is_an_error_like_any_other(tmp_path, monkeypa
         load_task(str(tmp_path))
 
 
-def test_both_kinds_of_rows_are_an_error_in_one_file_and_across_files(tmp_path):
+def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
     (tmp_path / "one.jsonl").write_bytes(lines(target(0), choice(1), target(2)))
     with pytest.raises(ValueError, match=r"one\.jsonl: 2 rows have 'target', the others 'choices'"):
         load_task(str(tmp_path / "one.jsonl"))
@@ -222,7 +222,7 @@ def test_both_kinds_of_rows_are_an_error_in_one_file_and_across_files(tmp_path):
 
 
 def read(path, content):
-    """Write a file and return its rows with their line numbers. An error is its message."""
+    """Write a file, and return its rows with their line numbers. An error becomes its message."""
     if isinstance(content, str):
         content = content.encode()
     path.write_bytes(content)
@@ -233,7 +233,7 @@ def read(path, content):
     return found
 
 
-def test_a_jsonl_row_has_the_number_of_its_line_and_an_error_does_not_stop_the_reading(tmp_path):
+def test_a_jsonl_row_comes_with_its_line_number_and_an_error_does_not_stop_the_reading(tmp_path):
     content = '\ufeff{"input": "é"}\r\n\r\n{"inp\n[1]\n  {"n": [1, null]}'
     rows = read(tmp_path / "a.jsonl", content)
     assert [number for number, _ in rows] == [1, 3, 4, 5]
@@ -243,7 +243,7 @@ def test_a_jsonl_row_has_the_number_of_its_line_and_an_error_does_not_stop_the_r
     assert read(tmp_path / "b.jsonl", b"") == []
 
 
-def test_a_csv_file_is_read_to_the_same_rows_as_jsonl(tmp_path):
+def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
     content = (
         "\ufeffinput,choices,label,adapter,idx\r\n"
         'a,"[""x|y"", ""z""]",1,,7\r\n'
@@ -342,7 +342,7 @@ def test_a_row_of_exactly_the_limit_is_read(tmp_path, monkeypatch, name, header,
     assert [row["input"] for _, row in rows] == ["a", "a"]
 
 
-def test_cells_with_line_ends_do_not_add_up_to_a_row_without_end(tmp_path, monkeypatch):
+def test_cells_with_line_ends_do_not_add_up_to_an_endless_row(tmp_path, monkeypatch):
     monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 1000)
     assert read(tmp_path / "a.csv", 'input\n"a' + '\n","' * 1000) == [
         (2, "a row of more than 1000 bytes: is a line end or a quote missing?")
@@ -365,7 +365,7 @@ def test_reading_takes_the_memory_of_one_row(tmp_path, name):
         tracemalloc.stop()
 
 
-def test_a_line_of_a_gigabyte_is_refused_before_it_is_in_memory(tmp_path):
+def test_a_line_of_a_gigabyte_is_refused_before_it_fills_the_memory(tmp_path):
     with (tmp_path / "big.jsonl").open("wb") as file:
         file.truncate(1 << 30)  # a hole, which takes no disk
     tracemalloc.start()
@@ -378,7 +378,7 @@ def test_a_line_of_a_gigabyte_is_refused_before_it_is_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("make_row", [target, choice])
-def test_a_task_in_csv_is_the_task_in_jsonl(tmp_path, make_row):
+def test_a_task_in_csv_equals_the_task_in_jsonl(tmp_path, make_row):
     rows = [make_row(n) for n in range(12)]
     names = list(rows[0])
     csv_lines = [",".join(names)]

@@ -1,4 +1,4 @@
-"""A task has the splits that its files have; few-shot splits are T-Few's; whatever is not a task is
+"""A task has the splits of its files, few-shot splits are T-Few's, and whatever is not a task is
 refused.
 """
 
@@ -60,7 +60,7 @@ def test_real_files_are_read_whole(name, sizes, train_labels, validation_labels)
 
 @needs_real_data
 @pytest.mark.parametrize("name", [name for name in known_tasks() if name.startswith("raft/")])
-def test_five_seeds_in_a_row_hold_out_each_row_of_raft_once(name):
+def test_five_consecutive_seeds_hold_out_each_row_of_raft_once(name):
     spec = known_tasks()[name]
     seeds = range(7, 12)
     tasks = [load_task(name, DATA, seed=seed) for seed in seeds]
@@ -72,7 +72,7 @@ def test_five_seeds_in_a_row_hold_out_each_row_of_raft_once(name):
         assert sorted(row["idx"] for row in task.train + task.validation) == list(range(50))
         assert task.evaluation == ("validation", task.validation)
         fold = f"fold {seed % 5 + 1} of 5"
-        note = f"{fold} is held out: 5 seeds in a row report on each row once"
+        note = f"{fold} is held out: 5 consecutive seeds report on each row once"
         assert task.notes[0] == note
     task = tasks[0]
     assert load_task(name, DATA, seed=2).validation == task.validation
@@ -90,7 +90,7 @@ def test_five_seeds_in_a_row_hold_out_each_row_of_raft_once(name):
 def test_with_50_shots_of_raft_no_row_is_left_to_report_on():
     task = load_task("raft/ade_corpus_v2", DATA, shots=50, seed=3)
     assert sorted(row["idx"] for row in task.train) == list(range(50))
-    with pytest.raises(ValueError, match="raft/ade_corpus_v2: no labelled rows to report on"):
+    with pytest.raises(ValueError, match="raft/ade_corpus_v2: no labeled rows to report on"):
         _ = task.evaluation
     assert len(load_task("raft/ade_corpus_v2", DATA, shots=40, seed=3).train) == 40
     with pytest.raises(ValueError, match="1 to 40 shots, found 45"):
@@ -114,8 +114,8 @@ def test_wscs_spans_occur_in_their_texts():
 
 # Few shots
 
-# Folder of the published splits -> the task, and the number of rows of its train file. The
-# published idx must be those of our shuffle even if the file is not here.
+# Folder of the published splits -> the task, and the number of rows in its train file. The
+# published idx must equal the idx of our shuffle even if the file is not here.
 PUBLISHED = {
     "rte": ("rte", 2490),
     "cb": ("cb", 250),
@@ -191,8 +191,8 @@ def test_few_shot_splits_equal_the_published_ones(name, n_rows, shots, seed, fil
 
 @needs_real_data
 @pytest.mark.parametrize(("name", "n_rows", "shots", "seed", "file"), published_splits())
-def test_the_published_indices_are_those_of_our_shuffle(name, n_rows, shots, seed, file):
-    """SST-2's classes are shuffled apart, and its idx count all rows. So only the order of its idx
+def test_the_published_indices_equal_the_indices_of_our_shuffle(name, n_rows, shots, seed, file):
+    """In SST-2 each class is shuffled by itself, and idx counts all rows, so only the order of idx
     can be compared.
     """
     spec = known_tasks()[name]
@@ -209,14 +209,12 @@ def test_the_published_indices_are_those_of_our_shuffle(name, n_rows, shots, see
 @needs_real_data
 def test_a_failed_download_is_a_note_and_a_seed_that_was_not_published_is_an_error(offline):
     seeds = r"\[0, 1, 32, 42, 100, 1024\]"
-    words = rf"WiC\.zip: no network; or put .*; T-Few's splits are there for seeds {seeds}"
+    words = rf"WiC\.zip: no network; or put .*; T-Few published splits for the seeds {seeds}"
     with pytest.raises(ValueError, match=words):
         load_task("wic", DATA, shots=32, seed=7)
     (note,) = load_task("wic", DATA, shots=8).notes
     assert "WiC.zip: no network; or put" in note
-    assert note.endswith(
-        "so T-Few's published split is used, and those of other seeds to report on"
-    )
+    assert note.endswith("so T-Few's published split is used, with the other seeds as validation")
     with pytest.raises(ValueError, match="1 to 32 shots"):
         load_task("wic", DATA, shots=33)
 
@@ -259,7 +257,7 @@ def test_a_shipped_task_has_a_users_rows_and_a_name(tmp_path, monkeypatch):
     assert render(task.prompts[0], task.train[1]) == ("question 2", ["yes", "no"], 1)
 
 
-def test_a_folder_of_a_users_rows_is_read_as_it_is(tmp_path):
+def test_the_files_of_a_users_folder_are_read_as_its_splits(tmp_path):
     mine = tmp_path / "mine.v1"
     mine.mkdir()
     (mine / "train.jsonl").write_bytes(
@@ -281,7 +279,7 @@ def test_a_folder_of_a_users_rows_is_read_as_it_is(tmp_path):
     assert task.notes == ["2 of 2 test rows have no label: results are on validation"]
 
 
-def test_rows_with_targets_are_reported_by_exact_match_and_have_label_0(tmp_path):
+def test_rows_with_targets_have_the_metric_exact_match_and_the_label_0(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(target(0, label="x"), target(1)))
     (tmp_path / "test.jsonl").write_bytes(lines(target(2)))
     task = load_task(str(tmp_path))
@@ -322,7 +320,7 @@ def test_the_split_does_not_depend_on_the_machine_or_the_version(tmp_path):
     assert [row["idx"] for row in task.test] == [8, 19]
 
 
-def test_a_folder_with_train_alone_is_split_like_a_file(tmp_path):
+def test_a_folder_with_only_a_train_file_is_split_like_a_file(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(*(target(i) for i in range(20))))
     assert len(load_task(str(tmp_path)).validation) == 2
 
@@ -359,7 +357,7 @@ def test_a_folder_with_two_files_for_one_split_is_an_error(tmp_path):
 def test_a_folder_with_nothing_to_report_on_is_an_error(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(choice(0)))
     (tmp_path / "test.jsonl").write_bytes(lines({"input": "a", "choices": ["b"]}, choice(0)))
-    with pytest.raises(ValueError, match="no labelled rows to report on"):
+    with pytest.raises(ValueError, match="no labeled rows to report on"):
         load_task(str(tmp_path))
 
 
@@ -383,7 +381,7 @@ def test_a_name_like_no_other_is_an_error_with_all_names(name):
         load_task(name)
 
 
-def test_a_folder_may_hold_csv_files_too_but_one_file_for_each_split(tmp_path):
+def test_a_folder_may_hold_csv_files_but_only_one_file_for_each_split(tmp_path):
     (tmp_path / "train.csv").write_text("input,target\na,b\n")
     (tmp_path / "dev.jsonl").write_bytes(lines(target(0)))
     task = load_task(tmp_path)

@@ -1,4 +1,4 @@
-"""What a run reports on."""
+"""Which rows a run reports on."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def make_task(validation, test):
 @pytest.mark.parametrize(
     ("labels", "split"), [([0, 1], "test"), ([0, -1], "validation"), ([], "validation")]
 )
-def test_a_run_reports_on_test_only_if_all_of_it_is_labelled(labels, split):
+def test_a_run_reports_on_test_only_if_all_its_rows_are_labeled(labels, split):
     test = [{"label": label} for label in labels]
     validation = [{"label": 0}]
     task = make_task(validation, test)
@@ -23,7 +23,7 @@ def test_a_run_reports_on_test_only_if_all_of_it_is_labelled(labels, split):
 @pytest.mark.parametrize("test", [[], [{"label": 0}, {"label": -1}]])
 def test_a_task_with_nothing_to_report_on_says_what_to_add(test):
     task = make_task([], test)
-    words = "t: no labelled rows to report on: add a validation file, or label all rows of the test"
+    words = "t: no labeled rows to report on: add a validation file, or label all rows of the test"
     with pytest.raises(ValueError, match=words):
         _ = task.evaluation
     with pytest.raises(ValueError, match=words):
