@@ -10,6 +10,8 @@ has the value that transformers assumes.
     2. fill in defaults
     3. check ids and numbers
     4. make a T5Config or a LlamaConfig
+
+Shapes: P pairs of a head (half its width).
 """
 
 from dataclasses import replace
