@@ -14,7 +14,7 @@ import running
 import torch
 
 import minia3
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.training.flags import parse_flags
 from minia3.training.rules import check_config
@@ -172,7 +172,7 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
 
     monkeypatch.setattr(memory, "measured", measured)
     memory.main(["--largest", str(room / 1e9)])
-    counts = {name: n_parameters(known.config) for name, known in known_models().items()}
+    counts = {name: n_parameters(known.config) for name, known in KNOWN_MODELS.items()}
     largest = max((n for n in counts.values() if n < room), default=None)
     found = capsys.readouterr().out.split()[-1]
     assert counts.get(found) == largest

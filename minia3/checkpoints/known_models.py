@@ -188,11 +188,6 @@ KNOWN_MODELS = {
 # fmt: on
 
 
-def known_models():
-    """Return the table: short name -> KnownModel."""
-    return KNOWN_MODELS
-
-
 def known_model(name):
     """Return the row of a short name or a hub id, or None if the table has no such row.
 

@@ -97,7 +97,7 @@ class Task(NamedTuple):
 
     @property
     def members(self) -> "list[Task]":
-        """The tasks that are evaluated one by one: this one. A Mixture has several (see mixture.py)."""
+        """The tasks that are evaluated one by one: this task. A Mixture has several members."""
         return [self]
 
     @property

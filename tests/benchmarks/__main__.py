@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from tests.benchmarks.lines import LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
@@ -36,7 +36,7 @@ def make_parser():
     parser.add_argument(
         "--models",
         default="t5-base,smollm2-135m",
-        help=f"comma-separated names from {', '.join(known_models())} (default: %(default)s)",
+        help=f"comma-separated names from {', '.join(KNOWN_MODELS)} (default: %(default)s)",
     )
     parser.add_argument(
         "--only", default=",".join(LINES), help="comma-separated lines (default: %(default)s)"

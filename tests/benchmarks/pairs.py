@@ -15,7 +15,7 @@ import torch
 import minia3
 from minia3.adapters.lora import add_lora
 from minia3.checkpoints.config import to_hf
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.model.t5 import T5Config
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
@@ -33,7 +33,7 @@ TOLERANCE_OF_16_BITS = 0.06
 
 def config_of(name, quick=False):
     """Return the config of a known model without dropout. quick: tiny, but of the same kind."""
-    config = replace(known_models()[name].config, dropout=0.0)
+    config = replace(KNOWN_MODELS[name].config, dropout=0.0)
     if not quick:
         return config
     if isinstance(config, T5Config):

@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import minia3
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.checkpoint import load_checkpoint
 from tests.benchmarks.growth import random_model
@@ -95,7 +95,7 @@ def pretrain(*flags, stdout=None):
 
 def tiny_t0(folder, tokenizer):
     """Write a random model of T0's architecture and vocabulary, and return its folder."""
-    model = random_model(replace(known_models()["t0-3b"].config, **TINY_T0))
+    model = random_model(replace(KNOWN_MODELS["t0-3b"].config, **TINY_T0))
     minia3.save_model(model, folder, minia3.load_tokenizer(tokenizer))
     return folder
 

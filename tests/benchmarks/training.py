@@ -8,7 +8,7 @@ have a loss.
 
 import torch
 
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.llama import Llama
 from minia3.model.t5 import T5
@@ -127,7 +127,7 @@ def dropout(bench, pair):
 
     PyTorch has no fused attention with dropout for a CPU.
     """
-    p = known_models()[pair.name].config.dropout
+    p = KNOWN_MODELS[pair.name].config.dropout
     if p == 0:
         return
     ours = pair.ours().train()

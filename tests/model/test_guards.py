@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import minia3
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import Batch
@@ -145,7 +145,7 @@ def test_full_fine_tuning_multiplies_for_weight_gradients_too(frozen, name):
 )
 def test_a_step_of_a_real_model_costs_two_thirds_of_full_fine_tuning(name, n_ours, n_full):
     """8 sources of 128 tokens and targets of 8 tokens. On the meta device nothing is computed."""
-    model = build_model(known_models()[name].config).to("meta").eval()
+    model = build_model(KNOWN_MODELS[name].config).to("meta").eval()
     source_BM = torch.zeros(8, 128, dtype=torch.long, device="meta")
     target_BL = torch.zeros(8, 8, dtype=torch.long, device="meta")
 

@@ -23,7 +23,7 @@ import minia3
 from minia3.adapters.mix import MIX, mix
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.config import to_hf
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
@@ -261,7 +261,7 @@ def use_adapters(model, tokenizer, folder):
 
 def write_rope_factors():
     """Write the config of a GGUF file of Llama 3.1, which has factors instead of a scaling."""
-    config = known_models()["llama-3.1-8b"].config
+    config = KNOWN_MODELS["llama-3.1-8b"].config
     unscaled = inverse_frequencies(replace(config, rope_scaling=None))
     factors = unscaled / inverse_frequencies(config)
     config = replace(config, rope_scaling=None, rope_factors=tuple(factors.tolist()))
