@@ -3,11 +3,11 @@
     python data/pretrain.py
 
 An input begins with two facts, such as "anna has a red ball in the garden . in the hall there is a
-red cup of tom .". Each of their four details (person, thing, colour, place) is the same in both
-facts, or different, by a fair coin. In pre-training a question about the facts follows, of one of
-the kinds in `QUESTIONS`.
+red cup of tom .". For each of their four details (person, thing, colour, place), a fair coin
+decides whether it is the same in both facts or different. In pre-training, a question about the
+facts follows. Its kind is one of `QUESTIONS`.
 
-The held-out task has no question: its input is the two facts alone. The answer is "yes" if one
+The held-out task has no question: its input is only the two facts. The answer is "yes" if one
 detail (`SHIPPED`) is the same and "no" if it is different. Nothing in the input says which detail
 is meant, so a model can only learn that from the task's rows.
 
@@ -58,7 +58,7 @@ EOS = "</s>"
 # The held-out task
 
 SHIPPED = "colour"
-N_ROWS = {"train": 512, "validation": 128, "test": 1024}  # multiples of 16, see `held_out`
+N_ROWS = {"train": 512, "validation": 128, "test": 1024}  # multiples of 16: see `held_out`
 
 # The model
 
@@ -86,8 +86,8 @@ def draw_facts(rng, is_same):
     return text, first, second
 
 
-# Each kind of question is a function of the random numbers, of which details are the same, and of
-# the details of both facts. It returns a question and its answer.
+# Each kind of question is a function that returns a question and its answer. Its arguments are the
+# random numbers, a dict from each detail to whether it is the same, and the details of both facts.
 
 
 def ask_one(rng, is_same, first, second):
@@ -130,10 +130,10 @@ def draw_example(rng, ask):
 def held_out(detail=SHIPPED):
     """Return the rows {"input", "choices", "label"} of each split of the held-out task.
 
-    There are 16 ways in which the details can be the same or different. In each split each comes
-    equally often: the labels are balanced, and no other detail says anything about them. No input
-    comes twice. The rows are the same at every call and on every machine, because NumPy guarantees
-    the stream of RandomState.
+    There are 16 ways in which the details can be the same or different. Each way comes equally
+    often in a split, so the labels are balanced, and no other detail says anything about them. No
+    input comes twice. The rows are the same at every call and on every machine, because NumPy
+    guarantees the stream of RandomState.
     """
     rng = np.random.RandomState(0)
     seen = set()
@@ -145,7 +145,7 @@ def held_out(detail=SHIPPED):
 
 
 def draw_held_out_rows(rng, n_rows, detail, seen) -> Iterator[dict]:
-    """Yield rows whose inputs are not in `seen`, and add their inputs."""
+    """Yield rows whose inputs are not in `seen`, and add their inputs to it."""
     for i in range(n_rows):
         is_same = {name: i >> bit & 1 for bit, name in enumerate(NAMES)}  # the bits of i mod 16
         text = None
@@ -166,7 +166,7 @@ def write_held_out(folder, detail=SHIPPED):
 
 
 def list_words():
-    """Return the words of the language, each once."""
+    """Return the words of the language without repeats."""
     texts = [*FACTS, *ANSWERS]
     for name, values in DETAILS.items():
         texts += [name, *values]
@@ -175,19 +175,19 @@ def list_words():
 
 
 def make_tokenizer():
-    """Return a tokenizer with a token for each word of the language, and one for each byte.
+    """Return a tokenizer with a token for each word of the language, and a token for each byte.
 
-    So a word of the language is one token, and any UTF-8 text can be encoded and comes back when it
-    is decoded.
+    So a word of the language is one token, and any other UTF-8 text can still be encoded and
+    decoded.
     """
     bytes_as_letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["Ġ" + word for word in list_words()]  # Ġ stands for the space before a word
     tokens = [PAD, EOS, *bytes_as_letters, *words]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # A BPE without merges. ignore_merges takes a word that is a token whole; other words are
+    # A BPE without merges. With ignore_merges, a word that is a token stays whole. Other words are
     # encoded byte by byte.
     backend = Backend(models.BPE(vocabulary, [], ignore_merges=True))
-    backend.normalizer = normalizers.Prepend(" ")  # so that the first word is like all others
+    backend.normalizer = normalizers.Prepend(" ")  # makes the first word like all other words
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     backend.add_special_tokens([PAD, EOS])
@@ -198,7 +198,7 @@ def make_tokenizer():
 
 
 def new_model(tokenizer, seed, d_model=D_MODEL):
-    """Return a T5 (v1.0 form) with T5's initialisation: that of Mesh TensorFlow, with factor 1."""
+    """Return a T5 (v1.0 form) with the initialization of Mesh TensorFlow, with factor 1."""
     n_tokens = tokenizer.backend.get_vocab_size()
     n_multiples = -(-n_tokens // VOCAB_MULTIPLE)  # rounded up
     config = T5Config(
@@ -219,9 +219,7 @@ def new_model(tokenizer, seed, d_model=D_MODEL):
 
 
 def initial_widths(model):
-    """Return (module, width) pairs: the standard deviation of the module's weights is width **
-    -0.5.
-    """
+    """Return (module, width) pairs. The standard deviation of the weights will be width ** -0.5."""
     config = model.config
     widths = [
         (model.embed, 1),
@@ -253,11 +251,11 @@ def encode_batch(texts, tokenizer):
 
 
 def pretrain(seed, steps, d_model=D_MODEL, lr=2e-3, batch_size=64):
-    """Return a trained model and its tokenizer. The examples of every step are drawn afresh."""
+    """Return a trained model and its tokenizer. Every step draws new examples."""
     tokenizer = make_tokenizer()
     model = new_model(tokenizer, seed, d_model)
     vectors = {id(vector) for vector in minia3.vectors(model).values()}
-    weights = [p for p in model.parameters() if id(p) not in vectors]  # (IA)^3 stays at one
+    weights = [p for p in model.parameters() if id(p) not in vectors]  # the vectors stay at one
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     rng = np.random.RandomState(seed)
     kinds = list(QUESTIONS)
@@ -297,9 +295,7 @@ def sorted_pairs(text):
 
 
 def evaluate(model, tokenizer, n_examples=512):
-    """Return the share of right answers to new examples of each kind of question, by the kind's
-    name.
-    """
+    """Return a dict from each kind of question to the share of right answers to new examples."""
     rng = np.random.RandomState(2**31)
     shares = {}
     for ask in QUESTIONS:
@@ -314,8 +310,8 @@ def evaluate(model, tokenizer, n_examples=512):
 
 
 def evaluate_held_out(model, tokenizer, rows):
-    """Return accuracy and AUC of the score of "yes" minus the score of "no" on rows of the held-out
-    task.
+    """Return the accuracy and the AUC on rows of the held-out task. Both compare the score of "yes"
+    with the score of "no".
     """
     inputs = [row["input"] for row in rows]
     scores_NC = minia3.rank(model, tokenizer, inputs, list(ANSWERS), batch_size=64)
@@ -357,7 +353,7 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     n_steps = 20 if arguments.quick else arguments.steps
-    torch.set_num_threads(1)  # enough for a small model, and the same bits at every run
+    torch.set_num_threads(1)  # enough for a small model, and every run has the same bits
     model, tokenizer = pretrain(arguments.seed, n_steps, arguments.d_model)
     minia3.save_model(model, arguments.out / "tiny-t5", tokenizer)
     for detail in arguments.details:

@@ -1,8 +1,8 @@
 """What the tests of the models share: small random checkpoints, made and saved by transformers.
 
-Every weight is random, also those that transformers starts at one or zero, because half of all
-mistakes would not show in a model whose norms are one and whose attention is uniform. Only the
-fixtures that need transformers and peft import them.
+Every weight is random, even the weights that transformers starts at one or zero, because half of
+all mistakes would not show in a model whose norms are one and whose attention is uniform.
+transformers and peft are imported only by the fixtures that need them.
 """
 
 import functools
@@ -14,9 +14,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-# Models this small cost more to share among cores than to run, and a forked process (the fuzz
-# forks) hangs in threads of OpenMP that it does not have. Set before torch is imported; processes
-# that the tests start inherit it.
+# For models this small, several cores cost more than they save. And a forked process (the fuzz
+# forks) would wait for threads of OpenMP that it does not have. This is set before torch is
+# imported, and the processes that the tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -61,7 +61,7 @@ ODD = {
     "intermediate_size": 37,
 }
 
-# name: (class of transformers, how its config differs from the sizes above)
+# name: (class of transformers, the differences between its config and the sizes above)
 T5_PEERS = {
     "t5-v1.0": ("T5", {}),
     "t5-v1.1": ("T5", GATED),  # with a head of its own: see `make`
@@ -69,7 +69,7 @@ T5_PEERS = {
     "t5-wide": ("T5", {"d_kv": 10, "num_layers": 3, "num_decoder_layers": 1}),
     "t5-deep-decoder": ("T5", {**GATED, "num_heads": 3, "num_layers": 1, "num_decoder_layers": 3}),
     "t5-near": ("T5", NEAR),
-    "t5-unscaled": ("T5", GATED),  # tied and not scaled: what transformers 5 makes of a v1.1 config
+    "t5-unscaled": ("T5", GATED),  # tied and not scaled, as transformers 5 makes it from v1.1
     "mt5": ("MT5", {"feed_forward_proj": "gated-gelu"}),
 }
 LLAMA_PEERS = {
@@ -117,12 +117,12 @@ def pytest_terminal_summary(terminalreporter, config):
 class Peer(NamedTuple):
     name: str
     folder: Path  # as transformers saved it
-    model: torch.nn.Module  # transformers' own, in eval mode
+    model: torch.nn.Module  # of transformers, in eval mode
 
     def logits(self, source_BM, mask_BM, target_BL):
         """Return (B, L + 1, V): the logits after the source and after each token of the target.
 
-        A LLaMA gets each row by itself, without its padding.
+        A LLaMA reads each row separately, without its padding.
         """
         with torch.no_grad():
             if self.model.config.is_encoder_decoder:
@@ -150,7 +150,7 @@ def their_llama_logits(model, source_BM, mask_BM, target_BL):
 
 
 def their_logits(model, source_BM, mask_BM, target_BL):
-    """Return what Peer.logits does, with gradients."""
+    """Return what Peer.logits returns, but with gradients."""
     if model.config.is_encoder_decoder:
         target_BL = torch.cat((torch.zeros_like(target_BL[:, :1]), target_BL), dim=1)
         output = model(
@@ -191,7 +191,7 @@ def make(name, **overrides):
 
 @pytest.fixture(scope="session")
 def peer(tmp_path_factory):
-    """A function from a name to its Peer, each made once."""
+    """A function from a name to its Peer. Each Peer is made once."""
 
     @functools.cache
     def get(name):
@@ -205,7 +205,7 @@ def peer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(peer):
-    """A function from a name to a fresh model of ours. Its vectors are one; random with a seed."""
+    """A function from a name to a new model of ours. Its vectors are one, or random with a seed."""
 
     def get(name, n_adapters=1, seed=None, **options):
         model = minia3.load_model(peer(name).folder, n_adapters=n_adapters, **options)
@@ -217,7 +217,7 @@ def loaded(peer):
 
 
 def with_peft(name, **options):
-    """Return PEFT's (IA)^3 around `make(name)` in eval mode, with random vectors, some negative."""
+    """Return `make(name)` with PEFT's (IA)^3, in eval mode. Random vectors, some negative."""
     import peft
 
     model = make(name)
@@ -232,7 +232,7 @@ def with_peft(name, **options):
 
 
 def double(model):
-    """Return `model` in float64 throughout; transformers' norms compute in float32 even then."""
+    """Return `model` in float64. Its norms are replaced, because they would compute in float32."""
 
     def forward(norm, x):
         return (
@@ -247,9 +247,9 @@ def double(model):
 
 @pytest.fixture
 def copy(peer, tmp_path):
-    """A function from a name to a copy of its folder that a test may damage.
+    """A function from a name to a copy of its folder, which a test may damage.
 
-    Keyword arguments change its config.json; None takes a key away.
+    Keyword arguments change its config.json; None removes a key.
     """
 
     def get(name, **changes):
@@ -277,22 +277,22 @@ def randomize(model, seed=0, std=0.5):
 
 
 def tokens(*shape, seed=0):
-    """Return random ids that are neither pad nor end."""
+    """Return random ids. None of them is the pad or the end token."""
     return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model, source_BM, mask_BM, target_BL, adapter=None):
-    """Return what Peer.logits does, of a model of ours."""
+    """Return what Peer.logits returns, for a model of ours."""
     with torch.no_grad():
         state = model.start(source_BM, mask_BM, adapter)
         return model.step(torch.cat((state.start, target_BL), dim=1), state)
 
 
 def at_once(work, arguments):
-    """Call `work` with each tuple of `arguments` in a thread of its own. Threads switch often."""
+    """Call `work` with each tuple of `arguments` in its own thread. The threads switch often."""
     threads = [threading.Thread(target=work, args=values) for values in arguments]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # seconds: within a block, or a load
+    sys.setswitchinterval(1e-6)  # seconds, so they switch in the middle of a block or of loading
     try:
         for thread in threads:
             thread.start()
@@ -316,7 +316,8 @@ def rms(x):
 
 
 def bfloat16_errors(peer, name, source_BM, mask_BM, target_BL):
-    """Return three root mean squares: our error in bfloat16, transformers' error, and the logits.
+    """Return three root mean squares: of our error in bfloat16, of transformers' error, and of the
+    logits.
 
     An error is the difference from transformers in float32 with the same (bfloat16) weights.
     """

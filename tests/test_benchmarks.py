@@ -1,4 +1,7 @@
-"""Guards the benchmarks: every line works on tiny models, where both sides compute the same before they are timed."""
+"""Guards the benchmarks: every line works on tiny models, and both sides compute the same first.
+
+Nothing here depends on how long something takes, or on how much memory an allocator keeps.
+"""
 
 import json
 import os
@@ -11,75 +14,130 @@ import running
 import torch
 
 import minia3
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
-from minia3.training.checkpoint import load_checkpoint
 from minia3.training.flags import parse_flags
 from minia3.training.rules import check_config
-from tests.benchmarks import growth, memory, studies
+from tests.benchmarks import growth, measure, memory, studies
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.lines import GOALS, LINES
+from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair, config_of
 
-HERE = ",".join(LINES.keys() - {"start", "peak"})
+STARTS_PROCESSES = ("start", "peak")
 
 
-def run(folder, *flags):
+def run_benchmark(folder, *flags):
     main(["--quick", "--json", str(folder / "result.json"), *flags])
     return json.loads((folder / "result.json").read_text())
 
 
+# The table
+
+
+@pytest.mark.slow
 def test_every_line_works_on_a_t5(tmp_path, capsys):
-    """In float32, where texts are compared too."""
-    result = run(tmp_path, "--models", "t5-base", "--dtype", "float32")
-    rows = {line.removeprefix("t5-base, "): row for line, row in result["rows"].items()}
-    assert all(row["ours"] > 0 and row["ratio"] > 0 for row in rows.values())
+    """In float32, because texts are compared only there."""
+    result = run_benchmark(tmp_path, "--models", "t5-base", "--dtype", "float32")
+    rows = {}
+    for title, row in result["rows"].items():
+        rows[title.removeprefix("t5-base, ")] = row
     assert GOALS.keys() <= rows.keys()
-    assert all(row["goal"] == GOALS.get(what, (None,))[0] for what, row in rows.items())
-    assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
+    for title, row in rows.items():
+        assert row["ours"] > 0
+        assert row["ratio"] == row["theirs"] / row["ours"] > 0
+        assert row["goal"] == goal_of(title, is_t5=True)
+    n_printed = capsys.readouterr().out.count("\n| ")
+    assert n_printed == len(rows) + 1  # and the head
 
 
-def test_lines_that_begin_no_process_work_on_a_llama(tmp_path):
-    """In bfloat16; with the share of the roof that is reached."""
-    result = run(tmp_path, "--models", "smollm2-135m", "--dtype", "bfloat16", "--only", HERE)
-    assert len(result["rows"]) > 2 * len(HERE.split(","))
-    steps = {line: row for line, row in result["rows"].items() if "training step" in line}
+@pytest.mark.slow
+def test_lines_without_processes_work_on_a_llama(tmp_path):
+    """In bfloat16, where a row also says how near ours comes to the roof."""
+    lines = [line for line in LINES if line not in STARTS_PROCESSES]
+    flags = ["--models", "smollm2-135m", "--dtype", "bfloat16", "--only", ",".join(lines)]
+    rows = run_benchmark(tmp_path, *flags)["rows"]
+    assert len(rows) > 2 * len(lines)
+
+    steps = [row for title, row in rows.items() if "training step" in title]
     assert len(steps) == 5
-    for row in steps.values():
+    for row in steps:
         assert row["roof"] == row["flops"] / row["ours"] / row["peak_flops"] > 0
         assert row["tokens_per_second"] > 0
-    texts = [row for line, row in result["rows"].items() if "generation" in line]
-    assert all(row["ours_over_products"] == row["ours"] / row["products"] for row in texts)
+    generations = [row for title, row in rows.items() if "generation" in title]
+    assert len(generations) == 2
+    for row in generations:
+        assert row["ours_over_products"] == row["ours"] / row["products"]
+        assert row["theirs_over_products"] == row["theirs"] / row["products"]
 
 
 @pytest.mark.parametrize(
     "line", ["adapters", "export", "steps", "choices", "many_tasks", "ranking", "generation"]
 )
 @pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
-def test_nothing_is_timed_where_one_side_leaves_the_adapter_out(model, line, tmp_path, monkeypatch):
+def test_nothing_is_timed_if_one_side_leaves_the_adapter_out(model, line, tmp_path, monkeypatch):
     dtype = torch.float32 if line == "generation" else torch.bfloat16
     pair = Pair(model, tmp_path, True, dtype)
     monkeypatch.setattr(minia3, "load_adapter", lambda *_: None)
+    bench = Bench(True, 1, Roof(dtype, 8))
     with pytest.raises(AssertionError, match="the two sides"):
-        list(LINES[line](Bench(True, 1, Roof(dtype, 8)), pair))
+        list(LINES[line](bench, pair))
 
 
+def test_the_sides_take_turns_in_going_first():
+    calls = []
+    sides = {"ours": lambda: calls.append("ours"), "theirs": lambda: calls.append("theirs")}
+    times = measure.alternate(sides, n_rounds=2, n_warm_ups=1)
+    assert calls == ["ours", "theirs", "ours", "theirs", "theirs", "ours"]
+    assert {side: len(seconds) for side, seconds in times.items()} == {"ours": 2, "theirs": 2}
+
+
+def test_a_row_has_medians_and_the_middle_half_of_the_ratios():
+    row = measure.summarize([1.0, 2.0, 4.0], [2.0, 2.0, 12.0])
+    assert row.published() == {
+        "unit": "s",
+        "ours": 2.0,
+        "theirs": 2.0,
+        "ratio": 1.0,
+        "ours_min": 1.0,
+        "theirs_min": 2.0,
+        "spread": [1.0, 3.0],
+        "rounds": 3,
+        "goal": None,
+    }
+    assert measure.summarize([2.0], [3.0]).spread == [1.5, 1.5]
+
+
+def test_flops_and_products_are_those_of_the_matrix_products():
+    x = torch.ones(3, 5)
+    weight = torch.ones(5, 7, requires_grad=True)
+
+    def step():
+        (x @ weight).sum().backward()
+
+    assert measure.count_flops(step) == 2 * (2 * 3 * 5 * 7)  # forward, and the weight's gradient
+    products = measure.record_products(lambda: torch.mm(x, weight.detach()).relu())
+    assert [(len(x), tuple(w.shape)) for x, w in products.pairs] == [(3, (5, 7))]
+
+
+def test_what_is_kept_for_backward_counts_once_and_without_the_parameters():
+    linear = torch.nn.Linear(5, 7, bias=False)
+    x = torch.ones(3, 5)
+    n_bytes = measure.kept_for_backward(lambda: linear(x).sum() + linear(x).sum(), linear)
+    assert n_bytes == x.nbytes
+
+
+# Growth
+
+
+@pytest.mark.slow
 def test_growth_is_measured_fitted_and_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")
-    growth.main(
-        [
-            "--quick",
-            "--dtype",
-            "float32",
-            "--json",
-            str(tmp_path / "growth.json"),
-            "--plot",
-            str(tmp_path),
-        ]
-    )
-    result = json.loads((tmp_path / "growth.json").read_text())
-    assert {p["sweep"] for p in result["points"]} == growth.SWEEPS.keys()
+    file = tmp_path / "growth.json"
+    growth.main(["--quick", "--dtype", "float32", "--json", str(file), "--plot", str(tmp_path)])
+    result = json.loads(file.read_text())
+    assert {point["sweep"] for point in result["points"]} == growth.SWEEPS.keys()
+    # Twice the tokens keep twice the bytes. These are counted, not measured.
     assert result["exponents"]["smollm2-135m, length, train"]["kept"] == pytest.approx(1, abs=0.01)
     assert "</svg>" in (tmp_path / "growth.svg").read_text()
 
@@ -87,100 +145,105 @@ def test_growth_is_measured_fitted_and_drawn(tmp_path):
 # Memory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="memory is measured and limited as Linux does it"
 )
 @pytest.mark.parametrize("name", ["t5-base", "smollm2-135m"])
-def test_a_process_that_trains_is_measured_and_one_that_finds_no_memory_is_told_from_a_failure(
-    name,
-):
+def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name):
     config = config_of(name, quick=True)
-    given = torch.float32, 2, 16, True
-    assert 0 < memory.measured(config, *given, limit=10**9) < 10**8
-    assert memory.measured(replace(config, vocab_size=10**7), *given, limit=10**9) is None
+    n_bytes = memory.measured(config, torch.float32, 2, 16, True, limit=10**10)
+    assert 0 < n_bytes < 10**10
+    huge = replace(config, vocab_size=10**9)
+    assert memory.measured(huge, torch.float32, 2, 16, True, limit=10**10) is None
+    broken = replace(config, vocab_size=1)  # the program reads token 1
     with pytest.raises(RuntimeError, match="IndexError"):
-        memory.measured(replace(config, vocab_size=1), *given)
+        memory.measured(broken, torch.float32, 2, 16, True)
 
 
+@pytest.mark.slow  # because it builds each model several times
 @pytest.mark.parametrize("room", [10**6, 3 * 10**8, 10**9, 10**12])
 def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, capsys):
+    def n_parameters(config):
+        return sum(parameter.numel() for parameter in build_model(config).parameters())
+
     def measured(config, *_, limit, **__):
-        n = sum(p.numel() for p in build_model(config).parameters())
-        return n if n < limit else None
+        return n_parameters(config) if n_parameters(config) < limit else None
 
     monkeypatch.setattr(memory, "measured", measured)
     memory.main(["--largest", str(room / 1e9)])
-    counts = {
-        name: sum(p.numel() for p in build_model(known.config).parameters())
-        for name, known in known_models().items()
-    }
-    best = max((n for n in counts.values() if n < room), default=None)
+    counts = {name: n_parameters(known.config) for name, known in KNOWN_MODELS.items()}
+    largest = max((n for n in counts.values() if n < room), default=None)
     found = capsys.readouterr().out.split()[-1]
-    assert counts.get(found) == best
-    assert (found == "none") == (best is None)
+    assert counts.get(found) == largest
+    assert (found == "none") == (largest is None)
 
 
 # Studies
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
-def test_each_line_of_a_study_is_a_command_line_of_train_py_with_a_name_of_its_own(
-    name, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(
-        studies, "held_out", lambda folder: [f"{folder}/{task}" for task in "abcdx"]
-    )
-    monkeypatch.setattr(studies.subprocess, "run", lambda *args, **options: None)  # makes bases
-    lines = list(studies.STUDIES[name]("tiny-t5", tmp_path))
-    assert len({of for of, _ in lines}) == len(lines) > 16
-    for of, words in lines:
-        assert Path(of).name == of
+def test_each_run_of_a_study_is_a_valid_command_line_with_its_own_name(name, tmp_path, monkeypatch):
+    tasks = [f"{tmp_path}/{task}" for task in "abcdx"]
+    monkeypatch.setattr(studies, "held_out", lambda folder: tasks)
+    monkeypatch.setattr(studies, "pretrain", lambda *flags, **options: None)
+    runs = list(studies.STUDIES[name]("tiny-t5", tmp_path))
+    names = [run_name for run_name, _ in runs]
+    assert len(set(names)) == len(names) > 16
+    for run_name, words in runs:
+        assert Path(run_name).name == run_name
         check_config(parse_flags(running.train.Config, words, ""))
 
 
-def test_a_study_begins_goes_on_with_what_was_stopped_and_leaves_alone_what_is_finished(
+@pytest.mark.slow
+def test_a_study_starts_runs_resumes_stopped_ones_and_skips_finished_ones(
     tmp_path, monkeypatch, capfd
 ):
-    some = {
-        name: running.words(None, steps=4, seed=seed) for seed, name in enumerate(("one", "two"))
+    runs = {
+        "one": running.words(None, steps=4, seed=0),
+        "two": running.words(None, steps=4, seed=1),
     }
-    monkeypatch.setattr(studies, "STUDIES", {"s": lambda model, out: some.items()})
-    study = ["s", "--model", "m", "--out", str(tmp_path), "--save-every", "1"]
+    monkeypatch.setattr(studies, "STUDIES", {"study": lambda model, out: runs.items()})
+    words = ["study", "--model", "m", "--out", str(tmp_path), "--save-every", "1"]
     with pytest.raises(SystemExit):
-        studies.main([*study, "--only", "three"])
+        studies.main([*words, "--only", "three"])
     assert "expected the beginning of one of one, two" in capfd.readouterr().err
-    studies.main([*study, "--only", "one"])
+
+    studies.main([*words, "--only", "one"])
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     checkpoint = tmp_path / "one" / "checkpoint.pt"
-    lines, state = running.metrics(tmp_path / "one"), checkpoint.read_bytes()
-    studies.main(study)
-    assert checkpoint.read_bytes() == state
-    assert "is finished" in capfd.readouterr().out
+    accuracy = running.metrics(tmp_path / "one")[-1]["accuracy"]
+    before = checkpoint.read_bytes()
+    studies.main(words)
+    assert checkpoint.read_bytes() == before
+    assert "one is finished" in capfd.readouterr().out
     assert running.metrics(tmp_path / "two")[-1]["event"] == "final"
-    checkpoint.unlink()  # as one that was stopped before its first
-    studies.main(study)
-    assert running.metrics(tmp_path / "one")[-1]["accuracy"] == lines[-1]["accuracy"]
-    assert load_checkpoint(tmp_path / "one").is_finished
+
+    checkpoint.unlink()  # like a run that was stopped before its first checkpoint
+    studies.main(words)
+    assert running.metrics(tmp_path / "one")[-1]["accuracy"] == accuracy
+    assert studies.is_finished(tmp_path / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "MINIA3_TEST_DATA" not in os.environ,
     reason="MINIA3_TEST_DATA is not set: no tokenizer, no data",
 )
 def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp_path):
-    """On CB, whose file is there, and StoryCloze, of which there are T-Few's published splits alone."""
+    """On CB, whose file is there, and on StoryCloze, which has only T-Few's published splits."""
     shared = Path(os.environ["MINIA3_TEST_DATA"])
-    study = ["t0-3b", "--dry-run", str(shared / "tokenizers" / "t5-base"), "--out", str(tmp_path)]
+    words = ["t0-3b", "--dry-run", str(shared / "tokenizers" / "t5-base"), "--out", str(tmp_path)]
     splits = {
         "ia3-storycloze": "T-Few's other splits",
         "lora-cb": "validation",
         "full-cb": "validation",
     }
     for name, split in splits.items():
-        studies.main([*study, "--only", name, "--data-dir", str(shared / "data")])
+        studies.main([*words, "--only", name, "--data-dir", str(shared / "data")])
         finals = [line for line in running.metrics(tmp_path / name) if line["event"] == "final"]
-        assert [(final["adapter"], final["split"]) for final in finals] == [
-            ("s0", split),
-            ("s1", split),
-        ]
-        assert all(final["steps"] == 2 and len(final["accuracies"]) == 2 for final in finals)
+        assert [final["adapter"] for final in finals] == ["s0", "s1"]
+        for final in finals:
+            assert final["split"] == split
+            assert final["steps"] == 2
+            assert len(final["accuracies"]) == 2

@@ -1,7 +1,8 @@
 """Published models in and out.
 
-A checkpoint is found here by its name, folder or hub id (`hub`), read tensor by tensor from Hugging
-Face's, llama.cpp's or Meta's files (`load`, `gguf`, `meta`), given our names (`tensor_names`,
-`config`) and put into a model. The way back is `save`. The tokenizer that belongs to a model is
-read here, too. `known_models` lists models by short names.
+A checkpoint is a model on disk. `hub` finds it by a name, a folder or a hub id. `load`, `gguf` and
+`meta` read it tensor by tensor from the files of Hugging Face, llama.cpp or Meta, `config` and
+`tensor_names` translate its names into ours, and `save` writes a model in the layout of Hugging
+Face. `tokenizer`, `sentencepiece`, `gguf_tokenizer` and `chat` read the tokenizer that comes with
+a checkpoint. `known_models` lists published models by short names.
 """

@@ -1,4 +1,4 @@
-"""Render a conversation with the chat template that a checkpoint brings.
+"""Render a conversation with the chat template of a checkpoint.
 
 A model that was tuned to chat has seen conversations in one exact form, for example
 
@@ -6,8 +6,8 @@ A model that was tuned to chat has seen conversations in one exact form, for exa
     What is (IA)^3?<|im_end|>
     <|im_start|>assistant
 
-The form is a template in the language of jinja2. A template is a program of strangers, so it runs
-in jinja2's sandbox. Everything here follows transformers' apply_chat_template
+The form is a template in the language of jinja2. A template is a program that strangers wrote, so
+it runs in jinja2's sandbox. Everything here follows transformers' apply_chat_template
 (transformers/utils/chat_template_utils.py), because templates are written for it.
 """
 
@@ -19,8 +19,8 @@ from functools import partial
 def default_template(templates):
     """Return the template to use, or None.
 
-    templates: what the files say, which is nothing (None), one template, or a list of {"name": ...,
-    "template": ...}, of which the one with the name "default" is used.
+    templates: what the files hold. That is nothing (None), one template, or a list of {"name": ...,
+    "template": ...}, from which the template named "default" is used.
     """
     if not isinstance(templates, list):
         return templates
@@ -29,20 +29,20 @@ def default_template(templates):
 
 
 def render_chat(template, messages, special_tokens):
-    """Return the text of a conversation, up to the place at which the answer begins.
+    """Return the text of a conversation up to the place where the answer begins.
 
     messages: [{"role": "user", "content": "Hello"}, ...]
-    special_tokens: {"bos_token": "<s>", ...}, which a template may use by these names.
+    special_tokens: {"bos_token": "<s>", ...}. A template may use them by these names.
 
-    Raise whatever jinja2 raises (ImportError if it is not installed), or ValueError if the template
-    refuses the messages.
+    Raise ValueError if the template refuses the messages, ImportError if jinja2 is not installed,
+    and whatever jinja2 raises.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    # jinja2's own tojson escapes characters for HTML, and templates do not expect it.
+    # jinja2's own tojson escapes characters for HTML, which templates do not expect.
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment.from_string(template).render(
         **special_tokens,
@@ -56,5 +56,5 @@ def render_chat(template, messages, special_tokens):
 
 
 def refuse(message):
-    """Raise the ValueError that a template asks for. (jinja2 has no such statement.)"""
+    """Raise ValueError for a template. (jinja2 has no statement that raises.)"""
     raise ValueError(message)

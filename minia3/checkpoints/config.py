@@ -1,8 +1,8 @@
-"""Hugging Face's config.json to our configs, and back.
+"""Translate Hugging Face's config.json into our configs, and back.
 
-A model that is computed almost right is worse than no model, so whatever changes the computation
-and is not implemented here is refused by name. Keys that a file leaves out mean what transformers
-takes them to mean.
+A model that is computed almost right is worse than no model. So if a setting changes the
+computation and is not implemented here, it is refused by name. If a file leaves out a key, the key
+has the value that transformers assumes.
 
 `from_hf` works in these steps:
 
@@ -10,6 +10,8 @@ takes them to mean.
     2. fill in defaults
     3. check ids and numbers
     4. make a T5Config or a LlamaConfig
+
+Shapes: P pairs of a head (half its width).
 """
 
 from dataclasses import replace
@@ -20,7 +22,7 @@ from minia3.model.llama import LlamaConfig, inverse_frequencies
 from minia3.model.t5 import T5Config
 
 # fmt: off
-# The numbers of config.json, and their names in our configs.
+# Keys of config.json whose values are numbers -> their names in our configs.
 T5_NUMBERS = {
     "d_model":                         "d_model",
     "d_kv":                            "d_head",
@@ -52,8 +54,8 @@ LLAMA_NUMBERS = {
 # The numbers of Llama 3.1's scaling, in the order of LlamaConfig.rope_scaling.
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
-# The least and the greatest value of a number. A float means that fractions are allowed. The limits
-# are far beyond all published models, but they keep a damaged file from filling the memory.
+# The least and the greatest value of a number. Fractions are allowed if the limits are floats. All
+# published models stay far below the limits, which keep a damaged file from filling the memory.
 LIMITS = {
     "num_layers":                      (1, 2**10),
     "num_decoder_layers":              (1, 2**10),
@@ -73,8 +75,7 @@ LIMITS = {
 }
 OTHER_LIMITS = (1, 2**20)
 
-# What transformers assumes for each model_type, if that differs from the defaults of our own
-# classes.
+# What transformers assumes for each model_type, if it differs from the defaults of our classes.
 DEFAULTS = {
     "t5": {},
     "mt5": {  # T5 v1.1 under another name
@@ -91,14 +92,15 @@ DEFAULTS = {
 }
 T5_TYPES = ("t5", "mt5")
 
-# A key that is absent or null takes the value of another key.
+# If a key is absent or null, it takes the value of another key.
 SAME_AS = {
     "num_decoder_layers":     "num_layers",
     "decoder_start_token_id": "pad_token_id",
     "num_key_value_heads":    "num_attention_heads",
 }
 
-# The values for which our code computes the model of the file. None stands for absent or null.
+# The values with which our code computes the same as the model of the file. None stands for absent
+# or null.
 SUPPORTED = {
     "feed_forward_proj":     ("relu", "gated-gelu", None),
     "hidden_act":            ("silu", None),
@@ -116,10 +118,10 @@ SUPPORTED = {
 
 
 def from_hf(raw):
-    """Return the T5Config or LlamaConfig that a config.json describes. `raw` is its dict.
+    """Return the T5Config or LlamaConfig that a config.json describes. `raw` is its content.
 
-    Raises ValueError for an architecture or a feature that is not supported, and for values that
-    are missing, are of a wrong type or out of range. One message names them all.
+    Raise ValueError if the architecture or a feature is not supported, or if values are missing, of
+    the wrong type or out of range. One message names them all.
     """
     model_type = raw.get("model_type")
     if model_type not in list(DEFAULTS):  # a list, because a damaged model_type may be unhashable
@@ -134,7 +136,7 @@ def from_hf(raw):
     if is_t5:
         refused += unsupported_activation(stated)
     if refused:
-        raise ValueError(f"config.json asks for what minia3 does not do: {', '.join(refused)}")
+        raise ValueError(f"config.json asks for what minia3 does not support: {', '.join(refused)}")
 
     config_class = T5Config if is_t5 else LlamaConfig
     settings = fill_in(stated, config_class)
@@ -147,8 +149,8 @@ def from_hf(raw):
 def rope_settings(raw):
     """Return the dict that describes the rotation, with its kind under `rope_type`.
 
-    Newer files have `rope_parameters`, which holds theta too. Older files have `rope_scaling`
-    beside `rope_theta`, and the oldest call the kind `type`.
+    Newer files have `rope_parameters`, which also holds theta. Older files have `rope_scaling` and
+    `rope_theta`, and the oldest files call the kind `type`.
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -164,6 +166,7 @@ def is_rope_key(key):
 
 
 def unsupported(stated):
+    """Return a text for each setting whose value is not supported."""
     refused = []
     for key, values in SUPPORTED.items():
         if stated.get(key) not in values:
@@ -172,14 +175,14 @@ def unsupported(stated):
 
 
 def unsupported_rope(rope):
-    """Refuse unknown keys of the rotation, unless their value (null or 1.0) changes nothing."""
+    """Return a text for each unknown key of the rotation whose value (not null or 1.0) matters."""
     unknown = [key for key in rope if not is_rope_key(key)]
     return [f"{key}={rope[key]!r}" for key in unknown if rope[key] not in (None, 1.0)]
 
 
 def unsupported_activation(stated):
-    """Refuse a T5 whose `dense_act_fn` does not follow from its `feed_forward_proj`."""
-    # transformers derives the former from the latter, and gelu_new is the tanh approximation.
+    """Return a text if the `dense_act_fn` of a T5 does not follow from its `feed_forward_proj`."""
+    # transformers derives the former from the latter. gelu_new is the tanh approximation.
     derived = "gelu_new" if stated.get("feed_forward_proj") == "gated-gelu" else "relu"
     activation = stated.get("dense_act_fn")
     if activation in (None, derived):
@@ -191,7 +194,7 @@ def unsupported_activation(stated):
 
 
 def fill_in(stated, config_class):
-    """Return the settings without nulls, and with everything that follows from other keys."""
+    """Return the settings without nulls, completed by what follows from other keys."""
     settings = {key: value for key, value in stated.items() if value is not None}
     for key, other in SAME_AS.items():
         if key not in settings and other in settings:
@@ -206,14 +209,14 @@ def fill_in(stated, config_class):
 
 
 def end_ids(stated, default):
-    """Return the ids that end a text as a list. Null means none; an absent key, the default."""
+    """Return a list of the ids that end a text. Null means none. Without the key, use `default`."""
     ids = stated.get("eos_token_id", list(default))
     if ids is None:
         return []
     return ids if isinstance(ids, list) else [ids]
 
 
-# Checks. `type(x) is int`, and not isinstance, because True is an instance of int.
+# Checks. They use `type(x) is int` and not isinstance, because True is an instance of int.
 
 
 def wrong_ids(settings, keys):
@@ -242,11 +245,11 @@ def raise_if_any(faults):
         raise ValueError(f"config.json: {'; '.join(faults)}")
 
 
-def numbers_of(settings, names, config_class):
-    """Return a dict from config.json's keys to numbers: the file's, the default, or else None."""
+def read_numbers(settings, names, config_class):
+    """Return a dict from config.json's keys to numbers: the file's, or the default, or None."""
     numbers = {}
     for key, ours in names.items():
-        default = getattr(config_class, ours, None)  # of the dataclass
+        default = getattr(config_class, ours, None)  # the default of the dataclass
         numbers[key] = settings.get(key, default)
     return numbers
 
@@ -255,7 +258,7 @@ def numbers_of(settings, names, config_class):
 
 
 def t5_config(settings):
-    numbers = numbers_of(settings, T5_NUMBERS, T5Config)
+    numbers = read_numbers(settings, T5_NUMBERS, T5Config)
     raise_if_any(wrong_ids(settings, ["bos_token_id"]) + wrong_numbers(numbers))
 
     is_tied = settings.get("tie_word_embeddings", True)
@@ -266,7 +269,7 @@ def t5_config(settings):
         activation=activation,
         gated=is_gated,
         own_head=not is_tied,
-        # v1.0 is tied and scaled, v1.1 is neither. Only newer files say so separately.
+        # v1.0 is tied and scaled, and v1.1 is neither. Only newer files state scaling separately.
         scale_logits=settings.get("scale_decoder_outputs", is_tied),
         eos_ids=tuple(settings["eos_token_id"]),
     )
@@ -277,7 +280,7 @@ def t5_config(settings):
 
 
 def llama_config(settings):
-    numbers = numbers_of(settings, LLAMA_NUMBERS, LlamaConfig)
+    numbers = read_numbers(settings, LLAMA_NUMBERS, LlamaConfig)
     scaling = {}
     if settings["rope_type"] == "llama3":
         scaling = {key: settings.get(key) for key in LLAMA3_ROPE}
@@ -286,7 +289,7 @@ def llama_config(settings):
 
     rope_factors = settings.get("rope_factors")
     if not isinstance(rope_factors, tuple):
-        rope_factors = None  # a key of some config.json; only read_gguf gives a tuple
+        rope_factors = None  # an unknown key of a config.json; only read_gguf makes a tuple
     config = LlamaConfig(
         **{ours: numbers[key] for key, ours in LLAMA_NUMBERS.items()},
         own_head=not settings.get("tie_word_embeddings", False),
@@ -298,7 +301,7 @@ def llama_config(settings):
     )
     if config.n_heads % config.n_kv_heads != 0 or config.d_head % 2 != 0:
         heads = f"{config.n_kv_heads} key/value heads must divide {config.n_heads} heads"
-        raise ValueError(f"config.json: {heads}, head_dim {config.d_head} be even")
+        raise ValueError(f"config.json: {heads}, and head_dim {config.d_head} must be even")
     if scaling and scaling["low_freq_factor"] > scaling["high_freq_factor"]:
         raise ValueError("config.json: low_freq_factor must not be above high_freq_factor")
     return config
@@ -308,15 +311,15 @@ def llama_config(settings):
 
 
 def to_hf(config, dtype):
-    """Return the dict of a config.json that transformers 4 and 5 read as the same model.
+    """Return the content of a config.json that transformers 4 and 5 read as the same model.
 
-    Raises ValueError for rope factors (of a GGUF file) that are neither Llama 3.1's nor 3.2's.
+    Raise ValueError if the rope factors (of a GGUF file) are neither Llama 3.1's nor 3.2's.
     """
     raw = t5_to_hf(config) if isinstance(config, T5Config) else llama_to_hf(config)
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     raw["tie_word_embeddings"] = not config.own_head
     raw["pad_token_id"] = config.pad_id
-    # Many programs expect one id, and not a list of one. None means that no id ends a text.
+    # Many programs expect a single id instead of a list with one id. None: no id ends a text.
     ids = list(config.eos_ids)
     raw["eos_token_id"] = ids[0] if len(ids) == 1 else ids or None
     return raw
@@ -329,7 +332,7 @@ def t5_to_hf(config):
         "is_encoder_decoder": True,
         **{key: getattr(config, ours) for key, ours in T5_NUMBERS.items()},
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        # Read by transformers 5. Its version 4 takes this from tie_word_embeddings.
+        # transformers 5 reads this key; version 4 derives it from tie_word_embeddings.
         "scale_decoder_outputs": config.scale_logits,
     }
 
@@ -352,16 +355,16 @@ def llama_to_hf(config):
 
 
 def scaling_of_factors(config):
-    """Return the `rope_scaling` that gives the same frequencies as a GGUF file's `rope_factors`.
+    """Return the `rope_scaling` with the same frequencies as the `rope_factors` of a GGUF file.
 
-    A GGUF file holds the result of Llama 3.1's scaling, and config.json has a place only for its
-    four numbers. Llama 3.1's and 3.2's are tried.
+    A GGUF file holds the result of the scaling, but config.json has a place only for its four
+    numbers. So we try the numbers of Llama 3.1 and of Llama 3.2.
     """
-    frequency_P = inverse_frequencies(config)
+    frequencies = inverse_frequencies(config)
     for factor in (8.0, 32.0):
         scaling = (factor, 1.0, 4.0, 8192)
         candidate = replace(config, rope_factors=None, rope_scaling=scaling)
-        if torch.allclose(inverse_frequencies(candidate), frequency_P, rtol=1e-5):
+        if torch.allclose(inverse_frequencies(candidate), frequencies, rtol=1e-5):
             return scaling
     raise ValueError(
         "these rope factors are neither Llama 3.1's nor 3.2's: config.json cannot express them"

@@ -1,8 +1,8 @@
-"""Some checkpoints store the embedding several times, and some store it under an unusual name.
+"""Keep one copy of the embedding, because some checkpoints store it several times.
 
-The embedding of a tied model is also its head, and the embedding of a T5 serves both encoder and
-decoder. Files hold such a matrix once or up to four times, because torch's `state_dict` lists a
-shared parameter under each of its names.
+The embedding of a tied model is also its head, and the embedding of a T5 serves both the encoder
+and the decoder. Files hold such a matrix one to four times, because torch's `state_dict` lists a
+shared parameter under each of its names. Other files hold it once, but under an unusual name.
 """
 
 import torch
@@ -11,11 +11,11 @@ from minia3.model.t5 import T5Config
 
 
 def keep_one_embedding(entries, config, path):
-    """Return `entries` (name -> Entry) with the embedding once, and under its usual name.
+    """Return `entries` (name -> Entry) with the embedding only once, under its usual name.
 
-    A `lm_head.weight` that differs from the embedding stays even if the config says that the head
-    is tied, because transformers, too, believes the file. Raises ValueError if the encoder's or the
-    decoder's copy differs.
+    An `lm_head.weight` that differs from the embedding stays even if the config says that the head
+    is tied, because transformers also trusts the file. Raise ValueError if the copy of the encoder
+    or of the decoder differs.
     """
     if isinstance(config, T5Config):
         usual = "shared.weight"
@@ -23,7 +23,7 @@ def keep_one_embedding(entries, config, path):
     else:
         usual = "model.embed_tokens.weight"
         inputs = []
-    # A head of its own may equal the embedding by chance or before training, but it is not a copy.
+    # An untied head may equal the embedding by chance or before training, but it is not a copy.
     copies = inputs if config.own_head else [*inputs, "lm_head.weight"]
 
     kept = dict(entries)
@@ -39,7 +39,7 @@ def keep_one_embedding(entries, config, path):
 
 
 def is_copy(entry, other):
-    """Return whether two entries hold the same tensor. Read them only if they look the same."""
+    """Return whether two entries hold equal tensors. Read them only if shape and dtype match."""
     if entry.shape != other.shape or entry.dtype != other.dtype:
         return False
     return torch.equal(entry.read(), other.read())

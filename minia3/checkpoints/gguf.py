@@ -1,13 +1,13 @@
-"""A GGUF file of llama.cpp, presented as if it were a LLaMA checkpoint of Hugging Face.
+"""Read a GGUF file of llama.cpp as if it were a LLaMA checkpoint of Hugging Face.
 
     "GGUF" version n_tensors n_keys                  the numbers are little-endian
     n_keys times: key, type, value                   metadata, of the model and of its tokenizer
     n_tensors times: name, n_dims, dims, kind, offset
-    padding, and then the data of all tensors        offsets count from here
+    padding, and then the data of all tensors        offsets count from the start of the data
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package gguf (an extra)
-dequantises. The header is read here, because gguf's own reader takes ten times as long, and follows
-a damaged count until the memory is full.
+dequantizes. The header is read here, because gguf's own reader takes ten times as long, and if a
+count is damaged, it reads on until the memory is full.
 """
 
 import math
@@ -19,13 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minia3.checkpoints.rotation_layout import neighbours_to_halves
+from minia3.checkpoints.rotation_layout import neighbors_to_halves
 from minia3.checkpoints.tensor_names import LLAMA_TENSORS, expand
 from minia3.files.read import reading
 from minia3.files.tensors import DTYPES, Entry
 
-# Names of llama.cpp -> names of Hugging Face. Other tensors keep their names, and are left over
-# when they are matched with a model.
+# llama.cpp's names -> Hugging Face's names. Other tensors keep their names, and load.py refuses
+# them, because they match no parameter.
 NAMES = {f"{tensor.gguf}.weight": f"{tensor.hugging_face}.weight" for tensor in LLAMA_TENSORS}
 
 # fmt: off
@@ -40,13 +40,13 @@ CONFIG = {
     "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "llama.rope.freq_base":                   "rope_theta",
 }
-# Keys that ask for features that are not supported, and the values for which they ask for nothing.
+# Keys of features that are not supported -> the values that do not ask for the feature.
 HARMLESS = {
     "llama.expert_count":             [0],
     "llama.attention.sliding_window": [0],
     # Llama 3.1's scaling has no type here. It comes as the tensor rope_freqs.weight.
     "llama.rope.scaling.type":        ["none"],
-    # If there is a factor but no type, llama.cpp scales positions linearly.
+    # With a factor but no type, llama.cpp scales positions linearly.
     "llama.rope.scaling.factor":      [0, 1],
     "llama.rope.scale_linear":        [0, 1],
 }
@@ -58,7 +58,7 @@ END_KEYS = (
     "tokenizer.ggml.eot_token_id",  # end of a turn in a chat
 )
 
-# Types of values. A scalar's type is followed by its letter in the notation of struct.
+# Types of values. SCALARS has the letter of each scalar type in the notation of struct.
 STRING = 8
 ARRAY = 9
 # fmt: off
@@ -68,39 +68,39 @@ SCALARS = {
 }
 # fmt: on
 
-# The largest number of entries in an array, or of bytes in a string. The header of a real model
-# stays far below, and a damaged count cannot fill the memory.
+# The largest number of entries in an array, or of bytes in a string. Real models stay far below,
+# and a damaged count cannot fill the memory.
 LARGEST_COUNT = 2**22
 
 N_DIMENSIONS = 4  # the largest number that ggml knows
-ROWS_AT_ONCE = 256  # rows that are dequantised together
+ROWS_AT_ONCE = 256  # rows that are dequantized together
 
 
 class TensorInfo(NamedTuple):
-    """What the header says of one tensor."""
+    """What the header says about one tensor."""
 
     name: str
     shape: tuple
-    kind: int  # of numbers: float32, or one of some thirty ways to quantise
+    kind: int  # how entries are stored: as float32, or in one of about thirty quantized forms
     offset: int  # bytes from the start of the data
 
 
 def read_metadata(path):
     """Return the metadata as a dict from keys to str, int, float, bool, or a list of these.
 
-    Raises ValueError if the file is damaged.
+    Raise ValueError if the file is damaged.
     """
     metadata, _ = read_header(path)
     return metadata
 
 
 def read_gguf(path):
-    """Return a config.json of model_type "llama" as a dict, and a dict from Hugging Face's names to
-    the Entry of each tensor.
+    """Return the content of a config.json with model_type "llama", and a dict from Hugging Face's
+    names to the Entry of each tensor.
 
     If the file has a tensor rope_freqs.weight, the config has one more key, `rope_factors`: d_head
-    / 2 floats by which the inverse frequencies of the rotation are divided. Raises ValueError if
-    the file is damaged, lacks keys, or asks for what is not supported.
+    / 2 floats that divide the inverse frequencies of the rotation. Raise ValueError if the file is
+    damaged, lacks keys, or asks for a feature that is not supported.
     """
     metadata, stored = read_header(path)
     architecture = metadata.get("general.architecture")
@@ -108,10 +108,10 @@ def read_gguf(path):
         found = f"general.architecture is {architecture!r:.40}"
         raise ValueError(f"{path}: {found}, expected 'llama'")
     sizes = read_sizes(path, metadata, stored)
-    config = config_of(metadata, sizes, stored)
+    config = make_config(metadata, sizes, stored)
     n_blocks = count_blocks(stored)
     faults = unsupported(metadata, config, n_blocks)
-    # Llama 3.1's scaling of the rotation. It is part of the config here, and not a weight.
+    # Llama 3.1's scaling of the rotation. For us it is part of the config, and not a weight.
     rope_freqs = stored.pop("rope_freqs.weight", None)
     if rope_freqs is not None:
         config["rope_factors"] = tuple(rope_freqs.read().flatten().tolist())
@@ -122,11 +122,11 @@ def read_gguf(path):
     table = expand(NAMES, n_blocks)
     entries = {table.get(name, name): entry for name, entry in stored.items()}
     n_heads = config["num_attention_heads"]
-    return config, neighbours_to_halves(entries, n_heads, config["num_key_value_heads"])
+    return config, neighbors_to_halves(entries, n_heads, config["num_key_value_heads"])
 
 
 def read_sizes(path, metadata, stored):
-    """Return the values of the keys of CONFIG. Raise ValueError for all that are missing."""
+    """Return the metadata with defaults. Raise one ValueError for all missing keys of CONFIG."""
     defaults = {
         "llama.rope.freq_base": 10000.0,
         "llama.attention.head_count_kv": metadata.get("llama.attention.head_count"),
@@ -144,8 +144,8 @@ def is_positive_number(value):
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
-def config_of(metadata, sizes, stored):
-    """Return the config.json of the metadata, not checked yet."""
+def make_config(metadata, sizes, stored):
+    """Return the content of a config.json for the metadata. It is not checked yet."""
     d_head = sizes["llama.embedding_length"] // sizes["llama.attention.head_count"]
     return {
         "model_type": "llama",
@@ -160,7 +160,7 @@ def config_of(metadata, sizes, stored):
 
 
 def end_ids(metadata):
-    """Return the ids that end a text as config.json has them: one id, or a list."""
+    """Return the ids that end a text in the form of config.json: one id, or a list."""
     ids = []
     for key in END_KEYS:
         i = metadata.get(key)
@@ -174,7 +174,7 @@ def count_blocks(stored):
 
 
 def unsupported(metadata, config, n_blocks):
-    """Return a text for each key whose value asks for what is not supported, or cannot be true."""
+    """Return a message for each key with a value that is not supported or cannot be true."""
     d_head = config["head_dim"]
     allowed = HARMLESS | {
         "llama.block_count": [n_blocks],
@@ -192,6 +192,7 @@ def unsupported(metadata, config, n_blocks):
 
 
 def wrong_factors(factors, d_head):
+    """Return a list with a message if the factors are damaged, or an empty list."""
     is_positive = all(0 < factor < math.inf for factor in factors)
     if is_positive and 2 * len(factors) == d_head:
         return []
@@ -199,6 +200,7 @@ def wrong_factors(factors, d_head):
 
 
 def describe(values):
+    """Return the allowed values of a key as words of a message."""
     if isinstance(values, range):
         kind = "an even number" if values.step == 2 else "a whole number"
         return f"{kind} from {values[0]} to {values[-1]}"
@@ -209,13 +211,13 @@ def describe(values):
 
 
 class HeaderReader:
-    """Reads the fields of a header, one after the other."""
+    """A reader of the fields of a header, one after the other."""
 
     def __init__(self, file):
         self.file = file
 
     def fields(self, letters):
-        """Return a tuple of values. `letters` are struct's, such as "IQ"."""
+        """Return a tuple of values. letters: their types in struct's notation, such as "IQ"."""
         layout = "<" + letters
         return unpack(layout, self.file.read(calcsize(layout)))
 
@@ -268,7 +270,7 @@ class HeaderReader:
 def read_header(path):
     """Return the metadata, and a dict from llama.cpp's names to the Entry of each tensor.
 
-    Raises ValueError if the header is damaged, or the file does not hold the data of all tensors.
+    Raise ValueError if the header is damaged, or the file does not hold the data of all tensors.
     """
     with reading(path, "cut short, damaged or not supported", "gguf"), open(path, "rb") as file:
         header = HeaderReader(file)
@@ -296,7 +298,7 @@ def unread_tensor(path, info, start):
     import gguf  # here, because it is an extra, and most users never open such a file
 
     kind = gguf.GGMLQuantizationType(info.kind)
-    # Try it with zeros, because gguf can name more kinds than it can dequantise.
+    # Try the kind with zeros, because gguf can name more kinds than it can dequantize.
     gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
     n_bytes = math.prod(gguf.quants.quant_shape_to_byte_shape(info.shape, kind))
     end = start + info.offset + n_bytes
@@ -309,13 +311,13 @@ def unread_tensor(path, info, start):
 
 
 def read_tensor(path, kind, shape, offset):
-    """Return a tensor. Float32, float16 and bfloat16 are mapped; quantised kinds become float32."""
+    """Return a tensor. Float32, float16 and bfloat16 are mapped; quantized kinds become float32."""
     from gguf.quants import dequantize, quant_shape_to_byte_shape
 
     n_rows = math.prod(shape[:-1])
     n_columns = shape[-1]
     byte_shape = quant_shape_to_byte_shape((n_rows, n_columns), kind)
-    # Mode "c" is copy on write: whoever writes to the tensor does not change the file.
+    # Mode "c" is copy on write: writing to the tensor does not change the file.
     content = np.memmap(path, np.uint8, "c", offset, byte_shape)
     if kind.name in DTYPES:
         return torch.from_numpy(content).view(DTYPES[kind.name]).reshape(shape)

@@ -1,10 +1,11 @@
 """Build a tokenizer of the package `tokenizers` from the metadata of a GGUF file.
 
 A GGUF file holds its tokenizer as lists: the tokens in the order of their ids, their kinds, and
-either scores (tokenizer.ggml.model is "llama": the pieces of a sentencepiece model) or merges
-("gpt2": BPE over bytes). How a text is cut into words before bytes are merged is given only by a
-name, tokenizer.ggml.pre, whose meaning llama.cpp keeps in its code. We know the names below, and
-refuse others, because a wrong rule would give slightly wrong ids.
+either scores or merges. It has scores if tokenizer.ggml.model is "llama" (the pieces of a
+sentencepiece model), and merges if it is "gpt2" (BPE over bytes). The rule by which a text is cut
+into words before bytes are merged is given only by a name, tokenizer.ggml.pre, and its meaning is
+in the code of llama.cpp. We know the names below, and refuse other names, because a wrong rule
+would yield slightly wrong ids.
 """
 
 from typing import NamedTuple
@@ -37,10 +38,10 @@ LLAMA3_WORDS = "|".join(
 class WordRule(NamedTuple):
     """How a tokenizer over bytes cuts a text into words.
 
-    pattern: each match is cut out; None to leave this out.
-    has_gpt2_words: the parts are then cut into GPT-2's words.
-    has_whole_words: a word that is a token stays whole, even if no merges lead to it.
-    has_bos: a text begins with bos, unless the metadata says otherwise.
+    pattern: each match becomes a part of the text. None: the text is one part.
+    has_gpt2_words: True if the parts are then cut into GPT-2's words.
+    has_whole_words: True if a word that is a token stays whole, even if no merges lead to it.
+    has_bos: True if a text begins with bos, unless the metadata says otherwise.
     """
 
     pattern: str | None = None
@@ -61,12 +62,12 @@ WORD_RULES = {
 
 
 def read_gguf_tokenizer(metadata):
-    """Return (backend, settings); the settings are those of Hugging Face's JSON files.
+    """Return (backend, settings). The settings have the keys of Hugging Face's JSON files.
 
     metadata: {"tokenizer.ggml.tokens": [...], ...}; other keys are ignored.
 
-    Raise ValueError if the tokenizer is of an unknown kind, and any other exception (KeyError ...)
-    if the metadata is damaged.
+    Raise ValueError if the kind of the tokenizer is unknown, and an exception of any type (KeyError
+    ...) if the metadata is damaged.
     """
     settings = strip_prefixes(metadata)
     kind = settings.get("model")
@@ -97,7 +98,7 @@ def strip_prefixes(metadata):
 
 
 def backend_with_scores(settings):
-    """Return a backend with the ids of the sentencepiece model from which the file was made."""
+    """Return a backend with the ids of the sentencepiece model that the file was made from."""
     columns = (settings["tokens"], settings["scores"], settings["token_type"])
     pieces = [Piece(*row) for row in zip(*columns, strict=True)]
     spec = NormalizerSpec(
@@ -107,7 +108,7 @@ def backend_with_scores(settings):
 
 
 def backend_over_bytes(settings, rule):
-    """Return a BPE whose smallest tokens are the 256 bytes, as GPT-2 introduced it."""
+    """Return a BPE whose smallest tokens are the 256 bytes, like GPT-2's."""
     tokens = settings["tokens"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in settings["merges"]]

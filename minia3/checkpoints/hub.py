@@ -1,11 +1,12 @@
-"""From a name to files on this machine.
+"""Find the files of a name on this machine, or download them.
 
-    find            t5-base, google-t5/t5-base, a/folder, model.gguf  to the files of a model
-    find_adapter    user/adapter, a/folder, finish.pt                 to the files of an adapter
+    find            t5-base, google-t5/t5-base, a/folder, model.gguf     the files of a model
+    find_adapter    user/adapter, a/folder, finish.pt                    the files of an adapter
 
-Downloads go through huggingface_hub, so its cache, its resuming of cut downloads, and its variables
-(HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE) all work. huggingface_hub is imported when it is
-used, because it brings an HTTP library (0.2 s), and a folder on this machine needs neither.
+Downloads go through huggingface_hub, so its cache and its variables (HF_TOKEN, HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE) work, and a download that broke off is resumed. huggingface_hub is
+imported when it is used, because it imports an HTTP library (0.2 s), and a folder on this machine
+needs neither.
 """
 
 import difflib
@@ -24,8 +25,8 @@ from minia3.checkpoints.layout import (
 )
 from minia3.files.read import one_line
 
-# Two parts without a slash, as in `org/name`. The first does not begin like a path (`./x`, `~/x`),
-# and the second does not end in .gguf, because that is a file that does not exist.
+# Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
+# (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
 HUB_ID = re.compile(r"[^/.~][^/]*/[^/]*(?<!\.gguf)")
 
 
@@ -34,13 +35,13 @@ def find(name_or_path, weights=True):
 
     name_or_path: a folder, a .gguf file, a known name (`t5-base`) or a hub id (`org/name`). A
         folder that holds a model wins over a known name.
-    weights: False leaves the weights out, for callers that need only the config or the tokenizer.
+    weights: False leaves out the weights, for callers that need only the config or the tokenizer.
 
-    Only files that are needed are downloaded, and safetensors rather than .bin. Raises ValueError
-    if the name leads nowhere (with the nearest known name) or the download fails.
+    Only files that are needed are downloaded, and safetensors rather than .bin. Raise ValueError if
+    the name leads nowhere (the message has the nearest known name) or the download fails.
     """
     row = known_model(name_or_path)
-    repo = row.repo if row else str(name_or_path)  # the row of the embedded model names a folder
+    repo = row.repo if row else str(name_or_path)  # for the embedded model, repo is a folder
     path = Path(repo)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -56,7 +57,8 @@ def find(name_or_path, weights=True):
 def find_adapter(name_or_path):
     """Return the Path of an adapter's folder or file. Download it if it is not on this machine.
 
-    name_or_path: a folder, a file or a hub id (`user/name`). Raises ValueError as `find` does.
+    name_or_path: a folder, a file or a hub id (`user/name`). Raise ValueError if it leads nowhere
+        or the download fails.
     """
     path = Path(name_or_path)
     if path.exists():
@@ -79,10 +81,10 @@ def nearest_name(name):
 def fetch(repo, config, optional, weights):
     """Download the files of a repository that are not in the cache. Return the folder in the cache.
 
-    config: the file that makes the repository a model or an adapter.
+    config: the config file, which every model or adapter has.
     optional: files that are downloaded if the repository has them.
-    weights: possible names of the weights. The first that exists is downloaded, with its shards.
-        If there are no names, no weights are downloaded.
+    weights: possible names of the weights. The first file that exists is downloaded, with its
+        shards. Without names, no weights are downloaded.
     """
     snapshot = Snapshot(repo, config)
     for name in optional:
@@ -96,15 +98,14 @@ def fetch(repo, config, optional, weights):
 class Snapshot:
     """The files of one commit of a hub repository, in huggingface_hub's cache.
 
-    The first file decides the commit, so that all files of a checkpoint belong together even if
-    somebody pushes to the repository meanwhile. If the hub cannot be reached for one file, the
-    other files are looked for in the cache alone, because huggingface_hub waits and tries again
-    several times before it gives up.
+    The first file decides the commit, so all files of a checkpoint belong together even if somebody
+    pushes to the repository meanwhile. If the hub cannot be reached for one file, the other files
+    are looked up only in the cache, because huggingface_hub retries for a while before it gives up.
     """
 
     def __init__(self, repo, config):
         self.repo = repo
-        self.commit = None  # None: the newest
+        self.commit = None  # None: the newest commit
         self.network_error = None  # why the hub cannot be reached
         self.folder = self.require([config]).parent
         self.commit = self.folder.name  # the cache names the folder after the commit
@@ -130,14 +131,14 @@ class Snapshot:
         return None
 
     def is_known_to_lack(self, name):
-        """Return whether the cache says that this commit has no such file. This saves a request."""
+        """Return whether the cache says that this commit lacks the file. This saves a request."""
         from huggingface_hub import try_to_load_from_cache
 
         if self.commit is None:
             return False
         found = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        # A path: the file is in the cache. None: nothing is known. Else: the mark of a file that
-        # does not exist.
+        # A path means that the file is in the cache, and None that nothing is known. Anything else
+        # marks a file that does not exist.
         return not isinstance(found, str | None)
 
     def download(self, name):
@@ -150,25 +151,26 @@ class Snapshot:
                 self.repo, name, revision=self.commit, local_files_only=is_offline
             )
         except errors.LocalEntryNotFoundError as error:
-            # There is no network, and the file is not in the cache. From here on, the cache must
-            # do.
+            # There is no network, and the file is not in the cache. From now on, only the cache is
+            # used.
             self.network_error = self.network_error or one_line(error.__cause__ or error)
             return None
         except errors.EntryNotFoundError:
             return None
-        # The disk, the HTTP library (another one in each version) and huggingface_hub raise errors
-        # without a common base.
+        # The disk, huggingface_hub and its HTTP library (which changes between versions) raise
+        # errors without a common base.
         except Exception as error:
-            raise ValueError(f"{self.repo}: {self.reason_of(error)}") from None
+            raise ValueError(f"{self.repo}: {self.explain(error)}") from None
         return Path(path)
 
-    def reason_of(self, error):
+    def explain(self, error):
+        """Return why a download failed, and what the user can do."""
         from huggingface_hub import errors
 
         if isinstance(error, errors.GatedRepoError):
             terms = f"Accept its terms at https://huggingface.co/{self.repo}"
             return f"gated. {terms} and set HF_TOKEN or `hf auth login`"
-        # GatedRepoError is one of these, too.
+        # This comes second, because a GatedRepoError is a RepositoryNotFoundError, too.
         if isinstance(error, errors.RepositoryNotFoundError):
             hint = nearest_name(self.repo)
             return f"the hub has no such repository, or it is private and needs a token{hint}"

@@ -1,8 +1,8 @@
 """The known models: short name -> hub repository, family and sizes.
 
-From the sizes, `python -m minia3 info NAME` answers without a network. `load_model` never uses
-them: it reads the config.json of the checkpoint. Tests compare each row with the config on the hub,
-and parameter counts with the papers.
+With the sizes, `python -m minia3 info NAME` needs no network. `load_model` never uses them: it
+reads the config.json of the checkpoint. Tests compare each row with the config on the hub, and the
+parameter counts with the papers.
 """
 
 import os
@@ -20,13 +20,13 @@ EMBEDDED = Path(__file__).resolve().parents[2] / "data" / "tiny-t5"
 
 
 class KnownModel(NamedTuple):
-    repo: str  # on the hub; the folder of the embedded model
+    repo: str  # the repository on the hub; for the embedded model, its folder
     family: str  # what the model was trained on: see `seen` in the table of tasks
     config: T5Config | LlamaConfig
 
 
 def t5_v1_0(d_model, d_head, d_ff, n_layers, n_heads):
-    """T5 v1.0: ReLU, and a tied head that scales the decoder's output by d_model ** -0.5."""
+    """Return the config of a T5 v1.0: ReLU, and a tied head after a scaling by d_model ** -0.5."""
     return T5Config(
         d_model=d_model,
         d_head=d_head,
@@ -39,7 +39,7 @@ def t5_v1_0(d_model, d_head, d_ff, n_layers, n_heads):
 
 
 def t5_v1_1(d_model, d_ff, n_layers, n_heads):
-    """T5 v1.1: gated GELU, and a head of its own that scales nothing."""
+    """Return the config of a T5 v1.1: gated GELU, and a head of its own without a scaling."""
     return replace(
         t5_v1_0(d_model, 64, d_ff, n_layers, n_heads),
         activation="gelu",
@@ -55,8 +55,8 @@ T5_V1_1_LARGE = t5_v1_1(d_model=1024, d_ff=2816, n_layers=24, n_heads=16)
 T5_V1_1_XL = t5_v1_1(d_model=2048, d_ff=5120, n_layers=24, n_heads=32)
 T5_V1_1_XXL = t5_v1_1(d_model=4096, d_ff=10240, n_layers=24, n_heads=64)
 
-# What LlamaConfig assumes is the first LLaMA: 2,048 positions, theta 10,000, eps 1e-6, <s> 1 and
-# </s> 2.
+# The defaults of LlamaConfig describe the first LLaMA: 2,048 positions, theta 10,000, eps 1e-6,
+# <s> 1 and </s> 2.
 LLAMA_7B = LlamaConfig(
     d_model=4096, d_head=128, d_ff=11008, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000
 )
@@ -139,17 +139,16 @@ KNOWN_MODELS = {
     # The model of this repository. It is trained on the toy tasks in data/.
     "tiny-t5":        KnownModel(str(EMBEDDED), "tiny-t5", TINY_T5),
 
-    # T5 v1.0 saw GLUE, SuperGLUE and other tasks with their labels in pre-training: its few-shot
-    # figures on these tasks are not few-shot. On the hub, a T5 without a version in its name is
-    # v1.0.
+    # T5 v1.0 saw GLUE, SuperGLUE and other tasks with their labels in pre-training, so its results
+    # on these tasks are not few-shot. On the hub, a T5 without a version in its name is v1.0.
     "t5-small":       KnownModel("google-t5/t5-small", "t5-v1.0", t5_v1_0(512, 64, 2048, 6, 8)),
     "t5-base":        KnownModel("google-t5/t5-base", "t5-v1.0", t5_v1_0(768, 64, 3072, 12, 12)),
     "t5-large":       KnownModel("google-t5/t5-large", "t5-v1.0", t5_v1_0(1024, 64, 4096, 24, 16)),
-    # Here n_heads * d_head is not d_model: 4,096 and 16,384 against 1,024.
+    # In these two, n_heads * d_head (4,096 and 16,384) is not d_model (1,024).
     "t5-3b":          KnownModel("google-t5/t5-3b", "t5-v1.0", t5_v1_0(1024, 128, 16384, 24, 32)),
     "t5-11b":         KnownModel("google-t5/t5-11b", "t5-v1.0", t5_v1_0(1024, 128, 65536, 24, 128)),
 
-    # T5 v1.1 saw C4 alone, without any task.
+    # T5 v1.1 saw only C4, and no task.
     "t5-v1.1-small":  KnownModel("google/t5-v1_1-small", "t5-v1.1", T5_V1_1_SMALL),
     "t5-v1.1-base":   KnownModel("google/t5-v1_1-base", "t5-v1.1", T5_V1_1_BASE),
     "t5-v1.1-large":  KnownModel("google/t5-v1_1-large", "t5-v1.1", T5_V1_1_LARGE),
@@ -163,12 +162,12 @@ KNOWN_MODELS = {
     "flan-t5-xl":     KnownModel("google/flan-t5-xl", "flan-t5", T5_V1_1_XL),
     "flan-t5-xxl":    KnownModel("google/flan-t5-xxl", "flan-t5", T5_V1_1_XXL),
 
-    # T0, which the paper of (IA)^3 starts from: T5 v1.1 after prompts of P3, which hold no NLI. T0
-    # itself is the 11B.
+    # T0 is T5 v1.1 after training on the prompts of P3, which hold no NLI. The paper of (IA)^3
+    # starts from T0. The model called T0 is the 11B.
     "t0-3b":          KnownModel("bigscience/T0_3B", "t0", T5_V1_1_XL),
     "t0-11b":         KnownModel("bigscience/T0", "t0", T5_V1_1_XXL),
 
-    # Meta's own repositories are gated. The first LLaMA has none, so its row names a copy.
+    # Meta's own repositories are gated. The first LLaMA has no repository, so its row names a copy.
     "llama-7b":       KnownModel("huggyllama/llama-7b", "llama", LLAMA_7B),
     "llama-2-7b":     KnownModel("meta-llama/Llama-2-7b-hf", "llama", LLAMA_2_7B),
     "llama-2-13b":    KnownModel("meta-llama/Llama-2-13b-hf", "llama", LLAMA_2_13B),
@@ -189,15 +188,11 @@ KNOWN_MODELS = {
 # fmt: on
 
 
-def known_models():
-    """Return the table: short name -> KnownModel."""
-    return KNOWN_MODELS
-
-
 def known_model(name):
-    """Return the row of a short name or a hub id, in any case, or None if the table has none.
+    """Return the row of a short name or a hub id, or None if the table has no such row.
 
-    A folder of that name which holds a model wins over the table. Then the result is None, too.
+    Upper and lower case are the same. A folder of that name that holds a model wins over the table:
+    then the result is None, too.
     """
     path = str(name)
     # os.path.exists, because Path.exists raises OSError if a name is too long for the file system.
@@ -211,7 +206,9 @@ def known_model(name):
 
 
 def hub_name(name):
-    """Return the hub repository of a known name, or else (also for the embedded model) `name`."""
+    """Return the hub repository of a known name. For other names and the embedded model, return
+    `name`.
+    """
     row = known_model(name)
     if row is None or row.repo == str(EMBEDDED):
         return name
@@ -219,10 +216,10 @@ def hub_name(name):
 
 
 def base_of(name_or_path):
-    """Return the known model from which a folder was made, or else `name_or_path` itself.
+    """Return the name of the known model that a folder was made from, or else `name_or_path`.
 
-    `save_model` writes the name into config.json as `_name_or_path`, so that a merged t5-base is
-    asked in the words that t5-base knows from pre-training.
+    `save_model` writes this name to config.json as `_name_or_path`, so a merged t5-base gets the
+    prompts that t5-base knows from pre-training.
     """
     config = Path(name_or_path, "config.json")
     if not config.is_file():

@@ -1,4 +1,4 @@
-"""Which files a checkpoint's folder holds, in the layout of Hugging Face.
+"""The files of a checkpoint's folder, in the layout of Hugging Face.
 
     config.json                     sizes and features of the model (config.py)
     generation_config.json          token ids that end a text; these win over config.json's
@@ -14,8 +14,7 @@ from pathlib import Path
 
 from minia3.files.read import read_json
 
-# Either file says that a folder holds a model: the first in Hugging Face's layout, the second in
-# Meta's.
+# A folder with either file holds a model: in Hugging Face's layout, or in Meta's.
 CONFIG_FILES = ("config.json", "params.json")
 
 # The first file that exists holds the weights. Safetensors come first, because they cannot hold
@@ -30,24 +29,25 @@ WEIGHT_FILES = (
 # The first file that exists holds the vectors of an adapter.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# The first file that exists holds the tokenizer. The other two are sentencepiece's, of T5 and of
-# LLaMA.
+# The first file that exists holds the tokenizer. The second and the third are in sentencepiece's
+# format: T5's and LLaMA's.
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
-# Settings of the tokenizer. All are read, and if two of them disagree, the later file wins.
+# Settings of the tokenizer. All of these files are read, and if two disagree, the later file wins.
 SETTINGS_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
 # A chat template in a file of its own, as newer writers store it.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
-# Token -> id. Older tokenizers store here the tokens that they added to sentencepiece's pieces.
+# Token -> id. In older tokenizers, this file holds the tokens that were added to sentencepiece's
+# pieces.
 ADDED_TOKENS_FILE = "added_tokens.json"
 
 
 def weight_files(folder):
     """Return the paths of the files that hold a checkpoint's weights.
 
-    Raises ValueError if the folder holds no weights, or lacks a shard that the index names.
+    Raise ValueError if the folder holds no weights, or lacks a shard that the index names.
     """
     existing = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
     if not existing:
@@ -64,9 +64,10 @@ def weight_files(folder):
 
 
 def shard_names(first):
-    """Return the names of all files that hold weights. `first` is an index, or the only file.
+    """Return the names of all files that hold weights. first: the path of an index, or of the only
+    file.
 
-    Raises ValueError if the index is damaged, or names a file outside of its folder.
+    Raise ValueError if the index is damaged, or names a file outside of its folder.
     """
     if first.suffix != ".json":
         return [first.name]

@@ -6,9 +6,9 @@
     match     find our name for each name, and check shapes and dtypes   tensor_names.py
     place     read one Entry after the other, and make it a parameter
 
-The model is built on the meta device, where tensors have shapes but no memory. So at any time,
-memory holds what is already placed and one tensor more. Tensors that need no other dtype or device
-are mapped from the file.
+The model is built on the meta device, where tensors have shapes but take no memory. So at any time,
+only the tensors that are already placed and one more tensor are in memory. If a tensor keeps its
+dtype and device, it is mapped from the file.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
 from minia3.model.t5 import T5, T5Config
 
-N_SHOWN = 20  # misfits that a message names; the others are counted
+N_SHOWN = 20  # problems that a message names; the others are counted
 
 
 def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
@@ -39,12 +39,12 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
 
     name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
         a known name (`t5-base`) or a hub id (`org/name`).
-    dtype: None keeps the stored dtype, except that float16 T5 and quantised GGUF become float32.
+    dtype: None keeps the stored dtype, except that float16 T5 and quantized GGUF become float32.
         The vectors are float32 in any case.
 
-    On the CPU, weights that keep their dtype are mapped from the file and not copied. Raises
-    ValueError for a name that leads nowhere, for files that cannot be read, and for tensors that do
-    not fit the config, all of them in one message.
+    On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
+    ValueError if the name leads nowhere, if files cannot be read, or if tensors do not fit the
+    config. One message names all such tensors.
     """
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
@@ -59,11 +59,11 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
 
 
 def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
-    """Do all steps of `load_model` but the last, which reads the weights.
+    """Do all steps of `load_model` except the last, which reads the weights.
 
     Return the model on the meta device, a dict from our name of each weight to (its name in the
-    checkpoint, its Entry), and the dtype that the weights will have. Raise ValueError as
-    `load_model` does.
+    checkpoint, its Entry), and the dtype that the weights will have. Raise the errors of
+    `load_model`.
     """
     if dtype not in (None, *FLOATS):
         names = ", ".join(map(str, FLOATS))
@@ -84,7 +84,7 @@ def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
 
 
 def build_model(config, n_adapters=1):
-    """Return a model on the meta device, where parameters have shapes but take no memory."""
+    """Return a model on the meta device, where parameters take no memory."""
     model_class = T5 if isinstance(config, T5Config) else Llama
     with torch.device("meta"):
         return model_class(config, n_adapters)
@@ -96,8 +96,8 @@ def build_model(config, n_adapters=1):
 def read_checkpoint(path, weights=True):
     """Return the config of a folder or .gguf file, and a dict from Hugging Face's names to Entries.
 
-    Without `weights`, a folder in the layout of Hugging Face needs none, and the dict may be empty.
-    Raises ValueError if the files are damaged or not supported.
+    weights: if False, a folder in the layout of Hugging Face need not hold weights, and its dict is
+    empty. Raise ValueError if the files are damaged or not supported.
     """
     if path.is_file():
         raw, entries = read_gguf(path)
@@ -111,7 +111,9 @@ def read_checkpoint(path, weights=True):
 
 
 def read_config(raw, path):
-    """Return the config of a config.json's dict. End tokens of generation_config.json win."""
+    """Return the config for the content of a config.json. The end tokens of generation_config.json
+    win.
+    """
     generation = path / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.exists() else None
     if ends is not None:
@@ -136,16 +138,16 @@ def read_weights(folder):
 def match_tensors(model, entries, path):
     """Return a dict from our name of each weight to (its name in the checkpoint, its Entry).
 
-    Raises one ValueError for all tensors that are left over or missing, have another shape, or are
-    not floats.
+    Raise one ValueError for all tensors that are left over, missing, of the wrong shape or not
+    floats.
     """
     table = name_table(model)
     stored = {}
     problems = []
     for name in sorted(entries.keys() | table.keys()):
         if name not in table:
-            # Close matches are searched for the tensors that are shown only, because each search
-            # takes a while.
+            # Look for a close match only if the message shows the tensor, because each search takes
+            # a while.
             hint = nearest_known(name, table) if len(problems) < N_SHOWN else ""
             problems.append(f"{name} is left over{hint}")
             continue
@@ -185,7 +187,7 @@ def nearest_known(name, table):
 
 
 def stored_dtype(stored, is_t5):
-    """Return the widest dtype of the weights, but float32 for a T5 in float16, which overflows."""
+    """Return the widest dtype of the weights. A T5 in float16 would overflow, so return float32."""
     dtype = reduce(torch.promote_types, [entry.dtype for _, entry in stored.values()])
     if is_t5 and dtype == torch.float16:
         return torch.float32
@@ -193,6 +195,6 @@ def stored_dtype(stored, is_t5):
 
 
 def place_parameter(model, name, tensor, requires_grad=True):
-    """Put `tensor` in the place of the parameter `name`."""
+    """Replace the parameter `name` of the model by a new parameter that holds `tensor`."""
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad))

@@ -1,33 +1,34 @@
-"""Meta's own files of a LLaMA, presented as if they were a checkpoint of Hugging Face.
+"""Read Meta's own files of a LLaMA as if they were a checkpoint of Hugging Face.
 
     params.json             sizes, and little else
     consolidated.00.pth     the first shard; consolidated.01.pth ... the others
 
-Meta runs a model on as many GPUs as it has shards, and each shard holds the part of its GPU. If a
+Meta runs a model on as many GPUs as it has shards, and each shard holds the part for its GPU. If a
 layer's output is divided among the GPUs, a shard holds some rows of the matrix (wq, wk, wv, w1, w3,
 output). If its input is divided, a shard holds some columns (wo, w2). Norms are whole in each
 shard. The source is Meta's model.py, in meta-llama/llama and in meta-llama/llama3.
 
-params.json leaves out what Meta's code hard-wires. `read_meta` has to conclude it from the tensors:
+params.json leaves out what Meta's code hard-wires. `read_meta` infers it from the tensors:
 
-    begin and end   an embedding of 128,256 rows is Llama 3's, whose tokenizer has other ids
-    tied head       the small models of Llama 3.2 are tied: their files store the embedding twice
+    begin and end   An embedding of 128,256 rows is Llama 3's, whose tokenizer has other ids.
+    tied head       The small models of Llama 3.2 are tied: their files store the embedding twice.
     scaling         `use_scaled_rope` is set for Llama 3.1, which slows the rotation down 8-fold,
-                    and for Llama 3.2, which slows it down 32-fold. params.json does not say which
-                    (converters ask their user). Here the head does: if it is tied, it is Llama 3.2
-    longest text    2,048 tokens in Llama 1 and 4,096 in Llama 2. Nothing tells them apart: 4,096
+                    and for Llama 3.2, which slows it down 32-fold. params.json does not tell them
+                    apart (converters ask their user), but the head does: Llama 3.2 is tied.
+    longest text    It is 2,048 tokens in Llama 1 and 4,096 in Llama 2. Nothing tells them apart,
+                    so we take 4,096.
 """
 
 import torch
 
 from minia3.checkpoints.copies import is_copy
-from minia3.checkpoints.rotation_layout import neighbours_to_halves
+from minia3.checkpoints.rotation_layout import neighbors_to_halves
 from minia3.checkpoints.tensor_names import LLAMA_TENSORS, expand
 from minia3.files.read import read_json
 from minia3.files.tensors import Entry, read_tensors
 
-# Meta's names -> names of Hugging Face. Other tensors keep their names, and are left over when they
-# are matched with a model.
+# Meta's names -> Hugging Face's names. Other tensors keep their names, and load.py refuses them,
+# because they match no parameter.
 NAMES = {f"{tensor.meta}.weight": f"{tensor.hugging_face}.weight" for tensor in LLAMA_TENSORS}
 EMBED = "model.embed_tokens.weight"
 W_Q = "model.layers.0.self_attn.q_proj.weight"
@@ -46,8 +47,8 @@ PARAMS = {
     "rope_theta": "rope_theta",
     "vocab_size": "vocab_size",
 }
-# Keys that are understood without being copied. The last two say how wide W_1 is, and so does its
-# shape.
+# Keys that are understood but not copied. The last two determine the width of W_1, and so does the
+# shape of W_1.
 OTHER_PARAMS = {"use_scaled_rope", "multiple_of", "ffn_dim_multiplier"}
 
 LLAMA_3_VOCAB_SIZE = 128256
@@ -65,16 +66,16 @@ SCALED_ROPE = {
 
 
 def read_meta(folder):
-    """Return a config.json of model_type "llama" as a dict, and a dict from Hugging Face's names to
-    the Entry of each tensor. `Entry.read()` joins the parts of one tensor.
+    """Return the content of a config.json with model_type "llama", and a dict from Hugging Face's
+    names to the Entry of each tensor. `Entry.read()` joins the parts of one tensor.
 
-    Raises ValueError if files are missing or damaged, do not belong together, or ask for what is
-    not supported.
+    Raise ValueError if files are missing or damaged, do not belong together, or ask for a feature
+    that is not supported.
     """
     params = read_params(folder)
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
-        paths = [folder / "consolidated.00.pth"]  # which is then reported as not found
+        paths = [folder / "consolidated.00.pth"]  # `read_shards` reports that it is not found
     shards = read_shards(paths)
     entries = join_shards(shards, params.get("dim"))
 
@@ -84,13 +85,13 @@ def read_meta(folder):
         expected = f"dim={params.get('dim')!r}"
         raise ValueError(f"{folder}: {found}, expected {expected}: is a shard missing?")
 
-    config = config_of(params, n_rows, is_tied=has_tied_head(shards[0]))
+    config = make_config(params, n_rows, is_tied=has_tied_head(shards[0]))
     if entries.pop("rope.freqs", None) is not None:
         # Llama 1's files hold the frequencies of the rotation: one per pair of a head's entries.
         config["head_dim"] = 2 * n_rows.get("rope.freqs", 0)
     n_heads = config.get("num_attention_heads")
-    n_kv_heads = config.get("num_key_value_heads") or n_heads  # Llama 1 and 2-7B name none
-    return config, neighbours_to_halves(entries, n_heads, n_kv_heads)
+    n_kv_heads = config.get("num_key_value_heads") or n_heads  # Llama 1 and 2-7B lack the key
+    return config, neighbors_to_halves(entries, n_heads, n_kv_heads)
 
 
 def read_params(folder):
@@ -98,16 +99,16 @@ def read_params(folder):
     params = read_json(path)
     unknown = params.keys() - PARAMS.keys() - OTHER_PARAMS
     if unknown:
-        raise ValueError(f"{path} asks for what minia3 does not do: {sorted(unknown)}")
+        raise ValueError(f"{path} asks for what minia3 does not support: {sorted(unknown)}")
     return params
 
 
 def read_shards(paths):
-    """Return a dict from names to Entries for each shard. All have the same names and shapes."""
+    """Return a dict from names to Entries for each shard. Raise ValueError if two shards differ."""
     shards = [read_tensors(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         if kinds(shard) != kinds(shards[0]):
-            expected = f"tensors of the names, shapes and dtypes of those in {paths[0].name}"
+            expected = f"the names, shapes and dtypes of {paths[0].name}"
             raise ValueError(f"{path}: expected {expected}")
     return shards
 
@@ -118,7 +119,7 @@ def kinds(shard):
 
 def join_shards(shards, d_model):
     """Return a dict from Hugging Face's names to the Entry of each whole tensor."""
-    table = expand(NAMES, len(shards[0]))  # a model has no more layers than tensors
+    table = expand(NAMES, len(shards[0]))  # a model has fewer layers than tensors
     entries = {}
     for name in shards[0]:
         parts = [shard[name] for shard in shards]
@@ -129,7 +130,8 @@ def join_shards(shards, d_model):
 
 def shard_axis(name, shape, d_model):
     """Return the axis that the shards split, or None if each shard holds the whole tensor."""
-    # Llama 1 and 2 split the embedding by columns, Llama 3 by rows: then the rows are whole.
+    # Llama 1 and 2 split the embedding by columns. Llama 3 splits it by rows, and then the rows are
+    # whole.
     if name == "tok_embeddings.weight" and shape[1:] == (d_model,):
         return 0
     return SHARD_AXES.get(name.removesuffix(".weight").split(".")[-1])
@@ -144,9 +146,9 @@ def join(parts, axis):
 
 
 def has_tied_head(shard):
-    """Return whether the head is the embedding: it is missing, or a copy.
+    """Return whether the head is the embedding, which means that it is missing or a copy.
 
-    The first shard tells: Llama 3, whose small models are tied, splits both by rows.
+    The first shard is enough, because Llama 3, whose small models are tied, splits both by rows.
     """
     head = shard.get("output.weight")
     embed = shard.get("tok_embeddings.weight")
@@ -155,8 +157,11 @@ def has_tied_head(shard):
     return embed is not None and is_copy(head, embed)
 
 
-def config_of(params, n_rows, is_tied):
-    """Return the config.json. `n_rows` are those of the joined tensors, by Hugging Face's names."""
+def make_config(params, n_rows, is_tied):
+    """Return the content of a config.json.
+
+    n_rows: the number of rows of each joined tensor, by Hugging Face's names.
+    """
     config = {
         "model_type": "llama",
         "tie_word_embeddings": is_tied,
@@ -165,7 +170,7 @@ def config_of(params, n_rows, is_tied):
         "intermediate_size": n_rows.get(W_1),
     }
     config |= {theirs: params[key] for key, theirs in PARAMS.items() if key in params}
-    if params.get("vocab_size", -1) == -1:  # Llama 1 and 2: as many as the tokenizer has
+    if params.get("vocab_size", -1) == -1:  # Llama 1 and 2 leave it to the tokenizer
         config["vocab_size"] = n_rows.get(EMBED)
     if config["vocab_size"] == LLAMA_3_VOCAB_SIZE:
         config |= LLAMA_3

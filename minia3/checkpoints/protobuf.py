@@ -1,14 +1,14 @@
 """Decode messages of protocol buffers (https://protobuf.dev/programming-guides/encoding).
 
-sentencepiece stores its models in this format, and four dataclasses of known fields are all we need
-from it. The package protobuf would be one more dependency, with generated code.
+sentencepiece stores its models in this format, and we need only four dataclasses of known fields.
+The package protobuf would be one more dependency, with generated code.
 
-A message is a sequence of fields. Each begins with a key, which is the number of the field in the
+A message is a sequence of fields. Each field begins with a key: the number of the field in the
 .proto file times 8, plus the wire type, which says how the value is stored:
 
     0  a varint
     1  8 bytes
-    2  a varint, which is a length, and as many bytes (a text, or a message inside the message)
+    2  a varint, and as many bytes as it says (a text, or a message inside the message)
     5  4 bytes
 
 A varint is an integer in groups of 7 bits, the lowest group first. The high bit of each byte says
@@ -21,18 +21,18 @@ import functools
 VARINT = 0
 LENGTH_PREFIXED = 2
 FIXED_LENGTHS = {1: 8, 5: 4}  # wire type -> bytes
-MAX_VARINT_BYTES = 10  # of 64 bits
+MAX_VARINT_BYTES = 10  # enough for 64 bits
 
 
 def numbered(number, default=dataclasses.MISSING):
-    """Return a dataclass field that has this number and default in the .proto file."""
+    """Return a dataclass field with its number and default in the .proto file."""
     return dataclasses.field(default=default, metadata={"number": number})
 
 
 def parse_message(kind, data):
     """Return the message in `data` as an instance of `kind`, a dataclass of `numbered` fields.
 
-    Fields with other numbers are skipped. If a field is there twice, the last one counts.
+    Fields with other numbers are skipped. If a field occurs twice, the last value counts.
     """
     names = names_by_number(kind)
     values = {}

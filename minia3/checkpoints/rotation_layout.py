@@ -1,19 +1,21 @@
-"""The order of rows in W_q and W_k: the most dangerous difference between file formats of LLaMA.
+"""The order of rows in W_q and W_k: the most dangerous difference between the file formats of
+LLaMA.
 
-Rotary embeddings turn the entries of a head in pairs. Which two make a pair is a convention:
+Rotary embeddings turn the entries of a head in pairs. Which two entries make a pair is a
+convention:
 
-    Meta, llama.cpp             neighbours    (0, 1) (2, 3) (4, 5) ...
+    Meta, llama.cpp             neighbors    (0, 1) (2, 3) (4, 5) ...
     Hugging Face, and minia3    halves        (0, d/2) (1, d/2 + 1) (2, d/2 + 2) ...
 
 A score is a sum over entries, so the order of entries within a head does not matter, provided that
-queries and keys have the same order and that the same two entries still turn together. Hence a file
-of one convention becomes a file of the other when the rows of W_q and W_k change places within each
+queries and keys have the same order and that the same two entries still turn together. So a file of
+one convention becomes a file of the other if the rows of W_q and W_k change places within each
 head. For a head of 6 rows:
 
     in the file    a0 b0 a1 b1 a2 b2      here    a0 a1 a2 b0 b1 b2      (ai and bi turn together)
 
-If the rows are left as they are, the text is still fluent, only worse. So tests compare logits, not
-texts.
+If the rows are left as they are, the model still writes fluent text, only worse text. So tests
+compare logits and not texts.
 
 Only `read_gguf` and `read_meta` call this. Tensors in Hugging Face's layout are never permuted.
 """
@@ -21,12 +23,11 @@ Only `read_gguf` and `read_meta` call this. Tensors in Hugging Face's layout are
 from minia3.files.tensors import Entry
 
 
-def neighbours_to_halves(entries, n_heads, n_kv_heads):
+def neighbors_to_halves(entries, n_heads, n_kv_heads):
     """Return `entries` with the rows of every W_q and W_k in the order of halves.
 
-    entries: dict from Hugging Face's names to Entries, whose rows are in the order of neighbours.
-    Nothing is read now. The rows change places when an entry is read, after its shape has been
-    checked.
+    entries: a dict from Hugging Face's names to Entries with rows in the order of neighbors.
+    Nothing is read now. The rows change places when an Entry is read, after its shape was checked.
     """
     permuted = {}
     for name, entry in entries.items():
@@ -40,7 +41,7 @@ def neighbours_to_halves(entries, n_heads, n_kv_heads):
 
 
 def with_halves(entry, n_heads):
-    """Return an Entry whose rows are those of `entry`, in the order of halves within each head."""
+    """Return an Entry with the rows of `entry`, in the order of halves within each head."""
 
     def read():
         weight = entry.read()

@@ -1,6 +1,6 @@
 """Export a model in the layout of Hugging Face.
 
-The tables of tensor_names.py and config.py are read backwards here.
+This uses the tables of tensor_names.py and config.py in the opposite direction.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from minia3.files.write import write_json, writing_folder
 
 SHARD_BYTES = 5 * 10**9
 
-# Files of an older checkpoint in the same folder. Left beside the new files, they could be read in
-# their place.
+# Files of an older checkpoint in the same folder. If they stayed, they could be read in place of
+# the new files.
 STALE = ("model*.safetensors*", "pytorch_model*.bin*", "chat_template.jinja")
 
 # The keys of config.json that generate() of transformers looks for in generation_config.json.
@@ -51,7 +51,7 @@ def save_others(folder, model, dtype, tokenizer):
     name = getattr(model, "name_or_path", getattr(model, "made_of", None))
     base = base_of(name) if name else None
     if base and known_model(base):
-        # With this key, a folder is asked in the words that its base knows from pre-training.
+        # With this key, the model gets the prompts that its base knows from pre-training.
         raw["_name_or_path"] = str(base)
     write_json(folder / "config.json", raw)
     ids = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
@@ -63,8 +63,8 @@ def save_others(folder, model, dtype, tokenizer):
 def save_tensors(folder, parts):
     """Write tensors as safetensors, with an index if there are several shards.
 
-    parts: (name, number of bytes, function that returns the tensor) of each. The functions are
-    called shard by shard, so that only one shard is in memory at a time.
+    parts: for each tensor, its name, its number of bytes and a function that returns it. The
+    functions are called shard by shard, so only one shard is in memory at a time.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # imported late: see hub.py
 

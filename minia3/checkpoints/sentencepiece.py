@@ -1,18 +1,18 @@
 """Build a tokenizer of the package `tokenizers` from the pieces of a sentencepiece model.
 
-The aim is sentencepiece's own ids, for every text. There are two kinds of models, and both begin
-with a text whose spaces are "▁":
+The aim is sentencepiece's own ids for every text. There are two kinds of models, and both begin
+with a text in which "▁" stands for a space:
 
     Unigram (T5)      chooses the pieces whose scores have the largest sum
-    BPE (LLaMA-2)     begins with single characters, and joins two neighbours again and again,
+    BPE (LLaMA-2)     begins with single characters, and joins two neighbors again and again,
                       always the two that make the piece with the best score
 
-`tokenizers` has both. Its BPE, however, wants a list of merges, whose first entry wins, while a
+`tokenizers` has both. But its BPE wants a list of merges, in which earlier merges win, and a
 sentencepiece file has only pieces with scores: see `bpe_merges`.
 
-What goes in is a sentencepiece file (spiece.model of T5, tokenizer.model of LLaMA-2) or the same
-lists from a GGUF file. Known difference: T5's normalisation drops a mark that combines with a
-ligature ("ĳ" + U+0338), as Hugging Face's tokenizer does and sentencepiece does not.
+The input is a sentencepiece file (spiece.model of T5, tokenizer.model of LLaMA-2) or the same lists
+from a GGUF file. There is one known difference: T5's normalization drops a mark that combines with
+a ligature ("ĳ" + U+0338). Hugging Face's tokenizer does the same, but sentencepiece does not.
 """
 
 import math
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints.protobuf import numbered, parse_message, read_fields
 
-# Kinds of pieces, in sentencepiece files and GGUF files alike
+# Kinds of pieces, the same in sentencepiece files and in GGUF files
 NORMAL = 1
 UNKNOWN = 2  # stands for a character that no piece has
 CONTROL = 3  # such as </s>
@@ -79,7 +79,7 @@ class NormalizerSpec:
 
 
 class Piece(NamedTuple):
-    """A token of a vocabulary; its id is its position in the list of all pieces."""
+    """A token of a vocabulary. Its id is its position in the list of all pieces."""
 
     text: str
     score: float
@@ -90,11 +90,13 @@ def read_sentencepiece(data):
     """Return (backend, {"bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}).
 
     data: the content of a sentencepiece file. An id that is out of range means that the model has
-    no such token. Raise ValueError if the file is damaged, or asks for something that we do not do.
+    no such token. Raise ValueError if the file is damaged, or asks for something that is not
+    supported.
     """
     if TIKTOKEN_LINE.match(data):
         raise ValueError(
-            "this is Llama 3's tiktoken format, which is not supported; use its tokenizer.json"
+            "this is Llama 3's tiktoken format, which is not supported: "
+            "use the model's tokenizer.json"
         )
     pieces = [read_piece(value) for number, value in read_fields(data) if number == MODEL_PIECES]
     model = parse_message(ModelProto, data)
@@ -122,9 +124,9 @@ def read_piece(data):
 
 
 def sentencepiece_backend(pieces, model_type, normalizer_spec):
-    """Return a backend of the package `tokenizers` that gives the ids of sentencepiece.
+    """Return a backend of the package `tokenizers` that has the ids of sentencepiece.
 
-    pieces: a list of Piece in the order of their ids. Raise ValueError if it cannot be a
+    pieces: a list of Pieces in the order of their ids. Raise ValueError if the list cannot be a
     vocabulary.
     """
     check_pieces(pieces)
@@ -153,7 +155,7 @@ def unigram_model(pieces):
 def bpe_model(pieces):
     unknown = first_of_kind(pieces, UNKNOWN)
     vocabulary = {piece.text: i for i, piece in enumerate(pieces)}
-    # fuse_unk: sentencepiece makes one unknown piece of several unknown characters in a row.
+    # fuse_unk: sentencepiece makes one unknown piece of several successive unknown characters.
     return models.BPE(
         vocabulary,
         bpe_merges(pieces),
@@ -164,18 +166,18 @@ def bpe_model(pieces):
 
 
 def bpe_merges(pieces):
-    """Return the merges of a BPE, best first: pairs of pieces that together are a piece.
+    """Return the merges of a BPE, best first: all pairs of pieces that together make a piece.
 
     sentencepiece joins the pair that makes the piece with the best score, so the merges are ordered
-    by that score. The order of the ids is nearly the same, but not the same: transformers, which
-    orders by it, gets runs of spaces wrong.
+    by that score. The order of the ids is nearly the same, but not quite: transformers uses it, and
+    gets runs of spaces wrong.
 
-    Merges that make the same piece tie, and so do LLaMA-2's runs of spaces. sentencepiece then
-    takes the leftmost pair of the text. We do so, too, if the longest left half comes first.
+    Merges that make the same piece tie, and so do LLaMA-2's runs of spaces. Then sentencepiece
+    takes the leftmost pair of the text. We do the same if the longest left half comes first.
     """
     scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
-    # Left halves are pieces, so try only the lengths of pieces, because a damaged file may have a
-    # huge piece, and trying every length would take the square of its length.
+    # A left half is a piece, so only the lengths of pieces are tried. A damaged file may have a
+    # huge piece, and to try every length would take time in proportion to the square of its length.
     lengths = sorted({len(text) for text in scores})
     merges = []
     for text in scores:
@@ -193,7 +195,7 @@ def bpe_merges(pieces):
 
 
 def normalizer(spec):
-    """Return what happens to a text before it is cut: map characters, tidy and mark the spaces."""
+    """Return the steps before a text is cut: map characters, remove spaces, mark the others."""
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -207,7 +209,7 @@ def normalizer(spec):
 
 
 def decoder(spec):
-    """Return what makes a text of pieces again."""
+    """Return the steps that turn pieces back into a text."""
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))  # one space at the start, none at the end
@@ -217,8 +219,8 @@ def decoder(spec):
 def add_special_pieces(backend, pieces):
     """Let the backend find control and user-defined tokens in a text before it cuts the rest.
 
-    sentencepiece itself does not find control tokens in a text, but transformers does, and so do
-    we. `decode` drops the special tokens.
+    sentencepiece itself does not look for control tokens in a text, but transformers does, and so
+    do we. `decode` drops the special tokens.
     """
     tokens = []
     for piece in pieces:

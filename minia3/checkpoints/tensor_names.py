@@ -1,9 +1,9 @@
 """The names of tensors in checkpoints, and ours: one literal table per architecture.
 
-`{}` stands for the number of a layer. None on the right-hand side marks a tensor that is passed
-over on purpose, with the reason beside it. `save_model` reads the same tables from right to left,
-and the names of PEFT's and T-Few's vectors are made from them (adapters/vector_names.py). A test
-demands that each right-hand side is a parameter of the model.
+`{}` stands for the number of a layer. None on the right-hand side marks a tensor that is ignored on
+purpose, with the reason beside it. `save_model` reads the same tables from right to left, and
+adapters/vector_names.py makes the names of PEFT's and T-Few's vectors from them. A test demands
+that each right-hand side is a parameter of the model.
 """
 
 from typing import NamedTuple
@@ -59,12 +59,12 @@ T5_GATED = {
 
 
 class LlamaTensor(NamedTuple):
-    """One tensor of LLaMA in all formats. Each name ends in ".weight", which is left out here."""
+    """One tensor of LLaMA in all formats. Each name ends in ".weight", but not in this table."""
 
     hugging_face: str
     gguf: str  # llama.cpp's name
     meta: str
-    shard_axis: int | None  # the axis that Meta's shards split; None if each holds the whole tensor
+    shard_axis: int | None  # the axis that Meta's shards split; None: each shard holds all of it
     ours: str
 
 
@@ -87,12 +87,12 @@ LLAMA_TENSORS = [LlamaTensor(*row) for row in [
 ]]
 # fmt: on
 LLAMA = {f"{tensor.hugging_face}.weight": f"{tensor.ours}.weight" for tensor in LLAMA_TENSORS}
-# Older files hold the frequencies of the rotation. They follow from the config.
+# Older files hold the frequencies of the rotation, which follow from the config.
 LLAMA["model.layers.{}.self_attn.rotary_emb.inv_freq"] = None
 
 
 def expand(table, n_layers):
-    """Return `table` with one line per layer in the place of each line with `{}`."""
+    """Return `table` with one line per layer in place of each line with `{}`."""
     expanded = {}
     for theirs, ours in table.items():
         if "{}" not in theirs:
@@ -107,7 +107,7 @@ def expand(table, n_layers):
 def name_table(model):
     """Return a dict from the names in a checkpoint to ours, for the parameters of this model.
 
-    Names of tensors that are passed over are in the dict too, with None.
+    The names of tensors that are ignored are in the dict too, with None.
     """
     config = model.config
     if not isinstance(model, T5Model):

@@ -1,10 +1,10 @@
-"""Turn a text into token ids and back, with the tokenizer that a checkpoint brings.
+"""Turn a text into token ids and back, with the tokenizer of a checkpoint.
 
     tokenizer = load_tokenizer("t5-base")
     tokenizer.encode("Hello world")         [8774, 296, 1]
     tokenizer.decode([8774, 296, 1])        "Hello world"
 
-The work is done by a backend of the package `tokenizers`. It is built from the first of these that
+A backend of the package `tokenizers` does the work. It is built from the first of these files that
 a checkpoint has:
 
     tokenizer.json       the package's own format
@@ -12,8 +12,8 @@ a checkpoint has:
     tokenizer.model      a sentencepiece model: LLaMA-2's
     a .gguf file         which holds the tokenizer in its metadata
 
-Special tokens (the beginning of a text, bos; its end, eos; padding) are named by small JSON files
-beside it.
+Small JSON files beside it name the special tokens: bos (the beginning of a text), eos (its end) and
+pad.
 """
 
 from pathlib import Path
@@ -37,8 +37,8 @@ from minia3.files.write import write_json, writing_folder
 
 N_SENTINELS = 100  # <extra_id_0> ... <extra_id_99> of every published T5
 MAX_SENTINELS = 1000
-N_IDS = 2**32  # the backend stores an id in 32 bits, and raises if it gets a larger one
-UNKNOWN_CHARACTER = "\U0010fffd"  # for private use: no vocabulary has it
+N_IDS = 2**32  # the backend stores an id in 32 bits, and raises an error if an id is larger
+UNKNOWN_CHARACTER = "\U0010fffd"  # a character for private use, which no vocabulary has
 
 
 class Tokenizer:
@@ -46,22 +46,24 @@ class Tokenizer:
 
     backend: the tokenizer of the package `tokenizers` that does the work.
     bos_id, eos_id: the ids of the special tokens, or None if the files name none.
-    pad_id: the id of the pad token, else eos_id, else 0. It is always an int; padding is masked.
+    pad_id: the id of the pad token, or else eos_id, or else 0. It is always an int. Because padding
+        is masked, any id will do.
     special: {"bos_token": "<s>", ...}, the texts of the special tokens that the files name.
     chat_template: the template for `chat`, or None.
-    has_separate_targets: True if a target is a sequence of its own (T5's decoder reads it), False
-        if it continues the prompt (LLaMA).
+    has_separate_targets: True if a target is a sequence of its own, as for T5's decoder; False if
+        it continues the prompt, as for LLaMA.
     """
 
     def __init__(self, backend, settings):
-        """Complete a backend by the special tokens that the settings name.
+        """Add the special tokens that the settings name to a backend.
 
         settings: the content of the JSON files beside the tokenizer, in one dict.
-        An exception of any type is raised if the backend or the settings are damaged.
+        Raise an exception of any type if the backend or the settings are damaged.
         """
         self.backend = backend
         self.chat_template = default_template(settings.get("chat_template"))
-        # A tokenizer.json keeps what was set when it was saved, and would cut or pad every text.
+        # A tokenizer.json may ask to cut or pad every text, because it keeps the settings of the
+        # moment when it was saved.
         backend.no_truncation()
         backend.no_padding()
         self._find_special_tokens(settings)
@@ -71,7 +73,7 @@ class Tokenizer:
         ids = self.encode(UNKNOWN_CHARACTER)
         begins_with_bos = ids[:1] == [self.bos_id]
         ends_with_eos = ids[-1:] == [self.eos_id]
-        # A T5 adds eos alone. (The files of a LLaMA that ask for eos ask for bos as well.)
+        # A T5 adds only eos. (If the files of a LLaMA ask for eos, they also ask for bos.)
         self.has_separate_targets = ends_with_eos and not begins_with_bos
 
     def _find_special_tokens(self, settings):
@@ -84,15 +86,15 @@ class Tokenizer:
         self.pad_id = pad_id or 0
 
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        # A config may give the id of any word as pad_token_id. If that word became special, decode
-        # would drop it from texts.
+        # The pad_token_id of a config may be the id of any word. If that word became special,
+        # decode would drop it from texts.
         known_ids = {self.eos_id, *self.backend.get_added_tokens_decoder()}
         if settings.get("pad_token") or pad_id in known_ids:
             ids["pad_token"] = pad_id
         self.special = {
             name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
         }
-        # Not every file marks its special tokens, and decode drops only marked ones.
+        # Not every file marks its special tokens, and decode drops only marked tokens.
         self.backend.add_special_tokens(list(self.special.values()))
 
     def _frame(self, settings):
@@ -106,12 +108,13 @@ class Tokenizer:
         return processors.TemplateProcessing(frame, None, ids)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Return the ids of `text`. `special=False` leaves out the special tokens around it.
+        """Return the ids of `text`, with the special tokens that the files ask for.
 
-        These are the ones that the files ask for: T5 ends a text with `</s>`, LLaMA begins it with
-        `<s>`, and SmolLM2 adds nothing. Raise ValueError if the text cannot be encoded.
+        T5 ends a text with `</s>`, LLaMA begins it with `<s>`, and SmolLM2 adds nothing.
+        special: False leaves out these tokens. Raise ValueError if the text cannot be encoded.
         """
-        # A str may hold half a surrogate pair, which is not Unicode. Some damage shows only now.
+        # This may fail, because a str may hold half a surrogate pair, which is not Unicode, and
+        # because some damage to the files shows only now.
         with reading(f"text {text[:40]!r}"):
             return self.backend.encode(text, add_special_tokens=special).ids
 
@@ -124,14 +127,14 @@ class Tokenizer:
             encode(prompt) + encode_target(text, end=False) == encode(prompt + " " + text)
 
         for a prompt that is not empty and does not end in white space (if encode adds no eos).
-        `end` adds eos.
+        end: True adds eos, for LLaMA only. Raise ValueError if there is no eos to add.
         """
         if self.has_separate_targets:
             return self.encode(text)
         if end and self.eos_id is None:
             raise ValueError("a target cannot be ended: the tokenizer's files name no eos token")
-        # Encode the text after some prompt, here "a", and cut the prompt off. encode(" " + text)
-        # would not do, because LLaMA-2 puts another space before any text.
+        # Encode the text after a prompt, here "a", and cut off the prompt. encode(" " + text) is
+        # wrong, because LLaMA-2 puts another space before any text.
         prompt = self.encode("a", special=False)
         joined = self.encode("a " + text.removeprefix(" "), special=False)
         target = joined[len(prompt) :]
@@ -140,11 +143,11 @@ class Tokenizer:
         return target
 
     def chat(self, messages: list[dict]) -> list[int]:
-        """Return the ids of a conversation up to the place at which the answer begins.
+        """Return the ids of a conversation up to the place where the answer begins.
 
         messages: [{"role": "user", "content": "Hello"}, ...]
 
-        The ids are those of transformers' apply_chat_template. Raise ValueError if there is no
+        They equal the ids of transformers' apply_chat_template. Raise ValueError if there is no
         template or no jinja2, or if the template fails or refuses the messages.
         """
         if self.chat_template is None:
@@ -156,21 +159,22 @@ class Tokenizer:
             return self.encode(text, special=False)  # the template has written the special tokens
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids` without special tokens, and without ids that are not tokens.
+        """Return the text of `ids`, without special tokens and without ids that are not tokens.
 
-        (A model can generate such ids: T5's embedding has 28 rows more than there are tokens.)
+        (A model can generate ids that are not tokens: T5's embedding has 28 rows to spare.)
         """
         return self.backend.decode([i for i in ids if 0 <= i < N_IDS])
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, for us and for transformers.
+        """Write tokenizer.json and tokenizer_config.json.
 
-        transformers' AutoTokenizer gives the same ids from them. An old chat template is removed.
+        With these files, AutoTokenizer of transformers has the same ids. The file of an old chat
+        template is removed.
         """
         config = dict(self.special)
         if self.chat_template:
             config["chat_template"] = self.chat_template
-        # transformers' LlamaTokenizer would replace our normaliser by another.
+        # transformers' LlamaTokenizer would replace our normalizer.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
         config["model_input_names"] = ["input_ids", "attention_mask"]
@@ -182,7 +186,7 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Return the tokenizer of a checkpoint's folder.
 
-        Raise ValueError if the folder has none, or if a file is damaged.
+        Raise ValueError if the folder has no tokenizer, or if a file is damaged.
         """
         folder = Path(folder)
         file = tokenizer_file(folder)
@@ -209,8 +213,8 @@ class Tokenizer:
     def from_gguf(cls, metadata: dict, origin: str | Path = "GGUF") -> "Tokenizer":
         """Return the tokenizer in the metadata of a GGUF file.
 
-        metadata: {"tokenizer.ggml.tokens": [...], ...}, as `read_metadata` returns them.
-        origin: the file, for messages.
+        metadata: {"tokenizer.ggml.tokens": [...], ...}, as `read_metadata` returns it.
+        origin: the name of the file in error messages.
 
         Raise ValueError if the metadata is damaged, or the tokenizer is of an unknown kind.
         """
@@ -222,7 +226,7 @@ class Tokenizer:
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """Return the tokenizer of a known model, a hub id, a folder or a .gguf file.
 
-    Raise ValueError if there is none, or if it is damaged.
+    Raise ValueError if there is no tokenizer, or if it is damaged.
     """
     path = find(name_or_path, weights=False)
     if path.is_file():
@@ -259,8 +263,8 @@ def special_id(backend, settings, kind):
     """Return the id of the bos, eos or pad token, or None if the backend has no such token.
 
     kind: "bos", "eos" or "pad". The settings may give the token's text, as `{kind}_token` (a text,
-        or a dict with the text as "content"), or its id, as `{kind}_token_id` (an id, or a list of
-        ids, whose first one counts). The text wins.
+        or a dict with the text as "content"), or its id, as `{kind}_token_id` (an id, or a list
+        whose first id counts). The text wins.
     """
     token = settings.get(f"{kind}_token", "")
     text = token["content"] if isinstance(token, dict) else token
@@ -277,7 +281,7 @@ def special_id(backend, settings, kind):
 
 
 def add_sentinels(backend, n_sentinels):
-    """Add T5's sentinels, which spiece.model lacks. They follow the pieces, <extra_id_0> last."""
+    """Add T5's sentinels, which spiece.model lacks, after the pieces. <extra_id_0> is the last."""
     if n_sentinels not in range(MAX_SENTINELS + 1):
         raise ValueError(f"extra_ids is {n_sentinels!r}, expected 0 to {MAX_SENTINELS}")
     sentinels = [f"<extra_id_{i}>" for i in range(n_sentinels)]
@@ -285,10 +289,11 @@ def add_sentinels(backend, n_sentinels):
 
 
 def add_tokens_of_fine_tune(backend, folder, settings):
-    """Add the tokens that a fine-tune added to a sentencepiece model, whose file cannot change.
+    """Add the tokens that a fine-tune added to a sentencepiece model. (Its file cannot change.)
 
-    Older files have token -> id in added_tokens.json, newer ones id -> description of the token in
-    tokenizer_config.json. Raise ValueError if these ids do not follow those of the pieces.
+    Older checkpoints have token -> id in added_tokens.json, and newer checkpoints have id ->
+    description of the token in tokenizer_config.json. Raise ValueError if these ids do not follow
+    the ids of the pieces.
     """
     added = {}
     if (folder / ADDED_TOKENS_FILE).is_file():
@@ -297,7 +302,7 @@ def add_tokens_of_fine_tune(backend, folder, settings):
     for i, description in settings.get("added_tokens_decoder", {}).items():
         added[int(i)] = description
     ids = sorted(added)
-    # normalized=False: the tokens are looked for in the text itself, before it is normalised.
+    # normalized=False: look for the tokens in the text itself, before it is normalized.
     backend.add_tokens([AddedToken(**(added[i] | {"normalized": False})) for i in ids])
     wrong_ids = [i for i in ids if backend.token_to_id(added[i]["content"]) != i]
     if wrong_ids:

@@ -201,7 +201,7 @@ class Block(nn.Module):
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context))
 
         if self.cross is not None:
-            # Rows that share a source ask together: their queries become one row, so that the
+            # Rows that share a source ask together: their queries become one row, because then the
             # source's keys and values need not be copied.
             n_sources = len(cache.memory[0])
             h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)

@@ -1,6 +1,6 @@
 """Packing: most of a block works token by token, so a padded batch can leave its padding out.
 
-Two sources of 30 and 500 tokens fill a batch of 2 x 500 positions, of which only 530 are tokens.
+Two sources of 30 and 500 tokens fill a batch of 2 x 500 positions, but only 530 are real tokens.
 Projections, norms and feed-forwards get those 530 as rows of one token each. Only attention needs
 to know which tokens belong together, so it unpacks them.
 

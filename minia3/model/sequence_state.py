@@ -141,7 +141,7 @@ class State:
         rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
         caches = [Cache(cache.filled(), cache.memory, cache.length) for cache in self.caches]
         if self.length == 0:
-            # Nothing is cached yet, so there is nothing to share: each row gets its own cache row.
+            # Nothing is cached yet, so there is nothing to share, and each row gets a cache row.
             adapter_B = pick_adapters(self.adapter_B, rows_R)
             return replace(self, start=self.start[rows_R], caches=caches, adapter_B=adapter_B)
         owner_M = torch.full_like(self.owner_M, -1)
@@ -175,7 +175,7 @@ class State:
         )
 
     def _columns_of_rows(self):
-        """Return which columns each row of a shared cache row sees: the shared and its own."""
+        """Return the columns that each row of a cache row sees: the shared columns and its own."""
         columns = []
         for row in range(self.n_sharing):
             is_seen_M = (self.owner_M < 0) | (self.owner_M == row)

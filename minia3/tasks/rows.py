@@ -75,7 +75,7 @@ class LineReader:
 def read_rows(
     path: str | Path, column: str | None = "input"
 ) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield the number of its first line and a dict, or a ValueError, for each row of a file.
+    """Yield (number of the first line, dict or ValueError) for each row of a file.
 
     - .jsonl (and any other name): a JSON object on each line.
     - .csv: a header, and cells with commas between them. An empty cell counts as missing. `choices`

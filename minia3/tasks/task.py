@@ -16,8 +16,8 @@ class Source(NamedTuple):
     address: str
     # Name in the task's folder -> name in the archive or data set. Only these files are taken.
     files: dict[str, str]
-    # The size and checksum of the download. A data set on the hub has neither, and so have files
-    # that are given on request.
+    # The size and the checksum of the download. Data sets on the hub and files on request have
+    # neither.
     n_bytes: int = 0
     sha256: str = ""
 
@@ -97,7 +97,7 @@ class Task(NamedTuple):
 
     @property
     def members(self) -> "list[Task]":
-        """The tasks that are evaluated one by one: this one. A Mixture has several (see mixture.py)."""
+        """The tasks that are evaluated one by one: this task. A Mixture has several members."""
         return [self]
 
     @property

@@ -3,6 +3,8 @@
 The model runs on fake tensors: they have a shape and a dtype, but no storage. A counter watches
 which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside of
 kernels, and what the allocator keeps of freed memory come on top.
+
+Shapes: B batch, L length.
 """
 
 import weakref

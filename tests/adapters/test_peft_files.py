@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import minia3
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import load_adapter, save_adapter
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 
 SOURCE = tokens(3, 7)
@@ -301,7 +301,7 @@ def test_t0_3b_s_vectors_are_converted_without_the_model(tmp_path):
     raw = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert raw["base_model_name_or_path"] == "bigscience/T0_3B"
     assert (raw["target_modules"], raw["feedforward_modules"]) == (["k", "v", "wo"], ["wo"])
-    model = build_model(known_models()["t0-3b"].config)
+    model = build_model(KNOWN_MODELS["t0-3b"].config)
     assert {n: tuple(v[0].shape) for n, v in minia3.vectors(model).items()} == {
         n: tuple(v.shape) for n, v in read_adapter(tmp_path / "peft").vectors.items()
     }

@@ -1,6 +1,6 @@
 """Lines of the table: ranking, generation, and batches of several adapters.
 
-Shapes: B batch, M source length, C choices, L target length, N all choices of all rows.
+Shapes: B batch, M source length, C choices, L target length, N = B * C, V vocabulary.
 """
 
 import dataclasses
@@ -10,105 +10,148 @@ import torch
 
 import minia3
 from minia3.inference.scoring import score_examples
-from minia3.tasks.batches import collate
-from tests.benchmarks.measure import products
-from tests.benchmarks.pairs import examples, quiet
+from tests.benchmarks.measure import record_products
+from tests.benchmarks.pairs import batch_on, no_warnings, random_examples
+
+RANKING_BATCH = 8
 
 
 def ranking(bench, pair):
-    """Rank classification: theirs repeats the prompt for each choice, as PEFT's users do."""
-    ours, theirs = pair.ours(), pair.theirs().eval()
-    for what, n_choices, n_target, n_rows in (
-        ("RTE (2 choices)", 2, 2, 32),
-        ("10 choices", 10, 4, 16),
-    ):
+    """Compare rank classification. Theirs repeats the prompt for each choice, as users of PEFT do.
+
+    Sources have lengths like RTE's, and on their side padding to the left of LLaMA's.
+    """
+    ours = pair.ours()
+    theirs = pair.theirs().eval()
+
+    def row(n_choices, n_target, n_rows):
         lengths = np.random.RandomState(0).choice(pair.lengths(like_rte=True), n_rows).tolist()
-        rows = examples(lengths, n_choices, n_target, pair.vocab_size)
+        examples = random_examples(lengths, n_choices, n_target, pair.vocab_size)
 
-        def our_scores(rows=rows):
-            return score_examples(ours, rows, batch_size=8)
+        def our_scores():
+            return score_examples(ours, examples, batch_size=RANKING_BATCH)
 
-        @torch.no_grad()
-        def their_scores(rows=rows, n_target=n_target):
-            scores = []
-            for first in range(0, len(rows), 8):
-                batch = collate(rows[first : first + 8])
-                batch = batch._make(x.to(pair.device) for x in batch)
-                target_NL = batch.target_BCL.flatten(0, 1)
-                inputs = pair.their_inputs(batch, target_NL, "left")
-                if not pair.is_t5:
-                    inputs = inputs | {"labels": None, "logits_to_keep": n_target + 1}
-                logits_NLV = theirs(**inputs).logits[:, :n_target]
-                logp_NL = logits_NLV.float().log_softmax(-1).gather(-1, target_NL[..., None])
-                scores.append(logp_NL.view(batch.target_BCL.shape).mean(-1).cpu())
-            return torch.cat(scores)
+        def their_scores():
+            return score_as_peft_users(pair, theirs, examples)
 
-        pair.same(our_scores(), their_scores())
-        yield f"rank evaluation, {what}", bench.time(our_scores, their_scores)
+        pair.check_same(our_scores(), their_scores())
+        return bench.time(our_scores, their_scores)
+
+    yield "rank evaluation, RTE (2 choices)", row(n_choices=2, n_target=2, n_rows=32)
+    yield "rank evaluation, 10 choices", row(n_choices=10, n_target=4, n_rows=16)
+
+
+@torch.no_grad()
+def score_as_peft_users(pair, model, examples):
+    """Return the scores (rows, C): mean log-probabilities of the choices."""
+    scores = []
+    for first in range(0, len(examples), RANKING_BATCH):
+        batch = batch_on(pair.device, examples[first : first + RANKING_BATCH])
+        target_NL = batch.target_BCL.flatten(0, 1)
+        n_target = target_NL.shape[1]
+        inputs = pair.their_inputs(batch, target_NL, padding_side="left")
+        if not pair.is_t5:
+            del inputs["labels"]
+            inputs["logits_to_keep"] = n_target + 1  # the token before predicts
+        logits_NLV = model(**inputs).logits[:, :n_target]
+        logp_NLV = logits_NLV.float().log_softmax(-1)
+        logp_NL = logp_NLV.gather(-1, target_NL[..., None])
+        scores.append(logp_NL.view(batch.target_BCL.shape).mean(-1).cpu())
+    return torch.cat(scores)
 
 
 class Ids:
-    """Stands for a tokenizer where prompts are ids."""
+    """Stands in for a tokenizer: prompts are ids already, and a text is the ids that it has."""
 
     def decode(self, ids):
         return " ".join(map(str, ids))
 
 
 def generation(bench, pair):
-    """Greedy, for as many tokens on both sides (no token ends a text), beside our matrix products alone."""
-    n_new, ids = 4 if bench.quick else 32, Ids()
-    ours, theirs = pair.ours(), pair.theirs().eval()
-    ours.config = dataclasses.replace(ours.config, eos_ids=())
-    how = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "max_new_tokens": n_new}
-    for batch in (1, 32):
-        prompts = [
-            row.source for row in examples(pair.lengths()[:1] * batch, 1, 2, pair.vocab_size)
-        ]
-        source_BM = torch.tensor(prompts, device=pair.device)
-        inputs = {"input_ids": source_BM, "attention_mask": torch.ones_like(source_BM)}
+    """Compare greedy generation, also with the matrix products of ours alone.
 
-        def our_texts(prompts=prompts):
+    No token ends a text, so both sides write as many.
+    """
+    n_new = 4 if bench.quick else 32
+    ours = pair.ours()
+    ours.config = dataclasses.replace(ours.config, eos_ids=())
+    theirs = pair.theirs().eval()
+    tokenizer = Ids()
+
+    def row(batch_size):
+        prompts = random_prompts(pair, batch_size)
+        source_BM = torch.tensor(prompts, device=pair.device)
+        mask_BM = torch.ones_like(source_BM)
+
+        def our_texts():
             return minia3.generate(
-                ours, ids, prompts, max_new_tokens=n_new, batch_size=len(prompts)
+                ours, tokenizer, prompts, max_new_tokens=n_new, batch_size=batch_size
             )
 
-        def their_texts(inputs=inputs):
-            return [
-                ids.decode(text) for text in theirs.generate(**inputs, **how)[:, -n_new:].tolist()
-            ]
+        def their_texts():
+            ids = theirs.generate(
+                input_ids=source_BM,
+                attention_mask=mask_BM,
+                max_new_tokens=n_new,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            return [tokenizer.decode(text) for text in ids[:, -n_new:].tolist()]
 
-        found, expected = our_texts(), their_texts()
-        if pair.dtype == torch.float32 and found != expected:  # in bfloat16 near ties go either way
+        found = our_texts()
+        expected = their_texts()
+        # In bfloat16, rounding decides between tokens that are nearly as likely as each other.
+        if pair.dtype == torch.float32 and found != expected:
             raise AssertionError(f"the two sides write different texts: {found[0]}, {expected[0]}")
-        row = bench.time(our_texts, their_texts, tokens=batch * n_new, products=products(our_texts))
-        yield f"greedy generation, batch {batch}", row
+        products = record_products(our_texts)
+        return bench.time(our_texts, their_texts, batch_size * n_new, products)
+
+    yield "greedy generation, batch 1", row(1)
+    yield "greedy generation, batch 32", row(32)
 
 
 def mixed(bench, pair):
-    """A batch of 32 prompts whose adapters are 1, 8 or 32 different ones: against the base alone, then LoRA's."""
+    """Compare a batch of 32 prompts for several adapters with the base alone, and with LoRA.
+
+    Reading the prompts and one token is timed. In PEFT, LoRA can mix adapters and (IA)^3 cannot.
+    """
     n = 32
     ours = pair.ours(n_adapters=n)
-    sources = [row.source for row in examples(pair.lengths()[:1] * n, 1, 2, pair.vocab_size)]
-    source_BM = torch.tensor(sources, device=pair.device)
+    source_BM = torch.tensor(random_prompts(pair, n), device=pair.device)
 
     @torch.no_grad()
-    def forward(adapter=None):
+    def read(adapter=None):
         state = ours.start(source_BM, None, adapter)
         return ours.step(state.start, state)
 
-    for different in (1, 8, 32):
-        rows = torch.arange(n) % different
-        pair.same(forward(rows), forward())  # all rows are the same adapter
-        row = bench.time(lambda rows=rows: forward(rows), forward)
-        yield f"mixed batch of {n}, {different} adapters, against the base alone (ours)", row
-    names = ["default"] + [f"task{i}" for i in range(1, n)]
-    lora = pair.lora(names).eval()
-    inputs = {"labels": torch.zeros_like(source_BM[:, :1])} if pair.is_t5 else {"logits_to_keep": 1}
+    def row(n_different):
+        adapter = torch.arange(n) % n_different
+        pair.check_same(read(adapter), read())  # because every row is the same adapter
+        return bench.time(lambda: read(adapter), read)
+
+    for n_different in (1, 8, 32):
+        title = f"mixed batch of {n}, {n_different} adapters, against the base alone (ours)"
+        yield title, row(n_different)
+
+    names = ["default", *(f"task{i}" for i in range(1, n))]
+    lora = pair.their_lora(names).eval()
+    inputs = {"input_ids": source_BM, "adapter_names": names}
+    if pair.is_t5:
+        inputs["labels"] = torch.zeros_like(source_BM[:, :1])
+    else:
+        inputs["logits_to_keep"] = 1
 
     @torch.no_grad()
-    def forward_lora():
-        with quiet():
-            return lora(input_ids=source_BM, adapter_names=names, **inputs)
+    def read_with_lora():
+        with no_warnings():
+            return lora(**inputs)
 
-    row = bench.time(lambda: forward(torch.arange(n)), forward_lora)
-    yield f"mixed batch of {n}, {n} adapters, against LoRA with adapter_names", row
+    row_against_lora = bench.time(lambda: read(torch.arange(n)), read_with_lora)
+    yield f"mixed batch of {n}, {n} adapters, against LoRA with adapter_names", row_against_lora
+
+
+def random_prompts(pair, n):
+    """Return n prompts of one length, as lists of ids."""
+    lengths = pair.lengths()[:1] * n
+    return [example.source for example in random_examples(lengths, 1, 2, pair.vocab_size)]

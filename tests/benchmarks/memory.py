@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.cli.info import format_size
 from minia3.model.t5 import T5Config
@@ -119,7 +119,7 @@ def print_plans(points):
     """Print a Markdown table of what was planned and what processes took."""
     print("| step | planned | measured, giving memory back | measured |\n|---|---|---|---|")
     for name, dtype, batch, length, train in points:
-        given = known_models()[name].config, getattr(torch, dtype), batch, length, train
+        given = KNOWN_MODELS[name].config, getattr(torch, dtype), batch, length, train
         planned = planned_memory(*given)
         kind = "training" if train else "serving"
         cells = [f"{name}, {dtype}, {batch} x {length}, {kind}", format_size(planned)]
@@ -136,16 +136,16 @@ def print_largest(limit, device):
     """
 
     def n_parameters(name):
-        return sum(p.numel() for p in build_model(known_models()[name].config).parameters())
+        return sum(p.numel() for p in build_model(KNOWN_MODELS[name].config).parameters())
 
     def fails(name):
-        config = known_models()[name].config
+        config = KNOWN_MODELS[name].config
         found = measured(config, torch.bfloat16, 8, 128, True, device=device, limit=limit)
         outcome = "out of memory" if found is None else format_size(found)
         print(f"{name}: {n_parameters(name):,} parameters, {outcome}", flush=True)
         return found is None
 
-    names = sorted(known_models(), key=n_parameters)
+    names = sorted(KNOWN_MODELS, key=n_parameters)
     n_fitting = bisect.bisect_left(names, True, key=fails)
     largest = names[n_fitting - 1] if n_fitting else "none"
     print(f"the largest that trains in {format_size(limit)}: {largest}")

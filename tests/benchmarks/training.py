@@ -1,225 +1,271 @@
-"""Lines of the table: steps of training, and the memory that they take. What a pair computes is compared first.
+"""Lines of the table: steps of training, and the memory that they take.
 
-Shapes: B batch, M source length, C choices, L target length, N all choices of all rows.
+Both sides must compute the same before they are timed.
+
+Shapes: B batch, M source length, C choices, L target length, N = B * C, V vocabulary, T tokens that
+have a loss.
 """
 
 import torch
 
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.llama import Llama
 from minia3.model.t5 import T5
 from minia3.training.losses import total_loss
 from minia3.training.prepare import prepare_model
-from tests.benchmarks.measure import child, compare, kept_for_backward
+from tests.benchmarks.measure import compare, kept_for_backward, run_program
 from tests.benchmarks.pairs import IGNORED
 from train import Config
 
-PEERS = {  # name -> method of Pair
+PEERS = {  # title: method of Pair
     "(IA)^3": "theirs",
-    "LoRA r8 (q, v)": "lora",
+    "LoRA r8 (q, v)": "their_lora",
     "our LoRA r8 (q, v)": "our_lora",
-    "our full fine-tuning": "full",
+    "our full fine-tuning": "our_full",
 }
+# title: whether the sources have lengths like RTE's
+LENGTHS = {"no padding": False, "RTE-like lengths": True}
+
+
+def is_ours(model):
+    return isinstance(model, T5 | Llama)
 
 
 def loss_of(pair, model, batch, adapter=None):
-    """A function that gives either side's loss of a batch with one target for each row."""
-    if isinstance(model, T5 | Llama):
-        mask, label = batch.target_mask_BCL, batch.label_B
-        return lambda: total_loss(choice_logprobs(model, batch, adapter), mask, label, ("lm",))
+    """Return a function that computes the loss of either side's model on a batch.
+
+    Each example has one target.
+    """
+    if is_ours(model):
+        return lambda: total_loss(
+            choice_logprobs(model, batch, adapter), batch.target_mask_BCL, batch.label_B, ("lm",)
+        )
     inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
     return lambda: model(**inputs).loss
 
 
 @torch.no_grad()
-def same_targets(pair, batch, *models, adapter=None):
-    """Both sides give each token of the targets the same log-probability."""
+def target_logprobs(pair, model, batch, adapter=None):
+    """Return (T,): the log-probability that either side's model gives each token of the targets."""
+    if is_ours(model):
+        return choice_logprobs(model, batch, adapter)[batch.target_mask_BCL]
+    inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
+    logits_BLV = model(**inputs).logits
+    labels_BL = inputs["labels"]
+    if not pair.is_t5:  # the token before predicts
+        logits_BLV = logits_BLV[:, :-1]
+        labels_BL = labels_BL[:, 1:]
+    is_target_BL = labels_BL != IGNORED
+    logp_TV = logits_BLV[is_target_BL].float().log_softmax(-1)
+    return logp_TV.gather(-1, labels_BL[is_target_BL].unsqueeze(1)).squeeze(1)
 
-    def logp(model):
-        if isinstance(model, T5 | Llama):
-            return choice_logprobs(model, batch, adapter)[batch.target_mask_BCL]
-        inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
-        logits, labels = model(**inputs).logits, inputs["labels"]
-        if not pair.is_t5:  # the token before predicts
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        label_T1 = labels[labels != IGNORED].unsqueeze(1)
-        return logits[labels != IGNORED].float().log_softmax(-1).gather(-1, label_T1).squeeze(1)
 
-    pair.same(*map(logp, models))
+def check_same_targets(pair, batch, ours, theirs, adapter=None):
+    """Raise AssertionError unless both models give the targets the same probabilities."""
+    found = target_logprobs(pair, ours, batch, adapter)
+    pair.check_same(found, target_logprobs(pair, theirs, batch, adapter))
 
 
 def training_step(loss, parameters):
-    """A step of AdamW over those of `parameters` that are trained."""
-    adam = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-9)
+    """Return a function that makes a step of AdamW over the parameters that train."""
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-9)
 
     def step():
         loss().backward()
-        adam.step()
-        adam.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
-def n_tokens(batch):
-    """Real tokens of a batch, read and written."""
+def time_steps(bench, pair, ours, theirs, batch):
+    """Return the Row of a step of either model."""
+    our_step = training_step(loss_of(pair, ours, batch), ours.parameters())
+    their_step = training_step(loss_of(pair, theirs, batch), theirs.parameters())
+    return bench.time(our_step, their_step, count_tokens(batch))
+
+
+def compare_kept(pair, ours, theirs, batch):
+    """Return the Row of the bytes that either model keeps for the backward pass."""
+    our_bytes = kept_for_backward(loss_of(pair, ours, batch), ours)
+    their_bytes = kept_for_backward(loss_of(pair, theirs, batch), theirs)
+    return compare(our_bytes, their_bytes, "B")
+
+
+def count_tokens(batch):
+    """Return how many real tokens of a batch are read and written."""
     return int(batch.mask_BM.sum() + batch.target_mask_BCL.sum())
 
 
+# Lines
+
+
 def steps(bench, pair):
-    """Against PEFT's (IA)^3, padded as it wants it; and without padding against other ways to train."""
+    """Compare with PEFT's (IA)^3, padded as PEFT needs it, and with other methods, unpadded."""
     ours = pair.ours().train()
-    for what, method in PEERS.items():
-        theirs = getattr(pair, method)().train()
-        shapes = (
-            {"no padding": False, "RTE-like lengths": True}
-            if method == "theirs"
-            else {f"against {what}": False}
-        )
-        for how, like_rte in shapes.items():
-            batch = pair.batch(pair.lengths(like_rte))
-            if "lora" not in method:
-                same_targets(pair, batch, ours, theirs)
-            losses = [loss_of(pair, model, batch) for model in (ours, theirs)]
-            sides = (
-                training_step(loss, m.parameters())
-                for loss, m in zip(losses, (ours, theirs), strict=True)
-            )
-            yield f"training step, {how}", bench.time(*sides, tokens=n_tokens(batch))
-        del theirs, losses, sides  # before there is another
+    for title, like_rte in LENGTHS.items():
+        theirs = pair.theirs().train()
+        batch = pair.batch(pair.lengths(like_rte))
+        check_same_targets(pair, batch, ours, theirs)
+        yield f"training step, {title}", time_steps(bench, pair, ours, theirs, batch)
+
+    batch = pair.batch()
+    for peer, method in PEERS.items():
+        if method != "theirs":
+            theirs = None  # frees one model before the next one is made
+            theirs = getattr(pair, method)().train()
+            if "lora" not in method:  # a LoRA is another model
+                check_same_targets(pair, batch, ours, theirs)
+            title = f"training step, against {peer}"
+            yield title, time_steps(bench, pair, ours, theirs, batch)
 
 
 def dropout(bench, pair):
-    """The steps with T5's own dropout, for which a CPU has no fused attention. (LLaMA has none; elsewhere it is 0.)"""
-    p = known_models()[pair.name].config.dropout
+    """Compare the steps with T5's own dropout, which is 0 in all other lines. LLaMA has none.
+
+    PyTorch has no fused attention with dropout for a CPU.
+    """
+    p = KNOWN_MODELS[pair.name].config.dropout
     if p == 0:
         return
-    sides = pair.ours().train(), pair.theirs().train()
-    for module in (*sides[0].modules(), *sides[1].modules()):
+    ours = pair.ours().train()
+    theirs = pair.theirs().train()
+    for model in (ours, theirs):
+        set_dropout(model, p)
+    for lengths, like_rte in LENGTHS.items():
+        batch = pair.batch(pair.lengths(like_rte))
+        title = f"{lengths}, dropout {p}"
+        yield f"training step, {title}", time_steps(bench, pair, ours, theirs, batch)
+        yield f"bytes kept for backward, {title}", compare_kept(pair, ours, theirs, batch)
+
+
+def set_dropout(model, p):
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
-        elif isinstance(getattr(module, "dropout", None), float):  # an attention's
+        elif isinstance(getattr(module, "dropout", None), float):  # transformers' attention
             module.dropout = p
-    for how, like_rte in {"no padding": False, "RTE-like lengths": True}.items():
-        batch = pair.batch(pair.lengths(like_rte))
-        losses = [loss_of(pair, model, batch) for model in sides]
-        steps = (training_step(loss, m.parameters()) for loss, m in zip(losses, sides, strict=True))
-        yield f"training step, {how}, dropout {p}", bench.time(*steps, tokens=n_tokens(batch))
-        found = [kept_for_backward(loss, m) for loss, m in zip(losses, sides, strict=True)]
-        yield f"bytes kept for backward, {how}, dropout {p}", compare(*found, "B")
 
 
 def flags(bench, pair):
-    """What train.py's --recompute and --compile cost and save: ours, against ours with the flag."""
-    batch, plain = pair.batch(pair.lengths(like_rte=True)), pair.ours().train()
-    for flag in ("checkpoint", "compile"):  # this takes a minute at first
+    """Compare our step with our step under two flags of train.py, which cost or save something."""
+    batch = pair.batch(pair.lengths(like_rte=True))
+    plain = pair.ours().train()
+    for flag in ("recompute", "compile"):
         model = pair.ours().train()
         prepare_model(model, Config(**{flag: True}))
-        same_targets(pair, batch, plain, model)
-        sides = [loss_of(pair, m, batch) for m in (plain, model)]
-        found, other = (
-            kept_for_backward(loss, m) for loss, m in zip(sides, (plain, model), strict=True)
-        )
-        yield f"bytes kept for backward, against --{flag} (ours)", compare(found, other, "B")
-        steps = (
-            training_step(loss, m.parameters())
-            for loss, m in zip(sides, (plain, model), strict=True)
-        )
-        yield (
-            f"RTE-like lengths, against --{flag} (ours)",
-            bench.time(*steps, tokens=n_tokens(batch)),
-        )
+        check_same_targets(pair, batch, plain, model)  # compiles, which takes a minute
+        title = f"against --{flag} (ours)"
+        yield f"bytes kept for backward, {title}", compare_kept(pair, plain, model, batch)
+        yield f"RTE-like lengths, {title}", time_steps(bench, pair, plain, model, batch)
 
 
 def choices(bench, pair):
-    """T-Few's three losses over four choices; theirs with the inputs repeated, or (T5) the encoder's output."""
-    ours, theirs, n = pair.ours().train(), pair.theirs().train(), 4
-    batch = pair.batch(n_choices=n)
-    target_NL = batch.target_BCL.flatten(0, 1)
-    repeated = pair.their_inputs(batch, target_NL)
-    if not pair.is_t5:  # the tokens before the targets' predict them
-        repeated = {key: x for key, x in repeated.items() if key != "labels"}
-        repeated["logits_to_keep"] = target_NL.shape[1] + 1
+    """Compare T-Few's three losses over four choices.
 
-    def their_logp(**inputs):
-        logits_NLV = theirs(**inputs).logits[:, : target_NL.shape[1]]
-        return (
-            logits_NLV.float()
-            .log_softmax(-1)
-            .gather(-1, target_NL[..., None])
-            .view(batch.target_BCL.shape)
-        )
-
-    def encoded_once():
-        source = {"input_ids": batch.source_BM, "attention_mask": batch.mask_BM.long()}
-        memory = theirs.base_model.model.encoder(**source).last_hidden_state.repeat_interleave(
-            n, dim=0
-        )
-        return their_logp(
-            encoder_outputs=(memory,),
-            **{key: repeated[key] for key in ("attention_mask", "labels")},
-        )
+    Their side repeats the inputs for each choice, or, with T5, the encoder's output.
+    """
+    n_choices = 4
+    ours = pair.ours().train()
+    theirs = pair.theirs().train()
+    batch = pair.batch(n_choices=n_choices)
 
     def our_logp():
         return choice_logprobs(ours, batch)
 
-    def step(logp_BCL, model):
-        mask, label = batch.target_mask_BCL, batch.label_B
-        return training_step(lambda: total_loss(logp_BCL(), mask, label), model.parameters())
-
-    ways = {"repeated inputs": lambda: their_logp(**repeated)} | (
-        {"one encoding": encoded_once} if pair.is_t5 else {}
-    )
-    for what, their_way in ways.items():
-        with torch.no_grad():
-            pair.same(our_logp(), their_way())
-        sides = step(our_logp, ours), step(their_way, theirs)
-        yield (
-            f"T-Few's loss, {n} choices, against {what}",
-            bench.time(*sides, tokens=n_tokens(batch)),
+    def tfew_step(logp, model):
+        mask_BCL = batch.target_mask_BCL
+        return training_step(
+            lambda: total_loss(logp(), mask_BCL, batch.label_B), model.parameters()
         )
+
+    our_step = tfew_step(our_logp, ours)
+    for way, their_logp in their_scorers(pair, theirs, batch).items():
+        with torch.no_grad():
+            pair.check_same(our_logp(), their_logp())
+        their_step = tfew_step(their_logp, theirs)
+        row = bench.time(our_step, their_step, count_tokens(batch))
+        yield f"T-Few's loss, {n_choices} choices, against {way}", row
+
+
+def their_scorers(pair, model, batch):
+    """Return the functions by which their users may score choices. Each returns (B, C, L)."""
+    target_NL = batch.target_BCL.flatten(0, 1)
+    n_tokens = target_NL.shape[1]
+    repeated = pair.their_inputs(batch, target_NL)
+    if not pair.is_t5:
+        del repeated["labels"]
+        repeated["logits_to_keep"] = n_tokens + 1  # the token before predicts
+
+    def score(**inputs):
+        logits_NLV = model(**inputs).logits[:, :n_tokens]
+        logp_NLV = logits_NLV.float().log_softmax(-1)
+        return logp_NLV.gather(-1, target_NL[..., None]).view(batch.target_BCL.shape)
+
+    def score_repeated():
+        return score(**repeated)
+
+    def score_encoded_once():
+        encoder = model.base_model.model.encoder
+        output = encoder(input_ids=batch.source_BM, attention_mask=batch.mask_BM.long())
+        memory = output.last_hidden_state.repeat_interleave(batch.target_BCL.shape[1], dim=0)
+        mask = repeated["attention_mask"]
+        return score(encoder_outputs=(memory,), attention_mask=mask, labels=target_NL)
+
+    scorers = {"repeated inputs": score_repeated}
+    if pair.is_t5:
+        scorers["one encoding"] = score_encoded_once
+    return scorers
 
 
 def many_tasks(bench, pair):
-    """A batch of one example for each of its tasks: one pass, against a pass for each adapter."""
-    batch, n = pair.batch(), len(pair.lengths())
-    ours, theirs = pair.ours(n_adapters=n).train(), pair.theirs().train()
-    names = ["default"] + [f"task{i}" for i in range(1, n)]
+    """Compare one pass over a batch with an example of each task with a pass for each adapter."""
+    batch = pair.batch()
+    n_tasks = len(batch.source_BM)
+    adapter = torch.arange(n_tasks)
+    names = ["default", *(f"task{i}" for i in range(1, n_tasks))]
+    ours = pair.ours(n_adapters=n_tasks).train()
+    theirs = pair.theirs().train()
     for name in names[1:]:
         theirs.load_adapter(pair.adapter, name, is_trainable=True)
-    same_targets(pair, batch, ours, theirs, adapter=torch.arange(n))
-    inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
-    for p in theirs.parameters():
-        p.requires_grad_(False)
-    for name in names:
-        theirs.set_adapter(name)
-    adam = torch.optim.AdamW([p for n, p in theirs.named_parameters() if "ia3_l" in n], lr=1e-9)
+    check_same_targets(pair, batch, ours, theirs, adapter)
 
-    def theirs_step():
+    theirs.requires_grad_(False)
+    for name in names:
+        theirs.set_adapter(name)  # lets its vectors train
+    vectors = [p for name, p in theirs.named_parameters() if "ia3_l" in name]
+    optimizer = torch.optim.AdamW(vectors, lr=1e-9)
+    inputs = pair.their_inputs(batch, batch.target_BCL[:, 0])
+
+    def their_step():
         for i, name in enumerate(names):
             theirs.set_adapter(name)
-            theirs(**{key: x[i : i + 1] for key, x in inputs.items()}).loss.backward()
-        adam.step()
-        adam.zero_grad()
+            example = {key: x[i : i + 1] for key, x in inputs.items()}
+            theirs(**example).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    our_step = training_step(loss_of(pair, ours, batch, torch.arange(n)), ours.parameters())
-    yield (
-        f"{n} tasks in one batch of {n}, trained in one pass",
-        bench.time(our_step, theirs_step, n_tokens(batch)),
-    )
+    our_step = training_step(loss_of(pair, ours, batch, adapter), ours.parameters())
+    row = bench.time(our_step, their_step, count_tokens(batch))
+    yield f"{n_tasks} tasks in one batch of {n_tasks}, trained in one pass", row
 
 
 def kept(bench, pair):
-    """What autograd keeps of a forward pass, weights aside."""
-    batch, found = pair.batch(), {}
-    for method in ("ours", *PEERS.values()):
+    """Compare the bytes that autograd keeps of a forward pass, without the weights."""
+    batch = pair.batch()
+
+    def bytes_of(method):
         model = getattr(pair, method)().train()
-        found[method] = kept_for_backward(loss_of(pair, model, batch), model)
-    for what, method in PEERS.items():
-        yield f"bytes kept for backward, against {what}", compare(found["ours"], found[method], "B")
+        return kept_for_backward(loss_of(pair, model, batch), model)
+
+    ours = bytes_of("ours")
+    for peer, method in PEERS.items():
+        yield f"bytes kept for backward, against {peer}", compare(ours, bytes_of(method), "B")
 
 
-PEAK = """
+TRAINING = """
 import warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
@@ -231,16 +277,30 @@ torch.set_num_threads({threads})
 pair = Pair({name!r}, Path({folder!r}), {quick}, {dtype}, {device!r})
 model = pair.{method}().train()
 step = training_step(loss_of(pair, model, pair.batch()), model.parameters())
-step(), step()
+step()
+step()
 print(peak_memory({device!r}))
 """
 
 
 def peak(bench, pair):
-    """The most memory of a process that trains (on the CPU, mapped weights are in it)."""
-    given = {name: getattr(pair, name) for name in ("name", "quick", "dtype", "device")}
-    given |= {"folder": str(pair.scratch), "threads": torch.get_num_threads()}
-    ours = int(child(PEAK.format(method="ours", **given)))
-    for what, method in PEERS.items():  # a process each, and PEFT's begin slowly
-        theirs = int(child(PEAK.format(method=method, **given)))
-        yield f"peak memory of training, against {what}", compare(ours, theirs, "B")
+    """Compare the peak memory of processes that train.
+
+    On a CPU it includes the mapped weights. Each peer has its own process, and PEFT's start slowly.
+    """
+
+    def bytes_of(method):
+        program = TRAINING.format(
+            threads=torch.get_num_threads(),
+            name=pair.name,
+            folder=str(pair.scratch),
+            quick=pair.quick,
+            dtype=pair.dtype,
+            device=pair.device,
+            method=method,
+        )
+        return int(run_program(program))
+
+    ours = bytes_of("ours")
+    for peer, method in PEERS.items():
+        yield f"peak memory of training, against {peer}", compare(ours, bytes_of(method), "B")

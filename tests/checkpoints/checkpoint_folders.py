@@ -1,4 +1,4 @@
-"""What the tests of this folder share: writing checkpoints in any form, and comparing models."""
+"""What the tests of this folder share: they write checkpoints in any form, and compare models."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""Guards minia3/checkpoints/chat.py and `Tokenizer.chat`: a checkpoint's template gives
-transformers' ids.
+"""Guards minia3/checkpoints/chat.py and `Tokenizer.chat`: with a checkpoint's template, we have the
+ids of transformers.
 
 The template may be in tokenizer_config.json, in chat_template.jinja or in a GGUF file. It survives
 saving, it runs in a sandbox, and if it fails, the message is one line.
@@ -109,7 +109,7 @@ def theirs(folder, messages):
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_checkpoint_gives_the_ids_of_transformers_also_after_saving(tmp_path, name, chat):
+def test_a_chat_has_the_ids_of_transformers_before_and_after_saving(tmp_path, name, chat):
     folder = folder_with(tmp_path / "a", TEMPLATES[name])
     messages = CHATS[chat]
     tokenizer = load_tokenizer(folder)
@@ -182,7 +182,7 @@ def refused(tokenizer, messages):
 
 
 @pytest.mark.parametrize("template", [None, [{"name": "rag", "template": CHATML}]])
-def test_without_a_default_template_the_way_out_is_named(template):
+def test_without_a_default_template_the_error_says_what_to_do(template):
     message = refused(tokenizer_with(template), [])
     assert "no chat_template: give the whole prompt as a text" in message
 

@@ -1,5 +1,5 @@
-"""Guards the border of config.json: an absent key means what it means in transformers, an
-unsupported feature is refused by its name, and what is written is read back as the same model.
+"""Guards the border of config.json: an absent key has the value that transformers assumes, an
+unsupported feature is refused by its name, and a config that is written is read back as the same.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def test_the_activation_of_t5_must_follow_from_feed_forward_proj(form, act):
     assert from_hf(raw | {"dense_act_fn": act}) == from_hf(raw)
     # transformers would use another activation, whatever feed_forward_proj says.
     for other in {"relu", "gelu", "gelu_new"} - {act}:
-        with pytest.raises(ValueError, match=f"does not do: dense_act_fn='{other}'"):
+        with pytest.raises(ValueError, match=f"does not support: dense_act_fn='{other}'"):
             from_hf(raw | {"dense_act_fn": other})
 
 
@@ -78,7 +78,7 @@ def test_a_t5_config_without_a_key_means_what_transformers_assumes():
         ({"model_type": "mt5", "tie_word_embeddings": True}, False, False),
     ],
 )
-def test_scale_decoder_outputs_decides_whether_t5_scales_and_else_tie_word_embeddings(
+def test_scale_decoder_outputs_or_else_tie_word_embeddings_decides_whether_t5_scales(
     keys, own_head, scale
 ):
     config = from_hf(T5 | keys)
@@ -134,7 +134,10 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         (T5 | {"model_type": "umt5"}, "model_type is 'umt5'"),
         (LLAMA | {"model_type": "mixtral"}, "model_type is 'mixtral'"),
         (LLAMA | {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
-        (T5 | {"feed_forward_proj": "gated-silu"}, "does not do: feed_forward_proj='gated-silu'"),
+        (
+            T5 | {"feed_forward_proj": "gated-silu"},
+            "does not support: feed_forward_proj='gated-silu'",
+        ),
         (
             T5 | {"quantization_config": {"load_in_8bit": True}},
             "quantization_config={'load_in_8bit': True}",
@@ -191,7 +194,7 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             LLAMA | {"num_attention_heads": 3, "num_key_value_heads": 2},
             "2 key/value heads must divide 3 heads",
         ),
-        (LLAMA | {"head_dim": 5}, "head_dim 5 be even"),
+        (LLAMA | {"head_dim": 5}, "head_dim 5 must be even"),
         (
             LLAMA | {"rms_norm_eps": float("nan")},
             "rms_norm_eps is nan, expected a number from 0.0 to 1.0",
@@ -214,7 +217,7 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         ),
         (
             LLAMA | {"rope_parameters": {"rope_type": "default", "hidden_size": 4}},
-            "does not do: hidden_size=4",
+            "does not support: hidden_size=4",
         ),
         (LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0, "),
         (LLAMA | {"bos_token_id": [1]}, r"bos_token_id is \[1\], expected a whole number"),
@@ -280,7 +283,7 @@ def test_a_model_without_an_end_token_is_written_with_null():
     assert to_hf(CONFIGS["llama-no-end"], torch.float32)["eos_token_id"] is None
 
 
-def test_the_factors_of_a_gguf_file_are_written_as_the_scaling_that_gives_them():
+def test_the_factors_of_a_gguf_file_are_written_as_the_scaling_that_they_come_from():
     for scaling in ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)):
         config = LlamaConfig(256, 128, 8, 1, 2, 2, 10, rope_theta=500000.0, rope_scaling=scaling)
         plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=None))

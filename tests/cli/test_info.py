@@ -13,7 +13,7 @@ from command_line import output
 from conftest import LLAMA_PEERS, T5_PEERS
 
 import minia3
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.cli.info import info
 from minia3.cli.main import main
 from minia3.training.memory_plan import planned_memory
@@ -90,7 +90,7 @@ def test_every_known_name_has_its_numbers_without_a_network(name, monkeypatch):
     if expected_base is not None:
         assert base == expected_base
     assert found["adapter"] == f"{adapter:,} parameters, {adapter / base:.3%} of the base"
-    assert found["model"] == known_models()[name].repo
+    assert found["model"] == KNOWN_MODELS[name].repo
     assert n_bytes(found["adapter file"]) == pytest.approx(4 * adapter, rel=0.1, abs=2e4)
 
 
@@ -158,7 +158,7 @@ def assert_refused(arguments, capsys, *parts):
 
 
 def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
-    config = known_models()["tiny-t5"].config
+    config = KNOWN_MODELS["tiny-t5"].config
     assert main(["info", "tiny-t5", "--batch", "3", "--length", "50", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,7 +15,7 @@ from pages import FENCE, NEEDS, PAGES, README, ROOT, Block, blocks_of, headings,
 
 import minia3
 import train
-from minia3.checkpoints.known_models import known_model, known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS, known_model
 from minia3.checkpoints.load import build_model, load_model
 from minia3.cli.main import COMMANDS, main, parse
 from minia3.model.ia3 import vectors
@@ -142,7 +142,7 @@ def test_the_table_of_parameters_is_what_the_configs_give():
     rows = re.findall(pattern, DESIGN.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) >= 11
     for name, base, adapter, share in rows:
-        model = build_model(known_models()[name].config)
+        model = build_model(KNOWN_MODELS[name].config)
         n_adapter = sum(vector.numel() for vector in vectors(model).values())
         n_base = sum(p.numel() for p in model.parameters()) - n_adapter
         assert base == f"{n_base:,}", name

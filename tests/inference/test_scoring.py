@@ -31,7 +31,7 @@ from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.training.losses import total_loss
-from minia3.training.memory_plan import Held
+from minia3.training.memory_plan import MemoryCounter
 from tests.benchmarks.measure import kept_for_backward
 
 INF = float("inf")
@@ -376,10 +376,10 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
     peak_of_scoring = {}
     for n, batch in batches.items():
         kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
-        with Held() as held:
+        with MemoryCounter() as held:
             choice_logprobs(model, batch).sum().backward()
         peak_of_training[n] = held.peak
-        with torch.no_grad(), Held() as held:
+        with torch.no_grad(), MemoryCounter() as held:
             choice_logprobs(model, batch)
         peak_of_scoring[n] = held.peak
     n_bytes = 2 * 80 * 4 * (8 + 1)  # the ids and the mask of 80 choices more

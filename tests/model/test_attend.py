@@ -1,4 +1,4 @@
-"""Attention of one 16-bit query on a CPU is written out; everything else is PyTorch's."""
+"""A single 16-bit query on a CPU gets our own attention; PyTorch computes everything else."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def pytorch_is_forbidden(monkeypatch):
 
 
 def make_inputs(n_heads, n_kv_heads, bias_kind, dtype):
-    """One query for each of 5 rows, and 31 columns of a longer cache."""
+    """Return one query for each of 5 rows, and 31 columns of a longer cache."""
     torch.manual_seed(0)
     q_BHLK = torch.randn(5, n_heads, 1, 16).to(dtype)
     k_BGMK = torch.randn(5, n_kv_heads, 40, 16).to(dtype)[:, :, :31]
@@ -40,7 +40,7 @@ def make_inputs(n_heads, n_kv_heads, bias_kind, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "bias_kind"), HEADS_AND_BIASES)
-def test_one_query_is_as_near_to_float64_as_pytorch_is(
+def test_one_query_is_as_close_to_float64_as_with_pytorch(
     n_heads, n_kv_heads, bias_kind, dtype, request
 ):
     inputs = make_inputs(n_heads, n_kv_heads, bias_kind, dtype)
@@ -57,7 +57,7 @@ def test_one_query_is_as_near_to_float64_as_pytorch_is(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_query_under_dropout_is_not_written_out(dtype):
+def test_one_query_with_dropout_is_left_to_pytorch(dtype):
     inputs = make_inputs(4, 4, None, dtype)
     with torch.no_grad():
         plain = attend(*inputs)
@@ -67,7 +67,7 @@ def test_one_query_under_dropout_is_not_written_out(dtype):
 
 @pytest.mark.parametrize("n_queries", [1, 3])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2)])
-def test_attention_is_the_softmax_of_the_equation(n_heads, n_kv_heads, n_queries):
+def test_attention_equals_the_equation(n_heads, n_kv_heads, n_queries):
     torch.manual_seed(1)
     q_BHLK = torch.randn(2, n_heads, n_queries, 8, dtype=torch.float64)
     k_BGMK = torch.randn(2, n_kv_heads, 5, 8, dtype=torch.float64)

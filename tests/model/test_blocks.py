@@ -1,7 +1,7 @@
-"""The blocks that T5 and LLaMA share, each against its equation written out in float64.
+"""The blocks that T5 and LLaMA share: each part is compared with its equation in float64.
 
-Attention is a softmax, grouped heads are repeated heads, a rotation depends on distance only, and
-(IA)^3 folds into the weights.
+Attention is a softmax, grouped heads are repeated heads, rotated scores depend only on the
+distance, and (IA)^3 folds into the weights.
 """
 
 import math
@@ -114,14 +114,14 @@ def rotation_at(positions, d_head=8):
 
 @given(i=st.integers(0, 50), j=st.integers(0, 50), shift=st.integers(0, 50))
 @settings(deadline=None, max_examples=30)
-def test_the_score_of_rotated_queries_and_keys_depends_on_their_distance_only(i, j, shift):
+def test_the_score_of_a_rotated_query_and_key_depends_only_on_their_distance(i, j, shift):
     q = random_input(1, 1, 1, 8)
     k = random_input(1, 1, 1, 8, seed=1)
 
     def score(i, j):
         return (rotate(q, rotation_at([i])) * rotate(k, rotation_at([j]))).sum()
 
-    assert abs(score(i, j) - score(i + shift, j + shift)) < 1e-5  # angles are made in float32
+    assert abs(score(i, j) - score(i + shift, j + shift)) < 1e-5  # the angles are float32
     assert torch.allclose(rotate(q, rotation_at([i])).norm(), q.norm(), atol=1e-6)
 
 
@@ -191,7 +191,7 @@ def test_the_norm_of_bfloat16_is_computed_in_float32():
     assert torch.equal(norm(x), exact.bfloat16())
 
 
-def test_attention_drops_weights_in_training_only(monkeypatch):
+def test_attention_drops_weights_only_in_training(monkeypatch):
     attention = random_attention(4, 4, dropout=0.25)
     x = random_input(2, 3, 10)
     rates = []

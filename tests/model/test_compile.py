@@ -1,4 +1,4 @@
-"""torch.compile takes each block as one graph, whatever the lengths, and changes no result."""
+"""torch.compile turns each block into one graph for all lengths, and changes no result."""
 
 import pytest
 import torch
@@ -27,15 +27,15 @@ def compile_blocks(model, backend):
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_a_step_has_no_graph_break_and_other_lengths_compile_nothing_again(name, loaded):
+def test_a_step_has_no_graph_break_and_other_lengths_do_not_compile_again(name, loaded):
     model = loaded(name, seed=0).train()
     minia3.freeze(model)
     graphs = []
     compile_blocks(model, lambda graph, _: graphs.append(graph) or graph.forward)
-    # The compiler takes sizes that are equal when it makes a graph for one size. So no size here
-    # equals another, or one of the model's.
+    # If two sizes are equal when the compiler makes a graph, it takes them for the same size. So
+    # all sizes here differ from one another and from the sizes of the model.
     gradients(model, batch_of((15, 5, 9, 16, 13)))
-    gradients(model, batch_of((18,) * 7))  # nothing is padded, so these are other graphs
+    gradients(model, batch_of((18,) * 7))  # without padding, the graphs are different
     n_graphs = len(graphs)
     assert n_graphs > 0
     for lengths in ((4, 9, 2, 2), (12, 3), (8, 8), (5, 5, 5), (30, 1, 1, 1, 1, 2, 9)):
@@ -44,7 +44,7 @@ def test_a_step_has_no_graph_break_and_other_lengths_compile_nothing_again(name,
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_a_compiled_model_has_the_plain_model_s_gradients(name, loaded):
+def test_a_compiled_model_has_the_gradients_of_the_plain_model(name, loaded):
     model = loaded(name, seed=0)
     batch = batch_of((7, 3, 5))
     minia3.freeze(model)

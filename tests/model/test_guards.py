@@ -1,4 +1,5 @@
-"""What minia3 costs, by what can be counted: counts are the same in every run, and times are not.
+"""The cost of minia3 in things that can be counted, because a count is the same in every run and a
+time is not.
 
 If a number here becomes smaller, that is progress: write it down.
 
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import minia3
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import Batch
@@ -53,7 +54,7 @@ def run_step(model, batch):
 
 @pytest.fixture
 def frozen(loaded):
-    """A function from a name to a model of which only the vectors train, without dropout."""
+    """A function from a name to a model without dropout. Only its vectors train."""
 
     def get(name, **options):
         model = loaded(name, seed=0, **options)
@@ -82,7 +83,7 @@ N_VOCAB = 61
 
 
 def t5_flops(n_read, n_written):
-    """Return the FLOPs of a forward pass, and those that no gradient of a vector needs.
+    """Return the FLOPs of a forward pass, and the FLOPs that no gradient of a vector needs.
 
     n_read, n_written: tokens of the sources and of the targets.
     """
@@ -93,7 +94,7 @@ def t5_flops(n_read, n_written):
     encoder = n_read * (attention + ffn)
     decoder = n_written * (attention + cross_queries + ffn) + n_read * cross_memory
     head = n_written * D_MODEL * N_VOCAB
-    # The first layer's queries, keys and values are of embeddings, which need no gradient.
+    # The first layer makes its queries, keys and values from embeddings, which need no gradient.
     of_embeddings = (n_read + n_written) * 3 * D_MODEL * D_INNER
     return 2 * (N_LAYERS * (encoder + decoder) + head), 2 * of_embeddings
 
@@ -103,7 +104,7 @@ def llama_flops(n_read, n_written):
     keys_and_values = 2 * D_MODEL * D_KV
     queries = D_MODEL * D_INNER
     layer = 2 * D_MODEL * D_INNER + keys_and_values + 3 * D_MODEL * D_FF
-    # Of the last layer of a source, only keys and values are used.
+    # The last layer of a source stops after its keys and values.
     source = n_read * ((N_LAYERS - 1) * layer + keys_and_values)
     target = n_written * (N_LAYERS * layer + D_MODEL * N_VOCAB)
     of_embeddings = (n_read + n_written) * (keys_and_values + queries)
@@ -115,12 +116,12 @@ def expected_flops(name, lengths):
     n_written = len(lengths) * L
     if name == "t5-v1.0":
         return t5_flops(sum(lengths), n_written)
-    # LLaMA reads a source up to its last token, which then asks for the first of the target.
+    # LLaMA reads a source up to its last token, and that token is the first input of the target.
     return llama_flops(sum(lengths) - len(lengths), n_written)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_has_the_products_of_forward_and_of_activation_gradients_and_no_others(frozen, name):
+def test_a_step_multiplies_only_for_the_forward_pass_and_for_activation_gradients(frozen, name):
     model = frozen(name)
     batch = batch_of()
     forward, unused = expected_flops(name, (M,) * B)
@@ -129,7 +130,7 @@ def test_a_step_has_the_products_of_forward_and_of_activation_gradients_and_no_o
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_full_fine_tuning_has_the_products_of_weight_gradients_too(frozen, name):
+def test_full_fine_tuning_multiplies_for_weight_gradients_too(frozen, name):
     model = frozen(name).requires_grad_(True)
     forward, _ = expected_flops(name, (M,) * B)
     assert weight_flops(lambda: run_step(model, batch_of())) == 3 * forward
@@ -142,11 +143,9 @@ def test_full_fine_tuning_has_the_products_of_weight_gradients_too(frozen, name)
         ("llama-2-7b", 27_215_093_825_536, 40_985_715_277_824),
     ],
 )
-def test_at_the_size_of_real_models_a_step_costs_two_thirds_of_full_fine_tuning(
-    name, n_ours, n_full
-):
-    """8 sources of 128 tokens and targets of 8, on the meta device: nothing is computed."""
-    model = build_model(known_models()[name].config).to("meta").eval()
+def test_a_step_of_a_real_model_costs_two_thirds_of_full_fine_tuning(name, n_ours, n_full):
+    """8 sources of 128 tokens and targets of 8 tokens. On the meta device nothing is computed."""
+    model = build_model(KNOWN_MODELS[name].config).to("meta").eval()
     source_BM = torch.zeros(8, 128, dtype=torch.long, device="meta")
     target_BL = torch.zeros(8, 8, dtype=torch.long, device="meta")
 
@@ -160,7 +159,7 @@ def test_at_the_size_of_real_models_a_step_costs_two_thirds_of_full_fine_tuning(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_is_in_no_product(frozen, name):
+def test_padding_takes_part_in_no_product(frozen, name):
     lengths = (M, 2, 4)
     model = frozen(name)
     forward, unused = expected_flops(name, lengths)
@@ -233,7 +232,7 @@ def test_a_step_keeps_this_many_bytes_for_its_backward_pass(frozen, name, dtype,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_that_a_step_keeps_grow_in_proportion_to_length(frozen, name):
-    """T5 has a bias for each pair of positions and head, once for all layers: it is taken off."""
+    """T5 has a bias per head and pair of positions, once for all layers. It is subtracted here."""
     model = frozen(name)
     n_heads = 4 if name.startswith("t5") else 0
     kept = []
@@ -253,7 +252,7 @@ def storages(tree):
 
 
 class CountTensors(TorchDispatchMode):
-    """Counts new tensors with memory of their own, and operations that make any from `tables`."""
+    """Count the tensors that get new memory, and the operations that make them from `tables`."""
 
     def __init__(self, tables=()):
         super().__init__()
@@ -271,10 +270,10 @@ class CountTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 104), ("llama-gqa", 96)])
-def test_a_decoded_token_makes_this_many_tensors_whatever_the_length_of_the_text(
+def test_decoding_a_token_makes_this_many_tensors_whatever_the_length_of_the_text(
     frozen, name, n_tensors
 ):
-    """Twice in 130 tokens, the keys and values of two layers move to where there is more room."""
+    """Twice in 130 tokens, the keys and values of the two layers move to larger tensors."""
     model = frozen(name)
     made = []
     with torch.no_grad():
@@ -286,12 +285,12 @@ def test_a_decoded_token_makes_this_many_tensors_whatever_the_length_of_the_text
     assert [n for n in made if n != n_tensors] == [n_tensors + 4] * 2
 
 
-# Once for all
+# What is done only once
 
 
 @pytest.mark.parametrize("n_choices", [1, 4])
 def test_the_source_is_read_once_for_all_choices(frozen, n_choices):
-    """By the encoder, and by the layers that make the decoder's keys and values of its output."""
+    """The encoder and the layers for cross-attention's keys and values see each token once."""
     model = frozen("t5-v1.0")
     lengths = (M, 2, 4)
     readers = [model.encoder]
@@ -307,22 +306,24 @@ def test_the_source_is_read_once_for_all_choices(frozen, n_choices):
 
 
 @pytest.mark.parametrize("n_choices", [1, 4])
-def test_a_decoder_reads_the_source_once_for_all_choices(frozen, n_choices):
+def test_a_llama_reads_the_source_once_for_all_choices(frozen, n_choices):
     model = frozen("llama-gqa")
     lengths = (M, 2, 4)
     seen = []
     for block in model.blocks:
         block.ffn.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:-1].numel()))
     run_step(model, batch_of(lengths, n_choices))
-    n_source = sum(lengths) - B  # in the first layer; of the last, only keys and values are asked
+    n_source = sum(lengths) - B  # in the first layer; the last layer stops after keys and values
     assert seen == [n_source, B * n_choices * L, B * n_choices * L]
 
 
 @pytest.mark.parametrize(("name", "n_reads"), [("t5-v1.0", 16), ("llama-gqa", 11)])
 def test_each_vector_is_looked_up_once_for_a_batch(frozen, name, n_reads):
-    """Three per layer, five in T5's decoder. LLaMA's twice, for the prompt and for the targets.
+    """A layer has three vectors, and in T5's decoder five. LLaMA looks them up twice, for the
+    prompt and for the targets.
 
-    LLaMA's last l_ff is looked up once, because the last layer of a prompt stops after its keys.
+    LLaMA's last l_ff is looked up only once, because the last layer of a prompt stops after its
+    keys and values.
     """
     model = frozen(name, n_adapters=4)
     with CountTensors(minia3.vectors(model).values()) as counter:
@@ -331,8 +332,8 @@ def test_each_vector_is_looked_up_once_for_a_batch(frozen, name, n_reads):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loading_an_adapter_walks_over_the_model_twice(loaded, name, tmp_path, monkeypatch):
-    """Each walk goes over all modules by name, which is most of what loading costs."""
+def test_loading_an_adapter_walks_over_the_modules_twice(loaded, name, tmp_path, monkeypatch):
+    """Each walk visits all modules by name, and most of the time of loading is spent on them."""
     model = loaded(name, n_adapters=2)
     minia3.save_adapter(model, tmp_path)
     original = torch.nn.Module.named_modules

@@ -1,7 +1,6 @@
-"""LLaMA: its logits are those of transformers, for every form of it and in three dtypes.
+"""LLaMA: its logits equal those of transformers, for every form of the model and in three dtypes.
 
-The padding may be anywhere. The rotation is the one that config.json asks for, in its old form and
-in its new form.
+The padding may be anywhere. The rotation follows config.json, in its old form and in its new form.
 """
 
 import json
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 import minia3
 from minia3.model.llama import LlamaConfig, inverse_frequencies
 
-# Padding on the right, on the left, on both sides, in between; none; a single real token.
+# Padding on the right, on the left, on both sides and in between; no padding; a single real token.
 MASK = torch.tensor(
     [
         [True] * 5 + [False] * 4,
@@ -144,13 +143,13 @@ def test_frequencies_are_those_of_transformers(theta, rope, d_head):
     plain = LlamaConfig(d_head, d_head, 1, 1, 1, 1, 1, rope_theta=theta)
     scaled = replace(plain, rope_scaling=rope)
     assert torch.allclose(inverse_frequencies(scaled), expected, rtol=1e-6, atol=0)
-    # GGUF's form of the same
+    # The same scaling in GGUF's form
     factors = tuple((inverse_frequencies(plain) / expected).tolist())
     divided = replace(plain, rope_factors=factors)
     assert torch.allclose(inverse_frequencies(divided), expected, rtol=1e-6, atol=0)
 
 
-def test_the_old_and_the_new_form_of_rope_in_config_json_are_the_same_model(peer, copy):
+def test_the_old_and_the_new_form_of_rope_in_config_json_make_the_same_model(peer, copy):
     import transformers
 
     source = tokens(2, 40)
@@ -176,7 +175,7 @@ def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
     assert "frequency" not in model.state_dict()
 
 
-def test_dropout_in_training_falls_on_attention_only_as_in_transformers(copy):
+def test_dropout_in_training_affects_only_attention_as_in_transformers(copy):
     import transformers
 
     folder = copy("llama-gqa", attention_dropout=0.3)

@@ -1,4 +1,4 @@
-"""What keeps less for the backward pass has the results and gradients of the plain lines."""
+"""Whatever keeps less for the backward pass has the results and gradients of the plain lines."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_the_gradients_of_the_norm_pass_gradcheck(n_rows, length, width, is_froz
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_norm_and_its_gradients_are_those_of_pytorch(dtype):
+def test_the_norm_and_its_gradients_equal_those_of_pytorch(dtype):
     theirs = nn.RMSNorm(24, 1e-6, dtype=dtype)
     nn.init.normal_(theirs.weight)
     ours = RMSNorm(24, 1e-6, dtype=dtype)
@@ -106,7 +106,7 @@ def test_recompute_without_gradients_is_the_plain_call():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recomputed_blocks_give_the_same_bits_under_dropout_and_keep_less(name, loaded):
+def test_recomputed_blocks_have_the_same_bits_under_dropout_and_keep_less(name, loaded):
     model = loaded(name, seed=0).train()
     batch = batch_of((30, 12, 25))
     minia3.freeze(model)
@@ -122,5 +122,5 @@ def test_recomputed_blocks_give_the_same_bits_under_dropout_and_keep_less(name, 
     model.eval()
     tokens = decode()
     for block in blocks_of(model):
-        del block.forward  # the class's own comes back
+        del block.forward  # which leaves the forward of the class
     assert decode() == tokens

@@ -1,7 +1,7 @@
-"""T5: its logits are those of transformers, for every form of it and in three dtypes.
+"""T5: its logits equal those of transformers, for every form of the model and in three dtypes.
 
-Positions go far beyond the last bucket of distances. In training, dropout falls where transformers'
-dropout falls, draw for draw.
+Positions go far beyond the last bucket of distances. In training, dropout has the same places and
+the same draws as in transformers.
 """
 
 import pytest
@@ -12,7 +12,7 @@ import minia3
 from minia3.model.blocks import Attention
 from minia3.model.t5 import distance_bucket
 
-# Padding on the right, on the left, on both sides; none.
+# Padding on the right, on the left and on both sides; no padding.
 MASK = torch.tensor(
     [
         [True] * 5 + [False] * 4,
@@ -59,7 +59,7 @@ def test_logits_in_bfloat16_are_as_near_the_exact_ones_as_those_of_transformers(
     assert ours < 0.05 * scale
 
 
-def test_the_peers_have_tied_and_untied_heads_scaled_and_not(loaded):
+def test_the_peers_cover_tied_and_untied_heads_with_and_without_scaling(loaded):
     found = {}
     for name in T5_PEERS:
         model = loaded(name)
@@ -72,10 +72,10 @@ def test_the_peers_have_tied_and_untied_heads_scaled_and_not(loaded):
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "t5-near", "t5-deep-decoder"])
-def test_dropout_in_training_falls_where_that_of_transformers_falls(peer, loaded, name):
-    """With one seed the draws are the same, so a drop too many or another rate changes all logits.
+def test_dropout_in_training_has_the_places_and_draws_of_transformers(peer, loaded, name):
+    """With the same seed, an extra dropout or another rate would change all logits.
 
-    The batch has no padding, because we draw nothing for padded tokens, and transformers does.
+    The batch has no padding, because transformers draws numbers for padding, and we do not.
     """
     source = tokens(3, 7)
     target = tokens(3, 5, seed=1)
@@ -117,7 +117,7 @@ def test_the_target_starts_with_the_token_that_the_config_names(copy):
     assert torch.equal(model.start(tokens(3, 4)).start, torch.full((3, 1), 7))
     model = minia3.load_model(copy("t5-v1.1", decoder_start_token_id=None, pad_token_id=5))
     assert torch.equal(model.start(tokens(1, 4)).start, torch.full((1, 1), 5)), (
-        "without a start token, it is the pad token"
+        "without a start token, the target starts with the pad token"
     )
 
 

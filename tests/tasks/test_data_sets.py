@@ -1,4 +1,4 @@
-"""The files of known tasks are downloaded, read and checked in the forms that their authors chose."""
+"""The files of known tasks are downloaded, read and checked in the forms of their authors."""
 
 import hashlib
 import os

@@ -6,20 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minia3.checkpoints.known_models import known_models
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model, place_parameter
 from minia3.inference.scoring import logprobs
 from minia3.model.ia3 import freeze, vectors
 from minia3.training.memory_plan import MemoryCounter, planned_memory
 from minia3.training.optimizer import Adafactor
 
-SMALL_T5 = replace(
-    known_models()["t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256
-)
+SMALL_T5 = replace(KNOWN_MODELS["t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256)
 SMALL_GATED_T5 = replace(
-    known_models()["flan-t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256
+    KNOWN_MODELS["flan-t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256
 )
-SMALL_LLAMA = replace(known_models()["smollm2-135m"].config, n_layers=2, vocab_size=256)
+SMALL_LLAMA = replace(KNOWN_MODELS["smollm2-135m"].config, n_layers=2, vocab_size=256)
 CONFIGS = {"t5": SMALL_T5, "gated t5": SMALL_GATED_T5, "llama": SMALL_LLAMA}
 
 
