@@ -14,11 +14,12 @@
 # %% [markdown]
 # # (IA)^3, step by step
 #
-# This walkthrough explains (IA)^3 (Liu et al. 2022, [arXiv 2205.05638](https://arxiv.org/abs/2205.05638))
-# to a reader who knows Python and linear algebra, and who has never seen a transformer. (IA)^3
-# adapts a large frozen network to a new task by learning a few vectors that rescale some of its
-# activations. At the end you will have trained such vectors, looked at them, folded them into the
-# weights, served eight adapters in one batch, and seen where the method falls behind.
+# This walkthrough explains (IA)^3 (Liu et al. 2022, [arXiv
+# 2205.05638](https://arxiv.org/abs/2205.05638)) to a reader who knows Python and linear algebra,
+# and who has never seen a transformer. (IA)^3 adapts a large frozen network to a new task by
+# learning a few vectors that rescale some of its activations. At the end you will have trained such
+# vectors, looked at them, folded them into the weights, served eight adapters in one batch, and
+# seen where the method falls behind.
 #
 # Every experiment follows the same pattern. The text predicts a number, the next cell prints it,
 # and an assertion compares the two. If a prediction surprises you, stop there: that is the place
@@ -363,11 +364,11 @@ assert gap(scaled_LD, l_v * out_LD) < 1e-6
 
 # %% [markdown]
 # In minia3 a vector is a module, `IA3`, and exactly three lines of `blocks.py` apply the paper's
-# vectors. A vector starts at one. **Predict:** a vector of ones changes nothing, and not only approximately. In
-# floating point $1 \cdot x$ is $x$ *to the bit*, so training starts from an exact copy of the
-# pre-trained model. We check it on the embedded model, a T5 of 218,112 parameters: with its
-# vectors of ones, and with all vectors taken out, it gives the same bits. (`source` is any text.
-# `start` reads it, and `step` returns the *logits*, a score for each of the 320 tokens of the
+# vectors. A vector starts at one. **Predict:** a vector of ones changes nothing, and not only
+# approximately. In floating point $1 \cdot x$ is $x$ *to the bit*, so training starts from an exact
+# copy of the pre-trained model. We check it on the embedded model, a T5 of 218,112 parameters: with
+# its vectors of ones, and with all vectors taken out, it gives the same bits. (`source` is any
+# text. `start` reads it, and `step` returns the *logits*, a score for each of the 320 tokens of the
 # vocabulary to come next. `base`, the model without vectors, stays with us.)
 
 # %%
@@ -844,9 +845,9 @@ assert replies[1] == answer
 #
 # What does it buy? Rows scaled by $\mathrm{diag}(l)$ keep their direction, and low-rank matrices
 # add *new* directions. **Predict.** Let $W$ have orthonormal rows, and let the task be to exchange
-# two of them. If nothing is done, the squared error is $|w_1 - w_2|^2 + |w_2 - w_1|^2 = 4$. The best scaling
-# of a row towards an orthogonal one is 0, which leaves $|w_2|^2 + |w_1|^2 = 2$: half of the error.
-# Rank 1 suffices to do it exactly, because the change is $(e_1 - e_2)(w_2 - w_1)^T$.
+# two of them. If nothing is done, the squared error is $|w_1 - w_2|^2 + |w_2 - w_1|^2 = 4$. The
+# best scaling of a row towards an orthogonal one is 0, which leaves $|w_2|^2 + |w_1|^2 = 2$: half
+# of the error. Rank 1 suffices to do it exactly, because the change is $(e_1 - e_2)(w_2 - w_1)^T$.
 
 # %%
 W = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64)).Q

@@ -27,6 +27,8 @@ from running import (
     words,
 )
 
+import minia3
+from minia3.checkpoints.load import load_model
 from minia3.training import group as training_group
 from minia3.training.checkpoint import save_checkpoint
 from minia3.training.group import Group
@@ -333,6 +335,21 @@ class Killed(BaseException):
     """What a test raises in place of a SIGKILL, to stay in this process."""
 
 
+@contextlib.contextmanager
+def break_off(at_step):
+    """Raise Killed when a step begins."""
+    original = TrainingLog.start_step
+
+    def start_step(log):
+        if log.step == at_step:
+            raise Killed
+        return original(log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLog, "start_step", start_step)
+        yield
+
+
 def test_a_run_that_breaks_off_continues_bit_for_bit_from_its_last_checkpoint(
     tmp_path, monkeypatch
 ):
@@ -342,21 +359,31 @@ def test_a_run_that_breaks_off_continues_bit_for_bit_from_its_last_checkpoint(
     out = tmp_path / "run"
     assert run(words(whole, **flags)) == 0
 
-    original = TrainingLog.start_step
-
-    def start_step(log):
-        if log.step == 12:
-            raise Killed
-        return original(log)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLog, "start_step", start_step)
-        with pytest.raises(Killed):
-            run(words(out, **flags))
+    with break_off(at_step=12), pytest.raises(Killed):
+        run(words(out, **flags))
     assert events(out, "train")[-1]["step"] == 10  # a line beyond the checkpoint of step 7
     steps = steps_that_begin(monkeypatch)
     assert resume(out) == 0
     assert steps == list(range(7, 14))
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_resumed_run_keeps_vectors_that_do_not_train_if_their_file_has_changed(tmp_path):
+    def save_vectors(value):
+        adapted = load_model(running.model("t5"))
+        for vector in minia3.vectors(adapted).values():
+            vector.data.fill_(value)
+        minia3.save_adapter(adapted, tmp_path / "adapter")
+
+    flags = {"sites": "k", "adapter": tmp_path / "adapter", "steps": 8, "save_every": 4}
+    save_vectors(1.5)
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    assert run(words(whole, **flags)) == 0
+    with break_off(at_step=6), pytest.raises(Killed):
+        run(words(out, **flags))
+    save_vectors(0.5)
+    assert resume(out) == 0
     assert outcome(out) == outcome(whole)
 
 
