@@ -1,4 +1,4 @@
-"""What a run says before it begins."""
+"""What a run prints before it trains."""
 
 
 def announce_device(device, reason, dtype):
@@ -7,7 +7,10 @@ def announce_device(device, reason, dtype):
 
 
 def announce_group(group, is_first):
-    """Print what trains, and on which rows. Groups of one run have the same model."""
+    """Print what trains, and on which rows.
+
+    All groups of a run load the same model, so only the first one prints it.
+    """
     if is_first:
         announce_model(group)
     lines = []
@@ -22,8 +25,8 @@ def announce_group(group, is_first):
 def announce_model(group):
     name = group.config.model
     share = group.n_trained / group.n_base
-    trained = f"{group.n_trained:,} that train ({share:.3%})"
-    print(f"model    {name}: {group.n_base:,} parameters, and {trained}")
+    trained = f"{group.n_trained:,} trained ({share:.3%})"
+    print(f"model    {name}: {group.n_base:,} parameters, {trained}")
 
 
 def describe_assignment(assignment, config):
@@ -33,7 +36,7 @@ def describe_assignment(assignment, config):
     use = "train on"
     if config.method == "icl":
         use = "put before each"
-    report = f"{n_report} of {assignment.report_split} to report on"
+    report = f"{n_report} rows of {assignment.report_split} to report on"
     lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
     for note in assignment.notes:
         lines.append(f"note     {note}")

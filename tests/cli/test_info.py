@@ -1,5 +1,5 @@
-"""Guards `python -m minia3 info`: its numbers are those of the model that is loaded and of the
-files that are written, and neither a network nor weights are needed to know them."""
+"""Guards `python -m minia3 info`: its numbers agree with the model that is loaded and with the
+files that are written, and it needs neither a network nor weights."""
 
 import json
 import os

@@ -144,7 +144,7 @@ def test_every_block_has_room_for_what_its_linears_give(loaded, name):
 
 
 @pytest.mark.parametrize("name", SEVEN)
-def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(loaded, peft_folder, name):
+def test_logits_and_gradients_of_a_padded_batch_equal_peft(loaded, peft_folder, name):
     theirs, folder = peft_folder(name)
     ours = loaded(name, n_adapters=3, seed=1)
     others = {n: v.detach().clone() for n, v in minia3.vectors(ours).items()}
