@@ -97,7 +97,8 @@ class Config:
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
     dtype: str | None = flag(
         None,
-        "dtype of the weights (default: bfloat16 on a GPU, float32 on a CPU and for full)",
+        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
+        "and on a CPU)",
         one_of=tuple(DTYPES),
     )
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
@@ -206,7 +207,7 @@ def train(run, group, config):
                     sum(losses.values()).backward()
                     log.add_losses(losses)
 
-                # Each cell clips and updates only its own row.
+                # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
                     cell.clip_gradient()
                     cell.update(learning_rate(log.step, cell.config))

@@ -23,10 +23,11 @@ def announce_group(group, is_first):
 
 
 def announce_model(group):
-    name = group.config.model
-    share = group.n_trained / group.n_base
-    trained = f"{group.n_trained:,} trained ({share:.3%})"
-    print(f"model    {name}: {group.n_base:,} parameters, {trained}")
+    line = f"model    {group.config.model}: {group.n_base:,} parameters"
+    if group.n_trained:
+        share = group.n_trained / group.n_base
+        line += f", {group.n_trained:,} trained ({share:.3%})"
+    print(line)
 
 
 def describe_assignment(assignment, config):
@@ -35,7 +36,7 @@ def describe_assignment(assignment, config):
     n_report = len(assignment.report_rows)
     use = "train on"
     if config.method == "icl":
-        use = "put before each"
+        use = "put before each input"
     report = f"{n_report} rows of {assignment.report_split} to report on"
     lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
     for note in assignment.notes:

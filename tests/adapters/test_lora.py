@@ -408,7 +408,7 @@ def test_a_second_lora_is_refused_and_so_is_saving_none(applied, loaded, tmp_pat
         (
             {"r": 4},
             r"expected finite .*\.q\.lora_A.weight', \(4, 24\)\)\]"
-            r" \.\.\., has .*\.q\.lora_A.weight', \(3, 24\)",
+            r" \.\.\., found .*\.q\.lora_A.weight', \(3, 24\)",
         ),
         ({"r": None}, "TypeError"),
         ({"r": 0}, "a rank of 1 or more"),
@@ -458,14 +458,14 @@ DAMAGE = {
         lambda x: {name: tensor for name, tensor in x.items() if name != QB},
         rf"expected finite \[\('{QB}', \(24, 3\)\)\] \.\.\., found \[\]",
     ),
-    "wide": (lambda x: x | {QA: torch.ones(3, 25)}, rf"has \[\('{QA}', \(3, 25\)\)\]"),
-    "integers": (lambda x: x | {QA: torch.ones(3, 24).int()}, rf"\[\('{QA}'.*has \[\]"),
-    "nan": (with_nan, rf"\[\('{QA}'.*has \[\]"),
+    "wide": (lambda x: x | {QA: torch.ones(3, 25)}, rf"found \[\('{QA}', \(3, 25\)\)\]"),
+    "integers": (lambda x: x | {QA: torch.ones(3, 24).int()}, rf"\[\('{QA}'.*found \[\]"),
+    "nan": (with_nan, rf"\[\('{QA}'.*found \[\]"),
     "more": (
         lambda x: x | {f"{Q}B.bias": torch.ones(24)},
         rf"\[\] \.\.\., found \[\('{Q}B.bias', \(24,\)\)\]",
     ),
-    "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"has \[.*block.9.layer"),
+    "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"found \[.*block.9.layer"),
     "half": (without_cross_attention, "expected finite .*block.0.layer.1.EncDecAttention.q"),
     "nothing": (lambda x: {}, r"found 3 and \[\]"),
 }

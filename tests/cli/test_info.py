@@ -204,7 +204,7 @@ def test_the_note_says_what_was_planned(monkeypatch):
     monkeypatch.setattr("minia3.training.memory_plan.planned_memory", lambda *args, **options: 0)
     note = " ".join(text for title, text in info("tiny-t5", batch=3, length=50) if not title)
     assert "for 3 sources of 50 tokens" in note
-    assert "a step with targets of 8 tokens" in note
+    assert "one step with targets of 8 tokens" in note
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])

@@ -1,6 +1,6 @@
 """Guards scoring. Log-probabilities and scores equal transformers on single rows, whatever the
-batch, the adapters and the padding. Logits and choices that are computed in parts are the same, and so are
-their gradients. Mistakes are named."""
+batch, the adapters and the padding. Logits and choices that are computed in parts are the same, and
+so are their gradients. Mistakes are named."""
 
 from dataclasses import replace
 
