@@ -109,7 +109,7 @@ def find_mismatch(peft_name, entry, name, vectors):
 
 def find_infinite(peft_name, vector_D):
     """Return a text about the first entry that is infinite or NaN, or None."""
-    # A sum is quick, even for thousands of vectors, but it may be infinite if no entry is.
+    # A sum is quick, even for thousands of vectors, but it may be infinite although no entry is.
     if math.isfinite(vector_D.sum()):
         return None
     positions = (~vector_D.isfinite()).nonzero().flatten().tolist()

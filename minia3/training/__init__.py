@@ -7,5 +7,5 @@ metrics.jsonl? The other modules read the flags (`flags`, `rules`), set up what 
 (`grid`, `assignment`, `drawing`, `methods`, `device`, `prepare`), hold the equations (`losses`,
 `optimizer`), keep the files of a run (`run_folder`, `checkpoint`), handle signals (`signals`), and
 print what the user sees (`announce`, `results`, `report`, `command_lines`, `model_card`).
-`memory_plan` computes how much memory training takes.
+`memory_plan` computes how much memory a model takes to serve and to train.
 """

@@ -119,7 +119,10 @@ class Cell:
         self.progress.n_steps += 1
 
     def keep_if_best(self, results):
-        """Keep the parameters if these results on held-out rows (one per member) are the best."""
+        """Keep the parameters if these held-out results (one per member) are the best so far.
+
+        A result that is not better counts as a miss, for --patience.
+        """
         progress = self.progress
         accuracy = sum(result["accuracy"] for result in results) / len(results)
         is_first = progress.best_accuracy is None
