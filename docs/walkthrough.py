@@ -362,8 +362,8 @@ assert torch.equal(same_weights_LM, weights_LM)
 assert gap(scaled_LD, l_v * out_LD) < 1e-6
 
 # %% [markdown]
-# In minia3 a vector is a module, `IA3`, which appears in exactly three lines of `blocks.py`. It
-# starts at one. **Predict:** a vector of ones changes nothing, and not only approximately. In
+# In minia3 a vector is a module, `IA3`, and exactly three lines of `blocks.py` apply the paper's
+# vectors. A vector starts at one. **Predict:** a vector of ones changes nothing, and not only approximately. In
 # floating point $1 \cdot x$ is $x$ *to the bit*, so training starts from an exact copy of the
 # pre-trained model. We check it on the embedded model, a T5 of 218,112 parameters: with its
 # vectors of ones, and with all vectors taken out, it gives the same bits. (`source` is any text.
@@ -796,7 +796,7 @@ assert right_minus_wrong_A[7] > 0
 # Does a mixed batch give what separate batches give? On paper, yes: no row reads another row's
 # text or vectors. **Predict.** Matrix products of other sizes may add in another order. A float32
 # has 24 bits: one rounding of a score of about 10 costs $10 \cdot 2^{-24} \approx$ 6e-7, some
-# hundred of them perhaps ten times as much: about 1e-5, and less than 1e-4. In float64 all shrinks
+# hundred of them perhaps ten times as much: about 1e-5, and less than 1e-4. In float64 it shrinks
 # by $2^{29}$: below 1e-12.
 
 # %%
@@ -844,7 +844,7 @@ assert replies[1] == answer
 #
 # What does it buy? Rows scaled by $\mathrm{diag}(l)$ keep their direction, and low-rank matrices
 # add *new* directions. **Predict.** Let $W$ have orthonormal rows, and let the task be to exchange
-# two of them. Undone, the squared error is $|w_1 - w_2|^2 + |w_2 - w_1|^2 = 4$. The best scaling
+# two of them. If nothing is done, the squared error is $|w_1 - w_2|^2 + |w_2 - w_1|^2 = 4$. The best scaling
 # of a row towards an orthogonal one is 0, which leaves $|w_2|^2 + |w_1|^2 = 2$: half of the error.
 # Rank 1 suffices to do it exactly, because the change is $(e_1 - e_2)(w_2 - w_1)^T$.
 

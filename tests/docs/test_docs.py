@@ -76,8 +76,8 @@ def package_commands():
 # The form of the pages
 
 
-def test_the_readme_has_at_most_220_lines():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+def test_the_readme_has_at_most_200_lines():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_the_first_two_commands_are_there_for_ci_to_read():

@@ -303,7 +303,61 @@ def test_a_stopped_evaluation_without_a_folder_has_nothing_to_continue(capsys, m
     assert capsys.readouterr().err == "stopped\n"
 
 
+def test_a_run_that_is_stopped_between_two_lines_continues_bit_for_bit(tmp_path, monkeypatch):
+    """The next line has the mean loss of steps before and after the stop."""
+    flags = {"dropout": 0.1, "steps": 12, "save_every": 7}
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    assert run(words(whole, **flags)) == 0
+
+    original = TrainingLog.start_step
+
+    def start_step(log):
+        if log.step == 8:
+            kill_self(signal.SIGINT)
+        return original(log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLog, "start_step", start_step)
+        assert run(words(out, **flags)) == 130
+    steps = steps_that_begin(monkeypatch)
+    assert resume(out) == 0
+    assert steps == list(range(9, 12))  # the step in which the signal came was finished
+    assert outcome(out) == outcome(whole)
+
+
 # Killed: SIGKILL
+
+
+class Killed(BaseException):
+    """What a test raises in place of a SIGKILL, to stay in this process."""
+
+
+def test_a_run_that_breaks_off_continues_bit_for_bit_from_its_last_checkpoint(
+    tmp_path, monkeypatch
+):
+    """The tests above and below do this anywhere, but they are slow."""
+    flags = {"dropout": 0.1, "steps": 14, "save_every": 7}
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    assert run(words(whole, **flags)) == 0
+
+    original = TrainingLog.start_step
+
+    def start_step(log):
+        if log.step == 12:
+            raise Killed
+        return original(log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLog, "start_step", start_step)
+        with pytest.raises(Killed):
+            run(words(out, **flags))
+    assert events(out, "train")[-1]["step"] == 10  # a line beyond the checkpoint of step 7
+    steps = steps_that_begin(monkeypatch)
+    assert resume(out) == 0
+    assert steps == list(range(7, 14))
+    assert outcome(out) == outcome(whole)
 
 
 @pytest.mark.slow

@@ -40,6 +40,37 @@ def test_the_first_loss_is_the_loss_of_the_base_on_the_first_batch(name, kind, l
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+def test_the_loss_and_gradient_of_a_step_are_those_written_out(
+    micro_batch_size, tmp_path, monkeypatch
+):
+    """The steps of Adafactor and AdamW would not show a gradient of another size."""
+    found = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, largest_norm):
+        parameters = list(parameters)
+        found.extend(parameter.grad.clone() for parameter in parameters)
+        return clip(parameters, largest_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    flags = {"task": task((2, 3, 1)), "seed": 2, "dropout": 0, "dtype": "float64"}
+    flags |= {"steps": 1, "micro_batch_size": micro_batch_size}
+    assert run(words(tmp_path / "run", **flags)) == 0
+
+    ours = minia3.load_model(model("t5"), dtype=torch.float64).double()
+    minia3.freeze(ours)
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    train_rows = read(task((2, 3, 1)) / "train.jsonl")
+    batch = [train_rows[i] for i in batches(20, 4, 2)[0]]
+    loss = expected_loss(ours, tokenizer, batch, "lm,ul,ln")
+    expected = torch.autograd.grad(loss, list(minia3.vectors(ours).values()))
+    for gradient, expected_gradient in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-12)
+    line = metrics(tmp_path / "run")[1]  # the losses of micro-batches add up
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-8)
+
+
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_a_run_is_the_loop_written_out_with_the_optimizers_of_transformers_and_torch(
     optimizer, tmp_path
