@@ -1,13 +1,14 @@
 """Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate the model before and after.
 
-    python train.py                                             the small model and task of data/
+    python train.py                                             the small model and task in data/
     python train.py --model t5-base --task rte                  a real model and a real task
     python train.py --model path/to/model --task path/to/rows.jsonl
     python train.py --model t5-base --task rte,cb --seed 0,1    four adapters, trained together
     python train.py --resume runs/t5-base-rte-ia3-0             continue a run that was stopped
 
-The loop is `train`. It calls the model through `choice_logprobs` (minia3/inference/scoring.py). The
-model is in minia3/model/t5.py or llama.py, and the method is in minia3/model/ia3.py.
+The loop is `train`, and the functions after it call it. It runs the model through `choice_logprobs`
+(minia3/inference/scoring.py). The model is in minia3/model/t5.py or llama.py, and the method is in
+minia3/model/ia3.py.
 """
 
 import shlex
@@ -42,42 +43,48 @@ from minia3.training.signals import Signals, Stopped
 
 @dataclass
 class Config:
-    """The flags. `python train.py --help` prints the same texts."""
+    """The flags of a run. `python train.py --help` prints these texts."""
 
     # What is trained, and on what
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
     task: str | tuple = flag(
-        "same-colour", "known task (rte ...), .jsonl or .csv file, or folder; commas: several"
+        "same-colour",
+        "known task (rte ...), .jsonl or .csv file, or folder; commas separate several tasks",
     )
     method: str = flag(
         "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS
     )
     sites: str = flag(
-        "k,v,ff", "which vectors train; q,o,up,gate are not in the paper", some_of=SITE_NAMES
+        "k,v,ff", "vectors that train; q,o,up,gate are not in the paper", some_of=SITE_NAMES
     )
     layers: str = flag(
-        "0-", "layers whose vectors train, such as 0-5,20- (of T5's encoder and of its decoder)"
+        "0-", "layers whose vectors train, such as 0-5,20-; for T5, of the encoder and the decoder"
     )
-    no_cross: bool = flag(False, "leave the vectors of cross-attention at one")
+    no_cross: bool = flag(False, "do not train the vectors of cross-attention")
     rank: int = flag(8, "rank of LoRA", at_least=1)
     alpha: int = flag(16, "scale of LoRA, which adds alpha / rank * B A to a weight", at_least=1)
     where: str = flag(
-        "q,v", "weights to which LoRA is added: q,k,v,o,gate,up,down", some_of=LINEARS
+        "q,v", "weights that LoRA is added to: some of q,k,v,o,gate,up,down", some_of=LINEARS
     )
     shots: int | None = flag(
         None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1
     )
     adapters: str = flag(
         "each",
-        "several tasks: an adapter for each, or one for their mixture",
+        "for several tasks: each (an adapter per task) or one (an adapter for their mixture)",
         one_of=("each", "one"),
     )
-    cap: int = flag(2**16, "a mixture counts at most this many rows of each task", at_least=1)
+    cap: int = flag(2**16, "a mixture draws a larger task as if it had this many rows", at_least=1)
     seed: int | tuple = flag(
-        0, "seed of shots, order, prompts and dropout; commas: several", at_least=0, below=2**32
+        0,
+        "seed of shots, order, prompts and dropout; commas separate several seeds",
+        at_least=0,
+        below=2**32,
     )
     adapter: str | None = flag(
-        None, "start from this PEFT adapter, or evaluate it (default: ones)", also=["--init"]
+        None,
+        "PEFT adapter to start from, or to evaluate (default: none, so all vectors are one)",
+        also=["--init"],
     )
     eval_only: bool = flag(False, "evaluate and stop; nothing is written unless --out is given")
 
@@ -90,7 +97,8 @@ class Config:
     device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
     dtype: str | None = flag(
         None,
-        "dtype of the weights (default: bfloat16 on a GPU, but not for full)",
+        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
+        "and on a CPU)",
         one_of=tuple(DTYPES),
     )
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
@@ -98,30 +106,42 @@ class Config:
         False, "recompute blocks in the backward pass: less memory, slower steps"
     )
     deterministic: bool = flag(
-        False, "deterministic kernels: equal runs give equal bits on a GPU, too"
+        False, "use deterministic kernels: on a GPU, too, equal runs give equal bits"
     )
 
     # The recipe, with T-Few's values
     steps: int = flag(1000, "steps of the optimizer", at_least=1)
     batch_size: int = flag(8, "examples per step and adapter", at_least=1)
     micro_batch_size: int | None = flag(
-        None, "examples per forward pass, to save memory (default: all)", at_least=1
+        None, "examples per forward pass, to save memory (default: the whole batch)", at_least=1
     )
     optimizer: str | None = flag(
-        None, "adafactor or adamw (default: adafactor for ia3)", one_of=OPTIMIZERS
+        None,
+        "adafactor or adamw (default: adafactor for ia3, adamw for lora and full)",
+        one_of=OPTIMIZERS,
     )
     lr: float | tuple = flag(
-        3e-3, "peak learning rate; with Adafactor, relative to a vector's RMS", above=0, below=1e32
+        3e-3,
+        "peak learning rate; with adafactor, relative to a vector's RMS; commas separate several",
+        above=0,
+        below=1e32,
     )
     warmup_ratio: float | tuple = flag(
-        0.06, "share of the steps that warm up linearly", at_least=0, below=1
+        0.06,
+        "share of the steps in which the learning rate rises; commas separate several",
+        at_least=0,
+        below=1,
     )
     clip: float = flag(1.0, "largest norm of an adapter's gradient", above=0)
     weight_decay: float = flag(
-        0.0, "for adamw; it pulls vectors towards 0, but the identity is 1", at_least=0
+        0.0,
+        "weight decay of adamw; it pulls vectors toward 0, although 1 is the identity",
+        at_least=0,
     )
     losses: str = flag(
-        "lm,ul,ln", "lm: likelihood, ul: unlikelihood, ln: length-normalised", some_of=tuple(LOSSES)
+        "lm,ul,ln",
+        "losses to add up: lm likelihood, ul unlikelihood, ln length-normalised",
+        some_of=tuple(LOSSES),
     )
     dropout: float | None = flag(
         None, "dropout in training (default: as the model's config says)", at_least=0, below=1
@@ -129,18 +149,22 @@ class Config:
 
     # Evaluation and checkpoints
     max_length: int = flag(
-        512, "tokens of an input; a longer one loses words from its middle", at_least=1
+        512, "most tokens of an input; a longer input loses words from its middle", at_least=1
     )
-    max_new_tokens: int = flag(64, "tokens that are generated for rows with a target", at_least=1)
+    max_new_tokens: int = flag(64, "most tokens to generate for a row with a target", at_least=1)
     eval_prompt: str | int = flag(
         "0", "prompts to evaluate with: 0, or 0,1,2, or all; the result is the median"
     )
     eval_batch_size: int = flag(16, "rows per forward pass in evaluation", at_least=1)
     eval_every: int = flag(
-        0, "steps between evaluations on held-out rows; the best vectors are kept", at_least=0
+        0,
+        "steps between evaluations on held-out rows, which choose the best vectors (0: never)",
+        at_least=0,
     )
     patience: int = flag(
-        0, "stop after this many evaluations without a better one (0: never)", at_least=0
+        0,
+        "stop after this many evaluations in a row without a better one (0: never)",
+        at_least=0,
     )
     save_every: int = flag(100, "steps between checkpoints", at_least=1)
 
@@ -153,22 +177,22 @@ def train(run, group, config):
     """Train all cells of a group at once. A cell is one adapter: a row of the model's vectors.
 
     Each cell has its own data order, loss, clipping, optimizer and early stop, as if it trained
-    alone. The cells share only the forward pass. A signal stops the run at once, but not within
-    `run.uninterrupted()`: outside of these blocks, the group is always a complete checkpoint.
+    alone. The cells share only the forward pass. A signal stops the run at once, except within
+    `run.uninterrupted()`. Outside these blocks the state of the group can always be saved.
     """
     model = group.model
     log = group.log
     with log.progress_bar(), run.checkpointing(group):
         while True:
-            # Now and then: evaluate on held-out rows, and keep the vectors if they are the best.
+            # From time to time, evaluate on held-out rows. Each cell keeps its best vectors.
             if log.evaluation_is_due():
                 results = {cell: group.evaluate_held_out(cell) for cell in group.active_cells}
                 with run.uninterrupted():
                     for cell, cell_results in results.items():
-                        cell.judge(cell_results)
+                        cell.keep_if_best(cell_results)
                     log.write_evaluations(results)
 
-            # Cells that failed or lost patience are not active any more.
+            # A cell that has failed or run out of patience is no longer active.
             if log.step == config.steps or not group.active_cells:
                 break
 
@@ -176,19 +200,19 @@ def train(run, group, config):
                 log.start_step()
                 model.train()
                 batch = group.next_batch()
-                # Forward and backward, in parts if memory is short.
+                # Forward and backward, in parts if --micro-batch-size says so.
                 for part in batch.split(config.micro_batch_size):
                     logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                    losses = part.losses(logp_BCL)  # of each cell that has examples in this part
+                    losses = part.losses(logp_BCL)  # cell -> its loss on its examples in this part
                     sum(losses.values()).backward()
                     log.add_losses(losses)
 
-                # A step of each cell's optimizer.
+                # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
                     cell.clip_gradient()
                     cell.update(learning_rate(log.step, cell.config))
                 model.zero_grad()
-                model.eval()
+                model.eval()  # because only a step has dropout
                 log.end_step(batch)
 
                 if log.line_is_due():
@@ -202,8 +226,8 @@ def train(run, group, config):
 
 
 def run_group(run, group, config, baselines):
-    """Evaluate the cells of a group, train them, evaluate them again, and save what they learnt."""
-    run.restore(group)  # a resumed run may have done some of this
+    """Evaluate the cells of a group, train them, evaluate them again, and save the result."""
+    run.restore(group)  # a resumed run has done a part of what follows
     for cell in group.cells:
         if cell.progress.before is None:
             cell.progress.before = evaluate_before(run, group, cell, baselines)
@@ -219,14 +243,14 @@ def run_group(run, group, config, baselines):
                 save_trained(group, cell, folder)
                 write_card(folder, cell.config, finals, cell.checksums)
             run.finish_cell(cell, finals)
-            if cell is not group.cells[-1]:
+            if cell is not group.cells[-1]:  # after the last one, `finish_group` saves
                 run.save(group)
 
 
 def run_grid(run, config):
     """Run the cells that are not done yet, one group after the other, and print the report."""
     if run.is_finished:
-        print(f"{run.folder} is finished; its final lines of metrics.jsonl are the results")
+        print(f"{run.folder} is finished: the final lines of its metrics.jsonl are the results")
         return
 
     device, reason = choose_device(config.device)
@@ -238,10 +262,11 @@ def run_grid(run, config):
     n_cells = len(cells)
     run.start_writing(cells)
 
+    # The cells of (IA)^3 share a model. Other methods change its weights, so each cell loads it.
     is_alone = config.is_training and config.method in TRAINED_ALONE
     group_size = 1 if is_alone else n_cells
     baselines = Baselines()
-    del cells[: run.n_done]
+    del cells[: run.n_done]  # a resumed run has trained them
     while cells:
         group = Group(run, cells[:group_size], config, device, dtype)
         announce_group(group, is_first=run.n_done == 0)
@@ -252,8 +277,8 @@ def run_grid(run, config):
         run.finish_group(group, is_last=not cells)
         del group  # before the next model is loaded
 
-    adapters = {final.get("adapter") for final in run.finals}
-    report(config, run.folder, run.finals, n_failed=n_cells - len(adapters))
+    with_result = {final.get("adapter") for final in run.finals}
+    report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
 
 
 def main(argv=None):

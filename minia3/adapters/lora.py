@@ -20,9 +20,9 @@ from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 
-# What PEFT's config must say, or leave out, if it is the equation above.
+# What PEFT's config must say, or leave out, to mean the equation above.
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
-# What it must leave out: each of these is another equation, or another place.
+# What it must leave out: each of these changes the equation, or the places where it is applied.
 VARIANTS = (
     "use_rslora",
     "use_dora",
@@ -64,7 +64,7 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
     """Put LoRA on the linears that `where` names, freeze all else, and return `lora_parameters`.
 
     where: some of q, k, v, o, gate, up and down. As in PEFT, A is uniform from -in ** -0.5 to
-    in ** -0.5, and B is zero, so the model starts as a bit-exact copy. A depends on `seed` alone.
+    in ** -0.5, and B is zero, so the model starts as a bit-exact copy. A depends only on `seed`.
 
     Raise ValueError if the model has LoRA already, or none of these linears.
     """
@@ -99,7 +99,7 @@ def block_linears(model):
 
 
 def lora_parameters(model):
-    """Return a dict from PEFT's name of every A and B to the parameter: all that trains."""
+    """Return a dict from PEFT's name of each A and B to the parameter. Nothing else trains."""
     peft_names = {}
     for theirs, ours in name_table(model).items():
         if ours is not None:
@@ -135,7 +135,7 @@ def save_lora(model, folder, base=None):
 
 
 def peft_linear(name):
-    """Return "q" of "...SelfAttention.q.lora_A.weight"."""
+    """Return the linear's name: "q" for "...SelfAttention.q.lora_A.weight"."""
     return name.split(".")[-3]
 
 
@@ -156,7 +156,7 @@ def load_lora(model, name_or_path):
     entries = read_tensors(adapter_file(path))
     with reading(path):  # the config may lack r, or hold a text in its place
         options = (config["r"], config["lora_alpha"], linears_with_lora(model, entries))
-        # A model without memory tells the names and shapes that this LoRA has on such a model.
+        # A model without storage shows which names and shapes the tensors must have.
         expected = add_lora(build_model(model.config), *options)
         check_tensors(entries, expected)
     for name, parameter in add_lora(model, *options).items():
@@ -176,7 +176,7 @@ def check_plain(path, config):
 
 
 def linears_with_lora(model, entries):
-    """Return our names (q, gate ...) of the linears on which the tensors of a file are."""
+    """Return our names (q, gate ...) of the linears that the tensors of a file belong to."""
     peft_kinds = {}
     for theirs, ours in name_table(model).items():
         if ours is not None:
@@ -198,4 +198,4 @@ def check_tensors(entries, parameters):
     if found != expected:
         missing = sorted(expected - found)[:1]
         unknown = sorted(found - expected)[:1]
-        raise ValueError(f"lacks finite {missing} ..., has {unknown} ...")
+        raise ValueError(f"expected finite {missing} ..., found {unknown} ...")

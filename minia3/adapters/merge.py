@@ -2,8 +2,9 @@
 
     W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
 
-A product is made in float32 at least, and rounded once to the dtype of the weight. Nothing is ever
-divided, so an entry of 0 is an entry like any other, and there is no way back but the base model.
+A product is computed in float32 at least, and rounded once to the dtype of the weight. Nothing is
+ever divided, so an entry of 0 is an entry like any other, and there is no way back but the base
+model.
 
 Shapes: D width of what is scaled.
 """
@@ -24,7 +25,7 @@ from minia3.checkpoints.tokenizer import find_tokenizer
 from minia3.files.write import writing_folder
 from minia3.model.more_vectors import SITES
 
-N_ROWS_AT_ONCE = 32  # of a weight that is scaled: they stay in the cache, which is 4 times as fast
+N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
 
 
 def merge(model, adapter=0):
@@ -51,7 +52,7 @@ def merge(model, adapter=0):
 
 
 def weight_with_lora(model, name):
-    """Return the parameter `name`, and in float32 at least if a LoRA has to be added to it."""
+    """Return the parameter `name`. If it has a LoRA, add it, in float32 at least."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, LoRA):
         return module.merged()
@@ -98,9 +99,9 @@ def vector_of(name, vectors):
 def merge_files(name_or_path, adapter, out):
     """Fold an adapter into a checkpoint, and write the result to the new folder `out`.
 
-    name_or_path: see `load_model`; adapter: see `read_adapter`. The bits are those of load_model,
-    load_adapter, merge and save_model, but only one shard is in memory at a time. All tensors are
-    read back and compared.
+    name_or_path: see `load_model`; adapter: see `read_adapter`. The result has the same bits
+    as load_model, load_adapter, merge and save_model write, but only one shard is in memory at a
+    time. All tensors are read back and compared.
 
     Raise ValueError, and leave nothing, if `out` is not empty, if something cannot be read or does
     not fit, or if the disk gives back other bits.
@@ -117,12 +118,12 @@ def merge_files(name_or_path, adapter, out):
             save_tensors(temporary, tensors)
             check_written(out, temporary, tensors)
     finally:
-        with suppress(OSError):  # the folder is not empty: everything went well
+        with suppress(OSError):  # the folder has the result, so it is not empty
             out.rmdir()
 
 
 def check_new(out):
-    """Raise ValueError if `out` is a file, or a folder in which there is something to see."""
+    """Raise ValueError if `out` is a file, or a folder with files that are not hidden."""
     has_content = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     if out.is_file() or has_content:
         raise ValueError(f"{out}: exists and is not empty; give a new folder")

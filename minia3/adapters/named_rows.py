@@ -23,7 +23,7 @@ class Adapters(dict):
     ValueError.
     """
 
-    # One lock for all: a lock of its own would keep an Adapters from being copied with its model.
+    # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
     lock = threading.Lock()
 
     def __init__(self, model):
@@ -89,9 +89,9 @@ class Adapters(dict):
 
 
 def grow(model, n_rows):
-    """Give the model at least `n_rows` rows. The new ones are ones.
+    """Give the model at least `n_rows` rows. The new rows are all ones.
 
-    The number doubles, so a thousand adapters that are loaded one by one copy the rows ten times.
+    The number doubles, so that loading a thousand adapters one by one copies the rows ten times.
     The parameters stay the same objects, because an optimizer or a compiled model may hold them. A
     thread that is computing keeps the tensor that it has.
     """

@@ -1,10 +1,10 @@
 """Adapters on disk: PEFT's folders are read and written, and T-Few's files are read.
 
-    adapter_config.json           that it is (IA)^3, which linears have vectors, of which base model
+    adapter_config.json           the kind ((IA)^3), the base model, and the linears with vectors
     adapter_model.safetensors     the vectors, under PEFT's names (vector_names.py)
 
 There is no second format, so what is trained here loads in PEFT, and the other way round. No model
-is needed to read or write a file. Whether it fits a model is the question of rows.py.
+is needed to read or write a file. rows.py checks whether an adapter fits a model.
 
 Shapes: D entries of a vector.
 """
@@ -26,10 +26,10 @@ from minia3.files.write import write_json, writing_folder
 
 
 class AdapterFile(NamedTuple):
-    """What a file says of one adapter."""
+    """What a file says about its adapter."""
 
     vectors: dict  # our name -> its entries (D,), float32
-    base: str | None  # the name or path of the base model, if the file tells
+    base: str | None  # the name or path of the base model, if the file has it
 
 
 # Reading
@@ -38,10 +38,10 @@ class AdapterFile(NamedTuple):
 def read_adapter(name_or_path):
     """Return an adapter as an AdapterFile.
 
-    name_or_path: a PEFT folder, its .safetensors or .bin file alone, T-Few's .pt file, or a hub id.
-    Raise ValueError if the adapter is of another kind than (IA)^3. One ValueError names everything
-    that is wrong with the tensors: an unknown name, two names of one place, a wrong shape, a dtype
-    that is not a float, an entry that is not finite.
+    name_or_path: a PEFT folder, only its .safetensors or .bin file, T-Few's .pt file, or a hub id.
+    Raise ValueError if the adapter is not (IA)^3. One ValueError names everything that is wrong
+    with the tensors: an unknown name, two names for one place, a wrong shape, a dtype that is not a
+    float, an entry that is not finite.
     """
     path = find_adapter(name_or_path)
     base = None
@@ -87,19 +87,20 @@ def adapter_file(folder):
     for name in ADAPTER_FILES:
         if (folder / name).exists():
             return folder / name
-    return folder / ADAPTER_FILES[0]  # whose absence is what the user is told
+    return folder / ADAPTER_FILES[0]  # the error about its absence names this file
 
 
 def find_mismatch(peft_name, entry, name, vectors):
     """Return what is wrong with the name, shape or dtype of a stored vector, or None.
 
-    name: ours; None: there is none. vectors: those that were read before.
+    name: our name, or None if there is none. vectors: the vectors that were read before.
     """
     if name is None:
         return f"{peft_name} {entry.shape} has no place in T5 or LLaMA"
     if name in vectors:
         return f"{peft_name} {entry.shape} scales the same place as another vector of the file"
-    # The shape tells which side of a linear is scaled. To scale the other one is another function.
+    # The shape tells which side of a linear is scaled. Scaling the other side would be another
+    # function.
     shape = peft_shape(peft_name, math.prod(entry.shape))
     if entry.shape != shape or entry.dtype not in FLOATS:
         return f"{peft_name} is {entry.dtype} {entry.shape}, expected floats {shape}"
@@ -107,8 +108,8 @@ def find_mismatch(peft_name, entry, name, vectors):
 
 
 def find_infinite(peft_name, vector_D):
-    """Return where a vector has an entry that is infinite or NaN, or None."""
-    # The sum of thousands of vectors is quick. It may also be infinite if all entries are finite.
+    """Return a text about the first entry that is infinite or NaN, or None."""
+    # A sum is quick, even for thousands of vectors, but it may be infinite although no entry is.
     if math.isfinite(vector_D.sum()):
         return None
     positions = (~vector_D.isfinite()).nonzero().flatten().tolist()
@@ -118,7 +119,7 @@ def find_infinite(peft_name, vector_D):
 
 
 def with_l_ff(vectors):
-    """Return the vectors with l_ff in place of each l_up that stands alone.
+    """Return the vectors with l_ff in place of each l_up that has no l_ff beside it.
 
     PEFT's default for mT5 scales the output of wi_1, which is the input of wo: the same function.
     If a file has vectors on both, each keeps its place.
@@ -139,8 +140,9 @@ def with_l_ff(vectors):
 def write_adapter(folder, vectors, base=None):
     """Write vectors (our name -> (D,)) as a PEFT folder. base: the name or path of their model.
 
-    PEFT makes vectors in the same places again. It cannot be known here how many layers the model
-    has: if it has more of them than the vectors, PEFT gives the last ones vectors of ones.
+    PEFT puts vectors into the same places when it loads the folder. The number of the model's
+    layers is not known here: if there are layers after the last vector, PEFT may give them vectors
+    of ones.
     """
     tensors = peft_tensors(vectors)
     is_llama = any(name.startswith("blocks.") for name in vectors)
@@ -164,9 +166,9 @@ def target_modules(vectors, tensors):
     """Return PEFT's target_modules and feedforward_modules, the linears that have a vector.
 
     Usually these are kinds of linears, such as ["k", "v", "wo"]: PEFT puts a vector on each linear
-    of these kinds. If some of them have no vector, it is a regular expression of the full names.
-    (A list of full names would do today. But older versions of PEFT shorten a long list when they
-    save the adapter again, and then refuse what they have written: its issue 2429.)
+    of these kinds. If some of these linears have no vector, each result is a regular expression of
+    full names. (A list of full names would do today. But older versions of PEFT shorten a long list
+    when they save the adapter again, and then refuse what they have written: its issue 2429.)
     """
     linears = [name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in tensors]
     kinds = sorted({linear.rpartition(".")[2] for linear in linears})
@@ -177,7 +179,7 @@ def target_modules(vectors, tensors):
 
 
 def any_of(names):
-    """Return a regular expression that matches these names alone."""
+    """Return a regular expression that matches only these names."""
     return "|".join(re.escape(name) for name in names)
 
 
@@ -197,7 +199,7 @@ def count_layers(names):
 def count_linears(kinds, n_layers):
     """Return how many linears of these kinds a model has. n_layers: of each stack.
 
-    A stack without any vector counts as one layer, and so its linears are missed.
+    A stack without vectors counts as one layer, so that its linears are found to lack vectors.
     """
     count = 0
     for ours, peft_name in WRITE.items():

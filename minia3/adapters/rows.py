@@ -15,7 +15,7 @@ from minia3.model.more_vectors import add_vectors, possible_vectors
 def row_of(model, adapter):
     """Return a dict from the name of each vector to its row `adapter` (D,).
 
-    The rows are views: to change one changes the model. Raise ValueError if there is no such row.
+    The rows are views: changing one changes the model. Raise ValueError if there is no such row.
     """
     if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
         expected = f"the model has rows 0 to {model.n_adapters - 1}"
@@ -24,7 +24,10 @@ def row_of(model, adapter):
 
 
 def save_adapter(model, folder, adapter=0):
-    """Write row `adapter` of the model as a PEFT folder. Raise ValueError if it is not there."""
+    """Write row `adapter` of the model as a PEFT folder.
+
+    Raise ValueError if there is no such row.
+    """
     write_adapter(folder, row_of(model, adapter), getattr(model, "name_or_path", None))
 
 
@@ -43,7 +46,7 @@ def load_adapter(model, folder_or_file, adapter=0):
 
 
 def fill_row(model, adapter, new_vectors):
-    """Set row `adapter` to `new_vectors` (name -> (D,)). Vectors that these lack become ones."""
+    """Set row `adapter` to `new_vectors` (name -> (D,)). The row's other vectors become ones."""
     row = row_of(model, adapter)
     if new_vectors.keys() - row:
         add_vectors(model, new_vectors)

@@ -1,7 +1,7 @@
 """The names that PEFT and T-Few give to vectors, and ours.
 
-PEFT names a vector after the linear whose output it scales, and `wo` and `down_proj` after the
-linear whose input it scales. `{}` stands for the layer:
+PEFT names a vector after the linear whose output it scales. At `wo` and `down_proj`, the
+vector scales the input instead. `{}` stands for the layer:
 
     base_model.model.encoder.block.{}.layer.0.SelfAttention.k.ia3_l    encoder.blocks.{}.attn.l_k
     base_model.model.model.layers.{}.mlp.down_proj.ia3_l               blocks.{}.ffn.l_ff
@@ -58,7 +58,7 @@ INPUT_VECTORS = (".wo.ia3_l", ".down_proj.ia3_l")
 
 
 def t_few_names():
-    """Return T-Few's names of vectors, in its finish.pt, and ours.
+    """Return a dict from T-Few's name of each vector, in its finish.pt, to ours.
 
     T-Few scales the outputs of k, v and wi_1, never an input. On a gated T5, to scale the output of
     wi_1 is to scale the input of wo: both are one factor of the same product, so it is our l_ff.

@@ -2,6 +2,6 @@
 
 `main` has the parser and the exit codes. Every command is a module with a TITLE, an EXAMPLE,
 `add_arguments(parser)` and `run(args)`. Importing a command does not import torch, because --help
-has to be quick: what a command needs, it imports when it runs. `results` reads the folders of runs
+has to be quick: a command imports what it needs when it runs. `results` reads the folders of runs
 for `table` and `plot`.
 """

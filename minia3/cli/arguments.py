@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what they stand for."""
+"""Arguments that several commands share, and the functions that load what they name."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ def add_max_new_tokens(parser):
         "--max-new-tokens",
         type=int,
         default=64,
-        help="most tokens of an output (default: %(default)s)",
+        help="most tokens to generate for an output (default: %(default)s)",
     )
 
 
@@ -47,7 +47,7 @@ def new_folder(path):
 
 
 def load_model(args):
-    """Load the model of `args`, as --device and --dtype say."""
+    """Load the model of `args` onto --device in --dtype."""
     import torch
 
     from minia3.checkpoints.load import load_model

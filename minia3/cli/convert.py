@@ -25,12 +25,12 @@ def run(args):
         write_adapter(args.out, adapter.vectors, adapter.base)
     else:
         model = load_model(args)
-        tokenizer = find_tokenizer(find(args.model, weights=False))  # some models come without one
+        tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none
         save_model(model, args.out, tokenizer)
 
 
 def is_adapter(path):
-    """Return whether a path is an adapter's. The only models that are one file are GGUF files."""
+    """Return whether a path leads to an adapter. The only model in a single file is .gguf."""
     if path.is_file():
         return path.suffix != ".gguf"
     return (path / "adapter_config.json").exists()

@@ -14,7 +14,7 @@ from minia3.cli.arguments import (
 )
 from minia3.cli.terminal import show
 
-TITLE = "Continue a text, answer, or chat"
+TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
 
 BATCH_SIZE = 16  # prompts that are answered at once
@@ -31,13 +31,13 @@ def add_arguments(parser):
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="treat prompts as messages, in the chat template of the model",
+        help="put prompts into the chat template of the model, as messages",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="draw tokens at this temperature (default: 0, take the most likely token)",
+        help="draw tokens at this temperature (default: 0, which takes the most likely token)",
     )
     parser.add_argument(
         "--top-k",
@@ -65,7 +65,7 @@ def add_arguments(parser):
         "--length-penalty",
         type=float,
         default=1.0,
-        help="of the beam search; larger values favour longer outputs (default: %(default)s)",
+        help="larger values make a beam search prefer longer outputs (default: %(default)s)",
     )
     parser.add_argument(
         "--stop",
@@ -73,7 +73,7 @@ def add_arguments(parser):
         default=[],
         help="end an output before this text; may be given several times",
     )
-    parser.add_argument("--seed", type=int, help="draw the same tokens again (default: new ones)")
+    parser.add_argument("--seed", type=int, help="seed of the drawn tokens (default: a new one)")
     add_max_new_tokens(parser)
     add_device_options(parser)
     parser.add_argument(

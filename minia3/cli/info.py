@@ -11,7 +11,7 @@ EXAMPLE = "python -m minia3 info t5-base"
 
 MEMORY_NOTE = """\
 The most that tensors take at once, weights included, for {batch} sources of {length} tokens.
-To serve: read the sources and write one token. To train: a step with targets of {target} tokens.
+To serve: read the sources and write one token. To train: one step with targets of {target} tokens.
 Python and PyTorch take about 0.3 GB more. On a CPU, the allocator keeps some of what is freed."""
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser):
         "--batch",
         type=int,
         default=8,
-        help="sources in the batch whose memory is planned (default: %(default)s)",
+        help="sources in a batch, to plan memory for (default: %(default)s)",
     )
     parser.add_argument(
         "--length", type=int, default=128, help="tokens of each source (default: %(default)s)"
@@ -42,9 +42,9 @@ def info(name_or_path, batch=8, length=128):
     """Yield (title, text) lines that describe a model. Lines without a title are notes.
 
     Only the model's config is read: a known name needs no network and no weights.
-    batch, length: of the sources whose memory is planned. The memory comes last, and takes up to
-    half a minute for large models.
-    Raise ValueError if the name leads nowhere, or if minia3 does not run such a model.
+    batch, length: how many sources, and of how many tokens, the memory is planned for. The memory
+    comes last, because planning it takes up to half a minute for large models.
+    Raise ValueError if there is no such model, or if minia3 cannot run it.
     """
     from minia3.checkpoints.load import build_model
     from minia3.model.ia3 import vectors
@@ -92,13 +92,13 @@ def adapter_file_size(rows):
 
     from minia3.adapters.peft_files import peft_tensors
 
-    # Untrained: `rows` are of a model without storage, and the values do not change the size.
+    # `rows` have no storage, and the values do not change the size: take ones.
     adapter = {name: torch.ones(row.shape) for name, row in rows.items()}
     return len(save(peft_tensors(adapter)))
 
 
 def memory_lines(config, batch, length):
-    """Yield the planned memory for both dtypes, and what it is the memory of."""
+    """Yield the planned memory for both dtypes, and notes on what it is planned for."""
     import torch
 
     from minia3.training.memory_plan import TARGET_LENGTH, planned_memory

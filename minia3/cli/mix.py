@@ -33,7 +33,7 @@ def weighted_adapter(text):
         return adapter, float(weight)
     except ValueError:
         expected = "expected ADAPTER:WEIGHT, as in path/to/adapter:0.5"
-        raise argparse.ArgumentTypeError(f"{text!r}, {expected}") from None
+        raise argparse.ArgumentTypeError(f"found {text!r}, {expected}") from None
 
 
 def run(args):
@@ -54,7 +54,7 @@ def run(args):
         base = None
         names = ", ".join(map(str, bases))
         warnings.warn(
-            f"the adapters were trained on different models, {names}: the mixture names none",
+            f"the adapters were trained on different models, {names}, so the mixture names none",
             stacklevel=1,
         )
     write_adapter(args.out, vectors, base)

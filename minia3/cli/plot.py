@@ -65,8 +65,8 @@ def run(args):
 def plot(folders, out):
     """Draw the runs in `folders` (see `read_results`) as .png files in the folder `out`.
 
-    Yield the path of each picture, and at last the note on what is left out, if there is one.
-    Raise ValueError if matplotlib is not installed, or if `read_results` does.
+    Yield the path of each picture, and finally the note on what is left out, if there is one.
+    Raise ValueError if matplotlib is not installed, or for a reason of `read_results`.
     """
     with reading("plot", extra="plot"):
         from matplotlib import rc_context
@@ -84,7 +84,7 @@ def plot(folders, out):
 
 
 def choose_pictures(folders):
-    """Return the pictures that the runs in `folders` give, and the note of `read_results`."""
+    """Return the pictures of the runs in `folders`, and the note of `read_results`."""
     results, note = read_results(folders)
     rows, _ = table_rows(folders)
     pictures = [Picture("accuracy", partial(draw_accuracy, rows=rows))]
@@ -144,7 +144,7 @@ def draw_accuracy(figure, rows):
         label = f"{names[row.model]}: {row.method} (tasks: {len(cells)})"
         ax.plot(row.n_trainable, np.mean(medians), marker, color=color, label=label)
 
-    # A logarithmic axis, but with a place for 0: what is only evaluated.
+    # A logarithmic axis that has a place for 0, because some rows are evaluated without training.
     ticks = sorted({row.n_trainable for row in rows})
     ax.set_xscale("symlog", linthresh=min(filter(None, ticks), default=1))
     ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
@@ -288,7 +288,7 @@ def furthest_entries(vectors):
 
 
 def draw_similarity(figure, adapters):
-    """Draw the cosine of the angle between the changes l - 1 of each two adapters."""
+    """Draw the cosine of the angle between the changes l - 1 of each pair of adapters."""
     cosines = compare_changes(list(adapters.values()))
     side = np.clip(3 + 0.36 * len(adapters), 5.5, 16)  # inches
     figure.set_size_inches(side + 2.5, side)

@@ -22,8 +22,8 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--adapter",
-        help="folder, file or hub id of an adapter for all rows, or a folder of adapters that "
-        "rows name",
+        help="folder, file or hub id of an adapter for all rows, or a folder of adapters for "
+        "rows that name them",
     )
     parser.add_argument(
         "--task",
@@ -37,14 +37,14 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--out",
-        help="file of results, .jsonl or .csv (default: print them); an incomplete one is "
-        "continued",
+        help="file of results, .jsonl or .csv (default: print them); an incomplete file "
+        "is continued",
     )
     parser.add_argument(
         "--columns",
-        help="NAME or NAME=FIELD, separated by commas, as in ID,Label=word; fields are those of "
-        "the row, and idx, label, choice, scores, output, and word (the label as the task's file "
-        "spells it)",
+        help="columns of results: NAME or NAME=FIELD, with commas between, as in ID,Label=word; "
+        "a field is one of the row's, or idx, label, choice, scores, output, or word (the label as "
+        "the task's file spells it)",
     )
     parser.add_argument(
         "--batch-size", type=int, default=16, help="rows per forward pass (default: %(default)s)"
@@ -53,7 +53,7 @@ def add_arguments(parser):
         "--max-length",
         type=int,
         default=512,
-        help="tokens of an input; a longer one loses its middle (default: %(default)s)",
+        help="most tokens of an input; a longer input loses its middle (default: %(default)s)",
     )
     add_max_new_tokens(parser)
     add_device_options(parser)
@@ -98,7 +98,7 @@ def choose_prompt(args):
 
 
 def load_adapters(model, path):
-    """Return the adapters that rows can name, and the name for rows that name none."""
+    """Return the adapters that rows can name, and the adapter of rows that name none."""
     from minia3.adapters.lora import is_lora, load_lora
     from minia3.adapters.named_rows import Adapters
 
@@ -117,7 +117,7 @@ def load_adapters(model, path):
 
 @dataclass
 class Prediction:
-    """Everything that makes lines of results out of rows."""
+    """All that it takes to make lines of results out of rows."""
 
     args: Any  # of the command line
     model: Any

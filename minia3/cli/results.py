@@ -7,7 +7,7 @@ A run's folder holds `config.json`, its flags, and `metrics.jsonl`, which has on
     final    the result of one adapter on one task
     failed   one adapter of a grid whose loss became NaN
 
-Folders that older versions wrote are read, too: their config.json has flags that are gone.
+Folders that older versions wrote are read, too, although their config.json has other flags.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def final_lines(self):
-        """The final lines with a result. Without labelled rows a run has nothing to report."""
+        """The final lines with a result. Without labeled rows a run has nothing to report."""
         finals = [line for line in self.lines if line["event"] == "final"]
         return [line for line in finals if line["accuracy"] is not None]
 
@@ -121,7 +121,8 @@ class Run:
 def read_results(folders):
     """Return the results in `folders`, and a note on what is left out, which may be empty.
 
-    folders: of runs, or of folders with runs in them. Of repetitions the first one counts.
+    folders: of runs, or of folders with runs in them. If runs repeat each other, only the first
+    one counts.
     Raise ValueError, in one line, if a folder is neither, if a file is not as train.py writes it,
     or if there is no result at all.
     """
@@ -129,7 +130,7 @@ def read_results(folders):
     notes = []
     if missing:
         names = ", ".join(missing)
-        notes.append(f"{len(missing)} left out, without a result in metrics.jsonl: {names}")
+        notes.append(f"{len(missing)} left out, because metrics.jsonl has no result: {names}")
     if not results:
         raise ValueError(f"no run has a result: {notes[0]:.300}")
 
@@ -140,7 +141,7 @@ def read_results(folders):
         distinct.setdefault(result.identity, result)
     n_repeated = len(results) - len(distinct)
     if n_repeated:
-        notes.append(f"{n_repeated} left out, whose flags are those of others")
+        notes.append(f"{n_repeated} left out, because their flags equal those of other results")
     return list(distinct.values()), "; ".join(notes)
 
 
@@ -158,16 +159,16 @@ def read_runs(folders):
                 run = Run(folder, config, read_metrics(folder / "metrics.jsonl"))
                 results += [read_result(run, final) for final in run.final_lines]
                 missing += run.missing_results()
-            elif not is_inside:  # but a model may lie among the runs of a folder
-                raise ValueError("config.json belongs to something else")
+            elif not is_inside:  # a model may lie among the runs of a folder
+                raise ValueError("config.json was not written by train.py")
     return results, missing
 
 
 def find_runs(folders):
-    """Return a dict from each folder with a config.json, to whether it was found inside another.
+    """Return a dict from each folder of a run to whether it was found inside another folder.
 
-    A folder that is given twice, or that is also inside another one, is there once.
-    Raise ValueError if there is no config.json in a folder, nor in the folders inside it.
+    A folder that is given twice, or that is also inside another one, is in the dict once.
+    Raise ValueError if neither a folder nor any folder inside it has a config.json.
     """
     found = {}
     for folder in map(Path, folders):
@@ -412,7 +413,7 @@ def comparison(result, flag):
 
 
 def tell_data_apart(results):
-    """Add its digest to the name of a task if results report on different data of this name."""
+    """Add a digest of the data to the name of a task that has different data in some results."""
     digests = {}
     for result in results:
         digests.setdefault(result.task, set()).add(result.data_digest)

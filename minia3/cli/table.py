@@ -85,7 +85,7 @@ def run(args):
 def table_rows(folders):
     """Return the rows of the table, and the note of `read_results` on what is left out.
 
-    Rows are sorted by model and trainable parameters, and then from the shortest label on.
+    Rows are sorted by model, then by trainable parameters, then by label, the shortest first.
     """
     results, note = read_results(folders)
     tasks = sorted({result.task for result in results}, key=task_order)

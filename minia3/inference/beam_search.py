@@ -1,6 +1,6 @@
 """Beam search: keep the few likeliest texts at each step, rather than the likeliest token.
 
-As transformers' generate(num_beams=n, early_stopping=False), whose texts and order it equals.
+The texts and their order equal those of transformers' generate(num_beams=n, early_stopping=False).
 
 Shapes: B batch (of beams), S sources, W ways to continue a source (its beams times the vocabulary),
 V vocabulary.
@@ -17,7 +17,7 @@ class Hypothesis:
     """A text, as its last token and the text before it, which several texts may share."""
 
     total: float  # the sum of its tokens' log-probabilities
-    row: int = 0  # the row of the state that has read its tokens but the last
+    row: int = 0  # the row of the state that has read all tokens but the last
     token: int | None = None  # None: the empty text, with which the search begins
     parent: "Hypothesis | None" = None
 
@@ -46,8 +46,8 @@ class Search:
         """Sort the likeliest texts of this length, best first, into `ended` and `live`.
 
         Only the best n_beams of them may end, and the best n_beams that do not end are continued.
-        The search is over (`live` is empty) if n_beams texts have ended, none of them with a lower
-        score than the best of the others has so far.
+        The search is over (`live` is empty) if n_beams texts have ended, and the best text that has
+        not ended does not have a higher score so far than any of them.
         """
         divisor = length**self.length_penalty
         for candidate in candidates[: self.n_beams]:
@@ -57,12 +57,12 @@ class Search:
         del self.ended[self.n_beams :]
 
         self.live = []
-        going = [candidate for candidate in candidates if candidate.token not in self.end_ids]
-        if is_last or not going:
+        unended = [candidate for candidate in candidates if candidate.token not in self.end_ids]
+        if is_last or not unended:
             return
         is_full = len(self.ended) == self.n_beams
-        if not is_full or going[0].total / divisor > self.ended[-1][0]:
-            self.live = going[: self.n_beams]
+        if not is_full or unended[0].total / divisor > self.ended[-1][0]:
+            self.live = unended[: self.n_beams]
 
     def texts(self):
         """Return the ids of the texts that have ended, best first, without the end token."""
@@ -89,7 +89,8 @@ def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0):
     tokens_B1 = state.start
     for length in range(1, max_new_tokens + 1):
         logp_BV = model.step(tokens_B1, state)[:, -1].float().log_softmax(dim=-1)
-        # Each beam has at most len(end_ids) ways to end, so n_beams of these ways do not end.
+        # Each beam has at most len(end_ids) ways to end, so at least n_beams of the n_best ways do
+        # not end.
         n_best = n_beams * min(1 + len(end_ids), logp_BV.shape[1])
         for search, candidates in zip(active, best_ways(logp_BV, active, n_best), strict=True):
             search.advance(candidates, length, is_last=length == max_new_tokens)

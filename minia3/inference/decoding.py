@@ -43,7 +43,7 @@ class Options:
 
     @property
     def stops(self):
-        """A tuple of the stop texts, of which the user may give just one."""
+        """The stop texts as a tuple. The user may give a single text."""
         if isinstance(self.stop, str):
             return (self.stop,)
         return tuple(self.stop)
@@ -63,7 +63,7 @@ class Options:
         expect(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         expect(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, and at most 1")
         if self.seed is not None:
-            # NumPy seeds its streams with numbers of 32 bits. A bool is an int, but no seed.
+            # NumPy seeds its streams with 32-bit numbers. A bool is an int, but it is not a seed.
             is_seed = type(self.seed) is int and 0 <= self.seed < 2**32
             expect(is_seed, "seed", self.seed, "an integer from 0 to 2**32 - 1")
 
@@ -74,9 +74,10 @@ class Options:
             found = f"beams is {self.beams} at temperature {self.temperature}"
             raise ValueError(f"{found}, expected temperature 0: a beam search draws nothing")
         if self.samples > self.beams and self.temperature == 0:
-            reason = "without one, all samples would be the same"
+            reason = "otherwise all samples would be the same"
             raise ValueError(
-                f"samples is {self.samples}, expected a temperature, or as many beams: {reason}"
+                f"samples is {self.samples}, expected a temperature above 0 or as many beams: "
+                f"{reason}"
             )
 
 
@@ -111,15 +112,15 @@ def generate(  # noqa: PLR0913 (the contract)
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
     `draw_tokens`, also for top_k and top_p. What is drawn depends on `seed` (None: a new one), on
-    the index of the prompt and on that of the sample, but not on the batch.
+    the index of the prompt and on the index of the sample, but not on the batch.
 
-    beams: more than 1 are a beam search, whose best texts are the samples; see `beam_search`, also
-    for length_penalty.
+    beams: if there are more than 1, a beam search finds the texts, and its best texts are the
+    samples. See `beam_search`, also for length_penalty.
 
     batch_size: rows per step. The samples or beams of one prompt always stay together, so a batch
-    has more rows if there are more of these.
+    has more rows if a single prompt has more samples or beams.
 
-    Raise ValueError if an option is out of its range, and if a prompt has no tokens or an id that
+    Raise ValueError if an option is out of its range, or if a prompt has no tokens or an id that
     the model does not know.
     """
     options = Options(
@@ -156,8 +157,8 @@ def stream(  # noqa: PLR0913 (the contract)
     """Return an iterator of the pieces of the text for one prompt, as they come.
 
     Joined, they are the text that `generate` returns; arguments and errors are the same. A piece is
-    final: the beginning of what may be a stop text waits, and so do the parts of a character that
-    is split over several tokens.
+    final: text that may be the beginning of a stop text is held back, and so is a character whose
+    bytes are split over several tokens, until all of them have come.
     """
     options = Options(
         max_new_tokens=max_new_tokens,
@@ -174,7 +175,7 @@ def stream(  # noqa: PLR0913 (the contract)
 def generate_pieces(model, tokenizer, prompts, adapter, options):
     """Check everything now, and return an iterator of (index of a text, a piece of it).
 
-    The pieces of a text come in order; those of different texts take turns.
+    The pieces of each text come in order; pieces of different texts alternate.
     """
     options.check()
     sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings)
@@ -196,7 +197,7 @@ def encode_prompts(prompts, tokenizer, n_ids):
             wrong.append(i)
         sources.append(ids)
     if wrong:
-        raise ValueError(f"prompts {wrong} have no tokens, or ids that are not 0 to {n_ids - 1}")
+        raise ValueError(f"prompts {wrong} have no tokens, or ids outside 0 to {n_ids - 1}")
     return sources
 
 
@@ -213,7 +214,7 @@ def write_in_batches(model, tokenizer, sources, adapter, options):
         with torch.no_grad():
             state = model.start(source_BM.to(device), mask_BM, adapters)
 
-        # Row r of the batch writes the text number numbers[r] of all.
+        # Row r of the batch writes the text with the index numbers[r].
         numbers = []
         for i in batch:
             numbers += range(i * options.samples, (i + 1) * options.samples)
@@ -228,16 +229,16 @@ def write_in_batches(model, tokenizer, sources, adapter, options):
 
 
 def write_tokens(model, state, numbers, seed, ended, options):
-    """Return an iterator of (row, token) for a batch, by one of the three ways to write.
+    """Return an iterator of (row, token) for a batch, by a beam search, greedily or by drawing.
 
-    state: of the batch's sources, each of which has options.samples rows. numbers: of their texts.
-    ended: the set of rows that are not continued.
+    state: the state of the batch's sources; each source becomes options.samples rows. numbers: the
+    index of the text of each row. ended: the set of rows that are no longer continued.
     """
     if options.beams > 1:
         return search_tokens(model, state, options)
     sampler = None
     if options.temperature > 0:
-        # The streams are NumPy's, because it keeps them the same from version to version.
+        # NumPy's streams, because NumPy keeps them the same in all versions.
         streams = []
         for number in numbers:
             prompt, sample = divmod(number, options.samples)
@@ -264,9 +265,9 @@ def search_tokens(model, state, options):
 def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
     """Yield (row, token) for all rows of `state`, step by step.
 
-    sampler: a Sampler; None: the likeliest token. A row whose token is an end token, which is not
-    yielded, is put into the set `ended`. The caller may put rows there, too. From the next step on
-    they are not in the batch, and cost nothing.
+    sampler: a Sampler; None: take the likeliest token. An end token is not yielded; instead, its
+    row is added to the set `ended`. The caller may add rows, too. From the next step on, rows in
+    `ended` are not in the batch, and cost nothing.
     """
     rows = list(range(len(state.start)))
     tokens_B1 = state.start
@@ -294,7 +295,7 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
 
 
 class Sampler:
-    """Draws tokens. Each row has a stream of random numbers, so the other rows do not matter."""
+    """Draws tokens. Each row has its own random numbers, so other rows do not influence it."""
 
     def __init__(self, streams, options):
         self.streams = streams
@@ -309,16 +310,17 @@ class Sampler:
 
 
 def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
-    """Return the tokens (B, 1) that the numbers uniform_B1 (B, 1), each from [0, 1), draw.
+    """Return the tokens (B, 1) that the random numbers uniform_B1, each from [0, 1), select.
 
-    The probabilities are softmax(logits / temperature) of the `top_k` likeliest tokens (0: of all),
-    and of these the fewest whose sum reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751).
+    The probabilities are softmax(logits / temperature) of the `top_k` likeliest tokens (0: of all
+    tokens). If top_p is below 1, only the likeliest of these tokens remain: the fewest whose sum
+    reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751).
 
-    Laid end to end, the probabilities fill the line from 0 to 1, and the token is drawn in whose
-    interval the number lies. They lie in the order of ids, not of size. Logits differ by rounding
-    from batch to batch: in the order of size, two tokens that are almost equally likely would
-    change places, and the number would draw the other. In the order of ids the bounds move by no
-    more than the rounding.
+    Laid end to end, the probabilities divide the interval from 0 to 1 into a part for each token.
+    The random number lies in one part, and selects its token. The parts are in the order of ids,
+    not of size, because logits differ by rounding from batch to batch: in the order of size, two
+    tokens that are almost equally likely could change places, and the number would select the
+    other one. In the order of ids, the bounds move by no more than the rounding.
     """
     if 0 < top_k < logits_BV.shape[1]:
         least_B1 = logits_BV.topk(top_k).values[:, -1:]
@@ -329,12 +331,12 @@ def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
     if top_p < 1:
         p_BV = keep_top_p(p_BV, top_p)
     end_BV = p_BV.cumsum(dim=-1)  # where each token's interval ends
-    total_B1 = end_BV[:, -1:]  # 1, but for rounding, or less after keep_top_p
+    total_B1 = end_BV[:, -1:]  # 1 except for rounding; less after keep_top_p
     return torch.searchsorted(end_BV, uniform_B1 * total_B1, right=True)
 
 
 def keep_top_p(p_BV, top_p):
-    """Set all probabilities to 0 but the largest, as few of these as have a sum of top_p."""
+    """Keep the largest probabilities, the fewest whose sum reaches top_p, and set others to 0."""
     sorted_BV, order_BV = p_BV.sort(descending=True)
     sum_before_BV = sorted_BV.cumsum(-1) - sorted_BV
     kept_BV = sorted_BV.masked_fill(sum_before_BV >= top_p, 0.0)
@@ -344,8 +346,8 @@ def keep_top_p(p_BV, top_p):
 class Text:
     """The text of one row, given out in pieces that are final.
 
-    Two things wait until it is known what follows: the parts of a character that is split over
-    several tokens, and whatever may be the beginning of a stop text.
+    Two things are held back until more tokens come: a character that is split over several tokens,
+    and text that may be the beginning of a stop text.
     """
 
     def __init__(self, decode, stops):
@@ -360,15 +362,15 @@ class Text:
         if self.is_stopped:
             return ""
         self.ids.append(token)
-        # Decode all ids again, because the text of a token depends on those before it. A step of
-        # the model takes far longer.
+        # Decode all ids again, because the text of a token depends on the tokens before it. A step
+        # of the model takes far longer.
         text = self.decode(self.ids)
         if text.endswith(SPLIT_CHARACTER):
             return ""
         return self._give(text, is_whole=False)
 
     def finish(self):
-        """Return the last piece, after the last token: nothing waits any longer."""
+        """Return the last piece, after the last token: nothing is held back any longer."""
         if self.is_stopped:
             return ""
         return self._give(self.decode(self.ids), is_whole=True)

@@ -6,8 +6,8 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     auc        how well the scores tell two labels apart (`choice_auc`), or None
     n          rows
     n_cut      rows whose input was too long and lost words
-    tokens     of a row and its choices, on average
-    n_shots    of a row, on average: only with shots
+    tokens     mean tokens of a row and its choices
+    n_shots    mean shots of a row, if there are shots
 
 Shapes: N examples, C choices.
 """
@@ -36,13 +36,13 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     adapter=None,
     batch_size=16,
 ):
-    """Return the result (see above) of rows that are asked in the words of one prompt.
+    """Return the result (see above) of a model on rows that are put into the words of one prompt.
 
     metric "accuracy"     the share of rows whose right choice has the best score, which is the mean
                           log-probability per token
-    metric "macro_f1"     the F1 of each label by the same choices, averaged
-    metric "exact_match"  the share of rows whose generated text is the target, but for white space
-                          at the ends
+    metric "macro_f1"     the mean of the labels' F1 scores, for the same choices
+    metric "exact_match"  the share of rows whose generated text is the target, apart from white
+                          space at the ends
 
     shots: rows that come before each row with their answers, as many as fit into `max_length`
     tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). Inputs that are too long
@@ -52,7 +52,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
     is_generated = metric == "exact_match"
 
-    # A shot has a token or more, so more than max_length of them never fit.
+    # A shot has at least one token, so more than max_length shots never fit.
     prompts = in_context(prompt, shots[:max_length])
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
@@ -63,7 +63,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     if is_generated:
         sources = [example.source for example in examples]
         options["max_new_tokens"] = max_new_tokens
-        options["stop"] = ("\n\n",) if shots else ()  # as the answers of the shots end
+        options["stop"] = ("\n\n",) if shots else ()  # this ends the answers of the shots, too
         value = exact_match(generate(model, tokenizer, sources, **options), rendered)
     else:
         scores = score_examples(model, examples, **options)
@@ -88,7 +88,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
 def most_shots(row, prompts, tokenizer, max_length):
     """Return how many shots fit before the row.
 
-    prompts: of `in_context`, the first without shots, the next with one, and so on.
+    prompts: from `in_context`: the first has no shots, the next has one, and so on.
     """
 
     def is_too_long(n):
@@ -99,7 +99,7 @@ def most_shots(row, prompts, tokenizer, max_length):
 
 
 def exact_match(texts, rendered):
-    """Return the share of texts that are the row's target, but for white space at the ends."""
+    """Return the share of texts that are the row's target, apart from white space at the ends."""
     is_right = []
     for text, row in zip(texts, rendered, strict=True):
         is_right.append(text.strip() == row.choices[0].strip())

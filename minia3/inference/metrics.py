@@ -1,4 +1,4 @@
-"""Metrics beside accuracy.
+"""Metrics other than accuracy.
 
 Shapes: N examples.
 """

@@ -41,14 +41,14 @@ class Input(NamedTuple):
 def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
     """Yield an Input for each row of a .jsonl or .csv file, in the words of `prompt`.
 
-    spec: a TaskSpec. adapters: an Adapters; row["adapter"] becomes one of its names, which is
-    `default` if the row has none. Raise ValueError, "path:line: reason", at the first wrong row.
+    spec: a TaskSpec. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
+    `default` if the row names none. Raise ValueError, "path:line: reason", at the first wrong row.
     """
-    has_own_rows = not spec.labels  # of a user, not of a known task
-    column = "input" if has_own_rows else None
+    is_known_task = bool(spec.labels)
+    column = None if is_known_task else "input"
     for n, (line_number, row) in enumerate(read_rows(path, column)):
         with reading(f"{path}:{line_number}"):
-            if has_own_rows and isinstance(row, dict):
+            if not is_known_task and isinstance(row, dict):
                 row = without_answer(row)
             row = check_row(row, spec, "test", n)
             row["adapter"] = adapter_name(row, spec, adapters, default)
@@ -65,7 +65,7 @@ def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_lengt
 def without_answer(row):
     """Return a user's row without its label, so that a wrong one does not matter.
 
-    A row without choices gets some target, because `check_row` expects the one or the other.
+    A row without choices gets a dummy target, because `check_row` expects choices or a target.
     """
     row = {**row, "label": None}
     if "choices" not in row:
@@ -76,7 +76,8 @@ def without_answer(row):
 def adapter_name(row, spec, adapters, default):
     """Return the name of a row's adapter, or `default`. Raise ValueError if it is not known."""
     name = row.get("adapter")
-    # In the .csv file of a known task an empty cell is an empty text; in a user's it is left out.
+    # In the .csv file of a known task, an empty cell is an empty text. In a user's file, the row
+    # does not have the field.
     is_empty_cell = bool(spec.labels) and name == ""
     if name is None or is_empty_cell:
         name = default
@@ -98,8 +99,8 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
     """Yield (row, result) for each Input, in order.
 
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
-    log-probability per token of each choice); that of a row without choices has "idx" and "output",
-    the text that continues it. adapters: an Adapters.
+    log-probability per token of each choice). The result of a row without choices has "idx" and
+    "output", the text that continues it. adapters: an Adapters.
     """
 
     def has_choices(row_input):
@@ -107,7 +108,7 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
 
     inputs = iter(inputs)
     while chunk := list(islice(inputs, CHUNK)):
-        # Rows of both kinds may take turns in a file; each run of one kind is answered at once.
+        # Rows with and without choices may alternate: each run of one kind is answered at once.
         for is_scored, run in groupby(chunk, has_choices):
             run = list(run)
             names = [row_input.row["adapter"] for row_input in run]
@@ -122,13 +123,13 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
 
 
 def scored_results(model, inputs, options):
-    """Return the result of each Input, all of which have choices."""
+    """Return the result of each Input. All of them have choices."""
     examples = [row_input.example for row_input in inputs]
     results = []
     all_scores = score_examples(model, examples, **options).tolist()
     for row_input, scores in zip(inputs, all_scores, strict=True):
         choices = row_input.rendered.choices
-        scores = scores[: len(choices)]  # -inf after these, if another row has more
+        scores = scores[: len(choices)]  # the rest is -inf, because another row has more choices
         label = scores.index(max(scores))
         idx = row_input.row["idx"]
         results.append({"idx": idx, "label": label, "choice": choices[label], "scores": scores})
@@ -136,7 +137,7 @@ def scored_results(model, inputs, options):
 
 
 def written_results(model, tokenizer, inputs, options):
-    """Return the result of each Input, none of which has choices."""
+    """Return the result of each Input. None of them has choices."""
     sources = [row_input.example.source for row_input in inputs]
     texts = generate(model, tokenizer, sources, **options)
     results = []
@@ -161,15 +162,15 @@ def csv_line(cells):
 
 
 def write_results(path, lines, to_csv):
-    """Write a file of results, or complete one: count its finished lines, and append the others.
+    """Write a file of results, or complete it: count its finished lines, and append the others.
 
-    An incomplete last line, as a kill leaves it, is cut; all others stay as they are. Nobody checks
-    that they are the results of this model and these rows: the caller must give the same ones.
+    If the process was killed, the last line may be incomplete: it is cut, and the other lines stay
+    as they are. They are not compared with the model or the rows: the caller must use the same.
 
     lines: a function from the number of a row to an iterator of the lines from this row on. With
     to_csv, lines(0) begins with the header. Each line is on disk before the next one is asked for.
 
-    Raise ValueError if another process is writing the file, or if it begins unlike results.
+    Raise ValueError if another process is writing the file, or if it begins differently.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock_folder(path.parent, path.name), path.open("a+b") as file:
@@ -185,9 +186,9 @@ def write_results(path, lines, to_csv):
 
 
 def check_beginning(path, file, expected):
-    """Raise ValueError if a file, maybe a cut one, does not begin with the bytes `expected`.
+    """Raise ValueError if a file, which may be cut short, does not begin with `expected`.
 
-    So a file with other columns, or one that is something else, is not appended to.
+    This keeps results from being appended to a file with other columns, or to some other file.
     """
     file.seek(0)
     found = file.read(len(expected))
@@ -197,9 +198,9 @@ def check_beginning(path, file, expected):
 
 
 def count_finished(file, to_csv):
-    """Return how many rows a file has in full, and how many bytes these take, with a csv's header.
+    """Return how many complete rows a file has, and how many bytes it has up to their end.
 
-    A header without rows counts for nothing: it is written again.
+    A csv's header without rows does not count, because it is written again.
     """
     n_header_lines = 1 if to_csv else 0
     n_lines = 0

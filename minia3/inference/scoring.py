@@ -5,8 +5,8 @@
     choice_scores     one number per choice: the mean log-probability of its tokens
     rank              the scores of choices, from texts
 
-Training, evaluation and prediction all go through these. Whatever is large is made in parts: the
-logits of many tokens, and the choices of a task that has many.
+Training, evaluation and prediction all go through these. Whatever is large is computed in parts:
+the logits of many tokens, and the choices of a task with many of them.
 
 Shapes: B batch, M source length, C choices, L target length, D model, V vocabulary, T tokens that
 are scored, N all examples, or all tokens of a batch.
@@ -31,7 +31,8 @@ MAX_LOGITS = 1 << 24
 MAX_LOGITS_OF_PART = 1 << 22
 
 # Tokens of choices, padding included, that are scored at once, because their activations all exist
-# at once. A batch with more of them (77 intents for each of 8 sources) takes turns.
+# at once. A batch with more of them (77 intents for each of 8 sources) scores
+# its choices in turns.
 MAX_CHOICE_TOKENS = 1 << 12
 
 # Tokens of one source's choices that are scored at once. A LLaMA reads them side by side in one row
@@ -49,10 +50,10 @@ def logprobs(model, state, target):
 
 
 def masked_logprobs(model, state, target, mask):
-    """Return `logprobs` if mask (B, L) is True, and 0 if not. mask=None: every token is scored.
+    """Return `logprobs` for tokens whose mask (B, L) is True, and 0 for others. None: all are True.
 
-    Tokens that nobody asks for get no logits. If there are many logits, they are made for some
-    tokens at a time, and made again for the backward pass, so that they never all exist at once.
+    Only tokens that are asked for get logits. If there are many logits, they are computed for some
+    tokens at a time, and again in the backward pass, so that they never all exist at once.
     """
     read_BL = torch.cat((state.start, target[:, :-1]), dim=1)
     x_TD = model.run_blocks(read_BL, state).flatten(0, 1)
@@ -101,13 +102,13 @@ def choice_logprobs(model, batch, adapter=None):
     the choices take turns, the backward pass keeps only the sources, and scores each turn again.
     """
     device = model.embed.weight.device
-    # Masks stay on the CPU: there, to ask whether anything is padding does not wait for a GPU.
+    # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
     mask_BM = None if batch.mask_BM.all() else batch.mask_BM
     state = model.start(batch.source_BM.to(device), mask_BM, adapter)
 
     n_rows, n_choices, length = batch.target_BCL.shape
     if n_choices == 1:
-        # The only choice may move `state` itself: no other continues it.
+        # A single choice may advance `state` itself, because no other choice continues it.
         return score_choices(model, state, batch.target_BCL.to(device), batch.target_mask_BCL)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
@@ -134,7 +135,7 @@ def score_choices(model, state, target_BCL, mask_BCL):
 def choice_scores(logp_BCL, mask_BCL, length_norm=True):
     """Return (B, C): the mean of each choice's log-probabilities; their sum without length_norm.
 
-    A choice of no tokens is one that the row does not have: its score is -inf.
+    A choice without tokens does not exist in the row, and its score is -inf.
     """
     n_BC = mask_BCL.sum(dim=-1)
     score_BC = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=-1)
@@ -145,10 +146,10 @@ def choice_scores(logp_BCL, mask_BCL, length_norm=True):
 
 @torch.no_grad()
 def score_examples(model, examples, *, adapter=None, length_norm=True, batch_size=16):
-    """Return (N, C) float32: the score of each choice of N examples, -inf if one has fewer than C.
+    """Return (N, C) float32: the scores of the choices of N examples; -inf for missing choices.
 
-    examples: see tasks/examples.py. adapter: None, an int, or (N,) long. They are read in batches
-    of similar lengths.
+    examples: see tasks/examples.py. adapter: None, an int, or (N,) long. The examples
+    are read in batches of similar lengths.
     """
     n_choices = max(len(example.targets) for example in examples)
     scores_NC = torch.full((len(examples), n_choices), float("-inf"))
@@ -182,7 +183,7 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
         if not (example.source and all(example.targets)):
             without_tokens.append(i)
     if without_tokens:
-        raise ValueError(f"prompts {without_tokens} have no tokens, or a choice of none")
+        raise ValueError(f"prompts {without_tokens} have no tokens, or a choice without tokens")
     return score_examples(
         model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size
     )

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     mask_BM: torch.Tensor  # bool
     target_BCL: torch.Tensor  # long
     target_mask_BCL: torch.Tensor  # bool; all False for a choice that an example does not have
-    label_B: torch.Tensor  # long; -1: unlabelled
+    label_B: torch.Tensor  # long; -1: unlabeled
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -36,7 +36,9 @@ def mix(tasks: Sequence[Task]) -> Mixture:
     """
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
-        raise ValueError(f"expected another name for each task of a mixture, found {names!r:.200}")
+        raise ValueError(
+            f"expected a different name for each task of a mixture, found {names!r:.200}"
+        )
     return Mixture(list(tasks))
 
 

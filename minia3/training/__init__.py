@@ -1,10 +1,11 @@
-"""What surrounds the training loop of train.py.
+"""Everything that the training loop of train.py needs besides a model and a task.
 
-The loop works on a few plain objects, and each answers one question. `run`: where is the run
-written, and how is it stopped? `group`: which model do these cells share? `cell`: how far is one
-adapter? `batch`: whose example is this? `log`: what goes into the next line of metrics.jsonl?
-Around these objects stand the decisions of a run (`flags` and `rules`, `grid`, `assignment`,
-`drawing`, `methods`, `device`, `prepare`), the equations (`losses`, `optimizer`), what is written
-while it trains (`run_folder`, `checkpoint`), and what is said at its beginning and its end
-(`announce`, `results`, `report`, `model_card`).
+The loop works on a few plain objects, and each answers one question. `run`: where does the run
+write, and how is it stopped and continued? `group`: which cells share a model? `cell`: how far is
+one adapter? `batch`: which cell does an example belong to? `log`: what goes into the next line of
+metrics.jsonl? The other modules read the flags (`flags`, `rules`), set up what the flags ask for
+(`grid`, `assignment`, `drawing`, `methods`, `device`, `prepare`), hold the equations (`losses`,
+`optimizer`), keep the files of a run (`run_folder`, `checkpoint`), handle signals (`signals`), and
+print what the user sees (`announce`, `results`, `report`, `command_lines`, `model_card`).
+`memory_plan` computes how much memory a model takes to serve and to train.
 """

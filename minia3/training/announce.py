@@ -1,4 +1,4 @@
-"""What a run says before it begins."""
+"""What a run prints before it trains."""
 
 
 def announce_device(device, reason, dtype):
@@ -7,7 +7,10 @@ def announce_device(device, reason, dtype):
 
 
 def announce_group(group, is_first):
-    """Print what trains, and on which rows. Groups of one run have the same model."""
+    """Print what trains, and on which rows.
+
+    All groups of a run load the same model, so only the first one prints it.
+    """
     if is_first:
         announce_model(group)
     lines = []
@@ -20,10 +23,11 @@ def announce_group(group, is_first):
 
 
 def announce_model(group):
-    name = group.config.model
-    share = group.n_trained / group.n_base
-    trained = f"{group.n_trained:,} that train ({share:.3%})"
-    print(f"model    {name}: {group.n_base:,} parameters, and {trained}")
+    line = f"model    {group.config.model}: {group.n_base:,} parameters"
+    if group.n_trained:
+        share = group.n_trained / group.n_base
+        line += f", {group.n_trained:,} trained ({share:.3%})"
+    print(line)
 
 
 def describe_assignment(assignment, config):
@@ -32,8 +36,8 @@ def describe_assignment(assignment, config):
     n_report = len(assignment.report_rows)
     use = "train on"
     if config.method == "icl":
-        use = "put before each"
-    report = f"{n_report} of {assignment.report_split} to report on"
+        use = "put before each input"
+    report = f"{n_report} rows of {assignment.report_split} to report on"
     lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
     for note in assignment.notes:
         lines.append(f"note     {note}")

@@ -2,7 +2,7 @@
 
 train      is trained on, or shown before each input by in-context learning
 held out   chooses the best vectors (--eval-every), and is not trained on
-report     gives the result, and nothing is chosen by it
+report     gives the result, and nothing is chosen with it
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Assignment:
     train_rows: list[dict]
     held_out_rows: list[dict]
     report_rows: list[dict]
-    report_split: str  # the name of the split that `report_rows` are
+    report_split: str  # the name of the split that `report_rows` come from
     shots: list[dict]  # examples before each input
     prompts: tuple[Prompt, ...]  # to draw from in training
     eval_prompts: list[Prompt]
@@ -65,7 +65,7 @@ def notes_on(task, family, report_rows, held_out_rows):
     if held_out_rows:
         n_rows = len(held_out_rows)
         notes.append(
-            f"the best vectors are chosen on {n_rows} rows that are neither trained nor reported on"
+            f"{n_rows} rows choose the best vectors, and are neither trained on nor reported on"
         )
     if family in task.seen:
         notes.append(
@@ -75,7 +75,7 @@ def notes_on(task, family, report_rows, held_out_rows):
 
 
 def is_without_results(task, config):
-    """Return whether all labelled rows are trained on, as in T-Few's submission to RAFT."""
+    """Return whether all labeled rows are trained on, as in T-Few's submission to RAFT."""
     has_hidden_labels = any(row["label"] < 0 for row in task.test)
     return config.is_training and has_hidden_labels and not task.validation
 
@@ -99,7 +99,7 @@ def shuffled_rows(rows, seed):
 
 
 def check_train_rows(task, config, train_rows, held_out_rows):
-    """Raise ValueError if nothing can be learnt from the rows."""
+    """Raise ValueError if nothing can be learned from the rows."""
     needs_rows = config.is_training or config.method == "icl"
     if needs_rows and not train_rows:
         kept = " besides those that --eval-every holds out" if held_out_rows else ""
@@ -107,26 +107,29 @@ def check_train_rows(task, config, train_rows, held_out_rows):
     has_no_loss = task.metric == "exact_match" and "lm" not in config.losses.split(",")
     if config.is_training and has_no_loss:
         raise ValueError(
-            f"{task.name}: its rows have a target and no other choices, "
-            f"so --losses {config.losses} lacks lm"
+            f"{task.name}: its rows have a target but no choices, so only the loss lm can train: "
+            f"expected lm in --losses, found {config.losses}"
         )
 
 
 def family_of(model):
-    """Return the pre-training that a known model, or the base of a saved one, has had; or None."""
+    """Return the family of a known model, or of the model that a saved one came from; or None."""
     known = known_model(base_of(model))
     return known.family if known else None
 
 
 def choose_prompts(prompts, asked, task_name):
-    """Return the prompts that --eval-prompt asks for: their numbers, or all. Raise ValueError."""
+    """Return the prompts that --eval-prompt asks for, by number or all of them.
+
+    Raise ValueError if there is no such prompt.
+    """
     if asked == "all":
         return list(prompts)
     numbers = dict.fromkeys(str(asked).split(","))  # each once, in the order of the flag
     chosen = []
     for number in numbers:
         if number not in map(str, range(len(prompts))):
-            expected = f"all, or some of 0 to {len(prompts) - 1}, separated by commas"
-            raise ValueError(f"--eval-prompt is {asked}, expected {expected} for {task_name}")
+            expected = f"expected all, or numbers from 0 to {len(prompts) - 1} with commas between"
+            raise ValueError(f"{task_name}: --eval-prompt is {asked}, {expected}")
         chosen.append(prompts[int(number)])
     return chosen

@@ -16,7 +16,7 @@ class MixedBatch:
         """has_rows: whether the model has a row of vectors for each of several cells."""
         self.cells = cells
         self.pairs = []  # (cell, example)
-        self.n_terms = {}  # cell -> of its losses, over the whole step
+        self.n_terms = {}  # cell -> the `count_terms` of all its examples in the step
         self.has_rows = has_rows
         for cell in cells:
             examples = cell.batches[step]
@@ -33,9 +33,9 @@ class MixedBatch:
         return total
 
     def split(self, size=None):
-        """Yield micro-batches of at most `size` examples.
+        """Yield micro-batches of at most `size` examples, or one if `size` is None.
 
-        Their losses add up to those of the step.
+        Their losses add up to the losses of the step.
         """
         size = size or len(self.pairs)
         for first in range(0, len(self.pairs), size):
@@ -43,7 +43,7 @@ class MixedBatch:
 
 
 class MicroBatch:
-    """The examples of one forward pass. Those of a cell are contiguous."""
+    """The examples of one forward pass. The examples of each cell are contiguous."""
 
     def __init__(self, pairs, n_terms, has_rows):
         self.cells = [cell for cell, _ in pairs]  # the owner of each example
@@ -54,13 +54,13 @@ class MicroBatch:
             self.row_B = torch.tensor([cell.row for cell in self.cells])
 
     def losses(self, logp_BCL):
-        """Return a dict from each cell to these examples' share of its loss."""
-        found = {}
+        """Return a dict from each cell to the part of its loss that comes from these examples."""
+        losses = {}
         for cell in dict.fromkeys(self.cells):
             first = self.cells.index(cell)
             rows = slice(first, first + self.cells.count(cell))
             mask_BCL = self.batch.target_mask_BCL[rows]
             label_B = self.batch.label_B[rows]
             names = cell.config.losses.split(",")
-            found[cell] = total_loss(logp_BCL[rows], mask_BCL, label_B, names, self.n_terms[cell])
-        return found
+            losses[cell] = total_loss(logp_BCL[rows], mask_BCL, label_B, names, self.n_terms[cell])
+        return losses

@@ -16,25 +16,25 @@ ADVICE = "try a lower --lr or --dtype float32"
 
 @dataclass
 class Progress:
-    """How far a cell is.
+    """How far the training of a cell is.
 
-    With its parameters and its optimizer, this is its part of a checkpoint.
+    A checkpoint holds this for each cell, together with its parameters and its optimizer.
     """
 
     before: list | None = None  # the results before training, one per member of the task
     n_steps: int = 0
     best_accuracy: float | None = None  # on the held-out rows
     best_parameters: dict = field(default_factory=dict)  # name to tensor
-    n_misses: int = 0  # evaluations since then
+    n_misses: int = 0  # evaluations in a row that were not better
     failure: str | None = None  # why the cell failed, if it did
     is_reported: bool = False
 
 
 class Cell:
-    """A cell of the grid: one adapter, the flags that are its own, and its task."""
+    """A cell of the grid: one adapter in training, with its flags and its task."""
 
     def __init__(self, config, task, name="", axes=()):
-        """config: the run's flags, with one value for each axis of the grid, which `name` tells."""
+        """config: the run's flags, with one value for each axis of the grid. axes: their names."""
         self.config = config
         self.task = task  # a plain task or a mixture
         self.assignments = [assign_rows(member, config) for member in task.members]
@@ -49,8 +49,8 @@ class Cell:
                 self.key[axis] = getattr(config, axis)
             self.folder = Path("adapters", name.replace("/", "-"))
 
-        # What follows is set by `attach`, once there is a model.
-        self.row = 0  # of the vectors' tables
+        # `attach` sets the rest, once there is a model.
+        self.row = 0  # of the tables of vectors
         self.tables = {}  # name to parameter of the model: for (IA)^3, a table with a row per cell
         self.parameters = {}  # name to what this cell trains: for (IA)^3, its row of the table
         self.optimizer = None
@@ -58,7 +58,7 @@ class Cell:
 
     @property
     def title(self):
-        """What a line on the console begins with, if the run has several cells."""
+        """What lines about this cell on the console begin with, if the run has several cells."""
         return f"{self.name}: " if self.name else ""
 
     def title_of(self, member):
@@ -88,12 +88,15 @@ class Cell:
         return self.progress.failure is None and not is_out_of_patience
 
     def attach(self, trained, row):
-        """Train one row of the tables `trained`, or with LoRA and full fine-tuning all of it."""
+        """Choose what this cell trains.
+
+        For (IA)^3 it is one row of the tables `trained`, for LoRA and full fine-tuning all of them.
+        """
         self.row = row
         self.tables = trained
         self.parameters = trained
         if self.config.method == "ia3":
-            # A view of the row is a parameter of its own, so the optimizer sees no other row.
+            # The view of a row becomes a parameter, so the optimizer does not see the other rows.
             self.parameters = {}
             for name, table in trained.items():
                 self.parameters[name] = torch.nn.Parameter(table.data[row : row + 1])
@@ -103,6 +106,7 @@ class Cell:
     def clip_gradient(self):
         """Scale this cell's gradient down to the norm --clip, if it is larger."""
         if self.config.method == "ia3":
+            # The backward pass leaves the gradients of all rows in the tables.
             for name, parameter in self.parameters.items():
                 parameter.grad = self.tables[name].grad[self.row : self.row + 1]
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
@@ -114,20 +118,23 @@ class Cell:
         self.optimizer.step()
         self.progress.n_steps += 1
 
-    def judge(self, results):
-        """Keep the parameters if these are the best results on held-out rows (one per member)."""
+    def keep_if_best(self, results):
+        """Keep the parameters if these held-out results (one per member) are the best so far.
+
+        A result that is not better counts as a miss, for --patience.
+        """
         progress = self.progress
         accuracy = sum(result["accuracy"] for result in results) / len(results)
         is_first = progress.best_accuracy is None
         is_better = is_first or accuracy > progress.best_accuracy
         is_as_good = is_first or accuracy >= progress.best_accuracy
         progress.n_misses = 0 if is_better else progress.n_misses + 1
-        if is_as_good and all_finite(self.parameters):  # of equal ones, the later is kept
+        if is_as_good and all_finite(self.parameters):  # if results are equal, keep the later ones
             progress.best_accuracy = accuracy
             progress.best_parameters = copy_values(self.parameters)
 
     def take_best(self):
-        """Return to the best parameters, if any were chosen, and check them."""
+        """Go back to the best parameters, if there are any, and fail if these are not finite."""
         set_values(self.parameters, self.progress.best_parameters)
         if self.progress.failure is None and not all_finite(self.parameters):
             self.fail("the parameters are not finite after the last step")

@@ -1,4 +1,4 @@
-"""checkpoint.pt: from what a run can continue, and the vectors that it has trained so far."""
+"""checkpoint.pt: the state that a run continues from, with the vectors trained so far."""
 
 import io
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from minia3.files.write import replacing
 
 LAYOUT = 2  # goes up if an older checkpoint cannot be continued
 OTHER_LAYOUT = (
-    "not a checkpoint of this version of minia3: finish the run with the version that began it, "
-    "or remove the file to begin anew"
+    "written by another version of minia3: finish the run with that version, "
+    "or remove the file to start over from step 0"
 )
-DAMAGED = "damaged; without it, the run begins anew"
+DAMAGED = "damaged: remove the file to start over from step 0"
 
 
 @dataclass
@@ -23,12 +23,12 @@ class Checkpoint:
     is_finished: bool = False
     n_done: int = 0  # cells in the groups that are done
     finals: list = field(default_factory=list)  # the final lines of metrics.jsonl
-    failure: str | None = None  # why the last cell that failed did so
-    n_bytes: int = 0  # of metrics.jsonl: what lies beyond is not part of this state
+    failure: str | None = None  # why a cell failed: the last one that did
+    n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
     group: dict | None = None  # Group.state_dict of the group that trains
 
     def check(self):
-        """Raise TypeError if a value has another type."""
+        """Raise TypeError if a value cannot be right."""
         has_counts = type(self.n_done) is int and type(self.n_bytes) is int
         has_containers = isinstance(self.finals, list) and isinstance(self.group, dict | None)
         if not has_counts or not has_containers or self.n_bytes < 0:
@@ -39,7 +39,7 @@ def save_checkpoint(folder, checkpoint):
     """Replace the checkpoint of a run's folder. Without a folder, nothing is written."""
     if folder is None:
         return
-    # torch's own writer turns the message of a full disk into another one: let Path write instead.
+    # If the disk is full, torch.save hides the reason, so the file is written by Path.
     buffer = io.BytesIO()
     torch.save({"layout": LAYOUT, **vars(checkpoint)}, buffer)
     with replacing(folder / "checkpoint.pt") as temporary:
@@ -67,7 +67,7 @@ def load_checkpoint(folder):
 def read_vectors(folder):
     """Return what the last checkpoint of a run has trained: name to (A, D), a row per adapter.
 
-    The tensors have the dtype in which they were trained. The files of an adapter are float32.
+    The tensors have the dtype that they were trained in. The files of an adapter are float32.
     """
     return load_checkpoint(folder).group["parameters"]
 
@@ -81,7 +81,7 @@ def copy_values(parameters):
 
 
 def set_values(parameters, saved):
-    """Copy saved values into parameters in place, because views and optimizers refer to these."""
+    """Copy saved values into parameters in place, because views and optimizers refer to them."""
     for name, value in saved.items():
         parameters[name].data.copy_(value)
 

@@ -1,4 +1,4 @@
-"""The command lines of train.py that a finished run shows: to train again, and to evaluate."""
+"""Command lines of train.py that repeat a run, or evaluate what it trained."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ PLACES = ("out", "data_dir", "resume", "device")  # where a run happens, not wha
 
 
 def training_command(config):
-    """Return the words of the command that trains with the flags of `config`, wherever that is."""
+    """Return the words of the command that trains with the flags of `config`, without places."""
     names = ["model", "task"]
     for name in changed_flags(config):
         if name not in ("model", "task", *PLACES):

@@ -23,7 +23,8 @@ def choose_device(name):
     try:
         torch.ones(1, device=name).tolist()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}, expected cpu or cuda: {one_line(error)}") from None
+        expected = "expected a device that PyTorch can use, such as cpu"
+        raise ValueError(f"--device is {name!r}, {expected}: {one_line(error)}") from None
     return torch.device(name), "as asked"
 
 
@@ -41,24 +42,28 @@ def choose_dtype(config, device):
 
 
 def use_deterministic_kernels():
-    """Make the same run give the same bits on a GPU, too."""
+    """Make equal runs give equal bits on a GPU, too."""
     torch.use_deterministic_algorithms(True)
     # torch refuses cuBLAS without this, because cuBLAS is not deterministic otherwise.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def limit_threads(n_parameters):
+    """Use a single thread for a small model."""
     if n_parameters < SMALL_MODEL:
         torch.set_num_threads(1)
 
 
 def peak_memory(device):
-    """Return bytes: the most that torch held on a GPU, or on a CPU that the process took."""
+    """Return the peak memory in bytes: what torch held on a GPU, or what the process took.
+
+    Return 0 if the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(ImportError):  # Windows does not have this module
         import resource
 
-        kilobytes_or_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kilobytes_or_bytes if sys.platform == "darwin" else kilobytes_or_bytes * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, others KiB
     return 0

@@ -1,7 +1,7 @@
-"""Which example stands where: the batches of a cell, drawn before training begins.
+"""Draw the batches of a cell, all before training begins.
 
-Whenever a row comes, a prompt is drawn for it, as in T-Few. All draws are functions of the seed and
-the step, so a resumed run draws the same.
+Each time a row is used, a prompt is drawn for it, as in T-Few. The draws depend only on the seed
+and the step, so a resumed run draws the same.
 """
 
 from itertools import islice
@@ -37,7 +37,10 @@ def plan_steps(cell):
 
 
 def encode_plan(plan, cell, tokenizer):
-    """Return an example for each (member, row, prompt) of the plan, which may come many times."""
+    """Return a dict from each (member, row, prompt) of the plan to its example.
+
+    An example that the plan uses many times is encoded once.
+    """
     drawn = set().union(*plan)
     examples = {}
     n_cut = 0

@@ -27,14 +27,14 @@ class Parser(argparse.ArgumentParser):
 def flag(default, help, also=(), **limits):
     """Return a field of the dataclass.
 
-    also: other names of the flag. limits: of its value, by the names that `is_within` knows.
+    also: other names of the flag. limits: limits of its value; `is_within` knows their names.
     """
     metadata = {"help": help, "also": also, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def option(name):
-    """Return a field's name as it is typed."""
+    """Return a field's name as it is typed: "--batch-size" for "batch_size"."""
     return "--" + name.replace("_", "-")
 
 
@@ -47,15 +47,17 @@ def parse_flags(config_class, argv, description):
         prog="train.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a run's flags mean the same when the next version has more of them
+        allow_abbrev=False,  # because the next version may have another flag that fits
     )
     for field in dataclasses.fields(config_class):
         names = [option(field.name), *field.metadata["also"]]
-        parser.add_argument(*names, default=field.default, help=help_text(field), **reader(field))
+        parser.add_argument(
+            *names, default=field.default, help=help_text(field), **reading_options(field)
+        )
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         typed = unknown[0].partition("=")[0]
-        message = f"{unknown[0]!r} is not a flag, nor the value of one"
+        message = f"{unknown[0]!r} is neither a flag nor the value of a flag"
         similar = difflib.get_close_matches(typed, map(option, vars(values)), n=1)
         if similar:
             message += f": did you mean {similar[0]}?"
@@ -64,14 +66,14 @@ def parse_flags(config_class, argv, description):
 
 
 def help_text(field):
-    """Return a field's help with its default. If that is None, the help says what happens then."""
+    """Return a field's help with its default. If the default is None, the help explains it."""
     if field.default is None:
         return field.metadata["help"]
     default = "no" if field.default is False else field.default
     return f"{field.metadata['help']} (default: {default})"
 
 
-def reader(field):
+def reading_options(field):
     """Return the arguments of add_argument that say how the field's value is read."""
     kind = kinds_of(field)[0]
     if kind is bool:
@@ -129,9 +131,9 @@ def check_value(field, value):
 
 
 def is_within(limit_name, limit, value):
-    """Return whether a value keeps a limit.
+    """Return whether a value is within a limit.
 
-    NaN keeps none, because comparisons with it are false.
+    NaN is within no limit of numbers, because comparisons with it are false.
     """
     if limit_name == "one_of":
         return value in limit
@@ -148,7 +150,7 @@ def is_within(limit_name, limit, value):
 def describe_limit(limit_name, limit):
     words = limit_name.replace("_", " ")
     if limit_name == "some_of":
-        return f"{words} {','.join(limit)}, none twice"
+        return f"{words} {','.join(limit)}, each at most once"
     if limit_name == "one_of":
         return f"{words} {','.join(limit)}"
     return f"{words} {limit}"
@@ -158,7 +160,7 @@ def describe_limit(limit_name, limit):
 
 
 def flag_words(config, names):
-    """Return the flags `names` and their values as the words that one would type."""
+    """Return the flags `names` and their values as words of a command line."""
     words = []
     for name in names:
         value = getattr(config, name)
@@ -171,9 +173,9 @@ def flag_words(config, names):
 
 
 def expand_grid(config, whole=()):
-    """Return the fields that hold several values, and a config for each combination of these.
+    """Return the names of the fields with several values, and a config for each combination.
 
-    whole: fields whose values stay together.
+    whole: names of fields whose values stay together.
     """
     axes = {}
     for name, value in vars(config).items():

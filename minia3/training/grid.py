@@ -17,12 +17,12 @@ def make_cells(config):
         cells.append(Cell(cell_config, task, cell_name(cell_config, task, axes), axes))
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
-        raise ValueError(f"expected another name for each adapter, found {names!r:.200}")
+        raise ValueError(f"expected a different name for each adapter, found {names!r:.200}")
     return cells
 
 
 def load_task_of(config, loaded):
-    """Return the task of a cell, or with several values of --task their mixture."""
+    """Return the task of a cell: if --task has several values, their mixture."""
     names = config.task if isinstance(config.task, tuple) else (config.task,)
     tasks = []
     for name in names:

@@ -33,7 +33,7 @@ class Group:
             trained = trainable_parameters(self.model, cells[0].config)
         self.warnings = [str(warning.message) for warning in caught]
         if dtype == torch.float64:
-            self.model.double()  # vectors, which are float32 otherwise, are float64 here
+            self.model.double()  # so that the vectors are not float32
         prepare_model(self.model, config)
         limit_threads(self.n_base)
 
@@ -41,7 +41,8 @@ class Group:
         self.parameters = {}  # what a checkpoint holds
         if config.is_training:
             self.n_trained = count_entries(trained) // len(cells)
-            # Vectors that do not train, too: they come from --adapter, and that file may change.
+            # Vectors that do not train are saved, too: they may come from --adapter, whose file may
+            # change before the run is resumed.
             self.parameters = vectors(self.model) | trained
         for row, cell in enumerate(cells):
             cell.attach(trained, row)
@@ -66,7 +67,7 @@ class Group:
             cell.batches = draw_batches(cell, self.tokenizer)
 
     def next_batch(self):
-        """Return the examples of the next step, of all cells that still train."""
+        """Return the examples of the next step, for all cells that still train."""
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
     def evaluate(self, cell, assignment, rows, shots=()):

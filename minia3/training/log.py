@@ -28,11 +28,11 @@ class TrainingLog:
         self.step = 0  # how many steps are done
         self.evaluated_at = 0  # the step of the last evaluation on held-out rows
         self.seconds = 0.0  # spent in steps, and not in evaluation
-        self.started = 0.0  # when the step that is running did
+        self.started = 0.0  # when the current step started
         # Since the last line:
         self.logged_seconds = 0.0  # the value of `seconds` then
         self.n_tokens = 0
-        self.losses = []  # of each step: from a cell's row to its loss
+        self.losses = []  # one dict per step: a cell's row -> its loss
 
     def state_dict(self):
         state = {name: getattr(self, name) for name in self.SAVED}
@@ -44,9 +44,9 @@ class TrainingLog:
 
     @contextmanager
     def progress_bar(self):
-        """Show a bar in a terminal.
+        """Show a progress bar in a terminal.
 
-        Elsewhere, a line on the console follows each line of the file.
+        Elsewhere, print a line for each line that training adds to metrics.jsonl.
         """
         is_hidden = not sys.stderr.isatty()
         options = {"total": self.config.steps, "initial": self.step, "unit": "step"}
@@ -73,10 +73,10 @@ class TrainingLog:
         self.losses.append({})
 
     def add_losses(self, losses):
-        """Add the losses of a micro-batch: from each cell to its share."""
-        of_step = self.losses[-1]
+        """Add the losses of a micro-batch: a dict from each cell to its part of the loss."""
+        step_losses = self.losses[-1]
         for cell, loss in losses.items():
-            of_step[cell.row] = of_step.get(cell.row, 0.0) + loss.detach()
+            step_losses[cell.row] = step_losses.get(cell.row, 0.0) + loss.detach()
 
     def end_step(self, batch):
         self.n_tokens += batch.n_tokens
@@ -89,7 +89,7 @@ class TrainingLog:
     def read_losses(self):
         """Return the losses as floats.
 
-        This waits for a GPU, so it happens only if a line is due.
+        This waits for a GPU, so call it only if a line is due.
         """
         steps = []
         for losses in self.losses:
@@ -99,7 +99,7 @@ class TrainingLog:
     # Lines
 
     def fail_bad_cells(self):
-        """End each cell that has had a loss that is not finite since the last line."""
+        """Fail each cell that had a loss that is not finite in a step since the last line."""
         first_step = self.step - len(self.losses) + 1
         for step, losses in enumerate(self.losses, first_step):
             for row, loss in losses.items():
@@ -108,7 +108,7 @@ class TrainingLog:
                     cell.fail(f"the loss of step {step} is {loss}")
 
     def write_training(self, cells):
-        """Write a line about the steps since the last one. cells: those that took the last step."""
+        """Write a line about the steps since the last line. cells: they took the last step."""
         means = self.mean_losses()
         if not means:
             return  # all cells have failed
@@ -150,7 +150,10 @@ class TrainingLog:
             print(f"step {self.step:>6}  {text}", flush=True)
 
     def write_evaluations(self, results):
-        """Write the results on held-out rows: of each cell, one per member of its task."""
+        """Write results on held-out rows.
+
+        results: a dict from each cell to its results, one per member of its task.
+        """
         for cell, cell_results in results.items():
             for assignment, result in zip(cell.assignments, cell_results, strict=True):
                 self.write_evaluation(cell, assignment.task, result)

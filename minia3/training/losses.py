@@ -1,4 +1,4 @@
-"""T-Few's three losses (Liu et al. 2022, arXiv 2205.05638, section 3.3), whose weights are all one.
+"""T-Few's three losses (Liu et al. 2022, arXiv 2205.05638, section 3.3), added with equal weights.
 
     likelihood         L_LM = - mean over tokens t of the right choice of log p(y_t | x, y_<t)
     unlikelihood       L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))
@@ -57,8 +57,8 @@ def count_terms(mask_BCL, label_B):
 def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=None):
     """Return the sum of the losses in `names`: a scalar that carries gradients.
 
-    logp_BCL: see `choice_logprobs`. n_terms: the `count_terms` of the batch that these rows are a
-    part of, if they are one. Then the losses of the parts add up to the loss of the batch.
+    logp_BCL: see `choice_logprobs`. n_terms: if these rows are part of a larger batch, the
+    `count_terms` of that batch; then the losses of the parts add up to the loss of the batch.
     """
     if n_terms is None:
         n_terms = count_terms(mask_BCL, label_B)

@@ -1,7 +1,7 @@
-"""How much memory the tensors of a model take when it is served or trained, without its weights.
+"""Plan the memory that a model's tensors take to serve or to train it, without loading weights.
 
 The model runs on fake tensors: they have a shape and a dtype, but no storage. A counter watches
-which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside of
+which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside
 kernels, and what the allocator keeps of freed memory come on top.
 
 Shapes: B batch, L length.

@@ -21,7 +21,8 @@ TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cann
 def trainable_parameters(model, config):
     """Freeze all parameters that the flags do not train. Return the others: name to parameter.
 
-    --adapter is read here, for (IA)^3 into every row. `config` has one seed, which draws LoRA's A.
+    Read --adapter, if it is given; for (IA)^3, into every row. `config` has a single seed, from
+    which LoRA's A is drawn.
     """
     if config.method == "lora":
         if config.adapter is not None:
@@ -47,7 +48,7 @@ def trainable_parameters(model, config):
 
 
 def save_trained(group, cell, folder):
-    """Write a cell's adapter as a PEFT folder, or for full fine-tuning the whole model."""
+    """Write a cell's adapter as a PEFT folder, or the whole model after full fine-tuning."""
     method = cell.config.method
     if method == "ia3":
         save_adapter(group.model, folder, cell.row)

@@ -1,7 +1,7 @@
-"""The model card, README.md, that lies beside an adapter or a model that was trained.
+"""The model card: the README.md in the folder of a trained adapter or model.
 
-The hub reads the lines between `---` at its beginning. People read the rest: what it is, how well
-it does, how it was made, and the code that loads it.
+The hub reads the lines between `---` at the beginning. People read the rest: what was trained, how
+well it does, how it was made, and the code that loads it.
 """
 
 import json
@@ -21,7 +21,7 @@ AUTO_CLASSES = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}
 
 @dataclass
 class Facts:
-    """What a card says, as texts that are ready to be put in."""
+    """What a card says: texts that are ready to be inserted."""
 
     model: str  # the base, as the user named it
     hub_model: str  # the base, as transformers finds it
@@ -36,7 +36,7 @@ class Facts:
 
 
 def write_card(folder, config, finals, checksums):
-    """Write README.md into a folder. The arguments are those of `card`."""
+    """Write README.md into a folder. The other arguments are those of `card`."""
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(card(config, finals, checksums), encoding="utf-8")
 
@@ -45,7 +45,7 @@ def card(config, finals, checksums):
     """Return the text of a card.
 
     config: the flags of the run (train.py's Config). finals: the final lines of metrics.jsonl for
-    this adapter, one per task of a mixture. checksums: a dict from file of data to sha256.
+    this adapter, one per task of a mixture. checksums: a dict from each data file to its sha256.
     """
     facts = collect_facts(config, finals, checksums)
     if config.method == "lora":
@@ -66,8 +66,8 @@ tags: [ia3, peft]
 # (IA)^3 for {facts.tasks}, on {facts.model}
 
 {facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}) that rescale the keys,
-the values and the inner activations of the feed-forward in each layer of {facts.model}, whose
-parameters stay as they are: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
+the values and the inner activations of the feed-forward network in each layer of {facts.model},
+whose own parameters are unchanged: Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 
 {facts.results}
 
@@ -102,10 +102,10 @@ tags: [lora, peft]
 # LoRA for {facts.tasks}, on {facts.model}
 
 {facts.n_trainable} parameters ({facts.share} of the base's {facts.n_base}): two thin matrices A and
-B beside some of the weights W of {facts.model}, whose parameters stay as they are. W x becomes
+B beside some of the weights W of {facts.model}, whose own parameters are unchanged. W x becomes
 W x + alpha / r B A x: Hu et al. 2021, https://arxiv.org/abs/2106.09685. The file
-adapter_config.json has alpha and r, and says which weights. `train.py --method lora --adapter .`
-trains it further.
+adapter_config.json has alpha and r, and names these weights. `train.py --method lora --adapter .`
+trains this LoRA further.
 
 {facts.results}
 
@@ -163,7 +163,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 
 def collect_facts(config, finals, checksums):
-    final = finals[0]  # what does not depend on the task is the same in all
+    final = finals[0]  # what does not depend on the task is the same in all of them
     base = hub_name(config.model)
     tasks = [final["task"] for final in finals]
 
@@ -177,7 +177,7 @@ def collect_facts(config, finals, checksums):
         hub_model = "data/tiny-t5"
 
     command = shlex.join(training_command(config))
-    origin = f"Made with minia3 in {final['steps']:,} steps, `{command}`, from files with these"
+    origin = f"Trained with minia3 for {final['steps']:,} steps by `{command}`, on files with these"
     origin += " SHA-256 checksums:\n\n"
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
 

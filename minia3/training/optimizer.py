@@ -6,10 +6,10 @@ for a vector l with the gradient g:
 
     beta_t = 1 - t^-0.8
     v_t    = beta_t v_(t-1) + (1 - beta_t) (g^2 + 1e-30)
-    u_t    = g / sqrt(v_t), divided by max(1, RMS of that)
+    u_t    = g / sqrt(v_t), divided by max(1, its RMS)
     l_t    = l_(t-1) - lr max(RMS(l_(t-1)), 1e-3) u_t
 
-So an update has an RMS of 1 at most, and a step is relative to the size of l: this is why the
+So an update has an RMS of at most 1, and a step is relative to the size of l: this is why the
 parameter is l, which is about 1, and not l - 1. There is no momentum. The paper factors the v of a
 matrix into rows and columns; the v of a vector has nothing to factor.
 
@@ -40,7 +40,7 @@ class Adafactor:
                     self.update(l_AD, group["lr"])
 
     def update(self, l_AD, lr):
-        """Make one step of one table: the equations above."""
+        """Update one table by the equations above."""
         state = self.state[l_AD]
         if not state:
             state["step"] = 0

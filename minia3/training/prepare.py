@@ -16,7 +16,7 @@ def prepare_model(model, config):
     if config.recompute:
         recompute_blocks(blocks)
     if config.compile:
-        # A block has several graphs: the first or the last one, padded or not, training or not.
+        # torch compiles a block for each kind of call: padded or not, training or not ...
         torch._dynamo.config.cache_size_limit = 64
         for block in blocks:
             block.compile(dynamic=True)

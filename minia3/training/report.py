@@ -1,4 +1,4 @@
-"""What a run prints at its end: the results, what they cost, and how to use the adapter."""
+"""What a run prints when it ends: the results, what they cost, and how to use the adapter."""
 
 import dataclasses
 import shlex
@@ -16,7 +16,7 @@ def report(config, folder, finals, n_failed=0):
     if axes or is_mixture(config):
         title = "1 result" if len(finals) == 1 else f"{len(finals)} results"
         if n_failed:
-            title += f", and {n_failed} that failed"
+            title += f"; failed adapters: {n_failed}"
         lines = [result_line(config, final, axes) for final in finals]
     else:
         title, lines = single_result(config, finals[0])
@@ -41,7 +41,7 @@ def describe(metric, result):
 
 
 def before_after(final, name, form):
-    """Return a figure of a final line before and after training, as texts."""
+    """Return a value of a final line before and after training, as texts."""
     texts = []
     for value in (final[f"{name}_before"], final[name]):
         if value is None:
@@ -96,7 +96,7 @@ def format_figure(config, final, name, form):
 
 
 def cost_lines(config, finals, is_grid):
-    """Return lines about shots and memory, and if anything was trained, about its size and time."""
+    """Return lines about shots and memory, and about size and time if anything was trained."""
     lines = []
     n_shots = sorted(final["n_shots"] for final in finals if "n_shots" in final)
     if n_shots:
@@ -119,7 +119,7 @@ def cost_lines(config, finals, is_grid):
 
 
 def format_time(config, finals):
-    """Return the seconds that training took, and how many steps it were.
+    """Return how many seconds and steps training took.
 
     The cells of an (IA)^3 grid train together, so each final line has the time of all of them. The
     cells of another method train one after the other.
@@ -139,7 +139,7 @@ def adapter_lines(config, folder, finals, axes):
     kind = "model" if config.method == "full" else "adapter"
     path = folder / kind
     if axes:
-        path = folder / "adapters" / "NAME"  # to be filled in by the user, like SEED
+        path = folder / "adapters" / "NAME"  # the user fills it in, like SEED
     lines = [(kind, str(path))]
     has_labels = any(final["rows"] for final in finals)
     if has_labels:

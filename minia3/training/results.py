@@ -10,11 +10,11 @@ NOT_FINAL = ("n", "n_cut")  # a final line has these under other names
 class Baselines:
     """Results before training.
 
-    All cells start equal, so those that report on the same rows share a result.
+    All cells start equal, so cells that report on the same rows share a result.
     """
 
     def __init__(self):
-        self.results = {}  # by the name of the task and the rows
+        self.results = {}  # (name of the task, idx of each row) -> result
 
     def find(self, group, cell, assignment):
         rows = assignment.report_rows

@@ -1,4 +1,4 @@
-"""Rules between the flags of train.py: which of them belong together, and which contradict."""
+"""Rules about combinations of flags: which ones need each other, and which ones do not mix."""
 
 from minia3.training.flags import check_flags, option
 from minia3.training.methods import TRAINED_ALONE
@@ -17,14 +17,16 @@ def check_config(config):
     """Raise ValueError if a flag has a bad value, or does not go with another flag."""
     check_flags(config)
     if config.patience and not config.eval_every:
-        raise ValueError("--patience counts evaluations on held-out rows: give --eval-every too")
+        raise ValueError("--patience counts evaluations on held-out rows: give --eval-every, too")
     if is_given(config, "cap") and config.adapters != "one":
-        raise ValueError("--cap limits the rows of a mixture's tasks: give --adapters one too")
+        raise ValueError("--cap limits the rows of a mixture's tasks: give --adapters one, too")
     for name, method in BELONGS_TO.items():
         if is_given(config, name):
             check_belongs(config, name, method)
     if config.method == "icl" and config.shots is None:
-        raise ValueError("--method icl puts examples before each input: give their number, --shots")
+        raise ValueError(
+            "--method icl puts examples before each input: give their number with --shots"
+        )
     if config.method in TRAINED_ALONE and config.optimizer == "adafactor":
         # LoRA's B starts at zero and would hardly leave it. Full fine-tuning would need Adafactor
         # to factor the second moments of matrices, and ours does not.
@@ -41,7 +43,8 @@ def check_belongs(config, name, method):
         raise ValueError(f"{option(name)} is for --method {method}, found --method {config.method}")
     if method == "lora" and config.adapter:
         raise ValueError(
-            f"{option(name)} is for a new LoRA, but --adapter brings a trained one: leave it out"
+            f"{option(name)} is for a new LoRA, but --adapter is a trained one: "
+            f"leave out {option(name)}"
         )
 
 

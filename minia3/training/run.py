@@ -1,4 +1,4 @@
-"""Where a run is written, and how it is stopped and continued."""
+"""Where a run writes, and how it is stopped and continued."""
 
 import dataclasses
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,10 @@ class Run:
     """
 
     def __init__(self, config, signals):
-        """Create the folder of a new run, or open the folder of --resume. Raise ValueError."""
+        """Create the folder of a new run, or open the folder of --resume.
+
+        Raise ValueError if the folder cannot be used.
+        """
         self.signals = signals
         self.resources = ExitStack()  # the lock of the folder
         self.folder = None  # nothing is written
@@ -51,9 +54,9 @@ class Run:
         return self.saved.is_finished
 
     def start_writing(self, cells):
-        """Check that the data are those with which the run began, and open metrics.jsonl.
+        """Check that the data are the same as when the run began, and open metrics.jsonl.
 
-        Raise ValueError if the data have changed. Until here, a resumed run has changed nothing.
+        Raise ValueError if the data have changed. Until this call, a resumed run changes no file.
         """
         if self.folder:
             checksums = {}
@@ -67,7 +70,7 @@ class Run:
         self.n_bytes = self.metrics.write(event=event, **values)
 
     def uninterrupted(self):
-        """Return a context in which signals wait, because within it the group is not complete."""
+        """Return a context in which signals wait, because the group cannot be saved within it."""
         return self.signals.uninterrupted()
 
     @contextmanager
@@ -84,7 +87,7 @@ class Run:
         self.write_checkpoint(group.state_dict())
 
     def restore(self, group):
-        """Return the group to its state in the last checkpoint, if there is one."""
+        """Put the group into its state in the last checkpoint, if there is one."""
         if self.saved.group is not None:
             with reading(self.folder / "checkpoint.pt", DAMAGED):
                 group.load_state_dict(self.saved.group)
@@ -97,7 +100,7 @@ class Run:
         save_checkpoint(self.folder, checkpoint)
 
     def finish_cell(self, cell, finals):
-        """Write the results of a cell, or why it has none."""
+        """Write the results of a cell, or why it failed."""
         for final in finals:
             self.write("final", step=cell.progress.n_steps, **final)
         if cell.progress.failure:
@@ -123,5 +126,5 @@ class Run:
             discard_run(self.folder)
 
     def close(self):
-        """Let other processes write into the folder."""
+        """Unlock the folder, so that other processes may write into it."""
         self.resources.close()

@@ -35,7 +35,7 @@ def run_name(config):
     tasks = [Path(task).stem for task in as_tuple(config.task)]
     method = config.method
     if config.adapters == "one" and len(tasks) > 1:
-        method += "-one"  # a mixture of these tasks is not the grid of these tasks
+        method += "-one"  # not the folder of a grid of the same tasks
     parts = [Path(config.model).name, join_values(tasks), method]
     parts.append(join_values(as_tuple(config.seed)))
     if len(as_tuple(config.lr)) > 1:
@@ -91,17 +91,20 @@ def discard_run(folder):
 
 
 def restore_flags(asked):
-    """Return the flags of the run in the folder --resume. Raise ValueError if others are given."""
+    """Return the flags of the run in the folder --resume.
+
+    Raise ValueError if other flags are given.
+    """
     config_class = type(asked)
     if asked != config_class(resume=asked.resume):
         raise ValueError(
-            "--resume goes alone: all other flags come from the config.json of its folder"
+            "--resume takes no other flags: they come from the config.json of its folder"
         )
     folder = Path(asked.resume)
     saved = read_run_config(folder)
     if saved.get("similar_lengths"):
         raise ValueError(
-            f"{folder}: this run of an earlier version has --similar-lengths, which is gone: "
+            f"{folder}: this run uses --similar-lengths, which only an earlier version has: "
             "finish it with that version"
         )
     if "checkpoint" in saved:
@@ -115,23 +118,23 @@ def restore_flags(asked):
 
 
 def read_run_config(folder):
-    """Return what the config.json of a run holds: its flags, and more.
+    """Return the config.json of a run: its flags, and more.
 
-    Raise ValueError if the folder is not that of a run.
+    Raise ValueError if the folder does not hold a run.
     """
     try:
         config = read_json(folder / "config.json")
         if not {"model", "task"} <= config.keys():
-            raise ValueError(f"{folder / 'config.json'} belongs to something else")
+            raise ValueError(f"{folder / 'config.json'} was not written by train.py")
     except ValueError as error:
         raise ValueError(f"expected the folder of a run: {error}") from None
     return config
 
 
 def record_data(folder, checksums):
-    """Add the data's checksums to config.json.
+    """Add the checksums of the data to config.json.
 
-    Raise ValueError if a resumed run finds other data.
+    Raise ValueError if a resumed run finds other checksums there.
     """
     config = read_run_config(folder)
     if config.get("data", checksums) != checksums:

@@ -106,9 +106,7 @@ def in_peft(name, folder, **options):
 
 @pytest.mark.parametrize("targets", [QV, ALL], ids=["qv", "all"])
 @pytest.mark.parametrize("name", ALL)
-def test_logits_and_gradients_of_a_padded_batch_equal_those_of_peft(
-    loaded, peft_folder, name, targets
-):
+def test_logits_and_gradients_of_a_padded_batch_equal_peft(loaded, peft_folder, name, targets):
     theirs, folder = peft_folder(name, targets[name])
     ours = loaded(name)
     load_lora(ours, folder)
@@ -146,7 +144,9 @@ def test_our_folder_gives_the_same_logits_in_peft_without_a_warning(applied, tmp
 
 @pytest.mark.parametrize("targets", [QV, ALL], ids=["qv", "all"])
 @pytest.mark.parametrize("name", ALL)
-def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, name, targets):
+def test_our_folder_equals_the_folder_that_peft_writes(
+    loaded, tmp_path, peft_folder, name, targets
+):
     _, folder = peft_folder(name, targets[name])
     model = loaded(name)
     load_lora(model, folder)
@@ -205,7 +205,7 @@ def test_our_lora_can_be_trained_further_in_peft_and_comes_back(applied, loaded,
     load_lora(model, tmp_path / "theirs")
     expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
-    assert off(logits(applied(name), SOURCE, MASK, TARGET), expected) > 1e-3, "it has learnt"
+    assert off(logits(applied(name), SOURCE, MASK, TARGET), expected) > 1e-3, "it has learned"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def add_named(model, **options):
     return dict(model.named_modules())
 
 
-def test_a_new_lora_depends_on_the_seed_alone(loaded):
+def test_a_new_lora_depends_only_on_the_seed(loaded):
     def begin(**options):
         torch.rand(3)  # the state of all others' random numbers
         return torch.cat(
@@ -305,7 +305,7 @@ def test_the_base_under_a_lora_can_be_saved(applied, loaded, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_merged_is_applied(applied, loaded, tmp_path, name):
+def test_a_merged_lora_equals_the_applied_lora(applied, loaded, tmp_path, name):
     model = randomize(applied(name).double(), 1)  # the vectors of (IA)^3 beside it, too
     merged = merge(model)
     expected = logits(model, SOURCE, MASK, TARGET)
@@ -407,8 +407,8 @@ def test_a_second_lora_is_refused_and_so_is_saving_none(applied, loaded, tmp_pat
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         (
             {"r": 4},
-            r"lacks finite .*\.q\.lora_A.weight', \(4, 24\)\)\]"
-            r" \.\.\., has .*\.q\.lora_A.weight', \(3, 24\)",
+            r"expected finite .*\.q\.lora_A.weight', \(4, 24\)\)\]"
+            r" \.\.\., found .*\.q\.lora_A.weight', \(3, 24\)",
         ),
         ({"r": None}, "TypeError"),
         ({"r": 0}, "a rank of 1 or more"),
@@ -456,17 +456,17 @@ def in_block_9(name):
 DAMAGE = {
     "missing": (
         lambda x: {name: tensor for name, tensor in x.items() if name != QB},
-        rf"lacks finite \[\('{QB}', \(24, 3\)\)\] \.\.\., has \[\]",
+        rf"expected finite \[\('{QB}', \(24, 3\)\)\] \.\.\., found \[\]",
     ),
-    "wide": (lambda x: x | {QA: torch.ones(3, 25)}, rf"has \[\('{QA}', \(3, 25\)\)\]"),
-    "integers": (lambda x: x | {QA: torch.ones(3, 24).int()}, rf"\[\('{QA}'.*has \[\]"),
-    "nan": (with_nan, rf"\[\('{QA}'.*has \[\]"),
+    "wide": (lambda x: x | {QA: torch.ones(3, 25)}, rf"found \[\('{QA}', \(3, 25\)\)\]"),
+    "integers": (lambda x: x | {QA: torch.ones(3, 24).int()}, rf"\[\('{QA}'.*found \[\]"),
+    "nan": (with_nan, rf"\[\('{QA}'.*found \[\]"),
     "more": (
         lambda x: x | {f"{Q}B.bias": torch.ones(24)},
-        rf"\[\] \.\.\., has \[\('{Q}B.bias', \(24,\)\)\]",
+        rf"\[\] \.\.\., found \[\('{Q}B.bias', \(24,\)\)\]",
     ),
-    "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"has \[.*block.9.layer"),
-    "half": (without_cross_attention, "lacks finite .*block.0.layer.1.EncDecAttention.q"),
+    "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"found \[.*block.9.layer"),
+    "half": (without_cross_attention, "expected finite .*block.0.layer.1.EncDecAttention.q"),
     "nothing": (lambda x: {}, r"found 3 and \[\]"),
 }
 

@@ -37,7 +37,7 @@ def extreme(model):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_merged_row_is_the_row_applied(loaded, name):
+def test_a_merged_row_equals_the_applied_row(loaded, name):
     model = loaded(name, n_adapters=3, seed=5)
     for adapter in (2, 0):
         merged = merge(model, adapter)
@@ -221,7 +221,7 @@ def adapter(loaded, tmp_path):
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_from_file_to_file_the_bits_are_those_of_merge_and_save_model(
+def test_from_file_to_file_the_bits_equal_merge_and_save_model(
     peer, adapter, tmp_path, name, dtype
 ):
     folder = shutil.copytree(peer(name).folder, tmp_path / name)
@@ -235,7 +235,7 @@ def test_from_file_to_file_the_bits_are_those_of_merge_and_save_model(
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_shards_and_absent_vectors_and_a_tokenizer(
+def test_a_checkpoint_of_several_shards_is_merged_with_absent_vectors_and_its_tokenizer(
     loaded, copy, adapter, tmp_path, name, monkeypatch, word_tokenizer
 ):
     monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 9000)

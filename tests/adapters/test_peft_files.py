@@ -77,7 +77,7 @@ def test_our_adapter_gives_the_same_logits_in_peft_without_a_warning(loaded, tmp
 
 
 @pytest.mark.parametrize("name", WITH_ALL)
-def test_our_folder_is_what_peft_itself_writes(loaded, tmp_path, peft_folder, name):
+def test_our_folder_equals_the_folder_that_peft_writes(loaded, tmp_path, peft_folder, name):
     _, folder = peft_folder(name)
     theirs = load_file(folder / "adapter_model.safetensors")
     model = loaded(name)
@@ -137,7 +137,7 @@ def test_our_adapter_can_be_trained_further_in_peft_and_comes_back(
     load_adapter(model, tmp_path / "ours", adapter=0)
     load_adapter(model, folder, adapter=1)
     assert off(logits(model, SOURCE, MASK, TARGET, adapter=1), expected) < 1e-5
-    assert off(logits(model, SOURCE, MASK, TARGET, adapter=0), expected) > 1e-3, "it has learnt"
+    assert off(logits(model, SOURCE, MASK, TARGET, adapter=0), expected) > 1e-3, "it has learned"
     peft.PeftModel.from_pretrained(make(name), folder)  # what PEFT wrote of ours, PEFT reads
 
 
@@ -473,7 +473,7 @@ def test_vectors_on_the_other_side_of_a_linear_are_refused(loaded, peft_folder, 
     )
 
 
-def test_one_place_that_a_file_scales_twice_is_refused(loaded, tmp_path):
+def test_a_file_that_scales_one_place_twice_is_refused(loaded, tmp_path):
     name = "encoder.block.0.layer.0.SelfAttention.k"
     tensors = {
         f"base_model.model.{name}.ia3_l": torch.ones(24, 1),

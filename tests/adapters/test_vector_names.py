@@ -60,7 +60,7 @@ def test_a_vector_stands_at_the_linear_that_it_scales():
         assert weights[f"{linear}.weight"] == f"{place}.{SITES[site]}.weight"
 
 
-def test_a_name_is_renamed_with_its_layer_and_an_unknown_one_is_none():
+def test_a_name_is_renamed_with_its_layer_and_an_unknown_name_gives_none():
     prefix = "base_model.model.model.layers"
     assert rename(f"{prefix}.31.mlp.down_proj.ia3_l", PEFT) == "blocks.31.ffn.l_ff"
     assert rename("blocks.0.attn.l_k", WRITE) == f"{prefix}.0.self_attn.k_proj.ia3_l"

@@ -1,5 +1,5 @@
-"""Guards `python -m minia3 info`: its numbers are those of the model that is loaded and of the
-files that are written, and neither a network nor weights are needed to know them."""
+"""Guards `python -m minia3 info`: its numbers agree with the model that is loaded and with the
+files that are written, and it needs neither a network nor weights."""
 
 import json
 import os
@@ -204,7 +204,7 @@ def test_the_note_says_what_was_planned(monkeypatch):
     monkeypatch.setattr("minia3.training.memory_plan.planned_memory", lambda *args, **options: 0)
     note = " ".join(text for title, text in info("tiny-t5", batch=3, length=50) if not title)
     assert "for 3 sources of 50 tokens" in note
-    assert "a step with targets of 8 tokens" in note
+    assert "one step with targets of 8 tokens" in note
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])

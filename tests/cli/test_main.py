@@ -36,7 +36,7 @@ def adapters(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["predict", "--help"]])
-def test_help_imports_no_torch(words):
+def test_help_does_not_import_torch(words):
     """It is quick because of that: importing torch takes seconds."""
     out, err, code = outcome(*words)
     assert (code, err) == (0, "")

@@ -1,5 +1,5 @@
-"""Guards the pictures: which ones are drawn of which runs, that they show the numbers of the files,
-and that the missing matplotlib is reported with the extra to install."""
+"""Guards the pictures: which pictures are drawn for which runs, that they show the numbers of the
+files, and that a missing matplotlib is reported with the extra to install."""
 
 import json
 import shutil
@@ -222,7 +222,7 @@ def test_learned_shows_quantiles_in_the_order_of_layers_and_the_furthest_entries
     assert furthest[:3] == expected
 
 
-def test_the_panels_of_the_encoder_come_before_those_of_the_decoder():
+def test_the_panels_of_the_encoder_come_before_the_panels_of_the_decoder():
     names = ("decoder.0.cross.l_k", "decoder.0.attn.l_k", "encoder.0.ffn.l_ff")
     vectors = {name: np.ones(3) for name in names}
     titles = [ax.get_title() for ax in drawn(draw_learned, vectors).axes]

@@ -48,7 +48,7 @@ def test_a_run_without_training_has_no_flops_to_train(tmp_path):
     assert np.isnan(result.flops_to_train)
 
 
-def test_bytes_are_those_of_the_files(tmp_path):
+def test_bytes_are_counted_from_the_files(tmp_path):
     for name, method in (("adapter", "ia3"), ("adapter", "lora"), ("model", "full")):
         folder = make_run(tmp_path / method, method=method) / name
         folder.mkdir()
@@ -239,19 +239,19 @@ def test_runs_without_a_result_are_counted_and_named(tmp_path):
     make_run(tmp_path / "empty").joinpath("metrics.jsonl").unlink()
     results, note = read_results([tmp_path])
     assert [result.run_folder.name for result in results] == ["done"]
-    assert note.startswith("2 left out, without a result in metrics.jsonl")
+    assert note.startswith("2 left out, because metrics.jsonl has no result")
     assert str(tmp_path / "begun") in note
     assert str(tmp_path / "empty") in note
     with pytest.raises(ValueError, match="no run has a result: 1 left out"):
         read_results([tmp_path / "begun"])
 
 
-def test_a_run_without_labelled_rows_is_left_out(tmp_path):
+def test_a_run_without_labeled_rows_is_left_out(tmp_path):
     make_run(tmp_path / "a", [{"accuracy": None, "tokens": None}])
     make_run(tmp_path / "b")
     results, note = read_results([tmp_path])
     assert [result.run_folder.name for result in results] == ["b"]
-    assert note.startswith("1 left out, without a result in metrics.jsonl")
+    assert note.startswith("1 left out, because metrics.jsonl has no result")
 
 
 def test_a_run_that_is_given_twice_counts_once(tmp_path):
@@ -261,13 +261,13 @@ def test_a_run_that_is_given_twice_counts_once(tmp_path):
     assert note == ""
 
 
-def test_of_repetitions_the_first_counts_and_the_others_are_reported(tmp_path):
+def test_the_first_of_several_repetitions_counts_and_the_others_are_reported(tmp_path):
     make_run(tmp_path / "later", [{"accuracy": 1.0}])
     finals = [{"adapter": f"s{i}", "seed": i, "lr": 0.003} for i in range(3)]
     make_run(tmp_path / "grid", finals, seed=[0, 1, 2])
     results, note = read_results([tmp_path])
     assert [result.adapter_folder.name for result in results] == ["s0", "s1", "s2"]
-    assert note == "1 left out, whose flags are those of others"
+    assert note == "1 left out, because their flags equal those of other results"
 
 
 def test_adapters_that_failed_or_are_to_come_are_reported(tmp_path):
@@ -292,7 +292,7 @@ def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_pat
     (tmp_path / "merged" / "config.json").write_text('{"model_type": "t5"}')
     (result,), note = read_results([tmp_path])
     assert (result.accuracies.tolist(), note) == ([50], "")
-    with pytest.raises(ValueError, match=r"config\.json belongs to something else"):
+    with pytest.raises(ValueError, match=r"config\.json was not written by train.py"):
         read_results([tmp_path / "merged"])
 
 
@@ -304,7 +304,7 @@ def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_pat
     [
         ("config.json", "{", "JSONDecodeError"),
         ("config.json", "[1]", "expected a JSON object, found list"),
-        ("config.json", '{"model_type": "t5"}', "belongs to something else"),
+        ("config.json", '{"model_type": "t5"}', "was not written by train.py"),
         ("metrics.jsonl", '{"event": "train"}\n{"event": "final"', "metrics.jsonl, line 2"),
         ("metrics.jsonl", "3", "line 1: expected a JSON object, found int"),
         ("metrics.jsonl", '{"event": "final"}', "'accuracy' is missing"),

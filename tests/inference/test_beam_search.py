@@ -1,4 +1,4 @@
-"""Guards beam search. All beams are those of transformers, in their order, whatever the batch. A
+"""Guards beam search. All beams equal the beams of transformers, in order, whatever the batch. A
 search that is over costs nothing."""
 
 from dataclasses import replace
@@ -39,7 +39,7 @@ BEAM_PEERS = [name for name in (*T5_PEERS, *LLAMA_PEERS) if name != "t5-deep-dec
 
 
 @pytest.mark.parametrize("name", BEAM_PEERS)
-def test_all_beams_are_those_of_transformers_in_their_order(peer, loaded, name):
+def test_all_beams_equal_the_beams_of_transformers_in_order(peer, loaded, name):
     model = loaded(name)
     theirs = peer(name).model
     model.config = replace(model.config, eos_ids=EOS)
@@ -66,7 +66,7 @@ def test_all_beams_are_those_of_transformers_in_their_order(peer, loaded, name):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_beams_in_a_batch_of_several_adapters_are_those_of_each_row_alone_and_the_best_are_samples(
+def test_beams_in_a_batch_of_several_adapters_equal_each_row_alone_and_the_best_are_samples(
     both, batch_size
 ):
     options = {"max_new_tokens": 8, "beams": 3, "length_penalty": 0.5, "samples": 2}

@@ -1,6 +1,6 @@
-"""Guards generation. Greedy texts are those of transformers for single rows, whatever the batch,
-the adapters and the padding. What is drawn follows the distribution, and depends on the seed
-alone. A row that has ended costs nothing. Pieces join to the text. Mistakes are named."""
+"""Guards generation. Greedy texts equal the texts of transformers for single rows, whatever the
+batch, the adapters and the padding. What is drawn follows the distribution, and depends only on the
+seed. A row that has ended costs nothing. Pieces join to the text. Mistakes are named."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def many(request, loaded):
 # Greedy
 
 
-def test_greedy_texts_of_prompts_of_different_lengths_are_those_of_transformers(both):
+def test_greedy_texts_of_prompts_of_different_lengths_equal_transformers(both):
     n = 12
     prompts = [*PROMPTS, *texts(20, seed=2)]
     expected, ended = zip(*(peer_text(both, prompt, n) for prompt in prompts), strict=True)
@@ -97,7 +97,7 @@ def test_the_longest_prompts_are_read_first_and_a_batch_stops_when_all_its_rows_
 
 
 @pytest.mark.parametrize("name", [*T5_PEERS, *LLAMA_PEERS])
-def test_greedy_ids_are_those_of_transformers_for_every_kind_of_model(peer, loaded, name):
+def test_greedy_ids_equal_transformers_for_every_kind_of_model(peer, loaded, name):
     model = loaded(name)
     theirs = peer(name).model
     model.config = replace(model.config, eos_ids=EOS)
@@ -492,8 +492,8 @@ OF_GENERATE = [
     ({"samples": 0}, "samples is 0, expected 1 or more"),
     ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
     ({"beams": 2, "temperature": 1.0}, "beams is 2 at temperature 1.0, expected temperature 0"),
-    ({"samples": 2}, "samples is 2, expected a temperature, or as many beams"),
-    ({"samples": 3, "beams": 2}, "samples is 3, expected a temperature, or as many beams"),
+    ({"samples": 2}, "samples is 2, expected a temperature above 0 or as many beams"),
+    ({"samples": 3, "beams": 2}, "samples is 3, expected a temperature above 0 or as many beams"),
     ({"length_penalty": float("nan"), "beams": 2}, "length_penalty is nan, expected -10 to 10"),
     ({"length_penalty": 1e6, "beams": 2}, "length_penalty is 1000000.0, expected -10 to 10"),
     ({"adapter": torch.tensor([0, 1])}, "an adapter for each of 1 rows, found 2"),
@@ -518,7 +518,7 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
             generate(both.model, both.tokenizer, prompts)
     for bad in ([], [4, 61], [-1]):
         with pytest.raises(
-            ValueError, match=r"prompts \[1\] have no tokens, or ids that are not 0 to 60"
+            ValueError, match=r"prompts \[1\] have no tokens, or ids outside 0 to 60"
         ):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):

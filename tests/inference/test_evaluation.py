@@ -97,7 +97,7 @@ def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours
     }
 
 
-def test_auc_of_rows_with_two_choices_is_that_of_the_differences_of_their_scores(ours):
+def test_auc_ranks_rows_with_two_choices_by_the_difference_of_their_scores(ours):
     rows = rows_of(40, (2,), seed=2)
     scores = ranks(ours, rows).double()
     difference = (scores[:, 1] - scores[:, 0]).tolist()
@@ -128,7 +128,7 @@ def test_auc_sees_knowledge_that_a_biased_threshold_hides(ours):
     assert found["auc"] == 1.0
 
 
-def test_exact_match_is_the_share_of_texts_that_are_the_target_but_for_spaces_at_the_ends(
+def test_exact_match_is_the_share_of_texts_that_equal_the_target_except_for_spaces_at_the_ends(
     ours, monkeypatch
 ):
     decode = ours.tokenizer.decode
@@ -199,7 +199,7 @@ def test_a_source_is_encoded_once(ours, monkeypatch):
     assert [text for text in seen if text.startswith("w7 ")] == [text.input for text in rendered]
 
 
-def test_rows_are_encoded_with_the_prompt_beside_them_and_targets_end_if_asked(ours):
+def test_rows_are_encoded_in_the_words_of_their_prompt_and_targets_end_if_asked(ours):
     rows = [{"input": "w9", "target": "w5 w6", "label": 0, "idx": 0}] * 2
     pairs = list(zip(rows, (PROMPT, OWN_PROMPTS[0]), strict=True))
     for end in (False, True):
@@ -314,6 +314,6 @@ def test_the_result_over_several_prompts_is_the_median_with_all_accuracies():
     assert over_prompts([result(0.5, 0.25), result(0.75, 0.5, n_cut=3)])["n_cut"] == 3
 
 
-def test_a_result_of_no_rows_says_nothing(ours):
+def test_without_rows_a_result_has_no_values(ours):
     found = evaluate(ours.model, ours.tokenizer, [], PROMPT, metric="macro_f1")
     assert found == {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}

@@ -288,7 +288,7 @@ def test_an_input_or_a_choice_without_tokens_is_named(text, tmp_path, capsys, mo
 # Files: csv, columns
 
 
-def test_csv_in_and_csv_out(tmp_path, capsys):
+def test_a_csv_file_is_read_and_a_csv_file_is_written(tmp_path, capsys):
     rows = [
         {"input": "w3 w4", "choices": ["w5", "w6, w7"]},
         {"input": "w8"},

@@ -1,5 +1,5 @@
-"""Guards scoring. Log-probabilities and scores are those of transformers for single rows, whatever
-the batch, the adapters and the padding. Logits and choices that are made in parts are the same, and
+"""Guards scoring. Log-probabilities and scores equal transformers on single rows, whatever the
+batch, the adapters and the padding. Logits and choices that are computed in parts are the same, and
 so are their gradients. Mistakes are named."""
 
 from dataclasses import replace
@@ -46,7 +46,7 @@ def both(request, peer, loaded):
 # Log-probabilities
 
 
-def test_log_probabilities_are_those_of_transformers_and_the_state_advances(both):
+def test_log_probabilities_equal_transformers_and_the_state_advances(both):
     source = random_tokens(3, 6)
     target = random_tokens(3, 5, seed=1)
     state = both.model.start(source)
@@ -62,7 +62,7 @@ def test_log_probabilities_are_those_of_transformers_and_the_state_advances(both
     )
 
 
-def test_log_probabilities_of_a_bfloat16_model_are_float32_and_those_of_a_float64_model_float64(
+def test_log_probabilities_are_float32_for_a_bfloat16_model_and_float64_for_a_float64_model(
     both, loaded
 ):
     source = random_tokens(2, 6)
@@ -78,7 +78,7 @@ def test_log_probabilities_of_a_bfloat16_model_are_float32_and_those_of_a_float6
         )
 
 
-def test_gradients_of_log_probabilities_reach_only_the_vectors_of_the_row_s_adapter(both):
+def test_gradients_of_log_probabilities_reach_only_the_vectors_of_a_row_s_adapter(both):
     both.model.zero_grad()
     minia3.logprobs(
         both.model, both.model.start(random_tokens(1, 6), adapter=2), random_tokens(1, 3, seed=1)
@@ -110,9 +110,7 @@ def test_the_source_is_read_once_for_all_of_its_choices(both, monkeypatch):
 
 
 @pytest.mark.parametrize("length_norm", [True, False])
-def test_scores_of_one_list_of_choices_are_those_of_transformers_for_each_pair_alone(
-    both, length_norm
-):
+def test_scores_of_one_list_of_choices_equal_transformers_on_each_pair_alone(both, length_norm):
     found = minia3.rank(both.model, both.tokenizer, PROMPTS, CHOICES, length_norm=length_norm)
     expected = [
         [peer_score(both, prompt, choice, length_norm) for choice in CHOICES] for prompt in PROMPTS
@@ -123,7 +121,7 @@ def test_scores_of_one_list_of_choices_are_those_of_transformers_for_each_pair_a
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_scores_of_a_list_for_each_prompt_do_not_depend_on_the_batch_and_none_is_minus_infinity(
+def test_scores_of_a_list_for_each_prompt_do_not_depend_on_the_batch_and_gaps_are_minus_infinity(
     both, batch_size
 ):
     found = minia3.rank(both.model, both.tokenizer, PROMPTS, LISTS, batch_size=batch_size)
@@ -179,7 +177,7 @@ def test_prompts_and_choices_without_tokens_are_named(both):
         minia3.generate(both.model, tokenizer, ["w4", "", " "])
     for prompts, choices, named in ((["w4", "", "w5"], ["w5"], 1), (["w4"], ["w5", ""], 0)):
         with pytest.raises(
-            ValueError, match=rf"prompts \[{named}\] have no tokens, or a choice of none"
+            ValueError, match=rf"prompts \[{named}\] have no tokens, or a choice without tokens"
         ):
             minia3.rank(both.model, tokenizer, prompts, choices, batch_size=1)
 
@@ -376,12 +374,12 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
     peak_of_scoring = {}
     for n, batch in batches.items():
         kept[n] = kept_for_backward(lambda batch=batch: choice_logprobs(model, batch).sum(), model)
-        with MemoryCounter() as held:
+        with MemoryCounter() as counter:
             choice_logprobs(model, batch).sum().backward()
-        peak_of_training[n] = held.peak
-        with torch.no_grad(), MemoryCounter() as held:
+        peak_of_training[n] = counter.peak
+        with torch.no_grad(), MemoryCounter() as counter:
             choice_logprobs(model, batch)
-        peak_of_scoring[n] = held.peak
+        peak_of_scoring[n] = counter.peak
     n_bytes = 2 * 80 * 4 * (8 + 1)  # the ids and the mask of 80 choices more
     assert kept[160] - kept[80] == n_bytes < kept[8] / 20
     assert peak_of_training[160] - peak_of_training[80] < 2 * n_bytes

@@ -7,7 +7,7 @@ import pytest
 from running import events, fails, metrics, model, outcome, rows, run, task, train, words, write
 from written_out import (
     read,
-    relabelled,
+    relabeled,
     rte_flags,
 )
 
@@ -34,8 +34,8 @@ def test_nothing_is_chosen_on_the_rows_that_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("minia3.training.group.Group.evaluate", evaluate_by_hand)
     tasks = {
         "original": splits,
-        "other reported": splits | {"test": relabelled(splits["test"])},
-        "other held out": splits | {"validation": relabelled(splits["validation"])},
+        "other reported": splits | {"test": relabeled(splits["test"])},
+        "other held out": splits | {"validation": relabeled(splits["validation"])},
     }
     found = {}
     for name, changed in tasks.items():
@@ -62,12 +62,12 @@ def test_without_labels_for_test_a_fifth_of_train_is_held_out_and_not_trained_on
         """Return the rows to train on, some of them with the other label."""
         made = list(train_rows)
         for i in indices:
-            made[i] = relabelled([train_rows[i]])[0]
+            made[i] = relabeled([train_rows[i]])[0]
         return made
 
     tasks = {
         "base": {"train": train_rows, "validation": validation},
-        "reported": {"train": train_rows, "validation": relabelled(validation)},
+        "reported": {"train": train_rows, "validation": relabeled(validation)},
         "held out": {"train": changed(order[16:]), "validation": validation},
         "trained on": {"train": changed(order[15:16]), "validation": validation},
     }
@@ -76,7 +76,10 @@ def test_without_labels_for_test_a_fifth_of_train_is_held_out_and_not_trained_on
         folder = write(tmp_path / f"task-{name}", **splits)
         flags = {"eval_every": 3, "steps": 24, "save_every": 100, "seed": 3}
         assert run(words(tmp_path / name, task=folder, **flags)) == 0
-        assert "chosen on 4 rows that are neither trained nor" in capsys.readouterr().out
+        assert (
+            "4 rows choose the best vectors, and are neither trained on nor"
+            in capsys.readouterr().out
+        )
         found[name] = outcome(tmp_path / name)
     losses = {}
     for name in tasks:
@@ -129,9 +132,7 @@ def test_shots_and_held_out_rows_are_of_all_classes(monkeypatch):
     assert assign_rows(data, train.Config(method="none", eval_every=1)).held_out_rows == []
 
 
-def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluated(
-    tmp_path, capsys
-):
+def test_all_labeled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluated(tmp_path, capsys):
     folder = tmp_path / "data" / "raft" / "overruling"
     labels = ("not overruling", "overruling")
     folder.mkdir(parents=True)
@@ -142,7 +143,7 @@ def test_all_labelled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluat
     assert run(words(tmp_path / "run", shots=10, **flags)) == 0
     shown = capsys.readouterr().out
     final = metrics(tmp_path / "run")[-1]
-    assert "10 rows to train on, 0 of test to report on" in shown
+    assert "10 rows to train on, 0 rows of test to report on" in shown
     assert "after    nothing to evaluate" in shown
     assert "use it" not in shown
     assert (final["accuracy"], final["accuracy_before"], final["rows"], final["steps"]) == (

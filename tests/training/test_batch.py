@@ -40,7 +40,7 @@ def ours():
 
 
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 9])
-def test_the_losses_of_each_cell_are_those_of_its_own_batch(size, cells, ours):
+def test_each_cell_has_the_losses_of_its_own_batch(size, cells, ours):
     step = 1
     found = dict.fromkeys(cells, 0.0)
     for part in MixedBatch(cells, step, has_rows=True).split(size):

@@ -85,11 +85,11 @@ class CellByHand(Cell):
         self.parameters = {"l": torch.nn.Parameter(torch.tensor([[value]]))}
 
 
-def test_the_best_parameters_are_those_with_the_best_mean_over_the_members():
+def test_the_best_parameters_have_the_best_mean_over_the_members():
     cell = CellByHand(eval_every=1)
     for value, accuracies in enumerate([(0.5, 0.5), (0.2, 0.9), (0.9, 0.1), (1.0, 0.0)]):
         cell.parameters["l"].data.fill_(value)
-        cell.judge([{"accuracy": accuracy} for accuracy in accuracies])
+        cell.keep_if_best([{"accuracy": accuracy} for accuracy in accuracies])
     cell.take_best()
     assert cell.parameters["l"].item() == 1
     assert cell.progress.n_misses == 2
@@ -97,9 +97,9 @@ def test_the_best_parameters_are_those_with_the_best_mean_over_the_members():
 
 def test_parameters_that_are_not_finite_are_never_the_best():
     cell = CellByHand(1.0, eval_every=1)
-    cell.judge([{"accuracy": 0.4}])
+    cell.keep_if_best([{"accuracy": 0.4}])
     cell.parameters["l"].data.fill_(float("nan"))
-    cell.judge([{"accuracy": 0.9}])
+    cell.keep_if_best([{"accuracy": 0.9}])
     cell.take_best()
     assert cell.parameters["l"].item() == 1
     assert cell.progress.failure is None
@@ -115,11 +115,11 @@ def test_a_cell_that_ends_with_parameters_that_are_not_finite_has_failed():
 def test_a_state_is_loaded_as_it_was_saved():
     cell = CellByHand(3.0, eval_every=1, patience=2)
     for accuracy in (0.5, 0.4):
-        cell.judge([{"accuracy": accuracy}])
+        cell.keep_if_best([{"accuracy": accuracy}])
     other = CellByHand(0.0, eval_every=1, patience=2)
     other.load_state_dict(cell.state_dict())
     assert other.progress == cell.progress
-    other.judge([{"accuracy": 0.3}])
+    other.keep_if_best([{"accuracy": 0.3}])
     assert not other.is_active
     assert cell.is_active
 

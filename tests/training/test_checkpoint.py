@@ -60,7 +60,7 @@ def test_an_unfinished_run_of_an_earlier_version_is_refused(state, tmp_path, cap
     assert run(words(out, steps=1)) == 0
     torch.save(state, out / "checkpoint.pt")
     before = contents(out)
-    fails(["--resume", out], capsys, "checkpoint.pt", "not a checkpoint of this version")
+    fails(["--resume", out], capsys, "checkpoint.pt", "written by another version")
     assert contents(out) == before
 
 

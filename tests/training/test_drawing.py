@@ -71,7 +71,7 @@ def test_the_rows_of_each_task_come_equally_often_in_an_order_of_the_seed():
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_the_batches_of_a_single_task_are_those_of_order():
+def test_the_batches_of_a_single_task_follow_its_order():
     config = train.Config(seed=3, steps=30)
     data = minia3.load_task(task())
     tokenizer = minia3.load_tokenizer(model("t5"))

@@ -165,7 +165,7 @@ def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_seeds_of_the_embedded_model_train_together_as_apart(tmp_path):
+def test_seeds_of_the_embedded_model_train_together_as_they_do_apart(tmp_path):
     # In float32, Adafactor would enlarge what rounding leaves of small gradients.
     flags = {"model": "tiny-t5", "task": "same-colour", "shots": 64, "batch_size": 8, **EXACT}
     flags["steps"] = 60
@@ -291,7 +291,10 @@ def test_a_path_with_a_comma_is_a_single_task(tmp_path):
 
 def test_two_adapters_of_the_same_name_are_refused(tmp_path, capsys):
     fails(
-        words(tmp_path / "run", seed="1,1"), capsys, "another name for each adapter", "'s1', 's1'"
+        words(tmp_path / "run", seed="1,1"),
+        capsys,
+        "a different name for each adapter",
+        "'s1', 's1'",
     )
     assert not (tmp_path / "run").exists()
 
@@ -333,7 +336,7 @@ def test_the_report_of_a_grid_has_a_line_for_each_adapter(tmp_path, capsys):
 # Cells that fail
 
 
-def test_an_adapter_whose_loss_is_nan_ends_and_the_others_are_as_without_it(tmp_path, capsys):
+def test_an_adapter_whose_loss_is_nan_ends_and_does_not_change_the_others(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, lr="0.2,1e30", warmup_ratio=0, dtype="float64", dropout=0)) == 0
     shown = capsys.readouterr().out
@@ -363,7 +366,7 @@ def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):
     fails(words(tmp_path / "one", lr="1e25", **flags), capsys, "try a lower --lr", code=1)
     assert not (tmp_path / "one" / "adapter").exists()
     assert run(words(tmp_path / "two", lr="1e-12,1e25", **flags)) == 0
-    assert "1 result, and 1 that failed" in capsys.readouterr().out
+    assert "1 result; failed adapters: 1" in capsys.readouterr().out
     events = {
         line["adapter"]: line["event"] for line in metrics(tmp_path / "two") if "adapter" in line
     }
@@ -378,7 +381,7 @@ def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, ca
     assert (
         run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 0
     )
-    assert "1 result, and 1 that failed" in capsys.readouterr().out
+    assert "1 result; failed adapters: 1" in capsys.readouterr().out
     events = {
         line["adapter"]: line["event"] for line in metrics(tmp_path / "run") if "adapter" in line
     }
@@ -406,7 +409,7 @@ def test_a_run_whose_adapters_all_fail_fails(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_methods_that_change_the_model_train_cell_by_cell_as_in_runs_of_their_own(
+def test_methods_that_change_the_model_train_cell_by_cell_as_in_separate_runs(
     method, tmp_path, capsys
 ):
     flags = {"method": method, "steps": 12, "dropout": 0.1}

@@ -52,7 +52,7 @@ def test_metrics_are_on_disk_line_by_line_at_least_every_ten_steps(tmp_path, mon
         assert all(line[key] > 0 for key in numbers)
 
 
-def test_the_logged_learning_rate_is_that_of_the_step(tmp_path):
+def test_each_line_logs_the_learning_rate_of_its_step(tmp_path):
     assert run(words(tmp_path / "run", warmup_ratio=0.5)) == 0
     rates = {
         line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["event"] == "train"
@@ -72,9 +72,7 @@ def test_speeds_count_the_examples_of_all_adapters_with_sources_and_choices(seed
     assert line["tokens_per_second"] / line["examples_per_second"] == pytest.approx(n_tokens / 20)
 
 
-def test_the_seconds_are_those_of_the_steps_whether_or_not_the_run_was_stopped(
-    tmp_path, monkeypatch
-):
+def test_the_seconds_add_up_those_of_all_steps_even_if_the_run_was_stopped(tmp_path, monkeypatch):
     clock = [0.0]
     clips = []
     original_clip = torch.nn.utils.clip_grad_norm_

@@ -188,7 +188,7 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole(seed, n_rows, cuts)
     torch.testing.assert_close(logp.grad, whole)
 
 
-def test_a_row_with_one_choice_has_its_likelihood_alone():
+def test_a_row_with_one_choice_has_only_its_likelihood_loss():
     logp = torch.tensor([[[-0.5, -2.0]], [[-1.0, -9.0]]], requires_grad=True)
     mask = torch.tensor([[[True, True]], [[True, False]]])
     label = torch.zeros(2, dtype=torch.long)

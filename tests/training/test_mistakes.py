@@ -19,11 +19,11 @@ from written_out import adapter
         ({"task": "rt"}, ["'rt' is not a known task", "did you mean 'rte'?", "Known tasks"]),
         ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is not a known task, a file or a folder"]),
         ({"adapter": "nowhere"}, ["nowhere", "expected the folder or file of an adapter"]),
-        ({"device": "gpu"}, ["--device is 'gpu'", "expected cpu or cuda"]),
-        ({"device": "meta"}, ["--device is 'meta'", "expected cpu or cuda"]),
+        ({"device": "gpu"}, ["--device is 'gpu'", "expected a device that PyTorch can use"]),
+        ({"device": "meta"}, ["--device is 'meta'", "expected a device that PyTorch can use"]),
         ({"shots": 21}, ["expected 1 to 20 shots", "found 21"]),
-        ({"task": task((0,)), "losses": "ul,ln"}, ["--losses ul,ln lacks lm"]),
-        ({"eval_prompt": 1}, ["--eval-prompt is 1", "some of 0 to 0"]),
+        ({"task": task((0,)), "losses": "ul,ln"}, ["expected lm in --losses, found ul,ln"]),
+        ({"eval_prompt": 1}, ["--eval-prompt is 1", "numbers from 0 to 0"]),
         ({"max_length": 1}, ["does not fit into max_length 1"]),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_full_gpu_is_one_line_that_names_the_flag_to_lower(tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("where", ["file", "file/run", "/proc/nowhere/run"])
-def test_a_place_that_cannot_hold_a_folder_is_a_mistake(where, tmp_path, capsys):
+def test_an_out_that_cannot_be_a_folder_is_a_mistake(where, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     fails(words(tmp_path / where), capsys, f"--out is '{tmp_path / where}'", "expected a folder")
     assert (tmp_path / "file").read_text() == "mine"

@@ -65,7 +65,7 @@ def test_a_mixture_trains_one_adapter_and_reports_on_each_task(tmp_path, capsys)
     } == {*SIZES}
 
 
-def test_the_best_vectors_of_a_mixture_are_those_of_the_best_mean(tmp_path, monkeypatch):
+def test_the_best_vectors_of_a_mixture_have_the_best_mean(tmp_path, monkeypatch):
     accuracies = {4: (0.2, 0.6), 8: (0.9, 0.1), 12: (0.3, 0.4)}
     vectors = {}
 
@@ -120,7 +120,7 @@ def test_two_tasks_of_the_same_name_do_not_mix(tmp_path, capsys):
     fails(
         words(tmp_path / "run", task=two, adapters="one"),
         capsys,
-        "another name for each task",
+        "a different name for each task",
         "['same', 'same']",
     )
 

@@ -1,5 +1,5 @@
-"""Guards the model card: the hub accepts its first lines, its figures are those of the run, its
-command makes the same run again, and its code loads the adapter or the model, here and in PEFT or
+"""Guards the model card: the hub accepts its first lines, its figures come from the run, its
+command repeats the run, and its code loads the adapter or the model, here and in PEFT or
 transformers."""
 
 import dataclasses
@@ -120,7 +120,7 @@ def test_each_method_has_its_title_and_its_library(method, library, tags, title)
 # What people read
 
 
-def test_figures_counts_and_checksums_are_those_of_the_run():
+def test_results_counts_and_checksums_come_from_the_run():
     text = make_card()
     for part in (
         "| 1,024 rows of test | before | after |",
@@ -139,8 +139,8 @@ def test_figures_counts_and_checksums_are_those_of_the_run():
 
 def test_the_card_of_a_mixture_names_its_tasks_and_has_the_figures_of_each():
     config = train.Config(task=("rte", "a/b.jsonl"), adapters="one")
-    unlabelled = {"task": "b", "rows": 7, "accuracy": None, "auc": None}
-    text = make_card(config, {"task": "rte"}, unlabelled)
+    unlabeled = {"task": "b", "rows": 7, "accuracy": None, "auc": None}
+    text = make_card(config, {"task": "rte"}, unlabeled)
     assert "# (IA)^3 for rte, b, on tiny-t5" in text
     assert front(text)["datasets"] == ["rte", "b"]
     lines = text[text.index("| ") :].splitlines()
@@ -154,7 +154,7 @@ def test_the_card_of_a_mixture_names_its_tasks_and_has_the_figures_of_each():
     assert "--task rte,a/b.jsonl --adapters one" in text
 
 
-def test_a_median_over_prompts_is_called_so():
+def test_a_median_over_prompts_is_called_a_median():
     text = make_card(train.Config(eval_prompt="all"), {"accuracies": [0.5, 0.9995, 1.0]})
     assert "| accuracy, median over 3 prompts | 51.3% | 100.0% |" in text
 

@@ -1,4 +1,4 @@
-"""The optimizer is the Adafactor that T-Few used, that of transformers, for each row alone."""
+"""The optimizer equals the Adafactor of transformers, which T-Few used, on each row alone."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def take_steps(optimizer, parameter, grads):
 # The size of the gradients. Against the smaller, the 1e-30 that is added to their squares counts.
 @pytest.mark.parametrize("size", [1.0, 1e-14])
 @pytest.mark.parametrize("column", [False, True], ids=["(d,)", "T-Few's (d, 1)"])
-def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column):
+def test_every_step_equals_the_step_of_transformers_on_one_vector(d, start, size, column):
     ours = torch.nn.Parameter(start * vector((1, d)))
     shape = (d, 1) if column else (d,)
     theirs = torch.nn.Parameter(ours.detach().clone().view(shape))
@@ -63,7 +63,7 @@ def test_every_step_is_that_of_transformers_on_one_vector(d, start, size, column
 
 
 @pytest.mark.parametrize("d", [1, 2, 7, 64, 1000])
-def test_rows_trained_together_are_rows_trained_alone_bit_for_bit(d):
+def test_rows_trained_together_equal_rows_trained_alone_bit_for_bit(d):
     # Row 3 has no gradient: no batch has an example of its task.
     size = torch.tensor([[1.0], [1e-4], [30.0], [0.0]])
     table = torch.nn.Parameter(vector((4, d)) * torch.tensor([[1.0], [5.0], [1e-4], [1.0]]))
@@ -94,7 +94,7 @@ def test_a_vector_without_a_gradient_stays_and_the_others_move():
     assert not torch.equal(moves, torch.ones(1, 3))
 
 
-def test_the_learning_rate_of_a_step_is_that_of_its_group():
+def test_a_step_uses_the_learning_rate_of_its_group():
     row = torch.nn.Parameter(torch.ones(1, 4))
     optimizer = Adafactor([row], lr=LR)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -121,7 +121,7 @@ def test_a_saved_optimizer_continues_bit_for_bit(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_one_before_the_first_step_is_empty():
+def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_is_empty_before_the_first_step():
     rows = [
         torch.nn.Parameter(torch.ones(1, 3, dtype=dtype))
         for dtype in (torch.float32, torch.float64)
@@ -137,16 +137,16 @@ def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_one_before_the_first_s
 
 @settings(deadline=None, max_examples=60)
 @given(steps=st.integers(1, 400), ratio=st.floats(0, 0.99), lr=st.floats(1e-6, 10))
-def test_the_learning_rate_is_that_of_transformers(steps, ratio, lr):
+def test_the_learning_rate_equals_the_schedule_of_transformers(steps, ratio, lr):
     transformers = pytest.importorskip("transformers")
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    schedule = transformers.get_linear_schedule_with_warmup(optimiser, round(ratio * steps), steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, round(ratio * steps), steps)
     config = train.Config(steps=steps, warmup_ratio=ratio, lr=lr)
     for step in range(steps):
         assert learning_rate(step, config) == pytest.approx(
             schedule.get_last_lr()[0], rel=1e-9, abs=1e-12
         )
-        optimiser.step()
+        optimizer.step()
         schedule.step()
 
 

@@ -98,8 +98,8 @@ def test_a_grid_of_mixtures_names_adapter_and_task(capsys):
     ("n_finals", "n_failed", "expected"),
     [
         (2, 0, "2 results"),
-        (1, 1, "1 result, and 1 that failed"),
-        (3, 2, "3 results, and 2 that failed"),
+        (1, 1, "1 result; failed adapters: 1"),
+        (3, 2, "3 results; failed adapters: 2"),
     ],
 )
 def test_failed_adapters_are_counted(n_finals, n_failed, expected, capsys):
@@ -139,7 +139,7 @@ def test_inputs_that_were_cut_are_counted(capsys):
         ("lora", 0, "12 s for 30 steps"),
     ],
 )
-def test_the_time_of_a_grid_is_that_of_all_its_cells(method, seeds, expected, capsys):
+def test_the_time_of_a_grid_covers_all_its_cells(method, seeds, expected, capsys):
     config = train.Config(method=method, seed=seeds)
     finals = [{}]
     if isinstance(seeds, tuple):
@@ -147,7 +147,7 @@ def test_the_time_of_a_grid_is_that_of_all_its_cells(method, seeds, expected, ca
     assert f"\n  time        {expected}\n" in text_of(capsys, config, *finals)
 
 
-def test_without_labelled_rows_there_is_nothing_to_evaluate_again(capsys):
+def test_without_labeled_rows_there_is_nothing_to_evaluate_again(capsys):
     text = text_of(capsys, train.Config(), {"rows": 0, "accuracy": None, "accuracy_before": None})
     assert "- before, - after" in text
     assert "use it" not in text

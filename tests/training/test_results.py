@@ -1,4 +1,4 @@
-"""Results: what a run reports is what an evaluation of the saved adapter gives."""
+"""Results: what a run reports equals an evaluation of the saved adapter."""
 
 import numpy as np
 import pytest
@@ -268,10 +268,8 @@ def test_a_run_begins_with_the_device_the_model_and_the_task(tmp_path, capsys):
     assert run(words(tmp_path / "run", steps=1)) == 0
     device, name, of_task, *_ = capsys.readouterr().out.splitlines()
     assert device == "device   cpu (as asked), float32"
-    assert (
-        name == f"model    {model('t5')}: 23,512 parameters, and 448 that train ({448 / 23512:.3%})"
-    )
-    assert of_task == "task     task-2: 20 rows to train on, 12 of test to report on"
+    assert name == f"model    {model('t5')}: 23,512 parameters, 448 trained ({448 / 23512:.3%})"
+    assert of_task == "task     task-2: 20 rows to train on, 12 rows of test to report on"
 
 
 def test_a_run_ends_with_one_short_table(tmp_path, capsys):

@@ -17,9 +17,9 @@ from minia3.training.rules import check_config
         ),
         (
             ["--method", "lora", "--rank", "4", "--init", "x"],
-            ["--rank is for a new LoRA", "--adapter brings a trained one"],
+            ["--rank is for a new LoRA", "--adapter is a trained one"],
         ),
-        (["--method", "icl"], ["--method icl", "give their number, --shots"]),
+        (["--method", "icl"], ["--method icl", "give their number with --shots"]),
         (
             ["--method", "lora", "--optimizer", "adafactor"],
             ["--optimizer adafactor", "B starts at 0", "use --optimizer adamw"],

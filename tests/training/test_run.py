@@ -428,7 +428,7 @@ def torn_checkpoint(k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_run_that_is_killed_while_it_writes_a_checkpoint_continues_from_the_one_before(
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_continues_from_the_previous_checkpoint(
     k, tmp_path, monkeypatch
 ):
     out = tmp_path / "run"
@@ -533,7 +533,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     assert resume(out) == 0
     assert (
         capsys.readouterr().out
-        == f"{out} is finished; its final lines of metrics.jsonl are the results\n"
+        == f"{out} is finished: the final lines of its metrics.jsonl are the results\n"
     )
     assert before == (
         contents(out),

@@ -94,7 +94,7 @@ def test_the_default_folder_of_a_grid_lists_its_values(flags, expected):
     assert run_name(train.Config(**flags)) == expected
 
 
-def test_a_mistake_before_the_first_evaluation_leaves_the_place_free(tmp_path, capsys):
+def test_after_a_mistake_before_the_first_evaluation_the_folder_is_gone(tmp_path, capsys):
     out = tmp_path / "run"
     fails(words(out, task=tmp_path / "nowhere"), capsys, "nowhere")
     assert not out.exists()
@@ -128,7 +128,7 @@ def test_resume_takes_no_other_flags(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, steps=1)) == 0
     before = contents(out)
-    fails(["--resume", out, "--lr", "1"], capsys, "--resume goes alone", "config.json")
+    fails(["--resume", out, "--lr", "1"], capsys, "--resume takes no other flags", "config.json")
     assert contents(out) == before
 
 
@@ -151,7 +151,7 @@ def test_a_refused_resume_changes_nothing(tmp_path, capsys):
         ("", ["config.json", "empty"]),
         ('{"model": "t5', ["config.json"]),
         ("[1]", ["config.json", "list"]),
-        ('{"model_type": "t5", "d_model": 4}', ["config.json", "something else"]),
+        ('{"model_type": "t5", "d_model": 4}', ["config.json", "not written by train.py"]),
         (
             '{"model": "tiny-t5", "task": "same-colour", "steps": "many"}',
             ["--steps is 'many'", "int"],
@@ -211,7 +211,12 @@ def test_a_run_of_an_earlier_version_keeps_its_flags_under_their_new_names(tmp_p
     shutil.rmtree(out / "adapter")
     assert resume(out) == 0
     write_config(json.dumps(config | {"similar_lengths": True}))
-    fails(["--resume", out], capsys, "--similar-lengths, which is gone", "that version")
+    fails(
+        ["--resume", out],
+        capsys,
+        "--similar-lengths, which only an earlier version has",
+        "that version",
+    )
 
 
 # config.json and metrics.jsonl
@@ -259,9 +264,7 @@ def test_config_json_is_written_before_anything_slow_and_holds_every_flag(tmp_pa
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
-def test_the_recorded_commit_is_that_of_the_code_and_says_whether_files_differ(
-    tmp_path, monkeypatch
-):
+def test_the_commit_of_the_code_is_recorded_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     def git(*arguments):
         words = [
             "git",

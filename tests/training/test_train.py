@@ -24,9 +24,7 @@ LOSSES = ("lm,ul,ln", "ul", "lm,ln")
     ("kind", "losses"), [x for x in product(KINDS, LOSSES) if x != ("targets", "ul")]
 )
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_the_loss_of_the_first_step_is_that_of_the_base_on_the_first_batch(
-    name, kind, losses, tmp_path
-):
+def test_the_first_loss_is_the_loss_of_the_base_on_the_first_batch(name, kind, losses, tmp_path):
     folder = task(KINDS[kind])
     flags = {"model": model(name), "task": folder, "losses": losses, "seed": 4, "max_new_tokens": 2}
     assert run(words(tmp_path / "run", steps=1, dropout=0, **flags)) == 0
@@ -96,12 +94,12 @@ def test_a_run_is_the_loop_written_out_with_the_optimizers_of_transformers_and_t
         name: torch.nn.Parameter(v.detach()[0].clone()) for name, v in minia3.vectors(ours).items()
     }
     if optimizer == "adafactor":
-        optimiser = transformers.Adafactor(
+        optimizer = transformers.Adafactor(
             parameters.values(), lr=0.03, relative_step=False, scale_parameter=True
         )
     else:
-        optimiser = torch.optim.AdamW(parameters.values(), lr=0.03, weight_decay=0.1)
-    schedule = transformers.get_linear_schedule_with_warmup(optimiser, 3, 7)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=0.03, weight_decay=0.1)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 3, 7)
     train_rows = read(task((2, 3, 1)) / "train.jsonl")
     losses = []
     for batch in batches(20, 4, 2)[:7]:
@@ -115,7 +113,7 @@ def test_a_run_is_the_loop_written_out_with_the_optimizers_of_transformers_and_t
         assert norm > 0.5  # else clipping is not seen
         for p, g in zip(parameters.values(), gradients, strict=True):
             p.grad = g[0] * 0.5 / norm
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         losses.append(loss.item())
     found = last_vectors(out)
@@ -195,7 +193,7 @@ def test_dropout_is_drawn_by_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_dropout_is_that_of_the_flag_or_of_the_config_and_is_off_in_evaluation(name, tmp_path):
+def test_dropout_comes_from_the_flag_or_the_config_and_is_off_in_evaluation(name, tmp_path):
     configured = {"t5": "0.1", "llama": "0.0"}[name]
     for dropout in (None, configured, 0.4):
         flags = {"model": model(name), "dropout": dropout, "steps": 2, "warmup_ratio": 0}
@@ -270,14 +268,14 @@ def test_a_single_file_is_split_and_the_run_says_so(tmp_path, capsys):
     assert run(words(tmp_path / "run", task=tmp_path / "rows.jsonl", steps=1)) == 0
     out = capsys.readouterr().out
     assert "is split into train, validation and test" in out
-    assert "24 rows to train on, 3 of test to report on" in out
+    assert "24 rows to train on, 3 rows of test to report on" in out
 
 
 # As a newcomer runs it
 
 
 @pytest.mark.slow
-def test_the_script_runs_from_anywhere_with_the_embedded_model(tmp_path):
+def test_the_script_runs_from_any_folder_with_the_embedded_model(tmp_path):
     words = ["--device", "cpu", "--method", "none", "--eval-batch-size", "64"]
     command = [sys.executable, str(running.ROOT / "train.py"), *words]
     environ = {**os.environ, "PYTHONPATH": str(running.ROOT), "OMP_NUM_THREADS": "1"}

@@ -22,7 +22,7 @@ def adapter(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
-def relabelled(rows):
+def relabeled(rows):
     """Return rows with two choices, each with the other label."""
     return [{**row, "label": 1 - row["label"]} for row in rows]
 
