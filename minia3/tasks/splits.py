@@ -150,11 +150,11 @@ def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
 
 def unknown_task(name: str) -> str:
     """Return the message for a name that is neither a known task nor a path."""
-    hint = ""
+    hint = "."
     for near in difflib.get_close_matches(name.lower(), known_tasks(), n=1):
-        hint = f"did you mean {near!r}? "
+        hint = f"; did you mean {near!r}?"
     known = ", ".join(known_tasks())
-    return f"{name!r} is not a known task, a file or a folder: {hint}Known tasks: {known}"
+    return f"{name!r} is not a known task, a file or a folder{hint} Known tasks: {known}"
 
 
 def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
