@@ -596,6 +596,7 @@ def test_a_tensor_that_is_stored_twice_is_refused(tmp_path, small):
     assert "twice" in fault(read_gguf, path)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_cut_anywhere_is_refused_before_reading(tmp_path, small):
     whole = small.read_bytes()
     path = tmp_path / "cut.gguf"

@@ -53,6 +53,7 @@ def test_a_vocabulary_without_a_space_prefix_has_the_ids_of_such_a_file():
 # Over bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", PEER_RULES)
 def test_a_bpe_over_bytes_has_the_ids_of_the_tokenizer_it_was_made_from(rule):
     theirs, metadata = byte_level()

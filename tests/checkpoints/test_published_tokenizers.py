@@ -143,6 +143,7 @@ def test_llama_2_has_the_ids_of_sentencepiece_for_any_text(name):
     check()
 
 
+@pytest.mark.slow
 @real
 def test_llama_2_is_converted_in_seconds():
     start = time.process_time()

@@ -157,6 +157,7 @@ def assert_refused(arguments, capsys, *parts):
         assert str(part) in err, err
 
 
+@pytest.mark.slow
 def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
     config = KNOWN_MODELS["tiny-t5"].config
     assert main(["info", "tiny-t5", "--batch", "3", "--length", "50", "--json"]) == 0
@@ -215,6 +216,7 @@ def test_help_has_an_example(arguments, capsys):
     assert "python -m minia3 info t5-base" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_lines_and_json_has_those_with_a_title(capsys):
     lines = list(info("tiny-t5"))
     text = output(capsys, "info", "tiny-t5")

@@ -60,6 +60,7 @@ def names_of_pictures(*folders):
 # Which pictures
 
 
+@pytest.mark.slow
 def test_each_picture_is_a_png_and_a_note_reports_what_is_left_out(runs, tmp_path):
     *paths, note = plot([runs], tmp_path / "new")
     similarity = f"similarity-{running.model('t5').name}"
@@ -242,6 +243,7 @@ def test_similarity_is_the_cosine_of_the_changes_and_a_missing_vector_is_no_chan
     np.testing.assert_allclose(cosines, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 12, 36, 37])
 def test_the_cosines_do_not_overlap_and_many_adapters_have_colors_only(n):
     new = figure.Figure(layout="constrained")  # as `plot` makes it: names take room from the axes

@@ -277,6 +277,7 @@ def test_with_a_thousand_adapters_a_batch_of_several_writes_what_each_row_writes
 # Rows that have ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [(), ["w5", "w2"]])
 def test_a_row_that_has_ended_is_in_no_later_step(many, monkeypatch, stop):
     tokenizer = word_tokenizer(ends=hasattr(many, "encoder"))
@@ -417,6 +418,7 @@ def test_nothing_follows_a_stop_text():
     assert row.is_stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 1.5, "top_p": 0.9, "top_k": 20, "seed": 5}]
 )

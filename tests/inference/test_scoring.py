@@ -319,6 +319,7 @@ def many_choices():
     return batch._replace(target_mask_BCL=mask, label_B=torch.tensor([76, 0, 0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_choices_that_take_turns_are_the_same_and_so_are_the_gradients(name, loaded, monkeypatch):
     model = loaded(name, n_adapters=2, seed=0).double()
@@ -362,6 +363,7 @@ def test_choices_that_take_turns_are_the_same_and_so_are_the_gradients(name, loa
         assert len(shapes) - len(targets) == (0 if name.startswith("t5") else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded, monkeypatch):
     """The backward pass keeps only the ids of a turn, and only one turn's work exists at a time."""

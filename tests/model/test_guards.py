@@ -136,6 +136,7 @@ def test_full_fine_tuning_multiplies_for_weight_gradients_too(frozen, name):
     assert weight_flops(lambda: run_step(model, batch_of())) == 3 * forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n_ours", "n_full"),
     [
