@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -141,14 +140,6 @@ def test_llama_2_has_the_ids_of_sentencepiece_for_any_text(name):
         assert published(name).encode(text) == [1, *peer("llama2").encode(text)]
 
     check()
-
-
-@pytest.mark.slow
-@real
-def test_llama_2_is_converted_in_seconds():
-    start = time.process_time()
-    Tokenizer.from_folder(DATA / "tokenizers/llama2")
-    assert time.process_time() - start < 10
 
 
 @real
