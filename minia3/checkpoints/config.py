@@ -6,7 +6,7 @@ has the value that transformers assumes.
 
 `from_hf` works in these steps:
 
-    1. refuse what is not supported
+    1. refuse settings that are not supported
     2. fill in defaults
     3. check ids and numbers
     4. make a T5Config or a LlamaConfig

@@ -56,7 +56,7 @@ def load_model(args):
     device, _ = choose_device(args.device)
     dtype = None
     if args.dtype is not None:
-        dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses what is not a dtype
+        dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
     return load_model(args.model, dtype=dtype, device=device)
 
 

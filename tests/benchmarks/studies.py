@@ -24,24 +24,12 @@ from pathlib import Path
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.cli.table import PAPER_TASKS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.checkpoint import load_checkpoint
 from tests.benchmarks.growth import random_model
 
 ROOT = Path(__file__).parents[2]
-T0_TASKS = (
-    "copa",
-    "hellaswag",
-    "storycloze",
-    "winogrande",
-    "wsc",
-    "wic",
-    "rte",
-    "cb",
-    "anli-r1",
-    "anli-r2",
-    "anli-r3",
-)
 SEEDS = {"embedded": "0,1,2,3,4", "smollm2": "0,1,32", "raft": "0,1,2,3,4", "t0": "0,1,32,42,1024"}
 DETAILS = ("colour", "thing", "place", "person")
 DRY_FLAGS = ("--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1")
@@ -217,7 +205,7 @@ def t0_3b(model, out):
 
     With --only ia3 --init ADAPTER, it starts from given vectors.
     """
-    for task in T0_TASKS:
+    for task in PAPER_TASKS:
         shots = str(known_tasks()[task].shots)
         base = ["--model", model, "--task", task, "--shots", shots, "--eval-prompt", "all"]
         base += ["--seed", SEEDS["t0"]]
