@@ -9,6 +9,7 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {  # public name: its module
+    "train": "minia3.training.from_python",
     "load_model": "minia3.checkpoints.load",
     "load_tokenizer": "minia3.checkpoints.tokenizer",
     "save_model": "minia3.checkpoints.save",

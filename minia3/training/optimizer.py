@@ -18,8 +18,6 @@ Shapes: A adapters, D entries of a vector.
 
 import torch
 
-OPTIMIZERS = ("adafactor", "adamw")
-
 
 class Adafactor:
     """Adafactor for tables of vectors. Each row is a vector, and no row depends on another.

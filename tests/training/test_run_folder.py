@@ -206,7 +206,7 @@ def test_a_run_of_an_earlier_version_keeps_its_flags_under_their_new_names(tmp_p
     config["similar_lengths"] = False
     write_config = (out / "config.json").write_text
     write_config(json.dumps(config))
-    assert restore_flags(train.Config(resume=str(out))).recompute is True
+    assert restore_flags(train.Config, {"resume": str(out)}).recompute is True
     (out / "checkpoint.pt").unlink()
     shutil.rmtree(out / "adapter")
     assert resume(out) == 0
