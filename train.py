@@ -156,7 +156,8 @@ def run_grid(run: Run, config: Config):
 
 def main(words=None):
     """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n."""
-    return run_command_line(sys.argv[1:] if words is None else words, run_grid, SCRIPT)
+    words = sys.argv[1:] if words is None else words
+    return run_command_line(words, run_grid, SCRIPT)
 
 
 if __name__ == "__main__":

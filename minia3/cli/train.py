@@ -3,7 +3,7 @@
 from minia3.training import command_line
 from minia3.training.command_lines import COMMAND
 
-TITLE = "train (IA)^3 vectors for a task, as train.py does"
+TITLE = command_line.TITLE
 EXAMPLE = "minia3 train --model t5-base --task rte"
 
 

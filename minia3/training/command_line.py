@@ -13,7 +13,7 @@ from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
 from minia3.training.run_folder import restore_flags
 
-TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after."
+TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
 EXAMPLES = """\
 examples:
   {program}                                     the small model and task that come with minia3

@@ -130,8 +130,8 @@ def restore_flags(config_class, given):
 
     Raise ValueError if other flags are given.
     """
-    others = [name for name, value in given.items() if value is not None]
-    if set(others) - {"resume", "steps"}:
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() - {"resume", "steps"}:
         raise ValueError(
             "--resume takes no other flags than --steps: "
             "they come from the config.json of its folder"
@@ -146,10 +146,9 @@ def restore_flags(config_class, given):
     for field in dataclasses.fields(config_class):
         if field.name in saved:
             values[field.name] = saved[field.name]
-    values |= {name: given[name] for name in others}
-    if "steps" in others:
+    if "steps" in given:
         values["epochs"] = None
-    return config_class(**values)
+    return config_class(**values | given)
 
 
 def read_run_config(folder):
