@@ -60,7 +60,8 @@ def complete(given):
         config = restore_flags(Config, given)
     else:
         check_length(given)
-        config = Config(**flags_of_file(given) | given)
+        flags = flags_of_file(given) | given
+        config = Config(**flags)
         config.config = None  # because config.json has the flags themselves
     check_config(config)
     return config
@@ -76,6 +77,7 @@ def flags_of_file(given):
     if given.get("config") is None:
         return {}
     values = read_config_file(given["config"], Config)
+    check_length(values)
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in given:
             values.pop(other, None)

@@ -33,6 +33,8 @@ def read_config_file(path, config_class):
     else:
         raise ValueError(f"--config is {str(path)!r}, expected a .toml or .json file")
     is_record = "versions" in content  # a run wrote it
+    if not is_record and {"config", "resume"} & content.keys():
+        raise ValueError(f"{path}: a file cannot name another --config or --resume")
     values = {}
     for name, value in recorded_flags(content, path).items():
         if not (is_record and name in OF_ONE_RUN):

@@ -18,14 +18,14 @@ def extend(saved, config):
     """
     if saved.is_finished and not config.is_training:
         raise ValueError("--steps extends a training, and this run trains nothing")
+    if config.method in TRAINED_ALONE and saved.n_done > saved.is_finished:
+        reason = "its adapters were trained one after the other, and only the last one has a state"
+        raise ValueError(f"{config.resume} cannot be extended ({reason}): {advise_new_run(config)}")
     if saved.n_steps is None:
         reason = "no state to continue from"
         if config.method == "full":
             reason = "the model, but not its optimizer"
         raise ValueError(f"{config.resume} keeps {reason}: {advise_new_run(config)}")
-    if config.method in TRAINED_ALONE and saved.n_done > saved.is_finished:
-        reason = "its adapters were trained one after the other, and only the last one has a state"
-        raise ValueError(f"{config.resume} cannot be extended ({reason}): {advise_new_run(config)}")
     if config.steps <= saved.n_steps:
         found = f"--steps is {config.steps}, and the run has done {saved.n_steps} steps"
         raise ValueError(f"{found}: expected more than {saved.n_steps}")

@@ -85,7 +85,7 @@ class Run:
                 # config.json comes last: if a kill comes in between, the run can be extended again.
                 self.n_bytes = reopen_metrics(self.folder)
                 self.write_checkpoint(self.saved.group)
-            record_run(self.folder, checksums, config.steps)
+            record_run(self.folder, checksums, config)
         self.metrics = Metrics(self.folder, self.n_bytes)
         self.trackers = start_trackers(config, self.folder)
 

@@ -174,10 +174,11 @@ def check_data(folder, checksums):
         )
 
 
-def record_run(folder, checksums, steps):
-    """Add the checksums of the data to config.json, and the steps that --epochs takes."""
-    config = read_run_config(folder)
-    write_json(folder / "config.json", config | {"data": checksums, "steps": steps})
+def record_run(folder, checksums, config):
+    """Add the checksums of the data to config.json, and how long the run is: see --epochs."""
+    length = {"steps": config.steps, "epochs": config.epochs}
+    recorded = read_run_config(folder)
+    write_json(folder / "config.json", recorded | length | {"data": checksums})
 
 
 def reopen_metrics(folder):
