@@ -12,6 +12,7 @@ from minia3.training.config_file import read_config_file
 from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
 from minia3.training.run_folder import restore_flags
+from minia3.training.trackers import check_trackers
 
 TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
 EXAMPLES = """\
@@ -64,6 +65,7 @@ def complete(given):
         config = Config(**flags)
         config.config = None  # because config.json has the flags themselves
     check_config(config)
+    check_trackers(config.log_to)
     return config
 
 

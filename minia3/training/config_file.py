@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 from minia3.files.read import read_json, reading
+from minia3.training.config import ADVICE
+from minia3.training.flags import option
 
 # What config.json holds besides flags, and flags that belong to one run only.
 NOT_FLAGS = ("minia3", "git_commit", "versions", "data")
@@ -71,6 +73,9 @@ def field_name(name, config_class, origin):
     if found in names:
         return found
     message = f"{origin}: there is no flag {json.dumps(name)}"
+    advice = ADVICE.get(option(found))
+    if advice:
+        raise ValueError(f"{message}: {advice}")
     similar = difflib.get_close_matches(found, names, n=1)
     if similar:
         message += f": did you mean {similar[0]}?"

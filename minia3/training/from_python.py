@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from minia3.training.command_line import complete
 from minia3.training.command_lines import CALL
-from minia3.training.config import ADVICE, Config
+from minia3.training.config import Config
 from minia3.training.config_file import field_name
-from minia3.training.flags import kinds_of, list_reader, option
+from minia3.training.flags import kinds_of, list_reader
 from minia3.training.loop import load_loop
 from minia3.training.signals import Stopped
 from minia3.training.start import run_config
@@ -57,9 +57,6 @@ def given_flags(flags):
     given = {}
     for name, value in flags.items():
         if name not in fields:
-            advice = ADVICE.get(option(name))
-            if advice:
-                raise ValueError(f"minia3.train: there is no flag {name!r}: {advice}")
             name = field_name(name, Config, "minia3.train")
         if value is not None:
             given[name] = read_value(fields[name], value)

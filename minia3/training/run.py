@@ -20,7 +20,7 @@ from minia3.training.run_folder import (
     reopen_metrics,
 )
 from minia3.training.signals import Stopped
-from minia3.training.trackers import start_trackers
+from minia3.training.trackers import close_trackers, hand_over, start_trackers
 
 
 class Failed(RuntimeError):
@@ -92,8 +92,7 @@ class Run:
     def write(self, event, **values):
         """Add a line to metrics.jsonl, and hand it to the trackers of --log-to."""
         self.n_bytes = self.metrics.write(event=event, **values)
-        for tracker in self.trackers:
-            tracker.write({"event": event, **values})
+        self.trackers = hand_over({"event": event, **values}, self.trackers)
 
     def uninterrupted(self):
         """Return a context in which signals wait, because the group cannot be saved within it."""
@@ -154,6 +153,5 @@ class Run:
 
     def close(self):
         """Unlock the folder, so that other processes may write into it."""
-        for tracker in self.trackers:
-            tracker.close()
+        close_trackers(self.trackers)
         self.resources.close()

@@ -19,6 +19,8 @@ PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
 
 def check_trackers(names):
     """Raise ValueError if the package of a tracker is not installed. names: see --log-to."""
+    if names is None:
+        return
     for name in names.split(","):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"--log-to {name} needs a package: pip install 'minia3[log]'")
@@ -45,6 +47,34 @@ def start_trackers(config, folder):
             tracker.write(line)
         trackers.append(tracker)
     return trackers
+
+
+def hand_over(line, trackers):
+    """Give a line to the trackers. Return those that still work.
+
+    A tracker that fails, for example because the network is gone, is not worth a run.
+    """
+    working = []
+    for tracker in trackers:
+        try:
+            tracker.write(line)
+            working.append(tracker)
+        except Exception as error:
+            print(f"note     {describe_failure(tracker, error)}")
+    return working
+
+
+def close_trackers(trackers):
+    for tracker in trackers:
+        try:
+            tracker.close()
+        except Exception as error:
+            print(f"note     {describe_failure(tracker, error)}")
+
+
+def describe_failure(tracker, error):
+    name = type(tracker).__name__
+    return f"{name} gets no more of this run, but metrics.jsonl has everything: {one_line(error)}"
 
 
 def figures(line):
