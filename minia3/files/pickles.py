@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 N_OLD_HEADERS = 3  # pickles before the one with the tensors: magic number, version, platform
 
+DIRECTORY = 0x10  # the attribute of a record that is a directory, as zip takes it from MS-DOS
+
 # Bytes of an element, by the name that a pickle gives to the type of a storage.
 ELEMENT_BYTES = {
     "BoolStorage": 1,
@@ -95,6 +97,17 @@ def check_storages(path):
             check_old_format(file, path.stat().st_size)
 
 
+def check_checksums(path):
+    """Raise an error if a byte of a record is not the one that torch.save wrote.
+
+    This reads the whole file, which `torch.load` does not compare with its checksums.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of the record {damaged!r:.80} is wrong")
+
+
 def check_archive(archive):
     records = archive.infolist()
     check_records(records)
@@ -128,6 +141,8 @@ def check_records(records):
                 f"the record {record.filename!r:.80} is compressed, which torch.save never does: "
                 "load the file with torch.load, and save it with torch.save"
             )
+        if record.external_attr & DIRECTORY or record.is_dir():  # torch.load would read nothing
+            raise ValueError(f"the record {record.filename!r:.80} is a directory")
         if record.header_offset < end:
             raise ValueError(f"the record {record.filename!r:.80} overlaps with another")
         end = record.header_offset + record.file_size
