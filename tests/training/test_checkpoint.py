@@ -36,7 +36,7 @@ def test_a_byte_that_changed_is_found_by_the_checksums(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(vector.numpy().tobytes()) + 100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="the checksum of the record .* is wrong"):
+    with pytest.raises(ValueError, match=r"the checksum of the record .* is wrong"):
         load_checkpoint(tmp_path)
 
 
