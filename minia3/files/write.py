@@ -32,6 +32,7 @@ wait until the files are on the disk. (`replacing` waits.)
 import filecmp
 import json
 import os
+import re
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ WRITING = ".writing"  # the folder of files that are being written
 WRITTEN = ".written"  # the folder of files that are complete, and on their way to their places
 STALE_FILE = ".stale"  # in WRITTEN: the names of the files to remove
 LOCK_FILE = ".lock"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yields
 
 
 @contextmanager
@@ -65,6 +67,16 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files that killed processes left in a folder and its sub-folders.
+
+    The caller holds the lock of the folder, so no process is writing them.
+    """
+    for path in Path(folder).rglob(".*"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from minia3.files.write import (
     disk_errors,
     finish_writing,
     is_free,
+    remove_leftovers,
     replacing,
     write_json,
     writing_folder,
@@ -515,6 +516,22 @@ def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert contents(path.parent) == {"a.txt": b"first"}
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    kept = [".lock", ".hidden.file", "a.txt", "adapter/.x." + "0" * 31]
+    for name in kept:
+        (tmp_path / name).write_text("")
+    for folder in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(KeyboardInterrupt), replacing(folder / "b.txt") as temporary:
+            temporary.write_text("half")
+            left = temporary.with_name(temporary.name[:-1] + "f")  # as a kill leaves it
+            left.write_text("half")
+            raise KeyboardInterrupt
+    remove_leftovers(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
+    assert sorted(found) == sorted([*kept, "adapter"])
 
 
 def test_the_errors_of_libraries_that_cannot_write_become_os_errors():
