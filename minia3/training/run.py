@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
+from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import DAMAGED, Checkpoint, load_checkpoint, save_checkpoint
 from minia3.training.command_lines import SCRIPT
 from minia3.training.extension import extend
@@ -49,6 +50,7 @@ class Run:
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
+            remove_leftovers(self.folder)
             saved = load_checkpoint(self.folder)
             if saved and config.steps != read_run_config(self.folder).get("steps"):
                 saved = extend(saved, config)
