@@ -32,7 +32,7 @@ class Checkpoint:
     def n_steps(self):
         """How many steps the group that trains has done, or None if that is not known."""
         log = (self.group or {}).get("log")
-        return log["step"] if log else None
+        return log.get("step") if isinstance(log, dict) else None
 
     def check(self):
         """Raise TypeError if a value cannot be right."""

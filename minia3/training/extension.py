@@ -6,7 +6,10 @@ the optimizer keeps its state.
 """
 
 import dataclasses
+from pathlib import Path
 
+from minia3.files.read import reading
+from minia3.training.checkpoint import DAMAGED
 from minia3.training.choices import TRAINED_ALONE
 
 
@@ -31,14 +34,20 @@ def extend(saved, config):
         raise ValueError(f"{found}: expected more than {saved.n_steps}")
     if not saved.is_finished:
         return saved
-    cells = []
-    for cell in saved.group["cells"]:
-        progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
-        cells.append(cell | {"progress": progress})
-    group = saved.group | {"cells": cells}
+    with reading(Path(config.resume, "checkpoint.pt"), DAMAGED):
+        group = reopen_cells(saved.group)
     return dataclasses.replace(
         saved, is_finished=False, n_done=0, finals=[], failure=None, group=group
     )
+
+
+def reopen_cells(group):
+    """Return the state of a group whose cells have patience again, and no result yet."""
+    cells = []
+    for cell in group["cells"]:
+        progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
+        cells.append(cell | {"progress": progress})
+    return group | {"cells": cells}
 
 
 def advise_new_run(config):

@@ -42,6 +42,7 @@ def start_trackers(config, folder):
         try:
             tracker = TRACKERS[name](config, folder)
         except Exception as error:  # each package has its own
+            close_trackers(trackers)
             raise ValueError(f"--log-to {name} cannot start: {one_line(error)}") from None
         for line in lines:
             tracker.write(line)

@@ -191,3 +191,15 @@ def test_a_run_of_epochs_can_be_extended_by_steps(tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert (config["steps"], config["epochs"]) == (7, None)
     assert running.last_vectors(out)
+
+
+@pytest.mark.parametrize("damage", [{"cells": 3}, {"cells": [1]}, {"log": 3}, {"log": {}}])
+def test_a_damaged_state_is_one_line(damage, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    checkpoint["group"] |= damage
+    torch.save(checkpoint, out / "checkpoint.pt")
+    before = contents(out)
+    fails(["--resume", out, "--steps", 9], capsys, "" if "log" in damage else "damaged")
+    assert contents(out) == before

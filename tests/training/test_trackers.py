@@ -10,6 +10,7 @@ import running
 from running import fails, metrics, resume, run, words
 
 from minia3.training import cell as training_cell
+from minia3.training import trackers
 from minia3.training.trackers import figures
 
 
@@ -168,3 +169,39 @@ def test_mlflow_in_a_folder_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
     assert found == expected_figures(out)
     assert os.listdir(tmp_path).count("mlflow.db") == 1
     assert running.events(out, "final")
+
+
+class Broken:
+    """A service that is gone after the first line."""
+
+    def __init__(self, config, folder):
+        self.lines = []
+
+    def write(self, line):
+        if self.lines:
+            raise ConnectionError("the network\nis gone")
+        self.lines.append(line)
+
+    def close(self):
+        raise ConnectionError("the network is gone")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert run(words(tmp_path / "run", steps=3, log_to="tensorboard")) == 0
+    out = capsys.readouterr().out
+    assert out.count("Broken gets no more of this run, but metrics.jsonl has everything") == 1
+    assert "everything: the network is gone\n" in out
+    assert running.events(tmp_path / "run", "final")
+
+
+def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(config, folder):
+        raise RuntimeError("not\nlogged in")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", refuse)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    flags = words(tmp_path / "run", log_to="wandb")
+    fails(flags, capsys, "--log-to wandb cannot start: not logged in")
+    assert not (tmp_path / "run").exists()
