@@ -29,7 +29,9 @@ def unchanged_process():
     finally:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(n_threads)
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning_only)
+        if torch.are_deterministic_algorithms_enabled() != is_deterministic:
+            # This imports torch's compiler, which takes a second.
+            torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning_only)
         torch.set_rng_state(random)
         if random_on_gpus:
             torch.cuda.set_rng_state_all(random_on_gpus)
