@@ -11,12 +11,18 @@ The loop is `train`, and the functions after it call it. It runs the model throu
 minia3/model/ia3.py.
 """
 
-import shlex
 import sys
 from dataclasses import dataclass
 
+from minia3.files.program import begin
+
+if __name__ == "__main__":
+    begin("train.py")  # before torch is imported, which takes seconds
+
 import torch
 
+from minia3.files.messages import message_of
+from minia3.files.streams import lasting_output, use_utf8
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.more_vectors import LINEARS, SITE_NAMES
 from minia3.training.announce import announce_device, announce_group
@@ -36,7 +42,7 @@ from minia3.training.optimizer import OPTIMIZERS, learning_rate
 from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
 from minia3.training.rules import check_config
-from minia3.training.run import Failed, Run
+from minia3.training.run import Failed, Run, stop_message
 from minia3.training.run_folder import restore_flags
 from minia3.training.signals import Signals, Stopped
 
@@ -200,12 +206,14 @@ def train(run, group, config):
                 log.start_step()
                 model.train()
                 batch = group.next_batch()
-                # Forward and backward, in parts if --micro-batch-size says so.
-                for part in batch.split(config.micro_batch_size):
-                    logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                    losses = part.losses(logp_BCL)  # cell -> its loss on its examples in this part
-                    sum(losses.values()).backward()
-                    log.add_losses(losses)
+                # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
+                # yet, so who presses Ctrl-C twice gives up this step, and nothing else.
+                with run.giving_up(group):
+                    for part in batch.split(config.micro_batch_size):
+                        logp_BCL = choice_logprobs(model, part.batch, part.row_B)
+                        losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
+                        sum(losses.values()).backward()
+                        log.add_losses(losses)
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -282,8 +290,14 @@ def run_grid(run, config):
 
 
 def main(argv=None):
+    """Run a command line. Return the exit code: see `run_command`."""
+    use_utf8()
+    with lasting_output(), Signals(is_program=__name__ == "__main__") as signals:
+        return run_command(argv, signals)
+
+
+def run_command(argv, signals):
     """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n."""
-    signals = Signals()
     run = None
     try:
         config = parse_flags(Config, argv, __doc__)
@@ -294,14 +308,10 @@ def main(argv=None):
         run_grid(run, config)
         return 0
     except Stopped as stop:
-        advice = ""
-        if run and run.folder:
-            command = shlex.join(["python", "train.py", "--resume", str(run.folder)])
-            advice = f"; to continue: {command}"
-        print(f"stopped{advice}", file=sys.stderr)
+        print(stop_message(run and run.folder), file=sys.stderr)
         return 128 + stop.number
     except (torch.OutOfMemoryError, Failed, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
+        message = message_of(error)
         if isinstance(error, torch.OutOfMemoryError):
             message = f"{message:.200}: lower --micro-batch-size or --eval-batch-size"
         print(f"train.py: {message}", file=sys.stderr)

@@ -6,6 +6,8 @@ import warnings
 
 from minia3.cli import convert, generate, info, merge, mix, plot, predict, table
 from minia3.cli.terminal import show
+from minia3.files.messages import message_of
+from minia3.files.streams import use_utf8
 
 COMMANDS = {
     "info": info,
@@ -37,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    use_utf8()
     words = sys.argv[1:] if argv is None else argv
     try:
         try:
@@ -51,8 +54,7 @@ def main(argv=None):
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # PyTorch's errors about memory are RuntimeErrors.
-        text = " ".join(str(error).split())
-        print(f"minia3: {text or type(error).__name__}", file=sys.stderr)
+        print(f"minia3: {message_of(error)}", file=sys.stderr)
         return 2 if isinstance(error, USER_ERRORS) else 1
 
 

@@ -1,12 +1,23 @@
 """Where a run writes, and how it is stopped and continued."""
 
 import dataclasses
+import shlex
+import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
-from minia3.training.checkpoint import DAMAGED, Checkpoint, load_checkpoint, save_checkpoint
+from minia3.training.checkpoint import (
+    DAMAGED,
+    Checkpoint,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+)
 from minia3.training.run_folder import Metrics, begin_run, default_folder, discard_run, record_data
 from minia3.training.signals import Stopped
 
@@ -74,6 +85,30 @@ class Run:
         return self.signals.uninterrupted()
 
     @contextmanager
+    def giving_up(self, group):
+        """Return a context for the part of a step that computes, and changes no parameter.
+
+        A second Ctrl-C, or SIGTERM, stops the run within it at once. The step is undone, so that
+        the checkpoint is the one from before the step. Without a signal, the block just runs.
+        """
+        random = random_state()  # dropout is drawn from it
+        try:
+            with self.signals.urgent(partial(self.leave, group, random)):
+                yield
+        except Stopped:
+            group.undo_step(random)
+            raise
+
+    def leave(self, group, random, number):
+        """Save the state before the current step, and say how to continue.
+
+        This runs in another thread, while the main thread is in an operation that takes long.
+        """
+        self.write_checkpoint(group.state_before_step(random))
+        tqdm.write(stop_message(self.folder), file=sys.stderr)
+        sys.stdout.flush()
+
+    @contextmanager
     def checkpointing(self, group):
         """Save a checkpoint at the end of the block, and also if a signal stops it."""
         try:
@@ -128,3 +163,11 @@ class Run:
     def close(self):
         """Unlock the folder, so that other processes may write into it."""
         self.resources.close()
+
+
+def stop_message(folder):
+    """Return what a stopped run says. folder: of the run, or None if it has none."""
+    if folder is None:
+        return "stopped"
+    command = shlex.join(["python", "train.py", "--resume", str(folder)])
+    return f"stopped; to continue: {command}"

@@ -11,7 +11,8 @@ from minia3.training.signals import Signals, Stopped
 @pytest.fixture
 def signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield Signals()
+    with Signals() as signals:
+        yield signals
     for number, handler in before.items():
         signal.signal(number, handler)
 
