@@ -289,10 +289,13 @@ def run_grid(run, config):
     report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
 
 
-def main(argv=None):
-    """Run a command line. Return the exit code: see `run_command`."""
+def main(argv=None, is_program=False):
+    """Run a command line. Return the exit code: see `run_command`.
+
+    is_program: whether this process does nothing else, so that a signal may end it at any time.
+    """
     use_utf8()
-    with lasting_output(), Signals(is_program=__name__ == "__main__") as signals:
+    with lasting_output(), Signals(is_program) as signals:
         return run_command(argv, signals)
 
 
@@ -324,4 +327,4 @@ def run_command(argv, signals):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(is_program=True))

@@ -105,8 +105,9 @@ class Run:
         This runs in another thread, while the main thread is in an operation that takes long.
         """
         self.write_checkpoint(group.state_before_step(random))
+        sys.stdout.flush()  # because the process ends without cleaning up
         tqdm.write(stop_message(self.folder), file=sys.stderr)
-        sys.stdout.flush()
+        sys.stderr.flush()
 
     @contextmanager
     def checkpointing(self, group):
