@@ -77,7 +77,8 @@ class Run:
         self.metrics = Metrics(self.folder, self.n_bytes)
 
     def write(self, event, **values):
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl. Raise Failed if the folder of the run is gone."""
+        self.check_folder()
         self.n_bytes = self.metrics.write(event=event, **values)
 
     def uninterrupted(self):
@@ -129,7 +130,16 @@ class Run:
                 group.load_state_dict(self.saved.group)
             self.saved.group = None
 
+    def check_folder(self):
+        """Raise Failed if somebody has deleted the folder: a new one would hold half a run."""
+        if self.folder is not None and not (self.folder / "config.json").exists():
+            raise Failed(
+                f"{self.folder}: the folder of this run was deleted or moved while it trained, "
+                "so its results have no place: begin a new run"
+            )
+
     def write_checkpoint(self, group_state, is_finished=False):
+        self.check_folder()
         checkpoint = Checkpoint(
             is_finished, self.n_done, self.finals, self.failure, self.n_bytes, group_state
         )
