@@ -16,8 +16,9 @@ from minia3.tasks.mixture import draw_rows
 
 def draw_batches(cell, tokenizer):
     """Return the examples of each step, as Batches."""
-    examples = encode_plan(plan_steps(cell), cell, tokenizer)
-    return Batches(cell, examples)
+    plan = plan_steps(cell.assignments, cell.config)
+    examples = encode_plan(plan, cell, tokenizer)
+    return Batches(cell.assignments, cell.config, examples)
 
 
 class Batches:
@@ -26,32 +27,32 @@ class Batches:
     An earlier step, as at the beginning of a second reading, is drawn again from step 0 on.
     """
 
-    def __init__(self, cell, examples):
+    def __init__(self, assignments, config, examples):
         """examples: from `encode_plan`."""
-        self.cell = cell
+        self.assignments = assignments
+        self.config = config
         self.examples = examples
-        self.plan = plan_steps(cell)
+        self.plan = plan_steps(assignments, config)
         self.next_step = 0
 
     def __len__(self):
-        return self.cell.config.steps
+        return self.config.steps
 
     def __getitem__(self, step):
         if step >= len(self):
             raise IndexError(step)
         if step < self.next_step:
-            self.plan = plan_steps(self.cell)
+            self.plan = plan_steps(self.assignments, self.config)
             self.next_step = 0
         places = next(islice(self.plan, step - self.next_step, None))
         self.next_step = step + 1
         return [self.examples[place] for place in places]
 
 
-def plan_steps(cell):
+def plan_steps(assignments, config):
     """Yield (member of the task, row, prompt) for each example of a step, as numbers."""
-    config = cell.config
-    sizes = [len(assignment.train_rows) for assignment in cell.assignments]
-    n_prompts = [len(assignment.prompts) for assignment in cell.assignments]
+    sizes = [len(assignment.train_rows) for assignment in assignments]
+    n_prompts = [len(assignment.prompts) for assignment in assignments]
     steps = draw_rows(sizes, config.cap, config.batch_size, config.seed)
     for step, rows in enumerate(islice(steps, config.steps)):
         rng = np.random.RandomState([config.seed, 1, step])
