@@ -19,8 +19,6 @@ from minia3.files.program import begin
 if __name__ == "__main__":
     begin("train.py")  # before torch is imported, which takes seconds
 
-import torch
-
 from minia3.files.messages import message_of
 from minia3.files.streams import lasting_output, use_utf8
 from minia3.inference.scoring import choice_logprobs
@@ -45,6 +43,7 @@ from minia3.training.rules import check_config
 from minia3.training.run import Failed, Run, stop_message
 from minia3.training.run_folder import restore_flags
 from minia3.training.signals import Signals, Stopped
+from minia3.training.step_memory import check_memory, is_out_of_memory, out_of_memory_message
 
 
 @dataclass
@@ -280,6 +279,7 @@ def run_grid(run, config):
         announce_group(group, is_first=run.n_done == 0)
         if config.is_training:
             group.draw_batches()
+            run.micro_batch_size = check_memory(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)
@@ -313,10 +313,12 @@ def run_command(argv, signals):
     except Stopped as stop:
         print(stop_message(run and run.folder), file=sys.stderr)
         return 128 + stop.number
-    except (torch.OutOfMemoryError, Failed, OSError, ValueError) as error:
+    except (Failed, MemoryError, OSError, RuntimeError, ValueError) as error:
         message = message_of(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message:.200}: lower --micro-batch-size or --eval-batch-size"
+        if is_out_of_memory(error):
+            message = out_of_memory_message(error, run)
+        elif isinstance(error, RuntimeError):
+            raise  # a bug of ours
         print(f"train.py: {message}", file=sys.stderr)
         if run:
             run.discard_if_new()

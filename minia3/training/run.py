@@ -59,6 +59,9 @@ class Run:
         self.failure = self.saved.failure
         self.n_bytes = self.saved.n_bytes
         self.metrics = None  # see `start_writing`
+        # What to try if memory runs out; `check_memory` may know better.
+        self.micro_batch_size = max(1, (config.micro_batch_size or config.batch_size) // 2)
+        self.eval_batch_size = max(1, config.eval_batch_size // 2)
 
     @property
     def is_finished(self):

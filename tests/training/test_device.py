@@ -8,7 +8,7 @@ from running import fails, run, words
 @pytest.mark.parametrize(
     ("has_gpu", "method", "line"),
     [
-        (False, "ia3", "device   cpu (no CUDA GPU found), float32"),
+        (False, "ia3", "device   cpu (no GPU found), float32"),
         (True, "ia3", "device   cuda (H100), bfloat16"),
         (True, "full", "device   cuda (H100), float32"),
     ],
