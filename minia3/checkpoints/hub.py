@@ -32,6 +32,7 @@ from minia3.checkpoints.layout import (
     shard_names,
 )
 from minia3.files.read import one_line
+from minia3.files.write import finish_writing
 
 # Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
 # (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
@@ -53,6 +54,7 @@ def find(name_or_path, weights=True):
     repo = row.repo if row else str(name_or_path)  # for the embedded model, repo is a folder
     path = Path(repo)
     if path.is_dir():
+        finish_writing(path)
         return path
     if path.is_file():
         if path.suffix != ".gguf":
@@ -76,6 +78,7 @@ def find_adapter(name_or_path):
     check_is_name(name_or_path, "an adapter")
     path = Path(name_or_path)
     if path.is_dir():
+        finish_writing(path)
         check_adapter_folder(path)
     if path.exists():
         return path

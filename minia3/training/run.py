@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
+from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import (
     DAMAGED,
     Checkpoint,
@@ -46,6 +47,7 @@ class Run:
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
+            remove_leftovers(self.folder)
             saved = load_checkpoint(self.folder)
         elif config.out is not None or not config.eval_only:
             folder = Path(config.out or default_folder(config))
