@@ -9,7 +9,12 @@ import torch
 
 from minia3.files.read import one_line
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,  # for LLaMA; a T5 overflows in it, and `load_model` says so
+    "float64": torch.float64,
+}
 
 DEVICES = {  # kind -> what it is; by default, a run takes the first one that there is
     "cuda": "a CUDA GPU",
