@@ -22,7 +22,7 @@ from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.layout import weight_files
+from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
@@ -102,6 +102,7 @@ def read_checkpoint(path, weights=True):
     if path.is_file():
         raw, entries = read_gguf(path)
         return read_config(raw, path), entries
+    check_model_folder(path)
     if (path / "params.json").exists() and not (path / "config.json").exists():
         raw, entries = read_meta(path)
         return read_config(raw, path), entries

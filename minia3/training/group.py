@@ -105,6 +105,22 @@ class Group:
             "random": random_state(),
         }
 
+    def undo_step(self, random):
+        """Go back to where the current step began. Its gradients exist, but it has updated nothing.
+
+        random: the `random_state` before its forward pass.
+        """
+        self.log.drop_step()
+        set_random_state(random)
+        self.model.zero_grad()
+        self.model.eval()
+
+    def state_before_step(self, random):
+        """Return the `state_dict` that `undo_step` would lead to, and change nothing."""
+        state = self.state_dict()
+        state["log"]["losses"].pop()
+        return state | {"random": random}
+
     def load_state_dict(self, state):
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)

@@ -78,6 +78,10 @@ class TrainingLog:
         for cell, loss in losses.items():
             step_losses[cell.row] = step_losses.get(cell.row, 0.0) + loss.detach()
 
+    def drop_step(self):
+        """Forget a step that has started and will not end."""
+        self.losses.pop()
+
     def end_step(self, batch):
         self.n_tokens += batch.n_tokens
         self.step += 1

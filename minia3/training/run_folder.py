@@ -238,6 +238,8 @@ class Metrics:
         """Add a line, and return how many bytes the file has."""
         if self.path is None:
             return 0
-        with self.path.open("a") as file:  # closed after each line, so that it is on disk
+        with self.path.open(
+            "a", encoding="utf-8"
+        ) as file:  # closed after each line, so that it is on disk
             file.write(json.dumps(values) + "\n")
         return self.path.stat().st_size

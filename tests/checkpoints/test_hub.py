@@ -355,6 +355,7 @@ def test_an_adapter_on_this_machine_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minia3.checkpoints.hub.fetch", lambda *_: 0 / 0)
     (tmp_path / "user" / "name").mkdir(parents=True)
+    (tmp_path / "user" / "name" / "adapter_config.json").write_text("{}")
     (tmp_path / "finish.pt").write_text("")
     assert find_adapter("user/name") == Path("user/name")
     assert find_adapter(tmp_path / "finish.pt") == tmp_path / "finish.pt"
@@ -367,9 +368,18 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_nearest_known_name(tmp_pa
     (tmp_path / "sub").mkdir()
     file = tmp_path / "sub" / "weights.pt"
     file.write_text("")
-    expected = "no such folder, .gguf file, hub id (org/name) or known name. Known names: tiny-t5, "
-    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf", file, "sub/weights.pt"):
+    expected = "no such folder, .gguf file, hub id (org/name) or known name. `minia3 info --list`"
+    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf"):
         assert refusal(minia3.load_model, name).startswith(f"{name}: {expected}")
+    for name in (file, "sub/weights.pt"):
+        message = refusal(minia3.load_model, name)
+        assert message.startswith(f"{name}: found weights without the config of a model, expected")
+
+
+@pytest.mark.parametrize("name", [5, None, 1.5, ["t5-base"]])
+def test_what_is_no_name_is_refused(name):
+    assert f"found {name!r}, expected the name or the path of a model" in refusal(find, name)
+    assert f"found {name!r}, expected the name or the path of an" in refusal(find_adapter, name)
 
 
 def fake_fetch(repo, config, optional, weights):
