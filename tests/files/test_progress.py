@@ -1,6 +1,7 @@
 """Bars appear only in a terminal, only if somebody asks for them, and fit into 80 columns."""
 
 import io
+import re
 import sys
 import threading
 
@@ -70,11 +71,13 @@ def test_a_bar_fits_into_80_columns_however_wide_the_terminal_is(open_terminal, 
         bar.set_postfix_str("loss 1234.567, " * 5)
         bar.update(5)
         bar.refresh()
-    assert max(map(len, terminal.getvalue().split("\r"))) <= 80
+    assert max(map(len, re.split("[\r\n]", terminal.getvalue()))) <= 80
 
 
 @pytest.mark.parametrize("command", ["merge", "convert", "predict"])
-def test_a_command_shows_its_progress_and_says_what_it_wrote(command, open_terminal, tmp_path, capsys):
+def test_a_command_shows_its_progress_and_says_what_it_wrote(
+    command, open_terminal, tmp_path, capsys
+):
     terminal = open_terminal()
     model = running.model("t5")
     out = tmp_path / "out"
