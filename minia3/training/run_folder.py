@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from minia3 import __version__
-from minia3.files.lock import lock_folder
+from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json
 from minia3.files.write import write_json
 
@@ -85,7 +85,7 @@ def discard_run(folder):
     if (folder / "metrics.jsonl").exists():
         return
     for name in ("config.json", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+        remove_lock(folder / name)
     with suppress(OSError):  # the folder is not empty: it held other files before
         folder.rmdir()
 
