@@ -10,11 +10,15 @@ needs neither.
 """
 
 import difflib
+import inspect
 import logging
 import os
 import re
 import socket
+import threading
+import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -33,6 +37,8 @@ from minia3.checkpoints.layout import (
 )
 from minia3.files.read import one_line
 from minia3.files.write import finish_writing
+
+LONGEST_WAIT = 600  # seconds without news of a download
 
 # Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
 # (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
@@ -173,9 +179,13 @@ class Snapshot:
         is_offline = self.network_error is not None
         try:
             with without_warnings():
-                path = hf_hub_download(
-                    self.repo, name, revision=self.commit, local_files_only=is_offline
-                )
+                path = Transfer(
+                    hf_hub_download,
+                    self.repo,
+                    name,
+                    revision=self.commit,
+                    local_files_only=is_offline,
+                ).result()
         except errors.LocalEntryNotFoundError as error:
             # There is no network, and the file is not in the cache. From now on, only the cache is
             # used.
@@ -201,6 +211,62 @@ class Snapshot:
             hint = nearest_name(self.repo)
             return f"the hub has no such repository, or it is private and needs a token{hint}"
         return f"not a hub id, or the download failed: {one_line(error)}"
+
+
+class Transfer:
+    """A download in a thread of its own, which is given up if nothing comes for too long.
+
+    huggingface_hub has a limit of time for each byte only, so a server that sends a byte now and
+    then could hold a download for days. It reports every 10 MB, and the end of a file: if neither
+    comes within LONGEST_WAIT, less than 17 kB came in a second.
+    """
+
+    def __init__(self, download, *args, **options):
+        """download: hf_hub_download, which is called with the arguments."""
+        self.reported = time.monotonic()  # when it told something
+        self.path = None
+        self.error = None
+        # Older versions of huggingface_hub do not let us watch: then a transfer is not limited.
+        self.is_watched = "tqdm_class" in inspect.signature(download).parameters
+        if self.is_watched:
+            options["tqdm_class"] = self.bar_class()
+        self.call = partial(download, *args, **options)
+
+    def bar_class(self):
+        """Return the class of huggingface_hub's bar, except that it tells us, too."""
+        from huggingface_hub.utils import tqdm
+
+        transfer = self
+
+        class Bar(tqdm):
+            def update(self, n=1):
+                transfer.reported = time.monotonic()
+                return super().update(n)
+
+        return Bar
+
+    def run(self):
+        try:
+            self.path = self.call()
+        except Exception as error:  # raised again in the thread that waits
+            self.error = error
+
+    def result(self):
+        """Return the path of the file, or raise what the download raised.
+
+        Raise TimeoutError if it is too slow. Its thread ends with the program.
+        """
+        thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(1.0)
+            if self.is_watched and time.monotonic() - self.reported > LONGEST_WAIT:
+                raise TimeoutError(
+                    f"the server sends too slowly: less than 10 MB in {LONGEST_WAIT} seconds"
+                )
+        if self.error is not None:
+            raise self.error
+        return self.path
 
 
 def why_unreachable():

@@ -114,7 +114,7 @@ def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, c
         capsys.readouterr()
     assert main(EXAMPLES[name]) == 0
     out, err = capsys.readouterr()
-    assert (out != "") == (name in ("info", "generate", "predict", "table", "plot"))
+    assert out != ""
     assert err == ""
 
 
