@@ -22,6 +22,7 @@ from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, place_parameter, read_checkpoint
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
+from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
 from minia3.model.site_names import SITES
 
@@ -141,7 +142,7 @@ def folded_tensors(model, stored, dtype, row):
 def check_written(out, folder, tensors):
     """Raise ValueError if a tensor in `folder` does not have the bits that were written there."""
     _, written = read_checkpoint(folder)
-    for name, _, make in tensors:
+    for name, _, make in progress(tensors, total=len(tensors)):
         found = written[name].read()
         if not torch.equal(found.view(torch.uint8), make().view(torch.uint8)):
             raise ValueError(f"{out}: {name} was read back with other bits than were written")

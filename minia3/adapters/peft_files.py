@@ -24,6 +24,8 @@ from minia3.files.read import read_json
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.files.write import write_json, writing_folder
 
+N_SHOWN = 2  # problems that a message names; the others are counted
+
 
 class AdapterFile(NamedTuple):
     """What a file says about its adapter."""
@@ -39,9 +41,9 @@ def read_adapter(name_or_path):
     """Return an adapter as an AdapterFile.
 
     name_or_path: a PEFT folder, only its .safetensors or .bin file, T-Few's .pt file, or a hub id.
-    Raise ValueError if the adapter is not (IA)^3. One ValueError names everything that is wrong
-    with the tensors: an unknown name, two names for one place, a wrong shape, a dtype that is not a
-    float, an entry that is not finite.
+    Raise ValueError if the adapter is not (IA)^3. One ValueError counts everything that is wrong
+    with the tensors, and names the first problems: an unknown name, two names for one place, a
+    wrong shape, a dtype that is not a float, an entry that is not finite.
     """
     path = find_adapter(name_or_path)
     base = None
@@ -62,8 +64,15 @@ def read_adapter(name_or_path):
     if not vectors and not problems:
         problems.append("there are no vectors in it")
     if problems:
-        raise ValueError(f"{path}: not an (IA)^3 adapter: {'; '.join(problems)}")
+        raise ValueError(f"{path}: not an (IA)^3 adapter: {join_problems(problems)}")
     return AdapterFile(with_l_ff(vectors), base)
+
+
+def join_problems(problems):
+    """Return the first problems in one text, and how many more there are."""
+    shown = "; ".join(problems[:N_SHOWN])
+    n_more = len(problems) - N_SHOWN
+    return f"{shown}; and {n_more} more" if n_more > 0 else shown
 
 
 def read_base(folder):

@@ -22,9 +22,10 @@ from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.layout import weight_files
+from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
@@ -49,7 +50,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
-    for name, (_, entry) in stored.items():
+    for name, (_, entry) in progress(stored.items(), total=len(stored)):
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
         place_parameter(model, name, weight)
     for name, vector in vectors(model).items():
@@ -102,6 +103,7 @@ def read_checkpoint(path, weights=True):
     if path.is_file():
         raw, entries = read_gguf(path)
         return read_config(raw, path), entries
+    check_model_folder(path)
     if (path / "params.json").exists() and not (path / "config.json").exists():
         raw, entries = read_meta(path)
         return read_config(raw, path), entries

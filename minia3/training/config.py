@@ -110,11 +110,13 @@ class Config:
         "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl)",
         some_of=TRACKERS,
     )
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
+    device: str | None = flag(
+        None, "cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu that there is)"
+    )
     dtype: str | None = flag(
         None,
-        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
-        "and on a CPU)",
+        "float32, bfloat16, float16 (not for T5) or float64 weights (default: bfloat16 on a GPU, "
+        "but float32 for full and on a CPU)",
         one_of=DTYPES,
     )
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")

@@ -6,6 +6,7 @@ import torch
 
 from minia3.checkpoints.load import load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
+from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, over_prompts
 from minia3.model.ia3 import vectors
 from minia3.training.batch import MixedBatch
@@ -24,7 +25,8 @@ class Group:
         """Load the model with a row of vectors per cell. config: the run's flags."""
         self.cells = cells
         self.config = config
-        self.model = load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
+        with showing("loading"):
+            self.model = load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
         self.tokenizer = load_tokenizer(config.model)
         n_all = count_entries(dict(self.model.named_parameters()))
         self.n_base = n_all - count_entries(vectors(self.model))
@@ -74,20 +76,24 @@ class Group:
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
         results = []
         for prompt in assignment.eval_prompts:
-            result = evaluate(
-                self.model,
-                self.tokenizer,
-                rows,
-                prompt=prompt,
-                metric=assignment.task.metric,
-                shots=shots,
-                adapter=cell.row,
-                max_length=self.config.max_length,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.eval_batch_size,
-            )
-            results.append(result)
+            with showing(f"{cell.title_of(assignment.task)}evaluating"):
+                results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
         return over_prompts(results)
+
+    def evaluate_prompt(self, cell, assignment, rows, prompt, shots):
+        """Return the result of a cell on `rows`, in the words of one prompt."""
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            rows,
+            prompt=prompt,
+            metric=assignment.task.metric,
+            shots=shots,
+            adapter=cell.row,
+            max_length=self.config.max_length,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.eval_batch_size,
+        )
 
     def evaluate_held_out(self, cell):
         """Return the results of a cell on its held-out rows, one per member of its task."""
@@ -104,6 +110,22 @@ class Group:
             "parameters": copy_values(self.parameters),
             "random": random_state(),
         }
+
+    def undo_step(self, random):
+        """Go back to where the current step began. Its gradients exist, but it has updated nothing.
+
+        random: the `random_state` before its forward pass.
+        """
+        self.log.drop_step()
+        set_random_state(random)
+        self.model.zero_grad()
+        self.model.eval()
+
+    def state_before_step(self, random):
+        """Return the `state_dict` that `undo_step` would lead to, and change nothing."""
+        state = self.state_dict()
+        state["log"]["losses"].pop()
+        return state | {"random": random}
 
     def load_state_dict(self, state):
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):

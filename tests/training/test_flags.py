@@ -60,7 +60,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--losses", ""], ["--losses is ''"]),
         (["--out", ""], ["--out is '', expected str"]),
         (["--adapter", ""], ["--adapter is '', expected str"]),
-        (["--dtype", "float16"], ["--dtype is 'float16'", "float32", "bfloat16"]),
+        (["--dtype", "float17"], ["--dtype is 'float17'", "float32", "bfloat16"]),
         (["--method", "prefix"], ["--method is 'prefix'", "ia3", "none"]),
         (["--rank", "0"], ["--rank is 0", "at least 1"]),
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
