@@ -79,7 +79,7 @@ SUPPORTED = {
 # fmt: on
 
 
-def from_hf(raw):
+def from_hf(raw, origin="config.json"):
     """Return the LlamaConfig of a config.json's content, or raise ValueError."""
     rope = rope_settings(raw)
     stated = DEFAULTS[raw["model_type"]] | raw | {"rope_type": "default"}
