@@ -307,9 +307,9 @@ T5_FORMS = {
 CONFIGS = {
     **T5_FORMS,
     "umt5": dataclasses.replace(
-        T5_FORMS["t5-gated-gelu"], position_in_every_layer=True, scale_logits=False, own_head=True
+        T5_FORMS["t5-gated-gelu"], own_positions=True, scale_logits=False, own_head=True
     ),
-    "umt5-tied": dataclasses.replace(T5_FORMS["t5-gated-gelu"], position_in_every_layer=True),
+    "umt5-tied": dataclasses.replace(T5_FORMS["t5-gated-gelu"], own_positions=True),
     **{name: row.config for name, row in KNOWN_MODELS.items()},
     "t5-unscaled": dataclasses.replace(SMALL_T5, activation="gelu", gated=True, scale_logits=False),
     "t5-scaled-own": dataclasses.replace(
