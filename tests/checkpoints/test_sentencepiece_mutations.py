@@ -122,6 +122,11 @@ def changed_file(rng):
     return b"".join(field(*row) for row in fields)
 
 
+def marked(text):
+    """Return the text with its spaces, and the space before it, as marks."""
+    return f"▁{text}".replace(" ", "▁")
+
+
 def control_tokens(processor):
     ids = range(processor.get_piece_size())
     return [processor.id_to_piece(i) for i in ids if processor.is_control(i)]
@@ -150,7 +155,7 @@ def outcome(seed):
     if not is_theirs:
         return "only sentencepiece refuses"
     for text in texts:
-        if any(token in text for token in control_tokens(processor)):
+        if any(token in marked(text) for token in control_tokens(processor)):
             continue  # sentencepiece does not look for control tokens in a text
         ids = ours.encode(text, special=False)
         expected = processor.encode(text)
