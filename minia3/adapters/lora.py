@@ -36,7 +36,7 @@ VARIANTS = (
 class LoRA(nn.Linear):
     """A linear with A and B beside its weight. It takes the place of a plain linear in a block.
 
-    The weight is the linear's: the same parameter, under the same name. A and B are float32
+    Weight and bias are the linear's: the same parameters, under the same names. A and B are float32
     whatever the dtype of the model, and are cast when they are used, as the vectors of (IA)^3 are.
     """
 
@@ -44,6 +44,7 @@ class LoRA(nn.Linear):
         # On the meta device, because the weight that nn.Linear makes is replaced at once.
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
+        self.bias = linear.bias
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
         self.alpha = alpha
