@@ -17,8 +17,10 @@ from minia3.checkpoints import config_llama, config_t5
 from minia3.model.t5 import T5Config
 
 
-def from_hf(raw):
+def from_hf(raw, origin="config.json"):
     """Return the T5Config or LlamaConfig that a config.json describes. `raw` is its content.
+
+    origin: the name of the file, for warnings. A key that nobody knows is a warning.
 
     Raise ValueError if the architecture or a feature is not supported, or if values are missing, of
     the wrong type or out of range. One message names them all.
@@ -26,9 +28,9 @@ def from_hf(raw):
     model_type = raw.get("model_type")
     # Lists, because a damaged model_type may be unhashable.
     if model_type in list(config_t5.DEFAULTS):
-        return config_t5.from_hf(raw)
+        return config_t5.from_hf(raw, origin)
     if model_type in list(config_llama.DEFAULTS):
-        return config_llama.from_hf(raw)
+        return config_llama.from_hf(raw, origin)
     known = ", ".join([*config_t5.DEFAULTS, *config_llama.DEFAULTS])
     raise ValueError(f"config.json: model_type is {model_type!r}, but minia3 runs only {known}")
 

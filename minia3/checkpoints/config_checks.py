@@ -3,11 +3,68 @@
 They use `type(x) is int` and not isinstance, because True is an instance of int.
 """
 
+import warnings
+
+from minia3.checkpoints import generation_keys
+
 # The least and the greatest value of a number, if a table of limits does not say.
 OTHER_LIMITS = (1, 2**20)
 
 # Limits that no architecture has for itself
 SHARED_LIMITS = {"pad_token_id": (-1, 2**31)}  # -1 means "no such token"
+
+# fmt: off
+# Keys of config.json that are passed over, because they change no logits -> why
+HARMLESS = {
+    # What the file is, and who wrote it
+    "model_type":               "decides the architecture, before other keys are read",
+    "architectures":            "names the class; the tensors show what the file holds",
+    "auto_map":                 "names code in the repository, which is never run",
+    "custom_pipelines":         "names code in the repository, which is never run",
+    "transformers_version":     "says who wrote the file",
+    "_name_or_path":            "says where the weights come from",
+    "_commit_hash":             "says where the weights come from",
+    "torch_dtype":              "the dtype of the stored tensors counts, or --dtype",
+    "dtype":                    "the dtype of the stored tensors counts, or --dtype",
+    "use_bfloat16":             "for TPUs; the dtype of the stored tensors counts",
+    # How another program computes the same
+    "use_cache":                "the logits are the same with and without a cache",
+    "output_past":              "an old name of use_cache",
+    "return_dict":              "the form of the output in transformers",
+    "return_dict_in_generate":  "the form of the output in transformers",
+    "output_attentions":        "the form of the output in transformers",
+    "output_hidden_states":     "the form of the output in transformers",
+    "output_scores":            "the form of the output in transformers",
+    "torchscript":              "how transformers exports a model",
+    "xla_device":               "how transformers exports a model",
+    "tf_legacy_loss":           "TensorFlow's loss",
+    "chunk_size_feed_forward":  "computes the feed-forward in parts, with the same result",
+    "gradient_checkpointing":   "recomputes in training, with the same result",
+    "attn_implementation":      "which kernel computes the attention",
+    "_attn_implementation":     "which kernel computes the attention",
+    "_attn_implementation_autoset": "which kernel computes the attention",
+    "_attn_implementation_internal": "which kernel computes the attention",
+    "_experts_implementation":  "which kernel computes experts, of which there are none",
+    # What begins a training from scratch
+    "initializer_range":        "the weights come from the file",
+    "initializer_factor":       "the weights come from the file",
+    # Classification heads, which a text-to-text model does not have
+    "id2label":                 "names the classes of a classification head",
+    "label2id":                 "names the classes of a classification head",
+    "num_labels":               "counts the classes of a classification head",
+    "problem_type":             "the loss of a classification head",
+    "classifier_dropout":       "the dropout of a classification head",
+    "finetuning_task":          "names a task",
+    # Texts and tokens, which the tokenizer's files decide
+    "tokenizer_class":          "the tokenizer's files decide",
+    "prefix":                   "transformers 2 put it before a prompt in pipelines",
+    "task_specific_params":     "settings of pipelines, which nobody else applies",
+    "bos_token_id":             "the tokenizer reads it",
+    "sep_token_id":             "no text-to-text model uses it",
+    # How long texts may be
+    "n_positions":              "T5 has no limit: positions are distances",
+}
+# fmt: on
 
 
 def refuse_unsupported(refused):
@@ -89,3 +146,21 @@ def read_numbers(settings, names, config_class):
         default = getattr(config_class, ours, None)  # the default of the dataclass
         numbers[key] = settings.get(key, default)
     return numbers
+
+
+def check_keys(raw, origin, *known):
+    """Check the keys that have to do with writing, and warn of keys that nobody knows.
+
+    raw: the content of a config.json. known: tables of the architecture, whose keys are known, in
+        addition to the keys of HARMLESS and of generation_keys.py.
+    Raise ValueError if tokens are forced or forbidden.
+    """
+    generation_keys.check_generation_keys(raw, origin)
+    all_known = {*HARMLESS, *generation_keys.USED, *generation_keys.ALL}.union(*known)
+    unknown = sorted(raw.keys() - all_known)
+    if unknown:
+        names = ", ".join(unknown)
+        effect = "if they change the model, its results are wrong"
+        warnings.warn(
+            f"{origin} has keys that minia3 does not know: {names:.300}: {effect}", stacklevel=2
+        )

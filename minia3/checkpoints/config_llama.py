@@ -119,7 +119,7 @@ FULL = "full_attention"
 WINDOWED = "sliding_attention"
 
 
-def from_hf(raw):
+def from_hf(raw, origin="config.json"):
     """Return the LlamaConfig of a config.json's content, or raise ValueError."""
     warn_of_unknown(raw, {*NUMBERS, *SUPPORTED, *OTHER_KEYS})
     model_type = raw["model_type"]

@@ -1,6 +1,7 @@
 """config.json of a T5: its keys, and what they mean (config.py says how they are read)."""
 
 from minia3.checkpoints.config_checks import (
+    check_keys,
     end_ids,
     raise_if_any,
     read_numbers,
@@ -39,51 +40,95 @@ LIMITS = {
 }
 
 # What transformers assumes for each model_type, if it differs from the defaults of T5Config
+GATED = {
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+}
 DEFAULTS = {
     "t5": {},
-    "mt5": {  # T5 v1.1 under another name
-        "feed_forward_proj": "gated-gelu",
+    "mt5": GATED | {  # T5 v1.1 under another name
         "tie_word_embeddings": False,
         "scale_decoder_outputs": False,  # even if tied: transformers 5 saves every mT5 as tied
     },
+    "umt5": GATED,  # with a table of position biases in every layer
+}
+
+# feed_forward_proj -> the activation, whether it is gated, and the name that transformers gives it.
+# If two forms are the same, the later one is written.
+FEED_FORWARDS = {
+    "relu":            ("relu", False, "relu"),
+    "gelu_new":        ("gelu", False, "gelu_new"),
+    "silu":            ("silu", False, "silu"),
+    "gated-relu":      ("relu", True, "relu"),
+    "gated-gelu_new":  ("gelu", True, "gelu_new"),
+    "gated-gelu":      ("gelu", True, "gelu_new"),  # v1.1: this means the tanh approximation
+    "gated-silu":      ("silu", True, "silu"),      # UL2
 }
 
 # If a key is absent or null, it takes the value of another key.
 SAME_AS = {
+    "d_model":                "hidden_size",
+    "d_kv":                   "head_dim",
+    "num_layers":             "num_hidden_layers",
+    "num_heads":              "num_attention_heads",
     "num_decoder_layers":     "num_layers",
     "decoder_start_token_id": "pad_token_id",
+}
+
+# Keys that follow from feed_forward_proj. They must agree with it.
+DERIVED = ("dense_act_fn", "is_gated_act")
+
+# Other names of keys. If a file has both, they must agree, because transformers takes either.
+OTHER_NAMES = {
+    "hidden_size":            "d_model",
+    "head_dim":               "d_kv",
+    "num_hidden_layers":      "num_layers",
+    "num_attention_heads":    "num_heads",
 }
 
 # The values with which our code computes the same as the model of the file. None stands for absent
 # or null.
 SUPPORTED = {
-    "feed_forward_proj":     ("relu", "gated-gelu", None),
+    "feed_forward_proj":     (*FEED_FORWARDS, None),
     "quantization_config":   (None,),
     "tie_word_embeddings":   (True, False, None),
     "scale_decoder_outputs": (True, False, None),
+    "is_encoder_decoder":    (True, None),  # False: transformers computes other logits
+    "tie_encoder_decoder":   (False, None),
+    "pruned_heads":          ({}, None),
+}
+
+# Keys that change no logits, in addition to those of all architectures -> why
+HARMLESS = {
+    "is_decoder":                  "says False of the whole; its two halves are made alike",
+    "add_cross_attention":         "a T5 decoder always has it",
+    "cross_attention_hidden_size": "no T5 reads it: both halves have the same width",
+    "scalable_attention":          "in files of umT5; no version of transformers reads it",
 }
 # fmt: on
 
 
-def from_hf(raw):
+def from_hf(raw, origin="config.json"):
     """Return the T5Config of a config.json's content, or raise ValueError."""
     stated = DEFAULTS[raw["model_type"]] | raw
-    refuse_unsupported(unsupported(stated, SUPPORTED) + unsupported_activation(stated))
+    refuse_unsupported(unsupported(stated, SUPPORTED) + contradictions(stated))
+    check_keys(raw, origin, NUMBERS, SUPPORTED, OTHER_NAMES, HARMLESS, DERIVED)
     settings = without_nulls(stated, SAME_AS)
     settings["eos_token_id"] = end_ids(stated, T5Config.eos_ids)
     numbers = read_numbers(settings, NUMBERS, T5Config)
     raise_if_any(wrong_ids(settings, ["bos_token_id"]) + wrong_numbers(numbers, LIMITS))
 
     is_tied = settings.get("tie_word_embeddings", True)
-    is_gated = settings.get("feed_forward_proj") == "gated-gelu"
-    activation = "gelu" if is_gated else "relu"
+    activation, is_gated, _ = FEED_FORWARDS[settings.get("feed_forward_proj", "relu")]
+    # v1.0 is tied and scaled, and v1.1 is neither. Only newer files state scaling separately.
+    is_scaled = stated.get("scale_decoder_outputs", is_tied)
     config = T5Config(
         **{ours: numbers[key] for key, ours in NUMBERS.items()},
         activation=activation,
         gated=is_gated,
         own_head=not is_tied,
-        # v1.0 is tied and scaled, and v1.1 is neither. Only newer files state scaling separately.
-        scale_logits=settings.get("scale_decoder_outputs", is_tied),
+        scale_logits=bool(is_scaled),  # null is False
+        position_in_every_layer=raw["model_type"] == "umt5",
         eos_ids=tuple(settings["eos_token_id"]),
     )
     if config.start_id >= config.vocab_size or config.max_distance <= config.n_buckets // 2:
@@ -92,24 +137,33 @@ def from_hf(raw):
     return config
 
 
-def unsupported_activation(stated):
-    """Return a text if the `dense_act_fn` of a T5 does not follow from its `feed_forward_proj`."""
-    # transformers derives the former from the latter. gelu_new is the tanh approximation.
-    derived = "gelu_new" if stated.get("feed_forward_proj") == "gated-gelu" else "relu"
-    activation = stated.get("dense_act_fn")
-    if activation in (None, derived):
-        return []
-    return [f"dense_act_fn={activation!r}"]
+def contradictions(stated):
+    """Return a text for each key that contradicts the key from which it follows."""
+    refused = []
+    form = stated.get("feed_forward_proj") or "relu"
+    if form in list(FEED_FORWARDS):  # a list, because a damaged value may be unhashable
+        _, is_gated, activation = FEED_FORWARDS[form]
+        refused += unsupported(
+            stated, {"dense_act_fn": (activation, None), "is_gated_act": (is_gated, None)}
+        )
+    for other, key in OTHER_NAMES.items():
+        if None not in (stated.get(other), stated.get(key)) and stated[other] != stated[key]:
+            refused.append(f"{other}={stated[other]!r:.80} beside {key}={stated.get(key)!r:.80}")
+    if stated["model_type"] == "mt5" and stated.get("scale_decoder_outputs"):
+        refused.append("scale_decoder_outputs=True in an mT5, which never scales")
+    return refused
 
 
 def to_hf(config):
     """Return the keys of a config.json that only a T5 has."""
+    model_type = "umt5" if config.position_in_every_layer else "t5"
+    forms = {row[:2]: form for form, row in FEED_FORWARDS.items()}
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [f"{model_type.upper()}ForConditionalGeneration"],
+        "model_type": model_type,
         "is_encoder_decoder": True,
         **{key: getattr(config, ours) for key, ours in NUMBERS.items()},
-        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+        "feed_forward_proj": forms[config.activation, config.gated],
         # transformers 5 reads this key; version 4 derives it from tie_word_embeddings.
         "scale_decoder_outputs": config.scale_logits,
     }

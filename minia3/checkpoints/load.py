@@ -20,6 +20,7 @@ from torch import nn
 
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
+from minia3.checkpoints.generation_keys import generation_settings
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import weight_files
@@ -111,15 +112,12 @@ def read_checkpoint(path, weights=True):
 
 
 def read_config(raw, path):
-    """Return the config for the content of a config.json. The end tokens of generation_config.json
-    win.
-    """
+    """Return the config for the content of a config.json. generation_config.json wins."""
     generation = path / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if ends is not None:
-        raw = raw | {"eos_token_id": ends}
     with reading(path):
-        return from_hf(raw)
+        if generation.exists():
+            raw = raw | generation_settings(read_json(generation), raw, generation.name)
+        return from_hf(raw, f"{path}/config.json")
 
 
 def read_weights(folder):
