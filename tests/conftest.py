@@ -81,7 +81,9 @@ LLAMA_PEERS = {
         "Llama",
         {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
     ),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10}),
 }
 PEERS = T5_PEERS | LLAMA_PEERS
 OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5")

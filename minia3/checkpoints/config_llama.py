@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from minia3.checkpoints.config_checks import (
+    check_keys,
     end_ids,
     raise_if_any,
     read_numbers,
@@ -20,7 +21,6 @@ from minia3.checkpoints.config_checks import (
     wrong_ids,
     wrong_numbers,
 )
-from minia3.checkpoints.config_keys import warn_of_unknown
 from minia3.model.llama import LlamaConfig, inverse_frequencies
 
 # fmt: off
@@ -106,13 +106,24 @@ SUPPORTED_BY = {
     "qwen3":   {},
 }
 
-# The other keys that are read. `is_llama_config` is in files of SmolLM2, and says what model_type
-# says. Keys that are harmless are in config_keys.py.
+# Other keys that are read
 OTHER_KEYS = (
-    "model_type", "is_llama_config", "rope_scaling", "rope_parameters",
-    "rope_factors", "bos_token_id", "eos_token_id", "pad_token_id", "sliding_window",
-    "max_window_layers", "layer_types",
+    "rope_scaling", "rope_parameters", "rope_factors", "pad_token_id",
+    "sliding_window", "max_window_layers", "layer_types",
 )
+
+# Keys that change no logits, in addition to those of all architectures -> why
+HARMLESS = {
+    "pretraining_tp":              "multiplies matrices in parts, with the same result",
+    "is_llama_config":             "in files of SmolLM2: says what model_type says",
+    "transformers.js_config":      "for another program",
+    "unsloth_version":             "says who wrote the file",
+    "unsloth_fixed":               "says who wrote the file",
+    "is_decoder":                  "a model of this family is nothing else",
+    "add_cross_attention":         "no model of this family has or reads it",
+    "cross_attention_hidden_size": "no model of this family has or reads it",
+    "tie_encoder_decoder":         "no model of this family has or reads it",
+}
 # fmt: on
 # Values of `layer_types`
 FULL = "full_attention"
@@ -121,13 +132,13 @@ WINDOWED = "sliding_attention"
 
 def from_hf(raw, origin="config.json"):
     """Return the LlamaConfig of a config.json's content, or raise ValueError."""
-    warn_of_unknown(raw, {*NUMBERS, *SUPPORTED, *OTHER_KEYS})
     model_type = raw["model_type"]
     rope = rope_settings(raw)
     stated = DEFAULTS[model_type] | raw | {"rope_type": "default"}
     stated |= {key: rope[key] for key in rope if is_rope_key(key)}
     supported = SUPPORTED | SUPPORTED_BY[model_type]
     refuse_unsupported(unsupported(stated, supported) + unsupported_rope(rope))
+    check_keys(raw, origin, NUMBERS, SUPPORTED, OTHER_KEYS, HARMLESS)
     settings = fill_in(stated)
     numbers = read_numbers(settings, NUMBERS, LlamaConfig)
     scaling = {}
