@@ -32,9 +32,9 @@ def neighbors_to_halves(entries, n_heads, n_kv_heads):
     """
     permuted = {}
     for name, entry in entries.items():
-        if ".q_proj." in name:
+        if "q_proj." in name:
             permuted[name] = with_halves(entry, n_heads)
-        elif ".k_proj." in name:
+        elif "k_proj." in name:
             permuted[name] = with_halves(entry, n_kv_heads)
         else:
             permuted[name] = entry

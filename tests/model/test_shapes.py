@@ -45,7 +45,10 @@ BROADCAST = {
     # memory is the same for all queries.
     "bias_BHLM": "BHL",
     "bias_BHMM": "B",  # T5's positions, if there is no padding
-    "position_BL": "B",  # all rows are at the same position, if there is no padding
+    "position_BM": "B",  # all rows are at the same position, if there is no padding
+    "position_BL": "B",
+    "distance_BLM": "B",
+    "is_seen_BLM": "B",
     "angle_BLP": "B",
     "angle_B1LK": "B",
     "cos_B1LK": "B",
