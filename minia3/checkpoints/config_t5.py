@@ -128,7 +128,7 @@ def from_hf(raw, origin="config.json"):
         gated=is_gated,
         own_head=not is_tied,
         scale_logits=bool(is_scaled),  # null is False
-        position_in_every_layer=raw["model_type"] == "umt5",
+        own_positions=raw["model_type"] == "umt5",
         eos_ids=tuple(settings["eos_token_id"]),
     )
     if config.start_id >= config.vocab_size or config.max_distance <= config.n_buckets // 2:
@@ -156,7 +156,7 @@ def contradictions(stated):
 
 def to_hf(config):
     """Return the keys of a config.json that only a T5 has."""
-    model_type = "umt5" if config.position_in_every_layer else "t5"
+    model_type = "umt5" if config.own_positions else "t5"
     forms = {row[:2]: form for form, row in FEED_FORWARDS.items()}
     return {
         "architectures": [f"{model_type.upper()}ForConditionalGeneration"],

@@ -18,6 +18,7 @@ from minia3.checkpoints.layout import (
     ADAPTER_FILES,
     ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
+    MERGES_FILE,
     SETTINGS_FILES,
     TOKENIZER_FILES,
     WEIGHT_FILES,
@@ -49,7 +50,8 @@ def find(name_or_path, weights=True):
         hint = nearest_name(repo) or f". Known names: {', '.join(KNOWN_MODELS)}"
         expected = "folder, .gguf file, hub id (org/name) or known name"
         raise ValueError(f"{name_or_path}: no such {expected}{hint}")
-    optional = (*SETTINGS_FILES, *TOKENIZER_FILES, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
+    other_files = (MERGES_FILE, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
+    optional = (*SETTINGS_FILES, *TOKENIZER_FILES, *other_files)
     wanted_weights = WEIGHT_FILES if weights else ()
     return fetch(repo, "config.json", optional, wanted_weights)
 

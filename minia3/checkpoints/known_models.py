@@ -1,4 +1,4 @@
-"""The known models: short name -> hub repository, family and sizes.
+"""The known models: short name -> hub repository, family and sizes; and other names of them.
 
 With the sizes, `python -m minia3 info NAME` needs no network. `load_model` never uses them: it
 reads the config.json of the checkpoint. Tests compare each row with the config on the hub, and the
@@ -54,6 +54,35 @@ T5_V1_1_BASE = t5_v1_1(d_model=768, d_ff=2048, n_layers=12, n_heads=12)
 T5_V1_1_LARGE = t5_v1_1(d_model=1024, d_ff=2816, n_layers=24, n_heads=16)
 T5_V1_1_XL = t5_v1_1(d_model=2048, d_ff=5120, n_layers=24, n_heads=32)
 T5_V1_1_XXL = t5_v1_1(d_model=4096, d_ff=10240, n_layers=24, n_heads=64)
+
+# ByT5 reads bytes: its embedding is small, and its encoder three times as deep as its decoder.
+BYT5_SMALL = replace(
+    t5_v1_1(d_model=1472, d_ff=3584, n_layers=12, n_heads=6), n_decoder_layers=4, vocab_size=384
+)
+BYT5_BASE = replace(
+    BYT5_SMALL, d_model=1536, d_ff=3968, n_layers=18, n_decoder_layers=6, n_heads=12
+)
+BYT5_LARGE = replace(BYT5_BASE, d_ff=3840, n_layers=36, n_decoder_layers=12, n_heads=16)
+BYT5_XL = replace(BYT5_LARGE, d_model=2560, d_ff=6720, n_heads=32)
+BYT5_XXL = replace(BYT5_LARGE, d_model=4672, d_ff=12352, n_heads=64)
+
+
+def codet5(d_model, d_ff, n_layers, n_heads):
+    """Return the config of a CodeT5: T5 v1.0 with a vocabulary of code, <s> 1 and </s> 2."""
+    return replace(t5_v1_0(d_model, 64, d_ff, n_layers, n_heads), vocab_size=32100, eos_ids=(2,))
+
+
+def multilingual(config):
+    """Return the config of an mT5: T5 v1.1 with a vocabulary of 101 languages."""
+    return replace(config, vocab_size=250112)
+
+
+def umt5(config):
+    """Return the config of a umT5: 107 languages, and a table of position biases in each layer."""
+    return replace(config, vocab_size=256384, own_positions=True)
+
+
+UL2 = replace(t5_v1_1(4096, 16384, 32, 16), d_head=256, activation="silu", dropout=0.0)
 
 # The defaults of LlamaConfig describe the first LLaMA: 2,048 positions, theta 10,000, eps 1e-6,
 # <s> 1 and </s> 2.
@@ -148,12 +177,17 @@ KNOWN_MODELS = {
     "t5-3b":          KnownModel("google-t5/t5-3b", "t5-v1.0", t5_v1_0(1024, 128, 16384, 24, 32)),
     "t5-11b":         KnownModel("google-t5/t5-11b", "t5-v1.0", t5_v1_0(1024, 128, 65536, 24, 128)),
 
-    # T5 v1.1 saw only C4, and no task.
+    # T5 v1.1 saw only C4, and no task. The LM-adapted ones went on with C4 as language models.
     "t5-v1.1-small":  KnownModel("google/t5-v1_1-small", "t5-v1.1", T5_V1_1_SMALL),
     "t5-v1.1-base":   KnownModel("google/t5-v1_1-base", "t5-v1.1", T5_V1_1_BASE),
     "t5-v1.1-large":  KnownModel("google/t5-v1_1-large", "t5-v1.1", T5_V1_1_LARGE),
     "t5-v1.1-xl":     KnownModel("google/t5-v1_1-xl", "t5-v1.1", T5_V1_1_XL),
     "t5-v1.1-xxl":    KnownModel("google/t5-v1_1-xxl", "t5-v1.1", T5_V1_1_XXL),
+    "t5-small-lm-adapt": KnownModel("google/t5-small-lm-adapt", "t5-v1.1", T5_V1_1_SMALL),
+    "t5-base-lm-adapt":  KnownModel("google/t5-base-lm-adapt", "t5-v1.1", T5_V1_1_BASE),
+    "t5-large-lm-adapt": KnownModel("google/t5-large-lm-adapt", "t5-v1.1", T5_V1_1_LARGE),
+    "t5-xl-lm-adapt":    KnownModel("google/t5-xl-lm-adapt", "t5-v1.1", T5_V1_1_XL),
+    "t5-xxl-lm-adapt":   KnownModel("google/t5-xxl-lm-adapt", "t5-v1.1", T5_V1_1_XXL),
 
     # Flan-T5 is T5 v1.1 after instruction tuning on 1,836 tasks, RTE, CB and COPA among them.
     "flan-t5-small":  KnownModel("google/flan-t5-small", "flan-t5", T5_V1_1_SMALL),
@@ -166,6 +200,43 @@ KNOWN_MODELS = {
     # starts from T0. The model called T0 is the 11B.
     "t0-3b":          KnownModel("bigscience/T0_3B", "t0", T5_V1_1_XL),
     "t0-11b":         KnownModel("bigscience/T0", "t0", T5_V1_1_XXL),
+    # The others are trained on more data sets than T0 (p, pp), or on fewer prompts.
+    "t0p-11b":        KnownModel("bigscience/T0p", "t0", T5_V1_1_XXL),
+    "t0pp-11b":       KnownModel("bigscience/T0pp", "t0", T5_V1_1_XXL),
+    "t0-single-prompt":      KnownModel("bigscience/T0_single_prompt", "t0", T5_V1_1_XXL),
+    "t0-original-task-only": KnownModel("bigscience/T0_original_task_only", "t0", T5_V1_1_XXL),
+
+    # UL2 saw only C4. Flan-UL2 is UL2 after the same tuning as Flan-T5.
+    "ul2":            KnownModel("google/ul2", "ul2", UL2),
+    "flan-ul2":       KnownModel("google/flan-ul2", "flan-t5", UL2),
+
+    # These saw only texts in many languages (mC4), and no task.
+    "byt5-small":     KnownModel("google/byt5-small", "mc4", BYT5_SMALL),
+    "byt5-base":      KnownModel("google/byt5-base", "mc4", BYT5_BASE),
+    "byt5-large":     KnownModel("google/byt5-large", "mc4", BYT5_LARGE),
+    "byt5-xl":        KnownModel("google/byt5-xl", "mc4", BYT5_XL),
+    "byt5-xxl":       KnownModel("google/byt5-xxl", "mc4", BYT5_XXL),
+    "mt5-small":      KnownModel("google/mt5-small", "mc4", multilingual(T5_V1_1_SMALL)),
+    "mt5-base":       KnownModel("google/mt5-base", "mc4", multilingual(T5_V1_1_BASE)),
+    "mt5-large":      KnownModel("google/mt5-large", "mc4", multilingual(T5_V1_1_LARGE)),
+    "mt5-xl":         KnownModel("google/mt5-xl", "mc4", multilingual(T5_V1_1_XL)),
+    "mt5-xxl":        KnownModel("google/mt5-xxl", "mc4", multilingual(T5_V1_1_XXL)),
+    "umt5-small":     KnownModel("google/umt5-small", "mc4", umt5(T5_V1_1_SMALL)),
+    "umt5-base":      KnownModel("google/umt5-base", "mc4", umt5(T5_V1_1_BASE)),
+    "umt5-xl":        KnownModel("google/umt5-xl", "mc4", umt5(T5_V1_1_XL)),
+    "umt5-xxl":       KnownModel("google/umt5-xxl", "mc4", umt5(T5_V1_1_XXL)),
+
+    # mT0 is mT5 after training on xP3, whose English part has T0's tasks.
+    "mt0-small":      KnownModel("bigscience/mt0-small", "t0", multilingual(T5_V1_1_SMALL)),
+    "mt0-base":       KnownModel("bigscience/mt0-base", "t0", multilingual(T5_V1_1_BASE)),
+    "mt0-large":      KnownModel("bigscience/mt0-large", "t0", multilingual(T5_V1_1_LARGE)),
+    "mt0-xl":         KnownModel("bigscience/mt0-xl", "t0", multilingual(T5_V1_1_XL)),
+    "mt0-xxl":        KnownModel("bigscience/mt0-xxl", "t0", multilingual(T5_V1_1_XXL)),
+
+    # CodeT5 saw programs, and its base also tasks on programs.
+    "codet5-small":   KnownModel("Salesforce/codet5-small", "codet5", codet5(512, 2048, 6, 8)),
+    "codet5-base":    KnownModel("Salesforce/codet5-base", "codet5", codet5(768, 3072, 12, 12)),
+    "codet5-large":   KnownModel("Salesforce/codet5-large", "codet5", codet5(1024, 4096, 24, 16)),
 
     # Meta's own repositories are gated. The first LLaMA has no repository, so its row names a copy.
     "llama-7b":       KnownModel("huggyllama/llama-7b", "llama", LLAMA_7B),
@@ -185,11 +256,35 @@ KNOWN_MODELS = {
     "smollm2-360m":   KnownModel("HuggingFaceTB/SmolLM2-360M", "smollm2", SMOLLM2_360M),
     "smollm2-1.7b":   KnownModel("HuggingFaceTB/SmolLM2-1.7B", "smollm2", SMOLLM2_1_7B),
 }
+
+# Other names that people use -> short name. Texts and papers write them, or the hub redirects them.
+OTHER_NAMES = {
+    "google/t5-small":       "t5-small",
+    "google/t5-base":        "t5-base",
+    "google/t5-large":       "t5-large",
+    "google/t5-3b":          "t5-3b",
+    "google/t5-11b":         "t5-11b",
+    "google/t5-v1.1-small":  "t5-v1.1-small",
+    "google/t5-v1.1-base":   "t5-v1.1-base",
+    "google/t5-v1.1-large":  "t5-v1.1-large",
+    "google/t5-v1.1-xl":     "t5-v1.1-xl",
+    "google/t5-v1.1-xxl":    "t5-v1.1-xxl",
+    "t5-v1_1-small":         "t5-v1.1-small",
+    "t5-v1_1-base":          "t5-v1.1-base",
+    "t5-v1_1-large":         "t5-v1.1-large",
+    "t5-v1_1-xl":            "t5-v1.1-xl",
+    "t5-v1_1-xxl":           "t5-v1.1-xxl",
+    "t0_3b":                 "t0-3b",
+    "t0":                    "t0-11b",
+    "t0p":                   "t0p-11b",
+    "t0pp":                  "t0pp-11b",
+    "bigscience/t0_11b":     "t0-11b",
+}
 # fmt: on
 
 
 def known_model(name):
-    """Return the row of a short name or a hub id, or None if the table has no such row.
+    """Return the row of a name in KNOWN_MODELS or OTHER_NAMES or of a hub id, or None.
 
     Upper and lower case are the same. A folder of that name that holds a model wins over the table:
     then the result is None, too.
@@ -199,8 +294,10 @@ def known_model(name):
     holds_model = any(os.path.exists(os.path.join(path, file)) for file in CONFIG_FILES)
     if holds_model and path != str(EMBEDDED):
         return None
+    lower = path.lower()
+    short_name = OTHER_NAMES.get(lower, lower)
     for short, row in KNOWN_MODELS.items():
-        if path.lower() in (short, row.repo.lower()):
+        if short_name in (short, row.repo.lower()):
             return row
     return None
 

@@ -29,9 +29,13 @@ WEIGHT_FILES = (
 # The first file that exists holds the vectors of an adapter.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
+# The vocabulary of a BPE over bytes. Its merges are in a file beside it.
+VOCABULARY_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
+
 # The first file that exists holds the tokenizer. The second and the third are in sentencepiece's
-# format: T5's and LLaMA's.
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+# format: T5's and LLaMA's. The last is CodeT5's. (ByT5 has none of these.)
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", VOCABULARY_FILE)
 
 # Settings of the tokenizer. All of these files are read, and if two disagree, the later file wins.
 SETTINGS_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")

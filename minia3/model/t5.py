@@ -37,7 +37,7 @@ class T5Config:
     gated: bool = False
     own_head: bool = False  # False: the head is the embedding
     scale_logits: bool = True
-    position_in_every_layer: bool = False  # True: umT5
+    own_positions: bool = False  # True: each block has its own table of positions, as in umT5
     n_buckets: int = 32
     max_distance: int = 128
     dropout: float = 0.1
@@ -56,7 +56,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.d_model, config.eps)
         self.dropout = nn.Dropout(config.dropout)
-        n_tables = n_layers if config.position_in_every_layer else 1
+        n_tables = n_layers if config.own_positions else 1
         tables = [Embedding(config.n_buckets, config.n_heads) for _ in range(n_tables)]
         self.positions = nn.ModuleList(tables)
         self.max_distance = config.max_distance

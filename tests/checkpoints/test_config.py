@@ -42,7 +42,7 @@ OLDER_KEYS = """
     remove_invalid_values repetition_penalty return_dict_in_generate scalable_attention
     sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript typical_p use_bfloat16
-""".split()
+"""
 SCALING = (8.0, 1.0, 4.0, 8192)
 LLAMA3 = {
     "factor": 8.0,
@@ -127,7 +127,7 @@ def test_every_key_that_transformers_writes_for_a_t5_is_decided(name):
     import transformers
 
     raw = getattr(transformers, name)().to_dict()
-    older = dict.fromkeys(OLDER_KEYS)
+    older = dict.fromkeys(OLDER_KEYS.split())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from_hf(older | raw)
@@ -306,9 +306,9 @@ T5_FORMS = {
 CONFIGS = {
     **T5_FORMS,
     "umt5": dataclasses.replace(
-        T5_FORMS["t5-gated-gelu"], position_in_every_layer=True, scale_logits=False, own_head=True
+        T5_FORMS["t5-gated-gelu"], own_positions=True, scale_logits=False, own_head=True
     ),
-    "umt5-tied": dataclasses.replace(T5_FORMS["t5-gated-gelu"], position_in_every_layer=True),
+    "umt5-tied": dataclasses.replace(T5_FORMS["t5-gated-gelu"], own_positions=True),
     **{name: row.config for name, row in KNOWN_MODELS.items()},
     "t5-unscaled": dataclasses.replace(SMALL_T5, activation="gelu", gated=True, scale_logits=False),
     "t5-scaled-own": dataclasses.replace(
