@@ -262,8 +262,10 @@ def read_backend(file, settings):
     elif file.suffix == ".json":
         backend, defaults = byt5_backend(settings)
     else:
-        backend, special_ids = read_sentencepiece(file.read_bytes())
         is_t5 = file.name == "spiece.model"
+        # A LLaMA that is not `legacy` gets no space behind an added token, as in transformers 5.
+        is_prefix_for_all = is_t5 or settings.get("legacy") is True
+        backend, special_ids = read_sentencepiece(file.read_bytes(), is_prefix_for_all)
         if is_t5:
             add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
         defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}

@@ -120,8 +120,10 @@ def test_ties_go_to_the_leftmost_pair(tmp_path, score):
 
 def test_the_name_of_a_byte_in_a_text_is_not_the_byte(tmp_path):
     parts = ["<", "0", "x", "A", ">", "<0", "<0x", "<0x0", "<0x0A"]
-    pieces = [*BASE, *((part, -2.0, 1) for part in parts), ("<0x0A>", 0.0, 6)]
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces))
+    pieces = [*BASE, *((part, -2.0, 1) for part in parts)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    data = sentencepiece_file(pieces) + field(2, field(35, 1))
+    (tmp_path / "tokenizer.model").write_bytes(data)
     tokenizer = Tokenizer.from_folder(tmp_path)
     names = [name for name, _, _ in pieces]
     found = [names[i] for i in tokenizer.encode("a<0x0A>\n")]
