@@ -149,6 +149,17 @@ def test_logits_are_those_of_transformers(folder_of, name):
 
 
 @each_family
+def test_a_text_that_is_read_token_by_token_has_the_logits_of_the_whole_text(folder_of, name):
+    """The text grows across the window, with all its tokens in the cache."""
+    model = minia3.load_model(folder_of(name))
+    with torch.no_grad():
+        state = model.start(SOURCE[:, :1])
+        found = [model.step(token_B1, state) for token_B1 in SOURCE.split(1, dim=1)]
+        expected = make_theirs(name)(input_ids=SOURCE).logits
+    assert off(torch.cat(found, dim=1), expected) < 1e-5
+
+
+@each_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_in_16_bits_are_as_near_the_exact_ones_as_those_of_transformers(
     folder_of, name, dtype
