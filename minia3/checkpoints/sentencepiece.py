@@ -118,6 +118,7 @@ def read_sentencepiece(data, is_prefix_for_all=True):
     check_kinds(pieces, trainer)
     if trainer.model_type == BPE:
         check_characters(pieces)
+        check_ties(pieces)
     backend = sentencepiece_backend(pieces, trainer.model_type, normalizer_spec, is_prefix_for_all)
     check_user_defined(pieces, trainer.model_type, normalizer_spec, backend)
     special_ids = {
@@ -190,15 +191,37 @@ def check_characters(pieces):
             raise ValueError(f"the piece {text!r:.40} {problem}: not supported")
 
 
+def check_ties(pieces):
+    """Raise ValueError if two pieces of a BPE that may overlap in a text have one score.
+
+    sentencepiece makes the leftmost of them in each text, but the package `tokenizers` has one
+    order of merges for all texts. For runs of one character, such as LLaMA-2's runs of spaces, the
+    order of `bpe_merges` does the same.
+    """
+    scores = {piece.text: piece.score for piece in pieces}
+    ends_with = {}  # (score, right half) -> pieces
+    starts_with = {}  # (score, left half) -> pieces
+    for left, right in bpe_merges(pieces):
+        text = left + right
+        ends_with.setdefault((scores[text], right), set()).add(text)
+        starts_with.setdefault((scores[text], left), set()).add(text)
+    for score_and_half in ends_with.keys() & starts_with.keys():
+        tied = ends_with[score_and_half] | starts_with[score_and_half]
+        is_run = len(set("".join(tied))) == 1
+        if len(tied) > 1 and not is_run:
+            first, second = sorted(tied)[:2]
+            problem = f"the pieces {first!r:.40} and {second!r:.40} overlap and have one score"
+            raise ValueError(f"{problem}: not supported, use the model's tokenizer.json")
+
+
 def check_user_defined(pieces, model_type, normalizer_spec, backend):
     """Raise ValueError if user-defined pieces would not be found as sentencepiece finds them."""
     texts = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     for text in texts:
         normal = backend.normalizer.normalize_str(text)
-        if normal != text or " " in text:
-            raise ValueError(
-                f"the user-defined piece {text!r:.40} is not supported: it is no normal text"
-            )
+        if normal != text or SPACE in text:
+            problem = "has spaces, or changes with normalization: not supported"
+            raise ValueError(f"the user-defined piece {text!r:.40} {problem}")
     edges = normalizer_spec.add_dummy_prefix or normalizer_spec.remove_extra_whitespaces
     if texts and model_type == BPE and edges:
         reason = "user-defined pieces in a BPE that changes spaces at the edges of a text"
@@ -239,12 +262,12 @@ def unigram_model(pieces):
     unknown = first_of_kind(pieces, UNKNOWN)
     normal_scores = [piece.score for piece in pieces if piece.kind == NORMAL] or [0.0]
     least = min(normal_scores)
-    greatest = max(normal_scores)
+    greatest = max(0.0, *normal_scores)  # not below 0, as in sentencepiece's code
     scores = []
     for piece in pieces:
         score = piece.score
         if piece.kind == USER_DEFINED:
-            # So high that sentencepiece nearly always chooses the piece
+            # So high that the piece is nearly always chosen (unigram_model.cc of sentencepiece)
             score = greatest * len(piece.text.encode()) - 0.1
         if piece.kind != NORMAL:
             # An unknown character costs 10 more than the least score, of the normal pieces in
