@@ -370,7 +370,9 @@ KNOWN_MODELS = {
         "meta-llama/Llama-3.3-70B-Instruct", "llama", replace(LLAMA_3_1_70B, eos_ids=LLAMA_3_ENDS)
     ),
     "tinyllama-1.1b": KnownModel("TinyLlama/TinyLlama_v1.1", "llama", TINYLLAMA_1_1B),
-    "tinyllama-1.1b-chat": KnownModel("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama", TINYLLAMA_1_1B),
+    "tinyllama-1.1b-chat": KnownModel(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama", TINYLLAMA_1_1B
+    ),
 
     # SmolLM2 has LLaMA's architecture, and a repository that is open to all.
     "smollm2-135m":  KnownModel("HuggingFaceTB/SmolLM2-135M", "smollm2", SMOLLM2_135M),

@@ -169,7 +169,10 @@ class Tokenizer:
 
         (A model can generate ids that are not tokens: T5's embedding has 28 rows to spare.)
         """
-        return self.backend.decode([i for i in ids if 0 <= i < N_IDS])
+        possible_ids = [i for i in ids if 0 <= i < N_IDS]
+        # Some damage to a tokenizer.json shows only when certain ids are decoded.
+        with reading("the tokenizer's decoder"):
+            return self.backend.decode(possible_ids)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
@@ -184,8 +187,10 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
         config["model_input_names"] = ["input_ids", "attention_mask"]
+        with reading("the tokenizer"):
+            content = self.backend.to_str(pretty=True)
         with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as hidden:
-            self.backend.save(str(hidden / "tokenizer.json"))
+            (hidden / "tokenizer.json").write_text(content, encoding="utf-8")
             write_json(hidden / "tokenizer_config.json", config)
 
     @classmethod
