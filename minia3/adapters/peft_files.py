@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
+from minia3.adapters.peft_config import check_ia3_config
 from minia3.adapters.vector_names import INPUT_VECTORS, PREFIX, READ, SUFFIX, WRITE, rename
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import hub_name
@@ -78,15 +79,10 @@ def join_problems(problems):
 def read_base(folder):
     """Return the base model that adapter_config.json names, or None.
 
-    Raise ValueError unless it is a plain (IA)^3 adapter. Everything else in the config, such as
-    target_modules, follows from the tensors, and older versions of PEFT leave some of it out.
+    Raise ValueError unless it is a plain (IA)^3 adapter (see peft_config.py).
     """
     config = read_json(folder / "adapter_config.json")
-    kind = config.get("peft_type")
-    modules = config.get("modules_to_save")
-    if kind != "IA3" or modules:
-        expected = "expected PEFT's IA3 and no modules_to_save"
-        raise ValueError(f"{folder}: {expected}, found {kind!r} and {modules!r}")
+    check_ia3_config(folder, config)
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) else None
 
