@@ -165,3 +165,7 @@ def parse_choices(cell: str) -> list:
     if cell.startswith("["):
         return parse_json(cell)
     return [choice.strip() for choice in cell.split("|")]
+
+
+def read_label_names(path: str | Path) -> dict[str, list[str]]:
+    return {}

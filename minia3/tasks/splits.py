@@ -3,17 +3,22 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 
+from minia3.tasks.columns import ColumnFlags, Understanding, understand, with_flags
 from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks
-from minia3.tasks.rows import read_files
-from minia3.tasks.task import Task, TaskSpec
+from minia3.tasks.prompts import field_names, render
+from minia3.tasks.row_files import read_label_names
+from minia3.tasks.rows import FileRow, check_files, read_files
+from minia3.tasks.task import METRICS, Task, TaskSpec
+from minia3.tasks.task_file import FILE_NAME as TASK_FILE
+from minia3.tasks.task_file import find_task_file, read_task_file
 
 # Split -> possible names of its file, without the suffix. The long names are StoryCloze's, and
 # test_unlabeled is RAFT's.
@@ -44,6 +49,12 @@ class Splits:
         self.validation = rows.get("validation", [])
         self.test = rows.get("test", [])
 
+    def all_rows(self) -> Iterator[dict]:
+        return chain(self.train, self.validation, self.test)
+
+    def first_row(self) -> dict:
+        return next(self.all_rows())
+
     def checksums(self) -> dict[str, str]:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
 
@@ -55,16 +66,22 @@ class Splits:
 
 
 def load_task(
-    name_or_path: str | Path, data_dir: str | Path = "data", shots: int | None = None, seed: int = 0
+    name_or_path: str | Path,
+    data_dir: str | Path = "data",
+    shots: int | None = None,
+    seed: int = 0,
+    **flags,
 ) -> Task:
-    """Load a known task by its name, or a user's rows from a .jsonl or .csv file or a folder.
+    """Load a known task by its name, or a user's rows from a file, a folder or a task file.
 
     A known task is read from `<data_dir>/<name>`, after a download if the files are not there. If
     that fails, T-Few's published few-shot splits are read from `<data_dir>/few_shot`.
 
-    A user's rows are {"input", "target"} or {"input", "choices", "label"}. A folder has files named
-    train, validation (or val, or dev) and test. If there is only one file, or only train, its rows
-    are split in three.
+    A user's rows have columns with the usual names (COLUMN_SETS in columns.py), or `flags` say what
+    they mean: input="{title}: {body}", target="{answer}", labels=("negative", "positive"),
+    metric="macro_f1". A folder has files named train, validation (or val, or dev) and test. If
+    there is only one file, or only train, its rows are split in three. A task file says the same
+    (see task_file.py).
 
     shots: train only on T-Few's few-shot split: the first `shots` rows (SST-2: of each class) after
     a shuffle by `seed`.
@@ -77,29 +94,40 @@ def load_task(
     expected.
     """
     name = str(name_or_path)
-    spec = known_tasks().get(name, TaskSpec())
-    if spec.has_user_rows:
-        splits = load_user_task(name, spec)
-    else:
+    column_flags = ColumnFlags(**flags)
+    columns = ""
+    spec = known_tasks().get(name)
+    if spec is None:
+        spec = read_task_file_of(name)
+    if spec.is_published:
+        spec = with_flags(spec, column_flags)
         splits = load_known_task(name, spec, data_dir, shots, seed)
+    else:
+        splits, understanding = load_user_task(name, spec, column_flags)
+        columns = "" if spec.shipped else understanding.line
+        spec = understanding.spec
     note_hidden_labels(splits)
     if shots is not None:
         splits.train = draw_shots(splits, spec, shots, seed)
+    answer = spec.answer_of(splits.first_row())
     task = Task(
         splits.name,
         splits.train,
         splits.validation,
         splits.test,
         spec.prompts,
-        choose_metric(splits, spec),
+        choose_metric(splits.name, answer, spec),
         spec.seen,
         splits.checksums(),
         splits.notes,
         splits.validation_name,
+        answer,
+        columns,
+        spec,
     )
     # A known task may have no rows to report on: if a run trains on all 50 rows of RAFT, no labeled
     # row is left.
-    if spec.has_user_rows:
+    if not spec.is_published:
         task.check_evaluation()
     return task
 
@@ -107,27 +135,71 @@ def load_task(
 # A user's rows, and the task that comes with the repository
 
 
-def load_user_task(name: str, spec: TaskSpec) -> Splits:
-    files = find_user_files(name, spec)
-    rows = read_files(files, spec)
-    splits = Splits(short_name(name), list(files.values()))
-    if list(rows) == ["train"]:
-        rows = split_in_three(rows["train"], files["train"])
+def read_task_file_of(name: str) -> TaskSpec:
+    """Return what a task file says: the file `name`, or task.json in the folder `name`.
+
+    Without a task file, nothing is said.
+    """
+    path = find_task_file(name)
+    return TaskSpec() if path is None else read_task_file(path)
+
+
+def load_user_task(name: str, spec: TaskSpec, flags: ColumnFlags) -> tuple[Splits, Understanding]:
+    """Return a user's rows, and how their columns were understood."""
+    files = files_of(name, spec)
+    rows = read_files(files, keep_empty=False)
+    understanding = understand_rows(files, rows, spec, flags)
+    checked = check_files(rows, files, understanding.spec)
+    splits = Splits(short_name(name), list(chain.from_iterable(files.values())))
+    splits.notes += understanding.notes
+    if list(checked) == ["train"]:
+        path = files["train"][0]
+        checked = split_in_three(checked["train"], path)
         splits.notes.append(
-            f"{files['train']} is split into train, validation and test, the same way each time"
+            f"{path} is split into train, validation and test, the same way each time"
         )
-    splits.set_rows(rows)
-    note_white_space(splits)
-    return splits
+    splits.set_rows(checked)
+    note_white_space(splits, understanding.spec)
+    note_empty_fields(splits, understanding.spec)
+    return splits, understanding
+
+
+def understand_rows(
+    files: dict[str, list[Path]],
+    rows: dict[str, list[FileRow]],
+    spec: TaskSpec,
+    flags: ColumnFlags,
+) -> Understanding:
+    """Return how the columns of a user's files are understood: by the rows of train, if there are
+    any. If no row can be read, nothing is understood, and `check_files` says why.
+    """
+    for split, paths in files.items():  # train comes first
+        good_rows = [found.row for found in rows[split] if isinstance(found.row, dict)]
+        if good_rows:
+            label_names = read_label_names(paths[0])
+            return understand(good_rows, split, spec, flags, label_names, str(paths[0]))
+    return Understanding(spec, "", [])
 
 
 def short_name(path: str) -> str:
     """Return a name for a task that is a file or a folder."""
-    name = os.path.basename(os.path.abspath(path))
-    return name.removesuffix(".jsonl").removesuffix(".csv")
+    path = os.path.abspath(path)
+    if os.path.basename(path) == TASK_FILE:
+        path = os.path.dirname(path)
+    name = os.path.basename(path)
+    return name.removesuffix(".jsonl").removesuffix(".csv").removesuffix(".json")
 
 
-def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
+def files_of(name: str, spec: TaskSpec) -> dict[str, list[Path]]:
+    """Return the files of each split. Raise ValueError if there are none."""
+    if spec.files:
+        return dict(spec.files)
+    if spec.path:
+        name = str(spec.path)
+    return find_user_files(name, spec)
+
+
+def find_user_files(name: str, spec: TaskSpec) -> dict[str, list[Path]]:
     """Return the file of each split. Raise ValueError if there are none."""
     if spec.shipped:
         path = SHIPPED / spec.shipped
@@ -137,9 +209,10 @@ def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
         raise ValueError(unknown_task(name))
     files = {}
     if path.is_dir():
-        files = find_splits(path, USER_SUFFIXES)
+        found = find_splits(path, USER_SUFFIXES)
+        files = {split: [path] for split, path in found.items()}
     elif path.suffix in USER_SUFFIXES:
-        files = {"train": path}
+        files = {"train": [path]}
     if not files:
         raise ValueError(
             f"{path}: expected a .jsonl or .csv file, "
@@ -177,17 +250,30 @@ def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
     return {split: [rows[i] for i in indices[split]] for split in indices}
 
 
-def note_white_space(splits: Splits):
+def note_white_space(splits: Splits, spec: TaskSpec):
     """Note how many inputs end in white space. The answer would then follow two spaces, because the
     tokenizer puts a space before it.
     """
-    inputs = [row["input"] for row in [*splits.train, *splits.validation, *splits.test]]
-    n_inputs = sum(text != text.rstrip() for text in inputs)
+    if spec.messages:
+        return
+    n_inputs = 0
+    for row in splits.all_rows():
+        text = render(spec.prompts[0], row).input
+        n_inputs += text != text.rstrip()
     if n_inputs:
         splits.notes.append(
             f"{n_inputs} inputs end in white space: leave it out, "
             "because the tokenizer puts a space before the answer"
         )
+
+
+def note_empty_fields(splits: Splits, spec: TaskSpec):
+    """Note in how many rows a column of the input is empty, because it may be damage."""
+    for name in field_names(spec.prompts[0].text):
+        n_empty = sum(row.get(name) == "" for row in splits.all_rows())
+        is_usual = name == "input"  # of an instruction
+        if n_empty and not is_usual:
+            splits.notes.append(f"{name!r} is empty in {n_empty} rows")
 
 
 # Known tasks
@@ -203,13 +289,18 @@ def load_known_task(
     splits = Splits(name, list(files.values()))
     if spec.dev_id_fields:
         dev_ids = read_dev_ids(files.pop("validation"))
-        splits.set_rows(read_files(files, spec))
+        splits.set_rows(read_known_files(files, spec))
         splits.hold_out(select_dev_rows(splits.train, spec, dev_ids))
         return splits
-    splits.set_rows(read_files(files, spec))
+    splits.set_rows(read_known_files(files, spec))
     if is_fold_needed(splits, shots):
         hold_out_fold(splits, seed)
     return splits
+
+
+def read_known_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
+    paths = {split: [path] for split, path in files.items()}
+    return check_files(read_files(paths, keep_empty=True), paths, spec)
 
 
 def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
@@ -288,7 +379,7 @@ def load_published_split(
     if seed not in files:
         hint = f"; T-Few published splits for the seeds {sorted(files)}" if files else ""
         raise ValueError(f"{error}{hint}") from None
-    rows = read_files(files, spec)
+    rows = read_known_files(files, spec)
     train = rows.pop(seed)
     train_ids = {row["idx"] for row in train}
     rows_by_id = {row["idx"]: row for row in chain.from_iterable(rows.values())}  # splits overlap
@@ -337,8 +428,14 @@ def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[di
     return drawn
 
 
-def choose_metric(splits: Splits, spec: TaskSpec) -> str:
-    """Return "exact_match" for a user's rows with targets, because they have no choices to rank."""
-    rows = splits.train or splits.validation or splits.test
-    has_targets = spec.has_user_rows and "target" in rows[0]
-    return "exact_match" if has_targets else spec.metric
+def choose_metric(name: str, answer: str, spec: TaskSpec) -> str:
+    """Return the metric of a task. Raise ValueError if it does not suit how rows are answered."""
+    suitable = METRICS[answer]
+    metric = spec.metric or suitable[0]
+    if metric not in suitable:
+        kinds = {"choices": "choices", "target": "texts to write", "messages": "conversations"}
+        raise ValueError(
+            f"{name}: the metric is {metric!r}, expected one of {', '.join(suitable)}, "
+            f"because its rows have {kinds[answer]}"
+        )
+    return metric
