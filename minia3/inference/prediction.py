@@ -19,7 +19,8 @@ from minia3.inference.scoring import naming_rows, score_examples, warn_of_equal_
 from minia3.tasks.examples import Example, encode_rows
 from minia3.tasks.limits import check_ids
 from minia3.tasks.prompts import Rendered
-from minia3.tasks.rows import check_row, read_rows
+from minia3.tasks.row_files import read_rows
+from minia3.tasks.rows import check_row
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
 COLUMNS = (
@@ -46,8 +47,7 @@ def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_lengt
     `default` if the row names none. Raise ValueError, "path:line: reason", at the first wrong row.
     """
     is_known_task = bool(spec.labels)
-    column = None if is_known_task else "input"
-    for n, (line_number, row) in enumerate(read_rows(path, column)):
+    for n, (line_number, row) in enumerate(read_rows(path, keep_empty=is_known_task)):
         with reading(f"{path}:{line_number}"):
             if not is_known_task and isinstance(row, dict):
                 row = without_answer(row)

@@ -1,0 +1,185 @@
+"""Rows are read one at a time as the file has them, in every format."""
+
+import hashlib
+import re
+import tracemalloc
+
+import pytest
+from task_files import choice, lines, target
+
+from minia3.tasks.row_files import read_rows
+from minia3.tasks.splits import load_task
+
+
+def read(path, content):
+    """Write a file, and return its rows with their line numbers. An error becomes its message."""
+    if isinstance(content, str):
+        content = content.encode()
+    path.write_bytes(content)
+    found = []
+    for number, row in read_rows(path):
+        is_error = isinstance(row, ValueError)
+        found.append((number, str(row) if is_error else row))
+    return found
+
+
+def test_a_jsonl_row_comes_with_its_line_number_and_an_error_does_not_stop_the_reading(tmp_path):
+    content = '\ufeff{"input": "é"}\r\n\r\n{"inp\n[1]\n  {"n": [1, null]}'
+    rows = read(tmp_path / "a.jsonl", content)
+    assert [number for number, _ in rows] == [1, 3, 4, 5]
+    assert (rows[0][1], rows[3][1]) == ({"input": "é"}, {"n": [1, None]})
+    assert rows[1][1].startswith("not JSON: ")
+    assert rows[2][1] == r"expected a JSON object, found '[1]\n'"
+    assert read(tmp_path / "b.jsonl", b"") == []
+
+
+def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
+    content = (
+        "\ufeffinput,choices,label,adapter,idx\r\n"
+        'a,"[""x|y"", ""z""]",1,,7\r\n'
+        "\r\n"
+        '"two\nlines, ""quoted""",yes | no,0,b,\r\n'
+        "é \u2028,one,-1,1,x\r\n"
+        ",,,,\r\n"
+        "1,,,,"
+    )
+    assert read(tmp_path / "a.csv", content) == [
+        (2, {"input": "a", "choices": ["x|y", "z"], "label": "1", "idx": "7"}),
+        (
+            4,
+            {
+                "input": 'two\nlines, "quoted"',
+                "choices": ["yes", "no"],
+                "label": "0",
+                "adapter": "b",
+            },
+        ),
+        (6, {"input": "é \u2028", "choices": ["one"], "label": "-1", "adapter": "1", "idx": "x"}),
+        (8, {"input": "1"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a", r"expected 2 cells, .*found 1: \['a'\]"),
+        ("a,b,c", r"expected 2 cells, .*found 3: "),
+        ("input,choices", "found the header again, expected a row"),
+        ('a,"[""x"""', "not JSON: "),
+        ("a,[x]|y", "not JSON: "),
+        ('a,"b" c', "',' expected after '\"'"),
+        ("a" * 200_000 + ",b", "field larger than field limit"),
+    ],
+)
+def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, words):
+    content = f'input,choices\n"1\n",b\n{line}\n2,b\n'
+    (first_number, first), (number, message), (last_number, last) = read(
+        tmp_path / "a.csv", content
+    )
+    assert (first_number, number, last_number) == (2, 4, 5)
+    assert (first["input"], last["input"]) == ("1\n", "2")
+    assert re.match(words, message)
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", r"expected a header, and no name twice; found \[\]"),
+        ("input,target,target\na,b,c\n", "found .'input', 'target', 'target'"),
+        ('"input\n', "unexpected end of data"),
+        (b"\xff\xfei\0n\0", "codec can't decode"),
+    ],
+)
+def test_a_csv_file_without_a_header_is_an_error(tmp_path, content, words):
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}/a\.csv: [^\n]*{words}[^\n]*\Z"):
+        read(tmp_path / "a.csv", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [(".", "Is a directory"), ("no.csv", "No such file or directory")]
+)
+def test_a_path_that_cannot_be_opened_is_an_error(tmp_path, name, words):
+    path = tmp_path / name
+    with pytest.raises(ValueError, match=rf"\A{path}: {words}\Z"):
+        next(read_rows(path))
+
+
+FORMATS = [("a.jsonl", b"", b'{"input": "a"}\n'), ("a.csv", b"input,n\n", b"a,1\n")]
+
+
+@pytest.mark.parametrize(("name", "header", "good"), FORMATS)
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [(b"x" * 51, "a row of more than 50 bytes"), (b"\xff", "'utf-8' codec can't decode byte")],
+)
+def test_a_row_that_is_too_long_or_not_utf_8_is_the_last(
+    tmp_path, monkeypatch, name, header, good, bad, words
+):
+    monkeypatch.setattr("minia3.tasks.row_files.MAX_ROW_BYTES", 50)
+    (_, first), (number, message) = read(tmp_path / name, header + good + bad + b"\n" + good)
+    assert first["input"] == "a"
+    assert number == (3 if header else 2)
+    assert message.startswith(words)
+
+
+@pytest.mark.parametrize(("name", "header", "good"), FORMATS)
+def test_a_row_of_exactly_the_limit_is_read(tmp_path, monkeypatch, name, header, good):
+    monkeypatch.setattr("minia3.tasks.row_files.MAX_ROW_BYTES", 50)
+    rows = read(tmp_path / name, header + good + b" " * 49 + b"\n" + good)
+    assert [row["input"] for _, row in rows] == ["a", "a"]
+
+
+def test_cells_with_line_ends_do_not_add_up_to_an_endless_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("minia3.tasks.row_files.MAX_ROW_BYTES", 1000)
+    assert read(tmp_path / "a.csv", 'input\n"a' + '\n","' * 1000) == [
+        (2, "a row of more than 1000 bytes: is a line end or a quote missing?")
+    ]
+
+
+@pytest.mark.parametrize("name", ["big.jsonl", "big.csv"])
+def test_reading_takes_the_memory_of_one_row(tmp_path, name):
+    text = b'"' + b"a" * 10_000 + b'"'
+    if name == "big.csv":
+        content = b"input\n" + 2000 * (text + b"\n")
+    else:
+        content = 2000 * (b'{"input": ' + text + b"}\n")
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert sum(len(row["input"]) for _, row in read_rows(tmp_path / name)) == 20_000_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_of_a_gigabyte_is_refused_before_it_fills_the_memory(tmp_path):
+    with (tmp_path / "big.jsonl").open("wb") as file:
+        file.truncate(1 << 30)  # a hole, which takes no disk
+    tracemalloc.start()
+    try:
+        ((_, error),) = read_rows(tmp_path / "big.jsonl")
+        assert str(error).startswith(f"a row of more than {1 << 24} bytes: ")
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("make_row", [target, choice])
+def test_a_task_in_csv_equals_the_task_in_jsonl(tmp_path, make_row):
+    rows = [make_row(n) for n in range(12)]
+    names = list(rows[0])
+    csv_lines = [",".join(names)]
+    for row in rows:
+        cells = {name: str(value) for name, value in row.items()}
+        if "choices" in row:
+            cells["choices"] = "|".join(row["choices"])
+        csv_lines.append(",".join(cells.values()))
+    (tmp_path / "mine.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "mine.csv").write_text("\n".join(csv_lines))
+    from_jsonl = load_task(tmp_path / "mine.jsonl")
+    from_csv = load_task(tmp_path / "mine.csv")
+    for field in ("name", "train", "validation", "test", "metric"):
+        assert getattr(from_csv, field) == getattr(from_jsonl, field)
+    digest = hashlib.sha256((tmp_path / "mine.csv").read_bytes()).hexdigest()
+    assert from_csv.checksums == {"mine.csv": digest}
