@@ -8,6 +8,9 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     perplexity of the targets, if this is what is measured
     n          rows
     n_cut      rows whose input was too long and lost words
+    n_equal    rows with two choices that are one text to the tokenizer, if there are choices
+    n_lossy    targets with characters that the tokenizer cannot write, for exact match
+    n_too_long targets with more tokens than are generated, for exact match
     tokens     mean tokens of a row and its choices
     n_shots    mean shots of a row, if there are shots
 
@@ -28,9 +31,14 @@ from minia3.inference.metrics import (
     is_text_metric,
     perplexity,
 )
-from minia3.inference.scoring import naming_rows, score_examples, total_logprobs
+from minia3.inference.scoring import (
+    check_examples,
+    naming_rows,
+    score_examples,
+    total_logprobs,
+)
 from minia3.tasks.examples import encode_rows
-from minia3.tasks.limits import check_ids, fit_all_targets, written_target
+from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
 from minia3.tasks.prompts import in_context, render
 
 
@@ -72,7 +80,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=has_end)
     if metric not in TEXT_METRICS:  # these only read the source
         examples, _ = fit_all_targets(rows, examples, max_target_length)
-    check_rows(rows, examples, model, tokenizer)
+    check_examples(rows, examples, model, tokenizer)
 
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
@@ -82,26 +90,20 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
             sources = [example.source for example in examples]
             texts = generate(model, tokenizer, sources, **options)
             result = text_result(metric, texts, rendered, tokenizer)
+            if metric == "exact_match":
+                result |= count_unmatchable(rendered, examples, tokenizer, max_new_tokens)
         elif metric == INVERSE_PERPLEXITY:
             result = perplexity_result(*total_logprobs(model, examples, **options))
         else:
             scores_NC = score_examples(model, examples, **options).double().numpy()
             result = choice_result(metric, scores_NC, rendered)
+            result["n_equal"] = sum(equal_choices(example) is not None for example in examples)
 
     n_tokens = [count_tokens(example) for example in examples]
     result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(np.mean(n_tokens))}
     if shots:
         result["n_shots"] = float(np.mean(n_shots))
     return result
-
-
-def check_rows(rows, examples, model, tokenizer):
-    """Raise ValueError, with the `idx` of the row, if the model has no embedding for a token."""
-    for row, example in zip(rows, examples, strict=True):
-        try:
-            check_ids(example, model.embed.num_embeddings, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"row {row['idx']}: {error}") from None
 
 
 # Results, by the kind of the metric
@@ -118,6 +120,16 @@ def text_result(metric, texts, rendered, tokenizer):
     if metric == "exact_match":
         targets = [written_target(target, tokenizer) for target in targets]
     return {"accuracy": float(TEXT_METRICS[metric](texts, targets)), "auc": None}
+
+
+def count_unmatchable(rendered, examples, tokenizer, max_new_tokens):
+    """Return how many targets lose characters, and how many are too long to be written."""
+    is_lossy = [loses_characters(row.choices[0], tokenizer) for row in rendered]
+    is_too_long = []
+    for example in examples:
+        n_to_write = len(example.targets[0]) - 1  # the end token need not be written
+        is_too_long.append(n_to_write > max_new_tokens)
+    return {"n_lossy": sum(is_lossy), "n_too_long": sum(is_too_long)}
 
 
 def perplexity_result(logp_N, n_tokens_N):

@@ -15,9 +15,13 @@ from typing import NamedTuple
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
 from minia3.inference.decoding import generate
-from minia3.inference.scoring import naming_rows, score_examples, warn_of_equal_choices
+from minia3.inference.scoring import (
+    check_example,
+    naming_rows,
+    score_examples,
+    warn_of_equal_choices,
+)
 from minia3.tasks.examples import Example, encode_rows
-from minia3.tasks.limits import check_ids
 from minia3.tasks.prompts import Rendered
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.rows import check_row
@@ -60,7 +64,7 @@ def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_lengt
             if not prompt.choices and "choices" not in row:
                 rendered = rendered._replace(choices=[])
             check_tokens(rendered, example)
-            check_ids(example, adapters.model.embed.num_embeddings, tokenizer)
+            check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
         yield Input(row, rendered, example)
 

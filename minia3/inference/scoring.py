@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minia3.model.recompute import recompute
+from minia3.model.sequence_state import check_bias
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
 from minia3.tasks.limits import check_ids, equal_choices
@@ -252,7 +253,7 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     for i, texts in enumerate(choices_of_prompts(choices, len(prompts))):
         example = encode_example(Rendered(prompts[i], texts, 0), tokenizer, end=False)
         examples.append(example)
-        check_ids(example, model.embed.num_embeddings, tokenizer)
+        check_example(example, model, tokenizer)
         warn_of_equal_choices(example, texts)
         if not (example.source and all(example.targets)):
             without_tokens.append(i)
@@ -261,6 +262,22 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     return score_examples(
         model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size
     )
+
+
+def check_example(example, model, tokenizer):
+    """Raise ValueError if the model cannot read an example: an unknown id, or far too many."""
+    check_ids(example, model.embed.num_embeddings, tokenizer)
+    longest = max(map(len, [example.source, *example.targets]))
+    check_bias(model.n_bias_heads, longest, longest)
+
+
+def check_examples(rows, examples, model, tokenizer):
+    """Raise the errors of `check_example` with the `idx` of the row."""
+    for row, example in zip(rows, examples, strict=True):
+        try:
+            check_example(example, model, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {row['idx']}: {error}") from None
 
 
 def warn_of_equal_choices(example, texts):
