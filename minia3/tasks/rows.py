@@ -6,6 +6,7 @@ One message names all bad rows of all files.
 from itertools import chain
 from pathlib import Path
 
+from minia3.tasks.messages import check_messages, has_answer
 from minia3.tasks.prompts import check_fields
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.task import TaskSpec
@@ -75,6 +76,8 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     row = {spec.fields.get(name, name): value for name, value in row.items()}
     if spec.span_field:
         unpack_spans(row, spec.span_field)
+    if spec.has_user_rows and "messages" in row:
+        return check_chat_row(row, split, number)
     if spec.has_user_rows:
         check_user_row(row)
     row["label"] = read_label(row, spec, may_be_hidden=split == "test")
@@ -82,6 +85,15 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
         row["idx"] = number
     # The first prompt uses every field that any prompt of the task uses (a test says so).
     check_fields(spec.prompts[0], row)
+    return row
+
+
+def check_chat_row(row: dict, split: str, number: int) -> dict:
+    """Return a row of messages with `label` 0, or -1 if it has no answer, and an integer `idx`."""
+    check_messages(row, needs_answer=split != "test")
+    row["label"] = 0 if has_answer(row["messages"]) else -1
+    if type(row.get("idx")) is not int:
+        row["idx"] = number
     return row
 
 

@@ -181,7 +181,7 @@ def note_white_space(splits: Splits):
     """Note how many inputs end in white space. The answer would then follow two spaces, because the
     tokenizer puts a space before it.
     """
-    inputs = [row["input"] for row in [*splits.train, *splits.validation, *splits.test]]
+    inputs = [row.get("input", "") for row in [*splits.train, *splits.validation, *splits.test]]
     n_inputs = sum(text != text.rstrip() for text in inputs)
     if n_inputs:
         splits.notes.append(
@@ -340,5 +340,7 @@ def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[di
 def choose_metric(splits: Splits, spec: TaskSpec) -> str:
     """Return "exact_match" for a user's rows with targets, because they have no choices to rank."""
     rows = splits.train or splits.validation or splits.test
+    if spec.has_user_rows and "messages" in rows[0]:
+        return "inverse_perplexity"
     has_targets = spec.has_user_rows and "target" in rows[0]
     return "exact_match" if has_targets else spec.metric
