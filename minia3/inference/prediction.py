@@ -15,7 +15,12 @@ from typing import NamedTuple
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
 from minia3.inference.decoding import generate
-from minia3.inference.scoring import score_examples
+from minia3.inference.scoring import (
+    check_example,
+    naming_rows,
+    score_examples,
+    warn_of_equal_choices,
+)
 from minia3.tasks.examples import Example, encode_rows
 from minia3.tasks.prompts import Rendered
 from minia3.tasks.row_files import read_rows
@@ -59,6 +64,8 @@ def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_lengt
             if not prompt.choices and "choices" not in row:
                 rendered = rendered._replace(choices=[])
             check_tokens(rendered, example)
+            check_example(example, adapters.model, tokenizer)
+            warn_of_equal_choices(example, rendered.choices)
         yield Input(row, rendered, example)
 
 
@@ -100,7 +107,8 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
 
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
     log-probability per token of each choice). The result of a row without choices has "idx" and
-    "output", the text that continues it. adapters: an Adapters.
+    "output", the text that continues it. adapters: an Adapters. Raise ValueError, with the row's
+    idx, if a score is not finite.
     """
 
     def has_choices(row_input):
@@ -113,11 +121,12 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
             run = list(run)
             names = [row_input.row["adapter"] for row_input in run]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
-            if is_scored:
-                results = scored_results(model, run, options)
-            else:
-                options["max_new_tokens"] = max_new_tokens
-                results = written_results(model, tokenizer, run, options)
+            with naming_rows([row_input.row for row_input in run]):
+                if is_scored:
+                    results = scored_results(model, run, options)
+                else:
+                    options["max_new_tokens"] = max_new_tokens
+                    results = written_results(model, tokenizer, run, options)
             for row_input, result in zip(run, results, strict=True):
                 yield row_input.row, result
 

@@ -331,6 +331,7 @@ class Columns:
         """Return how the file was understood: what is read, what is answered, what is ignored."""
         if choice.messages:
             used = [choice.messages]
+            used += ["tools"] if "tools" in self else []
             answer = "writes what the assistant says"
         else:
             used = roots_of(prompt.text for prompt in choice.prompts)

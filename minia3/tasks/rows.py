@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minia3.tasks.labels import find_choice, find_user_label
+from minia3.tasks.messages import check_messages, has_answer
 from minia3.tasks.prompts import Prompt, check_fields, field_names, root_of
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.task import TaskSpec
@@ -107,11 +108,12 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     row = {spec.fields.get(name, name): value for name, value in row.items()}
     if spec.span_field:
         unpack_spans(row, spec.span_field)
-    if split == PREDICTED:
-        row[spec.label_field] = None
     if not spec.is_published:
         check_user_row(row, spec, split)
-    row["label"] = read_label(row, spec, may_be_hidden=split in ("test", PREDICTED))
+    label = -1
+    if split != PREDICTED:
+        label = read_label(row, spec, may_be_hidden=split == "test")
+    row["label"] = label
     if type(row.get("idx")) is not int:  # not isinstance, because a bool is an instance of int
         row["idx"] = number
     check_prompts(row, spec, split)
@@ -120,11 +122,11 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):
     """Raise ValueError if the row lacks a field of a prompt."""
-    if spec.messages:
-        return
     if spec.is_published:
         # The first prompt uses every field that any prompt of the task uses (a test says so).
         check_fields(spec.prompts[0], row)
+        return
+    if spec.answer_of(row) == "messages":
         return
     for prompt in spec.prompts:
         if split == PREDICTED:
@@ -143,9 +145,11 @@ def check_user_row(row: dict, spec: TaskSpec, split: str):
     """
     spell_names(row, expected_names(spec))
     prompt = spec.prompts[0]
-    if spec.messages:
-        check_conversation(row, spec.messages)
-    elif prompt.choices:
+    if spec.answer_of(row) == "messages":
+        check_conversation(row, split)
+        return
+    row.pop("messages", None)  # a column that is not used
+    if prompt.choices:
         check_input(row, prompt)
     elif prompt.target:
         check_input(row, prompt)
@@ -234,10 +238,10 @@ def check_own_answer(row: dict, split: str):
         )
 
 
-def check_conversation(row: dict, field: str):
-    """Raise ValueError if a row has no conversation."""
-    if not isinstance(row.get(field), list) or not row[field]:
-        raise ValueError(f"{field!r} is {row.get(field)!r:.80}, expected a list of messages")
+def check_conversation(row: dict, split: str):
+    """Raise ValueError if a row's messages are no conversation, or have no answer to learn."""
+    row.setdefault("messages", None)
+    check_messages(row, needs_answer=split not in ("test", PREDICTED))
 
 
 def is_missing(value) -> bool:
@@ -260,7 +264,9 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
     field = spec.label_field
     if spec.is_published:
         return find_label(row.get(field), spec.labels, field, may_be_hidden)
-    if spec.answer_of(row) != "choices":
+    if spec.answer_of(row) == "messages":
+        return 0 if has_answer(row["messages"]) else -1
+    if spec.answer_of(row) == "target":
         return 0  # the text to write is the only choice, and the right one
     if spec.labels:
         return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)

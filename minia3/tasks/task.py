@@ -80,12 +80,14 @@ class TaskSpec(NamedTuple):
     def answer_of(self, row: dict) -> str:
         """Return how a row is answered, which is a key of METRICS."""
         prompt = self.prompts[0]
-        if self.messages:
-            return "messages"
+        if prompt.choices:
+            return "choices"
         if prompt.target:
             return "target"
-        has_choices = prompt.choices or "choices" in row
-        return "choices" if has_choices else "target"
+        # The row itself says it.
+        if self.messages or "messages" in row:
+            return "messages"
+        return "choices" if "choices" in row else "target"
 
 
 class Task(NamedTuple):
