@@ -153,10 +153,17 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     prompts = spec.prompts
     if flags.input:
         prompts = (prompts[0]._replace(text=flags.input, for_model=None),)
+    labels = tuple(spec.labels)
     if flags.labels:
-        labels = Labels(tuple(spec.labels), tuple(flags.labels))
-        prompts = with_choices(prompts, labels, is_asked=True)
-    return spec._replace(prompts=prompts, metric=flags.metric or spec.metric)
+        labels = labels or tuple(flags.labels)
+        prompts = with_choices(prompts, Labels(labels, tuple(flags.labels)), is_asked=True)
+    return spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
+
+
+def guess_input(row: dict) -> tuple[Prompt, ...]:
+    """Return the prompts for a row about which nothing is known but its columns."""
+    found = find_set(Columns([row], {}, ""), needs_input=True, needs_answer=False)
+    return OWN_PROMPTS if found is None else (Prompt(found.input, None),)
 
 
 def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> tuple[Prompt, ...]:
@@ -219,7 +226,10 @@ def find_set(columns: "Columns", needs_input: bool, needs_answer: bool) -> Colum
     """Return the first set whose columns are there: those of the input, the answer, or both."""
     if not needs_input and not needs_answer:
         return ColumnSet((), "")
-    for column_set in COLUMN_SETS:
+    column_sets = COLUMN_SETS
+    if not needs_answer:  # the answer cannot tell which columns are the input, so the most are
+        column_sets = sorted(COLUMN_SETS, key=lambda each: -len(field_names(each.input)))
+    for column_set in column_sets:
         is_conversation = not column_set.input  # input and answer in one
         inputs = set(field_names(column_set.input))
         answers = set(column_set.names) - inputs
@@ -378,8 +388,8 @@ class Columns:
         """Return what to do about columns of which no set is known: mend a name, or give flags."""
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
-            others = [name for name in self.names if name not in column_set.names]
-            near = difflib.get_close_matches(missing[0], others, n=1, cutoff=0.7)
+            unknown = [name for name in self.names if name not in column_set.names]
+            near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
             if len(missing) == 1 and near:
                 return f"did you mean {missing[0]!r} by {self.names[near[0]]!r}?"
         # The longest texts are the input, most of the time.
@@ -398,5 +408,5 @@ class Columns:
 
 def roots_of(texts: Iterable[str]) -> list[str]:
     """Return the columns that format strings use, each once."""
-    names = [root_of(name) for text in texts for name in field_names(text)]
-    return list(dict.fromkeys(names))
+    names = chain.from_iterable(field_names(text) for text in texts)
+    return list(dict.fromkeys(map(root_of, names)))

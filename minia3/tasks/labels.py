@@ -37,7 +37,8 @@ class Labels(NamedTuple):
         texts = []
         for spelled, word in zip(self.spelled, self.words, strict=True):
             is_word = spelled.lower() == word.lower()
-            texts.append(word if is_word else f"{word} ({spelled})")
+            text = word if is_word else f"{word} ({spelled})"
+            texts.append(text)
         n_others = len(texts) - N_SHOWN
         shown = ", ".join(texts[:N_SHOWN])
         return f"{shown} and {n_others} more" if n_others > 0 else shown
@@ -48,8 +49,8 @@ def label_text(value) -> str | None:
 
     Raise ValueError if it is something else, such as a list of labels.
     """
-    is_missing = value is None or (isinstance(value, float) and math.isnan(value))
-    if is_missing:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan:
         return None
     if isinstance(value, bool):
         return str(value).lower()

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
@@ -65,23 +65,27 @@ class Splits:
         self.train = [row for row in self.train if row["idx"] not in held_out]
 
 
-def load_task(
+def load_task(  # noqa: PLR0913 (what to load, and what a user says about the columns)
     name_or_path: str | Path,
     data_dir: str | Path = "data",
     shots: int | None = None,
     seed: int = 0,
-    **flags,
+    *,
+    input: str | None = None,
+    target: str | None = None,
+    labels: str | Sequence[str] | None = None,
+    metric: str | None = None,
 ) -> Task:
     """Load a known task by its name, or a user's rows from a file, a folder or a task file.
 
     A known task is read from `<data_dir>/<name>`, after a download if the files are not there. If
     that fails, T-Few's published few-shot splits are read from `<data_dir>/few_shot`.
 
-    A user's rows have columns with the usual names (COLUMN_SETS in columns.py), or `flags` say what
-    they mean: input="{title}: {body}", target="{answer}", labels=("negative", "positive"),
-    metric="macro_f1". A folder has files named train, validation (or val, or dev) and test. If
-    there is only one file, or only train, its rows are split in three. A task file says the same
-    (see task_file.py).
+    A user's rows have columns with the usual names (COLUMN_SETS in columns.py), or `input`,
+    `target` and `labels` say what they mean, such as "{title}: {body}", "{answer}" and ("negative",
+    "positive"). `metric` is one of METRICS in task.py. A task file says the same (task_file.py).
+    A folder has files named train, validation (or val, or dev) and test. If there is only one file,
+    or only train, its rows are split in three.
 
     shots: train only on T-Few's few-shot split: the first `shots` rows (SST-2: of each class) after
     a shuffle by `seed`.
@@ -94,18 +98,8 @@ def load_task(
     expected.
     """
     name = str(name_or_path)
-    column_flags = ColumnFlags(**flags)
-    columns = ""
-    spec = known_tasks().get(name)
-    if spec is None:
-        spec = read_task_file_of(name)
-    if spec.is_published:
-        spec = with_flags(spec, column_flags)
-        splits = load_known_task(name, spec, data_dir, shots, seed)
-    else:
-        splits, understanding = load_user_task(name, spec, column_flags)
-        columns = "" if spec.shipped else understanding.line
-        spec = understanding.spec
+    flags = ColumnFlags(input, target, labels, metric)
+    splits, spec, columns = load_splits(name, flags, data_dir, shots, seed)
     note_hidden_labels(splits)
     if shots is not None:
         splits.train = draw_shots(splits, spec, shots, seed)
@@ -130,6 +124,21 @@ def load_task(
     if not spec.is_published:
         task.check_evaluation()
     return task
+
+
+def load_splits(
+    name: str, flags: ColumnFlags, data_dir: str | Path, shots: int | None, seed: int
+) -> tuple[Splits, TaskSpec, str]:
+    """Return a task's rows, its TaskSpec, and how a user's columns were understood."""
+    spec = known_tasks().get(name)
+    if spec is None:
+        spec = read_task_file_of(name)
+    if spec.is_published:
+        spec = with_flags(spec, flags)
+        return load_known_task(name, spec, data_dir, shots, seed), spec, ""
+    splits, understanding = load_user_task(name, spec, flags)
+    columns = "" if spec.shipped else understanding.line
+    return splits, understanding.spec, columns
 
 
 # A user's rows, and the task that comes with the repository
