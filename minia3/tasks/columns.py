@@ -11,7 +11,14 @@ from itertools import chain
 from typing import NamedTuple
 
 from minia3.tasks.labels import HIDDEN, MANY_LABELS, Labels, choices_of, name_labels, split_words
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, field_names, root_of
+from minia3.tasks.prompts import (
+    OWN_PROMPTS,
+    Prompt,
+    check_template,
+    field_names,
+    nearest_of,
+    root_of,
+)
 from minia3.tasks.task import TaskSpec
 
 
@@ -122,7 +129,8 @@ def understand(
         messages=choice.messages,
         metric=flags.metric or spec.metric,
     )
-    columns.check_prompts(prompts)
+    if not choice.messages and not spec.span_field:  # WSC's spans become fields later
+        columns.check_prompts(prompts)
     return Understanding(spec, columns.describe(choice, labels), notes_on(choice, labels))
 
 
@@ -192,9 +200,12 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
 def choose_columns(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Choice:
     """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
     choice = asked_columns(spec, flags)
+    if choice.label:
+        columns.check_name(choice.label, "the task file's 'label_field'")
     needs_input = not choice.prompts
     needs_answer = not choice.target and not choice.label
-    found = find_set(columns, needs_input, needs_answer)
+    used = roots_of(prompt.text for prompt in choice.prompts)
+    found = find_set(columns, needs_input, needs_answer, used)
     if found is None:
         raise ValueError(columns.explain())
     if found.names == ("messages",):
@@ -222,8 +233,13 @@ def asked_columns(spec: TaskSpec, flags: ColumnFlags) -> Choice:
     return Choice(prompts, target, label)
 
 
-def find_set(columns: "Columns", needs_input: bool, needs_answer: bool) -> ColumnSet | None:
-    """Return the first set whose columns are there: those of the input, the answer, or both."""
+def find_set(
+    columns: "Columns", needs_input: bool, needs_answer: bool, used: Sequence[str] = ()
+) -> ColumnSet | None:
+    """Return the first set whose columns are there: those of the input, the answer, or both.
+
+    used: columns of the input that the user chose, which are not the answer.
+    """
     if not needs_input and not needs_answer:
         return ColumnSet((), "")
     column_sets = COLUMN_SETS
@@ -233,7 +249,8 @@ def find_set(columns: "Columns", needs_input: bool, needs_answer: bool) -> Colum
         is_conversation = not column_set.input  # input and answer in one
         inputs = set(field_names(column_set.input))
         answers = set(column_set.names) - inputs
-        if is_conversation and not (needs_input and needs_answer):
+        is_partial = not (needs_input and needs_answer)
+        if (is_conversation and is_partial) or answers.intersection(used):
             continue
         needed = set()
         if needs_input:
@@ -266,7 +283,10 @@ def find_labels(
 ) -> Labels:
     """Return the labels: of the task file, of the flags, or as the column has them."""
     if spec.labels:
-        return Labels(tuple(spec.labels), tuple(flags.labels or spec.labels))
+        choices = choice.prompts[0].choices or ()
+        are_words = bool(choices) and not roots_of(choices)
+        words = [word.format() for word in choices] if are_words else spec.labels
+        return Labels(tuple(spec.labels), tuple(flags.labels or words))
     values = columns.values(choice.label)
     if split == "test":  # a test row may hide its label
         values = [value for value in values if str(value) not in HIDDEN]
@@ -295,9 +315,9 @@ class Columns:
         for name in found:
             known_name = fields.get(name, name)
             self.names.setdefault(known_name.strip().lower(), name)
-        for name in fields:
-            if name not in found:
-                raise ValueError(self.missing(name, "'fields' of the task file"))
+        for name, known_name in fields.items():
+            if name not in found and known_name not in found:
+                self.check_name(name, "the task file's 'fields'")
 
     def __contains__(self, name: str) -> bool:
         return name.lower() in self.names
@@ -317,14 +337,22 @@ class Columns:
         if text is None:
             return
         try:
-            names = field_names(text)
+            check_template(text)
         except ValueError as error:
-            raise ValueError(f"{origin} is {text!r:.60}: {error}: write {{{{ for a brace") from None
+            raise ValueError(f"{origin} is {text!r:.60}: {error}") from None
+        names = roots_of([text])
         if not names:
             raise ValueError(f"{origin} is {text!r:.60}, expected columns in braces: {{text}}")
         for name in names:
-            if root_of(name) not in self:
-                raise ValueError(self.missing(root_of(name), origin))
+            self.check_name(name, origin)
+
+    def check_name(self, name: str, origin: str):
+        """Raise ValueError, with the nearest name, if there is no such column."""
+        if name not in self:
+            found = nearest_of(name, self.names.values())
+            raise ValueError(
+                f"{origin} names the column {name!r}, which {self.origin} has not{found}"
+            )
 
     def check_prompts(self, prompts: Iterable[Prompt]):
         """Raise ValueError if a prompt of a task file is wrong, or names a column that is not
@@ -366,15 +394,6 @@ class Columns:
 
     def spell(self, names: Iterable[str]) -> str:
         return " and ".join(self.spelled(name) for name in names)
-
-    def missing(self, name: str, origin: str) -> str:
-        """Return the message for a column that is not there."""
-        (nearest,) = difflib.get_close_matches(name.lower(), self.names, n=1, cutoff=0)
-        found = ", ".join(self.names.values())
-        return (
-            f"{origin} names the column {name!r}, but {self.origin} has {found:.200}: "
-            f"did you mean {self.names[nearest]!r}?"
-        )
 
     def explain(self) -> str:
         """Return the message for columns of which no set is known."""

@@ -137,6 +137,8 @@ def name_integers(
     """Return the labels of a column of integers."""
     words = tuple(asked or names)
     n_words = len(words)
+    if names and not asked:
+        return Labels(tuple(map(str, range(n_words))), words)
     if not words:
         check_two(found, field)
         digits = tuple(map(str, found))

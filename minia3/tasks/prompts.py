@@ -6,10 +6,11 @@ of tokens: it takes words out of the middle of the row's longest field, and leav
 prompt alone.
 """
 
+import difflib
 import re
 import string
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -72,13 +73,41 @@ def render(prompt: Prompt, row: dict) -> Rendered:
             text = text.rstrip()  # of an instruction without an input, for example
         return Rendered(text, choices, row["label"])
     except KeyError as error:
+        (name,) = error.args
         raise ValueError(
-            f"the row has no field {error}, which the prompt {prompt.text!r:.60} needs"
+            f"the row has no field {name!r}, which the prompt {prompt.text!r:.60} needs"
+            f"{nearest_of(name, row)}"
         ) from error
     except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
         raise ValueError(
             f"the row has no such item as the prompt {prompt.text!r:.60} needs ({error})"
         ) from error
+
+
+def nearest_of(name: str, names: Iterable[str]) -> str:
+    """Return what a message says after an unknown name: which names there are, and the nearest."""
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    return f"; the columns are {', '.join(names):.200}{hint}"
+
+
+def check_template(text: str):
+    """Raise ValueError unless a text is a format string with nothing but columns and their items.
+
+    A format string can do more, and a file from outside should not: {a.b} reads an attribute, and
+    {a:>999999999} fills the memory.
+    """
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{error}: write {{{{ and }}}} for braces that are not a column") from None
+    for _, name, spec, conversion in parts:
+        is_column = name is None or not (name == "" or name.isdigit() or "." in name)
+        if not is_column or spec or conversion:
+            raise ValueError(
+                f"{{{name}}} is not a column, or has more than letters, spaces and [items] in its "
+                "name: rename it"
+            )
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from minia3.tasks.labels import find_choice, find_user_label
 from minia3.tasks.messages import check_messages, has_answer
-from minia3.tasks.prompts import Prompt, check_fields, field_names, root_of
+from minia3.tasks.prompts import Prompt, check_fields, field_names, nearest_of, root_of
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.task import TaskSpec
 
@@ -213,7 +213,7 @@ def check_texts(row: dict, names: Iterable[str]):
         if isinstance(value, int | float) and not is_missing(value):
             row[name] = str(value).removesuffix(".0")
         elif not is_text(value):
-            found = f"; found {list(row)!r:.100}" if name not in row else ""
+            found = "" if name in row else nearest_of(name, row)
             raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
 
 

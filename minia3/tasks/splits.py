@@ -13,7 +13,7 @@ import numpy as np
 from minia3.tasks.columns import ColumnFlags, Understanding, understand, with_flags
 from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks
-from minia3.tasks.prompts import field_names, render
+from minia3.tasks.prompts import field_names
 from minia3.tasks.row_files import read_label_names
 from minia3.tasks.rows import FileRow, check_files, read_files
 from minia3.tasks.task import METRICS, Task, TaskSpec
@@ -160,6 +160,9 @@ def load_user_task(name: str, spec: TaskSpec, flags: ColumnFlags) -> tuple[Split
     understanding = understand_rows(files, rows, spec, flags)
     checked = check_files(rows, files, understanding.spec)
     splits = Splits(short_name(name), list(chain.from_iterable(files.values())))
+    task_file = find_task_file(name)
+    if task_file is not None:
+        splits.files.append(task_file)  # so that a resumed run finds out if it has changed
     splits.notes += understanding.notes
     if list(checked) == ["train"]:
         path = files["train"][0]
@@ -265,10 +268,12 @@ def note_white_space(splits: Splits, spec: TaskSpec):
     """
     if spec.messages:
         return
+    text = spec.prompts[0].text
     n_inputs = 0
-    for row in splits.all_rows():
-        text = render(spec.prompts[0], row).input
-        n_inputs += text != text.rstrip()
+    for name in field_names(text)[-1:]:
+        if text.endswith(f"{{{name}}}"):
+            texts = [str(row.get(name)) for row in splits.all_rows()]
+            n_inputs = sum(text != text.rstrip() for text in texts)
     if n_inputs:
         splits.notes.append(
             f"{n_inputs} inputs end in white space: leave it out, "

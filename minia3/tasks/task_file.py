@@ -25,7 +25,7 @@ from pathlib import Path
 from minia3.files.read import read_json
 from minia3.files.write import write_json
 from minia3.tasks.known_tasks import make_spec
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_template
 from minia3.tasks.task import TaskSpec
 
 FILE_NAME = "task.json"
@@ -116,6 +116,8 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
         check_values(prompt, PROMPT_KEYS)
         if "text" not in prompt:
             raise ValueError("a prompt has no 'text'")
+        for text in (prompt["text"], prompt.get("target"), *prompt.get("choices", ())):
+            check_template(text or "")
     entry = dict(entry)
     files = entry.pop("files", ".")
     target = entry.pop("target", "")
@@ -135,18 +137,18 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     return spec._replace(files=find_files(files, folder))
 
 
-def find_files(value: str | Mapping | None, folder: Path) -> dict[str, list[Path]] | Path:
-    """Return the files of each split, or the path of a file or a folder that has all of them."""
-    if value is None:
-        return folder
-    if isinstance(value, str):
-        return folder / value
+def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split, in the order of SPLITS."""
+    for split in names:
+        if split not in SPLITS:
+            raise ValueError(f"'files' has the split {split!r}, expected {', '.join(SPLITS)}")
     files = {}
-    for split, names in value.items():
-        if split not in ("train", "validation", "test"):
-            raise ValueError(f"'files' has the split {split!r}, expected train, validation or test")
-        listed = [names] if isinstance(names, str) else names
-        files[split] = [folder / name for name in listed]
+    for split in SPLITS:
+        if split in names:
+            listed = names[split]
+            if isinstance(listed, str):
+                listed = [listed]
+            files[split] = [folder / name for name in listed]
     return files
 
 

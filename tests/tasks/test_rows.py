@@ -85,7 +85,7 @@ BAD_LINES = [
     ),
     (
         lines({"input": "a"}),
-        r"'target' is None, expected a text that is not empty; found \['input'\]",
+        r"'target' is None, expected a text that is not empty; the columns are input",
     ),
     (
         lines({"input": "a", "target": "b", "choices": ["b"], "label": 0}),
@@ -196,7 +196,9 @@ def test_a_file_in_another_encoding_is_one_error_and_not_one_for_each_line(tmp_p
 def test_an_empty_file_is_reported_together_with_bad_rows_of_other_files(tmp_path, content):
     (tmp_path / "train.jsonl").write_bytes(lines({"input": " ", "target": "b"}))
     (tmp_path / "val.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.jsonl:1: 'input' is ' ', .*val\.jsonl: no rows\Z"):
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:1: 'input' is ' ', .*val\.jsonl: no rows\Z"
+    ):
         load_task(str(tmp_path))
 
 
@@ -217,5 +219,7 @@ def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
         load_task(str(tmp_path / "one.jsonl"))
     (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
     (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
-    with pytest.raises(ValueError, match=r"val\.jsonl:1: 'target' is None.*'choices', 'label'"):
+    with pytest.raises(
+        ValueError, match=r"val\.jsonl:1: 'target' is None.*the columns are input, choices, label"
+    ):
         load_task(str(tmp_path))
