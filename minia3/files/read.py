@@ -72,7 +72,7 @@ def problem_of_file(path):
     except FileNotFoundError:
         return "not found"
     except OSError as error:
-        return one_line(error)
+        return error.strerror or one_line(error)  # str(error) repeats the path
     if not head:
         return "the file is empty"
     if head.startswith(b"version https://git-lfs"):

@@ -13,16 +13,17 @@ from minia3.tasks.task import TaskSpec
 MAX_PROBLEMS = 5  # in one error message; the others are counted
 
 
-def read_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
-    """Return the checked rows of each file. `files` and the result have the splits as their keys.
+def read_files(files: dict[str, list[Path]], spec: TaskSpec) -> dict[str, list[dict]]:
+    """Return the checked rows of each split. `files` and the result have the splits as their keys.
 
     Raise one ValueError for everything that is wrong with any row of any file.
     """
     rows = {}
     problems = []
-    for split, path in files.items():
-        rows[split], problems_of_file = read_file(path, spec, split)
-        problems += problems_of_file
+    for split, paths in files.items():
+        rows[split] = []
+        for path in paths:
+            problems += read_file(path, spec, split, rows[split])
     if spec.has_user_rows:
         problems += find_mixed_kinds(rows, files)
     if len(problems) > MAX_PROBLEMS:
@@ -33,27 +34,27 @@ def read_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
     return rows
 
 
-def read_file(path: Path, spec: TaskSpec, split: str) -> tuple[list[dict], list[str]]:
-    """Return the good rows of a file, and a message for each bad one."""
-    rows = []
+def read_file(path: Path, spec: TaskSpec, split: str, rows: list[dict]) -> list[str]:
+    """Append the good rows of a file to those of its split. Return a message for each bad row."""
+    n_before = len(rows)
     problems = []
     for number, row in read_rows(path, keep_empty=not spec.has_user_rows):
         try:
             rows.append(check_row(row, spec, split, len(rows)))
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
-    if not rows and not problems:
+    if len(rows) == n_before and not problems:
         problems.append(f"{path}: no rows")
-    return rows, problems
+    return problems
 
 
-def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> list[str]:
+def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, list[Path]]) -> list[str]:
     """Return a message if some rows have a target and others choices. (A task has one metric.)"""
     has_target = ["target" in row for row in chain.from_iterable(rows.values())]
     n_targets = sum(has_target)
     if n_targets in (0, len(has_target)):
         return []
-    names = ", ".join(map(str, files.values()))
+    names = ", ".join(map(str, chain.from_iterable(files.values())))
     return [
         f"{names}: {n_targets} rows have 'target', the others 'choices': expected rows of one kind"
     ]

@@ -12,18 +12,23 @@ import numpy as np
 
 from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks
+from minia3.tasks.library_data import HUB_PREFIX, find_hub_files, find_saved_files
+from minia3.tasks.row_files import FORMATS, remedy, rows_stem, rows_suffix
 from minia3.tasks.rows import read_files
+from minia3.tasks.split_files import (
+    SPLIT_OF_NAME,
+    FoundFiles,
+    describe_missing_path,
+    find_split_files,
+    looks_like_path,
+)
 from minia3.tasks.task import Task, TaskSpec
+from minia3.tasks.text_lines import MAX_ROW_BYTES
 
-# Split -> possible names of its file, without the suffix. The long names are StoryCloze's, and
-# test_unlabeled is RAFT's.
-FILE_NAMES = {
-    "train": ("train", "cloze_test_val__spring2016 - cloze_test_ALL_val"),
-    "validation": ("validation", "val", "dev"),
-    "test": ("test", "test_unlabeled", "cloze_test_test__spring2016 - cloze_test_ALL_test"),
-}
-USER_SUFFIXES = (".jsonl", ".csv")
 N_FOLDS = 5
+
+
+CHUNK = 1 << 20  # bytes that are read at a time to make a checksum
 
 
 @dataclass
@@ -45,7 +50,9 @@ class Splits:
         self.test = rows.get("test", [])
 
     def checksums(self) -> dict[str, str]:
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
+        """Return the sha256 of each file, by its path below the folder that holds them all."""
+        folder = os.path.commonpath([path.parent for path in self.files])
+        return {Path(os.path.relpath(path, folder)).as_posix(): sha256(path) for path in self.files}
 
     def hold_out(self, rows: list[dict]):
         """Move rows from train to validation."""
@@ -57,14 +64,15 @@ class Splits:
 def load_task(
     name_or_path: str | Path, data_dir: str | Path = "data", shots: int | None = None, seed: int = 0
 ) -> Task:
-    """Load a known task by its name, or a user's rows from a .jsonl or .csv file or a folder.
+    """Load a known task by its name, or a user's rows from a file, a folder or the hub.
 
     A known task is read from `<data_dir>/<name>`, after a download if the files are not there. If
     that fails, T-Few's published few-shot splits are read from `<data_dir>/few_shot`.
 
-    A user's rows are {"input", "target"} or {"input", "choices", "label"}. A folder has files named
-    train, validation (or val, or dev) and test. If there is only one file, or only train, its rows
-    are split in three.
+    A user's rows are {"input", "target"} or {"input", "choices", "label"}. `read_rows` says which
+    files are read. A folder has files named train, validation (or val, dev, valid) and test, or
+    comes from `save_to_disk` of the `datasets` library. "hf:user/name" and "hf:user/name:config"
+    are data sets of the hub. If there is only one file, or only train, its rows are split in three.
 
     shots: train only on T-Few's few-shot split: the first `shots` rows (SST-2: of each class) after
     a shuffle by `seed`.
@@ -108,48 +116,53 @@ def load_task(
 
 
 def load_user_task(name: str, spec: TaskSpec) -> Splits:
-    files = find_user_files(name, spec)
+    files, notes = find_user_files(name, spec)
     rows = read_files(files, spec)
-    splits = Splits(short_name(name), list(files.values()))
+    splits = Splits(short_name(name), list(chain.from_iterable(files.values())), notes=notes)
     if list(rows) == ["train"]:
-        rows = split_in_three(rows["train"], files["train"])
+        origin = files["train"][0]
+        if len(files["train"]) > 1 or name.startswith(HUB_PREFIX):
+            origin = name
+        rows = split_in_three(rows["train"], origin)
         splits.notes.append(
-            f"{files['train']} is split into train, validation and test, the same way each time"
+            f"{origin} is split into train, validation and test, the same way each time"
         )
     splits.set_rows(rows)
     note_white_space(splits)
     return splits
 
 
-def short_name(path: str) -> str:
-    """Return a name for a task that is a file or a folder."""
-    name = os.path.basename(os.path.abspath(path))
-    return name.removesuffix(".jsonl").removesuffix(".csv")
+def short_name(name: str) -> str:
+    """Return a name for a task that is a file, a folder, or a data set of the hub."""
+    if name.startswith(HUB_PREFIX):
+        return name.removeprefix(HUB_PREFIX).replace(":", "-")
+    path = Path(os.path.abspath(name))
+    return rows_stem(path) if rows_suffix(path) else path.name
 
 
-def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
-    """Return the file of each split. Raise ValueError if there are none."""
+def find_user_files(name: str, spec: TaskSpec) -> FoundFiles:
+    """Return the files of each split. Raise ValueError if there are none."""
+    if name.startswith(HUB_PREFIX):
+        return find_hub_files(name)
     if spec.shipped:
         path = SHIPPED / spec.shipped
     elif os.path.exists(name):  # unlike Path.exists, this accepts any text, even a null byte
         path = Path(name)
     else:
         raise ValueError(unknown_task(name))
-    files = {}
     if path.is_dir():
-        files = find_splits(path, USER_SUFFIXES)
-    elif path.suffix in USER_SUFFIXES:
-        files = {"train": path}
-    if not files:
-        raise ValueError(
-            f"{path}: expected a .jsonl or .csv file, "
-            "or a folder of train, validation (val, dev) and test"
-        )
-    return files
+        return find_saved_files(path) or find_split_files(path)
+    if not rows_suffix(path):
+        raise ValueError(f"{path}: expected {FORMATS}, or a folder of such files{remedy(path)}")
+    return FoundFiles({"train": [path]}, [])
 
 
 def unknown_task(name: str) -> str:
     """Return the message for a name that is neither a known task nor a path."""
+    # A name such as raft/overruling has a slash, but is no path.
+    groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
+    if looks_like_path(name) and name.split("/")[0] not in groups:
+        return describe_missing_path(name)
     hint = "."
     for near in difflib.get_close_matches(name.lower(), known_tasks(), n=1):
         hint = f"; did you mean {near!r}?"
@@ -157,14 +170,14 @@ def unknown_task(name: str) -> str:
     return f"{name!r} is not a known task, a file or a folder{hint} Known tasks: {known}"
 
 
-def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
+def split_in_three(rows: list[dict], origin: str | Path) -> dict[str, list[dict]]:
     """Divide rows 80/10/10, at least one row each, and keep the file's order.
 
     The run's seed plays no part, so that runs with different seeds are tested on the same rows.
     """
     if len(rows) < 3:
         raise ValueError(
-            f"{path}: too few rows to split ({len(rows)}): "
+            f"{origin}: too few rows to split ({len(rows)}): "
             "give a folder with train, validation and test"
         )
     shuffled = np.random.RandomState(0).permutation(len(rows))
@@ -201,12 +214,12 @@ def load_known_task(
     except ValueError as error:
         return load_published_split(name, spec, data_dir, seed, error)
     splits = Splits(name, list(files.values()))
-    if spec.dev_id_fields:
+    dev_ids = set()
+    if spec.dev_id_fields and not has_label_column(files["validation"], spec):
         dev_ids = read_dev_ids(files.pop("validation"))
-        splits.set_rows(read_files(files, spec))
+    splits.set_rows(read_files({split: [path] for split, path in files.items()}, spec))
+    if dev_ids:
         splits.hold_out(select_dev_rows(splits.train, spec, dev_ids))
-        return splits
-    splits.set_rows(read_files(files, spec))
     if is_fold_needed(splits, shots):
         hold_out_fold(splits, seed)
     return splits
@@ -216,7 +229,7 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     """Return the file of each split, after a download if a file that is needed is missing."""
     names = [Path(name) for name in file_names(spec.sources)]
     suffixes = {name.suffix for name in names}
-    has_validation = any(name.stem in FILE_NAMES["validation"] for name in names)
+    has_validation = any(SPLIT_OF_NAME.get(name.stem) == "validation" for name in names)
     needed = {"train", "validation"} if has_validation else {"train", "test"}
     files = find_splits(folder, suffixes)
     if not needed <= files.keys():
@@ -228,16 +241,24 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
 def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
     """Return the file of each split in the folder. Raise ValueError if a split has two files."""
     files = {}
-    for split, names in FILE_NAMES.items():
-        candidates = [folder / f"{name}{suffix}" for name, suffix in product(names, suffixes)]
-        found = [path for path in candidates if path.is_file()]
-        if len(found) > 1:
-            raise ValueError(
-                f"{folder} has {found[0].name} and {found[1].name}: keep one of them as {split}"
-            )
-        if found:
-            files[split] = found[0]
+    for (name, split), suffix in product(SPLIT_OF_NAME.items(), suffixes):
+        path = folder / f"{name}{suffix}"
+        if not path.is_file():
+            continue
+        if split in files:
+            names = f"{files[split].name} and {path.name}"
+            raise ValueError(f"{folder} has {names}: keep one of them as {split}")
+        files[split] = path
     return files
+
+
+def has_label_column(path: Path, spec: TaskSpec) -> bool:
+    """Return whether a file begins with a header that names the label. In GLUE's own folder of
+    MRPC, dev.tsv has whole rows.
+    """
+    with path.open("rb") as file:
+        header = file.readline(MAX_ROW_BYTES)
+    return spec.label_field.encode() in header
 
 
 def read_dev_ids(path: Path) -> set[tuple[str, ...]]:
@@ -288,7 +309,7 @@ def load_published_split(
     if seed not in files:
         hint = f"; T-Few published splits for the seeds {sorted(files)}" if files else ""
         raise ValueError(f"{error}{hint}") from None
-    rows = read_files(files, spec)
+    rows = read_files({other: [path] for other, path in files.items()}, spec)
     train = rows.pop(seed)
     train_ids = {row["idx"] for row in train}
     rows_by_id = {row["idx"]: row for row in chain.from_iterable(rows.values())}  # splits overlap
@@ -304,6 +325,15 @@ def load_published_split(
 
 
 # Every task
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, without reading it into memory as a whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def note_hidden_labels(splits: Splits):
