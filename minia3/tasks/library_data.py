@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 from minia3.files.read import one_line, read_json, reading
 from minia3.tasks.split_files import SPLIT_OF_NAME, FoundFiles, shorten
@@ -27,17 +26,20 @@ def find_hub_files(name: str) -> FoundFiles:
     Raise ValueError, in one line, if the data set cannot be loaded.
     """
     repo, _, config = name.removeprefix(HUB_PREFIX).partition(":")
+    if not repo:
+        raise ValueError(f"{name}: expected {HUB_PREFIX}user/name or {HUB_PREFIX}user/name:config")
     with reading(name, extra="data"):
         import datasets
+    problem = find_network_problem(repo)
     try:
-        with quiet(), offline_if_necessary(datasets, repo):
+        with quiet(), offline_if(bool(problem)):
             # Not in memory, because the rows are read from the files of the cache.
             found = datasets.load_dataset(repo, config or None, keep_in_memory=False)
     except Exception as error:  # the library and the hub raise many kinds
-        # A ConnectionError says only that there was one. Its cause says which.
-        reason = one_line(error).rstrip(".")
-        if isinstance(error, ConnectionError):
-            reason += ". Without a network, give the path of a folder"
+        reason = one_line(error)
+        if problem:
+            reason = f"not in the cache, and the hub cannot be reached ({problem}). "
+            reason += "Without a network, give the path of a folder"
         raise ValueError(f"{name}: {reason}") from None
     files = {}
     for split, rows in found.items():
@@ -45,34 +47,36 @@ def find_hub_files(name: str) -> FoundFiles:
     return assign_splits(name, files)
 
 
-@contextmanager
-def offline_if_necessary(datasets: ModuleType, repo: str) -> Iterator[None]:
-    """Let the `datasets` library use its cache alone if the hub does not answer.
+def find_network_problem(repo: str) -> str:
+    """Return why the hub cannot be reached, or "" if it can, or if the data set is a folder."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
-    On its own it tries six times, which takes half a minute, before it looks into its cache.
+    if os.path.isdir(repo):
+        return ""
+    try:
+        HfApi().dataset_info(repo, timeout=TIMEOUT)
+    except (HfHubHTTPError, ValueError):
+        return ""  # the hub, or the check of the name, says that there is no such data set
+    except Exception as error:  # of the HTTP library, which differs between versions
+        return one_line(error)
+    return ""
+
+
+@contextmanager
+def offline_if(is_offline: bool) -> Iterator[None]:
+    """Let the `datasets` library look only into its cache.
+
+    If it does not know that there is no network, it tries six times, which takes half a minute.
     """
+    import datasets
+
     was_offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = was_offline or not is_reachable(repo)
+    datasets.config.HF_HUB_OFFLINE = was_offline or is_offline
     try:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-
-
-def is_reachable(repo: str) -> bool:
-    """Return whether the hub answers, if only to say that there is no such data set."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if os.path.isdir(repo):
-        return True  # nobody is going to ask
-    try:
-        HfApi().dataset_info(repo, timeout=TIMEOUT)
-    except (HfHubHTTPError, HFValidationError):
-        return True
-    except Exception:  # of the HTTP library, which differs between versions
-        return False
-    return True
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def quiet() -> Iterator[None]:
 
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    had_bars = datasets.are_progress_bars_enabled()
+    had_bars = not datasets.are_progress_bars_disabled()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     for logger in loggers:

@@ -60,11 +60,18 @@ def rows_stem(path: Path) -> str:
 
 
 def remedy(path: Path) -> str:
-    """Return what to do about a file that is not read: ": save it as ...", or ""."""
+    """Return what to do about a file that people have, and that is not read, or ""."""
     for suffixes, text in REMEDIES.items():
         if path.suffix.lower() in suffixes:
-            return f": {text}"
+            return text
     return ""
+
+
+def not_read(path: Path) -> ValueError:
+    """Return the error for a file that has not the suffix of a file of rows."""
+    found = f"{path.suffix} is not read" if path.suffix else "the name has no suffix"
+    advice = f": {remedy(path)}" if remedy(path) else ""
+    return ValueError(f"{path}: {found}{advice}; expected {FORMATS}")
 
 
 def read_rows(
@@ -91,7 +98,7 @@ def read_rows(
     path = Path(path)
     suffix = rows_suffix(path)
     if path.suffix and not suffix:
-        raise ValueError(f"{path}: expected {FORMATS}{remedy(path)}")
+        raise not_read(path)
     with reading(path, extra="data"):
         if suffix == ".json":
             with open_file(path) as file:

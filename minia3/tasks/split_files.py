@@ -49,6 +49,8 @@ SIDE_FILES = (
 EXPECTED = f"files named train, validation (or val, dev, valid) and test, as {FORMATS}"
 N_SHOWN = 5  # names in a message
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
 
 class FoundFiles(NamedTuple):
     """The files of a data set."""
@@ -155,10 +157,10 @@ def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str
             continue
         split = resembled_split(path)
         if split and split not in files:
+            advice = remedy(path) or f"name it {split}{rows_suffix(path)}"
             raise ValueError(
-                f"{path}: not a name of a split, and there is no file of {split}: "
-                f"name it {split}{rows_suffix(path) or '.jsonl'}, or move it elsewhere"
-                f"{remedy(path)}"
+                f"{path}: not the name of a split, and there is no file of {split}: "
+                f"{advice}, or move it elsewhere"
             )
         if split or rows_suffix(path):
             names.append(path.name)
@@ -186,11 +188,14 @@ def looks_like_path(name: str) -> bool:
 
 def describe_missing_path(name: str) -> str:
     """Return the message for a path that does not exist, with the nearest one that does."""
-    missing = Path(name)
+    path = Path(name)
+    missing = path
     # The first part that does not exist is the one with the typo.
     while not os.path.exists(missing.parent):
         missing = missing.parent
-    hint = ""
+    hint = "" if missing == path else f", because there is no {missing}"
+    if HUB_ID.fullmatch(name) and not rows_suffix(path):
+        hint += f" (a data set of the hub is hf:{name})"
     for entry in nearest_entries(missing):
         whole = entry / Path(name).relative_to(missing)
         near = whole if os.path.exists(whole) else entry

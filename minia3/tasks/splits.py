@@ -13,7 +13,7 @@ import numpy as np
 from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks
 from minia3.tasks.library_data import HUB_PREFIX, find_hub_files, find_saved_files
-from minia3.tasks.row_files import FORMATS, remedy, rows_stem, rows_suffix
+from minia3.tasks.row_files import not_read, rows_stem, rows_suffix
 from minia3.tasks.rows import read_files
 from minia3.tasks.split_files import (
     SPLIT_OF_NAME,
@@ -21,6 +21,7 @@ from minia3.tasks.split_files import (
     describe_missing_path,
     find_split_files,
     looks_like_path,
+    nearest_entries,
 )
 from minia3.tasks.task import Task, TaskSpec
 from minia3.tasks.text_lines import MAX_ROW_BYTES
@@ -120,12 +121,9 @@ def load_user_task(name: str, spec: TaskSpec) -> Splits:
     rows = read_files(files, spec)
     splits = Splits(short_name(name), list(chain.from_iterable(files.values())), notes=notes)
     if list(rows) == ["train"]:
-        origin = files["train"][0]
-        if len(files["train"]) > 1 or name.startswith(HUB_PREFIX):
-            origin = name
-        rows = split_in_three(rows["train"], origin)
+        rows = split_in_three(rows["train"], name)
         splits.notes.append(
-            f"{origin} is split into train, validation and test, the same way each time"
+            f"{name} is split into train, validation and test, the same way each time"
         )
     splits.set_rows(rows)
     note_white_space(splits)
@@ -153,7 +151,7 @@ def find_user_files(name: str, spec: TaskSpec) -> FoundFiles:
     if path.is_dir():
         return find_saved_files(path) or find_split_files(path)
     if not rows_suffix(path):
-        raise ValueError(f"{path}: expected {FORMATS}, or a folder of such files{remedy(path)}")
+        raise not_read(path)
     return FoundFiles({"train": [path]}, [])
 
 
@@ -164,13 +162,14 @@ def unknown_task(name: str) -> str:
     if looks_like_path(name) and name.split("/")[0] not in groups:
         return describe_missing_path(name)
     hint = "."
-    for near in difflib.get_close_matches(name.lower(), known_tasks(), n=1):
-        hint = f"; did you mean {near!r}?"
+    entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
+    for near in [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries][:1]:
+        hint = f"; did you mean {str(near)!r}?"
     known = ", ".join(known_tasks())
     return f"{name!r} is not a known task, a file or a folder{hint} Known tasks: {known}"
 
 
-def split_in_three(rows: list[dict], origin: str | Path) -> dict[str, list[dict]]:
+def split_in_three(rows: list[dict], origin: str) -> dict[str, list[dict]]:
     """Divide rows 80/10/10, at least one row each, and keep the file's order.
 
     The run's seed plays no part, so that runs with different seeds are tested on the same rows.
