@@ -17,8 +17,8 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument(
         "file",
-        help=".jsonl or .csv file; a row has an `input`, and may have `choices` and the name of "
-        "an `adapter`",
+        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it; a row has an `input`, and "
+        "may have `choices` and the name of an `adapter`",
     )
     parser.add_argument(
         "--adapter",

@@ -40,7 +40,7 @@ class Input(NamedTuple):
 
 
 def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
-    """Yield an Input for each row of a .jsonl or .csv file, in the words of `prompt`.
+    """Yield an Input for each row of a file (see `read_rows`), in the words of `prompt`.
 
     spec: a TaskSpec. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
     `default` if the row names none. Raise ValueError, "path:line: reason", at the first wrong row.

@@ -47,7 +47,10 @@ def check_characters(value, text: str):
     and which no tokenizer accepts.
     """
     if "\\u" in text:  # it can be spelled in no other way, because `text` was read as UTF-8
-        json.dumps(value, ensure_ascii=False).encode()
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("surrogates that are not a pair are no character") from None
 
 
 def not_json(error: Exception, text: str) -> ValueError:
@@ -185,6 +188,8 @@ def values_of_object(text: JsonText) -> Iterator:
     is_over = text.take("}")
     while not is_over:
         name = text.value()
+        if not isinstance(name, str):
+            raise ValueError(f"not JSON: expected a text, found {name!r:.40}")
         names.append(name)
         text.expect(":")
         if not text.take("["):

@@ -99,6 +99,8 @@ def read_rows(
     suffix = rows_suffix(path)
     if path.suffix and not suffix:
         raise not_read(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected a file, {FORMATS}")
     with reading(path, extra="data"):
         if suffix == ".json":
             with open_file(path) as file:

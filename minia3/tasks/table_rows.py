@@ -94,8 +94,9 @@ def open_table(file: BinaryIO, suffix: str) -> tuple:
         # `datasets` writes a stream. Files in the format of Feather begin with other bytes.
         reader = pyarrow.ipc.open_stream(file)
         return reader, reader.schema
-    # Where the writer stored checksums of its pages, damage in a text is found, too.
-    table = ParquetFile(file, page_checksum_verification=True)
+    # If the writer stored checksums of its pages, damage in a text is found, too. Without
+    # `pre_buffer`, less of the file is in memory at a time.
+    table = ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
     n_rows = table.metadata.num_rows
     if n_rows > MOST_ROWS_PER_BYTE * n_bytes:
         raise ValueError(f"{n_rows} rows in {n_bytes} bytes: damaged")

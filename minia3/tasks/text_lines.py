@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from minia3.files.read import problem_of_content
+
 MAX_ROW_BYTES = 1 << 24  # 16 MB
 
 # The first bytes of files that are often given a wrong name -> what they are.
@@ -52,7 +54,10 @@ class LineReader:
                 raise ValueError(
                     f"a row of more than {MAX_ROW_BYTES} bytes: is a line end or a quote missing?"
                 )
-            yield decode(line, is_first=self.n_lines == 1)
+            is_first = self.n_lines == 1
+            if is_first and problem_of_content(line):
+                raise ValueError(problem_of_content(line))
+            yield decode(line, is_first)
 
 
 def decode(line: bytes, is_first: bool) -> str:
