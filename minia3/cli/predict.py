@@ -17,8 +17,8 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument(
         "file",
-        help="file of rows, with the columns that the adapter was trained on (or --task or --input "
-        "names); a row may have its own `choices`, and the name of an `adapter`",
+        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it, with the columns that the "
+        "adapter was trained on; a row may have its own `choices`, and the name of an `adapter`",
     )
     parser.add_argument(
         "--adapter",

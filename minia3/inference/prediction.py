@@ -65,7 +65,7 @@ class Input(NamedTuple):
 
 
 def read_inputs(path, tokenizer, forms, adapters, default=None, max_length=512):
-    """Yield an Input for each row of a file, in the form of the row's adapter.
+    """Yield an Input for each row of a file (see `read_rows`), in the form of the row's adapter.
 
     forms: Forms. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
     `default` if the row names none. Answers in the file are not read. Raise ValueError,

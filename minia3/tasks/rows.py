@@ -23,7 +23,7 @@ class FileRow(NamedTuple):
     """A row, and where it stands in a file."""
 
     path: Path
-    number: int
+    number: int  # counts from 1; 0: the file has no rows
     row: dict | ValueError
 
 
@@ -33,7 +33,10 @@ def read_files(files: dict[str, list[Path]], keep_empty: bool) -> dict[str, list
     for split, paths in files.items():
         rows[split] = []
         for path in paths:
+            n_before = len(rows[split])
             rows[split] += [FileRow(path, *found) for found in read_rows(path, keep_empty)]
+            if len(rows[split]) == n_before:
+                rows[split].append(FileRow(path, 0, ValueError("no rows")))
     return rows
 
 
@@ -46,11 +49,9 @@ def check_files(
     """
     checked = {}
     problems = []
-    for split, paths in files.items():
+    for split in files:
         checked[split], problems_of_split = check_split(rows[split], spec, split)
         problems += problems_of_split
-        if not checked[split] and not problems_of_split:
-            problems.append(f"{paths[0]}: no rows")
     if not spec.is_published:
         problems += find_mixed_kinds(checked, files, spec)
     if len(problems) > MAX_PROBLEMS:
@@ -73,7 +74,8 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
         try:
             checked.append(check_row(row, spec, split, len(checked)))
         except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
+            place = f"{path}:{number}" if number else path
+            problems.append(f"{place}: {error}")
     return checked, problems
 
 

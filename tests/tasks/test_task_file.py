@@ -63,7 +63,7 @@ def test_the_folder_of_a_task_file_is_the_task(tmp_path):
     path = write(tmp_path / "news", entry)
     task = load_task(path.parent)
     assert [len(task.train), len(task.validation), len(task.test)] == [1, 1, 1]
-    assert load_task(path) == task
+    assert load_task(path).train == task.train
     single = write(tmp_path / "news", {**entry, "files": "b.jsonl"})
     assert load_task(single).train == task.train
 
