@@ -93,6 +93,7 @@ def make_forms(args):
     """
     from minia3.checkpoints.hub import find_adapter
     from minia3.inference.prediction import Forms
+    from minia3.tasks.columns import ColumnFlags
 
     if args.adapter is None:
         tasks = tasks_beside(Path(args.model))  # after full fine-tuning
@@ -105,7 +106,11 @@ def make_forms(args):
             if tasks_of_adapter:
                 spec = only_task(path, tasks_of_adapter)
                 by_adapter[path.name] = make_form(spec, args)
-    return Forms(make_form(choose_task(args, tasks), args), by_adapter)
+    flags = ColumnFlags(input=args.input, labels=args.labels)
+    if args.task is None and not tasks:
+        check_prompt_number(args.prompt, n_prompts=1)
+        return Forms(None, by_adapter, flags)
+    return Forms(make_form(choose_task(args, tasks), args), by_adapter, flags)
 
 
 def is_folder_of_adapters(path):
@@ -138,7 +143,7 @@ def choose_task(args, tasks):
     from minia3.tasks.task_file import find_task_file, read_task_file
 
     if args.task is None:
-        return only_task(args.adapter or args.model, tasks) if tasks else guess_task(args)
+        return only_task(args.adapter or args.model, tasks)
     if args.task in tasks:
         return tasks[args.task]
     if args.task in known_tasks():
@@ -148,18 +153,6 @@ def choose_task(args, tasks):
         expected = ", ".join([*filter(None, tasks), *known_tasks()])
         raise ValueError(f"--task is {args.task!r}, expected a task file, or one of {expected}")
     return read_task_file(path)
-
-
-def guess_task(args):
-    """Return the TaskSpec of rows about which nothing is known but their columns."""
-    from minia3.tasks.columns import guess_input
-    from minia3.tasks.row_files import read_rows
-    from minia3.tasks.task import TaskSpec
-
-    for _, row in read_rows(args.file):
-        if isinstance(row, dict):
-            return TaskSpec(prompts=guess_input(row))
-    return TaskSpec()
 
 
 def make_form(spec, args):
@@ -173,9 +166,13 @@ def make_form(spec, args):
     known = known_model(base_of(args.model))
     family = known.family if known else None
     prompts = for_family(spec.prompts, family)
-    if not 0 <= args.prompt < len(prompts):
-        raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(prompts) - 1}")
+    check_prompt_number(args.prompt, len(prompts))
     return Form(spec, prompts[args.prompt])
+
+
+def check_prompt_number(number, n_prompts):
+    if not 0 <= number < n_prompts:
+        raise ValueError(f"--prompt is {number}, expected 0 to {n_prompts - 1}")
 
 
 def load_adapters(model, path):

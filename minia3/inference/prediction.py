@@ -22,6 +22,7 @@ from minia3.inference.scoring import (
     score_examples,
     warn_of_equal_choices,
 )
+from minia3.tasks.columns import ColumnFlags, guess_input, with_flags
 from minia3.tasks.examples import Example, encode_rows
 from minia3.tasks.prompts import Prompt, Rendered
 from minia3.tasks.row_files import read_rows
@@ -48,11 +49,17 @@ class Form(NamedTuple):
 class Forms(NamedTuple):
     """The form of each adapter that was trained on a task, and of all other rows."""
 
-    default: Form
+    default: Form | None  # None: the columns of each row say it
     by_adapter: dict[str, Form]
+    flags: ColumnFlags = ColumnFlags()  # for rows whose columns say it
 
-    def find(self, adapter: str | None) -> Form:
-        return self.by_adapter.get(adapter, self.default)
+    def find(self, adapter: str | None, row: dict) -> Form:
+        """Return the form of a row that has this adapter."""
+        form = self.by_adapter.get(adapter, self.default)
+        if form is None:
+            spec = with_flags(TaskSpec(prompts=guess_input(row)), self.flags)
+            form = Form(spec, spec.prompts[0])
+        return form
 
 
 class Input(NamedTuple):
@@ -72,11 +79,11 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, max_length=512):
     "path:line: reason", at the first wrong row.
     """
     # In a published task, an empty text is a text.
-    keep_empty = forms.default.spec.is_published
+    keep_empty = forms.default is not None and forms.default.spec.is_published
     for n, (line_number, row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             name = adapter_name(row, keep_empty, adapters, default)
-            spec, prompt = forms.find(name)
+            spec, prompt = forms.find(name, row)
             row = check_row(row, spec, PREDICTED, n)
             row["adapter"] = name
 

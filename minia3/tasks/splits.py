@@ -114,8 +114,17 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     note_hidden_labels(splits)
     if shots is not None:
         splits.train = draw_shots(splits, spec, shots, seed)
+    task = make_task(splits, spec, columns)
+    # A known task may have no rows to report on: if a run trains on all 50 rows of RAFT, no labeled
+    # row is left.
+    if not spec.is_published:
+        task.check_evaluation()
+    return task
+
+
+def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:
     answer = spec.answer_of(splits.first_row())
-    task = Task(
+    return Task(
         splits.name,
         splits.train,
         splits.validation,
@@ -130,11 +139,6 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
         columns,
         spec,
     )
-    # A known task may have no rows to report on: if a run trains on all 50 rows of RAFT, no labeled
-    # row is left.
-    if not spec.is_published:
-        task.check_evaluation()
-    return task
 
 
 def load_splits(
