@@ -1,4 +1,4 @@
-"""Command lines of train.py that repeat a run, or evaluate what it trained."""
+"""Command lines that repeat a run, or use what it trained."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ EVALUATION_FLAGS = (
     "seed",
     "dtype",
     "max_length",
+    "max_target_length",
     "max_new_tokens",
     "eval_prompt",
 )
@@ -26,16 +27,25 @@ def training_command(config):
     return ["python", "train.py", *flag_words(config, names)]
 
 
-def evaluation_command(config, adapter=None):
-    """Return the words of the command that evaluates the model of `config` with an adapter."""
-    names = ["model", "task"]
-    for name in changed_flags(config):
-        if name in ("method", *EVALUATION_FLAGS):
-            names.append(name)
-    words = ["python", "train.py", *flag_words(config, names)]
+def using_command(config, answers, adapter=None):
+    """Return the words of the command that labels or answers new rows.
+
+    config: the flags of the run. answers: what its rows hold: choices, target or messages. adapter:
+    the folder of the adapter; None if the model of `config` itself was trained.
+    """
+    words = ["minia3", "predict", config.model, "new.csv"]
+    names = ["max_length", "max_new_tokens", "dtype"]
+    if answers == "messages":
+        words = ["minia3", "generate", config.model, "--chat"]
+        names = ["max_new_tokens", "dtype"]
     if adapter is not None:
         words += ["--adapter", str(adapter)]
-    return [*words, "--eval-only"]
+    changed = changed_flags(config)
+    words += flag_words(config, [name for name in names if name in changed])
+    is_one_prompt = str(config.eval_prompt).isdecimal()
+    if "eval_prompt" in changed and is_one_prompt and answers != "messages":
+        words += ["--prompt", str(config.eval_prompt)]
+    return words
 
 
 def changed_flags(config):
