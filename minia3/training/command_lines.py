@@ -1,6 +1,7 @@
 """Command lines that repeat a run, or use what it trained."""
 
 import dataclasses
+import os
 
 from minia3.training.flags import flag_words
 
@@ -19,12 +20,25 @@ PLACES = ("out", "data_dir", "resume", "device")  # where a run happens, not wha
 
 
 def training_command(config):
-    """Return the words of the command that trains with the flags of `config`, without places."""
+    """Return the words of the command that trains with the flags of `config`, without places.
+
+    The command is for others, so an absolute path loses its folders.
+    """
     names = ["model", "task"]
     for name in changed_flags(config):
         if name not in ("model", "task", *PLACES):
             names.append(name)
-    return ["python", "train.py", *flag_words(config, names)]
+    return ["python", "train.py", *map(without_place, flag_words(config, names))]
+
+
+def without_place(word):
+    """Return a word of a command line with only the last part of each absolute path in it."""
+    parts = []
+    for part in word.split(","):  # a list of tasks
+        if os.path.isabs(part):
+            part = os.path.basename(os.path.normpath(part))
+        parts.append(part)
+    return ",".join(parts)
 
 
 def using_command(config, answers, adapter=None):
