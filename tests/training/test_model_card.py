@@ -338,7 +338,8 @@ def test_the_code_for_a_gguf_base_runs_after_the_command_that_it_shows(tmp_path,
     base = tmp_path / "models" / "small.gguf"
     base.parent.mkdir()
     tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
-    test_gguf.write(base, tensors, {"tokenizer.ggml.model": "llama"})
+    tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": [2, 3, 1]}
+    test_gguf.write(base, tensors, tokens)
     folder = tmp_path / "adapter"
     model = randomize(minia3.load_model(base))
     minia3.save_adapter(model, folder)
