@@ -113,6 +113,8 @@ def doubts_about_result(final, losses):
     """
     doubts = []
     value = final["accuracy"]
+    if value is None:
+        value = math.inf  # nothing was evaluated, and `doubts_about_rows` says so
     commonest = final.get("commonest")
     if commonest is not None and value < commonest:
         doubts.append(
@@ -120,7 +122,7 @@ def doubts_about_result(final, losses):
             f"label ({commonest:.1%})"
         )
     before = final["accuracy_before"]
-    if final["trainable"] and value is not None and value < before:
+    if final["trainable"] and before is not None and value < before:
         doubts.append("the result is worse than before training")
     if has_risen(losses):
         doubts.append(
