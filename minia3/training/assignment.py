@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from minia3.checkpoints.known_models import base_of, known_model
-from minia3.inference.metrics import check_metric, is_text_metric
+from minia3.inference.metrics import check_package
 from minia3.tasks.prompts import Prompt, for_family
 from minia3.tasks.task import Task
-from minia3.training.doubts import doubts_about_rows, kind_of_answers, loss_notes
+from minia3.training.doubts import doubts_about_rows, loss_notes
 
 
 @dataclass
@@ -29,7 +29,6 @@ class Assignment:
     prompts: tuple[Prompt, ...]  # to draw from in training
     eval_prompts: list[Prompt]
     notes: list[str]  # what the user should know about these rows
-    answers: str = "choices"  # what the rows hold: choices, target or messages
     doubts: list[str] = field(default_factory=list)  # why a result may say little
 
 
@@ -59,8 +58,7 @@ def assign_rows(task, config):
         eval_prompts=choose_prompts(prompts, config.eval_prompt, task.name),
         notes=[*task.notes, *notes_on(task, family, held_out_rows)],
     )
-    assignment.answers = kind_of_answers(assignment)
-    check_metric(task.metric, has_choices=assignment.answers == "choices")
+    check_package(task.metric)
     check_losses(task, config)
     assignment.doubts = doubts_about_rows(assignment, config)
     if config.is_training:
@@ -117,11 +115,11 @@ def check_train_rows(task, config, train_rows, held_out_rows):
 
 def check_losses(task, config):
     """Raise ValueError if no loss can train on the rows."""
-    has_no_loss = is_text_metric(task.metric) and "lm" not in config.losses.split(",")
+    has_no_loss = task.answer != "choices" and "lm" not in config.losses.split(",")
     if config.is_training and has_no_loss:
         raise ValueError(
-            f"{task.name}: its rows have a target but no choices, so only the loss lm can train: "
-            f"expected lm in --losses, found {config.losses}"
+            f"{task.name}: its rows have a text to write and no choices, so only the loss lm can "
+            f"train: expected lm in --losses, found {config.losses}"
         )
 
 

@@ -7,6 +7,10 @@ from minia3.training.flags import flag_words
 
 # A result depends on these flags even if nothing is trained.
 EVALUATION_FLAGS = (
+    "input",
+    "target",
+    "labels",
+    "metric",
     "data_dir",
     "shots",
     "seed",
@@ -41,23 +45,25 @@ def without_place(word):
     return ",".join(parts)
 
 
-def using_command(config, answers, adapter=None):
+def using_command(config, answer, adapter=None):
     """Return the words of the command that labels or answers new rows.
 
-    config: the flags of the run. answers: what its rows hold: choices, target or messages. adapter:
+    config: the flags of the run. answer: how its rows are answered (METRICS in tasks/task.py). adapter:
     the folder of the adapter; None if the model of `config` itself was trained.
     """
     words = ["minia3", "predict", config.model, "new.csv"]
     names = ["max_length", "max_new_tokens", "dtype"]
-    if answers == "messages":
+    if answer == "messages":
         words = ["minia3", "generate", config.model, "--chat"]
         names = ["max_new_tokens", "dtype"]
     if adapter is not None:
         words += ["--adapter", str(adapter)]
+    if config.adapters == "one" and answer != "messages":
+        words += ["--task", "TASK"]  # one of those that the adapter has learned
     changed = changed_flags(config)
     words += flag_words(config, [name for name in names if name in changed])
     is_one_prompt = str(config.eval_prompt).isdecimal()
-    if "eval_prompt" in changed and is_one_prompt and answers != "messages":
+    if "eval_prompt" in changed and is_one_prompt and answer != "messages":
         words += ["--prompt", str(config.eval_prompt)]
     return words
 

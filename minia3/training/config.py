@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from minia3.inference.metrics import METRICS
 from minia3.model.more_vectors import LINEARS, SITE_NAMES
 from minia3.training.device import DTYPES
 from minia3.training.flags import flag
@@ -18,7 +19,29 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
     task: str | tuple = flag(
         "same-colour",
-        "known task (rte ...), .jsonl or .csv file, or folder; commas separate several tasks",
+        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate several "
+        "tasks",
+    )
+    input: str | None = flag(
+        None,
+        'what the model reads: columns in braces, as in "{premise} Question: {hypothesis}" '
+        "(default: the columns with the usual names)",
+    )
+    target: str | None = flag(
+        None,
+        'text to write, as in "{answer}"; with --labels, the column of the label (default: the '
+        "columns with the usual names)",
+    )
+    labels: str | None = flag(
+        None,
+        "words of the labels, as in negative,positive, in the order of the integers that stand for "
+        "them (default: as the data have them)",
+    )
+    metric: str | None = flag(
+        None,
+        "accuracy or macro_f1 for labels; exact_match, f1, rouge_l, bleu or inverse_perplexity for "
+        "texts to write (default: the first)",
+        one_of=METRICS,
     )
     method: str = flag(
         "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS

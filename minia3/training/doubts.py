@@ -23,10 +23,10 @@ BLOWN_UP = 2  # times the highest loss at the beginning
 def doubts_about_rows(assignment, config):
     """Return what is doubtful about the rows of a task, one text each."""
     doubts = []
-    answers = kind_of_answers(assignment)
-    if answers == "choices" and config.is_training:
+    answer = assignment.task.answer
+    if answer == "choices" and config.is_training:
         doubts += doubts_about_labels(assignment.train_rows, assignment.prompts[0], "to train on")
-    if answers == "choices":
+    if answer == "choices":
         prompt = assignment.eval_prompts[0]
         doubts += doubts_about_labels(assignment.report_rows, prompt, "to report on")
     if not assignment.report_rows:
@@ -39,16 +39,6 @@ def doubts_about_rows(assignment, config):
             n_rows = len(assignment.report_rows)
             doubts.append(f"{n_known} of {n_rows} rows to report on are also trained on")
     return doubts
-
-
-def kind_of_answers(assignment):
-    """Return "messages", "choices" or "target": what the rows of a task hold."""
-    rows = assignment.train_rows or assignment.report_rows
-    if "messages" in rows[0]:
-        return "messages"
-    if assignment.prompts[0].choices or "choices" in rows[0]:
-        return "choices"
-    return "target"
 
 
 def doubts_about_labels(rows, prompt, use):
@@ -150,7 +140,7 @@ def has_risen(losses):
 def loss_notes(assignment, config):
     """Return a text in a list if the loss of a task is a sum, and an empty list otherwise."""
     names = config.losses.split(",")
-    if assignment.answers != "choices" or len(names) == 1:
+    if assignment.task.answer != "choices" or len(names) == 1:
         return []
     note = f"the loss is the sum of {', '.join(names[:-1])} and {names[-1]} (--losses)"
     if "ul" in names:

@@ -8,7 +8,6 @@ from itertools import islice
 
 import numpy as np
 
-from minia3.inference.metrics import is_text_metric
 from minia3.inference.scoring import check_examples
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets
@@ -56,7 +55,7 @@ def encode_plan(plan, cell, model, tokenizer):
         rows = [assignment.train_rows[row] for _, row, _ in places]
         prompts = [assignment.prompts[prompt] for _, _, prompt in places]
         pairs = list(zip(rows, prompts, strict=True))
-        has_end = is_text_metric(assignment.task.metric)  # texts to generate must learn to end
+        has_end = assignment.task.answer != "choices"  # texts to generate must learn to end
         _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
         encoded, n_targets_cut_here = fit_all_targets(rows, encoded, config.max_target_length)
         check_examples(rows, encoded, model, tokenizer)

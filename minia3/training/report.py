@@ -189,9 +189,9 @@ def adapter_lines(config, folder, finals, axes):
     path = folder / kind
     if axes:
         path = folder / "adapters" / "NAME"  # the user fills it in
-    answers = finals[0]["answers"]
+    answer = finals[0]["answer"]
     if kind == "model":
-        words = using_command(dataclasses.replace(config, model=str(path)), answers)
+        words = using_command(dataclasses.replace(config, model=str(path)), answer)
     else:
-        words = using_command(config, answers, adapter=path)
+        words = using_command(config, answer, adapter=path)
     return [(kind, str(path)), ("use it", shlex.join(words))]

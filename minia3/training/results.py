@@ -83,7 +83,7 @@ def final_line(group, cell, assignment, before, after):
     for name, value in after.items():
         if name not in NOT_FINAL:
             final[name] = value
-    final["answers"] = assignment.answers
+    final["answer"] = assignment.task.answer
     final["warnings"] = [
         *assignment.doubts,
         *doubts_about_result(final, cell.progress.losses),

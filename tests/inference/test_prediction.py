@@ -274,7 +274,7 @@ def test_a_folder_that_holds_no_adapter_is_refused(tmp_path, capsys):
         ("[1]", "JSON object"),
         ({}, "'input'"),
         ({"input": ""}, "'input'"),
-        ({"input": 7}, "'input'"),
+        ({"input": [7]}, "'input'"),
         ({"input": "w3", "choices": []}, "'choices'"),
         ({"input": "w3", "choices": "w4"}, "'choices'"),
         ({"input": "w3", "choices": ["w4", 5]}, "'choices'"),

@@ -191,7 +191,7 @@ def test_a_run_says_its_doubts_at_its_beginning_and_end_and_in_its_last_line(tmp
         assert f"**Warning:** {text}." in (out / "adapter" / "README.md").read_text()
     final = metrics(out)[-1]
     assert final["warnings"][:3] == expected
-    assert (final["commonest"], final["answers"]) == (1.0, "choices")
+    assert (final["commonest"], final["answer"]) == (1.0, "choices")
     assert "  commonest   100.0% by always giving the commonest label\n" in shown
     assert "note     the loss is the sum of lm, ul and ln" in begin
 

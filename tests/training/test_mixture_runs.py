@@ -141,5 +141,5 @@ def test_the_printed_command_answers_with_each_adapter_of_a_grid(adapters, tmp_p
     assert len(finals) == 4
     for final in finals:
         test_rows = read(folders[final["task"]] / "test.jsonl")
-        found = used(shown, test_rows, capsys, final["adapter"])
+        found = used(shown, test_rows, capsys, final["adapter"], final["task"])
         assert found == pytest.approx(final["accuracy"])

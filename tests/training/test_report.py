@@ -22,7 +22,7 @@ FINAL = {
     "accuracy": 0.751,
     "auc_before": None,
     "auc": None,
-    "answers": "choices",
+    "answer": "choices",
     "trainable": 1536,
     "total": 218112,
     "steps": 30,
@@ -87,7 +87,7 @@ def test_a_mixture_prints_a_line_for_each_task(capsys):
     assert "\n2 results\n  rte         accuracy 50.0% before, 75.1% after, 30 steps\n" in text
     assert "\n  cb          accuracy 50.0% before, - after, 30 steps\n" in text
     assert "(0.704%)\n" in text
-    assert "predict t5-base new.csv --adapter runs/x/adapter" in text
+    assert "predict t5-base new.csv --adapter runs/x/adapter --task TASK\n" in text
 
 
 def test_a_grid_of_mixtures_names_adapter_and_task(capsys):
@@ -162,7 +162,7 @@ def test_perplexities_are_shown_as_such(capsys):
         "metric": "inverse_perplexity",
         "perplexity_before": 1234.5,
         "perplexity": 3.25,
-        "answers": "messages",
+        "answer": "messages",
     }
     text = text_of(capsys, train.Config(model="m"), final)
     assert "\n  perplexity  1,234.50 before, 3.25 after\n" in text

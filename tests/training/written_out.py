@@ -93,14 +93,15 @@ def results_by_hand(monkeypatch, accuracy_of):
     return collected
 
 
-def used(shown, rows, capsys, name=""):
+def used(shown, rows, capsys, name="", task=""):
     """Run the command that a report shows after "use it" on rows without their answers.
 
-    Return the share of rows that it answers rightly. shown: what the run printed. name: of the
-    adapter of a grid, in place of NAME.
+    Return the share of rows that it answers rightly. shown: what the run printed. name, task: of a
+    grid or a mixture, in place of NAME and TASK.
     """
     (line,) = (line for line in shown.splitlines() if line.startswith("  use it"))
     program, *words = shlex.split(line.partition("use it")[2].replace("NAME", name))
+    words = [task if word == "TASK" else word for word in words]
     assert program == "minia3"
     questions = []
     for row in rows:
