@@ -178,12 +178,8 @@ class Tokenizer:
                 "model has an encoder: give rows with 'input' and 'target'"
             )
         self._check_chat()
-        added = self.backend.get_added_tokens_decoder().values()
-        end_tokens = [token.content for token in added if token.special]
         with reading("chat_template", extra="chat"):
-            text, spans = render_conversation(
-                self.chat_template, messages, self.special, end_tokens, tools
-            )
+            text, spans = render_conversation(self.chat_template, messages, self.special, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
         is_scored = [False] * len(encoding.ids)
         for i, (first, end) in enumerate(encoding.offsets):
@@ -197,7 +193,10 @@ class Tokenizer:
         It is often a special token, such as <|im_end|>. It is empty if the template has none, or
         refuses such a conversation.
         """
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
+        messages = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+        ]
         try:
             encoded = self.conversation(messages)
         except ValueError:
