@@ -136,8 +136,8 @@ def without_tail(turn, message):
     break. Generation has ended before it.
     """
     content = (message.get("content") or "").strip()
-    ends_in_token = not content or not turn.rstrip().endswith(content)
-    return turn.rstrip() if ends_in_token else turn
+    is_content_last = content in turn and not turn.partition(content)[2].strip()
+    return turn if content and is_content_last else turn.rstrip()
 
 
 def check_growth(before, after, whole, i):
