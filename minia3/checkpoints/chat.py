@@ -136,8 +136,11 @@ def without_tail(turn, message):
     break. Generation has ended before it.
     """
     content = (message.get("content") or "").strip()
-    is_content_last = content in turn and not turn.partition(content)[2].strip()
-    return turn if content and is_content_last else turn.rstrip()
+    if content and content in turn:
+        ending = turn.partition(content)[2]
+        if not ending.strip():
+            return turn  # there is no end token, so the white space is all that ends the turn
+    return turn.rstrip()
 
 
 def check_growth(before, after, whole, i):
