@@ -48,8 +48,8 @@ def without_place(word):
 def using_command(config, answer, adapter=None):
     """Return the words of the command that labels or answers new rows.
 
-    config: the flags of the run. answer: how its rows are answered (METRICS in tasks/task.py). adapter:
-    the folder of the adapter; None if the model of `config` itself was trained.
+    config: the flags of the run. answer: how its rows are answered (METRICS in tasks/task.py).
+    adapter: the folder of the adapter; None if the model of `config` itself was trained.
     """
     words = ["minia3", "predict", config.model, "new.csv"]
     names = ["max_length", "max_new_tokens", "dtype"]
