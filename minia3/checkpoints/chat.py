@@ -97,15 +97,12 @@ def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt
     raise ValueError(message)
 
 
-def render_conversation(template, messages, special_tokens, end_tokens, tools=None):
+def render_conversation(template, messages, special_tokens, tools=None):
     """Return the whole text of a conversation, with a span for each turn of the assistant.
 
     If the template has {% generation %} blocks, they are the spans. Otherwise a turn is what it
     adds to the text before it. That text must end as a prompt does, and must not change when the
     conversation goes on, because the model answers to exactly this text when it generates.
-
-    end_tokens: the texts of all special tokens. White space after the last one of a turn is not a
-    part of the turn (ChatML writes a line break there), because generation has ended before it.
 
     Raise ValueError if the text does change, and whatever `render_chat` raises.
     """
@@ -129,11 +126,21 @@ def render_conversation(template, messages, special_tokens, end_tokens, tools=No
         before = render(i, ends_with_prompt=True).text
         after = render(i + 1, ends_with_prompt=False).text
         check_growth(before, after, whole.text, i)
-        turn = after[len(before) :]
-        if turn.rstrip().endswith(tuple(end_tokens)):
-            turn = turn.rstrip()
+        turn = without_tail(after[len(before) :], message)
         spans.append((len(before), len(before) + len(turn)))
     return ChatText(whole.text, spans)
+
+
+def without_tail(turn, message):
+    """Return the text of a turn without white space after its end token, such as ChatML's line
+    break. Generation has ended before it.
+    """
+    content = (message.get("content") or "").strip()
+    if content and content in turn:
+        ending = turn.partition(content)[2]
+        if not ending.strip():
+            return turn  # there is no end token, so the white space is all that ends the turn
+    return turn.rstrip()
 
 
 def check_growth(before, after, whole, i):
@@ -142,13 +149,20 @@ def check_growth(before, after, whole, i):
     """
     for text, longer in ((before, after), (after, whole)):
         if not longer.startswith(text):
-            n_same = len(os.path.commonprefix([text, longer]))
+            n_same = count_same(text, longer)
             raise ValueError(
-                f"the text before or in message {i} changes when the conversation goes on (after "
-                f"{text[:n_same][-20:]!r}, {text[n_same:][:20]!r} becomes "
-                f"{longer[n_same:][:20]!r}), so it cannot be trained on: give conversations "
-                f"with one answer at their end, {OR_BLOCKS}"
+                f"message {i}, or the text before it, changes when the conversation goes on "
+                f"({text[n_same:][:20]!r} becomes {longer[n_same:][:20]!r}), so it cannot be "
+                f"trained on: give conversations with one answer at their end, {OR_BLOCKS}"
             )
+
+
+def count_same(text, other):
+    """Return how many characters two texts have in common at their beginning."""
+    for i, (character, other_character) in enumerate(zip(text, other, strict=False)):
+        if character != other_character:
+            return i
+    return min(len(text), len(other))
 
 
 class Worker:

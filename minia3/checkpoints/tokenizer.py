@@ -156,7 +156,7 @@ class Tokenizer:
         They equal the ids of transformers' apply_chat_template. Raise ValueError if there is no
         template or no jinja2, or if the template fails or refuses the messages.
         """
-        self._check_chat()
+        self.check_chat()
         with reading("chat_template", extra="chat"):
             rendered = render_chat(self.chat_template, messages, self.special, tools)
             # The template has written the special tokens.
@@ -177,13 +177,9 @@ class Tokenizer:
                 "only models that continue a text learn from rows with 'messages', and this "
                 "model has an encoder: give rows with 'input' and 'target'"
             )
-        self._check_chat()
-        added = self.backend.get_added_tokens_decoder().values()
-        end_tokens = [token.content for token in added if token.special]
+        self.check_chat()
         with reading("chat_template", extra="chat"):
-            text, spans = render_conversation(
-                self.chat_template, messages, self.special, end_tokens, tools
-            )
+            text, spans = render_conversation(self.chat_template, messages, self.special, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
         is_scored = [False] * len(encoding.ids)
         for i, (first, end) in enumerate(encoding.offsets):
@@ -197,16 +193,19 @@ class Tokenizer:
         It is often a special token, such as <|im_end|>. It is empty if the template has none, or
         refuses such a conversation.
         """
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}]
+        messages = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+        ]
         try:
-            encoded = self.conversation(messages)
-        except ValueError:
+            text, spans = render_conversation(self.chat_template, messages, self.special)
+        except (ValueError, ImportError):
             return ""
-        ids = [i for i, is_scored in zip(*encoded, strict=True) if is_scored]
-        text = self.backend.decode(ids, skip_special_tokens=False)
-        return text.rpartition("answer")[2].strip()
+        first, end = spans[-1]
+        return text[first:end].rpartition("answer")[2].strip()
 
-    def _check_chat(self):
+    def check_chat(self):
+        """Raise ValueError if there is no chat template."""
         if self.chat_template is None:
             raise ValueError(
                 "the tokenizer's files have no chat template: give one with --chat-template FILE "

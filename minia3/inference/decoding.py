@@ -172,14 +172,18 @@ def stream(  # noqa: PLR0913 (the contract)
     return (piece for _, piece in pieces if piece)
 
 
-def generate_pieces(model, tokenizer, prompts, adapter, options):
+def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     """Check everything now, and return an iterator of (index of a text, a piece of it).
 
     The pieces of each text come in order; pieces of different texts alternate.
+
+    cut: a set to which the index of each text is added that `max_new_tokens` has cut. (A beam
+    search does not tell.)
     """
     options.check()
     sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings)
-    return write_in_batches(model, tokenizer, sources, adapter, options)
+    cut = set() if cut is None else cut
+    return write_in_batches(model, tokenizer, sources, adapter, options, cut)
 
 
 def encode_prompts(prompts, tokenizer, n_ids):
@@ -201,7 +205,7 @@ def encode_prompts(prompts, tokenizer, n_ids):
     return sources
 
 
-def write_in_batches(model, tokenizer, sources, adapter, options):
+def write_in_batches(model, tokenizer, sources, adapter, options, cut):
     """Yield (index of a text, a piece of it), one batch of sources after the other."""
     device = model.embed.weight.device
     seed = secrets.randbits(32) if options.seed is None else options.seed
@@ -228,6 +232,7 @@ def write_in_batches(model, tokenizer, sources, adapter, options):
         except NotFiniteError as error:
             index = numbers[error.index] // options.samples
             raise NotFiniteError(f"prompt {index}", index) from None
+        cut.update(number for row, number in enumerate(numbers) if row not in ended)
         for number, text in zip(numbers, texts, strict=True):
             yield number, text.finish()
 
