@@ -17,6 +17,7 @@ from minia3.tasks.prompts import (
     check_template,
     field_names,
     nearest_of,
+    rename_field,
     root_of,
 )
 from minia3.tasks.task import TaskSpec
@@ -64,6 +65,9 @@ EXPECTED = (
 )
 # Columns that are used under these names, whatever the others are.
 SPECIAL = ("idx", "adapter")
+# Names that our rows have for something else than a text. If a prompt uses such a column, then the
+# column gets another name.
+RESERVED = ("label", "idx", "messages")
 
 
 class ColumnFlags(NamedTuple):
@@ -131,6 +135,7 @@ def understand(
     )
     if not choice.messages and not spec.span_field:  # WSC's spans become fields later
         columns.check_prompts(prompts)
+    spec = rename_reserved(spec, columns)
     return Understanding(spec, columns.describe(choice, labels), notes_on(choice, labels))
 
 
@@ -260,6 +265,28 @@ def find_set(
         if all(name in columns for name in needed):
             return column_set
     return None
+
+
+def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
+    """Return the task with other names for the columns of RESERVED that its prompts use."""
+    prompts = list(spec.prompts)
+    fields = dict(spec.fields)
+    label_field = spec.label_field
+    for name in RESERVED:
+        new_name = f"{name}_text"
+        renamed = [rename_in_prompt(prompt, name, new_name) for prompt in prompts]
+        if renamed != prompts:
+            prompts = renamed
+            fields[columns.spelled(name)] = new_name
+            if label_field.lower() == name:
+                label_field = new_name
+    return spec._replace(prompts=tuple(prompts), fields=fields, label_field=label_field)
+
+
+def rename_in_prompt(prompt: Prompt, name: str, new_name: str) -> Prompt:
+    text = rename_field(prompt.text, name, new_name)
+    target = rename_field(prompt.target, name, new_name)
+    return prompt._replace(text=text, target=target)
 
 
 def only_field(target: str) -> str:
@@ -405,18 +432,23 @@ class Columns:
 
     def advise(self) -> str:
         """Return what to do about columns of which no set is known: mend a name, or give flags."""
+        hint = ""
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
             unknown = [name for name in self.names if name not in column_set.names]
-            near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
-            if len(missing) == 1 and near:
-                return f"did you mean {missing[0]!r} by {self.names[near[0]]!r}?"
+            near = []
+            if len(missing) == 1:
+                near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
+            if near:
+                hint = f"did you mean {missing[0]!r} by {self.names[near[0]]!r}? Otherwise "
+                break
         # The longest texts are the input, most of the time.
         longest = sorted(self.names.values(), key=self.length_of, reverse=True)
         if len(longest) < 2:
             return "add a column with the answers"
+        flags = f'--input "{{{longest[0]}}}" --target "{{{longest[1]}}}"'
         return (
-            f'say which is which with --input "{{{longest[0]}}}" --target "{{{longest[1]}}}", '
+            f"{hint}say which is which with {flags}, "
             "and add --labels WORD,WORD if the target is one of a few words"
         )
 

@@ -120,9 +120,23 @@ def field_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+@lru_cache(maxsize=1024)
 def root_of(name: str) -> str:
     """Return the field of the row to which an item belongs: endings, for endings[3]."""
     return re.split(r"[.\[]", name)[0]
+
+
+def rename_field(text: str, name: str, new_name: str) -> str:
+    """Return a format string with another name for a field, whatever the case of its old name."""
+    parts = []
+    for literal, found, _, _ in string.Formatter().parse(text):
+        parts.append(escape(literal))
+        if found is not None:
+            root = root_of(found)
+            rest = found[len(root) :]
+            kept = new_name if root.lower() == name else root
+            parts.append(f"{{{kept}{rest}}}")
+    return "".join(parts)
 
 
 def escape(text: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 from task_files import lines
 
 from minia3.tasks.labels import Labels, find_choice, label_text, name_labels, split_words
+from minia3.tasks.prompts import render
 from minia3.tasks.splits import load_task
 
 
@@ -102,6 +103,7 @@ def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
         load(tmp_path, many[:299])
     task = load(tmp_path, many[:299], target="{label}")
     assert (task.answer, task.metric) == ("target", "exact_match")
+    assert render(task.prompts[0], task.train[5]).choices == [many[task.train[5]["idx"]]]
     named = ",".join(f"w{i}" for i in range(60))
     assert len(load(tmp_path, many[:299], labels=named).prompts[0].choices) == 60
 
