@@ -7,7 +7,8 @@ import warnings
 from os.path import realpath
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import hub_name, public_name
+from minia3.model.adapter_rows import find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
 
@@ -17,10 +18,10 @@ def row_of(model, adapter):
 
     The rows are views: changing one changes the model. Raise ValueError if there is no such row.
     """
-    if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
-        expected = f"the model has rows 0 to {model.n_adapters - 1}"
-        raise ValueError(f"adapter {adapter!r} is not an int, or out of range: {expected}")
-    return {name: vector.detach()[adapter] for name, vector in vectors(model).items()}
+    if type(adapter) is not int:
+        raise ValueError(f"adapter {adapter!r} is not an int")
+    row = find_row(adapter, model)
+    return {name: vector.detach()[row] for name, vector in vectors(model).items()}
 
 
 def save_adapter(model, folder, adapter=0):
@@ -82,5 +83,10 @@ def fitting_vectors(model, adapter_file, origin):
 
 
 def is_same_base(name, other_name):
-    """Return whether two names or paths mean one model, however they are spelled."""
-    return realpath(hub_name(name)) == realpath(hub_name(other_name))
+    """Return whether two names or paths mean one model, however they are spelled.
+
+    The file of an adapter names a local folder without its place (`public_name`).
+    """
+    if realpath(hub_name(name)) == realpath(hub_name(other_name)):
+        return True
+    return name == public_name(other_name) or other_name == public_name(name)

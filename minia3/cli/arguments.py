@@ -1,7 +1,8 @@
 """Arguments that several commands share, and the functions that load what they name."""
 
 import argparse
-import os
+
+from minia3.files.write import is_free
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
 
@@ -34,14 +35,16 @@ def add_device_options(parser):
     parser.add_argument(
         "--dtype", help="float32, bfloat16 ... (default: the dtype of the stored weights)"
     )
+    parser.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="look for NaN and infinite numbers in the weights first",
+    )
 
 
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
-    is_taken = os.path.isfile(path)
-    if os.path.isdir(path):
-        is_taken = any(not name.startswith(".") for name in os.listdir(path))
-    if is_taken:
+    if not is_free(path):
         raise argparse.ArgumentTypeError(f"{path} exists and is not empty: give a new folder")
     return path
 
@@ -57,7 +60,7 @@ def load_model(args):
     dtype = None
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
-    return load_model(args.model, dtype=dtype, device=device)
+    return load_model(args.model, dtype=dtype, device=device, check_finite=args.check_weights)
 
 
 def load_any_adapter(model, adapter):

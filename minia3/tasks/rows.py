@@ -3,56 +3,89 @@
 One message names all bad rows of all files.
 """
 
+import math
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
-from minia3.tasks.prompts import check_fields
+from minia3.tasks.labels import find_choice, find_user_label
+from minia3.tasks.messages import check_messages, has_answer
+from minia3.tasks.prompts import Prompt, check_fields, field_names, nearest_of, root_of
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.task import TaskSpec
 
 MAX_PROBLEMS = 5  # in one error message; the others are counted
+PREDICTED = "predicted"  # the split of rows that are to be answered, whose answers do not matter
 
 
-def read_files(files: dict[str, list[Path]], spec: TaskSpec) -> dict[str, list[dict]]:
-    """Return the checked rows of each split. `files` and the result have the splits as their keys.
+class FileRow(NamedTuple):
+    """A row, and where it stands in a file."""
 
-    Raise one ValueError for everything that is wrong with any row of any file.
-    """
+    path: Path
+    number: int  # counts from 1; 0: the file has no rows
+    row: dict | ValueError
+
+
+def read_files(files: dict[str, list[Path]], keep_empty: bool) -> dict[str, list[FileRow]]:
+    """Return the rows of each file, as they are. `files` and the result have splits as keys."""
     rows = {}
-    problems = []
     for split, paths in files.items():
         rows[split] = []
         for path in paths:
-            problems += read_file(path, spec, split, rows[split])
-    if spec.has_user_rows:
-        problems += find_mixed_kinds(rows, files)
+            n_before = len(rows[split])
+            rows[split] += [FileRow(path, *found) for found in read_rows(path, keep_empty)]
+            if len(rows[split]) == n_before:
+                rows[split].append(FileRow(path, 0, ValueError("no rows")))
+    return rows
+
+
+def check_files(
+    rows: dict[str, list[FileRow]], files: dict[str, list[Path]], spec: TaskSpec
+) -> dict[str, list[dict]]:
+    """Return the checked rows of each split, and empty the lists of `rows`.
+
+    Raise one ValueError for everything that is wrong with any row of any file.
+    """
+    checked = {}
+    problems = []
+    for split in files:
+        checked[split], problems_of_split = check_split(rows[split], spec, split)
+        problems += problems_of_split
+    if not spec.is_published:
+        problems += find_mixed_kinds(checked, files, spec)
     if len(problems) > MAX_PROBLEMS:
         n_others = len(problems) - MAX_PROBLEMS
         problems = [*problems[:MAX_PROBLEMS], f"and {n_others} more"]
     if problems:
         raise ValueError("; ".join(problems))
-    return rows
+    return checked
 
 
-def read_file(path: Path, spec: TaskSpec, split: str, rows: list[dict]) -> list[str]:
-    """Append the good rows of a file to those of its split. Return a message for each bad row."""
-    n_before = len(rows)
+def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[dict], list[str]]:
+    """Return the good rows of a split, and a message for each bad one. Empty the list `rows`,
+    because a large file should not be in the memory twice.
+    """
+    checked = []
     problems = []
-    for number, row in read_rows(path, keep_empty=not spec.has_user_rows):
+    rows.reverse()
+    while rows:
+        path, number, row = rows.pop()
         try:
-            rows.append(check_row(row, spec, split, len(rows)))
+            checked.append(check_row(row, spec, split, len(checked)))
         except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if len(rows) == n_before and not problems:
-        problems.append(f"{path}: no rows")
-    return problems
+            place = f"{path}:{number}" if number else path
+            problems.append(f"{place}: {error}")
+    return checked, problems
 
 
-def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, list[Path]]) -> list[str]:
+def find_mixed_kinds(
+    rows: dict[str, list[dict]], files: dict[str, list[Path]], spec: TaskSpec
+) -> list[str]:
     """Return a message if some rows have a target and others choices. (A task has one metric.)"""
-    has_target = ["target" in row for row in chain.from_iterable(rows.values())]
-    n_targets = sum(has_target)
-    if n_targets in (0, len(has_target)):
+    answers = [spec.answer_of(row) for row in chain.from_iterable(rows.values())]
+    n_targets = answers.count("target")
+    if n_targets in (0, len(answers)):
         return []
     names = ", ".join(map(str, chain.from_iterable(files.values())))
     return [
@@ -69,40 +102,153 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     number: the `idx` of the row, if it has none in its file.
 
     Raise ValueError if something is wrong with the row. If the row is itself a ValueError (see
-    `read_rows`), raise it. Only rows of the split "test" may lack a label.
+    `read_rows`), raise it. Only rows of the split "test" may lack a label. The answers of the split
+    PREDICTED are not read.
     """
     if isinstance(row, ValueError):
         raise row
     row = {spec.fields.get(name, name): value for name, value in row.items()}
     if spec.span_field:
         unpack_spans(row, spec.span_field)
-    if spec.has_user_rows:
-        check_user_row(row)
-    row["label"] = read_label(row, spec, may_be_hidden=split == "test")
+    if not spec.is_published:
+        check_user_row(row, spec, split)
+    label = -1
+    if split != PREDICTED:
+        label = read_label(row, spec, may_be_hidden=split == "test")
+    row["label"] = label
     if type(row.get("idx")) is not int:  # not isinstance, because a bool is an instance of int
         row["idx"] = number
-    # The first prompt uses every field that any prompt of the task uses (a test says so).
-    check_fields(spec.prompts[0], row)
+    check_prompts(row, spec, split)
     return row
 
 
-def check_user_row(row: dict):
-    """Raise ValueError if a user's row lacks a text that it should have."""
+def check_prompts(row: dict, spec: TaskSpec, split: str):
+    """Raise ValueError if the row lacks a field of a prompt."""
+    if spec.is_published:
+        # The first prompt uses every field that any prompt of the task uses (a test says so).
+        check_fields(spec.prompts[0], row)
+        return
+    if spec.answer_of(row) == "messages":
+        return
+    for prompt in spec.prompts:
+        if split == PREDICTED:
+            prompt = without_target(prompt)
+        check_fields(prompt, row)
+
+
+def without_target(prompt: Prompt) -> Prompt:
+    """Return a prompt for rows that have no text to write yet. It is "?"."""
+    return prompt._replace(target="?") if prompt.target else prompt
+
+
+def check_user_row(row: dict, spec: TaskSpec, split: str):
+    """Give a user's row the spelling of its names that the task expects, and empty texts in place
+    of missing ones. Raise ValueError if it lacks a text that it should have.
+    """
+    spell_names(row, expected_names(spec))
+    prompt = spec.prompts[0]
+    if spec.answer_of(row) == "messages":
+        check_conversation(row, split)
+        return
+    row.pop("messages", None)  # a column that is not used
+    if prompt.choices:
+        check_input(row, prompt)
+    elif prompt.target:
+        check_input(row, prompt)
+        if split != PREDICTED:
+            check_texts(row, plain_names(prompt.target))
+    else:
+        check_own_answer(row, split)
+        check_input(row, prompt)
+
+
+def expected_names(spec: TaskSpec) -> list[str]:
+    """Return the names of the fields that the task uses."""
+    if spec.messages:
+        return [spec.messages]
+    names = [spec.label_field]
+    for prompt in spec.prompts:
+        for text in (prompt.text, prompt.target, *(prompt.choices or ())):
+            if "{" in text:
+                names += map(root_of, field_names(text))
+        if not prompt.choices and not prompt.target:
+            names += ("choices", "target")
+    return names
+
+
+def spell_names(row: dict, names: Iterable[str]):
+    """Rename fields that differ from an expected name in case or in white space at the ends."""
+    missing = [name for name in names if name not in row]
+    if not missing:
+        return
+    spelled = {name.strip().lower(): name for name in row}
+    for name in missing:
+        found = spelled.get(name.lower())
+        if found in row and found not in names:
+            row[name] = row.pop(found)
+
+
+def plain_names(text: str) -> list[str]:
+    """Return the fields of a format string that are used as a whole: {answer}, not {answers[0]}."""
+    return [name for name in field_names(text) if root_of(name) == name]
+
+
+def check_input(row: dict, prompt: Prompt):
+    """Raise ValueError if the fields of a prompt's text are not texts, or all of them are empty.
+
+    A field may be empty if another one is not, such as the input of an instruction.
+    """
+    names = plain_names(prompt.text)
+    filled = [name for name in names if not is_missing(row.get(name))]
+    if len(names) > 1 and filled:
+        for name in names:
+            if is_missing(row.get(name)):
+                row[name] = ""
+        names = [name for name in names if row[name] != ""]
+    check_texts(row, names)
+
+
+def check_texts(row: dict, names: Iterable[str]):
+    """Make texts of the numbers in these fields. Raise ValueError for anything else."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, int | float) and not is_missing(value):
+            row[name] = str(value).removesuffix(".0")
+        elif not is_text(value):
+            found = "" if name in row else nearest_of(name, row)
+            raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
+
+
+def check_own_answer(row: dict, split: str):
+    """Raise ValueError unless a row has either a target or choices of its own."""
+    if split == PREDICTED:
+        if row.get("choices") is None:
+            row.pop("choices", None)
+            row["target"] = "?"
+        else:
+            row.pop("target", None)
     if ("target" in row) == ("choices" in row):
         raise ValueError(
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
         )
-    texts = {"input": row.get("input")}
     if "target" in row:
-        texts["target"] = row["target"]
-    for name, text in texts.items():
-        if not is_text(text):
-            raise ValueError(f"{name!r} is {text!r:.80}, expected a text that is not empty")
-    if "choices" in row and not are_choices(row["choices"]):
+        check_texts(row, ["target"])
+    elif not are_choices(row["choices"]):
         raise ValueError(
             f"'choices' is {row['choices']!r:.80}, "
             "expected a list of texts that differ and are not empty"
         )
+
+
+def check_conversation(row: dict, split: str):
+    """Raise ValueError if a row's messages are no conversation, or have no answer to learn."""
+    row.setdefault("messages", None)
+    check_messages(row, needs_answer=split not in ("test", PREDICTED))
+
+
+def is_missing(value) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (isinstance(value, str) and not value.strip())
 
 
 def is_text(value) -> bool:
@@ -117,12 +263,16 @@ def are_choices(value) -> bool:
 
 def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
     """Return the label of a row as an integer, or -1 if it is hidden."""
-    if not spec.has_user_rows:
-        return find_label(row.get(spec.label_field), spec.labels, spec.label_field, may_be_hidden)
-    if "target" in row:
-        return 0  # the target is the only choice, and the right one
-    indices = [str(i) for i in range(len(row["choices"]))]
-    return find_label(row.get("label"), indices, "label", may_be_hidden)
+    field = spec.label_field
+    if spec.is_published:
+        return find_label(row.get(field), spec.labels, field, may_be_hidden)
+    if spec.answer_of(row) == "messages":
+        return 0 if has_answer(row["messages"]) else -1
+    if spec.answer_of(row) == "target":
+        return 0  # the text to write is the only choice, and the right one
+    if spec.labels:
+        return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)
+    return find_choice(row.get(field), row["choices"], field, may_be_hidden)
 
 
 def find_label(value, labels: list[str], field: str, may_be_hidden: bool) -> int:

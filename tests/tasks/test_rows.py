@@ -84,14 +84,17 @@ BAD_LINES = [
     ),
     (
         lines({"input": "a"}),
-        r"expected either 'target', or 'choices' and 'label'; found \['input'\]",
+        r"'target' is None, expected a text that is not empty; the columns are input",
     ),
     (
         lines({"input": "a", "target": "b", "choices": ["b"], "label": 0}),
         "expected either 'target', or",
     ),
     (lines({"input": "a", "target": " "}), "'target' is ' ', expected a text that is not empty"),
-    (lines({"input": "a", "target": 4}), "'target' is 4, expected a text that is not empty"),
+    (
+        lines({"input": "a", "target": [4]}),
+        r"'target' is \[4\], expected a text that is not empty",
+    ),
     (lines({"input": "a", "choices": [], "label": 0}), r"'choices' is \[\], expected a list"),
     (lines({"input": "a", "choices": "bc", "label": 0}), "'choices' is 'bc', expected a list"),
     (lines({"input": "a", "choices": None, "label": 0}), "'choices' is None, expected a list"),
@@ -117,16 +120,20 @@ BAD_LINES = [
         "'label' is -1, expected one of 0, 1",
     ),
     (
-        lines({"input": "a", "choices": ["b", "c"], "label": "b"}),
-        "'label' is 'b', expected one of 0, 1",
+        lines({"input": "a", "choices": ["b", "c"], "label": "d"}),
+        "'label' is 'd', expected one of 0, 1 or one of the choices",
     ),
     (
         lines({"input": "a", "choices": ["b", "c"], "label": True}),
         "'label' is True, expected one of 0, 1",
     ),
     (
-        lines({"input": "a", "choices": ["b", "c"], "label": 1.0}),
-        "'label' is 1.0, expected one of 0, 1",
+        lines({"input": "a", "choices": ["b", "c"], "label": 1.5}),
+        "'label' is 1.5, expected one of 0, 1",
+    ),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": [1]}),
+        r"'label' is \[1\], expected one of 0, 1",
     ),
     (
         '{"input": "café", "target": "b"}'.encode("latin-1"),
@@ -174,7 +181,7 @@ def test_one_error_shows_five_bad_rows_of_all_files_and_counts_the_others(tmp_pa
         "val.jsonl:3",
     ]
     (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad[:2]))
-    with pytest.raises(ValueError, match="expected either") as error:
+    with pytest.raises(ValueError, match="'target' is None") as error:
         load_task(str(tmp_path))
     assert "more" not in str(error.value)
 
@@ -189,9 +196,11 @@ def test_a_file_in_another_encoding_is_one_error_and_not_one_for_each_line(tmp_p
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", "\ufeff".encode()])
 def test_an_empty_file_is_reported_together_with_bad_rows_of_other_files(tmp_path, content):
-    (tmp_path / "train.jsonl").write_bytes(lines({"input": "a"}))
+    (tmp_path / "train.jsonl").write_bytes(lines({"input": " ", "target": "b"}))
     (tmp_path / "val.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.jsonl:1: expected .*val\.jsonl: no rows\Z"):
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:1: 'input' is ' ', .*val\.jsonl: no rows\Z"
+    ):
         load_task(str(tmp_path))
 
 
@@ -213,5 +222,7 @@ def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
         load_task(str(tmp_path / "one.jsonl"))
     (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
     (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
-    with pytest.raises(ValueError, match=r"train\.jsonl, .*val\.jsonl: 1 rows have 'target'"):
+    with pytest.raises(
+        ValueError, match=r"val\.jsonl:1: 'target' is None.*the columns are input, choices, label"
+    ):
         load_task(str(tmp_path))
