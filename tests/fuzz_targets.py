@@ -710,8 +710,17 @@ def honest_gzip(content):
 
 
 def honest_parquet(content):
-    rows = parquet.read_table(io.BytesIO(content)).to_pylist()
-    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+    rows = []
+    table = parquet.read_table(io.BytesIO(content), use_threads=False)
+    for values in table.to_pylist():
+        row = {}
+        for key, value in values.items():
+            # Without the description of its type, a text is bytes.
+            value = value.decode() if isinstance(value, bytes) else value
+            if value is not None:
+                row[key] = value
+        rows.append(row)
+    return rows
 
 
 def honest_json(content):
@@ -721,7 +730,7 @@ def honest_json(content):
 
 def honest_csv(content):
     """Read the text as a whole, by the csv module's own reader of dicts."""
-    text = io.StringIO(content.decode("utf-8-sig"), newline="")
+    text = io.StringIO(content.decode("utf-8-sig").lstrip("\r\n"), newline="")
     rows = []
     for cells in csv.DictReader(text, strict=True):
         row = {key.strip(): cell for key, cell in cells.items() if cell}
