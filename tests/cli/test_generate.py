@@ -303,7 +303,7 @@ def test_a_conversation_on_a_terminal_says_how_to_leave_and_ends_with_ctrl_d():
 def test_ctrl_c_ends_the_answer_and_not_the_program(slow_chat):
     assert "(a conversation; /help shows" in slow_chat.read(b"> ")
     slow_chat.type("w3\n")
-    slow_chat.read(b"w3\nw")  # the answer has begun
+    slow_chat.read(b"\nw")  # the answer has begun
     slow_chat.type("\x03")
     assert " [stopped]\n" in slow_chat.read(b"\n> ")
     slow_chat.type("/exit\n")
