@@ -13,164 +13,25 @@ minia3/model/ia3.py.
 
 import shlex
 import sys
-from dataclasses import dataclass
 
 import torch
 
 from minia3.inference.scoring import choice_logprobs
-from minia3.model.more_vectors import LINEARS, SITE_NAMES
 from minia3.training.announce import announce_device, announce_group
-from minia3.training.device import (
-    DTYPES,
-    choose_device,
-    choose_dtype,
-    use_deterministic_kernels,
-)
-from minia3.training.flags import flag, parse_flags
+from minia3.training.config import Config
+from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
+from minia3.training.flags import parse_flags
 from minia3.training.grid import make_cells
 from minia3.training.group import Group
-from minia3.training.losses import LOSSES
-from minia3.training.methods import METHODS, TRAINED, TRAINED_ALONE, save_trained
+from minia3.training.methods import TRAINED_ALONE, save_trained
 from minia3.training.model_card import write_card
-from minia3.training.optimizer import OPTIMIZERS, learning_rate
+from minia3.training.optimizer import learning_rate
 from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
 from minia3.training.rules import check_config
 from minia3.training.run import Failed, Run
 from minia3.training.run_folder import restore_flags
 from minia3.training.signals import Signals, Stopped
-
-
-@dataclass
-class Config:
-    """The flags of a run. `python train.py --help` prints these texts."""
-
-    # What is trained, and on what
-    model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
-    task: str | tuple = flag(
-        "same-colour",
-        "known task (rte ...), .jsonl or .csv file, or folder; commas separate several tasks",
-    )
-    method: str = flag(
-        "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS
-    )
-    sites: str = flag(
-        "k,v,ff", "vectors that train; q,o,up,gate are not in the paper", some_of=SITE_NAMES
-    )
-    layers: str = flag(
-        "0-", "layers whose vectors train, such as 0-5,20-; for T5, of the encoder and the decoder"
-    )
-    no_cross: bool = flag(False, "do not train the vectors of cross-attention")
-    rank: int = flag(8, "rank of LoRA", at_least=1)
-    alpha: int = flag(16, "scale of LoRA, which adds alpha / rank * B A to a weight", at_least=1)
-    where: str = flag(
-        "q,v", "weights that LoRA is added to: some of q,k,v,o,gate,up,down", some_of=LINEARS
-    )
-    shots: int | None = flag(
-        None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1
-    )
-    adapters: str = flag(
-        "each",
-        "for several tasks: each (an adapter per task) or one (an adapter for their mixture)",
-        one_of=("each", "one"),
-    )
-    cap: int = flag(2**16, "a mixture draws a larger task as if it had this many rows", at_least=1)
-    seed: int | tuple = flag(
-        0,
-        "seed of shots, order, prompts and dropout; commas separate several seeds",
-        at_least=0,
-        below=2**32,
-    )
-    adapter: str | None = flag(
-        None,
-        "PEFT adapter to start from, or to evaluate (default: none, so all vectors are one)",
-        also=["--init"],
-    )
-    eval_only: bool = flag(False, "evaluate and stop; nothing is written unless --out is given")
-
-    # Where the data, the run and the model are
-    data_dir: str = flag("data", "folder of tasks; missing files are downloaded into it")
-    out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
-    resume: str | None = flag(
-        None, "continue the run in this folder, with its flags (default: a new run)"
-    )
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
-    dtype: str | None = flag(
-        None,
-        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
-        "and on a CPU)",
-        one_of=tuple(DTYPES),
-    )
-    compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
-    recompute: bool = flag(
-        False, "recompute blocks in the backward pass: less memory, slower steps"
-    )
-    deterministic: bool = flag(
-        False, "use deterministic kernels: on a GPU, too, equal runs give equal bits"
-    )
-
-    # The recipe, with T-Few's values
-    steps: int = flag(1000, "steps of the optimizer", at_least=1)
-    batch_size: int = flag(8, "examples per step and adapter", at_least=1)
-    micro_batch_size: int | None = flag(
-        None, "examples per forward pass, to save memory (default: the whole batch)", at_least=1
-    )
-    optimizer: str | None = flag(
-        None,
-        "adafactor or adamw (default: adafactor for ia3, adamw for lora and full)",
-        one_of=OPTIMIZERS,
-    )
-    lr: float | tuple = flag(
-        3e-3,
-        "peak learning rate; with adafactor, relative to a vector's RMS; commas separate several",
-        above=0,
-        below=1e32,
-    )
-    warmup_ratio: float | tuple = flag(
-        0.06,
-        "share of the steps in which the learning rate rises; commas separate several",
-        at_least=0,
-        below=1,
-    )
-    clip: float = flag(1.0, "largest norm of an adapter's gradient", above=0)
-    weight_decay: float = flag(
-        0.0,
-        "weight decay of adamw; it pulls vectors toward 0, although 1 is the identity",
-        at_least=0,
-    )
-    losses: str = flag(
-        "lm,ul,ln",
-        "losses to add up: lm likelihood, ul unlikelihood, ln length-normalised",
-        some_of=tuple(LOSSES),
-    )
-    dropout: float | None = flag(
-        None, "dropout in training (default: as the model's config says)", at_least=0, below=1
-    )
-
-    # Evaluation and checkpoints
-    max_length: int = flag(
-        512, "most tokens of an input; a longer input loses words from its middle", at_least=1
-    )
-    max_new_tokens: int = flag(64, "most tokens to generate for a row with a target", at_least=1)
-    eval_prompt: str | int = flag(
-        "0", "prompts to evaluate with: 0, or 0,1,2, or all; the result is the median"
-    )
-    eval_batch_size: int = flag(16, "rows per forward pass in evaluation", at_least=1)
-    eval_every: int = flag(
-        0,
-        "steps between evaluations on held-out rows, which choose the best vectors (0: never)",
-        at_least=0,
-    )
-    patience: int = flag(
-        0,
-        "stop after this many evaluations in a row without a better one (0: never)",
-        at_least=0,
-    )
-    save_every: int = flag(100, "steps between checkpoints", at_least=1)
-
-    @property
-    def is_training(self):
-        return self.method in TRAINED and not self.eval_only
 
 
 def train(run, group, config):

@@ -37,7 +37,7 @@ from minia3.model.llama import Llama, LlamaConfig
 from minia3.model.t5 import T5, T5Config
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import Prompt
-from minia3.tasks.rows import read_rows
+from minia3.tasks.row_files import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint

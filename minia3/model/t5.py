@@ -20,7 +20,14 @@ from torch import nn
 
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
-from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias
+from minia3.model.sequence_state import (
+    Cache,
+    Context,
+    State,
+    check_bias,
+    check_start,
+    mask_to_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,7 @@ class Stack(nn.Module):
 
     def position_bias(self, position_L, position_M):
         """Return (1, H, L, M): the bias for each position of a query and each position of a key."""
+        check_bias(self.position.embedding_dim, len(position_L), len(position_M))
         bucket_LM = distance_bucket(
             position_M - position_L[:, None],
             self.is_bidirectional,
@@ -135,6 +143,7 @@ class T5(nn.Module):
         memory_bias_B11M = None
         if mask is not None:
             packing = Packing(mask, source.device)
+            check_bias(len(source), *bias_BHMM.shape[1:])
             memory_bias_B11M = mask_to_bias(mask.to(source.device)[:, None, None, :], x.dtype)
             bias_BHMM = bias_BHMM + memory_bias_B11M
 
@@ -179,6 +188,11 @@ class T5(nn.Module):
         if self.config.scale_logits:
             x = x * self.config.d_model**-0.5
         return F.linear(x, self.head_weight)
+
+    @property
+    def n_bias_heads(self):
+        """How many numbers a bias has for each query and key: each head has its own."""
+        return self.config.n_heads
 
     @property
     def head_weight(self):

@@ -39,6 +39,8 @@ def describe_assignment(assignment, config):
         use = "put before each input"
     report = f"{n_report} rows of {assignment.report_split} to report on"
     lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
+    if assignment.task.columns:
+        lines.append(f"columns  {assignment.task.columns}")
     for note in assignment.notes:
         lines.append(f"note     {note}")
     return lines

@@ -104,10 +104,10 @@ def check_train_rows(task, config, train_rows, held_out_rows):
     if needs_rows and not train_rows:
         kept = " besides those that --eval-every holds out" if held_out_rows else ""
         raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
-    has_no_loss = task.metric == "exact_match" and "lm" not in config.losses.split(",")
+    has_no_loss = task.answer != "choices" and "lm" not in config.losses.split(",")
     if config.is_training and has_no_loss:
         raise ValueError(
-            f"{task.name}: its rows have a target but no choices, so only the loss lm can train: "
+            f"{task.name}: its rows have a text to write and no choices, so only the loss lm can train: "
             f"expected lm in --losses, found {config.losses}"
         )
 

@@ -6,6 +6,10 @@ from minia3.training.flags import flag_words
 
 # A result depends on these flags even if nothing is trained.
 EVALUATION_FLAGS = (
+    "input",
+    "target",
+    "labels",
+    "metric",
     "data_dir",
     "shots",
     "seed",

@@ -49,7 +49,7 @@ def encode_plan(plan, cell, tokenizer):
         pairs = []
         for _, row, prompt in places:
             pairs.append((assignment.train_rows[row], assignment.prompts[prompt]))
-        has_end = assignment.task.metric == "exact_match"  # texts to generate must learn to end
+        has_end = assignment.task.answer != "choices"  # texts to generate must learn to end
         _, encoded, n_cut_here = encode_rows(pairs, tokenizer, cell.config.max_length, has_end)
         examples |= dict(zip(places, encoded, strict=True))
         n_cut += n_cut_here

@@ -68,6 +68,42 @@ def with_adapters(folder):
     return model, minia3.load_tokenizer(running.model("t5"))
 
 
+@pytest.fixture
+def damaged(tmp_path):
+    """The folder of the random LLaMA with NaN in the embedding of w33."""
+    model = minia3.load_model(running.model("llama"))
+    model.embed.weight.data[33] = float("nan")
+    tokenizer = minia3.load_tokenizer(running.model("llama"))
+    minia3.save_model(model, tmp_path / "damaged", tokenizer)
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("choices", [{"choices": ["w4", "w5"]}, {}])
+def test_scores_that_are_not_finite_are_one_line_that_names_the_row(
+    choices, damaged, tmp_path, capsys
+):
+    rows = [{"input": f"w{n}", **choices} for n in (30, 31, 32, 33, 34)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert "row 3: the model's scores are not finite" in fails(capsys, damaged, file)
+    assert len(predicted(capsys, damaged, write(file, rows[:3]))) == 3
+
+
+def test_choices_that_are_one_text_to_the_tokenizer_are_a_warning(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"input": "w9", "choices": ["w4\nw5", "w4 w5"]}])
+    predict(running.model("t5"), file)
+    assert "are one text to the tokenizer" in capsys.readouterr().err
+
+
+def test_a_token_without_an_embedding_is_one_line_that_names_the_line(tmp_path, capsys):
+    model = minia3.load_model(running.model("llama"))
+    tokenizer = minia3.load_tokenizer(running.model("llama"))
+    tokenizer.backend.add_special_tokens(["<new>"])
+    minia3.save_model(model, tmp_path / "model", tokenizer)
+    rows = [{"input": "w9"}, {"input": "w9 <new>"}]
+    err = fails(capsys, tmp_path / "model", write(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl:2: the tokenizer has the token '<new>' with the id 61, but" in err
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gives(
     name, tmp_path, capsys
@@ -238,7 +274,7 @@ def test_a_folder_that_holds_no_adapter_is_refused(tmp_path, capsys):
         ("[1]", "JSON object"),
         ({}, "'input'"),
         ({"input": ""}, "'input'"),
-        ({"input": 7}, "'input'"),
+        ({"input": [7]}, "'input'"),
         ({"input": "w3", "choices": []}, "'choices'"),
         ({"input": "w3", "choices": "w4"}, "'choices'"),
         ({"input": "w3", "choices": ["w4", 5]}, "'choices'"),

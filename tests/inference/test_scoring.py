@@ -171,6 +171,32 @@ def test_rank_says_what_is_wrong_with_its_lists(both):
         rank(["w4", "w5"], ["w6"], adapter=[0, 3])
 
 
+def test_scores_that_are_not_finite_are_an_error_that_names_the_prompt(both, loaded):
+    model = loaded(both.name)
+    model.embed.weight.data[33] = float("nan")
+    prompts = ["w4 w5", "w4", "w33 w4", "w33 w4 w5"]
+    with pytest.raises(ValueError, match=r"^prompt 2: the model's scores are not finite: "):
+        minia3.rank(model, both.tokenizer, prompts, ["w6", "w7"])
+    found = minia3.rank(model, both.tokenizer, prompts[:2], [["w6"], ["w6", "w7"]])
+    assert found.isfinite().tolist() == [[True, False], [True, True]]  # -inf: there is no choice
+
+
+def test_two_choices_that_are_one_text_to_the_tokenizer_are_a_warning(both):
+    with pytest.warns(
+        UserWarning, match=r"'w6\\nw7' and 'w6 w7' are one text .* first always wins"
+    ):
+        scores = minia3.rank(both.model, both.tokenizer, ["w4"], ["w5", "w6\nw7", "w6 w7"])
+    assert scores[0, 1] == scores[0, 2]
+
+
+def test_a_token_without_an_embedding_is_refused(both):
+    tokenizer = word_tokenizer(both.is_t5)
+    tokenizer.backend.add_special_tokens(["<new>"])
+    for prompt, choice in (("w4 <new>", "w5"), ("w4", "w5 <new>")):
+        with pytest.raises(ValueError, match=r"the token '<new>' with the id 61, but the model's"):
+            minia3.rank(both.model, tokenizer, [prompt], [choice])
+
+
 def test_prompts_and_choices_without_tokens_are_named(both):
     tokenizer = word_tokenizer(ends=False)  # adds nothing to an empty text
     with pytest.raises(ValueError, match=r"prompts \[1, 2\] have no tokens"):
