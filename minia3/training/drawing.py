@@ -55,5 +55,7 @@ def encode_plan(plan, cell, tokenizer):
         n_cut += n_cut_here
     if n_cut:
         limit = f"{cell.config.max_length} tokens (--max-length)"
-        print(f"note     {n_cut} of {len(examples)} training inputs are cut to {limit}")
+        has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
+        how = "lose their oldest turns to fit into" if has_chats else "are cut to"
+        print(f"note     {n_cut} of {len(examples)} training inputs {how} {limit}")
     return examples
