@@ -4,9 +4,7 @@ import json
 import re
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 from minia3.cli.arguments import (
     add_adapter_option,
@@ -118,36 +116,28 @@ def run(args):
 
 
 def prepare_chat(model, tokenizer, args):
-    """Choose the chat template, and let its end of a turn end an answer.
+    """Choose the chat template, and let its end of a turn end an answer."""
+    from minia3.checkpoints.chat import read_template
+    from minia3.inference.turns import end_answers
 
-    The model's files may name another end token: a base model that has learned to chat ends in the
-    token of the template.
-    """
-    template = adapter_template(args.adapter)
     if args.chat_template:
-        from minia3.checkpoints.chat import read_template
-
-        template = read_template(args.chat_template)
-    if template is not None:
-        tokenizer.chat_template = template
+        tokenizer.chat_template = read_template(args.chat_template)
+    elif args.adapter:
+        template = adapter_template(args.adapter)
+        tokenizer.chat_template = template or tokenizer.chat_template
     tokenizer.check_chat()
-    ending = tokenizer.end_of_turn()
-    if not ending:
-        return
-    end_id = tokenizer.encode(ending, special=False)[0]
-    if end_id in tokenizer.backend.get_added_tokens_decoder():
-        model.config = replace(model.config, eos_ids=(*model.config.eos_ids, end_id))
-    else:
-        args.stop.append(ending)
+    args.stop += end_answers(model, tokenizer)
 
 
 def adapter_template(adapter):
     """Return the chat template that an adapter was trained with, if it is not the model's own."""
-    if adapter is None or not Path(adapter, "task.json").is_file():
-        return None
-    from minia3.files.read import read_json
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.tasks.task_file import read_tasks_beside
 
-    return read_json(Path(adapter, "task.json")).get("chat_template")
+    for spec in read_tasks_beside(find_adapter(adapter)).values():
+        if spec.chat_template:
+            return spec.chat_template
+    return None
 
 
 class Generator:

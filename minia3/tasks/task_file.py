@@ -109,6 +109,16 @@ def read_tasks(path: Path) -> dict[str, TaskSpec]:
     return tasks
 
 
+def read_tasks_beside(path: Path) -> dict[str, TaskSpec]:
+    """Return the tasks in the task.json of an adapter or a model: name to TaskSpec.
+
+    path: its folder, or a file in its folder.
+    """
+    folder = path.parent if path.is_file() else path
+    task_file = folder / FILE_NAME
+    return read_tasks(task_file) if task_file.is_file() else {}
+
+
 def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     """Return the TaskSpec of an entry. folder: which the paths of `files` are relative to."""
     check_values(entry, KEYS)

@@ -61,4 +61,10 @@ def save_trained(group, cell, folder):
     else:
         save_model(group.model, folder, group.tokenizer)
     # So that `predict` puts further rows into the same words.
-    write_task_file(folder, [(task.name, task.spec) for task in cell.task.members])
+    specs = []
+    for task in cell.task.members:
+        spec = task.spec
+        if spec.messages:
+            spec = spec._replace(chat_template=group.chat_template)
+        specs.append((task.name, spec))
+    write_task_file(folder, specs)

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import termios
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -293,6 +294,7 @@ def test_a_conversation_on_a_terminal_says_how_to_leave_and_ends_with_ctrl_d():
     assert "Ctrl-C   end the answer" in conversation.read(b"\n> ")
     conversation.type("/reset\n")
     assert "(what was said is forgotten)" in conversation.read(b"\n> ")
+    time.sleep(0.5)  # readline loses a signal between its prompt and its wait for keys
     conversation.type("\x03")
     assert "(Ctrl-D leaves)" in conversation.read(b"\n> ")
     conversation.type("\x04")
@@ -303,7 +305,7 @@ def test_a_conversation_on_a_terminal_says_how_to_leave_and_ends_with_ctrl_d():
 def test_ctrl_c_ends_the_answer_and_not_the_program(slow_chat):
     assert "(a conversation; /help shows" in slow_chat.read(b"> ")
     slow_chat.type("w3\n")
-    slow_chat.read(b"w3\nw")  # the answer has begun
+    slow_chat.read(b"\nw")  # the answer has begun
     slow_chat.type("\x03")
     assert " [stopped]\n" in slow_chat.read(b"\n> ")
     slow_chat.type("/exit\n")
