@@ -68,8 +68,8 @@ def encode_plan(plan, cell, model, tokenizer):
     if n_cut:
         limit = f"{config.max_length} tokens (--max-length)"
         has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
-        how = "lose their oldest turns to fit into" if has_chats else "are cut to"
-        print(f"note     {n_cut} of {n_all} training inputs {how} {limit}")
+        effect = "lose their oldest turns to fit into" if has_chats else "are cut to"
+        print(f"note     {n_cut} of {n_all} training inputs {effect} {limit}")
     if n_targets_cut:
         limit = f"{config.max_target_length} tokens (--max-target-length)"
         print(f"note     {n_targets_cut} of {n_all} training targets are cut to {limit}")
