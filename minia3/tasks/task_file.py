@@ -25,7 +25,7 @@ from pathlib import Path
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_template
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_choices, check_template
 from minia3.tasks.task import TaskSpec
 
 FILE_NAME = "task.json"
@@ -137,6 +137,8 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     spec = make_spec(entry)
     prompts = []
     for prompt in spec.prompts:
+        if prompt.choices and spec.labels:
+            check_choices(prompt, spec.labels)
         prompts.append(prompt._replace(choices=prompt.choices or None))
     if target and prompts == list(OWN_PROMPTS):
         raise ValueError("'target' needs prompts: expected 'prompts' with the text of the input")
