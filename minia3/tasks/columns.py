@@ -197,7 +197,7 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
 
 
 def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple[Prompt, ...]:
-    """Return the prompts with a text to write. If it is not asked for, a prompt's own target stays."""
+    """Return the prompts with a text to write. Without --target, a prompt's own target stays."""
     changed = []
     for prompt in prompts:
         if is_asked or not prompt.target:
