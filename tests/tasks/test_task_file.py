@@ -126,10 +126,13 @@ def test_a_task_file_with_too_few_labels_is_refused_before_it_is_used(tmp_path):
 
 
 def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
-    for content in ("[]", '{"data": []}', "{", '"prompts"'):
+    for content in ("[]", '{"data": []}', "{", '"prompts"', "{}"):
         (tmp_path / "rows.json").write_text(content)
         assert find_task_file(str(tmp_path / "rows.json")) is None
     assert find_task_file(str(tmp_path)) is None
+    (tmp_path / FILE_NAME).write_text('{"name": "overruling", "instructions": "..."}')  # RAFT's
+    assert find_task_file(str(tmp_path)) is None
+    assert find_task_file(str(tmp_path / FILE_NAME)) == tmp_path / FILE_NAME
     assert find_task_file("x" * 5000) is find_task_file("a\0b") is None
 
 
