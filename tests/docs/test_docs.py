@@ -223,7 +223,7 @@ def test_flags_in_the_text_exist(page, capsys):
 
 def is_path(name):
     """Whether a name stands for a file or folder that the reader brings, or that a run makes."""
-    suffixes = (".csv", ".jsonl", ".gguf")
+    suffixes = (".csv", ".jsonl", ".json.gz", ".gguf", "moods")
     return name.startswith(("runs/", "path/to/", "hf:")) or name.endswith(suffixes)
 
 
