@@ -39,7 +39,7 @@ from minia3.files.tensors import read_tensors
 from minia3.model.llama import Llama, LlamaConfig
 from minia3.model.t5 import T5, T5Config
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.prompts import Prompt
+from minia3.tasks.prompts import Prompt, render
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
@@ -676,9 +676,16 @@ def check_rows(folder):
         assert repr(good) == repr(HONEST_ROWS[path.suffix](path.read_bytes()))
     task = load_task(path)
     rows = [*task.train, *task.validation, *task.test]
-    assert sorted(row["input"] for row in rows) == sorted(row["input"] for row in good)
-    assert all(0 <= row["label"] < len(row.get("choices", [0])) for row in rows)
+    texts = [as_text(row["input"]) for row in good]
+    assert sorted(row["input"] for row in rows) == sorted(texts)
+    for row in rows:
+        assert 0 <= row["label"] < len(render(task.prompts[0], row).choices)
     assert task.checksums == {path.name: sha256(path.read_bytes()).hexdigest()}
+
+
+def as_text(value):
+    """Return the text that a number is read as."""
+    return value if isinstance(value, str) else str(value).removesuffix(".0")
 
 
 def honest_list(content):

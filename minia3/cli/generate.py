@@ -3,10 +3,9 @@
 import json
 import re
 import sys
+import warnings
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 from minia3.cli.arguments import (
     add_adapter_option,
@@ -105,6 +104,7 @@ def run(args):
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
         load_any_adapter(model, args.adapter)
+        warn_if_endless(args.adapter, tokenizer)
     if args.chat:
         prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
@@ -117,37 +117,50 @@ def run(args):
         generator.answer_all(stdin)
 
 
-def prepare_chat(model, tokenizer, args):
-    """Choose the chat template, and let its end of a turn end an answer.
+def warn_if_endless(adapter, tokenizer):
+    """Warn if an adapter has learned to rank choices, and never to end a text.
 
-    The model's files may name another end token: a base model that has learned to chat ends in the
-    token of the template.
+    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says what
+    it has learned; without that file, nothing is known.
     """
-    template = adapter_template(args.adapter)
-    if args.chat_template:
-        from minia3.checkpoints.chat import read_template
-
-        template = read_template(args.chat_template)
-    if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.check_chat()
-    ending = tokenizer.end_of_turn()
-    if not ending:
+    if tokenizer.has_separate_targets:
         return
-    end_id = tokenizer.encode(ending, special=False)[0]
-    if end_id in tokenizer.backend.get_added_tokens_decoder():
-        model.config = replace(model.config, eos_ids=(*model.config.eos_ids, end_id))
-    else:
-        args.stop.append(ending)
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.cli.predict import tasks_beside
+    from minia3.tasks.task import METRICS
+
+    tasks = tasks_beside(find_adapter(adapter))
+    if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
+        warnings.warn(
+            f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
+            "--max-new-tokens or --stop",
+            stacklevel=1,
+        )
+
+
+def prepare_chat(model, tokenizer, args):
+    """Choose the chat template, and let its end of a turn end an answer."""
+    from minia3.checkpoints.chat import read_template
+    from minia3.inference.turns import end_answers
+
+    if args.chat_template:
+        tokenizer.chat_template = read_template(args.chat_template)
+    elif args.adapter:
+        template = adapter_template(args.adapter)
+        tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.check_chat()
+    args.stop += end_answers(model, tokenizer)
 
 
 def adapter_template(adapter):
     """Return the chat template that an adapter was trained with, if it is not the model's own."""
-    if adapter is None or not Path(adapter, "task.json").is_file():
-        return None
-    from minia3.files.read import read_json
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.tasks.task_file import read_tasks_beside
 
-    return read_json(Path(adapter, "task.json")).get("chat_template")
+    for spec in read_tasks_beside(find_adapter(adapter)).values():
+        if spec.chat_template:
+            return spec.chat_template
+    return None
 
 
 class Generator:

@@ -72,9 +72,9 @@ def run(args):
     forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
-    prediction = Prediction(
-        args, model, load_tokenizer(args.model), forms, adapters, default_adapter
-    )
+    tokenizer = load_tokenizer(args.model)
+    tokenizer.chat_template = forms.chat_template or tokenizer.chat_template
+    prediction = Prediction(args, model, tokenizer, forms, adapters, default_adapter)
     if args.out is None:
         for line in prediction.lines():
             show(line, end="")
@@ -94,15 +94,16 @@ def make_forms(args):
     from minia3.checkpoints.hub import find_adapter
     from minia3.inference.prediction import Forms
     from minia3.tasks.columns import ColumnFlags
+    from minia3.tasks.task_file import read_tasks_beside
 
     if args.adapter is None:
-        tasks = tasks_beside(Path(args.model))  # after full fine-tuning
+        tasks = read_tasks_beside(Path(args.model))  # after full fine-tuning
     else:
-        tasks = tasks_beside(find_adapter(args.adapter))
+        tasks = read_tasks_beside(find_adapter(args.adapter))
     by_adapter = {}
     if args.task is None and is_folder_of_adapters(args.adapter):
         for path in sorted(Path(args.adapter).iterdir()):
-            tasks_of_adapter = tasks_beside(path)
+            tasks_of_adapter = read_tasks_beside(path)
             if tasks_of_adapter:
                 spec = only_task(path, tasks_of_adapter)
                 by_adapter[path.name] = make_form(spec, args)
@@ -116,18 +117,6 @@ def make_forms(args):
 def is_folder_of_adapters(path):
     is_folder = path is not None and Path(path).is_dir()
     return is_folder and not Path(path, "adapter_config.json").exists()
-
-
-def tasks_beside(path):
-    """Return the tasks in the task.json of an adapter or a model: name to TaskSpec.
-
-    path: its folder, or a file in its folder.
-    """
-    from minia3.tasks.task_file import FILE_NAME, read_tasks
-
-    folder = path.parent if path.is_file() else path
-    task_file = folder / FILE_NAME
-    return read_tasks(task_file) if task_file.is_file() else {}
 
 
 def only_task(path, tasks):

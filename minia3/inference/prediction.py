@@ -22,8 +22,9 @@ from minia3.inference.scoring import (
     score_examples,
     warn_of_equal_choices,
 )
+from minia3.inference.turns import end_answers
 from minia3.tasks.columns import ColumnFlags, guess_input, with_flags
-from minia3.tasks.examples import Example, encode_rows
+from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.prompts import Prompt, Rendered
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.rows import PREDICTED, check_row, without_target
@@ -52,6 +53,23 @@ class Forms(NamedTuple):
     default: Form | None  # None: the columns of each row say it
     by_adapter: dict[str, Form]
     flags: ColumnFlags = ColumnFlags()  # for rows whose columns say it
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations, if it is not the model's own.
+
+        Raise ValueError if the adapters were trained with different ones.
+        """
+        forms = list(self.by_adapter.values())
+        if self.default is not None:
+            forms.append(self.default)
+        templates = {form.spec.chat_template for form in forms if form.spec.messages}
+        if len(templates) > 1:
+            raise ValueError(
+                f"the adapters were trained with {len(templates)} different chat templates: "
+                "predict with one adapter after the other"
+            )
+        return next(iter(templates), None)
 
     def find(self, adapter: str | None, row: dict) -> Form:
         """Return the form of a row that has this adapter."""
@@ -87,9 +105,12 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, max_length=512):
             row = check_row(row, spec, PREDICTED, n)
             row["adapter"] = name
 
-            (rendered,), (example,), _ = encode_rows(
-                [(row, without_target(prompt))], tokenizer, max_length, end=False
-            )
+            if spec.answer_of(row) == "messages":
+                rendered, example = encode_question(row, tokenizer, max_length)
+            else:
+                (rendered,), (example,), _ = encode_rows(
+                    [(row, without_target(prompt))], tokenizer, max_length, end=False
+                )
             if spec.answer_of(row) == "target":
                 rendered = rendered._replace(choices=[])
             check_tokens(rendered, example)
@@ -132,13 +153,14 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
     idx, if a score is not finite.
     """
 
-    def has_choices(row_input):
-        return bool(row_input.rendered.choices)
+    def kind_of(row_input):
+        is_chat = "messages" in row_input.row
+        return bool(row_input.rendered.choices), is_chat
 
     inputs = iter(inputs)
     while chunk := list(islice(inputs, CHUNK)):
-        # Rows with and without choices may alternate: each run of one kind is answered at once.
-        for is_scored, run in groupby(chunk, has_choices):
+        # Rows of different kinds may alternate: each run of one kind is answered at once.
+        for (is_scored, is_chat), run in groupby(chunk, kind_of):
             run = list(run)
             names = [row_input.row["adapter"] for row_input in run]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
@@ -147,6 +169,7 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
                     results = scored_results(model, run, options)
                 else:
                     options["max_new_tokens"] = max_new_tokens
+                    options["stop"] = end_answers(model, tokenizer) if is_chat else ()
                     results = written_results(model, tokenizer, run, options)
             for row_input, result in zip(run, results, strict=True):
                 yield row_input.row, result

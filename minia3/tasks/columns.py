@@ -16,6 +16,7 @@ from minia3.tasks.prompts import (
     Prompt,
     check_template,
     field_names,
+    list_names,
     nearest_of,
     rename_field,
     root_of,
@@ -190,10 +191,10 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
         if is_asked or not prompt.choices:
             prompt = prompt._replace(choices=choices_of(labels.words))
         if len(prompt.choices) != len(labels.spelled):
-            shown = ", ".join(labels.spelled)
+            shown = list_names(labels.spelled)
             raise ValueError(
-                f"{len(prompt.choices)} choices ({', '.join(prompt.choices)}) for "
-                f"{len(labels.spelled)} labels ({shown}): expected as many choices as labels"
+                f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
+                f"{len(labels.spelled)} labels ({shown:.80}): expected as many choices as labels"
             )
         changed.append(prompt)
     return tuple(changed)
@@ -407,24 +408,24 @@ class Columns:
             known |= {"choices", "target"}
         known = {name.lower() for name in known}
         ignored = [spelled for name, spelled in self.names.items() if name not in known]
-        return f"{text}; ignores {', '.join(ignored):.200}" if ignored else text
+        return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
 
     def describe_answer(self, choice: Choice, labels: Labels) -> str:
         if choice.has_row_choices:
-            return f"picks {self.spelled(choice.label)} among the row's choices"
+            return f"picks {self.spell([choice.label])} among the row's choices"
         if choice.target:
             return f"writes {self.spell(roots_of([choice.target]))}"
-        text = f"picks {self.spelled(choice.label)} among {labels.describe()}"
+        text = f"picks {self.spell([choice.label])} among {labels.describe()}"
         if labels.are_digits:
             text += " (--labels WORD,WORD gives them words)"
         return text
 
     def spell(self, names: Iterable[str]) -> str:
-        return " and ".join(self.spelled(name) for name in names)
+        return " and ".join(list_names([self.spelled(name)]) for name in names)
 
     def explain(self) -> str:
         """Return the message for columns of which no set is known."""
-        found = ", ".join(self.names.values())
+        found = list_names(self.names.values())
         return (
             f"{self.origin} has the columns {found:.200}; expected such as {EXPECTED}: "
             f"{self.advise()}"
@@ -446,7 +447,8 @@ class Columns:
         longest = sorted(self.names.values(), key=self.length_of, reverse=True)
         if len(longest) < 2:
             return "add a column with the answers"
-        flags = f'--input "{{{longest[0]}}}" --target "{{{longest[1]}}}"'
+        input_column, target_column = map(repr, longest[:2])
+        flags = f'--input "{{{input_column[1:-1]}}}" --target "{{{target_column[1:-1]}}}"'
         return (
             f"{hint}say which is which with {flags}, "
             "and add --labels WORD,WORD if the target is one of a few words"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from minia3.tasks.messages import fit_chat
+from minia3.tasks.messages import fit_chat, fit_question
 from minia3.tasks.prompts import Prompt, Rendered, fit
 
 
@@ -54,6 +54,15 @@ def encode_rows(
         examples.append(example)
         n_cut += was_cut
     return rendered_rows, examples, n_cut
+
+
+def encode_question(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example]:
+    """Encode a row of messages as a source that is to be answered, within `max_length` tokens.
+
+    An answer at the end is left out. There are no choices and no targets.
+    """
+    ids = fit_question(row, tokenizer, max_length)
+    return Rendered(tokenizer.decode(ids), [], -1), Example(ids, [], -1)
 
 
 def encode_chat(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example, bool]:

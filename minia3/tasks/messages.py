@@ -7,6 +7,7 @@ A checkpoint's chat template turns them into text (checkpoints/chat.py).
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import chain
 
 INSTRUCTIONS = ("system", "developer")  # roles of messages that come before the first turn
 
@@ -110,3 +111,22 @@ def fit_chat(row: dict, tokenizer, max_length: int):
             f"its last exchange alone has {len(shortest.ids)} tokens: raise max_length"
         )
     return encode(shorter[n_dropped]), True
+
+
+def fit_question(row: dict, tokenizer, max_length: int) -> list[int]:
+    """Return the ids of a conversation up to the place where its last answer begins.
+
+    A conversation of more than `max_length` tokens loses as few of its oldest turns as possible.
+    Raise ValueError if the last question does not fit.
+    """
+    messages = question(row["messages"])
+    if not messages:
+        raise ValueError("'messages' holds only an answer, expected a question before it")
+    for candidate in chain([messages], shorter_chats(messages)):
+        ids = tokenizer.chat(candidate, row.get("tools"))
+        if len(ids) <= max_length:
+            return ids
+    raise ValueError(
+        f"the last question has {len(ids)} tokens and does not fit into max_length {max_length}: "
+        "raise max_length"
+    )

@@ -88,7 +88,16 @@ def nearest_of(name: str, names: Iterable[str]) -> str:
     """Return what a message says after an unknown name: which names there are, and the nearest."""
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
     hint = f": did you mean {near[0]!r}?" if near else ""
-    return f"; the columns are {', '.join(names):.200}{hint}"
+    return f"; the columns are {list_names(names):.200}{hint}"
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return names in one line, with commas between them, whatever characters they have."""
+    shown = []
+    for name in names:
+        text = name if name.isprintable() else repr(name)
+        shown.append(text)
+    return ", ".join(shown)
 
 
 def check_template(text: str):

@@ -43,6 +43,9 @@ class Config:
         "texts to write (default: the first)",
         one_of=METRICS,
     )
+    chat_template: str | None = flag(
+        None, "file of the chat template for rows of messages (default: the model's own)"
+    )
     method: str = flag(
         "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS
     )

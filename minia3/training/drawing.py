@@ -67,7 +67,9 @@ def encode_plan(plan, cell, model, tokenizer):
     n_all = len(examples)
     if n_cut:
         limit = f"{config.max_length} tokens (--max-length)"
-        print(f"note     {n_cut} of {n_all} training inputs are cut to {limit}")
+        has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
+        effect = "lose their oldest turns to fit into" if has_chats else "are cut to"
+        print(f"note     {n_cut} of {n_all} training inputs {effect} {limit}")
     if n_targets_cut:
         limit = f"{config.max_target_length} tokens (--max-target-length)"
         print(f"note     {n_targets_cut} of {n_all} training targets are cut to {limit}")

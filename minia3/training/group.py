@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+from minia3.checkpoints.chat import read_template
 from minia3.checkpoints.load import load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
@@ -16,6 +17,19 @@ from minia3.training.drawing import draw_batches
 from minia3.training.log import TrainingLog
 from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
+
+
+def choose_template(config, cells):
+    """Return the chat template of --chat-template or of the task files; None: the model's own."""
+    if config.chat_template is not None:
+        return read_template(config.chat_template)
+    stated = set()
+    for cell in cells:
+        stated |= {task.spec.chat_template for task in cell.task.members}
+    stated.discard(None)
+    if len(stated) > 1:
+        raise ValueError("the tasks have different chat templates: train them in separate runs")
+    return next(iter(stated), None)
 
 
 class Group:
@@ -33,6 +47,9 @@ class Group:
             check_finite=config.check_weights,
         )
         self.tokenizer = load_tokenizer(config.model)
+        self.chat_template = choose_template(config, cells)
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
         n_all = count_entries(dict(self.model.named_parameters()))
         self.n_base = n_all - count_entries(vectors(self.model))
 

@@ -60,5 +60,11 @@ def save_trained(group, cell, folder):
         save_lora(group.model, folder, cell.config.model)
     else:
         save_model(group.model, folder, group.tokenizer)
-    # So that `predict` puts further rows into the same words.
-    write_task_file(folder, [(task.name, task.spec) for task in cell.task.members])
+    # So that `predict` puts further rows into the same words, and `generate` knows what was learned.
+    specs = []
+    for task in cell.task.members:
+        spec = task.spec._replace(metric=task.metric)
+        if spec.messages:
+            spec = spec._replace(chat_template=group.chat_template)
+        specs.append((task.name, spec))
+    write_task_file(folder, specs)

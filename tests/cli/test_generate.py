@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import termios
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from command_line import failure, output, python, read_until
 from conftest import randomize
 
 import minia3
+from minia3.cli.main import main
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
 
@@ -293,6 +295,7 @@ def test_a_conversation_on_a_terminal_says_how_to_leave_and_ends_with_ctrl_d():
     assert "Ctrl-C   end the answer" in conversation.read(b"\n> ")
     conversation.type("/reset\n")
     assert "(what was said is forgotten)" in conversation.read(b"\n> ")
+    time.sleep(0.5)  # readline loses a signal between its prompt and its wait for keys
     conversation.type("\x03")
     assert "(Ctrl-D leaves)" in conversation.read(b"\n> ")
     conversation.type("\x04")
@@ -303,7 +306,7 @@ def test_a_conversation_on_a_terminal_says_how_to_leave_and_ends_with_ctrl_d():
 def test_ctrl_c_ends_the_answer_and_not_the_program(slow_chat):
     assert "(a conversation; /help shows" in slow_chat.read(b"> ")
     slow_chat.type("w3\n")
-    slow_chat.read(b"w3\nw")  # the answer has begun
+    slow_chat.read(b"\nw")  # the answer has begun
     slow_chat.type("\x03")
     assert " [stopped]\n" in slow_chat.read(b"\n> ")
     slow_chat.type("/exit\n")
@@ -321,3 +324,30 @@ def test_what_is_typed_can_be_edited_and_comes_back_with_an_arrow_key():
     assert "/reset" in conversation.read(b"\n> ")
     conversation.type("\x04")
     assert conversation.end() == 0
+
+
+# Adapters that have learned to rank
+
+
+@pytest.mark.parametrize(
+    ("name", "n_choices", "is_warned"),
+    [("llama", (2,), True), ("llama", (0,), False), ("t5", (2,), False)],
+)
+def test_an_adapter_for_ranking_says_that_it_was_not_trained_to_stop(
+    name, n_choices, is_warned, tmp_path, capsys
+):
+    task = running.task(n_choices)
+    flags = {"model": running.model(name), "task": task, "steps": 1, "max_new_tokens": 1}
+    assert running.run(running.words(tmp_path / "run", **flags)) == 0
+    adapter = tmp_path / "run" / "adapter"
+    words = [str(running.model(name)), "w5 w6", "--max-new-tokens", "2", "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["generate", *words, "--adapter", str(adapter)]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "was trained to rank choices, and not to stop: a text goes on until" in err
+    ) == is_warned
+    assert err.count("\n") == is_warned
+    (adapter / "task.json").unlink()  # of an older version
+    assert main(["generate", *words, "--adapter", str(adapter)]) == 0
+    assert capsys.readouterr().err == ""

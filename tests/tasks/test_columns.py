@@ -265,6 +265,15 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
     assert words in str(error.value)
 
 
+def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
+    rows = [{"text": "a", "label": "x\ny", "a\nb": 1}, {"text": "b", "label": "z"}]
+    assert load(tmp_path, *rows).columns == (
+        "reads text, picks label among 'x\\ny', z; ignores 'a\\nb'"
+    )
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z"):
+        load(tmp_path, {"a\nb": "c", "d\ne": "f"})
+
+
 def test_a_row_of_other_columns_is_an_error_with_its_line(tmp_path):
     good = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     with pytest.raises(ValueError, match=r"jsonl:3: 'text' is None.*the columns are txt, label"):

@@ -111,8 +111,8 @@ def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("values", "flags", "words"),
     [
-        (["x", "x", "x"], {}, "every 'label' is x, expected two labels or more"),
-        ([3, 3, 3], {}, "every 'label' is 3, expected two labels or more"),
+        (["x", "x", "x"], {}, "every 'label' is 'x', expected two labels or more"),
+        ([3, 3, 3], {}, "every 'label' is '3', expected two labels or more"),
         ([None, "", None], {}, "'label' is empty in every row, expected labels"),
         ([0, 1, 2], {"labels": "a,b"}, "--labels has 2 words, but 'label' has the labels 0, 1, 2"),
         ([True, False, True], {"labels": "a,b,c"}, "--labels has 3 words, but .* false, true"),

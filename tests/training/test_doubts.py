@@ -192,7 +192,7 @@ def test_a_run_says_its_doubts_at_its_beginning_and_end_and_in_its_last_line(tmp
     final = metrics(out)[-1]
     assert final["warnings"][:3] == expected
     assert (final["commonest"], final["answer"]) == (1.0, "choices")
-    assert "  commonest   100.0% by always giving the commonest label\n" in shown
+    assert " after (commonest label: 100.0%)\n" in shown
     assert "note     the loss is the sum of lm, ul and ln" in begin
 
 
@@ -229,17 +229,10 @@ def test_targets_that_the_tokenizer_cannot_write_are_counted_in_the_run(tmp_path
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_targets_are_trained_by_their_perplexity_if_the_metric_says_so(
-    name, tmp_path, monkeypatch, capsys
-):
-    load_task = minia3.load_task
-
-    def with_metric(*arguments):
-        return load_task(*arguments)._replace(metric="inverse_perplexity")
-
-    monkeypatch.setattr("minia3.training.grid.load_task", with_metric)
+def test_targets_are_measured_by_their_perplexity_if_the_metric_says_so(name, tmp_path, capsys):
     out = tmp_path / "run"
-    flags = {"model": model(name), "task": task((0,)), "eval_every": 6}
+    flags = {"model": model(name), "task": task((0,)), "metric": "inverse_perplexity"}
+    flags["eval_every"] = 6
     assert run(words(out, lr=0.1, **flags)) == 0
     final = metrics(out)[-1]
     assert final["perplexity"] == pytest.approx(1 / final["accuracy"])

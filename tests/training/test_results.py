@@ -182,7 +182,7 @@ def test_the_base_is_evaluated_once_for_each_set_of_rows(tmp_path, monkeypatch):
 
 
 def test_seeds_that_report_on_other_rows_have_their_own_evaluation(tmp_path, monkeypatch):
-    def load_task(name, data_dir, shots, seed):
+    def load_task(name, data_dir, shots, seed, **flags):
         made = minia3.load_task(name, data_dir, shots, seed)
         return made._replace(test=made.test[seed::2])
 
@@ -279,9 +279,11 @@ def test_a_run_ends_with_one_short_table(tmp_path, capsys):
     head, *table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert head == "task-2: 12 rows of test"
     cells = {line[2:14].strip(): line[14:] for line in table}
-    assert (
-        cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
-    )
+    figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
+    labels = [row["label"] for row in read(task() / "test.jsonl")]
+    share = max(labels.count(0), labels.count(1)) / len(labels)
+    assert cells["accuracy"] == f"{figures} (commonest label: {share:.1%})"
+    assert final["commonest"] == share
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
     assert cells["trained"] == f"448 of 23,512 parameters ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
