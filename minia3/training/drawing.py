@@ -56,6 +56,6 @@ def encode_plan(plan, cell, tokenizer):
     if n_cut:
         limit = f"{cell.config.max_length} tokens (--max-length)"
         has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
-        how = "lose their oldest turns to fit into" if has_chats else "are cut to"
-        print(f"note     {n_cut} of {len(examples)} training inputs {how} {limit}")
+        action = "lose their oldest turns to fit into" if has_chats else "are cut to"
+        print(f"note     {n_cut} of {len(examples)} training inputs {action} {limit}")
     return examples
