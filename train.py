@@ -17,7 +17,7 @@ import sys
 import torch
 
 from minia3.inference.scoring import choice_logprobs
-from minia3.training.announce import announce_device, announce_group
+from minia3.training.announce import announce_device, announce_group, announcing_warnings
 from minia3.training.config import Config
 from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
 from minia3.training.flags import parse_flags
@@ -47,7 +47,7 @@ def train(run, group, config):
         while True:
             # From time to time, evaluate on held-out rows. Each cell keeps its best vectors.
             if log.evaluation_is_due():
-                results = {cell: group.evaluate_held_out(cell) for cell in group.active_cells}
+                results = group.evaluate_active()  # cell -> its results
                 with run.uninterrupted():
                     for cell, cell_results in results.items():
                         cell.keep_if_best(cell_results)
@@ -152,7 +152,8 @@ def main(argv=None):
             config = restore_flags(config)
         check_config(config)
         run = Run(config, signals)
-        run_grid(run, config)
+        with announcing_warnings():
+            run_grid(run, config)
         return 0
     except Stopped as stop:
         advice = ""

@@ -7,7 +7,7 @@ import warnings
 from os.path import realpath
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import hub_name, public_name
 from minia3.model.adapter_rows import find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
@@ -83,5 +83,10 @@ def fitting_vectors(model, adapter_file, origin):
 
 
 def is_same_base(name, other_name):
-    """Return whether two names or paths mean one model, however they are spelled."""
-    return realpath(hub_name(name)) == realpath(hub_name(other_name))
+    """Return whether two names or paths mean one model, however they are spelled.
+
+    The file of an adapter names a local folder without its place (`public_name`).
+    """
+    if realpath(hub_name(name)) == realpath(hub_name(other_name)):
+        return True
+    return name == public_name(other_name) or other_name == public_name(name)

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 from contextlib import suppress
 from itertools import islice
 
@@ -107,6 +108,7 @@ def run(args):
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
         load_any_adapter(model, args.adapter)
+        warn_if_endless(args.adapter, tokenizer)
     if args.chat:
         prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
@@ -117,6 +119,27 @@ def run(args):
         generator.converse()
     else:
         generator.answer_all(stdin)
+
+
+def warn_if_endless(adapter, tokenizer):
+    """Warn if an adapter has learned to rank choices, and never to end a text.
+
+    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says what
+    it has learned; without that file, nothing is known.
+    """
+    if tokenizer.has_separate_targets:
+        return
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.cli.predict import tasks_beside
+    from minia3.tasks.task import METRICS
+
+    tasks = tasks_beside(find_adapter(adapter))
+    if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
+        warnings.warn(
+            f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
+            "--max-new-tokens or --stop",
+            stacklevel=1,
+        )
 
 
 def prepare_chat(model, tokenizer, args):

@@ -15,10 +15,11 @@ def add_arguments(parser):
 def run(args):
     from minia3.adapters.lora import is_lora, load_lora
     from minia3.adapters.merge import merge, merge_files
-    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.hub import find, find_adapter
     from minia3.checkpoints.load import load_model
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
+    from minia3.tasks.task_file import copy_task_file
 
     if is_lora(args.adapter):
         model = load_model(args.model)
@@ -26,3 +27,4 @@ def run(args):
         save_model(merge(model), args.out, find_tokenizer(find(args.model)))
     else:
         merge_files(args.model, args.adapter, args.out)  # file by file: only one shard is in memory
+    copy_task_file([find_adapter(args.adapter)], args.out)

@@ -63,8 +63,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     scored.
 
     shots: rows that come before each row with their answers, as many as fit into `max_length`
-    tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). Inputs that are too long
-    without any shot lose words from their middle (`fit` in tasks/prompts.py).
+    tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). See `fit` in tasks/prompts.py
+    for inputs that are too long without any shot.
 
     Raise ValueError, with the `idx` of the row, if a choice is longer than `max_target_length`
     tokens, if the model has no embedding for a token, or if a score is not finite.
@@ -72,12 +72,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
 
-    # A shot has at least one token, so more than max_length shots never fit.
-    prompts = in_context(prompt, shots[:max_length])
-    n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
-    pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
-    has_end = is_text_metric(metric)
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=has_end)
+    pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, is_text_metric(metric))
     if metric not in TEXT_METRICS:  # these only read the source
         examples, _ = fit_all_targets(rows, examples, max_target_length)
     check_examples(rows, examples, model, tokenizer)
@@ -99,14 +95,19 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
             result = choice_result(metric, scores_NC, rendered)
             result["n_equal"] = sum(equal_choices(example) is not None for example in examples)
 
-    n_tokens = [count_tokens(example) for example in examples]
-    result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(np.mean(n_tokens))}
+    n_tokens = np.mean([count_tokens(example) for example in examples])
+    result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(n_tokens)}
     if shots:
         result["n_shots"] = float(np.mean(n_shots))
     return result
 
 
 # Results, by the kind of the metric
+
+
+def no_answers(n_rows):
+    """Return the result of a model whose scores are not finite."""
+    return {"accuracy": 0.0, "auc": None, "perplexity": None, "n": n_rows, "n_cut": 0}
 
 
 def text_result(metric, texts, rendered, tokenizer):
@@ -170,6 +171,15 @@ def right_answers(rendered):
 
 
 # Parts
+
+
+def with_shots(rows, prompt, shots, tokenizer, max_length):
+    """Return each row with a prompt that begins with the shots that fit, and their numbers."""
+    # A shot has at least one token, so more than max_length shots never fit.
+    prompts = in_context(prompt, shots[:max_length])
+    n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
+    pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
+    return pairs, n_shots
 
 
 def most_shots(row, prompts, tokenizer, max_length):

@@ -148,7 +148,7 @@ def inverse_perplexity(logp_N, n_tokens_N):
     return math.exp(float(logp_N.sum() / n_tokens_N.sum()))
 
 
-# Which metric goes with which rows
+# All of them
 
 METRICS = (*CHOICE_METRICS, *TEXT_METRICS, INVERSE_PERPLEXITY)
 
@@ -158,18 +158,7 @@ def is_text_metric(metric):
     return metric not in CHOICE_METRICS
 
 
-def check_metric(metric, has_choices):
-    """Raise ValueError if a metric does not exist, does not suit the rows, or lacks its package.
-
-    has_choices: whether the rows have choices to pick from, and not a target or a conversation.
-    """
-    suitable = tuple(CHOICE_METRICS)
-    kind = "choices"
-    if not has_choices:
-        suitable = (*TEXT_METRICS, INVERSE_PERPLEXITY)
-        kind = "a target"
-    if metric not in suitable:
-        expected = f"expected one of {', '.join(suitable)} for rows with {kind}"
-        raise ValueError(f"the metric is {metric!r:.40}, {expected}")
+def check_package(metric):
+    """Raise ValueError, with the extra of minia3, if a metric needs a package that is missing."""
     if metric in PACKAGES:
         PACKAGES[metric]()

@@ -48,7 +48,7 @@ MAX_SIDE_BY_SIDE = 1 << 9
 class NotFiniteError(ValueError):
     """The model's scores for a row are NaN or infinite, so that they have no order.
 
-    index: the place of the first such row among those that were given.
+    name: what to call the first such row. index: its place among those that were given.
     """
 
     def __init__(self, name, index):
@@ -56,6 +56,7 @@ class NotFiniteError(ValueError):
             f"{name}: the model's scores are not finite: its weights or the adapter may hold NaN "
             "(--check-weights looks for it), or their dtype is too narrow (try --dtype float32)"
         )
+        self.name = name
         self.index = index
 
 

@@ -225,9 +225,9 @@ def check_bias(*shape):
     n_numbers = math.prod(shape)
     if n_numbers > MAX_BIAS:
         raise ValueError(
-            f"attention of {shape[-2]:,} tokens to {shape[-1]:,} tokens needs a bias of "
-            f"{n_numbers:,} numbers, expected at most {MAX_BIAS:,}: shorten the texts (--max-length, "
-            "--max-target-length) or lower the batch size"
+            f"attention from {shape[-2]:,} to {shape[-1]:,} tokens needs a bias of {n_numbers:,} "
+            f"numbers, expected at most {MAX_BIAS:,}: shorten the texts (--max-length, "
+            "--max-target-length), or lower the batch size"
         )
 
 

@@ -16,7 +16,9 @@ from minia3.tasks.prompts import (
     Prompt,
     check_template,
     field_names,
+    list_names,
     nearest_of,
+    rename_field,
     root_of,
 )
 from minia3.tasks.task import TaskSpec
@@ -64,6 +66,9 @@ EXPECTED = (
 )
 # Columns that are used under these names, whatever the others are.
 SPECIAL = ("idx", "adapter")
+# Names that our rows have for something else than a text. If a prompt uses such a column, then the
+# column gets another name.
+RESERVED = ("label", "idx", "messages")
 
 
 class ColumnFlags(NamedTuple):
@@ -131,6 +136,7 @@ def understand(
     )
     if not choice.messages and not spec.span_field:  # WSC's spans become fields later
         columns.check_prompts(prompts)
+    spec = rename_reserved(spec, columns)
     return Understanding(spec, columns.describe(choice, labels), notes_on(choice, labels))
 
 
@@ -185,10 +191,10 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
         if is_asked or not prompt.choices:
             prompt = prompt._replace(choices=choices_of(labels.words))
         if len(prompt.choices) != len(labels.spelled):
-            shown = ", ".join(labels.spelled)
+            shown = list_names(labels.spelled)
             raise ValueError(
-                f"{len(prompt.choices)} choices ({', '.join(prompt.choices)}) for "
-                f"{len(labels.spelled)} labels ({shown}): expected as many choices as labels"
+                f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
+                f"{len(labels.spelled)} labels ({shown:.80}): expected as many choices as labels"
             )
         changed.append(prompt)
     return tuple(changed)
@@ -260,6 +266,28 @@ def find_set(
         if all(name in columns for name in needed):
             return column_set
     return None
+
+
+def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
+    """Return the task with other names for the columns of RESERVED that its prompts use."""
+    prompts = list(spec.prompts)
+    fields = dict(spec.fields)
+    label_field = spec.label_field
+    for name in RESERVED:
+        new_name = f"{name}_text"
+        renamed = [rename_in_prompt(prompt, name, new_name) for prompt in prompts]
+        if renamed != prompts:
+            prompts = renamed
+            fields[columns.spelled(name)] = new_name
+            if label_field.lower() == name:
+                label_field = new_name
+    return spec._replace(prompts=tuple(prompts), fields=fields, label_field=label_field)
+
+
+def rename_in_prompt(prompt: Prompt, name: str, new_name: str) -> Prompt:
+    text = rename_field(prompt.text, name, new_name)
+    target = rename_field(prompt.target, name, new_name)
+    return prompt._replace(text=text, target=target)
 
 
 def only_field(target: str) -> str:
@@ -380,24 +408,24 @@ class Columns:
             known |= {"choices", "target"}
         known = {name.lower() for name in known}
         ignored = [spelled for name, spelled in self.names.items() if name not in known]
-        return f"{text}; ignores {', '.join(ignored):.200}" if ignored else text
+        return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
 
     def describe_answer(self, choice: Choice, labels: Labels) -> str:
         if choice.has_row_choices:
-            return f"picks {self.spelled(choice.label)} among the row's choices"
+            return f"picks {self.spell([choice.label])} among the row's choices"
         if choice.target:
             return f"writes {self.spell(roots_of([choice.target]))}"
-        text = f"picks {self.spelled(choice.label)} among {labels.describe()}"
+        text = f"picks {self.spell([choice.label])} among {labels.describe()}"
         if labels.are_digits:
             text += " (--labels WORD,WORD gives them words)"
         return text
 
     def spell(self, names: Iterable[str]) -> str:
-        return " and ".join(self.spelled(name) for name in names)
+        return " and ".join(list_names([self.spelled(name)]) for name in names)
 
     def explain(self) -> str:
         """Return the message for columns of which no set is known."""
-        found = ", ".join(self.names.values())
+        found = list_names(self.names.values())
         return (
             f"{self.origin} has the columns {found:.200}; expected such as {EXPECTED}: "
             f"{self.advise()}"
@@ -405,18 +433,24 @@ class Columns:
 
     def advise(self) -> str:
         """Return what to do about columns of which no set is known: mend a name, or give flags."""
+        hint = ""
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
             unknown = [name for name in self.names if name not in column_set.names]
-            near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
-            if len(missing) == 1 and near:
-                return f"did you mean {missing[0]!r} by {self.names[near[0]]!r}?"
+            near = []
+            if len(missing) == 1:
+                near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
+            if near:
+                hint = f"did you mean {missing[0]!r} by {self.names[near[0]]!r}? Otherwise "
+                break
         # The longest texts are the input, most of the time.
         longest = sorted(self.names.values(), key=self.length_of, reverse=True)
         if len(longest) < 2:
             return "add a column with the answers"
+        input_column, target_column = map(repr, longest[:2])
+        flags = f'--input "{{{input_column[1:-1]}}}" --target "{{{target_column[1:-1]}}}"'
         return (
-            f'say which is which with --input "{{{longest[0]}}}" --target "{{{longest[1]}}}", '
+            f"{hint}say which is which with {flags}, "
             "and add --labels WORD,WORD if the target is one of a few words"
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from minia3.tasks.prompts import Prompt, escape, field_names
+from minia3.tasks.prompts import Prompt, escape, field_names, list_names
 from minia3.tasks.row_files import parse_json
 
 MANY_LABELS = 50  # if there are more, they may be texts to write
@@ -40,7 +40,7 @@ class Labels(NamedTuple):
             text = word if is_word else f"{word} ({spelled})"
             texts.append(text)
         n_others = len(texts) - N_SHOWN
-        shown = ", ".join(texts[:N_SHOWN])
+        shown = list_names(texts[:N_SHOWN])
         return f"{shown} and {n_others} more" if n_others > 0 else shown
 
 
@@ -161,7 +161,7 @@ def name_values(
     spelled = tuple(spellings.get(value, value) for value in expected)
     if asked and len(asked) != len(spelled):
         raise ValueError(
-            f"--labels has {len(asked)} words, but {field!r} has the labels {', '.join(spelled)}: "
+            f"--labels has {len(asked)} words, but {field!r} has the labels {list_names(spelled)}: "
             "expected as many words as labels"
         )
     return Labels(spelled, tuple(asked) or spelled)
@@ -171,7 +171,7 @@ def check_two(found: Sequence, field: str):
     """Raise ValueError if there is only one label, because nothing could be learned."""
     if len(found) < 2:
         raise ValueError(
-            f"every {field!r} is {found[0]}, expected two labels or more: "
+            f"every {field!r} is {str(found[0])!r:.40}, expected two labels or more: "
             "name all of them with --labels"
         )
 
@@ -199,7 +199,7 @@ def find_user_label(
 
     Raise ValueError if there is no such choice.
     """
-    expected = f"expected one of {', '.join(labels):.80}: add it to train, or to --labels"
+    expected = f"expected one of {list_names(labels):.80}: add it to train, or to --labels"
     try:
         text = label_text(value)
     except ValueError as error:

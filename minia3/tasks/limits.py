@@ -25,11 +25,12 @@ def fit_targets(example: Example, max_length: int | None) -> tuple[Example, bool
     """Return an example whose target has at most `max_length` tokens, and whether it was cut.
 
     None: any length. A cut target keeps its beginning and has no end token, because a model should
-    not learn to stop in the middle of a text. Raise ValueError if a choice is too long, because a
-    choice without its end may be another choice.
+    not learn to stop in the middle of a text. A conversation stays as it is: `fit_chat` has
+    shortened it. Raise ValueError if a choice is too long: without its end, it may be another one.
     """
     longest = max(map(len, example.targets))
-    if max_length is None or longest <= max_length:
+    is_conversation = example.is_scored is not None
+    if max_length is None or longest <= max_length or is_conversation:
         return example, False
     if len(example.targets) > 1:
         raise ValueError(

@@ -88,7 +88,16 @@ def nearest_of(name: str, names: Iterable[str]) -> str:
     """Return what a message says after an unknown name: which names there are, and the nearest."""
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
     hint = f": did you mean {near[0]!r}?" if near else ""
-    return f"; the columns are {', '.join(names):.200}{hint}"
+    return f"; the columns are {list_names(names):.200}{hint}"
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return names in one line, with commas between them, whatever characters they have."""
+    shown = []
+    for name in names:
+        text = name if name.isprintable() else repr(name)
+        shown.append(text)
+    return ", ".join(shown)
 
 
 def check_template(text: str):
@@ -120,9 +129,23 @@ def field_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+@lru_cache(maxsize=1024)
 def root_of(name: str) -> str:
     """Return the field of the row to which an item belongs: endings, for endings[3]."""
     return re.split(r"[.\[]", name)[0]
+
+
+def rename_field(text: str, name: str, new_name: str) -> str:
+    """Return a format string with another name for a field, whatever the case of its old name."""
+    parts = []
+    for literal, found, _, _ in string.Formatter().parse(text):
+        parts.append(escape(literal))
+        if found is not None:
+            root = root_of(found)
+            rest = found[len(root) :]
+            kept = new_name if root.lower() == name else root
+            parts.append(f"{{{kept}{rest}}}")
+    return "".join(parts)
 
 
 def escape(text: str) -> str:

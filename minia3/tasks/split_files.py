@@ -34,6 +34,7 @@ LOOKALIKES = {
 LIKENESS = 0.82  # of `difflib`: "tests" is like "test", and "latest" is not
 
 # The hub divides the rows of a split among several files: train-00000-of-00002.parquet.
+SHARD_NUMBER = re.compile(r"-\d{5}-of-")
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})", re.DOTALL)
 
 # .json files that do not hold rows.
@@ -72,13 +73,13 @@ def find_split_files(folder: Path) -> FoundFiles:
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from None
-    candidates = {split: {} for split in SPLITS}  # split -> name without numbers -> files
+    candidates = {split: {} for split in SPLITS}  # split -> name without number -> files
     unused = []
     for path in entries:
         name, _ = divide_name(path)
         split = SPLIT_OF_NAME.get(name.lower())
         if split and rows_suffix(path) and path.is_file():
-            kind = (name, rows_suffix(path), path.suffix)
+            kind = SHARD_NUMBER.sub("-*-of-", path.name)
             candidates[split].setdefault(kind, []).append(path)
         else:
             unused.append(path)
@@ -193,13 +194,15 @@ def describe_missing_path(name: str) -> str:
     # The first part that does not exist is the one with the typo.
     while not os.path.exists(missing.parent):
         missing = missing.parent
-    hint = "" if missing == path else f", because there is no {missing}"
-    if HUB_ID.fullmatch(name) and not rows_suffix(path):
-        hint += f" (a data set of the hub is hf:{name})"
+    hint = ""
+    if missing != path:
+        hint = f", because there is no {missing}"
+        if HUB_ID.fullmatch(name) and not rows_suffix(path):
+            hint += f" (a data set of the hub is hf:{name})"
     for entry in nearest_entries(missing):
         whole = entry / Path(name).relative_to(missing)
         near = whole if os.path.exists(whole) else entry
-        hint = f"; did you mean {near}?"
+        hint += f"; did you mean {near}?"
     return f"{name}: no such file or folder{hint}"
 
 

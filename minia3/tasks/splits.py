@@ -62,7 +62,8 @@ class Splits:
 
     def checksums(self) -> dict[str, str]:
         """Return the sha256 of each file, by its path below the folder that holds them all."""
-        folder = os.path.commonpath([path.parent for path in self.files])
+        folders = [os.path.abspath(path.parent) for path in self.files]
+        folder = os.path.commonpath(folders)
         return {Path(os.path.relpath(path, folder)).as_posix(): sha256(path) for path in self.files}
 
     def hold_out(self, rows: list[dict]):

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from minia3.files.read import read_json
-from minia3.files.write import write_json
+from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_template
 from minia3.tasks.task import TaskSpec
@@ -201,6 +201,19 @@ def write_task_file(folder: Path, tasks: Iterable[tuple[str, TaskSpec]]):
     if len(entries) == 1:
         (content,) = entries.values()
     write_json(Path(folder, FILE_NAME), content)
+
+
+def copy_task_file(sources: Iterable[Path], folder: Path):
+    """Copy the task.json of adapters to what was made of them, if they all have the same."""
+    contents = set()
+    for source in sources:
+        beside = source if source.is_dir() else source.parent
+        path = beside / FILE_NAME
+        content = path.read_text("utf-8") if path.is_file() else None
+        contents.add(content)
+    if len(contents) == 1 and None not in contents:
+        with replacing(Path(folder, FILE_NAME)) as temporary:
+            temporary.write_text(contents.pop(), encoding="utf-8")
 
 
 def make_entry(spec: TaskSpec) -> dict:

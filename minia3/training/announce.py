@@ -1,5 +1,20 @@
 """What a run prints before it trains."""
 
+import warnings
+from contextlib import contextmanager
+
+
+@contextmanager
+def announcing_warnings():
+    """Print a warning of the block like the other notes of a run, and not with a line of code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = print_note
+        yield
+
+
+def print_note(message, *_):
+    print(f"warning  {message}", flush=True)
+
 
 def announce_device(device, reason, dtype):
     dtype_name = str(dtype).removeprefix("torch.")
@@ -43,4 +58,6 @@ def describe_assignment(assignment, config):
         lines.append(f"columns  {assignment.task.columns}")
     for note in assignment.notes:
         lines.append(f"note     {note}")
+    for doubt in assignment.doubts:
+        lines.append(f"warning  {doubt}")
     return lines

@@ -23,6 +23,7 @@ class Progress:
 
     before: list | None = None  # the results before training, one per member of the task
     n_steps: int = 0
+    losses: list = field(default_factory=list)  # the training loss of each line of metrics.jsonl
     best_accuracy: float | None = None  # on the held-out rows
     best_parameters: dict = field(default_factory=dict)  # name to tensor
     n_misses: int = 0  # evaluations in a row that were not better
@@ -139,9 +140,9 @@ class Cell:
         if self.progress.failure is None and not all_finite(self.parameters):
             self.fail("the parameters are not finite after the last step")
 
-    def fail(self, reason):
+    def fail(self, reason, advice=ADVICE):
         """End the training of this cell. The other cells continue."""
-        self.progress.failure = f"{self.title}{reason}: {ADVICE}"
+        self.progress.failure = f"{self.title}{reason}: {advice}"
         if self.title:
             tqdm.write(f"failed   {self.progress.failure}", file=sys.stdout)
 

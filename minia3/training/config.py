@@ -96,6 +96,7 @@ class Config:
         "and on a CPU)",
         one_of=tuple(DTYPES),
     )
+    check_weights: bool = flag(False, "look for NaN and infinite numbers in the weights first")
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
     recompute: bool = flag(
         False, "recompute blocks in the backward pass: less memory, slower steps"
@@ -145,6 +146,11 @@ class Config:
     # Evaluation and checkpoints
     max_length: int = flag(
         512, "most tokens of an input; a longer input loses words from its middle", at_least=1
+    )
+    max_target_length: int = flag(
+        512,
+        "most tokens of a target; a longer target loses its end, and a longer choice is an error",
+        at_least=1,
     )
     max_new_tokens: int = flag(64, "most tokens to generate for a row with a target", at_least=1)
     eval_prompt: str | int = flag(

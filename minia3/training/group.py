@@ -8,7 +8,8 @@ from minia3.checkpoints.chat import read_template
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.load import load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
-from minia3.inference.evaluation import evaluate, over_prompts
+from minia3.inference.evaluation import evaluate, no_answers, over_prompts
+from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
 from minia3.tasks.task_file import read_tasks_beside
 from minia3.training.batch import MixedBatch
@@ -49,7 +50,13 @@ class Group:
         """Load the model with a row of vectors per cell. config: the run's flags."""
         self.cells = cells
         self.config = config
-        self.model = load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
+        self.model = load_model(
+            config.model,
+            dtype=dtype,
+            device=device,
+            n_adapters=len(cells),
+            check_finite=config.check_weights,
+        )
         self.tokenizer = load_tokenizer(config.model)
         self.chat_template = choose_template(config, cells)
         if self.chat_template is not None:
@@ -89,10 +96,10 @@ class Group:
     def draw_batches(self):
         """Draw the examples of all steps.
 
-        Raise ValueError if a row does not fit into --max-length.
+        Raise ValueError if a row does not fit into --max-length, or cannot be read by the model.
         """
         for cell in self.cells:
-            cell.batches = draw_batches(cell, self.tokenizer)
+            cell.batches = draw_batches(cell, self.model, self.tokenizer)
 
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
@@ -111,6 +118,7 @@ class Group:
                 shots=shots,
                 adapter=cell.row,
                 max_length=self.config.max_length,
+                max_target_length=self.config.max_target_length,
                 max_new_tokens=self.config.max_new_tokens,
                 batch_size=self.config.eval_batch_size,
             )
@@ -122,6 +130,21 @@ class Group:
         results = []
         for assignment in cell.assignments:
             results.append(self.evaluate(cell, assignment, assignment.held_out_rows))
+        return results
+
+    def evaluate_active(self):
+        """Return a dict from each cell that still trains to its results on held-out rows.
+
+        A cell whose scores are not finite answers nothing. It still has its best vectors so far.
+        """
+        results = {}
+        for cell in self.active_cells:
+            try:
+                results[cell] = self.evaluate_held_out(cell)
+            except NotFiniteError:
+                results[cell] = [
+                    no_answers(len(assignment.held_out_rows)) for assignment in cell.assignments
+                ]
         return results
 
     def state_dict(self):

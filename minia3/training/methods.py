@@ -60,10 +60,10 @@ def save_trained(group, cell, folder):
         save_lora(group.model, folder, cell.config.model)
     else:
         save_model(group.model, folder, group.tokenizer)
-    # So that `predict` puts further rows into the same words.
+    # So that `predict` puts further rows into the same words, and `generate` knows what was learned.
     specs = []
     for task in cell.task.members:
-        spec = task.spec
+        spec = task.spec._replace(metric=task.metric)
         if spec.messages:
             spec = spec._replace(chat_template=group.chat_template)
         specs.append((task.name, spec))

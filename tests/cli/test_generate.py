@@ -19,6 +19,7 @@ from command_line import failure, output, python, read_until
 from conftest import randomize
 
 import minia3
+from minia3.cli.main import main
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
 
@@ -323,3 +324,30 @@ def test_what_is_typed_can_be_edited_and_comes_back_with_an_arrow_key():
     assert "/reset" in conversation.read(b"\n> ")
     conversation.type("\x04")
     assert conversation.end() == 0
+
+
+# Adapters that have learned to rank
+
+
+@pytest.mark.parametrize(
+    ("name", "n_choices", "is_warned"),
+    [("llama", (2,), True), ("llama", (0,), False), ("t5", (2,), False)],
+)
+def test_an_adapter_for_ranking_says_that_it_was_not_trained_to_stop(
+    name, n_choices, is_warned, tmp_path, capsys
+):
+    task = running.task(n_choices)
+    flags = {"model": running.model(name), "task": task, "steps": 1, "max_new_tokens": 1}
+    assert running.run(running.words(tmp_path / "run", **flags)) == 0
+    adapter = tmp_path / "run" / "adapter"
+    words = [str(running.model(name)), "w5 w6", "--max-new-tokens", "2", "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["generate", *words, "--adapter", str(adapter)]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "was trained to rank choices, and not to stop: a text goes on until" in err
+    ) == is_warned
+    assert err.count("\n") == is_warned
+    (adapter / "task.json").unlink()  # of an older version
+    assert main(["generate", *words, "--adapter", str(adapter)]) == 0
+    assert capsys.readouterr().err == ""

@@ -170,6 +170,26 @@ def test_a_model_after_full_fine_tuning_labels_new_rows_too(labeled, tmp_path, c
     assert json.loads(lines)["choice"] in LABELS
 
 
+def test_what_is_made_of_an_adapter_keeps_its_task(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=labeled, seed="0,1", steps=2)) == 0
+    first = out / "adapters" / "s0"
+    second = out / "adapters" / "s1"
+    output(capsys, "merge", model("t5"), first, tmp_path / "merged")
+    output(capsys, "convert", first, tmp_path / "converted")
+    output(capsys, "mix", tmp_path / "mixed", f"{first}:0.5", f"{second}:0.5")
+    kept = (first / "task.json").read_bytes()
+    for name in ("merged", "converted", "mixed"):
+        assert (tmp_path / name / "task.json").read_bytes() == kept
+    new = new_rows(tmp_path, "w12")
+    alone = predicted(capsys, new, "--adapter", first)
+    merged = predicted(capsys, new, base=tmp_path / "merged")
+    assert merged[0]["scores"] == pytest.approx(alone[0]["scores"], abs=1e-4)
+    (second / "task.json").unlink()
+    output(capsys, "mix", tmp_path / "other", f"{first}:0.5", f"{second}:0.5")
+    assert not (tmp_path / "other" / "task.json").exists(), "they have learned different tasks"
+
+
 def test_lora_labels_new_rows_too(labeled, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, task=labeled, method="lora", steps=2)) == 0

@@ -96,6 +96,7 @@ def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours
         "accuracy": pytest.approx(1 - n_wrong / 40),
         "auc": None,
         "commonest": commonest / 40,
+        "n_equal": 0,
         "n": 40,
         "n_cut": 0,
         "tokens": tokens(ours, rows),
@@ -159,6 +160,8 @@ def test_exact_match_is_the_share_of_texts_that_equal_the_target_except_for_spac
     assert found == {
         "accuracy": 0.25,
         "auc": None,
+        "n_lossy": 0,
+        "n_too_long": sum(len(row["target"].split()) > 5 for row in rows),
         "n": 20,
         "n_cut": 0,
         "tokens": tokens(ours, ended),

@@ -14,7 +14,7 @@ from minia3.inference.metrics import (
     PACKAGES,
     area_under_curve,
     bleu,
-    check_metric,
+    check_package,
     exact_match,
     inverse_perplexity,
     is_text_metric,
@@ -23,6 +23,7 @@ from minia3.inference.metrics import (
     rouge_l,
     token_f1,
 )
+from minia3.tasks.task import METRICS as SUITABLE
 
 
 def share_of_pairs(positive, negative):
@@ -108,7 +109,7 @@ def test_bleu_is_sacrebleu_s_of_the_whole_corpus():
 def test_a_missing_package_is_one_line_that_names_the_extra(metric, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"^{metric}: .*pip install 'minia3\[metrics\]'$"):
-        check_metric(metric, has_choices=False)
+        check_package(metric)
 
 
 def test_packages_are_loaded_only_for_their_metrics(monkeypatch):
@@ -116,10 +117,10 @@ def test_packages_are_loaded_only_for_their_metrics(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     for metric in METRICS:
         if metric not in PACKAGES:
-            check_metric(metric, has_choices=not is_text_metric(metric))
+            check_package(metric)
 
 
-# Likelihoods, and which metric goes with which rows
+# Likelihoods
 
 
 def test_the_inverse_perplexity_is_one_over_the_exponential_of_the_mean_loss_over_tokens():
@@ -133,14 +134,7 @@ def test_a_target_that_a_model_rules_out_has_no_perplexity():
     assert perplexity(0.0) is None
 
 
-@pytest.mark.parametrize(
-    ("metric", "has_choices", "expected"),
-    [
-        ("bleu", True, "one of accuracy, macro_f1 for rows with choices"),
-        ("accuracy", False, "exact_match, f1, rouge_l, bleu, inverse_perplexity for rows with a t"),
-        ("rogue", False, "'rogue', expected one of exact_match"),
-    ],
-)
-def test_a_metric_that_does_not_suit_the_rows_is_refused(metric, has_choices, expected):
-    with pytest.raises(ValueError, match=expected):
-        check_metric(metric, has_choices)
+def test_the_metrics_of_each_kind_of_rows_are_the_metrics_that_there_are():
+    assert {name for names in SUITABLE.values() for name in names} == set(METRICS)
+    for answer, names in SUITABLE.items():
+        assert all(is_text_metric(name) == (answer != "choices") for name in names)

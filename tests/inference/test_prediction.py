@@ -3,6 +3,7 @@ the adapter that each row names. A file that was cut anywhere is completed. Memo
 with the file."""
 
 import csv
+import gzip
 import json
 import random
 import subprocess
@@ -351,6 +352,63 @@ def test_a_csv_file_is_read_and_a_csv_file_is_written(tmp_path, capsys):
                 json.dumps(result["scores"]),
                 "",
             ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.json", "lines.json", "a.jsonl.gz", "a.csv.gz", "semicolons.csv", "a.tsv", "a.parquet"],
+)
+def test_every_format_gives_the_same_answers(tmp_path, capsys, name):
+    rows = [
+        {"input": "w3 w4", "choices": ["w5", "w6 w7"]},
+        {"input": "w8"},
+        {"input": "w9 w3", "choices": ["w3", "w4"]},
+    ]
+    file = tmp_path / name
+    if ".parquet" in name:
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet files")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_bytes(in_format(name, rows))
+    expected = predicted(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
+    assert predicted(capsys, running.model("t5"), file) == expected
+
+
+def in_format(name, rows):
+    """Return the content of a file of this name."""
+    if ".jsonl" in name or "lines" in name:
+        content = lines(rows)
+    elif ".json" in name:
+        content = json.dumps({"version": 1, "rows": rows})
+    else:
+        delimiter = {"s": ";", "t": "\t"}.get(name[0], ",")
+        if name.endswith(".tsv"):
+            delimiter = "\t"
+        cells = [["input", "choices"]]
+        cells += [[row["input"], "|".join(row.get("choices", []))] for row in rows]
+        content = "".join(delimiter.join(line) + "\n" for line in cells)
+    content = content.encode()
+    return gzip.compress(content) if name.endswith(".gz") else content
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.xlsx", ".xlsx is not read: save the sheet as .csv, in UTF-8; expected "),
+        ("a.json", "expected a list of objects, found '12'"),
+        ("a.parquet", "damaged or cut short: "),
+        ("a.jsonl.gz", "damaged or cut short: "),
+        ("folder.csv", "a folder; expected a file, .jsonl, "),
+        ("none.csv", "not found"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys, name, words):
+    if name.startswith("folder"):
+        (tmp_path / name).mkdir()
+    elif not name.startswith("none"):
+        (tmp_path / name).write_text("12")
+    error = fails(capsys, "tiny-t5", tmp_path / name)
+    assert error.startswith(f"minia3: {tmp_path / name}: {words}")
 
 
 def test_columns_make_the_file_that_a_leaderboard_wants(tmp_path, capsys):

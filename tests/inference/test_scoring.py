@@ -27,7 +27,7 @@ from words import word_tokenizer
 
 import minia3
 from minia3.checkpoints.load import build_model
-from minia3.inference.scoring import choice_logprobs, score_examples
+from minia3.inference.scoring import choice_logprobs, score_examples, total_logprobs
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.training.losses import total_loss
@@ -169,6 +169,28 @@ def test_rank_says_what_is_wrong_with_its_lists(both):
         rank(["w4", "w5"], ["w6"], adapter=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="rows 0 to 2"):
         rank(["w4", "w5"], ["w6"], adapter=[0, 3])
+
+
+def test_the_log_probability_of_a_conversation_is_transformers_loss_on_its_scored_tokens(both):
+    """Some tokens of the target are read and not scored, as the user's turns in a conversation."""
+    if both.is_t5:
+        pytest.skip("a T5 has no conversations")
+    examples = [
+        Example([5, 6], [[7, 8, 9, 10, 11]], 0, [True, True, False, False, True]),
+        Example([5], [[12, 13]], 0, [True, True]),
+        Example([5, 6, 7], [[12, 13]], 0),
+    ]
+    total_N, n_tokens_N = total_logprobs(both.model, examples, batch_size=2)
+    assert n_tokens_N.tolist() == [3, 2, 2]
+    for example, total, n_tokens in zip(examples, total_N, n_tokens_N, strict=True):
+        (target,) = example.targets
+        scored = example.is_scored or [True] * len(target)
+        labels = [-100] * len(example.source)
+        labels += [i if is_one else -100 for i, is_one in zip(target, scored, strict=True)]
+        ids = torch.tensor([example.source + target])
+        with torch.no_grad():
+            loss = both.peer.model(input_ids=ids, labels=torch.tensor([labels])).loss
+        assert -total / n_tokens == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_scores_that_are_not_finite_are_an_error_that_names_the_prompt(both, loaded):

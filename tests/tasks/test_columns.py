@@ -175,6 +175,23 @@ def test_items_of_lists_and_objects_can_be_named(tmp_path):
     assert rendered(task) == [("dog y", ["Hund"], 0)]
 
 
+def test_columns_with_the_names_of_our_own_fields_are_read_as_the_file_has_them(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": messages, "Label": "z", "idx": "q7"}
+    flags = {
+        "input": "{messages[0][content]} {{{idx}}}",
+        "target": "{label}: {messages[1][content]}",
+    }
+    task = load(tmp_path, row, **flags)
+    assert rendered(task) == [("a {q7}", ["z: b"], 0)]
+    assert task.columns == "reads messages and idx, writes Label and messages"
+    row = {"text": "a", "label": "x"}
+    flags = {"input": "{text} {label}", "target": "{label}", "labels": "x,y"}
+    assert rendered(load(tmp_path, row, **flags)) == [("a x", ["x", "y"], 0)]
+    with pytest.raises(ValueError, match=r'--input "\{text\}" --target "\{label\}"'):
+        load(tmp_path, row, input="{text} {label}")
+
+
 def test_with_labels_the_target_is_the_column_of_the_label(tmp_path):
     rows = [{"text": "a", "mood": "Bad"}, {"text": "b", "mood": "good"}]
     task = load(tmp_path, *rows, target="{mood}", labels="good,bad,none")
@@ -233,7 +250,10 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
             {"review": "a long text", "mood": "x"},
             'say which is which with --input "{review}" --target "{mood}", and add --labels',
         ),
-        ({"text": "a", "lable": "x"}, "did you mean 'label' by 'lable'?"),
+        (
+            {"text": "a", "lable": "x"},
+            "did you mean 'label' by 'lable'? Otherwise say which is which with --input",
+        ),
         ({"text": "a"}, "has the columns text; expected such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
         ({}, "has the columns ; expected"),
@@ -243,6 +263,15 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
     with pytest.raises(ValueError, match=r"rows\.jsonl has the columns [^\n]*\Z") as error:
         load(tmp_path, row)
     assert words in str(error.value)
+
+
+def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
+    rows = [{"text": "a", "label": "x\ny", "a\nb": 1}, {"text": "b", "label": "z"}]
+    assert load(tmp_path, *rows).columns == (
+        "reads text, picks label among 'x\\ny', z; ignores 'a\\nb'"
+    )
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z"):
+        load(tmp_path, {"a\nb": "c", "d\ne": "f"})
 
 
 def test_a_row_of_other_columns_is_an_error_with_its_line(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from task_files import lines
 
 from minia3.tasks.labels import Labels, find_choice, label_text, name_labels, split_words
+from minia3.tasks.prompts import render
 from minia3.tasks.splits import load_task
 
 
@@ -102,6 +103,7 @@ def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
         load(tmp_path, many[:299])
     task = load(tmp_path, many[:299], target="{label}")
     assert (task.answer, task.metric) == ("target", "exact_match")
+    assert render(task.prompts[0], task.train[5]).choices == [many[task.train[5]["idx"]]]
     named = ",".join(f"w{i}" for i in range(60))
     assert len(load(tmp_path, many[:299], labels=named).prompts[0].choices) == 60
 
@@ -109,8 +111,8 @@ def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("values", "flags", "words"),
     [
-        (["x", "x", "x"], {}, "every 'label' is x, expected two labels or more"),
-        ([3, 3, 3], {}, "every 'label' is 3, expected two labels or more"),
+        (["x", "x", "x"], {}, "every 'label' is 'x', expected two labels or more"),
+        ([3, 3, 3], {}, "every 'label' is '3', expected two labels or more"),
         ([None, "", None], {}, "'label' is empty in every row, expected labels"),
         ([0, 1, 2], {"labels": "a,b"}, "--labels has 2 words, but 'label' has the labels 0, 1, 2"),
         ([True, False, True], {"labels": "a,b,c"}, "--labels has 3 words, but .* false, true"),
