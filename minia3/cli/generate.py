@@ -37,16 +37,7 @@ def add_arguments(parser):
         help="texts (default: the lines of standard input; on a terminal, a conversation)",
     )
     add_adapter_option(parser)
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="put prompts into the chat template of the model, as messages",
-    )
-    parser.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="chat template for --chat (default: the adapter's, or else the model's own)",
-    )
+    add_chat_options(parser)
     parser.add_argument(
         "--temperature",
         type=float,
@@ -92,6 +83,19 @@ def add_arguments(parser):
     add_device_options(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, for programs"
+    )
+
+
+def add_chat_options(parser):
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put prompts into the chat template of the model, as messages",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="chat template for --chat (default: the adapter's, or else the model's own)",
     )
 
 
