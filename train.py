@@ -58,7 +58,7 @@ def train(run, group, config):
         while True:
             # From time to time, evaluate on held-out rows. Each cell keeps its best vectors.
             if log.evaluation_is_due():
-                results = {cell: group.evaluate_held_out(cell) for cell in group.active_cells}
+                results = group.evaluate_active()  # cell -> its results
                 with run.uninterrupted():
                     for cell, cell_results in results.items():
                         cell.keep_if_best(cell_results)

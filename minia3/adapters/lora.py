@@ -15,7 +15,7 @@ from minia3.adapters.peft_config import check_lora_config
 from minia3.adapters.peft_files import adapter_file, write_peft
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
@@ -120,7 +120,7 @@ def save_lora(model, folder, base=None):
         **PLAIN,
         "r": len(loras[0].lora_A),
         "lora_alpha": loras[0].alpha,
-        "base_model_name_or_path": hub_name(base),
+        "base_model_name_or_path": public_name(base),
         "task_type": "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM",
         "target_modules": sorted({peft_linear(name) for name in tensors}),
     }

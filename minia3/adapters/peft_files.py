@@ -19,7 +19,7 @@ from safetensors.torch import save
 from minia3.adapters.peft_config import check_ia3_config
 from minia3.adapters.vector_names import INPUT_VECTORS, PREFIX, READ, SUFFIX, WRITE, rename
 from minia3.checkpoints.hub import find_adapter
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.layout import ADAPTER_FILES
 from minia3.files.read import read_json
 from minia3.files.tensors import FLOATS, read_tensors
@@ -156,7 +156,7 @@ def write_adapter(folder, vectors, base=None):
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM" if is_llama else "SEQ_2_SEQ_LM",
         "inference_mode": True,
-        "base_model_name_or_path": hub_name(base),
+        "base_model_name_or_path": public_name(base),
         "revision": None,
         "modules_to_save": None,
         "target_modules": targets,

@@ -4,7 +4,7 @@ Shapes: D width of what is scaled.
 """
 
 import warnings
-from os.path import realpath
+from os.path import basename, normpath, realpath
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
@@ -85,5 +85,12 @@ def fitting_vectors(model, adapter_file, origin):
 
 
 def is_same_base(name, other_name):
-    """Return whether two names or paths mean one model, however they are spelled."""
-    return realpath(hub_name(name)) == realpath(hub_name(other_name))
+    """Return whether two names or paths mean one model, however they are spelled.
+
+    The file of an adapter names a local folder without its place (see `public_name`).
+    """
+    if realpath(hub_name(name)) == realpath(hub_name(other_name)):
+        return True
+    names = (normpath(name), normpath(other_name))
+    has_no_place = any(basename(path) == path for path in names)
+    return has_no_place and basename(names[0]) == basename(names[1])

@@ -93,7 +93,7 @@ def find_adapter(name_or_path):
     if not HUB_ID.fullmatch(str(name_or_path)):
         expected = "the folder or file of an adapter, or a hub id (user/name)"
         raise ValueError(f"{path}: not found; expected {expected}")
-    return fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
+    return fetch(str(name_or_path), "adapter_config.json", ("task.json",), ADAPTER_FILES)
 
 
 def check_is_name(name, kind):

@@ -519,6 +519,16 @@ def hub_name(name):
     return row.repo
 
 
+def public_name(name):
+    """Return the name of a model for files that leave this machine: `hub_name`, but only the last
+    part of an absolute path, which means nothing elsewhere.
+    """
+    hub = hub_name(name)
+    if hub is None or not os.path.isabs(hub):
+        return hub
+    return os.path.basename(os.path.normpath(hub))
+
+
 def base_of(name_or_path):
     """Return the name of the known model that a folder was made from, or else `name_or_path`.
 

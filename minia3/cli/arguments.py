@@ -37,6 +37,11 @@ def add_device_options(parser):
     parser.add_argument(
         "--dtype", help="float32, bfloat16 ... (default: the dtype of the stored weights)"
     )
+    parser.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="look for NaN and infinite numbers in the weights first",
+    )
 
 
 def new_folder(path):
@@ -59,7 +64,7 @@ def load_model(args):
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
     with showing("loading"):
-        return load_model(args.model, dtype=dtype, device=device)
+        return load_model(args.model, dtype=dtype, device=device, check_finite=args.check_weights)
 
 
 def describe_folder(folder):

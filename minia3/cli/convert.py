@@ -27,10 +27,12 @@ def run(args):
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
+    from minia3.tasks.task_file import copy_task_file
 
     if is_adapter(Path(args.model)):
         adapter = read_adapter(args.model)
         write_adapter(args.out, adapter.vectors, adapter.base)
+        copy_task_file([Path(args.model)], args.out)
     else:
         model = load_model(args)
         tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none

@@ -16,11 +16,12 @@ def add_arguments(parser):
 def run(args):
     from minia3.adapters.lora import is_lora, load_lora
     from minia3.adapters.merge import merge, merge_files
-    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.hub import find, find_adapter
     from minia3.checkpoints.load import load_model
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
+    from minia3.tasks.task_file import copy_task_file
 
     with showing("merging"):
         if is_lora(args.adapter):
@@ -30,4 +31,5 @@ def run(args):
         else:
             # File by file, so that only one shard is in memory.
             merge_files(args.model, args.adapter, args.out)
+        copy_task_file([find_adapter(args.adapter)], args.out)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")

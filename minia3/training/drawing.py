@@ -10,14 +10,19 @@ from itertools import islice
 
 import numpy as np
 
+from minia3.inference.scoring import check_examples
 from minia3.tasks.examples import encode_rows
+from minia3.tasks.limits import equal_choices, fit_all_targets
 from minia3.tasks.mixture import draw_rows
 
 
-def draw_batches(cell, tokenizer):
-    """Return the examples of each step, as Batches."""
+def draw_batches(cell, model, tokenizer):
+    """Return the examples of each step, as Batches.
+
+    Raise ValueError, with the `idx` of the row, if a row cannot be trained on.
+    """
     plan = plan_steps(cell.assignments, cell.config)
-    examples = encode_plan(plan, cell, tokenizer)
+    examples = encode_plan(plan, cell, model, tokenizer)
     return Batches(cell.assignments, cell.config, examples)
 
 
@@ -76,24 +81,39 @@ def distinct_places(plan, cell):
     return drawn
 
 
-def encode_plan(plan, cell, tokenizer):
+def encode_plan(plan, cell, model, tokenizer):
     """Return a dict from each (member, row, prompt) of the plan to its example.
 
     An example that the plan uses many times is encoded once.
     """
+    config = cell.config
     drawn = distinct_places(plan, cell)
     examples = {}
-    n_cut = 0
+    n_cut = n_targets_cut = n_equal = 0
     for member, assignment in enumerate(cell.assignments):
         places = sorted(place for place in drawn if place[0] == member)
-        pairs = []
-        for _, row, prompt in places:
-            pairs.append((assignment.train_rows[row], assignment.prompts[prompt]))
-        has_end = assignment.task.metric == "exact_match"  # texts to generate must learn to end
-        _, encoded, n_cut_here = encode_rows(pairs, tokenizer, cell.config.max_length, has_end)
+        rows = [assignment.train_rows[row] for _, row, _ in places]
+        prompts = [assignment.prompts[prompt] for _, _, prompt in places]
+        pairs = list(zip(rows, prompts, strict=True))
+        has_end = assignment.task.answer != "choices"  # texts to generate must learn to end
+        _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
+        encoded, n_targets_cut_here = fit_all_targets(rows, encoded, config.max_target_length)
+        check_examples(rows, encoded, model, tokenizer)
+
         examples |= dict(zip(places, encoded, strict=True))
         n_cut += n_cut_here
+        n_targets_cut += n_targets_cut_here
+        n_equal += sum(equal_choices(example) is not None for example in encoded)
+    n_all = len(examples)
     if n_cut:
-        limit = f"{cell.config.max_length} tokens (--max-length)"
-        print(f"note     {n_cut} of {len(examples)} training inputs are cut to {limit}")
+        limit = f"{config.max_length} tokens (--max-length)"
+        has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
+        effect = "lose their oldest turns to fit into" if has_chats else "are cut to"
+        print(f"note     {n_cut} of {n_all} training inputs {effect} {limit}")
+    if n_targets_cut:
+        limit = f"{config.max_target_length} tokens (--max-target-length)"
+        print(f"note     {n_targets_cut} of {n_all} training targets are cut to {limit}")
+    if n_equal:
+        reason = "have two choices that are one text to the tokenizer"
+        print(f"note     {n_equal} of {n_all} training examples {reason}")
     return examples

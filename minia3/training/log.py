@@ -13,6 +13,7 @@ from minia3.training.device import peak_memory
 from minia3.training.optimizer import learning_rate
 from minia3.training.report import describe
 
+FIRST_ADVICE = "look for it with --check-weights, or try --dtype float32"
 LOG_EVERY = 10  # steps between two lines
 REFRESH = 1.0  # seconds between two losses in the progress bar
 
@@ -122,7 +123,7 @@ class TrainingLog:
             for row, loss in losses.items():
                 cell = self.cells[row]
                 if not math.isfinite(loss) and cell.progress.failure is None:
-                    cell.fail(f"the loss of step {step} is {loss}")
+                    fail_cell(cell, step, loss)
 
     def write_training(self, cells):
         """Write a line about the steps since the last line. cells: they took the last step."""
@@ -140,6 +141,9 @@ class TrainingLog:
         }
         if self.cells[0].name:
             line["losses"] = means
+        for cell in self.cells:
+            if cell.name in means:
+                cell.progress.losses.append(float(means[cell.name]))
         self.run.write("train", step=self.step, **line)
         self.losses = []
         self.n_tokens = 0
@@ -184,3 +188,12 @@ class TrainingLog:
         self.run.write("eval", step=self.step, metric=task.metric, **key, **result)
         text = f"{cell.title_of(task)}{describe(task.metric, result)}, held out"
         tqdm.write(f"step {self.step:>6}  {text}", file=sys.stdout)
+
+
+def fail_cell(cell, step, loss):
+    """Fail a cell whose loss is not finite. In the first step, training is not the reason."""
+    if step > 1:
+        cell.fail(f"the loss of step {step} is {loss}")
+        return
+    reason = "before anything was trained: the weights or the adapter may hold NaN"
+    cell.fail(f"the loss of step 1 is {loss}, {reason}", FIRST_ADVICE)

@@ -6,6 +6,7 @@ Each of the three hands over `run_grid` of train.py, because no module imports t
 import sys
 
 from minia3.files.streams import lasting_output, use_utf8
+from minia3.training.announce import announcing_warnings
 from minia3.training.command_line import error_line, read_command_line
 from minia3.training.process_state import unchanged_process
 from minia3.training.run import Failed, Run
@@ -39,7 +40,7 @@ def run_config(config, run_grid, program, is_program=False):
     """
     run = None
     try:
-        with unchanged_process(), Signals(is_program) as signals:
+        with unchanged_process(), announcing_warnings(), Signals(is_program) as signals:
             run = Run(config, signals, program)
             run_grid(run, config)
         return run

@@ -15,6 +15,7 @@ LIMITS = """
     save-every 0 at least 1
     shots 0 at least 1
     max-length 0 at least 1
+    max-target-length 0 at least 1
     max-new-tokens 0 at least 1
     eval-every -1 at least 0
     cap 0 at least 1
