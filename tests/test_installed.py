@@ -1,4 +1,7 @@
-"""A wheel, a source distribution and an editable install train in an environment of their own."""
+"""A wheel, a source distribution and an editable install train in an environment of their own.
+
+The wheel learns from the kinds of files that people have, by one command each.
+"""
 
 import email
 import json
@@ -12,6 +15,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import chat_model
 import pytest
 import running
 
@@ -133,6 +137,112 @@ def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(
     program = "from minia3.training.loop import load_loop; print(load_loop().__file__)"
     done = call(programs / "python", "-c", program, cwd=tmp_path)
     assert done.stdout == f"{source / 'train.py'}\n"
+
+
+# The files that people have: one command trains, and one labels or answers new rows
+
+
+@pytest.fixture(scope="module")
+def programs(wheel, tmp_path_factory):
+    return install(tmp_path_factory.mktemp("installed"), wheel)
+
+
+def trained(programs, folder, file, *flags):
+    """Train on a file of a folder that has nothing of ours. Return what was printed."""
+    command = [programs / "minia3", "train", "--task", file, *flags]
+    done = call(*command, "--out", "run", "--device", "cpu", cwd=folder)
+    assert done.stderr == ""
+    (final,) = [line for line in running.metrics(folder / "run") if line["event"] == "final"]
+    assert final["steps"] == int(flags[flags.index("--steps") + 1])
+    return done.stdout
+
+
+def predicted(programs, folder, file):
+    """Return the lines of `minia3 predict` for rows that have only inputs."""
+    command = [programs / "minia3", "predict", "tiny-t5", file, "--adapter", "run/adapter"]
+    done = call(*command, cwd=folder)
+    assert done.stderr == ""
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+PRAISE = ["fine", "great", "lovely", "nice"]
+BLAME = ["bad", "dull", "awful", "sad"]
+
+
+def test_a_csv_of_texts_and_words_as_labels(programs, tmp_path):
+    lines = ["text,label"]
+    for good, bad in zip(PRAISE * 5, BLAME * 5, strict=True):
+        lines += [f"the film was {good},positive", f"the film was {bad},negative"]
+    (tmp_path / "reviews.csv").write_text("\n".join(lines))
+    (tmp_path / "new.csv").write_text("text\nthe film was dull\nthe film was nice\n")
+
+    printed = trained(programs, tmp_path, "reviews.csv", "--steps", "60", "--lr", "3e-2")
+    assert "columns  reads text, picks label among positive, negative\n" in printed
+    assert "use it      minia3 predict tiny-t5 new.csv --adapter run/adapter\n" in printed
+    rows = predicted(programs, tmp_path, "new.csv")
+    assert [row["choice"] for row in rows] == ["negative", "positive"]
+
+
+OPPOSITES = {"hot": "cold", "big": "small", "yes": "no", "in": "out"}
+
+
+def test_an_alpaca_file(programs, tmp_path):
+    asked = [{"instruction": "Say the opposite.", "input": word} for word in OPPOSITES]
+    answered = [row | {"output": OPPOSITES[row["input"]]} for row in asked]
+    (tmp_path / "alpaca.json").write_text(json.dumps(answered * 6, indent=2))
+    (tmp_path / "new.json").write_text(json.dumps(asked))
+
+    printed = trained(programs, tmp_path, "alpaca.json", "--steps", "100", "--lr", "1e-1")
+    assert "columns  reads instruction and input, writes output\n" in printed
+    rows = predicted(programs, tmp_path, "new.json")
+    assert [row["output"] for row in rows] == list(OPPOSITES.values())
+
+
+def test_a_parquet_file(programs, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="writes a .parquet file")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    first = [f"the film was {word}" for word in (*PRAISE, *BLAME)]
+    columns = {"sentence1": first * 5, "sentence2": ["was it good"] * 40}
+    labels = ([True] * 4 + [False] * 4) * 5
+    parquet.write_table(pyarrow.table(columns | {"label": labels}), tmp_path / "pairs.parquet")
+    parquet.write_table(pyarrow.table(columns).slice(2, 4), tmp_path / "new.parquet")
+
+    printed = trained(programs, tmp_path, "pairs.parquet", "--steps", "60", "--lr", "3e-2")
+    assert "columns  reads sentence1 and sentence2, picks label among " in printed
+    rows = predicted(programs, tmp_path, "new.parquet")
+    assert [row["choice"] for row in rows] == ["true", "true", "false", "false"]
+
+
+CAPITALS = {
+    "Capital of France?": "Paris",
+    "Capital of Germany?": "Berlin",
+    "Capital of Italy?": "Rome",
+    "Capital of Spain?": "Madrid",
+}
+
+
+def test_a_file_of_conversations(programs, tmp_path):
+    pytest.importorskip("jinja2", reason="renders chat templates")
+    chat_model.save(tmp_path / "small-llama")
+    lines = []
+    for question, answer in CAPITALS.items():
+        asked = {"role": "user", "content": question}
+        answered = {"role": "assistant", "content": answer}
+        lines.append(json.dumps({"messages": [asked, answered]}) + "\n")
+    (tmp_path / "capitals.jsonl").write_text("".join(lines * 5))
+
+    flags = ["--model", "small-llama", "--steps", "150", "--lr", "3e-1"]
+    printed = trained(programs, tmp_path, "capitals.jsonl", *flags)
+    assert "columns  reads messages, writes what the assistant says\n" in printed
+    assert "use it      minia3 generate small-llama --chat --adapter run/adapter\n" in printed
+    command = [programs / "minia3", "generate", "small-llama", "--chat", "--adapter", "run/adapter"]
+    for question, answer in CAPITALS.items():
+        done = call(*command, question, cwd=tmp_path)
+        assert done.stdout == f"{answer}\n"
+        assert (
+            chat_model.answer(tmp_path / "small-llama", tmp_path / "run" / "adapter", question)
+            == answer
+        )
 
 
 def test_both_distributions_have_the_same_modules(wheel, sdist, tmp_path):

@@ -130,10 +130,10 @@ def warn_if_endless(adapter, tokenizer):
     if tokenizer.has_separate_targets:
         return
     from minia3.checkpoints.hub import find_adapter
-    from minia3.cli.predict import tasks_beside
     from minia3.tasks.task import METRICS
+    from minia3.tasks.task_file import read_tasks_beside
 
-    tasks = tasks_beside(find_adapter(adapter))
+    tasks = read_tasks_beside(find_adapter(adapter))
     if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
         warnings.warn(
             f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
