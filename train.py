@@ -13,11 +13,13 @@ minia3/model/ia3.py.
 
 import sys
 
+from minia3.files.program import begin
 from minia3.training.command_line import answer_mistakes
 from minia3.training.command_lines import SCRIPT
 
 if __name__ == "__main__":
-    # Answer --help and mistakes in the flags before torch is imported, which takes a second.
+    # Before torch is imported, which takes seconds: Ctrl-C, --help, and mistakes in the flags.
+    begin("train.py")
     answer_mistakes(sys.argv[1:], SCRIPT)
 
 from minia3.inference.scoring import choice_logprobs
@@ -40,6 +42,7 @@ from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
 from minia3.training.run import Run
 from minia3.training.start import run_command_line
+from minia3.training.step_memory import check_memory
 
 
 def train(run, group, config):
@@ -55,7 +58,7 @@ def train(run, group, config):
         while True:
             # From time to time, evaluate on held-out rows. Each cell keeps its best vectors.
             if log.evaluation_is_due():
-                results = {cell: group.evaluate_held_out(cell) for cell in group.active_cells}
+                results = group.evaluate_active()  # cell -> its results
                 with run.uninterrupted():
                     for cell, cell_results in results.items():
                         cell.keep_if_best(cell_results)
@@ -69,12 +72,14 @@ def train(run, group, config):
                 log.start_step()
                 model.train()
                 batch = group.next_batch()
-                # Forward and backward, in parts if --micro-batch-size says so.
-                for part in batch.split(config.micro_batch_size):
-                    logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                    losses = part.losses(logp_BCL)  # cell -> its loss on its examples in this part
-                    sum(losses.values()).backward()
-                    log.add_losses(losses)
+                # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
+                # yet, so who presses Ctrl-C twice gives up this step, and nothing else.
+                with run.giving_up(group):
+                    for part in batch.split(config.micro_batch_size):
+                        logp_BCL = choice_logprobs(model, part.batch, part.row_B)
+                        losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
+                        sum(losses.values()).backward()
+                        log.add_losses(losses)
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -145,6 +150,7 @@ def run_grid(run: Run, config: Config):
         announce_group(group, is_first=run.n_done == 0)
         if config.is_training:
             group.draw_batches()
+            run.micro_batch_size = check_memory(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)
@@ -154,11 +160,14 @@ def run_grid(run: Run, config: Config):
     report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
 
 
-def main(words=None):
-    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n."""
+def main(words=None, is_program=False):
+    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n.
+
+    is_program: whether this process does nothing else, so that a signal may end it at any time.
+    """
     words = sys.argv[1:] if words is None else words
-    return run_command_line(words, run_grid, SCRIPT)
+    return run_command_line(words, run_grid, SCRIPT, is_program)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(is_program=True))

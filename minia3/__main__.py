@@ -1,17 +1,16 @@
-"""The command line of the package: `minia3 ...`, or `python -m minia3 ...`."""
+"""The command line of the package: `python -m minia3 ...`, or `minia3 ...` once it is installed."""
 
 import sys
 
+from minia3.files.program import begin
+
 
 def main():
-    """Return the exit code. Ctrl-C ends in one line, even while modules are imported."""
-    try:
-        from minia3.cli.main import main as run_command
+    """Run the command line of this process, and return its exit code."""
+    begin("minia3")
+    from minia3.cli.main import main  # takes a while, and Ctrl-C may come meanwhile
 
-        return run_command()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return main()
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ LLAMA_PEERS = {
         "Llama",
         {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
     ),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10}),
 }
 # The published families of T5, which differ in what T5_PEERS do not cover
 # (tests/checkpoints/test_t5_families.py)

@@ -90,6 +90,11 @@ UL2 = replace(t5_v1_1(4096, 16384, 32, 16), d_head=256, activation="silu", dropo
 LLAMA_7B = LlamaConfig(
     d_model=4096, d_head=128, d_ff=11008, n_layers=32, n_heads=32, n_kv_heads=32, vocab_size=32000
 )
+LLAMA_13B = replace(LLAMA_7B, d_model=5120, d_ff=13824, n_layers=40, n_heads=40, n_kv_heads=40)
+LLAMA_30B = replace(LLAMA_7B, d_model=6656, d_ff=17920, n_layers=60, n_heads=52, n_kv_heads=52)
+LLAMA_65B = replace(
+    LLAMA_7B, d_model=8192, d_ff=22016, n_layers=80, n_heads=64, n_kv_heads=64, eps=1e-5
+)
 LLAMA_2_7B = replace(LLAMA_7B, eps=1e-5, max_length=4096)
 LLAMA_2_13B = replace(LLAMA_2_7B, d_model=5120, d_ff=13824, n_layers=40, n_heads=40, n_kv_heads=40)
 LLAMA_2_70B = replace(LLAMA_2_7B, d_model=8192, d_ff=28672, n_layers=80, n_heads=64, n_kv_heads=8)
@@ -111,6 +116,7 @@ LLAMA_3_1_ROPE = (8.0, 1.0, 4.0, 8192)
 LLAMA_3_2_ROPE = (32.0, 1.0, 4.0, 8192)
 LLAMA_3_1_8B = replace(LLAMA_3_8B, max_length=131072, rope_scaling=LLAMA_3_1_ROPE)
 LLAMA_3_1_70B = replace(LLAMA_3_70B, max_length=131072, rope_scaling=LLAMA_3_1_ROPE)
+LLAMA_3_1_405B = replace(LLAMA_3_1_8B, d_model=16384, d_ff=53248, n_layers=126, n_heads=128)
 LLAMA_3_2_1B = replace(
     LLAMA_3_1_8B,
     d_model=2048,
@@ -121,6 +127,9 @@ LLAMA_3_2_1B = replace(
     rope_scaling=LLAMA_3_2_ROPE,
 )
 LLAMA_3_2_3B = replace(LLAMA_3_2_1B, d_model=3072, d_head=128, n_layers=28, n_heads=24)
+
+# The end of a text, of a message to a tool, and of a turn
+LLAMA_3_ENDS = (128001, 128008, 128009)
 
 # TinyLlama has the tokenizer and the positions of the first LLaMA, and the eps of Llama 2.
 TINYLLAMA_1_1B = replace(
@@ -152,6 +161,85 @@ SMOLLM2_1_7B = replace(
     n_kv_heads=32,
     rope_theta=130000.0,
 )
+
+# Only the first Mistral has a window.
+MISTRAL_7B_V0_1 = replace(LLAMA_2_7B, d_ff=14336, n_kv_heads=8, max_length=32768, window=4096)
+MISTRAL_7B_V0_2 = replace(MISTRAL_7B_V0_1, window=None, rope_theta=1000000.0)
+MISTRAL_7B_V0_3 = replace(MISTRAL_7B_V0_2, vocab_size=32768)
+
+# Qwen2 and Qwen2.5 have the same sizes. Their files name a window, but do not use it.
+QWEN2_0_5B = LlamaConfig(
+    d_model=896,
+    d_head=64,
+    d_ff=4864,
+    n_layers=24,
+    n_heads=14,
+    n_kv_heads=2,
+    vocab_size=151936,
+    own_head=False,  # the small models are tied
+    qkv_bias=True,
+    max_length=131072,
+    rope_theta=1000000.0,
+    bos_id=151643,  # <|endoftext|> begins a text and ends it
+    eos_ids=(151643,),
+)
+QWEN2_1_5B = replace(QWEN2_0_5B, d_model=1536, d_head=128, d_ff=8960, n_layers=28, n_heads=12)
+QWEN2_7B = replace(
+    QWEN2_1_5B,
+    d_model=3584,
+    d_ff=18944,
+    n_heads=28,
+    n_kv_heads=4,
+    vocab_size=152064,
+    own_head=True,
+)
+QWEN2_72B = replace(
+    QWEN2_7B, d_model=8192, d_ff=29568, n_layers=80, n_heads=64, n_kv_heads=8, eps=1e-5
+)
+QWEN2_5_0_5B = replace(QWEN2_0_5B, max_length=32768)
+QWEN2_5_3B = replace(
+    QWEN2_1_5B, d_model=2048, d_ff=11008, n_layers=36, n_heads=16, max_length=32768
+)
+QWEN2_5_14B = replace(QWEN2_72B, d_model=5120, d_ff=13824, n_layers=48, n_heads=40)
+QWEN2_5_32B = replace(QWEN2_5_14B, d_ff=27648, n_layers=64)
+
+
+def qwen2_instruct(config):
+    """Return the config of a Qwen2 or Qwen2.5 that was tuned to chat: <|im_end|> ends a turn."""
+    return replace(config, eps=1e-6, max_length=32768, eos_ids=(151645,))
+
+
+QWEN3_0_6B = LlamaConfig(
+    d_model=1024,
+    d_head=128,
+    d_ff=3072,
+    n_layers=28,
+    n_heads=16,
+    n_kv_heads=8,
+    vocab_size=151936,
+    own_head=False,
+    qk_norm=True,
+    max_length=40960,
+    rope_theta=1000000.0,
+    bos_id=151643,
+    eos_ids=(151645,),
+)
+QWEN3_1_7B = replace(QWEN3_0_6B, d_model=2048, d_ff=6144)
+QWEN3_4B = replace(QWEN3_0_6B, d_model=2560, d_ff=9728, n_layers=36, n_heads=32)
+QWEN3_8B = replace(QWEN3_4B, d_model=4096, d_ff=12288, own_head=True)
+QWEN3_14B = replace(QWEN3_8B, d_model=5120, d_ff=17408, n_layers=40, n_heads=40)
+QWEN3_32B = replace(QWEN3_14B, d_ff=25600, n_layers=64, n_heads=64)
+
+
+def qwen3_base(config):
+    """Return the config of a Qwen3 before it was tuned to chat."""
+    return replace(config, max_length=32768, eos_ids=(151643,))
+
+
+def smollm2_instruct(config):
+    """Return the config of a SmolLM2 that was tuned to chat: <|im_start|> 1 and <|im_end|> 2."""
+    return replace(config, bos_id=1, eos_ids=(2,), pad_id=2)
+
 
 TINY_T5 = T5Config(
     d_model=64,
@@ -239,23 +327,133 @@ KNOWN_MODELS = {
     "codet5-base":    KnownModel("Salesforce/codet5-base", "codet5", codet5(768, 3072, 12, 12)),
     "codet5-large":   KnownModel("Salesforce/codet5-large", "codet5", codet5(1024, 4096, 24, 16)),
 
-    # Meta's own repositories are gated. The first LLaMA has no repository, so its row names a copy.
-    "llama-7b":       KnownModel("huggyllama/llama-7b", "llama", LLAMA_7B),
-    "llama-2-7b":     KnownModel("meta-llama/Llama-2-7b-hf", "llama", LLAMA_2_7B),
-    "llama-2-13b":    KnownModel("meta-llama/Llama-2-13b-hf", "llama", LLAMA_2_13B),
-    "llama-2-70b":    KnownModel("meta-llama/Llama-2-70b-hf", "llama", LLAMA_2_70B),
-    "llama-3-8b":     KnownModel("meta-llama/Meta-Llama-3-8B", "llama", LLAMA_3_8B),
-    "llama-3-70b":    KnownModel("meta-llama/Meta-Llama-3-70B", "llama", LLAMA_3_70B),
-    "llama-3.1-8b":   KnownModel("meta-llama/Llama-3.1-8B", "llama", LLAMA_3_1_8B),
-    "llama-3.1-70b":  KnownModel("meta-llama/Llama-3.1-70B", "llama", LLAMA_3_1_70B),
-    "llama-3.2-1b":   KnownModel("meta-llama/Llama-3.2-1B", "llama", LLAMA_3_2_1B),
-    "llama-3.2-3b":   KnownModel("meta-llama/Llama-3.2-3B", "llama", LLAMA_3_2_3B),
+    # Meta's own repositories are gated. The first LLaMA has no repository, so its rows name copies.
+    "llama-7b":      KnownModel("huggyllama/llama-7b", "llama", LLAMA_7B),
+    "llama-13b":     KnownModel("huggyllama/llama-13b", "llama", LLAMA_13B),
+    "llama-30b":     KnownModel("huggyllama/llama-30b", "llama", LLAMA_30B),
+    "llama-65b":     KnownModel("huggyllama/llama-65b", "llama", LLAMA_65B),
+    "llama-2-7b":    KnownModel("meta-llama/Llama-2-7b-hf", "llama", LLAMA_2_7B),
+    "llama-2-13b":   KnownModel("meta-llama/Llama-2-13b-hf", "llama", LLAMA_2_13B),
+    "llama-2-70b":   KnownModel("meta-llama/Llama-2-70b-hf", "llama", LLAMA_2_70B),
+    "llama-2-7b-chat": KnownModel("meta-llama/Llama-2-7b-chat-hf", "llama", LLAMA_2_7B),
+    "llama-2-13b-chat": KnownModel("meta-llama/Llama-2-13b-chat-hf", "llama", LLAMA_2_13B),
+    "llama-2-70b-chat": KnownModel("meta-llama/Llama-2-70b-chat-hf", "llama", LLAMA_2_70B),
+    "llama-3-8b":    KnownModel("meta-llama/Meta-Llama-3-8B", "llama", LLAMA_3_8B),
+    "llama-3-70b":   KnownModel("meta-llama/Meta-Llama-3-70B", "llama", LLAMA_3_70B),
+    "llama-3.1-8b":  KnownModel("meta-llama/Llama-3.1-8B", "llama", LLAMA_3_1_8B),
+    "llama-3.1-70b": KnownModel("meta-llama/Llama-3.1-70B", "llama", LLAMA_3_1_70B),
+    "llama-3.1-405b": KnownModel("meta-llama/Llama-3.1-405B", "llama", LLAMA_3_1_405B),
+    "llama-3.2-1b":  KnownModel("meta-llama/Llama-3.2-1B", "llama", LLAMA_3_2_1B),
+    "llama-3.2-3b":  KnownModel("meta-llama/Llama-3.2-3B", "llama", LLAMA_3_2_3B),
+    # Tuned to chat. Llama 3.3 exists only in this form.
+    "llama-3-8b-instruct": KnownModel(
+        "meta-llama/Meta-Llama-3-8B-Instruct", "llama", replace(LLAMA_3_8B, eos_ids=(128009,))
+    ),
+    "llama-3-70b-instruct": KnownModel(
+        "meta-llama/Meta-Llama-3-70B-Instruct", "llama", replace(LLAMA_3_70B, eos_ids=(128009,))
+    ),
+    "llama-3.1-8b-instruct": KnownModel(
+        "meta-llama/Llama-3.1-8B-Instruct", "llama", replace(LLAMA_3_1_8B, eos_ids=LLAMA_3_ENDS)
+    ),
+    "llama-3.1-70b-instruct": KnownModel(
+        "meta-llama/Llama-3.1-70B-Instruct", "llama", replace(LLAMA_3_1_70B, eos_ids=LLAMA_3_ENDS)
+    ),
+    "llama-3.1-405b-instruct": KnownModel(
+        "meta-llama/Llama-3.1-405B-Instruct", "llama", replace(LLAMA_3_1_405B, eos_ids=LLAMA_3_ENDS)
+    ),
+    "llama-3.2-1b-instruct": KnownModel(
+        "meta-llama/Llama-3.2-1B-Instruct", "llama", replace(LLAMA_3_2_1B, eos_ids=LLAMA_3_ENDS)
+    ),
+    "llama-3.2-3b-instruct": KnownModel(
+        "meta-llama/Llama-3.2-3B-Instruct", "llama", replace(LLAMA_3_2_3B, eos_ids=LLAMA_3_ENDS)
+    ),
+    "llama-3.3-70b-instruct": KnownModel(
+        "meta-llama/Llama-3.3-70B-Instruct", "llama", replace(LLAMA_3_1_70B, eos_ids=LLAMA_3_ENDS)
+    ),
     "tinyllama-1.1b": KnownModel("TinyLlama/TinyLlama_v1.1", "llama", TINYLLAMA_1_1B),
+    "tinyllama-1.1b-chat": KnownModel(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama", TINYLLAMA_1_1B
+    ),
 
     # SmolLM2 has LLaMA's architecture, and a repository that is open to all.
-    "smollm2-135m":   KnownModel("HuggingFaceTB/SmolLM2-135M", "smollm2", SMOLLM2_135M),
-    "smollm2-360m":   KnownModel("HuggingFaceTB/SmolLM2-360M", "smollm2", SMOLLM2_360M),
-    "smollm2-1.7b":   KnownModel("HuggingFaceTB/SmolLM2-1.7B", "smollm2", SMOLLM2_1_7B),
+    "smollm2-135m":  KnownModel("HuggingFaceTB/SmolLM2-135M", "smollm2", SMOLLM2_135M),
+    "smollm2-360m":  KnownModel("HuggingFaceTB/SmolLM2-360M", "smollm2", SMOLLM2_360M),
+    "smollm2-1.7b":  KnownModel("HuggingFaceTB/SmolLM2-1.7B", "smollm2", SMOLLM2_1_7B),
+    "smollm2-135m-instruct": KnownModel(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2", smollm2_instruct(SMOLLM2_135M)
+    ),
+    "smollm2-360m-instruct": KnownModel(
+        "HuggingFaceTB/SmolLM2-360M-Instruct", "smollm2", smollm2_instruct(SMOLLM2_360M)
+    ),
+    "smollm2-1.7b-instruct": KnownModel(
+        "HuggingFaceTB/SmolLM2-1.7B-Instruct", "smollm2", smollm2_instruct(SMOLLM2_1_7B)
+    ),
+
+    # Mistral 0.2 exists only tuned to chat, as do the rows that end in `instruct`.
+    "mistral-7b-v0.1": KnownModel("mistralai/Mistral-7B-v0.1", "mistral", MISTRAL_7B_V0_1),
+    "mistral-7b-v0.3": KnownModel("mistralai/Mistral-7B-v0.3", "mistral", MISTRAL_7B_V0_3),
+    "mistral-7b-instruct-v0.1": KnownModel(
+        "mistralai/Mistral-7B-Instruct-v0.1", "mistral", MISTRAL_7B_V0_1
+    ),
+    "mistral-7b-instruct-v0.2": KnownModel(
+        "mistralai/Mistral-7B-Instruct-v0.2", "mistral", MISTRAL_7B_V0_2
+    ),
+    "mistral-7b-instruct-v0.3": KnownModel(
+        "mistralai/Mistral-7B-Instruct-v0.3", "mistral", MISTRAL_7B_V0_3
+    ),
+
+    "qwen2-0.5b":    KnownModel("Qwen/Qwen2-0.5B", "qwen2", QWEN2_0_5B),
+    "qwen2-1.5b":    KnownModel("Qwen/Qwen2-1.5B", "qwen2", QWEN2_1_5B),
+    "qwen2-7b":      KnownModel("Qwen/Qwen2-7B", "qwen2", QWEN2_7B),
+    "qwen2-72b":     KnownModel("Qwen/Qwen2-72B", "qwen2", QWEN2_72B),
+    "qwen2-0.5b-instruct": KnownModel(
+        "Qwen/Qwen2-0.5B-Instruct", "qwen2", qwen2_instruct(QWEN2_0_5B)
+    ),
+    "qwen2-1.5b-instruct": KnownModel(
+        "Qwen/Qwen2-1.5B-Instruct", "qwen2", qwen2_instruct(QWEN2_1_5B)
+    ),
+    "qwen2-7b-instruct": KnownModel("Qwen/Qwen2-7B-Instruct", "qwen2", qwen2_instruct(QWEN2_7B)),
+    "qwen2-72b-instruct": KnownModel("Qwen/Qwen2-72B-Instruct", "qwen2", qwen2_instruct(QWEN2_72B)),
+    "qwen2.5-0.5b":  KnownModel("Qwen/Qwen2.5-0.5B", "qwen2.5", QWEN2_5_0_5B),
+    "qwen2.5-1.5b":  KnownModel("Qwen/Qwen2.5-1.5B", "qwen2.5", QWEN2_1_5B),
+    "qwen2.5-3b":    KnownModel("Qwen/Qwen2.5-3B", "qwen2.5", QWEN2_5_3B),
+    "qwen2.5-7b":    KnownModel("Qwen/Qwen2.5-7B", "qwen2.5", QWEN2_7B),
+    "qwen2.5-14b":   KnownModel("Qwen/Qwen2.5-14B", "qwen2.5", QWEN2_5_14B),
+    "qwen2.5-32b":   KnownModel("Qwen/Qwen2.5-32B", "qwen2.5", QWEN2_5_32B),
+    "qwen2.5-72b":   KnownModel("Qwen/Qwen2.5-72B", "qwen2.5", QWEN2_72B),
+    "qwen2.5-0.5b-instruct": KnownModel(
+        "Qwen/Qwen2.5-0.5B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_5_0_5B)
+    ),
+    "qwen2.5-1.5b-instruct": KnownModel(
+        "Qwen/Qwen2.5-1.5B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_1_5B)
+    ),
+    "qwen2.5-3b-instruct": KnownModel(
+        "Qwen/Qwen2.5-3B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_5_3B)
+    ),
+    "qwen2.5-7b-instruct": KnownModel(
+        "Qwen/Qwen2.5-7B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_7B)
+    ),
+    "qwen2.5-14b-instruct": KnownModel(
+        "Qwen/Qwen2.5-14B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_5_14B)
+    ),
+    "qwen2.5-32b-instruct": KnownModel(
+        "Qwen/Qwen2.5-32B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_5_32B)
+    ),
+    "qwen2.5-72b-instruct": KnownModel(
+        "Qwen/Qwen2.5-72B-Instruct", "qwen2.5", qwen2_instruct(QWEN2_72B)
+    ),
+    # A Qwen3 without an ending was tuned to chat.
+    "qwen3-0.6b":    KnownModel("Qwen/Qwen3-0.6B", "qwen3", QWEN3_0_6B),
+    "qwen3-1.7b":    KnownModel("Qwen/Qwen3-1.7B", "qwen3", QWEN3_1_7B),
+    "qwen3-4b":      KnownModel("Qwen/Qwen3-4B", "qwen3", QWEN3_4B),
+    "qwen3-8b":      KnownModel("Qwen/Qwen3-8B", "qwen3", QWEN3_8B),
+    "qwen3-14b":     KnownModel("Qwen/Qwen3-14B", "qwen3", QWEN3_14B),
+    "qwen3-32b":     KnownModel("Qwen/Qwen3-32B", "qwen3", QWEN3_32B),
+    "qwen3-0.6b-base": KnownModel("Qwen/Qwen3-0.6B-Base", "qwen3", qwen3_base(QWEN3_0_6B)),
+    "qwen3-1.7b-base": KnownModel("Qwen/Qwen3-1.7B-Base", "qwen3", qwen3_base(QWEN3_1_7B)),
+    "qwen3-4b-base": KnownModel("Qwen/Qwen3-4B-Base", "qwen3", qwen3_base(QWEN3_4B)),
+    "qwen3-8b-base": KnownModel("Qwen/Qwen3-8B-Base", "qwen3", qwen3_base(QWEN3_8B)),
+    "qwen3-14b-base": KnownModel("Qwen/Qwen3-14B-Base", "qwen3", qwen3_base(QWEN3_14B)),
 }
 
 # Other names that people use -> short name. Texts and papers write them, or the hub redirects them.
@@ -280,6 +478,14 @@ OTHER_NAMES = {
     "t0p":                   "t0p-11b",
     "t0pp":                  "t0pp-11b",
     "bigscience/t0_11b":     "t0-11b",
+    "meta-llama/meta-llama-3.1-8b": "llama-3.1-8b",
+    "meta-llama/meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct",
+    "meta-llama/meta-llama-3.1-70b": "llama-3.1-70b",
+    "meta-llama/meta-llama-3.1-70b-instruct": "llama-3.1-70b-instruct",
+    "meta-llama/meta-llama-3.1-405b": "llama-3.1-405b",
+    "meta-llama/meta-llama-3.1-405b-instruct": "llama-3.1-405b-instruct",
+    "llama-33b": "llama-30b",
+    "mistral-7b": "mistral-7b-v0.1",
 }
 # fmt: on
 
@@ -311,6 +517,16 @@ def hub_name(name):
     if row is None or row.repo == str(EMBEDDED):
         return name
     return row.repo
+
+
+def public_name(name):
+    """Return the name of a model for files that leave this machine: `hub_name`, but only the last
+    part of an absolute path, which means nothing elsewhere.
+    """
+    hub = hub_name(name)
+    if hub is None or not os.path.isabs(hub):
+        return hub
+    return os.path.basename(os.path.normpath(hub))
 
 
 def base_of(name_or_path):

@@ -59,13 +59,14 @@ T5_GATED = {
 
 
 class LlamaTensor(NamedTuple):
-    """One tensor of LLaMA in all formats. Each name ends in ".weight", but not in this table."""
+    """One tensor of LLaMA in all formats. Each name has an ending, but not in this table."""
 
     hugging_face: str
     gguf: str  # llama.cpp's name
-    meta: str
+    meta: str | None  # None: no model of Meta's has it
     shard_axis: int | None  # the axis that Meta's shards split; None: each shard holds all of it
     ours: str
+    ending: str = "weight"
 
 
 # fmt: off
@@ -84,9 +85,16 @@ LLAMA_TENSORS = [LlamaTensor(*row) for row in [
     ("model.layers.{}.mlp.down_proj",             "blk.{}.ffn_down",    "layers.{}.feed_forward.w2",  1,    "blocks.{}.ffn.down"),
     ("model.norm",                                "output_norm",        "norm",                       None, "norm"),
     ("lm_head",                                   "output",             "output",                     0,    "head"),
+    # Qwen2
+    ("model.layers.{}.self_attn.q_proj",          "blk.{}.attn_q",      None,                         None, "blocks.{}.attn.q", "bias"),
+    ("model.layers.{}.self_attn.k_proj",          "blk.{}.attn_k",      None,                         None, "blocks.{}.attn.k", "bias"),
+    ("model.layers.{}.self_attn.v_proj",          "blk.{}.attn_v",      None,                         None, "blocks.{}.attn.v", "bias"),
+    # Qwen3
+    ("model.layers.{}.self_attn.q_norm",          "blk.{}.attn_q_norm", None,                         None, "blocks.{}.attn.q_norm"),
+    ("model.layers.{}.self_attn.k_norm",          "blk.{}.attn_k_norm", None,                         None, "blocks.{}.attn.k_norm"),
 ]]
 # fmt: on
-LLAMA = {f"{tensor.hugging_face}.weight": f"{tensor.ours}.weight" for tensor in LLAMA_TENSORS}
+LLAMA = {f"{t.hugging_face}.{t.ending}": f"{t.ours}.{t.ending}" for t in LLAMA_TENSORS}
 # Older files hold the frequencies of the rotation, which follow from the config.
 LLAMA["model.layers.{}.self_attn.rotary_emb.inv_freq"] = None
 

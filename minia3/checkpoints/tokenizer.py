@@ -25,7 +25,12 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend
-from minia3.checkpoints.chat import default_template, render_chat
+from minia3.checkpoints.chat import (
+    EncodedChat,
+    default_template,
+    render_chat,
+    render_conversation,
+)
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
@@ -148,21 +153,70 @@ class Tokenizer:
             target.append(self.eos_id)
         return target
 
-    def chat(self, messages: list[dict]) -> list[int]:
+    def chat(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """Return the ids of a conversation up to the place where the answer begins.
 
         messages: [{"role": "user", "content": "Hello"}, ...]
+        tools: descriptions of functions, as JSON schemas, if the template offers them to the model.
 
         They equal the ids of transformers' apply_chat_template. Raise ValueError if there is no
         template or no jinja2, or if the template fails or refuses the messages.
         """
+        self.check_chat()
+        with reading("chat_template", extra="chat"):
+            rendered = render_chat(self.chat_template, messages, self.special, tools)
+            # The template has written the special tokens.
+            return self.encode(rendered.text, special=False)
+
+    def conversation(self, messages: list[dict], tools: list | None = None) -> EncodedChat:
+        """Return the ids of a whole conversation, and which of them the assistant wrote.
+
+        The assistant's part includes the token that ends its turn, so that a model learns to stop.
+        Ids and mask equal those of transformers' apply_chat_template, whose mask needs a template
+        with {% generation %} blocks; this one does not (see `render_conversation`).
+
+        Raise ValueError as `chat` does, if earlier turns change when a conversation goes on, and
+        for the tokenizer of a T5, whose decoder does not continue what its encoder reads.
+        """
+        if self.has_separate_targets:
+            raise ValueError(
+                "only models that continue a text learn from rows with 'messages', and this "
+                "model has an encoder: give rows with 'input' and 'target'"
+            )
+        self.check_chat()
+        with reading("chat_template", extra="chat"):
+            text, spans = render_conversation(self.chat_template, messages, self.special, tools)
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        is_scored = [False] * len(encoding.ids)
+        for i, (first, end) in enumerate(encoding.offsets):
+            # As in transformers, a token belongs to a span if they share a character.
+            is_scored[i] = any(first < span[1] and end > span[0] for span in spans)
+        return EncodedChat(encoding.ids, is_scored)
+
+    def end_of_turn(self) -> str:
+        """Return what a turn of the assistant ends with in the chat template, without white space.
+
+        It is often a special token, such as <|im_end|>. It is empty if the template has none, or
+        refuses such a conversation.
+        """
+        messages = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+        ]
+        try:
+            text, spans = render_conversation(self.chat_template, messages, self.special)
+        except (ValueError, ImportError):
+            return ""
+        first, end = spans[-1]
+        return text[first:end].rpartition("answer")[2].strip()
+
+    def check_chat(self):
+        """Raise ValueError if there is no chat template."""
         if self.chat_template is None:
             raise ValueError(
-                "the tokenizer's files have no chat_template: give the whole prompt as a text"
+                "the tokenizer's files have no chat template: give one with --chat-template FILE "
+                "(in Python: tokenizer.chat_template = ...), or give the whole prompt as a text"
             )
-        with reading("chat_template", extra="chat"):
-            text = render_chat(self.chat_template, messages, self.special)
-            return self.encode(text, special=False)  # the template has written the special tokens
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`, without special tokens and without ids that are not tokens.

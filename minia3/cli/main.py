@@ -8,6 +8,8 @@ import warnings
 from minia3 import __version__
 from minia3.cli import convert, generate, info, merge, mix, plot, predict, table, train
 from minia3.cli.terminal import show
+from minia3.files.messages import message_of
+from minia3.files.streams import use_utf8
 from minia3.training.flags import Parser
 
 COMMANDS = {
@@ -34,11 +36,12 @@ USER_ERRORS = (  # what a user can correct; the other errors are failures of dis
 
 def main(argv=None):
     """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    use_utf8()
     words = sys.argv[1:] if argv is None else argv
     try:
         try:
             if words and words[0] == "train":
-                return train.main(words[1:])  # it has exit codes of its own
+                return train.main(words[1:], is_program=argv is None)  # with its own exit codes
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 args = parse(words)
@@ -50,8 +53,7 @@ def main(argv=None):
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # PyTorch's errors about memory are RuntimeErrors.
-        text = " ".join(str(error).split())
-        print(f"minia3: {text or type(error).__name__}", file=sys.stderr)
+        print(f"minia3: {message_of(error)}", file=sys.stderr)
         return 2 if isinstance(error, USER_ERRORS) else 1
 
 

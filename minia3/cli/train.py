@@ -13,8 +13,8 @@ def add_arguments(parser):
     command_line.add_arguments(parser)
 
 
-def main(words):
-    """Return the exit code of `minia3 train` with these flags."""
+def main(words, is_program=False):
+    """Return the exit code of `minia3 train` with these flags. is_program: see train.py."""
     try:
         command_line.read_command_line(words, COMMAND)  # find mistakes before torch is imported
         from minia3.training.loop import load_loop
@@ -24,7 +24,4 @@ def main(words):
     except ValueError as error:
         print(command_line.error_line(COMMAND, error), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return run_command_line(words, loop.run_grid, COMMAND)
+    return run_command_line(words, loop.run_grid, COMMAND, is_program)

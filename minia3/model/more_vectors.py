@@ -46,6 +46,7 @@ def choose_vectors(model, sites, layers, cross=True):
     out.
     """
     spans = parse_layers(layers)
+    check_spans(model, spans)
     asked_sites = sites.split(",")
     chosen = set()
     used_sites = set()
@@ -78,6 +79,16 @@ def choose_vectors(model, sites, layers, cross=True):
         if name in chosen:
             trained[name] = vector
     return trained
+
+
+def check_spans(model, spans):
+    """Raise ValueError if a span (text -> layers) lies beyond the last layer of the model."""
+    names = {**vectors(model), **possible_vectors(model)}
+    last = max(int(re.search(r"blocks\.(\d+)", name)[1]) for name in names)
+    beyond = [text for text, span in spans.items() if span.start > last]
+    if beyond:
+        found = f"--layers names {','.join(beyond)}, but this model has layers 0 to {last}"
+        raise ValueError(f"{found}: expected some of these, as in 0-{last}")
 
 
 def parse_layers(text):

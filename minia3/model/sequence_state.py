@@ -20,6 +20,7 @@ Shapes: B batch (of sources), R rows that continue them, L query length, M memor
 N columns of one row, H query heads, G key/value heads, K head width.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ import torch.nn.functional as F
 
 from minia3.model.adapter_rows import find_row
 from minia3.model.packing import NO_PACKING
+
+# Numbers that a bias of attention may have: 4 GB in float32. It grows with the square of a length.
+MAX_BIAS = 1 << 30
 
 ROOM = 64  # spare columns that a cache gets when it grows, so that most steps copy nothing
 
@@ -122,6 +126,16 @@ class State:
         adapter_B = self.adapter_B[::n_rows_per_source]
         return Context(adapter_B, self.memory_bias_B11M, packing=NO_PACKING)
 
+    def positions(self):
+        """Return (B, M), or (1, M) without padding: the position of each column in its text.
+
+        The padding of a prompt counts as no position. It stands at the prompt's end (`start` moves
+        it there), so it comes before every token that follows the prompt.
+        """
+        if self.mask_BM is None:
+            return self.token_M[None]
+        return self.token_M - (~self.mask_BM).cumsum(dim=1)
+
     def causal_mask(self, n_queries):
         """Return (L, M) bool: whether each of the last `n_queries` columns may see each column."""
         query_token_L = self.token_M[-n_queries:]
@@ -214,6 +228,17 @@ def pick_adapters(adapter_B, rows):
     if len(adapter_B) == 1:
         return adapter_B
     return adapter_B[rows]
+
+
+def check_bias(*shape):
+    """Raise ValueError before a bias of this shape, (..., L, M), fills the memory."""
+    n_numbers = math.prod(shape)
+    if n_numbers > MAX_BIAS:
+        raise ValueError(
+            f"attention from {shape[-2]:,} to {shape[-1]:,} tokens needs a bias of {n_numbers:,} "
+            f"numbers, expected at most {MAX_BIAS:,}: shorten the texts (--max-length, "
+            "--max-target-length), or lower the batch size"
+        )
 
 
 def mask_to_bias(mask, dtype):

@@ -1,10 +1,24 @@
 """What a run prints before it trains."""
 
 import dataclasses
+import warnings
+from contextlib import contextmanager
 
 from minia3.training.command_lines import resume_command
 from minia3.training.flags import as_tuple
 from minia3.training.optimizer import learning_rate
+
+
+@contextmanager
+def announcing_warnings():
+    """Print a warning of the block like the other notes of a run, and not with a line of code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = print_note
+        yield
+
+
+def print_note(message, *_):
+    print(f"warning  {message}", flush=True)
 
 
 def announce_device(device, reason, dtype):
@@ -64,6 +78,10 @@ def describe_assignment(assignment, config):
         use = "put before each input"
     report = f"{n_report} rows of {assignment.report_split} to report on"
     lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
+    if assignment.task.columns:
+        lines.append(f"columns  {assignment.task.columns}")
     for note in assignment.notes:
         lines.append(f"note     {note}")
+    for doubt in assignment.doubts:
+        lines.append(f"warning  {doubt}")
     return lines

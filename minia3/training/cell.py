@@ -23,6 +23,7 @@ class Progress:
 
     before: list | None = None  # the results before training, one per member of the task
     n_steps: int = 0
+    losses: list = field(default_factory=list)  # the training loss of each line of metrics.jsonl
     best_accuracy: float | None = None  # on the held-out rows
     best_parameters: dict = field(default_factory=dict)  # name to tensor
     last_parameters: dict = field(default_factory=dict)  # of the last step, if not the best
@@ -147,9 +148,9 @@ class Cell:
         set_values(self.parameters, self.progress.last_parameters)
         self.progress.last_parameters = {}
 
-    def fail(self, reason):
+    def fail(self, reason, advice=ADVICE):
         """End the training of this cell. The other cells continue."""
-        self.progress.failure = f"{self.title}{reason}: {ADVICE}"
+        self.progress.failure = f"{self.title}{reason}: {advice}"
         if self.title:
             tqdm.write(f"failed   {self.progress.failure}", file=sys.stdout)
 

@@ -1,12 +1,10 @@
 """From the words of a command line to checked flags. No torch, so mistakes are answered at once."""
 
 import argparse
-import os
-import signal
 import sys
-import threading
 
 from minia3 import __version__
+from minia3.files.messages import message_of
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import read_config_file
 from minia3.training.flags import Parser, add_flags
@@ -89,11 +87,8 @@ def flags_of_file(given):
 def answer_mistakes(words, program):
     """Print the help, or what is wrong with the flags, and exit. Return if nothing is wrong.
 
-    Call this before torch is imported, which takes a second or more. Until the run decides about
-    signals, Ctrl-C exits with one line: an interrupted import would end in a traceback.
+    Call this before torch is imported, which takes seconds.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, exit_at_once)
     try:
         read_command_line(words, program)
     except ValueError as error:
@@ -101,12 +96,6 @@ def answer_mistakes(words, program):
         sys.exit(2)
 
 
-def exit_at_once(number, frame):
-    """Exit without raising an exception, which some library may catch while it is imported."""
-    os.write(2, b"stopped\n")
-    os._exit(128 + number)
-
-
 def error_line(program, error):
     """Return "train.py: ..." in one line."""
-    return f"{program.removeprefix('python ')}: {' '.join(str(error).split())}"
+    return f"{program.removeprefix('python ')}: {message_of(error)}"

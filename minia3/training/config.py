@@ -6,7 +6,15 @@ Importing this needs no torch, so that a mistake in the flags is answered at onc
 from dataclasses import dataclass
 
 from minia3.model.site_names import LINEARS, SITE_NAMES
-from minia3.training.choices import DTYPES, LOSSES, METHODS, OPTIMIZERS, TRACKERS, TRAINED
+from minia3.training.choices import (
+    DTYPES,
+    LOSSES,
+    METHODS,
+    METRICS,
+    OPTIMIZERS,
+    TRACKERS,
+    TRAINED,
+)
 from minia3.training.flags import flag
 
 GROUPS = {  # the first field of each group of --help -> the title of the group
@@ -54,7 +62,32 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
     task: str | tuple = flag(
         "same-colour",
-        "known task (rte ...), .jsonl or .csv file, or folder; commas separate several tasks",
+        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate "
+        "several tasks",
+    )
+    input: str | None = flag(
+        None,
+        'what the model reads: columns in braces, as in "{premise} Question: {hypothesis}" '
+        "(default: the columns with the usual names)",
+    )
+    target: str | None = flag(
+        None,
+        'text to write, as in "{answer}"; with --labels, the column of the label (default: the '
+        "columns with the usual names)",
+    )
+    labels: str | None = flag(
+        None,
+        "words of the labels, as in negative,positive, in the order of the integers that stand for "
+        "them (default: as the data have them)",
+    )
+    metric: str | None = flag(
+        None,
+        "accuracy or macro_f1 for labels; exact_match, f1, rouge_l, bleu or inverse_perplexity for "
+        "texts to write (default: the first)",
+        one_of=METRICS,
+    )
+    chat_template: str | None = flag(
+        None, "file of the chat template for rows of messages (default: the model's own)"
     )
     method: str = flag(
         "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS
@@ -110,13 +143,16 @@ class Config:
         "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl)",
         some_of=TRACKERS,
     )
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
+    device: str | None = flag(
+        None, "cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu that there is)"
+    )
     dtype: str | None = flag(
         None,
-        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
-        "and on a CPU)",
+        "float32, bfloat16, float16 (not for T5) or float64 weights (default: bfloat16 on a GPU, "
+        "but float32 for full and on a CPU)",
         one_of=DTYPES,
     )
+    check_weights: bool = flag(False, "look for NaN and infinite numbers in the weights first")
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
     recompute: bool = flag(
         False, "recompute blocks in the backward pass: less memory, slower steps"
@@ -169,6 +205,11 @@ class Config:
     # Evaluation and checkpoints
     max_length: int = flag(
         512, "most tokens of an input; a longer input loses words from its middle", at_least=1
+    )
+    max_target_length: int = flag(
+        512,
+        "most tokens of a target; a longer target loses its end, and a longer choice is an error",
+        at_least=1,
     )
     max_new_tokens: int = flag(64, "most tokens to generate for a row with a target", at_least=1)
     eval_prompt: str | int = flag(

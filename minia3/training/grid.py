@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from minia3.tasks.columns import ColumnFlags
 from minia3.tasks.mixture import mix
 from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
@@ -31,7 +32,8 @@ def load_task_of(config, loaded):
     for name in names:
         key = (name, config.seed)
         if key not in loaded:
-            loaded[key] = load_task(name, config.data_dir, config.shots, config.seed)
+            flags = {field: getattr(config, field) for field in ColumnFlags._fields}
+            loaded[key] = load_task(name, config.data_dir, config.shots, config.seed, **flags)
         tasks.append(loaded[key])
     return tasks[0] if len(tasks) == 1 else mix(tasks)
 

@@ -36,6 +36,9 @@ def check_config(config):
         raise ValueError(
             f"--optimizer adafactor is for --method ia3 ({reason}): use --optimizer adamw"
         )
+    if config.method == "full" and config.dtype == "float16":
+        reason = "an update of less than a thousandth of a weight is lost in float16"
+        raise ValueError(f"--dtype float16 is not for --method full ({reason}): use float32")
     if config.method == "full" and config.adapter:
         raise ValueError("--method full continues from a model: give it as --model, not --adapter")
 

@@ -1,14 +1,24 @@
 """Where a run writes, and how it is stopped and continued."""
 
 import dataclasses
+import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
 from minia3.files.write import remove_leftovers
-from minia3.training.checkpoint import DAMAGED, Checkpoint, load_checkpoint, save_checkpoint
-from minia3.training.command_lines import SCRIPT
+from minia3.training.checkpoint import (
+    DAMAGED,
+    Checkpoint,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+)
+from minia3.training.command_lines import SCRIPT, resume_command
 from minia3.training.extension import extend
 from minia3.training.run_folder import (
     Metrics,
@@ -68,6 +78,16 @@ class Run:
         self.n_bytes = self.saved.n_bytes
         self.metrics = None  # see `start_writing`
         self.trackers = []
+        # What to try if memory runs out; `check_memory` may know better.
+        self.micro_batch_size = max(1, (config.micro_batch_size or config.batch_size) // 2)
+        self.eval_batch_size = max(1, config.eval_batch_size // 2)
+
+    @property
+    def stop_message(self):
+        """What a run that was stopped says."""
+        if self.folder is None:
+            return "stopped"
+        return f"stopped; to continue: {resume_command(self.program, self.folder)}"
 
     @property
     def is_finished(self):
@@ -92,13 +112,42 @@ class Run:
         self.trackers = start_trackers(config, self.folder)
 
     def write(self, event, **values):
-        """Add a line to metrics.jsonl, and hand it to the trackers of --log-to."""
+        """Add a line to metrics.jsonl, and hand it to the trackers of --log-to.
+
+        Raise Failed if the folder of the run is gone.
+        """
+        self.check_folder()
         self.n_bytes = self.metrics.write(event=event, **values)
         self.trackers = hand_over({"event": event, **values}, self.trackers)
 
     def uninterrupted(self):
         """Return a context in which signals wait, because the group cannot be saved within it."""
         return self.signals.uninterrupted()
+
+    @contextmanager
+    def giving_up(self, group):
+        """Return a context for the part of a step that computes, and changes no parameter.
+
+        A second Ctrl-C, or SIGTERM, stops the run within it at once. The step is undone, so that
+        the checkpoint is the one from before the step. Without a signal, the block just runs.
+        """
+        random = random_state()  # dropout is drawn from it
+        try:
+            with self.signals.urgent(partial(self.leave, group, random)):
+                yield
+        except Stopped:
+            group.undo_step(random)
+            raise
+
+    def leave(self, group, random, number):
+        """Save the state before the current step, and say how to continue.
+
+        This runs in another thread, while the main thread is in an operation that takes long.
+        """
+        self.write_checkpoint(group.state_before_step(random))
+        sys.stdout.flush()  # because the process ends without cleaning up
+        tqdm.write(self.stop_message, file=sys.stderr)
+        sys.stderr.flush()
 
     @contextmanager
     def checkpointing(self, group):
@@ -120,7 +169,16 @@ class Run:
                 group.load_state_dict(self.saved.group)
             self.saved.group = None
 
+    def check_folder(self):
+        """Raise Failed if somebody has deleted the folder: a new one would hold half a run."""
+        if self.folder is not None and not (self.folder / "config.json").exists():
+            raise Failed(
+                f"{self.folder}: the folder of this run was deleted or moved while it trained, "
+                "so its results have no place: begin a new run"
+            )
+
     def write_checkpoint(self, group_state, is_finished=False):
+        self.check_folder()
         checkpoint = Checkpoint(
             is_finished, self.n_done, self.finals, self.failure, self.n_bytes, group_state
         )

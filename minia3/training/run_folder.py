@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from minia3 import __version__
-from minia3.files.lock import lock_folder
+from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.training.command_lines import PLACES
@@ -120,7 +120,7 @@ def discard_run(folder):
     if (folder / "metrics.jsonl").exists():
         return
     for name in ("config.json", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+        remove_lock(folder / name)
     with suppress(OSError):  # the folder is not empty: it held other files before
         folder.rmdir()
 
@@ -238,6 +238,8 @@ class Metrics:
         """Add a line, and return how many bytes the file has."""
         if self.path is None:
             return 0
-        with self.path.open("a") as file:  # closed after each line, so that it is on disk
+        with self.path.open(
+            "a", encoding="utf-8"
+        ) as file:  # closed after each line, so that it is on disk
             file.write(json.dumps(values) + "\n")
         return self.path.stat().st_size

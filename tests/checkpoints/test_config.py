@@ -197,7 +197,6 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         ),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
         (LLAMA | {"sliding_window": 4096}, "sliding_window=4096"),
-        (LLAMA | {"model_type": "mistral"}, "sliding_window=4096"),  # the default of Mistral
         (
             LLAMA | {"attention_bias": True, "mlp_bias": True},
             "attention_bias=True, mlp_bias=True",

@@ -4,6 +4,7 @@ row equals the config on the hub.
 The configs below are copied from the hub, without the keys that say nothing about the model.
 """
 
+import functools
 import warnings
 
 import pytest
@@ -50,11 +51,40 @@ TOTALS = {
     "mt5-xxl": 12_921_057_280,
     "umt5-small": 306_601_984,
     "codet5-base": 222_882_048,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
     "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-405b": 405_853_388_800,
     "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.3-70b-instruct": 70_553_706_496,
     "tinyllama-1.1b": 1_100_048_384,
     "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b-instruct": 72_706_203_648,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
 }
 
 # Billions of parameters, as the papers round them
@@ -184,6 +214,59 @@ SMOLLM2 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 49152,
 }
+SMOLLM2_INSTRUCT = {**SMOLLM2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+MISTRAL1 = {
+    **LLAMA,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "bfloat16",
+}
+MISTRAL2 = {**MISTRAL1, "rope_theta": 1e6, "sliding_window": None, "attention_dropout": 0.0}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN2_TIED = {**QWEN2, "tie_word_embeddings": True, "vocab_size": 151936}
+QWEN2_TUNED = {
+    "eos_token_id": 151645,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 70,
+    "rms_norm_eps": 1e-06,
+}
+QWEN2_LARGE = {**QWEN2, "rms_norm_eps": 1e-05, "max_window_layers": 80}
+QWEN3 = {
+    **QWEN2_TIED,
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "rope_scaling": None,
+    "sliding_window": None,
+    "vocab_size": 151936,
+}
+QWEN3_UNTIED = {**QWEN3, "tie_word_embeddings": False}
+QWEN3_BASE = {"eos_token_id": 151643, "max_position_embeddings": 32768}
 
 
 def t5(d_model, d_kv, d_ff, num_layers, num_heads):
@@ -251,6 +334,9 @@ CONFIGS = {
     "codet5-base":    CODET5 | t5(768, 64, 3072, 12, 12) | {"num_decoder_layers": 12},
     "codet5-large":   CODET5 | t5(1024, 64, 4096, 24, 16) | {"num_decoder_layers": 24},
     "llama-7b":       LLAMA1 | llama(4096, 11008, 32, 32, 32),
+    "llama-13b":      LLAMA1 | llama(5120, 13824, 40, 40, 40),
+    "llama-30b":      LLAMA1 | llama(6656, 17920, 60, 52, 52),
+    "llama-65b":      LLAMA1 | llama(8192, 22016, 80, 64, 64, rms_norm_eps=1e-05),
     "llama-2-7b":     LLAMA2 | llama(4096, 11008, 32, 32, 32),
     "llama-2-13b":    LLAMA2 | llama(5120, 13824, 40, 40, 40),
     "llama-2-70b":    LLAMA2 | llama(8192, 28672, 80, 64, 8),
@@ -264,10 +350,49 @@ CONFIGS = {
     "smollm2-135m":   SMOLLM2 | llama(576, 1536, 30, 9, 3),
     "smollm2-360m":   SMOLLM2 | llama(960, 2560, 32, 15, 5),
     "smollm2-1.7b":   SMOLLM2 | llama(2048, 8192, 24, 32, 32, rope_theta=130000),
+    "llama-3-8b-instruct": LLAMA3 | llama(
+        4096, 14336, 32, 32, 8, max_position_embeddings=8192, eos_token_id=128009
+    ),
+    "llama-3.1-405b": LLAMA31 | llama(16384, 53248, 126, 128, 8),
+    "llama-3.2-1b-instruct": LLAMA32 | llama(
+        2048, 8192, 16, 32, 8, head_dim=64, eos_token_id=[128001, 128008, 128009]
+    ),
+    "llama-3.3-70b-instruct": LLAMA31 | llama(
+        8192, 28672, 80, 64, 8, head_dim=128, eos_token_id=[128001, 128008, 128009]
+    ),
+    "tinyllama-1.1b-chat": TINYLLAMA | llama(2048, 5632, 22, 32, 4, attention_bias=False),
+    "smollm2-135m-instruct": SMOLLM2_INSTRUCT | llama(576, 1536, 30, 9, 3),
+    "smollm2-1.7b-instruct": SMOLLM2_INSTRUCT | llama(2048, 8192, 24, 32, 32, rope_theta=130000),
+    "mistral-7b-v0.1": MISTRAL1 | llama(4096, 14336, 32, 32, 8),
+    "mistral-7b-instruct-v0.2": MISTRAL2 | llama(4096, 14336, 32, 32, 8),
+    "mistral-7b-v0.3": MISTRAL2 | llama(4096, 14336, 32, 32, 8, vocab_size=32768),
+    "qwen2-0.5b":     QWEN2_TIED | llama(896, 4864, 24, 14, 2, max_window_layers=24),
+    "qwen2-1.5b":     QWEN2_TIED | llama(1536, 8960, 28, 12, 2),
+    "qwen2-7b":       QWEN2 | llama(3584, 18944, 28, 28, 4),
+    "qwen2-72b":      QWEN2_LARGE | llama(8192, 29568, 80, 64, 8),
+    "qwen2-7b-instruct": QWEN2 | QWEN2_TUNED | llama(3584, 18944, 28, 28, 4),
+    "qwen2.5-0.5b":   QWEN2_TIED | llama(896, 4864, 24, 14, 2, max_position_embeddings=32768),
+    "qwen2.5-1.5b":   QWEN2_TIED | llama(1536, 8960, 28, 12, 2),
+    "qwen2.5-3b":     QWEN2_TIED | llama(2048, 11008, 36, 16, 2, max_position_embeddings=32768),
+    "qwen2.5-7b":     QWEN2 | llama(3584, 18944, 28, 28, 4),
+    "qwen2.5-14b":    QWEN2_LARGE | llama(5120, 13824, 48, 40, 8, max_window_layers=48),
+    "qwen2.5-32b":    QWEN2_LARGE | llama(5120, 27648, 64, 40, 8, max_window_layers=64),
+    "qwen2.5-72b":    QWEN2_LARGE | llama(8192, 29568, 80, 64, 8),
+    "qwen2.5-0.5b-instruct": QWEN2_TIED | QWEN2_TUNED | llama(896, 4864, 24, 14, 2),
+    "qwen2.5-32b-instruct": QWEN2 | QWEN2_TUNED | llama(5120, 27648, 64, 40, 8),
+    "qwen2.5-72b-instruct": QWEN2 | QWEN2_TUNED | llama(8192, 29568, 80, 64, 8),
+    "qwen3-0.6b":     QWEN3 | llama(1024, 3072, 28, 16, 8),
+    "qwen3-1.7b":     QWEN3 | llama(2048, 6144, 28, 16, 8),
+    "qwen3-4b":       QWEN3 | llama(2560, 9728, 36, 32, 8, max_window_layers=36),
+    "qwen3-8b":       QWEN3_UNTIED | llama(4096, 12288, 36, 32, 8, max_window_layers=36),
+    "qwen3-14b":      QWEN3_UNTIED | llama(5120, 17408, 40, 40, 8, max_window_layers=40),
+    "qwen3-32b":      QWEN3_UNTIED | llama(5120, 25600, 64, 64, 8, max_window_layers=64),
+    "qwen3-0.6b-base": QWEN3 | QWEN3_BASE | llama(1024, 3072, 28, 16, 8),
 }
 # fmt: on
 
 
+@functools.cache
 def counts(config):
     """Return the number of parameters of one adapter, and of the base."""
     model = build_model(config)

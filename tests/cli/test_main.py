@@ -114,7 +114,7 @@ def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, c
         capsys.readouterr()
     assert main(EXAMPLES[name]) == 0
     out, err = capsys.readouterr()
-    assert (out != "") == (name in ("info", "generate", "predict", "table", "plot"))
+    assert out != ""
     assert err == ""
 
 
@@ -150,7 +150,7 @@ def test_prompts_and_flags_come_in_any_order(words):
         (["generate", "tiny-t5", "--top-p", "2", "x"], ["top_p", "2.0"]),
         (["generate", "tiny-t5", "--chat", "x"], ["chat_template"]),
         (["generate", "tiny-t5", "--dtype", "float17", "x"], ["float17", "float32"]),
-        (["generate", "tiny-t5", "--device", "tpu", "x"], ["--device is 'tpu'", "cuda"]),
+        (["generate", "tiny-t5", "--device", "tpu", "x"], ["--device is 'tpu'", "cpu"]),
         (["generate", "tiny-t5", "--adapter", "nowhere", "x"], ["nowhere"]),
         (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
         (["predict", "tiny-t5", "nowhere.jsonl", "--task", "rtx"], ["--task is 'rtx'", "rte"]),

@@ -32,6 +32,7 @@ SCRIPTS = {  # words that start a script -> words that print its help
     "tests.benchmarks.studies": ["-m", "tests.benchmarks.studies"],
     "tests.benchmarks.memory": ["-m", "tests.benchmarks.memory"],
     "tests.benchmarks.growth": ["-m", "tests.benchmarks.growth"],
+    "tests.benchmarks.rows": ["-m", "tests.benchmarks.rows"],
 }
 # Flags that the text names: of train.py under a second name, of the scripts, and of other programs.
 OTHER_FLAGS = {
@@ -168,6 +169,7 @@ def test_every_command_of_the_package_is_shown():
 
 def test_the_table_of_tasks_names_every_known_task():
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    text = text.partition("## Prompts")[0]
     table = re.findall(r"^\|.*\|$", text, re.MULTILINE)
     named = set(re.findall(r"`([\w/-]+)`", "\n".join(table)))
     assert named == set(known_tasks())
@@ -221,7 +223,8 @@ def test_flags_in_the_text_exist(page, capsys):
 
 def is_path(name):
     """Whether a name stands for a file or folder that the reader brings, or that a run makes."""
-    return name.startswith(("runs/", "path/to/")) or name in ("rows.jsonl", "weights.gguf")
+    suffixes = (".csv", ".jsonl", ".json.gz", ".gguf", "moods")
+    return name.startswith(("runs/", "path/to/", "hf:")) or name.endswith(suffixes)
 
 
 def test_commands_of_the_package_can_be_parsed(tmp_path, monkeypatch):
@@ -268,11 +271,16 @@ def folder(tmp_path, monkeypatch):
 @by_page
 def test_commands_run_as_they_stand(page, folder, capsys):
     pytest.importorskip("matplotlib", reason="`minia3 plot` needs matplotlib")
-    for block in blocks_of(page, "sh"):
-        if block.mark == "":
+    printed = ""
+    for block in blocks_of(page):
+        if block.language == "sh" and block.mark == "":
             for line in block.commands:
                 assert run_line(line) == 0, line
-    assert capsys.readouterr().err == ""
+            printed, err = capsys.readouterr()
+            assert err == ""
+        if block.mark == "prints":
+            missing = [line for line in block.text.splitlines() if line not in printed]
+            assert not missing, printed
 
 
 @pytest.mark.slow
@@ -353,3 +361,18 @@ def test_the_api_page_names_every_public_function():
     text = API.read_text(encoding="utf-8")
     for name in minia3.__all__:
         assert f"minia3.{name}" in text, name
+
+
+def test_the_table_of_pefts_default_modules_is_pefts():
+    constants = pytest.importorskip("peft.utils.constants")
+    modules = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("| `model_type` | PEFT's default |")
+    shown = {}
+    for line in table.split("\n\n")[0].splitlines()[2:]:
+        types, kinds = line.split("|")[1:3]
+        for model_type in re.findall("`(.+?)`", types):
+            shown[model_type] = re.findall("`(.+?)`", kinds)
+    assert {"llama", "mistral", "qwen2", "qwen3"} <= shown.keys()
+    for model_type, kinds in shown.items():
+        assert kinds == modules.get(model_type, [])

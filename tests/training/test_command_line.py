@@ -73,9 +73,9 @@ def test_help_and_version_need_no_torch(command, word, no_torch):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (SCRIPT, "stopped\n"),
-        ([*MODULE, "train"], "stopped\n"),
-        ([*MODULE, "generate", "tiny-t5"], ""),
+        (SCRIPT, "train.py: stopped\n"),
+        ([*MODULE, "train"], "minia3: stopped\n"),
+        ([*MODULE, "generate", "tiny-t5"], "minia3: stopped\n"),
     ],
 )
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(command, message, tmp_path):

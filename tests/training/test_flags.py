@@ -15,6 +15,7 @@ LIMITS = """
     save-every 0 at least 1
     shots 0 at least 1
     max-length 0 at least 1
+    max-target-length 0 at least 1
     max-new-tokens 0 at least 1
     eval-every -1 at least 0
     cap 0 at least 1
@@ -60,7 +61,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--losses", ""], ["--losses is ''"]),
         (["--out", ""], ["--out is '', expected str"]),
         (["--adapter", ""], ["--adapter is '', expected str"]),
-        (["--dtype", "float16"], ["--dtype is 'float16'", "float32", "bfloat16"]),
+        (["--dtype", "float17"], ["--dtype is 'float17'", "float32", "bfloat16"]),
         (["--method", "prefix"], ["--method is 'prefix'", "ia3", "none"]),
         (["--rank", "0"], ["--rank is 0", "at least 1"]),
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),

@@ -44,11 +44,11 @@ def test_a_run_holds_its_folder_until_it_ends(tmp_path, monkeypatch):
     out = tmp_path / "run"
     seen = []
 
-    def load_task_while_locked(*args):
+    def load_task_while_locked(*args, **flags):
         with pytest.raises(ValueError, match="another run is writing there"):
             lock_folder(out)
         seen.append(args)
-        return load_task(*args)
+        return load_task(*args, **flags)
 
     monkeypatch.setattr("minia3.training.grid.load_task", load_task_while_locked)
     assert run(words(out, steps=1)) == 0
@@ -279,9 +279,9 @@ def test_config_json_is_written_before_anything_slow_and_holds_every_flag(tmp_pa
     seen = []
     original = load_task
 
-    def spy(*args):
+    def spy(*args, **flags):
         seen.append(json.loads((out / "config.json").read_text()))
-        return original(*args)
+        return original(*args, **flags)
 
     monkeypatch.setattr("minia3.training.grid.load_task", spy)
     assert run(words(out, "--deterministic", steps=1, lr=0.5, dropout=0)) == 0
