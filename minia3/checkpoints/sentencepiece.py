@@ -157,17 +157,18 @@ def check_texts(trainer, normalizer_spec, denormalizer_spec):
 
 
 def check_kinds(pieces, trainer):
-    """Raise ValueError if sentencepiece refuses the pieces, or if some of them are unused."""
+    """Raise ValueError if sentencepiece refuses the pieces, or if a BPE has unused ones."""
     texts = {piece.text for piece in pieces}
     if "" in texts or len(texts) < len(pieces):
         raise ValueError("damaged: a piece is empty, or there twice")
     kinds = [piece.kind for piece in pieces]
     if kinds.count(UNKNOWN) > 1:
         raise ValueError("damaged: several pieces stand for unknown characters")
-    if UNUSED in kinds:
+    if trainer.model_type == BPE and UNUSED in kinds:
+        # sentencepiece makes such a piece, and takes it apart again.
         unused = pieces[kinds.index(UNUSED)].text
-        raise ValueError(f"the piece {unused!r:.40} is UNUSED, which is not supported")
-    strange = set(kinds) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE}
+        raise ValueError(f"the piece {unused!r:.40} of a BPE is UNUSED, which is not supported")
+    strange = set(kinds) - {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}
     if strange:
         raise ValueError(f"damaged: a piece of the kind {min(strange)}, expected 1 to 6")
     bytes_found = {piece.text for piece in pieces if piece.kind == BYTE}
@@ -219,7 +220,7 @@ def check_user_defined(pieces, model_type, normalizer_spec, backend):
     texts = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
     for text in texts:
         normal = backend.normalizer.normalize_str(text)
-        if normal != text or SPACE in text:
+        if normal != text or (model_type == BPE and SPACE in text):
             problem = "has spaces, or changes with normalization: not supported"
             raise ValueError(f"the user-defined piece {text!r:.40} {problem}")
     edges = normalizer_spec.add_dummy_prefix or normalizer_spec.remove_extra_whitespaces
@@ -273,7 +274,11 @@ def unigram_model(pieces):
             # An unknown character costs 10 more than the least score, of the normal pieces in
             # sentencepiece, and of all pieces in the package `tokenizers`.
             score = max(score, least)
-        scores.append((piece.text, score))
+        text = piece.text
+        if piece.kind == UNUSED:
+            # The piece keeps its id, but no text has it, because all spaces of a text are marks.
+            text = f" {text}"
+        scores.append((text, score))
     return models.Unigram(scores, unknown, has_bytes(pieces))
 
 

@@ -200,7 +200,7 @@ def test_options_in_two_messages_are_those_of_both(tmp_path):
 @pytest.mark.parametrize(
     ("pieces", "reason"),
     [
-        ([("b", -1.0, 5)], "the piece 'b' is UNUSED, which is not supported"),
+        ([("b", -1.0, 5)], "the piece 'b' of a BPE is UNUSED, which is not supported"),
         ([("b", -1.0, 7)], "damaged: a piece of the kind 7, expected 1 to 6"),
         ([("", -1.0, 1)], "damaged: a piece is empty, or there twice"),
         ([("a", -1.0, 1)], "damaged: a piece is empty, or there twice"),
@@ -217,6 +217,14 @@ def test_options_in_two_messages_are_those_of_both(tmp_path):
 def test_pieces_that_the_package_would_use_in_other_ways_are_refused(tmp_path, pieces, reason):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file([*BASE, *pieces]))
     check_refused(tmp_path, reason)
+
+
+def test_an_unused_piece_of_a_unigram_model_keeps_its_id_and_is_never_found(tmp_path):
+    pieces = [*BASE[:-1], ("aa", 0.0, 5), ("b", -3.0, 1)]
+    ours, processor = by_hand(tmp_path, pieces, model_type=1)
+    for text in ["aa", "aab", "b aa"]:
+        assert ours.encode(text) == [1, *processor.encode(text)]
+    assert ours.backend.get_vocab_size() == len(pieces)
 
 
 def test_a_user_defined_piece_of_a_unigram_model_is_found_as_in_sentencepiece(tmp_path):

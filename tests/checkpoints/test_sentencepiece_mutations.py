@@ -52,9 +52,11 @@ def random_pieces(rng):
     if rng.random() < 0.2:
         pieces.append(["<u>", 0.0, USER_DEFINED])
     if rng.random() < 0.1:
-        pieces.append([rng.choice(["a▁b", "cab", "①", "▁▁", " "]), 0.0, USER_DEFINED])
+        pieces.append([rng.choice(["a▁b", "cab", "①", "▁▁", " ", "▁<u>"]), 0.0, USER_DEFINED])
     if rng.random() < 0.1:
         rng.choice(pieces)[2] = rng.randint(0, 8)
+    if rng.random() < 0.1:
+        rng.choice(pieces)[2] = UNUSED
     if rng.random() < 0.05:
         pieces.append(["", -1.0, NORMAL])
     if rng.random() < 0.05:
