@@ -30,4 +30,4 @@ def test_the_table_of_defaults_is_that_of_peft():
             shown = re.findall(r"`(\w+)`", modules)
             assert defaults.get(kind, []) == shown, kind
             compared.add(kind)
-    assert {"t5", "mt5", "umt5"} <= compared
+    assert {"t5", "mt5", "umt5", "llama", "mistral", "qwen2", "qwen3"} <= compared
