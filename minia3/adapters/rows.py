@@ -70,12 +70,14 @@ def fitting_vectors(model, adapter_file, origin):
         width = widths.get(name, "none")
         if len(vector) != width:
             misfits.append(f"{name} of {len(vector)}, expected {width}")
-    if misfits:
-        found = f"{len(misfits)} vectors that do not fit this {type(model).__name__}"
-        misfit = "; ".join(misfits)
-        raise ValueError(f"{origin}: an adapter of another base: found {found}: {misfit}")
-
     name = getattr(model, "name_or_path", None)
+    if misfits:
+        trained_on = adapter_file.base or "an unknown base"
+        base = name or f"another {type(model).__name__}"
+        found = f"an adapter of another base: trained on {trained_on}, and the model is {base}"
+        count = f"{len(misfits)} vectors do not fit, such as {misfits[0]}"
+        raise ValueError(f"{origin}: {found}: {count}")
+
     if adapter_file.base and name and not is_same_base(adapter_file.base, name):
         message = f"{origin} was trained on {adapter_file.base}, and this model is {name}"
         warnings.warn(message, stacklevel=3)

@@ -124,8 +124,8 @@ def run(args):
 def warn_if_endless(adapter, tokenizer):
     """Warn if an adapter has learned to rank choices, and never to end a text.
 
-    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says what
-    it has learned; without that file, nothing is known.
+    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
+    what it has learned; without that file, nothing is known.
     """
     if tokenizer.has_separate_targets:
         return

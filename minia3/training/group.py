@@ -8,6 +8,7 @@ from minia3.checkpoints.chat import read_template
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.load import load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
+from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
@@ -50,13 +51,14 @@ class Group:
         """Load the model with a row of vectors per cell. config: the run's flags."""
         self.cells = cells
         self.config = config
-        self.model = load_model(
-            config.model,
-            dtype=dtype,
-            device=device,
-            n_adapters=len(cells),
-            check_finite=config.check_weights,
-        )
+        with showing("loading"):
+            self.model = load_model(
+                config.model,
+                dtype=dtype,
+                device=device,
+                n_adapters=len(cells),
+                check_finite=config.check_weights,
+            )
         self.tokenizer = load_tokenizer(config.model)
         self.chat_template = choose_template(config, cells)
         if self.chat_template is not None:
@@ -109,21 +111,25 @@ class Group:
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
         results = []
         for prompt in assignment.eval_prompts:
-            result = evaluate(
-                self.model,
-                self.tokenizer,
-                rows,
-                prompt=prompt,
-                metric=assignment.task.metric,
-                shots=shots,
-                adapter=cell.row,
-                max_length=self.config.max_length,
-                max_target_length=self.config.max_target_length,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.eval_batch_size,
-            )
-            results.append(result)
+            with showing(f"{cell.title_of(assignment.task)}evaluating"):
+                results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
         return over_prompts(results)
+
+    def evaluate_prompt(self, cell, assignment, rows, prompt, shots):
+        """Return the result of a cell on `rows`, in the words of one prompt."""
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            rows,
+            prompt=prompt,
+            metric=assignment.task.metric,
+            shots=shots,
+            adapter=cell.row,
+            max_length=self.config.max_length,
+            max_target_length=self.config.max_target_length,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.eval_batch_size,
+        )
 
     def evaluate_held_out(self, cell):
         """Return the results of a cell on its held-out rows, one per member of its task."""
@@ -156,11 +162,29 @@ class Group:
             "random": random_state(),
         }
 
+    def undo_step(self, random):
+        """Go back to where the current step began. Its gradients exist, but it has updated nothing.
+
+        random: the `random_state` before its forward pass.
+        """
+        self.log.drop_step()
+        set_random_state(random)
+        self.model.zero_grad()
+        self.model.eval()
+
+    def state_before_step(self, random):
+        """Return the `state_dict` that `undo_step` would lead to, and change nothing."""
+        state = self.state_dict()
+        state["log"]["losses"].pop()
+        return state | {"random": random}
+
     def load_state_dict(self, state):
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
         set_values(self.parameters, state["parameters"])
+        for cell in self.cells:
+            cell.take_last()
         set_random_state(state["random"])
 
 

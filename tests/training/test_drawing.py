@@ -125,3 +125,24 @@ def test_training_draws_from_all_prompts_and_evaluation_uses_one(tmp_path, monke
     assert run(words(tmp_path / "run", eval_prompt=2, steps=10, **rte_flags(tmp_path))) == 0
     prompts = for_family(minia3.load_task("rte", tmp_path / "data").prompts, None)
     assert seen == [set(prompts), {prompts[2]}, {prompts[2]}]
+
+
+def test_batches_are_drawn_when_they_are_asked_for_and_in_any_order():
+    mixture = cell(10, steps=6)
+    batches = draw_batches(mixture, minia3.load_tokenizer(model("t5")))
+    in_order = list(batches)
+    assert len(in_order) == len(batches) == 6
+    for step in (3, 5, 0, 0, 2):
+        assert batches[step] == in_order[step]
+    with pytest.raises(IndexError):
+        batches[6]
+
+
+def test_a_run_of_a_billion_examples_is_drawn_at_once_and_in_little_memory():
+    """One step of them has all rows, and then nothing is left to encode."""
+    config = train.Config(batch_size=1000, steps=10**6)
+    batches = draw_batches(
+        Cell(config, minia3.load_task(task())), minia3.load_tokenizer(model("t5"))
+    )
+    assert len(batches.examples) == 20
+    assert len(batches[1]) == 1000
