@@ -4,10 +4,10 @@ Shapes: D width of what is scaled.
 """
 
 import warnings
-from os.path import realpath
+from os.path import basename, normpath, realpath
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
-from minia3.checkpoints.known_models import hub_name, public_name
+from minia3.checkpoints.known_models import hub_name
 from minia3.model.adapter_rows import find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
@@ -85,8 +85,10 @@ def fitting_vectors(model, adapter_file, origin):
 def is_same_base(name, other_name):
     """Return whether two names or paths mean one model, however they are spelled.
 
-    The file of an adapter names a local folder without its place (`public_name`).
+    The file of an adapter names a local folder without its place (see `public_name`).
     """
     if realpath(hub_name(name)) == realpath(hub_name(other_name)):
         return True
-    return name == public_name(other_name) or other_name == public_name(name)
+    names = (normpath(name), normpath(other_name))
+    has_no_place = any(basename(path) == path for path in names)
+    return has_no_place and basename(names[0]) == basename(names[1])

@@ -14,6 +14,7 @@ from minia3.tasks.labels import HIDDEN, MANY_LABELS, Labels, choices_of, name_la
 from minia3.tasks.prompts import (
     OWN_PROMPTS,
     Prompt,
+    check_choices,
     check_template,
     field_names,
     list_names,
@@ -126,7 +127,7 @@ def understand(
         labels = find_labels(columns, split, choice, spec, flags, label_names)
         prompts = with_choices(prompts, labels, is_asked=bool(flags.labels))
     elif choice.target:
-        prompts = tuple(prompt._replace(target=choice.target) for prompt in prompts)
+        prompts = with_target(prompts, choice.target, is_asked=bool(flags.target))
     spec = spec._replace(
         prompts=prompts,
         labels=labels.spelled,
@@ -190,12 +191,17 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
     for prompt in prompts:
         if is_asked or not prompt.choices:
             prompt = prompt._replace(choices=choices_of(labels.words))
-        if len(prompt.choices) != len(labels.spelled):
-            shown = list_names(labels.spelled)
-            raise ValueError(
-                f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
-                f"{len(labels.spelled)} labels ({shown:.80}): expected as many choices as labels"
-            )
+        check_choices(prompt, labels.spelled)
+        changed.append(prompt)
+    return tuple(changed)
+
+
+def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple[Prompt, ...]:
+    """Return the prompts with a text to write. Without --target, a prompt's own target stays."""
+    changed = []
+    for prompt in prompts:
+        if is_asked or not prompt.target:
+            prompt = prompt._replace(target=target)
         changed.append(prompt)
     return tuple(changed)
 

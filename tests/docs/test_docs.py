@@ -32,6 +32,7 @@ SCRIPTS = {  # words that start a script -> words that print its help
     "tests.benchmarks.studies": ["-m", "tests.benchmarks.studies"],
     "tests.benchmarks.memory": ["-m", "tests.benchmarks.memory"],
     "tests.benchmarks.growth": ["-m", "tests.benchmarks.growth"],
+    "tests.benchmarks.rows": ["-m", "tests.benchmarks.rows"],
 }
 # Flags that the text names: of train.py under a second name, of the scripts, and of other programs.
 OTHER_FLAGS = {
@@ -222,8 +223,8 @@ def test_flags_in_the_text_exist(page, capsys):
 
 def is_path(name):
     """Whether a name stands for a file or folder that the reader brings, or that a run makes."""
-    suffixes = (".csv", ".jsonl", ".gguf")
-    return name.startswith(("runs/", "path/to/")) or name.endswith(suffixes)
+    suffixes = (".csv", ".jsonl", ".json.gz", ".gguf", "moods")
+    return name.startswith(("runs/", "path/to/", "hf:")) or name.endswith(suffixes)
 
 
 def test_commands_of_the_package_can_be_parsed(tmp_path, monkeypatch):

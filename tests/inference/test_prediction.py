@@ -89,6 +89,21 @@ def test_scores_that_are_not_finite_are_one_line_that_names_the_row(
     assert len(predicted(capsys, damaged, write(file, rows[:3]))) == 3
 
 
+def test_nan_in_the_weights_is_found_before_any_row_is_read(damaged, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"input": "w9"}])
+    err = fails(capsys, damaged, file, "--check-weights")
+    assert "model.embed_tokens.weight has 24 of 1,464 numbers that are NaN or infinite" in err
+
+
+def test_a_choice_that_would_fill_the_memory_is_one_line_that_names_the_line(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("minia3.model.sequence_state.MAX_BIAS", 4 * 20 * 20)
+    rows = [{"input": "w9", "choices": ["w4", " ".join(["w5"] * n)]} for n in (5, 19, 20)]
+    err = fails(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl:3: attention from 21 to 21 tokens needs a bias of 1,764 numbers" in err
+
+
 def test_choices_that_are_one_text_to_the_tokenizer_are_a_warning(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", [{"input": "w9", "choices": ["w4\nw5", "w4 w5"]}])
     predict(running.model("t5"), file)

@@ -89,7 +89,7 @@ def test_an_adapter_of_another_base_of_the_same_sizes_is_a_note(tmp_path, capsys
     with warnings.catch_warnings(record=True) as more_lines:
         assert run(words(None, "--eval-only", **other)) == 0
     assert (
-        f"adapter was trained on {model('t5')}, and this model is {model('t5', seed=1)}\n"
+        f"adapter was trained on {model('t5').name}, and this model is {model('t5', seed=1)}\n"
         in capsys.readouterr().out
     )
     assert more_lines == []
