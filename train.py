@@ -11,27 +11,35 @@ The loop is `train`, and the functions after it call it. It runs the model throu
 minia3/model/ia3.py.
 """
 
-import shlex
 import sys
 
-import torch
+from minia3.training.command_line import answer_mistakes
+from minia3.training.command_lines import SCRIPT
+
+if __name__ == "__main__":
+    # Answer --help and mistakes in the flags before torch is imported, which takes a second.
+    answer_mistakes(sys.argv[1:], SCRIPT)
 
 from minia3.inference.scoring import choice_logprobs
-from minia3.training.announce import announce_device, announce_group, announcing_warnings
+from minia3.training.announce import (
+    announce_device,
+    announce_extension,
+    announce_finished,
+    announce_group,
+)
+from minia3.training.choices import TRAINED_ALONE
 from minia3.training.config import Config
 from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
-from minia3.training.flags import parse_flags
-from minia3.training.grid import make_cells
+from minia3.training.grid import make_cells, set_steps
 from minia3.training.group import Group
-from minia3.training.methods import TRAINED_ALONE, save_trained
+from minia3.training.methods import save_trained
 from minia3.training.model_card import write_card
 from minia3.training.optimizer import learning_rate
+from minia3.training.prepare import check_model
 from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
-from minia3.training.rules import check_config
-from minia3.training.run import Failed, Run
-from minia3.training.run_folder import restore_flags
-from minia3.training.signals import Signals, Stopped
+from minia3.training.run import Run
+from minia3.training.start import run_command_line
 
 
 def train(run, group, config):
@@ -108,20 +116,24 @@ def run_group(run, group, config, baselines):
                 run.save(group)
 
 
-def run_grid(run, config):
+def run_grid(run: Run, config: Config):
     """Run the cells that are not done yet, one group after the other, and print the report."""
     if run.is_finished:
-        print(f"{run.folder} is finished: the final lines of its metrics.jsonl are the results")
+        announce_finished(run, config)
         return
 
+    cells = make_cells(config)
+    config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
+    check_model(config.model)  # so that a wrong name is the only line
     announce_device(device, reason, dtype)
+    if run.extended_from is not None:
+        announce_extension(run.extended_from, config)
     if config.deterministic:
         use_deterministic_kernels()
-    cells = make_cells(config)
     n_cells = len(cells)
-    run.start_writing(cells)
+    run.start_writing(cells, config)
 
     # The cells of (IA)^3 share a model. Other methods change its weights, so each cell loads it.
     is_alone = config.is_training and config.method in TRAINED_ALONE
@@ -142,37 +154,10 @@ def run_grid(run, config):
     report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
 
 
-def main(argv=None):
+def main(words=None):
     """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n."""
-    signals = Signals()
-    run = None
-    try:
-        config = parse_flags(Config, argv, __doc__)
-        if config.resume is not None:
-            config = restore_flags(config)
-        check_config(config)
-        run = Run(config, signals)
-        with announcing_warnings():
-            run_grid(run, config)
-        return 0
-    except Stopped as stop:
-        advice = ""
-        if run and run.folder:
-            command = shlex.join(["python", "train.py", "--resume", str(run.folder)])
-            advice = f"; to continue: {command}"
-        print(f"stopped{advice}", file=sys.stderr)
-        return 128 + stop.number
-    except (torch.OutOfMemoryError, Failed, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message:.200}: lower --micro-batch-size or --eval-batch-size"
-        print(f"train.py: {message}", file=sys.stderr)
-        if run:
-            run.discard_if_new()
-        return 2 if isinstance(error, ValueError) else 1
-    finally:
-        if run:
-            run.close()
+    words = sys.argv[1:] if words is None else words
+    return run_command_line(words, run_grid, SCRIPT)
 
 
 if __name__ == "__main__":

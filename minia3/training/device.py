@@ -8,8 +8,6 @@ import torch
 
 from minia3.files.read import one_line
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 # With fewer parameters than this, sharing an operation among cores takes longer than the operation.
 SMALL_MODEL = 10**7
 
@@ -34,7 +32,7 @@ def choose_dtype(config, device):
     The vectors are float32 whatever the dtype of the base is.
     """
     if config.dtype is not None:
-        return DTYPES[config.dtype]
+        return getattr(torch, config.dtype)
     # Full fine-tuning updates the weights themselves, and in bfloat16 small updates are lost.
     if device.type == "cpu" or config.method == "full":
         return torch.float32

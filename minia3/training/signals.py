@@ -1,6 +1,7 @@
 """How a run is stopped: Ctrl-C and SIGTERM."""
 
 import signal
+import threading
 from contextlib import contextmanager
 
 
@@ -16,13 +17,27 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Raises Stopped on SIGINT and SIGTERM: at once, or at the end of an `uninterrupted` block."""
+    """Raises Stopped on SIGINT and SIGTERM: at once, or at the end of an `uninterrupted` block.
+
+    Use it as a context manager: at its end, the signals do again what they did before.
+    """
 
     def __init__(self):
         self.is_held = False
         self.pending = None  # the number of the signal that has arrived
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        self.handlers_before = {}
+
+    def __enter__(self):
+        # Python lets only the main thread decide about signals. In another thread none arrives.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers_before[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers_before.items():
+            # None: a handler that was not installed from Python, and cannot be put back from it
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def receive(self, number, frame):
         self.pending = number

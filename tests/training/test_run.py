@@ -496,7 +496,7 @@ def test_a_run_may_be_moved_before_it_continues(tmp_path, capsys):
     out.rename(tmp_path / "moved")
     continues_as_if_it_had_not_stopped("adafactor", tmp_path / "moved")
     assert not out.exists()
-    assert f"{tmp_path / 'moved' / 'adapter'} --eval-only" in capsys.readouterr().out
+    assert f"--adapter {tmp_path / 'moved' / 'adapter'}\n" in capsys.readouterr().out
 
 
 # What continues, and from where
@@ -533,7 +533,8 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     assert resume(out) == 0
     assert (
         capsys.readouterr().out
-        == f"{out} is finished: the final lines of its metrics.jsonl are the results\n"
+        == f"{out} is finished: the final lines of its metrics.jsonl are the results; "
+        f"to train longer: python train.py --resume {out} --steps 24\n"
     )
     assert before == (
         contents(out),

@@ -10,10 +10,8 @@ from minia3.training.signals import Signals, Stopped
 
 @pytest.fixture
 def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield Signals()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with Signals() as signals:
+        yield signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
