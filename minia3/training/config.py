@@ -56,8 +56,8 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
     task: str | tuple = flag(
         "same-colour",
-        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate several "
-        "tasks",
+        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate "
+        "several tasks",
     )
     input: str | None = flag(
         None,
