@@ -676,11 +676,17 @@ def check_rows(folder):
         assert repr(good) == repr(HONEST_ROWS[path.suffix](path.read_bytes()))
     task = load_task(path)
     rows = [*task.train, *task.validation, *task.test]
-    texts = [as_text(row["input"]) for row in good]
+    texts = [as_text(input_of(row)) for row in good]
     assert sorted(row["input"] for row in rows) == sorted(texts)
     for row in rows:
         assert 0 <= row["label"] < len(render(task.prompts[0], row).choices)
     assert task.checksums == {path.name: sha256(path.read_bytes()).hexdigest()}
+
+
+def input_of(row):
+    """Return the value of the column "input", in upper or lower case."""
+    values = [value for name, value in row.items() if name.lower() == "input"]
+    return values[0]
 
 
 def as_text(value):

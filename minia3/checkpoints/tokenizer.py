@@ -178,20 +178,28 @@ class Tokenizer:
         Raise ValueError as `chat` does, if earlier turns change when a conversation goes on, and
         for the tokenizer of a T5, whose decoder does not continue what its encoder reads.
         """
-        if self.has_separate_targets:
-            raise ValueError(
-                "only models that continue a text learn from rows with 'messages', and this "
-                "model has an encoder: give rows with 'input' and 'target'"
-            )
-        self.check_chat()
+        self.check_learning()
         with reading("chat_template", extra="chat"):
             text, spans = render_conversation(self.chat_template, messages, self.special, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
-        is_scored = [False] * len(encoding.ids)
-        for i, (first, end) in enumerate(encoding.offsets):
-            # As in transformers, a token belongs to a span if they share a character.
-            is_scored[i] = any(first < span[1] and end > span[0] for span in spans)
+        is_answer = bytearray(len(text))  # of each character
+        for first, end in spans:
+            is_answer[first:end] = b"\1" * (end - first)
+        # As in transformers, a token belongs to a span if they share a character.
+        is_scored = [1 in is_answer[first:end] for first, end in encoding.offsets]
         return EncodedChat(encoding.ids, is_scored)
+
+    def count_chat(self, messages: list[dict], tools: list | None = None) -> int:
+        """Return how many ids `conversation` would return, without looking for the assistant.
+
+        The errors are those of `conversation`, except for turns that change.
+        """
+        self.check_learning()
+        with reading("chat_template", extra="chat"):
+            rendered = render_chat(
+                self.chat_template, messages, self.special, tools, ends_with_prompt=False
+            )
+            return len(self.encode(rendered.text, special=False))
 
     def end_of_turn(self) -> str:
         """Return what a turn of the assistant ends with in the chat template, without white space.
@@ -209,6 +217,15 @@ class Tokenizer:
             return ""
         first, end = spans[-1]
         return text[first:end].rpartition("answer")[2].strip()
+
+    def check_learning(self):
+        """Raise ValueError if a model cannot learn from conversations with this tokenizer."""
+        if self.has_separate_targets:
+            raise ValueError(
+                "only models that continue a text learn from rows with 'messages', and this "
+                "model has an encoder: give rows with 'input' and 'target'"
+            )
+        self.check_chat()
 
     def check_chat(self):
         """Raise ValueError if there is no chat template."""

@@ -6,6 +6,7 @@ import sys
 import warnings
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 from minia3.cli.arguments import (
     add_adapter_option,
@@ -149,19 +150,22 @@ def prepare_chat(model, tokenizer, args):
 
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
-    elif args.adapter:
-        template = adapter_template(args.adapter)
-        tokenizer.chat_template = template or tokenizer.chat_template
+    else:
+        tokenizer.chat_template = trained_template(args) or tokenizer.chat_template
     tokenizer.check_chat()
     args.stop += end_answers(model, tokenizer)
 
 
-def adapter_template(adapter):
-    """Return the chat template that an adapter was trained with, if it is not the model's own."""
+def trained_template(args):
+    """Return the chat template that the adapter was trained with, if it is not the model's own.
+
+    The task.json beside an adapter says it, or beside a model into which an adapter is merged.
+    """
     from minia3.checkpoints.hub import find_adapter
     from minia3.tasks.task_file import read_tasks_beside
 
-    for spec in read_tasks_beside(find_adapter(adapter)).values():
+    path = find_adapter(args.adapter) if args.adapter else Path(args.model)
+    for spec in read_tasks_beside(path).values():
         if spec.chat_template:
             return spec.chat_template
     return None

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.labels import HIDDEN, MANY_LABELS, Labels, choices_of, name_labels, split_words
+from minia3.tasks.labels import MANY_LABELS, Labels, choices_of, name_labels, split_words
 from minia3.tasks.prompts import (
     OWN_PROMPTS,
     Prompt,
@@ -101,7 +101,6 @@ class Choice(NamedTuple):
 
 def understand(
     rows: Sequence[dict],
-    split: str,
     spec: TaskSpec,
     flags: ColumnFlags,
     label_names: Mapping[str, Sequence[str]],
@@ -124,7 +123,7 @@ def understand(
     prompts = choice.prompts
     labels = Labels((), ())
     if choice.label and not choice.has_row_choices:
-        labels = find_labels(columns, split, choice, spec, flags, label_names)
+        labels = find_labels(columns, choice, spec, flags, label_names)
         prompts = with_choices(prompts, labels, is_asked=bool(flags.labels))
     elif choice.target:
         prompts = with_target(prompts, choice.target, is_asked=bool(flags.target))
@@ -309,7 +308,6 @@ def only_field(target: str) -> str:
 
 def find_labels(
     columns: "Columns",
-    split: str,
     choice: Choice,
     spec: TaskSpec,
     flags: ColumnFlags,
@@ -322,8 +320,6 @@ def find_labels(
         words = [word.format() for word in choices] if are_words else spec.labels
         return Labels(tuple(spec.labels), tuple(flags.labels or words))
     values = columns.values(choice.label)
-    if split == "test":  # a test row may hide its label
-        values = [value for value in values if str(value) not in HIDDEN]
     names = label_names.get(columns.spelled(choice.label), ())
     return name_labels(values, choice.label, flags.labels or (), names)
 

@@ -62,7 +62,7 @@ def label_names(file: BinaryIO, suffix: str) -> dict[str, list[str]]:
     _, schema = open_table(file, suffix)
     metadata = schema.metadata or {}
     description = json.loads(metadata.get(b"huggingface", "{}"))
-    features = description.get("info", {}).get("features", {})
+    features = description.get("info", {}).get("features") or {}
     names = {}
     for column, feature in features.items():
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":

@@ -5,14 +5,5 @@ TRAINED = ("ia3", "lora", "full")
 TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cannot share one
 OPTIMIZERS = ("adafactor", "adamw")
 LOSSES = ("lm", "ul", "ln")  # see losses.py
-METRICS = (  # see inference/metrics.py
-    "accuracy",
-    "macro_f1",
-    "exact_match",
-    "f1",
-    "rouge_l",
-    "bleu",
-    "inverse_perplexity",
-)
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # float16: not for T5
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # see trackers.py

@@ -4,17 +4,11 @@ Importing this needs no torch, so that a mistake in the flags is answered at onc
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 from minia3.model.site_names import LINEARS, SITE_NAMES
-from minia3.training.choices import (
-    DTYPES,
-    LOSSES,
-    METHODS,
-    METRICS,
-    OPTIMIZERS,
-    TRACKERS,
-    TRAINED,
-)
+from minia3.tasks.task import METRICS
+from minia3.training.choices import DTYPES, LOSSES, METHODS, OPTIMIZERS, TRACKERS, TRAINED
 from minia3.training.flags import flag
 
 GROUPS = {  # the first field of each group of --help -> the title of the group
@@ -84,7 +78,7 @@ class Config:
         None,
         "accuracy or macro_f1 for labels; exact_match, f1, rouge_l, bleu or inverse_perplexity for "
         "texts to write (default: the first)",
-        one_of=METRICS,
+        one_of=tuple(dict.fromkeys(chain.from_iterable(METRICS.values()))),
     )
     chat_template: str | None = flag(
         None, "file of the chat template for rows of messages (default: the model's own)"

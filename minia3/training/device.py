@@ -54,12 +54,18 @@ def best_device():
         return torch.device(kind), torch.cuda.get_device_name()
     if kind == "cpu":
         return torch.device(kind), "no GPU found"
-    return torch.device(kind), DEVICES[kind]
+    return torch.device(kind), DEVICES.get(kind, "PyTorch's accelerator")
 
 
 def available_devices():
     """Return the names of the kinds of devices that torch can use here, the fastest first."""
-    return [kind for kind in DEVICES if is_available(kind)]
+    kinds = [kind for kind in DEVICES if is_available(kind)]
+    # From torch 2.6 on, torch itself knows the accelerator, also one that is not in our table.
+    if hasattr(torch, "accelerator") and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind not in kinds:
+            kinds.insert(0, kind)
+    return kinds
 
 
 def is_available(kind):

@@ -16,13 +16,14 @@ from minia3.tasks.limits import equal_choices, fit_all_targets
 from minia3.tasks.mixture import draw_rows
 
 
-def draw_batches(cell, model, tokenizer):
+def draw_batches(cell, tokenizer, model=None):
     """Return the examples of each step, as Batches.
 
-    Raise ValueError, with the `idx` of the row, if a row cannot be trained on.
+    model: if it is given, it is checked that the model can read the examples. Raise ValueError,
+    with the `idx` of the row, if a row cannot be trained on.
     """
     plan = plan_steps(cell.assignments, cell.config)
-    examples = encode_plan(plan, cell, model, tokenizer)
+    examples = encode_plan(plan, cell, tokenizer, model)
     return Batches(cell.assignments, cell.config, examples)
 
 
@@ -81,7 +82,7 @@ def distinct_places(plan, cell):
     return drawn
 
 
-def encode_plan(plan, cell, model, tokenizer):
+def encode_plan(plan, cell, tokenizer, model):
     """Return a dict from each (member, row, prompt) of the plan to its example.
 
     An example that the plan uses many times is encoded once.
@@ -98,7 +99,8 @@ def encode_plan(plan, cell, model, tokenizer):
         has_end = assignment.task.answer != "choices"  # texts to generate must learn to end
         _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
         encoded, n_targets_cut_here = fit_all_targets(rows, encoded, config.max_target_length)
-        check_examples(rows, encoded, model, tokenizer)
+        if model is not None:
+            check_examples(rows, encoded, model, tokenizer)
 
         examples |= dict(zip(places, encoded, strict=True))
         n_cut += n_cut_here

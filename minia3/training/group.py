@@ -101,7 +101,7 @@ class Group:
         Raise ValueError if a row does not fit into --max-length, or cannot be read by the model.
         """
         for cell in self.cells:
-            cell.batches = draw_batches(cell, self.model, self.tokenizer)
+            cell.batches = draw_batches(cell, self.tokenizer, self.model)
 
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""

@@ -56,8 +56,8 @@ def save_trained(group, cell, folder):
         save_lora(group.model, folder, cell.config.model)
     else:
         save_model(group.model, folder, group.tokenizer)
-    # So that `predict` puts further rows into the same words, and `generate` knows what was
-    # learned.
+    # So that `predict` puts further rows into the same words, and `generate` knows whether the
+    # adapter has learned to end a text.
     specs = []
     for task in cell.task.members:
         spec = task.spec._replace(metric=task.metric)

@@ -23,5 +23,5 @@ def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_len
         max_length=max_length,
     )
     check_config(config)
-    examples = draw_batches(Cell(config, task), model, tokenizer)
+    examples = draw_batches(Cell(config, task), tokenizer, model)
     return map(collate, examples)

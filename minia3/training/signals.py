@@ -16,6 +16,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from minia3.files.messages import message_of
+
 STOPPING = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break, which another process can send, too
     STOPPING.append(signal.SIGBREAK)
@@ -152,9 +154,15 @@ class Signals:
     def end_process(self, number):
         """End the process, unless the main thread has left the `urgent` block."""
         with self.lock:
-            if self.leave is not None:
-                self.is_leaving = True
+            if self.leave is None:
+                return
+            self.is_leaving = True
+            try:
                 self.leave(number)
+            except Exception as error:  # the disk is full: the main thread goes on
+                self.is_leaving = False
+                tqdm.write(f"the run cannot stop yet: {message_of(error)}", file=sys.stderr)
+            else:
                 os._exit(128 + number)
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import PEERS, T5_PEERS
+from conftest import LLAMA_PEERS, PEERS
 
 import minia3
 from minia3.adapters.vector_names import PEFT, TFEW, WRITE, rename
@@ -40,7 +40,7 @@ def test_peft_names_a_vector_after_a_linear():
 def test_the_tables_have_one_name_for_each_vector(loaded):
     for name in PEERS:
         ours = set(minia3.vectors(loaded(name)))
-        is_t5 = name in T5_PEERS
+        is_t5 = name not in LLAMA_PEERS
         peft = {
             theirs: ours for theirs, ours in PEFT.items() if ours.startswith("blocks.") != is_t5
         }

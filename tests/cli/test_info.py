@@ -215,7 +215,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_unknown_hub_id_needs_the_network_and_says_so(tmp_path):
-    code = "import sys; from minia3.__main__ import main; sys.exit(main(['info', 'some/model']))"
+    code = "import sys; from minia3.cli.main import main; sys.exit(main(['info', 'some/model']))"
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = os.path.dirname(os.path.dirname(minia3.__file__))
     done = subprocess.run(

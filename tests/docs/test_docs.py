@@ -361,18 +361,3 @@ def test_the_api_page_names_every_public_function():
     text = API.read_text(encoding="utf-8")
     for name in minia3.__all__:
         assert f"minia3.{name}" in text, name
-
-
-def test_the_table_of_pefts_default_modules_is_pefts():
-    constants = pytest.importorskip("peft.utils.constants")
-    modules = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
-    _, _, table = page.partition("| `model_type` | PEFT's default |")
-    shown = {}
-    for line in table.split("\n\n")[0].splitlines()[2:]:
-        types, kinds = line.split("|")[1:3]
-        for model_type in re.findall("`(.+?)`", types):
-            shown[model_type] = re.findall("`(.+?)`", kinds)
-    assert {"llama", "mistral", "qwen2", "qwen3"} <= shown.keys()
-    for model_type, kinds in shown.items():
-        assert kinds == modules.get(model_type, [])

@@ -65,6 +65,10 @@ def test_a_data_set_s_own_names_are_the_words(tmp_path):
         ("0", "1"), ("neg", "pos")
     )
     assert name_labels([1, 0], "label", ("a", "b"), ("neg", "pos")).words == ("a", "b")
+    with pytest.raises(
+        ValueError, match="--labels has 2 words, but 'label' has the labels 0, 1, 2"
+    ):
+        name_labels([0, 1, 2], "label", ("a", "b"), ("x", "y", "z"))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from minia3.checkpoints.chat import EncodedChat
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example, encode_chat, encode_question, encode_rows
-from minia3.tasks.messages import check_messages, fit_chat, question, shorter_chats
+from minia3.tasks.messages import check_messages, fit_chat, question
 from minia3.tasks.prompts import OWN_PROMPTS
 
 
@@ -31,6 +31,9 @@ class Letters:
             is_answer = message["role"] == "assistant"
             is_scored += [False] + [is_answer] * (len(text) - 1)
         return EncodedChat(ids, is_scored)
+
+    def count_chat(self, messages, tools=None):
+        return len(self.conversation(messages).ids)
 
     def chat(self, messages, tools=None):
         return [*self.conversation(messages).ids, ord("a")]
@@ -141,8 +144,7 @@ def test_rows_of_messages_and_rows_of_text_are_encoded_by_their_kind():
 
 def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_instructions():
     messages = turns("q1", "a1", "q2", "a2", "q3", "a3", system="S")
-    shorter = list(shorter_chats(messages))
-    assert shorter == [messages[:1] + messages[3:], messages[:1] + messages[5:]]
+    shorter = [messages[:1] + messages[3:], messages[:1] + messages[5:]]
     n_tokens = [len(Letters().conversation(part).ids) for part in [messages, *shorter]]
     for limit, expected in [
         (n_tokens[0], messages),
@@ -163,6 +165,22 @@ def test_a_shorter_conversation_must_have_an_answer():
     messages = turns("q1", "a1", "q2")
     with pytest.raises(ValueError, match="its last exchange alone has 12 tokens"):
         fit_chat(row(messages), Letters(), 8)
+
+
+def test_the_oldest_turns_of_an_endless_conversation_are_dropped_at_once():
+    """In a few renderings, and without a copy for each of its turns."""
+    n_calls = 0
+
+    class Counting(Letters):
+        def count_chat(self, messages, tools=None):
+            nonlocal n_calls
+            n_calls += 1
+            return super().count_chat(messages, tools)
+
+    messages = turns(*["q", "a"] * 20_000)
+    encoded, was_cut = fit_chat(row(messages), Counting(), 60)
+    assert (len(encoded.ids), was_cut) == (60, True)
+    assert n_calls < 20
 
 
 def test_a_template_that_leaves_out_the_assistant_is_refused():

@@ -64,6 +64,11 @@ def test_the_folder_of_a_task_file_is_the_task(tmp_path):
     task = load_task(path.parent)
     assert [len(task.train), len(task.validation), len(task.test)] == [1, 1, 1]
     assert load_task(path).train == task.train
+    write(
+        tmp_path / "news",
+        {"labels": ["1", "0"], "label_field": "topic", "fields": {"body": "text"}},
+    )
+    assert load_task(tmp_path / "news").prompts == (Prompt("{text}", ("1", "0")),)
     single = write(tmp_path / "news", {**entry, "files": "b.jsonl"})
     assert load_task(single).train == task.train
 

@@ -70,6 +70,20 @@ def test_the_default_is_the_first_kind_of_device_that_there_is(present, expected
     assert (device.type, reason) == expected
 
 
+def test_an_accelerator_that_only_torch_knows_is_taken(monkeypatch):
+    accelerator = SimpleNamespace(is_available=lambda: True)
+    accelerator.current_accelerator = lambda: torch.device("hpu")
+    monkeypatch.setattr(torch, "accelerator", accelerator, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, reason = choose_device(None)
+    assert (device.type, reason) == ("hpu", "PyTorch's accelerator")
+
+
+def test_torch_2_5_has_no_module_for_accelerators(monkeypatch):
+    monkeypatch.delattr(torch, "accelerator", raising=False)
+    assert available_devices()[-1] == "cpu"
+
+
 def test_a_torch_without_a_module_for_a_device_lacks_the_device(monkeypatch):
     monkeypatch.delattr(torch, "xpu")  # torch 2.5 may have been built without it
     assert "xpu" not in available_devices()

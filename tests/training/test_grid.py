@@ -213,7 +213,7 @@ def uninterrupted():
 def test_a_grid_that_is_stopped_anywhere_continues_bit_for_bit(seed, tmp_path, monkeypatch):
     results_by_hand(monkeypatch, accuracy_by_hand)
     expected, n = uninterrupted()
-    assert len(expected[0]) == 8 * 3
+    assert len(expected[0]) == 8 * 4
     n_steps = {line["steps"] for line in expected[1] if line["event"] == "final"}
     assert len(n_steps) > 1  # some cells stop before others
     out = tmp_path / "run"

@@ -503,7 +503,7 @@ def test_a_run_may_be_moved_before_it_continues(tmp_path, capsys):
     out.rename(tmp_path / "moved")
     continues_as_if_it_had_not_stopped("adafactor", tmp_path / "moved")
     assert not out.exists()
-    assert f"{tmp_path / 'moved' / 'adapter'} --eval-only" in capsys.readouterr().out
+    assert f"--adapter {tmp_path / 'moved' / 'adapter'}\n" in capsys.readouterr().out
 
 
 # What continues, and from where

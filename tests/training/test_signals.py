@@ -249,3 +249,20 @@ def test_ctrl_c_during_imports_is_one_line(program, command, delay, tmp_path):
     beginnings = (f"{program}: ", "stopped; to continue")  # the second if imports were quick
     lines = [line for line in rest.splitlines() if line.startswith(beginnings)]
     assert len(lines) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_lets_the_step_go_on(signals, monkeypatch, capsys):
+    """The second thread does not end the process before the state is safe."""
+    ended = []
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_signals.os, "_exit", ended.append)
+    with signals.uninterrupted(), signals.urgent(full):
+        signals.end_process(signal.SIGTERM)
+    message = "the run cannot stop yet: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == message
+    assert (ended, signals.is_leaving) == ([], False)
+    signals.end_process(signal.SIGTERM)  # too late: the block has ended
+    assert ended == []
