@@ -11,27 +11,38 @@ The loop is `train`, and the functions after it call it. It runs the model throu
 minia3/model/ia3.py.
 """
 
-import shlex
 import sys
 
-import torch
+from minia3.files.program import begin
+from minia3.training.command_line import answer_mistakes
+from minia3.training.command_lines import SCRIPT
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds: Ctrl-C, --help, and mistakes in the flags.
+    begin("train.py")
+    answer_mistakes(sys.argv[1:], SCRIPT)
 
 from minia3.inference.scoring import choice_logprobs
-from minia3.training.announce import announce_device, announce_group, announcing_warnings
+from minia3.training.announce import (
+    announce_device,
+    announce_extension,
+    announce_finished,
+    announce_group,
+)
+from minia3.training.choices import TRAINED_ALONE
 from minia3.training.config import Config
 from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
-from minia3.training.flags import parse_flags
-from minia3.training.grid import make_cells
+from minia3.training.grid import make_cells, set_steps
 from minia3.training.group import Group
-from minia3.training.methods import TRAINED_ALONE, save_trained
+from minia3.training.methods import save_trained
 from minia3.training.model_card import write_card
 from minia3.training.optimizer import learning_rate
+from minia3.training.prepare import check_model
 from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
-from minia3.training.rules import check_config
-from minia3.training.run import Failed, Run
-from minia3.training.run_folder import restore_flags
-from minia3.training.signals import Signals, Stopped
+from minia3.training.run import Run
+from minia3.training.start import run_command_line
+from minia3.training.step_memory import check_memory
 
 
 def train(run, group, config):
@@ -61,12 +72,14 @@ def train(run, group, config):
                 log.start_step()
                 model.train()
                 batch = group.next_batch()
-                # Forward and backward, in parts if --micro-batch-size says so.
-                for part in batch.split(config.micro_batch_size):
-                    logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                    losses = part.losses(logp_BCL)  # cell -> its loss on its examples in this part
-                    sum(losses.values()).backward()
-                    log.add_losses(losses)
+                # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
+                # yet, so who presses Ctrl-C twice gives up this step, and nothing else.
+                with run.giving_up(group):
+                    for part in batch.split(config.micro_batch_size):
+                        logp_BCL = choice_logprobs(model, part.batch, part.row_B)
+                        losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
+                        sum(losses.values()).backward()
+                        log.add_losses(losses)
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -108,20 +121,24 @@ def run_group(run, group, config, baselines):
                 run.save(group)
 
 
-def run_grid(run, config):
+def run_grid(run: Run, config: Config):
     """Run the cells that are not done yet, one group after the other, and print the report."""
     if run.is_finished:
-        print(f"{run.folder} is finished: the final lines of its metrics.jsonl are the results")
+        announce_finished(run, config)
         return
 
+    cells = make_cells(config)
+    config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
+    check_model(config.model)  # so that a wrong name is the only line
     announce_device(device, reason, dtype)
+    if run.extended_from is not None:
+        announce_extension(run.extended_from, config)
     if config.deterministic:
         use_deterministic_kernels()
-    cells = make_cells(config)
     n_cells = len(cells)
-    run.start_writing(cells)
+    run.start_writing(cells, config)
 
     # The cells of (IA)^3 share a model. Other methods change its weights, so each cell loads it.
     is_alone = config.is_training and config.method in TRAINED_ALONE
@@ -133,6 +150,7 @@ def run_grid(run, config):
         announce_group(group, is_first=run.n_done == 0)
         if config.is_training:
             group.draw_batches()
+            run.micro_batch_size = check_memory(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)
@@ -142,38 +160,14 @@ def run_grid(run, config):
     report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
 
 
-def main(argv=None):
-    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n."""
-    signals = Signals()
-    run = None
-    try:
-        config = parse_flags(Config, argv, __doc__)
-        if config.resume is not None:
-            config = restore_flags(config)
-        check_config(config)
-        run = Run(config, signals)
-        with announcing_warnings():
-            run_grid(run, config)
-        return 0
-    except Stopped as stop:
-        advice = ""
-        if run and run.folder:
-            command = shlex.join(["python", "train.py", "--resume", str(run.folder)])
-            advice = f"; to continue: {command}"
-        print(f"stopped{advice}", file=sys.stderr)
-        return 128 + stop.number
-    except (torch.OutOfMemoryError, Failed, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message:.200}: lower --micro-batch-size or --eval-batch-size"
-        print(f"train.py: {message}", file=sys.stderr)
-        if run:
-            run.discard_if_new()
-        return 2 if isinstance(error, ValueError) else 1
-    finally:
-        if run:
-            run.close()
+def main(words=None, is_program=False):
+    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n.
+
+    is_program: whether this process does nothing else, so that a signal may end it at any time.
+    """
+    words = sys.argv[1:] if words is None else words
+    return run_command_line(words, run_grid, SCRIPT, is_program)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(is_program=True))

@@ -81,10 +81,26 @@ LLAMA_PEERS = {
         "Llama",
         {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
     ),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 10}),
+}
+# The published families of T5, which differ in what T5_PEERS do not cover
+# (tests/checkpoints/test_t5_families.py)
+T5_FAMILIES = {
+    # ByT5's encoder is three times as deep as its decoder.
+    "byt5": ("T5", {**GATED, "num_layers": 3, "num_decoder_layers": 1}),
+    "codet5": ("T5", {"bos_token_id": 1, "eos_token_id": 2}),
+    "mt0": ("MT5", {"num_heads": 3}),
+    "umt5": ("UMT5", {**GATED, "relative_attention_num_buckets": 8}),
+    "umt5-tied": ("UMT5", {"num_decoder_layers": 3}),
+    "flan-ul2": ("T5", {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False}),
+    "t0": ("T5", {**GATED, "num_heads": 5}),
+    "t5-lm-adapt": ("T5", GATED),
 }
 PEERS = T5_PEERS | LLAMA_PEERS
-OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5")
+UNTIED_FAMILIES = ("byt5", "mt0", "umt5", "flan-ul2", "t0", "t5-lm-adapt")
+OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5", *UNTIED_FAMILIES)
 
 
 # What the fast run left out
@@ -166,7 +182,7 @@ def make(name, **overrides):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kind, differences = PEERS[name]
+    kind, differences = (PEERS | T5_FAMILIES)[name]
     is_llama = name in LLAMA_PEERS
     sizes = LLAMA_SIZES if is_llama else T5_SIZES
     config_class = getattr(transformers, f"{kind}Config")

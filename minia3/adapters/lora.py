@@ -11,6 +11,7 @@ Shapes: (in, out) are the widths of the linear, r is the rank. A is (r, in) and 
 import torch
 from torch import nn
 
+from minia3.adapters.peft_config import check_lora_config
 from minia3.adapters.peft_files import adapter_file, write_peft
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
@@ -20,23 +21,14 @@ from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 
-# What PEFT's config must say, or leave out, to mean the equation above.
+# What PEFT's config says about the equation above
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
-# What it must leave out: each of these changes the equation, or the places where it is applied.
-VARIANTS = (
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "alora_invocation_tokens",
-)
 
 
 class LoRA(nn.Linear):
     """A linear with A and B beside its weight. It takes the place of a plain linear in a block.
 
-    The weight is the linear's: the same parameter, under the same name. A and B are float32
+    Weight and bias are the linear's: the same parameters, under the same names. A and B are float32
     whatever the dtype of the model, and are cast when they are used, as the vectors of (IA)^3 are.
     """
 
@@ -44,6 +36,7 @@ class LoRA(nn.Linear):
         # On the meta device, because the weight that nn.Linear makes is replaced at once.
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight = linear.weight
+        self.bias = linear.bias
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
         self.alpha = alpha
@@ -152,27 +145,15 @@ def load_lora(model, name_or_path):
     """
     path = find_adapter(name_or_path)
     config = read_json(path / "adapter_config.json")
-    check_plain(path, config)
+    rank, alpha = check_lora_config(path, config)
     entries = read_tensors(adapter_file(path))
-    with reading(path):  # the config may lack r, or hold a text in its place
-        options = (config["r"], config["lora_alpha"], linears_with_lora(model, entries))
+    options = (rank, alpha, linears_with_lora(model, entries))
+    with reading(path):
         # A model without storage shows which names and shapes the tensors must have.
         expected = add_lora(build_model(model.config), *options)
         check_tensors(entries, expected)
     for name, parameter in add_lora(model, *options).items():
         parameter.data.copy_(entries[name].read())
-
-
-def check_plain(path, config):
-    """Raise ValueError if PEFT's config describes more than the equation above."""
-    found = []
-    for key in (*PLAIN, *VARIANTS):
-        value = config.get(key)
-        # Nothing, False or an empty dict is PEFT's default.
-        if value and value != PLAIN.get(key):
-            found.append(f"{key} {value!r}")
-    if found:
-        raise ValueError(f"{path}: expected plain LoRA, found {', '.join(found)}")
 
 
 def linears_with_lora(model, entries):

@@ -2,6 +2,9 @@
 
     W_k <- diag(l_k) W_k        W_v <- diag(l_v) W_v        W_down <- W_down diag(l_ff)
 
+A vector that scales an output scales its bias, too: b_k <- l_k b_k (Qwen2). The norms of queries
+and keys come after the vectors (Qwen3), so they do not change.
+
 A product is computed in float32 at least, and rounded once to the dtype of the weight. Nothing is
 ever divided, so an entry of 0 is an entry like any other, and there is no way back but the base
 model.
@@ -22,8 +25,9 @@ from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, place_parameter, read_checkpoint
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
+from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
-from minia3.model.more_vectors import SITES
+from minia3.model.site_names import SITES
 
 N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
 
@@ -53,8 +57,9 @@ def merge(model, adapter=0):
 
 def weight_with_lora(model, name):
     """Return the parameter `name`. If it has a LoRA, add it, in float32 at least."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, LoRA):
+    place, _, kind = name.rpartition(".")
+    module = model.get_submodule(place)
+    if isinstance(module, LoRA) and kind == "weight":
         return module.merged()
     return model.get_parameter(name).detach()
 
@@ -68,8 +73,10 @@ def fold(name, weight, vectors):
     if l_D is None:
         return weight
     # l_ff scales the input of its linear, which is the columns; all others scale the rows.
-    axis = 0 if name.endswith(".down.weight") else 1
-    factor = l_D.unsqueeze(axis).expand_as(weight)
+    factor = l_D
+    if name.endswith(".weight") and not name.endswith(".down.weight"):
+        factor = l_D.unsqueeze(1)
+    factor = factor.expand_as(weight)
     folded = torch.empty_like(weight)
     parts = zip(
         weight.split(N_ROWS_AT_ONCE),
@@ -89,7 +96,8 @@ def fold(name, weight, vectors):
 
 def vector_of(name, vectors):
     """Return the vector that scales the parameter `name`, such as "blocks.0.attn.k.weight"."""
-    place, _, linear = name.removesuffix(".weight").rpartition(".")
+    module, _, _ = name.rpartition(".")  # weight or bias
+    place, _, linear = module.rpartition(".")
     for site, scaled_linear in SITES.items():
         if linear == scaled_linear and f"{place}.l_{site}" in vectors:
             return vectors[f"{place}.l_{site}"]
@@ -141,7 +149,7 @@ def folded_tensors(model, stored, dtype, row):
 def check_written(out, folder, tensors):
     """Raise ValueError if a tensor in `folder` does not have the bits that were written there."""
     _, written = read_checkpoint(folder)
-    for name, _, make in tensors:
+    for name, _, make in progress(tensors, total=len(tensors)):
         found = written[name].read()
         if not torch.equal(found.view(torch.uint8), make().view(torch.uint8)):
             raise ValueError(f"{out}: {name} was read back with other bits than were written")

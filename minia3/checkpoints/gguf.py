@@ -1,4 +1,6 @@
-"""Read a GGUF file of llama.cpp as if it were a LLaMA checkpoint of Hugging Face.
+"""Read a GGUF file of llama.cpp as if it were a checkpoint of Hugging Face.
+
+The file may hold a LLaMA or a Mistral (which llama.cpp calls "llama"), a Qwen2 or a Qwen3.
 
     "GGUF" version n_tensors n_keys                  the numbers are little-endian
     n_keys times: key, type, value                   metadata, of the model and of its tokenizer
@@ -12,6 +14,7 @@ count is damaged, it reads on until the memory is full.
 
 import math
 import os
+import warnings
 from functools import partial
 from struct import calcsize, unpack
 from typing import NamedTuple
@@ -26,31 +29,72 @@ from minia3.files.tensors import DTYPES, Entry
 
 # llama.cpp's names -> Hugging Face's names. Other tensors keep their names, and load.py refuses
 # them, because they match no parameter.
-NAMES = {f"{tensor.gguf}.weight": f"{tensor.hugging_face}.weight" for tensor in LLAMA_TENSORS}
+NAMES = {f"{t.gguf}.{t.ending}": f"{t.hugging_face}.{t.ending}" for t in LLAMA_TENSORS}
+
+# What `general.architecture` may be. In the keys below, `{}` stands for it.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 # fmt: off
 # Keys of the metadata -> keys of config.json. All values are positive numbers.
 CONFIG = {
-    "llama.embedding_length":                 "hidden_size",
-    "llama.feed_forward_length":              "intermediate_size",
-    "llama.block_count":                      "num_hidden_layers",
-    "llama.context_length":                   "max_position_embeddings",
-    "llama.attention.head_count":             "num_attention_heads",
-    "llama.attention.head_count_kv":          "num_key_value_heads",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "llama.rope.freq_base":                   "rope_theta",
+    "{}.embedding_length":                 "hidden_size",
+    "{}.feed_forward_length":              "intermediate_size",
+    "{}.block_count":                      "num_hidden_layers",
+    "{}.context_length":                   "max_position_embeddings",
+    "{}.attention.head_count":             "num_attention_heads",
+    "{}.attention.head_count_kv":          "num_key_value_heads",
+    "{}.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "{}.rope.freq_base":                   "rope_theta",
 }
-# Keys of features that are not supported -> the values that do not ask for the feature.
-HARMLESS = {
-    "llama.expert_count":             [0],
-    "llama.attention.sliding_window": [0],
+# Keys of features that are not supported -> the values that do not ask for the feature. To many
+# scales, 0 means "not set".
+UNSUPPORTED = {
+    "{}.expert_count":                     [0],
+    "{}.expert_used_count":                [0],
+    "{}.nextn_predict_layers":             [0],
+    "{}.use_parallel_residual":            [False],
+    "{}.embedding_scale":                  [0, 1],
+    "{}.residual_scale":                   [0, 1],
+    "{}.logit_scale":                      [0, 1],
+    "{}.attn_logit_softcapping":           [0],
+    "{}.final_logit_softcapping":          [0],
+    "{}.attention.scale":                  [0],  # instead of key_length ** -0.5
+    "{}.attention.output_scale":           [0, 1],
+    "{}.attention.temperature_scale":      [0],
+    "{}.attention.causal":                 [True],
+    "{}.attention.clamp_kqv":              [0],
+    "{}.attention.max_alibi_bias":         [0],
+    "{}.attention.shared_kv_layers":       [0],
+    "{}.attention.sliding_window_pattern": [],  # the window in some layers only
+    "{}.rope.dimension_sections":          [],
     # Llama 3.1's scaling has no type here. It comes as the tensor rope_freqs.weight.
-    "llama.rope.scaling.type":        ["none"],
+    "{}.rope.scaling.type":                ["none"],
     # With a factor but no type, llama.cpp scales positions linearly.
-    "llama.rope.scaling.factor":      [0, 1],
-    "llama.rope.scale_linear":        [0, 1],
+    "{}.rope.scaling.factor":              [0, 1],
+    "{}.rope.scale_linear":                [0, 1],
+    "{}.rope.scaling.alpha":               [0, 1],
+    "{}.rope.scaling.attn_factor":         [0, 1],
+    "{}.rope.scaling.yarn_log_multiplier": [0],
+    "{}.rope.scaling.yarn_ext_factor":     [0, -1],
+    "{}.rope.scaling.yarn_attn_factor":    [0, 1],
+    "split.count":                         [0, 1],  # of a model in several files
 }
+# Keys that change nothing
+HARMLESS = {
+    "{}.vocab_size":                       "the embedding has as many rows",
+    "{}.tensor_data_layout":               "all known files have one layout",
+    "{}.pooling_type":                     "it is for embeddings of texts",
+    "{}.rope.scaling.original_context_length": "without a scaling.type, it is not read",
+    "{}.rope.scaling.finetuned":           "without a scaling.type, it is not read",
+    "{}.rope.scaling.yarn_beta_fast":      "without a scaling.type, it is not read",
+    "{}.rope.scaling.yarn_beta_slow":      "without a scaling.type, it is not read",
+}
+HARMLESS_PREFIXES = ("general.", "tokenizer.", "split.", "quantize.")
 # fmt: on
+WINDOW_KEY = "{}.attention.sliding_window"  # 0: there is no window
+KEY_LENGTH = "{}.attention.key_length"
+VALUE_LENGTH = "{}.attention.value_length"
+ROTATED_LENGTH = "{}.rope.dimension_count"
 BOS_KEY = "tokenizer.ggml.bos_token_id"
 PAD_KEY = "tokenizer.ggml.padding_token_id"
 END_KEYS = (
@@ -73,6 +117,7 @@ SCALARS = {
 LARGEST_COUNT = 2**22
 
 N_DIMENSIONS = 4  # the largest number that ggml knows
+N_SHOWN = 20  # unknown keys that a warning names
 ROWS_AT_ONCE = 256  # rows that are dequantized together
 
 
@@ -95,22 +140,24 @@ def read_metadata(path):
 
 
 def read_gguf(path):
-    """Return the content of a config.json with model_type "llama", and a dict from Hugging Face's
-    names to the Entry of each tensor.
+    """Return the content of a config.json, and a dict from Hugging Face's names to the Entry of
+    each tensor.
 
     If the file has a tensor rope_freqs.weight, the config has one more key, `rope_factors`: d_head
     / 2 floats that divide the inverse frequencies of the rotation. Raise ValueError if the file is
-    damaged, lacks keys, or asks for a feature that is not supported.
+    damaged, lacks keys, or asks for a feature that is not supported. Warn of keys that nobody
+    knows.
     """
     metadata, stored = read_header(path)
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in ARCHITECTURES:
         found = f"general.architecture is {architecture!r:.40}"
-        raise ValueError(f"{path}: {found}, expected 'llama'")
-    sizes = read_sizes(path, metadata, stored)
-    config = make_config(metadata, sizes, stored)
+        raise ValueError(f"{path}: {found}, expected {' or '.join(map(repr, ARCHITECTURES))}")
+    sizes = read_sizes(path, architecture, metadata, stored)
+    config = make_config(architecture, sizes, stored)
     n_blocks = count_blocks(stored)
-    faults = unsupported(metadata, config, n_blocks)
+    allowed = allowed_values(architecture, config, n_blocks)
+    faults = unsupported(metadata, allowed)
     # Llama 3.1's scaling of the rotation. For us it is part of the config, and not a weight.
     rope_freqs = stored.pop("rope_freqs.weight", None)
     if rope_freqs is not None:
@@ -118,21 +165,31 @@ def read_gguf(path):
         faults += wrong_factors(config["rope_factors"], config["head_dim"])
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
+    warn_of_unknown(path, metadata, {*allowed, *keys_of(architecture, CONFIG | HARMLESS)})
 
     table = expand(NAMES, n_blocks)
     entries = {table.get(name, name): entry for name, entry in stored.items()}
-    n_heads = config["num_attention_heads"]
-    return config, neighbors_to_halves(entries, n_heads, config["num_key_value_heads"])
+    if architecture == "llama":  # Qwen's rows are in the order of halves already
+        n_heads = config["num_attention_heads"]
+        entries = neighbors_to_halves(entries, n_heads, config["num_key_value_heads"])
+    return config, entries
 
 
-def read_sizes(path, metadata, stored):
+def keys_of(architecture, table):
+    """Return a table of keys with the name of the architecture in them."""
+    return {key.format(architecture): value for key, value in table.items()}
+
+
+def read_sizes(path, architecture, metadata, stored):
     """Return the metadata with defaults. Raise one ValueError for all missing keys of CONFIG."""
+    head_count = metadata.get(f"{architecture}.attention.head_count")
     defaults = {
-        "llama.rope.freq_base": 10000.0,
-        "llama.attention.head_count_kv": metadata.get("llama.attention.head_count"),
+        f"{architecture}.rope.freq_base": 10000.0,
+        f"{architecture}.attention.head_count_kv": head_count,
     }
     sizes = defaults | metadata
-    missing = [key for key in CONFIG if not is_positive_number(sizes.get(key))]
+    expected = keys_of(architecture, CONFIG)
+    missing = [key for key in expected if not is_positive_number(sizes.get(key))]
     if "token_embd.weight" not in stored:
         missing.append("token_embd.weight")
     if missing:
@@ -144,19 +201,36 @@ def is_positive_number(value):
     return isinstance(value, int | float) and 0 < value < math.inf
 
 
-def make_config(metadata, sizes, stored):
+def make_config(architecture, sizes, stored):
     """Return the content of a config.json for the metadata. It is not checked yet."""
-    d_head = sizes["llama.embedding_length"] // sizes["llama.attention.head_count"]
-    return {
-        "model_type": "llama",
-        **{name: sizes[key] for key, name in CONFIG.items()},
+    config = {name: sizes[key] for key, name in keys_of(architecture, CONFIG).items()}
+    d_head = config["hidden_size"] // config["num_attention_heads"]
+    window = sizes.get(WINDOW_KEY.format(architecture))
+    if window:
+        config["sliding_window"] = window
+        config["use_sliding_window"] = True
+        config["max_window_layers"] = 0  # all layers have the window
+    return config | {
+        "model_type": model_type(architecture, window, stored),
         "vocab_size": stored["token_embd.weight"].shape[0],
-        "head_dim": metadata.get("llama.attention.key_length", d_head),
+        "head_dim": sizes.get(KEY_LENGTH.format(architecture), d_head),
         "tie_word_embeddings": "output.weight" not in stored,
-        "bos_token_id": metadata.get(BOS_KEY),
-        "pad_token_id": metadata.get(PAD_KEY),
-        "eos_token_id": end_ids(metadata),
+        "bos_token_id": sizes.get(BOS_KEY),
+        "pad_token_id": sizes.get(PAD_KEY),
+        "eos_token_id": end_ids(sizes),
     }
+
+
+def model_type(architecture, window, stored):
+    """Return Hugging Face's name of the architecture.
+
+    llama.cpp's "llama" may also have biases, as Qwen2, or a window, as Mistral.
+    """
+    if architecture != "llama":
+        return architecture
+    if "blk.0.attn_q.bias" in stored:
+        return "qwen2"
+    return "mistral" if window else "llama"
 
 
 def end_ids(metadata):
@@ -173,22 +247,41 @@ def count_blocks(stored):
     return len({name.split(".")[1] for name in stored if name.startswith("blk.")})
 
 
-def unsupported(metadata, config, n_blocks):
-    """Return a message for each key with a value that is not supported or cannot be true."""
+def allowed_values(architecture, config, n_blocks):
+    """Return the values that each key may have, for the keys with few allowed values."""
     d_head = config["head_dim"]
-    allowed = HARMLESS | {
-        "llama.block_count": [n_blocks],
-        "llama.attention.key_length": range(2, LARGEST_COUNT, 2),
-        "llama.attention.value_length": [d_head],  # keys and values have the same width
-        "llama.rope.dimension_count": [d_head],  # the whole head is rotated
+    lengths = {
+        "{}.block_count": [n_blocks],
+        WINDOW_KEY: range(2**31),
+        KEY_LENGTH: range(2, LARGEST_COUNT, 2),
+        VALUE_LENGTH: [d_head],  # keys and values have the same width
+        ROTATED_LENGTH: [d_head],  # the whole head is rotated
     }
+    allowed = keys_of(architecture, UNSUPPORTED | lengths)
     for key in (BOS_KEY, PAD_KEY, *END_KEYS):
         allowed[key] = range(config["vocab_size"])
+    return allowed
+
+
+def unsupported(metadata, allowed):
+    """Return a message for each key with a value that is not supported or cannot be true."""
     faults = []
     for key, values in allowed.items():
         if key in metadata and metadata[key] not in values:
             faults.append(f"{key} is {metadata[key]!r:.40}, expected {describe(values):.40}")
     return faults
+
+
+def warn_of_unknown(path, metadata, known):
+    """Warn, by name, of keys that are neither `known` nor harmless."""
+    unknown = []
+    for key in metadata:
+        if key not in known and not key.startswith(HARMLESS_PREFIXES):
+            unknown.append(f"{key:.80}")
+    if unknown:
+        shown = ", ".join(unknown[:N_SHOWN])
+        found = f"{path} has keys that minia3 does not know: {shown}"
+        warnings.warn(f"{found}: if they change the model, its results are wrong", stacklevel=2)
 
 
 def wrong_factors(factors, d_head):
@@ -201,6 +294,8 @@ def wrong_factors(factors, d_head):
 
 def describe(values):
     """Return the allowed values of a key as words of a message."""
+    if not values:
+        return "no such key"
     if isinstance(values, range):
         kind = "an even number" if values.step == 2 else "a whole number"
         return f"{kind} from {values[0]} to {values[-1]}"

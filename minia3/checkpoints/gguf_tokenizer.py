@@ -10,7 +10,7 @@ would yield slightly wrong ids.
 
 from typing import NamedTuple
 
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints.sentencepiece import (
@@ -33,6 +33,7 @@ LLAMA3_WORDS = "|".join(
         r"\s+",
     ]
 )
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit is a word
 
 
 class WordRule(NamedTuple):
@@ -42,13 +43,17 @@ class WordRule(NamedTuple):
     has_gpt2_words: True if the parts are then cut into GPT-2's words.
     has_whole_words: True if a word that is a token stays whole, even if no merges lead to it.
     has_bos: True if a text begins with bos, unless the metadata says otherwise.
+    is_composed: True if a letter and its accents become one character first (Unicode's NFC).
     """
 
     pattern: str | None = None
     has_gpt2_words: bool = True
     has_whole_words: bool = False
     has_bos: bool = False
+    is_composed: bool = False
 
+
+LLAMA3 = WordRule(LLAMA3_WORDS, has_gpt2_words=False, has_whole_words=True, has_bos=True)
 
 # tokenizer.ggml.pre -> rule
 WORD_RULES = {
@@ -56,8 +61,12 @@ WORD_RULES = {
     "gpt-2": WordRule(),
     # Each digit is a word.
     "smollm": WordRule(r"\p{N}"),
-    # Llama 3
-    "llama-bpe": WordRule(LLAMA3_WORDS, has_gpt2_words=False, has_whole_words=True, has_bos=True),
+    # Qwen2, Qwen2.5 and Qwen3. llama.cpp leaves out NFC, but the models were trained with it.
+    "qwen2": WordRule(QWEN2_WORDS, has_gpt2_words=False, is_composed=True),
+    # Llama 3, under three names
+    "llama-bpe": LLAMA3,
+    "llama-v3": LLAMA3,
+    "llama3": LLAMA3,
 }
 
 
@@ -113,6 +122,8 @@ def backend_over_bytes(settings, rule):
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in settings["merges"]]
     backend = Backend(models.BPE(vocabulary, merges, ignore_merges=rule.has_whole_words))
+    if rule.is_composed:
+        backend.normalizer = normalizers.NFC()
     steps = []
     if rule.pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(rule.pattern), "isolated"))

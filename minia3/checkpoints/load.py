@@ -20,11 +20,13 @@ from torch import nn
 
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
+from minia3.checkpoints.generation_keys import generation_settings
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.layout import weight_files
+from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
@@ -50,7 +52,7 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1, check_fi
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
-    for name, (stored_name, entry) in stored.items():
+    for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
         if check_finite:
             check_weight(weight, f"{name_or_path}: {stored_name}")
@@ -105,6 +107,7 @@ def read_checkpoint(path, weights=True):
     if path.is_file():
         raw, entries = read_gguf(path)
         return read_config(raw, path), entries
+    check_model_folder(path)
     if (path / "params.json").exists() and not (path / "config.json").exists():
         raw, entries = read_meta(path)
         return read_config(raw, path), entries
@@ -114,15 +117,12 @@ def read_checkpoint(path, weights=True):
 
 
 def read_config(raw, path):
-    """Return the config for the content of a config.json. The end tokens of generation_config.json
-    win.
-    """
+    """Return the config for the content of a config.json. generation_config.json wins."""
     generation = path / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if ends is not None:
-        raw = raw | {"eos_token_id": ends}
     with reading(path):
-        return from_hf(raw)
+        if generation.exists():
+            raw = raw | generation_settings(read_json(generation), raw, generation.name)
+        return from_hf(raw, f"{path}/config.json")
 
 
 def read_weights(folder):

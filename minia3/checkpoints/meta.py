@@ -29,13 +29,14 @@ from minia3.files.tensors import Entry, read_tensors
 
 # Meta's names -> Hugging Face's names. Other tensors keep their names, and load.py refuses them,
 # because they match no parameter.
-NAMES = {f"{tensor.meta}.weight": f"{tensor.hugging_face}.weight" for tensor in LLAMA_TENSORS}
+META_TENSORS = [tensor for tensor in LLAMA_TENSORS if tensor.meta is not None]
+NAMES = {f"{tensor.meta}.weight": f"{tensor.hugging_face}.weight" for tensor in META_TENSORS}
 EMBED = "model.embed_tokens.weight"
 W_Q = "model.layers.0.self_attn.q_proj.weight"
 W_1 = "model.layers.0.mlp.gate_proj.weight"
 
 # The last word of a name -> the axis that shards split, or None.
-SHARD_AXES = {tensor.meta.split(".")[-1]: tensor.shard_axis for tensor in LLAMA_TENSORS}
+SHARD_AXES = {tensor.meta.split(".")[-1]: tensor.shard_axis for tensor in META_TENSORS}
 
 # Keys of params.json -> keys of config.json.
 PARAMS = {

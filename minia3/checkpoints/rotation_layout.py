@@ -17,23 +17,24 @@ head. For a head of 6 rows:
 If the rows are left as they are, the model still writes fluent text, only worse text. So tests
 compare logits and not texts.
 
-Only `read_gguf` and `read_meta` call this. Tensors in Hugging Face's layout are never permuted.
+Only `read_gguf` and `read_meta` call this. Tensors in Hugging Face's layout are never permuted, and
+llama.cpp keeps that layout for Qwen.
 """
 
 from minia3.files.tensors import Entry
 
 
 def neighbors_to_halves(entries, n_heads, n_kv_heads):
-    """Return `entries` with the rows of every W_q and W_k in the order of halves.
+    """Return `entries` with the rows of every W_q and W_k (and bias) in the order of halves.
 
     entries: a dict from Hugging Face's names to Entries with rows in the order of neighbors.
     Nothing is read now. The rows change places when an Entry is read, after its shape was checked.
     """
     permuted = {}
     for name, entry in entries.items():
-        if name.endswith("q_proj.weight"):
+        if "q_proj." in name:
             permuted[name] = with_halves(entry, n_heads)
-        elif name.endswith("k_proj.weight"):
+        elif "k_proj." in name:
             permuted[name] = with_halves(entry, n_kv_heads)
         else:
             permuted[name] = entry
@@ -45,7 +46,7 @@ def with_halves(entry, n_heads):
 
     def read():
         weight = entry.read()
-        pairs = weight.unflatten(0, (n_heads, -1, 2))  # (n_heads, d/2, 2, d_model)
+        pairs = weight.unflatten(0, (n_heads, -1, 2))  # (n_heads, d/2, 2, ...)
         return pairs.transpose(1, 2).reshape(entry.shape)
 
     return Entry(entry.shape, entry.dtype, read)

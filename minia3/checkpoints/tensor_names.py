@@ -20,7 +20,7 @@ T5 = {
     "encoder.block.{}.layer.0.SelfAttention.k.weight":                          "encoder.blocks.{}.attn.k.weight",
     "encoder.block.{}.layer.0.SelfAttention.v.weight":                          "encoder.blocks.{}.attn.v.weight",
     "encoder.block.{}.layer.0.SelfAttention.o.weight":                          "encoder.blocks.{}.attn.o.weight",
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight":     "encoder.position.weight",
+    "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight":    "encoder.positions.{}.weight",  # umT5: in every layer
     "encoder.block.{}.layer.1.layer_norm.weight":                               "encoder.blocks.{}.ffn_norm.weight",
     "encoder.block.{}.layer.1.DenseReluDense.wo.weight":                        "encoder.blocks.{}.ffn.down.weight",
     "encoder.final_layer_norm.weight":                                          "encoder.norm.weight",
@@ -29,7 +29,7 @@ T5 = {
     "decoder.block.{}.layer.0.SelfAttention.k.weight":                          "decoder.blocks.{}.attn.k.weight",
     "decoder.block.{}.layer.0.SelfAttention.v.weight":                          "decoder.blocks.{}.attn.v.weight",
     "decoder.block.{}.layer.0.SelfAttention.o.weight":                          "decoder.blocks.{}.attn.o.weight",
-    "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight":     "decoder.position.weight",
+    "decoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight":    "decoder.positions.{}.weight",  # umT5: in every layer
     "decoder.block.{}.layer.1.layer_norm.weight":                               "decoder.blocks.{}.cross_norm.weight",
     "decoder.block.{}.layer.1.EncDecAttention.q.weight":                        "decoder.blocks.{}.cross.q.weight",
     "decoder.block.{}.layer.1.EncDecAttention.k.weight":                        "decoder.blocks.{}.cross.k.weight",
@@ -59,13 +59,14 @@ T5_GATED = {
 
 
 class LlamaTensor(NamedTuple):
-    """One tensor of LLaMA in all formats. Each name ends in ".weight", but not in this table."""
+    """One tensor of LLaMA in all formats. Each name has an ending, but not in this table."""
 
     hugging_face: str
     gguf: str  # llama.cpp's name
-    meta: str
+    meta: str | None  # None: no model of Meta's has it
     shard_axis: int | None  # the axis that Meta's shards split; None: each shard holds all of it
     ours: str
+    ending: str = "weight"
 
 
 # fmt: off
@@ -84,9 +85,16 @@ LLAMA_TENSORS = [LlamaTensor(*row) for row in [
     ("model.layers.{}.mlp.down_proj",             "blk.{}.ffn_down",    "layers.{}.feed_forward.w2",  1,    "blocks.{}.ffn.down"),
     ("model.norm",                                "output_norm",        "norm",                       None, "norm"),
     ("lm_head",                                   "output",             "output",                     0,    "head"),
+    # Qwen2
+    ("model.layers.{}.self_attn.q_proj",          "blk.{}.attn_q",      None,                         None, "blocks.{}.attn.q", "bias"),
+    ("model.layers.{}.self_attn.k_proj",          "blk.{}.attn_k",      None,                         None, "blocks.{}.attn.k", "bias"),
+    ("model.layers.{}.self_attn.v_proj",          "blk.{}.attn_v",      None,                         None, "blocks.{}.attn.v", "bias"),
+    # Qwen3
+    ("model.layers.{}.self_attn.q_norm",          "blk.{}.attn_q_norm", None,                         None, "blocks.{}.attn.q_norm"),
+    ("model.layers.{}.self_attn.k_norm",          "blk.{}.attn_k_norm", None,                         None, "blocks.{}.attn.k_norm"),
 ]]
 # fmt: on
-LLAMA = {f"{tensor.hugging_face}.weight": f"{tensor.ours}.weight" for tensor in LLAMA_TENSORS}
+LLAMA = {f"{t.hugging_face}.{t.ending}": f"{t.ours}.{t.ending}" for t in LLAMA_TENSORS}
 # Older files hold the frequencies of the rotation, which follow from the config.
 LLAMA["model.layers.{}.self_attn.rotary_emb.inv_freq"] = None
 

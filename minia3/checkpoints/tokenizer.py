@@ -10,7 +10,10 @@ a checkpoint has:
     tokenizer.json       the package's own format
     spiece.model         a sentencepiece model: T5's
     tokenizer.model      a sentencepiece model: LLaMA-2's
+    vocab.json           a BPE over bytes, with merges.txt: CodeT5's
     a .gguf file         which holds the tokenizer in its metadata
+
+ByT5 needs no file: its settings say that it reads bytes.
 
 Small JSON files beside it name the special tokens: bos (the beginning of a text), eos (its end) and
 pad.
@@ -21,6 +24,7 @@ from pathlib import Path
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
+from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend
 from minia3.checkpoints.chat import (
     EncodedChat,
     default_template,
@@ -35,6 +39,7 @@ from minia3.checkpoints.layout import (
     CHAT_TEMPLATE_FILE,
     SETTINGS_FILES,
     TOKENIZER_FILES,
+    VOCABULARY_FILE,
 )
 from minia3.checkpoints.sentencepiece import read_sentencepiece
 from minia3.files.read import read_json, reading
@@ -78,8 +83,10 @@ class Tokenizer:
         ids = self.encode(UNKNOWN_CHARACTER)
         begins_with_bos = ids[:1] == [self.bos_id]
         ends_with_eos = ids[-1:] == [self.eos_id]
-        # A T5 adds only eos. (If the files of a LLaMA ask for eos, they also ask for bos.)
-        self.has_separate_targets = ends_with_eos and not begins_with_bos
+        # A T5 adds only eos. (If the files of a LLaMA ask for eos, they also ask for bos.) CodeT5
+        # adds both, but its config says what it is.
+        is_encoder_decoder = settings.get("is_encoder_decoder", not begins_with_bos)
+        self.has_separate_targets = ends_with_eos and bool(is_encoder_decoder)
 
     def _find_special_tokens(self, settings):
         """Set bos_id, eos_id, pad_id and special, and tell the backend about these tokens."""
@@ -99,8 +106,7 @@ class Tokenizer:
         self.special = {
             name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
         }
-        # Not every file marks its special tokens, and decode drops only marked tokens.
-        self.backend.add_special_tokens(list(self.special.values()))
+        mark_special(self.backend, self.special.values())
 
     def _frame(self, settings):
         """Return a post-processor that puts bos and eos around a text if the settings say so."""
@@ -172,20 +178,28 @@ class Tokenizer:
         Raise ValueError as `chat` does, if earlier turns change when a conversation goes on, and
         for the tokenizer of a T5, whose decoder does not continue what its encoder reads.
         """
-        if self.has_separate_targets:
-            raise ValueError(
-                "only models that continue a text learn from rows with 'messages', and this "
-                "model has an encoder: give rows with 'input' and 'target'"
-            )
-        self.check_chat()
+        self.check_learning()
         with reading("chat_template", extra="chat"):
             text, spans = render_conversation(self.chat_template, messages, self.special, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
-        is_scored = [False] * len(encoding.ids)
-        for i, (first, end) in enumerate(encoding.offsets):
-            # As in transformers, a token belongs to a span if they share a character.
-            is_scored[i] = any(first < span[1] and end > span[0] for span in spans)
+        is_answer = bytearray(len(text))  # of each character
+        for first, end in spans:
+            is_answer[first:end] = b"\1" * (end - first)
+        # As in transformers, a token belongs to a span if they share a character.
+        is_scored = [1 in is_answer[first:end] for first, end in encoding.offsets]
         return EncodedChat(encoding.ids, is_scored)
+
+    def count_chat(self, messages: list[dict], tools: list | None = None) -> int:
+        """Return how many ids `conversation` would return, without looking for the assistant.
+
+        The errors are those of `conversation`, except for turns that change.
+        """
+        self.check_learning()
+        with reading("chat_template", extra="chat"):
+            rendered = render_chat(
+                self.chat_template, messages, self.special, tools, ends_with_prompt=False
+            )
+            return len(self.encode(rendered.text, special=False))
 
     def end_of_turn(self) -> str:
         """Return what a turn of the assistant ends with in the chat template, without white space.
@@ -204,6 +218,15 @@ class Tokenizer:
         first, end = spans[-1]
         return text[first:end].rpartition("answer")[2].strip()
 
+    def check_learning(self):
+        """Raise ValueError if a model cannot learn from conversations with this tokenizer."""
+        if self.has_separate_targets:
+            raise ValueError(
+                "only models that continue a text learn from rows with 'messages', and this "
+                "model has an encoder: give rows with 'input' and 'target'"
+            )
+        self.check_chat()
+
     def check_chat(self):
         """Raise ValueError if there is no chat template."""
         if self.chat_template is None:
@@ -217,7 +240,10 @@ class Tokenizer:
 
         (A model can generate ids that are not tokens: T5's embedding has 28 rows to spare.)
         """
-        return self.backend.decode([i for i in ids if 0 <= i < N_IDS])
+        possible_ids = [i for i in ids if 0 <= i < N_IDS]
+        # Some damage to a tokenizer.json shows only when certain ids are decoded.
+        with reading("the tokenizer's decoder"):
+            return self.backend.decode(possible_ids)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
@@ -232,8 +258,10 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
         config["model_input_names"] = ["input_ids", "attention_mask"]
+        with reading("the tokenizer"):
+            content = self.backend.to_str(pretty=True)
         with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as hidden:
-            self.backend.save(str(hidden / "tokenizer.json"))
+            (hidden / "tokenizer.json").write_text(content, encoding="utf-8")
             write_json(hidden / "tokenizer_config.json", config)
 
     @classmethod
@@ -252,15 +280,7 @@ class Tokenizer:
             template_file = folder / CHAT_TEMPLATE_FILE
             if template_file.is_file():
                 settings["chat_template"] = template_file.read_text(encoding="utf-8")
-            content = file.read_bytes()
-            if file.suffix == ".json":
-                return cls(Backend.from_buffer(content), settings)
-            backend, special_ids = read_sentencepiece(content)
-            is_t5 = file.name == "spiece.model"
-            if is_t5:
-                add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
-            add_tokens_of_fine_tune(backend, folder, settings)
-            defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}
+            backend, defaults = read_backend(file, settings)
             return cls(backend, defaults | settings)
 
     @classmethod
@@ -290,16 +310,43 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 def find_tokenizer(path: Path) -> Tokenizer | None:
     """Return the tokenizer of a model's folder or .gguf file, or None if the folder has none."""
-    has_tokenizer = path.is_file() or any((path / name).exists() for name in TOKENIZER_FILES)
+    has_tokenizer = path.is_file() or tokenizer_file(path) is not None
     return load_tokenizer(path) if has_tokenizer else None
 
 
 def tokenizer_file(folder):
-    """Return the first of TOKENIZER_FILES in `folder`, or None."""
+    """Return the first of TOKENIZER_FILES, or the file that names ByT5's class, or None."""
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             return folder / name
+    for name in ("config.json", *SETTINGS_FILES):
+        path = folder / name
+        if path.is_file() and read_json(path).get("tokenizer_class") == BYT5_CLASS:
+            return path
     return None
+
+
+def read_backend(file, settings):
+    """Return the backend of a tokenizer's file, and settings that count if no other file has them.
+
+    Raise an exception of any type if the file is damaged.
+    """
+    if file.name == "tokenizer.json":
+        return Backend.from_buffer(file.read_bytes()), {}
+    if file.name == VOCABULARY_FILE:
+        backend, defaults = byte_bpe_backend(file.parent, settings)
+    elif file.suffix == ".json":
+        backend, defaults = byt5_backend(settings)
+    else:
+        is_t5 = file.name == "spiece.model"
+        # A LLaMA that is not `legacy` gets no space behind an added token, as in transformers 5.
+        is_prefix_for_all = is_t5 or settings.get("legacy") is True
+        backend, special_ids = read_sentencepiece(file.read_bytes(), is_prefix_for_all)
+        if is_t5:
+            add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
+        defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}
+    add_tokens_of_fine_tune(backend, file.parent, settings)
+    return backend, defaults
 
 
 def read_settings(folder):
@@ -332,6 +379,18 @@ def special_id(backend, settings, kind):
         if is_id and backend.id_to_token(i) is not None:
             return i
     return None
+
+
+def mark_special(backend, texts):
+    """Mark tokens as special, because decode drops only marked tokens, and not every file does it.
+
+    A token that a file describes keeps its description, such as whether it takes spaces around it.
+    """
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for text in texts:
+        token = added.get(text, AddedToken(text, normalized=False))
+        token.special = True
+        backend.add_special_tokens([token])
 
 
 def add_sentinels(backend, n_sentinels):

@@ -6,6 +6,7 @@ import sys
 import warnings
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 from minia3.cli.arguments import (
     add_adapter_option,
@@ -37,16 +38,7 @@ def add_arguments(parser):
         help="texts (default: the lines of standard input; on a terminal, a conversation)",
     )
     add_adapter_option(parser)
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="put prompts into the chat template of the model, as messages",
-    )
-    parser.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="chat template for --chat (default: the adapter's, or else the model's own)",
-    )
+    add_chat_options(parser)
     parser.add_argument(
         "--temperature",
         type=float,
@@ -95,6 +87,19 @@ def add_arguments(parser):
     )
 
 
+def add_chat_options(parser):
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put prompts into the chat template of the model, as messages",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="chat template for --chat (default: the adapter's, or else the model's own)",
+    )
+
+
 def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
 
@@ -120,16 +125,16 @@ def run(args):
 def warn_if_endless(adapter, tokenizer):
     """Warn if an adapter has learned to rank choices, and never to end a text.
 
-    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says what
-    it has learned; without that file, nothing is known.
+    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
+    what it has learned; without that file, nothing is known.
     """
     if tokenizer.has_separate_targets:
         return
     from minia3.checkpoints.hub import find_adapter
-    from minia3.cli.predict import tasks_beside
     from minia3.tasks.task import METRICS
+    from minia3.tasks.task_file import read_tasks_beside
 
-    tasks = tasks_beside(find_adapter(adapter))
+    tasks = read_tasks_beside(find_adapter(adapter))
     if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
         warnings.warn(
             f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
@@ -145,19 +150,22 @@ def prepare_chat(model, tokenizer, args):
 
     if args.chat_template:
         tokenizer.chat_template = read_template(args.chat_template)
-    elif args.adapter:
-        template = adapter_template(args.adapter)
-        tokenizer.chat_template = template or tokenizer.chat_template
+    else:
+        tokenizer.chat_template = trained_template(args) or tokenizer.chat_template
     tokenizer.check_chat()
     args.stop += end_answers(model, tokenizer)
 
 
-def adapter_template(adapter):
-    """Return the chat template that an adapter was trained with, if it is not the model's own."""
+def trained_template(args):
+    """Return the chat template that the adapter was trained with, if it is not the model's own.
+
+    The task.json beside an adapter says it, or beside a model into which an adapter is merged.
+    """
     from minia3.checkpoints.hub import find_adapter
     from minia3.tasks.task_file import read_tasks_beside
 
-    for spec in read_tasks_beside(find_adapter(adapter)).values():
+    path = find_adapter(args.adapter) if args.adapter else Path(args.model)
+    for spec in read_tasks_beside(path).values():
         if spec.chat_template:
             return spec.chat_template
     return None

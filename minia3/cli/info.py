@@ -1,12 +1,14 @@
 """`info`: what a model is, how large an adapter of it is, and the memory that its tensors take."""
 
+import functools
 import json
+import os
 from dataclasses import asdict
 
-from minia3.cli.arguments import add_model
+from minia3.cli.arguments import MODEL_HELP
 from minia3.cli.terminal import show
 
-TITLE = "Describe a model, and the memory that it takes to run and to train it"
+TITLE = "Describe a model and the memory that it takes, or list the models that are known by name"
 EXAMPLE = "python -m minia3 info t5-base"
 
 MEMORY_NOTE = """\
@@ -16,7 +18,10 @@ Python and PyTorch take about 0.3 GB more. On a CPU, the allocator keeps some of
 
 
 def add_arguments(parser):
-    add_model(parser)
+    parser.add_argument("model", nargs="?", help=MODEL_HELP)
+    parser.add_argument(
+        "--list", action="store_true", help="list the known models, with their names on the hub"
+    )
     parser.add_argument(
         "--batch",
         type=int,
@@ -30,6 +35,13 @@ def add_arguments(parser):
 
 
 def run(args):
+    if args.list == (args.model is not None):
+        raise ValueError("info: expected either a model or --list (the known models)")
+    if args.list:
+        rows = known_rows()
+        lines = [json.dumps(rows)] if args.json else table(rows)
+        show("\n".join(lines))
+        return
     lines = info(args.model, args.batch, args.length)
     if args.json:
         show(json.dumps({title: text for title, text in lines if title}))
@@ -70,6 +82,46 @@ def info(name_or_path, batch=8, length=128):
     yield "adapter", f"{n_adapter:,} parameters, {n_adapter / n_base:.3%} of the base"
     yield "adapter file", format_size(adapter_file_size(rows))
     yield from memory_lines(config, batch, length)
+
+
+def known_rows():
+    """Return a dict for each known model: its names, and how many parameters there are.
+
+    "parameters" counts those of the model, and "adapter" those of one adapter. This takes neither a
+    network nor weights.
+    """
+    from minia3.checkpoints.known_models import KNOWN_MODELS
+
+    rows = []
+    for name, known in KNOWN_MODELS.items():
+        n_base, n_adapter = count_parameters(known.config)
+        row = {"name": name, "hub": known.repo, "parameters": n_base, "adapter": n_adapter}
+        rows.append(row)
+    return rows
+
+
+@functools.cache  # several known models have one config
+def count_parameters(config):
+    """Return how many parameters a model of this config has, and one adapter of it."""
+    from minia3.checkpoints.load import build_model
+    from minia3.model.ia3 import vectors
+
+    model = build_model(config)
+    n_adapter = sum(vector[0].numel() for vector in vectors(model).values())
+    n_all = sum(parameter.numel() for parameter in model.parameters())
+    return n_all - n_adapter, n_adapter
+
+
+def table(rows):
+    """Yield the lines of a table of known models."""
+    yield f"{'name':<24}{'parameters':>15}{'adapter':>12}  on the hub"
+    for row in rows:
+        numbers = f"{row['parameters']:>15,}{row['adapter']:>12,}"
+        yield f"{row['name']:<24}{numbers}  {hub_column(row['hub'])}"
+
+
+def hub_column(repo):
+    return "(in this package)" if os.path.isabs(repo) else repo
 
 
 def find_config(name_or_path):

@@ -3,7 +3,8 @@
 import argparse
 import warnings
 
-from minia3.cli.arguments import add_new_folder
+from minia3.cli.arguments import add_new_folder, describe_folder
+from minia3.cli.terminal import show
 
 TITLE = "Mix several adapters into one"
 EXAMPLE = "python -m minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
@@ -61,3 +62,4 @@ def run(args):
         )
     write_adapter(args.out, vectors, base)
     copy_task_file([find_adapter(name) for name, _ in args.adapters], args.out)
+    show(f"mixed {len(args.adapters)} adapters: {describe_folder(args.out)}")

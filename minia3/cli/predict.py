@@ -1,6 +1,7 @@
 """`predict`: label the rows of a file, or continue them, each with the adapter that it names."""
 
 import json
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -79,8 +80,24 @@ def run(args):
         for line in prediction.lines():
             show(line, end="")
     else:
-        write_results(Path(args.out), prediction.lines, prediction.is_csv)
+        write_results(Path(args.out), with_progress(prediction.lines, args), prediction.is_csv)
         show(f"{args.out} is finished")
+
+
+def with_progress(lines, args):
+    """Return the function `lines`, which shows a progress bar if standard error is a terminal."""
+    from minia3.files.progress import progress_bar
+    from minia3.tasks.row_files import read_rows
+
+    if not sys.stderr.isatty():
+        return lines
+    n_rows = sum(1 for _ in read_rows(args.file))
+
+    def shown_lines(first_row=0):
+        options = {"desc": "predicting", "total": n_rows, "initial": first_row, "leave": False}
+        return progress_bar(iterable=lines(first_row), **options)
+
+    return shown_lines
 
 
 # How rows are put into words

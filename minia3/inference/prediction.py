@@ -229,16 +229,35 @@ def write_results(path, lines, to_csv):
     Raise ValueError if another process is writing the file, or if it begins differently.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_folder(path.parent, path.name), path.open("a+b") as file:
+    if path.exists() and not path.is_file():  # a device or a pipe, which holds nothing
+        with path.open("wb", buffering=0) as device:
+            write_lines(path, device, lines(0))
+        return
+    # Without a buffer, so that nothing is left in it, to be written again, if the disk is full.
+    with lock_folder(path.parent, path.name), path.open("a+b", buffering=0) as file:
         expected = b"{"
         if to_csv:
             expected = next(iter(lines(0))).encode()
         check_beginning(path, file, expected)
-        n_rows, n_bytes = count_finished(file, to_csv)
+        n_rows, n_bytes = count_finished(path, to_csv)
         file.truncate(n_bytes)
-        for line in lines(n_rows):
-            file.write(line.encode())
-            file.flush()
+        write_lines(path, file, lines(n_rows))
+
+
+def write_lines(path, file, lines):
+    """Write each line whole, or not at all. Raise OSError with the path if the disk is full."""
+    for line in lines:
+        rest = line.encode()
+        n_written = 0
+        try:
+            while rest:  # a disk that is nearly full takes a part of a line
+                n_bytes = file.write(rest)
+                n_written += n_bytes
+                rest = rest[n_bytes:]
+        except OSError as error:
+            if file.seekable() and n_written:
+                file.truncate(file.tell() - n_written)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def check_beginning(path, file, expected):
@@ -253,7 +272,7 @@ def check_beginning(path, file, expected):
         raise ValueError(f"{message}, expected {expected!r:.80}. Give another --out, or remove it")
 
 
-def count_finished(file, to_csv):
+def count_finished(path, to_csv):
     """Return how many complete rows a file has, and how many bytes it has up to their end.
 
     A csv's header without rows does not count, because it is written again.
@@ -262,14 +281,16 @@ def count_finished(file, to_csv):
     n_lines = 0
     n_bytes = 0
     n_quotes = 0
-    file.seek(0)
-    for line in file:
-        n_quotes += line.count(b'"')
-        # A quoted text of a csv may hold line breaks: the quote is open if their number is odd.
-        is_open = to_csv and n_quotes % 2 == 1
-        if line.endswith(b"\n") and not is_open:
-            n_lines += 1
-            n_bytes = file.tell()
+    n_read = 0
+    with path.open("rb") as file:
+        for line in file:
+            n_read += len(line)
+            n_quotes += line.count(b'"')
+            # A quoted text of a csv may hold line breaks: the quote is open if their number is odd.
+            is_open = to_csv and n_quotes % 2 == 1
+            if line.endswith(b"\n") and not is_open:
+                n_lines += 1
+                n_bytes = n_read
     if n_lines <= n_header_lines:
         return 0, 0
     return n_lines - n_header_lines, n_bytes

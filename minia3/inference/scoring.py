@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from minia3.files.progress import progress
 from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias
 from minia3.tasks.batches import collate
@@ -324,6 +325,8 @@ def batches_by_length(lengths, adapter, batch_size):
         expected = f"expected an adapter for each of {len(lengths)} rows"
         raise ValueError(f"{expected}, found {len(adapters)}")
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batches = []
     for first in range(0, len(longest_first), batch_size):
-        rows = longest_first[first : first + batch_size]
+        batches.append(longest_first[first : first + batch_size])
+    for rows in progress(batches, total=len(lengths), size=len):
         yield rows, adapters[rows] if is_per_row else adapters

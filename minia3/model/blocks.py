@@ -86,6 +86,8 @@ class Attention(nn.Module):
         self.l_v = IA3(n_kv_heads * d_head, n_adapters)
         self.l_q = Unscaled()
         self.l_o = Unscaled()
+        self.q_norm = nn.Identity()  # Qwen3 has a norm of each head here (llama.py)
+        self.k_norm = nn.Identity()
         self.d_head = d_head
         self.scale = scale
         self.dropout = nn.Dropout(dropout)  # of the attention weights; `attend` applies it
@@ -93,14 +95,15 @@ class Attention(nn.Module):
     def kv(self, memory, context):
         """Return the keys and values (B, G, M, K) of `memory` (B, M, D), scaled by (IA)^3.
 
-        The keys are scaled before they are rotated, because only then does l_k fold into W_k.
+        The keys are scaled before they are normalized (Qwen3) and rotated, because only then does
+        l_k fold into W_k.
         """
         k = self.l_k(self.k(memory), context.adapter_B)
         v = self.l_v(self.v(memory), context.adapter_B)
 
         k_BGMK = self.split_heads(context.packing.unpack(k))
         v_BGMK = self.split_heads(context.packing.unpack(v))
-        return rotate(k_BGMK, context.rotation), v_BGMK
+        return rotate(self.k_norm(k_BGMK), context.rotation), v_BGMK
 
     def forward(self, x, kv, context):
         """Return (B, L, D): what the queries of `x` find in `kv`, the keys and values so far."""
@@ -108,7 +111,7 @@ class Attention(nn.Module):
         q = self.l_q(self.q(x), context.adapter_B)
 
         q_BHLK = self.split_heads(context.packing.unpack(q))
-        q_BHLK = rotate(q_BHLK, context.rotation)
+        q_BHLK = rotate(self.q_norm(q_BHLK), context.rotation)
 
         dropout = self.dropout.p if self.training else 0.0
         out_BHLK = attend(

@@ -2,7 +2,8 @@
 
 Touvron et al. 2023, arXiv 2302.13971. The blocks are T5's without cross-attention. The feed-forward
 is gated by SiLU, several query heads may share one key/value head, scores are divided by
-sqrt(d_head), and order comes from rotating queries and keys.
+sqrt(d_head), and order comes from rotating queries and keys. Mistral adds a window, Qwen2 biases of
+q, k and v, and Qwen3 norms of queries and keys.
 
 Shapes: B batch, L query length, M memory length, D model, H query heads, K head width, P pairs of
 entries in a head (K / 2), V vocabulary.
@@ -38,6 +39,9 @@ class LlamaConfig:
     n_kv_heads: int
     vocab_size: int
     own_head: bool = True  # False: the head is the embedding
+    qkv_bias: bool = False  # Qwen2: the linears q, k and v have a bias
+    qk_norm: bool = False  # Qwen3: each head of the queries and of the keys has a norm
+    window: int | None = None  # Mistral: a token sees itself and the window - 1 tokens before it
     eps: float = 1e-6
     rope_theta: float = 10000.0
     # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original length)
@@ -65,7 +69,7 @@ def inverse_frequencies(config):
     if config.rope_scaling is None:
         return frequency_P
     factor, low, high, original_length = config.rope_scaling
-    turns_P = original_length * frequency_P / (2 * math.pi)
+    turns_P = original_length / (2 * math.pi / frequency_P)  # rounded as in transformers
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
     return kept_P * frequency_P + (1 - kept_P) * frequency_P / factor
 
@@ -74,6 +78,13 @@ def make_block(config, n_adapters):
     c = config
     scale = c.d_head**-0.5
     attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.d_head, scale, c.dropout, n_adapters)
+    if c.qkv_bias:
+        attn.q = nn.Linear(c.d_model, c.n_heads * c.d_head)
+        attn.k = nn.Linear(c.d_model, c.n_kv_heads * c.d_head)
+        attn.v = nn.Linear(c.d_model, c.n_kv_heads * c.d_head)
+    if c.qk_norm:
+        attn.q_norm = RMSNorm(c.d_head, c.eps)
+        attn.k_norm = RMSNorm(c.d_head, c.eps)
     ffn = FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters)
     return Block(attn, None, ffn, c.d_model, c.eps, 0.0)
 
@@ -173,19 +184,25 @@ class Llama(nn.Module):
         """Return the Context of the tokens that were just appended to `state`."""
         n_queries = tokens_BL.shape[1]
         n_columns = len(state.token_M)
-        position_BL = state.token_M[None, -n_queries:]
-        bias_BHLM = None
         if state.mask_BM is not None:
-            # The padding of the prompt does not count as a position, and no token sees it.
-            position_BL = position_BL - (~state.mask_BM).sum(dim=1, keepdim=True)
             is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
             state.mask_BM = torch.cat((state.mask_BM, is_real_BL), dim=1)
-            check_bias(len(tokens_BL), n_queries, n_columns)
-            mask_BLM = state.mask_BM[:, None, :] & state.causal_mask(n_queries)
-            bias_BHLM = mask_to_bias(mask_BLM.unsqueeze(1), dtype)
-        elif 1 < n_queries < n_columns:
-            check_bias(n_queries, n_columns)
-            bias_BHLM = mask_to_bias(state.causal_mask(n_queries)[None, None], dtype)
+        position_BM = state.positions()
+        position_BL = position_BM[:, -n_queries:]
+
+        # Without padding, and within the window, PyTorch's causal mask will do, or none.
+        window = self.config.window
+        is_beyond_window = window is not None and state.length > window
+        bias_BHLM = None
+        if state.mask_BM is not None or is_beyond_window or 1 < n_queries < n_columns:
+            check_bias(len(position_BM), n_queries, n_columns)
+            is_seen_BLM = state.causal_mask(n_queries)[None]
+            if state.mask_BM is not None:
+                is_seen_BLM = is_seen_BLM & state.mask_BM[:, None, :]
+            if is_beyond_window:
+                distance_BLM = position_BL[:, :, None] - position_BM[:, None, :]
+                is_seen_BLM = is_seen_BLM & (distance_BLM < window)
+            bias_BHLM = mask_to_bias(is_seen_BLM.unsqueeze(1), dtype)
         return Context(
             packing.adapters(state.adapter_B),
             bias_BHLM,

@@ -52,37 +52,39 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(grads) if needs else None for needs in need_grad)
 
 
-def rms_norm(x_BLD, weight_D, eps):
-    """Return F.rms_norm(x, weight), and keep x and one number per token for the backward pass.
+def rms_norm(x, weight_D, eps):
+    """Return F.rms_norm(x, weight), and keep x and one number per row for the backward pass.
+
+    x: (..., D), such as tokens (B, L, D), or the heads of queries (B, H, L, K).
 
     PyTorch's rms_norm also keeps a float32 copy of a bfloat16 x. It computes in float32 or wider,
     and so does this function.
     """
     if not torch.is_grad_enabled():
-        return F.rms_norm(x_BLD, weight_D.shape, weight_D, eps)
-    return _RMSNorm.apply(x_BLD, weight_D, eps)
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    return _RMSNorm.apply(x, weight_D, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BLD, weight_D, eps):
-        wide_BLD = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
-        r_BL1 = (wide_BLD.square().mean(-1, keepdim=True) + eps).rsqrt()
-        ctx.save_for_backward(x_BLD, weight_D, r_BL1)
-        return (wide_BLD * r_BL1 * weight_D).to(x_BLD.dtype)
+    def forward(ctx, x, weight_D, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight_D, r)
+        return (wide * r * weight_D).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_BLD):
-        x_BLD, weight_D, r_BL1 = ctx.saved_tensors
-        unit_BLD = x_BLD * r_BL1
-        weighted_BLD = grad_BLD * weight_D.to(r_BL1.dtype)
+    def backward(ctx, grad):
+        x, weight_D, r = ctx.saved_tensors
+        unit = x * r
+        weighted = grad * weight_D.to(r.dtype)
         # The part of the gradient along x drops out, because scaling x does not change the result.
-        along_BL1 = (weighted_BLD * unit_BLD).mean(-1, keepdim=True)
-        grad_x_BLD = ((weighted_BLD - unit_BLD * along_BL1) * r_BL1).to(x_BLD.dtype)
+        along = (weighted * unit).mean(-1, keepdim=True)
+        grad_x = ((weighted - unit * along) * r).to(x.dtype)
         grad_weight_D = None
         if ctx.needs_input_grad[1]:
-            grad_weight_D = (grad_BLD * unit_BLD).sum_to_size(weight_D.shape)
-        return grad_x_BLD, grad_weight_D, None
+            grad_weight_D = (grad * unit).sum_to_size(weight_D.shape)
+        return grad_x, grad_weight_D, None
 
 
 def recompute_blocks(blocks):

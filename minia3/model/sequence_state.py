@@ -126,6 +126,16 @@ class State:
         adapter_B = self.adapter_B[::n_rows_per_source]
         return Context(adapter_B, self.memory_bias_B11M, packing=NO_PACKING)
 
+    def positions(self):
+        """Return (B, M), or (1, M) without padding: the position of each column in its text.
+
+        The padding of a prompt counts as no position. It stands at the prompt's end (`start` moves
+        it there), so it comes before every token that follows the prompt.
+        """
+        if self.mask_BM is None:
+            return self.token_M[None]
+        return self.token_M - (~self.mask_BM).cumsum(dim=1)
+
     def causal_mask(self, n_queries):
         """Return (L, M) bool: whether each of the last `n_queries` columns may see each column."""
         query_token_L = self.token_M[-n_queries:]

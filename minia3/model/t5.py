@@ -4,7 +4,8 @@ Raffel et al. 2019, arXiv 1910.10683. Three things differ from other transformer
 
 - Scores are not divided by sqrt(d_head), because T5's initialization makes up for it.
 - The order of tokens comes from a learned bias that is added to the scores: one number per head and
-  bucket of distances. One table of these serves all blocks of a stack.
+  bucket of distances. The table of the first block serves all blocks of a stack, except in umT5,
+  which has a table in every block.
 - In v1.0 the head is the embedding, and the decoder's output is scaled by d_model ** -0.5 before
   the head. v1.1 (flan-T5, T0, mT5) does not scale, and has its own head.
 
@@ -12,7 +13,7 @@ Shapes: B batch, L query length, M memory length, D model, H heads, V vocabulary
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class T5Config:
     gated: bool = False
     own_head: bool = False  # False: the head is the embedding
     scale_logits: bool = True
+    own_positions: bool = False  # True: each block has its own table of positions, as in umT5
     n_buckets: int = 32
     max_distance: int = 128
     dropout: float = 0.1
@@ -53,7 +55,7 @@ class T5Config:
 
 
 class Stack(nn.Module):
-    """The encoder or the decoder: blocks, a final norm, and the table of position biases."""
+    """The encoder or the decoder: blocks, a final norm, and tables of position biases."""
 
     def __init__(self, config, n_layers, is_decoder, n_adapters):
         super().__init__()
@@ -61,26 +63,35 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.d_model, config.eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.position = Embedding(config.n_buckets, config.n_heads)
+        n_tables = n_layers if config.own_positions else 1
+        tables = [Embedding(config.n_buckets, config.n_heads) for _ in range(n_tables)]
+        self.positions = nn.ModuleList(tables)
         self.max_distance = config.max_distance
         self.is_bidirectional = not is_decoder
 
-    def forward(self, x_BLD, context, caches):
+    def forward(self, x_BLD, context, distance_LM, caches):
+        """Return the output (B, L, D), and append keys and values to the blocks' caches.
+
+        context: its bias is the mask, to which the blocks add the biases of positions.
+        distance_LM: the position of each key minus the position of each query.
+        """
+        bucket_LM = self.bucket(distance_LM)
+        mask = context.bias_BHLM
         x_BLD = self.dropout(x_BLD)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_BLD = block(x_BLD, context, cache)
+        for i, block in enumerate(self.blocks):
+            if i < len(self.positions):  # a block without a table uses the table before it
+                context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
+            x_BLD = block(x_BLD, context, caches[i])
         return self.dropout(self.norm(x_BLD))
 
-    def position_bias(self, position_L, position_M):
-        """Return (1, H, L, M): the bias for each position of a query and each position of a key."""
-        check_bias(self.position.embedding_dim, len(position_L), len(position_M))
-        bucket_LM = distance_bucket(
-            position_M - position_L[:, None],
-            self.is_bidirectional,
-            self.position.num_embeddings,
-            self.max_distance,
-        )
-        return self.position(bucket_LM).permute(2, 0, 1).unsqueeze(0)
+    def bucket(self, distance_LM):
+        n_buckets = self.positions[0].num_embeddings
+        return distance_bucket(distance_LM, self.is_bidirectional, n_buckets, self.max_distance)
+
+    def bias(self, i, bucket_LM, mask):
+        """Return (1 or B, H, L, M): the biases of table i, plus the mask, if there is any."""
+        bias_BHLM = self.positions[i](bucket_LM).permute(2, 0, 1).unsqueeze(0)
+        return bias_BHLM if mask is None else bias_BHLM + mask
 
 
 def make_block(config, is_decoder, n_adapters):
@@ -136,20 +147,20 @@ class T5(nn.Module):
         """
         adapter_B = check_start(source, mask, adapter, self)
 
-        position_M = torch.arange(source.shape[1], device=source.device)
-        bias_BHMM = self.encoder.position_bias(position_M, position_M)
         x = self.embed(source)
         packing = NO_PACKING
         memory_bias_B11M = None
         if mask is not None:
             packing = Packing(mask, source.device)
-            check_bias(len(source), *bias_BHMM.shape[1:])
             memory_bias_B11M = mask_to_bias(mask.to(source.device)[:, None, None, :], x.dtype)
-            bias_BHMM = bias_BHMM + memory_bias_B11M
 
-        context = Context(packing.adapters(adapter_B), bias_BHMM, packing=packing)
+        context = Context(packing.adapters(adapter_B), memory_bias_B11M, packing=packing)
+        n_biases = self.config.n_heads * (1 if mask is None else len(source))
+        check_bias(n_biases, source.shape[1], source.shape[1])
+        position_M = torch.arange(source.shape[1], device=source.device)
+        distance_MM = position_M - position_M[:, None]
         unused_caches = [Cache() for _ in self.encoder.blocks]
-        memory = self.encoder(packing.pack(x), context, unused_caches)
+        memory = self.encoder(packing.pack(x), context, distance_MM, unused_caches)
 
         caches = []
         for block in self.decoder.blocks:
@@ -177,11 +188,14 @@ class T5(nn.Module):
         tokens_BL = state.append_columns(tokens)
         n_queries = tokens_BL.shape[1]
         x_BLD = self.embed(tokens_BL)
-        bias_BHLM = self.decoder.position_bias(state.token_M[-n_queries:], state.token_M)
+        mask_LM = None
         if n_queries > 1:
-            bias_BHLM = bias_BHLM + mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
-        context = Context(state.adapter_B, bias_BHLM, cross=state.cross_context())
-        return self.decoder(x_BLD, context, state.caches).view(*tokens.shape, -1)
+            mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
+        context = Context(state.adapter_B, mask_LM, cross=state.cross_context())
+        check_bias(self.config.n_heads, n_queries, len(state.token_M))
+        distance_LM = state.token_M - state.token_M[-n_queries:, None]
+        x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
+        return x_BLD.view(*tokens.shape, -1)
 
     def logits(self, x):
         """Return the logits (..., V) of the decoder's output (..., D)."""

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.labels import HIDDEN, MANY_LABELS, Labels, choices_of, name_labels, split_words
+from minia3.tasks.labels import MANY_LABELS, Labels, choices_of, name_labels, split_words
 from minia3.tasks.prompts import (
     OWN_PROMPTS,
     Prompt,
+    check_choices,
     check_template,
     field_names,
     list_names,
@@ -100,7 +101,6 @@ class Choice(NamedTuple):
 
 def understand(
     rows: Sequence[dict],
-    split: str,
     spec: TaskSpec,
     flags: ColumnFlags,
     label_names: Mapping[str, Sequence[str]],
@@ -123,10 +123,10 @@ def understand(
     prompts = choice.prompts
     labels = Labels((), ())
     if choice.label and not choice.has_row_choices:
-        labels = find_labels(columns, split, choice, spec, flags, label_names)
+        labels = find_labels(columns, choice, spec, flags, label_names)
         prompts = with_choices(prompts, labels, is_asked=bool(flags.labels))
     elif choice.target:
-        prompts = tuple(prompt._replace(target=choice.target) for prompt in prompts)
+        prompts = with_target(prompts, choice.target, is_asked=bool(flags.target))
     spec = spec._replace(
         prompts=prompts,
         labels=labels.spelled,
@@ -190,12 +190,17 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
     for prompt in prompts:
         if is_asked or not prompt.choices:
             prompt = prompt._replace(choices=choices_of(labels.words))
-        if len(prompt.choices) != len(labels.spelled):
-            shown = list_names(labels.spelled)
-            raise ValueError(
-                f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
-                f"{len(labels.spelled)} labels ({shown:.80}): expected as many choices as labels"
-            )
+        check_choices(prompt, labels.spelled)
+        changed.append(prompt)
+    return tuple(changed)
+
+
+def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple[Prompt, ...]:
+    """Return the prompts with a text to write. Without --target, a prompt's own target stays."""
+    changed = []
+    for prompt in prompts:
+        if is_asked or not prompt.target:
+            prompt = prompt._replace(target=target)
         changed.append(prompt)
     return tuple(changed)
 
@@ -303,7 +308,6 @@ def only_field(target: str) -> str:
 
 def find_labels(
     columns: "Columns",
-    split: str,
     choice: Choice,
     spec: TaskSpec,
     flags: ColumnFlags,
@@ -316,8 +320,6 @@ def find_labels(
         words = [word.format() for word in choices] if are_words else spec.labels
         return Labels(tuple(spec.labels), tuple(flags.labels or words))
     values = columns.values(choice.label)
-    if split == "test":  # a test row may hide its label
-        values = [value for value in values if str(value) not in HIDDEN]
     names = label_names.get(columns.spelled(choice.label), ())
     return name_labels(values, choice.label, flags.labels or (), names)
 

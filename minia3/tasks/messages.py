@@ -6,8 +6,7 @@ A checkpoint's chat template turns them into text (checkpoints/chat.py).
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Callable
 
 INSTRUCTIONS = ("system", "developer")  # roles of messages that come before the first turn
 
@@ -64,20 +63,6 @@ def question(messages: list[dict]) -> list[dict]:
     return messages
 
 
-def shorter_chats(messages: list[dict]) -> Iterator[list[dict]]:
-    """Yield the conversation without its oldest turns: it begins with ever later user messages.
-
-    Instructions at the beginning stay.
-    """
-    n_instructions = 0
-    while n_instructions < len(messages) and messages[n_instructions]["role"] in INSTRUCTIONS:
-        n_instructions += 1
-    turns = messages[n_instructions:]
-    for i, message in enumerate(turns):
-        if i > 0 and message["role"] == "user":
-            yield messages[:n_instructions] + turns[i:]
-
-
 def fit_chat(row: dict, tokenizer, max_length: int):
     """Return (ids, which of them the assistant wrote), and whether the conversation was cut.
 
@@ -87,30 +72,25 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     Raise ValueError if the last exchange does not fit either, or if the template leaves out what
     the assistant wrote.
     """
+    messages = row["messages"]
+    tools = row.get("tools")
 
-    def encode(messages):
-        encoded = tokenizer.conversation(messages, row.get("tools"))
-        if not any(encoded.is_scored):
-            raise ValueError(
-                f"row {row['idx']}: the chat template leaves out what the assistant wrote"
-            )
-        return encoded
+    def count_tokens(part):
+        return tokenizer.count_chat(part, tools)
 
-    def fits(messages):
-        return len(tokenizer.conversation(messages, row.get("tools")).ids) <= max_length
-
-    whole = encode(row["messages"])
-    if len(whole.ids) <= max_length:
-        return whole, False
-    shorter = [messages for messages in shorter_chats(row["messages"]) if has_answer(messages)]
-    n_dropped = bisect_left(shorter, True, key=fits)
-    if n_dropped == len(shorter):
-        shortest = encode((shorter or [row["messages"]])[-1])
+    roles = [message["role"] for message in messages]
+    last_answer = len(roles) - 1 - roles[::-1].index("assistant")
+    fitted = shorten(messages, last_answer, count_tokens, max_length)
+    n_tokens = count_tokens(fitted)
+    if n_tokens > max_length:
         raise ValueError(
             f"row {row['idx']} does not fit into max_length {max_length}: "
-            f"its last exchange alone has {len(shortest.ids)} tokens: raise max_length"
+            f"its last exchange alone has {n_tokens} tokens: raise max_length"
         )
-    return encode(shorter[n_dropped]), True
+    encoded = tokenizer.conversation(fitted, tools)
+    if not any(encoded.is_scored):
+        raise ValueError(f"row {row['idx']}: the chat template leaves out what the assistant wrote")
+    return encoded, fitted is not messages
 
 
 def fit_question(row: dict, tokenizer, max_length: int) -> list[int]:
@@ -120,13 +100,44 @@ def fit_question(row: dict, tokenizer, max_length: int) -> list[int]:
     Raise ValueError if the last question does not fit.
     """
     messages = question(row["messages"])
+    tools = row.get("tools")
     if not messages:
         raise ValueError("'messages' holds only an answer, expected a question before it")
-    for candidate in chain([messages], shorter_chats(messages)):
-        ids = tokenizer.chat(candidate, row.get("tools"))
-        if len(ids) <= max_length:
-            return ids
-    raise ValueError(
-        f"the last question has {len(ids)} tokens and does not fit into max_length {max_length}: "
-        "raise max_length"
-    )
+
+    def count_tokens(part):
+        return len(tokenizer.chat(part, tools))
+
+    fitted = shorten(messages, len(messages) - 1, count_tokens, max_length)
+    ids = tokenizer.chat(fitted, tools)
+    if len(ids) > max_length:
+        raise ValueError(
+            f"the last question has {len(ids)} tokens and does not fit into max_length "
+            f"{max_length}: raise max_length"
+        )
+    return ids
+
+
+def shorten(messages: list[dict], kept: int, count_tokens: Callable, max_length: int) -> list[dict]:
+    """Return a conversation without as few of its oldest turns as make it fit into `max_length`.
+
+    Instructions at the beginning stay, and then a message of the user follows. If nothing fits,
+    return the shortest conversation. kept: the index of a message that stays.
+    """
+    if count_tokens(messages) <= max_length:
+        return messages
+    n_instructions = 0
+    while messages[n_instructions]["role"] in INSTRUCTIONS and n_instructions < kept:
+        n_instructions += 1
+    later = range(n_instructions + 1, kept + 1)
+    starts = [i for i in later if messages[i]["role"] == "user"]
+    if not starts:
+        return messages
+
+    def from_start(i):
+        return messages[:n_instructions] + messages[i:]
+
+    def fits(i):
+        return count_tokens(from_start(i)) <= max_length
+
+    first_that_fits = bisect_left(starts, True, key=fits)
+    return from_start(starts[min(first_that_fits, len(starts) - 1)])

@@ -10,7 +10,7 @@ import difflib
 import re
 import string
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -133,6 +133,15 @@ def field_names(text: str) -> tuple[str, ...]:
 def root_of(name: str) -> str:
     """Return the field of the row to which an item belongs: endings, for endings[3]."""
     return re.split(r"[.\[]", name)[0]
+
+
+def check_choices(prompt: Prompt, labels: Sequence[str]):
+    """Raise ValueError if a prompt has more or fewer choices than there are labels."""
+    if len(prompt.choices) != len(labels):
+        raise ValueError(
+            f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
+            f"{len(labels)} labels ({list_names(labels):.80}): expected as many choices as labels"
+        )
 
 
 def rename_field(text: str, name: str, new_name: str) -> str:

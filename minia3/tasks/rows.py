@@ -200,7 +200,7 @@ def check_input(row: dict, prompt: Prompt):
     """
     names = plain_names(prompt.text)
     filled = [name for name in names if not is_missing(row.get(name))]
-    if len(names) > 1 and filled:
+    if filled:
         for name in names:
             if is_missing(row.get(name)):
                 row[name] = ""

@@ -205,7 +205,7 @@ def understand_rows(
         good_rows = [found.row for found in rows[split] if isinstance(found.row, dict)]
         if good_rows:
             label_names = read_label_names(paths[0])
-            return understand(good_rows, split, spec, flags, label_names, str(paths[0]))
+            return understand(good_rows, spec, flags, label_names, str(paths[0]))
     return Understanding(spec, "", [])
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_template
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_choices, check_template
 from minia3.tasks.task import TaskSpec
 
 FILE_NAME = "task.json"
@@ -46,6 +46,7 @@ KEYS = {
     "span_field": "a text",
     "chat_template": "a text",
 }
+SIGNS = {"prompts", "files", "tasks"}  # keys that no other .json file has, in all likelihood
 PROMPT_KEYS = {
     "text": "a text",
     "choices": "a list of texts",
@@ -63,21 +64,24 @@ def find_task_file(name: str) -> Path | None:
     """Return the task file that --task names, directly or by its folder, or None."""
     with suppress(ValueError, OSError):  # a name may be too long, or hold a null byte
         path = Path(name)
-        if path.is_dir() and (path / FILE_NAME).is_file():
-            return path / FILE_NAME
-        if path.suffix == ".json" and path.is_file() and describes_task(path):
+        if path.is_dir():
+            beside = path / FILE_NAME
+            # The folders of other data sets (RAFT's) may have a task.json of another kind.
+            return beside if beside.is_file() and describes_task(beside) else None
+        is_named = path.name == FILE_NAME
+        if path.suffix == ".json" and path.is_file() and (is_named or describes_task(path)):
             return path
     return None
 
 
 def describes_task(path: Path) -> bool:
     """Return whether a .json file describes a task, and does not hold rows."""
-    if path.name == FILE_NAME:
-        return True
     if path.stat().st_size > MAX_BYTES:
         return False
     with suppress(ValueError):
-        return not {"prompts", "files"}.isdisjoint(read_json(path))
+        content = read_json(path)
+        has_only_our_keys = bool(content) and content.keys() <= KEYS.keys()
+        return has_only_our_keys or not SIGNS.isdisjoint(content)
     return False
 
 
@@ -137,6 +141,8 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     spec = make_spec(entry)
     prompts = []
     for prompt in spec.prompts:
+        if prompt.choices and spec.labels:
+            check_choices(prompt, spec.labels)
         prompts.append(prompt._replace(choices=prompt.choices or None))
     if target and prompts == list(OWN_PROMPTS):
         raise ValueError("'target' needs prompts: expected 'prompts' with the text of the input")

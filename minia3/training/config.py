@@ -1,14 +1,51 @@
-"""The flags of a run: one dataclass, from which train.py makes its command line."""
+"""The flags of a run: one dataclass, from which train.py makes its command line.
+
+Importing this needs no torch, so that a mistake in the flags is answered at once.
+"""
 
 from dataclasses import dataclass
+from itertools import chain
 
-from minia3.inference.metrics import METRICS
-from minia3.model.more_vectors import LINEARS, SITE_NAMES
-from minia3.training.device import DTYPES
+from minia3.model.site_names import LINEARS, SITE_NAMES
+from minia3.tasks.task import METRICS
+from minia3.training.choices import DTYPES, LOSSES, METHODS, OPTIMIZERS, TRACKERS, TRAINED
 from minia3.training.flags import flag
-from minia3.training.losses import LOSSES
-from minia3.training.methods import METHODS, TRAINED
-from minia3.training.optimizer import OPTIMIZERS
+
+GROUPS = {  # the first field of each group of --help -> the title of the group
+    "model": "what is trained, and on what",
+    "data_dir": "where the data, the run and the model are",
+    "steps": "the recipe, with T-Few's values",
+    "max_length": "evaluation and checkpoints",
+}
+
+# What other programs call these flags -> what to say.
+ADVICE = {
+    "--learning-rate": "did you mean --lr?",
+    "--learning_rate": "did you mean --lr?",
+    "--num-epochs": "did you mean --epochs?",
+    "--num-train-epochs": "did you mean --epochs?",
+    "--num_train_epochs": "did you mean --epochs?",
+    "--max-steps": "did you mean --steps?",
+    "--max_steps": "did you mean --steps?",
+    "--per-device-train-batch-size": "did you mean --batch-size?",
+    "--per_device_train_batch_size": "did you mean --batch-size?",
+    "--gradient-checkpointing": "did you mean --recompute?",
+    "--gradient_checkpointing": "did you mean --recompute?",
+    "--model-name": "did you mean --model?",
+    "--model_name_or_path": "did you mean --model?",
+    "--data": "did you mean --task?",
+    "--dataset": "did you mean --task?",
+    "--train-file": "did you mean --task?",
+    "--train_file": "did you mean --task?",
+    "--output-dir": "did you mean --out?",
+    "--output_dir": "did you mean --out?",
+    "--max-seq-length": "did you mean --max-length?",
+    "--bf16": "did you mean --dtype bfloat16?",
+    "--fp16": "did you mean --dtype bfloat16?",
+    "--checkpoint": "to continue a run, give its folder, as in --resume runs/my-run",
+    "--resume-from-checkpoint": "did you mean --resume?",
+    "--resume_from_checkpoint": "did you mean --resume?",
+}
 
 
 @dataclass
@@ -19,8 +56,8 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
     task: str | tuple = flag(
         "same-colour",
-        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate several "
-        "tasks",
+        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate "
+        "several tasks",
     )
     input: str | None = flag(
         None,
@@ -41,7 +78,7 @@ class Config:
         None,
         "accuracy or macro_f1 for labels; exact_match, f1, rouge_l, bleu or inverse_perplexity for "
         "texts to write (default: the first)",
-        one_of=METRICS,
+        one_of=tuple(dict.fromkeys(chain.from_iterable(METRICS.values()))),
     )
     chat_template: str | None = flag(
         None, "file of the chat template for rows of messages (default: the model's own)"
@@ -87,14 +124,27 @@ class Config:
     data_dir: str = flag("data", "folder of tasks; missing files are downloaded into it")
     out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
     resume: str | None = flag(
-        None, "continue the run in this folder, with its flags (default: a new run)"
+        None,
+        "continue the run in this folder, with its flags; --steps extends it (default: a new run)",
     )
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
+    config: str | None = flag(
+        None,
+        "take flags from the config.json of a run or from a .toml file; typed flags win "
+        "(default: none)",
+    )
+    log_to: str | None = flag(
+        None,
+        "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl)",
+        some_of=TRACKERS,
+    )
+    device: str | None = flag(
+        None, "cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu that there is)"
+    )
     dtype: str | None = flag(
         None,
-        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
-        "and on a CPU)",
-        one_of=tuple(DTYPES),
+        "float32, bfloat16, float16 (not for T5) or float64 weights (default: bfloat16 on a GPU, "
+        "but float32 for full and on a CPU)",
+        one_of=DTYPES,
     )
     check_weights: bool = flag(False, "look for NaN and infinite numbers in the weights first")
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
@@ -107,6 +157,9 @@ class Config:
 
     # The recipe, with T-Few's values
     steps: int = flag(1000, "steps of the optimizer", at_least=1)
+    epochs: float | None = flag(
+        None, "passes over the rows to train on, in place of --steps (default: --steps)", above=0
+    )
     batch_size: int = flag(8, "examples per step and adapter", at_least=1)
     micro_batch_size: int | None = flag(
         None, "examples per forward pass, to save memory (default: the whole batch)", at_least=1
@@ -137,7 +190,7 @@ class Config:
     losses: str = flag(
         "lm,ul,ln",
         "losses to add up: lm likelihood, ul unlikelihood, ln length-normalised",
-        some_of=tuple(LOSSES),
+        some_of=LOSSES,
     )
     dropout: float | None = flag(
         None, "dropout in training (default: as the model's config says)", at_least=0, below=1

@@ -14,10 +14,6 @@ from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import choose_vectors
 from minia3.tasks.task_file import write_task_file
 
-METHODS = ("ia3", "lora", "full", "none", "icl")
-TRAINED = ("ia3", "lora", "full")
-TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cannot share one
-
 
 def trainable_parameters(model, config):
     """Freeze all parameters that the flags do not train. Return the others: name to parameter.
@@ -60,7 +56,8 @@ def save_trained(group, cell, folder):
         save_lora(group.model, folder, cell.config.model)
     else:
         save_model(group.model, folder, group.tokenizer)
-    # So that `predict` puts further rows into the same words, and `generate` knows what was learned.
+    # So that `predict` puts further rows into the same words, and `generate` knows whether the
+    # adapter has learned to end a text.
     specs = []
     for task in cell.task.members:
         spec = task.spec._replace(metric=task.metric)

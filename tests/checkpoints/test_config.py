@@ -3,11 +3,14 @@ unsupported feature is refused by its name, and a config that is written is read
 """
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
 
+from minia3.checkpoints import config_t5
 from minia3.checkpoints.config import from_hf, to_hf
+from minia3.checkpoints.config_checks import HARMLESS
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.model.llama import LlamaConfig, inverse_frequencies
 from minia3.model.t5 import T5Config
@@ -29,6 +32,17 @@ LLAMA = {
     "num_attention_heads": 2,
     "vocab_size": 10,
 }
+# What transformers 2 to 4 wrote, and published files hold
+OLDER_KEYS = """
+    add_cross_attention bad_words_ids begin_suppress_tokens cross_attention_hidden_size
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing length_penalty max_length min_length n_positions no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_past output_scores prefix pruned_heads
+    remove_invalid_values repetition_penalty return_dict_in_generate scalable_attention
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript typical_p use_bfloat16
+"""
 SCALING = (8.0, 1.0, 4.0, 8192)
 LLAMA3 = {
     "factor": 8.0,
@@ -38,14 +52,20 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize(("form", "act"), [("relu", "relu"), ("gated-gelu", "gelu_new")])
+@pytest.mark.parametrize(
+    ("form", "act"),
+    [("relu", "relu"), ("gated-gelu", "gelu_new"), ("gated-silu", "silu"), ("silu", "silu")],
+)
 def test_the_activation_of_t5_must_follow_from_feed_forward_proj(form, act):
     raw = T5 | {"feed_forward_proj": form}
-    assert from_hf(raw | {"dense_act_fn": act}) == from_hf(raw)
+    is_gated = form.startswith("gated")
+    assert from_hf(raw | {"dense_act_fn": act, "is_gated_act": is_gated}) == from_hf(raw)
     # transformers would use another activation, whatever feed_forward_proj says.
-    for other in {"relu", "gelu", "gelu_new"} - {act}:
+    for other in {"relu", "gelu", "gelu_new", "silu"} - {act}:
         with pytest.raises(ValueError, match=f"does not support: dense_act_fn='{other}'"):
             from_hf(raw | {"dense_act_fn": other})
+    with pytest.raises(ValueError, match=f"does not support: is_gated_act={not is_gated}"):
+        from_hf(raw | {"is_gated_act": not is_gated})
 
 
 def test_the_low_frequency_factor_of_llama_3_must_not_be_above_the_high_one():
@@ -83,6 +103,39 @@ def test_scale_decoder_outputs_or_else_tie_word_embeddings_decides_whether_t5_sc
 ):
     config = from_hf(T5 | keys)
     assert (config.own_head, config.scale_logits) == (own_head, scale)
+
+
+def test_a_t5_config_may_call_its_sizes_by_the_names_of_other_models():
+    renamed = dict(T5)
+    for other, key in config_t5.OTHER_NAMES.items():
+        renamed[other] = renamed.pop(key)
+    assert from_hf(renamed) == from_hf(T5 | renamed) == from_hf(T5)
+
+
+def test_scale_decoder_outputs_that_is_null_means_no_scaling_as_in_transformers():
+    assert from_hf(T5 | {"scale_decoder_outputs": None}).scale_logits is False
+
+
+def test_a_key_that_nobody_knows_is_a_warning_that_names_it():
+    message = "t5/config.json has keys that minia3 does not know: alibi, n_experts: if they change"
+    with pytest.warns(UserWarning, match=message):
+        from_hf(T5 | {"alibi": True, "n_experts": 8, "n_positions": 512}, "t5/config.json")
+
+
+@pytest.mark.parametrize("name", ["T5Config", "MT5Config", "UMT5Config"])
+def test_every_key_that_transformers_writes_for_a_t5_is_decided(name):
+    import transformers
+
+    raw = getattr(transformers, name)().to_dict()
+    older = dict.fromkeys(OLDER_KEYS.split())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_hf(older | raw)
+
+
+def test_every_key_that_is_passed_over_has_a_reason():
+    for table in (HARMLESS, config_t5.HARMLESS):
+        assert all(len(reason.split()) > 1 for reason in table.values())
 
 
 def test_a_llama_config_without_a_key_means_what_transformers_assumes():
@@ -130,13 +183,13 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({}, "model_type is None, but minia3 runs only t5, mt5, llama, mistral"),
-        (T5 | {"model_type": "umt5"}, "model_type is 'umt5'"),
+        ({}, "model_type is None, but minia3 runs only t5, mt5, umt5, llama, mistral"),
+        (T5 | {"model_type": "longt5"}, "model_type is 'longt5'"),
         (LLAMA | {"model_type": "mixtral"}, "model_type is 'mixtral'"),
         (LLAMA | {"model_type": ["llama"]}, r"model_type is \['llama'\]"),
         (
-            T5 | {"feed_forward_proj": "gated-silu"},
-            "does not support: feed_forward_proj='gated-silu'",
+            T5 | {"feed_forward_proj": "gated-tanh"},
+            "does not support: feed_forward_proj='gated-tanh'",
         ),
         (
             T5 | {"quantization_config": {"load_in_8bit": True}},
@@ -144,7 +197,6 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
         ),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
         (LLAMA | {"sliding_window": 4096}, "sliding_window=4096"),
-        (LLAMA | {"model_type": "mistral"}, "sliding_window=4096"),  # the default of Mistral
         (
             LLAMA | {"attention_bias": True, "mlp_bias": True},
             "attention_bias=True, mlp_bias=True",
@@ -219,6 +271,17 @@ def test_rope_is_read_in_every_form(keys, theta, scaling):
             LLAMA | {"rope_parameters": {"rope_type": "default", "hidden_size": 4}},
             "does not support: hidden_size=4",
         ),
+        # What a comparison of random configs with transformers found: these change logits.
+        (T5 | {"is_encoder_decoder": False}, "does not support: is_encoder_decoder=False"),
+        (T5 | {"tie_encoder_decoder": True}, "does not support: tie_encoder_decoder=True"),
+        (T5 | {"pruned_heads": {"0": [1]}}, "does not support: pruned_heads={'0': "),
+        (T5 | {"num_hidden_layers": 1}, "num_hidden_layers=1 beside num_layers=2"),
+        (
+            T5 | {"model_type": "mt5", "scale_decoder_outputs": True},
+            "scale_decoder_outputs=True in an mT5",
+        ),
+        (T5 | {"feed_forward_proj": ["relu"]}, r"feed_forward_proj=\['relu'\]"),
+        (T5 | {"suppress_tokens": [3]}, r"does not support: suppress_tokens=\[3\]"),
         (LLAMA | {"num_attention_heads": 0}, "num_attention_heads is 0, "),
         (LLAMA | {"bos_token_id": [1]}, r"bos_token_id is \[1\], expected a whole number"),
         (LLAMA | {"pad_token_id": True}, "pad_token_id is True, expected a whole number"),
@@ -236,7 +299,16 @@ SMALL_T5 = T5Config(
 SMALL_LLAMA = LlamaConfig(
     d_model=8, d_head=4, d_ff=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=10
 )
+T5_FORMS = {
+    f"t5-{form}": dataclasses.replace(SMALL_T5, activation=activation, gated=gated)
+    for form, (activation, gated, _) in config_t5.FEED_FORWARDS.items()
+}
 CONFIGS = {
+    **T5_FORMS,
+    "umt5": dataclasses.replace(
+        T5_FORMS["t5-gated-gelu"], own_positions=True, scale_logits=False, own_head=True
+    ),
+    "umt5-tied": dataclasses.replace(T5_FORMS["t5-gated-gelu"], own_positions=True),
     **{name: row.config for name, row in KNOWN_MODELS.items()},
     "t5-unscaled": dataclasses.replace(SMALL_T5, activation="gelu", gated=True, scale_logits=False),
     "t5-scaled-own": dataclasses.replace(
@@ -269,7 +341,7 @@ def test_transformers_reads_a_written_config_as_the_same_model(name):
 
     ours = CONFIGS[name]
     raw = to_hf(ours, torch.bfloat16)
-    kind = transformers.T5Config if isinstance(ours, T5Config) else transformers.LlamaConfig
+    kind = transformers.AutoConfig.for_model(raw["model_type"]).__class__
     again = kind.from_dict(dict(raw)).to_dict() | {"model_type": raw["model_type"]}
     if isinstance(ours, T5Config):
         # transformers 5 makes this True, but keeps the head of the file.

@@ -333,7 +333,7 @@ def test_kinds_that_are_not_for_weights_are_refused_by_name(tmp_path, kind):
 
 
 def test_a_tensor_that_the_table_lacks_keeps_its_name(tmp_path):
-    names = ("blk.0.attn_q.bias", "rope_{}_long.weight", "blk.1.x")
+    names = ("blk.0.attn_output.bias", "rope_{}_long.weight", "blk.1.x")
     extra = {name: (np.ones(4, np.float32), F32) for name in names}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | extra)
     assert read_gguf(path)[1].keys() == hf_tensors(make_model()).keys() | extra.keys()
@@ -451,11 +451,17 @@ def test_the_config_equals_the_content_of_a_config_json(small):
         ({"tokenizer.ggml.padding_token_id": 0}, {"pad_token_id": 0}),
         (
             {
+                "llama.attention.causal": True,
+                "llama.attention.scale": 0.0,
+                "llama.attention.sliding_window": 0,
+                "llama.embedding_scale": 1.0,
                 "llama.expert_count": 0,
                 "llama.rope.scaling.type": "none",
                 "llama.rope.scaling.factor": 1.0,
+                "llama.rope.scaling.finetuned": False,
+                "llama.vocab_size": 300,
             },
-            {},
+            {"model_type": "llama"},
         ),
     ],
 )
@@ -486,7 +492,16 @@ def test_impossible_factors_are_refused(tmp_path, factors):
     ("changes", "words"),
     [
         ({"llama.expert_count": 8}, ["llama.expert_count is 8"]),
-        ({"llama.attention.sliding_window": 4096}, ["llama.attention.sliding_window is 4096"]),
+        ({"llama.attention.sliding_window": -1.5}, ["llama.attention.sliding_window is -1.5"]),
+        ({"llama.attention.sliding_window_pattern": 6}, ["sliding_window_pattern is 6", "no such"]),
+        ({"llama.attention.scale": 0.5}, ["llama.attention.scale is 0.5"]),
+        ({"llama.embedding_scale": 12.0}, ["llama.embedding_scale is 12.0", "0 or 1"]),
+        ({"llama.residual_scale": 0.22}, ["llama.residual_scale is 0.2"]),
+        ({"llama.logit_scale": 16.0}, ["llama.logit_scale is 16.0"]),
+        ({"llama.attention.causal": False}, ["llama.attention.causal is False"]),
+        ({"llama.final_logit_softcapping": 30.0}, ["final_logit_softcapping is 30.0"]),
+        ({"llama.rope.scaling.attn_factor": 2.0}, ["llama.rope.scaling.attn_factor is 2.0"]),
+        ({"split.count": 2}, ["split.count is 2"]),
         ({"llama.rope.scaling.type": "linear"}, ["llama.rope.scaling.type is 'linear'", "none"]),
         (
             {"llama.rope.scaling.type": "yarn", "llama.expert_count": 8},
@@ -508,7 +523,10 @@ def test_impossible_factors_are_refused(tmp_path, factors):
         ),
         ({"tokenizer.ggml.eos_token_id": 300}, ["tokenizer.ggml.eos_token_id is 300", "300"]),
         ({"tokenizer.ggml.bos_token_id": "one"}, ["tokenizer.ggml.bos_token_id is 'one'"]),
-        (dict.fromkeys(KEYS), [key for key in CONFIG if key != "llama.rope.freq_base"]),
+        (
+            dict.fromkeys(KEYS),
+            [key.format("llama") for key in CONFIG if key != "{}.rope.freq_base"],
+        ),
     ],
 )
 def test_a_message_names_all_keys_that_are_missing_or_not_supported(tmp_path, changes, words):
@@ -520,7 +538,8 @@ def test_a_message_names_all_keys_that_are_missing_or_not_supported(tmp_path, ch
 
 def test_other_architectures_and_files_without_an_embedding_are_refused(tmp_path):
     stored = gguf_tensors(hf_tensors(make_model()))
-    assert "'qwen2'" in fault(read_gguf, write(tmp_path / "a.gguf", stored, arch="qwen2"))
+    message = fault(read_gguf, write(tmp_path / "a.gguf", stored, arch="gemma3"))
+    assert message == "general.architecture is 'gemma3', expected 'llama' or 'qwen2' or 'qwen3'"
     stored.pop("token_embd.weight")
     assert "token_embd.weight" in fault(read_gguf, write(tmp_path / "b.gguf", stored))
 

@@ -2,6 +2,8 @@
 tokenizer that the file was made from.
 """
 
+import unicodedata
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -94,6 +96,34 @@ def test_llama_3_has_its_own_words_keeps_words_that_are_tokens_and_begins_with_b
     text = "I'LL pay 12345 dollars!!\n\n  foo (x).\n\ttab we'REst"
     found = llama3.backend.pre_tokenizer.pre_tokenize_str(text)
     assert [word for word, _ in found] == words
+
+
+def test_qwen2_has_the_ids_of_the_tokenizer_that_transformers_makes():
+    from transformers.convert_slow_tokenizer import Qwen2Converter
+
+    _, metadata = byte_level()
+    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    theirs = Qwen2Converter(None).converted(vocabulary, merges)
+    ours = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "qwen2"})
+
+    @few
+    @given(st.text() | st.text("ab 12½'stÉe\u0301\n") | st.sampled_from(corpus()))
+    @example("I'LL pay 12345 dollars!!\n\n  cafe\u0301")
+    def check(text):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids
+        assert ours.decode(ids) == unicodedata.normalize("NFC", text)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-v3"])
+def test_llama_3_has_three_names(name):
+    _, metadata = byte_level()
+    first = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
+    other = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": name})
+    assert first.backend.to_str() == other.backend.to_str()
 
 
 # What is refused

@@ -179,7 +179,7 @@ def test_a_message_names_twenty_misfits_and_counts_the_others(copy):
     [
         (
             "t5-v1.1",
-            {"feed_forward_proj": "relu", "dense_act_fn": "relu"},
+            {"feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False},
             "DenseReluDense.wi.weight is missing",
         ),
         ("t5-v1.0", {"num_layers": 1}, "encoder.block.1.layer.0.layer_norm.weight is left over"),

@@ -119,6 +119,9 @@ def test_the_embedded_model_is_what_its_entry_says():
         ("llama-3-8b", ["LLaMA: decoder-only", "own_head          True", "n_kv_heads        8"]),
         ("llama-3.2-1b", ["own_head          False", "rope_scaling      (32.0, 1.0, 4.0, 8192)"]),
         ("google-t5/t5-base", ["google-t5/t5-base", "129,024"]),
+        ("google/t5-base", ["google-t5/t5-base", "129,024"]),
+        ("umt5-small", ["own_positions     True", "306,601,984"]),
+        ("byt5-small", ["n_layers          12", "n_decoder_layers  4"]),
         ("HuggingFaceTB/SmolLM2-135M", ["134,515,008"]),
     ],
 )
@@ -147,6 +150,30 @@ def test_a_folder_is_described_from_its_config_as_the_model_that_is_loaded(
     assert found["adapter file"] == f"{size / 1e6:.2f} MB"
 
 
+def test_all_known_models_are_listed_without_a_network(capsys):
+    header, *lines = output(capsys, "info", "--list").splitlines()
+    assert header.split() == ["name", "parameters", "adapter", "on", "the", "hub"]
+    names = [line.split()[0] for line in lines]
+    assert names == list(KNOWN_MODELS)
+    assert lines[names.index("t5-base")].split() == [
+        "t5-base",
+        "222,903,552",
+        "129,024",
+        "google-t5/t5-base",
+    ]
+    assert lines[0].endswith("(in this package)")
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_list_is_json_too_and_agrees_with_the_description_of_each_model(capsys):
+    rows = json.loads(output(capsys, "info", "--list", "--json"))
+    assert len(rows) == len(KNOWN_MODELS)
+    for row in rows[:4]:
+        found = cells(row["name"])
+        assert found["parameters"] == f"{row['parameters']:,}"
+        assert found["adapter"].startswith(f"{row['adapter']:,} parameters")
+
+
 def assert_refused(arguments, capsys, *parts):
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -173,11 +200,11 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     assert_refused(["info", "t5-bsae"], capsys, "t5-bsae", "did you mean t5-base?")
     assert_refused(["info", str(tmp_path / "nowhere")], capsys, "nowhere", "Known names")
     assert_refused(["info", str(tmp_path)], capsys, "config.json", "not found")
-    assert_refused(["inof", "t5-base"], capsys, "inof", "info")
+    assert_refused(["inof", "t5-base"], capsys, "inof", "did you mean info?")
     assert_refused(["info", "t5-base", "--length", "0"], capsys, "8 and 0")
-    assert_refused(["info"], capsys, "model", "required")
+    assert_refused(["info"], capsys, "expected either a model or --list")
+    assert_refused(["info", "t5-base", "--list"], capsys, "expected either a model or --list")
     assert_refused(["info", "t5-base", "t5-large"], capsys, "t5-large")
-    assert_refused([], capsys, "command", "required")
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
     )
@@ -188,7 +215,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_unknown_hub_id_needs_the_network_and_says_so(tmp_path):
-    code = "import sys; from minia3.__main__ import main; sys.exit(main(['info', 'some/model']))"
+    code = "import sys; from minia3.cli.main import main; sys.exit(main(['info', 'some/model']))"
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     root = os.path.dirname(os.path.dirname(minia3.__file__))
     done = subprocess.run(

@@ -3,8 +3,11 @@ the adapter that each row names. A file that was cut anywhere is completed. Memo
 with the file."""
 
 import csv
+import errno
 import gzip
+import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -87,6 +90,21 @@ def test_scores_that_are_not_finite_are_one_line_that_names_the_row(
     file = write(tmp_path / "rows.jsonl", rows)
     assert "row 3: the model's scores are not finite" in fails(capsys, damaged, file)
     assert len(predicted(capsys, damaged, write(file, rows[:3]))) == 3
+
+
+def test_nan_in_the_weights_is_found_before_any_row_is_read(damaged, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"input": "w9"}])
+    err = fails(capsys, damaged, file, "--check-weights")
+    assert "model.embed_tokens.weight has 24 of 1,464 numbers that are NaN or infinite" in err
+
+
+def test_a_choice_that_would_fill_the_memory_is_one_line_that_names_the_line(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("minia3.model.sequence_state.MAX_BIAS", 4 * 20 * 20)
+    rows = [{"input": "w9", "choices": ["w4", " ".join(["w5"] * n)]} for n in (5, 19, 20)]
+    err = fails(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl:3: attention from 21 to 21 tokens needs a bias of 1,764 numbers" in err
 
 
 def test_choices_that_are_one_text_to_the_tokenizer_are_a_warning(tmp_path, capsys):
@@ -638,3 +656,56 @@ with open("/proc/self/status") as status:
         peaks.append(int(done.stdout.split()[-1]) * 1024)
         assert out.read_text().count("\n") == n
     assert peaks[1] < peaks[0] + 5e6  # the larger file has 22 MB, and its results 4 MB
+
+
+# The disk
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_full_disk_is_one_line_and_the_file_ends_at_its_last_whole_row(
+    form, tmp_path, monkeypatch, capsys
+):
+    rows = write(tmp_path / "rows.jsonl", running.rows(20))
+    whole = tmp_path / f"whole.{form}"
+    predict(running.model("t5"), rows, "--out", whole)
+    limit = whole.stat().st_size * 2 // 3
+
+    class Disk(io.FileIO):
+        """A file on a disk that takes `limit` bytes in all."""
+
+        def write(self, data):
+            room = limit - self.seek(0, 2)
+            if room == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data[:room])
+
+    open_path = Path.open
+
+    def open_on_disk(path, mode="r", **options):
+        is_raw = options.get("buffering") == 0
+        return Disk(path, "a+") if is_raw else open_path(path, mode, **options)
+
+    out = tmp_path / f"out.{form}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_on_disk)
+        capsys.readouterr()
+        words = ["predict", running.model("t5"), rows, "--out", out, "--device", "cpu"]
+        assert main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == f"minia3: [Errno 28] No space left on device: '{out}'\n"
+    written = out.read_bytes()
+    assert written.endswith(b"\n")
+    assert whole.read_bytes().startswith(written)
+    assert 0 < len(written) < limit
+    predict(running.model("t5"), rows, "--out", out)  # there is room again
+    assert out.read_bytes().startswith(written)
+    assert len(out.read_bytes().splitlines()) == len(whole.read_bytes().splitlines())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("column", ["label", "idx,label"])
+def test_a_device_that_is_full_is_one_line(column, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", running.rows(3))
+    words = ["predict", running.model("t5"), rows, "--out", "/dev/full", "--columns", column]
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == "minia3: [Errno 28] No space left on device: '/dev/full'\n"

@@ -27,7 +27,7 @@ from words import word_tokenizer
 
 import minia3
 from minia3.checkpoints.load import build_model
-from minia3.inference.scoring import choice_logprobs, total_logprobs
+from minia3.inference.scoring import choice_logprobs, score_examples, total_logprobs
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.training.losses import total_loss
@@ -435,3 +435,24 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
     assert peak_of_training[160] - peak_of_training[80] < 2 * n_bytes
     assert peak_of_scoring[160] - peak_of_scoring[80] < 2 * n_bytes
     assert kept[80] < kept[8] / 4  # 8 choices have one turn, which keeps everything
+
+
+# Masks with holes: conversations
+
+
+def test_tokens_that_are_not_scored_are_read(loaded):
+    """The scores of the others are those that they have if all tokens are scored."""
+    model = loaded("llama-gqa", n_adapters=2, seed=0)
+    target = [[8, 9, 10, 11, 12, 13]]
+    is_scored = [True, False, False, True, True, False]
+    with_holes = [Example([5, 6, 7], target, 0, is_scored), Example([11], [[12, 13, 14]], 0)]
+    without = [example._replace(is_scored=None) for example in with_holes]
+    batch = collate(with_holes)
+    found = choice_logprobs(model, batch)
+    expected = choice_logprobs(model, collate(without))
+    torch.testing.assert_close(found, expected * batch.target_mask_BCL)
+    assert (found[0, 0][~torch.tensor(is_scored)] == 0).all()
+
+    scores = score_examples(model, with_holes)
+    mean = expected[0, 0][torch.tensor(is_scored)].mean()
+    torch.testing.assert_close(scores[0, 0], mean)

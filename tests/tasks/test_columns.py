@@ -97,6 +97,13 @@ def test_conversations_stay_as_they_are(tmp_path):
     assert (task.metric, task.answer) == ("inverse_perplexity", "messages")
 
 
+def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}], "text": "a"}
+    task = load(tmp_path, {**row, "label": "x"}, {**row, "label": "y"}, input="{text}")
+    assert all("messages" not in row for row in task.train), "or it would be encoded as one"
+    assert task.columns == "reads text, picks label among x, y; ignores messages"
+
+
 def test_every_set_of_the_table_is_taken_before_the_smaller_ones_that_it_contains():
     for i, column_set in enumerate(COLUMN_SETS):
         for earlier in COLUMN_SETS[:i]:

@@ -65,6 +65,26 @@ def test_a_data_set_s_own_names_are_the_words(tmp_path):
         ("0", "1"), ("neg", "pos")
     )
     assert name_labels([1, 0], "label", ("a", "b"), ("neg", "pos")).words == ("a", "b")
+    with pytest.raises(
+        ValueError, match="--labels has 2 words, but 'label' has the labels 0, 1, 2"
+    ):
+        name_labels([0, 1, 2], "label", ("a", "b"), ("x", "y", "z"))
+
+
+@pytest.mark.slow
+def test_the_names_of_a_class_label_are_the_words(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = {"text": [f"t{i}" for i in range(12)], "label": [i % 3 for i in range(12)]}
+    names = datasets.ClassLabel(names=["bad", "so so", "good"])
+    rows = datasets.Dataset.from_dict(texts).cast_column("label", names)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        task = load_task(path)
+        assert task.prompts[0].choices == ("bad", "so so", "good")
+        assert found_labels(task) == texts["label"]
+    named = load_task(tmp_path / "rows.parquet", labels="x,y,z")
+    assert named.columns == "reads text, picks label among x (0), y (1), z (2)"
 
 
 def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):

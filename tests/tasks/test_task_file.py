@@ -64,6 +64,11 @@ def test_the_folder_of_a_task_file_is_the_task(tmp_path):
     task = load_task(path.parent)
     assert [len(task.train), len(task.validation), len(task.test)] == [1, 1, 1]
     assert load_task(path).train == task.train
+    write(
+        tmp_path / "news",
+        {"labels": ["1", "0"], "label_field": "topic", "fields": {"body": "text"}},
+    )
+    assert load_task(tmp_path / "news").prompts == (Prompt("{text}", ("1", "0")),)
     single = write(tmp_path / "news", {**entry, "files": "b.jsonl"})
     assert load_task(single).train == task.train
 
@@ -80,6 +85,12 @@ def test_a_target_is_a_text_to_write(tmp_path):
     task = load_task(write(tmp_path, entry))
     assert render(task.prompts[1], task.train[0]).choices[0] in ("a!", "c!", "e!")
     assert (task.metric, task.answer) == ("exact_match", "target")
+    assert load_task(tmp_path, target="{body}").prompts[1] == Prompt(
+        "{body}?", None, target="{body}"
+    )
+    own = {"prompts": [{"text": "{body}", "target": "{title}"}, {"text": "{title}", "target": "x"}]}
+    assert [prompt.target for prompt in load_task(write(tmp_path, own)).prompts] == ["{title}", "x"]
+    write(tmp_path, entry)
     assert load_task(tmp_path, input="<{body}>").prompts == (
         Prompt("<{body}>", None, target="{title}!"),
     )
@@ -112,11 +123,21 @@ def test_a_mistake_in_a_task_file_is_one_line(change, words, tmp_path):
     assert words in str(error.value)
 
 
+def test_a_task_file_with_too_few_labels_is_refused_before_it_is_used(tmp_path):
+    entry = {"labels": ["0"], "prompts": [{"text": "{a}", "choices": ["x", "y"]}]}
+    (tmp_path / FILE_NAME).write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=r"task\.json: 2 choices \(x, y\) for 1 labels \(0\)"):
+        read_tasks(tmp_path / FILE_NAME)
+
+
 def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
-    for content in ("[]", '{"data": []}', "{", '"prompts"'):
+    for content in ("[]", '{"data": []}', "{", '"prompts"', "{}"):
         (tmp_path / "rows.json").write_text(content)
         assert find_task_file(str(tmp_path / "rows.json")) is None
     assert find_task_file(str(tmp_path)) is None
+    (tmp_path / FILE_NAME).write_text('{"name": "overruling", "instructions": "..."}')  # RAFT's
+    assert find_task_file(str(tmp_path)) is None
+    assert find_task_file(str(tmp_path / FILE_NAME)) == tmp_path / FILE_NAME
     assert find_task_file("x" * 5000) is find_task_file("a\0b") is None
 
 

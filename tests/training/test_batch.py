@@ -24,7 +24,7 @@ def cells():
     for row, losses in enumerate(["lm,ul,ln", "lm", "ul,ln"]):
         config = train.Config(seed=row, losses=losses, steps=2, batch_size=3)
         cell = Cell(config, minia3.load_task(task((2, 3, 1))))
-        cell.batches = draw_batches(cell, reader, tokenizer)
+        cell.batches = draw_batches(cell, tokenizer, reader)
         cell.row = row
         made.append(cell)
     return made

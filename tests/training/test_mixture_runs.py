@@ -53,7 +53,8 @@ def test_a_mixture_trains_one_adapter_and_reports_on_each_task(tmp_path, capsys)
     assert [path.name for path in out.glob("adapter*")] == ["adapter"]
     for name, final in zip(SIZES, finals, strict=True):
         figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
-        assert f"  {name:<12}accuracy {figures}, 12 steps\n" in shown
+        commonest = f"(commonest label: {final['commonest']:.1%})"
+        assert f"  {name:<12}accuracy {figures} {commonest}, 12 steps\n" in shown
         again = tmp_path / f"again-{name}"
         measure = {"adapter": out / "adapter", "task": tasks().split(",")[[*SIZES].index(name)]}
         assert run(words(again, "--eval-only", **measure)) == 0

@@ -8,8 +8,8 @@ import pytest
 from running import train
 
 from minia3.cli.main import parse
+from minia3.training.command_line import parse_flags
 from minia3.training.command_lines import training_command, using_command
-from minia3.training.flags import parse_flags
 from minia3.training.report import before_after, describe, report
 
 FINAL = {
@@ -208,7 +208,7 @@ def test_results_are_described_in_a_few_words():
 
 def parsed(words):
     assert words[:2] == ["python", "train.py"]
-    return parse_flags(train.Config, words[2:], "")
+    return train.Config(**parse_flags(words[2:]))
 
 
 def test_the_command_that_uses_an_adapter_has_the_flags_that_an_answer_depends_on():

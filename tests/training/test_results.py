@@ -75,7 +75,7 @@ def test_a_saved_adapter_scores_what_its_run_reported_and_a_run_can_start_from_i
     capsys.readouterr()
     adapter_flag = {"adapter": tmp_path / "run" / "adapter"}
     assert run(words(None, "--eval-only", **flags, **adapter_flag)) == 0
-    assert f"  {final['metric']:<12}{final['accuracy']:.1%}\n" in capsys.readouterr().out
+    assert f"  {final['metric']:<12}{final['accuracy']:.1%}" in capsys.readouterr().out
     assert run(words(tmp_path / "scored", "--eval-only", **flags, **adapter_flag)) == 0
     scored = metrics(tmp_path / "scored")[-1]
     assert (scored["accuracy"], scored["auc"], scored["trainable"]) == (
