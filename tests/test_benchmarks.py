@@ -16,7 +16,7 @@ import torch
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
-from minia3.training.flags import parse_flags
+from minia3.training.command_line import parse_flags
 from minia3.training.rules import check_config
 from tests.benchmarks import growth, measure, memory, studies
 from tests.benchmarks.__main__ import main
@@ -192,7 +192,7 @@ def test_each_run_of_a_study_is_a_valid_command_line_with_its_own_name(name, tmp
     assert len(set(names)) == len(names) > 16
     for run_name, words in runs:
         assert Path(run_name).name == run_name
-        check_config(parse_flags(running.train.Config, words, ""))
+        check_config(running.train.Config(**parse_flags(words)))
 
 
 @pytest.mark.slow

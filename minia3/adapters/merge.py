@@ -24,7 +24,7 @@ from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
 from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
-from minia3.model.more_vectors import SITES
+from minia3.model.site_names import SITES
 
 N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from minia3.checkpoints.layout import CONFIG_FILES
 from minia3.files.read import read_json
+from minia3.files.shipped import find_shipped
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
 
-# The folder of the model that this repository trains and ships.
-EMBEDDED = Path(__file__).resolve().parents[2] / "data" / "tiny-t5"
+# The folder of the model that was trained for minia3 and comes with it.
+EMBEDDED = find_shipped("data") / "tiny-t5"
 
 
 class KnownModel(NamedTuple):

@@ -1,9 +1,34 @@
 """What a run prints before it trains."""
 
+import dataclasses
+
+from minia3.training.command_lines import resume_command
+from minia3.training.flags import as_tuple
+from minia3.training.optimizer import learning_rate
+
 
 def announce_device(device, reason, dtype):
     dtype_name = str(dtype).removeprefix("torch.")
     print(f"device   {device} ({reason}), {dtype_name}")
+
+
+def announce_finished(run, config):
+    """Print that there is nothing left to do, and how to train longer."""
+    text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
+    if config.is_training and config.method != "full":
+        text += f"; to train longer: {resume_command(run.program, run.folder, 2 * config.steps)}"
+    print(text)
+
+
+def announce_extension(n_steps, config):
+    """Print what the learning rate of a run does that was made longer after `n_steps` steps."""
+    rates = []
+    for peak in as_tuple(config.lr):
+        rates.append(f"{learning_rate(n_steps, dataclasses.replace(config, lr=peak)):.1e}")
+    print(
+        f"extended from step {n_steps} to step {config.steps}: the learning rate goes on as in a "
+        f"run of {config.steps} steps, at {','.join(rates)}, and falls to 0"
+    )
 
 
 def announce_group(group, is_first):

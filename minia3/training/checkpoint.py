@@ -29,6 +29,12 @@ class Checkpoint:
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
     group: dict | None = None  # Group.state_dict of the group that trains
 
+    @property
+    def n_steps(self):
+        """How many steps the group that trains has done, or None if that is not known."""
+        log = (self.group or {}).get("log")
+        return log.get("step") if isinstance(log, dict) else None
+
     def check(self):
         """Raise TypeError if a value cannot be right."""
         has_counts = type(self.n_done) is int and type(self.n_bytes) is int

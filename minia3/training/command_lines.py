@@ -1,6 +1,7 @@
 """Command lines of train.py that repeat a run, or evaluate what it trained."""
 
 import dataclasses
+import shlex
 
 from minia3.training.flags import flag_words
 
@@ -14,7 +15,28 @@ EVALUATION_FLAGS = (
     "max_new_tokens",
     "eval_prompt",
 )
-PLACES = ("out", "data_dir", "resume", "device")  # where a run happens, not what it does
+PLACES = (
+    "out",
+    "data_dir",
+    "resume",
+    "config",
+    "device",
+    "log_to",
+)  # where a run happens, not what it does
+
+# How runs are started.
+SCRIPT = "python train.py"
+COMMAND = "minia3 train"
+CALL = "minia3.train"
+
+
+def resume_command(program, folder, steps=None):
+    """Return what continues the run in a folder, with another number of steps if it is given."""
+    if program == CALL:
+        extension = f", steps={steps}" if steps else ""
+        return f"minia3.train(resume={str(folder)!r}{extension})"
+    extension = f" --steps {steps}" if steps else ""
+    return f"{program} --resume {shlex.quote(str(folder))}{extension}"
 
 
 def training_command(config):

@@ -9,13 +9,6 @@ import torch
 
 from minia3.files.read import one_line
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,  # for LLaMA; a T5 overflows in it, and `load_model` says so
-    "float64": torch.float64,
-}
-
 DEVICES = {  # kind -> what it is; by default, a run takes the first one that there is
     "cuda": "a CUDA GPU",
     "mps": "Apple's GPU",
@@ -119,7 +112,7 @@ def choose_dtype(config, device):
     The vectors are float32 whatever the dtype of the base is.
     """
     if config.dtype is not None:
-        return DTYPES[config.dtype]
+        return getattr(torch, config.dtype)
     # Full fine-tuning updates the weights themselves, and in bfloat16 small updates are lost.
     if device.type == "cpu" or config.method == "full":
         return torch.float32

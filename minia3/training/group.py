@@ -132,6 +132,8 @@ class Group:
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
         set_values(self.parameters, state["parameters"])
+        for cell in self.cells:
+            cell.take_last()
         set_random_state(state["random"])
 
 

@@ -13,10 +13,6 @@ from minia3.checkpoints.save import save_model
 from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import choose_vectors
 
-METHODS = ("ia3", "lora", "full", "none", "icl")
-TRAINED = ("ia3", "lora", "full")
-TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cannot share one
-
 
 def trainable_parameters(model, config):
     """Freeze all parameters that the flags do not train. Return the others: name to parameter.

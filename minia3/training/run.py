@@ -1,7 +1,6 @@
 """Where a run writes, and how it is stopped and continued."""
 
 import dataclasses
-import shlex
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,11 +18,23 @@ from minia3.training.checkpoint import (
     random_state,
     save_checkpoint,
 )
-from minia3.training.run_folder import Metrics, begin_run, default_folder, discard_run, record_data
+from minia3.training.command_lines import SCRIPT, resume_command
+from minia3.training.extension import extend
+from minia3.training.run_folder import (
+    Metrics,
+    begin_run,
+    check_data,
+    choose_folder,
+    discard_run,
+    read_run_config,
+    record_run,
+    reopen_metrics,
+)
 from minia3.training.signals import Stopped
+from minia3.training.trackers import close_trackers, hand_over, start_trackers
 
 
-class Failed(Exception):
+class Failed(RuntimeError):
     """A run that cannot continue. The message says why, and what to try."""
 
 
@@ -34,23 +45,28 @@ class Run:
     and the state of the group that trains.
     """
 
-    def __init__(self, config, signals):
+    def __init__(self, config, signals, program=SCRIPT):
         """Create the folder of a new run, or open the folder of --resume.
 
-        Raise ValueError if the folder cannot be used.
+        program: how the run was started, for advice. Raise ValueError if the folder cannot be used.
         """
         self.signals = signals
+        self.program = program
         self.resources = ExitStack()  # the lock of the folder
         self.folder = None  # nothing is written
         self.is_new = config.resume is None
         saved = None
+        self.extended_from = None  # the steps that a run had which --steps makes longer
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
             remove_leftovers(self.folder)
             saved = load_checkpoint(self.folder)
+            if saved and config.steps != read_run_config(self.folder).get("steps"):
+                saved = extend(saved, config)
+                self.extended_from = saved.n_steps
         elif config.out is not None or not config.eval_only:
-            folder = Path(config.out or default_folder(config))
+            folder = Path(config.out or choose_folder(config))
             recorded = dataclasses.replace(config, out=str(folder))
             self.resources.enter_context(begin_run(folder, recorded))
             self.folder = folder
@@ -64,12 +80,13 @@ class Run:
         # What to try if memory runs out; `check_memory` may know better.
         self.micro_batch_size = max(1, (config.micro_batch_size or config.batch_size) // 2)
         self.eval_batch_size = max(1, config.eval_batch_size // 2)
+        self.trackers = []
 
     @property
     def is_finished(self):
         return self.saved.is_finished
 
-    def start_writing(self, cells):
+    def start_writing(self, cells, config):
         """Check that the data are the same as when the run began, and open metrics.jsonl.
 
         Raise ValueError if the data have changed. Until this call, a resumed run changes no file.
@@ -78,13 +95,23 @@ class Run:
             checksums = {}
             for cell in cells:
                 checksums |= cell.checksums
-            record_data(self.folder, checksums)
+            check_data(self.folder, checksums)
+            if self.extended_from is not None:
+                # config.json comes last: if a kill comes in between, the run can be extended again.
+                self.n_bytes = reopen_metrics(self.folder)
+                self.write_checkpoint(self.saved.group)
+            record_run(self.folder, checksums, config)
         self.metrics = Metrics(self.folder, self.n_bytes)
+        self.trackers = start_trackers(config, self.folder)
 
     def write(self, event, **values):
-        """Add a line to metrics.jsonl. Raise Failed if the folder of the run is gone."""
+        """Add a line to metrics.jsonl, and hand it to the trackers of --log-to.
+
+        Raise Failed if the folder of the run is gone.
+        """
         self.check_folder()
         self.n_bytes = self.metrics.write(event=event, **values)
+        self.trackers = hand_over({"event": event, **values}, self.trackers)
 
     def uninterrupted(self):
         """Return a context in which signals wait, because the group cannot be saved within it."""
@@ -112,7 +139,7 @@ class Run:
         """
         self.write_checkpoint(group.state_before_step(random))
         sys.stdout.flush()  # because the process ends without cleaning up
-        tqdm.write(stop_message(self.folder), file=sys.stderr)
+        tqdm.write(stop_message(self.program, self.folder), file=sys.stderr)
         sys.stderr.flush()
 
     @contextmanager
@@ -168,9 +195,10 @@ class Run:
             return
         if not self.finals:
             raise Failed(self.failure)
-        # Leave out what only a resumed run needs. A whole model is in the folder already.
-        parameters = {} if group.config.method == "full" else group.state_dict()["parameters"]
-        self.write_checkpoint({"parameters": parameters}, is_finished=True)
+        # With its last state, the run can be extended. A whole model is in the folder already, and
+        # its optimizer is larger still.
+        state = {"parameters": {}} if group.config.method == "full" else group.state_dict()
+        self.write_checkpoint(state, is_finished=True)
 
     def discard_if_new(self):
         if self.folder and self.is_new:
@@ -178,12 +206,12 @@ class Run:
 
     def close(self):
         """Unlock the folder, so that other processes may write into it."""
+        close_trackers(self.trackers)
         self.resources.close()
 
 
-def stop_message(folder):
+def stop_message(program, folder):
     """Return what a stopped run says. folder: of the run, or None if it has none."""
     if folder is None:
         return "stopped"
-    command = shlex.join(["python", "train.py", "--resume", str(folder)])
-    return f"stopped; to continue: {command}"
+    return f"stopped; to continue: {resume_command(program, folder)}"

@@ -7,7 +7,8 @@ from conftest import PEERS, T5_PEERS
 import minia3
 from minia3.adapters.vector_names import PEFT, TFEW, WRITE, rename
 from minia3.checkpoints.tensor_names import LLAMA, T5, T5_GATED, T5_PLAIN, expand
-from minia3.model.more_vectors import SITES, possible_vectors
+from minia3.model.more_vectors import possible_vectors
+from minia3.model.site_names import SITES
 
 
 def test_peft_names_a_vector_after_a_linear():

@@ -20,7 +20,7 @@ from minia3.checkpoints.load import build_model, load_model
 from minia3.cli.main import COMMANDS, main, parse
 from minia3.model.ia3 import vectors
 from minia3.tasks.known_tasks import known_tasks
-from minia3.training.flags import parse_flags
+from minia3.training.command_line import parse_flags
 from minia3.training.rules import check_config
 
 DESIGN = ROOT / "docs" / "design.md"
@@ -182,7 +182,7 @@ def test_commands_of_train_py_have_flags_that_exist_and_go_together():
     for words in commands:
         # The only mistakes are those that troubleshooting.md shows.
         if words not in failing_commands():
-            check_config(parse_flags(train.Config, words, train.__doc__))
+            check_config(train.Config(**parse_flags(words)))
 
 
 def failing_commands():
@@ -198,7 +198,7 @@ def test_commands_name_models_and_tasks_that_exist():
     for words in train_commands():
         if words in failing_commands():
             continue
-        config = parse_flags(train.Config, words, train.__doc__)
+        config = train.Config(**parse_flags(words))
         assert known_model(config.model) or is_path(config.model), config.model
         tasks = config.task if isinstance(config.task, tuple) else (config.task,)
         for task in tasks:

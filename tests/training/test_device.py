@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from packaging.version import Version
-from running import ROOT, fails, model, outcome, run, words
+from running import ROOT, fails, model, outcome, run, train, words
 from written_out import adapter
 
 from minia3.training.device import available_devices, choose_device
@@ -28,7 +28,7 @@ def test_by_default_a_run_takes_the_gpu_if_there_is_one_and_says_why(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-    monkeypatch.setattr("minia3.training.grid.load_task", lambda *args: 0 / 0)
+    monkeypatch.setattr(train, "Group", lambda *args: 0 / 0)
     with pytest.raises(ZeroDivisionError):
         run(words(tmp_path / "run", device=None, method=method))
     assert capsys.readouterr().out.splitlines()[0] == line
@@ -41,7 +41,9 @@ def test_a_device_that_does_not_exist_is_one_line(tmp_path, capsys):
 
 def test_the_flag_asks_torch_for_deterministic_kernels(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(
+        torch, "use_deterministic_algorithms", lambda value, **options: asked.append(value)
+    )
     assert run(words(tmp_path / "run", "--deterministic", method="none")) == 0
     assert asked[0] is True
 

@@ -15,7 +15,7 @@ from running import train
 import minia3
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.checkpoints.known_models import EMBEDDED
-from minia3.training.flags import parse_flags
+from minia3.training.command_line import parse_flags
 from minia3.training.model_card import card, write_card
 from minia3.training.run_folder import read_run_config
 
@@ -173,7 +173,7 @@ def test_a_card_is_written_in_utf_8_beside_the_other_files(tmp_path):
 def test_a_value_of_one_is_not_taken_for_a_switch(values):
     config = train.Config(**values)
     words = command_of(make_card(config))
-    assert parse_flags(train.Config, words[2:], "") == config
+    assert train.Config(**parse_flags(words[2:])) == config
 
 
 def test_the_command_makes_the_same_run_again_and_names_no_place():
@@ -189,7 +189,7 @@ def test_the_command_makes_the_same_run_again_and_names_no_place():
     )
     words = command_of(make_card(config))
     assert words[:2] == ["python", "train.py"]
-    found = parse_flags(train.Config, words[2:], "")
+    found = train.Config(**parse_flags(words[2:]))
     assert found == dataclasses.replace(config, out=None, data_dir="data", device=None)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from running import train
 
+from minia3.training.command_line import parse_flags
 from minia3.training.command_lines import evaluation_command, training_command
-from minia3.training.flags import parse_flags
 from minia3.training.report import before_after, describe, report
 
 FINAL = {
@@ -166,7 +166,7 @@ def test_results_are_described_in_a_few_words():
 
 def parsed(words):
     assert words[:2] == ["python", "train.py"]
-    return parse_flags(train.Config, words[2:], "")
+    return train.Config(**parse_flags(words[2:]))
 
 
 def test_the_evaluation_needs_the_flags_that_a_result_depends_on_and_no_others():

@@ -1,5 +1,7 @@
 """Results: what a run reports equals an evaluation of the saved adapter."""
 
+import shlex
+
 import numpy as np
 import pytest
 import running
@@ -121,7 +123,7 @@ def test_the_printed_command_gives_the_reported_result(tmp_path, capsys):
     command = line.split("python train.py ")[1]
     assert "--max-length 5" in command
     assert "--dtype float64" in command
-    assert run([*train.shlex.split(command), "--device", "cpu"]) == 0
+    assert run([*shlex.split(command), "--device", "cpu"]) == 0
     assert f"{metrics(out)[-1]['accuracy']:.1%}\n" in capsys.readouterr().out
 
 

@@ -540,7 +540,8 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     assert resume(out) == 0
     assert (
         capsys.readouterr().out
-        == f"{out} is finished: the final lines of its metrics.jsonl are the results\n"
+        == f"{out} is finished: the final lines of its metrics.jsonl are the results; "
+        f"to train longer: python train.py --resume {out} --steps 24\n"
     )
     assert before == (
         contents(out),
