@@ -165,7 +165,8 @@ def test_a_mistake_is_one_short_line_and_nothing_is_written(
     before = contents(folder)
     found = outcome(line, capsys)
     assert found.code == 2, found.error
-    assert found.error.startswith(f"{line.split()[0]}: ")
+    program = line.split()[0]
+    assert found.error.startswith((f"{program}: ", f"{program} train: "))
     assert found.error.endswith("\n")
     assert found.error.count("\n") == 1
     assert len(found.error) <= MOST_CHARACTERS, found.error
