@@ -31,11 +31,11 @@ def merged_later(*values):
 MISTAKES = [
     # Flags
     ("train.py --modle t5-base", ["--modle", "did you mean --model?"]),
-    merged_later("train.py --learning-rate 1e-3", ["--learning-rate", "--lr"]),
-    merged_later("train.py --epochs 2 --steps 100", ["--epochs", "--steps"]),
-    merged_later("train.py --seed 1 2 3", ["--seed", "commas", "1,2,3"]),
-    merged_later("train.py --checkpoint run/checkpoint.pt", ["--checkpoint", "--resume run"]),
-    merged_later("minia3 train --stpes 5", ["--stpes", "did you mean --steps?"]),
+    ("train.py --learning-rate 1e-3", ["--learning-rate", "--lr"]),
+    ("train.py --epochs 2 --steps 100", ["--epochs", "--steps"]),
+    ("train.py --seed 1 2 3", ["--seed", "commas", "1,2,3"]),
+    ("train.py --checkpoint run/checkpoint.pt", ["--checkpoint", "--resume run"]),
+    ("minia3 train --stpes 5", ["--stpes", "did you mean --steps?"]),
     ("train.py --steps 0", ["--steps is 0", "expected at least 1"]),
     ("train.py --batch-size x", ["--batch-size", "'x'"]),
     ("train.py --lr 0", ["--lr is 0.0", "expected above 0"]),
