@@ -44,7 +44,7 @@ from minia3.tasks.row_files import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
-from minia3.training.run_folder import Metrics, read_run_config, record_data
+from minia3.training.run_folder import Metrics, check_data, read_run_config
 
 
 def check_one_line(error):
@@ -815,7 +815,7 @@ def make_run(folder):
 def read_run(folder):
     flags = read_run_config(folder)
     assert {"model", "task"} <= flags.keys()
-    record_data(folder, {"train.jsonl": "0"})
+    check_data(folder, {"train.jsonl": "0"})
     saved = load_checkpoint(folder)
     if saved is not None:
         assert type(saved) is Checkpoint

@@ -113,9 +113,10 @@ def make_forms(args):
     from minia3.tasks.columns import ColumnFlags
     from minia3.tasks.task_file import read_tasks_beside
 
+    tasks = {}
     if args.adapter is None:
         tasks = read_tasks_beside(Path(args.model))  # after full fine-tuning
-    else:
+    elif not is_folder_of_adapters(args.adapter):
         tasks = read_tasks_beside(find_adapter(args.adapter))
     by_adapter = {}
     if args.task is None and is_folder_of_adapters(args.adapter):

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 
+_begun = []  # the program that this process is
+
 IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the name of its file in Python's frames
 
 
@@ -19,6 +21,7 @@ def begin(program):
     names of files are UTF-8 whatever the locale is.
     """
     require_utf8()
+    _begun.append(program)
 
     def interrupt(number, frame):
         if is_importing(frame):
@@ -28,6 +31,11 @@ def begin(program):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+
+
+def has_begun():
+    """Return whether this process is a program of ours, and not a notebook or a service."""
+    return bool(_begun)
 
 
 def require_utf8():

@@ -198,8 +198,8 @@ def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
     assert_refused(["info", "t5-bsae"], capsys, "t5-bsae", "did you mean t5-base?")
-    assert_refused(["info", str(tmp_path / "nowhere")], capsys, "nowhere", "Known names")
-    assert_refused(["info", str(tmp_path)], capsys, "config.json", "not found")
+    assert_refused(["info", str(tmp_path / "nowhere")], capsys, "nowhere", "prints the known names")
+    assert_refused(["info", str(tmp_path)], capsys, "config.json", "an empty folder")
     assert_refused(["inof", "t5-base"], capsys, "inof", "did you mean info?")
     assert_refused(["info", "t5-base", "--length", "0"], capsys, "8 and 0")
     assert_refused(["info"], capsys, "expected either a model or --list")

@@ -38,7 +38,7 @@ FORMS = [
     json.dumps(ROWS, ensure_ascii=False),
     "\ufeff\r\n" + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n\n",
     json.dumps({"data": ROWS}),
-    json.dumps({"version": "1.0", "n": [1, 2], "empty": [], "data": ROWS, "more": {"a": [{}]}}),
+    json.dumps({"size": 12345, "n": [1, 2], "empty": [], "data": ROWS, "more": {"a": [{}]}}),
     json.dumps({"data": ROWS, "names": ["a"]}, indent=1),
 ]
 
