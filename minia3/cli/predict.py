@@ -1,5 +1,6 @@
 """`predict`: label the rows of a file, or continue them, each with the adapter that it names."""
 
+import difflib
 import json
 import sys
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def only_task(path, tasks):
 
 def choose_task(args, tasks):
     """Return the TaskSpec of rows that name no adapter. tasks: what the adapter has learned."""
-    from minia3.tasks.known_tasks import known_tasks
+    from minia3.tasks.known_tasks import known_tasks, list_known_tasks
     from minia3.tasks.task_file import find_task_file, read_task_file
 
     if args.task is None:
@@ -157,8 +158,11 @@ def choose_task(args, tasks):
         return known_tasks()[args.task]
     path = find_task_file(args.task)
     if path is None:
-        expected = ", ".join([*filter(None, tasks), *known_tasks()])
-        raise ValueError(f"--task is {args.task!r}, expected a task file, or one of {expected}")
+        learned = list(filter(None, tasks))
+        message = f"--task is {args.task!r}, expected a task file or the name of a task"
+        for near in difflib.get_close_matches(args.task, [*learned, *known_tasks()], n=1):
+            raise ValueError(f"{message}: did you mean {near!r}?")
+        raise ValueError(f"{message}: {', '.join([*learned, list_known_tasks()])}")
     return read_task_file(path)
 
 

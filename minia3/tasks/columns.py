@@ -61,10 +61,7 @@ COLUMN_SETS = (
     ColumnSet(("input", "label"), "{input}", label="label"),
 )
 # What a message shows of the table.
-EXPECTED = (
-    "text,label; premise,hypothesis,label; input,choices,label; input,target; question,answer; "
-    "prompt,completion; instruction,input,output; messages"
-)
+EXPECTED = "text,label; premise,hypothesis,label; input,target; instruction,input,output; messages"
 # Columns that are used under these names, whatever the others are.
 SPECIAL = ("idx", "adapter")
 # Names that our rows have for something else than a text. If a prompt uses such a column, then the

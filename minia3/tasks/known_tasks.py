@@ -37,6 +37,13 @@ def known_tasks(path: str | Path = TABLE) -> dict[str, TaskSpec]:
     return tasks
 
 
+def list_known_tasks() -> str:
+    """Return the names of the known tasks. Of a group such as raft/, only the group is named."""
+    groups = dict.fromkeys(name.split("/")[0] for name in known_tasks() if "/" in name)
+    names = [name for name in known_tasks() if "/" not in name]
+    return ", ".join([*names, *(f"{group}/..." for group in groups)])
+
+
 def with_inherited(table: dict[str, dict], name: str) -> dict:
     """Return an entry without its `like`, completed by the entry that `like` names."""
     entry = dict(table[name])

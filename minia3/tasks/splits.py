@@ -12,7 +12,7 @@ import numpy as np
 
 from minia3.tasks.columns import ColumnFlags, Understanding, understand, with_flags
 from minia3.tasks.download import download, file_names
-from minia3.tasks.known_tasks import SHIPPED, known_tasks
+from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
 from minia3.tasks.library_data import HUB_PREFIX, find_hub_files, find_saved_files
 from minia3.tasks.prompts import field_names
 from minia3.tasks.row_files import not_read, read_label_names, rows_stem, rows_suffix
@@ -251,12 +251,11 @@ def unknown_task(name: str) -> str:
     groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
     if looks_like_path(name) and name.split("/")[0] not in groups:
         return describe_missing_path(name)
-    hint = "."
+    message = f"{name!r} is not a known task, a file or a folder"
     entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
     for near in [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries][:1]:
-        hint = f"; did you mean {str(near)!r}?"
-    known = ", ".join(known_tasks())
-    return f"{name!r} is not a known task, a file or a folder{hint} Known tasks: {known}"
+        return f"{message}; did you mean {str(near)!r}?"
+    return f"{message}. Known tasks: {list_known_tasks()}"
 
 
 def split_in_three(rows: list[dict], origin: str) -> dict[str, list[dict]]:

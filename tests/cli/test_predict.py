@@ -157,9 +157,10 @@ def test_an_adapter_of_a_mixture_asks_for_the_task(labeled, tmp_path, capsys):
     assert "has learned 2 tasks: give --task moods|questions" in error
     (result,) = predicted(capsys, *command[2:], "--task", "moods")
     assert result["choice"] in LABELS
-    assert "expected a task file, or one of moods, questions, anli" in failure(
-        capsys, *command, "--task", "mood"
-    )
+    error = failure(capsys, *command, "--task", "mood")
+    assert "expected a task file or the name of a task: did you mean 'moods'?" in error
+    error = failure(capsys, *command, "--task", "else")
+    assert "expected a task file or the name of a task: moods, questions, anli-r1, " in error
 
 
 def test_a_model_after_full_fine_tuning_labels_new_rows_too(labeled, tmp_path, capsys):

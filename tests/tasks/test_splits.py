@@ -373,15 +373,16 @@ def test_an_unknown_suffix_is_an_error(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["rtee", "RTE"])
-def test_an_unknown_name_is_an_error_with_the_nearest_name_and_all_names(name):
-    words = rf"'{name}' .*did you mean 'rte'\? Known tasks: .*cb, .*copa, .*rte"
+def test_an_unknown_name_is_an_error_with_the_nearest_name(name):
+    words = rf"'{name}' .*did you mean 'rte'\?$"
     with pytest.raises(ValueError, match=words):
         load_task(name)
 
 
 @pytest.mark.parametrize("name", ["", "zzzzzz", "x" * 5000, "a\0b"])
 def test_a_name_like_no_other_is_an_error_with_all_names(name):
-    with pytest.raises(ValueError, match=r"is not a known task, a file or a folder\. Known tasks"):
+    words = r"is not a known task, a file or a folder\. Known tasks: .*, cb, .*, rte, .*, raft/...$"
+    with pytest.raises(ValueError, match=words):
         load_task(name)
 
 
