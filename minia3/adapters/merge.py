@@ -25,7 +25,7 @@ from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, place_parameter, read_checkpoint
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
-from minia3.files.write import writing_folder
+from minia3.files.write import is_free, writing_folder
 from minia3.model.more_vectors import SITES
 
 N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
@@ -114,7 +114,8 @@ def merge_files(name_or_path, adapter, out):
     not fit, or if the disk gives back other bits.
     """
     out = Path(out)
-    check_new(out)
+    if not is_free(out):
+        raise ValueError(f"{out}: exists and is not empty; give a new folder")
     model, stored, dtype = open_checkpoint(name_or_path)
     row = fitting_vectors(model, read_adapter(adapter), adapter)
     tokenizer = find_tokenizer(find(name_or_path))
@@ -127,13 +128,6 @@ def merge_files(name_or_path, adapter, out):
     finally:
         with suppress(OSError):  # the folder has the result, so it is not empty
             out.rmdir()
-
-
-def check_new(out):
-    """Raise ValueError if `out` is a file, or a folder with files that are not hidden."""
-    has_content = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
-    if out.is_file() or has_content:
-        raise ValueError(f"{out}: exists and is not empty; give a new folder")
 
 
 def folded_tensors(model, stored, dtype, row):

@@ -8,11 +8,12 @@ import torch
 
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import fill_row, fitting_vectors
+from minia3.model.adapter_rows import find_row, give_up, number_of
 from minia3.model.ia3 import vectors
 
 
 class Adapters(dict):
-    """A dict from the name of each adapter to its row.
+    """A dict from the name of each adapter to its row (a number: see minia3/model/adapter_rows.py).
 
         adapters = minia3.Adapters(model)
         adapters.load("rte", "runs/t5-base-rte-ia3-0/adapter")
@@ -20,7 +21,7 @@ class Adapters(dict):
 
     Row 0 is the base: it is all ones, and its name is None. Any thread may load or remove adapters
     while others generate: rows that are in use stay where they are. An unknown name is a
-    ValueError.
+    ValueError, and so are the rows of a name that was removed after they were asked for.
     """
 
     # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
@@ -53,6 +54,7 @@ class Adapters(dict):
         """Forget a name. Its row becomes ones, and is free for another adapter."""
         with self.lock:
             fill_row(self.model, self[name], {})
+            give_up(find_row(self[name], self.model), self.model)
             del self[name]
 
     def rows(self, names):
@@ -70,17 +72,16 @@ class Adapters(dict):
             rows = self._choose_rows(new_vectors)
             grow(self.model, 1 + max(rows.values()))
             for name, row in rows.items():
-                fill_row(self.model, row, new_vectors[name])
-            self.update(rows)
+                number = number_of(row, self.model)
+                fill_row(self.model, number, new_vectors[name])
+                self[name] = number
 
     def _choose_rows(self, names):
         """Return a row for each name: the row that it has, or else a free one."""
+        rows = {name: find_row(number, self.model) for name, number in self.items()}
         n_most = 1 + len(self) + len(names)
-        free = iter(sorted(set(range(1, n_most)) - set(self.values())))
-        rows = {}
-        for name in names:
-            rows[name] = self[name] if name in self else next(free)
-        return rows
+        free = iter(sorted(set(range(1, n_most)) - set(rows.values())))
+        return {name: rows[name] if name in rows else next(free) for name in names}
 
     def __missing__(self, name):
         nearest = difflib.get_close_matches(str(name), self, n=1, cutoff=0)

@@ -8,6 +8,7 @@ from os.path import realpath
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
+from minia3.model.adapter_rows import find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
 
@@ -17,10 +18,10 @@ def row_of(model, adapter):
 
     The rows are views: changing one changes the model. Raise ValueError if there is no such row.
     """
-    if type(adapter) is not int or not 0 <= adapter < model.n_adapters:
-        expected = f"the model has rows 0 to {model.n_adapters - 1}"
-        raise ValueError(f"adapter {adapter!r} is not an int, or out of range: {expected}")
-    return {name: vector.detach()[adapter] for name, vector in vectors(model).items()}
+    if type(adapter) is not int:
+        raise ValueError(f"adapter {adapter!r} is not an int")
+    row = find_row(adapter, model)
+    return {name: vector.detach()[row] for name, vector in vectors(model).items()}
 
 
 def save_adapter(model, folder, adapter=0):

@@ -25,6 +25,7 @@ from minia3.checkpoints.layout import (
     shard_names,
 )
 from minia3.files.read import one_line
+from minia3.files.write import finish_writing
 
 # Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
 # (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
@@ -44,7 +45,10 @@ def find(name_or_path, weights=True):
     row = known_model(name_or_path)
     repo = row.repo if row else str(name_or_path)  # for the embedded model, repo is a folder
     path = Path(repo)
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir():
+        finish_writing(path)
+        return path
+    if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_file() or not HUB_ID.fullmatch(repo):
         hint = nearest_name(repo) or f". Known names: {', '.join(KNOWN_MODELS)}"
@@ -63,6 +67,8 @@ def find_adapter(name_or_path):
         or the download fails.
     """
     path = Path(name_or_path)
+    if path.is_dir():
+        finish_writing(path)
     if path.exists():
         return path
     if not HUB_ID.fullmatch(str(name_or_path)):

@@ -1,7 +1,8 @@
 """Arguments that several commands share, and the functions that load what they name."""
 
 import argparse
-import os
+
+from minia3.files.write import is_free
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
 
@@ -38,10 +39,7 @@ def add_device_options(parser):
 
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
-    is_taken = os.path.isfile(path)
-    if os.path.isdir(path):
-        is_taken = any(not name.startswith(".") for name in os.listdir(path))
-    if is_taken:
+    if not is_free(path):
         raise argparse.ArgumentTypeError(f"{path} exists and is not empty: give a new folder")
     return path
 

@@ -132,7 +132,8 @@ def read_results(folders):
         names = ", ".join(missing)
         notes.append(f"{len(missing)} left out, because metrics.jsonl has no result: {names}")
     if not results:
-        raise ValueError(f"no run has a result: {notes[0]:.300}")
+        reason = notes[0] if notes else "train.py wrote none of the folders"
+        raise ValueError(f"no run has a result: {reason:.300}")
 
     label_results(results)
     tell_data_apart(results)
@@ -192,7 +193,7 @@ def errors_in_one_line(folder):
         raise ValueError(f"{folder}: expected a run of train.py: {error}") from None
     except KeyError as error:
         raise ValueError(f"{folder}: expected a run of train.py: {error} is missing") from None
-    except (TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"  # the text alone may say too little
         raise ValueError(f"{folder}: expected a run of train.py: {reason}") from None
 
@@ -247,7 +248,7 @@ def read_result(run, final):
         model=str(final["model"]),
         task=name_column(final),
         method=method,
-        seed=final.get("seed", run.config["seed"]),
+        seed=int(final.get("seed", run.config["seed"])),
         accuracies=accuracies,
         n_trainable=n_trainable,
         n_steps=n_steps,

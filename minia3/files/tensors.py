@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
+from minia3.files.pickles import check_storages
 from minia3.files.read import reading
 
 # The names that safetensors and GGUF give to the floats. A model's weights have one of these types.
@@ -64,6 +65,7 @@ def torch_entries(file):
     A file in torch's old format is not a zip archive. It cannot be mapped, so it is read as a
     whole.
     """
+    check_storages(file)
     is_mapped = zipfile.is_zipfile(file)
     # weights_only refuses a pickle that would run code.
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)

@@ -9,28 +9,30 @@ and the protocol relies on this.
 
     1. lock the folder (.lock)            a second writer gets a ValueError
     2. write everything to .writing/      whatever fails here leaves the folder as it was
-    3. remove the old config              only if more than one file of the folder will change
-    4. remove stale files                 left by the old checkpoint, not written by the new one
-    5. rename the new files               the config comes last
-    6. remove .writing/ and .lock         after a failure, too
+    3. rename .writing/ to .written/      from now on, the new checkpoint counts
+    4. remove the old config              only if more than one file of the folder will change
+    5. remove stale files                 left by the old checkpoint, not written by the new one
+    6. rename the new files               the config comes last
+    7. remove .written/ and .lock
 
-A kill leaves .writing/ behind, which the next writer removes, and .lock, which the system has
-released. What a reader finds in the folder depends on the moment of the kill:
+A kill leaves .writing/ or .written/ behind. The next writer removes .writing/. If there is a
+.written/, the next reader or writer of ours finishes steps 4 to 7 (`finish_writing`). So a kill at
+any moment leaves the old checkpoint or the new one, and never a mixture. A program that knows
+nothing of .written/, such as transformers, finds
 
-    before step 3                                           the old checkpoint
-    from step 3 until the config is renamed (milliseconds)  no config, so loaders refuse the folder
+    before step 4                                           the old checkpoint
+    from step 4 until the config is renamed (milliseconds)  no config, so it refuses the folder
     after the config is renamed                             the new checkpoint
 
-The folder is never a mixture of both. If only one file changes, step 3 is left out, because one
-rename leads from the old checkpoint to the new one. The protocol has two limits. First, files that
-are written without a config, such as the files of a tokenizer, are renamed one after the other, and
-a kill can come in between. Second, the protocol guards against a kill but not against a power
-failure, because it does not wait until the files are on the disk. (`replacing` waits.)
+If only one file changes, step 4 is left out, because one rename leads from the old checkpoint to
+the new one. The protocol guards against a kill but not against a power failure, because it does not
+wait until the files are on the disk. (`replacing` waits.)
 """
 
 import filecmp
 import json
 import os
+import re
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -42,8 +44,11 @@ from minia3.files.lock import lock_folder
 from minia3.files.read import one_line
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
-HIDDEN_FOLDER = ".writing"
+WRITING = ".writing"  # the folder of files that are being written
+WRITTEN = ".written"  # the folder of files that are complete, and on their way to their places
+STALE_FILE = ".stale"  # in WRITTEN: the names of the files to remove
 LOCK_FILE = ".lock"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yields
 
 
 @contextmanager
@@ -64,6 +69,16 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder):
+    """Remove the temporary files that killed processes left in a folder and its sub-folders.
+
+    The caller holds the lock of the folder, so no process is writing them.
+    """
+    for path in Path(folder).rglob(".*"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def writing_folder(folder, replaces=()):
     """Yield a hidden folder inside `folder`; at the end, move the files written there to `folder`.
@@ -77,26 +92,69 @@ def writing_folder(folder, replaces=()):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    hidden = folder / HIDDEN_FOLDER
+    hidden = folder / WRITING
     with lock_folder(folder, LOCK_FILE):
         try:
-            shutil.rmtree(hidden, ignore_errors=True)  # a killed process may have left it
+            move_into_place(folder)  # what a killed process had completed
+            shutil.rmtree(hidden, ignore_errors=True)  # what a killed process had begun
             hidden.mkdir()
             with disk_errors(folder):
                 yield hidden
-            move_into_place(hidden, folder, replaces)
+                stale = stale_names(folder, replaces, os.listdir(hidden))
+                (hidden / STALE_FILE).write_text(json.dumps(stale), encoding="utf-8")
+            os.replace(hidden, folder / WRITTEN)
+            move_into_place(folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
             (folder / LOCK_FILE).unlink(missing_ok=True)
 
 
-def move_into_place(hidden, folder, replaces):
-    """Replace the files in `folder` with the files in `hidden` (steps 3 to 5 of the protocol)."""
-    names = os.listdir(hidden)
+def finish_writing(folder):
+    """Move files into place that a killed process had written completely, if there are any.
+
+    Whoever reads a folder calls this first. Raise ValueError if the files cannot be moved.
+    """
+    folder = Path(folder)
+    if not (folder / WRITTEN).exists():
+        return
+    try:
+        with lock_folder(folder, LOCK_FILE):
+            move_into_place(folder)
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        killed = "a process was killed while it replaced the files of this folder"
+        raise ValueError(f"{folder}: {killed}, and they cannot be moved: {error}") from None
+
+
+def is_free(path):
+    """Return whether nothing is lost if a command writes a new folder here.
+
+    There is nothing, an empty folder (hidden files do not count), or what a killed command left.
+    """
+    path = Path(path)
+    if path.is_file():
+        return False
+    if not path.is_dir() or (path / WRITTEN).exists():
+        return True
+    return all(name.startswith(".") for name in os.listdir(path))
+
+
+def move_into_place(folder):
+    """Replace the files of `folder` with those in .written/, if there are any (steps 4 to 7).
+
+    If a kill interrupts this, a second call does the rest.
+    """
+    written = folder / WRITTEN
+    if not written.exists():
+        return
+    names = os.listdir(written)
+    stale = []
+    if STALE_FILE in names:
+        names.remove(STALE_FILE)
+        stale = json.loads((written / STALE_FILE).read_text(encoding="utf-8"))
     new_configs = [name for name in names if name in CONFIGS]
     new_others = [name for name in names if name not in CONFIGS]
-    stale = stale_names(folder, replaces, names)
-    if count_changes(hidden, folder, names, stale) > 1:
+    if count_changes(written, folder, names, stale) > 1:
         for name in new_configs:
             (folder / name).unlink(missing_ok=True)
     for name in stale:
@@ -104,8 +162,9 @@ def move_into_place(hidden, folder, replaces):
     for name in new_others + new_configs:
         # safetensors creates files that only their owner may read. The folder has the usual
         # permissions, so the files get them from it.
-        (hidden / name).chmod(hidden.stat().st_mode & 0o666)
-        os.replace(hidden / name, folder / name)
+        (written / name).chmod(written.stat().st_mode & 0o666)
+        os.replace(written / name, folder / name)
+    shutil.rmtree(written)
 
 
 def stale_names(folder, replaces, names):
@@ -116,9 +175,9 @@ def stale_names(folder, replaces, names):
     return sorted(found.difference(names))
 
 
-def count_changes(hidden, folder, names, stale):
+def count_changes(written, folder, names, stale):
     """Return how many files of `folder` change. (A file does not if its bytes stay the same.)"""
-    same, _, _ = filecmp.cmpfiles(hidden, folder, names, shallow=False)
+    same, _, _ = filecmp.cmpfiles(written, folder, names, shallow=False)
     return len(names) - len(same) + len(stale)
 
 

@@ -86,6 +86,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.n_adapters = n_adapters
+        self.generations = {}  # of rows: see adapter_rows.py
         self.embed = Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -103,7 +104,7 @@ class Llama(nn.Module):
         The padding may be anywhere. `state.start` is that last token, which is not in the cache
         yet. The arguments and the errors are those of T5.start.
         """
-        adapter_B = check_start(source, mask, adapter, self.n_adapters)
+        adapter_B = check_start(source, mask, adapter, self)
         if mask is None:
             packing = NO_PACKING
             mask_BL = None

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minia3.model.adapter_rows import find_row
 from minia3.model.packing import NO_PACKING
 
 ROOM = 64  # spare columns that a cache gets when it grows, so that most steps copy nothing
@@ -231,11 +232,11 @@ def mask_to_bias(mask, dtype):
     return bias.masked_fill(~mask, float("-inf"))
 
 
-def check_start(source_BM, mask_BM, adapter, n_adapters):
+def check_start(source_BM, mask_BM, adapter, model):
     """Check the arguments of `start`, and return adapter_B: (B,) long, or (1,) for the whole batch.
 
     Raise ValueError if the source is empty, if the mask has the wrong shape or dtype, if a row has
-    no real token, or if an adapter is negative or does not exist.
+    no real token, or if an adapter does not exist or was removed (see adapter_rows.py).
     """
     if source_BM.dim() != 2 or 0 in source_BM.shape:
         expected = "source must be (batch, length) ids with at least one token"
@@ -244,15 +245,13 @@ def check_start(source_BM, mask_BM, adapter, n_adapters):
         check_mask(mask_BM, tuple(source_BM.shape))
     if adapter is None:
         adapter = 0
-    rows = torch.as_tensor(adapter)
-    is_integer = rows.dtype in (torch.int64, torch.int32)
-    if not is_integer or rows.shape not in ((), source_BM.shape[:1]):
+    numbers = torch.as_tensor(adapter)
+    is_integer = numbers.dtype in (torch.int64, torch.int32)
+    if not is_integer or numbers.shape not in ((), source_BM.shape[:1]):
         expected = f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long"
         raise ValueError(f"{expected}, found {adapter!r}")
-    if not all(0 <= row < n_adapters for row in rows.flatten().tolist()):
-        expected = f"the model has rows 0 to {n_adapters - 1}"
-        raise ValueError(f"adapter {adapter!r} is out of range: {expected}")
-    return rows.long().reshape(-1).to(source_BM.device)
+    rows = [find_row(number, model) for number in numbers.flatten().tolist()]
+    return torch.tensor(rows, device=source_BM.device)
 
 
 def check_mask(mask_BM, shape):

@@ -123,6 +123,7 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.n_adapters = n_adapters
+        self.generations = {}  # of rows: see adapter_rows.py
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, False, n_adapters)
         self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
@@ -137,7 +138,7 @@ class T5(nn.Module):
         the vectors), an int for all rows, or (B,) long. `state.start` is the decoder's start token.
         Raise ValueError if the source or a row of it is empty, or if an adapter does not exist.
         """
-        adapter_B = check_start(source, mask, adapter, self.n_adapters)
+        adapter_B = check_start(source, mask, adapter, self)
 
         x = self.embed(source)
         packing = NO_PACKING

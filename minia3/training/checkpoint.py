@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minia3.files.pickles import check_checksums, check_storages
 from minia3.files.read import reading
 from minia3.files.write import replacing
 
@@ -52,6 +53,8 @@ def load_checkpoint(folder):
     if not path.exists():
         return None
     with reading(path, DAMAGED):
+        check_checksums(path)
+        check_storages(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(values, dict):
             raise TypeError("not the state of a run")
@@ -81,8 +84,16 @@ def copy_values(parameters):
 
 
 def set_values(parameters, saved):
-    """Copy saved values into parameters in place, because views and optimizers refer to them."""
+    """Copy saved values into parameters in place, because views and optimizers refer to them.
+
+    Without saved values, nothing changes. Raise KeyError or TypeError if these are the values of
+    other parameters.
+    """
+    if saved and saved.keys() != parameters.keys():
+        raise KeyError(f"{len(saved)} parameters, expected {len(parameters)}")
     for name, value in saved.items():
+        if value.shape != parameters[name].shape:
+            raise TypeError(f"{name} has the shape {tuple(value.shape)}")
         parameters[name].data.copy_(value)
 
 

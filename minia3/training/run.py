@@ -6,6 +6,7 @@ from pathlib import Path
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
+from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import DAMAGED, Checkpoint, load_checkpoint, save_checkpoint
 from minia3.training.run_folder import Metrics, begin_run, default_folder, discard_run, record_data
 from minia3.training.signals import Stopped
@@ -35,6 +36,7 @@ class Run:
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
+            remove_leftovers(self.folder)
             saved = load_checkpoint(self.folder)
         elif config.out is not None or not config.eval_only:
             folder = Path(config.out or default_folder(config))

@@ -17,6 +17,7 @@ from minia3.adapters.named_rows import Adapters
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import row_of, save_adapter
 from minia3.cli.info import info
+from minia3.model.adapter_rows import GENERATION
 
 BOTH = ["t5-v1.1", "llama-gqa"]
 SOURCE = tokens(4, 7)
@@ -137,11 +138,34 @@ def test_a_name_can_be_replaced_and_removed_and_its_row_is_used_again(loaded, fo
     assert same(row_of(model, row), read_adapter(folder / "a3").vectors)
     adapters.remove("a1")
     assert list(adapters) == ["a0", "a2"]
-    assert all((x == 1).all() for x in row_of(model, row).values())
+    assert all((vector[row] == 1).all() for vector in minia3.vectors(model).values())
     with pytest.raises(ValueError, match="no adapter 'a1'"):
         adapters.rows(["a1"])
     adapters.load("new", folder / "a1")
-    assert (adapters.rows(["new"]).item(), model.n_adapters) == (row, 4)
+    assert (adapters.rows(["new"]).item() % GENERATION, model.n_adapters) == (row, 4)
+    assert same(row_of(model, adapters["new"]), read_adapter(folder / "a1").vectors)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_rows_that_were_asked_for_before_a_name_was_removed_are_refused(loaded, folders, name):
+    """They would give the answers of whoever has the row now."""
+    folder = folders(name, 3)
+    model = loaded(name)
+    adapters = Adapters(model)
+    adapters.load_folder(folder)
+    names = ["a1", None, "a0", "a2"]
+    old_rows = adapters.rows(names)
+    expected = logits(model, SOURCE, MASK, TARGET, old_rows)
+    adapters.remove("a1")
+    with pytest.raises(ValueError, match="the adapter of row 2 was removed"):
+        model.start(SOURCE, MASK, old_rows)
+    adapters.load("a1", folder / "a1")  # into the same row
+    with pytest.raises(ValueError, match="the adapter of row 2 was removed"):
+        model.start(SOURCE, MASK, old_rows)
+    with pytest.raises(ValueError, match="the adapter of row 2 was removed"):
+        row_of(model, old_rows[0].item())
+    assert torch.equal(logits(model, SOURCE, MASK, TARGET, adapters.rows(names)), expected)
+    model.start(SOURCE, MASK, old_rows[[1, 1, 2, 3]])  # the others are where they were
 
 
 def test_a_partial_adapter_in_a_used_row_leaves_nothing_of_the_old_one(loaded, folders, tmp_path):

@@ -315,6 +315,12 @@ def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_pat
         ("metrics.jsonl", json.dumps(FINAL | {"steps": float("inf")}), "OverflowError"),
         ("metrics.jsonl", '{"event": "train", "step": 1}\n' + json.dumps(FINAL), "is missing"),
         ("metrics.jsonl", "[" * 100_000, "RecursionError"),
+        ("metrics.jsonl", json.dumps(FINAL | {"seed": [0]}), "int() argument"),
+        (
+            "metrics.jsonl",
+            json.dumps(TRAIN | {"step": 0}) + "\n" + json.dumps(FINAL),
+            "ZeroDivisionError",
+        ),
     ],
 )
 def test_a_damaged_file_is_reported_in_one_line(tmp_path, name, content, expected):
@@ -330,6 +336,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"expected a run of train\.py, or a folder of runs"):
             read_results([folder])
+
+
+def test_a_folder_of_nothing_but_other_folders_has_no_result(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match=r"no run has a result: train\.py wrote none"):
+        read_results([tmp_path])
 
 
 def test_a_folder_of_train_py_is_read(tmp_path):

@@ -9,7 +9,13 @@ import pytest
 import torch
 from running import at_line, contents, fails, kill_self, model, resume, run, words
 
-from minia3.training.checkpoint import LAYOUT, Checkpoint, load_checkpoint, save_checkpoint
+from minia3.training.checkpoint import (
+    LAYOUT,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_values,
+)
 
 
 @pytest.mark.parametrize("damage", ["half", "html", "empty"])
@@ -20,6 +26,26 @@ def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys):
     broken = {"half": whole[: len(whole) // 2], "html": b"<html>", "empty": b""}[damage]
     (out / "checkpoint.pt").write_bytes(broken)
     fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
+
+
+def test_a_byte_that_changed_is_found_by_the_checksums(tmp_path):
+    """A wrong number in a vector or in the optimizer's state would go unnoticed otherwise."""
+    vector = torch.full((64,), 1.5)
+    save_checkpoint(tmp_path, Checkpoint(group={"vector": vector}))
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(vector.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the checksum of the record .* is wrong"):
+        load_checkpoint(tmp_path)
+
+
+def test_values_of_other_parameters_are_not_taken():
+    parameters = {"a": torch.nn.Parameter(torch.ones(2, 3))}
+    for saved in ({"a": torch.zeros(1, 3)}, {"b": torch.zeros(2, 3)}):
+        with pytest.raises((KeyError, TypeError)):
+            set_values(parameters, saved)
+    assert bool((parameters["a"] == 1).all())
 
 
 @pytest.mark.parametrize("change", [{"n_bytes": -1}, {"n_bytes": "9"}, {"n_done": None}, {"x": 1}])

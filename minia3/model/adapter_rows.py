@@ -1,0 +1,39 @@
+"""Which row of the vectors a number means, and whether the row still belongs to the same adapter.
+
+A server gives the row of a removed adapter to the next one (minia3.Adapters). Whoever still held
+the number of the row would then get the answers of another adapter. So the number of a row has a
+second part, its generation: how many adapters had the row before.
+
+    number = row + GENERATION * generation
+
+In a model whose adapters never leave, all generations are 0, and a number is just a row.
+"""
+
+GENERATION = 2**32
+
+
+def number_of(row, model):
+    """Return the number that now means a row."""
+    return row + GENERATION * model.generations.get(row, 0)
+
+
+def give_up(row, model):
+    """Begin the next generation of a row. Numbers that were handed out before become invalid."""
+    model.generations[row] = model.generations.get(row, 0) + 1
+
+
+def find_row(number, model):
+    """Return the row that a number means.
+
+    Raise ValueError if there is no such row, or if its adapter was removed since.
+    """
+    generation, row = divmod(number, GENERATION)
+    if generation < 0 or row >= model.n_adapters:
+        expected = f"the model has rows 0 to {model.n_adapters - 1}"
+        raise ValueError(f"adapter {number!r} is out of range: {expected}")
+    if generation != model.generations.get(row, 0):
+        raise ValueError(
+            f"adapter {number!r}: the adapter of row {row} was removed, and the row may belong to "
+            "another one: ask for the rows again, with Adapters.rows"
+        )
+    return row
