@@ -30,18 +30,21 @@ from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
+from minia3.model.quantized import QUANTIZED, is_quantizable
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
 
 
-def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
+def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1, quantize=None):
     """Return a T5 or a Llama with its weights and `n_adapters` adapters of ones, in eval mode.
 
     name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
         a known name (`t5-base`) or a hub id (`org/name`).
     dtype: None keeps the stored dtype, except that float16 T5 and quantized GGUF become float32.
         The vectors are float32 in any case.
+    quantize: "int8" or "nf4" keeps the linears of the blocks in 8 or 4 bits (quantized.py). Each
+        weight is quantized as soon as it is read, so the whole model is never in memory.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
     ValueError if the name leads nowhere, if files cannot be read, or if tensors do not fit the
@@ -49,10 +52,12 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1):
     """
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
+    if quantize not in (None, *QUANTIZED):
+        raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
     for name, (_, entry) in stored.items():
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
-        place_parameter(model, name, weight)
+        place_weight(model, name, weight, quantize)
     for name, vector in vectors(model).items():
         identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
         place_parameter(model, f"{name}.scale", identity)
@@ -190,6 +195,18 @@ def stored_dtype(stored, is_t5):
     if is_t5 and dtype == torch.float16:
         return torch.float32
     return dtype
+
+
+def place_weight(model, name, weight, quantize):
+    """Put a weight of the base into the model, quantized if it belongs to a linear of a block."""
+    module_name = name.removesuffix(".weight")
+    module = model.get_submodule(name.rpartition(".")[0])
+    if quantize is None or module_name == name or not is_quantizable(module_name, module):
+        place_parameter(model, name, weight)
+        return
+    parent, _, attribute = module_name.rpartition(".")
+    linear = QUANTIZED[quantize].from_weight(weight, module.bias)
+    setattr(model.get_submodule(parent), attribute, linear)
 
 
 def place_parameter(model, name, tensor, requires_grad=True):
