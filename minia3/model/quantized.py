@@ -60,9 +60,13 @@ class QuantizedLinear(nn.Module):
         """Return the linear with the weight (O, I), quantized on the device that it is on."""
         return cls(*cls.quantize(weight_OI), bias)
 
-    def weight(self, dtype):
-        """Return the weight (O, I) that the codes and scales mean."""
-        return self.dequantize(self.codes, self.scales, dtype)
+    def to_linear(self, dtype):
+        """Return a plain linear with the weight (O, I) that the codes and scales mean."""
+        weight_OI = self.dequantize(self.codes, self.scales, dtype)
+        linear = nn.Linear(*weight_OI.T.shape, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+        linear.bias = self.bias
+        return linear
 
 
 class Int8Linear(QuantizedLinear):
@@ -114,6 +118,22 @@ class NF4Linear(QuantizedLinear):
 
 # What `load_model(quantize=...)` accepts.
 QUANTIZED = {"int8": Int8Linear, "nf4": NF4Linear}
+
+
+def quantized_linears(model):
+    """Return name -> QuantizedLinear for those of a model."""
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            linears[name] = module
+    return linears
+
+
+def dequantize(model, dtype):
+    """Replace the quantized linears of a model by plain ones of a dtype."""
+    for name, linear in quantized_linears(model).items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, linear.to_linear(dtype))
 
 
 def is_quantizable(name, module):
