@@ -48,6 +48,7 @@ class QuantizedLinear(nn.Module):
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = bias
+        self.out_features = len(codes)
 
     def forward(self, x):
         y = Product.apply(x, self.codes, self.scales, self.dequantize)
