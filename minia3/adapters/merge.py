@@ -36,9 +36,10 @@ N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 ti
 def merge(model, adapter=0):
     """Return a new model with row `adapter` folded into its weights, and one row of ones.
 
-    A LoRA is folded in, too. A quantized base stays quantized (merge_quantized.py). `model` stays as it is, and shares the tensors that do not change with
-    the new one. The new model has no name, because adapters that are trained on it are not adapters
-    of the base. Raise ValueError if there is no such row, or if a product is not finite.
+    A LoRA is folded in, too. A quantized base stays quantized (merge_quantized.py).
+    `model` stays as it is, and shares the tensors that do not change with the new one. The new
+    model has no name, because adapters that are trained on it are not adapters of the base. Raise
+    ValueError if there is no such row, or if a product is not finite.
     """
     row = row_of(model, adapter)
     if quantized_linears(model):
