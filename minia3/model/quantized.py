@@ -106,13 +106,14 @@ class NF4Linear(QuantizedLinear):
         from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 
         n_outputs, n_codes = codes_OC.shape
+        known_dtype = torch.float32 if dtype == torch.float64 else dtype
         state = QuantState(
             absmax=scale_ON.flatten(),
             shape=torch.Size((n_outputs, 2 * n_codes)),
             code=get_4bit_type("nf4", device=codes_OC.device),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
-            dtype=torch.float32 if dtype == torch.float64 else dtype,  # it knows no float64
+            dtype=known_dtype,
         )
         return dequantize_4bit(codes_OC.reshape(-1, 1), state).to(dtype)
 
