@@ -11,166 +11,38 @@ The loop is `train`, and the functions after it call it. It runs the model throu
 minia3/model/ia3.py.
 """
 
-import shlex
 import sys
-from dataclasses import dataclass
 
-import torch
+from minia3.files.program import begin
+from minia3.training.command_line import answer_mistakes
+from minia3.training.command_lines import SCRIPT
+
+if __name__ == "__main__":
+    # Before torch is imported, which takes seconds: Ctrl-C, --help, and mistakes in the flags.
+    begin("train.py")
+    answer_mistakes(sys.argv[1:], SCRIPT)
 
 from minia3.inference.scoring import choice_logprobs
-from minia3.model.more_vectors import LINEARS, SITE_NAMES
-from minia3.training.announce import announce_device, announce_group
-from minia3.training.device import (
-    DTYPES,
-    choose_device,
-    choose_dtype,
-    use_deterministic_kernels,
+from minia3.training.announce import (
+    announce_device,
+    announce_extension,
+    announce_finished,
+    announce_group,
 )
-from minia3.training.flags import flag, parse_flags
-from minia3.training.grid import make_cells
+from minia3.training.choices import TRAINED_ALONE
+from minia3.training.config import Config
+from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
+from minia3.training.grid import make_cells, set_steps
 from minia3.training.group import Group
-from minia3.training.losses import LOSSES
-from minia3.training.methods import METHODS, TRAINED, TRAINED_ALONE, save_trained
+from minia3.training.methods import save_trained
 from minia3.training.model_card import write_card
-from minia3.training.optimizer import OPTIMIZERS, learning_rate
+from minia3.training.optimizer import learning_rate
+from minia3.training.prepare import check_model
 from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
-from minia3.training.rules import check_config
-from minia3.training.run import Failed, Run
-from minia3.training.run_folder import restore_flags
-from minia3.training.signals import Signals, Stopped
-
-
-@dataclass
-class Config:
-    """The flags of a run. `python train.py --help` prints these texts."""
-
-    # What is trained, and on what
-    model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
-    task: str | tuple = flag(
-        "same-colour",
-        "known task (rte ...), .jsonl or .csv file, or folder; commas separate several tasks",
-    )
-    method: str = flag(
-        "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS
-    )
-    sites: str = flag(
-        "k,v,ff", "vectors that train; q,o,up,gate are not in the paper", some_of=SITE_NAMES
-    )
-    layers: str = flag(
-        "0-", "layers whose vectors train, such as 0-5,20-; for T5, of the encoder and the decoder"
-    )
-    no_cross: bool = flag(False, "do not train the vectors of cross-attention")
-    rank: int = flag(8, "rank of LoRA", at_least=1)
-    alpha: int = flag(16, "scale of LoRA, which adds alpha / rank * B A to a weight", at_least=1)
-    where: str = flag(
-        "q,v", "weights that LoRA is added to: some of q,k,v,o,gate,up,down", some_of=LINEARS
-    )
-    shots: int | None = flag(
-        None, "train on T-Few's few-shot split of this size (default: all rows)", at_least=1
-    )
-    adapters: str = flag(
-        "each",
-        "for several tasks: each (an adapter per task) or one (an adapter for their mixture)",
-        one_of=("each", "one"),
-    )
-    cap: int = flag(2**16, "a mixture draws a larger task as if it had this many rows", at_least=1)
-    seed: int | tuple = flag(
-        0,
-        "seed of shots, order, prompts and dropout; commas separate several seeds",
-        at_least=0,
-        below=2**32,
-    )
-    adapter: str | None = flag(
-        None,
-        "PEFT adapter to start from, or to evaluate (default: none, so all vectors are one)",
-        also=["--init"],
-    )
-    eval_only: bool = flag(False, "evaluate and stop; nothing is written unless --out is given")
-
-    # Where the data, the run and the model are
-    data_dir: str = flag("data", "folder of tasks; missing files are downloaded into it")
-    out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
-    resume: str | None = flag(
-        None, "continue the run in this folder, with its flags (default: a new run)"
-    )
-    device: str | None = flag(None, "cpu, cuda, cuda:1 ... (default: a CUDA GPU if there is one)")
-    dtype: str | None = flag(
-        None,
-        "float32, bfloat16 or float64 weights (default: bfloat16 on a GPU, but float32 for full "
-        "and on a CPU)",
-        one_of=tuple(DTYPES),
-    )
-    compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
-    recompute: bool = flag(
-        False, "recompute blocks in the backward pass: less memory, slower steps"
-    )
-    deterministic: bool = flag(
-        False, "use deterministic kernels: on a GPU, too, equal runs give equal bits"
-    )
-
-    # The recipe, with T-Few's values
-    steps: int = flag(1000, "steps of the optimizer", at_least=1)
-    batch_size: int = flag(8, "examples per step and adapter", at_least=1)
-    micro_batch_size: int | None = flag(
-        None, "examples per forward pass, to save memory (default: the whole batch)", at_least=1
-    )
-    optimizer: str | None = flag(
-        None,
-        "adafactor or adamw (default: adafactor for ia3, adamw for lora and full)",
-        one_of=OPTIMIZERS,
-    )
-    lr: float | tuple = flag(
-        3e-3,
-        "peak learning rate; with adafactor, relative to a vector's RMS; commas separate several",
-        above=0,
-        below=1e32,
-    )
-    warmup_ratio: float | tuple = flag(
-        0.06,
-        "share of the steps in which the learning rate rises; commas separate several",
-        at_least=0,
-        below=1,
-    )
-    clip: float = flag(1.0, "largest norm of an adapter's gradient", above=0)
-    weight_decay: float = flag(
-        0.0,
-        "weight decay of adamw; it pulls vectors toward 0, although 1 is the identity",
-        at_least=0,
-    )
-    losses: str = flag(
-        "lm,ul,ln",
-        "losses to add up: lm likelihood, ul unlikelihood, ln length-normalised",
-        some_of=tuple(LOSSES),
-    )
-    dropout: float | None = flag(
-        None, "dropout in training (default: as the model's config says)", at_least=0, below=1
-    )
-
-    # Evaluation and checkpoints
-    max_length: int = flag(
-        512, "most tokens of an input; a longer input loses words from its middle", at_least=1
-    )
-    max_new_tokens: int = flag(64, "most tokens to generate for a row with a target", at_least=1)
-    eval_prompt: str | int = flag(
-        "0", "prompts to evaluate with: 0, or 0,1,2, or all; the result is the median"
-    )
-    eval_batch_size: int = flag(16, "rows per forward pass in evaluation", at_least=1)
-    eval_every: int = flag(
-        0,
-        "steps between evaluations on held-out rows, which choose the best vectors (0: never)",
-        at_least=0,
-    )
-    patience: int = flag(
-        0,
-        "stop after this many evaluations in a row without a better one (0: never)",
-        at_least=0,
-    )
-    save_every: int = flag(100, "steps between checkpoints", at_least=1)
-
-    @property
-    def is_training(self):
-        return self.method in TRAINED and not self.eval_only
+from minia3.training.run import Run
+from minia3.training.start import run_command_line
+from minia3.training.step_memory import check_memory
 
 
 def train(run, group, config):
@@ -186,7 +58,7 @@ def train(run, group, config):
         while True:
             # From time to time, evaluate on held-out rows. Each cell keeps its best vectors.
             if log.evaluation_is_due():
-                results = {cell: group.evaluate_held_out(cell) for cell in group.active_cells}
+                results = group.evaluate_active()  # cell -> its results
                 with run.uninterrupted():
                     for cell, cell_results in results.items():
                         cell.keep_if_best(cell_results)
@@ -200,12 +72,14 @@ def train(run, group, config):
                 log.start_step()
                 model.train()
                 batch = group.next_batch()
-                # Forward and backward, in parts if --micro-batch-size says so.
-                for part in batch.split(config.micro_batch_size):
-                    logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                    losses = part.losses(logp_BCL)  # cell -> its loss on its examples in this part
-                    sum(losses.values()).backward()
-                    log.add_losses(losses)
+                # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
+                # yet, so who presses Ctrl-C twice gives up this step, and nothing else.
+                with run.giving_up(group):
+                    for part in batch.split(config.micro_batch_size):
+                        logp_BCL = choice_logprobs(model, part.batch, part.row_B)
+                        losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
+                        sum(losses.values()).backward()
+                        log.add_losses(losses)
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -247,20 +121,24 @@ def run_group(run, group, config, baselines):
                 run.save(group)
 
 
-def run_grid(run, config):
+def run_grid(run: Run, config: Config):
     """Run the cells that are not done yet, one group after the other, and print the report."""
     if run.is_finished:
-        print(f"{run.folder} is finished: the final lines of its metrics.jsonl are the results")
+        announce_finished(run, config)
         return
 
+    cells = make_cells(config)
+    config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
+    check_model(config.model)  # so that a wrong name is the only line
     announce_device(device, reason, dtype)
+    if run.extended_from is not None:
+        announce_extension(run.extended_from, config)
     if config.deterministic:
         use_deterministic_kernels()
-    cells = make_cells(config)
     n_cells = len(cells)
-    run.start_writing(cells)
+    run.start_writing(cells, config)
 
     # The cells of (IA)^3 share a model. Other methods change its weights, so each cell loads it.
     is_alone = config.is_training and config.method in TRAINED_ALONE
@@ -272,6 +150,7 @@ def run_grid(run, config):
         announce_group(group, is_first=run.n_done == 0)
         if config.is_training:
             group.draw_batches()
+            run.micro_batch_size = check_memory(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)
@@ -281,37 +160,14 @@ def run_grid(run, config):
     report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
 
 
-def main(argv=None):
-    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n."""
-    signals = Signals()
-    run = None
-    try:
-        config = parse_flags(Config, argv, __doc__)
-        if config.resume is not None:
-            config = restore_flags(config)
-        check_config(config)
-        run = Run(config, signals)
-        run_grid(run, config)
-        return 0
-    except Stopped as stop:
-        advice = ""
-        if run and run.folder:
-            command = shlex.join(["python", "train.py", "--resume", str(run.folder)])
-            advice = f"; to continue: {command}"
-        print(f"stopped{advice}", file=sys.stderr)
-        return 128 + stop.number
-    except (torch.OutOfMemoryError, Failed, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"{message:.200}: lower --micro-batch-size or --eval-batch-size"
-        print(f"train.py: {message}", file=sys.stderr)
-        if run:
-            run.discard_if_new()
-        return 2 if isinstance(error, ValueError) else 1
-    finally:
-        if run:
-            run.close()
+def main(words=None, is_program=False):
+    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n.
+
+    is_program: whether this process does nothing else, so that a signal may end it at any time.
+    """
+    words = sys.argv[1:] if words is None else words
+    return run_command_line(words, run_grid, SCRIPT, is_program)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(is_program=True))

@@ -223,8 +223,8 @@ def initial_widths(model):
     config = model.config
     widths = [
         (model.embed, 1),
-        (model.encoder.position, config.d_model),
-        (model.decoder.position, config.d_model),
+        (model.encoder.positions[0], config.d_model),
+        (model.decoder.positions[0], config.d_model),
     ]
     for module in model.modules():
         if isinstance(module, Attention):

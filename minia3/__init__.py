@@ -9,6 +9,12 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {  # public name: its module
+    "train": "minia3.training.from_python",
+    "batches": "minia3.training.own_loop",
+    "choice_logprobs": "minia3.inference.scoring",
+    "total_loss": "minia3.training.losses",
+    "Adafactor": "minia3.training.optimizer",
+    "evaluate": "minia3.inference.evaluation",
     "load_model": "minia3.checkpoints.load",
     "load_tokenizer": "minia3.checkpoints.tokenizer",
     "save_model": "minia3.checkpoints.save",

@@ -98,7 +98,7 @@ T5_FAMILIES = {
     "t0": ("T5", {**GATED, "num_heads": 5}),
     "t5-lm-adapt": ("T5", GATED),
 }
-PEERS = T5_PEERS | LLAMA_PEERS | T5_FAMILIES
+PEERS = T5_PEERS | LLAMA_PEERS
 UNTIED_FAMILIES = ("byt5", "mt0", "umt5", "flan-ul2", "t0", "t5-lm-adapt")
 OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5", *UNTIED_FAMILIES)
 
@@ -182,7 +182,7 @@ def make(name, **overrides):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kind, differences = PEERS[name]
+    kind, differences = (PEERS | T5_FAMILIES)[name]
     is_llama = name in LLAMA_PEERS
     sizes = LLAMA_SIZES if is_llama else T5_SIZES
     config_class = getattr(transformers, f"{kind}Config")

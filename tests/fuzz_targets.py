@@ -7,6 +7,7 @@ be, and share no code with minia3.
 
 import csv
 import functools
+import gzip
 import io
 import json
 import math
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save
 from small_tokenizers import field
 
@@ -36,12 +39,12 @@ from minia3.files.tensors import read_tensors
 from minia3.model.llama import Llama, LlamaConfig
 from minia3.model.t5 import T5, T5Config
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.prompts import Prompt
-from minia3.tasks.rows import read_rows
+from minia3.tasks.prompts import Prompt, render
+from minia3.tasks.row_files import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
-from minia3.training.run_folder import Metrics, read_run_config, record_data
+from minia3.training.run_folder import Metrics, check_data, read_run_config
 
 
 def check_one_line(error):
@@ -639,6 +642,28 @@ def make_csv(folder):
     (folder / "rows.csv").write_text("\r\n".join(lines))
 
 
+def make_json_list(folder):
+    make_jsonl(folder)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (folder / "rows.jsonl").unlink()
+    (folder / "rows.json").write_text(json.dumps({"version": [1, {}], "rows": rows}))
+
+
+def make_gzip(folder):
+    make_jsonl(folder)
+    content = (folder / "rows.jsonl").read_bytes()
+    (folder / "rows.jsonl").unlink()
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(content))
+
+
+def make_parquet(folder):
+    make_jsonl(folder)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (folder / "rows.jsonl").unlink()
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, folder / "rows.parquet", write_page_checksum=True)
+
+
 def check_rows(folder):
     path = next(folder.glob("rows.*"), folder / "rows.csv")
     found = [row for _, row in read_rows(path)]
@@ -648,13 +673,60 @@ def check_rows(folder):
             assert type(error) is ValueError
             check_one_line(error)
     if len(good) == len(found):
-        honest_rows = honest_json if path.suffix == ".jsonl" else honest_csv
-        assert repr(good) == repr(honest_rows(path.read_bytes()))
+        assert repr(good) == repr(HONEST_ROWS[path.suffix](path.read_bytes()))
     task = load_task(path)
     rows = [*task.train, *task.validation, *task.test]
-    assert sorted(row["input"] for row in rows) == sorted(row["input"] for row in good)
-    assert all(0 <= row["label"] < len(row.get("choices", [0])) for row in rows)
+    texts = [as_text(input_of(row)) for row in good]
+    assert sorted(row["input"] for row in rows) == sorted(texts)
+    for row in rows:
+        assert 0 <= row["label"] < len(render(task.prompts[0], row).choices)
     assert task.checksums == {path.name: sha256(path.read_bytes()).hexdigest()}
+
+
+def input_of(row):
+    """Return the value of the column "input", in upper or lower case."""
+    values = [value for name, value in row.items() if name.lower() == "input"]
+    return values[0]
+
+
+def as_text(value):
+    """Return the text that a number is read as."""
+    return value if isinstance(value, str) else str(value).removesuffix(".0")
+
+
+def honest_list(content):
+    """Return the list of objects of a .json file, which may be in an object, or be lines."""
+    try:
+        tree = json.loads(content)
+    except ValueError:
+        return honest_json(content)
+    if isinstance(tree, list):
+        return tree
+    lists = [value for value in tree.values() if isinstance(value, list)]
+    (rows,) = [rows for rows in lists if isinstance(rows[:1], list) and is_object(rows[:1])]
+    return rows
+
+
+def is_object(values):
+    return len(values) == 1 and isinstance(values[0], dict)
+
+
+def honest_gzip(content):
+    return honest_json(gzip.decompress(content))
+
+
+def honest_parquet(content):
+    rows = []
+    table = parquet.read_table(io.BytesIO(content), use_threads=False)
+    for values in table.to_pylist():
+        row = {}
+        for key, value in values.items():
+            # Without the description of its type, a text is bytes.
+            value = value.decode() if isinstance(value, bytes) else value
+            if value is not None:
+                row[key] = value
+        rows.append(row)
+    return rows
 
 
 def honest_json(content):
@@ -664,10 +736,10 @@ def honest_json(content):
 
 def honest_csv(content):
     """Read the text as a whole, by the csv module's own reader of dicts."""
-    text = io.StringIO(content.decode("utf-8-sig"), newline="")
+    text = io.StringIO(content.decode("utf-8-sig").lstrip("\r\n"), newline="")
     rows = []
     for cells in csv.DictReader(text, strict=True):
-        row = {key: cell for key, cell in cells.items() if cell}
+        row = {key.strip(): cell for key, cell in cells.items() if cell}
         if "choices" in row:
             row["choices"] = honest_choices(row["choices"])
         if any(cell.strip() for cell in cells.values()):
@@ -679,6 +751,15 @@ def honest_choices(cell):
     if cell.startswith("["):
         return json.loads(cell)
     return [choice.strip() for choice in cell.split("|")]
+
+
+HONEST_ROWS = {
+    ".jsonl": honest_json,
+    ".csv": honest_csv,
+    ".json": honest_list,
+    ".gz": honest_gzip,
+    ".parquet": honest_parquet,
+}
 
 
 MEMBERS = {f"{name}.jsonl": f"T/{name}.jsonl" for name in ("train", "val", "test")}
@@ -734,7 +815,7 @@ def make_run(folder):
 def read_run(folder):
     flags = read_run_config(folder)
     assert {"model", "task"} <= flags.keys()
-    record_data(folder, {"train.jsonl": "0"})
+    check_data(folder, {"train.jsonl": "0"})
     saved = load_checkpoint(folder)
     if saved is not None:
         assert type(saved) is Checkpoint
@@ -767,6 +848,9 @@ TARGETS = {
     "T-Few": Target(make_tfew, read_tfew, 300),
     "JSONL": Target(make_jsonl, check_rows, 500),
     "csv": Target(make_csv, check_rows, 500),
+    "JSON list": Target(make_json_list, check_rows, 500),
+    "rows in gzip": Target(make_gzip, check_rows, 300),
+    "parquet": Target(make_parquet, check_rows, 500),
     "zip": Target(make_zip, read_zip, 300),
     "run": Target(make_run, read_run, 300),
 }

@@ -84,7 +84,8 @@ OPTIONS = {
     "llama-no-prefix": LLAMA_OPTIONS | {"add_dummy_prefix": False},
     "llama-spaces-inside": LLAMA_OPTIONS | {"split_by_whitespace": False},
     "llama-user-defined": LLAMA_OPTIONS
-    | {"user_defined_symbols": "<sep>,<cls>", "control_symbols": "<ctl>"},
+    | {"user_defined_symbols": "<sep>,<cls>", "control_symbols": "<ctl>"}
+    | {"add_dummy_prefix": False},  # with a prefix, it is refused
 }
 
 

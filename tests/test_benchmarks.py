@@ -16,9 +16,9 @@ import torch
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
-from minia3.training.flags import parse_flags
+from minia3.training.command_line import parse_flags
 from minia3.training.rules import check_config
-from tests.benchmarks import growth, measure, memory, studies
+from tests.benchmarks import growth, measure, memory, rows, studies
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
@@ -192,7 +192,7 @@ def test_each_run_of_a_study_is_a_valid_command_line_with_its_own_name(name, tmp
     assert len(set(names)) == len(names) > 16
     for run_name, words in runs:
         assert Path(run_name).name == run_name
-        check_config(parse_flags(running.train.Config, words, ""))
+        check_config(running.train.Config(**parse_flags(words)))
 
 
 @pytest.mark.slow
@@ -223,6 +223,15 @@ def test_a_study_starts_runs_resumes_stopped_ones_and_skips_finished_ones(
     studies.main(words)
     assert running.metrics(tmp_path / "one")[-1]["accuracy"] == accuracy
     assert studies.is_finished(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is Linux's figure")
+def test_the_memory_of_rows_is_measured_in_every_format(capsys):
+    pytest.importorskip("pyarrow", reason="pyarrow writes parquet files")
+    rows.main(["--rows", "1000"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:]] == list(rows.FORMATS)
 
 
 @pytest.mark.slow

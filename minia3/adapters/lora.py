@@ -11,26 +11,18 @@ Shapes: (in, out) are the widths of the linear, r is the rank. A is (r, in) and 
 import torch
 from torch import nn
 
+from minia3.adapters.peft_config import check_lora_config
 from minia3.adapters.peft_files import adapter_file, write_peft
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 
-# What PEFT's config must say, or leave out, to mean the equation above.
+# What PEFT's config says about the equation above
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
-# What it must leave out: each of these changes the equation, or the places where it is applied.
-VARIANTS = (
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "alora_invocation_tokens",
-)
 
 
 class LoRA(nn.Linear):
@@ -128,7 +120,7 @@ def save_lora(model, folder, base=None):
         **PLAIN,
         "r": len(loras[0].lora_A),
         "lora_alpha": loras[0].alpha,
-        "base_model_name_or_path": hub_name(base),
+        "base_model_name_or_path": public_name(base),
         "task_type": "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM",
         "target_modules": sorted({peft_linear(name) for name in tensors}),
     }
@@ -153,27 +145,15 @@ def load_lora(model, name_or_path):
     """
     path = find_adapter(name_or_path)
     config = read_json(path / "adapter_config.json")
-    check_plain(path, config)
+    rank, alpha = check_lora_config(path, config)
     entries = read_tensors(adapter_file(path))
-    with reading(path):  # the config may lack r, or hold a text in its place
-        options = (config["r"], config["lora_alpha"], linears_with_lora(model, entries))
+    options = (rank, alpha, linears_with_lora(model, entries))
+    with reading(path):
         # A model without storage shows which names and shapes the tensors must have.
         expected = add_lora(build_model(model.config), *options)
         check_tensors(entries, expected)
     for name, parameter in add_lora(model, *options).items():
         parameter.data.copy_(entries[name].read())
-
-
-def check_plain(path, config):
-    """Raise ValueError if PEFT's config describes more than the equation above."""
-    found = []
-    for key in (*PLAIN, *VARIANTS):
-        value = config.get(key)
-        # Nothing, False or an empty dict is PEFT's default.
-        if value and value != PLAIN.get(key):
-            found.append(f"{key} {value!r}")
-    if found:
-        raise ValueError(f"{path}: expected plain LoRA, found {', '.join(found)}")
 
 
 def linears_with_lora(model, entries):

@@ -26,9 +26,10 @@ from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, place_parameter, read_checkpoint
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
+from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
-from minia3.model.more_vectors import SITES
 from minia3.model.quantized import quantized_linears
+from minia3.model.site_names import SITES
 
 N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
 
@@ -158,7 +159,7 @@ def folded_tensors(model, stored, dtype, row):
 def check_written(out, folder, tensors):
     """Raise ValueError if a tensor in `folder` does not have the bits that were written there."""
     _, written = read_checkpoint(folder)
-    for name, _, make in tensors:
+    for name, _, make in progress(tensors, total=len(tensors)):
         found = written[name].read()
         if not torch.equal(found.view(torch.uint8), make().view(torch.uint8)):
             raise ValueError(f"{out}: {name} was read back with other bits than were written")

@@ -13,8 +13,8 @@ In exact arithmetic all of these are equations. In floating point the products a
 import torch
 
 from minia3.checkpoints.load import build_model, place_parameter
-from minia3.model.more_vectors import SITES
 from minia3.model.quantized import QuantizedLinear, quantized_linears
+from minia3.model.site_names import SITES
 
 
 def merge_quantized(model, row):

@@ -16,13 +16,16 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
+from minia3.adapters.peft_config import check_ia3_config
 from minia3.adapters.vector_names import INPUT_VECTORS, PREFIX, READ, SUFFIX, WRITE, rename
 from minia3.checkpoints.hub import find_adapter
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.layout import ADAPTER_FILES
 from minia3.files.read import read_json
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.files.write import write_json, writing_folder
+
+N_SHOWN = 2  # problems that a message names; the others are counted
 
 
 class AdapterFile(NamedTuple):
@@ -39,9 +42,9 @@ def read_adapter(name_or_path):
     """Return an adapter as an AdapterFile.
 
     name_or_path: a PEFT folder, only its .safetensors or .bin file, T-Few's .pt file, or a hub id.
-    Raise ValueError if the adapter is not (IA)^3. One ValueError names everything that is wrong
-    with the tensors: an unknown name, two names for one place, a wrong shape, a dtype that is not a
-    float, an entry that is not finite.
+    Raise ValueError if the adapter is not (IA)^3. One ValueError counts everything that is wrong
+    with the tensors, and names the first problems: an unknown name, two names for one place, a
+    wrong shape, a dtype that is not a float, an entry that is not finite.
     """
     path = find_adapter(name_or_path)
     base = None
@@ -62,22 +65,24 @@ def read_adapter(name_or_path):
     if not vectors and not problems:
         problems.append("there are no vectors in it")
     if problems:
-        raise ValueError(f"{path}: not an (IA)^3 adapter: {'; '.join(problems)}")
+        raise ValueError(f"{path}: not an (IA)^3 adapter: {join_problems(problems)}")
     return AdapterFile(with_l_ff(vectors), base)
+
+
+def join_problems(problems):
+    """Return the first problems in one text, and how many more there are."""
+    shown = "; ".join(problems[:N_SHOWN])
+    n_more = len(problems) - N_SHOWN
+    return f"{shown}; and {n_more} more" if n_more > 0 else shown
 
 
 def read_base(folder):
     """Return the base model that adapter_config.json names, or None.
 
-    Raise ValueError unless it is a plain (IA)^3 adapter. Everything else in the config, such as
-    target_modules, follows from the tensors, and older versions of PEFT leave some of it out.
+    Raise ValueError unless it is a plain (IA)^3 adapter (see peft_config.py).
     """
     config = read_json(folder / "adapter_config.json")
-    kind = config.get("peft_type")
-    modules = config.get("modules_to_save")
-    if kind != "IA3" or modules:
-        expected = "expected PEFT's IA3 and no modules_to_save"
-        raise ValueError(f"{folder}: {expected}, found {kind!r} and {modules!r}")
+    check_ia3_config(folder, config)
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) else None
 
@@ -151,7 +156,7 @@ def write_adapter(folder, vectors, base=None):
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM" if is_llama else "SEQ_2_SEQ_LM",
         "inference_mode": True,
-        "base_model_name_or_path": hub_name(base),
+        "base_model_name_or_path": public_name(base),
         "revision": None,
         "modules_to_save": None,
         "target_modules": targets,

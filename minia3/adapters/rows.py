@@ -4,7 +4,7 @@ Shapes: D width of what is scaled.
 """
 
 import warnings
-from os.path import realpath
+from os.path import basename, normpath, realpath
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
@@ -70,12 +70,14 @@ def fitting_vectors(model, adapter_file, origin):
         width = widths.get(name, "none")
         if len(vector) != width:
             misfits.append(f"{name} of {len(vector)}, expected {width}")
-    if misfits:
-        found = f"{len(misfits)} vectors that do not fit this {type(model).__name__}"
-        misfit = "; ".join(misfits)
-        raise ValueError(f"{origin}: an adapter of another base: found {found}: {misfit}")
-
     name = getattr(model, "name_or_path", None)
+    if misfits:
+        trained_on = adapter_file.base or "an unknown base"
+        base = name or f"another {type(model).__name__}"
+        found = f"an adapter of another base: trained on {trained_on}, and the model is {base}"
+        count = f"{len(misfits)} vectors do not fit, such as {misfits[0]}"
+        raise ValueError(f"{origin}: {found}: {count}")
+
     if adapter_file.base and name and not is_same_base(adapter_file.base, name):
         message = f"{origin} was trained on {adapter_file.base}, and this model is {name}"
         warnings.warn(message, stacklevel=3)
@@ -83,5 +85,12 @@ def fitting_vectors(model, adapter_file, origin):
 
 
 def is_same_base(name, other_name):
-    """Return whether two names or paths mean one model, however they are spelled."""
-    return realpath(hub_name(name)) == realpath(hub_name(other_name))
+    """Return whether two names or paths mean one model, however they are spelled.
+
+    The file of an adapter names a local folder without its place (see `public_name`).
+    """
+    if realpath(hub_name(name)) == realpath(hub_name(other_name)):
+        return True
+    names = (normpath(name), normpath(other_name))
+    has_no_place = any(basename(path) == path for path in names)
+    return has_no_place and basename(names[0]) == basename(names[1])

@@ -1,4 +1,4 @@
-"""Render a conversation with the chat template of a checkpoint.
+"""Render a conversation with the chat template of a checkpoint, and find the assistant in its text.
 
 A model that was tuned to chat has seen conversations in one exact form, for example
 
@@ -6,14 +6,41 @@ A model that was tuned to chat has seen conversations in one exact form, for exa
     What is (IA)^3?<|im_end|>
     <|im_start|>assistant
 
-The form is a template in the language of jinja2. A template is a program that strangers wrote, so
-it runs in jinja2's sandbox. Everything here follows transformers' apply_chat_template
-(transformers/utils/chat_template_utils.py), because templates are written for it.
+The form is a template in the language of jinja2. Everything here follows transformers'
+apply_chat_template (transformers/utils/chat_template_utils.py), because templates are written for
+it. A template is a program that strangers wrote, so it runs in a process of its own within limits
+of time and memory (template_worker.py).
 """
 
+import atexit
 import json
-from datetime import datetime
-from functools import partial
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from minia3.checkpoints import template_worker
+from minia3.files.read import reading
+
+OR_BLOCKS = "or a template with {% generation %} blocks (--chat-template FILE)"
+
+
+class ChatText(NamedTuple):
+    """The text of a conversation, and the parts of it that the assistant wrote."""
+
+    text: str
+    spans: list[tuple[int, int]]  # (first character, end) of each part
+
+
+class EncodedChat(NamedTuple):
+    """A conversation as token ids."""
+
+    ids: list[int]
+    is_scored: list[bool]  # whether the assistant wrote the token
 
 
 def default_template(templates):
@@ -28,33 +55,187 @@ def default_template(templates):
     return by_name.get("default")
 
 
-def render_chat(template, messages, special_tokens):
-    """Return the text of a conversation up to the place where the answer begins.
+def read_template(path):
+    """Return the chat template in a file. Raise ValueError if there is no text in it."""
+    path = Path(path)
+    with reading(path):
+        template = path.read_text(encoding="utf-8")
+        if not template.strip():
+            raise ValueError("the file is empty, expected a chat template")
+        return template
+
+
+def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt=True):
+    """Return the text of a conversation, and the spans of the template's {% generation %} blocks.
 
     messages: [{"role": "user", "content": "Hello"}, ...]
     special_tokens: {"bos_token": "<s>", ...}. A template may use them by these names.
+    tools: descriptions of functions, as JSON schemas, for templates that offer them to the model.
+    ends_with_prompt: True ends the text with what comes before an answer.
 
-    Raise ValueError if the template refuses the messages, ImportError if jinja2 is not installed,
-    and whatever jinja2 raises.
+    Raise ValueError if the template fails, refuses the messages or goes beyond the limits of
+    template_worker.py, and ImportError if jinja2 is not installed.
     """
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    # jinja2's own tojson escapes characters for HTML, which templates do not expect.
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    return environment.from_string(template).render(
+    if not isinstance(template, str):
+        raise ValueError(f"expected a text, found {type(template).__name__}")
+    variables = {
         **special_tokens,
-        messages=messages,
-        add_generation_prompt=True,
-        tools=None,
-        documents=None,
-        raise_exception=refuse,
-        strftime_now=datetime.now().strftime,
-    )
-
-
-def refuse(message):
-    """Raise ValueError for a template. (jinja2 has no statement that raises.)"""
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": ends_with_prompt,
+    }
+    reply = worker(os.getpid()).ask({"template": template, "variables": variables})
+    if "text" in reply:
+        return ChatText(reply["text"], [tuple(span) for span in reply["spans"]])
+    name = reply["error"]
+    message = reply["message"]
+    if name == "ModuleNotFoundError":
+        raise ImportError(message)
+    if name != "ValueError":  # which a template raises on purpose, in its author's words
+        message = f"{name}: {message}"
     raise ValueError(message)
+
+
+def render_conversation(template, messages, special_tokens, tools=None):
+    """Return the whole text of a conversation, with a span for each turn of the assistant.
+
+    If the template has {% generation %} blocks, they are the spans. Otherwise a turn is what it
+    adds to the text before it. That text must end as a prompt does, and must not change when the
+    conversation goes on, because the model answers to exactly this text when it generates.
+
+    Raise ValueError if the text does change, and whatever `render_chat` raises.
+    """
+
+    def render(n_messages, ends_with_prompt):
+        part = messages[:n_messages]
+        return render_chat(template, part, special_tokens, tools, ends_with_prompt)
+
+    whole = render(len(messages), ends_with_prompt=False)
+    if whole.spans:
+        return whole
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise ValueError(
+                "the conversation begins with the assistant: expected a message of the user or "
+                f"the system first, {OR_BLOCKS}"
+            )
+        before = render(i, ends_with_prompt=True).text
+        after = render(i + 1, ends_with_prompt=False).text
+        check_growth(before, after, whole.text, i)
+        turn = without_tail(after[len(before) :], message)
+        spans.append((len(before), len(before) + len(turn)))
+    return ChatText(whole.text, spans)
+
+
+def without_tail(turn, message):
+    """Return the text of a turn without white space after its end token, such as ChatML's line
+    break. Generation has ended before it.
+    """
+    content = (message.get("content") or "").strip()
+    if content and content in turn:
+        ending = turn.partition(content)[2]
+        if not ending.strip():
+            return turn  # there is no end token, so the white space is all that ends the turn
+    return turn.rstrip()
+
+
+def check_growth(before, after, whole, i):
+    """Raise ValueError unless the prompt for message i, the text up to its end and the whole text
+    begin each other.
+    """
+    for text, longer in ((before, after), (after, whole)):
+        if not longer.startswith(text):
+            n_same = count_same(text, longer)
+            raise ValueError(
+                f"message {i}, or the text before it, changes when the conversation goes on "
+                f"({text[n_same:][:20]!r} becomes {longer[n_same:][:20]!r}), so it cannot be "
+                f"trained on: give conversations with one answer at their end, {OR_BLOCKS}"
+            )
+
+
+def count_same(text, other):
+    """Return how many characters two texts have in common at their beginning."""
+    for i, (character, other_character) in enumerate(zip(text, other, strict=False)):
+        if character != other_character:
+            return i
+    return min(len(text), len(other))
+
+
+class Worker:
+    """A process that renders templates. It starts with the first one, and again after it died."""
+
+    def __init__(self):
+        self.process = None
+        self.owner = os.getpid()
+        self.lock = threading.Lock()
+        atexit.register(self.close)
+
+    def ask(self, request):
+        """Return the reply to a request.
+
+        Raise ValueError if the process dies, as it does if it goes beyond its limits.
+        """
+        line = json.dumps(request).encode() + b"\n"
+        with self.lock:
+            self.start_if_needed()
+            try:
+                reply = self.exchange(line)
+            except BaseException:
+                # A signal came in between. The reply to this request must not answer the next one.
+                self.close()
+                raise
+            if not reply:
+                self.close()
+        if not reply:
+            raise ValueError(
+                f"the template takes more than {template_worker.MAX_SECONDS:.0f} seconds "
+                f"or {template_worker.MAX_BYTES >> 20} MB"
+            )
+        return json.loads(reply)
+
+    def exchange(self, line):
+        """Send a line, and return the reply. It is empty if the process has died."""
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except BrokenPipeError:
+            return b""
+
+    def start_if_needed(self):
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.close()
+        # Isolated (-I), so that no file of the working folder is imported in place of a package.
+        import_path = [folder for folder in sys.path if folder]
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", template_worker.__file__, json.dumps(import_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # Ctrl-C is for this process, and does not reach the other one.
+            start_new_session=True,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+        )
+
+    def close(self):
+        """End the process."""
+        if self.process is None or self.owner != os.getpid():  # a fork must not end it
+            return
+        process = self.process
+        self.process = None
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        with suppress(OSError):  # the request may not have been sent
+            process.stdin.close()
+
+
+@cache
+def worker(process_id):
+    """Return the Worker of this process. A forked process does not share that of its parent."""
+    return Worker()

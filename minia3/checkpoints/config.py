@@ -32,7 +32,7 @@ def from_hf(raw, origin="config.json"):
     if model_type in list(config_llama.DEFAULTS):
         return config_llama.from_hf(raw, origin)
     known = ", ".join([*config_t5.DEFAULTS, *config_llama.DEFAULTS])
-    raise ValueError(f"config.json: model_type is {model_type!r}, but minia3 runs only {known}")
+    raise ValueError(f"config.json: model_type is {model_type!r:.80}, but minia3 runs only {known}")
 
 
 def to_hf(config, dtype):

@@ -82,7 +82,7 @@ def unsupported(stated, supported):
     refused = []
     for key, values in supported.items():
         if stated.get(key) not in values:
-            refused.append(f"{key}={stated.get(key)!r}")
+            refused.append(f"{key}={stated.get(key)!r:.80}")
     return refused
 
 
@@ -110,10 +110,10 @@ def wrong_ids(settings, keys):
     """Return a text for each id that is not a whole number."""
     faults = []
     if not all(type(i) is int for i in settings["eos_token_id"]):
-        faults.append(f"eos_token_id is {settings['eos_token_id']!r}, expected whole numbers")
+        faults.append(f"eos_token_id is {settings['eos_token_id']!r:.80}, expected whole numbers")
     for key in keys:
         if key in settings and type(settings[key]) is not int:
-            faults.append(f"{key} is {settings[key]!r}, expected a whole number")
+            faults.append(f"{key} is {settings[key]!r:.80}, expected a whole number")
     return faults
 
 
@@ -130,7 +130,7 @@ def wrong_numbers(numbers, limits):
         kind = "a whole number" if type(least) is int else "a number"
         is_number = type(value) in (int, type(least))
         if not is_number or not least <= value <= greatest:
-            faults.append(f"{key} is {value!r}, expected {kind} from {least} to {greatest}")
+            faults.append(f"{key} is {value!r:.80}, expected {kind} from {least} to {greatest}")
     return faults
 
 

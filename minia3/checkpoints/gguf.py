@@ -280,9 +280,8 @@ def warn_of_unknown(path, metadata, known):
             unknown.append(f"{key:.80}")
     if unknown:
         shown = ", ".join(unknown[:N_SHOWN])
-        found = f"{path}: unknown keys, which are passed over: {shown}"
-        advice = "if one of them changes the model, the results are wrong"
-        warnings.warn(f"{found}; {advice}", stacklevel=2)
+        found = f"{path} has keys that minia3 does not know: {shown}"
+        warnings.warn(f"{found}: if they change the model, its results are wrong", stacklevel=2)
 
 
 def wrong_factors(factors, d_head):

@@ -10,8 +10,18 @@ needs neither.
 """
 
 import difflib
+import inspect
+import logging
+import os
 import re
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from minia3.checkpoints.known_models import KNOWN_MODELS, known_model
 from minia3.checkpoints.layout import (
@@ -22,10 +32,14 @@ from minia3.checkpoints.layout import (
     SETTINGS_FILES,
     TOKENIZER_FILES,
     WEIGHT_FILES,
+    check_adapter_folder,
+    refuse_file,
     shard_names,
 )
 from minia3.files.read import one_line
 from minia3.files.write import finish_writing
+
+LONGEST_WAIT = 600  # seconds without news of a download
 
 # Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
 # (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
@@ -42,16 +56,19 @@ def find(name_or_path, weights=True):
     Only files that are needed are downloaded, and safetensors rather than .bin. Raise ValueError if
     the name leads nowhere (the message has the nearest known name) or the download fails.
     """
+    check_is_name(name_or_path, "a model")
     row = known_model(name_or_path)
     repo = row.repo if row else str(name_or_path)  # for the embedded model, repo is a folder
     path = Path(repo)
     if path.is_dir():
         finish_writing(path)
         return path
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file():
+        if path.suffix != ".gguf":
+            refuse_file(path)
         return path
-    if path.is_file() or not HUB_ID.fullmatch(repo):
-        hint = nearest_name(repo) or f". Known names: {', '.join(KNOWN_MODELS)}"
+    if not HUB_ID.fullmatch(repo):
+        hint = nearest_name(repo) or ". `minia3 info --list` prints the known names"
         expected = "folder, .gguf file, hub id (org/name) or known name"
         raise ValueError(f"{name_or_path}: no such {expected}{hint}")
     other_files = (MERGES_FILE, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
@@ -66,15 +83,23 @@ def find_adapter(name_or_path):
     name_or_path: a folder, a file or a hub id (`user/name`). Raise ValueError if it leads nowhere
         or the download fails.
     """
+    check_is_name(name_or_path, "an adapter")
     path = Path(name_or_path)
     if path.is_dir():
         finish_writing(path)
+        check_adapter_folder(path)
     if path.exists():
         return path
     if not HUB_ID.fullmatch(str(name_or_path)):
         expected = "the folder or file of an adapter, or a hub id (user/name)"
         raise ValueError(f"{path}: not found; expected {expected}")
-    return fetch(str(name_or_path), "adapter_config.json", (), ADAPTER_FILES)
+    return fetch(str(name_or_path), "adapter_config.json", ("task.json",), ADAPTER_FILES)
+
+
+def check_is_name(name, kind):
+    """Raise ValueError if `name` is no text and no path, such as a number."""
+    if not isinstance(name, str | os.PathLike):
+        raise ValueError(f"found {name!r:.80}, expected the name or the path of {kind}")
 
 
 def nearest_name(name):
@@ -114,7 +139,7 @@ class Snapshot:
     def __init__(self, repo, config):
         self.repo = repo
         self.commit = None  # None: the newest commit
-        self.network_error = None  # why the hub cannot be reached
+        self.network_error = why_unreachable()  # None: as far as we know, the hub can be reached
         self.folder = self.require([config]).parent
         self.commit = self.folder.name  # the cache names the folder after the commit
 
@@ -155,9 +180,14 @@ class Snapshot:
 
         is_offline = self.network_error is not None
         try:
-            path = hf_hub_download(
-                self.repo, name, revision=self.commit, local_files_only=is_offline
-            )
+            with without_warnings():
+                path = Transfer(
+                    hf_hub_download,
+                    self.repo,
+                    name,
+                    revision=self.commit,
+                    local_files_only=is_offline,
+                ).result()
         except errors.LocalEntryNotFoundError as error:
             # There is no network, and the file is not in the cache. From now on, only the cache is
             # used.
@@ -183,3 +213,91 @@ class Snapshot:
             hint = nearest_name(self.repo)
             return f"the hub has no such repository, or it is private and needs a token{hint}"
         return f"not a hub id, or the download failed: {one_line(error)}"
+
+
+class Transfer:
+    """A download in a thread of its own, which is given up if nothing comes for too long.
+
+    huggingface_hub has a limit of time for each byte only, so a server that sends a byte now and
+    then could hold a download for days. It reports every 10 MB, and the end of a file: if neither
+    comes within LONGEST_WAIT, less than 17 kB came in a second.
+    """
+
+    def __init__(self, download, *args, **options):
+        """download: hf_hub_download, which is called with the arguments."""
+        self.reported = time.monotonic()  # when it told something
+        self.path = None
+        self.error = None
+        # Older versions of huggingface_hub do not let us watch: then a transfer is not limited.
+        self.is_watched = "tqdm_class" in inspect.signature(download).parameters
+        if self.is_watched:
+            options["tqdm_class"] = self.bar_class()
+        self.call = partial(download, *args, **options)
+
+    def bar_class(self):
+        """Return the class of huggingface_hub's bar, except that it tells us, too."""
+        from huggingface_hub.utils import tqdm
+
+        transfer = self
+
+        class Bar(tqdm):
+            def update(self, n=1):
+                transfer.reported = time.monotonic()
+                return super().update(n)
+
+        return Bar
+
+    def run(self):
+        try:
+            self.path = self.call()
+        except Exception as error:  # raised again in the thread that waits
+            self.error = error
+
+    def result(self):
+        """Return the path of the file, or raise what the download raised.
+
+        Raise TimeoutError if it is too slow. Its thread ends with the program.
+        """
+        thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(1.0)
+            if self.is_watched and time.monotonic() - self.reported > LONGEST_WAIT:
+                raise TimeoutError(
+                    f"the server sends too slowly: less than 10 MB in {LONGEST_WAIT} seconds"
+                )
+        if self.error is not None:
+            raise self.error
+        return self.path
+
+
+def why_unreachable():
+    """Return why the name of the hub's machine cannot be resolved, or None if it can.
+
+    Without a network this is known at once, but huggingface_hub would try for 24 seconds.
+    """
+    from huggingface_hub import constants
+
+    if getproxies():  # then the proxy resolves names
+        return None
+    host = urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f"{host}: {one_line(error)}"
+    return None
+
+
+@contextmanager
+def without_warnings():
+    """Keep huggingface_hub from printing two lines for each of its tries.
+
+    Whatever fails in the end is raised, and becomes a message of ours.
+    """
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from minia3.checkpoints.layout import CONFIG_FILES
 from minia3.files.read import read_json
+from minia3.files.shipped import find_shipped
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
 
-# The folder of the model that this repository trains and ships.
-EMBEDDED = Path(__file__).resolve().parents[2] / "data" / "tiny-t5"
+# The folder of the model that was trained for minia3 and comes with it.
+EMBEDDED = find_shipped("data") / "tiny-t5"
 
 
 class KnownModel(NamedTuple):
@@ -334,14 +335,14 @@ KNOWN_MODELS = {
     "llama-2-7b":    KnownModel("meta-llama/Llama-2-7b-hf", "llama", LLAMA_2_7B),
     "llama-2-13b":   KnownModel("meta-llama/Llama-2-13b-hf", "llama", LLAMA_2_13B),
     "llama-2-70b":   KnownModel("meta-llama/Llama-2-70b-hf", "llama", LLAMA_2_70B),
-    "llama-2-7b-chat":KnownModel("meta-llama/Llama-2-7b-chat-hf", "llama", LLAMA_2_7B),
-    "llama-2-13b-chat":KnownModel("meta-llama/Llama-2-13b-chat-hf", "llama", LLAMA_2_13B),
-    "llama-2-70b-chat":KnownModel("meta-llama/Llama-2-70b-chat-hf", "llama", LLAMA_2_70B),
+    "llama-2-7b-chat": KnownModel("meta-llama/Llama-2-7b-chat-hf", "llama", LLAMA_2_7B),
+    "llama-2-13b-chat": KnownModel("meta-llama/Llama-2-13b-chat-hf", "llama", LLAMA_2_13B),
+    "llama-2-70b-chat": KnownModel("meta-llama/Llama-2-70b-chat-hf", "llama", LLAMA_2_70B),
     "llama-3-8b":    KnownModel("meta-llama/Meta-Llama-3-8B", "llama", LLAMA_3_8B),
     "llama-3-70b":   KnownModel("meta-llama/Meta-Llama-3-70B", "llama", LLAMA_3_70B),
     "llama-3.1-8b":  KnownModel("meta-llama/Llama-3.1-8B", "llama", LLAMA_3_1_8B),
     "llama-3.1-70b": KnownModel("meta-llama/Llama-3.1-70B", "llama", LLAMA_3_1_70B),
-    "llama-3.1-405b":KnownModel("meta-llama/Llama-3.1-405B", "llama", LLAMA_3_1_405B),
+    "llama-3.1-405b": KnownModel("meta-llama/Llama-3.1-405B", "llama", LLAMA_3_1_405B),
     "llama-3.2-1b":  KnownModel("meta-llama/Llama-3.2-1B", "llama", LLAMA_3_2_1B),
     "llama-3.2-3b":  KnownModel("meta-llama/Llama-3.2-3B", "llama", LLAMA_3_2_3B),
     # Tuned to chat. Llama 3.3 exists only in this form.
@@ -369,8 +370,10 @@ KNOWN_MODELS = {
     "llama-3.3-70b-instruct": KnownModel(
         "meta-llama/Llama-3.3-70B-Instruct", "llama", replace(LLAMA_3_1_70B, eos_ids=LLAMA_3_ENDS)
     ),
-    "tinyllama-1.1b":KnownModel("TinyLlama/TinyLlama_v1.1", "llama", TINYLLAMA_1_1B),
-    "tinyllama-1.1b-chat":KnownModel("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama", TINYLLAMA_1_1B),
+    "tinyllama-1.1b": KnownModel("TinyLlama/TinyLlama_v1.1", "llama", TINYLLAMA_1_1B),
+    "tinyllama-1.1b-chat": KnownModel(
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama", TINYLLAMA_1_1B
+    ),
 
     # SmolLM2 has LLaMA's architecture, and a repository that is open to all.
     "smollm2-135m":  KnownModel("HuggingFaceTB/SmolLM2-135M", "smollm2", SMOLLM2_135M),
@@ -387,8 +390,8 @@ KNOWN_MODELS = {
     ),
 
     # Mistral 0.2 exists only tuned to chat, as do the rows that end in `instruct`.
-    "mistral-7b-v0.1":KnownModel("mistralai/Mistral-7B-v0.1", "mistral", MISTRAL_7B_V0_1),
-    "mistral-7b-v0.3":KnownModel("mistralai/Mistral-7B-v0.3", "mistral", MISTRAL_7B_V0_3),
+    "mistral-7b-v0.1": KnownModel("mistralai/Mistral-7B-v0.1", "mistral", MISTRAL_7B_V0_1),
+    "mistral-7b-v0.3": KnownModel("mistralai/Mistral-7B-v0.3", "mistral", MISTRAL_7B_V0_3),
     "mistral-7b-instruct-v0.1": KnownModel(
         "mistralai/Mistral-7B-Instruct-v0.1", "mistral", MISTRAL_7B_V0_1
     ),
@@ -409,8 +412,8 @@ KNOWN_MODELS = {
     "qwen2-1.5b-instruct": KnownModel(
         "Qwen/Qwen2-1.5B-Instruct", "qwen2", qwen2_instruct(QWEN2_1_5B)
     ),
-    "qwen2-7b-instruct":KnownModel("Qwen/Qwen2-7B-Instruct", "qwen2", qwen2_instruct(QWEN2_7B)),
-    "qwen2-72b-instruct":KnownModel("Qwen/Qwen2-72B-Instruct", "qwen2", qwen2_instruct(QWEN2_72B)),
+    "qwen2-7b-instruct": KnownModel("Qwen/Qwen2-7B-Instruct", "qwen2", qwen2_instruct(QWEN2_7B)),
+    "qwen2-72b-instruct": KnownModel("Qwen/Qwen2-72B-Instruct", "qwen2", qwen2_instruct(QWEN2_72B)),
     "qwen2.5-0.5b":  KnownModel("Qwen/Qwen2.5-0.5B", "qwen2.5", QWEN2_5_0_5B),
     "qwen2.5-1.5b":  KnownModel("Qwen/Qwen2.5-1.5B", "qwen2.5", QWEN2_1_5B),
     "qwen2.5-3b":    KnownModel("Qwen/Qwen2.5-3B", "qwen2.5", QWEN2_5_3B),
@@ -446,11 +449,11 @@ KNOWN_MODELS = {
     "qwen3-8b":      KnownModel("Qwen/Qwen3-8B", "qwen3", QWEN3_8B),
     "qwen3-14b":     KnownModel("Qwen/Qwen3-14B", "qwen3", QWEN3_14B),
     "qwen3-32b":     KnownModel("Qwen/Qwen3-32B", "qwen3", QWEN3_32B),
-    "qwen3-0.6b-base":KnownModel("Qwen/Qwen3-0.6B-Base", "qwen3", qwen3_base(QWEN3_0_6B)),
-    "qwen3-1.7b-base":KnownModel("Qwen/Qwen3-1.7B-Base", "qwen3", qwen3_base(QWEN3_1_7B)),
+    "qwen3-0.6b-base": KnownModel("Qwen/Qwen3-0.6B-Base", "qwen3", qwen3_base(QWEN3_0_6B)),
+    "qwen3-1.7b-base": KnownModel("Qwen/Qwen3-1.7B-Base", "qwen3", qwen3_base(QWEN3_1_7B)),
     "qwen3-4b-base": KnownModel("Qwen/Qwen3-4B-Base", "qwen3", qwen3_base(QWEN3_4B)),
     "qwen3-8b-base": KnownModel("Qwen/Qwen3-8B-Base", "qwen3", qwen3_base(QWEN3_8B)),
-    "qwen3-14b-base":KnownModel("Qwen/Qwen3-14B-Base", "qwen3", qwen3_base(QWEN3_14B)),
+    "qwen3-14b-base": KnownModel("Qwen/Qwen3-14B-Base", "qwen3", qwen3_base(QWEN3_14B)),
 }
 
 # Other names that people use -> short name. Texts and papers write them, or the hub redirects them.
@@ -475,6 +478,14 @@ OTHER_NAMES = {
     "t0p":                   "t0p-11b",
     "t0pp":                  "t0pp-11b",
     "bigscience/t0_11b":     "t0-11b",
+    "meta-llama/meta-llama-3.1-8b": "llama-3.1-8b",
+    "meta-llama/meta-llama-3.1-8b-instruct": "llama-3.1-8b-instruct",
+    "meta-llama/meta-llama-3.1-70b": "llama-3.1-70b",
+    "meta-llama/meta-llama-3.1-70b-instruct": "llama-3.1-70b-instruct",
+    "meta-llama/meta-llama-3.1-405b": "llama-3.1-405b",
+    "meta-llama/meta-llama-3.1-405b-instruct": "llama-3.1-405b-instruct",
+    "llama-33b": "llama-30b",
+    "mistral-7b": "mistral-7b-v0.1",
 }
 # fmt: on
 
@@ -506,6 +517,16 @@ def hub_name(name):
     if row is None or row.repo == str(EMBEDDED):
         return name
     return row.repo
+
+
+def public_name(name):
+    """Return the name of a model for files that leave this machine: `hub_name`, but only the last
+    part of an absolute path, which means nothing elsewhere.
+    """
+    hub = hub_name(name)
+    if hub is None or not os.path.isabs(hub):
+        return hub
+    return os.path.basename(os.path.normpath(hub))
 
 
 def base_of(name_or_path):

@@ -48,6 +48,102 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 ADDED_TOKENS_FILE = "added_tokens.json"
 
 
+# What takes part in a run of train.py, and in no model: its folder has a config.json, too.
+RUN_FILES = ("metrics.jsonl", "checkpoint.pt")
+
+# What files of other programs are, by their endings. None of them is read.
+FOREIGN_FILES = {
+    ".onnx": "a model in ONNX's format",
+    ".h5": "weights of TensorFlow",
+    ".msgpack": "weights of Flax",
+    ".tflite": "a model of TensorFlow Lite",
+    ".ckpt": "a checkpoint of PyTorch Lightning or TensorFlow",
+    ".pkl": "a pickle, which could run code",
+    ".pickle": "a pickle, which could run code",
+    ".joblib": "a pickle, which could run code",
+}
+WEIGHTS_ALONE = (".safetensors", ".bin", ".pt", ".pth")
+EXPECTED_MODEL = "expected a folder with config.json and model.safetensors, or a .gguf file"
+N_NAMES_SHOWN = 5  # files of a folder that a message names
+
+
+# What a path leads to, if not to a model or an adapter
+
+
+def refuse_file(path):
+    """Raise ValueError about a file that was given as a model, and is not a .gguf file."""
+    if path.suffix in WEIGHTS_ALONE:
+        found = "weights without the config of a model"
+        if (path.parent / "config.json").exists():
+            raise ValueError(f"{path}: found {found}: give the folder {path.parent}")
+        raise ValueError(f"{path}: found {found}, {EXPECTED_MODEL}")
+    found = FOREIGN_FILES.get(path.suffix, "a file that is not a model")
+    raise ValueError(f"{path}: found {found}, {EXPECTED_MODEL}")
+
+
+def check_model_folder(folder):
+    """Raise ValueError if a folder that was given as a model holds something else."""
+    if (folder / "adapter_config.json").exists() and not has_config(folder):
+        remedy = "give it as the adapter, and its base as the model"
+        raise ValueError(f"{folder}: found an adapter, expected a model: {remedy}")
+    if is_run(folder):
+        remedy = "it trained no model"
+        if (folder / "model").exists():
+            remedy = f"give {folder / 'model'}"
+        elif trained_adapters(folder):
+            remedy = f"give the model that it trained on, and {trained_adapters(folder)[0]}"
+            remedy += " as the adapter"
+        raise ValueError(f"{folder}: found the folder of a run, expected a model: {remedy}")
+    if not has_config(folder):
+        raise ValueError(f"{folder}: found {describe_content(folder)}, {EXPECTED_MODEL}")
+
+
+def check_adapter_folder(folder):
+    """Raise ValueError if a folder that was given as an adapter holds something else."""
+    if (folder / "adapter_config.json").exists():
+        return
+    expected = "expected an adapter (adapter_config.json and adapter_model.safetensors)"
+    if is_run(folder):
+        trained = trained_adapters(folder)
+        remedy = f"give {trained[0]}" if trained else "it has not saved an adapter yet"
+        if (folder / "model").exists():
+            remedy = f"give {folder / 'model'} as the model"
+        raise ValueError(f"{folder}: found the folder of a run, {expected}: {remedy}")
+    if has_config(folder):
+        raise ValueError(f"{folder}: found a model, {expected}: give it as the model")
+    raise ValueError(f"{folder}: found {describe_content(folder)}, {expected}")
+
+
+def has_config(folder):
+    return any((folder / name).exists() for name in CONFIG_FILES)
+
+
+def is_run(folder):
+    """Return whether a folder is one that train.py wrote."""
+    return any((folder / name).exists() for name in RUN_FILES)
+
+
+def trained_adapters(folder):
+    """Return the paths of the adapters that a run has saved."""
+    if (folder / "adapter").exists():
+        return [folder / "adapter"]
+    return sorted((folder / "adapters").glob("*"))
+
+
+def describe_content(folder):
+    """Return in a few words what is in a folder."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return "an empty folder"
+    shown = ", ".join(names[:N_NAMES_SHOWN])
+    if len(names) > N_NAMES_SHOWN:
+        shown += f" and {len(names) - N_NAMES_SHOWN} more"
+    return f"a folder with {shown}"
+
+
+# Weights
+
+
 def weight_files(folder):
     """Return the paths of the files that hold a checkpoint's weights.
 
@@ -55,9 +151,7 @@ def weight_files(folder):
     """
     existing = [folder / name for name in WEIGHT_FILES if (folder / name).exists()]
     if not existing:
-        found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
-        expected = ", ".join(WEIGHT_FILES)
-        raise ValueError(f"{folder}: expected one of {expected}; the folder holds {found}")
+        refuse_weights(folder)
     first = existing[0]
     paths = [folder / name for name in shard_names(first)]
     # os.path.exists, because Path.exists raises OSError if a name is too long for the file system.
@@ -65,6 +159,17 @@ def weight_files(folder):
     if missing:
         raise ValueError(f"{first}: names shards that are not there: {', '.join(missing):.300}")
     return paths
+
+
+def refuse_weights(folder):
+    """Raise ValueError about a folder without weights that can be read."""
+    expected = "expected model.safetensors or pytorch_model.bin, whole or in shards"
+    for path in sorted(folder.iterdir()):
+        if path.suffix in FOREIGN_FILES:
+            found = f"{FOREIGN_FILES[path.suffix]} ({path.name})"
+            remedy = "download or save the model in that form"
+            raise ValueError(f"{folder}: found {found}, {expected}: {remedy}")
+    raise ValueError(f"{folder}: found {describe_content(folder)}, {expected}")
 
 
 def shard_names(first):

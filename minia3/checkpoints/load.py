@@ -23,9 +23,10 @@ from minia3.checkpoints.copies import keep_one_embedding
 from minia3.checkpoints.generation_keys import generation_settings
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.layout import weight_files
+from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
@@ -36,7 +37,9 @@ from minia3.model.t5 import T5, T5Config
 N_SHOWN = 20  # problems that a message names; the others are counted
 
 
-def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1, quantize=None):
+def load_model(
+    name_or_path, *, dtype=None, device="cpu", n_adapters=1, quantize=None, check_finite=False
+):
     """Return a T5 or a Llama with its weights and `n_adapters` adapters of ones, in eval mode.
 
     name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
@@ -45,18 +48,21 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1, quantize
         The vectors are float32 in any case.
     quantize: "int8" or "nf4" keeps the linears of the blocks in 8 or 4 bits (quantized.py). Each
         weight is quantized as soon as it is read, so the whole model is never in memory.
+    check_finite: look for NaN and infinite numbers in every weight, which reads all files at once.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
-    ValueError if the name leads nowhere, if files cannot be read, or if tensors do not fit the
-    config. One message names all such tensors.
+    ValueError if the name leads nowhere, if files cannot be read, if tensors do not fit the config
+    (one message names all such tensors), or if a weight that is checked is not finite.
     """
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
     if quantize not in (None, *QUANTIZED):
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
-    for name, (_, entry) in stored.items():
+    for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
+        if check_finite:
+            check_weight(weight, f"{name_or_path}: {stored_name}")
         place_weight(model, name, weight, quantize)
     for name, vector in vectors(model).items():
         identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
@@ -108,6 +114,7 @@ def read_checkpoint(path, weights=True):
     if path.is_file():
         raw, entries = read_gguf(path)
         return read_config(raw, path), entries
+    check_model_folder(path)
     if (path / "params.json").exists() and not (path / "config.json").exists():
         raw, entries = read_meta(path)
         return read_config(raw, path), entries
@@ -207,6 +214,16 @@ def place_weight(model, name, weight, quantize):
     parent, _, attribute = module_name.rpartition(".")
     linear = QUANTIZED[quantize].from_weight(weight, module.bias)
     setattr(model.get_submodule(parent), attribute, linear)
+
+
+def check_weight(weight, name):
+    """Raise ValueError if a weight holds NaN or an infinite number."""
+    n_bad = int((~weight.isfinite()).sum())
+    if n_bad:
+        raise ValueError(
+            f"{name} has {n_bad:,} of {weight.numel():,} numbers that are NaN or infinite: the "
+            "checkpoint is damaged, or its dtype is too narrow"
+        )
 
 
 def place_parameter(model, name, tensor, requires_grad=True):

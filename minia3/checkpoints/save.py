@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import base_of, known_model
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.progress import progress
 from minia3.files.write import write_json, writing_folder
 
 SHARD_BYTES = 5 * 10**9
@@ -76,7 +77,9 @@ def save_tensors(folder, parts):
         max_shard_size=SHARD_BYTES,
     )
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: unread[name].read().contiguous() for name in names}
+        tensors = {}
+        for name in progress(names, total=len(names)):
+            tensors[name] = unread[name].read().contiguous()
         save_file(tensors, folder / file, {"format": "pt"})
         del tensors  # before the tensors of the next shard are read
     if shards.is_sharded:

@@ -25,7 +25,12 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend
-from minia3.checkpoints.chat import default_template, render_chat
+from minia3.checkpoints.chat import (
+    EncodedChat,
+    default_template,
+    render_chat,
+    render_conversation,
+)
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
@@ -148,28 +153,97 @@ class Tokenizer:
             target.append(self.eos_id)
         return target
 
-    def chat(self, messages: list[dict]) -> list[int]:
+    def chat(self, messages: list[dict], tools: list | None = None) -> list[int]:
         """Return the ids of a conversation up to the place where the answer begins.
 
         messages: [{"role": "user", "content": "Hello"}, ...]
+        tools: descriptions of functions, as JSON schemas, if the template offers them to the model.
 
         They equal the ids of transformers' apply_chat_template. Raise ValueError if there is no
         template or no jinja2, or if the template fails or refuses the messages.
         """
+        self.check_chat()
+        with reading("chat_template", extra="chat"):
+            rendered = render_chat(self.chat_template, messages, self.special, tools)
+            # The template has written the special tokens.
+            return self.encode(rendered.text, special=False)
+
+    def conversation(self, messages: list[dict], tools: list | None = None) -> EncodedChat:
+        """Return the ids of a whole conversation, and which of them the assistant wrote.
+
+        The assistant's part includes the token that ends its turn, so that a model learns to stop.
+        Ids and mask equal those of transformers' apply_chat_template, whose mask needs a template
+        with {% generation %} blocks; this one does not (see `render_conversation`).
+
+        Raise ValueError as `chat` does, if earlier turns change when a conversation goes on, and
+        for the tokenizer of a T5, whose decoder does not continue what its encoder reads.
+        """
+        self.check_learning()
+        with reading("chat_template", extra="chat"):
+            text, spans = render_conversation(self.chat_template, messages, self.special, tools)
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        is_answer = bytearray(len(text))  # of each character
+        for first, end in spans:
+            is_answer[first:end] = b"\1" * (end - first)
+        # As in transformers, a token belongs to a span if they share a character.
+        is_scored = [1 in is_answer[first:end] for first, end in encoding.offsets]
+        return EncodedChat(encoding.ids, is_scored)
+
+    def count_chat(self, messages: list[dict], tools: list | None = None) -> int:
+        """Return how many ids `conversation` would return, without looking for the assistant.
+
+        The errors are those of `conversation`, except for turns that change.
+        """
+        self.check_learning()
+        with reading("chat_template", extra="chat"):
+            rendered = render_chat(
+                self.chat_template, messages, self.special, tools, ends_with_prompt=False
+            )
+            return len(self.encode(rendered.text, special=False))
+
+    def end_of_turn(self) -> str:
+        """Return what a turn of the assistant ends with in the chat template, without white space.
+
+        It is often a special token, such as <|im_end|>. It is empty if the template has none, or
+        refuses such a conversation.
+        """
+        messages = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "answer"},
+        ]
+        try:
+            text, spans = render_conversation(self.chat_template, messages, self.special)
+        except (ValueError, ImportError):
+            return ""
+        first, end = spans[-1]
+        return text[first:end].rpartition("answer")[2].strip()
+
+    def check_learning(self):
+        """Raise ValueError if a model cannot learn from conversations with this tokenizer."""
+        if self.has_separate_targets:
+            raise ValueError(
+                "only models that continue a text learn from rows with 'messages', and this "
+                "model has an encoder: give rows with 'input' and 'target'"
+            )
+        self.check_chat()
+
+    def check_chat(self):
+        """Raise ValueError if there is no chat template."""
         if self.chat_template is None:
             raise ValueError(
-                "the tokenizer's files have no chat_template: give the whole prompt as a text"
+                "the tokenizer's files have no chat template: give one with --chat-template FILE "
+                "(in Python: tokenizer.chat_template = ...), or give the whole prompt as a text"
             )
-        with reading("chat_template", extra="chat"):
-            text = render_chat(self.chat_template, messages, self.special)
-            return self.encode(text, special=False)  # the template has written the special tokens
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`, without special tokens and without ids that are not tokens.
 
         (A model can generate ids that are not tokens: T5's embedding has 28 rows to spare.)
         """
-        return self.backend.decode([i for i in ids if 0 <= i < N_IDS])
+        possible_ids = [i for i in ids if 0 <= i < N_IDS]
+        # Some damage to a tokenizer.json shows only when certain ids are decoded.
+        with reading("the tokenizer's decoder"):
+            return self.backend.decode(possible_ids)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
@@ -184,8 +258,10 @@ class Tokenizer:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
         config["model_input_names"] = ["input_ids", "attention_mask"]
+        with reading("the tokenizer"):
+            content = self.backend.to_str(pretty=True)
         with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as hidden:
-            self.backend.save(str(hidden / "tokenizer.json"))
+            (hidden / "tokenizer.json").write_text(content, encoding="utf-8")
             write_json(hidden / "tokenizer_config.json", config)
 
     @classmethod
@@ -262,8 +338,10 @@ def read_backend(file, settings):
     elif file.suffix == ".json":
         backend, defaults = byt5_backend(settings)
     else:
-        backend, special_ids = read_sentencepiece(file.read_bytes())
         is_t5 = file.name == "spiece.model"
+        # A LLaMA that is not `legacy` gets no space behind an added token, as in transformers 5.
+        is_prefix_for_all = is_t5 or settings.get("legacy") is True
+        backend, special_ids = read_sentencepiece(file.read_bytes(), is_prefix_for_all)
         if is_t5:
             add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
         defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}

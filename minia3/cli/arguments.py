@@ -1,6 +1,7 @@
 """Arguments that several commands share, and the functions that load what they name."""
 
 import argparse
+from pathlib import Path
 
 from minia3.files.write import is_free
 
@@ -30,10 +31,16 @@ def add_max_new_tokens(parser):
 
 def add_device_options(parser):
     parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1 ... (default: CUDA if there is a GPU, else the CPU)"
+        "--device",
+        help="cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu that there is)",
     )
     parser.add_argument(
         "--dtype", help="float32, bfloat16 ... (default: the dtype of the stored weights)"
+    )
+    parser.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="look for NaN and infinite numbers in the weights first",
     )
 
 
@@ -49,13 +56,22 @@ def load_model(args):
     import torch
 
     from minia3.checkpoints.load import load_model
+    from minia3.files.progress import showing
     from minia3.training.device import choose_device
 
     device, _ = choose_device(args.device)
     dtype = None
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
-    return load_model(args.model, dtype=dtype, device=device)
+    with showing("loading"):
+        return load_model(args.model, dtype=dtype, device=device, check_finite=args.check_weights)
+
+
+def describe_folder(folder):
+    """Return what a command has written, as in "out: 3 files, 4.1 MB"."""
+    sizes = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+    files = "1 file" if len(sizes) == 1 else f"{len(sizes)} files"
+    return f"{folder}: {files}, {sum(sizes) / 1e6:,.1f} MB"
 
 
 def load_any_adapter(model, adapter):

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from minia3.cli.arguments import MODEL_HELP, add_device_options, add_new_folder, load_model
+from minia3.cli.arguments import (
+    MODEL_HELP,
+    add_device_options,
+    add_new_folder,
+    describe_folder,
+    load_model,
+)
+from minia3.cli.terminal import show
 
 TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
 EXAMPLE = "python -m minia3 convert finish.pt adapter"
@@ -19,14 +26,19 @@ def run(args):
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
+    from minia3.files.progress import showing
+    from minia3.tasks.task_file import copy_task_file
 
     if is_adapter(Path(args.model)):
         adapter = read_adapter(args.model)
         write_adapter(args.out, adapter.vectors, adapter.base)
+        copy_task_file([Path(args.model)], args.out)
     else:
         model = load_model(args)
         tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none
-        save_model(model, args.out, tokenizer)
+        with showing("writing"):
+            save_model(model, args.out, tokenizer)
+    show(f"converted {args.model}: {describe_folder(args.out)}")
 
 
 def is_adapter(path):

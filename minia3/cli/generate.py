@@ -1,8 +1,12 @@
 """`generate`: continue texts from the command line, from a pipe, or in a conversation."""
 
 import json
+import re
 import sys
+import warnings
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 from minia3.cli.arguments import (
     add_adapter_option,
@@ -18,6 +22,12 @@ TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
 
 BATCH_SIZE = 16  # prompts that are answered at once
+COMMAND = re.compile(r"/[a-z]+")  # what is typed to the program and not to the model
+HELP = """\
+/reset   forget what was said so far
+/help    show these commands
+/exit    leave (as Ctrl-D does)
+Ctrl-C   end the answer"""
 
 
 def add_arguments(parser):
@@ -28,11 +38,7 @@ def add_arguments(parser):
         help="texts (default: the lines of standard input; on a terminal, a conversation)",
     )
     add_adapter_option(parser)
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="put prompts into the chat template of the model, as messages",
-    )
+    add_chat_options(parser)
     parser.add_argument(
         "--temperature",
         type=float,
@@ -81,13 +87,31 @@ def add_arguments(parser):
     )
 
 
+def add_chat_options(parser):
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="put prompts into the chat template of the model, as messages",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="chat template for --chat (default: the adapter's, or else the model's own)",
+    )
+
+
 def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
 
+    if args.chat_template and not args.chat:
+        raise ValueError("--chat-template is the form of a conversation: give --chat, too")
     model = load_model(args)
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
         load_any_adapter(model, args.adapter)
+        warn_if_endless(args.adapter, tokenizer)
+    if args.chat:
+        prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
     stdin = sys.stdin or ()  # it is None if it was closed
     if args.prompts:
@@ -98,6 +122,55 @@ def run(args):
         generator.answer_all(stdin)
 
 
+def warn_if_endless(adapter, tokenizer):
+    """Warn if an adapter has learned to rank choices, and never to end a text.
+
+    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
+    what it has learned; without that file, nothing is known.
+    """
+    if tokenizer.has_separate_targets:
+        return
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.tasks.task import METRICS
+    from minia3.tasks.task_file import read_tasks_beside
+
+    tasks = read_tasks_beside(find_adapter(adapter))
+    if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
+        warnings.warn(
+            f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
+            "--max-new-tokens or --stop",
+            stacklevel=1,
+        )
+
+
+def prepare_chat(model, tokenizer, args):
+    """Choose the chat template, and let its end of a turn end an answer."""
+    from minia3.checkpoints.chat import read_template
+    from minia3.inference.turns import end_answers
+
+    if args.chat_template:
+        tokenizer.chat_template = read_template(args.chat_template)
+    else:
+        tokenizer.chat_template = trained_template(args) or tokenizer.chat_template
+    tokenizer.check_chat()
+    args.stop += end_answers(model, tokenizer)
+
+
+def trained_template(args):
+    """Return the chat template that the adapter was trained with, if it is not the model's own.
+
+    The task.json beside an adapter says it, or beside a model into which an adapter is merged.
+    """
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.tasks.task_file import read_tasks_beside
+
+    path = find_adapter(args.adapter) if args.adapter else Path(args.model)
+    for spec in read_tasks_beside(path).values():
+        if spec.chat_template:
+            return spec.chat_template
+    return None
+
+
 class Generator:
     """Answers prompts as the arguments say, and prints the answers."""
 
@@ -105,6 +178,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.args = args
+        self.is_conversation = False
         self.sampling = {
             "temperature": args.temperature,
             "top_k": args.top_k,
@@ -127,11 +201,35 @@ class Generator:
 
     def converse(self):
         """Answer what is typed on a terminal, until Ctrl-D. A chat remembers what was said."""
+        with suppress(ImportError):  # Windows has no readline
+            import readline  # noqa: F401 (arrow keys then edit what is typed)
+        self.is_conversation = True
+        subject = "a conversation" if self.args.chat else "every line is a new prompt"
+        notice(f"({subject}; /help shows the commands, Ctrl-D leaves)")
         messages = []
         for text in typed_lines():
+            if text == "/exit":
+                return
+            if text == "/reset":
+                messages.clear()
+                notice("(what was said is forgotten)")
+            elif COMMAND.fullmatch(text):
+                notice(HELP)
+            else:
+                self.reply(text, messages)
+
+    def reply(self, text, messages):
+        """Answer a message, and add both to `messages`.
+
+        If the message cannot be answered, say why, and forget it.
+        """
+        try:
             output = self.answer([text], messages)
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": output})
+        except (ValueError, KeyboardInterrupt) as reason:
+            show(f"[{reason or 'stopped'}]")
+            return
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": output})
 
     def answer(self, texts, messages=()):
         """Print the answers to some texts, and return the first one.
@@ -149,13 +247,27 @@ class Generator:
         return self.print_answers(texts, prompts)
 
     def stream(self, prompt):
-        """Print an output piece by piece, as its tokens come."""
-        from minia3.inference.decoding import stream
+        """Print an output piece by piece, as its tokens come, and return it.
+
+        In a conversation, Ctrl-C ends the output and not the program.
+        """
+        from minia3.inference.decoding import Options, generate_pieces
 
         output = ""
-        for piece in stream(self.model, self.tokenizer, prompt, **self.sampling):
-            output += piece
-            show(piece, end="")
+        cut = set()
+        options = Options(**self.sampling)
+        pieces = generate_pieces(self.model, self.tokenizer, [prompt], None, options, cut)
+        try:
+            for _, piece in pieces:
+                output += piece
+                if piece:
+                    show(piece, end="")
+            if cut and self.is_conversation:
+                notice(f" [cut after {options.max_new_tokens} tokens: --max-new-tokens]", end="")
+        except KeyboardInterrupt:
+            if not self.is_conversation:
+                raise
+            notice(" [stopped]", end="")
         show()
         return output
 
@@ -178,6 +290,12 @@ class Generator:
         return first_output
 
 
+def notice(text, end="\n"):
+    """Print what only a person needs to read, on a terminal."""
+    if sys.stdout.isatty():
+        show(text, end=end)
+
+
 def typed_lines():
     """Yield the lines that are typed, without empty ones, until Ctrl-D."""
     prompt = "> " if sys.stdout.isatty() else ""
@@ -185,6 +303,10 @@ def typed_lines():
         try:
             text = input(prompt).strip()
         except EOFError:
+            notice("")
             return
+        except KeyboardInterrupt:
+            notice("\n(Ctrl-D leaves)")
+            continue
         if text:
             yield text

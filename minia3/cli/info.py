@@ -114,10 +114,10 @@ def count_parameters(config):
 
 def table(rows):
     """Yield the lines of a table of known models."""
-    yield f"{'name':<23}{'parameters':>15}{'adapter':>12}  on the hub"
+    yield f"{'name':<24}{'parameters':>15}{'adapter':>12}  on the hub"
     for row in rows:
         numbers = f"{row['parameters']:>15,}{row['adapter']:>12,}"
-        yield f"{row['name']:<23}{numbers}  {hub_column(row['hub'])}"
+        yield f"{row['name']:<24}{numbers}  {hub_column(row['hub'])}"
 
 
 def hub_column(repo):

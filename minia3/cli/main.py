@@ -1,13 +1,19 @@
-"""Describe, run, merge and convert models and adapters, and compare runs of train.py."""
+"""Train, describe, run, merge and convert models and adapters, and compare runs."""
 
 import argparse
+import difflib
 import sys
 import warnings
 
-from minia3.cli import convert, generate, info, merge, mix, plot, predict, table
+from minia3 import __version__
+from minia3.cli import convert, generate, info, merge, mix, plot, predict, table, train
 from minia3.cli.terminal import show
+from minia3.files.messages import message_of
+from minia3.files.streams import use_utf8
+from minia3.training.flags import Parser
 
 COMMANDS = {
+    "train": train,
     "info": info,
     "generate": generate,
     "predict": predict,
@@ -28,18 +34,14 @@ USER_ERRORS = (  # what a user can correct; the other errors are failures of dis
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ValueError instead of printing the usage and exiting."""
-
-    def error(self, message):
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv=None):
     """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    use_utf8()
     words = sys.argv[1:] if argv is None else argv
     try:
         try:
+            if words and words[0] == "train":
+                return train.main(words[1:], is_program=argv is None)  # with its own exit codes
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 args = parse(words)
@@ -51,29 +53,41 @@ def main(argv=None):
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # PyTorch's errors about memory are RuntimeErrors.
-        text = " ".join(str(error).split())
-        print(f"minia3: {text or type(error).__name__}", file=sys.stderr)
+        print(f"minia3: {message_of(error)}", file=sys.stderr)
         return 2 if isinstance(error, USER_ERRORS) else 1
 
 
 def parse(words):
     """Return the arguments, with the name of the `command` and its function `run`.
 
-    Raise ValueError if the words are not a valid command line.
+    Without words, print the help. Raise ValueError if the words are not a valid command line.
     """
     parser = make_parser(Parser, "python -m minia3", __doc__, "python -m minia3 info t5-base")
-    subparsers = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"minia3 {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     parsers = {}
     for name, command in COMMANDS.items():
         parsers[name] = make_parser(
             subparsers.add_parser, name, command.TITLE, command.EXAMPLE, help=command.TITLE
         )
-        parsers[name].set_defaults(command=name, run=command.run)
+        parsers[name].set_defaults(command=name, run=getattr(command, "run", None))
         command.add_arguments(parsers[name])
-    if words and words[0] in parsers:
+    if not words:
+        return parser.parse_args(["--help"])
+    if words[0] in parsers:
         # Only a parser without commands can mix prompts and flags in any order.
-        return parsers[words[0]].parse_intermixed_args(words[1:])
+        return parsers[words[0]].parse_words(words[1:])
+    if not words[0].startswith("-"):
+        parser.error(f"there is no command {words[0]!r}{nearest_command(words[0])}")
     return parser.parse_args(words)
+
+
+def nearest_command(word):
+    """Return the command that is meant, or all there are."""
+    similar = difflib.get_close_matches(word, COMMANDS, n=1)
+    if similar:
+        return f": did you mean {similar[0]}?"
+    return f", expected one of {', '.join(COMMANDS)}"
 
 
 def make_parser(create, name, description, example, **options):

@@ -1,6 +1,7 @@
 """`merge`: write a model with an adapter folded into its weights."""
 
-from minia3.cli.arguments import add_model, add_new_folder
+from minia3.cli.arguments import add_model, add_new_folder, describe_folder
+from minia3.cli.terminal import show
 
 TITLE = "Fold an adapter into a model"
 EXAMPLE = "python -m minia3 merge tiny-t5 adapter merged"
@@ -15,14 +16,20 @@ def add_arguments(parser):
 def run(args):
     from minia3.adapters.lora import is_lora, load_lora
     from minia3.adapters.merge import merge, merge_files
-    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.hub import find, find_adapter
     from minia3.checkpoints.load import load_model
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
+    from minia3.files.progress import showing
+    from minia3.tasks.task_file import copy_task_file
 
-    if is_lora(args.adapter):
-        model = load_model(args.model)
-        load_lora(model, args.adapter)
-        save_model(merge(model), args.out, find_tokenizer(find(args.model)))
-    else:
-        merge_files(args.model, args.adapter, args.out)  # file by file: only one shard is in memory
+    with showing("merging"):
+        if is_lora(args.adapter):
+            model = load_model(args.model)
+            load_lora(model, args.adapter)
+            save_model(merge(model), args.out, find_tokenizer(find(args.model)))
+        else:
+            # File by file, so that only one shard is in memory.
+            merge_files(args.model, args.adapter, args.out)
+        copy_task_file([find_adapter(args.adapter)], args.out)
+    show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")

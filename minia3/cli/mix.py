@@ -3,7 +3,8 @@
 import argparse
 import warnings
 
-from minia3.cli.arguments import add_new_folder
+from minia3.cli.arguments import add_new_folder, describe_folder
+from minia3.cli.terminal import show
 
 TITLE = "Mix several adapters into one"
 EXAMPLE = "python -m minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
@@ -39,7 +40,9 @@ def weighted_adapter(text):
 def run(args):
     from minia3.adapters.mix import mix
     from minia3.adapters.peft_files import read_adapter, write_adapter
+    from minia3.checkpoints.hub import find_adapter
     from minia3.checkpoints.known_models import hub_name
+    from minia3.tasks.task_file import copy_task_file
 
     weighted_vectors = []
     bases = set()
@@ -58,3 +61,5 @@ def run(args):
             stacklevel=1,
         )
     write_adapter(args.out, vectors, base)
+    copy_task_file([find_adapter(name) for name, _ in args.adapters], args.out)
+    show(f"mixed {len(args.adapters)} adapters: {describe_folder(args.out)}")

@@ -1,7 +1,7 @@
 """Pictures of runs (.png), and of what their adapters learned.
 
-accuracy          by trainable parameters: a point per task, and their mean, for each table row
-curves            training loss and held-out accuracy, by step and by time
+accuracy          a panel per task, and in it a line per table row: before and after training
+curves            training loss and held-out results, by step and by time
 learned-NAME      the entries of one (IA)^3 adapter, layer by layer
 similarity-MODEL  how alike the adapters of a model are
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minia3.cli.results import read_results
-from minia3.cli.table import is_unknown, short_names, table_rows
+from minia3.cli.table import COMMONEST, is_unknown, make_rows, short_names
 from minia3.cli.terminal import show
 from minia3.files.read import reading
 from minia3.files.write import replacing
@@ -37,7 +37,14 @@ DPI = 200  # 8 inches are 1600 pixels
 N_COLORS = 10  # of matplotlib's cycle: after these, another marker or line style
 LABEL_WIDTH = 100  # characters; longer labels of a legend are wrapped
 LINE_HEIGHT = 0.16  # inches per line of a legend
-N_PANELS = 3  # side by side, in the pictures of what was learned
+N_PANELS = 3  # side by side
+PANEL_HEIGHT = 0.9  # inches of a panel of tasks, without its lines
+PANEL_WIDTH = 2.6
+LEGEND_HEIGHT = 0.4
+LABEL_INCHES = 3
+ROW_LABEL_WIDTH = 40  # characters
+CURVE_HEIGHT = 2.6  # inches
+WIDTHS = (3, 1)  # of the first and the last curve, in points
 N_FURTHEST = 8  # entries that are listed
 MOST_NUMBERED = 36  # adapters; with more of them, the cosines would overlap
 
@@ -86,8 +93,7 @@ def plot(folders, out):
 def choose_pictures(folders):
     """Return the pictures of the runs in `folders`, and the note of `read_results`."""
     results, note = read_results(folders)
-    rows, _ = table_rows(folders)
-    pictures = [Picture("accuracy", partial(draw_accuracy, rows=rows))]
+    pictures = [Picture("accuracy", partial(draw_accuracy, rows=make_rows(results)))]
     trained = [result for result in results if len(result.loss_curve)]
     if trained:
         pictures.append(Picture("curves", partial(draw_curves, results=trained)))
@@ -128,34 +134,73 @@ def read_adapters(results):
 
 
 def draw_accuracy(figure, rows):
-    """Draw medians and interquartile ranges by task, and their mean, over trainable parameters."""
-    ax = figure.add_subplot(
-        xlabel="trainable parameters", ylabel="accuracy (%); bars: interquartile range"
-    )
-    names = short_names(row.model for row in rows)
-    for i, row in enumerate(rows):
-        cells = [cell for cell in row.cells.values() if not is_unknown(cell.median)]
-        medians = [cell.median for cell in cells]
-        half_ranges = [cell.iqr / 2 for cell in cells]
-        x = [row.n_trainable] * len(cells)
-        color = f"C{i % N_COLORS}"
-        ax.errorbar(x, medians, half_ranges, fmt=".", color=color, alpha=0.6)
-        marker = "D" if i < N_COLORS else "s"
-        label = f"{names[row.model]}: {row.method} (tasks: {len(cells)})"
-        ax.plot(row.n_trainable, np.mean(medians), marker, color=color, label=label)
+    """Draw a panel for each task, with a line for each table row: before and after training.
 
-    # A logarithmic axis that has a place for 0, because some rows are evaluated without training.
-    ticks = sorted({row.n_trainable for row in rows})
-    ax.set_xscale("symlog", linthresh=min(filter(None, ticks), default=1))
-    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
-    ax.set_ylim(top=min(ax.get_ylim()[1], 101))
-    add_legend(figure, ax)
+    Tasks and metrics are never averaged, because their figures do not mean the same. Each row has a
+    line of its own, so that no run hides another.
+    """
+    names = short_names(row.model for row in rows if row.method != COMMONEST)
+    labels = [row_label(row, names) for row in rows if row.method != COMMONEST]
+    tasks = list(rows[0].cells)
+    n_columns = min(len(tasks), N_PANELS)
+    n_rows = -(-len(tasks) // n_columns)
+    n_lines = sum(label.count("\n") + 1.5 for label in labels)
+    figure.set_figheight(n_rows * (PANEL_HEIGHT + LINE_HEIGHT * n_lines) + LEGEND_HEIGHT)
+    figure.set_figwidth(max(SIZE[0], LABEL_INCHES + n_columns * PANEL_WIDTH))
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).flatten()
+    for ax, task in zip(axes, tasks, strict=False):
+        draw_task(ax, rows, task)
+    for ax in axes[len(tasks) :]:
+        ax.set_axis_off()
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)  # the first row of the table is at the top
+
+    legend = {}
+    for ax in axes[: len(tasks)]:
+        handles, texts = ax.get_legend_handles_labels()
+        legend |= dict(zip(texts, handles, strict=True))
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
+
+
+def row_label(row, names):
+    text = textwrap.fill(f"{names[row.model]}: {row.method}", ROW_LABEL_WIDTH)
+    return f"{text}\n{row.n_trainable:,} parameters"
+
+
+def draw_task(ax, rows, task):
+    """Draw the results of all table rows on one task."""
+    trained = [row for row in rows if row.method != COMMONEST]
+    metric = ""
+    for place, row in enumerate(trained):
+        cell = row.cells[task]
+        if is_unknown(cell.median):
+            continue
+        metric = cell.metric
+        ax.plot([cell.before, cell.median], [place, place], color="C0", linewidth=1, alpha=0.5)
+        ax.plot(cell.before, place, "o", color="C0", mfc="white", label="before training")
+        half_range = np.nan_to_num(cell.iqr) / 2
+        ax.errorbar(
+            cell.median,
+            place,
+            xerr=half_range,
+            fmt="o",
+            color="C0",
+            capsize=3,
+            label="result (bar: interquartile range)",
+        )
+    for row in rows:
+        share = row.cells[task].median
+        if row.method == COMMONEST and not is_unknown(share):
+            ax.axvline(share, color="C1", linestyle="--", label="always the commonest label")
+    ax.set(title=task, xlabel=f"{metric or 'result'} (%)")
+    ax.margins(x=0.1)
 
 
 def draw_curves(figure, results):
-    """Draw loss and held-out accuracy by step and by time.
+    """Draw loss and held-out results by step and by time, with a row of panels for each metric.
 
     A line is the median of all results with the same label, and the band shows their quartiles.
+    Later lines are thinner, so that a line on top of another one does not hide it.
     """
     names = short_names(result.model for result in results)
     titles = sorted({f"{names[result.model]}, {result.task}" for result in results})
@@ -168,23 +213,24 @@ def draw_curves(figure, results):
 
     if len(titles) == 1:
         figure.suptitle(titles[0])
-    quantities = ["training loss"]
-    has_held_out = any(len(result.held_out_curve) for result in results)
-    if has_held_out:
-        quantities.append("held-out accuracy (%)")
+    metrics = sorted({result.metric for result in results if len(result.held_out_curve)})
+    quantities = ["training loss", *(f"held-out {metric} (%)" for metric in metrics)]
     axes = figure.subplots(len(quantities), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
         style = {
             "color": f"C{i % N_COLORS}",
             "linestyle": "-" if i < N_COLORS else "--",
+            "linewidth": np.interp(i, (0, len(groups)), WIDTHS),
             "label": f"{label} (runs: {len(group)})",
         }
         draw_group(axes[0], [result.loss_curve for result in group], group, style)
-        if has_held_out:
-            draw_group(axes[1], [result.held_out_curve for result in group], group, style)
+        for row, metric in zip(axes[1:], metrics, strict=True):
+            curves = [result.held_out_curve for result in group if result.metric == metric]
+            draw_group(row, curves, group, style)
     for row, quantity in zip(axes, quantities, strict=True):
         row[0].set(xlabel="step", ylabel=quantity)
         row[1].set(xlabel="time (s); in a grid, one adapter's share", ylabel=quantity)
+    figure.set_figheight(max(SIZE[1], CURVE_HEIGHT * len(quantities)))
     add_legend(figure, axes[0, 0])
 
 

@@ -1,6 +1,7 @@
 """`predict`: label the rows of a file, or continue them, each with the adapter that it names."""
 
 import json
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,8 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument(
         "file",
-        help=".jsonl or .csv file; a row has an `input`, and may have `choices` and the name of "
-        "an `adapter`",
+        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it, with the columns that the "
+        "adapter was trained on; a row may have its own `choices`, and the name of an `adapter`",
     )
     parser.add_argument(
         "--adapter",
@@ -27,8 +28,14 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--task",
-        help="rows have the fields of this known task (rte ...): use its prompt and its choices",
+        help="known task (rte ...) or task file whose prompts and labels the rows get (default: "
+        "those that the adapter was trained on)",
     )
+    parser.add_argument(
+        "--input",
+        help='what the model reads: columns in braces, as in "{premise} Question: {hypothesis}"',
+    )
+    parser.add_argument("--labels", help="words to choose from, as in negative,positive")
     parser.add_argument(
         "--prompt",
         type=int,
@@ -63,38 +70,116 @@ def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
     from minia3.inference.prediction import write_results
 
-    spec, prompt = choose_prompt(args)
+    forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
-    prediction = Prediction(
-        args, model, load_tokenizer(args.model), spec, prompt, adapters, default_adapter
-    )
+    tokenizer = load_tokenizer(args.model)
+    tokenizer.chat_template = forms.chat_template or tokenizer.chat_template
+    prediction = Prediction(args, model, tokenizer, forms, adapters, default_adapter)
     if args.out is None:
         for line in prediction.lines():
             show(line, end="")
     else:
-        write_results(Path(args.out), prediction.lines, prediction.is_csv)
+        write_results(Path(args.out), with_progress(prediction.lines, args), prediction.is_csv)
         show(f"{args.out} is finished")
 
 
-def choose_prompt(args):
-    """Return the TaskSpec and the Prompt that rows are put into."""
-    from minia3.checkpoints.known_models import base_of, known_model
-    from minia3.tasks.known_tasks import known_tasks
-    from minia3.tasks.prompts import for_family
-    from minia3.tasks.task import TaskSpec
+def with_progress(lines, args):
+    """Return the function `lines`, which shows a progress bar if standard error is a terminal."""
+    from minia3.files.progress import progress_bar
+    from minia3.tasks.row_files import read_rows
 
-    spec = TaskSpec()
-    if args.task is not None:
-        if args.task not in known_tasks():
-            raise ValueError(f"--task is {args.task!r}, expected one of {', '.join(known_tasks())}")
-        spec = known_tasks()[args.task]
+    if not sys.stderr.isatty():
+        return lines
+    n_rows = sum(1 for _ in read_rows(args.file))
+
+    def shown_lines(first_row=0):
+        options = {"desc": "predicting", "total": n_rows, "initial": first_row, "leave": False}
+        return progress_bar(iterable=lines(first_row), **options)
+
+    return shown_lines
+
+
+# How rows are put into words
+
+
+def make_forms(args):
+    """Return the Forms of rows: of --task, or else of the task.json beside each adapter or model.
+
+    Raise ValueError if there is no such task or prompt.
+    """
+    from minia3.checkpoints.hub import find_adapter
+    from minia3.inference.prediction import Forms
+    from minia3.tasks.columns import ColumnFlags
+    from minia3.tasks.task_file import read_tasks_beside
+
+    tasks = {}
+    if args.adapter is None:
+        tasks = read_tasks_beside(Path(args.model))  # after full fine-tuning
+    elif not is_folder_of_adapters(args.adapter):
+        tasks = read_tasks_beside(find_adapter(args.adapter))
+    by_adapter = {}
+    if args.task is None and is_folder_of_adapters(args.adapter):
+        for path in sorted(Path(args.adapter).iterdir()):
+            tasks_of_adapter = read_tasks_beside(path)
+            if tasks_of_adapter:
+                spec = only_task(path, tasks_of_adapter)
+                by_adapter[path.name] = make_form(spec, args)
+    flags = ColumnFlags(input=args.input, labels=args.labels)
+    if args.task is None and not tasks:
+        check_prompt_number(args.prompt, n_prompts=1)
+        return Forms(None, by_adapter, flags)
+    return Forms(make_form(choose_task(args, tasks), args), by_adapter, flags)
+
+
+def is_folder_of_adapters(path):
+    is_folder = path is not None and Path(path).is_dir()
+    return is_folder and not Path(path, "adapter_config.json").exists()
+
+
+def only_task(path, tasks):
+    """Return the TaskSpec of an adapter. Raise ValueError if it has learned several tasks."""
+    if len(tasks) > 1:
+        raise ValueError(f"{path} has learned {len(tasks)} tasks: give --task {'|'.join(tasks)}")
+    return next(iter(tasks.values()))
+
+
+def choose_task(args, tasks):
+    """Return the TaskSpec of rows that name no adapter. tasks: what the adapter has learned."""
+    from minia3.tasks.known_tasks import known_tasks
+    from minia3.tasks.task_file import find_task_file, read_task_file
+
+    if args.task is None:
+        return only_task(args.adapter or args.model, tasks)
+    if args.task in tasks:
+        return tasks[args.task]
+    if args.task in known_tasks():
+        return known_tasks()[args.task]
+    path = find_task_file(args.task)
+    if path is None:
+        expected = ", ".join([*filter(None, tasks), *known_tasks()])
+        raise ValueError(f"--task is {args.task!r}, expected a task file, or one of {expected}")
+    return read_task_file(path)
+
+
+def make_form(spec, args):
+    """Return the Form of a task's rows. Raise ValueError if it has no prompt of this number."""
+    from minia3.checkpoints.known_models import base_of, known_model
+    from minia3.inference.prediction import Form
+    from minia3.tasks.columns import ColumnFlags, with_flags
+    from minia3.tasks.prompts import for_family
+
+    spec = with_flags(spec, ColumnFlags(input=args.input, labels=args.labels))
     known = known_model(base_of(args.model))
     family = known.family if known else None
     prompts = for_family(spec.prompts, family)
-    if not 0 <= args.prompt < len(prompts):
-        raise ValueError(f"--prompt is {args.prompt}, expected 0 to {len(prompts) - 1}")
-    return spec, prompts[args.prompt]
+    check_prompt_number(args.prompt, len(prompts))
+    return Form(spec, prompts[args.prompt])
+
+
+def check_prompt_number(number, n_prompts):
+    if not 0 <= number < n_prompts:
+        raise ValueError(f"--prompt is {number}, expected 0 to {n_prompts - 1}")
 
 
 def load_adapters(model, path):
@@ -105,7 +190,7 @@ def load_adapters(model, path):
     adapters = Adapters(model)
     if not path:
         return adapters, None
-    if Path(path).is_dir() and not Path(path, "adapter_config.json").exists():
+    if is_folder_of_adapters(path):
         adapters.load_folder(path)
         return adapters, None
     if is_lora(path):  # it changes the weights, so it has no row and no name
@@ -122,8 +207,7 @@ class Prediction:
     args: Any  # of the command line
     model: Any
     tokenizer: Any
-    spec: Any  # TaskSpec
-    prompt: Any
+    forms: Any  # Forms
     adapters: Any  # Adapters
     default_adapter: str | None
 
@@ -157,8 +241,7 @@ class Prediction:
         rows = read_inputs(
             self.args.file,
             self.tokenizer,
-            self.spec,
-            self.prompt,
+            self.forms,
             self.adapters,
             self.default_adapter,
             self.args.max_length,
@@ -182,8 +265,6 @@ class Prediction:
         """Return a dict from the name of each column to its value for a row."""
         from minia3.inference.prediction import COLUMNS
 
-        if self.spec.labels:
-            result["word"] = self.spec.labels[result["label"]]
         if not columns:
             return result
         fields = row | dict.fromkeys(COLUMNS) | result

@@ -48,9 +48,12 @@ class Result:
     adapter_folder: Path  # where the adapter was saved, or the whole model
     model: str
     task: str  # with what is unusual: another metric or split, or other data of the same name
+    metric: str
     method: str
     seed: int
     accuracies: np.ndarray  # one per prompt, in per cent
+    before: np.ndarray  # the same before training
+    commonest: float  # of always giving the commonest label, in per cent; NaN if not known
     n_trainable: int  # parameters of one adapter
     n_steps: int
     n_bytes: float  # of the adapter's files; NaN if they are gone
@@ -225,9 +228,9 @@ def read_result(run, final):
     n_steps = int(final["steps"])
     is_decoder_only = final["architecture"] == "Llama"
 
-    accuracies = 100 * np.array(final.get("accuracies", [final["accuracy"]]), float)
-    if not (abs(accuracies - 50) <= 50).all():
-        raise ValueError(f"accuracies are {accuracies.tolist()!r:.80} %")
+    accuracies = read_accuracies(final, "accuracies", final["accuracy"])
+    before = read_accuracies(final, "accuracies_before", final.get("accuracy_before"))
+    commonest = read_accuracies(final, "", final.get("commonest"))[0]
 
     seconds = float(final["seconds"])
     if method == "ia3":  # its cells train together, and each line has the time of all
@@ -247,9 +250,12 @@ def read_result(run, final):
         adapter_folder=adapter_folder,
         model=str(final["model"]),
         task=name_column(final),
+        metric=str(final["metric"]),
         method=method,
         seed=int(final.get("seed", run.config["seed"])),
         accuracies=accuracies,
+        before=before,
+        commonest=float(commonest),
         n_trainable=n_trainable,
         n_steps=n_steps,
         n_bytes=n_bytes,
@@ -261,6 +267,19 @@ def read_result(run, final):
         flags=select_flags(run, final),
         data_digest=digest_data(run.config.get("data", {}), task),
     )
+
+
+def read_accuracies(final, key, value):
+    """Return the numbers under a key of a final line, or else one value, in per cent.
+
+    A value of None is NaN. Raise ValueError if a number is not from 0 to 1.
+    """
+    if value is None:
+        return np.array([np.nan])
+    accuracies = 100 * np.array(final.get(key, [value]), float)
+    if not (abs(accuracies - 50) <= 50).all():
+        raise ValueError(f"accuracies are {accuracies.tolist()!r:.80} %")
+    return accuracies
 
 
 def name_column(final):

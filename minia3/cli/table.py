@@ -1,6 +1,7 @@
 """The paper's table: a row per model and method, a column per task, and what each row costs.
 
-A cell is the median over seeds and prompts, with the interquartile range in brackets.
+A cell is the median over seeds and prompts, with the interquartile range in brackets. The first row
+has what always giving the commonest label would reach.
 """
 
 import csv
@@ -33,14 +34,17 @@ PAPER_TASKS = (
     "anli-r3",
 )
 UNKNOWN = math.nan
+COMMONEST = "commonest label"  # the method of the row that is compared with, and was never run
 
 
 @dataclass
 class Cell:
-    """The accuracies of a row on one task, in per cent."""
+    """The accuracies (or another metric) of a row on one task, in per cent."""
 
     median: float = UNKNOWN  # over seeds and prompts
     iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
+    before: float = UNKNOWN  # the median before training
+    metric: str = ""
 
 
 @dataclass
@@ -88,12 +92,35 @@ def table_rows(folders):
     Rows are sorted by model, then by trainable parameters, then by label, the shortest first.
     """
     results, note = read_results(folders)
+    return make_rows(results), note
+
+
+def make_rows(results):
     tasks = sorted({result.task for result in results}, key=task_order)
     groups = {}
     for result in results:
         key = (result.model, result.n_trainable, len(result.label), result.label)
         groups.setdefault(key, []).append(result)
-    return [make_row(group, tasks) for _, group in sorted(groups.items())], note
+    rows = [make_row(group, tasks) for _, group in sorted(groups.items())]
+    return commonest_rows(results, tasks) + rows
+
+
+def commonest_rows(results, tasks):
+    """Return a row with the share of each task's commonest label, if any result has one.
+
+    Older versions did not write it.
+    """
+    cells = {}
+    for task in tasks:
+        shares = [result.commonest for result in results if result.task == task]
+        known = [share for share in shares if not is_unknown(share)]
+        cells[task] = Cell()
+        if known:
+            cells[task] = Cell(float(np.median(known)))  # RAFT's folds differ
+    if all(is_unknown(cell.median) for cell in cells.values()):
+        return []
+    average = float(np.mean([cell.median for cell in cells.values()]))
+    return [Row("-", COMMONEST, cells, average, 0, 0, UNKNOWN, UNKNOWN, UNKNOWN)]
 
 
 def task_order(column):
@@ -130,7 +157,8 @@ def make_cell(results):
     iqr = UNKNOWN
     if len(accuracies) > 1:
         iqr = float(high - low)
-    return Cell(float(median), iqr)
+    before = np.concatenate([result.before for result in results])
+    return Cell(float(median), iqr, float(np.median(before)), results[0].metric)
 
 
 # Text

@@ -1,11 +1,15 @@
 """Keep a second process out of a folder that is being written.
 
-The lock belongs to the operating system (flock), and is not the existence of a file: if the process
-that holds it is killed, the system releases it, and nobody has to clean up.
+The lock belongs to the operating system (flock, or LockFile on Windows), and is not the existence
+of a file: if the process that holds it is killed, the system releases it, and nobody has to clean
+up.
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import suppress
+
+# On Windows nobody can write to a byte that is locked, so the lock is on a byte far behind the end.
+FAR = (1 << 31) - 2
 
 
 def lock_folder(folder, name=".lock"):
@@ -14,17 +18,13 @@ def lock_folder(folder, name=".lock"):
     folder: a Path. The lock is on the file `name` in the folder. The file is created if need be,
     and the holder of the lock may remove it.
 
-    Raise ValueError if another process holds the lock. On Windows nothing is locked.
+    Raise ValueError if another process holds the lock.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return nullcontext()
     while True:
         file = open(folder / name, "a")  # noqa: SIM115 (closing it releases the lock)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock_file(file.fileno())
+        except OSError:
             file.close()
             raise ValueError(f"{folder}: another run is writing there") from None
         if os.fstat(file.fileno()).st_nlink > 0:
@@ -32,3 +32,22 @@ def lock_folder(folder, name=".lock"):
         # The previous holder removed the file after we opened it. Nobody else can see our lock, so
         # try again.
         file.close()
+
+
+def lock_file(descriptor):
+    """Lock an open file. Raise OSError if another process holds its lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        os.lseek(descriptor, FAR, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_lock(path):
+    """Remove the file of a lock that this process holds. Windows keeps a file that is open."""
+    with suppress(PermissionError):
+        path.unlink(missing_ok=True)

@@ -72,9 +72,14 @@ def problem_of_file(path):
     except FileNotFoundError:
         return "not found"
     except OSError as error:
-        return one_line(error)
+        return error.strerror or one_line(error)  # str(error) repeats the path
     if not head:
         return "the file is empty"
+    return problem_of_content(head)
+
+
+def problem_of_content(head):
+    """Return why a file that begins with these bytes was not downloaded, or "" if it was."""
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer in place of the file: run `git lfs pull`"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):

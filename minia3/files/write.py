@@ -40,7 +40,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minia3.files.lock import lock_folder
+from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import one_line
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
@@ -62,7 +62,7 @@ def replacing(path):
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())  # or a power failure could leave the name without the content
         os.replace(temporary, path)
     finally:
@@ -106,7 +106,7 @@ def writing_folder(folder, replaces=()):
             move_into_place(folder)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            remove_lock(folder / LOCK_FILE)
 
 
 def finish_writing(folder):
@@ -120,7 +120,7 @@ def finish_writing(folder):
     try:
         with lock_folder(folder, LOCK_FILE):
             move_into_place(folder)
-            (folder / LOCK_FILE).unlink(missing_ok=True)
+            remove_lock(folder / LOCK_FILE)
     except OSError as error:
         killed = "a process was killed while it replaced the files of this folder"
         raise ValueError(f"{folder}: {killed}, and they cannot be moved: {error}") from None

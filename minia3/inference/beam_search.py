@@ -11,6 +11,8 @@ from math import inf
 
 import torch
 
+from minia3.inference.scoring import check_best
+
 
 @dataclass
 class Hypothesis:
@@ -80,7 +82,8 @@ def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0):
     """Return the `n_beams` best texts for each row of `state`, best first: lists of ids.
 
     The score of a text is the sum of its log-probabilities, divided by length ** length_penalty,
-    and its end token counts. The lists do not hold the end token. `state` stays as it is.
+    and its end token counts. The lists do not hold the end token. `state` stays as it is. Raise
+    NotFiniteError, with the row of `state`, if the model's scores are not finite.
     """
     end_ids = model.config.eos_ids
     searches = [Search(n_beams, end_ids, length_penalty) for _ in state.start]
@@ -88,7 +91,9 @@ def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0):
     state = state.repeat(n_beams)
     tokens_B1 = state.start
     for length in range(1, max_new_tokens + 1):
-        logp_BV = model.step(tokens_B1, state)[:, -1].float().log_softmax(dim=-1)
+        logits_BV = model.step(tokens_B1, state)[:, -1].float()
+        check_best(logits_BV, owners(searches))
+        logp_BV = logits_BV.log_softmax(dim=-1)
         # Each beam has at most len(end_ids) ways to end, so at least n_beams of the n_best ways do
         # not end.
         n_best = n_beams * min(1 + len(end_ids), logp_BV.shape[1])
@@ -128,6 +133,14 @@ def best_ways(logp_BV, searches, n_best):
         ways_of_searches.append(ways)
         first_row += len(search.live)
     return ways_of_searches
+
+
+def owners(searches):
+    """Return the number of the search that each live hypothesis belongs to."""
+    numbers = []
+    for number, search in enumerate(searches):
+        numbers += [number] * len(search.live)
+    return numbers
 
 
 def live_hypotheses(searches):

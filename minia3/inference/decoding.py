@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from minia3.inference.beam_search import beam_search
-from minia3.inference.scoring import batches_by_length
+from minia3.inference.scoring import NotFiniteError, batches_by_length, check_best
 from minia3.tasks.batches import pad
 
 SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
@@ -120,8 +120,8 @@ def generate(  # noqa: PLR0913 (the contract)
     batch_size: rows per step. The samples or beams of one prompt always stay together, so a batch
     has more rows if a single prompt has more samples or beams.
 
-    Raise ValueError if an option is out of its range, or if a prompt has no tokens or an id that
-    the model does not know.
+    Raise ValueError if an option is out of its range, if a prompt has no tokens or an id that the
+    model does not know, or if the model's scores are not finite.
     """
     options = Options(
         max_new_tokens=max_new_tokens,
@@ -172,14 +172,18 @@ def stream(  # noqa: PLR0913 (the contract)
     return (piece for _, piece in pieces if piece)
 
 
-def generate_pieces(model, tokenizer, prompts, adapter, options):
+def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     """Check everything now, and return an iterator of (index of a text, a piece of it).
 
     The pieces of each text come in order; pieces of different texts alternate.
+
+    cut: a set to which the index of each text is added that `max_new_tokens` has cut. (A beam
+    search does not tell.)
     """
     options.check()
     sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings)
-    return write_in_batches(model, tokenizer, sources, adapter, options)
+    cut = set() if cut is None else cut
+    return write_in_batches(model, tokenizer, sources, adapter, options, cut)
 
 
 def encode_prompts(prompts, tokenizer, n_ids):
@@ -201,7 +205,7 @@ def encode_prompts(prompts, tokenizer, n_ids):
     return sources
 
 
-def write_in_batches(model, tokenizer, sources, adapter, options):
+def write_in_batches(model, tokenizer, sources, adapter, options, cut):
     """Yield (index of a text, a piece of it), one batch of sources after the other."""
     device = model.embed.weight.device
     seed = secrets.randbits(32) if options.seed is None else options.seed
@@ -220,10 +224,15 @@ def write_in_batches(model, tokenizer, sources, adapter, options):
             numbers += range(i * options.samples, (i + 1) * options.samples)
         texts = [Text(tokenizer.decode, options.stops) for _ in numbers]
         ended = set()
-        for row, token in write_tokens(model, state, numbers, seed, ended, options):
-            yield numbers[row], texts[row].add(token)
-            if texts[row].is_stopped:
-                ended.add(row)
+        try:
+            for row, token in write_tokens(model, state, numbers, seed, ended, options):
+                yield numbers[row], texts[row].add(token)
+                if texts[row].is_stopped:
+                    ended.add(row)
+        except NotFiniteError as error:
+            index = numbers[error.index] // options.samples
+            raise NotFiniteError(f"prompt {index}", index) from None
+        cut.update(number for row, number in enumerate(numbers) if row not in ended)
         for number, text in zip(numbers, texts, strict=True):
             yield number, text.finish()
 
@@ -250,9 +259,13 @@ def write_tokens(model, state, numbers, seed, ended, options):
 
 def search_tokens(model, state, options):
     """Yield (row, token) of the best texts of a beam search, one text after the other."""
-    searched = beam_search(
-        model, state, options.beams, options.max_new_tokens, options.length_penalty
-    )
+    try:
+        searched = beam_search(
+            model, state, options.beams, options.max_new_tokens, options.length_penalty
+        )
+    except NotFiniteError as error:
+        row = error.index * options.samples  # the first text of this prompt
+        raise NotFiniteError(f"text {row}", row) from None
     row = 0
     for texts in searched:
         for ids in texts[: options.samples]:
@@ -282,6 +295,7 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
             tokens_B1 = tokens_B1[kept_R]
 
         logits_BV = model.step(tokens_B1, state)[:, -1].float()
+        check_best(logits_BV, rows)
         if sampler is None:
             tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         else:

@@ -1,11 +1,16 @@
-"""Evaluation: how many rows of a task does a model answer correctly?
+"""Evaluation: how well does a model answer the rows of a task?
 
 The result of an evaluation is a dictionary, because it becomes part of a line of metrics.jsonl:
 
     accuracy   the value of the metric from 0 to 1, whichever metric it is
     auc        how well the scores tell two labels apart (`choice_auc`), or None
+    commonest  the metric of always giving the commonest answer, if there are choices
+    perplexity of the targets, if this is what is measured
     n          rows
     n_cut      rows whose input was too long and lost words
+    n_equal    rows with two choices that are one text to the tokenizer, if there are choices
+    n_lossy    targets with characters that the tokenizer cannot write, for exact match
+    n_too_long targets with more tokens than are generated, for exact match
     tokens     mean tokens of a row and its choices
     n_shots    mean shots of a row, if there are shots
 
@@ -17,9 +22,23 @@ from bisect import bisect_left
 import numpy as np
 
 from minia3.inference.decoding import generate
-from minia3.inference.metrics import area_under_curve, macro_f1
-from minia3.inference.scoring import score_examples
+from minia3.inference.metrics import (
+    CHOICE_METRICS,
+    INVERSE_PERPLEXITY,
+    TEXT_METRICS,
+    area_under_curve,
+    inverse_perplexity,
+    is_text_metric,
+    perplexity,
+)
+from minia3.inference.scoring import (
+    check_examples,
+    naming_rows,
+    score_examples,
+    total_logprobs,
+)
 from minia3.tasks.examples import encode_rows
+from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
 from minia3.tasks.prompts import in_context, render
 
 
@@ -32,57 +51,135 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     metric,
     shots=(),
     max_length=512,
+    max_target_length=None,
     max_new_tokens=64,
     adapter=None,
     batch_size=16,
 ):
     """Return the result (see above) of a model on rows that are put into the words of one prompt.
 
-    metric "accuracy"     the share of rows whose right choice has the best score, which is the mean
-                          log-probability per token
-    metric "macro_f1"     the mean of the labels' F1 scores, for the same choices
-    metric "exact_match"  the share of rows whose generated text is the target, apart from white
-                          space at the ends
+    metric: one of those in metrics.py. Choices are ranked by their mean log-probability per token.
+    Texts are generated, and compared with the target. For the inverse perplexity, the target is
+    scored.
 
     shots: rows that come before each row with their answers, as many as fit into `max_length`
-    tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). Inputs that are too long
-    without any shot lose words from their middle (`fit` in tasks/prompts.py).
+    tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). See `fit` in tasks/prompts.py
+    for inputs that are too long without any shot.
+
+    Raise ValueError, with the `idx` of the row, if a choice is longer than `max_target_length`
+    tokens, if the model has no embedding for a token, or if a score is not finite.
     """
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
-    is_generated = metric == "exact_match"
 
+    pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, is_text_metric(metric))
+    if metric not in TEXT_METRICS:  # these only read the source
+        examples, _ = fit_all_targets(rows, examples, max_target_length)
+    check_examples(rows, examples, model, tokenizer)
+
+    options = {"adapter": adapter, "batch_size": batch_size}
+    with naming_rows(rows):
+        if metric in TEXT_METRICS:
+            options["max_new_tokens"] = max_new_tokens
+            options["stop"] = ("\n\n",) if shots else ()  # this ends the answers of the shots, too
+            sources = [example.source for example in examples]
+            texts = generate(model, tokenizer, sources, **options)
+            result = text_result(metric, texts, rendered, tokenizer)
+            if metric == "exact_match":
+                result |= count_unmatchable(rendered, examples, tokenizer, max_new_tokens)
+        elif metric == INVERSE_PERPLEXITY:
+            result = perplexity_result(*total_logprobs(model, examples, **options))
+        else:
+            scores_NC = score_examples(model, examples, **options).double().numpy()
+            result = choice_result(metric, scores_NC, rendered)
+            result["n_equal"] = sum(equal_choices(example) is not None for example in examples)
+
+    n_tokens = np.mean([count_tokens(example) for example in examples])
+    result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(n_tokens)}
+    if shots:
+        result["n_shots"] = float(np.mean(n_shots))
+    return result
+
+
+# Results, by the kind of the metric
+
+
+def no_answers(n_rows):
+    """Return the result of a model whose scores are not finite."""
+    return {"accuracy": 0.0, "auc": None, "perplexity": None, "n": n_rows, "n_cut": 0}
+
+
+def text_result(metric, texts, rendered, tokenizer):
+    """Return the result for texts that were generated.
+
+    Exact match compares with the target as the tokenizer writes it, because a model cannot write
+    anything else. The other metrics are those of the public packages, so they compare with the
+    target itself.
+    """
+    targets = [row.choices[0] for row in rendered]
+    if metric == "exact_match":
+        targets = [written_target(target, tokenizer) for target in targets]
+    return {"accuracy": float(TEXT_METRICS[metric](texts, targets)), "auc": None}
+
+
+def count_unmatchable(rendered, examples, tokenizer, max_new_tokens):
+    """Return how many targets lose characters, and how many are too long to be written."""
+    is_lossy = [loses_characters(row.choices[0], tokenizer) for row in rendered]
+    is_too_long = []
+    for example in examples:
+        n_to_write = len(example.targets[0]) - 1  # the end token need not be written
+        is_too_long.append(n_to_write > max_new_tokens)
+    return {"n_lossy": sum(is_lossy), "n_too_long": sum(is_too_long)}
+
+
+def perplexity_result(logp_N, n_tokens_N):
+    value = inverse_perplexity(logp_N, n_tokens_N)
+    return {"accuracy": value, "auc": None, "perplexity": perplexity(value)}
+
+
+def choice_result(metric, scores_NC, rendered):
+    """Return the result of taking the choice with the best score for each row."""
+    label_N = np.array([row.label for row in rendered])
+    value = CHOICE_METRICS[metric](scores_NC.argmax(axis=1), label_N)
+    return {
+        "accuracy": float(value),
+        "auc": choice_auc(scores_NC, label_N),
+        "commonest": commonest_share(metric, rendered),
+    }
+
+
+def commonest_share(metric, rendered):
+    """Return the metric of a model that always gives the commonest answer.
+
+    For the accuracy, this is the share of the commonest label. Answers are compared as texts if all
+    rows have the same choices in any order, and otherwise by their place among the choices.
+    """
+    answers = right_answers(rendered)
+    _, answer_N = np.unique(answers, return_inverse=True)
+    commonest = np.bincount(answer_N).argmax()
+    value = CHOICE_METRICS[metric](np.full_like(answer_N, commonest), answer_N)
+    return float(value)
+
+
+def right_answers(rendered):
+    """Return the right answer of each row: its text, or its place if the rows' choices differ."""
+    choices = {frozenset(row.choices) for row in rendered}
+    if len(choices) > 1:
+        return [row.label for row in rendered]
+    return [row.choices[row.label] for row in rendered]
+
+
+# Parts
+
+
+def with_shots(rows, prompt, shots, tokenizer, max_length):
+    """Return each row with a prompt that begins with the shots that fit, and their numbers."""
     # A shot has at least one token, so more than max_length shots never fit.
     prompts = in_context(prompt, shots[:max_length])
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=is_generated)
-
-    options = {"adapter": adapter, "batch_size": batch_size}
-    auc = None
-    if is_generated:
-        sources = [example.source for example in examples]
-        options["max_new_tokens"] = max_new_tokens
-        options["stop"] = ("\n\n",) if shots else ()  # this ends the answers of the shots, too
-        value = exact_match(generate(model, tokenizer, sources, **options), rendered)
-    else:
-        scores = score_examples(model, examples, **options)
-        scores_NC = scores.double().numpy()
-        label_N = np.array([example.label for example in examples])
-        value = choice_metric(metric, scores_NC, label_N)
-        auc = choice_auc(scores_NC, label_N)
-
-    n_tokens = [count_tokens(example) for example in examples]
-    result = {
-        "accuracy": float(value),
-        "auc": auc,
-        "n": len(rows),
-        "n_cut": n_cut,
-        "tokens": float(np.mean(n_tokens)),
-    }
-    if shots:
-        result["n_shots"] = float(np.mean(n_shots))
-    return result
+    return pairs, n_shots
 
 
 def most_shots(row, prompts, tokenizer, max_length):
@@ -96,22 +193,6 @@ def most_shots(row, prompts, tokenizer, max_length):
 
     # The position of the first number (1, 2, ...) that is too long is the number of shots that fit.
     return bisect_left(range(1, len(prompts)), True, key=is_too_long)
-
-
-def exact_match(texts, rendered):
-    """Return the share of texts that are the row's target, apart from white space at the ends."""
-    is_right = []
-    for text, row in zip(texts, rendered, strict=True):
-        is_right.append(text.strip() == row.choices[0].strip())
-    return np.mean(is_right)
-
-
-def choice_metric(metric, scores_NC, label_N):
-    """Return the accuracy or the macro F1 of taking the choice with the best score."""
-    best_N = scores_NC.argmax(axis=1)
-    if metric == "macro_f1":
-        return macro_f1(best_N, label_N)
-    return np.mean(best_N == label_N)
 
 
 def choice_auc(scores_NC, label_N):
@@ -146,6 +227,8 @@ def over_prompts(results):
     for key in first:
         values = [result[key] for result in results]
         combined[key] = None if None in values else float(np.median(values))
+    if "perplexity" in first:
+        combined["perplexity"] = perplexity(combined["accuracy"])
     combined["n"] = first["n"]
     combined["n_cut"] = max(result["n_cut"] for result in results)
     combined["accuracies"] = [result["accuracy"] for result in results]

@@ -9,16 +9,26 @@ process is stopped, the same command counts the finished lines and continues aft
 import csv
 import io
 import json
+from collections.abc import Sequence
 from itertools import groupby, islice
 from typing import NamedTuple
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
 from minia3.inference.decoding import generate
-from minia3.inference.scoring import score_examples
-from minia3.tasks.examples import Example, encode_rows
-from minia3.tasks.prompts import Rendered
-from minia3.tasks.rows import check_row, read_rows
+from minia3.inference.scoring import (
+    check_example,
+    naming_rows,
+    score_examples,
+    warn_of_equal_choices,
+)
+from minia3.inference.turns import end_answers
+from minia3.tasks.columns import ColumnFlags, guess_input, with_flags
+from minia3.tasks.examples import Example, encode_question, encode_rows
+from minia3.tasks.prompts import Prompt, Rendered
+from minia3.tasks.row_files import read_rows
+from minia3.tasks.rows import PREDICTED, check_row, without_target
+from minia3.tasks.task import TaskSpec
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
 COLUMNS = (
@@ -30,55 +40,93 @@ COLUMNS = (
 )  # of a .csv file, unless --columns is given
 
 
+class Form(NamedTuple):
+    """How rows are put into words."""
+
+    spec: TaskSpec
+    prompt: Prompt
+
+
+class Forms(NamedTuple):
+    """The form of each adapter that was trained on a task, and of all other rows."""
+
+    default: Form | None  # None: the columns of each row say it
+    by_adapter: dict[str, Form]
+    flags: ColumnFlags = ColumnFlags()  # for rows whose columns say it
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations, if it is not the model's own.
+
+        Raise ValueError if the adapters were trained with different ones.
+        """
+        forms = list(self.by_adapter.values())
+        if self.default is not None:
+            forms.append(self.default)
+        templates = {form.spec.chat_template for form in forms if form.spec.messages}
+        if len(templates) > 1:
+            raise ValueError(
+                f"the adapters were trained with {len(templates)} different chat templates: "
+                "predict with one adapter after the other"
+            )
+        return next(iter(templates), None)
+
+    def find(self, adapter: str | None, row: dict) -> Form:
+        """Return the form of a row that has this adapter."""
+        form = self.by_adapter.get(adapter, self.default)
+        if form is None:
+            spec = with_flags(TaskSpec(prompts=guess_input(row)), self.flags)
+            form = Form(spec, spec.prompts[0])
+        return form
+
+
 class Input(NamedTuple):
     """A row to be answered."""
 
     row: dict
     rendered: Rendered  # without choices: the row is to be continued
     example: Example
+    labels: Sequence[str]  # the choices as the task's files spell them, if it has such labels
 
 
-def read_inputs(path, tokenizer, spec, prompt, adapters, default=None, max_length=512):
-    """Yield an Input for each row of a .jsonl or .csv file, in the words of `prompt`.
+def read_inputs(path, tokenizer, forms, adapters, default=None, max_length=512):
+    """Yield an Input for each row of a file (see `read_rows`), in the form of the row's adapter.
 
-    spec: a TaskSpec. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
-    `default` if the row names none. Raise ValueError, "path:line: reason", at the first wrong row.
+    forms: Forms. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
+    `default` if the row names none. Answers in the file are not read. Raise ValueError,
+    "path:line: reason", at the first wrong row.
     """
-    is_known_task = bool(spec.labels)
-    column = None if is_known_task else "input"
-    for n, (line_number, row) in enumerate(read_rows(path, column)):
+    # In a published task, an empty text is a text.
+    keep_empty = forms.default is not None and forms.default.spec.is_published
+    for n, (line_number, row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
-            if not is_known_task and isinstance(row, dict):
-                row = without_answer(row)
-            row = check_row(row, spec, "test", n)
-            row["adapter"] = adapter_name(row, spec, adapters, default)
+            name = adapter_name(row, keep_empty, adapters, default)
+            spec, prompt = forms.find(name, row)
+            row = check_row(row, spec, PREDICTED, n)
+            row["adapter"] = name
 
-            (rendered,), (example,), _ = encode_rows(
-                [(row, prompt)], tokenizer, max_length, end=False
-            )
-            if not prompt.choices and "choices" not in row:
+            if spec.answer_of(row) == "messages":
+                rendered, example = encode_question(row, tokenizer, max_length)
+            else:
+                (rendered,), (example,), _ = encode_rows(
+                    [(row, without_target(prompt))], tokenizer, max_length, end=False
+                )
+            if spec.answer_of(row) == "target":
                 rendered = rendered._replace(choices=[])
             check_tokens(rendered, example)
-        yield Input(row, rendered, example)
+            check_example(example, adapters.model, tokenizer)
+            warn_of_equal_choices(example, rendered.choices)
+        yield Input(row, rendered, example, spec.labels)
 
 
-def without_answer(row):
-    """Return a user's row without its label, so that a wrong one does not matter.
-
-    A row without choices gets a dummy target, because `check_row` expects choices or a target.
-    """
-    row = {**row, "label": None}
-    if "choices" not in row:
-        row["target"] = "?"
-    return row
-
-
-def adapter_name(row, spec, adapters, default):
+def adapter_name(row, keep_empty, adapters, default):
     """Return the name of a row's adapter, or `default`. Raise ValueError if it is not known."""
+    if isinstance(row, ValueError):
+        raise row
     name = row.get("adapter")
     # In the .csv file of a known task, an empty cell is an empty text. In a user's file, the row
     # does not have the field.
-    is_empty_cell = bool(spec.labels) and name == ""
+    is_empty_cell = keep_empty and name == ""
     if name is None or is_empty_cell:
         name = default
     is_known = isinstance(name, str) and name in adapters
@@ -99,25 +147,30 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
     """Yield (row, result) for each Input, in order.
 
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
-    log-probability per token of each choice). The result of a row without choices has "idx" and
-    "output", the text that continues it. adapters: an Adapters.
+    log-probability per token of each choice), and "word" (the label as the task's files spell it)
+    if the task has labels. The result of a row without choices has "idx" and
+    "output", the text that continues it. adapters: an Adapters. Raise ValueError, with the row's
+    idx, if a score is not finite.
     """
 
-    def has_choices(row_input):
-        return bool(row_input.rendered.choices)
+    def kind_of(row_input):
+        is_chat = "messages" in row_input.row
+        return bool(row_input.rendered.choices), is_chat
 
     inputs = iter(inputs)
     while chunk := list(islice(inputs, CHUNK)):
-        # Rows with and without choices may alternate: each run of one kind is answered at once.
-        for is_scored, run in groupby(chunk, has_choices):
+        # Rows of different kinds may alternate: each run of one kind is answered at once.
+        for (is_scored, is_chat), run in groupby(chunk, kind_of):
             run = list(run)
             names = [row_input.row["adapter"] for row_input in run]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
-            if is_scored:
-                results = scored_results(model, run, options)
-            else:
-                options["max_new_tokens"] = max_new_tokens
-                results = written_results(model, tokenizer, run, options)
+            with naming_rows([row_input.row for row_input in run]):
+                if is_scored:
+                    results = scored_results(model, run, options)
+                else:
+                    options["max_new_tokens"] = max_new_tokens
+                    options["stop"] = end_answers(model, tokenizer) if is_chat else ()
+                    results = written_results(model, tokenizer, run, options)
             for row_input, result in zip(run, results, strict=True):
                 yield row_input.row, result
 
@@ -132,7 +185,10 @@ def scored_results(model, inputs, options):
         scores = scores[: len(choices)]  # the rest is -inf, because another row has more choices
         label = scores.index(max(scores))
         idx = row_input.row["idx"]
-        results.append({"idx": idx, "label": label, "choice": choices[label], "scores": scores})
+        result = {"idx": idx, "label": label, "choice": choices[label], "scores": scores}
+        if row_input.labels:
+            result["word"] = row_input.labels[label]
+        results.append(result)
     return results
 
 
@@ -173,16 +229,35 @@ def write_results(path, lines, to_csv):
     Raise ValueError if another process is writing the file, or if it begins differently.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock_folder(path.parent, path.name), path.open("a+b") as file:
+    if path.exists() and not path.is_file():  # a device or a pipe, which holds nothing
+        with path.open("wb", buffering=0) as device:
+            write_lines(path, device, lines(0))
+        return
+    # Without a buffer, so that nothing is left in it, to be written again, if the disk is full.
+    with lock_folder(path.parent, path.name), path.open("a+b", buffering=0) as file:
         expected = b"{"
         if to_csv:
             expected = next(iter(lines(0))).encode()
         check_beginning(path, file, expected)
-        n_rows, n_bytes = count_finished(file, to_csv)
+        n_rows, n_bytes = count_finished(path, to_csv)
         file.truncate(n_bytes)
-        for line in lines(n_rows):
-            file.write(line.encode())
-            file.flush()
+        write_lines(path, file, lines(n_rows))
+
+
+def write_lines(path, file, lines):
+    """Write each line whole, or not at all. Raise OSError with the path if the disk is full."""
+    for line in lines:
+        rest = line.encode()
+        n_written = 0
+        try:
+            while rest:  # a disk that is nearly full takes a part of a line
+                n_bytes = file.write(rest)
+                n_written += n_bytes
+                rest = rest[n_bytes:]
+        except OSError as error:
+            if file.seekable() and n_written:
+                file.truncate(file.tell() - n_written)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def check_beginning(path, file, expected):
@@ -197,7 +272,7 @@ def check_beginning(path, file, expected):
         raise ValueError(f"{message}, expected {expected!r:.80}. Give another --out, or remove it")
 
 
-def count_finished(file, to_csv):
+def count_finished(path, to_csv):
     """Return how many complete rows a file has, and how many bytes it has up to their end.
 
     A csv's header without rows does not count, because it is written again.
@@ -206,14 +281,16 @@ def count_finished(file, to_csv):
     n_lines = 0
     n_bytes = 0
     n_quotes = 0
-    file.seek(0)
-    for line in file:
-        n_quotes += line.count(b'"')
-        # A quoted text of a csv may hold line breaks: the quote is open if their number is odd.
-        is_open = to_csv and n_quotes % 2 == 1
-        if line.endswith(b"\n") and not is_open:
-            n_lines += 1
-            n_bytes = file.tell()
+    n_read = 0
+    with path.open("rb") as file:
+        for line in file:
+            n_read += len(line)
+            n_quotes += line.count(b'"')
+            # A quoted text of a csv may hold line breaks: the quote is open if their number is odd.
+            is_open = to_csv and n_quotes % 2 == 1
+            if line.endswith(b"\n") and not is_open:
+                n_lines += 1
+                n_bytes = n_read
     if n_lines <= n_header_lines:
         return 0, 0
     return n_lines - n_header_lines, n_bytes

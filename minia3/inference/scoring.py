@@ -4,6 +4,7 @@
     choice_logprobs   the same for all choices of a batch, whose sources are read once
     choice_scores     one number per choice: the mean log-probability of its tokens
     rank              the scores of choices, from texts
+    total_logprobs    the log-probability of a whole target, for perplexities
 
 Training, evaluation and prediction all go through these. Whatever is large is computed in parts:
 the logits of many tokens, and the choices of a task with many of them.
@@ -12,15 +13,20 @@ Shapes: B batch, M source length, C choices, L target length, D model, V vocabul
 are scored, N all examples, or all tokens of a batch.
 """
 
+import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from minia3.files.progress import progress
 from minia3.model.recompute import recompute
+from minia3.model.sequence_state import check_bias
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
+from minia3.tasks.limits import check_ids, equal_choices
 from minia3.tasks.prompts import Rendered
 
 # Logits that may exist at once: 64 MB in float32.
@@ -38,6 +44,30 @@ MAX_CHOICE_TOKENS = 1 << 12
 # Tokens of one source's choices that are scored at once. A LLaMA reads them side by side in one row
 # (sequence_state.py), so their attention grows with the square of this number.
 MAX_SIDE_BY_SIDE = 1 << 9
+
+
+class NotFiniteError(ValueError):
+    """The model's scores for a row are NaN or infinite, so that they have no order.
+
+    name: what to call the first such row. index: its place among those that were given.
+    """
+
+    def __init__(self, name, index):
+        super().__init__(
+            f"{name}: the model's scores are not finite: its weights or the adapter may hold NaN "
+            "(--check-weights looks for it), or their dtype is too narrow (try --dtype float32)"
+        )
+        self.name = name
+        self.index = index
+
+
+@contextmanager
+def naming_rows(rows):
+    """Give a NotFiniteError of the block the `idx` of the row. rows: those that the block reads."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"row {rows[error.index]['idx']}", error.index) from None
 
 
 def logprobs(model, state, target):
@@ -149,7 +179,7 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     """Return (N, C) float32: the scores of the choices of N examples; -inf for missing choices.
 
     examples: see tasks/examples.py. adapter: None, an int, or (N,) long. The examples
-    are read in batches of similar lengths.
+    are read in batches of similar lengths. Raise NotFiniteError if a choice has no finite score.
     """
     n_choices = max(len(example.targets) for example in examples)
     scores_NC = torch.full((len(examples), n_choices), float("-inf"))
@@ -159,7 +189,51 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
         logp = choice_logprobs(model, batch, adapters).cpu()
         scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
+    n_choices_N1 = torch.tensor([[len(example.targets)] for example in examples])
+    is_choice_NC = torch.arange(n_choices) < n_choices_N1
+    check_finite(scores_NC.masked_fill(~is_choice_NC, 0.0))
     return scores_NC
+
+
+@torch.no_grad()
+def total_logprobs(model, examples, *, adapter=None, batch_size=16):
+    """Return (N,) float64 and (N,) long: for the target of each example, the sum of its tokens'
+    log-probabilities, and the number of its tokens.
+
+    The arguments and the errors are those of `score_examples`. Each example has a single target.
+    """
+    total_N = torch.zeros(len(examples), dtype=torch.float64)
+    n_tokens_N = torch.zeros(len(examples), dtype=torch.long)
+    lengths = [len(example.source) for example in examples]
+    for rows, adapters in batches_by_length(lengths, adapter, batch_size):
+        batch = collate([examples[row] for row in rows])
+        logp_BCL = choice_logprobs(model, batch, adapters).cpu().double()
+        mask_BCL = batch.target_mask_BCL
+        total_N[rows] = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
+        n_tokens_N[rows] = mask_BCL.sum(dim=(1, 2))
+    check_finite(total_N[:, None])
+    return total_N, n_tokens_N
+
+
+def check_finite(scores_NC, rows=None):
+    """Raise NotFiniteError for the first row with a score that is NaN or infinite.
+
+    rows: what to call each row of the scores (default: its number).
+    """
+    is_bad_N = ~scores_NC.isfinite().all(dim=1)
+    if is_bad_N.any():
+        index = int(is_bad_N.nonzero()[0])
+        if rows is not None:
+            index = rows[index]
+        raise NotFiniteError(f"prompt {index}", index)
+
+
+def check_best(logits_BV, rows):
+    """Raise NotFiniteError if the best logit of a row is not finite.
+
+    It is NaN if any logit is. (A logit of -inf alone is a token that a model rules out.)
+    """
+    check_finite(logits_BV.amax(dim=-1, keepdim=True), rows)
 
 
 def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, batch_size=16):
@@ -171,7 +245,8 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     have no end token.
 
     Raise ValueError if there are no prompts, if a prompt has no choices, if the numbers of prompts,
-    lists and adapters differ, or if a text has no tokens.
+    lists and adapters differ, if a text has no tokens, if the model has no embedding for a token,
+    or if a score is not finite. Warn if two choices of a prompt are one text to the tokenizer.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of prompts, one or more: found {prompts!r:.80}")
@@ -180,6 +255,8 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     for i, texts in enumerate(choices_of_prompts(choices, len(prompts))):
         example = encode_example(Rendered(prompts[i], texts, 0), tokenizer, end=False)
         examples.append(example)
+        check_example(example, model, tokenizer)
+        warn_of_equal_choices(example, texts)
         if not (example.source and all(example.targets)):
             without_tokens.append(i)
     if without_tokens:
@@ -187,6 +264,34 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     return score_examples(
         model, examples, adapter=adapter, length_norm=length_norm, batch_size=batch_size
     )
+
+
+def check_example(example, model, tokenizer):
+    """Raise ValueError if the model cannot read an example: an unknown id, or far too many."""
+    check_ids(example, model.embed.num_embeddings, tokenizer)
+    longest = max(map(len, [example.source, *example.targets]))
+    check_bias(model.n_bias_heads, longest, longest)
+
+
+def check_examples(rows, examples, model, tokenizer):
+    """Raise the errors of `check_example` with the `idx` of the row."""
+    for row, example in zip(rows, examples, strict=True):
+        try:
+            check_example(example, model, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {row['idx']}: {error}") from None
+
+
+def warn_of_equal_choices(example, texts):
+    """Warn if the tokenizer takes two of the choices `texts` for one text."""
+    places = equal_choices(example)
+    if places:
+        first, second = (texts[place] for place in places)
+        warnings.warn(
+            f"the choices {first!r:.40} and {second!r:.40} are one text to the tokenizer: their "
+            "scores are equal, and the first always wins",
+            stacklevel=3,
+        )
 
 
 def choices_of_prompts(choices, n_prompts):
@@ -220,6 +325,8 @@ def batches_by_length(lengths, adapter, batch_size):
         expected = f"expected an adapter for each of {len(lengths)} rows"
         raise ValueError(f"{expected}, found {len(adapters)}")
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    batches = []
     for first in range(0, len(longest_first), batch_size):
-        rows = longest_first[first : first + batch_size]
+        batches.append(longest_first[first : first + batch_size])
+    for rows in progress(batches, total=len(lengths), size=len):
         yield rows, adapters[rows] if is_per_row else adapters

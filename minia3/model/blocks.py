@@ -95,7 +95,8 @@ class Attention(nn.Module):
     def kv(self, memory, context):
         """Return the keys and values (B, G, M, K) of `memory` (B, M, D), scaled by (IA)^3.
 
-        The keys are scaled before they are rotated, because only then does l_k fold into W_k.
+        The keys are scaled before they are normalized (Qwen3) and rotated, because only then does
+        l_k fold into W_k.
         """
         k = self.l_k(self.k(memory), context.adapter_B)
         v = self.l_v(self.v(memory), context.adapter_B)

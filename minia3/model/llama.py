@@ -10,6 +10,7 @@ entries in a head (K / 2), V vocabulary.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,14 @@ from torch import nn
 
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
-from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias
+from minia3.model.sequence_state import (
+    Cache,
+    Context,
+    State,
+    check_bias,
+    check_start,
+    mask_to_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Llama(nn.Module):
         self.config = config
         self.n_adapters = n_adapters
         self.generations = {}  # of rows: see adapter_rows.py
+        self.has_warned = False  # of a text that is too long
         self.embed = Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -149,6 +158,7 @@ class Llama(nn.Module):
         its keys and values.
         """
         tokens_BL = state.append_columns(tokens)
+        self.warn_beyond(state.length)
         x_BLD = self.embed(tokens_BL)
         context = self.context(tokens_BL, state, packing, x_BLD.dtype)
         x = packing.pack(x_BLD)
@@ -158,6 +168,17 @@ class Llama(nn.Module):
         if keys_only:
             return None
         return self.norm(x).view(*tokens.shape, -1)
+
+    def warn_beyond(self, length):
+        """Warn, once for this model, if a sequence is longer than those that it was trained on."""
+        if length > self.config.max_length and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(
+                f"a text of {length:,} tokens is beyond the {self.config.max_length:,} positions "
+                "that the model was made for (max_position_embeddings): what it makes of the rest "
+                "may be nonsense",
+                stacklevel=2,
+            )
 
     def context(self, tokens_BL, state, packing, dtype):
         """Return the Context of the tokens that were just appended to `state`."""
@@ -174,6 +195,7 @@ class Llama(nn.Module):
         is_beyond_window = window is not None and state.length > window
         bias_BHLM = None
         if state.mask_BM is not None or is_beyond_window or 1 < n_queries < n_columns:
+            check_bias(len(position_BM), n_queries, n_columns)
             is_seen_BLM = state.causal_mask(n_queries)[None]
             if state.mask_BM is not None:
                 is_seen_BLM = is_seen_BLM & state.mask_BM[:, None, :]
@@ -198,6 +220,11 @@ class Llama(nn.Module):
     def logits(self, x):
         """Return the logits (..., V) of the normalized output (..., D) of the last block."""
         return F.linear(x, self.head_weight)
+
+    @property
+    def n_bias_heads(self):
+        """How many numbers a bias has for each query and key: a mask serves all heads."""
+        return 1
 
     @property
     def head_weight(self):

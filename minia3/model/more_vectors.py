@@ -10,22 +10,7 @@ import re
 
 from minia3.model.blocks import Unscaled
 from minia3.model.ia3 import IA3, vectors
-
-# Site of a vector (l_<site>) -> the linear layer that it scales. It scales the output of the layer,
-# except that ff scales the input of `down`. The layer `gate` has two sites, because T5 v1.0, which
-# is not gated, calls it wi, and so do the files of its adapters.
-SITES = {
-    "k": "k",
-    "v": "v",
-    "ff": "down",
-    "q": "q",
-    "o": "o",
-    "up": "up",
-    "gate": "gate",
-    "wi": "gate",
-}
-SITE_NAMES = ("k", "v", "ff", "q", "o", "up", "gate")  # as users write them; `gate` covers wi, too
-LINEARS = ("k", "v", "down", "q", "o", "up", "gate")
+from minia3.model.site_names import SITE_NAMES, SITES
 
 
 def possible_vectors(model):
@@ -61,6 +46,7 @@ def choose_vectors(model, sites, layers, cross=True):
     out.
     """
     spans = parse_layers(layers)
+    check_spans(model, spans)
     asked_sites = sites.split(",")
     chosen = set()
     used_sites = set()
@@ -93,6 +79,16 @@ def choose_vectors(model, sites, layers, cross=True):
         if name in chosen:
             trained[name] = vector
     return trained
+
+
+def check_spans(model, spans):
+    """Raise ValueError if a span (text -> layers) lies beyond the last layer of the model."""
+    names = {**vectors(model), **possible_vectors(model)}
+    last = max(int(re.search(r"blocks\.(\d+)", name)[1]) for name in names)
+    beyond = [text for text, span in spans.items() if span.start > last]
+    if beyond:
+        found = f"--layers names {','.join(beyond)}, but this model has layers 0 to {last}"
+        raise ValueError(f"{found}: expected some of these, as in 0-{last}")
 
 
 def parse_layers(text):

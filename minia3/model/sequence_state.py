@@ -20,6 +20,7 @@ Shapes: B batch (of sources), R rows that continue them, L query length, M memor
 N columns of one row, H query heads, G key/value heads, K head width.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,9 @@ import torch.nn.functional as F
 
 from minia3.model.adapter_rows import find_row
 from minia3.model.packing import NO_PACKING
+
+# Numbers that a bias of attention may have: 4 GB in float32. It grows with the square of a length.
+MAX_BIAS = 1 << 30
 
 ROOM = 64  # spare columns that a cache gets when it grows, so that most steps copy nothing
 
@@ -224,6 +228,17 @@ def pick_adapters(adapter_B, rows):
     if len(adapter_B) == 1:
         return adapter_B
     return adapter_B[rows]
+
+
+def check_bias(*shape):
+    """Raise ValueError before a bias of this shape, (..., L, M), fills the memory."""
+    n_numbers = math.prod(shape)
+    if n_numbers > MAX_BIAS:
+        raise ValueError(
+            f"attention from {shape[-2]:,} to {shape[-1]:,} tokens needs a bias of {n_numbers:,} "
+            f"numbers, expected at most {MAX_BIAS:,}: shorten the texts (--max-length, "
+            "--max-target-length), or lower the batch size"
+        )
 
 
 def mask_to_bias(mask, dtype):

@@ -21,7 +21,14 @@ from torch import nn
 
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
-from minia3.model.sequence_state import Cache, Context, State, check_start, mask_to_bias
+from minia3.model.sequence_state import (
+    Cache,
+    Context,
+    State,
+    check_bias,
+    check_start,
+    mask_to_bias,
+)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,8 @@ class T5(nn.Module):
             memory_bias_B11M = mask_to_bias(mask.to(source.device)[:, None, None, :], x.dtype)
 
         context = Context(packing.adapters(adapter_B), memory_bias_B11M, packing=packing)
+        n_biases = self.config.n_heads * (1 if mask is None else len(source))
+        check_bias(n_biases, source.shape[1], source.shape[1])
         position_M = torch.arange(source.shape[1], device=source.device)
         distance_MM = position_M - position_M[:, None]
         unused_caches = [Cache() for _ in self.encoder.blocks]
@@ -183,6 +192,7 @@ class T5(nn.Module):
         if n_queries > 1:
             mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
         context = Context(state.adapter_B, mask_LM, cross=state.cross_context())
+        check_bias(self.config.n_heads, n_queries, len(state.token_M))
         distance_LM = state.token_M - state.token_M[-n_queries:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         return x_BLD.view(*tokens.shape, -1)
@@ -192,6 +202,11 @@ class T5(nn.Module):
         if self.config.scale_logits:
             x = x * self.config.d_model**-0.5
         return F.linear(x, self.head_weight)
+
+    @property
+    def n_bias_heads(self):
+        """How many numbers a bias has for each query and key: each head has its own."""
+        return self.config.n_heads
 
     @property
     def head_weight(self):

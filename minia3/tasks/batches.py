@@ -14,7 +14,11 @@ from minia3.tasks.examples import Example
 
 
 class Batch(NamedTuple):
-    """Examples as tensors, padded on the right. A mask is True for real tokens."""
+    """Examples as tensors, padded on the right. A mask is True for real tokens.
+
+    The mask of targets is True for tokens that are scored. In a conversation, there are real tokens
+    between them that are not: the model reads these, too.
+    """
 
     source_BM: torch.Tensor  # long
     mask_BM: torch.Tensor  # bool
@@ -42,6 +46,11 @@ def collate(examples: Sequence[Example]) -> Batch:
         targets += [[]] * (n_choices - len(example.targets))
     source_BM, mask_BM = pad([example.source for example in examples])
     target_NL, target_mask_NL = pad(targets)
+    for i, example in enumerate(examples):
+        if example.is_scored is not None:
+            n_tokens = len(example.targets[0])
+            is_scored_L = torch.tensor(example.is_scored[:n_tokens])
+            target_mask_NL[i * n_choices, :n_tokens] = is_scored_L
     return Batch(
         source_BM,
         mask_BM,

@@ -4,19 +4,21 @@ import hashlib
 import io
 import os
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from urllib.request import urlopen
 
-from tqdm import tqdm
-
+from minia3.files.progress import progress_bar
 from minia3.tasks.task import Source
 
 HUB = "https://huggingface.co/datasets/"
 TIMEOUT = 30  # seconds to wait for the next byte
 CHUNK = 1 << 16  # bytes
+LEAST_RATE = 1000  # bytes per second, on average from the beginning
+GRACE = 60  # seconds in which a transfer may be slower
 
 # An unpacked file may be this many times as large as its archive. Texts are about four times as
 # large.
@@ -91,23 +93,32 @@ def fetch_from_hub(source: Source) -> dict[str, bytes]:
 def fetch_address(source: Source) -> bytes:
     """Return what is at the address. Raise ValueError if it is not what the table says."""
     content = bytearray()
-    # disable=None: show a progress bar only in a terminal.
-    bar = {"total": source.n_bytes, "desc": source.address, "disable": None}
+    started = time.monotonic()
+    bar_options = {"total": source.n_bytes, "desc": source.address[-30:], "unit": "B"}
     with (
         urlopen(source.address, timeout=TIMEOUT) as response,
-        tqdm.wrapattr(response, "read", **bar) as body,
+        progress_bar(**bar_options, unit_scale=True) as bar,
     ):
         # Stop after the first byte too many, because a server may never stop sending.
         while len(content) <= source.n_bytes:
-            chunk = body.read(CHUNK)
+            chunk = response.read1(CHUNK)  # what has come, and not only a whole chunk
             if not chunk:
                 break
             content += chunk
+            bar.update(len(chunk))
+            check_rate(len(content), time.monotonic() - started)
     found = f"{len(content)} bytes of sha256 {hashlib.sha256(content).hexdigest()}"
     expected = f"{source.n_bytes} bytes of sha256 {source.sha256}"
     if found != expected:
         raise ValueError(f"found {found}, expected {expected}")
     return bytes(content)
+
+
+def check_rate(n_bytes, seconds):
+    """Raise ValueError if a transfer is too slow: a byte now and then could hold it for days."""
+    if seconds > GRACE and n_bytes < LEAST_RATE * seconds:
+        found = f"{n_bytes:,} bytes in {seconds:.0f} seconds"
+        raise ValueError(f"the server sends too slowly: {found}, expected {LEAST_RATE:,} a second")
 
 
 def unzip(source: Source, content: bytes) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from minia3.tasks.messages import fit_chat, fit_question
 from minia3.tasks.prompts import Prompt, Rendered, fit
 
 
@@ -12,6 +13,9 @@ class Example(NamedTuple):
     source: list[int]
     targets: list[list[int]]  # the ids of each choice
     label: int  # index of the right choice; -1: unlabeled
+    # Which tokens of the target count, if it is the only one (a conversation: only the assistant's
+    # turns count). None: all of them.
+    is_scored: list[bool] | None = None
 
 
 def encode_example(
@@ -35,14 +39,43 @@ def encode_rows(
     """Render and encode each row in the words of the prompt that it is paired with.
 
     Return the rendered rows, their examples, and the number of inputs that were cut to `max_length`
-    tokens (see `fit`).
+    tokens (see `fit`, and `fit_chat` for rows of messages, which have no prompt).
     """
     rendered_rows = []
     examples = []
     n_cut = 0
     for row, prompt in pairs:
-        rendered, source, was_cut = fit(prompt, row, tokenizer.encode, max_length)
+        if "messages" in row:
+            rendered, example, was_cut = encode_chat(row, tokenizer, max_length)
+        else:
+            rendered, source, was_cut = fit(prompt, row, tokenizer.encode, max_length)
+            example = encode_example(rendered, tokenizer, end, source)
         rendered_rows.append(rendered)
-        examples.append(encode_example(rendered, tokenizer, end, source))
+        examples.append(example)
         n_cut += was_cut
     return rendered_rows, examples, n_cut
+
+
+def encode_question(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example]:
+    """Encode a row of messages as a source that is to be answered, within `max_length` tokens.
+
+    An answer at the end is left out. There are no choices and no targets.
+    """
+    ids = fit_question(row, tokenizer, max_length)
+    return Rendered(tokenizer.decode(ids), [], -1), Example(ids, [], -1)
+
+
+def encode_chat(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example, bool]:
+    """Encode a row of messages within `max_length` tokens, and return whether it was cut.
+
+    The source is everything before the first turn of the assistant, and the target is the rest, in
+    which only turns of the assistant are scored. So the model reads the whole conversation once.
+
+    Raise ValueError if the conversation does not fit, or the template does not allow it.
+    """
+    (ids, is_scored), was_cut = fit_chat(row, tokenizer, max_length)
+    first = max(is_scored.index(True), 1)  # nothing comes before the very first token to predict it
+    end = len(ids) - is_scored[::-1].index(True)
+    example = Example(ids[:first], [ids[first:end]], 0, is_scored[first:end])
+    rendered = Rendered(tokenizer.decode(example.source), [tokenizer.decode(ids[first:end])], 0)
+    return rendered, example, was_cut

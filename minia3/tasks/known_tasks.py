@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from minia3.files.shipped import find_shipped
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import Source, TaskSpec
 
 TABLE = Path(__file__).with_name("tasks.json")
 
-# The data that comes with the repository. It is found here whatever --data-dir says.
-SHIPPED = Path(__file__).resolve().parents[2] / "data"
+# The data that comes with minia3. It is found here whatever --data-dir says.
+SHIPPED = find_shipped("data")
 
 
 @cache

@@ -6,10 +6,12 @@ of tokens: it takes words out of the middle of the row's longest field, and leav
 prompt alone.
 """
 
+import difflib
 import re
 import string
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 # A user's text may have no spaces (Chinese has none), so 20 characters of anything count as a word.
@@ -26,6 +28,8 @@ class Prompt(NamedTuple):
     words: dict[str, dict[str, str]] | None = None
     # The family of models that was pre-trained on this form. Other models do not get the prompt.
     for_model: str | None = None
+    # The text to write, as a format string. "": the row has choices, or a target of its own.
+    target: str = ""
 
 
 class Rendered(NamedTuple):
@@ -57,19 +61,111 @@ def render(prompt: Prompt, row: dict) -> Rendered:
         if prompt.choices:
             # In COPA, some choices end in a space.
             choices = [choice.format_map(fields).strip() for choice in prompt.choices]
+        elif prompt.target:
+            # The tokenizer puts a space before the target, and some files have it already.
+            choices = [prompt.target.format_map(fields).strip()]
         elif "choices" in row:
             choices = row["choices"]
         else:
             choices = [row["target"]]
-        return Rendered(prompt.text.format_map(fields), choices, row["label"])
+        text = prompt.text.format_map(fields)
+        if text[-1:].isspace() and ends_in_empty_field(prompt, fields):
+            text = text.rstrip()  # of an instruction without an input, for example
+        return Rendered(text, choices, row["label"])
     except KeyError as error:
+        (name,) = error.args
         raise ValueError(
-            f"the row has no field {error}, which the prompt {prompt.text!r:.60} needs"
+            f"the row has no field {name!r}, which the prompt {prompt.text!r:.60} needs"
+            f"{nearest_of(name, row)}"
         ) from error
     except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
         raise ValueError(
             f"the row has no such item as the prompt {prompt.text!r:.60} needs ({error})"
         ) from error
+
+
+def nearest_of(name: str, names: Iterable[str]) -> str:
+    """Return what a message says after an unknown name: which names there are, and the nearest."""
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    return f"; the columns are {list_names(names):.200}{hint}"
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return names in one line, with commas between them, whatever characters they have."""
+    shown = []
+    for name in names:
+        text = name if name.isprintable() else repr(name)
+        shown.append(text)
+    return ", ".join(shown)
+
+
+def check_template(text: str):
+    """Raise ValueError unless a text is a format string with nothing but columns and their items.
+
+    A format string can do more, and a file from outside should not: {a.b} reads an attribute, and
+    {a:>999999999} fills the memory.
+    """
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{error}: write {{{{ and }}}} for braces that are not a column") from None
+    for _, name, spec, conversion in parts:
+        is_column = name is None or not (name == "" or name.isdigit() or "." in name)
+        if not is_column or spec or conversion:
+            raise ValueError(
+                f"{{{name}}} is not a column, or has more than letters, spaces and [items] in its "
+                "name: rename it"
+            )
+
+
+@lru_cache(maxsize=256)
+def field_names(text: str) -> tuple[str, ...]:
+    """Return the fields of a format string, each once: premise, or endings[3].
+
+    Raise ValueError if the text is not a format string.
+    """
+    names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    return tuple(dict.fromkeys(names))
+
+
+@lru_cache(maxsize=1024)
+def root_of(name: str) -> str:
+    """Return the field of the row to which an item belongs: endings, for endings[3]."""
+    return re.split(r"[.\[]", name)[0]
+
+
+def check_choices(prompt: Prompt, labels: Sequence[str]):
+    """Raise ValueError if a prompt has more or fewer choices than there are labels."""
+    if len(prompt.choices) != len(labels):
+        raise ValueError(
+            f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
+            f"{len(labels)} labels ({list_names(labels):.80}): expected as many choices as labels"
+        )
+
+
+def rename_field(text: str, name: str, new_name: str) -> str:
+    """Return a format string with another name for a field, whatever the case of its old name."""
+    parts = []
+    for literal, found, _, _ in string.Formatter().parse(text):
+        parts.append(escape(literal))
+        if found is not None:
+            root = root_of(found)
+            rest = found[len(root) :]
+            kept = new_name if root.lower() == name else root
+            parts.append(f"{{{kept}{rest}}}")
+    return "".join(parts)
+
+
+def escape(text: str) -> str:
+    """Return a format string that makes `text`."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def ends_in_empty_field(prompt: Prompt, fields: dict) -> bool:
+    """Return whether the prompt's text ends in a field that is empty in this row."""
+    last = field_names(prompt.text)[-1:]
+    return any(fields.get(name) == "" for name in last)
 
 
 def check_fields(prompt: Prompt, row: dict):
@@ -116,8 +212,7 @@ def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_lengt
 
 def fields_to_cut(prompt: Prompt, row: dict) -> list[str]:
     """Return the names of the row's texts in the prompt, the longest text first, then by name."""
-    names = {name for _, name, _, _ in string.Formatter().parse(prompt.text)}
-    names -= set(prompt.words or ())  # these words are the prompt's
+    names = set(field_names(prompt.text)) - set(prompt.words or ())  # these words are the prompt's
     texts = [name for name in names if isinstance(row.get(name), str)]
     return sorted(texts, key=lambda name: (-len(row[name]), name))
 
@@ -158,7 +253,7 @@ def in_context(prompt: Prompt, rows: list[dict]) -> list[Prompt]:
     for row in rows:
         text, choices, label = render(prompt, row)
         shot = f"{text} {choices[label]}\n\n"
-        shots += shot.replace("{", "{{").replace("}", "}}")  # a prompt's text is a format string
+        shots += escape(shot)  # a prompt's text is a format string
         prompts.append(prompt._replace(text=shots + prompt.text))
     return prompts
 

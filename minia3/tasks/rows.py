@@ -1,223 +1,93 @@
-"""Read rows from .jsonl, .csv and .tsv files, and check them.
+"""Check the rows of files.
 
-A file is read line by line, so it may be larger than the memory. A bad row does not stop the
-reading. A ValueError takes the place of the row, so one message can name all bad rows of all files.
+One message names all bad rows of all files.
 """
 
-import csv
-import json
-from collections.abc import Callable, Iterator
-from functools import partial
+import math
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
-from minia3.tasks.prompts import check_fields
+from minia3.tasks.labels import find_choice, find_user_label
+from minia3.tasks.messages import check_messages, has_answer
+from minia3.tasks.prompts import Prompt, check_fields, field_names, nearest_of, root_of
+from minia3.tasks.row_files import read_rows
 from minia3.tasks.task import TaskSpec
 
-DIALECTS = {
-    ".csv": {"strict": True},  # an error for a quote that is never closed
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
-MAX_ROW_BYTES = 1 << 24  # 16 MB
 MAX_PROBLEMS = 5  # in one error message; the others are counted
-
-# Reading files
-
-
-class LineReader:
-    """The lines of a file as text. It counts the lines, and limits the bytes of a row.
-
-    A row of a csv file may have several lines, so the limit is on the bytes since `begin_row`. No
-    file can fill the memory, neither with an endless line nor with a quote that is never closed.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.n_lines = 0
-        self.n_row_bytes = 0
-
-    def begin_row(self) -> int:
-        """Return the number of the next line, which begins a row."""
-        self.n_row_bytes = 0
-        return self.n_lines + 1
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield the lines.
-
-        A line that is too long or not UTF-8 is the last, because a generator ends when it raises.
-        (After half a line, the line numbers would be wrong. A file in another encoding should cause
-        one error, and not an error for each line.)
-        """
-        while True:
-            # Only \n ends a line, because a text in a row may contain other line ends, such as
-            # U+2028.
-            line = self.file.readline(MAX_ROW_BYTES + 1)
-            if not line:
-                return
-            self.n_lines += 1
-            self.n_row_bytes += len(line)
-            if self.n_row_bytes > MAX_ROW_BYTES:
-                raise ValueError(
-                    f"a row of more than {MAX_ROW_BYTES} bytes: is a line end or a quote missing?"
-                )
-            yield self.decode(line)
-
-    def decode(self, line: bytes) -> str:
-        is_first = self.n_lines == 1
-        encoding = "utf-8-sig" if is_first else "utf-8"  # "sig" drops the byte order mark
-        try:
-            return line.decode(encoding)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{error}: save the file as UTF-8") from None
+PREDICTED = "predicted"  # the split of rows that are to be answered, whose answers do not matter
 
 
-def read_rows(
-    path: str | Path, column: str | None = "input"
-) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield (number of the first line, dict or ValueError) for each row of a file.
+class FileRow(NamedTuple):
+    """A row, and where it stands in a file."""
 
-    - .jsonl (and any other name): a JSON object on each line.
-    - .csv: a header, and cells with commas between them. An empty cell counts as missing. `choices`
-      is a JSON list, or texts with | between them.
-    - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
-
-    column: a name that the header must have; None accepts any header, and keeps empty cells.
-
-    A byte order mark, Windows line ends and blank lines are ignored. A row that is larger than
-    16 MB or not UTF-8 is the last to be read. Raise ValueError if the file cannot be opened, or its
-    header is wrong.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            lines = LineReader(file)
-            if path.suffix in DIALECTS:
-                records = csv.reader(lines, **DIALECTS[path.suffix])
-                header = read_header(records, column)
-                parse = partial(parse_cells, header=header, keep_empty=column is None)
-            else:
-                records = iter(lines)
-                parse = parse_line
-            yield from parse_records(lines, records, parse)
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", error)
-        raise ValueError(f"{path}: {reason}") from None
+    path: Path
+    number: int  # counts from 1; 0: the file has no rows
+    row: dict | ValueError
 
 
-def parse_records(
-    lines: LineReader, records: Iterator, parse: Callable
-) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield (line number, row or error). A record is a line, or the list of its cells."""
-    while True:
-        number = lines.begin_row()
-        try:
-            record = next(records, None)
-            if record is None:
-                return
-            is_blank = not any(part.strip() for part in record)  # of characters, or of cells
-            if is_blank:
-                continue
-            row = parse(record)
-        except (ValueError, csv.Error) as error:
-            row = ValueError(str(error))
-        yield number, row
+def read_files(files: dict[str, list[Path]], keep_empty: bool) -> dict[str, list[FileRow]]:
+    """Return the rows of each file, as they are. `files` and the result have splits as keys."""
+    rows = {}
+    for split, paths in files.items():
+        rows[split] = []
+        for path in paths:
+            n_before = len(rows[split])
+            rows[split] += [FileRow(path, *found) for found in read_rows(path, keep_empty)]
+            if len(rows[split]) == n_before:
+                rows[split].append(FileRow(path, 0, ValueError("no rows")))
+    return rows
 
 
-def parse_line(line: str) -> dict:
-    row = parse_json(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {line[:40]!r}")
-    return row
-
-
-def parse_json(text: str):
-    try:
-        value = json.loads(text)
-        # JSON can spell half a surrogate pair ("\ud83d"), which is not a character, and which no
-        # tokenizer accepts.
-        json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", error)
-        raise ValueError(f"not JSON: {reason}: {text[:40]!r}") from None
-    return value
-
-
-def read_header(records: Iterator[list[str]], column: str | None) -> list[str]:
-    """Return the names of the columns. Raise ValueError if the first line is not a header."""
-    header = next(filter(None, records), [])
-    has_repeats = len(set(header)) < len(header)
-    is_without_column = column is not None and column not in header
-    if not header or has_repeats or is_without_column:
-        expected = "a header" if column is None else f"a header with {column!r}"
-        raise ValueError(f"expected {expected}, and no name twice; found {header!r:.80}")
-    return header
-
-
-def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
-    if cells == header:
-        raise ValueError("found the header again, expected a row: remove this line")
-    if len(cells) != len(header):
-        raise ValueError(
-            f"expected {len(header)} cells, as in the header; found {len(cells)}: {cells!r:.80}"
-        )
-    row = dict(zip(header, cells, strict=True))
-    if not keep_empty:
-        row = {name: cell for name, cell in row.items() if cell}
-    choices = row.get("choices")
-    if choices:
-        row["choices"] = parse_choices(choices)
-    return row
-
-
-def parse_choices(cell: str) -> list:
-    if cell.startswith("["):
-        return parse_json(cell)
-    return [choice.strip() for choice in cell.split("|")]
-
-
-def read_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
-    """Return the checked rows of each file. `files` and the result have the splits as their keys.
+def check_files(
+    rows: dict[str, list[FileRow]], files: dict[str, list[Path]], spec: TaskSpec
+) -> dict[str, list[dict]]:
+    """Return the checked rows of each split, and empty the lists of `rows`.
 
     Raise one ValueError for everything that is wrong with any row of any file.
     """
-    rows = {}
+    checked = {}
     problems = []
-    for split, path in files.items():
-        rows[split], problems_of_file = read_file(path, spec, split)
-        problems += problems_of_file
-    if spec.has_user_rows:
-        problems += find_mixed_kinds(rows, files)
+    for split in files:
+        checked[split], problems_of_split = check_split(rows[split], spec, split)
+        problems += problems_of_split
+    if not spec.is_published:
+        problems += find_mixed_kinds(checked, files, spec)
     if len(problems) > MAX_PROBLEMS:
         n_others = len(problems) - MAX_PROBLEMS
         problems = [*problems[:MAX_PROBLEMS], f"and {n_others} more"]
     if problems:
         raise ValueError("; ".join(problems))
-    return rows
+    return checked
 
 
-def read_file(path: Path, spec: TaskSpec, split: str) -> tuple[list[dict], list[str]]:
-    """Return the good rows of a file, and a message for each bad one."""
-    column = "input" if spec.has_user_rows else None
-    rows = []
+def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[dict], list[str]]:
+    """Return the good rows of a split, and a message for each bad one. Empty the list `rows`,
+    because a large file should not be in the memory twice.
+    """
+    checked = []
     problems = []
-    for number, row in read_rows(path, column):
+    rows.reverse()
+    while rows:
+        path, number, row = rows.pop()
         try:
-            rows.append(check_row(row, spec, split, len(rows)))
+            checked.append(check_row(row, spec, split, len(checked)))
         except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if not rows and not problems:
-        problems.append(f"{path}: no rows")
-    return rows, problems
+            place = f"{path}:{number}" if number else path
+            problems.append(f"{place}: {error}")
+    return checked, problems
 
 
-def find_mixed_kinds(rows: dict[str, list[dict]], files: dict[str, Path]) -> list[str]:
+def find_mixed_kinds(
+    rows: dict[str, list[dict]], files: dict[str, list[Path]], spec: TaskSpec
+) -> list[str]:
     """Return a message if some rows have a target and others choices. (A task has one metric.)"""
-    has_target = ["target" in row for row in chain.from_iterable(rows.values())]
-    n_targets = sum(has_target)
-    if n_targets in (0, len(has_target)):
+    answers = [spec.answer_of(row) for row in chain.from_iterable(rows.values())]
+    n_targets = answers.count("target")
+    if n_targets in (0, len(answers)):
         return []
-    names = ", ".join(map(str, files.values()))
+    names = ", ".join(map(str, chain.from_iterable(files.values())))
     return [
         f"{names}: {n_targets} rows have 'target', the others 'choices': expected rows of one kind"
     ]
@@ -232,40 +102,153 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     number: the `idx` of the row, if it has none in its file.
 
     Raise ValueError if something is wrong with the row. If the row is itself a ValueError (see
-    `read_rows`), raise it. Only rows of the split "test" may lack a label.
+    `read_rows`), raise it. Only rows of the split "test" may lack a label. The answers of the split
+    PREDICTED are not read.
     """
     if isinstance(row, ValueError):
         raise row
     row = {spec.fields.get(name, name): value for name, value in row.items()}
     if spec.span_field:
         unpack_spans(row, spec.span_field)
-    if spec.has_user_rows:
-        check_user_row(row)
-    row["label"] = read_label(row, spec, may_be_hidden=split == "test")
+    if not spec.is_published:
+        check_user_row(row, spec, split)
+    label = -1
+    if split != PREDICTED:
+        label = read_label(row, spec, may_be_hidden=split == "test")
+    row["label"] = label
     if type(row.get("idx")) is not int:  # not isinstance, because a bool is an instance of int
         row["idx"] = number
-    # The first prompt uses every field that any prompt of the task uses (a test says so).
-    check_fields(spec.prompts[0], row)
+    check_prompts(row, spec, split)
     return row
 
 
-def check_user_row(row: dict):
-    """Raise ValueError if a user's row lacks a text that it should have."""
+def check_prompts(row: dict, spec: TaskSpec, split: str):
+    """Raise ValueError if the row lacks a field of a prompt."""
+    if spec.is_published:
+        # The first prompt uses every field that any prompt of the task uses (a test says so).
+        check_fields(spec.prompts[0], row)
+        return
+    if spec.answer_of(row) == "messages":
+        return
+    for prompt in spec.prompts:
+        if split == PREDICTED:
+            prompt = without_target(prompt)
+        check_fields(prompt, row)
+
+
+def without_target(prompt: Prompt) -> Prompt:
+    """Return a prompt for rows that have no text to write yet. It is "?"."""
+    return prompt._replace(target="?") if prompt.target else prompt
+
+
+def check_user_row(row: dict, spec: TaskSpec, split: str):
+    """Give a user's row the spelling of its names that the task expects, and empty texts in place
+    of missing ones. Raise ValueError if it lacks a text that it should have.
+    """
+    spell_names(row, expected_names(spec))
+    prompt = spec.prompts[0]
+    if spec.answer_of(row) == "messages":
+        check_conversation(row, split)
+        return
+    row.pop("messages", None)  # a column that is not used
+    if prompt.choices:
+        check_input(row, prompt)
+    elif prompt.target:
+        check_input(row, prompt)
+        if split != PREDICTED:
+            check_texts(row, plain_names(prompt.target))
+    else:
+        check_own_answer(row, split)
+        check_input(row, prompt)
+
+
+def expected_names(spec: TaskSpec) -> list[str]:
+    """Return the names of the fields that the task uses."""
+    if spec.messages:
+        return [spec.messages]
+    names = [spec.label_field]
+    for prompt in spec.prompts:
+        for text in (prompt.text, prompt.target, *(prompt.choices or ())):
+            if "{" in text:
+                names += map(root_of, field_names(text))
+        if not prompt.choices and not prompt.target:
+            names += ("choices", "target")
+    return names
+
+
+def spell_names(row: dict, names: Iterable[str]):
+    """Rename fields that differ from an expected name in case or in white space at the ends."""
+    missing = [name for name in names if name not in row]
+    if not missing:
+        return
+    spelled = {name.strip().lower(): name for name in row}
+    for name in missing:
+        found = spelled.get(name.lower())
+        if found in row and found not in names:
+            row[name] = row.pop(found)
+
+
+def plain_names(text: str) -> list[str]:
+    """Return the fields of a format string that are used as a whole: {answer}, not {answers[0]}."""
+    return [name for name in field_names(text) if root_of(name) == name]
+
+
+def check_input(row: dict, prompt: Prompt):
+    """Raise ValueError if the fields of a prompt's text are not texts, or all of them are empty.
+
+    A field may be empty if another one is not, such as the input of an instruction.
+    """
+    names = plain_names(prompt.text)
+    filled = [name for name in names if not is_missing(row.get(name))]
+    if filled:
+        for name in names:
+            if is_missing(row.get(name)):
+                row[name] = ""
+        names = [name for name in names if row[name] != ""]
+    check_texts(row, names)
+
+
+def check_texts(row: dict, names: Iterable[str]):
+    """Make texts of the numbers in these fields. Raise ValueError for anything else."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, int | float) and not is_missing(value):
+            row[name] = str(value).removesuffix(".0")
+        elif not is_text(value):
+            found = "" if name in row else nearest_of(name, row)
+            raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
+
+
+def check_own_answer(row: dict, split: str):
+    """Raise ValueError unless a row has either a target or choices of its own."""
+    if split == PREDICTED:
+        if row.get("choices") is None:
+            row.pop("choices", None)
+            row["target"] = "?"
+        else:
+            row.pop("target", None)
     if ("target" in row) == ("choices" in row):
         raise ValueError(
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
         )
-    texts = {"input": row.get("input")}
     if "target" in row:
-        texts["target"] = row["target"]
-    for name, text in texts.items():
-        if not is_text(text):
-            raise ValueError(f"{name!r} is {text!r:.80}, expected a text that is not empty")
-    if "choices" in row and not are_choices(row["choices"]):
+        check_texts(row, ["target"])
+    elif not are_choices(row["choices"]):
         raise ValueError(
             f"'choices' is {row['choices']!r:.80}, "
             "expected a list of texts that differ and are not empty"
         )
+
+
+def check_conversation(row: dict, split: str):
+    """Raise ValueError if a row's messages are no conversation, or have no answer to learn."""
+    row.setdefault("messages", None)
+    check_messages(row, needs_answer=split not in ("test", PREDICTED))
+
+
+def is_missing(value) -> bool:
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (isinstance(value, str) and not value.strip())
 
 
 def is_text(value) -> bool:
@@ -280,12 +263,16 @@ def are_choices(value) -> bool:
 
 def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
     """Return the label of a row as an integer, or -1 if it is hidden."""
-    if not spec.has_user_rows:
-        return find_label(row.get(spec.label_field), spec.labels, spec.label_field, may_be_hidden)
-    if "target" in row:
-        return 0  # the target is the only choice, and the right one
-    indices = [str(i) for i in range(len(row["choices"]))]
-    return find_label(row.get("label"), indices, "label", may_be_hidden)
+    field = spec.label_field
+    if spec.is_published:
+        return find_label(row.get(field), spec.labels, field, may_be_hidden)
+    if spec.answer_of(row) == "messages":
+        return 0 if has_answer(row["messages"]) else -1
+    if spec.answer_of(row) == "target":
+        return 0  # the text to write is the only choice, and the right one
+    if spec.labels:
+        return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)
+    return find_choice(row.get(field), row["choices"], field, may_be_hidden)
 
 
 def find_label(value, labels: list[str], field: str, may_be_hidden: bool) -> int:

@@ -3,27 +3,37 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
 
+from minia3.tasks.columns import ColumnFlags, Understanding, understand, with_flags
 from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks
-from minia3.tasks.rows import read_files
-from minia3.tasks.task import Task, TaskSpec
+from minia3.tasks.library_data import HUB_PREFIX, find_hub_files, find_saved_files
+from minia3.tasks.prompts import field_names
+from minia3.tasks.row_files import not_read, read_label_names, rows_stem, rows_suffix
+from minia3.tasks.rows import FileRow, check_files, read_files
+from minia3.tasks.split_files import (
+    SPLIT_OF_NAME,
+    FoundFiles,
+    describe_missing_path,
+    find_split_files,
+    looks_like_path,
+    nearest_entries,
+)
+from minia3.tasks.task import METRICS, Task, TaskSpec
+from minia3.tasks.task_file import FILE_NAME as TASK_FILE
+from minia3.tasks.task_file import find_task_file, read_task_file
+from minia3.tasks.text_lines import MAX_ROW_BYTES
 
-# Split -> possible names of its file, without the suffix. The long names are StoryCloze's, and
-# test_unlabeled is RAFT's.
-FILE_NAMES = {
-    "train": ("train", "cloze_test_val__spring2016 - cloze_test_ALL_val"),
-    "validation": ("validation", "val", "dev"),
-    "test": ("test", "test_unlabeled", "cloze_test_test__spring2016 - cloze_test_ALL_test"),
-}
-USER_SUFFIXES = (".jsonl", ".csv")
 N_FOLDS = 5
+
+
+CHUNK = 1 << 20  # bytes that are read at a time to make a checksum
 
 
 @dataclass
@@ -44,8 +54,17 @@ class Splits:
         self.validation = rows.get("validation", [])
         self.test = rows.get("test", [])
 
+    def all_rows(self) -> Iterator[dict]:
+        return chain(self.train, self.validation, self.test)
+
+    def first_row(self) -> dict:
+        return next(self.all_rows())
+
     def checksums(self) -> dict[str, str]:
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
+        """Return the sha256 of each file, by its path below the folder that holds them all."""
+        folders = [os.path.abspath(path.parent) for path in self.files]
+        folder = os.path.commonpath(folders)
+        return {Path(os.path.relpath(path, folder)).as_posix(): sha256(path) for path in self.files}
 
     def hold_out(self, rows: list[dict]):
         """Move rows from train to validation."""
@@ -54,17 +73,31 @@ class Splits:
         self.train = [row for row in self.train if row["idx"] not in held_out]
 
 
-def load_task(
-    name_or_path: str | Path, data_dir: str | Path = "data", shots: int | None = None, seed: int = 0
+def load_task(  # noqa: PLR0913 (what to load, and what a user says about the columns)
+    name_or_path: str | Path,
+    data_dir: str | Path = "data",
+    shots: int | None = None,
+    seed: int = 0,
+    *,
+    input: str | None = None,
+    target: str | None = None,
+    labels: str | Sequence[str] | None = None,
+    metric: str | None = None,
 ) -> Task:
-    """Load a known task by its name, or a user's rows from a .jsonl or .csv file or a folder.
+    """Load a known task by its name, or a user's rows: from a file, a folder, a task file or the
+    hub.
 
     A known task is read from `<data_dir>/<name>`, after a download if the files are not there. If
     that fails, T-Few's published few-shot splits are read from `<data_dir>/few_shot`.
 
-    A user's rows are {"input", "target"} or {"input", "choices", "label"}. A folder has files named
-    train, validation (or val, or dev) and test. If there is only one file, or only train, its rows
-    are split in three.
+    A user's rows have columns with the usual names (COLUMN_SETS in columns.py), or `input`,
+    `target` and `labels` say what they mean, such as "{title}: {body}", "{answer}" and ("negative",
+    "positive"). `metric` is one of METRICS in task.py. A task file says the same (task_file.py).
+
+    `read_rows` says which files are read. A folder has files named train, validation (or val, dev,
+    valid) and test, or comes from `save_to_disk` of the `datasets` library. "hf:user/name" and
+    "hf:user/name:config" are data sets of the hub. If there is only one file, or only train, its
+    rows are split in three.
 
     shots: train only on T-Few's few-shot split: the first `shots` rows (SST-2: of each class) after
     a shuffle by `seed`.
@@ -77,94 +110,163 @@ def load_task(
     expected.
     """
     name = str(name_or_path)
-    spec = known_tasks().get(name, TaskSpec())
-    if spec.has_user_rows:
-        splits = load_user_task(name, spec)
-    else:
-        splits = load_known_task(name, spec, data_dir, shots, seed)
+    flags = ColumnFlags(input, target, labels, metric)
+    splits, spec, columns = load_splits(name, flags, data_dir, shots, seed)
     note_hidden_labels(splits)
     if shots is not None:
         splits.train = draw_shots(splits, spec, shots, seed)
-    task = Task(
+    task = make_task(splits, spec, columns)
+    # A known task may have no rows to report on: if a run trains on all 50 rows of RAFT, no labeled
+    # row is left.
+    if not spec.is_published:
+        task.check_evaluation()
+    return task
+
+
+def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:
+    answer = spec.answer_of(splits.first_row())
+    return Task(
         splits.name,
         splits.train,
         splits.validation,
         splits.test,
         spec.prompts,
-        choose_metric(splits, spec),
+        choose_metric(splits.name, answer, spec),
         spec.seen,
         splits.checksums(),
         splits.notes,
         splits.validation_name,
+        answer,
+        columns,
+        spec,
     )
-    # A known task may have no rows to report on: if a run trains on all 50 rows of RAFT, no labeled
-    # row is left.
-    if spec.has_user_rows:
-        task.check_evaluation()
-    return task
+
+
+def load_splits(
+    name: str, flags: ColumnFlags, data_dir: str | Path, shots: int | None, seed: int
+) -> tuple[Splits, TaskSpec, str]:
+    """Return a task's rows, its TaskSpec, and how a user's columns were understood."""
+    spec = known_tasks().get(name)
+    if spec is None:
+        spec = read_task_file_of(name)
+    if spec.is_published:
+        spec = with_flags(spec, flags)
+        return load_known_task(name, spec, data_dir, shots, seed), spec, ""
+    splits, understanding = load_user_task(name, spec, flags)
+    columns = "" if spec.shipped else understanding.line
+    return splits, understanding.spec, columns
 
 
 # A user's rows, and the task that comes with the repository
 
 
-def load_user_task(name: str, spec: TaskSpec) -> Splits:
-    files = find_user_files(name, spec)
-    rows = read_files(files, spec)
-    splits = Splits(short_name(name), list(files.values()))
-    if list(rows) == ["train"]:
-        rows = split_in_three(rows["train"], files["train"])
+def read_task_file_of(name: str) -> TaskSpec:
+    """Return what a task file says: the file `name`, or task.json in the folder `name`.
+
+    Without a task file, nothing is said.
+    """
+    path = find_task_file(name)
+    return TaskSpec() if path is None else read_task_file(path)
+
+
+def load_user_task(name: str, spec: TaskSpec, flags: ColumnFlags) -> tuple[Splits, Understanding]:
+    """Return a user's rows, and how their columns were understood."""
+    files, notes = files_of(name, spec)
+    rows = read_files(files, keep_empty=False)
+    understanding = understand_rows(files, rows, spec, flags)
+    checked = check_files(rows, files, understanding.spec)
+    paths = list(chain.from_iterable(files.values()))
+    splits = Splits(short_name(name), paths, notes=[*notes, *understanding.notes])
+    task_file = find_task_file(name)
+    if task_file is not None:
+        splits.files.append(task_file)  # so that a resumed run finds out if it has changed
+    if list(checked) == ["train"]:
+        origin = str(spec.path or name)
+        checked = split_in_three(checked["train"], origin)
         splits.notes.append(
-            f"{files['train']} is split into train, validation and test, the same way each time"
+            f"{origin} is split into train, validation and test, the same way each time"
         )
-    splits.set_rows(rows)
-    note_white_space(splits)
-    return splits
+    splits.set_rows(checked)
+    note_white_space(splits, understanding.spec)
+    note_empty_fields(splits, understanding.spec)
+    return splits, understanding
 
 
-def short_name(path: str) -> str:
-    """Return a name for a task that is a file or a folder."""
-    name = os.path.basename(os.path.abspath(path))
-    return name.removesuffix(".jsonl").removesuffix(".csv")
+def understand_rows(
+    files: dict[str, list[Path]],
+    rows: dict[str, list[FileRow]],
+    spec: TaskSpec,
+    flags: ColumnFlags,
+) -> Understanding:
+    """Return how the columns of a user's files are understood: by the rows of train, if there are
+    any. If no row can be read, nothing is understood, and `check_files` says why.
+    """
+    for split, paths in files.items():  # train comes first
+        good_rows = [found.row for found in rows[split] if isinstance(found.row, dict)]
+        if good_rows:
+            label_names = read_label_names(paths[0])
+            return understand(good_rows, spec, flags, label_names, str(paths[0]))
+    return Understanding(spec, "", [])
 
 
-def find_user_files(name: str, spec: TaskSpec) -> dict[str, Path]:
-    """Return the file of each split. Raise ValueError if there are none."""
+def short_name(name: str) -> str:
+    """Return a name for a task that is a file, a folder, or a data set of the hub."""
+    if name.startswith(HUB_PREFIX):
+        return name.removeprefix(HUB_PREFIX).replace(":", "-")
+    path = Path(os.path.abspath(name))
+    if path.name == TASK_FILE:
+        path = path.parent
+    return rows_stem(path) if rows_suffix(path) else path.name
+
+
+def files_of(name: str, spec: TaskSpec) -> FoundFiles:
+    """Return the files of each split. Raise ValueError if there are none."""
+    if spec.files:
+        return FoundFiles(dict(spec.files), [])
+    if spec.path:
+        name = str(spec.path)
+    return find_user_files(name, spec)
+
+
+def find_user_files(name: str, spec: TaskSpec) -> FoundFiles:
+    """Return the files of each split. Raise ValueError if there are none."""
+    if name.startswith(HUB_PREFIX):
+        return find_hub_files(name)
     if spec.shipped:
         path = SHIPPED / spec.shipped
     elif os.path.exists(name):  # unlike Path.exists, this accepts any text, even a null byte
         path = Path(name)
     else:
         raise ValueError(unknown_task(name))
-    files = {}
     if path.is_dir():
-        files = find_splits(path, USER_SUFFIXES)
-    elif path.suffix in USER_SUFFIXES:
-        files = {"train": path}
-    if not files:
-        raise ValueError(
-            f"{path}: expected a .jsonl or .csv file, "
-            "or a folder of train, validation (val, dev) and test"
-        )
-    return files
+        return find_saved_files(path) or find_split_files(path)
+    if not rows_suffix(path):
+        raise not_read(path)
+    return FoundFiles({"train": [path]}, [])
 
 
 def unknown_task(name: str) -> str:
     """Return the message for a name that is neither a known task nor a path."""
+    # A name such as raft/overruling has a slash, but is no path.
+    groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
+    if looks_like_path(name) and name.split("/")[0] not in groups:
+        return describe_missing_path(name)
     hint = "."
-    for near in difflib.get_close_matches(name.lower(), known_tasks(), n=1):
-        hint = f"; did you mean {near!r}?"
+    entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
+    for near in [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries][:1]:
+        hint = f"; did you mean {str(near)!r}?"
     known = ", ".join(known_tasks())
     return f"{name!r} is not a known task, a file or a folder{hint} Known tasks: {known}"
 
 
-def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
+def split_in_three(rows: list[dict], origin: str) -> dict[str, list[dict]]:
     """Divide rows 80/10/10, at least one row each, and keep the file's order.
 
     The run's seed plays no part, so that runs with different seeds are tested on the same rows.
     """
     if len(rows) < 3:
         raise ValueError(
-            f"{path}: too few rows to split ({len(rows)}): "
+            f"{origin}: too few rows to split ({len(rows)}): "
             "give a folder with train, validation and test"
         )
     shuffled = np.random.RandomState(0).permutation(len(rows))
@@ -177,17 +279,32 @@ def split_in_three(rows: list[dict], path: Path) -> dict[str, list[dict]]:
     return {split: [rows[i] for i in indices[split]] for split in indices}
 
 
-def note_white_space(splits: Splits):
+def note_white_space(splits: Splits, spec: TaskSpec):
     """Note how many inputs end in white space. The answer would then follow two spaces, because the
     tokenizer puts a space before it.
     """
-    inputs = [row["input"] for row in [*splits.train, *splits.validation, *splits.test]]
-    n_inputs = sum(text != text.rstrip() for text in inputs)
+    if spec.messages:
+        return
+    text = spec.prompts[0].text
+    n_inputs = 0
+    for name in field_names(text)[-1:]:
+        if text.endswith(f"{{{name}}}"):
+            texts = [str(row.get(name)) for row in splits.all_rows()]
+            n_inputs = sum(text != text.rstrip() for text in texts)
     if n_inputs:
         splits.notes.append(
             f"{n_inputs} inputs end in white space: leave it out, "
             "because the tokenizer puts a space before the answer"
         )
+
+
+def note_empty_fields(splits: Splits, spec: TaskSpec):
+    """Note in how many rows a column of the input is empty, because it may be damage."""
+    for name in field_names(spec.prompts[0].text):
+        n_empty = sum(row.get(name) == "" for row in splits.all_rows())
+        is_usual = name == "input"  # of an instruction
+        if n_empty and not is_usual:
+            splits.notes.append(f"{name!r} is empty in {n_empty} rows")
 
 
 # Known tasks
@@ -201,22 +318,27 @@ def load_known_task(
     except ValueError as error:
         return load_published_split(name, spec, data_dir, seed, error)
     splits = Splits(name, list(files.values()))
-    if spec.dev_id_fields:
+    dev_ids = set()
+    if spec.dev_id_fields and not has_label_column(files["validation"], spec):
         dev_ids = read_dev_ids(files.pop("validation"))
-        splits.set_rows(read_files(files, spec))
+    splits.set_rows(read_known_files(files, spec))
+    if dev_ids:
         splits.hold_out(select_dev_rows(splits.train, spec, dev_ids))
-        return splits
-    splits.set_rows(read_files(files, spec))
     if is_fold_needed(splits, shots):
         hold_out_fold(splits, seed)
     return splits
+
+
+def read_known_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
+    paths = {split: [path] for split, path in files.items()}
+    return check_files(read_files(paths, keep_empty=True), paths, spec)
 
 
 def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     """Return the file of each split, after a download if a file that is needed is missing."""
     names = [Path(name) for name in file_names(spec.sources)]
     suffixes = {name.suffix for name in names}
-    has_validation = any(name.stem in FILE_NAMES["validation"] for name in names)
+    has_validation = any(SPLIT_OF_NAME.get(name.stem) == "validation" for name in names)
     needed = {"train", "validation"} if has_validation else {"train", "test"}
     files = find_splits(folder, suffixes)
     if not needed <= files.keys():
@@ -228,16 +350,24 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
 def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
     """Return the file of each split in the folder. Raise ValueError if a split has two files."""
     files = {}
-    for split, names in FILE_NAMES.items():
-        candidates = [folder / f"{name}{suffix}" for name, suffix in product(names, suffixes)]
-        found = [path for path in candidates if path.is_file()]
-        if len(found) > 1:
-            raise ValueError(
-                f"{folder} has {found[0].name} and {found[1].name}: keep one of them as {split}"
-            )
-        if found:
-            files[split] = found[0]
+    for (name, split), suffix in product(SPLIT_OF_NAME.items(), suffixes):
+        path = folder / f"{name}{suffix}"
+        if not path.is_file():
+            continue
+        if split in files:
+            names = f"{files[split].name} and {path.name}"
+            raise ValueError(f"{folder} has {names}: keep one of them as {split}")
+        files[split] = path
     return files
+
+
+def has_label_column(path: Path, spec: TaskSpec) -> bool:
+    """Return whether a file begins with a header that names the label. In GLUE's own folder of
+    MRPC, dev.tsv has whole rows.
+    """
+    with path.open("rb") as file:
+        header = file.readline(MAX_ROW_BYTES)
+    return spec.label_field.encode() in header
 
 
 def read_dev_ids(path: Path) -> set[tuple[str, ...]]:
@@ -288,7 +418,7 @@ def load_published_split(
     if seed not in files:
         hint = f"; T-Few published splits for the seeds {sorted(files)}" if files else ""
         raise ValueError(f"{error}{hint}") from None
-    rows = read_files(files, spec)
+    rows = read_known_files(files, spec)
     train = rows.pop(seed)
     train_ids = {row["idx"] for row in train}
     rows_by_id = {row["idx"]: row for row in chain.from_iterable(rows.values())}  # splits overlap
@@ -304,6 +434,15 @@ def load_published_split(
 
 
 # Every task
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, without reading it into memory as a whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def note_hidden_labels(splits: Splits):
@@ -337,8 +476,14 @@ def draw_shots(splits: Splits, spec: TaskSpec, shots: int, seed: int) -> list[di
     return drawn
 
 
-def choose_metric(splits: Splits, spec: TaskSpec) -> str:
-    """Return "exact_match" for a user's rows with targets, because they have no choices to rank."""
-    rows = splits.train or splits.validation or splits.test
-    has_targets = spec.has_user_rows and "target" in rows[0]
-    return "exact_match" if has_targets else spec.metric
+def choose_metric(name: str, answer: str, spec: TaskSpec) -> str:
+    """Return the metric of a task. Raise ValueError if it does not suit how rows are answered."""
+    suitable = METRICS[answer]
+    metric = spec.metric or suitable[0]
+    if metric not in suitable:
+        kinds = {"choices": "choices", "target": "texts to write", "messages": "conversations"}
+        raise ValueError(
+            f"{name}: the metric is {metric!r}, expected one of {', '.join(suitable)}, "
+            f"because its rows have {kinds[answer]}"
+        )
+    return metric

@@ -1,9 +1,17 @@
 """What a task is: TaskSpec says how to load one, and Task holds its rows."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
+
+# How rows are answered -> the metrics that suit such rows. The first is the default.
+METRICS = {
+    "choices": ("accuracy", "macro_f1"),  # one of several texts is picked
+    "target": ("exact_match", "f1", "rouge_l", "bleu", "inverse_perplexity"),  # a text is written
+    "messages": ("inverse_perplexity",),  # what the assistant says in a conversation
+}
 
 
 class Source(NamedTuple):
@@ -25,24 +33,28 @@ class Source(NamedTuple):
 class TaskSpec(NamedTuple):
     """How to load a task.
 
-    A published data set has `sources` and `labels`. Every other task has rows in the form of a
-    user's rows (see `load_task`), and `TaskSpec()` describes a user's task.
+    A published data set has `sources`. Every other task is a user's: `understand` in columns.py
+    makes its TaskSpec from the columns of its files, or completes what a task file says. Until
+    then, `TaskSpec()` says nothing.
     """
 
     prompts: tuple[Prompt, ...] = OWN_PROMPTS
     sources: Sequence[Source] = ()
-    # The labels as the files spell them, in the order of the prompts' choices.
+    # The labels as the files spell them, in the order of the prompts' choices. Without labels,
+    # rows have choices of their own, or a text to write.
     labels: Sequence[str] = ()
     # The field that holds the label.
     label_field: str = "label"
     # Name of a field in the file -> its name in our rows, if the two differ.
     fields: Mapping[str, str] = {}
+    # The field that holds a conversation, if the rows are conversations.
+    messages: str = ""
     # For WSC: the field that holds the two spans.
     span_field: str = ""
     # For MRPC: its validation file holds only these fields, and they name rows of train.
     dev_id_fields: Sequence[str] = ()
-    # "accuracy" or "macro_f1".
-    metric: str = "accuracy"
+    # One of METRICS; "": the first one for the kind of the rows.
+    metric: str = ""
     # The number of shots in T-Few's paper.
     shots: int | None = None
     # Whether the shots are drawn from each label, and not from all rows together.
@@ -54,11 +66,28 @@ class TaskSpec(NamedTuple):
     seen: Sequence[str] = ()
     # The folder in the repository's data/, if the task comes with the repository.
     shipped: str = ""
+    # Of a task file: split -> its files, or the path of a file or a folder that has all splits.
+    files: Mapping[str, Sequence[Path]] = {}
+    path: Path | None = None
+    # The template of conversations, if it is not the checkpoint's own.
+    chat_template: str | None = None
 
     @property
-    def has_user_rows(self) -> bool:
-        """Return whether rows have "input" and "target", or "input", "choices" and "label"."""
-        return not self.labels
+    def is_published(self) -> bool:
+        """Return whether this is a published data set, and not a user's rows."""
+        return bool(self.sources)
+
+    def answer_of(self, row: dict) -> str:
+        """Return how a row is answered, which is a key of METRICS."""
+        prompt = self.prompts[0]
+        if prompt.choices:
+            return "choices"
+        if prompt.target:
+            return "target"
+        # The row itself says it.
+        if self.messages or "messages" in row:
+            return "messages"
+        return "choices" if "choices" in row else "target"
 
 
 class Task(NamedTuple):
@@ -71,7 +100,7 @@ class Task(NamedTuple):
     validation: list[dict]
     test: list[dict]
     prompts: tuple[Prompt, ...]
-    # "accuracy" or "macro_f1", or "exact_match" if a user's rows have targets.
+    # One of METRICS.
     metric: str
     # See TaskSpec.
     seen: Sequence[str]
@@ -81,6 +110,12 @@ class Task(NamedTuple):
     notes: list[str]
     # The name of `validation` in a report.
     split: str = "validation"
+    # How the rows are answered: a key of METRICS.
+    answer: str = "choices"
+    # How the columns of a user's file were understood, in a line. "": there was nothing to say.
+    columns: str = ""
+    # What it takes to put further rows into words: see task_file.py.
+    spec: TaskSpec = TaskSpec()
 
     @property
     def has_labeled_test(self) -> bool:

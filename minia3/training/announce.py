@@ -1,9 +1,48 @@
 """What a run prints before it trains."""
 
+import dataclasses
+import warnings
+from contextlib import contextmanager
+
+from minia3.training.command_lines import resume_command
+from minia3.training.flags import as_tuple
+from minia3.training.optimizer import learning_rate
+
+
+@contextmanager
+def announcing_warnings():
+    """Print a warning of the block like the other notes of a run, and not with a line of code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = print_note
+        yield
+
+
+def print_note(message, *_):
+    print(f"warning  {message}", flush=True)
+
 
 def announce_device(device, reason, dtype):
     dtype_name = str(dtype).removeprefix("torch.")
     print(f"device   {device} ({reason}), {dtype_name}")
+
+
+def announce_finished(run, config):
+    """Print that there is nothing left to do, and how to train longer."""
+    text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
+    if config.is_training and config.method != "full":
+        text += f"; to train longer: {resume_command(run.program, run.folder, 2 * config.steps)}"
+    print(text)
+
+
+def announce_extension(n_steps, config):
+    """Print what the learning rate of a run does that was made longer after `n_steps` steps."""
+    rates = []
+    for peak in as_tuple(config.lr):
+        rates.append(f"{learning_rate(n_steps, dataclasses.replace(config, lr=peak)):.1e}")
+    print(
+        f"extended from step {n_steps} to step {config.steps}: the learning rate goes on as in a "
+        f"run of {config.steps} steps, at {','.join(rates)}, and falls to 0"
+    )
 
 
 def announce_group(group, is_first):
@@ -39,6 +78,10 @@ def describe_assignment(assignment, config):
         use = "put before each input"
     report = f"{n_report} rows of {assignment.report_split} to report on"
     lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
+    if assignment.task.columns:
+        lines.append(f"columns  {assignment.task.columns}")
     for note in assignment.notes:
         lines.append(f"note     {note}")
+    for doubt in assignment.doubts:
+        lines.append(f"warning  {doubt}")
     return lines

@@ -5,13 +5,15 @@ held out   chooses the best vectors (--eval-every), and is not trained on
 report     gives the result, and nothing is chosen with it
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from minia3.checkpoints.known_models import base_of, known_model
+from minia3.inference.metrics import check_package
 from minia3.tasks.prompts import Prompt, for_family
 from minia3.tasks.task import Task
+from minia3.training.doubts import doubts_about_rows, loss_notes
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Assignment:
     prompts: tuple[Prompt, ...]  # to draw from in training
     eval_prompts: list[Prompt]
     notes: list[str]  # what the user should know about these rows
+    doubts: list[str] = field(default_factory=list)  # why a result may say little
 
 
 def assign_rows(task, config):
@@ -44,7 +47,7 @@ def assign_rows(task, config):
     shots = shuffled_rows(task.train, config.seed) if config.method == "icl" else []
     family = family_of(config.model)
     prompts = for_family(task.prompts, family)
-    return Assignment(
+    assignment = Assignment(
         task=task,
         train_rows=train_rows,
         held_out_rows=held_out_rows,
@@ -53,15 +56,19 @@ def assign_rows(task, config):
         shots=shots,
         prompts=prompts,
         eval_prompts=choose_prompts(prompts, config.eval_prompt, task.name),
-        notes=[*task.notes, *notes_on(task, family, report_rows, held_out_rows)],
+        notes=[*task.notes, *notes_on(task, family, held_out_rows)],
     )
+    check_package(task.metric)
+    check_losses(task, config)
+    assignment.doubts = doubts_about_rows(assignment, config)
+    if config.is_training:
+        assignment.notes += loss_notes(assignment, config)
+    return assignment
 
 
-def notes_on(task, family, report_rows, held_out_rows):
+def notes_on(task, family, held_out_rows):
     """Return what the user should know about the choice of rows and of the model."""
     notes = []
-    if not report_rows:
-        notes.append("only the rows to train on have labels: nothing is evaluated")
     if held_out_rows:
         n_rows = len(held_out_rows)
         notes.append(
@@ -104,11 +111,15 @@ def check_train_rows(task, config, train_rows, held_out_rows):
     if needs_rows and not train_rows:
         kept = " besides those that --eval-every holds out" if held_out_rows else ""
         raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
-    has_no_loss = task.metric == "exact_match" and "lm" not in config.losses.split(",")
+
+
+def check_losses(task, config):
+    """Raise ValueError if no loss can train on the rows."""
+    has_no_loss = task.answer != "choices" and "lm" not in config.losses.split(",")
     if config.is_training and has_no_loss:
         raise ValueError(
-            f"{task.name}: its rows have a target but no choices, so only the loss lm can train: "
-            f"expected lm in --losses, found {config.losses}"
+            f"{task.name}: its rows have a text to write and no choices, so only the loss lm can "
+            f"train: expected lm in --losses, found {config.losses}"
         )
 
 

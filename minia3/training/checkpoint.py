@@ -8,6 +8,7 @@ import torch
 from minia3.files.pickles import check_checksums, check_storages
 from minia3.files.read import reading
 from minia3.files.write import replacing
+from minia3.training.device import is_available
 
 LAYOUT = 2  # goes up if an older checkpoint cannot be continued
 OTHER_LAYOUT = (
@@ -27,6 +28,12 @@ class Checkpoint:
     failure: str | None = None  # why a cell failed: the last one that did
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
     group: dict | None = None  # Group.state_dict of the group that trains
+
+    @property
+    def n_steps(self):
+        """How many steps the group that trains has done, or None if that is not known."""
+        log = (self.group or {}).get("log")
+        return log.get("step") if isinstance(log, dict) else None
 
     def check(self):
         """Raise TypeError if a value cannot be right."""
@@ -104,10 +111,17 @@ def all_finite(parameters):
 def random_state():
     """Return the state of torch's global generators, from which dropout is drawn."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "gpus": on_gpus}
+    state = {"cpu": torch.get_rng_state(), "gpus": on_gpus}
+    for kind in ("mps", "xpu"):
+        if is_available(kind):
+            state[kind] = getattr(torch, kind).get_rng_state()
+    return state
 
 
 def set_random_state(state):
     torch.set_rng_state(state["cpu"])
     if state["gpus"]:
         torch.cuda.set_rng_state_all(state["gpus"])
+    for kind in ("mps", "xpu"):
+        if kind in state:
+            getattr(torch, kind).set_rng_state(state[kind])

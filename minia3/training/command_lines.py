@@ -1,41 +1,93 @@
-"""Command lines of train.py that repeat a run, or evaluate what it trained."""
+"""Command lines that repeat a run, or use what it trained."""
 
 import dataclasses
+import os
+import shlex
 
 from minia3.training.flags import flag_words
 
 # A result depends on these flags even if nothing is trained.
 EVALUATION_FLAGS = (
+    "input",
+    "target",
+    "labels",
+    "metric",
     "data_dir",
     "shots",
     "seed",
     "dtype",
     "max_length",
+    "max_target_length",
     "max_new_tokens",
     "eval_prompt",
 )
-PLACES = ("out", "data_dir", "resume", "device")  # where a run happens, not what it does
+PLACES = (
+    "out",
+    "data_dir",
+    "resume",
+    "config",
+    "device",
+    "log_to",
+)  # where a run happens, not what it does
+
+# How runs are started.
+SCRIPT = "python train.py"
+COMMAND = "minia3 train"
+CALL = "minia3.train"
+
+
+def resume_command(program, folder, steps=None):
+    """Return what continues the run in a folder, with another number of steps if it is given."""
+    if program == CALL:
+        extension = f", steps={steps}" if steps else ""
+        return f"minia3.train(resume={str(folder)!r}{extension})"
+    extension = f" --steps {steps}" if steps else ""
+    return f"{program} --resume {shlex.quote(str(folder))}{extension}"
 
 
 def training_command(config):
-    """Return the words of the command that trains with the flags of `config`, without places."""
+    """Return the words of the command that trains with the flags of `config`, without places.
+
+    The command is for others, so an absolute path loses its folders.
+    """
     names = ["model", "task"]
     for name in changed_flags(config):
         if name not in ("model", "task", *PLACES):
             names.append(name)
-    return ["python", "train.py", *flag_words(config, names)]
+    return ["python", "train.py", *map(without_place, flag_words(config, names))]
 
 
-def evaluation_command(config, adapter=None):
-    """Return the words of the command that evaluates the model of `config` with an adapter."""
-    names = ["model", "task"]
-    for name in changed_flags(config):
-        if name in ("method", *EVALUATION_FLAGS):
-            names.append(name)
-    words = ["python", "train.py", *flag_words(config, names)]
+def without_place(word):
+    """Return a word of a command line with only the last part of each absolute path in it."""
+    parts = []
+    for part in word.split(","):  # a list of tasks
+        if os.path.isabs(part):
+            part = os.path.basename(os.path.normpath(part))
+        parts.append(part)
+    return ",".join(parts)
+
+
+def using_command(config, answer, adapter=None):
+    """Return the words of the command that labels or answers new rows.
+
+    config: the flags of the run. answer: how its rows are answered (METRICS in tasks/task.py).
+    adapter: the folder of the adapter; None if the model of `config` itself was trained.
+    """
+    words = ["minia3", "predict", config.model, "new.csv"]
+    names = ["max_length", "max_new_tokens", "dtype"]
+    if answer == "messages":
+        words = ["minia3", "generate", config.model, "--chat"]
+        names = ["max_new_tokens", "dtype"]
     if adapter is not None:
         words += ["--adapter", str(adapter)]
-    return [*words, "--eval-only"]
+    if config.adapters == "one" and answer != "messages":
+        words += ["--task", "TASK"]  # one of those that the adapter has learned
+    changed = changed_flags(config)
+    words += flag_words(config, [name for name in names if name in changed])
+    is_one_prompt = str(config.eval_prompt).isdecimal()
+    if "eval_prompt" in changed and is_one_prompt and answer != "messages":
+        words += ["--prompt", str(config.eval_prompt)]
+    return words
 
 
 def changed_flags(config):

@@ -3,12 +3,29 @@
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from minia3.files.read import one_line
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DEVICES = {  # kind -> what it is; by default, a run takes the first one that there is
+    "cuda": "a CUDA GPU",
+    "mps": "Apple's GPU",
+    "xpu": "Intel's GPU",
+    "cpu": "no GPU found",
+}
+
+# The limit of a container and what it uses, in the two versions of Linux's control groups.
+CONTAINER_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+LONGEST_REASON = 60  # characters: torch lists all of its devices, or refers to a web page
 
 # With fewer parameters than this, sharing an operation among cores takes longer than the operation.
 SMALL_MODEL = 10**7
@@ -17,15 +34,76 @@ SMALL_MODEL = 10**7
 def choose_device(name):
     """Return the device, and why it was chosen. Raise ValueError if there is no such device."""
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda"), torch.cuda.get_device_name()
-        return torch.device("cpu"), "no CUDA GPU found"
+        return best_device()
     try:
         torch.ones(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:
-        expected = "expected a device that PyTorch can use, such as cpu"
-        raise ValueError(f"--device is {name!r}, {expected}: {one_line(error)}") from None
+    # torch raises NotImplementedError, AssertionError and others for devices that it lacks.
+    except Exception as error:
+        expected = f"expected a device that this machine has: {', '.join(available_devices())}"
+        reason = one_line(error)
+        if len(reason) > LONGEST_REASON:
+            reason = f"PyTorch {torch.__version__} finds no such device"
+        raise ValueError(f"--device is {name!r}, {expected} ({reason})") from None
     return torch.device(name), "as asked"
+
+
+def best_device():
+    """Return the first of DEVICES that this machine has, and what to say about it."""
+    kind = available_devices()[0]
+    if kind == "cuda":
+        return torch.device(kind), torch.cuda.get_device_name()
+    if kind == "cpu":
+        return torch.device(kind), "no GPU found"
+    return torch.device(kind), DEVICES.get(kind, "PyTorch's accelerator")
+
+
+def available_devices():
+    """Return the names of the kinds of devices that torch can use here, the fastest first."""
+    kinds = [kind for kind in DEVICES if is_available(kind)]
+    # From torch 2.6 on, torch itself knows the accelerator, also one that is not in our table.
+    if hasattr(torch, "accelerator") and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        if kind not in kinds:
+            kinds.insert(0, kind)
+    return kinds
+
+
+def is_available(kind):
+    if kind == "cpu":
+        return True
+    # In torch 2.5, a module such as torch.xpu may be absent.
+    module = getattr(torch, kind, None)
+    return module is not None and module.is_available()
+
+
+def free_memory(device):
+    """Return the bytes that are free on a device, or None if nobody tells."""
+    if device.type == "cpu":
+        return free_memory_of_system()
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "xpu" and hasattr(torch.xpu, "mem_get_info"):
+        return torch.xpu.mem_get_info(device)[0]
+    return None
+
+
+def free_memory_of_system():
+    """Return the bytes that this process can still take: of the machine, and of its container.
+
+    Return None on systems other than Linux.
+    """
+    limits = []
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+    for limit, used in CONTAINER_FILES:
+        with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, min(limits)) if limits else None
 
 
 def choose_dtype(config, device):
@@ -34,7 +112,7 @@ def choose_dtype(config, device):
     The vectors are float32 whatever the dtype of the base is.
     """
     if config.dtype is not None:
-        return DTYPES[config.dtype]
+        return getattr(torch, config.dtype)
     # Full fine-tuning updates the weights themselves, and in bfloat16 small updates are lost.
     if device.type == "cpu" or config.method == "full":
         return torch.float32
@@ -57,10 +135,14 @@ def limit_threads(n_parameters):
 def peak_memory(device):
     """Return the peak memory in bytes: what torch held on a GPU, or what the process took.
 
-    Return 0 if the system does not tell.
+    Return 0 if the system does not tell. Apple's GPU does not tell its peak: what it holds now.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "xpu":
+        return torch.xpu.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     with suppress(ImportError):  # Windows does not have this module
         import resource
 

@@ -1,59 +1,121 @@
-"""Draw the batches of a cell, all before training begins.
+"""Draw the batches of a cell.
 
 Each time a row is used, a prompt is drawn for it, as in T-Few. The draws depend only on the seed
-and the step, so a resumed run draws the same.
+and the step, so a resumed run draws the same. All examples are encoded before training begins, so
+a row that does not fit is found at once. The batches are drawn when their steps come, because a
+list of all of them could fill the memory.
 """
 
 from itertools import islice
 
 import numpy as np
 
+from minia3.inference.scoring import check_examples
 from minia3.tasks.examples import encode_rows
+from minia3.tasks.limits import equal_choices, fit_all_targets
 from minia3.tasks.mixture import draw_rows
 
 
-def draw_batches(cell, tokenizer):
-    """Return a list of examples for each step."""
-    plan = plan_steps(cell)
-    examples = encode_plan(plan, cell, tokenizer)
-    return [[examples[place] for place in step] for step in plan]
+def draw_batches(cell, tokenizer, model=None):
+    """Return the examples of each step, as Batches.
+
+    model: if it is given, it is checked that the model can read the examples. Raise ValueError,
+    with the `idx` of the row, if a row cannot be trained on.
+    """
+    plan = plan_steps(cell.assignments, cell.config)
+    examples = encode_plan(plan, cell, tokenizer, model)
+    return Batches(cell.assignments, cell.config, examples)
 
 
-def plan_steps(cell):
-    """Return (member of the task, row, prompt) for each example of each step, as numbers."""
-    config = cell.config
-    sizes = [len(assignment.train_rows) for assignment in cell.assignments]
-    n_prompts = [len(assignment.prompts) for assignment in cell.assignments]
+class Batches:
+    """A list of examples for each step, drawn when it is asked for. Steps come in order.
+
+    An earlier step, as at the beginning of a second reading, is drawn again from step 0 on.
+    """
+
+    def __init__(self, assignments, config, examples):
+        """examples: from `encode_plan`."""
+        self.assignments = assignments
+        self.config = config
+        self.examples = examples
+        self.plan = plan_steps(assignments, config)
+        self.next_step = 0
+
+    def __len__(self):
+        return self.config.steps
+
+    def __getitem__(self, step):
+        if step >= len(self):
+            raise IndexError(step)
+        if step < self.next_step:
+            self.plan = plan_steps(self.assignments, self.config)
+            self.next_step = 0
+        places = next(islice(self.plan, step - self.next_step, None))
+        self.next_step = step + 1
+        return [self.examples[place] for place in places]
+
+
+def plan_steps(assignments, config):
+    """Yield (member of the task, row, prompt) for each example of a step, as numbers."""
+    sizes = [len(assignment.train_rows) for assignment in assignments]
+    n_prompts = [len(assignment.prompts) for assignment in assignments]
     steps = draw_rows(sizes, config.cap, config.batch_size, config.seed)
-    plan = []
     for step, rows in enumerate(islice(steps, config.steps)):
         rng = np.random.RandomState([config.seed, 1, step])
         prompts = rng.randint([n_prompts[member] for member, _ in rows]).tolist()
         places = []
         for (member, row), prompt in zip(rows, prompts, strict=True):
             places.append((member, row, prompt))
-        plan.append(places)
-    return plan
+        yield places
 
 
-def encode_plan(plan, cell, tokenizer):
+def distinct_places(plan, cell):
+    """Return the set of all places of a plan. Stop when it has all that there are."""
+    n_all = 0
+    for assignment in cell.assignments:
+        n_all += len(assignment.train_rows) * len(assignment.prompts)
+    drawn = set()
+    for places in plan:
+        drawn.update(places)
+        if len(drawn) == n_all:
+            break
+    return drawn
+
+
+def encode_plan(plan, cell, tokenizer, model):
     """Return a dict from each (member, row, prompt) of the plan to its example.
 
     An example that the plan uses many times is encoded once.
     """
-    drawn = set().union(*plan)
+    config = cell.config
+    drawn = distinct_places(plan, cell)
     examples = {}
-    n_cut = 0
+    n_cut = n_targets_cut = n_equal = 0
     for member, assignment in enumerate(cell.assignments):
         places = sorted(place for place in drawn if place[0] == member)
-        pairs = []
-        for _, row, prompt in places:
-            pairs.append((assignment.train_rows[row], assignment.prompts[prompt]))
-        has_end = assignment.task.metric == "exact_match"  # texts to generate must learn to end
-        _, encoded, n_cut_here = encode_rows(pairs, tokenizer, cell.config.max_length, has_end)
+        rows = [assignment.train_rows[row] for _, row, _ in places]
+        prompts = [assignment.prompts[prompt] for _, _, prompt in places]
+        pairs = list(zip(rows, prompts, strict=True))
+        has_end = assignment.task.answer != "choices"  # texts to generate must learn to end
+        _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
+        encoded, n_targets_cut_here = fit_all_targets(rows, encoded, config.max_target_length)
+        if model is not None:
+            check_examples(rows, encoded, model, tokenizer)
+
         examples |= dict(zip(places, encoded, strict=True))
         n_cut += n_cut_here
+        n_targets_cut += n_targets_cut_here
+        n_equal += sum(equal_choices(example) is not None for example in encoded)
+    n_all = len(examples)
     if n_cut:
-        limit = f"{cell.config.max_length} tokens (--max-length)"
-        print(f"note     {n_cut} of {len(examples)} training inputs are cut to {limit}")
+        limit = f"{config.max_length} tokens (--max-length)"
+        has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
+        effect = "lose their oldest turns to fit into" if has_chats else "are cut to"
+        print(f"note     {n_cut} of {n_all} training inputs {effect} {limit}")
+    if n_targets_cut:
+        limit = f"{config.max_target_length} tokens (--max-target-length)"
+        print(f"note     {n_targets_cut} of {n_all} training targets are cut to {limit}")
+    if n_equal:
+        reason = "have two choices that are one text to the tokenizer"
+        print(f"note     {n_equal} of {n_all} training examples {reason}")
     return examples

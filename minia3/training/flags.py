@@ -11,17 +11,50 @@ grid: one adapter for each combination. With `| None`, a flag may be left out.
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import os
+import re
 from itertools import product
 from typing import get_args
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError instead of printing the usage and exiting."""
+    """An ArgumentParser that raises ValueError instead of exiting, and guesses what was meant."""
+
+    # A flag of other programs, or of an earlier version -> what to say about it.
+    advice = {}  # noqa: RUF012 (each parser gets its own)
+    # Flags whose values are separated by commas.
+    list_flags = ()
 
     def error(self, message):
-        raise ValueError(f"{message} (--help explains all flags)")
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def parse_words(self, words):
+        """Return the arguments of a command line. Raise ValueError if a word has no meaning."""
+        args, unknown = self.parse_known_intermixed_args(words)
+        if unknown:
+            message = f"{unknown[0]!r} is neither a flag nor the value of a flag"
+            self.error(message + self.guess(unknown[0], words))
+        return args
+
+    def guess(self, word, words):
+        """Return what the user may have meant by an unknown word: "" or ": ..."."""
+        typed = word.partition("=")[0]
+        if typed in self.advice:
+            return f": {self.advice[typed]}"
+        if typed.startswith("-"):
+            known = re.findall(r"--[a-z][\w-]*", self.format_usage())
+            similar = difflib.get_close_matches(typed, known, n=1)
+            return f": did you mean {similar[0]}?" if similar else ""
+        # A word after the value of a flag, as in `--seed 1 2 3`.
+        before = words[: words.index(word)]
+        flags = [previous for previous in before if previous.startswith("--")]
+        if flags and flags[-1] in self.list_flags:
+            values = words[words.index(flags[-1]) + 1 :]
+            values = itertools.takewhile(lambda value: not value.startswith("-"), values)
+            return f": commas separate several values, as in {flags[-1]} {','.join(values)}"
+        return ""
 
 
 def flag(default, help, also=(), **limits):
@@ -41,28 +74,23 @@ def option(name):
 # Reading a command line
 
 
-def parse_flags(config_class, argv, description):
-    """Return the command line as an instance of `config_class`. Raise ValueError if it is wrong."""
-    parser = Parser(
-        prog="train.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # because the next version may have another flag that fits
-    )
+def add_flags(parser, config_class, groups):
+    """Add a flag for each field of a dataclass. A flag that is not typed has no value.
+
+    groups: the first field of each group of the help -> the title of the group.
+    """
+    group = parser
+    list_flags = []
     for field in dataclasses.fields(config_class):
+        if field.name in groups:
+            group = parser.add_argument_group(groups[field.name])
         names = [option(field.name), *field.metadata["also"]]
-        parser.add_argument(
-            *names, default=field.default, help=help_text(field), **reading_options(field)
+        group.add_argument(
+            *names, default=argparse.SUPPRESS, help=help_text(field), **reading_options(field)
         )
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        typed = unknown[0].partition("=")[0]
-        message = f"{unknown[0]!r} is neither a flag nor the value of a flag"
-        similar = difflib.get_close_matches(typed, map(option, vars(values)), n=1)
-        if similar:
-            message += f": did you mean {similar[0]}?"
-        parser.error(message)
-    return config_class(**vars(values))
+        if tuple in kinds_of(field):
+            list_flags += names
+    parser.list_flags = list_flags
 
 
 def help_text(field):
@@ -100,6 +128,11 @@ def list_reader(kind):
 def kinds_of(field):
     """Return the types of a field: (int, NoneType) for `int | None`."""
     return get_args(field.type) or (field.type,)
+
+
+def as_tuple(value):
+    """Return the values of a flag that may have several."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 # Checking values

@@ -1,5 +1,9 @@
 """The cells of a run: one adapter for each combination of the flags that have several values."""
 
+import dataclasses
+import math
+
+from minia3.tasks.columns import ColumnFlags
 from minia3.tasks.mixture import mix
 from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
@@ -28,7 +32,8 @@ def load_task_of(config, loaded):
     for name in names:
         key = (name, config.seed)
         if key not in loaded:
-            loaded[key] = load_task(name, config.data_dir, config.shots, config.seed)
+            flags = {field: getattr(config, field) for field in ColumnFlags._fields}
+            loaded[key] = load_task(name, config.data_dir, config.shots, config.seed, **flags)
         tasks.append(loaded[key])
     return tasks[0] if len(tasks) == 1 else mix(tasks)
 
@@ -42,3 +47,30 @@ def cell_name(config, task, axes):
         "warmup_ratio": f"w{config.warmup_ratio}",
     }
     return "-".join(parts[axis] for axis in axes)
+
+
+def set_steps(config, cells):
+    """Return the flags, with --epochs as a number of steps. Set the flags of the cells likewise.
+
+    Raise ValueError if the cells of a grid need different numbers of steps.
+    """
+    if config.epochs is None or not config.is_training:
+        return config
+    n_steps = sorted({steps_of_epochs(cell) for cell in cells})
+    if len(n_steps) > 1:
+        raise ValueError(
+            f"--epochs {config.epochs} is {n_steps[0]} to {n_steps[-1]} steps for the adapters of "
+            "this grid, which train together: give --steps"
+        )
+    for cell in cells:
+        cell.config = dataclasses.replace(cell.config, steps=n_steps[0])
+    return dataclasses.replace(config, steps=n_steps[0])
+
+
+def steps_of_epochs(cell):
+    """Return how many steps draw each row of a cell --epochs times. A mixture cuts large tasks."""
+    config = cell.config
+    n_rows = sum(min(len(part.train_rows), config.cap) for part in cell.assignments)
+    if len(cell.assignments) == 1:
+        n_rows = len(cell.assignments[0].train_rows)
+    return max(1, math.ceil(config.epochs * n_rows / config.batch_size))

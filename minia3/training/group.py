@@ -4,10 +4,15 @@ import warnings
 
 import torch
 
+from minia3.checkpoints.chat import read_template
+from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.load import load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
-from minia3.inference.evaluation import evaluate, over_prompts
+from minia3.files.progress import showing
+from minia3.inference.evaluation import evaluate, no_answers, over_prompts
+from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
+from minia3.tasks.task_file import read_tasks_beside
 from minia3.training.batch import MixedBatch
 from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
@@ -17,6 +22,28 @@ from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
 
 
+def choose_template(config, cells):
+    """Return the chat template of --chat-template, or else of the task files or of --adapter.
+
+    None: the model's own. Raise ValueError if they differ.
+    """
+    if config.chat_template is not None:
+        return read_template(config.chat_template)
+    stated = set()
+    for cell in cells:
+        stated |= {task.spec.chat_template for task in cell.task.members}
+    if config.adapter is not None:
+        specs = read_tasks_beside(find_adapter(config.adapter)).values()
+        stated |= {spec.chat_template for spec in specs}
+    stated.discard(None)
+    if len(stated) > 1:
+        raise ValueError(
+            "the tasks, or a task and --adapter, have different chat templates: "
+            "train them in separate runs, or choose one with --chat-template"
+        )
+    return next(iter(stated), None)
+
+
 class Group:
     """A model, and the cells that train in it at the same time."""
 
@@ -24,8 +51,18 @@ class Group:
         """Load the model with a row of vectors per cell. config: the run's flags."""
         self.cells = cells
         self.config = config
-        self.model = load_model(config.model, dtype=dtype, device=device, n_adapters=len(cells))
+        with showing("loading"):
+            self.model = load_model(
+                config.model,
+                dtype=dtype,
+                device=device,
+                n_adapters=len(cells),
+                check_finite=config.check_weights,
+            )
         self.tokenizer = load_tokenizer(config.model)
+        self.chat_template = choose_template(config, cells)
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
         n_all = count_entries(dict(self.model.named_parameters()))
         self.n_base = n_all - count_entries(vectors(self.model))
 
@@ -61,10 +98,10 @@ class Group:
     def draw_batches(self):
         """Draw the examples of all steps.
 
-        Raise ValueError if a row does not fit into --max-length.
+        Raise ValueError if a row does not fit into --max-length, or cannot be read by the model.
         """
         for cell in self.cells:
-            cell.batches = draw_batches(cell, self.tokenizer)
+            cell.batches = draw_batches(cell, self.tokenizer, self.model)
 
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
@@ -74,26 +111,46 @@ class Group:
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
         results = []
         for prompt in assignment.eval_prompts:
-            result = evaluate(
-                self.model,
-                self.tokenizer,
-                rows,
-                prompt=prompt,
-                metric=assignment.task.metric,
-                shots=shots,
-                adapter=cell.row,
-                max_length=self.config.max_length,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.eval_batch_size,
-            )
-            results.append(result)
+            with showing(f"{cell.title_of(assignment.task)}evaluating"):
+                results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
         return over_prompts(results)
+
+    def evaluate_prompt(self, cell, assignment, rows, prompt, shots):
+        """Return the result of a cell on `rows`, in the words of one prompt."""
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            rows,
+            prompt=prompt,
+            metric=assignment.task.metric,
+            shots=shots,
+            adapter=cell.row,
+            max_length=self.config.max_length,
+            max_target_length=self.config.max_target_length,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.eval_batch_size,
+        )
 
     def evaluate_held_out(self, cell):
         """Return the results of a cell on its held-out rows, one per member of its task."""
         results = []
         for assignment in cell.assignments:
             results.append(self.evaluate(cell, assignment, assignment.held_out_rows))
+        return results
+
+    def evaluate_active(self):
+        """Return a dict from each cell that still trains to its results on held-out rows.
+
+        A cell whose scores are not finite answers nothing. It still has its best vectors so far.
+        """
+        results = {}
+        for cell in self.active_cells:
+            try:
+                results[cell] = self.evaluate_held_out(cell)
+            except NotFiniteError:
+                results[cell] = [
+                    no_answers(len(assignment.held_out_rows)) for assignment in cell.assignments
+                ]
         return results
 
     def state_dict(self):
@@ -105,11 +162,29 @@ class Group:
             "random": random_state(),
         }
 
+    def undo_step(self, random):
+        """Go back to where the current step began. Its gradients exist, but it has updated nothing.
+
+        random: the `random_state` before its forward pass.
+        """
+        self.log.drop_step()
+        set_random_state(random)
+        self.model.zero_grad()
+        self.model.eval()
+
+    def state_before_step(self, random):
+        """Return the `state_dict` that `undo_step` would lead to, and change nothing."""
+        state = self.state_dict()
+        state["log"]["losses"].pop()
+        return state | {"random": random}
+
     def load_state_dict(self, state):
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
         set_values(self.parameters, state["parameters"])
+        for cell in self.cells:
+            cell.take_last()
         set_random_state(state["random"])
 
 

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 import numpy as np
 from tqdm import tqdm
 
+from minia3.files.progress import progress_bar
 from minia3.training.device import peak_memory
 from minia3.training.optimizer import learning_rate
 from minia3.training.report import describe
 
+FIRST_ADVICE = "look for it with --check-weights, or try --dtype float32"
 LOG_EVERY = 10  # steps between two lines
+REFRESH = 1.0  # seconds between two losses in the progress bar
 
 
 class TrainingLog:
@@ -29,6 +32,8 @@ class TrainingLog:
         self.evaluated_at = 0  # the step of the last evaluation on held-out rows
         self.seconds = 0.0  # spent in steps, and not in evaluation
         self.started = 0.0  # when the current step started
+        self.shown_at = 0.0  # when the bar got its last loss
+        self.shown_tenths = 0  # tenths of the run that have a line on the terminal
         # Since the last line:
         self.logged_seconds = 0.0  # the value of `seconds` then
         self.n_tokens = 0
@@ -44,13 +49,12 @@ class TrainingLog:
 
     @contextmanager
     def progress_bar(self):
-        """Show a progress bar in a terminal.
+        """Show a progress bar in a terminal, and print about ten lines that stay.
 
         Elsewhere, print a line for each line that training adds to metrics.jsonl.
         """
-        is_hidden = not sys.stderr.isatty()
         options = {"total": self.config.steps, "initial": self.step, "unit": "step"}
-        with tqdm(**options, disable=is_hidden) as self.bar:
+        with progress_bar(**options) as self.bar:
             yield
 
     # When something is due
@@ -78,13 +82,27 @@ class TrainingLog:
         for cell, loss in losses.items():
             step_losses[cell.row] = step_losses.get(cell.row, 0.0) + loss.detach()
 
+    def drop_step(self):
+        """Forget a step that has started and will not end."""
+        self.losses.pop()
+
     def end_step(self, batch):
         self.n_tokens += batch.n_tokens
         self.step += 1
         self.bar.update()
         if self.line_is_due():
             self.losses = self.read_losses()
-        self.seconds += time.perf_counter() - self.started
+        now = time.perf_counter()
+        self.seconds += now - self.started
+        if not self.bar.disable and now - self.shown_at > REFRESH:
+            self.show_loss(now)
+
+    def show_loss(self, now):
+        """Show the loss of the last step in the bar, because the next line may be minutes away."""
+        if self.losses:
+            losses = [float(loss) for loss in self.losses[-1].values()]
+            self.bar.set_postfix_str(f"loss {np.mean(losses):.3f}")
+        self.shown_at = now
 
     def read_losses(self):
         """Return the losses as floats.
@@ -105,7 +123,7 @@ class TrainingLog:
             for row, loss in losses.items():
                 cell = self.cells[row]
                 if not math.isfinite(loss) and cell.progress.failure is None:
-                    cell.fail(f"the loss of step {step} is {loss}")
+                    fail_cell(cell, step, loss)
 
     def write_training(self, cells):
         """Write a line about the steps since the last line. cells: they took the last step."""
@@ -123,6 +141,9 @@ class TrainingLog:
         }
         if self.cells[0].name:
             line["losses"] = means
+        for cell in self.cells:
+            if cell.name in means:
+                cell.progress.losses.append(float(means[cell.name]))
         self.run.write("train", step=self.step, **line)
         self.losses = []
         self.n_tokens = 0
@@ -145,9 +166,12 @@ class TrainingLog:
             f"  {line['examples_per_second']:.1f} examples/s"
             f"  {line['tokens_per_second']:.0f} tokens/s  {line['memory_bytes'] / 1e6:.0f} MB"
         )
-        self.bar.set_postfix_str(text)
-        if self.bar.disable:
-            print(f"step {self.step:>6}  {text}", flush=True)
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}")
+        tenth = 10 * self.step // self.config.steps
+        if self.bar.disable or tenth > self.shown_tenths or self.step == 1:
+            tqdm.write(f"step {self.step:>6}  {text}", file=sys.stdout)
+            sys.stdout.flush()
+        self.shown_tenths = tenth
 
     def write_evaluations(self, results):
         """Write results on held-out rows.
@@ -164,3 +188,12 @@ class TrainingLog:
         self.run.write("eval", step=self.step, metric=task.metric, **key, **result)
         text = f"{cell.title_of(task)}{describe(task.metric, result)}, held out"
         tqdm.write(f"step {self.step:>6}  {text}", file=sys.stdout)
+
+
+def fail_cell(cell, step, loss):
+    """Fail a cell whose loss is not finite. In the first step, training is not the reason."""
+    if step > 1:
+        cell.fail(f"the loss of step {step} is {loss}")
+        return
+    reason = "before anything was trained: the weights or the adapter may hold NaN"
+    cell.fail(f"the loss of step 1 is {loss}, {reason}", FIRST_ADVICE)

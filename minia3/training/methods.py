@@ -12,10 +12,7 @@ from minia3.adapters.rows import load_adapter, save_adapter
 from minia3.checkpoints.save import save_model
 from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import choose_vectors
-
-METHODS = ("ia3", "lora", "full", "none", "icl")
-TRAINED = ("ia3", "lora", "full")
-TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cannot share one
+from minia3.tasks.task_file import write_task_file
 
 
 def trainable_parameters(model, config):
@@ -48,7 +45,10 @@ def trainable_parameters(model, config):
 
 
 def save_trained(group, cell, folder):
-    """Write a cell's adapter as a PEFT folder, or the whole model after full fine-tuning."""
+    """Write a cell's adapter as a PEFT folder, or the whole model after full fine-tuning.
+
+    Write task.json beside it.
+    """
     method = cell.config.method
     if method == "ia3":
         save_adapter(group.model, folder, cell.row)
@@ -56,3 +56,12 @@ def save_trained(group, cell, folder):
         save_lora(group.model, folder, cell.config.model)
     else:
         save_model(group.model, folder, group.tokenizer)
+    # So that `predict` puts further rows into the same words, and `generate` knows whether the
+    # adapter has learned to end a text.
+    specs = []
+    for task in cell.task.members:
+        spec = task.spec._replace(metric=task.metric)
+        if spec.messages:
+            spec = spec._replace(chat_template=group.chat_template)
+        specs.append((task.name, spec))
+    write_task_file(folder, specs)

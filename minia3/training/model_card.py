@@ -5,15 +5,16 @@ well it does, how it was made, and the code that loads it.
 """
 
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from minia3.checkpoints.known_models import hub_name
+from minia3.checkpoints.known_models import hub_name, public_name
 from minia3.files.write import replacing
 from minia3.training.command_lines import training_command
-from minia3.training.report import before_after
+from minia3.training.report import before_after, figure_of, format_value
 
 # The class of transformers for each of our architectures
 AUTO_CLASSES = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}
@@ -23,8 +24,8 @@ AUTO_CLASSES = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}
 class Facts:
     """What a card says: texts that are ready to be inserted."""
 
-    model: str  # the base, as the user named it
-    hub_model: str  # the base, as transformers finds it
+    model: str  # the base, as minia3 finds it
+    base_code: str  # the lines of code with which transformers loads the base
     tasks: str
     n_trainable: str
     n_base: str
@@ -33,6 +34,7 @@ class Facts:
     results: str  # a Markdown table
     origin: str  # how it was made, and from which files
     auto_class: str
+    place: str  # a comment beside the base, if the reader must put it there
 
 
 def write_card(folder, config, finals, checksums):
@@ -76,7 +78,7 @@ whose own parameters are unchanged: Liu et al. 2022, https://arxiv.org/abs/2205.
 ```python
 import minia3
 
-model = minia3.load_model({facts.model!r})
+model = minia3.load_model({facts.model!r}){facts.place}
 tokenizer = minia3.load_tokenizer({facts.model!r})
 minia3.load_adapter(model, ".")  # this folder, or the name of this repository
 ```
@@ -85,7 +87,7 @@ minia3.load_adapter(model, ".")  # this folder, or the name of this repository
 from peft import PeftModel
 from transformers import {facts.auto_class}
 
-base = {facts.auto_class}.from_pretrained({facts.hub_model!r})
+{facts.base_code}
 model = PeftModel.from_pretrained(base, ".")
 ```
 """
@@ -115,7 +117,7 @@ trains this LoRA further.
 import minia3
 from minia3.adapters.lora import load_lora
 
-model = minia3.load_model({facts.model!r})
+model = minia3.load_model({facts.model!r}){facts.place}
 tokenizer = minia3.load_tokenizer({facts.model!r})
 load_lora(model, ".")  # this folder, or the name of this repository
 ```
@@ -124,7 +126,7 @@ load_lora(model, ".")  # this folder, or the name of this repository
 from peft import PeftModel
 from transformers import {facts.auto_class}
 
-base = {facts.auto_class}.from_pretrained({facts.hub_model!r})
+{facts.base_code}
 model = PeftModel.from_pretrained(base, ".")
 ```
 """
@@ -165,16 +167,16 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 def collect_facts(config, finals, checksums):
     final = finals[0]  # what does not depend on the task is the same in all of them
     base = hub_name(config.model)
+    auto_class = AUTO_CLASSES[final["architecture"]]
     tasks = [final["task"] for final in finals]
 
     front_matter = f"datasets: {json.dumps(tasks)}"  # a JSON list is valid YAML, whatever the names
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     if is_on_hub:
         front_matter = f"base_model: {base}\n{front_matter}"
-
-    hub_model = base
-    if base == "tiny-t5":  # it is in this repository only
-        hub_model = "data/tiny-t5"
+    place = ""
+    if os.path.isabs(base):
+        place = "  # the base, which is not in this folder: put it here"
 
     command = shlex.join(training_command(config))
     origin = f"Trained with minia3 for {final['steps']:,} steps by `{command}`, on files with these"
@@ -182,8 +184,8 @@ def collect_facts(config, finals, checksums):
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
 
     return Facts(
-        model=config.model,
-        hub_model=hub_model,
+        model=shown_model(config.model),
+        base_code=code_of_base(config.model, auto_class),
         tasks=", ".join(tasks),
         n_trainable=f"{final['trainable']:,}",
         n_base=f"{final['total']:,}",
@@ -191,8 +193,36 @@ def collect_facts(config, finals, checksums):
         front_matter=front_matter,
         results=results_table(finals),
         origin=origin,
-        auto_class=AUTO_CLASSES[final["architecture"]],
+        auto_class=auto_class,
+        place=place,
     )
+
+
+def shown_model(name):
+    """Return the base as the user named it, but only the last part of an absolute path."""
+    if os.path.isabs(name):
+        return public_name(name)
+    return name
+
+
+def code_of_base(name, auto_class):
+    """Return the lines of code that load the base with transformers.
+
+    transformers reads no .gguf file as it stands, and no folder in Meta's layout: `minia3 convert`
+    makes a folder that it reads.
+    """
+    base = public_name(name)
+    if base == "tiny-t5":  # it is in this repository only
+        base = "data/tiny-t5"
+    comment = ""
+    is_folder = os.path.isdir(name)
+    is_meta = is_folder and not os.path.exists(os.path.join(name, "config.json"))
+    if is_meta or name.endswith(".gguf"):
+        folder = f"{os.path.splitext(os.path.basename(base))[0]}-converted"
+        command = shlex.join(["minia3", "convert", base, folder])
+        comment = f"# transformers reads a folder that this command makes: {command}\n"
+        base = folder
+    return f"{comment}base = {auto_class}.from_pretrained({base!r})"
 
 
 def results_table(finals):
@@ -205,12 +235,20 @@ def results_table(finals):
         prefix = ""
         if len(finals) > 1:
             prefix = f"{final['task']}, {format_rows(final)}: "
-        name = prefix + final["metric"]
+        metric, key, form = figure_of(final["metric"])
+        name = prefix + metric
         if "accuracies" in final:
             name += f", median over {len(final['accuracies'])} prompts"
-        lines.append(format_line(name, before_after(final, "accuracy", ".1%")))
+        lines.append(format_line(name, before_after(final, key, form)))
         if final["auc"] is not None:
             lines.append(format_line(f"{prefix}AUC", before_after(final, "auc", ".2f")))
+        if final.get("commonest") is not None:
+            share = format_value(final["commonest"], ".1%")
+            name = f"{prefix}{metric} of always giving the commonest label"
+            lines.append(format_line(name, [share, share]))
+    for final in finals:
+        for text in final.get("warnings", ()):
+            lines.append(f"\n**Warning:** {text}.")
     return "\n".join(lines)
 
 

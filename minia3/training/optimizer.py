@@ -18,8 +18,6 @@ Shapes: A adapters, D entries of a vector.
 
 import torch
 
-OPTIMIZERS = ("adafactor", "adamw")
-
 
 class Adafactor:
     """Adafactor for tables of vectors. Each row is a vector, and no row depends on another.
@@ -28,7 +26,7 @@ class Adafactor:
     torch.optim.Optimizer of a process loads torch's compiler, which takes a second.
     """
 
-    def __init__(self, parameters, lr):
+    def __init__(self, parameters, lr=3e-3):
         self.param_groups = [{"params": list(parameters), "lr": lr}]
         self.state = {l_AD: {} for l_AD in self.param_groups[0]["params"]}
 
@@ -51,6 +49,12 @@ class Adafactor:
         u_AD = l_AD.grad * state["v_AD"].rsqrt()
         u_AD /= rms(u_AD).clamp(min=1.0)
         l_AD -= lr * rms(l_AD).clamp(min=1e-3) * u_AD
+
+    def zero_grad(self):
+        """Forget the gradients, as torch's optimizers do."""
+        for group in self.param_groups:
+            for l_AD in group["params"]:
+                l_AD.grad = None
 
     def state_dict(self):
         lr = self.param_groups[0]["lr"]

@@ -2,8 +2,15 @@
 
 import torch
 
+from minia3.checkpoints.hub import find
+from minia3.checkpoints.load import read_checkpoint
 from minia3.model.blocks import Block
 from minia3.model.recompute import recompute_blocks
+
+
+def check_model(name_or_path):
+    """Raise ValueError if there is no such model, or none that can run. Read no weights."""
+    read_checkpoint(find(name_or_path, weights=False), weights=False)
 
 
 def prepare_model(model, config):

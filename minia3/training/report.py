@@ -3,11 +3,12 @@
 import dataclasses
 import shlex
 
-from minia3.training.command_lines import evaluation_command
+from minia3.inference.metrics import INVERSE_PERPLEXITY
+from minia3.training.command_lines import using_command
 
 
 def report(config, folder, finals, n_failed=0):
-    """Print what came out of a run, and the command that evaluates it again.
+    """Print what came out of a run, what is doubtful about it, and the command that uses it.
 
     finals: the final lines of metrics.jsonl, one per adapter and task, with the flags of `config`.
     folder: of the run; None if nothing was written. n_failed: adapters of a grid without a result.
@@ -23,6 +24,7 @@ def report(config, folder, finals, n_failed=0):
     lines += cost_lines(config, finals, is_grid=bool(axes))
     if finals[0]["trainable"]:
         lines += adapter_lines(config, folder, finals, axes)
+    lines += warning_lines(config, finals, axes)
 
     width = max(12, *(len(name) + 1 for name, _ in lines))
     print(f"\n{title}")
@@ -34,21 +36,31 @@ def describe(metric, result):
     """Return the result of an evaluation in a few words."""
     if result["accuracy"] is None:
         return "nothing to evaluate"
-    text = f"{metric} {result['accuracy']:.1%}"
+    name, key, form = figure_of(metric)
+    text = f"{name} {format_value(result[key], form)}"
     if result["auc"] is not None:
         text += f", AUC {result['auc']:.2f}"
     return text
 
 
+def figure_of(metric):
+    """Return the name under which a metric is shown, its key in a final line, and its format."""
+    if metric == INVERSE_PERPLEXITY:
+        return "perplexity", "perplexity", ",.2f"
+    return metric, "accuracy", ".1%"
+
+
+def format_value(value, form):
+    if value is None:
+        return "-"
+    return format(value, form)
+
+
 def before_after(final, name, form):
     """Return a value of a final line before and after training, as texts."""
-    texts = []
-    for value in (final[f"{name}_before"], final[name]):
-        if value is None:
-            texts.append("-")
-        else:
-            texts.append(format(value, form))
-    return texts
+    # Without rows, a result has no perplexity.
+    values = (final.get(f"{name}_before"), final.get(name))
+    return [format_value(value, form) for value in values]
 
 
 def grid_axes(config):
@@ -71,7 +83,8 @@ def single_result(config, final):
     title = f"{final['task']}: {final['rows']} rows of {final['split']}"
     if final["rows_cut"]:
         title += f", {final['rows_cut']} of them cut to {config.max_length} tokens"
-    lines = [(final["metric"], format_figure(config, final, "accuracy", ".1%"))]
+    name, key, form = figure_of(final["metric"])
+    lines = [(name, with_commonest(final, format_figure(config, final, key, form)))]
     if final["auc"] is not None:
         lines.append(("AUC", format_figure(config, final, "auc", ".2f")))
     return title, lines
@@ -79,13 +92,40 @@ def single_result(config, final):
 
 def result_line(config, final, axes):
     """Return the line of one result among several: its name, and what came out."""
+    name, key, form = figure_of(final["metric"])
+    figure = with_commonest(final, format_figure(config, final, key, form))
+    return result_name(config, final, axes), f"{name} {figure}, {final['steps']} steps"
+
+
+def result_name(config, final, axes):
+    """Return the adapter and the task of a result, as far as they tell it from others."""
     names = []
     if axes:
         names.append(final["adapter"])
     if is_mixture(config):
         names.append(final["task"])
-    figure = format_figure(config, final, "accuracy", ".1%")
-    return ": ".join(names), f"{final['metric']} {figure}, {final['steps']} steps"
+    return ": ".join(names)
+
+
+def with_commonest(final, figure):
+    """Return a figure beside what always giving the commonest label would reach, if there are
+    labels: an accuracy of 90 % means little if nine rows in ten have the same label.
+    """
+    if final.get("commonest") is None:
+        return figure
+    return f"{figure} (commonest label: {final['commonest']:.1%})"
+
+
+def warning_lines(config, finals, axes):
+    """Return a line for each doubt about a result."""
+    lines = []
+    for final in finals:
+        name = result_name(config, final, axes)
+        for text in final.get("warnings", ()):
+            if name:
+                text = f"{name}: {text}"
+            lines.append(("warning", text))
+    return lines
 
 
 def format_figure(config, final, name, form):
@@ -135,18 +175,14 @@ def format_time(config, finals):
 
 
 def adapter_lines(config, folder, finals, axes):
-    """Return lines that say where the adapter is, and how to evaluate it."""
+    """Return lines that say where the adapter is, and how to use it on new rows."""
     kind = "model" if config.method == "full" else "adapter"
     path = folder / kind
     if axes:
-        path = folder / "adapters" / "NAME"  # the user fills it in, like SEED
-    lines = [(kind, str(path))]
-    has_labels = any(final["rows"] for final in finals)
-    if has_labels:
-        filled = dataclasses.replace(config, **{axis: axis.upper() for axis in axes})
-        if kind == "model":
-            words = evaluation_command(dataclasses.replace(filled, model=str(path)))
-        else:
-            words = evaluation_command(filled, adapter=path)
-        lines.append(("use it", shlex.join(words)))
-    return lines
+        path = folder / "adapters" / "NAME"  # the user fills it in
+    answer = finals[0]["answer"]
+    if kind == "model":
+        words = using_command(dataclasses.replace(config, model=str(path)), answer)
+    else:
+        words = using_command(config, answer, adapter=path)
+    return [(kind, str(path)), ("use it", shlex.join(words))]

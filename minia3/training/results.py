@@ -1,9 +1,12 @@
 """The results of a cell before and after training, as lines of metrics.jsonl."""
 
+from minia3.inference.scoring import NotFiniteError
 from minia3.training.device import peak_memory
+from minia3.training.doubts import doubts_about_result, notes_on_texts
 from minia3.training.report import describe
 
-COMPARED = ("accuracy", "auc", "accuracies")  # a final line has these before training, too
+# A final line has these before training, too.
+COMPARED = ("accuracy", "auc", "accuracies", "perplexity")
 NOT_FINAL = ("n", "n_cut")  # a final line has these under other names
 
 
@@ -32,18 +35,27 @@ def evaluate_before(run, group, cell, baselines):
         result = baselines.find(group, cell, assignment)
         run.write("before", step=0, metric=task.metric, **cell.key_of(task), **result)
         print(f"before   {cell.title_of(task)}{describe(task.metric, result)}", flush=True)
+        for note in notes_on_texts(result, cell.config.max_new_tokens):
+            print(f"note     {cell.title_of(task)}{note}", flush=True)
         results.append(result)
     return results
 
 
 def evaluate_after(group, cell):
-    """Return the final lines of a cell, one per member of its task."""
+    """Return the final lines of a cell, one per member of its task.
+
+    If its scores are not finite, the cell fails, and there are none.
+    """
     finals = []
     for assignment, before in zip(cell.assignments, cell.progress.before, strict=True):
         after = before
         if group.config.is_training or assignment.shots:
             task = assignment.task
-            after = group.evaluate(cell, assignment, assignment.report_rows, assignment.shots)
+            try:
+                after = group.evaluate(cell, assignment, assignment.report_rows, assignment.shots)
+            except NotFiniteError as error:
+                cell.fail(f"after training, the scores of {error.name} are not finite")
+                return []
             print(f"after    {cell.title_of(task)}{describe(task.metric, after)}", flush=True)
         finals.append(final_line(group, cell, assignment, before, after))
     return finals
@@ -71,4 +83,9 @@ def final_line(group, cell, assignment, before, after):
     for name, value in after.items():
         if name not in NOT_FINAL:
             final[name] = value
+    final["answer"] = assignment.task.answer
+    final["warnings"] = [
+        *assignment.doubts,
+        *doubts_about_result(final, cell.progress.losses),
+    ]
     return final

@@ -1,7 +1,7 @@
 """Rules about combinations of flags: which ones need each other, and which ones do not mix."""
 
+from minia3.training.choices import TRAINED_ALONE
 from minia3.training.flags import check_flags, option
-from minia3.training.methods import TRAINED_ALONE
 
 BELONGS_TO = {  # flag -> the only method that uses it
     "sites": "ia3",
@@ -16,6 +16,8 @@ BELONGS_TO = {  # flag -> the only method that uses it
 def check_config(config):
     """Raise ValueError if a flag has a bad value, or does not go with another flag."""
     check_flags(config)
+    if config.log_to is not None and config.eval_only and config.out is None:
+        raise ValueError("--log-to needs the folder of a run: give --out, too")
     if config.patience and not config.eval_every:
         raise ValueError("--patience counts evaluations on held-out rows: give --eval-every, too")
     if is_given(config, "cap") and config.adapters != "one":
@@ -34,6 +36,9 @@ def check_config(config):
         raise ValueError(
             f"--optimizer adafactor is for --method ia3 ({reason}): use --optimizer adamw"
         )
+    if config.method == "full" and config.dtype == "float16":
+        reason = "an update of less than a thousandth of a weight is lost in float16"
+        raise ValueError(f"--dtype float16 is not for --method full ({reason}): use float32")
     if config.method == "full" and config.adapter:
         raise ValueError("--method full continues from a model: give it as --model, not --adapter")
 

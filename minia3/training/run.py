@@ -1,18 +1,40 @@
 """Where a run writes, and how it is stopped and continued."""
 
 import dataclasses
+import sys
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
 from minia3.files.read import reading
 from minia3.files.write import remove_leftovers
-from minia3.training.checkpoint import DAMAGED, Checkpoint, load_checkpoint, save_checkpoint
-from minia3.training.run_folder import Metrics, begin_run, default_folder, discard_run, record_data
+from minia3.training.checkpoint import (
+    DAMAGED,
+    Checkpoint,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+)
+from minia3.training.command_lines import SCRIPT, resume_command
+from minia3.training.extension import extend
+from minia3.training.run_folder import (
+    Metrics,
+    begin_run,
+    check_data,
+    choose_folder,
+    discard_run,
+    read_run_config,
+    record_run,
+    reopen_metrics,
+)
 from minia3.training.signals import Stopped
+from minia3.training.trackers import close_trackers, hand_over, start_trackers
 
 
-class Failed(Exception):
+class Failed(RuntimeError):
     """A run that cannot continue. The message says why, and what to try."""
 
 
@@ -23,23 +45,28 @@ class Run:
     and the state of the group that trains.
     """
 
-    def __init__(self, config, signals):
+    def __init__(self, config, signals, program=SCRIPT):
         """Create the folder of a new run, or open the folder of --resume.
 
-        Raise ValueError if the folder cannot be used.
+        program: how the run was started, for advice. Raise ValueError if the folder cannot be used.
         """
         self.signals = signals
+        self.program = program
         self.resources = ExitStack()  # the lock of the folder
         self.folder = None  # nothing is written
         self.is_new = config.resume is None
         saved = None
+        self.extended_from = None  # the steps that a run had which --steps makes longer
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
             remove_leftovers(self.folder)
             saved = load_checkpoint(self.folder)
+            if saved and config.steps != read_run_config(self.folder).get("steps"):
+                saved = extend(saved, config)
+                self.extended_from = saved.n_steps
         elif config.out is not None or not config.eval_only:
-            folder = Path(config.out or default_folder(config))
+            folder = Path(config.out or choose_folder(config))
             recorded = dataclasses.replace(config, out=str(folder))
             self.resources.enter_context(begin_run(folder, recorded))
             self.folder = folder
@@ -50,12 +77,23 @@ class Run:
         self.failure = self.saved.failure
         self.n_bytes = self.saved.n_bytes
         self.metrics = None  # see `start_writing`
+        self.trackers = []
+        # What to try if memory runs out; `check_memory` may know better.
+        self.micro_batch_size = max(1, (config.micro_batch_size or config.batch_size) // 2)
+        self.eval_batch_size = max(1, config.eval_batch_size // 2)
+
+    @property
+    def stop_message(self):
+        """What a run that was stopped says."""
+        if self.folder is None:
+            return "stopped"
+        return f"stopped; to continue: {resume_command(self.program, self.folder)}"
 
     @property
     def is_finished(self):
         return self.saved.is_finished
 
-    def start_writing(self, cells):
+    def start_writing(self, cells, config):
         """Check that the data are the same as when the run began, and open metrics.jsonl.
 
         Raise ValueError if the data have changed. Until this call, a resumed run changes no file.
@@ -64,16 +102,52 @@ class Run:
             checksums = {}
             for cell in cells:
                 checksums |= cell.checksums
-            record_data(self.folder, checksums)
+            check_data(self.folder, checksums)
+            if self.extended_from is not None:
+                # config.json comes last: if a kill comes in between, the run can be extended again.
+                self.n_bytes = reopen_metrics(self.folder)
+                self.write_checkpoint(self.saved.group)
+            record_run(self.folder, checksums, config)
         self.metrics = Metrics(self.folder, self.n_bytes)
+        self.trackers = start_trackers(config, self.folder)
 
     def write(self, event, **values):
-        """Add a line to metrics.jsonl."""
+        """Add a line to metrics.jsonl, and hand it to the trackers of --log-to.
+
+        Raise Failed if the folder of the run is gone.
+        """
+        self.check_folder()
         self.n_bytes = self.metrics.write(event=event, **values)
+        self.trackers = hand_over({"event": event, **values}, self.trackers)
 
     def uninterrupted(self):
         """Return a context in which signals wait, because the group cannot be saved within it."""
         return self.signals.uninterrupted()
+
+    @contextmanager
+    def giving_up(self, group):
+        """Return a context for the part of a step that computes, and changes no parameter.
+
+        A second Ctrl-C, or SIGTERM, stops the run within it at once. The step is undone, so that
+        the checkpoint is the one from before the step. Without a signal, the block just runs.
+        """
+        random = random_state()  # dropout is drawn from it
+        try:
+            with self.signals.urgent(partial(self.leave, group, random)):
+                yield
+        except Stopped:
+            group.undo_step(random)
+            raise
+
+    def leave(self, group, random, number):
+        """Save the state before the current step, and say how to continue.
+
+        This runs in another thread, while the main thread is in an operation that takes long.
+        """
+        self.write_checkpoint(group.state_before_step(random))
+        sys.stdout.flush()  # because the process ends without cleaning up
+        tqdm.write(self.stop_message, file=sys.stderr)
+        sys.stderr.flush()
 
     @contextmanager
     def checkpointing(self, group):
@@ -95,7 +169,16 @@ class Run:
                 group.load_state_dict(self.saved.group)
             self.saved.group = None
 
+    def check_folder(self):
+        """Raise Failed if somebody has deleted the folder: a new one would hold half a run."""
+        if self.folder is not None and not (self.folder / "config.json").exists():
+            raise Failed(
+                f"{self.folder}: the folder of this run was deleted or moved while it trained, "
+                "so its results have no place: begin a new run"
+            )
+
     def write_checkpoint(self, group_state, is_finished=False):
+        self.check_folder()
         checkpoint = Checkpoint(
             is_finished, self.n_done, self.finals, self.failure, self.n_bytes, group_state
         )
@@ -119,9 +202,10 @@ class Run:
             return
         if not self.finals:
             raise Failed(self.failure)
-        # Leave out what only a resumed run needs. A whole model is in the folder already.
-        parameters = {} if group.config.method == "full" else group.state_dict()["parameters"]
-        self.write_checkpoint({"parameters": parameters}, is_finished=True)
+        # With its last state, the run can be extended. A whole model is in the folder already, and
+        # its optimizer is larger still.
+        state = {"parameters": {}} if group.config.method == "full" else group.state_dict()
+        self.write_checkpoint(state, is_finished=True)
 
     def discard_if_new(self):
         if self.folder and self.is_new:
@@ -129,4 +213,5 @@ class Run:
 
     def close(self):
         """Unlock the folder, so that other processes may write into it."""
+        close_trackers(self.trackers)
         self.resources.close()

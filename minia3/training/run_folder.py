@@ -7,28 +7,67 @@ adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning m
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from minia3 import __version__
-from minia3.files.lock import lock_folder
+from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json
-from minia3.files.write import write_json
+from minia3.files.write import replacing, write_json
+from minia3.training.command_lines import PLACES
+from minia3.training.config_file import recorded_flags
+from minia3.training.flags import as_tuple
 
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
+LONGEST_VALUE = 20  # characters of the value of a flag
 
 
-def default_folder(config):
-    """Return runs/<model>-<task>-<method>-<seed>, with commas between several values."""
-    return Path("runs", run_name(config))
+def choose_folder(config):
+    """Return runs/<model>-<task>-<method>-<seed>, with commas between several values.
+
+    If that folder holds a run with other flags, the flags that differ are added to the name.
+    """
+    folder = Path("runs", run_name(config))
+    if not (folder / "config.json").exists():
+        return folder
+    try:
+        found = recorded_flags(read_run_config(folder), folder)
+    except ValueError:  # `begin_run` says that the folder is taken
+        return folder
+    return Path(f"{folder}{describe_difference(config, found)}")
+
+
+def describe_difference(config, found):
+    """Return the flags of `config` that differ from those of another run: "-lr0.01-steps300"."""
+    length = "epochs" if config.epochs is None else "steps"  # the flag that does not count
+    text = ""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_ignored = field.name in (*PLACES, length)
+        if not is_ignored and value != found.get(field.name, field.default):
+            name = field.name.replace("_", "")
+            if value is True:
+                text += f"-{name}"
+            elif value in (None, False):
+                text += f"-no{name}"
+            else:
+                text += f"-{name}{short_value(value)}"
+    return text
+
+
+def short_value(value):
+    """Return a value as a part of a file name. A long one becomes six digits of its hash."""
+    text = ",".join(map(str, as_tuple(value)))
+    if len(text) <= LONGEST_VALUE and re.fullmatch(r"[\w.,+-]*", text):
+        return text
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def run_name(config):
@@ -41,10 +80,6 @@ def run_name(config):
     if len(as_tuple(config.lr)) > 1:
         parts.append(join_values(as_tuple(config.lr)))
     return "-".join(parts)
-
-
-def as_tuple(value):
-    return value if isinstance(value, tuple) else (value,)
 
 
 def join_values(values):
@@ -85,36 +120,35 @@ def discard_run(folder):
     if (folder / "metrics.jsonl").exists():
         return
     for name in ("config.json", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+        remove_lock(folder / name)
     with suppress(OSError):  # the folder is not empty: it held other files before
         folder.rmdir()
 
 
-def restore_flags(asked):
-    """Return the flags of the run in the folder --resume.
+def restore_flags(config_class, given):
+    """Return the flags of the run in the folder `given["resume"]`, with more steps if asked.
 
     Raise ValueError if other flags are given.
     """
-    config_class = type(asked)
-    if asked != config_class(resume=asked.resume):
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() - {"resume", "steps"}:
         raise ValueError(
-            "--resume takes no other flags: they come from the config.json of its folder"
+            "--resume takes no other flags than --steps: "
+            "they come from the config.json of its folder"
         )
-    folder = Path(asked.resume)
-    saved = read_run_config(folder)
-    if saved.get("similar_lengths"):
+    folder = Path(given["resume"])
+    if folder.name == "checkpoint.pt":
         raise ValueError(
-            f"{folder}: this run uses --similar-lengths, which only an earlier version has: "
-            "finish it with that version"
+            f"--resume is {str(folder)!r}, expected the folder of a run: {folder.parent}"
         )
-    if "checkpoint" in saved:
-        saved["recompute"] = saved["checkpoint"]  # the flag's earlier name
+    saved = recorded_flags(read_run_config(folder), folder)
     values = {}
     for field in dataclasses.fields(config_class):
         if field.name in saved:
-            value = saved[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-    return config_class(**values | {"resume": asked.resume})
+            values[field.name] = saved[field.name]
+    if "steps" in given:
+        values["epochs"] = None
+    return config_class(**values | given)
 
 
 def read_run_config(folder):
@@ -131,22 +165,46 @@ def read_run_config(folder):
     return config
 
 
-def record_data(folder, checksums):
-    """Add the checksums of the data to config.json.
-
-    Raise ValueError if a resumed run finds other checksums there.
-    """
-    config = read_run_config(folder)
-    if config.get("data", checksums) != checksums:
+def check_data(folder, checksums):
+    """Raise ValueError if a resumed run finds other checksums of the data in config.json."""
+    if read_run_config(folder).get("data", checksums) != checksums:
         raise ValueError(
             f"{folder}: the task's files have changed since this run began: "
             "restore them, or begin a new run"
         )
-    write_json(folder / "config.json", config | {"data": checksums})
+
+
+def record_run(folder, checksums, config):
+    """Add the checksums of the data to config.json, and how long the run is: see --epochs."""
+    length = {"steps": config.steps, "epochs": config.epochs}
+    recorded = read_run_config(folder)
+    write_json(folder / "config.json", recorded | length | {"data": checksums})
+
+
+def reopen_metrics(folder):
+    """Turn the final lines of metrics.jsonl into lines of the event "extended".
+
+    Return how many bytes the file has. A line that says why a cell failed is left out, because the
+    run will write it again.
+    """
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["event"] == "final":
+            line["event"] = "extended"
+        if line["event"] != "failed":
+            lines.append(json.dumps(line) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return path.stat().st_size
 
 
 def environment():
     """Return what a result depends on besides the flags: versions, and the commit of this code."""
+    import numpy as np  # here, because flags must be restored without torch
+    import torch
+
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -157,10 +215,13 @@ def environment():
 
 def git_commit():
     """Return the commit of this file's repository, with -dirty if files differ from it, or None."""
-    command = ["git", "-C", str(Path(__file__).parent)]
-    command += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with suppress(OSError, subprocess.CalledProcessError):  # there is no git, or no repository
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent)]
+    is_tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    # There may be no git, or no repository, or a repository in which minia3 is only installed.
+    with suppress(OSError, subprocess.CalledProcessError):
+        subprocess.run(is_tracked, capture_output=True, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return None
 
 
@@ -177,6 +238,8 @@ class Metrics:
         """Add a line, and return how many bytes the file has."""
         if self.path is None:
             return 0
-        with self.path.open("a") as file:  # closed after each line, so that it is on disk
+        with self.path.open(
+            "a", encoding="utf-8"
+        ) as file:  # closed after each line, so that it is on disk
             file.write(json.dumps(values) + "\n")
         return self.path.stat().st_size

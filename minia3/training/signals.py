@@ -1,7 +1,34 @@
-"""How a run is stopped: Ctrl-C and SIGTERM."""
+"""How a run is stopped: Ctrl-C and SIGTERM, and on Windows Ctrl-Break.
 
+Where a run is                        the first Ctrl-C        the second Ctrl-C, or SIGTERM
+----------------------------------    --------------------    -----------------------------
+anywhere else                         stops at once           stops at once
+`uninterrupted`                       waits for the end       waits for the end
+`urgent`, within `uninterrupted`      waits for the end       stops at once
+"""
+
+import os
 import signal
+import socket
+import sys
+import threading
 from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from minia3.files.messages import message_of
+
+STOPPING = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break, which another process can send, too
+    STOPPING.append(signal.SIGBREAK)
+
+WAITING = "finishing this step; press Ctrl-C again to stop now"
+
+SHORT = 0.3  # seconds: a step that ends before that needs no announcement
+
+# A single operation of torch may take minutes (the backward pass is one), and Python handles a
+# signal only after it. So a second thread waits this many seconds, and then ends the process.
+PATIENCE = 2.0
 
 
 class Stopped(BaseException):
@@ -16,27 +43,130 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Raises Stopped on SIGINT and SIGTERM: at once, or at the end of an `uninterrupted` block."""
+    """Raises Stopped when a signal asks for it, as the table above says.
 
-    def __init__(self):
+    Use it as a context manager: at its end, the signals do again what they did before.
+    """
+
+    def __init__(self, is_program=False):
+        """is_program: whether this process may be ended, because it does nothing but this run."""
+        self.is_program = is_program
+        self.handlers_before = {}
         self.is_held = False
+        self.is_urgent = False
         self.pending = None  # the number of the signal that has arrived
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        self.n_blocks = 0  # `uninterrupted` blocks so far
+        self.n_arrived = 0  # signals in the current block
+
+        # What the second thread uses:
+        self.lock = threading.Lock()
+        self.n_seen = 0  # signals in the current block, as that thread counts them
+        self.leave = None  # in an `urgent` block: what it calls before it ends the process
+        self.is_leaving = False
+        self.wakeup = None  # a socket: Python writes the number of each signal to it, at once
+        self.wakeup_before = -1
+
+    def __enter__(self):
+        # Python lets only the main thread decide about signals. In another thread none arrives.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                self.handlers_before[number] = signal.signal(number, self.receive)
+            self.start_watching()
+        return self
+
+    def __exit__(self, *_):
+        if self.wakeup is not None:
+            signal.set_wakeup_fd(self.wakeup_before)
+            self.wakeup.close()  # which ends the second thread
+        for number, handler in self.handlers_before.items():
+            # None: a handler that was not installed from Python, and cannot be put back from it
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    # The main thread
 
     def receive(self, number, frame):
+        """Handle a signal. Python calls this between two operations of the main thread."""
+        if self.is_leaving:
+            return
         self.pending = number
-        self.check()
-
-    def check(self):
-        if self.pending is not None and not self.is_held:
-            raise Stopped(self.pending)
+        self.n_arrived += 1
+        can_wait = number == signal.SIGINT and self.n_arrived == 1
+        if not self.is_held or (self.is_urgent and not can_wait):
+            raise Stopped(number)
 
     @contextmanager
     def uninterrupted(self):
+        """Return a context in which a signal waits for the end of the block."""
+        self.n_blocks += 1
+        self.n_arrived = 0
+        self.n_seen = 0
         self.is_held = True
         try:
             yield
         finally:
             self.is_held = False
-        self.check()
+        if self.pending is not None:
+            raise Stopped(self.pending)
+
+    @contextmanager
+    def urgent(self, leave):
+        """Return a context, within `uninterrupted`, in which a second signal stops at once.
+
+        leave: a function of the signal's number that saves what is needed and says how to continue.
+        If the block does not react, another thread calls it, and then the process ends.
+        """
+        self.leave = leave
+        self.is_urgent = True
+        try:
+            yield
+        finally:
+            self.is_urgent = False
+            with self.lock:  # if the other thread is in `leave`, this waits for the end
+                self.leave = None
+
+    # The second thread
+
+    def start_watching(self):
+        """Start a thread that learns of each signal at once, even if the main thread computes."""
+        reader, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)  # as `set_wakeup_fd` demands
+        self.wakeup_before = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(reader,), daemon=True).start()
+
+    def watch(self, reader):
+        """Read the numbers of signals until the other end of the socket is closed."""
+        with reader:
+            while received := reader.recv(1):
+                number = received[0]
+                if number not in STOPPING or not self.is_held:
+                    continue
+                self.n_seen += 1
+                if number == signal.SIGINT and self.n_seen == 1:
+                    call_later(SHORT, self.announce, self.n_blocks)
+                elif self.is_program:
+                    call_later(PATIENCE, self.end_process, number)
+
+    def announce(self, block):
+        """Say that the signal has arrived, unless the step has ended already."""
+        if self.is_held and self.n_blocks == block:
+            tqdm.write(WAITING, file=sys.stderr)
+
+    def end_process(self, number):
+        """End the process, unless the main thread has left the `urgent` block."""
+        with self.lock:
+            if self.leave is None:
+                return
+            self.is_leaving = True
+            try:
+                self.leave(number)
+            except Exception as error:  # the disk is full: the main thread goes on
+                self.is_leaving = False
+                tqdm.write(f"the run cannot stop yet: {message_of(error)}", file=sys.stderr)
+            else:
+                os._exit(128 + number)
+
+
+def call_later(seconds, function, argument):
+    timer = threading.Timer(seconds, function, [argument])
+    timer.daemon = True
+    timer.start()

@@ -85,7 +85,8 @@ def test_the_name_that_peft_needs_to_find_the_base_is_written(loaded, tmp_path):
     for name, expected in (
         ("flan-t5-base", "google/flan-t5-base"),
         ("some/one", "some/one"),
-        ("/a/b", "/a/b"),
+        ("a/b/c", "a/b/c"),
+        ("/home/me/b/", "b"),  # the folders of this machine are nobody's business
     ):
         model.name_or_path = name
         save_adapter(model, tmp_path)
@@ -93,3 +94,14 @@ def test_the_name_that_peft_needs_to_find_the_base_is_written(loaded, tmp_path):
             json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
             == expected
         )
+
+
+def test_a_base_without_its_place_is_no_other_base(loaded, tmp_path, recwarn):
+    model = loaded("t5-v1.0")
+    model.name_or_path = str(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(model, tmp_path / "adapter")
+    assert not recwarn.list
+    model.name_or_path = str(tmp_path / "other")
+    with pytest.warns(UserWarning, match="was trained on base, and this model is"):
+        load_adapter(model, tmp_path / "adapter")

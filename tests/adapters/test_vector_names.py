@@ -2,12 +2,13 @@
 
 import re
 
-from conftest import PEERS, T5_PEERS
+from conftest import LLAMA_PEERS, PEERS
 
 import minia3
 from minia3.adapters.vector_names import PEFT, TFEW, WRITE, rename
 from minia3.checkpoints.tensor_names import LLAMA, T5, T5_GATED, T5_PLAIN, expand
-from minia3.model.more_vectors import SITES, possible_vectors
+from minia3.model.more_vectors import possible_vectors
+from minia3.model.site_names import SITES
 
 
 def test_peft_names_a_vector_after_a_linear():
@@ -39,7 +40,7 @@ def test_peft_names_a_vector_after_a_linear():
 def test_the_tables_have_one_name_for_each_vector(loaded):
     for name in PEERS:
         ours = set(minia3.vectors(loaded(name)))
-        is_t5 = name in T5_PEERS
+        is_t5 = name not in LLAMA_PEERS
         peft = {
             theirs: ours for theirs, ours in PEFT.items() if ours.startswith("blocks.") != is_t5
         }

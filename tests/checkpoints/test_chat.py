@@ -6,13 +6,18 @@ saving, it runs in a sandbox, and if it fails, the message is one line.
 """
 
 import json
-import sys
+import os
+from pathlib import Path
 
 import pytest
+from chat_templates import MISTRAL_V3, QWEN3, QWEN25, SPECIAL, TAGGED, TEMPLATES, chat
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import minia3
+from minia3.checkpoints.chat import read_template
 from minia3.checkpoints.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("jinja2", reason="needs the extra: pip install 'minia3[chat]'")
@@ -49,7 +54,7 @@ BLOCKS = """{# Line ends after blocks and spaces before them are left out. #}
 {{ strftime_now("%Y") | length }}
     {% endif %}
 """
-TEMPLATES = {"chatml": CHATML, "strict": STRICT, "blocks": BLOCKS}
+MADE = {"chatml": CHATML, "strict": STRICT, "blocks": BLOCKS}
 CHATS = {
     "question": [{"role": "user", "content": "What is <b>? "}],
     "system": [
@@ -67,12 +72,11 @@ CHATS = {
 def backend():
     """Return a tokenizer over bytes. It begins a text with <s>, which a chat must not get twice."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet)}
     tokenizer = Backend(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
     return tokenizer
 
@@ -108,9 +112,9 @@ def theirs(folder, messages):
 
 
 @pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", MADE)
 def test_a_chat_has_the_ids_of_transformers_before_and_after_saving(tmp_path, name, chat):
-    folder = folder_with(tmp_path / "a", TEMPLATES[name])
+    folder = folder_with(tmp_path / "a", MADE[name])
     messages = CHATS[chat]
     tokenizer = load_tokenizer(folder)
     expected = theirs(folder, messages)
@@ -163,14 +167,14 @@ def test_the_template_of_a_gguf_file_is_in_its_metadata():
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * 5 + [1] * (len(tokens) - 5),
+        "tokenizer.ggml.token_type": [3] * 8 + [1] * (len(tokens) - 8),
         "tokenizer.ggml.merges": [],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.chat_template": CHATML})
     assert tokenizer.chat(CHATS["turns"]) == tokenizer_with(CHATML).chat(CHATS["turns"])
-    with pytest.raises(ValueError, match="no chat_template"):
+    with pytest.raises(ValueError, match="no chat template"):
         Tokenizer.from_gguf(metadata).chat(CHATS["turns"])
 
 
@@ -184,7 +188,7 @@ def refused(tokenizer, messages):
 @pytest.mark.parametrize("template", [None, [{"name": "rag", "template": CHATML}]])
 def test_without_a_default_template_the_error_says_what_to_do(template):
     message = refused(tokenizer_with(template), [])
-    assert "no chat_template: give the whole prompt as a text" in message
+    assert "no chat template: give one with --chat-template FILE" in message
 
 
 def test_an_error_that_a_template_raises_is_passed_on_in_one_line():
@@ -201,8 +205,8 @@ def test_an_error_that_a_template_raises_is_passed_on_in_one_line():
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{% include 'a' %}", "TypeError"),
-        ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError"),
-        (17, "TypeError"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "SecurityError"),
+        (17, "expected a text, found int"),
         ("\ud800", "TypeError"),
     ],
 )
@@ -226,7 +230,10 @@ def test_a_template_file_that_is_not_text_is_refused_when_it_is_loaded(tmp_path)
 
 
 def test_without_jinja2_only_a_chat_fails_and_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    def render_chat(*_):
+        raise ImportError("No module named 'jinja2'")
+
+    monkeypatch.setattr("minia3.checkpoints.tokenizer.render_chat", render_chat)
     tokenizer = tokenizer_with(CHATML)
     assert tokenizer.encode("a")[0] == 0
     with pytest.raises(ValueError, match=r"pip install 'minia3\[chat\]'"):
@@ -239,3 +246,211 @@ def test_an_exported_model_keeps_its_template(tmp_path, loaded):
     folder_with(tmp_path / "out", None, jinja=STRICT)  # the checkpoint that is replaced
     minia3.save_model(loaded("llama-gqa"), tmp_path / "out", tokenizer)
     assert theirs(tmp_path / "out", CHATS["system"]) == tokenizer.chat(CHATS["system"])
+
+
+# Whole conversations, and what the assistant wrote in them
+
+TURNS = {
+    "one": chat("What is <b>? ", "It is é."),
+    "two": chat("q1 ", "a1", "q2", "a2 中国 🎉", system="Be brief."),
+    "space": chat(" q\n", " a\n\n", "\nq ", "  a  "),
+    "open": chat("q1", "a1", "q2"),  # ends with a question
+}
+
+
+def their_mask(folder, template, messages, tools=None):
+    """Return the ids and the mask of transformers for a template with {% generation %} blocks."""
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    batch = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=template,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    return batch["input_ids"], [bool(value) for value in batch["assistant_masks"]]
+
+
+def supported(name, messages):
+    """Return the messages as the template allows them."""
+    return messages[1:] if name == "mistral" and messages[0]["role"] == "system" else messages
+
+
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_and_mask_of_a_conversation_are_those_of_transformers(tmp_path, name, turns):
+    """With {% generation %} blocks as without them: there, transformers has no mask."""
+    folder = folder_with(tmp_path, TEMPLATES[name])
+    messages = supported(name, TURNS[turns])
+    ids, mask = their_mask(folder, TAGGED[name], messages)
+    assert any(mask)
+    assert not all(mask)
+    for template in (TEMPLATES[name], TAGGED[name]):
+        encoded = tokenizer_with(template).conversation(messages)
+        assert encoded.ids == ids
+        assert encoded.is_scored == mask
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_first_turn_follows_the_prompt_of_generation_and_ends_with_the_end_of_turn(name):
+    """What is trained is what `generate --chat` asks for, and the model learns to stop."""
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    messages = supported(name, TURNS["two"])
+    ids, is_scored = tokenizer.conversation(messages)
+    n_before = is_scored.index(True)
+    question = messages[: messages.index({"role": "assistant", "content": "a1"})]
+    assert ids[:n_before] == tokenizer.chat(question)
+    turn = ids[n_before : is_scored.index(False, n_before)]
+    assert tokenizer.end_of_turn() in ("</s>", "<|im_end|>", "<|eot_id|>")
+    assert turn[-1] == tokenizer.backend.token_to_id(tokenizer.end_of_turn())
+    assert tokenizer.decode(turn).strip() == "a1"
+
+
+@pytest.mark.parametrize("folder", ["llama2", "llama2-hf"])
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("name", ["llama2", "mistral", "zephyr", "chatml"])
+def test_sentencepiece_has_the_ids_and_the_mask_too(name, turns, folder, tmp_path):
+    """LLaMA-2's tokenizer puts spaces before texts, and breaks rare characters into bytes."""
+    if "MINIA3_TEST_DATA" not in os.environ:
+        pytest.skip("MINIA3_TEST_DATA is not set")
+    tokenizers = Path(os.environ["MINIA3_TEST_DATA"], "tokenizers")
+    messages = supported(name, TURNS[turns])
+    tokenizer = load_tokenizer(tokenizers / folder)
+    # As a PreTrainedTokenizerFast. LlamaTokenizer of transformers 5 replaces the file's normalizer,
+    # and then "[INST]" after "<s>" is not what Meta's code makes of it (518 25580 29962).
+    tokenizer.save(tmp_path)
+    ids, mask = their_mask(tmp_path, TAGGED[name], messages)
+    for template in (TEMPLATES[name], TAGGED[name]):
+        tokenizer.chat_template = template
+        encoded = tokenizer.conversation(messages)
+        assert encoded.ids == ids
+        assert encoded.is_scored == mask
+
+
+TEXT = st.text(st.sampled_from("ab é中🎉\n\t.<|>[/INST]"), min_size=1, max_size=12)
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    return folder_with(tmp_path_factory.mktemp("plain"), None)
+
+
+@pytest.mark.slow
+@given(st.sampled_from(sorted(TEMPLATES)), st.lists(TEXT, min_size=2, max_size=6), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_conversation_has_the_ids_and_the_mask_of_transformers(plain_folder, name, texts, has):
+    messages = supported(name, chat(*texts, system="S" if has else None))
+    expected = their_mask(plain_folder, TAGGED[name], messages)
+    for template in (TEMPLATES[name], TAGGED[name]):
+        assert tuple(tokenizer_with(template).conversation(messages)) == expected
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+
+
+def test_a_call_of_a_tool_is_a_turn_of_the_assistant_and_its_result_is_not(tmp_path):
+    messages = [
+        {"role": "user", "content": "1 + 2 ?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "Three."},
+    ]
+    folder = folder_with(tmp_path, QWEN25)
+    tokenizer = load_tokenizer(folder)
+    ids, is_scored = tokenizer.conversation(messages, TOOLS)
+    assert ids == their_mask(folder, QWEN25, messages, TOOLS)[0]
+    scored = [i for i, is_answer in zip(ids, is_scored, strict=True) if is_answer]
+    assert tokenizer.backend.decode(scored, skip_special_tokens=False) == (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
+        "Three.<|im_end|>"
+    )
+
+
+def cannot_train(template, messages):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers look at the message)
+        tokenizer_with(template).conversation(messages)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_qwen3_is_trained_on_one_answer_with_its_thinking():
+    tokenizer = tokenizer_with(QWEN3)
+    ids, is_scored = tokenizer.conversation(chat("q", "<think>\nhm\n</think>\n\na"))
+    scored = [i for i, is_answer in zip(ids, is_scored, strict=True) if is_answer]
+    text = tokenizer.backend.decode(scored, skip_special_tokens=False)
+    assert text == "<think>\nhm\n</think>\n\na<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "was", "becomes"),
+    [
+        (QWEN3, chat("q", "a", "r", "b"), "<think>", "'a<|im_end|>"),
+        (MISTRAL_V3, chat("q", "a", "r", "b", system="S"), "'S", "'q[/INST]"),
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused(template, messages, was, becomes):
+    """Qwen3's drops the thinking, and Mistral's moves the system message to the last question."""
+    message = cannot_train(template, messages)
+    assert "changes when the conversation goes on" in message
+    assert f"{was}" in message.split("becomes")[0]
+    assert becomes in message.split("becomes")[1]
+    assert "{% generation %} blocks (--chat-template FILE)" in message
+
+
+def test_a_prompt_that_the_conversation_does_not_repeat_is_refused():
+    template = TEMPLATES["chatml"].replace(
+        "assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"
+    )
+    assert "('<think>' becomes 'a<|im_end|" in cannot_train(template, chat("q", "a"))
+
+
+def test_a_conversation_that_begins_with_the_assistant_needs_blocks(tmp_path):
+    messages = [{"role": "assistant", "content": "Hi."}, *chat("q", "a")]
+    message = cannot_train(TEMPLATES["chatml"], messages)
+    assert "begins with the assistant" in message
+    tokenizer = tokenizer_with(TAGGED["chatml"])
+    expected = their_mask(folder_with(tmp_path, None), TAGGED["chatml"], messages)
+    assert tuple(tokenizer.conversation(messages)) == expected
+
+
+def test_without_an_end_token_the_turn_ends_in_text_which_ends_an_answer():
+    template = (
+        "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n### end\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant: {% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    assert tokenizer.end_of_turn() == "### end"
+    ids, is_scored = tokenizer.conversation(chat("q", "a"))
+    scored = [i for i, is_answer in zip(ids, is_scored, strict=True) if is_answer]
+    assert tokenizer.decode(scored) == "a\n### end"
+    assert tokenizer_with("{{ raise_exception('no') }}").end_of_turn() == ""
+    assert tokenizer_with("{{ messages[-1].content }}").end_of_turn() == ""
+    assert tokenizer_with(None).end_of_turn() == ""
+
+
+def test_a_t5_says_which_rows_it_learns_from(loaded):
+    from words import word_tokenizer
+
+    tokenizer = word_tokenizer(ends=True)
+    tokenizer.chat_template = CHATML
+    with pytest.raises(ValueError, match="has an encoder: give rows with 'input' and 'target'"):
+        tokenizer.conversation(chat("w3", "w4"))
+
+
+def test_a_template_file_is_read_as_text(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(CHATML, encoding="utf-8")
+    assert read_template(path) == CHATML
+    path.write_text("  \n")
+    with pytest.raises(ValueError, match=r"template.jinja: the file is empty"):
+        read_template(path)
+    with pytest.raises(ValueError, match=r"nowhere: not found"):
+        read_template(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="directory"):
+        read_template(tmp_path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="UnicodeDecodeError"):
+        read_template(path)

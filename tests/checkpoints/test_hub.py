@@ -6,6 +6,7 @@ uses. Child processes do the downloads, because huggingface_hub reads its enviro
 imported.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,7 @@ CHILD = """
     time.sleep = waits.append  # huggingface_hub waits longer and longer between its tries
     import minia3
     from minia3.checkpoints import hub
+    hub.LONGEST_WAIT = float(sys.argv[2]) if len(sys.argv) > 2 else hub.LONGEST_WAIT
 
     def outcome(call, name):
         try:
@@ -53,7 +55,7 @@ CHILD = """
 """
 
 
-def ask(cache, endpoint, calls, **environment):
+def ask(cache, endpoint, calls, longest_wait=None, **environment):
     """Run the calls in a child process. Return the result of each call: the files that it found,
     the sum of the weights that it loaded, or the message of a ValueError.
     """
@@ -69,6 +71,8 @@ def ask(cache, endpoint, calls, **environment):
         if "PROXY" not in key.upper() and not key.startswith("HF_")
     }
     child = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(calls)]
+    if longest_wait is not None:
+        child.append(str(longest_wait))
     done = subprocess.run(
         child, capture_output=True, text=True, env=env | settings | environment, timeout=120
     )
@@ -123,10 +127,21 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             if "broken" in name and "model" in file:
                 content = content[: len(content) // 2]
+            if "slow" in name and "model" in file:
+                return self.send_slowly(content)
             self.wfile.write(content)
             self.close_connection = "broken" in name
 
     do_HEAD = do_GET = answer
+
+    def send_slowly(self, content):
+        """Send a byte ten times a second, until the other side is gone."""
+        with contextlib.suppress(OSError):
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                threading.Event().wait(0.1)
+        self.close_connection = True
 
     def fail(self, status, code):
         self.send_response(status)
@@ -183,6 +198,7 @@ def hub(contents):
             "org/gated": whole,
             "org/private": whole,
             "org/broken": whole,
+            "org/slow": whole,
             "google-t5/t5-small": whole | {"chat_template.jinja": b"{{ messages }}"},
             "user/adapter": {
                 "adapter_config.json": b"{}",
@@ -351,10 +367,19 @@ def test_an_adapter_that_cannot_be_downloaded_is_refused_like_a_model(hub, tmp_p
         assert "\n" not in message
 
 
+@pytest.mark.slow
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_with_the_reason(hub, tmp_path):
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    (message,) = ask(tmp_path, endpoint, [("load", "org/slow")], longest_wait=1.5)
+    assert message.startswith("ValueError: org/slow: ")
+    assert "the server sends too slowly: less than 10 MB in 1.5 seconds" in message
+
+
 def test_an_adapter_on_this_machine_is_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minia3.checkpoints.hub.fetch", lambda *_: 0 / 0)
     (tmp_path / "user" / "name").mkdir(parents=True)
+    (tmp_path / "user" / "name" / "adapter_config.json").write_text("{}")
     (tmp_path / "finish.pt").write_text("")
     assert find_adapter("user/name") == Path("user/name")
     assert find_adapter(tmp_path / "finish.pt") == tmp_path / "finish.pt"
@@ -367,9 +392,18 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_nearest_known_name(tmp_pa
     (tmp_path / "sub").mkdir()
     file = tmp_path / "sub" / "weights.pt"
     file.write_text("")
-    expected = "no such folder, .gguf file, hub id (org/name) or known name. Known names: tiny-t5, "
-    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf", file, "sub/weights.pt"):
+    expected = "no such folder, .gguf file, hub id (org/name) or known name. `minia3 info --list`"
+    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf"):
         assert refusal(minia3.load_model, name).startswith(f"{name}: {expected}")
+    for name in (file, "sub/weights.pt"):
+        message = refusal(minia3.load_model, name)
+        assert message.startswith(f"{name}: found weights without the config of a model, expected")
+
+
+@pytest.mark.parametrize("name", [5, None, 1.5, ["t5-base"]])
+def test_what_is_no_name_is_refused(name):
+    assert f"found {name!r}, expected the name or the path of a model" in refusal(find, name)
+    assert f"found {name!r}, expected the name or the path of an" in refusal(find_adapter, name)
 
 
 def fake_fetch(repo, config, optional, weights):

@@ -19,10 +19,12 @@ import transformers
 from checkpoint_folders import have_the_same_bits
 from conftest import double, logits, off, randomize, tokens
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as MODULES
+from safetensors.torch import load_file
 
 import minia3
 from minia3.adapters.lora import load_lora
 from minia3.adapters.merge import merge_files
+from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import load_adapter, save_adapter
 from minia3.inference.decoding import decode_tokens
 from minia3.model.more_vectors import add_vectors, possible_vectors
@@ -147,6 +149,17 @@ def test_logits_are_those_of_transformers(folder_of, name):
 
 
 @each_family
+def test_a_text_that_is_read_token_by_token_has_the_logits_of_the_whole_text(folder_of, name):
+    """The text grows across the window, with all its tokens in the cache."""
+    model = minia3.load_model(folder_of(name))
+    with torch.no_grad():
+        state = model.start(SOURCE[:, :1])
+        found = [model.step(token_B1, state) for token_B1 in SOURCE.split(1, dim=1)]
+        expected = make_theirs(name)(input_ids=SOURCE).logits
+    assert off(torch.cat(found, dim=1), expected) < 1e-5
+
+
+@each_family
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_in_16_bits_are_as_near_the_exact_ones_as_those_of_transformers(
     folder_of, name, dtype
@@ -174,7 +187,14 @@ def test_an_adapter_of_peft_has_its_logits_gradients_and_merged_weights(
     expected = their_logits(theirs)
     assert off(our_logits(model), expected) < 1e-5
 
-    # Gradients of the summed squares of all logits
+    # The same file again, for example by `minia3 convert`
+    write_adapter(tmp_path / "again", read_adapter(tmp_path).vectors)
+    written = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    read = load_file(tmp_path / "adapter_model.safetensors")
+    assert written.keys() == read.keys()
+    assert all(torch.equal(written[tensor_name], read[tensor_name]) for tensor_name in read)
+
+    # Gradients of the mean square of all logits
     minia3.freeze(model)
     state = model.start(SOURCE, MASK)
     model.step(torch.cat((state.start, TARGET), dim=1), state).square().mean().backward()

@@ -410,3 +410,28 @@ def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_
         assert found["peak"] <= found["model"] + found["largest"] + ALLOWANCE, (name, dtype)
         if dtype is None:
             assert found["peak"] <= ALLOWANCE, "weights that keep their dtype are mapped"
+
+
+# NaN
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_found_if_one_asks(number, copy, loaded):
+    folder = copy("llama-tied")
+    weights = read_weights(folder)
+    weights["model.layers.1.mlp.up_proj.weight"][3, :2] = number
+    write_weights(folder, weights)
+    assert minia3.load_model(folder) is not None
+    message = refusal(minia3.load_model, folder, check_finite=True)
+    assert "model.layers.1.mlp.up_proj.weight has 2 of 960 numbers that are NaN or inf" in message
+    assert loaded("llama-tied", check_finite=True) is not None
+
+
+def test_weights_that_do_not_fit_into_their_dtype_are_found(copy):
+    folder = copy("llama-tied")
+    weights = read_weights(folder)
+    weights["model.norm.weight"][0] = 1e6
+    write_weights(folder, weights)
+    minia3.load_model(folder, check_finite=True)
+    message = refusal(minia3.load_model, folder, dtype=torch.float16, check_finite=True)
+    assert "model.norm.weight has 1 of 24 numbers" in message

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (
     SPACES,
@@ -137,6 +137,8 @@ def test_llama_2_has_the_ids_of_sentencepiece_for_any_text(name):
     @settings(deadline=None, max_examples=300)
     @given(st.text() | st.text(" \n\tab=-_01") | parts)
     def check(text):
+        # sentencepiece does not look for these in a text, but transformers and we do.
+        assume(not any(token in text for token in ("<unk>", "<s>", "</s>")))
         assert published(name).encode(text) == [1, *peer("llama2").encode(text)]
 
     check()

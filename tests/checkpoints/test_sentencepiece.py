@@ -17,6 +17,7 @@ from small_tokenizers import (
     sentencepiece_file,
     small,
     spm,
+    write_beside,
 )
 
 from minia3.checkpoints.sentencepiece import Piece, bpe_merges
@@ -118,10 +119,27 @@ def test_ties_go_to_the_leftmost_pair(tmp_path, score):
         assert ours.encode(text) == [1, *processor.encode(text)]
 
 
+@pytest.mark.parametrize(
+    ("legacy", "expected"), [(None, ["▁a", "<sep>", "b"]), (True, ["▁a", "<sep>", "▁b"])]
+)
+def test_text_behind_an_added_token_gets_a_space_only_in_a_legacy_llama(tmp_path, legacy, expected):
+    """transformers 5 does the same."""
+    pieces = [*BASE, ("▁a", -2.0, 1), ("b", -9.0, 1), ("▁b", -3.0, 1)]
+    data = sentencepiece_file(pieces) + field(3, field(4, 0))
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    write_beside(tmp_path, added_tokens={"<sep>": 9}, tokenizer_config={"legacy": legacy})
+    ours = Tokenizer.from_folder(tmp_path)
+    ids = ours.encode("a<sep>b", special=False)
+    assert [ours.backend.id_to_token(i) for i in ids] == expected
+    assert ours.decode(ours.encode(" a", special=False)) == " a"
+
+
 def test_the_name_of_a_byte_in_a_text_is_not_the_byte(tmp_path):
     parts = ["<", "0", "x", "A", ">", "<0", "<0x", "<0x0", "<0x0A"]
-    pieces = [*BASE, *((part, -2.0, 1) for part in parts), ("<0x0A>", 0.0, 6)]
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(pieces))
+    pieces = [*BASE, *((part, -2.0, 1) for part in parts)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    data = sentencepiece_file(pieces) + field(2, field(35, 1))
+    (tmp_path / "tokenizer.model").write_bytes(data)
     tokenizer = Tokenizer.from_folder(tmp_path)
     names = [name for name, _, _ in pieces]
     found = [names[i] for i in tokenizer.encode("a<0x0A>\n")]
@@ -156,10 +174,64 @@ def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path, pieces, model_type
     check_refused(tmp_path, f"tokenizer.model: {reason}")
 
 
-def test_a_file_whose_words_end_in_their_spaces_is_refused(tmp_path):
-    data = sentencepiece_file(BASE, 1) + field(2, field(24, 1))
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (field(2, field(24, 1)), "treat_whitespace_as_suffix is not supported"),
+        (field(3, field(5, 0)), "escape_whitespaces=false is not supported"),
+        (field(5, field(2, b"map")), "a denormalizer is not supported"),
+        (field(2, field(35, 1)), "0 pieces of single bytes, expected all 256 if byte_fallback"),
+    ],
+)
+@pytest.mark.parametrize("model_type", [1, 2])
+def test_options_that_would_change_the_ids_are_refused(tmp_path, model_type, options, reason):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE, model_type) + options)
+    check_refused(tmp_path, reason)
+
+
+def test_options_in_two_messages_are_those_of_both(tmp_path):
+    """A protobuf message that is there twice is merged."""
+    data = sentencepiece_file(BASE) + field(3, field(3, 0)) + field(3, field(4, 0))
     (tmp_path / "tokenizer.model").write_bytes(data)
-    check_refused(tmp_path, "treat_whitespace_as_suffix is not supported")
+    processor = spm.SentencePieceProcessor(model_proto=data)
+    assert Tokenizer.from_folder(tmp_path).encode(" a") == [1, *processor.encode(" a")] == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason"),
+    [
+        ([("b", -1.0, 5)], "the piece 'b' of a BPE is UNUSED, which is not supported"),
+        ([("b", -1.0, 7)], "damaged: a piece of the kind 7, expected 1 to 6"),
+        ([("", -1.0, 1)], "damaged: a piece is empty, or there twice"),
+        ([("a", -1.0, 1)], "damaged: a piece is empty, or there twice"),
+        ([("b", 0.0, 2)], "damaged: several pieces stand for unknown characters"),
+        ([("ab", -2.0, 1)], "the piece 'ab' has the character 'b', which is no piece"),
+        (
+            [("b", -9.0, 1), ("ab", -2.0, 1), ("ba", -2.0, 1)],
+            "the pieces 'ab' and 'ba' overlap and have one score",
+        ),
+        ([("<u>", 0.0, 4)], "user-defined pieces in a BPE that changes spaces at the edges"),
+        ([("▁▁", 0.0, 4)], "the user-defined piece '▁▁' has spaces, or changes"),
+    ],
+)
+def test_pieces_that_the_package_would_use_in_other_ways_are_refused(tmp_path, pieces, reason):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file([*BASE, *pieces]))
+    check_refused(tmp_path, reason)
+
+
+def test_an_unused_piece_of_a_unigram_model_keeps_its_id_and_is_never_found(tmp_path):
+    pieces = [*BASE[:-1], ("aa", 0.0, 5), ("b", -3.0, 1)]
+    ours, processor = by_hand(tmp_path, pieces, model_type=1)
+    for text in ["aa", "aab", "b aa"]:
+        assert ours.encode(text) == [1, *processor.encode(text)]
+    assert ours.backend.get_vocab_size() == len(pieces)
+
+
+def test_a_user_defined_piece_of_a_unigram_model_is_found_as_in_sentencepiece(tmp_path):
+    pieces = [*BASE, ("<u>", 0.0, 4), ("<", -3.0, 1), (">a", -1.0, 1), ("u", -1.0, 1)]
+    ours, processor = by_hand(tmp_path, pieces, model_type=1)
+    for text in ["<u>", "a<u>a", " a  <u> <u>", "<u", "u>a<u>"]:
+        assert ours.encode(text) == [1, *processor.encode(text)]
 
 
 def test_the_tiktoken_file_of_llama_3_is_refused_and_the_error_says_what_to_use(tmp_path):

@@ -7,6 +7,7 @@ rises only by about 0.4 nats per token. So logits are compared. These tests need
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,47 @@ def test_asked_for_the_capital_of_france_it_answers_paris(ours, tmp_path):
     (text,) = minia3.generate(model, tokenizer, [ids], max_new_tokens=8)
     assert "Paris" in text
     assert "".join(stream(model, tokenizer, ids, max_new_tokens=8)) == text
+
+
+CAPITALS = {
+    **{"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"},
+    **{"Peru": "Lima", "Egypt": "Cairo", "Norway": "Oslo", "Cuba": "Havana"},
+}
+
+
+def test_trained_on_conversations_it_answers_in_their_style(path, ours, tmp_path, capsys):
+    """Without the adapter, the answer is a sentence. With it, it is a word, without a space before
+    it, and its end token ends it."""
+    from running import train
+
+    from minia3.cli.main import main
+
+    rows = []
+    for country, capital in CAPITALS.items():
+        messages = [
+            {"role": "user", "content": f"Capital of {country}?"},
+            {"role": "assistant", "content": f"{capital}!"},
+        ]
+        rows.append(json.dumps({"messages": messages}))
+    (tmp_path / "capitals.jsonl").write_text("\n".join(rows))
+    flags = {
+        **{"--model": path, "--task": tmp_path / "capitals.jsonl", "--out": tmp_path / "run"},
+        **{"--steps": 8, "--batch-size": 4, "--lr": 2e-2},
+    }
+    assert train.main([str(word) for pair in flags.items() for word in pair]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    final = json.loads(lines[-1])
+    assert final["accuracy"] > 2 * final["accuracy_before"]
+
+    words = ["generate", path, "--chat", "--max-new-tokens", "12", "Capital of Germany?"]
+    answers = []
+    for adapter in ([], ["--adapter", tmp_path / "run" / "adapter"]):
+        capsys.readouterr()
+        assert main([*map(str, words), *map(str, adapter)]) == 0
+        answers.append(capsys.readouterr().out)
+    assert " " in answers[0]
+    assert answers[1].endswith("!\n")
+    assert answers[1].split() == [answers[1][:-1]]
 
 
 def test_greedy_and_beam_search_find_the_ids_of_transformers(ours, theirs):

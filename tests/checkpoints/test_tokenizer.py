@@ -430,3 +430,15 @@ def test_damaged_bytes_end_in_a_value_error_or_a_tokenizer(tmp_path, name):
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017
     assert n_loaded < 150
+
+
+def test_a_decoder_that_fails_for_some_ids_is_one_line(tmp_path):
+    """The Rust code panics, and the exception of a panic is not even an Exception."""
+    small("llama").save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["decoder"] = {"type": "Strip", "content": "a", "start": 3, "stop": 3}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = [tokenizer.backend.token_to_id("a")]
+    with pytest.raises(ValueError, match=r"^the tokenizer's decoder: damaged or cut short: Panic"):
+        tokenizer.decode(ids)

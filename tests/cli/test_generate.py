@@ -1,19 +1,25 @@
 """Guards `generate`: it prints what minia3.generate returns, for prompts of the command line, of a
 pipe and of a conversation, as text and as JSON."""
 
+import fcntl
 import io
 import json
 import os
 import pty
 import subprocess
+import termios
+import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import running
-from command_line import output, python, read_until
+import torch
+from command_line import failure, output, python, read_until
 from conftest import randomize
 
 import minia3
-from minia3.checkpoints.tokenizer import Tokenizer
+from minia3.cli.main import main
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
 
@@ -88,12 +94,12 @@ def test_the_adapter_is_used(tmp_path, capsys):
 def test_one_prompt_is_streamed_piece_by_piece(capsys, monkeypatch):
     seen = []
 
-    def stream(model, tokenizer, prompt, **options):
+    def generate_pieces(model, tokenizer, prompts, adapter, options, cut):
         for piece in ("one", " two", " three"):
             seen.append(capsys.readouterr().out)
-            yield piece
+            yield 0, piece
 
-    monkeypatch.setattr("minia3.inference.decoding.stream", stream)
+    monkeypatch.setattr("minia3.inference.decoding.generate_pieces", generate_pieces)
     assert output(capsys, "generate", running.model("t5"), "w3") == " three\n"
     assert seen == ["", "one", " two"]
 
@@ -111,8 +117,10 @@ def test_each_line_of_a_pipe_is_a_prompt(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--chat"]])
-def test_a_closed_standard_input_counts_as_empty(flags):
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_a_closed_standard_input_counts_as_empty(is_chat, tmp_path):
+    (tmp_path / "words.jinja").write_text(WORDS)
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja"] if is_chat else []
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = python("generate", "tiny-t5", *flags, preexec_fn=lambda: os.close(0), **pipes)
     assert process.communicate(timeout=60) == (b"", b"")
@@ -120,6 +128,12 @@ def test_a_closed_standard_input_counts_as_empty(flags):
 
 
 # A conversation
+
+# Each message is its words and an end. A word model knows the ends as words.
+WORDS = (
+    "{% for m in messages %}{{ m.content }} {{ 'w59' if m.role == 'assistant' else 'w60' }} "
+    "{% endfor %}"
+)
 
 
 class Terminal:
@@ -139,26 +153,23 @@ class Terminal:
         return self.lines.pop(0)
 
 
-def test_chat_wraps_a_prompt_and_a_conversation_keeps_its_messages(capsys, monkeypatch):
-    heard = []
-
-    def chat(self, messages):
-        heard.append([(message["role"], message["content"]) for message in messages])
-        return self.encode(" ".join(message["content"] for message in messages))
-
-    monkeypatch.setattr(Tokenizer, "chat", chat)
-    words = ["generate", running.model("t5"), "--chat", "--max-new-tokens", "3"]
+def test_chat_wraps_a_prompt_and_a_conversation_keeps_its_messages(capsys, monkeypatch, tmp_path):
+    (tmp_path / "words.jinja").write_text(WORDS)
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja", "--max-new-tokens", "3"]
+    words = ["generate", running.model("llama"), *flags]
+    options = {"name": "llama", "max_new_tokens": 3, "stop": ["w59"]}
     out = output(capsys, *words, "w3 w4", "w5")
-    assert heard == [[("user", "w3 w4")], [("user", "w5")]]
-    assert out.splitlines() == expected(["w3 w4", "w5"], max_new_tokens=3)
+    assert out.splitlines() == expected(["w3 w4 w60", "w5 w60"], **options)
 
-    heard.clear()
-    Terminal(monkeypatch, "w3", "  ", "w4 ", "w5")
-    first, second, _ = output(capsys, *words).splitlines()
-    messages = [("user", "w3"), ("assistant", first), ("user", "w4"), ("assistant", second)]
-    messages.append(("user", "w5"))
-    assert heard == [messages[:1], messages[:3], messages]
-    assert [first, second] == expected(["w3", f"w3 {first} w4"], max_new_tokens=3)
+    Terminal(monkeypatch, "w3", "  ", "w4 ", "/reset", "w4", "/exit", "w5")
+    first, second, third = output(capsys, *words).splitlines()
+    dialog = [f"w3 w60 {first} w59 w4 w60"]
+    assert [first, second, third] == [
+        *expected(["w3 w60"], **options),
+        *expected(dialog, **options),
+        *expected(["w4 w60"], **options),
+    ]
+    assert second != third
 
 
 def test_without_chat_each_line_that_is_typed_stands_alone(capsys, monkeypatch):
@@ -167,15 +178,176 @@ def test_without_chat_each_line_that_is_typed_stands_alone(capsys, monkeypatch):
     assert out.splitlines() == expected(["w3", "w4"], max_new_tokens=3)
 
 
+def test_a_message_that_cannot_be_answered_is_forgotten(capsys, monkeypatch, tmp_path):
+    """The template refuses it, so the next message follows what was said before it."""
+    template = (
+        WORDS + "{% if 'bad' in messages[-1].content %}{{ raise_exception('No.') }}{% endif %}"
+    )
+    (tmp_path / "words.jinja").write_text(template)
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja", "--max-new-tokens", "3"]
+    Terminal(monkeypatch, "bad", "w3")
+    lines = output(capsys, "generate", running.model("llama"), *flags).splitlines()
+    assert lines[0] == "[chat_template: No.]"
+    assert lines[1:] == expected(["w3 w60"], name="llama", max_new_tokens=3, stop=["w59"])
+
+
+def test_a_model_without_a_template_says_how_to_give_one(capsys):
+    message = failure(capsys, "generate", running.model("llama"), "--chat", "w3")
+    assert "no chat template: give one with --chat-template FILE" in message
+    message = failure(capsys, "generate", running.model("llama"), "--chat-template", "x", "w3")
+    assert "give --chat, too" in message
+    flags = ["--chat", "--chat-template", "nowhere.jinja"]
+    message = failure(capsys, "generate", running.model("llama"), *flags, "w3")
+    assert message == "minia3: nowhere.jinja: not found\n"
+
+
+def test_the_template_of_the_adapter_is_used_unless_a_file_is_given(capsys, tmp_path):
+    minia3.save_adapter(minia3.load_model(running.model("llama")), tmp_path / "a")
+    (tmp_path / "a" / "task.json").write_text(json.dumps({"chat_template": WORDS}))
+    (tmp_path / "other.jinja").write_text(WORDS.replace("w60", "w58"))
+    words = ["generate", running.model("llama"), "--adapter", tmp_path / "a", "--chat"]
+    words += ["--max-new-tokens", "3"]
+    options = {"name": "llama", "max_new_tokens": 3, "stop": ["w59"]}
+    assert output(capsys, *words, "w3").splitlines() == expected(["w3 w60"], **options)
+    out = output(capsys, *words, "--chat-template", tmp_path / "other.jinja", "w3")
+    assert out.splitlines() == expected(["w3 w58"], **options)
+    (tmp_path / "a" / "task.json").write_text(json.dumps({"chat_template": None}))
+    assert "no chat template" in failure(capsys, *words, "w3")
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_the_end_of_a_turn_ends_an_answer(is_special, capsys, tmp_path):
+    """As a special token it is an end token of the model, and otherwise a text to stop at."""
+    model = minia3.load_model(running.model("llama"))
+    tokenizer = minia3.load_tokenizer(running.model("llama"))
+    (text,) = expected(["w3 w60"], name="llama", max_new_tokens=6)
+    words = text.split()
+    end = next(word for word in words[1:] if word != words[0])
+    if is_special:
+        tokenizer.backend.add_special_tokens([end])
+    minia3.save_model(model, tmp_path / "model", tokenizer)
+    (tmp_path / "words.jinja").write_text(WORDS.replace("w59", end))
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja", "--max-new-tokens", "6"]
+    out = output(capsys, "generate", tmp_path / "model", *flags, "w3")
+    assert out.split() == words[: words.index(end)]
+
+
+class Chat:
+    """A conversation with a command on a terminal of its own."""
+
+    def __init__(self, *words):
+        self.ours, theirs = pty.openpty()
+        files = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+        # The terminal is that of the process, so that Ctrl-C reaches it.
+        self.process = python(
+            "generate", *words, preexec_fn=partial(take_terminal, theirs), **files
+        )
+        os.close(theirs)
+
+    def read(self, mark):
+        text = read_until(self.ours, mark)
+        assert mark in text, text
+        return text.decode()
+
+    def type(self, text):
+        os.write(self.ours, text.encode())
+
+    def end(self):
+        code = self.process.wait(60)
+        os.close(self.ours)
+        return code
+
+
+def take_terminal(file_number):
+    os.setsid()
+    fcntl.ioctl(file_number, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def slow_chat(tmp_path):
+    """A conversation with a model that would write 100,000 words."""
+    (tmp_path / "words.jinja").write_text(WORDS.replace("'w59'", "''"))
+    flags = ["--chat", "--chat-template", tmp_path / "words.jinja", "--max-new-tokens", "100000"]
+    conversation = Chat(endless_model(tmp_path / "model"), *flags)
+    yield conversation
+    conversation.process.kill()
+
+
+def endless_model(folder):
+    """Write a LLaMA that never writes its end token."""
+    model = minia3.load_model(running.model("llama"))
+    model.config = replace(model.config, eos_ids=(0,))
+    with torch.no_grad():
+        model.head.weight[0] = 0  # of 61 random words, one is always likelier
+    minia3.save_model(model, folder, minia3.load_tokenizer(running.model("llama")))
+    return folder
+
+
 @pytest.mark.slow
-def test_a_conversation_on_a_terminal_ends_with_ctrl_d():
-    ours, theirs = pty.openpty()
-    files = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    process = python("generate", "tiny-t5", "--max-new-tokens", "1", **files)
-    os.close(theirs)
-    assert read_until(ours, b"> ") == b"> "
-    os.write(ours, b"same colour ?\n")
-    assert read_until(ours, b"\n> ") == b"same colour ?\nyes\n> "
-    os.write(ours, b"\x04")
-    assert process.wait(60) == 0
-    os.close(ours)
+def test_a_conversation_on_a_terminal_says_how_to_leave_and_ends_with_ctrl_d():
+    conversation = Chat("tiny-t5", "--max-new-tokens", "1")
+    text = conversation.read(b"> ")
+    assert "(every line is a new prompt; /help shows the commands, Ctrl-D leaves)" in text
+    conversation.type("same colour ?\n")
+    text = conversation.read(b"\n> ")
+    assert "\nyes [cut after 1 tokens: --max-new-tokens]\n" in text
+    conversation.type("/help\n")
+    assert "Ctrl-C   end the answer" in conversation.read(b"\n> ")
+    conversation.type("/reset\n")
+    assert "(what was said is forgotten)" in conversation.read(b"\n> ")
+    time.sleep(0.5)  # readline loses a signal between its prompt and its wait for keys
+    conversation.type("\x03")
+    assert "(Ctrl-D leaves)" in conversation.read(b"\n> ")
+    conversation.type("\x04")
+    assert conversation.end() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_answer_and_not_the_program(slow_chat):
+    assert "(a conversation; /help shows" in slow_chat.read(b"> ")
+    slow_chat.type("w3\n")
+    slow_chat.read(b"\nw")  # the answer has begun
+    slow_chat.type("\x03")
+    assert " [stopped]\n" in slow_chat.read(b"\n> ")
+    slow_chat.type("/exit\n")
+    assert slow_chat.end() == 0
+
+
+@pytest.mark.slow
+def test_what_is_typed_can_be_edited_and_comes_back_with_an_arrow_key():
+    pytest.importorskip("readline", reason="this system has no readline")
+    conversation = Chat("tiny-t5", "--max-new-tokens", "1")
+    conversation.read(b"> ")
+    conversation.type("/helx\x7fp\n")
+    assert "/reset" in conversation.read(b"\n> ")
+    conversation.type("\x1b[A\n")  # arrow up
+    assert "/reset" in conversation.read(b"\n> ")
+    conversation.type("\x04")
+    assert conversation.end() == 0
+
+
+# Adapters that have learned to rank
+
+
+@pytest.mark.parametrize(
+    ("name", "n_choices", "is_warned"),
+    [("llama", (2,), True), ("llama", (0,), False), ("t5", (2,), False)],
+)
+def test_an_adapter_for_ranking_says_that_it_was_not_trained_to_stop(
+    name, n_choices, is_warned, tmp_path, capsys
+):
+    task = running.task(n_choices)
+    flags = {"model": running.model(name), "task": task, "steps": 1, "max_new_tokens": 1}
+    assert running.run(running.words(tmp_path / "run", **flags)) == 0
+    adapter = tmp_path / "run" / "adapter"
+    words = [str(running.model(name)), "w5 w6", "--max-new-tokens", "2", "--device", "cpu"]
+    capsys.readouterr()
+    assert main(["generate", *words, "--adapter", str(adapter)]) == 0
+    err = capsys.readouterr().err
+    assert (
+        "was trained to rank choices, and not to stop: a text goes on until" in err
+    ) == is_warned
+    assert err.count("\n") == is_warned
+    (adapter / "task.json").unlink()  # of an older version
+    assert main(["generate", *words, "--adapter", str(adapter)]) == 0
+    assert capsys.readouterr().err == ""

@@ -60,6 +60,16 @@ def test_help_names_every_command_and_ends_with_an_example(capsys):
     assert out.endswith("\nexample: python -m minia3 info t5-base\n")
 
 
+def test_without_a_command_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == shown
+
+
 class Collector(argparse.ArgumentParser):
     """Collects the arguments that a command declares."""
 
@@ -84,11 +94,14 @@ def test_the_help_of_a_command_explains_every_argument_and_ends_with_an_example(
         names = argument.option_strings or [argument.metavar or argument.dest]
         assert names[0] in text
         assert argument.help % {"default": argument.default} in text
-    assert out.splitlines()[-1] == f"example: {COMMANDS[name].EXAMPLE}"
+    if name == "train":
+        assert out.count("\n  minia3 train") == 4
+    else:
+        assert out.splitlines()[-1] == f"example: {COMMANDS[name].EXAMPLE}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS.keys() - {"train"})  # see tests/test_installed.py
 def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, capsys):
     (adapters / "data").symlink_to(ROOT / "data")
     if name == "merge":
@@ -101,7 +114,7 @@ def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, c
         capsys.readouterr()
     assert main(EXAMPLES[name]) == 0
     out, err = capsys.readouterr()
-    assert (out != "") == (name in ("info", "generate", "predict", "table", "plot"))
+    assert out != ""
     assert err == ""
 
 
@@ -125,20 +138,21 @@ def test_prompts_and_flags_come_in_any_order(words):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ([], ["command", "required", "see python -m minia3 --help"]),
-        (["inof", "t5-base"], ["inof", "info", "generate"]),
+        (["inof", "t5-base"], ["'inof'", "did you mean info?", "see python -m minia3 --help"]),
+        (["trian", "--steps", "3"], ["'trian'", "did you mean train?"]),
+        (["frobnicate"], ["'frobnicate'", "expected one of train, info, generate"]),
         (["info", "t5-base", "t5-large"], ["t5-large", "see python -m minia3 info --help"]),
         (["info", "t5-bsae"], ["did you mean t5-base?"]),
         (["generate"], ["model", "required"]),
-        (["generate", "tiny-t5", "--beam", "2"], ["--beam"]),
+        (["generate", "tiny-t5", "--beam", "2"], ["'--beam'", "did you mean --beams?"]),
         (["generate", "tiny-t5", "--beams", "two", "x"], ["--beams", "'two'"]),
         (["generate", "tiny-t5", "--beams", "0", "x"], ["beams", "0"]),
         (["generate", "tiny-t5", "--top-p", "2", "x"], ["top_p", "2.0"]),
         (["generate", "tiny-t5", "--chat", "x"], ["chat_template"]),
         (["generate", "tiny-t5", "--dtype", "float17", "x"], ["float17", "float32"]),
-        (["generate", "tiny-t5", "--device", "tpu", "x"], ["--device is 'tpu'", "cuda"]),
+        (["generate", "tiny-t5", "--device", "tpu", "x"], ["--device is 'tpu'", "cpu"]),
         (["generate", "tiny-t5", "--adapter", "nowhere", "x"], ["nowhere"]),
-        (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
+        (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "not found"]),
         (["predict", "tiny-t5", "nowhere.jsonl", "--task", "rtx"], ["--task is 'rtx'", "rte"]),
         (["merge", "tiny-t5", "nowhere", "out"], ["nowhere"]),
         (["convert", "nowhere", "out"], ["nowhere"]),

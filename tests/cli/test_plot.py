@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import running
 import torch
-from run_folders import write_metrics
+from run_folders import make_run, write_metrics
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.cli.plot import (
@@ -23,7 +23,7 @@ from minia3.cli.plot import (
     plot,
 )
 from minia3.cli.results import read_results
-from minia3.cli.table import Cell, Row
+from minia3.cli.table import COMMONEST, Cell, Row
 
 figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot")
 
@@ -140,21 +140,85 @@ def test_a_missing_matplotlib_is_one_line_with_the_extra(runs, tmp_path, monkeyp
 # Accuracy and curves
 
 
-def test_accuracy_shows_the_tasks_of_each_row_and_their_mean():
-    cells = {"a": Cell(60.0, 4.0), "b": Cell(80.0), "c": Cell()}
+def table_row(n_trainable, method="ia3", **cells):
     costs = {"flops_per_example": 1.0, "flops_to_train": 1.0, "megabytes": 1.0}
-    row = Row("m", "ia3", cells, np.nan, 1, 5, **costs)
-    other_cells = {"a": Cell(10.0, 4.0), "b": Cell(80.0), "c": Cell()}
-    other = replace(row, cells=other_cells, n_trainable=0)
-    ax = drawn(draw_accuracy, [row, other]).axes[0]
-    means = [line for line in ax.lines if line.get_marker() == "D"]
-    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in means]
-    assert points == [(5, 70), (0, 45)]
-    assert means[0].get_label() == "m: ia3 (tasks: 2)"
-    tasks = ax.containers[0]
-    assert tasks.lines[0].get_ydata().tolist() == [60, 80]
-    bar = tasks.lines[2][0].get_segments()[0]
-    assert bar[:, 1].tolist() == [58, 62]  # as long as the interquartile range
+    all_cells = {"a": Cell(), "b (f1)": Cell(), **cells}
+    return Row("m", method, all_cells, np.nan, 1, n_trainable, **costs)
+
+
+def points(ax, marker_face):
+    """Return the (x, y) of the markers of one kind: before training, or the results."""
+    found = []
+    for line in ax.lines:
+        if line.get_marker() == "o" and line.get_markerfacecolor() == marker_face:
+            found.append((float(line.get_xdata()[0]), float(line.get_ydata()[0])))
+    return found
+
+
+def test_accuracy_has_a_panel_per_task_and_a_line_per_row_and_averages_nothing():
+    first = table_row(5, a=Cell(60.0, 4.0, 50.0, "accuracy"))
+    both = {"a": Cell(60.0, np.nan, 50.0, "accuracy"), "b (f1)": Cell(80.0, 2.0, 20.0, "f1")}
+    second = table_row(1000, "lora", **both)
+    baseline = table_row(0, COMMONEST, a=Cell(55.0))
+    ax, other = drawn(draw_accuracy, [baseline, first, second]).axes
+    assert (ax.get_title(), ax.get_xlabel()) == ("a", "accuracy (%)")
+    assert (other.get_title(), other.get_xlabel()) == ("b (f1)", "f1 (%)")
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "m: ia3\n5 parameters",
+        "m: lora\n1,000 parameters",
+    ]
+    # The two results are equal, and neither hides the other.
+    assert points(ax, "C0") == [(60, 0), (60, 1)]
+    assert points(ax, "white") == [(50, 0), (50, 1)]
+    assert points(other, "C0") == [(80, 1)]
+    assert points(other, "white") == [(20, 1)]
+    bar = ax.containers[0].lines[2][0].get_segments()[0]
+    assert bar[:, 0].tolist() == [58, 62]  # as long as the interquartile range
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert [line.get_xdata()[0] for line in dashed] == [55]
+    assert not [line for line in other.lines if line.get_linestyle() == "--"]
+
+
+def test_old_runs_without_a_result_before_training_are_drawn_without_it(tmp_path):
+    make_run(tmp_path / "run", [{"trainable": 0}], method="none")
+    (picture,) = choose_pictures([tmp_path])[0]
+    new = figure.Figure()
+    picture.draw(new)
+    assert points(new.axes[0], "C0") == [(50, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_tasks", [1, 2, 7])
+def test_labels_of_many_rows_do_not_overlap(n_tasks):
+    cells = {f"task {i}": Cell(50.0 + i, 2.0, 40.0, "accuracy") for i in range(n_tasks)}
+    method = "ia3, " + ", ".join(f"flag_{i} {i}" for i in range(8))
+    costs = {"flops_per_example": 1.0, "flops_to_train": 1.0, "megabytes": 1.0}
+    rows = [Row("model", method, cells, np.nan, 1, i, **costs) for i in range(9)]
+    new = figure.Figure(layout="constrained")
+    draw_accuracy(new, rows)
+    new.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in new.axes[0].get_yticklabels()]
+    assert len(boxes) == 9
+    assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+    assert all(box.x0 >= 0 for box in boxes)
+
+
+def test_held_out_results_of_different_metrics_have_different_axes(runs):
+    first, second = read_results([runs / "ia3-0", runs / "ia3-1"])[0]
+    second.metric = "f1"
+    second.task = "other"
+    axes = np.reshape(drawn(draw_curves, [first, second]).axes, (3, 2))
+    labels = [ax.get_ylabel() for ax in axes[:, 0]]
+    assert labels == ["training loss", "held-out accuracy (%)", "held-out f1 (%)"]
+    assert [len(ax.lines) for ax in axes[:, 0]] == [2, 1, 1]
+
+
+def test_equal_curves_show_because_the_later_one_is_thinner(runs):
+    (result,), _ = read_results([runs / "ia3-0"])
+    results = [replace(result, label=f"ia3, lr {i}") for i in range(3)]
+    widths = [line.get_linewidth() for line in drawn(draw_curves, results).axes[0].lines]
+    assert sorted(widths, reverse=True) == widths
+    assert len(set(widths)) == 3
 
 
 def test_curves_are_medians_over_runs_by_step_and_by_time(runs):

@@ -5,6 +5,7 @@ The word after ```sh says what a block of commands is:
     ```sh               runs on the embedded model; a test runs it
     ```sh ci            the two commands of the README; .ci/run runs them
     ```sh fails         its last command fails with the message in the ```text block below it
+    ```text prints      the commands of the block above it print these lines, among others
     ```sh needs=NEED    needs what a test does not have (NEEDS); its flags and names are checked
 
 A test executes ```python blocks, except for ```python excerpt=FILE, which quotes lines of a file.

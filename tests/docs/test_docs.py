@@ -20,7 +20,7 @@ from minia3.checkpoints.load import build_model, load_model
 from minia3.cli.main import COMMANDS, main, parse
 from minia3.model.ia3 import vectors
 from minia3.tasks.known_tasks import known_tasks
-from minia3.training.flags import parse_flags
+from minia3.training.command_line import parse_flags
 from minia3.training.rules import check_config
 
 DESIGN = ROOT / "docs" / "design.md"
@@ -32,6 +32,7 @@ SCRIPTS = {  # words that start a script -> words that print its help
     "tests.benchmarks.studies": ["-m", "tests.benchmarks.studies"],
     "tests.benchmarks.memory": ["-m", "tests.benchmarks.memory"],
     "tests.benchmarks.growth": ["-m", "tests.benchmarks.growth"],
+    "tests.benchmarks.rows": ["-m", "tests.benchmarks.rows"],
 }
 # Flags that the text names: of train.py under a second name, of the scripts, and of other programs.
 OTHER_FLAGS = {
@@ -168,6 +169,7 @@ def test_every_command_of_the_package_is_shown():
 
 def test_the_table_of_tasks_names_every_known_task():
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    text = text.partition("## Prompts")[0]
     table = re.findall(r"^\|.*\|$", text, re.MULTILINE)
     named = set(re.findall(r"`([\w/-]+)`", "\n".join(table)))
     assert named == set(known_tasks())
@@ -182,7 +184,7 @@ def test_commands_of_train_py_have_flags_that_exist_and_go_together():
     for words in commands:
         # The only mistakes are those that troubleshooting.md shows.
         if words not in failing_commands():
-            check_config(parse_flags(train.Config, words, train.__doc__))
+            check_config(train.Config(**parse_flags(words)))
 
 
 def failing_commands():
@@ -198,7 +200,7 @@ def test_commands_name_models_and_tasks_that_exist():
     for words in train_commands():
         if words in failing_commands():
             continue
-        config = parse_flags(train.Config, words, train.__doc__)
+        config = train.Config(**parse_flags(words))
         assert known_model(config.model) or is_path(config.model), config.model
         tasks = config.task if isinstance(config.task, tuple) else (config.task,)
         for task in tasks:
@@ -221,7 +223,8 @@ def test_flags_in_the_text_exist(page, capsys):
 
 def is_path(name):
     """Whether a name stands for a file or folder that the reader brings, or that a run makes."""
-    return name.startswith(("runs/", "path/to/")) or name in ("rows.jsonl", "weights.gguf")
+    suffixes = (".csv", ".jsonl", ".json.gz", ".gguf", "moods")
+    return name.startswith(("runs/", "path/to/", "hf:")) or name.endswith(suffixes)
 
 
 def test_commands_of_the_package_can_be_parsed(tmp_path, monkeypatch):
@@ -268,11 +271,16 @@ def folder(tmp_path, monkeypatch):
 @by_page
 def test_commands_run_as_they_stand(page, folder, capsys):
     pytest.importorskip("matplotlib", reason="`minia3 plot` needs matplotlib")
-    for block in blocks_of(page, "sh"):
-        if block.mark == "":
+    printed = ""
+    for block in blocks_of(page):
+        if block.language == "sh" and block.mark == "":
             for line in block.commands:
                 assert run_line(line) == 0, line
-    assert capsys.readouterr().err == ""
+            printed, err = capsys.readouterr()
+            assert err == ""
+        if block.mark == "prints":
+            missing = [line for line in block.text.splitlines() if line not in printed]
+            assert not missing, printed
 
 
 @pytest.mark.slow

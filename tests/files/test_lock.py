@@ -1,10 +1,17 @@
 """Guards minia3/files/lock.py: a lock has one holder at a time, even if its file is removed."""
 
+import os
+import signal
+import sys
+from pathlib import Path
+
 import pytest
+import running
 
-from minia3.files.lock import lock_folder
+from minia3.files.lock import FAR, lock_folder, remove_lock
+from minia3.files.write import write_json, writing_folder
 
-fcntl = pytest.importorskip("fcntl", reason="Windows has no flock, and nothing is locked there")
+fcntl = pytest.importorskip("fcntl", reason="these tests are for flock")
 REFUSED = "another run is writing there"
 
 
@@ -46,3 +53,76 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, mo
     with pytest.raises(ValueError, match=REFUSED):
         lock_folder(tmp_path)
     second.close()
+
+
+# Windows
+
+
+class FakeLocking:
+    """Python's msvcrt: a byte of a file has one holder, and locking it again is an OSError."""
+
+    LK_NBLCK = 2
+
+    def __init__(self):
+        self.held = {}  # (inode, byte) -> the descriptor that holds it
+
+    def locking(self, descriptor, mode, n_bytes):
+        assert (mode, n_bytes) == (self.LK_NBLCK, 1)
+        key = (os.fstat(descriptor).st_ino, os.lseek(descriptor, 0, os.SEEK_CUR))
+        if key in self.held and is_open(self.held[key]):
+            raise PermissionError(13, "Permission denied")
+        self.held[key] = descriptor
+
+
+def is_open(descriptor):
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """This process has no fcntl, but msvcrt; and an open file cannot be removed."""
+    fake = FakeLocking()
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", fake)
+
+    unlink = Path.unlink
+
+    def unlink_if_closed(path, missing_ok=False):
+        if path.exists() and any(path.stat().st_ino == inode for inode, _ in fake.held):
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_if_closed)
+    return fake
+
+
+def test_windows_locks_a_byte_behind_the_end(windows, tmp_path):
+    first = lock_folder(tmp_path)
+    assert [byte for _, byte in windows.held] == [FAR]
+    with pytest.raises(ValueError, match=REFUSED):
+        lock_folder(tmp_path)
+    first.close()
+    windows.held.clear()  # as the system does when the file is closed
+    lock_folder(tmp_path).close()
+
+
+def test_windows_keeps_the_file_of_a_lock_and_folders_are_written_all_the_same(windows, tmp_path):
+    with lock_folder(tmp_path):
+        remove_lock(tmp_path / ".lock")
+    assert (tmp_path / ".lock").exists()
+    write_json(tmp_path / "a" / "config.json", {})
+    with writing_folder(tmp_path / "b") as temporary:
+        (temporary / "config.json").write_text("{}")
+    assert (tmp_path / "b" / "config.json").read_text() == "{}"
+
+
+def test_a_run_trains_on_windows(windows, tmp_path, monkeypatch):
+    """Without fcntl and resource, and with a third signal."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr("minia3.training.signals.STOPPING", [signal.SIGINT, signal.SIGTERM, 21])
+    assert running.run(running.words(tmp_path / "run", steps=2)) == 0
+    assert running.metrics(tmp_path / "run")[-1]["peak_memory_bytes"] == 0

@@ -78,7 +78,8 @@ def outcome(folder):
     try:
         return value_in(folder)
     except ValueError as error:
-        return str(error).replace(f"{folder}/", "")
+        message = str(error).replace(f"{folder}/", "")
+        return REFUSED if "expected a folder with config.json" in message else message
 
 
 def outcome_for_others(folder):
@@ -232,7 +233,7 @@ KILL_AT_EACH_RENAME = """
             break
     print(json.dumps([found, found_by_others, names_in(folder)]))
 """
-REFUSED = "config.json: not found"
+REFUSED = "there is no config.json"
 
 
 @slow

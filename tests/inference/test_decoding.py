@@ -525,3 +525,25 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):
         stream(both.model, both.tokenizer, [])
+
+
+# Scores that are not finite
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"samples": 3, "temperature": 1.0, "seed": 0}, {"beams": 3, "samples": 2}]
+)
+def test_a_prompt_whose_scores_are_not_finite_is_named(options, both, loaded):
+    model = loaded(both.name)
+    model.embed.weight.data[33] = float("nan")
+    prompts = ["w4 w5", "w4", "w33 w4", "w33 w4 w5"]
+    with pytest.raises(ValueError, match=r"^prompt [23]: the model's scores are not finite: "):
+        generate(model, both.tokenizer, prompts, max_new_tokens=3, batch_size=6, **options)
+    assert generate(model, both.tokenizer, prompts[:2], max_new_tokens=3, **options)
+
+
+def test_a_token_that_a_model_rules_out_is_no_error(both, loaded):
+    model = loaded(both.name)
+    logits = model.logits
+    model.logits = lambda x: logits(x).index_fill(-1, torch.tensor([4, 5]), float("-inf"))
+    assert generate(model, both.tokenizer, ["w9"], max_new_tokens=3)

@@ -1,6 +1,7 @@
 """Guards what a run reports. Accuracy, AUC and exact match are what their definitions say, over the
 texts that fit."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from words import N_IDS, word_tokenizer
 
 import minia3
 from minia3.inference.evaluation import evaluate, over_prompts
-from minia3.tasks.examples import encode_rows
+from minia3.inference.metrics import TEXT_METRICS
+from minia3.inference.scoring import total_logprobs
+from minia3.tasks.examples import Example, encode_rows
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, in_context
 
 PROMPT = Prompt("w7 {input} w8", None)
@@ -88,9 +91,12 @@ def test_accuracy_is_the_share_of_rows_whose_right_choice_has_the_best_mean(ours
         ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy", adapter=adapter, batch_size=7
     )
     n_wrong = sum(i % 5 == 0 and len(row["choices"]) > 1 for i, row in enumerate(rows))
+    commonest = max(Counter(row["label"] for row in rows).values())
     assert found == {
         "accuracy": pytest.approx(1 - n_wrong / 40),
         "auc": None,
+        "commonest": commonest / 40,
+        "n_equal": 0,
         "n": 40,
         "n_cut": 0,
         "tokens": tokens(ours, rows),
@@ -154,6 +160,8 @@ def test_exact_match_is_the_share_of_texts_that_equal_the_target_except_for_spac
     assert found == {
         "accuracy": 0.25,
         "auc": None,
+        "n_lossy": 0,
+        "n_too_long": sum(len(row["target"].split()) > 5 for row in rows),
         "n": 20,
         "n_cut": 0,
         "tokens": tokens(ours, ended),
@@ -223,6 +231,162 @@ def test_evaluate_reports_macro_f1_for_a_task_that_asks_for_it(ours, monkeypatch
     assert found["accuracy"] == 0.75
 
 
+# The commonest answer
+
+
+def test_the_commonest_answer_is_counted_as_a_text_if_all_rows_have_the_same_choices(ours):
+    rows = rows_of(10, (2,))
+    for i, row in enumerate(rows):
+        # The answer is "w4" in 7 rows, and the first choice in 5 rows.
+        row["choices"] = ["w4", "w5"] if i % 2 else ["w5", "w4"]
+        row["label"] = row["choices"].index("w4" if i < 7 else "w5")
+    options = {"prompt": PROMPT, "metric": "accuracy"}
+    found = evaluate(ours.model, ours.tokenizer, rows, **options)
+    assert found["commonest"] == 0.7
+    rows[0] = {**rows[0], "choices": ["w6", "w4"]}  # now choices are told apart by their place
+    places = Counter(row["label"] for row in rows)
+    found = evaluate(ours.model, ours.tokenizer, rows, **options)
+    assert found["commonest"] == max(places.values()) / 10
+
+
+def test_for_macro_f1_the_commonest_answer_has_its_macro_f1(ours):
+    rows = [
+        {"input": "w9", "choices": ["w4", "w5"], "label": int(i < 6), "idx": i} for i in range(8)
+    ]
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="macro_f1")
+    assert found["commonest"] == pytest.approx((2 * 6 / (8 + 6) + 0) / 2)
+
+
+# Texts
+
+
+def texts_of(ours, monkeypatch, texts):
+    """Let the model write these texts."""
+    monkeypatch.setattr(
+        "minia3.inference.evaluation.generate", lambda *args, **options: list(texts)
+    )
+
+
+def targets(*texts):
+    return [{"input": "w9", "target": text, "label": 0, "idx": i} for i, text in enumerate(texts)]
+
+
+def test_exact_match_compares_with_the_target_as_the_tokenizer_writes_it(ours, monkeypatch):
+    """The tokenizer of words has no newlines, no tabs and no double spaces, as T5's has none."""
+    texts_of(ours, monkeypatch, ["w4 w5", "w4 w5 w6", "w4", "w7"])
+    rows = targets("w4\nw5", "w4  w5\tw6", "w4", "w8\nw8")
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match")
+    assert found["accuracy"] == 0.75
+
+
+def test_writing_nothing_does_not_match_a_target_of_which_the_tokenizer_has_nothing(
+    ours, monkeypatch
+):
+    texts_of(ours, monkeypatch, ["", ""])
+    rows = targets("<pad>", "w4")
+    assert ours.tokenizer.decode(ours.tokenizer.encode("<pad>")) == ""
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="exact_match")
+    assert found["accuracy"] == 0
+
+
+@pytest.mark.parametrize("metric", ["f1", "rouge_l", "bleu"])
+def test_other_metrics_of_texts_are_those_of_their_packages_on_the_targets_themselves(
+    metric, ours, monkeypatch
+):
+    texts = ["w4 w5 w6 w7 w8", "w9 w4 w5 w6 w7"]
+    rows = targets("w4 w5 w6 w7 w9", "w9 w4 w5  w6 w3")
+    texts_of(ours, monkeypatch, texts)
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
+    expected = TEXT_METRICS[metric](texts, [row["target"] for row in rows])
+    assert found["accuracy"] == pytest.approx(float(expected))
+    assert 0 < found["accuracy"] < 1
+    assert found["auc"] is None
+    assert "commonest" not in found
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_the_perplexity_is_that_of_transformers_loss(name, peer, loaded):
+    """Their loss is the mean over a row's tokens, so a row counts by its number of tokens."""
+    is_t5 = name.startswith("t5")
+    tokenizer = word_tokenizer(is_t5)
+    rows = targets("w4", "w5 w6 w7", "w8 w9 w10 w11 w12 w13")
+    total = n_tokens = 0
+    for row in rows:
+        source = [7, 9, 8]
+        target = [int(word[1:]) for word in row["target"].split()] + [1]  # both end in </s>
+        if is_t5:
+            inputs = {"input_ids": [[*source, 1]], "labels": [target]}
+        else:
+            inputs = {"input_ids": [source + target], "labels": [[-100] * 3 + target]}
+        tensors = {key: torch.tensor(ids) for key, ids in inputs.items()}
+        with torch.no_grad():
+            total += peer(name).model(**tensors).loss.double() * len(target)
+        n_tokens += len(target)
+    model = loaded(name)
+    found = evaluate(model, tokenizer, rows, PROMPT, metric="inverse_perplexity", batch_size=2)
+    expected = float(torch.exp(total / n_tokens))
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert found["accuracy"] == pytest.approx(1 / expected, rel=1e-5)
+    both = over_prompts([found, {**found, "accuracy": found["accuracy"] / 3}])
+    assert both["perplexity"] == pytest.approx(1 / both["accuracy"])
+
+
+# Rows that a model cannot take
+
+
+def test_a_choice_that_is_too_long_is_an_error_that_names_the_row_and_the_flag(ours):
+    rows = rows_of(5, (2,))
+    rows[3] |= {"choices": ["w4", " ".join(["w5"] * 9)], "idx": 33}
+    options = {"metric": "accuracy", "max_target_length": 8}
+    message = r"^row 33: a choice has \d+ tokens, expected at most 8: .* --max-target-length$"
+    with pytest.raises(ValueError, match=message):
+        evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
+
+
+def test_for_the_perplexity_a_target_that_is_too_long_is_cut(ours):
+    options = {"metric": "inverse_perplexity", "prompt": PROMPT}
+    found = evaluate(
+        ours.model, ours.tokenizer, targets("w4 w5 w6 w7 w8"), max_target_length=3, **options
+    )
+    example = Example([7, 9, 8, *[1] * ours.n_ends], [[4, 5, 6]], 0)
+    total_N, n_tokens_N = total_logprobs(ours.model, [example])
+    assert n_tokens_N.tolist() == [3]
+    assert found["accuracy"] == pytest.approx(float(torch.exp(total_N / 3)))
+
+
+def test_a_token_without_an_embedding_is_an_error_that_names_the_row_and_the_token(ours):
+    rows = rows_of(4, (2,))
+    ours.tokenizer.backend.add_special_tokens(["<new>"])
+    try:
+        rows[2] |= {"choices": ["w4", "w5 <new>"], "idx": 22}
+        message = (
+            f"^row 22: the tokenizer has the token '<new>' with the id {N_IDS}, .* ends at 60:"
+        )
+        with pytest.raises(ValueError, match=message):
+            evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")
+        row = {**targets("w4")[0], "input": "w4 <new>"}
+        with pytest.raises(ValueError, match=r"^row 0: the tokenizer has the token '<new>'"):
+            evaluate(ours.model, ours.tokenizer, [row], PROMPT, metric="exact_match")
+    finally:
+        ours.tokenizer.backend = word_tokenizer(ours.is_t5).backend
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "inverse_perplexity", "exact_match"])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_row(metric, ours, loaded):
+    model = loaded("t5-v1.1" if ours.is_t5 else "llama-gqa")
+    model.embed.weight.data[33] = float("nan")  # only the third row has this word
+    rows = rows_of(5, (2,)) if metric == "accuracy" else targets(*["w4"] * 5)
+    for row in rows:
+        row["input"] = "w9 w10"
+        if metric == "accuracy":
+            row["choices"] = ["w4", "w5"]
+    rows[2] |= {"input": "w9 w33 w10", "idx": 22}
+    if metric == "accuracy":
+        rows[3]["choices"] = ["w4", "w5", "w6"]  # -inf stands for the missing choices of others
+    with pytest.raises(ValueError, match=r"^row 22: the model's scores are not finite: "):
+        evaluate(model, ours.tokenizer, rows, PROMPT, metric=metric)
+
+
 # In-context learning
 
 
@@ -257,12 +421,13 @@ def test_as_many_shots_as_fit_come_before_the_row_with_their_answers_and_in_orde
 def test_a_written_answer_ends_as_the_answers_of_the_shots_end(ours, monkeypatch):
     """The model would go on with a new question."""
     rows = [{"input": "w9", "target": "w4", "label": 0, "idx": 0}]
-    text = "w4\n\nw9"
+    decode = ours.tokenizer.decode
 
-    def decode(ids):
-        return text
+    def go_on(ids):
+        target = ours.tokenizer.encode_target("w4", end=False)
+        return decode(ids) if ids == target else "w4\n\nw9"
 
-    monkeypatch.setattr(ours.tokenizer, "decode", decode)
+    monkeypatch.setattr(ours.tokenizer, "decode", go_on)
     options = {"metric": "exact_match", "max_new_tokens": 2}
     with_shots = evaluate(ours.model, ours.tokenizer, rows, PROMPT, shots=rows, **options)
     without_shots = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)

@@ -1,13 +1,29 @@
 """Guards the metrics: they are what their definitions say."""
 
 import itertools
+import math
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minia3.inference.metrics import area_under_curve, macro_f1
+from minia3.inference.metrics import (
+    METRICS,
+    PACKAGES,
+    area_under_curve,
+    bleu,
+    check_package,
+    exact_match,
+    inverse_perplexity,
+    is_text_metric,
+    macro_f1,
+    perplexity,
+    rouge_l,
+    token_f1,
+)
+from minia3.tasks.task import METRICS as SUITABLE
 
 
 def share_of_pairs(positive, negative):
@@ -42,3 +58,83 @@ def test_macro_f1_is_the_mean_over_labels_by_hand():
 def test_a_label_that_is_neither_found_nor_right_does_not_count():
     assert macro_f1(np.array([0, 2]), np.array([0, 2])) == 1.0
     assert macro_f1(np.array([0, 0]), np.array([0, 2])) == pytest.approx((2 / 3 + 0) / 2)
+
+
+# Texts
+
+TEXTS = ["The cat sat on the mat.", "nothing in common", "", "a b c d e f", "Paris, France!"]
+TARGETS = ["A cat sat on a mat", "other words here", "something", "a b x d e f", "paris france"]
+
+
+def test_exact_match_ignores_white_space_at_the_ends_only():
+    assert exact_match([" yes\n", "yes", "Yes", "y es"], ["yes", "yes ", "yes", "yes"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("The cat sat!", "a CAT sat", 1),  # case, articles and punctuation do not count
+        ("cat cat dog", "cat dog dog", 2 * 2 / (3 + 3)),  # a word counts as often as it is shared
+        ("one two", "two three four five", 2 * 1 / (2 + 4)),
+        ("one", "two", 0),
+        ("the", "a", 1),  # nothing is left of either
+        ("the", "two", 0),
+        ("it's state-of-art", "its stateofart", 1),
+    ],
+)
+def test_token_f1_is_that_of_squad_by_hand(text, target, expected):
+    assert token_f1([text], [target]) == pytest.approx(expected)
+    assert token_f1([text, "x"], [target, "y"]) == pytest.approx(expected / 2)
+
+
+def test_rouge_l_is_the_mean_of_rouge_score():
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the extra metrics")
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    expected = []
+    for text, target in zip(TEXTS, TARGETS, strict=True):
+        expected.append(scorer.score(target=target, prediction=text)["rougeL"].fmeasure)
+    assert rouge_l(TEXTS, TARGETS) == pytest.approx(np.mean(expected))
+    # By hand: the longest common subsequence of "a b c d" and "a c e d" has three words.
+    assert rouge_l(["a b c d"], ["a c e d"]) == pytest.approx(3 / 4)
+
+
+def test_bleu_is_sacrebleu_s_of_the_whole_corpus():
+    sacrebleu = pytest.importorskip("sacrebleu", reason="needs the extra metrics")
+    expected = sacrebleu.BLEU().corpus_score(TEXTS, [TARGETS]).score
+    assert bleu(TEXTS, TARGETS) == pytest.approx(expected / 100)
+    assert bleu(TARGETS, TARGETS) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge_score"), ("bleu", "sacrebleu")])
+def test_a_missing_package_is_one_line_that_names_the_extra(metric, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"^{metric}: .*pip install 'minia3\[metrics\]'$"):
+        check_package(metric)
+
+
+def test_packages_are_loaded_only_for_their_metrics(monkeypatch):
+    for package in ("rouge_score", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for metric in METRICS:
+        if metric not in PACKAGES:
+            check_package(metric)
+
+
+# Likelihoods
+
+
+def test_the_inverse_perplexity_is_one_over_the_exponential_of_the_mean_loss_over_tokens():
+    value = inverse_perplexity(np.array([-1.0, -5.0]), np.array([1, 3]))
+    assert value == pytest.approx(math.exp(-6 / 4))
+    assert perplexity(value) == pytest.approx(math.exp(6 / 4))
+
+
+def test_a_target_that_a_model_rules_out_has_no_perplexity():
+    assert inverse_perplexity(np.array([-1e6]), np.array([1])) == 0
+    assert perplexity(0.0) is None
+
+
+def test_the_metrics_of_each_kind_of_rows_are_the_metrics_that_there_are():
+    assert {name for names in SUITABLE.values() for name in names} == set(METRICS)
+    for answer, names in SUITABLE.items():
+        assert all(is_text_metric(name) == (answer != "choices") for name in names)

@@ -3,7 +3,11 @@ the adapter that each row names. A file that was cut anywhere is completed. Memo
 with the file."""
 
 import csv
+import errno
+import gzip
+import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -66,6 +70,57 @@ def with_adapters(folder):
     for row, name in enumerate(("one", "two"), 1):
         minia3.load_adapter(model, folder / name, adapter=row)
     return model, minia3.load_tokenizer(running.model("t5"))
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """The folder of the random LLaMA with NaN in the embedding of w33."""
+    model = minia3.load_model(running.model("llama"))
+    model.embed.weight.data[33] = float("nan")
+    tokenizer = minia3.load_tokenizer(running.model("llama"))
+    minia3.save_model(model, tmp_path / "damaged", tokenizer)
+    return tmp_path / "damaged"
+
+
+@pytest.mark.parametrize("choices", [{"choices": ["w4", "w5"]}, {}])
+def test_scores_that_are_not_finite_are_one_line_that_names_the_row(
+    choices, damaged, tmp_path, capsys
+):
+    rows = [{"input": f"w{n}", **choices} for n in (30, 31, 32, 33, 34)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert "row 3: the model's scores are not finite" in fails(capsys, damaged, file)
+    assert len(predicted(capsys, damaged, write(file, rows[:3]))) == 3
+
+
+def test_nan_in_the_weights_is_found_before_any_row_is_read(damaged, tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"input": "w9"}])
+    err = fails(capsys, damaged, file, "--check-weights")
+    assert "model.embed_tokens.weight has 24 of 1,464 numbers that are NaN or infinite" in err
+
+
+def test_a_choice_that_would_fill_the_memory_is_one_line_that_names_the_line(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("minia3.model.sequence_state.MAX_BIAS", 4 * 20 * 20)
+    rows = [{"input": "w9", "choices": ["w4", " ".join(["w5"] * n)]} for n in (5, 19, 20)]
+    err = fails(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl:3: attention from 21 to 21 tokens needs a bias of 1,764 numbers" in err
+
+
+def test_choices_that_are_one_text_to_the_tokenizer_are_a_warning(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"input": "w9", "choices": ["w4\nw5", "w4 w5"]}])
+    predict(running.model("t5"), file)
+    assert "are one text to the tokenizer" in capsys.readouterr().err
+
+
+def test_a_token_without_an_embedding_is_one_line_that_names_the_line(tmp_path, capsys):
+    model = minia3.load_model(running.model("llama"))
+    tokenizer = minia3.load_tokenizer(running.model("llama"))
+    tokenizer.backend.add_special_tokens(["<new>"])
+    minia3.save_model(model, tmp_path / "model", tokenizer)
+    rows = [{"input": "w9"}, {"input": "w9 <new>"}]
+    err = fails(capsys, tmp_path / "model", write(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl:2: the tokenizer has the token '<new>' with the id 61, but" in err
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
@@ -238,7 +293,7 @@ def test_a_folder_that_holds_no_adapter_is_refused(tmp_path, capsys):
         ("[1]", "JSON object"),
         ({}, "'input'"),
         ({"input": ""}, "'input'"),
-        ({"input": 7}, "'input'"),
+        ({"input": [7]}, "'input'"),
         ({"input": "w3", "choices": []}, "'choices'"),
         ({"input": "w3", "choices": "w4"}, "'choices'"),
         ({"input": "w3", "choices": ["w4", 5]}, "'choices'"),
@@ -315,6 +370,63 @@ def test_a_csv_file_is_read_and_a_csv_file_is_written(tmp_path, capsys):
                 json.dumps(result["scores"]),
                 "",
             ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.json", "lines.json", "a.jsonl.gz", "a.csv.gz", "semicolons.csv", "a.tsv", "a.parquet"],
+)
+def test_every_format_gives_the_same_answers(tmp_path, capsys, name):
+    rows = [
+        {"input": "w3 w4", "choices": ["w5", "w6 w7"]},
+        {"input": "w8"},
+        {"input": "w9 w3", "choices": ["w3", "w4"]},
+    ]
+    file = tmp_path / name
+    if ".parquet" in name:
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet files")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_bytes(in_format(name, rows))
+    expected = predicted(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
+    assert predicted(capsys, running.model("t5"), file) == expected
+
+
+def in_format(name, rows):
+    """Return the content of a file of this name."""
+    if ".jsonl" in name or "lines" in name:
+        content = lines(rows)
+    elif ".json" in name:
+        content = json.dumps({"version": 1, "rows": rows})
+    else:
+        delimiter = {"s": ";", "t": "\t"}.get(name[0], ",")
+        if name.endswith(".tsv"):
+            delimiter = "\t"
+        cells = [["input", "choices"]]
+        cells += [[row["input"], "|".join(row.get("choices", []))] for row in rows]
+        content = "".join(delimiter.join(line) + "\n" for line in cells)
+    content = content.encode()
+    return gzip.compress(content) if name.endswith(".gz") else content
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.xlsx", ".xlsx is not read: save the sheet as .csv, in UTF-8; expected "),
+        ("a.json", "expected a list of objects, found '12'"),
+        ("a.parquet", "damaged or cut short: "),
+        ("a.jsonl.gz", "damaged or cut short: "),
+        ("folder.csv", "a folder; expected a file, .jsonl, "),
+        ("none.csv", "not found"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys, name, words):
+    if name.startswith("folder"):
+        (tmp_path / name).mkdir()
+    elif not name.startswith("none"):
+        (tmp_path / name).write_text("12")
+    error = fails(capsys, "tiny-t5", tmp_path / name)
+    assert error.startswith(f"minia3: {tmp_path / name}: {words}")
 
 
 def test_columns_make_the_file_that_a_leaderboard_wants(tmp_path, capsys):
@@ -544,3 +656,56 @@ with open("/proc/self/status") as status:
         peaks.append(int(done.stdout.split()[-1]) * 1024)
         assert out.read_text().count("\n") == n
     assert peaks[1] < peaks[0] + 5e6  # the larger file has 22 MB, and its results 4 MB
+
+
+# The disk
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_full_disk_is_one_line_and_the_file_ends_at_its_last_whole_row(
+    form, tmp_path, monkeypatch, capsys
+):
+    rows = write(tmp_path / "rows.jsonl", running.rows(20))
+    whole = tmp_path / f"whole.{form}"
+    predict(running.model("t5"), rows, "--out", whole)
+    limit = whole.stat().st_size * 2 // 3
+
+    class Disk(io.FileIO):
+        """A file on a disk that takes `limit` bytes in all."""
+
+        def write(self, data):
+            room = limit - self.seek(0, 2)
+            if room == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data[:room])
+
+    open_path = Path.open
+
+    def open_on_disk(path, mode="r", **options):
+        is_raw = options.get("buffering") == 0
+        return Disk(path, "a+") if is_raw else open_path(path, mode, **options)
+
+    out = tmp_path / f"out.{form}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_on_disk)
+        capsys.readouterr()
+        words = ["predict", running.model("t5"), rows, "--out", out, "--device", "cpu"]
+        assert main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == f"minia3: [Errno 28] No space left on device: '{out}'\n"
+    written = out.read_bytes()
+    assert written.endswith(b"\n")
+    assert whole.read_bytes().startswith(written)
+    assert 0 < len(written) < limit
+    predict(running.model("t5"), rows, "--out", out)  # there is room again
+    assert out.read_bytes().startswith(written)
+    assert len(out.read_bytes().splitlines()) == len(whole.read_bytes().splitlines())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("column", ["label", "idx,label"])
+def test_a_device_that_is_full_is_one_line(column, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", running.rows(3))
+    words = ["predict", running.model("t5"), rows, "--out", "/dev/full", "--columns", column]
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == "minia3: [Errno 28] No space left on device: '/dev/full'\n"

@@ -27,7 +27,7 @@ from words import word_tokenizer
 
 import minia3
 from minia3.checkpoints.load import build_model
-from minia3.inference.scoring import choice_logprobs
+from minia3.inference.scoring import choice_logprobs, score_examples, total_logprobs
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.training.losses import total_loss
@@ -169,6 +169,54 @@ def test_rank_says_what_is_wrong_with_its_lists(both):
         rank(["w4", "w5"], ["w6"], adapter=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="rows 0 to 2"):
         rank(["w4", "w5"], ["w6"], adapter=[0, 3])
+
+
+def test_the_log_probability_of_a_conversation_is_transformers_loss_on_its_scored_tokens(both):
+    """Some tokens of the target are read and not scored, as the user's turns in a conversation."""
+    if both.is_t5:
+        pytest.skip("a T5 has no conversations")
+    examples = [
+        Example([5, 6], [[7, 8, 9, 10, 11]], 0, [True, True, False, False, True]),
+        Example([5], [[12, 13]], 0, [True, True]),
+        Example([5, 6, 7], [[12, 13]], 0),
+    ]
+    total_N, n_tokens_N = total_logprobs(both.model, examples, batch_size=2)
+    assert n_tokens_N.tolist() == [3, 2, 2]
+    for example, total, n_tokens in zip(examples, total_N, n_tokens_N, strict=True):
+        (target,) = example.targets
+        scored = example.is_scored or [True] * len(target)
+        labels = [-100] * len(example.source)
+        labels += [i if is_one else -100 for i, is_one in zip(target, scored, strict=True)]
+        ids = torch.tensor([example.source + target])
+        with torch.no_grad():
+            loss = both.peer.model(input_ids=ids, labels=torch.tensor([labels])).loss
+        assert -total / n_tokens == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_scores_that_are_not_finite_are_an_error_that_names_the_prompt(both, loaded):
+    model = loaded(both.name)
+    model.embed.weight.data[33] = float("nan")
+    prompts = ["w4 w5", "w4", "w33 w4", "w33 w4 w5"]
+    with pytest.raises(ValueError, match=r"^prompt 2: the model's scores are not finite: "):
+        minia3.rank(model, both.tokenizer, prompts, ["w6", "w7"])
+    found = minia3.rank(model, both.tokenizer, prompts[:2], [["w6"], ["w6", "w7"]])
+    assert found.isfinite().tolist() == [[True, False], [True, True]]  # -inf: there is no choice
+
+
+def test_two_choices_that_are_one_text_to_the_tokenizer_are_a_warning(both):
+    with pytest.warns(
+        UserWarning, match=r"'w6\\nw7' and 'w6 w7' are one text .* first always wins"
+    ):
+        scores = minia3.rank(both.model, both.tokenizer, ["w4"], ["w5", "w6\nw7", "w6 w7"])
+    assert scores[0, 1] == scores[0, 2]
+
+
+def test_a_token_without_an_embedding_is_refused(both):
+    tokenizer = word_tokenizer(both.is_t5)
+    tokenizer.backend.add_special_tokens(["<new>"])
+    for prompt, choice in (("w4 <new>", "w5"), ("w4", "w5 <new>")):
+        with pytest.raises(ValueError, match=r"the token '<new>' with the id 61, but the model's"):
+            minia3.rank(both.model, tokenizer, [prompt], [choice])
 
 
 def test_prompts_and_choices_without_tokens_are_named(both):
@@ -387,3 +435,24 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
     assert peak_of_training[160] - peak_of_training[80] < 2 * n_bytes
     assert peak_of_scoring[160] - peak_of_scoring[80] < 2 * n_bytes
     assert kept[80] < kept[8] / 4  # 8 choices have one turn, which keeps everything
+
+
+# Masks with holes: conversations
+
+
+def test_tokens_that_are_not_scored_are_read(loaded):
+    """The scores of the others are those that they have if all tokens are scored."""
+    model = loaded("llama-gqa", n_adapters=2, seed=0)
+    target = [[8, 9, 10, 11, 12, 13]]
+    is_scored = [True, False, False, True, True, False]
+    with_holes = [Example([5, 6, 7], target, 0, is_scored), Example([11], [[12, 13, 14]], 0)]
+    without = [example._replace(is_scored=None) for example in with_holes]
+    batch = collate(with_holes)
+    found = choice_logprobs(model, batch)
+    expected = choice_logprobs(model, collate(without))
+    torch.testing.assert_close(found, expected * batch.target_mask_BCL)
+    assert (found[0, 0][~torch.tensor(is_scored)] == 0).all()
+
+    scores = score_examples(model, with_holes)
+    mean = expected[0, 0][torch.tensor(is_scored)].mean()
+    torch.testing.assert_close(scores[0, 0], mean)

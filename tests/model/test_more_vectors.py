@@ -280,10 +280,10 @@ def test_l_up_alone_is_l_ff_and_beside_l_ff_it_is_itself(peft_folder):
 @pytest.mark.parametrize(
     ("name", "base", "message"),
     [
-        ("t5-v1.1", "t5-v1.0", "encoder.blocks.0.ffn.l_gate of 40, expected none"),
-        ("t5-v1.0", "t5-v1.1", "encoder.blocks.0.ffn.l_wi of 40, expected none"),
-        ("llama-gqa", "t5-v1.0", "blocks.0.attn.l_q of 24, expected none"),
-        ("t5-v1.0", "t5-wide", "encoder.blocks.0.attn.l_q of 24, expected 40"),
+        ("t5-v1.1", "t5-v1.0", "such as decoder.blocks.0.ffn.l_gate of 40, expected none"),
+        ("t5-v1.0", "t5-v1.1", "such as decoder.blocks.0.ffn.l_wi of 40, expected none"),
+        ("llama-gqa", "t5-v1.0", "such as blocks.0.ffn.l_ff of 40, expected none"),
+        ("t5-v1.0", "t5-wide", "such as decoder.blocks.0.attn.l_k of 24, expected 40"),
     ],
 )
 def test_an_adapter_with_places_that_the_model_lacks_is_refused_and_adds_nothing(

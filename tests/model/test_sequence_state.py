@@ -6,7 +6,10 @@ still needs what was there. What cannot be started is refused.
 """
 
 import gc
+import math
+import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minia3
+from minia3.model import sequence_state
 from minia3.model.sequence_state import State
 
 NAMES = ["t5-v1.0", "t5-wide", "llama-gqa", "llama3"]
@@ -625,3 +629,71 @@ def test_tokens_for_another_number_of_rows_are_refused(models, name, shape):
 def test_a_source_or_mask_that_cannot_be_started_is_refused(models, name, source, mask, message):
     with pytest.raises(ValueError, match=message):
         models[name].start(source, mask)
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "shape"),
+    [
+        ("t5-v1.0", None, (4, 9, 9)),  # a bias for each head
+        ("t5-v1.0", length_mask(9, 5), (2, 4, 9, 9)),  # and for each row, because padding differs
+        ("llama-gqa", length_mask(9, 5), (2, 9, 17)),  # a mask for each row
+    ],
+)
+def test_a_bias_that_is_too_large_is_refused_before_it_is_made(
+    name, mask, shape, models, monkeypatch
+):
+    def read():
+        models[name].step(tokens(2, 9), models[name].start(tokens(2, 9), mask))
+
+    n_numbers = math.prod(shape)
+    monkeypatch.setattr(sequence_state, "MAX_BIAS", n_numbers)
+    read()
+    monkeypatch.setattr(sequence_state, "MAX_BIAS", n_numbers - 1)
+    message = rf"attention from 9 to \d+ tokens needs a bias of {n_numbers} numbers, .*--max-length"
+    with pytest.raises(ValueError, match=message):
+        read()
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_a_long_target_after_a_source_is_refused_before_its_bias_is_made(name, models, monkeypatch):
+    state = models[name].start(tokens(1, 4))
+    monkeypatch.setattr(sequence_state, "MAX_BIAS", 50)
+    with pytest.raises(ValueError, match="attention from 8 to"):
+        models[name].step(tokens(1, 8), state)
+
+
+def test_a_llama_s_prompt_without_padding_needs_no_bias_however_long_it_is(models, monkeypatch):
+    monkeypatch.setattr(sequence_state, "MAX_BIAS", 0)
+    models["llama-gqa"].start(tokens(1, 50))
+
+
+def warned(model, source, n_new, mask=None):
+    """Return the messages of warnings while a model reads a source and writes some tokens."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = model.start(source, mask)
+        for i in range(n_new):
+            model.step(tokens(len(source), 1, seed=i), state)
+    return [str(warning.message) for warning in caught]
+
+
+def test_reading_or_writing_beyond_the_positions_of_a_model_is_a_warning_once(loaded):
+    for n_source, n_new in ((12, 1), (4, 8)):
+        model = loaded("llama-gqa")
+        model.config = replace(model.config, max_length=10)
+        assert warned(model, tokens(1, 10), 0) == warned(model, tokens(2, 5), 5) == []
+        (message,) = warned(model, tokens(1, n_source), n_new)
+        assert "11 tokens is beyond the 10 positions" in message
+        assert "max_position_embeddings" in message
+        assert warned(model, tokens(1, n_source), n_new) == []
+    # Padding does not count.
+    model = loaded("llama-gqa")
+    model.config = replace(model.config, max_length=10)
+    assert warned(model, tokens(2, 14), 1, length_mask(9, 5, 14)[:2]) == []
+
+
+def test_a_t5_has_no_last_position(models):
+    assert warned(models["t5-v1.0"], tokens(1, 600), 1) == []

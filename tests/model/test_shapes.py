@@ -274,7 +274,7 @@ def write_rope_factors():
 @pytest.fixture(scope="module")
 def watch(loaded, tmp_path_factory):
     with watched(PACKAGE) as watch:
-        for name in ("t5-v1.0", "t5-deep-decoder", "llama-gqa", "llama3"):
+        for name in ("t5-v1.0", "t5-deep-decoder", "llama-gqa", "llama3", "mistral", "qwen3"):
             model = loaded(name, n_adapters=3)
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
             run(model, tokenizer, tmp_path_factory.mktemp(name))

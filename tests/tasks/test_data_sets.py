@@ -172,6 +172,26 @@ def test_the_validation_rows_of_mrpc_are_the_rows_of_train_that_its_list_names(
     assert load_task("mrpc", tmp_path).evaluation == ("validation", task.validation)
 
 
+def test_mrpc_may_be_the_folder_of_glue(tmp_path):
+    folder = tmp_path / "mrpc"
+    folder.mkdir()
+    names = "#1 ID\t#2 ID\t#1 String\t#2 String"
+    rows = [f'{i % 2}\t{i}\t{i + 10}\tone "{i}\ttwo {i}\n' for i in range(8)]
+    (folder / "train.tsv").write_text(f"\ufeffQuality\t{names}\n" + "".join(rows[:5]))
+    (folder / "dev.tsv").write_text(f"\ufeffQuality\t{names}\n" + "".join(rows[5:]))
+    test_rows = [f"{n}{row[1:]}" for n, row in enumerate(rows[:2])]  # a number, and no label
+    (folder / "test.tsv").write_text(f"index\t{names}\n" + "".join(test_rows))
+    task = load_task("mrpc", tmp_path)
+    assert [row["label"] for row in task.train] == [0, 1, 0, 1, 0]
+    assert [(row["id1"], row["label"]) for row in task.validation] == [("5", 1), ("6", 0), ("7", 1)]
+    assert task.validation[0]["sentence1"] == 'one "5'
+    assert [row["label"] for row in task.test] == [-1, -1]
+    assert task.evaluation == ("validation", task.validation)
+    assert task.notes == ["2 of 2 test rows have no label: results are on validation"]
+    for row in [*task.train, *task.validation, *task.test]:
+        assert len(set(render(task.prompts[0], row).choices)) == 2
+
+
 def test_the_spans_of_wsc_are_fields_and_spelled_as_in_the_text(server, tmp_path, monkeypatch):
     text = "The cat saw it . the end"
     spelling = {  # (index, span) -> the span of our row

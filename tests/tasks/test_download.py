@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from task_files import FILES, PARTS, Handler, files_below, lines, serve, zipped
 
+from minia3.tasks.download import check_rate
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import render
 from minia3.tasks.splits import load_task
@@ -53,6 +54,27 @@ def test_a_new_task_needs_only_an_entry_of_the_table(server, tmp_path, capsys):
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert contents == {name: FILES[f"T/{name}"] for name in ALL_FILES}
     assert capsys.readouterr().err == "", "a progress bar is for terminals only"
+
+
+def test_a_server_that_sends_too_slowly_is_given_up_with_the_reason(server, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def monotonic():
+        now[0] += 40
+        return now[0]
+
+    monkeypatch.setattr("minia3.tasks.download.time.monotonic", monotonic)
+    monkeypatch.setattr("minia3.tasks.download.CHUNK", 16)
+    message = failure(tmp_path)
+    assert "the server sends too slowly: " in message
+    assert "bytes in 80 seconds, expected 1,000 a second" in message
+
+
+@pytest.mark.parametrize(("n_bytes", "seconds"), [(0, 59), (61_000, 61), (10**9, 10**6)])
+def test_a_server_may_be_slow_for_a_minute_and_then_a_kilobyte_per_second(n_bytes, seconds):
+    check_rate(n_bytes, seconds)
+    with pytest.raises(ValueError, match="too slowly"):
+        check_rate(n_bytes, seconds + n_bytes + 2)
 
 
 def test_a_downloaded_file_is_as_readable_as_any_other(server, tmp_path):

@@ -2,17 +2,12 @@
 line.
 """
 
-import hashlib
 import json
-import re
-import tracemalloc
-from pathlib import Path
 
 import pytest
 from task_files import PARTS, SPLIT_NAMES, YES_OR_NO, choice, lines, target
 
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.rows import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 
@@ -89,14 +84,17 @@ BAD_LINES = [
     ),
     (
         lines({"input": "a"}),
-        r"expected either 'target', or 'choices' and 'label'; found \['input'\]",
+        r"'target' is None, expected a text that is not empty; the columns are input",
     ),
     (
         lines({"input": "a", "target": "b", "choices": ["b"], "label": 0}),
         "expected either 'target', or",
     ),
     (lines({"input": "a", "target": " "}), "'target' is ' ', expected a text that is not empty"),
-    (lines({"input": "a", "target": 4}), "'target' is 4, expected a text that is not empty"),
+    (
+        lines({"input": "a", "target": [4]}),
+        r"'target' is \[4\], expected a text that is not empty",
+    ),
     (lines({"input": "a", "choices": [], "label": 0}), r"'choices' is \[\], expected a list"),
     (lines({"input": "a", "choices": "bc", "label": 0}), "'choices' is 'bc', expected a list"),
     (lines({"input": "a", "choices": None, "label": 0}), "'choices' is None, expected a list"),
@@ -122,19 +120,26 @@ BAD_LINES = [
         "'label' is -1, expected one of 0, 1",
     ),
     (
-        lines({"input": "a", "choices": ["b", "c"], "label": "b"}),
-        "'label' is 'b', expected one of 0, 1",
+        lines({"input": "a", "choices": ["b", "c"], "label": "d"}),
+        "'label' is 'd', expected one of 0, 1 or one of the choices",
     ),
     (
         lines({"input": "a", "choices": ["b", "c"], "label": True}),
         "'label' is True, expected one of 0, 1",
     ),
     (
-        lines({"input": "a", "choices": ["b", "c"], "label": 1.0}),
-        "'label' is 1.0, expected one of 0, 1",
+        lines({"input": "a", "choices": ["b", "c"], "label": 1.5}),
+        "'label' is 1.5, expected one of 0, 1",
     ),
-    ('{"input": "café", "target": "b"}'.encode("latin-1"), "'utf-8' codec can't decode byte"),
-    ('{"input": "a", "target": "b"}'.encode("utf-16"), "'utf-8' codec can't decode byte"),
+    (
+        lines({"input": "a", "choices": ["b", "c"], "label": [1]}),
+        r"'label' is \[1\], expected one of 0, 1",
+    ),
+    (
+        '{"input": "café", "target": "b"}'.encode("latin-1"),
+        """not UTF-8: byte 0xe9 after '{"input": "caf'; save the file as UTF-8""",
+    ),
+    ('{"input": "a", "target": "b"}'.encode("utf-16"), "not UTF-8: byte 0xff after ''"),
 ]
 
 
@@ -176,7 +181,7 @@ def test_one_error_shows_five_bad_rows_of_all_files_and_counts_the_others(tmp_pa
         "val.jsonl:3",
     ]
     (tmp_path / "val.jsonl").write_bytes(lines(target(0), *bad[:2]))
-    with pytest.raises(ValueError, match="expected either") as error:
+    with pytest.raises(ValueError, match="'target' is None") as error:
         load_task(str(tmp_path))
     assert "more" not in str(error.value)
 
@@ -184,26 +189,29 @@ def test_one_error_shows_five_bad_rows_of_all_files_and_counts_the_others(tmp_pa
 def test_a_file_in_another_encoding_is_one_error_and_not_one_for_each_line(tmp_path):
     (tmp_path / "train.jsonl").write_bytes('{"input": "é", "target": "é"}\n'.encode("latin-1") * 9)
     (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
-    words = r"train\.jsonl:1: 'utf-8' codec can't decode byte 0xe9[^;]*: save the file as UTF-8\Z"
+    words = r"train\.jsonl:1: not UTF-8: byte 0xe9 [^;]*; save the file as UTF-8 \(if [^;]*\)\Z"
     with pytest.raises(ValueError, match=words):
         load_task(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n", "\ufeff".encode()])
 def test_an_empty_file_is_reported_together_with_bad_rows_of_other_files(tmp_path, content):
-    (tmp_path / "train.jsonl").write_bytes(lines({"input": "a"}))
+    (tmp_path / "train.jsonl").write_bytes(lines({"input": " ", "target": "b"}))
     (tmp_path / "val.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"train\.jsonl:1: expected .*val\.jsonl: no rows\Z"):
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:1: 'input' is ' ', .*val\.jsonl: no rows\Z"
+    ):
         load_task(str(tmp_path))
 
 
 def test_a_file_without_permission_is_an_error_like_any_other(tmp_path, monkeypatch):
-    (tmp_path / "val.jsonl").touch()
+    (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
 
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # and not chmod, which root ignores
+    for function in ("io.open", "builtins.open"):
+        monkeypatch.setattr(function, refuse)  # and not chmod, which root ignores
     with pytest.raises(ValueError, match=r"val\.jsonl: Permission denied\Z"):
         load_task(str(tmp_path))
 
@@ -214,184 +222,7 @@ def test_rows_of_both_kinds_are_an_error_in_one_file_and_across_files(tmp_path):
         load_task(str(tmp_path / "one.jsonl"))
     (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
     (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
-    with pytest.raises(ValueError, match=r"train\.jsonl, .*val\.jsonl: 1 rows have 'target'"):
+    with pytest.raises(
+        ValueError, match=r"val\.jsonl:1: 'target' is None.*the columns are input, choices, label"
+    ):
         load_task(str(tmp_path))
-
-
-# Reading files
-
-
-def read(path, content):
-    """Write a file, and return its rows with their line numbers. An error becomes its message."""
-    if isinstance(content, str):
-        content = content.encode()
-    path.write_bytes(content)
-    found = []
-    for number, row in read_rows(path):
-        is_error = isinstance(row, ValueError)
-        found.append((number, str(row) if is_error else row))
-    return found
-
-
-def test_a_jsonl_row_comes_with_its_line_number_and_an_error_does_not_stop_the_reading(tmp_path):
-    content = '\ufeff{"input": "é"}\r\n\r\n{"inp\n[1]\n  {"n": [1, null]}'
-    rows = read(tmp_path / "a.jsonl", content)
-    assert [number for number, _ in rows] == [1, 3, 4, 5]
-    assert (rows[0][1], rows[3][1]) == ({"input": "é"}, {"n": [1, None]})
-    assert rows[1][1].startswith("not JSON: ")
-    assert rows[2][1] == r"expected a JSON object, found '[1]\n'"
-    assert read(tmp_path / "b.jsonl", b"") == []
-
-
-def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
-    content = (
-        "\ufeffinput,choices,label,adapter,idx\r\n"
-        'a,"[""x|y"", ""z""]",1,,7\r\n'
-        "\r\n"
-        '"two\nlines, ""quoted""",yes | no,0,b,\r\n'
-        "é \u2028,one,-1,1,x\r\n"
-        ",,,,\r\n"
-        "1,,,,"
-    )
-    assert read(tmp_path / "a.csv", content) == [
-        (2, {"input": "a", "choices": ["x|y", "z"], "label": "1", "idx": "7"}),
-        (
-            4,
-            {
-                "input": 'two\nlines, "quoted"',
-                "choices": ["yes", "no"],
-                "label": "0",
-                "adapter": "b",
-            },
-        ),
-        (6, {"input": "é \u2028", "choices": ["one"], "label": "-1", "adapter": "1", "idx": "x"}),
-        (8, {"input": "1"}),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("a", r"expected 2 cells, .*found 1: \['a'\]"),
-        ("a,b,c", r"expected 2 cells, .*found 3: "),
-        ("input,choices", "found the header again, expected a row"),
-        ('a,"[""x"""', "not JSON: "),
-        ("a,[x]|y", "not JSON: "),
-        ('a,"b" c', "',' expected after '\"'"),
-        ("a" * 200_000 + ",b", "field larger than field limit"),
-    ],
-)
-def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, words):
-    content = f'input,choices\n"1\n",b\n{line}\n2,b\n'
-    (first_number, first), (number, message), (last_number, last) = read(
-        tmp_path / "a.csv", content
-    )
-    assert (first_number, number, last_number) == (2, 4, 5)
-    assert (first["input"], last["input"]) == ("1\n", "2")
-    assert re.match(words, message)
-    assert len(message) < 200
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", r"expected a header with 'input', and no name twice; found \[\]"),
-        ("a question,an answer\nb,c\n", "found .'a question', 'an answer'"),
-        ("input;target\na;b\n", "found .'input;target'"),
-        ("input,target,target\na,b,c\n", "found .'input', 'target', 'target'"),
-        ('"input\n', "unexpected end of data"),
-        (b"\xff\xfei\0n\0", "codec can't decode"),
-    ],
-)
-def test_a_csv_file_without_a_header_is_an_error(tmp_path, content, words):
-    with pytest.raises(ValueError, match=rf"\A{tmp_path}/a\.csv: [^\n]*{words}[^\n]*\Z"):
-        read(tmp_path / "a.csv", content)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"), [(".", "Is a directory"), ("no.csv", "No such file or directory")]
-)
-def test_a_path_that_cannot_be_opened_is_an_error(tmp_path, name, words):
-    path = tmp_path / name
-    with pytest.raises(ValueError, match=rf"\A{path}: {words}\Z"):
-        next(read_rows(path))
-
-
-FORMATS = [("a.jsonl", b"", b'{"input": "a"}\n'), ("a.csv", b"input,n\n", b"a,1\n")]
-
-
-@pytest.mark.parametrize(("name", "header", "good"), FORMATS)
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [(b"x" * 51, "a row of more than 50 bytes"), (b"\xff", "'utf-8' codec can't decode byte")],
-)
-def test_a_row_that_is_too_long_or_not_utf_8_is_the_last(
-    tmp_path, monkeypatch, name, header, good, bad, words
-):
-    monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 50)
-    (_, first), (number, message) = read(tmp_path / name, header + good + bad + b"\n" + good)
-    assert first["input"] == "a"
-    assert number == (3 if header else 2)
-    assert message.startswith(words)
-
-
-@pytest.mark.parametrize(("name", "header", "good"), FORMATS)
-def test_a_row_of_exactly_the_limit_is_read(tmp_path, monkeypatch, name, header, good):
-    monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 50)
-    rows = read(tmp_path / name, header + good + b" " * 49 + b"\n" + good)
-    assert [row["input"] for _, row in rows] == ["a", "a"]
-
-
-def test_cells_with_line_ends_do_not_add_up_to_an_endless_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("minia3.tasks.rows.MAX_ROW_BYTES", 1000)
-    assert read(tmp_path / "a.csv", 'input\n"a' + '\n","' * 1000) == [
-        (2, "a row of more than 1000 bytes: is a line end or a quote missing?")
-    ]
-
-
-@pytest.mark.parametrize("name", ["big.jsonl", "big.csv"])
-def test_reading_takes_the_memory_of_one_row(tmp_path, name):
-    text = b'"' + b"a" * 10_000 + b'"'
-    if name == "big.csv":
-        content = b"input\n" + 2000 * (text + b"\n")
-    else:
-        content = 2000 * (b'{"input": ' + text + b"}\n")
-    (tmp_path / name).write_bytes(content)
-    tracemalloc.start()
-    try:
-        assert sum(len(row["input"]) for _, row in read_rows(tmp_path / name)) == 20_000_000
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_line_of_a_gigabyte_is_refused_before_it_fills_the_memory(tmp_path):
-    with (tmp_path / "big.jsonl").open("wb") as file:
-        file.truncate(1 << 30)  # a hole, which takes no disk
-    tracemalloc.start()
-    try:
-        ((_, error),) = read_rows(tmp_path / "big.jsonl")
-        assert str(error).startswith(f"a row of more than {1 << 24} bytes: ")
-        assert tracemalloc.get_traced_memory()[1] < 100_000_000
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("make_row", [target, choice])
-def test_a_task_in_csv_equals_the_task_in_jsonl(tmp_path, make_row):
-    rows = [make_row(n) for n in range(12)]
-    names = list(rows[0])
-    csv_lines = [",".join(names)]
-    for row in rows:
-        cells = {name: str(value) for name, value in row.items()}
-        if "choices" in row:
-            cells["choices"] = "|".join(row["choices"])
-        csv_lines.append(",".join(cells.values()))
-    (tmp_path / "mine.jsonl").write_bytes(lines(*rows))
-    (tmp_path / "mine.csv").write_text("\n".join(csv_lines))
-    from_jsonl = load_task(tmp_path / "mine.jsonl")
-    from_csv = load_task(tmp_path / "mine.csv")
-    for field in ("name", "train", "validation", "test", "metric"):
-        assert getattr(from_csv, field) == getattr(from_jsonl, field)
-    digest = hashlib.sha256((tmp_path / "mine.csv").read_bytes()).hexdigest()
-    assert from_csv.checksums == {"mine.csv": digest}

@@ -343,14 +343,16 @@ def test_inputs_that_end_in_white_space_are_counted(tmp_path):
 
 def test_a_folder_without_a_file_of_a_split_is_an_error(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(lines(target(0)))
-    with pytest.raises(ValueError, match=r"a folder of train, validation \(val, dev\) and test\Z"):
+    with pytest.raises(
+        ValueError, match=r"expected files named train, .*; found data\.jsonl; a single"
+    ):
         load_task(str(tmp_path))
 
 
 def test_a_folder_with_two_files_for_one_split_is_an_error(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(lines(target(0)))
     (tmp_path / "dev.jsonl").write_bytes(lines(target(0)))
-    with pytest.raises(ValueError, match=r"has val\.jsonl and dev\.jsonl: keep one"):
+    with pytest.raises(ValueError, match=r"has dev\.jsonl and val\.jsonl: keep one"):
         load_task(str(tmp_path))
 
 
@@ -361,10 +363,12 @@ def test_a_folder_with_nothing_to_report_on_is_an_error(tmp_path):
         load_task(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["mine.CSV", "mine.json", "mine"])
+@pytest.mark.parametrize("name", ["mine.xlsx", "mine.txt", "mine"])
 def test_an_unknown_suffix_is_an_error(tmp_path, name):
     (tmp_path / name).write_bytes(lines(target(0)))
-    with pytest.raises(ValueError, match=r"expected a \.jsonl or \.csv file, or a folder"):
+    with pytest.raises(
+        ValueError, match=r"(is not read|no suffix).*; expected \.jsonl, .* with \.gz"
+    ):
         load_task(str(tmp_path / name))
 
 
@@ -375,7 +379,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest_name_and_all_names(name):
         load_task(name)
 
 
-@pytest.mark.parametrize("name", ["no/such/file.jsonl", "", "zzzzzz", "x" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["", "zzzzzz", "x" * 5000, "a\0b"])
 def test_a_name_like_no_other_is_an_error_with_all_names(name):
     with pytest.raises(ValueError, match=r"is not a known task, a file or a folder\. Known tasks"):
         load_task(name)
@@ -388,5 +392,5 @@ def test_a_folder_may_hold_csv_files_but_only_one_file_for_each_split(tmp_path):
     assert task.train == [{"input": "a", "target": "b", "label": 0, "idx": 0}]
     assert list(task.checksums) == ["train.csv", "dev.jsonl"]
     (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
-    with pytest.raises(ValueError, match=r"has train\.jsonl and train\.csv: keep one"):
+    with pytest.raises(ValueError, match=r"has train\.csv and train\.jsonl: keep one"):
         load_task(tmp_path)

@@ -19,11 +19,12 @@ from minia3.training.losses import total_loss
 def cells():
     """Three cells, each with its losses, batches and row of the vectors."""
     tokenizer = minia3.load_tokenizer(model("t5"))
+    reader = minia3.load_model(model("t5"))
     made = []
     for row, losses in enumerate(["lm,ul,ln", "lm", "ul,ln"]):
         config = train.Config(seed=row, losses=losses, steps=2, batch_size=3)
         cell = Cell(config, minia3.load_task(task((2, 3, 1))))
-        cell.batches = draw_batches(cell, tokenizer)
+        cell.batches = draw_batches(cell, tokenizer, reader)
         cell.row = row
         made.append(cell)
     return made

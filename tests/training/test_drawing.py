@@ -41,6 +41,11 @@ def tasks():
     return ",".join(str(home / name) for name in SIZES)
 
 
+@functools.cache
+def tokenizer_and_model():
+    return minia3.load_tokenizer(model("t5")), minia3.load_model(model("t5"))
+
+
 def cell(cap, seed=0, steps=200):
     config = train.Config(
         task=tuple(tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
@@ -51,7 +56,7 @@ def cell(cap, seed=0, steps=200):
 @pytest.mark.parametrize(("cap", "share"), [(10**6, 6 / 46), (10, 6 / 16), (1, 1 / 2)])
 def test_tasks_mix_in_proportion_to_their_rows_up_to_the_cap(cap, share):
     mixture = cell(cap)
-    batches = draw_batches(mixture, minia3.load_tokenizer(model("t5")))
+    batches = draw_batches(mixture, *tokenizer_and_model())
     n_choices = Counter(len(example.targets) for example in chain(*batches))
     n = sum(n_choices.values())
     assert n == 200 * 8
@@ -59,10 +64,9 @@ def test_tasks_mix_in_proportion_to_their_rows_up_to_the_cap(cap, share):
 
 
 def test_the_rows_of_each_task_come_equally_often_in_an_order_of_the_seed():
-    tokenizer = minia3.load_tokenizer(model("t5"))
     seen = []
     for seed in (0, 0, 1):
-        examples = chain(*draw_batches(cell(10, seed), tokenizer))
+        examples = chain(*draw_batches(cell(10, seed), *tokenizer_and_model()))
         seen.append([(len(e.targets), tuple(e.source)) for e in examples])
         for n_choices in (2, 3):
             times = Counter(source for n, source in seen[-1] if n == n_choices).values()
@@ -80,7 +84,8 @@ def test_the_batches_of_a_single_task_follow_its_order():
         [tokenizer.encode(data.train[i]["input"]) for i in rows_of(step)] for step in range(30)
     ]
     assert [
-        [example.source for example in step] for step in draw_batches(Cell(config, data), tokenizer)
+        [example.source for example in step]
+        for step in draw_batches(Cell(config, data), *tokenizer_and_model())
     ] == expected
 
 
@@ -100,7 +105,7 @@ def test_each_seed_draws_its_own_prompts(tmp_path):
             encode_rows([(task.train[0], prompt)], tokenizer, 512, False)[1][0]
             for prompt in part.prompts
         ]
-        drawn.append(draw_batches(Cell(config, task), tokenizer))
+        drawn.append(draw_batches(Cell(config, task), *tokenizer_and_model()))
         for step, batch in enumerate(drawn[-1]):
             prompts = np.random.RandomState([seed, 1, step]).randint(len(texts), size=7)
             assert batch == [texts[prompt] for prompt in prompts]  # there is one row
@@ -120,3 +125,24 @@ def test_training_draws_from_all_prompts_and_evaluation_uses_one(tmp_path, monke
     assert run(words(tmp_path / "run", eval_prompt=2, steps=10, **rte_flags(tmp_path))) == 0
     prompts = for_family(minia3.load_task("rte", tmp_path / "data").prompts, None)
     assert seen == [set(prompts), {prompts[2]}, {prompts[2]}]
+
+
+def test_batches_are_drawn_when_they_are_asked_for_and_in_any_order():
+    mixture = cell(10, steps=6)
+    batches = draw_batches(mixture, minia3.load_tokenizer(model("t5")))
+    in_order = list(batches)
+    assert len(in_order) == len(batches) == 6
+    for step in (3, 5, 0, 0, 2):
+        assert batches[step] == in_order[step]
+    with pytest.raises(IndexError):
+        batches[6]
+
+
+def test_a_run_of_a_billion_examples_is_drawn_at_once_and_in_little_memory():
+    """One step of them has all rows, and then nothing is left to encode."""
+    config = train.Config(batch_size=1000, steps=10**6)
+    batches = draw_batches(
+        Cell(config, minia3.load_task(task())), minia3.load_tokenizer(model("t5"))
+    )
+    assert len(batches.examples) == 20
+    assert len(batches[1]) == 1000

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 from running import fails, run, train
 
+from minia3.training.config import GROUPS
+
 LIMITS = """
     steps 0 at least 1
     batch-size 0 at least 1
@@ -13,6 +15,7 @@ LIMITS = """
     save-every 0 at least 1
     shots 0 at least 1
     max-length 0 at least 1
+    max-target-length 0 at least 1
     max-new-tokens 0 at least 1
     eval-every -1 at least 0
     cap 0 at least 1
@@ -49,6 +52,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--steps", "1.5"], ["--steps", "'1.5'"]),
         (["--lr", "fast"], ["--lr", "'fast'", "float"]),
         (["--eval-only=yes"], ["--eval-only"]),
+        (["--metric", "f2"], ["--metric is 'f2'", "accuracy", "rouge_l"]),
         (["--losses", "lm,xx"], ["--losses is 'lm,xx'", "lm,ul,ln"]),
         (["--sites", "k,x"], ["--sites is 'k,x'", "some of k,v,ff,q,o,up,gate, each at most once"]),
         (["--sites", "k,"], ["--sites is 'k,'"]),
@@ -58,11 +62,21 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--losses", ""], ["--losses is ''"]),
         (["--out", ""], ["--out is '', expected str"]),
         (["--adapter", ""], ["--adapter is '', expected str"]),
-        (["--dtype", "float16"], ["--dtype is 'float16'", "float32", "bfloat16"]),
+        (["--dtype", "float17"], ["--dtype is 'float17'", "float32", "bfloat16"]),
         (["--method", "prefix"], ["--method is 'prefix'", "ia3", "none"]),
         (["--rank", "0"], ["--rank is 0", "at least 1"]),
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
         (["--adapters", "two"], ["--adapters is 'two'", "each", "one"]),
+        (["--seed", "1", "2", "3"], ["'2' is neither", "commas", "as in --seed 1,2,3"]),
+        (["--lr", "1e-3", "1e-2", "--steps", "3"], ["as in --lr 1e-3,1e-2"]),
+        (["--steps", "1", "2"], ["'2' is neither a flag nor the value of a flag (see"]),
+        (["--learning-rate", "1"], ["'--learning-rate'", "did you mean --lr?"]),
+        (["--output_dir=x"], ["did you mean --out?"]),
+        (["--checkpoint", "runs/x/checkpoint.pt"], ["to continue a run", "--resume runs/"]),
+        (["--resume", "runs/x/checkpoint.pt"], ["expected the folder of a run: runs/x"]),
+        (["--epochs", "0"], ["--epochs is 0.0", "above 0"]),
+        (["--epochs", "2", "--steps", "3"], ["--epochs takes the place of --steps"]),
+        (["--log-to", "tensorbord"], ["--log-to is 'tensorbord'", "some of tensorboard,wandb"]),
         (["--seed", "0,x"], ["--seed", "'0,x'", "int"]),
         (["--seed", "0,-1"], ["--seed is -1", "at least 0"]),
         (["--lr", "1e-3,0"], ["--lr is 0.0", "above 0"]),
@@ -91,7 +105,8 @@ def test_help_explains_every_flag_and_its_default(capsys):
         run(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    explained = [" ".join(part.split()) for part in text.split("options:")[1].split("\n  --")[1:]]
+    shown, examples = text.split("options:")[1].split("\nexamples:")
+    explained = [" ".join(part.split()) for part in shown.split("\n  --")[2:]]  # not --version
     fields = dataclasses.fields(train.Config)
     assert len(explained) == len(fields)
     for field, words_of in zip(fields, explained, strict=True):
@@ -102,4 +117,14 @@ def test_help_explains_every_flag_and_its_default(capsys):
         if field.default not in (None, False, 0):
             assert f"(default: {field.default})" in words_of
         assert "(default: " in words_of, name
-    assert text.count("python train.py") >= 4
+    assert examples.count("\n  python train.py") == 4
+
+
+def test_help_has_groups_and_each_flag_is_in_one(capsys):
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{title}:\n") for title in GROUPS.values()]
+    assert places == sorted(places)
+    assert GROUPS.keys() <= {field.name for field in dataclasses.fields(train.Config)}
+    assert "\n  --model " not in text[: places[0]]

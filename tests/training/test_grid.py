@@ -213,7 +213,7 @@ def uninterrupted():
 def test_a_grid_that_is_stopped_anywhere_continues_bit_for_bit(seed, tmp_path, monkeypatch):
     results_by_hand(monkeypatch, accuracy_by_hand)
     expected, n = uninterrupted()
-    assert len(expected[0]) == 8 * 3
+    assert len(expected[0]) == 8 * 4
     n_steps = {line["steps"] for line in expected[1] if line["event"] == "final"}
     assert len(n_steps) > 1  # some cells stop before others
     out = tmp_path / "run"
@@ -329,7 +329,8 @@ def test_the_report_of_a_grid_has_a_line_for_each_adapter(tmp_path, capsys):
             x for x in metrics(tmp_path / "run") if x["event"] == "final" and x["adapter"] == name
         )
         figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
-        assert line == f"  {name:<12}accuracy {figures}, 2 steps"
+        commonest = f"(commonest label: {final['commonest']:.1%})"
+        assert line == f"  {name:<12}accuracy {figures} {commonest}, 2 steps"
     assert next(line for line in table if line.startswith("  trained ")).endswith("%) each")
 
 
@@ -371,7 +372,7 @@ def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):
         line["adapter"]: line["event"] for line in metrics(tmp_path / "two") if "adapter" in line
     }
     assert events == {"lr1e-12": "final", "lr1e+25": "failed"}
-    (row,), note = table_rows([tmp_path / "two"])
+    (_, row), note = table_rows([tmp_path / "two"])  # the first row is the commonest label's
     assert row.n_runs == 1
     assert note.startswith("1 left out")
     assert "lr1e+25" in note

@@ -3,8 +3,10 @@
 import contextlib
 import fcntl
 import functools
+import io
 import os
 import pty
+import re
 import signal
 import struct
 import termios
@@ -24,6 +26,7 @@ from running import (
     task,
     words,
 )
+from tqdm import tqdm
 from written_out import read
 
 import minia3
@@ -166,7 +169,7 @@ def terminal(name):
 @pytest.mark.slow
 def test_progress_is_a_bar_in_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))  # lines, columns
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # lines, columns
     process = start(
         words(tmp_path / "run"), tmp_path / "log", functools.partial(terminal, os.ttyname(theirs))
     )
@@ -178,8 +181,33 @@ def test_progress_is_a_bar_in_a_terminal(tmp_path):
             shown += part
     os.close(ours)
     text = shown.decode()
-    assert "\r" in text
+    parts = re.split(r"[\r\n]|\x1b\[A", text)
+    assert max(map(len, parts)) <= 80
     last = text.rstrip().split("\r")[-1]
-    for unit in ("12/12", "step/s", "loss ", "lr ", "examples/s", "tokens/s", "MB"):
+    for unit in ("12/12", "step/s", "loss "):
         assert unit in last
-    assert not any(line.startswith("step ") for line in (tmp_path / "log").read_text().splitlines())
+    # A few lines with losses stay: of the first step, and about every tenth of the run.
+    lines = [
+        line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("step")
+    ]
+    assert [line.split()[1] for line in lines] == ["1", "10", "12"]
+    assert all("loss " in line for line in lines)
+
+
+def test_a_slow_step_shows_its_loss_before_a_line_is_due(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(tqdm):
+        def set_postfix_str(self, text, **options):
+            shown.append((self.n, text))
+
+    @contextlib.contextmanager
+    def bar(**options):
+        with Bar(**options, file=io.StringIO()) as made:
+            yield made
+
+    monkeypatch.setattr("minia3.training.log.progress_bar", bar)
+    monkeypatch.setattr("minia3.training.log.REFRESH", 0)
+    assert run(words(tmp_path / "run", steps=8)) == 0
+    assert [n for n, _ in shown] == [1, 1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert all(text.startswith("loss ") for _, text in shown)

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minia3.inference.scoring import choice_scores
+from minia3.tasks.batches import collate
+from minia3.tasks.examples import Example
 from minia3.training.losses import LOSSES, count_terms, total_loss, unlikelihood_loss
 
 INF = float("inf")
@@ -217,3 +219,25 @@ def test_a_choice_that_is_certain_has_a_finite_unlikelihood():
     loss.backward()
     assert loss.item() == pytest.approx(-math.log(0.01))
     assert logp.grad.flatten().tolist() == pytest.approx([0.0, 100.0], rel=1e-5)
+
+
+def test_the_loss_of_a_conversation_is_the_mean_over_the_tokens_of_the_assistant():
+    """Parts of a batch add up to it, although the turns have different lengths."""
+    torch.manual_seed(0)
+    examples = [
+        Example([1], [[2, 3, 4, 5, 6]], 0, [True, False, False, True, True]),
+        Example([1], [[2, 3]], 0, [False, True]),
+        Example([1], [[2, 3, 4]], 0),
+    ]
+    batch = collate(examples)
+    logp_BCL = -torch.rand(batch.target_BCL.shape, dtype=torch.float64)
+    mask_BCL = batch.target_mask_BCL
+    assert int(mask_BCL.sum()) == 3 + 1 + 3
+    whole = total_loss(logp_BCL, mask_BCL, batch.label_B)
+    torch.testing.assert_close(whole, -logp_BCL[mask_BCL].mean())
+    n_terms = count_terms(mask_BCL, batch.label_B)
+    parts = 0
+    for b in range(3):
+        rows = slice(b, b + 1)
+        parts += total_loss(logp_BCL[rows], mask_BCL[rows], batch.label_B[rows], n_terms=n_terms)
+    torch.testing.assert_close(parts, whole)

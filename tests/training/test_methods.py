@@ -15,10 +15,12 @@ from running import (
     outcome,
     resume,
     run,
+    task,
     train,
     words,
 )
 from safetensors.torch import load_file
+from written_out import read, used
 
 import minia3
 from minia3.adapters.lora import add_lora
@@ -81,8 +83,8 @@ def test_only_the_chosen_vectors_differ_from_one(seed, name, flags, moves, tmp_p
             "k,up",
             ["--sites 'k,up'", "no vectors for 'up'", "sites from k,v,ff,q,o,up,gate"],
         ),
-        ("layers", "0,2", ["--layers '0,2'", "no vectors for '2'"]),
-        ("layers", "2", ["--layers '2'"]),
+        ("layers", "0,2", ["--layers names 2", "layers 0 to 1"]),
+        ("layers", "2", ["--layers names 2", "as in 0-1"]),
         ("layers", "1-0", ["--layers '1-0'"]),
         ("layers", "0,x", ["--layers '0,x'", "0-5,20-"]),
         ("layers", "0,", ["--layers '0,'"]),
@@ -112,11 +114,8 @@ def test_lora_trains_what_it_adds_and_its_folder_gives_the_same_result(name, tmp
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert final["trainable"] == sum(x.numel() for x in tensors.values())
     assert all(x.any() for x in tensors.values())  # B too has left zero
-    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split(
-        "train.py "
-    )[1]
-    assert run([*command.split(), "--device", "cpu"]) == 0
-    assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
+    share = used(capsys.readouterr().out, read(task() / "test.jsonl"), capsys)
+    assert share == pytest.approx(final["accuracy"])
 
 
 def test_lora_is_drawn_by_the_seed_of_its_run():
@@ -142,11 +141,8 @@ def test_full_trains_everything_except_the_vectors_and_saves_a_model(name, tmp_p
     )
     for (key, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         assert torch.equal(old, new) == key.endswith(".scale"), key
-    command = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line).split(
-        "train.py "
-    )[1]
-    assert run([*command.split(), "--device", "cpu"]) == 0
-    assert f"  accuracy    {final['accuracy']:.1%}\n" in capsys.readouterr().out
+    share = used(capsys.readouterr().out, read(task() / "test.jsonl"), capsys)
+    assert share == pytest.approx(final["accuracy"])
 
 
 @pytest.mark.slow

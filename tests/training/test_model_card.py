@@ -5,6 +5,7 @@ transformers."""
 import dataclasses
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import running
@@ -15,7 +16,8 @@ from running import train
 import minia3
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.checkpoints.known_models import EMBEDDED
-from minia3.training.flags import parse_flags
+from minia3.cli.main import main
+from minia3.training.command_line import parse_flags
 from minia3.training.model_card import card, write_card
 from minia3.training.run_folder import read_run_config
 
@@ -166,6 +168,40 @@ def test_a_card_is_written_in_utf_8_beside_the_other_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "README.md"}
 
 
+def test_the_commonest_label_and_the_doubts_stand_beside_the_result():
+    text = make_card(None, {"commonest": 0.6, "warnings": ["the first", "the second"]})
+    assert "| accuracy of always giving the commonest label | 60.0% | 60.0% |" in text
+    assert "\n\n**Warning:** the first.\n\n**Warning:** the second.\n" in text
+    assert "**Warning:**" not in make_card()
+
+
+def test_a_perplexity_is_shown_as_such():
+    values = {"metric": "inverse_perplexity", "perplexity_before": 12.5, "perplexity": 2.25}
+    text = make_card(None, {**values, "auc": None})
+    assert "| perplexity | 12.50 | 2.25 |" in text
+
+
+# What others must not see
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora", "full"])
+def test_no_file_beside_an_adapter_names_a_folder_of_this_machine(method, tmp_path):
+    start = tmp_path / "start"
+    rest = {"method": method, "steps": 2, "lr": 0.1}
+    if method == "ia3":
+        minia3.save_adapter(minia3.load_model(running.model("t5")), start)
+        rest["adapter"] = start
+    assert running.run(running.words(tmp_path / "run", **rest)) == 0
+    saved = tmp_path / "run" / ("model" if method == "full" else "adapter")
+    for path in saved.iterdir():
+        if path.suffix in (".md", ".json"):
+            text = path.read_text(encoding="utf-8")
+            for place in (str(tmp_path), running.home().name, str(running.model("t5").parent)):
+                assert place not in text, path.name
+    text = (saved / "README.md").read_text()
+    assert f"--model {running.model('t5').name} --task {running.task().name}" in text
+
+
 # The command
 
 
@@ -173,7 +209,7 @@ def test_a_card_is_written_in_utf_8_beside_the_other_files(tmp_path):
 def test_a_value_of_one_is_not_taken_for_a_switch(values):
     config = train.Config(**values)
     words = command_of(make_card(config))
-    assert parse_flags(train.Config, words[2:], "") == config
+    assert train.Config(**parse_flags(words[2:])) == config
 
 
 def test_the_command_makes_the_same_run_again_and_names_no_place():
@@ -189,7 +225,7 @@ def test_the_command_makes_the_same_run_again_and_names_no_place():
     )
     words = command_of(make_card(config))
     assert words[:2] == ["python", "train.py"]
-    found = parse_flags(train.Config, words[2:], "")
+    found = train.Config(**parse_flags(words[2:]))
     assert found == dataclasses.replace(config, out=None, data_dir="data", device=None)
 
 
@@ -211,9 +247,15 @@ def test_the_flags_and_the_result_of_a_run_make_its_card(tmp_path):
 # The code
 
 
-def run_blocks(text, folder, monkeypatch):
-    """Run the two pieces of code of a card in its folder, and yield the names that they define."""
+def run_blocks(text, folder, monkeypatch, base=None):
+    """Run the two pieces of code of a card in its folder, and yield the names that they define.
+
+    base: the path of a local model. The card says to put it into the folder.
+    """
     monkeypatch.chdir(folder)
+    if base is not None:
+        assert "# the base, which is not in this folder: put it here" in text
+        Path(folder, base.name).symlink_to(base)
     for block in blocks(text):
         names = {}
         exec(compile(block, "README.md", "exec"), names)
@@ -253,7 +295,8 @@ def test_the_code_for_lora_and_for_a_model_loads_them_here_and_there(
         change(p for key, p in model.named_parameters() if not key.endswith(".scale"))
         minia3.save_model(model, tmp_path, tokenizer)
     text = make_card(config, {"architecture": ARCHITECTURES[name]})
-    ours, peer = run_blocks(text, tmp_path, monkeypatch)
+    base = running.model(name) if method == "lora" else None
+    ours, peer = run_blocks(text, tmp_path, monkeypatch, base)
     expected = logits(model, SOURCE, None, TARGET)
     assert torch.equal(logits(ours["model"], SOURCE, None, TARGET), expected)
     assert off(theirs(peer["model"].eval(), name), expected) < 1e-5
@@ -271,7 +314,7 @@ def test_the_code_for_an_adapter_loads_it_here_and_in_peft(name, tmp_path, monke
     model = randomize(minia3.load_model(config.model))
     minia3.save_adapter(model, tmp_path)
     text = make_card(config, {"architecture": ARCHITECTURES[name]})
-    ours, peer = run_blocks(text, tmp_path, monkeypatch)
+    ours, peer = run_blocks(text, tmp_path, monkeypatch, running.model(name))
     for key, vector in minia3.vectors(model).items():
         assert torch.equal(minia3.vectors(ours["model"])[key], vector)
     assert ours["tokenizer"].decode(ours["tokenizer"].encode("w7 w9")) == "w7 w9"
@@ -284,3 +327,31 @@ def test_the_code_for_the_embedded_model_runs(tmp_path, monkeypatch):
     minia3.save_adapter(minia3.load_model("tiny-t5"), tmp_path)
     (tmp_path / "data").symlink_to(running.ROOT / "data")
     assert len(list(run_blocks(make_card(), tmp_path, monkeypatch))) == 2
+
+
+@pytest.mark.slow
+def test_the_code_for_a_gguf_base_runs_after_the_command_that_it_shows(tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    monkeypatch.syspath_prepend(running.ROOT / "tests" / "checkpoints")
+    import test_gguf
+
+    base = tmp_path / "models" / "small.gguf"
+    base.parent.mkdir()
+    tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
+    tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": [2, 3, 1]}
+    test_gguf.write(base, tensors, tokens)
+    folder = tmp_path / "adapter"
+    model = randomize(minia3.load_model(base))
+    minia3.save_adapter(model, folder)
+    text = make_card(train.Config(model=str(base)), {"architecture": "Llama"})
+    assert str(tmp_path) not in text
+    (command,) = re.findall(r"that this command makes: (.*)", text)
+    assert command == "minia3 convert small.gguf small-converted"
+    (folder / "small.gguf").symlink_to(base)
+    monkeypatch.chdir(folder)
+    assert main(shlex.split(command)[1:]) == 0
+    (folder / "small.gguf").unlink()
+    ours, peer = run_blocks(text, folder, monkeypatch, base)
+    expected = logits(model, SOURCE, None, TARGET)
+    assert off(logits(ours["model"], SOURCE, None, TARGET), expected) < 1e-5
+    assert off(theirs(peer["model"].eval(), "llama"), expected) < 1e-5

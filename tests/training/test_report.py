@@ -1,5 +1,5 @@
-"""Guards what a run prints at its end: plain lines with the figures of the final lines, and a
-command that evaluates the adapter again."""
+"""Guards what a run prints at its end: plain lines with the figures of the final lines, what is
+doubtful about them, and a command that uses the adapter on new rows."""
 
 import shlex
 from pathlib import Path
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from running import train
 
-from minia3.training.command_lines import evaluation_command, training_command
-from minia3.training.flags import parse_flags
+from minia3.cli.main import parse
+from minia3.training.command_line import parse_flags
+from minia3.training.command_lines import training_command, using_command
 from minia3.training.report import before_after, describe, report
 
 FINAL = {
@@ -21,6 +22,7 @@ FINAL = {
     "accuracy": 0.751,
     "auc_before": None,
     "auc": None,
+    "answer": "choices",
     "trainable": 1536,
     "total": 218112,
     "steps": 30,
@@ -50,15 +52,16 @@ def test_a_run_with_one_result_prints_these_lines(capsys):
     config = train.Config(model="t5-base", task="rte")
     expected = """
 rte: 277 rows of test
-  accuracy    50.0% before, 75.1% after
+  accuracy    50.0% before, 75.1% after (commonest label: 52.7%)
   AUC         0.50 before, 0.75 after
   peak memory 279 MB
   trained     1,536 of 218,112 parameters (0.704%)
   time        12 s for 30 steps
   adapter     runs/x/adapter
-  use it      python train.py --model t5-base --task rte --adapter runs/x/adapter --eval-only
+  use it      minia3 predict t5-base new.csv --adapter runs/x/adapter
 """
-    assert text_of(capsys, config, {"auc_before": 0.5, "auc": 0.751}) == expected
+    final = {"auc_before": 0.5, "auc": 0.751, "commonest": 0.527}
+    assert text_of(capsys, config, final) == expected
 
 
 def test_a_grid_prints_a_line_for_each_adapter(capsys):
@@ -72,8 +75,7 @@ def test_a_grid_prints_a_line_for_each_adapter(capsys):
   trained     1,536 of 218,112 parameters (0.704%) each
   time        12 s for 30 steps
   adapter     runs/x/adapters/NAME
-  use it      python train.py --model t5-base --task TASK --seed SEED \
---adapter runs/x/adapters/NAME --eval-only
+  use it      minia3 predict t5-base new.csv --adapter runs/x/adapters/NAME
 """
     assert text_of(capsys, config, *changes) == expected
 
@@ -84,7 +86,7 @@ def test_a_mixture_prints_a_line_for_each_task(capsys):
     assert "\n2 results\n  rte         accuracy 50.0% before, 75.1% after, 30 steps\n" in text
     assert "\n  cb          accuracy 50.0% before, - after, 30 steps\n" in text
     assert "(0.704%)\n" in text
-    assert "--task rte,cb --adapter runs/x/adapter --eval-only" in text
+    assert "predict t5-base new.csv --adapter runs/x/adapter --task TASK\n" in text
 
 
 def test_a_grid_of_mixtures_names_adapter_and_task(capsys):
@@ -147,16 +149,56 @@ def test_the_time_of_a_grid_covers_all_its_cells(method, seeds, expected, capsys
     assert f"\n  time        {expected}\n" in text_of(capsys, config, *finals)
 
 
-def test_without_labeled_rows_there_is_nothing_to_evaluate_again(capsys):
+def test_without_labeled_rows_the_adapter_can_still_be_used(capsys):
     text = text_of(capsys, train.Config(), {"rows": 0, "accuracy": None, "accuracy_before": None})
     assert "- before, - after" in text
-    assert "use it" not in text
+    assert "use it      minia3 predict tiny-t5 new.csv --adapter runs/x/adapter\n" in text
+    assert "commonest" not in text
+
+
+def test_perplexities_are_shown_as_such(capsys):
+    final = {
+        "metric": "inverse_perplexity",
+        "perplexity_before": 1234.5,
+        "perplexity": 3.25,
+        "answer": "messages",
+    }
+    text = text_of(capsys, train.Config(model="m"), final)
+    assert "\n  perplexity  1,234.50 before, 3.25 after\n" in text
+    assert "\n  use it      minia3 generate m --chat --adapter runs/x/adapter\n" in text
+    several = train.Config(seed=(0, 1))
+    text = text_of(capsys, several, {**final, "adapter": "s0"}, {**final, "adapter": "s1"})
+    assert "\n  s1          perplexity 1,234.50 before, 3.25 after, 30 steps\n" in text
+    no_rows = {**final, "perplexity": None, "perplexity_before": None, "accuracy": None}
+    assert "perplexity  - before, - after" in text_of(capsys, train.Config(), no_rows)
+
+
+def test_the_share_of_the_commonest_label_stands_beside_each_result(capsys):
+    config = train.Config(task=("rte", "cb"), seed=(0, 1))
+    finals = [{"adapter": "a", "commonest": 0.527}, {"adapter": "c", "commonest": 0.5}]
+    _, lines = lines_of(capsys, config, *finals)
+    assert lines["a"] == "accuracy 50.0% before, 75.1% after (commonest label: 52.7%), 30 steps"
+    assert lines["c"] == "accuracy 50.0% before, 75.1% after (commonest label: 50.0%), 30 steps"
+    _, lines = lines_of(capsys, train.Config(), {"metric": "exact_match", "auc": None})
+    assert lines["exact_match"] == "50.0% before, 75.1% after"
+
+
+def test_each_doubt_is_a_line_with_the_name_of_its_result(capsys):
+    text = text_of(capsys, train.Config(), {"warnings": ["first", "second"]})
+    assert text.endswith("\n  warning     first\n  warning     second\n")
+    config = train.Config(task=("rte", "cb"), adapters="one", seed=(0, 1))
+    text = text_of(capsys, config, {"adapter": "s0", "warnings": ["first"]})
+    assert text.endswith("\n  warning     s0: rte: first\n")
 
 
 def test_results_are_described_in_a_few_words():
     assert describe("accuracy", {"accuracy": 0.5, "auc": None}) == "accuracy 50.0%"
     assert describe("macro_f1", {"accuracy": 0.5, "auc": 0.7}) == "macro_f1 50.0%, AUC 0.70"
     assert describe("accuracy", {"accuracy": None, "auc": None}) == "nothing to evaluate"
+    likelihood = {"accuracy": 0.5, "auc": None, "perplexity": 2.0}
+    assert describe("inverse_perplexity", likelihood) == "perplexity 2.00"
+    ruled_out = {"accuracy": 0.0, "auc": None, "perplexity": None}
+    assert describe("inverse_perplexity", ruled_out) == "perplexity -"
     assert before_after(FINAL, "accuracy", ".1%") == ["50.0%", "75.1%"]
     assert before_after(FINAL, "auc", ".2f") == ["-", "-"]
 
@@ -166,49 +208,44 @@ def test_results_are_described_in_a_few_words():
 
 def parsed(words):
     assert words[:2] == ["python", "train.py"]
-    return parse_flags(train.Config, words[2:], "")
+    return train.Config(**parse_flags(words[2:]))
 
 
-def test_the_evaluation_needs_the_flags_that_a_result_depends_on_and_no_others():
+def test_the_command_that_uses_an_adapter_has_the_flags_that_an_answer_depends_on():
     config = train.Config(
         model="my model",
-        task="rte",
         method="lora",
-        rank=4,
-        shots=32,
         seed=1,
-        data_dir="elsewhere",
         dtype="float64",
         max_length=5,
         max_new_tokens=6,
-        eval_prompt="all",
+        eval_prompt="3",
         steps=7,
-        lr=0.1,
-        out="runs/x",
     )
-    found = parsed(evaluation_command(config, Path("runs/x/adapter")))
-    assert found == train.Config(
-        model="my model",
-        task="rte",
-        method="lora",
-        shots=32,
-        seed=1,
-        data_dir="elsewhere",
-        dtype="float64",
-        max_length=5,
-        max_new_tokens=6,
-        eval_prompt="all",
-        adapter="runs/x/adapter",
-        eval_only=True,
-    )
+    words = using_command(config, "choices", Path("runs/x/adapter"))
+    assert words[0] == "minia3"
+    args = parse(words[1:])
+    assert (args.command, args.model, args.file) == ("predict", "my model", "new.csv")
+    assert (args.adapter, args.dtype, args.max_length) == ("runs/x/adapter", "float64", 5)
+    assert (args.max_new_tokens, args.prompt) == (6, 3)
 
 
-def test_a_whole_model_is_evaluated_as_a_model(capsys):
+def test_several_prompts_and_chats_have_no_prompt_to_use():
+    config = train.Config(eval_prompt="all")
+    assert using_command(config, "target") == ["minia3", "predict", "tiny-t5", "new.csv"]
+    config = train.Config(eval_prompt=1, max_length=9, max_new_tokens=8)
+    words = using_command(config, "messages", Path("a"))
+    assert words == [
+        *("minia3", "generate", "tiny-t5", "--chat"),
+        *("--adapter", "a", "--max-new-tokens", "8"),
+    ]
+
+
+def test_a_whole_model_is_used_as_a_model(capsys):
     text = text_of(capsys, train.Config(model="t5-base", task="rte", method="full"), {})
     assert "\n  model       runs/x/model\n" in text
     words = shlex.split(text.splitlines()[-1].partition("use it")[2])
-    found = parsed(words)
-    assert (found.model, found.adapter, found.eval_only) == ("runs/x/model", None, True)
+    assert words == ["minia3", "predict", "runs/x/model", "new.csv"]
 
 
 def test_the_training_command_gives_the_same_config_in_the_default_places():

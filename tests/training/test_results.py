@@ -5,7 +5,7 @@ import pytest
 import running
 import torch
 from running import metrics, model, outcome, run, task, train, words
-from written_out import KINDS, adapter, read, rte_flags
+from written_out import KINDS, adapter, read, rte_flags, used
 
 import minia3
 from minia3.inference.evaluation import evaluate
@@ -75,7 +75,7 @@ def test_a_saved_adapter_scores_what_its_run_reported_and_a_run_can_start_from_i
     capsys.readouterr()
     adapter_flag = {"adapter": tmp_path / "run" / "adapter"}
     assert run(words(None, "--eval-only", **flags, **adapter_flag)) == 0
-    assert f"  {final['metric']:<12}{final['accuracy']:.1%}\n" in capsys.readouterr().out
+    assert f"  {final['metric']:<12}{final['accuracy']:.1%}" in capsys.readouterr().out
     assert run(words(tmp_path / "scored", "--eval-only", **flags, **adapter_flag)) == 0
     scored = metrics(tmp_path / "scored")[-1]
     assert (scored["accuracy"], scored["auc"], scored["trainable"]) == (
@@ -114,15 +114,16 @@ def test_what_peft_reads_is_what_was_trained(tmp_path):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_the_printed_command_gives_the_reported_result(tmp_path, capsys):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_command_answers_new_rows_as_the_run_did(kind, tmp_path, capsys):
     out = tmp_path / "a run"
-    assert run(words(out, lr=0.3, max_length=5, dtype="float64")) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line)
-    command = line.split("python train.py ")[1]
-    assert "--max-length 5" in command
-    assert "--dtype float64" in command
-    assert run([*train.shlex.split(command), "--device", "cpu"]) == 0
-    assert f"{metrics(out)[-1]['accuracy']:.1%}\n" in capsys.readouterr().out
+    flags = {"max_length": 5, "max_new_tokens": 3, "dtype": "float64"}
+    assert run(words(out, lr=0.3, task=task(KINDS[kind]), **flags)) == 0
+    shown = capsys.readouterr().out
+    for word in ("--max-length 5", "--max-new-tokens 3", "--dtype float64"):
+        assert word in shown
+    found = used(shown, read(task(KINDS[kind]) / "test.jsonl"), capsys)
+    assert found == pytest.approx(metrics(out)[-1]["accuracy"])
 
 
 def test_method_none_evaluates_the_base_and_trains_nothing(tmp_path, capsys):
@@ -181,7 +182,7 @@ def test_the_base_is_evaluated_once_for_each_set_of_rows(tmp_path, monkeypatch):
 
 
 def test_seeds_that_report_on_other_rows_have_their_own_evaluation(tmp_path, monkeypatch):
-    def load_task(name, data_dir, shots, seed):
+    def load_task(name, data_dir, shots, seed, **flags):
         made = minia3.load_task(name, data_dir, shots, seed)
         return made._replace(test=made.test[seed::2])
 
@@ -278,12 +279,14 @@ def test_a_run_ends_with_one_short_table(tmp_path, capsys):
     head, *table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert head == "task-2: 12 rows of test"
     cells = {line[2:14].strip(): line[14:] for line in table}
-    assert (
-        cells["accuracy"] == f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
-    )
+    figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
+    labels = [row["label"] for row in read(task() / "test.jsonl")]
+    share = max(labels.count(0), labels.count(1)) / len(labels)
+    assert cells["accuracy"] == f"{figures} (commonest label: {share:.1%})"
+    assert final["commonest"] == share
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
     assert cells["trained"] == f"448 of 23,512 parameters ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
     assert cells["time"].endswith(" s for 12 steps")
     assert cells["peak memory"].endswith(" MB")
-    assert cells["use it"].startswith("python train.py --model ")
+    assert cells["use it"].startswith("minia3 predict ")

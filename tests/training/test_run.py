@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from minia3.training.checkpoint import save_checkpoint
 from minia3.training.group import Group
 from minia3.training.log import TrainingLog
 from minia3.training.run_folder import Metrics
+from minia3.training.signals import WAITING
 
 RECIPES = {
     "adafactor": {"dropout": 0.1, "save_every": 5},
@@ -153,6 +155,11 @@ def steps_that_begin(monkeypatch):
     return steps
 
 
+def last_words(capsys):
+    """Return stderr without the announcement of Ctrl-C, which comes only in slow steps."""
+    return capsys.readouterr().err.replace(WAITING + "\n", "")
+
+
 def stopped(out):
     """Return what a stopped run says."""
     return f"stopped; to continue: python train.py --resume {out}\n"
@@ -184,7 +191,7 @@ def test_a_run_that_is_stopped_anywhere_says_how_to_continue_and_continues_bit_f
     capsys.readouterr()
     with at_line(n, functools.partial(kill_self, number)) as ran:
         assert run(recipe(name, out)) == code, ran[-1]
-    assert capsys.readouterr().err == stopped(out)
+    assert last_words(capsys) == stopped(out)
     continues_as_if_it_had_not_stopped(name, out)
 
 
@@ -217,7 +224,7 @@ def test_every_phase_can_be_stopped_at_once_except_for_a_step(
     out = tmp_path / "run"
     capsys.readouterr()
     assert run(recipe("best of", out)) == 130
-    assert capsys.readouterr().err == stopped(out)
+    assert last_words(capsys) == stopped(out)
     assert len(calls) == call  # at once, and in a step at its end
     monkeypatch.undo()
     steps = steps_that_begin(monkeypatch)
@@ -282,7 +289,7 @@ def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
     monkeypatch.setattr(torch, "save", impatient_save)
     capsys.readouterr()
     assert run(recipe("adafactor", out)) == 143
-    assert capsys.readouterr().err == stopped(out)
+    assert last_words(capsys) == stopped(out)
     monkeypatch.undo()
     assert events(out, "train")[-1]["step"] == 5  # the last step with a line and a checkpoint
     continues_as_if_it_had_not_stopped("adafactor", out)
@@ -496,7 +503,7 @@ def test_a_run_may_be_moved_before_it_continues(tmp_path, capsys):
     out.rename(tmp_path / "moved")
     continues_as_if_it_had_not_stopped("adafactor", tmp_path / "moved")
     assert not out.exists()
-    assert f"{tmp_path / 'moved' / 'adapter'} --eval-only" in capsys.readouterr().out
+    assert f"--adapter {tmp_path / 'moved' / 'adapter'}\n" in capsys.readouterr().out
 
 
 # What continues, and from where
@@ -533,12 +540,30 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     assert resume(out) == 0
     assert (
         capsys.readouterr().out
-        == f"{out} is finished: the final lines of its metrics.jsonl are the results\n"
+        == f"{out} is finished: the final lines of its metrics.jsonl are the results; "
+        f"to train longer: python train.py --resume {out} --steps 24\n"
     )
     assert before == (
         contents(out),
         [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.name != ".lock"],
     )
+
+
+@pytest.mark.parametrize("at_step", [0, 5, 11])
+def test_a_folder_that_is_deleted_while_the_run_trains_is_one_line(
+    at_step, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    original = TrainingLog.start_step
+
+    def start_step(log):
+        if log.step == at_step:
+            shutil.rmtree(out)
+        return original(log)
+
+    monkeypatch.setattr(TrainingLog, "start_step", start_step)
+    fails(words(out), capsys, f"{out}: the folder of this run was deleted or moved", code=1)
+    assert not out.exists()
 
 
 # The disk
@@ -569,6 +594,28 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
         "metrics.jsonl",
     ]
     continues_as_if_it_had_not_stopped("adafactor", out)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_whose_cells_have_all_lost_patience_only_reports(tmp_path, monkeypatch):
+    """The stop comes between the last evaluation, in which the cell gives up, and its report."""
+    uninterrupted("best of")
+    out = tmp_path / "run"
+    original = Group.evaluate
+    n_calls = []
+
+    def evaluate(group, *args, **options):
+        if not group.active_cells:
+            n_calls.append(None)
+            kill_self(signal.SIGTERM)
+        return original(group, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "evaluate", evaluate)
+        assert run(recipe("best of", out)) == 143
+        assert resume(out) == 143  # again there is no active cell
+    assert len(n_calls) == 2
+    continues_as_if_it_had_not_stopped("best of", out)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,13 @@ import minia3
 from minia3.files.lock import lock_folder
 from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
-from minia3.training.run_folder import Metrics, environment, restore_flags, run_name
+from minia3.training.run_folder import (
+    Metrics,
+    describe_difference,
+    environment,
+    restore_flags,
+    run_name,
+)
 
 
 def test_a_second_run_in_the_folder_of_one_that_lives_is_refused(tmp_path, capsys):
@@ -37,11 +44,11 @@ def test_a_run_holds_its_folder_until_it_ends(tmp_path, monkeypatch):
     out = tmp_path / "run"
     seen = []
 
-    def load_task_while_locked(*args):
+    def load_task_while_locked(*args, **flags):
         with pytest.raises(ValueError, match="another run is writing there"):
             lock_folder(out)
         seen.append(args)
-        return load_task(*args)
+        return load_task(*args, **flags)
 
     monkeypatch.setattr("minia3.training.grid.load_task", load_task_while_locked)
     assert run(words(out, steps=1)) == 0
@@ -92,6 +99,51 @@ def test_the_default_folder_is_named_after_model_task_method_and_seed(tmp_path, 
 )
 def test_the_default_folder_of_a_grid_lists_its_values(flags, expected):
     assert run_name(train.Config(**flags)) == expected
+
+
+def run_by_default(**flags):
+    """Run without --out, and return the folder's name."""
+    before = set(Path("runs").glob("*"))
+    assert run(words(None, method="none", steps=None, **flags)) == 0
+    (new,) = set(Path("runs").glob("*")) - before
+    return new.name
+
+
+def test_runs_with_other_flags_are_kept_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps(row) + "\n" for row in running.rows(20)]
+        (tmp_path / name / "rows.jsonl").write_text("".join(lines))
+    base = "t5-0-rows-none-0"
+    assert run_by_default(task="a/rows.jsonl", lr=0.01) == base
+    other = run_by_default(task="b/rows.jsonl", lr=0.01)
+    assert other.startswith(f"{base}-task")
+    assert run_by_default(task="a/rows.jsonl") == f"{base}-lr0.003"  # the default
+    both = run_by_default(task="a/rows.jsonl", lr=0.1, max_length=9)
+    assert both == f"{base}-lr0.1-maxlength9"
+    assert run_by_default(task="a/rows.jsonl", lr=0.01, shots=2) == f"{base}-shots2"
+    same = words(None, method="none", steps=None, task="a/rows.jsonl", lr=0.1, max_length=9)
+    fails(same, capsys, f"runs/{both} holds a run already")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, ""),
+        ({"out": "x", "device": "cpu", "data_dir": "y"}, ""),
+        ({"steps": 300, "lr": 0.01}, "-steps300-lr0.01"),
+        ({"recompute": True, "seed": (0, 1)}, "-seed0,1-recompute"),
+        ({"epochs": 2.0}, "-epochs2.0"),
+        ({"eval_prompt": "all", "sites": "k,v"}, "-sitesk,v-evalpromptall"),
+    ],
+)
+def test_the_suffix_of_a_folder_names_what_differs(flags, expected):
+    found = dataclasses.asdict(train.Config())
+    assert describe_difference(train.Config(**flags), found) == expected
+    assert describe_difference(train.Config(), found | {"shots": 32}) == "-noshots"
+    long = describe_difference(train.Config(model="a/very/long/path/to/a/model"), found)
+    assert re.fullmatch("-model[0-9a-f]{6}", long)
 
 
 def test_after_a_mistake_before_the_first_evaluation_the_folder_is_gone(tmp_path, capsys):
@@ -206,7 +258,7 @@ def test_a_run_of_an_earlier_version_keeps_its_flags_under_their_new_names(tmp_p
     config["similar_lengths"] = False
     write_config = (out / "config.json").write_text
     write_config(json.dumps(config))
-    assert restore_flags(train.Config(resume=str(out))).recompute is True
+    assert restore_flags(train.Config, {"resume": str(out)}).recompute is True
     (out / "checkpoint.pt").unlink()
     shutil.rmtree(out / "adapter")
     assert resume(out) == 0
@@ -227,9 +279,9 @@ def test_config_json_is_written_before_anything_slow_and_holds_every_flag(tmp_pa
     seen = []
     original = load_task
 
-    def spy(*args):
+    def spy(*args, **flags):
         seen.append(json.loads((out / "config.json").read_text()))
-        return original(*args)
+        return original(*args, **flags)
 
     monkeypatch.setattr("minia3.training.grid.load_task", spy)
     assert run(words(out, "--deterministic", steps=1, lr=0.5, dropout=0)) == 0

@@ -1,19 +1,29 @@
-"""Signals stop a run at once, but not within a block that must be finished."""
+"""Signals stop a run at once, but not within a block that must be finished. In the part of a step
+that only computes, a second Ctrl-C or SIGTERM stops it, however long an operation takes."""
 
+import contextlib
+import functools
+import hashlib
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from running import kill_self
+import torch
+from running import ROOT, finish, kill_self, outcome, resume, run, start, words
 
-from minia3.training.signals import Signals, Stopped
+import train
+from minia3.files import program
+from minia3.training import signals as training_signals
+from minia3.training.log import TrainingLog
+from minia3.training.signals import STOPPING, WAITING, Signals, Stopped
 
 
 @pytest.fixture
 def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield Signals()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with Signals() as signals:
+        yield signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -55,3 +65,205 @@ def test_a_block_without_a_signal_ends_quietly_and_the_next_signal_stops_at_once
 
 def test_stopped_is_not_caught_by_handlers_of_errors():
     assert not issubclass(Stopped, Exception)
+
+
+# Urgent signals
+
+
+def leave(number):
+    raise AssertionError("the main thread reacts")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "n_received"),
+    [
+        ([signal.SIGTERM, signal.SIGTERM], 1),
+        ([signal.SIGINT, signal.SIGINT], 2),
+        ([signal.SIGINT, signal.SIGTERM], 2),
+        ([signal.SIGINT], 2),  # the rest of the block runs
+    ],
+)
+def test_an_urgent_block_ends_at_a_second_ctrl_c_or_at_sigterm(numbers, n_received, signals):
+    steps = []
+
+    def block():
+        with signals.uninterrupted(), signals.urgent(leave):
+            for number in numbers:
+                steps.append(number)
+                kill_self(number)
+            steps.append(None)
+
+    with pytest.raises(Stopped) as stop:
+        block()
+    assert len(steps) == n_received
+    assert stop.value.number == numbers[min(n_received, len(numbers)) - 1]
+
+
+def test_a_second_signal_in_the_part_that_updates_waits(signals):
+    steps = []
+
+    def block():
+        with signals.uninterrupted():
+            with signals.urgent(leave):
+                pass
+            for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+                kill_self(number)
+                steps.append(number)
+
+    with pytest.raises(Stopped):
+        block()
+    assert len(steps) == 3
+
+
+def test_the_first_ctrl_c_in_a_long_step_is_announced_and_in_a_short_one_it_is_not(
+    signals, monkeypatch, capsys
+):
+    monkeypatch.setattr(training_signals, "SHORT", 0.01)
+
+    def block(seconds):
+        with contextlib.suppress(Stopped), signals.uninterrupted():
+            kill_self(signal.SIGINT)
+            time.sleep(seconds)
+
+    block(0.3)
+    assert capsys.readouterr().err == WAITING + "\n"
+    block(0)
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_handlers_are_as_before_after_the_block():
+    before = [signal.getsignal(number) for number in STOPPING]
+    with Signals():
+        assert [signal.getsignal(number) for number in STOPPING] != before
+    assert [signal.getsignal(number) for number in STOPPING] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# A step that is given up
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+@pytest.mark.parametrize("n_parts", [0, 1])
+def test_a_step_that_is_given_up_is_the_only_one_that_is_lost(
+    numbers, n_parts, tmp_path, monkeypatch
+):
+    """Dropout and a mean over steps would show if anything of the step was left."""
+    flags = {"dropout": 0.1, "steps": 12, "save_every": 20, "micro_batch_size": 2, "seed": "0,1"}
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    assert run(words(whole, **flags)) == 0
+
+    original = train.choice_logprobs
+    n_calls = []
+    n_parts_of_step = 4  # two cells with four examples each, in parts of two
+
+    def choice_logprobs(*args):
+        n_calls.append(None)
+        result = original(*args)
+        if len(n_calls) == 6 * n_parts_of_step + n_parts + 1:
+            for number in numbers:
+                kill_self(number)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "choice_logprobs", choice_logprobs)
+        assert run(words(out, **flags)) == 128 + numbers[-1]
+    steps = []
+    start_step = TrainingLog.start_step
+    monkeypatch.setattr(
+        TrainingLog, "start_step", lambda log: (steps.append(log.step), start_step(log))
+    )
+    assert resume(out) == 0
+    assert steps == list(range(6, 12))
+    assert outcome(out) == outcome(whole)
+
+
+@contextlib.contextmanager
+def an_operation_that_takes_long(ready):
+    """The backward pass of the fourth step is one call of C that takes a minute."""
+    original = torch.Tensor.backward
+    n_calls = []
+
+    def backward(loss):
+        original(loss)
+        n_calls.append(None)
+        if len(n_calls) == 4:
+            ready.touch()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)  # it lets other threads run
+
+    torch.Tensor.backward = backward
+    program._begun.append("train.py")
+    yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_a_single_operation_that_takes_a_minute_is_given_up_within_five_seconds(numbers, tmp_path):
+    flags = {"dropout": 0.1, "steps": 8}
+    assert run(words(tmp_path / "whole", **flags)) == 0
+    out = tmp_path / "run"
+    ready = tmp_path / "ready"
+    prepare = functools.partial(an_operation_that_takes_long, ready)
+    process = start(words(out, **flags), tmp_path / "log", prepare)
+    while not ready.exists():
+        time.sleep(0.05)
+    time.sleep(0.2)
+    began = time.monotonic()
+    for number in numbers:
+        training_signals.os.kill(process.pid, number)
+        time.sleep(0.5)
+    assert finish(process) == 128 + numbers[-1]
+    assert time.monotonic() - began < 5
+    log = (tmp_path / "log").read_text()
+    assert log.endswith(f"stopped; to continue: python train.py --resume {out}\n")
+    assert (WAITING in log) == (len(numbers) == 2)
+    assert resume(out) == 0
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+# Ctrl-C while modules are imported
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [("train.py", ["train.py", "--out"]), ("minia3", ["-m", "minia3", "convert", "tiny-t5"])],
+)
+def test_ctrl_c_during_imports_is_one_line(program, command, delay, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # -v names each module that is imported.
+    words = [sys.executable, "-v", *command, str(tmp_path / "out")]
+    try:
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for line in process.stderr:
+            if "torch/__init__" in line:
+                break
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.wait(60) == 130
+    assert "Traceback" not in rest
+    beginnings = (f"{program}: ", "stopped; to continue")  # the second if imports were quick
+    lines = [line for line in rest.splitlines() if line.startswith(beginnings)]
+    assert len(lines) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_lets_the_step_go_on(signals, monkeypatch, capsys):
+    """The second thread does not end the process before the state is safe."""
+    ended = []
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training_signals.os, "_exit", ended.append)
+    with signals.uninterrupted(), signals.urgent(full):
+        signals.end_process(signal.SIGTERM)
+    message = "the run cannot stop yet: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == message
+    assert (ended, signals.is_leaving) == ([], False)
+    signals.end_process(signal.SIGTERM)  # too late: the block has ended
+    assert ended == []

@@ -1,13 +1,17 @@
 """The recipe written out: the batches and the losses that a run of train.py must have."""
 
 import json
+import shlex
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
-from running import write
+from running import home, write
 from safetensors.torch import load_file
 
 import minia3
+from minia3.cli.main import main
 
 KINDS = {"choices": (2,), "mixed choices": (2, 3, 1), "targets": (0,)}
 LABELS = ("entailment", "not_entailment")
@@ -87,3 +91,30 @@ def results_by_hand(monkeypatch, accuracy_of):
 
     monkeypatch.setattr(Group, "evaluate_held_out", evaluate_held_out)
     return collected
+
+
+def used(shown, rows, capsys, name="", task=""):
+    """Run the command that a report shows after "use it" on rows without their answers.
+
+    Return the share of rows that it answers rightly. shown: what the run printed. name, task: of a
+    grid or a mixture, in place of NAME and TASK.
+    """
+    (line,) = (line for line in shown.splitlines() if line.startswith("  use it"))
+    program, *words = shlex.split(line.partition("use it")[2].replace("NAME", name))
+    words = [task if word == "TASK" else word for word in words]
+    assert program == "minia3"
+    questions = []
+    for row in rows:
+        questions.append({key: row[key] for key in ("input", "choices") if key in row})
+    folder = write(Path(tempfile.mkdtemp(dir=home().name)), new=questions)
+    words[words.index("new.csv")] = str(folder / "new.jsonl")
+    capsys.readouterr()
+    assert main([*words, "--device", "cpu"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    is_right = []
+    for answer, row in zip(answers, rows, strict=True):
+        if "target" in row:
+            is_right.append(answer["output"] == row["target"])
+        else:
+            is_right.append(answer["label"] == row["label"])
+    return np.mean(is_right)

@@ -1,0 +1,32 @@
+"""What a program prints when it fails: one line of bounded length, whatever the error is.
+
+Some errors quote a whole file, name thousands of tensors, or hold several lines. Programs print
+errors through `message_of`, so a message is bounded here, once, and not wherever one is made.
+"""
+
+MOST_CHARACTERS = 1000
+
+
+def message_of(error):
+    """Return the message of an exception as one line, or its type if the message is empty."""
+    words = " ".join(str(error).split())
+    return shorten(words) or type(error).__name__
+
+
+def shorten(text, most=MOST_CHARACTERS):
+    """Return a text of at most `most` characters. A longer one loses its middle.
+
+    A message begins with what was found and ends with what to do, so both ends must stay.
+    """
+    printable = "".join(map(visible, text))
+    if len(printable) <= most:
+        return printable
+    dots = " ... "
+    n_head = (most - len(dots)) * 2 // 3
+    n_tail = most - len(dots) - n_head
+    return printable[:n_head] + dots + printable[-n_tail:]
+
+
+def visible(character):
+    """Return a character, or "?" in place of one that would move the cursor or color the line."""
+    return character if character.isprintable() else "?"

@@ -1,0 +1,58 @@
+"""What a program does first, before it imports anything that takes seconds.
+
+    begin("train.py")
+
+Importing torch takes seconds, and Ctrl-C within them would print a traceback of a hundred lines.
+"""
+
+import os
+import signal
+import sys
+
+_begun = []  # the program that this process is
+
+IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the name of its file in Python's frames
+
+
+def begin(program):
+    """Prepare this process to be a program. `program` begins its messages.
+
+    From here on, Ctrl-C while a module is imported ends the process with one line. Files and
+    names of files are UTF-8 whatever the locale is.
+    """
+    require_utf8()
+    _begun.append(program)
+
+    def interrupt(number, frame):
+        if is_importing(frame):
+            # No exception, because a module that is half imported could turn it into another one.
+            os.write(2, f"{program}: stopped\n".encode())
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def has_begun():
+    """Return whether this process is a program of ours, and not a notebook or a service."""
+    return bool(_begun)
+
+
+def require_utf8():
+    """Start Python again in its UTF-8 mode, if this process encodes names of files otherwise.
+
+    This happens in the locale C if PYTHONUTF8=0, and in old locales such as de_DE.ISO-8859-1. The
+    encoding cannot be changed later. On Windows and macOS it is UTF-8 anyway.
+    """
+    is_utf8 = sys.getfilesystemencoding().lower().replace("-", "") == "utf8"
+    if not is_utf8 and not sys.flags.utf8_mode:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def is_importing(frame):
+    """Return whether an import is in progress in a frame, or in one that has called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORT_SYSTEM:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,78 @@
+"""Standard output and standard error: UTF-8 whatever the locale is, and no reason for a run to end.
+
+A training may be piped into `head`, or its terminal may be closed. What it has to say then gets
+lost, and it goes on: metrics.jsonl has the same figures.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, suppress
+
+
+def use_utf8():
+    """Let standard output and standard error write UTF-8.
+
+    In the locale C, and on Windows if the output is a file, Python would write ASCII or a code
+    page, and an accented letter would be an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        is_text = hasattr(stream, "reconfigure") and stream.encoding is not None
+        if is_text and stream.encoding.lower().replace("-", "") != "utf8":
+            # What Python could not decode (as in a file's name) is written back as it came.
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+@contextmanager
+def lasting_output():
+    """Within the block, drop what cannot be printed because the reader is gone or the disk is full.
+
+    sys.stdout and sys.stderr are as before after the block.
+    """
+    before = (sys.stdout, sys.stderr)
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class LastingStream:
+    """A stream that writes to another one, and goes on in silence once that one fails.
+
+    stream: None, as Python has it if the program was started without standard output, is silent.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        if self.stream is not None:
+            try:
+                self.stream.write(text)
+            except OSError:
+                drop(self.stream)
+        return len(text)
+
+    def flush(self):
+        if self.stream is not None:
+            try:
+                self.stream.flush()
+            except OSError:
+                drop(self.stream)
+
+    def isatty(self):
+        return self.stream is not None and self.stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def drop(stream):
+    """Lead a stream and its buffer nowhere, because Python would fail again when it exits."""
+    with suppress(OSError, ValueError):  # a stream of a notebook has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

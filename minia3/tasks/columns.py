@@ -1,0 +1,467 @@
+"""Understand the columns of a user's file: which of them is the input, and which is the answer.
+
+`understand` makes a TaskSpec, as a known task has one, and a line that says how the file was
+understood. COLUMN_SETS is the table of the usual names. What the user says (--input, --target,
+--labels, --metric, or a task file) comes before the table.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from minia3.tasks.labels import MANY_LABELS, Labels, choices_of, name_labels, split_words
+from minia3.tasks.prompts import (
+    OWN_PROMPTS,
+    Prompt,
+    check_choices,
+    check_template,
+    field_names,
+    list_names,
+    nearest_of,
+    rename_field,
+    root_of,
+)
+from minia3.tasks.task import TaskSpec
+
+
+class ColumnSet(NamedTuple):
+    """Columns with the usual names, and what they mean."""
+
+    names: tuple[str, ...]
+    # The text of a prompt.
+    input: str
+    # How a row is answered: a text to write ("{answer}"), or the name of the column with the label.
+    target: str = ""
+    label: str = ""
+
+
+# The first set whose columns are all there is taken, so larger sets come first.
+COLUMN_SETS = (
+    ColumnSet(("messages",), ""),  # a conversation, which a chat template puts into words
+    # Rows with choices of their own. The label is the index of a choice, or its words.
+    ColumnSet(("input", "choices"), "{input}", label="label"),
+    ColumnSet(("text", "choices"), "{text}", label="label"),
+    ColumnSet(("question", "choices", "answer"), "{question}", label="answer"),
+    ColumnSet(("question", "choices"), "{question}", label="label"),
+    # Texts to write.
+    ColumnSet(("input", "target"), "{input}", "{target}"),
+    ColumnSet(("instruction", "input", "output"), "{instruction}\n{input}", "{output}"),
+    ColumnSet(("instruction", "output"), "{instruction}", "{output}"),
+    ColumnSet(("prompt", "completion"), "{prompt}", "{completion}"),
+    ColumnSet(("question", "context", "answer"), "{context}\n{question}", "{answer}"),
+    ColumnSet(("question", "answer"), "{question}", "{answer}"),
+    ColumnSet(("input", "output"), "{input}", "{output}"),
+    # Labels, which are the same for all rows: words, integers or booleans.
+    ColumnSet(("premise", "hypothesis", "label"), "{premise}\n{hypothesis}", label="label"),
+    ColumnSet(("sentence1", "sentence2", "label"), "{sentence1}\n{sentence2}", label="label"),
+    ColumnSet(("text", "label"), "{text}", label="label"),
+    ColumnSet(("sentence", "label"), "{sentence}", label="label"),
+    ColumnSet(("question", "label"), "{question}", label="label"),
+    ColumnSet(("input", "label"), "{input}", label="label"),
+)
+# What a message shows of the table.
+EXPECTED = (
+    "text,label; premise,hypothesis,label; input,choices,label; input,target; question,answer; "
+    "prompt,completion; instruction,input,output; messages"
+)
+# Columns that are used under these names, whatever the others are.
+SPECIAL = ("idx", "adapter")
+# Names that our rows have for something else than a text. If a prompt uses such a column, then the
+# column gets another name.
+RESERVED = ("label", "idx", "messages")
+
+
+class ColumnFlags(NamedTuple):
+    """What the user says about the columns: the flags of the same names."""
+
+    input: str | None = None  # the text of a prompt
+    target: str | None = None  # the text to write; with `labels`, the column of the label
+    labels: str | Sequence[str] | None = None  # words, with commas between them
+    metric: str | None = None  # one of METRICS
+
+
+class Understanding(NamedTuple):
+    """How a user's file was understood."""
+
+    spec: TaskSpec
+    line: str
+    notes: list[str]
+
+
+class Choice(NamedTuple):
+    """What was chosen among the columns."""
+
+    prompts: tuple[Prompt, ...]
+    target: str = ""  # the text to write
+    label: str = ""  # the column of the label
+    has_row_choices: bool = False  # and not the same labels in each row
+    messages: str = ""  # the column of a conversation
+
+
+def understand(
+    rows: Sequence[dict],
+    spec: TaskSpec,
+    flags: ColumnFlags,
+    label_names: Mapping[str, Sequence[str]],
+    origin: str,
+) -> Understanding:
+    """Return how the rows of a user's files are to be read.
+
+    rows: the rows of a split as the file has them: of train, if there is such a file. spec: what a
+    task file says, or TaskSpec(). label_names: column -> the names that the data set gives to its
+    integers. origin: the name of the file, for messages.
+
+    Raise ValueError, in one line, if the columns say too little, or lack a name that the user gave.
+    """
+    flags = read_flags(flags)
+    columns = Columns(rows, spec.fields, origin)
+    columns.check_template(flags.input, "--input")
+    columns.check_template(flags.target, "--target")
+
+    choice = choose_columns(columns, spec, flags)
+    prompts = choice.prompts
+    labels = Labels((), ())
+    if choice.label and not choice.has_row_choices:
+        labels = find_labels(columns, choice, spec, flags, label_names)
+        prompts = with_choices(prompts, labels, is_asked=bool(flags.labels))
+    elif choice.target:
+        prompts = with_target(prompts, choice.target, is_asked=bool(flags.target))
+    spec = spec._replace(
+        prompts=prompts,
+        labels=labels.spelled,
+        label_field=choice.label or "label",
+        messages=choice.messages,
+        metric=flags.metric or spec.metric,
+    )
+    if not choice.messages and not spec.span_field:  # WSC's spans become fields later
+        columns.check_prompts(prompts)
+    spec = rename_reserved(spec, columns)
+    return Understanding(spec, columns.describe(choice, labels), notes_on(choice, labels))
+
+
+# What the user says
+
+
+def read_flags(flags: ColumnFlags) -> ColumnFlags:
+    """Return the flags with line breaks in place of \\n, and with the words of --labels."""
+    values = flags._asdict()
+    for name in ("input", "target"):
+        if values[name] is not None:
+            # A shell hands over a backslash and an n.
+            values[name] = values[name].replace("\\n", "\n")
+    if isinstance(flags.labels, str):
+        values["labels"] = split_words(flags.labels)
+    return ColumnFlags(**values)
+
+
+def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
+    """Return a known task, or the task of an adapter, as the flags change it.
+
+    --input replaces its prompts, and --labels the words of its choices. Raise ValueError if they
+    do not suit the task.
+    """
+    flags = read_flags(flags)
+    if flags.target:
+        raise ValueError("--target is for rows of your own: this task says itself how they end")
+    prompts = spec.prompts
+    if flags.input:
+        prompts = (prompts[0]._replace(text=flags.input, for_model=None),)
+    labels = tuple(spec.labels)
+    if flags.labels:
+        labels = labels or tuple(flags.labels)
+        prompts = with_choices(prompts, Labels(labels, tuple(flags.labels)), is_asked=True)
+    return spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
+
+
+def guess_input(row: dict) -> tuple[Prompt, ...]:
+    """Return the prompts for a row about which nothing is known but its columns."""
+    found = find_set(Columns([row], {}, ""), needs_input=True, needs_answer=False)
+    return OWN_PROMPTS if found is None else (Prompt(found.input, None),)
+
+
+def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> tuple[Prompt, ...]:
+    """Return the prompts with the words of the labels as their choices.
+
+    is_asked: whether --labels gives the words. Otherwise a prompt's own choices stay. Raise
+    ValueError if there are more or fewer choices than labels.
+    """
+    changed = []
+    for prompt in prompts:
+        if is_asked or not prompt.choices:
+            prompt = prompt._replace(choices=choices_of(labels.words))
+        check_choices(prompt, labels.spelled)
+        changed.append(prompt)
+    return tuple(changed)
+
+
+def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple[Prompt, ...]:
+    """Return the prompts with a text to write. Without --target, a prompt's own target stays."""
+    changed = []
+    for prompt in prompts:
+        if is_asked or not prompt.target:
+            prompt = prompt._replace(target=target)
+        changed.append(prompt)
+    return tuple(changed)
+
+
+# Choosing columns
+
+
+def choose_columns(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Choice:
+    """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
+    choice = asked_columns(spec, flags)
+    if choice.label:
+        columns.check_name(choice.label, "the task file's 'label_field'")
+    needs_input = not choice.prompts
+    needs_answer = not choice.target and not choice.label
+    used = roots_of(prompt.text for prompt in choice.prompts)
+    found = find_set(columns, needs_input, needs_answer, used)
+    if found is None:
+        raise ValueError(columns.explain())
+    if found.names == ("messages",):
+        return Choice(OWN_PROMPTS, messages="messages")
+    if needs_input:
+        choice = choice._replace(prompts=(Prompt(found.input, None),))
+    if needs_answer:
+        has_row_choices = "choices" in found.names and not flags.labels
+        choice = choice._replace(
+            target=found.target, label=found.label, has_row_choices=has_row_choices
+        )
+    if flags.labels and choice.target:
+        choice = choice._replace(target="", label=only_field(choice.target))
+    return choice
+
+
+def asked_columns(spec: TaskSpec, flags: ColumnFlags) -> Choice:
+    """Return what the flags or else a task file say. Whatever they do not say is empty."""
+    prompts = () if spec.prompts == OWN_PROMPTS else spec.prompts
+    target = flags.target or "".join(prompt.target for prompt in prompts[:1])
+    if flags.input:
+        prompts = (Prompt(flags.input, None),)
+    has_label = bool(spec.labels) or spec.label_field != "label"
+    label = spec.label_field if has_label and not target else ""
+    return Choice(prompts, target, label)
+
+
+def find_set(
+    columns: "Columns", needs_input: bool, needs_answer: bool, used: Sequence[str] = ()
+) -> ColumnSet | None:
+    """Return the first set whose columns are there: those of the input, the answer, or both.
+
+    used: columns of the input that the user chose, which are not the answer.
+    """
+    if not needs_input and not needs_answer:
+        return ColumnSet((), "")
+    column_sets = COLUMN_SETS
+    if not needs_answer:  # the answer cannot tell which columns are the input, so the most are
+        column_sets = sorted(COLUMN_SETS, key=lambda each: -len(field_names(each.input)))
+    for column_set in column_sets:
+        is_conversation = not column_set.input  # input and answer in one
+        inputs = set(field_names(column_set.input))
+        answers = set(column_set.names) - inputs
+        is_partial = not (needs_input and needs_answer)
+        if (is_conversation and is_partial) or answers.intersection(used):
+            continue
+        needed = set()
+        if needs_input:
+            needed |= inputs
+        if needs_answer:
+            needed |= answers
+        if all(name in columns for name in needed):
+            return column_set
+    return None
+
+
+def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
+    """Return the task with other names for the columns of RESERVED that its prompts use."""
+    prompts = list(spec.prompts)
+    fields = dict(spec.fields)
+    label_field = spec.label_field
+    for name in RESERVED:
+        new_name = f"{name}_text"
+        renamed = [rename_in_prompt(prompt, name, new_name) for prompt in prompts]
+        if renamed != prompts:
+            prompts = renamed
+            fields[columns.spelled(name)] = new_name
+            if label_field.lower() == name:
+                label_field = new_name
+    return spec._replace(prompts=tuple(prompts), fields=fields, label_field=label_field)
+
+
+def rename_in_prompt(prompt: Prompt, name: str, new_name: str) -> Prompt:
+    text = rename_field(prompt.text, name, new_name)
+    target = rename_field(prompt.target, name, new_name)
+    return prompt._replace(text=text, target=target)
+
+
+def only_field(target: str) -> str:
+    """Return the column that --target names. Raise ValueError if it names more than a column."""
+    names = field_names(target)
+    if len(names) != 1 or target.strip() != f"{{{names[0]}}}":
+        raise ValueError(
+            f"--target is {target!r:.60}, expected a column in braces, because --labels "
+            "says that its words are labels"
+        )
+    return names[0]
+
+
+def find_labels(
+    columns: "Columns",
+    choice: Choice,
+    spec: TaskSpec,
+    flags: ColumnFlags,
+    label_names: Mapping[str, Sequence[str]],
+) -> Labels:
+    """Return the labels: of the task file, of the flags, or as the column has them."""
+    if spec.labels:
+        choices = choice.prompts[0].choices or ()
+        are_words = bool(choices) and not roots_of(choices)
+        words = [word.format() for word in choices] if are_words else spec.labels
+        return Labels(tuple(spec.labels), tuple(flags.labels or words))
+    values = columns.values(choice.label)
+    names = label_names.get(columns.spelled(choice.label), ())
+    return name_labels(values, choice.label, flags.labels or (), names)
+
+
+def notes_on(choice: Choice, labels: Labels) -> list[str]:
+    if len(labels.words) <= MANY_LABELS:
+        return []
+    return [
+        f"{len(labels.words)} labels, and each row is scored with all of them: if they are texts "
+        f'to write, give --target "{{{choice.label}}}"'
+    ]
+
+
+class Columns:
+    """The columns of a file: their names, and the values in the rows that were read."""
+
+    def __init__(self, rows: Sequence[dict], fields: Mapping[str, str], origin: str):
+        """fields: name in the file -> the name that a task file gives to it."""
+        self.rows = rows
+        self.origin = origin
+        found = dict.fromkeys(chain.from_iterable(rows))
+        self.names = {}  # name in lower case -> the name in the file
+        for name in found:
+            known_name = fields.get(name, name)
+            self.names.setdefault(known_name.strip().lower(), name)
+        for name, known_name in fields.items():
+            if name not in found and known_name not in found:
+                self.check_name(name, "the task file's 'fields'")
+
+    def __contains__(self, name: str) -> bool:
+        return name.lower() in self.names
+
+    def spelled(self, name: str) -> str:
+        """Return a column's name as the file spells it."""
+        return self.names.get(name.lower(), name)
+
+    def values(self, name: str) -> Iterable:
+        spelled = self.spelled(name)
+        return (row.get(spelled) for row in self.rows)
+
+    # Checks
+
+    def check_template(self, text: str | None, origin: str):
+        """Raise ValueError if a format string is wrong, or names a column that is not there."""
+        if text is None:
+            return
+        try:
+            check_template(text)
+        except ValueError as error:
+            raise ValueError(f"{origin} is {text!r:.60}: {error}") from None
+        names = roots_of([text])
+        if not names:
+            raise ValueError(f"{origin} is {text!r:.60}, expected columns in braces: {{text}}")
+        for name in names:
+            self.check_name(name, origin)
+
+    def check_name(self, name: str, origin: str):
+        """Raise ValueError, with the nearest name, if there is no such column."""
+        if name not in self:
+            found = nearest_of(name, self.names.values())
+            raise ValueError(
+                f"{origin} names the column {name!r}, which {self.origin} has not{found}"
+            )
+
+    def check_prompts(self, prompts: Iterable[Prompt]):
+        """Raise ValueError if a prompt of a task file is wrong, or names a column that is not
+        there.
+        """
+        for prompt in prompts:
+            for text in (prompt.text, prompt.target, *(prompt.choices or ())):
+                if "{" in text.replace("{{", ""):
+                    self.check_template(text, "a prompt")
+
+    # Messages
+
+    def describe(self, choice: Choice, labels: Labels) -> str:
+        """Return how the file was understood: what is read, what is answered, what is ignored."""
+        if choice.messages:
+            used = [choice.messages]
+            used += ["tools"] if "tools" in self else []
+            answer = "writes what the assistant says"
+        else:
+            used = roots_of(prompt.text for prompt in choice.prompts)
+            answer = self.describe_answer(choice, labels)
+        text = f"reads {self.spell(used)}, {answer}"
+        known = {*used, *roots_of([choice.target]), choice.label, *SPECIAL}
+        if choice.has_row_choices:
+            known |= {"choices", "target"}
+        known = {name.lower() for name in known}
+        ignored = [spelled for name, spelled in self.names.items() if name not in known]
+        return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
+
+    def describe_answer(self, choice: Choice, labels: Labels) -> str:
+        if choice.has_row_choices:
+            return f"picks {self.spell([choice.label])} among the row's choices"
+        if choice.target:
+            return f"writes {self.spell(roots_of([choice.target]))}"
+        text = f"picks {self.spell([choice.label])} among {labels.describe()}"
+        if labels.are_digits:
+            text += " (--labels WORD,WORD gives them words)"
+        return text
+
+    def spell(self, names: Iterable[str]) -> str:
+        return " and ".join(list_names([self.spelled(name)]) for name in names)
+
+    def explain(self) -> str:
+        """Return the message for columns of which no set is known."""
+        found = list_names(self.names.values())
+        return (
+            f"{self.origin} has the columns {found:.200}; expected such as {EXPECTED}: "
+            f"{self.advise()}"
+        )
+
+    def advise(self) -> str:
+        """Return what to do about columns of which no set is known: mend a name, or give flags."""
+        hint = ""
+        for column_set in COLUMN_SETS:
+            missing = [name for name in column_set.names if name not in self]
+            unknown = [name for name in self.names if name not in column_set.names]
+            near = []
+            if len(missing) == 1:
+                near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
+            if near:
+                hint = f"did you mean {missing[0]!r} by {self.names[near[0]]!r}? Otherwise "
+                break
+        # The longest texts are the input, most of the time.
+        longest = sorted(self.names.values(), key=self.length_of, reverse=True)
+        if len(longest) < 2:
+            return "add a column with the answers"
+        input_column, target_column = map(repr, longest[:2])
+        flags = f'--input "{{{input_column[1:-1]}}}" --target "{{{target_column[1:-1]}}}"'
+        return (
+            f"{hint}say which is which with {flags}, "
+            "and add --labels WORD,WORD if the target is one of a few words"
+        )
+
+    def length_of(self, name: str) -> int:
+        """Return how long the texts of a column are, in the first rows."""
+        return sum(len(str(row.get(name, ""))) for row in self.rows[:20])
+
+
+def roots_of(texts: Iterable[str]) -> list[str]:
+    """Return the columns that format strings use, each once."""
+    names = chain.from_iterable(field_names(text) for text in texts)
+    return list(dict.fromkeys(map(root_of, names)))

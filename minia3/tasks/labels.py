@@ -1,0 +1,257 @@
+"""Labels: what a user's file has in place of an answer, and which choice it means.
+
+A file spells its labels as words, integers or booleans. The model reads words. `name_labels` finds
+both, and `find_user_label` finds the choice of a row.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from minia3.tasks.prompts import Prompt, escape, field_names, list_names
+from minia3.tasks.row_files import parse_json
+
+MANY_LABELS = 50  # if there are more, they may be texts to write
+FEW_ROWS = 5  # per label: if there are fewer, too, then they surely are
+N_SHOWN = 20  # labels in a line
+INTEGER = re.compile(r"-?\d+")
+INTEGRAL = re.compile(r"(-?\d+)\.0")  # as pandas writes an integer beside an empty cell
+HIDDEN = ("-1", "none", "null", "nan")  # labels of test rows that stand for "no label"
+
+
+class Labels(NamedTuple):
+    """The labels of a file, in the order of the choices."""
+
+    spelled: tuple[str, ...]  # as the file has them
+    words: tuple[str, ...]  # as the model reads them
+
+    @property
+    def are_digits(self) -> bool:
+        return all(INTEGER.fullmatch(word) for word in self.words)
+
+    def describe(self) -> str:
+        """Return the labels as a text: "negative, positive", or "negative (0), positive (1)"."""
+        texts = []
+        for spelled, word in zip(self.spelled, self.words, strict=True):
+            is_word = spelled.lower() == word.lower()
+            text = word if is_word else f"{word} ({spelled})"
+            texts.append(text)
+        n_others = len(texts) - N_SHOWN
+        shown = list_names(texts[:N_SHOWN])
+        return f"{shown} and {n_others} more" if n_others > 0 else shown
+
+
+def label_text(value) -> str | None:
+    """Return a label as a text: "1" for 1, 1.0 and "1.0", "true" for True. None: no label.
+
+    Raise ValueError if it is something else, such as a list of labels.
+    """
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan:
+        return None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int | float):
+        raise ValueError("expected a label: a word, a number, true or false")
+    text = str(value).strip()
+    integral = INTEGRAL.fullmatch(text)
+    return integral[1] if integral else text or None
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Return the words of --labels: with commas between them, or a JSON list.
+
+    Raise ValueError unless there are at least two words, and they differ.
+    """
+    words = text.split(",")
+    if text.startswith("["):
+        words = parse_json(text)
+    are_texts = all(isinstance(word, str) for word in words)
+    words = tuple(word.strip() for word in words) if are_texts else ()
+    n_different = len({word.lower() for word in words})
+    if not all(words) or n_different < len(words) or n_different < 2:
+        raise ValueError(
+            f"--labels is {text!r:.80}, expected two words or more that differ, "
+            "with commas between them, or a JSON list of them"
+        )
+    return words
+
+
+# Finding the labels of a file
+
+
+def name_labels(
+    values: Iterable,
+    field: str,
+    asked: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> Labels:
+    """Return the labels of the values of a column.
+
+    asked: the words of --labels, in the order of the integers or booleans that they stand for.
+    names: the names that the data set gives to the integers 0, 1, ...
+
+    Words that the file itself has come in the order in which they first appear, and integers in
+    their own order. Raise ValueError if the labels cannot be told from the values.
+    """
+    counts, spellings = count_labels(values)
+    if not counts and not asked:
+        raise ValueError(f"{field!r} is empty in every row, expected labels")
+    if all(INTEGER.fullmatch(key) for key in counts):
+        return name_integers(sorted(map(int, counts)), field, asked, names)
+    if counts.keys() <= {"false", "true"}:
+        return name_values(("false", "true"), spellings, field, asked)
+    if asked:
+        return Labels(tuple(asked), tuple(asked))
+    words = tuple(spellings[key] for key in counts)
+    check_two(words, field)
+    check_number(counts, field)
+    return Labels(words, words)
+
+
+def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
+    """Return how often each label occurs, and its first spelling. Case makes no difference.
+
+    A value that is not a label is left out, because its row is an error of its own.
+    """
+    counts = Counter()
+    spellings = {}
+    for value in values:
+        try:
+            text = label_text(value)
+        except ValueError:
+            continue
+        if text is not None:
+            key = text.lower()
+            counts[key] += 1
+            spellings.setdefault(key, text)
+    return counts, spellings
+
+
+def name_integers(
+    found: list[int], field: str, asked: Sequence[str], names: Sequence[str]
+) -> Labels:
+    """Return the labels of a column of integers."""
+    words = tuple(asked or names)
+    n_words = len(words)
+    if names and not asked:
+        return Labels(tuple(map(str, range(n_words))), words)
+    if not words:
+        check_two(found, field)
+        digits = tuple(map(str, found))
+        return Labels(digits, digits)
+    if all(0 <= number < n_words for number in found):
+        return Labels(tuple(map(str, range(n_words))), words)
+    if len(found) == n_words:  # such as 1 to 5, or -1 and 1
+        return Labels(tuple(map(str, found)), words)
+    shown = ", ".join(map(str, found[:N_SHOWN]))
+    raise ValueError(
+        f"--labels has {n_words} words, but {field!r} has the labels {shown}: "
+        "expected as many words as labels"
+    )
+
+
+def name_values(
+    expected: Sequence[str], spellings: dict[str, str], field: str, asked: Sequence[str]
+) -> Labels:
+    """Return the labels of a column that has these values, and no other."""
+    spelled = tuple(spellings.get(value, value) for value in expected)
+    if asked and len(asked) != len(spelled):
+        raise ValueError(
+            f"--labels has {len(asked)} words, but {field!r} has the labels {list_names(spelled)}: "
+            "expected as many words as labels"
+        )
+    return Labels(spelled, tuple(asked) or spelled)
+
+
+def check_two(found: Sequence, field: str):
+    """Raise ValueError if there is only one label, because nothing could be learned."""
+    if len(found) < 2:
+        raise ValueError(
+            f"every {field!r} is {str(found[0])!r:.40}, expected two labels or more: "
+            "name all of them with --labels"
+        )
+
+
+def check_number(counts: Counter, field: str):
+    """Raise ValueError if the labels are texts to write, because there are so many of them."""
+    n_rows = counts.total()
+    if len(counts) > MANY_LABELS and n_rows < FEW_ROWS * len(counts):
+        raise ValueError(
+            f"{field!r} has {len(counts)} different texts in {n_rows} rows, which is probably not "
+            f'a classification: to write them, give --target "{{{field}}}"; '
+            "to pick one of them, name all with --labels"
+        )
+
+
+# Finding the label of a row
+
+
+def find_user_label(
+    value, labels: Sequence[str], prompt: Prompt, field: str, may_be_hidden: bool
+) -> int:
+    """Return the choice that a label means, as an index, or -1 if it is hidden.
+
+    labels: as the files spell them. A word of the prompt is a label, too.
+
+    Raise ValueError if there is no such choice.
+    """
+    expected = f"expected one of {list_names(labels):.80}: add it to train, or to --labels"
+    try:
+        text = label_text(value)
+    except ValueError as error:
+        text = ""
+        expected = error
+    key = text and text.lower()
+    places = label_places(tuple(labels), prompt.choices)
+    if key in places:
+        return places[key]
+    if may_be_hidden and (key is None or key in HIDDEN):
+        return -1
+    raise ValueError(f"{field!r} is {value!r:.40}, {expected}")
+
+
+@lru_cache(maxsize=64)
+def label_places(labels: tuple[str, ...], choices: tuple[str, ...]) -> dict[str, int]:
+    """Return the index of each label, in lower case, and of each word that is no field."""
+    places = {}
+    for index, choice in enumerate(choices):
+        if not field_names(choice):
+            places[choice.format().strip().lower()] = index
+    for index, label in enumerate(labels):  # a label comes before a word that is spelled like it
+        places[label.lower()] = index
+    return places
+
+
+def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) -> int:
+    """Return the index of the row's choice that a label means, or -1 if it is hidden.
+
+    The label is the index, counted from 0, or a word: one of the choices. If the choices are
+    numbers, it is the index, because a word could not be told from it.
+
+    Raise ValueError if there is no such choice.
+    """
+    indices = [str(index) for index in range(len(choices))]
+    is_scalar = value is None or isinstance(value, str | int | float)
+    text = label_text(value) if is_scalar else ""
+    if text in indices and not isinstance(value, bool):
+        return int(text)
+    are_numbers = all(INTEGER.fullmatch(choice.strip()) for choice in choices)
+    words = [choice.strip() for choice in choices]
+    lower_words = [word.lower() for word in words]
+    if not are_numbers and text in words:
+        return words.index(text)
+    if not are_numbers and text and text.lower() in lower_words:
+        return lower_words.index(text.lower())
+    if may_be_hidden and (text is None or text in HIDDEN):
+        return -1
+    shown = ", ".join(indices)
+    raise ValueError(f"{field!r} is {value!r:.40}, expected one of {shown} or one of the choices")
+
+
+def choices_of(words: Iterable[str]) -> tuple[str, ...]:
+    """Return the choices of a prompt for these words: format strings."""
+    return tuple(escape(word) for word in words)

@@ -1,0 +1,147 @@
+"""Data sets of the `datasets` library: from the hub, or from a folder that `save_to_disk` wrote.
+
+Both are .arrow files on this machine, which `row_files` reads as it reads every other file. No code
+of a data set is ever run: the extra [data] asks for a `datasets` that cannot do it.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minia3.files.read import one_line, read_json, reading
+from minia3.tasks.split_files import SPLIT_OF_NAME, FoundFiles, shorten
+
+HUB_PREFIX = "hf:"  # as in hf:user/name and hf:user/name:config
+TIMEOUT = 10  # seconds to wait for the first answer of the hub
+
+
+def find_hub_files(name: str) -> FoundFiles:
+    """Return the files of a data set on the hub, after a download if they are not in the cache.
+
+    name: hf:user/name or hf:user/name:config. What follows hf: is given to
+        `datasets.load_dataset`, so the path of a folder is possible, too.
+
+    Raise ValueError, in one line, if the data set cannot be loaded.
+    """
+    repo, _, config = name.removeprefix(HUB_PREFIX).partition(":")
+    if not repo:
+        raise ValueError(f"{name}: expected {HUB_PREFIX}user/name or {HUB_PREFIX}user/name:config")
+    with reading(name, extra="data"):
+        import datasets
+    problem = find_network_problem(repo)
+    try:
+        with quiet(), offline_if(bool(problem)):
+            # Not in memory, because the rows are read from the files of the cache.
+            found = datasets.load_dataset(repo, config or None, keep_in_memory=False)
+    except Exception as error:  # the library and the hub raise many kinds
+        reason = one_line(error)
+        if problem:
+            reason = f"not in the cache, and the hub cannot be reached ({problem}). "
+            reason += "Without a network, give the path of a folder"
+        raise ValueError(f"{name}: {reason}") from None
+    files = {}
+    for split, rows in found.items():
+        files[split] = [Path(entry["filename"]) for entry in rows.cache_files]
+    return assign_splits(name, files)
+
+
+def find_network_problem(repo: str) -> str:
+    """Return why the hub cannot be reached, or "" if it can, or if the data set is a folder."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if os.path.isdir(repo):
+        return ""
+    try:
+        HfApi().dataset_info(repo, timeout=TIMEOUT)
+    except (HfHubHTTPError, ValueError):
+        return ""  # the hub, or the check of the name, says that there is no such data set
+    except Exception as error:  # of the HTTP library, which differs between versions
+        return one_line(error)
+    return ""
+
+
+@contextmanager
+def offline_if(is_offline: bool) -> Iterator[None]:
+    """Let the `datasets` library look only into its cache.
+
+    If it does not know that there is no network, it tries six times, which takes half a minute.
+    """
+    import datasets
+
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = was_offline or is_offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of the libraries, and their progress bars unless there is a terminal."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    had_bars = not datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def find_saved_files(folder: Path) -> FoundFiles | None:
+    """Return the files of a folder that `save_to_disk` wrote, or None if it is another folder."""
+    index = folder / "dataset_dict.json"
+    if index.is_file():
+        files = {}
+        with reading(index, damage="not the index of `save_to_disk`"):
+            for split in read_json(index)["splits"]:
+                files[split] = read_state(folder / split / "state.json")
+    elif (folder / "state.json").is_file():
+        files = {"train": read_state(folder / "state.json")}
+    else:
+        return None
+    return assign_splits(folder, files)
+
+
+def read_state(path: Path) -> list[Path]:
+    """Return the files of one split that `save_to_disk` wrote, in order."""
+    with reading(path, damage="not the state of a data set of `save_to_disk`"):
+        entries = read_json(path)["_data_files"]
+        return [path.parent / entry["filename"] for entry in entries]
+
+
+def assign_splits(origin: str | Path, files: dict[str, list[Path]]) -> FoundFiles:
+    """Return the files of train, validation and test, out of the splits of a data set.
+
+    The only split of a data set is train, whatever its name is, unless it is one of ours. Raise
+    ValueError if there are several splits, and none of them is ours.
+    """
+    names = {}  # our split -> its name there
+    for name, split in SPLIT_OF_NAME.items():
+        if name in files:
+            names.setdefault(split, name)
+    if len(files) == 1 and not names:
+        names = {"train": next(iter(files))}
+    unused = [name for name in files if name not in names.values()]
+    if not names:
+        found = shorten(unused) or "none"
+        raise ValueError(
+            f"{origin}: expected splits named train, validation and test; found {found}"
+        )
+    notes = []
+    if unused:
+        notes.append(f"splits of {origin} that are not used: {shorten(unused)}")
+    return FoundFiles({split: files[name] for split, name in names.items()}, notes)

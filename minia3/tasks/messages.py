@@ -1,0 +1,143 @@
+"""Check and shorten conversations: rows with `messages`.
+
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
+
+A checkpoint's chat template turns them into text (checkpoints/chat.py).
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+INSTRUCTIONS = ("system", "developer")  # roles of messages that come before the first turn
+
+
+def check_messages(row: dict, needs_answer: bool = True):
+    """Raise ValueError if a row's `messages` are not a conversation.
+
+    Which roles there are, and in which order, is the template's business. Other keys of a message,
+    such as tool_calls, are passed on to the template.
+
+    needs_answer: whether there must be a message of the assistant.
+    """
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f"'messages' is {messages!r:.60}, expected a list of {{'role': ..., 'content': ...}}"
+        )
+    for i, message in enumerate(messages):
+        check_message(message, i)
+    check_tools(row)
+    if needs_answer and not has_answer(messages):
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise ValueError(
+            f"no message of the role 'assistant', so there is nothing to learn: found {roles:.60}"
+        )
+
+
+def check_message(message, i: int):
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(
+            f"message {i} is {message!r:.60}, expected {{'role': 'user', 'content': 'a text'}}"
+        )
+    content = message.get("content")
+    is_call = content is None and bool(message.get("tool_calls"))  # it may say nothing besides
+    if not isinstance(content, str) and not is_call:
+        raise ValueError(f"the content of message {i} is {content!r:.60}, expected a text")
+
+
+def check_tools(row: dict):
+    tools = row.get("tools")
+    is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    if tools is not None and not is_list:
+        raise ValueError(f"'tools' is {tools!r:.60}, expected a list of JSON objects")
+
+
+def has_answer(messages: list[dict]) -> bool:
+    return any(message["role"] == "assistant" for message in messages)
+
+
+def question(messages: list[dict]) -> list[dict]:
+    """Return the messages without the answer at their end, if there is one."""
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1]
+    return messages
+
+
+def fit_chat(row: dict, tokenizer, max_length: int):
+    """Return (ids, which of them the assistant wrote), and whether the conversation was cut.
+
+    A conversation of more than `max_length` tokens loses as few of its oldest turns as possible: a
+    model that answers sees the newest ones. A turn is never cut.
+
+    Raise ValueError if the last exchange does not fit either, or if the template leaves out what
+    the assistant wrote.
+    """
+    messages = row["messages"]
+    tools = row.get("tools")
+
+    def count_tokens(part):
+        return tokenizer.count_chat(part, tools)
+
+    roles = [message["role"] for message in messages]
+    last_answer = len(roles) - 1 - roles[::-1].index("assistant")
+    fitted = shorten(messages, last_answer, count_tokens, max_length)
+    n_tokens = count_tokens(fitted)
+    if n_tokens > max_length:
+        raise ValueError(
+            f"row {row['idx']} does not fit into max_length {max_length}: "
+            f"its last exchange alone has {n_tokens} tokens: raise max_length"
+        )
+    encoded = tokenizer.conversation(fitted, tools)
+    if not any(encoded.is_scored):
+        raise ValueError(f"row {row['idx']}: the chat template leaves out what the assistant wrote")
+    return encoded, fitted is not messages
+
+
+def fit_question(row: dict, tokenizer, max_length: int) -> list[int]:
+    """Return the ids of a conversation up to the place where its last answer begins.
+
+    A conversation of more than `max_length` tokens loses as few of its oldest turns as possible.
+    Raise ValueError if the last question does not fit.
+    """
+    messages = question(row["messages"])
+    tools = row.get("tools")
+    if not messages:
+        raise ValueError("'messages' holds only an answer, expected a question before it")
+
+    def count_tokens(part):
+        return len(tokenizer.chat(part, tools))
+
+    fitted = shorten(messages, len(messages) - 1, count_tokens, max_length)
+    ids = tokenizer.chat(fitted, tools)
+    if len(ids) > max_length:
+        raise ValueError(
+            f"the last question has {len(ids)} tokens and does not fit into max_length "
+            f"{max_length}: raise max_length"
+        )
+    return ids
+
+
+def shorten(messages: list[dict], kept: int, count_tokens: Callable, max_length: int) -> list[dict]:
+    """Return a conversation without as few of its oldest turns as make it fit into `max_length`.
+
+    Instructions at the beginning stay, and then a message of the user follows. If nothing fits,
+    return the shortest conversation. kept: the index of a message that stays.
+    """
+    if count_tokens(messages) <= max_length:
+        return messages
+    n_instructions = 0
+    while messages[n_instructions]["role"] in INSTRUCTIONS and n_instructions < kept:
+        n_instructions += 1
+    later = range(n_instructions + 1, kept + 1)
+    starts = [i for i in later if messages[i]["role"] == "user"]
+    if not starts:
+        return messages
+
+    def from_start(i):
+        return messages[:n_instructions] + messages[i:]
+
+    def fits(i):
+        return count_tokens(from_start(i)) <= max_length
+
+    first_that_fits = bisect_left(starts, True, key=fits)
+    return from_start(starts[min(first_that_fits, len(starts) - 1)])

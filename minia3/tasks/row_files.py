@@ -1,0 +1,265 @@
+"""Read the rows of a file: .jsonl, .json, .csv, .tsv, .parquet and .arrow, and each of them in .gz.
+
+A file is read piece by piece, so it may be larger than the memory. A bad row does not stop the
+reading. A ValueError takes the place of the row, so one message can name all bad rows of all files.
+"""
+
+import csv
+import gzip
+import io
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO
+
+from minia3.files.read import reading
+from minia3.tasks.json_rows import as_row, is_json_lines, parse_json, read_json_rows
+from minia3.tasks.table_rows import label_names, read_table_rows
+from minia3.tasks.text_lines import LineReader
+
+CSV = {"strict": True}  # an error for a quote that is never closed
+TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+DELIMITERS = (",", ";", "\t")  # that a .csv file may have
+
+TABLES = (".parquet", ".arrow")  # pyarrow reads them
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TABLES)
+FORMATS = ".jsonl, .json, .csv, .tsv or .parquet, or each of them with .gz"
+
+# What to do about files that people have, and that are not read.
+REMEDIES = {
+    (".xlsx", ".xls", ".ods"): "save the sheet as .csv, in UTF-8",
+    (".zip", ".tar", ".tgz", ".7z", ".bz2", ".xz", ".zst"): "unpack it",
+    (".ndjson", ".jl"): "name it .jsonl",
+    (".pkl", ".pickle", ".feather", ".orc", ".avro", ".pq"): "save it as .parquet",
+    (".txt", ".tab"): "name it .tsv if its columns have tabs between them",
+}
+
+# A .gz file may hold this many times its size, and a little more, because a small file may hold the
+# same row many times. (Texts shrink to a quarter. Zeros shrink to a thousandth, and fill the disk
+# or the memory of whoever unpacks them.)
+MAX_INFLATION = 100
+FREE_BYTES = 1 << 24
+
+
+def rows_suffix(path: Path) -> str:
+    """Return the suffix of a file of rows, in lower case and without .gz, or "" if it has none."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in SUFFIXES else ""
+
+
+def rows_stem(path: Path) -> str:
+    """Return the name of a file of rows without its suffix and .gz."""
+    name = path.name
+    if name.lower().endswith(".gz"):
+        name = name[:-3]
+    return name.removesuffix(Path(name).suffix)
+
+
+def remedy(path: Path) -> str:
+    """Return what to do about a file that people have, and that is not read, or ""."""
+    for suffixes, text in REMEDIES.items():
+        if path.suffix.lower() in suffixes:
+            return text
+    return ""
+
+
+def not_read(path: Path) -> ValueError:
+    """Return the error for a file that has not the suffix of a file of rows."""
+    found = f"{path.suffix} is not read" if path.suffix else "the name has no suffix"
+    advice = f": {remedy(path)}" if remedy(path) else ""
+    return ValueError(f"{path}: {found}{advice}; expected {FORMATS}")
+
+
+def read_rows(
+    path: str | Path, keep_empty: bool = False
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (number, dict or ValueError) for each row of a file.
+
+    The number is that of the row's first line in a .jsonl, .csv or .tsv file, and in other files
+    that of the row. Both count from 1.
+
+    - .jsonl (and a file without a suffix): a JSON object on each line.
+    - .json: a list of objects, or an object with such a list, or the same as .jsonl.
+    - .csv: a header, and cells with commas between them, or semicolons, or tabs. An empty cell
+      counts as missing. `choices` is a JSON list, or texts with | between them.
+    - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
+    - .parquet and .arrow: see `read_table_rows`.
+
+    keep_empty: an empty cell is an empty text, and not missing.
+
+    A byte order mark, Windows line ends and blank lines are ignored. A row that is larger than
+    16 MB, or not UTF-8, or not JSON in a .json file, is the last to be read. Raise ValueError if
+    the file cannot be opened or is damaged, or if its suffix or its header is wrong.
+    """
+    path = Path(path)
+    suffix = rows_suffix(path)
+    if path.suffix and not suffix:
+        raise not_read(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected a file, {FORMATS}")
+    with reading(path, extra="data"):
+        if suffix == ".json":
+            with open_file(path) as file:
+                if is_json_lines(file):
+                    suffix = ".jsonl"
+        with open_file(path) as file:
+            if suffix in TABLES:
+                yield from read_table_rows(file, suffix, keep_empty)
+            elif suffix == ".json":
+                yield from read_json_rows(file)
+            elif suffix in (".csv", ".tsv"):
+                yield from read_cells(LineReader(file), suffix, keep_empty)
+            else:
+                lines = LineReader(file)
+                yield from number_rows(lines, iter(lines), parse_line)
+
+
+# Opening
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes, after unpacking if its name ends in .gz."""
+    with path.open("rb") as file:
+        if path.suffix.lower() != ".gz":
+            yield file
+            return
+        n_packed = path.stat().st_size
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            limited = LimitedFile(unpacked, FREE_BYTES + MAX_INFLATION * n_packed)
+            content = io.BufferedReader(limited)
+            if rows_suffix(path) not in TABLES:
+                yield content
+                return
+            with tempfile.TemporaryFile() as copy:  # because a parquet file is read from its end
+                shutil.copyfileobj(content, copy)
+                yield copy
+
+
+class LimitedFile(io.RawIOBase):
+    """A file that raises ValueError instead of giving more than so many bytes."""
+
+    def __init__(self, file: BinaryIO, n_bytes: int):
+        self.file = file
+        self.n_bytes = n_bytes
+        self.n_left = n_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        content = self.file.read(len(buffer))
+        self.n_left -= len(content)
+        if self.n_left < 0:
+            raise ValueError(
+                f"more than {self.n_bytes} bytes after unpacking, which is {MAX_INFLATION} times "
+                "the size of the file: if that is right, unpack it with gunzip"
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+
+# Lines and cells
+
+
+def number_rows(
+    lines: LineReader, records: Iterator, parse: Callable
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number, row or error). A record is a line, or the list of its cells."""
+    while True:
+        number = lines.begin_row()
+        try:
+            record = next(records, None)
+            if record is None:
+                return
+            is_blank = not any(part.strip() for part in record)  # of characters, or of cells
+            if is_blank:
+                continue
+            row = parse(record)
+        except (ValueError, csv.Error) as error:
+            row = ValueError(str(error))
+        yield number, row
+
+
+def parse_line(line: str) -> dict:
+    row = as_row(parse_json(line))
+    if isinstance(row, ValueError):
+        raise ValueError(f"{row}; a file with a list of objects is named .json")
+    return row
+
+
+def read_cells(
+    lines: LineReader, suffix: str, keep_empty: bool
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number, row or error) for a file with a header and cells."""
+    first_line = next(filter(str.strip, lines), "")
+    dialect = TSV
+    if suffix == ".csv":
+        dialect = {**CSV, "delimiter": find_delimiter(first_line)}
+    records = csv.reader(chain([first_line], lines), **dialect)
+    header = read_header(records)
+    parse = partial(parse_cells, header=header, keep_empty=keep_empty)
+    yield from number_rows(lines, records, parse)
+
+
+def find_delimiter(header: str) -> str:
+    """Return the delimiter that divides a header into the most cells. If in doubt, a comma."""
+    n_cells = {}
+    for delimiter in DELIMITERS:
+        records = csv.reader([header], delimiter=delimiter, strict=True)
+        try:
+            n_cells[delimiter] = len(next(records, []))
+        except csv.Error:
+            n_cells[delimiter] = 0  # such as a quote in the middle of a cell
+    return max(DELIMITERS, key=n_cells.get)
+
+
+def read_header(records: Iterator[list[str]]) -> list[str]:
+    """Return the names of the columns. Raise ValueError if the first line is not a header."""
+    header = [name.strip() for name in next(filter(None, records), [])]
+    has_repeats = len(set(header)) < len(header)
+    if not header or has_repeats:
+        raise ValueError(f"expected a header, and no name twice; found {header!r:.80}")
+    return header
+
+
+def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
+    if cells == header:
+        raise ValueError("found the header again, expected a row: remove this line")
+    if len(cells) != len(header):
+        raise ValueError(
+            f"expected {len(header)} cells, as in the header; found {len(cells)}: {cells!r:.80}"
+        )
+    row = dict(zip(header, cells, strict=True))
+    if not keep_empty:
+        row = {name: cell for name, cell in row.items() if cell}
+    choices = row.get("choices")
+    if choices:
+        row["choices"] = parse_choices(choices)
+    return row
+
+
+def parse_choices(cell: str) -> list:
+    if cell.startswith("["):
+        return parse_json(cell)
+    return [choice.strip() for choice in cell.split("|")]
+
+
+# Labels
+
+
+def read_label_names(path: str | Path) -> dict[str, list[str]]:
+    """Return the names of the labels that a file of the `datasets` library has, by their column.
+
+    Only .parquet and .arrow files have any. Raise ValueError if the file is damaged.
+    """
+    path = Path(path)
+    suffix = rows_suffix(path)
+    if suffix not in TABLES:
+        return {}
+    with reading(path, extra="data"), open_file(path) as file:
+        return label_names(file, suffix)

@@ -1,0 +1,214 @@
+"""Find the files of a user's data set: a file, or the files of a folder by the names of splits."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from minia3.tasks.row_files import FORMATS, remedy, rows_stem, rows_suffix
+
+# Name of a file without its suffix -> the split that it holds. The long names are StoryCloze's, and
+# test_unlabeled is RAFT's.
+SPLIT_OF_NAME = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "valid": "validation",
+    "test": "test",
+    "test_unlabeled": "test",
+    "cloze_test_val__spring2016 - cloze_test_ALL_val": "train",
+    "cloze_test_test__spring2016 - cloze_test_ALL_test": "test",
+}
+SPLITS = ("train", "validation", "test")
+
+# A file with one of these words in its name, or with a word much like it, was meant to be a split.
+LOOKALIKES = {
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "development"),
+    "test": ("test", "testing", "testset"),
+}
+LIKENESS = 0.82  # of `difflib`: "tests" is like "test", and "latest" is not
+
+# The hub divides the rows of a split among several files: train-00000-of-00002.parquet.
+SHARD_NUMBER = re.compile(r"-\d{5}-of-")
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})", re.DOTALL)
+
+# .json files that do not hold rows.
+SIDE_FILES = (
+    "task.json",
+    "config.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)
+
+EXPECTED = f"files named train, validation (or val, dev, valid) and test, as {FORMATS}"
+N_SHOWN = 5  # names in a message
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class FoundFiles(NamedTuple):
+    """The files of a data set."""
+
+    files: dict[str, list[Path]]  # of each split, in order
+    notes: list[str]  # what a run should tell its user about the files
+
+
+# A folder of files
+
+
+def find_split_files(folder: Path) -> FoundFiles:
+    """Return the files in a folder that are named like splits.
+
+    Raise ValueError if there are none, if a split has several or not all of its parts, or if a
+    split is missing and there is a file with nearly its name.
+    """
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    candidates = {split: {} for split in SPLITS}  # split -> name without number -> files
+    unused = []
+    for path in entries:
+        name, _ = divide_name(path)
+        split = SPLIT_OF_NAME.get(name.lower())
+        if split and rows_suffix(path) and path.is_file():
+            kind = SHARD_NUMBER.sub("-*-of-", path.name)
+            candidates[split].setdefault(kind, []).append(path)
+        else:
+            unused.append(path)
+    files = {}
+    for split, kinds in candidates.items():
+        if kinds:
+            files[split] = choose_kind(folder, split, list(kinds.values()))
+    if not files:
+        raise ValueError(describe_folder(folder, entries))
+    return FoundFiles(files, describe_unused(unused, files))
+
+
+def divide_name(path: Path) -> tuple[str, int]:
+    """Return the name of a split's file without its suffix, and the number of the split's files."""
+    stem = rows_stem(path)
+    match = SHARD.fullmatch(stem)
+    if match is None:
+        return stem, 1
+    return match[1], int(match[2])
+
+
+def choose_kind(folder: Path, split: str, kinds: list[list[Path]]) -> list[Path]:
+    """Return the files of a split. Raise ValueError if there are two kinds, or too few of one."""
+    paths = kinds[0]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{folder} has {paths[0].name} and {kinds[1][0].name}: keep one of them as {split}"
+        )
+    _, n_expected = divide_name(paths[0])
+    if len(paths) != n_expected:
+        names = ", ".join(path.name for path in paths[:N_SHOWN])
+        raise ValueError(
+            f"{folder}: expected {n_expected} files of {split}, found {len(paths)}: {names}"
+        )
+    return paths
+
+
+def describe_folder(folder: Path, entries: list[Path]) -> str:
+    """Return the message for a folder without splits."""
+    if not entries:
+        return f"{folder}: the folder is empty; expected {EXPECTED}"
+    found = shorten(path.name for path in entries)
+    hint = ""
+    for path in entries:
+        if path.is_dir() and has_splits(path):
+            hint = f"; {path} has such files"
+            break
+        if path.is_file() and rows_suffix(path):
+            hint = "; a single file is given by its path"
+    return f"{folder}: expected {EXPECTED}; found {found}{hint}"
+
+
+def has_splits(folder: Path) -> bool:
+    with suppress(OSError):
+        return any(divide_name(path)[0].lower() in SPLIT_OF_NAME for path in folder.iterdir())
+    return False
+
+
+def shorten(names: Iterable[str]) -> str:
+    """Return the first names, with commas between them, and how many others there are."""
+    names = list(names)
+    text = ", ".join(names[:N_SHOWN])
+    n_others = len(names) - N_SHOWN
+    return f"{text} and {n_others} more" if n_others > 0 else text
+
+
+def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str]:
+    """Return a note that names the files of rows that are not used, if there are any.
+
+    Raise ValueError if a name is nearly that of a split that is missing. It may be a typo, and a
+    run without its own test rows would report on others.
+    """
+    names = []
+    for path in paths:
+        if path.name in SIDE_FILES:
+            continue
+        split = resembled_split(path)
+        if split and split not in files:
+            advice = remedy(path) or f"name it {split}{rows_suffix(path)}"
+            raise ValueError(
+                f"{path}: not the name of a split, and there is no file of {split}: "
+                f"{advice}, or move it elsewhere"
+            )
+        if split or rows_suffix(path):
+            names.append(path.name)
+    if not names:
+        return []
+    return [f"not used, because not named like a split: {shorten(names)}"]
+
+
+def resembled_split(path: Path) -> str | None:
+    """Return the split that the name of a file was meant to be, or None."""
+    for word in re.findall("[a-z]+", path.name.lower()):
+        for split, lookalikes in LOOKALIKES.items():
+            if difflib.get_close_matches(word, lookalikes, n=1, cutoff=LIKENESS):
+                return split
+    return None
+
+
+# Paths that do not exist
+
+
+def looks_like_path(name: str) -> bool:
+    """Return whether a name has a slash, or a suffix of a file with data."""
+    return "/" in name or os.sep in name or bool(rows_suffix(Path(name)) or remedy(Path(name)))
+
+
+def describe_missing_path(name: str) -> str:
+    """Return the message for a path that does not exist, with the nearest one that does."""
+    path = Path(name)
+    missing = path
+    # The first part that does not exist is the one with the typo.
+    while not os.path.exists(missing.parent):
+        missing = missing.parent
+    hint = ""
+    if missing != path:
+        hint = f", because there is no {missing}"
+        if HUB_ID.fullmatch(name) and not rows_suffix(path):
+            hint += f" (a data set of the hub is hf:{name})"
+    for entry in nearest_entries(missing):
+        whole = entry / Path(name).relative_to(missing)
+        near = whole if os.path.exists(whole) else entry
+        hint += f"; did you mean {near}?"
+    return f"{name}: no such file or folder{hint}"
+
+
+def nearest_entries(path: Path) -> list[Path]:
+    """Return the entry of the path's folder that has the nearest name, or an empty list."""
+    names = []
+    with suppress(OSError):
+        names = os.listdir(path.parent)
+    return [path.parent / near for near in difflib.get_close_matches(path.name, names, n=1)]

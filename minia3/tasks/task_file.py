@@ -1,0 +1,240 @@
+"""task.json: what it takes to put rows into words.
+
+A user writes such a file to describe a task, and gives it as --task. It has the form of an entry of
+tasks.json, without addresses:
+
+    files        split -> file (or list of files), or a file or folder; relative to the task file
+                 (default: the folder of the task file)
+    fields       name in the files -> name in the prompts, if the two differ
+    label_field  the column of the label
+    labels       the labels as the files spell them
+    choices      the words of the labels, if the two differ
+    target       the text to write, in place of labels: "{answer}"
+    prompts      a list of {"text": "{title}: {body}"}; each may have its own "choices" or "target"
+    metric       see METRICS in task.py
+
+A run writes the same file beside its adapter, so that `predict` labels rows that have only the
+input. PEFT ignores it. An adapter of several tasks has {"tasks": {name: entry}}.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from minia3.files.read import read_json
+from minia3.files.write import replacing, write_json
+from minia3.tasks.known_tasks import make_spec
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_choices, check_template
+from minia3.tasks.task import TaskSpec
+
+FILE_NAME = "task.json"
+SPLITS = ("train", "validation", "test")
+MAX_BYTES = 1 << 20  # a larger .json file holds rows
+
+# Key -> what its value is, in a message. A file has no other keys.
+KEYS = {
+    "files": "a path, or an object of paths",
+    "fields": "an object of texts",
+    "label_field": "a text",
+    "labels": "a list of texts",
+    "choices": "a list of texts",
+    "target": "a text",
+    "prompts": "a list of objects",
+    "metric": "a text",
+    "messages": "a text",
+    "span_field": "a text",
+    "chat_template": "a text",
+}
+SIGNS = {"prompts", "files", "tasks"}  # keys that no other .json file has, in all likelihood
+PROMPT_KEYS = {
+    "text": "a text",
+    "choices": "a list of texts",
+    "target": "a text",
+    "words": "an object of objects",
+    "for_model": "a text",
+}
+SAVED = ("fields", "label_field", "labels", "metric", "messages", "span_field", "chat_template")
+
+
+# Finding and reading
+
+
+def find_task_file(name: str) -> Path | None:
+    """Return the task file that --task names, directly or by its folder, or None."""
+    with suppress(ValueError, OSError):  # a name may be too long, or hold a null byte
+        path = Path(name)
+        if path.is_dir():
+            beside = path / FILE_NAME
+            # The folders of other data sets (RAFT's) may have a task.json of another kind.
+            return beside if beside.is_file() and describes_task(beside) else None
+        is_named = path.name == FILE_NAME
+        if path.suffix == ".json" and path.is_file() and (is_named or describes_task(path)):
+            return path
+    return None
+
+
+def describes_task(path: Path) -> bool:
+    """Return whether a .json file describes a task, and does not hold rows."""
+    if path.stat().st_size > MAX_BYTES:
+        return False
+    with suppress(ValueError):
+        content = read_json(path)
+        has_only_our_keys = bool(content) and content.keys() <= KEYS.keys()
+        return has_only_our_keys or not SIGNS.isdisjoint(content)
+    return False
+
+
+def read_task_file(path: Path) -> TaskSpec:
+    """Return the task of a file. Raise ValueError, in one line, if it is not such a file."""
+    tasks = read_tasks(path)
+    if len(tasks) > 1:
+        raise ValueError(f"{path} holds {len(tasks)} tasks ({', '.join(tasks)}), expected one")
+    return next(iter(tasks.values()))
+
+
+def read_tasks(path: Path) -> dict[str, TaskSpec]:
+    """Return the tasks of a file by name. The name of a single task is "".
+
+    Raise ValueError, in one line, if it is not such a file.
+    """
+    content = read_json(path)
+    entries = {"": content}
+    if content.keys() == {"tasks"} and isinstance(content["tasks"], dict):
+        entries = content["tasks"]
+    tasks = {}
+    for name, entry in entries.items():
+        try:
+            tasks[name] = read_entry(entry, path.parent)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if not tasks:
+        raise ValueError(f"{path}: expected a task, found none")
+    return tasks
+
+
+def read_tasks_beside(path: Path) -> dict[str, TaskSpec]:
+    """Return the tasks in the task.json of an adapter or a model: name to TaskSpec.
+
+    path: its folder, or a file in its folder.
+    """
+    folder = path.parent if path.is_file() else path
+    task_file = folder / FILE_NAME
+    return read_tasks(task_file) if task_file.is_file() else {}
+
+
+def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
+    """Return the TaskSpec of an entry. folder: which the paths of `files` are relative to."""
+    check_values(entry, KEYS)
+    for prompt in entry.get("prompts", ()):
+        check_values(prompt, PROMPT_KEYS)
+        if "text" not in prompt:
+            raise ValueError("a prompt has no 'text'")
+        for text in (prompt["text"], prompt.get("target"), *prompt.get("choices", ())):
+            check_template(text or "")
+    entry = dict(entry)
+    files = entry.pop("files", ".")
+    target = entry.pop("target", "")
+    if target:
+        prompts = entry.get("prompts", ())
+        entry["prompts"] = [{"target": target, **prompt} for prompt in prompts]
+    spec = make_spec(entry)
+    prompts = []
+    for prompt in spec.prompts:
+        if prompt.choices and spec.labels:
+            check_choices(prompt, spec.labels)
+        prompts.append(prompt._replace(choices=prompt.choices or None))
+    if target and prompts == list(OWN_PROMPTS):
+        raise ValueError("'target' needs prompts: expected 'prompts' with the text of the input")
+    labels = tuple(spec.labels)
+    spec = spec._replace(prompts=tuple(prompts), labels=labels)
+    if isinstance(files, str):
+        return spec._replace(path=folder / files)
+    return spec._replace(files=find_files(files, folder))
+
+
+def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split, in the order of SPLITS."""
+    for split in names:
+        if split not in SPLITS:
+            raise ValueError(f"'files' has the split {split!r}, expected {', '.join(SPLITS)}")
+    files = {}
+    for split in SPLITS:
+        if split in names:
+            listed = names[split]
+            if isinstance(listed, str):
+                listed = [listed]
+            files[split] = [folder / name for name in listed]
+    return files
+
+
+def check_values(entry: Mapping, kinds: Mapping[str, str]):
+    """Raise ValueError if an entry has an unknown key, or a value of another kind."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, found {entry!r:.60}")
+    for key, value in entry.items():
+        if key not in kinds:
+            (nearest,) = difflib.get_close_matches(key, kinds, n=1, cutoff=0)
+            raise ValueError(
+                f"unknown key {key!r}: did you mean {nearest!r}? Known keys: {', '.join(kinds)}"
+            )
+        if not is_kind(value, kinds[key]):
+            raise ValueError(f"{key!r} is {value!r:.60}, expected {kinds[key]}")
+
+
+def is_kind(value, kind: str) -> bool:
+    """Return whether a value is what KEYS says. None is a text that is not there."""
+    if kind == "a text":
+        return value is None or isinstance(value, str)
+    if kind.startswith("a list"):
+        expected = str if kind == "a list of texts" else dict
+        return isinstance(value, list) and all(isinstance(item, expected) for item in value)
+    if kind.startswith("a path") and isinstance(value, str):
+        return True
+    if not isinstance(value, dict):
+        return False
+    expected = {"an object of texts": str, "an object of objects": dict}.get(kind, (str, list))
+    return all(isinstance(item, expected) for item in value.values())
+
+
+# Writing
+
+
+def write_task_file(folder: Path, tasks: Iterable[tuple[str, TaskSpec]]):
+    """Write task.json into an adapter's folder. tasks: (name, spec) of each task it has learned."""
+    entries = {name: make_entry(spec) for name, spec in tasks}
+    content = {"tasks": entries}
+    if len(entries) == 1:
+        (content,) = entries.values()
+    write_json(Path(folder, FILE_NAME), content)
+
+
+def copy_task_file(sources: Iterable[Path], folder: Path):
+    """Copy the task.json of adapters to what was made of them, if they all have the same."""
+    contents = set()
+    for source in sources:
+        beside = source if source.is_dir() else source.parent
+        path = beside / FILE_NAME
+        content = path.read_text("utf-8") if path.is_file() else None
+        contents.add(content)
+    if len(contents) == 1 and None not in contents:
+        with replacing(Path(folder, FILE_NAME)) as temporary:
+            temporary.write_text(contents.pop(), encoding="utf-8")
+
+
+def make_entry(spec: TaskSpec) -> dict:
+    """Return the entry of a task, as `read_entry` reads it. Only its files are not in it."""
+    entry = only_changed(spec, SAVED)
+    entry["prompts"] = [only_changed(prompt, Prompt._fields) for prompt in spec.prompts]
+    return entry
+
+
+def only_changed(fields: TaskSpec | Prompt, names: Iterable[str]) -> dict:
+    """Return the fields that differ from their defaults."""
+    changed = {}
+    for name in names:
+        value = getattr(fields, name)
+        default = fields._field_defaults.get(name)
+        if value != default and value not in ((), []):
+            changed[name] = value
+    return changed

@@ -1,0 +1,9 @@
+"""The values among which flags choose: names alone, so that importing needs no torch."""
+
+METHODS = ("ia3", "lora", "full", "none", "icl")  # methods.py says what each one trains
+TRAINED = ("ia3", "lora", "full")
+TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cannot share one
+OPTIMIZERS = ("adafactor", "adamw")
+LOSSES = ("lm", "ul", "ln")  # see losses.py
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # float16: not for T5
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # see trackers.py

@@ -1,0 +1,101 @@
+"""From the words of a command line to checked flags. No torch, so mistakes are answered at once."""
+
+import argparse
+import sys
+
+from minia3 import __version__
+from minia3.files.messages import message_of
+from minia3.training.config import ADVICE, GROUPS, Config
+from minia3.training.config_file import read_config_file
+from minia3.training.flags import Parser, add_flags
+from minia3.training.rules import check_config
+from minia3.training.run_folder import restore_flags
+from minia3.training.trackers import check_trackers
+
+TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
+EXAMPLES = """\
+examples:
+  {program}                                     the small model and task that come with minia3
+  {program} --model t5-base --task rte          a real model and a real task
+  {program} --model t5-base --task rte,cb --seed 0,1    four adapters, trained together
+  {program} --resume runs/t5-base-rte-ia3-0     continue a run that was stopped"""
+
+
+def read_command_line(words, program):
+    """Return the Config of a command line: the flags, over those of --config or --resume.
+
+    program: what the user types before the flags. Raise ValueError in one line if a flag is wrong.
+    --help and --version print, and raise SystemExit.
+    """
+    return complete(parse_flags(words, program))
+
+
+def parse_flags(words, program="train.py"):
+    """Return the flags that a command line gives: name of the field -> value."""
+    parser = Parser(
+        prog=program,
+        description=TITLE,
+        epilog=EXAMPLES.format(program=program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # because the next version may have another flag that fits
+    )
+    add_arguments(parser)
+    return vars(parser.parse_words(words))
+
+
+def add_arguments(parser):
+    """Declare the flags of a run."""
+    parser.add_argument("--version", action="version", version=f"minia3 {__version__}")
+    parser.advice = ADVICE
+    add_flags(parser, Config, GROUPS)
+
+
+def complete(given):
+    """Return the Config of the flags that are given. Raise ValueError if they do not go together.
+
+    given: name of the field -> value. --config and --resume name a file and a folder with others.
+    """
+    if given.get("resume") is not None:
+        config = restore_flags(Config, given)
+    else:
+        check_length(given)
+        flags = flags_of_file(given) | given
+        config = Config(**flags)
+        config.config = None  # because config.json has the flags themselves
+    check_config(config)
+    check_trackers(config.log_to)
+    return config
+
+
+def check_length(given):
+    if "steps" in given and given.get("epochs") is not None:
+        raise ValueError("--epochs takes the place of --steps: give one of them")
+
+
+def flags_of_file(given):
+    """Return the flags that the file of --config adds to the flags that are given."""
+    if given.get("config") is None:
+        return {}
+    values = read_config_file(given["config"], Config)
+    check_length(values)
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if name in given:
+            values.pop(other, None)
+    return values
+
+
+def answer_mistakes(words, program):
+    """Print the help, or what is wrong with the flags, and exit. Return if nothing is wrong.
+
+    Call this before torch is imported, which takes seconds.
+    """
+    try:
+        read_command_line(words, program)
+    except ValueError as error:
+        print(error_line(program, error), file=sys.stderr)
+        sys.exit(2)
+
+
+def error_line(program, error):
+    """Return "train.py: ..." in one line."""
+    return f"{program.removeprefix('python ')}: {message_of(error)}"

@@ -1,0 +1,97 @@
+"""Flags from a file, for --config: the config.json of a run, or TOML.
+
+model = "t5-base"
+task = ["rte", "cb"]
+batch-size = 16
+"""
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+
+from minia3.files.read import read_json, reading
+from minia3.training.config import ADVICE
+from minia3.training.flags import option
+
+# What config.json holds besides flags, and flags that belong to one run only.
+NOT_FLAGS = ("minia3", "git_commit", "versions", "data")
+OF_ONE_RUN = ("out", "resume", "config")
+EARLIER_NAMES = {"checkpoint": "recompute"}
+
+
+def read_config_file(path, config_class):
+    """Return the flags in a file: name of the field -> value.
+
+    Raise ValueError if the file is neither JSON nor TOML, or names a flag that does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"  # of a run
+    if path.suffix == ".toml":
+        content = read_toml(path)
+    elif path.suffix == ".json":
+        content = read_json(path)
+    else:
+        raise ValueError(f"--config is {str(path)!r}, expected a .toml or .json file")
+    is_record = "versions" in content  # a run wrote it
+    if not is_record and {"config", "resume"} & content.keys():
+        raise ValueError(f"{path}: a file cannot name another --config or --resume")
+    values = {}
+    for name, value in recorded_flags(content, path).items():
+        if not (is_record and name in OF_ONE_RUN):
+            values[field_name(name, config_class, path)] = value
+    return values
+
+
+def recorded_flags(content, path):
+    """Return the flags in the content of a run's config.json.
+
+    Raise ValueError if an earlier version trained in a way that this version cannot.
+    """
+    if content.get("similar_lengths"):
+        raise ValueError(
+            f"{path}: this run uses --similar-lengths, which only an earlier version has: "
+            "finish it with that version"
+        )
+    values = {}
+    for name, value in content.items():
+        if name not in (*NOT_FLAGS, "similar_lengths"):
+            values[EARLIER_NAMES.get(name, name)] = as_flag(value)
+    return values
+
+
+def as_flag(value):
+    """Return a value of a file as a flag has it: several values are a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def field_name(name, config_class, origin):
+    """Return the name of a flag's field. A flag may be written as on the command line."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    found = name.removeprefix("--").replace("-", "_")
+    if found in names:
+        return found
+    message = f"{origin}: there is no flag {json.dumps(name)}"
+    advice = ADVICE.get(option(found))
+    if advice:
+        raise ValueError(f"{message}: {advice}")
+    similar = difflib.get_close_matches(found, names, n=1)
+    if similar:
+        message += f": did you mean {similar[0]}?"
+    raise ValueError(message)
+
+
+def read_toml(path):
+    """Return the content of a TOML file."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ValueError(
+                f"{path}: Python 3.10 reads TOML after `pip install tomli`; or give a .json file"
+            ) from None
+    with reading(path, "not TOML"):
+        return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,149 @@
+"""What makes a result doubtful: said before training, and again beside the result.
+
+A run that ends without a word looks like a success. These are the ways in which it is none that a
+run can notice by itself.
+"""
+
+import math
+
+import numpy as np
+
+from minia3.inference.evaluation import right_answers
+from minia3.inference.metrics import area_under_curve
+from minia3.tasks.prompts import render
+from minia3.training.losses import UNLIKELY_EPS
+
+LEAST_LINES = 3  # in a third of the lines, before their order says anything
+CERTAIN = 0.9  # share of pairs of lines, an early and a late one, whose loss is higher at the end
+BLOWN_UP = 2  # times the highest loss at the beginning
+
+# Before training
+
+
+def doubts_about_rows(assignment, config):
+    """Return what is doubtful about the rows of a task, one text each."""
+    doubts = []
+    answer = assignment.task.answer
+    if answer == "choices" and config.is_training:
+        doubts += doubts_about_labels(assignment.train_rows, assignment.prompts[0], "to train on")
+    if answer == "choices":
+        prompt = assignment.eval_prompts[0]
+        doubts += doubts_about_labels(assignment.report_rows, prompt, "to report on")
+    if not assignment.report_rows:
+        doubts.append(
+            "nothing is evaluated on held-out rows: how good the adapter is stays unknown"
+        )
+    if config.is_training:
+        n_known = count_repeated(assignment.train_rows, assignment.report_rows)
+        if n_known:
+            n_rows = len(assignment.report_rows)
+            doubts.append(f"{n_known} of {n_rows} rows to report on are also trained on")
+    return doubts
+
+
+def doubts_about_labels(rows, prompt, use):
+    """Return a text in a list if all rows have the same answer, or else an empty list."""
+    if len(rows) < 2:
+        return []
+    if prompt.choices and len({row["label"] for row in rows}) > 1:
+        return []  # at once: the choices of these rows have one order
+    answers = set(right_answers([render(prompt, row) for row in rows]))
+    if len(answers) > 1:
+        return []
+    (answer,) = answers
+    return [f"all {len(rows)} rows {use} have the same answer, {answer!r:.40}"]
+
+
+def count_repeated(train_rows, report_rows):
+    """Return how many rows to report on are also among the rows to train on."""
+    n_of_keys = {}
+    for row in report_rows:
+        key = row_key(row)
+        n_of_keys[key] = n_of_keys.get(key, 0) + 1
+    n_repeated = 0
+    for row in train_rows:
+        n_repeated += n_of_keys.pop(row_key(row), 0)
+    return n_repeated
+
+
+def row_key(row):
+    """Return a text that two rows share if they differ in their number only."""
+    return repr(sorted((name, value) for name, value in row.items() if name != "idx"))
+
+
+def notes_on_texts(result, max_new_tokens):
+    """Return what an evaluation has noticed about the texts of its rows."""
+    notes = []
+    n_rows = result["n"]
+    if result.get("n_lossy"):
+        notes.append(
+            f"{result['n_lossy']} of {n_rows} targets have characters that the tokenizer cannot "
+            "write: exact match compares with the target as it writes it"
+        )
+    if result.get("n_too_long"):
+        notes.append(
+            f"{result['n_too_long']} of {n_rows} targets have more than {max_new_tokens} tokens "
+            "(--max-new-tokens), so that they cannot be matched"
+        )
+    if result.get("n_equal"):
+        notes.append(
+            f"{result['n_equal']} of {n_rows} rows have two choices that are one text to the "
+            "tokenizer: their scores are equal, and the first always wins"
+        )
+    return notes
+
+
+# After training
+
+
+def doubts_about_result(final, losses):
+    """Return what is doubtful about the result of an adapter, one text each.
+
+    final: its final line of metrics.jsonl. losses: the training loss of each line so far.
+    """
+    doubts = []
+    value = final["accuracy"]
+    if value is None:
+        value = math.inf  # nothing was evaluated, and `doubts_about_rows` says so
+    commonest = final.get("commonest")
+    if commonest is not None and value < commonest:
+        doubts.append(
+            f"the {final['metric']} ({value:.1%}) is below that of always giving the commonest "
+            f"label ({commonest:.1%})"
+        )
+    before = final["accuracy_before"]
+    if final["trainable"] and before is not None and value < before:
+        doubts.append("the result is worse than before training")
+    if has_risen(losses):
+        doubts.append(
+            f"the training loss rose, from {losses[0]:.3f} to {losses[-1]:.3f}: try a lower --lr"
+        )
+    return doubts
+
+
+def has_risen(losses):
+    """Return whether the losses of the last third of the lines are above those of the first third.
+
+    Losses of single batches vary, so nearly all pairs of an early and a late line must say so; or
+    the last loss must be far above all early ones.
+    """
+    n_third = max(1, len(losses) // 3)
+    early = np.array(losses[:n_third])
+    late = np.array(losses[-n_third:])
+    if len(losses) < 2:
+        return False
+    has_blown_up = losses[-1] > BLOWN_UP * max(early.max(), 0.0)
+    is_enough = n_third >= LEAST_LINES
+    return bool(has_blown_up or (is_enough and area_under_curve(late, early) > CERTAIN))
+
+
+def loss_notes(assignment, config):
+    """Return a text in a list if the loss of a task is a sum, and an empty list otherwise."""
+    names = config.losses.split(",")
+    if assignment.task.answer != "choices" or len(names) == 1:
+        return []
+    note = f"the loss is the sum of {', '.join(names[:-1])} and {names[-1]} (--losses)"
+    if "ul" in names:
+        lowest = -math.log(1 + UNLIKELY_EPS)
+        note += f"; ul, and so the sum, may be slightly below 0 (at least {lowest:.4f})"
+    return [note]

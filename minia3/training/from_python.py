@@ -1,0 +1,79 @@
+"""`minia3.train`: a run from Python, in a notebook or in a thread."""
+
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from minia3.training.command_line import complete
+from minia3.training.command_lines import CALL
+from minia3.training.config import Config
+from minia3.training.config_file import field_name
+from minia3.training.flags import kinds_of, list_reader
+from minia3.training.loop import load_loop
+from minia3.training.signals import Stopped
+from minia3.training.start import run_config
+
+ONE_AT_A_TIME = threading.Lock()  # torch's settings and random numbers belong to the process
+
+
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    results: list[dict]  # the final lines of metrics.jsonl, one per adapter and task
+    folder: Path | None  # None if nothing was written
+
+
+def train(model=None, task=None, **flags):
+    """Run what `python train.py` runs. Return its results and its folder.
+
+    model, task, flags: the flags of train.py, with _ for -, as in `batch_size=4`; `python train.py
+    --help` explains them. A list makes a grid, as commas do: `seed=[0, 1]`.
+
+    Raise ValueError for a mistake, and Failed (a RuntimeError) if the loss becomes NaN. On the main
+    thread, an interrupt finishes the step and saves it before it raises KeyboardInterrupt. Settings
+    of torch, its random numbers and the handlers of signals stay as they were. Runs in several
+    threads take turns.
+    """
+    config = complete(given_flags({"model": model, "task": task, **flags}))
+    loop = load_loop()
+    with ONE_AT_A_TIME:
+        try:
+            run = run_config(config, loop.run_grid, CALL)
+        except Stopped as stop:
+            number = stop.number
+        else:
+            return Trained(run.finals, run.folder)
+    # Now the signal does what it would have done without us.
+    signal.raise_signal(number)
+    raise KeyboardInterrupt
+
+
+def given_flags(flags):
+    """Return the flags that are not None, as the command line would read them."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    given = {}
+    for name, value in flags.items():
+        if name not in fields:
+            name = field_name(name, Config, "minia3.train")
+        if value is not None:
+            given[name] = read_value(fields[name], value)
+    return given
+
+
+def read_value(field, value):
+    """Return the value of a flag: a path as text, and several values as a tuple."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    kind = kinds_of(field)[0]
+    if isinstance(value, str) and tuple in kinds_of(field):
+        try:
+            return list_reader(kind)(value)  # "0,1"
+        except ValueError:
+            return value  # which `check_flags` refuses
+    if isinstance(value, list | tuple | range):
+        values = tuple(read_value(field, part) for part in value)
+        return values[0] if len(values) == 1 else values
+    return value

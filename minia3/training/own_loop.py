@@ -1,0 +1,27 @@
+"""`minia3.batches`: what a loop of your own trains on. It is what train.py trains on."""
+
+from minia3.tasks.batches import collate
+from minia3.training.cell import Cell
+from minia3.training.config import Config
+from minia3.training.drawing import draw_batches
+from minia3.training.rules import check_config
+
+
+def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_length=512):
+    """Return an iterator of Batches (minia3/tasks/batches.py), drawn as train.py draws them.
+
+    model: its name decides which of the task's prompts suit it. task: from `load_task`.
+    max_length: most tokens of an input; a longer one loses words from its middle.
+
+    Raise ValueError if a row does not fit or a value is out of range.
+    """
+    config = Config(
+        model=str(getattr(model, "name_or_path", "")) or Config.model,
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+        max_length=max_length,
+    )
+    check_config(config)
+    examples = draw_batches(Cell(config, task), tokenizer, model)
+    return map(collate, examples)

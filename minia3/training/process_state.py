@@ -1,0 +1,39 @@
+"""What a run changes for the whole process, and how it is put back."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def unchanged_process():
+    """Put back the settings of torch and its random numbers at the end of the block.
+
+    The block itself begins with the settings of a fresh process, whatever a notebook has set.
+    """
+    dtype = torch.get_default_dtype()
+    n_threads = torch.get_num_threads()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    is_warning_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get(WORKSPACE)
+    random = torch.get_rng_state()
+    # Asking for the random numbers of a GPU would start CUDA, so only ask if it has been started.
+    random_on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(n_threads)
+        if torch.are_deterministic_algorithms_enabled() != is_deterministic:
+            # This imports torch's compiler, which takes a second.
+            torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning_only)
+        torch.set_rng_state(random)
+        if random_on_gpus:
+            torch.cuda.set_rng_state_all(random_on_gpus)
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)

@@ -1,0 +1,59 @@
+"""Begin and end a run: what `python train.py`, `minia3 train` and `minia3.train` do alike.
+
+Each of the three hands over `run_grid` of train.py, because no module imports train.py.
+"""
+
+import sys
+
+from minia3.files.streams import lasting_output, use_utf8
+from minia3.training.announce import announcing_warnings
+from minia3.training.command_line import error_line, read_command_line
+from minia3.training.process_state import unchanged_process
+from minia3.training.run import Failed, Run
+from minia3.training.signals import Signals, Stopped
+from minia3.training.step_memory import is_out_of_memory, out_of_memory_message
+
+
+def run_command_line(words, run_grid, program, is_program=False):
+    """Return the exit code: 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n.
+
+    is_program: whether this process does nothing else, so that a signal may end it at any time.
+    """
+    use_utf8()
+    with lasting_output():
+        try:
+            config = read_command_line(words, program)
+            run_config(config, run_grid, program, is_program)
+            return 0
+        except Stopped as stop:
+            return 128 + stop.number
+        except (Failed, OSError, ValueError) as error:
+            print(error_line(program, error), file=sys.stderr)
+            return 2 if isinstance(error, ValueError) else 1
+
+
+def run_config(config, run_grid, program, is_program=False):
+    """Run what the flags say, and return the Run. The process stays as it was.
+
+    Raise ValueError for a user's mistake, Failed if the training failed or memory ran out, and
+    Stopped after a signal.
+    """
+    run = None
+    try:
+        with unchanged_process(), announcing_warnings(), Signals(is_program) as signals:
+            run = Run(config, signals, program)
+            run_grid(run, config)
+        return run
+    except Stopped:
+        message = run.stop_message if run else "stopped"
+        print(message, file=sys.stderr)
+        raise
+    except (Failed, MemoryError, OSError, RuntimeError, ValueError) as error:
+        if run:
+            run.discard_if_new()
+        if is_out_of_memory(error):
+            raise Failed(out_of_memory_message(error, run)) from None
+        raise
+    finally:
+        if run:
+            run.close()

@@ -1,0 +1,231 @@
+"""Before a run trains: does a step fit into the memory that is free, and if not, what does?
+
+The step is planned on fake tensors (memory_plan.py), with the longest source and the longest
+choices of the run, and with two layers and three layers of each stack: every further layer takes as
+much as the third one. This takes half a second whatever the size of the model.
+
+Shapes: B examples, M source length, C choices, L tokens of a choice.
+"""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from minia3.checkpoints.load import build_model, place_parameter
+from minia3.files.messages import shorten
+from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
+from minia3.model.ia3 import freeze
+from minia3.training.device import free_memory
+from minia3.training.memory_plan import MemoryCounter, stored_dtype
+from minia3.training.prepare import prepare_model
+
+# The plan counts tensors. An allocator also keeps some of what is freed: measured on a CPU, a step
+# takes 1.4 times the plan.
+OVERHEAD = 1.4
+
+# Of a trained parameter, besides what the plan counts: a gradient, and the moments of AdamW.
+TRAINED_BYTES = 12
+
+ROOM = 0.9  # the share of the free memory that a step may take
+
+LAYER_FIELDS = ("n_layers", "n_decoder_layers")  # of a model's config
+
+# What an error about memory says, if it is not of a class of its own.
+SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "not enough memory")
+
+
+class StepShape(NamedTuple):
+    """The sizes of one forward pass: of a micro-batch, or of the whole batch."""
+
+    n_examples: int
+    source_length: int  # tokens, as all others
+    n_choices: int
+    target_length: int
+
+    @property
+    def n_tokens(self):
+        return self.n_examples * (self.source_length + self.n_choices * self.target_length)
+
+
+def check_memory(run, group):
+    """Print a note if a step takes more memory than is free.
+
+    On a CPU, limit the process to what is free, so that it ends with a message. Otherwise the
+    system would end it, or move everything that the user works with to the disk.
+
+    Return a micro-batch size to try if memory runs out: the size that fits, or else a half.
+    """
+    shape = shape_of_step(group)
+    half = max(1, shape.n_examples // 2)
+    free = free_memory(group.device)
+    bound = upper_bound(group.model.config, shape) + 2 * TRAINED_BYTES * group.n_trained
+    if free is None or bound < free / 2:
+        return half  # nothing to plan
+    free = int(ROOM * free)
+    needed = OVERHEAD * planned_step(group, shape)
+    if needed <= free:
+        return half
+    fitting = fitting_size(group, shape, free)
+    advice = "no micro-batch size fits: take a smaller model, a shorter --max-length or --recompute"
+    if fitting > 0:
+        advice = f"--micro-batch-size {fitting} fits"
+    print(
+        f"note     a step takes about {gigabytes(needed)}, but {gigabytes(free)} are free: {advice}"
+    )
+    if group.device.type == "cpu":
+        run.resources.enter_context(limited_memory(free))
+    return max(1, fitting)
+
+
+def gigabytes(n_bytes):
+    return f"{n_bytes / 1e9:.1f} GB"
+
+
+def shape_of_step(group):
+    """Return the largest shape that a forward pass of this run can have."""
+    sources = []
+    targets = []
+    n_choices = 1
+    for cell in group.cells:
+        for example in cell.batches.examples.values():
+            sources.append(len(example.source))
+            targets.append(max(map(len, example.targets)))
+            n_choices = max(n_choices, len(example.targets))
+    n_examples = group.config.batch_size * len(group.cells)
+    if group.config.micro_batch_size is not None:
+        n_examples = min(n_examples, group.config.micro_batch_size)
+    return StepShape(n_examples, max(sources), n_choices, max(targets))
+
+
+def upper_bound(model_config, shape):
+    """Return more bytes than a step takes, without planning it.
+
+    Most runs take far less than what is free, and need no plan.
+    """
+    c = model_config
+    n_layers = c.n_layers + getattr(c, "n_decoder_layers", 0)
+    length = shape.source_length + shape.n_choices * shape.target_length
+    width_of_heads = c.n_heads * c.d_head
+    n_numbers = 40 * c.d_model + 8 * c.d_ff + 24 * width_of_heads + 8 * c.n_heads * length
+    n_logits = min(shape.n_tokens * c.vocab_size, 1 << 26)
+    return 4 * (shape.n_tokens * n_layers * n_numbers + 4 * n_logits)
+
+
+def fitting_size(group, shape, free):
+    """Return the largest power of two that fits as micro-batch size, or 0 if not even 1 does."""
+    size = 1
+    while size < shape.n_examples:
+        size *= 2
+    while size > 0:
+        smaller = shape._replace(n_examples=size)
+        if size < shape.n_examples and OVERHEAD * planned_step(group, smaller) <= free:
+            return size
+        size //= 2
+    return 0
+
+
+def planned_step(group, shape):
+    """Return the bytes that the tensors of a step take at once, beyond the weights."""
+    model_config = group.model.config
+    dtype = group.model.embed.weight.dtype
+    fields = [name for name in LAYER_FIELDS if hasattr(model_config, name)]
+    shallow = replace(model_config, **dict.fromkeys(fields, 2))
+    two_layers = peak_of_step(shallow, dtype, shape, group.config)
+    total = two_layers
+    for name in fields:
+        deeper = replace(shallow, **{name: 3})
+        layer = peak_of_step(deeper, dtype, shape, group.config) - two_layers
+        total += layer * (getattr(model_config, name) - 2)
+    return total + TRAINED_BYTES * group.n_trained
+
+
+def peak_of_step(model_config, dtype, shape, config):
+    """Return the most bytes that tensors take in a forward and backward pass, beyond the weights.
+
+    config: the flags of the run; dropout and recomputation change what is kept.
+    """
+    with FakeTensorMode():
+        model = build_model(model_config)
+        for name, p in list(model.named_parameters()):
+            place_parameter(model, name, torch.empty(p.shape, dtype=stored_dtype(name, dtype)))
+        freeze(model)
+        if config.method == "full":
+            model.requires_grad_(True)
+        prepare_model(model, replace(config, compile=False))
+        model.train()
+        source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
+        target_shape = (shape.n_examples, shape.n_choices, shape.target_length)
+        target_BCL = torch.zeros(target_shape, dtype=torch.long)
+
+        counter = MemoryCounter()
+        for tensor in (*model.parameters(), source_BM, target_BCL):
+            counter.add(tensor)
+        n_before = counter.now
+        with counter:
+            score_without_padding(model, source_BM, target_BCL).backward()
+        return counter.peak - n_before
+
+
+def score_without_padding(model, source_BM, target_BCL):
+    """Return a number that depends on all log-probabilities of `choice_logprobs`.
+
+    Fake tensors have no values, so nobody can ask them where their padding is.
+    """
+    n_examples, n_choices, length = target_BCL.shape
+    state = model.start(source_BM)
+
+    def score(target_BCL):
+        repeated = state.repeat(target_BCL.shape[1])
+        return masked_logprobs(model, repeated, target_BCL.flatten(0, 1), None)
+
+    n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_examples, MAX_SIDE_BY_SIDE) // length)
+    if n_choices <= n_at_once:
+        return score(target_BCL).sum()
+    total = 0.0
+    for part in target_BCL.split(n_at_once, dim=1):
+        total = total + checkpoint(score, part, use_reentrant=False).sum()
+    return total
+
+
+# When memory has run out
+
+
+@contextmanager
+def limited_memory(n_bytes):
+    """Let the process allocate `n_bytes` more, and no more than that, until the end of the block.
+
+    On systems other than Linux, nothing is limited.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/status", encoding="utf-8") as file:
+            (now,) = [int(line.split()[1]) * 1024 for line in file if line.startswith("VmData")]
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + int(n_bytes), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_out_of_memory(error):
+    """Return whether an exception says that there is not enough memory, on a GPU or on a CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def out_of_memory_message(error, run):
+    """Return what a run says when memory has run out: what to try, and what failed."""
+    reason = shorten(" ".join(str(error).split()), 120) or "no memory is left"
+    micro = f"--micro-batch-size (try {run.micro_batch_size})"
+    evaluation = f"--eval-batch-size (try {run.eval_batch_size})"
+    return f"out of memory: lower {micro} or {evaluation}: {reason}"

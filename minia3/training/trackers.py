@@ -1,0 +1,165 @@
+"""Hand the events of metrics.jsonl to TensorBoard, Weights & Biases or MLflow (--log-to).
+
+Each tracker gets every line of metrics.jsonl, in order. If a run is resumed, its tracker begins
+again with all the lines that metrics.jsonl has, so the two always agree: TensorBoard's files are
+written again, and the services get a new run with the whole history.
+
+The packages are in the extra `log`, and are imported only if they are asked for.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+
+from minia3.files.read import one_line
+
+PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
+
+
+def check_trackers(names):
+    """Raise ValueError if the package of a tracker is not installed. names: see --log-to."""
+    if names is None:
+        return
+    for name in names.split(","):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--log-to {name} needs a package: pip install 'minia3[log]'")
+
+
+def start_trackers(config, folder):
+    """Return the trackers of --log-to, which know all lines that metrics.jsonl already has.
+
+    Raise ValueError if a tracker cannot start, for example without a login.
+    """
+    if config.log_to is None:
+        return []
+    lines = []
+    if (folder / "metrics.jsonl").exists():
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+    trackers = []
+    for name in config.log_to.split(","):
+        try:
+            tracker = TRACKERS[name](config, folder)
+        except Exception as error:  # each package has its own
+            close_trackers(trackers)
+            raise ValueError(f"--log-to {name} cannot start: {one_line(error)}") from None
+        for line in lines:
+            tracker.write(line)
+        trackers.append(tracker)
+    return trackers
+
+
+def hand_over(line, trackers):
+    """Give a line to the trackers. Return those that still work.
+
+    A tracker that fails, for example because the network is gone, is not worth a run.
+    """
+    working = []
+    for tracker in trackers:
+        try:
+            tracker.write(line)
+            working.append(tracker)
+        except Exception as error:
+            print(f"note     {describe_failure(tracker, error)}")
+    return working
+
+
+def close_trackers(trackers):
+    for tracker in trackers:
+        try:
+            tracker.close()
+        except Exception as error:
+            print(f"note     {describe_failure(tracker, error)}")
+
+
+def describe_failure(tracker, error):
+    name = type(tracker).__name__
+    return f"{name} gets no more of this run, but metrics.jsonl has everything: {one_line(error)}"
+
+
+def figures(line):
+    """Return the numbers in a line of metrics.jsonl: "train/loss" -> 0.5.
+
+    In a grid, and for a mixture, the names say whose they are: "final/rte-s0/accuracy".
+    """
+    place = [line["event"]]
+    if "adapter" in line:
+        place.append(line["adapter"])
+    elif "task" in line:
+        place.append(line["task"])
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, int | float) and name != "step":
+            found["/".join([*place, name])] = value
+        if isinstance(value, dict):  # the losses of several cells
+            for cell, part in value.items():
+                found["/".join([*place, name, cell])] = part
+    return found
+
+
+class TensorBoard:
+    """Writes the folder `tensorboard` of a run: tensorboard --logdir runs"""
+
+    def __init__(self, config, folder):
+        from torch.utils.tensorboard import SummaryWriter
+
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of the run that was stopped
+        self.writer = SummaryWriter(folder / "tensorboard")
+        self.writer.add_text("flags", f"```json\n{json.dumps(vars(config), indent=1)}\n```")
+
+    def write(self, line):
+        for name, value in figures(line).items():
+            self.writer.add_scalar(name, value, line["step"])
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """Sends a run to Weights & Biases. With WANDB_MODE=offline it is written into the folder."""
+
+    def __init__(self, config, folder):
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=folder.name,
+            dir=str(folder),
+            config=vars(config),
+        )
+
+    def write(self, line):
+        self.run.log(figures(line), step=line["step"])
+
+    def close(self):
+        self.run.finish()
+
+
+class MLflow:
+    """Sends a run to the server or the folder that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, config, folder):
+        import mlflow
+
+        self.client = mlflow.MlflowClient()  # which, unlike mlflow.start_run, has no global run
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self.client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else None
+        if experiment_id is None:
+            experiment_id = self.client.create_experiment(name)
+        run = self.client.create_run(experiment_id, run_name=folder.name)
+        self.run_id = run.info.run_id
+        for flag, value in vars(config).items():
+            self.client.log_param(self.run_id, flag, value)
+
+    def write(self, line):
+        for name, value in figures(line).items():
+            self.client.log_metric(self.run_id, name, value, step=line["step"])
+
+    def close(self):
+        self.client.set_terminated(self.run_id)
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}

@@ -1,0 +1,288 @@
+"""From a file as it lies around to labels of new rows: nothing that was said is said again."""
+
+import csv
+import json
+
+import pytest
+from command_line import failure, output
+from running import events, fails, metrics, model, resume, run, words
+
+import minia3
+
+LABELS = ["w3", "w4", "w5"]  # words that the tokenizer of these tests knows
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def labeled(tmp_path):
+    """A csv file whose texts are words, and whose labels are words."""
+    rows = [{"text": f"w{10 + i} w{20 + i}", "label": LABELS[i % 3]} for i in range(30)]
+    return write_csv(tmp_path / "moods.csv", rows)
+
+
+def new_rows(tmp_path, *texts, column="text"):
+    return write_csv(tmp_path / "new.csv", [{column: text} for text in texts])
+
+
+def predicted(capsys, *flags, base=None):
+    """Return the results of `predict`."""
+    base = base or model("t5")
+    lines = output(capsys, "predict", base, *flags, "--device", "cpu").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def expected_choice(folder, text, choices):
+    """Return what `rank` picks for a text with the adapter in a folder."""
+    ours = minia3.load_model(model("t5"))
+    minia3.load_adapter(ours, folder)
+    scores = minia3.rank(ours, minia3.load_tokenizer(model("t5")), [text], choices)
+    return choices[scores[0].argmax()]
+
+
+def test_an_adapter_labels_rows_that_have_only_a_text(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = {"input": "{text} w8", "labels": "w3,w4,w5", "lr": 0.5, "metric": "macro_f1"}
+    assert run(words(out, task=labeled, **flags)) == 0
+    shown = capsys.readouterr().out
+    assert "columns  reads text, picks label among w3, w4, w5\n" in shown
+    assert metrics(out)[-1]["metric"] == "macro_f1"
+    new = new_rows(tmp_path, "w12 w22", "w13", "w14 w9")
+    results = predicted(capsys, new, "--adapter", out / "adapter")
+    for result, text in zip(results, ("w12 w22 w8", "w13 w8", "w14 w9 w8"), strict=True):
+        choice = expected_choice(out / "adapter", text, LABELS)
+        assert result["choice"] == result["word"] == choice
+        assert result["label"] == LABELS.index(choice)
+    # What the command itself says comes first.
+    asked = predicted(capsys, new, "--adapter", out / "adapter", "--input", "{text}")
+    assert asked[1]["choice"] == expected_choice(out / "adapter", "w13", LABELS)
+    renamed = predicted(capsys, new, "--adapter", out / "adapter", "--labels", "w6,w7,w8")
+    assert {result["choice"] for result in renamed} <= {"w6", "w7", "w8"}
+    wrong = new_rows(tmp_path, "w12", column="txt")
+    error = failure(capsys, "predict", model("t5"), wrong, "--adapter", out / "adapter")
+    assert "new.csv:2: 'text' is None" in error
+    assert "the columns are txt" in error
+    assert "did you mean 'txt'?" in error
+
+
+def test_integers_come_back_as_their_words(tmp_path, capsys):
+    rows = [{"Text": f"w{10 + i}", "Label": i % 2} for i in range(20)]
+    file = write_csv(tmp_path / "rows.csv", rows)
+    out = tmp_path / "run"
+    assert run(words(out, task=file, labels="w3,w4", steps=2)) == 0
+    (result,) = predicted(capsys, new_rows(tmp_path, "w12"), "--adapter", out / "adapter")
+    assert result["choice"] == ("w3", "w4")[result["label"]]
+    assert result["word"] == str(result["label"]), "as the file spells it"
+
+
+def test_an_adapter_that_writes_texts_writes_them_for_new_rows(tmp_path, capsys):
+    rows = [
+        {"instruction": f"w{10 + i}", "input": "w9" * (i % 2), "output": "w4"} for i in range(9)
+    ]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    out = tmp_path / "run"
+    assert run(words(out, task=tmp_path / "alpaca.json", steps=30, lr=1.0)) == 0
+    assert "columns  reads instruction and input, writes output\n" in capsys.readouterr().out
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"instruction": "w12", "input": "w9"}\n{"instruction": "w13"}\n')
+    results = predicted(capsys, new, "--adapter", out / "adapter", "--max-new-tokens", 3)
+    ours = minia3.load_model(model("t5"))
+    minia3.load_adapter(ours, out / "adapter")
+    texts = ["w12\nw9", "w13"]
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    assert [result["output"] for result in results] == minia3.generate(
+        ours, tokenizer, texts, max_new_tokens=3
+    )
+
+
+def test_an_adapter_of_a_known_task_labels_its_rows_without_the_task(tmp_path, capsys):
+    folder = tmp_path / "data" / "rte"
+    folder.mkdir(parents=True)
+    row = {"premise": "w5", "hypothesis": "w6"}
+    lines = [json.dumps({**row, "label": label}) for label in ("entailment", "not_entailment")]
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "run"
+    assert run(words(out, model="tiny-t5", task="rte", data_dir=tmp_path / "data", steps=2)) == 0
+    new = tmp_path / "new.jsonl"
+    new.write_text(json.dumps(row) + "\n")
+    alone = predicted(capsys, new, "--adapter", out / "adapter", base="tiny-t5")
+    flags = ["--adapter", out / "adapter", "--task", "rte"]
+    assert alone == predicted(capsys, new, *flags, base="tiny-t5")
+    assert alone[0]["word"] in ("entailment", "not_entailment")
+    assert "expected 0 to 4" in failure(
+        capsys, "predict", "tiny-t5", new, "--adapter", out / "adapter", "--prompt", 5
+    )
+
+
+def test_each_row_has_the_words_of_its_own_adapter(labeled, tmp_path, capsys):
+    rows = [{"Question": f"w{10 + i}", "answer": f"w{3 + i % 2}"} for i in range(20)]
+    questions = write_csv(tmp_path / "questions.csv", rows)
+    out = tmp_path / "run"
+    assert run(words(out, task=f"{labeled},{questions}", steps=2)) == 0
+    new = tmp_path / "new.jsonl"
+    made = [
+        {"text": "w12", "adapter": "moods"},
+        {"question": "w13", "adapter": "questions"},
+        {"input": "w14"},
+        {"text": "w15", "adapter": "moods"},
+    ]
+    new.write_text("".join(json.dumps(row) + "\n" for row in made))
+    results = predicted(capsys, new, "--adapter", out / "adapters", "--max-new-tokens", 3)
+    assert [set(result) for result in results] == [
+        {"idx", "label", "choice", "scores", "word"},
+        {"idx", "output"},
+        {"idx", "output"},
+        {"idx", "label", "choice", "scores", "word"},
+    ]
+    choice = expected_choice(out / "adapters" / "moods", "w15", LABELS)
+    assert results[3]["choice"] == choice
+
+
+def test_an_adapter_of_a_mixture_asks_for_the_task(labeled, tmp_path, capsys):
+    rows = [{"question": f"w{10 + i}", "answer": f"w{3 + i % 2}"} for i in range(20)]
+    questions = write_csv(tmp_path / "questions.csv", rows)
+    out = tmp_path / "run"
+    flags = {"task": f"{labeled},{questions}", "adapters": "one", "steps": 2}
+    assert run(words(out, **flags)) == 0
+    new = new_rows(tmp_path, "w12")
+    command = ["predict", model("t5"), new, "--adapter", out / "adapter"]
+    error = failure(capsys, *command)
+    assert "has learned 2 tasks: give --task moods|questions" in error
+    (result,) = predicted(capsys, *command[2:], "--task", "moods")
+    assert result["choice"] in LABELS
+    assert "expected a task file, or one of moods, questions, anli" in failure(
+        capsys, *command, "--task", "mood"
+    )
+
+
+def test_a_model_after_full_fine_tuning_labels_new_rows_too(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=labeled, method="full", steps=2)) == 0
+    new = new_rows(tmp_path, "w12")
+    lines = output(capsys, "predict", out / "model", new, "--device", "cpu")
+    assert json.loads(lines)["choice"] in LABELS
+
+
+def test_what_is_made_of_an_adapter_keeps_its_task(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=labeled, seed="0,1", steps=2)) == 0
+    first = out / "adapters" / "s0"
+    second = out / "adapters" / "s1"
+    output(capsys, "merge", model("t5"), first, tmp_path / "merged")
+    output(capsys, "convert", first, tmp_path / "converted")
+    output(capsys, "mix", tmp_path / "mixed", f"{first}:0.5", f"{second}:0.5")
+    kept = (first / "task.json").read_bytes()
+    for name in ("merged", "converted", "mixed"):
+        assert (tmp_path / name / "task.json").read_bytes() == kept
+    new = new_rows(tmp_path, "w12")
+    alone = predicted(capsys, new, "--adapter", first)
+    merged = predicted(capsys, new, base=tmp_path / "merged")
+    assert merged[0]["scores"] == pytest.approx(alone[0]["scores"], abs=1e-4)
+    (second / "task.json").unlink()
+    output(capsys, "mix", tmp_path / "other", f"{first}:0.5", f"{second}:0.5")
+    assert not (tmp_path / "other" / "task.json").exists(), "they have learned different tasks"
+
+
+def test_lora_labels_new_rows_too(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=labeled, method="lora", steps=2)) == 0
+    (result,) = predicted(capsys, new_rows(tmp_path, "w12"), "--adapter", out / "adapter")
+    assert result["choice"] in LABELS
+
+
+def test_without_an_adapter_the_usual_columns_are_the_input(tmp_path, capsys):
+    new = new_rows(tmp_path, "w12 w13", column="Question")
+    (result,) = predicted(capsys, new, "--max-new-tokens", 3)
+    ours = minia3.load_model(model("t5"))
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    assert [result["output"]] == minia3.generate(ours, tokenizer, ["w12 w13"], max_new_tokens=3)
+    (result,) = predicted(capsys, new, "--input", "{question} w9", "--labels", "w3,w4")
+    scores = minia3.rank(ours, tokenizer, ["w12 w13 w9"], ["w3", "w4"])[0].tolist()
+    assert result["scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_a_task_file_puts_rows_into_words(tmp_path, capsys):
+    entry = {"labels": ["w3", "w4"], "prompts": [{"text": "{text} w9"}, {"text": "w8 {text}"}]}
+    (tmp_path / "mine.json").write_text(json.dumps(entry))
+    new = new_rows(tmp_path, "w12")
+    flags = [new, "--task", tmp_path / "mine.json", "--prompt", 1]
+    (result,) = predicted(capsys, *flags)
+    ours = minia3.load_model(model("t5"))
+    scores = minia3.rank(ours, minia3.load_tokenizer(model("t5")), ["w8 w12"], ["w3", "w4"])
+    assert result["scores"] == pytest.approx(scores[0].tolist(), abs=1e-5)
+
+
+# Runs
+
+
+def test_a_run_is_resumed_with_its_flags_and_finds_changed_files(labeled, tmp_path, capsys):
+    entry = {
+        "files": {"train": labeled.name, "test": labeled.name},
+        "prompts": [{"text": "{text}"}],
+    }
+    task_file = tmp_path / "task.json"
+    task_file.write_text(json.dumps(entry))
+    out = tmp_path / "run"
+    flags = {"input": "{text} w9", "labels": "w5,w4,w3", "metric": "macro_f1", "steps": 3}
+    assert run(words(out, task=task_file, **flags)) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert {name: config[name] for name in flags} == flags
+    assert set(config["data"]) == {labeled.name, "task.json"}
+    (out / "checkpoint.pt").unlink()  # as if it had been killed before the first one
+    task_file.write_text(json.dumps(entry | {"metric": "accuracy"}))
+    assert run(["--resume", out]) == 2
+    assert "the task's files have changed" in capsys.readouterr().err
+    task_file.write_text(json.dumps(entry))
+    assert resume(out) == 0
+    assert len(events(out, "final")) == 1
+
+
+def test_mistakes_about_columns_are_one_line_before_a_model_is_loaded(labeled, tmp_path, capsys):
+    run_folder = tmp_path / "run"
+    wrong = {"model": "nowhere/to/be/found", "task": labeled}
+    fails(
+        words(run_folder, input="{txt}", **wrong),
+        capsys,
+        "--input names the column 'txt'",
+        "the columns are text, label: did you mean 'text'?",
+    )
+    fails(words(run_folder, labels="w3,w4", **wrong), capsys, "'label' is 'w5', expected one")
+    fails(
+        words(run_folder, metric="bleu", **wrong), capsys, "the metric is 'bleu', expected one of"
+    )
+    fails(words(run_folder, metric="blue", **wrong), capsys, "--metric is 'blue', expected one of")
+    other = write_csv(tmp_path / "other.csv", [{"review": "a b c", "mood": "d"}])
+    fails(words(run_folder, task=other), capsys, '--input "{review}" --target "{mood}"')
+    assert not run_folder.exists()
+
+
+def test_words_as_labels_train_with_the_losses_of_choices(labeled, tmp_path, capsys):
+    assert run(words(tmp_path / "run", task=labeled, losses="ul,ln", steps=2)) == 0
+    target = {"task": labeled, "target": "{label}", "losses": "ul,ln"}
+    fails(words(tmp_path / "other", **target), capsys, "expected lm in --losses, found ul,ln")
+
+
+@pytest.mark.slow
+def test_peft_ignores_the_task_beside_its_files(labeled, tmp_path):
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    out = tmp_path / "run"
+    assert run(words(out, task=labeled, steps=2, lr=0.5)) == 0
+    assert (out / "adapter" / "task.json").exists()
+    base = T5ForConditionalGeneration.from_pretrained(model("t5"))
+    peft_model = PeftModel.from_pretrained(base, out / "adapter")
+    ours = minia3.load_model(model("t5"))
+    minia3.load_adapter(ours, out / "adapter")
+    theirs = {name: p for name, p in peft_model.named_parameters() if "ia3_l" in name}
+    n_entries = sum(parameter.numel() for parameter in theirs.values())
+    assert n_entries == sum(vector.numel() for vector in minia3.vectors(ours).values())
+    name = "base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l.default"
+    assert theirs[name].flatten().tolist() == ours.encoder.blocks[0].attn.l_k.scale[0].tolist()

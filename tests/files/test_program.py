@@ -1,0 +1,69 @@
+"""A program prepares for Ctrl-C within imports and for UTF-8 before it imports anything slow."""
+
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from minia3.files import program
+from minia3.files.program import begin, is_importing, require_utf8
+
+
+@pytest.fixture(autouse=True)
+def _handler():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    program._begun.clear()
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_import_in_progress_is_seen(tmp_path, monkeypatch):
+    code = "import sys\nfrom minia3.files.program import is_importing\n"
+    code += "seen = is_importing(sys._getframe())\n"
+    (tmp_path / "module_of_a_test.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    import module_of_a_test
+
+    assert module_of_a_test.seen
+    assert not is_importing(sys._getframe())
+
+
+def test_ctrl_c_outside_of_an_import_is_as_usual():
+    begin("program")
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_within_an_import_ends_the_process_with_one_line(monkeypatch):
+    begin("program")
+    written = []
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("minia3.files.program.is_importing", lambda frame: True)
+    monkeypatch.setattr(os, "write", lambda file, text: written.append((file, text)))
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130
+    assert written == [(2, b"program: stopped\n")]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "utf8_mode", "is_started_again"),
+    [("utf-8", 0, False), ("UTF8", 0, False), ("ascii", 0, True), ("iso8859-1", 0, True)],
+)
+def test_python_starts_again_unless_names_of_files_are_utf8(
+    encoding, utf8_mode, is_started_again, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(utf8_mode=utf8_mode))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--steps", "2"])
+    monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
+    require_utf8()
+    expected = (sys.executable, [sys.executable, "-X", "utf8", "train.py", "--steps", "2"])
+    assert calls == [expected] * is_started_again

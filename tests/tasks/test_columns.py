@@ -1,0 +1,305 @@
+"""The usual columns are recognised, the user's word comes before them, and the run says in a line
+how it understood the file.
+"""
+
+import json
+
+import pytest
+from task_files import lines
+
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED
+from minia3.tasks.prompts import render
+from minia3.tasks.splits import load_task
+
+
+def load(tmp_path, *rows, **flags):
+    """Return the task of these rows, three times each, so that the file can be split."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(*rows * 3))
+    return load_task(path, **flags)
+
+
+def rendered(task):
+    """Return the input, the choices and the label of each row, in the order of the file."""
+    rows = sorted([*task.train, *task.validation, *task.test], key=lambda row: row["idx"])
+    return [tuple(render(task.prompts[0], row)) for row in rows[: len(rows) // 3]]
+
+
+LABELED = [
+    # names of the columns of a row, its input, and how the line begins
+    ({"text": "a"}, "a", "reads text"),
+    ({"sentence": "a"}, "a", "reads sentence"),
+    ({"question": "a"}, "a", "reads question"),
+    ({"input": "a"}, "a", "reads input"),
+    ({"sentence1": "a", "sentence2": "b"}, "a\nb", "reads sentence1 and sentence2"),
+    ({"premise": "a", "hypothesis": "b"}, "a\nb", "reads premise and hypothesis"),
+]
+
+
+@pytest.mark.parametrize(("row", "text", "line"), LABELED, ids=[line for _, _, line in LABELED])
+def test_rows_with_a_label_are_put_into_words(row, text, line, tmp_path):
+    task = load(tmp_path, {**row, "label": "good"}, {**row, "label": "bad", "source": "x"})
+    assert rendered(task) == [(text, ["good", "bad"], 0), (text, ["good", "bad"], 1)]
+    assert task.columns == f"{line}, picks label among good, bad; ignores source"
+    assert (task.metric, task.answer) == ("accuracy", "choices")
+
+
+WRITTEN = [
+    ({"input": "a", "target": "z"}, "a", "reads input, writes target"),
+    ({"input": "a", "output": "z"}, "a", "reads input, writes output"),
+    ({"prompt": "a", "completion": " z"}, "a", "reads prompt, writes completion"),
+    ({"question": "a", "answer": "z"}, "a", "reads question, writes answer"),
+    (
+        {"question": "a", "context": "b", "answer": "z"},
+        "b\na",
+        "reads context and question, writes answer",
+    ),
+    (
+        {"instruction": "a", "input": "b", "output": "z"},
+        "a\nb",
+        "reads instruction and input, writes output",
+    ),
+    ({"instruction": "a", "output": "z"}, "a", "reads instruction, writes output"),
+]
+
+
+@pytest.mark.parametrize(("row", "text", "line"), WRITTEN, ids=[line for _, _, line in WRITTEN])
+def test_rows_with_a_text_to_write_are_put_into_words(row, text, line, tmp_path):
+    task = load(tmp_path, row)
+    assert rendered(task) == [(text, ["z"], 0)]
+    assert task.columns == line
+    assert (task.metric, task.answer) == ("exact_match", "target")
+
+
+def test_rows_with_choices_of_their_own_pick_by_index_or_by_word(tmp_path):
+    row = {"input": "a", "choices": ["x", "y"]}
+    task = load(tmp_path, {**row, "label": 1}, {**row, "label": "x"}, {**row, "label": " Y "})
+    assert [label for _, _, label in rendered(task)] == [1, 0, 1]
+    assert task.columns == "reads input, picks label among the row's choices"
+    asked = {"question": "a", "choices": ["x", "y"], "answer": "y"}
+    task = load(tmp_path, asked)
+    assert rendered(task) == [("a", ["x", "y"], 1)]
+    assert task.columns == "reads question, picks answer among the row's choices"
+
+
+def test_if_choices_are_numbers_the_label_is_an_index(tmp_path):
+    row = {"input": "a", "choices": ["2", "1", "7"]}
+    assert rendered(load(tmp_path, {**row, "label": "1"}))[0][2] == 1
+    with pytest.raises(ValueError, match="'label' is '7', expected one of 0, 1, 2"):
+        load(tmp_path, {**row, "label": "7"})
+
+
+def test_conversations_stay_as_they_are(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    task = load(tmp_path, {"messages": messages, "id": 3})
+    assert all(row["messages"] == messages for row in task.train)
+    assert task.columns == "reads messages, writes what the assistant says; ignores id"
+    assert (task.metric, task.answer) == ("inverse_perplexity", "messages")
+
+
+def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}], "text": "a"}
+    task = load(tmp_path, {**row, "label": "x"}, {**row, "label": "y"}, input="{text}")
+    assert all("messages" not in row for row in task.train), "or it would be encoded as one"
+    assert task.columns == "reads text, picks label among x, y; ignores messages"
+
+
+def test_every_set_of_the_table_is_taken_before_the_smaller_ones_that_it_contains():
+    for i, column_set in enumerate(COLUMN_SETS):
+        for earlier in COLUMN_SETS[:i]:
+            assert not set(earlier.names) <= set(column_set.names)
+    usual = [set(names.split(",")) for names in EXPECTED.split("; ")]
+    known = [set(column_set.names) for column_set in COLUMN_SETS]
+    assert all(any(names >= one for one in known) for names in usual)
+
+
+def test_case_and_white_space_in_the_names_of_columns_make_no_difference(tmp_path):
+    task = load(tmp_path, {"Text": "a", " LABEL": "x"}, {"Text": "b", " LABEL": "y"})
+    assert rendered(task) == [("a", ["x", "y"], 0), ("b", ["x", "y"], 1)]
+    assert task.columns == "reads Text, picks  LABEL among x, y"
+    task = load(tmp_path, {"Premise": "a", "Answer": "z"}, input="{premise}!", target="{answer}")
+    assert rendered(task) == [("a!", ["z"], 0)]
+
+
+def test_the_input_of_an_instruction_may_be_empty_or_missing(tmp_path):
+    row = {"instruction": "a", "output": "z"}
+    task = load(tmp_path, row, {**row, "input": ""}, {**row, "input": None}, {**row, "input": "b"})
+    assert [text for text, _, _ in rendered(task)] == ["a", "a", "a", "a\nb"]
+    assert len(task.notes) == 1, "only that the file is split"
+
+
+def test_an_empty_column_of_several_is_a_note_and_the_only_one_is_an_error(tmp_path):
+    good = {"premise": "a", "hypothesis": "b", "label": 0}
+    task = load(tmp_path, good, {**good, "hypothesis": " ", "label": 1})
+    assert "'hypothesis' is empty in 3 rows" in task.notes
+    with pytest.raises(ValueError, match="'premise' is '', expected a text that is not empty"):
+        load(tmp_path, good, {"premise": "", "hypothesis": None, "label": 1})
+
+
+def test_numbers_are_texts_and_lists_are_not(tmp_path):
+    assert rendered(load(tmp_path, {"question": 7, "answer": 4.0})) == [("7", ["4"], 0)]
+    with pytest.raises(ValueError, match=r"'question' is \['a'\], expected a text"):
+        load(tmp_path, {"question": ["a"], "answer": "b"})
+
+
+def test_braces_in_texts_and_labels_are_not_fields(tmp_path):
+    task = load(tmp_path, {"text": "{a} {", "label": "{x}"}, {"text": "}", "label": "}"})
+    assert rendered(task) == [("{a} {", ["{x}", "}"], 0), ("}", ["{x}", "}"], 1)]
+
+
+# What the user says
+
+
+def test_input_and_target_put_any_columns_into_words(tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "why": "c", "id": 4}
+    flags = {"input": "{premise}\\nQuestion: {hypothesis}", "target": "because {why}"}
+    task = load(tmp_path, row, **flags)
+    assert rendered(task) == [("a\nQuestion: b", ["because c"], 0)]
+    assert task.columns == "reads premise and hypothesis, writes why; ignores id"
+
+
+def test_an_input_alone_keeps_the_usual_answer(tmp_path):
+    task = load(
+        tmp_path, {"title": "a", "label": "x"}, {"title": "b", "label": "y"}, input="{title}:"
+    )
+    assert rendered(task) == [("a:", ["x", "y"], 0), ("b:", ["x", "y"], 1)]
+    choices = {"title": "a", "choices": ["x", "y"], "label": 1}
+    assert rendered(load(tmp_path, choices, input="{title}:")) == [("a:", ["x", "y"], 1)]
+    # An answer that the input uses is none.
+    row = {"question": "a", "answer": "b", "label": "x"}
+    task = load(tmp_path, row, {**row, "label": "y"}, input="{question} {answer}")
+    assert rendered(task)[0] == ("a b", ["x", "y"], 0)
+
+
+def test_a_target_alone_keeps_the_usual_input(tmp_path):
+    row = {"instruction": "a", "input": "b", "reply": "z"}
+    assert rendered(load(tmp_path, row, target="{reply}")) == [("a\nb", ["z"], 0)]
+
+
+def test_items_of_lists_and_objects_can_be_named(tmp_path):
+    row = {"translation": {"de": "Hund", "en": "dog"}, "tags": ["x", "y"]}
+    task = load(tmp_path, row, input="{translation[en]} {tags[1]}", target="{translation[de]}")
+    assert rendered(task) == [("dog y", ["Hund"], 0)]
+
+
+def test_columns_with_the_names_of_our_own_fields_are_read_as_the_file_has_them(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": messages, "Label": "z", "idx": "q7"}
+    flags = {
+        "input": "{messages[0][content]} {{{idx}}}",
+        "target": "{label}: {messages[1][content]}",
+    }
+    task = load(tmp_path, row, **flags)
+    assert rendered(task) == [("a {q7}", ["z: b"], 0)]
+    assert task.columns == "reads messages and idx, writes Label and messages"
+    row = {"text": "a", "label": "x"}
+    flags = {"input": "{text} {label}", "target": "{label}", "labels": "x,y"}
+    assert rendered(load(tmp_path, row, **flags)) == [("a x", ["x", "y"], 0)]
+    with pytest.raises(ValueError, match=r'--input "\{text\}" --target "\{label\}"'):
+        load(tmp_path, row, input="{text} {label}")
+
+
+def test_with_labels_the_target_is_the_column_of_the_label(tmp_path):
+    rows = [{"text": "a", "mood": "Bad"}, {"text": "b", "mood": "good"}]
+    task = load(tmp_path, *rows, target="{mood}", labels="good,bad,none")
+    assert [label for _, _, label in rendered(task)] == [1, 0]
+    assert task.columns == "reads text, picks mood among good, bad, none"
+    with pytest.raises(ValueError, match=r"--target is '{mood}!', expected a column in braces"):
+        load(tmp_path, *rows, target="{mood}!", labels="good,bad")
+
+
+def test_a_metric_must_suit_the_rows(tmp_path):
+    rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+    assert load(tmp_path, *rows, metric="macro_f1").metric == "macro_f1"
+    with pytest.raises(ValueError, match="rows: the metric is 'bleu', expected one of accuracy, "):
+        load(tmp_path, *rows, metric="bleu")
+    with pytest.raises(ValueError, match=r"expected one of exact_match, .*texts to write"):
+        load(tmp_path, {"question": "a", "answer": "b"}, metric="accuracy")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            {"input": "{premis} Question: {hypothesis}"},
+            "--input names the column 'premis', which .*rows.jsonl has not; the columns are "
+            "premise, hypothesis, label: did you mean 'premise'?",
+        ),
+        ({"target": "{lable}"}, "--target names the column 'lable', .* did you mean 'label'?"),
+        ({"input": "{premise"}, "--input is '{premise': .*: write {{ and }} for braces that"),
+        ({"input": "premise"}, "--input is 'premise', expected columns in braces"),
+        ({"input": "{}"}, "--input is '{}': {} is not a column"),
+        ({"input": "{premise.upper}"}, "{premise.upper} is not a column"),
+        (
+            {"input": "{premise:>99999999999}"},
+            "{premise} is not a column, or has more than letters",
+        ),
+        ({"labels": "x"}, "--labels is 'x', expected two words or more that differ"),
+        ({"labels": "x,X"}, "--labels is 'x,X', expected two words or more that differ"),
+        ({"labels": "[1, 2]"}, "--labels is '[1, 2]', expected two words"),
+    ],
+)
+def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
+    row = {"premise": "a", "hypothesis": "b", "label": "x"}
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        load(tmp_path, row, **flags)
+    for part in words.split(".*"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"review": "a long text", "mood": "x"},
+            'say which is which with --input "{review}" --target "{mood}", and add --labels',
+        ),
+        (
+            {"text": "a", "lable": "x"},
+            "did you mean 'label' by 'lable'? Otherwise say which is which with --input",
+        ),
+        ({"text": "a"}, "has the columns text; expected such as text,label; "),
+        ({"text": "a"}, "add a column with the answers"),
+        ({}, "has the columns ; expected"),
+    ],
+)
+def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words, tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.jsonl has the columns [^\n]*\Z") as error:
+        load(tmp_path, row)
+    assert words in str(error.value)
+
+
+def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
+    rows = [{"text": "a", "label": "x\ny", "a\nb": 1}, {"text": "b", "label": "z"}]
+    assert load(tmp_path, *rows).columns == (
+        "reads text, picks label among 'x\\ny', z; ignores 'a\\nb'"
+    )
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z"):
+        load(tmp_path, {"a\nb": "c", "d\ne": "f"})
+
+
+def test_a_row_of_other_columns_is_an_error_with_its_line(tmp_path):
+    good = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    with pytest.raises(ValueError, match=r"jsonl:3: 'text' is None.*the columns are txt, label"):
+        load(tmp_path, *good, {"txt": "c", "label": "x"})
+
+
+def test_a_known_task_takes_an_input_and_words_but_no_target(tmp_path):
+    folder = tmp_path / "rte"
+    folder.mkdir()
+    row = {"premise": "a", "hypothesis": "b", "label": "entailment"}
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    flags = {"input": "{hypothesis} <- {premise}", "labels": "so,not so"}
+    task = load_task("rte", tmp_path, **flags)
+    assert render(task.prompts[0], task.train[0]) == ("b <- a", ["so", "not so"], 0)
+    assert len(task.prompts) == 1
+    with pytest.raises(ValueError, match=r"3 choices .* for 2 labels"):
+        load_task("rte", tmp_path, labels="a,b,c")
+    with pytest.raises(ValueError, match="--target is for rows of your own"):
+        load_task("rte", tmp_path, target="{hypothesis}")
+    with pytest.raises(ValueError, match=r"no field 'premis', .* did you mean 'premise'"):
+        load_task("rte", tmp_path, input="{premis}")

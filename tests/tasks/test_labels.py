@@ -1,0 +1,161 @@
+"""A label is a word, an integer or a boolean, and means one of the choices."""
+
+import math
+
+import pytest
+from task_files import lines
+
+from minia3.tasks.labels import Labels, find_choice, label_text, name_labels, split_words
+from minia3.tasks.prompts import render
+from minia3.tasks.splits import load_task
+
+
+def load(tmp_path, values, **flags):
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(values)]
+    (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
+    return load_task(tmp_path / "rows.jsonl", **flags)
+
+
+def found_labels(task):
+    rows = sorted([*task.train, *task.validation, *task.test], key=lambda row: row["idx"])
+    return [row["label"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("values", "asked", "words", "found"),
+    [
+        # words, in the order of their first appearance; case and white space make no difference
+        (["neg", "pos", " Neg", "POS"], None, ("neg", "pos"), [0, 1, 0, 1]),
+        (["b", "a", "none", "b"], None, ("b", "a", "none"), [0, 1, 2, 0]),
+        (["pos", "neg", "pos"], "neg,pos", ("neg", "pos"), [1, 0, 1]),
+        # integers, in their own order
+        ([1, 0, 1], None, ("0", "1"), [1, 0, 1]),
+        (["1", "0.0", 1.0], None, ("0", "1"), [1, 0, 1]),
+        ([5, 1, 3], None, ("1", "3", "5"), [2, 0, 1]),
+        ([1, 0, 1], "neg,pos", ("neg", "pos"), [1, 0, 1]),
+        ([2, 0, 2], "a,b,c", ("a", "b", "c"), [2, 0, 2]),
+        ([5, 1, 5], "bad,good", ("bad", "good"), [1, 0, 1]),
+        ([-1, 1, -1], "bad,good", ("bad", "good"), [0, 1, 0]),
+        # booleans, false first
+        ([True, False, True], None, ("false", "true"), [1, 0, 1]),
+        (["True", "False", "True"], None, ("False", "True"), [1, 0, 1]),
+        ([True, True, True, False], "no,yes", ("no", "yes"), [1, 1, 1, 0]),
+        # words beside integers are words
+        (["1", "2", "many"], None, ("1", "2", "many"), [0, 1, 2]),
+        ([1, 0, 1], '["a, b", "c"]', ("a, b", "c"), [1, 0, 1]),
+    ],
+)
+def test_the_labels_of_a_column_are_found(values, asked, words, found, tmp_path):
+    task = load(tmp_path, values, labels=asked)
+    assert task.prompts[0].choices == words
+    assert found_labels(task) == found
+
+
+def test_the_line_shows_the_words_and_what_they_stand_for(tmp_path):
+    line = "reads text, picks label among "
+    assert load(tmp_path, [0, 1, 0], labels="neg,pos").columns == line + "neg (0), pos (1)"
+    assert load(tmp_path, [0, 1, 0]).columns.endswith("0, 1 (--labels WORD,WORD gives them words)")
+    assert load(tmp_path, ["x", "y", "x"]).columns == line + "x, y"
+    many = [f"w{i % 25}" for i in range(250)]
+    assert load(tmp_path, many).columns.endswith("w18, w19 and 5 more")
+
+
+def test_a_data_set_s_own_names_are_the_words(tmp_path):
+    assert name_labels([1, 0, -1], "label", (), ("neg", "pos")) == Labels(
+        ("0", "1"), ("neg", "pos")
+    )
+    assert name_labels([1, 0], "label", ("a", "b"), ("neg", "pos")).words == ("a", "b")
+    with pytest.raises(
+        ValueError, match="--labels has 2 words, but 'label' has the labels 0, 1, 2"
+    ):
+        name_labels([0, 1, 2], "label", ("a", "b"), ("x", "y", "z"))
+
+
+@pytest.mark.slow
+def test_the_names_of_a_class_label_are_the_words(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = {"text": [f"t{i}" for i in range(12)], "label": [i % 3 for i in range(12)]}
+    names = datasets.ClassLabel(names=["bad", "so so", "good"])
+    rows = datasets.Dataset.from_dict(texts).cast_column("label", names)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        task = load_task(path)
+        assert task.prompts[0].choices == ("bad", "so so", "good")
+        assert found_labels(task) == texts["label"]
+    named = load_task(tmp_path / "rows.parquet", labels="x,y,z")
+    assert named.columns == "reads text, picks label among x (0), y (1), z (2)"
+
+
+def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):
+    for name, words in (("train", "xyx"), ("validation", "xz"), ("test", "y")):
+        rows = [{"text": "a", "label": word} for word in words]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    words = r"validation\.jsonl:2: 'label' is 'z', expected one of x, y: add it to train, or to"
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path)
+    assert load_task(tmp_path, labels="x,y,z").validation[1]["label"] == 2
+
+
+def test_test_rows_may_hide_their_labels_and_others_may_not(tmp_path):
+    rows = [{"text": "a", "label": word} for word in "xyxy"]
+    (tmp_path / "train.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "validation.jsonl").write_bytes(lines(*rows))
+    hidden = [{"text": "a"}, *({"text": "a", "label": value} for value in (None, -1, "", "y"))]
+    (tmp_path / "test.jsonl").write_bytes(lines(*hidden))
+    task = load_task(tmp_path)
+    assert [row["label"] for row in task.test] == [-1, -1, -1, -1, 1]
+    assert task.evaluation[0] == "validation"
+    (tmp_path / "validation.jsonl").write_bytes(lines(*hidden))
+    with pytest.raises(ValueError, match=r"validation\.jsonl:1: 'label' is None"):
+        load_task(tmp_path)
+
+
+def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
+    many = [f"w{i % 60}" for i in range(300)]
+    notes = load(tmp_path, many).notes
+    assert any(note.startswith("60 labels, and each row is scored with all") for note in notes)
+    words = (
+        "'label' has 60 different texts in 299 rows, which is probably not a classification: "
+        'to write them, give --target "{label}"'
+    )
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, many[:299])
+    task = load(tmp_path, many[:299], target="{label}")
+    assert (task.answer, task.metric) == ("target", "exact_match")
+    assert render(task.prompts[0], task.train[5]).choices == [many[task.train[5]["idx"]]]
+    named = ",".join(f"w{i}" for i in range(60))
+    assert len(load(tmp_path, many[:299], labels=named).prompts[0].choices) == 60
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "words"),
+    [
+        (["x", "x", "x"], {}, "every 'label' is 'x', expected two labels or more"),
+        ([3, 3, 3], {}, "every 'label' is '3', expected two labels or more"),
+        ([None, "", None], {}, "'label' is empty in every row, expected labels"),
+        ([0, 1, 2], {"labels": "a,b"}, "--labels has 2 words, but 'label' has the labels 0, 1, 2"),
+        ([True, False, True], {"labels": "a,b,c"}, "--labels has 3 words, but .* false, true"),
+        (["x", "y", ["x", "y"]], {}, r":3: 'label' is \['x', 'y'\], expected a label: a word, a"),
+    ],
+)
+def test_labels_that_cannot_be_told_are_an_error(values, flags, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        load(tmp_path, values, **flags)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1"), (1.0, "1"), ("1.0", "1"), (" a ", "a"), (True, "true"), (1.5, "1.5"), ("", None)],
+)
+def test_a_label_is_a_text(value, text):
+    assert label_text(value) == text
+    assert label_text(math.nan) is label_text(None) is None
+
+
+def test_a_choice_is_found_by_its_own_spelling_first():
+    assert find_choice("us", ["US", "us"], "label", may_be_hidden=False) == 1
+    assert find_choice("Us", ["US", "us"], "label", may_be_hidden=False) == 0
+    assert find_choice(True, ["false", "true"], "label", may_be_hidden=False) == 1
+    assert find_choice("-1", ["a"], "label", may_be_hidden=True) == -1
+    assert split_words(" a ,b") == ("a", "b")

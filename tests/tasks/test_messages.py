@@ -1,0 +1,223 @@
+"""Guards minia3/tasks/messages.py and the examples that are made of conversations."""
+
+import itertools
+
+import pytest
+import torch
+
+from minia3.checkpoints.chat import EncodedChat
+from minia3.tasks.batches import collate
+from minia3.tasks.examples import Example, encode_chat, encode_question, encode_rows
+from minia3.tasks.messages import check_messages, fit_chat, question
+from minia3.tasks.prompts import OWN_PROMPTS
+
+
+def turns(*texts, system=None):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for text, role in zip(texts, itertools.cycle(["user", "assistant"])):
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+class Letters:
+    """A tokenizer of letters: each message is its role's first letter, its content and a dot."""
+
+    def conversation(self, messages, tools=None):
+        ids = []
+        is_scored = []
+        for message in messages:
+            text = message["role"][0] + message["content"] + "."
+            ids += map(ord, text)
+            is_answer = message["role"] == "assistant"
+            is_scored += [False] + [is_answer] * (len(text) - 1)
+        return EncodedChat(ids, is_scored)
+
+    def count_chat(self, messages, tools=None):
+        return len(self.conversation(messages).ids)
+
+    def chat(self, messages, tools=None):
+        return [*self.conversation(messages).ids, ord("a")]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+def row(messages, **others):
+    return {"messages": messages, "idx": 7, "label": 0, **others}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        turns("q", "a"),
+        turns("q", "a", "r", "b", system="S"),
+        turns("q", "a", "r"),
+        [{"role": "assistant", "content": "hi"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"id": 1}]}],
+        [{"role": "user", "content": ""}, {"role": "assistant", "content": "", "name": "x"}],
+    ],
+)
+def test_a_conversation_with_an_answer_is_accepted(messages):
+    check_messages(row(messages))
+    check_messages(row(messages, tools=[{"type": "function"}]))
+    check_messages(row(messages, tools=None))
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], r"'messages' is \[\], expected a list"),
+        ("hi", "'messages' is 'hi', expected a list"),
+        (None, "'messages' is None, expected a list"),
+        ({"role": "user"}, "expected a list"),
+        (["hi"], "message 0 is 'hi', expected {'role': 'user', 'content': 'a text'}"),
+        ([{"content": "a"}], "message 0 is {'content': 'a'}, expected"),
+        ([{"role": 1, "content": "a"}], "message 0 is"),
+        ([{"role": "user"}], "the content of message 0 is None, expected a text"),
+        ([{"role": "user", "content": 5}], "the content of message 0 is 5, expected a text"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "the content of message 0"),
+        ([{"role": "assistant", "content": None}], "the content of message 0 is None"),
+        (
+            turns("q"),
+            "no message of the role 'assistant', so there is nothing to learn: found user",
+        ),
+        ([{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}], "found human, gpt"),
+    ],
+)
+def test_what_is_no_conversation_is_named_in_one_line(messages, problem):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
+        check_messages(row(messages))
+    assert caught.match(problem)
+
+
+def test_rows_to_predict_need_no_answer_and_lose_theirs():
+    check_messages(row(turns("q")), needs_answer=False)
+    assert question(turns("q")) == question(turns("q", "a")) == turns("q")
+    assert question(turns("q", "a", "r")) == turns("q", "a", "r")
+
+
+@pytest.mark.parametrize("tools", ["{}", [1], {"a": 1}])
+def test_tools_are_a_list_of_objects(tools):
+    with pytest.raises(ValueError, match=r"'tools' is .*, expected a list of JSON objects"):
+        check_messages(row(turns("q", "a"), tools=tools))
+
+
+# Examples
+
+
+def test_the_source_ends_where_the_assistant_begins_and_the_target_where_it_ends():
+    rendered, example, was_cut = encode_chat(row(turns("q", "hi", "r", "ho", "s")), Letters(), 99)
+    letters = Letters()
+    assert letters.decode(example.source) == "uq.a"
+    assert letters.decode(example.targets[0]) == "hi.ur.aho."
+    scored = [
+        i for i, is_scored in zip(example.targets[0], example.is_scored, strict=True) if is_scored
+    ]
+    assert letters.decode(scored) == "hi.ho."
+    assert (example.label, was_cut) == (0, False)
+    assert rendered == ("uq.a", ["hi.ur.aho."], 0)
+
+
+def test_a_token_before_which_nothing_comes_is_not_predicted():
+    class Answers(Letters):
+        def conversation(self, messages, tools=None):
+            return EncodedChat([5, 6, 7], [True, True, False])
+
+    _, example, _ = encode_chat(row(turns("q", "a")), Answers(), 99)
+    assert example == Example([5], [[6]], 0, [True])
+
+
+def test_rows_of_messages_and_rows_of_text_are_encoded_by_their_kind():
+    class Both(Letters):
+        def encode(self, text):
+            return list(map(ord, text))
+
+        def encode_target(self, text, end):
+            return [1]
+
+    plain = {"input": "x", "target": "y", "label": 0, "idx": 0}
+    pairs = [(plain, OWN_PROMPTS[0]), (row(turns("q", "a")), OWN_PROMPTS[0])]
+    _, examples, n_cut = encode_rows(pairs, Both(), 99, end=True)
+    assert [example.is_scored is None for example in examples] == [True, False]
+    assert n_cut == 0
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_instructions():
+    messages = turns("q1", "a1", "q2", "a2", "q3", "a3", system="S")
+    shorter = [messages[:1] + messages[3:], messages[:1] + messages[5:]]
+    n_tokens = [len(Letters().conversation(part).ids) for part in [messages, *shorter]]
+    for limit, expected in [
+        (n_tokens[0], messages),
+        (n_tokens[0] - 1, shorter[0]),
+        (n_tokens[1], shorter[0]),
+        (n_tokens[1] - 1, shorter[1]),
+        (n_tokens[2], shorter[1]),
+    ]:
+        encoded, was_cut = fit_chat(row(messages), Letters(), limit)
+        assert encoded == Letters().conversation(expected)
+        assert was_cut == (expected is not messages)
+    message = "row 7 does not fit into max_length 10: its last exchange alone has 11 tokens"
+    with pytest.raises(ValueError, match=message):
+        fit_chat(row(messages), Letters(), n_tokens[2] - 1)
+
+
+def test_a_shorter_conversation_must_have_an_answer():
+    messages = turns("q1", "a1", "q2")
+    with pytest.raises(ValueError, match="its last exchange alone has 12 tokens"):
+        fit_chat(row(messages), Letters(), 8)
+
+
+def test_the_oldest_turns_of_an_endless_conversation_are_dropped_at_once():
+    """In a few renderings, and without a copy for each of its turns."""
+    n_calls = 0
+
+    class Counting(Letters):
+        def count_chat(self, messages, tools=None):
+            nonlocal n_calls
+            n_calls += 1
+            return super().count_chat(messages, tools)
+
+    messages = turns(*["q", "a"] * 20_000)
+    encoded, was_cut = fit_chat(row(messages), Counting(), 60)
+    assert (len(encoded.ids), was_cut) == (60, True)
+    assert n_calls < 20
+
+
+def test_a_template_that_leaves_out_the_assistant_is_refused():
+    class Silent(Letters):
+        def conversation(self, messages, tools=None):
+            return EncodedChat([5, 6], [False, False])
+
+    with pytest.raises(ValueError, match="row 7: the chat template leaves out"):
+        fit_chat(row(turns("q", "a")), Silent(), 99)
+
+
+def test_a_question_is_encoded_up_to_its_answer_within_the_limit():
+    letters = Letters()
+    messages = turns("q1", "a1", "q2", "a2", system="S")
+    rendered, example = encode_question(row(messages), letters, 99)
+    assert letters.decode(example.source) == "sS.uq1.aa1.uq2.a"
+    assert (rendered.choices, example.targets) == ([], [])
+    _, example = encode_question(row(messages), letters, 10)
+    assert letters.decode(example.source) == "sS.uq2.a"
+    with pytest.raises(ValueError, match="the last question has 8 tokens"):
+        encode_question(row(messages), letters, 7)
+    with pytest.raises(ValueError, match="holds only an answer"):
+        encode_question(row([{"role": "assistant", "content": "a"}]), letters, 7)
+
+
+# Masks with holes
+
+
+def test_a_mask_has_holes_between_the_turns_that_are_scored():
+    examples = [
+        Example([1, 2], [[3], [4, 5]], 1),
+        Example([6], [[7, 8, 9, 10]], 0, [True, False, False, True]),
+    ]
+    batch = collate(examples)
+    assert batch.target_BCL.tolist() == [[[3, 0, 0, 0], [4, 5, 0, 0]], [[7, 8, 9, 10], [0] * 4]]
+    assert batch.target_mask_BCL.int().tolist() == [
+        [[1, 0, 0, 0], [1, 1, 0, 0]],
+        [[1, 0, 0, 1], [0, 0, 0, 0]],
+    ]
+    assert batch.target_mask_BCL.dtype == torch.bool

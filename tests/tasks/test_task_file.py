@@ -1,0 +1,196 @@
+"""A task file says what a user's rows mean. The same file beside an adapter says how to use it."""
+
+import json
+
+import pytest
+from task_files import YES_OR_NO, lines, needs_real_data
+
+from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, render
+from minia3.tasks.splits import load_task
+from minia3.tasks.task import TaskSpec
+from minia3.tasks.task_file import (
+    FILE_NAME,
+    find_task_file,
+    make_entry,
+    read_task_file,
+    read_tasks,
+    write_task_file,
+)
+
+ROWS = [
+    {"Title": "a", "body": "b", "topic": "0"},
+    {"Title": "c", "body": "d", "topic": "1"},
+    {"Title": "e", "body": "f", "topic": "1"},
+]
+ENTRY = {
+    "files": {"test": "b.jsonl", "train": ["a.jsonl", "b.jsonl"]},
+    "fields": {"Title": "title"},
+    "label_field": "topic",
+    "labels": ["0", "1"],
+    "choices": ["sports", "arts"],
+    "metric": "macro_f1",
+    "prompts": [
+        {"text": "{title}\n{body}\nTopic:"},
+        {"text": "{body}\nIs this about arts?", "choices": ["no", "yes"]},
+    ],
+}
+
+
+def write(folder, entry, name=FILE_NAME):
+    folder.mkdir(exist_ok=True)
+    for file in ("a.jsonl", "b.jsonl", "train.jsonl"):
+        (folder / file).write_bytes(lines(*ROWS))
+    (folder / name).write_text(json.dumps(entry))
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["task.json", "mine.json"])
+def test_a_task_file_has_files_fields_labels_prompts_and_a_metric(name, tmp_path):
+    task = load_task(write(tmp_path / "news", ENTRY, name))
+    assert (len(task.train), len(task.validation), len(task.test)) == (6, 0, 3)
+    assert [row["label"] for row in task.test] == [0, 1, 1]
+    assert task.metric == "macro_f1"
+    assert render(task.prompts[0], task.test[0]) == ("a\nb\nTopic:", ["sports", "arts"], 0)
+    assert render(task.prompts[1], task.test[1])[:2] == ("d\nIs this about arts?", ["no", "yes"])
+    assert task.name == ("news" if name == FILE_NAME else "mine")
+    assert set(task.checksums) == {"a.jsonl", "b.jsonl", name}
+    assert task.columns == "reads Title and body, picks topic among sports (0), arts (1)"
+
+
+def test_the_folder_of_a_task_file_is_the_task(tmp_path):
+    entry = {key: value for key, value in ENTRY.items() if key != "files"}
+    path = write(tmp_path / "news", entry)
+    task = load_task(path.parent)
+    assert [len(task.train), len(task.validation), len(task.test)] == [1, 1, 1]
+    assert load_task(path).train == task.train
+    write(
+        tmp_path / "news",
+        {"labels": ["1", "0"], "label_field": "topic", "fields": {"body": "text"}},
+    )
+    assert load_task(tmp_path / "news").prompts == (Prompt("{text}", ("1", "0")),)
+    single = write(tmp_path / "news", {**entry, "files": "b.jsonl"})
+    assert load_task(single).train == task.train
+
+
+def test_labels_may_be_left_to_the_file(tmp_path):
+    path = write(tmp_path, {"prompts": [{"text": "{body}"}], "label_field": "topic"})
+    task = load_task(path)
+    assert task.prompts == (Prompt("{body}", ("0", "1")),)
+    assert load_task(path, labels="sports,arts").prompts[0].choices == ("sports", "arts")
+
+
+def test_a_target_is_a_text_to_write(tmp_path):
+    entry = {"prompts": [{"text": "{body}"}, {"text": "{body}?"}], "target": "{title}!"}
+    task = load_task(write(tmp_path, entry))
+    assert render(task.prompts[1], task.train[0]).choices[0] in ("a!", "c!", "e!")
+    assert (task.metric, task.answer) == ("exact_match", "target")
+    assert load_task(tmp_path, target="{body}").prompts[1] == Prompt(
+        "{body}?", None, target="{body}"
+    )
+    own = {"prompts": [{"text": "{body}", "target": "{title}"}, {"text": "{title}", "target": "x"}]}
+    assert [prompt.target for prompt in load_task(write(tmp_path, own)).prompts] == ["{title}", "x"]
+    write(tmp_path, entry)
+    assert load_task(tmp_path, input="<{body}>").prompts == (
+        Prompt("<{body}>", None, target="{title}!"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"promts": []}, "unknown key 'promts': did you mean 'prompts'"),
+        ({"prompts": [{"txt": "{a}"}]}, "unknown key 'txt': did you mean 'text'"),
+        ({"prompts": [{}]}, "a prompt has no 'text'"),
+        ({"prompts": ["{body}"]}, "'prompts' is ['{body}'], expected a list of objects"),
+        ({"prompts": [{"text": "{body"}]}, "expected '}' before end of string"),
+        ({"prompts": [{"text": "{body.x}"}]}, "{body.x} is not a column"),
+        ({"prompts": [{"text": "{bdy}"}]}, "a prompt names the column 'bdy'"),
+        ({"labels": [0, 1]}, "'labels' is [0, 1], expected a list of texts"),
+        ({"labels": ["0", "1", "2"]}, "2 choices (sports, arts) for 3 labels (0, 1, 2)"),
+        ({"label_field": "topics"}, "'label_field' names the column 'topics'"),
+        ({"fields": {"Titel": "title"}}, "'fields' names the column 'Titel'"),
+        ({"files": {"dev": "a.jsonl"}}, "the split 'dev', expected train, validation, test"),
+        ({"files": {"train": 1}}, "'files' is {'train': 1}, expected a path, or an object"),
+        ({"files": "none.jsonl"}, "none.jsonl"),
+        ({"metric": "bleu"}, "the metric is 'bleu', expected one of accuracy, macro_f1"),
+        ({"metric": 1}, "'metric' is 1, expected a text"),
+    ],
+)
+def test_a_mistake_in_a_task_file_is_one_line(change, words, tmp_path):
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
+        load_task(write(tmp_path, ENTRY | change))
+    assert words in str(error.value)
+
+
+def test_a_task_file_with_too_few_labels_is_refused_before_it_is_used(tmp_path):
+    entry = {"labels": ["0"], "prompts": [{"text": "{a}", "choices": ["x", "y"]}]}
+    (tmp_path / FILE_NAME).write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=r"task\.json: 2 choices \(x, y\) for 1 labels \(0\)"):
+        read_tasks(tmp_path / FILE_NAME)
+
+
+def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
+    for content in ("[]", '{"data": []}', "{", '"prompts"', "{}"):
+        (tmp_path / "rows.json").write_text(content)
+        assert find_task_file(str(tmp_path / "rows.json")) is None
+    assert find_task_file(str(tmp_path)) is None
+    (tmp_path / FILE_NAME).write_text('{"name": "overruling", "instructions": "..."}')  # RAFT's
+    assert find_task_file(str(tmp_path)) is None
+    assert find_task_file(str(tmp_path / FILE_NAME)) == tmp_path / FILE_NAME
+    assert find_task_file("x" * 5000) is find_task_file("a\0b") is None
+
+
+# Beside an adapter
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TaskSpec(),
+        TaskSpec(YES_OR_NO, labels=("0", "1"), label_field="y", metric="macro_f1"),
+        TaskSpec((Prompt("{a}", None, target="{b}"),), fields={"A": "a"}),
+        TaskSpec(OWN_PROMPTS, messages="messages", chat_template="{{ messages }}"),
+    ],
+)
+def test_what_is_written_is_read(spec, tmp_path):
+    write_task_file(tmp_path, [("", spec)])
+    assert read_task_file(tmp_path / FILE_NAME)._replace(path=None, sources=()) == spec
+
+
+def test_every_known_task_can_be_used_without_its_table(tmp_path):
+    for name, spec in known_tasks().items():
+        write_task_file(tmp_path, [(name, spec)])
+        read = read_task_file(tmp_path / FILE_NAME)
+        assert read.prompts == spec.prompts
+        assert (read.labels, read.label_field) == (tuple(spec.labels), spec.label_field)
+        assert (dict(read.fields), read.span_field) == (dict(spec.fields), spec.span_field)
+        assert not read.is_published
+        assert "address" not in json.dumps(make_entry(spec))
+
+
+def test_an_adapter_of_several_tasks_has_all_of_them(tmp_path):
+    specs = [("a", TaskSpec()), ("b", TaskSpec(YES_OR_NO, labels=("0", "1")))]
+    write_task_file(tmp_path, specs)
+    found = read_tasks(tmp_path / FILE_NAME)
+    assert list(found) == ["a", "b"]
+    assert found["b"].labels == ("0", "1")
+    with pytest.raises(ValueError, match=r"task\.json holds 2 tasks \(a, b\), expected one"):
+        read_task_file(tmp_path / FILE_NAME)
+    (tmp_path / FILE_NAME).write_text('{"tasks": {}}')
+    with pytest.raises(ValueError, match="expected a task, found none"):
+        read_tasks(tmp_path / FILE_NAME)
+
+
+@needs_real_data
+def test_the_task_of_wsc_reads_rows_as_the_known_task_does(tmp_path):
+    from task_files import REAL
+
+    known = load_task("wsc", f"{REAL}/data")
+    write_task_file(tmp_path, [("wsc", known.spec)])
+    entry = json.loads((tmp_path / FILE_NAME).read_text())
+    entry["files"] = {"train": f"{REAL}/data/wsc/train.jsonl", "test": f"{REAL}/data/wsc/val.jsonl"}
+    (tmp_path / FILE_NAME).write_text(json.dumps(entry))
+    mine = load_task(tmp_path)
+    assert mine.train == known.train
+    assert [row["label"] for row in mine.test] == [row["label"] for row in known.validation]

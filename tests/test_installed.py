@@ -1,0 +1,159 @@
+"""A wheel, a source distribution and an editable install train in an environment of their own."""
+
+import email
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import running
+
+import minia3
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("hatchling", reason="builds the package")
+pytest.importorskip("hatch_fancy_pypi_readme", reason="builds the package")
+
+FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "train.py")
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def call(*command, cwd, code=0):
+    """Run a command in an environment without PYTHONPATH. Return the process that has ended."""
+    words = list(map(str, command))
+    done = subprocess.run(words, cwd=cwd, env=ENVIRON, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def pip(*arguments, cwd):
+    call(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the repository as git has it, so that nothing is built in the repository."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("minia3", "data", "docs", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(running.ROOT / name, folder / name, ignore=ignored)
+    for name in (*FILES, ".gitignore"):
+        shutil.copy(running.ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    program = "import sys; from hatchling.build import build_sdist; build_sdist(sys.argv[1])"
+    call(sys.executable, "-c", program, folder, cwd=source)
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+def build(source, folder):
+    """Return the path of a wheel of `source`: a folder, or a source distribution."""
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def install(folder, *what):
+    """Return the programs of a new environment that has minia3, and the packages of this one.
+
+    The packages of this environment come through a .pth file, whose folders have no .pth files of
+    their own: an editable install of minia3 in this environment does not count there.
+    """
+    venv.create(folder / "env", with_pip=False)
+    programs = folder / "env" / "bin"
+    (packages,) = (folder / "env").glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    options = ("--no-deps", "--no-build-isolation", "--no-index")
+    python = programs / "python"
+    command = [sys.executable, "-m", "pip", "--python", python, "install", *options, *what]
+    call(*command, cwd=folder)
+    return programs
+
+
+def train_somewhere(programs, folder):
+    """Train from a folder with a train.py and a data/ of its own. Return the package's folder."""
+    elsewhere = folder / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    (elsewhere / "train.py").write_text("raise SystemExit('the train.py of a user')")
+    words = ["--steps", "2", "--eval-batch-size", "64", "--device", "cpu"]
+    done = call(programs / "minia3", "train", *words, cwd=elsewhere)
+    assert done.stderr == ""
+    assert "same-colour: 1024 rows of test" in done.stdout
+    run = elsewhere / "runs" / "tiny-t5-same-colour-ia3-0"
+    assert (run / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((run / "config.json").read_text())["git_commit"] is None
+    assert running.metrics(run)[-1]["total"] == 218_112
+
+    done = call(programs / "minia3", "train", "--resume", run, cwd=elsewhere)
+    assert done.stdout.endswith(f"to train longer: minia3 train --resume {run} --steps 4\n")
+    program = (
+        "import minia3\n"
+        "trained = minia3.train(steps=1, method='none', out='x', device='cpu')\n"
+        "print(minia3.__file__, trained.results[0]['task'], trained.folder)"
+    )
+    last_line = call(programs / "python", "-c", program, cwd=elsewhere).stdout.splitlines()[-1]
+    assert last_line.endswith(" same-colour x")
+    return Path(last_line.split()[0]).parent
+
+
+def test_a_wheel_trains_from_any_folder(wheel, tmp_path):
+    package = train_somewhere(install(tmp_path, wheel), tmp_path)
+    assert package.is_relative_to(tmp_path)
+    # What a clone has once, a wheel has once, too.
+    assert (package / "shipped" / "train.py").read_text() == (running.ROOT / "train.py").read_text()
+    assert not (package.parent / "train.py").exists()
+    assert not (package.parent / "data").exists()
+
+
+def test_a_source_distribution_trains_from_any_folder(sdist, tmp_path):
+    package = train_somewhere(install(tmp_path, sdist), tmp_path)
+    assert package.is_relative_to(tmp_path)
+
+
+def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(source, tmp_path):
+    programs = install(tmp_path, "--editable", source)
+    assert train_somewhere(programs, tmp_path) == source / "minia3"
+    program = "from minia3.training.loop import load_loop; print(load_loop().__file__)"
+    done = call(programs / "python", "-c", program, cwd=tmp_path)
+    assert done.stdout == f"{source / 'train.py'}\n"
+
+
+def test_both_distributions_have_the_same_modules(wheel, sdist, tmp_path):
+    other = build(sdist, tmp_path)
+    names = sorted(zipfile.ZipFile(wheel).namelist())
+    assert names == sorted(zipfile.ZipFile(other).namelist())
+    modules = {str(p.relative_to(running.ROOT)) for p in (running.ROOT / "minia3").rglob("*.py")}
+    assert modules <= set(names)
+    assert "minia3/tasks/tasks.json" in names
+
+
+def test_the_long_description_has_no_links_that_lead_nowhere(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Name"] == "minia3"
+    assert metadata["Version"] == minia3.__version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    assert text.startswith("# minia3\n\n`pip install minia3`")
+    targets = re.findall(r"\]\(([^)]*)\)|\]\[|(?:src|href)=", text)
+    assert [target for target in targets if not target.startswith(("https://", "http://"))] == []
+    assert "walkthrough" in text  # the text of a link stays
+    assert "![" not in text

@@ -1,0 +1,203 @@
+"""Runs on conversations: what is trained is the assistant's turns, in the template that the run
+names, and everything that is made of the adapter uses the same template."""
+
+import json
+
+import pytest
+import torch
+from running import model, train
+
+import minia3
+from minia3.checkpoints.tokenizer import load_tokenizer
+from minia3.cli.main import main
+from minia3.inference.scoring import choice_logprobs
+from minia3.tasks.batches import collate
+from minia3.training.cell import Cell
+from minia3.training.drawing import draw_batches
+
+pytest.importorskip("jinja2", reason="needs the extra: pip install 'minia3[chat]'")
+
+# Each message is its words and an end: w60 of the user, w59 of the assistant.
+WORDS = (
+    "{% for m in messages %}{{ m.content }} {{ 'w59' if m.role == 'assistant' else 'w60' }} "
+    "{% endfor %}"
+)
+
+
+def conversation(*texts):
+    messages = []
+    for i, text in enumerate(texts):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    return {"messages": messages}
+
+
+ROWS = [
+    conversation("w3 w4", "w5"),
+    conversation("w6", "w7 w8", "w9", "w10 w11 w12"),
+    conversation("w13 w14 w15", "w16", "w17", "w18"),
+    conversation("w19", "w20"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A task of conversations, and the template beside it."""
+    task = tmp_path / "chats"
+    task.mkdir()
+    for split in ("train", "validation"):
+        lines = [json.dumps(row) for row in ROWS]
+        (task / f"{split}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "words.jinja").write_text(WORDS)
+    return tmp_path
+
+
+def flags(folder, **others):
+    return {
+        **{"model": model("llama"), "task": str(folder / "chats"), "steps": 4, "batch_size": 4},
+        **{"chat_template": str(folder / "words.jinja"), "out": str(folder / "run"), "lr": 0.03},
+        **others,
+    }
+
+
+def train_in(folder, **others):
+    words = []
+    for name, value in flags(folder, **others).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    assert train.main(words) == 0
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@torch.no_grad()
+def perplexity(loaded, tokenizer):
+    """Return the perplexity of what the assistant says, token by token."""
+    logps = []
+    for row in ROWS:
+        messages = row["messages"]
+        for i in range(1, len(messages), 2):
+            source = tokenizer.chat(messages[:i])
+            target = tokenizer.encode(f"{messages[i]['content']} w59")
+            state = loaded.start(torch.tensor([source]))
+            logps += minia3.logprobs(loaded, state, torch.tensor([target]))[0].tolist()
+    return torch.tensor(logps).neg().mean().exp().item()
+
+
+def test_a_run_reports_the_perplexity_of_the_assistant_and_lowers_it(folder):
+    """It is that of each answer after the prompt that `generate --chat` makes of what precedes."""
+    final = train_in(folder)[-1]
+    loaded = minia3.load_model(model("llama"))
+    tokenizer = load_tokenizer(model("llama"))
+    tokenizer.chat_template = WORDS
+    before = perplexity(loaded, tokenizer)
+    minia3.load_adapter(loaded, folder / "run" / "adapter")
+    after = perplexity(loaded, tokenizer)
+    assert final["metric"] == "inverse_perplexity"
+    assert final["accuracy_before"] == pytest.approx(1 / before, rel=1e-4)
+    assert final["accuracy"] == pytest.approx(1 / after, rel=1e-4)
+    assert after < before
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(folder):
+    whole = train_in(folder)
+    train_in(folder, micro_batch_size=1, out=str(folder / "run" / "parts"))
+    lines = (folder / "run" / "parts" / "metrics.jsonl").read_text().splitlines()
+    parts = [json.loads(line) for line in lines]
+    assert parts[-1]["accuracy"] == pytest.approx(whole[-1]["accuracy"], rel=1e-4)
+
+
+def test_the_first_loss_is_the_mean_over_the_tokens_of_the_assistant(folder):
+    config = train.Config(**flags(folder, steps=1))
+    cell = Cell(config, minia3.load_task(folder / "chats"))
+    loaded = minia3.load_model(model("llama"))
+    tokenizer = load_tokenizer(model("llama"))
+    tokenizer.chat_template = WORDS
+    (examples,) = draw_batches(cell, tokenizer, loaded)
+    batch = collate(examples)
+    n_answers = sum(len(m["content"].split()) + 1 for row in ROWS for m in row["messages"][1::2])
+    assert int(batch.target_mask_BCL.sum()) == n_answers
+    logp = choice_logprobs(loaded, batch)
+    train_in(folder, steps=1)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    expected = -logp[batch.target_mask_BCL].mean().item()
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_generate_and_predict_use_the_template_of_the_adapter(folder, capsys):
+    train_in(folder)
+    adapter = folder / "run" / "adapter"
+    saved = json.loads((adapter / "task.json").read_text())
+    assert saved["chat_template"] == WORDS
+    loaded = minia3.load_model(model("llama"))
+    minia3.load_adapter(loaded, adapter)
+    options = {"max_new_tokens": 5, "stop": ["w59"]}
+    tokenizer = load_tokenizer(model("llama"))
+    (expected,) = minia3.generate(loaded, tokenizer, ["w3 w4 w60"], **options)
+
+    capsys.readouterr()
+    words = ["generate", model("llama"), "--adapter", adapter, "--chat", "--max-new-tokens", 5]
+    assert main([str(word) for word in [*words, "w3 w4"]]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+
+    # The answer of the first row is left out. The second has several turns.
+    rows = [conversation("w3 w4", "w5"), conversation("w6", "w7 w8", "w9")]
+    (folder / "new.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["predict", model("llama"), folder / "new.jsonl", "--adapter", adapter]
+    assert main([str(word) for word in [*words, "--max-new-tokens", 5]]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    prompts = ["w3 w4 w60", "w6 w60 w7 w8 w59 w9 w60"]
+    texts = minia3.generate(loaded, tokenizer, prompts, **options)
+    assert [result["output"] for result in found] == texts
+
+
+def test_a_second_run_from_the_adapter_uses_its_template(folder):
+    train_in(folder)
+    second = flags(folder, adapter=str(folder / "run" / "adapter"), out=str(folder / "run" / "b"))
+    del second["chat_template"]
+    words = []
+    for name, value in second.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    assert train.main(words) == 0
+    saved = json.loads((folder / "run" / "b" / "adapter" / "task.json").read_text())
+    assert saved["chat_template"] == WORDS
+
+
+def failure(folder, capsys, **others):
+    words = []
+    for name, value in flags(folder, **others).items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    capsys.readouterr()
+    assert train.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_mistakes_are_one_line(folder, capsys):
+    message = failure(folder, capsys, chat_template=None)
+    assert "no chat template: give one with --chat-template FILE" in message
+    assert "nowhere.jinja: not found" in failure(folder, capsys, chat_template="nowhere.jinja")
+    assert "expected lm in --losses" in failure(folder, capsys, losses="ul,ln")
+    assert "has an encoder" in failure(folder, capsys, model=model("t5"))
+    message = failure(folder, capsys, max_length=3)
+    assert "does not fit into max_length 3: its last exchange alone has" in message
+
+
+def test_a_run_says_how_many_conversations_lose_their_oldest_turns(folder, capsys):
+    train_in(folder, max_length=7)
+    out = capsys.readouterr().out
+    assert "2 of 4 training inputs lose their oldest turns to fit into 7 tokens" in out
+
+
+def test_conversations_and_texts_share_a_batch_of_one_adapter(folder):
+    """A mixture: choices, and turns with others between them, in one forward pass."""
+    rows = [{"input": "w3", "choices": ["w4", "w5 w6"], "label": i % 2} for i in range(4)]
+    (folder / "choices").mkdir()
+    for split in ("train", "validation"):
+        (folder / "choices" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = train_in(
+        folder, task=f"{folder / 'chats'},{folder / 'choices'}", adapters="one", steps=3
+    )
+    finals = [line for line in lines if line.get("event") == "final"]
+    assert {final["metric"] for final in finals} == {"inverse_perplexity", "accuracy"}

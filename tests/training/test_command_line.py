@@ -1,0 +1,189 @@
+"""A mistake in a command line is answered before torch is imported; so is Ctrl-C, in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from running import ROOT, fails, metrics, outcome, run, task, train, words
+
+import minia3
+from minia3.training.command_line import complete, parse_flags
+
+SCRIPT = [sys.executable, str(ROOT / "train.py")]
+MODULE = [sys.executable, "-m", "minia3"]
+
+
+def start(command, folder, **environ):
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def no_torch(tmp_path):
+    """A folder in which importing torch is an error."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([*SCRIPT, "--modle", "x"], "train.py: '--modle' is neither"),
+        ([*SCRIPT, "--steps", "0"], "train.py: --steps is 0, expected at least 1"),
+        ([*SCRIPT, "--rank", "4"], "train.py: --rank is for --method lora"),
+        ([*SCRIPT, "--resume", "nowhere"], "train.py: expected the folder of a run"),
+        ([*SCRIPT, "--config", "nowhere.toml"], "train.py: nowhere.toml: not found"),
+        ([*MODULE, "train", "--learning-rate", "1"], "minia3 train: '--learning-rate' is neither"),
+        ([*MODULE, "trian"], "minia3: there is no command 'trian': did you mean train?"),
+        ([*MODULE, "info", "--lenght", "3", "x"], "minia3: '--lenght' is neither"),
+    ],
+)
+def test_a_mistake_is_answered_before_torch_is_imported(command, message, no_torch):
+    process = start(command, no_torch, PYTHONPATH=f"{no_torch}{os.pathsep}{ROOT}")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [SCRIPT, MODULE, [*MODULE, "train"]])
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_need_no_torch(command, word, no_torch):
+    process = start([*command, word], no_torch, PYTHONPATH=f"{no_torch}{os.pathsep}{ROOT}")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    if word == "--version":
+        assert out == f"minia3 {minia3.__version__}\n"
+    else:
+        assert out.startswith("usage: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (SCRIPT, "train.py: stopped\n"),
+        ([*MODULE, "train"], "minia3: stopped\n"),
+        ([*MODULE, "generate", "tiny-t5"], "minia3: stopped\n"),
+    ],
+)
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(command, message, tmp_path):
+    slow = 'import sys, time\nprint("importing", flush=True)\ntime.sleep(60)\n'
+    (tmp_path / "torch.py").write_text(slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(command, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert err == message
+
+
+def test_only_typed_flags_are_given():
+    assert parse_flags([]) == {}
+    assert parse_flags(["--lr", "3e-3", "--eval-only"]) == {"lr": 3e-3, "eval_only": True}
+
+
+# --config
+
+
+def test_the_config_json_of_a_run_repeats_it_and_typed_flags_win(tmp_path):
+    first = tmp_path / "first"
+    assert run(words(first, steps=3, seed="1,2", lr=0.1, dropout=0)) == 0
+    again = ["--config", first / "config.json", "--out", tmp_path / "again"]
+    assert run(again) == 0
+    for name in ("s1", "s2"):
+        file = f"adapters/{name}/adapter_model.safetensors"
+        assert (tmp_path / "again" / file).read_bytes() == (first / file).read_bytes()
+    other = ["--config", first, "--out", tmp_path / "other", "--lr", 3e-3, "--steps", 2]
+    assert run(other) == 0  # a run's folder stands for its config.json, and 3e-3 is the default
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert (config["lr"], config["steps"], config["seed"]) == (3e-3, 2, [1, 2])
+    assert config["out"] == str(tmp_path / "other")
+
+
+def test_a_toml_file_has_the_flags_as_they_are_typed(tmp_path):
+    file = tmp_path / "flags.toml"
+    file.write_text('task = ["rte", "cb"]\nbatch-size = 16\neval_only = true\nlr = 1\nout = "x"\n')
+    config = complete({"config": str(file), "seed": 3})
+    expected = {"task": ("rte", "cb"), "batch_size": 16, "eval_only": True, "lr": 1, "out": "x"}
+    assert config == train.Config(**expected, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("flags.yaml", "a: 1", ["flags.yaml", "expected a .toml or .json file"]),
+        ("flags.toml", "stepps = 3", ["flags.toml", '"stepps"', "did you mean steps?"]),
+        ("flags.toml", "steps = ", ["flags.toml: not TOML", "Invalid value"]),
+        ("flags.toml", "[train]\nsteps = 3", ['there is no flag "train"']),
+        ("flags.toml", 'steps = "3"', ["--steps is '3', expected int"]),
+        ("flags.toml", "steps = [3, 4]", ["--steps is (3, 4), expected int"]),
+        ("flags.toml", "steps = 3\nepochs = 2", ["--epochs takes the place of --steps"]),
+        ("flags.toml", 'config = "x.toml"', ["a file cannot name another --config"]),
+        ("flags.json", "[1]", ["flags.json", "expected a JSON object"]),
+        ("flags.json", '{"lr": 0}', ["--lr is 0", "above 0"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line(name, text, parts, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    fails(["--config", tmp_path / name], capsys, *parts)
+
+
+def test_resume_and_config_do_not_mix(tmp_path, capsys):
+    assert run(words(tmp_path / "run", steps=1)) == 0
+    both = ["--resume", tmp_path / "run", "--config", tmp_path / "run" / "config.json"]
+    fails(both, capsys, "--resume takes no other flags")
+
+
+# --epochs
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 10), (0.5, 3), (0.01, 1)])
+def test_epochs_are_passes_over_the_rows(epochs, steps, tmp_path, monkeypatch):
+    drawn = []
+    original = train.Group.next_batch
+
+    def next_batch(group):
+        batch = original(group)
+        drawn.extend(example.source for _, example in batch.pairs)
+        return batch
+
+    monkeypatch.setattr(train.Group, "next_batch", next_batch)
+    flags = {"epochs": epochs, "steps": None, "lr": 0.1, "dropout": 0}
+    assert run(words(tmp_path / "epochs", **flags)) == 0  # 20 rows, 4 per step
+    assert run(words(tmp_path / "steps", **flags | {"epochs": None, "steps": steps})) == 0
+    assert metrics(tmp_path / "epochs")[-1]["steps"] == steps
+    if epochs == 2:
+        sources = list(map(tuple, drawn[:40]))
+        assert sorted(sources[:20]) == sorted(sources[20:])
+    assert outcome(tmp_path / "epochs") == outcome(tmp_path / "steps")
+    assert json.loads((tmp_path / "epochs" / "config.json").read_text())["steps"] == steps
+
+
+def test_epochs_that_differ_within_a_grid_are_refused(tmp_path, capsys):
+    flags = {"task": f"{task()},{task((2, 3, 1))}", "epochs": 2, "steps": None}
+    assert run(words(tmp_path / "same", **flags)) == 0  # both have 20 rows
+    few = tmp_path / "few"
+    few.mkdir()
+    for split in ("train", "validation", "test"):
+        lines = (task() / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        (few / f"{split}.jsonl").write_text("".join(lines[:9]))
+    flags["task"] = f"{task()},{few}"
+    fails(words(tmp_path / "run", **flags), capsys, "5 to 10 steps", "give --steps")
+    assert run(words(tmp_path / "one", adapters="one", **flags)) == 0
+    assert metrics(tmp_path / "one")[-1]["steps"] == 15  # 29 rows twice, 4 per step

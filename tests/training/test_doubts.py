@@ -1,0 +1,329 @@
+"""Guards what a run says about its own result: there is a warning if there is a reason for one, and
+only then."""
+
+import json
+
+import numpy as np
+import pytest
+import running
+import torch
+from running import metrics, model, run, task, train, words, write
+
+import minia3
+from minia3.training.assignment import assign_rows
+from minia3.training.cell import Cell
+from minia3.training.doubts import (
+    count_repeated,
+    doubts_about_result,
+    has_risen,
+    loss_notes,
+    notes_on_texts,
+)
+from minia3.training.losses import UNLIKELY_EPS, unlikelihood_loss
+
+FINAL = {
+    "metric": "accuracy",
+    "accuracy_before": 0.5,
+    "accuracy": 0.7,
+    "commonest": 0.6,
+    "trainable": 10,
+}
+
+
+def choice_rows(answers, choices=("w3", "w4")):
+    """Return rows with these right answers. Every row has another input."""
+    rows = []
+    for i, answer in enumerate(answers):
+        order = list(choices)[:: (-1) ** i]  # the places of the choices alternate
+        rows.append({"input": f"w{5 + i} w5", "choices": order, "label": order.index(answer)})
+    return rows
+
+
+def doubts_of(folder, train_rows, test_rows, **flags):
+    folder = write(folder, train=train_rows, test=test_rows)
+    config = train.Config(task=str(folder), **flags)
+    return assign_rows(minia3.load_task(folder), config).doubts
+
+
+# Rows
+
+
+def test_rows_that_all_have_the_same_answer_are_doubtful(tmp_path):
+    same = choice_rows(["w4"] * 6)
+    mixed = choice_rows(["w3", "w4"] * 6)[6:]
+    assert doubts_of(tmp_path / "a", same, mixed) == [
+        "all 6 rows to train on have the same answer, 'w4'"
+    ]
+    assert doubts_of(tmp_path / "b", mixed, same) == [
+        "all 6 rows to report on have the same answer, 'w4'"
+    ]
+    assert doubts_of(tmp_path / "c", mixed, choice_rows(["w3", "w4"])) == []
+    assert doubts_of(tmp_path / "d", same, mixed, method="none") == []
+
+
+def test_if_the_choices_of_rows_differ_their_places_are_compared(tmp_path):
+    rows = [{"input": "w9", "choices": [f"w{i}", "w4"], "label": 0} for i in range(5, 10)]
+    (doubt,) = doubts_of(tmp_path / "a", rows, choice_rows(["w3", "w4"]))
+    assert doubt == "all 5 rows to train on have the same answer, 0"
+
+
+def test_a_known_task_is_checked_in_its_words(tmp_path):
+    rte = [{"premise": "w5", "hypothesis": f"w{7 + i}", "label": "entailment"} for i in range(4)]
+    write(tmp_path / "rte", train=rte, val=[*rte[:1], {**rte[1], "label": "not_entailment"}])
+    assignment = assign_rows(minia3.load_task("rte", tmp_path), train.Config(task="rte"))
+    first, second = assignment.doubts
+    assert first.startswith("all 4 rows to train on have the same answer, '")
+    assert second == "1 of 2 rows to report on are also trained on"
+
+
+def test_rows_to_report_on_that_are_trained_on_are_counted(tmp_path):
+    rows = choice_rows(["w3", "w4"] * 4)
+    others = [{**row, "input": "w50 w51"} for row in rows[:2]]
+    doubts = doubts_of(tmp_path / "a", rows, [*rows[:3], *others])
+    assert doubts == ["3 of 5 rows to report on are also trained on"]
+    assert count_repeated([{"idx": 3, "a": 1}], [{"idx": 9, "a": 1}, {"a": 1}, {"a": 2}]) == 2
+
+
+def test_targets_have_no_labels_to_doubt(tmp_path):
+    rows = [{"input": f"w{i}", "target": "w4"} for i in range(5, 12)]
+    assert doubts_of(tmp_path / "a", rows[:4], rows[4:]) == []
+
+
+# The loss
+
+
+def test_a_loss_that_is_a_sum_is_called_a_sum_and_its_lowest_value_is_true():
+    data = minia3.load_task(task())
+    (note,) = loss_notes(assign_rows(data, train.Config()), train.Config())
+    assert note.startswith("the loss is the sum of lm, ul and ln (--losses); ul, and so the sum, ")
+    lowest = float(note.rpartition("at least ")[2].rstrip(")"))
+    assert lowest == pytest.approx(-np.log(1 + UNLIKELY_EPS), abs=1e-4)
+    logp = torch.tensor([[[0.0], [-1e9]]])  # the model is certain of the right choice
+    found = unlikelihood_loss(logp, torch.ones(1, 2, 1, dtype=torch.bool), torch.tensor([0]))
+    assert float(found) == pytest.approx(lowest, abs=1e-4)
+
+
+@pytest.mark.parametrize(("losses", "n_choices"), [("lm", (2,)), ("lm,ul,ln", (0,))])
+def test_a_single_loss_is_not_called_a_sum(losses, n_choices):
+    config = train.Config(losses=losses)
+    assert loss_notes(assign_rows(minia3.load_task(task(n_choices)), config), config) == []
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        np.linspace(1, 2, 30).tolist(),
+        [1.0, 1.1, 0.9, 1.0, 1.0, 1.1, 1.4, 1.5, 1.6],
+        [0.5, 0.5, 30.0],  # it blew up
+        [0.001, 0.9],
+    ],
+)
+def test_a_loss_that_rose_is_noticed(losses):
+    assert has_risen(losses)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [],
+        [3.0],
+        [1.0, 1.3],  # too few lines to say
+        np.linspace(2, 1, 30).tolist(),
+        [1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],  # one bad batch
+    ],
+)
+def test_a_loss_that_did_not_rise_is_not_blamed(losses):
+    assert not has_risen(losses)
+
+
+def test_noise_is_not_taken_for_a_rise():
+    rng = np.random.default_rng(0)
+    n_blamed = sum(has_risen(rng.uniform(1, 1.9, 30).tolist()) for _ in range(200))
+    assert n_blamed <= 2
+
+
+# The result
+
+
+def test_a_good_result_has_no_doubts():
+    assert doubts_about_result(FINAL, [2.0, 1.0]) == []
+    assert doubts_about_result({**FINAL, "accuracy": None, "accuracy_before": None}, []) == []
+
+
+def test_a_result_below_the_commonest_label_or_below_the_start_is_doubtful():
+    (doubt,) = doubts_about_result({**FINAL, "accuracy": 0.55}, [])
+    assert (
+        doubt == "the accuracy (55.0%) is below that of always giving the commonest label (60.0%)"
+    )
+    text = {**FINAL, "metric": "bleu", "accuracy": 0.4}
+    del text["commonest"]
+    assert doubts_about_result(text, []) == ["the result is worse than before training"]
+    untrained = {**FINAL, "trainable": 0, "accuracy": 0.6, "accuracy_before": 0.7}
+    assert doubts_about_result(untrained, []) == []
+
+
+def test_what_an_evaluation_noticed_about_texts_is_said_in_words():
+    result = {"n": 9, "n_lossy": 2, "n_too_long": 3, "n_equal": 4}
+    lossy, too_long, equal = notes_on_texts(result, 64)
+    assert lossy.startswith("2 of 9 targets have characters that the tokenizer cannot write")
+    assert too_long.startswith("3 of 9 targets have more than 64 tokens (--max-new-tokens)")
+    assert equal.startswith("4 of 9 rows have two choices that are one text to the tokenizer")
+    assert notes_on_texts({"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
+
+
+# In a run
+
+
+def test_a_run_says_its_doubts_at_its_beginning_and_end_and_in_its_last_line(tmp_path, capsys):
+    folder = write(tmp_path / "data", train=choice_rows(["w4"] * 6), test=choice_rows(["w4"] * 3))
+    out = tmp_path / "run"
+    assert run(words(out, task=folder, lr=0.3)) == 0
+    shown = capsys.readouterr().out
+    begin, _, end = shown.partition("before   ")
+    expected = [
+        "all 6 rows to train on have the same answer, 'w4'",
+        "all 3 rows to report on have the same answer, 'w4'",
+        "3 of 3 rows to report on are also trained on",
+    ]
+    for text in expected:
+        assert f"\nwarning  {text}\n" in begin
+        assert f"\n  warning     {text}\n" in end
+        assert f"**Warning:** {text}." in (out / "adapter" / "README.md").read_text()
+    final = metrics(out)[-1]
+    assert final["warnings"][:3] == expected
+    assert (final["commonest"], final["answer"]) == (1.0, "choices")
+    assert " after (commonest label: 100.0%)\n" in shown
+    assert "note     the loss is the sum of lm, ul and ln" in begin
+
+
+def test_a_loss_that_rises_in_a_run_is_a_warning(tmp_path, capsys, monkeypatch):
+    def uphill(step, config):
+        return -0.03
+
+    monkeypatch.setattr(train, "learning_rate", uphill)
+    assert run(words(tmp_path / "run", steps=90, dropout=0)) == 0
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    expected = f"the training loss rose, from {losses[0]:.3f} to {losses[-1]:.3f}: try a lower --lr"
+    assert losses[-1] > losses[0]
+    assert f"  warning     {expected}\n" in capsys.readouterr().out
+
+
+def test_a_resumed_run_remembers_the_losses_before_it_was_stopped(tmp_path):
+    config = train.Config(task=str(task()))
+    cell = Cell(config, minia3.load_task(task()))
+    cell.progress.losses += [1.0, 5.0]
+    again = Cell(config, minia3.load_task(task()))
+    again.load_state_dict(json.loads(json.dumps(cell.state_dict())))
+    assert again.progress.losses == [1.0, 5.0]
+
+
+def test_targets_that_the_tokenizer_cannot_write_are_counted_in_the_run(tmp_path, capsys):
+    rows = [{"input": f"w{5 + i}", "target": "w3\nw4" if i % 2 else "w3 w4"} for i in range(8)]
+    folder = write(tmp_path / "data", train=rows[:4], test=rows[4:])
+    out = tmp_path / "run"
+    assert run(words(out, task=folder, steps=1, max_new_tokens=1)) == 0
+    shown = capsys.readouterr().out
+    assert "note     2 of 4 targets have characters that the tokenizer cannot write" in shown
+    assert "note     4 of 4 targets have more than 1 tokens (--max-new-tokens)" in shown
+    assert metrics(out)[-1]["n_lossy"] == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_targets_are_measured_by_their_perplexity_if_the_metric_says_so(name, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = {"model": model(name), "task": task((0,)), "metric": "inverse_perplexity"}
+    flags["eval_every"] = 6
+    assert run(words(out, lr=0.1, **flags)) == 0
+    final = metrics(out)[-1]
+    assert final["perplexity"] == pytest.approx(1 / final["accuracy"])
+    assert final["perplexity_before"] == pytest.approx(1 / final["accuracy_before"])
+    assert final["perplexity"] < final["perplexity_before"]
+    shown = capsys.readouterr().out
+    figures = f"{final['perplexity_before']:,.2f} before, {final['perplexity']:,.2f} after"
+    assert f"\n  perplexity  {figures}\n" in shown
+    assert f"before   perplexity {final['perplexity_before']:,.2f}\n" in shown
+
+
+# Targets that are long
+
+
+def long_targets(folder, n_words):
+    rows = [{"input": f"w{5 + i}", "target": "w3 w4"} for i in range(8)]
+    rows[2]["target"] = " ".join(["w4"] * n_words)
+    return write(folder, train=rows[:5], test=rows[5:])
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_long_targets_are_cut_and_counted(name, tmp_path, capsys):
+    folder = long_targets(tmp_path / "data", 50_000)
+    flags = {"model": model(name), "task": folder, "batch_size": 5, "max_new_tokens": 3}
+    assert run(words(tmp_path / "run", steps=1, **flags)) == 0
+    expected = "note     1 of 5 training targets are cut to 512 tokens (--max-target-length)\n"
+    assert expected in capsys.readouterr().out
+    flags["max_target_length"] = 2
+    assert run(words(tmp_path / "short", steps=1, **flags)) == 0
+    shown = capsys.readouterr().out
+    # With the end token, every target has three tokens.
+    assert "note     5 of 5 training targets are cut to 2 tokens" in shown
+
+
+def test_a_target_of_50_000_words_is_one_line_that_names_the_row_and_the_flag(tmp_path, capsys):
+    folder = long_targets(tmp_path / "data", 50_000)
+    flags = {"task": folder, "batch_size": 5, "max_target_length": 10**6}
+    running.fails(
+        words(tmp_path / "run", **flags),
+        capsys,
+        "row 2: attention from 50,001 to 50,001 tokens needs a bias of 10,000,400,004 numbers",
+        "--max-target-length",
+    )
+
+
+def test_a_choice_of_50_000_words_is_one_line_that_names_the_row_and_the_flag(tmp_path, capsys):
+    rows = choice_rows(["w3", "w4"] * 5)
+    rows[1]["choices"] = ["w3", " ".join(["w4"] * 50_000)]
+    folder = write(tmp_path / "data", train=rows[:6], test=rows[6:])
+    running.fails(
+        words(tmp_path / "run", task=folder, batch_size=6),
+        capsys,
+        "row 1: a choice has 50,001 tokens, expected at most 512",
+        "--max-target-length",
+    )
+
+
+# NaN
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """The random LLaMA with NaN in its last norm, so that every score is NaN."""
+    ours = minia3.load_model(model("llama"))
+    ours.norm.weight.data[3] = float("nan")
+    minia3.save_model(ours, tmp_path / "damaged", minia3.load_tokenizer(model("llama")))
+    return tmp_path / "damaged"
+
+
+def test_weights_with_nan_are_an_error_that_names_the_row(damaged, tmp_path, capsys):
+    parts = ("row 0: the model's scores are not finite", "--check-weights")
+    running.fails(words(tmp_path / "run", model=damaged), capsys, *parts)
+
+
+def test_weights_with_nan_are_found_by_a_flag(damaged, tmp_path, capsys):
+    part = "model.norm.weight has 1 of 24 numbers that are NaN or infinite"
+    running.fails(words(None, "--check-weights", model=damaged), capsys, part)
+    assert run(words(tmp_path / "sound", "--check-weights", model=model("llama"), steps=1)) == 0
+
+
+def test_without_rows_to_report_on_the_first_step_says_that_the_weights_are_to_blame(
+    damaged, tmp_path, capsys, monkeypatch
+):
+    def nothing_to_report(assigned_task, config):
+        return True
+
+    monkeypatch.setattr("minia3.training.assignment.is_without_results", nothing_to_report)
+    running.fails(
+        words(tmp_path / "run", model=damaged),
+        capsys,
+        "the loss of step 1 is nan, before anything was trained",
+        "--check-weights",
+        code=1,
+    )

@@ -1,0 +1,205 @@
+"""A run that is made longer continues with the learning rate that the message says."""
+
+import functools
+import json
+import shutil
+import signal
+
+import pytest
+import running
+import torch
+from running import contents, events, fails, kill_self, metrics, outcome, resume, run, train, words
+
+from minia3.training import cell as training_cell
+from minia3.training import log as training_log
+from minia3.training import run as training_run
+from minia3.training.optimizer import learning_rate
+
+
+def extend(folder, steps):
+    return run(["--resume", folder, "--steps", steps])
+
+
+def without_events(lines, *names):
+    return [line for line in lines if line["event"] not in names]
+
+
+def two_schedules(step, config, change):
+    """The rate of a run of 6 steps until the step `change`, and then that of a run of 12 steps."""
+    steps = 6 if step < change else 12
+    config = type(config)(**{**vars(config), "steps": steps})
+    return learning_rate(step, config)
+
+
+RECIPES = {
+    "adafactor": {"dropout": 0.1},
+    "adamw": {"dropout": 0.2, "optimizer": "adamw", "clip": 0.5},
+    "lora": {"method": "lora", "dropout": 0.1},
+    "grid": {"seed": "0,3", "lr": "0.1,0.01", "dropout": 0.1},
+    "best of": {"eval_every": 2, "dropout": 0.1, "lr": 0.3, "patience": 9},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_finished_run_that_is_extended_is_a_run_with_two_schedules(
+    name, tmp_path, capsys, monkeypatch
+):
+    flags = {"lr": 0.1, **RECIPES[name]}
+    out = tmp_path / "run"
+    assert run(words(out, steps=6, **flags)) == 0
+    first = metrics(out)
+    assert extend(out, 12) == 0
+    assert "extended from step 6 to step 12: " in capsys.readouterr().out
+
+    patched = functools.partial(two_schedules, change=6)
+    monkeypatch.setattr(train, "learning_rate", patched)
+    monkeypatch.setattr(training_log, "learning_rate", patched)
+    whole = tmp_path / "whole"
+    # A line at step 6 is what the shorter run writes at its end.
+    assert run(words(whole, steps=12, save_every=6, **flags)) == 0
+    adapters, lines = outcome(out)
+    expected_adapters, expected_lines = outcome(whole)
+    assert adapters == expected_adapters
+    assert without_events(lines, "extended") == expected_lines
+    finals = [line for line in first if line["event"] == "final"]
+    extended = [line for line in metrics(out) if line["event"] == "extended"]
+    assert [{**line, "event": "final"} for line in extended] == finals
+    assert json.loads((out / "config.json").read_text())["steps"] == 12
+    assert resume(out) == 0  # it is finished again
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_message_says_what_the_learning_rate_does(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=10, lr=0.1, warmup_ratio=0)) == 0
+    assert extend(out, 20) == 0
+    text = "the learning rate goes on as in a run of 20 steps, at 5.0e-02, and falls to 0\n"
+    assert f"extended from step 10 to step 20: {text}" in capsys.readouterr().out
+    rates = {line["step"]: line["lr"] for line in events(out, "train")}
+    assert rates[10] == pytest.approx(0.1 * 1 / 10)  # the last step of a run of 10
+    assert rates[20] == pytest.approx(0.1 * 1 / 20)
+
+
+def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypatch):
+    flags = {"steps": 6, "lr": 0.1, "dropout": 0.1}
+    whole = tmp_path / "whole"
+    assert run(words(whole, **flags)) == 0
+    shutil.copytree(whole, tmp_path / "run")
+    assert extend(whole, 12) == 0
+    out = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    def break_off(*args, **options):
+        raise Killed
+
+    for owner, name in ((training_run, "save_checkpoint"), (training_run, "record_run")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, break_off)
+            with pytest.raises(Killed):
+                extend(out, 12)
+    original = training_cell.Cell.update
+    updates = []
+
+    def update(cell, lr):
+        updates.append(lr)
+        if len(updates) == 3:
+            kill_self(signal.SIGINT)
+        return original(cell, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_cell.Cell, "update", update)
+        assert extend(out, 12) == 130
+    assert resume(out) == 0
+    assert outcome(out) == outcome(whole)
+
+
+def test_a_run_that_was_stopped_can_be_made_longer_too(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    original = training_cell.Cell.update
+    updates = []
+
+    def update(cell, lr):
+        updates.append(lr)
+        if len(updates) == 4:
+            kill_self(signal.SIGINT)
+        return original(cell, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_cell.Cell, "update", update)
+        assert run(words(out, steps=6, lr=0.1, warmup_ratio=0)) == 130
+    assert extend(out, 12) == 0
+    final = metrics(out)[-1]
+    assert (final["event"], final["steps"]) == ("final", 12)
+    assert metrics(out)[-2]["lr"] == pytest.approx(0.1 / 12)
+
+
+def test_an_adapter_that_ran_out_of_patience_trains_again(tmp_path, monkeypatch):
+    def miss(cell, results):
+        cell.progress.n_misses = 1
+
+    monkeypatch.setattr(training_cell.Cell, "keep_if_best", miss)
+    out = tmp_path / "run"
+    assert run(words(out, steps=6, eval_every=2, patience=1)) == 0
+    assert metrics(out)[-1]["steps"] == 2
+    assert extend(out, 12) == 0
+    assert metrics(out)[-1]["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "parts"),
+    [
+        ({}, 2, ["--steps is 2, and the run has done 3 steps", "more than 3"]),
+        ({"method": "none"}, 9, ["this run trains nothing"]),
+        ({"method": "full"}, 9, ["keeps the model, but not its optimizer", "--model", "/model"]),
+        ({"method": "lora", "seed": "0,1"}, 9, ["one after the other", "--adapter"]),
+    ],
+)
+def test_what_cannot_be_extended_is_said_and_nothing_changes(flags, steps, parts, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3, **flags)) == 0
+    before = contents(out)
+    fails(["--resume", out, "--steps", steps], capsys, *parts)
+    assert contents(out) == before
+
+
+def test_a_run_of_an_earlier_version_has_no_state_to_extend(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    checkpoint["group"] = {"parameters": checkpoint["group"]["parameters"]}
+    torch.save(checkpoint, out / "checkpoint.pt")
+    fails(["--resume", out, "--steps", 9], capsys, "no state to continue from", "--adapter")
+
+
+def test_the_same_number_of_steps_is_a_finished_run(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    before = contents(out)
+    assert extend(out, 3) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+def test_a_run_of_epochs_can_be_extended_by_steps(tmp_path):
+    out = tmp_path / "run"
+    assert run(words(out, steps=None, epochs=1)) == 0
+    assert metrics(out)[-1]["steps"] == 5
+    assert extend(out, 7) == 0
+    assert metrics(out)[-1]["steps"] == 7
+    config = json.loads((out / "config.json").read_text())
+    assert (config["steps"], config["epochs"]) == (7, None)
+    assert running.last_vectors(out)
+
+
+@pytest.mark.parametrize("damage", [{"cells": 3}, {"cells": [1]}, {"log": 3}, {"log": {}}])
+def test_a_damaged_state_is_one_line(damage, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    checkpoint["group"] |= damage
+    torch.save(checkpoint, out / "checkpoint.pt")
+    before = contents(out)
+    fails(["--resume", out, "--steps", 9], capsys, "" if "log" in damage else "damaged")
+    assert contents(out) == before

@@ -1,0 +1,198 @@
+"""`minia3.train` is the script's run, and leaves the process as it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import running
+import torch
+from running import ROOT, kill_self, metrics, outcome, run, words
+
+import minia3
+from minia3.training import from_python
+from minia3.training.run import Failed
+
+FLAGS = {"device": "cpu", "steps": 12, "batch_size": 4, "eval_batch_size": 64}
+
+
+def call(out, **flags):
+    """Train in this process, with the flags of `running.words`."""
+    flags = {"model": running.model("t5"), "task": running.task(), **FLAGS, **flags}
+    return minia3.train(out=out, **flags)
+
+
+def process_state():
+    return {
+        "handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "environ": dict(os.environ),
+        "random": torch.get_rng_state().tolist(),
+        "grad": torch.is_grad_enabled(),
+        "path": list(sys.path),
+    }
+
+
+def test_a_call_is_the_run_of_the_script(tmp_path, capsys):
+    trained = call(tmp_path / "call", seed=[1, 2], lr=0.1, dropout=0.1)
+    printed = capsys.readouterr().out
+    assert run(words(tmp_path / "script", seed="1,2", lr=0.1, dropout=0.1)) == 0
+    assert outcome(tmp_path / "call") == outcome(tmp_path / "script")
+    assert trained.folder == tmp_path / "call"
+    lines = [line for line in metrics(trained.folder) if line["event"] == "final"]
+    assert trained.results == [without(line, "event", "step") for line in lines]
+    assert [result["adapter"] for result in trained.results] == ["s1", "s2"]
+    assert "2 results" in printed
+
+
+def without(line, *names):
+    return {name: value for name, value in line.items() if name not in names}
+
+
+def test_two_calls_in_one_process_are_equal_and_leave_it_as_it_was(tmp_path):
+    before = process_state()
+    for name in ("a", "b"):
+        call(tmp_path / name, dropout=0.2, deterministic=True)
+        assert process_state() == before
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+def test_settings_of_a_notebook_do_not_change_the_run_and_stay(tmp_path):
+    call(tmp_path / "plain")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            before = process_state()
+            call(tmp_path / "changed")
+            assert process_state() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert outcome(tmp_path / "plain") == outcome(tmp_path / "changed")
+
+
+def test_it_works_in_a_thread_and_several_threads_take_turns(tmp_path):
+    call(tmp_path / "main", dropout=0.1)
+    before = process_state()
+    results = {}
+
+    def work(name):
+        results[name] = call(tmp_path / name, dropout=0.1)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert process_state() == before
+    assert results.keys() == {"a", "b"}
+    for name in results:
+        assert outcome(tmp_path / name) == outcome(tmp_path / "main")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"learning_rate": 1}, 'there is no flag "learning_rate": did you mean --lr'),
+        ({"batchsize": 1}, 'there is no flag "batchsize": did you mean batch_size'),
+        ({"steps": 0}, "--steps is 0, expected at least 1"),
+        ({"steps": "3"}, "--steps is '3', expected int"),
+        ({"seed": "0,x"}, "--seed is '0,x', expected int"),
+        ({"rank": 4}, "--rank is for --method lora"),
+        ({"task": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
+        ({"resume": "nowhere"}, "--resume takes no other flags"),
+    ],
+)
+def test_a_mistake_is_a_value_error_and_leaves_nothing(flags, message, tmp_path):
+    before = process_state()
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "run", **flags)
+    assert process_state() == before
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="expected the folder of a run"):
+        minia3.train(resume=tmp_path)
+
+
+def test_a_failure_is_an_exception(tmp_path):
+    with pytest.raises(Failed, match=r"the loss of step . is nan"):
+        call(tmp_path / "run", lr=1e30)
+    assert issubclass(Failed, RuntimeError)
+
+
+def test_values_are_read_as_on_the_command_line(tmp_path):
+    given = from_python.given_flags(
+        {"task": "rte,cb", "seed": range(3), "lr": [0.1], "model": tmp_path, "shots": None}
+    )
+    assert given == {
+        "task": ("rte", "cb"),
+        "seed": (0, 1, 2),
+        "lr": 0.1,
+        "model": str(tmp_path),
+    }
+
+
+def test_an_interrupt_saves_the_run_and_is_then_an_ordinary_interrupt(
+    tmp_path, monkeypatch, capsys
+):
+    call(tmp_path / "whole", dropout=0.1)
+    original = torch.nn.utils.clip_grad_norm_
+    steps = []
+
+    def clip(*args, **options):
+        steps.append(None)
+        if len(steps) == 5:
+            kill_self(signal.SIGINT)
+        return original(*args, **options)
+
+    before = process_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / "run", dropout=0.1)
+    assert len(steps) == 5  # the step was finished
+    assert process_state() == before
+    out = str(tmp_path / "run")
+    assert capsys.readouterr().err == f"stopped; to continue: minia3.train(resume={out!r})\n"
+    minia3.train(resume=out)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):  # the next one is Python's own, too
+        kill_self(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_it_works_in_a_notebook(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    source = "import minia3\ntrained = minia3.train(method='none', device='cpu', out='run')\n"
+    source += "trained.results[0]['accuracy'], str(trained.folder)"
+    cells = [nbformat.v4.new_code_cell(source), nbformat.v4.new_code_cell("1 + 1")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    # A kernel is Python's own process: it must find minia3, and the user's folder has a train.py.
+    (tmp_path / "train.py").write_text("raise SystemExit('the train.py of a user')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        client = nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}})
+        client.execute()
+    outputs = notebook.cells[0].outputs
+    assert outputs[-1]["data"]["text/plain"] == "(0.5126953125, 'run')"
+    assert "same-colour: 1024 rows of test" in "".join(output.get("text", "") for output in outputs)
+    assert notebook.cells[1].outputs[0]["data"]["text/plain"] == "2"
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_run_and_then_ends_the_process(tmp_path):
+    program = (
+        "import sys, signal, minia3, torch\n"
+        "torch.nn.utils.clip_grad_norm_ = lambda *a: signal.raise_signal(signal.SIGTERM)\n"
+        f"minia3.train(model={str(running.model('t5'))!r}, task={str(running.task())!r},"
+        f" out={str(tmp_path / 'run')!r}, device='cpu', steps=3)\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True)
+    assert done.returncode == -signal.SIGTERM
+    assert b"to continue: minia3.train(resume=" in done.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").exists()

@@ -1,0 +1,57 @@
+"""A loop over public functions trains what train.py trains."""
+
+import pytest
+import running
+import torch
+from running import last_vectors, model, run, task, train, words
+
+import minia3
+from minia3.training.optimizer import learning_rate
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_loop_of_your_own_over_public_functions_is_train_py(kind, tmp_path):
+    flags = {"model": model(kind), "task": task((2, 3, 1)), "seed": 3, "lr": 0.1}
+    assert run(words(tmp_path / "run", dropout=0, **flags)) == 0
+
+    ours = minia3.load_model(model(kind))
+    tokenizer = minia3.load_tokenizer(model(kind))
+    rows = minia3.load_task(flags["task"])
+    minia3.freeze(ours)
+    vectors = minia3.vectors(ours)
+    optimizer = minia3.Adafactor(vectors.values())
+    config = train.Config(steps=12, lr=0.1)
+    batches = minia3.batches(ours, tokenizer, rows, batch_size=4, steps=12, seed=3)
+    for step, batch in enumerate(batches):
+        logp_BCL = minia3.choice_logprobs(ours, batch)
+        loss = minia3.total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vectors.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert step == 11
+    assert all(vector.grad is None for vector in vectors.values())
+    trained = last_vectors(tmp_path / "run")
+    assert trained.keys() == vectors.keys()
+    for name, vector in vectors.items():
+        assert torch.equal(vector, trained[name]), name
+
+    result = minia3.evaluate(ours, tokenizer, rows.test, rows.prompts[0], metric=rows.metric)
+    final = running.events(tmp_path / "run", "final")[-1]
+    assert result["accuracy"] == final["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"max_length": 1}, "does not fit into max_length 1"),
+    ],
+)
+def test_a_mistake_is_found_before_the_first_batch(values, message):
+    ours = minia3.load_model(model("t5"))
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    with pytest.raises(ValueError, match=message):
+        minia3.batches(ours, tokenizer, minia3.load_task(task()), **values)

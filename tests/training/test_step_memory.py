@@ -1,0 +1,155 @@
+"""A run knows before its first step whether the step fits into memory, and says what does."""
+
+import contextlib
+import resource
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from running import events, fails, rows, run, train, words, write
+
+import minia3
+from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.inference.scoring import choice_logprobs
+from minia3.model.ia3 import freeze
+from minia3.tasks.batches import Batch
+from minia3.training import step_memory
+from minia3.training.memory_plan import MemoryCounter
+from minia3.training.step_memory import StepShape, is_out_of_memory, peak_of_step, upper_bound
+
+SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
+CONFIGS = {
+    "t5": replace(KNOWN_MODELS["t5-small"].config, vocab_size=256, **SMALL),
+    "gated t5": replace(KNOWN_MODELS["flan-t5-small"].config, vocab_size=256, **SMALL),
+    "llama": replace(KNOWN_MODELS["smollm2-135m"].config, vocab_size=256, n_layers=2),
+}
+FLAGS = train.Config()
+
+
+def real_peak(shape):
+    """Return what the tensors of a real step of the embedded model take beyond the weights."""
+    model = minia3.load_model("tiny-t5").train()
+    freeze(model)
+    n, m, c, length = shape
+    batch = Batch(
+        torch.ones(n, m, dtype=torch.long),
+        torch.ones(n, m, dtype=torch.bool),
+        torch.ones(n, c, length, dtype=torch.long),
+        torch.ones(n, c, length, dtype=torch.bool),
+        torch.zeros(n, dtype=torch.long),
+    )
+    counter = MemoryCounter()
+    for tensor in (*model.parameters(), batch.source_BM, batch.target_BCL):
+        counter.add(tensor)
+    n_before = counter.now
+    with counter:
+        choice_logprobs(model, batch).sum().backward()
+    return counter.peak - n_before
+
+
+# The last shape scores its choices in turns.
+@pytest.mark.parametrize("shape", [(4, 20, 2, 3), (16, 9, 3, 2), (300, 3, 8, 3)])
+def test_the_plan_is_what_a_real_step_takes(shape):
+    config = minia3.load_model("tiny-t5").config
+    planned = peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
+    assert planned == pytest.approx(real_peak(shape), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layers_beyond_the_third_are_like_the_third(kind):
+    shape = StepShape(4, 32, 2, 4)
+    fields = [name for name in step_memory.LAYER_FIELDS if hasattr(CONFIGS[kind], name)]
+    deep = replace(CONFIGS[kind], **dict.fromkeys(fields, 5))
+    embed = SimpleNamespace(weight=torch.zeros(1))
+    model = SimpleNamespace(config=deep, embed=embed)
+    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0)
+    extrapolated = step_memory.planned_step(group, shape)
+    # A few per cent, because the peak may lie in another layer of a deeper model.
+    assert extrapolated == pytest.approx(peak_of_step(deep, torch.float32, shape, FLAGS), rel=0.05)
+
+
+@pytest.mark.parametrize("flags", [{}, {"dropout": 0.1}])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (8, 100, 4, 8), (64, 12, 30, 2)])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_bound_is_never_below_the_plan(kind, shape, flags):
+    shape = StepShape(*shape)
+    config = replace(FLAGS, **flags)
+    assert upper_bound(CONFIGS[kind], shape) > peak_of_step(
+        CONFIGS[kind], torch.float32, shape, config
+    )
+
+
+def test_recomputation_takes_less():
+    shape = StepShape(32, 64, 2, 4)
+    kept = peak_of_step(CONFIGS["t5"], torch.float32, shape, FLAGS)
+    recomputed = peak_of_step(CONFIGS["t5"], torch.float32, shape, replace(FLAGS, recompute=True))
+    assert recomputed < kept
+
+
+# Runs
+
+
+def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: 8e6)
+    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
+    assert run(words(tmp_path / "run", batch_size=200, steps=1)) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "a step takes" in line]
+    size = int(note.partition("--micro-batch-size ")[2].split()[0])
+    assert 1 <= size < 200
+    flags = {"batch_size": 200, "micro_batch_size": size, "steps": 1}
+    assert run(words(tmp_path / "fits", **flags)) == 0
+    assert "a step takes" not in capsys.readouterr().out
+
+
+def test_a_short_step_is_not_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_memory, "planned_step", lambda *_: 0 / 0)
+    assert run(words(tmp_path / "run", steps=1)) == 0
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA"), reason="this system has no limit of data")
+def test_a_run_that_exceeds_what_is_free_ends_in_one_line_with_the_size(
+    tmp_path, capsys, monkeypatch
+):
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    free = 60_000_000
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: free)
+    data = write(tmp_path / "task", train=rows(20), validation=rows(4))
+    flags = {"task": data, "batch_size": 3000, "steps": 1}
+    out = tmp_path / "run"
+    fails(words(out, **flags), capsys, "out of memory: lower --micro-batch-size (try ", code=1)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+    assert events(out, "before")  # the run can be looked at, and resumed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"),
+    ],
+)
+def test_errors_about_memory_are_recognised(error):
+    assert is_out_of_memory(error)
+
+
+def test_another_error_of_torch_is_a_bug_and_not_a_message(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("expected all tensors on one device")
+
+    monkeypatch.setattr(train, "choice_logprobs", broken)
+    with pytest.raises(RuntimeError, match="one device"):
+        run(words(tmp_path / "run", steps=1))
+
+
+def test_without_a_plan_a_half_of_the_batch_is_offered(tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. " + "many words " * 500)
+
+    monkeypatch.setattr(train, "choice_logprobs", full)
+    arguments = words(tmp_path / "run", batch_size=6, eval_batch_size=10)
+    fails(arguments, capsys, "--micro-batch-size (try 3)", "--eval-batch-size (try 5)", code=1)

@@ -1,0 +1,207 @@
+"""What TensorBoard, W&B and MLflow have of a run is what metrics.jsonl has."""
+
+import json
+import os
+import struct
+import sys
+
+import pytest
+import running
+from running import fails, metrics, resume, run, words
+
+from minia3.training import cell as training_cell
+from minia3.training import trackers
+from minia3.training.trackers import figures
+
+
+def expected_figures(folder):
+    """Return {(name, step): value} of metrics.jsonl."""
+    found = {}
+    for line in metrics(folder):
+        for name, value in figures(line).items():
+            found[name, line["step"]] = pytest.approx(value)
+    return found
+
+
+def tensorboard_figures(folder):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = accumulators.EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    found = {}
+    for name in accumulator.Tags()["scalars"]:
+        for event in accumulator.Scalars(name):
+            assert (name, event.step) not in found
+            found[name, event.step] = event.value
+    return found
+
+
+def test_the_numbers_of_a_line_have_names_that_say_whose_they_are():
+    line = {
+        "event": "train",
+        "step": 10,
+        "loss": 0.5,
+        "losses": {"s0": 0.4, "s1": 0.6},
+        "auc": None,
+    }
+    assert figures(line) == {"train/loss": 0.5, "train/losses/s0": 0.4, "train/losses/s1": 0.6}
+    line = {"event": "final", "step": 10, "adapter": "s0", "task": "rte", "accuracy": 0.5}
+    assert figures(line) == {"final/s0/accuracy": 0.5}
+    assert figures({"event": "eval", "step": 1, "task": "rte", "n": 3}) == {"eval/rte/n": 3}
+    assert figures({"event": "failed", "step": 1, "reason": "the loss"}) == {}
+
+
+@pytest.mark.slow
+def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    assert run(words(out, seed="0,1", eval_every=6, log_to="tensorboard")) == 0
+    found = tensorboard_figures(out)
+    assert found == expected_figures(out)
+    assert ("train/losses/s0", 10) in found
+    assert ("eval/s1/accuracy", 6) in found
+    assert run(["--resume", out, "--steps", 15]) == 0
+    assert tensorboard_figures(out) == expected_figures(out)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_leaves_no_steps_that_were_undone(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    original = training_cell.Cell.update
+    updates = []
+
+    class Killed(BaseException):
+        pass
+
+    def update(cell, lr):
+        updates.append(lr)
+        if len(updates) == 12:
+            raise Killed
+        return original(cell, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_cell.Cell, "update", update)
+        with pytest.raises(Killed):
+            run(words(out, steps=14, save_every=7, log_to="tensorboard"))
+    assert ("train/loss", 10) in tensorboard_figures(out)  # beyond the checkpoint of step 7
+    assert resume(out) == 0
+    assert tensorboard_figures(out) == expected_figures(out)
+
+
+def test_a_package_that_is_missing_is_named_with_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("tensorboard", "wandb", "mlflow"):
+        flags = words(tmp_path / "run", log_to=name)
+        fails(flags, capsys, f"--log-to {name} needs a package: pip install 'minia3[log]'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_folder_there_is_nothing_to_log(capsys):
+    pytest.importorskip("tensorboard")
+    fails(words(None, "--eval-only", log_to="tensorboard"), capsys, "give --out")
+
+
+def test_packages_are_imported_only_if_they_are_asked_for(tmp_path):
+    assert run(words(tmp_path / "run", steps=1)) == 0
+    assert not {"wandb", "mlflow"} & sys.modules.keys()
+
+
+def read_wandb_file(path):
+    """Yield the records of a .wandb file, which has the format of LevelDB's log.
+
+    After a header of 7 bytes come blocks of 32 KiB. In a block, each part of a record begins with a
+    checksum (4 bytes), its length (2 bytes) and its kind: whole, first, middle or last part.
+    """
+    data = path.read_bytes()
+    place = 7
+    parts = b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:  # the rest of a block is too short for a part
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "run"
+    assert run(words(out, seed="0,1", log_to="wandb")) == 0
+    (file,) = out.glob("wandb/offline-run-*/*.wandb")
+    found = {}
+    for data in read_wandb_file(file):
+        record = Record()
+        record.ParseFromString(data)
+        values = {}
+        for item in record.history.item:
+            values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        for name, value in values.items():
+            if not name.startswith("_"):
+                found[name, values["_step"]] = value
+    assert found == expected_figures(out)
+
+
+@pytest.mark.slow
+def test_mlflow_in_a_folder_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    assert run(words(out, seed="0,1", log_to="mlflow")) == 0
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("minia3")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["seed"] == "(0, 1)"
+    found = {}
+    for name in tracked.data.metrics:
+        for metric in client.get_metric_history(tracked.info.run_id, name):
+            found[name, metric.step] = metric.value
+    assert found == expected_figures(out)
+    assert os.listdir(tmp_path).count("mlflow.db") == 1
+    assert running.events(out, "final")
+
+
+class Broken:
+    """A service that is gone after the first line."""
+
+    def __init__(self, config, folder):
+        self.lines = []
+
+    def write(self, line):
+        if self.lines:
+            raise ConnectionError("the network\nis gone")
+        self.lines.append(line)
+
+    def close(self):
+        raise ConnectionError("the network is gone")
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert run(words(tmp_path / "run", steps=3, log_to="tensorboard")) == 0
+    out = capsys.readouterr().out
+    assert out.count("Broken gets no more of this run, but metrics.jsonl has everything") == 1
+    assert "everything: the network is gone\n" in out
+    assert running.events(tmp_path / "run", "final")
+
+
+def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(config, folder):
+        raise RuntimeError("not\nlogged in")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", refuse)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    flags = words(tmp_path / "run", log_to="wandb")
+    fails(flags, capsys, "--log-to wandb cannot start: not logged in")
+    assert not (tmp_path / "run").exists()
