@@ -90,8 +90,7 @@ class NF4Linear(QuantizedLinear):
 
     @staticmethod
     def quantize(weight_OI):
-        from bitsandbytes.functional import quantize_4bit
-
+        quantize_4bit = bitsandbytes_functions().quantize_4bit
         n_outputs, n_inputs = weight_OI.shape
         if n_inputs % NF4_BLOCK != 0:
             expected = f"a multiple of {NF4_BLOCK}, so that no two rows share a scale"
@@ -103,22 +102,30 @@ class NF4Linear(QuantizedLinear):
 
     @staticmethod
     def dequantize(codes_OC, scale_ON, dtype):
-        from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
-
+        functions = bitsandbytes_functions()
         n_outputs, n_codes = codes_OC.shape
         known_dtype = torch.float32 if dtype == torch.float64 else dtype
-        state = QuantState(
-            absmax=scale_ON.flatten(),
+        state = functions.QuantState(
+            absmax=scale_ON.flatten().float(),
             shape=torch.Size((n_outputs, 2 * n_codes)),
-            code=get_4bit_type("nf4", device=codes_OC.device),
+            code=functions.get_4bit_type("nf4", device=codes_OC.device),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=known_dtype,
         )
-        return dequantize_4bit(codes_OC.reshape(-1, 1), state).to(dtype)
+        return functions.dequantize_4bit(codes_OC.reshape(-1, 1), state).to(dtype)
 
 
-# What `load_model(quantize=...)` accepts.
+def bitsandbytes_functions():
+    """Return bitsandbytes.functional. Raise ValueError if it is not installed."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ValueError(f"nf4 needs bitsandbytes: {error}: pip install 'minia3[quant]'") from None
+    return functional
+
+
+# What `load_model(quantize=...)` accepts. minia3/training/choices.py repeats the names.
 QUANTIZED = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
