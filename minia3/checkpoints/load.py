@@ -18,6 +18,7 @@ from functools import reduce
 import torch
 from torch import nn
 
+from minia3.checkpoints.bitsandbytes_files import PackedEntry, join_packed
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
 from minia3.checkpoints.generation_keys import generation_settings
@@ -31,7 +32,7 @@ from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
-from minia3.model.quantized import QUANTIZED, is_quantizable
+from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
@@ -47,7 +48,8 @@ def load_model(
     dtype: None keeps the stored dtype, except that float16 T5 and quantized GGUF become float32.
         The vectors are float32 in any case.
     quantize: "int8" or "nf4" keeps the linears of the blocks in 8 or 4 bits (quantized.py). Each
-        weight is quantized as soon as it is read, so the whole model is never in memory.
+        weight is quantized as soon as it is read, so the whole model is never in memory. Weights
+        that are stored in bitsandbytes' nf4 stay in it.
     check_finite: look for NaN and infinite numbers in every weight, which reads all files at once.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
@@ -60,6 +62,10 @@ def load_model(
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
     for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
+        if isinstance(entry, PackedEntry) and quantize != "int8":
+            parts = [tensor.to(device) for tensor in entry.read_codes()]
+            place_linear(model, name, NF4Linear(*parts))
+            continue
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
         if check_finite:
             check_weight(weight, f"{name_or_path}: {stored_name}")
@@ -139,7 +145,7 @@ def read_weights(folder):
             if name in entries:
                 raise ValueError(f"{file}: {name} is in another shard too")
             entries[name] = entry
-    return entries
+    return join_packed(entries)
 
 
 # Match
@@ -211,9 +217,15 @@ def place_weight(model, name, weight, quantize):
     if quantize is None or module_name == name or not is_quantizable(module_name, module):
         place_parameter(model, name, weight)
         return
-    parent, _, attribute = module_name.rpartition(".")
-    linear = QUANTIZED[quantize].from_weight(weight, module.bias)
-    setattr(model.get_submodule(parent), attribute, linear)
+    place_linear(model, name, QUANTIZED[quantize].from_weight(weight))
+
+
+def place_linear(model, name, linear):
+    """Put a quantized linear in the place of the one with the weight `name`, and keep its bias."""
+    parent_name, _, attribute = name.removesuffix(".weight").rpartition(".")
+    parent = model.get_submodule(parent_name)
+    linear.bias = getattr(parent, attribute).bias
+    setattr(parent, attribute, linear)
 
 
 def check_weight(weight, name):

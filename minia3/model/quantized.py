@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = bias
+        self.register_parameter("bias", bias)
         self.out_features = len(codes)
 
     def forward(self, x):
