@@ -14,7 +14,7 @@ work in these steps:
 """
 
 from minia3.checkpoints import config_llama, config_t5
-from minia3.checkpoints.bitsandbytes_files import check_quantization
+from minia3.checkpoints.nf4_files import check_quantization
 from minia3.model.t5 import T5Config
 
 

@@ -18,7 +18,6 @@ from functools import reduce
 import torch
 from torch import nn
 
-from minia3.checkpoints.bitsandbytes_files import PackedEntry, join_packed
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
 from minia3.checkpoints.generation_keys import generation_settings
@@ -26,6 +25,7 @@ from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.meta import read_meta
+from minia3.checkpoints.nf4_files import PackedEntry, join_packed
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.progress import progress
 from minia3.files.read import read_json, reading

@@ -1,4 +1,4 @@
-"""Guards minia3/checkpoints/bitsandbytes_files.py: a checkpoint that bitsandbytes has quantized to
+"""Guards minia3/checkpoints/nf4_files.py: a checkpoint that bitsandbytes has quantized to
 nf4 loads as it is, with the weights that bitsandbytes makes of it."""
 
 import json
