@@ -3,6 +3,7 @@ codes mean, in the forward and in the backward pass, and keeps nothing of them i
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def test_nf4_refuses_rows_that_would_share_a_scale():
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="nf4 of a weight with 24 inputs: expected a multiple"):
         NF4Linear.from_weight(random_weight(96, 24))
+
+
+def test_without_bitsandbytes_nf4_names_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        ValueError, match=r"nf4 needs bitsandbytes: .*: pip install 'minia3\[quant\]'"
+    ):
+        NF4Linear.from_weight(random_weight(64, 64))
 
 
 def test_nothing_but_the_parameters_is_kept_for_the_backward_pass(kind):
