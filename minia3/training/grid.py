@@ -3,9 +3,12 @@
 import dataclasses
 import math
 
+from minia3.checkpoints.hub import find_adapter
 from minia3.tasks.columns import ColumnFlags
 from minia3.tasks.mixture import mix
+from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import load_task
+from minia3.tasks.task_file import read_tasks_beside
 from minia3.training.cell import Cell
 from minia3.training.flags import expand_grid
 
@@ -33,9 +36,23 @@ def load_task_of(config, loaded):
         key = (name, config.seed)
         if key not in loaded:
             flags = {field: getattr(config, field) for field in ColumnFlags._fields}
+            flags["like"] = learned_task(name, config)
             loaded[key] = load_task(name, config.data_dir, config.shots, config.seed, **flags)
         tasks.append(loaded[key])
     return tasks[0] if len(tasks) == 1 else mix(tasks)
+
+
+def learned_task(name, config):
+    """Return what --adapter has learned, if it is evaluated and not trained, or None.
+
+    An adapter of several tasks has learned the task of this name.
+    """
+    if config.adapter is None or config.is_training:
+        return None
+    specs = read_tasks_beside(find_adapter(config.adapter))
+    if len(specs) == 1:
+        return next(iter(specs.values()))
+    return specs.get(short_name(name))
 
 
 def cell_name(config, task, axes):
