@@ -1,6 +1,7 @@
 """`predict`: label the rows of a file, or continue them, each with the adapter that it names."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -70,6 +71,7 @@ def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
     from minia3.inference.prediction import write_results
 
+    check_out(args)
     forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
@@ -82,6 +84,16 @@ def run(args):
     else:
         write_results(Path(args.out), with_progress(prediction.lines, args), prediction.is_csv)
         show(f"{args.out} is finished")
+
+
+def check_out(args):
+    """Raise ValueError if the results would go into the file of the rows itself.
+
+    Its rows would be taken for results that are there already.
+    """
+    paths = [args.file, args.out]
+    if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
+        raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
 
 
 def with_progress(lines, args):
