@@ -123,7 +123,7 @@ def run(args):
 
 
 def warn_if_endless(adapter, tokenizer):
-    """Warn if an adapter has learned to rank choices, and never to end a text.
+    """Warn if an adapter has only learned to rank choices, and never to end a text.
 
     T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
     what it has learned; without that file, nothing is known.
@@ -135,7 +135,7 @@ def warn_if_endless(adapter, tokenizer):
     from minia3.tasks.task_file import read_tasks_beside
 
     tasks = read_tasks_beside(find_adapter(adapter))
-    if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
+    if tasks and all(spec.metric in METRICS["choices"] for spec in tasks.values()):
         warnings.warn(
             f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
             "--max-new-tokens or --stop",
