@@ -78,6 +78,22 @@ def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
     assert (row.average, row.n_runs) == (62.5, 1)
 
 
+def test_evaluations_in_different_words_are_different_results(tmp_path):
+    untrained = [{"trainable": 0, "method": "none"}]
+    flags = ({"chat_template": "a.jinja"}, {"chat_template": "b.jinja"}, {"input": "{text}"})
+    for i, changed in enumerate(flags):
+        make_run(tmp_path / str(i), untrained, method="none", **changed)
+    rows, note = table_rows([tmp_path])
+    assert (len(rows), note) == (3, "")
+
+
+def test_where_metrics_are_sent_and_how_steps_were_counted_make_no_other_row(tmp_path):
+    make_run(tmp_path / "a", seed=0, log_to=None, epochs=None)
+    make_run(tmp_path / "b", seed=1, log_to="wandb", epochs=2.0)
+    rows, _ = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3"]
+
+
 def test_rows_are_sorted_by_model_and_trainable_parameters(tmp_path):
     for i, (model, n) in enumerate([("b", 5), ("a", 200), ("a", 0)]):
         make_run(tmp_path / str(i), [{"trainable": n}], model=model)
