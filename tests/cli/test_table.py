@@ -34,6 +34,15 @@ def test_a_row_without_one_of_the_tasks_has_no_average(tmp_path):
     assert np.isnan([*unknown, ia3.cells["copa"].iqr]).all()
 
 
+def test_metrics_are_not_averaged(tmp_path):
+    finals = [{"task": "rte", "commonest": 0.5}]
+    finals.append({"task": "raft/x", "metric": "macro_f1", "commonest": 0.3})
+    make_run(tmp_path / "run", finals, task=["rte", "raft/x"], adapters="one")
+    rows, _ = table_rows([tmp_path])
+    assert len(rows) == 2
+    assert np.isnan([row.average for row in rows]).all()
+
+
 def test_tasks_are_in_the_paper_s_order_and_the_others_follow_by_name(tmp_path):
     for i, task in enumerate(("sst2", "anli-r1", "boolq", "rte", "copa")):
         make_run(tmp_path / str(i), task=task)
