@@ -79,6 +79,7 @@ def test_exact_match_ignores_white_space_at_the_ends_only():
         ("cat cat dog", "cat dog dog", 2 * 2 / (3 + 3)),  # a word counts as often as it is shared
         ("one two", "two three four five", 2 * 1 / (2 + 4)),
         ("one", "two", 0),
+        ("an apple", "apple", 1),
         ("the", "a", 1),  # nothing is left of either
         ("the", "two", 0),
         ("it's state-of-art", "its stateofart", 1),
