@@ -120,16 +120,14 @@ def make_forms(args):
 
     Raise ValueError if there is no such task or prompt.
     """
-    from minia3.checkpoints.hub import find_adapter
     from minia3.inference.prediction import Forms
     from minia3.tasks.columns import ColumnFlags
     from minia3.tasks.task_file import read_tasks_beside
+    from minia3.training.learned import learned_tasks
 
     tasks = {}
-    if args.adapter is None:
-        tasks = read_tasks_beside(Path(args.model))  # after full fine-tuning
-    elif not is_folder_of_adapters(args.adapter):
-        tasks = read_tasks_beside(find_adapter(args.adapter))
+    if not is_folder_of_adapters(args.adapter):
+        tasks = learned_tasks(args.model, args.adapter)
     by_adapter = {}
     if args.task is None and is_folder_of_adapters(args.adapter):
         for path in sorted(Path(args.adapter).iterdir()):

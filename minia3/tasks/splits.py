@@ -230,7 +230,7 @@ def understand_rows(
                 spec = like
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
             if is_like:
-                found.notes.append("the rows are put into the words that the adapter has learned")
+                found.notes.append("the rows are put into the words that were learned (task.json)")
             return found
     return Understanding(spec, "", [])
 

@@ -3,14 +3,13 @@
 import dataclasses
 import math
 
-from minia3.checkpoints.hub import find_adapter
 from minia3.tasks.columns import ColumnFlags
 from minia3.tasks.mixture import mix
 from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import load_task
-from minia3.tasks.task_file import read_tasks_beside
 from minia3.training.cell import Cell
 from minia3.training.flags import expand_grid
+from minia3.training.learned import learned_tasks
 
 
 def make_cells(config):
@@ -43,13 +42,13 @@ def load_task_of(config, loaded):
 
 
 def learned_task(name, config):
-    """Return what --adapter has learned, if it is evaluated and not trained, or None.
+    """Return what --adapter or --model has learned, if it is evaluated and not trained, or None.
 
-    An adapter of several tasks has learned the task of this name.
+    If it has learned several tasks, it is the one of this name.
     """
-    if config.adapter is None or config.is_training:
+    if config.is_training:
         return None
-    specs = read_tasks_beside(find_adapter(config.adapter))
+    specs = learned_tasks(config.model, config.adapter)
     if len(specs) == 1:
         return next(iter(specs.values()))
     return specs.get(short_name(name))

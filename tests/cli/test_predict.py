@@ -72,19 +72,25 @@ def test_an_evaluation_uses_the_words_that_the_adapter_has_learned(labeled, tmp_
     assert run(words(out, task=file, **flags)) == 0
     trained = metrics(out)[-1]
     final, shown = evaluated(tmp_path / "again", out, capsys, task=file)
-    assert "note     the rows are put into the words that the adapter has learned\n" in shown
+    assert "note     the rows are put into the words that were learned (task.json)\n" in shown
     assert "columns  reads text, picks label among w6 (0), w7 (1), w8 (2)\n" in shown
     assert (final["accuracy"], final["metric"]) == (trained["accuracy"], "macro_f1")
     # What the command says comes first, and so does a file without the adapter's columns.
     _, shown = evaluated(tmp_path / "flags", out, capsys, task=file, labels="w3,w4,w5")
     assert "among w3 (0), w4 (1), w5 (2)\n" in shown
-    assert "the adapter has learned" not in shown
+    assert "were learned" not in shown
     others = write_csv(
         tmp_path / "others.csv",
         [{"question": f"w{10 + i}", "label": LABELS[i % 3]} for i in range(30)],
     )
     _, shown = evaluated(tmp_path / "others", out, capsys, task=others)
     assert "columns  reads question, picks label among w3, w4, w5\n" in shown
+    # A model into which the adapter is merged has learned the same.
+    merged = tmp_path / "merged"
+    output(capsys, "merge", model("t5"), out / "adapter", merged)
+    assert run(words(tmp_path / "m", "--eval-only", steps=None, model=merged, task=file)) == 0
+    assert metrics(tmp_path / "m")[-1]["accuracy"] == trained["accuracy"]
+    assert "among w6 (0), w7 (1), w8 (2)\n" in capsys.readouterr().out
 
 
 def test_an_adapter_labels_rows_that_have_only_a_text(labeled, tmp_path, capsys):
