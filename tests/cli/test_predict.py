@@ -85,6 +85,12 @@ def test_an_evaluation_uses_the_words_that_the_adapter_has_learned(labeled, tmp_
     )
     _, shown = evaluated(tmp_path / "others", out, capsys, task=others)
     assert "columns  reads question, picks label among w3, w4, w5\n" in shown
+    # An adapter of several tasks has learned the one of this name.
+    other = write_csv(tmp_path / "other.csv", integers)
+    both = tmp_path / "both"
+    assert run(words(both, task=f"{file},{other}", adapters="one", **flags)) == 0
+    _, shown = evaluated(tmp_path / "one", both, capsys, task=file)
+    assert "among w6 (0), w7 (1), w8 (2)\n" in shown
     # A model into which the adapter is merged has learned the same.
     merged = tmp_path / "merged"
     output(capsys, "merge", model("t5"), out / "adapter", merged)

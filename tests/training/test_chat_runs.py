@@ -219,3 +219,23 @@ def test_a_mixture_with_choices_uses_one_adapter_and_says_both_ways_to_use_a_gri
     train_in(folder, task=tasks, out=str(folder / "run" / "grid"))
     uses = [line for line in capsys.readouterr().out.splitlines() if "use it" in line]
     assert [line.split()[2:4] for line in uses] == [["minia3", "generate"], ["minia3", "predict"]]
+
+
+def test_a_predicted_answer_ends_where_the_template_ends_a_turn(folder, capsys):
+    train_in(folder, steps=1)
+    adapter = folder / "run" / "adapter"
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps(conversation("w3 w4")))
+
+    def predicted(ending):
+        entry = json.loads((adapter / "task.json").read_text())
+        entry["chat_template"] = WORDS.replace("w59", ending)
+        (adapter / "task.json").write_text(json.dumps(entry))
+        capsys.readouterr()
+        words = [str(model("llama")), str(rows), "--adapter", str(adapter), "--device", "cpu"]
+        assert main(["predict", *words, "--max-new-tokens", "12"]) == 0
+        return json.loads(capsys.readouterr().out)["output"].split()
+
+    whole = predicted("w58")
+    assert len(whole) > 3
+    assert predicted(whole[3]) == whole[: whole.index(whole[3])]
