@@ -30,7 +30,7 @@ from minia3.checkpoints.load import build_model, place_parameter
 from minia3.files import write as file_writing
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
-from minia3.training.checkpoint import read_vectors
+from minia3.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -183,7 +183,7 @@ def outcome(folder):
 
 def last_vectors(folder):
     """Return the vectors in a run's last checkpoint: (A, D), in the dtype of their training."""
-    return read_vectors(folder)
+    return load_checkpoint(folder).group["parameters"]
 
 
 def contents(folder):

@@ -6,7 +6,6 @@ import sys
 import warnings
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 
 from minia3.cli.arguments import (
     add_adapter_option,
@@ -111,7 +110,7 @@ def run(args):
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
         load_any_adapter(model, args.adapter)
-        warn_if_endless(args.adapter, tokenizer)
+        warn_if_endless(args, tokenizer)
     if args.chat:
         prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
@@ -124,22 +123,21 @@ def run(args):
         generator.answer_all(stdin)
 
 
-def warn_if_endless(adapter, tokenizer):
-    """Warn if an adapter has learned to rank choices, and never to end a text.
+def warn_if_endless(args, tokenizer):
+    """Warn if an adapter has only learned to rank choices, and never to end a text.
 
     T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
     what it has learned; without that file, nothing is known.
     """
     if tokenizer.has_separate_targets:
         return
-    from minia3.checkpoints.hub import find_adapter
     from minia3.tasks.task import METRICS
-    from minia3.tasks.task_file import read_tasks_beside
+    from minia3.training.learned import learned_tasks
 
-    tasks = read_tasks_beside(find_adapter(adapter))
-    if any(spec.metric in METRICS["choices"] for spec in tasks.values()):
+    tasks = learned_tasks(args.model, args.adapter)
+    if tasks and all(spec.metric in METRICS["choices"] for spec in tasks.values()):
         warnings.warn(
-            f"{adapter} was trained to rank choices, and not to stop: a text goes on until "
+            f"{args.adapter} was trained to rank choices, and not to stop: a text goes on until "
             "--max-new-tokens or --stop",
             stacklevel=1,
         )
@@ -163,11 +161,9 @@ def trained_template(args):
 
     The task.json beside an adapter says it, or beside a model into which an adapter is merged.
     """
-    from minia3.checkpoints.hub import find_adapter
-    from minia3.tasks.task_file import read_tasks_beside
+    from minia3.training.learned import learned_tasks
 
-    path = find_adapter(args.adapter) if args.adapter else Path(args.model)
-    for spec in read_tasks_beside(path).values():
+    for spec in learned_tasks(args.model, args.adapter).values():
         if spec.chat_template:
             return spec.chat_template
     return None

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -78,6 +79,7 @@ def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
     from minia3.inference.prediction import write_results
 
+    check_out(args)
     forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
@@ -90,6 +92,16 @@ def run(args):
     else:
         write_results(Path(args.out), with_progress(prediction.lines, args), prediction.is_csv)
         show(f"{args.out} is finished")
+
+
+def check_out(args):
+    """Raise ValueError if the results would go into the file of the rows itself.
+
+    Its rows would be taken for results that are there already.
+    """
+    paths = [args.file, args.out]
+    if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
+        raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
 
 
 def with_progress(lines, args):
@@ -116,16 +128,14 @@ def make_forms(args):
 
     Raise ValueError if there is no such task or prompt.
     """
-    from minia3.checkpoints.hub import find_adapter
     from minia3.inference.prediction import Forms
     from minia3.tasks.columns import ColumnFlags
     from minia3.tasks.task_file import read_tasks_beside
+    from minia3.training.learned import learned_tasks
 
     tasks = {}
-    if args.adapter is None:
-        tasks = read_tasks_beside(Path(args.model))  # after full fine-tuning
-    elif not is_folder_of_adapters(args.adapter):
-        tasks = read_tasks_beside(find_adapter(args.adapter))
+    if not is_folder_of_adapters(args.adapter):
+        tasks = learned_tasks(args.model, args.adapter)
     by_adapter = {}
     if args.task is None and is_folder_of_adapters(args.adapter):
         for path in sorted(Path(args.adapter).iterdir()):

@@ -30,10 +30,11 @@ UNNAMED_FLAGS = {
     # columns of the table, or spread within a cell of it
     *("model", "task", "method", "seed"),
     # where things are: the data is compared by its checksums instead
-    *("out", "data_dir", "resume", "device"),
+    *("out", "data_dir", "resume", "config", "log_to", "device"),
     # other ways to compute the same result (`checkpoint` is the older name of `recompute`)
     *("deterministic", "recompute", "checkpoint", "compile"),
     *("micro_batch_size", "eval_batch_size", "save_every"),
+    "epochs",  # `steps` says how many steps they were
     # not flags
     *("minia3", "git_commit", "versions", "data"),
 }

@@ -54,7 +54,7 @@ class Row:
     model: str
     method: str  # and the flags that distinguish it from other rows
     cells: dict  # task -> Cell; every row has all tasks of the table
-    average: float  # over all tasks; unknown if a task is missing
+    average: float  # see `average_of`
     n_runs: int  # adapters
     n_trainable: int  # parameters of an adapter
     flops_per_example: float
@@ -112,15 +112,26 @@ def commonest_rows(results, tasks):
     """
     cells = {}
     for task in tasks:
-        shares = [result.commonest for result in results if result.task == task]
-        known = [share for share in shares if not is_unknown(share)]
+        known = [
+            result for result in results if result.task == task and not is_unknown(result.commonest)
+        ]
         cells[task] = Cell()
         if known:
-            cells[task] = Cell(float(np.median(known)))  # RAFT's folds differ
+            share = np.median([result.commonest for result in known])  # RAFT's folds differ
+            cells[task] = Cell(float(share), metric=known[0].metric)
     if all(is_unknown(cell.median) for cell in cells.values()):
         return []
-    average = float(np.mean([cell.median for cell in cells.values()]))
+    average = average_of(cells.values())
     return [Row("-", COMMONEST, cells, average, 0, 0, UNKNOWN, UNKNOWN, UNKNOWN)]
+
+
+def average_of(cells):
+    """Return the mean over all tasks. It is unknown if a task is missing, or has another metric:
+    the mean of an accuracy and of an inverse perplexity says nothing.
+    """
+    if len({cell.metric for cell in cells}) > 1:
+        return UNKNOWN
+    return float(np.mean([cell.median for cell in cells]))
 
 
 def task_order(column):
@@ -140,7 +151,7 @@ def make_row(results, tasks):
         model=results[0].model,
         method=results[0].label,
         cells=cells,
-        average=float(np.mean([cell.median for cell in cells.values()])),
+        average=average_of(cells.values()),
         n_runs=len({result.adapter_folder for result in results}),
         n_trainable=results[0].n_trainable,
         flops_per_example=float(np.median([result.flops_per_example for result in results])),

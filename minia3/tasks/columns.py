@@ -202,6 +202,18 @@ def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple
     return tuple(changed)
 
 
+def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
+    """Return whether rows have all the columns that a task reads."""
+    names = [spec.label_field] if spec.labels else []
+    for prompt in spec.prompts:
+        names += roots_of([prompt.text, prompt.target, *(prompt.choices or ())])
+    try:
+        columns = Columns(rows, spec.fields, "")
+    except ValueError:  # a column that has another name in the task
+        return False
+    return all(name in columns for name in names)
+
+
 # Choosing columns
 
 

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minia3.files.read import one_line, read_json, reading
-from minia3.tasks.split_files import SPLIT_OF_NAME, FoundFiles, shorten
+from minia3.tasks.split_files import HUB_PREFIX, SPLIT_OF_NAME, FoundFiles, shorten
 
-HUB_PREFIX = "hf:"  # as in hf:user/name and hf:user/name:config
 TIMEOUT = 10  # seconds to wait for the first answer of the hub
 
 

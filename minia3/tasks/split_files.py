@@ -25,6 +25,9 @@ SPLIT_OF_NAME = {
 }
 SPLITS = ("train", "validation", "test")
 
+TASK_FILE = "task.json"  # see task_file.py
+HUB_PREFIX = "hf:"  # as in hf:user/name and hf:user/name:config
+
 # A file with one of these words in its name, or with a word much like it, was meant to be a split.
 LOOKALIKES = {
     "train": ("train", "training", "trainset"),
@@ -39,7 +42,7 @@ SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})", re.DOTALL)
 
 # .json files that do not hold rows.
 SIDE_FILES = (
-    "task.json",
+    TASK_FILE,
     "config.json",
     "dataset_info.json",
     "dataset_infos.json",
@@ -58,6 +61,16 @@ class FoundFiles(NamedTuple):
 
     files: dict[str, list[Path]]  # of each split, in order
     notes: list[str]  # what a run should tell its user about the files
+
+
+def short_name(name: str) -> str:
+    """Return a name for a task that is a file, a folder, or a data set of the hub."""
+    if name.startswith(HUB_PREFIX):
+        return name.removeprefix(HUB_PREFIX).replace(":", "-")
+    path = Path(os.path.abspath(name))
+    if path.name == TASK_FILE:
+        path = path.parent
+    return rows_stem(path) if rows_suffix(path) else path.name
 
 
 # A folder of files

@@ -10,23 +10,30 @@ from pathlib import Path
 
 import numpy as np
 
-from minia3.tasks.columns import ColumnFlags, Understanding, understand, with_flags
+from minia3.tasks.columns import (
+    ColumnFlags,
+    Understanding,
+    has_columns,
+    understand,
+    with_flags,
+)
 from minia3.tasks.download import download, file_names
 from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
-from minia3.tasks.library_data import HUB_PREFIX, find_hub_files, find_saved_files
+from minia3.tasks.library_data import find_hub_files, find_saved_files
 from minia3.tasks.prompts import field_names
-from minia3.tasks.row_files import not_read, read_label_names, rows_stem, rows_suffix
+from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
 from minia3.tasks.rows import FileRow, check_files, read_files
 from minia3.tasks.split_files import (
+    HUB_PREFIX,
     SPLIT_OF_NAME,
     FoundFiles,
     describe_missing_path,
     find_split_files,
     looks_like_path,
     nearest_entries,
+    short_name,
 )
 from minia3.tasks.task import METRICS, Task, TaskSpec
-from minia3.tasks.task_file import FILE_NAME as TASK_FILE
 from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.text_lines import MAX_ROW_BYTES
 
@@ -83,6 +90,7 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     target: str | None = None,
     labels: str | Sequence[str] | None = None,
     metric: str | None = None,
+    like: TaskSpec | None = None,
 ) -> Task:
     """Load a known task by its name, or a user's rows: from a file, a folder, a task file or the
     hub.
@@ -93,6 +101,8 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     A user's rows have columns with the usual names (COLUMN_SETS in columns.py), or `input`,
     `target` and `labels` say what they mean, such as "{title}: {body}", "{answer}" and ("negative",
     "positive"). `metric` is one of METRICS in task.py. A task file says the same (task_file.py).
+    `like` is what an adapter has learned: rows that have its columns, and about which nothing else
+    is said, are put into its words.
 
     `read_rows` says which files are read. A folder has files named train, validation (or val, dev,
     valid) and test, or comes from `save_to_disk` of the `datasets` library. "hf:user/name" and
@@ -111,7 +121,7 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     """
     name = str(name_or_path)
     flags = ColumnFlags(input, target, labels, metric)
-    splits, spec, columns = load_splits(name, flags, data_dir, shots, seed)
+    splits, spec, columns = load_splits(name, flags, data_dir, shots, seed, like)
     note_hidden_labels(splits)
     if shots is not None:
         splits.train = draw_shots(splits, spec, shots, seed)
@@ -143,7 +153,12 @@ def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:
 
 
 def load_splits(
-    name: str, flags: ColumnFlags, data_dir: str | Path, shots: int | None, seed: int
+    name: str,
+    flags: ColumnFlags,
+    data_dir: str | Path,
+    shots: int | None,
+    seed: int,
+    like: TaskSpec | None,
 ) -> tuple[Splits, TaskSpec, str]:
     """Return a task's rows, its TaskSpec, and how a user's columns were understood."""
     spec = known_tasks().get(name)
@@ -152,7 +167,9 @@ def load_splits(
     if spec.is_published:
         spec = with_flags(spec, flags)
         return load_known_task(name, spec, data_dir, shots, seed), spec, ""
-    splits, understanding = load_user_task(name, spec, flags)
+    if spec != TaskSpec() or flags._replace(metric=None) != ColumnFlags():
+        like = None  # because something else is said
+    splits, understanding = load_user_task(name, spec, flags, like)
     columns = "" if spec.shipped else understanding.line
     return splits, understanding.spec, columns
 
@@ -169,11 +186,13 @@ def read_task_file_of(name: str) -> TaskSpec:
     return TaskSpec() if path is None else read_task_file(path)
 
 
-def load_user_task(name: str, spec: TaskSpec, flags: ColumnFlags) -> tuple[Splits, Understanding]:
+def load_user_task(
+    name: str, spec: TaskSpec, flags: ColumnFlags, like: TaskSpec | None
+) -> tuple[Splits, Understanding]:
     """Return a user's rows, and how their columns were understood."""
     files, notes = files_of(name, spec)
     rows = read_files(files, keep_empty=False)
-    understanding = understand_rows(files, rows, spec, flags)
+    understanding = understand_rows(files, rows, spec, flags, like)
     checked = check_files(rows, files, understanding.spec)
     paths = list(chain.from_iterable(files.values()))
     splits = Splits(short_name(name), paths, notes=[*notes, *understanding.notes])
@@ -197,6 +216,7 @@ def understand_rows(
     rows: dict[str, list[FileRow]],
     spec: TaskSpec,
     flags: ColumnFlags,
+    like: TaskSpec | None,
 ) -> Understanding:
     """Return how the columns of a user's files are understood: by the rows of train, if there are
     any. If no row can be read, nothing is understood, and `check_files` says why.
@@ -205,18 +225,14 @@ def understand_rows(
         good_rows = [found.row for found in rows[split] if isinstance(found.row, dict)]
         if good_rows:
             label_names = read_label_names(paths[0])
-            return understand(good_rows, spec, flags, label_names, str(paths[0]))
+            is_like = like is not None and has_columns(good_rows, like)
+            if is_like:
+                spec = like
+            found = understand(good_rows, spec, flags, label_names, str(paths[0]))
+            if is_like:
+                found.notes.append("the rows are put into the words that were learned (task.json)")
+            return found
     return Understanding(spec, "", [])
-
-
-def short_name(name: str) -> str:
-    """Return a name for a task that is a file, a folder, or a data set of the hub."""
-    if name.startswith(HUB_PREFIX):
-        return name.removeprefix(HUB_PREFIX).replace(":", "-")
-    path = Path(os.path.abspath(name))
-    if path.name == TASK_FILE:
-        path = path.parent
-    return rows_stem(path) if rows_suffix(path) else path.name
 
 
 def files_of(name: str, spec: TaskSpec) -> FoundFiles:

@@ -26,10 +26,9 @@ from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_choices, check_template
+from minia3.tasks.split_files import SPLITS, TASK_FILE
 from minia3.tasks.task import TaskSpec
 
-FILE_NAME = "task.json"
-SPLITS = ("train", "validation", "test")
 MAX_BYTES = 1 << 20  # a larger .json file holds rows
 
 # Key -> what its value is, in a message. A file has no other keys.
@@ -65,10 +64,10 @@ def find_task_file(name: str) -> Path | None:
     with suppress(ValueError, OSError):  # a name may be too long, or hold a null byte
         path = Path(name)
         if path.is_dir():
-            beside = path / FILE_NAME
+            beside = path / TASK_FILE
             # The folders of other data sets (RAFT's) may have a task.json of another kind.
             return beside if beside.is_file() and describes_task(beside) else None
-        is_named = path.name == FILE_NAME
+        is_named = path.name == TASK_FILE
         if path.suffix == ".json" and path.is_file() and (is_named or describes_task(path)):
             return path
     return None
@@ -119,7 +118,7 @@ def read_tasks_beside(path: Path) -> dict[str, TaskSpec]:
     path: its folder, or a file in its folder.
     """
     folder = path.parent if path.is_file() else path
-    task_file = folder / FILE_NAME
+    task_file = folder / TASK_FILE
     return read_tasks(task_file) if task_file.is_file() else {}
 
 
@@ -206,7 +205,7 @@ def write_task_file(folder: Path, tasks: Iterable[tuple[str, TaskSpec]]):
     content = {"tasks": entries}
     if len(entries) == 1:
         (content,) = entries.values()
-    write_json(Path(folder, FILE_NAME), content)
+    write_json(Path(folder, TASK_FILE), content)
 
 
 def copy_task_file(sources: Iterable[Path], folder: Path):
@@ -214,11 +213,11 @@ def copy_task_file(sources: Iterable[Path], folder: Path):
     contents = set()
     for source in sources:
         beside = source if source.is_dir() else source.parent
-        path = beside / FILE_NAME
+        path = beside / TASK_FILE
         content = path.read_text("utf-8") if path.is_file() else None
         contents.add(content)
     if len(contents) == 1 and None not in contents:
-        with replacing(Path(folder, FILE_NAME)) as temporary:
+        with replacing(Path(folder, TASK_FILE)) as temporary:
             temporary.write_text(contents.pop(), encoding="utf-8")
 
 

@@ -111,6 +111,11 @@ def check_train_rows(task, config, train_rows, held_out_rows):
     if needs_rows and not train_rows:
         kept = " besides those that --eval-every holds out" if held_out_rows else ""
         raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
+    if config.method == "icl" and task.answer == "messages":
+        raise ValueError(
+            f"{task.name}: icl puts examples before an input, and conversations have none: "
+            "expected another --method, or rows with an input and an answer"
+        )
 
 
 def check_losses(task, config):

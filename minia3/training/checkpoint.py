@@ -74,14 +74,6 @@ def load_checkpoint(folder):
         return checkpoint
 
 
-def read_vectors(folder):
-    """Return what the last checkpoint of a run has trained: name to (A, D), a row per adapter.
-
-    The tensors have the dtype that they were trained in. The files of an adapter are float32.
-    """
-    return load_checkpoint(folder).group["parameters"]
-
-
 # Tensors and the random state
 
 

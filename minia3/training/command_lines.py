@@ -12,6 +12,7 @@ EVALUATION_FLAGS = (
     "target",
     "labels",
     "metric",
+    "chat_template",
     "data_dir",
     "shots",
     "seed",

@@ -1,6 +1,7 @@
 """`minia3.train`: a run from Python, in a notebook or in a thread."""
 
 import dataclasses
+import json
 import os
 import signal
 import threading
@@ -63,6 +64,14 @@ def given_flags(flags):
     return given
 
 
+def join_parts(parts):
+    """Return the parts of a flag that is a text, such as `labels`, as they are typed."""
+    texts = list(map(str, parts))
+    if any("," in text for text in texts):
+        return json.dumps(texts)  # which only --labels reads
+    return ",".join(texts)
+
+
 def read_value(field, value):
     """Return the value of a flag: a path as text, and several values as a tuple."""
     if isinstance(value, os.PathLike):
@@ -75,5 +84,7 @@ def read_value(field, value):
             return value  # which `check_flags` refuses
     if isinstance(value, list | tuple | range):
         values = tuple(read_value(field, part) for part in value)
+        if tuple not in kinds_of(field):
+            return join_parts(values)
         return values[0] if len(values) == 1 else values
     return value

@@ -5,9 +5,11 @@ import math
 
 from minia3.tasks.columns import ColumnFlags
 from minia3.tasks.mixture import mix
+from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
 from minia3.training.flags import expand_grid
+from minia3.training.learned import learned_tasks
 
 
 def make_cells(config):
@@ -33,9 +35,23 @@ def load_task_of(config, loaded):
         key = (name, config.seed)
         if key not in loaded:
             flags = {field: getattr(config, field) for field in ColumnFlags._fields}
+            flags["like"] = learned_task(name, config)
             loaded[key] = load_task(name, config.data_dir, config.shots, config.seed, **flags)
         tasks.append(loaded[key])
     return tasks[0] if len(tasks) == 1 else mix(tasks)
+
+
+def learned_task(name, config):
+    """Return what --adapter or --model has learned, if it is evaluated and not trained, or None.
+
+    If it has learned several tasks, it is the one of this name.
+    """
+    if config.is_training:
+        return None
+    specs = learned_tasks(config.model, config.adapter)
+    if len(specs) == 1:
+        return next(iter(specs.values()))
+    return specs.get(short_name(name))
 
 
 def cell_name(config, task, axes):

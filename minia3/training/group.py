@@ -5,25 +5,25 @@ import warnings
 import torch
 
 from minia3.checkpoints.chat import read_template
-from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.load import build_model, load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
 from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
-from minia3.tasks.task_file import read_tasks_beside
 from minia3.training.batch import MixedBatch
 from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
 from minia3.training.drawing import draw_batches
+from minia3.training.learned import learned_tasks
 from minia3.training.log import TrainingLog
 from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
 
 
 def choose_template(config, cells):
-    """Return the chat template of --chat-template, or else of the task files or of --adapter.
+    """Return the chat template of --chat-template, or else of the task files and of what --adapter
+    or --model has learned.
 
     None: the model's own. Raise ValueError if they differ.
     """
@@ -32,13 +32,12 @@ def choose_template(config, cells):
     stated = set()
     for cell in cells:
         stated |= {task.spec.chat_template for task in cell.task.members}
-    if config.adapter is not None:
-        specs = read_tasks_beside(find_adapter(config.adapter)).values()
-        stated |= {spec.chat_template for spec in specs}
+    learned = learned_tasks(config.model, config.adapter)
+    stated |= {spec.chat_template for spec in learned.values()}
     stated.discard(None)
     if len(stated) > 1:
         raise ValueError(
-            "the tasks, or a task and --adapter, have different chat templates: "
+            "the tasks, or a task and what was learned before, have different chat templates: "
             "train them in separate runs, or choose one with --chat-template"
         )
     return next(iter(stated), None)

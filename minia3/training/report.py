@@ -180,9 +180,12 @@ def adapter_lines(config, folder, finals, axes):
     path = folder / kind
     if axes:
         path = folder / "adapters" / "NAME"  # the user fills it in
-    answer = finals[0]["answer"]
+    adapter = path
     if kind == "model":
-        words = using_command(dataclasses.replace(config, model=str(path)), answer)
-    else:
-        words = using_command(config, answer, adapter=path)
-    return [(kind, str(path)), ("use it", shlex.join(words))]
+        config = dataclasses.replace(config, model=str(path))
+        adapter = None
+    commands = []
+    for final in finals:
+        commands.append(shlex.join(using_command(config, final["answer"], adapter)))
+    uses = [("use it", command) for command in dict.fromkeys(commands)]  # a chat has another one
+    return [(kind, str(path)), *uses]

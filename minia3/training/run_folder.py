@@ -20,13 +20,16 @@ from minia3 import __version__
 from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
+from minia3.tasks.split_files import short_name
 from minia3.training.command_lines import PLACES
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple
 
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
+RUNS = Path("runs")  # the folder of runs without --out
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
 LONGEST_VALUE = 20  # characters of the value of a flag
+NOT_IN_NAMES = r'[\x00-\x1f<>:"/\\|?*]'  # characters that a name of a file cannot have on Windows
 
 
 def choose_folder(config):
@@ -34,7 +37,7 @@ def choose_folder(config):
 
     If that folder holds a run with other flags, the flags that differ are added to the name.
     """
-    folder = Path("runs", run_name(config))
+    folder = RUNS / run_name(config)
     if not (folder / "config.json").exists():
         return folder
     try:
@@ -71,7 +74,8 @@ def short_value(value):
 
 
 def run_name(config):
-    tasks = [Path(task).stem for task in as_tuple(config.task)]
+    """Return the name of a run's folder, which Windows accepts, too."""
+    tasks = [Path(short_name(task)).name for task in as_tuple(config.task)]
     method = config.method
     if config.adapters == "one" and len(tasks) > 1:
         method += "-one"  # not the folder of a grid of the same tasks
@@ -79,7 +83,7 @@ def run_name(config):
     parts.append(join_values(as_tuple(config.seed)))
     if len(as_tuple(config.lr)) > 1:
         parts.append(join_values(as_tuple(config.lr)))
-    return "-".join(parts)
+    return re.sub(NOT_IN_NAMES, "-", "-".join(parts))
 
 
 def join_values(values):
@@ -123,6 +127,8 @@ def discard_run(folder):
         remove_lock(folder / name)
     with suppress(OSError):  # the folder is not empty: it held other files before
         folder.rmdir()
+        if folder.parent == RUNS:
+            RUNS.rmdir()
 
 
 def restore_flags(config_class, given):

@@ -331,13 +331,20 @@ def test_what_is_typed_can_be_edited_and_comes_back_with_an_arrow_key():
 
 @pytest.mark.parametrize(
     ("name", "n_choices", "is_warned"),
-    [("llama", (2,), True), ("llama", (0,), False), ("t5", (2,), False)],
+    [
+        ("llama", (2,), True),
+        ("llama", (0,), False),
+        ("llama", (2, 0), False),  # one adapter for both, which has learned to stop
+        ("t5", (2,), False),
+    ],
 )
 def test_an_adapter_for_ranking_says_that_it_was_not_trained_to_stop(
     name, n_choices, is_warned, tmp_path, capsys
 ):
-    task = running.task(n_choices)
+    task = ",".join(str(running.task((n,))) for n in n_choices)
     flags = {"model": running.model(name), "task": task, "steps": 1, "max_new_tokens": 1}
+    if len(n_choices) > 1:
+        flags["adapters"] = "one"
     assert running.run(running.words(tmp_path / "run", **flags)) == 0
     adapter = tmp_path / "run" / "adapter"
     words = [str(running.model(name)), "w5 w6", "--max-new-tokens", "2", "--device", "cpu"]

@@ -46,6 +46,59 @@ def expected_choice(folder, text, choices):
     return choices[scores[0].argmax()]
 
 
+def test_results_do_not_go_into_the_file_of_the_rows(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "w3 w4"}\n' * 3)
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    for out in (rows, tmp_path / "link.jsonl"):
+        error = failure(capsys, "predict", model("t5"), rows, "--out", out)
+        assert f"--out is {out}, the file of the rows" in error
+    assert rows.read_text() == '{"input": "w3 w4"}\n' * 3
+
+
+def evaluated(out, folder, capsys, **flags):
+    """Return the final line of an evaluation of the adapter of `folder`, and what it says."""
+    capsys.readouterr()
+    adapter = folder / "adapter"
+    assert run(words(out, "--eval-only", steps=None, adapter=adapter, **flags)) == 0
+    return metrics(out)[-1], capsys.readouterr().out
+
+
+def test_an_evaluation_uses_the_words_that_the_adapter_has_learned(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = {"input": "{text} w8", "labels": "w6,w7,w8", "lr": 0.5, "metric": "macro_f1"}
+    integers = [{"text": f"w{10 + i} w{20 + i}", "label": i % 3} for i in range(30)]
+    file = write_csv(tmp_path / "integers.csv", integers)
+    assert run(words(out, task=file, **flags)) == 0
+    trained = metrics(out)[-1]
+    final, shown = evaluated(tmp_path / "again", out, capsys, task=file)
+    assert "note     the rows are put into the words that were learned (task.json)\n" in shown
+    assert "columns  reads text, picks label among w6 (0), w7 (1), w8 (2)\n" in shown
+    assert (final["accuracy"], final["metric"]) == (trained["accuracy"], "macro_f1")
+    # What the command says comes first, and so does a file without the adapter's columns.
+    _, shown = evaluated(tmp_path / "flags", out, capsys, task=file, labels="w3,w4,w5")
+    assert "among w3 (0), w4 (1), w5 (2)\n" in shown
+    assert "were learned" not in shown
+    others = write_csv(
+        tmp_path / "others.csv",
+        [{"question": f"w{10 + i}", "label": LABELS[i % 3]} for i in range(30)],
+    )
+    _, shown = evaluated(tmp_path / "others", out, capsys, task=others)
+    assert "columns  reads question, picks label among w3, w4, w5\n" in shown
+    # An adapter of several tasks has learned the one of this name.
+    other = write_csv(tmp_path / "other.csv", integers)
+    both = tmp_path / "both"
+    assert run(words(both, task=f"{file},{other}", adapters="one", **flags)) == 0
+    _, shown = evaluated(tmp_path / "one", both, capsys, task=file)
+    assert "among w6 (0), w7 (1), w8 (2)\n" in shown
+    # A model into which the adapter is merged has learned the same.
+    merged = tmp_path / "merged"
+    output(capsys, "merge", model("t5"), out / "adapter", merged)
+    assert run(words(tmp_path / "m", "--eval-only", steps=None, model=merged, task=file)) == 0
+    assert metrics(tmp_path / "m")[-1]["accuracy"] == trained["accuracy"]
+    assert "among w6 (0), w7 (1), w8 (2)\n" in capsys.readouterr().out
+
+
 def test_an_adapter_labels_rows_that_have_only_a_text(labeled, tmp_path, capsys):
     out = tmp_path / "run"
     flags = {"input": "{text} w8", "labels": "w3,w4,w5", "lr": 0.5, "metric": "macro_f1"}

@@ -34,6 +34,15 @@ def test_a_row_without_one_of_the_tasks_has_no_average(tmp_path):
     assert np.isnan([*unknown, ia3.cells["copa"].iqr]).all()
 
 
+def test_metrics_are_not_averaged(tmp_path):
+    finals = [{"task": "rte", "commonest": 0.5}]
+    finals.append({"task": "raft/x", "metric": "macro_f1", "commonest": 0.3})
+    make_run(tmp_path / "run", finals, task=["rte", "raft/x"], adapters="one")
+    rows, _ = table_rows([tmp_path])
+    assert len(rows) == 2
+    assert np.isnan([row.average for row in rows]).all()
+
+
 def test_tasks_are_in_the_paper_s_order_and_the_others_follow_by_name(tmp_path):
     for i, task in enumerate(("sst2", "anli-r1", "boolq", "rte", "copa")):
         make_run(tmp_path / str(i), task=task)
@@ -76,6 +85,22 @@ def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
     (row,), _ = table_rows([tmp_path])
     assert [row.cells["rte"].median, row.cells["copa"].median] == [50, 75]
     assert (row.average, row.n_runs) == (62.5, 1)
+
+
+def test_evaluations_in_different_words_are_different_results(tmp_path):
+    untrained = [{"trainable": 0, "method": "none"}]
+    flags = ({"chat_template": "a.jinja"}, {"chat_template": "b.jinja"}, {"input": "{text}"})
+    for i, changed in enumerate(flags):
+        make_run(tmp_path / str(i), untrained, method="none", **changed)
+    rows, note = table_rows([tmp_path])
+    assert (len(rows), note) == (3, "")
+
+
+def test_where_metrics_are_sent_and_how_steps_were_counted_make_no_other_row(tmp_path):
+    make_run(tmp_path / "a", seed=0, log_to=None, epochs=None)
+    make_run(tmp_path / "b", seed=1, log_to="wandb", epochs=2.0)
+    rows, _ = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3"]
 
 
 def test_rows_are_sorted_by_model_and_trainable_parameters(tmp_path):

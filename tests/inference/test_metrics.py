@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minia3.inference.metrics import (
-    METRICS,
+    CHOICE_METRICS,
+    INVERSE_PERPLEXITY,
     PACKAGES,
+    TEXT_METRICS,
     area_under_curve,
     bleu,
     check_package,
@@ -23,7 +25,7 @@ from minia3.inference.metrics import (
     rouge_l,
     token_f1,
 )
-from minia3.tasks.task import METRICS as SUITABLE
+from minia3.tasks.task import METRICS
 
 
 def share_of_pairs(positive, negative):
@@ -77,6 +79,7 @@ def test_exact_match_ignores_white_space_at_the_ends_only():
         ("cat cat dog", "cat dog dog", 2 * 2 / (3 + 3)),  # a word counts as often as it is shared
         ("one two", "two three four five", 2 * 1 / (2 + 4)),
         ("one", "two", 0),
+        ("an apple", "apple", 1),
         ("the", "a", 1),  # nothing is left of either
         ("the", "two", 0),
         ("it's state-of-art", "its stateofart", 1),
@@ -115,7 +118,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(metric, package, mon
 def test_packages_are_loaded_only_for_their_metrics(monkeypatch):
     for package in ("rouge_score", "sacrebleu"):
         monkeypatch.setitem(sys.modules, package, None)
-    for metric in METRICS:
+    for metric in itertools.chain(*METRICS.values()):
         if metric not in PACKAGES:
             check_package(metric)
 
@@ -135,6 +138,7 @@ def test_a_target_that_a_model_rules_out_has_no_perplexity():
 
 
 def test_the_metrics_of_each_kind_of_rows_are_the_metrics_that_there_are():
-    assert {name for names in SUITABLE.values() for name in names} == set(METRICS)
-    for answer, names in SUITABLE.items():
+    found = {*CHOICE_METRICS, *TEXT_METRICS, INVERSE_PERPLEXITY}
+    assert set(itertools.chain(*METRICS.values())) == found
+    for answer, names in METRICS.items():
         assert all(is_text_metric(name) == (answer != "choices") for name in names)

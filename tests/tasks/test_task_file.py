@@ -10,7 +10,7 @@ from minia3.tasks.prompts import OWN_PROMPTS, Prompt, render
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.task_file import (
-    FILE_NAME,
+    TASK_FILE,
     find_task_file,
     make_entry,
     read_task_file,
@@ -37,7 +37,7 @@ ENTRY = {
 }
 
 
-def write(folder, entry, name=FILE_NAME):
+def write(folder, entry, name=TASK_FILE):
     folder.mkdir(exist_ok=True)
     for file in ("a.jsonl", "b.jsonl", "train.jsonl"):
         (folder / file).write_bytes(lines(*ROWS))
@@ -53,7 +53,7 @@ def test_a_task_file_has_files_fields_labels_prompts_and_a_metric(name, tmp_path
     assert task.metric == "macro_f1"
     assert render(task.prompts[0], task.test[0]) == ("a\nb\nTopic:", ["sports", "arts"], 0)
     assert render(task.prompts[1], task.test[1])[:2] == ("d\nIs this about arts?", ["no", "yes"])
-    assert task.name == ("news" if name == FILE_NAME else "mine")
+    assert task.name == ("news" if name == TASK_FILE else "mine")
     assert set(task.checksums) == {"a.jsonl", "b.jsonl", name}
     assert task.columns == "reads Title and body, picks topic among sports (0), arts (1)"
 
@@ -125,9 +125,9 @@ def test_a_mistake_in_a_task_file_is_one_line(change, words, tmp_path):
 
 def test_a_task_file_with_too_few_labels_is_refused_before_it_is_used(tmp_path):
     entry = {"labels": ["0"], "prompts": [{"text": "{a}", "choices": ["x", "y"]}]}
-    (tmp_path / FILE_NAME).write_text(json.dumps(entry))
+    (tmp_path / TASK_FILE).write_text(json.dumps(entry))
     with pytest.raises(ValueError, match=r"task\.json: 2 choices \(x, y\) for 1 labels \(0\)"):
-        read_tasks(tmp_path / FILE_NAME)
+        read_tasks(tmp_path / TASK_FILE)
 
 
 def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
@@ -135,9 +135,9 @@ def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
         (tmp_path / "rows.json").write_text(content)
         assert find_task_file(str(tmp_path / "rows.json")) is None
     assert find_task_file(str(tmp_path)) is None
-    (tmp_path / FILE_NAME).write_text('{"name": "overruling", "instructions": "..."}')  # RAFT's
+    (tmp_path / TASK_FILE).write_text('{"name": "overruling", "instructions": "..."}')  # RAFT's
     assert find_task_file(str(tmp_path)) is None
-    assert find_task_file(str(tmp_path / FILE_NAME)) == tmp_path / FILE_NAME
+    assert find_task_file(str(tmp_path / TASK_FILE)) == tmp_path / TASK_FILE
     assert find_task_file("x" * 5000) is find_task_file("a\0b") is None
 
 
@@ -155,13 +155,13 @@ def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
 )
 def test_what_is_written_is_read(spec, tmp_path):
     write_task_file(tmp_path, [("", spec)])
-    assert read_task_file(tmp_path / FILE_NAME)._replace(path=None, sources=()) == spec
+    assert read_task_file(tmp_path / TASK_FILE)._replace(path=None, sources=()) == spec
 
 
 def test_every_known_task_can_be_used_without_its_table(tmp_path):
     for name, spec in known_tasks().items():
         write_task_file(tmp_path, [(name, spec)])
-        read = read_task_file(tmp_path / FILE_NAME)
+        read = read_task_file(tmp_path / TASK_FILE)
         assert read.prompts == spec.prompts
         assert (read.labels, read.label_field) == (tuple(spec.labels), spec.label_field)
         assert (dict(read.fields), read.span_field) == (dict(spec.fields), spec.span_field)
@@ -172,14 +172,14 @@ def test_every_known_task_can_be_used_without_its_table(tmp_path):
 def test_an_adapter_of_several_tasks_has_all_of_them(tmp_path):
     specs = [("a", TaskSpec()), ("b", TaskSpec(YES_OR_NO, labels=("0", "1")))]
     write_task_file(tmp_path, specs)
-    found = read_tasks(tmp_path / FILE_NAME)
+    found = read_tasks(tmp_path / TASK_FILE)
     assert list(found) == ["a", "b"]
     assert found["b"].labels == ("0", "1")
     with pytest.raises(ValueError, match=r"task\.json holds 2 tasks \(a, b\), expected one"):
-        read_task_file(tmp_path / FILE_NAME)
-    (tmp_path / FILE_NAME).write_text('{"tasks": {}}')
+        read_task_file(tmp_path / TASK_FILE)
+    (tmp_path / TASK_FILE).write_text('{"tasks": {}}')
     with pytest.raises(ValueError, match="expected a task, found none"):
-        read_tasks(tmp_path / FILE_NAME)
+        read_tasks(tmp_path / TASK_FILE)
 
 
 @needs_real_data
@@ -188,9 +188,9 @@ def test_the_task_of_wsc_reads_rows_as_the_known_task_does(tmp_path):
 
     known = load_task("wsc", f"{REAL}/data")
     write_task_file(tmp_path, [("wsc", known.spec)])
-    entry = json.loads((tmp_path / FILE_NAME).read_text())
+    entry = json.loads((tmp_path / TASK_FILE).read_text())
     entry["files"] = {"train": f"{REAL}/data/wsc/train.jsonl", "test": f"{REAL}/data/wsc/val.jsonl"}
-    (tmp_path / FILE_NAME).write_text(json.dumps(entry))
+    (tmp_path / TASK_FILE).write_text(json.dumps(entry))
     mine = load_task(tmp_path)
     assert mine.train == known.train
     assert [row["label"] for row in mine.test] == [row["label"] for row in known.validation]

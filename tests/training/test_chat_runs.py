@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from running import model, train
+from running import model, task, train
 
 import minia3
 from minia3.checkpoints.tokenizer import load_tokenizer
@@ -42,11 +42,11 @@ ROWS = [
 @pytest.fixture
 def folder(tmp_path):
     """A task of conversations, and the template beside it."""
-    task = tmp_path / "chats"
-    task.mkdir()
+    chats = tmp_path / "chats"
+    chats.mkdir()
     for split in ("train", "validation"):
         lines = [json.dumps(row) for row in ROWS]
-        (task / f"{split}.jsonl").write_text("\n".join(lines))
+        (chats / f"{split}.jsonl").write_text("\n".join(lines))
     (tmp_path / "words.jinja").write_text(WORDS)
     return tmp_path
 
@@ -201,3 +201,41 @@ def test_conversations_and_texts_share_a_batch_of_one_adapter(folder):
     )
     finals = [line for line in lines if line.get("event") == "final"]
     assert {final["metric"] for final in finals} == {"inverse_perplexity", "accuracy"}
+
+
+def test_conversations_are_no_examples_in_context(folder, capsys):
+    words = ["--model", str(model("llama")), "--task", str(folder / "chats"), "--method", "icl"]
+    words += ["--shots", "1", "--chat-template", str(folder / "words.jinja"), "--eval-only"]
+    assert train.main(words) == 2
+    assert "chats: icl puts examples before an input, and" in capsys.readouterr().err
+
+
+def test_a_mixture_with_choices_uses_one_adapter_and_says_both_ways_to_use_a_grid(folder, capsys):
+    labeled = task((2,))
+    tasks = f"{folder / 'chats'},{labeled}"
+    lines = train_in(folder, task=tasks, adapters="one")
+    assert [line["answer"] for line in lines if line["event"] == "final"] == ["messages", "choices"]
+    capsys.readouterr()
+    train_in(folder, task=tasks, out=str(folder / "run" / "grid"))
+    uses = [line for line in capsys.readouterr().out.splitlines() if "use it" in line]
+    assert [line.split()[2:4] for line in uses] == [["minia3", "generate"], ["minia3", "predict"]]
+
+
+def test_a_predicted_answer_ends_where_the_template_ends_a_turn(folder, capsys):
+    train_in(folder, steps=1)
+    adapter = folder / "run" / "adapter"
+    rows = folder / "rows.jsonl"
+    rows.write_text(json.dumps(conversation("w3 w4")))
+
+    def predicted(ending):
+        entry = json.loads((adapter / "task.json").read_text())
+        entry["chat_template"] = WORDS.replace("w59", ending)
+        (adapter / "task.json").write_text(json.dumps(entry))
+        capsys.readouterr()
+        words = [str(model("llama")), str(rows), "--adapter", str(adapter), "--device", "cpu"]
+        assert main(["predict", *words, "--max-new-tokens", "12"]) == 0
+        return json.loads(capsys.readouterr().out)["output"].split()
+
+    whole = predicted("w58")
+    assert len(whole) > 3
+    assert predicted(whole[3]) == whole[: whole.index(whole[3])]

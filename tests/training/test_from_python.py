@@ -12,6 +12,7 @@ import torch
 from running import ROOT, kill_self, metrics, outcome, run, words
 
 import minia3
+from minia3.tasks.labels import split_words
 from minia3.training import from_python
 from minia3.training.run import Failed
 
@@ -132,6 +133,16 @@ def test_values_are_read_as_on_the_command_line(tmp_path):
         "lr": 0.1,
         "model": str(tmp_path),
     }
+
+
+def test_a_list_is_what_commas_say_on_the_command_line(tmp_path):
+    flags = {"labels": ["no", "yes"], "losses": ("lm", "ul"), "eval_prompt": [0, 1]}
+    expected = {"labels": "no,yes", "losses": "lm,ul", "eval_prompt": "0,1"}
+    assert from_python.given_flags(flags) == expected
+    with_comma = from_python.given_flags({"labels": ["no, never", "yes"]})["labels"]
+    assert split_words(with_comma) == ("no, never", "yes")
+    with pytest.raises(ValueError, match="--steps is '1,2', expected int"):
+        call(tmp_path / "run", steps=[1, 2])
 
 
 def test_an_interrupt_saves_the_run_and_is_then_an_ordinary_interrupt(

@@ -93,12 +93,25 @@ def test_the_default_folder_is_named_after_model_task_method_and_seed(tmp_path, 
         ({"adapters": "one"}, "tiny-t5-same-colour-ia3-0"),
         ({"lr": (0.001, 0.01)}, "tiny-t5-same-colour-ia3-0-0.001,0.01"),
         ({"task": tuple(f"raft/{i:030}" for i in range(11))}, f"tiny-t5-{0:030}+10-ia3-0"),
+        # Windows has no colon in a name, and each task file is called task.json.
+        ({"task": "hf:user/name:config"}, "tiny-t5-name-config-ia3-0"),
+        ({"task": 'a/b?"c.jsonl'}, "tiny-t5-b--c-ia3-0"),
+        ({"task": ("moods/task.json", "b.csv.gz")}, "tiny-t5-moods,b-ia3-0"),
         ({"seed": tuple(range(100))}, "tiny-t5-same-colour-ia3-0+99"),
         ({"model": "x/t5", "task": "x" * 60, "method": "none"}, f"t5-{'x' * 60}-none-0"),
     ],
 )
 def test_the_default_folder_of_a_grid_lists_its_values(flags, expected):
     assert run_name(train.Config(**flags)) == expected
+
+
+def test_a_mistake_leaves_no_empty_folder_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails(words(None, task="nowhere.jsonl"), capsys, "nowhere.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    fails(words(None, task="nowhere.jsonl"), capsys, "nowhere.jsonl")
+    assert [path.name for path in Path("runs").iterdir()] == ["other"]
 
 
 def run_by_default(**flags):

@@ -1,0 +1,15 @@
+"""What an adapter has learned, or a model that was trained or merged as a whole."""
+
+from pathlib import Path
+
+from minia3.checkpoints.hub import find_adapter
+from minia3.tasks.task_file import read_tasks_beside
+
+
+def learned_tasks(model, adapter=None):
+    """Return the tasks in the task.json of an adapter, or else of a model: name to TaskSpec.
+
+    The dict is empty if there is no such file. Raise ValueError if there is no such adapter.
+    """
+    path = Path(model) if adapter is None else find_adapter(adapter)
+    return read_tasks_beside(path)

@@ -1,0 +1,20 @@
+"""What was learned is the task.json of the adapter, and without an adapter that of the model."""
+
+import pytest
+
+from minia3.tasks.task import TaskSpec
+from minia3.tasks.task_file import write_task_file
+from minia3.training.learned import learned_tasks
+
+
+def test_an_adapter_comes_before_the_model_and_a_name_has_learned_nothing(tmp_path):
+    for name in ("model", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        write_task_file(tmp_path / name, [("", TaskSpec(chat_template=name))])
+    (of_model,) = learned_tasks(tmp_path / "model").values()
+    (of_adapter,) = learned_tasks(tmp_path / "model", tmp_path / "adapter").values()
+    assert (of_model.chat_template, of_adapter.chat_template) == ("model", "adapter")
+    assert learned_tasks("t5-base") == {}
+    with pytest.raises(ValueError, match="nowhere: not found"):
+        learned_tasks(tmp_path / "model", "nowhere")
