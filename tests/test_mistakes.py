@@ -91,7 +91,7 @@ MISTAKES = [
     merged_later("train.py --task latin1.csv", ["latin1.csv", "UTF-8"]),
     merged_later("train.py --task alpaca.json", ["alpaca.json", "output"]),
     merged_later("train.py --task empty", ["empty", "train"]),
-    ("minia3 predict tiny-t5 nowhere.jsonl", ["nowhere.jsonl", "No such file"]),
+    ("minia3 predict tiny-t5 nowhere.jsonl", ["nowhere.jsonl", "not found"]),
     merged_later("minia3 predict tiny-t5 damaged.parquet", ["damaged.parquet", "damaged"]),
     merged_later("minia3 predict tiny-t5 rows.jsonl --task rtee", ["'rtee'", "'rte'"]),
     ("minia3 predict tiny-t5 rows.jsonl --out odd.csv", ["odd.csv", "another --out"]),

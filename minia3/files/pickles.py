@@ -154,7 +154,10 @@ def check_old_format(file, n_file_bytes):
     _, storages = read_inert(file)
     n_bytes = sum(storage.n_bytes for storage in storages.values())
     if n_bytes > n_file_bytes:
-        raise ValueError(f"expected tensors of {n_bytes} bytes, found a file of {n_file_bytes}")
+        raise ValueError(
+            f"damaged or cut short: expected tensors of {n_bytes} bytes, found a file of "
+            f"{n_file_bytes}"
+        )
     keys, _ = read_inert(file)  # of the storages whose numbers follow
     if sorted(keys) != sorted(storages):
         # torch.load would leave the others as it allocated them, with whatever the memory holds.

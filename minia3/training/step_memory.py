@@ -3,6 +3,8 @@
 The step is planned on fake tensors (memory_plan.py), with the longest source and the longest
 choices of the run, and with two layers and three layers of each stack: every further layer takes as
 much as the third one. This takes half a second whatever the size of the model.
+
+Shapes: B examples, M source length, C choices, L tokens of a choice.
 """
 
 from contextlib import contextmanager

@@ -4,6 +4,7 @@ refused with what was found."""
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -510,7 +511,8 @@ def test_an_adapter_of_another_base_is_refused_with_what_was_found_and_expected(
     assert message.endswith(" of 12, expected 24")
     save_adapter(loaded("t5-wide"), tmp_path / "deep")
     message = refused(model, tmp_path / "deep")
-    assert f"trained on {loaded('t5-wide').name_or_path}, and the model is" in message
+    base = Path(loaded("t5-wide").name_or_path).name
+    assert f"trained on {base}, and the model is" in message
     assert message.endswith(", expected none") or message.endswith(" of 40, expected 24")
 
 

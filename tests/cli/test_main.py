@@ -152,7 +152,7 @@ def test_prompts_and_flags_come_in_any_order(words):
         (["generate", "tiny-t5", "--dtype", "float17", "x"], ["float17", "float32"]),
         (["generate", "tiny-t5", "--device", "tpu", "x"], ["--device is 'tpu'", "cpu"]),
         (["generate", "tiny-t5", "--adapter", "nowhere", "x"], ["nowhere"]),
-        (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
+        (["predict", "tiny-t5", "nowhere.jsonl"], ["nowhere.jsonl", "not found"]),
         (["predict", "tiny-t5", "nowhere.jsonl", "--task", "rtx"], ["--task is 'rtx'", "rte"]),
         (["merge", "tiny-t5", "nowhere", "out"], ["nowhere"]),
         (["convert", "nowhere", "out"], ["nowhere"]),

@@ -111,7 +111,7 @@ def test_the_first_loss_is_the_mean_over_the_tokens_of_the_assistant(folder):
     loaded = minia3.load_model(model("llama"))
     tokenizer = load_tokenizer(model("llama"))
     tokenizer.chat_template = WORDS
-    (examples,) = draw_batches(cell, loaded, tokenizer)
+    (examples,) = draw_batches(cell, tokenizer, loaded)
     batch = collate(examples)
     n_answers = sum(len(m["content"].split()) + 1 for row in ROWS for m in row["messages"][1::2])
     assert int(batch.target_mask_BCL.sum()) == n_answers

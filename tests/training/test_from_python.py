@@ -102,7 +102,7 @@ def test_it_works_in_a_thread_and_several_threads_take_turns(tmp_path):
         ({"steps": "3"}, "--steps is '3', expected int"),
         ({"seed": "0,x"}, "--seed is '0,x', expected int"),
         ({"rank": 4}, "--rank is for --method lora"),
-        ({"task": "nowhere.jsonl"}, "'nowhere.jsonl' is not a known task"),
+        ({"task": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
         ({"resume": "nowhere"}, "--resume takes no other flags"),
     ],
 )

@@ -17,7 +17,7 @@ from written_out import adapter
         ({"model": "t5-bsae"}, ["t5-bsae", "did you mean t5-base?"]),
         ({"model": "nowhere/to/be/found"}, ["nowhere/to/be/found", "info --list"]),
         ({"task": "rt"}, ["'rt' is not a known task", "did you mean 'rte'?", "Known tasks"]),
-        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "is not a known task, a file or a folder"]),
+        ({"task": "nowhere.jsonl"}, ["nowhere.jsonl", "no such file or folder"]),
         ({"adapter": "nowhere"}, ["nowhere", "expected the folder or file of an adapter"]),
         ({"device": "gpu"}, ["--device is 'gpu'", "expected a device that this machine has"]),
         ({"device": "meta"}, ["--device is 'meta'", "expected a device that this machine has"]),
