@@ -73,7 +73,7 @@ def train(run, group, config):
                 model.train()
                 batch = group.next_batch()
                 # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
-                # yet, so who presses Ctrl-C twice gives up this step, and nothing else.
+                # yet, so a second Ctrl-C gives up this step, and nothing else.
                 with run.giving_up(group):
                     for part in batch.split(config.micro_batch_size):
                         logp_BCL = choice_logprobs(model, part.batch, part.row_B)

@@ -2,9 +2,8 @@
 not.
 
 A mutation takes a random generator and the bytes of a file, and returns other bytes. `mutate` does
-something to one
-file of a folder: what fits its format (another value in a JSON object, another entry in a zip
-archive), or damage to the bytes as such.
+something to one file of a folder: what fits its format (another value in a JSON object, another
+entry in a zip archive), or damage to the bytes as such.
 """
 
 import io

@@ -390,7 +390,7 @@ class Columns:
         if name not in self:
             found = nearest_of(name, self.names.values())
             raise ValueError(
-                f"{origin} names the column {name!r}, which {self.origin} has not{found}"
+                f"{origin} names the column {name!r}, which {self.origin} does not have{found}"
             )
 
     def check_prompts(self, prompts: Iterable[Prompt]):

@@ -202,7 +202,7 @@ class Config:
     )
     losses: str = flag(
         "lm,ul,ln",
-        "losses to add up: lm likelihood, ul unlikelihood, ln length-normalised",
+        "losses to add up: lm likelihood, ul unlikelihood, ln length-normalized",
         some_of=LOSSES,
     )
     dropout: float | None = flag(

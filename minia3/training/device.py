@@ -77,7 +77,7 @@ def is_available(kind):
 
 
 def free_memory(device):
-    """Return the bytes that are free on a device, or None if nobody tells."""
+    """Return the bytes that are free on a device, or None if that is not known."""
     if device.type == "cpu":
         return free_memory_of_system()
     if device.type == "cuda":
@@ -135,7 +135,7 @@ def limit_threads(n_parameters):
 def peak_memory(device):
     """Return the peak memory in bytes: what torch held on a GPU, or what the process took.
 
-    Return 0 if the system does not tell. Apple's GPU does not tell its peak: what it holds now.
+    Return 0 if the system does not say. Apple's GPU reports no peak, so this is what it holds now.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

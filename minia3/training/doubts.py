@@ -1,7 +1,7 @@
 """What makes a result doubtful: said before training, and again beside the result.
 
-A run that ends without a word looks like a success. These are the ways in which it is none that a
-run can notice by itself.
+A run that ends without a word looks like a success. These are the ways to fail that a run can
+notice by itself.
 """
 
 import math

@@ -2,7 +2,7 @@
 
     likelihood         L_LM = - mean over tokens t of the right choice of log p(y_t | x, y_<t)
     unlikelihood       L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))
-    length-normalised  L_LN = - mean over rows of the log softmax, over the choices and taken at the
+    length-normalized  L_LN = - mean over rows of the log softmax, over the choices and taken at the
                                 right one, of (1/T) sum_t log p(y_t | x, y_<t)
 
 A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more.

@@ -173,7 +173,7 @@ def peak_of_step(model_config, dtype, shape, config):
 def score_without_padding(model, source_BM, target_BCL):
     """Return a number that depends on all log-probabilities of `choice_logprobs`.
 
-    Fake tensors have no values, so nobody can ask them where their padding is.
+    Fake tensors have no values, so nothing can tell where their padding is.
     """
     n_examples, n_choices, length = target_BCL.shape
     state = model.start(source_BM)

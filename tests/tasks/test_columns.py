@@ -225,7 +225,7 @@ def test_a_metric_must_suit_the_rows(tmp_path):
     [
         (
             {"input": "{premis} Question: {hypothesis}"},
-            "--input names the column 'premis', which .*rows.jsonl has not; the columns are "
+            "--input names the column 'premis', which .*rows.jsonl does not have; the columns are "
             "premise, hypothesis, label: did you mean 'premise'?",
         ),
         ({"target": "{lable}"}, "--target names the column 'lable', .* did you mean 'label'?"),
