@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 
-_begun = []  # the program that this process is
-
 IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the name of its file in Python's frames
 
 
@@ -21,7 +19,6 @@ def begin(program):
     names of files are UTF-8 whatever the locale is.
     """
     require_utf8()
-    _begun.append(program)
 
     def interrupt(number, frame):
         if is_importing(frame):
@@ -31,11 +28,6 @@ def begin(program):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
-
-
-def has_begun():
-    """Return whether this process is a program of ours, and not a notebook or a service."""
-    return bool(_begun)
 
 
 def require_utf8():

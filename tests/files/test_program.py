@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from minia3.files import program
 from minia3.files.program import begin, is_importing, require_utf8
 
 
@@ -15,7 +14,6 @@ from minia3.files.program import begin, is_importing, require_utf8
 def _handler():
     before = signal.getsignal(signal.SIGINT)
     yield
-    program._begun.clear()
     signal.signal(signal.SIGINT, before)
 
 

@@ -14,7 +14,6 @@ import torch
 from running import ROOT, finish, kill_self, outcome, resume, run, start, words
 
 import train
-from minia3.files import program
 from minia3.training import signals as training_signals
 from minia3.training.log import TrainingLog
 from minia3.training.signals import STOPPING, WAITING, Signals, Stopped
@@ -193,7 +192,6 @@ def an_operation_that_takes_long(ready):
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)  # it lets other threads run
 
     torch.Tensor.backward = backward
-    program._begun.append("train.py")
     yield
 
 
