@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from minia3.adapters.lora import LoRA
+from minia3.adapters.merge_quantized import merge_quantized
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import fitting_vectors, row_of
 from minia3.checkpoints.hub import find
@@ -27,6 +28,7 @@ from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
 from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
+from minia3.model.quantized import quantized_linears
 from minia3.model.site_names import SITES
 
 N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
@@ -35,11 +37,14 @@ N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 ti
 def merge(model, adapter=0):
     """Return a new model with row `adapter` folded into its weights, and one row of ones.
 
-    A LoRA is folded in, too. `model` stays as it is, and shares the tensors that do not change with
-    the new one. The new model has no name, because adapters that are trained on it are not adapters
-    of the base. Raise ValueError if there is no such row, or if a product is not finite.
+    A LoRA is folded in, too. A quantized base stays quantized (merge_quantized.py).
+    `model` stays as it is, and shares the tensors that do not change with the new one. The new
+    model has no name, because adapters that are trained on it are not adapters of the base. Raise
+    ValueError if there is no such row, or if a product is not finite.
     """
     row = row_of(model, adapter)
+    if quantized_linears(model):
+        return finish_merge(model, merge_quantized(model, row))
     merged = build_model(model.config)
     # The names are those of a plain model: without LoRA, and without vectors of more_vectors.py.
     names = [name for name, _ in merged.named_parameters()]
@@ -50,6 +55,11 @@ def merge(model, adapter=0):
         else:
             tensor = fold(name, weight_with_lora(model, name), row).to(parameter.dtype)
         place_parameter(merged, name, tensor, parameter.requires_grad)
+    return finish_merge(model, merged)
+
+
+def finish_merge(model, merged):
+    """Give a merged model what is not in its parameters: the device, the mode, and its origin."""
     # save_model still writes which known model this was made of.
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
     return merged.to(model.embed.weight.device).train(model.training)

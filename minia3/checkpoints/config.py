@@ -14,6 +14,7 @@ work in these steps:
 """
 
 from minia3.checkpoints import config_llama, config_t5
+from minia3.checkpoints.nf4_files import check_quantization
 from minia3.model.t5 import T5Config
 
 
@@ -25,6 +26,7 @@ def from_hf(raw, origin="config.json"):
     Raise ValueError if the architecture or a feature is not supported, or if values are missing, of
     the wrong type or out of range. One message names them all.
     """
+    check_quantization(raw.get("quantization_config"))
     model_type = raw.get("model_type")
     # Lists, because a damaged model_type may be unhashable.
     if model_type in list(config_t5.DEFAULTS):

@@ -27,6 +27,7 @@ HARMLESS = {
     "torch_dtype":              "the dtype of the stored tensors counts, or --dtype",
     "dtype":                    "the dtype of the stored tensors counts, or --dtype",
     "use_bfloat16":             "for TPUs; the dtype of the stored tensors counts",
+    "quantization_config":      "nf4_files.py reads or refuses it",
     # How another program computes the same
     "use_cache":                "the logits are the same with and without a cache",
     "output_past":              "an old name of use_cache",

@@ -91,7 +91,6 @@ SUPPORTED = {
     "use_mrope":             (False, None),  # in files of Qwen2.5: rotations for pictures
     "pruned_heads":          ({}, None),
     "num_local_experts":     (0, None),
-    "quantization_config":   (None,),
     "quantization":          (None,),  # in files of MLX
     "rope_type":             ("default", "llama3"),
     "tie_word_embeddings":   (True, False, None),

@@ -90,7 +90,6 @@ OTHER_NAMES = {
 # or null.
 SUPPORTED = {
     "feed_forward_proj":     (*FEED_FORWARDS, None),
-    "quantization_config":   (None,),
     "tie_word_embeddings":   (True, False, None),
     "scale_decoder_outputs": (True, False, None),
     "is_encoder_decoder":    (True, None),  # False: transformers computes other logits

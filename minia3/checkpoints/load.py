@@ -25,24 +25,31 @@ from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.meta import read_meta
+from minia3.checkpoints.nf4_files import PackedEntry, join_packed
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
+from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
 
 
-def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1, check_finite=False):
+def load_model(
+    name_or_path, *, dtype=None, device="cpu", n_adapters=1, quantize=None, check_finite=False
+):
     """Return a T5 or a Llama with its weights and `n_adapters` adapters of ones, in eval mode.
 
     name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
         a known name (`t5-base`) or a hub id (`org/name`).
     dtype: None keeps the stored dtype, except that float16 T5 and quantized GGUF become float32.
         The vectors are float32 in any case.
+    quantize: "int8" or "nf4" keeps the linears of the blocks in 8 or 4 bits (quantized.py). Each
+        weight is quantized as soon as it is read, so the whole model is never in memory. Weights
+        that are stored in bitsandbytes' nf4 stay in it.
     check_finite: look for NaN and infinite numbers in every weight, which reads all files at once.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
@@ -51,12 +58,18 @@ def load_model(name_or_path, *, dtype=None, device="cpu", n_adapters=1, check_fi
     """
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
+    if quantize not in (None, *QUANTIZED):
+        raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
     for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
+        if isinstance(entry, PackedEntry) and quantize != "int8":
+            parts = [tensor.to(device) for tensor in entry.read_codes()]
+            place_linear(model, name, NF4Linear(*parts))
+            continue
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
         if check_finite:
             check_weight(weight, f"{name_or_path}: {stored_name}")
-        place_parameter(model, name, weight)
+        place_weight(model, name, weight, quantize)
     for name, vector in vectors(model).items():
         identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
         place_parameter(model, f"{name}.scale", identity)
@@ -132,7 +145,7 @@ def read_weights(folder):
             if name in entries:
                 raise ValueError(f"{file}: {name} is in another shard too")
             entries[name] = entry
-    return entries
+    return join_packed(entries)
 
 
 # Match
@@ -195,6 +208,24 @@ def stored_dtype(stored, is_t5):
     if is_t5 and dtype == torch.float16:
         return torch.float32
     return dtype
+
+
+def place_weight(model, name, weight, quantize):
+    """Put a weight of the base into the model, quantized if it belongs to a linear of a block."""
+    module_name = name.removesuffix(".weight")
+    module = model.get_submodule(name.rpartition(".")[0])
+    if quantize is None or module_name == name or not is_quantizable(module_name, module):
+        place_parameter(model, name, weight)
+        return
+    place_linear(model, name, QUANTIZED[quantize].from_weight(weight))
+
+
+def place_linear(model, name, linear):
+    """Put a quantized linear in the place of the one with the weight `name`, and keep its bias."""
+    parent_name, _, attribute = name.removesuffix(".weight").rpartition(".")
+    parent = model.get_submodule(parent_name)
+    linear.bias = getattr(parent, attribute).bias
+    setattr(parent, attribute, linear)
 
 
 def check_weight(weight, name):

@@ -14,6 +14,7 @@ from minia3.checkpoints.known_models import base_of, known_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.progress import progress
 from minia3.files.write import write_json, writing_folder
+from minia3.model.quantized import quantized_linears
 
 SHARD_BYTES = 5 * 10**9
 
@@ -36,6 +37,9 @@ def save_model(model, folder, tokenizer=None):
     Weights are written in shards of at most 5 GB. With a `tokenizer`, its files are written too.
     The folder changes only when everything is written (see `writing_folder`).
     """
+    if quantized_linears(model):
+        advice = "load it plainly, or call minia3.model.quantized.dequantize"
+        raise ValueError(f"a checkpoint holds plain weights, and this base is quantized: {advice}")
     names = {ours: theirs for theirs, ours in name_table(model).items()}
     parts = []
     for ours, parameter in model.named_parameters():

@@ -44,6 +44,14 @@ def add_device_options(parser):
     )
 
 
+def add_quantize(parser):
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "nf4"),
+        help="keep the weights of the blocks in 8 or 4 bits (default: as --dtype says)",
+    )
+
+
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
     if not is_free(path):
@@ -64,7 +72,13 @@ def load_model(args):
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
     with showing("loading"):
-        return load_model(args.model, dtype=dtype, device=device, check_finite=args.check_weights)
+        return load_model(
+            args.model,
+            dtype=dtype,
+            device=device,
+            quantize=getattr(args, "quantize", None),
+            check_finite=args.check_weights,
+        )
 
 
 def describe_folder(folder):

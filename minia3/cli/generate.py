@@ -13,6 +13,7 @@ from minia3.cli.arguments import (
     add_device_options,
     add_max_new_tokens,
     add_model,
+    add_quantize,
     load_any_adapter,
     load_model,
 )
@@ -82,6 +83,7 @@ def add_arguments(parser):
     parser.add_argument("--seed", type=int, help="seed of the drawn tokens (default: a new one)")
     add_max_new_tokens(parser)
     add_device_options(parser)
+    add_quantize(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, for programs"
     )

@@ -7,7 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minia3.cli.arguments import add_device_options, add_max_new_tokens, add_model, load_model
+from minia3.cli.arguments import (
+    add_device_options,
+    add_max_new_tokens,
+    add_model,
+    add_quantize,
+    load_model,
+)
 from minia3.cli.terminal import show
 
 TITLE = "Label the rows of a file, or continue them"
@@ -64,6 +70,7 @@ def add_arguments(parser):
     )
     add_max_new_tokens(parser)
     add_device_options(parser)
+    add_quantize(parser)
 
 
 def run(args):

@@ -6,4 +6,5 @@ TRAINED_ALONE = ("lora", "full")  # these change the model itself, so cells cann
 OPTIMIZERS = ("adafactor", "adamw")
 LOSSES = ("lm", "ul", "ln")  # see losses.py
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # float16: not for T5
+QUANTIZED = ("int8", "nf4")  # see minia3/model/quantized.py
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # see trackers.py

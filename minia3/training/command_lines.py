@@ -16,6 +16,7 @@ EVALUATION_FLAGS = (
     "shots",
     "seed",
     "dtype",
+    "quantize",
     "max_length",
     "max_target_length",
     "max_new_tokens",
@@ -74,10 +75,10 @@ def using_command(config, answer, adapter=None):
     adapter: the folder of the adapter; None if the model of `config` itself was trained.
     """
     words = ["minia3", "predict", config.model, "new.csv"]
-    names = ["max_length", "max_new_tokens", "dtype"]
+    names = ["max_length", "max_new_tokens", "dtype", "quantize"]
     if answer == "messages":
         words = ["minia3", "generate", config.model, "--chat"]
-        names = ["max_new_tokens", "dtype"]
+        names = ["max_new_tokens", "dtype", "quantize"]
     if adapter is not None:
         words += ["--adapter", str(adapter)]
     if config.adapters == "one" and answer != "messages":

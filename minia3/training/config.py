@@ -8,7 +8,15 @@ from itertools import chain
 
 from minia3.model.site_names import LINEARS, SITE_NAMES
 from minia3.tasks.task import METRICS
-from minia3.training.choices import DTYPES, LOSSES, METHODS, OPTIMIZERS, TRACKERS, TRAINED
+from minia3.training.choices import (
+    DTYPES,
+    LOSSES,
+    METHODS,
+    OPTIMIZERS,
+    QUANTIZED,
+    TRACKERS,
+    TRAINED,
+)
 from minia3.training.flags import flag
 
 GROUPS = {  # the first field of each group of --help -> the title of the group
@@ -145,6 +153,11 @@ class Config:
         "float32, bfloat16, float16 (not for T5) or float64 weights (default: bfloat16 on a GPU, "
         "but float32 for full and on a CPU)",
         one_of=DTYPES,
+    )
+    quantize: str | None = flag(
+        None,
+        "int8 or nf4 keeps the weights of the blocks in 8 or 4 bits (default: as --dtype says)",
+        one_of=QUANTIZED,
     )
     check_weights: bool = flag(False, "look for NaN and infinite numbers in the weights first")
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")

@@ -6,7 +6,7 @@ import torch
 
 from minia3.checkpoints.chat import read_template
 from minia3.checkpoints.hub import find_adapter
-from minia3.checkpoints.load import load_model
+from minia3.checkpoints.load import build_model, load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
 from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
@@ -57,14 +57,14 @@ class Group:
                 dtype=dtype,
                 device=device,
                 n_adapters=len(cells),
+                quantize=config.quantize,
                 check_finite=config.check_weights,
             )
         self.tokenizer = load_tokenizer(config.model)
         self.chat_template = choose_template(config, cells)
         if self.chat_template is not None:
             self.tokenizer.chat_template = self.chat_template
-        n_all = count_entries(dict(self.model.named_parameters()))
-        self.n_base = n_all - count_entries(vectors(self.model))
+        self.n_base = count_base(self.model.config)
 
         with warnings.catch_warnings(record=True) as caught:
             trained = trainable_parameters(self.model, cells[0].config)
@@ -186,6 +186,12 @@ class Group:
         for cell in self.cells:
             cell.take_last()
         set_random_state(state["random"])
+
+
+def count_base(model_config):
+    """Return how many parameters a model has without vectors. (A quantized model has codes.)"""
+    model = build_model(model_config)
+    return count_entries(dict(model.named_parameters())) - count_entries(vectors(model))
 
 
 def count_entries(parameters):

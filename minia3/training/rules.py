@@ -29,7 +29,16 @@ def check_config(config):
         raise ValueError(
             "--method icl puts examples before each input: give their number with --shots"
         )
-    if config.method in TRAINED_ALONE and config.optimizer == "adafactor":
+    if config.method in TRAINED_ALONE:
+        check_trained_weights(config)
+
+
+def check_trained_weights(config):
+    """Raise ValueError if a flag does not suit a method that trains weights, or adds to them."""
+    if config.quantize:
+        reason = "weights that train, or that a LoRA is added to, must be plain"
+        raise ValueError(f"--quantize is not for --method {config.method} ({reason})")
+    if config.optimizer == "adafactor":
         # LoRA's B starts at zero and would hardly leave it. Full fine-tuning would need Adafactor
         # to factor the second moments of matrices, and ours does not.
         reason = "its steps are proportional to a parameter's size, and LoRA's B starts at 0"

@@ -52,6 +52,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--steps", "1.5"], ["--steps", "'1.5'"]),
         (["--lr", "fast"], ["--lr", "'fast'", "float"]),
         (["--eval-only=yes"], ["--eval-only"]),
+        (["--quantize", "int4"], ["--quantize is 'int4'", "int8,nf4"]),
         (["--metric", "f2"], ["--metric is 'f2'", "accuracy", "rouge_l"]),
         (["--losses", "lm,xx"], ["--losses is 'lm,xx'", "lm,ul,ln"]),
         (["--sites", "k,x"], ["--sites is 'k,x'", "some of k,v,ff,q,o,up,gate, each at most once"]),

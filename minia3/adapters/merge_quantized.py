@@ -1,0 +1,64 @@
+"""Merging into a quantized base: the vectors fold into the scales, and the codes stay as they are.
+
+A scale belongs to (a part of) a row of a weight, which is an output of its linear:
+
+    l_k, l_v, l_q, l_o, l_up, l_gate     scale the outputs of their linears: scales <- l * scales
+    l_ff of a gated feed-forward         act(gate) * (l_ff * up): folds into the scales of `up`
+    l_ff of T5 v1.0                      scales the inputs of `down`, which its scales cannot hold,
+                                         so it stays a vector
+
+In exact arithmetic all of these are equations. In floating point the products are rounded once.
+"""
+
+import torch
+
+from minia3.checkpoints.load import build_model, place_parameter
+from minia3.model.quantized import QuantizedLinear, quantized_linears
+from minia3.model.site_names import SITES
+
+
+def merge_quantized(model, row):
+    """Return a new model with the vectors of `row` folded into the scales of its linears.
+
+    row: name -> (D,), see `row_of`. The new model has one row of vectors: ones, but for the vectors
+    that cannot be folded. It shares the codes with `model`, which stays as it is.
+    """
+    merged = build_model(model.config)
+    kept = dict(row)
+    for name, linear in quantized_linears(model).items():
+        place, _, kind = name.rpartition(".")
+        scales = linear.scales.detach()
+        bias = linear.bias
+        for vector_name in scaling_vectors(model.get_submodule(place), place, kind):
+            if vector_name in row:
+                l_D = kept.pop(vector_name)
+                scales = scales * l_D[:, None]
+                bias = scaled_bias(bias, l_D)
+        parent = merged.get_submodule(place)
+        setattr(parent, kind, type(linear)(linear.codes.detach(), scales, bias))
+
+    for name, _ in list(merged.named_parameters()):
+        if isinstance(merged.get_submodule(name.rpartition(".")[0]), QuantizedLinear):
+            continue
+        parameter = model.get_parameter(name)
+        tensor = parameter.detach()
+        if name.endswith(".scale"):
+            ones = torch.ones_like(parameter[:1])
+            tensor = kept.get(name.removesuffix(".scale"), ones).view_as(ones).clone()
+        place_parameter(merged, name, tensor, parameter.requires_grad)
+    return merged
+
+
+def scaling_vectors(module, place, kind):
+    """Return the names of the vectors that scale the outputs of the linear `kind` of a module."""
+    names = [f"{place}.l_{site}" for site, linear in SITES.items() if linear == kind != "down"]
+    is_gated = getattr(module, "up", None) is not None
+    if kind == "up" and is_gated:
+        names.append(f"{place}.l_ff")
+    return names
+
+
+def scaled_bias(bias, l_D):
+    if bias is None:
+        return None
+    return torch.nn.Parameter((bias.detach() * l_D).to(bias.dtype), requires_grad=False)

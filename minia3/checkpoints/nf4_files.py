@@ -1,0 +1,107 @@
+"""Read checkpoints whose weights are already in bitsandbytes' nf4.
+
+A weight `w` of such a file is spread over several tensors:
+
+    w                                        codes, two in a byte
+    w.quant_state.bitsandbytes__nf4          JSON as bytes: shape, dtype, entries per scale
+    w.absmax, w.quant_map                    the scales, and the 16 levels
+    w.nested_absmax, w.nested_quant_map      only if the scales are quantized, too ("double quant")
+
+`join_packed` presents them as one `PackedEntry` with the name and the shape of the weight.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from minia3.files.read import reading
+from minia3.model.quantized import NF4_BLOCK, NF4Linear, bitsandbytes_functions
+
+STATE = ".quant_state.bitsandbytes__nf4"
+# The tensors beside the codes.
+PARTS = (STATE, ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+# What config.json says of a checkpoint that can be read. Other keys say how it was made, or in
+# which dtype to compute.
+REQUIRED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+
+
+class PackedEntry(NamedTuple):
+    """A weight in nf4 that has not been read yet: an Entry (tensors.py) that knows its codes."""
+
+    shape: tuple
+    dtype: torch.dtype  # of the weight before it was quantized
+    read: Callable[[], torch.Tensor]  # the weight, dequantized
+    read_codes: Callable[[], tuple]  # codes (O, I / 2) and scales (O, I / 64), see NF4Linear
+
+
+def check_quantization(quantization):
+    """Raise ValueError if a config.json's quantization_config is not nf4's. None is none."""
+    if quantization is None:
+        return
+    for key, value in REQUIRED.items():
+        if not isinstance(quantization, dict) or quantization.get(key) != value:
+            raise ValueError(
+                "config.json asks for what minia3 does not support: "
+                f"quantization_config={quantization!r:.200}; expected {key}={value!r}"
+            )
+
+
+def join_packed(entries):
+    """Return the entries of a checkpoint, with one PackedEntry for each weight in nf4."""
+    packed_names = [name.removesuffix(STATE) for name in entries if name.endswith(STATE)]
+    joined = dict(entries)
+    for name in packed_names:
+        parts = {}
+        for suffix in PARTS:
+            if name + suffix in entries:
+                parts[name + suffix] = joined.pop(name + suffix)
+        joined[name] = packed_entry(name, entries[name], parts)
+    return joined
+
+
+def packed_entry(name, codes, parts):
+    """Return the PackedEntry of the weight `name`. Raise ValueError if its parts do not fit."""
+    state = read_state(name, parts[name + STATE])
+    shape = tuple(state["shape"])
+    n_codes = codes.shape[0] if codes.shape else 0
+    is_whole = len(shape) == 2 and n_codes * 2 == shape[0] * shape[1]
+    if not is_whole or state["blocksize"] != NF4_BLOCK or shape[1] % NF4_BLOCK != 0:
+        raise ValueError(
+            f"{name}: {n_codes} codes of a weight {shape} with a scale for {state['blocksize']} "
+            f"entries; expected half as many codes as entries, and a scale for {NF4_BLOCK}"
+        )
+    dtype = getattr(torch, state["dtype"])
+    read_codes = partial(read_packed, name, codes, parts, shape)
+    return PackedEntry(shape, dtype, partial(dequantized, read_codes, dtype), read_codes)
+
+
+def read_state(name, entry):
+    """Return the JSON beside a weight. Raise ValueError if it lacks something."""
+    try:
+        state = json.loads(bytes(entry.read().tolist()))
+        complete = isinstance(state, dict) and {"shape", "dtype", "blocksize"} <= state.keys()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}{STATE} is damaged: {error}") from None
+    if not complete or state["dtype"] not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"{name}{STATE} is {state!r:.200}: expected a shape, dtype and blocksize")
+    return state
+
+
+def read_packed(name, codes, parts, shape):
+    """Return the codes (O, I / 2) and the scales (O, I / 64) of a weight (O, I)."""
+    functions = bitsandbytes_functions()
+    tensors = {part.removeprefix(name + "."): entry.read() for part, entry in parts.items()}
+    with reading(name):
+        state = functions.QuantState.from_dict(tensors, device="cpu")
+        scales = state.absmax
+        if state.nested:
+            scales = functions.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return codes.read().view(shape[0], -1), scales.float().view(shape[0], -1)
+
+
+def dequantized(read_codes, dtype):
+    return NF4Linear.dequantize(*read_codes(), dtype)

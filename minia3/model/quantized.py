@@ -1,0 +1,150 @@
+"""Linears of a frozen base in 8 or 4 bits. (IA)^3 trains beside them as beside any other base.
+
+Nothing of the base trains, so a weight is needed only to be multiplied with. It is kept as small
+codes and scales, and becomes numbers again for the moment of a product:
+
+    y = x W^T            in the forward pass
+    dx = dy W            in the backward pass, for which W is made a second time
+
+    int8    w = code * scale, with a code from -127 to 127, and a scale for each row of W
+    nf4     w = level[code] * scale, with 16 levels that suit a normal distribution, and a scale for
+            each 64 entries of a row (QLoRA: Dettmers et al. 2023, arXiv 2305.14314). The functions
+            are those of bitsandbytes.
+
+Codes and scales are plain parameters, with a row for each row of W. So they move, are saved and are
+sharded like any other parameter.
+
+Shapes: O outputs, I inputs, N entries of a row that share a scale.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+INT8_MAX = 127
+NF4_BLOCK = 64  # entries that share a scale
+
+
+class Product(torch.autograd.Function):
+    """x W^T for a quantized W. Nothing is kept for the backward pass but what the module holds."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scales, dequantize):
+        ctx.save_for_backward(codes, scales)
+        ctx.dequantize = dequantize
+        return F.linear(x, dequantize(codes, scales, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        codes, scales = ctx.saved_tensors
+        return grad_y @ ctx.dequantize(codes, scales, grad_y.dtype), None, None, None
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + bias, for a W that is kept as codes and scales."""
+
+    def __init__(self, codes, scales, bias=None):
+        super().__init__()
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self.out_features = len(codes)
+
+    def forward(self, x):
+        y = Product.apply(x, self.codes, self.scales, self.dequantize)
+        if self.bias is not None:
+            y = y + self.bias
+        return y
+
+    @classmethod
+    def from_weight(cls, weight_OI, bias=None):
+        """Return the linear with the weight (O, I), quantized on the device that it is on."""
+        return cls(*cls.quantize(weight_OI), bias)
+
+    def to_linear(self, dtype):
+        """Return a plain linear with the weight (O, I) that the codes and scales mean."""
+        weight_OI = self.dequantize(self.codes, self.scales, dtype)
+        linear = nn.Linear(*weight_OI.T.shape, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight_OI, requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+
+class Int8Linear(QuantizedLinear):
+    """A byte for each entry of W. scales: (O, 1) float32."""
+
+    @staticmethod
+    def quantize(weight_OI):
+        weight_OI = weight_OI.float()
+        scale_O1 = weight_OI.abs().amax(dim=1, keepdim=True) / INT8_MAX
+        scale_O1 = scale_O1.masked_fill(scale_O1 == 0, 1.0)  # a row of zeros
+        return (weight_OI / scale_O1).round().to(torch.int8), scale_O1
+
+    @staticmethod
+    def dequantize(codes_OI, scale_O1, dtype):
+        return codes_OI.to(dtype) * scale_O1.to(dtype)
+
+
+class NF4Linear(QuantizedLinear):
+    """Half a byte for each entry of W, two in a code. scales: (O, I / 64) float32."""
+
+    @staticmethod
+    def quantize(weight_OI):
+        quantize_4bit = bitsandbytes_functions().quantize_4bit
+        n_outputs, n_inputs = weight_OI.shape
+        if n_inputs % NF4_BLOCK != 0:
+            expected = f"a multiple of {NF4_BLOCK}, so that no two rows share a scale"
+            raise ValueError(f"nf4 of a weight with {n_inputs} inputs: expected {expected}")
+        codes, state = quantize_4bit(
+            weight_OI.float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4"
+        )
+        return codes.view(n_outputs, -1), state.absmax.view(n_outputs, -1)
+
+    @staticmethod
+    def dequantize(codes_OC, scale_ON, dtype):
+        functions = bitsandbytes_functions()
+        n_outputs, n_codes = codes_OC.shape
+        known_dtype = torch.float32 if dtype == torch.float64 else dtype
+        state = functions.QuantState(
+            absmax=scale_ON.flatten().float(),
+            shape=torch.Size((n_outputs, 2 * n_codes)),
+            code=functions.get_4bit_type("nf4", device=codes_OC.device),
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=known_dtype,
+        )
+        return functions.dequantize_4bit(codes_OC.reshape(-1, 1), state).to(dtype)
+
+
+def bitsandbytes_functions():
+    """Return bitsandbytes.functional. Raise ValueError if it is not installed."""
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise ValueError(f"nf4 needs bitsandbytes: {error}: pip install 'minia3[quant]'") from None
+    return functional
+
+
+# What `load_model(quantize=...)` accepts. minia3/training/choices.py repeats the names.
+QUANTIZED = {"int8": Int8Linear, "nf4": NF4Linear}
+
+
+def quantized_linears(model):
+    """Return name -> QuantizedLinear for those of a model."""
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            linears[name] = module
+    return linears
+
+
+def dequantize(model, dtype):
+    """Replace the quantized linears of a model by plain ones of a dtype."""
+    for name, linear in quantized_linears(model).items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, linear.to_linear(dtype))
+
+
+def is_quantizable(name, module):
+    """Return whether this is a linear of a block, by its name in the model. The head stays."""
+    return "blocks." in name and type(module) is nn.Linear

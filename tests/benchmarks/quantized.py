@@ -1,0 +1,105 @@
+"""What a quantized base loses and saves, as a Markdown table.
+
+    python -m tests.benchmarks.quantized                     the embedded T5 and its task
+    python -m tests.benchmarks.quantized --model smollm2.gguf --task cb --shots 32 --steps 60
+
+For each base (as --dtype says, int8, nf4): the bytes of its parameters, how far the
+log-probabilities of the right answers are off on 64 of the rows to report on (mean over the rows of
+the difference per token), the accuracy before and after training (medians over the seeds), and the
+seconds of a training step. The seeds of a base train together.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+import minia3
+from minia3.training.from_python import train
+
+KINDS = (None, "int8", "nf4")
+N_ROWS = 64  # whose log-probabilities are compared
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.quantized",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="tiny-t5")
+    parser.add_argument("--task", default="same-colour")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--shots", type=int)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seeds", default="0,1,2")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    print("| base | MB | error of log p | before | after | seconds a step |")
+    print("|---|---|---|---|---|---|")
+    expected = None
+    for kind in KINDS:
+        model = load(args, kind)
+        scores = right_scores(model, args)
+        if expected is None:
+            expected = scores
+        error = (scores - expected).abs().mean().item()
+        n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        del model
+        before, after, seconds = train_and_evaluate(args, kind)
+        name = kind or args.dtype
+        print(
+            f"| {name} | {n_bytes / 1e6:.2f} | {error:.4f} | {before:.1%} | {after:.1%} "
+            f"| {seconds:.3f} |",
+            flush=True,
+        )
+
+
+def load(args, kind):
+    return minia3.load_model(args.model, dtype=getattr(torch, args.dtype), quantize=kind)
+
+
+def right_scores(model, args):
+    """Return (N,): the mean log-probability of a token of the right answer to each row."""
+    tokenizer = minia3.load_tokenizer(args.model)
+    task = minia3.load_task(args.task, data_dir=args.data_dir)
+    prompt = task.prompts[0]
+    prompts = []
+    answers = []
+    for row in task.evaluation[1][:N_ROWS]:
+        text, choices, label = minia3.tasks.prompts.render(prompt, row)
+        prompts.append(text)
+        answers.append([choices[label]])
+    return minia3.rank(model, tokenizer, prompts, answers)[:, 0]
+
+
+def train_and_evaluate(args, kind):
+    """Return the accuracy before and after training, medians over the seeds, and seconds a step."""
+    seeds = tuple(map(int, args.seeds.split(",")))
+    flags = {
+        "data_dir": args.data_dir,
+        "shots": args.shots,
+        "steps": args.steps,
+        "dtype": args.dtype,
+        "quantize": kind,
+        "seed": seeds if len(seeds) > 1 else seeds[0],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        train(model=args.model, task=args.task, out=str(Path(folder, "run")), **flags)
+        text = Path(folder, "run", "metrics.jsonl").read_text()
+    finals = [json.loads(line) for line in text.splitlines()]
+    finals = [line for line in finals if line["event"] == "final"]
+    before = statistics.median(final["accuracy_before"] for final in finals)
+    after = statistics.median(final["accuracy"] for final in finals)
+    return before, after, finals[0]["seconds"] / args.steps
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Guards minia3/checkpoints/nf4_files.py: a checkpoint that bitsandbytes has quantized to
+nf4 loads as it is, with the weights that bitsandbytes makes of it."""
+
+import json
+
+import pytest
+import torch
+from conftest import logits, make, off, tokens
+from safetensors.torch import load_file, save_file
+
+import minia3
+from minia3.model.quantized import NF4Linear, quantized_linears
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+WIDE = {
+    "llama-gqa": {"hidden_size": 64, "intermediate_size": 128},
+    "qwen2": {"hidden_size": 64, "intermediate_size": 128},  # with biases
+    "t5-v1.1": {"d_model": 64, "d_kv": 16, "d_ff": 128},
+}
+QUANTIZATION = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+SOURCE = tokens(2, 7)
+MASK = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+TARGET = tokens(2, 5, seed=1)
+
+
+def is_of_block(name, weight):
+    kinds = ("_proj.", "SelfAttention.", "EncDecAttention.", "DenseReluDense.")
+    is_linear = any(kind in name for kind in kinds) and "relative" not in name
+    return weight.dim() == 2 and is_linear
+
+
+def write_quantized(name, folder, double_quant):
+    """Write a random model in nf4, as transformers does, and return its dequantized weights."""
+    make(name, **WIDE[name]).save_pretrained(folder)
+    tensors = {}
+    dequantized = {}
+    for key, weight in load_file(folder / "model.safetensors").items():
+        tensors[key] = weight
+        dequantized[key] = weight
+        if is_of_block(key, weight):
+            codes, state = functional.quantize_4bit(
+                weight, quant_type="nf4", compress_statistics=double_quant
+            )
+            parts = state.as_dict(packed=True)
+            tensors |= {f"{key}.{part}": tensor for part, tensor in parts.items()}
+            tensors[key] = codes
+            dequantized[key] = functional.dequantize_4bit(codes, state)
+    save_file(tensors, folder / "model.safetensors")
+    change_config(folder, quantization_config=QUANTIZATION)
+    return dequantized
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("name", WIDE)
+def test_it_loads_as_it_is_with_the_weights_of_bitsandbytes(tmp_path, name, double_quant):
+    quantized_folder = tmp_path / "quantized"
+    dequantized = write_quantized(name, quantized_folder, double_quant)
+    plain_folder = tmp_path / "plain"
+    make(name, **WIDE[name]).save_pretrained(plain_folder)
+    save_file(dequantized, plain_folder / "model.safetensors")
+
+    model = minia3.load_model(quantized_folder)
+    linears = quantized_linears(model)
+    assert len(linears) > 10
+    assert {type(linear) for linear in linears.values()} == {NF4Linear}
+    expected = logits(minia3.load_model(plain_folder), SOURCE, MASK, TARGET)
+    assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+def test_it_may_be_loaded_in_int8(tmp_path):
+    write_quantized("llama-gqa", tmp_path, double_quant=False)
+    packed = logits(minia3.load_model(tmp_path), SOURCE, MASK, TARGET)
+    model = minia3.load_model(tmp_path, quantize="int8")
+    assert off(logits(model, SOURCE, MASK, TARGET), packed) < 0.05
+
+
+def test_merging_from_file_to_file_writes_plain_weights(tmp_path):
+    write_quantized("llama-gqa", tmp_path / "base", double_quant=True)
+    model = minia3.load_model(tmp_path / "base")
+    minia3.save_adapter(model, tmp_path / "ones")
+    from minia3.adapters.merge import merge_files
+
+    merge_files(tmp_path / "base", tmp_path / "ones", tmp_path / "merged")
+    merged = minia3.load_model(tmp_path / "merged")
+    assert not quantized_linears(merged)
+    expected = logits(model, SOURCE, MASK, TARGET)
+    assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"quant_method": "gptq"}, "expected quant_method='bitsandbytes'"),
+        ({"bnb_4bit_quant_type": "fp4"}, "expected bnb_4bit_quant_type='nf4'"),
+    ],
+)
+def test_another_quantization_is_refused_by_name(tmp_path, change, expected):
+    write_quantized("llama-gqa", tmp_path, double_quant=False)
+    change_config(tmp_path, quantization_config=QUANTIZATION | change)
+    with pytest.raises(ValueError, match=rf"\A[^\n]*quantization_config=[^\n]*{expected}\Z"):
+        minia3.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["half", "state", "blocks", "scales", "fewer scales"])
+def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, damage):
+    write_quantized("llama-gqa", tmp_path, double_quant=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.0.self_attn.k_proj.weight"
+    state = key + ".quant_state.bitsandbytes__nf4"
+    if damage == "half":
+        tensors[key] = tensors[key][:100].clone()
+    elif damage == "scales":
+        del tensors[key + ".absmax"]
+    elif damage == "fewer scales":
+        tensors[key + ".absmax"] = tensors[key + ".absmax"][:-1].clone()
+    elif damage == "state":
+        tensors[state] = tensors[state][:20].clone()
+    else:
+        text = bytes(tensors[state].tolist()).replace(b'"blocksize": 64', b'"blocksize": 32')
+        tensors[state] = torch.tensor(list(text), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"\A[^\n]*{key}[^\n]*\Z"):
+        minia3.load_model(tmp_path)
