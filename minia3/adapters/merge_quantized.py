@@ -8,6 +8,8 @@ A scale belongs to (a part of) a row of a weight, which is an output of its line
                                          so it stays a vector
 
 In exact arithmetic all of these are equations. In floating point the products are rounded once.
+
+Shapes: D entries of a vector.
 """
 
 import torch

@@ -14,7 +14,7 @@ codes and scales, and becomes numbers again for the moment of a product:
 Codes and scales are plain parameters, with a row for each row of W. So they move, are saved and are
 sharded like any other parameter.
 
-Shapes: O outputs, I inputs, N entries of a row that share a scale.
+Shapes: O outputs, I inputs, C codes of a row, N scales of a row.
 """
 
 import torch

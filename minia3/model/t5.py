@@ -69,20 +69,21 @@ class Stack(nn.Module):
         self.max_distance = config.max_distance
         self.is_bidirectional = not is_decoder
 
-    def forward(self, x_BLD, context, distance_LM, caches):
-        """Return the output (B, L, D), and append keys and values to the blocks' caches.
+    def forward(self, x, context, distance_LM, caches):
+        """Return the output, and append keys and values to the blocks' caches.
 
+        x, output: (B, L, D); or packed, (real tokens, 1, D).
         context: its bias is the mask, to which the blocks add the biases of positions.
         distance_LM: the position of each key minus the position of each query.
         """
         bucket_LM = self.bucket(distance_LM)
         mask = context.bias_BHLM
-        x_BLD = self.dropout(x_BLD)
+        x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
-            x_BLD = block(x_BLD, context, caches[i])
-        return self.dropout(self.norm(x_BLD))
+            x = block(x, context, caches[i])
+        return self.dropout(self.norm(x))
 
     def bucket(self, distance_LM):
         n_buckets = self.positions[0].num_embeddings

@@ -94,7 +94,7 @@ def adapters(bench, pair):
 
     def switch_ours():
         # The adapter is an argument of `start`, which does this with it.
-        check_start(source_BM, None, 1, 2)
+        check_start(source_BM, None, 1, ours)
 
     def switch_theirs():
         names.reverse()
