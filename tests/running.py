@@ -273,5 +273,5 @@ def run_in_child(arguments, log, prepare):
     tqdm.set_lock(threading.RLock())
     context = contextlib.nullcontext() if prepare is None else prepare()
     with context:
-        code = train.main(arguments)
+        code = train.main(arguments, is_program=True)
     sys.exit(code)
