@@ -374,7 +374,7 @@ def sentencepiece(model_type):
     content = b""
     for text, score, kind in PIECES:
         if kind == 4 and model_type == 2:
-            kind = 1  # user-defined pieces of a BPE like LLaMA's are refused
+            kind = 3  # user-defined pieces of a BPE like LLaMA's are refused
         content += field(1, field(1, text.encode()) + field(2, score) + field(3, kind))
     trainer = field(2, field(3, model_type))
     normalizer = field(3, field(3, 1) + field(4, 0))

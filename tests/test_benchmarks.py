@@ -3,6 +3,7 @@
 Nothing here depends on how long something takes, or on how much memory an allocator keeps.
 """
 
+import functools
 import json
 import os
 import sys
@@ -161,16 +162,22 @@ def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name
         memory.measured(broken, torch.float32, 2, 16, True)
 
 
-@pytest.mark.slow  # because it builds each model several times
+@functools.cache
+def built(config):
+    return build_model(config)
+
+
+@pytest.mark.slow  # because it builds each known model
 @pytest.mark.parametrize("room", [10**6, 3 * 10**8, 10**9, 10**12])
 def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, capsys):
     def n_parameters(config):
-        return sum(parameter.numel() for parameter in build_model(config).parameters())
+        return sum(parameter.numel() for parameter in built(config).parameters())
 
     def measured(config, *_, limit, **__):
         return n_parameters(config) if n_parameters(config) < limit else None
 
     monkeypatch.setattr(memory, "measured", measured)
+    monkeypatch.setattr(memory, "build_model", built)
     memory.main(["--largest", str(room / 1e9)])
     counts = {name: n_parameters(known.config) for name, known in KNOWN_MODELS.items()}
     largest = max((n for n in counts.values() if n < room), default=None)
