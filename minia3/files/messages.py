@@ -1,4 +1,4 @@
-"""What a program prints when it fails: one line of bounded length, whatever the error is.
+"""What a program prints: counts in words, and errors as one line of bounded length.
 
 Some errors quote a whole file, name thousands of tensors, or hold several lines. Programs print
 errors through `message_of`, so a message is bounded here, once, and not wherever one is made.
@@ -11,6 +11,11 @@ def message_of(error):
     """Return the message of an exception as one line, or its type if the message is empty."""
     words = " ".join(str(error).split())
     return shorten(words) or type(error).__name__
+
+
+def plural(n, noun):
+    """Return a noun as it stands after a number: "row" after 1, and "rows" after all others."""
+    return noun if n == 1 else f"{noun}s"
 
 
 def shorten(text, most=MOST_CHARACTERS):

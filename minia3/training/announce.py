@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from contextlib import contextmanager
 
+from minia3.files.messages import plural
 from minia3.training.command_lines import resume_command
 from minia3.training.flags import as_tuple
 from minia3.training.optimizer import learning_rate
@@ -76,8 +77,10 @@ def describe_assignment(assignment, config):
     use = "train on"
     if config.method == "icl":
         use = "put before each input"
-    report = f"{n_report} rows of {assignment.report_split} to report on"
-    lines = [f"task     {assignment.task.name}: {n_train} rows to {use}, {report}"]
+    report = f"{n_report} {plural(n_report, 'row')} of {assignment.report_split} to report on"
+    lines = [
+        f"task     {assignment.task.name}: {n_train} {plural(n_train, 'row')} to {use}, {report}"
+    ]
     if assignment.task.columns:
         lines.append(f"columns  {assignment.task.columns}")
     for note in assignment.notes:

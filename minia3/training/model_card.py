@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minia3.checkpoints.known_models import hub_name, public_name
+from minia3.files.messages import plural
 from minia3.files.write import replacing
 from minia3.training.command_lines import training_command
 from minia3.training.report import before_after, figure_of, format_value
@@ -179,7 +180,7 @@ def collect_facts(config, finals, checksums):
         place = "  # the base, which is not in this folder: put it here"
 
     command = shlex.join(training_command(config))
-    origin = f"Trained with minia3 for {final['steps']:,} steps by `{command}`, on files with these"
+    origin = f"Trained with minia3 for {final['steps']:,} {plural(final['steps'], 'step')} by `{command}`, on files with these"
     origin += " SHA-256 checksums:\n\n"
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
 
@@ -253,7 +254,7 @@ def results_table(finals):
 
 
 def format_rows(final):
-    return f"{final['rows']:,} rows of {final['split']}"
+    return f"{final['rows']:,} {plural(final['rows'], 'row')} of {final['split']}"
 
 
 def format_line(name, figures):

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 
+from minia3.files.messages import plural
 from minia3.inference.metrics import INVERSE_PERPLEXITY
 from minia3.training.command_lines import using_command
 
@@ -80,7 +81,7 @@ def is_mixture(config):
 
 def single_result(config, final):
     """Return the title and the lines of a run with one result."""
-    title = f"{final['task']}: {final['rows']} rows of {final['split']}"
+    title = f"{final['task']}: {final['rows']} {plural(final['rows'], 'row')} of {final['split']}"
     if final["rows_cut"]:
         title += f", {final['rows_cut']} of them cut to {config.max_length} tokens"
     name, key, form = figure_of(final["metric"])
