@@ -180,7 +180,8 @@ def collect_facts(config, finals, checksums):
         place = "  # the base, which is not in this folder: put it here"
 
     command = shlex.join(training_command(config))
-    origin = f"Trained with minia3 for {final['steps']:,} {plural(final['steps'], 'step')} by `{command}`, on files with these"
+    length = f"{final['steps']:,} {plural(final['steps'], 'step')}"
+    origin = f"Trained with minia3 for {length} by `{command}`, on files with these"
     origin += " SHA-256 checksums:\n\n"
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
 
