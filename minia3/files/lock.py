@@ -6,10 +6,12 @@ up.
 """
 
 import os
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 
 # On Windows nobody can write to a byte that is locked, so the lock is on a byte far behind the end.
 FAR = (1 << 31) - 2
+SECONDS_BETWEEN_TRIES = 0.05
 
 
 def lock_folder(folder, name=".lock"):
@@ -32,6 +34,22 @@ def lock_folder(folder, name=".lock"):
         # The previous holder removed the file after we opened it. Nobody else can see our lock, so
         # try again.
         file.close()
+
+
+@contextmanager
+def waiting_for_lock(folder, name):
+    """Hold the lock on the file `name` in a folder during the block. Wait while others hold it."""
+    lock = None
+    while lock is None:
+        try:
+            lock = lock_folder(folder, name)
+        except ValueError:
+            time.sleep(SECONDS_BETWEEN_TRIES)
+    with lock:
+        try:
+            yield
+        finally:
+            remove_lock(folder / name)
 
 
 def lock_file(descriptor):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import time
 import zipfile
@@ -11,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from urllib.request import urlopen
 
+from minia3.files.lock import waiting_for_lock
 from minia3.files.progress import progress_bar
 from minia3.tasks.task import Source
 
@@ -19,6 +21,8 @@ TIMEOUT = 30  # seconds to wait for the next byte
 CHUNK = 1 << 16  # bytes
 LEAST_RATE = 1000  # bytes per second, on average from the beginning
 GRACE = 60  # seconds in which a transfer may be slower
+
+SCRATCH = ".part-"  # how the name of a folder with half-written files begins
 
 # An unpacked file may be this many times as large as its archive. Texts are about four times as
 # large.
@@ -54,10 +58,15 @@ def write_files(contents: dict[str, bytes], folder: Path):
     """Write files into `folder`, except those that are already there.
 
     Each file is first written to a scratch folder and then renamed. A rename is atomic, so no other
-    process sees a part of a file, and a killed process leaves no part behind.
+    process sees a part of a file. What a killed process left in its scratch folder is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
+    # The lock tells the scratch folder of a killed process from that of one that is writing.
+    with (
+        waiting_for_lock(folder, ".part-lock"),
+        tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch,
+    ):
+        remove_other_folders(folder, scratch)
         for name, content in reversed(contents.items()):  # train last, as above
             target = folder / name
             if target.exists():
@@ -65,6 +74,13 @@ def write_files(contents: dict[str, bytes], folder: Path):
             scratch_file = Path(scratch, name)
             scratch_file.write_bytes(content)
             os.replace(scratch_file, target)
+
+
+def remove_other_folders(folder: Path, scratch: str):
+    """Remove the scratch folders in `folder` that killed processes left, but not this one."""
+    for path in folder.glob(f"{SCRATCH}*/"):
+        if path != Path(scratch):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def fetch(source: Source) -> dict[str, bytes]:

@@ -268,12 +268,13 @@ def test_two_processes_at_once_do_not_break_each_other(server, tmp_path, monkeyp
     assert names_below(tmp_path) == ALL_FILES
 
 
-def test_the_leftovers_of_a_killed_process_do_no_harm(server, tmp_path):
+def test_the_leftovers_of_a_killed_process_do_no_harm_and_are_removed(server, tmp_path):
     (tmp_path / "served" / ".part-killed").mkdir(parents=True)
     (tmp_path / "served" / ".part-killed" / "train.jsonl").write_bytes(b"{")
     (tmp_path / "served" / "test.jsonl").write_bytes(FILES["T/test.jsonl"])
     (tmp_path / "served" / "val.jsonl").write_bytes(FILES["T/val.jsonl"])
     assert len(load_task("served", tmp_path).train) == 2
+    assert names_below(tmp_path) == ALL_FILES
 
 
 @pytest.mark.parametrize("n_moved", [0, 1, 2])
