@@ -137,7 +137,9 @@ class Tokenizer:
 
             encode(prompt) + encode_target(text, end=False) == encode(prompt + " " + text)
 
-        for a prompt that is not empty and does not end in white space (if encode adds no eos).
+        for a prompt that is not empty and does not end in white space (if encode adds no eos). A
+        prompt that ends in a special token is an exception with tokenizers that put a space of
+        their own before the text behind it (older files of LLaMA-2): the target lacks this space.
         end: True adds eos, for LLaMA only. Raise ValueError if there is no eos to add.
         """
         if self.has_separate_targets:

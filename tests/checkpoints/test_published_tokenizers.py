@@ -213,3 +213,14 @@ def test_published_prompts_and_targets_join(name):
         check_join(tokenizer, prompt, target)
     if name in LLAMA2:
         assert tokenizer.encode_target("True", end=True) == [5852, 2]
+
+
+@real
+def test_a_target_after_a_special_token_lacks_the_space_of_the_older_files():
+    """It is the exception that the docstring of `encode_target` names."""
+    prompt = "Hello</s>"
+    for name, extra in (("llama2", []), ("llama2-hf", [29871])):
+        tokenizer = published(name)
+        target = tokenizer.encode_target("True", end=False)
+        joined = tokenizer.encode(f"{prompt} True")
+        assert joined == [*tokenizer.encode(prompt), *extra, *target]
