@@ -185,6 +185,12 @@ def a_shard_whose_name_is_too_long(folder):
     minia3.load_model(folder)
 
 
+def a_shard_whose_name_has_two_lines(folder):
+    make_shards(folder)
+    change_json(folder / "model.safetensors.index.json", weight_map={"a": "x\ny"})
+    minia3.load_model(folder)
+
+
 def a_hundred_thousand_sentinels(folder):
     make_unigram(folder)
     change_json(folder / "tokenizer_config.json", extra_ids=100_000)
@@ -204,6 +210,7 @@ def a_checkpoint_that_is_a_text(folder):
         a_name_of_two_lines_in_an_adapter,
         a_key_of_two_lines,
         a_shard_whose_name_is_too_long,
+        a_shard_whose_name_has_two_lines,
         a_hundred_thousand_sentinels,
         a_checkpoint_that_is_a_text,
     ],
