@@ -102,7 +102,9 @@ def run_cases(name, numbers, seed, whole, scratch, pipe):
     """Run cases, and never return. Write a line to `pipe` before and after each of them."""
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust prints its panics, which become ValueErrors
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # Rust prints notes, and its panics, which become ValueErrors
+        os.dup2(nowhere, stream)
     warnings.simplefilter("ignore")
     status = Path("/proc/self/status").read_text()
     limit = int(re.search(r"VmSize:\s+(\d+) kB", status)[1]) * 1024 + MEMORY
