@@ -157,7 +157,8 @@ def weight_files(folder):
     # os.path.exists, because Path.exists raises OSError if a name is too long for the file system.
     missing = [path.name for path in paths if not os.path.exists(path)]
     if missing:
-        raise ValueError(f"{first}: names shards that are not there: {', '.join(missing):.300}")
+        names = ", ".join(name if name.isprintable() else repr(name) for name in missing)
+        raise ValueError(f"{first}: names shards that are not there: {names:.300}")
     return paths
 
 

@@ -328,6 +328,7 @@ def normalizer(spec):
     """Return the steps before a text is cut: map characters, remove spaces, mark the others."""
     steps = []
     if spec.precompiled_charsmap:
+        check_charsmap(spec.precompiled_charsmap)
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         # Spaces at the start and the end go, and all but the last one of several in a row. A mark
@@ -335,6 +336,20 @@ def normalizer(spec):
         steps.append(normalizers.Replace(Regex(r"\A +|[ ▁]+\z| +(?= )"), ""))
     steps.append(normalizers.Replace(" ", SPACE))
     return normalizers.Sequence(steps)
+
+
+def check_charsmap(charsmap):
+    """Raise ValueError if a map of characters does not hold what its first four bytes announce.
+
+    These are the size of its trie. The package allocates what they say, up to 4 GB, before it looks
+    at the rest, and if there is not so much memory, it ends the process.
+    """
+    n_announced = int.from_bytes(charsmap[:4], "little")
+    n_found = len(charsmap) - 4
+    if n_announced > n_found:
+        raise ValueError(
+            f"damaged: precompiled_charsmap announces {n_announced} bytes, and has {n_found}"
+        )
 
 
 def pre_tokenizer(spec, is_prefix_for_all):

@@ -180,6 +180,7 @@ def test_a_file_that_is_not_a_vocabulary_is_refused(tmp_path, pieces, model_type
         (field(2, field(24, 1)), "treat_whitespace_as_suffix is not supported"),
         (field(3, field(5, 0)), "escape_whitespaces=false is not supported"),
         (field(5, field(2, b"map")), "a denormalizer is not supported"),
+        (field(3, field(2, b"\xff\xff\xff\x7f")), "announces 2147483647 bytes, and has 0"),
         (field(2, field(35, 1)), "0 pieces of single bytes, expected all 256 if byte_fallback"),
     ],
 )

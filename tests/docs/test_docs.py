@@ -43,6 +43,7 @@ OTHER_FLAGS = {
     "--details",
     "--quick",
     "--only",
+    "--cases",
     "--checkpoint",  # the name of --recompute in version 0.1.0
     "--no-deps",
     "--local-dir",

@@ -1,7 +1,7 @@
 """Guards minia3/files/pickles.py: a .bin file that does not hold the numbers of its tensors is
 refused before torch.load takes other bytes for them, or allocates them.
 
-tests/test_fuzz.py damages such files at random.
+tests/hostile/ damages such files at random.
 """
 
 import io

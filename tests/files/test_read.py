@@ -1,7 +1,7 @@
 """Guards minia3/files/read.py: whatever goes wrong while a foreign file is read becomes a message
 of one line that names the file.
 
-The tests of the readers say what each kind of file may look like, and tests/test_fuzz.py damages
+The tests of the readers say what each kind of file may look like, and tests/hostile/ damages
 the files.
 """
 

@@ -1,7 +1,7 @@
 """Guards minia3/files/tensors.py: both kinds of weight files return the tensors that were saved,
 and a file that holds anything else is refused.
 
-tests/test_fuzz.py damages such files.
+tests/hostile/ damages such files.
 """
 
 import pickle

@@ -2,34 +2,27 @@
 of it gives.
 
 It never ends in another exception, a crash, a hang, gigabytes, or a wrong model. What is read is in
-fuzz_targets.py, what happens to it in mutations.py.
+damage_targets.py, what happens to it in mutations.py.
 
-Every case follows from (seed, target, number) alone, and the message of a failure says how to
-repeat it. MINIA3_FUZZ is the number of all cases (some thousands without it), MINIA3_FUZZ_SEED
-another seed.
-
-One thing cannot be promised: a file that is cut *while* it is mapped ends the process with SIGBUS,
-in torch and safetensors as here. Replace files by renaming them, as everything in minia3 does; a
-mapped file then stays whole.
+`python -m tests.hostile` runs more cases, and repeats one.
 """
 
-import math
-import os
 import pickle
-import random
-import re
-import shutil
-import signal
 import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from fuzz_targets import (
+from safetensors.torch import load_file, save_file
+
+import minia3
+from minia3.checkpoints.load import read_checkpoint
+from minia3.checkpoints.tokenizer import Tokenizer
+from minia3.files.tensors import read_tensors
+from minia3.training.checkpoint import load_checkpoint
+from tests.hostile.damage_targets import (
     TARGETS,
+    Target,
     adapter_model,
-    check_one_line,
     make_adapter,
     make_llama,
     make_llama_config,
@@ -40,117 +33,47 @@ from fuzz_targets import (
     read_object,
     write_json,
 )
-from mutations import mutate
-from safetensors.torch import load_file, save_file
 
-import minia3
-from minia3.checkpoints.load import read_checkpoint
-from minia3.checkpoints.tokenizer import Tokenizer
-from minia3.files.tensors import read_tensors
-from minia3.training.checkpoint import load_checkpoint
-
-resource = pytest.importorskip("resource", reason="memory is limited by a means that Windows lacks")
-
-SEED = int(os.environ.get("MINIA3_FUZZ_SEED", "0"))
-N_CASES = sum(target.n_cases for target in TARGETS.values())
-SHARE = int(os.environ.get("MINIA3_FUZZ", N_CASES)) / N_CASES
-SECONDS = 5  # that one case may take on the CPU
-MEGABYTES = 300  # that one case may fill
-MEMORY = 4 << 30  # bytes that a child may ask for, filled or not
-
-
-def run_case(name, number, whole, scratch):
-    """Return what was done to the files, and what went wrong when they were read (or "")."""
-    rng = random.Random(f"{SEED} {name} {number}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(whole, scratch)
-    action = mutate(rng, scratch)
-    before = peak_memory()
-    try:
-        read_or_refuse(TARGETS[name], scratch)
-        n_megabytes = (peak_memory() - before) // 1024
-        assert n_megabytes < MEGABYTES, f"{n_megabytes} MB of memory"
-    except BaseException as error:  # a panic of Rust is not even an Exception
-        message = (str(error).splitlines() or ["wrong"])[0]
-        if not isinstance(error, AssertionError):
-            message = f"{type(error).__name__}: {message}"
-        return action, message[:300]
-    return action, ""
-
-
-def read_or_refuse(target, folder):
-    try:
-        target.read(folder)
-    except ValueError as error:
-        check_one_line(error)
-
-
-def peak_memory():
-    """Return the most that this process has had, in kB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def child(name, numbers, whole, scratch, pipe):
-    """Run cases, and never return. Write a line to `pipe` before each, and one for each failure."""
-    for number in (signal.SIGPROF, signal.SIGALRM):
-        signal.signal(number, signal.SIG_DFL)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust prints its panics, which become ValueErrors
-    warnings.simplefilter("ignore")
-    status = Path("/proc/self/status").read_text()
-    limit = int(re.search(r"VmSize:\s+(\d+) kB", status)[1]) * 1024 + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for number in numbers:
-        os.write(pipe, f"{number}\n".encode())
-        # These signals end the process. The second is for a case that waits for something.
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, 20 * SECONDS)
-        action, failure = run_case(name, number, whole, scratch)
-        if failure:
-            os.write(pipe, f"{number}: {action}: {failure}\n".encode("utf-8", "replace"))
-    os._exit(0)
-
-
-def run_child(name, numbers, whole, scratch):
-    """Run cases in a forked process. Return the lines that it wrote, and its status."""
-    reading, writing = os.pipe()
-    process = os.fork()
-    if process == 0:
-        try:
-            child(name, numbers, whole, scratch, writing)
-        finally:
-            os._exit(1)
-    os.close(writing)
-    with open(reading) as pipe:
-        lines = pipe.read().splitlines()
-    _, status = os.waitpid(process, 0)
-    return lines, status
+LACKING = "cases are limited by means that Windows lacks"
+campaign = pytest.importorskip("tests.hostile.campaign", reason=LACKING)
+program = pytest.importorskip("tests.hostile.__main__", reason=LACKING)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on memory is Linux's")
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_is(name, tmp_path):
-    target = TARGETS[name]
-    whole = tmp_path / "whole"
-    scratch = tmp_path / "scratch"
-    whole.mkdir()
-    target.make(whole)
-    target.read(shutil.copytree(whole, scratch))  # the whole files are read, and are right
-    n_cases = math.ceil(target.n_cases * SHARE)
-    first = 0
-    failures = []
-    while first < n_cases and not failures:
-        lines, status = run_child(name, range(first, n_cases), whole, scratch)
-        failures += [line for line in lines if ":" in line]
-        last = max(int(line.split(":")[0]) for line in lines)
-        if status:
-            failures.append(
-                f"{last}: ended the process with status {status} (27: more than {SECONDS} s of CPU)"
-            )
-        first = last + 1
-    repeat = f"MINIA3_FUZZ_SEED={SEED}; run_case({name!r}, NUMBER, ...)"
-    report = "\n".join(failures)
-    assert not failures, f"{len(failures)} of {n_cases} cases ({repeat}):\n{report}"
+    tally = campaign.run_target(name, TARGETS[name].n_cases, 0, tmp_path, stops_early=True)
+    report = "\n".join(tally.failures)
+    repeat = f"python -m tests.hostile --only '{name}' --number NUMBER"
+    assert not tally.failures, f"{report}\nTo repeat a case: {repeat}"
+    assert tally.n_refused + tally.n_read == tally.n_cases
+    assert tally.n_refused > 0, "some damage is noticed"
+
+
+def test_one_case_can_be_repeated(capsys):
+    assert program.main(["--only", "JSONL", "--number", "3"]) == 0
+    first = capsys.readouterr().out
+    assert program.main(["--only", "JSONL", "--number", "3"]) == 0
+    assert capsys.readouterr().out == first
+    assert first.splitlines()[-1] in (campaign.REFUSED, campaign.READ)
+
+
+def test_a_case_that_fails_is_counted_and_told(tmp_path, monkeypatch, capsys):
+    def read(folder):
+        if (folder / "rows.jsonl").read_bytes() != whole:
+            raise KeyError("wrong")
+
+    def make(folder):
+        (folder / "rows.jsonl").write_bytes(whole)
+
+    whole = b'{"input": "a", "target": "b"}\n' * 3
+    monkeypatch.setitem(TARGETS, "JSONL", Target(make, read, 5))
+    assert program.main(["--only", "JSONL", "--cases", "5"]) == 1
+    table = capsys.readouterr().out
+    assert "KeyError: 'wrong'" in table
+    columns = table.splitlines()[1].split()
+    assert columns[:4] == ["JSONL", "5", "0", str(5 - int(columns[4]))]
 
 
 # Pickles
@@ -262,6 +185,12 @@ def a_shard_whose_name_is_too_long(folder):
     minia3.load_model(folder)
 
 
+def a_shard_whose_name_has_two_lines(folder):
+    make_shards(folder)
+    change_json(folder / "model.safetensors.index.json", weight_map={"a": "x\ny"})
+    minia3.load_model(folder)
+
+
 def a_hundred_thousand_sentinels(folder):
     make_unigram(folder)
     change_json(folder / "tokenizer_config.json", extra_ids=100_000)
@@ -281,6 +210,7 @@ def a_checkpoint_that_is_a_text(folder):
         a_name_of_two_lines_in_an_adapter,
         a_key_of_two_lines,
         a_shard_whose_name_is_too_long,
+        a_shard_whose_name_has_two_lines,
         a_hundred_thousand_sentinels,
         a_checkpoint_that_is_a_text,
     ],

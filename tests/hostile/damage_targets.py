@@ -26,7 +26,6 @@ import pyarrow
 import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save
-from small_tokenizers import field
 
 import minia3
 from minia3.checkpoints import save as save_module
@@ -45,6 +44,7 @@ from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from minia3.training.run_folder import Metrics, check_data, read_run_config
+from tests.small_tokenizers import field
 
 
 def check_one_line(error):
