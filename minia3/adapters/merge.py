@@ -59,7 +59,7 @@ def merge(model, adapter=0):
 
 
 def finish_merge(model, merged):
-    """Give a merged model what is not in its parameters: the device, the mode, and its origin."""
+    """Move a merged model to the device of `model`, copy its mode, and record the origin."""
     # save_model still writes which known model this was made of.
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
     return merged.to(model.embed.weight.device).train(model.training)

@@ -45,7 +45,7 @@ HARMLESS = {
     "_attn_implementation":     "which kernel computes the attention",
     "_attn_implementation_autoset": "which kernel computes the attention",
     "_attn_implementation_internal": "which kernel computes the attention",
-    "_experts_implementation":  "which kernel computes experts, of which there are none",
+    "_experts_implementation":  "which kernel computes experts; these models have none",
     # What begins a training from scratch
     "initializer_range":        "the weights come from the file",
     "initializer_factor":       "the weights come from the file",

@@ -184,11 +184,12 @@ class Tokenizer:
         with reading("chat_template", extra="chat"):
             text, spans = render_conversation(self.chat_template, messages, self.special, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
-        is_answer = bytearray(len(text))  # of each character
+        is_answer = [False] * len(text)  # of each character
         for first, end in spans:
-            is_answer[first:end] = b"\1" * (end - first)
+            for place in range(first, end):
+                is_answer[place] = True
         # As in transformers, a token belongs to a span if they share a character.
-        is_scored = [1 in is_answer[first:end] for first, end in encoding.offsets]
+        is_scored = [any(is_answer[first:end]) for first, end in encoding.offsets]
         return EncodedChat(encoding.ids, is_scored)
 
     def count_chat(self, messages: list[dict], tools: list | None = None) -> int:

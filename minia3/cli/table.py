@@ -224,7 +224,7 @@ def format_column(name, texts, side=">"):
     width = max(map(len, [name, *texts]))
     ruler = "-" * width
     if side == ">":
-        ruler = "-" * (width - 1) + ":"
+        ruler = ruler[:-1] + ":"  # to the right
     return [f"{name:{side}{width}}", ruler, *(f"{text:{side}{width}}" for text in texts)]
 
 

@@ -175,12 +175,15 @@ def read_inert(file):
 
 
 def check_opcodes(file):
-    """Raise UnpicklingError if the file goes on with anything that torch.save does not write."""
+    """Check the next pickle of a file, without reading its values.
+
+    Raise UnpicklingError if it is damaged, or if it has an operation that torch.save never writes.
+    """
     try:
         names = {opcode.name for opcode, _, _ in pickletools.genops(file)}
     except ValueError as error:
         raise pickle.UnpicklingError(str(error)) from None
-    # Reading these would allocate what they say.
+    # A reader of these operations allocates whatever size the file states.
     refused = sorted(name for name in names if name.startswith(("BYTEARRAY", "NEXT_BUFFER", "EXT")))
     if refused:
         raise pickle.UnpicklingError(f"found {refused[0]}, which torch.save does not write")

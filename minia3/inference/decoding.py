@@ -135,7 +135,8 @@ def generate(  # noqa: PLR0913 (the contract)
         seed=seed,
         batch_size=batch_size,
     )
-    texts = [""] * (len(prompts) * samples)
+    n_texts = len(prompts) * samples
+    texts = [""] * n_texts
     for i, piece in generate_pieces(model, tokenizer, prompts, adapter, options):
         texts[i] += piece
     return texts

@@ -435,7 +435,7 @@ class Columns:
         return " and ".join(list_names([self.spelled(name)]) for name in names)
 
     def explain(self) -> str:
-        """Return the message for columns of which no set is known."""
+        """Return the message for columns that match no known set."""
         found = list_names(self.names.values())
         return (
             f"{self.origin} has the columns {found:.200}; expected such as {EXPECTED}: "
@@ -443,7 +443,7 @@ class Columns:
         )
 
     def advise(self) -> str:
-        """Return what to do about columns of which no set is known: mend a name, or give flags."""
+        """Return what the user can do if no known set matches: rename a column, or give flags."""
         hint = ""
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -23,6 +23,7 @@ import pytest
 import torch
 from checkpoint_folders import refusal
 from conftest import make
+from hub_handler import COMMIT, HubHandler
 from safetensors.torch import load_file
 
 import minia3
@@ -30,7 +31,6 @@ from minia3.checkpoints.hub import find, find_adapter
 from minia3.checkpoints.known_models import known_model
 from minia3.cli.info import info
 
-COMMIT = "0123456789" * 4
 CHILD = """
     import json, sys, time
     waits = []
@@ -100,7 +100,7 @@ class Hub(ThreadingHTTPServer):
         return taken
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(HubHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self):
@@ -142,18 +142,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 threading.Event().wait(0.1)
         self.close_connection = True
-
-    def fail(self, status, code):
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        if code == "EntryNotFound":
-            self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")

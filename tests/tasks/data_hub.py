@@ -4,10 +4,10 @@ import hashlib
 import json
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789" * 4
+from hub_handler import COMMIT, HubHandler
 
 
 class DataHub(ThreadingHTTPServer):
@@ -36,7 +36,7 @@ def serving(repositories):
         hub.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(HubHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self):
@@ -98,18 +98,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
-
-    def fail(self, status, code=None):
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        if code == "EntryNotFound":
-            self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
 
 
 def checksum(content):

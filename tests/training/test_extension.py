@@ -1,5 +1,6 @@
 """A run that is made longer continues with the learning rate that the message says."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -38,6 +39,23 @@ RECIPES = {
     "grid": {"seed": "0,3", "lr": "0.1,0.01", "dropout": 0.1},
     "best of": {"eval_every": 2, "dropout": 0.1, "lr": 0.3, "patience": 9},
 }
+
+
+@contextlib.contextmanager
+def interrupted_at_update(n, monkeypatch):
+    """Press Ctrl-C before the n-th update of a cell in the block."""
+    original = training_cell.Cell.update
+    updates = []
+
+    def update(cell, lr):
+        updates.append(lr)
+        if len(updates) == n:
+            kill_self(signal.SIGINT)
+        return original(cell, lr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_cell.Cell, "update", update)
+        yield
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -99,17 +117,7 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
             patch.setattr(owner, name, break_off)
             with pytest.raises(Killed):
                 extend(out, 12)
-    original = training_cell.Cell.update
-    updates = []
-
-    def update(cell, lr):
-        updates.append(lr)
-        if len(updates) == 3:
-            kill_self(signal.SIGINT)
-        return original(cell, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_cell.Cell, "update", update)
+    with interrupted_at_update(3, monkeypatch):
         assert extend(out, 12) == 130
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
@@ -117,17 +125,7 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
 
 def test_a_run_that_was_stopped_can_be_made_longer_too(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    original = training_cell.Cell.update
-    updates = []
-
-    def update(cell, lr):
-        updates.append(lr)
-        if len(updates) == 4:
-            kill_self(signal.SIGINT)
-        return original(cell, lr)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_cell.Cell, "update", update)
+    with interrupted_at_update(4, monkeypatch):
         assert run(words(out, steps=6, lr=0.1, warmup_ratio=0)) == 130
     assert extend(out, 12) == 0
     final = metrics(out)[-1]
