@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -108,6 +109,10 @@ OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5", *UNTIED_FAMILIES)
 
 def pytest_configure(config):
     config.left_out = []
+    # A shell that starts the tests in the background has them, and the programs that they start,
+    # ignore Ctrl-C. Tests of Ctrl-C need what a terminal's programs do.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_deselected(items):

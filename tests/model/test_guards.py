@@ -27,6 +27,11 @@ aten = torch.ops.aten
 B = 3
 M = 7
 L = 5
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+# What PyTorch's attention keeps, and how many tensors it makes, differs between its releases.
+counted_with_this_torch = pytest.mark.skipif(
+    TORCH < (2, 13), reason="the numbers were counted with torch 2.13; older kernels keep others"
+)
 NAMES = ["t5-v1.0", "llama-gqa"]
 
 
@@ -216,6 +221,7 @@ def test_autograd_records_nothing_below_the_lowest_vector_that_trains(
 # Memory
 
 
+@counted_with_this_torch
 @pytest.mark.parametrize(
     ("name", "dtype", "n_bytes"),
     [
@@ -231,6 +237,7 @@ def test_a_step_keeps_this_many_bytes_for_its_backward_pass(frozen, name, dtype,
     assert kept_for_backward(lambda: loss_of(model, batch), model) == n_bytes
 
 
+@counted_with_this_torch
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_that_a_step_keeps_grow_in_proportion_to_length(frozen, name):
     """T5 has a bias per head and pair of positions, once for all layers. It is subtracted here."""
@@ -270,6 +277,7 @@ class CountTensors(TorchDispatchMode):
         return out
 
 
+@counted_with_this_torch
 @pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 104), ("llama-gqa", 96)])
 def test_decoding_a_token_makes_this_many_tensors_whatever_the_length_of_the_text(
     frozen, name, n_tensors
