@@ -266,7 +266,7 @@ def check_distinct(runs):
     seen = {}
     for run in runs:
         marks = (
-            ("have the same folder", str(run.folder)),
+            ("have the same folder", str(run.folder).casefold()),
             ("are the same run", repr(dataclasses.replace(run.config, out=None))),
         )
         for text, mark in marks:
