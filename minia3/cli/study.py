@@ -49,6 +49,12 @@ def add_arguments(parser):
         help="start workers with submitit: slurm, slurm:PARTITION, or local",
     )
     parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="leave out runs whose names do not match, as in --only 'ia3-*' (default: all runs)",
+    )
+    parser.add_argument(
         "--workers",
         type=positive(int),
         default=1,
@@ -92,7 +98,7 @@ def positive(kind):
 
 def run(args):
     given = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
-    runs = read_studies(args.files, given)
+    runs = read_studies(args.files, given, args.only)
     if args.list:
         for study_run in runs:
             words = [*given_words(study_run.flags), "--or-resume"]
@@ -103,7 +109,7 @@ def run(args):
     elif args.submit:
         from minia3.cli.submit import submit
 
-        words = ["study", *args.files, *given_words(given), "--run"]
+        words = ["study", *args.files, *given_words(given), "--only", args.only, "--run"]
         folder = runs[0].folder.parent / "workers"
         submit(args.submit, words, folder, args.workers, args.hours)
     else:

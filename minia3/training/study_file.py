@@ -23,11 +23,12 @@ so mistakes are answered at once.
 import dataclasses
 import difflib
 import re
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
 from minia3.files.read import reading
-from minia3.training.command_line import complete
+from minia3.training.command_line import complete, parse_flags
 from minia3.training.config import Config
 from minia3.training.config_file import as_flag, field_name, read_toml
 from minia3.training.flags import as_tuple, flag_words, option
@@ -45,6 +46,7 @@ class StudyRun:
 
     name: str
     flags: dict  # name of the field -> value
+    origin: Path  # the file of the study
 
     @property
     def folder(self):
@@ -58,6 +60,16 @@ class StudyRun:
     def config(self):
         """The flags as train.py knows them, with their defaults."""
         return Config(**self.flags)
+
+    def check(self):
+        """Raise ValueError if the flags are not those of a run.
+
+        From here on, the values are those that the command line of `--list` gives: a learning rate
+        of 1 is 1.0, because numbers are parts of the names of adapters.
+        """
+        with reading(f"{self.origin}: {self.name}"):
+            check_config(self.config)
+            self.flags = parse_flags(given_words(self.flags))
 
     def resolve(self):
         """Return the flags of the run that is there, or of a new one. See `resume_if_begun`."""
@@ -81,25 +93,32 @@ def given_words(flags):
 # Reading
 
 
-def read_studies(paths, given):
+def read_studies(paths, given, only="*"):
     """Return the runs of several studies as a list of StudyRun, each study in its order.
 
     given: the flags that are typed, which replace those of the files: name of the field -> value.
-    `out` among them is the folder of the study. Raise ValueError in one line for a mistake.
+    `out` among them is the folder of the study. only: a pattern of the names of the runs that are
+    meant, such as "ia3-*". Raise ValueError in one line for a mistake.
     """
     if len(paths) > 1 and "out" in given:
         raise ValueError(f"--out is the folder of one study, found {len(paths)} studies")
     if {"resume", "config"} & given.keys():
         raise ValueError("--resume and --config are for one run: a study continues its runs itself")
-    runs = []
+    found = []
     for path in paths:
-        runs += read_study(Path(path), given)
+        found += read_study(Path(path), given)
+    names = [run.name for run in found]
+    runs = [run for run in found if fnmatchcase(run.name, only)]
+    if not runs:
+        raise ValueError(f"--only is {only!r}, expected some of {', '.join(names):.300}")
+    for run in runs:
+        run.check()
     check_distinct(runs)
     return runs
 
 
 def read_study(path, given):
-    """Return the runs of a study. Raise ValueError if the file has a mistake."""
+    """Return the runs of a study, which are not checked. Raise ValueError for other mistakes."""
     content = read_toml(path)
     for name in content:
         check_part(path, name)
@@ -113,10 +132,7 @@ def read_study(path, given):
     runs = []
     for choice in found:
         flags = {**shared, **choice.flags, **given, "out": str(Path(out, choice.label))}
-        run = StudyRun(choice.label, flags)
-        with reading(f"{path}: {run.name}"):
-            check_config(run.config)
-        runs.append(run)
+        runs.append(StudyRun(choice.label, flags, path))
     return runs
 
 

@@ -47,8 +47,28 @@ def test_the_runs_are_the_product_of_the_lists_and_one_for_each_table_of_runs(tm
 def test_the_words_of_a_run_are_the_command_line_of_its_flags(tmp_path):
     for run in read(tmp_path, WHOLE + "no-cross = false\ninput = '{a} is it?'"):
         words = shlex.split(shlex.join(given_words(run.flags)))
-        given = {name: value for name, value in run.flags.items() if value is not False}
-        assert parse_flags(words) == given
+        assert parse_flags(words) == run.flags
+        assert "no_cross" not in run.flags
+
+
+def test_values_are_those_of_the_command_line_whatever_the_file_writes(tmp_path):
+    text = "[runs.a]\nlr = 1\nwarmup-ratio = [0, 0.5]\neval-prompt = 0"
+    (run,) = read(tmp_path, text)
+    assert repr(run.config.lr) == "1.0"
+    assert repr(run.config.warmup_ratio) == "(0.0, 0.5)"
+    assert repr(run.config.eval_prompt) == "'0'"
+    with pytest.raises(ValueError, match="two runs are the same run"):
+        read(tmp_path, "[runs.a]\nlr = 1\n[runs.b]\nlr = 1.0")
+
+
+def test_only_some_runs_may_be_meant_and_only_their_flags_are_checked(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(WHOLE)
+    runs = read_studies([path], {"adapter": "path/to/adapter"}, only="*-ia3")
+    assert names(runs) == ["shots4-ia3", "shots16-ia3"]
+    assert names(read_studies([path], {"rank": 4}, only="*lora")) == ["shots4-lora", "shots16-lora"]
+    with pytest.raises(ValueError, match="--only is 'x', expected some of shots4-ia3, shots4-lora"):
+        read_studies([path], {}, only="x")
 
 
 def test_flags_that_are_typed_replace_those_of_the_file_in_every_run(tmp_path):
