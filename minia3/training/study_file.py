@@ -232,8 +232,7 @@ def read_sets(path, typed, sets):
 
 def note_origins(path, choices, place, origins):
     """Note that the flags of an axis have values. Raise ValueError if another axis sets them."""
-    names = {name for choice in choices for name in choice.flags}
-    for name in sorted(names):
+    for name in combine(choices).flags:
         before = origins.get(name, "[flags]")
         if before != "[flags]":
             raise ValueError(f"{path}: {option(name)} is in {before} and in {place}: choose one")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -21,6 +22,7 @@ from minia3.files.lock import lock_folder
 from minia3.training.loop import load_loop
 from minia3.training.study_file import given_words, read_studies
 
+FENCE = re.compile(r"^```(\w*).*\n((?:.*\n)*?)```$", re.MULTILINE)
 N_WORKERS = 6
 VICTIMS = (0, 3)  # workers that are killed
 N_BATCHES = 7  # that a victim draws before it is killed, after the checkpoint of step 6
@@ -319,3 +321,14 @@ def check_no_run_was_made_twice_at_once(folder):
                 assert following["event"] in ("ends", "killed")
             else:
                 assert following["event"] == "begins"
+
+
+# The documents
+
+
+def test_the_study_in_the_documents_has_the_runs_that_they_show(tmp_path, capsys):
+    text = (running.ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    blocks = dict(FENCE.findall(text.partition("## Sweeps on a cluster")[2])[:3])
+    path = tmp_path / "study.toml"
+    path.write_text(blocks["toml"])
+    assert output(capsys, "study", path, "--list") == blocks["text"]

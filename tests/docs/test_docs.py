@@ -46,6 +46,9 @@ OTHER_FLAGS = {
     "--cases",
     "--checkpoint",  # the name of --recompute in version 0.1.0
     "--no-deps",
+    "--nproc-per-node",  # torchrun
+    "--model-path",  # SGLang
+    "--outfile",  # llama.cpp
     "--local-dir",
 }
 
