@@ -7,6 +7,7 @@ stands in the folder says how far the run is.
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -126,6 +127,11 @@ def make_runs(runs, share):
     first: if a run kills its worker, because memory runs out, it does not keep the others waiting.
     Raise RuntimeError at the end if some of them failed, and SystemExit if a signal stops one.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "a worker of a study is one process, and torchrun has started "
+            f"{os.environ['WORLD_SIZE']}: put torchrun in front of each line of --list instead"
+        )
     for study_run in runs:
         study_run.resolve()
     counts = Counter()

@@ -19,6 +19,7 @@ from running import model, outcome, task
 from minia3.cli.main import main
 from minia3.cli.results import read_results
 from minia3.files.lock import lock_folder
+from minia3.training import start
 from minia3.training.loop import load_loop
 from minia3.training.study_file import given_words, read_studies
 
@@ -126,6 +127,25 @@ def test_run_before_the_file_is_explained(tmp_path, capsys):
 # Making runs
 
 
+def test_runs_that_nobody_has_begun_come_first(tmp_path, capsys, monkeypatch):
+    """So that a run that kills its worker each time does not keep the others waiting."""
+    path = write_study(tmp_path, steps=1)
+    runs = read_studies([path], {})
+    assert running.run(given_words(runs[1].flags)) == 0
+    made = []
+    monkeypatch.setattr("minia3.cli.study.make_run", lambda run: made.append(run.name) or "made")
+    assert main(["study", str(path), "--run"]) == 0
+    assert made == [runs[i].name for i in (0, 2, 3, 1)]
+
+
+def test_a_worker_is_one_process(tmp_path, capsys, monkeypatch):
+    path = write_study(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    message = failure(capsys, "study", path, "--run")
+    assert "a worker of a study is one process, and torchrun has started 4" in message
+    assert output(capsys, "study", path, "--list").count("\n") == 4
+
+
 @pytest.mark.slow
 def test_runs_equal_those_that_are_made_alone_and_are_not_made_twice(tmp_path, capsys):
     path = write_study(tmp_path)
@@ -154,20 +174,21 @@ def test_a_run_that_another_worker_makes_is_passed_over(tmp_path, capsys):
 def test_a_run_that_another_worker_has_begun_since_we_looked_is_continued(
     tmp_path, capsys, monkeypatch
 ):
-    path = write_study(tmp_path, "[runs.other]\nseed = 7")
-    runs = read_studies([path], {})
-    looked = []
-    resolve = type(runs[0]).resolve
+    path = write_study(tmp_path)
+    first = read_studies([path], {})[0]
+    run_config = start.run_config
+    n_calls = 0
 
-    def resolve_and_be_slow(run):
-        config = resolve(run)
-        looked.append(run.name)
-        if looked.count(run.name) == 2 and run.name == "other":  # the first look checks the flags
-            assert running.run(given_words(run.flags)) == 0
-        return config
+    def run_config_but_late(*arguments, **options):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 1:
+            assert running.run(given_words(first.flags)) == 0
+        return run_config(*arguments, **options)
 
-    monkeypatch.setattr("minia3.training.study_file.StudyRun.resolve", resolve_and_be_slow)
-    printed = output(capsys, "study", path, "--run", "5/5")
+    monkeypatch.setattr(start, "run_config", run_config_but_late)
+    printed = output(capsys, "study", path, "--run", "1/4")
+    assert n_calls == 2
     assert printed.endswith("\n1 finished before\n")
 
 
