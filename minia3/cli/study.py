@@ -102,8 +102,7 @@ def run(args):
     runs = read_studies(args.files, given, args.only)
     if args.list:
         for study_run in runs:
-            words = [*given_words(study_run.flags), "--or-resume"]
-            show(shlex.join([*COMMAND.split(), *words]))
+            show(line_of(study_run))
     elif args.share:
         i, n = args.share
         make_runs(runs, runs[i - 1 :: n])
@@ -115,6 +114,18 @@ def run(args):
         submit(args.submit, words, folder, args.workers, args.hours)
     else:
         show_states(runs)
+
+
+def line_of(study_run):
+    """Return the command line of a run. Raise ValueError if it would be more than one line."""
+    words = [*COMMAND.split(), *given_words(study_run.flags), "--or-resume"]
+    line = shlex.join(words)
+    if len(line.splitlines()) > 1:
+        raise ValueError(
+            f"{study_run.origin}: {study_run.name} has a flag of several lines, which --list "
+            "cannot print in one: use --run"
+        )
+    return line
 
 
 # Making runs

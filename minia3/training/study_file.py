@@ -177,9 +177,15 @@ def read_value(path, place, value):
     if value == []:
         raise ValueError(f"{path}: {place} is an empty list")
     value = as_flag(value)
-    if isinstance(value, tuple) and len(value) == 1:
-        return value[0]
-    return value
+    if not isinstance(value, tuple):
+        return value
+    for part in value:
+        if "," in str(part):
+            raise ValueError(
+                f"{path}: {place} has {part!r:.80} in a list, and on a command line the comma "
+                "would divide it"
+            )
+    return value[0] if len(value) == 1 else value
 
 
 def read_product(path, content, shared):

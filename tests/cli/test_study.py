@@ -101,6 +101,13 @@ def test_flags_on_the_command_line_replace_those_of_the_file(tmp_path, capsys):
         assert " --out elsewhere/" in line
 
 
+def test_a_flag_of_several_lines_is_not_listed_as_several_commands(tmp_path, capsys):
+    path = write_study(tmp_path, '[runs.prompt]\ninput = "{a}\\nIs it?"\ntarget = "{b}"')
+    capsys.readouterr()
+    assert main(["study", str(path), "--list"]) == 2
+    assert "prompt has a flag of several lines" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 9])
 def test_the_shares_are_the_runs_divided(tmp_path, monkeypatch, n):
     path = write_study(tmp_path)

@@ -123,6 +123,12 @@ def test_texts_that_cannot_be_names_of_files_become_a_short_one(tmp_path):
         assert re.fullmatch(r"[0-9a-f]{6}", run.name)
 
 
+def test_a_file_from_windows_is_read(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_bytes('\ufeff[runs."größe"]\r\nlr = 1\r\n'.encode())
+    assert names(read_studies([path], {})) == ["größe"]
+
+
 MISTAKES = {
     "": "there are no runs: give lists in [each], or [runs.NAME]",
     "[flags]\nseed = 1": "there are no runs",
@@ -163,6 +169,7 @@ MISTAKES = {
     "[flags]\nresume = 'x'\n[runs.a]": "[flags] has --resume, which is not for the runs of a study",
     "[flags]\nconfig = 'x'\n[runs.a]": "[flags] has --config, which is not",
     "[flags]\nbatch-size = 1\nbatch_size = 2\n[runs.a]": "[flags] has --batch-size twice",
+    "[runs.a]\ntask = ['a,b', 'c']": "[runs.a] task has 'a,b' in a list, and on a command line",
     "[flags\n": "not TOML",
     "[runs.a]\n[runs.a]": "not TOML",
 }
