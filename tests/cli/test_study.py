@@ -235,7 +235,7 @@ def test_a_signal_saves_the_run_and_stops_the_worker(tmp_path, capsys, number):
         worker = python("study", path, "--run", stdout=file, stderr=file)
         wait_for(lambda: (tmp_path / "runs/seed0-ia3/checkpoint.pt").exists())
         worker.send_signal(number)
-        assert worker.wait(60) == 128 + number, log.read_text()
+        assert worker.wait(180) == 128 + number, log.read_text()
     assert "stopped; to continue: minia3 train --resume" in log.read_text()
     last, found = states(capsys, path)
     assert last == "4 runs: 1 begun, 3 to come"
@@ -287,7 +287,7 @@ def note(folder, run_folder, event):
         file.write(json.dumps(line) + "\n")
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -5,7 +5,7 @@ import sys
 import pytest
 from command_line import failure, output
 from running import ROOT
-from test_study import states, write_study
+from test_study import states, wait_for, write_study
 
 submitit = pytest.importorskip("submitit", reason="--submit needs submitit")
 
@@ -21,7 +21,10 @@ def test_two_local_workers_make_all_runs(tmp_path, capsys, monkeypatch):
         _, number, *_, log = line.split()
         folder = tmp_path / "runs" / "workers"
         assert log.startswith(f"{folder}/{number}")
-        assert submitit.LocalJob(folder, number, (0,)).result() == 0
+        job = submitit.LocalJob(folder, number, (0,))
+        # A job that another object has started does not know whether its process is alive.
+        wait_for(job.paths.result_pickle.exists, seconds=300)
+        assert job.result() == 0
     assert states(capsys, path)[0] == "4 runs: 4 finished"
 
 
