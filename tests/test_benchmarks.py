@@ -17,15 +17,20 @@ import torch
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
-from minia3.training.command_line import parse_flags
-from minia3.training.rules import check_config
-from tests.benchmarks import growth, measure, memory, rows, studies
+from minia3.cli.main import main as minia3_main
+from minia3.cli.table import PAPER_TASKS
+from minia3.tasks.known_tasks import known_tasks
+from minia3.training.flags import as_tuple
+from minia3.training.study_file import read_studies
+from tests.benchmarks import growth, measure, memory, rows, study_inputs
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair, config_of
 
 STARTS_PROCESSES = ("start", "peak")
+ROOT = Path(__file__).resolve().parents[1]
+STUDIES = sorted((ROOT / "tests" / "benchmarks" / "studies").rglob("*.toml"))
 
 
 def run_benchmark(folder, *flags):
@@ -189,47 +194,52 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
 # Studies
 
 
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_each_run_of_a_study_is_a_valid_command_line_with_its_own_name(name, tmp_path, monkeypatch):
-    tasks = [f"{tmp_path}/{task}" for task in "abcdx"]
-    monkeypatch.setattr(studies, "held_out", lambda folder: tasks)
-    monkeypatch.setattr(studies, "pretrain", lambda *flags, **options: None)
-    runs = list(studies.STUDIES[name]("tiny-t5", tmp_path))
-    names = [run_name for run_name, _ in runs]
-    assert len(set(names)) == len(names) > 16
-    for run_name, words in runs:
-        assert Path(run_name).name == run_name
-        check_config(running.train.Config(**parse_flags(words)))
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_is_made_of_valid_runs_in_a_folder_of_its_name(path):
+    runs = read_studies([path], {})
+    assert {run.folder.parts[0] for run in runs} == {"runs"}
+    if path.stem != "mixture":
+        assert {run.folder.parent.name for run in runs} == {path.stem}
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# "), "its first line says what it asks"
+
+
+def test_all_studies_together_have_no_run_twice():
+    runs = read_studies(STUDIES, {})
+    assert len(runs) == 66 + 36 + 17 + 33  # embedded and init, widths, smollm2, t0-3b
+
+
+def test_the_study_of_the_paper_has_its_tasks_and_t_fews_shots():
+    runs = read_studies([ROOT / "tests/benchmarks/studies/t0-3b.toml"], {}, only="ia3-*")
+    assert [run.flags["task"] for run in runs] == list(PAPER_TASKS)
+    for run in runs:
+        assert run.flags["shots"] == known_tasks()[run.flags["task"]].shots
 
 
 @pytest.mark.slow
-def test_a_study_starts_runs_resumes_stopped_ones_and_skips_finished_ones(
-    tmp_path, monkeypatch, capfd
-):
-    runs = {
-        "one": running.words(None, steps=4, seed=0),
-        "two": running.words(None, steps=4, seed=1),
-    }
-    monkeypatch.setattr(studies, "STUDIES", {"study": lambda model, out: runs.items()})
-    words = ["study", "--model", "m", "--out", str(tmp_path), "--save-every", "1"]
-    with pytest.raises(SystemExit):
-        studies.main([*words, "--only", "three"])
-    assert "expected the beginning of one of one, two" in capfd.readouterr().err
+def test_the_tasks_of_the_embedded_studies_are_where_these_look_for_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study_inputs.main(["embedded"])
+    colour, place, xor = (
+        minia3.load_task(f"runs/embedded/tasks/{name}").train
+        for name in ("same-colour", "same-place", "xor")
+    )
+    labels = [row["label"] for row in xor]
+    assert labels == [a["label"] ^ b["label"] for a, b in zip(colour, place, strict=True)]
+    for run in read_studies(STUDIES, {}):
+        for task in as_tuple(run.flags["task"]):
+            assert not task.startswith("runs/") or Path(task, "test.jsonl").exists()
 
-    studies.main([*words, "--only", "one"])
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
-    checkpoint = tmp_path / "one" / "checkpoint.pt"
-    accuracy = running.metrics(tmp_path / "one")[-1]["accuracy"]
-    before = checkpoint.read_bytes()
-    studies.main(words)
-    assert checkpoint.read_bytes() == before
-    assert "one is finished" in capfd.readouterr().out
-    assert running.metrics(tmp_path / "two")[-1]["event"] == "final"
 
-    checkpoint.unlink()  # like a run that was stopped before its first checkpoint
-    studies.main(words)
-    assert running.metrics(tmp_path / "one")[-1]["accuracy"] == accuracy
-    assert studies.is_finished(tmp_path / "one")
+def test_the_bases_of_widths_are_where_it_looks_for_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(study_inputs, "pretrain", lambda *flags: made.append(flags))
+    study_inputs.main(["widths"])
+    expected = {f"{flags[-1]}/tiny-t5" for flags in made}
+    runs = read_studies([ROOT / "tests/benchmarks/studies/widths.toml"], {})
+    assert {run.flags["model"] for run in runs} == expected
+    assert len(made) == 9
 
 
 @pytest.mark.slow
@@ -246,18 +256,23 @@ def test_the_memory_of_rows_is_measured_in_every_format(capsys):
     "MINIA3_TEST_DATA" not in os.environ,
     reason="MINIA3_TEST_DATA is not set: no tokenizer, no data",
 )
-def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp_path):
+def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp_path, monkeypatch):
     """On CB, whose file is there, and on StoryCloze, which has only T-Few's published splits."""
+    monkeypatch.chdir(tmp_path)
     shared = Path(os.environ["MINIA3_TEST_DATA"])
-    words = ["t0-3b", "--dry-run", str(shared / "tokenizers" / "t5-base"), "--out", str(tmp_path)]
+    study_inputs.main(["tiny-t0", "--tokenizer", str(shared / "tokenizers" / "t5-base")])
+    words = ["study", str(ROOT / "tests/benchmarks/studies/t0-3b.toml"), "--run"]
+    words += ["--out", "runs/dry", "--model", "runs/tiny-t0", "--data-dir", str(shared / "data")]
+    words += ["--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1"]
     splits = {
         "ia3-storycloze": "T-Few's other splits",
         "lora-cb": "validation",
         "full-cb": "validation",
     }
     for name, split in splits.items():
-        studies.main([*words, "--only", name, "--data-dir", str(shared / "data")])
-        finals = [line for line in running.metrics(tmp_path / name) if line["event"] == "final"]
+        assert minia3_main([*words, "--only", name]) == 0
+        run_folder = tmp_path / "runs" / "dry" / name
+        finals = [line for line in running.metrics(run_folder) if line["event"] == "final"]
         assert [final["adapter"] for final in finals] == ["s0", "s1"]
         for final in finals:
             assert final["split"] == split

@@ -1,5 +1,6 @@
 """`convert`: write an adapter as a PEFT folder, or a model in the Hugging Face layout."""
 
+import argparse
 from pathlib import Path
 
 from minia3.cli.arguments import (
@@ -18,27 +19,66 @@ EXAMPLE = "python -m minia3 convert finish.pt adapter"
 def add_arguments(parser):
     parser.add_argument("model", help=f"a model: {MODEL_HELP}; or an adapter: folder or file")
     add_new_folder(parser)
+    parser.add_argument(
+        "--to",
+        type=read_kind,
+        metavar="dora",
+        help="write an adapter of a gated model as a DoRA (default: as (IA)^3)",
+    )
+    parser.add_argument(
+        "--base", help="the model of the adapter, for --to dora (default: as the adapter says)"
+    )
     add_device_options(parser)
 
 
+def read_kind(text):
+    """Return what --to names. Say why there is no LoRA."""
+    if text == "lora":
+        raise argparse.ArgumentTypeError(
+            "as a LoRA, an adapter loses most of itself, because what it adds to a weight has full "
+            "rank: use --to dora, or `minia3 merge`"
+        )
+    if text != "dora":
+        raise argparse.ArgumentTypeError(f"{text!r}, expected dora")
+    return text
+
+
 def run(args):
+    if is_adapter(Path(args.model)):
+        convert_adapter(args)
+    elif args.to is not None:
+        raise ValueError(f"--to {args.to} is for an adapter, and {args.model} is not one")
+    else:
+        convert_model(args)
+    show(f"converted {args.model}: {describe_folder(args.out)}")
+
+
+def convert_adapter(args):
+    from minia3.adapters.dora import write_dora
     from minia3.adapters.peft_files import read_adapter, write_adapter
+    from minia3.tasks.task_file import copy_task_file
+
+    adapter = read_adapter(args.model)
+    if args.to == "dora":
+        base = args.base or adapter.base
+        if base is None:
+            raise ValueError(f"{args.model} does not say which model it is for: give --base")
+        write_dora(args.out, adapter, base, args.model)
+    else:
+        write_adapter(args.out, adapter.vectors, args.base or adapter.base)
+    copy_task_file([Path(args.model)], args.out)
+
+
+def convert_model(args):
     from minia3.checkpoints.hub import find
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
-    from minia3.tasks.task_file import copy_task_file
 
-    if is_adapter(Path(args.model)):
-        adapter = read_adapter(args.model)
-        write_adapter(args.out, adapter.vectors, adapter.base)
-        copy_task_file([Path(args.model)], args.out)
-    else:
-        model = load_model(args)
-        tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none
-        with showing("writing"):
-            save_model(model, args.out, tokenizer)
-    show(f"converted {args.model}: {describe_folder(args.out)}")
+    model = load_model(args)
+    tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none
+    with showing("writing"):
+        save_model(model, args.out, tokenizer)
 
 
 def is_adapter(path):

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 from minia3 import __version__
-from minia3.cli import convert, generate, info, merge, mix, plot, predict, table, train
+from minia3.cli import convert, generate, info, merge, mix, plot, predict, study, table, train
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
 from minia3.files.streams import use_utf8
@@ -20,6 +20,7 @@ COMMANDS = {
     "merge": merge,
     "convert": convert,
     "mix": mix,
+    "study": study,
     "table": table,
     "plot": plot,
 }

@@ -5,6 +5,7 @@ of a file: if the process that holds it is killed, the system releases it, and n
 up.
 """
 
+import errno
 import os
 import time
 from contextlib import contextmanager, suppress
@@ -12,6 +13,11 @@ from contextlib import contextmanager, suppress
 # On Windows nobody can write to a byte that is locked, so the lock is on a byte far behind the end.
 FAR = (1 << 31) - 2
 SECONDS_BETWEEN_TRIES = 0.05
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # the last two: Windows
+
+
+class FolderLocked(ValueError):
+    """Another process holds the lock of a folder."""
 
 
 def lock_folder(folder, name=".lock"):
@@ -20,15 +26,21 @@ def lock_folder(folder, name=".lock"):
     folder: a Path. The lock is on the file `name` in the folder. The file is created if need be,
     and the holder of the lock may remove it.
 
-    Raise ValueError if another process holds the lock.
+    Raise FolderLocked, a ValueError, if another process holds the lock, and ValueError if the file
+    system has no locks.
     """
     while True:
         file = open(folder / name, "a")  # noqa: SIM115 (closing it releases the lock)
         try:
             lock_file(file.fileno())
-        except OSError:
+        except OSError as error:
             file.close()
-            raise ValueError(f"{folder}: another run is writing there") from None
+            if error.errno in HELD:
+                raise FolderLocked(f"{folder}: another run is writing there") from None
+            raise ValueError(
+                f"{folder}: its file system has no locks, which keep two runs out of one folder: "
+                f"{error.strerror}"
+            ) from None
         if os.fstat(file.fileno()).st_nlink > 0:
             return file
         # The previous holder removed the file after we opened it. Nobody else can see our lock, so
@@ -43,7 +55,7 @@ def waiting_for_lock(folder, name):
     while lock is None:
         try:
             lock = lock_folder(folder, name)
-        except ValueError:
+        except FolderLocked:
             time.sleep(SECONDS_BETWEEN_TRIES)
     with lock:
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from minia3 import __version__
 from minia3.files.messages import message_of
@@ -9,7 +10,7 @@ from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import read_config_file
 from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
-from minia3.training.run_folder import restore_flags
+from minia3.training.run_folder import check_same_flags, restore_flags
 from minia3.training.trackers import check_trackers
 
 TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
@@ -62,9 +63,27 @@ def complete(given):
         flags = flags_of_file(given) | given
         config = Config(**flags)
         config.config = None  # because config.json has the flags themselves
+        if config.or_resume:
+            config = resume_if_begun(config)
     check_config(config)
     check_trackers(config.log_to)
     return config
+
+
+def resume_if_begun(config):
+    """Return the flags of the run in --out if there is one, and else those of `config`.
+
+    Raise ValueError if there is no --out, or if the run there has other flags.
+    """
+    config.or_resume = False  # because it says nothing about the run, and config.json is of the run
+    if config.out is None:
+        raise ValueError("--or-resume looks for a run in the folder of --out: give --out, too")
+    folder = Path(config.out)
+    if not (folder / "config.json").exists():
+        return config
+    check_config(config)  # before its flags are compared
+    check_same_flags(folder, config)
+    return restore_flags(Config, {"resume": config.out})
 
 
 def check_length(given):

@@ -135,6 +135,9 @@ class Config:
         None,
         "continue the run in this folder, with its flags; --steps extends it (default: a new run)",
     )
+    or_resume: bool = flag(
+        False, "if --out holds a run with these flags already, continue it, as --resume does"
+    )
     config: str | None = flag(
         None,
         "take flags from the config.json of a run or from a .toml file; typed flags win "

@@ -94,4 +94,5 @@ def read_toml(path):
                 f"{path}: Python 3.10 reads TOML after `pip install tomli`; or give a .json file"
             ) from None
     with reading(path, "not TOML"):
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # Windows' editor puts a mark before the text, which "utf-8-sig" passes over.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))

@@ -23,13 +23,17 @@ from minia3.files.write import replacing, write_json
 from minia3.tasks.split_files import short_name
 from minia3.training.command_lines import PLACES
 from minia3.training.config_file import recorded_flags
-from minia3.training.flags import as_tuple
+from minia3.training.flags import as_tuple, option
 
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
 RUNS = Path("runs")  # the folder of runs without --out
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
 LONGEST_VALUE = 20  # characters of the value of a flag
 NOT_IN_NAMES = r'[\x00-\x1f<>:"/\\|?*]'  # characters that a name of a file cannot have on Windows
+
+
+class RunExists(ValueError):
+    """The folder of a new run holds a run already."""
 
 
 def choose_folder(config):
@@ -49,20 +53,45 @@ def choose_folder(config):
 
 def describe_difference(config, found):
     """Return the flags of `config` that differ from those of another run: "-lr0.01-steps300"."""
-    length = "epochs" if config.epochs is None else "steps"  # the flag that does not count
     text = ""
-    for field in dataclasses.fields(config):
+    for field in different_fields(config, found):
         value = getattr(config, field.name)
-        is_ignored = field.name in (*PLACES, length)
-        if not is_ignored and value != found.get(field.name, field.default):
-            name = field.name.replace("_", "")
-            if value is True:
-                text += f"-{name}"
-            elif value in (None, False):
-                text += f"-no{name}"
-            else:
-                text += f"-{name}{short_value(value)}"
+        name = field.name.replace("_", "")
+        if value is True:
+            text += f"-{name}"
+        elif value in (None, False):
+            text += f"-no{name}"
+        else:
+            text += f"-{name}{short_value(value)}"
     return text
+
+
+def different_fields(config, found):
+    """Return the fields in which `config` differs from the flags of another run.
+
+    Places do not count.
+    """
+    length = "epochs" if config.epochs is None else "steps"  # the flag that does not count
+    fields = []
+    for field in dataclasses.fields(config):
+        is_ignored = field.name in (*PLACES, length)
+        value = getattr(config, field.name)
+        if not is_ignored and value != found.get(field.name, field.default):
+            fields.append(field)
+    return fields
+
+
+def check_same_flags(folder, config):
+    """Raise ValueError if the run in a folder has other flags than `config`, except for places."""
+    found = recorded_flags(read_run_config(folder), folder)
+    fields = different_fields(config, found)
+    if fields:
+        name = fields[0].name
+        value = found.get(name, fields[0].default)
+        raise ValueError(
+            f"{folder} holds a run with other flags: {option(name)} is {value!r:.80}, expected "
+            f"{getattr(config, name)!r:.80}: give another --out, or remove the folder"
+        )
 
 
 def short_value(value):
@@ -107,7 +136,7 @@ def begin_run(folder, config):
         lock = lock_folder(folder)
         found = [name for name in CONTENTS if (folder / name).exists()]
         if found:
-            raise ValueError(
+            raise RunExists(
                 f"{folder} holds a run already ({', '.join(found)}): "
                 "use --resume or another --out, or remove it"
             )

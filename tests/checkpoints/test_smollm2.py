@@ -15,6 +15,8 @@ import torch
 from conftest import logits, randomize, rms
 
 import minia3
+from minia3.adapters.dora import write_dora
+from minia3.adapters.peft_files import read_adapter
 from minia3.inference.beam_search import beam_search
 from minia3.inference.decoding import decode_tokens, stream
 
@@ -174,3 +176,36 @@ def test_merged_weights_in_bfloat16_are_hardly_worse_than_applied_vectors(path):
         print(f"seed {seed}: applied {applied:.3f}, merged {merged:.3f}, no adapter {base:.3f}")
         assert base < applied < 3 * base
         assert merged < 1.5 * applied
+
+
+def test_an_adapter_as_a_dora_gives_the_logits_of_the_same_adapter_in_peft(path, ours, tmp_path):
+    """In float32 to rounding. In bfloat16, PEFT also rounds the norms that DoRA divides by."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    tokenizer = ours[1]
+    minia3.save_model(minia3.load_model(path, dtype=torch.bfloat16), base, tokenizer)
+    model = minia3.load_model(base)
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+
+    def peft_logits(folder, dtype):
+        theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        with torch.no_grad():
+            theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
+            return theirs(input_ids=ids).logits.float()
+
+    for seed in range(3):
+        randomize(model, seed, std=0.1)
+        ia3 = tmp_path / f"ia3-{seed}"
+        dora = tmp_path / f"dora-{seed}"
+        minia3.save_adapter(model, ia3)
+        write_dora(dora, read_adapter(ia3), base, ia3)
+        exact = peft_logits(ia3, torch.float32)
+        errors = []
+        for folder, dtype in ((dora, torch.float32), (dora, torch.bfloat16), (ia3, torch.bfloat16)):
+            errors.append(rms(peft_logits(folder, dtype) - exact) / rms(exact))
+        as_text = f"dora in float32 {errors[0]:.1e}, in bfloat16 {errors[1]:.3f}"
+        print(f"seed {seed}: {as_text}, (IA)^3 in bfloat16 {errors[2]:.3f}")
+        assert errors[0] < 2e-5
+        assert errors[1] < 3 * errors[2]

@@ -29,7 +29,7 @@ ADAPTER = "runs/tiny-t5-same-colour-ia3-0/adapter"
 SCRIPTS = {  # words that start a script -> words that print its help
     "data/pretrain.py": ["data/pretrain.py"],
     "tests.benchmarks": ["-m", "tests.benchmarks"],
-    "tests.benchmarks.studies": ["-m", "tests.benchmarks.studies"],
+    "tests.benchmarks.study_inputs": ["-m", "tests.benchmarks.study_inputs"],
     "tests.benchmarks.memory": ["-m", "tests.benchmarks.memory"],
     "tests.benchmarks.growth": ["-m", "tests.benchmarks.growth"],
     "tests.benchmarks.rows": ["-m", "tests.benchmarks.rows"],
@@ -46,10 +46,11 @@ OTHER_FLAGS = {
     "--cases",
     "--checkpoint",  # the name of --recompute in version 0.1.0
     "--no-deps",
+    "--nproc-per-node",  # torchrun
+    "--model-path",  # SGLang
+    "--outfile",  # llama.cpp
     "--local-dir",
 }
-# A study hands flags that it does not know to train.py.
-TRAIN_FLAGS_OF_STUDIES = {"--init", "--data-dir", "--device"}
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -242,8 +243,6 @@ def test_commands_of_the_other_scripts_have_flags_that_exist(script):
     command = [sys.executable, *SCRIPTS[script], "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     known = set(re.findall(r"--[\w-]+", done.stdout))
-    if script == "tests.benchmarks.studies":
-        known |= TRAIN_FLAGS_OF_STUDIES
     used = [words for _, words in all_commands() if script in words[:3]]
     assert used
     for words in used:

@@ -1,5 +1,6 @@
 """Guards minia3/files/lock.py: a lock has one holder at a time, even if its file is removed."""
 
+import errno
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import running
 
-from minia3.files.lock import FAR, lock_folder, remove_lock
+from minia3.files.lock import FAR, FolderLocked, lock_folder, remove_lock, waiting_for_lock
 from minia3.files.write import write_json, writing_folder
 
 fcntl = pytest.importorskip("fcntl", reason="these tests are for flock")
@@ -53,6 +54,25 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_again(tmp_path, mo
     with pytest.raises(ValueError, match=REFUSED):
         lock_folder(tmp_path)
     second.close()
+
+
+def test_a_file_system_without_locks_is_named_and_is_not_taken_for_another_run(
+    tmp_path, monkeypatch
+):
+    """Lustre says so unless it is mounted with `flock`."""
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match="its file system has no locks") as caught:
+        lock_folder(tmp_path)
+    assert not isinstance(caught.value, FolderLocked)
+    with (
+        pytest.raises(ValueError, match="Function not implemented"),
+        waiting_for_lock(tmp_path, "x"),
+    ):
+        pass
 
 
 # Windows

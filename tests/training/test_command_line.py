@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import running
 from running import ROOT, fails, metrics, outcome, run, task, train, words
 
 import minia3
@@ -187,3 +188,52 @@ def test_epochs_that_differ_within_a_grid_are_refused(tmp_path, capsys):
     fails(words(tmp_path / "run", **flags), capsys, "5 to 10 steps", "give --steps")
     assert run(words(tmp_path / "one", adapters="one", **flags)) == 0
     assert metrics(tmp_path / "one")[-1]["steps"] == 15  # 29 rows twice, 4 per step
+
+
+# --or-resume: a command line that may be given again
+
+
+def test_or_resume_begins_continues_and_leaves_a_run_alone(tmp_path, capsys):
+    again = words(tmp_path / "run", "--or-resume", steps=3, save_every=2)
+    assert run(again) == 0
+    assert run(words(tmp_path / "alone", steps=3, save_every=2)) == 0
+    expected = outcome(tmp_path / "alone")
+    assert outcome(tmp_path / "run") == expected
+    capsys.readouterr()
+    assert run(again) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == expected
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # as if it was killed before the first one
+    assert run(again) == 0
+    assert outcome(tmp_path / "run") == expected
+
+
+def test_or_resume_leaves_no_trace_in_the_record_of_a_run(tmp_path):
+    assert run(words(tmp_path / "run", "--or-resume", steps=1)) == 0
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["or_resume"] is False
+    assert recorded["resume"] is None
+
+
+def test_or_resume_needs_a_folder_and_the_same_flags(tmp_path, capsys):
+    fails(words(None, "--or-resume"), capsys, "--or-resume looks for a run in the folder of --out")
+    fails(["--or-resume", "--resume", tmp_path], capsys, "--resume takes no other flags")
+    assert run(words(tmp_path / "run", steps=1)) == 0
+    found = f"{tmp_path}/run holds a run with other flags: --lr is 0.003, expected 0.1"
+    fails(words(tmp_path / "run", "--or-resume", steps=1, lr=0.1), capsys, found)
+    # Where a run happens is not what it does.
+    assert run(words(tmp_path / "run", "--or-resume", steps=1, data_dir=tmp_path)) == 0
+
+
+def test_or_resume_knows_a_run_whose_epochs_became_steps(tmp_path, capsys):
+    again = words(tmp_path / "run", "--or-resume", steps=None, epochs=0.5)
+    assert run(again) == 0
+    capsys.readouterr()
+    assert run(again) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_or_resume_from_python(tmp_path):
+    flags = {"task": str(task()), "steps": 1, "out": tmp_path / "run", "or_resume": True}
+    first = minia3.train(running.model("t5"), **flags)
+    assert minia3.train(running.model("t5"), **flags).results == first.results

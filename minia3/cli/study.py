@@ -1,0 +1,222 @@
+"""`study`: make the runs that a file describes, alone or with other workers.
+
+A worker is a process that makes runs one after the other. Workers need no common scheduler, and
+know nothing of each other: the lock of a run's folder keeps a second worker out of it, and what
+stands in the folder says how far the run is.
+"""
+
+import argparse
+import math
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+
+from minia3.cli.terminal import show
+from minia3.files.lock import FolderLocked
+from minia3.training import command_line
+from minia3.training.command_lines import COMMAND
+from minia3.training.config import Config
+from minia3.training.run_folder import RunExists
+from minia3.training.study_file import given_words, read_studies
+
+TITLE = "Make the runs that a file describes, or a share of them"
+EXAMPLE = "python -m minia3 study study.toml --run 1/6"
+STATES = ("finished", "failed", "begun", "to come")
+
+
+def add_arguments(parser):
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a study: a .toml file")
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument(
+        "--list",
+        action="store_true",
+        help="print the command line of each run, to run it elsewhere",
+    )
+    actions.add_argument(
+        "--run",
+        dest="share",
+        nargs="?",
+        type=read_share,
+        const=(1, 1),
+        metavar="i/n",
+        help="make the runs: the i-th of n shares, or all. A run that is finished, or that another "
+        "worker makes, is passed over",
+    )
+    actions.add_argument(
+        "--submit",
+        metavar="CLUSTER",
+        help="start workers with submitit: slurm, slurm:PARTITION, or local",
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="leave out runs whose names do not match, as in --only 'ia3-*' (default: all runs)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive(int),
+        default=1,
+        help="how many workers --submit starts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hours",
+        type=positive(float),
+        default=24,
+        help="how long a worker of --submit lives (default: %(default)s)",
+    )
+    # The flags of train.py replace those of the file in every run.
+    command_line.add_arguments(parser)
+
+
+def read_share(text):
+    """Return (i, n) of "i/n"."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a share such as 2/6; to make all runs, put --run behind the file"
+        )
+    i, n = map(int, match.groups())
+    if not 1 <= i <= n:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: i is from 1 to n")
+    return i, n
+
+
+def positive(kind):
+    """Return a function that reads a number above 0, for argparse."""
+
+    def read(text):
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        return number
+
+    read.__name__ = kind.__name__  # argparse names it in an error
+    return read
+
+
+def run(args):
+    given = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
+    runs = read_studies(args.files, given, args.only)
+    if args.list:
+        for study_run in runs:
+            show(line_of(study_run))
+    elif args.share:
+        i, n = args.share
+        make_runs(runs, runs[i - 1 :: n])
+    elif args.submit:
+        from minia3.cli.submit import submit
+
+        words = ["study", *args.files, *given_words(given), "--only", args.only, "--run"]
+        folder = runs[0].folder.parent / "workers"
+        submit(args.submit, words, folder, args.workers, args.hours)
+    else:
+        show_states(runs)
+
+
+def line_of(study_run):
+    """Return the command line of a run. Raise ValueError if it would be more than one line."""
+    words = [*COMMAND.split(), *given_words(study_run.flags), "--or-resume"]
+    line = shlex.join(words)
+    if len(line.splitlines()) > 1:
+        raise ValueError(
+            f"{study_run.origin}: {study_run.name} has a flag of several lines, which --list "
+            "cannot print in one: use --run"
+        )
+    return line
+
+
+# Making runs
+
+
+def make_runs(runs, share):
+    """Make the runs of a share, one after the other.
+
+    runs: all runs of the study, whose flags are checked first. Runs that nobody has begun come
+    first: if a run kills its worker, because memory runs out, it does not keep the others waiting.
+    Raise RuntimeError at the end if some of them failed, and SystemExit if a signal stops one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "a worker of a study is one process, and torchrun has started "
+            f"{os.environ['WORLD_SIZE']}: put torchrun in front of each line of --list instead"
+        )
+    for study_run in runs:
+        study_run.resolve()
+    counts = Counter()
+    failed = []
+    for study_run in sorted(share, key=lambda study_run: study_run.has_begun):
+        outcome = make_run(study_run)
+        counts[outcome] += 1
+        if outcome == "failed":
+            failed.append(str(study_run.folder))
+    show(", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "0 runs")
+    if failed:
+        names = ", ".join(failed)
+        raise RuntimeError(f"{len(failed)} of {len(share)} runs failed, see above: {names:.300}")
+
+
+def make_run(study_run):
+    """Make a run, or continue it. Return what became of it, in words that follow a number."""
+    from minia3.files.streams import lasting_output
+    from minia3.training.checkpoint import load_checkpoint
+    from minia3.training.loop import load_loop
+    from minia3.training.run import Failed
+    from minia3.training.signals import Stopped
+    from minia3.training.start import run_config
+
+    loop = load_loop()
+    with lasting_output():
+        try:
+            config = study_run.resolve()
+            checkpoint = load_checkpoint(study_run.folder)
+            if checkpoint is not None and checkpoint.is_finished:
+                return "finished before"
+            show(f"== {study_run.folder}")
+            run_config(config, loop.run_grid, COMMAND, is_program=True)
+            return "finished now"
+        except FolderLocked:
+            show("another worker makes this run")
+            return "left to another worker"
+        except Stopped as stop:
+            sys.exit(128 + stop.number)
+        except (Failed, OSError, ValueError) as error:
+            if isinstance(error, RunExists) and study_run.has_begun:
+                return make_run(study_run)  # another worker has begun it since we looked
+            print(command_line.error_line(COMMAND, error), file=sys.stderr)
+            return "failed"
+
+
+# Looking on
+
+
+def show_states(runs):
+    """Print a line for each run, and how many runs there are in each state."""
+    counts = Counter()
+    for study_run in runs:
+        state = state_of(study_run)
+        counts[state] += 1
+        show(f"{state:<9} {study_run.folder}")
+    parts = [f"{counts[state]} {state}" for state in STATES if state in counts]
+    show(f"{len(runs)} runs: {', '.join(parts)}")
+
+
+def state_of(study_run):
+    """Return one of STATES. It is read from the run's files, so it is true at any time."""
+    from minia3.cli.results import Run, errors_in_one_line, read_metrics
+    from minia3.files.read import read_json
+
+    if not study_run.has_begun:
+        return "to come"
+    folder = study_run.folder
+    with errors_in_one_line(folder):
+        found = Run(
+            folder, read_json(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
+        )
+        if len(found.outcomes) < found.count_cells():
+            return "begun"
+    if "failed" in found.outcomes.values():
+        return "failed"
+    return "finished"

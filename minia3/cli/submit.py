@@ -1,0 +1,46 @@
+"""Start the workers of a study with submitit (the extra `cluster`): on SLURM, or here.
+
+submitit writes the batch script, and queues a worker again if its time is up or its machine is
+taken away. What else a cluster wants to know comes from the environment of sbatch, whose variables
+win over the script: SBATCH_GRES, SBATCH_ACCOUNT ...
+"""
+
+from minia3.cli.main import main
+from minia3.cli.terminal import show
+
+
+class Worker:
+    """What submitit calls: `minia3 study ... --run`. Its runs continue where they were stopped."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self):
+        return main(self.words)
+
+    def checkpoint(self):
+        """Return the job that takes the place of this one. submitit calls it before the end."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def submit(target, words, folder, n_workers, hours):
+    """Start `n_workers` workers for `hours` at most, and print their jobs.
+
+    target: CLUSTER or CLUSTER:PARTITION. words: what follows `minia3` in the workers' command line.
+    folder: for what the workers print.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError("--submit needs submitit: pip install 'minia3[cluster]'") from None
+    cluster, _, partition = target.partition(":")
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    executor.update_parameters(name="minia3", timeout_min=round(60 * hours))
+    if partition:
+        executor.update_parameters(slurm_partition=partition)
+    with executor.batch():
+        jobs = [executor.submit(Worker(words)) for _ in range(n_workers)]
+    for job in jobs:
+        show(f"job {job.job_id} prints to {job.paths.stdout}")

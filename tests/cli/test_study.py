@@ -1,0 +1,362 @@
+"""A study can be made by any number of workers, which may be killed: every run is made once."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import running
+from command_line import failure, output, python
+from running import model, outcome, task
+
+from minia3.cli.main import main
+from minia3.cli.results import read_results
+from minia3.files.lock import lock_folder
+from minia3.training import start
+from minia3.training.loop import load_loop
+from minia3.training.study_file import given_words, read_studies
+
+FENCE = re.compile(r"^```(\w*).*\n((?:.*\n)*?)```$", re.MULTILINE)
+N_WORKERS = 6
+VICTIMS = (0, 3)  # workers that are killed
+N_BATCHES = 7  # that a victim draws before it is killed, after the checkpoint of step 6
+
+
+def write_study(folder, text="", steps=3):
+    """Write a study of four short runs on the random T5, and return its path."""
+    path = folder / "study.toml"
+    path.write_text(f"""
+out = '{folder}/runs'
+[flags]
+model = '{model("t5")}'
+task = '{task()}'
+steps = {steps}
+save-every = 2
+batch-size = 4
+device = 'cpu'
+[each]
+seed = [0, 1]
+[each.method]
+ia3 = {{}}
+lora = {{method = 'lora', rank = 2}}
+{text}
+""")
+    return path
+
+
+def train_alone(path, folder):
+    """Make each run of a study by itself, and return a dict from its name to its outcome."""
+    outcomes = {}
+    for run in read_studies([path], {"out": str(folder)}):
+        assert running.run(given_words(run.flags)) == 0
+        outcomes[run.name] = outcome(run.folder)
+    return outcomes
+
+
+def outcomes_of(path):
+    return {run.name: outcome(run.folder) for run in read_studies([path], {})}
+
+
+def states(capsys, path):
+    """Return how many runs are in each state, and the state of each run."""
+    *lines, last = output(capsys, "study", path).splitlines()
+    return last, {Path(line.rpartition(" ")[2]).name: line[:9].strip() for line in lines}
+
+
+# Lists and states
+
+
+def test_the_list_has_command_lines_that_may_be_given_again(tmp_path, capsys):
+    path = write_study(tmp_path, steps=2)
+    lines = output(capsys, "study", path, "--list").splitlines()
+    assert len(lines) == 4
+    program, words = shlex.split(lines[0])[:2], shlex.split(lines[0])[2:]
+    assert program == ["minia3", "train"]
+    for expected in ("after ", "is finished"):
+        assert running.run(words) == 0
+        assert expected in capsys.readouterr().out
+    assert states(capsys, path) == (
+        "4 runs: 1 finished, 3 to come",
+        {
+            "seed0-ia3": "finished",
+            "seed0-lora": "to come",
+            "seed1-ia3": "to come",
+            "seed1-lora": "to come",
+        },
+    )
+
+
+def test_flags_on_the_command_line_replace_those_of_the_file(tmp_path, capsys):
+    path = write_study(tmp_path)
+    lines = output(capsys, "study", path, "--list", "--steps", 7, "--out", "elsewhere")
+    for line in lines.splitlines():
+        assert "--steps 7 " in line
+        assert " --out elsewhere/" in line
+
+
+def test_a_flag_of_several_lines_is_not_listed_as_several_commands(tmp_path, capsys):
+    path = write_study(tmp_path, '[runs.prompt]\ninput = "{a}\\nIs it?"\ntarget = "{b}"')
+    capsys.readouterr()
+    assert main(["study", str(path), "--list"]) == 2
+    assert "prompt has a flag of several lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 9])
+def test_the_shares_are_the_runs_divided(tmp_path, monkeypatch, n):
+    path = write_study(tmp_path)
+    shares = []
+    monkeypatch.setattr("minia3.cli.study.make_runs", lambda runs, share: shares.append(share))
+    for i in range(1, n + 1):
+        assert main(["study", str(path), "--run", f"{i}/{n}"]) == 0
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    names = sorted(run.name for share in shares for run in share)
+    assert names == sorted(run.name for run in read_studies([path], {}))
+
+
+@pytest.mark.parametrize("share", ["0/3", "4/3", "1", "a/b", "1/", "-1/3", "1/0", "1/2/3"])
+def test_a_share_that_does_not_exist_is_refused(tmp_path, capsys, share):
+    assert "not a share" in failure(capsys, "study", write_study(tmp_path), f"--run={share}")
+
+
+def test_run_before_the_file_is_explained(tmp_path, capsys):
+    path = write_study(tmp_path)
+    assert "put --run behind the file" in failure(capsys, "study", "--run", path)
+
+
+# Making runs
+
+
+def test_runs_that_nobody_has_begun_come_first(tmp_path, capsys, monkeypatch):
+    """So that a run that kills its worker each time does not keep the others waiting."""
+    path = write_study(tmp_path, steps=1)
+    runs = read_studies([path], {})
+    assert running.run(given_words(runs[1].flags)) == 0
+    made = []
+    monkeypatch.setattr("minia3.cli.study.make_run", lambda run: made.append(run.name) or "made")
+    assert main(["study", str(path), "--run"]) == 0
+    assert made == [runs[i].name for i in (0, 2, 3, 1)]
+
+
+def test_a_worker_is_one_process(tmp_path, capsys, monkeypatch):
+    path = write_study(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    message = failure(capsys, "study", path, "--run")
+    assert "a worker of a study is one process, and torchrun has started 4" in message
+    assert output(capsys, "study", path, "--list").count("\n") == 4
+
+
+@pytest.mark.slow
+def test_runs_equal_those_that_are_made_alone_and_are_not_made_twice(tmp_path, capsys):
+    path = write_study(tmp_path)
+    assert "2 finished now" in output(capsys, "study", path, "--run", "2/2")
+    assert "2 finished now, 2 finished before" in output(capsys, "study", path, "--run")
+    before = running.contents(tmp_path / "runs")
+    assert output(capsys, "study", path, "--run") == "4 finished before\n"
+    assert running.contents(tmp_path / "runs") == before
+    assert states(capsys, path)[0] == "4 runs: 4 finished"
+    assert outcomes_of(path) == train_alone(path, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_run_that_another_worker_makes_is_passed_over(tmp_path, capsys):
+    path = write_study(tmp_path)
+    first = read_studies([path], {})[0]
+    first.folder.mkdir(parents=True)
+    with lock_folder(first.folder):
+        printed = output(capsys, "study", path, "--run")
+    assert printed.endswith("\n1 left to another worker, 3 finished now\n")
+    assert "another worker makes this run" in printed
+    assert "1 finished now, 3 finished before" in output(capsys, "study", path, "--run")
+
+
+@pytest.mark.slow
+def test_a_run_that_another_worker_has_begun_since_we_looked_is_continued(
+    tmp_path, capsys, monkeypatch
+):
+    path = write_study(tmp_path)
+    first = read_studies([path], {})[0]
+    run_config = start.run_config
+    n_calls = 0
+
+    def run_config_but_late(*arguments, **options):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 1:
+            assert running.run(given_words(first.flags)) == 0
+        return run_config(*arguments, **options)
+
+    monkeypatch.setattr(start, "run_config", run_config_but_late)
+    printed = output(capsys, "study", path, "--run", "1/4")
+    assert n_calls == 2
+    assert printed.endswith("\n1 finished before\n")
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    path = write_study(tmp_path, "[runs.bad]\ntask = 'nowhere.csv'", steps=1)
+    assert main(["study", str(path), "--run"]) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("minia3 train: nowhere.csv: no such file or folder")
+    assert last == f"minia3: 1 of 5 runs failed, see above: {tmp_path}/runs/bad"
+    assert states(capsys, path)[0] == "5 runs: 4 finished, 1 to come"
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_nan_is_a_run_that_failed(tmp_path, capsys):
+    path = write_study(tmp_path, "[runs.high]\nlr = 1e30\nclip = 1e30")
+    assert main(["study", str(path), "--run", "5/5", "--steps", "30"]) == 1
+    capsys.readouterr()
+    assert "1 failed" in output(capsys, "study", path, "--steps", 30)
+
+
+def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, capsys):
+    path = write_study(tmp_path, steps=1)
+    last = read_studies([path], {})[-1]
+    assert running.run(given_words(last.flags)) == 0
+    found = f"{last.folder} holds a run with other flags: --steps is 1, expected 2"
+    assert found in failure(capsys, "study", path, "--run", "--steps", 2)
+    assert states(capsys, path)[0] == "4 runs: 1 finished, 3 to come"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_run_and_stops_the_worker(tmp_path, capsys, number):
+    path = write_study(tmp_path, steps=3000)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        worker = python("study", path, "--run", stdout=file, stderr=file)
+        wait_for(lambda: (tmp_path / "runs/seed0-ia3/checkpoint.pt").exists())
+        worker.send_signal(number)
+        assert worker.wait(180) == 128 + number, log.read_text()
+    assert "stopped; to continue: minia3 train --resume" in log.read_text()
+    last, found = states(capsys, path)
+    assert last == "4 runs: 1 begun, 3 to come"
+    assert found["seed0-ia3"] == "begun"
+
+
+# Six workers, two of which are killed
+
+
+def work(words, folder, number):
+    """Be worker `number`: make runs, and write down when each begins and ends.
+
+    A victim is killed in the middle of a run, after all workers have begun.
+    """
+    loop = load_loop()
+    log = os.open(folder / f"worker-{number}.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    run_grid = loop.run_grid
+    next_batch = loop.Group.next_batch
+    n_drawn = 0
+    current = None  # the folder of the run
+
+    def next_batch_or_death(group):
+        nonlocal n_drawn
+        n_drawn += 1
+        if n_drawn == N_BATCHES:
+            wait_for(lambda: len(list(folder.glob("worker-*.log"))) == N_WORKERS)
+            note(folder, current, "killed")
+            running.kill_self()
+        return next_batch(group)
+
+    def noted_run_grid(run, config):  # which is called with the lock of the run
+        nonlocal current
+        current = run.folder
+        note(folder, run.folder, "begins")
+        run_grid(run, config)
+        note(folder, run.folder, "ends")
+
+    loop.run_grid = noted_run_grid
+    if number in VICTIMS:
+        loop.Group.next_batch = next_batch_or_death
+    sys.exit(main(words))
+
+
+def note(folder, run_folder, event):
+    line = {"run": run_folder.name, "worker": os.getpid(), "time": time.monotonic(), "event": event}
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def wait_for(condition, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_meanwhile(runs_folder, workers):
+    """Read the results again and again while workers write them. Return how many there were."""
+    counts = []
+    while any(worker.is_alive() for worker in workers):
+        # Before the first result, this is all that there is to say.
+        with contextlib.suppress(ValueError):
+            counts.append(len(read_results([runs_folder])[0]))
+        time.sleep(0.1)
+    return counts
+
+
+@pytest.mark.slow
+def test_six_workers_make_each_run_once_although_two_are_killed(tmp_path, capsys):
+    text = "[runs.none]\nmethod = 'none'\n[runs.grid]\nlr = [1e-3, 3e-3]\n"
+    text += "[runs.long]\nsteps = 60\n[runs.ul]\nlosses = 'lm,ul'\nseed = 5"
+    path = write_study(tmp_path, text, steps=20)
+    words = ["study", str(path), "--run"]
+    workers = {}
+    for number in sorted(range(N_WORKERS), key=lambda number: number not in VICTIMS):
+        process = running.processes().Process(target=work, args=(words, tmp_path, number))
+        process.start()
+        workers[number] = process
+        if number in VICTIMS:  # so that each victim has a run, however slow this machine is
+            wait_for(lambda: len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == len(workers))
+    counts = read_meanwhile(tmp_path / "runs", workers.values())
+    assert counts == sorted(counts)
+    codes = {number: running.finish(worker) for number, worker in workers.items()}
+    expected = dict.fromkeys(range(N_WORKERS), 0)
+    expected |= dict.fromkeys(VICTIMS, -signal.SIGKILL)
+    logs = [path.read_text() for path in sorted(tmp_path.glob("worker-*.log"))]
+    assert codes == expected, logs
+
+    # Nobody waits for the runs of the dead. One more worker completes the study.
+    assert main(words) == 0
+    capsys.readouterr()
+    assert states(capsys, path)[0] == "8 runs: 8 finished"
+    check_no_run_was_made_twice_at_once(tmp_path)
+    assert outcomes_of(path) == train_alone(path, tmp_path / "alone")
+    assert "| none " in output(capsys, "table", tmp_path / "runs")
+
+
+def check_no_run_was_made_twice_at_once(folder):
+    """Check that the events of each run alternate: it begins, ends or is killed, and so on."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    events.sort(key=lambda event: event["time"])
+    assert sum(event["event"] == "killed" for event in events) == len(VICTIMS)
+    for name in {event["run"] for event in events}:
+        of_run = [event for event in events if event["run"] == name]
+        assert of_run[0]["event"] == "begins"
+        for event, following in pairwise(of_run):
+            if event["event"] == "begins":
+                assert following["worker"] == event["worker"]
+                assert following["event"] in ("ends", "killed")
+            else:
+                assert following["event"] == "begins"
+
+
+# The documents
+
+
+def test_the_study_in_the_documents_has_the_runs_that_they_show(tmp_path, capsys):
+    text = (running.ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    blocks = dict(FENCE.findall(text.partition("## Sweeps on a cluster")[2])[:3])
+    path = tmp_path / "study.toml"
+    path.write_text(blocks["toml"])
+    assert output(capsys, "study", path, "--list") == blocks["text"]
