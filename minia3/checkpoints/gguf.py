@@ -152,7 +152,7 @@ def read_gguf(path):
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         found = f"general.architecture is {architecture!r:.40}"
-        raise ValueError(f"{path}: {found}, expected {' or '.join(map(repr, ARCHITECTURES))}")
+        raise ValueError(f"{path}: {found}, expected one of {', '.join(ARCHITECTURES)}")
     sizes = read_sizes(path, architecture, metadata, stored)
     config = make_config(architecture, sizes, stored)
     n_blocks = count_blocks(stored)

@@ -7,6 +7,7 @@ similarity-MODEL  how alike the adapters of a model are
 """
 
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ STYLE = {
 SIZE = (8, 5.5)  # inches
 DPI = 200  # 8 inches are 1600 pixels
 
-N_COLORS = 10  # of matplotlib's cycle: after these, another marker or line style
+# Curves go through all of these in turn, and through the ten colors of matplotlib's cycle. A curve
+# with gaps lies on top, so that another one with the same values shows through.
+LINE_STYLES = ("-", "--", ":")
 LABEL_WIDTH = 100  # characters; longer labels of a legend are wrapped
 LINE_HEIGHT = 0.16  # inches per line of a legend
 N_PANELS = 3  # side by side
@@ -43,6 +46,7 @@ PANEL_WIDTH = 2.6
 LEGEND_HEIGHT = 0.4
 LABEL_INCHES = 3
 ROW_LABEL_WIDTH = 40  # characters
+NO_BREAK = "\u00a0"  # a space at which no line ends
 CURVE_HEIGHT = 2.6  # inches
 WIDTHS = (3, 1)  # of the first and the last curve, in points
 N_FURTHEST = 8  # entries that are listed
@@ -163,7 +167,9 @@ def draw_accuracy(figure, rows):
 
 
 def row_label(row, names):
-    text = textwrap.fill(f"{names[row.model]}: {row.method}", ROW_LABEL_WIDTH)
+    # A flag stays beside its value.
+    label = re.sub(r"(?<!,) ", NO_BREAK, f"{names[row.model]}: {row.method}")
+    text = textwrap.fill(label, ROW_LABEL_WIDTH, break_on_hyphens=False).replace(NO_BREAK, " ")
     return f"{text}\n{row.n_trainable:,} parameters"
 
 
@@ -197,41 +203,56 @@ def draw_task(ax, rows, task):
 
 
 def draw_curves(figure, results):
-    """Draw loss and held-out results by step and by time, with a row of panels for each metric.
+    """Draw loss and held-out results by step and by time.
+
+    There is a row of panels for each sum of losses (--losses), and for each metric, because others
+    cannot be compared.
 
     A line is the median of all results with the same label, and the band shows their quartiles.
-    Later lines are thinner, so that a line on top of another one does not hide it.
+    Lines on top are thinner or have gaps, so that they do not hide a line with the same values.
     """
-    names = short_names(result.model for result in results)
-    titles = sorted({f"{names[result.model]}, {result.task}" for result in results})
+    models = short_names(result.model for result in results)
+    titles = sorted({f"{models[result.model]}, {result.task}" for result in results})
     groups = {}
     for result in results:
         label = result.label
         if len(titles) > 1:
-            label = f"{names[result.model]}, {result.task}: {label}"
+            label = f"{models[result.model]}, {result.task}: {label}"
         groups.setdefault(label, []).append(result)
 
     if len(titles) == 1:
         figure.suptitle(titles[0])
+    sums = sorted({losses_of(result) for result in results})
     metrics = sorted({result.metric for result in results if len(result.held_out_curve)})
-    quantities = ["training loss", *(f"held-out {metric} (%)" for metric in metrics)]
+    quantities = ["training loss"]
+    if len(sums) > 1:
+        quantities = [f"training loss ({names})" for names in sums]
+    quantities += [f"held-out {metric} (%)" for metric in metrics]
     axes = figure.subplots(len(quantities), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
+        layer = i % len(LINE_STYLES)
         style = {
-            "color": f"C{i % N_COLORS}",
-            "linestyle": "-" if i < N_COLORS else "--",
+            "color": f"C{i}",
+            "linestyle": LINE_STYLES[layer],
+            "zorder": 2 + layer,
             "linewidth": np.interp(i, (0, len(groups)), WIDTHS),
             "label": f"{label} (runs: {len(group)})",
         }
-        draw_group(axes[0], [result.loss_curve for result in group], group, style)
-        for row, metric in zip(axes[1:], metrics, strict=True):
+        for row, names in zip(axes, sums, strict=False):
+            curves = [result.loss_curve for result in group if losses_of(result) == names]
+            draw_group(row, curves, group, style)
+        for row, metric in zip(axes[len(sums) :], metrics, strict=True):
             curves = [result.held_out_curve for result in group if result.metric == metric]
             draw_group(row, curves, group, style)
     for row, quantity in zip(axes, quantities, strict=True):
         row[0].set(xlabel="step", ylabel=quantity)
         row[1].set(xlabel="time (s); in a grid, one adapter's share", ylabel=quantity)
     figure.set_figheight(max(SIZE[1], CURVE_HEIGHT * len(quantities)))
-    add_legend(figure, axes[0, 0])
+    add_legend(figure, axes[:, 0])
+
+
+def losses_of(result):
+    return result.flags.get("losses", "")
 
 
 def draw_group(axes, curves, results, style):
@@ -260,16 +281,18 @@ def quartiles(curves):
     return steps, low, median, high
 
 
-def add_legend(figure, ax):
-    """Put a legend below the axes. The figure grows by its height."""
-    handles, labels = ax.get_legend_handles_labels()
-    labels = [textwrap.fill(label, LABEL_WIDTH) for label in labels]
+def add_legend(figure, axes):
+    """Put a legend of the lines of some axes below all axes. The figure grows by its height."""
+    lines = {}
+    for ax in axes:
+        lines |= {line.get_label(): line for line in ax.lines}
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label in lines]
     n_columns = 2
     if max(map(len, labels)) > LABEL_WIDTH / 2:
         n_columns = 1
     n_lines = sum(label.count("\n") + 1 for label in labels) / n_columns
     figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * n_lines)
-    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns)
+    figure.legend(lines.values(), labels, loc="outside lower center", ncols=n_columns)
 
 
 # What adapters learned

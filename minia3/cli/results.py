@@ -419,9 +419,19 @@ def label_results(results):
     for result in results:
         parts = [result.method]
         for flag, value in result.flags.items():
-            if flag in named_flags[result.run_folder] and value is not None:
-                parts.append(f"{flag} {value}")
+            if flag in named_flags[result.run_folder]:
+                parts += name_flag(flag, value)
         result.label = ", ".join(parts)
+
+
+def name_flag(flag, value):
+    """Return the words for a flag of a label, as people type it, or none if it is not set."""
+    name = flag.replace("_", "-")
+    if value is True:
+        return [name]
+    if value is None or value is False:
+        return []
+    return [f"{name} {value}"]
 
 
 def comparison(result, flag):

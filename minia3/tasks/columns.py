@@ -451,6 +451,8 @@ class Columns:
             near = []
             if len(missing) == 1:
                 near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
+            if len(missing) == 1 and len(column_set.names) > 2 and not unknown:
+                return f"add a column {missing[0]!r} with the answers"
             if near:
                 hint = f"did you mean {missing[0]!r} by {self.names[near[0]]!r}? Otherwise "
                 break

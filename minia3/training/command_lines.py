@@ -50,13 +50,14 @@ def resume_command(program, folder, steps=None):
 def training_command(config):
     """Return the words of the command that trains with the flags of `config`, without places.
 
-    The command is for others, so an absolute path loses its folders.
+    The command is for others, so an absolute path loses its folders, and the program is the one
+    that every installed minia3 has.
     """
     names = ["model", "task"]
     for name in changed_flags(config):
         if name not in ("model", "task", *PLACES):
             names.append(name)
-    return ["python", "train.py", *map(without_place, flag_words(config, names))]
+    return [*COMMAND.split(), *map(without_place, flag_words(config, names))]
 
 
 def without_place(word):

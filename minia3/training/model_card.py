@@ -210,16 +210,14 @@ def shown_model(name):
 def code_of_base(name, auto_class):
     """Return the lines of code that load the base with transformers.
 
-    transformers reads no .gguf file as it stands, and no folder in Meta's layout: `minia3 convert`
-    makes a folder that it reads.
+    transformers does not find the embedded model, and reads no .gguf file as it stands and no
+    folder in Meta's layout: `minia3 convert` makes a folder that it reads.
     """
     base = public_name(name)
-    if base == "tiny-t5":  # it is in this repository only
-        base = "data/tiny-t5"
     comment = ""
     is_folder = os.path.isdir(name)
     is_meta = is_folder and not os.path.exists(os.path.join(name, "config.json"))
-    if is_meta or name.endswith(".gguf"):
+    if base == "tiny-t5" or is_meta or name.endswith(".gguf"):
         folder = f"{os.path.splitext(os.path.basename(base))[0]}-converted"
         command = shlex.join(["minia3", "convert", base, folder])
         comment = f"# transformers reads a folder that this command makes: {command}\n"

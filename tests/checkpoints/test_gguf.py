@@ -539,7 +539,7 @@ def test_a_message_names_all_keys_that_are_missing_or_not_supported(tmp_path, ch
 def test_other_architectures_and_files_without_an_embedding_are_refused(tmp_path):
     stored = gguf_tensors(hf_tensors(make_model()))
     message = fault(read_gguf, write(tmp_path / "a.gguf", stored, arch="gemma3"))
-    assert message == "general.architecture is 'gemma3', expected 'llama' or 'qwen2' or 'qwen3'"
+    assert message == "general.architecture is 'gemma3', expected one of llama, qwen2, qwen3"
     stored.pop("token_embd.weight")
     assert "token_embd.weight" in fault(read_gguf, write(tmp_path / "b.gguf", stored))
 

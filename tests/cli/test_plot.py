@@ -15,6 +15,8 @@ from run_folders import make_run, write_metrics
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.cli.plot import (
+    DPI,
+    SIZE,
     choose_pictures,
     draw_accuracy,
     draw_curves,
@@ -26,6 +28,8 @@ from minia3.cli.results import read_results
 from minia3.cli.table import COMMONEST, Cell, Row
 
 figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot")
+colors = pytest.importorskip("matplotlib.colors")
+agg = pytest.importorskip("matplotlib.backends.backend_agg")
 
 
 @pytest.fixture(scope="module")
@@ -213,12 +217,44 @@ def test_held_out_results_of_different_metrics_have_different_axes(runs):
     assert [len(ax.lines) for ax in axes[:, 0]] == [2, 1, 1]
 
 
-def test_equal_curves_show_because_the_later_one_is_thinner(runs):
+def test_sums_of_other_losses_have_axes_of_their_own(runs):
     (result,), _ = read_results([runs / "ia3-0"])
-    results = [replace(result, label=f"ia3, lr {i}") for i in range(3)]
-    widths = [line.get_linewidth() for line in drawn(draw_curves, results).axes[0].lines]
+    other = replace(result, label="ia3, losses lm", flags=result.flags | {"losses": "lm"})
+    new = drawn(draw_curves, [result, other])
+    axes = np.reshape(new.axes, (3, 2))
+    labels = [ax.get_ylabel() for ax in axes[:, 0]]
+    expected = ["training loss (lm)", "training loss (lm,ul,ln)", "held-out accuracy (%)"]
+    assert labels == expected
+    assert [len(ax.lines) for ax in axes[:, 0]] == [1, 1, 2]
+    assert len(new.legends[0].get_texts()) == 2
+
+
+def test_equal_curves_show_because_the_upper_ones_have_gaps_or_are_thinner(runs):
+    (result,), _ = read_results([runs / "ia3-0"])
+    results = [replace(result, label=f"ia3, lr {i}") for i in range(4)]
+    lines = drawn(draw_curves, results).axes[0].lines
+    widths = [line.get_linewidth() for line in lines]
     assert sorted(widths, reverse=True) == widths
-    assert len(set(widths)) == 3
+    assert len(set(widths)) == 4
+    assert [line.get_linestyle() for line in lines] == ["-", "--", ":", "-"]
+    heights = [line.get_zorder() for line in lines]
+    assert heights[0] == heights[3] < heights[1] < heights[2]
+
+
+def test_equal_curves_have_each_its_color_in_the_picture(runs):
+    """In pixels: five curves with the same values."""
+    (result,), _ = read_results([runs / "ia3-0"])
+    results = [replace(result, label=f"ia3, lr {i}") for i in range(5)]
+    new = figure.Figure(SIZE, DPI, layout="constrained")
+    draw_curves(new, results)
+    new.legends[0].remove()
+    canvas = agg.FigureCanvasAgg(new)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int).reshape(-1, 3)
+    for i in range(5):
+        color = np.round(np.array(colors.to_rgb(f"C{i}")) * 255)
+        n_pixels = (np.abs(pixels - color).max(axis=1) <= 1).sum()
+        assert n_pixels > 100, i
 
 
 def test_curves_are_medians_over_runs_by_step_and_by_time(runs):

@@ -106,9 +106,14 @@ def test_flags_of_older_versions_are_read(tmp_path):
     """`checkpoint` is called `recompute` today. `similar_lengths` is gone, but changed results."""
     make_run(tmp_path / "a", checkpoint=True, similar_lengths=False)
     make_run(tmp_path / "b", checkpoint=False, similar_lengths=True)
-    make_run(tmp_path / "c", recompute=True)
-    expected = ["ia3, similar_lengths False", "ia3, similar_lengths True", "ia3"]
-    assert labels(tmp_path) == expected
+    make_run(tmp_path / "c", recompute=True, seed=1)
+    assert labels(tmp_path) == ["ia3", "ia3, similar-lengths", "ia3"]
+
+
+def test_a_label_names_flags_as_people_type_them(tmp_path):
+    make_run(tmp_path / "a", no_cross=True, max_length=8)
+    make_run(tmp_path / "b", no_cross=False, max_length=9)
+    assert labels(tmp_path) == ["ia3, no-cross, max-length 8", "ia3, max-length 9"]
 
 
 def test_shots_are_compared_within_a_task(tmp_path):
@@ -131,7 +136,7 @@ def test_all_adapters_of_a_grid_name_the_flags_in_which_one_of_them_differs(tmp_
 def test_prompts_of_the_evaluation_are_named_if_they_differ(tmp_path):
     make_run(tmp_path / "a", eval_prompt="0")
     make_run(tmp_path / "b", [{"accuracies": [0.5, 0.6]}], eval_prompt="all")
-    assert labels(tmp_path) == ["ia3, eval_prompt 0", "ia3, eval_prompt all"]
+    assert labels(tmp_path) == ["ia3, eval-prompt 0", "ia3, eval-prompt all"]
 
 
 def test_flags_of_training_do_not_distinguish_what_was_only_evaluated(tmp_path):

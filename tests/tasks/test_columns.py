@@ -263,6 +263,8 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
         ),
         ({"text": "a"}, "has the columns text; expected such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
+        ({"instruction": "a", "input": "b"}, "add a column 'output' with the answers"),
+        ({"premise": "a", "hypothesis": "b"}, "add a column 'label' with the answers"),
         ({}, "has the columns ; expected"),
     ],
 )

@@ -207,7 +207,7 @@ def test_results_are_described_in_a_few_words():
 
 
 def parsed(words):
-    assert words[:2] == ["python", "train.py"]
+    assert words[:2] == ["minia3", "train"]
     return train.Config(**parse_flags(words[2:]))
 
 

@@ -129,13 +129,14 @@ def read_wandb_file(path):
 
 @pytest.mark.slow
 def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
     assert run(words(out, seed="0,1", log_to="wandb")) == 0
+    wandb.teardown()  # waits for the process that writes the file, as the end of a program does
     (file,) = out.glob("wandb/offline-run-*/*.wandb")
     found = {}
     for data in read_wandb_file(file):
