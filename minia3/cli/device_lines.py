@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from minia3.cli.terminal import format_size
-
 from minia3.training.choices import QUANTIZED
 from minia3.training.device_plan import Plan, recipe_shape
 

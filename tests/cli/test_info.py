@@ -295,7 +295,7 @@ def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_a
     [
         (["llama-2-70b", "--devices", 1, "--memory", 80], "--quantize int8 fits"),
         (["llama-2-70b", "--devices", 1, "--memory", 48], "--quantize nf4 fits"),
-        (["llama-3.1-405b", "--devices", 8, "--memory", 40], "--devices 32 --quantize nf4 fits"),
+        (["llama-3.1-405b", "--devices", 8, "--memory", 40], "--devices 16 --quantize nf4 fits"),
         (["llama-3.1-405b", "--devices", 8, "--memory", 5], "more memory, or a smaller model"),
     ],
 )

@@ -1,5 +1,5 @@
-"""Guards the plan for devices: its bytes are those of real models, whole, quantized and divided, and
-of real steps of several processes; and docs/scale.md has the tables that it makes."""
+"""Guards the plan for devices: its bytes are those of real models, whole, quantized and divided,
+and of real steps of several processes; and docs/scale.md has the tables that it makes."""
 
 from dataclasses import replace
 from pathlib import Path
