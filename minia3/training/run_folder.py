@@ -26,14 +26,6 @@ from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple
 
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
-    "config.json",
-    "metrics.jsonl",
-    "checkpoint.pt",
-    "states",
-    "adapter",
-    "adapters",
-    "model",
-)
 RUNS = Path("runs")  # the folder of runs without --out
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
 LONGEST_VALUE = 20  # characters of the value of a flag
