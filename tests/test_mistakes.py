@@ -78,6 +78,14 @@ MISTAKES = [
     ("train.py --adapter of-llama", ["another base", "trained on llama", "the model is tiny-t5"]),
     ("minia3 merge tiny-t5 of-llama out", ["another base", "trained on llama", "tiny-t5"]),
     ("minia3 generate tiny-t5 x --adapter run", ["give run/adapter"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter run", ["folder of a run", "give run/adapter"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter model", ["model: found a model, expected an"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter notes", ["notes: found a folder with read.me"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter nowhere", ["nowhere: not found"]),
+    (
+        "minia3 predict tiny-t5 words.csv",
+        ["words.csv:2: 'input' is None", "columns are note", "--input"],
+    ),
     ("minia3 merge tiny-t5 run/adapter /dev/full", ["/dev/full exists and is not a folder"]),
     ("minia3 mix out run:1", ["give run/adapter"]),
     ("minia3 mix out run/adapter", ["ADAPTER:WEIGHT"]),
@@ -131,6 +139,7 @@ def folder(tmp_path_factory):
     alpaca = [{"instruction": "say yes", "input": ""}] * 3
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
     (folder / "one.csv").write_text("text,label\nred,yes\nblue,yes\nred blue,yes\n")
+    (folder / "words.csv").write_text("note\nred\n")
     (folder / "rows.jsonl").write_text(json.dumps({"input": "red"}) + "\n")
     return folder
 

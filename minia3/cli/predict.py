@@ -86,6 +86,7 @@ def run(args):
     from minia3.inference.prediction import write_results
 
     check_out(args)
+    check_adapter(args.adapter)
     forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
@@ -108,6 +109,19 @@ def check_out(args):
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
+
+
+def check_adapter(path):
+    """Raise ValueError if a folder holds neither an adapter nor adapters.
+
+    The folder of a run has an adapter in a sub-folder, but its rows would be answered without it.
+    """
+    from minia3.checkpoints.layout import check_adapter_folder, is_run
+
+    if is_folder_of_adapters(path):
+        has_adapters = any(Path(path).glob("[!.]*/adapter_config.json"))
+        if is_run(Path(path)) or not has_adapters:
+            check_adapter_folder(Path(path))
 
 
 def with_progress(lines, args):
