@@ -32,6 +32,7 @@ from minia3.training.announce import (
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.config import Config
 from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
+from minia3.training.evaluation_memory import check_evaluation
 from minia3.training.grid import make_cells, set_steps
 from minia3.training.group import Group
 from minia3.training.methods import save_trained
@@ -151,6 +152,7 @@ def run_grid(run: Run, config: Config):
         if config.is_training:
             group.draw_batches()
             run.micro_batch_size = check_memory(run, group)
+        check_evaluation(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)

@@ -29,7 +29,9 @@ MISTAKES = [
     ("train.py --learning-rate 1e-3", ["--learning-rate", "--lr"]),
     ("train.py --epochs 2 --steps 100", ["--epochs", "--steps"]),
     ("train.py --seed 1 2 3", ["--seed", "commas", "1,2,3"]),
-    ("train.py --checkpoint run/checkpoint.pt", ["--checkpoint", "--resume run"]),
+    ("train.py --checkpoint run/checkpoint.pt", ["--checkpoint", "as in --resume run (see"]),
+    ("train.py --checkpoint=run", ["--checkpoint", "as in --resume run (see"]),
+    ("train.py --checkpoint", ["--checkpoint", "as in --resume runs/my-run (see"]),
     ("minia3 train --stpes 5", ["--stpes", "did you mean --steps?"]),
     ("train.py --steps 0", ["--steps is 0", "expected at least 1"]),
     ("train.py --batch-size x", ["--batch-size", "'x'"]),
@@ -76,6 +78,15 @@ MISTAKES = [
     ("train.py --adapter of-llama", ["another base", "trained on llama", "the model is tiny-t5"]),
     ("minia3 merge tiny-t5 of-llama out", ["another base", "trained on llama", "tiny-t5"]),
     ("minia3 generate tiny-t5 x --adapter run", ["give run/adapter"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter run", ["folder of a run", "give run/adapter"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter model", ["model: found a model, expected an"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter notes", ["notes: found a folder with read.me"]),
+    ("minia3 predict tiny-t5 rows.jsonl --adapter nowhere", ["nowhere: not found"]),
+    (
+        "minia3 predict tiny-t5 words.csv",
+        ["words.csv:2: 'input' is None", "note", "--input"],
+    ),
+    ("minia3 merge tiny-t5 run/adapter /dev/full", ["/dev/full exists and is not a folder"]),
     ("minia3 mix out run:1", ["give run/adapter"]),
     ("minia3 mix out run/adapter", ["ADAPTER:WEIGHT"]),
     # Data
@@ -88,6 +99,9 @@ MISTAKES = [
     ("train.py --task latin1.csv", ["latin1.csv", "UTF-8"]),
     ("train.py --task alpaca.json", ["alpaca.json", "output"]),
     ("train.py --task empty", ["empty", "train"]),
+    ("train.py --task run/adapter/task.json", ["run/adapter", "no rows", "an adapter has learned"]),
+    ("train.py --task run/adapter", ["run/adapter", "no rows", "an adapter has learned"]),
+    ("train.py --task one.csv --losses ul", ["there is one label", "lm", "--labels"]),
     ("minia3 predict tiny-t5 nowhere.jsonl", ["nowhere.jsonl", "not found"]),
     ("minia3 predict tiny-t5 damaged.parquet", ["damaged.parquet", "damaged"]),
     ("minia3 predict tiny-t5 rows.jsonl --task rtee", ["'rtee'", "'rte'"]),
@@ -124,6 +138,8 @@ def folder(tmp_path_factory):
     (folder / "latin1.csv").write_bytes("input,target\nküche,weiß\n".encode("latin-1"))
     alpaca = [{"instruction": "say yes", "input": ""}] * 3
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    (folder / "one.csv").write_text("text,label\nred,yes\nblue,yes\nred blue,yes\n")
+    (folder / "words.csv").write_text("note\nred\n")
     (folder / "rows.jsonl").write_text(json.dumps({"input": "red"}) + "\n")
     return folder
 

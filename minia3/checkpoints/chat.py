@@ -1,4 +1,4 @@
-"""Render a conversation with the chat template of a checkpoint, and find the assistant in its text.
+"""Render a conversation with the chat template of a checkpoint.
 
 A model that was tuned to chat has seen conversations in one exact form, for example
 
@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 from minia3.checkpoints import template_worker
 from minia3.files.read import reading
-
-OR_BLOCKS = "or a template with {% generation %} blocks (--chat-template FILE)"
 
 
 class ChatText(NamedTuple):
@@ -95,74 +93,6 @@ def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt
     if name != "ValueError":  # which a template raises on purpose, in its author's words
         message = f"{name}: {message}"
     raise ValueError(message)
-
-
-def render_conversation(template, messages, special_tokens, tools=None):
-    """Return the whole text of a conversation, with a span for each turn of the assistant.
-
-    If the template has {% generation %} blocks, they are the spans. Otherwise a turn is what it
-    adds to the text before it. That text must end as a prompt does, and must not change when the
-    conversation goes on, because the model answers to exactly this text when it generates.
-
-    Raise ValueError if the text does change, and whatever `render_chat` raises.
-    """
-
-    def render(n_messages, ends_with_prompt):
-        part = messages[:n_messages]
-        return render_chat(template, part, special_tokens, tools, ends_with_prompt)
-
-    whole = render(len(messages), ends_with_prompt=False)
-    if whole.spans:
-        return whole
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if i == 0:
-            raise ValueError(
-                "the conversation begins with the assistant: expected a message of the user or "
-                f"the system first, {OR_BLOCKS}"
-            )
-        before = render(i, ends_with_prompt=True).text
-        after = render(i + 1, ends_with_prompt=False).text
-        check_growth(before, after, whole.text, i)
-        turn = without_tail(after[len(before) :], message)
-        spans.append((len(before), len(before) + len(turn)))
-    return ChatText(whole.text, spans)
-
-
-def without_tail(turn, message):
-    """Return the text of a turn without white space after its end token, such as ChatML's line
-    break. Generation has ended before it.
-    """
-    content = (message.get("content") or "").strip()
-    if content and content in turn:
-        ending = turn.partition(content)[2]
-        if not ending.strip():
-            return turn  # there is no end token, so the white space is all that ends the turn
-    return turn.rstrip()
-
-
-def check_growth(before, after, whole, i):
-    """Raise ValueError unless the prompt for message i, the text up to its end and the whole text
-    begin each other.
-    """
-    for text, longer in ((before, after), (after, whole)):
-        if not longer.startswith(text):
-            n_same = count_same(text, longer)
-            raise ValueError(
-                f"message {i}, or the text before it, changes when the conversation goes on "
-                f"({text[n_same:][:20]!r} becomes {longer[n_same:][:20]!r}), so it cannot be "
-                f"trained on: give conversations with one answer at their end, {OR_BLOCKS}"
-            )
-
-
-def count_same(text, other):
-    """Return how many characters two texts have in common at their beginning."""
-    for i, (character, other_character) in enumerate(zip(text, other, strict=False)):
-        if character != other_character:
-            return i
-    return min(len(text), len(other))
 
 
 class Worker:

@@ -25,12 +25,8 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend
-from minia3.checkpoints.chat import (
-    EncodedChat,
-    default_template,
-    render_chat,
-    render_conversation,
-)
+from minia3.checkpoints.chat import EncodedChat, default_template, render_chat
+from minia3.checkpoints.chat_spans import render_conversation
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
@@ -177,8 +173,8 @@ class Tokenizer:
         Ids and mask equal those of transformers' apply_chat_template, whose mask needs a template
         with {% generation %} blocks; this one does not (see `render_conversation`).
 
-        Raise ValueError as `chat` does, if earlier turns change when a conversation goes on, and
-        for the tokenizer of a T5, whose decoder does not continue what its encoder reads.
+        Raise ValueError as `chat` does, if a turn cannot be found in the text, and for the
+        tokenizer of a T5, whose decoder does not continue what its encoder reads.
         """
         self.check_learning()
         with reading("chat_template", extra="chat"):

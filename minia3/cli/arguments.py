@@ -1,6 +1,8 @@
 """Arguments that several commands share, and the functions that load what they name."""
 
 import argparse
+import os
+import warnings
 from pathlib import Path
 
 from minia3.files.write import is_free
@@ -54,6 +56,8 @@ def add_quantize(parser):
 
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} exists and is not a folder: give a new one")
     if not is_free(path):
         raise argparse.ArgumentTypeError(f"{path} exists and is not empty: give a new folder")
     return path
@@ -97,3 +101,23 @@ def load_any_adapter(model, adapter):
         load_lora(model, adapter)
     else:
         load_adapter(model, adapter)
+
+
+def warn_if_endless(args, adapter, tokenizer):
+    """Warn if an adapter has only learned to rank choices, and never to end a text.
+
+    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
+    what it has learned; without that file, nothing is known.
+    """
+    if tokenizer.has_separate_targets:
+        return
+    from minia3.tasks.task import METRICS
+    from minia3.training.learned import learned_tasks
+
+    tasks = learned_tasks(args.model, adapter)
+    if tasks and all(spec.metric in METRICS["choices"] for spec in tasks.values()):
+        ways = "--max-new-tokens" + (" or --stop" if hasattr(args, "stop") else "")
+        warnings.warn(
+            f"{adapter} was trained to rank choices, and not to stop: a text goes on until {ways}",
+            stacklevel=1,
+        )

@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import warnings
 from contextlib import suppress
 from itertools import islice
 
@@ -15,6 +14,7 @@ from minia3.cli.arguments import (
     add_quantize,
     load_any_adapter,
     load_model,
+    warn_if_endless,
 )
 from minia3.cli.terminal import show
 
@@ -110,7 +110,7 @@ def run(args):
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
         load_any_adapter(model, args.adapter)
-        warn_if_endless(args, tokenizer)
+        warn_if_endless(args, args.adapter, tokenizer)
     if args.chat:
         prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
@@ -121,26 +121,6 @@ def run(args):
         generator.converse()
     else:
         generator.answer_all(stdin)
-
-
-def warn_if_endless(args, tokenizer):
-    """Warn if an adapter has only learned to rank choices, and never to end a text.
-
-    T5's choices end in the end token, and LLaMA's do not. The task.json beside the adapter says
-    what it has learned; without that file, nothing is known.
-    """
-    if tokenizer.has_separate_targets:
-        return
-    from minia3.tasks.task import METRICS
-    from minia3.training.learned import learned_tasks
-
-    tasks = learned_tasks(args.model, args.adapter)
-    if tasks and all(spec.metric in METRICS["choices"] for spec in tasks.values()):
-        warnings.warn(
-            f"{args.adapter} was trained to rank choices, and not to stop: a text goes on until "
-            "--max-new-tokens or --stop",
-            stacklevel=1,
-        )
 
 
 def prepare_chat(model, tokenizer, args):

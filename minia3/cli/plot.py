@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from minia3.cli.results import read_results
-from minia3.cli.table import COMMONEST, is_unknown, make_rows, short_names
+from minia3.cli.table import COMMONEST, is_unknown, make_rows, short_names, shown_task
 from minia3.cli.terminal import show
 from minia3.files.read import reading
 from minia3.files.write import replacing
+from minia3.inference.metrics import INVERSE_PERPLEXITY
 
 TITLE = "Draw runs, and what their adapters learned"
 EXAMPLE = "python -m minia3 plot runs --out pictures"
@@ -198,7 +199,10 @@ def draw_task(ax, rows, task):
         share = row.cells[task].median
         if row.method == COMMONEST and not is_unknown(share):
             ax.axvline(share, color="C1", linestyle="--", label="always the commonest label")
-    ax.set(title=task, xlabel=f"{metric or 'result'} (%)")
+    unit = f"{metric or 'result'} (%)"
+    if metric == INVERSE_PERPLEXITY:
+        unit = "perplexity (lower is better)"
+    ax.set(title=shown_task(task), xlabel=unit)
     ax.margins(x=0.1)
 
 

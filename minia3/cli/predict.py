@@ -1,10 +1,10 @@
 """`predict`: label the rows of a file, or continue them, each with the adapter that it names."""
 
+import dataclasses
 import difflib
 import json
 import os
 import sys
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from minia3.cli.arguments import (
     add_model,
     add_quantize,
     load_model,
+    warn_if_endless,
 )
 from minia3.cli.terminal import show
 
@@ -70,6 +71,11 @@ def add_arguments(parser):
         default=512,
         help="most tokens of an input; a longer input loses its middle (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-target-length",
+        type=int,
+        help="most tokens of a choice; a row with a longer one is an error (default: any number)",
+    )
     add_max_new_tokens(parser)
     add_device_options(parser)
     add_quantize(parser)
@@ -80,6 +86,7 @@ def run(args):
     from minia3.inference.prediction import write_results
 
     check_out(args)
+    check_adapter(args.adapter)
     forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
@@ -102,6 +109,19 @@ def check_out(args):
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
+
+
+def check_adapter(path):
+    """Raise ValueError if a folder holds neither an adapter nor adapters.
+
+    The folder of a run has an adapter in a sub-folder, but its rows would be answered without it.
+    """
+    from minia3.checkpoints.layout import check_adapter_folder, is_run
+
+    if is_folder_of_adapters(path):
+        has_adapters = any(Path(path).glob("[!.]*/adapter_config.json"))
+        if is_run(Path(path)) or not has_adapters:
+            check_adapter_folder(Path(path))
 
 
 def with_progress(lines, args):
@@ -221,7 +241,7 @@ def load_adapters(model, path):
     return adapters, path
 
 
-@dataclass
+@dataclasses.dataclass
 class Prediction:
     """All that it takes to make lines of results out of rows."""
 
@@ -231,6 +251,7 @@ class Prediction:
     forms: Any  # Forms
     adapters: Any  # Adapters
     default_adapter: str | None
+    writers: set = dataclasses.field(default_factory=set)  # adapters that have written a text
 
     @property
     def is_csv(self):
@@ -239,13 +260,11 @@ class Prediction:
     @property
     def columns(self):
         """A dict from the name of each column to its field, or empty: all fields of the result."""
-        from minia3.inference.prediction import COLUMNS
-
         names = []
         if self.args.columns:
             names = self.args.columns.split(",")
         elif self.is_csv:
-            names = COLUMNS
+            names = self.forms.csv_columns
         columns = {}
         for text in names:
             name, _, field = text.partition("=")
@@ -254,7 +273,7 @@ class Prediction:
 
     def lines(self, first_row=0):
         """Yield the lines of results from a row on; before the first row, the header of a csv."""
-        from minia3.inference.prediction import csv_line, predict, read_inputs
+        from minia3.inference.prediction import Limits, csv_line, predict, read_inputs
 
         columns = self.columns
         if self.is_csv and first_row == 0:
@@ -265,7 +284,7 @@ class Prediction:
             self.forms,
             self.adapters,
             self.default_adapter,
-            self.args.max_length,
+            Limits(self.args.max_length, self.args.max_target_length),
         )
         results = predict(
             self.model,
@@ -276,11 +295,22 @@ class Prediction:
             max_new_tokens=self.args.max_new_tokens,
         )
         for row, result in results:
+            if "output" in result:
+                self.warn_once(row["adapter"])
             values = self.select(row, result, columns)
             if self.is_csv:
                 yield csv_line(values.values())
             else:
                 yield json.dumps(values) + "\n"
+
+    def warn_once(self, name):
+        """Warn if an adapter writes that was not trained to stop. name: of the adapter, or None."""
+        path = self.args.adapter
+        if is_folder_of_adapters(path):
+            path = name and str(Path(path, name))
+        if path is not None and path not in self.writers:
+            self.writers.add(path)
+            warn_if_endless(self.args, path, self.tokenizer)
 
     def select(self, row, result, columns):
         """Return a dict from the name of each column to its value for a row."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from minia3.cli.results import read_results
 from minia3.cli.terminal import show
+from minia3.inference.metrics import INVERSE_PERPLEXITY
 
 TITLE = "Make the paper's table of runs"
 EXAMPLE = "python -m minia3 table runs"
@@ -39,7 +40,7 @@ COMMONEST = "commonest label"  # the method of the row that is compared with, an
 
 @dataclass
 class Cell:
-    """The accuracies (or another metric) of a row on one task, in per cent."""
+    """The accuracies (or another metric) of a row on one task, in per cent, or the perplexities."""
 
     median: float = UNKNOWN  # over seeds and prompts
     iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
@@ -127,7 +128,7 @@ def commonest_rows(results, tasks):
 
 def average_of(cells):
     """Return the mean over all tasks. It is unknown if a task is missing, or has another metric:
-    the mean of an accuracy and of an inverse perplexity says nothing.
+    the mean of an accuracy and of a perplexity says nothing.
     """
     if len({cell.metric for cell in cells}) > 1:
         return UNKNOWN
@@ -163,13 +164,27 @@ def make_row(results, tasks):
 def make_cell(results):
     if not results:
         return Cell()
-    accuracies = np.concatenate([result.accuracies for result in results])
-    low, median, high = np.percentile(accuracies, (25, 50, 75))
+    metric = results[0].metric
+    values = shown_values(np.concatenate([result.accuracies for result in results]), metric)
+    low, median, high = np.percentile(values, (25, 50, 75))
     iqr = UNKNOWN
-    if len(accuracies) > 1:
+    if len(values) > 1:
         iqr = float(high - low)
-    before = np.concatenate([result.before for result in results])
-    return Cell(float(median), iqr, float(np.median(before)), results[0].metric)
+    before = shown_values(np.concatenate([result.before for result in results]), metric)
+    return Cell(float(median), iqr, float(np.median(before)), metric)
+
+
+def shown_values(accuracies, metric):
+    """Return what the table shows: the perplexity in place of its inverse in per cent."""
+    if metric != INVERSE_PERPLEXITY:
+        return accuracies
+    with np.errstate(divide="ignore"):
+        return 100 / accuracies
+
+
+def shown_task(task):
+    """Return the name of a task as the table shows it, with its metric if it is an unusual one."""
+    return task.replace(f"({INVERSE_PERPLEXITY}", "(perplexity")
 
 
 # Text
@@ -179,7 +194,7 @@ def format_csv(rows):
     """Return the rows as CSV with all digits. A value that is unknown is an empty text."""
     header = ["model", "method"]
     for task in rows[0].cells:
-        header += [task, f"{task} IQR"]
+        header += [shown_task(task), f"{shown_task(task)} IQR"]
     header += ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
 
     lines = [header]
@@ -204,7 +219,8 @@ def format_markdown(rows):
         format_column("method", [row.method for row in rows], "<"),
     ]
     for task in rows[0].cells:
-        columns.append(format_column(task, [format_cell(row.cells[task]) for row in rows]))
+        texts = [format_cell(row.cells[task]) for row in rows]
+        columns.append(format_column(shown_task(task), texts))
     columns += [
         format_column("average", [format_number(row.average, ".1f") for row in rows]),
         format_column("runs", [format_number(row.n_runs, "d") for row in rows]),
@@ -229,9 +245,10 @@ def format_column(name, texts, side=">"):
 
 
 def format_cell(cell):
-    text = format_number(cell.median, ".1f")
+    form = ",.2f" if cell.metric == INVERSE_PERPLEXITY else ".1f"
+    text = format_number(cell.median, form)
     if not is_unknown(cell.iqr):
-        text += f" ({cell.iqr:.1f})"
+        text += f" ({format_number(cell.iqr, form)})"
     return text
 
 

@@ -18,6 +18,11 @@ def plural(n, noun):
     return noun if n == 1 else f"{noun}s"
 
 
+def part_of(n, n_all, noun):
+    """Return a part in words: "3 of 5 rows", or "the only row"."""
+    return f"the only {noun}" if n_all == 1 else f"{n} of {n_all} {noun}s"
+
+
 def shorten(text, most=MOST_CHARACTERS):
     """Return a text of at most `most` characters. A longer one loses its middle.
 

@@ -132,9 +132,9 @@ def is_free(path):
     There is nothing, an empty folder (hidden files do not count), or what a killed command left.
     """
     path = Path(path)
-    if path.is_file():
-        return False
-    if not path.is_dir() or (path / WRITTEN).exists():
+    if not path.is_dir():
+        return not os.path.lexists(path)  # a file, a device, or a link that leads nowhere
+    if (path / WRITTEN).exists():
         return True
     return all(name.startswith(".") for name in os.listdir(path))
 

@@ -25,19 +25,17 @@ from minia3.inference.scoring import (
 from minia3.inference.turns import end_answers
 from minia3.tasks.columns import ColumnFlags, guess_input, with_flags
 from minia3.tasks.examples import Example, encode_question, encode_rows
+from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.rows import PREDICTED, check_row, without_target
 from minia3.tasks.task import TaskSpec
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
-COLUMNS = (
-    "idx",
-    "label",
-    "choice",
-    "scores",
-    "output",
-)  # of a .csv file, unless --columns is given
+# Of a .csv file, unless --columns is given
+RANKED = ("idx", "label", "choice", "scores")
+WRITTEN = ("idx", "output")
+COLUMNS = (*RANKED, "output")  # if each row says itself how it is answered
 
 
 class Form(NamedTuple):
@@ -71,6 +69,16 @@ class Forms(NamedTuple):
             )
         return next(iter(templates), None)
 
+    @property
+    def csv_columns(self) -> tuple[str, ...]:
+        """The columns of a .csv file of results: those that no row leaves empty, if it is known."""
+        if self.by_adapter or self.default is None:
+            return COLUMNS
+        spec, prompt = self.default
+        if prompt.choices:
+            return RANKED
+        return WRITTEN if prompt.target or spec.messages else COLUMNS
+
     def find(self, adapter: str | None, row: dict) -> Form:
         """Return the form of a row that has this adapter."""
         form = self.by_adapter.get(adapter, self.default)
@@ -89,7 +97,17 @@ class Input(NamedTuple):
     labels: Sequence[str]  # the choices as the task's files spell them, if it has such labels
 
 
-def read_inputs(path, tokenizer, forms, adapters, default=None, max_length=512):
+class Limits(NamedTuple):
+    """How many tokens a row may have."""
+
+    source: int = 512  # a longer input loses its middle
+    target: int | None = None  # a row with a longer choice is an error
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_LIMITS):
     """Yield an Input for each row of a file (see `read_rows`), in the form of the row's adapter.
 
     forms: Forms. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
@@ -106,13 +124,15 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, max_length=512):
             row["adapter"] = name
 
             if spec.answer_of(row) == "messages":
-                rendered, example = encode_question(row, tokenizer, max_length)
+                rendered, example = encode_question(row, tokenizer, limits.source)
             else:
                 (rendered,), (example,), _ = encode_rows(
-                    [(row, without_target(prompt))], tokenizer, max_length, end=False
+                    [(row, without_target(prompt))], tokenizer, limits.source, end=False
                 )
             if spec.answer_of(row) == "target":
                 rendered = rendered._replace(choices=[])
+            if rendered.choices:
+                example, _ = fit_targets(example, limits.target)
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)

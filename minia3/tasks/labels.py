@@ -107,7 +107,6 @@ def name_labels(
     if asked:
         return Labels(tuple(asked), tuple(asked))
     words = tuple(spellings[key] for key in counts)
-    check_two(words, field)
     check_number(counts, field)
     return Labels(words, words)
 
@@ -140,7 +139,6 @@ def name_integers(
     if names and not asked:
         return Labels(tuple(map(str, range(n_words))), words)
     if not words:
-        check_two(found, field)
         digits = tuple(map(str, found))
         return Labels(digits, digits)
     if all(0 <= number < n_words for number in found):
@@ -165,15 +163,6 @@ def name_values(
             "expected as many words as labels"
         )
     return Labels(spelled, tuple(asked) or spelled)
-
-
-def check_two(found: Sequence, field: str):
-    """Raise ValueError if there is only one label, because nothing could be learned."""
-    if len(found) < 2:
-        raise ValueError(
-            f"every {field!r} is {str(found[0])!r:.40}, expected two labels or more: "
-            "name all of them with --labels"
-        )
 
 
 def check_number(counts: Counter, field: str):

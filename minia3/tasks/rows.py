@@ -158,8 +158,8 @@ def check_user_row(row: dict, spec: TaskSpec, split: str):
         if split != PREDICTED:
             check_texts(row, plain_names(prompt.target))
     else:
-        check_own_answer(row, split)
         check_input(row, prompt)
+        check_own_answer(row, split)
 
 
 def expected_names(spec: TaskSpec) -> list[str]:
@@ -205,17 +205,20 @@ def check_input(row: dict, prompt: Prompt):
             if is_missing(row.get(name)):
                 row[name] = ""
         names = [name for name in names if row[name] != ""]
-    check_texts(row, names)
+    check_texts(row, names, advice=" (--input says what the model reads)")
 
 
-def check_texts(row: dict, names: Iterable[str]):
-    """Make texts of the numbers in these fields. Raise ValueError for anything else."""
+def check_texts(row: dict, names: Iterable[str], advice: str = ""):
+    """Make texts of the numbers in these fields. Raise ValueError for anything else.
+
+    advice: what the message says if there is no such field.
+    """
     for name in names:
         value = row.get(name)
         if isinstance(value, int | float) and not is_missing(value):
             row[name] = str(value).removesuffix(".0")
         elif not is_text(value):
-            found = "" if name in row else nearest_of(name, row)
+            found = "" if name in row else nearest_of(name, row) + advice
             raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
 
 

@@ -254,6 +254,11 @@ def find_user_files(name: str, spec: TaskSpec) -> FoundFiles:
         path = Path(name)
     else:
         raise ValueError(unknown_task(name))
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} has no rows: its task.json says what an adapter has learned. Give a file of "
+            f"rows as --task, with --adapter {path}"
+        )
     if path.is_dir():
         return find_saved_files(path) or find_split_files(path)
     if not rows_suffix(path):

@@ -224,7 +224,8 @@ def copy_task_file(sources: Iterable[Path], folder: Path):
 def make_entry(spec: TaskSpec) -> dict:
     """Return the entry of a task, as `read_entry` reads it. Only its files are not in it."""
     entry = only_changed(spec, SAVED)
-    entry["prompts"] = [only_changed(prompt, Prompt._fields) for prompt in spec.prompts]
+    if not spec.messages:  # a conversation is put into words by the chat template
+        entry["prompts"] = [only_changed(prompt, Prompt._fields) for prompt in spec.prompts]
     return entry
 
 

@@ -30,7 +30,7 @@ def announce_device(device, reason, dtype):
 def announce_finished(run, config):
     """Print that there is nothing left to do, and how to train longer."""
     text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
-    if config.is_training and config.method != "full":
+    if config.is_training:
         text += f"; to train longer: {resume_command(run.program, run.folder, 2 * config.steps)}"
     print(text)
 

@@ -126,6 +126,12 @@ def check_losses(task, config):
             f"{task.name}: its rows have a text to write and no choices, so only the loss lm can "
             f"train: expected lm in --losses, found {config.losses}"
         )
+    has_one_label = all(len(prompt.choices or ()) == 1 for prompt in task.prompts)
+    if config.is_training and has_one_label and "lm" not in config.losses.split(","):
+        raise ValueError(
+            f"{task.name}: there is one label, so only the loss lm can train: expected lm in "
+            f"--losses, found {config.losses}; or name all labels with --labels"
+        )
 
 
 def family_of(model):

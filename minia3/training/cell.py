@@ -25,7 +25,7 @@ class Progress:
     n_steps: int = 0
     losses: list = field(default_factory=list)  # the training loss of each line of metrics.jsonl
     best_accuracy: float | None = None  # on the held-out rows
-    best_parameters: dict = field(default_factory=dict)  # name to tensor
+    best_parameters: dict = field(default_factory=dict)  # name to tensor; until `take_best`
     last_parameters: dict = field(default_factory=dict)  # of the last step, if not the best
     n_misses: int = 0  # evaluations in a row that were not better
     failure: str | None = None  # why the cell failed, if it did
@@ -139,14 +139,17 @@ class Cell:
         """Go back to the best parameters, if there are any, and fail if these are not finite."""
         if self.progress.best_parameters:
             self.progress.last_parameters = copy_values(self.parameters)  # to extend the run from
-        set_values(self.parameters, self.progress.best_parameters)
+            set_values(self.parameters, self.progress.best_parameters)
+            self.progress.best_parameters = {}  # so that a checkpoint has them only once
         if self.progress.failure is None and not all_finite(self.parameters):
             self.fail("the parameters are not finite after the last step")
 
     def take_last(self):
         """Go back from the best parameters to those of the last step: undo `take_best`."""
-        set_values(self.parameters, self.progress.last_parameters)
-        self.progress.last_parameters = {}
+        if self.progress.last_parameters:
+            self.progress.best_parameters = copy_values(self.parameters)
+            set_values(self.parameters, self.progress.last_parameters)
+            self.progress.last_parameters = {}
 
     def fail(self, reason, advice=ADVICE):
         """End the training of this cell. The other cells continue."""

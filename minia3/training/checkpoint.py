@@ -1,6 +1,11 @@
-"""checkpoint.pt: the state that a run continues from, with the vectors trained so far."""
+"""checkpoint.pt: the state that a run continues from, with the vectors trained so far.
+
+Beside it, states/0.pt, states/1.pt ... hold the states of groups that are done, if a run trains its
+cells one after the other. They are what --steps extends the run from.
+"""
 
 import io
+import shutil
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +21,8 @@ OTHER_LAYOUT = (
     "or remove the file to start over from step 0"
 )
 DAMAGED = "damaged: remove the file to start over from step 0"
+STATES = "states"  # the folder of the states of groups that are done
+DAMAGED_STATE = "damaged, so the run cannot be made longer: begin a new one with --adapter"
 
 
 @dataclass
@@ -31,9 +38,14 @@ class Checkpoint:
 
     @property
     def n_steps(self):
-        """How many steps the group that trains has done, or None if that is not known."""
-        log = (self.group or {}).get("log")
-        return log.get("step") if isinstance(log, dict) else None
+        """How many steps the run has done, or None if there is no state to continue from."""
+        steps = [final["steps"] for final in self.finals]
+        if self.group is not None:
+            log = self.group.get("log")
+            if not isinstance(log, dict) or type(log.get("step")) is not int:
+                return None
+            steps.append(log["step"])
+        return max(steps, default=None)
 
     def check(self):
         """Raise TypeError if a value cannot be right."""
@@ -47,10 +59,14 @@ def save_checkpoint(folder, checkpoint):
     """Replace the checkpoint of a run's folder. Without a folder, nothing is written."""
     if folder is None:
         return
+    write_values({"layout": LAYOUT, **vars(checkpoint)}, folder / "checkpoint.pt")
+
+
+def write_values(values, path):
     # If the disk is full, torch.save hides the reason, so the file is written by Path.
     buffer = io.BytesIO()
-    torch.save({"layout": LAYOUT, **vars(checkpoint)}, buffer)
-    with replacing(folder / "checkpoint.pt") as temporary:
+    torch.save(values, buffer)
+    with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
@@ -60,11 +76,7 @@ def load_checkpoint(folder):
     if not path.exists():
         return None
     with reading(path, DAMAGED):
-        check_checksums(path)
-        check_storages(path)
-        values = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(values, dict):
-            raise TypeError("not the state of a run")
+        values = read_values(path)
         if values.pop("layout", None) != LAYOUT:
             if values.get("finished") is True:  # as earlier versions wrote it
                 return Checkpoint(is_finished=True)
@@ -72,6 +84,59 @@ def load_checkpoint(folder):
         checkpoint = Checkpoint(**values)
         checkpoint.check()
         return checkpoint
+
+
+def read_values(path):
+    """Return the dict in a file that `write_values` wrote. Raise TypeError if it holds no dict."""
+    check_checksums(path)
+    check_storages(path)
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(values, dict):
+        raise TypeError("not the state of a run")
+    return values
+
+
+# The states of groups that are done, each in a file. In checkpoint.pt, every save would write all
+# of them again.
+
+
+def state_path(folder, place):
+    """Return the file of the state of a group. place: how many groups come before it."""
+    return folder / STATES / f"{place}.pt"
+
+
+def keep_state(folder, place, state):
+    """Write the state of a group that is done."""
+    write_values({"layout": LAYOUT, "group": state}, state_path(folder, place))
+
+
+def kept_state(folder, place):
+    """Return the state of a group in an earlier, shorter run of this folder, or None.
+
+    Raise ValueError if its file is damaged.
+    """
+    if folder is None or not state_path(folder, place).exists():
+        return None
+    path = state_path(folder, place)
+    with reading(path, DAMAGED_STATE):
+        values = read_values(path)
+        if values.get("layout") != LAYOUT:
+            raise ValueError(OTHER_LAYOUT)
+        return reopen_cells(values["group"])
+
+
+def forget_states(folder):
+    """Remove the states of an earlier run, because this one starts over."""
+    shutil.rmtree(folder / STATES, ignore_errors=True)
+
+
+def reopen_cells(group_state):
+    """Return the state of a group whose cells have patience again, and no result yet."""
+    cells = []
+    for cell in group_state["cells"]:
+        progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
+        cells.append(cell | {"progress": progress})
+    return group_state | {"cells": cells}
 
 
 # Tensors and the random state

@@ -50,7 +50,7 @@ ADVICE = {
     "--max-seq-length": "did you mean --max-length?",
     "--bf16": "did you mean --dtype bfloat16?",
     "--fp16": "did you mean --dtype bfloat16?",
-    "--checkpoint": "to continue a run, give its folder, as in --resume runs/my-run",
+    "--checkpoint": "to continue a run, give its folder, as in --resume {run}",
     "--resume-from-checkpoint": "did you mean --resume?",
     "--resume_from_checkpoint": "did you mean --resume?",
 }

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from minia3.files.messages import part_of
 from minia3.inference.evaluation import right_answers
 from minia3.inference.metrics import area_under_curve
 from minia3.tasks.prompts import render
@@ -36,9 +37,15 @@ def doubts_about_rows(assignment, config):
     if config.is_training:
         n_known = count_repeated(assignment.train_rows, assignment.report_rows)
         if n_known:
-            n_rows = len(assignment.report_rows)
-            doubts.append(f"{n_known} of {n_rows} rows to report on are also trained on")
+            rows = part_of(n_known, len(assignment.report_rows), "row")
+            verb = "is" if n_known == 1 else "are"
+            doubts.append(f"{rows} to report on {verb} also trained on")
     return doubts
+
+
+def part_having(n, n_all, noun):
+    """Return the beginning of a sentence: "3 of 5 rows have"."""
+    return f"{part_of(n, n_all, noun)} {'has' if n == 1 else 'have'}"
 
 
 def doubts_about_labels(rows, prompt, use):
@@ -51,7 +58,10 @@ def doubts_about_labels(rows, prompt, use):
     if len(answers) > 1:
         return []
     (answer,) = answers
-    return [f"all {len(rows)} rows {use} have the same answer, {answer!r:.40}"]
+    text = f"all {len(rows)} rows {use} have the same answer, {answer!r:.40}"
+    if len(prompt.choices or ()) == 1:
+        text += ", and there is no other label to pick: name all of them with --labels"
+    return [text]
 
 
 def count_repeated(train_rows, report_rows):
@@ -77,17 +87,17 @@ def notes_on_texts(result, max_new_tokens):
     n_rows = result["n"]
     if result.get("n_lossy"):
         notes.append(
-            f"{result['n_lossy']} of {n_rows} targets have characters that the tokenizer cannot "
-            "write: exact match compares with the target as it writes it"
+            f"{part_having(result['n_lossy'], n_rows, 'target')} characters that the tokenizer "
+            "cannot write: exact match compares with the target as it writes it"
         )
     if result.get("n_too_long"):
         notes.append(
-            f"{result['n_too_long']} of {n_rows} targets have more than {max_new_tokens} tokens "
-            "(--max-new-tokens), so that they cannot be matched"
+            f"{part_having(result['n_too_long'], n_rows, 'target')} more than {max_new_tokens} "
+            "tokens (--max-new-tokens), which cannot be matched"
         )
     if result.get("n_equal"):
         notes.append(
-            f"{result['n_equal']} of {n_rows} rows have two choices that are one text to the "
+            f"{part_having(result['n_equal'], n_rows, 'row')} two choices that are one text to the "
             "tokenizer: their scores are equal, and the first always wins"
         )
     return notes

@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 
+from minia3.files.messages import part_of
 from minia3.inference.scoring import check_examples
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets
@@ -90,7 +91,7 @@ def encode_plan(plan, cell, tokenizer, model):
     config = cell.config
     drawn = distinct_places(plan, cell)
     examples = {}
-    n_cut = n_targets_cut = n_equal = 0
+    n_cut = n_chats_cut = n_targets_cut = n_equal = 0
     for member, assignment in enumerate(cell.assignments):
         places = sorted(place for place in drawn if place[0] == member)
         rows = [assignment.train_rows[row] for _, row, _ in places]
@@ -103,19 +104,26 @@ def encode_plan(plan, cell, tokenizer, model):
             check_examples(rows, encoded, model, tokenizer)
 
         examples |= dict(zip(places, encoded, strict=True))
-        n_cut += n_cut_here
+        if assignment.task.answer == "messages":
+            n_chats_cut += n_cut_here
+        else:
+            n_cut += n_cut_here
         n_targets_cut += n_targets_cut_here
         n_equal += sum(equal_choices(example) is not None for example in encoded)
     n_all = len(examples)
-    if n_cut:
-        limit = f"{config.max_length} tokens (--max-length)"
-        has_chats = any(assignment.task.answer == "messages" for assignment in cell.assignments)
-        effect = "lose their oldest turns to fit into" if has_chats else "are cut to"
-        print(f"note     {n_cut} of {n_all} training inputs {effect} {limit}")
-    if n_targets_cut:
-        limit = f"{config.max_target_length} tokens (--max-target-length)"
-        print(f"note     {n_targets_cut} of {n_all} training targets are cut to {limit}")
-    if n_equal:
-        reason = "have two choices that are one text to the tokenizer"
-        print(f"note     {n_equal} of {n_all} training examples {reason}")
+    limit = f"{config.max_length} tokens (--max-length)"
+    note_part(n_cut, n_all, "input", ("is", "are"), f"cut to {limit}")
+    lost = f"oldest turns to fit into {limit}"
+    note_part(n_chats_cut, n_all, "input", ("loses its", "lose their"), lost)
+    limit = f"{config.max_target_length} tokens (--max-target-length)"
+    note_part(n_targets_cut, n_all, "target", ("is", "are"), f"cut to {limit}")
+    reason = "two choices that are one text to the tokenizer"
+    note_part(n_equal, n_all, "example", ("has", "have"), reason)
     return examples
+
+
+def note_part(n, n_all, noun, verbs, text):
+    """Print a note on some of the training examples, if there are any. verbs: of one, of many."""
+    if n > 0:
+        verb = verbs[0] if n == 1 else verbs[1]
+        print(f"note     {part_of(n, n_all, f'training {noun}')} {verb} {text}")

@@ -3,13 +3,15 @@
 From the step at which the run stands, the learning rate is that of a run of N steps. So it rises
 again from 0 to where such a run would be, and falls to 0 at step N. There is no second warm-up, and
 the optimizer keeps its state.
+
+If the adapters of a grid were trained one after the other, each continues from its own state.
 """
 
 import dataclasses
 from pathlib import Path
 
 from minia3.files.read import reading
-from minia3.training.checkpoint import DAMAGED
+from minia3.training.checkpoint import DAMAGED, keep_state, kept_state, reopen_cells, state_path
 from minia3.training.choices import TRAINED_ALONE
 
 
@@ -21,36 +23,50 @@ def extend(saved, config):
     """
     if saved.is_finished and not config.is_training:
         raise ValueError("--steps extends a training, and this run trains nothing")
-    if config.method in TRAINED_ALONE and saved.n_done > saved.is_finished:
-        reason = "its adapters were trained one after the other, and only the last one has a state"
-        raise ValueError(f"{config.resume} cannot be extended ({reason}): {advise_new_run(config)}")
-    if saved.n_steps is None:
-        reason = "no state to continue from"
-        if config.method == "full":
-            reason = "the model, but not its optimizer"
-        raise ValueError(f"{config.resume} keeps {reason}: {advise_new_run(config)}")
+    place = place_of(saved, config)
+    check_state(saved, config, place)
     if config.steps <= saved.n_steps:
         found = f"--steps is {config.steps}, and the run has done {saved.n_steps} steps"
         raise ValueError(f"{found}: expected more than {saved.n_steps}")
-    if not saved.is_finished:
+    if not saved.is_finished and place == 0:
         return saved
-    with reading(Path(config.resume, "checkpoint.pt"), DAMAGED):
-        group = reopen_cells(saved.group)
+    if place > 0:
+        group = kept_state(Path(config.resume), 0)
+    else:
+        with reading(Path(config.resume, "checkpoint.pt"), DAMAGED):
+            group = reopen_cells(saved.group)
     return dataclasses.replace(
         saved, is_finished=False, n_done=0, finals=[], failure=None, group=group
     )
 
 
-def reopen_cells(group):
-    """Return the state of a group whose cells have patience again, and no result yet."""
-    cells = []
-    for cell in group["cells"]:
-        progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
-        cells.append(cell | {"progress": progress})
-    return group | {"cells": cells}
+def place_of(saved, config):
+    """Return how many groups come before the one whose state the checkpoint has."""
+    if config.method in TRAINED_ALONE:
+        return saved.n_done - saved.is_finished
+    return 0  # all cells are one group
 
 
-def advise_new_run(config):
+def check_state(saved, config, place):
+    """Raise ValueError if a state is missing."""
+    folder = Path(config.resume)
+    missing = [i for i in range(place) if not state_path(folder, i).exists()]
+    advice = "begin a new run with --adapter, which takes an adapter of this one"
     if config.method == "full":
-        return f"begin a new run with --model {config.resume}/model"
-    return "begin a new run with --adapter, which takes an adapter of this one"
+        advice = "begin a new run with --model, which takes a model of this one"
+    has_state = saved.group is not None or not saved.is_finished
+    if not missing and (saved.n_steps is None or not has_state):
+        raise ValueError(f"{folder} keeps no state to continue from: {advice}")
+    if missing:
+        path = state_path(folder, missing[0])
+        raise ValueError(f"{path}: not found, so the run cannot be made longer: {advice}")
+
+
+def keep_last_state(stopped, config):
+    """Write the state of the group at which a run stood that is made longer, if others come first.
+
+    stopped: the Checkpoint of that time.
+    """
+    place = place_of(stopped, config)
+    if place > 0 and stopped.group is not None:
+        keep_state(Path(config.resume), place, stopped.group)

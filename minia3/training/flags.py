@@ -16,13 +16,14 @@ import math
 import os
 import re
 from itertools import product
+from pathlib import Path
 from typing import get_args
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError instead of exiting, and guesses what was meant."""
 
-    # A flag of other programs, or of an earlier version -> what to say about it.
+    # A flag of other programs, or of an earlier version -> what to say. {run} is its value.
     advice = {}  # noqa: RUF012 (each parser gets its own)
     # Flags whose values are separated by commas.
     list_flags = ()
@@ -40,9 +41,12 @@ class Parser(argparse.ArgumentParser):
 
     def guess(self, word, words):
         """Return what the user may have meant by an unknown word: "" or ": ..."."""
-        typed = word.partition("=")[0]
+        typed, _, value = word.partition("=")
         if typed in self.advice:
-            return f": {self.advice[typed]}"
+            following = words[words.index(word) + 1 :]
+            path = Path(value or next(iter(following), "runs/my-run"))
+            run = path.parent if path.suffix == ".pt" else path
+            return f": {self.advice[typed].format(run=run)}"
         if typed.startswith("-"):
             known = re.findall(r"--[a-z][\w-]*", self.format_usage())
             similar = difflib.get_close_matches(typed, known, n=1)

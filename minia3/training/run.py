@@ -14,12 +14,15 @@ from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import (
     DAMAGED,
     Checkpoint,
+    forget_states,
+    keep_state,
+    kept_state,
     load_checkpoint,
     random_state,
     save_checkpoint,
 )
 from minia3.training.command_lines import SCRIPT, resume_command
-from minia3.training.extension import extend
+from minia3.training.extension import extend, keep_last_state
 from minia3.training.run_folder import (
     Metrics,
     begin_run,
@@ -56,15 +59,17 @@ class Run:
         self.folder = None  # nothing is written
         self.is_new = config.resume is None
         saved = None
-        self.extended_from = None  # the steps that a run had which --steps makes longer
+        self.stopped = None  # where a run stood that --steps makes longer
+        self.extended_from = None  # how many steps it had done
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
             remove_leftovers(self.folder)
             saved = load_checkpoint(self.folder)
             if saved and config.steps != read_run_config(self.folder).get("steps"):
-                saved = extend(saved, config)
+                self.stopped = saved
                 self.extended_from = saved.n_steps
+                saved = extend(saved, config)
         elif config.out is not None or not config.eval_only:
             folder = Path(config.out or choose_folder(config))
             recorded = dataclasses.replace(config, out=str(folder))
@@ -103,9 +108,13 @@ class Run:
             for cell in cells:
                 checksums |= cell.checksums
             check_data(self.folder, checksums)
-            if self.extended_from is not None:
+            if not (self.folder / "checkpoint.pt").exists():
+                forget_states(self.folder)
+            if self.stopped is not None:
                 # config.json comes last: if a kill comes in between, the run can be extended again.
-                self.n_bytes = reopen_metrics(self.folder)
+                keep_last_state(self.stopped, config)
+                self.stopped = None
+                self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
                 self.write_checkpoint(self.saved.group)
             record_run(self.folder, checksums, config)
         self.metrics = Metrics(self.folder, self.n_bytes)
@@ -163,10 +172,14 @@ class Run:
         self.write_checkpoint(group.state_dict())
 
     def restore(self, group):
-        """Put the group into its state in the last checkpoint, if there is one."""
-        if self.saved.group is not None:
+        """Put the group into its state in the last checkpoint, or before the run was made longer.
+
+        Without such a state, nothing changes.
+        """
+        state = self.saved.group or kept_state(self.folder, self.n_done)
+        if state is not None:
             with reading(self.folder / "checkpoint.pt", DAMAGED):
-                group.load_state_dict(self.saved.group)
+                group.load_state_dict(state)
             self.saved.group = None
 
     def check_folder(self):
@@ -196,15 +209,15 @@ class Run:
 
     def finish_group(self, group, is_last):
         """Save the results of a group's cells. Raise Failed if all cells of the run have failed."""
+        state = group.state_dict()  # from which the run can be made longer
+        if not is_last:
+            keep_state(self.folder, self.n_done, state)
         self.n_done += len(group.cells)
         if not is_last:
             self.write_checkpoint(None)
             return
         if not self.finals:
             raise Failed(self.failure)
-        # With its last state, the run can be extended. A whole model is in the folder already, and
-        # its optimizer is larger still.
-        state = {"parameters": {}} if group.config.method == "full" else group.state_dict()
         self.write_checkpoint(state, is_finished=True)
 
     def discard_if_new(self):

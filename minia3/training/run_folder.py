@@ -2,7 +2,7 @@
 
 config.json      all flags, versions, and the checksums of the data
 metrics.jsonl    a line per event: before, train, eval, final, failed
-checkpoint.pt    see checkpoint.py
+checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
 """
 
@@ -216,15 +216,19 @@ def record_run(folder, checksums, config):
     write_json(folder / "config.json", recorded | length | {"data": checksums})
 
 
-def reopen_metrics(folder):
+def reopen_metrics(folder, n_bytes):
     """Turn the final lines of metrics.jsonl into lines of the event "extended".
 
-    Return how many bytes the file has. A line that says why a cell failed is left out, because the
-    run will write it again.
+    n_bytes: how much of the file counts; a killed run has written what follows. Return how many
+    bytes the file has then. A line that says why a cell failed is left out, because the run will
+    write it again.
     """
     path = folder / "metrics.jsonl"
+    content = path.read_bytes()
+    if content[:n_bytes].endswith(b"\n"):  # or a killed call of this function has written the file
+        content = content[:n_bytes]
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in content.decode().splitlines():
         line = json.loads(text)
         if line["event"] == "final":
             line["event"] = "extended"

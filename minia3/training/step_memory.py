@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from minia3.adapters.lora import add_lora
 from minia3.checkpoints.load import build_model, place_parameter
 from minia3.files.messages import shorten
 from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
@@ -160,6 +161,8 @@ def peak_of_step(model_config, dtype, shape, config):
         freeze(model)
         if config.method == "full":
             model.requires_grad_(True)
+        if config.method == "lora":
+            add_lora(model, config.rank, config.alpha, config.where.split(","), seed=0)
         prepare_model(model, replace(config, compile=False))
         model.train()
         source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)

@@ -192,6 +192,7 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "zephyr": ZEPHYR,
     "qwen2.5": QWEN25,
+    "qwen3": QWEN3,
 }
 
 
@@ -215,6 +216,13 @@ LLAMA3_PARTS = (
     "{% if message.role == 'assistant' %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
     "{{ message.content | trim + '<|eot_id|>' }}",
     "{% else %}{{ content }}{% endif %}",
+)
+QWEN3_FIRST = "        {%- if loop.index0 > ns.last_query_index and (loop.last or"
+QWEN3_LAST = "{{- '<|im_end|>\\n' }}\n"
+QWEN3_ANSWER = (
+    "{%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}"
+    "{{- '<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}"
+    "{{- content.lstrip('\\n') }}{%- else %}{{- content }}{%- endif %}{{- '<|im_end|>' }}"
 )
 TAGGED = {
     "chatml": tag(CHATML, CHATML_TURN, *CHATML_PARTS),
@@ -244,6 +252,13 @@ TAGGED = {
         "{{- message.content + '<|im_end|>' }}",
         "{{- '\\n' }}{%- else %}{{- '<|im_start|>' + message.role + '\\n' + message.content"
         " + '<|im_end|>' + '\\n' }}{%- endif %}",
+    ),
+    "qwen3": tag(
+        QWEN3,
+        QWEN3[QWEN3.index(QWEN3_FIRST) : QWEN3.index(QWEN3_LAST) + len(QWEN3_LAST)],
+        "{{- '<|im_start|>assistant\\n' }}",
+        QWEN3_ANSWER,
+        "{{- '\\n' }}",
     ),
 }
 

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 import minia3
 from minia3.checkpoints.chat import read_template
+from minia3.checkpoints.chat_spans import Conversation, probe_turn, render_conversation
 from minia3.checkpoints.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("jinja2", reason="needs the extra: pip install 'minia3[chat]'")
@@ -42,6 +43,11 @@ STRICT = (
     "{{ message['content'].strip() }}"
     "{{ ' [/INST]' }}{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
+)
+# Only the last question and what follows it
+FORGETFUL = (
+    "{% for m in messages[-3 if messages[-1].role == 'user' else -2:] %}"
+    "{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
 )
 BLOCKS = """{# Line ends after blocks and spaces before them are left out. #}
 {%- for message in messages %}
@@ -308,6 +314,44 @@ def test_the_first_turn_follows_the_prompt_of_generation_and_ends_with_the_end_o
     assert tokenizer.decode(turn).strip() == "a1"
 
 
+THINKING = {
+    "earlier": chat("q", "<think>\nhm\n</think>\n\na", "r", "<think>\nso\n</think>\n\nb"),
+    "dropped": chat("q", "<think>\n\n</think>\n\na", "r", "b", "s", "\n\nc\n", system="S"),
+    "same words": chat("a", "a", "a", "a", "a", "a"),
+    "probes": chat("Alpha.", "omega!", "omega!", "Alpha.", "Alpha.", ""),
+    "empty": chat("", "", "", "a"),
+    "template": chat("q<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>", "a<|im_end|>\n"),
+    "tools": [
+        *chat("q", "<think>\none\n</think>\n\nlook", system="S"),
+        {"role": "user", "content": "<tool_response>\n3\n</tool_response>"},
+        *chat("r", "<think>\ntwo\n</think>\n\nb", "s", "c")[1:],
+    ],
+}
+
+
+@pytest.mark.parametrize("turns", THINKING)
+def test_turns_are_found_in_a_text_that_is_rewritten_as_the_conversation_goes_on(turns, tmp_path):
+    """Qwen3's template drops the thinking of earlier turns."""
+    folder = folder_with(tmp_path, QWEN3)
+    tokenizer = load_tokenizer(folder)
+    messages = THINKING[turns]
+    assert tuple(tokenizer.conversation(messages)) == their_mask(folder, TAGGED["qwen3"], messages)
+
+
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_replacing_contents_finds_the_same_turns_as_comparing_the_text_before_and_after(
+    name, turns
+):
+    messages = supported(name, TURNS[turns])
+    conversation = Conversation(TEMPLATES[name], messages, SETTINGS, None)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            spans.append(probe_turn(conversation, i))
+    assert spans == render_conversation(TEMPLATES[name], messages, SETTINGS).spans
+
+
 @pytest.mark.parametrize("folder", ["llama2", "llama2-hf"])
 @pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("name", ["llama2", "mistral", "zephyr", "chatml"])
@@ -387,12 +431,14 @@ def test_qwen3_is_trained_on_one_answer_with_its_thinking():
 @pytest.mark.parametrize(
     ("template", "messages", "was", "becomes"),
     [
-        (QWEN3, chat("q", "a", "r", "b"), "<think>", "'a<|im_end|>"),
         (MISTRAL_V3, chat("q", "a", "r", "b", system="S"), "'S", "'q[/INST]"),
+        (FORGETFUL, chat("q", "a", "r", "b"), "'q", "'r"),
     ],
 )
-def test_a_template_that_rewrites_earlier_turns_is_refused(template, messages, was, becomes):
-    """Qwen3's drops the thinking, and Mistral's moves the system message to the last question."""
+def test_a_template_that_moves_or_drops_what_was_said_before_is_refused(
+    template, messages, was, becomes
+):
+    """Mistral's moves the system message to the last question, if that ends the conversation."""
     message = cannot_train(template, messages)
     assert "changes when the conversation goes on" in message
     assert f"{was}" in message.split("becomes")[0]

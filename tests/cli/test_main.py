@@ -189,7 +189,8 @@ def test_a_folder_with_files_and_a_file_are_not_overwritten(
     words = [*command.split(), "out"]
     if command == "mix":
         words = ["mix", "out", "one/adapter:1"]
-    assert "out exists and is not empty" in failure(capsys, *words)
+    reason = "a folder" if inside is None else "empty"
+    assert f"out exists and is not {reason}" in failure(capsys, *words)
     assert file.read_text() == "mine"
     file.unlink()
     out.mkdir(exist_ok=True)

@@ -5,9 +5,10 @@ import json
 
 import pytest
 from command_line import failure, output
-from running import events, fails, metrics, model, resume, run, words
+from running import events, fails, metrics, model, resume, run, task, words
 
 import minia3
+from minia3.cli.main import main
 
 LABELS = ["w3", "w4", "w5"]  # words that the tokenizer of these tests knows
 
@@ -214,6 +215,64 @@ def test_an_adapter_of_a_mixture_asks_for_the_task(labeled, tmp_path, capsys):
     assert "expected a task file or the name of a task: did you mean 'moods'?" in error
     error = failure(capsys, *command, "--task", "else")
     assert "expected a task file or the name of a task: moods, questions, anli-r1, " in error
+
+
+def test_a_csv_file_has_no_columns_that_every_row_leaves_empty(labeled, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, task=labeled, steps=2)) == 0
+    new = new_rows(tmp_path, "w12")
+    ranked = ["predict", model("t5"), new, "--device", "cpu", "--adapter", out / "adapter"]
+    output(capsys, *ranked, "--out", tmp_path / "ranked.csv")
+    assert (tmp_path / "ranked.csv").read_text().startswith("idx,label,choice,scores\n")
+    # Without the task, a row says itself how it is answered.
+    output(capsys, *ranked[:5], "--out", tmp_path / "any.csv", "--max-new-tokens", 2)
+    assert (tmp_path / "any.csv").read_text().startswith("idx,label,choice,scores,output\n")
+    rows = [{"question": f"w{10 + i}", "answer": f"w{3 + i % 2}"} for i in range(20)]
+    written = tmp_path / "written"
+    questions = write_csv(tmp_path / "questions.csv", rows)
+    assert run(words(written, task=questions, steps=2)) == 0
+    command = ["predict", model("t5"), questions, "--device", "cpu", "--max-new-tokens", 2]
+    path = tmp_path / "written.csv"
+    output(capsys, *command, "--adapter", written / "adapter", "--out", path)
+    assert path.read_text().startswith("idx,output\n")
+
+
+def test_a_choice_that_is_too_long_is_named_if_the_flag_says_so(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"input": "w5", "choices": ["w6", "w7 w8 w9"]}) + "\n")
+    (result,) = predicted(capsys, path)
+    assert result["label"] in (0, 1)
+    command = ["predict", model("t5"), path, "--device", "cpu", "--max-target-length"]
+    assert json.loads(output(capsys, *command, 4)) == result  # three words and the end token
+    error = failure(capsys, *command, 3)
+    assert "rows.jsonl:1: a choice has 4 tokens, expected at most 3" in error
+    assert "raise --max-target-length" in error
+
+
+@pytest.mark.parametrize(("name", "is_warned"), [("llama", True), ("t5", False)])
+def test_an_adapter_for_ranking_that_writes_says_that_it_was_not_trained_to_stop(
+    name, is_warned, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    flags = {"model": model(name), "task": task((2,)), "steps": 1, "seed": "0,1"}
+    assert run(words(out, **flags)) == 0
+    path = tmp_path / "rows.jsonl"
+    ranked = {"input": "w5", "choices": ["w6", "w7"]}
+    rows = [ranked, {"input": "w8"}, {"input": "w9"}]
+    command = ["predict", model(name), path, "--device", "cpu", "--max-new-tokens", "2"]
+
+    def warnings_for(rows, adapter):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        capsys.readouterr()
+        assert main([str(word) for word in (*command, "--adapter", adapter)]) == 0
+        return capsys.readouterr().err.count("was trained to rank choices, and not to stop")
+
+    adapters = out / "adapters"
+    assert warnings_for([ranked], adapters / "s0") == 0
+    assert warnings_for(rows, adapters / "s0") == is_warned  # once
+    rows = [row | {"adapter": f"s{i % 2}"} for i, row in enumerate([*rows, *rows])]
+    assert warnings_for(rows, adapters) == 2 * is_warned
+    assert warnings_for([{"input": "w8"}], adapters) == 0
 
 
 def test_a_model_after_full_fine_tuning_labels_new_rows_too(labeled, tmp_path, capsys):

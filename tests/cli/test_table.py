@@ -43,6 +43,19 @@ def test_metrics_are_not_averaged(tmp_path):
     assert np.isnan([row.average for row in rows]).all()
 
 
+def test_the_table_shows_the_perplexity_and_not_its_inverse(tmp_path):
+    finals = [{"task": "chats", "metric": "inverse_perplexity", "accuracy": 0.08}]
+    finals[0] |= {"accuracy_before": 0.05}
+    make_run(tmp_path / "a", finals, task="chats")
+    make_run(tmp_path / "b", [finals[0] | {"accuracy": 0.1}], task="chats", seed=1)
+    rows, _ = table_rows([tmp_path])
+    assert rows[0].cells["chats (inverse_perplexity)"].before == 20
+    lines = format_markdown(rows).splitlines()
+    assert "| chats (perplexity) |" in lines[0]
+    assert "|       11.25 (1.25) |" in lines[2]  # of 12.5 and 10
+    assert format_csv(rows).startswith("model,method,chats (perplexity),chats (perplexity) IQR,")
+
+
 def test_tasks_are_in_the_paper_s_order_and_the_others_follow_by_name(tmp_path):
     for i, task in enumerate(("sst2", "anli-r1", "boolq", "rte", "copa")):
         make_run(tmp_path / str(i), task=task)

@@ -97,6 +97,14 @@ def test_a_label_that_train_has_not_is_an_error_with_its_line(tmp_path):
     assert load_task(tmp_path, labels="x,y,z").validation[1]["label"] == 2
 
 
+@pytest.mark.parametrize(("values", "word"), [(["x", "X", "x"], "x"), ([3, 3, 3], "3")])
+def test_a_file_with_one_label_has_one_choice(values, word, tmp_path):
+    """Training on it says that there is nothing to pick: see doubts.py."""
+    task = load(tmp_path, values)
+    assert task.prompts[0].choices == (word,)
+    assert {row["label"] for row in task.train} == {0}
+
+
 def test_test_rows_may_hide_their_labels_and_others_may_not(tmp_path):
     rows = [{"text": "a", "label": word} for word in "xyxy"]
     (tmp_path / "train.jsonl").write_bytes(lines(*rows))
@@ -131,8 +139,6 @@ def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("values", "flags", "words"),
     [
-        (["x", "x", "x"], {}, "every 'label' is 'x', expected two labels or more"),
-        ([3, 3, 3], {}, "every 'label' is '3', expected two labels or more"),
         ([None, "", None], {}, "'label' is empty in every row, expected labels"),
         ([0, 1, 2], {"labels": "a,b"}, "--labels has 2 words, but 'label' has the labels 0, 1, 2"),
         ([True, False, True], {"labels": "a,b,c"}, "--labels has 3 words, but .* false, true"),

@@ -128,6 +128,7 @@ def test_generate_and_predict_use_the_template_of_the_adapter(folder, capsys):
     adapter = folder / "run" / "adapter"
     saved = json.loads((adapter / "task.json").read_text())
     assert saved["chat_template"] == WORDS
+    assert "prompts" not in saved
     loaded = minia3.load_model(model("llama"))
     minia3.load_adapter(loaded, adapter)
     options = {"max_new_tokens": 5, "stop": ["w59"]}
@@ -188,6 +189,19 @@ def test_a_run_says_how_many_conversations_lose_their_oldest_turns(folder, capsy
     train_in(folder, max_length=7)
     out = capsys.readouterr().out
     assert "2 of 4 training inputs lose their oldest turns to fit into 7 tokens" in out
+
+
+def test_a_mixture_says_which_inputs_lose_turns_and_which_are_cut(folder, capsys):
+    rows = [{"input": "w3 " * (9 * i), "choices": ["w4", "w5"], "label": i % 2} for i in (1, 0)]
+    rows[1]["input"] = "w3"
+    (folder / "choices").mkdir()
+    for split in ("train", "validation"):
+        (folder / "choices" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = f"{folder / 'chats'},{folder / 'choices'}"
+    train_in(folder, task=task, adapters="one", steps=3, max_length=7)
+    out = capsys.readouterr().out
+    assert "1 of 6 training inputs is cut to 7 tokens (--max-length)\n" in out
+    assert "2 of 6 training inputs lose their oldest turns to fit into 7 tokens" in out
 
 
 def test_conversations_and_texts_share_a_batch_of_one_adapter(folder):

@@ -90,12 +90,15 @@ def test_an_unfinished_run_of_an_earlier_version_is_refused(state, tmp_path, cap
     assert contents(out) == before
 
 
-def test_the_last_checkpoint_of_full_fine_tuning_does_not_hold_the_model_again(tmp_path, capsys):
+@pytest.mark.parametrize(("flags", "n_copies"), [({}, 3), ({"eval_every": 4}, 4)])
+def test_the_last_checkpoint_of_full_fine_tuning_holds_nothing_twice(
+    flags, n_copies, tmp_path, capsys
+):
+    """The model and the two moments of AdamW, and the last parameters if the best are others."""
     out = tmp_path / "run"
-    assert run(words(out, method="full", lr=1e-3)) == 0
-    assert (out / "checkpoint.pt").stat().st_size < (
-        out / "model" / "model.safetensors"
-    ).stat().st_size / 10
+    assert run(words(out, method="full", lr=1e-3, **flags)) == 0
+    n_bytes = (out / "model" / "model.safetensors").stat().st_size
+    assert (out / "checkpoint.pt").stat().st_size < (n_copies + 0.7) * n_bytes
     capsys.readouterr()
     assert resume(out) == 0
     assert capsys.readouterr().out.startswith(f"{out} is finished")

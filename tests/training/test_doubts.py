@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import running
 import torch
-from running import metrics, model, run, task, train, words, write
+from running import fails, metrics, model, run, task, train, words, write
 
 import minia3
 from minia3.training.assignment import assign_rows
@@ -61,6 +61,23 @@ def test_rows_that_all_have_the_same_answer_are_doubtful(tmp_path):
     assert doubts_of(tmp_path / "d", same, mixed, method="none") == []
 
 
+def test_a_file_with_one_label_trains_with_a_warning_that_says_how_to_name_others(tmp_path, capsys):
+    rows = [{"text": f"w{5 + i}", "label": "w4"} for i in range(8)]
+    folder = write(tmp_path / "data", train=rows[:5], test=rows[5:])
+    assert run(words(tmp_path / "run", task=folder, steps=2)) == 0
+    shown = capsys.readouterr().out
+    reason = "and there is no other label to pick: name all of them with --labels"
+    doubt = f"all 5 rows to train on have the same answer, 'w4', {reason}"
+    assert f"warning  {doubt}\n" in shown
+    assert f"  warning     {doubt}\n" in shown
+    assert running.events(tmp_path / "run", "final")[0]["commonest"] == 1
+    flags = words(tmp_path / "ul", task=folder, losses="ul,ln")
+    fails(flags, capsys, "there is one label, so only the loss lm can train", "--labels")
+    # With the other label named, the others are not the only choice.
+    assert run(words(tmp_path / "two", task=folder, steps=2, labels="w4,w5")) == 0
+    assert reason not in capsys.readouterr().out
+
+
 def test_if_the_choices_of_rows_differ_their_places_are_compared(tmp_path):
     rows = [{"input": "w9", "choices": [f"w{i}", "w4"], "label": 0} for i in range(5, 10)]
     (doubt,) = doubts_of(tmp_path / "a", rows, choice_rows(["w3", "w4"]))
@@ -73,7 +90,7 @@ def test_a_known_task_is_checked_in_its_words(tmp_path):
     assignment = assign_rows(minia3.load_task("rte", tmp_path), train.Config(task="rte"))
     first, second = assignment.doubts
     assert first.startswith("all 4 rows to train on have the same answer, '")
-    assert second == "1 of 2 rows to report on are also trained on"
+    assert second == "1 of 2 rows to report on is also trained on"
 
 
 def test_rows_to_report_on_that_are_trained_on_are_counted(tmp_path):
@@ -258,7 +275,7 @@ def test_long_targets_are_cut_and_counted(name, tmp_path, capsys):
     folder = long_targets(tmp_path / "data", 50_000)
     flags = {"model": model(name), "task": folder, "batch_size": 5, "max_new_tokens": 3}
     assert run(words(tmp_path / "run", steps=1, **flags)) == 0
-    expected = "note     1 of 5 training targets are cut to 512 tokens (--max-target-length)\n"
+    expected = "note     1 of 5 training targets is cut to 512 tokens (--max-target-length)\n"
     assert expected in capsys.readouterr().out
     flags["max_target_length"] = 2
     assert run(words(tmp_path / "short", steps=1, **flags)) == 0

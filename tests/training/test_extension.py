@@ -36,6 +36,8 @@ RECIPES = {
     "adafactor": {"dropout": 0.1},
     "adamw": {"dropout": 0.2, "optimizer": "adamw", "clip": 0.5},
     "lora": {"method": "lora", "dropout": 0.1},
+    "full": {"method": "full", "dropout": 0.1, "lr": 0.01},
+    "best of full": {"method": "full", "eval_every": 2, "lr": 0.03, "patience": 9},
     "grid": {"seed": "0,3", "lr": "0.1,0.01", "dropout": 0.1},
     "best of": {"eval_every": 2, "dropout": 0.1, "lr": 0.3, "patience": 9},
 }
@@ -145,13 +147,126 @@ def test_an_adapter_that_ran_out_of_patience_trains_again(tmp_path, monkeypatch)
     assert metrics(out)[-1]["steps"] == 4
 
 
+GRIDS = {
+    "lora": {"method": "lora", "seed": "0,3", "dropout": 0.1, "lr": 0.1},
+    "full": {"method": "full", "seed": "0,3", "dropout": 0.1, "lr": 0.01},
+    "best of": {"method": "lora", "lr": "0.3,0.03", "eval_every": 2, "patience": 9},
+}
+
+
+def by_adapter(lines):
+    """Return the lines of metrics.jsonl of a grid, adapter by adapter.
+
+    A grid whose adapters train one after the other has them in another order if it is extended.
+    """
+    found = {}
+    for line in lines:
+        name = line.get("adapter") or next(iter(line["losses"]))
+        found.setdefault(name, []).append(line)
+    return found
+
+
+def two_schedules_of_all(monkeypatch):
+    patched = functools.partial(two_schedules, change=6)
+    monkeypatch.setattr(train, "learning_rate", patched)
+    monkeypatch.setattr(training_log, "learning_rate", patched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRIDS)
+def test_each_adapter_of_an_extended_grid_continues_from_its_own_state(name, tmp_path, monkeypatch):
+    flags = GRIDS[name]
+    out = tmp_path / "run"
+    assert run(words(out, steps=6, **flags)) == 0
+    assert extend(out, 12) == 0
+    lines = without_events(outcome(out)[1], "extended")
+    n_extended = len(events(out, "extended"))
+    with monkeypatch.context() as patch:
+        two_schedules_of_all(patch)
+        whole = tmp_path / "whole"
+        assert run(words(whole, steps=12, save_every=6, **flags)) == 0
+    assert outcome(out)[0] == outcome(whole)[0]
+    assert by_adapter(lines) == by_adapter(outcome(whole)[1])
+    assert n_extended == 2
+    assert extend(out, 15) == 0  # and again
+    assert [line["steps"] for line in events(out, "final")] == [15, 15]
+
+
+# A grid of two adapters is stopped in the first and in the second one, before and after it is made
+# longer.
+@pytest.mark.slow
+@pytest.mark.parametrize("n_updates", [3, 9])
+@pytest.mark.parametrize("is_stopped_again", [True, False])
+def test_a_grid_that_was_stopped_can_be_made_longer(
+    n_updates, is_stopped_again, tmp_path, monkeypatch
+):
+    flags = {**GRIDS["lora"], "steps": 6, "warmup_ratio": 0}
+    out = tmp_path / "run"
+    with interrupted_at_update(n_updates, monkeypatch):
+        assert run(words(out, **flags)) == 130
+    if is_stopped_again:
+        with interrupted_at_update(10, monkeypatch):
+            assert extend(out, 12) == 130
+        assert resume(out) == 0
+    else:
+        assert extend(out, 12) == 0
+
+    expected = {}
+    for seed, change in (("0", min(n_updates, 6)), ("3", max(n_updates - 6, 0))):
+        whole = tmp_path / f"whole-{seed}"
+        with monkeypatch.context() as patch:
+            patched = functools.partial(two_schedules, change=change)
+            patch.setattr(train, "learning_rate", patched)
+            assert run(words(whole, **flags | {"steps": 12, "seed": seed})) == 0
+        (path,) = (whole / "adapter").glob("*.safetensors")
+        expected[f"s{seed}"] = path.read_bytes()
+    found = {path.parent.name: path.read_bytes() for path in out.rglob("*.safetensors")}
+    assert found == expected
+    assert [line["steps"] for line in events(out, "final")] == [12, 12]
+
+
+def test_a_run_that_starts_over_does_not_continue_from_old_states(tmp_path):
+    flags = GRIDS["lora"]
+    out = tmp_path / "run"
+    assert run(words(out, steps=6, **flags)) == 0
+    before = outcome(out)
+    (out / "checkpoint.pt").unlink()
+    assert resume(out) == 0
+    assert outcome(out) == before
+
+
+def test_a_state_that_is_missing_or_damaged_is_one_line(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3, **GRIDS["lora"])) == 0
+    state = out / "states" / "0.pt"
+    content = state.read_bytes()
+    for damaged in (content[:-50], b"", None):
+        state.unlink()
+        if damaged is not None:
+            state.write_bytes(damaged)
+        before = contents(out)
+        reason = "cannot be made longer" if damaged != b"" else "the file is empty"
+        fails(["--resume", out, "--steps", 9], capsys, "states/0.pt", reason)
+        assert contents(out) == before
+
+
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_when_it_is_made_longer(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    with interrupted_at_update(8, monkeypatch):
+        assert run(words(out, steps=20, lr=0.1)) == 130
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 10, "loss": 3.0}\n')
+    assert extend(out, 30) == 0
+    assert [line["step"] for line in events(out, "train")] == [1, 10, 20, 30]
+
+
 @pytest.mark.parametrize(
     ("flags", "steps", "parts"),
     [
         ({}, 2, ["--steps is 2, and the run has done 3 steps", "more than 3"]),
         ({"method": "none"}, 9, ["this run trains nothing"]),
-        ({"method": "full"}, 9, ["keeps the model, but not its optimizer", "--model", "/model"]),
-        ({"method": "lora", "seed": "0,1"}, 9, ["one after the other", "--adapter"]),
     ],
 )
 def test_what_cannot_be_extended_is_said_and_nothing_changes(flags, steps, parts, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 from running import events, fails, rows, run, train, words, write
 
 import minia3
+from minia3.adapters.lora import add_lora
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze
@@ -27,10 +28,12 @@ CONFIGS = {
 FLAGS = train.Config()
 
 
-def real_peak(shape):
+def real_peak(shape, has_lora=False):
     """Return what the tensors of a real step of the embedded model take beyond the weights."""
     model = minia3.load_model("tiny-t5").train()
     freeze(model)
+    if has_lora:
+        add_lora(model, FLAGS.rank, FLAGS.alpha, FLAGS.where.split(","), 0)
     n, m, c, length = shape
     batch = Batch(
         torch.ones(n, m, dtype=torch.long),
@@ -54,6 +57,15 @@ def test_the_plan_is_what_a_real_step_takes(shape):
     config = minia3.load_model("tiny-t5").config
     planned = peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
     assert planned == pytest.approx(real_peak(shape), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(4, 20, 2, 3), (16, 9, 3, 2)])
+def test_the_plan_of_a_lora_has_what_its_gradients_need(shape):
+    config = minia3.load_model("tiny-t5").config
+    flags = replace(FLAGS, method="lora")
+    planned = peak_of_step(config, torch.float32, StepShape(*shape), flags)
+    assert planned == pytest.approx(real_peak(shape, has_lora=True), rel=0.02)
+    assert planned != peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,155 @@
+"""Find what the assistant wrote in the text of a conversation.
+
+A template with {% generation %} blocks says it. Most published templates have none, so there are
+two other ways, for each turn:
+
+1. Compare the text before the turn, and the text up to its end, with the whole text. If each begins
+   the next one, then the turn is what the second adds to the first.
+2. Some templates rewrite earlier turns when the conversation goes on: Qwen3's drops their thinking,
+   and Mistral's moves the system message to the last question. So replace the content of a message
+   by other words: what stays the same around it belongs to the template. The turn begins after what
+   the template writes between the message before it and an answer, and ends with what it writes
+   after the answer. Both must be in the whole text as in the text that ends there, and what all
+   messages before the turn say must stand before it. Otherwise the model would be trained without
+   something that it reads when it answers, and the conversation is refused.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from minia3.checkpoints.chat import ChatText, render_chat
+
+OR_BLOCKS = "or a template with {% generation %} blocks (--chat-template FILE)"
+
+# Words in place of a content. They differ in their first and in their last characters, so that no
+# content has both characters in common with both of them.
+PROBES = ("Alpha.", "omega!")
+
+
+@dataclass
+class Conversation:
+    """A conversation whose beginnings are rendered, with or without other words in a message."""
+
+    template: str
+    messages: list[dict]
+    special_tokens: dict
+    tools: list | None
+    rendered: dict = field(default_factory=dict)  # arguments of `render` -> its result
+
+    def render(self, n_messages, ends_with_prompt, place=None, probe=None):
+        """Return the ChatText of the first messages. probe: the content of the message `place`."""
+        key = (n_messages, ends_with_prompt, place, probe)
+        if key not in self.rendered:
+            part = list(self.messages[:n_messages])
+            if place is not None:
+                part[place] = part[place] | {"content": probe}
+            self.rendered[key] = render_chat(
+                self.template, part, self.special_tokens, self.tools, ends_with_prompt
+            )
+        return self.rendered[key]
+
+    def find_content(self, place, n_messages, ends_with_prompt=False):
+        """Return the Place of a message's content in the text of the first messages."""
+        text = self.render(n_messages, ends_with_prompt).text
+        n_before = n_after = len(text)
+        for probe in PROBES:
+            other = self.render(n_messages, ends_with_prompt, place, probe).text
+            n_before = min(n_before, count_same(text, other))
+            n_after = min(n_after, count_same(text[::-1], other[::-1]))
+        return Place(n_before, len(text) - n_after, text)
+
+
+class Place(NamedTuple):
+    """Where the content of a message is in a text: all that changes if it changes."""
+
+    first: int
+    end: int
+    text: str
+
+    @property
+    def after(self):
+        return self.text[self.end :]
+
+
+def render_conversation(template, messages, special_tokens, tools=None):
+    """Return the whole text of a conversation, with a span for each turn of the assistant.
+
+    Raise ValueError if a turn cannot be found as the docstring of the module says, and whatever
+    `render_chat` raises.
+    """
+    conversation = Conversation(template, messages, special_tokens, tools)
+    whole = conversation.render(len(messages), ends_with_prompt=False)
+    if whole.spans:
+        return whole
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise ValueError(
+                "the conversation begins with the assistant: expected a message of the user or "
+                f"the system first, {OR_BLOCKS}"
+            )
+        spans.append(find_turn(conversation, i, whole.text))
+    return ChatText(whole.text, spans)
+
+
+def find_turn(conversation, i, whole):
+    """Return the span of message i in the whole text. Raise ValueError if it cannot be found."""
+    before = conversation.render(i, ends_with_prompt=True).text
+    after = conversation.render(i + 1, ends_with_prompt=False).text
+    if after.startswith(before) and whole.startswith(after):
+        turn = without_tail(after[len(before) :], conversation.messages[i])
+        return (len(before), len(before) + len(turn))
+    span = probe_turn(conversation, i)
+    if span is None:
+        raise ValueError(describe_change(before, after, whole, i))
+    return span
+
+
+def without_tail(turn, message):
+    """Return the text of a turn without white space after its end token, such as ChatML's line
+    break. Generation has ended before it.
+    """
+    content = (message.get("content") or "").strip()
+    if content and content in turn:
+        ending = turn.partition(content)[2]
+        if not ending.strip():
+            return turn  # there is no end token, so the white space is all that ends the turn
+    return turn.rstrip()
+
+
+def probe_turn(conversation, i):
+    """Return the span of message i, found by replacing contents, or None."""
+    n_messages = len(conversation.messages)
+    question = conversation.find_content(i - 1, n_messages)
+    prompt_end = conversation.find_content(i - 1, i, ends_with_prompt=True).after
+    answer = conversation.find_content(i, n_messages)
+    turn_end = conversation.find_content(i, i + 1).after
+    if turn_end.strip():
+        turn_end = turn_end.rstrip()  # as in `without_tail`
+    first = question.end + len(prompt_end)
+    is_same = question.after.startswith(prompt_end) and answer.after.startswith(turn_end)
+    are_heard = all(conversation.find_content(j, n_messages).first < first for j in range(i))
+    if not is_same or not are_heard or first > answer.first:
+        return None
+    return (first, answer.end + len(turn_end))
+
+
+def describe_change(before, after, whole, i):
+    """Return what changes in the text of a conversation when it goes on after message i."""
+    pair = (after, whole) if after.startswith(before) else (before, after)
+    text, longer = pair
+    n_same = count_same(text, longer)
+    return (
+        f"message {i}, or the text before it, changes when the conversation goes on "
+        f"({text[n_same:][:20]!r} becomes {longer[n_same:][:20]!r}), so it cannot be "
+        f"trained on: give conversations with one answer at their end, {OR_BLOCKS}"
+    )
+
+
+def count_same(text, other):
+    """Return how many characters two texts have in common at their beginning."""
+    lengths = range(1, min(len(text), len(other)) + 1)
+    return bisect_left(lengths, True, key=lambda length: text[:length] != other[:length])
