@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 train.py --model t5-base --task rte
 
-torchrun starts four processes, which run the same script, and says to each in its environment who it
-is. A process that is alone imports no torch here, and takes no other path than without this module.
+torchrun starts four processes that run the same script, and tells each in its environment who it
+is. A process that is alone imports no torch here, and does what it would do without this module.
 Two rules make several processes one program:
 
 - All of them take the same decisions, so they meet in the same calls, in the same order. What only
