@@ -59,6 +59,11 @@ def has_several_processes():
     return all(name in os.environ for name in VARIABLES) and os.environ["WORLD_SIZE"] != "1"
 
 
+def is_alone_or_first():
+    """Return whether this process has to do what only one of several should do, before `join`."""
+    return not has_several_processes() or os.environ["RANK"] == "0"
+
+
 def join():
     """Meet the other processes that torchrun has started, if there are any.
 
