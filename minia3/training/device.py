@@ -122,7 +122,7 @@ def free_memory(device):
 def free_memory_of_system():
     """Return the bytes that this process can still take: of the machine, and of its container.
 
-    Return None on systems other than Linux.
+    Several processes of a run get equal parts. Return None on systems other than Linux.
     """
     limits = []
     with suppress(OSError, ValueError):
@@ -132,7 +132,7 @@ def free_memory_of_system():
     for limit, used in CONTAINER_FILES:
         with suppress(OSError, ValueError):  # "max" is no number: there is no limit
             limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return max(0, min(limits)) if limits else None
+    return max(0, min(limits)) // n_on_machine() if limits else None
 
 
 def choose_dtype(config, device):

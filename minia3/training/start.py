@@ -67,6 +67,7 @@ def run_config(config, run_grid, program, is_program=False):
         with only_first_prints(), unchanged_process(), announcing_warnings(), signals:
             run = Run(config, signals, program)
             run_grid(run, config)
+            from_first(None)  # nobody goes on before the first process has written everything
         return run
     except Stopped as stop:
         message = run.stop_message if run else "stopped"

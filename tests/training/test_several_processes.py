@@ -42,7 +42,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 
 def test_torchrun_adds_a_report_in_which_all_processes_have_the_exit_code(tmp_path):
     arguments = words(tmp_path / "run", steps=0)
-    code, out, err = several.call(2, *arguments, torchrun=several.TORCHRUN)
+    code, _, err = several.call(2, *arguments, torchrun=several.TORCHRUN)
     assert code == 1  # whatever its processes say
     assert err.count("train.py: --steps is 0") == 1
     assert err.count("exitcode  : 2 ") == 2
@@ -82,7 +82,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
 
-def test_a_signal_to_one_process_alone_stops_all_of_them(uninterrupted, tmp_path):
+def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
     folder = tmp_path / "run"
     process = several.start(2, *words(folder))
     several.wait_for(process, "step     30")
@@ -92,19 +92,13 @@ def test_a_signal_to_one_process_alone_stops_all_of_them(uninterrupted, tmp_path
     assert err == f"stopped; to continue: python train.py --resume {folder}\n"
     assert 30 <= running.load_checkpoint(folder).n_steps < 60
 
-    # Continued by one process, it says so, and the numbers are the same up to rounding.
-    assert running.resume(folder) == 0
-    stopped_lines = running.metrics(folder)
-    lines = running.metrics(uninterrupted)
-    assert len(stopped_lines) == len(lines)
-    assert stopped_lines[-1]["accuracy"] == pytest.approx(lines[-1]["accuracy"], abs=0.1)
-
 
 def test_another_number_of_processes_continues_a_run_and_says_so(tmp_path):
     folder = tmp_path / "run"
     flags = {"dtype": "float64", "dropout": 0.0, "steps": 8}
-    with running.at_line(600, running.functools.partial(running.kill_self, signal.SIGINT)):
+    with running.at_line(3400, running.functools.partial(running.kill_self, signal.SIGINT)):
         assert running.run(running.words(folder, **flags)) == 128 + signal.SIGINT
+    assert 0 < running.load_checkpoint(folder).n_steps < 8
     code, out, err = several.call(2, "train.py", "--resume", folder)
     assert (code, err) == (0, "")
     assert "note     processes so far: 1, from now on: 2;" in out
