@@ -46,8 +46,6 @@ def main(argv=None):
         try:
             if words and words[0] == "train":
                 return train.main(words[1:], is_program=argv is None)  # with its own exit codes
-            if words[:1] == ["torchrun"] and words[1:] not in ([], ["--help"]):
-                return torchrun.main(words[1:])
             if not takes_part(words):
                 return 0
             with warnings.catch_warnings():
@@ -95,6 +93,8 @@ def parse(words):
         return parser.parse_args(["--help"])
     if words[0] in parsers:
         # Only a parser without commands can mix prompts and flags in any order.
+        if words[0] == "torchrun" and words[1:] != ["--help"]:
+            return parsers["torchrun"].parse_args(["--", *words[1:]])  # torchrun's flags
         return parsers[words[0]].parse_words(words[1:])
     if not words[0].startswith("-"):
         parser.error(f"there is no command {words[0]!r}{nearest_command(words[0])}")

@@ -20,8 +20,12 @@ def add_arguments(parser):
     )
 
 
-def main(words):
-    """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
+def run(args):
+    """Exit with the code of the process that failed first, or 0. A signal n is 128 + n."""
+    raise SystemExit(exit_code_of(args.words))
+
+
+def exit_code_of(words):
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
