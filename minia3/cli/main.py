@@ -51,10 +51,10 @@ def main(argv=None):
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 args = parse(words)
-                args.run(args)
+                code = args.run(args) or 0
         finally:
             show(end="")  # --help leaves text in the buffer: fail here rather than as Python exits
-        return leave()
+        return leave(code)
     except KeyboardInterrupt:
         has_first_word(130)
         return leave(130)

@@ -21,18 +21,14 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Exit with the code of the process that failed first, or 0. A signal n is 128 + n."""
-    raise SystemExit(exit_code_of(args.words))
-
-
-def exit_code_of(words):
+    """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # the processes say themselves what is wrong
     try:
-        run.run(run.parse_args(words))
+        run.run(run.parse_args(args.words))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode

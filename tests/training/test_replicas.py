@@ -1,5 +1,8 @@
 """Several processes train as one: the same numbers as a process that is alone."""
 
+import functools
+from pathlib import Path
+
 import pytest
 import running
 import several
@@ -24,6 +27,9 @@ CASES = {
     "full": {"method": "full", "lr": 1e-3, "batch_size": 3},
     "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3},
     "evaluated in small batches": {"eval_batch_size": 5, "steps": 1},
+    "generated texts": {"task": running.task((0,)), "metric": "exact_match", "steps": 1},
+    "a cell that fails": {"lr": "3e-3,1e300", "eval_every": 2},
+    "in context": {"method": "icl", "shots": 4},
 }
 
 
@@ -39,13 +45,18 @@ def command_lines(name, folder):
 @pytest.mark.parametrize("name", ["t5", "llama"])
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_several_processes_have_the_numbers_of_one(n_processes, name, tmp_path):
-    alone = tmp_path / "1"
-    for words in command_lines(name, alone):
-        assert running.run(words) == 0
-    folder = tmp_path / str(n_processes)
-    several.run_together(n_processes, command_lines(name, folder), tmp_path)
+    several.run_together(n_processes, command_lines(name, tmp_path), tmp_path)
     for special in CASES:
-        check_equal(folder / special, alone / special)
+        check_equal(tmp_path / special, alone(name) / special)
+
+
+@functools.cache
+def alone(name):
+    """Return the folder of the same runs in a single process."""
+    folder = Path(running.home().name, f"alone-{name}")
+    for words in command_lines(name, folder):
+        assert running.run(words) == 0
+    return folder
 
 
 def check_equal(folder, other):
