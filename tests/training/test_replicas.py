@@ -28,7 +28,7 @@ CASES = {
     "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3},
     "evaluated in small batches": {"eval_batch_size": 5, "steps": 1},
     "generated texts": {"task": running.task((0,)), "metric": "exact_match", "steps": 1},
-    "a cell that fails": {"lr": "3e-3,1e300", "eval_every": 2},
+    "a cell that fails": {"lr": "3e-3,1e31", "steps": 12},
     "in context": {"method": "icl", "shots": 4},
 }
 
@@ -66,7 +66,9 @@ def check_equal(folder, other):
         expected = running.last_vectors(other)
         assert vectors.keys() == expected.keys()
         for name, value in vectors.items():
-            torch.testing.assert_close(value, expected[name], rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(
+                value, expected[name], rtol=0, atol=TOLERANCE, equal_nan=True
+            )
     lines = running.metrics(folder)
     expected_lines = running.metrics(other)
     assert len(lines) == len(expected_lines)
