@@ -6,9 +6,22 @@ import sys
 import warnings
 
 from minia3 import __version__
-from minia3.cli import convert, generate, info, merge, mix, plot, predict, study, table, train
+from minia3.cli import (
+    convert,
+    generate,
+    info,
+    merge,
+    mix,
+    plot,
+    predict,
+    study,
+    table,
+    torchrun,
+    train,
+)
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
+from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
 from minia3.files.streams import use_utf8
 from minia3.training.flags import Parser
 
@@ -23,7 +36,10 @@ COMMANDS = {
     "study": study,
     "table": table,
     "plot": plot,
+    "torchrun": torchrun,
 }
+
+DIVIDED = ("generate", "predict")  # what several processes do together; other commands need one
 
 USER_ERRORS = (  # what a user can correct; the other errors are failures of disk, memory or network
     ValueError,
@@ -43,19 +59,32 @@ def main(argv=None):
         try:
             if words and words[0] == "train":
                 return train.main(words[1:], is_program=argv is None)  # with its own exit codes
+            if not takes_part(words):
+                return 0
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 args = parse(words)
-                args.run(args)
+                code = args.run(args) or 0
         finally:
             show(end="")  # --help leaves text in the buffer: fail here rather than as Python exits
-        return 0
+        return leave(code)
     except KeyboardInterrupt:
-        return 130
+        has_first_word(130)
+        return leave(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # PyTorch's errors about memory are RuntimeErrors.
-        print(f"minia3: {message_of(error)}", file=sys.stderr)
-        return 2 if isinstance(error, USER_ERRORS) else 1
+        code = 2 if isinstance(error, USER_ERRORS) else 1
+        if has_first_word(code):
+            print(f"minia3: {message_of(error)}", file=sys.stderr)
+        return leave(code)
+
+
+def takes_part(words):
+    """Return whether this process has something to do. It is one of several if torchrun says so."""
+    if words and words[0] in DIVIDED:
+        join()
+        return True
+    return is_alone_or_first()
 
 
 def parse(words):
@@ -77,6 +106,8 @@ def parse(words):
         return parser.parse_args(["--help"])
     if words[0] in parsers:
         # Only a parser without commands can mix prompts and flags in any order.
+        if words[0] == "torchrun" and words[1:] != ["--help"]:
+            return parsers["torchrun"].parse_args(["--", *words[1:]])  # torchrun's flags
         return parsers[words[0]].parse_words(words[1:])
     if not words[0].startswith("-"):
         parser.error(f"there is no command {words[0]!r}{nearest_command(words[0])}")
@@ -103,4 +134,5 @@ def make_parser(create, name, description, example, **options):
 
 
 def print_warning(message, *_):
-    print(f"minia3: {message}", file=sys.stderr)
+    if is_first():
+        print(f"minia3: {message}", file=sys.stderr)
