@@ -4,6 +4,8 @@ The batch of the longest rows is planned on fake tensors, as a step is (step_mem
 kept for a backward pass, so a batch takes one layer's tensors, the keys and values of all layers,
 and logits. A text that is generated takes at most what it takes to score a text of
 --max-new-tokens.
+
+Shapes: B examples, M source length, C choices, L tokens of a choice.
 """
 
 from dataclasses import replace
