@@ -20,8 +20,11 @@ import numpy as np
 import torch
 
 from minia3.inference.beam_search import beam_search
-from minia3.inference.scoring import NotFiniteError, batches_by_length, check_best
+from minia3.inference.scoring import NotFiniteError, batches_by_length
+from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
+
+NOT_FINITE = -1  # in place of a token, if a model's scores are NaN or infinite
 
 SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
 
@@ -217,7 +220,7 @@ def write_in_batches(model, tokenizer, sources, adapter, options, cut):
         if mask_BM.all():
             mask_BM = None
         with torch.no_grad():
-            state = model.start(source_BM.to(device), mask_BM, adapters)
+            state = model.start(to_device(source_BM, device), mask_BM, adapters)
 
         # Row r of the batch writes the text with the index numbers[r].
         numbers = []
@@ -291,22 +294,37 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
             return
         if len(kept) < len(rows):
             rows = [rows[i] for i in kept]
-            kept_R = torch.tensor(kept, device=tokens_B1.device)
+            kept_R = torch.tensor(kept)
             state = state.select(kept_R)
-            tokens_B1 = tokens_B1[kept_R]
+            tokens_B1 = tokens_B1[to_device(kept_R, tokens_B1.device)]
 
         logits_BV = model.step(tokens_B1, state)[:, -1].float()
-        check_best(logits_BV, rows)
         if sampler is None:
             tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         else:
             tokens_B1 = sampler.draw(logits_BV, rows)
 
-        for row, token in zip(rows, tokens_B1[:, 0].tolist(), strict=True):
+        for row, token in zip(rows, read_tokens(tokens_B1, logits_BV, rows), strict=True):
             if token in model.config.eos_ids:
                 ended.add(row)
             else:
                 yield row, token
+
+
+def read_tokens(tokens_B1, logits_BV, rows):
+    """Return the tokens of the rows as a list. Raise NotFiniteError if a best logit is not finite.
+
+    It is NaN if any logit is. (A logit of -inf alone is a token that a model rules out.)
+
+    This is all that a step reads from a GPU, and it reads once, because the GPU waits meanwhile. So
+    a mark in place of the token says that the logit is not finite.
+    """
+    is_finite_B1 = logits_BV.amax(dim=-1, keepdim=True).isfinite()
+    tokens = tokens_B1.masked_fill(~is_finite_B1, NOT_FINITE)[:, 0].tolist()
+    if NOT_FINITE in tokens:
+        row = rows[tokens.index(NOT_FINITE)]
+        raise NotFiniteError(f"text {row}", row)
+    return tokens
 
 
 class Sampler:
@@ -319,9 +337,13 @@ class Sampler:
     def draw(self, logits_BV, rows):
         """Return the next tokens (B, 1) of these rows."""
         uniform = [[self.streams[row].random_sample()] for row in rows]
-        uniform_B1 = torch.tensor(uniform, dtype=torch.float64).to(logits_BV.device)
-        options = self.options
-        return draw_tokens(logits_BV, uniform_B1, options.temperature, options.top_k, options.top_p)
+        device = logits_BV.device
+        if device.type == "mps":
+            logits_BV = logits_BV.cpu()  # because Apple's GPU has no float64
+        uniform_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), logits_BV.device)
+        given = self.options
+        tokens_B1 = draw_tokens(logits_BV, uniform_B1, given.temperature, given.top_k, given.top_p)
+        return to_device(tokens_B1, device)
 
 
 def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):

@@ -20,6 +20,7 @@ from torch import nn
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
+    NO_COLUMNS,
     Cache,
     Context,
     State,
@@ -27,6 +28,7 @@ from minia3.model.sequence_state import (
     check_start,
     mask_to_bias,
 )
+from minia3.model.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,20 @@ class Llama(nn.Module):
             # Move the real tokens to the front, because then the causal mask is enough to hide the
             # padding from them.
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
-            source_BM = source.gather(1, order_BM.to(source.device))
+            source_BM = source.gather(1, to_device(order_BM, source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
-            start_B1 = source_BM.gather(1, last_B1.to(source.device))
+            start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
             read_BL = source_BM[:, : int(last_B1.max())]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
             packing = Packing(mask_BL, source.device)
-            mask_BL = mask_BL.to(source.device)
+            mask_BL = to_device(mask_BL, source.device)
 
         state = State(
             start=start_B1,
             adapter_B=adapter_B,
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
-            owner_M=source.new_zeros(0),
+            owner_M=NO_COLUMNS,
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)

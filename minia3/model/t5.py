@@ -22,6 +22,7 @@ from torch import nn
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
+    NO_COLUMNS,
     Cache,
     Context,
     State,
@@ -29,6 +30,7 @@ from minia3.model.sequence_state import (
     check_start,
     mask_to_bias,
 )
+from minia3.model.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class T5(nn.Module):
         memory_bias_B11M = None
         if mask is not None:
             packing = Packing(mask, source.device)
-            memory_bias_B11M = mask_to_bias(mask.to(source.device)[:, None, None, :], x.dtype)
+            mask_B11M = to_device(mask, source.device)[:, None, None, :]
+            memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
         context = Context(packing.adapters(adapter_B), memory_bias_B11M, packing=packing)
         n_biases = self.config.n_heads * (1 if mask is None else len(source))
@@ -173,7 +176,7 @@ class T5(nn.Module):
             adapter_B=adapter_B,
             caches=caches,
             token_M=source.new_zeros(0),
-            owner_M=source.new_zeros(0),
+            owner_M=NO_COLUMNS,
             memory_bias_B11M=memory_bias_B11M,
         )
 
