@@ -82,6 +82,15 @@ def copy_values(parameters):
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
+def on_cpu(state):
+    """Return a state with its tensors on the CPU, because any device can go on from there."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    return state
+
+
 def set_values(parameters, saved):
     """Copy saved values into parameters in place, because views and optimizers refer to them.
 
