@@ -84,6 +84,11 @@ def add_arguments(parser):
     add_device_options(parser)
     add_quantize(parser)
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile a step of the model, so that a GPU replays it (takes a minute)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, for programs"
     )
 
@@ -184,6 +189,7 @@ class Generator:
             "stop": args.stop,
             "seed": args.seed,
             "max_new_tokens": args.max_new_tokens,
+            "compile": args.compile,
         }
         self.search = {
             "beams": args.beams,

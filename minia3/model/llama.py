@@ -186,11 +186,8 @@ class Llama(nn.Module):
         """Return the Context of the tokens that were just appended to `state`."""
         n_queries = tokens_BL.shape[1]
         n_columns = len(state.token_M)
-        if state.mask_BM is not None:
-            is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
-            state.mask_BM = torch.cat((state.mask_BM, is_real_BL), dim=1)
         position_BM = state.positions()
-        position_BL = position_BM[:, -n_queries:]
+        position_BL = state.of_queries(position_BM, n_queries)
 
         # Without padding, and within the window, PyTorch's causal mask will do, or none.
         window = self.config.window

@@ -122,7 +122,19 @@ class State:
         new_owner_N = torch.arange(self.n_sharing).repeat_interleave(n_tokens)
         self.owner_M = torch.cat((self.owner_M, new_owner_N))
         self.length += n_tokens
-        return tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+        tokens_BL = tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+        if self.mask_BM is not None:
+            is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+            self.mask_BM = torch.cat((self.mask_BM, is_real_BL), dim=1)
+        return tokens_BL
+
+    def of_queries(self, x, n_queries):
+        """Return the part (..., L) of x (..., M) that belongs to the columns that were appended."""
+        return x[..., -n_queries:]
+
+    def needs_mask(self, n_queries):
+        """Return whether a query must not see a column that is there. A single query is the last."""
+        return n_queries > 1
 
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""

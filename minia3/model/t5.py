@@ -193,11 +193,12 @@ class T5(nn.Module):
         n_queries = tokens_BL.shape[1]
         x_BLD = self.embed(tokens_BL)
         mask_LM = None
-        if n_queries > 1:
+        if state.needs_mask(n_queries):
             mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
-        context = Context(state.adapter_B, mask_LM, cross=state.cross_context())
+        cross = state.cross_context()
+        context = Context(state.adapter_B, mask_LM, packing=NO_PACKING, cross=cross)
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
-        distance_LM = state.token_M - state.token_M[-n_queries:, None]
+        distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         return x_BLD.view(*tokens.shape, -1)
 
