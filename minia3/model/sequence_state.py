@@ -133,7 +133,7 @@ class State:
         return x[..., -n_queries:]
 
     def needs_mask(self, n_queries):
-        """Return whether a query must not see a column that is there. A single query is the last."""
+        """Return whether a query must not see all columns. (A single query comes last.)"""
         return n_queries > 1
 
     def cross_context(self):
