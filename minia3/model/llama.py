@@ -20,7 +20,6 @@ from torch import nn
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
-    NO_COLUMNS,
     Cache,
     Context,
     State,
@@ -138,7 +137,7 @@ class Llama(nn.Module):
             adapter_B=adapter_B,
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
-            owner_M=NO_COLUMNS,
+            owner_M=torch.zeros(0, dtype=torch.long),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)

@@ -34,8 +34,6 @@ from minia3.model.to_device import to_device
 # Numbers that a bias of attention may have: 4 GB in float32. It grows with the square of a length.
 MAX_BIAS = 1 << 30
 
-NO_COLUMNS = torch.zeros(0, dtype=torch.long)
-
 ROOM = 64  # spare columns that a cache gets when it grows, so that most steps copy nothing
 
 

@@ -22,7 +22,6 @@ from torch import nn
 from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
-    NO_COLUMNS,
     Cache,
     Context,
     State,
@@ -176,7 +175,7 @@ class T5(nn.Module):
             adapter_B=adapter_B,
             caches=caches,
             token_M=source.new_zeros(0),
-            owner_M=NO_COLUMNS,
+            owner_M=torch.zeros(0, dtype=torch.long),
             memory_bias_B11M=memory_bias_B11M,
         )
 
