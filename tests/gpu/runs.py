@@ -55,16 +55,16 @@ def out_of_memory(place, folder):
     n_rows = 4096 if place.is_dry else 100_000
     flags = ["--steps", 1, "--dtype", "float32", "--batch-size", n_rows, "--method", "ia3"]
 
-    def run(*more):
-        words = ["-c", LIMITED, place.device, n_bytes, *flags, "--out", folder / "memory", *more]
+    def run(name, *more):
+        words = ["-c", LIMITED, place.device, n_bytes, *flags, "--out", folder / name, *more]
         return run_python(*words, timeout=300)
 
-    failed = run()
+    failed = run("too large")
     message = failed.stderr.strip().splitlines()[-1] if failed.stderr else ""
     is_expected = failed.returncode == 1 and "out of memory: lower --micro-batch-size" in message
     if not is_expected or "Traceback" in failed.stderr:
         raise AssertionError(f"expected one line about memory, found: {failed.stderr[-500:]}")
-    helped = run("--micro-batch-size", 64)
+    helped = run("helped", "--micro-batch-size", 64)
     expect_success(helped)
     return {"limit": n_bytes, "message": message[:120], "--micro-batch-size 64": "trains"}
 
