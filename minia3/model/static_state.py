@@ -57,17 +57,14 @@ class StaticState(State):
         mask_BM = torch.ones_like(state.token_M, dtype=torch.bool)[None]
         if state.mask_BM is not None:
             mask_BM = state.mask_BM
-        return cls(
-            start=state.start,
-            adapter_B=state.adapter_B,
-            caches=caches,
-            token_M=torch.arange(n_columns, device=column_1.device),
-            owner_M=state.owner_M,
-            length=n_columns,
-            mask_BM=F.pad(mask_BM, (0, n_more), value=True),
-            memory_bias_B11M=state.memory_bias_B11M,
-            column_1=column_1,
-        )
+        changed = {
+            "caches": caches,
+            "token_M": torch.arange(n_columns, device=column_1.device),
+            "length": n_columns,
+            "mask_BM": F.pad(mask_BM, (0, n_more), value=True),
+            "column_1": column_1,
+        }
+        return cls(**vars(state) | changed)
 
     def append_columns(self, tokens_B1):
         return tokens_B1  # there is room, and `advance` counts
