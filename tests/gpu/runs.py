@@ -18,8 +18,9 @@ if device == "cpu":
     used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resource.setrlimit(resource.RLIMIT_DATA, (used + n_bytes, used + n_bytes))
 else:
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(n_bytes / total, device)
+    module = getattr(torch, torch.device(device).type)
+    total = module.get_device_properties(device).total_memory
+    module.set_per_process_memory_fraction(n_bytes / total, device)
 import train
 sys.exit(train.main(["--device", device, *sys.argv[3:]]))
 """
