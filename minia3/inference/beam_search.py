@@ -3,7 +3,7 @@
 The texts and their order equal those of transformers' generate(num_beams=n, early_stopping=False).
 
 Shapes: B batch (of beams), S sources, W ways to continue a source (its beams times the vocabulary),
-V vocabulary.
+N the best of these ways, V vocabulary.
 """
 
 from dataclasses import dataclass
