@@ -39,6 +39,9 @@ import train  # noqa: E402 (train.py is beside the package, not in it)
 CONFIGS = {
     "t5": T5Config(24, 6, 40, 2, 2, 4, N_IDS),
     "llama": LlamaConfig(24, 6, 40, 2, 4, 2, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
+    # nf4 needs widths that are multiples of 64.
+    "t5-wide": T5Config(64, 16, 64, 1, 1, 4, N_IDS),
+    "llama-wide": LlamaConfig(64, 16, 64, 1, 4, 4, N_IDS, pad_id=0, eos_ids=(1,), bos_id=None),
 }
 TIMES = {"seconds", "examples_per_second", "tokens_per_second", "memory_bytes", "peak_memory_bytes"}
 TRACED_FILES = {
@@ -67,7 +70,7 @@ def model(name, seed=0):
         scale = 1.0 if "embed" in key or "position" in key else 0.3
         values = scale * torch.randn(parameter.shape, generator=generator)
         place_parameter(new, key, values + key.endswith("norm.weight"))
-    minia3.save_model(new, folder, word_tokenizer(ends=name == "t5"))
+    minia3.save_model(new, folder, word_tokenizer(ends=name.startswith("t5")))
     return folder
 
 

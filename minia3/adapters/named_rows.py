@@ -58,9 +58,9 @@ class Adapters(dict):
             del self[name]
 
     def rows(self, names):
-        """Return (B,) long: the row of each name, as `start` takes them. None is the base."""
+        """Return (B,) long, on the CPU: the row of each name, for `start`. None is the base."""
         rows = [0 if name is None else self[name] for name in names]
-        return torch.tensor(rows, dtype=torch.long, device=self.model.embed.weight.device)
+        return torch.tensor(rows, dtype=torch.long)
 
     def _add(self, paths):
         # Read everything first: if one adapter is wrong, nothing has changed.

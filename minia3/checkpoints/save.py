@@ -83,7 +83,7 @@ def save_tensors(folder, parts):
     for file, names in shards.filename_to_tensors.items():
         tensors = {}
         for name in progress(names, total=len(names)):
-            tensors[name] = unread[name].read().contiguous()
+            tensors[name] = unread[name].read().cpu().contiguous()
         save_file(tensors, folder / file, {"format": "pt"})
         del tensors  # before the tensors of the next shard are read
     if shards.is_sharded:

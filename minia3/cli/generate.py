@@ -40,25 +40,7 @@ def add_arguments(parser):
     )
     add_adapter_option(parser)
     add_chat_options(parser)
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="draw tokens at this temperature (default: 0, which takes the most likely token)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=0,
-        help="draw from this many of the most likely tokens (default: 0, from all)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="draw from the most likely tokens that together have this probability "
-        "(default: %(default)s)",
-    )
+    add_drawing_options(parser)
     parser.add_argument(
         "--samples", type=int, default=1, help="outputs per prompt (default: %(default)s)"
     )
@@ -85,7 +67,34 @@ def add_arguments(parser):
     add_device_options(parser)
     add_quantize(parser)
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile a step of the model, so that a GPU replays it (takes a minute)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, for programs"
+    )
+
+
+def add_drawing_options(parser):
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="draw tokens at this temperature (default: 0, which takes the most likely token)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="draw from this many of the most likely tokens (default: 0, from all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the most likely tokens that together have this probability "
+        "(default: %(default)s)",
     )
 
 
@@ -167,6 +176,7 @@ class Generator:
             "stop": args.stop,
             "seed": args.seed,
             "max_new_tokens": args.max_new_tokens,
+            "compile": args.compile,
         }
         self.search = {
             "beams": args.beams,

@@ -3,15 +3,16 @@
 The texts and their order equal those of transformers' generate(num_beams=n, early_stopping=False).
 
 Shapes: B batch (of beams), S sources, W ways to continue a source (its beams times the vocabulary),
-V vocabulary.
+N the best of these ways, V vocabulary.
 """
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, isnan
 
 import torch
 
-from minia3.inference.scoring import check_best
+from minia3.inference.scoring import NotFiniteError
+from minia3.model.to_device import to_device
 
 
 @dataclass
@@ -92,21 +93,24 @@ def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0):
     tokens_B1 = state.start
     for length in range(1, max_new_tokens + 1):
         logits_BV = model.step(tokens_B1, state)[:, -1].float()
-        check_best(logits_BV, owners(searches))
         logp_BV = logits_BV.log_softmax(dim=-1)
         # Each beam has at most len(end_ids) ways to end, so at least n_beams of the n_best ways do
         # not end.
         n_best = n_beams * min(1 + len(end_ids), logp_BV.shape[1])
         for search, candidates in zip(active, best_ways(logp_BV, active, n_best), strict=True):
+            # NaN is the largest number to `topk`, and a row is NaN if its best logit is not finite.
+            if isnan(candidates[0].total):
+                index = searches.index(search)
+                raise NotFiniteError(f"prompt {index}", index)
             search.advance(candidates, length, is_last=length == max_new_tokens)
 
         active = [search for search in active if search.live]
         if not active:
             break
         live = live_hypotheses(active)
-        device = tokens_B1.device
-        state = state.select(torch.tensor([hypothesis.row for hypothesis in live], device=device))
-        tokens_B1 = torch.tensor([[hypothesis.token] for hypothesis in live], device=device)
+        state = state.select(torch.tensor([hypothesis.row for hypothesis in live]))
+        tokens = torch.tensor([[hypothesis.token] for hypothesis in live])
+        tokens_B1 = to_device(tokens, tokens_B1.device)
     return [search.texts() for search in searches]
 
 
@@ -115,19 +119,16 @@ def best_ways(logp_BV, searches, n_best):
 
     logp_BV: the log-probabilities of the next token, for the live hypotheses of all searches.
     """
-    totals = [[hypothesis.total] for hypothesis in live_hypotheses(searches)]
-    total_BV = torch.tensor(totals, device=logp_BV.device) + logp_BV
+    totals = torch.tensor([[hypothesis.total] for hypothesis in live_hypotheses(searches)])
+    total_BV = to_device(totals, logp_BV.device) + logp_BV
     total_SW = total_BV.view(len(searches), -1)
-    best = total_SW.topk(n_best)
 
     n_vocab = logp_BV.shape[1]
     ways_of_searches = []
     first_row = 0
-    for search, totals_of_search, indices in zip(
-        searches, best.values.tolist(), best.indices.tolist(), strict=True
-    ):
+    for search, pairs in zip(searches, read_best(total_SW, n_best), strict=True):
         ways = []
-        for total, index in zip(totals_of_search, indices, strict=True):
+        for total, index in pairs:
             beam, token = divmod(index, n_vocab)
             ways.append(Hypothesis(total, first_row + beam, token, search.live[beam]))
         ways_of_searches.append(ways)
@@ -135,12 +136,20 @@ def best_ways(logp_BV, searches, n_best):
     return ways_of_searches
 
 
-def owners(searches):
-    """Return the number of the search that each live hypothesis belongs to."""
-    numbers = []
-    for number, search in enumerate(searches):
-        numbers += [number] * len(search.live)
-    return numbers
+def read_best(total_SW, n_best):
+    """Return, for each row, the `n_best` largest totals (float32) as pairs (total, column).
+
+    This is all that a step reads from a GPU, and it reads once, because the GPU waits meanwhile: so
+    the bits of the totals travel as integers, beside the columns.
+    """
+    best = total_SW.topk(n_best)
+    bits_SN = best.values.view(torch.int32).long()
+    bits_SN, columns_SN = torch.stack((bits_SN, best.indices)).cpu()
+    totals_SN = bits_SN.int().view(torch.float32)
+    pairs_of_rows = []
+    for totals, columns in zip(totals_SN.tolist(), columns_SN.tolist(), strict=True):
+        pairs_of_rows.append(list(zip(totals, columns, strict=True)))
+    return pairs_of_rows
 
 
 def live_hypotheses(searches):

@@ -21,8 +21,12 @@ import torch
 
 from minia3.files.processes import combine
 from minia3.inference.beam_search import beam_search
-from minia3.inference.scoring import NotFiniteError, batches_by_length, check_best
+from minia3.inference.scoring import NotFiniteError, batches_by_length
+from minia3.model.static_state import StaticState
+from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
+
+NOT_FINITE = -1  # in place of a token, if a model's scores are NaN or infinite
 
 SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
 
@@ -41,6 +45,7 @@ class Options:
     stop: str | tuple = ()
     seed: int | None = None
     batch_size: int = 16
+    compile: bool = False
 
     @property
     def stops(self):
@@ -74,6 +79,8 @@ class Options:
         if self.beams > 1 and self.temperature > 0:
             found = f"beams is {self.beams} at temperature {self.temperature}"
             raise ValueError(f"{found}, expected temperature 0: a beam search draws nothing")
+        if self.beams > 1 and self.compile:
+            raise ValueError(f"beams is {self.beams}, expected 1: a beam search is not compiled")
         if self.samples > self.beams and self.temperature == 0:
             reason = "otherwise all samples would be the same"
             raise ValueError(
@@ -104,6 +111,7 @@ def generate(  # noqa: PLR0913 (the contract)
     stop=(),
     seed=None,
     batch_size=16,
+    compile=False,
 ):
     """Return `samples` texts for each of N prompts: all texts of the first prompt, then the second.
 
@@ -121,6 +129,9 @@ def generate(  # noqa: PLR0913 (the contract)
     batch_size: rows per step. The samples or beams of one prompt always stay together, so a batch
     has more rows if a single prompt has more samples or beams.
 
+    compile: compile a step of the whole model, for a GPU (see `decode_compiled`). This takes a
+    minute for each new number of rows, and writes the same tokens.
+
     Raise ValueError if an option is out of its range, if a prompt has no tokens or an id that the
     model does not know, or if the model's scores are not finite.
     """
@@ -135,6 +146,7 @@ def generate(  # noqa: PLR0913 (the contract)
         stop=stop,
         seed=seed,
         batch_size=batch_size,
+        compile=compile,
     )
     n_texts = len(prompts) * samples
     texts = [""] * n_texts
@@ -160,6 +172,7 @@ def stream(  # noqa: PLR0913 (the contract)
     top_p=1.0,
     stop=(),
     seed=None,
+    compile=False,
 ):
     """Return an iterator of the pieces of the text for one prompt, as they come.
 
@@ -174,6 +187,7 @@ def stream(  # noqa: PLR0913 (the contract)
         top_p=top_p,
         stop=stop,
         seed=seed,
+        compile=compile,
     )
     pieces = generate_pieces(model, tokenizer, [prompt], adapter, options)
     return (piece for _, piece in pieces if piece)
@@ -223,7 +237,7 @@ def write_in_batches(model, tokenizer, sources, adapter, options, cut):
         if mask_BM.all():
             mask_BM = None
         with torch.no_grad():
-            state = model.start(source_BM.to(device), mask_BM, adapters)
+            state = model.start(to_device(source_BM, device), mask_BM, adapters)
 
         # Row r of the batch writes the text with the index numbers[r].
         numbers = []
@@ -261,6 +275,8 @@ def write_tokens(model, state, numbers, seed, ended, options):
             streams.append(np.random.RandomState([seed, prompt, sample]))
         sampler = Sampler(streams, options)
     rows = state.repeat(options.samples)
+    if options.compile:
+        return decode_compiled(model, rows, options.max_new_tokens, ended, sampler)
     return decode_tokens(model, rows, options.max_new_tokens, ended, sampler)
 
 
@@ -297,22 +313,78 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
             return
         if len(kept) < len(rows):
             rows = [rows[i] for i in kept]
-            kept_R = torch.tensor(kept, device=tokens_B1.device)
+            kept_R = torch.tensor(kept)
             state = state.select(kept_R)
-            tokens_B1 = tokens_B1[kept_R]
+            tokens_B1 = tokens_B1[to_device(kept_R, tokens_B1.device)]
 
         logits_BV = model.step(tokens_B1, state)[:, -1].float()
-        check_best(logits_BV, rows)
-        if sampler is None:
-            tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
-        else:
-            tokens_B1 = sampler.draw(logits_BV, rows)
-
-        for row, token in zip(rows, tokens_B1[:, 0].tolist(), strict=True):
+        tokens_B1 = choose_tokens(logits_BV, rows, sampler)
+        for row, token in zip(rows, read_tokens(tokens_B1, logits_BV, rows), strict=True):
             if token in model.config.eos_ids:
                 ended.add(row)
             else:
                 yield row, token
+
+
+@torch.no_grad()
+def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
+    """Yield what `decode_tokens` yields, from a compiled step with static shapes (static_state.py).
+
+    Rows that have ended stay in the batch, because its shape must not change.
+    """
+    rows = list(range(len(state.start)))
+    step = model.step
+    tokens_B1 = state.start
+    for n_written in range(max_new_tokens):
+        if len(ended) == len(rows):
+            return
+        if n_written == 1:  # the first step was a plain one, and has made the caches
+            state = StaticState.make(state, max_new_tokens - 1)
+            step = compile_step(model, state)
+
+        logits_BV = step(tokens_B1, state)[:, -1].float()
+        tokens_B1 = choose_tokens(logits_BV, rows, sampler)
+        if n_written > 0:
+            state.advance()
+        for row, token in zip(rows, read_tokens(tokens_B1, logits_BV, rows), strict=True):
+            if token in model.config.eos_ids:
+                ended.add(row)
+            elif row not in ended:
+                yield row, token
+
+
+def compile_step(model, state, backend="inductor"):
+    """Return `model.step`, compiled for a StaticState. On CUDA, it is a CUDA graph."""
+    import torch._dynamo  # imported late, because it takes seconds
+
+    for x in state.tensors_in_place():
+        # Otherwise torch would copy them before each step, or not use a CUDA graph at all.
+        torch._dynamo.mark_static_address(x)
+    options = {"mode": "reduce-overhead"} if backend == "inductor" else {}
+    return torch.compile(model.step, backend=backend, dynamic=False, **options)
+
+
+def choose_tokens(logits_BV, rows, sampler):
+    """Return the next tokens (B, 1): the likeliest ones, or those that `sampler` draws."""
+    if sampler is None:
+        return logits_BV.argmax(dim=-1, keepdim=True)
+    return sampler.draw(logits_BV, rows)
+
+
+def read_tokens(tokens_B1, logits_BV, rows):
+    """Return the tokens of the rows as a list. Raise NotFiniteError if a best logit is not finite.
+
+    It is NaN if any logit is. (A logit of -inf alone is a token that a model rules out.)
+
+    This is all that a step reads from a GPU, and it reads once, because the GPU waits meanwhile. So
+    a mark in place of the token says that the logit is not finite.
+    """
+    is_finite_B1 = logits_BV.amax(dim=-1, keepdim=True).isfinite()
+    tokens = tokens_B1.masked_fill(~is_finite_B1, NOT_FINITE)[:, 0].tolist()
+    if NOT_FINITE in tokens:
+        row = rows[tokens.index(NOT_FINITE)]
+        raise NotFiniteError(f"text {row}", row)
+    return tokens
 
 
 class Sampler:
@@ -325,9 +397,13 @@ class Sampler:
     def draw(self, logits_BV, rows):
         """Return the next tokens (B, 1) of these rows."""
         uniform = [[self.streams[row].random_sample()] for row in rows]
-        uniform_B1 = torch.tensor(uniform, dtype=torch.float64).to(logits_BV.device)
-        options = self.options
-        return draw_tokens(logits_BV, uniform_B1, options.temperature, options.top_k, options.top_p)
+        device = logits_BV.device
+        if device.type == "mps":
+            logits_BV = logits_BV.cpu()  # because Apple's GPU has no float64
+        uniform_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), logits_BV.device)
+        given = self.options
+        tokens_B1 = draw_tokens(logits_BV, uniform_B1, given.temperature, given.top_k, given.top_p)
+        return to_device(tokens_B1, device)
 
 
 def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):

@@ -25,6 +25,7 @@ from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias
+from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
 from minia3.tasks.limits import check_ids, equal_choices
@@ -93,7 +94,7 @@ def masked_logprobs(model, state, target, mask):
     x_TD = model.run_blocks(read_BL, state).flatten(0, 1)
     target_T = target.flatten()
     if mask is not None:
-        real_T = mask.flatten().nonzero()[:, 0].to(target.device)
+        real_T = to_device(mask.flatten().nonzero()[:, 0], target.device)
         x_TD = x_TD[real_T]
         target_T = target_T[real_T]
 
@@ -138,12 +139,13 @@ def choice_logprobs(model, batch, adapter=None):
     device = model.embed.weight.device
     # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
     mask_BM = None if batch.mask_BM.all() else batch.mask_BM
-    state = model.start(batch.source_BM.to(device), mask_BM, adapter)
+    state = model.start(to_device(batch.source_BM, device), mask_BM, adapter)
 
-    n_rows, n_choices, length = batch.target_BCL.shape
+    target_BCL = to_device(batch.target_BCL, device)
+    n_rows, n_choices, length = target_BCL.shape
     if n_choices == 1:
         # A single choice may advance `state` itself, because no other choice continues it.
-        return score_choices(model, state, batch.target_BCL.to(device), batch.target_mask_BCL)
+        return score_choices(model, state, target_BCL, batch.target_mask_BCL)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
 
@@ -153,7 +155,7 @@ def choice_logprobs(model, batch, adapter=None):
     score = score_repeated
     if n_choices > n_at_once and torch.is_grad_enabled():
         score = partial(checkpoint, score_repeated, use_reentrant=False)
-    targets = batch.target_BCL.to(device).split(n_at_once, dim=1)
+    targets = target_BCL.split(n_at_once, dim=1)
     masks = batch.target_mask_BCL.split(n_at_once, dim=1)
     parts = [score(target, mask) for target, mask in zip(targets, masks, strict=True)]
     return torch.cat(parts, dim=1)
@@ -222,25 +224,12 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
     return total_N, n_tokens_N
 
 
-def check_finite(scores_NC, rows=None):
-    """Raise NotFiniteError for the first row with a score that is NaN or infinite.
-
-    rows: what to call each row of the scores (default: its number).
-    """
+def check_finite(scores_NC):
+    """Raise NotFiniteError for the first row with a score that is NaN or infinite."""
     is_bad_N = ~scores_NC.isfinite().all(dim=1)
     if is_bad_N.any():
         index = int(is_bad_N.nonzero()[0])
-        if rows is not None:
-            index = rows[index]
         raise NotFiniteError(f"prompt {index}", index)
-
-
-def check_best(logits_BV, rows):
-    """Raise NotFiniteError if the best logit of a row is not finite.
-
-    It is NaN if any logit is. (A logit of -inf alone is a token that a model rules out.)
-    """
-    check_finite(logits_BV.amax(dim=-1, keepdim=True), rows)
 
 
 def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, batch_size=16):

@@ -27,6 +27,7 @@ from minia3.model.sequence_state import (
     check_start,
     mask_to_bias,
 )
+from minia3.model.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -123,20 +124,20 @@ class Llama(nn.Module):
             # Move the real tokens to the front, because then the causal mask is enough to hide the
             # padding from them.
             order_BM = mask.int().argsort(dim=1, descending=True, stable=True)
-            source_BM = source.gather(1, order_BM.to(source.device))
+            source_BM = source.gather(1, to_device(order_BM, source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
-            start_B1 = source_BM.gather(1, last_B1.to(source.device))
+            start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
             read_BL = source_BM[:, : int(last_B1.max())]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
             packing = Packing(mask_BL, source.device)
-            mask_BL = mask_BL.to(source.device)
+            mask_BL = to_device(mask_BL, source.device)
 
         state = State(
             start=start_B1,
             adapter_B=adapter_B,
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
-            owner_M=source.new_zeros(0),
+            owner_M=torch.zeros(0, dtype=torch.long),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)
@@ -184,11 +185,8 @@ class Llama(nn.Module):
         """Return the Context of the tokens that were just appended to `state`."""
         n_queries = tokens_BL.shape[1]
         n_columns = len(state.token_M)
-        if state.mask_BM is not None:
-            is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
-            state.mask_BM = torch.cat((state.mask_BM, is_real_BL), dim=1)
         position_BM = state.positions()
-        position_BL = position_BM[:, -n_queries:]
+        position_BL = state.of_queries(position_BM, n_queries)
 
         # Without padding, and within the window, PyTorch's causal mask will do, or none.
         window = self.config.window

@@ -7,6 +7,8 @@ to know which tokens belong together, so it unpacks them.
 Shapes: B batch, L length, D width, T real tokens of the batch.
 """
 
+from minia3.model.to_device import to_device
+
 
 class Packing:
     """The positions of the real tokens of a padded batch.
@@ -15,7 +17,7 @@ class Packing:
     """
 
     def __init__(self, mask_BL, device):
-        self.row_T, self.column_T = mask_BL.nonzero().to(device).unbind(1)
+        self.row_T, self.column_T = to_device(mask_BL.nonzero(), device).unbind(1)
         self.shape = mask_BL.shape
 
     def pack(self, x_BLD):

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from minia3.model.adapter_rows import find_row
 from minia3.model.packing import NO_PACKING
+from minia3.model.to_device import to_device
 
 # Numbers that a bias of attention may have: 4 GB in float32. It grows with the square of a length.
 MAX_BIAS = 1 << 30
@@ -97,7 +98,8 @@ class State:
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
     caches: list  # one per block
     token_M: torch.Tensor  # the place of each column's token in its sequence (see above)
-    owner_M: torch.Tensor  # the row to which each column belongs; -1: all rows share it
+    owner_M: torch.Tensor  # the row to which each column belongs; -1: all rows share it. It stays
+    # on the CPU, because `select` asks it which columns a row sees.
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
@@ -115,9 +117,22 @@ class State:
             raise ValueError(f"{expected}, found {tuple(tokens_RL.shape)}")
         column_N = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
         self.token_M = torch.cat((self.token_M, self.length + column_N % n_tokens))
-        self.owner_M = torch.cat((self.owner_M, column_N // n_tokens))
+        new_owner_N = torch.arange(self.n_sharing).repeat_interleave(n_tokens)
+        self.owner_M = torch.cat((self.owner_M, new_owner_N))
         self.length += n_tokens
-        return tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+        tokens_BL = tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+        if self.mask_BM is not None:
+            is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+            self.mask_BM = torch.cat((self.mask_BM, is_real_BL), dim=1)
+        return tokens_BL
+
+    def of_queries(self, x, n_queries):
+        """Return the part (..., L) of x (..., M) that belongs to the columns that were appended."""
+        return x[..., -n_queries:]
+
+    def needs_mask(self, n_queries):
+        """Return whether a query must not see all columns. (A single query comes last.)"""
+        return n_queries > 1
 
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""
@@ -139,10 +154,12 @@ class State:
     def causal_mask(self, n_queries):
         """Return (L, M) bool: whether each of the last `n_queries` columns may see each column."""
         query_token_L = self.token_M[-n_queries:]
-        query_owner_L = self.owner_M[-n_queries:]
         is_past_LM = self.token_M <= query_token_L[:, None]
-        is_shared_M = self.owner_M < 0
-        is_same_row_LM = self.owner_M == query_owner_L[:, None]
+        if self.n_sharing == 1:
+            return is_past_LM
+        owner_M = to_device(self.owner_M, self.token_M.device)
+        is_shared_M = owner_M < 0
+        is_same_row_LM = owner_M == owner_M[-n_queries:, None]
         return is_past_LM & (is_shared_M | is_same_row_LM)
 
     def repeat(self, c):
@@ -151,8 +168,7 @@ class State:
         Neither state sees the other's later tokens. No keys or values are copied.
         """
         if self.n_sharing > 1:
-            rows_R = torch.arange(len(self.start), device=self.start.device)
-            return self.select(rows_R).repeat(c)
+            return self.select(torch.arange(len(self.start))).repeat(c)
         rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
         caches = [Cache(cache.filled(), cache.memory, cache.length) for cache in self.caches]
         if self.length == 0:
@@ -165,62 +181,92 @@ class State:
     def select(self, rows_R):
         """Return a new state whose row i continues row rows_R[i] of this state.
 
-        rows_R: (R,) long. Neither state sees the other's later tokens.
+        rows_R: (R,) long; on the CPU, so that nothing waits for a GPU. Neither state sees the
+        other's later tokens.
         """
-        columns = self._columns_of_rows()
-        n_rows = len(self.start)
+        selection = Selection(self, rows_R)
         caches = []
         for cache in self.caches:
             kv = memory = None
             if cache.kv is not None:
-                kv = tuple(self._pick(x, rows_R, columns, column_axis=2) for x in cache.kv)
+                kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
             if cache.memory is not None:
-                memory = tuple(pick_rows(x, rows_R, n_rows) for x in cache.memory)
+                memory = tuple(selection.rows_of(x) for x in cache.memory)
             caches.append(Cache(kv, memory, self.length))
         return replace(
             self,
-            start=self.start[rows_R],
-            adapter_B=pick_adapters(self.adapter_B, rows_R // self.n_sharing),
+            start=self.start[selection.row_R],
+            adapter_B=pick_adapters(self.adapter_B, selection.row_R // self.n_sharing),
             caches=caches,
-            token_M=self.token_M[columns[0]],
-            owner_M=self.owner_M[columns[0]],
-            mask_BM=self._pick(self.mask_BM, rows_R, columns, column_axis=1),
-            memory_bias_B11M=pick_rows(self.memory_bias_B11M, rows_R, n_rows),
+            token_M=selection.token_M,
+            owner_M=selection.owner_M,
+            mask_BM=selection.columns_of(self.mask_BM, axis=1),
+            memory_bias_B11M=selection.rows_of(self.memory_bias_B11M),
             n_sharing=1,
         )
 
-    def _columns_of_rows(self):
-        """Return the columns that each row of a cache row sees: the shared columns and its own."""
-        columns = []
-        for row in range(self.n_sharing):
-            is_seen_M = (self.owner_M < 0) | (self.owner_M == row)
-            columns.append(is_seen_M.nonzero()[:, 0])
-        return columns
 
-    def _pick(self, x, rows_R, columns, column_axis):
-        """Return the rows rows_R of x, each with the columns that it sees."""
+class Selection:
+    """Where the rows rows_R of a state, with the columns that they see, are in its tensors.
+
+    This is found out on the CPU, where comparing numbers waits for no GPU, and copied only once
+    for all blocks.
+    """
+
+    def __init__(self, state, rows_R):
+        self.rows_R = rows_R.cpu()
+        self.device = state.start.device
+        self.row_R = to_device(self.rows_R, self.device)
+        self.n_rows = len(state.start)
+        self.n_sharing = state.n_sharing
+        self.serving = {}  # how many rows a row of a tensor serves -> the rows to take of it
+        self.token_M = state.token_M
+        self.owner_M = state.owner_M
+        if self.n_sharing > 1:
+            columns = columns_of_rows(state.owner_M, self.n_sharing)
+            self.column_RN = to_device(columns[self.rows_R % self.n_sharing], self.device)
+            self.token_M = state.token_M[to_device(columns[0], self.device)]
+            self.owner_M = state.owner_M[columns[0]]
+
+    def rows_of(self, x):
+        """Return the rows of `x` that serve rows_R. Each row of x serves n_rows / len(x) rows."""
+        if x is None:
+            return None
+        n_served = self.n_rows // len(x)
+        if n_served not in self.serving:
+            serving = rows_that_serve(self.rows_R, n_served)
+            self.serving[n_served] = to_device(serving, self.device)
+        return x[self.serving[n_served]]
+
+    def columns_of(self, x, axis):
+        """Return the rows rows_R of x, each with the columns that it sees. axis: of the columns."""
         if x is None or self.n_sharing == 1:
-            return pick_rows(x, rows_R, len(self.start))
-        column_RN = torch.stack(columns)[rows_R % self.n_sharing]
+            return self.rows_of(x)
         # This is not index_select, because a GPU sums its gradient in no fixed order.
-        x = x.transpose(1, column_axis)[(rows_R // self.n_sharing)[:, None], column_RN]
-        return x.transpose(1, column_axis)
+        source_R1 = (self.row_R // self.n_sharing)[:, None]
+        return x.transpose(1, axis)[source_R1, self.column_RN].transpose(1, axis)
 
 
-def pick_rows(x, rows_R, n_rows):
-    """Return the rows of `x` that serve rows_R. Each row of x serves n_rows / len(x) rows.
+def columns_of_rows(owner_M, n_sharing):
+    """Return (n_sharing, N): the columns that each row sees, the shared ones and its own."""
+    columns = []
+    for row in range(n_sharing):
+        is_seen_M = (owner_M < 0) | (owner_M == row)
+        columns.append(is_seen_M.nonzero()[:, 0])
+    return torch.stack(columns)
+
+
+def rows_that_serve(rows_R, n_served):
+    """Return the rows of a tensor that serve rows_R, if each of its rows serves `n_served` rows.
 
     If each row that is picked would again serve that many rows, it is picked only once: beams that
     share a source go on sharing it.
     """
-    if x is None:
-        return None
-    n_served = n_rows // len(x)
     source_R = rows_R // n_served
     first_of_each = source_R[::n_served]
     if torch.equal(source_R, first_of_each.repeat_interleave(n_served)):
-        return x[first_of_each]
-    return x[source_R]
+        return first_of_each
+    return source_R
 
 
 def pick_adapters(adapter_B, rows):
@@ -266,7 +312,7 @@ def check_start(source_BM, mask_BM, adapter, model):
         expected = f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long"
         raise ValueError(f"{expected}, found {adapter!r}")
     rows = [find_row(number, model) for number in numbers.flatten().tolist()]
-    return torch.tensor(rows, device=source_BM.device)
+    return to_device(torch.tensor(rows), source_BM.device)
 
 
 def check_mask(mask_BM, shape):

@@ -29,6 +29,7 @@ from minia3.model.sequence_state import (
     check_start,
     mask_to_bias,
 )
+from minia3.model.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class T5(nn.Module):
         memory_bias_B11M = None
         if mask is not None:
             packing = Packing(mask, source.device)
-            memory_bias_B11M = mask_to_bias(mask.to(source.device)[:, None, None, :], x.dtype)
+            mask_B11M = to_device(mask, source.device)[:, None, None, :]
+            memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
         context = Context(packing.adapters(adapter_B), memory_bias_B11M, packing=packing)
         n_biases = self.config.n_heads * (1 if mask is None else len(source))
@@ -173,7 +175,7 @@ class T5(nn.Module):
             adapter_B=adapter_B,
             caches=caches,
             token_M=source.new_zeros(0),
-            owner_M=source.new_zeros(0),
+            owner_M=torch.zeros(0, dtype=torch.long),
             memory_bias_B11M=memory_bias_B11M,
         )
 
@@ -190,11 +192,12 @@ class T5(nn.Module):
         n_queries = tokens_BL.shape[1]
         x_BLD = self.embed(tokens_BL)
         mask_LM = None
-        if n_queries > 1:
+        if state.needs_mask(n_queries):
             mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
-        context = Context(state.adapter_B, mask_LM, cross=state.cross_context())
+        cross = state.cross_context()
+        context = Context(state.adapter_B, mask_LM, packing=NO_PACKING, cross=cross)
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
-        distance_LM = state.token_M - state.token_M[-n_queries:, None]
+        distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         return x_BLD.view(*tokens.shape, -1)
 

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate
 from minia3.training.losses import LOSSES, count_terms, total_loss
 from minia3.training.replicas import share_of_step
@@ -63,12 +64,14 @@ class MicroBatch:
 
     def losses(self, logp_BCL):
         """Return a dict from each cell to the part of its loss that comes from these examples."""
+        mask_BCL = to_device(self.batch.target_mask_BCL, logp_BCL.device)
+        label_B = to_device(self.batch.label_B, logp_BCL.device)
         losses = {}
         for cell in dict.fromkeys(self.cells):
             first = self.cells.index(cell)
             rows = slice(first, first + self.cells.count(cell))
-            mask_BCL = self.batch.target_mask_BCL[rows]
-            label_B = self.batch.label_B[rows]
             names = cell.config.losses.split(",")
-            losses[cell] = total_loss(logp_BCL[rows], mask_BCL, label_B, names, self.n_terms[cell])
+            losses[cell] = total_loss(
+                logp_BCL[rows], mask_BCL[rows], label_B[rows], names, self.n_terms[cell]
+            )
         return losses

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from minia3.training.assignment import assign_rows
-from minia3.training.checkpoint import all_finite, copy_values, set_values
+from minia3.training.checkpoint import all_finite, copy_values, on_cpu, set_values
 from minia3.training.optimizer import make_optimizer
 
 ADVICE = "try a lower --lr or --dtype float32"
@@ -158,7 +158,7 @@ class Cell:
             tqdm.write(f"failed   {self.progress.failure}", file=sys.stdout)
 
     def state_dict(self):
-        optimizer_state = self.optimizer.state_dict() if self.optimizer else None
+        optimizer_state = on_cpu(self.optimizer.state_dict()) if self.optimizer else None
         return {"progress": dict(vars(self.progress)), "optimizer": optimizer_state}
 
     def load_state_dict(self, state):

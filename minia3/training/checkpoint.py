@@ -13,7 +13,7 @@ import torch
 from minia3.files.pickles import check_checksums, check_storages
 from minia3.files.read import reading
 from minia3.files.write import replacing
-from minia3.training.device import is_available
+from minia3.training.device import device_module
 
 LAYOUT = 2  # goes up if an older checkpoint cannot be continued
 OTHER_LAYOUT = (
@@ -148,6 +148,15 @@ def copy_values(parameters):
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
 
 
+def on_cpu(state):
+    """Return a state with its tensors on the CPU, because any device can go on from there."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {name: on_cpu(value) for name, value in state.items()}
+    return state
+
+
 def set_values(parameters, saved):
     """Copy saved values into parameters in place, because views and optimizers refer to them.
 
@@ -166,20 +175,23 @@ def all_finite(parameters):
     return all(bool(parameter.isfinite().all()) for parameter in parameters.values())
 
 
-def random_state():
-    """Return the state of torch's global generators, from which dropout is drawn."""
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {"cpu": torch.get_rng_state(), "gpus": on_gpus}
-    for kind in ("mps", "xpu"):
-        if is_available(kind):
-            state[kind] = getattr(torch, kind).get_rng_state()
+def random_state(device):
+    """Return the states of torch's global generators, from which dropout is drawn on a device."""
+    state = {"cpu": torch.get_rng_state()}
+    module = device_module(device)
+    if hasattr(module, "get_rng_state"):
+        state[device.type] = module.get_rng_state(*index_of(device))
     return state
 
 
-def set_random_state(state):
+def set_random_state(state, device):
+    """Go back to a `random_state`. If it comes from another kind of device, only the CPU's is."""
     torch.set_rng_state(state["cpu"])
-    if state["gpus"]:
-        torch.cuda.set_rng_state_all(state["gpus"])
-    for kind in ("mps", "xpu"):
-        if kind in state:
-            getattr(torch, kind).set_rng_state(state[kind])
+    module = device_module(device)
+    if hasattr(module, "set_rng_state") and device.type in state:
+        module.set_rng_state(state[device.type], *index_of(device))
+
+
+def index_of(device):
+    """Return the arguments that tell a module which of its devices is meant. (There is one mps.)"""
+    return () if device.type == "mps" else (device,)

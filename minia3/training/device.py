@@ -11,7 +11,7 @@ from minia3.files.processes import local_rank, n_on_machine
 from minia3.files.read import one_line
 
 DEVICES = {  # kind -> what it is; by default, a run takes the first one that there is
-    "cuda": "a CUDA GPU",
+    "cuda": "NVIDIA's or AMD's GPU",
     "mps": "Apple's GPU",
     "xpu": "Intel's GPU",
     "cpu": "no GPU found",
@@ -86,11 +86,19 @@ def are_devices(n):
 def best_device():
     """Return the first of DEVICES that this machine has, and what to say about it."""
     kind = available_devices()[0]
-    if kind == "cuda":
-        return torch.device(kind), torch.cuda.get_device_name()
-    if kind == "cpu":
-        return torch.device(kind), "no GPU found"
-    return torch.device(kind), DEVICES.get(kind, "PyTorch's accelerator")
+    device = torch.device(kind)
+    module = device_module(device)
+    if hasattr(module, "get_device_name"):
+        return device, module.get_device_name()
+    return device, DEVICES.get(kind, "PyTorch's accelerator")
+
+
+def device_module(device):
+    """Return torch's module for an accelerator, such as torch.cuda. None: the CPU, or it has none.
+
+    (torch.accelerator, which serves all of them, has too few functions before torch 2.9.)
+    """
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
 
 
 def available_devices():
@@ -116,14 +124,14 @@ def free_memory(device):
     """Return the bytes that are free on a device, or None if that is not known."""
     if device.type == "cpu":
         return free_memory_of_system()
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if device.type == "xpu" and hasattr(torch.xpu, "mem_get_info"):
-        return torch.xpu.mem_get_info(device)[0]
-    return None
+    module = device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    # What torch keeps for later is free for us, too.
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + cached
 
 
 def free_memory_of_system():
@@ -169,14 +177,13 @@ def limit_threads(n_parameters):
 
 
 def peak_memory(device):
-    """Return the peak memory in bytes: what torch held on a GPU, or what the process took.
+    """Return the peak memory in bytes: what torch held on an accelerator, or the process took.
 
     Return 0 if the system does not say. Apple's GPU reports no peak, so this is what it holds now.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "xpu":
-        return torch.xpu.max_memory_allocated(device)
+    module = device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        return module.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     with suppress(ImportError):  # Windows does not have this module

@@ -178,7 +178,7 @@ class Group:
             "cells": [cell.state_dict() for cell in self.cells],
             "log": self.log.state_dict(),
             "parameters": copy_values(self.parameters),
-            "random": random_state(),
+            "random": random_state(self.device),
         }
 
     def undo_step(self, random):
@@ -187,7 +187,7 @@ class Group:
         random: the `random_state` before its forward pass.
         """
         self.log.drop_step()
-        set_random_state(random)
+        set_random_state(random, self.device)
         self.model.zero_grad()
         self.model.eval()
 
@@ -204,7 +204,7 @@ class Group:
         set_values(self.parameters, state["parameters"])
         for cell in self.cells:
             cell.take_last()
-        set_random_state(state["random"])
+        set_random_state(state["random"], self.device)
 
 
 def download(config):

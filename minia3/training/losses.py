@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minia3.inference.scoring import choice_scores
+from minia3.model.to_device import to_device
 
 # T-Few's code adds this inside the logarithm, so that a certain wrong choice has a finite loss. The
 # paper does not mention it.
@@ -62,8 +63,8 @@ def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=No
     """
     if n_terms is None:
         n_terms = count_terms(mask_BCL, label_B)
-    mask_BCL = mask_BCL.to(logp_BCL.device)
-    label_B = label_B.to(logp_BCL.device)
+    mask_BCL = to_device(mask_BCL, logp_BCL.device)
+    label_B = to_device(label_B, logp_BCL.device)
     loss = 0
     for name in names:
         # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.

@@ -20,8 +20,8 @@ def unchanged_process():
     is_warning_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(WORKSPACE)
     random = torch.get_rng_state()
-    # Asking for the random numbers of a GPU would start CUDA, so only ask if it has been started.
-    random_on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    started = started_accelerators()
+    random_on_accelerators = [module.get_rng_state_all() for module in started]
     torch.set_default_dtype(torch.float32)
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -33,7 +33,16 @@ def unchanged_process():
             # This imports torch's compiler, which takes a second.
             torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning_only)
         torch.set_rng_state(random)
-        if random_on_gpus:
-            torch.cuda.set_rng_state_all(random_on_gpus)
+        for module, states in zip(started, random_on_accelerators, strict=True):
+            module.set_rng_state_all(states)
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
+
+
+def started_accelerators():
+    """Return those of torch.cuda and torch.xpu that this process has used.
+
+    Asking the other one for its random numbers would start it, which takes a second and memory.
+    """
+    modules = [getattr(torch, kind, None) for kind in ("cuda", "xpu")]
+    return [module for module in modules if module is not None and module.is_initialized()]

@@ -155,7 +155,7 @@ class Run:
         A second Ctrl-C, or SIGTERM, stops the run within it at once. The step is undone, so that
         the checkpoint is the one from before the step. Without a signal, the block just runs.
         """
-        random = random_state()  # dropout is drawn from it
+        random = random_state(group.device)  # dropout is drawn from it
         try:
             with self.signals.urgent(partial(self.leave, group, random)):
                 yield

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.training.device import device_module
 from tests.benchmarks.lines import LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
@@ -46,7 +47,7 @@ def make_parser():
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights"
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu ... (default: cpu)")
     parser.add_argument("--json", type=Path, help="file for the result")
     return parser
 
@@ -103,8 +104,9 @@ def versions():
 
 
 def machine(device):
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    module = device_module(torch.device(device))
+    if module is not None:
+        return module.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -263,7 +263,7 @@ def make_parser():
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights"
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu ... (default: cpu)")
     parser.add_argument("--json", type=Path, help="file for the points")
     parser.add_argument("--plot", type=Path, help="folder for growth.svg (pip install matplotlib)")
     return parser

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minia3.training.device import device_module
+
 aten = torch.ops.aten
 
 
@@ -103,7 +105,9 @@ def seconds(function):
 
 
 def synchronize():
-    if torch.cuda.is_available():
+    if hasattr(torch, "accelerator") and torch.accelerator.is_available():  # from torch 2.6 on
+        torch.accelerator.synchronize()
+    elif torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -250,8 +254,9 @@ def kept_for_backward(forward, model):
 
 def peak_memory(device):
     """Return the most bytes that torch has held on the GPU, or this process in memory (Linux)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    module = device_module(torch.device(device))
+    if module is not None:
+        return module.max_memory_allocated(device)
     # VmHWM and not ru_maxrss, because the latter starts with the peak of the parent process.
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -261,8 +266,9 @@ def peak_memory(device):
 
 def peak_beyond(function, device):
     """Return the bytes that `function()` takes at its peak beyond what was there before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    module = device_module(torch.device(device))
+    if module is not None:
+        module.reset_peak_memory_stats(device)
     else:
         ctypes.CDLL(None).malloc_trim(0)  # gives what is free back to the system
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what there is now

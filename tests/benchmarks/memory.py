@@ -61,16 +61,17 @@ def steps(config, batch, length):
         del state
 
 def peak():
-    if {device!r} == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if {device!r} != "cpu":
+        return getattr(torch, {device!r}).max_memory_allocated()
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM"):
             return 1024 * int(line.split()[1])
 
 torch.set_grad_enabled({train})
-if {limit} and {device!r} == "cuda":
-    card = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, {limit} / card))
+if {limit} and {device!r} != "cpu":
+    module = getattr(torch, {device!r})
+    card = module.get_device_properties(0).total_memory
+    module.set_per_process_memory_fraction(min(1.0, {limit} / card))
 elif {limit}:
     resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))
 tiny = dict(d_model=64, d_head=32, d_ff=64, n_heads=2, vocab_size=64, n_layers=1)
@@ -157,7 +158,7 @@ def main(argv=None):
     parser.add_argument(
         "--largest", type=float, metavar="GB", help="find the largest model that trains in this"
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="for --largest")
+    parser.add_argument("--device", default="cpu", help="for --largest: cpu, cuda, xpu ...")
     args = parser.parse_args(argv)
     if args.largest:
         print_largest(int(args.largest * 1e9), args.device)

@@ -20,6 +20,7 @@ from conftest import randomize
 
 import minia3
 from minia3.cli.main import main
+from minia3.inference import decoding
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
 
@@ -70,6 +71,19 @@ def test_the_command_prints_what_the_function_returns(words, options, capsys):
     answers = [json.loads(line) for line in lines]
     assert [answer["prompt"] for answer in answers] == PROMPTS
     assert [answer["output"] for answer in answers] == texts
+
+
+def test_a_compiled_step_prints_the_same(capsys, monkeypatch):
+    compiled = []
+
+    def compile_step(model, state):
+        compiled.append(model)
+        return model.step
+
+    monkeypatch.setattr(decoding, "compile_step", compile_step)
+    found = output(capsys, "generate", running.model("t5"), *PROMPTS, "--compile")
+    assert found == as_lines(expected())
+    assert compiled
 
 
 def test_samples_follow_their_prompt(capsys):

@@ -810,7 +810,8 @@ def make_run(folder):
     vectors = {}
     for name, vector in minia3.vectors(adapter_model()).items():
         vectors[name] = vector.detach()[0].clone()
-    group = {"cells": [], "log": {"step": 3}, "parameters": vectors, "random": random_state()}
+    random = random_state(torch.device("cpu"))
+    group = {"cells": [], "log": {"step": 3}, "parameters": vectors, "random": random}
     save_checkpoint(folder, Checkpoint(n_bytes=12, group=group))
 
 

@@ -278,11 +278,14 @@ class CountTensors(TorchDispatchMode):
 
 
 @counted_with_this_torch
-@pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 104), ("llama-gqa", 96)])
+@pytest.mark.parametrize(("name", "n_tensors"), [("t5-v1.0", 105), ("llama-gqa", 97)])
 def test_decoding_a_token_makes_this_many_tensors_whatever_the_length_of_the_text(
     frozen, name, n_tensors
 ):
-    """Twice in 130 tokens, the keys and values of the two layers move to larger tensors."""
+    """Twice in 130 tokens, the keys and values of the two layers move to larger tensors.
+
+    Three of the tensors stay on the CPU: they say which row a column belongs to.
+    """
     model = frozen(name)
     made = []
     with torch.no_grad():

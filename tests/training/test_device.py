@@ -1,18 +1,15 @@
 """The device is the one that was asked for, or a GPU if there is one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from packaging.version import Version
-from running import ROOT, fails, model, outcome, run, train, words
+from running import fails, model, run, train, words
 from written_out import adapter
 
-from minia3.training.device import available_devices, choose_device
+from minia3.training.checkpoint import random_state, set_random_state
+from minia3.training.device import available_devices, choose_device, free_memory, peak_memory
+from minia3.training.process_state import unchanged_process
 
 
 @pytest.mark.parametrize(
@@ -56,15 +53,17 @@ def test_the_flag_asks_torch_for_deterministic_kernels(tmp_path, monkeypatch):
     [
         ((), ("cpu", "no GPU found")),
         (("mps",), ("mps", "Apple's GPU")),
-        (("xpu",), ("xpu", "Intel's GPU")),
+        (("xpu",), ("xpu", "Max 1550")),
         (("mps", "cuda"), ("cuda", "H100")),
     ],
 )
 def test_the_default_is_the_first_kind_of_device_that_there_is(present, expected, monkeypatch):
+    names = {"cuda": "H100", "xpu": "Max 1550"}  # torch.mps has no names
     for kind in ("cuda", "mps", "xpu"):
         is_there = kind in present
         module = SimpleNamespace(is_available=lambda there=is_there: there)
-        module.get_device_name = lambda: "H100"
+        if kind in names:
+            module.get_device_name = lambda kind=kind: names[kind]
         monkeypatch.setattr(torch, kind, module)
     device, reason = choose_device(None)
     assert (device.type, reason) == expected
@@ -77,6 +76,64 @@ def test_an_accelerator_that_only_torch_knows_is_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     device, reason = choose_device(None)
     assert (device.type, reason) == ("hpu", "PyTorch's accelerator")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "hpu"])
+def test_what_a_run_asks_of_a_device_it_asks_of_the_one_that_it_runs_on(kind, monkeypatch):
+    """`--device cuda:1`, and any other kind: memory and random numbers are those of number 1."""
+    device = SimpleNamespace(type=kind, index=1)
+    states = {0: "first", 1: "second"}
+    module = SimpleNamespace(
+        get_rng_state=lambda asked: states[asked.index],
+        set_rng_state=lambda state, asked: states.update({asked.index: state}),
+        mem_get_info=lambda asked: (100 + asked.index, 1000),
+        memory_reserved=lambda asked: 30 + asked.index,
+        memory_allocated=lambda asked: 20 - asked.index,
+        max_memory_allocated=lambda asked: 50 + asked.index,
+    )
+    monkeypatch.setattr(torch, kind, module, raising=False)
+    assert free_memory(device) == 101 + 31 - 19
+    assert peak_memory(device) == 51
+
+    state = random_state(device)
+    assert state[kind] == "second"
+    states[1] = "later"
+    set_random_state(state, device)
+    assert states == {0: "first", 1: "second"}
+
+    # A run that goes on elsewhere does not find the random numbers of its device.
+    set_random_state({"cpu": state["cpu"], "tpu": "third"}, device)
+    assert states == {0: "first", 1: "second"}
+
+
+def test_apples_gpu_is_asked_without_a_number(monkeypatch):
+    states = ["first"]
+    module = SimpleNamespace(
+        get_rng_state=lambda: states[-1],
+        set_rng_state=states.append,
+        recommended_max_memory=lambda: 100,
+        driver_allocated_memory=lambda: 40,
+    )
+    monkeypatch.setattr(torch, "mps", module)
+    device = torch.device("mps")
+    assert (free_memory(device), peak_memory(device)) == (60, 40)
+    set_random_state(random_state(device), device)
+    assert states == ["first", "first"]
+
+
+def test_the_random_numbers_of_an_accelerator_that_was_used_are_put_back(monkeypatch):
+    states = [["a", "b"]]
+    module = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_rng_state_all=lambda: states[0],
+        set_rng_state_all=states.append,
+    )
+    idle = SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setattr(torch, "xpu", module)
+    monkeypatch.setattr(torch, "cuda", idle)
+    with unchanged_process():
+        pass
+    assert states == [["a", "b"], ["a", "b"]]
 
 
 def test_torch_2_5_has_no_module_for_accelerators(monkeypatch):
@@ -97,37 +154,6 @@ def test_a_device_that_this_machine_lacks_is_one_line_with_those_that_it_has(nam
         choose_device(name)
     assert len(str(error.value)) < 200
     assert ", ".join(available_devices()) in str(error.value)
-
-
-PROGRAM = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-import simulated_device as sim
-import train
-sys.exit(train.main(sys.argv[3:]))
-"""
-
-
-def run_on_simulated_device(*arguments):
-    data = os.environ.get("MINIA3_TEST_DATA")
-    if data is None or not Path(data, "simulated_device.py").exists():
-        pytest.skip("MINIA3_TEST_DATA has no simulated_device.py")
-    if Version(torch.__version__) < Version("2.13"):
-        pytest.skip("the simulated device needs torch 2.13")
-    command = [sys.executable, "-c", PROGRAM, data, str(ROOT), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {"seed": "0,1", "micro_batch_size": 3}, {"method": "lora"}])
-def test_a_run_on_another_device_gives_what_a_cpu_gives(flags, tmp_path):
-    """The device of PyTorch's own for tests; it refuses tensors of two devices, as a GPU does."""
-    flags = {**flags, "steps": 4, "dtype": "float32", "eval_every": 2, "save_every": 2}
-    assert run(words(tmp_path / "cpu", **flags)) == 0
-    done = run_on_simulated_device(*words(tmp_path / "sim", **flags, device="sim"))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert outcome(tmp_path / "sim") == outcome(tmp_path / "cpu")
-    assert done.stdout.startswith("device   sim (as asked), float32\n")
 
 
 # float16

@@ -1,0 +1,98 @@
+"""Checks that start train.py in other processes. Each returns its figures, as a dict."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+from tests.gpu.place import ROOT, run_python
+
+# The embedded model within a limit of memory: the card's, or this process's.
+LIMITED = """
+import sys
+import torch
+device, n_bytes = sys.argv[1], int(sys.argv[2])
+if device == "cpu":
+    import resource
+    used = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resource.setrlimit(resource.RLIMIT_DATA, (used + n_bytes, used + n_bytes))
+else:
+    module = getattr(torch, torch.device(device).type)
+    total = module.get_device_properties(device).total_memory
+    module.set_per_process_memory_fraction(n_bytes / total, device)
+import train
+sys.exit(train.main(["--device", device, *sys.argv[3:]]))
+"""
+
+
+def deterministic(place, folder):
+    """With --deterministic, a run that is killed and resumed has the bits of one that is not."""
+    n_steps = 20 if place.is_dry else 200
+    flags = ["--device", place.device, "--deterministic", "--dropout", 0.1, "--steps", n_steps]
+    flags += ["--save-every", 5, "--dtype", "float32" if place.is_dry else "bfloat16"]
+    whole = folder / "whole"
+    done = run_python("train.py", *flags, "--out", whole)
+    expect_success(done)
+
+    killed = folder / "killed"
+    command = [sys.executable, "train.py", *map(str, flags), "--out", str(killed)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (killed / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    n_done = read_lines(killed)[-1].get("step")
+    expect_success(run_python("train.py", "--resume", killed))
+    file = "adapter/adapter_model.safetensors"
+    if (whole / file).read_bytes() != (killed / file).read_bytes():
+        raise AssertionError("the adapter of the run that was killed differs")
+    return {"steps": n_steps, "killed after step": n_done, "bits": "equal"}
+
+
+def out_of_memory(place, folder):
+    """A run that needs more memory than there is ends in one line, whose advice helps."""
+    n_bytes = 3 * 10**8 if place.is_dry else 2 * 10**9
+    n_rows = 4096 if place.is_dry else 100_000
+    flags = ["--steps", 1, "--dtype", "float32", "--batch-size", n_rows, "--method", "ia3"]
+
+    def run(name, *more):
+        words = ["-c", LIMITED, place.device, n_bytes, *flags, "--out", folder / name, *more]
+        return run_python(*words, timeout=300)
+
+    failed = run("too large")
+    message = failed.stderr.strip().splitlines()[-1] if failed.stderr else ""
+    is_expected = failed.returncode == 1 and "out of memory: lower --micro-batch-size" in message
+    if not is_expected or "Traceback" in failed.stderr:
+        raise AssertionError(f"expected one line about memory, found: {failed.stderr[-500:]}")
+    helped = run("helped", "--micro-batch-size", 64)
+    expect_success(helped)
+    return {"limit": n_bytes, "message": message[:120], "--micro-batch-size 64": "trains"}
+
+
+def all_cards(place, folder):
+    """All devices of this machine together (NCCL on CUDA) train what one of them trains."""
+    flags = ["--steps", 6, "--dtype", "float32", "--dropout", 0, "--batch-size", 8]
+    one = folder / "one"
+    expect_success(run_python("train.py", *flags, "--device", place.device, "--out", one))
+    several = folder / "several"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", place.n_devices]
+    start = time.perf_counter()
+    command = [*torchrun, "train.py", *flags, "--device", place.device.type, "--out", several]
+    expect_success(run_python(*command, timeout=240))
+    seconds = time.perf_counter() - start
+    losses = [line["loss"] for line in read_lines(one) if "loss" in line]
+    found = [line["loss"] for line in read_lines(several) if "loss" in line]
+    difference = max(abs(a - b) for a, b in zip(losses, found, strict=True))
+    if not difference <= 1e-4:
+        raise AssertionError(f"losses of one process {losses}, of several {found}")
+    return {"processes": place.n_devices, "losses differ by": difference, "seconds": seconds}
+
+
+def expect_success(done):
+    if done.returncode != 0:
+        raise AssertionError(f"exit code {done.returncode}: {done.stderr[-500:]}")
+
+
+def read_lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,97 @@
+"""A step with static shapes writes the tokens of a plain step, and is compiled once."""
+
+import pytest
+import torch
+from words import texts, word_tokenizer
+
+import minia3
+from minia3.inference import decoding
+
+NAMES = ("t5-v1.0", "t5-v1.1", "llama-gqa", "llama3", "mistral", "qwen3")
+OPTIONS = [
+    {},
+    {"temperature": 1.0, "seed": 3, "samples": 3},
+    {"temperature": 0.7, "seed": 3, "top_p": 0.9, "stop": "w7", "batch_size": 4},
+]
+
+
+@pytest.fixture(params=NAMES)
+def model(request, loaded):
+    return loaded(request.param, n_adapters=3, seed=0, dtype=torch.float64)
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(ends=True)
+
+
+def count_graphs(graphs):
+    """Return a `compile_step` that keeps each graph that torch makes."""
+    compile_step = decoding.compile_step
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    return lambda model, state: compile_step(model, state, keep)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_static_shapes_change_no_token(options, model, tokenizer, monkeypatch):
+    steps = []
+
+    def plain_step(model, state):
+        steps.append([x.shape for x in state.tensors_in_place()])
+        return model.step
+
+    monkeypatch.setattr(decoding, "compile_step", plain_step)
+    prompts = texts(7, seed=1)  # of 1 to 9 words, so batches are padded
+    given = {"adapter": torch.arange(7) % 3, "max_new_tokens": 9, **options}
+    expected = minia3.generate(model, tokenizer, prompts, **given)
+    assert minia3.generate(model, tokenizer, prompts, compile=True, **given) == expected
+    assert steps
+    assert len(set(expected)) > 1
+
+
+def test_a_stream_and_prompts_of_one_token(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(decoding, "compile_step", lambda model, state: model.step)
+    for prompt in ("w9", "w3 w4 w5 w6"):
+        expected = minia3.generate(model, tokenizer, [prompt], max_new_tokens=9)[0]
+        pieces = minia3.stream(model, tokenizer, prompt, max_new_tokens=9, compile=True)
+        assert "".join(pieces) == expected
+    assert minia3.generate(model, tokenizer, ["w9"], max_new_tokens=1, compile=True)
+
+
+def test_the_state_that_it_starts_from_stays(model):
+    source = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    state = model.start(source, source > 0)
+    with torch.no_grad():
+        logits = model.step(state.start, state)
+        token = logits.argmax(-1)
+        static = decoding.StaticState.make(state, 2)
+        found = [model.step(token, static)]
+        static.advance()
+        found.append(model.step(token, static))
+        expected = [model.step(token, state), model.step(token, state)]
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected))
+
+
+def test_a_beam_search_is_not_compiled(model, tokenizer):
+    with pytest.raises(ValueError, match="beams is 2, expected 1: a beam search is not compiled"):
+        minia3.generate(model, tokenizer, ["w3"], beams=2, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_all_steps_are_one_graph_without_a_break(name, loaded, tokenizer, monkeypatch):
+    torch.compiler.reset()
+    graphs = []
+    monkeypatch.setattr(decoding, "compile_step", count_graphs(graphs))
+    model = loaded(name, seed=0)
+    prompts = ["w3 w4 w5", "w6 w7"]
+    expected = minia3.generate(model, tokenizer, prompts, max_new_tokens=9)
+    for _ in range(2):  # the second time, it is compiled already
+        found = minia3.generate(model, tokenizer, prompts, max_new_tokens=9, compile=True)
+        assert found == expected
+    assert len(graphs) == 1
+    torch.compiler.reset()

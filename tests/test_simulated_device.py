@@ -1,0 +1,339 @@
+"""Everything on another device than the CPU gives what it gives on the CPU, and waits for little.
+
+The other device is a simulated one (on_device.py): a tensor in the wrong place is an error there,
+and whatever would make a GPU wait is counted. The numbers of
+copies and reads in this file are guards: they may become smaller.
+"""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from on_device import COPY_IN, COPY_IN_AT_ONCE, COPY_OUT, READ, forget_counts, on_sim, total
+from running import TIMES, events, metrics, model, run, task, words
+from safetensors.torch import load_file
+
+import minia3
+from minia3.cli.main import main
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ["w3 w4 w5", "w7 w8 w9 w10 w11", "w12", "w13 w14"]
+CHOICES = [["w3", "w4 w5"], ["w6 w7 w8"], ["w9", "w10", "w11 w12"], ["w13", "w14"]]
+NAMES = ("t5", "llama")
+
+
+def load(folder, device, n_adapters=3, **options):
+    """Return a model with random vectors, and its tokenizer."""
+    options = {"dtype": torch.float64, "n_adapters": n_adapters, **options}
+    loaded = minia3.load_model(folder, device=device, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for vector in minia3.vectors(loaded).values():
+            vector.copy_(1 + 0.5 * torch.randn(vector.shape, generator=generator))
+    forget_counts()
+    return loaded, minia3.load_tokenizer(folder)
+
+
+def same(found, expected):
+    """Assert that results are equal: texts and integers exactly, floats up to rounding.
+
+    The CPU has fused operations that the simulated device lacks, so float64 differs in rounding.
+    """
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for found_part, expected_part in zip(found, expected, strict=True):
+            same(found_part, expected_part)
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    else:
+        assert found == expected
+
+
+def on_both(job, *arguments):
+    """Return what a job gives on the CPU, on the simulated device, and what it counted there."""
+    on_cpu = job("cpu", *arguments)
+    found, counts = on_sim(job, "sim", *arguments)
+    return on_cpu, found, counts
+
+
+# Texts
+
+
+def generated(device, folder, options, quantize=None):
+    ours, tokenizer = load(folder, device, quantize=quantize)
+    rows = torch.tensor([0, 1, 2, 1])
+    return minia3.generate(ours, tokenizer, PROMPTS, adapter=rows, max_new_tokens=8, **options)
+
+
+GREEDY = {}
+SAMPLING = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 1}
+SAMPLES = {"temperature": 1.0, "samples": 3, "seed": 1}
+BEAMS = {"beams": 3, "samples": 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("options", "n_copies"),
+    [
+        # T5 copies the source, its mask, where its tokens are, and the adapters. LLaMA copies five
+        # things, and here a row ends and leaves the batch, for which it copies four more.
+        (GREEDY, {"t5": 4, "llama": 9}),
+        # One more per step: the random numbers.
+        (SAMPLING, {"t5": 12, "llama": 14}),
+        # LLaMA's samples share the prompt until one of them ends. Then they are taken apart.
+        (SAMPLES, {"t5": 12, "llama": 24}),
+        # In a step, four or five: the totals, which rows go on, where they are, and their tokens.
+        (BEAMS, {"t5": 40, "llama": 37}),
+    ],
+    ids=["greedy", "sampling", "samples", "beams"],
+)
+def test_texts_are_equal_and_a_token_is_read_once(options, n_copies, name):
+    on_cpu, found, counts = on_both(generated, model(name), options)
+    assert found == on_cpu
+    assert any(on_cpu)
+    n_steps = 8
+    assert total(counts, READ, COPY_OUT) == n_steps
+    assert total(counts, COPY_IN) == 0
+    assert total(counts, COPY_IN_AT_ONCE) == n_copies[name], counts
+
+
+def streamed(device, folder):
+    ours, tokenizer = load(folder, device)
+    return list(minia3.stream(ours, tokenizer, PROMPTS[1], adapter=2, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_is_equal_and_reads_each_token_once(name):
+    on_cpu, found, counts = on_both(streamed, model(name))
+    assert found == on_cpu
+    assert len(on_cpu) > 1
+    assert total(counts, READ, COPY_OUT) <= 8
+    # Without padding, a stream copies its prompt and the row of its adapter.
+    assert (total(counts, COPY_IN), total(counts, COPY_IN_AT_ONCE)) == (0, 2)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quantized_model_writes_the_same_texts(name, quantize):
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    on_cpu, found, _ = on_both(generated, model(f"{name}-wide"), GREEDY, quantize)
+    assert found == on_cpu
+
+
+# Scores
+
+
+def ranked(device, folder):
+    ours, tokenizer = load(folder, device)
+    return minia3.rank(ours, tokenizer, PROMPTS, CHOICES, adapter=torch.tensor([2, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_equal_and_a_batch_is_read_once(name):
+    on_cpu, found, counts = on_both(ranked, model(name))
+    same(found, on_cpu)
+    assert total(counts, READ, COPY_OUT) == 1
+    assert total(counts, COPY_IN) == 0
+    assert total(counts, COPY_IN_AT_ONCE) == {"t5": 6, "llama": 9}[name]
+
+
+# Adapters, merging and files
+
+
+def saved(device, folder, out):
+    """Save an adapter and a merged model, and read both again. Return the contents of all files."""
+    ours, tokenizer = load(folder, device)
+    minia3.save_adapter(ours, out / "adapter", 1)
+    merged = minia3.merge(ours, 1)
+    minia3.save_model(merged, out / "merged", tokenizer)
+    assert merged.embed.weight.device.type == device
+    again, _ = load(out / "merged", device, n_adapters=1)
+    named = minia3.Adapters(again)
+    named.load("one", out / "adapter")
+    named.load("two", out / "adapter")
+    named.remove("one")
+    texts = minia3.generate(again, tokenizer, PROMPTS[:1], adapter=named.rows(["two"]))
+    return texts, contents_of(out)
+
+
+def contents_of(folder):
+    """Return the contents of all files, by name: tensors, or bytes."""
+    found = {}
+    for path in sorted(folder.rglob("*.*")):
+        is_tensors = path.suffix == ".safetensors"
+        found[path.name] = load_file(path) if is_tensors else path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_and_files_are_equal(name, tmp_path):
+    on_cpu = saved("cpu", model(name), tmp_path / "cpu")
+    found, _ = on_sim(saved, "sim", model(name), tmp_path / "sim")
+    same(found, on_cpu)
+
+
+def merged_quantized(device, folder):
+    ours, tokenizer = load(folder, device, quantize="int8")
+    merged = minia3.merge(ours, 2)
+    return minia3.rank(merged, tokenizer, PROMPTS, CHOICES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_into_a_quantized_base_is_equal(name):
+    on_cpu, found, _ = on_both(merged_quantized, model(name))
+    same(found, on_cpu)
+
+
+# Training
+
+
+def trained(device, out, flags):
+    """Run train.py, and return what it has left behind, except for times."""
+    assert run(words(out / device, device=device, **flags)) == 0
+    return left_behind(out / device)
+
+
+def left_behind(folder):
+    """Return the metrics of a run, without times, and its trained tensors."""
+    lines = []
+    for line in metrics(folder):
+        lines.append({name: value for name, value in line.items() if name not in TIMES})
+    return lines, [load_file(path) for path in sorted(folder.rglob("*.safetensors"))]
+
+
+RUNS = {
+    "ia3": {},
+    "lora": {"method": "lora"},
+    "full": {"method": "full", "lr": 1e-3},
+    "none": {"method": "none", "eval_only": None},
+    "icl": {"method": "icl", "shots": 3},
+    "grid": {"seed": "0,1", "lr": "3e-3,1e-2"},
+    "micro-batches": {"micro_batch_size": 3},
+    "grid of micro-batches": {"seed": "0,1", "micro_batch_size": 3, "patience": 1},
+    "adamw": {"optimizer": "adamw", "losses": "lm,ul", "clip": 0.1},
+    "int8": {"quantize": "int8"},
+    "nf4": {"quantize": "nf4"},
+    "more vectors": {"sites": "k,v,ff,q,o", "adapter": None},
+}
+EVALUATING = {"steps": 4, "dtype": "float64", "eval_every": 2, "save_every": 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_is_equal(kind, name, tmp_path):
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+        name = f"{name}-wide"
+    flags = {**EVALUATING, "model": model(name), "task": task(), **RUNS[kind]}
+    on_cpu, found, _ = on_both(trained, tmp_path, flags)
+    same(found, on_cpu)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_on_targets_is_equal(name, tmp_path):
+    flags = {**EVALUATING, "model": model(name), "task": task((0,)), "recompute": None}
+    on_cpu, found, _ = on_both(trained, tmp_path, flags)
+    same(found, on_cpu)
+
+
+def resumed(device, out, flags):
+    """Train for four steps, continue for four more, and return what both have left behind."""
+    trained(device, out, flags)
+    assert run(["--resume", out / device, "--steps", 8]) == 0
+    return left_behind(out / device)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_goes_on_is_equal(name, tmp_path):
+    flags = {**EVALUATING, "model": model(name), "task": task(), "dropout": 0.2}
+    on_cpu, found, _ = on_both(resumed, tmp_path, flags)
+    same(found, on_cpu)
+
+
+def predicted(device, folder, adapter, rows):
+    """Return the answers of `minia3 predict` to the rows of a file."""
+    with redirect_stdout(io.StringIO()) as answers:
+        argv = ["predict", folder, rows, "--adapter", adapter, "--device", device]
+        assert not main([*map(str, argv), "--dtype", "float64"])
+    return answers.getvalue()
+
+
+def parsed(lines):
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n_choices", [2, 0])
+def test_predictions_are_equal(n_choices, name, tmp_path):
+    rows = task((n_choices,))
+    flags = {**EVALUATING, "model": model(name), "task": rows}
+    trained("cpu", tmp_path, flags)
+    adapter = tmp_path / "cpu" / "adapter"
+    on_cpu, found, _ = on_both(predicted, model(name), adapter, Path(rows, "test.jsonl"))
+    same(parsed(found), parsed(on_cpu))
+    assert len(parsed(on_cpu)) == 12
+
+
+# What a step of training waits for
+
+
+def count_of_a_step(tmp_path, flags):
+    """Return what a run of 13 steps counts beyond a run of 12: one step, and its logged loss.
+
+    Both write three lines about training, the last of which holds the losses after the tenth step.
+    """
+    counts = []
+    for steps in (12, 13):
+        _, found = on_sim(trained, "sim", tmp_path / str(steps), {**flags, "steps": steps})
+        counts.append(found)
+    fewer, more = counts
+    more.subtract(fewer)
+    return +more
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "n_copies"),
+    [
+        # T5 copies the source, its mask, where its tokens are, the adapters, the target, where its
+        # tokens are, and for the losses the mask of the target and the labels.
+        ("t5", {}, 8),
+        ("t5", {"method": "lora"}, 8),
+        ("t5", {"seed": "0,1"}, 8),
+        # LLaMA also copies the order of its tokens and the place of the last one, and, if it reads
+        # choices side by side, which choice each token belongs to.
+        ("llama", {}, 11),
+        ("llama", {"seed": "0,1"}, 11),
+    ],
+)
+def test_a_step_waits_for_nothing_and_reads_only_the_loss(name, flags, n_copies, tmp_path):
+    counts = count_of_a_step(
+        tmp_path, {"model": model(name), "task": task(), "dtype": "float32", **flags}
+    )
+    assert total(counts, COPY_IN, COPY_OUT) == 0
+    assert total(counts, COPY_IN_AT_ONCE) == n_copies
+    n_cells = len(flags.get("seed", "0").split(","))
+    assert {pair: n for pair, n in counts.items() if pair[0] == READ} == {(READ, "log.py"): n_cells}
+
+
+def test_the_line_about_the_device_names_it(tmp_path):
+    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 1}
+    out, _ = on_sim(first_line, tmp_path, flags)
+    assert out == "device   sim (as asked), float32"
+    assert events(tmp_path / "sim", "final")
+
+
+def first_line(out, flags):
+    with redirect_stdout(io.StringIO()) as printed:
+        trained("sim", out, flags)
+    return printed.getvalue().splitlines()[0]
