@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minia3.files.progress import progress
 from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias
+from minia3.model.shard import is_sharded
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
 from minia3.tasks.limits import check_ids, equal_choices
@@ -142,6 +143,8 @@ def choice_logprobs(model, batch, adapter=None):
         return score_choices(model, state, batch.target_BCL.to(device), batch.target_mask_BCL)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
+    if is_sharded(model):  # every turn would gather the whole model, and keep it for its gradients
+        n_at_once = n_choices
 
     def score_repeated(target_BCL, mask_BCL):
         return score_choices(model, state.repeat(target_BCL.shape[1]), target_BCL, mask_BCL)
