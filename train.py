@@ -22,12 +22,14 @@ if __name__ == "__main__":
     begin("train.py")
     answer_mistakes(sys.argv[1:], SCRIPT)
 
+from minia3.files.processes import first_goes_first, is_first
 from minia3.inference.scoring import choice_logprobs
 from minia3.training.announce import (
     announce_device,
     announce_extension,
     announce_finished,
     announce_group,
+    announce_processes,
 )
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.config import Config
@@ -80,6 +82,7 @@ def train(run, group, config):
                         losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
                         sum(losses.values()).backward()
                         log.add_losses(losses)
+                    run.add_up_processes(group)  # if there are several, as torchrun starts them
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -112,7 +115,7 @@ def run_group(run, group, config, baselines):
             finals = []
             if cell.progress.failure is None:
                 finals = evaluate_after(group, cell)
-            if config.is_training and finals:
+            if config.is_training and finals and is_first():
                 folder = run.folder / cell.folder
                 save_trained(group, cell, folder)
                 write_card(folder, cell.config, finals, cell.checksums)
@@ -127,12 +130,15 @@ def run_grid(run: Run, config: Config):
         announce_finished(run, config)
         return
 
-    cells = make_cells(config)
+    with first_goes_first():  # because it downloads
+        cells = make_cells(config)
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
-    check_model(config.model)  # so that a wrong name is the only line
+    with first_goes_first():
+        check_model(config.model)  # so that a wrong name is the only line
     announce_device(device, reason, dtype)
+    announce_processes(run.saved.n_processes)
     if run.extended_from is not None:
         announce_extension(run.extended_from, config)
     if config.deterministic:

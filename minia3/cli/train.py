@@ -2,6 +2,7 @@
 
 import sys
 
+from minia3.files.processes import has_several_processes
 from minia3.training import command_line
 from minia3.training.command_lines import COMMAND
 
@@ -16,7 +17,9 @@ def add_arguments(parser):
 def main(words, is_program=False):
     """Return the exit code of `minia3 train` with these flags. is_program: see train.py."""
     try:
-        command_line.read_command_line(words, COMMAND)  # find mistakes before torch is imported
+        if not has_several_processes():
+            # Find mistakes before torch is imported.
+            command_line.read_command_line(words, COMMAND)
         from minia3.training.loop import load_loop
         from minia3.training.start import run_command_line
 

@@ -6,7 +6,9 @@ the training goes on: metrics.jsonl has the same figures.
 
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
+
+from minia3.files.processes import is_first
 
 
 def use_utf8():
@@ -37,6 +39,16 @@ def lasting_output():
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def only_first_prints():
+    """Within the block, drop what is printed by any but the first of several processes."""
+    if is_first():
+        yield
+    else:
+        with redirect_stdout(LastingStream(None)):
+            yield
 
 
 class LastingStream:

@@ -19,6 +19,7 @@ from math import inf
 import numpy as np
 import torch
 
+from minia3.files.processes import combine
 from minia3.inference.beam_search import beam_search
 from minia3.inference.scoring import NotFiniteError, batches_by_length, check_best
 from minia3.tasks.batches import pad
@@ -139,7 +140,12 @@ def generate(  # noqa: PLR0913 (the contract)
     texts = [""] * n_texts
     for i, piece in generate_pieces(model, tokenizer, prompts, adapter, options):
         texts[i] += piece
-    return texts
+    return combine(join_texts, texts)
+
+
+def join_texts(texts, other_texts):
+    """Return each of N texts from the process that has written it. Others have an empty one."""
+    return [text or other for text, other in zip(texts, other_texts, strict=True)]
 
 
 def stream(  # noqa: PLR0913 (the contract)

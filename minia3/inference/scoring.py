@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias
@@ -60,6 +61,9 @@ class NotFiniteError(ValueError):
         )
         self.name = name
         self.index = index
+
+    def __reduce__(self):
+        return NotFiniteError, (self.name, self.index)  # for other processes
 
 
 @contextmanager
@@ -192,6 +196,7 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
         logp = choice_logprobs(model, batch, adapters).cpu()
         scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
+    scores_NC = combine(torch.maximum, scores_NC)
     n_choices_N1 = torch.tensor([[len(example.targets)] for example in examples])
     is_choice_NC = torch.arange(n_choices) < n_choices_N1
     check_finite(scores_NC.masked_fill(~is_choice_NC, 0.0))
@@ -214,6 +219,8 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
         mask_BCL = batch.target_mask_BCL
         total_N[rows] = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
         n_tokens_N[rows] = mask_BCL.sum(dim=(1, 2))
+    total_N = combine(torch.add, total_N)
+    n_tokens_N = combine(torch.add, n_tokens_N)
     check_finite(total_N[:, None])
     return total_N, n_tokens_N
 
@@ -331,5 +338,7 @@ def batches_by_length(lengths, adapter, batch_size):
     batches = []
     for first in range(0, len(longest_first), batch_size):
         batches.append(longest_first[first : first + batch_size])
-    for rows in progress(batches, total=len(lengths), size=len):
+    batches = share(batches)
+    n_rows = sum(map(len, batches))
+    for rows in progress(batches, total=n_rows, size=len):
         yield rows, adapters[rows] if is_per_row else adapters

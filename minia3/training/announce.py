@@ -5,6 +5,7 @@ import warnings
 from contextlib import contextmanager
 
 from minia3.files.messages import plural
+from minia3.files.processes import n_processes
 from minia3.training.command_lines import resume_command
 from minia3.training.flags import as_tuple
 from minia3.training.optimizer import learning_rate
@@ -44,6 +45,18 @@ def announce_extension(n_steps, config):
         f"extended from step {n_steps} to step {config.steps}: the learning rate goes on as in a "
         f"run of {config.steps} steps, at {','.join(rates)}, and falls to 0"
     )
+
+
+def announce_processes(n_before):
+    """Print how many processes there are, if this is of interest. n_before: of a resumed run."""
+    n_now = n_processes()
+    if n_now > 1:
+        print(f"share    each of {n_now} processes computes a part of every step")
+    if n_before != n_now:
+        print(
+            f"note     processes so far: {n_before}, from now on: {n_now}; the numbers are the "
+            "same only up to rounding, and dropout is drawn in another way"
+        )
 
 
 def announce_group(group, is_first):

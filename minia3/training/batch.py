@@ -3,10 +3,13 @@
 Shapes: B examples, C choices, L tokens of a choice.
 """
 
+import math
+
 import torch
 
 from minia3.tasks.batches import collate
-from minia3.training.losses import count_terms, total_loss
+from minia3.training.losses import LOSSES, count_terms, total_loss
+from minia3.training.replicas import share_of_step
 
 
 class MixedBatch:
@@ -35,11 +38,16 @@ class MixedBatch:
     def split(self, size=None):
         """Yield micro-batches of at most `size` examples, or one if `size` is None.
 
-        Their losses add up to the losses of the step.
+        Their losses add up to the losses of the step, together with those of other processes.
         """
-        size = size or len(self.pairs)
-        for first in range(0, len(self.pairs), size):
-            yield MicroBatch(self.pairs[first : first + size], self.n_terms, self.has_rows)
+        for pairs in share_of_step(self.pairs, size or len(self.pairs)):
+            if pairs:
+                yield MicroBatch(pairs, self.n_terms, self.has_rows)
+            else:
+                # Others compute, and this process keeps step with them: an example that counts as
+                # one of infinitely many adds 0.
+                endless = dict.fromkeys(self.cells, dict.fromkeys(LOSSES, math.inf))
+                yield MicroBatch(self.pairs[:1], endless, self.has_rows)
 
 
 class MicroBatch:

@@ -28,6 +28,7 @@ class Checkpoint:
     failure: str | None = None  # why a cell failed: the last one that did
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
     group: dict | None = None  # Group.state_dict of the group that trains
+    n_processes: int = 1  # that trained it together
 
     @property
     def n_steps(self):

@@ -5,6 +5,7 @@ import sys
 
 from minia3 import __version__
 from minia3.files.messages import message_of
+from minia3.files.processes import has_several_processes
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import read_config_file
 from minia3.training.flags import Parser, add_flags
@@ -87,8 +88,11 @@ def flags_of_file(given):
 def answer_mistakes(words, program):
     """Print the help, or what is wrong with the flags, and exit. Return if nothing is wrong.
 
-    Call this before torch is imported, which takes seconds.
+    Call this before torch is imported, which takes seconds. One of several processes returns at
+    once: they must end together, so the first one speaks when all have met.
     """
+    if has_several_processes():
+        return
     try:
         read_command_line(words, program)
     except ValueError as error:

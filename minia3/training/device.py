@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from minia3.files.messages import plural
+from minia3.files.processes import local_rank, n_on_machine
 from minia3.files.read import one_line
 
 DEVICES = {  # kind -> what it is; by default, a run takes the first one that there is
@@ -32,9 +34,12 @@ SMALL_MODEL = 10**7
 
 
 def choose_device(name):
-    """Return the device, and why it was chosen. Raise ValueError if there is no such device."""
+    """Return the device, and why it was chosen. Raise ValueError if there is no such device.
+
+    Several processes on a machine take one accelerator each.
+    """
     if name is None:
-        return best_device()
+        return device_of_process(*best_device())
     try:
         torch.ones(1, device=name).tolist()
     # torch raises NotImplementedError, AssertionError and others for devices that it lacks.
@@ -44,7 +49,31 @@ def choose_device(name):
         if len(reason) > LONGEST_REASON:
             reason = f"PyTorch {torch.__version__} finds no such device"
         raise ValueError(f"--device is {name!r}, {expected} ({reason})") from None
-    return torch.device(name), "as asked"
+    return device_of_process(torch.device(name), "as asked")
+
+
+def device_of_process(device, reason):
+    """Return the device of one of several processes: of accelerators, the one with its number.
+
+    Raise ValueError if a device is asked for that all of them would share.
+    """
+    if device.type == "cpu" or n_on_machine() == 1:
+        return device, reason
+    if device.index is not None:
+        raise ValueError(
+            f"--device is '{device}', but this machine has {n_on_machine()} processes of this run: "
+            f"expected '{device.type}', which gives each of them a device of its own"
+        )
+    module = getattr(torch, device.type)
+    n_devices = module.device_count()
+    if local_rank() >= n_devices:
+        raise ValueError(
+            f"{n_on_machine()} processes were started on this machine, which has {n_devices} "
+            f"{plural(n_devices, 'device')} of the kind {device.type}: expected --nproc-per-node "
+            f"{n_devices} at most"
+        )
+    module.set_device(local_rank())  # because NCCL communicates through the current device
+    return torch.device(device.type, local_rank()), f"{reason}; each process has its own"
 
 
 def best_device():

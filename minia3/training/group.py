@@ -5,8 +5,10 @@ import warnings
 import torch
 
 from minia3.checkpoints.chat import read_template
+from minia3.checkpoints.hub import find, find_adapter
 from minia3.checkpoints.load import build_model, load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
+from minia3.files.processes import dividing, first_goes_first
 from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
@@ -19,6 +21,7 @@ from minia3.training.learned import learned_tasks
 from minia3.training.log import TrainingLog
 from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
+from minia3.training.replicas import StepSum, seed_dropout
 
 
 def choose_template(config, cells):
@@ -50,6 +53,8 @@ class Group:
         """Load the model with a row of vectors per cell. config: the run's flags."""
         self.cells = cells
         self.config = config
+        with first_goes_first():
+            download(config)
         with showing("loading"):
             self.model = load_model(
                 config.model,
@@ -104,13 +109,28 @@ class Group:
 
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
+        seed_dropout(self.cells[0].config.seed, self.log.step)
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
+
+    def add_up_processes(self, signal):
+        """Add up what all processes have computed in this step: gradients and losses.
+
+        signal: the number of the signal that this process has got, or None. Return that of any.
+        """
+        losses = self.log.losses[-1]
+        device = self.device
+        for cell in self.active_cells:
+            losses[cell.row] = torch.as_tensor(losses.get(cell.row, 0.0), device=device)
+        losses = {cell.row: losses[cell.row] for cell in self.active_cells}
+        self.log.losses[-1] = losses
+        trained = self.cells[0].tables.values()
+        return StepSum(trained, losses, self.log.n_passes, signal).add_up()
 
     def evaluate(self, cell, assignment, rows, shots=()):
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
         results = []
         for prompt in assignment.eval_prompts:
-            with showing(f"{cell.title_of(assignment.task)}evaluating"):
+            with showing(f"{cell.title_of(assignment.task)}evaluating"), dividing():
                 results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
         return over_prompts(results)
 
@@ -185,6 +205,13 @@ class Group:
         for cell in self.cells:
             cell.take_last()
         set_random_state(state["random"])
+
+
+def download(config):
+    """Download the files of --model and --adapter, if they are not on this machine."""
+    find(config.model)
+    if config.adapter is not None:
+        find_adapter(config.adapter)
 
 
 def count_base(model_config):

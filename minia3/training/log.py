@@ -38,6 +38,7 @@ class TrainingLog:
         self.logged_seconds = 0.0  # the value of `seconds` then
         self.n_tokens = 0
         self.losses = []  # one dict per step: a cell's row -> its loss
+        self.n_passes = 0  # forward passes of this process in the current step
 
     def state_dict(self):
         state = {name: getattr(self, name) for name in self.SAVED}
@@ -75,12 +76,14 @@ class TrainingLog:
     def start_step(self):
         self.started = time.perf_counter()
         self.losses.append({})
+        self.n_passes = 0
 
     def add_losses(self, losses):
         """Add the losses of a micro-batch: a dict from each cell to its part of the loss."""
         step_losses = self.losses[-1]
         for cell, loss in losses.items():
             step_losses[cell.row] = step_losses.get(cell.row, 0.0) + loss.detach()
+        self.n_passes += 1
 
     def drop_step(self):
         """Forget a step that has started and will not end."""

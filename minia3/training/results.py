@@ -65,7 +65,8 @@ def final_line(group, cell, assignment, before, after):
     final = {
         "model": group.config.model,
         "method": group.config.method,
-        "architecture": type(group.model).__name__,
+        # The config's class, because a wrapper around the model would have another name.
+        "architecture": type(group.model.config).__name__.removesuffix("Config"),
         "total": group.n_base,
         "trainable": group.n_trained,
         "seconds": round(group.log.seconds, 3),

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
+from minia3.files.processes import PeerGone, from_first, has_first_word, is_first, n_processes
 from minia3.files.read import reading
 from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import (
@@ -53,25 +54,16 @@ class Run:
         self.signals = signals
         self.program = program
         self.resources = ExitStack()  # the lock of the folder
-        self.folder = None  # nothing is written
+        self.folder = None  # None: the run leaves nothing
         self.is_new = config.resume is None
-        saved = None
+        self.saved = Checkpoint()
         self.extended_from = None  # the steps that a run had which --steps makes longer
-        if config.resume is not None:
-            self.folder = Path(config.resume)
-            self.resources.enter_context(lock_folder(self.folder))
-            remove_leftovers(self.folder)
-            saved = load_checkpoint(self.folder)
-            if saved and config.steps != read_run_config(self.folder).get("steps"):
-                saved = extend(saved, config)
-                self.extended_from = saved.n_steps
-        elif config.out is not None or not config.eval_only:
-            folder = Path(config.out or choose_folder(config))
-            recorded = dataclasses.replace(config, out=str(folder))
-            self.resources.enter_context(begin_run(folder, recorded))
-            self.folder = folder
-
-        self.saved = saved or Checkpoint()
+        if is_first():
+            self.open_folder(config)
+        self.folder, self.saved = from_first((self.folder, self.saved))
+        self.extended_from = from_first(self.extended_from)
+        # What this process writes to: the first one writes for all.
+        self.written_folder = self.folder if is_first() else None
         self.finals = self.saved.finals
         self.n_done = self.saved.n_done
         self.failure = self.saved.failure
@@ -82,12 +74,35 @@ class Run:
         self.micro_batch_size = max(1, (config.micro_batch_size or config.batch_size) // 2)
         self.eval_batch_size = max(1, config.eval_batch_size // 2)
 
+    def open_folder(self, config):
+        """Lock the folder of the run, and read its checkpoint if there is one."""
+        if config.resume is not None:
+            self.folder = Path(config.resume)
+            self.resources.enter_context(lock_folder(self.folder))
+            remove_leftovers(self.folder)
+            saved = load_checkpoint(self.folder)
+            if saved and config.steps != read_run_config(self.folder).get("steps"):
+                saved = extend(saved, config)
+                self.extended_from = saved.n_steps
+            self.saved = saved or self.saved
+        elif config.out is not None or not config.eval_only:
+            folder = Path(config.out or choose_folder(config))
+            recorded = dataclasses.replace(config, out=str(folder))
+            self.resources.enter_context(begin_run(folder, recorded))
+            self.folder = folder
+
     @property
     def stop_message(self):
         """What a run that was stopped says."""
         if self.folder is None:
             return "stopped"
         return f"stopped; to continue: {resume_command(self.program, self.folder)}"
+
+    def gone_message(self, gone):
+        """What a run says if another process of it has ended."""
+        if self.folder is None or not (self.folder / "config.json").exists():
+            return str(gone)
+        return f"{gone}; to continue: {resume_command(self.program, self.folder)}"
 
     @property
     def is_finished(self):
@@ -98,7 +113,7 @@ class Run:
 
         Raise ValueError if the data have changed. Until this call, a resumed run changes no file.
         """
-        if self.folder:
+        if self.written_folder:
             checksums = {}
             for cell in cells:
                 checksums |= cell.checksums
@@ -108,8 +123,8 @@ class Run:
                 self.n_bytes = reopen_metrics(self.folder)
                 self.write_checkpoint(self.saved.group)
             record_run(self.folder, checksums, config)
-        self.metrics = Metrics(self.folder, self.n_bytes)
-        self.trackers = start_trackers(config, self.folder)
+        self.metrics = Metrics(self.written_folder, self.n_bytes)
+        self.trackers = start_trackers(config, self.written_folder)
 
     def write(self, event, **values):
         """Add a line to metrics.jsonl, and hand it to the trackers of --log-to.
@@ -135,9 +150,19 @@ class Run:
         try:
             with self.signals.urgent(partial(self.leave, group, random)):
                 yield
-        except Stopped:
+        except (Stopped, PeerGone):
             group.undo_step(random)
             raise
+
+    def add_up_processes(self, group):
+        """Add up what several processes have computed in this step.
+
+        If one of them has got a signal, all stop at the end of this step.
+        """
+        if n_processes() > 1:
+            signal = group.add_up_processes(self.signals.pending)
+            if signal is not None:
+                self.signals.pending = signal
 
     def leave(self, group, random, number):
         """Save the state before the current step, and say how to continue.
@@ -146,7 +171,8 @@ class Run:
         """
         self.write_checkpoint(group.state_before_step(random))
         sys.stdout.flush()  # because the process ends without cleaning up
-        tqdm.write(self.stop_message, file=sys.stderr)
+        if has_first_word(128 + number):
+            tqdm.write(self.stop_message, file=sys.stderr)
         sys.stderr.flush()
 
     @contextmanager
@@ -154,7 +180,7 @@ class Run:
         """Save a checkpoint at the end of the block, and also if a signal stops it."""
         try:
             yield
-        except Stopped:
+        except (Stopped, PeerGone):
             self.save(group)
             raise
         self.save(group)
@@ -171,7 +197,8 @@ class Run:
 
     def check_folder(self):
         """Raise Failed if somebody has deleted the folder: a new one would hold half a run."""
-        if self.folder is not None and not (self.folder / "config.json").exists():
+        folder = self.written_folder
+        if folder is not None and not (folder / "config.json").exists():
             raise Failed(
                 f"{self.folder}: the folder of this run was deleted or moved while it trained, "
                 "so its results have no place: begin a new run"
@@ -180,9 +207,15 @@ class Run:
     def write_checkpoint(self, group_state, is_finished=False):
         self.check_folder()
         checkpoint = Checkpoint(
-            is_finished, self.n_done, self.finals, self.failure, self.n_bytes, group_state
+            is_finished,
+            self.n_done,
+            self.finals,
+            self.failure,
+            self.n_bytes,
+            group_state,
+            n_processes(),
         )
-        save_checkpoint(self.folder, checkpoint)
+        save_checkpoint(self.written_folder, checkpoint)
 
     def finish_cell(self, cell, finals):
         """Write the results of a cell, or why it failed."""
@@ -208,8 +241,8 @@ class Run:
         self.write_checkpoint(state, is_finished=True)
 
     def discard_if_new(self):
-        if self.folder and self.is_new:
-            discard_run(self.folder)
+        if self.written_folder and self.is_new:
+            discard_run(self.written_folder)
 
     def close(self):
         """Unlock the folder, so that other processes may write into it."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from minia3.files.messages import message_of
+from minia3.files.processes import is_first, n_processes
 
 STOPPING = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break, which another process can send, too
@@ -63,6 +64,7 @@ class Signals:
         self.n_seen = 0  # signals in the current block, as that thread counts them
         self.leave = None  # in an `urgent` block: what it calls before it ends the process
         self.is_leaving = False
+        self.is_stopping = False  # `Stopped` was raised in one of several processes
         self.wakeup = None  # a socket: Python writes the number of each signal to it, at once
         self.wakeup_before = -1
 
@@ -86,13 +88,18 @@ class Signals:
 
     def receive(self, number, frame):
         """Handle a signal. Python calls this between two operations of the main thread."""
-        if self.is_leaving:
+        if self.is_leaving or self.is_stopping:
             return
         self.pending = number
         self.n_arrived += 1
         can_wait = number == signal.SIGINT and self.n_arrived == 1
         if not self.is_held or (self.is_urgent and not can_wait):
-            raise Stopped(number)
+            self.stop()
+
+    def stop(self):
+        # torchrun tells all processes to stop as soon as one has ended: by then, they know it.
+        self.is_stopping = n_processes() > 1
+        raise Stopped(self.pending)
 
     @contextmanager
     def uninterrupted(self):
@@ -106,7 +113,7 @@ class Signals:
         finally:
             self.is_held = False
         if self.pending is not None:
-            raise Stopped(self.pending)
+            self.stop()
 
     @contextmanager
     def urgent(self, leave):
@@ -148,7 +155,7 @@ class Signals:
 
     def announce(self, block):
         """Say that the signal has arrived, unless the step has ended already."""
-        if self.is_held and self.n_blocks == block:
+        if self.is_held and self.n_blocks == block and is_first():
             tqdm.write(WAITING, file=sys.stderr)
 
     def end_process(self, number):

@@ -5,7 +5,15 @@ Each of the three hands over `run_grid` of train.py, because no module imports t
 
 import sys
 
-from minia3.files.streams import lasting_output, use_utf8
+from minia3.files.processes import (
+    PeerGone,
+    common_code,
+    from_first,
+    has_first_word,
+    is_first,
+    join,
+)
+from minia3.files.streams import lasting_output, only_first_prints, use_utf8
 from minia3.training.announce import announcing_warnings
 from minia3.training.command_line import error_line, read_command_line
 from minia3.training.process_state import unchanged_process
@@ -22,14 +30,22 @@ def run_command_line(words, run_grid, program, is_program=False):
     use_utf8()
     with lasting_output():
         try:
-            config = read_command_line(words, program)
-            run_config(config, run_grid, program, is_program)
+            join()
+            config = None
+            if is_first():
+                config = read_command_line(words, program)
+            run_config(from_first(config), run_grid, program, is_program)
             return 0
+        except SystemExit:  # --help
+            has_first_word(0)
+            raise
         except Stopped as stop:
-            return 128 + stop.number
-        except (Failed, OSError, ValueError) as error:
-            print(error_line(program, error), file=sys.stderr)
-            return 2 if isinstance(error, ValueError) else 1
+            return common_code(128 + stop.number)
+        except (Failed, PeerGone, OSError, ValueError) as error:
+            code = 2 if isinstance(error, ValueError) else 1
+            if has_first_word(code):
+                print(error_line(program, error), file=sys.stderr)
+            return common_code(code)
 
 
 def run_config(config, run_grid, program, is_program=False):
@@ -40,13 +56,21 @@ def run_config(config, run_grid, program, is_program=False):
     """
     run = None
     try:
-        with unchanged_process(), announcing_warnings(), Signals(is_program) as signals:
+        join()
+        signals = Signals(is_program)
+        with only_first_prints(), unchanged_process(), announcing_warnings(), signals:
             run = Run(config, signals, program)
             run_grid(run, config)
         return run
-    except Stopped:
+    except Stopped as stop:
         message = run.stop_message if run else "stopped"
-        print(message, file=sys.stderr)
+        if has_first_word(128 + stop.number):
+            print(message, file=sys.stderr)
+        raise
+    except PeerGone as gone:
+        if run:
+            run.discard_if_new()
+            raise Failed(run.gone_message(gone)) from None
         raise
     except (Failed, MemoryError, OSError, RuntimeError, ValueError) as error:
         if run:

@@ -1,0 +1,239 @@
+"""Which of several processes this one is, and what they tell each other.
+
+    torchrun --nproc-per-node 4 train.py --model t5-base --task rte
+
+torchrun starts four processes, which run the same script, and says to each in its environment who it
+is. A process that is alone imports no torch here, and takes no other path than without this module.
+Two rules make several processes one program:
+
+- All of them take the same decisions, so they meet in the same calls, in the same order. What only
+  one of them knows (the first reads the flags, and opens the folder of the run) goes to all.
+- A process that cannot go on says why and ends. The others wait for it in a call of this module,
+  find it gone, and end, too. So no call has a timeout: a download may take hours.
+"""
+
+import os
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import reduce
+
+from minia3.files.read import one_line
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # from torchrun
+
+FOREVER = timedelta(days=300)
+
+FIRST_WORD = "minia3/first-word"  # keys of the store that all processes share
+EXIT_CODE = "minia3/exit-code"
+
+
+# What torch says if the other end of a connection is gone; other errors are shown as well.
+SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
+
+
+class PeerGone(RuntimeError):
+    """Another process of this run has ended, so that this one cannot go on."""
+
+
+class Process:
+    """What this process knows about itself. Before `join` it is alone."""
+
+    def __init__(self):
+        self.rank = 0
+        self.n_processes = 1
+        self.store = None  # a dictionary that lives outside the processes of the run
+        self.is_dividing = False  # see `dividing`
+        self.has_combined = False
+
+
+_process = Process()
+
+
+def has_several_processes():
+    """Return whether torchrun has started this process together with others."""
+    return all(name in os.environ for name in VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+
+
+def join():
+    """Meet the other processes that torchrun has started, if there are any.
+
+    A second call does nothing.
+    """
+    if not has_several_processes() or _process.n_processes > 1:
+        return
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        raise ValueError(
+            "torch.distributed is initialized already: leave this to minia3, which does it itself"
+        )
+    rendezvous = torch.distributed.rendezvous("env://", timeout=FOREVER)
+    store, _process.rank, _process.n_processes = next(rendezvous)
+    _process.store = torch.distributed.PrefixStore("minia3", store)
+    with meeting():
+        # torch chooses gloo for tensors on the CPU, and what suits the accelerator for its own.
+        torch.distributed.init_process_group(
+            store=store, rank=_process.rank, world_size=_process.n_processes, timeout=FOREVER
+        )
+
+
+def rank():
+    """Return the number of this process, from 0."""
+    return _process.rank
+
+
+def n_processes():
+    return _process.n_processes
+
+
+def is_first():
+    """Return whether this process is the one that writes, prints and downloads."""
+    return _process.rank == 0
+
+
+def local_rank():
+    """Return the number of this process among those on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if _process.n_processes > 1 else 0
+
+
+def n_on_machine():
+    """Return how many processes of this run the machine has."""
+    if _process.n_processes == 1:
+        return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", _process.n_processes))
+
+
+@contextmanager
+def meeting():
+    """Raise PeerGone if another process ends while this one waits for it in the block."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has no class of errors for this
+        message = "another process of this run has ended"
+        if not any(sign in str(error) for sign in SIGNS):
+            message += f", or cannot be reached: {one_line(error)}"
+        raise PeerGone(message) from error
+
+
+# What only one process knows
+
+
+def from_first(value):
+    """Return the `value` that the first process has. The others wait for it."""
+    if _process.n_processes == 1:
+        return value
+    import torch.distributed
+
+    values = [value]
+    with meeting():
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@contextmanager
+def first_goes_first():
+    """Let the first process do the block, and then the others, which find what it downloaded."""
+    if not is_first():
+        from_first(None)
+    yield
+    if is_first():
+        from_first(None)
+
+
+def gathered(value):
+    """Return the values of all processes, in the order of their numbers."""
+    if _process.n_processes == 1:
+        return [value]
+    import torch.distributed
+
+    values = [None] * _process.n_processes
+    with meeting():
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def add_over_processes(tensor):
+    """Add up a tensor over all processes, in place."""
+    if _process.n_processes > 1:
+        import torch.distributed
+
+        with meeting():
+            torch.distributed.all_reduce(tensor)
+
+
+# Work that is divided
+
+
+@contextmanager
+def dividing():
+    """Divide among the processes the batches that a function of the block reads.
+
+    The function takes its batches through `share`, and passes its results through `combine`. If
+    one of the processes raises a ValueError before that, all of them raise it.
+    """
+    if _process.n_processes == 1:
+        yield
+        return
+    _process.is_dividing = True
+    _process.has_combined = False
+    try:
+        yield
+    except ValueError as error:
+        if not _process.has_combined:
+            combine_outcomes(None, error)
+        raise
+    finally:
+        _process.is_dividing = False
+
+
+def share(items):
+    """Return those of a list's items that are this process's, within `dividing`. Else, all."""
+    if not _process.is_dividing:
+        return items
+    return items[_process.rank :: _process.n_processes]
+
+
+def combine(function, value):
+    """Return function(function(value of process 0, value of process 1), ...), within `dividing`.
+
+    Else, return the value.
+    """
+    if not _process.is_dividing:
+        return value
+    return reduce(function, combine_outcomes(value, None))
+
+
+def combine_outcomes(value, error):
+    """Return the values of all processes. Raise the error that the first unlucky one has had."""
+    _process.has_combined = True
+    outcomes = gathered((value, error))
+    for _, other_error in outcomes:
+        if other_error is not None:
+            raise other_error
+    return [other_value for other_value, _ in outcomes]
+
+
+# The end
+
+
+def has_first_word(code):
+    """Return whether this process is the first to say why the run ends, and so the only one.
+
+    code: the exit code that goes with it; see `common_code`.
+    """
+    if _process.store is None:
+        return True
+    with suppress(RuntimeError):  # the store is gone: say it rather twice than not at all
+        if _process.store.add(FIRST_WORD, 1) > 1:
+            return False
+        _process.store.set(EXIT_CODE, str(code))
+    return True
+
+
+def common_code(code):
+    """Return the exit code of the process that had the first word, or `code` if there is none."""
+    if _process.store is not None:
+        with suppress(RuntimeError):
+            if _process.store.check([EXIT_CODE]):
+                return int(_process.store.get(EXIT_CODE))
+    return code

@@ -1,0 +1,73 @@
+"""Several processes train as one: each computes a share of a step, and one sum makes them equal.
+
+Every process has the whole model, all cells, and the same batches. In a step it reads every n-th
+example, divides by the counts of the whole batch, and so has a part of the gradient. The parts are
+added up in one flat tensor, with what else the processes must agree on. From there on all of them
+do the same: clip, update, write (which only the first one does), stop.
+
+There is no wrapper around the model: DistributedDataParallel hooks into `forward`, and the models
+here are called through `start` and `step`, so it would silently add up nothing.
+"""
+
+import numpy as np
+import torch
+
+from minia3.files.processes import add_over_processes, n_processes, rank
+
+
+def share_of_step(pairs, size):
+    """Return this process's share of the examples of a step, in parts of at most `size`.
+
+    All processes have equally many parts. A part may be empty if the share is smaller than others.
+    """
+    largest = -(-len(pairs) // n_processes())
+    share = pairs[rank() :: n_processes()]
+    return [share[first : first + size] for first in range(0, largest, size)]
+
+
+def seed_dropout(seed, step):
+    """Let each process draw its own dropout, and the same again if the run is resumed.
+
+    A process that is alone goes on drawing from torch's generator as it is.
+    """
+    if n_processes() > 1:
+        mixed = np.random.SeedSequence((seed, step, rank()))  # unrelated for neighboring numbers
+        torch.manual_seed(int(mixed.generate_state(1)[0]))
+
+
+class StepSum:
+    """What the processes add up at the end of a step, in one flat tensor.
+
+    It has the gradients, the losses of the cells, and two numbers of each process: how many passes
+    it has made, and the number of the signal that asks it to stop.
+    """
+
+    def __init__(self, parameters, losses, n_passes, signal):
+        """parameters: those with gradients. losses: a dict from a cell's row to its loss."""
+        self.gradients = [p.grad for p in parameters if p.grad is not None]
+        self.losses = losses
+        self.n_passes = n_passes
+        self.signal = signal
+
+    def add_up(self):
+        """Put the sums into the gradients and the losses.
+
+        Return the number of the signal that any process has got, or None. Raise RuntimeError if the
+        processes have not made the same number of passes.
+        """
+        device = self.gradients[0].device
+        reports = torch.zeros(2, n_processes(), device=device)
+        reports[:, rank()] = torch.tensor([self.n_passes, self.signal or 0.0])
+        losses = torch.stack(list(self.losses.values()))
+        pieces = [*self.gradients, losses, reports]
+        flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
+        add_over_processes(flat)
+
+        sums = flat.split([piece.numel() for piece in pieces])
+        for piece, total in zip(pieces, sums, strict=True):
+            piece.copy_(total.view(piece.shape))
+        self.losses.update(zip(self.losses, losses, strict=True))
+        n_passes, signals = reports.int().tolist()
+        if len(set(n_passes)) > 1:
+            raise RuntimeError(f"the processes have made {n_passes} passes in one step")
+        return max(signals) or None
