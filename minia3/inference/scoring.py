@@ -219,8 +219,9 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
         mask_BCL = batch.target_mask_BCL
         total_N[rows] = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
         n_tokens_N[rows] = mask_BCL.sum(dim=(1, 2))
-    total_N = combine(torch.add, total_N)
-    n_tokens_N = combine(torch.add, n_tokens_N)
+    # Two processes may have read the same row. What a process has not read is 0.
+    total_N = combine(torch.minimum, total_N)
+    n_tokens_N = combine(torch.maximum, n_tokens_N)
     check_finite(total_N[:, None])
     return total_N, n_tokens_N
 
@@ -319,11 +320,12 @@ def choices_of_prompts(choices, n_prompts):
     return lists
 
 
-def batches_by_length(lengths, adapter, batch_size):
+def batches_by_length(lengths, adapter, batch_size, share=share):
     """Yield (rows, adapters): indices of rows of similar lengths, and their adapters.
 
     The longest come first: if memory runs out, it does so at once. lengths: of N rows. adapter:
-    None, an int, or (N,) long. Raise ValueError if there is not one adapter for each row.
+    None, an int, or (N,) long. share: which of the batches are this process's (processes.py). Raise
+    ValueError if there is not one adapter for each row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")

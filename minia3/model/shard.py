@@ -65,8 +65,8 @@ def shard(model, shards):
     except ImportError:
         expected = "expected torch 2.7 or newer to divide a model (--shard, --offload)"
         raise ValueError(f"{expected}, found {torch.__version__}") from None
-    # Of an output that is a view, torch warns that nothing may be added to it in place. Only a cache
-    # is written into, and only if there are no gradients.
+    # Nothing may be added in place to an output that is a view. Only caches are written into, and
+    # only if there are no gradients.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     policy = OffloadPolicy()
     if shards.offload:
@@ -124,7 +124,7 @@ def gathered(parameter):
 
 
 def count_passes(model):
-    """Let `model.n_passes` count how often a block runs. All processes must count the same."""
+    """Let `model.n_passes` count how often a block runs."""
     model.n_passes = 0
 
     def count(*_):
@@ -132,3 +132,10 @@ def count_passes(model):
 
     for block in blocks_of(model):
         block.register_forward_pre_hook(count)
+
+
+def take_passes(model):
+    """Return `n_passes`, which must be the same in all processes, and begin to count again."""
+    n_passes = model.n_passes
+    model.n_passes = 0
+    return n_passes

@@ -31,6 +31,9 @@ def check_config(config):
         )
     if config.method in TRAINED_ALONE:
         check_trained_weights(config)
+    if config.compile and (config.shard not in (None, 1) or config.offload):
+        reason = "what is compiled would gather the blocks again and again"
+        raise ValueError(f"--compile does not go with --shard or --offload ({reason})")
 
 
 def check_trained_weights(config):
@@ -38,6 +41,10 @@ def check_trained_weights(config):
     if config.quantize:
         reason = "weights that train, or that a LoRA is added to, must be plain"
         raise ValueError(f"--quantize is not for --method {config.method} ({reason})")
+    for name in ("shard", "offload"):
+        if getattr(config, name) not in (None, False, 1):
+            reason = "only a frozen base is divided, and this method trains or changes it"
+            raise ValueError(f"{option(name)} is not for --method {config.method} ({reason})")
     if config.optimizer == "adafactor":
         # LoRA's B starts at zero and would hardly leave it. Full fine-tuning would need Adafactor
         # to factor the second moments of matrices, and ours does not.
