@@ -1,76 +1,120 @@
 """A model that is divided among processes computes what the whole model computes."""
 
+
 import pytest
 import torch
+import torch.distributed
 from batches import batch_of
-from conftest import randomize
-from ranks import on_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from conftest import randomize, tokens
+from ranks import my_shards, on_ranks
 
 import minia3
+from minia3.inference.decoding import decode_tokens
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.recompute import recompute_blocks
-from minia3.model.shard import Shards, blocks_of
-from minia3.training.losses import total_loss
+from minia3.model.shard import blocks_of, take_passes
+from minia3.training.losses import count_terms, total_loss
 
-NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "qwen2", "qwen3"]
+NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
+NAMES += ["qwen3", "mistral"]
 LENGTHS = (9, 3, 6, 4, 7, 5, 8, 2)
+N_CHOICES = 3
+PLAIN = (None, False, False)  # quantize, recompute, offload
 
 
-def all_shards(offload=False):
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    return Shards(mesh, offload)
-
-
-def load(folder, shards, quantize=None):
+def load(folder, shards=None, quantize=None):
     model = minia3.load_model(
         folder, dtype=torch.float64, n_adapters=3, quantize=quantize, shards=shards
-    )
-    randomize(model.double(), seed=1)
+    ).double()
     minia3.freeze(model)
-    return model
+    return randomize(model, seed=1)
 
 
-def take_rows(batch, rows):
-    return type(batch)(*(None if values is None else values[rows] for values in batch))
-
-
-def step(model, rows, micro_batch_size):
-    """Return log-probabilities and gradients of a step on some rows of a batch."""
-    model.zero_grad()
-    whole = batch_of(LENGTHS, n_choices=3)
+def step(model, rows, size):
+    """Return log-probabilities and gradients of these rows of a step, in parts of `size`."""
+    whole = batch_of(LENGTHS, N_CHOICES)
+    n_terms = count_terms(whole.target_mask_BCL, whole.label_B)
     adapter_B = torch.arange(len(LENGTHS)) % 3
     parts = []
-    for part in rows.split(micro_batch_size):
-        batch = take_rows(whole, part)
+    for part in rows.split(size):
+        batch = type(whole)(*(values[part] for values in whole))
         logp_BCL = choice_logprobs(model, batch, adapter_B[part])
-        loss = total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B)
-        (loss * len(part)).backward()
+        total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B, n_terms=n_terms).backward()
         parts.append(logp_BCL.detach())
     return torch.cat(parts), [vector.grad for vector in minia3.vectors(model).values()]
 
 
-def compare_steps(folder, recompute, quantize):
-    """Return the largest differences of log-probabilities and of gradients, and what is counted."""
+def written(model):
+    """Return (row, token) of texts that a model writes for padded prompts, greedily."""
+    mask_BM = torch.arange(7) < torch.tensor([[7], [3], [5]])
+    state = model.start(tokens(3, 7), mask_BM, torch.tensor([0, 2, 1]))
+    return list(decode_tokens(model, state.repeat(2), 6, set()))
+
+
+def outcomes(folders, variants, n_per_copy=None):
+    """Return what divided models compute: log-probabilities, gradients, texts, and passes."""
     rank = torch.distributed.get_rank()
-    n_processes = torch.distributed.get_world_size()
-    rows = torch.arange(len(LENGTHS))[rank::n_processes]
-    whole = load(folder, None, quantize)
-    sharded = load(folder, all_shards(), quantize)
-    if recompute:
-        recompute_blocks(blocks_of(sharded))
-    size = max(1, len(rows) // 2)
-    expected_logp, expected = step(whole, rows, size)
-    found_logp, found = step(sharded, rows, size)
-    logp_error = (found_logp - expected_logp).abs().max().item()
-    scale = max(grad.abs().max() for grad in expected)
-    grad_error = max((a - b).abs().max() / scale for a, b in zip(found, expected, strict=True))
-    return logp_error, grad_error.item(), sharded.n_passes
+    rows = torch.arange(len(LENGTHS))[rank :: torch.distributed.get_world_size()]
+    found = {}
+    for folder in folders:
+        for quantize, recompute, offload in variants:
+            model = load(folder, my_shards(n_per_copy, offload), quantize)
+            if recompute:
+                recompute_blocks(blocks_of(model))
+            logp, gradients = step(model, rows, max(1, len(rows) // 2))
+            for gradient in gradients:
+                torch.distributed.all_reduce(gradient)
+            key = folder, quantize, recompute, offload
+            found[key] = logp, gradients, written(model), take_passes(model)
+    return found
+
+
+def off(found, expected):
+    """Return the largest difference, relative to the largest expected number."""
+    scale = max(x.abs().max() for x in expected)
+    return max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) / scale
+
+
+def check(results):
+    """Compare what each process has found with what the whole model computes."""
+    for folder, quantize, recompute, offload in results[0]:
+        whole = load(folder, None, quantize)
+        logp, gradients = step(whole, torch.arange(len(LENGTHS)), len(LENGTHS))
+        texts = written(whole)
+        n_passes = set()
+        for rank, found in enumerate(results):
+            our_logp, our_gradients, our_texts, n = found[folder, quantize, recompute, offload]
+            assert off([our_logp], [logp[rank :: len(results)]]) < 1e-12
+            assert off(our_gradients, gradients) < 1e-12
+            assert our_texts == texts
+            n_passes.add(n)
+        assert len(n_passes) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
-def test_divided(name, recompute, quantize, peer, tmp_path):
-    print(on_ranks(2, tmp_path, compare_steps, peer(name).folder, recompute, quantize))
+def test_two_processes_compute_what_the_whole_model_computes(peer, tmp_path):
+    folders = [peer(name).folder for name in NAMES]
+    check(on_ranks(2, tmp_path, outcomes, folders, [PLAIN]))
+
+
+@pytest.mark.slow
+def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer, tmp_path):
+    folders = [peer(name).folder for name in ("t5-v1.1", "llama-gqa")]
+    variants = [(None, True, False), (None, False, True), ("int8", False, False)]
+    variants += [("int8", True, True)]
+    check(on_ranks(2, tmp_path, outcomes, folders, variants))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_per_copy", [4, 2])
+def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer, tmp_path):
+    # llama-odd has 1 key/value head of 10 entries, and a feed-forward of 37: rows that 4 processes
+    # cannot divide evenly.
+    folders = [peer(name).folder for name in ("t5-v1.0", "llama-odd")]
+    check(on_ranks(4, tmp_path, outcomes, folders, [PLAIN], n_per_copy))
+
+
+@pytest.mark.slow
+def test_a_process_alone_keeps_its_rows_on_the_cpu(peer, tmp_path):
+    folders = [peer(name).folder for name in ("t5-v1.0", "llama-gqa")]
+    check(on_ranks(1, tmp_path, outcomes, folders, [(None, False, True)]))
