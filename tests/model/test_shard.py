@@ -1,6 +1,5 @@
 """A model that is divided among processes computes what the whole model computes."""
 
-
 import pytest
 import torch
 import torch.distributed
@@ -9,10 +8,11 @@ from conftest import randomize, tokens
 from ranks import my_shards, on_ranks
 
 import minia3
+from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.recompute import recompute_blocks
-from minia3.model.shard import blocks_of, take_passes
+from minia3.model.shard import blocks_of, is_divided, take_passes
 from minia3.training.losses import count_terms, total_loss
 
 NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
@@ -118,3 +118,50 @@ def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer,
 def test_a_process_alone_keeps_its_rows_on_the_cpu(peer, tmp_path):
     folders = [peer(name).folder for name in ("t5-v1.0", "llama-gqa")]
     check(on_ranks(1, tmp_path, outcomes, folders, [(None, False, True)]))
+
+
+# How much is whole at once
+
+
+def most_whole_groups(folders):
+    """Return (the most groups that are whole at once in a step, the number of groups)."""
+    found = []
+    for n_side_by_side in (512, 4):
+        scoring.MAX_SIDE_BY_SIDE = n_side_by_side
+        for folder in folders:
+            model = load(folder, my_shards())
+            counts, n_groups = watch_groups(model)
+            step(model, torch.arange(len(LENGTHS)), len(LENGTHS))
+            found.append((max(counts), n_groups))
+    return found
+
+
+def watch_groups(model):
+    """Return a list, to which a step adds how many groups are whole, and the number of groups."""
+    linears = []
+    for block in blocks_of(model):
+        linears.append(block.attn.q)
+        if block.cross is not None:
+            linears.append(block.cross.k)
+    counts = []
+
+    def count(*_):
+        counts.append(sum(not is_divided(linear.weight) for linear in linears))
+
+    for block in blocks_of(model):
+        for module in block.modules():
+            module.register_forward_pre_hook(count)
+            module.register_forward_hook(count)
+    for vector in minia3.vectors(model).values():
+        vector.register_hook(count)
+    return counts, len(linears)
+
+
+@pytest.mark.slow
+def test_one_group_is_whole_at_a_time_even_if_choices_would_take_turns(peer, tmp_path):
+    # Elsewhere choices take turns, which are computed again in the backward pass. There, FSDP2
+    # drops nothing: the whole decoder would be in memory.
+    folders = [peer(name).folder for name in ("t5-deep-decoder", "umt5-tied", "llama-gqa")]
+    for found in on_ranks(2, tmp_path, most_whole_groups, folders):
+        for n_whole, n_groups in found:
+            assert n_whole == 1 < n_groups
