@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from minia3.files.processes import first_goes_first
 from minia3.files.write import is_free
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
@@ -60,9 +61,13 @@ def new_folder(path):
 
 
 def load_model(args):
-    """Load the model of `args` onto --device in --dtype."""
+    """Load the model of `args` onto --device in --dtype.
+
+    Of several processes, the first one downloads it, and the adapter.
+    """
     import torch
 
+    from minia3.checkpoints.hub import find, find_adapter
     from minia3.checkpoints.load import load_model
     from minia3.files.progress import showing
     from minia3.training.device import choose_device
@@ -71,6 +76,11 @@ def load_model(args):
     dtype = None
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
+    with first_goes_first():
+        find(args.model)
+        adapter = getattr(args, "adapter", None)
+        if adapter and not Path(adapter).exists():
+            find_adapter(adapter)
     with showing("loading"):
         return load_model(
             args.model,

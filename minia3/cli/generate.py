@@ -17,6 +17,7 @@ from minia3.cli.arguments import (
     load_model,
 )
 from minia3.cli.terminal import show
+from minia3.files.processes import dividing, from_first, is_first, n_processes
 
 TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
@@ -117,7 +118,9 @@ def run(args):
     stdin = sys.stdin or ()  # it is None if it was closed
     if args.prompts:
         generator.answer_all(args.prompts)
-    elif stdin and stdin.isatty():
+    elif from_first(bool(stdin) and stdin.isatty()):
+        if n_processes() > 1:
+            raise ValueError("a conversation takes one process: give prompts, or pipe them")
         generator.converse()
     else:
         generator.answer_all(stdin)
@@ -193,8 +196,10 @@ class Generator:
 
     def answer_all(self, lines):
         """Answer lines of text, a batch at a time. Empty lines are skipped."""
+        if not is_first():
+            lines = ()
         texts = filter(None, map(str.strip, lines))
-        while batch := list(islice(texts, BATCH_SIZE)):
+        while batch := from_first(list(islice(texts, BATCH_SIZE))):
             self.answer(batch)
 
     def converse(self):
@@ -273,7 +278,9 @@ class Generator:
         from minia3.inference.decoding import generate
 
         options = self.sampling | self.search
-        outputs = iter(generate(self.model, self.tokenizer, prompts, **options))
+        options["batch_size"] = -(-BATCH_SIZE // n_processes())
+        with dividing():
+            outputs = iter(generate(self.model, self.tokenizer, prompts, **options))
         first_output = None
         for text in texts:
             samples = list(islice(outputs, self.args.samples))

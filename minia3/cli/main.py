@@ -6,9 +6,10 @@ import sys
 import warnings
 
 from minia3 import __version__
-from minia3.cli import convert, generate, info, merge, mix, plot, predict, table, train
+from minia3.cli import convert, generate, info, merge, mix, plot, predict, table, torchrun, train
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
+from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
 from minia3.files.streams import use_utf8
 from minia3.training.flags import Parser
 
@@ -22,7 +23,10 @@ COMMANDS = {
     "mix": mix,
     "table": table,
     "plot": plot,
+    "torchrun": torchrun,
 }
+
+DIVIDED = ("generate", "predict")  # what several processes do together; other commands need one
 
 USER_ERRORS = (  # what a user can correct; the other errors are failures of disk, memory or network
     ValueError,
@@ -42,19 +46,34 @@ def main(argv=None):
         try:
             if words and words[0] == "train":
                 return train.main(words[1:], is_program=argv is None)  # with its own exit codes
+            if words[:1] == ["torchrun"] and words[1:] not in ([], ["--help"]):
+                return torchrun.main(words[1:])
+            if not takes_part(words):
+                return 0
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 args = parse(words)
                 args.run(args)
         finally:
             show(end="")  # --help leaves text in the buffer: fail here rather than as Python exits
-        return 0
+        return leave()
     except KeyboardInterrupt:
-        return 130
+        has_first_word(130)
+        return leave(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         # PyTorch's errors about memory are RuntimeErrors.
-        print(f"minia3: {message_of(error)}", file=sys.stderr)
-        return 2 if isinstance(error, USER_ERRORS) else 1
+        code = 2 if isinstance(error, USER_ERRORS) else 1
+        if has_first_word(code):
+            print(f"minia3: {message_of(error)}", file=sys.stderr)
+        return leave(code)
+
+
+def takes_part(words):
+    """Return whether this process has something to do. It is one of several if torchrun says so."""
+    if words and words[0] in DIVIDED:
+        join()
+        return True
+    return is_alone_or_first()
 
 
 def parse(words):
@@ -102,4 +121,5 @@ def make_parser(create, name, description, example, **options):
 
 
 def print_warning(message, *_):
-    print(f"minia3: {message}", file=sys.stderr)
+    if is_first():
+        print(f"minia3: {message}", file=sys.stderr)

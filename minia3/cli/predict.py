@@ -17,6 +17,7 @@ from minia3.cli.arguments import (
     load_model,
 )
 from minia3.cli.terminal import show
+from minia3.files.processes import is_first
 
 TITLE = "Label the rows of a file, or continue them"
 EXAMPLE = "python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"
@@ -77,7 +78,7 @@ def add_arguments(parser):
 
 def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
-    from minia3.inference.prediction import write_results
+    from minia3.inference.prediction import follow, write_results
 
     check_out(args)
     forms = make_forms(args)
@@ -89,6 +90,8 @@ def run(args):
     if args.out is None:
         for line in prediction.lines():
             show(line, end="")
+    elif not is_first():
+        follow(prediction.lines)
     else:
         write_results(Path(args.out), with_progress(prediction.lines, args), prediction.is_csv)
         show(f"{args.out} is finished")

@@ -3,14 +3,19 @@
 import os
 import sys
 
+from minia3.files.processes import is_first
+
 SIGPIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as a shell reports other programs
 
 
 def show(text="", end="\n"):
     """Print at once. If the reader is gone (`| head`), end without a message, as SIGPIPE would.
 
-    Any other error is raised: for example, the disk behind a file may be full.
+    Any other error is raised: for example, the disk behind a file may be full. Of several
+    processes, only the first one prints.
     """
+    if not is_first():
+        return
     try:
         print(text, end=end, flush=True)
     except OSError as error:

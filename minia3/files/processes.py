@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 train.py --model t5-base --task rte
 
-torchrun starts four processes, which run the same script, and says to each in its environment who it
-is. A process that is alone imports no torch here, and takes no other path than without this module.
+torchrun starts four processes that run the same script, and tells each in its environment who it
+is. A process that is alone imports no torch here, and does what it would do without this module.
 Two rules make several processes one program:
 
 - All of them take the same decisions, so they meet in the same calls, in the same order. What only
@@ -13,6 +13,9 @@ Two rules make several processes one program:
 """
 
 import os
+import signal
+import threading
+import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import reduce
@@ -23,8 +26,10 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  
 
 FOREVER = timedelta(days=300)
 
-FIRST_WORD = "minia3/first-word"  # keys of the store that all processes share
-EXIT_CODE = "minia3/exit-code"
+FIRST_WORD = "first-word"  # keys of the store that all processes share
+EXIT_CODE = "exit-code"
+N_LEFT = "n-left"
+MOMENT = 2.0  # seconds that a process waits for others when it leaves
 
 
 # What torch says if the other end of a connection is gone; other errors are shown as well.
@@ -53,6 +58,11 @@ _process = Process()
 def has_several_processes():
     """Return whether torchrun has started this process together with others."""
     return all(name in os.environ for name in VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+
+
+def is_alone_or_first():
+    """Return whether this process has to do what only one of several should do, before `join`."""
+    return not has_several_processes() or os.environ["RANK"] == "0"
 
 
 def join():
@@ -251,7 +261,7 @@ def combine_outcomes(value, error):
 def has_first_word(code):
     """Return whether this process is the first to say why the run ends, and so the only one.
 
-    code: the exit code that goes with it; see `common_code`.
+    code: the exit code that goes with it; see `leave`.
     """
     if _process.store is None:
         return True
@@ -262,10 +272,33 @@ def has_first_word(code):
     return True
 
 
-def common_code(code):
-    """Return the exit code of the process that had the first word, or `code` if there is none."""
-    if _process.store is not None:
-        with suppress(RuntimeError):
-            if _process.store.check([EXIT_CODE]):
-                return int(_process.store.get(EXIT_CODE))
+def leave(code=0):
+    """End the part of this process in the run, and return its exit code.
+
+    That is the code of the process that had the first word, or `code` if nobody had it. Processes
+    that wait for this one find it gone, and leave, too. This one waits for them a moment, so that
+    they have their exit code before torchrun ends whatever still runs.
+    """
+    if _process.store is None:
+        return code
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # because it does end
+    # In a thread, because an accelerator whose peer is gone may never answer.
+    closing = threading.Thread(target=close_connections, daemon=True)
+    closing.start()
+    closing.join(MOMENT)
+    with suppress(RuntimeError):  # the store is gone
+        _process.store.add(N_LEFT, 1)
+        if _process.store.check([EXIT_CODE]):
+            code = int(_process.store.get(EXIT_CODE))
+        deadline = time.monotonic() + MOMENT
+        while time.monotonic() < deadline and _process.store.add(N_LEFT, 0) < n_processes():
+            time.sleep(0.02)
     return code
+
+
+def close_connections():
+    import torch.distributed
+
+    with suppress(RuntimeError, ValueError):
+        torch.distributed.destroy_process_group()

@@ -14,6 +14,7 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 from minia3.files.lock import lock_folder
+from minia3.files.processes import dividing, from_first
 from minia3.files.read import reading
 from minia3.inference.decoding import generate
 from minia3.inference.scoring import (
@@ -164,7 +165,7 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
             run = list(run)
             names = [row_input.row["adapter"] for row_input in run]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
-            with naming_rows([row_input.row for row_input in run]):
+            with naming_rows([row_input.row for row_input in run]), dividing():
                 if is_scored:
                     results = scored_results(model, run, options)
                 else:
@@ -231,7 +232,7 @@ def write_results(path, lines, to_csv):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device or a pipe, which holds nothing
         with path.open("wb", buffering=0) as device:
-            write_lines(path, device, lines(0))
+            write_lines(path, device, lines(from_first(0)))
         return
     # Without a buffer, so that nothing is left in it, to be written again, if the disk is full.
     with lock_folder(path.parent, path.name), path.open("a+b", buffering=0) as file:
@@ -241,7 +242,13 @@ def write_results(path, lines, to_csv):
         check_beginning(path, file, expected)
         n_rows, n_bytes = count_finished(path, to_csv)
         file.truncate(n_bytes)
-        write_lines(path, file, lines(n_rows))
+        write_lines(path, file, lines(from_first(n_rows)))
+
+
+def follow(lines):
+    """Help another process that calls `write_results`: answer this process's share of the rows."""
+    for _ in lines(from_first(None)):
+        pass
 
 
 def write_lines(path, file, lines):

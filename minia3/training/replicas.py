@@ -9,6 +9,8 @@ There is no wrapper around the model: DistributedDataParallel hooks into `forwar
 here are called through `start` and `step`, so it would silently add up nothing.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -20,9 +22,10 @@ def share_of_step(pairs, size):
 
     All processes have equally many parts. A part may be empty if the share is smaller than others.
     """
-    largest = -(-len(pairs) // n_processes())
     share = pairs[rank() :: n_processes()]
-    return [share[first : first + size] for first in range(0, largest, size)]
+    n_largest = math.ceil(len(pairs) / n_processes())
+    starts = range(0, n_largest, size)
+    return [share[start : start + size] for start in starts]
 
 
 def seed_dropout(seed, step):
@@ -55,10 +58,10 @@ class StepSum:
         Return the number of the signal that any process has got, or None. Raise RuntimeError if the
         processes have not made the same number of passes.
         """
-        device = self.gradients[0].device
-        reports = torch.zeros(2, n_processes(), device=device)
-        reports[:, rank()] = torch.tensor([self.n_passes, self.signal or 0.0])
         losses = torch.stack(list(self.losses.values()))
+        reports = torch.zeros(2, n_processes(), device=losses.device)
+        reports[0, rank()] = self.n_passes
+        reports[1, rank()] = self.signal or 0
         pieces = [*self.gradients, losses, reports]
         flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
         add_over_processes(flat)

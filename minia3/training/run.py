@@ -56,7 +56,7 @@ class Run:
         self.resources = ExitStack()  # the lock of the folder
         self.folder = None  # None: the run leaves nothing
         self.is_new = config.resume is None
-        self.saved = Checkpoint()
+        self.saved = Checkpoint(n_processes=n_processes())
         self.extended_from = None  # the steps that a run had which --steps makes longer
         if is_first():
             self.open_folder(config)

@@ -7,11 +7,11 @@ import sys
 
 from minia3.files.processes import (
     PeerGone,
-    common_code,
     from_first,
     has_first_word,
     is_first,
     join,
+    leave,
 )
 from minia3.files.streams import lasting_output, only_first_prints, use_utf8
 from minia3.training.announce import announcing_warnings
@@ -35,17 +35,18 @@ def run_command_line(words, run_grid, program, is_program=False):
             if is_first():
                 config = read_command_line(words, program)
             run_config(from_first(config), run_grid, program, is_program)
-            return 0
+            return leave()
         except SystemExit:  # --help
             has_first_word(0)
+            leave()
             raise
         except Stopped as stop:
-            return common_code(128 + stop.number)
+            return leave(128 + stop.number)
         except (Failed, PeerGone, OSError, ValueError) as error:
             code = 2 if isinstance(error, ValueError) else 1
             if has_first_word(code):
                 print(error_line(program, error), file=sys.stderr)
-            return common_code(code)
+            return leave(code)
 
 
 def run_config(config, run_grid, program, is_program=False):
