@@ -54,8 +54,12 @@ def run_together(n_processes, command_lines, folder):
 if __name__ == "__main__":  # torchrun has started this file
     sys.path.insert(0, str(ROOT))
     import train
+    from minia3.files.processes import leave
+    from minia3.training.command_line import read_command_line
+    from minia3.training.command_lines import SCRIPT
+    from minia3.training.start import run_config
 
+    # Not `train.main`, at whose end the processes leave each other.
     for words in json.loads(Path(sys.argv[1]).read_text()):
-        exit_code = train.main(words, is_program=True)
-        if exit_code:
-            sys.exit(exit_code)
+        run_config(read_command_line(words, SCRIPT), train.run_grid, SCRIPT, is_program=True)
+    sys.exit(leave())

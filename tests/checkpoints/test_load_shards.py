@@ -142,9 +142,10 @@ ALLOWANCE = 8 * 2**20  # for the sampling thread's stack, the model's modules, t
 )
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_loading_takes_the_memory_of_a_share_and_of_the_largest_tensor(n_processes, peer, tmp_path):
-    config = replace(
-        KNOWN_MODELS["smollm2-135m"].config, n_layers=12, vocab_size=5_000, own_head=True
-    )
+    from test_load import write_model
+
+    config = KNOWN_MODELS["smollm2-135m"].config
+    config = replace(config, n_layers=12, vocab_size=5_000, own_head=True)
     write_model(tmp_path / "float32", config, torch.float32, "safetensors")
     write_model(tmp_path / "bin", config, torch.float32, "bin")
     cases = [
