@@ -13,6 +13,7 @@ from minia3.cli.arguments import (
     add_max_new_tokens,
     add_model,
     add_quantize,
+    add_shard,
     load_any_adapter,
     load_model,
 )
@@ -84,6 +85,7 @@ def add_arguments(parser):
     add_max_new_tokens(parser)
     add_device_options(parser)
     add_quantize(parser)
+    add_shard(parser)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per prompt, for programs"
     )

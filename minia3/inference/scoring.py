@@ -278,8 +278,14 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
 
 
 def check_example(example, model, tokenizer):
-    """Raise ValueError if the model cannot read an example: an unknown id, or far too many."""
+    """Raise ValueError if the model cannot read an example: an unknown id, or far too many.
+
+    A source of one token leaves a LLaMA nothing to read before the target, so one of the processes
+    that hold it together would make fewer passes than the others.
+    """
     check_ids(example, model.embed.num_embeddings, tokenizer)
+    if is_sharded(model) and len(example.source) == 1:
+        raise ValueError("found a source of one token, and a divided base (--shard) needs two")
     longest = max(map(len, [example.source, *example.targets]))
     check_bias(model.n_bias_heads, longest, longest)
 

@@ -59,12 +59,10 @@ def shard(model, shards):
     The model may still be on the meta device, and get its weights later (load_shards.py). Raise
     ValueError if torch is too old.
     """
-    try:
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-        from torch.distributed.fsdp import register_fsdp_forward_method as register
-    except ImportError:
-        expected = "expected torch 2.7 or newer to divide a model (--shard, --offload)"
-        raise ValueError(f"{expected}, found {torch.__version__}") from None
+    check_torch(model)
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as register
+
     # Nothing may be added in place to an output that is a view. Only caches are written into, and
     # only if there are no gradients.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -85,6 +83,22 @@ def shard(model, shards):
     register(model, "run_blocks")
     model.shards = shards
     count_passes(model)
+
+
+def check_torch(model):
+    """Raise ValueError if torch is too old to divide a model."""
+    oldest = (2, 7)  # which can leave parameters whole
+    what = "a base"
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        oldest = (2, 12)  # which can divide integers
+        what = "a quantized base"
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if version < oldest:
+        needed = ".".join(map(str, oldest))
+        raise ValueError(
+            f"--shard and --offload of {what} need torch {needed} or newer, found "
+            f"{torch.__version__}"
+        )
 
 
 def blocks_of(model):

@@ -114,6 +114,8 @@ class Group:
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
         seed_dropout(self.cells[0].config.seed, self.log.step)
+        if is_sharded(self.model):
+            take_passes(self.model)  # evaluation has made some, and copies may differ in them
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
     def add_up_processes(self, signal):

@@ -7,6 +7,8 @@ from minia3.model.shard import Shards
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.device import free_memory
 
+ALL = 0  # the value of --shard without a number
+
 # A model whose weights take less of the memory than this is not planned, because it takes seconds.
 SMALL_SHARE = 0.1
 
@@ -14,21 +16,32 @@ SMALL_SHARE = 0.1
 def choose_shards(config, device, dtype):
     """Return the Shards of a run, or None if every process holds the whole model.
 
-    All processes must call this, and they get the same answer. Raise ValueError if --shard does not
-    suit the number of processes.
+    The model is also divided, among all processes, if it would not fit on one of their devices.
+    Raise the errors of `make_shards`.
     """
-    n_per_copy = config.shard or n_processes()
-    if config.shard is None and fits(config, device, dtype):
-        n_per_copy = 1
-    if config.shard is not None and config.shard != 1 and n_processes() == 1:
-        raise ValueError(
-            "--shard divides a model among processes, and there is one: start several (torchrun "
-            "--nproc-per-node N train.py ...), or keep the weights on the CPU with --offload"
-        )
+    n_per_copy = config.shard
+    if n_per_copy is None and not fits(config, device, dtype):
+        n_per_copy = ALL
+    return make_shards(n_per_copy, config.offload, device)
+
+
+def make_shards(n_per_copy, offload, device):
+    """Return the Shards for the values of --shard and --offload, or None if both are absent.
+
+    All processes must call this. Raise ValueError if --shard does not suit their number.
+    """
+    if n_per_copy == ALL:
+        n_per_copy = n_processes()
+        if n_per_copy == 1 and not offload:
+            raise ValueError(
+                "--shard divides a model among processes, and there is one: start several "
+                "(torchrun --nproc-per-node N ...), or keep the weights on the CPU with --offload"
+            )
+    n_per_copy = n_per_copy or 1
     hold_together(n_per_copy)
-    if n_per_copy == 1 and not config.offload:
+    if n_per_copy == 1 and not offload:
         return None
-    return Shards(make_mesh(device, n_per_copy), config.offload)
+    return Shards(make_mesh(device, n_per_copy), offload)
 
 
 def fits(config, device, dtype):
