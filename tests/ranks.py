@@ -6,27 +6,29 @@ running.py, which has imported torch already.
 
 import io
 import os
+import socket
 import traceback
 
 import torch
 from running import processes
-from torch.distributed.device_mesh import init_device_mesh
 
-from minia3.model.shard import Shards
+from minia3.files.processes import join, leave, n_processes
+from minia3.training.shards import make_shards
 
 
-def on_ranks(n_processes, folder, function, *arguments):
+def on_ranks(n_processes, function, *arguments):
     """Return [function(*arguments) in process 0, in process 1, ...].
 
-    folder: an empty one, in which the processes meet. function: of a module. It runs within
-    torch.distributed. Raise AssertionError with the traceback of the first process that fails.
+    function: of a module. It runs after `join` (processes.py). Raise AssertionError with the
+    traceback of the first process that fails.
     """
     context = processes()
+    port = free_port()
     pipes = []
     children = []
     for rank in range(n_processes):
         receiver, sender = context.Pipe(duplex=False)
-        place = (rank, n_processes, str(folder / "meeting"))
+        place = (rank, n_processes, port)
         child = context.Process(target=run_rank, args=(sender, place, function, arguments))
         child.start()
         sender.close()
@@ -40,6 +42,12 @@ def on_ranks(n_processes, folder, function, *arguments):
     return [torch.load(io.BytesIO(content), weights_only=False) for content, _ in outcomes]
 
 
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def receive(pipe):
     try:
         return pipe.recv()
@@ -48,11 +56,11 @@ def receive(pipe):
 
 
 def run_rank(pipe, place, function, arguments):
-    rank, n_processes, meeting = place
+    rank, n_processes, port = place
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_processes
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join()
     try:
         # As bytes, because a tensor would be sent as the address of memory that ends with this
         # process.
@@ -62,13 +70,9 @@ def run_rank(pipe, place, function, arguments):
     except BaseException:
         pipe.send((None, f"process {rank}: {traceback.format_exc()}"))
         os._exit(1)  # so that the others do not wait for this one
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def my_shards(n_per_copy=None, offload=False):
     """Return the Shards of this process, for copies that `n_per_copy` processes hold; None: all."""
-    n_processes = torch.distributed.get_world_size()
-    n_per_copy = n_per_copy or n_processes
-    shape = (n_processes // n_per_copy, n_per_copy)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards"))
-    return Shards(mesh["shards"], offload)
+    return make_shards(n_per_copy or n_processes(), offload, torch.device("cpu"))

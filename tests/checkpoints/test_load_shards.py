@@ -36,9 +36,9 @@ def bits_of_divided(cases):
     return found
 
 
-def check_bits(cases, folder, n_processes=2):
+def check_bits(cases, n_processes=2):
     """Compare divided models with whole ones."""
-    for found in on_ranks(n_processes, folder, bits_of_divided, cases):
+    for found in on_ranks(n_processes, bits_of_divided, cases):
         for (path, options), (tensors, divided) in zip(cases, found, strict=True):
             whole = minia3.load_model(path, n_adapters=2, **options)
             expected = dict(whole.named_parameters()) | dict(whole.named_buffers())
@@ -63,7 +63,7 @@ def test_every_form_of_file_is_read_to_the_same_bits(peer, tmp_path):
             write_weights(folder, tensors, form)
             cases.append((folder, {}))
     cases += [(cases[0][0], {"dtype": torch.bfloat16}), (cases[5][0], {"quantize": "int8"})]
-    check_bits(cases, tmp_path)
+    check_bits(cases)
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(p
     make("t5-v1.1", d_model=64, d_kv=16, d_ff=192).save_pretrained(wide)
     cases = [(gguf, {}), (meta, {}), (wide, {"quantize": "nf4"})]
     cases += [(nf4, {}), (nf4, {"quantize": "int8"})]
-    check_bits(cases, tmp_path, 3)
+    check_bits(cases, 3)
 
 
 # Memory
@@ -154,7 +154,7 @@ def test_loading_takes_the_memory_of_a_share_and_of_the_largest_tensor(n_process
         (tmp_path / "float32", torch.float32),
     ]
     tiny = peer("llama-mha").folder
-    for found in on_ranks(n_processes, tmp_path, memory_of_loading, tiny, cases):
+    for found in on_ranks(n_processes, memory_of_loading, tiny, cases):
         for (_, dtype), (peak, share, largest) in zip(cases, found, strict=True):
             print([f"{n / 2**20:.1f} MiB" for n in (peak, share, largest)])
             assert peak <= share + largest + ALLOWANCE

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import torch.distributed
 from batches import batch_of
 from conftest import randomize, tokens
 from ranks import my_shards, on_ranks
 
 import minia3
+from minia3.files.processes import add_over_processes, n_processes, rank
 from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.scoring import choice_logprobs
@@ -53,8 +53,7 @@ def written(model):
 
 def outcomes(folders, variants, n_per_copy=None):
     """Return what divided models compute: log-probabilities, gradients, texts, and passes."""
-    rank = torch.distributed.get_rank()
-    rows = torch.arange(len(LENGTHS))[rank :: torch.distributed.get_world_size()]
+    rows = torch.arange(len(LENGTHS))[rank() :: n_processes()]
     found = {}
     for folder in folders:
         for quantize, recompute, offload in variants:
@@ -63,7 +62,7 @@ def outcomes(folders, variants, n_per_copy=None):
                 recompute_blocks(blocks_of(model))
             logp, gradients = step(model, rows, max(1, len(rows) // 2))
             for gradient in gradients:
-                torch.distributed.all_reduce(gradient)
+                add_over_processes(gradient)
             key = folder, quantize, recompute, offload
             found[key] = logp, gradients, written(model), take_passes(model)
     return found
@@ -82,9 +81,9 @@ def check(results):
         logp, gradients = step(whole, torch.arange(len(LENGTHS)), len(LENGTHS))
         texts = written(whole)
         n_passes = set()
-        for rank, found in enumerate(results):
+        for number, found in enumerate(results):
             our_logp, our_gradients, our_texts, n = found[folder, quantize, recompute, offload]
-            assert off([our_logp], [logp[rank :: len(results)]]) < 1e-12
+            assert off([our_logp], [logp[number :: len(results)]]) < 1e-12
             assert off(our_gradients, gradients) < 1e-12
             assert our_texts == texts
             n_passes.add(n)
@@ -92,32 +91,32 @@ def check(results):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_the_whole_model_computes(peer, tmp_path):
+def test_two_processes_compute_what_the_whole_model_computes(peer):
     folders = [peer(name).folder for name in NAMES]
-    check(on_ranks(2, tmp_path, outcomes, folders, [PLAIN]))
+    check(on_ranks(2, outcomes, folders, [PLAIN]))
 
 
 @pytest.mark.slow
-def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer, tmp_path):
+def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer):
     folders = [peer(name).folder for name in ("t5-v1.1", "llama-gqa")]
     variants = [(None, True, False), (None, False, True), ("int8", False, False)]
     variants += [("int8", True, True)]
-    check(on_ranks(2, tmp_path, outcomes, folders, variants))
+    check(on_ranks(2, outcomes, folders, variants))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_per_copy", [4, 2])
-def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer, tmp_path):
+def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer):
     # llama-odd has 1 key/value head of 10 entries, and a feed-forward of 37: rows that 4 processes
     # cannot divide evenly.
     folders = [peer(name).folder for name in ("t5-v1.0", "llama-odd")]
-    check(on_ranks(4, tmp_path, outcomes, folders, [PLAIN], n_per_copy))
+    check(on_ranks(4, outcomes, folders, [PLAIN], n_per_copy))
 
 
 @pytest.mark.slow
-def test_a_process_alone_keeps_its_rows_on_the_cpu(peer, tmp_path):
+def test_a_process_alone_keeps_its_rows_on_the_cpu(peer):
     folders = [peer(name).folder for name in ("t5-v1.0", "llama-gqa")]
-    check(on_ranks(1, tmp_path, outcomes, folders, [(None, False, True)]))
+    check(on_ranks(1, outcomes, folders, [(None, False, True)]))
 
 
 # How much is whole at once
@@ -158,10 +157,10 @@ def watch_groups(model):
 
 
 @pytest.mark.slow
-def test_one_group_is_whole_at_a_time_even_if_choices_would_take_turns(peer, tmp_path):
+def test_one_group_is_whole_at_a_time_even_if_choices_would_take_turns(peer):
     # Elsewhere choices take turns, which are computed again in the backward pass. There, FSDP2
     # drops nothing: the whole decoder would be in memory.
     folders = [peer(name).folder for name in ("t5-deep-decoder", "umt5-tied", "llama-gqa")]
-    for found in on_ranks(2, tmp_path, most_whole_groups, folders):
+    for found in on_ranks(2, most_whole_groups, folders):
         for n_whole, n_groups in found:
             assert n_whole == 1 < n_groups
