@@ -138,7 +138,8 @@ def choice_logprobs(model, batch, adapter=None):
     """
     device = model.embed.weight.device
     # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
-    mask_BM = None if batch.mask_BM.all() else batch.mask_BM
+    # A divided LLaMA needs the mask, so that a source of one token takes a pass, too.
+    mask_BM = None if batch.mask_BM.all() and not is_sharded(model) else batch.mask_BM
     state = model.start(batch.source_BM.to(device), mask_BM, adapter)
 
     n_rows, n_choices, length = batch.target_BCL.shape
@@ -278,14 +279,8 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
 
 
 def check_example(example, model, tokenizer):
-    """Raise ValueError if the model cannot read an example: an unknown id, or far too many.
-
-    A source of one token leaves a LLaMA nothing to read before the target, so one of the processes
-    that hold it together would make fewer passes than the others.
-    """
+    """Raise ValueError if the model cannot read an example: an unknown id, or far too many."""
     check_ids(example, model.embed.num_embeddings, tokenizer)
-    if is_sharded(model) and len(example.source) == 1:
-        raise ValueError("found a source of one token, and a divided base (--shard) needs two")
     longest = max(map(len, [example.source, *example.targets]))
     check_bias(model.n_bias_heads, longest, longest)
 

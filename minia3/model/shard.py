@@ -82,6 +82,7 @@ def shard(model, shards):
     register(model, "start")
     register(model, "run_blocks")
     model.shards = shards
+    model.n_least_read = 1  # a prompt of one token leaves nothing to read, but takes a pass, too
     count_passes(model)
 
 
