@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from minia3.adapters.lora import LoRA
-from minia3.adapters.merge_quantized import merge_quantized
+from minia3.adapters.merge_quantized import merge_quantized, quantized_entries
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import fitting_vectors, row_of
 from minia3.checkpoints.hub import find
@@ -151,12 +151,14 @@ def vector_of(name, vectors):
     return None
 
 
-def merge_files(name_or_path, adapter, out):
+def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None):
     """Fold an adapter into a checkpoint, and write the result to the new folder `out`.
 
-    name_or_path: see `load_model`; adapter: see `read_adapter`. The result has the same bits
+    name_or_path, dtype: see `load_model`; adapter: see `read_adapter`. The result has the same bits
     as load_model, load_adapter, merge and save_model write, but only one shard is in memory at a
     time. All tensors are read back and compared.
+    quantize: "int8" or "nf4" writes the weights that such a base stands for (merge_quantized.py),
+    because an adapter that was trained beside it has learned to make up for its errors.
 
     Raise ValueError, and leave nothing, if `out` is not empty, if something cannot be read or does
     not fit, or if the disk gives back other bits.
@@ -164,9 +166,11 @@ def merge_files(name_or_path, adapter, out):
     out = Path(out)
     if not is_free(out):
         raise ValueError(f"{out}: exists and is not empty; give a new folder")
-    model, stored, dtype = open_checkpoint(name_or_path)
+    model, stored, dtype = open_checkpoint(name_or_path, dtype)
     row = fitting_vectors(model, read_adapter(adapter), adapter)
     tokenizer = find_tokenizer(find(name_or_path))
+    if quantize is not None:
+        stored = quantized_entries(model, stored, dtype, quantize)
     tensors = folded_tensors(model, stored, dtype, row)
     try:
         with writing_folder(out) as temporary:

@@ -9,13 +9,19 @@ A scale belongs to (a part of) a row of a weight, which is an output of its line
 
 In exact arithmetic all of these are equations. In floating point the products are rounded once.
 
+No file format keeps such scales, so what is written to files has plain weights: those that the
+codes stand for (`quantized_entries`). Then l_ff folds into `down` as well.
+
 Shapes: D entries of a vector.
 """
+
+from functools import partial
 
 import torch
 
 from minia3.checkpoints.load import build_model, place_parameter
-from minia3.model.quantized import QuantizedLinear, quantized_linears
+from minia3.checkpoints.nf4_files import PackedEntry
+from minia3.model.quantized import QUANTIZED, QuantizedLinear, is_quantizable, quantized_linears
 from minia3.model.site_names import SITES
 
 
@@ -64,3 +70,27 @@ def scaled_bias(bias, l_D):
     if bias is None:
         return None
     return torch.nn.Parameter((bias.detach() * l_D).to(bias.dtype), requires_grad=False)
+
+
+def quantized_entries(model, stored, dtype, quantize):
+    """Return `stored` with entries that read what a quantized base makes of the weights.
+
+    stored: see `open_checkpoint`. dtype: of the weights before they are quantized and after they
+    are dequantized. Weights that are stored in nf4 stay as they are, unless they become int8.
+    """
+    entries = dict(stored)
+    for name, (stored_name, entry) in stored.items():
+        module_name, _, kind = name.rpartition(".")
+        is_linear = kind == "weight" and is_quantizable(
+            module_name, model.get_submodule(module_name)
+        )
+        is_packed = isinstance(entry, PackedEntry) and quantize == "nf4"
+        if is_linear and not is_packed:
+            read = partial(read_quantized, entry, dtype, QUANTIZED[quantize])
+            entries[name] = (stored_name, entry._replace(read=read))
+    return entries
+
+
+def read_quantized(entry, dtype, linear_class):
+    weight = entry.read().to(dtype)
+    return linear_class.from_weight(weight).to_linear(dtype).weight.detach()

@@ -5,8 +5,8 @@ import json
 import os
 from dataclasses import asdict
 
-from minia3.cli.arguments import MODEL_HELP
-from minia3.cli.terminal import show
+from minia3.cli.arguments import MODEL_HELP, add_quantize
+from minia3.cli.terminal import format_size, show
 
 TITLE = "Describe a model and the memory that it takes, or list the models that are known by name"
 EXAMPLE = "python -m minia3 info t5-base"
@@ -31,6 +31,16 @@ def add_arguments(parser):
     parser.add_argument(
         "--length", type=int, default=128, help="tokens of each source (default: %(default)s)"
     )
+    parser.add_argument(
+        "--devices", type=int, help="plan a run on this many devices (default: plan for no device)"
+    )
+    parser.add_argument("--memory", type=float, help="memory of each device in GB")
+    add_quantize(parser)
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="divide the base among the devices, even if each could hold all of it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
@@ -42,7 +52,7 @@ def run(args):
         lines = [json.dumps(rows)] if args.json else table(rows)
         show("\n".join(lines))
         return
-    lines = info(args.model, args.batch, args.length)
+    lines = info(args.model, args.batch, args.length, devices_of(args))
     if args.json:
         show(json.dumps({title: text for title, text in lines if title}))
         return
@@ -50,12 +60,30 @@ def run(args):
         show(f"{title:<18}{text}")
 
 
-def info(name_or_path, batch=8, length=128):
+def devices_of(args):
+    """Return the Devices that the flags describe, or None. Raise ValueError if half is missing."""
+    if args.devices is None and args.memory is None:
+        if args.quantize or args.shard:
+            found = "--quantize and --shard say how a run is planned"
+            raise ValueError(f"info: {found}: give --devices and --memory, too")
+        return None
+    if args.devices is None or args.memory is None:
+        example = "as in --devices 8 --memory 80"
+        raise ValueError(f"info: expected both --devices and --memory (in GB), {example}")
+    from minia3.cli.device_lines import Devices
+
+    devices = Devices(args.devices, 1e9 * args.memory, args.quantize, args.shard)
+    devices.check()
+    return devices
+
+
+def info(name_or_path, batch=8, length=128, devices=None):
     """Yield (title, text) lines that describe a model. Lines without a title are notes.
 
     Only the model's config is read: a known name needs no network and no weights.
     batch, length: how many sources, and of how many tokens, the memory is planned for. The memory
     comes last, because planning it takes up to half a minute for large models.
+    devices: None, or the Devices on which a run is planned (device_lines.py).
     Raise ValueError if there is no such model, or if minia3 cannot run it.
     """
     from minia3.checkpoints.load import build_model
@@ -81,7 +109,12 @@ def info(name_or_path, batch=8, length=128):
     yield "parameters", f"{n_base:,}"
     yield "adapter", f"{n_adapter:,} parameters, {n_adapter / n_base:.3%} of the base"
     yield "adapter file", format_size(adapter_file_size(rows))
-    yield from memory_lines(config, batch, length)
+    if devices is None:
+        yield from memory_lines(config, batch, length)
+    else:
+        from minia3.cli.device_lines import device_lines
+
+        yield from device_lines(str(name_or_path), config, devices, batch, length)
 
 
 def known_rows():
@@ -163,9 +196,3 @@ def memory_lines(config, batch, length):
     note = MEMORY_NOTE.format(batch=batch, length=length, target=TARGET_LENGTH)
     for line in note.splitlines():
         yield "", line
-
-
-def format_size(n_bytes):
-    if n_bytes >= 1e9:
-        return f"{n_bytes / 1e9:,.2f} GB"
-    return f"{n_bytes / 1e6:,.2f} MB"

@@ -1,6 +1,6 @@
 """`merge`: write a model with an adapter folded into its weights."""
 
-from minia3.cli.arguments import add_model, add_new_folder, describe_folder
+from minia3.cli.arguments import add_model, add_new_folder, add_quantize, describe_folder
 from minia3.cli.terminal import show
 
 TITLE = "Fold an adapter into a model"
@@ -11,9 +11,20 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument("adapter", help="folder, file or hub id of an adapter")
     add_new_folder(parser)
+    add_quantize(parser)
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="write bfloat16 weights: of a base stored in nf4, or of the one that --quantize makes",
+    )
 
 
 def run(args):
+    if args.quantize and not args.dequantize:
+        reason = "no file format keeps int8 or nf4 with an adapter folded in"
+        raise ValueError(f"merge --quantize: {reason}: add --dequantize, which writes bfloat16")
+    from torch import bfloat16
+
     from minia3.adapters.lora import is_lora, load_lora
     from minia3.adapters.merge import merge, merge_files
     from minia3.checkpoints.hub import find, find_adapter
@@ -25,11 +36,15 @@ def run(args):
 
     with showing("merging"):
         if is_lora(args.adapter):
+            if args.dequantize:
+                raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
             model = load_model(args.model)
             load_lora(model, args.adapter)
             save_model(merge(model), args.out, find_tokenizer(find(args.model)))
         else:
             # File by file, so that only one shard is in memory.
-            merge_files(args.model, args.adapter, args.out)
+            dtype = bfloat16 if args.dequantize else None
+            options = {"dtype": dtype, "quantize": args.quantize}
+            merge_files(args.model, args.adapter, args.out, **options)
         copy_task_file([find_adapter(args.adapter)], args.out)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")

@@ -25,3 +25,10 @@ def show(text="", end="\n"):
         if isinstance(error, BrokenPipeError):
             raise SystemExit(SIGPIPE_EXIT_CODE) from None
         raise
+
+
+def format_size(n_bytes):
+    """Return a number of bytes as a text in GB or MB."""
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:,.2f} GB"
+    return f"{n_bytes / 1e6:,.2f} MB"

@@ -82,7 +82,8 @@ class Int8Linear(QuantizedLinear):
 
     @staticmethod
     def dequantize(codes_OI, scale_O1, dtype):
-        return codes_OI.to(dtype) * scale_O1.to(dtype)
+        # In place, so that the weight is in memory once. A copy, because to() may return the codes.
+        return codes_OI.to(dtype, copy=True).mul_(scale_O1.to(dtype))
 
 
 class NF4Linear(QuantizedLinear):

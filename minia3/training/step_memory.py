@@ -130,17 +130,22 @@ def fitting_size(group, shape, free):
 
 def planned_step(group, shape):
     """Return the bytes that the tensors of a step take at once, beyond the weights."""
-    model_config = group.model.config
     dtype = group.model.embed.weight.dtype
+    activations = planned_activations(group.model.config, dtype, shape, group.config)
+    return activations + TRAINED_BYTES * group.n_trained
+
+
+def planned_activations(model_config, dtype, shape, config):
+    """Return the bytes of `peak_of_step` for all layers, from a plan of the first three."""
     fields = [name for name in LAYER_FIELDS if hasattr(model_config, name)]
     shallow = replace(model_config, **dict.fromkeys(fields, 2))
-    two_layers = peak_of_step(shallow, dtype, shape, group.config)
+    two_layers = peak_of_step(shallow, dtype, shape, config)
     total = two_layers
     for name in fields:
         deeper = replace(shallow, **{name: 3})
-        layer = peak_of_step(deeper, dtype, shape, group.config) - two_layers
+        layer = peak_of_step(deeper, dtype, shape, config) - two_layers
         total += layer * (getattr(model_config, name) - 2)
-    return total + TRAINED_BYTES * group.n_trained
+    return total
 
 
 def peak_of_step(model_config, dtype, shape, config):

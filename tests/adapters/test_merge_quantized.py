@@ -6,6 +6,8 @@ import torch
 from conftest import logits, make, off, randomize, tokens
 
 import minia3
+from minia3.adapters.merge import merge_files
+from minia3.cli.main import main
 from minia3.model.quantized import quantized_linears
 
 SOURCE = tokens(3, 7)
@@ -35,3 +37,54 @@ def test_merged_is_applied(tmp_path, name):
     )
     assert merged.n_adapters == 1
     assert all(len(vector) == 1 for vector in minia3.vectors(merged).values())
+
+
+# From file to file, with plain weights
+
+
+def adapter_and_base(folder, name, quantize):
+    """Write a checkpoint and an adapter, and return the model to which both belong."""
+    wide = {"t5-v1.0": {"d_model": 64, "d_kv": 16, "d_ff": 128}}
+    make(name, **wide.get(name, {"hidden_size": 64, "intermediate_size": 128})).save_pretrained(
+        folder / "base"
+    )
+    model = minia3.load_model(folder / "base", dtype=torch.float64, quantize=quantize)
+    randomize(model, seed=1)
+    minia3.save_adapter(model, folder / "adapter")
+    minia3.load_adapter(model, folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa", "qwen2"])
+def test_what_is_dequantized_and_merged_is_what_was_trained(tmp_path, name, quantize):
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = adapter_and_base(tmp_path, name, quantize)
+    expected = logits(model, SOURCE, MASK, TARGET)
+    options = {"dtype": torch.float64, "quantize": quantize}
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", **options)
+    merged = minia3.load_model(tmp_path / "merged")
+    assert not quantized_linears(merged)
+    assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-6
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "plain", dtype=torch.float64)
+    plain = minia3.load_model(tmp_path / "plain")
+    assert off(logits(plain, SOURCE, MASK, TARGET), expected) > 1e-3
+
+
+def test_the_command_writes_bfloat16(tmp_path, capsys):
+    model = adapter_and_base(tmp_path, "t5-v1.0", "int8")
+    folders = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert main(["merge", *folders, "--quantize", "int8", "--dequantize"]) == 0
+    merged = minia3.load_model(tmp_path / "merged")
+    assert merged.embed.weight.dtype == torch.bfloat16
+    l_ff = minia3.vectors(model)["encoder.blocks.0.ffn.l_ff"].detach()
+    down = model.encoder.blocks[0].ffn.down
+    expected = down.dequantize(down.codes, down.scales, torch.float64) * l_ff
+    assert off(merged.encoder.blocks[0].ffn.down.weight.double(), expected) < 0.02
+
+
+def test_a_quantized_checkpoint_is_not_written(tmp_path, capsys):
+    folders = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert main(["merge", *folders, "--quantize", "int8"]) == 2
+    assert "add --dequantize, which writes bfloat16" in capsys.readouterr().err

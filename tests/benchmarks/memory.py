@@ -21,7 +21,7 @@ import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
-from minia3.cli.info import format_size
+from minia3.cli.terminal import format_size
 from minia3.model.t5 import T5Config
 from minia3.training.memory_plan import planned_memory
 

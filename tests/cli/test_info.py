@@ -1,6 +1,7 @@
 """Guards `python -m minia3 info`: its numbers agree with the model that is loaded and with the
 files that are written, and it needs neither a network nor weights."""
 
+import argparse
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from conftest import LLAMA_PEERS, T5_PEERS
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.cli.info import info
+from minia3.cli.info import add_arguments, devices_of, info
 from minia3.cli.main import main
 from minia3.training.memory_plan import planned_memory
 
@@ -233,6 +234,89 @@ def test_the_note_says_what_was_planned(monkeypatch):
     note = " ".join(text for title, text in info("tiny-t5", batch=3, length=50) if not title)
     assert "for 3 sources of 50 tokens" in note
     assert "one step with targets of 8 tokens" in note
+
+
+# The plan for devices
+
+
+def plan_of(model, *arguments):
+    """Return title -> text of `info` for these flags, without the description of the model."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([model, *map(str, arguments)])
+    return {title: text for title, text in info(model, args.batch, args.length, devices_of(args))}
+
+
+@pytest.fixture
+def no_activations(monkeypatch):
+    """Let activations take a megabyte per example, because planning them takes seconds."""
+    monkeypatch.setattr(
+        "minia3.training.device_plan.planned_activations",
+        lambda config, dtype, shape, flags: 10**6 * shape.n_examples,
+    )
+
+
+def test_the_plan_for_devices_answers_what_fits_and_how_to_run_it(no_activations):
+    found = plan_of("llama-2-70b", "--devices", 8, "--memory", 80, "--length", 512)
+    assert found["devices"] == "8 of 80.00 GB: bfloat16 base, divided among them"
+    assert found["fits"] == "yes: 23.34 GB for 1 x 512 tokens"
+    assert found["weights"].startswith("18.16 GB")
+    assert found["unsharded"].startswith("5.13 GB")
+    assert found["largest batch"].startswith("389,320 (48,665 on each")
+    assert found["command"] == (
+        "torchrun --nproc-per-node 8 train.py --model llama-2-70b --task TASK --dtype bfloat16 "
+        "--recompute --shard --batch-size 8 --max-length 512"
+    )
+
+
+def test_the_base_is_divided_only_if_it_must_be_or_if_that_is_asked_for(no_activations):
+    found = plan_of("t5-3b", "--devices", 4, "--memory", 24)
+    assert found["devices"].endswith("whole on each")
+    assert "--shard" not in found["command"]
+    divided = plan_of("t5-3b", "--devices", 4, "--memory", 24, "--shard")
+    assert divided["devices"].endswith("divided among them")
+    assert "--shard" in divided["command"]
+    assert n_bytes(divided["weights"].split(" (")[0]) < n_bytes(found["weights"].split(" (")[0]) / 3
+
+
+def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_activations):
+    found = plan_of("t5-3b", "--devices", 1, "--memory", 7, "--batch", 9000, "--quantize", "int8")
+    assert found["fits"].startswith("no: ")
+    largest = int(found["largest batch"].split()[0].replace(",", ""))
+    assert 1 < largest < 9000
+    assert found["command"] == (
+        "python train.py --model t5-3b --task TASK --dtype bfloat16 --recompute --quantize int8 "
+        f"--batch-size 9000 --max-length 128 --micro-batch-size {largest}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["llama-2-70b", "--devices", 1, "--memory", 80], "--quantize int8 fits"),
+        (["llama-2-70b", "--devices", 1, "--memory", 48], "--quantize nf4 fits"),
+        (["llama-3.1-405b", "--devices", 8, "--memory", 40], "--devices 16 --quantize nf4 fits"),
+        (["llama-3.1-405b", "--devices", 8, "--memory", 5], "more memory, or a smaller model"),
+    ],
+)
+def test_what_does_not_fit_comes_with_advice(arguments, expected, no_activations):
+    found = plan_of(*arguments)
+    assert found["fits"].startswith("no: ")
+    assert "command" not in found
+    assert expected in found["instead"]
+
+
+def test_half_a_question_about_devices_is_one_line(capsys):
+    both = "expected both --devices and --memory"
+    assert_refused(["info", "t5-base", "--devices", "8"], capsys, both)
+    assert_refused(["info", "t5-base", "--memory", "80"], capsys, both)
+    assert_refused(["info", "t5-base", "--shard"], capsys, "give --devices and --memory, too")
+    assert_refused(["info", "t5-base", "--quantize", "nf4"], capsys, "give --devices")
+    for n_devices, memory in (("0", "80"), ("8", "0"), ("8", "nan"), ("8", "inf"), ("8", "-1")):
+        arguments = ["info", "t5-base", "--devices", n_devices, "--memory", memory]
+        assert_refused(arguments, capsys, "expected at least 1 device and more than 0 GB")
+    arguments = ["info", "t5-base", "--devices", "1", "--memory", "8", "--shard"]
+    assert_refused(arguments, capsys, "--devices is 1")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])

@@ -1,0 +1,180 @@
+"""Plan before a run: what one of several devices holds while (IA)^3 trains, without weights.
+
+    weights       all of the base; or, if it is divided, a share of the rows of each block, and the
+                  whole of what belongs to no block: the embedding, the head, the last norm
+    vectors       float32, with their gradients and the moments of the optimizer
+    activations   what a step keeps and computes
+    unsharded     what is whole for a moment only: blocks of a divided base while they run, and a
+                  weight of a quantized base while it is multiplied with
+
+The sum is slightly too large, because the parts do not peak at the same moment.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+from minia3.checkpoints.load import build_model
+from minia3.model.quantized import NF4_BLOCK, is_quantizable
+from minia3.training.config import Config
+from minia3.training.memory_plan import TARGET_LENGTH, stored_dtype
+from minia3.training.step_memory import ROOM, TRAINED_BYTES, StepShape, planned_activations
+
+# Blocks that are whole while one is gathered: the one that runs, and the next one twice, because it
+# is gathered into one flat tensor, and gloo gathers into a copy of that. NCCL needs no copy.
+WHILE_GATHERING = 3
+WHILE_RUNNING = 2  # the next one waits for its turn
+
+VECTOR_BYTES = 4 + TRAINED_BYTES  # of an entry: the float32, its gradient and two moments
+
+# The parameters of a block are gathered together, except for those that make the keys and values of
+# cross-attention: they are needed before the block runs.
+BLOCK = re.compile(r".*blocks\.\d+\.")
+CROSS_KV = re.compile(r"cross\.[kv]\.")
+
+MANY = 8  # examples: from a step with 1 and one with this many, larger steps are extrapolated
+
+
+class DevicePlan(NamedTuple):
+    """The bytes that a device holds, by what they are for."""
+
+    weights: int
+    vectors: int
+    activations: int
+    unsharded: int
+
+    @property
+    def total(self):
+        return sum(self)
+
+    def fits(self, memory):
+        """Return whether a device of `memory` bytes is enough.
+
+        A tenth must stay free, for PyTorch itself and for the gaps that an allocator leaves.
+        """
+        return self.total <= ROOM * memory
+
+
+class Plan:
+    """Plans for a model whose base is kept in one way, on any number of devices.
+
+    model_config: a T5Config or LlamaConfig. dtype: of what is not quantized. quantize: None, "int8"
+    or "nf4". config: the flags of a run, because --dropout and --recompute change what a step
+    keeps; None: the recipe with --recompute.
+    """
+
+    def __init__(self, model_config, dtype, quantize=None, config=None):
+        self.model_config = model_config
+        self.dtype = dtype
+        self.quantize = quantize
+        self.config = config or Config(recompute=True)
+        self.base = Base(model_config, dtype, quantize)
+        self.planned = {}  # StepShape -> activations, because planning them takes seconds
+
+    def on_device(self, n_shards, shape):
+        """Return the DevicePlan for a step of a StepShape, whose examples are on this device.
+
+        n_shards: how many devices divide the base; with 1, the device holds all of it.
+        """
+        vectors = VECTOR_BYTES * self.base.n_vectors
+        activations = self.activations(shape)
+        dequantized = self.base.largest_dequantized
+        if n_shards == 1:
+            return DevicePlan(self.base.n_bytes, vectors, activations, dequantized)
+        block = max(self.base.groups.values())
+        unsharded = max(WHILE_GATHERING * block, WHILE_RUNNING * block + dequantized)
+        return DevicePlan(self.base.share(n_shards), vectors, activations, unsharded)
+
+    def activations(self, shape):
+        if shape not in self.planned:
+            self.planned[shape] = planned_activations(
+                self.model_config, self.dtype, shape, self.config
+            )
+        return self.planned[shape]
+
+    def largest_batch(self, n_shards, shape, memory):
+        """Return how many examples fit on one device of `memory` bytes, or 0 if not even 1 does.
+
+        shape: the StepShape of the examples; how many there are does not matter.
+        """
+        first = shape._replace(n_examples=1)
+        plan = self.on_device(n_shards, first)
+        if not plan.fits(memory):
+            return 0
+        growth = self.activations(shape._replace(n_examples=MANY)) - self.activations(first)
+        room = ROOM * memory - plan.total
+        return 1 + int(room * (MANY - 1) / growth)
+
+
+class Base:
+    """The parameters of a model but for the vectors: their bytes, from their shapes.
+
+    rows: (number of rows, bytes of a row) of each parameter in a block. groups: the bytes of the
+    parameters that are gathered together. n_whole: bytes of what belongs to no block.
+    """
+
+    def __init__(self, model_config, dtype, quantize):
+        self.n_vectors = 0  # entries of an adapter
+        self.n_whole = 0
+        self.largest_dequantized = 0
+        self.rows = []
+        self.groups = {}
+        model = build_model(model_config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".scale"):
+                self.n_vectors += parameter.numel()
+                continue
+            row = row_bytes(parameter, stored_dtype(name, dtype), None)
+            if quantize and is_codes(model, name):
+                self.largest_dequantized = max(self.largest_dequantized, len(parameter) * row)
+                row = row_bytes(parameter, dtype, quantize)
+            self.add(name, len(parameter), row)
+
+    def add(self, name, n_rows, row):
+        block = BLOCK.match(name)
+        if block is None:
+            self.n_whole += n_rows * row
+            return
+        is_cross_kv = CROSS_KV.search(name) is not None
+        group = (block.group(), is_cross_kv)
+        self.groups[group] = self.groups.get(group, 0) + n_rows * row
+        self.rows.append((n_rows, row))
+
+    @property
+    def n_bytes(self):
+        return self.n_whole + sum(self.groups.values())
+
+    def share(self, n_shards):
+        """Return the bytes on the first of `n_shards` devices, which has the most rows of each."""
+        return self.n_whole + sum(math.ceil(n_rows / n_shards) * row for n_rows, row in self.rows)
+
+
+def is_codes(model, name):
+    """Return whether a quantized base keeps the parameter `name` as codes. Biases stay."""
+    module_name, _, kind = name.rpartition(".")
+    return kind == "weight" and is_quantizable(module_name, model.get_submodule(module_name))
+
+
+def row_bytes(parameter, dtype, quantize):
+    """Return the bytes of a row of a parameter: of its entries, or of its codes and scales."""
+    n_entries = parameter[0].numel()
+    if quantize == "int8":
+        return n_entries + 4
+    if quantize == "nf4":
+        return n_entries // 2 + 4 * (n_entries // NF4_BLOCK)
+    return n_entries * dtype.itemsize
+
+
+def recipe_shape(n_examples, length):
+    """Return the StepShape of sources of `length` tokens with one short target each."""
+    return StepShape(n_examples, length, 1, TARGET_LENGTH)
+
+
+def fits_one_device(model_config, dtype, config, memory):
+    """Return whether a device of `memory` bytes holds a whole model while an example trains.
+
+    config: the flags of the run. One example of --max-length tokens is planned, because a batch
+    that is too large is a matter for --micro-batch-size, and no reason to divide the base.
+    """
+    plan = Plan(model_config, dtype, config.quantize, config)
+    return plan.on_device(1, recipe_shape(1, config.max_length)).fits(memory)

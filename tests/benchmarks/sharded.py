@@ -1,0 +1,164 @@
+"""Measure what the tensors of a process take while several processes train over a divided base.
+
+    python -m tests.benchmarks.sharded --processes 4
+
+For each case, print the planned and the measured bytes of a process. The bytes are those that the
+allocator of the CPU was asked for, counted by PyTorch's profiler, so they are the same on every
+machine. The smallest peak of two steps counts, because gloo's threads sometimes hold a tensor for
+a moment longer.
+"""
+
+import argparse
+import json
+import os
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.checkpoints.load import build_model, place_parameter, place_weight
+from minia3.model.blocks import Block
+from minia3.model.ia3 import freeze, vectors
+from minia3.training.config import Config
+from minia3.training.device_plan import Plan
+from minia3.training.prepare import prepare_model
+from minia3.training.step_memory import StepShape, score_without_padding
+
+CONFIGS = {
+    "llama": replace(
+        KNOWN_MODELS["smollm2-135m"].config,
+        d_model=1024,
+        d_ff=2816,
+        n_layers=10,
+        n_heads=16,
+        n_kv_heads=8,
+        vocab_size=2048,
+    ),
+    "t5": replace(KNOWN_MODELS["t5-large"].config, n_layers=5, n_decoder_layers=5, vocab_size=2048),
+}
+# A source of one token leaves LLaMA's cache empty, so that only the target runs through the blocks.
+SHAPES = {"llama": StepShape(2, 1, 1, 64), "t5": StepShape(2, 64, 1, 8)}
+CASES = [("llama", None), ("llama", "int8"), ("llama", "nf4"), ("t5", None), ("t5", "int8")]
+FLAGS = Config(recompute=True)
+N_STEPS = 2
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args(argv)
+    print(f"| base, {args.processes} processes | parameters, MB | planned, MB | measured, MB |")
+    print("|---|---|---|---|")
+    for (kind, quantize), (whole, planned, measured) in measure(args.processes, CASES).items():
+        numbers = " | ".join(f"{n_bytes / 1e6:.1f}" for n_bytes in (whole, planned, measured))
+        print(f"| {kind}, {quantize or 'bfloat16'} | {numbers} |")
+
+
+def measure(n_processes, cases):
+    """Return case -> (bytes of the whole base, planned and measured bytes of the first process)."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        results = Path(folder, "results.json")
+        arguments = (n_processes, port, cases, results)
+        torch.multiprocessing.spawn(run_process, arguments, nprocs=n_processes)
+        measured = json.loads(results.read_text())
+    found = {}
+    for case, n_bytes in zip(cases, measured, strict=True):
+        kind, quantize = case
+        plan = Plan(CONFIGS[kind], torch.bfloat16, quantize, FLAGS)
+        planned = plan.on_device(n_processes, SHAPES[kind]).total
+        found[case] = (plan.base.n_bytes, planned, n_bytes)
+    return found
+
+
+def run_process(rank, n_processes, port, cases, results):
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank}
+    os.environ.update({name: str(value) for name, value in environ.items()})
+    os.environ["WORLD_SIZE"] = str(n_processes)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    measured = [measured_bytes(kind, quantize, n_processes) for kind, quantize in cases]
+    if rank == 0:
+        results.write_text(json.dumps(measured))
+    dist.destroy_process_group()
+
+
+def measured_bytes(kind, quantize, n_processes):
+    """Return the bytes of the parameters of this process, and of what a step takes beside them."""
+    shape = SHAPES[kind]
+    model = model_to_train(CONFIGS[kind], quantize)
+    prepare_model(model, FLAGS)
+    divide(model, n_processes)
+    n_parameters = sum(local(parameter).nbytes for parameter in model.parameters())
+    source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
+    target_BCL = torch.zeros(shape.n_examples, 1, shape.target_length, dtype=torch.long)
+    peaks = []
+    for _ in range(1 + N_STEPS):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            score_without_padding(model, source_BM, target_BCL).backward()
+            model.zero_grad()
+        peaks.append(peak_of(profiler))
+    return n_parameters + min(peaks[1:])  # in the first step, FSDP prepares itself
+
+
+def model_to_train(config, quantize):
+    """Return a model with weights in bfloat16 or quantized, ready to train."""
+    model = build_model(config)
+    for name, parameter in list(model.named_parameters()):
+        if name.endswith(".scale"):
+            place_parameter(model, name, torch.ones(parameter.shape))
+            continue
+        weight = torch.full(parameter.shape, 0.01, dtype=torch.bfloat16)
+        place_weight(model, name, weight, quantize)
+    freeze(model)
+    return model.train()
+
+
+def divide(model, n_processes):
+    """Divide the blocks among the processes, as `--shard` does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh("cpu", (n_processes,))
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    whole = set(model.parameters())
+    for block in blocks:
+        whole -= set(block.parameters())
+    options = {"mesh": mesh, "ignored_params": whole | set(vectors(model).values())}
+    for block in blocks:
+        if block.cross is not None:
+            fully_shard([block.cross.k, block.cross.v], **options)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "start")
+    register_fsdp_forward_method(model, "run_blocks")
+
+
+def local(parameter):
+    """Return the rows of a parameter that this process has."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def peak_of(profiler):
+    """Return the most bytes that were allocated at once while a profiler ran."""
+    changes = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            changes.append((event.start_ns(), event.nbytes()))
+    now = 0
+    peak = 0
+    for _, n_bytes in sorted(changes):
+        now += n_bytes
+        peak = max(peak, now)
+    return peak
+
+
+if __name__ == "__main__":
+    main()
