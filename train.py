@@ -130,13 +130,12 @@ def run_grid(run: Run, config: Config):
         announce_finished(run, config)
         return
 
-    with first_goes_first():  # because it downloads
+    with first_goes_first():  # because this downloads
         cells = make_cells(config)
+        check_model(config.model)
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
-    with first_goes_first():
-        check_model(config.model)  # so that a wrong name is the only line
     announce_device(device, reason, dtype)
     announce_processes(run.saved.n_processes)
     if run.extended_from is not None:

@@ -10,36 +10,48 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+TORCHRUN = ("-m", "torch.distributed.run")
+OURS = ("-m", "minia3", "torchrun")  # which ends as the processes do
+SECONDS = 120  # that a run of these tests may take
 
 
-def command(n_processes, *arguments):
-    """Return the command line that starts a script, or `-m` a module, in several processes."""
-    return [*TORCHRUN, str(n_processes), *map(str, arguments)]
-
-
-def environment(**variables):
-    """Return the environment of such processes: one thread each, and nothing of a GPU."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
-
-
-def start(n_processes, *arguments, **options):
-    """Start a script in several processes, and return torchrun's process."""
+def start(n_processes, *arguments, torchrun=OURS):
+    """Start a script, or `-m` a module, in several processes, and return torchrun's process."""
+    count = ["--standalone", "--nproc-per-node", str(n_processes)]
     return subprocess.Popen(
-        command(n_processes, *arguments),
-        env=environment(),
+        [sys.executable, *torchrun, *count, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
-def call(n_processes, *arguments, **options):
-    """Call a script in several processes, and return (exit code of torchrun, stdout, stderr)."""
-    process = start(n_processes, *arguments, **options)
-    out, err = process.communicate(timeout=300)
+def finish(process):
+    """Wait for the end, and return (exit code, what was printed, errors)."""
+    out, err = process.communicate(timeout=SECONDS)
     return process.returncode, out, err
+
+
+def call(n_processes, *arguments, torchrun=OURS):
+    return finish(start(n_processes, *arguments, torchrun=torchrun))
+
+
+def wait_for(process, text):
+    """Read what the run prints until a line has the text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was not printed: {process.stderr.read()}")
+
+
+def process_of_rank(process, rank):
+    """Return the number that the system gives to the process with this rank (Linux only)."""
+    pid = process.pid
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(f"there is no process of rank {rank}")
 
 
 def run_together(n_processes, command_lines, folder):
@@ -47,19 +59,15 @@ def run_together(n_processes, command_lines, folder):
     file = folder / f"runs-{n_processes}.json"
     file.write_text(json.dumps([[str(word) for word in words] for words in command_lines]))
     code, out, err = call(n_processes, __file__, file)
-    assert code == 0, err
-    return out, err
+    assert (code, err) == (0, ""), err
+    return out
 
 
 if __name__ == "__main__":  # torchrun has started this file
     sys.path.insert(0, str(ROOT))
     import train
-    from minia3.files.processes import leave
-    from minia3.training.command_line import read_command_line
-    from minia3.training.command_lines import SCRIPT
-    from minia3.training.start import run_config
 
-    # Not `train.main`, at whose end the processes leave each other.
     for words in json.loads(Path(sys.argv[1]).read_text()):
-        run_config(read_command_line(words, SCRIPT), train.run_grid, SCRIPT, is_program=True)
-    sys.exit(leave())
+        exit_code = train.main(words)
+        if exit_code:
+            sys.exit(exit_code)

@@ -46,17 +46,15 @@ def main(argv=None):
         try:
             if words and words[0] == "train":
                 return train.main(words[1:], is_program=argv is None)  # with its own exit codes
-            if words[:1] == ["torchrun"] and words[1:] not in ([], ["--help"]):
-                return torchrun.main(words[1:])
             if not takes_part(words):
                 return 0
             with warnings.catch_warnings():
                 warnings.showwarning = print_warning
                 args = parse(words)
-                args.run(args)
+                code = args.run(args) or 0
         finally:
             show(end="")  # --help leaves text in the buffer: fail here rather than as Python exits
-        return leave()
+        return leave(code)
     except KeyboardInterrupt:
         has_first_word(130)
         return leave(130)
@@ -95,6 +93,8 @@ def parse(words):
         return parser.parse_args(["--help"])
     if words[0] in parsers:
         # Only a parser without commands can mix prompts and flags in any order.
+        if words[0] == "torchrun" and words[1:] != ["--help"]:
+            return parsers["torchrun"].parse_args(["--", *words[1:]])  # torchrun's flags
         return parsers[words[0]].parse_words(words[1:])
     if not words[0].startswith("-"):
         parser.error(f"there is no command {words[0]!r}{nearest_command(words[0])}")

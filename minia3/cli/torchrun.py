@@ -20,7 +20,7 @@ def add_arguments(parser):
     )
 
 
-def main(words):
+def run(args):
     """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -28,7 +28,7 @@ def main(words):
 
     logging.disable(logging.ERROR)  # the processes say themselves what is wrong
     try:
-        run.run(run.parse_args(words))
+        run.run(run.parse_args(args.words))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from minia3.files.messages import plural
 from minia3.files.processes import local_rank, n_on_machine
 from minia3.files.read import one_line
 
@@ -39,7 +38,9 @@ def choose_device(name):
     Several processes on a machine take one accelerator each.
     """
     if name is None:
-        return device_of_process(*best_device())
+        device, reason = best_device()
+        return torch.device(device_of_process(device.type)), reason
+    name = device_of_process(name)
     try:
         torch.ones(1, device=name).tolist()
     # torch raises NotImplementedError, AssertionError and others for devices that it lacks.
@@ -49,31 +50,37 @@ def choose_device(name):
         if len(reason) > LONGEST_REASON:
             reason = f"PyTorch {torch.__version__} finds no such device"
         raise ValueError(f"--device is {name!r}, {expected} ({reason})") from None
-    return device_of_process(torch.device(name), "as asked")
+    return torch.device(name), "as asked"
 
 
-def device_of_process(device, reason):
-    """Return the device of one of several processes: of accelerators, the one with its number.
+def device_of_process(name):
+    """Return the device of one of several processes: of several accelerators, that of its number.
 
-    Raise ValueError if a device is asked for that all of them would share.
+    Raise ValueError if all processes would share a device, or if there are too few.
     """
-    if device.type == "cpu" or n_on_machine() == 1:
-        return device, reason
-    if device.index is not None:
+    kind, _, index = name.partition(":")
+    module = getattr(torch, kind, None)
+    if n_on_machine() == 1 or kind == "cpu" or not hasattr(module, "device_count"):
+        return name
+    if index:
         raise ValueError(
-            f"--device is '{device}', but this machine has {n_on_machine()} processes of this run: "
-            f"expected '{device.type}', which gives each of them a device of its own"
+            f"--device is {name!r}, but this machine has {n_on_machine()} processes of this run: "
+            f"expected {kind!r}, which gives each of them its own"
         )
-    module = getattr(torch, device.type)
     n_devices = module.device_count()
     if local_rank() >= n_devices:
         raise ValueError(
-            f"{n_on_machine()} processes were started on this machine, which has {n_devices} "
-            f"{plural(n_devices, 'device')} of the kind {device.type}: expected --nproc-per-node "
-            f"{n_devices} at most"
+            f"torchrun has started {n_on_machine()} processes on this machine, expected one for "
+            f"each device of the kind {kind}, and there {are_devices(n_devices)}: give "
+            f"--nproc-per-node {max(1, n_devices)}, or --device cpu"
         )
-    module.set_device(local_rank())  # because NCCL communicates through the current device
-    return torch.device(device.type, local_rank()), f"{reason}; each process has its own"
+    if hasattr(module, "set_device"):
+        module.set_device(local_rank())  # through which NCCL communicates
+    return f"{kind}:{local_rank()}"
+
+
+def are_devices(n):
+    return "is 1" if n == 1 else f"are {n}"
 
 
 def best_device():
@@ -122,7 +129,7 @@ def free_memory(device):
 def free_memory_of_system():
     """Return the bytes that this process can still take: of the machine, and of its container.
 
-    Return None on systems other than Linux.
+    Several processes of a run get equal parts. Return None on systems other than Linux.
     """
     limits = []
     with suppress(OSError, ValueError):
@@ -132,7 +139,7 @@ def free_memory_of_system():
     for limit, used in CONTAINER_FILES:
         with suppress(OSError, ValueError):  # "max" is no number: there is no limit
             limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return max(0, min(limits)) if limits else None
+    return max(0, min(limits)) // n_on_machine() if limits else None
 
 
 def choose_dtype(config, device):

@@ -29,24 +29,29 @@ def run_command_line(words, run_grid, program, is_program=False):
     """
     use_utf8()
     with lasting_output():
-        try:
-            join()
-            config = None
-            if is_first():
-                config = read_command_line(words, program)
-            run_config(from_first(config), run_grid, program, is_program)
-            return leave()
-        except SystemExit:  # --help
-            has_first_word(0)
-            leave()
-            raise
-        except Stopped as stop:
-            return leave(128 + stop.number)
-        except (Failed, PeerGone, OSError, ValueError) as error:
-            code = 2 if isinstance(error, ValueError) else 1
-            if has_first_word(code):
-                print(error_line(program, error), file=sys.stderr)
-            return leave(code)
+        code = exit_code_of(words, run_grid, program, is_program)
+        return leave(code) if is_program else code
+
+
+def exit_code_of(words, run_grid, program, is_program):
+    """Run what the words say, print what is wrong, and return the exit code."""
+    try:
+        join()
+        config = None
+        if is_first():
+            config = read_command_line(words, program)
+        run_config(from_first(config), run_grid, program, is_program)
+        return 0
+    except SystemExit:  # --help
+        has_first_word(0)
+        raise
+    except Stopped as stop:
+        return 128 + stop.number
+    except (Failed, PeerGone, OSError, ValueError) as error:
+        code = 2 if isinstance(error, ValueError) else 1
+        if has_first_word(code):
+            print(error_line(program, error), file=sys.stderr)
+        return code
 
 
 def run_config(config, run_grid, program, is_program=False):
@@ -62,6 +67,7 @@ def run_config(config, run_grid, program, is_program=False):
         with only_first_prints(), unchanged_process(), announcing_warnings(), signals:
             run = Run(config, signals, program)
             run_grid(run, config)
+            from_first(None)  # nobody goes on before the first process has written everything
         return run
     except Stopped as stop:
         message = run.stop_message if run else "stopped"

@@ -9,6 +9,7 @@ Shapes: B examples, M source length, C choices, L tokens of a choice.
 
 from contextlib import contextmanager
 from dataclasses import replace
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minia3.checkpoints.load import build_model, place_parameter
 from minia3.files.messages import shorten
+from minia3.files.processes import n_processes
 from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
 from minia3.model.ia3 import freeze
 from minia3.training.device import free_memory
@@ -95,7 +97,7 @@ def shape_of_step(group):
             sources.append(len(example.source))
             targets.append(max(map(len, example.targets)))
             n_choices = max(n_choices, len(example.targets))
-    n_examples = group.config.batch_size * len(group.cells)
+    n_examples = ceil(group.config.batch_size * len(group.cells) / n_processes())
     if group.config.micro_batch_size is not None:
         n_examples = min(n_examples, group.config.micro_batch_size)
     return StepShape(n_examples, max(sources), n_choices, max(targets))

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 
+from minia3.files.processes import is_first
 from minia3.files.read import one_line
 
 PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
@@ -29,9 +30,10 @@ def check_trackers(names):
 def start_trackers(config, folder):
     """Return the trackers of --log-to, which know all lines that metrics.jsonl already has.
 
-    Raise ValueError if a tracker cannot start, for example without a login.
+    Of several processes, only the first one has trackers. Raise ValueError if a tracker cannot
+    start, for example without a login.
     """
-    if config.log_to is None:
+    if config.log_to is None or not is_first():
         return []
     lines = []
     if (folder / "metrics.jsonl").exists():

@@ -47,6 +47,7 @@ OTHER_FLAGS = {
     "--checkpoint",  # the name of --recompute in version 0.1.0
     "--no-deps",
     "--local-dir",
+    "--nproc-per-node",
 }
 # A study hands flags that it does not know to train.py.
 TRAIN_FLAGS_OF_STUDIES = {"--init", "--data-dir", "--device"}

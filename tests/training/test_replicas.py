@@ -1,53 +1,62 @@
 """Several processes train as one: the same numbers as a process that is alone."""
 
+import functools
+from pathlib import Path
+
 import pytest
 import running
 import several
 import torch
 
+from minia3.files import processes
+from minia3.training.replicas import StepSum, seed_dropout, share_of_step
+
 TOLERANCE = 1e-9  # of float64, after some steps
 
-
-def cases(name):
-    """Return the flags of runs on one architecture, by what is special about each."""
-    common = {"model": running.model(name), "dtype": "float64", "dropout": 0.0, "steps": 6}
-    flags = {
-        "one adapter": {},
-        "grid": {"seed": "0,1", "lr": "3e-3,1e-2"},
-        "micro-batches": {"batch_size": 6, "micro_batch_size": 2},
-        "micro-batches of a grid": {"seed": "0,1", "batch_size": 5, "micro_batch_size": 3},
-        "not divisible": {"batch_size": 5},
-        "fewer rows than processes": {"batch_size": 1},
-        "unlikelihood": {"losses": "ul"},
-        "length-normalized": {"losses": "ln"},
-        "targets": {"task": running.task((0,))},
-        "several numbers of choices": {"task": running.task((2, 4, 3))},
-        "lora": {"method": "lora", "lr": 1e-2, "batch_size": 3},
-        "full": {"method": "full", "lr": 1e-3, "batch_size": 3},
-        "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3},
-        "evaluated in small batches": {"eval_batch_size": 5},
-    }
-    return {special: common | values for special, values in flags.items()}
+# Runs whose numbers are compared: what is special about each, and its flags.
+CASES = {
+    "one adapter": {},
+    "grid": {"seed": "0,1", "lr": "3e-3,1e-2"},
+    "micro-batches of a grid": {"seed": "0,1", "batch_size": 5, "micro_batch_size": 2},
+    "fewer rows than processes": {"batch_size": 1},
+    "unlikelihood": {"losses": "ul", "batch_size": 3},
+    "length-normalized": {"losses": "ln"},
+    "targets": {"task": running.task((0,))},
+    "several numbers of choices": {"task": running.task((2, 4, 3))},
+    "lora": {"method": "lora", "lr": 1e-2, "batch_size": 3},
+    "full": {"method": "full", "lr": 1e-3, "batch_size": 3},
+    "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3},
+    "evaluated in small batches": {"eval_batch_size": 5, "steps": 1},
+    "generated texts": {"task": running.task((0,)), "metric": "exact_match", "steps": 1},
+    "a cell that fails": {"lr": "3e-3,1e300", "eval_every": 2},
+    "in context": {"method": "icl", "shots": 4},
+}
 
 
 def command_lines(name, folder):
+    common = {"model": running.model(name), "dtype": "float64", "dropout": 0.0, "steps": 4}
     lines = []
-    for special, flags in cases(name).items():
-        lines.append(running.words(folder / special, **flags))
+    for special, flags in CASES.items():
+        lines.append(running.words(folder / special, **(common | flags)))
     return lines
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_several_processes_have_the_numbers_of_one(name, tmp_path):
-    alone = tmp_path / "1"
-    for words in command_lines(name, alone):
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_several_processes_have_the_numbers_of_one(n_processes, name, tmp_path):
+    several.run_together(n_processes, command_lines(name, tmp_path), tmp_path)
+    for special in CASES:
+        check_equal(tmp_path / special, alone(name) / special)
+
+
+@functools.cache
+def alone(name):
+    """Return the folder of the same runs in a single process."""
+    folder = Path(running.home().name, f"alone-{name}")
+    for words in command_lines(name, folder):
         assert running.run(words) == 0
-    for n_processes in (2, 4):
-        folder = tmp_path / str(n_processes)
-        several.run_together(n_processes, command_lines(name, folder), tmp_path)
-        for special in cases(name):
-            check_equal(folder / special, alone / special)
+    return folder
 
 
 def check_equal(folder, other):
@@ -67,3 +76,86 @@ def check_equal(folder, other):
             assert line[key] == pytest.approx(expected_line[key], abs=TOLERANCE), (folder, key)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*"))
     assert files == sorted(path.relative_to(other) for path in other.rglob("*"))
+
+
+def test_the_shares_of_a_step_are_the_whole_step(monkeypatch):
+    for n_processes in (1, 2, 3, 5):
+        for n_pairs, size in ((7, 7), (7, 2), (2, 1), (1, 4)):
+            pairs = list(range(n_pairs))
+            shares = []
+            for rank in range(n_processes):
+                become(monkeypatch, rank, n_processes)
+                shares.append(share_of_step(pairs, size))
+            assert len({len(parts) for parts in shares}) == 1  # equally many passes
+            parts = [part for parts in shares for part in parts]
+            assert all(len(part) <= size for part in parts)
+            assert sorted(pair for part in parts for pair in part) == pairs
+            if n_processes == 1:
+                assert parts == [pairs[i : i + size] for i in range(0, n_pairs, size)]
+
+
+def become(monkeypatch, rank, n_processes):
+    """Let this process believe that it is one of several."""
+    monkeypatch.setattr(processes._process, "rank", rank)
+    monkeypatch.setattr(processes._process, "n_processes", n_processes)
+
+
+def test_each_process_and_each_step_draws_its_own_dropout(monkeypatch):
+    drawn = set()
+    before = torch.get_rng_state()
+    try:
+        for rank in range(3):
+            become(monkeypatch, rank, 3)
+            for step in range(3):
+                for seed in range(3):
+                    seed_dropout(seed, step)
+                    drawn.add(torch.rand(1).item())
+        assert len(drawn) == 27
+        become(monkeypatch, 1, 3)
+        seed_dropout(0, 2)
+        first = torch.rand(3)
+        seed_dropout(0, 2)
+        assert torch.rand(3).equal(first)
+        become(monkeypatch, 0, 1)  # alone
+        state = torch.get_rng_state()
+        seed_dropout(0, 2)
+        assert torch.get_rng_state().equal(state)
+    finally:
+        torch.set_rng_state(before)
+
+
+def test_processes_that_have_not_made_equally_many_passes_are_an_error(monkeypatch):
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    become(monkeypatch, 0, 2)
+
+    def add(flat):
+        """Add what a second process would have sent: the same, but with other passes."""
+        assert flat.tolist() == [1, 1, 1, 5, 4, 0, 0, 0]
+        flat += torch.tensor([2, 2, 2, 7.5, 0, 3, 0, 15])
+
+    monkeypatch.setattr("minia3.training.replicas.add_over_processes", add)
+    losses = {0: torch.tensor(5.0)}
+    with pytest.raises(RuntimeError, match=r"\[4, 3\] passes"):
+        StepSum([parameter], losses, 4, None).add_up()
+    monkeypatch.setattr("minia3.training.replicas.add_over_processes", lambda flat: flat.mul_(1))
+    become(monkeypatch, 0, 1)
+    assert StepSum([parameter], losses, 4, 15).add_up() == 15
+
+
+def test_the_sum_has_all_dtypes_and_the_losses(monkeypatch):
+    narrow = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    wide = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    unused = torch.nn.Parameter(torch.zeros(2))
+    narrow.grad = torch.full((2,), 3.0, dtype=torch.bfloat16)
+    wide.grad = torch.arange(4.0, dtype=torch.float64).view(2, 2)
+    become(monkeypatch, 1, 2)
+    monkeypatch.setattr("minia3.training.replicas.add_over_processes", lambda flat: flat.mul_(2))
+    losses = {3: torch.tensor(1.5), 1: torch.tensor(0.25)}
+    monkeypatch.setattr("minia3.training.replicas.n_processes", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"\[0, 2\] passes"):
+        StepSum([narrow, wide, unused], losses, 1, None).add_up()
+    assert narrow.grad.tolist() == [6, 6]
+    assert wide.grad.tolist() == [[0, 2], [4, 6]]
+    assert unused.grad is None
+    assert losses == {3: 3.0, 1: 0.5}

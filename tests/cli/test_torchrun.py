@@ -1,0 +1,77 @@
+"""Several processes answer the rows of a file, and a failure is not torchrun's traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import running
+import several
+
+pytestmark = pytest.mark.slow
+
+
+def alone(*arguments, **options):
+    """Return what a command prints in one process."""
+    command = [sys.executable, "-m", "minia3", *map(str, arguments)]
+    done = subprocess.run(command, cwd=several.ROOT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A file of 40 rows, of which some are ranked and others continued."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [json.dumps(row) + "\n" for row in running.rows(40, n_choices=(3, 2, 2))]
+    lines[7:9] = [json.dumps({"input": f"w5 w6 w{i}"}) + "\n" for i in (7, 9)]
+    file.write_text("".join(lines))
+    return file
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_predict_gives_the_lines_of_one_process(name, rows, tmp_path):
+    arguments = ["predict", running.model(name), rows, "--batch-size", 4, "--max-new-tokens", 5]
+    code, out, err = several.call(2, "-m", "minia3", *arguments)
+    assert (code, err) == (0, "")
+    expected = alone(*arguments)
+    assert out == expected
+
+    file = tmp_path / "results.jsonl"
+    begun = expected[: len(expected) // 2]  # in the middle of a line
+    file.write_text(begun)
+    code, _, err = several.call(4, "-m", "minia3", *arguments, "--out", file)
+    assert (code, err) == (0, "")
+    assert file.read_text() == expected
+
+
+def test_generate_gives_the_texts_of_one_process():
+    model = running.model("t5")
+    texts = [f"w3 w4 w{i}" for i in range(5, 25)]
+    for flags in ([], ["--beams", 3], ["--temperature", 1, "--seed", 4, "--samples", 2, "--json"]):
+        arguments = ["generate", model, *texts, "--max-new-tokens", 6, *flags]
+        code, out, err = several.call(2, "-m", "minia3", *arguments)
+        assert (code, err) == (0, "")
+        assert out == alone(*arguments)
+
+
+def test_a_wrong_row_is_one_line_and_exit_code_2(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"input": "w3"}\n{"text": 4}\n')
+    code, _, err = several.call(2, "-m", "minia3", "predict", running.model("t5"), file)
+    assert code == 2
+    assert err.startswith(f"minia3: {file}:2: ")
+    assert err.count("\n") == 1
+
+
+def test_commands_for_one_process_run_once():
+    code, out, err = several.call(2, "-m", "minia3", "info", running.model("t5"))
+    assert (code, err) == (0, "")
+    assert out == alone("info", running.model("t5"))
+
+
+def test_what_torchrun_starts_decides_about_the_exit_code(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(int(sys.argv[1]))")
+    assert several.call(1, script, 3) == (3, "", "")
+    assert several.call(1, script, 0) == (0, "", "")

@@ -1,0 +1,170 @@
+"""What several processes tell each other; those that torchrun starts are tested with runs."""
+
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from minia3.files import processes
+from minia3.files.processes import PeerGone, meeting
+from minia3.inference.scoring import NotFiniteError
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Let each thread be one of two processes, which meet in `gathered` and `from_first`."""
+    local = threading.local()
+    barrier = threading.Barrier(2, timeout=10)
+    sent = [None, None]
+
+    class ThreadProcess:
+        def __getattribute__(self, name):
+            return getattr(local, name)
+
+        def __setattr__(self, name, value):
+            setattr(local, name, value)
+
+    def gathered(value):
+        sent[local.rank] = pickle.dumps(value)
+        barrier.wait()
+        values = [pickle.loads(text) for text in sent]
+        barrier.wait()
+        return values
+
+    monkeypatch.setattr(processes, "_process", ThreadProcess())
+    monkeypatch.setattr(processes, "gathered", gathered)
+    monkeypatch.setattr(processes, "from_first", lambda value: gathered(value)[0])
+
+    def run(function):
+        outcomes = [None, None]
+
+        def run_one(rank):
+            vars(local).update(vars(processes.Process()), rank=rank, n_processes=2)
+            try:
+                outcomes[rank] = function(rank)
+            except ValueError as error:
+                outcomes[rank] = error
+
+        threads = [threading.Thread(target=run_one, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcomes
+
+    return run
+
+
+def test_a_process_that_is_alone_imports_no_torch_and_shares_with_nobody():
+    code = (
+        "import sys; from minia3.files import processes as p; p.join(); assert p.is_first()\n"
+        "assert (p.rank(), p.n_processes(), p.local_rank(), p.n_on_machine()) == (0, 1, 0, 1)\n"
+        "assert p.from_first(3) == 3 and p.gathered(3) == [3]\n"
+        "with p.first_goes_first(), p.dividing():\n"
+        "    assert p.share([1, 2]) == [1, 2] and p.combine(max, 4) == 4\n"
+        "assert p.has_first_word(2) and p.has_first_word(2) and p.leave(2) == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_torchrun_has_started(monkeypatch):
+    for name in processes.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert not processes.has_several_processes()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # other programs set these two
+    assert not processes.has_several_processes()
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    assert processes.has_several_processes()
+    assert not processes.is_alone_or_first()
+    monkeypatch.setenv("RANK", "0")
+    assert processes.is_alone_or_first()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not processes.has_several_processes()
+
+
+def test_divided_work_is_combined_in_all_processes(two):
+    def work(rank):
+        with processes.dividing():
+            shared = processes.share([5, 6, 7])
+            assert shared == ([5, 7] if rank == 0 else [6])
+            return processes.combine(lambda a, b: a + b, shared)
+
+    assert two(work) == [[5, 7, 6], [5, 7, 6]]
+
+
+def test_outside_of_the_block_nothing_is_divided(two):
+    def work(rank):
+        with processes.dividing():
+            processes.combine(max, rank)
+        return processes.share([1, 2]), processes.combine(max, rank)
+
+    assert two(work) == [([1, 2], 0), ([1, 2], 1)]
+
+
+def test_an_error_of_one_process_is_the_error_of_all(two):
+    def work(rank):
+        with processes.dividing():
+            if rank == 1:
+                raise NotFiniteError("row 7", 3)
+            return processes.combine(max, rank)
+
+    first, second = two(work)
+    assert type(first) is type(second) is NotFiniteError
+    assert str(first) == str(second)
+    assert (first.name, first.index) == ("row 7", 3)
+
+
+def test_all_raise_the_same_of_two_errors(two):
+    def work(rank):
+        with processes.dividing():
+            raise ValueError(rank)
+
+    assert list(map(str, two(work))) == ["0", "0"]
+
+
+def test_the_first_process_goes_first(two):
+    order = []
+
+    def work(rank):
+        with processes.first_goes_first():
+            order.append(rank)
+
+    two(work)
+    assert order == [0, 1]
+
+
+def test_only_one_process_has_the_first_word(monkeypatch):
+    class Store(dict):
+        def add(self, key, n):
+            self[key] = self.get(key, 0) + n
+            return self[key]
+
+        def set(self, key, value):
+            self[key] = value.encode()
+
+    monkeypatch.setattr(processes._process, "store", Store())
+    assert processes.has_first_word(2)
+    assert not processes.has_first_word(1)
+    assert processes._process.store[processes.EXIT_CODE] == b"2"
+
+
+def test_a_store_that_is_gone_silences_nobody(monkeypatch):
+    class Gone:
+        def add(self, key, n):
+            raise RuntimeError("Broken pipe")
+
+    monkeypatch.setattr(processes._process, "store", Gone())
+    assert processes.has_first_word(2)
+
+
+def test_a_lost_connection_is_a_peer_that_is_gone():
+    said = "[gloo/pair.cc:1] Connection closed by peer [127.0.0.1]:1"
+    with pytest.raises(PeerGone, match=r"of this run has ended$"), meeting():
+        raise RuntimeError(said)
+    with pytest.raises(PeerGone, match=r"or cannot be reached: NCCL error$"), meeting():
+        raise RuntimeError("NCCL error")

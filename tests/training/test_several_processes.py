@@ -1,0 +1,117 @@
+"""Runs in several processes end together: after a mistake, a signal, or a process that dies."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import running
+import several
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc"),
+]
+
+LONG = {"steps": 60, "save_every": 20}
+
+
+def words(folder, *flags, **values):
+    return ["train.py", *running.words(folder, *flags, **LONG | values)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run in two processes that nobody stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, out, err = several.call(2, *words(folder))
+    assert (code, err) == (0, "")
+    assert "each of 2 processes computes a part of every step" in out
+    assert out.count("\nbefore ") == out.count("\nafter ") == 1  # one process prints
+    return folder
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    code, out, err = several.call(2, *words(tmp_path / "run", model="no-such-model"))
+    assert (code, out) == (2, "")
+    assert err.startswith("train.py: no-such-model: no such folder")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_adds_a_report_in_which_all_processes_have_the_exit_code(tmp_path):
+    arguments = words(tmp_path / "run", steps=0)
+    code, _, err = several.call(2, *arguments, torchrun=several.TORCHRUN)
+    assert code == 1  # whatever its processes say
+    assert err.count("train.py: --steps is 0") == 1
+    assert err.count("exitcode  : 2 ") == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = several.start(2, *words(folder))
+    several.wait_for(process, "step     30")
+    os.kill(several.process_of_rank(process, rank), signal.SIGKILL)
+    began = time.monotonic()
+    code, _, err = several.finish(process)
+    assert time.monotonic() - began < 20
+    assert code == 128 + signal.SIGKILL
+    assert err.count("\n") == 1
+    assert f"to continue: python train.py --resume {folder}" in err
+    assert running.load_checkpoint(folder).n_steps >= (20 if rank == 0 else 30)
+
+    code, out, err = several.call(2, "train.py", "--resume", folder)
+    assert (code, err) == (0, "")
+    assert "processes so far" not in out
+    assert running.outcome(folder) == running.outcome(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = several.start(2, *words(folder))
+    several.wait_for(process, "step     30")
+    process.send_signal(number)
+    code, _, err = several.finish(process)
+    assert code == 128 + number
+    assert err == f"stopped; to continue: python train.py --resume {folder}\n"
+    code, _, err = several.call(2, "train.py", "--resume", folder)
+    assert (code, err) == (0, "")
+    assert running.outcome(folder) == running.outcome(uninterrupted)
+
+
+def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
+    folder = tmp_path / "run"
+    process = several.start(2, *words(folder))
+    several.wait_for(process, "step     30")
+    os.kill(several.process_of_rank(process, 1), signal.SIGINT)
+    code, _, err = several.finish(process)
+    assert code == 128 + signal.SIGINT
+    assert err == f"stopped; to continue: python train.py --resume {folder}\n"
+    assert 30 <= running.load_checkpoint(folder).n_steps < 60
+
+
+def test_another_number_of_processes_continues_a_run_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    flags = {"dtype": "float64", "dropout": 0.0, "steps": 8}
+    with running.at_line(3400, running.functools.partial(running.kill_self, signal.SIGINT)):
+        assert running.run(running.words(folder, **flags)) == 128 + signal.SIGINT
+    assert 0 < running.load_checkpoint(folder).n_steps < 8
+    code, out, err = several.call(2, "train.py", "--resume", folder)
+    assert (code, err) == (0, "")
+    assert "note     processes so far: 1, from now on: 2;" in out
+    alone = tmp_path / "alone"
+    assert running.run(running.words(alone, **flags)) == 0
+    vectors = running.last_vectors(folder)
+    for name, value in running.last_vectors(alone).items():
+        assert (vectors[name] - value).abs().max() < 1e-9
+
+
+def test_one_process_is_no_different_from_a_run_without_torchrun(tmp_path):
+    code, out, err = several.call(1, *words(tmp_path / "started", steps=3))
+    assert (code, err) == (0, "")
+    assert "processes" not in out
+    assert running.run(running.words(tmp_path / "plain", **LONG | {"steps": 3})) == 0
+    assert running.outcome(tmp_path / "started") == running.outcome(tmp_path / "plain")
