@@ -36,6 +36,9 @@ MOMENT = 2.0  # seconds that a process waits for others when it leaves
 SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
 
 
+GONE = "another process of this run has ended"
+
+
 class PeerGone(RuntimeError):
     """Another process of this run has ended, so that this one cannot go on."""
 
@@ -120,10 +123,15 @@ def meeting():
     try:
         yield
     except RuntimeError as error:  # torch has no class of errors for this
-        message = "another process of this run has ended"
-        if not any(sign in str(error) for sign in SIGNS):
+        message = GONE
+        if not is_gone(error):
             message += f", or cannot be reached: {one_line(error)}"
         raise PeerGone(message) from error
+
+
+def is_gone(error):
+    """Return whether an error of torch says that another process has ended."""
+    return any(sign in str(error) for sign in SIGNS)
 
 
 # What only one process knows

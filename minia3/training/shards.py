@@ -22,6 +22,8 @@ def choose_shards(config, device, dtype):
     n_per_copy = config.shard
     if n_per_copy is None and not fits(config, device, dtype):
         n_per_copy = ALL
+    if config.resume is not None and n_processes() == 1:  # it may go on where there is more memory
+        n_per_copy = 1
     return make_shards(n_per_copy, config.offload, device)
 
 
