@@ -89,15 +89,15 @@ def shard(model, shards):
 def check_torch(model):
     """Raise ValueError if torch is too old to divide a model."""
     oldest = (2, 7)  # which can leave parameters whole
-    what = "a base"
+    kind = "a base"
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         oldest = (2, 12)  # which can divide integers
-        what = "a quantized base"
+        kind = "a quantized base"
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if version < oldest:
         needed = ".".join(map(str, oldest))
         raise ValueError(
-            f"--shard and --offload of {what} need torch {needed} or newer, found "
+            f"--shard and --offload of {kind} need torch {needed} or newer, found "
             f"{torch.__version__}"
         )
 
