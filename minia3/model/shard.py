@@ -10,8 +10,8 @@ again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv
                            tables of positions, and the vectors, which train
 
 Gathering is a conversation. If one process runs a block more often than another, they take each
-other's rows for something else, and no error says so. So all processes must run the same passes, in
-the same order. `n_passes` counts them.
+other's rows for something else, or wait for each other, and no error says so. So all processes must
+run the same passes, in the same order, and compare how many they have run before each of them.
 """
 
 import warnings
@@ -83,7 +83,7 @@ def shard(model, shards):
     register(model, "run_blocks")
     model.shards = shards
     model.n_least_read = 1  # a prompt of one token leaves nothing to read, but takes a pass, too
-    count_passes(model)
+    compare_passes(model)
 
 
 def check_torch(model):
@@ -138,19 +138,37 @@ def gathered(parameter):
     return tensor
 
 
-def count_passes(model):
-    """Let `model.n_passes` count how often a block runs."""
+# Passes
+
+
+def compare_passes(model):
+    """Let `model.n_passes` count the passes, each of which begins with a comparison."""
     model.n_passes = 0
 
-    def count(*_):
+    def begin_pass(*_):
         model.n_passes += 1
+        compare(model.shards, model.n_passes)
 
-    for block in blocks_of(model):
-        block.register_forward_pre_hook(count)
+    for name, module in model.named_modules():
+        if name.endswith("blocks.0"):
+            module.register_forward_pre_hook(begin_pass, prepend=True)  # before it is gathered
 
 
 def take_passes(model):
-    """Return `n_passes`, which must be the same in all processes, and begin to count again."""
+    """Return `n_passes`, after a comparison, and begin to count again."""
     n_passes = model.n_passes
+    compare(model.shards, -n_passes)  # negative: these are all
     model.n_passes = 0
     return n_passes
+
+
+def compare(shards, number):
+    """Raise RuntimeError if another process of `shards` compares another number."""
+    group = shards.mesh.get_group()
+    numbers = [torch.zeros(1, dtype=torch.long) for _ in range(shards.mesh.size())]
+    torch.distributed.all_gather(numbers, torch.tensor([number]), group=group)
+    found = [int(other) for other in numbers]
+    if len(set(found)) > 1:
+        raise RuntimeError(
+            f"the processes that hold a model together are not in step: their passes are {found}"
+        )

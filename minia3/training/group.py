@@ -115,7 +115,7 @@ class Group:
         """Return the examples of the next step, for all cells that still train."""
         seed_dropout(self.cells[0].config.seed, self.log.step)
         if is_sharded(self.model):
-            take_passes(self.model)  # evaluation has made some, and copies may differ in them
+            take_passes(self.model)  # those of an evaluation, in which copies may differ
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
     def add_up_processes(self, signal):

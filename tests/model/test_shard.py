@@ -3,7 +3,7 @@
 import pytest
 import torch
 from batches import batch_of
-from conftest import randomize, tokens
+from conftest import make, randomize, tokens
 from ranks import my_shards, on_ranks
 
 import minia3
@@ -106,6 +106,13 @@ def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer
 
 
 @pytest.mark.slow
+def test_a_base_in_nf4_computes_the_same_divided(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make("t5-v1.1", d_model=64, d_kv=16, d_ff=192).save_pretrained(tmp_path)
+    check(on_ranks(2, outcomes, [tmp_path], [("nf4", False, False)]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("n_per_copy", [4, 2])
 def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer):
     # llama-odd has 1 key/value head of 10 entries, and a feed-forward of 37: rows that 4 processes
@@ -118,6 +125,32 @@ def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer)
 def test_a_process_alone_keeps_its_rows_on_the_cpu(peer):
     folders = [peer(name).folder for name in ("t5-v1.0", "llama-gqa")]
     check(on_ranks(1, outcomes, folders, [(None, False, True)]))
+
+
+# Processes that disagree
+
+
+def message_of_unequal_steps(folder, is_after):
+    """Return what happens if process 0 makes more passes than the others, or the others more."""
+    model = load(folder, my_shards())
+    has_more = (rank() == 0) == is_after
+    size = 2 if has_more else 4
+    try:
+        step(model, torch.arange(4), size)
+        take_passes(model)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_after", [False, True])
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_unequal_numbers_of_passes_are_an_error_and_not_wrong_gradients(name, is_after, peer):
+    messages = on_ranks(2, message_of_unequal_steps, peer(name).folder, is_after)
+    for message in messages:
+        assert "not in step: their passes are [" in message
+    assert len(set(messages)) == 1
 
 
 # How much is whole at once
