@@ -15,11 +15,12 @@ OURS = ("-m", "minia3", "torchrun")  # which ends as the processes do
 SECONDS = 120  # that a run of these tests may take
 
 
-def start(n_processes, *arguments, torchrun=OURS):
+def start(n_processes, *arguments, torchrun=OURS, cwd=ROOT):
     """Start a script, or `-m` a module, in several processes, and return torchrun's process."""
     count = ["--standalone", "--nproc-per-node", str(n_processes)]
     return subprocess.Popen(
         [sys.executable, *torchrun, *count, *map(str, arguments)],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -33,8 +34,8 @@ def finish(process):
     return process.returncode, out, err
 
 
-def call(n_processes, *arguments, torchrun=OURS):
-    return finish(start(n_processes, *arguments, torchrun=torchrun))
+def call(n_processes, *arguments, **options):
+    return finish(start(n_processes, *arguments, **options))
 
 
 def wait_for(process, text):

@@ -25,8 +25,9 @@ def words(folder, *flags, **values):
 def uninterrupted(tmp_path_factory):
     """The folder of a run in two processes that nobody stopped."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    code, out, err = several.call(2, *words(folder))
+    code, out, err = several.call(2, *words(folder, log_to="tensorboard"))
     assert (code, err) == (0, "")
+    assert len(list(folder.rglob("events.*"))) == 1
     assert "each of 2 processes computes a part of every step" in out
     assert out.count("\nbefore ") == out.count("\nafter ") == 1  # one process prints
     return folder
@@ -115,3 +116,20 @@ def test_one_process_is_no_different_from_a_run_without_torchrun(tmp_path):
     assert "processes" not in out
     assert running.run(running.words(tmp_path / "plain", **LONG | {"steps": 3})) == 0
     assert running.outcome(tmp_path / "started") == running.outcome(tmp_path / "plain")
+
+
+def test_a_program_of_ones_own_trains_in_several_processes(tmp_path):
+    flags = {"model": str(running.model("t5")), "task": str(running.task()), "steps": 2}
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import minia3, os\n"
+        f"for name in ('a', 'b'):\n"
+        f"    trained = minia3.train(device='cpu', out=name, **{flags!r})\n"
+        "    assert (trained.folder / 'adapter' / 'adapter_config.json').exists()\n"
+        "    assert trained.results[0]['accuracy'] is not None\n"
+        "print('rank', os.environ['RANK'])\n"
+    )
+    code, out, err = several.call(2, script, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    assert {"rank 0", "rank 1"} <= set(out.splitlines())
+    assert out.count("\nbefore ") == 2  # one process prints
