@@ -140,14 +140,15 @@ def test_recomputation_takes_less_than_keeping_everything():
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["t5-small", "smollm2-135m"])
 def test_the_largest_batch_fits_and_a_larger_one_does_not(model):
-    """To one part in twenty, because large batches are extrapolated."""
+    """Nearly: large batches are extrapolated, and their logits are computed in parts, so that a
+    step of them takes up to a tenth less than in proportion."""
     plan = Plan(KNOWN_MODELS[model].config, torch.bfloat16)
     memory = 2 * GB
     shape = recipe_shape(1, 128)
     largest = plan.largest_batch(1, shape, memory)
     assert largest > 20
     less = shape._replace(n_examples=int(largest / 1.05))
-    more = shape._replace(n_examples=int(largest * 1.05) + 1)
+    more = shape._replace(n_examples=int(largest * 1.15) + 1)
     assert plan.on_device(1, less).fits(memory)
     assert not plan.on_device(1, more).fits(memory)
     assert plan.largest_batch(1, shape, plan.base.n_bytes) == 0
