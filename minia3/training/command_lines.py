@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shlex
 
+from minia3.files.processes import n_on_machine, n_processes
 from minia3.training.flags import flag_words
 
 # A result depends on these flags even if nothing is trained.
@@ -39,11 +40,17 @@ CALL = "minia3.train"
 
 
 def resume_command(program, folder, steps=None):
-    """Return what continues the run in a folder, with another number of steps if it is given."""
+    """Return what continues the run in a folder, with another number of steps if it is given.
+
+    On one machine, this starts as many processes as there are now.
+    """
     if program == CALL:
         extension = f", steps={steps}" if steps else ""
         return f"minia3.train(resume={str(folder)!r}{extension})"
     extension = f" --steps {steps}" if steps else ""
+    if 1 < n_processes() == n_on_machine():
+        started = {SCRIPT: "train.py", COMMAND: "-m minia3 train"}[program]
+        program = f"torchrun --nproc-per-node {n_processes()} {started}"
     return f"{program} --resume {shlex.quote(str(folder))}{extension}"
 
 

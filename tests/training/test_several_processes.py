@@ -60,7 +60,7 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
     assert time.monotonic() - began < 20
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 1
-    assert f"to continue: python train.py --resume {folder}" in err
+    assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
     assert running.load_checkpoint(folder).n_steps >= (20 if rank == 0 else 30)
 
     code, out, err = several.call(2, "train.py", "--resume", folder)
@@ -77,7 +77,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
     process.send_signal(number)
     code, _, err = several.finish(process)
     assert code == 128 + number
-    assert err == f"stopped; to continue: python train.py --resume {folder}\n"
+    assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
     code, _, err = several.call(2, "train.py", "--resume", folder)
     assert (code, err) == (0, "")
     assert running.outcome(folder) == running.outcome(uninterrupted)
@@ -90,7 +90,7 @@ def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
     os.kill(several.process_of_rank(process, 1), signal.SIGINT)
     code, _, err = several.finish(process)
     assert code == 128 + signal.SIGINT
-    assert err == f"stopped; to continue: python train.py --resume {folder}\n"
+    assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
     assert 30 <= running.load_checkpoint(folder).n_steps < 60
 
 
