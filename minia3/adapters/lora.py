@@ -21,6 +21,7 @@ from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.quantized import quantized_linears
+from minia3.model.shard import is_sharded
 
 # What PEFT's config says about the equation above
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
@@ -64,6 +65,8 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
     """
     if quantized_linears(model):
         raise ValueError("a LoRA needs plain weights, and this base is quantized: load it plainly")
+    if is_sharded(model):
+        raise ValueError("a LoRA needs a whole base, and this one is divided (--shard, --offload)")
     linears = block_linears(model)
     kinds = sorted({name.rpartition(".")[2] for name in linears})
     has_kinds = bool(where) and set(where) <= set(kinds)

@@ -23,12 +23,15 @@ from minia3.adapters.merge_quantized import merge_quantized, quantized_entries
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import fitting_vectors, row_of
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.load import build_model, open_checkpoint, place_parameter, read_checkpoint
+from minia3.checkpoints.load import build_model, open_checkpoint, read_checkpoint
+from minia3.checkpoints.load_shards import place_rows
+from minia3.checkpoints.place import place_parameter
 from minia3.checkpoints.save import save_others, save_tensors
 from minia3.checkpoints.tokenizer import find_tokenizer
 from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
 from minia3.model.quantized import quantized_linears
+from minia3.model.shard import is_divided, is_sharded, shard
 from minia3.model.site_names import SITES
 
 N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
@@ -37,19 +40,28 @@ N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 ti
 def merge(model, adapter=0):
     """Return a new model with row `adapter` folded into its weights, and one row of ones.
 
-    A LoRA is folded in, too. A quantized base stays quantized (merge_quantized.py).
+    A LoRA is folded in, too. A quantized base stays quantized (merge_quantized.py). If a base is
+    divided among processes, all of them call this, and the new one is divided as well.
     `model` stays as it is, and shares the tensors that do not change with the new one. The new
     model has no name, because adapters that are trained on it are not adapters of the base. Raise
     ValueError if there is no such row, or if a product is not finite.
     """
     row = row_of(model, adapter)
     if quantized_linears(model):
+        if is_sharded(model):
+            advice = "merge the files of its checkpoint instead (python -m minia3 merge)"
+            raise ValueError(f"a base that is quantized and divided among processes: {advice}")
         return finish_merge(model, merge_quantized(model, row))
     merged = build_model(model.config)
+    if is_sharded(model):
+        shard(merged, model.shards)
     # The names are those of a plain model: without LoRA, and without vectors of more_vectors.py.
     names = [name for name, _ in merged.named_parameters()]
     for name in names:
         parameter = model.get_parameter(name)
+        if is_divided(parameter):
+            place_rows(merged, name, fold_rows(name, parameter, row, model.shards))
+            continue
         if name.endswith(".scale"):
             tensor = torch.ones_like(parameter[:1])
         else:
@@ -62,7 +74,9 @@ def finish_merge(model, merged):
     """Move a merged model to the device of `model`, copy its mode, and record the origin."""
     # save_model still writes which known model this was made of.
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
-    return merged.to(model.embed.weight.device).train(model.training)
+    if not is_sharded(merged):  # its buffers and rows are in their places already
+        merged.to(model.embed.weight.device)
+    return merged.train(model.training)
 
 
 def weight_with_lora(model, name):
@@ -82,9 +96,32 @@ def fold(name, weight, vectors):
     l_D = vector_of(name, vectors)
     if l_D is None:
         return weight
-    # l_ff scales the input of its linear, which is the columns; all others scale the rows.
+    return fold_vector(name, weight, l_D)
+
+
+def fold_rows(name, parameter, vectors, shards):
+    """Return what `fold` does, for this process's rows of a divided parameter."""
+    l_D = vector_of(name, vectors)
+    rows = parameter.detach().to_local()
+    if l_D is None or len(rows) == 0:
+        return rows
+    if not scales_columns(name):
+        l_D = l_D[shards.rows(len(parameter))]
+    return fold_vector(name, rows, l_D.to(rows.device))
+
+
+def scales_columns(name):
+    """Return whether a vector scales the columns of the parameter `name`: its linear's input.
+
+    l_ff does. All other vectors scale the output of a linear, which is the rows of its weight.
+    """
+    return name.endswith(".down.weight")
+
+
+def fold_vector(name, weight, l_D):
+    """Return the parameter `name`, which is `weight`, scaled by l_D. Raise the errors of `fold`."""
     factor = l_D
-    if name.endswith(".weight") and not name.endswith(".down.weight"):
+    if name.endswith(".weight") and not scales_columns(name):
         factor = l_D.unsqueeze(1)
     factor = factor.expand_as(weight)
     folded = torch.empty_like(weight)

@@ -16,7 +16,6 @@ from dataclasses import replace
 from functools import reduce
 
 import torch
-from torch import nn
 
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
@@ -24,22 +23,31 @@ from minia3.checkpoints.generation_keys import generation_settings
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import check_model_folder, weight_files
+from minia3.checkpoints.load_shards import place_shards
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.nf4_files import PackedEntry, join_packed
+from minia3.checkpoints.place import check_weight, place_linear, place_parameter, place_weight
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
-from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
+from minia3.model.quantized import QUANTIZED, NF4Linear
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
 
 
 def load_model(
-    name_or_path, *, dtype=None, device="cpu", n_adapters=1, quantize=None, check_finite=False
+    name_or_path,
+    *,
+    dtype=None,
+    device="cpu",
+    n_adapters=1,
+    quantize=None,
+    check_finite=False,
+    shards=None,
 ):
     """Return a T5 or a Llama with its weights and `n_adapters` adapters of ones, in eval mode.
 
@@ -51,6 +59,8 @@ def load_model(
         weight is quantized as soon as it is read, so the whole model is never in memory. Weights
         that are stored in bitsandbytes' nf4 stay in it.
     check_finite: look for NaN and infinite numbers in every weight, which reads all files at once.
+    shards: the Shards (model/shard.py) that divide the blocks among processes. Each process reads
+        only its rows (load_shards.py), on the device of the mesh. The base is frozen.
 
     On the CPU, weights that keep their dtype are mapped from the file and not copied. Raise
     ValueError if the name leads nowhere, if files cannot be read, if tensors do not fit the config
@@ -61,6 +71,9 @@ def load_model(
     if quantize not in (None, *QUANTIZED):
         raise ValueError(f"quantize is {quantize!r}, expected one of {', '.join(QUANTIZED)}")
     model, stored, weight_dtype = open_checkpoint(name_or_path, dtype, n_adapters)
+    if shards is not None:
+        place_shards(model, stored, weight_dtype, shards, quantize, check_finite)
+        return model.eval()
     for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
         if isinstance(entry, PackedEntry) and quantize != "int8":
             parts = [tensor.to(device) for tensor in entry.read_codes()]
@@ -208,37 +221,3 @@ def stored_dtype(stored, is_t5):
     if is_t5 and dtype == torch.float16:
         return torch.float32
     return dtype
-
-
-def place_weight(model, name, weight, quantize):
-    """Put a weight of the base into the model, quantized if it belongs to a linear of a block."""
-    module_name = name.removesuffix(".weight")
-    module = model.get_submodule(name.rpartition(".")[0])
-    if quantize is None or module_name == name or not is_quantizable(module_name, module):
-        place_parameter(model, name, weight)
-        return
-    place_linear(model, name, QUANTIZED[quantize].from_weight(weight))
-
-
-def place_linear(model, name, linear):
-    """Put a quantized linear in the place of the one with the weight `name`, and keep its bias."""
-    parent_name, _, attribute = name.removesuffix(".weight").rpartition(".")
-    parent = model.get_submodule(parent_name)
-    linear.bias = getattr(parent, attribute).bias
-    setattr(parent, attribute, linear)
-
-
-def check_weight(weight, name):
-    """Raise ValueError if a weight holds NaN or an infinite number."""
-    n_bad = int((~weight.isfinite()).sum())
-    if n_bad:
-        raise ValueError(
-            f"{name} has {n_bad:,} of {weight.numel():,} numbers that are NaN or infinite: the "
-            "checkpoint is damaged, or its dtype is too narrow"
-        )
-
-
-def place_parameter(model, name, tensor, requires_grad=True):
-    """Replace the parameter `name` of the model by a new parameter that holds `tensor`."""
-    module, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad))

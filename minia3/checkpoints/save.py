@@ -4,6 +4,7 @@ This uses the tables of tensor_names.py and config.py in the opposite direction.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import save_file
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import base_of, known_model
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.processes import is_first
 from minia3.files.progress import progress
 from minia3.files.write import write_json, writing_folder
 from minia3.model.quantized import quantized_linears
+from minia3.model.shard import gathered, is_sharded
 
 SHARD_BYTES = 5 * 10**9
 
@@ -35,7 +38,9 @@ def save_model(model, folder, tokenizer=None):
     """Write the base weights, without the vectors, as a folder that transformers loads.
 
     Weights are written in shards of at most 5 GB. With a `tokenizer`, its files are written too.
-    The folder changes only when everything is written (see `writing_folder`).
+    The folder changes only when everything is written (see `writing_folder`). If the model is
+    divided among processes, all of them call this, and the first one writes. It gathers one tensor
+    at a time, and keeps those of a shard.
     """
     if quantized_linears(model):
         advice = "load it plainly, or call minia3.model.quantized.dequantize"
@@ -44,7 +49,10 @@ def save_model(model, folder, tokenizer=None):
     parts = []
     for ours, parameter in model.named_parameters():
         if ours in names:
-            parts.append((names[ours], parameter.nbytes, parameter.detach))
+            parts.append((names[ours], parameter.nbytes, partial(gathered, parameter)))
+    if is_sharded(model) and not is_first():
+        save_tensors(None, parts)
+        return
     with writing_folder(folder, replaces=STALE) as temporary:
         save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
@@ -69,7 +77,8 @@ def save_tensors(folder, parts):
     """Write tensors as safetensors, with an index if there are several shards.
 
     parts: for each tensor, its name, its number of bytes and a function that returns it. The
-    functions are called shard by shard, so only one shard is in memory at a time.
+    functions are called shard by shard, so only one shard is in memory at a time. folder: None
+    calls the functions in the same order, for another process, and writes nothing.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # imported late: see hub.py
 
@@ -83,9 +92,12 @@ def save_tensors(folder, parts):
     for file, names in shards.filename_to_tensors.items():
         tensors = {}
         for name in progress(names, total=len(names)):
-            tensors[name] = unread[name].read().cpu().contiguous()
-        save_file(tensors, folder / file, {"format": "pt"})
+            tensor = unread[name].read()
+            if folder is not None:
+                tensors[name] = tensor.cpu().contiguous()
+        if folder is not None:
+            save_file(tensors, folder / file, {"format": "pt"})
         del tensors  # before the tensors of the next shard are read
-    if shards.is_sharded:
+    if shards.is_sharded and folder is not None:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)

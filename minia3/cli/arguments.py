@@ -55,6 +55,22 @@ def add_quantize(parser):
     )
 
 
+def add_shard(parser):
+    parser.add_argument(
+        "--shard",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="divide the model among N of the processes that torchrun starts, or among all of them",
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep the weights of the blocks in the memory of the CPU until they are needed",
+    )
+
+
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
     if os.path.lexists(path) and not os.path.isdir(path):
@@ -75,6 +91,7 @@ def load_model(args):
     from minia3.checkpoints.load import load_model
     from minia3.files.progress import showing
     from minia3.training.device import choose_device
+    from minia3.training.shards import make_shards
 
     device, _ = choose_device(args.device)
     dtype = None
@@ -85,6 +102,7 @@ def load_model(args):
         adapter = getattr(args, "adapter", None)
         if adapter and not Path(adapter).exists():
             find_adapter(adapter)
+    shards = make_shards(getattr(args, "shard", None), getattr(args, "offload", False), device)
     with showing("loading"):
         return load_model(
             args.model,
@@ -92,6 +110,7 @@ def load_model(args):
             device=device,
             quantize=getattr(args, "quantize", None),
             check_finite=args.check_weights,
+            shards=shards,
         )
 
 

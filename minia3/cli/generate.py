@@ -12,6 +12,7 @@ from minia3.cli.arguments import (
     add_max_new_tokens,
     add_model,
     add_quantize,
+    add_shard,
     load_any_adapter,
     load_model,
     warn_if_endless,
@@ -66,6 +67,7 @@ def add_arguments(parser):
     add_max_new_tokens(parser)
     add_device_options(parser)
     add_quantize(parser)
+    add_shard(parser)
     parser.add_argument(
         "--compile",
         action="store_true",

@@ -14,6 +14,7 @@ from minia3.cli.arguments import (
     add_max_new_tokens,
     add_model,
     add_quantize,
+    add_shard,
     load_model,
     warn_if_endless,
 )
@@ -80,6 +81,7 @@ def add_arguments(parser):
     add_max_new_tokens(parser)
     add_device_options(parser)
     add_quantize(parser)
+    add_shard(parser)
 
 
 def run(args):

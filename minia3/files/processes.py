@@ -36,6 +36,9 @@ MOMENT = 2.0  # seconds that a process waits for others when it leaves
 SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
 
 
+GONE = "another process of this run has ended"
+
+
 class PeerGone(RuntimeError):
     """Another process of this run has ended, so that this one cannot go on."""
 
@@ -47,6 +50,7 @@ class Process:
         self.rank = 0
         self.n_processes = 1
         self.store = None  # a dictionary that lives outside the processes of the run
+        self.n_per_copy = 1  # processes that hold one copy of a model: see `hold_together`
         self.is_dividing = False  # see `dividing`
         self.has_combined = False
 
@@ -119,10 +123,15 @@ def meeting():
     try:
         yield
     except RuntimeError as error:  # torch has no class of errors for this
-        message = "another process of this run has ended"
-        if not any(sign in str(error) for sign in SIGNS):
+        message = GONE
+        if not is_gone(error):
             message += f", or cannot be reached: {one_line(error)}"
         raise PeerGone(message) from error
+
+
+def is_gone(error):
+    """Return whether an error of torch says that another process has ended."""
+    return any(sign in str(error) for sign in SIGNS)
 
 
 # What only one process knows
@@ -196,11 +205,42 @@ def dividing():
         _process.is_dividing = False
 
 
+def hold_together(n_per_copy):
+    """Say that every `n_per_copy` processes in a row hold one copy of a model (model/shard.py).
+
+    They must make equally many passes. Raise ValueError if some processes would be left over.
+    """
+    if _process.n_processes % n_per_copy:
+        raise ValueError(
+            f"--shard {n_per_copy} makes groups of {n_per_copy} processes, but there are "
+            f"{_process.n_processes}: expected a multiple (torchrun --nproc-per-node)"
+        )
+    _process.n_per_copy = n_per_copy
+
+
 def share(items):
-    """Return those of a list's items that are this process's, within `dividing`. Else, all."""
+    """Return those of a list's items that are this process's, within `dividing`. Else, all.
+
+    If processes hold a model together, all of them get equally many: some get the last item, too.
+    """
     if not _process.is_dividing:
         return items
-    return items[_process.rank :: _process.n_processes]
+    mine = items[_process.rank :: _process.n_processes]
+    n_most = -(-len(items) // _process.n_processes)
+    if _process.n_per_copy > 1 and len(mine) < n_most:
+        mine = [*mine, items[-1]]
+    return mine
+
+
+def share_of_copy(items):
+    """Return what `share` does, but the same for all processes that hold a model together.
+
+    Generation needs this: only equal prompts are sure to take equally many passes.
+    """
+    if not _process.is_dividing:
+        return items
+    n_copies = _process.n_processes // _process.n_per_copy
+    return items[_process.rank // _process.n_per_copy :: n_copies]
 
 
 def combine(function, value):

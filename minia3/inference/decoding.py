@@ -19,9 +19,10 @@ from math import inf
 import numpy as np
 import torch
 
-from minia3.files.processes import combine
+from minia3.files.processes import combine, from_first, share_of_copy
 from minia3.inference.beam_search import beam_search
 from minia3.inference.scoring import NotFiniteError, batches_by_length
+from minia3.model.shard import is_sharded
 from minia3.model.static_state import StaticState
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
@@ -230,9 +231,11 @@ def write_in_batches(model, tokenizer, sources, adapter, options, cut):
     """Yield (index of a text, a piece of it), one batch of sources after the other."""
     device = model.embed.weight.device
     seed = secrets.randbits(32) if options.seed is None else options.seed
+    if is_sharded(model):  # its processes must write the same texts, because they compute together
+        seed = from_first(seed)
     n_sources = max(1, options.batch_size // max(options.beams, options.samples))
     lengths = [len(source) for source in sources]
-    for batch, adapters in batches_by_length(lengths, adapter, n_sources):
+    for batch, adapters in batches_by_length(lengths, adapter, n_sources, share_of_copy):
         source_BM, mask_BM = pad([sources[i] for i in batch])
         if mask_BM.all():
             mask_BM = None

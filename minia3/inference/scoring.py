@@ -25,6 +25,7 @@ from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias
+from minia3.model.shard import is_sharded
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import encode_example
@@ -138,7 +139,8 @@ def choice_logprobs(model, batch, adapter=None):
     """
     device = model.embed.weight.device
     # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
-    mask_BM = None if batch.mask_BM.all() else batch.mask_BM
+    # A divided LLaMA needs the mask, so that a source of one token takes a pass, too.
+    mask_BM = None if batch.mask_BM.all() and not is_sharded(model) else batch.mask_BM
     state = model.start(to_device(batch.source_BM, device), mask_BM, adapter)
 
     target_BCL = to_device(batch.target_BCL, device)
@@ -148,6 +150,8 @@ def choice_logprobs(model, batch, adapter=None):
         return score_choices(model, state, target_BCL, batch.target_mask_BCL)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
+    if is_sharded(model):  # every turn would gather the whole model, and keep it for its gradients
+        n_at_once = n_choices
 
     def score_repeated(target_BCL, mask_BCL):
         return score_choices(model, state.repeat(target_BCL.shape[1]), target_BCL, mask_BCL)
@@ -218,8 +222,9 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
         mask_BCL = batch.target_mask_BCL
         total_N[rows] = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
         n_tokens_N[rows] = mask_BCL.sum(dim=(1, 2))
-    total_N = combine(torch.add, total_N)
-    n_tokens_N = combine(torch.add, n_tokens_N)
+    # Two processes may have read the same row. What a process has not read is 0.
+    total_N = combine(torch.minimum, total_N)
+    n_tokens_N = combine(torch.maximum, n_tokens_N)
     check_finite(total_N[:, None])
     return total_N, n_tokens_N
 
@@ -305,11 +310,12 @@ def choices_of_prompts(choices, n_prompts):
     return lists
 
 
-def batches_by_length(lengths, adapter, batch_size):
+def batches_by_length(lengths, adapter, batch_size, share=share):
     """Yield (rows, adapters): indices of rows of similar lengths, and their adapters.
 
     The longest come first: if memory runs out, it does so at once. lengths: of N rows. adapter:
-    None, an int, or (N,) long. Raise ValueError if there is not one adapter for each row.
+    None, an int, or (N,) long. share: which of the batches are this process's (processes.py). Raise
+    ValueError if there is not one adapter for each row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")

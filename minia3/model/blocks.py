@@ -194,13 +194,14 @@ class Block(nn.Module):
     def forward(self, x_BLD, context, cache, keys_only=False):
         """Return the block's output (B, L, D), and append its keys and values to `cache`.
 
-        keys_only: stop after the keys and values, and return None. The last block of a prompt does
-        this, because nothing reads its output.
+        keys_only: stop after the keys and values, and return those of the cache, because FSDP2
+        (shard.py) gathers weights when a gradient reaches what was returned. The last block of a
+        prompt does this, because nothing reads its output.
         """
         h_BLD = self.attn_norm(x_BLD)
         kv = cache.append(*self.attn.kv(h_BLD, context))
         if keys_only:
-            return None
+            return cache.kv
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context))
 
         if self.cross is not None:

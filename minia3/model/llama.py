@@ -97,6 +97,7 @@ class Llama(nn.Module):
         self.n_adapters = n_adapters
         self.generations = {}  # of rows: see adapter_rows.py
         self.has_warned = False  # of a text that is too long
+        self.n_least_read = 0  # columns of a prompt, which may be padding: see shard.py
         self.embed = Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -127,7 +128,7 @@ class Llama(nn.Module):
             source_BM = source.gather(1, to_device(order_BM, source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
             start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
-            read_BL = source_BM[:, : int(last_B1.max())]
+            read_BL = source_BM[:, : max(self.n_least_read, int(last_B1.max()))]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
             packing = Packing(mask_BL, source.device)
             mask_BL = to_device(mask_BL, source.device)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from minia3.files.messages import plural
 from minia3.files.processes import n_processes
+from minia3.model.shard import is_sharded
 from minia3.training.command_lines import resume_command
 from minia3.training.flags import as_tuple
 from minia3.training.optimizer import learning_rate
@@ -81,6 +82,19 @@ def announce_model(group):
         share = group.n_trained / group.n_base
         line += f", {group.n_trained:,} trained ({share:.3%})"
     print(line)
+    if is_sharded(group.model):
+        print(describe_shards(group.model.shards))
+
+
+def describe_shards(shards):
+    """Return a line about where the weights of the blocks are."""
+    n = shards.mesh.size()
+    line = f"shard    {n} processes hold the base together"
+    if n == 1:
+        line = "shard    one process holds the base"
+    if shards.offload:
+        line += ", in the memory of the CPU"
+    return line
 
 
 def describe_assignment(assignment, config):

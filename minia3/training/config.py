@@ -162,6 +162,16 @@ class Config:
         "int8 or nf4 keeps the weights of the blocks in 8 or 4 bits (default: as --dtype says)",
         one_of=QUANTIZED,
     )
+    shard: int | None = flag(
+        None,
+        "divide the frozen base among this many processes, or, without a number, among all of them "
+        "(default: among all if the model does not fit on one device; 1: never)",
+        alone=0,
+        at_least=0,
+    )
+    offload: bool = flag(
+        False, "keep the weights of the blocks in the memory of the CPU until they are needed: slow"
+    )
     check_weights: bool = flag(False, "look for NaN and infinite numbers in the weights first")
     compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
     recompute: bool = flag(

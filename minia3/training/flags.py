@@ -61,12 +61,13 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-def flag(default, help, also=(), **limits):
+def flag(default, help, also=(), alone=None, **limits):
     """Return a field of the dataclass.
 
-    also: other names of the flag. limits: limits of its value; `is_within` knows their names.
+    also: other names of the flag. alone: the value if the flag is typed without one; None: it needs
+    one. limits: limits of its value; `is_within` knows their names.
     """
-    metadata = {"help": help, "also": also, "limits": limits}
+    metadata = {"help": help, "also": also, "alone": alone, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -113,7 +114,11 @@ def reading_options(field):
     read = kind
     if tuple in kinds_of(field):
         read = list_reader(kind)
-    return {"type": read, "metavar": kind.__name__}
+    options = {"type": read, "metavar": kind.__name__}
+    alone = field.metadata["alone"]
+    if alone is not None:
+        options |= {"nargs": "?", "const": alone}
+    return options
 
 
 def list_reader(kind):

@@ -13,6 +13,7 @@ from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
+from minia3.model.shard import is_sharded, take_passes
 from minia3.training.batch import MixedBatch
 from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
@@ -22,6 +23,7 @@ from minia3.training.log import TrainingLog
 from minia3.training.methods import trainable_parameters
 from minia3.training.prepare import prepare_model
 from minia3.training.replicas import StepSum, seed_dropout
+from minia3.training.shards import choose_shards
 
 
 def choose_template(config, cells):
@@ -55,6 +57,7 @@ class Group:
         self.config = config
         with first_goes_first():
             download(config)
+        shards = choose_shards(config, device, dtype)
         with showing("loading"):
             self.model = load_model(
                 config.model,
@@ -63,6 +66,7 @@ class Group:
                 n_adapters=len(cells),
                 quantize=config.quantize,
                 check_finite=config.check_weights,
+                shards=shards,
             )
         self.tokenizer = load_tokenizer(config.model)
         self.chat_template = choose_template(config, cells)
@@ -110,6 +114,8 @@ class Group:
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
         seed_dropout(self.cells[0].config.seed, self.log.step)
+        if is_sharded(self.model):
+            take_passes(self.model)  # those of an evaluation, in which copies may differ
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
     def add_up_processes(self, signal):
@@ -124,7 +130,10 @@ class Group:
         losses = {cell.row: losses[cell.row] for cell in self.active_cells}
         self.log.losses[-1] = losses
         trained = self.cells[0].tables.values()
-        return StepSum(trained, losses, self.log.n_passes, signal).add_up()
+        n_passes = self.log.n_passes
+        if is_sharded(self.model):
+            n_passes = take_passes(self.model)
+        return StepSum(trained, losses, n_passes, signal).add_up()
 
     def evaluate(self, cell, assignment, rows, shots=()):
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""

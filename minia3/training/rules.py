@@ -31,6 +31,9 @@ def check_config(config):
         )
     if config.method in TRAINED_ALONE:
         check_trained_weights(config)
+    if config.compile and divides(config):
+        reason = "what is compiled would gather the blocks again and again"
+        raise ValueError(f"--compile does not go with --shard or --offload ({reason})")
 
 
 def check_trained_weights(config):
@@ -38,6 +41,10 @@ def check_trained_weights(config):
     if config.quantize:
         reason = "weights that train, or that a LoRA is added to, must be plain"
         raise ValueError(f"--quantize is not for --method {config.method} ({reason})")
+    if divides(config):
+        name = "--offload" if config.offload else "--shard"
+        reason = "only a frozen base is divided, and this method trains or changes it"
+        raise ValueError(f"{name} is not for --method {config.method} ({reason})")
     if config.optimizer == "adafactor":
         # LoRA's B starts at zero and would hardly leave it. Full fine-tuning would need Adafactor
         # to factor the second moments of matrices, and ours does not.
@@ -50,6 +57,11 @@ def check_trained_weights(config):
         raise ValueError(f"--dtype float16 is not for --method full ({reason}): use float32")
     if config.method == "full" and config.adapter:
         raise ValueError("--method full continues from a model: give it as --model, not --adapter")
+
+
+def divides(config):
+    """Return whether the flags ask for a base that is divided, or kept on the CPU."""
+    return config.offload or config.shard not in (None, 1)
 
 
 def check_belongs(config, name, method):

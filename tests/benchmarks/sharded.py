@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model, place_parameter, place_weight
-from minia3.model.blocks import Block
-from minia3.model.ia3 import freeze, vectors
+from minia3.model.ia3 import freeze
+from minia3.model.shard import Shards, shard
 from minia3.training.config import Config
 from minia3.training.device_plan import Plan
 from minia3.training.prepare import prepare_model
@@ -95,7 +96,7 @@ def measured_bytes(kind, quantize, n_processes):
     shape = SHAPES[kind]
     model = model_to_train(CONFIGS[kind], quantize)
     prepare_model(model, FLAGS)
-    divide(model, n_processes)
+    shard(model, Shards(init_device_mesh("cpu", (n_processes,))))
     n_parameters = sum(local(parameter).nbytes for parameter in model.parameters())
     source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
     target_BCL = torch.zeros(shape.n_examples, 1, shape.target_length, dtype=torch.long)
@@ -119,26 +120,6 @@ def model_to_train(config, quantize):
         place_weight(model, name, weight, quantize)
     freeze(model)
     return model.train()
-
-
-def divide(model, n_processes):
-    """Divide the blocks among the processes, as `--shard` does."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    mesh = init_device_mesh("cpu", (n_processes,))
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    whole = set(model.parameters())
-    for block in blocks:
-        whole -= set(block.parameters())
-    options = {"mesh": mesh, "ignored_params": whole | set(vectors(model).values())}
-    for block in blocks:
-        if block.cross is not None:
-            fully_shard([block.cross.k, block.cross.v], **options)
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-    register_fsdp_forward_method(model, "start")
-    register_fsdp_forward_method(model, "run_blocks")
 
 
 def local(parameter):

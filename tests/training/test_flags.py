@@ -66,6 +66,7 @@ LIMITS = [line.strip().split(" ", 2) for line in LIMITS.strip().splitlines()]
         (["--dtype", "float17"], ["--dtype is 'float17'", "float32", "bfloat16"]),
         (["--method", "prefix"], ["--method is 'prefix'", "ia3", "none"]),
         (["--rank", "0"], ["--rank is 0", "at least 1"]),
+        (["--shard", "-1"], ["--shard is -1", "at least 0"]),
         (["--alpha", "0"], ["--alpha is 0", "at least 1"]),
         (["--adapters", "two"], ["--adapters is 'two'", "each", "one"]),
         (["--seed", "1", "2", "3"], ["'2' is neither", "commas", "as in --seed 1,2,3"]),

@@ -1,0 +1,101 @@
+"""Load a model that is divided among processes. Each process reads only its rows of a tensor.
+
+The files are memory-mapped: slicing a tensor of a file reads nothing, and copying the slice reads
+its pages alone. So no process ever holds the whole model, in no memory. If a tensor has to be
+dequantized (GGUF), joined (Meta's shards) or unpacked (torch's old format) before it can be sliced,
+it is whole for that moment, one tensor at a time.
+
+Shapes: O outputs and I inputs of a linear.
+"""
+
+import torch
+
+from minia3.checkpoints.nf4_files import PackedEntry
+from minia3.checkpoints.place import check_weight, place_linear, place_parameter
+from minia3.files.progress import progress
+from minia3.model.ia3 import vectors
+from minia3.model.quantized import QUANTIZED, NF4Linear, QuantizedLinear, is_quantizable
+from minia3.model.shard import is_divided, shard
+
+
+def place_shards(model, stored, dtype, shards, quantize=None, check_finite=False):
+    """Divide a model that is on the meta device, and read what this process holds of its weights.
+
+    stored: our name of each weight -> (its name in the checkpoint, its Entry). The other arguments
+    are those of `load_model`. No weight requires a gradient.
+    """
+    for name, (_, entry) in stored.items():
+        kind = kind_of_linear(model, name, entry, quantize)
+        if kind is not None:
+            place_linear(model, name, meta_linear(kind, entry.shape))
+    shard(model, shards)
+
+    device = shards.mesh.device_type
+    for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
+        place, _, attribute = name.rpartition(".")
+        module = model.get_submodule(place)
+        is_quantized = isinstance(module, QuantizedLinear) and attribute == "weight"
+        if is_quantized and isinstance(module, NF4Linear) and isinstance(entry, PackedEntry):
+            rows = shards.rows(entry.shape[0])
+            place_codes(model, place, [part[rows] for part in entry.read_codes()])
+            continue
+        weight = entry.read()
+        if is_quantized or is_divided(model.get_parameter(name)):
+            weight = weight[shards.rows(entry.shape[0])]
+        weight = weight.to(dtype)
+        if check_finite:
+            check_weight(weight, stored_name)
+        if is_quantized:
+            place_codes(model, place, quantized_rows(type(module), weight))
+        elif is_divided(model.get_parameter(name)):
+            place_rows(model, name, weight)
+        else:
+            weight = weight.to(device).contiguous()
+            place_parameter(model, name, weight, requires_grad=False)
+    for name, vector in vectors(model).items():
+        identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
+        place_parameter(model, f"{name}.scale", identity)
+
+
+def kind_of_linear(model, name, entry, quantize):
+    """Return the class of the quantized linear that the weight `name` belongs to, or None."""
+    if isinstance(entry, PackedEntry) and quantize is None:
+        quantize = "nf4"
+    place, _, attribute = name.rpartition(".")
+    if quantize is None or attribute != "weight":
+        return None
+    if not is_quantizable(place, model.get_submodule(place)):
+        return None
+    return QUANTIZED[quantize]
+
+
+def meta_linear(kind, shape):
+    """Return a quantized linear for a weight of this shape, (O, I), on the meta device."""
+    n_outputs, n_inputs = shape
+    codes, scales = kind.quantize(torch.zeros(1, n_inputs))
+    return kind(
+        torch.empty(n_outputs, codes.shape[1], dtype=codes.dtype, device="meta"),
+        torch.empty(n_outputs, scales.shape[1], dtype=scales.dtype, device="meta"),
+    )
+
+
+def quantized_rows(kind, weight):
+    """Return the codes and scales of some rows of a weight, which may be none."""
+    if len(weight) > 0:
+        return kind.quantize(weight)
+    codes, scales = kind.quantize(weight.new_zeros(1, weight.shape[1]))
+    return codes[:0], scales[:0]
+
+
+def place_codes(model, place, codes_and_scales):
+    """Place this process's rows of the quantized linear called `place`."""
+    codes, scales = codes_and_scales
+    place_rows(model, f"{place}.codes", codes)
+    place_rows(model, f"{place}.scales", scales)
+
+
+def place_rows(model, name, rows):
+    """Make `rows` this process's part of the divided parameter `name`."""
+    shape = model.get_parameter(name).shape
+    rows = rows.to(model.shards.rows_device).contiguous()
+    place_parameter(model, name, model.shards.join(rows, shape), requires_grad=False)

@@ -1,0 +1,39 @@
+"""Put weights into a model that was built without any: on the meta device."""
+
+from torch import nn
+
+from minia3.model.quantized import QUANTIZED, is_quantizable
+
+
+def place_weight(model, name, weight, quantize):
+    """Put a weight of the base into the model, quantized if it belongs to a linear of a block."""
+    module_name = name.removesuffix(".weight")
+    module = model.get_submodule(name.rpartition(".")[0])
+    if quantize is None or module_name == name or not is_quantizable(module_name, module):
+        place_parameter(model, name, weight)
+        return
+    place_linear(model, name, QUANTIZED[quantize].from_weight(weight))
+
+
+def place_linear(model, name, linear):
+    """Put a quantized linear in the place of the one with the weight `name`, and keep its bias."""
+    parent_name, _, attribute = name.removesuffix(".weight").rpartition(".")
+    parent = model.get_submodule(parent_name)
+    linear.bias = getattr(parent, attribute).bias
+    setattr(parent, attribute, linear)
+
+
+def check_weight(weight, name):
+    """Raise ValueError if a weight holds NaN or an infinite number."""
+    n_bad = int((~weight.isfinite()).sum())
+    if n_bad:
+        raise ValueError(
+            f"{name} has {n_bad:,} of {weight.numel():,} numbers that are NaN or infinite: the "
+            "checkpoint is damaged, or its dtype is too narrow"
+        )
+
+
+def place_parameter(model, name, tensor, requires_grad=True):
+    """Replace the parameter `name` of the model by a new parameter that holds `tensor`."""
+    module, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad))

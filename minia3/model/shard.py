@@ -1,0 +1,174 @@
+"""Divide a frozen base among processes, each of which holds some rows of every weight (FSDP2).
+
+Before a block runs, its weights are gathered from all processes, and afterwards they are dropped
+again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv 2304.11277.
+
+    a block                is gathered when it runs, forward or backward
+    k and v of             are gathered together when `start` makes keys and values of the encoder's
+    cross-attention        output, which is before their block runs
+    the rest               is whole in every process: the embedding, the head, the last norm, T5's
+                           tables of positions, and the vectors, which train
+
+Gathering is a conversation. If one process runs a block more often than another, they take each
+other's rows for something else, or wait for each other, and no error says so. So all processes must
+run the same passes, in the same order, and compare how many they have run before each of them.
+"""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+from minia3.model.blocks import Block
+from minia3.model.ia3 import IA3
+
+
+class Shards(NamedTuple):
+    """The processes that hold one copy of a model together."""
+
+    mesh: Any  # a DeviceMesh of one dimension
+    offload: bool = False  # keep the rows in the memory of the CPU until their block runs
+
+    @property
+    def rows_device(self):
+        """The device on which the rows are kept."""
+        return "cpu" if self.offload else self.mesh.device_type
+
+    def rows(self, n_rows):
+        """Return which rows of a weight with `n_rows` this process holds, as a slice.
+
+        The last processes may hold fewer rows, or none.
+        """
+        n_each = -(-n_rows // self.mesh.size())
+        first = min(self.mesh.get_local_rank() * n_each, n_rows)
+        return slice(first, min(first + n_each, n_rows))
+
+    def join(self, rows, shape):
+        """Return the weight of this shape of which each process holds `rows`, as a DTensor."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            rows, self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+
+def shard(model, shards):
+    """Divide the blocks of `model` among the processes of `shards`.
+
+    The model may still be on the meta device, and get its weights later (load_shards.py). Raise
+    ValueError if torch is too old.
+    """
+    check_torch(model)
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as register
+
+    # Nothing may be added in place to an output that is a view. Only caches are written into, and
+    # only if there are no gradients.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    policy = OffloadPolicy()
+    if shards.offload:
+        policy = CPUOffloadPolicy(pin_memory=shards.mesh.device_type != "cpu")
+    options = {
+        "mesh": shards.mesh,
+        "offload_policy": policy,
+        "ignored_params": whole_parameters(model),
+    }
+    for block in blocks_of(model):
+        if block.cross is not None:
+            fully_shard([block.cross.k, block.cross.v], **options)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    register(model, "start")
+    register(model, "run_blocks")
+    model.shards = shards
+    model.n_least_read = 1  # a prompt of one token leaves nothing to read, but takes a pass, too
+    compare_passes(model)
+
+
+def check_torch(model):
+    """Raise ValueError if torch is too old to divide a model."""
+    oldest = (2, 7)  # which can leave parameters whole
+    kind = "a base"
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        oldest = (2, 12)  # which can divide integers
+        kind = "a quantized base"
+    version = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if version < oldest:
+        needed = ".".join(map(str, oldest))
+        raise ValueError(
+            f"--shard and --offload of {kind} need torch {needed} or newer, found "
+            f"{torch.__version__}"
+        )
+
+
+def blocks_of(model):
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def is_sharded(model):
+    """Return whether the model is divided among processes."""
+    return getattr(model, "shards", None) is not None
+
+
+def whole_parameters(model):
+    """Return the set of the parameters that are not divided."""
+    divided = set()
+    for block in blocks_of(model):
+        divided |= set(block.parameters())
+    for module in model.modules():
+        if isinstance(module, IA3):
+            divided.discard(module.scale)
+    return set(model.parameters()) - divided
+
+
+def is_divided(parameter):
+    """Return whether a parameter of a sharded model is divided: whether it is a DTensor."""
+    return hasattr(parameter, "full_tensor")
+
+
+def gathered(parameter):
+    """Return the whole tensor of a parameter, on the CPU if it has to be gathered.
+
+    All processes must call this for the same parameters, in the same order.
+    """
+    tensor = parameter.detach()
+    if is_divided(tensor):
+        tensor = tensor.full_tensor().cpu()
+    return tensor
+
+
+# Passes
+
+
+def compare_passes(model):
+    """Let `model.n_passes` count the passes, each of which begins with a comparison."""
+    model.n_passes = 0
+
+    def begin_pass(*_):
+        model.n_passes += 1
+        compare(model.shards, model.n_passes)
+
+    for name, module in model.named_modules():
+        if name.endswith("blocks.0"):
+            module.register_forward_pre_hook(begin_pass, prepend=True)  # before it is gathered
+
+
+def take_passes(model):
+    """Return `n_passes`, after a comparison, and begin to count again."""
+    n_passes = model.n_passes
+    compare(model.shards, -n_passes)  # negative: these are all
+    model.n_passes = 0
+    return n_passes
+
+
+def compare(shards, number):
+    """Raise RuntimeError if another process of `shards` compares another number."""
+    group = shards.mesh.get_group()
+    numbers = [torch.zeros(1, dtype=torch.long) for _ in range(shards.mesh.size())]
+    torch.distributed.all_gather(numbers, torch.tensor([number]), group=group)
+    found = [int(other) for other in numbers]
+    if len(set(found)) > 1:
+        raise RuntimeError(
+            f"the processes that hold a model together are not in step: their passes are {found}"
+        )

@@ -1,0 +1,89 @@
+"""Whether a run divides its frozen base among processes: --shard, --offload, and by default."""
+
+from minia3.checkpoints.hub import find
+from minia3.checkpoints.load import build_model, read_checkpoint
+from minia3.files.processes import gathered, hold_together, n_on_machine, n_processes
+from minia3.model.shard import Shards
+from minia3.training.choices import TRAINED_ALONE
+from minia3.training.device import free_memory
+
+ALL = 0  # the value of --shard without a number
+
+# A model whose weights take less of the memory than this is not planned, because it takes seconds.
+SMALL_SHARE = 0.1
+
+
+def choose_shards(config, device, dtype):
+    """Return the Shards of a run, or None if every process holds the whole model.
+
+    The model is also divided, among all processes, if it would not fit on one of their devices.
+    Raise the errors of `make_shards`.
+    """
+    n_per_copy = config.shard
+    if n_per_copy is None and not fits(config, device, dtype):
+        n_per_copy = ALL
+    if config.resume is not None and n_processes() == 1:  # it may go on where there is more memory
+        n_per_copy = 1
+    return make_shards(n_per_copy, config.offload, device)
+
+
+def make_shards(n_per_copy, offload, device):
+    """Return the Shards for the values of --shard and --offload, or None if both are absent.
+
+    All processes must call this. Raise ValueError if --shard does not suit their number.
+    """
+    if n_per_copy == ALL:
+        n_per_copy = n_processes()
+        if n_per_copy == 1 and not offload:
+            raise ValueError(
+                "--shard divides a model among processes, and there is one: start several "
+                "(torchrun --nproc-per-node N ...), or keep the weights on the CPU with --offload"
+            )
+    n_per_copy = n_per_copy or 1
+    hold_together(n_per_copy)
+    if n_per_copy == 1 and not offload:
+        return None
+    return Shards(make_mesh(device, n_per_copy), offload)
+
+
+def fits(config, device, dtype):
+    """Return whether the device of every process holds the whole model while an example trains.
+
+    A process that is alone has nobody to divide the model with, so it does not ask.
+    """
+    memory = free_memory(device)
+    is_frozen = config.method not in TRAINED_ALONE and not config.compile
+    if n_processes() == 1 or not is_frozen:
+        return True
+    is_enough = memory is None or is_enough_memory(config, dtype, share_of_machine(memory, device))
+    return all(gathered(is_enough))
+
+
+def share_of_machine(memory, device):
+    """Return the memory for one of the processes of this machine, which share that of the CPU."""
+    return memory // n_on_machine() if device.type == "cpu" else memory
+
+
+def is_enough_memory(config, dtype, memory):
+    model_config, _ = read_checkpoint(find(config.model), weights=False)
+    n_entries = sum(parameter.numel() for parameter in build_model(model_config).parameters())
+    if n_entries * dtype.itemsize < SMALL_SHARE * memory:
+        return True
+    from minia3.training.device_plan import fits_one_device
+
+    return fits_one_device(model_config, dtype, config, memory)
+
+
+def make_mesh(device, n_per_copy):
+    """Return the DeviceMesh of the processes that hold a copy of the model with this one."""
+    import torch.distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not torch.distributed.is_initialized():  # --offload in a process that is alone
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(store=store, rank=0, world_size=1)
+    if n_per_copy == n_processes():
+        return init_device_mesh(device.type, (n_per_copy,))
+    n_copies = n_processes() // n_per_copy
+    names = ("copies", "shards")
+    return init_device_mesh(device.type, (n_copies, n_per_copy), mesh_dim_names=names)["shards"]

@@ -1,0 +1,162 @@
+"""A divided model has the bits of the whole one, from every form of file, and each process reads
+only its rows.
+"""
+
+import os
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import test_meta
+import torch
+import torch.distributed
+from checkpoint_folders import FORMS, write_weights
+from conftest import make
+from ranks import my_shards, on_ranks
+from safetensors.torch import load_file
+
+import minia3
+from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.model.shard import gathered, is_divided
+
+
+def bits_of_divided(cases):
+    """Return name -> tensor of divided models, gathered, and the names of what is divided."""
+    found = []
+    for folder, options in cases:
+        model = minia3.load_model(folder, shards=my_shards(), n_adapters=2, **options)
+        assert not model.training
+        divided = [name for name, p in model.named_parameters() if is_divided(p)]
+        tensors = {name: gathered(p) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            assert p.requires_grad == name.endswith(".scale")
+        found.append((tensors | dict(model.named_buffers()), divided))
+    return found
+
+
+def check_bits(cases, n_processes=2):
+    """Compare divided models with whole ones."""
+    for found in on_ranks(n_processes, bits_of_divided, cases):
+        for (path, options), (tensors, divided) in zip(cases, found, strict=True):
+            whole = minia3.load_model(path, n_adapters=2, **options)
+            expected = dict(whole.named_parameters()) | dict(whole.named_buffers())
+            assert tensors.keys() == expected.keys()
+            for name, tensor in tensors.items():
+                assert tensor.dtype == expected[name].dtype
+                assert torch.equal(tensor, expected[name]), (path, options, name)
+                is_in_block = "blocks." in name and not name.endswith(".scale")
+                assert (name in divided) == is_in_block
+
+
+@pytest.mark.slow
+def test_every_form_of_file_is_read_to_the_same_bits(peer, tmp_path):
+    cases = []
+    for name in ("t5-deep-decoder", "qwen2"):
+        tensors = load_file(peer(name).folder / "model.safetensors")
+        for form in FORMS:
+            folder = tmp_path / f"{name} {form}"
+            folder.mkdir()
+            for file in peer(name).folder.glob("*.json"):
+                (folder / file.name).write_bytes(file.read_bytes())
+            write_weights(folder, tensors, form)
+            cases.append((folder, {}))
+    cases += [(cases[0][0], {"dtype": torch.bfloat16}), (cases[5][0], {"quantize": "int8"})]
+    check_bits(cases)
+
+
+@pytest.mark.slow
+def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(peer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    # Late, because the processes import this module, too, and these take seconds.
+    test_gguf = pytest.importorskip("test_gguf")
+    import test_nf4_files
+
+    tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()), test_gguf.Q8_0)
+    gguf = test_gguf.write(tmp_path / "model.gguf", tensors)
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    test_meta.take_apart(test_meta.make(), meta, n_shards=2)
+    nf4 = tmp_path / "nf4"
+    test_nf4_files.write_quantized("llama-gqa", nf4, double_quant=True)
+    wide = tmp_path / "wide"
+    make("t5-v1.1", d_model=64, d_kv=16, d_ff=192).save_pretrained(wide)
+    cases = [(gguf, {}), (meta, {}), (wide, {"quantize": "nf4"})]
+    cases += [(nf4, {}), (nf4, {"quantize": "int8"})]
+    check_bits(cases, 3)
+
+
+# Memory
+
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+@contextmanager
+def sampling():
+    """Yield a list, to which a thread adds how much anonymous memory there is, until the end."""
+    samples = []
+    done = threading.Event()
+
+    def sample():
+        while not done.is_set():
+            samples.append(anonymous())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    yield samples
+    done.set()
+    thread.join()
+    samples.append(anonymous())
+
+
+def memory_of_loading(tiny, cases):
+    """Return the bytes of (the peak while loading, what this process holds, the largest tensor)."""
+    minia3.load_model(tiny, dtype=torch.bfloat16, shards=my_shards())  # imports what it needs
+    found = []
+    for folder, dtype in cases:
+        torch.distributed.barrier()
+        before = anonymous()
+        with sampling() as samples:
+            model = minia3.load_model(folder, dtype=dtype, shards=my_shards())
+        share = 0
+        largest = 0
+        for p in model.parameters():
+            local = p.to_local() if is_divided(p) else p
+            share += local.nbytes
+            largest = max(largest, p.nbytes)
+        found.append((max(samples) - before, share, largest))
+    return found
+
+
+ALLOWANCE = 8 * 2**20  # for the sampling thread's stack, the model's modules, the allocator's slack
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc"
+)
+@pytest.mark.parametrize("n_processes", [2, 4])
+def test_loading_takes_the_memory_of_a_share_and_of_the_largest_tensor(n_processes, peer, tmp_path):
+    from test_load import write_model
+
+    config = KNOWN_MODELS["smollm2-135m"].config
+    config = replace(config, n_layers=12, vocab_size=5_000, own_head=True)
+    write_model(tmp_path / "float32", config, torch.float32, "safetensors")
+    write_model(tmp_path / "bin", config, torch.float32, "bin")
+    cases = [
+        (tmp_path / "float32", torch.bfloat16),
+        (tmp_path / "bin", torch.bfloat16),
+        (tmp_path / "float32", torch.float32),
+    ]
+    tiny = peer("llama-mha").folder
+    for found in on_ranks(n_processes, memory_of_loading, tiny, cases):
+        for (_, dtype), (peak, share, largest) in zip(cases, found, strict=True):
+            print([f"{n / 2**20:.1f} MiB" for n in (peak, share, largest)])
+            assert peak <= share + largest + ALLOWANCE
+            if dtype == torch.float32:
+                assert peak <= ALLOWANCE, "rows that keep their dtype are mapped"

@@ -1,0 +1,200 @@
+"""A model that is divided among processes computes what the whole model computes."""
+
+import pytest
+import torch
+from batches import batch_of
+from conftest import make, randomize, tokens
+from ranks import my_shards, on_ranks
+
+import minia3
+from minia3.files.processes import add_over_processes, n_processes, rank
+from minia3.inference import scoring
+from minia3.inference.decoding import decode_tokens
+from minia3.inference.scoring import choice_logprobs
+from minia3.model.recompute import recompute_blocks
+from minia3.model.shard import blocks_of, is_divided, take_passes
+from minia3.training.losses import count_terms, total_loss
+
+NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
+NAMES += ["qwen3", "mistral"]
+# One of two processes begins with two sources of one token, of which a LLaMA reads nothing.
+LENGTHS = (9, 1, 6, 1, 7, 5, 8, 2)
+N_CHOICES = 3
+PLAIN = (None, False, False)  # quantize, recompute, offload
+
+
+def load(folder, shards=None, quantize=None):
+    model = minia3.load_model(
+        folder, dtype=torch.float64, n_adapters=3, quantize=quantize, shards=shards
+    ).double()
+    minia3.freeze(model)
+    return randomize(model, seed=1)
+
+
+def step(model, rows, size):
+    """Return log-probabilities and gradients of these rows of a step, in parts of `size`."""
+    whole = batch_of(LENGTHS, N_CHOICES)
+    n_terms = count_terms(whole.target_mask_BCL, whole.label_B)
+    adapter_B = torch.arange(len(LENGTHS)) % 3
+    parts = []
+    for part in rows.split(size):
+        batch = type(whole)(*(values[part] for values in whole))
+        logp_BCL = choice_logprobs(model, batch, adapter_B[part])
+        total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B, n_terms=n_terms).backward()
+        parts.append(logp_BCL.detach())
+    return torch.cat(parts), [vector.grad for vector in minia3.vectors(model).values()]
+
+
+def written(model):
+    """Return (row, token) of texts that a model writes for padded prompts, greedily."""
+    mask_BM = torch.arange(7) < torch.tensor([[7], [3], [5]])
+    state = model.start(tokens(3, 7), mask_BM, torch.tensor([0, 2, 1]))
+    return list(decode_tokens(model, state.repeat(2), 6, set()))
+
+
+def outcomes(folders, variants, n_per_copy=None):
+    """Return what divided models compute: log-probabilities, gradients, texts, and passes."""
+    rows = torch.arange(len(LENGTHS))[rank() :: n_processes()]
+    found = {}
+    for folder in folders:
+        for quantize, recompute, offload in variants:
+            model = load(folder, my_shards(n_per_copy, offload), quantize)
+            if recompute:
+                recompute_blocks(blocks_of(model))
+            logp, gradients = step(model, rows, max(1, len(rows) // 2))
+            for gradient in gradients:
+                add_over_processes(gradient)
+            key = folder, quantize, recompute, offload
+            found[key] = logp, gradients, written(model), take_passes(model)
+    return found
+
+
+def off(found, expected):
+    """Return the largest difference, relative to the largest expected number."""
+    scale = max(x.abs().max() for x in expected)
+    return max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) / scale
+
+
+def check(results):
+    """Compare what each process has found with what the whole model computes."""
+    for folder, quantize, recompute, offload in results[0]:
+        whole = load(folder, None, quantize)
+        logp, gradients = step(whole, torch.arange(len(LENGTHS)), len(LENGTHS))
+        texts = written(whole)
+        n_passes = set()
+        for number, found in enumerate(results):
+            our_logp, our_gradients, our_texts, n = found[folder, quantize, recompute, offload]
+            assert off([our_logp], [logp[number :: len(results)]]) < 1e-12
+            assert off(our_gradients, gradients) < 1e-12
+            assert our_texts == texts
+            n_passes.add(n)
+        assert len(n_passes) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_the_whole_model_computes(peer):
+    folders = [peer(name).folder for name in NAMES]
+    check(on_ranks(2, outcomes, folders, [PLAIN]))
+
+
+@pytest.mark.slow
+def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer):
+    folders = [peer(name).folder for name in ("t5-v1.1", "llama-gqa")]
+    variants = [(None, True, False), (None, False, True), ("int8", False, False)]
+    variants += [("int8", True, True)]
+    check(on_ranks(2, outcomes, folders, variants))
+
+
+@pytest.mark.slow
+def test_a_base_in_nf4_computes_the_same_divided(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make("t5-v1.1", d_model=64, d_kv=16, d_ff=192).save_pretrained(tmp_path)
+    check(on_ranks(2, outcomes, [tmp_path], [("nf4", False, False)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_per_copy", [4, 2])
+def test_four_processes_compute_the_same_in_one_copy_or_in_two(n_per_copy, peer):
+    # llama-odd has 1 key/value head of 10 entries, and a feed-forward of 37: rows that 4 processes
+    # cannot divide evenly.
+    folders = [peer(name).folder for name in ("t5-v1.0", "llama-odd")]
+    check(on_ranks(4, outcomes, folders, [PLAIN], n_per_copy))
+
+
+@pytest.mark.slow
+def test_a_process_alone_keeps_its_rows_on_the_cpu(peer):
+    folders = [peer(name).folder for name in ("t5-v1.0", "llama-gqa")]
+    check(on_ranks(1, outcomes, folders, [(None, False, True)]))
+
+
+# Processes that disagree
+
+
+def message_of_unequal_steps(folder, is_after):
+    """Return what happens if process 0 makes more passes than the others, or the others more."""
+    model = load(folder, my_shards())
+    has_more = (rank() == 0) == is_after
+    size = 2 if has_more else 4
+    try:
+        step(model, torch.arange(4), size)
+        take_passes(model)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_after", [False, True])
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_unequal_numbers_of_passes_are_an_error_and_not_wrong_gradients(name, is_after, peer):
+    messages = on_ranks(2, message_of_unequal_steps, peer(name).folder, is_after)
+    for message in messages:
+        assert "not in step: their passes are [" in message
+    assert len(set(messages)) == 1
+
+
+# How much is whole at once
+
+
+def most_whole_groups(folders):
+    """Return (the most groups that are whole at once in a step, the number of groups)."""
+    found = []
+    for n_side_by_side in (512, 4):
+        scoring.MAX_SIDE_BY_SIDE = n_side_by_side
+        for folder in folders:
+            model = load(folder, my_shards())
+            counts, n_groups = watch_groups(model)
+            step(model, torch.arange(len(LENGTHS)), len(LENGTHS))
+            found.append((max(counts), n_groups))
+    return found
+
+
+def watch_groups(model):
+    """Return a list, to which a step adds how many groups are whole, and the number of groups."""
+    linears = []
+    for block in blocks_of(model):
+        linears.append(block.attn.q)
+        if block.cross is not None:
+            linears.append(block.cross.k)
+    counts = []
+
+    def count(*_):
+        counts.append(sum(not is_divided(linear.weight) for linear in linears))
+
+    for block in blocks_of(model):
+        for module in block.modules():
+            module.register_forward_pre_hook(count)
+            module.register_forward_hook(count)
+    for vector in minia3.vectors(model).values():
+        vector.register_hook(count)
+    return counts, len(linears)
+
+
+@pytest.mark.slow
+def test_one_group_is_whole_at_a_time_even_if_choices_would_take_turns(peer):
+    # Elsewhere choices take turns, which are computed again in the backward pass. There, FSDP2
+    # drops nothing: the whole decoder would be in memory.
+    folders = [peer(name).folder for name in ("t5-deep-decoder", "umt5-tied", "llama-gqa")]
+    for found in on_ranks(2, most_whole_groups, folders):
+        for n_whole, n_groups in found:
+            assert n_whole == 1 < n_groups

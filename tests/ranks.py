@@ -1,0 +1,78 @@
+"""Run a function in several processes that compute together, as torchrun would start them.
+
+They talk through gloo, which works on any machine. The processes are forked from the server of
+running.py, which has imported torch already.
+"""
+
+import io
+import os
+import socket
+import traceback
+
+import torch
+from running import processes
+
+from minia3.files.processes import join, leave, n_processes
+from minia3.training.shards import make_shards
+
+
+def on_ranks(n_processes, function, *arguments):
+    """Return [function(*arguments) in process 0, in process 1, ...].
+
+    function: of a module. It runs after `join` (processes.py). Raise AssertionError with the
+    traceback of the first process that fails.
+    """
+    context = processes()
+    port = free_port()
+    pipes = []
+    children = []
+    for rank in range(n_processes):
+        receiver, sender = context.Pipe(duplex=False)
+        place = (rank, n_processes, port)
+        child = context.Process(target=run_rank, args=(sender, place, function, arguments))
+        child.start()
+        sender.close()
+        pipes.append(receiver)
+        children.append(child)
+    outcomes = [receive(pipe) for pipe in pipes]
+    for child in children:
+        child.join(60)
+    for _, error in outcomes:
+        assert error is None, error
+    return [torch.load(io.BytesIO(content), weights_only=False) for content, _ in outcomes]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def receive(pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None, "the process has died"
+
+
+def run_rank(pipe, place, function, arguments):
+    rank, n_processes, port = place
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join()
+    try:
+        # As bytes, because a tensor would be sent as the address of memory that ends with this
+        # process.
+        content = io.BytesIO()
+        torch.save(function(*arguments), content)
+        pipe.send((content.getvalue(), None))
+    except BaseException:
+        pipe.send((None, f"process {rank}: {traceback.format_exc()}"))
+        os._exit(1)  # so that the others do not wait for this one
+    leave()
+
+
+def my_shards(n_per_copy=None, offload=False):
+    """Return the Shards of this process, for copies that `n_per_copy` processes hold; None: all."""
+    return make_shards(n_per_copy or n_processes(), offload, torch.device("cpu"))

@@ -1,0 +1,71 @@
+"""Runs over a divided base are stopped, die and continue as other runs do."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import running
+import several
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc"),
+]
+
+FLAGS = {"steps": 40, "save_every": 10, "shard": 2}
+
+
+def words(folder, **values):
+    return ["train.py", *running.words(folder, **FLAGS | values)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run over a divided base that nobody stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, out, err = several.call(2, *words(folder))
+    assert (code, err) == (0, "")
+    assert "shard    2 processes hold the base together" in out
+    return folder
+
+
+def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = several.start(2, *words(folder))
+    several.wait_for(process, "step     20")
+    os.kill(several.process_of_rank(process, 1), signal.SIGKILL)
+    began = time.monotonic()
+    code, _, err = several.finish(process)
+    assert time.monotonic() - began < 20
+    assert code == 128 + signal.SIGKILL
+    assert err.count("\n") == 1, err
+    assert f"to continue: python train.py --resume {folder}" in err
+    code, out, err = several.call(2, "train.py", "--resume", folder)
+    assert (code, err) == (0, "")
+    assert "shard    2 processes hold the base together" in out
+    assert running.outcome(folder) == running.outcome(uninterrupted)
+
+
+def test_a_signal_stops_all_processes_and_one_process_may_continue(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = several.start(2, *words(folder, dropout=0.0))
+    several.wait_for(process, "step     20")
+    process.send_signal(signal.SIGINT)
+    code, _, err = several.finish(process)
+    assert code == 128 + signal.SIGINT
+    assert err == f"stopped; to continue: python train.py --resume {folder}\n"
+    assert running.run(["--resume", folder]) == 0
+    expected = running.last_vectors(uninterrupted)
+    assert running.last_vectors(folder).keys() == expected.keys()
+
+
+def test_an_adapter_is_evaluated_over_a_divided_base(tmp_path):
+    several.call(2, *words(tmp_path / "run"))
+    flags = {"adapter": tmp_path / "run" / "adapter", "shard": 0}
+    arguments = ["train.py", *running.words(None, "--eval-only", **flags)]
+    _, out, err = several.call(2, *arguments)
+    assert err == ""
+    alone = running.metrics(tmp_path / "run")[-1]["accuracy"]
+    assert f"accuracy {alone:.1%}" in out
