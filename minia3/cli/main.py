@@ -22,7 +22,7 @@ from minia3.cli import (
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
 from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
-from minia3.files.streams import use_utf8
+from minia3.files.streams import print_last, use_utf8
 from minia3.training.flags import Parser
 
 COMMANDS = {
@@ -75,7 +75,7 @@ def main(argv=None):
         # PyTorch's errors about memory are RuntimeErrors.
         code = 2 if isinstance(error, USER_ERRORS) else 1
         if has_first_word(code):
-            print(f"minia3: {message_of(error)}", file=sys.stderr)
+            print_last(f"minia3: {message_of(error)}")
         return leave(code)
 
 

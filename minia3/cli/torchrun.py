@@ -13,7 +13,7 @@ EXAMPLE = "minia3 torchrun --nproc-per-node 4 train.py --model t5-base --task rt
 
 def add_arguments(parser):
     parser.add_argument(
-        "words",
+        "script",
         nargs="+",
         help="torchrun's flags (`torchrun --help` lists them), a script or `-m` and a module, and "
         "its own flags",
@@ -28,7 +28,7 @@ def run(args):
 
     logging.disable(logging.ERROR)  # the processes say themselves what is wrong
     try:
-        run.run(run.parse_args(args.words))
+        run.run(run.parse_args(args.script))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode

@@ -41,6 +41,16 @@ def lasting_output():
         sys.stdout, sys.stderr = before
 
 
+def print_last(message):
+    """Print on standard error why this process ends.
+
+    In a terminal, the first of several processes may have left a bar in the line.
+    """
+    if not is_first() and sys.stderr.isatty():
+        message = f"\n{message}"
+    print(message, file=sys.stderr)
+
+
 @contextmanager
 def only_first_prints():
     """Within the block, drop what is printed by any but the first of several processes."""

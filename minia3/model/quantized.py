@@ -17,6 +17,8 @@ sharded like any other parameter.
 Shapes: O outputs, I inputs, C codes of a row, N scales of a row.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -119,6 +121,8 @@ class NF4Linear(QuantizedLinear):
 
 def bitsandbytes_functions():
     """Return bitsandbytes.functional. Raise ValueError if it is not installed."""
+    # It warns once that its faster products for CPUs are not there. Ours are torch's.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError as error:

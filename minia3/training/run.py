@@ -9,7 +9,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
-from minia3.files.processes import PeerGone, from_first, has_first_word, is_first, n_processes
+from minia3.files.processes import (
+    GONE,
+    PeerGone,
+    from_first,
+    has_first_word,
+    is_first,
+    is_gone,
+    n_processes,
+)
 from minia3.files.read import reading
 from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import (
@@ -162,6 +170,12 @@ class Run:
         except (Stopped, PeerGone):
             group.undo_step(random)
             raise
+        except RuntimeError as error:
+            if not is_gone(error):
+                raise
+            # It ended while the processes gathered a block of the model (model/shard.py).
+            group.undo_step(random)
+            raise PeerGone(GONE) from error
 
     def add_up_processes(self, group):
         """Add up what several processes have computed in this step.

@@ -15,7 +15,7 @@ from minia3.files.processes import (
     join,
     leave,
 )
-from minia3.files.streams import lasting_output, only_first_prints, use_utf8
+from minia3.files.streams import lasting_output, only_first_prints, print_last, use_utf8
 from minia3.training.announce import announcing_warnings
 from minia3.training.command_line import error_line, read_command_line
 from minia3.training.process_state import unchanged_process
@@ -52,7 +52,7 @@ def exit_code_of(words, run_grid, program, is_program):
     except (Failed, PeerGone, OSError, ValueError) as error:
         code = 2 if isinstance(error, ValueError) else 1
         if has_first_word(code):
-            print(error_line(program, error), file=sys.stderr)
+            print_last(error_line(program, error))
         return code
 
 
@@ -74,7 +74,7 @@ def run_config(config, run_grid, program, is_program=False):
     except Stopped as stop:
         message = run.stop_message if run else "stopped"
         if has_first_word(128 + stop.number):
-            print(message, file=sys.stderr)
+            print_last(message)
         raise
     except PeerGone as gone:
         if run:

@@ -131,5 +131,6 @@ def test_a_program_of_ones_own_trains_in_several_processes(tmp_path):
     )
     code, out, err = several.call(2, script, cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert {"rank 0", "rank 1"} <= set(out.splitlines())
+    assert "rank 0" in out
+    assert "rank 1" in out  # perhaps in the same line
     assert out.count("\nbefore ") == 2  # one process prints
