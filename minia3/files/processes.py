@@ -280,6 +280,16 @@ def has_first_word(code):
     return True
 
 
+def is_ending():
+    """Return whether one of several processes has said why the run ends."""
+    if _process.store is None:
+        return False
+    try:
+        return _process.store.check([FIRST_WORD])
+    except RuntimeError:  # the store is gone
+        return True
+
+
 def leave(code=0):
     """End the part of this process in the run, and return its exit code.
 

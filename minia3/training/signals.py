@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from minia3.files.messages import message_of
-from minia3.files.processes import is_first, n_processes
+from minia3.files.processes import is_ending, is_first, n_processes
 
 STOPPING = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGBREAK"):  # Windows: Ctrl-Break, which another process can send, too
@@ -155,7 +155,8 @@ class Signals:
 
     def announce(self, block):
         """Say that the signal has arrived, unless the step has ended already."""
-        if self.is_held and self.n_blocks == block and is_first():
+        is_same_step = self.is_held and self.n_blocks == block
+        if is_same_step and is_first() and not is_ending():
             tqdm.write(WAITING, file=sys.stderr)
 
     def end_process(self, number):

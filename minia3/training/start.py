@@ -3,8 +3,6 @@
 Each of the three hands over `run_grid` of train.py, because no module imports train.py.
 """
 
-import sys
-
 from minia3.files.processes import (
     GONE,
     PeerGone,

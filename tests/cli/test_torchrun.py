@@ -1,24 +1,25 @@
 """Several processes answer the rows of a file, and a failure is not torchrun's traceback."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 
 import pytest
 import running
 import several
+
+from minia3.cli.main import main
 
 pytestmark = pytest.mark.slow
 
 EXACT = ("--dtype", "float64")  # so that no printed digit depends on rounding
 
 
-def alone(*arguments, **options):
-    """Return what a command prints in one process."""
-    command = [sys.executable, "-m", "minia3", *map(str, arguments)]
-    done = subprocess.run(command, cwd=several.ROOT, capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def alone(*arguments):
+    """Return what a command prints in this process, which is alone."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(list(map(str, arguments))) == 0
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")

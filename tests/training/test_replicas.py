@@ -14,6 +14,8 @@ from minia3.training.replicas import StepSum, seed_dropout, share_of_step
 
 TOLERANCE = 1e-9  # of float64, after some steps
 
+NAMES = ("t5", "llama")  # of running.model
+
 # Runs whose numbers are compared: what is special about each, and its flags.
 CASES = {
     "one adapter": {},
@@ -43,12 +45,15 @@ def command_lines(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "llama"])
 @pytest.mark.parametrize("n_processes", [2, 4])
-def test_several_processes_have_the_numbers_of_one(n_processes, name, tmp_path):
-    several.run_together(n_processes, command_lines(name, tmp_path), tmp_path)
-    for special in CASES:
-        check_equal(tmp_path / special, alone(name) / special)
+def test_several_processes_have_the_numbers_of_one(n_processes, tmp_path):
+    lines = []
+    for name in NAMES:
+        lines += command_lines(name, tmp_path / name)
+    several.run_together(n_processes, lines, tmp_path)
+    for name in NAMES:
+        for special in CASES:
+            check_equal(tmp_path / name / special, alone(name) / special)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import pytest
 import running
 import several
-from test_replicas import CASES, check_equal
+from test_replicas import CASES, NAMES, check_equal
 
 SPECIAL = ["grid", "micro-batches of a grid", "fewer rows than processes", "targets"]
 SPECIAL += ["several numbers of choices", "early stop", "generated texts", "in context"]
@@ -24,16 +24,24 @@ def command_lines(name, folder, n_per_copy=None):
     return lines, [folder / special for special in runs]
 
 
+def of_all_models(folder, n_per_copy=None):
+    """Return the command lines and the folders of the runs of all models."""
+    lines, folders = [], []
+    for name in NAMES:
+        its_lines, its_folders = command_lines(name, folder / name, n_per_copy)
+        lines += its_lines
+        folders += its_folders
+    return lines, folders
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "llama"])
-def test_processes_that_hold_a_model_together_have_the_numbers_of_one(name, tmp_path):
-    lines, expected = command_lines(name, tmp_path / "1")
+def test_processes_that_hold_a_model_together_have_the_numbers_of_one(tmp_path):
+    lines, expected = of_all_models(tmp_path / "1")
     for words in lines:
         words = [word for word in words if word != "--offload"]
         assert running.run(words) == 0
     for n_processes, n_per_copy in ((2, 2), (4, 2)):
-        folder = tmp_path / f"{n_processes}-{n_per_copy}"
-        lines, folders = command_lines(name, folder, n_per_copy)
+        lines, folders = of_all_models(tmp_path / str(n_processes), n_per_copy)
         several.run_together(n_processes, lines, tmp_path)
         for found, other in zip(folders, expected, strict=True):
             check_equal(found, other)
