@@ -8,6 +8,7 @@ from minia3.cli.arguments import (
     add_new_folder,
     describe_folder,
     load_model,
+    writing_new_folder,
 )
 from minia3.cli.terminal import show
 
@@ -31,8 +32,9 @@ def run(args):
 
     if is_adapter(Path(args.model)):
         adapter = read_adapter(args.model)
-        write_adapter(args.out, adapter.vectors, adapter.base)
-        copy_task_file([Path(args.model)], args.out)
+        with writing_new_folder(args.out) as folder:
+            write_adapter(folder, adapter.vectors, adapter.base)
+            copy_task_file([Path(args.model)], folder)
     else:
         model = load_model(args)
         tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none

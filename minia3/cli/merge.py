@@ -1,6 +1,6 @@
 """`merge`: write a model with an adapter folded into its weights."""
 
-from minia3.cli.arguments import add_model, add_new_folder, describe_folder
+from minia3.cli.arguments import add_model, add_new_folder, describe_folder, writing_new_folder
 from minia3.cli.terminal import show
 
 TITLE = "Fold an adapter into a model"
@@ -23,13 +23,13 @@ def run(args):
     from minia3.files.progress import showing
     from minia3.tasks.task_file import copy_task_file
 
-    with showing("merging"):
+    with showing("merging"), writing_new_folder(args.out) as folder:
         if is_lora(args.adapter):
             model = load_model(args.model)
             load_lora(model, args.adapter)
-            save_model(merge(model), args.out, find_tokenizer(find(args.model)))
+            save_model(merge(model), folder, find_tokenizer(find(args.model)))
         else:
             # File by file, so that only one shard is in memory.
-            merge_files(args.model, args.adapter, args.out)
-        copy_task_file([find_adapter(args.adapter)], args.out)
+            merge_files(args.model, args.adapter, folder)
+        copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")
