@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import running
 import torch
-import train
 from task_files import FILES, PARTS, YES_OR_NO, Server, zipped
 from words import word_tokenizer
 
 import minia3
+import train
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.checkpoints import save as save_module
 from minia3.cli.main import main
