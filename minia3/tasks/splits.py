@@ -359,6 +359,9 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     if not needed <= files.keys():
         download(spec.sources, folder)
         files = find_splits(folder, suffixes)
+        if not needed <= files.keys():
+            found = ", ".join(sorted(files)) or "nothing"
+            raise ValueError(f"{folder}: downloaded files were removed, only {found} is left")
     return files
 
 

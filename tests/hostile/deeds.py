@@ -7,6 +7,7 @@ A deed gets two folders: `inputs`, which `make_inputs` has filled once and nothi
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,17 +29,13 @@ from tests.hostile.processes import start_process
 SHARD_BYTES = 8_000  # so that the small models have several files
 
 
-def do_nothing(inputs, folder):
-    """Most deeds begin in an empty folder."""
-
-
 @dataclass(frozen=True)
 class Deed:
     """What is done, and what is done again after it was killed."""
 
     run: Callable  # (inputs, folder) -> the exit code, or None
     again: Callable | None = None  # None: the same command
-    begin: Callable = do_nothing  # (inputs, folder): write what was there before
+    begin: Callable | None = None  # (inputs, folder): write what was there before
 
 
 # What the deeds read
@@ -138,7 +135,7 @@ def extend(inputs, folder):
 # Commands
 
 
-def command(*words, begin=do_nothing):
+def command(*words, begin=None):
     """Return a deed of the command line. A word that begins with @ is in `inputs`, with = in
     `folder`.
     """
@@ -153,6 +150,20 @@ def command(*words, begin=do_nothing):
 
 
 # Functions
+
+
+def as_program(act):
+    """Return a deed's function that prints the errors of a user as the command line does."""
+
+    def run(inputs, folder):
+        try:
+            act(inputs, folder)
+            return 0
+        except (OSError, ValueError, KeyboardInterrupt) as error:
+            print(f"minia3: {str(error) or type(error).__name__}", file=sys.stderr)
+            return 2 if isinstance(error, ValueError) else 1
+
+    return run
 
 
 def save_new_model(inputs, folder):
@@ -218,7 +229,7 @@ DEEDS = {
         *("predict", "@t5", "@rows.jsonl", "--batch-size", "3"),
         *("--adapter", "@adapter0", "--out", "=out.jsonl"),
     ),
-    "save model": Deed(save_new_model, begin=save_old_model),
-    "save adapter": Deed(save_new_adapter, begin=save_old_adapter),
-    "download": Deed(download),
+    "save model": Deed(as_program(save_new_model), begin=save_old_model),
+    "save adapter": Deed(as_program(save_new_adapter), begin=save_old_adapter),
+    "download": Deed(as_program(download)),
 }

@@ -29,7 +29,7 @@ from running import TIMES
 
 from minia3.training.checkpoint import load_checkpoint
 from tests.hostile.deeds import DEEDS, make_inputs, serve_archive
-from tests.hostile.processes import finish, last_line, run_process, start_process
+from tests.hostile.processes import finish, last_line, run_process
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -66,10 +66,8 @@ class KillCampaign:
     def __init__(self, folder):
         self.inputs = folder / "inputs"
         self.scratch = folder / "scratch"
-        self.log = folder / "log"
         self.inputs.mkdir()
-        code = run_process(lambda: make_inputs(self.inputs), self.log)
-        assert code == 0, last_line(self.log)
+        do(lambda: make_inputs(self.inputs))
         self.server, address = serve_archive(self.inputs)
         (self.inputs / "address").write_text(address)
 
@@ -81,9 +79,8 @@ class KillCampaign:
         """Make the scratch folder as the deed finds it."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
-        self.log.unlink(missing_ok=True)
-        code = run_process(lambda: deed.begin(self.inputs, self.scratch), self.log)
-        assert code == 0, last_line(self.log)
+        if deed.begin is not None:
+            do(lambda: deed.begin(self.inputs, self.scratch))
 
     def refer(self, deed):
         """Return the Reference of a deed. Raise AssertionError if it fails."""
@@ -92,16 +89,15 @@ class KillCampaign:
 
         def count():
             watch = Watch(self.scratch)
-            deed.run(self.inputs, self.scratch)
+            code = deed.run(self.inputs, self.scratch)
             counted.write_text(str(watch.n_changes))
+            return code
 
-        code = run_process(count, self.log)
-        assert code == 0, last_line(self.log)
+        do(count)
         self.begin(deed)
         began = time.monotonic()
-        code = run_process(lambda: deed.run(self.inputs, self.scratch), self.log)
+        do(lambda: deed.run(self.inputs, self.scratch))
         seconds = time.monotonic() - began
-        assert code == 0, last_line(self.log)
         sizes = [path.stat().st_size for path in files_in(self.scratch)]
         return Reference(int(counted.read_text()), max(sizes), seconds, results_in(self.scratch))
 
@@ -115,17 +111,28 @@ class KillCampaign:
             prepare(kind, point, self.scratch)
             return deed.run(self.inputs, self.scratch)
 
-        code = finish(start_process(run, self.log))
+        code, printed = run_process(run)
         if code > 0:
-            return False, f"{kind} {point}: exit code {code}: {last_line(self.log)}"
+            return False, f"{kind} {point}: exit code {code}: {last_line(printed)}"
+        wrong = self.do_again(deed, reference)
+        return code < 0, wrong and f"killed at {kind} {point}: {wrong}"
+
+    def do_again(self, deed, reference):
+        """Do what is left of a deed. Return what is wrong with the result, or None."""
         again = deed.again or deed.run
-        second_code = run_process(lambda: again(self.inputs, self.scratch), self.log)
+        code, printed = run_process(lambda: again(self.inputs, self.scratch))
         wrong = difference(reference.results, results_in(self.scratch))
         # A command that writes a new folder refuses one that is complete, and rightly so.
-        was_complete = second_code == 2 and "is not empty" in last_line(self.log)
-        if second_code and not (was_complete and wrong is None):
-            wrong = f"then exit code {second_code}: {last_line(self.log)}"
-        return code < 0, wrong and f"killed at {kind} {point}: {wrong}"
+        was_complete = code == 2 and "is not empty" in last_line(printed)
+        if code and not (was_complete and wrong is None):
+            return f"then exit code {code}: {last_line(printed)}"
+        return wrong
+
+
+def do(act):
+    """Call `act` in a process that must succeed."""
+    code, printed = run_process(act)
+    assert code == 0, last_line(printed)
 
 
 def choose_point(name, number, seed, reference):
@@ -169,7 +176,7 @@ def die_in_write(n_bytes):
 class Watch:
     """Counts the changes of a folder by this process, and calls `act` before one of them."""
 
-    def __init__(self, folder, change=None, act=None):
+    def __init__(self, folder, change=math.inf, act=None):
         self.folder = str(folder)
         self.change = change
         self.act = act
@@ -177,9 +184,7 @@ class Watch:
         sys.addaudithook(self.notice)  # a hook stays until the process ends
 
     def notice(self, event, arguments):
-        if event != "open" and event not in CHANGES:
-            return
-        if event == "open" and not (arguments[2] & TO_WRITE):
+        if not is_change(event, arguments):
             return
         path = arguments[0]
         if not isinstance(path, str | bytes | os.PathLike):
@@ -188,9 +193,15 @@ class Watch:
         # What is not absolute is the content of a folder that is removed.
         if os.path.isabs(path) and not path.startswith(self.folder):
             return
-        if self.n_changes == self.change:
-            self.act()
         self.n_changes += 1
+        if self.n_changes == self.change + 1:
+            self.act()
+
+
+def is_change(event, arguments):
+    if event == "open":
+        return bool(arguments[2] & TO_WRITE)
+    return event in CHANGES
 
 
 # What is compared
@@ -283,7 +294,6 @@ def repeat_kill(name, number, seed, folder):
         reference = campaign.refer(DEEDS[name])
         print(choose_point(name, number, seed, reference))
         was_killed, wrong = campaign.kill(name, number, seed, reference)
-        print(campaign.log.read_text(encoding="utf-8", errors="replace"))
         print(wrong or ("right" if was_killed else "right, but it came too late"))
     campaign.close()
     return int(bool(wrong))

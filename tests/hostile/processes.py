@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import traceback
-from pathlib import Path
 
 import torch
 
@@ -40,17 +39,17 @@ def warm_up():
     run_folder.git_commit = lambda: None
 
 
-def start_process(act, log=os.devnull):
+def start_process(act, output=None):
     """Call `act` in a forked process, and return its id. Its exit code is what `act` returns.
 
-    log: the file to which its output is added.
+    output: a file descriptor (default: nowhere).
     """
     pid = os.fork()
     if pid:
         return pid
     code = 70
     try:
-        lead_output_to(log)
+        lead_output_to(os.open(os.devnull, os.O_WRONLY) if output is None else output)
         code = act() or 0
     except SystemExit as end:
         code = end.code or 0
@@ -63,15 +62,16 @@ def start_process(act, log=os.devnull):
         os._exit(code)
 
 
-def lead_output_to(log):
-    """Lead standard output and standard error to a file, and let signals end this process."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def lead_output_to(output):
+    """Lead standard output and standard error there, and let signals end this process."""
     for stream in (1, 2):
-        os.dup2(file, stream)
+        os.dup2(output, stream)
+    os.close(output)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+    for number in (signal.SIGALRM, signal.SIGPROF, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # tqdm's lock is shared by processes, and a process that is killed may never release it.
     tqdm.set_lock(threading.RLock())
 
@@ -82,21 +82,26 @@ def finish(pid):
     return os.waitstatus_to_exitcode(status)
 
 
-def run_process(act, log=os.devnull):
-    """Call `act` in a forked process, wait for it, and return its exit code.
+def run_process(act):
+    """Call `act` in a forked process and wait for it. Return its exit code, and what it printed.
 
     A process that takes more than SECONDS ends with the signal of an alarm.
     """
 
     def act_in_time():
+        os.close(reading)
         signal.alarm(SECONDS)
         return act()
 
-    return finish(start_process(act_in_time, log))
+    # Not a file, because a limit on the length of files, or a full disk, would hold for it, too.
+    reading, writing = os.pipe()
+    pid = start_process(act_in_time, writing)
+    os.close(writing)
+    with open(reading, encoding="utf-8", errors="replace") as pipe:
+        printed = pipe.read()
+    return finish(pid), printed
 
 
-def last_line(log):
-    """Return the last line that processes wrote to a file."""
-    path = Path(log)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+def last_line(printed):
+    lines = printed.splitlines()
     return lines[-1][:300] if lines else "(nothing printed)"
