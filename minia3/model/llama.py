@@ -25,6 +25,7 @@ from minia3.model.sequence_state import (
     State,
     check_bias,
     check_start,
+    distinct_numbers,
     mask_to_bias,
 )
 
@@ -137,6 +138,7 @@ class Llama(nn.Module):
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
             owner_M=source.new_zeros(0),
+            numbers=distinct_numbers(adapter),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)
@@ -167,6 +169,7 @@ class Llama(nn.Module):
             x = block(x, context, cache, keys_only and block is last_block)
         if keys_only:
             return None
+        state.check_adapters(self)
         return self.norm(x).view(*tokens.shape, -1)
 
     def warn_beyond(self, length):

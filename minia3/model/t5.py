@@ -27,6 +27,7 @@ from minia3.model.sequence_state import (
     State,
     check_bias,
     check_start,
+    distinct_numbers,
     mask_to_bias,
 )
 
@@ -174,6 +175,7 @@ class T5(nn.Module):
             caches=caches,
             token_M=source.new_zeros(0),
             owner_M=source.new_zeros(0),
+            numbers=distinct_numbers(adapter),
             memory_bias_B11M=memory_bias_B11M,
         )
 
@@ -196,6 +198,7 @@ class T5(nn.Module):
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
         distance_LM = state.token_M - state.token_M[-n_queries:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
+        state.check_adapters(self)
         return x_BLD.view(*tokens.shape, -1)
 
     def logits(self, x):

@@ -75,10 +75,13 @@ class KillCampaign:
         os.kill(self.server, signal.SIGKILL)
         finish(self.server)
 
-    def begin(self, deed):
-        """Make the scratch folder as the deed finds it."""
+    def clear(self):
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
+
+    def begin(self, deed):
+        """Make the scratch folder as the deed finds it."""
+        self.clear()
         if deed.begin is not None:
             do(lambda: deed.begin(self.inputs, self.scratch))
 
