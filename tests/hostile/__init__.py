@@ -20,4 +20,4 @@ from pathlib import Path
 
 # What the tests share stands beside them, and `python -m tests.hostile` must find it, too.
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "tasks")]
+sys.path[:0] = [str(TESTS), str(TESTS / "tasks"), str(TESTS / "checkpoints")]

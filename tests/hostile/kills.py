@@ -21,13 +21,11 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from running import TIMES
 
 from minia3.training.checkpoint import load_checkpoint
+from tests.hostile.campaign import Tally
 from tests.hostile.deeds import DEEDS, make_inputs, serve_archive
 from tests.hostile.processes import finish, last_line, run_process
 
@@ -36,18 +34,6 @@ TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Empty files that mean nothing once the process that locked them is dead
 LOCKS = (".lock", ".part-lock")
 TRIED_KINDS = ("change", "change", "write", "moment")
-
-
-@dataclass
-class KillTally:
-    """How the kills of a deed ended."""
-
-    target: str
-    n_cases: int = 0
-    n_killed: int = 0
-    n_too_late: int = 0  # the process had ended before
-    failures: list = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Reference:
@@ -66,6 +52,7 @@ class KillCampaign:
     def __init__(self, folder):
         self.inputs = folder / "inputs"
         self.scratch = folder / "scratch"
+        self.references = {}  # name of a deed -> its Reference
         self.inputs.mkdir()
         do(lambda: make_inputs(self.inputs))
         self.server, address = serve_archive(self.inputs)
@@ -85,8 +72,13 @@ class KillCampaign:
         if deed.begin is not None:
             do(lambda: deed.begin(self.inputs, self.scratch))
 
-    def refer(self, deed):
+    def refer(self, name):
         """Return the Reference of a deed. Raise AssertionError if it fails."""
+        if name not in self.references:
+            self.references[name] = self.make_reference(DEEDS[name])
+        return self.references[name]
+
+    def make_reference(self, deed):
         self.begin(deed)
         counted = self.scratch.with_name("counted")
 
@@ -104,9 +96,10 @@ class KillCampaign:
         sizes = [path.stat().st_size for path in files_in(self.scratch)]
         return Reference(int(counted.read_text()), max(sizes), seconds, results_in(self.scratch))
 
-    def kill(self, name, number, seed, reference):
+    def kill(self, name, number, seed):
         """Kill a deed and do it again. Return (whether it was killed, what went wrong or None)."""
         deed = DEEDS[name]
+        reference = self.refer(name)
         self.begin(deed)
         kind, point = choose_point(name, number, seed, reference)
 
@@ -256,47 +249,40 @@ def difference(expected, found):
 # The campaign
 
 
-def run_kills(names, n_kills, seed, folder, show):
-    """Kill the deeds n_kills times in all, and return a KillTally for each. show: called on each.
+def run_kills(campaign, names, n_kills, seed, show):
+    """Kill the deeds n_kills times in all, and return a Tally for each. show: called on each.
 
-    A deed gets a share by the number of its changes, and a fair minimum.
+    A deed gets a share by the number of its changes, and a fair minimum. In a Tally, what was
+    killed is `n_refused`, and what had ended before is `n_read`.
     """
-    campaign = KillCampaign(folder)
-    try:
-        references = {name: campaign.refer(DEEDS[name]) for name in names}
-        mean = sum(reference.n_changes for reference in references.values()) / len(references)
-        tallies = []
-        for name, reference in references.items():
-            share = (1 + reference.n_changes / mean) / 2
-            n_of_deed = math.ceil(n_kills * share / len(references))
-            tally = kill_deed(campaign, name, range(n_of_deed), seed, reference)
-            show(tally)
-            tallies.append(tally)
-    finally:
-        campaign.close()
+    references = {name: campaign.refer(name) for name in names}
+    mean = sum(reference.n_changes for reference in references.values()) / max(len(names), 1)
+    tallies = []
+    for name, reference in references.items():
+        share = (1 + reference.n_changes / mean) / 2
+        n_of_deed = math.ceil(n_kills * share / len(references))
+        tally = kill_deed(campaign, name, range(n_of_deed), seed)
+        show(tally)
+        tallies.append(tally)
     return tallies
 
 
-def kill_deed(campaign, name, numbers, seed, reference):
-    tally = KillTally(name, len(numbers))
+def kill_deed(campaign, name, numbers, seed):
+    tally = Tally(f"kill {name}", len(numbers))
     began = time.monotonic()
     for number in numbers:
-        was_killed, wrong = campaign.kill(name, number, seed, reference)
-        tally.n_killed += was_killed
-        tally.n_too_late += not was_killed
+        was_killed, wrong = campaign.kill(name, number, seed)
         if wrong:
             tally.failures.append(f"{number}: {wrong}")
+        elif was_killed:
+            tally.n_refused += 1
+        else:
+            tally.n_read += 1
     tally.seconds = time.monotonic() - began
     return tally
 
 
-def repeat_kill(name, number, seed, folder):
-    """Kill once, and say how it ended."""
-    campaign = KillCampaign(Path(folder))
-    with suppress(AssertionError):
-        reference = campaign.refer(DEEDS[name])
-        print(choose_point(name, number, seed, reference))
-        was_killed, wrong = campaign.kill(name, number, seed, reference)
-        print(wrong or ("right" if was_killed else "right, but it came too late"))
-    campaign.close()
-    return int(bool(wrong))
+def repeat_kill(campaign, name, number, seed):
+    """Kill once. Return the point, whether it came in time, and what went wrong, or None."""
+    point = choose_point(name, number, seed, campaign.refer(name))
+    return (point, *campaign.kill(name, number, seed))

@@ -318,11 +318,11 @@ def play(campaign, name, number, seed):
     return None
 
 
-def play_scenes(campaign, seed, n_rounds, show):
+def play_scenes(campaign, names, seed, n_rounds, show):
     """Play all scenes, and return a Tally for each."""
     tallies = []
-    for name, scene in SCENES.items():
-        tally = Tally(name, n_rounds * scene.n_cases)
+    for name in names:
+        tally = Tally(name, n_rounds * SCENES[name].n_cases)
         began = time.monotonic()
         for number in range(tally.n_cases):
             wrong = play(campaign, name, number, seed)
