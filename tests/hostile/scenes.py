@@ -267,7 +267,9 @@ def write_in_odd_places(rng, number, inputs, folder):
     if DEEDS[deed].begin:
         DEEDS[deed].begin(inputs, place)
     code = DEEDS[deed].run(inputs, place)
-    assert code == 0, f"{deed} in {place}: exit code {code}"
+    # safetensors reads no path that is not UTF-8, and says so.
+    allowed = (0, 2) if place.name == "\udcff" else (0,)
+    assert code in allowed, f"{deed} in {place}: exit code {code}"
 
 
 def forget_arguments(rng, number, inputs, folder):

@@ -277,6 +277,14 @@ def test_the_leftovers_of_a_killed_process_do_no_harm_and_are_removed(server, tm
     assert names_below(tmp_path) == ALL_FILES
 
 
+def test_what_was_killed_after_its_last_file_is_removed_by_the_next_run(server, tmp_path):
+    load_task("served", tmp_path)
+    (tmp_path / "served" / ".part-killed").mkdir()
+    load_task("served", tmp_path)
+    assert names_below(tmp_path) == ALL_FILES
+    assert server.n_requests == 1
+
+
 @pytest.mark.parametrize("n_moved", [0, 1, 2])
 def test_the_next_run_finishes_an_unpacking_that_stopped_halfway(
     server, tmp_path, monkeypatch, n_moved
