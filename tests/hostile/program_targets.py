@@ -83,9 +83,9 @@ def make_task(folder):
 
 def read_task(folder):
     """The first prompt has the words that a plain reading of the file puts together."""
+    task = load_task(folder)
     path = folder / "task.json"
     raw = json.loads(path.read_bytes()) if path.is_file() else {}
-    task = load_task(folder)
     if "prompts" not in raw:  # then the rows have the usual columns, which is another target
         return
     texts = {name: field for field, name in raw.get("fields", {}).items()}
@@ -109,12 +109,13 @@ def label_of(row, raw):
 
 
 def plain_text(template, row, fields):
-    """Put columns in the place of braces. Their names may be in upper or lower case."""
+    """Put columns in the place of braces. Upper or lower case is one, and what is not there is empty."""
     columns = {column.lower(): value for column, value in row.items()}
 
     def value(match):
         name = match[1]
-        return str(columns[fields.get(name, name).lower()])
+        found = columns.get(fields.get(name, name).lower())
+        return "" if found is None or found != found else str(found)  # NaN is no text
 
     return re.sub(r"\{(\w+)\}", value, template)
 
