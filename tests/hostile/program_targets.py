@@ -109,7 +109,7 @@ def label_of(row, raw):
 
 
 def plain_text(template, row, fields):
-    """Put columns in the place of braces. Upper or lower case is one, and what is not there is empty."""
+    """Put columns in the place of braces, in upper or lower case. What is not there is empty."""
     columns = {column.lower(): value for column, value in row.items()}
 
     def value(match):
