@@ -14,7 +14,7 @@ from minia3.cli.arguments import (
 from minia3.cli.terminal import show
 
 TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
-EXAMPLE = "python -m minia3 convert finish.pt adapter"
+EXAMPLE = "minia3 convert finish.pt adapter"
 
 
 def add_arguments(parser):

@@ -10,7 +10,7 @@ from minia3.cli.arguments import (
 from minia3.cli.terminal import show
 
 TITLE = "Fold an adapter into a model"
-EXAMPLE = "python -m minia3 merge tiny-t5 adapter merged"
+EXAMPLE = "minia3 merge tiny-t5 adapter merged"
 
 
 def add_arguments(parser):

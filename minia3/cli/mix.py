@@ -7,7 +7,7 @@ from minia3.cli.arguments import add_new_folder, describe_folder, writing_new_fo
 from minia3.cli.terminal import show
 
 TITLE = "Mix several adapters into one"
-EXAMPLE = "python -m minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
+EXAMPLE = "minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
 
 
 def add_arguments(parser):

@@ -22,7 +22,7 @@ from minia3.cli.terminal import show
 from minia3.files.processes import is_first
 
 TITLE = "Label the rows of a file, or continue them"
-EXAMPLE = "python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"
+EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
 
 
 def add_arguments(parser):
