@@ -114,8 +114,6 @@ class Group:
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
         seed_dropout(self.cells[0].config.seed, self.log.step)
-        if is_sharded(self.model):
-            take_passes(self.model)  # those of an evaluation, in which copies may differ
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
     def add_up_processes(self, signal):
@@ -141,6 +139,8 @@ class Group:
         for prompt in assignment.eval_prompts:
             with showing(f"{cell.title_of(assignment.task)}evaluating"), dividing():
                 results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
+        if is_sharded(self.model):
+            take_passes(self.model)  # here copies may differ, and in a step they must not
         return over_prompts(results)
 
     def evaluate_prompt(self, cell, assignment, rows, prompt, shots):

@@ -171,11 +171,9 @@ class Run:
             group.undo_step(random)
             raise
         except RuntimeError as error:
-            if not is_gone(error):
-                raise
-            # It ended while the processes gathered a block of the model (model/shard.py).
-            group.undo_step(random)
-            raise PeerGone(GONE) from error
+            if is_gone(error):
+                group.undo_step(random)
+            raise
 
     def add_up_processes(self, group):
         """Add up what several processes have computed in this step.
@@ -206,6 +204,12 @@ class Run:
         except (Stopped, PeerGone):
             self.save(group)
             raise
+        except RuntimeError as error:
+            if not is_gone(error):
+                raise
+            # It ended while the processes gathered a block of the model (model/shard.py).
+            self.save(group)
+            raise PeerGone(GONE) from error
         self.save(group)
 
     def save(self, group):
