@@ -64,8 +64,8 @@ class Run:
         self.extended_from = None  # how many steps it had done
         if is_first():
             self.open_folder(config)
-        self.folder, self.saved = from_first((self.folder, self.saved))
-        self.extended_from = from_first(self.extended_from)
+        opened = (self.folder, self.saved, self.extended_from)
+        self.folder, self.saved, self.extended_from = from_first(opened)
         # What this process writes to: the first one writes for all.
         self.written_folder = self.folder if is_first() else None
         self.finals = self.saved.finals
@@ -163,13 +163,13 @@ class Run:
             group.undo_step(random)
             raise
 
-    def add_up_processes(self, group):
-        """Add up what several processes have computed in this step.
+    def sum_over_processes(self, group):
+        """Add up the gradients and the losses of all processes, if there are several.
 
-        If one of them has got a signal, all stop at the end of this step.
+        If a process has got a signal, all of them stop at the end of this step.
         """
         if n_processes() > 1:
-            signal = group.add_up_processes(self.signals.pending)
+            signal = group.sum_over_processes(self.signals.pending)
             if signal is not None:
                 self.signals.pending = signal
 
@@ -195,14 +195,17 @@ class Run:
         self.save(group)
 
     def save(self, group):
-        self.write_checkpoint(group.state_dict())
+        if self.written_folder is not None:  # or the copies of a state are made for nothing
+            self.write_checkpoint(group.state_dict())
 
     def restore(self, group):
         """Put the group into its state in the last checkpoint, or before the run was made longer.
 
         Without such a state, nothing changes.
         """
-        state = self.saved.group or kept_state(self.folder, self.n_done)
+        state = self.saved.group
+        if state is None:  # the first process reads it, because only its machine has the folder
+            state = from_first(kept_state(self.written_folder, self.n_done))
         if state is not None:
             with reading(self.folder / "checkpoint.pt", DAMAGED):
                 group.load_state_dict(state)
