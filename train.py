@@ -83,7 +83,7 @@ def train(run, group, config):
                         losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
                         sum(losses.values()).backward()
                         log.add_losses(losses)
-                    run.add_up_processes(group)  # if there are several, as torchrun starts them
+                    run.sum_over_processes(group)  # if torchrun has started several
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -133,7 +133,7 @@ def run_grid(run: Run, config: Config):
 
     with first_goes_first():  # because this downloads
         cells = make_cells(config)
-        check_model(config.model)
+        check_model(config.model)  # so that a wrong name is the only line
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)

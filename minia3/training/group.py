@@ -118,21 +118,21 @@ class Group:
             take_passes(self.model)  # those of an evaluation, in which copies may differ
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
-    def add_up_processes(self, signal):
-        """Add up what all processes have computed in this step: gradients and losses.
+    def sum_over_processes(self, signal):
+        """Add up the gradients and the losses of this step over all processes.
 
-        signal: the number of the signal that this process has got, or None. Return that of any.
+        signal: the number of the signal that this process has got, or None. Return the number that
+        any process has got, or None. Raise the errors of `StepSum.add_up`.
         """
-        losses = self.log.losses[-1]
-        device = self.device
+        losses = {}  # all cells in the same order; the share of a process may have none of a cell
         for cell in self.active_cells:
-            losses[cell.row] = torch.as_tensor(losses.get(cell.row, 0.0), device=device)
-        losses = {cell.row: losses[cell.row] for cell in self.active_cells}
+            loss = self.log.losses[-1].get(cell.row, 0.0)
+            losses[cell.row] = torch.as_tensor(loss, device=self.device)
         self.log.losses[-1] = losses
-        trained = self.cells[0].tables.values()
         n_passes = self.log.n_passes
         if is_sharded(self.model):
             n_passes = take_passes(self.model)
+        trained = self.cells[0].tables.values()  # which have a row for each cell
         return StepSum(trained, losses, n_passes, signal).add_up()
 
     def evaluate(self, cell, assignment, rows, shots=()):
