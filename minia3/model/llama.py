@@ -97,7 +97,7 @@ class Llama(nn.Module):
         self.n_adapters = n_adapters
         self.generations = {}  # of rows: see adapter_rows.py
         self.has_warned = False  # of a text that is too long
-        self.n_least_read = 0  # columns of a prompt, which may be padding: see shard.py
+        self.n_least_read = 0  # columns of a prompt that `start` reads at least: see shard.py
         self.embed = Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -204,10 +204,10 @@ class Llama(nn.Module):
             bias_BHLM = mask_to_bias(is_seen_BLM.unsqueeze(1), dtype)
         return Context(
             packing.adapters(state.adapter_B),
+            packing,
             bias_BHLM,
             is_causal=bias_BHLM is None and n_queries > 1,
             rotation=self.rotation(position_BL, dtype),
-            packing=packing,
         )
 
     def rotation(self, position_BL, dtype):

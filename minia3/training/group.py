@@ -13,7 +13,7 @@ from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
-from minia3.model.shard import is_sharded, take_passes
+from minia3.model.shard import is_sharded, reset_passes
 from minia3.training.batch import MixedBatch
 from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
@@ -115,7 +115,7 @@ class Group:
         """Return the examples of the next step, for all cells that still train."""
         seed_dropout(self.cells[0].config.seed, self.log.step)
         if is_sharded(self.model):
-            take_passes(self.model)  # those of an evaluation, in which copies may differ
+            reset_passes(self.model)  # because copies may have made other numbers of them so far
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
     def sum_over_processes(self, signal):
@@ -131,7 +131,7 @@ class Group:
         self.log.losses[-1] = losses
         n_passes = self.log.n_passes
         if is_sharded(self.model):
-            n_passes = take_passes(self.model)
+            n_passes = reset_passes(self.model)
         trained = self.cells[0].tables.values()  # which have a row for each cell
         return StepSum(trained, losses, n_passes, signal).add_up()
 
