@@ -233,7 +233,7 @@ def share(items):
 
 
 def share_of_copy(items):
-    """Return a share, as `share` does, that all processes that hold a model together have in common.
+    """Return a share as `share` does, but an equal one for all processes that hold a model together.
 
     Generation needs this, because different prompts need different numbers of passes.
     """

@@ -142,7 +142,7 @@ def gathered(parameter):
 
 
 def compare_passes(model):
-    """Let `model.n_passes` count the passes of each stack, and compare the count before each one."""
+    """Let `model.n_passes` count passes through its stacks, with a comparison before each one."""
     model.n_passes = 0
 
     def begin_pass(*_):

@@ -67,7 +67,7 @@ def test_only_some_runs_may_be_meant_and_only_their_flags_are_checked(tmp_path):
     runs = read_studies([path], {"adapter": "path/to/adapter"}, only="*-ia3")
     assert names(runs) == ["shots4-ia3", "shots16-ia3"]
     assert names(read_studies([path], {"rank": 4}, only="*lora")) == ["shots4-lora", "shots16-lora"]
-    with pytest.raises(ValueError, match="--only is 'x', .* some of shots4-ia3, shots4-lora"):
+    with pytest.raises(ValueError, match="'x', and no run has such a name: expected a pattern"):
         read_studies([path], {}, only="x")
 
 
