@@ -233,7 +233,7 @@ def share(items):
 
 
 def share_of_copy(items):
-    """Return a share as `share` does, but an equal one for all processes that hold a model together.
+    """Return a share, as `share` does, but the same one for all processes of a copy.
 
     Generation needs this, because different prompts need different numbers of passes.
     """

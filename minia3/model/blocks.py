@@ -214,3 +214,8 @@ class Block(nn.Module):
 
         h_BLD = self.ffn_norm(x_BLD)
         return x_BLD + self.dropout(self.ffn(h_BLD, context.adapter_B))
+
+
+def blocks_of(model):
+    """Return the blocks of all stacks of a model."""
+    return [module for module in model.modules() if isinstance(module, Block)]

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minia3.model.blocks import Block
+from minia3.model.blocks import blocks_of
 from minia3.model.ia3 import IA3
 
 
@@ -100,10 +100,6 @@ def check_torch(model):
             f"--shard and --offload of {kind} need torch {needed} or newer, found "
             f"{torch.__version__}"
         )
-
-
-def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def is_sharded(model):

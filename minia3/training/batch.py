@@ -45,8 +45,8 @@ class MixedBatch:
             if pairs:
                 yield MicroBatch(pairs, self.n_terms, self.has_rows)
             else:
-                # Other processes have one more part, and this one must make as many passes. It reads
-                # an example whose losses are divided by infinity, so it adds 0.
+                # Other processes have one more part, and this one must make as many passes. So it
+                # reads an example whose losses are divided by infinity, which adds 0.
                 no_weight = dict.fromkeys(self.cells, dict.fromkeys(LOSSES, math.inf))
                 yield MicroBatch(self.pairs[:1], no_weight, self.has_rows)
 

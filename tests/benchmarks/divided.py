@@ -17,8 +17,8 @@ import torch.distributed.fsdp  # before anything is measured, because it takes m
 import minia3
 from minia3.files.processes import add_over_processes, is_first, join, leave, n_processes, rank
 from minia3.inference.decoding import decode_tokens
+from minia3.model.blocks import blocks_of
 from minia3.model.recompute import recompute_blocks
-from minia3.model.shard import blocks_of
 from minia3.training.shards import ALL, make_shards
 from tests.anonymous_memory import anonymous, sampling
 

@@ -11,8 +11,9 @@ from minia3.files.processes import add_over_processes, n_processes, rank
 from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.scoring import choice_logprobs
+from minia3.model.blocks import blocks_of
 from minia3.model.recompute import recompute_blocks
-from minia3.model.shard import blocks_of, is_divided, reset_passes
+from minia3.model.shard import is_divided, reset_passes
 from minia3.training.losses import count_terms, total_loss
 
 NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
