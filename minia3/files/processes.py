@@ -127,6 +127,22 @@ def meeting():
         raise PeerGone(message) from error
 
 
+@contextmanager
+def computing_together():
+    """Raise PeerGone if another process ends while torch itself waits for it in the block.
+
+    torch does so when it gathers a part of a model that is divided (model/shard.py).
+    """
+    try:
+        yield
+    except PeerGone:
+        raise
+    except RuntimeError as error:
+        if _process.n_processes > 1 and is_gone(error):
+            raise PeerGone(GONE) from error
+        raise
+
+
 def is_gone(error):
     """Return whether an error of torch says that another process has ended."""
     return any(sign in str(error) for sign in SIGNS)

@@ -9,7 +9,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
-from minia3.files.processes import PeerGone, from_first, has_first_word, is_first, n_processes
+from minia3.files.processes import (
+    PeerGone,
+    computing_together,
+    from_first,
+    has_first_word,
+    is_first,
+    n_processes,
+)
 from minia3.files.read import reading
 from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import (
@@ -152,12 +159,12 @@ class Run:
     def giving_up(self, group):
         """Return a context for the part of a step that computes, and changes no parameter.
 
-        A second Ctrl-C, or SIGTERM, stops the run within it at once. The step is undone, so that
-        the checkpoint is the one from before the step. Without a signal, the block just runs.
+        A second Ctrl-C, or SIGTERM, stops the run within it at once, and so does the end of another
+        process. The step is undone, so that the checkpoint is the one from before the step.
         """
         random = random_state(group.device)  # dropout is drawn from it
         try:
-            with self.signals.urgent(partial(self.leave, group, random)):
+            with self.signals.urgent(partial(self.leave, group, random)), computing_together():
                 yield
         except (Stopped, PeerGone):
             group.undo_step(random)
@@ -186,9 +193,10 @@ class Run:
 
     @contextmanager
     def checkpointing(self, group):
-        """Save a checkpoint at the end of the block, and also if a signal stops it."""
+        """Save a checkpoint at the end of the block, and also if it is stopped."""
         try:
-            yield
+            with computing_together():
+                yield
         except (Stopped, PeerGone):
             self.save(group)
             raise
