@@ -11,7 +11,7 @@ Shapes: (in, out) are the widths of the linear, r is the rank. A is (r, in) and 
 import torch
 from torch import nn
 
-from minia3.adapters.peft_config import check_lora_config
+from minia3.adapters.peft_config import check_lora_config, check_targets
 from minia3.adapters.peft_files import adapter_file, write_peft
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
@@ -158,6 +158,7 @@ def load_lora(model, name_or_path):
         # A model without storage shows which names and shapes the tensors must have.
         expected = add_lora(build_model(model.config), *options)
         check_tensors(entries, expected)
+        check_targets(config, entries)
     for name, parameter in add_lora(model, *options).items():
         parameter.data.copy_(entries[name].read())
 

@@ -49,7 +49,7 @@ def merge(model, adapter=0):
     row = row_of(model, adapter)
     if quantized_linears(model):
         if is_sharded(model):
-            advice = "merge the files of its checkpoint instead (python -m minia3 merge)"
+            advice = "merge the files of its checkpoint instead (minia3 merge)"
             raise ValueError(f"a base that is quantized and divided among processes: {advice}")
         return finish_merge(model, merge_quantized(model, row))
     merged = build_model(model.config)

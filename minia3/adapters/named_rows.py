@@ -21,7 +21,8 @@ class Adapters(dict):
 
     Row 0 is the base: it is all ones, and its name is None. Any thread may load or remove adapters
     while others generate: rows that are in use stay where they are. An unknown name is a
-    ValueError, and so are the rows of a name that was removed after they were asked for.
+    ValueError, and so are the rows of a name that was removed after they were asked for, also while
+    they are read.
     """
 
     # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
@@ -53,9 +54,11 @@ class Adapters(dict):
     def remove(self, name):
         """Forget a name. Its row becomes ones, and is free for another adapter."""
         with self.lock:
-            fill_row(self.model, self[name], {})
-            give_up(find_row(self[name], self.model), self.model)
+            row = find_row(self[name], self.model)
             del self[name]
+            # First, so that whoever has read other vectors finds out: see State.check_adapters.
+            give_up(row, self.model)
+            fill_row(self.model, number_of(row, self.model), {})
 
     def rows(self, names):
         """Return (B,) long, on the CPU: the row of each name, for `start`. None is the base."""
@@ -84,8 +87,9 @@ class Adapters(dict):
         return {name: rows[name] if name in rows else next(free) for name in names}
 
     def __missing__(self, name):
-        nearest = difflib.get_close_matches(str(name), self, n=1, cutoff=0)
-        hint = f"the nearest of {len(self)} names: {nearest[0] if nearest else 'none'}"
+        names = list(self)  # because another thread may add to it meanwhile
+        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)
+        hint = f"the nearest of {len(names)} names: {nearest[0] if nearest else 'none'}"
         raise ValueError(f"there is no adapter {name!r}; {hint}")
 
 

@@ -5,6 +5,7 @@ tables hold all keys of PEFT's IA3Config and LoraConfig; a test compares them.
 """
 
 import math
+import re
 import warnings
 
 # fmt: off
@@ -94,6 +95,33 @@ def check_lora_config(folder, config):
         raise ValueError(f"{folder}: lora_alpha is {alpha!r:.80}, expected a finite number")
     warn_of_unknown(folder, config, {*READ, "r", "lora_alpha", *LORA_HARMLESS, *LORA_REFUSED})
     return rank, alpha
+
+
+def check_targets(config, names):
+    """Raise ValueError if `target_modules` leaves out a module whose tensors are in the file.
+
+    PEFT would leave these tensors out. names: PEFT's names of the tensors.
+    """
+    targets = config.get("target_modules")
+    if targets == "all-linear":
+        return
+    for name in names:
+        module = re.sub(r"\.lora_[AB]\.weight$", "", name.removeprefix("base_model.model."))
+        if not is_target(module, targets):
+            found = f"found {targets!r:.200}"
+            raise ValueError(f"expected target_modules that name {module!r:.200}, {found}")
+
+
+def is_target(module, targets):
+    """Return whether PEFT finds a module by a list of the ends of names, or by a pattern."""
+    if isinstance(targets, str):
+        try:
+            return bool(re.fullmatch(targets, module))
+        except re.error:
+            return False
+    if not isinstance(targets, list):
+        return False
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def other_values(config, neutral):

@@ -3,10 +3,11 @@
 import argparse
 import os
 import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minia3.files.processes import first_goes_first
-from minia3.files.write import is_free
+from minia3.files.write import is_free, writing_folder
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
 
@@ -21,6 +22,20 @@ def add_adapter_option(parser):
 
 def add_new_folder(parser):
     parser.add_argument("out", type=new_folder, help="folder to write; it must be new or empty")
+
+
+@contextmanager
+def writing_new_folder(out):
+    """Yield a hidden folder whose files become those of `out` at the end, all or none.
+
+    So a command that writes a folder in several steps can be killed between them and run again.
+    """
+    try:
+        with writing_folder(out) as hidden:
+            yield hidden
+    finally:
+        with suppress(OSError):  # the folder has the result, so it is not empty
+            Path(out).rmdir()
 
 
 def add_max_new_tokens(parser):

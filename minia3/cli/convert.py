@@ -9,11 +9,12 @@ from minia3.cli.arguments import (
     add_new_folder,
     describe_folder,
     load_model,
+    writing_new_folder,
 )
 from minia3.cli.terminal import show
 
 TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
-EXAMPLE = "python -m minia3 convert finish.pt adapter"
+EXAMPLE = "minia3 convert finish.pt adapter"
 
 
 def add_arguments(parser):
@@ -59,14 +60,15 @@ def convert_adapter(args):
     from minia3.tasks.task_file import copy_task_file
 
     adapter = read_adapter(args.model)
-    if args.to == "dora":
-        base = args.base or adapter.base
-        if base is None:
-            raise ValueError(f"{args.model} does not say which model it is for: give --base")
-        write_dora(args.out, adapter, base, args.model)
-    else:
-        write_adapter(args.out, adapter.vectors, args.base or adapter.base)
-    copy_task_file([Path(args.model)], args.out)
+    base = args.base or adapter.base
+    if args.to == "dora" and base is None:
+        raise ValueError(f"{args.model} does not say which model it is for: give --base")
+    with writing_new_folder(args.out) as folder:
+        if args.to == "dora":
+            write_dora(folder, adapter, base, args.model)
+        else:
+            write_adapter(folder, adapter.vectors, base)
+        copy_task_file([Path(args.model)], folder)
 
 
 def convert_model(args):

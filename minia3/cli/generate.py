@@ -22,7 +22,7 @@ from minia3.cli.terminal import show
 from minia3.files.processes import dividing, from_first, is_first, n_processes
 
 TITLE = "Continue a text, answer a prompt, or chat"
-EXAMPLE = "python -m minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
+EXAMPLE = "minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
 
 BATCH_SIZE = 16  # prompts that are answered at once
 COMMAND = re.compile(r"/[a-z]+")  # what is typed to the program and not to the model

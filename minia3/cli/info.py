@@ -9,7 +9,7 @@ from minia3.cli.arguments import MODEL_HELP, add_quantize
 from minia3.cli.terminal import format_size, show
 
 TITLE = "Describe a model and the memory that it takes, or list the models that are known by name"
-EXAMPLE = "python -m minia3 info t5-base"
+EXAMPLE = "minia3 info t5-base"
 
 MEMORY_NOTE = """\
 The most that tensors take at once, weights included, for {batch} sources of {length} tokens.

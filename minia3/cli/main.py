@@ -92,7 +92,7 @@ def parse(words):
 
     Without words, print the help. Raise ValueError if the words are not a valid command line.
     """
-    parser = make_parser(Parser, "python -m minia3", __doc__, "python -m minia3 info t5-base")
+    parser = make_parser(Parser, "minia3", __doc__, "minia3 info t5-base")
     parser.add_argument("--version", action="version", version=f"minia3 {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     parsers = {}

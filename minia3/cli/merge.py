@@ -1,10 +1,16 @@
 """`merge`: write a model with an adapter folded into its weights."""
 
-from minia3.cli.arguments import add_model, add_new_folder, add_quantize, describe_folder
+from minia3.cli.arguments import (
+    add_model,
+    add_new_folder,
+    add_quantize,
+    describe_folder,
+    writing_new_folder,
+)
 from minia3.cli.terminal import show
 
 TITLE = "Fold an adapter into a model"
-EXAMPLE = "python -m minia3 merge tiny-t5 adapter merged"
+EXAMPLE = "minia3 merge tiny-t5 adapter merged"
 
 
 def add_arguments(parser):
@@ -34,17 +40,17 @@ def run(args):
     from minia3.files.progress import showing
     from minia3.tasks.task_file import copy_task_file
 
-    with showing("merging"):
+    with showing("merging"), writing_new_folder(args.out) as folder:
         if is_lora(args.adapter):
             if args.dequantize:
                 raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
             model = load_model(args.model)
             load_lora(model, args.adapter)
-            save_model(merge(model), args.out, find_tokenizer(find(args.model)))
+            save_model(merge(model), folder, find_tokenizer(find(args.model)))
         else:
             # File by file, so that only one shard is in memory.
             dtype = bfloat16 if args.dequantize else None
             options = {"dtype": dtype, "quantize": args.quantize}
-            merge_files(args.model, args.adapter, args.out, **options)
-        copy_task_file([find_adapter(args.adapter)], args.out)
+            merge_files(args.model, args.adapter, folder, **options)
+        copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")

@@ -3,11 +3,11 @@
 import argparse
 import warnings
 
-from minia3.cli.arguments import add_new_folder, describe_folder
+from minia3.cli.arguments import add_new_folder, describe_folder, writing_new_folder
 from minia3.cli.terminal import show
 
 TITLE = "Mix several adapters into one"
-EXAMPLE = "python -m minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
+EXAMPLE = "minia3 mix mixed one/adapter:0.5 other/adapter:0.5"
 
 
 def add_arguments(parser):
@@ -60,6 +60,7 @@ def run(args):
             f"the adapters were trained on different models, {names}, so the mixture names none",
             stacklevel=1,
         )
-    write_adapter(args.out, vectors, base)
-    copy_task_file([find_adapter(name) for name, _ in args.adapters], args.out)
+    with writing_new_folder(args.out) as folder:
+        write_adapter(folder, vectors, base)
+        copy_task_file([find_adapter(name) for name, _ in args.adapters], folder)
     show(f"mixed {len(args.adapters)} adapters: {describe_folder(args.out)}")

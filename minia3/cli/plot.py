@@ -24,7 +24,7 @@ from minia3.files.write import replacing
 from minia3.inference.metrics import INVERSE_PERPLEXITY
 
 TITLE = "Draw runs, and what their adapters learned"
-EXAMPLE = "python -m minia3 plot runs --out pictures"
+EXAMPLE = "minia3 plot runs --out pictures"
 
 STYLE = {
     "font.size": 9,

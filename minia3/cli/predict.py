@@ -22,7 +22,7 @@ from minia3.cli.terminal import show
 from minia3.files.processes import is_first
 
 TITLE = "Label the rows of a file, or continue them"
-EXAMPLE = "python -m minia3 predict tiny-t5 data/same-colour/test.jsonl"
+EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
 
 
 def add_arguments(parser):
@@ -278,11 +278,14 @@ class Prediction:
 
     def lines(self, first_row=0):
         """Yield the lines of results from a row on; before the first row, the header of a csv."""
-        from minia3.inference.prediction import Limits, csv_line, predict, read_inputs
+        from minia3.inference.prediction import CHUNK, Limits, csv_line, predict, read_inputs
 
         columns = self.columns
         if self.is_csv and first_row == 0:
             yield csv_line(columns)
+        # A row's last bits depend on the rows of its batch. So a file that is completed gets whole
+        # chunks, and the bits that it would have had at once.
+        first_in_chunk = first_row - first_row % CHUNK
         rows = read_inputs(
             self.args.file,
             self.tokenizer,
@@ -294,12 +297,12 @@ class Prediction:
         results = predict(
             self.model,
             self.tokenizer,
-            islice(rows, first_row, None),
+            islice(rows, first_in_chunk, None),
             self.adapters,
             batch_size=self.args.batch_size,
             max_new_tokens=self.args.max_new_tokens,
         )
-        for row, result in results:
+        for row, result in islice(results, first_row - first_in_chunk, None):
             if "output" in result:
                 self.warn_once(row["adapter"])
             values = self.select(row, result, columns)

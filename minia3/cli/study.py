@@ -22,7 +22,7 @@ from minia3.training.run_folder import RunExists
 from minia3.training.study_file import given_words, read_studies
 
 TITLE = "Make the runs that a file describes, or a share of them"
-EXAMPLE = "python -m minia3 study study.toml --run 1/6"
+EXAMPLE = "minia3 study study.toml --run 1/6"
 STATES = ("finished", "failed", "begun", "to come")
 
 

@@ -18,7 +18,7 @@ from minia3.cli.terminal import show
 from minia3.inference.metrics import INVERSE_PERPLEXITY
 
 TITLE = "Make the paper's table of runs"
-EXAMPLE = "python -m minia3 table runs"
+EXAMPLE = "minia3 table runs"
 
 # The tasks of the paper come first, in the order of its tables.
 PAPER_TASKS = (

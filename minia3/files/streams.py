@@ -20,8 +20,10 @@ def use_utf8():
     for stream in (sys.stdout, sys.stderr):
         is_text = hasattr(stream, "reconfigure") and stream.encoding is not None
         if is_text and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(encoding="utf-8")
+        if is_text and stream.errors == "strict":
             # What Python could not decode (as in a file's name) is written back as it came.
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+            stream.reconfigure(errors="surrogateescape")
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     are read in batches of similar lengths. Raise NotFiniteError if a choice has no finite score.
     """
     n_choices = max(len(example.targets) for example in examples)
-    scores_NC = torch.full((len(examples), n_choices), float("-inf"))
+    scores_NC = torch.full((len(examples), n_choices), float("-inf"), dtype=torch.float32)
     lengths = [len(example.source) for example in examples]
     for rows, adapters in batches_by_length(lengths, adapter, batch_size):
         batch = collate([examples[row] for row in rows])

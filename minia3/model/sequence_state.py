@@ -105,6 +105,15 @@ class State:
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
     n_sharing: int = 1  # rows that share one row of the caches
+    numbers: tuple = ()  # of the adapters, as the caller gave them: see adapter_rows.py
+
+    def check_adapters(self, model):
+        """Raise ValueError if an adapter was removed while its vectors were read.
+
+        Another thread may do so at any time, and the logits would be those of another adapter.
+        """
+        for number in self.numbers:
+            find_row(number, model)
 
     def append_columns(self, tokens_RL):
         """Add columns for the next tokens, and return the tokens as the blocks read them.
@@ -314,6 +323,13 @@ def check_start(source_BM, mask_BM, adapter, model):
         raise ValueError(f"{expected}, found {adapter!r}")
     rows = [find_row(number, model) for number in numbers.flatten().tolist()]
     return to_device(torch.tensor(rows), source_BM.device)
+
+
+def distinct_numbers(adapter):
+    """Return the numbers in the argument `adapter` of `start`, each once."""
+    if adapter is None:
+        return (0,)
+    return tuple(set(torch.as_tensor(adapter).flatten().tolist()))
 
 
 def check_mask(mask_BM, shape):

@@ -8,11 +8,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from urllib.request import urlopen
 
-from minia3.files.lock import waiting_for_lock
+from minia3.files.lock import lock_folder, remove_lock, waiting_for_lock
 from minia3.files.progress import progress_bar
 from minia3.tasks.task import Source
 
@@ -22,6 +23,7 @@ CHUNK = 1 << 16  # bytes
 LEAST_RATE = 1000  # bytes per second, on average from the beginning
 GRACE = 60  # seconds in which a transfer may be slower
 
+LOCK = ".part-lock"
 SCRATCH = ".part-"  # how the name of a folder with half-written files begins
 
 # An unpacked file may be this many times as large as its archive. Texts are about four times as
@@ -63,7 +65,7 @@ def write_files(contents: dict[str, bytes], folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     # The lock tells the scratch folder of a killed process from that of one that is writing.
     with (
-        waiting_for_lock(folder, ".part-lock"),
+        waiting_for_lock(folder, LOCK),
         tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch,
     ):
         remove_other_folders(folder, scratch)
@@ -74,6 +76,16 @@ def write_files(contents: dict[str, bytes], folder: Path):
             scratch_file = Path(scratch, name)
             scratch_file.write_bytes(content)
             os.replace(scratch_file, target)
+
+
+def remove_leftovers(folder: Path):
+    """Remove what a process left that was killed after its last file, unless another one writes."""
+    if not any(folder.glob(f"{SCRATCH}*/")):
+        return
+    with suppress(OSError, ValueError), lock_folder(folder, LOCK):
+        for path in folder.glob(f"{SCRATCH}*/"):
+            shutil.rmtree(path, ignore_errors=True)
+        remove_lock(folder / LOCK)
 
 
 def remove_other_folders(folder: Path, scratch: str):

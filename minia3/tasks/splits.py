@@ -17,7 +17,7 @@ from minia3.tasks.columns import (
     understand,
     with_flags,
 )
-from minia3.tasks.download import download, file_names
+from minia3.tasks.download import download, file_names, remove_leftovers
 from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
 from minia3.tasks.library_data import find_hub_files, find_saved_files
 from minia3.tasks.prompts import field_names
@@ -364,6 +364,11 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     if not needed <= files.keys():
         download(spec.sources, folder)
         files = find_splits(folder, suffixes)
+        if not needed <= files.keys():
+            found = ", ".join(sorted(files)) or "nothing"
+            raise ValueError(f"{folder}: downloaded files were removed, only {found} is left")
+    else:
+        remove_leftovers(folder)
     return files
 
 

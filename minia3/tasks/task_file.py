@@ -127,7 +127,7 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     check_values(entry, KEYS)
     for prompt in entry.get("prompts", ()):
         check_values(prompt, PROMPT_KEYS)
-        if "text" not in prompt:
+        if prompt.get("text") is None:
             raise ValueError("a prompt has no 'text'")
         for text in (prompt["text"], prompt.get("target"), *prompt.get("choices", ())):
             check_template(text or "")
@@ -163,6 +163,8 @@ def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, 
             listed = names[split]
             if isinstance(listed, str):
                 listed = [listed]
+            if not is_kind(listed, "a list of texts"):
+                raise ValueError(f"'files' has {listed!r:.60} for {split}, expected paths")
             files[split] = [folder / name for name in listed]
     return files
 

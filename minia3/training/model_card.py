@@ -41,7 +41,8 @@ class Facts:
 def write_card(folder, config, finals, checksums):
     """Write README.md into a folder. The other arguments are those of `card`."""
     with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card(config, finals, checksums), encoding="utf-8")
+        # A path may hold bytes that are not UTF-8, and the card must be.
+        temporary.write_text(card(config, finals, checksums), encoding="utf-8", errors="replace")
 
 
 def card(config, finals, checksums):

@@ -19,7 +19,7 @@ from pathlib import Path
 from minia3 import __version__
 from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json
-from minia3.files.write import replacing, write_json
+from minia3.files.write import remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
 from minia3.training.command_lines import PLACES
 from minia3.training.config_file import recorded_flags
@@ -140,6 +140,7 @@ def begin_run(folder, config):
                 f"{folder} holds a run already ({', '.join(found)}): "
                 "use --resume or another --out, or remove it"
             )
+        remove_leftovers(folder)  # a run that was killed before it had a config.json
         write_json(folder / "config.json", dataclasses.asdict(config) | environment())
     except OSError as error:
         raise ValueError(

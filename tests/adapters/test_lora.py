@@ -493,3 +493,24 @@ def test_an_adapter_of_another_model_or_method_is_refused(loaded, peft_folder, t
     refused(loaded("t5-v1.0"), tmp_path / "ia3", "expected plain LoRA, found peft_type 'IA3'")
     with pytest.raises(ValueError, match="not found"):
         load_lora(loaded("t5-v1.0"), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "targets", [None, [], ["q_proj"], ["proj"], "q_proj", "(", 1, ["q_proj", "layers.0.v_proj"]]
+)
+def test_tensors_that_peft_would_leave_out_are_refused(loaded, peft_folder, targets):
+    """PEFT takes only the modules that `target_modules` names, whatever tensors there are."""
+    _, folder = peft_folder("llama-gqa")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+    refused(loaded("llama-gqa"), folder, "expected target_modules that name 'model.layers.0")
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", r".*\.(q|v)_proj", ["self_attn.q_proj", "v_proj"]]
+)
+def test_the_other_forms_of_target_modules_are_read(loaded, peft_folder, targets):
+    _, folder = peft_folder("llama-gqa")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
+    load_lora(loaded("llama-gqa"), folder)

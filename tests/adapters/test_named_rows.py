@@ -168,6 +168,21 @@ def test_rows_that_were_asked_for_before_a_name_was_removed_are_refused(loaded, 
     model.start(SOURCE, MASK, old_rows[[1, 1, 2, 3]])  # the others are where they were
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_an_adapter_that_is_removed_while_it_answers_is_an_error(loaded, folders, name):
+    """The layers after its removal would have the vectors of another adapter."""
+    folder = folders(name, 1)
+    model = loaded(name)
+    adapters = Adapters(model)
+    adapters.load_folder(folder)
+    state = model.start(SOURCE, MASK, adapters.rows(["a0", None, "a0", None]))
+    block = (model.decoder.blocks if hasattr(model, "decoder") else model.blocks)[0]
+    hook = block.register_forward_hook(lambda *_: adapters.remove("a0"))
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed"):
+        model.step(state.start, state)
+    hook.remove()
+
+
 def test_a_partial_adapter_in_a_used_row_leaves_nothing_of_the_old_one(loaded, folders, tmp_path):
     folder = folders("llama-gqa", 1)
     model = loaded("llama-gqa", n_adapters=2)

@@ -324,7 +324,7 @@ def test_help_has_an_example(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 0
-    assert "python -m minia3 info t5-base" in " ".join(capsys.readouterr().out.split())
+    assert "minia3 info t5-base" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

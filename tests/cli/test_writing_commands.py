@@ -175,3 +175,25 @@ def test_a_mixture_of_adapters_of_different_models_names_none_and_says_so(adapte
     assert err.count("\n") == 1
     assert "other/base" in err
     assert read_adapter(adapters / "out").base is None
+
+
+# Commands that write in several steps
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "mix"])
+def test_a_command_that_fails_before_its_last_file_leaves_nothing(adapters, monkeypatch, command):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minia3.tasks.task_file.copy_task_file", fail)
+    adapter = adapters / "one" / "adapter"
+    out = adapters / "out"
+    words = {
+        "merge": ("tiny-t5", adapter, out),
+        "convert": (adapter, out),
+        "mix": (out, f"{adapter}:1"),
+    }
+    assert main([command, *map(str, words[command])]) == 1
+    assert not out.exists()
+    monkeypatch.undo()
+    run(command, *words[command])

@@ -51,6 +51,15 @@ def test_ascii_becomes_utf8_and_utf8_stays(monkeypatch):
     assert written.getvalue().decode() == "Übermaß 中文\n"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_path_that_is_not_utf8_is_printed_as_it_came(monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    use_utf8()
+    print(os.fsdecode(b"\xff"), flush=True)
+    assert written.getvalue() == b"\xff\n"
+
+
 # Processes
 
 SHORT = ["--steps", "12", "--save-every", "4", "--eval-batch-size", "64", "--device", "cpu"]

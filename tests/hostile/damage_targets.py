@@ -44,6 +44,7 @@ from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from minia3.training.run_folder import Metrics, check_data, read_run_config
+from tests.hostile import program_targets as program
 from tests.small_tokenizers import field
 
 
@@ -856,4 +857,8 @@ TARGETS = {
     "parquet": Target(make_parquet, check_rows, 500),
     "zip": Target(make_zip, read_zip, 300),
     "run": Target(make_run, read_run, 300),
+    "chat template": Target(program.make_templates, program.read_chat_templates, 300),
+    "task file": Target(program.make_task, program.read_task, 500),
+    "LoRA": Target(program.make_lora, program.read_lora, 200),
+    "generation": Target(program.make_generation_config, program.read_generation_config, 500),
 }

@@ -152,6 +152,15 @@ def test_a_batch_of_several_adapters_has_the_scores_of_each_row_alone(both, batc
         assert is_base == (adapter == 0)
 
 
+def test_scores_are_float32_whatever_the_default_dtype_of_the_program_is(both):
+    try:
+        torch.set_default_dtype(torch.float64)
+        scores = minia3.rank(both.model, both.tokenizer, ["w7"], ["w8", "w9"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert scores.dtype == torch.float32
+
+
 def test_rank_says_what_is_wrong_with_its_lists(both):
     def rank(prompts, choices, **options):
         return minia3.rank(both.model, both.tokenizer, prompts, choices, **options)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from task_files import FILES, PARTS, Handler, files_below, lines, serve, zipped
 
-from minia3.tasks.download import check_rate
+from minia3.tasks.download import check_rate, download
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import render
 from minia3.tasks.splits import load_task
@@ -277,6 +277,14 @@ def test_the_leftovers_of_a_killed_process_do_no_harm_and_are_removed(server, tm
     assert names_below(tmp_path) == ALL_FILES
 
 
+def test_what_was_killed_after_its_last_file_is_removed_by_the_next_run(server, tmp_path):
+    load_task("served", tmp_path)
+    (tmp_path / "served" / ".part-killed").mkdir()
+    load_task("served", tmp_path)
+    assert names_below(tmp_path) == ALL_FILES
+    assert server.n_requests == 1
+
+
 @pytest.mark.parametrize("n_moved", [0, 1, 2])
 def test_the_next_run_finishes_an_unpacking_that_stopped_halfway(
     server, tmp_path, monkeypatch, n_moved
@@ -304,3 +312,13 @@ def test_a_known_task_is_not_read_from_files_with_another_suffix(server, tmp_pat
         (tmp_path / "served" / f"{name}.csv").write_text("input\n")
     assert len(load_task("served", tmp_path).train) == 2
     assert server.n_requests == 1
+
+
+def test_files_that_somebody_removes_after_the_download_are_missed(server, tmp_path, monkeypatch):
+    def download_and_lose(sources, folder):
+        download(sources, folder)
+        (folder / "train.jsonl").unlink()
+
+    monkeypatch.setattr("minia3.tasks.splits.download", download_and_lose)
+    with pytest.raises(ValueError, match=r"downloaded files were removed, only test, validation"):
+        load_task("served", tmp_path)

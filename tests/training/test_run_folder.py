@@ -28,6 +28,15 @@ from minia3.training.run_folder import (
 )
 
 
+def test_what_a_run_left_that_was_killed_at_once_is_removed(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    left = out / f".config.json.{'0' * 32}"
+    left.write_text("{")
+    assert run(words(out, steps=1)) == 0
+    assert not left.exists()
+
+
 def test_a_second_run_in_the_folder_of_one_that_lives_is_refused(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, steps=1)) == 0
