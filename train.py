@@ -157,7 +157,7 @@ def run_grid(run: Run, config: Config):
         if config.is_training:
             group.draw_batches()
             run.micro_batch_size = check_memory(run, group)
-        check_evaluation(run, group)
+        run.eval_batch_size = check_evaluation(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)

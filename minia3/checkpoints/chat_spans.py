@@ -139,9 +139,11 @@ def probe_turn(conversation, i):
 
 def describe_change(before, after, whole, i):
     """Return what changes in the text of a conversation when it goes on after message i."""
-    text, longer = before, after
+    text = before
+    longer = after
     if after.startswith(before):
-        text, longer = after, whole
+        text = after
+        longer = whole
     n_same = count_same(text, longer)
     return (
         f"message {i}, or the text before it, changes when the conversation goes on "

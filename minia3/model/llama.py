@@ -140,7 +140,7 @@ class Llama(nn.Module):
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long),
-            numbers=distinct_numbers(adapter),
+            adapter_numbers=distinct_numbers(adapter),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)
@@ -171,7 +171,7 @@ class Llama(nn.Module):
             x = block(x, context, cache, keys_only and block is last_block)
         if keys_only:
             return None
-        state.check_adapters(self)
+        state.check_adapters(self)  # another thread may have removed one meanwhile
         return self.norm(x).view(*tokens.shape, -1)
 
     def warn_beyond(self, length):

@@ -105,14 +105,14 @@ class State:
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
     n_sharing: int = 1  # rows that share one row of the caches
-    numbers: tuple = ()  # of the adapters, as the caller gave them: see adapter_rows.py
+    adapter_numbers: tuple = ()  # as the caller gave them: see adapter_rows.py
 
     def check_adapters(self, model):
         """Raise ValueError if an adapter was removed while its vectors were read.
 
         Another thread may do so at any time, and the logits would be those of another adapter.
         """
-        for number in self.numbers:
+        for number in self.adapter_numbers:
             find_row(number, model)
 
     def append_columns(self, tokens_RL):

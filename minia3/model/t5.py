@@ -177,7 +177,7 @@ class T5(nn.Module):
             caches=caches,
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long),
-            numbers=distinct_numbers(adapter),
+            adapter_numbers=distinct_numbers(adapter),
             memory_bias_B11M=memory_bias_B11M,
         )
 
@@ -201,7 +201,7 @@ class T5(nn.Module):
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
         distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
-        state.check_adapters(self)
+        state.check_adapters(self)  # another thread may have removed one meanwhile
         return x_BLD.view(*tokens.shape, -1)
 
     def logits(self, x):

@@ -36,26 +36,31 @@ def check_evaluation(run, group):
     """Print a note if a batch of an evaluation takes more memory than is free.
 
     On a CPU, limit the process to what is free, as `check_memory` does.
+
+    Return an --eval-batch-size to try if memory runs out: the size that fits, or else a half.
     """
+    half = max(1, group.config.eval_batch_size // 2)
     free = free_memory(group.device)
+    if free is None:
+        return half
     shape = shape_of_evaluation(group)
-    if free is None or upper_bound(group.model.config, shape) < free / 2:
-        return  # nothing to plan
+    if upper_bound(group.model.config, shape) < free / 2:
+        return half  # nothing to plan
     free = int(ROOM * free)
     needed = OVERHEAD * planned_evaluation(group, shape)
     if needed <= free:
-        return
+        return half
     fitting = fitting_size(partial(planned_evaluation, group), shape, free)
     advice = "no size fits: take a smaller model or a shorter --max-length"
     if fitting > 0:
         advice = f"--eval-batch-size {fitting} fits"
-        run.eval_batch_size = fitting
     print(
         f"note     to evaluate {shape.n_examples} rows at once takes about {gigabytes(needed)}, "
         f"but {gigabytes(free)} are free: {advice}"
     )
     if group.device.type == "cpu":
         run.resources.enter_context(limited_memory(free))
+    return max(1, fitting)
 
 
 def shape_of_evaluation(group):

@@ -253,9 +253,11 @@ class Run:
 
     def finish_group(self, group, is_last):
         """Save the results of a group's cells. Raise Failed if all cells of the run have failed."""
-        state = group.state_dict()  # from which the run can be made longer
-        if not is_last and self.written_folder:
-            keep_state(self.written_folder, self.n_done, state)
+        state = None
+        if self.written_folder is not None:
+            state = group.state_dict()  # from which the run can be made longer
+            if not is_last:
+                keep_state(self.written_folder, self.n_done, state)
         self.n_done += len(group.cells)
         if not is_last:
             self.write_checkpoint(None)

@@ -20,8 +20,7 @@ from running import ROOT
 from minia3.cli.main import COMMANDS, main, parse
 
 EXAMPLES = {
-    name: shlex.split(command.EXAMPLE.removeprefix("minia3 "))
-    for name, command in COMMANDS.items()
+    name: shlex.split(command.EXAMPLE.removeprefix("minia3 ")) for name, command in COMMANDS.items()
 }
 
 
