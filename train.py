@@ -74,10 +74,10 @@ def train(run, group, config):
             with run.uninterrupted():
                 log.start_step()
                 model.train()
-                batch = group.next_batch()
                 # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
                 # yet, so a second Ctrl-C gives up this step, and nothing else.
                 with run.giving_up(group):
+                    batch = group.next_batch()
                     for part in batch.split(config.micro_batch_size):
                         logp_BCL = choice_logprobs(model, part.batch, part.row_B)
                         losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
