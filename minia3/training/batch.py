@@ -64,7 +64,7 @@ class MicroBatch:
 
     def losses(self, logp_BCL):
         """Return a dict from each cell to the part of its loss that comes from these examples."""
-        # For all cells at once, because each copy costs a GPU the same time.
+        # For all cells at once, because a copy of a few numbers takes as long as one of many.
         mask_BCL = to_device(self.batch.target_mask_BCL, logp_BCL.device)
         label_B = to_device(self.batch.label_B, logp_BCL.device)
         losses = {}

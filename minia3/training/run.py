@@ -212,7 +212,7 @@ class Run:
         Without such a state, nothing changes.
         """
         state = self.saved.group
-        if state is None:  # the first process reads it, because only its machine has the folder
+        if state is None:  # only the machine of the first process needs to have the folder
             state = from_first(kept_state(self.written_folder, self.n_done))
         if state is not None:
             with reading(self.folder / "checkpoint.pt", DAMAGED):
