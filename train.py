@@ -74,16 +74,16 @@ def train(run, group, config):
             with run.uninterrupted():
                 log.start_step()
                 model.train()
-                batch = group.next_batch()
                 # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
                 # yet, so a second Ctrl-C gives up this step, and nothing else.
                 with run.giving_up(group):
+                    batch = group.next_batch()
                     for part in batch.split(config.micro_batch_size):
                         logp_BCL = choice_logprobs(model, part.batch, part.row_B)
                         losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
                         sum(losses.values()).backward()
                         log.add_losses(losses)
-                    run.add_up_processes(group)  # if there are several, as torchrun starts them
+                    run.sum_over_processes(group)  # if torchrun has started several
 
                 # Each cell clips its own gradient and updates its own parameters.
                 for cell in batch.cells:
@@ -133,7 +133,7 @@ def run_grid(run: Run, config: Config):
 
     with first_goes_first():  # because this downloads
         cells = make_cells(config)
-        check_model(config.model)
+        check_model(config.model)  # so that a wrong name is the only line
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
@@ -157,7 +157,7 @@ def run_grid(run: Run, config: Config):
         if config.is_training:
             group.draw_batches()
             run.micro_batch_size = check_memory(run, group)
-        check_evaluation(run, group)
+        run.eval_batch_size = check_evaluation(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)

@@ -31,8 +31,8 @@ def write_dora(folder, adapter_file, base, origin):
     """Write an adapter as the PEFT folder of a DoRA.
 
     adapter_file: an AdapterFile that was read from `origin`. base: the name or path of its model,
-    whose weights are read one after the other. Raise ValueError if the adapter does not fit it, or
-    if the adapter is not a DoRA of it.
+    whose weights are read one after the other. Raise ValueError if the adapter does not fit the
+    model, or if no DoRA does what the adapter does.
     """
     model, stored, dtype = open_checkpoint(base)
     factors = factors_of_linears(model, fitting_vectors(model, adapter_file, origin))

@@ -80,12 +80,8 @@ def quantized_entries(model, stored, dtype, quantize):
     """
     entries = dict(stored)
     for name, (stored_name, entry) in stored.items():
-        module_name, _, kind = name.rpartition(".")
-        is_linear = kind == "weight" and is_quantizable(
-            module_name, model.get_submodule(module_name)
-        )
-        is_packed = isinstance(entry, PackedEntry) and quantize == "nf4"
-        if is_linear and not is_packed:
+        is_quantized_already = isinstance(entry, PackedEntry) and quantize == "nf4"
+        if is_quantizable(model, name) and not is_quantized_already:
             read = partial(read_quantized, entry, dtype, QUANTIZED[quantize])
             entries[name] = (stored_name, entry._replace(read=read))
     return entries

@@ -9,9 +9,9 @@ two other ways, for each turn:
    and Mistral's moves the system message to the last question. So replace the content of a message
    by other words: what stays the same around it belongs to the template. The turn begins after what
    the template writes between the message before it and an answer, and ends with what it writes
-   after the answer. Both must be in the whole text as in the text that ends there, and what all
-   messages before the turn say must stand before it. Otherwise the model would be trained without
-   something that it reads when it answers, and the conversation is refused.
+   after the answer. The whole text must have both as the text that ends there has them, and must
+   have the contents of all earlier messages before the turn. Otherwise the model would be trained
+   without something that it reads when it answers, and the conversation is refused.
 """
 
 from bisect import bisect_left
@@ -22,8 +22,8 @@ from minia3.checkpoints.chat import ChatText, render_chat
 
 OR_BLOCKS = "or a template with {% generation %} blocks (--chat-template FILE)"
 
-# Words in place of a content. They differ in their first and in their last characters, so that no
-# content has both characters in common with both of them.
+# Words in place of a content. Their first characters differ, and so do their last ones. So every
+# content differs from at least one of them at its beginning, and from at least one at its end.
 PROBES = ("Alpha.", "omega!")
 
 
@@ -131,16 +131,19 @@ def probe_turn(conversation, i):
         turn_end = turn_end.rstrip()  # as in `without_tail`
     first = question.end + len(prompt_end)
     is_same = question.after.startswith(prompt_end) and answer.after.startswith(turn_end)
-    are_heard = all(conversation.find_content(j, n_messages).first < first for j in range(i))
-    if not is_same or not are_heard or first > answer.first:
+    is_last = all(conversation.find_content(j, n_messages).first < first for j in range(i))
+    if not is_same or not is_last or first > answer.first:
         return None
     return (first, answer.end + len(turn_end))
 
 
 def describe_change(before, after, whole, i):
     """Return what changes in the text of a conversation when it goes on after message i."""
-    pair = (after, whole) if after.startswith(before) else (before, after)
-    text, longer = pair
+    text = before
+    longer = after
+    if after.startswith(before):
+        text = after
+        longer = whole
     n_same = count_same(text, longer)
     return (
         f"message {i}, or the text before it, changes when the conversation goes on "
@@ -151,5 +154,6 @@ def describe_change(before, after, whole, i):
 
 def count_same(text, other):
     """Return how many characters two texts have in common at their beginning."""
+    # By halving, because comparing slices is far faster than comparing characters in Python.
     lengths = range(1, min(len(text), len(other)) + 1)
     return bisect_left(lengths, True, key=lambda length: text[:length] != other[:length])

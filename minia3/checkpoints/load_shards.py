@@ -1,7 +1,7 @@
 """Load a model that is divided among processes. Each process reads only its rows of a tensor.
 
 The files are memory-mapped: slicing a tensor of a file reads nothing, and copying the slice reads
-its pages alone. So no process ever holds the whole model, in no memory. If a tensor has to be
+its pages alone. So no process ever holds the whole model. If a tensor has to be
 dequantized (GGUF), joined (Meta's shards) or unpacked (torch's old format) before it can be sliced,
 it is whole for that moment, one tensor at a time.
 
@@ -14,7 +14,7 @@ from minia3.checkpoints.nf4_files import PackedEntry
 from minia3.checkpoints.place import check_weight, place_linear, place_parameter
 from minia3.files.progress import progress
 from minia3.model.ia3 import vectors
-from minia3.model.quantized import QUANTIZED, NF4Linear, QuantizedLinear, is_quantizable
+from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
 from minia3.model.shard import is_divided, shard
 
 
@@ -24,34 +24,35 @@ def place_shards(model, stored, dtype, shards, quantize=None, check_finite=False
     stored: our name of each weight -> (its name in the checkpoint, its Entry). The other arguments
     are those of `load_model`. No weight requires a gradient.
     """
+    kinds = {}  # name of a weight -> the class of its linear, if it is a quantized one
     for name, (_, entry) in stored.items():
         kind = kind_of_linear(model, name, entry, quantize)
         if kind is not None:
+            kinds[name] = kind
             place_linear(model, name, meta_linear(kind, entry.shape))
     shard(model, shards)
 
     device = shards.mesh.device_type
     for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
-        place, _, attribute = name.rpartition(".")
-        module = model.get_submodule(place)
-        is_quantized = isinstance(module, QuantizedLinear) and attribute == "weight"
-        if is_quantized and isinstance(module, NF4Linear) and isinstance(entry, PackedEntry):
-            rows = shards.rows(entry.shape[0])
-            place_codes(model, place, [part[rows] for part in entry.read_codes()])
+        kind = kinds.get(name)
+        rows = shards.rows(entry.shape[0])
+        if kind is NF4Linear and isinstance(entry, PackedEntry):
+            place_codes(model, name, [part[rows] for part in entry.read_codes()])
             continue
+        is_whole = kind is None and not is_divided(model.get_parameter(name))
         weight = entry.read()
-        if is_quantized or is_divided(model.get_parameter(name)):
-            weight = weight[shards.rows(entry.shape[0])]
+        if not is_whole:
+            weight = weight[rows]
         weight = weight.to(dtype)
         if check_finite:
             check_weight(weight, stored_name)
-        if is_quantized:
-            place_codes(model, place, quantized_rows(type(module), weight))
-        elif is_divided(model.get_parameter(name)):
-            place_rows(model, name, weight)
-        else:
+        if is_whole:
             weight = weight.to(device).contiguous()
             place_parameter(model, name, weight, requires_grad=False)
+        elif kind is None:
+            place_rows(model, name, weight)
+        else:
+            place_codes(model, name, quantized_rows(kind, weight))
     for name, vector in vectors(model).items():
         identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
         place_parameter(model, f"{name}.scale", identity)
@@ -61,10 +62,7 @@ def kind_of_linear(model, name, entry, quantize):
     """Return the class of the quantized linear that the weight `name` belongs to, or None."""
     if isinstance(entry, PackedEntry) and quantize is None:
         quantize = "nf4"
-    place, _, attribute = name.rpartition(".")
-    if quantize is None or attribute != "weight":
-        return None
-    if not is_quantizable(place, model.get_submodule(place)):
+    if quantize is None or not is_quantizable(model, name):
         return None
     return QUANTIZED[quantize]
 
@@ -87,9 +85,10 @@ def quantized_rows(kind, weight):
     return codes[:0], scales[:0]
 
 
-def place_codes(model, place, codes_and_scales):
-    """Place this process's rows of the quantized linear called `place`."""
+def place_codes(model, name, codes_and_scales):
+    """Place this process's rows of the quantized linear with the weight `name`."""
     codes, scales = codes_and_scales
+    place = name.removesuffix(".weight")
     place_rows(model, f"{place}.codes", codes)
     place_rows(model, f"{place}.scales", scales)
 

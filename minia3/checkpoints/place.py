@@ -7,12 +7,10 @@ from minia3.model.quantized import QUANTIZED, is_quantizable
 
 def place_weight(model, name, weight, quantize):
     """Put a weight of the base into the model, quantized if it belongs to a linear of a block."""
-    module_name = name.removesuffix(".weight")
-    module = model.get_submodule(name.rpartition(".")[0])
-    if quantize is None or module_name == name or not is_quantizable(module_name, module):
+    if quantize is not None and is_quantizable(model, name):
+        place_linear(model, name, QUANTIZED[quantize].from_weight(weight))
+    else:
         place_parameter(model, name, weight)
-        return
-    place_linear(model, name, QUANTIZED[quantize].from_weight(weight))
 
 
 def place_linear(model, name, linear):

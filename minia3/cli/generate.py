@@ -1,6 +1,7 @@
 """`generate`: continue texts from the command line, from a pipe, or in a conversation."""
 
 import json
+import math
 import re
 import sys
 from contextlib import suppress
@@ -270,7 +271,7 @@ class Generator:
         from minia3.inference.decoding import generate
 
         options = self.sampling | self.search
-        options["batch_size"] = -(-BATCH_SIZE // n_processes())
+        options["batch_size"] = math.ceil(BATCH_SIZE / n_processes())  # of each process
         with dividing():
             outputs = iter(generate(self.model, self.tokenizer, prompts, **options))
         first_output = None

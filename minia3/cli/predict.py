@@ -283,8 +283,8 @@ class Prediction:
         columns = self.columns
         if self.is_csv and first_row == 0:
             yield csv_line(columns)
-        # A row's last bits depend on the rows of its batch. So a file that is completed gets whole
-        # chunks, and the bits that it would have had at once.
+        # The last bits of a row's scores depend on the other rows of its batch. So compute the
+        # whole chunk again: a file that is completed has the bits of one that was written at once.
         first_in_chunk = first_row - first_row % CHUNK
         rows = read_inputs(
             self.args.file,

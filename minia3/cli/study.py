@@ -41,8 +41,8 @@ def add_arguments(parser):
         type=read_share,
         const=(1, 1),
         metavar="i/n",
-        help="make the runs: the i-th of n shares, or all. A run that is finished, or that another "
-        "worker makes, is passed over",
+        help="make the runs: the i-th of n shares, or all. Skip a run that is finished, or that "
+        "another worker makes",
     )
     actions.add_argument(
         "--submit",
@@ -135,7 +135,7 @@ def make_runs(runs, share):
     """Make the runs of a share, one after the other.
 
     runs: all runs of the study, whose flags are checked first. Runs that nobody has begun come
-    first: if a run kills its worker, because memory runs out, it does not keep the others waiting.
+    first, because a run that has begun may have killed its worker: for example, if memory ran out.
     Raise RuntimeError at the end if some of them failed, and SystemExit if a signal stops one.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -189,7 +189,7 @@ def make_run(study_run):
             return "failed"
 
 
-# Looking on
+# States
 
 
 def show_states(runs):

@@ -1,8 +1,7 @@
 """torchrun: start several processes as torchrun does, and end as they end.
 
-torchrun itself reports a traceback of its own and forty lines whenever one of its processes fails,
-and its exit code is 1 whatever theirs is. A process has no say in that, so this command calls
-torchrun from outside.
+If a process fails, torchrun itself prints a traceback and forty lines, and its exit code is 1,
+whatever that of the process is. A process cannot change this, so this command calls torchrun.
 """
 
 import logging
@@ -22,13 +21,13 @@ def add_arguments(parser):
 
 def run(args):
     """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
-    from torch.distributed import run
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.ERROR)  # the processes say themselves what is wrong
     try:
-        run.run(run.parse_args(args.script))
+        torchrun.run(torchrun.parse_args(args.script))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode

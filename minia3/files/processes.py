@@ -31,10 +31,8 @@ EXIT_CODE = "exit-code"
 N_LEFT = "n-left"
 MOMENT = 2.0  # seconds that a process waits for others when it leaves
 
-
 # What torch says if the other end of a connection is gone; other errors are shown as well.
 SIGNS = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process")
-
 
 GONE = "another process of this run has ended"
 
@@ -52,7 +50,7 @@ class Process:
         self.store = None  # a dictionary that lives outside the processes of the run
         self.n_per_copy = 1  # processes that hold one copy of a model: see `hold_together`
         self.is_dividing = False  # see `dividing`
-        self.has_combined = False
+        self.has_combined = False  # in the block of `dividing`
 
 
 _process = Process()
@@ -129,6 +127,22 @@ def meeting():
         raise PeerGone(message) from error
 
 
+@contextmanager
+def computing_together():
+    """Raise PeerGone if another process ends while torch itself waits for it in the block.
+
+    torch does so when it gathers a part of a model that is divided (model/shard.py).
+    """
+    try:
+        yield
+    except PeerGone:
+        raise
+    except RuntimeError as error:
+        if _process.n_processes > 1 and is_gone(error):
+            raise PeerGone(GONE) from error
+        raise
+
+
 def is_gone(error):
     """Return whether an error of torch says that another process has ended."""
     return any(sign in str(error) for sign in SIGNS)
@@ -188,7 +202,8 @@ def dividing():
     """Divide among the processes the batches that a function of the block reads.
 
     The function takes its batches through `share`, and passes its results through `combine`. If
-    one of the processes raises a ValueError before that, all of them raise it.
+    one of the processes raises a ValueError before that, all of them raise it. What is raised later
+    must come from the combined results, so that all processes raise it themselves.
     """
     if _process.n_processes == 1:
         yield
@@ -219,9 +234,10 @@ def hold_together(n_per_copy):
 
 
 def share(items):
-    """Return those of a list's items that are this process's, within `dividing`. Else, all.
+    """Return this process's share of the items of a list, within `dividing`; else, all items.
 
-    If processes hold a model together, all of them get equally many: some get the last item, too.
+    If processes hold a model together, their shares have the same length: if a share is shorter
+    than others, the last item of the list is added to it.
     """
     if not _process.is_dividing:
         return items
@@ -233,9 +249,9 @@ def share(items):
 
 
 def share_of_copy(items):
-    """Return what `share` does, but the same for all processes that hold a model together.
+    """Return a share, as `share` does, but the same one for all processes of a copy.
 
-    Generation needs this: only equal prompts are sure to take equally many passes.
+    Generation needs this, because different prompts need different numbers of passes.
     """
     if not _process.is_dividing:
         return items
@@ -254,7 +270,7 @@ def combine(function, value):
 
 
 def combine_outcomes(value, error):
-    """Return the values of all processes. Raise the error that the first unlucky one has had."""
+    """Return the values of all processes. If some of them have errors, raise the first one."""
     _process.has_combined = True
     outcomes = gathered((value, error))
     for _, other_error in outcomes:
@@ -273,7 +289,7 @@ def has_first_word(code):
     """
     if _process.store is None:
         return True
-    with suppress(RuntimeError):  # the store is gone: say it rather twice than not at all
+    with suppress(RuntimeError):  # the store is gone: better said twice than not at all
         if _process.store.add(FIRST_WORD, 1) > 1:
             return False
         _process.store.set(EXIT_CODE, str(code))
@@ -294,13 +310,13 @@ def leave(code=0):
     """End the part of this process in the run, and return its exit code.
 
     That is the code of the process that had the first word, or `code` if nobody had it. Processes
-    that wait for this one find it gone, and leave, too. This one waits for them a moment, so that
-    they have their exit code before torchrun ends whatever still runs.
+    that wait for this one find it gone, and leave, too. This one waits a moment for them, because
+    torchrun kills all others as soon as one process has ended, and they would lose their exit code.
     """
     if _process.store is None:
         return code
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # because it does end
+        signal.signal(number, signal.SIG_IGN)  # because it is ending already
     # In a thread, because an accelerator whose peer is gone may never answer.
     closing = threading.Thread(target=close_connections, daemon=True)
     closing.start()
@@ -316,6 +332,7 @@ def leave(code=0):
 
 
 def close_connections():
+    """Let the other processes find out that this one is gone."""
     import torch.distributed
 
     with suppress(RuntimeError, ValueError):

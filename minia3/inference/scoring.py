@@ -139,7 +139,7 @@ def choice_logprobs(model, batch, adapter=None):
     """
     device = model.embed.weight.device
     # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
-    # A divided LLaMA needs the mask, so that a source of one token takes a pass, too.
+    # With a mask, a divided LLaMA makes a pass even for sources of one token (see shard.py).
     mask_BM = None if batch.mask_BM.all() and not is_sharded(model) else batch.mask_BM
     state = model.start(to_device(batch.source_BM, device), mask_BM, adapter)
 
@@ -150,7 +150,7 @@ def choice_logprobs(model, batch, adapter=None):
         return score_choices(model, state, target_BCL, batch.target_mask_BCL)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
-    if is_sharded(model):  # every turn would gather the whole model, and keep it for its gradients
+    if is_sharded(model):  # because every turn would gather the whole model again
         n_at_once = n_choices
 
     def score_repeated(target_BCL, mask_BCL):

@@ -194,9 +194,9 @@ class Block(nn.Module):
     def forward(self, x_BLD, context, cache, keys_only=False):
         """Return the block's output (B, L, D), and append its keys and values to `cache`.
 
-        keys_only: stop after the keys and values, and return those of the cache, because FSDP2
-        (shard.py) gathers weights when a gradient reaches what was returned. The last block of a
-        prompt does this, because nothing reads its output.
+        keys_only: stop after the keys and values, because nothing reads the output of a prompt's
+        last block. Return those of the cache: FSDP2 (shard.py) gathers the weights for the backward
+        pass when a gradient reaches what the block returned.
         """
         h_BLD = self.attn_norm(x_BLD)
         kv = cache.append(*self.attn.kv(h_BLD, context))
@@ -214,3 +214,8 @@ class Block(nn.Module):
 
         h_BLD = self.ffn_norm(x_BLD)
         return x_BLD + self.dropout(self.ffn(h_BLD, context.adapter_B))
+
+
+def blocks_of(model):
+    """Return the blocks of all stacks of a model."""
+    return [module for module in model.modules() if isinstance(module, Block)]

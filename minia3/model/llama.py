@@ -98,7 +98,7 @@ class Llama(nn.Module):
         self.n_adapters = n_adapters
         self.generations = {}  # of rows: see adapter_rows.py
         self.has_warned = False  # of a text that is too long
-        self.n_least_read = 0  # columns of a prompt, which may be padding: see shard.py
+        self.n_least_read = 0  # columns of a prompt that `start` reads at least: see shard.py
         self.embed = Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -140,7 +140,7 @@ class Llama(nn.Module):
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long),
-            numbers=distinct_numbers(adapter),
+            adapter_numbers=distinct_numbers(adapter),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)
@@ -171,7 +171,7 @@ class Llama(nn.Module):
             x = block(x, context, cache, keys_only and block is last_block)
         if keys_only:
             return None
-        state.check_adapters(self)
+        state.check_adapters(self)  # another thread may have removed one meanwhile
         return self.norm(x).view(*tokens.shape, -1)
 
     def warn_beyond(self, length):
@@ -207,10 +207,10 @@ class Llama(nn.Module):
             bias_BHLM = mask_to_bias(is_seen_BLM.unsqueeze(1), dtype)
         return Context(
             packing.adapters(state.adapter_B),
+            packing,
             bias_BHLM,
             is_causal=bias_BHLM is None and n_queries > 1,
             rotation=self.rotation(position_BL, dtype),
-            packing=packing,
         )
 
     def rotation(self, position_BL, dtype):

@@ -150,6 +150,8 @@ def dequantize(model, dtype):
         setattr(model.get_submodule(parent), attribute, linear.to_linear(dtype))
 
 
-def is_quantizable(name, module):
-    """Return whether this is a linear of a block, by its name in the model. The head stays."""
-    return "blocks." in name and type(module) is nn.Linear
+def is_quantizable(model, name):
+    """Return whether the parameter `name` is the weight of a linear of a block. The head stays."""
+    module_name, _, kind = name.rpartition(".")
+    is_linear = type(model.get_submodule(module_name)) is nn.Linear
+    return is_linear and "blocks." in module_name and kind == "weight"

@@ -42,10 +42,10 @@ class Context:
     """The masks, positions and adapters of one call, the same for every block."""
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
+    packing: Any  # a Packing or NO_PACKING (no default, because that breaks torch.compile's graph)
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
-    packing: Any = NO_PACKING
     cross: "Context | None" = None  # the context of cross-attention, if there is any
 
 
@@ -98,20 +98,21 @@ class State:
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
     caches: list  # one per block
     token_M: torch.Tensor  # the place of each column's token in its sequence (see above)
-    owner_M: torch.Tensor  # the row to which each column belongs; -1: all rows share it. It stays
-    # on the CPU, because `select` asks it which columns a row sees.
+    # The row to which each column belongs; -1: all rows share it. It stays on the CPU, because
+    # `select` reads it, and reading it from a GPU would wait for the GPU.
+    owner_M: torch.Tensor
     length: int = 0  # tokens of a row so far
     mask_BM: torch.Tensor | None = None  # which columns are real; None: all of them
     memory_bias_B11M: torch.Tensor | None = None  # for cross-attention: the source's padding
     n_sharing: int = 1  # rows that share one row of the caches
-    numbers: tuple = ()  # of the adapters, as the caller gave them: see adapter_rows.py
+    adapter_numbers: tuple = ()  # as the caller gave them: see adapter_rows.py
 
     def check_adapters(self, model):
         """Raise ValueError if an adapter was removed while its vectors were read.
 
         Another thread may do so at any time, and the logits would be those of another adapter.
         """
-        for number in self.numbers:
+        for number in self.adapter_numbers:
             find_row(number, model)
 
     def append_columns(self, tokens_RL):
@@ -148,7 +149,7 @@ class State:
         n_sources = len(self.caches[0].memory[0])
         n_rows_per_source = len(self.start) // n_sources
         adapter_B = self.adapter_B[::n_rows_per_source]
-        return Context(adapter_B, self.memory_bias_B11M, packing=NO_PACKING)
+        return Context(adapter_B, NO_PACKING, self.memory_bias_B11M)
 
     def positions(self):
         """Return (B, M), or (1, M) without padding: the position of each column in its text.
@@ -216,10 +217,10 @@ class State:
 
 
 class Selection:
-    """Where the rows rows_R of a state, with the columns that they see, are in its tensors.
+    """Where the tensors of a state have the rows rows_R, and the columns that these rows see.
 
-    This is found out on the CPU, where comparing numbers waits for no GPU, and copied only once
-    for all blocks.
+    It computes the indices on the CPU, so that nothing waits for a GPU, and copies them once for
+    all blocks.
     """
 
     def __init__(self, state, rows_R):

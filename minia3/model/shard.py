@@ -9,9 +9,9 @@ again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv
     the rest               is whole in every process: the embedding, the head, the last norm, T5's
                            tables of positions, and the vectors, which train
 
-Gathering is a conversation. If one process runs a block more often than another, they take each
-other's rows for something else, or wait for each other, and no error says so. So all processes must
-run the same passes, in the same order, and compare how many they have run before each of them.
+All processes take part in gathering. If one of them runs a block more often than the others, it
+gets rows of another block, or waits forever, and no error says so. So all processes must make the
+same passes, in the same order. Before each pass, they compare how many they have made.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minia3.model.blocks import Block
+from minia3.model.blocks import blocks_of
 from minia3.model.ia3 import IA3
 
 
@@ -82,16 +82,16 @@ def shard(model, shards):
     register(model, "start")
     register(model, "run_blocks")
     model.shards = shards
-    model.n_least_read = 1  # a prompt of one token leaves nothing to read, but takes a pass, too
+    model.n_least_read = 1  # so that a LLaMA makes a pass even for prompts of one token
     compare_passes(model)
 
 
 def check_torch(model):
     """Raise ValueError if torch is too old to divide a model."""
-    oldest = (2, 7)  # which can leave parameters whole
+    oldest = (2, 7)  # the first that can leave parameters whole
     kind = "a base"
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        oldest = (2, 12)  # which can divide integers
+        oldest = (2, 12)  # the first that can divide integers
         kind = "a quantized base"
     version = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if version < oldest:
@@ -100,10 +100,6 @@ def check_torch(model):
             f"--shard and --offload of {kind} need torch {needed} or newer, found "
             f"{torch.__version__}"
         )
-
-
-def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 def is_sharded(model):
@@ -123,8 +119,8 @@ def whole_parameters(model):
 
 
 def is_divided(parameter):
-    """Return whether a parameter of a sharded model is divided: whether it is a DTensor."""
-    return hasattr(parameter, "full_tensor")
+    """Return whether a parameter of a sharded model is divided."""
+    return hasattr(parameter, "full_tensor")  # of a DTensor, whose import takes a second
 
 
 def gathered(parameter):
@@ -142,7 +138,7 @@ def gathered(parameter):
 
 
 def compare_passes(model):
-    """Let `model.n_passes` count the passes, each of which begins with a comparison."""
+    """Let `model.n_passes` count passes through its stacks, with a comparison before each one."""
     model.n_passes = 0
 
     def begin_pass(*_):
@@ -151,13 +147,16 @@ def compare_passes(model):
 
     for name, module in model.named_modules():
         if name.endswith("blocks.0"):
-            module.register_forward_pre_hook(begin_pass, prepend=True)  # before it is gathered
+            module.register_forward_pre_hook(begin_pass, prepend=True)  # before FSDP2's own hook
 
 
-def take_passes(model):
-    """Return `n_passes`, after a comparison, and begin to count again."""
+def reset_passes(model):
+    """Return how many passes the model has made since the last call, and count from 0 again.
+
+    Raise RuntimeError if the processes have made different numbers of passes.
+    """
     n_passes = model.n_passes
-    compare(model.shards, -n_passes)  # negative: these are all
+    compare(model.shards, -n_passes)  # negative, so that it never equals the number of a next pass
     model.n_passes = 0
     return n_passes
 

@@ -45,9 +45,8 @@ class StaticState(State):
 
         `state` has read a token already, so that its caches exist. It stays as it is.
         """
-        state = state.select(
-            torch.arange(len(state.start))
-        )  # rows that share columns get their own
+        # Rows that share columns get their own copies of them.
+        state = state.select(torch.arange(len(state.start)))
         n_columns = state.length + n_more
         column_1 = state.start.new_full((1,), state.length)
         caches = []

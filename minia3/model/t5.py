@@ -158,7 +158,7 @@ class T5(nn.Module):
             mask_B11M = to_device(mask, source.device)[:, None, None, :]
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
-        context = Context(packing.adapters(adapter_B), memory_bias_B11M, packing=packing)
+        context = Context(packing.adapters(adapter_B), packing, memory_bias_B11M)
         n_biases = self.config.n_heads * (1 if mask is None else len(source))
         check_bias(n_biases, source.shape[1], source.shape[1])
         position_M = torch.arange(source.shape[1], device=source.device)
@@ -177,7 +177,7 @@ class T5(nn.Module):
             caches=caches,
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long),
-            numbers=distinct_numbers(adapter),
+            adapter_numbers=distinct_numbers(adapter),
             memory_bias_B11M=memory_bias_B11M,
         )
 
@@ -197,11 +197,11 @@ class T5(nn.Module):
         if state.needs_mask(n_queries):
             mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
         cross = state.cross_context()
-        context = Context(state.adapter_B, mask_LM, packing=NO_PACKING, cross=cross)
+        context = Context(state.adapter_B, NO_PACKING, mask_LM, cross=cross)
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
         distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
-        state.check_adapters(self)
+        state.check_adapters(self)  # another thread may have removed one meanwhile
         return x_BLD.view(*tokens.shape, -1)
 
     def logits(self, x):

@@ -9,8 +9,8 @@ def to_device(x, device):
     """Return x as a tensor on the device, without waiting until it is there."""
     is_on_cpu = x.device.type == "cpu"
     if is_on_cpu and device.type == "cuda":
-        # CUDA copies behind the CPU's back only from pinned memory, which the system does not move.
+        # CUDA copies in the background only from pinned memory, which the system does not move.
         x = x.pin_memory()
-    # Apple's GPU might read the memory of x when x is gone. Other devices take care of that.
+    # On Apple's GPU, nothing keeps x alive until it has been copied.
     is_lasting = device.type != "mps"
     return x.to(device, non_blocking=is_on_cpu and is_lasting)

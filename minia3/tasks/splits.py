@@ -366,7 +366,9 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
         files = find_splits(folder, suffixes)
         if not needed <= files.keys():
             found = ", ".join(sorted(files)) or "nothing"
-            raise ValueError(f"{folder}: downloaded files were removed, only {found} is left")
+            raise ValueError(
+                f"{folder}: downloaded files were removed, only {found} is left: run this again"
+            )
     else:
         remove_leftovers(folder)
     return files

@@ -49,14 +49,17 @@ def announce_extension(n_steps, config):
 
 
 def announce_processes(n_before):
-    """Print how many processes there are, if this is of interest. n_before: of a resumed run."""
+    """Print how many processes there are, if it is more than one, or another number than before.
+
+    n_before: how many have trained a resumed run so far.
+    """
     n_now = n_processes()
     if n_now > 1:
         print(f"share    each of {n_now} processes computes a part of every step")
     if n_before != n_now:
         print(
-            f"note     processes so far: {n_before}, from now on: {n_now}; the numbers are the "
-            "same only up to rounding, and dropout is drawn in another way"
+            f"note     processes so far: {n_before}, from now on: {n_now}; results differ by "
+            "rounding, and dropout is drawn in another way"
         )
 
 

@@ -39,16 +39,16 @@ class MixedBatch:
     def split(self, size=None):
         """Yield micro-batches of at most `size` examples, or one if `size` is None.
 
-        Their losses add up to the losses of the step, together with those of other processes.
+        Their losses, and those of the other processes, add up to the losses of the step.
         """
         for pairs in share_of_step(self.pairs, size or len(self.pairs)):
             if pairs:
                 yield MicroBatch(pairs, self.n_terms, self.has_rows)
             else:
-                # Others compute, and this process keeps step with them: an example that counts as
-                # one of infinitely many adds 0.
-                endless = dict.fromkeys(self.cells, dict.fromkeys(LOSSES, math.inf))
-                yield MicroBatch(self.pairs[:1], endless, self.has_rows)
+                # Other processes have one more part, and this one must make as many passes. So it
+                # reads an example whose losses are divided by infinity, which adds 0.
+                no_weight = dict.fromkeys(self.cells, dict.fromkeys(LOSSES, math.inf))
+                yield MicroBatch(self.pairs[:1], no_weight, self.has_rows)
 
 
 class MicroBatch:
@@ -64,6 +64,7 @@ class MicroBatch:
 
     def losses(self, logp_BCL):
         """Return a dict from each cell to the part of its loss that comes from these examples."""
+        # For all cells at once, because a copy of a few numbers takes as long as one of many.
         mask_BCL = to_device(self.batch.target_mask_BCL, logp_BCL.device)
         label_B = to_device(self.batch.label_B, logp_BCL.device)
         losses = {}

@@ -125,7 +125,7 @@ class Base:
                 self.n_vectors += parameter.numel()
                 continue
             row = row_bytes(parameter, stored_dtype(name, dtype), None)
-            if quantize and is_codes(model, name):
+            if quantize and is_quantizable(model, name):
                 self.largest_dequantized = max(self.largest_dequantized, len(parameter) * row)
                 row = row_bytes(parameter, dtype, quantize)
             self.add(name, len(parameter), row)
@@ -147,12 +147,6 @@ class Base:
     def share(self, n_shards):
         """Return the bytes on the first of `n_shards` devices, which has the most rows of each."""
         return self.n_whole + sum(math.ceil(n_rows / n_shards) * row for n_rows, row in self.rows)
-
-
-def is_codes(model, name):
-    """Return whether a quantized base keeps the parameter `name` as codes. Biases stay."""
-    module_name, _, kind = name.rpartition(".")
-    return kind == "weight" and is_quantizable(module_name, model.get_submodule(module_name))
 
 
 def row_bytes(parameter, dtype, quantize):

@@ -13,7 +13,7 @@ from minia3.files.progress import showing
 from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
-from minia3.model.shard import is_sharded, take_passes
+from minia3.model.shard import is_sharded, reset_passes
 from minia3.training.batch import MixedBatch
 from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
 from minia3.training.device import limit_threads
@@ -114,23 +114,25 @@ class Group:
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""
         seed_dropout(self.cells[0].config.seed, self.log.step)
+        if is_sharded(self.model):
+            reset_passes(self.model)  # because copies may have made other numbers of them so far
         return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
 
-    def add_up_processes(self, signal):
-        """Add up what all processes have computed in this step: gradients and losses.
+    def sum_over_processes(self, signal):
+        """Add up the gradients and the losses of this step over all processes.
 
-        signal: the number of the signal that this process has got, or None. Return that of any.
+        signal: the number of the signal that this process has got, or None. Return the number that
+        any process has got, or None. Raise the errors of `StepSum.add_up`.
         """
-        losses = self.log.losses[-1]
-        device = self.device
+        losses = {}  # all cells in the same order; the share of a process may have none of a cell
         for cell in self.active_cells:
-            losses[cell.row] = torch.as_tensor(losses.get(cell.row, 0.0), device=device)
-        losses = {cell.row: losses[cell.row] for cell in self.active_cells}
+            loss = self.log.losses[-1].get(cell.row, 0.0)
+            losses[cell.row] = torch.as_tensor(loss, device=self.device)
         self.log.losses[-1] = losses
-        trained = self.cells[0].tables.values()
         n_passes = self.log.n_passes
         if is_sharded(self.model):
-            n_passes = take_passes(self.model)
+            n_passes = reset_passes(self.model)
+        trained = self.cells[0].tables.values()  # which have a row for each cell
         return StepSum(trained, losses, n_passes, signal).add_up()
 
     def evaluate(self, cell, assignment, rows, shots=()):
@@ -139,8 +141,6 @@ class Group:
         for prompt in assignment.eval_prompts:
             with showing(f"{cell.title_of(assignment.task)}evaluating"), dividing():
                 results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
-        if is_sharded(self.model):
-            take_passes(self.model)  # here copies may differ, and in a step they must not
         return over_prompts(results)
 
     def evaluate_prompt(self, cell, assignment, rows, prompt, shots):

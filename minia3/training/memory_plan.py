@@ -63,11 +63,17 @@ def planned_memory(config, dtype, batch, length, is_training):
     moments. The kernels are the CPU's; other devices need about as much.
     """
     with FakeTensorMode():
-        model = build_model(config)
-        for name, p in list(model.named_parameters()):
-            place_parameter(model, name, torch.empty(p.shape, dtype=stored_dtype(name, dtype)))
+        model = model_without_values(config, dtype)
         tokens_BL = torch.zeros(batch, max(length, TARGET_LENGTH), dtype=torch.long)
         return measure_peak(model, tokens_BL, length, is_training)
+
+
+def model_without_values(config, dtype):
+    """Return a model whose parameters are fake tensors. Call this within FakeTensorMode."""
+    model = build_model(config)
+    for name, p in list(model.named_parameters()):
+        place_parameter(model, name, torch.empty(p.shape, dtype=stored_dtype(name, dtype)))
+    return model
 
 
 def stored_dtype(name, dtype):

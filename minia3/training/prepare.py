@@ -4,7 +4,7 @@ import torch
 
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import read_checkpoint
-from minia3.model.blocks import Block
+from minia3.model.blocks import blocks_of
 from minia3.model.recompute import recompute_blocks
 
 
@@ -15,7 +15,7 @@ def check_model(name_or_path):
 
 def prepare_model(model, config):
     """Apply --dropout, --recompute and --compile to the modules of `model`."""
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    blocks = blocks_of(model)
     if config.dropout is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -2,8 +2,8 @@
 
 Every process has the whole model, all cells, and the same batches. In a step it reads every n-th
 example, divides by the counts of the whole batch, and so has a part of the gradient. The parts are
-added up in one flat tensor, with what else the processes must agree on. From there on all of them
-do the same: clip, update, write (which only the first one does), stop.
+added up in one flat tensor, together with what the processes must agree on. From there on, all of
+them do the same: clip, update, stop. Only the first one writes.
 
 There is no wrapper around the model: DistributedDataParallel hooks into `forward`, and the models
 here are called through `start` and `step`, so it would silently add up nothing.
@@ -20,7 +20,7 @@ from minia3.files.processes import add_over_processes, n_processes, rank
 def share_of_step(pairs, size):
     """Return this process's share of the examples of a step, in parts of at most `size`.
 
-    All processes have equally many parts. A part may be empty if the share is smaller than others.
+    All processes have equally many parts. The last one is empty if only other shares need it.
     """
     share = pairs[rank() :: n_processes()]
     n_largest = math.ceil(len(pairs) / n_processes())
@@ -29,9 +29,9 @@ def share_of_step(pairs, size):
 
 
 def seed_dropout(seed, step):
-    """Let each process draw its own dropout, and the same again if the run is resumed.
+    """Let each process draw its own dropout in a step, and the same again if the run is resumed.
 
-    A process that is alone goes on drawing from torch's generator as it is.
+    If there is one process, change nothing: its checkpoints have the state of torch's generator.
     """
     if n_processes() > 1:
         mixed = np.random.SeedSequence((seed, step, rank()))  # unrelated for neighboring numbers

@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from minia3.files.lock import lock_folder
 from minia3.files.processes import (
-    GONE,
     PeerGone,
+    computing_together,
     from_first,
     has_first_word,
     is_first,
-    is_gone,
     n_processes,
 )
 from minia3.files.read import reading
@@ -72,8 +71,8 @@ class Run:
         self.extended_from = None  # how many steps it had done
         if is_first():
             self.open_folder(config)
-        self.folder, self.saved = from_first((self.folder, self.saved))
-        self.extended_from = from_first(self.extended_from)
+        opened = (self.folder, self.saved, self.extended_from)
+        self.folder, self.saved, self.extended_from = from_first(opened)
         # What this process writes to: the first one writes for all.
         self.written_folder = self.folder if is_first() else None
         self.finals = self.saved.finals
@@ -160,28 +159,24 @@ class Run:
     def giving_up(self, group):
         """Return a context for the part of a step that computes, and changes no parameter.
 
-        A second Ctrl-C, or SIGTERM, stops the run within it at once. The step is undone, so that
-        the checkpoint is the one from before the step. Without a signal, the block just runs.
+        A second Ctrl-C, or SIGTERM, stops the run within it at once, and so does the end of another
+        process. The step is undone, so that the checkpoint is the one from before the step.
         """
         random = random_state(group.device)  # dropout is drawn from it
         try:
-            with self.signals.urgent(partial(self.leave, group, random)):
+            with self.signals.urgent(partial(self.leave, group, random)), computing_together():
                 yield
         except (Stopped, PeerGone):
             group.undo_step(random)
             raise
-        except RuntimeError as error:
-            if is_gone(error):
-                group.undo_step(random)
-            raise
 
-    def add_up_processes(self, group):
-        """Add up what several processes have computed in this step.
+    def sum_over_processes(self, group):
+        """Add up the gradients and the losses of all processes, if there are several.
 
-        If one of them has got a signal, all stop at the end of this step.
+        If a process has got a signal, all of them stop at the end of this step.
         """
         if n_processes() > 1:
-            signal = group.add_up_processes(self.signals.pending)
+            signal = group.sum_over_processes(self.signals.pending)
             if signal is not None:
                 self.signals.pending = signal
 
@@ -198,29 +193,27 @@ class Run:
 
     @contextmanager
     def checkpointing(self, group):
-        """Save a checkpoint at the end of the block, and also if a signal stops it."""
+        """Save a checkpoint at the end of the block, and also if it is stopped."""
         try:
-            yield
+            with computing_together():
+                yield
         except (Stopped, PeerGone):
             self.save(group)
             raise
-        except RuntimeError as error:
-            if not is_gone(error):
-                raise
-            # It ended while the processes gathered a block of the model (model/shard.py).
-            self.save(group)
-            raise PeerGone(GONE) from error
         self.save(group)
 
     def save(self, group):
-        self.write_checkpoint(group.state_dict())
+        if self.written_folder is not None:  # or the copies of a state are made for nothing
+            self.write_checkpoint(group.state_dict())
 
     def restore(self, group):
         """Put the group into its state in the last checkpoint, or before the run was made longer.
 
         Without such a state, nothing changes.
         """
-        state = self.saved.group or kept_state(self.folder, self.n_done)
+        state = self.saved.group
+        if state is None:  # only the machine of the first process needs to have the folder
+            state = from_first(kept_state(self.written_folder, self.n_done))
         if state is not None:
             with reading(self.folder / "checkpoint.pt", DAMAGED):
                 group.load_state_dict(state)
@@ -260,9 +253,11 @@ class Run:
 
     def finish_group(self, group, is_last):
         """Save the results of a group's cells. Raise Failed if all cells of the run have failed."""
-        state = group.state_dict()  # from which the run can be made longer
-        if not is_last and self.written_folder:
-            keep_state(self.written_folder, self.n_done, state)
+        state = None
+        if self.written_folder is not None:
+            state = group.state_dict()  # from which the run can be made longer
+            if not is_last:
+                keep_state(self.written_folder, self.n_done, state)
         self.n_done += len(group.cells)
         if not is_last:
             self.write_checkpoint(None)

@@ -2,7 +2,7 @@
 
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, read_checkpoint
-from minia3.files.processes import gathered, hold_together, n_on_machine, n_processes
+from minia3.files.processes import gathered, hold_together, n_processes
 from minia3.model.shard import Shards
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.device import free_memory
@@ -22,8 +22,8 @@ def choose_shards(config, device, dtype):
     n_per_copy = config.shard
     if n_per_copy is None and not fits(config, device, dtype):
         n_per_copy = ALL
-    if config.resume is not None and n_processes() == 1:  # it may go on where there is more memory
-        n_per_copy = 1
+    if config.resume is not None and n_processes() == 1:
+        n_per_copy = 1  # a divided run may go on alone, on a machine with more memory
     return make_shards(n_per_copy, config.offload, device)
 
 
@@ -51,24 +51,21 @@ def fits(config, device, dtype):
 
     A process that is alone has nobody to divide the model with, so it does not ask.
     """
-    memory = free_memory(device)
-    is_frozen = config.method not in TRAINED_ALONE and not config.compile
-    if n_processes() == 1 or not is_frozen:
+    can_divide = config.method not in TRAINED_ALONE and not config.compile
+    if n_processes() == 1 or not can_divide:
         return True
-    is_enough = memory is None or is_enough_memory(config, dtype, share_of_machine(memory, device))
-    return all(gathered(is_enough))
-
-
-def share_of_machine(memory, device):
-    """Return the memory for one of the processes of this machine, which share that of the CPU."""
-    return memory // n_on_machine() if device.type == "cpu" else memory
+    memory = free_memory(device)
+    is_enough = memory is None or is_enough_memory(config, dtype, memory)
+    return all(gathered(is_enough))  # because all of them must decide alike
 
 
 def is_enough_memory(config, dtype, memory):
+    """Return whether `memory` bytes hold the whole model while an example trains."""
     model_config, _ = read_checkpoint(find(config.model), weights=False)
     n_entries = sum(parameter.numel() for parameter in build_model(model_config).parameters())
     if n_entries * dtype.itemsize < SMALL_SHARE * memory:
         return True
+    # Imported late, because `generate` and `predict` divide models, too, and plan nothing.
     from minia3.training.device_plan import fits_one_device
 
     return fits_one_device(model_config, dtype, config, memory)

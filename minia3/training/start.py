@@ -4,12 +4,11 @@ Each of the three hands over `run_grid` of train.py, because no module imports t
 """
 
 from minia3.files.processes import (
-    GONE,
     PeerGone,
+    computing_together,
     from_first,
     has_first_word,
     is_first,
-    is_gone,
     join,
     leave,
 )
@@ -66,7 +65,8 @@ def run_config(config, run_grid, program, is_program=False):
         signals = Signals(is_program)
         with only_first_prints(), unchanged_process(), announcing_warnings(), signals:
             run = Run(config, signals, program)
-            run_grid(run, config)
+            with computing_together():
+                run_grid(run, config)
             from_first(None)  # nobody goes on before the first process has written everything
         return run
     except Stopped as stop:
@@ -82,9 +82,6 @@ def run_config(config, run_grid, program, is_program=False):
     except (Failed, MemoryError, OSError, RuntimeError, ValueError) as error:
         if run:
             run.discard_if_new()
-        if run and isinstance(error, RuntimeError) and is_gone(error):
-            # It ended while the processes gathered a block of the model (model/shard.py).
-            raise Failed(run.gone_message(GONE)) from None
         if is_out_of_memory(error):
             raise Failed(out_of_memory_message(error, run)) from None
         raise

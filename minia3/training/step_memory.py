@@ -9,6 +9,7 @@ Shapes: B examples, M source length, C choices, L tokens of a choice.
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
@@ -17,13 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from minia3.adapters.lora import add_lora
-from minia3.checkpoints.load import build_model, place_parameter
 from minia3.files.messages import shorten
 from minia3.files.processes import n_processes
 from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
 from minia3.model.ia3 import freeze
 from minia3.training.device import free_memory
-from minia3.training.memory_plan import MemoryCounter, stored_dtype
+from minia3.training.memory_plan import MemoryCounter, model_without_values
 from minia3.training.prepare import prepare_model
 
 # The plan counts tensors. An allocator also keeps some of what is freed: measured on a CPU, a step
@@ -72,7 +72,7 @@ def check_memory(run, group):
     needed = OVERHEAD * planned_step(group, shape)
     if needed <= free:
         return half
-    fitting = fitting_size(group, shape, free)
+    fitting = fitting_size(partial(planned_step, group), shape, free)
     advice = "no micro-batch size fits: take a smaller model, a shorter --max-length or --recompute"
     if fitting > 0:
         advice = f"--micro-batch-size {fitting} fits"
@@ -118,14 +118,16 @@ def upper_bound(model_config, shape):
     return 4 * (shape.n_tokens * n_layers * n_numbers + 4 * n_logits)
 
 
-def fitting_size(group, shape, free):
-    """Return the largest power of two that fits as micro-batch size, or 0 if not even 1 does."""
+def fitting_size(plan, shape, free):
+    """Return the largest power of two below shape.n_examples that fits, or 0 if not even 1 does.
+
+    plan: a function from a StepShape to its bytes. free: the bytes that may be taken.
+    """
     size = 1
-    while size < shape.n_examples:
+    while 2 * size < shape.n_examples:
         size *= 2
     while size > 0:
-        smaller = shape._replace(n_examples=size)
-        if size < shape.n_examples and OVERHEAD * planned_step(group, smaller) <= free:
+        if OVERHEAD * plan(shape._replace(n_examples=size)) <= free:
             return size
         size //= 2
     return 0
@@ -139,14 +141,21 @@ def planned_step(group, shape):
 
 
 def planned_activations(model_config, dtype, shape, config):
-    """Return the bytes of `peak_of_step` for all layers, from a plan of the first three."""
+    """Return `peak_of_step` for a model of any depth, in half a second."""
+    return over_layers(partial(peak_of_step, dtype=dtype, shape=shape, config=config), model_config)
+
+
+def over_layers(peak, model_config):
+    """Return peak(model_config), extrapolated from models with two and three layers per stack.
+
+    peak: a function from the config of a model to bytes.
+    """
     fields = [name for name in LAYER_FIELDS if hasattr(model_config, name)]
     shallow = replace(model_config, **dict.fromkeys(fields, 2))
-    two_layers = peak_of_step(shallow, dtype, shape, config)
+    two_layers = peak(shallow)
     total = two_layers
     for name in fields:
-        deeper = replace(shallow, **{name: 3})
-        layer = peak_of_step(deeper, dtype, shape, config) - two_layers
+        layer = peak(replace(shallow, **{name: 3})) - two_layers
         total += layer * (getattr(model_config, name) - 2)
     return total
 
@@ -157,9 +166,7 @@ def peak_of_step(model_config, dtype, shape, config):
     config: the flags of the run; dropout and recomputation change what is kept.
     """
     with FakeTensorMode():
-        model = build_model(model_config)
-        for name, p in list(model.named_parameters()):
-            place_parameter(model, name, torch.empty(p.shape, dtype=stored_dtype(name, dtype)))
+        model = model_without_values(model_config, dtype)
         freeze(model)
         if config.method == "full":
             model.requires_grad_(True)
@@ -167,17 +174,28 @@ def peak_of_step(model_config, dtype, shape, config):
             add_lora(model, config.rank, config.alpha, config.where.split(","), seed=0)
         prepare_model(model, replace(config, compile=False))
         model.train()
-        source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
-        target_shape = (shape.n_examples, shape.n_choices, shape.target_length)
-        target_BCL = torch.zeros(target_shape, dtype=torch.long)
 
-        counter = MemoryCounter()
-        for tensor in (*model.parameters(), source_BM, target_BCL):
-            counter.add(tensor)
-        n_before = counter.now
-        with counter:
+        def step(source_BM, target_BCL):
             score_without_padding(model, source_BM, target_BCL).backward()
-        return counter.peak - n_before
+
+        return peak_beyond_weights(step, model, shape)
+
+
+def peak_beyond_weights(function, model, shape):
+    """Return the most bytes that tensors take while function(source_BM, target_BCL) runs.
+
+    Call this within FakeTensorMode. The parameters of the model and the ids do not count.
+    """
+    source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
+    target_shape = (shape.n_examples, shape.n_choices, shape.target_length)
+    target_BCL = torch.zeros(target_shape, dtype=torch.long)
+    counter = MemoryCounter()
+    for tensor in (*model.parameters(), source_BM, target_BCL):
+        counter.add(tensor)
+    n_before = counter.now
+    with counter:
+        function(source_BM, target_BCL)
+    return counter.peak - n_before
 
 
 def score_without_padding(model, source_BM, target_BCL):

@@ -110,7 +110,8 @@ def read_studies(paths, given, only="*"):
     names = [run.name for run in found]
     runs = [run for run in found if fnmatchcase(run.name, only)]
     if not runs:
-        raise ValueError(f"--only is {only!r}, expected some of {', '.join(names):.300}")
+        found = f"--only is {only!r}, and no run has such a name"
+        raise ValueError(f"{found}: expected a pattern of some of {', '.join(names):.300}")
     for run in runs:
         run.check()
     check_distinct(runs)
@@ -142,9 +143,9 @@ def check_part(path, name):
         return
     found = f"{path}: a study has no part {name!r}"
     if name.replace("-", "_") in {field.name for field in dataclasses.fields(Config)}:
-        raise ValueError(f"{found}: a flag belongs into [flags], [each] or [runs.NAME]")
+        raise ValueError(f"{found}: a flag belongs in [flags], [each] or [runs.NAME]")
     similar = difflib.get_close_matches(name, PARTS, n=1)
-    hint = f"did you mean {similar[0]}?" if similar else f"expected some of {', '.join(PARTS)}"
+    hint = f"did you mean {similar[0]}?" if similar else f"expected one of {', '.join(PARTS)}"
     raise ValueError(f"{found}: {hint}")
 
 

@@ -9,9 +9,7 @@ the first process, as Linux counts it. Of the steps, the first is not counted.
 """
 
 import argparse
-import threading
 import time
-from contextlib import contextmanager
 
 import torch
 import torch.distributed.fsdp  # before anything is measured, because it takes memory of its own
@@ -19,9 +17,10 @@ import torch.distributed.fsdp  # before anything is measured, because it takes m
 import minia3
 from minia3.files.processes import add_over_processes, is_first, join, leave, n_processes, rank
 from minia3.inference.decoding import decode_tokens
+from minia3.model.blocks import blocks_of
 from minia3.model.recompute import recompute_blocks
-from minia3.model.shard import blocks_of
 from minia3.training.shards import ALL, make_shards
+from tests.anonymous_memory import anonymous, sampling
 
 BATCH, LENGTH, N_TARGET = 4, 32, 8
 N_STEPS = 2
@@ -51,30 +50,6 @@ def main(argv=None):
             f"{speed:.1f} tokens a second are written"
         )
     leave()
-
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-
-@contextmanager
-def sampling():
-    """Yield a list, to which a thread adds how much anonymous memory there is, until the end."""
-    samples = []
-    done = threading.Event()
-
-    def sample():
-        while not done.is_set():
-            samples.append(anonymous())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    yield samples
-    done.set()
-    thread.join()
-    samples.append(anonymous())
 
 
 def seconds_of_step(model):

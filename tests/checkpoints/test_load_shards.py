@@ -3,15 +3,13 @@ only its rows.
 """
 
 import os
-import threading
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import test_meta
 import torch
 import torch.distributed
+from anonymous_memory import anonymous, sampling
 from checkpoint_folders import FORMS, write_weights
 from conftest import make
 from ranks import my_shards, on_ranks
@@ -88,30 +86,6 @@ def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(p
 
 
 # Memory
-
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-
-@contextmanager
-def sampling():
-    """Yield a list, to which a thread adds how much anonymous memory there is, until the end."""
-    samples = []
-    done = threading.Event()
-
-    def sample():
-        while not done.is_set():
-            samples.append(anonymous())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    yield samples
-    done.set()
-    thread.join()
-    samples.append(anonymous())
 
 
 def memory_of_loading(tiny, cases):

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from minia3.files import processes
-from minia3.files.processes import PeerGone, meeting
+from minia3.files.processes import PeerGone, computing_together, meeting
 from minia3.inference.scoring import NotFiniteError
 
 
@@ -168,3 +168,17 @@ def test_a_lost_connection_is_a_peer_that_is_gone():
         raise RuntimeError(said)
     with pytest.raises(PeerGone, match=r"or cannot be reached: NCCL error$"), meeting():
         raise RuntimeError("NCCL error")
+
+
+def test_torch_itself_may_find_that_a_peer_is_gone(monkeypatch):
+    def lose(message):
+        with computing_together():
+            raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match=r"^Broken pipe$"):
+        lose("Broken pipe")  # of something else, because this process is alone
+    monkeypatch.setattr(processes._process, "n_processes", 2)
+    with pytest.raises(PeerGone, match=r"of this run has ended$"):
+        lose("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        lose("shapes differ")

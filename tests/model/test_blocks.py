@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minia3.model.blocks import ACTIVATIONS, Attention, FeedForward, RMSNorm, rotate
 from minia3.model.llama import Llama, LlamaConfig
+from minia3.model.packing import NO_PACKING
 from minia3.model.sequence_state import Context, mask_to_bias
 
 ROW_0 = torch.zeros(2, dtype=torch.long)
@@ -36,7 +37,7 @@ def random_input(*shape, seed=0):
 
 def attend_to(attention, x, memory, **options):
     """Return what `x` finds in `memory`, with the masks and positions of a Context."""
-    context = Context(ROW_0, **options)
+    context = Context(ROW_0, NO_PACKING, **options)
     return attention(x, attention.kv(memory, context), context)
 
 

@@ -9,15 +9,11 @@ from torch import nn
 
 import minia3
 from minia3.inference.decoding import decode_tokens
-from minia3.model.blocks import Block, FeedForward, RMSNorm
+from minia3.model.blocks import FeedForward, RMSNorm, blocks_of
 from minia3.model.recompute import recompute, recompute_blocks, rms_norm
 from tests.benchmarks.measure import kept_for_backward
 
 NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
-
-
-def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, Block)]
 
 
 @pytest.mark.parametrize("name", NAMES)

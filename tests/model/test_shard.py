@@ -11,8 +11,9 @@ from minia3.files.processes import add_over_processes, n_processes, rank
 from minia3.inference import scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.scoring import choice_logprobs
+from minia3.model.blocks import blocks_of
 from minia3.model.recompute import recompute_blocks
-from minia3.model.shard import blocks_of, is_divided, take_passes
+from minia3.model.shard import is_divided, reset_passes
 from minia3.training.losses import count_terms, total_loss
 
 NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
@@ -65,7 +66,7 @@ def outcomes(folders, variants, n_per_copy=None):
             for gradient in gradients:
                 add_over_processes(gradient)
             key = folder, quantize, recompute, offload
-            found[key] = logp, gradients, written(model), take_passes(model)
+            found[key] = logp, gradients, written(model), reset_passes(model)
     return found
 
 
@@ -137,7 +138,7 @@ def message_of_unequal_steps(folder, is_after):
     size = 2 if has_more else 4
     try:
         step(model, torch.arange(4), size)
-        take_passes(model)
+        reset_passes(model)
     except RuntimeError as error:
         return str(error)
     return "no error"

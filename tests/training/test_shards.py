@@ -37,6 +37,12 @@ def test_a_base_is_divided_if_it_does_not_fit_into_one_device(monkeypatch):
     assert fits(n_bytes, monkeypatch, compile=True)
 
 
+@pytest.mark.usefixtures("two_processes")
+def test_the_free_memory_of_a_process_is_its_own_part_already(monkeypatch):
+    monkeypatch.setattr(shards, "is_enough_memory", lambda config, dtype, memory: memory == 100)
+    assert fits(100, monkeypatch)
+
+
 def test_a_process_that_is_alone_divides_nothing(monkeypatch):
     assert fits(1, monkeypatch)
     assert shards.make_shards(None, False, CPU) is None

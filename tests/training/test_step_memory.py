@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peaks import peak_beyond_weights
 from running import events, fails, rows, run, train, words, write
 
 import minia3
@@ -14,9 +15,7 @@ from minia3.adapters.lora import add_lora
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze
-from minia3.tasks.batches import Batch
 from minia3.training import step_memory
-from minia3.training.memory_plan import MemoryCounter
 from minia3.training.step_memory import StepShape, is_out_of_memory, peak_of_step, upper_bound
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
@@ -34,21 +33,9 @@ def real_peak(shape, has_lora=False):
     freeze(model)
     if has_lora:
         add_lora(model, FLAGS.rank, FLAGS.alpha, FLAGS.where.split(","), 0)
-    n, m, c, length = shape
-    batch = Batch(
-        torch.ones(n, m, dtype=torch.long),
-        torch.ones(n, m, dtype=torch.bool),
-        torch.ones(n, c, length, dtype=torch.long),
-        torch.ones(n, c, length, dtype=torch.bool),
-        torch.zeros(n, dtype=torch.long),
+    return peak_beyond_weights(
+        model, shape, lambda batch: choice_logprobs(model, batch).sum().backward()
     )
-    counter = MemoryCounter()
-    for tensor in (*model.parameters(), batch.source_BM, batch.target_BCL):
-        counter.add(tensor)
-    n_before = counter.now
-    with counter:
-        choice_logprobs(model, batch).sum().backward()
-    return counter.peak - n_before
 
 
 # The last shape scores its choices in turns.
