@@ -101,13 +101,13 @@ def fold(name, weight, vectors):
 
 def fold_rows(name, parameter, vectors, shards):
     """Return what `fold` does, for this process's rows of a divided parameter."""
-    l_D = vector_of(name, vectors)
+    vector = vector_of(name, vectors)
     rows = parameter.detach().to_local()
-    if l_D is None or len(rows) == 0:
+    if vector is None or len(rows) == 0:
         return rows
     if not scales_columns(name):
-        l_D = l_D[shards.rows(len(parameter))]
-    return fold_vector(name, rows, l_D.to(rows.device))
+        vector = vector[shards.rows(len(parameter))]
+    return fold_vector(name, rows, vector.to(rows.device))
 
 
 def scales_columns(name):

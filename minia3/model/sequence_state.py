@@ -130,11 +130,15 @@ class State:
         new_owner_N = torch.arange(self.n_sharing).repeat_interleave(n_tokens)
         self.owner_M = torch.cat((self.owner_M, new_owner_N))
         self.length += n_tokens
-        tokens_BL = tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+        tokens = tokens_RL.reshape(-1, self.n_sharing * n_tokens)
+        self.count_as_real(tokens)
+        return tokens
+
+    def count_as_real(self, tokens_BL):
+        """Extend the mask, if there is one, to tokens that were appended."""
         if self.mask_BM is not None:
             is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
             self.mask_BM = torch.cat((self.mask_BM, is_real_BL), dim=1)
-        return tokens_BL
 
     def of_queries(self, x, n_queries):
         """Return the part (..., L) of x (..., M) that belongs to the columns that were appended."""

@@ -100,12 +100,14 @@ def test_the_help_of_a_command_explains_every_argument_and_ends_with_an_example(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train"}))  # see tests/test_installed.py
+# See tests/test_installed.py for `train`, and test_torchrun.py.
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train", "torchrun"}))
 def test_the_example_is_a_command_line_that_works(name, adapters, monkeypatch, capsys):
     (adapters / "data").symlink_to(ROOT / "data")
     if name == "merge":
         shutil.copytree(adapters / "one" / "adapter", adapters / "adapter")
     write_tfew_file(adapters / "finish.pt")
+    (adapters / "study.toml").write_text("[flags]\nsteps = 1\n[each]\nseed = [0, 1]\n")
     monkeypatch.chdir(adapters)
     if name in ("table", "plot"):
         pytest.importorskip("matplotlib", reason="needs the extra plot")

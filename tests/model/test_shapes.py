@@ -26,7 +26,7 @@ from minia3.adapters.mix import MIX, mix
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.inference import scoring
+from minia3.inference import decoding, scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.inference.metrics import INVERSE_PERPLEXITY
@@ -251,6 +251,9 @@ def rank_and_write(model, tokenizer):
             batch_size=4,
             **options,
         )
+    # Decoding with static shapes, but not compiled.
+    with mock.patch.object(decoding, "compile_step", lambda model, state: model.step):
+        minia3.generate(model, tokenizer, PROMPTS[:1], max_new_tokens=3, compile=True)
 
 
 def evaluate_rows(model, tokenizer):

@@ -9,6 +9,7 @@ import pty
 import re
 import signal
 import struct
+import sys
 import termios
 
 import pytest
@@ -163,6 +164,7 @@ def test_progress_is_plain_lines_if_stderr_is_not_a_terminal(tmp_path, capsys):
 def terminal(name):
     """stderr is the terminal `name`."""
     os.dup2(os.open(name, os.O_WRONLY), 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     yield
 
 
