@@ -14,6 +14,7 @@ from conftest import tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch_version import counted_with_this_torch
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
@@ -27,11 +28,6 @@ aten = torch.ops.aten
 B = 3
 M = 7
 L = 5
-TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-# What PyTorch's attention keeps, and how many tensors it makes, differs between its releases.
-counted_with_this_torch = pytest.mark.skipif(
-    TORCH < (2, 13), reason="the numbers were counted with torch 2.13; older kernels keep others"
-)
 NAMES = ["t5-v1.0", "llama-gqa"]
 
 

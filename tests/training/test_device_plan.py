@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make
+from torch_version import counted_with_this_torch
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
@@ -183,6 +184,7 @@ def test_processes_take_what_was_planned(n_processes):
         assert measured < whole  # so an undivided base would be noticed
 
 
+@counted_with_this_torch
 def test_the_tables_in_the_docs_are_those_that_the_command_prints():
     text = SCALE.read_text(encoding="utf-8")
     for model in ("t5-3b", "llama-2-70b"):
@@ -190,6 +192,7 @@ def test_the_tables_in_the_docs_are_those_that_the_command_prints():
             assert line in text
 
 
+@counted_with_this_torch
 @pytest.mark.slow
 def test_all_tables_in_the_docs_are_those_that_the_command_prints():
     text = SCALE.read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peaks import peak_beyond_weights
 from running import model, rows, run, words, write
+from torch_version import counted_with_this_torch
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
@@ -55,6 +56,7 @@ def test_a_plan_for_a_text_is_enough_to_generate_it():
     assert counter.peak - n_before <= planned
 
 
+@counted_with_this_torch
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_layers_beyond_the_third_are_like_the_third(kind):
     shape = StepShape(4, 32, 2, 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peaks import peak_beyond_weights
 from running import events, fails, rows, run, train, words, write
+from torch_version import counted_with_this_torch
 
 import minia3
 from minia3.adapters.lora import add_lora
@@ -55,10 +56,7 @@ def test_the_plan_of_a_lora_has_what_its_gradients_need(shape):
     assert planned != peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
-    reason="the attention of older PyTorch keeps other tensors: there the plan is 7 % off",
-)
+@counted_with_this_torch
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_layers_beyond_the_third_are_like_the_third(kind):
     shape = StepShape(4, 32, 2, 4)
