@@ -188,6 +188,9 @@ def make(name, **overrides):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     kind, differences = (PEERS | T5_FAMILIES)[name]
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    if kind == "UMT5" and version < (5, 20):
+        pytest.skip("transformers 5.15 to 5.19 has other logits for umT5 than older and newer ones")
     is_llama = name in LLAMA_PEERS
     sizes = LLAMA_SIZES if is_llama else T5_SIZES
     config_class = getattr(transformers, f"{kind}Config")
