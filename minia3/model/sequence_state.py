@@ -42,7 +42,7 @@ class Context:
     """The masks, positions and adapters of one call, the same for every block."""
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
-    packing: Any  # a Packing or NO_PACKING (no default, because that breaks torch.compile's graph)
+    packing: Any = NO_PACKING  # the models pass it, because a default breaks torch.compile's graph
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
