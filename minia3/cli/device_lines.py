@@ -9,7 +9,7 @@ from minia3.cli.terminal import format_size
 from minia3.training.choices import QUANTIZED
 from minia3.training.device_plan import Plan, recipe_shape
 
-DTYPE = torch.bfloat16  # of what is not quantized: what a run on a GPU takes by default
+DTYPE = torch.bfloat16  # of weights that are not quantized, as by default on a GPU
 MOST_DEVICES = 64  # that an advice may ask for
 
 PART_TITLES = {

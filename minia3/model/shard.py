@@ -1,4 +1,4 @@
-"""Divide a frozen base among processes, each of which holds some rows of every weight (FSDP2).
+"""Divide a frozen base among processes: each process holds some rows of every weight (FSDP2).
 
 Before a block runs, its weights are gathered from all processes, and afterwards they are dropped
 again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv 2304.11277.
@@ -44,7 +44,7 @@ class Shards(NamedTuple):
         return slice(first, min(first + n_each, n_rows))
 
     def join(self, rows, shape):
-        """Return the weight of this shape of which each process holds `rows`, as a DTensor."""
+        """Return a weight as a DTensor. rows: what this process holds of it. shape: of all rows."""
         from torch.distributed.tensor import DTensor, Shard
 
         stride = torch.empty(shape, device="meta").stride()

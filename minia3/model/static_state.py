@@ -2,9 +2,9 @@
 
 A step of a State appends to its caches, so its shapes grow with each token. A CPU must then tell a
 GPU at each step what to compute, operation by operation, and with a single row this takes longer
-than computing it. Here the caches are as long as they can become from the start, and a mask hides
-what is not there yet. torch.compile(mode="reduce-overhead") records such a step once, as a CUDA
-graph, and the GPU replays it. (gpt-fast decodes in this way.)
+than computing it. Here the caches have their final length from the start, and a mask hides the
+columns that are still empty. torch.compile(mode="reduce-overhead") records such a step once, as a
+CUDA graph, and the GPU replays it. (gpt-fast decodes in this way.)
 
 Shapes: B batch, L query length (1), M memory length (columns), G key/value heads, K head width.
 """

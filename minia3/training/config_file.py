@@ -72,7 +72,7 @@ def field_name(name, config_class, origin):
     found = name.removeprefix("--").replace("-", "_")
     if found in names:
         return found
-    message = f"{origin}: there is no flag {json.dumps(name)}"
+    message = f"{origin}: unknown flag {json.dumps(name)}"
     advice = ADVICE.get(option(found))
     if advice:
         raise ValueError(f"{message}: {advice}")

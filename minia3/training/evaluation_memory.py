@@ -19,15 +19,12 @@ from minia3.tasks.examples import encode_rows
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import model_without_values
 from minia3.training.step_memory import (
-    OVERHEAD,
-    ROOM,
     StepShape,
-    fitting_size,
-    gigabytes,
-    limited_memory,
+    Words,
     over_layers,
     peak_beyond_weights,
     score_without_padding,
+    size_that_fits,
     upper_bound,
 )
 
@@ -46,21 +43,10 @@ def check_evaluation(run, group):
     shape = shape_of_evaluation(group)
     if upper_bound(group.model.config, shape) < free / 2:
         return half  # nothing to plan
-    free = int(ROOM * free)
-    needed = OVERHEAD * planned_evaluation(group, shape)
-    if needed <= free:
-        return half
-    fitting = fitting_size(partial(planned_evaluation, group), shape, free)
-    advice = "no size fits: take a smaller model or a shorter --max-length"
-    if fitting > 0:
-        advice = f"--eval-batch-size {fitting} fits"
-    print(
-        f"note     to evaluate {shape.n_examples} rows at once takes about {gigabytes(needed)}, "
-        f"but {gigabytes(free)} are free: {advice}"
-    )
-    if group.device.type == "cpu":
-        run.resources.enter_context(limited_memory(free))
-    return max(1, fitting)
+    subject = f"to evaluate {shape.n_examples} rows at once takes"
+    words = Words(subject, "--eval-batch-size", "a shorter --max-length")
+    plan = partial(planned_evaluation, group)
+    return size_that_fits(run, group, plan, shape, free, words) or half
 
 
 def shape_of_evaluation(group):

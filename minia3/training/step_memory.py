@@ -68,17 +68,35 @@ def check_memory(run, group):
     bound = upper_bound(group.model.config, shape) + 2 * TRAINED_BYTES * group.n_trained
     if free is None or bound < free / 2:
         return half  # nothing to plan
+    words = Words("a step takes", "--micro-batch-size", "a shorter --max-length or --recompute")
+    plan = partial(planned_step, group)
+    return size_that_fits(run, group, plan, shape, free, words) or half
+
+
+class Words(NamedTuple):
+    """What a note about memory says."""
+
+    subject: str  # and the verb: "a step takes"
+    flag: str  # which makes it smaller
+    instead: str  # of a smaller model, if no size of the flag fits
+
+
+def size_that_fits(run, group, plan, shape, free, words):
+    """Return None if `shape` fits into `free` bytes, of which some must stay free.
+
+    Else print a note, limit the process on a CPU, and return the number of examples that fits, at
+    least 1. plan: a function from a shape to bytes.
+    """
     free = int(ROOM * free)
-    needed = OVERHEAD * planned_step(group, shape)
+    needed = OVERHEAD * plan(shape)
     if needed <= free:
-        return half
-    fitting = fitting_size(partial(planned_step, group), shape, free)
-    advice = "no micro-batch size fits: take a smaller model, a shorter --max-length or --recompute"
+        return None
+    fitting = fitting_size(plan, shape, free)
+    advice = f"no {words.flag} fits: take a smaller model, or {words.instead}"
     if fitting > 0:
-        advice = f"--micro-batch-size {fitting} fits"
-    print(
-        f"note     a step takes about {gigabytes(needed)}, but {gigabytes(free)} are free: {advice}"
-    )
+        advice = f"{words.flag} {fitting} fits"
+    sizes = f"about {gigabytes(needed)}, but {gigabytes(free)} are free"
+    print(f"note     {words.subject} {sizes}: {advice}")
     if group.device.type == "cpu":
         run.resources.enter_context(limited_memory(free))
     return max(1, fitting)

@@ -14,7 +14,7 @@ import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.decoding import generate
 from minia3.inference.scoring import choice_logprobs
-from minia3.training import evaluation_memory
+from minia3.training import evaluation_memory, step_memory
 from minia3.training.evaluation_memory import peak_of_evaluation, planned_evaluation
 from minia3.training.memory_plan import MemoryCounter
 from minia3.training.step_memory import StepShape
@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_fit_is_a_note_with_the_size_that_does(
     flags, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 8e5)
-    monkeypatch.setattr(evaluation_memory, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
     data = write(tmp_path / "task", train=rows(20), validation=rows(150))
     sizes = {"task": data, "steps": 1, "batch_size": 2}
     assert run(words(tmp_path / "run", *flags, eval_batch_size=150, **sizes)) == 0
@@ -117,7 +117,7 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 8e5)
-    monkeypatch.setattr(evaluation_memory, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
 
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -97,8 +97,8 @@ def test_it_works_in_a_thread_and_several_threads_take_turns(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"learning_rate": 1}, 'there is no flag "learning_rate": did you mean --lr'),
-        ({"batchsize": 1}, 'there is no flag "batchsize": did you mean batch_size'),
+        ({"learning_rate": 1}, 'unknown flag "learning_rate": did you mean --lr'),
+        ({"batchsize": 1}, 'unknown flag "batchsize": did you mean batch_size'),
         ({"steps": 0}, "--steps is 0, expected at least 1"),
         ({"steps": "3"}, "--steps is '3', expected int"),
         ({"seed": "0,x"}, "--seed is '0,x', expected int"),
