@@ -25,7 +25,7 @@ from minia3.training.study_file import read_studies
 from tests.benchmarks import floors, growth, measure, memory, rows, study_inputs
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
-from tests.benchmarks.measure import Bench, Roof
+from tests.benchmarks.measure import Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
 
 STARTS_PROCESSES = ("start", "peak")
@@ -52,9 +52,21 @@ def test_every_line_works_on_a_t5(tmp_path, capsys):
     for title, row in rows.items():
         assert row["ours"] > 0
         assert row["ratio"] == row["theirs"] / row["ours"] > 0
-        assert row["goal"] == goal_of(title, is_t5=True)
-    n_printed = capsys.readouterr().out.count("\n| ")
-    assert n_printed == len(rows) + 1  # and the head
+        goal = goal_of(title, is_t5=True)
+        assert row["goal"] == goal.ratio
+        assert row.get("goal_share") == goal.share
+        if row["unit"] == "s":
+            assert row["rounds"] == 1
+            assert row["peak_flops"] > 0
+    assert {row["floor_of"] for row in rows.values() if "floor" in row} == {
+        "roof",
+        "products",
+        "import of torch",
+        "writing a file",
+    }
+    assert result["lines"] == [f"t5-base, {line}" for line in LINES]
+    n_printed = capsys.readouterr().out.count("\n| t5-base, ")
+    assert n_printed == len(rows)
 
 
 @pytest.mark.slow
@@ -67,14 +79,17 @@ def test_lines_without_processes_work_on_a_llama(tmp_path):
 
     steps = [row for title, row in rows.items() if "training step" in title]
     assert len(steps) == 5
-    for row in steps:
-        assert row["roof"] == row["flops"] / row["ours"] / row["peak_flops"] > 0
+    rankings = [row for title, row in rows.items() if "rank evaluation" in title]
+    for row in [*steps, *rankings]:
+        assert row["floor"] == row["flops"] / row["peak_flops"] > 0
+        assert row["bound"] == row["theirs"] / row["floor"]
         assert row["tokens_per_second"] > 0
     generations = [row for title, row in rows.items() if "generation" in title]
     assert len(generations) == 2
     for row in generations:
-        assert row["ours_over_products"] == row["ours"] / row["products"]
-        assert row["theirs_over_products"] == row["theirs"] / row["products"]
+        assert row["floor_of"] == "products"
+        assert row["products"] > 0
+        assert row["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(
@@ -85,17 +100,19 @@ def test_nothing_is_timed_if_one_side_leaves_the_adapter_out(model, line, tmp_pa
     dtype = torch.float32 if line == "generation" else torch.bfloat16
     pair = Pair(model, tmp_path, True, dtype)
     monkeypatch.setattr(minia3, "load_adapter", lambda *_: None)
-    bench = Bench(True, 1, Roof(dtype, 8))
+    bench = Bench(True, 0, Roof(dtype, 8))
     with pytest.raises(AssertionError, match="the two sides"):
         list(LINES[line](bench, pair))
 
 
-def test_the_sides_take_turns_in_going_first():
+def test_the_sides_take_turns_in_going_first_and_none_follows_itself():
     calls = []
-    sides = {"ours": lambda: calls.append("ours"), "theirs": lambda: calls.append("theirs")}
-    times = measure.alternate(sides, n_rounds=2, n_warm_ups=1)
-    assert calls == ["ours", "theirs", "ours", "theirs", "theirs", "ours"]
-    assert {side: len(seconds) for side, seconds in times.items()} == {"ours": 2, "theirs": 2}
+    sides = {name: functools.partial(calls.append, name) for name in ("a", "b", "c")}
+    n_times = []
+    times = measure.alternate(sides, 3, n_warm_ups=1, after_each=lambda: n_times.append(len(calls)))
+    assert calls == [*"abc", *"abc", *"bca", *"cab"]
+    assert n_times == list(range(4, 13))  # after each call but the warm-ups
+    assert {side: len(seconds) for side, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_a_row_has_medians_and_the_middle_half_of_the_ratios():
@@ -106,12 +123,62 @@ def test_a_row_has_medians_and_the_middle_half_of_the_ratios():
         "theirs": 2.0,
         "ratio": 1.0,
         "ours_min": 1.0,
+        "ours_spread": [1.0, 4.0],
         "theirs_min": 2.0,
+        "theirs_spread": [2.0, 12.0],
         "spread": [1.0, 3.0],
         "rounds": 3,
         "goal": None,
     }
     assert measure.summarize([2.0], [3.0]).spread == [1.5, 1.5]
+
+
+def test_a_row_says_what_ours_could_reach_at_its_floor_and_can_be_read_back():
+    row = Row("s", ours=2.0, theirs=3.0, ratio=1.5, floor=1.5, floor_of="roof")
+    assert row.share == 0.75
+    assert row.bound == 2.0
+    assert row.published()["bound"] == 2.0
+    assert Row.read(row.published()) == row
+
+
+@pytest.mark.parametrize(("seconds_of_a_call", "n_rounds"), [(0.5, 20), (0.001, 21), (20.0, 3)])
+def test_there_are_as_many_rounds_as_fit(seconds_of_a_call, n_rounds, monkeypatch):
+    monkeypatch.setattr(measure, "seconds", lambda function: seconds_of_a_call)
+    sides = dict.fromkeys(["ours", "theirs", "roof"])
+    assert Bench(False, 30, None).plan_rounds(sides) == n_rounds
+    assert Bench(True, 30, None).plan_rounds(sides) == 1
+
+
+def test_the_roof_takes_turns_with_the_sides(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "n_others_busy", lambda: len(calls))
+    monkeypatch.setattr(measure, "seconds", lambda function: function())
+
+    def side(name, n_seconds):
+        def run():
+            calls.append(name)
+            return n_seconds
+
+        return run
+
+    roof = side("roof", 0.5)
+    roof_object = Roof(torch.float32, 8)
+    monkeypatch.setattr(Roof, "__call__", lambda _: roof())
+    bench = Bench(True, 0, roof_object)
+    row = bench.time(side("ours", 2.0), side("theirs", 3.0), products=side("products", 1.0))
+    assert calls == ["ours", "theirs", "roof", "products"]
+    assert row.peak_flops == 2 * 8**3 / 0.5
+    assert row.products == 1.0
+    assert row.others_busy == 2.5  # the mean of 1, 2, 3 and 4
+
+
+def test_the_floor_of_products_is_the_longer_of_reading_and_computing():
+    weight = torch.ones(5, 7)
+    products = measure.record_products(
+        lambda: (torch.ones(1, 5) @ weight, torch.ones(9, 5) @ weight)
+    )
+    # 140 bytes are read in 14 s. 70 and 630 operations take 7 and 63 s.
+    assert products.least_seconds(bytes_per_second=10, flops_per_second=10) == 14 + 63
 
 
 def test_flops_and_products_are_those_of_the_matrix_products():

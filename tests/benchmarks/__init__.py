@@ -1,6 +1,7 @@
 """Benchmarks, which people run by hand.
 
-`python -m tests.benchmarks` compares minia3 with transformers + PEFT. `growth` measures how our
+`python -m tests.benchmarks` compares minia3 with transformers + PEFT; published/ has the runs that
+the documents show, and `floors` measures what nothing can beat. `growth` measures how our
 cost grows, `memory` compares the plan of `info` with real processes, and `study_inputs` makes what
 the studies in studies/ train on: the runs behind the tables of the documentation.
 tests/test_benchmarks.py runs all of them on tiny models.

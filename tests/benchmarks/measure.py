@@ -18,8 +18,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minia3.training.device import device_module
+from tests.benchmarks.machine import n_others_busy
 
 aten = torch.ops.aten
+
+LEAST_ROUNDS = 3
+MOST_ROUNDS = 21
 
 
 @dataclass
@@ -30,66 +34,108 @@ class Row:
     ours: float  # a time is the median of the rounds
     theirs: float
     ratio: float  # theirs / ours: above 1, theirs takes more
-    # Of times only:
+    # Of times only. Quartiles say where the middle half of the rounds lies.
     ours_min: float | None = None
+    ours_spread: list | None = None  # quartiles
     theirs_min: float | None = None
-    spread: list | None = (
-        None  # quartiles of the ratios of the rounds: where their middle half lies
-    )
+    theirs_spread: list | None = None  # quartiles
+    spread: list | None = None  # quartiles of the ratios of the rounds
     rounds: int | None = None
-    # Of times for which the number of tokens is known:
+    # Of times, what else the machine did in the same rounds:
+    others_busy: float | None = None  # threads of other processes that wanted a core, on average
+    peak_flops: float | None = None  # per second, of the roof
+    # Of times for which the number of tokens or of operations is known:
     tokens_per_second: float | None = None  # ours
     flops: int | None = None  # of one call of ours
-    peak_flops: float | None = None  # per second, of the roof
-    roof: float | None = None  # our FLOP/s as a part of peak_flops
-    # Of times beside the matrix products of ours alone, in place of the three above:
-    ours_over_products: float | None = None
-    theirs_over_products: float | None = None
-    products: float | None = None
+    products: float | None = None  # seconds of the matrix products of ours alone
+    # Of times that have one:
+    floor: float | None = None  # seconds that ours must take at least
+    floor_of: str | None = None  # what takes them
     # Of all lines; None if the line has no goal:
-    goal: float | None = None
+    goal: float | None = None  # of the ratio
+    goal_share: float | None = None  # of the floor in our time
+
+    @property
+    def share(self):
+        """What part of our time the floor is. For a step it is our FLOP/s as a part of the roof."""
+        return self.floor / self.ours
+
+    @property
+    def bound(self):
+        """The ratio that there would be if ours took just the time of the floor."""
+        return self.theirs / self.floor
 
     def published(self):
         """Return the row as a dict for JSON, without the fields that it does not have."""
         fields = asdict(self)
+        if self.floor is not None:
+            fields["bound"] = self.bound
         return {name: x for name, x in fields.items() if x is not None or name == "goal"}
+
+    @classmethod
+    def read(cls, published):
+        """Return the Row of a dict that `published` made."""
+        return cls(**{name: x for name, x in published.items() if name != "bound"})
 
 
 @dataclass(frozen=True)
 class Bench:
-    """How the lines of a table are measured."""
+    """How the lines of a table are measured.
+
+    seconds: how long the rounds of one row may take. There are 3 to 21 rounds, or one if `quick`.
+    """
 
     quick: bool
-    rounds: int
+    seconds: float
     roof: "Roof"
 
-    def time(self, ours, theirs, n_tokens=None, products=None):
+    @property
+    def n_floor_rounds(self):
+        """How often a floor is measured that takes no turns with the sides."""
+        return 1 if self.quick else 5
+
+    def time(self, ours, theirs, products=None):
         """Time two functions, and return a Row.
 
-        n_tokens: what one call of `ours` reads or writes. If it is given, the row also says how
-        near `ours` comes to the roof, or, if `products` (the matrix products of `ours`) are given,
-        how much longer each side takes than these. Roof and products take turns with the sides.
+        The roof takes turns with them, and so do the matrix products of `ours`, if they are given.
         """
-        sides = {"ours": ours, "theirs": theirs}
-        if n_tokens is not None:
-            sides["products"] = products or self.roof
-        n_warm_ups = 0 if self.quick else 2
-        times = alternate(sides, self.rounds, n_warm_ups)
+        sides = {"ours": ours, "theirs": theirs, "roof": self.roof}
+        if products is not None:
+            sides["products"] = products
+        others_busy = []
+        times = alternate(
+            sides,
+            self.plan_rounds(sides),
+            n_warm_ups=0,  # because planning has called each side
+            after_each=lambda: others_busy.append(n_others_busy()),
+        )
         row = summarize(times["ours"], times["theirs"])
-        if n_tokens is None:
-            return row
-
-        row.tokens_per_second = n_tokens / row.ours
-        seconds_of_products = statistics.median(times["products"])
-        if products is None:
-            row.flops = count_flops(ours)
-            row.peak_flops = self.roof.flops / seconds_of_products
-            row.roof = row.flops / row.ours / row.peak_flops
-        else:
-            row.products = seconds_of_products
-            row.ours_over_products = row.ours / row.products
-            row.theirs_over_products = row.theirs / row.products
+        if None not in others_busy:
+            row.others_busy = statistics.mean(others_busy)
+        row.peak_flops = self.roof.flops / statistics.median(times["roof"])
+        if products is not None:
+            row.products = statistics.median(times["products"])
         return row
+
+    def time_below_roof(self, ours, theirs, n_tokens):
+        """Return the Row of two functions, where the matrix products of `ours` are its floor.
+
+        n_tokens: what one call of `ours` reads and writes.
+        """
+        row = self.time(ours, theirs)
+        row.tokens_per_second = n_tokens / row.ours
+        row.flops = count_flops(ours)
+        row.floor = row.flops / row.peak_flops
+        row.floor_of = "roof"
+        return row
+
+    def plan_rounds(self, sides):
+        """Return how many rounds fit. Calls each side, which also warms it up."""
+        if self.quick:
+            return 1
+        seconds_of_a_round = sum(seconds(function) for function in sides.values())
+        n_that_fit = int(self.seconds / seconds_of_a_round)
+        return min(max(n_that_fit, LEAST_ROUNDS), MOST_ROUNDS)
 
 
 # Time
@@ -111,10 +157,13 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def alternate(sides, n_rounds, n_warm_ups=2):
+def alternate(sides, n_rounds, n_warm_ups=2, after_each=lambda: None):
     """Return the seconds of each round of each side. sides: name to function.
 
-    The order turns round after each round, so that no side always follows the same one.
+    Each round begins with the next side, so that none always goes first. The order is not reversed,
+    because then a side would follow itself, and find its data in the caches.
+
+    after_each: called after each call of a side, and not timed.
     """
     for _ in range(n_warm_ups):
         for function in sides.values():
@@ -127,7 +176,8 @@ def alternate(sides, n_rounds, n_warm_ups=2):
         for _ in range(n_rounds):
             for name in order:
                 times[name].append(seconds(sides[name]))
-            order.reverse()
+                after_each()
+            order.append(order.pop(0))
     finally:
         gc.enable()
     return times
@@ -137,15 +187,20 @@ def summarize(our_times, their_times):
     """Return the Row of two lists of seconds, one for each round."""
     row = compare(statistics.median(our_times), statistics.median(their_times), "s")
     row.ours_min = min(our_times)
+    row.ours_spread = middle_half(our_times)
     row.theirs_min = min(their_times)
+    row.theirs_spread = middle_half(their_times)
+    row.spread = middle_half([b / a for a, b in zip(our_times, their_times, strict=True)])
     row.rounds = len(our_times)
-    ratios = [theirs / ours for ours, theirs in zip(our_times, their_times, strict=True)]
-    if len(ratios) == 1:
-        row.spread = ratios * 2
-    else:
-        low, _, high = statistics.quantiles(ratios, n=4)
-        row.spread = [low, high]
     return row
+
+
+def middle_half(values):
+    """Return the quartiles between which the middle half of the values lies."""
+    if len(values) == 1:
+        return values * 2
+    low, _, high = statistics.quantiles(values, n=4)
+    return [low, high]
 
 
 def compare(ours, theirs, unit):
@@ -190,9 +245,21 @@ class Products(TorchDispatchMode):
         for x, weight in self.pairs:
             x @ weight
 
+    def least_seconds(self, bytes_per_second, flops_per_second):
+        """Return the seconds that the products take at least.
+
+        Each reads its weight from memory, and computes at the roof. The longer of the two counts.
+        """
+        n_seconds = 0
+        for x, weight in self.pairs:
+            reading = weight.nbytes / bytes_per_second
+            computing = 2 * len(x) * weight.numel() / flops_per_second
+            n_seconds += max(reading, computing)
+        return n_seconds
+
 
 def record_products(function):
-    """Return a function that computes the matrix products of `function()` with weights alone."""
+    """Return the Products of `function()` with weights. To call them computes them alone."""
     with Products() as products:
         function()
     return products

@@ -8,6 +8,7 @@ import torch
 import minia3
 from minia3.checkpoints.tensor_names import name_table
 from minia3.model.sequence_state import check_start
+from tests.benchmarks.floors import file_write_seconds, import_seconds
 from tests.benchmarks.measure import run_program
 from tests.benchmarks.pairs import no_warnings
 from tests.benchmarks.training import check_same_targets
@@ -64,6 +65,8 @@ def start(bench, pair):
     found = logits_of(ours + source + OUR_LOGITS + PRINT)
     pair.check_same(found, logits_of(theirs + source + their_logits + PRINT))
     row = bench.time(lambda: run_program(ours), lambda: run_program(theirs))
+    row.floor = import_seconds("torch", bench.n_floor_rounds)
+    row.floor_of = "import of torch"
     yield "process start to ready to train", row
 
 
@@ -104,7 +107,10 @@ def adapters(bench, pair):
 
 
 def export(bench, pair):
-    """Compare loading a model and an adapter, merging them, and writing the result."""
+    """Compare loading a model and an adapter, merging them, and writing the result.
+
+    The floor is to write a file of as many bytes, which no side waits for to reach the disk.
+    """
     merged = minia3.merge(pair.ours())
     expected = pair.theirs().merge_and_unload().state_dict()
     for theirs, ours in name_table(merged).items():
@@ -119,4 +125,8 @@ def export(bench, pair):
         pair.theirs().merge_and_unload().save_pretrained(pair.scratch / "theirs")
         shutil.rmtree(pair.scratch / "theirs")
 
-    yield "load, merge and export", bench.time(export_ours, export_theirs)
+    row = bench.time(export_ours, export_theirs)
+    n_bytes = sum(path.stat().st_size for path in pair.folder.glob("*.safetensors"))
+    row.floor = file_write_seconds(n_bytes, pair.scratch, bench.n_floor_rounds)
+    row.floor_of = "writing a file"
+    yield "load, merge and export", row

@@ -84,7 +84,7 @@ def time_steps(bench, pair, ours, theirs, batch):
     """Return the Row of a step of either model."""
     our_step = training_step(loss_of(pair, ours, batch), ours.parameters())
     their_step = training_step(loss_of(pair, theirs, batch), theirs.parameters())
-    return bench.time(our_step, their_step, count_tokens(batch))
+    return bench.time_below_roof(our_step, their_step, count_tokens(batch))
 
 
 def compare_kept(pair, ours, theirs, batch):
@@ -186,7 +186,7 @@ def choices(bench, pair):
         with torch.no_grad():
             pair.check_same(our_logp(), their_logp())
         their_step = tfew_step(their_logp, theirs)
-        row = bench.time(our_step, their_step, count_tokens(batch))
+        row = bench.time_below_roof(our_step, their_step, count_tokens(batch))
         yield f"T-Few's loss, {n_choices} choices, against {way}", row
 
 
@@ -248,7 +248,7 @@ def many_tasks(bench, pair):
         optimizer.zero_grad()
 
     our_step = training_step(loss_of(pair, ours, batch, adapter), ours.parameters())
-    row = bench.time(our_step, their_step, count_tokens(batch))
+    row = bench.time_below_roof(our_step, their_step, count_tokens(batch))
     yield f"{n_tasks} tasks in one batch of {n_tasks}, trained in one pass", row
 
 

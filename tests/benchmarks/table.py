@@ -1,0 +1,268 @@
+"""Show runs of the table side by side, as Markdown, so that a reader sees what noise is.
+
+python -m tests.benchmarks table A.json B.json
+python -m tests.benchmarks table                the runs in tests/benchmarks/published/
+python -m tests.benchmarks table --write        those, in the README and docs/performance.md
+"""
+
+import argparse
+import re
+from pathlib import Path
+from statistics import median
+from string import ascii_uppercase
+
+from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.model.t5 import T5Config
+from tests.benchmarks.lines import goal_of
+from tests.benchmarks.record import read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "tests" / "benchmarks" / "published"
+PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
+# The part of the page between two comments is the table; in the README it is the table that begins
+# with this line.
+IN_PAGE = re.compile(
+    r"(?<=<!-- python -m tests.benchmarks table: -->\n\n).*?(?=\n<!-- end -->)", re.S
+)
+README_HEAD = "| | minia3 | transformers + PEFT | theirs / ours |"
+IN_README = re.compile(rf"^{re.escape(README_HEAD)}\n(\|.*\n)+", re.M)
+README_TITLES = (
+    "t5-base, training step, no padding",
+    "t5-base, training step, RTE-like lengths",
+    "t5-base, rank evaluation, RTE (2 choices)",
+    "t5-base, greedy generation, batch 1",
+)
+
+# A row was disturbed if, on average, more threads of other processes than this wanted a core,
+MOST_BUSY = 0.5
+# or if the roof was lower than this part of the best one of its run.
+LEAST_ROOF = 0.9
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks table", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", nargs="*", type=Path, help="default: those that are published")
+    parser.add_argument("--write", action="store_true", help="write the documents, print nothing")
+    args = parser.parse_args(argv)
+    if args.write:
+        write_pages(args.files)
+    else:
+        print(markdown(read_records(args.files)), end="")
+
+
+def read_records(files=()):
+    """Return the Records of files; without any, of those that are published, the oldest first."""
+    return [read_record(path) for path in files or sorted(PUBLISHED.glob("*.json"))]
+
+
+def write_pages(files=()):
+    """Write the tables of records into the README and the page about performance."""
+    records = read_records(files)
+    PAGE.write_text(with_table(PAGE.read_text(), IN_PAGE, markdown(records)))
+    README.write_text(with_table(README.read_text(), IN_README, markdown_of_readme(records)))
+
+
+def with_table(text, place, table):
+    """Return the text of a page with the table at its place."""
+    return place.sub(lambda _: table, text, count=1)
+
+
+def markdown(records):
+    """Return the whole table of one or several Records."""
+    titles = {title: None for record in records for title in record.rows}
+    rows = [table_row(title, records) for title in titles]
+    parts = [heading(records), "", summary(records), "", column_names(records), *rows]
+    return "\n".join(parts) + "\n"
+
+
+def markdown_of_readme(records):
+    """Return the short table of the README."""
+    lines = [README_HEAD, "|---|---|---|---|"]
+    for title in README_TITLES:
+        _, title_of_line = title.split(", ", 1)
+        rows = rows_of(title, records)
+        ours = middle(rows, "ours")
+        theirs = middle(rows, "theirs")
+        ratio = f"{middle(rows, 'ratio'):.2f}"
+        cells = [title_of_line, with_unit(ours, "s"), with_unit(theirs, "s"), ratio]
+        lines.append(line_of(cells))
+    return "\n".join(lines) + "\n"
+
+
+# What the runs were measured on
+
+
+def heading(records):
+    """Return a small table that has a column for each run."""
+    lines = [line_of(["run", *letters(records)]), "|---" * (len(records) + 1) + "|"]
+    for name, describe in DESCRIPTIONS.items():
+        lines.append(line_of([name, *[describe(record.about) for record in records]]))
+    lines.append(line_of(["best roof", *[roof_of(record) for record in records]]))
+    return "\n".join(lines)
+
+
+def letters(records):
+    return ascii_uppercase[: len(records)]
+
+
+def describe_processor(about):
+    machine = about["machine"]
+    words = [machine.get("accelerator"), machine.get("processor"), *machine["instructions"]]
+    return ", ".join(word for word in words if word)
+
+
+def describe_cores(about):
+    machine = about["machine"]
+    if "cores" not in machine:
+        return f"{about['threads']} of some cores"
+    memory = f"{machine['memory'] / 1e9:.0f} GB"
+    return f"{about['threads']} of {machine['cores']} cores, {memory}, {machine['kernel']}"
+
+
+def describe_load(about):
+    load = about.get("load")
+    return f"{load['start']:.1f}, {load['end']:.1f}" if load else "not recorded"
+
+
+def describe_packages(about):
+    packages = about["versions"].items()
+    return ", ".join(f"{name} {version.partition('+')[0]}" for name, version in packages)
+
+
+def describe_duration(about):
+    seconds = about.get("seconds")
+    return "not recorded" if seconds is None else f"{seconds / 60:.0f} minutes"
+
+
+def roof_of(record):
+    if record.best_roof is None:
+        return ""
+    return f"{record.best_roof / 1e12:.2f} TFLOP/s, {record.about['dtype']}"
+
+
+DESCRIPTIONS = {  # name of the line: function of what a Record is about
+    "date": lambda about: about["date"],
+    "processor": describe_processor,
+    "threads, memory, system": describe_cores,
+    "load at the start and at the end": describe_load,
+    "packages": describe_packages,
+    "duration": describe_duration,
+}
+
+
+def summary(records):
+    """Return how many goals each run reaches, and which are beyond the floor."""
+    counts = []
+    n_disturbed = 0
+    for letter, record in zip(letters(records), records, strict=True):
+        goals = {title: goal_of_title(title) for title in record.rows}
+        goals = {title: goal for title, goal in goals.items() if goal.ratio is not None}
+        n_reached = sum(goal.is_reached(record.rows[title]) for title, goal in goals.items())
+        n_beyond = sum(goal.is_beyond_floor(record.rows[title]) for title, goal in goals.items())
+        counts.append(
+            f"Run {letter} reaches {n_reached} of {len(goals)} goals; beyond the floor: {n_beyond}."
+        )
+        n_disturbed += sum(is_disturbed(row, record) for row in record.rows.values())
+    if n_disturbed:
+        counts.append(f"{n_disturbed} ratios were disturbed by other work, and have a star.")
+    if len(records) > 1:
+        n_commits = len({record.about["commit"] for record in records})
+        same = "the same code" if n_commits == 1 else f"{n_commits} different commits"
+        counts.append(f"The runs are of {same}.")
+    return "\n".join(counts)
+
+
+# Lines
+
+
+def column_names(records):
+    ratios = [f"theirs / ours, {letter}" for letter in letters(records)]
+    names = ["line", "ours", "theirs", *ratios, "goal", "reached", "floor of ours", "bound"]
+    return line_of(names) + "\n" + "|---" * len(names) + "|"
+
+
+def table_row(title, records):
+    """Return a row of the table. Of several runs, it shows the ratios side by side.
+
+    All other figures are medians over the runs.
+    """
+    rows = rows_of(title, records)
+    goal = goal_of_title(title)
+    unit = rows[0].unit
+    cells = [title, with_unit(middle(rows, "ours"), unit), with_unit(middle(rows, "theirs"), unit)]
+    cells += [ratio_text(title, record) for record in records]
+    if goal.ratio is None:
+        cells += ["", ""]
+    else:
+        n_reached = sum(goal.is_reached(row) for row in rows)
+        cells += [goal_text(goal), f"{n_reached} of {len(rows)}"]
+    with_floor = [row for row in rows if row.floor is not None]
+    cells += floor_texts(with_floor, goal) if with_floor else ["", ""]
+    return line_of(cells)
+
+
+def goal_text(goal):
+    text = f"{goal.ratio:g}"
+    return text if goal.share is None else f"{text} at {goal.share:.0%}"
+
+
+def floor_texts(rows, goal):
+    """Return the texts about the floor, and about the ratio that would be reached there."""
+    floor = f"{with_unit(middle(rows, 'floor'), 's')} {rows[0].floor_of}"
+    share = f"{middle(rows, 'share'):.0%}"
+    if rows[0].products is not None:
+        share_of_products = median([row.floor / row.products for row in rows])
+        share += f"; products alone {share_of_products:.0%}"
+    bound = f"{middle(rows, 'bound'):.2f}"
+    if goal.ratio is not None and all(goal.is_beyond_floor(row) for row in rows):
+        bound += ", below the goal"
+    return [f"{floor} ({share})", bound]
+
+
+def ratio_text(title, record):
+    """Return the ratio of a run, the middle half of its rounds, and a star if it was disturbed."""
+    row = record.rows.get(title)
+    if row is None:
+        return ""
+    text = f"{row.ratio:.2f}"
+    if row.spread is not None:
+        low, high = row.spread
+        text += f" ({low:.2f} to {high:.2f})"
+    if is_disturbed(row, record):
+        text += " *"
+    return text
+
+
+def is_disturbed(row, record):
+    """Whether other work kept the machine busy while a Row was measured."""
+    if row.others_busy is not None and row.others_busy > MOST_BUSY:
+        return True
+    return row.peak_flops is not None and row.peak_flops < LEAST_ROOF * record.best_roof
+
+
+def rows_of(title, records):
+    return [record.rows[title] for record in records if title in record.rows]
+
+
+def middle(rows, name):
+    return median([getattr(row, name) for row in rows])
+
+
+def goal_of_title(title):
+    """Return the Goal of a row, whose title begins with the name of a model."""
+    model, title_of_line = title.split(", ", 1)
+    return goal_of(title_of_line, isinstance(KNOWN_MODELS[model].config, T5Config))
+
+
+def line_of(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def with_unit(amount, unit):
+    """Return seconds or bytes as a text in s, ms or MB."""
+    if unit == "B":
+        megabytes = amount / 1e6
+        return f"{megabytes:,.0f} MB" if megabytes >= 10 else f"{megabytes:.3g} MB"
+    return f"{amount:.2f} s" if amount >= 1 else f"{amount * 1e3:.3g} ms"

@@ -1,0 +1,196 @@
+"""The published tables are those of the published runs, and a run says what it was measured on."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.benchmarks import __main__ as benchmarks
+from tests.benchmarks import machine, table
+from tests.benchmarks.lines import GOALS, GOALS_OF_SHARE, goal_of
+from tests.benchmarks.measure import Row
+from tests.benchmarks.record import Record, begin_or_continue, read_record
+
+STEP = "t5-base, training step, no padding"
+KEPT = "t5-base, bytes kept for backward, against (IA)^3"
+GENERATION = "t5-base, greedy generation, batch 1"
+
+
+def record_of(rows, **about):
+    machine_of_run = {"processor": "a core", "instructions": ["avx512f"], "cores": 2}
+    described = {
+        "date": "2026-01-02 03:04",
+        "seconds": 1800.0,
+        "load": {"start": 0.1, "end": 1.0},
+        "commit": "a",
+        "machine": {**machine_of_run, "memory": 8e9, "kernel": "Linux 6.1.0"},
+        "versions": {"torch": "2.13.0+cpu"},
+        "threads": 1,
+        "dtype": "bfloat16",
+        "lines": [],
+    }
+    return Record({**described, **about}, rows)
+
+
+def step_row(ratio=1.25, share=0.85, **others):
+    fields = {"spread": [1.0, 2.0], "peak_flops": 1e12, "others_busy": 0.0, **others}
+    return Row("s", 2.0, 2.0 * ratio, ratio, floor=2.0 * share, floor_of="roof", **fields)
+
+
+# The documents
+
+
+def test_the_tables_of_the_documents_are_those_of_the_published_runs():
+    records = table.read_records()
+    page = table.PAGE.read_text(encoding="utf-8")
+    assert table.IN_PAGE.search(page)[0] == table.markdown(records)
+    readme = table.README.read_text(encoding="utf-8")
+    assert table.IN_README.search(readme)[0] == table.markdown_of_readme(records)
+
+
+def test_a_figure_that_is_edited_by_hand_is_noticed_and_written_again(tmp_path, monkeypatch):
+    pages = {"PAGE": "| 1.78 s |", "README": "| 1.78 s |"}
+    for name, figure in pages.items():
+        page = getattr(table, name)
+        text = page.read_text(encoding="utf-8")
+        assert figure in text
+        copy = tmp_path / page.name
+        copy.write_text(text.replace(figure, "| 1.87 s |"), encoding="utf-8")
+        monkeypatch.setattr(table, name, copy)
+    with pytest.raises(AssertionError):
+        test_the_tables_of_the_documents_are_those_of_the_published_runs()
+    table.main(["--write"])
+    test_the_tables_of_the_documents_are_those_of_the_published_runs()
+
+
+def test_every_published_run_is_a_full_run_without_other_settings():
+    for path in sorted(table.PUBLISHED.glob("*.json")):
+        record = read_record(path)
+        assert not record.about["quick"]
+        assert set(table.README_TITLES) <= record.rows.keys()
+
+
+# Several runs side by side
+
+
+def test_several_runs_stand_side_by_side():
+    a = record_of({STEP: step_row(1.25), KEPT: Row("B", 2e6, 4e6, 2.0)})
+    b = record_of({STEP: step_row(1.35, others_busy=0.6)}, date="2026-01-03 03:04", commit="b")
+    c = record_of({STEP: step_row(1.15)}, date="2026-01-04 03:04")
+    text = table.markdown([a, b, c])
+    lines = text.splitlines()
+    assert lines[2] == "| date | 2026-01-02 03:04 | 2026-01-03 03:04 | 2026-01-04 03:04 |"
+    assert lines[4].startswith("| threads, memory, system | 1 of 2 cores, 8 GB, Linux 6.1.0 |")
+    assert "Run A reaches 2 of 2 goals; beyond the floor: 0." in lines
+    assert "Run C reaches 0 of 1 goals; beyond the floor: 0." in lines
+    assert "The runs are of 2 different commits." in lines
+    assert "1 ratios were disturbed by other work, and have a star." in lines
+    ratios = "1.25 (1.00 to 2.00) | 1.35 (1.00 to 2.00) * | 1.15 (1.00 to 2.00)"
+    floor = "1.70 s roof (85%) | 1.47"
+    assert f"| {STEP} | 2.00 s | 2.50 s | {ratios} | 1.2 at 80% | 2 of 3 | {floor} |" in lines
+    assert f"| {KEPT} | 2 MB | 4 MB | 2.00 |  |  | 1.6 | 1 of 1 |  |  |" in lines
+
+
+def test_a_row_was_disturbed_if_others_were_busy_or_the_roof_was_low():
+    quiet = step_row(peak_flops=1e12, others_busy=0.4)
+    record = record_of({STEP: quiet})
+    assert not table.is_disturbed(quiet, record)
+    assert table.is_disturbed(replace(quiet, others_busy=0.6), record)
+    assert table.is_disturbed(replace(quiet, peak_flops=0.8e12), record)
+    assert not table.is_disturbed(Row("B", 1, 1, 1.0), record)
+
+
+def test_a_goal_beyond_the_floor_is_shown_as_such():
+    row = replace(step_row(ratio=1.08), products=2.0, floor=1.9, theirs=2.16, floor_of="products")
+    text = table.table_row(GENERATION, [record_of({GENERATION: row})])
+    assert text.endswith(
+        "| 1.25 | 0 of 1 | 1.90 s products (95%; products alone 95%) | 1.14, below the goal |"
+    )
+    assert "Run A reaches 0 of 1 goals; beyond the floor: 1." in table.summary(
+        [record_of({GENERATION: row})]
+    )
+
+
+def test_a_goal_with_a_share_of_the_roof_needs_both():
+    goal = goal_of("training step, no padding", is_t5=True)
+    assert goal.is_reached(step_row(1.2, 0.80))
+    assert not goal.is_reached(step_row(1.19, 0.80))
+    assert not goal.is_reached(step_row(1.2, 0.79))
+
+
+def test_every_goal_is_of_a_line_that_has_one():
+    assert GOALS_OF_SHARE.keys() <= GOALS.keys()
+
+
+# The record of a run
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def line(name):
+        def measure(bench, pair):
+            if name in failing:
+                raise KeyboardInterrupt
+            measured.append(name)
+            yield f"line {name}", Row("B", 1, 2, 2.0)
+
+        return measure
+
+    failing = {"second"}
+    lines = {name: line(name) for name in ("first", "second")}
+    monkeypatch.setattr(benchmarks, "LINES", lines)
+    path = tmp_path / "run.json"
+    flags = ["--quick", "--models", "t5-base", "--only", "first,second", "--json", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks.main(flags)
+    assert json.loads(path.read_text())["lines"] == ["t5-base, first"]
+
+    failing.clear()
+    benchmarks.main(flags)
+    assert measured == ["first", "second"]
+    content = json.loads(path.read_text())
+    assert content["lines"] == ["t5-base, first", "t5-base, second"]
+    assert content["rows"].keys() == {"t5-base, line first", "t5-base, line second"}
+
+    with pytest.raises(SystemExit, match="was measured with dtype = bfloat16, and now it is float"):
+        benchmarks.main([*flags, "--dtype", "float32"])
+    benchmarks.main(["table", str(path)])
+    assert "| t5-base, line second | 1e-06 MB | 2e-06 MB | 2.00 |" in capsys.readouterr().out
+
+
+def test_a_record_is_written_after_every_row_and_read_back(tmp_path):
+    path = tmp_path / "run.json"
+    settings = {"commit": "a", "versions": {"torch": "2"}}
+    record = begin_or_continue(settings, path)
+    record.add("one", Row("B", 1, 2, 2.0))
+    found = read_record(path)
+    assert found.rows == record.rows
+    assert found.about == record.about
+    assert begin_or_continue(settings, path).about["date"] == record.about["date"]
+    with pytest.raises(ValueError, match="commit = a, and now it is b: give another file"):
+        begin_or_continue({**settings, "commit": "b"}, path)
+
+
+def test_a_run_says_what_it_was_measured_on():
+    described = machine.describe_machine("cpu")
+    assert described["cores"] == os.cpu_count()
+    assert described["memory"] > 10**8
+    assert described["processor"]
+    assert set(described["instructions"]) <= set(machine.INSTRUCTIONS)
+    assert machine.versions()["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(not machine.Path("/proc/loadavg").exists(), reason="Linux says who is busy")
+def test_this_thread_is_not_counted_among_the_others(monkeypatch):
+    assert machine.n_own_busy() >= 1
+    assert machine.n_others_busy() >= 0
+    monkeypatch.setattr(machine, "n_own_busy", lambda: 0)
+    assert machine.n_others_busy() >= 1
+
+
+@pytest.mark.skipif(not (machine.ROOT / ".git").exists(), reason="there is no repository")
+def test_a_run_says_which_commit_it_measured():
+    assert len(machine.commit().partition(",")[0]) == 40
