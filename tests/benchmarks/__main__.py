@@ -31,6 +31,8 @@ from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
 from tests.benchmarks.record import begin_or_continue
 
+COMMANDS = {"table": table.main}
+
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
@@ -68,8 +70,8 @@ def make_parser():
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["table"]:
-        table.main(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
     else:
         parser = make_parser()
         args = parser.parse_args(argv)
