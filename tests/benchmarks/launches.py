@@ -3,8 +3,9 @@
     python -m tests.benchmarks.launches
     python -m tests.benchmarks.launches --operators     also the commonest operators of each line
 
-A CPU must tell a GPU about every operator (a launch, five to ten microseconds each). A small model,
-or a single token, takes a GPU less time than that, so the number of launches is then what counts.
+A CPU tells a GPU about every operator (a launch). If the model is small, or reads a single token,
+the GPU computes an operator sooner than the CPU can name the next one, and then their number
+decides.
 
 The models are narrow, because the number of launches does not depend on widths, but they have all
 layers of the real ones. Their weights are random, and bfloat16.
