@@ -12,12 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_device import COPY_IN, COPY_IN_AT_ONCE, COPY_OUT, READ, forget_counts, on_sim, total
+from on_device import (
+    COPY_IN,
+    COPY_IN_AT_ONCE,
+    COPY_OUT,
+    COUNTS,
+    READ,
+    forget_counts,
+    on_sim,
+    total,
+)
 from running import TIMES, events, metrics, model, run, task, words
 from safetensors.torch import load_file
 
 import minia3
 from minia3.cli.main import main
+from minia3.model.to_device import to_device
+from minia3.tasks.batches import pad
 
 pytestmark = pytest.mark.slow
 
@@ -146,6 +157,30 @@ def test_scores_are_equal_and_a_batch_is_read_once(name):
     assert total(counts, READ, COPY_OUT) == 1
     assert total(counts, COPY_IN) == 0
     assert total(counts, COPY_IN_AT_ONCE) == {"t5": 6, "llama": 9}[name]
+
+
+def started(device, folder, is_padded):
+    """Start sequences, and return what that counts, and the first logits."""
+    ours, tokenizer = load(folder, device)
+    sources = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    source_BM, mask_BM = pad(sources)
+    if not is_padded:
+        mask_BM = None
+    source_BM = to_device(source_BM, ours.embed.weight.device)
+    forget_counts()
+    with torch.no_grad():
+        state = ours.start(source_BM, mask_BM, torch.tensor([2, 0, 1, 1]))
+        counts = dict(COUNTS)
+        return counts, ours.step(state.start, state).cpu()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_start_checks_masks_and_rows_without_reading_anything_back(is_padded, name):
+    (_, expected), (counts, found), _ = on_both(started, model(name), is_padded)
+    same(found, expected)
+    assert total(counts, READ, COPY_OUT, COPY_IN) == 0
+    assert total(counts, COPY_IN_AT_ONCE) > 0
 
 
 # Adapters, merging and files

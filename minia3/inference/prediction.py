@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import groupby, islice
 from typing import NamedTuple
 
+from minia3.files.ahead import read_ahead
 from minia3.files.lock import lock_folder
 from minia3.files.processes import dividing, from_first
 from minia3.files.read import reading
@@ -179,7 +180,8 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
         return bool(row_input.rendered.choices), is_chat
 
     inputs = iter(inputs)
-    while chunk := list(islice(inputs, CHUNK)):
+    chunks = iter(lambda: list(islice(inputs, CHUNK)), [])
+    for chunk in read_ahead(chunks):  # a GPU would wait while rows are read and tokenized
         # Rows of different kinds may alternate: each run of one kind is answered at once.
         for (is_scored, is_chat), run in groupby(chunk, kind_of):
             run = list(run)

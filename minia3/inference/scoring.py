@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from minia3.files.ahead import one_ahead
 from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.recompute import recompute
@@ -193,11 +194,8 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     """
     n_choices = max(len(example.targets) for example in examples)
     scores_NC = torch.full((len(examples), n_choices), float("-inf"), dtype=torch.float32)
-    lengths = [len(example.source) for example in examples]
-    for rows, adapters in batches_by_length(lengths, adapter, batch_size):
-        batch = collate([examples[row] for row in rows])
-        logp = choice_logprobs(model, batch, adapters).cpu()
-        scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
+    for rows, batch, logp_BCL in scored_batches(model, examples, adapter, batch_size):
+        scores = choice_scores(logp_BCL, batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
     scores_NC = combine(torch.maximum, scores_NC)
     n_choices_N1 = torch.tensor([[len(example.targets)] for example in examples])
@@ -215,18 +213,31 @@ def total_logprobs(model, examples, *, adapter=None, batch_size=16):
     """
     total_N = torch.zeros(len(examples), dtype=torch.float64)
     n_tokens_N = torch.zeros(len(examples), dtype=torch.long)
-    lengths = [len(example.source) for example in examples]
-    for rows, adapters in batches_by_length(lengths, adapter, batch_size):
-        batch = collate([examples[row] for row in rows])
-        logp_BCL = choice_logprobs(model, batch, adapters).cpu().double()
+    for rows, batch, logp_BCL in scored_batches(model, examples, adapter, batch_size):
         mask_BCL = batch.target_mask_BCL
-        total_N[rows] = logp_BCL.masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
+        total_N[rows] = logp_BCL.double().masked_fill(~mask_BCL, 0.0).sum(dim=(1, 2))
         n_tokens_N[rows] = mask_BCL.sum(dim=(1, 2))
     # Two processes may have read the same row. What a process has not read is 0.
     total_N = combine(torch.minimum, total_N)
     n_tokens_N = combine(torch.maximum, n_tokens_N)
     check_finite(total_N[:, None])
     return total_N, n_tokens_N
+
+
+def scored_batches(model, examples, adapter, batch_size):
+    """Yield (indices of rows, Batch, log-probabilities (B, C, L) on the CPU) for all examples.
+
+    Reading the log-probabilities waits for a GPU, so the GPU gets the next batch to compute first.
+    """
+
+    def compute():
+        lengths = [len(example.source) for example in examples]
+        for rows, adapters in batches_by_length(lengths, adapter, batch_size):
+            batch = collate([examples[row] for row in rows])
+            yield rows, batch, choice_logprobs(model, batch, adapters)
+
+    for rows, batch, logp_BCL in one_ahead(compute()):
+        yield rows, batch, logp_BCL.cpu()
 
 
 def check_finite(scores_NC):

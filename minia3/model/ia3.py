@@ -13,6 +13,7 @@ Shapes: B batch, L length, D width of what is scaled, A adapters (rows).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -28,7 +29,8 @@ class IA3(nn.Module):
         self.scale = nn.Parameter(torch.ones(n_adapters, d, dtype=torch.float32))
 
     def forward(self, x_BLD, adapter_B):
-        l_BD = self.scale[adapter_B].to(x_BLD.dtype)
+        # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
+        l_BD = F.embedding(adapter_B, self.scale).to(x_BLD.dtype)
         return x_BLD * l_BD.unsqueeze(1)
 
 

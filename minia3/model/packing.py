@@ -4,7 +4,7 @@ Two sources of 30 and 500 tokens fill a batch of 2 x 500 positions, but only 530
 Projections, norms and feed-forwards get those 530 as rows of one token each. Only attention needs
 to know which tokens belong together, so it unpacks them.
 
-Shapes: B batch, L length, D width, T real tokens of the batch.
+Shapes: B batch, L length, D width, T real tokens of the batch, N positions of the batch (B * L).
 """
 
 from minia3.model.to_device import to_device
@@ -14,26 +14,30 @@ class Packing:
     """The positions of the real tokens of a padded batch.
 
     mask_BL: bool, True = real. It stays on the CPU, because there `nonzero` waits for no GPU.
+
+    Positions are counted through the whole batch, and each occurs once. So the backward passes are
+    plain copies. That of x[rows, columns] would add up, for which a GPU sorts the positions.
     """
 
     def __init__(self, mask_BL, device):
-        self.row_T, self.column_T = to_device(mask_BL.nonzero(), device).unbind(1)
+        self.position_T = to_device(mask_BL.flatten().nonzero()[:, 0], device)
         self.shape = mask_BL.shape
 
     def pack(self, x_BLD):
         """Return the real tokens (T, 1, D), row by row."""
-        return x_BLD[self.row_T, self.column_T].unsqueeze(1)
+        return x_BLD.flatten(0, 1).index_select(0, self.position_T).unsqueeze(1)
 
     def unpack(self, x_T1D):
         """Return (B, L, D), with zeros in place of the padding."""
-        x_BLD = x_T1D.new_zeros(*self.shape, x_T1D.shape[2])
-        return x_BLD.index_put((self.row_T, self.column_T), x_T1D[:, 0])
+        x_ND = x_T1D.new_zeros(self.shape.numel(), x_T1D.shape[2])
+        x_ND.index_copy_(0, self.position_T, x_T1D.squeeze(1))
+        return x_ND.unflatten(0, self.shape)
 
     def adapters(self, adapter_B):
         """Return the adapter of each token (T,). One adapter for the whole batch stays (1,)."""
         if len(adapter_B) == 1:
             return adapter_B
-        return adapter_B[self.row_T]
+        return adapter_B[self.position_T // self.shape[1]]
 
 
 class NoPacking:

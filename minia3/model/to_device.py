@@ -1,16 +1,41 @@
 """Copy what the CPU has prepared to the device of a model, and go on at once.
 
 What a GPU computes is a queue, and the CPU fills it ahead of time. A copy that the CPU waits for
-lets the queue run empty, because such a copy begins only when all work before it is done.
+lets the queue run empty, because such a copy begins only when all work before it is done. A copy
+within the queue would let the GPU wait instead. So copies to a CUDA GPU have a queue (a stream) of
+their own: the tensors of a batch arrive while the GPU still computes the batch before.
 """
+
+from functools import cache
+
+import torch
 
 
 def to_device(x, device):
     """Return x as a tensor on the device, without waiting until it is there."""
     is_on_cpu = x.device.type == "cpu"
     if is_on_cpu and device.type == "cuda":
-        # CUDA copies in the background only from pinned memory, which the system does not move.
-        x = x.pin_memory()
+        return copy_on_side_stream(x, device)
     # On Apple's GPU, nothing keeps x alive until it has been copied.
     is_lasting = device.type != "mps"
     return x.to(device, non_blocking=is_on_cpu and is_lasting)
+
+
+def copy_on_side_stream(x, device):
+    """Return a copy of x on a CUDA device, which is made while the device computes."""
+    computing = torch.cuda.current_stream(device)
+    copying = side_stream(device)
+    with torch.cuda.stream(copying):
+        # CUDA copies in the background only from pinned memory, which the system does not move.
+        copy = x.pin_memory().to(device, non_blocking=True)
+    computing.wait_stream(copying)  # The GPU waits there if it must. The CPU does not.
+    # Otherwise, a later copy could get the memory of this one while the GPU has yet to read it:
+    # the memory belongs to the stream that copies, and Python frees it ahead of time.
+    copy.record_stream(computing)
+    return copy
+
+
+@cache
+def side_stream(device):
+    """Return the stream on which copies to a CUDA device are made."""
+    return torch.cuda.Stream(device)

@@ -22,6 +22,7 @@ from tests.gpu.place import Place
 
 CHECKS = {  # the quick ones first; whether they need a folder
     "waiting": (numbers.waiting, False),
+    "copies": (numbers.copies, False),
     "attention": (numbers.attention, False),
     "precision": (numbers.precision, False),
     "training": (numbers.training, False),

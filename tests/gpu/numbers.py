@@ -13,6 +13,7 @@ import minia3
 from minia3.inference.decoding import generate
 from minia3.model.attend import attend
 from minia3.model.blocks import Block
+from minia3.model.to_device import side_stream, to_device
 from minia3.training.optimizer import Adafactor
 from tests.gpu.place import expect_at_most, off
 
@@ -94,6 +95,28 @@ def waiting(place):
             if place.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     return {"steps that waited": 0}
+
+
+def copies(place):
+    """Copies arrive while the device computes, and none is overwritten before it was read."""
+    n_copies = 8 if place.is_dry else 200
+    width = 64 if place.is_dry else 4096
+    x_WW = torch.ones(width, width, device=place.device)
+    is_right = []
+    for i in range(n_copies):
+        x_WW = x_WW @ x_WW / width  # so that the device is busy when the next copy is asked for
+        copy = to_device(torch.full((1 << 16,), i), x_WW.device)
+        is_right.append((copy == i).all())
+        del copy  # from here on, another copy may get its memory
+    arrived_first = None
+    if place.device.type == "cuda":
+        side_stream(x_WW.device).synchronize()
+        arrived_first = not torch.cuda.current_stream(x_WW.device).query()
+        if not arrived_first:
+            raise AssertionError("the copies were made after what was computed before them")
+    n_wrong = n_copies - int(torch.stack(is_right).sum())
+    expect_at_most(n_wrong, 0, "copies with wrong values")
+    return {"copies": n_copies, "all of them before the last product": arrived_first}
 
 
 def attention(place):

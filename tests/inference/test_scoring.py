@@ -465,3 +465,31 @@ def test_tokens_that_are_not_scored_are_read(loaded):
     scores = score_examples(model, with_holes)
     mean = expected[0, 0][torch.tensor(is_scored)].mean()
     torch.testing.assert_close(scores[0, 0], mean)
+
+
+# A GPU
+
+
+def test_the_next_batch_is_computed_before_the_scores_of_one_are_read(both, monkeypatch):
+    """Reading waits for a GPU, which must have something to do meanwhile."""
+    events = []
+
+    class OnGpu:
+        def __init__(self, logp_BCL, number):
+            self.logp_BCL = logp_BCL
+            self.number = number
+
+        def cpu(self):
+            events.append(f"read {self.number}")
+            return self.logp_BCL
+
+    def compute(model, batch, adapter):
+        number = sum(event.startswith("compute") for event in events)
+        events.append(f"compute {number}")
+        return OnGpu(choice_logprobs(model, batch, adapter), number)
+
+    examples = [Example([3, 4, 5], [[6], [7]], 0)] * 5
+    expected = score_examples(both.model, examples, batch_size=2)
+    monkeypatch.setattr("minia3.inference.scoring.choice_logprobs", compute)
+    assert torch.equal(score_examples(both.model, examples, batch_size=2), expected)
+    assert events == ["compute 0", "compute 1", "read 0", "compute 2", "read 1", "read 2"]

@@ -1,19 +1,21 @@
-"""Copies to a GPU wait for nothing, and come from pinned memory if the GPU needs it."""
+"""Copies to a GPU wait for nothing; to a CUDA GPU, they are made while it computes."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minia3.model import to_device as module
 from minia3.model.to_device import to_device
 
 
 class Copied:
     """A tensor that notes how it is copied. It stands on `kind`."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, calls=None):
         self.device = torch.device(kind)
-        self.calls = []
+        self.calls = [] if calls is None else calls
 
     def pin_memory(self):
         self.calls.append("pinned")
@@ -23,11 +25,13 @@ class Copied:
         self.calls.append("without waiting" if non_blocking else "waiting")
         return self
 
+    def record_stream(self, stream):
+        self.calls.append(f"kept for {stream.name}")
+
 
 @pytest.mark.parametrize(
     ("source", "target", "calls"),
     [
-        ("cpu", "cuda:1", ["pinned", "without waiting"]),
         ("cpu", "xpu", ["without waiting"]),
         ("cpu", "mps", ["waiting"]),  # it might read memory that is gone
         ("cuda", "cuda", ["waiting"]),  # it is there already, and cannot be pinned
@@ -42,3 +46,64 @@ def test_how_a_tensor_is_copied(source, target, calls):
 def test_on_the_cpu_nothing_is_copied():
     x = torch.arange(3)
     assert to_device(x, torch.device("cpu")) is x
+
+
+class Stream:
+    """A stream of CUDA that notes what is asked of it."""
+
+    def __init__(self, name, calls):
+        self.name = name
+        self.calls = calls
+
+    def wait_stream(self, other):
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What was asked of CUDA, in order. Each new stream has a number."""
+    calls = []
+    n_streams = 0
+
+    def make_stream(device):
+        nonlocal n_streams
+        n_streams += 1
+        return Stream(f"stream {n_streams} of {device}", calls)
+
+    @contextmanager
+    def within(stream):
+        calls.append(f"in {stream.name}")
+        yield
+        calls.append(f"left {stream.name}")
+
+    computing = Stream("the computing stream", calls)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "Stream", make_stream)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    module.side_stream.cache_clear()
+    yield calls
+    module.side_stream.cache_clear()
+
+
+def test_a_copy_to_cuda_is_made_beside_what_is_computed(calls):
+    """It is pinned, made on a second stream, waited for by the GPU alone, and kept for it."""
+    x = Copied("cpu", calls)
+    assert to_device(x, torch.device("cuda:1")) is x
+    assert calls == [
+        "in stream 1 of cuda:1",
+        "pinned",
+        "without waiting",
+        "left stream 1 of cuda:1",
+        "the computing stream waits for stream 1 of cuda:1",
+        "kept for the computing stream",
+    ]
+
+
+def test_each_device_has_one_stream_for_its_copies(calls):
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        to_device(Copied("cpu", calls), torch.device(device))
+    assert [call for call in calls if call.startswith("in ")] == [
+        "in stream 1 of cuda:0",
+        "in stream 2 of cuda:1",
+        "in stream 1 of cuda:0",
+    ]
