@@ -493,6 +493,7 @@ def test_impossible_factors_are_refused(tmp_path, factors):
     [
         ({"llama.expert_count": 8}, ["llama.expert_count is 8"]),
         ({"llama.attention.sliding_window": -1.5}, ["llama.attention.sliding_window is -1.5"]),
+        ({"llama.attention.sliding_window": "4"}, ["sliding_window is '4'", "a whole number"]),
         ({"llama.attention.sliding_window_pattern": 6}, ["sliding_window_pattern is 6", "no such"]),
         ({"llama.attention.scale": 0.5}, ["llama.attention.scale is 0.5"]),
         ({"llama.embedding_scale": 12.0}, ["llama.embedding_scale is 12.0", "0 or 1"]),
