@@ -42,6 +42,8 @@ OTHER_FLAGS = {
     "--seed",
     "--d-model",
     "--details",
+    "--dist",
+    "--durations",
     "--quick",
     "--only",
     "--cases",
