@@ -108,7 +108,7 @@ OWN_HEAD = ("t5-v1.1", "t5-deep-decoder", "mt5", *UNTIED_FAMILIES)
 
 
 def pytest_configure(config):
-    config.left_out = []
+    config.n_left_out = 0
     # A shell that starts the tests in the background has them, and the programs that they start,
     # ignore Ctrl-C. Tests of Ctrl-C need what a terminal's programs do.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -116,15 +116,29 @@ def pytest_configure(config):
 
 
 def pytest_deselected(items):
-    if items:
-        items[0].config.left_out.extend(items)
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.config.n_left_out += 1
+
+
+# With `-n 2`, each worker of pytest-xdist collects all tests, and the process that prints, none.
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["n_left_out"] = session.config.n_left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if hasattr(node, "workeroutput"):  # a worker that has crashed has none
+        node.config.n_left_out = node.workeroutput["n_left_out"]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    n_slow = sum(item.get_closest_marker("slow") is not None for item in config.left_out)
-    if n_slow:
+    if config.n_left_out:
         terminalreporter.write_line(
-            f"{n_slow} slow tests were left out; `python -m pytest -m slow` runs them"
+            f"{config.n_left_out} slow tests were left out; `python -m pytest -m slow` runs them"
         )
     if "MINIA3_TEST_DATA" not in os.environ:
         terminalreporter.write_line(

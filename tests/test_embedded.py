@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import running
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -252,20 +253,13 @@ def test_the_base_answers_the_questions_it_was_trained_on(base):
 # The demonstration, through train.py as a newcomer runs it
 
 
-def run_train(folder, **flags):
-    """Run train.py with its output in `folder`, and return the final line of its metrics."""
-    command = [sys.executable, "train.py", "--device", "cpu", "--out", str(folder)]
-    for name, value in flags.items():
-        command += [f"--{name}", str(value)]
+@pytest.mark.slow
+def test_the_default_run_learns_what_the_base_cannot_do(tmp_path):
+    command = [sys.executable, "train.py", "--device", "cpu", "--out", str(tmp_path / "run")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_the_default_run_learns_what_the_base_cannot_do(tmp_path):
-    result = run_train(tmp_path / "run")
+    (result,) = running.events(tmp_path / "run", "final")
     assert result["rows"] == 1024
     assert result["accuracy_before"] <= 0.6
     # Neither another threshold nor the opposite answers would make the base better.
@@ -273,9 +267,21 @@ def test_the_default_run_learns_what_the_base_cannot_do(tmp_path):
     assert result["accuracy"] >= 0.97
 
 
+# The controls: other rows, and another base. Each of them runs in this process.
+
+
+def train_control(folder, **flags):
+    """Run train.py with other defaults. Return the accuracy of each adapter."""
+    words = ["--device", "cpu", "--out", folder]
+    for name, value in flags.items():
+        words += [f"--{name}", value]
+    assert running.run(words) == 0
+    return [result["accuracy"] for result in running.events(folder, "final")]
+
+
 @pytest.mark.slow
 def test_shuffled_labels_teach_nothing(tmp_path, rows):
-    accuracies = []
+    tasks = []
     labels = [row["label"] for row in rows["train"]]
     for seed in range(3):
         shuffled_labels = np.random.RandomState(seed).permutation(labels).tolist()
@@ -283,21 +289,17 @@ def test_shuffled_labels_teach_nothing(tmp_path, rows):
         for row, label in zip(rows["train"], shuffled_labels, strict=True):
             train.append({**row, "label": label})
         task = tmp_path / f"shuffled-{seed}"
-        write_task(task, {**rows, "train": train})
-        accuracies.append(run_train(tmp_path / f"run-{seed}", task=task, seed=seed)["accuracy"])
+        running.write(task, **{**rows, "train": train})
+        tasks.append(str(task))
+    accuracies = train_control(tmp_path / "run", task=",".join(tasks))
+    assert len(accuracies) == 3
     # On both sides: a model that is always wrong would have learned the task, too.
     assert 0.4 <= np.mean(accuracies) <= 0.6, accuracies
-
-
-def write_task(folder, splits):
-    folder.mkdir()
-    for split, rows in splits.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(lines)
 
 
 @pytest.mark.slow
 def test_an_untrained_base_learns_nothing(tmp_path):
     tokenizer = pretrain.make_tokenizer()
     minia3.save_model(pretrain.new_model(tokenizer, seed=0), tmp_path / "untrained", tokenizer)
-    assert run_train(tmp_path / "run", model=tmp_path / "untrained")["accuracy"] <= 0.6
+    (accuracy,) = train_control(tmp_path / "run", model=tmp_path / "untrained")
+    assert accuracy <= 0.6

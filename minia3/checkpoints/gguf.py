@@ -267,9 +267,17 @@ def unsupported(metadata, allowed):
     """Return a message for each key with a value that is not supported or cannot be true."""
     faults = []
     for key, values in allowed.items():
-        if key in metadata and metadata[key] not in values:
+        if key in metadata and not is_allowed(metadata[key], values):
             faults.append(f"{key} is {metadata[key]!r:.40}, expected {describe(values):.40}")
     return faults
+
+
+def is_allowed(value, values):
+    """Whether `values`, a list or a range, has a value."""
+    # Python would compare anything but an int with each number of the range, which takes minutes.
+    if isinstance(values, range) and not isinstance(value, int):
+        return False
+    return value in values
 
 
 def warn_of_unknown(path, metadata, known):

@@ -5,6 +5,7 @@ The template may be in tokenizer_config.json, in chat_template.jinja or in a GGU
 saving, it runs in a sandbox, and if it fails, the message is one line.
 """
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -264,12 +265,22 @@ TURNS = {
 }
 
 
-def their_mask(folder, template, messages, tools=None):
-    """Return the ids and the mask of transformers for a template with {% generation %} blocks."""
+def their_tokenizer(folder):
+    """Return transformers' tokenizer of a folder."""
     transformers = pytest.importorskip(
         "transformers", reason="needs the extra: pip install 'minia3[test]'"
     )
-    batch = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def their_mask(folder, template, messages, tools=None):
+    """Return the ids and the mask of transformers for a template with {% generation %} blocks."""
+    return ids_and_mask(their_tokenizer(folder), template, messages, tools)
+
+
+def ids_and_mask(theirs, template, messages, tools=None):
+    """Return what `their_mask` returns, for a tokenizer that is loaded already."""
+    batch = theirs.apply_chat_template(
         messages,
         tools=tools,
         chat_template=template,
@@ -352,23 +363,36 @@ def test_replacing_contents_finds_the_same_turns_as_comparing_the_text_before_an
     assert spans == render_conversation(TEMPLATES[name], messages, SETTINGS).spans
 
 
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory):
+    """A function from a folder of LLaMA-2's tokenizer to ours and transformers', both made once."""
+    if "MINIA3_TEST_DATA" not in os.environ:
+        pytest.skip("MINIA3_TEST_DATA is not set")
+
+    @functools.cache
+    def get(name):
+        ours = load_tokenizer(Path(os.environ["MINIA3_TEST_DATA"], "tokenizers", name))
+        # As a PreTrainedTokenizerFast. LlamaTokenizer of transformers 5 replaces the file's
+        # normalizer, and then "[INST]" after "<s>" is not what Meta's code makes of it
+        # (518 25580 29962).
+        folder = tmp_path_factory.mktemp(name)
+        ours.save(folder)
+        return ours, their_tokenizer(folder)
+
+    return get
+
+
 @pytest.mark.parametrize("folder", ["llama2", "llama2-hf"])
 @pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("name", ["llama2", "mistral", "zephyr", "chatml"])
-def test_sentencepiece_has_the_ids_and_the_mask_too(name, turns, folder, tmp_path):
+def test_sentencepiece_has_the_ids_and_the_mask_too(name, turns, folder, llama2, monkeypatch):
     """LLaMA-2's tokenizer puts spaces before texts, and breaks rare characters into bytes."""
-    if "MINIA3_TEST_DATA" not in os.environ:
-        pytest.skip("MINIA3_TEST_DATA is not set")
-    tokenizers = Path(os.environ["MINIA3_TEST_DATA"], "tokenizers")
+    ours, theirs = llama2(folder)
     messages = supported(name, TURNS[turns])
-    tokenizer = load_tokenizer(tokenizers / folder)
-    # As a PreTrainedTokenizerFast. LlamaTokenizer of transformers 5 replaces the file's normalizer,
-    # and then "[INST]" after "<s>" is not what Meta's code makes of it (518 25580 29962).
-    tokenizer.save(tmp_path)
-    ids, mask = their_mask(tmp_path, TAGGED[name], messages)
+    ids, mask = ids_and_mask(theirs, TAGGED[name], messages)
     for template in (TEMPLATES[name], TAGGED[name]):
-        tokenizer.chat_template = template
-        encoded = tokenizer.conversation(messages)
+        monkeypatch.setattr(ours, "chat_template", template)
+        encoded = ours.conversation(messages)
         assert encoded.ids == ids
         assert encoded.is_scored == mask
 

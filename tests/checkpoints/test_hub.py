@@ -2,8 +2,8 @@
 network, and each failure is one clear line.
 
 The hub is a server on 127.0.0.1 that speaks the part of the hub's protocol that huggingface_hub
-uses. Child processes do the downloads, because huggingface_hub reads its environment when it is
-imported.
+uses. Processes of their own do the downloads, because huggingface_hub reads its environment when it
+is imported (hub_calls.py).
 """
 
 import contextlib
@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 import socket
-import subprocess
-import sys
-import textwrap
+import tempfile
 import threading
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import hub_calls
 import huggingface_hub
 import pytest
 import torch
@@ -31,33 +30,10 @@ from minia3.checkpoints.hub import find, find_adapter
 from minia3.checkpoints.known_models import known_model
 from minia3.cli.info import info
 
-CHILD = """
-    import json, sys, time
-    waits = []
-    time.sleep = waits.append  # huggingface_hub waits longer and longer between its tries
-    import minia3
-    from minia3.checkpoints import hub
-    hub.LONGEST_WAIT = float(sys.argv[2]) if len(sys.argv) > 2 else hub.LONGEST_WAIT
-
-    def outcome(call, name):
-        try:
-            if call == "find without weights":
-                return sorted(path.name for path in hub.find(name, weights=False).iterdir())
-            if call == "find adapter":
-                return {path.name: path.read_text() for path in hub.find_adapter(name).iterdir()}
-            model = minia3.load_model(name)
-        except ValueError as error:
-            return "ValueError: " + str(error)
-        weights = [p for name, p in model.named_parameters() if not name.endswith(".scale")]
-        return sum(p.double().sum().item() for p in weights)
-
-    print(json.dumps([[outcome(call, name) for call, name in json.loads(sys.argv[1])], sum(waits)]))
-"""
-
 
 def ask(cache, endpoint, calls, longest_wait=None, **environment):
-    """Run the calls in a child process. Return the result of each call: the files that it found,
-    the sum of the weights that it loaded, or the message of a ValueError.
+    """Run the calls in a process of their own. Return the result of each call: the files that it
+    found, the sum of the weights that it loaded, or the message of a ValueError.
     """
     settings = {
         "HF_HOME": str(cache),
@@ -70,14 +46,10 @@ def ask(cache, endpoint, calls, longest_wait=None, **environment):
         for key, value in os.environ.items()
         if "PROXY" not in key.upper() and not key.startswith("HF_")
     }
-    child = [sys.executable, "-c", textwrap.dedent(CHILD), json.dumps(calls)]
-    if longest_wait is not None:
-        child.append(str(longest_wait))
-    done = subprocess.run(
-        child, capture_output=True, text=True, env=env | settings | environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes, waited = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes, waited = hub_calls.ask(
+            Path(folder), env | settings | environment, calls, longest_wait
+        )
     assert waited < 60, "if the hub cannot be reached, it is tried again for one file, not for each"
     return outcomes
 

@@ -17,6 +17,8 @@ from conftest import logits, randomize, rms
 import minia3
 from minia3.adapters.dora import write_dora
 from minia3.adapters.peft_files import read_adapter
+from minia3.checkpoints.gguf import read_gguf
+from minia3.checkpoints.load import read_checkpoint
 from minia3.inference.beam_search import beam_search
 from minia3.inference.decoding import decode_tokens, stream
 
@@ -49,6 +51,19 @@ def theirs(path):
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
+
+
+def test_the_file_is_read_bit_for_bit_as_transformers_reads_it(path, theirs):
+    expected = {name: x for name, x in theirs.state_dict().items() if name != "lm_head.weight"}
+    entries = read_checkpoint(path)[1]
+    assert len(entries) == 272
+    assert entries.keys() == expected.keys()
+    for name, entry in entries.items():
+        assert torch.equal(entry.read().view(torch.int32), expected[name].view(torch.int32))
+    ours, _ = read_gguf(path)
+    config = theirs.config
+    assert ours.pop("rope_theta") == config.rope_parameters["rope_theta"] == 100000.0
+    assert ours == {key: getattr(config, key) for key in ours}
 
 
 def test_logits_and_loss_of_a_sentence_equal_those_of_transformers(ours, theirs):
