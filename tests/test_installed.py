@@ -1,7 +1,6 @@
-"""A wheel and an editable install train in an environment of their own, and a source distribution
-builds the same wheel.
+"""A wheel, a source distribution and an editable install train in an environment of their own.
 
-The commands of the wheel learn from the kinds of files that people have, by one command each.
+The wheel learns from the kinds of files that people have, by one command each.
 """
 
 import email
@@ -21,7 +20,6 @@ import pytest
 import running
 
 import minia3
-from minia3.cli.main import main
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("hatchling", reason="builds the package")
@@ -128,6 +126,11 @@ def test_a_wheel_trains_from_any_folder(wheel, tmp_path):
     assert not (package.parent / "data").exists()
 
 
+def test_a_source_distribution_trains_from_any_folder(sdist, tmp_path):
+    package = train_somewhere(install(tmp_path, sdist), tmp_path)
+    assert package.is_relative_to(tmp_path)
+
+
 def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(source, tmp_path):
     programs = install(tmp_path, "--editable", source)
     assert train_somewhere(programs, tmp_path) == source / "minia3"
@@ -136,78 +139,66 @@ def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(
     assert done.stdout == f"{source / 'train.py'}\n"
 
 
-# The files that people have: one command trains, and one labels or answers new rows. The first test
-# is about the programs of a wheel, and the others call what these programs call.
+# The files that people have: one command trains, and one labels or answers new rows
 
 
-def words_to_train(file, *flags):
-    return ["train", "--task", file, *flags, "--out", "run", "--device", "cpu"]
+@pytest.fixture(scope="module")
+def programs(wheel, tmp_path_factory):
+    return install(tmp_path_factory.mktemp("installed"), wheel)
 
 
-def words_to_predict(file):
-    return ["predict", "tiny-t5", file, "--adapter", "run/adapter"]
+def trained(programs, folder, file, *flags):
+    """Train on a file of a folder that has nothing of ours. Return what was printed."""
+    command = [programs / "minia3", "train", "--task", file, *flags]
+    done = call(*command, "--out", "run", "--device", "cpu", cwd=folder)
+    assert done.stderr == ""
+    (final,) = [line for line in running.metrics(folder / "run") if line["event"] == "final"]
+    assert final["steps"] == int(flags[flags.index("--steps") + 1])
+    return done.stdout
 
 
-def printed(capsys, words):
-    """Return what a command prints. It must succeed, and print nothing on stderr."""
-    capsys.readouterr()
-    assert main(words) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
-
-
-def rows_of(lines):
-    return [json.loads(line) for line in lines.splitlines()]
-
-
-def n_steps(folder):
-    (final,) = running.events(folder, "final")
-    return final["steps"]
+def predicted(programs, folder, file):
+    """Return the lines of `minia3 predict` for rows that have only inputs."""
+    command = [programs / "minia3", "predict", "tiny-t5", file, "--adapter", "run/adapter"]
+    done = call(*command, cwd=folder)
+    assert done.stderr == ""
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 PRAISE = ["fine", "great", "lovely", "nice"]
 BLAME = ["bad", "dull", "awful", "sad"]
 
 
-def test_a_csv_of_texts_and_words_as_labels(wheel, tmp_path):
-    programs = install(tmp_path, wheel)
+def test_a_csv_of_texts_and_words_as_labels(programs, tmp_path):
     lines = ["text,label"]
     for good, bad in zip(PRAISE * 5, BLAME * 5, strict=True):
         lines += [f"the film was {good},positive", f"the film was {bad},negative"]
     (tmp_path / "reviews.csv").write_text("\n".join(lines))
     (tmp_path / "new.csv").write_text("text\nthe film was dull\nthe film was nice\n")
 
-    words = words_to_train("reviews.csv", "--steps", "60", "--lr", "3e-2")
-    done = call(programs / "minia3", *words, cwd=tmp_path)
-    assert done.stderr == ""
-    assert "columns  reads text, picks label among positive, negative\n" in done.stdout
-    assert "use it      minia3 predict tiny-t5 new.csv --adapter run/adapter\n" in done.stdout
-    assert n_steps(tmp_path / "run") == 60
-    done = call(programs / "minia3", *words_to_predict("new.csv"), cwd=tmp_path)
-    assert done.stderr == ""
-    assert [row["choice"] for row in rows_of(done.stdout)] == ["negative", "positive"]
+    printed = trained(programs, tmp_path, "reviews.csv", "--steps", "60", "--lr", "3e-2")
+    assert "columns  reads text, picks label among positive, negative\n" in printed
+    assert "use it      minia3 predict tiny-t5 new.csv --adapter run/adapter\n" in printed
+    rows = predicted(programs, tmp_path, "new.csv")
+    assert [row["choice"] for row in rows] == ["negative", "positive"]
 
 
 OPPOSITES = {"hot": "cold", "big": "small", "yes": "no", "in": "out"}
 
 
-def test_an_alpaca_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_an_alpaca_file(programs, tmp_path):
     asked = [{"instruction": "Say the opposite.", "input": word} for word in OPPOSITES]
     answered = [row | {"output": OPPOSITES[row["input"]]} for row in asked]
     (tmp_path / "alpaca.json").write_text(json.dumps(answered * 6, indent=2))
     (tmp_path / "new.json").write_text(json.dumps(asked))
 
-    words = words_to_train("alpaca.json", "--steps", "100", "--lr", "1e-1")
-    assert "columns  reads instruction and input, writes output\n" in printed(capsys, words)
-    assert n_steps(tmp_path / "run") == 100
-    rows = rows_of(printed(capsys, words_to_predict("new.json")))
+    printed = trained(programs, tmp_path, "alpaca.json", "--steps", "100", "--lr", "1e-1")
+    assert "columns  reads instruction and input, writes output\n" in printed
+    rows = predicted(programs, tmp_path, "new.json")
     assert [row["output"] for row in rows] == list(OPPOSITES.values())
 
 
-def test_a_parquet_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_parquet_file(programs, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="writes a .parquet file")
     parquet = pytest.importorskip("pyarrow.parquet")
     first = [f"the film was {word}" for word in (*PRAISE, *BLAME)]
@@ -216,11 +207,9 @@ def test_a_parquet_file(tmp_path, monkeypatch, capsys):
     parquet.write_table(pyarrow.table(columns | {"label": labels}), tmp_path / "pairs.parquet")
     parquet.write_table(pyarrow.table(columns).slice(2, 4), tmp_path / "new.parquet")
 
-    words = words_to_train("pairs.parquet", "--steps", "60", "--lr", "3e-2")
-    found = "columns  reads sentence1 and sentence2, picks label among "
-    assert found in printed(capsys, words)
-    assert n_steps(tmp_path / "run") == 60
-    rows = rows_of(printed(capsys, words_to_predict("new.parquet")))
+    printed = trained(programs, tmp_path, "pairs.parquet", "--steps", "60", "--lr", "3e-2")
+    assert "columns  reads sentence1 and sentence2, picks label among " in printed
+    rows = predicted(programs, tmp_path, "new.parquet")
     assert [row["choice"] for row in rows] == ["true", "true", "false", "false"]
 
 
@@ -232,9 +221,8 @@ CAPITALS = {
 }
 
 
-def test_a_file_of_conversations(tmp_path, monkeypatch, capsys):
+def test_a_file_of_conversations(programs, tmp_path):
     pytest.importorskip("jinja2", reason="renders chat templates")
-    monkeypatch.chdir(tmp_path)
     chat_model.save(tmp_path / "small-llama")
     lines = []
     for question, answer in CAPITALS.items():
@@ -244,31 +232,26 @@ def test_a_file_of_conversations(tmp_path, monkeypatch, capsys):
     (tmp_path / "capitals.jsonl").write_text("".join(lines * 5))
 
     flags = ["--model", "small-llama", "--steps", "150", "--lr", "3e-1"]
-    out = printed(capsys, words_to_train("capitals.jsonl", *flags))
-    assert "columns  reads messages, writes what the assistant says\n" in out
-    assert "use it      minia3 generate small-llama --chat --adapter run/adapter\n" in out
-    assert n_steps(tmp_path / "run") == 150
-    words = ["generate", "small-llama", "--chat", "--adapter", "run/adapter"]
+    printed = trained(programs, tmp_path, "capitals.jsonl", *flags)
+    assert "columns  reads messages, writes what the assistant says\n" in printed
+    assert "use it      minia3 generate small-llama --chat --adapter run/adapter\n" in printed
+    command = [programs / "minia3", "generate", "small-llama", "--chat", "--adapter", "run/adapter"]
     for question, answer in CAPITALS.items():
-        assert printed(capsys, [*words, question]) == f"{answer}\n"
+        done = call(*command, question, cwd=tmp_path)
+        assert done.stdout == f"{answer}\n"
         assert (
             chat_model.answer(tmp_path / "small-llama", tmp_path / "run" / "adapter", question)
             == answer
         )
 
 
-def test_a_source_distribution_builds_the_wheel_that_was_trained_with_above(wheel, sdist, tmp_path):
-    files = contents(wheel)
-    assert contents(build(sdist, tmp_path)) == files
+def test_both_distributions_have_the_same_modules(wheel, sdist, tmp_path):
+    other = build(sdist, tmp_path)
+    names = sorted(zipfile.ZipFile(wheel).namelist())
+    assert names == sorted(zipfile.ZipFile(other).namelist())
     modules = {str(p.relative_to(running.ROOT)) for p in (running.ROOT / "minia3").rglob("*.py")}
-    assert modules <= files.keys()
-    assert "minia3/tasks/tasks.json" in files
-
-
-def contents(wheel):
-    """Return the bytes of each file in a wheel, by name."""
-    archive = zipfile.ZipFile(wheel)
-    return {name: archive.read(name) for name in archive.namelist()}
+    assert modules <= set(names)
+    assert "minia3/tasks/tasks.json" in names
 
 
 def test_the_long_description_has_no_links_that_lead_nowhere(wheel):
