@@ -8,9 +8,9 @@ import time
 
 from tests.gpu.place import ROOT, run_python
 
-# The embedded model within a limit of memory: the card's, or this process's. A short run comes first,
-# so that nothing is imported or prepared within the limit. A small allocation in a C library that
-# fails could end the process silently; with so much prepared, a large tensor is what does not fit.
+# The embedded model within a limit of memory: the card's, or this process's. A short run comes
+# first, so that nothing is imported or prepared within the limit, and a large tensor is what does
+# not fit. If a small allocation in a C library failed, the process could end without a word.
 LIMITED = """
 import sys
 from contextlib import nullcontext
