@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 
 import pytest
 import running
@@ -72,6 +73,29 @@ def test_commands_for_one_process_run_once():
     code, out, err = several.call(2, "-m", "minia3", "info", running.model("t5"))
     assert (code, err) == (0, "")
     assert out == alone("info", running.model("t5"))
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [(["nothing.py", "--steps", "1"], "script nothing.py"), (["-m", "no.such"], "module no.such")],
+)
+def test_a_script_that_is_missing_is_one_line(words, missing, capsys):
+    assert main(["torchrun", "--standalone", "--nproc-per-node", "2", *words]) == 2
+    assert capsys.readouterr().err == f"minia3: torchrun: there is no {missing}\n"
+
+
+def test_scripts_modules_and_programs_that_are_there_are_started(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("raise AssertionError('is not imported')")
+    (tmp_path / "script.py").touch()
+    level = logging.root.manager.disable
+    for words in (["script.py"], ["-m", "package.module"], ["-m", "minia3"], ["--no-python", "ls"]):
+        assert main(["torchrun", *words]) == 0
+    assert len(started) == 4
+    assert logging.root.manager.disable == level
 
 
 def test_what_torchrun_starts_decides_about_the_exit_code(tmp_path):
