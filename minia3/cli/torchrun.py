@@ -10,6 +10,8 @@ import sys
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 
+from minia3.files.read import one_line
+
 TITLE = "Start a run in several processes, with torchrun's flags"
 EXAMPLE = "minia3 torchrun --nproc-per-node 4 train.py --model t5-base --task rte"
 
@@ -28,6 +30,7 @@ def run(args):
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     options = torchrun.parse_args(args.script)
     check_script(options)
@@ -39,6 +42,9 @@ def run(args):
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
+    except RendezvousError as error:
+        reason = one_line(error.__cause__ or error)
+        raise OSError(f"torchrun: the machines of this run do not meet: {reason}") from None
     return 0
 
 

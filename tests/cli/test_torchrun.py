@@ -8,6 +8,7 @@ import logging
 import pytest
 import running
 import several
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from minia3.cli.main import main
 
@@ -96,6 +97,16 @@ def test_scripts_modules_and_programs_that_are_there_are_started(tmp_path, monke
         assert main(["torchrun", *words]) == 0
     assert len(started) == 4
     assert logging.root.manager.disable == level
+
+
+def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):
+    def run(options):
+        raise RendezvousConnectionError("see the inner exception") from ValueError("timed\nout")
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    assert main(["torchrun", "-m", "minia3"]) == 1
+    expected = "minia3: torchrun: the machines of this run do not meet: timed out\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_what_torchrun_starts_decides_about_the_exit_code(tmp_path):
