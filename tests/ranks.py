@@ -4,13 +4,14 @@ They talk through gloo, which works on any machine. The processes are forked fro
 running.py, which has imported torch already.
 """
 
+import contextlib
 import io
 import os
 import socket
 import traceback
 
 import torch
-from running import processes
+from running import processes, run
 
 from minia3.files.processes import join, leave, n_processes
 from minia3.training.shards import make_shards
@@ -71,6 +72,17 @@ def run_rank(pipe, place, function, arguments):
         pipe.send((None, f"process {rank}: {traceback.format_exc()}"))
         os._exit(1)  # so that the others do not wait for this one
     leave()
+
+
+def run_on_ranks(n_processes, words):
+    """Run train.py in processes that compute together, and return what it prints."""
+    return "".join(on_ranks(n_processes, printed_by_run, words))
+
+
+def printed_by_run(words):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert run(words) == 0
+    return output.getvalue()
 
 
 def my_shards(n_per_copy=None, offload=False):

@@ -15,9 +15,12 @@ OURS = ("-m", "minia3", "torchrun")  # which ends as the processes do
 SECONDS = 120  # that a run of these tests may take
 
 
-def start(n_processes, *arguments, torchrun=OURS, cwd=ROOT):
-    """Start a script, or `-m` a module, in several processes, and return torchrun's process."""
-    count = ["--standalone", "--nproc-per-node", str(n_processes)]
+def start(n_processes, *arguments, torchrun=OURS, cwd=ROOT, machines=("--standalone",)):
+    """Start a script, or `-m` a module, in several processes, and return torchrun's process.
+
+    machines: flags of torchrun that say which machines there are, and which one this is.
+    """
+    count = [*map(str, machines), "--nproc-per-node", str(n_processes)]
     return subprocess.Popen(
         [sys.executable, *torchrun, *count, *map(str, arguments)],
         cwd=cwd,

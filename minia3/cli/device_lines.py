@@ -8,6 +8,7 @@ import torch
 from minia3.cli.terminal import format_size
 from minia3.training.choices import QUANTIZED
 from minia3.training.device_plan import Plan, recipe_shape
+from minia3.training.shards import ALL
 
 DTYPE = torch.bfloat16  # of weights that are not quantized, as by default on a GPU
 MOST_DEVICES = 64  # that an advice may ask for
@@ -16,7 +17,7 @@ PART_TITLES = {
     "weights": "the base",
     "vectors": "with gradients and moments",
     "activations": "at the peak of a step, with --recompute",
-    "unsharded": "whole for a moment: blocks that run, a dequantized weight",
+    "unsharded": "for a moment: blocks that run, a dequantized weight",
 }
 
 NOTE = """\
@@ -30,15 +31,21 @@ class Devices(NamedTuple):
     n_devices: int
     memory: float  # bytes of each
     quantize: str | None
-    shard: bool  # divide the base, also if it would fit
+    shard: int | None  # how many hold a copy of the base; ALL of them; None: as in a run
+    offload: bool
 
     def check(self):
         """Raise ValueError if nothing can be planned for these devices."""
         if self.n_devices < 1 or not 0 < self.memory < math.inf:
             found = f"--devices is {self.n_devices} and --memory is {self.memory / 1e9:g}"
             raise ValueError(f"info: {found}, expected at least 1 device and more than 0 GB")
-        if self.shard and self.n_devices == 1:
+        if self.shard is None:
+            return
+        if self.shard == ALL and self.n_devices == 1 and not self.offload:
             raise ValueError("info: --shard divides the base among devices, but --devices is 1")
+        if self.shard < 0 or self.n_devices % (self.shard or self.n_devices):
+            found = f"info: --shard is {self.shard} and --devices is {self.n_devices}"
+            raise ValueError(f"{found}, expected a number that divides --devices")
 
 
 def device_lines(name, model_config, devices, batch, length):
@@ -51,17 +58,14 @@ def device_lines(name, model_config, devices, batch, length):
     shape = recipe_shape(n_examples, length)
     plan = Plan(model_config, DTYPE, devices.quantize)
     n_shards = choose_shards(plan, devices, shape)
-    on_device = plan.on_device(n_shards, shape)
-    fits = on_device.fits(devices.memory)
+    on_device = plan.on_device(n_shards, shape, devices.offload)
+    answer = "yes" if on_device.fits(devices.memory) else "no"
 
-    share = "divided among them" if n_shards > 1 else "whole on each"
-    kept = devices.quantize or "bfloat16"
-    yield "devices", f"{devices.n_devices} of {format_size(devices.memory)}: {kept} base, {share}"
-    answer = "yes" if fits else "no"
+    base = f"{devices.quantize or 'bfloat16'} base, {place_of_base(devices, n_shards)}"
+    yield "devices", f"{devices.n_devices} of {format_size(devices.memory)}: {base}"
     yield "fits", f"{answer}: {format_size(on_device.total)} for {n_examples} x {length} tokens"
-    for title, n_bytes in on_device._asdict().items():
-        yield title, f"{format_size(n_bytes)} ({PART_TITLES[title]})"
-    largest = plan.largest_batch(n_shards, shape, devices.memory)
+    yield from part_lines(plan, devices, n_shards, on_device)
+    largest = plan.largest_batch(n_shards, shape, devices.memory, devices.offload)
     yield "largest batch", f"{largest * devices.n_devices:,} ({largest:,} on each device)"
     if largest > 0:
         sizes = ["--batch-size", batch, "--max-length", length]
@@ -74,15 +78,38 @@ def device_lines(name, model_config, devices, batch, length):
         yield "", line
 
 
+def part_lines(plan, devices, n_shards, on_device):
+    """Yield the lines about the parts of a DevicePlan, and about what --offload keeps elsewhere."""
+    titles = dict(PART_TITLES)
+    if devices.offload:
+        titles["weights"] = "what belongs to no block"
+    for name, n_bytes in on_device._asdict().items():
+        yield name, f"{format_size(n_bytes)} ({titles[name]})"
+    if devices.offload:
+        each = plan.on_cpu(n_shards)
+        total = format_size(each * devices.n_devices)
+        yield "on the CPU", f"{format_size(each)} for each device, {total} for all of them"
+
+
 def choose_shards(plan, devices, shape):
-    """Return how many devices divide the base: all of them, or 1 if each holds the whole.
+    """Return how many devices divide the base; with 1, each holds the whole. As in a run.
 
     One example decides, because a batch that is too large is a matter for --micro-batch-size.
     """
+    if devices.shard is not None:
+        return devices.shard or devices.n_devices
     alone = plan.on_device(1, shape._replace(n_examples=1))
-    if devices.shard or not alone.fits(devices.memory):
-        return devices.n_devices
-    return 1
+    return 1 if alone.fits(devices.memory) else devices.n_devices
+
+
+def place_of_base(devices, n_shards):
+    """Return where the base is, in words."""
+    place = "whole for each" if devices.offload else "whole on each"
+    if n_shards == devices.n_devices > 1:
+        place = "divided among them"
+    elif n_shards > 1:
+        place = f"a copy for every {n_shards}"
+    return f"{place}, on the CPU" if devices.offload else place
 
 
 def command(name, devices, n_shards):
@@ -93,25 +120,48 @@ def command(name, devices, n_shards):
     words += ["train.py", "--model", name, "--task", "TASK", "--dtype", "bfloat16", "--recompute"]
     if devices.quantize:
         words += ["--quantize", devices.quantize]
-    if n_shards > 1:
+    if devices.shard:
+        words += ["--shard", devices.shard]
+    elif n_shards > 1:
         words += ["--shard"]
+    if devices.offload:
+        words += ["--offload"]
     return words
 
 
 def advice(model_config, devices, shape):
     """Return what to do if not even one example on each device fits.
 
-    A smaller base comes first, then more devices, then both.
+    A smaller base comes first, then more devices, then both; and beside it --offload, which is
+    slow. The base is divided among all devices.
     """
     first = shape._replace(n_examples=1)
     kinds = tuple(dict.fromkeys((devices.quantize, *QUANTIZED)))
     plans = {kind: Plan(model_config, DTYPE, kind) for kind in kinds}
+
+    def fits(kind, n_devices, offload=devices.offload):
+        return plans[kind].on_device(n_devices, first, offload).fits(devices.memory)
+
+    ways = []
+    if not devices.offload and fits(devices.quantize, devices.n_devices, offload=True):
+        ways.append("--offload fits, and is slow")
     n_devices = devices.n_devices
     while n_devices <= MOST_DEVICES:
-        for kind, plan in plans.items():
-            if plan.on_device(n_devices, first).fits(devices.memory):
-                flags = f"--quantize {kind}" if kind != devices.quantize else ""
-                more = f"--devices {n_devices}" if n_devices != devices.n_devices else ""
-                return f"{more} {flags} fits".strip()
+        for kind in kinds:
+            if fits(kind, n_devices):
+                ways.insert(0, f"{flags_of_advice(devices, kind, n_devices)} fits")
+                return "; ".join(ways)
         n_devices *= 2
-    return "take devices with more memory, or a smaller model"
+    return "; ".join(ways) or "take devices with more memory, or a smaller model"
+
+
+def flags_of_advice(devices, kind, n_devices):
+    """Return the flags that change what was planned: a base of this kind on so many devices."""
+    words = []
+    if n_devices != devices.n_devices:
+        words += ["--devices", str(n_devices)]
+    if kind != devices.quantize:
+        words += ["--quantize", kind]
+    if devices.shard:
+        words += ["--shard"]  # among all of them
+    return " ".join(words)

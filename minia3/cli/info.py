@@ -38,8 +38,17 @@ def add_arguments(parser):
     add_quantize(parser)
     parser.add_argument(
         "--shard",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="divide the base among N of the devices, or among all of them (default: among all, if "
+        "one could not hold it; 1: never)",
+    )
+    parser.add_argument(
+        "--offload",
         action="store_true",
-        help="divide the base among the devices, even if each could hold all of it",
+        help="keep the weights of the blocks in the memory of the CPU",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
@@ -63,8 +72,8 @@ def run(args):
 def devices_of(args):
     """Return the Devices that the flags describe, or None. Raise ValueError if half is missing."""
     if args.devices is None and args.memory is None:
-        if args.quantize or args.shard:
-            found = "--quantize and --shard say how a run is planned"
+        if args.quantize or args.offload or args.shard is not None:
+            found = "--quantize, --shard and --offload say how a run is planned"
             raise ValueError(f"info: {found}: give --devices and --memory, too")
         return None
     if args.devices is None or args.memory is None:
@@ -72,7 +81,7 @@ def devices_of(args):
         raise ValueError(f"info: expected both --devices and --memory (in GB), {example}")
     from minia3.cli.device_lines import Devices
 
-    devices = Devices(args.devices, 1e9 * args.memory, args.quantize, args.shard)
+    devices = Devices(args.devices, 1e9 * args.memory, args.quantize, args.shard, args.offload)
     devices.check()
     return devices
 

@@ -42,15 +42,18 @@ CALL = "minia3.train"
 def resume_command(program, folder, steps=None):
     """Return what continues the run in a folder, with another number of steps if it is given.
 
-    On one machine, this starts as many processes as there are now.
+    This starts as many processes as there are now. On several machines the user knows the flags of
+    torchrun, and this process does not.
     """
     if program == CALL:
         extension = f", steps={steps}" if steps else ""
         return f"minia3.train(resume={str(folder)!r}{extension})"
     extension = f" --steps {steps}" if steps else ""
-    if 1 < n_processes() == n_on_machine():
+    if n_processes() > 1:
         started = {SCRIPT: "train.py", COMMAND: "-m minia3 train"}[program]
-        program = f"torchrun --nproc-per-node {n_processes()} {started}"
+        is_one_machine = n_processes() == n_on_machine()
+        count = f"--nproc-per-node {n_processes()}" if is_one_machine else "..."
+        program = f"torchrun {count} {started}"
     return f"{program} --resume {shlex.quote(str(folder))}{extension}"
 
 

@@ -1,11 +1,12 @@
 """Plan before a run: what one of several devices holds while (IA)^3 trains, without weights.
 
     weights       all of the base; or, if it is divided, a share of the rows of each block, and the
-                  whole of what belongs to no block: the embedding, the head, the last norm
+                  whole of what belongs to no block: the embedding, the head, the last norm. With
+                  --offload, only the latter
     vectors       float32, with their gradients and the moments of the optimizer
     activations   what a step keeps and computes
-    unsharded     what is whole for a moment only: blocks of a divided base while they run, and a
-                  weight of a quantized base while it is multiplied with
+    unsharded     what is there for a moment only: blocks of a divided or offloaded base while they
+                  run, and a weight of a quantized base while it is multiplied with
 
 The sum is slightly too large, because the parts do not peak at the same moment.
 """
@@ -71,19 +72,37 @@ class Plan:
         self.base = Base(model_config, dtype, quantize)
         self.planned = {}  # StepShape -> activations, because planning them takes seconds
 
-    def on_device(self, n_shards, shape):
+    def on_device(self, n_shards, shape, offload=False):
         """Return the DevicePlan for a step of a StepShape, whose examples are on this device.
 
-        n_shards: how many devices divide the base; with 1, the device holds all of it.
+        n_shards: how many devices divide the base; with 1, the device holds all of it. offload:
+        whether the rows of the blocks are kept in the memory of the CPU (`on_cpu`).
         """
+        weights = self.base.n_whole if offload else self.base.share(n_shards)
         vectors = VECTOR_BYTES * self.base.n_vectors
-        activations = self.activations(shape)
+        unsharded = self.unsharded(n_shards, offload)
+        return DevicePlan(weights, vectors, self.activations(shape), unsharded)
+
+    def unsharded(self, n_shards, offload):
+        """Return the bytes of what is there for a moment: see the top of this file."""
         dequantized = self.base.largest_dequantized
-        if n_shards == 1:
-            return DevicePlan(self.base.n_bytes, vectors, activations, dequantized)
+        if n_shards == 1 and not offload:
+            return dequantized
         block = max(self.base.groups.values())
-        unsharded = max(WHILE_GATHERING * block, WHILE_RUNNING * block + dequantized)
-        return DevicePlan(self.base.share(n_shards), vectors, activations, unsharded)
+        copied = self.copied_rows(n_shards) if offload else 0
+        if n_shards == 1:  # one weight after the other is copied, and no other block is there
+            return block + max(copied, dequantized)
+        return max(WHILE_GATHERING * block + copied, WHILE_RUNNING * block + dequantized)
+
+    def copied_rows(self, n_shards):
+        """Return the bytes of the rows that --offload copies to the device at a time."""
+        if n_shards == 1:
+            return max(n_rows * row for n_rows, row in self.base.rows)
+        return math.ceil(max(self.base.groups.values()) / n_shards)
+
+    def on_cpu(self, n_shards):
+        """Return the bytes that --offload keeps in the memory of the CPU for one device."""
+        return self.base.share(n_shards) - self.base.n_whole
 
     def activations(self, shape):
         if shape not in self.planned:
@@ -92,13 +111,13 @@ class Plan:
             )
         return self.planned[shape]
 
-    def largest_batch(self, n_shards, shape, memory):
+    def largest_batch(self, n_shards, shape, memory, offload=False):
         """Return how many examples fit on one device of `memory` bytes, or 0 if not even 1 does.
 
         shape: the StepShape of the examples; how many there are does not matter.
         """
         first = shape._replace(n_examples=1)
-        plan = self.on_device(n_shards, first)
+        plan = self.on_device(n_shards, first, offload)
         if not plan.fits(memory):
             return 0
         growth = self.activations(shape._replace(n_examples=MANY)) - self.activations(first)

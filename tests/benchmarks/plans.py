@@ -81,7 +81,8 @@ def batch_lines(models=MODELS):
 
 def by_hand_lines():
     """Yield the lines of a table: the plan by hand beside the plan by this program."""
-    yield "| model | base | by hand, 1 / 8 / 32 devices | planned | of which activations |"
+    titles = "GB by hand for 1 / 8 / 32 devices | GB as planned | activations in the plan, GB"
+    yield f"| model | base | {titles} |"
     yield "|---|---|---|---|---|"
     for (model, kind), expected in BY_HAND.items():
         ((_, plan),) = plans(model, [kind])

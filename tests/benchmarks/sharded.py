@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.sharded --processes 4
 
-For each case, print the planned and the measured bytes of a process. The bytes are those that the
-allocator of the CPU was asked for, counted by PyTorch's profiler, so they are the same on every
-machine. The smallest peak of two steps counts, because gloo's threads sometimes hold a tensor for
-a moment longer.
+In some cases --offload keeps the rows in the memory of the CPU (on which everything is, here), or
+every two processes hold a copy. For each case, print the planned and the measured bytes of a
+process. The bytes are those that the allocator of the CPU was asked for, counted by PyTorch's
+profiler, so they are the same on every machine. The smallest peak of two steps counts, because
+gloo's threads sometimes hold a tensor for a moment longer.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,7 +46,35 @@ CONFIGS = {
 }
 # A source of one token leaves LLaMA's cache empty, so that only the target runs through the blocks.
 SHAPES = {"llama": StepShape(2, 1, 1, 64), "t5": StepShape(2, 64, 1, 8)}
-CASES = [("llama", None), ("llama", "int8"), ("llama", "nf4"), ("t5", None), ("t5", "int8")]
+
+
+class Case(NamedTuple):
+    """A base that is measured."""
+
+    kind: str  # of CONFIGS
+    quantize: str | None = None
+    offload: bool = False
+    n_per_copy: int | None = None  # processes that hold a copy of the base; None: all
+
+    @property
+    def title(self):
+        title = f"{self.kind}, {self.quantize or 'bfloat16'}"
+        if self.offload:
+            title += ", --offload"
+        if self.n_per_copy:
+            title += f", --shard {self.n_per_copy}"
+        return title
+
+
+CASES = [
+    Case("llama"),
+    Case("llama", "int8"),
+    Case("llama", "nf4"),
+    Case("t5"),
+    Case("t5", "int8"),
+    Case("llama", offload=True),
+    Case("llama", n_per_copy=2),
+]
 FLAGS = Config(recompute=True)
 N_STEPS = 2
 
@@ -53,11 +83,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    print(f"| base, {args.processes} processes | parameters, MB | planned, MB | measured, MB |")
+    n_processes = args.processes
+    # A base that nobody divides is not planned here.
+    cases = [case for case in CASES if case.offload or n_processes > (case.n_per_copy or 1)]
+    print(f"| base, {n_processes} processes | parameters, MB | planned, MB | measured, MB |")
     print("|---|---|---|---|")
-    for (kind, quantize), (whole, planned, measured) in measure(args.processes, CASES).items():
+    for case, (whole, planned, measured) in measure(n_processes, cases).items():
         numbers = " | ".join(f"{n_bytes / 1e6:.1f}" for n_bytes in (whole, planned, measured))
-        print(f"| {kind}, {quantize or 'bfloat16'} | {numbers} |")
+        print(f"| {case.title} | {numbers} |")
 
 
 def measure(n_processes, cases):
@@ -72,9 +105,11 @@ def measure(n_processes, cases):
         measured = json.loads(results.read_text())
     found = {}
     for case, n_bytes in zip(cases, measured, strict=True):
-        kind, quantize = case
-        plan = Plan(CONFIGS[kind], torch.bfloat16, quantize, FLAGS)
-        planned = plan.on_device(n_processes, SHAPES[kind]).total
+        plan = Plan(CONFIGS[case.kind], torch.bfloat16, case.quantize, FLAGS)
+        n_shards = case.n_per_copy or n_processes
+        planned = plan.on_device(n_shards, SHAPES[case.kind], case.offload).total
+        if case.offload:  # the device is the CPU, so the rows are here, and are not copied
+            planned += plan.on_cpu(n_shards) - plan.copied_rows(n_shards)
         found[case] = (plan.base.n_bytes, planned, n_bytes)
     return found
 
@@ -85,18 +120,21 @@ def run_process(rank, n_processes, port, cases, results):
     os.environ["WORLD_SIZE"] = str(n_processes)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    measured = [measured_bytes(kind, quantize, n_processes) for kind, quantize in cases]
+    measured = [measured_bytes(case, n_processes) for case in cases]
     if rank == 0:
         results.write_text(json.dumps(measured))
     dist.destroy_process_group()
 
 
-def measured_bytes(kind, quantize, n_processes):
+def measured_bytes(case, n_processes):
     """Return the bytes of the parameters of this process, and of what a step takes beside them."""
-    shape = SHAPES[kind]
-    model = model_to_train(CONFIGS[kind], quantize)
+    shape = SHAPES[case.kind]
+    model = model_to_train(CONFIGS[case.kind], case.quantize)
     prepare_model(model, FLAGS)
-    shard(model, Shards(init_device_mesh("cpu", (n_processes,))))
+    n_per_copy = case.n_per_copy or n_processes
+    sizes = (n_processes // n_per_copy, n_per_copy)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards"))
+    shard(model, Shards(mesh["shards"], case.offload))
     n_parameters = sum(local(parameter).nbytes for parameter in model.parameters())
     source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
     target_BCL = torch.zeros(shape.n_examples, 1, shape.target_length, dtype=torch.long)

@@ -279,6 +279,35 @@ def test_the_base_is_divided_only_if_it_must_be_or_if_that_is_asked_for(no_activ
     assert n_bytes(divided["weights"].split(" (")[0]) < n_bytes(found["weights"].split(" (")[0]) / 3
 
 
+def test_groups_of_devices_may_hold_a_copy_each(no_activations):
+    flags = ["--devices", 8, "--memory", 80, "--length", 512]
+    found = plan_of("llama-2-70b", *flags, "--shard", 4)
+    assert found["devices"] == "8 of 80.00 GB: bfloat16 base, a copy for every 4"
+    alone = plan_of("llama-2-70b", *flags[2:], "--devices", 4)
+    assert found["weights"] == alone["weights"]
+    assert "torchrun --nproc-per-node 8 " in found["command"]
+    assert "--shard 4 --batch-size 8" in found["command"]
+    whole = plan_of("llama-2-70b", *flags, "--shard", 1)
+    assert whole["devices"].endswith("whole on each")
+    assert whole["fits"].startswith("no: ")
+    assert whole["instead"].startswith("--shard fits; ")
+    assert "--shard 1 " in plan_of("t5-3b", *flags, "--shard", 1)["command"]
+
+
+def test_offloading_needs_little_of_a_device_and_says_what_the_cpu_has(no_activations):
+    flags = ["llama-2-70b", "--memory", 24, "--length", 512, "--offload"]
+    alone = plan_of(*flags, "--devices", 1)
+    assert alone["devices"] == "1 of 24.00 GB: bfloat16 base, whole for each, on the CPU"
+    assert alone["weights"] == "1.05 GB (what belongs to no block)"
+    assert alone["on the CPU"] == "136.90 GB for each device, 136.90 GB for all of them"
+    assert "--recompute --offload --batch-size 8" in alone["command"]
+    assert alone["command"].startswith("python train.py")
+    several = plan_of(*flags, "--devices", 4)  # divided, as in a run
+    assert several["devices"].endswith("divided among them, on the CPU")
+    assert several["on the CPU"] == "34.23 GB for each device, 136.90 GB for all of them"
+    assert "--shard --offload" in several["command"]
+
+
 def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_activations):
     found = plan_of("t5-3b", "--devices", 1, "--memory", 7, "--batch", 9000, "--quantize", "int8")
     assert found["fits"].startswith("no: ")
@@ -296,6 +325,9 @@ def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_a
         (["llama-2-70b", "--devices", 1, "--memory", 80], "--quantize int8 fits"),
         (["llama-2-70b", "--devices", 1, "--memory", 48], "--quantize nf4 fits"),
         (["llama-3.1-405b", "--devices", 8, "--memory", 40], "--devices 16 --quantize nf4 fits"),
+        (["llama-3.1-405b", "--devices", 8, "--memory", 40], "; --offload fits, and is slow"),
+        (["llama-2-70b", "--devices", 4, "--memory", 80, "--shard", 2], "--shard fits"),
+        (["llama-2-70b", "--devices", 1, "--memory", 3, "--offload"], "--quantize int8 fits"),
         (["llama-3.1-405b", "--devices", 8, "--memory", 5], "more memory, or a smaller model"),
     ],
 )
@@ -315,8 +347,12 @@ def test_half_a_question_about_devices_is_one_line(capsys):
     for n_devices, memory in (("0", "80"), ("8", "0"), ("8", "nan"), ("8", "inf"), ("8", "-1")):
         arguments = ["info", "t5-base", "--devices", n_devices, "--memory", memory]
         assert_refused(arguments, capsys, "expected at least 1 device and more than 0 GB")
+    assert_refused(["info", "t5-base", "--offload"], capsys, "give --devices and --memory, too")
     arguments = ["info", "t5-base", "--devices", "1", "--memory", "8", "--shard"]
     assert_refused(arguments, capsys, "--devices is 1")
+    for n_per_copy in ("3", "-1", "16"):
+        arguments = ["info", "t5-base", "--devices", "8", "--memory", "8", "--shard", n_per_copy]
+        assert_refused(arguments, capsys, "expected a number that divides --devices")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"]])

@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
+import logging
 
 import pytest
 import running
 import several
+from ranks import on_ranks
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from minia3.cli.main import main
 
@@ -20,6 +23,14 @@ def alone(*arguments):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(list(map(str, arguments))) == 0
     return output.getvalue()
+
+
+def together(n_processes, *arguments):
+    """Return what a command prints in several processes, which torchrun has not started.
+
+    This is faster, because their Python has imported torch already.
+    """
+    return "".join(on_ranks(n_processes, alone, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +47,13 @@ def rows(tmp_path_factory):
 def test_predict_gives_the_lines_of_one_process(name, rows, tmp_path):
     flags = ["--batch-size", 4, "--max-new-tokens", 5, *EXACT]
     arguments = ["predict", running.model(name), rows, *flags]
-    code, out, err = several.call(2, "-m", "minia3", *arguments)
-    assert (code, err) == (0, "")
     expected = alone(*arguments)
-    assert out == expected
+    assert together(2, *arguments) == expected
 
     file = tmp_path / "results.jsonl"
     begun = expected[: len(expected) // 2]  # in the middle of a line
     file.write_text(begun)
-    code, _, err = several.call(4, "-m", "minia3", *arguments, "--out", file)
-    assert (code, err) == (0, "")
+    together(4, *arguments, "--out", file)
     assert file.read_text() == expected
 
 
@@ -54,9 +62,13 @@ def test_generate_gives_the_texts_of_one_process():
     texts = [f"w3 w4 w{i}" for i in range(5, 25)]
     for flags in ([], ["--beams", 3], ["--temperature", 1, "--seed", 4, "--samples", 2, "--json"]):
         arguments = ["generate", model, *texts, "--max-new-tokens", 6, *flags, *EXACT]
-        code, out, err = several.call(2, "-m", "minia3", *arguments)
-        assert (code, err) == (0, "")
-        assert out == alone(*arguments)
+        assert together(2, *arguments) == alone(*arguments)
+
+
+def test_torchrun_itself_starts_a_command():
+    arguments = ["generate", running.model("t5"), "w3 w4", "w5", "--max-new-tokens", 3, *EXACT]
+    code, out, err = several.call(2, "-m", "minia3", *arguments)
+    assert (code, out, err) == (0, alone(*arguments), "")
 
 
 def test_a_wrong_row_is_one_line_and_exit_code_2(tmp_path):
@@ -69,9 +81,40 @@ def test_a_wrong_row_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_commands_for_one_process_run_once():
-    code, out, err = several.call(2, "-m", "minia3", "info", running.model("t5"))
-    assert (code, err) == (0, "")
-    assert out == alone("info", running.model("t5"))
+    assert together(2, "info", running.model("t5")) == alone("info", running.model("t5"))
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [(["nothing.py", "--steps", "1"], "script nothing.py"), (["-m", "no.such"], "module no.such")],
+)
+def test_a_script_that_is_missing_is_one_line(words, missing, capsys):
+    assert main(["torchrun", "--standalone", "--nproc-per-node", "2", *words]) == 2
+    assert capsys.readouterr().err == f"minia3: torchrun: there is no {missing}\n"
+
+
+def test_scripts_modules_and_programs_that_are_there_are_started(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("raise AssertionError('is not imported')")
+    (tmp_path / "script.py").touch()
+    level = logging.root.manager.disable
+    for words in (["script.py"], ["-m", "package.module"], ["-m", "minia3"], ["--no-python", "ls"]):
+        assert main(["torchrun", *words]) == 0
+    assert len(started) == 4
+    assert logging.root.manager.disable == level
+
+
+def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):
+    def run(options):
+        raise RendezvousConnectionError("see the inner exception") from ValueError("timed\nout")
+
+    monkeypatch.setattr("torch.distributed.run.run", run)
+    assert main(["torchrun", "-m", "minia3"]) == 1
+    expected = "minia3: torchrun: the machines of this run do not meet: timed out\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_what_torchrun_starts_decides_about_the_exit_code(tmp_path):

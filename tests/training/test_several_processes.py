@@ -8,6 +8,7 @@ import time
 import pytest
 import running
 import several
+from ranks import run_on_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,9 +64,7 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
     assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
     assert running.load_checkpoint(folder).n_steps >= (20 if rank == 0 else 30)
 
-    code, out, err = several.call(2, "train.py", "--resume", folder)
-    assert (code, err) == (0, "")
-    assert "processes so far" not in out
+    assert "processes so far" not in run_on_ranks(2, ["--resume", folder])
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
 
@@ -78,8 +77,7 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
     code, _, err = several.finish(process)
     assert code == 128 + number
     assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
-    code, _, err = several.call(2, "train.py", "--resume", folder)
-    assert (code, err) == (0, "")
+    run_on_ranks(2, ["--resume", folder])
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
 
@@ -100,8 +98,7 @@ def test_another_number_of_processes_continues_a_run_and_says_so(tmp_path):
     with running.at_line(3400, running.functools.partial(running.kill_self, signal.SIGINT)):
         assert running.run(running.words(folder, **flags)) == 128 + signal.SIGINT
     assert 0 < running.load_checkpoint(folder).n_steps < 8
-    code, out, err = several.call(2, "train.py", "--resume", folder)
-    assert (code, err) == (0, "")
+    out = run_on_ranks(2, ["--resume", folder])
     assert "note     processes so far: 1, from now on: 2;" in out
     alone = tmp_path / "alone"
     assert running.run(running.words(alone, **flags)) == 0

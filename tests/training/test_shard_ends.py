@@ -8,6 +8,7 @@ import time
 import pytest
 import running
 import several
+from ranks import run_on_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,8 +43,7 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 1, err
     assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
-    code, out, err = several.call(2, "train.py", "--resume", folder)
-    assert (code, err) == (0, "")
+    out = run_on_ranks(2, ["--resume", folder])
     assert "shard    2 processes hold the base together" in out
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
@@ -64,8 +64,6 @@ def test_a_signal_stops_all_processes_and_one_process_may_continue(uninterrupted
 
 def test_an_adapter_is_evaluated_over_a_divided_base(uninterrupted):
     flags = {"adapter": uninterrupted / "adapter", "shard": 0}
-    arguments = ["train.py", *running.words(None, "--eval-only", **flags)]
-    _, out, err = several.call(2, *arguments)
-    assert err == ""
+    out = run_on_ranks(2, running.words(None, "--eval-only", **flags))
     alone = running.metrics(uninterrupted)[-1]["accuracy"]
     assert f"accuracy {alone:.1%}" in out

@@ -1,0 +1,62 @@
+"""Runs on several machines: two calls of torchrun on this one, which take each other for two."""
+
+import signal
+
+import pytest
+import running
+import several
+from ranks import free_port
+
+pytestmark = pytest.mark.slow
+
+FLAGS = {"steps": 40, "save_every": 20, "dtype": "float64", "dropout": 0.0}
+
+
+def start_two(*arguments, torchrun=several.OURS):
+    """Start a script in one process on each of two machines, and return torchrun's processes.
+
+    The first machine has the first process.
+    """
+    place = ("--master-addr", "127.0.0.1", "--master-port", free_port())
+    started = []
+    for rank in (0, 1):
+        machines = ("--nnodes", 2, "--node-rank", rank, *place)
+        started.append(several.start(1, *arguments, torchrun=torchrun, machines=machines))
+    return started
+
+
+def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_process(tmp_path):
+    folder = tmp_path / "run"
+    first, second = start_two("train.py", *running.words(folder, **FLAGS))
+    several.wait_for(first, "step     10")
+    second.send_signal(signal.SIGINT)  # which stops the processes of both machines
+    code, out, first_err = several.finish(first)
+    assert code == 128 + signal.SIGINT
+    code, out, second_err = several.finish(second)
+    assert (code, out) == (128 + signal.SIGINT, "")
+    message = f"stopped; to continue: torchrun ... train.py --resume {folder}\n"
+    assert first_err + second_err == message
+    assert 10 <= running.load_checkpoint(folder).n_steps < 40
+
+    first, second = start_two("train.py", "--resume", folder, torchrun=several.TORCHRUN)
+    code, out, _ = several.finish(first)
+    assert code == 0
+    assert "each of 2 processes computes a part of every step" in out
+    assert several.finish(second)[:2] == (0, "")
+
+    alone = tmp_path / "alone"
+    assert running.run(running.words(alone, **FLAGS)) == 0
+    vectors = running.last_vectors(folder)
+    for name, expected in running.last_vectors(alone).items():
+        assert (vectors[name] - expected).abs().max() < 1e-9
+    final, expected = running.metrics(folder)[-1], running.metrics(alone)[-1]
+    for name in ("accuracy_before", "accuracy", "auc"):
+        assert final[name] == pytest.approx(expected[name], abs=1e-9)
+
+
+def test_a_mistake_ends_the_run_on_both_machines():
+    first, second = start_two("train.py", "--steps", 0)
+    codes_and_errors = [several.finish(machine)[::2] for machine in (first, second)]
+    assert [code for code, _ in codes_and_errors] == [2, 2]
+    message = "train.py: --steps is 0, expected at least 1\n"
+    assert "".join(err for _, err in codes_and_errors) == message
