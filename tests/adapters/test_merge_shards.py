@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import randomize
 from ranks import my_shards, on_ranks
+from torch_version import divides_a_base, divides_a_quantized_base
 
 import minia3
 from minia3.adapters.lora import add_lora
@@ -33,6 +34,7 @@ def merged_tensors(folders, out):
     return found
 
 
+@divides_a_base
 @pytest.mark.slow
 @pytest.mark.parametrize("n_processes", [2, 4])
 def test_a_divided_model_is_merged_and_saved_with_the_bits_of_a_whole_one(
@@ -75,6 +77,7 @@ def refused(folder):
     return messages
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 def test_what_a_divided_base_cannot_do_is_refused_in_one_line(peer):
     for messages in on_ranks(2, refused, peer("llama-gqa").folder):

@@ -14,6 +14,7 @@ from checkpoint_folders import FORMS, write_weights
 from conftest import make
 from ranks import my_shards, on_ranks
 from safetensors.torch import load_file
+from torch_version import divides_a_base, divides_a_quantized_base
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
@@ -48,6 +49,7 @@ def check_bits(cases, n_processes=2):
                 assert (name in divided) == is_in_block
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 def test_every_form_of_file_is_read_to_the_same_bits(peer, tmp_path):
     cases = []
@@ -64,6 +66,7 @@ def test_every_form_of_file_is_read_to_the_same_bits(peer, tmp_path):
     check_bits(cases)
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(peer, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -110,6 +113,7 @@ def memory_of_loading(tiny, cases):
 ALLOWANCE = 8 * 2**20  # for the sampling thread's stack, the model's modules, the allocator's slack
 
 
+@divides_a_base
 @pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc"

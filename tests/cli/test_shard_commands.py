@@ -2,6 +2,7 @@
 
 import pytest
 import several
+from torch_version import divides_a_base
 
 from minia3.cli.main import main
 
@@ -9,6 +10,7 @@ PROMPTS = ["anna has a red ball . same colour ?", "ben has a blue box . same col
 ROWS = several.ROOT / "data" / "same-colour" / "test.jsonl"
 
 
+@divides_a_base
 @pytest.mark.slow
 def test_a_divided_model_writes_and_labels_as_a_whole_one(tmp_path, capsys):
     sampled = ["generate", "tiny-t5", *PROMPTS, "--temperature", "1", "--seed", "3"]

@@ -5,6 +5,7 @@ import torch
 from batches import batch_of
 from conftest import make, randomize, tokens
 from ranks import my_shards, on_ranks
+from torch_version import divides_a_base, divides_a_quantized_base
 
 import minia3
 from minia3.files.processes import add_over_processes, n_processes, rank
@@ -15,6 +16,8 @@ from minia3.model.blocks import blocks_of
 from minia3.model.recompute import recompute_blocks
 from minia3.model.shard import is_divided, reset_passes
 from minia3.training.losses import count_terms, total_loss
+
+pytestmark = divides_a_base
 
 NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
 NAMES += ["qwen3", "mistral"]
@@ -98,6 +101,7 @@ def test_two_processes_compute_what_the_whole_model_computes(peer):
     check(on_ranks(2, outcomes, folders, [PLAIN]))
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer):
     folders = [peer(name).folder for name in ("t5-v1.1", "llama-gqa")]
@@ -106,6 +110,7 @@ def test_recomputed_offloaded_and_quantized_models_compute_the_same_divided(peer
     check(on_ranks(2, outcomes, folders, variants))
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 def test_a_base_in_nf4_computes_the_same_divided(tmp_path):
     pytest.importorskip("bitsandbytes")

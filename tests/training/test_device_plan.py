@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make
-from torch_version import counted_with_this_torch
+from torch_version import counted_with_this_torch, divides_a_quantized_base
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
@@ -192,6 +192,7 @@ PROCESSES = {
 }
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 @pytest.mark.parametrize("n_processes", PROCESSES)
 def test_processes_take_what_was_planned(n_processes):

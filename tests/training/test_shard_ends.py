@@ -9,9 +9,11 @@ import pytest
 import running
 import several
 from ranks import run_on_ranks
+from torch_version import divides_a_base
 
 pytestmark = [
     pytest.mark.slow,
+    divides_a_base,
     pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc"),
 ]
 

@@ -4,6 +4,7 @@ import pytest
 import running
 import several
 from test_replicas import CASES, NAMES, check_equal
+from torch_version import divides_a_quantized_base
 
 SPECIAL = ["grid", "micro-batches of a grid", "fewer rows than processes", "targets"]
 SPECIAL += ["several numbers of choices", "early stop", "generated texts", "in context"]
@@ -34,6 +35,7 @@ def of_all_models(folder, n_per_copy=None):
     return lines, folders
 
 
+@divides_a_quantized_base
 @pytest.mark.slow
 def test_processes_that_hold_a_model_together_have_the_numbers_of_one(tmp_path):
     lines, expected = of_all_models(tmp_path / "1")
