@@ -306,7 +306,8 @@ def count_of_a_step(tmp_path, flags):
     ("name", "flags", "n_copies"),
     [
         # T5 copies the source, its mask, where its tokens are, the adapters, the target, where its
-        # tokens are, and for the losses the mask of the target and the labels.
+        # tokens are, and for the losses the mask of the target and, in one tensor, the label, the
+        # row and the counts of each example.
         ("t5", {}, 8),
         ("t5", {"method": "lora"}, 8),
         ("t5", {"seed": "0,1"}, 8),
@@ -327,6 +328,13 @@ def test_a_step_waits_for_nothing_and_reads_nothing(name, flags, n_copies, tmp_p
     )
     assert total(counts, COPY_IN, COPY_OUT, READ) == 0, counts
     assert total(counts, COPY_IN_AT_ONCE) == n_copies, counts
+
+
+@pytest.mark.parametrize("seed", ["0", "0,1,2"])
+def test_the_losses_of_all_steps_and_adapters_are_read_at_once_when_a_line_is_due(seed, tmp_path):
+    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 25, "seed": seed}
+    _, counts = on_sim(trained, "sim", tmp_path, flags)
+    assert counts[READ, "log.py"] == len(events(tmp_path / "sim", "train")) == 4
 
 
 def test_the_line_about_the_device_names_it(tmp_path):
