@@ -141,7 +141,7 @@ def test_every_line_about_many_adapters_works(tmp_path, capsys):
     file = tmp_path / "adapters.json"
     adapters.main(["--quick", "--dtype", "float32", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 2 + 2 * (1 + 2 * len(adapters.N_TASKS))
+    assert len(rows) == 3 + 2 * (1 + 2 * len(adapters.N_TASKS))
     for row in rows.values():
         assert row["ratio"] == row["theirs"] / row["ours"] > 0
     assert [row["goal"] for row in rows.values() if row["goal"] is not None] == [3, 1.1, 2.5, 1.1]

@@ -45,12 +45,11 @@ class RowOptimizer:
 
         Other rows keep their bits. None: all rows train at the rate of the parameter group.
         """
+        if rates is None:
+            n_rows = len(self.tables[0])
+            rates = dict.fromkeys(range(n_rows), self.param_groups[0]["lr"])
         for tables in self.alike_tables():
-            if rates is None:
-                rates_here = dict.fromkeys(range(len(tables[0])), self.param_groups[0]["lr"])
-            else:
-                rates_here = rates
-            self.update(tables, rates_here)
+            self.update(tables, rates)
 
     def alike_tables(self):
         """Return lists of tables that are updated together: of one shape, after as many steps.
@@ -68,7 +67,7 @@ class RowOptimizer:
         return list(alike.values())
 
     def update(self, tables, rates):
-        """Update rows of tables that are alike, and what is kept of them."""
+        """Update rows of tables that are alike, and the moments and steps of these rows."""
         states = [self.state[l_AD] for l_AD in tables]
         rows = sorted(rates)
         steps = list(states[0]["steps"])
@@ -81,7 +80,7 @@ class RowOptimizer:
         stacks = [torch.stack(tensors) for tensors in changed]
         g_NAD = torch.stack([l_AD.grad for l_AD in tables])
 
-        here = slice(None)
+        here = slice(None)  # all rows
         if len(rows) < len(steps):
             here = to_device(torch.tensor(rows), g_NAD.device)
         lr = per_row([rates[row] for row in rows], g_NAD)

@@ -1,16 +1,18 @@
 """The optimizers equal transformers' Adafactor, which T-Few used, and torch's AdamW, on each row
 alone, and what they do with one row has nothing to do with the other rows."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import train
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.optimization import Adafactor as Theirs
 
 from minia3.training.optimizer import Adafactor, AdamW, learning_rate
+from tests.benchmarks.adapters import count_operations
 
 LR = 3e-3
 STEPS = 30
@@ -96,6 +98,18 @@ def test_a_vector_without_a_gradient_stays_and_the_others_move():
     assert not torch.equal(moves, torch.ones(1, 3))
 
 
+def test_a_vector_that_gets_gradients_later_than_others_begins_with_its_own_first_step():
+    early, late, alone = (torch.nn.Parameter(torch.ones(1, 3)) for _ in range(3))
+    optimizer = Adafactor([early, late], lr=LR)
+    grads = list(gradients((1, 3)))
+    take_steps(optimizer, early, grads[:4])
+    optimizer.zero_grad()
+    expected = take_steps(Adafactor([alone], lr=LR), alone, grads[4:])
+    early.grad = torch.ones(1, 3)
+    for found, value in zip(take_steps(optimizer, late, grads[4:]), expected, strict=True):
+        assert torch.equal(found, value)
+
+
 def test_a_step_uses_the_learning_rate_of_its_group():
     row = torch.nn.Parameter(torch.ones(1, 4))
     optimizer = Adafactor([row], lr=LR)
@@ -166,7 +180,7 @@ def gradients_of(tables):
 
 
 # Which rows train in a step, and at which rates: row 1 stops, row 3 stops and goes on.
-RATES = [{0: 0.1, 1: 0.02, 2: 0.3, 3: 0.1}] * 3 + [{0: 0.05, 2: 0.05}] * 4
+RATES = [{3: 0.1, 0: 0.1, 1: 0.02, 2: 0.3}] * 3 + [{0: 0.05, 2: 0.05}] * 4
 RATES += [{0: 0.2, 2: 0.3, 3: 0.1}] * 4 + [{3: 0.01}] * 2
 
 
@@ -249,14 +263,9 @@ def test_a_row_that_is_not_finite_leaves_the_others_as_they_would_be(name, bad):
     assert outcomes[0][2] == outcomes[1][2]
 
 
-class CountOperations(TorchDispatchMode):
-    """Counts the operations that torch is asked for. On a GPU, each would be a launch."""
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
+def clip_and_step(optimizer, rates):
+    optimizer.clip(0.1)
+    optimizer.step(rates)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -270,10 +279,8 @@ def test_an_update_takes_as_many_operations_for_one_row_as_for_many(name, is_one
         for grads_of_step in gradients_of(tables)[:3]:
             for table, g_AD in zip(tables, grads_of_step, strict=True):
                 table.grad = g_AD
-            with CountOperations() as counter:
-                optimizer.clip(0.1)
-                optimizer.step(rates)
-        counts.append(counter.n)
+            clip_and_step(optimizer, rates)
+        counts.append(count_operations(partial(clip_and_step, optimizer, rates)))
     assert len(set(counts)) == 1, counts
 
 
