@@ -80,15 +80,14 @@ def train(run, group, config):
                     batch = group.next_batch()
                     for part in batch.split(config.micro_batch_size):
                         logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                        losses = part.losses(logp_BCL)  # cell -> the loss of its examples here
-                        sum(losses.values()).backward()
-                        log.add_losses(losses)
+                        loss_A = part.losses(logp_BCL)  # the loss of each cell's examples here
+                        loss_A.sum().backward()
+                        log.add_losses(loss_A)
                     run.sum_over_processes(group)  # if torchrun has started several
 
-                # Each cell clips its own gradient and updates its own parameters.
-                for cell in batch.cells:
-                    cell.clip_gradient()
-                    cell.update(learning_rate(log.step, cell.config))
+                # Each cell clips its own gradient and updates its own parameters, all at once.
+                group.optimizer.clip(config.clip)
+                group.update({cell: learning_rate(log.step, cell.config) for cell in batch.cells})
                 model.zero_grad()
                 model.eval()  # because only a step has dropout
                 log.end_step(batch)

@@ -22,7 +22,7 @@ from minia3.cli.table import PAPER_TASKS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
-from tests.benchmarks import floors, growth, measure, memory, rows, study_inputs
+from tests.benchmarks import adapters, floors, growth, measure, memory, rows, study_inputs
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof, Row
@@ -198,6 +198,21 @@ def test_what_is_kept_for_backward_counts_once_and_without_the_parameters():
     x = torch.ones(3, 5)
     n_bytes = measure.kept_for_backward(lambda: linear(x).sum() + linear(x).sum(), linear)
     assert n_bytes == x.nbytes
+
+
+# Many adapters in one pass
+
+
+@pytest.mark.slow
+def test_every_line_about_many_adapters_works(tmp_path, capsys):
+    file = tmp_path / "adapters.json"
+    adapters.main(["--quick", "--dtype", "float32", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 3 + 2 * (1 + 2 * len(adapters.N_TASKS))
+    for row in rows.values():
+        assert row["ratio"] == row["theirs"] / row["ours"] > 0
+    assert [row["goal"] for row in rows.values() if row["goal"] is not None] == [3, 1.1, 2.5, 1.1]
+    assert capsys.readouterr().out.count("\n| ") == len(rows) + 1  # and the head
 
 
 # Growth

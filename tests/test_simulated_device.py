@@ -324,7 +324,7 @@ def test_predictions_are_equal(n_choices, name, tmp_path):
 
 
 def count_of_a_step(tmp_path, flags):
-    """Return what a run of 13 steps counts beyond a run of 12: one step, and its logged loss.
+    """Return what a run of 13 steps counts beyond a run of 12: one step.
 
     Both write three lines about training, the last of which holds the losses after the tenth step.
     """
@@ -341,24 +341,35 @@ def count_of_a_step(tmp_path, flags):
     ("name", "flags", "n_copies"),
     [
         # T5 copies the source, its mask, where its tokens are, the adapters, the target, where its
-        # tokens are, and for the losses the mask of the target and the labels.
+        # tokens are, and for the losses the mask of the target and, in one tensor, the label, the
+        # row and the counts of each example.
         ("t5", {}, 8),
         ("t5", {"method": "lora"}, 8),
         ("t5", {"seed": "0,1"}, 8),
+        ("t5", {"seed": "0,1,2,3,4,5,6"}, 8),
+        # The rates of the rows, for the tables of either width.
+        ("t5", {"lr": "0.01,0.02,0.03"}, 10),
+        ("t5", {"lr": "0.01,0.02,0.03", "optimizer": "adamw"}, 10),
         # LLaMA also copies the order of its tokens and the place of the last one, and, if it reads
         # choices side by side, which choice each token belongs to.
         ("llama", {}, 11),
         ("llama", {"seed": "0,1"}, 11),
+        ("llama", {"seed": "0,1,2,3,4"}, 11),
     ],
 )
-def test_a_step_waits_for_nothing_and_reads_only_the_loss(name, flags, n_copies, tmp_path):
+def test_a_step_waits_for_nothing_and_reads_nothing(name, flags, n_copies, tmp_path):
     counts = count_of_a_step(
         tmp_path, {"model": model(name), "task": task(), "dtype": "float32", **flags}
     )
-    assert total(counts, COPY_IN, COPY_OUT) == 0
-    assert total(counts, COPY_IN_AT_ONCE) == n_copies
-    n_cells = len(flags.get("seed", "0").split(","))
-    assert {pair: n for pair, n in counts.items() if pair[0] == READ} == {(READ, "log.py"): n_cells}
+    assert total(counts, COPY_IN, COPY_OUT, READ) == 0, counts
+    assert total(counts, COPY_IN_AT_ONCE) == n_copies, counts
+
+
+@pytest.mark.parametrize("seed", ["0", "0,1,2"])
+def test_the_losses_of_all_steps_and_adapters_are_read_at_once_when_a_line_is_due(seed, tmp_path):
+    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 25, "seed": seed}
+    _, counts = on_sim(trained, "sim", tmp_path, flags)
+    assert counts[READ, "log.py"] == len(events(tmp_path / "sim", "train")) == 4
 
 
 def test_the_line_about_the_device_names_it(tmp_path):

@@ -11,7 +11,9 @@ counted_with_this_torch = pytest.mark.skipif(
     reason="the numbers were counted with torch 2.13; older kernels keep other tensors",
 )
 
-divides_a_base = pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.7 is the first to divide a base")
+divides_a_base = pytest.mark.skipif(
+    TORCH < (2, 7), reason="torch 2.7 is the first to divide a base"
+)
 divides_a_quantized_base = pytest.mark.skipif(
     TORCH < (2, 12), reason="torch 2.12 is the first to divide a quantized base"
 )

@@ -1,32 +1,32 @@
 """One forward pass for the examples of several cells.
 
-Shapes: B examples, C choices, L tokens of a choice.
+Shapes: B examples, C choices, L tokens of a choice, A adapters: the rows of the model's vectors.
 """
-
-import math
 
 import torch
 
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate
-from minia3.training.losses import LOSSES, count_terms, total_loss
+from minia3.training.losses import LOSSES, count_terms_of, losses_of_examples
 from minia3.training.replicas import share_of_step
 
 
 class MixedBatch:
     """The examples of one step: all of the first cell's, then all of the second's, and so on."""
 
-    def __init__(self, cells, step, has_rows):
-        """has_rows: whether the model has a row of vectors for each of several cells."""
+    def __init__(self, cells, step, n_rows):
+        """n_rows: how many rows of vectors the model has."""
         self.cells = cells
         self.pairs = []  # (cell, example)
-        self.n_terms = {}  # cell -> the `count_terms` of all its examples in the step
-        self.has_rows = has_rows
+        self.n_terms = {}  # cell -> how many terms each of its losses has in the step
+        self.n_rows = n_rows
+        names = set()
         for cell in cells:
             examples = cell.batches[step]
             self.pairs += [(cell, example) for example in examples]
-            whole = collate(examples)
-            self.n_terms[cell] = count_terms(whole.target_mask_BCL, whole.label_B)
+            self.n_terms[cell] = count_terms_of(examples, cell.config.losses.split(","))
+            names |= self.n_terms[cell].keys()
+        self.names = [name for name in LOSSES if name in names]  # of losses of any cell
 
     @property
     def n_tokens(self):
@@ -43,36 +43,38 @@ class MixedBatch:
         """
         for pairs in share_of_step(self.pairs, size or len(self.pairs)):
             if pairs:
-                yield MicroBatch(pairs, self.n_terms, self.has_rows)
+                yield MicroBatch(pairs, self.n_terms, self.names, self.n_rows)
             else:
                 # Other processes have one more part, and this one must make as many passes. So it
-                # reads an example whose losses are divided by infinity, which adds 0.
-                no_weight = dict.fromkeys(self.cells, dict.fromkeys(LOSSES, math.inf))
-                yield MicroBatch(self.pairs[:1], no_weight, self.has_rows)
+                # reads an example of a cell without losses, which adds 0.
+                no_losses = {cell: {} for cell in self.cells}
+                yield MicroBatch(self.pairs[:1], no_losses, self.names, self.n_rows)
 
 
 class MicroBatch:
     """The examples of one forward pass. The examples of each cell are contiguous."""
 
-    def __init__(self, pairs, n_terms, has_rows):
-        self.cells = [cell for cell, _ in pairs]  # the owner of each example
+    def __init__(self, pairs, n_terms, names, n_rows):
+        cells = [cell for cell, _ in pairs]  # the owner of each example
         self.batch = collate([example for _, example in pairs])
-        self.n_terms = n_terms
+        self.names = names
+        self.n_rows = n_rows
         self.row_B = None  # the model's only row
-        if has_rows:
-            self.row_B = torch.tensor([cell.row for cell in self.cells])
+        rows = torch.tensor([cell.row for cell in cells])
+        if n_rows > 1:
+            self.row_B = rows
+        # What the losses need to know of each example, in one tensor, because a copy of a few
+        # numbers to a GPU takes as long as one of many.
+        numbers = [self.batch.label_B, rows]
+        for name in names:
+            numbers.append(torch.tensor([n_terms[cell].get(name, 0) for cell in cells]))
+        self.numbers_KB = torch.stack(numbers)
 
     def losses(self, logp_BCL):
-        """Return a dict from each cell to the part of its loss that comes from these examples."""
-        # For all cells at once, because a copy of a few numbers takes as long as one of many.
-        mask_BCL = to_device(self.batch.target_mask_BCL, logp_BCL.device)
-        label_B = to_device(self.batch.label_B, logp_BCL.device)
-        losses = {}
-        for cell in dict.fromkeys(self.cells):
-            first = self.cells.index(cell)
-            rows = slice(first, first + self.cells.count(cell))
-            names = cell.config.losses.split(",")
-            losses[cell] = total_loss(
-                logp_BCL[rows], mask_BCL[rows], label_B[rows], names, self.n_terms[cell]
-            )
-        return losses
+        """Return (A,): what these examples add to the loss of the cell of each row."""
+        device = logp_BCL.device
+        mask_BCL = to_device(self.batch.target_mask_BCL, device)
+        label_B, row_B, *counts = to_device(self.numbers_KB, device)
+        n_terms = dict(zip(self.names, counts, strict=True))
+        loss_B = losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms)
+        return loss_B.new_zeros(self.n_rows).index_add(0, row_B, loss_B)

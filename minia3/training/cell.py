@@ -4,12 +4,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from minia3.training.assignment import assign_rows
-from minia3.training.checkpoint import all_finite, copy_values, on_cpu, set_values
-from minia3.training.optimizer import make_optimizer
+from minia3.training.checkpoint import all_finite, copy_values, set_values
 
 ADVICE = "try a lower --lr or --dtype float32"
 
@@ -18,7 +16,7 @@ ADVICE = "try a lower --lr or --dtype float32"
 class Progress:
     """How far the training of a cell is.
 
-    A checkpoint holds this for each cell, together with its parameters and its optimizer.
+    A checkpoint holds this for each cell, together with the parameters and the optimizer of all.
     """
 
     before: list | None = None  # the results before training, one per member of the task
@@ -53,9 +51,7 @@ class Cell:
 
         # `attach` sets the rest, once there is a model.
         self.row = 0  # of the tables of vectors
-        self.tables = {}  # name to parameter of the model: for (IA)^3, a table with a row per cell
         self.parameters = {}  # name to what this cell trains: for (IA)^3, its row of the table
-        self.optimizer = None
         self.batches = []  # the examples of each step
 
     @property
@@ -95,30 +91,11 @@ class Cell:
         For (IA)^3 it is one row of the tables `trained`, for LoRA and full fine-tuning all of them.
         """
         self.row = row
-        self.tables = trained
         self.parameters = trained
         if self.config.method == "ia3":
-            # The view of a row becomes a parameter, so the optimizer does not see the other rows.
             self.parameters = {}
             for name, table in trained.items():
-                self.parameters[name] = torch.nn.Parameter(table.data[row : row + 1])
-        if self.config.is_training:
-            self.optimizer = make_optimizer(self.parameters.values(), self.config)
-
-    def clip_gradient(self):
-        """Scale this cell's gradient down to the norm --clip, if it is larger."""
-        if self.config.method == "ia3":
-            # The backward pass leaves the gradients of all rows in the tables.
-            for name, parameter in self.parameters.items():
-                parameter.grad = self.tables[name].grad[self.row : self.row + 1]
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
-
-    def update(self, lr):
-        """Take a step of the optimizer."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.progress.n_steps += 1
+                self.parameters[name] = table.data[row : row + 1]
 
     def keep_if_best(self, results):
         """Keep the parameters if these held-out results (one per member) are the best so far.
@@ -158,10 +135,7 @@ class Cell:
             tqdm.write(f"failed   {self.progress.failure}", file=sys.stdout)
 
     def state_dict(self):
-        optimizer_state = on_cpu(self.optimizer.state_dict()) if self.optimizer else None
-        return {"progress": dict(vars(self.progress)), "optimizer": optimizer_state}
+        return {"progress": dict(vars(self.progress))}
 
     def load_state_dict(self, state):
         self.progress = Progress(**state["progress"])
-        if self.optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])

@@ -15,7 +15,7 @@ from minia3.files.read import reading
 from minia3.files.write import replacing
 from minia3.training.device import device_module
 
-LAYOUT = 2  # goes up if an older checkpoint cannot be continued
+LAYOUT = 3  # goes up if an older checkpoint cannot be continued
 OTHER_LAYOUT = (
     "written by another version of minia3: finish the run with that version, "
     "or remove the file to start over from step 0"

@@ -15,12 +15,19 @@ from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
 from minia3.model.shard import is_sharded, reset_passes
 from minia3.training.batch import MixedBatch
-from minia3.training.checkpoint import copy_values, random_state, set_random_state, set_values
+from minia3.training.checkpoint import (
+    copy_values,
+    on_cpu,
+    random_state,
+    set_random_state,
+    set_values,
+)
 from minia3.training.device import limit_threads
 from minia3.training.drawing import draw_batches
 from minia3.training.learned import learned_tasks
 from minia3.training.log import TrainingLog
 from minia3.training.methods import trainable_parameters
+from minia3.training.optimizer import make_optimizer
 from minia3.training.prepare import prepare_model
 from minia3.training.replicas import StepSum, seed_dropout
 from minia3.training.shards import choose_shards
@@ -84,7 +91,9 @@ class Group:
 
         self.n_trained = 0  # parameters of one cell
         self.parameters = {}  # what a checkpoint holds
+        self.optimizer = None
         if config.is_training:
+            self.optimizer = make_optimizer(trained.values(), cells[0].config)
             self.n_trained = count_entries(trained) // len(cells)
             # Vectors that do not train are saved, too: they may come from --adapter, whose file may
             # change before the run is resumed.
@@ -116,7 +125,13 @@ class Group:
         seed_dropout(self.cells[0].config.seed, self.log.step)
         if is_sharded(self.model):
             reset_passes(self.model)  # because copies may have made other numbers of them so far
-        return MixedBatch(self.active_cells, self.log.step, has_rows=len(self.cells) > 1)
+        return MixedBatch(self.active_cells, self.log.step, n_rows=len(self.cells))
+
+    def update(self, rates):
+        """Take a step of the optimizer for each cell. rates: a dict from a cell to its rate."""
+        self.optimizer.step({cell.row: rate for cell, rate in rates.items()})
+        for cell in rates:
+            cell.progress.n_steps += 1
 
     def sum_over_processes(self, signal):
         """Add up the gradients and the losses of this step over all processes.
@@ -124,16 +139,11 @@ class Group:
         signal: the number of the signal that this process has got, or None. Return the number that
         any process has got, or None. Raise the errors of `StepSum.add_up`.
         """
-        losses = {}  # all cells in the same order; the share of a process may have none of a cell
-        for cell in self.active_cells:
-            loss = self.log.losses[-1].get(cell.row, 0.0)
-            losses[cell.row] = torch.as_tensor(loss, device=self.device)
-        self.log.losses[-1] = losses
         n_passes = self.log.n_passes
         if is_sharded(self.model):
             n_passes = reset_passes(self.model)
-        trained = self.cells[0].tables.values()  # which have a row for each cell
-        return StepSum(trained, losses, n_passes, signal).add_up()
+        trained = self.parameters.values()  # those without a gradient do not train
+        return StepSum(trained, self.log.loss_A, n_passes, signal).add_up()
 
     def evaluate(self, cell, assignment, rows, shots=()):
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
@@ -186,6 +196,7 @@ class Group:
         return {
             "cells": [cell.state_dict() for cell in self.cells],
             "log": self.log.state_dict(),
+            "optimizer": on_cpu(self.optimizer.state_dict()) if self.optimizer else None,
             "parameters": copy_values(self.parameters),
             "random": random_state(self.device),
         }
@@ -195,21 +206,20 @@ class Group:
 
         random: the `random_state` before its forward pass.
         """
-        self.log.drop_step()
         set_random_state(random, self.device)
         self.model.zero_grad()
         self.model.eval()
 
     def state_before_step(self, random):
         """Return the `state_dict` that `undo_step` would lead to, and change nothing."""
-        state = self.state_dict()
-        state["log"]["losses"].pop()
-        return state | {"random": random}
+        return self.state_dict() | {"random": random}
 
     def load_state_dict(self, state):
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
+        if self.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
         set_values(self.parameters, state["parameters"])
         for cell in self.cells:
             cell.take_last()

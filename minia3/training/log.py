@@ -1,4 +1,7 @@
-"""What goes into the next line of metrics.jsonl, and onto the console, while a group trains."""
+"""What goes into the next line of metrics.jsonl, and onto the console, while a group trains.
+
+Shapes: S steps, A adapters: the cells of the group.
+"""
 
 import math
 import sys
@@ -6,6 +9,7 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from minia3.files.progress import progress_bar
@@ -38,7 +42,10 @@ class TrainingLog:
         self.logged_seconds = 0.0  # the value of `seconds` then
         self.n_tokens = 0
         self.losses = []  # one dict per step: a cell's row -> its loss
-        self.n_passes = 0  # forward passes of this process in the current step
+        self.unread = []  # further steps: the rows that trained, and a tensor of all losses (A,)
+        # In the current step:
+        self.loss_A = 0.0
+        self.n_passes = 0  # forward passes of this process
 
     def state_dict(self):
         state = {name: getattr(self, name) for name in self.SAVED}
@@ -75,26 +82,22 @@ class TrainingLog:
 
     def start_step(self):
         self.started = time.perf_counter()
-        self.losses.append({})
+        self.loss_A = 0.0
         self.n_passes = 0
 
-    def add_losses(self, losses):
-        """Add the losses of a micro-batch: a dict from each cell to its part of the loss."""
-        step_losses = self.losses[-1]
-        for cell, loss in losses.items():
-            step_losses[cell.row] = step_losses.get(cell.row, 0.0) + loss.detach()
+    def add_losses(self, loss_A):
+        """Add what a micro-batch adds to the loss of each cell."""
+        self.loss_A = self.loss_A + loss_A.detach()
         self.n_passes += 1
 
-    def drop_step(self):
-        """Forget a step that has started and will not end."""
-        self.losses.pop()
-
     def end_step(self, batch):
+        self.unread.append(([cell.row for cell in batch.cells], self.loss_A))
         self.n_tokens += batch.n_tokens
         self.step += 1
         self.bar.update()
         if self.line_is_due():
             self.losses = self.read_losses()
+            self.unread = []
         now = time.perf_counter()
         self.seconds += now - self.started
         if not self.bar.disable and now - self.shown_at > REFRESH:
@@ -102,19 +105,20 @@ class TrainingLog:
 
     def show_loss(self, now):
         """Show the loss of the last step in the bar, because the next line may be minutes away."""
-        if self.losses:
-            losses = [float(loss) for loss in self.losses[-1].values()]
-            self.bar.set_postfix_str(f"loss {np.mean(losses):.3f}")
+        losses = list(self.read_losses()[-1].values())
+        self.bar.set_postfix_str(f"loss {np.mean(losses):.3f}")
         self.shown_at = now
 
     def read_losses(self):
-        """Return the losses as floats.
+        """Return the losses since the last line: one dict per step, a cell's row -> its loss.
 
         This waits for a GPU, so call it only if a line is due.
         """
-        steps = []
-        for losses in self.losses:
-            steps.append({row: float(loss) for row, loss in losses.items()})
+        steps = list(self.losses)
+        if self.unread:
+            loss_SA = torch.stack([loss_A for _, loss_A in self.unread]).tolist()
+            for (rows, _), loss_A in zip(self.unread, loss_SA, strict=True):
+                steps.append({row: loss_A[row] for row in rows})
         return steps
 
     # Lines

@@ -5,7 +5,9 @@
     length-normalized  L_LN = - mean over rows of the log softmax, over the choices and taken at the
                                 right one, of (1/T) sum_t log p(y_t | x, y_<t)
 
-A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more.
+A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more. The
+functions return the sum over each example, because the examples of a batch may belong to several
+adapters.
 
 Shapes: B rows, C choices, L tokens of a choice. Padding, and choices that a row does not have, are
 False in the mask.
@@ -31,7 +33,7 @@ def right_tokens(mask_BCL, label_B):
 
 def lm_loss(logp_BCL, mask_BCL, label_B):
     is_right_BCL = right_tokens(mask_BCL, label_B)
-    return -logp_BCL.masked_fill(~is_right_BCL, 0.0).sum()
+    return -logp_BCL.masked_fill(~is_right_BCL, 0.0).sum(dim=(1, 2))
 
 
 def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
@@ -39,14 +41,14 @@ def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
     # constant -log(1 + eps), which has no gradient. We leave them out, so our value is larger.
     is_wrong_BCL = mask_BCL & ~right_tokens(mask_BCL, label_B)
     unlikely_BCL = torch.log(1 - logp_BCL.exp() + UNLIKELY_EPS)
-    return -unlikely_BCL.masked_fill(~is_wrong_BCL, 0.0).sum()
+    return -unlikely_BCL.masked_fill(~is_wrong_BCL, 0.0).sum(dim=(1, 2))
 
 
 def length_normalised_loss(logp_BCL, mask_BCL, label_B):
-    return F.cross_entropy(choice_scores(logp_BCL, mask_BCL), label_B, reduction="sum")
+    return F.cross_entropy(choice_scores(logp_BCL, mask_BCL), label_B, reduction="none")
 
 
-LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}  # sums, not means
+LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}
 
 
 def count_terms(mask_BCL, label_B):
@@ -55,8 +57,21 @@ def count_terms(mask_BCL, label_B):
     return {"lm": n_right, "ul": int(mask_BCL.sum()) - n_right, "ln": len(label_B)}
 
 
+def count_terms_of(examples, names=("lm", "ul", "ln")):
+    """Return the `count_terms` of examples (tasks/examples.py), without making tensors of them."""
+    n_terms = {"lm": 0, "ul": 0, "ln": len(examples)}
+    for example in examples:
+        lengths = [len(target) for target in example.targets]
+        if example.is_scored is not None:
+            lengths = [sum(example.is_scored[: lengths[0]])]
+        n_right = lengths[example.label]
+        n_terms["lm"] += n_right
+        n_terms["ul"] += sum(lengths) - n_right
+    return {name: n_terms[name] for name in names}
+
+
 def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=None):
-    """Return the sum of the losses in `names`: a scalar that carries gradients.
+    """Return the sum of the losses in `names` for one adapter: a scalar that carries gradients.
 
     logp_BCL: see `choice_logprobs`. n_terms: if these rows are part of a larger batch, the
     `count_terms` of that batch; then the losses of the parts add up to the loss of the batch.
@@ -68,5 +83,21 @@ def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=No
     loss = 0
     for name in names:
         # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.
-        loss = loss + LOSSES[name](logp_BCL, mask_BCL, label_B) / max(n_terms[name], 1)
+        loss = loss + LOSSES[name](logp_BCL, mask_BCL, label_B).sum() / max(n_terms[name], 1)
     return loss
+
+
+def losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms):
+    """Return (B,): what each example adds to the `total_loss` of its adapter.
+
+    n_terms: a dict from the name of each loss to (B,): the `count_terms` of the adapter's batch, or
+    0 if the adapter does not train with this loss.
+    """
+    loss_B = 0
+    for name, n_B in n_terms.items():
+        is_absent_B = n_B == 0
+        # A loss that the adapter does not train with adds 0, even if it is infinite or NaN.
+        logp_here_BCL = logp_BCL.masked_fill(is_absent_B[:, None, None], 0.0)
+        mean_B = LOSSES[name](logp_here_BCL, mask_BCL, label_B) / n_B.clamp(min=1)
+        loss_B = loss_B + mean_B.masked_fill(is_absent_B, 0.0)
+    return loss_B

@@ -1,60 +1,103 @@
-"""The optimizer and the learning rate of T-Few.
+"""The optimizers of vectors, and the learning rate of T-Few.
 
-Adafactor (Shazeer & Stern 2018, arXiv 1804.04235), with the options that T-Few passes to
-transformers' Adafactor: relative_step=False, scale_parameter=True, warmup_init=False. At step t,
-for a vector l with the gradient g:
+A table holds one vector for several adapters, each in its row. What an adapter's row becomes does
+not depend on the other rows, but all rows and all tables of one width are updated by the same few
+operations: 25 adapters take as many as one.
 
-    beta_t = 1 - t^-0.8
-    v_t    = beta_t v_(t-1) + (1 - beta_t) (g^2 + 1e-30)
-    u_t    = g / sqrt(v_t), divided by max(1, its RMS)
-    l_t    = l_(t-1) - lr max(RMS(l_(t-1)), 1e-3) u_t
-
-So an update has an RMS of at most 1, and a step is relative to the size of l: this is why the
-parameter is l, which is about 1, and not l - 1. There is no momentum. The paper factors the v of a
-matrix into rows and columns; the v of a vector has nothing to factor.
-
-Shapes: A adapters, D entries of a vector.
+Shapes: T tables, N tables of the same width, A adapters (rows of a table), R rows that train, D
+entries of a vector.
 """
+
+from collections import defaultdict
 
 import torch
 
+from minia3.model.to_device import to_device
 
-class Adafactor:
-    """Adafactor for tables of vectors. Each row is a vector, and no row depends on another.
+
+class RowOptimizer:
+    """What the optimizers of tables have in common. `new_values` has the equations of each.
 
     This has the interface of a torch.optim.Optimizer, but it is not one, because creating the first
     torch.optim.Optimizer of a process loads torch's compiler, which takes a second.
     """
 
+    moments = ()  # the names of what an optimizer keeps of each table besides its number of steps
+
     def __init__(self, parameters, lr=3e-3):
         self.param_groups = [{"params": list(parameters), "lr": lr}]
-        self.state = {l_AD: {} for l_AD in self.param_groups[0]["params"]}
+        self.state = {l_AD: {} for l_AD in self.tables}
+
+    @property
+    def tables(self):
+        return self.param_groups[0]["params"]
+
+    def clip(self, most):
+        """Scale the gradient of each row down to the norm `most`, if its norm is larger.
+
+        The norm of a row is over all tables. For each row this is torch.nn.utils.clip_grad_norm_.
+        """
+        clip_rows([l_AD for l_AD in self.tables if l_AD.grad is not None], most)
 
     @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for l_AD in group["params"]:
-                if l_AD.grad is not None:
-                    self.update(l_AD, group["lr"])
+    def step(self, rates=None):
+        """Update the rows. rates: a dict from each row that trains to its learning rate.
 
-    def update(self, l_AD, lr):
-        """Update one table by the equations above."""
-        state = self.state[l_AD]
-        if not state:
-            state["step"] = 0
-            state["v_AD"] = torch.zeros_like(l_AD)
-        state["step"] += 1
-        beta = 1 - state["step"] ** -0.8
-        state["v_AD"].mul_(beta).add_(l_AD.grad.square() + 1e-30, alpha=1 - beta)
-        u_AD = l_AD.grad * state["v_AD"].rsqrt()
-        u_AD /= rms(u_AD).clamp(min=1.0)
-        l_AD -= lr * rms(l_AD).clamp(min=1e-3) * u_AD
+        Other rows keep their bits. None: all rows train at the rate of the parameter group.
+        """
+        if rates is None:
+            n_rows = len(self.tables[0])
+            rates = dict.fromkeys(range(n_rows), self.param_groups[0]["lr"])
+        for tables in self.alike_tables():
+            self.update(tables, rates)
+
+    def alike_tables(self):
+        """Return lists of tables that are updated together: of one shape, after as many steps.
+
+        A table without a gradient is left out, and stays as it is.
+        """
+        alike = defaultdict(list)
+        for l_AD in self.tables:
+            if l_AD.grad is not None:
+                state = self.state[l_AD]
+                if not state:
+                    state["steps"] = [0] * len(l_AD)  # of each row
+                    state.update({name: torch.zeros_like(l_AD) for name in self.moments})
+                alike[l_AD.shape, tuple(state["steps"])].append(l_AD)
+        return list(alike.values())
+
+    def update(self, tables, rates):
+        """Update rows of tables that are alike, and the moments and steps of these rows."""
+        states = [self.state[l_AD] for l_AD in tables]
+        rows = sorted(rates)
+        steps = list(states[0]["steps"])
+        for row in rows:
+            steps[row] += 1
+
+        changed = [tables]  # and the moments of the tables
+        for name in self.moments:
+            changed.append([state[name] for state in states])
+        stacks = [torch.stack(tensors) for tensors in changed]
+        g_NAD = torch.stack([l_AD.grad for l_AD in tables])
+
+        here = slice(None)  # all rows
+        if len(rows) < len(steps):
+            here = to_device(torch.tensor(rows), g_NAD.device)
+        lr = per_row([rates[row] for row in rows], g_NAD)
+        steps_R = [steps[row] for row in rows]
+        values = [x_NAD[:, here] for x_NAD in stacks]
+        new_values = self.new_values(g_NAD[:, here], *values, lr=lr, steps=steps_R)
+
+        for tensors, x_NAD, new_NRD in zip(changed, stacks, new_values, strict=True):
+            x_NAD[:, here] = new_NRD
+            torch._foreach_copy_(tensors, x_NAD.unbind())
+        for state in states:
+            state["steps"] = steps
 
     def zero_grad(self):
         """Forget the gradients, as torch's optimizers do."""
-        for group in self.param_groups:
-            for l_AD in group["params"]:
-                l_AD.grad = None
+        for l_AD in self.tables:
+            l_AD.grad = None
 
     def state_dict(self):
         lr = self.param_groups[0]["lr"]
@@ -62,26 +105,140 @@ class Adafactor:
 
     def load_state_dict(self, saved):
         self.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
-        for i, l_AD in enumerate(self.state):
+        for i, l_AD in enumerate(self.tables):
             state = dict(saved["state"].get(i, {}))  # empty before the first step
-            if state:
-                state["v_AD"] = state["v_AD"].to(l_AD)
+            for name in self.moments:
+                if name in state:
+                    state[name] = state[name].to(l_AD, copy=True)
             self.state[l_AD] = state
 
 
-def rms(x_AD):
-    """Return (A, 1): the root mean square of each row."""
-    return x_AD.square().mean(dim=-1, keepdim=True).sqrt()
+class Adafactor(RowOptimizer):
+    """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) for tables of vectors.
+
+    The options are those that T-Few passes to transformers' Adafactor: relative_step=False,
+    scale_parameter=True, warmup_init=False. At step t, for a vector l with the gradient g:
+
+        beta_t = 1 - t^-0.8
+        v_t    = beta_t v_(t-1) + (1 - beta_t) (g^2 + 1e-30)
+        u_t    = g / sqrt(v_t), divided by max(1, its RMS)
+        l_t    = l_(t-1) - lr max(RMS(l_(t-1)), 1e-3) u_t
+
+    So an update has an RMS of at most 1, and a step is relative to the size of l: this is why the
+    parameter is l, which is about 1, and not l - 1. There is no momentum. The paper factors the v
+    of a matrix into rows and columns; the v of a vector has nothing to factor.
+    """
+
+    moments = ("v_AD",)
+
+    def new_values(self, g_NRD, l_NRD, v_NRD, *, lr, steps):
+        beta = per_row([1 - t**-0.8 for t in steps], g_NRD)
+        share = per_row([t**-0.8 for t in steps], g_NRD)  # 1 - beta, in full precision
+        v_NRD = beta * v_NRD + share * (g_NRD.square() + 1e-30)
+        u_NRD = g_NRD * v_NRD.rsqrt()
+        u_NRD = u_NRD / rms(u_NRD).clamp(min=1.0)
+        l_NRD = l_NRD - lr * rms(l_NRD).clamp(min=1e-3) * u_NRD
+        return l_NRD, v_NRD
+
+
+class AdamW(RowOptimizer):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) for tables of vectors.
+
+    The numbers are torch's defaults, and w is the weight decay. At step t, for a vector l with the
+    gradient g:
+
+        m_t = 0.9 m_(t-1) + 0.1 g
+        v_t = 0.999 v_(t-1) + 0.001 g^2
+        u_t = m_t / (1 - 0.9^t), divided by sqrt(v_t / (1 - 0.999^t)) + 1e-8
+        l_t = l_(t-1) - lr w l_(t-1) - lr u_t
+    """
+
+    moments = ("m_AD", "v_AD")
+
+    def __init__(self, parameters, lr=3e-3, weight_decay=0.0):
+        super().__init__(parameters, lr)
+        self.weight_decay = weight_decay
+
+    def new_values(self, g_NRD, l_NRD, m_NRD, v_NRD, *, lr, steps):
+        m_NRD = 0.9 * m_NRD + 0.1 * g_NRD
+        v_NRD = 0.999 * v_NRD + 0.001 * g_NRD.square()
+        mean_NRD = m_NRD / per_row([1 - 0.9**t for t in steps], g_NRD)
+        square_NRD = v_NRD / per_row([1 - 0.999**t for t in steps], g_NRD)
+        u_NRD = mean_NRD / (square_NRD.sqrt() + 1e-8)
+        l_NRD = l_NRD - lr * self.weight_decay * l_NRD - lr * u_NRD
+        return l_NRD, m_NRD, v_NRD
+
+
+class AdamWAlone:
+    """torch's AdamW over all that a cell trains, if the cell has the model to itself.
+
+    So it is with LoRA and full fine-tuning. It is called as the optimizers of tables are.
+    """
+
+    def __init__(self, parameters, lr, weight_decay):
+        self.parameters = list(parameters)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
+
+    def clip(self, most):
+        torch.nn.utils.clip_grad_norm_(self.parameters, most)
+
+    def step(self, rates):
+        """rates: a dict with the learning rate of the only cell."""
+        (rate,) = rates.values()
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, saved):
+        self.optimizer.load_state_dict(saved)
+
+
+@torch.no_grad()
+def clip_rows(tables, most):
+    """Scale the gradient of each row of the tables down to the norm `most`, if it is larger."""
+    by_shape = defaultdict(list)
+    for l_AD in tables:
+        by_shape[l_AD.shape].append(l_AD)
+    gradients = {}  # of tables of one shape (N, A, D)
+    norms = {}  # of each row of a table
+    for shape, alike in by_shape.items():
+        gradients[shape] = torch.stack([l_AD.grad for l_AD in alike])
+        norm_NA = torch.linalg.vector_norm(gradients[shape], dim=-1)
+        norms.update(zip(alike, norm_NA.unbind(), strict=True))
+
+    # In the order of the tables, because the bits of a sum depend on the order.
+    norm_TA = torch.stack([norms[l_AD] for l_AD in tables])
+    norm_A1 = torch.linalg.vector_norm(norm_TA, dim=0)[:, None]
+    scale_A1 = (most / (norm_A1 + 1e-6)).clamp(max=1.0)
+    for shape, alike in by_shape.items():
+        clipped = (gradients[shape] * scale_A1).unbind()
+        torch._foreach_copy_([l_AD.grad for l_AD in alike], clipped)
+
+
+def per_row(numbers, like):
+    """Return the number of all rows or, if they differ, a tensor (R, 1) beside `like`.
+
+    A number goes to a GPU with each operation that takes it, and a tensor needs a copy.
+    """
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return to_device(torch.tensor(numbers, dtype=like.dtype)[:, None], like.device)
+
+
+def rms(x_NRD):
+    """Return (N, R, 1): the root mean square of each row."""
+    return x_NRD.square().mean(dim=-1, keepdim=True).sqrt()
 
 
 def make_optimizer(parameters, config):
     """Return the optimizer of the flags. By default (IA)^3 trains with Adafactor, as in T-Few."""
-    name = config.optimizer
-    if name is None:
-        name = "adafactor" if config.method == "ia3" else "adamw"
-    if name == "adafactor":
-        return Adafactor(parameters, lr=config.lr)
-    return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    if config.method != "ia3":
+        return AdamWAlone(parameters, config.lr, config.weight_decay)
+    if config.optimizer == "adamw":
+        return AdamW(parameters, config.lr, config.weight_decay)
+    return Adafactor(parameters, config.lr)
 
 
 def learning_rate(step, config):

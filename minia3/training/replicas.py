@@ -7,6 +7,8 @@ them do the same: clip, update, stop. Only the first one writes.
 
 There is no wrapper around the model: DistributedDataParallel hooks into `forward`, and the models
 here are called through `start` and `step`, so it would silently add up nothing.
+
+Shapes: A adapters: the cells of the group.
 """
 
 import math
@@ -45,10 +47,10 @@ class StepSum:
     it has made, and the number of the signal that asks it to stop.
     """
 
-    def __init__(self, parameters, losses, n_passes, signal):
-        """parameters: those with gradients. losses: a dict from a cell's row to its loss."""
+    def __init__(self, parameters, loss_A, n_passes, signal):
+        """parameters: some have gradients. loss_A: the losses of the cells."""
         self.gradients = [p.grad for p in parameters if p.grad is not None]
-        self.losses = losses
+        self.loss_A = loss_A
         self.n_passes = n_passes
         self.signal = signal
 
@@ -58,18 +60,16 @@ class StepSum:
         Return the number of the signal that any process has got, or None. Raise RuntimeError if the
         processes have not made the same number of passes.
         """
-        losses = torch.stack(list(self.losses.values()))
-        reports = torch.zeros(2, n_processes(), device=losses.device)
+        reports = torch.zeros(2, n_processes(), device=self.loss_A.device)
         reports[0, rank()] = self.n_passes
         reports[1, rank()] = self.signal or 0
-        pieces = [*self.gradients, losses, reports]
+        pieces = [*self.gradients, self.loss_A, reports]
         flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
         add_over_processes(flat)
 
         sums = flat.split([piece.numel() for piece in pieces])
         for piece, total in zip(pieces, sums, strict=True):
             piece.copy_(total.view(piece.shape))
-        self.losses.update(zip(self.losses, losses, strict=True))
         n_passes, signals = reports.int().tolist()
         if len(set(n_passes)) > 1:
             raise RuntimeError(f"the processes have made {n_passes} passes in one step")

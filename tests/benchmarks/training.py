@@ -222,8 +222,18 @@ def their_scorers(pair, model, batch):
 
 def many_tasks(bench, pair):
     """Compare one pass over a batch with an example of each task with a pass for each adapter."""
-    batch = pair.batch()
-    n_tasks = len(batch.source_BM)
+    n_tasks = len(pair.lengths())
+    our_step, their_step, batch = steps_of_tasks(pair, n_tasks)
+    row = bench.time_below_roof(our_step, their_step, count_tokens(batch))
+    yield f"{n_tasks} tasks in one batch of {n_tasks}, trained in one pass", row
+
+
+def steps_of_tasks(pair, n_tasks):
+    """Return the steps of both sides on a batch with an example of each task, and the batch.
+
+    Ours makes one pass, and theirs a pass for each adapter.
+    """
+    batch = pair.batch((pair.lengths()[0],) * n_tasks)
     adapter = torch.arange(n_tasks)
     names = ["default", *(f"task{i}" for i in range(1, n_tasks))]
     ours = pair.ours(n_adapters=n_tasks).train()
@@ -248,8 +258,7 @@ def many_tasks(bench, pair):
         optimizer.zero_grad()
 
     our_step = training_step(loss_of(pair, ours, batch, adapter), ours.parameters())
-    row = bench.time_below_roof(our_step, their_step, count_tokens(batch))
-    yield f"{n_tasks} tasks in one batch of {n_tasks}, trained in one pass", row
+    return our_step, their_step, batch
 
 
 def kept(bench, pair):

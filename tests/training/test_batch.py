@@ -9,10 +9,11 @@ from running import model, task, train
 import minia3
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import collate
+from minia3.tasks.examples import Example
 from minia3.training.batch import MixedBatch
 from minia3.training.cell import Cell
 from minia3.training.drawing import draw_batches
-from minia3.training.losses import total_loss
+from minia3.training.losses import count_terms, count_terms_of, right_tokens, total_loss
 
 
 @pytest.fixture
@@ -43,21 +44,20 @@ def ours():
 @pytest.mark.parametrize("size", [None, 1, 2, 4, 9])
 def test_each_cell_has_the_losses_of_its_own_batch(size, cells, ours):
     step = 1
-    found = dict.fromkeys(cells, 0.0)
-    for part in MixedBatch(cells, step, has_rows=True).split(size):
+    found_A = torch.zeros(3, dtype=torch.float64)
+    for part in MixedBatch(cells, step, n_rows=3).split(size):
         logp_BCL = choice_logprobs(ours, part.batch, part.row_B)
-        for cell, loss in part.losses(logp_BCL).items():
-            found[cell] += loss.item()
+        found_A += part.losses(logp_BCL).detach()
     for cell in cells:
         batch = collate(cell.batches[step])
         logp_BCL = choice_logprobs(ours, batch, cell.row)
         names = cell.config.losses.split(",")
         expected = total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B, names)
-        assert found[cell] == pytest.approx(expected.item(), rel=1e-9)
+        assert found_A[cell.row].item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_a_part_has_the_examples_and_the_rows_of_their_cells_in_order(cells):
-    batch = MixedBatch(cells, 0, has_rows=True)
+    batch = MixedBatch(cells, 0, n_rows=3)
     parts = list(batch.split(4))
     assert [part.row_B.tolist() for part in parts] == [[0, 0, 0, 1], [1, 1, 2, 2], [2]]
     examples = list(chain(*(cell.batches[0] for cell in cells)))
@@ -67,10 +67,60 @@ def test_a_part_has_the_examples_and_the_rows_of_their_cells_in_order(cells):
 
 
 def test_a_model_with_a_single_row_gets_no_rows(cells):
-    (part,) = MixedBatch(cells[:1], 0, has_rows=False).split()
+    (part,) = MixedBatch(cells[:1], 0, n_rows=1).split()
     assert part.row_B is None
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_what_is_not_finite_in_one_cell_reaches_no_other_cell(bad, cells):
+    (part,) = MixedBatch(cells, 0, n_rows=3).split()
+    gradients = []
+    for is_bad in (False, True):
+        logp_BCL = -torch.linspace(0.1, 3, part.batch.target_BCL.numel())
+        logp_BCL = logp_BCL.view(part.batch.target_BCL.shape)
+        logp_BCL[part.row_B == 1] = bad if is_bad else -1.0
+        logp_BCL.requires_grad_()
+        loss_A = part.losses(logp_BCL)
+        loss_A.sum().backward()
+        assert loss_A.isfinite().tolist() == [True, not is_bad, True]
+        gradients.append(logp_BCL.grad[part.row_B != 1])
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
+def test_a_loss_with_which_a_cell_does_not_train_changes_nothing_even_if_it_is_nan(cells):
+    """The second cell trains with the likelihood alone, so that wrong choices do not matter."""
+    assert cells[1].config.losses == "lm"
+    (part,) = MixedBatch(cells, 0, n_rows=3).split()
+    is_right_BCL = right_tokens(part.batch.target_mask_BCL, part.batch.label_B)
+    is_wrong_BCL = ~is_right_BCL & (part.row_B == 1)[:, None, None]
+    assert is_wrong_BCL.any()
+    outcomes = []
+    for value in (-1.0, float("nan")):
+        logp_BCL = torch.full(part.batch.target_BCL.shape, -2.0)
+        logp_BCL[is_wrong_BCL] = value
+        logp_BCL.requires_grad_()
+        loss_A = part.losses(logp_BCL)
+        loss_A.sum().backward()
+        outcomes.append((loss_A.tolist(), logp_BCL.grad.tolist()))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("n_choices", [(2, 3, 1), (0,)])
+def test_terms_are_counted_without_tensors_as_they_are_in_a_batch(n_choices):
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    cell = Cell(train.Config(steps=1, batch_size=7), minia3.load_task(task(n_choices)))
+    examples = draw_batches(cell, tokenizer)[0]
+    examples.append(Example([3], [[4, 5, 6]], 0, [True, False, True, True]))
+    whole = collate(examples)
+    assert count_terms_of(examples) == count_terms(whole.target_mask_BCL, whole.label_B)
+
+
 def test_cells_that_do_not_train_any_more_are_left_out(cells):
-    batch = MixedBatch(cells[1:], 0, has_rows=True)
+    batch = MixedBatch(cells[1:], 0, n_rows=3)
     assert {cell.row for cell, _ in batch.pairs} == {1, 2}
+    (part,) = batch.split()
+    assert set(part.row_B.tolist()) == {1, 2}
+    loss_A = part.losses(torch.full(part.batch.target_BCL.shape, -1.0))
+    assert loss_A[0] == 0
+    assert (loss_A[1:] > 0).all()

@@ -12,6 +12,7 @@ import torch
 from running import contents, events, fails, kill_self, metrics, outcome, resume, run, train, words
 
 from minia3.training import cell as training_cell
+from minia3.training import group as training_group
 from minia3.training import log as training_log
 from minia3.training import run as training_run
 from minia3.training.optimizer import learning_rate
@@ -45,18 +46,18 @@ RECIPES = {
 
 @contextlib.contextmanager
 def interrupted_at_update(n, monkeypatch):
-    """Press Ctrl-C before the n-th update of a cell in the block."""
-    original = training_cell.Cell.update
+    """Press Ctrl-C before the n-th update of a group in the block."""
+    original = training_group.Group.update
     updates = []
 
-    def update(cell, lr):
-        updates.append(lr)
+    def update(group, rates):
+        updates.append(rates)
         if len(updates) == n:
             kill_self(signal.SIGINT)
-        return original(cell, lr)
+        original(group, rates)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_cell.Cell, "update", update)
+        patch.setattr(training_group.Group, "update", update)
         yield
 
 

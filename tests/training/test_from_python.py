@@ -14,6 +14,7 @@ from running import ROOT, kill_self, metrics, outcome, run, words
 import minia3
 from minia3.tasks.labels import split_words
 from minia3.training import from_python
+from minia3.training.optimizer import RowOptimizer
 from minia3.training.run import Failed
 
 FLAGS = {"device": "cpu", "steps": 12, "batch_size": 4, "eval_batch_size": 64}
@@ -149,18 +150,18 @@ def test_an_interrupt_saves_the_run_and_is_then_an_ordinary_interrupt(
     tmp_path, monkeypatch, capsys
 ):
     call(tmp_path / "whole", dropout=0.1)
-    original = torch.nn.utils.clip_grad_norm_
+    original = RowOptimizer.clip
     steps = []
 
-    def clip(*args, **options):
+    def clip(*args):
         steps.append(None)
         if len(steps) == 5:
             kill_self(signal.SIGINT)
-        return original(*args, **options)
+        original(*args)
 
     before = process_state()
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        patch.setattr(RowOptimizer, "clip", clip)
         with pytest.raises(KeyboardInterrupt):
             call(tmp_path / "run", dropout=0.1)
     assert len(steps) == 5  # the step was finished
@@ -197,8 +198,9 @@ def test_it_works_in_a_notebook(tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_the_run_and_then_ends_the_process(tmp_path):
     program = (
-        "import sys, signal, minia3, torch\n"
-        "torch.nn.utils.clip_grad_norm_ = lambda *a: signal.raise_signal(signal.SIGTERM)\n"
+        "import sys, signal, minia3\n"
+        "from minia3.training.optimizer import RowOptimizer\n"
+        "RowOptimizer.clip = lambda *a: signal.raise_signal(signal.SIGTERM)\n"
         f"minia3.train(model={str(running.model('t5'))!r}, task={str(running.task())!r},"
         f" out={str(tmp_path / 'run')!r}, device='cpu', steps=3)\n"
     )

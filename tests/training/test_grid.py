@@ -32,9 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from written_out import results_by_hand
 
+import minia3
 from minia3.checkpoints.load import load_model
 from minia3.cli.table import table_rows
-from minia3.training.cell import Cell
+from minia3.tasks.examples import Example
+from minia3.training.group import Group
+from minia3.training.optimizer import Adafactor
+from tests.benchmarks.adapters import count_operations, step_of_adapters
 
 EXACT = {"dtype": "float64", "dropout": 0}
 
@@ -151,15 +155,19 @@ def test_adapters_that_train_together_equal_adapters_that_train_apart(
 
 def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
     norms = []
-    original = torch.nn.utils.clip_grad_norm_
+    original = Adafactor.clip
 
-    def spy(parameters, most):
-        norms.append(original(parameters := list(parameters), most).item())
-        after = torch.stack([p.grad.norm() for p in parameters]).norm().item()
-        assert after == pytest.approx(min(norms[-1], most), rel=1e-4)
-        return norms[-1]
+    def norms_of_rows(tables):
+        return torch.cat([table.grad for table in tables], dim=1).norm(dim=1)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    def spy(optimizer, most):
+        before_A = norms_of_rows(optimizer.tables)
+        original(optimizer, most)
+        after_A = norms_of_rows(optimizer.tables)
+        assert_close(after_A, before_A.clamp(max=most), rtol=1e-4, atol=0)
+        norms.extend(before_A.tolist())
+
+    monkeypatch.setattr(Adafactor, "clip", spy)
     together(tmp_path / "grid", **{**GRID, "steps": 2, "clip": 2})
     assert len(norms) == 16  # one for each adapter and step
     assert min(norms) < 2 < max(norms)
@@ -185,6 +193,20 @@ def test_each_seed_draws_its_own_shots_and_rows(tmp_path):
         alone = apart(tmp_path / str(seed), two_tasks()[0], seed=seed, shots=6, steps=5, **EXACT)
         for key, l_D in alone["vectors"].items():
             assert_close(found[f"s{seed}"]["vectors"][key], l_D, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_a_step_takes_as_many_operations_for_two_adapters_as_for_25(name):
+    """With the same examples for each, because operations leave out padding if there is any."""
+    counts = []
+    for n_adapters in (2, 5, 25):
+        ours = load_model(model(name), n_adapters=n_adapters)
+        minia3.freeze(ours)
+        examples = [Example([3, 4, 5], [[6, 1], [7, 1]], label=1)] * (2 * n_adapters)
+        step = step_of_adapters(ours, examples, n_adapters)
+        step()  # after the first step, the optimizer has its moments
+        counts.append(count_operations(step))
+    assert len(set(counts)) == 1, counts
 
 
 # Stopped and resumed
@@ -341,18 +363,19 @@ def test_the_report_of_a_grid_has_a_line_for_each_adapter(tmp_path, capsys):
 def test_an_adapter_whose_loss_is_nan_ends_and_does_not_change_the_others(
     tmp_path, capsys, monkeypatch
 ):
-    update = Cell.update
+    update = Group.update
 
-    def update_to_nan(cell, lr):
+    def update_to_nan(group, rates):
         """Take a step; the fourth step of one cell ends in NaN. (A huge lr may or may not.)"""
-        update(cell, lr)
-        if cell.config.lr == 0.3 and cell.progress.n_steps == 4:
-            for l_D in cell.parameters.values():
-                l_D.data.fill_(float("nan"))
+        update(group, rates)
+        for cell in rates:
+            if cell.config.lr == 0.3 and cell.progress.n_steps == 4:
+                for l_D in cell.parameters.values():
+                    l_D.fill_(float("nan"))
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Cell, "update", update_to_nan)
+        patch.setattr(Group, "update", update_to_nan)
         assert run(words(out, lr="0.2,0.3", warmup_ratio=0, dtype="float64", dropout=0)) == 0
     shown = capsys.readouterr().out
     assert re.search(r"\nfailed   lr0\.3: the loss of step 5 is nan: try a lower --lr", shown)

@@ -1,4 +1,7 @@
-"""The optimizer equals the Adafactor of transformers, which T-Few used, on each row alone."""
+"""The optimizers equal transformers' Adafactor, which T-Few used, and torch's AdamW, on each row
+alone, and what they do with one row has nothing to do with the other rows."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from running import train
 from torch.testing import assert_close
 from transformers.optimization import Adafactor as Theirs
 
-from minia3.training.optimizer import Adafactor, learning_rate
+from minia3.training.optimizer import Adafactor, AdamW, learning_rate
+from tests.benchmarks.adapters import count_operations
 
 LR = 3e-3
 STEPS = 30
@@ -94,6 +98,18 @@ def test_a_vector_without_a_gradient_stays_and_the_others_move():
     assert not torch.equal(moves, torch.ones(1, 3))
 
 
+def test_a_vector_that_gets_gradients_later_than_others_begins_with_its_own_first_step():
+    early, late, alone = (torch.nn.Parameter(torch.ones(1, 3)) for _ in range(3))
+    optimizer = Adafactor([early, late], lr=LR)
+    grads = list(gradients((1, 3)))
+    take_steps(optimizer, early, grads[:4])
+    optimizer.zero_grad()
+    expected = take_steps(Adafactor([alone], lr=LR), alone, grads[4:])
+    early.grad = torch.ones(1, 3)
+    for found, value in zip(take_steps(optimizer, late, grads[4:]), expected, strict=True):
+        assert torch.equal(found, value)
+
+
 def test_a_step_uses_the_learning_rate_of_its_group():
     row = torch.nn.Parameter(torch.ones(1, 4))
     optimizer = Adafactor([row], lr=LR)
@@ -132,7 +148,162 @@ def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_is_empty_before_the_fi
     take_steps(first, rows[0], list(gradients((1, 3)))[:2])
     second.load_state_dict(first.state_dict())
     assert second.state[rows[1]]["v_AD"].dtype == torch.float64
-    assert second.state[rows[1]]["step"] == 2
+    assert second.state[rows[1]]["steps"] == [2]
+
+
+# Rows that train at rates of their own
+
+
+WIDTHS = (5, 9, 5)  # so that two tables are updated together
+OPTIMIZERS = {
+    "adafactor": Adafactor,
+    "adamw": lambda parameters, lr: AdamW(parameters, lr, weight_decay=0.3),
+}
+
+
+def their_optimizer(name, parameters, lr):
+    if name == "adafactor":
+        return Theirs(parameters, lr=lr, scale_parameter=True, relative_step=False)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.3)
+
+
+def tables_of(n_rows):
+    """Return tables in float64, whose rows differ in size."""
+    size = 10.0 ** torch.linspace(-1, 1, n_rows, dtype=torch.float64)[:, None]
+    return [torch.nn.Parameter(size * vector((n_rows, d), seed=i)) for i, d in enumerate(WIDTHS)]
+
+
+def gradients_of(tables):
+    """Return the gradients of all tables in each step."""
+    each = [gradients(table.shape, seed=i) for i, table in enumerate(tables)]
+    return [[g_AD.double() for g_AD in step] for step in zip(*each, strict=True)]
+
+
+# Which rows train in a step, and at which rates: row 1 stops, row 3 stops and goes on.
+RATES = [{3: 0.1, 0: 0.1, 1: 0.02, 2: 0.3}] * 3 + [{0: 0.05, 2: 0.05}] * 4
+RATES += [{0: 0.2, 2: 0.3, 3: 0.1}] * 4 + [{3: 0.01}] * 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_that_train_together_equal_the_peers_on_each_row_alone(name):
+    tables = tables_of(4)
+    grads = gradients_of(tables)
+    rows = []
+    for row in range(4):
+        parameters = [torch.nn.Parameter(table.detach()[row].clone()) for table in tables]
+        rows.append((parameters, their_optimizer(name, parameters, lr=1.0)))
+    ours = OPTIMIZERS[name](tables, lr=1.0)
+    for rates, grads_of_step in zip(RATES, grads, strict=False):
+        for table, g_AD in zip(tables, grads_of_step, strict=True):
+            table.grad = g_AD.clone()
+        ours.clip(0.1)
+        ours.step(rates)
+        for row, rate in rates.items():
+            parameters, theirs = rows[row]
+            for parameter, g_AD in zip(parameters, grads_of_step, strict=True):
+                parameter.grad = g_AD[row].clone()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+            theirs.param_groups[0]["lr"] = rate
+            theirs.step()
+        for row, (parameters, _) in enumerate(rows):
+            for table, parameter in zip(tables, parameters, strict=True):
+                assert_close(table[row], parameter, rtol=1e-9, atol=1e-12)
+
+
+def bits_of(optimizer, tables, row):
+    """Return all that an optimizer has of a row: entries, moments and the number of steps."""
+    values = []
+    for table in tables:
+        state = optimizer.state[table]
+        values.append(state["steps"][row])
+        for tensor in (table, *(state[name] for name in optimizer.moments)):
+            values.append(tensor.detach()[row].numpy().tobytes())
+    return values
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_that_do_not_train_keep_their_bits_even_if_their_gradients_are_nan(name):
+    tables = tables_of(4)
+    optimizer = OPTIMIZERS[name](tables, lr=0.1)
+    first, *later = gradients_of(tables)[:5]
+    for table, g_AD in zip(tables, first, strict=True):
+        table.grad = g_AD
+    optimizer.step()
+    before = [bits_of(optimizer, tables, row) for row in range(4)]
+    for grads_of_step in later:
+        for table, g_AD in zip(tables, grads_of_step, strict=True):
+            table.grad = g_AD.clone()
+            table.grad[1] = float("nan")
+        optimizer.clip(0.1)
+        optimizer.step({2: 0.1, 0: 0.2})
+    after = [bits_of(optimizer, tables, row) for row in range(4)]
+    assert after[1] == before[1]
+    assert after[3] == before[3]
+    assert after[0] != before[0]
+    assert after[2] != before[2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_row_that_is_not_finite_leaves_the_others_as_they_would_be(name, bad):
+    outcomes = []
+    for is_bad in (False, True):
+        tables = tables_of(3)
+        optimizer = OPTIMIZERS[name](tables, lr=0.1)
+        for grads_of_step in gradients_of(tables)[:6]:
+            for table, g_AD in zip(tables, grads_of_step, strict=True):
+                table.grad = g_AD.clone()
+            if is_bad:
+                tables[1].grad[1, 2] = bad
+            optimizer.clip(0.1)
+            optimizer.step()
+        outcomes.append([bits_of(optimizer, tables, row) for row in range(3)])
+        assert tables[1][1].isfinite().all() != is_bad
+    assert outcomes[0][0] == outcomes[1][0]
+    assert outcomes[0][2] == outcomes[1][2]
+
+
+def clip_and_step(optimizer, rates):
+    optimizer.clip(0.1)
+    optimizer.step(rates)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("is_one_rate", [True, False])
+def test_an_update_takes_as_many_operations_for_one_row_as_for_many(name, is_one_rate):
+    counts = []
+    for n_rows in (2, 5, 25):
+        tables = tables_of(n_rows)
+        optimizer = OPTIMIZERS[name](tables, lr=0.1)
+        rates = {row: 0.1 if is_one_rate else 0.1 * (1 + row) for row in range(n_rows)}
+        for grads_of_step in gradients_of(tables)[:3]:
+            for table, g_AD in zip(tables, grads_of_step, strict=True):
+                table.grad = g_AD
+            clip_and_step(optimizer, rates)
+        counts.append(count_operations(partial(clip_and_step, optimizer, rates)))
+    assert len(set(counts)) == 1, counts
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_of_rows_that_differ_continues_bit_for_bit(name, tmp_path):
+    outcomes = []
+    for n_before in (len(RATES), 5):
+        tables = tables_of(4)
+        optimizer = OPTIMIZERS[name](tables, lr=0.1)
+        grads = gradients_of(tables)
+        for step, (rates, grads_of_step) in enumerate(zip(RATES, grads, strict=False)):
+            if step == n_before:
+                torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
+                optimizer = OPTIMIZERS[name](tables, lr=0.1)
+                optimizer.load_state_dict(torch.load(tmp_path / "saved.pt", weights_only=True))
+            for table, g_AD in zip(tables, grads_of_step, strict=True):
+                table.grad = g_AD.clone()
+            optimizer.step(rates)
+        outcomes.append([bits_of(optimizer, tables, row) for row in range(4)])
+    assert outcomes[0] == outcomes[1]
+
+
+# The learning rate
 
 
 @settings(deadline=None, max_examples=60)

@@ -34,6 +34,7 @@ from minia3.training import group as training_group
 from minia3.training.checkpoint import save_checkpoint
 from minia3.training.group import Group
 from minia3.training.log import TrainingLog
+from minia3.training.optimizer import RowOptimizer
 from minia3.training.run_folder import Metrics
 from minia3.training.signals import WAITING
 
@@ -201,8 +202,8 @@ def test_a_run_that_is_stopped_anywhere_says_how_to_continue_and_continues_bit_f
     [
         (training_group, "load_model", 1, 0),
         (training_group, "evaluate", 1, 0),
-        (torch.nn.utils, "clip_grad_norm_", 8, 8),
-        (torch.nn.utils, "clip_grad_norm_", 1, 1),
+        (RowOptimizer, "clip", 8, 8),
+        (RowOptimizer, "clip", 1, 1),
         (training_group, "evaluate", 3, 6),
         (training_group, "evaluate", 8, 18),
     ],
@@ -271,7 +272,7 @@ def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
     uninterrupted("adafactor")
     out = tmp_path / "run"
     original_save = torch.save
-    original_clip = torch.nn.utils.clip_grad_norm_
+    original_clip = RowOptimizer.clip
     steps = []
 
     def impatient_save(state, file):
@@ -285,7 +286,7 @@ def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
             kill_self(signal.SIGINT)
         return original_clip(*args, **options)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(RowOptimizer, "clip", clip)
     monkeypatch.setattr(torch, "save", impatient_save)
     capsys.readouterr()
     assert run(recipe("adafactor", out)) == 143

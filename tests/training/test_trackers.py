@@ -9,8 +9,8 @@ import pytest
 import running
 from running import fails, metrics, resume, run, words
 
-from minia3.training import cell as training_cell
 from minia3.training import trackers
+from minia3.training.group import Group
 from minia3.training.trackers import figures
 
 
@@ -67,20 +67,20 @@ def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
 def test_a_resumed_run_leaves_no_steps_that_were_undone(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
-    original = training_cell.Cell.update
+    original = Group.update
     updates = []
 
     class Killed(BaseException):
         pass
 
-    def update(cell, lr):
-        updates.append(lr)
+    def update(group, rates):
+        updates.append(rates)
         if len(updates) == 12:
             raise Killed
-        return original(cell, lr)
+        original(group, rates)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_cell.Cell, "update", update)
+        patch.setattr(Group, "update", update)
         with pytest.raises(Killed):
             run(words(out, steps=14, save_every=7, log_to="tensorboard"))
     assert ("train/loss", 10) in tensorboard_figures(out)  # beyond the checkpoint of step 7
