@@ -22,7 +22,7 @@ from minia3.cli.table import PAPER_TASKS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
-from tests.benchmarks import growth, measure, memory, rows, study_inputs
+from tests.benchmarks import floors, growth, measure, memory, rows, study_inputs
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
@@ -278,3 +278,35 @@ def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp
             assert final["split"] == split
             assert final["steps"] == 2
             assert len(final["accuracies"]) == 2
+
+
+# Floors
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files are forgotten as on Linux")
+def test_floors_read_and_write_as_many_bytes_as_they_are_asked_to(tmp_path, monkeypatch):
+    n_bytes = (1 << 21) + 3  # no multiple of what is written at once
+    sizes = []
+    unlink = Path.unlink
+
+    def unlink_and_look(path, **kwargs):
+        sizes.append(path.stat().st_size)
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", unlink_and_look)
+    assert floors.file_write_seconds(n_bytes, tmp_path, n_rounds=2) > 0
+    assert floors.file_write_seconds(n_bytes, tmp_path, n_rounds=1, is_synced=True) > 0
+    assert floors.file_read_seconds(n_bytes, tmp_path, n_rounds=2) > 0
+    assert floors.file_read_seconds(n_bytes, tmp_path, n_rounds=1, is_cached=False) > 0
+    assert sizes == [n_bytes] * 5
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_floors_are_printed(capsys):
+    flags = ["--rounds", "1", "--file-bytes", "1000", "--memory-bytes", "4000"]
+    floors.main(flags)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("read memory: ")
+    assert lines[-1].startswith("a process that imports torch: ")
