@@ -17,7 +17,7 @@ from torch import nn
 
 from minia3.model.attend import attend
 from minia3.model.ia3 import IA3
-from minia3.model.recompute import recompute, rms_norm
+from minia3.model.recompute import recompute, rms_norm, scaled
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -98,8 +98,8 @@ class Attention(nn.Module):
         The keys are scaled before they are normalized (Qwen3) and rotated, because only then does
         l_k fold into W_k.
         """
-        k = self.l_k(self.k(memory), context.adapter_B)
-        v = self.l_v(self.v(memory), context.adapter_B)
+        k = scaled(self.l_k, self.k(memory), context.adapter_B)  # l_k(k), but keeps less
+        v = scaled(self.l_v, self.v(memory), context.adapter_B)
 
         k_BGMK = self.split_heads(context.packing.unpack(k))
         v_BGMK = self.split_heads(context.packing.unpack(v))
