@@ -22,7 +22,7 @@ from minia3.cli.table import PAPER_TASKS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
-from tests.benchmarks import floors, growth, measure, memory, rows, study_inputs
+from tests.benchmarks import floors, growth, measure, memory, operators, rows, study_inputs
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
@@ -131,6 +131,60 @@ def test_what_is_kept_for_backward_counts_once_and_without_the_parameters():
     x = torch.ones(3, 5)
     n_bytes = measure.kept_for_backward(lambda: linear(x).sum() + linear(x).sum(), linear)
     assert n_bytes == x.nbytes
+
+
+# Operators
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::mul_", "products of elements"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::_log_softmax_backward_data", "loss"),
+        ("aten::sum", "sums"),
+        ("aten::argmax", operators.OTHER),
+    ],
+)
+def test_an_operator_belongs_to_the_group_of_its_name(name, group):
+    assert operators.group_of(name) == group
+
+
+def test_the_seconds_and_the_calls_of_operators_are_recorded():
+    x = torch.ones(400, 400)
+    recording = operators.record(lambda: (x @ x).relu_(), n_rounds=2)
+    assert recording.names.keys() >= {"aten::mm", "aten::relu_"}
+    assert recording.n_calls >= 2
+    assert recording.seconds["attention"] == 0
+    for group in ("matrix products", "activations"):
+        assert recording.seconds[group] > 0
+    in_groups = sum(n for group, n in recording.seconds.items() if group != operators.OUTSIDE)
+    assert in_groups == pytest.approx(sum(recording.names.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+def test_the_operators_of_both_sides_are_printed_and_written(model, tmp_path, capsys):
+    file = tmp_path / "operators.json"
+    operators.main(["--quick", "--models", model, "--json", str(file)])
+    result = json.loads(file.read_text())
+    titles = [
+        "training step, no padding",
+        "training step, RTE-like lengths",
+        "greedy generation, batch 1",
+        "greedy generation, batch 32",
+    ]
+    assert list(result) == [f"{model}, {title}" for title in titles]
+    for ours, theirs in result.values():
+        for side in (ours, theirs):
+            assert list(side["seconds"]) == [*operators.GROUPS, operators.OTHER, operators.OUTSIDE]
+            assert "aten::mm" in side["names"]
+    printed = capsys.readouterr().out
+    assert printed.count("| together | ") == len(titles)
+
+    operators.main(["--quick", "--models", model, "--only", "greedy generation, batch 32"])
+    assert capsys.readouterr().out.count("| together | ") == 1
 
 
 # Growth
