@@ -114,15 +114,7 @@ class Attention(nn.Module):
         q_BHLK = rotate(self.q_norm(q_BHLK), context.rotation)
 
         dropout = self.dropout.p if self.training else 0.0
-        out_BHLK = attend(
-            q_BHLK,
-            k_BGMK,
-            v_BGMK,
-            context.bias_BHLM,
-            is_causal=context.is_causal,
-            dropout=dropout,
-            scale=self.scale,
-        )
+        out_BHLK = attend(q_BHLK, k_BGMK, v_BGMK, context, dropout=dropout, scale=self.scale)
         out = context.packing.pack(out_BHLK.transpose(1, 2).flatten(2))
         return self.l_o(self.o(out), context.adapter_B)
 

@@ -19,6 +19,11 @@ class Packing:
     def __init__(self, mask_BL, device):
         self.row_T, self.column_T = to_device(mask_BL.nonzero(), device).unbind(1)
         self.shape = mask_BL.shape
+        # On a CPU, if all padding is at the end: the real tokens of each row, see attend.py.
+        self.lengths = None
+        is_at_end = bool((mask_BL[:, :-1] >= mask_BL[:, 1:]).all())
+        if device.type == "cpu" and is_at_end and not mask_BL.all():
+            self.lengths = mask_BL.sum(1).tolist()
 
     def pack(self, x_BLD):
         """Return the real tokens (T, 1, D), row by row."""
@@ -38,6 +43,8 @@ class Packing:
 
 class NoPacking:
     """The methods of Packing for a batch without padding, which stays as it is."""
+
+    lengths = None
 
     def pack(self, x):
         return x
