@@ -22,7 +22,16 @@ from minia3.cli.table import PAPER_TASKS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
-from tests.benchmarks import floors, growth, measure, memory, operators, rows, study_inputs
+from tests.benchmarks import (
+    allocator,
+    floors,
+    growth,
+    measure,
+    memory,
+    operators,
+    rows,
+    study_inputs,
+)
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
@@ -219,6 +228,19 @@ def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name
     broken = replace(config, vocab_size=1)  # the program reads token 1
     with pytest.raises(RuntimeError, match="IndexError"):
         memory.measured(broken, torch.float32, 2, 16, True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc is that of Linux")
+def test_each_setting_of_malloc_is_measured(capsys, monkeypatch):
+    settings = ("as it is", "MALLOC_TRIM_THRESHOLD_=1000000", "malloc_trim(0) after each step")
+    chosen = {setting: allocator.SETTINGS[setting] for setting in settings}
+    monkeypatch.setattr(allocator, "SETTINGS", chosen)
+    allocator.main(["--quick", "--models", "t5-small"])
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in lines[3:]]
+    assert titles == list(settings)
+    assert lines[3].endswith("| 1.00 times |")
 
 
 @functools.cache
