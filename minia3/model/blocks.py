@@ -17,7 +17,7 @@ from torch import nn
 
 from minia3.model.attend import attend
 from minia3.model.ia3 import IA3
-from minia3.model.recompute import recompute, rms_norm, scaled
+from minia3.model.recompute import recompute, rms_norm
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -82,8 +82,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
         self.v = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
         self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
-        self.l_k = IA3(n_kv_heads * d_head, n_adapters)
-        self.l_v = IA3(n_kv_heads * d_head, n_adapters)
+        self.l_k = IA3(n_kv_heads * d_head, n_adapters, keeps_result=True)
+        self.l_v = IA3(n_kv_heads * d_head, n_adapters, keeps_result=True)
         self.l_q = Unscaled()
         self.l_o = Unscaled()
         self.q_norm = nn.Identity()  # Qwen3 has a norm of each head here (llama.py)
@@ -98,8 +98,8 @@ class Attention(nn.Module):
         The keys are scaled before they are normalized (Qwen3) and rotated, because only then does
         l_k fold into W_k.
         """
-        k = scaled(self.l_k, self.k(memory), context.adapter_B)  # l_k(k), but keeps less
-        v = scaled(self.l_v, self.v(memory), context.adapter_B)
+        k = self.l_k(self.k(memory), context.adapter_B)
+        v = self.l_v(self.v(memory), context.adapter_B)
 
         k_BGMK = self.split_heads(context.packing.unpack(k))
         v_BGMK = self.split_heads(context.packing.unpack(v))

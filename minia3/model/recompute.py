@@ -93,19 +93,19 @@ class _RMSNorm(torch.autograd.Function):
 NEARLY_ZERO = 2.0**-60
 
 
-def scaled(vector, x_BLD, adapter_B):
-    """Return vector(x, adapter): x * l. Keep the result for the backward pass, and not x.
+def scaled(x_BLD, l_BD):
+    """Return x * l, l cast to the dtype of x. Keep the result for the backward pass, and not x.
 
     The gradient of l is the sum of grad * x, and x is the result divided by l. So this keeps less
     if somebody else keeps the result, too, as attention keeps its keys and values.
 
     float16 has no number as small as NEARLY_ZERO, and torch.compile decides for itself what to
-    keep: both get the plain call.
+    keep: both get the plain product.
     """
-    is_plain = not (torch.is_grad_enabled() and vector.scale.requires_grad)
-    if is_plain or x_BLD.dtype == torch.float16 or torch.compiler.is_compiling():
-        return vector(x_BLD, adapter_B)
-    return _Scaled.apply(x_BLD, vector.scale[adapter_B])
+    is_plain = x_BLD.dtype == torch.float16 or torch.compiler.is_compiling()
+    if is_plain or not l_BD.requires_grad:
+        return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
+    return _Scaled.apply(x_BLD, l_BD)
 
 
 class _Scaled(torch.autograd.Function):

@@ -17,8 +17,8 @@ from tests.benchmarks.measure import kept_for_backward
 NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
 
 
-def plainly_scaled(vector, x, adapter):
-    return vector(x, adapter)
+def plainly_scaled(x, l_BD):
+    return x * l_BD.to(x.dtype).unsqueeze(1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,7 +34,7 @@ def test_the_plain_lines_have_the_same_results_and_keep_more(loaded, name, monke
         "minia3.model.blocks.rms_norm",
         lambda x, weight, eps: nn.functional.rms_norm(x, weight.shape, weight, eps),
     )
-    monkeypatch.setattr("minia3.model.blocks.scaled", plainly_scaled)
+    monkeypatch.setattr("minia3.model.ia3.scaled", plainly_scaled)
     same(gradients(model, batch), expected, rtol=1e-12, atol=1e-12)
     assert kept_for_backward(lambda: loss_of(model, batch), model) > n_kept
 
@@ -146,7 +146,7 @@ def scaled_with_gradients(scale, adapter_B, dtype):
     if dtype == torch.float64:
         vector.double()
     x = torch.randn(3, 5, len(ENTRIES)).to(dtype).requires_grad_()
-    out = scale(vector, x, adapter_B)
+    out = scale(x, vector.scale[adapter_B])
     out.backward(torch.randn(out.shape).to(dtype))
     return out.detach(), x.grad, vector.scale.grad
 
@@ -172,7 +172,7 @@ def test_the_gradient_of_what_keeps_its_result_is_wrong_by_one_rounding(adapter_
     vector.scale.data = torch.randn(2, 64).bfloat16().float()
     x = torch.randn(3, 100, 64).bfloat16()
     grad = torch.randn(3, 100, 64).bfloat16()
-    scaled(vector, x.to(dtype), adapter_B).backward(grad.to(dtype))
+    scaled(x.to(dtype), vector.scale[adapter_B]).backward(grad.to(dtype))
 
     exact = torch.zeros(2, 64, dtype=torch.float64)
     exact.index_add_(0, adapter_B.expand(3), (grad.double() * x.double()).sum(1))
@@ -184,7 +184,7 @@ def test_gradients_of_what_keeps_its_result_pass_gradcheck():
     vector = IA3(4, n_adapters=2).double()
     vector.scale.data = torch.tensor([[1.0, 0.0, -2.0, 0.5], [0.0, 1.0, 3.0, -0.1]]).double()
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, _: scaled(vector, x, MIXED), (x, vector.scale))
+    assert torch.autograd.gradcheck(lambda x, _: scaled(x, vector.scale[MIXED]), (x, vector.scale))
 
 
 def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
@@ -193,7 +193,7 @@ def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
     row_0 = torch.tensor([0])
 
     def square(scale):
-        return kept_for_backward(lambda: scale(vector, x, row_0).square(), vector)
+        return kept_for_backward(lambda: scale(x, vector.scale[row_0]).square(), vector)
 
     n_small = 2 * 8 * 4  # the entries
     assert x.nbytes <= square(scaled) <= x.nbytes + n_small
@@ -203,4 +203,4 @@ def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
 def test_of_a_vector_that_does_not_train_only_the_entries_are_kept():
     vector = IA3(8).requires_grad_(False)
     x = torch.randn(3, 5, 8, requires_grad=True)
-    assert kept_for_backward(lambda: scaled(vector, x, torch.tensor([0])), vector) <= 8 * 4
+    assert kept_for_backward(lambda: scaled(x, vector.scale[torch.tensor([0])]), vector) <= 8 * 4
