@@ -22,7 +22,17 @@ from minia3.cli.table import PAPER_TASKS
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
-from tests.benchmarks import adapters, floors, growth, measure, memory, rows, study_inputs
+from tests.benchmarks import (
+    adapters,
+    allocator,
+    floors,
+    growth,
+    measure,
+    memory,
+    operators,
+    rows,
+    study_inputs,
+)
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof, Row
@@ -215,6 +225,60 @@ def test_every_line_about_many_adapters_works(tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1  # and the head
 
 
+# Operators
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::mul_", "products of elements"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::_log_softmax_backward_data", "loss"),
+        ("aten::sum", "sums"),
+        ("aten::argmax", operators.OTHER),
+    ],
+)
+def test_an_operator_belongs_to_the_group_of_its_name(name, group):
+    assert operators.group_of(name) == group
+
+
+def test_the_seconds_and_the_calls_of_operators_are_recorded():
+    x = torch.ones(400, 400)
+    recording = operators.record(lambda: (x @ x).relu_(), n_rounds=2)
+    assert recording.names.keys() >= {"aten::mm", "aten::relu_"}
+    assert recording.n_calls >= 2
+    assert recording.seconds["attention"] == 0
+    for group in ("matrix products", "activations"):
+        assert recording.seconds[group] > 0
+    in_groups = sum(n for group, n in recording.seconds.items() if group != operators.OUTSIDE)
+    assert in_groups == pytest.approx(sum(recording.names.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+def test_the_operators_of_both_sides_are_printed_and_written(model, tmp_path, capsys):
+    file = tmp_path / "operators.json"
+    operators.main(["--quick", "--models", model, "--json", str(file)])
+    result = json.loads(file.read_text())
+    titles = [
+        "training step, no padding",
+        "training step, RTE-like lengths",
+        "greedy generation, batch 1",
+        "greedy generation, batch 32",
+    ]
+    assert list(result) == [f"{model}, {title}" for title in titles]
+    for ours, theirs in result.values():
+        for side in (ours, theirs):
+            assert list(side["seconds"]) == [*operators.GROUPS, operators.OTHER, operators.OUTSIDE]
+            assert "aten::mm" in side["names"]
+    printed = capsys.readouterr().out
+    assert printed.count("| together | ") == len(titles)
+
+    operators.main(["--quick", "--models", model, "--only", "greedy generation, batch 32"])
+    assert capsys.readouterr().out.count("| together | ") == 1
+
+
 # Growth
 
 
@@ -247,6 +311,19 @@ def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name
     broken = replace(config, vocab_size=1)  # the program reads token 1
     with pytest.raises(RuntimeError, match="IndexError"):
         memory.measured(broken, torch.float32, 2, 16, True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc is that of Linux")
+def test_each_setting_of_malloc_is_measured(capsys, monkeypatch):
+    settings = ("as it is", "MALLOC_TRIM_THRESHOLD_=1000000", "malloc_trim(0) after each step")
+    chosen = {setting: allocator.SETTINGS[setting] for setting in settings}
+    monkeypatch.setattr(allocator, "SETTINGS", chosen)
+    allocator.main(["--quick", "--models", "t5-small"])
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in lines[3:]]
+    assert titles == list(settings)
+    assert lines[3].endswith("| 1.00 times |")
 
 
 @functools.cache

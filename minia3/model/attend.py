@@ -1,8 +1,8 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
-PyTorch computes it (`F.scaled_dot_product_attention`), except in one case: a single query of 16-bit
-floats on a CPU. Decoding asks for this case, and PyTorch's kernel is slow at it, so it is written
-out here.
+PyTorch computes it (`F.scaled_dot_product_attention`), except in two cases on a CPU. A padded batch
+is computed row by row, without its padding. A single query of 16-bit floats, for which decoding
+asks, is written out, because PyTorch's kernel is slow at it.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), K head width.
@@ -12,14 +12,23 @@ import torch
 import torch.nn.functional as F
 
 
-def attend(q_BHLK, k_BGMK, v_BGMK, bias_BHLM=None, *, is_causal=False, dropout=0.0, scale=1.0):
+def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
     """Return (B, H, L, K): for each query, the values weighted by its scores.
 
-    H must be a multiple of G. is_causal: use PyTorch's causal mask, which is right only if L = M.
-    bias_BHLM must have the dtype of the queries: on a CPU another dtype is silently misread.
+    H must be a multiple of G. context: its `bias_BHLM` is added to the scores, and must have the
+    dtype of the queries, because on a CPU another dtype is silently misread. Its `is_causal` asks
+    for PyTorch's causal mask, which is right only if L = M.
     """
+    bias_BHLM = context.bias_BHLM
+    if context.packing.lengths is not None and not torch.compiler.is_compiling():
+        return attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
     if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
+    return fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, context.is_causal, dropout, scale)
+
+
+def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
+    """Return what `attend` returns, by PyTorch's own function."""
     return F.scaled_dot_product_attention(
         q_BHLK,
         k_BGMK,
@@ -30,6 +39,28 @@ def attend(q_BHLK, k_BGMK, v_BGMK, bias_BHLM=None, *, is_causal=False, dropout=0
         scale=scale,
         enable_gqa=q_BHLK.shape[1] != k_BGMK.shape[1],
     )
+
+
+def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
+    """Return what `attend` returns for a batch whose row b has lengths[b] real tokens, L = M.
+
+    The padding gets zeros. On a CPU, a row at a time takes no longer than all of them at once, and
+    the padding takes no time.
+    """
+    n_rows, _, n_columns, _ = q_BHLK.shape
+    biases = [None] * n_rows
+    if context.bias_BHLM is not None:
+        biases = context.bias_BHLM.expand(n_rows, -1, -1, -1).split(1)
+    # These are pieces and not x[b], whose gradient would be a whole batch of zeros for each row.
+    pieces = (q_BHLK.split(1), k_BGMK.split(1), v_BGMK.split(1), biases)
+    rows = []
+    for n, q, k, v, bias in zip(context.packing.lengths, *pieces, strict=True):
+        if bias is not None:
+            bias = bias[:, :, :n, :n]
+        q, k, v = (x[:, :, :n] for x in (q, k, v))
+        out = fused(q, k, v, bias, context.is_causal, dropout, scale)
+        rows.append(F.pad(out, (0, 0, 0, n_columns - n)))
+    return torch.cat(rows)
 
 
 def is_decoding_on_cpu(q_BHLK, dropout):

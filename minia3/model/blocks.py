@@ -82,8 +82,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
         self.v = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
         self.o = nn.Linear(n_heads * d_head, d_model, bias=False)
-        self.l_k = IA3(n_kv_heads * d_head, n_adapters)
-        self.l_v = IA3(n_kv_heads * d_head, n_adapters)
+        self.l_k = IA3(n_kv_heads * d_head, n_adapters, keeps_result=True)
+        self.l_v = IA3(n_kv_heads * d_head, n_adapters, keeps_result=True)
         self.l_q = Unscaled()
         self.l_o = Unscaled()
         self.q_norm = nn.Identity()  # Qwen3 has a norm of each head here (llama.py)
@@ -114,15 +114,7 @@ class Attention(nn.Module):
         q_BHLK = rotate(self.q_norm(q_BHLK), context.rotation)
 
         dropout = self.dropout.p if self.training else 0.0
-        out_BHLK = attend(
-            q_BHLK,
-            k_BGMK,
-            v_BGMK,
-            context.bias_BHLM,
-            is_causal=context.is_causal,
-            dropout=dropout,
-            scale=self.scale,
-        )
+        out_BHLK = attend(q_BHLK, k_BGMK, v_BGMK, context, dropout=dropout, scale=self.scale)
         out = context.packing.pack(out_BHLK.transpose(1, 2).flatten(2))
         return self.l_o(self.o(out), context.adapter_B)
 

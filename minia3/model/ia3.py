@@ -16,22 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minia3.model.recompute import scaled
+
 
 class IA3(nn.Module):
     """One vector: a row of `d` factors per adapter. Each example is scaled by its adapter's row.
 
     The rows are float32 whatever the dtype of the model, because small updates must survive (in
     bfloat16, 1 + 0.003 is 1). They are cast to the dtype of the activations when they are used.
+
+    keeps_result: keep the scaled x for the backward pass instead of x, which takes no memory if
+    somebody else keeps it, too, as attention does.
     """
 
-    def __init__(self, d, n_adapters=1):
+    def __init__(self, d, n_adapters=1, keeps_result=False):
         super().__init__()
+        self.keeps_result = keeps_result
         self.scale = nn.Parameter(torch.ones(n_adapters, d, dtype=torch.float32))
 
     def forward(self, x_BLD, adapter_B):
         # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
-        l_BD = F.embedding(adapter_B, self.scale).to(x_BLD.dtype)
-        return x_BLD * l_BD.unsqueeze(1)
+        l_BD = F.embedding(adapter_B, self.scale)
+        if self.keeps_result:
+            return scaled(x_BLD, l_BD)  # the same numbers as the line below
+        return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
 
 
 def vectors(model):

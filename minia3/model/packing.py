@@ -22,6 +22,11 @@ class Packing:
     def __init__(self, mask_BL, device):
         self.position_T = to_device(mask_BL.flatten().nonzero()[:, 0], device)
         self.shape = mask_BL.shape
+        # On a CPU, if all padding is at the end: the real tokens of each row, see attend.py.
+        self.lengths = None
+        is_at_end = bool((mask_BL[:, :-1] >= mask_BL[:, 1:]).all())
+        if device.type == "cpu" and is_at_end and not mask_BL.all():
+            self.lengths = mask_BL.sum(1).tolist()
 
     def pack(self, x_BLD):
         """Return the real tokens (T, 1, D), row by row."""
@@ -42,6 +47,8 @@ class Packing:
 
 class NoPacking:
     """The methods of Packing for a batch without padding, which stays as it is."""
+
+    lengths = None
 
     def pack(self, x):
         return x

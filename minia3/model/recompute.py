@@ -1,10 +1,11 @@
 """Save memory in the backward pass: keep the inputs, and compute what follows from them again.
 
-Autograd keeps every tensor that a backward pass reads. Three places keep fewer tensors, each with
-one call that replaces the plain line: gated feed-forwards (`recompute`), norms (`rms_norm`) and, if
-the user asks for it with --recompute, whole blocks (`recompute_blocks`).
+Autograd keeps every tensor that a backward pass reads. Four places keep fewer tensors, each with
+one call that replaces the plain line: gated feed-forwards (`recompute`), norms (`rms_norm`), scaled
+keys and values (`scaled`) and, if the user asks for it with --recompute, whole blocks
+(`recompute_blocks`).
 
-Shapes: B batch, L length, D width of the model.
+Shapes: B batch, L length, D width of the model, or of what is scaled.
 """
 
 from dataclasses import replace
@@ -93,6 +94,46 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight_D = (grad * unit).sum_to_size(weight_D.shape)
         return grad_x, grad_weight_D, None
+
+
+# In place of 0, because a result of 0 does not tell what was scaled. Beside any other number in a
+# sum, what remains is less than rounding, also in float64.
+NEARLY_ZERO = 2.0**-60
+
+
+def scaled(x_BLD, l_BD):
+    """Return x * l, l cast to the dtype of x. Keep the result for the backward pass, and not x.
+
+    The gradient of l is the sum of grad * x, and x is the result divided by l. So this keeps less
+    if somebody else keeps the result, too, as attention keeps its keys and values.
+
+    float16 has no number as small as NEARLY_ZERO, and torch.compile decides for itself what to
+    keep: both get the plain product.
+    """
+    is_plain = x_BLD.dtype == torch.float16 or torch.compiler.is_compiling()
+    if is_plain or not l_BD.requires_grad:
+        return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
+    return _Scaled.apply(x_BLD, l_BD)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BLD, l_BD):
+        l_BD = l_BD.to(x_BLD.dtype)
+        l_BD = l_BD.where(l_BD.abs() > NEARLY_ZERO, NEARLY_ZERO)
+        out_BLD = x_BLD * l_BD.unsqueeze(1)
+        ctx.save_for_backward(out_BLD, l_BD)
+        return out_BLD
+
+    @staticmethod
+    def backward(ctx, grad_BLD):
+        out_BLD, l_BD = ctx.saved_tensors
+        summed = 1
+        if len(l_BD) == 1:  # one row for the whole batch
+            summed = (0, 1)
+        wide = torch.promote_types(l_BD.dtype, torch.float32)
+        grad_l = (grad_BLD * out_BLD).sum(summed, dtype=wide) / l_BD
+        return grad_BLD * l_BD.unsqueeze(1), grad_l
 
 
 def recompute_blocks(blocks):

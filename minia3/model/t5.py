@@ -169,8 +169,9 @@ class T5(nn.Module):
         caches = []
         for block in self.decoder.blocks:
             kv = block.cross.kv(memory, context)
-            # Contiguous, because every step of the decoder reads them.
-            caches.append(Cache(memory=tuple(x.contiguous() for x in kv)))
+            if not torch.is_grad_enabled():  # every step of decoding reads them
+                kv = tuple(x.contiguous() for x in kv)
+            caches.append(Cache(memory=kv))
         return State(
             start=torch.full_like(source[:, :1], self.config.start_id),
             adapter_B=adapter_B,

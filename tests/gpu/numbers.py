@@ -13,6 +13,7 @@ import minia3
 from minia3.inference.decoding import generate
 from minia3.model.attend import attend
 from minia3.model.blocks import Block
+from minia3.model.sequence_state import Context
 from minia3.model.to_device import side_stream, to_device
 from minia3.training.optimizer import Adafactor
 from tests.gpu.place import expect_at_most, off
@@ -168,12 +169,14 @@ def outputs(kernel, arguments, dropout):
     arguments = dict(arguments)
     qkv = arguments.pop("qkv")
     bias = arguments.pop("bias", None)
+    is_causal = arguments.pop("is_causal", False)
+    context = Context(None, bias_BHLM=bias, is_causal=is_causal)
     n_draws = 64 if dropout else 1
     total = None
     for draw in range(n_draws):
         torch.manual_seed(draw)
         with sdpa_kernel(KERNELS[kernel]):
-            out_BHLK = attend(*qkv, bias, dropout=dropout, **arguments)
+            out_BHLK = attend(*qkv, context, dropout=dropout, **arguments)
             gradients = torch.autograd.grad(out_BHLK.float().sin().sum(), qkv)
         # The gradients of a sine have no simple mean under dropout, so they are only compared
         # without it.

@@ -1,11 +1,14 @@
-"""A single 16-bit query on a CPU gets our own attention; PyTorch computes everything else."""
+"""A single 16-bit query on a CPU gets our own attention; PyTorch computes everything else, and a
+padded batch row by row.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minia3.model.attend import attend
-from minia3.model.sequence_state import mask_to_bias
+from minia3.model.packing import Packing
+from minia3.model.sequence_state import Context, mask_to_bias
 
 HEADS_AND_BIASES = [
     (4, 4, None),
@@ -16,6 +19,11 @@ HEADS_AND_BIASES = [
     (3, 1, None),
     (3, 1, "per row"),
 ]
+
+
+def attend_with(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, **options):
+    context = Context(torch.tensor([0]), bias_BHLM=bias_BHLM)
+    return attend(q_BHLK, k_BGMK, v_BGMK, context, **options)
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def test_one_query_is_as_close_to_float64_as_with_pytorch(
     theirs = F.scaled_dot_product_attention(*inputs, **options)
     request.getfixturevalue("pytorch_is_forbidden")
     with torch.no_grad():
-        ours = attend(*inputs, scale=0.7)
+        ours = attend_with(*inputs, scale=0.7)
     assert ours.dtype == dtype
     assert ours.shape == inputs[0].shape
     assert (ours - exact).norm() < 2 * (theirs - exact).norm()
@@ -60,8 +68,8 @@ def test_one_query_is_as_close_to_float64_as_with_pytorch(
 def test_one_query_with_dropout_is_left_to_pytorch(dtype):
     inputs = make_inputs(4, 4, None, dtype)
     with torch.no_grad():
-        plain = attend(*inputs)
-        dropped = attend(*inputs, dropout=0.9)
+        plain = attend_with(*inputs)
+        dropped = attend_with(*inputs, dropout=0.9)
     assert (dropped - plain).norm() > plain.norm()
 
 
@@ -77,5 +85,74 @@ def test_attention_equals_the_equation(n_heads, n_kv_heads, n_queries):
     k_BHMK = k_BGMK.repeat_interleave(n_sharing, dim=1)
     v_BHMK = v_BGMK.repeat_interleave(n_sharing, dim=1)
     weights_BHLM = (0.3 * q_BHLK @ k_BHMK.mT + bias_BHLM).softmax(-1)
-    found = attend(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale=0.3)
+    found = attend_with(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale=0.3)
     torch.testing.assert_close(found, weights_BHLM @ v_BHMK)
+
+
+LENGTHS = [4, 1, 9, 6]
+MASK_BL = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+
+
+def padded(n_heads, n_kv_heads, bias_kind):
+    """Return queries, keys and values of a padded batch, and its Context."""
+    torch.manual_seed(0)
+    qkv = []
+    for n in (n_heads, n_kv_heads, n_kv_heads):
+        qkv.append(torch.randn(len(LENGTHS), n, 9, 8, dtype=torch.float64, requires_grad=True))
+    biases = {
+        "causal": None,
+        "per head": torch.randn(1, n_heads, 9, 9, dtype=torch.float64),
+        "per row": mask_to_bias(MASK_BL[:, None, None, :], torch.float64).expand(-1, -1, 9, -1),
+    }
+    packing = Packing(MASK_BL, torch.device("cpu"))
+    is_causal = bias_kind == "causal"
+    return qkv, Context(torch.tensor([0]), packing, biases[bias_kind], is_causal)
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("bias_kind", ["causal", "per head", "per row"])
+def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv_heads, bias_kind):
+    qkv, context = padded(n_heads, n_kv_heads, bias_kind)
+    found = attend(*qkv, context, scale=0.3)
+    grad = torch.randn(found.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(found, qkv, grad)
+    for row, n in enumerate(LENGTHS):
+        alone = [x[row : row + 1, :, :n] for x in qkv]
+        bias = context.bias_BHLM
+        if bias is not None:
+            bias = bias.expand(len(LENGTHS), -1, -1, -1)[row : row + 1, :, :n, :n]
+        context_alone = Context(torch.tensor([0]), bias_BHLM=bias, is_causal=context.is_causal)
+        expected = attend(*alone, context_alone, scale=0.3)
+        torch.testing.assert_close(found[row : row + 1, :, :n], expected)
+        assert not found[row, :, n:].any()
+
+        expected_gradients = torch.autograd.grad(expected, alone, grad[row : row + 1, :, :n])
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient[row : row + 1, :, :n], expected_gradient)
+            assert not gradient[row, :, n:].any()
+
+
+def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
+    qkv, context = padded(4, 4, "per head")
+    original = F.scaled_dot_product_attention
+    computed = []
+
+    def spy(q_BHLK, k_BGMK, *args, **kwargs):
+        computed.append((q_BHLK.shape[2], k_BGMK.shape[2]))
+        return original(q_BHLK, k_BGMK, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attend(*qkv, context)
+    assert computed == [(n, n) for n in LENGTHS]
+
+
+@pytest.mark.parametrize(
+    ("mask_BL", "device"),
+    [
+        (MASK_BL.flip(1), "cpu"),  # the padding comes first
+        (torch.ones_like(MASK_BL), "cpu"),  # there is none
+        (MASK_BL, "meta"),  # a GPU does all rows at once
+    ],
+)
+def test_other_batches_are_computed_at_once(mask_BL, device):
+    assert Packing(mask_BL, torch.device(device)).lengths is None

@@ -10,10 +10,15 @@ from torch import nn
 import minia3
 from minia3.inference.decoding import decode_tokens
 from minia3.model.blocks import FeedForward, RMSNorm, blocks_of
-from minia3.model.recompute import recompute, recompute_blocks, rms_norm
+from minia3.model.ia3 import IA3
+from minia3.model.recompute import recompute, recompute_blocks, rms_norm, scaled
 from tests.benchmarks.measure import kept_for_backward
 
 NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
+
+
+def plainly_scaled(x, l_BD):
+    return x * l_BD.to(x.dtype).unsqueeze(1)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,6 +34,7 @@ def test_the_plain_lines_have_the_same_results_and_keep_more(loaded, name, monke
         "minia3.model.blocks.rms_norm",
         lambda x, weight, eps: nn.functional.rms_norm(x, weight.shape, weight, eps),
     )
+    monkeypatch.setattr("minia3.model.ia3.scaled", plainly_scaled)
     same(gradients(model, batch), expected, rtol=1e-12, atol=1e-12)
     assert kept_for_backward(lambda: loss_of(model, batch), model) > n_kept
 
@@ -123,3 +129,78 @@ def test_recomputed_blocks_have_the_same_bits_under_dropout_and_keep_less(name, 
     for block in blocks_of(model):
         del block.forward  # which leaves the forward of the class
     assert decode() == tokens
+
+
+# Scaled keys and values
+
+ENTRIES = [0.0, -0.0, 1e-30, -1e-3, 0.7, -1.0, 1.0, 1e4]
+MIXED = torch.tensor([1, 0, 0])
+
+
+def scaled_with_gradients(scale, adapter_B, dtype):
+    """Return the result of `scale`, and the gradients of x and of the rows of a vector."""
+    torch.manual_seed(0)
+    vector = IA3(len(ENTRIES), n_adapters=2)
+    row = torch.tensor(ENTRIES)
+    vector.scale.data = torch.stack((row, row.flip(0)))
+    if dtype == torch.float64:
+        vector.double()
+    x = torch.randn(3, 5, len(ENTRIES)).to(dtype).requires_grad_()
+    out = scale(x, vector.scale[adapter_B])
+    out.backward(torch.randn(out.shape).to(dtype))
+    return out.detach(), x.grad, vector.scale.grad
+
+
+@pytest.mark.parametrize("adapter_B", [torch.tensor([1]), MIXED], ids=["one row", "mixed rows"])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.03)],
+)
+def test_what_keeps_its_result_has_the_gradients_of_the_plain_line(adapter_B, dtype, rtol):
+    """Also if an entry is 0, and if it is so small that its square is 0."""
+    found = scaled_with_gradients(scaled, adapter_B, dtype)
+    expected = scaled_with_gradients(plainly_scaled, adapter_B, dtype)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("adapter_B", [torch.tensor([1]), MIXED], ids=["one row", "mixed rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_what_keeps_its_result_is_wrong_by_one_rounding(adapter_B, dtype):
+    """The sum is exact within that of float32, so what remains are the roundings of its terms."""
+    vector = IA3(64, n_adapters=2)
+    vector.scale.data = torch.randn(2, 64).bfloat16().float()
+    x = torch.randn(3, 100, 64).bfloat16()
+    grad = torch.randn(3, 100, 64).bfloat16()
+    scaled(x.to(dtype), vector.scale[adapter_B]).backward(grad.to(dtype))
+
+    exact = torch.zeros(2, 64, dtype=torch.float64)
+    exact.index_add_(0, adapter_B.expand(3), (grad.double() * x.double()).sum(1))
+    error = (vector.scale.grad - exact).norm() / exact.norm()
+    assert error < torch.finfo(dtype).eps
+
+
+def test_gradients_of_what_keeps_its_result_pass_gradcheck():
+    vector = IA3(4, n_adapters=2).double()
+    vector.scale.data = torch.tensor([[1.0, 0.0, -2.0, 0.5], [0.0, 1.0, 3.0, -0.1]]).double()
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, _: scaled(x, vector.scale[MIXED]), (x, vector.scale))
+
+
+def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
+    vector = IA3(8)
+    x = torch.randn(3, 5, 8, requires_grad=True) * 2  # not a leaf, and nobody keeps it
+    row_0 = torch.tensor([0])
+
+    def square(scale):
+        return kept_for_backward(lambda: scale(x, vector.scale[row_0]).square(), vector)
+
+    n_small = 2 * 8 * 4  # the entries
+    assert x.nbytes <= square(scaled) <= x.nbytes + n_small
+    assert square(plainly_scaled) >= 2 * x.nbytes
+
+
+def test_of_a_vector_that_does_not_train_only_the_entries_are_kept():
+    vector = IA3(8).requires_grad_(False)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    assert kept_for_backward(lambda: scaled(x, vector.scale[torch.tensor([0])]), vector) <= 8 * 4
