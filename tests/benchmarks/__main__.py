@@ -4,6 +4,7 @@ python -m tests.benchmarks --json bench.json    all lines; about an hour on one 
 python -m tests.benchmarks --only steps,kept
 python -m tests.benchmarks --device cuda --models t5-large,t0-3b,llama-3.2-1b,llama-2-7b
 python -m tests.benchmarks --quick              every line once on tiny models: does it work
+python -m tests.benchmarks jobs --help          whole jobs, from the start of a process to its end
 
 Training reads 8 sources of 128 tokens, or of lengths like RTE's, with targets of 8. Generation
 writes 32 tokens after 128. The last column is our FLOP/s as a part of what a product of two 4096 x
@@ -14,6 +15,7 @@ that of the same matrix products alone.
 import argparse
 import json
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.training.device import device_module
+from tests.benchmarks.jobs import command as jobs
 from tests.benchmarks.lines import LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
@@ -136,4 +139,7 @@ def with_unit(amount, unit):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["jobs"]:
+        jobs.main(sys.argv[2:])
+    else:
+        main()
