@@ -29,6 +29,7 @@ ADAPTER = "runs/tiny-t5-same-colour-ia3-0/adapter"
 SCRIPTS = {  # words that start a script -> words that print its help
     "data/pretrain.py": ["data/pretrain.py"],
     "tests.benchmarks": ["-m", "tests.benchmarks"],
+    "tests.benchmarks jobs": ["-m", "tests.benchmarks", "jobs"],
     "tests.benchmarks.study_inputs": ["-m", "tests.benchmarks.study_inputs"],
     "tests.benchmarks.memory": ["-m", "tests.benchmarks.memory"],
     "tests.benchmarks.growth": ["-m", "tests.benchmarks.growth"],
@@ -43,6 +44,9 @@ OTHER_FLAGS = {
     "--details",
     "--quick",
     "--only",
+    "--scale",
+    "--group-by-length",
+    "--encode-once",
     "--cases",
     "--checkpoint",  # the name of --recompute in version 0.1.0
     "--no-deps",
@@ -62,6 +66,15 @@ def all_commands():
         for block in blocks_of(page, "sh"):
             found += [(page, words) for words in simple_commands(block)]
     return found
+
+
+def script_of(words):
+    """Return which of SCRIPTS a command starts, or None."""
+    for script in sorted(SCRIPTS, key=len, reverse=True):  # "... jobs" before "..." alone
+        start = SCRIPTS[script]
+        if words[1 : 1 + len(start)] == start:
+            return script
+    return None
 
 
 def train_commands():
@@ -243,7 +256,7 @@ def test_commands_of_the_other_scripts_have_flags_that_exist(script):
     command = [sys.executable, *SCRIPTS[script], "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     known = set(re.findall(r"--[\w-]+", done.stdout))
-    used = [words for _, words in all_commands() if script in words[:3]]
+    used = [words for _, words in all_commands() if script_of(words) == script]
     assert used
     for words in used:
         flags = {word for word in words if word.startswith("--")}
