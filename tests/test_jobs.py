@@ -39,6 +39,14 @@ def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_peer_that_pads_less_and_reads_less_has_the_same_results(tmp_path, capsys):
+    """The batches of training differ, so adapters are not compared, but accuracies are."""
+    flags = ["--quick", "--threads", "1", "--models", "t5-base", "--jobs", "a,c"]
+    main([*flags, "--folder", str(tmp_path), "--group-by-length", "--encode-once"])
+    assert "| 24 of 24 labels;" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_word_jobs_leads_to_the_jobs():
     command = [sys.executable, "-m", "tests.benchmarks", "jobs", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -25,7 +25,7 @@ from tests.benchmarks.pairs import TINY, Pair
 N_SHOTS = 32
 N_RTE = 277  # labeled rows of RTE's validation split
 N_QUICK = 12  # rows of each split of the quick task that are read in an evaluation
-# How far the entries of a random adapter are from one. Trained ones are about as far.
+# The standard deviation of a random adapter's entries from one, as in the other lines (pairs.py).
 SPREAD = 0.1
 
 
