@@ -91,10 +91,12 @@ def test_labels_may_differ_only_if_the_scores_are_near():
     other = result(-2.0001, -2.0)
     assert labelling.compare([sure, close], [sure, close], 1e-3).startswith("2 of 2")
     assert labelling.compare([sure, close], [sure, other], 1e-3).startswith("1 of 2")
-    with pytest.raises(AssertionError, match="row 1 has label 0, and 1"):
-        labelling.compare([sure, sure], [sure, result(-3.0, -1.0)], 1e-3)
-    with pytest.raises(AssertionError, match="the scores of the two sides differ by"):
-        labelling.compare([sure], [result(-1.5, -3.0)], 1e-3)
+    mislabeled = {"label": 1, "scores": sure["scores"]}
+    with pytest.raises(AssertionError, match="row 1 has label 1, and 0"):
+        labelling.compare([sure, mislabeled], [sure, sure], 1e-3)
+    for scores in ((-1.5, -3.0), (float("nan"), -3.0)):
+        with pytest.raises(AssertionError, match="the scores of the two sides differ by"):
+            labelling.compare([sure], [{"label": 0, "scores": scores}], 1e-3)
 
 
 def test_texts_must_be_equal_in_float32():
