@@ -13,7 +13,7 @@ INTERVAL = 0.02  # seconds from one prompt to the next: a client that sends 50 p
 MAX_NEW_TOKENS = 32
 MAX_BATCH = 64  # prompts
 # The part of all texts that must be equal in float32. Among two thousand tokens, a few have a rival
-# that is nearer than rounding. Without its adapter, hardly any text is equal.
+# that is nearer than rounding. A side that never switched adapters had 7 of 12 in the quick job.
 LEAST_EQUAL = 0.9
 
 
