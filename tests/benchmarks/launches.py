@@ -31,8 +31,8 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import score_examples
 from minia3.model import attend, recompute
 from minia3.model.t5 import T5Config
-from tests.benchmarks.machine import versions
 from tests.benchmarks.inference import Ids, random_prompts, score_as_peft_users
+from tests.benchmarks.machine import versions
 from tests.benchmarks.pairs import TINY, Pair, random_examples
 from tests.benchmarks.training import loss_of
 from tests.words import word_tokenizer

@@ -21,8 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import minia3
-from tests.benchmarks.machine import versions
 from tests.benchmarks.inference import Ids, random_prompts
+from tests.benchmarks.machine import versions
 from tests.benchmarks.pairs import Pair
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
