@@ -19,6 +19,7 @@ from minia3.inference.decoding import generate
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.attend import attend
 from minia3.model.recompute import rms_norm
+from minia3.model.sequence_state import Context
 from minia3.training.losses import total_loss
 from tests.benchmarks.inference import Ids
 from tests.benchmarks.launches import count, count_one_more, main
@@ -57,9 +58,9 @@ def test_an_operator_counts_once_forward_and_once_or_twice_backward():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_fused_on_cuda_is_one_operator(dtype):
     q_BHLK = torch.randn(2, 3, 1, 8, dtype=dtype)
-    bias = torch.zeros(1, 1, 1, 1, dtype=dtype)
+    context = Context(None, bias_BHLM=torch.zeros(1, 1, 1, 1, dtype=dtype))
     with torch.no_grad():
-        assert total(count(lambda: attend(q_BHLK, q_BHLK, q_BHLK, bias))) == 1
+        assert total(count(lambda: attend(q_BHLK, q_BHLK, q_BHLK, context))) == 1
         assert total(count(lambda: F.rms_norm(q_BHLK, (8,), None, 1e-6))) == 1
 
     x_BD = torch.randn(4, 6, dtype=dtype, requires_grad=True)
@@ -100,7 +101,7 @@ def loss_of(ours, batch, adapter=None):
 
 
 @counted_with_this_torch
-@pytest.mark.parametrize(("name", "most"), [("t5-v1.0", 400), ("llama-gqa", 393)])
+@pytest.mark.parametrize(("name", "most"), [("t5-v1.0", 431), ("llama-gqa", 420)])
 def test_a_step_launches_at_most_so_many_operators(frozen, name, most):
     """Two layers per stack, padding, two choices, and three losses; without the update."""
     ours = frozen(name)
@@ -135,7 +136,6 @@ def test_a_token_launches_at_most_so_many_operators(frozen, name, most):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="losses and updates are still computed cell by cell")
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_a_step_of_a_grid_launches_as_many_operators_for_25_cells_as_for_5(name, tmp_path):
     found = []

@@ -20,7 +20,7 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
     for PyTorch's causal mask, which is right only if L = M.
     """
     bias_BHLM = context.bias_BHLM
-    if context.packing.lengths is not None and not torch.compiler.is_compiling():
+    if is_padded_on_cpu(context):
         return attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
     if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
@@ -39,6 +39,11 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
         scale=scale,
         enable_gqa=q_BHLK.shape[1] != k_BGMK.shape[1],
     )
+
+
+def is_padded_on_cpu(context):
+    """Return whether this is the case that is computed row by row."""
+    return context.packing.lengths is not None and not torch.compiler.is_compiling()
 
 
 def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):

@@ -96,8 +96,8 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight_D, None
 
 
-# In place of 0, because a result of 0 does not tell what was scaled. Beside any other number in a
-# sum, what remains is less than rounding, also in float64.
+# Added to each entry of a vector, because a result of 0 does not tell what was scaled. The results
+# differ by less than 1e-18 of what was scaled, and in bfloat16 and float32 mostly not at all.
 NEARLY_ZERO = 2.0**-60
 
 
@@ -119,8 +119,7 @@ def scaled(x_BLD, l_BD):
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD, l_BD):
-        l_BD = l_BD.to(x_BLD.dtype)
-        l_BD = l_BD.where(l_BD.abs() > NEARLY_ZERO, NEARLY_ZERO)
+        l_BD = l_BD.to(x_BLD.dtype) + NEARLY_ZERO
         out_BLD = x_BLD * l_BD.unsqueeze(1)
         ctx.save_for_backward(out_BLD, l_BD)
         return out_BLD
