@@ -43,7 +43,8 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
 
 def is_padded_on_cpu(context):
     """Return whether this is the case that is computed row by row."""
-    return context.packing.lengths is not None and not torch.compiler.is_compiling()
+    # In this order: what compiled code reads, it is compiled for.
+    return not torch.compiler.is_compiling() and context.packing.lengths is not None
 
 
 def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
