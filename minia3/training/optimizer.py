@@ -45,11 +45,11 @@ class RowOptimizer:
 
         Other rows keep their bits. None: all rows train at the rate of the parameter group.
         """
-        if rates is None:
-            n_rows = len(self.tables[0])
-            rates = dict.fromkeys(range(n_rows), self.param_groups[0]["lr"])
         for tables in self.alike_tables():
-            self.update(tables, rates)
+            rates_here = rates
+            if rates is None:
+                rates_here = dict.fromkeys(range(len(tables[0])), self.param_groups[0]["lr"])
+            self.update(tables, rates_here)
 
     def alike_tables(self):
         """Return lists of tables that are updated together: of one shape, after as many steps.
