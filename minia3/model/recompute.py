@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -125,6 +126,7 @@ class _Scaled(torch.autograd.Function):
         return out_BLD
 
     @staticmethod
+    @once_differentiable  # otherwise second derivatives would silently be wrong
     def backward(ctx, grad_BLD):
         out_BLD, l_BD = ctx.saved_tensors
         summed = 1
