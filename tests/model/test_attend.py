@@ -89,7 +89,7 @@ def test_attention_equals_the_equation(n_heads, n_kv_heads, n_queries):
     torch.testing.assert_close(found, weights_BHLM @ v_BHMK)
 
 
-LENGTHS = [4, 1, 9, 6]
+LENGTHS = [4, 1, 9, 0, 6]  # a prompt of one token leaves a LLaMA nothing to read
 MASK_BL = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
 
 
@@ -130,6 +130,13 @@ def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             torch.testing.assert_close(gradient[row : row + 1, :, :n], expected_gradient)
             assert not gradient[row, :, n:].any()
+
+
+def test_a_padded_batch_has_dropout():
+    qkv, context = padded(4, 4, "per head")
+    plain = attend(*qkv, context)
+    dropped = attend(*qkv, context, dropout=0.9)
+    assert (dropped - plain).norm() > plain.norm()
 
 
 def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
