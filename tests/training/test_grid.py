@@ -197,8 +197,8 @@ def test_each_seed_draws_its_own_shots_and_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_a_step_takes_as_many_operations_for_two_adapters_as_for_25(name):
-    """With the same examples for each, because operations leave out padding if there is any."""
+def test_a_step_launches_as_many_operators_for_two_adapters_as_for_25(name):
+    """With the same examples for each, because padding would take operators of its own."""
     counts = []
     for n_adapters in (2, 5, 25):
         ours = load_model(model(name), n_adapters=n_adapters)

@@ -281,7 +281,7 @@ def clip_and_step(optimizer, rates):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("is_one_rate", [True, False])
-def test_an_update_takes_as_many_operations_for_one_row_as_for_many(name, is_one_rate):
+def test_an_update_launches_as_many_operators_for_two_rows_as_for_25(name, is_one_rate):
     counts = []
     for n_rows in (2, 5, 25):
         tables = tables_of(n_rows)
