@@ -51,9 +51,9 @@ from minia3.training.step_memory import check_memory
 def train(run, group, config):
     """Train all cells of a group at once. A cell is one adapter: a row of the model's vectors.
 
-    Each cell has its own data order, loss, clipping, optimizer and early stop, as if it trained
-    alone. The cells share only the forward pass. A signal stops the run at once, except within
-    `run.uninterrupted()`. Outside these blocks the state of the group can always be saved.
+    Each cell has its own data order, loss, clipping, optimizer state and early stop, as if it
+    trained alone. The cells share only the forward pass. A signal stops the run at once, except
+    within `run.uninterrupted()`. Outside these blocks the state of the group can always be saved.
     """
     model = group.model
     log = group.log
@@ -85,7 +85,7 @@ def train(run, group, config):
                         log.add_losses(loss_A)
                     run.sum_over_processes(group)  # if torchrun has started several
 
-                # Each cell clips its own gradient and updates its own parameters, all at once.
+                # Clip each cell's gradient by its own norm, and update each cell at its own rate.
                 group.optimizer.clip(config.clip)
                 group.update({cell: learning_rate(log.step, cell.config) for cell in batch.cells})
                 model.zero_grad()

@@ -31,7 +31,7 @@ class Devices(NamedTuple):
     n_devices: int
     memory: float  # bytes of each
     quantize: str | None
-    shard: int | None  # how many hold a copy of the base; ALL of them; None: as in a run
+    shard: int | None  # how many devices share a copy of the base, or ALL; None: as a run chooses
     offload: bool
 
     def check(self):
@@ -132,18 +132,19 @@ def command(name, devices, n_shards):
 def advice(model_config, devices, shape):
     """Return what to do if not even one example on each device fits.
 
-    A smaller base comes first, then more devices, then both; and beside it --offload, which is
-    slow. The base is divided among all devices.
+    A smaller base comes first, then more devices, then both. In these cases the base is divided
+    among all devices. --offload, which is slow, comes last, and changes nothing else.
     """
     first = shape._replace(n_examples=1)
     kinds = tuple(dict.fromkeys((devices.quantize, *QUANTIZED)))
     plans = {kind: Plan(model_config, DTYPE, kind) for kind in kinds}
 
-    def fits(kind, n_devices, offload=devices.offload):
-        return plans[kind].on_device(n_devices, first, offload).fits(devices.memory)
+    def fits(kind, n_shards, offload=devices.offload):
+        return plans[kind].on_device(n_shards, first, offload).fits(devices.memory)
 
     ways = []
-    if not devices.offload and fits(devices.quantize, devices.n_devices, offload=True):
+    n_shards = devices.shard or devices.n_devices
+    if fits(devices.quantize, n_shards, offload=True):
         ways.append("--offload fits, and is slow")
     n_devices = devices.n_devices
     while n_devices <= MOST_DEVICES:

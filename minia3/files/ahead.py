@@ -40,7 +40,7 @@ class Coming(Thread):
     def run(self):
         try:
             self.item = next(self.iterator, END)
-        except Exception as error:
+        except BaseException as error:  # or an item would be missing, and nobody would know
             self.error = error
 
     def result(self):

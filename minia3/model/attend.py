@@ -1,8 +1,8 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
 PyTorch computes it (`F.scaled_dot_product_attention`), except in two cases on a CPU. A padded batch
-is computed row by row, without its padding. A single query of 16-bit floats, for which decoding
-asks, is written out, because PyTorch's kernel is slow at it.
+of long rows is computed row by row, without its padding. A single query of 16-bit floats, for which
+decoding asks, is written out, because PyTorch's kernel is slow at it.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), K head width.
@@ -50,8 +50,8 @@ def is_padded_on_cpu(context):
 def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
     """Return what `attend` returns for a batch whose row b has lengths[b] real tokens, L = M.
 
-    The padding gets zeros. On a CPU, a row at a time takes no longer than all of them at once, and
-    the padding takes no time.
+    The padding gets zeros, and takes no time. On a CPU, long rows take about as long one by one as
+    at once; so this is not for short rows (see packing.py).
     """
     n_rows, _, n_columns, _ = q_BHLK.shape
     biases = [None] * n_rows

@@ -25,8 +25,8 @@ class IA3(nn.Module):
     The rows are float32 whatever the dtype of the model, because small updates must survive (in
     bfloat16, 1 + 0.003 is 1). They are cast to the dtype of the activations when they are used.
 
-    keeps_result: keep the scaled x for the backward pass instead of x, which takes no memory if
-    somebody else keeps it, too, as attention does.
+    keeps_result: keep the scaled x for the backward pass, and not x. This takes no memory if
+    attention keeps the scaled x anyway.
     """
 
     def __init__(self, d, n_adapters=1, keeps_result=False):

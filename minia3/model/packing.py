@@ -9,6 +9,8 @@ Shapes: B batch, L length, D width, T real tokens of the batch, N positions of t
 
 from minia3.model.to_device import to_device
 
+LEAST_COLUMNS = 64  # attention of shorter rows is faster for all of them at once than one by one
+
 
 class Packing:
     """The positions of the real tokens of a padded batch.
@@ -22,10 +24,12 @@ class Packing:
     def __init__(self, mask_BL, device):
         self.position_T = to_device(mask_BL.flatten().nonzero()[:, 0], device)
         self.shape = mask_BL.shape
-        # On a CPU, if all padding is at the end: the real tokens of each row, see attend.py.
+        # For long rows on a CPU, if all padding is at the end: the real tokens of each row, see
+        # attend.py.
         self.lengths = None
+        is_long = device.type == "cpu" and mask_BL.shape[1] >= LEAST_COLUMNS
         is_at_end = bool((mask_BL[:, :-1] >= mask_BL[:, 1:]).all())
-        if device.type == "cpu" and is_at_end and not mask_BL.all():
+        if is_long and is_at_end and not mask_BL.all():
             self.lengths = mask_BL.sum(1).tolist()
 
     def pack(self, x_BLD):

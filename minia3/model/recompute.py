@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -104,8 +105,8 @@ NEARLY_ZERO = 2.0**-60
 def scaled(x_BLD, l_BD):
     """Return x * l, l cast to the dtype of x. Keep the result for the backward pass, and not x.
 
-    The gradient of l is the sum of grad * x, and x is the result divided by l. So this keeps less
-    if somebody else keeps the result, too, as attention keeps its keys and values.
+    The gradient of l is the sum of grad * x, and x is the result divided by l. Attention keeps its
+    keys and values anyway, so the result takes no more memory.
 
     float16 has no number as small as NEARLY_ZERO, and torch.compile decides for itself what to
     keep: both get the plain product.
@@ -125,6 +126,7 @@ class _Scaled(torch.autograd.Function):
         return out_BLD
 
     @staticmethod
+    @once_differentiable  # otherwise second derivatives would silently be wrong
     def backward(ctx, grad_BLD):
         out_BLD, l_BD = ctx.saved_tensors
         summed = 1

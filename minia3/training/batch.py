@@ -46,7 +46,7 @@ class MixedBatch:
                 yield MicroBatch(pairs, self.n_terms, self.names, self.n_rows)
             else:
                 # Other processes have one more part, and this one must make as many passes. So it
-                # reads an example of a cell without losses, which adds 0.
+                # reads any example as if its cell had no losses, which adds 0.
                 no_losses = {cell: {} for cell in self.cells}
                 yield MicroBatch(self.pairs[:1], no_losses, self.names, self.n_rows)
 

@@ -2,7 +2,7 @@
 
 A table holds one vector for several adapters, each in its row. What an adapter's row becomes does
 not depend on the other rows, but all rows and all tables of one width are updated by the same few
-operations: 25 adapters take as many as one.
+operations: 25 adapters take as many as two.
 
 Shapes: T tables, N tables of the same width, A adapters (rows of a table), R rows that train, D
 entries of a vector.
@@ -45,11 +45,11 @@ class RowOptimizer:
 
         Other rows keep their bits. None: all rows train at the rate of the parameter group.
         """
-        if rates is None:
-            n_rows = len(self.tables[0])
-            rates = dict.fromkeys(range(n_rows), self.param_groups[0]["lr"])
         for tables in self.alike_tables():
-            self.update(tables, rates)
+            rates_here = rates
+            if rates is None:
+                rates_here = dict.fromkeys(range(len(tables[0])), self.param_groups[0]["lr"])
+            self.update(tables, rates_here)
 
     def alike_tables(self):
         """Return lists of tables that are updated together: of one shape, after as many steps.
@@ -172,7 +172,7 @@ class AdamW(RowOptimizer):
 class AdamWAlone:
     """torch's AdamW over all that a cell trains, if the cell has the model to itself.
 
-    So it is with LoRA and full fine-tuning. It is called as the optimizers of tables are.
+    This is for LoRA and full fine-tuning. It has the methods of the optimizers of tables.
     """
 
     def __init__(self, parameters, lr, weight_decay):
@@ -220,7 +220,7 @@ def clip_rows(tables, most):
 def per_row(numbers, like):
     """Return the number of all rows or, if they differ, a tensor (R, 1) beside `like`.
 
-    A number goes to a GPU with each operation that takes it, and a tensor needs a copy.
+    A number goes to a GPU as part of an operation, but a tensor must be copied there.
     """
     if len(set(numbers)) == 1:
         return numbers[0]

@@ -8,7 +8,7 @@ Three questions, each with a goal:
 - The embedded model: how much longer does a step of 25 adapters take than a step of one? Each has 8
   examples, so the arithmetic of 25 is that of a batch of 200. On a GPU, small operations take as
   long as large ones; on a CPU they do not. The next line has one adapter with these 200 examples,
-  and so shows what the adapters themselves cost. The third counts operations.
+  and so shows what the adapters themselves cost. The third counts launches (launches.py).
 - A step of 64 examples: how much longer does it take if they belong to 64 adapters?
 - 8, 16 and 64 tasks with an example each: one pass of ours beside a pass per task of transformers +
   PEFT. The next line has a pass per task of ours, and so shows what batches of one cost.
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import minia3
 from minia3.inference.scoring import choice_logprobs
 from minia3.training.batch import MixedBatch
 from minia3.training.config import Config
 from minia3.training.optimizer import Adafactor
+from tests.benchmarks.launches import count
 from tests.benchmarks.machine import describe_machine, versions
 from tests.benchmarks.measure import Bench, Roof, compare
 from tests.benchmarks.pairs import N_TARGET, Pair, random_examples
@@ -115,7 +115,7 @@ def measure_all(bench, args):
 
 def table_row(title, row):
     goal = "" if row.goal is None else f"{row.goal:g}"
-    if row.unit == "operations":
+    if row.unit == "launches":
         return f"| {title} | {row.ours:,} | {row.theirs:,} | {row.ratio:.2f} | {goal} |"
     low, high = row.spread
     times = f"{1000 * row.ours:.4g} ms | {1000 * row.theirs:.4g} ms"
@@ -147,22 +147,6 @@ def step_of_adapters(model, examples, n_adapters):
     return step
 
 
-class CountOperations(TorchDispatchMode):
-    """Counts the operations that torch is asked for. On a GPU, most of them are a launch each."""
-
-    n = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_operations(function):
-    with CountOperations() as counter:
-        function()
-    return counter.n
-
-
 def embedded(bench, device):
     def step(n_adapters, n_examples):
         model = minia3.load_model("tiny-t5", n_adapters=n_adapters, device=device)
@@ -180,8 +164,8 @@ def embedded(bench, device):
     yield f"tiny-t5, a step of one adapter with {N_EXAMPLES} examples, {second}", row
     row = bench.time(step(1, n_all), many)
     yield f"tiny-t5, a step of one adapter with {n_all} examples, {second}", row
-    row = compare(count_operations(one), count_operations(many), "operations")
-    yield f"tiny-t5, operations of a step of one adapter, {second}", row
+    row = compare(count(one).total(), count(many).total(), "launches")
+    yield f"tiny-t5, launches of a step of one adapter, {second}", row
 
 
 def many_adapters(bench, pair):

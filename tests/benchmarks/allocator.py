@@ -11,13 +11,9 @@ changes.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
-from tests.benchmarks.measure import alternate
+from tests.benchmarks.measure import alternate, run_program
 
 # Title: variables of the environment, whether to give memory back after each step
 SETTINGS = {
@@ -80,16 +76,7 @@ def measured(name, setting, quick, n_steps):
     """Return the bytes that a process takes at its peak, and its seconds per step."""
     environ, is_trimmed = SETTINGS[setting]
     program = PROGRAM.format(name=name, quick=quick, n_steps=n_steps, is_trimmed=is_trimmed)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environ,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    n_bytes, n_seconds = done.stdout.split()
+    n_bytes, n_seconds = run_program(program, OMP_NUM_THREADS="1", **environ).split()
     return int(n_bytes), float(n_seconds)
 
 

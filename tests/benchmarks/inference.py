@@ -85,7 +85,6 @@ def generation(bench, pair):
     def row(batch_size):
         prompts = random_prompts(pair, batch_size)
         source_BM = torch.tensor(prompts, device=pair.device)
-        mask_BM = torch.ones_like(source_BM)
 
         def our_texts():
             return minia3.generate(
@@ -93,14 +92,7 @@ def generation(bench, pair):
             )
 
         def their_texts():
-            ids = theirs.generate(
-                input_ids=source_BM,
-                attention_mask=mask_BM,
-                max_new_tokens=n_new,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
+            ids = write_as_peft_users(theirs, source_BM, n_new)
             return [tokenizer.decode(text) for text in ids[:, -n_new:].tolist()]
 
         found = our_texts()
@@ -119,6 +111,21 @@ def generation(bench, pair):
 
     yield "greedy generation, batch 1", row(1)
     yield "greedy generation, batch 32", row(32)
+
+
+def write_as_peft_users(model, source_BM, n_new):
+    """Return (B, M + n_new) ids: prompts without padding, and what greedy generation adds.
+
+    No token ends a text.
+    """
+    return model.generate(
+        input_ids=source_BM,
+        attention_mask=torch.ones_like(source_BM),
+        max_new_tokens=n_new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
 
 
 def mixed(bench, pair):

@@ -31,7 +31,12 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import score_examples
 from minia3.model import attend, recompute
 from minia3.model.t5 import T5Config
-from tests.benchmarks.inference import Ids, random_prompts, score_as_peft_users
+from tests.benchmarks.inference import (
+    Ids,
+    random_prompts,
+    score_as_peft_users,
+    write_as_peft_users,
+)
 from tests.benchmarks.machine import versions
 from tests.benchmarks.pairs import TINY, Pair, random_examples
 from tests.benchmarks.training import loss_of
@@ -187,14 +192,7 @@ def token(pair):
         minia3.generate(ours, Ids(), prompts, max_new_tokens=n_tokens)
 
     def write_theirs(n_tokens):
-        theirs.generate(
-            input_ids=source_BM,
-            attention_mask=torch.ones_like(source_BM),
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        write_as_peft_users(theirs, source_BM, n_tokens)
 
     yield count_one_more(write_ours)
     yield count_one_more(write_theirs)

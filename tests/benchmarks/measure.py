@@ -7,6 +7,7 @@ counted in bytes: of the tensors that autograd keeps, or of a whole process.
 import ctypes
 import gc
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -347,9 +348,14 @@ def peak_beyond(function, device):
 # Processes
 
 
-def run_program(program):
-    """Run a Python program in another process, and return what it prints."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def run_program(program, **variables):
+    """Run a Python program in another process, and return what it prints.
+
+    variables: of its environment, beside those of this process.
+    """
+    command = [sys.executable, "-c", program]
+    environment = os.environ | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return done.stdout

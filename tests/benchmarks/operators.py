@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import minia3
-from tests.benchmarks.inference import Ids, random_prompts
+from tests.benchmarks.inference import Ids, random_prompts, write_as_peft_users
 from tests.benchmarks.machine import versions
 from tests.benchmarks.pairs import Pair
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
@@ -120,14 +120,7 @@ def generation(pair):
             minia3.generate(ours, Ids(), prompts, max_new_tokens=n_new, batch_size=batch_size)
 
         def their_texts(source_BM=source_BM):
-            theirs.generate(
-                input_ids=source_BM,
-                attention_mask=torch.ones_like(source_BM),
-                max_new_tokens=n_new,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
+            write_as_peft_users(theirs, source_BM, n_new)
 
         yield f"greedy generation, batch {batch_size}", our_texts, their_texts
 

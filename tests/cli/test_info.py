@@ -327,6 +327,8 @@ def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_a
         (["llama-3.1-405b", "--devices", 8, "--memory", 40], "--devices 16 --quantize nf4 fits"),
         (["llama-3.1-405b", "--devices", 8, "--memory", 40], "; --offload fits, and is slow"),
         (["llama-2-70b", "--devices", 4, "--memory", 80, "--shard", 2], "--shard fits"),
+        # A base that is divided would need more: blocks that are gathered ahead of time.
+        (["llama-2-70b", "--devices", 4, "--memory", 5, "--shard", 1], "--offload fits"),
         (["llama-2-70b", "--devices", 1, "--memory", 3, "--offload"], "--quantize int8 fits"),
         (["llama-3.1-405b", "--devices", 8, "--memory", 5], "more memory, or a smaller model"),
     ],

@@ -66,6 +66,15 @@ def test_an_error_is_raised_here_in_place_of_its_item(take):
         next(items)
 
 
+def test_even_the_end_of_the_program_is_raised_here():
+    def items():
+        yield 1
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        list(read_ahead(items()))
+
+
 def test_whoever_stops_early_leaves_no_thread_behind():
     for item in read_ahead(range(100)):
         if item == 3:

@@ -1,13 +1,16 @@
 """A single 16-bit query on a CPU gets our own attention; PyTorch computes everything else, and a
-padded batch row by row.
+padded batch of long rows row by row.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import batch_of, gradients, same
 
+from minia3.model import attend as attend_module
+from minia3.model import packing
 from minia3.model.attend import attend
-from minia3.model.packing import Packing
+from minia3.model.packing import LEAST_COLUMNS, Packing
 from minia3.model.sequence_state import Context, mask_to_bias
 
 HEADS_AND_BIASES = [
@@ -89,8 +92,8 @@ def test_attention_equals_the_equation(n_heads, n_kv_heads, n_queries):
     torch.testing.assert_close(found, weights_BHLM @ v_BHMK)
 
 
-LENGTHS = [4, 1, 9, 6]
-MASK_BL = torch.arange(9) < torch.tensor(LENGTHS)[:, None]
+LENGTHS = [40, 1, 64, 0, 6]  # a prompt of one token leaves a LLaMA nothing to read
+MASK_BL = torch.arange(LEAST_COLUMNS) < torch.tensor(LENGTHS)[:, None]
 
 
 def padded(n_heads, n_kv_heads, bias_kind):
@@ -98,15 +101,19 @@ def padded(n_heads, n_kv_heads, bias_kind):
     torch.manual_seed(0)
     qkv = []
     for n in (n_heads, n_kv_heads, n_kv_heads):
-        qkv.append(torch.randn(len(LENGTHS), n, 9, 8, dtype=torch.float64, requires_grad=True))
+        qkv.append(
+            torch.randn(len(LENGTHS), n, LEAST_COLUMNS, 8, dtype=torch.float64, requires_grad=True)
+        )
     biases = {
         "causal": None,
-        "per head": torch.randn(1, n_heads, 9, 9, dtype=torch.float64),
-        "per row": mask_to_bias(MASK_BL[:, None, None, :], torch.float64).expand(-1, -1, 9, -1),
+        "per head": torch.randn(1, n_heads, LEAST_COLUMNS, LEAST_COLUMNS, dtype=torch.float64),
+        "per row": mask_to_bias(MASK_BL[:, None, None, :], torch.float64).expand(
+            -1, -1, LEAST_COLUMNS, -1
+        ),
     }
-    packing = Packing(MASK_BL, torch.device("cpu"))
+    of_batch = Packing(MASK_BL, torch.device("cpu"))
     is_causal = bias_kind == "causal"
-    return qkv, Context(torch.tensor([0]), packing, biases[bias_kind], is_causal)
+    return qkv, Context(torch.tensor([0]), of_batch, biases[bias_kind], is_causal)
 
 
 @pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (6, 2)])
@@ -132,6 +139,13 @@ def test_each_row_of_a_padded_batch_is_attention_of_that_row_alone(n_heads, n_kv
             assert not gradient[row, :, n:].any()
 
 
+def test_a_padded_batch_has_dropout():
+    qkv, context = padded(4, 4, "per head")
+    plain = attend(*qkv, context)
+    dropped = attend(*qkv, context, dropout=0.9)
+    assert (dropped - plain).norm() > plain.norm()
+
+
 def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
     qkv, context = padded(4, 4, "per head")
     original = F.scaled_dot_product_attention
@@ -146,11 +160,31 @@ def test_a_padded_batch_is_computed_without_its_padding(monkeypatch):
     assert computed == [(n, n) for n in LENGTHS]
 
 
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa"])
+def test_a_model_has_the_same_gradients_row_by_row_and_at_once(name, loaded, monkeypatch):
+    model = loaded(name).double()
+    batch = batch_of((9, 5, 1))
+    lengths = []
+
+    def spy(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
+        lengths.append(context.packing.lengths)
+        return by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
+
+    by_rows = attend_module.attend_by_rows
+    monkeypatch.setattr(attend_module, "attend_by_rows", spy)
+    at_once = gradients(model, batch)
+    assert lengths == []
+    monkeypatch.setattr(packing, "LEAST_COLUMNS", 1)
+    same(gradients(model, batch), at_once, rtol=1e-10, atol=1e-12)
+    assert len(lengths) > 0
+
+
 @pytest.mark.parametrize(
     ("mask_BL", "device"),
     [
         (MASK_BL.flip(1), "cpu"),  # the padding comes first
         (torch.ones_like(MASK_BL), "cpu"),  # there is none
+        (MASK_BL[:, :-1], "cpu"),  # the rows are short
         (MASK_BL, "meta"),  # a GPU does all rows at once
     ],
 )

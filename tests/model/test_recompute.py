@@ -187,6 +187,14 @@ def test_gradients_of_what_keeps_its_result_pass_gradcheck():
     assert torch.autograd.gradcheck(lambda x, _: scaled(x, vector.scale[MIXED]), (x, vector.scale))
 
 
+def test_second_derivatives_of_what_keeps_its_result_are_refused():
+    x = torch.ones(1, 2, 4, requires_grad=True)
+    l_BD = torch.ones(1, 4, requires_grad=True)
+    (grad_x,) = torch.autograd.grad(scaled(x, l_BD).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_x.sum().backward()
+
+
 def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
     vector = IA3(8)
     x = torch.randn(3, 5, 8, requires_grad=True) * 2  # not a leaf, and nobody keeps it

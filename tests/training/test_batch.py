@@ -116,6 +116,15 @@ def test_terms_are_counted_without_tensors_as_they_are_in_a_batch(n_choices):
     assert count_terms_of(examples) == count_terms(whole.target_mask_BCL, whole.label_B)
 
 
+def test_a_process_without_examples_makes_a_pass_that_adds_0(cells, ours, monkeypatch):
+    monkeypatch.setattr("minia3.training.batch.share_of_step", lambda pairs, size: [[]])
+    (part,) = MixedBatch(cells, 0, n_rows=3).split()
+    loss_A = part.losses(choice_logprobs(ours, part.batch, part.row_B))
+    loss_A.sum().backward()
+    assert loss_A.tolist() == [0, 0, 0]
+    assert not any(table.grad.any() for table in minia3.vectors(ours).values())
+
+
 def test_cells_that_do_not_train_any_more_are_left_out(cells):
     batch = MixedBatch(cells[1:], 0, n_rows=3)
     assert {cell.row for cell, _ in batch.pairs} == {1, 2}

@@ -38,7 +38,8 @@ from minia3.cli.table import table_rows
 from minia3.tasks.examples import Example
 from minia3.training.group import Group
 from minia3.training.optimizer import Adafactor
-from tests.benchmarks.adapters import count_operations, step_of_adapters
+from tests.benchmarks.adapters import step_of_adapters
+from tests.benchmarks.launches import count
 
 EXACT = {"dtype": "float64", "dropout": 0}
 
@@ -196,8 +197,8 @@ def test_each_seed_draws_its_own_shots_and_rows(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_a_step_takes_as_many_operations_for_two_adapters_as_for_25(name):
-    """With the same examples for each, because operations leave out padding if there is any."""
+def test_a_step_launches_as_many_operators_for_two_adapters_as_for_25(name):
+    """With the same examples for each, because padding would take operators of its own."""
     counts = []
     for n_adapters in (2, 5, 25):
         ours = load_model(model(name), n_adapters=n_adapters)
@@ -205,7 +206,7 @@ def test_a_step_takes_as_many_operations_for_two_adapters_as_for_25(name):
         examples = [Example([3, 4, 5], [[6, 1], [7, 1]], label=1)] * (2 * n_adapters)
         step = step_of_adapters(ours, examples, n_adapters)
         step()  # after the first step, the optimizer has its moments
-        counts.append(count_operations(step))
+        counts.append(count(step).total())
     assert len(set(counts)) == 1, counts
 
 

@@ -11,8 +11,10 @@ import signal
 import struct
 import sys
 import termios
+from types import SimpleNamespace
 
 import pytest
+import torch
 from running import (
     events,
     fails,
@@ -24,6 +26,7 @@ from running import (
     run,
     start,
     task,
+    train,
     words,
 )
 from tqdm import tqdm
@@ -31,6 +34,7 @@ from written_out import read
 
 import minia3
 from minia3.training.batch import MicroBatch
+from minia3.training.log import TrainingLog
 from minia3.training.optimizer import Adafactor
 
 
@@ -102,6 +106,19 @@ def test_the_seconds_add_up_those_of_all_steps_even_if_the_run_was_stopped(tmp_p
     assert metrics(out)[-1]["seconds"] == 12 * 2
     speeds = [line["examples_per_second"] for line in events(out, "train")]
     assert speeds == [4 / 2] * len(speeds)
+
+
+def test_a_loss_belongs_to_the_row_of_its_cell_even_if_other_cells_have_stopped():
+    log = TrainingLog(None, [], train.Config(steps=9))
+    log.step = 4  # no line is due after the next steps
+    with log.progress_bar():
+        for rows in ([0, 1, 2], [1, 2]):
+            log.start_step()
+            for loss_A in ([0.5, 1.0, 2.0], [0.25, 3.0, 5.0]):  # two parts of a batch
+                log.add_losses(torch.tensor(loss_A))
+            cells = [SimpleNamespace(row=row) for row in rows]
+            log.end_step(SimpleNamespace(cells=cells, n_tokens=1))
+    assert log.read_losses() == [{0: 0.75, 1: 4.0, 2: 7.0}, {1: 4.0, 2: 7.0}]
 
 
 # Losses that are not finite
