@@ -194,8 +194,8 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     """
     n_choices = max(len(example.targets) for example in examples)
     scores_NC = torch.full((len(examples), n_choices), float("-inf"), dtype=torch.float32)
-    for rows, batch, logp_BCL in scored_batches(model, examples, adapter, batch_size):
-        scores = choice_scores(logp_BCL, batch.target_mask_BCL, length_norm)
+    for rows, batch, logp in scored_batches(model, examples, adapter, batch_size):
+        scores = choice_scores(logp, batch.target_mask_BCL, length_norm)
         scores_NC[rows, : scores.shape[1]] = scores.float()  # the batch may have fewer than C
     scores_NC = combine(torch.maximum, scores_NC)
     n_choices_N1 = torch.tensor([[len(example.targets)] for example in examples])

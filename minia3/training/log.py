@@ -116,9 +116,9 @@ class TrainingLog:
         """
         steps = list(self.losses)
         if self.unread:
-            loss_SA = torch.stack([loss_A for _, loss_A in self.unread]).tolist()
-            for (rows, _), loss_A in zip(self.unread, loss_SA, strict=True):
-                steps.append({row: loss_A[row] for row in rows})
+            losses = torch.stack([loss_A for _, loss_A in self.unread]).tolist()
+            for (rows, _), loss_of_row in zip(self.unread, losses, strict=True):
+                steps.append({row: loss_of_row[row] for row in rows})
         return steps
 
     # Lines

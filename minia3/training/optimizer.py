@@ -84,9 +84,9 @@ class RowOptimizer:
         if len(rows) < len(steps):
             here = to_device(torch.tensor(rows), g_NAD.device)
         lr = per_row([rates[row] for row in rows], g_NAD)
-        steps_R = [steps[row] for row in rows]
+        steps_of_rows = [steps[row] for row in rows]
         values = [x_NAD[:, here] for x_NAD in stacks]
-        new_values = self.new_values(g_NAD[:, here], *values, lr=lr, steps=steps_R)
+        new_values = self.new_values(g_NAD[:, here], *values, lr=lr, steps=steps_of_rows)
 
         for tensors, x_NAD, new_NRD in zip(changed, stacks, new_values, strict=True):
             x_NAD[:, here] = new_NRD

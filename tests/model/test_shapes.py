@@ -30,6 +30,7 @@ from minia3.inference import decoding, scoring
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.inference.metrics import INVERSE_PERPLEXITY
+from minia3.model import packing
 from minia3.model.llama import inverse_frequencies
 from minia3.model.more_vectors import choose_vectors
 from minia3.model.quantized import NF4_BLOCK, NF4Linear
@@ -38,7 +39,8 @@ from minia3.tasks.examples import Example
 from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.training.losses import total_loss
 from minia3.training.memory_plan import planned_memory
-from minia3.training.optimizer import Adafactor
+from minia3.training.optimizer import Adafactor, AdamW
+from minia3.training.replicas import StepSum
 from minia3.training.step_memory import StepShape, peak_of_step
 
 PACKAGE = Path(minia3.__file__).parent
@@ -224,9 +226,11 @@ def train_steps(model):
         logp = minia3.logprobs(model, state.repeat(N_CHOICES), targets)
         logp = logp.view(N_ROWS, N_CHOICES, N_TARGET)
         total_loss(logp, torch.ones_like(logp, dtype=torch.bool), label).backward()
-        optimizer = Adafactor(minia3.vectors(model).values(), lr=1e-3)
-        optimizer.step()
-        optimizer.load_state_dict(optimizer.state_dict())
+        tables = minia3.vectors(model).values()
+        StepSum(tables, torch.ones(3), 1, None).add_up()
+        for optimizer in (AdamW(tables), Adafactor(tables)):
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
         optimizer.zero_grad()
         model.step(TARGET[:, :4], state)  # on an empty cache
         model.step(TARGET[:, 4:5], state)  # one token
@@ -306,7 +310,8 @@ def write_rope_factors():
 
 @pytest.fixture(scope="module")
 def watch(loaded, tmp_path_factory):
-    with watched(PACKAGE) as watch:
+    short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_by_rows`
+    with watched(PACKAGE) as watch, short_rows_too:
         for name in ("t5-v1.0", "t5-deep-decoder", "llama-gqa", "llama3", "mistral", "qwen3"):
             model = loaded(name, n_adapters=3)
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
