@@ -124,7 +124,7 @@ def test_a_program_of_ones_own_trains_in_several_processes(tmp_path):
         f"    trained = minia3.train(device='cpu', out=name, **{flags!r})\n"
         "    assert (trained.folder / 'adapter' / 'adapter_config.json').exists()\n"
         "    assert trained.results[0]['accuracy'] is not None\n"
-        "print('rank', os.environ['RANK'])\n"
+        "print('rank ' + os.environ['RANK'])\n"  # one text, which nobody else's can divide
     )
     code, out, err = several.call(2, script, cwd=tmp_path)
     assert (code, err) == (0, "")
