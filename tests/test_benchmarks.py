@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import running
 import torch
+from torch_version import counted_with_this_torch
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
@@ -283,6 +284,7 @@ def test_the_operators_of_both_sides_are_printed_and_written(model, tmp_path, ca
 # Growth
 
 
+@counted_with_this_torch
 @pytest.mark.slow
 def test_growth_is_measured_fitted_and_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the figure, is not installed")

@@ -29,6 +29,9 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
 
 def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     """Return what `attend` returns, by PyTorch's own function."""
+    has_groups = False
+    if q_BHLK.shape[1] != k_BGMK.shape[1]:  # which an older torch.compile takes only in an `if`
+        has_groups = True
     return F.scaled_dot_product_attention(
         q_BHLK,
         k_BGMK,
@@ -37,7 +40,7 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
         is_causal=is_causal,
         dropout_p=dropout,
         scale=scale,
-        enable_gqa=q_BHLK.shape[1] != k_BGMK.shape[1],
+        enable_gqa=has_groups,
     )
 
 

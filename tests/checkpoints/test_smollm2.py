@@ -190,7 +190,8 @@ def test_merged_weights_in_bfloat16_are_hardly_worse_than_applied_vectors(path):
         merged = error(minia3.merge(model), exact)
         print(f"seed {seed}: applied {applied:.3f}, merged {merged:.3f}, no adapter {base:.3f}")
         assert base < applied < 3 * base
-        assert merged < 1.5 * applied
+        # Merging rounds each weight once more, which may make the error sqrt(2) times as large.
+        assert merged < 2 * applied
 
 
 def test_an_adapter_as_a_dora_gives_the_logits_of_the_same_adapter_in_peft(path, ours, tmp_path):
