@@ -154,6 +154,7 @@ def test_recomputation_takes_less_than_keeping_everything():
     assert recomputed < kept
 
 
+@counted_with_this_torch
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["t5-small", "smollm2-135m"])
 def test_the_largest_batch_fits_and_a_larger_one_does_not(model):
