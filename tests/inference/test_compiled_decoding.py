@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch_version import counted_with_this_torch
 from words import texts, word_tokenizer
 
 import minia3
@@ -81,6 +82,7 @@ def test_a_beam_search_is_not_compiled(model, tokenizer):
         minia3.generate(model, tokenizer, ["w3"], beams=2, compile=True)
 
 
+@counted_with_this_torch
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
 def test_all_steps_are_one_graph_without_a_break(name, loaded, tokenizer, monkeypatch):

@@ -8,6 +8,7 @@ import running
 import several
 import torch
 from safetensors.torch import load_file
+from torch_version import TORCH
 
 from minia3.files import processes
 from minia3.training.replicas import StepSum, seed_dropout, share_of_step
@@ -34,6 +35,8 @@ CASES = {
     "a cell that fails": {"lr": "3e-3,1e31", "steps": 12},
     "in context": {"method": "icl", "shots": 4},
 }
+if TORCH < (2, 13):  # whose attention stays finite, and then the cell's numbers are chaotic
+    del CASES["a cell that fails"]
 
 
 def command_lines(name, folder):
@@ -84,8 +87,7 @@ def check_equal(folder, other):
 def check_close(tensors, expected, tolerance):
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
-        # Relative, too, because the vectors of a cell that fails may grow without limit.
-        options = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+        options = {"rtol": 0, "atol": tolerance, "equal_nan": True}
         torch.testing.assert_close(tensor, expected[name], **options)
 
 
