@@ -145,7 +145,7 @@ def free_memory_of_system():
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
     for limit, used in CONTAINER_FILES:
-        with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+        with suppress(OSError, ValueError):  # the file says "max" if there is no limit
             limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(0, min(limits)) // n_on_machine() if limits else None
 

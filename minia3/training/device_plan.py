@@ -59,9 +59,9 @@ class DevicePlan(NamedTuple):
 class Plan:
     """Plans for a model whose base is kept in one way, on any number of devices.
 
-    model_config: a T5Config or LlamaConfig. dtype: of what is not quantized. quantize: None, "int8"
-    or "nf4". config: the flags of a run, because --dropout and --recompute change what a step
-    keeps; None: the recipe with --recompute.
+    model_config: a T5Config or LlamaConfig. dtype: that of the weights that are not quantized.
+    quantize: None, "int8" or "nf4". config: the flags of a run, because --dropout and --recompute
+    change what a step keeps; None: the recipe with --recompute.
     """
 
     def __init__(self, model_config, dtype, quantize=None, config=None):

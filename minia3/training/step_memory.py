@@ -82,7 +82,7 @@ class Words(NamedTuple):
 
 
 def size_that_fits(run, group, plan, shape, free, words):
-    """Return None if `shape` fits into `free` bytes, of which some must stay free.
+    """Return None if `shape` fits into `free` bytes and leaves some of them free.
 
     Else print a note, limit the process on a CPU, and return the number of examples that fits, at
     least 1. plan: a function from a shape to bytes.
