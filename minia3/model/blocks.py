@@ -58,15 +58,16 @@ class Unscaled(nn.Module):
 def rotate(x_BHLK, rotation):
     """Turn each pair (x_i, x_{i + K/2}) by the angle of its position.
 
-    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), or None
-    for T5, which does not rotate. The entries of a pair are half a head apart, as in Hugging Face's
-    files. In Meta's files and in GGUF they are neighbors, so the readers permute W_q and W_k.
+    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), where
+    sin is negative in the first half, or None for T5, which does not rotate. The entries of a pair
+    are half a head apart, as in Hugging Face's files. In Meta's files and in GGUF they are
+    neighbors, so the readers permute W_q and W_k.
     """
     if rotation is None:
         return x_BHLK
     cos_B1LK, sin_B1LK = rotation
-    low, high = x_BHLK.chunk(2, dim=-1)
-    return x_BHLK * cos_B1LK + torch.cat((-high, low), dim=-1) * sin_B1LK
+    partner_BHLK = x_BHLK.roll(x_BHLK.shape[-1] // 2, dims=-1)
+    return x_BHLK * cos_B1LK + partner_BHLK * sin_B1LK
 
 
 class Attention(nn.Module):

@@ -214,10 +214,14 @@ class Llama(nn.Module):
         )
 
     def rotation(self, position_BL, dtype):
-        """Return the cos and sin (B, 1, L, K) of each position's angles, from float32 angles."""
+        """Return the cos and sin (B, 1, L, K) of each position's angles, from float32 angles.
+
+        (x, y) turns into (x cos - y sin, y cos + x sin), so the first half of sin is negative.
+        """
         angle_BLP = position_BL[..., None].float() * self.frequency.float()
-        angle_B1LK = torch.cat((angle_BLP, angle_BLP), dim=-1).unsqueeze(1)
-        return angle_B1LK.cos().to(dtype), angle_B1LK.sin().to(dtype)
+        cos_B1LP = angle_BLP.cos().to(dtype).unsqueeze(1)
+        sin_B1LP = angle_BLP.sin().to(dtype).unsqueeze(1)
+        return torch.cat((cos_B1LP, cos_B1LP), dim=-1), torch.cat((-sin_B1LP, sin_B1LP), dim=-1)
 
     def logits(self, x):
         """Return the logits (..., V) of the normalized output (..., D) of the last block."""
