@@ -11,7 +11,6 @@ width, F feed-forward. Outside of attention, a packed batch (packing.py) consist
 token each: then B counts tokens, and L is 1. A name without a suffix may be packed or not.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

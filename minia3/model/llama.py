@@ -172,7 +172,7 @@ class Llama(nn.Module):
         if keys_only:
             return None
         state.check_adapters(self)  # another thread may have removed one meanwhile
-        return self.norm(x).view(*tokens.shape, -1)
+        return self.norm(packing.unpack(x)).view(*tokens.shape, -1)
 
     def warn_beyond(self, length):
         """Warn, once for this model, if a sequence is longer than those that it was trained on."""

@@ -1,6 +1,6 @@
 """Turn examples into padded tensors, and choose the rows of each training step.
 
-Shapes: B batch, M source length, C choices, L target length, N texts.
+Shapes: B batch, M source length, C choices, L target length, N texts, S length of a text.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,6 +58,30 @@ def collate(examples: Sequence[Example]) -> Batch:
         target_mask_NL.view(len(examples), n_choices, -1),
         torch.tensor([example.label for example in examples]),
     )
+
+
+class Texts(NamedTuple):
+    """Texts as tensors, padded on the right. A mask is True for the tokens of its name."""
+
+    ids_BS: torch.Tensor  # long
+    is_real_BS: torch.Tensor  # bool
+    is_scored_BS: torch.Tensor  # bool
+
+
+def join(batch: Batch) -> Texts:
+    """Return each source of a batch and its only target as one text.
+
+    A text ends with the last token that is scored.
+    """
+    ids_BS = torch.cat((batch.source_BM, batch.target_BCL[:, 0]), dim=1)
+    is_scored_BL = batch.target_mask_BCL[:, 0]
+    n_still_scored_BL = is_scored_BL.flip(1).cumsum(1).flip(1)
+    is_real_BS = torch.cat((batch.mask_BM, n_still_scored_BL > 0), dim=1)
+    is_scored_BS = torch.cat((torch.zeros_like(batch.mask_BM), is_scored_BL), dim=1)
+
+    longest = int(is_real_BS.sum(dim=1).max())
+    real_first_BS = is_real_BS.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return Texts(*(x.gather(1, real_first_BS) for x in (ids_BS, is_real_BS, is_scored_BS)))
 
 
 def pad(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,8 @@ The model runs on fake tensors: they have a shape and a dtype, but no storage. A
 which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside
 kernels, and what the allocator keeps of freed memory come on top.
 
-Shapes: B batch, L length.
+Shapes: B batch, M source length, L target length, or any length, S length of a text, R = S - 1, D
+model.
 """
 
 import weakref
@@ -15,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minia3.checkpoints.load import build_model, place_parameter
-from minia3.inference.scoring import logprobs
+from minia3.inference.scoring import logprobs, logprobs_in_parts
 from minia3.model.ia3 import freeze, vectors
+from minia3.model.llama import Llama
 
 TARGET_LENGTH = 8  # tokens of a target in training
 
@@ -89,13 +91,29 @@ def measure_peak(model, tokens_BL, length, is_training):
     for tensor in (*model.parameters(), tokens_BL):
         counter.add(tensor)
     with counter, torch.set_grad_enabled(is_training):
-        state = model.start(tokens_BL[:, :length])
+        source_BM = tokens_BL[:, :length]
         if is_training:
             # Adafactor keeps one moment per entry of a vector, from its first step on.
             moments = [torch.zeros_like(vector) for vector in vectors(model).values()]
-            logprobs(model, state, tokens_BL[:, :TARGET_LENGTH]).sum().backward()
+            target_logprobs(model, source_BM, tokens_BL[:, :TARGET_LENGTH]).sum().backward()
             del moments
             model.zero_grad()
         else:
+            state = model.start(source_BM)
             model.step(state.start, state)
     return counter.peak
+
+
+def target_logprobs(model, source_BM, target_BL):
+    """Return the log-probabilities (B, L) of one target per source, as training computes them.
+
+    This is `choice_logprobs` without masks: fake tensors have no values, so nothing can tell where
+    their padding is.
+    """
+    if not isinstance(model, Llama):
+        return logprobs(model, model.start(source_BM), target_BL)
+    text_BS = torch.cat((source_BM, target_BL), dim=1)
+    state = model.start(text_BS[:, :1])
+    x_BRD = model.run_blocks(text_BS[:, :-1], state)
+    x_BLD = x_BRD[:, -target_BL.shape[1] :]
+    return logprobs_in_parts(model, x_BLD.flatten(0, 1), target_BL.flatten()).view(target_BL.shape)

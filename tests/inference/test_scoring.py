@@ -27,7 +27,12 @@ from words import word_tokenizer
 
 import minia3
 from minia3.checkpoints.load import build_model
-from minia3.inference.scoring import choice_logprobs, score_examples, total_logprobs
+from minia3.inference.scoring import (
+    choice_logprobs,
+    score_choices,
+    score_examples,
+    total_logprobs,
+)
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.training.losses import total_loss
@@ -444,6 +449,48 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
     assert peak_of_training[160] - peak_of_training[80] < 2 * n_bytes
     assert peak_of_scoring[160] - peak_of_scoring[80] < 2 * n_bytes
     assert kept[80] < kept[8] / 4  # 8 choices have one turn, which keeps everything
+
+
+# One target per source: a LLaMA reads both in one pass
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 1, 4)])
+def test_one_pass_over_texts_is_two_over_sources_and_targets(name, lengths, loaded):
+    model = loaded(name, n_adapters=2, seed=0).double()
+    minia3.freeze(model)
+    adapter = torch.tensor([1, 0, 1])
+    batch = batch_of(lengths, n_choices=1)
+    if lengths[0] != lengths[1]:  # padding on the left, holes, and targets of three lengths
+        holes = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+        batch = batch._replace(
+            source_BM=batch.source_BM.flip(1),
+            mask_BM=batch.mask_BM.flip(1),
+            target_mask_BCL=holes[:, None],
+        )
+
+    def in_one_pass():
+        return choice_logprobs(model, batch, adapter)
+
+    def in_two_passes():
+        state = model.start(batch.source_BM, batch.mask_BM, adapter)
+        return score_choices(model, state, batch.target_BCL, batch.target_mask_BCL)
+
+    results = []
+    for logprobs in (in_one_pass, in_two_passes):
+        model.zero_grad()
+        logp_BCL = logprobs()
+        total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B, ("lm",)).backward()
+        gradients = [vector.grad for vector in minia3.vectors(model).values()]
+        results.append([logp_BCL.detach(), *gradients])
+    same(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_a_source_without_a_real_token_is_refused_in_one_pass_too(loaded):
+    batch = batch_of((3, 2), n_choices=1)
+    batch.mask_BM[1] = False
+    with pytest.raises(ValueError, match=r"source rows \[1\] have no real token"):
+        choice_logprobs(loaded("llama-gqa", seed=0), batch)
 
 
 # Masks with holes: conversations

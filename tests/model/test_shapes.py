@@ -58,7 +58,8 @@ BROADCAST = {
     "distance_BLM": "B",
     "is_seen_BLM": "B",
     "angle_BLP": "B",
-    "angle_B1LK": "B",
+    "cos_B1LP": "B",
+    "sin_B1LP": "B",
     "cos_B1LK": "B",
     "sin_B1LK": "B",
 }

@@ -8,9 +8,10 @@ import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model, place_parameter
-from minia3.inference.scoring import logprobs
+from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze, vectors
-from minia3.training.memory_plan import MemoryCounter, planned_memory
+from minia3.tasks.batches import Batch
+from minia3.training.memory_plan import MemoryCounter, planned_memory, target_logprobs
 from minia3.training.optimizer import Adafactor
 
 SMALL_T5 = replace(KNOWN_MODELS["t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256)
@@ -65,9 +66,7 @@ def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype):
     tokens_BL = torch.ones(4, 48, dtype=torch.long)
     with counter_of(model, tokens_BL) as counter:
         for _ in range(2):
-            state = model.start(tokens_BL)
-            logprobs(model, state, tokens_BL[:, :8]).sum().backward()
-            del state
+            target_logprobs(model, tokens_BL, tokens_BL[:, :8]).sum().backward()
             optimizer.step()
             model.zero_grad()
     planned = planned_memory(CONFIGS[kind], dtype, 4, 48, is_training=True)
@@ -89,6 +88,22 @@ def test_the_plan_counts_weights_vectors_and_what_a_step_keeps(kind, dtype):
     assert weights < serving < training < longer
     # Linear in the length, except for the attention weights of T5, which dropout needs.
     assert longer - weights < 2.5 * (training - weights)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_planned_log_probabilities_are_those_of_training(kind):
+    model = real_model(CONFIGS[kind], torch.float64)
+    source_BM = torch.arange(4 * 7).view(4, 7)
+    target_BL = torch.arange(4 * 3).view(4, 3)
+    batch = Batch(
+        source_BM,
+        torch.ones_like(source_BM, dtype=torch.bool),
+        target_BL[:, None],
+        torch.ones_like(target_BL[:, None], dtype=torch.bool),
+        torch.zeros(4, dtype=torch.long),
+    )
+    expected = choice_logprobs(model, batch)[:, 0]
+    assert torch.equal(target_logprobs(model, source_BM, target_BL), expected)
 
 
 def test_a_model_of_any_size_is_planned_on_any_machine():
