@@ -30,7 +30,7 @@ from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias, check_mask
-from minia3.model.shard import is_sharded
+from minia3.model.shard import compare, is_sharded
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate, join
 from minia3.tasks.examples import encode_example
@@ -181,10 +181,14 @@ def reads_texts_in_one_pass(model, batch):
     """Return whether sources and targets are read together.
 
     A LLaMA does so if there is one target per source, because it would have no other use for the
-    keys and values of the source. A divided model makes as many passes for all batches.
+    keys and values of the source. Processes that hold a model together do the same (see shard.py).
     """
-    has_one_choice = batch.target_BCL.shape[1] == 1
-    return has_one_choice and isinstance(model, Llama) and not is_sharded(model)
+    if not isinstance(model, Llama):
+        return False
+    n_choices = batch.target_BCL.shape[1]
+    if is_sharded(model):
+        n_choices = max(compare(model.shards, model.n_passes, n_choices))
+    return n_choices == 1
 
 
 def text_logprobs(model, batch, adapter):

@@ -156,18 +156,22 @@ def reset_passes(model):
     Raise RuntimeError if the processes have made different numbers of passes.
     """
     n_passes = model.n_passes
-    compare(model.shards, -n_passes)  # negative, so that it never equals the number of a next pass
+    compare(model.shards, -n_passes)  # negative, so that it never equals that before a next pass
     model.n_passes = 0
     return n_passes
 
 
-def compare(shards, number):
-    """Raise RuntimeError if another process of `shards` compares another number."""
-    group = shards.mesh.get_group()
-    numbers = [torch.zeros(1, dtype=torch.long) for _ in range(shards.mesh.size())]
-    torch.distributed.all_gather(numbers, torch.tensor([number]), group=group)
-    found = [int(other) for other in numbers]
-    if len(set(found)) > 1:
+def compare(shards, n_passes, number=0):
+    """Return the number that each process of `shards` gives: 0 before a pass, or a positive one.
+
+    Raise RuntimeError if they have made different numbers of passes, or if only some give 0.
+    """
+    here = torch.tensor([n_passes, number])
+    found = [torch.zeros_like(here) for _ in range(shards.mesh.size())]
+    torch.distributed.all_gather(found, here, group=shards.mesh.get_group())
+    passes, numbers = torch.stack(found).T.tolist()
+    if len(set(passes)) > 1 or 0 < numbers.count(0) < len(numbers):
         raise RuntimeError(
-            f"the processes that hold a model together are not in step: their passes are {found}"
+            f"the processes that hold a model together are not in step: their passes are {passes}"
         )
+    return numbers

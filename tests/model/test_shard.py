@@ -133,6 +133,38 @@ def test_a_process_alone_keeps_its_rows_on_the_cpu(peer):
     check(on_ranks(1, outcomes, folders, [(None, False, True)]))
 
 
+# One choice, or several
+
+
+def batch_with_choices(n_choices):
+    """Return a batch whose examples have only the first `n_choices` of three choices."""
+    batch = batch_of(LENGTHS, 3)
+    return batch._replace(
+        target_BCL=batch.target_BCL[:, :n_choices],
+        target_mask_BCL=batch.target_mask_BCL[:, :n_choices],
+    )
+
+
+def scores_of_choices(folder, numbers):
+    """Return this process's log-probabilities of its number of choices, and the passes made."""
+    model = load(folder, my_shards())
+    logp_BCL = choice_logprobs(model, batch_with_choices(numbers[rank()]))
+    logp_BCL.sum().backward()  # which gathers the weights again
+    return logp_BCL.detach(), reset_passes(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("numbers", "n_passes"), [((1, 1), 1), ((1, 3), 2)])
+def test_a_llama_makes_one_pass_if_no_process_has_several_choices(numbers, n_passes, peer):
+    folder = peer("llama-gqa").folder
+    results = on_ranks(2, scores_of_choices, folder, numbers)
+    whole = load(folder)
+    for n_choices, (logp_BCL, n) in zip(numbers, results, strict=True):
+        assert n == n_passes
+        expected = choice_logprobs(whole, batch_with_choices(n_choices))
+        assert off([logp_BCL], [expected.detach()]) < 1e-12
+
+
 # Processes that disagree
 
 
