@@ -54,7 +54,7 @@ def read_adapter(name_or_path):
 
     vectors = {}
     problems = []
-    for peft_name, entry in read_tensors(path).items():
+    for peft_name, entry in read_tensors(path, as_a_whole=True).items():
         name = rename(peft_name, READ)
         problem = find_mismatch(peft_name, entry, name, vectors)
         if problem is None:

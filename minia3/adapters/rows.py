@@ -43,12 +43,17 @@ def load_adapter(model, folder_or_file, adapter=0):
     model stays as it was. Warn if the adapter names another base model.
     """
     adapter_file = read_adapter(folder_or_file)
-    fill_row(model, adapter, fitting_vectors(model, adapter_file, folder_or_file))
-
-
-def fill_row(model, adapter, new_vectors):
-    """Set row `adapter` to `new_vectors` (name -> (D,)). The row's other vectors become ones."""
     row = row_of(model, adapter)
+    new_vectors = fitting_vectors(model, adapter_file, folder_or_file, row)
+    fill_row(model, adapter, new_vectors, row)
+
+
+def fill_row(model, adapter, new_vectors, row=None):
+    """Set row `adapter` to `new_vectors` (name -> (D,)). The row's other vectors become ones.
+
+    row: `row_of(model, adapter)`, if it is known. To find it, all modules are looked at.
+    """
+    row = row or row_of(model, adapter)
     if new_vectors.keys() - row:
         add_vectors(model, new_vectors)
         row = row_of(model, adapter)
@@ -56,13 +61,17 @@ def fill_row(model, adapter, new_vectors):
         l_D[:] = new_vectors.get(name, 1.0)
 
 
-def fitting_vectors(model, adapter_file, origin):
+def fitting_vectors(model, adapter_file, origin, row=None):
     """Return the vectors of an AdapterFile that came from `origin`.
+
+    row: a row of the model (`row_of`), if one is known. To find the vectors, all modules are looked
+    at.
 
     Raise ValueError if the model has no place for one of them, or one of another width. Warn if
     they were trained on another base.
     """
-    widths = {name: vector.shape[1] for name, vector in vectors(model).items()}
+    places = row or vectors(model)
+    widths = {name: place.shape[-1] for name, place in places.items()}
     if adapter_file.vectors.keys() - widths:
         widths.update(possible_vectors(model))
     misfits = []

@@ -318,15 +318,26 @@ def check_start(source_BM, mask_BM, adapter, model):
         raise ValueError(f"{expected}, found {tuple(source_BM.shape)}")
     if mask_BM is not None:
         check_mask(mask_BM, tuple(source_BM.shape))
+    numbers = adapter_numbers(adapter, len(source_BM))
+    rows = [find_row(number, model) for number in numbers]
+    return to_device(torch.tensor(rows), source_BM.device)
+
+
+def adapter_numbers(adapter, n_examples):
+    """Return the argument `adapter` of `start` as a list: one number, or one for each example.
+
+    Raise ValueError if it is anything but None, an int or (n_examples,) long.
+    """
     if adapter is None:
-        adapter = 0
+        return [0]
+    if type(adapter) is int:
+        return [adapter]  # without a tensor, which would take most of the time of `check_start`
     numbers = torch.as_tensor(adapter)
     is_integer = numbers.dtype in (torch.int64, torch.int32)
-    if not is_integer or numbers.shape not in ((), source_BM.shape[:1]):
-        expected = f"adapter must be None, an int or {tuple(source_BM.shape[:1])} long"
+    if not is_integer or numbers.shape not in ((), (n_examples,)):
+        expected = f"adapter must be None, an int or {(n_examples,)} long"
         raise ValueError(f"{expected}, found {adapter!r}")
-    rows = [find_row(number, model) for number in numbers.flatten().tolist()]
-    return to_device(torch.tensor(rows), source_BM.device)
+    return numbers.flatten().tolist()
 
 
 def distinct_numbers(adapter):

@@ -35,6 +35,29 @@ def test_a_row_of_a_model_is_a_view_that_needs_no_gradient(loaded):
         ) == (1.0, 2.0)
 
 
+def test_loading_walks_once_through_the_modules_and_reads_the_file_as_a_whole(
+    loaded, tmp_path, monkeypatch
+):
+    """To walk, and to read tensor by tensor, took most of the time."""
+    model = loaded("t5-v1.0", seed=3)
+    expected = {name: vector.detach().clone() for name, vector in minia3.vectors(model).items()}
+    save_adapter(model, tmp_path)
+    walk = type(model).named_modules
+    walks = []
+
+    def count(module, *arguments):
+        walks.append(module)
+        return walk(module, *arguments)
+
+    again = loaded("t5-v1.0")
+    monkeypatch.setattr(type(model), "named_modules", count)
+    monkeypatch.setattr("minia3.files.tensors.safe_open", None)
+    load_adapter(again, tmp_path)
+    assert walks == [again]
+    for name, vector in minia3.vectors(again).items():
+        assert torch.equal(vector, expected[name])
+
+
 @pytest.mark.parametrize("adapter", [-1, 2])
 def test_a_row_that_is_not_there_is_refused(loaded, tmp_path, adapter):
     model = loaded("t5-v1.0", n_adapters=2)

@@ -1,7 +1,10 @@
 """A program prepares for Ctrl-C within imports and for UTF-8 before it imports anything slow."""
 
+import atexit
+import gc
 import os
 import signal
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ def _handler():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+    atexit.unregister(gc.freeze)
 
 
 def test_an_import_in_progress_is_seen(tmp_path, monkeypatch):
@@ -48,6 +52,22 @@ def test_ctrl_c_within_an_import_ends_the_process_with_one_line(monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.code == 130
     assert written == [(2, b"program: stopped\n")]
+
+
+def test_python_passes_over_all_objects_when_the_program_ends():
+    """What was registered first is called last, and finds the objects frozen."""
+    code = """
+import atexit, gc
+from minia3.files.program import begin
+atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count() > 1000))
+begin("program")
+print(gc.get_freeze_count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    n_before, n_objects, is_frozen = done.stdout.split()
+    assert n_before == "0"
+    assert int(n_objects) < 100
+    assert is_frozen == "True"
 
 
 @pytest.mark.parametrize(

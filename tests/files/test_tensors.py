@@ -4,13 +4,18 @@ and a file that holds anything else is refused.
 tests/hostile/ damages such files.
 """
 
+import json
+import os
 import pickle
+import struct
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
-from minia3.files.tensors import DTYPES, FLOATS, Entry, read_tensors
+from minia3.files.tensors import DTYPES, FLOATS, SMALL, Entry, is_small, read_tensors
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -37,11 +42,12 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("as_a_whole", [False, True])
 @pytest.mark.parametrize("kind", WRITERS)
-def test_each_kind_of_file_returns_the_tensors_that_were_saved(tmp_path, kind):
-    save, name = WRITERS[kind]
-    save(TENSORS, tmp_path / name)
-    entries = read_tensors(tmp_path / name)
+def test_each_kind_of_file_returns_the_tensors_that_were_saved(tmp_path, kind, as_a_whole):
+    write, name = WRITERS[kind]
+    write(TENSORS, tmp_path / name)
+    entries = read_tensors(tmp_path / name, as_a_whole)
     assert entries.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         entry = entries[name]
@@ -60,13 +66,57 @@ def test_tensors_that_shared_memory_still_share_it(tmp_path):
     assert entries["both"].read().untyped_storage().data_ptr() == shared
 
 
+def test_both_ways_to_read_a_safetensors_file_have_the_same_order(tmp_path):
+    """Otherwise, a message about the first of several problems would name another one each time."""
+    tensors = {f"{n % 7}.{n}": torch.ones(2) for n in range(40)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    for as_a_whole in (False, True):
+        assert list(read_tensors(tmp_path / "a.safetensors", as_a_whole)) == sorted(tensors)
+
+
+def test_a_small_file_that_is_read_as_a_whole_may_change_afterwards(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    entry = read_tensors(path, as_a_whole=True)["a"]
+    path.write_bytes(save({"a": torch.zeros(3)}))
+    assert entry.read().tolist() == [1, 1, 1]
+
+
+def write_zeros(path, n_numbers):
+    """Write a .safetensors file of zeros, which are a hole in the file and take no room on disk."""
+    tensor = {"dtype": "F32", "shape": [n_numbers], "data_offsets": [0, 4 * n_numbers]}
+    header = json.dumps({"a": tensor}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + 4 * n_numbers)
+
+
+@pytest.mark.parametrize(("n_numbers", "is_read"), [(SMALL // 4 - 100, True), (SMALL // 4, False)])
+def test_only_a_small_file_is_read_as_a_whole(tmp_path, n_numbers, is_read):
+    path = tmp_path / "a.safetensors"
+    write_zeros(path, n_numbers)
+    tracemalloc.start()
+    entries = read_tensors(path, as_a_whole=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (peak >= path.stat().st_size) == is_read
+    assert peak < 3 * SMALL
+    assert entries["a"].shape == (n_numbers,)
+    assert entries["a"].read().count_nonzero() == 0
+
+
+def test_a_device_is_never_read_as_a_whole():
+    """It says that it has no bytes, and some devices never end."""
+    assert not is_small(Path(os.devnull))
+
+
 def test_only_floats_have_the_dtypes_of_weights(tmp_path):
     """A caller that needs a float refuses every dtype that is not in FLOATS."""
     integers = {"n": torch.arange(3), "flags": torch.tensor([True])}
     save_file(integers, tmp_path / "a.safetensors")
     torch.save(integers, tmp_path / "a.bin")
-    entries = read_tensors(tmp_path / "a.safetensors")
-    assert (entries["n"].dtype, entries["flags"].dtype) == ("I64", "BOOL")
+    for as_a_whole in (False, True):
+        entries = read_tensors(tmp_path / "a.safetensors", as_a_whole)
+        assert (entries["n"].dtype, entries["flags"].dtype) == ("I64", "BOOL")
     for entry in (*entries.values(), *read_tensors(tmp_path / "a.bin").values()):
         assert entry.dtype not in FLOATS
     assert set(DTYPES.values()) == set(FLOATS)
@@ -94,23 +144,27 @@ def test_a_bin_that_is_not_a_dict_of_plain_tensors_is_refused(tmp_path, value, f
         read_tensors(path)
 
 
-def test_a_tensor_name_of_two_lines_is_refused_in_safetensors(tmp_path):
+@pytest.mark.parametrize("as_a_whole", [False, True])
+def test_a_tensor_name_of_two_lines_is_refused_in_safetensors(tmp_path, as_a_whole):
     save_file({"a\nb": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"^[^\n]*a\.safetensors: [^\n]*the name 'a\\nb'$"):
-        read_tensors(tmp_path / "a.safetensors")
+        read_tensors(tmp_path / "a.safetensors", as_a_whole)
 
 
+@pytest.mark.parametrize("as_a_whole", [False, True])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_with_the_suffix_of_another_kind_is_refused(tmp_path):
+def test_a_file_with_the_suffix_of_another_kind_is_refused(tmp_path, as_a_whole):
     save_file(TENSORS, tmp_path / "a.bin")
     torch.save(TENSORS, tmp_path / "a.safetensors")
     (tmp_path / "b.bin").write_bytes(pickle.dumps({"a": object()}))
+    (tmp_path / "empty.safetensors").touch()
     for name, reason in [
         ("a.bin", "damaged, or more than tensors: "),
         ("b.bin", "damaged, or more than tensors: UnpicklingError: "),
         ("a.safetensors", "damaged or cut short: SafetensorError: "),
+        ("empty.safetensors", "the file is empty"),
         ("c.bin", "not found"),
         ("c.safetensors", "not found"),
     ]:
         with pytest.raises(ValueError, match=rf"^{tmp_path / name}: {reason}[^\n]*$"):
-            read_tensors(tmp_path / name)
+            read_tensors(tmp_path / name, as_a_whole)

@@ -100,8 +100,20 @@ def make_safetensors(folder):
 
 def read_safetensors(folder):
     path = folder / "model.safetensors"
-    entries = read_tensors(path)
-    honest = honest_safetensors(path.read_bytes())
+    refusals = []
+    for as_a_whole in (False, True):
+        try:
+            entries = read_tensors(path, as_a_whole)
+        except ValueError as error:
+            refusals.append(error)
+        else:
+            compare_entries(entries, honest_safetensors(path.read_bytes()))
+    if refusals:
+        assert len(refusals) == 2, f"only one way to read the file refuses it: {refusals[0]}"
+        raise refusals[1]
+
+
+def compare_entries(entries, honest):
     assert entries.keys() == honest.keys()
     for name, entry in entries.items():
         dtype, shape, raw = honest[name]

@@ -16,6 +16,7 @@ from minia3.adapters.rows import load_adapter
 from minia3.adapters.vector_names import PEFT
 from minia3.checkpoints.tensor_names import expand
 from minia3.model.ia3 import IA3
+from minia3.model.sequence_state import check_start
 
 BOTH = ["t5-v1.1", "llama-gqa"]
 
@@ -206,6 +207,15 @@ def test_no_adapter_is_row_0_and_an_int_is_that_row_for_all(models, name):
     assert off(by_row[1], by_row[0]) > 0.01
 
 
+def test_a_single_adapter_is_checked_without_a_tensor(models, monkeypatch):
+    """To switch between adapters is to check this argument, and tensors took most of the time."""
+    model = models[BOTH[0]]
+    source = tokens(2, 5)
+    monkeypatch.setattr(torch, "as_tensor", None)
+    assert check_start(source, None, None, model).tolist() == [0]
+    assert check_start(source, None, 2, model).tolist() == [2]
+
+
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize(
     ("adapter", "message"),
@@ -219,6 +229,8 @@ def test_no_adapter_is_row_0_and_an_int_is_that_row_for_all(models, name):
         (torch.tensor([0.0, 1.0]), r"\(2,\) long"),
         (torch.tensor([True, False]), r"\(2,\) long"),
         (1.5, r"\(2,\) long"),
+        (True, r"\(2,\) long"),
+        (2**70, "was removed"),  # more than a tensor of integers can hold
     ],
 )
 def test_an_adapter_that_does_not_exist_or_has_another_shape_is_refused(
