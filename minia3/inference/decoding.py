@@ -23,6 +23,7 @@ from minia3.files.processes import combine, from_first, share_of_copy
 from minia3.inference.beam_search import beam_search
 from minia3.inference.scoring import NotFiniteError, batches_by_length
 from minia3.model.shard import is_sharded
+from minia3.model.single_row import fast_products
 from minia3.model.static_state import StaticState
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
@@ -320,7 +321,8 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
             state = state.select(kept_R)
             tokens_B1 = tokens_B1[to_device(kept_R, tokens_B1.device)]
 
-        logits_BV = model.step(tokens_B1, state)[:, -1].float()
+        with fast_products(len(rows), model.embed.weight):
+            logits_BV = model.step(tokens_B1, state)[:, -1].float()
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
         for row, token in zip(rows, read_tokens(tokens_B1, logits_BV, rows), strict=True):
             if token in model.config.eos_ids:

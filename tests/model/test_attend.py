@@ -34,13 +34,13 @@ def pytorch_is_forbidden(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
 
 
-def make_inputs(n_heads, n_kv_heads, bias_kind, dtype):
-    """Return one query for each of 5 rows, and 31 columns of a longer cache."""
+def make_inputs(n_heads, n_kv_heads, bias_kind, dtype, n_rows=5):
+    """Return one query for each of the rows, and 31 columns of a longer cache."""
     torch.manual_seed(0)
-    q_BHLK = torch.randn(5, n_heads, 1, 16).to(dtype)
-    k_BGMK = torch.randn(5, n_kv_heads, 40, 16).to(dtype)[:, :, :31]
-    v_BGMK = torch.randn(5, n_kv_heads, 40, 16).to(dtype)[:, :, :31]
-    is_seen_B11M = torch.rand(5, 1, 1, 31) < 0.7
+    q_BHLK = torch.randn(n_rows, n_heads, 1, 16).to(dtype)
+    k_BGMK = torch.randn(n_rows, n_kv_heads, 40, 16).to(dtype)[:, :, :31]
+    v_BGMK = torch.randn(n_rows, n_kv_heads, 40, 16).to(dtype)[:, :, :31]
+    is_seen_B11M = torch.rand(n_rows, 1, 1, 31) < 0.7
     biases = {
         None: None,
         "per head": torch.randn(1, n_heads, 1, 31).to(dtype),
@@ -50,11 +50,12 @@ def make_inputs(n_heads, n_kv_heads, bias_kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_rows", [5, 1])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "bias_kind"), HEADS_AND_BIASES)
 def test_one_query_is_as_close_to_float64_as_with_pytorch(
-    n_heads, n_kv_heads, bias_kind, dtype, request
+    n_heads, n_kv_heads, bias_kind, n_rows, dtype, request
 ):
-    inputs = make_inputs(n_heads, n_kv_heads, bias_kind, dtype)
+    inputs = make_inputs(n_heads, n_kv_heads, bias_kind, dtype, n_rows)
     options = {"scale": 0.7, "enable_gqa": n_heads != n_kv_heads}
     wide_inputs = [x if x is None else x.double() for x in inputs]
     exact = F.scaled_dot_product_attention(*wide_inputs, **options)
