@@ -4,8 +4,11 @@ Nothing here depends on how long something takes, or on how much memory an alloc
 """
 
 import functools
+import gc
+import importlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 import running
 import torch
+from forks import fork_python
 from torch_version import counted_with_this_torch
 
 import minia3
@@ -42,7 +46,23 @@ from tests.benchmarks.pairs import Pair, config_of
 STARTS_PROCESSES = ("start", "peak")
 COMPILES = ("flags",)  # for half a minute
 ROOT = Path(__file__).resolve().parents[1]
+# Those that are built in no time
+SHALLOW_MODELS = {
+    name: known for name, known in KNOWN_MODELS.items() if known.config.n_layers <= 12
+}
 STUDIES = sorted((ROOT / "tests" / "benchmarks" / "studies").rglob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def quick_collections():
+    """Leave what is imported out of garbage collections.
+
+    Each row of a table makes one, which takes a third of a second beside all of transformers.
+    """
+    importlib.import_module("peft")
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def run_benchmark(folder, *flags):
@@ -54,9 +74,14 @@ def run_benchmark(folder, *flags):
 
 
 @pytest.mark.slow
-def test_every_line_works_on_a_t5(tmp_path, capsys):
-    """In float32, because texts are compared only there."""
-    result = run_benchmark(tmp_path, "--models", "t5-base", "--dtype", "float32")
+def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
+    """In float32, because texts are compared only there.
+
+    Blocks are traced but not compiled, which takes long and is tested in tests/model.
+    """
+    fork_python(monkeypatch)
+    with torch.compiler.set_stance(force_backend="eager"):
+        result = run_benchmark(tmp_path, "--models", "t5-base", "--dtype", "float32")
     rows = {}
     for title, row in result["rows"].items():
         rows[title.removeprefix("t5-base, ")] = row
@@ -216,7 +241,11 @@ def test_what_is_kept_for_backward_counts_once_and_without_the_parameters():
 
 
 @pytest.mark.slow
-def test_every_line_about_many_adapters_works(tmp_path, capsys):
+def test_every_line_about_many_adapters_works(tmp_path, capsys, monkeypatch):
+    """With fewer adapters, but with the eight tasks for which there is a goal."""
+    monkeypatch.setattr(adapters, "N_ADAPTERS", 3)
+    monkeypatch.setattr(adapters, "N_MANY", 4)
+    monkeypatch.setattr(adapters, "N_TASKS", (2, 8))
     file = tmp_path / "adapters.json"
     adapters.main(["--quick", "--dtype", "float32", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
@@ -305,7 +334,8 @@ def test_growth_is_measured_fitted_and_drawn(tmp_path):
     not sys.platform.startswith("linux"), reason="memory is measured and limited as Linux does it"
 )
 @pytest.mark.parametrize("name", ["t5-base", "smollm2-135m"])
-def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name):
+def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name, monkeypatch):
+    fork_python(monkeypatch)
     config = config_of(name, quick=True)
     n_bytes = memory.measured(config, torch.float32, 2, 16, True, limit=10**10)
     assert 0 < n_bytes < 10**10
@@ -319,6 +349,7 @@ def test_a_process_is_measured_and_too_little_memory_is_told_from_a_failure(name
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc is that of Linux")
 def test_each_setting_of_malloc_is_measured(capsys, monkeypatch):
+    fork_python(monkeypatch)
     settings = ("as it is", "MALLOC_TRIM_THRESHOLD_=1000000", "malloc_trim(0) after each step")
     chosen = {setting: allocator.SETTINGS[setting] for setting in settings}
     monkeypatch.setattr(allocator, "SETTINGS", chosen)
@@ -334,7 +365,7 @@ def built(config):
     return build_model(config)
 
 
-@pytest.mark.slow  # because it builds each known model
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [10**6, 3 * 10**8, 10**9, 10**12])
 def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, capsys):
     def n_parameters(config):
@@ -345,8 +376,9 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
 
     monkeypatch.setattr(memory, "measured", measured)
     monkeypatch.setattr(memory, "build_model", built)
+    monkeypatch.setattr(memory, "KNOWN_MODELS", SHALLOW_MODELS)
     memory.main(["--largest", str(room / 1e9)])
-    counts = {name: n_parameters(known.config) for name, known in KNOWN_MODELS.items()}
+    counts = {name: n_parameters(known.config) for name, known in SHALLOW_MODELS.items()}
     largest = max((n for n in counts.values() if n < room), default=None)
     found = capsys.readouterr().out.split()[-1]
     assert counts.get(found) == largest
@@ -380,6 +412,7 @@ def test_the_study_of_the_paper_has_its_tasks_and_t_fews_shots():
 
 @pytest.mark.slow
 def test_the_tasks_of_the_embedded_studies_are_where_these_look_for_them(tmp_path, monkeypatch):
+    fork_python(monkeypatch)
     monkeypatch.chdir(tmp_path)
     study_inputs.main(["embedded"])
     colour, place, xor = (
@@ -413,18 +446,33 @@ def test_the_memory_of_rows_is_measured_in_every_format(capsys):
     assert [line.split()[0] for line in table[1:]] == list(rows.FORMATS)
 
 
+def keep_rows(path, n_rows):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.chmod(0o644)
+    path.write_text("".join(lines[:n_rows]), encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     "MINIA3_TEST_DATA" not in os.environ,
     reason="MINIA3_TEST_DATA is not set: no tokenizer, no data",
 )
 def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp_path, monkeypatch):
-    """On CB, whose file is there, and on StoryCloze, which has only T-Few's published splits."""
+    """On CB, whose file is there, and on StoryCloze, which has only T-Few's published splits.
+
+    Few of the rows are left, because evaluating on all of them would take most of the time.
+    """
     monkeypatch.chdir(tmp_path)
     shared = Path(os.environ["MINIA3_TEST_DATA"])
+    for name in ("cb", "few_shot/cb", "few_shot/storycloze"):
+        shutil.copytree(shared / "data" / name, tmp_path / "data" / name)
+    keep_rows(tmp_path / "data" / "cb" / "val.jsonl", 8)
+    for seed in (32, 42, 1024):  # not those of the runs, which train on all their rows
+        split = tmp_path / "data" / "few_shot" / "storycloze" / "70_shot" / f"{seed}_seed.jsonl"
+        keep_rows(split, 2)
     study_inputs.main(["tiny-t0", "--tokenizer", str(shared / "tokenizers" / "t5-base")])
     words = ["study", str(ROOT / "tests/benchmarks/studies/t0-3b.toml"), "--run"]
-    words += ["--out", "runs/dry", "--model", "runs/tiny-t0", "--data-dir", str(shared / "data")]
+    words += ["--out", "runs/dry", "--model", "runs/tiny-t0", "--data-dir", "data"]
     words += ["--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1"]
     splits = {
         "ia3-storycloze": "T-Few's other splits",

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from forks import fork_python
 from safetensors.torch import save_file
 
 import minia3
@@ -23,7 +24,8 @@ from tests.benchmarks.measure import count_flops
 
 @pytest.mark.slow  # because it starts a dozen processes
 @pytest.mark.parametrize("model", MODELS)
-def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys):
+def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys, monkeypatch):
+    fork_python(monkeypatch)
     path = tmp_path / "result.json"
     flags = ["--quick", "--threads", "1", "--models", model]
     main([*flags, "--folder", str(tmp_path), "--json", str(path)])
@@ -39,8 +41,9 @@ def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_peer_that_pads_less_and_reads_less_has_the_same_results(tmp_path, capsys):
+def test_a_peer_that_pads_less_and_reads_less_has_the_same_results(tmp_path, capsys, monkeypatch):
     """The batches of training differ, so adapters are not compared, but accuracies are."""
+    fork_python(monkeypatch)
     flags = ["--quick", "--threads", "1", "--models", "t5-base", "--jobs", "a,c"]
     main([*flags, "--folder", str(tmp_path), "--group-by-length", "--encode-once"])
     assert "| 24 of 24 labels;" in capsys.readouterr().out

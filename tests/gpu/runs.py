@@ -8,6 +8,8 @@ import time
 
 from tests.gpu.place import ROOT, run_python
 
+N_ROWS = 64  # of each split
+
 # The embedded model within a limit of memory: the card's, or this process's. A short run comes
 # first, so that nothing is imported or prepared within the limit, and a large tensor is what does
 # not fit. If a small allocation in a C library failed, the process could end without a word.
@@ -19,7 +21,7 @@ import train
 from minia3.training.step_memory import limited_memory
 device, n_bytes, folder, *flags = sys.argv[1:]
 common = ["--device", device, "--dtype", "float32", "--steps", "1"]
-assert train.main([*common, "--out", folder + "-first"]) == 0
+assert train.main([*common, "--out", folder + "-first", *flags[:2]]) == 0
 if device == "cpu":
     limit = limited_memory(int(n_bytes))
 else:
@@ -33,10 +35,21 @@ sys.exit(code)
 """
 
 
+def few_rows(folder):
+    """Return a task with few rows of the embedded one, because no check is about evaluation."""
+    task = folder / "few-rows"
+    task.mkdir()
+    for split in ("train", "validation", "test"):
+        lines = (ROOT / "data" / "same-colour" / f"{split}.jsonl").read_text().splitlines(True)
+        (task / f"{split}.jsonl").write_text("".join(lines[:N_ROWS]))
+    return task
+
+
 def deterministic(place, folder):
     """With --deterministic, a run that is killed and resumed has the bits of one that is not."""
     n_steps = 20 if place.is_dry else 200
-    flags = ["--device", place.device, "--deterministic", "--dropout", 0.1, "--steps", n_steps]
+    flags = ["--task", few_rows(folder), "--device", place.device, "--steps", n_steps]
+    flags += ["--deterministic", "--dropout", 0.1]
     flags += ["--save-every", 5, "--dtype", "float32" if place.is_dry else "bfloat16"]
     whole = folder / "whole"
     done = run_python("train.py", *flags, "--out", whole)
@@ -59,11 +72,12 @@ def deterministic(place, folder):
 
 def out_of_memory(place, folder):
     """A run that needs more memory than there is ends in one line, whose advice helps."""
-    n_bytes = 10**8 if place.is_dry else 2 * 10**9
-    n_rows = 8192 if place.is_dry else 100_000  # whose embeddings take half of the limit, or more
+    n_bytes = 5 * 10**7 if place.is_dry else 2 * 10**9
+    n_rows = 4096 if place.is_dry else 100_000  # whose embeddings take half of the limit, or more
+    flags = ["--task", few_rows(folder), "--batch-size", n_rows]
 
     def run(name, *more):
-        words = ["-c", LIMITED, place.device, n_bytes, folder / name, "--batch-size", n_rows, *more]
+        words = ["-c", LIMITED, place.device, n_bytes, folder / name, *flags, *more]
         return run_python(*words, timeout=300)
 
     failed = run("too large")
@@ -79,7 +93,8 @@ def out_of_memory(place, folder):
 
 def all_cards(place, folder):
     """All devices of this machine together (NCCL on CUDA) train what one of them trains."""
-    flags = ["--steps", 6, "--dtype", "float32", "--dropout", 0, "--batch-size", 8]
+    flags = ["--task", few_rows(folder), "--steps", 6, "--dtype", "float32"]
+    flags += ["--dropout", 0, "--batch-size", 8]
     one = folder / "one"
     expect_success(run_python("train.py", *flags, "--device", place.device, "--out", one))
     several = folder / "several"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from forks import fork_python
 
 from minia3.training.device import available_devices, choose_device
 from tests.gpu.__main__ import CHECKS, main, run_check
@@ -20,7 +21,8 @@ def test_on_the_first_gpu(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_dry_run_of_each_check_passes(name, tmp_path, capsys):
+def test_a_dry_run_of_each_check_passes(name, tmp_path, capsys, monkeypatch):
+    fork_python(monkeypatch)
     file = tmp_path / "dry.json"
     assert main(["--device", "cpu", "--only", name, "--json", str(file)]) == 0
     written = json.loads(file.read_text())

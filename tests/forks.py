@@ -1,0 +1,167 @@
+"""`python ...` as a fork of a process that has imported torch and, for the peers, PEFT and others.
+
+Imports are most of what a short program computes: two seconds for torch, three more for the peers.
+A fork is a process with the words, the folder and the environment of the program, and it ends as
+the program would end. But variables that are read when Python starts or a module is imported, such
+as OMP_NUM_THREADS, MALLOC_ARENA_MAX and HF_HOME, have no effect on it.
+"""
+
+import atexit
+import functools
+import importlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from running import ROOT, home, processes
+from tqdm import tqdm
+
+PEERS = (
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.t5.modeling_t5",
+    "transformers.trainer_seq2seq",
+    "datasets",
+)
+Popen = subprocess.Popen
+
+
+def fork_python(monkeypatch):
+    """Let `subprocess` start forks for commands that start this Python."""
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+def start(command, **options):
+    """Return a Fork if a command starts this Python, and else what `subprocess` returns."""
+    if command[0] == sys.executable:
+        return Fork(command, **options)
+    return Popen(command, **options)
+
+
+class Fork:
+    """What `subprocess.run`, and the tests, use of a subprocess.Popen. Output is text."""
+
+    def __init__(self, command, cwd=None, env=None, stdout=None, stderr=None, text=True):
+        self.args = command
+        self.returncode = None
+        self.streams = (stdout, stderr)
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        environment = dict(os.environ if env is None else env)
+        self.pid = ask("start", command[1:], str(cwd or os.getcwd()), environment, self.files)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, timeout=60):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+    def communicate(self, _=None, timeout=None):
+        self.wait(timeout or 60)
+        printed = []
+        for stream, file in zip(self.streams, self.files, strict=True):
+            printed.append(file.read_text() if stream == subprocess.PIPE else None)
+        return printed
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+        self.folder.cleanup()
+
+
+# The server
+
+
+def ask(*request):
+    pipe = server()
+    pipe.send(request)
+    return pipe.recv()
+
+
+@functools.cache
+def server():
+    """Return a pipe to the process whose forks are the programs."""
+    pipe, its_end = multiprocessing.Pipe()
+    environment = {"HF_HOME": home().name, "HF_HUB_OFFLINE": "1"}
+    process = processes().Process(target=serve, args=(its_end, environment))
+    process.start()
+    its_end.close()
+    atexit.register(pipe.send, ("end",))
+    return pipe
+
+
+def serve(pipe, environment):
+    """Start forks and poll them, until this process is told to end or nobody can ask any more."""
+    os.environ.update(environment)
+    sys.modules["bitsandbytes"] = None  # PEFT would import it, which takes a second
+    for name in PEERS:
+        importlib.import_module(name)
+    fork = multiprocessing.get_context("fork")
+    forks = {}
+    while True:
+        try:
+            word, *arguments = pipe.recv()
+        except EOFError:
+            return
+        if word == "end":
+            return
+        if word == "start":
+            process = fork.Process(target=run_program, args=arguments)
+            process.start()
+            forks[process.pid] = process
+            pipe.send(process.pid)
+        else:
+            (pid,) = arguments
+            pipe.send(forks[pid].exitcode)
+
+
+def run_program(words, folder, environment, output):
+    """Do what `python WORDS` does."""
+    for stream, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    # tqdm's lock is shared by processes, and a process that is killed may never release it.
+    tqdm.set_lock(threading.RLock())
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    # Without what this server sees, and with what the program would see.
+    seen_here = (str(ROOT), str(ROOT / "tests"))
+    path = [place for place in sys.path if place not in seen_here]
+    sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *path]
+    first = words[0]
+    if first == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.path.insert(0, folder)
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(first).resolve().parent))
+        sys.argv = words
+        runpy.run_path(first, run_name="__main__")
