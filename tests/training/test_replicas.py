@@ -17,6 +17,7 @@ TOLERANCE = 1e-9  # of float64, after some steps
 
 NAMES = ("t5", "llama")  # of running.model
 
+TARGETS = {"task": running.task((0,)), "max_new_tokens": 6}
 # Runs whose numbers are compared: what is special about each, and its flags.
 CASES = {
     "one adapter": {},
@@ -25,13 +26,13 @@ CASES = {
     "fewer rows than processes": {"batch_size": 1},
     "unlikelihood": {"losses": "ul", "batch_size": 3},
     "length-normalized": {"losses": "ln"},
-    "targets": {"task": running.task((0,))},
+    "targets": TARGETS,
     "several numbers of choices": {"task": running.task((2, 4, 3))},
     "lora": {"method": "lora", "lr": 1e-2, "batch_size": 3},
     "full": {"method": "full", "lr": 1e-3, "batch_size": 3},
     "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3},
     "evaluated in small batches": {"eval_batch_size": 5, "steps": 1},
-    "generated texts": {"task": running.task((0,)), "metric": "exact_match", "steps": 1},
+    "generated texts": {**TARGETS, "metric": "exact_match", "steps": 1},
     "a cell that fails": {"lr": "3e-3,1e31", "steps": 12},
     "in context": {"method": "icl", "shots": 4},
 }
