@@ -74,14 +74,20 @@ def run_rank(pipe, place, function, arguments):
     leave()
 
 
-def run_on_ranks(n_processes, words):
-    """Run train.py in processes that compute together, and return what it prints."""
-    return "".join(on_ranks(n_processes, printed_by_run, words))
+def run_on_ranks(n_processes, *command_lines):
+    """Run train.py in processes that compute together, and return what it prints.
+
+    Several command lines are several runs, one after the other, in the same processes.
+    """
+    return "".join(on_ranks(n_processes, printed_by_runs, command_lines))
 
 
-def printed_by_run(words):
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert run(words) == 0
+def printed_by_runs(command_lines):
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(errors):
+        for words in command_lines:
+            assert run(words) == 0, errors.getvalue()
+    assert errors.getvalue() == ""
     return output.getvalue()
 
 

@@ -238,7 +238,7 @@ def kill_self(number=signal.SIGKILL):
 @functools.cache
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["running"])
+    context.set_forkserver_preload(["running", "several"])
     before = dict(os.environ)
     paths = [str(Path(__file__).parent), str(ROOT)]
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
@@ -266,14 +266,21 @@ def finish(process):
     return process.exitcode
 
 
+def forget_shared_lock():
+    """Let this process write its bars of progress without the lock of all forked processes.
+
+    A process that is killed may never release that lock.
+    """
+    tqdm.set_lock(threading.RLock())
+
+
 def run_in_child(arguments, log, prepare):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    # tqdm's own lock is shared by processes, and a process that is killed may never release it.
-    tqdm.set_lock(threading.RLock())
+    forget_shared_lock()
     context = contextlib.nullcontext() if prepare is None else prepare()
     with context:
         code = train.main(arguments, is_program=True)

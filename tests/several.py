@@ -1,77 +1,162 @@
-"""Runs in several processes, which torchrun starts.
+"""Runs in several processes that torchrun starts.
 
-Starting them takes seconds, so `run_together` does several runs in the same processes.
+Python takes seconds to import torch. So torchrun itself, and the processes that it starts, are
+forked from the server of running.py, which has imported torch already. `call_python` starts all of
+them as a user does.
 """
 
-import json
+import contextlib
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import running
+from running import ROOT, forget_shared_lock
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
+    SubprocessHandler,
+)
+
 TORCHRUN = ("-m", "torch.distributed.run")
 OURS = ("-m", "minia3", "torchrun")  # which ends as the processes do
 SECONDS = 120  # that a run of these tests may take
 
 
-def start(n_processes, *arguments, torchrun=OURS, cwd=ROOT, machines=("--standalone",)):
-    """Start a script, or `-m` a module, in several processes, and return torchrun's process.
+def torchrun_words(n_processes, arguments, torchrun=OURS, machines=("--standalone",)):
+    """Return what follows `python` on the command line that starts several processes.
 
     machines: flags of torchrun that say which machines there are, and which one this is.
     """
-    count = [*map(str, machines), "--nproc-per-node", str(n_processes)]
-    return subprocess.Popen(
-        [sys.executable, *torchrun, *count, *map(str, arguments)],
-        cwd=cwd,
+    count = [*machines, "--nproc-per-node", n_processes]
+    return [str(word) for word in (*torchrun, *count, *arguments)]
+
+
+def call_python(n_processes, *arguments):
+    """Start a script, or `-m` a module, as a user does, and return what `finish` returns."""
+    process = subprocess.run(
+        [sys.executable, *torchrun_words(n_processes, arguments)],
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=SECONDS,
     )
+    return process.returncode, process.stdout, process.stderr
 
 
-def finish(process):
-    """Wait for the end, and return (exit code, what was printed, errors)."""
-    out, err = process.communicate(timeout=SECONDS)
-    return process.returncode, out, err
+# Forked processes
+
+
+class Torchrun:
+    """A process of torchrun, which has begun to start a script, or `-m` a module."""
+
+    def __init__(self, n_processes, *arguments, cwd=ROOT, **options):
+        self.folder = tempfile.TemporaryDirectory()
+        self.out = Path(self.folder.name, "out")
+        self.err = Path(self.folder.name, "err")
+        words = torchrun_words(n_processes, arguments, **options)
+        target = (words, n_processes, cwd, str(self.out), str(self.err))
+        self.process = running.processes().Process(target=be_torchrun, args=target)
+        self.process.start()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, text):
+        """Wait until the run has printed a text."""
+        deadline = time.monotonic() + SECONDS
+        while not (self.out.exists() and text in self.out.read_text()):
+            assert self.process.is_alive(), f"{text!r} was not printed: {self.err.read_text()}"
+            assert time.monotonic() < deadline, f"{text!r} was not printed in time"
+            time.sleep(0.02)
+
+    def pid_of_rank(self, rank):
+        """Return the number that the system gives to the process with this rank (Linux only)."""
+        pid = self.process.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text() == f"rank {rank}\n":
+                return int(child)
+        raise AssertionError(f"there is no process of rank {rank}")
+
+    def finish(self):
+        """Wait for the end, and return (exit code, what was printed, errors)."""
+        self.process.join(SECONDS)
+        assert self.process.exitcode is not None, self.err.read_text()
+        return self.process.exitcode, self.out.read_text(), self.err.read_text()
 
 
 def call(n_processes, *arguments, **options):
-    return finish(start(n_processes, *arguments, **options))
+    return Torchrun(n_processes, *arguments, **options).finish()
 
 
-def wait_for(process, text):
-    """Read what the run prints until a line has the text."""
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f"{text!r} was not printed: {process.stderr.read()}")
+def be_torchrun(words, n_processes, cwd, out, err):
+    """Run torchrun in this process, which has just been forked, and end with its exit code."""
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.chdir(cwd)
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    # The processes are forked before torchrun has threads, because a fork copies only one thread.
+    workers = [Worker() for _ in range(n_processes)]
+
+    def begin_worker(handler, command, environ):
+        python, unbuffered, *words = command
+        assert (python, unbuffered) == (sys.executable, "-u")
+        return workers.pop(0).begin(words, environ)
+
+    SubprocessHandler._popen = begin_worker
+    run_as_python(words)
 
 
-def process_of_rank(process, rank):
-    """Return the number that the system gives to the process with this rank (Linux only)."""
-    pid = process.pid
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-            return int(child)
-    raise AssertionError(f"there is no process of rank {rank}")
+class Worker:
+    """A forked process that waits until torchrun starts it.
+
+    To torchrun it is a subprocess.Popen, so it has those methods that torchrun calls.
+    """
+
+    def __init__(self):
+        context = multiprocessing.get_context("fork")
+        receiver, self.sender = context.Pipe(duplex=False)
+        self.process = context.Process(target=be_worker, args=(receiver,), daemon=True)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def begin(self, words, environ):
+        self.sender.send((words, environ))
+        return self
+
+    def poll(self):
+        return self.process.exitcode
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout)
 
 
-def run_together(n_processes, command_lines, folder):
-    """Run train.py with several command lines, one after the other, in the same processes."""
-    file = folder / f"runs-{n_processes}.json"
-    file.write_text(json.dumps([[str(word) for word in words] for words in command_lines]))
-    code, out, err = call(n_processes, __file__, file)
-    assert (code, err) == (0, ""), err
-    return out
+def be_worker(receiver):
+    """Wait for a command line and its environment, and run it as Python would."""
+    os.setsid()  # as torchrun does, which sends signals to the group of a process
+    words, environ = receiver.recv()
+    os.environ.clear()
+    os.environ.update(environ)
+    with contextlib.suppress(OSError):  # only Linux has it
+        Path("/proc/self/comm").write_text(f"rank {environ['RANK']}")
+    forget_shared_lock()
+    run_as_python(words)
 
 
-if __name__ == "__main__":  # torchrun has started this file
-    sys.path.insert(0, str(ROOT))
-    import train
-
-    for words in json.loads(Path(sys.argv[1]).read_text()):
-        exit_code = train.main(words)
-        if exit_code:
-            sys.exit(exit_code)
+def run_as_python(words):
+    """Run a script, or `-m` and a module, with its arguments, as `python` does."""
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).absolute().parent))
+    runpy.run_path(words[0], run_name="__main__")

@@ -7,6 +7,7 @@ copies and reads in this file are guards: they may become smaller.
 
 import io
 import json
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import minia3
 from minia3.cli.main import main
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
+from minia3.training.group import Group
 
 pytestmark = pytest.mark.slow
 
@@ -262,7 +264,7 @@ RUNS = {
     "more vectors": {"sites": "k,v,ff,q,o", "adapter": None},
 }
 # Without dropout, because a CPU draws it row by row for a padded batch, and so draws other numbers.
-EVALUATING = {"steps": 4, "dtype": "float64", "dropout": 0.0, "eval_every": 2, "save_every": 2}
+EVALUATING = {"steps": 2, "dtype": "float64", "dropout": 0.0, "eval_every": 1, "save_every": 1}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -278,15 +280,15 @@ def test_a_run_is_equal(kind, name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_on_targets_is_equal(name, tmp_path):
-    flags = {**EVALUATING, "model": model(name), "task": task((0,)), "recompute": None}
+    flags = {**EVALUATING, "model": model(name), "task": task((0,)), "max_new_tokens": 4}
     on_cpu, found, _ = on_both(trained, tmp_path, flags)
     same(found, on_cpu)
 
 
 def resumed(device, out, flags):
-    """Train for four steps, continue for four more, and return what both have left behind."""
+    """Train for two steps, continue for two more, and return what both have left behind."""
     trained(device, out, flags)
-    assert run(["--resume", out / device, "--steps", 8]) == 0
+    assert run(["--resume", out / device, "--steps", 4]) == 0
     return left_behind(out / device)
 
 
@@ -301,7 +303,8 @@ def predicted(device, folder, adapter, rows):
     """Return the answers of `minia3 predict` to the rows of a file."""
     with redirect_stdout(io.StringIO()) as answers:
         argv = ["predict", folder, rows, "--adapter", adapter, "--device", device]
-        assert not main([*map(str, argv), "--dtype", "float64"])
+        argv += ["--dtype", "float64", "--max-new-tokens", "4"]
+        assert not main([*map(str, argv)])
     return answers.getvalue()
 
 
@@ -324,18 +327,25 @@ def test_predictions_are_equal(n_choices, name, tmp_path):
 # What a step of training waits for
 
 
-def count_of_a_step(tmp_path, flags):
-    """Return what a run of 13 steps counts beyond a run of 12: one step.
+def counted_before_steps(out, flags):
+    """Run train.py, and return what was counted when each step began."""
+    counted = []
+    next_batch = Group.next_batch
 
-    Both write three lines about training, the last of which holds the losses after the tenth step.
-    """
-    counts = []
-    for steps in (12, 13):
-        _, found = on_sim(trained, "sim", tmp_path / str(steps), {**flags, "steps": steps})
-        counts.append(found)
-    fewer, more = counts
-    more.subtract(fewer)
-    return +more
+    def next_batch_of_step(group):
+        counted.append(Counter(COUNTS))
+        return next_batch(group)
+
+    Group.next_batch = next_batch_of_step
+    trained("sim", out, flags)
+    return counted
+
+
+def count_of_a_step(tmp_path, flags):
+    """Return what the third of four steps counts. Only the first and the last write a line."""
+    counted, _ = on_sim(counted_before_steps, tmp_path, {**flags, "steps": 4})
+    assert [line["step"] for line in events(tmp_path / "sim", "train")] == [1, 4]
+    return counted[3] - counted[2]
 
 
 @pytest.mark.parametrize(
@@ -368,9 +378,9 @@ def test_a_step_waits_for_nothing_and_reads_nothing(name, flags, n_copies, tmp_p
 
 @pytest.mark.parametrize("seed", ["0", "0,1,2"])
 def test_the_losses_of_all_steps_and_adapters_are_read_at_once_when_a_line_is_due(seed, tmp_path):
-    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 25, "seed": seed}
+    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 12, "seed": seed}
     _, counts = on_sim(trained, "sim", tmp_path, flags)
-    assert counts[READ, "log.py"] == len(events(tmp_path / "sim", "train")) == 4
+    assert counts[READ, "log.py"] == len(events(tmp_path / "sim", "train")) == 3
 
 
 def test_the_line_about_the_device_names_it(tmp_path):

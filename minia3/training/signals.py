@@ -46,7 +46,8 @@ class Stopped(BaseException):
 class Signals:
     """Raises Stopped when a signal asks for it, as the table above says.
 
-    Use it as a context manager: at its end, the signals do again what they did before.
+    Use it as a context manager: at its end, the signals do again what they did before. But in a
+    program that is one of several processes, they do nothing from there on.
     """
 
     def __init__(self, is_program=False):
@@ -80,6 +81,11 @@ class Signals:
         if self.wakeup is not None:
             signal.set_wakeup_fd(self.wakeup_before)
             self.wakeup.close()  # which ends the second thread
+        if self.is_program and n_processes() > 1:
+            # torchrun tells this process to end as soon as another one has ended, but first it must
+            # say why the run ends. After that, `leave` (processes.py) ignores signals itself.
+            self.is_leaving = True
+            return
         for number, handler in self.handlers_before.items():
             # None: a handler that was not installed from Python, and cannot be put back from it
             signal.signal(number, handler or signal.SIG_DFL)

@@ -36,12 +36,16 @@ def merged_tensors(folders, out):
 
 @divides_a_base
 @pytest.mark.slow
-@pytest.mark.parametrize("n_processes", [2, 4])
+@pytest.mark.parametrize(
+    ("n_processes", "names"),
+    # Rows of llama-odd that 4 processes cannot divide evenly.
+    [(2, NAMES), (4, ("t5-deep-decoder", "llama-odd"))],
+)
 def test_a_divided_model_is_merged_and_saved_with_the_bits_of_a_whole_one(
-    n_processes, peer, tmp_path, monkeypatch
+    n_processes, names, peer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(save, "SHARD_BYTES", 20_000)
-    folders = [peer(name).folder for name in NAMES]
+    folders = [peer(name).folder for name in names]
     out = tmp_path / "divided"
     results = on_ranks(n_processes, merged_tensors, folders, out)
     for i, folder in enumerate(folders):

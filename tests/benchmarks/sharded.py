@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model, place_parameter, place_weight
+from minia3.files.processes import join, leave, n_processes
 from minia3.model.ia3 import freeze
-from minia3.model.shard import Shards, shard
+from minia3.model.shard import shard
 from minia3.training.config import Config
 from minia3.training.device_plan import Plan
 from minia3.training.prepare import prepare_model
+from minia3.training.shards import make_shards
 from minia3.training.step_memory import StepShape, score_without_padding
 
 CONFIGS = {
@@ -83,58 +83,64 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    n_processes = args.processes
     # A base that nobody divides is not planned here.
-    cases = [case for case in CASES if case.offload or n_processes > (case.n_per_copy or 1)]
-    print(f"| base, {n_processes} processes | parameters, MB | planned, MB | measured, MB |")
+    cases = [case for case in CASES if case.offload or args.processes > (case.n_per_copy or 1)]
+    print(f"| base, {args.processes} processes | parameters, MB | planned, MB | measured, MB |")
     print("|---|---|---|---|")
-    for case, (whole, planned, measured) in measure(n_processes, cases).items():
+    for case, (whole, planned, measured) in measure(args.processes, cases).items():
         numbers = " | ".join(f"{n_bytes / 1e6:.1f}" for n_bytes in (whole, planned, measured))
         print(f"| {case.title} | {numbers} |")
 
 
-def measure(n_processes, cases):
+def measure(world_size, cases):
     """Return case -> (bytes of the whole base, planned and measured bytes of the first process)."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         results = Path(folder, "results.json")
-        arguments = (n_processes, port, cases, results)
-        torch.multiprocessing.spawn(run_process, arguments, nprocs=n_processes)
+        arguments = (world_size, port, cases, results)
+        torch.multiprocessing.spawn(run_process, arguments, nprocs=world_size)
         measured = json.loads(results.read_text())
     found = {}
     for case, n_bytes in zip(cases, measured, strict=True):
-        plan = Plan(CONFIGS[case.kind], torch.bfloat16, case.quantize, FLAGS)
-        n_shards = case.n_per_copy or n_processes
-        planned = plan.on_device(n_shards, SHAPES[case.kind], case.offload).total
-        if case.offload:  # the device is the CPU, so the rows are here, and are not copied
-            planned += plan.on_cpu(n_shards) - plan.copied_rows(n_shards)
-        found[case] = (plan.base.n_bytes, planned, n_bytes)
+        found[case] = (*planned_bytes(case, world_size), n_bytes)
     return found
 
 
-def run_process(rank, n_processes, port, cases, results):
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank}
+def planned_bytes(case, world_size):
+    """Return (bytes of the whole base, planned bytes of a process)."""
+    plan = Plan(CONFIGS[case.kind], torch.bfloat16, case.quantize, FLAGS)
+    n_shards = case.n_per_copy or world_size
+    planned = plan.on_device(n_shards, SHAPES[case.kind], case.offload).total
+    if case.offload:  # the device is the CPU, so the rows are here, and are not copied
+        planned += plan.on_cpu(n_shards) - plan.copied_rows(n_shards)
+    return plan.base.n_bytes, planned
+
+
+def run_process(rank, world_size, port, cases, results):
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
     os.environ.update({name: str(value) for name, value in environ.items()})
-    os.environ["WORLD_SIZE"] = str(n_processes)
+    os.environ["WORLD_SIZE"] = str(world_size)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    measured = [measured_bytes(case, n_processes) for case in cases]
+    join()
+    measured = measured_bytes_of_all(cases)
     if rank == 0:
         results.write_text(json.dumps(measured))
-    dist.destroy_process_group()
+    leave()
 
 
-def measured_bytes(case, n_processes):
+def measured_bytes_of_all(cases):
+    return [measured_bytes(case) for case in cases]
+
+
+def measured_bytes(case):
     """Return the bytes of the parameters of this process, and of what a step takes beside them."""
     shape = SHAPES[case.kind]
     model = model_to_train(CONFIGS[case.kind], case.quantize)
     prepare_model(model, FLAGS)
-    n_per_copy = case.n_per_copy or n_processes
-    sizes = (n_processes // n_per_copy, n_per_copy)
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards"))
-    shard(model, Shards(mesh["shards"], case.offload))
+    n_per_copy = case.n_per_copy or n_processes()
+    shard(model, make_shards(n_per_copy, case.offload, torch.device("cpu")))
     n_parameters = sum(local(parameter).nbytes for parameter in model.parameters())
     source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
     target_BCL = torch.zeros(shape.n_examples, 1, shape.target_length, dtype=torch.long)

@@ -67,7 +67,7 @@ def test_generate_gives_the_texts_of_one_process():
 
 def test_torchrun_itself_starts_a_command():
     arguments = ["generate", running.model("t5"), "w3 w4", "w5", "--max-new-tokens", 3, *EXACT]
-    code, out, err = several.call(2, "-m", "minia3", *arguments)
+    code, out, err = several.call_python(2, "-m", "minia3", *arguments)
     assert (code, out, err) == (0, alone(*arguments), "")
 
 

@@ -21,28 +21,28 @@ def start_two(*arguments, torchrun=several.OURS):
     started = []
     for rank in (0, 1):
         machines = ("--nnodes", 2, "--node-rank", rank, *place)
-        started.append(several.start(1, *arguments, torchrun=torchrun, machines=machines))
+        started.append(several.Torchrun(1, *arguments, torchrun=torchrun, machines=machines))
     return started
 
 
 def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_process(tmp_path):
     folder = tmp_path / "run"
     first, second = start_two("train.py", *running.words(folder, **FLAGS))
-    several.wait_for(first, "step     10")
+    first.wait_for("step     10")
     second.send_signal(signal.SIGINT)  # which stops the processes of both machines
-    code, out, first_err = several.finish(first)
+    code, out, first_err = first.finish()
     assert code == 128 + signal.SIGINT
-    code, out, second_err = several.finish(second)
+    code, out, second_err = second.finish()
     assert (code, out) == (128 + signal.SIGINT, "")
     message = f"stopped; to continue: torchrun ... train.py --resume {folder}\n"
     assert first_err + second_err == message
     assert 10 <= running.load_checkpoint(folder).n_steps < 40
 
     first, second = start_two("train.py", "--resume", folder, torchrun=several.TORCHRUN)
-    code, out, _ = several.finish(first)
+    code, out, _ = first.finish()
     assert code == 0
     assert "each of 2 processes computes a part of every step" in out
-    assert several.finish(second)[:2] == (0, "")
+    assert second.finish()[:2] == (0, "")
 
     alone = tmp_path / "alone"
     assert running.run(running.words(alone, **FLAGS)) == 0
@@ -56,7 +56,7 @@ def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_proces
 
 def test_a_mistake_ends_the_run_on_both_machines():
     first, second = start_two("train.py", "--steps", 0)
-    codes_and_errors = [several.finish(machine)[::2] for machine in (first, second)]
+    codes_and_errors = [machine.finish()[::2] for machine in (first, second)]
     assert [code for code, _ in codes_and_errors] == [2, 2]
     message = "train.py: --steps is 0, expected at least 1\n"
     assert "".join(err for _, err in codes_and_errors) == message

@@ -35,7 +35,8 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
-    code, out, err = several.call(2, *words(tmp_path / "run", model="no-such-model"))
+    arguments = words(tmp_path / "run", model="no-such-model")
+    code, out, err = several.call_python(2, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("train.py: no-such-model: no such folder")
     assert err.count("\n") == 1
@@ -54,11 +55,11 @@ def test_torchrun_adds_a_report_that_has_the_exit_code(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = several.start(2, *words(folder))
-    several.wait_for(process, "step     30")
-    os.kill(several.process_of_rank(process, rank), signal.SIGKILL)
+    process = several.Torchrun(2, *words(folder))
+    process.wait_for("step     30")
+    os.kill(process.pid_of_rank(rank), signal.SIGKILL)
     began = time.monotonic()
-    code, _, err = several.finish(process)
+    code, _, err = process.finish()
     assert time.monotonic() - began < 20
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 1
@@ -72,10 +73,10 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = several.start(2, *words(folder))
-    several.wait_for(process, "step     30")
+    process = several.Torchrun(2, *words(folder))
+    process.wait_for("step     30")
     process.send_signal(number)
-    code, _, err = several.finish(process)
+    code, _, err = process.finish()
     assert code == 128 + number
     assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
     run_on_ranks(2, ["--resume", folder])
@@ -84,10 +85,10 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
 
 def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
     folder = tmp_path / "run"
-    process = several.start(2, *words(folder))
-    several.wait_for(process, "step     30")
-    os.kill(several.process_of_rank(process, 1), signal.SIGINT)
-    code, _, err = several.finish(process)
+    process = several.Torchrun(2, *words(folder))
+    process.wait_for("step     30")
+    os.kill(process.pid_of_rank(1), signal.SIGINT)
+    code, _, err = process.finish()
     assert code == 128 + signal.SIGINT
     assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
     assert 30 <= running.load_checkpoint(folder).n_steps < 60

@@ -36,11 +36,11 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = several.start(2, *words(folder))
-    several.wait_for(process, "step     20")
-    os.kill(several.process_of_rank(process, 1), signal.SIGKILL)
+    process = several.Torchrun(2, *words(folder))
+    process.wait_for("step     20")
+    os.kill(process.pid_of_rank(1), signal.SIGKILL)
     began = time.monotonic()
-    code, _, err = several.finish(process)
+    code, _, err = process.finish()
     assert time.monotonic() - began < 20
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 1, err
@@ -52,10 +52,10 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
 
 def test_a_signal_stops_all_processes_and_one_process_may_continue(uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = several.start(2, *words(folder, dropout=0.0))
-    several.wait_for(process, "step     20")
+    process = several.Torchrun(2, *words(folder, dropout=0.0))
+    process.wait_for("step     20")
     process.send_signal(signal.SIGINT)
-    code, _, err = several.finish(process)
+    code, _, err = process.finish()
     assert code == 128 + signal.SIGINT
     command = f"torchrun --nproc-per-node 2 train.py --resume {folder}"
     assert err == f"stopped; to continue: {command}\n"

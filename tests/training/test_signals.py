@@ -139,6 +139,21 @@ def test_handlers_are_as_before_after_the_block():
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_program_of_several_processes_is_not_ended_before_it_has_said_why(monkeypatch):
+    monkeypatch.setattr("minia3.training.signals.n_processes", lambda: 2)
+    arrived = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    before_ctrl_c = signal.getsignal(signal.SIGINT)
+    try:
+        with Signals(is_program=True):
+            pass
+        kill_self(signal.SIGTERM)
+        assert arrived == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_ctrl_c)
+
+
 # A step that is given up
 
 
