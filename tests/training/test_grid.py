@@ -106,11 +106,19 @@ RATES = {"t5": ("0.05", "0.01"), "llama": ("0.3", "0.02")}
 
 
 def cells(rates):
-    """Yield the name of each cell of the grid, and the flags that are its own."""
+    """Return the name of each cell of the grid: the flags that are its own."""
+    found = {}
     for task in two_tasks():
         for seed in (0, 3):
             for lr in rates:
-                yield f"{task.name}-s{seed}-lr{lr}", {"task": task, "seed": seed, "lr": lr}
+                found[f"{task.name}-s{seed}-lr{lr}"] = {"task": task, "seed": seed, "lr": lr}
+    return found
+
+
+def half_of_cells(rates):
+    """Return a half of the cells that has each pair of values of two flags once."""
+    names = list(cells(rates))
+    return {names[i]: cells(rates)[names[i]] for i in (0, 3, 5, 6)}
 
 
 RESULTS = ("accuracy_before", "auc_before", "accuracy", "auc", "steps", "trainable", "total")
@@ -135,9 +143,9 @@ def test_adapters_that_train_together_equal_adapters_that_train_apart(
     rates = RATES[name]
     found = together(tmp_path / "grid", **{**flags, "lr": ",".join(rates)})
     real_results_of_grid = list(real_results)
-    assert found.keys() == {name for name, _ in cells(rates)}
+    assert found.keys() == cells(rates).keys()
     steps = set()
-    for i, (name, flags_of_cell) in enumerate(cells(rates)):
+    for i, (name, flags_of_cell) in enumerate(half_of_cells(rates).items()):
         real_results.clear()
         alone = apart(tmp_path / str(i), **{**flags, **flags_of_cell})
         of_cell = [(step, result) for step, cell, result in real_results_of_grid if cell == name]
@@ -460,7 +468,7 @@ def test_methods_that_change_the_model_train_cell_by_cell_as_in_separate_runs(
     }
     assert metrics(tmp_path / "grid")[-1] in finals.values()
     assert len({(line["task"], line["accuracy_before"]) for line in finals.values()}) == 2
-    for i, (name, flags_of_cell) in enumerate(cells(("0.02", "0.001"))):
+    for i, (name, flags_of_cell) in enumerate(half_of_cells(("0.02", "0.001")).items()):
         assert run(words(tmp_path / str(i), **flags, **flags_of_cell)) == 0
         (path,) = (tmp_path / str(i) / kind).glob("*.safetensors")
         assert path.read_bytes() == (tmp_path / "grid" / "adapters" / name / path.name).read_bytes()
