@@ -248,6 +248,23 @@ def processes():
     return context
 
 
+def in_new_process(function, *arguments):
+    """Call a function of a module in a new process with one thread, and return what it returns."""
+    receiving, sending = processes().Pipe(duplex=False)
+    process = processes().Process(target=send_result, args=(sending, function, arguments))
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        raise AssertionError(f"{function.__name__} ended with {finish(process)}") from None
+
+
+def send_result(sending, function, arguments):
+    torch.set_num_threads(1)
+    sending.send(function(*arguments))
+
+
 def start(arguments, log, prepare=None):
     """Start `train.main` in another process, and return the process.
 

@@ -128,7 +128,7 @@ def test_trained_on_conversations_it_answers_in_their_style(path, ours, tmp_path
     (tmp_path / "capitals.jsonl").write_text("\n".join(rows))
     flags = {
         **{"--model": path, "--task": tmp_path / "capitals.jsonl", "--out": tmp_path / "run"},
-        **{"--steps": 8, "--batch-size": 4, "--lr": 2e-2},
+        **{"--steps": 8, "--batch-size": 2, "--lr": 2e-2},
     }
     assert train.main([str(word) for pair in flags.items() for word in pair]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -177,15 +177,18 @@ def test_merged_weights_in_bfloat16_are_hardly_worse_than_applied_vectors(path):
     model = minia3.load_model(path, dtype=torch.bfloat16)
     ids = torch.tensor([minia3.load_tokenizer(path).encode(TEXT)])
 
-    def error(model, exact_model):
-        found = logits(model, ids[:, :1], None, ids[:, 1:])
-        exact = logits(exact_model, ids[:, :1], None, ids[:, 1:])
-        return rms(found - exact) / rms(exact)
+    def logits_of(model):
+        return logits(model, ids[:, :1], None, ids[:, 1:])
 
-    base = error(model, copy.deepcopy(model).float())
+    def error(model, exact):
+        return rms(logits_of(model) - exact) / rms(exact)
+
+    exact_model = copy.deepcopy(model).float()
+    base = error(model, logits_of(exact_model))
     for seed in (0, 1, 2):
         randomize(model, seed, std=0.1)
-        exact = copy.deepcopy(model).float()
+        randomize(exact_model, seed, std=0.1)  # vectors are float32 in both
+        exact = logits_of(exact_model)
         applied = error(model, exact)
         merged = error(minia3.merge(model), exact)
         print(f"seed {seed}: applied {applied:.3f}, merged {merged:.3f}, no adapter {base:.3f}")
@@ -204,12 +207,16 @@ def test_an_adapter_as_a_dora_gives_the_logits_of_the_same_adapter_in_peft(path,
     minia3.save_model(minia3.load_model(path, dtype=torch.bfloat16), base, tokenizer)
     model = minia3.load_model(base)
     ids = torch.tensor([tokenizer.encode(TEXT)])
+    their_bases = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        their_bases[dtype] = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
 
     def peft_logits(folder, dtype):
-        theirs = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         with torch.no_grad():
-            theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
-            return theirs(input_ids=ids).logits.float()
+            theirs = peft.PeftModel.from_pretrained(their_bases[dtype], folder).eval()
+            found = theirs(input_ids=ids).logits.float()
+        their_bases[dtype] = theirs.unload()
+        return found
 
     for seed in range(3):
         randomize(model, seed, std=0.1)

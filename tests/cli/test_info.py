@@ -2,13 +2,16 @@
 files that are written, and it needs neither a network nor weights."""
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
-import subprocess
+import socket
 import sys
 
 import pytest
+import running
 import torch
 from command_line import output
 from conftest import LLAMA_PEERS, T5_PEERS
@@ -38,10 +41,14 @@ PUBLISHED = {
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*args, **options):
-        raise AssertionError("a network is asked")
+    connect = socket.socket.connect
 
-    monkeypatch.setattr("socket.socket.connect", refuse)
+    def connect_here(self, address):
+        is_path = isinstance(address, str)  # of the server that forks processes
+        assert is_path, "a network is asked"
+        connect(self, address)
+
+    monkeypatch.setattr("socket.socket.connect", connect_here)
 
 
 def n_bytes(text):
@@ -65,19 +72,26 @@ def cells(name):
 
 @pytest.mark.slow
 def test_t5_base_is_described_on_the_command_line_without_a_network(tmp_path):
-    environ = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HOME": str(tmp_path),
-    }
-    command = [sys.executable, "-m", "minia3", "info", "t5-base"]
-    root = os.path.dirname(os.path.dirname(minia3.__file__))
-    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    code, out, err = running.in_new_process(run_offline, tmp_path, "info", "t5-base")
+    assert (code, err) == (0, "")
     for number in ("129,024", "222,903,552", "0.058%"):
-        assert number in done.stdout
+        assert number in out
     assert list(tmp_path.iterdir()) == []
+
+
+def run_offline(home, *words):
+    """Return the exit code of a command without a network, and what it prints.
+
+    Nothing has imported huggingface_hub in this process, so it reads the environment now.
+    """
+    assert "huggingface_hub" not in sys.modules
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    os.environ["HF_HOME"] = str(home)
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(words))
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -216,17 +230,12 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_unknown_hub_id_needs_the_network_and_says_so(tmp_path):
-    code = "import sys; from minia3.cli.main import main; sys.exit(main(['info', 'some/model']))"
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    root = os.path.dirname(os.path.dirname(minia3.__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(
+    code, _, err = running.in_new_process(run_offline, tmp_path, "info", "some/model")
+    assert code == 2
+    assert err.startswith(
         "minia3: some/model: config.json is not in the cache, and the hub cannot be reached"
     )
-    assert done.stderr.count("\n") == 1
+    assert err.count("\n") == 1
 
 
 def test_the_note_says_what_was_planned(monkeypatch):

@@ -245,7 +245,7 @@ def test_a_warning_is_one_line(adapters, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["info", "t5-base"], ["predict", "tiny-t5", "data/same-colour/test.jsonl"]],
+    [["--help"], ["info", "tiny-t5"], ["predict", "tiny-t5", "data/same-colour/test.jsonl"]],
 )
 def test_a_reader_that_leaves_causes_no_message(words):
     read, write = os.pipe()
@@ -259,7 +259,7 @@ def test_a_reader_that_leaves_causes_no_message(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--help"], ["info", "t5-base"]])
+@pytest.mark.parametrize("words", [["--help"], ["info", "tiny-t5"]])
 def test_a_full_disk_behind_standard_output_is_one_line(words):
     with open("/dev/full", "w") as full:
         process = python(*words, stdout=full, stderr=subprocess.PIPE, text=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -65,8 +66,10 @@ def test_a_path_that_is_not_utf8_is_printed_as_it_came(monkeypatch, encoding):
 SHORT = ["--steps", "12", "--save-every", "4", "--eval-batch-size", "64", "--device", "cpu"]
 
 
-def start(*words, **options):
-    return subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, text=True, **options)
+def short_run(out):
+    """Return the command line of a short run on a small model."""
+    words = ["train.py", *SHORT, "--model", running.model("t5"), "--task", running.task()]
+    return [sys.executable, *map(str, words), "--out", str(out)]
 
 
 @pytest.mark.slow
@@ -75,7 +78,8 @@ def test_a_run_whose_output_nobody_reads_any_more_finishes(has_stderr, tmp_path)
     """As in `python train.py | head -1`, and in `python train.py 2>&1 | head -1`."""
     error = subprocess.PIPE if has_stderr else subprocess.STDOUT
     out = tmp_path / "run"
-    process = start(*SHORT, "--out", str(out), stdout=subprocess.PIPE, stderr=error)
+    pipes = {"stdout": subprocess.PIPE, "stderr": error}
+    process = subprocess.Popen(short_run(out), cwd=ROOT, text=True, **pipes)
     assert process.stdout.readline().startswith("device")
     process.stdout.close()
     if has_stderr:
@@ -89,7 +93,7 @@ def test_a_run_whose_output_nobody_reads_any_more_finishes(has_stderr, tmp_path)
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full", ">&- 2>&-", ">/dev/full 2>&1"])
 def test_a_run_without_a_place_for_its_output_finishes(redirection, tmp_path):
     out = tmp_path / "run"
-    command = f"{sys.executable} train.py {' '.join(SHORT)} --out {out} {redirection}"
+    command = f"{shlex.join(short_run(out))} {redirection}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT)
     assert done.returncode == 0
     assert metrics(out)[-1]["event"] == "final"

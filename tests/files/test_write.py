@@ -6,25 +6,26 @@ Two processes never mix their files. A failure changes nothing and leaves nothin
 Here the folders hold whole models, because a mixture shows only when the folder is loaded.
 """
 
+import contextlib
 import itertools
-import json
 import os
+import random
 import shutil
 import signal
 import stat
-import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import LLAMA_SIZES, T5_SIZES
+from running import in_new_process
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import minia3
-from minia3.checkpoints import save as save_module  # noqa: F401 (for the processes below)
+from minia3.checkpoints import save as save_module
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.load import build_model
 from minia3.files.write import (
@@ -104,23 +105,8 @@ def has_hidden(names):
     return any(name.startswith(".") for name in names)
 
 
-# Processes. A fork must not inherit threads, so each of these tests starts a new process with one
-# thread, and that process forks.
-
-
-def in_a_new_process(code, *arguments):
-    """Run `code` with all names of this file, and return the JSON that it prints."""
-    start = [
-        "import sys",
-        f"sys.path[:0] = {sys.path!r}",
-        "from test_write import *",
-        "torch.set_num_threads(1)",
-    ]
-    program = "\n".join([*start, textwrap.dedent(code)])
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+# Processes. A fork must not inherit threads, so each of these tests calls a function in another
+# process, which has one thread, and that process forks.
 
 
 def fork(act):
@@ -152,11 +138,8 @@ def die_at(n):
     Path.unlink = counted(Path.unlink)
 
 
-KILL_AT_RANDOM = """
-    import random, time
-
-    folder = Path(sys.argv[1])
-    save_module.SHARD_BYTES = int(sys.argv[2])
+def kill_at_random(folder, shard_bytes):
+    save_module.SHARD_BYTES = shard_bytes
     models = [filled(LLAMA, 1.0), filled(LLAMA, 2.0)]
     minia3.save_model(models[1], folder)
     start = time.monotonic()
@@ -185,14 +168,13 @@ KILL_AT_RANDOM = """
         found.append(outcome(folder))
         n_hidden += (folder / ".writing").exists()
     minia3.save_model(models[1], folder)
-    print(json.dumps([found, n_hidden, outcome(folder), names_in(folder)]))
-"""
+    return [found, n_hidden, outcome(folder), names_in(folder)]
 
 
 @slow
 @needs_unix
 def test_a_process_killed_at_random_leaves_the_old_model_or_the_new(tmp_path):
-    found, n_hidden, last, names = in_a_new_process(KILL_AT_RANDOM, tmp_path, ONE_FILE)
+    found, n_hidden, last, names = in_new_process(kill_at_random, tmp_path, ONE_FILE)
     assert set(found) == {1.0, 2.0}
     assert n_hidden > 0, "some processes are killed while they write"
     assert last == 2.0
@@ -204,16 +186,14 @@ def test_a_process_killed_at_random_leaves_the_old_model_or_the_new(tmp_path):
 @slow
 @needs_unix
 def test_a_process_killed_at_random_leaves_no_mixture_of_shards(tmp_path):
-    found, n_hidden, last, names = in_a_new_process(KILL_AT_RANDOM, tmp_path, SHARDS)
+    found, n_hidden, last, names = in_new_process(kill_at_random, tmp_path, SHARDS)
     assert set(found) == {1.0, 2.0}
     assert n_hidden > 0
     assert last == 2.0
     assert not has_hidden(names)
 
 
-KILL_AT_EACH_RENAME = """
-    folder = Path(sys.argv[1])
-    old, new, shard_bytes = map(json.loads, sys.argv[2:])
+def kill_at_each_rename(folder, old, new, shard_bytes):
     models = [filled(old, 1.0), filled(new, 2.0)]
 
     def overwrite(n):
@@ -226,13 +206,14 @@ KILL_AT_EACH_RENAME = """
         save_module.SHARD_BYTES = shard_bytes[0]
         minia3.save_model(models[0], folder)
         save_module.SHARD_BYTES = shard_bytes[1]
-        _, status = os.waitpid(fork(lambda: overwrite(n)), 0)
+        _, status = os.waitpid(fork(lambda n=n: overwrite(n)), 0)
         found_by_others.append(outcome_for_others(folder))
         found.append(outcome(folder))
         if status == 0:
             break
-    print(json.dumps([found, found_by_others, names_in(folder)]))
-"""
+    return [found, found_by_others, names_in(folder)]
+
+
 REFUSED = "there is no config.json"
 
 
@@ -252,9 +233,9 @@ REFUSED = "there is no config.json"
 def test_after_a_kill_at_any_rename_a_folder_holds_the_old_or_the_new_model(
     tmp_path, old, new, shard_bytes
 ):
-    arguments = map(json.dumps, (old, new, shard_bytes))
     folder = tmp_path / "model"
-    found, by_others, names = in_a_new_process(KILL_AT_EACH_RENAME, folder, *arguments)
+    arguments = (folder, old, new, shard_bytes)
+    found, by_others, names = in_new_process(kill_at_each_rename, *arguments)
     assert list(dict.fromkeys(found)) == [1.0, 2.0]
     assert found == sorted(found)
     only_weights_change = old == new and shard_bytes == (ONE_FILE, ONE_FILE)
@@ -265,8 +246,7 @@ def test_after_a_kill_at_any_rename_a_folder_holds_the_old_or_the_new_model(
     assert not has_hidden(names)
 
 
-KILL_IN_A_NEW_FOLDER = """
-    folder = Path(sys.argv[1])
+def kill_in_a_new_folder(folder):
     save_module.SHARD_BYTES = SHARDS
     model = filled(LLAMA, 2.0)
 
@@ -278,21 +258,20 @@ KILL_IN_A_NEW_FOLDER = """
     found = []
     for n in range(100):
         shutil.rmtree(folder, ignore_errors=True)
-        _, status = os.waitpid(fork(lambda: write(n)), 0)
+        _, status = os.waitpid(fork(lambda n=n: write(n)), 0)
         if status == 0:
             break
         if is_free(folder):  # the same command again
             n_free += 1
             minia3.save_model(model, folder)
         found.append(outcome(folder))
-    print(json.dumps([n_free, found, names_in(folder)]))
-"""
+    return [n_free, found, names_in(folder)]
 
 
 @slow
 @needs_unix
 def test_after_a_kill_in_a_new_folder_the_same_command_works_or_the_folder_is_complete(tmp_path):
-    n_free, found, names = in_a_new_process(KILL_IN_A_NEW_FOLDER, tmp_path / "model")
+    n_free, found, names = in_new_process(kill_in_a_new_folder, tmp_path / "model")
     assert len(found) > n_free > 5
     assert set(found) == {2.0}
     assert not has_hidden(names)
@@ -326,11 +305,8 @@ def test_whoever_cannot_finish_a_folder_says_why(tmp_path, monkeypatch):
     assert contents(tmp_path) == {"config.json": b"{}"}
 
 
-TWO_WRITERS = """
-    import contextlib
-
-    folder = Path(sys.argv[1])
-    save_module.SHARD_BYTES = int(sys.argv[2])
+def let_two_write(folder, shard_bytes):
+    save_module.SHARD_BYTES = shard_bytes
     models = [filled(LLAMA, 1.0), filled(LLAMA, 2.0)]
 
     def overwrite(model):
@@ -344,32 +320,30 @@ TWO_WRITERS = """
         for pid in pids:
             os.waitpid(pid, 0)
         found.append(outcome(folder))
-    print(json.dumps([found, names_in(folder)]))
-"""
+    return [found, names_in(folder)]
 
 
 @slow
 @needs_unix
 @pytest.mark.parametrize("shard_bytes", [ONE_FILE, SHARDS])
 def test_two_processes_that_write_one_folder_leave_the_model_of_one_of_them(tmp_path, shard_bytes):
-    found, names = in_a_new_process(TWO_WRITERS, tmp_path, shard_bytes)
+    found, names = in_new_process(let_two_write, tmp_path, shard_bytes)
     assert set(found) <= {1.0, 2.0}
     assert not has_hidden(names)
 
 
-FULL_DISK = """
-    import resource
+def fill_disk(folder):
+    import resource  # which Windows lacks
 
     model = filled(LLAMA | {"num_hidden_layers": 4}, 2.0)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
     messages = []
     for save_module.SHARD_BYTES in (ONE_FILE, SHARDS):
         try:
-            minia3.save_model(model, sys.argv[1])
+            minia3.save_model(model, folder)
         except OSError as error:
             messages.append(str(error))
-    print(json.dumps(messages))
-"""
+    return messages
 
 
 @slow
@@ -378,7 +352,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path):
     folder = tmp_path / "model"
     minia3.save_model(filled(LLAMA, 1.0), folder)
     before = contents(folder)
-    messages = in_a_new_process(FULL_DISK, folder)
+    messages = in_new_process(fill_disk, folder)
     assert ["File too large" in message for message in messages] == [True, True]
     assert contents(folder) == before
 

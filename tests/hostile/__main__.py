@@ -13,6 +13,7 @@ the exit code is 1. Linux only, because cases are forked and limited.
 """
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -75,6 +76,7 @@ def run_all(groups, args):
     tallies = damage(groups["damage"], args.cases, args.seed)
     if args.kills or args.faults or args.numbers:
         warm_up()
+        gc.freeze()  # or each child would look at what is imported here for garbage, and copy it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.numbers and groups[NUMBERS]:
