@@ -194,7 +194,7 @@ def reads_texts_in_one_pass(model, batch):
 def text_logprobs(model, batch, adapter):
     """Return (B, 1, L): what `choice_logprobs` returns, in one pass through a LLaMA.
 
-    It is launched as half as many operators on a GPU as two passes are.
+    The CPU then launches half as many operators on a GPU as it would for two passes.
     """
     device = model.embed.weight.device
     check_mask(batch.mask_BM, tuple(batch.source_BM.shape))
