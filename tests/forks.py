@@ -11,17 +11,15 @@ import functools
 import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
+from forked import forget_shared_lock, print_into, run_as_python
 from running import ROOT, home, processes
-from tqdm import tqdm
 
 PEERS = (
     "peft",
@@ -139,12 +137,8 @@ def serve(pipe, environment):
 
 def run_program(words, folder, environment, output):
     """Do what `python WORDS` does."""
-    for stream, path in enumerate(output, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    # tqdm's lock is shared by processes, and a process that is killed may never release it.
-    tqdm.set_lock(threading.RLock())
+    print_into(*output)
+    forget_shared_lock()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -152,16 +146,4 @@ def run_program(words, folder, environment, output):
     seen_here = (str(ROOT), str(ROOT / "tests"))
     path = [place for place in sys.path if place not in seen_here]
     sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *path]
-    first = words[0]
-    if first == "-c":
-        sys.path.insert(0, "")
-        sys.argv = ["-c", *words[2:]]
-        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
-    elif first == "-m":
-        sys.path.insert(0, folder)
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(Path(first).resolve().parent))
-        sys.argv = words
-        runpy.run_path(first, run_name="__main__")
+    run_as_python(words)

@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 # The first AdamW of a process imports this, which takes seconds. The server below does so once, and
 # the processes that are forked from it do not.
 import torch._dynamo
-from tqdm import tqdm
+from forked import forget_shared_lock, print_into
 from words import N_IDS, word_tokenizer
 
 import minia3
@@ -283,20 +282,8 @@ def finish(process):
     return process.exitcode
 
 
-def forget_shared_lock():
-    """Let this process write its bars of progress without the lock of all forked processes.
-
-    A process that is killed may never release that lock.
-    """
-    tqdm.set_lock(threading.RLock())
-
-
 def run_in_child(arguments, log, prepare):
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    print_into(log, log)
     forget_shared_lock()
     context = contextlib.nullcontext() if prepare is None else prepare()
     with context:

@@ -8,7 +8,6 @@ them as a user does.
 import contextlib
 import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,8 @@ import time
 from pathlib import Path
 
 import running
-from running import ROOT, forget_shared_lock
+from forked import forget_shared_lock, print_into, run_as_python
+from running import ROOT
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
     SubprocessHandler,
 )
@@ -95,8 +95,7 @@ def call(n_processes, *arguments, **options):
 
 def be_torchrun(words, n_processes, cwd, out, err):
     """Run torchrun in this process, which has just been forked, and end with its exit code."""
-    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    print_into(out, err, buffering=1)
     os.chdir(cwd)
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     # The processes are forked before torchrun has threads, because a fork copies only one thread.
@@ -147,16 +146,3 @@ def be_worker(receiver):
         Path("/proc/self/comm").write_text(f"rank {environ['RANK']}")
     forget_shared_lock()
     run_as_python(words)
-
-
-def run_as_python(words):
-    """Run a script, or `-m` and a module, with its arguments, as `python` does."""
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-        return
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).absolute().parent))
-    runpy.run_path(words[0], run_name="__main__")
