@@ -225,8 +225,10 @@ def turn(vector_K, position):
     """Rotate one vector (K,) as LLaMA does at `position`."""
     n_pairs = len(vector_K) // 2
     frequency_P = 10000.0 ** -(torch.arange(n_pairs) / n_pairs)
-    angle_K = (position * frequency_P).repeat(2)
-    rotation = (angle_K.cos(), angle_K.sin())
+    cos_P = (position * frequency_P).cos()
+    sin_P = (position * frequency_P).sin()
+    # A point (x, y) turns into (x cos - y sin, y cos + x sin).
+    rotation = (torch.cat((cos_P, cos_P)), torch.cat((-sin_P, sin_P)))
     return rotate(vector_K.view(1, 1, 1, -1), rotation).flatten()
 
 
