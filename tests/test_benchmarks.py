@@ -99,6 +99,8 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
         "roof",
         "products",
         "import of torch",
+        "reading the tensors",
+        "making a tensor",
         "writing a file",
     }
     assert result["lines"] == [f"t5-base, {line}" for line in LINES]

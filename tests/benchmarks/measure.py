@@ -96,14 +96,17 @@ class Bench:
         """How often a floor is measured that takes no turns with the sides."""
         return 1 if self.quick else 5
 
-    def time(self, ours, theirs, products=None):
+    def time(self, ours, theirs, products=None, floor=None):
         """Time two functions, and return a Row.
 
-        The roof takes turns with them, and so do the matrix products of `ours`, if they are given.
+        The roof takes turns with them, and so do the matrix products of `ours` and its floor, a
+        function that does what `ours` cannot do without, if they are given.
         """
         sides = {"ours": ours, "theirs": theirs, "roof": self.roof}
         if products is not None:
             sides["products"] = products
+        if floor is not None:
+            sides["floor"] = floor
         others_busy = []
         times = alternate(
             sides,
@@ -117,6 +120,8 @@ class Bench:
         row.peak_flops = self.roof.flops / statistics.median(times["roof"])
         if products is not None:
             row.products = statistics.median(times["products"])
+        if floor is not None:
+            row.floor = statistics.median(times["floor"])
         return row
 
     def time_below_roof(self, ours, theirs, n_tokens):
