@@ -3,10 +3,11 @@
 import functools
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from minia3.cli.arguments import MODEL_HELP, add_quantize
 from minia3.cli.terminal import format_size, show
+from minia3.model.costs import LAYER_FIELDS
 
 TITLE = "Describe a model and the memory that it takes, or list the models that are known by name"
 EXAMPLE = "minia3 info t5-base"
@@ -144,7 +145,24 @@ def known_rows():
 
 @functools.cache  # several known models have one config
 def count_parameters(config):
-    """Return how many parameters a model of this config has, and one adapter of it."""
+    """Return how many parameters a model of this config has, and one adapter of it.
+
+    A model with one layer in each stack, and models with one more, tell the rest.
+    """
+    fields = [name for name in LAYER_FIELDS if hasattr(config, name)]
+    shallow = replace(config, **dict.fromkeys(fields, 1))
+    of_one_layer = parameters_of(shallow)
+    total = list(of_one_layer)
+    for name in fields:
+        n_more = getattr(config, name) - 1
+        of_two_layers = parameters_of(replace(shallow, **{name: 2}))
+        for i in range(2):
+            total[i] += n_more * (of_two_layers[i] - of_one_layer[i])
+    return tuple(total)
+
+
+def parameters_of(config):
+    """Return the two numbers of `count_parameters` by building the model."""
     from minia3.checkpoints.load import build_model
     from minia3.model.ia3 import vectors
 

@@ -1,5 +1,9 @@
 """What it costs to run a model, by the rule that the paper uses."""
 
+# Fields of a config: how many layers each stack has. The layers of a stack are alike, so a shallow
+# model tells what a deep one takes.
+LAYER_FIELDS = ("n_layers", "n_decoder_layers")
+
 
 def flops(n_parameters, n_tokens, decoder_only, training=False):
     """Return the number of floating-point operations for `n_tokens` tokens.

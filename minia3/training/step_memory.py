@@ -21,6 +21,7 @@ from minia3.adapters.lora import add_lora
 from minia3.files.messages import shorten
 from minia3.files.processes import n_processes
 from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
+from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import MemoryCounter, model_without_values, target_logprobs
@@ -34,8 +35,6 @@ OVERHEAD = 1.4
 TRAINED_BYTES = 12
 
 ROOM = 0.9  # the share of the free memory that a step may take
-
-LAYER_FIELDS = ("n_layers", "n_decoder_layers")  # of a model's config
 
 # What an error about memory says, if it is not of a class of its own.
 SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "not enough memory")

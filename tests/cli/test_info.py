@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 import running
@@ -18,7 +19,7 @@ from conftest import LLAMA_PEERS, T5_PEERS
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.cli.info import add_arguments, devices_of, info
+from minia3.cli.info import add_arguments, count_parameters, devices_of, info, parameters_of
 from minia3.cli.main import main
 from minia3.training.memory_plan import planned_memory
 
@@ -187,6 +188,18 @@ def test_the_list_is_json_too_and_agrees_with_the_description_of_each_model(caps
         found = cells(row["name"])
         assert found["parameters"] == f"{row['parameters']:,}"
         assert found["adapter"].startswith(f"{row['adapter']:,} parameters")
+
+
+@pytest.mark.parametrize(
+    "name", ["t5-small", "umt5-small", "mt0-small", "smollm2-135m", "qwen3-0.6b"]
+)
+def test_parameters_are_counted_without_building_all_layers(name):
+    config = KNOWN_MODELS[name].config
+    layers = {"n_layers": 3}
+    if hasattr(config, "n_decoder_layers"):
+        layers["n_decoder_layers"] = 4
+    config = replace(config, **layers)
+    assert count_parameters(config) == parameters_of(config)
 
 
 def assert_refused(arguments, capsys, *parts):
