@@ -76,7 +76,8 @@ CASES = [
     Case("llama", n_per_copy=2),
 ]
 FLAGS = Config(recompute=True)
-N_STEPS = 2
+# In some steps of four processes, one more block is whole for a moment. The least of these counts.
+N_STEPS = 5
 
 
 def main(argv=None):
