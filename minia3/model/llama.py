@@ -140,7 +140,7 @@ class Llama(nn.Module):
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long),
-            adapter_numbers=distinct_numbers(adapter),
+            adapter_numbers=distinct_numbers(adapter, len(source)),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
             self.run_blocks(read_BL, state, packing, keys_only=True)

@@ -340,11 +340,9 @@ def adapter_numbers(adapter, n_examples):
     return numbers.flatten().tolist()
 
 
-def distinct_numbers(adapter):
+def distinct_numbers(adapter, n_examples):
     """Return the numbers in the argument `adapter` of `start`, each once."""
-    if adapter is None:
-        return (0,)
-    return tuple(set(torch.as_tensor(adapter).flatten().tolist()))
+    return tuple(set(adapter_numbers(adapter, n_examples)))
 
 
 def check_mask(mask_BM, shape):

@@ -178,7 +178,7 @@ class T5(nn.Module):
             caches=caches,
             token_M=source.new_zeros(0),
             owner_M=torch.zeros(0, dtype=torch.long),
-            adapter_numbers=distinct_numbers(adapter),
+            adapter_numbers=distinct_numbers(adapter, len(source)),
             memory_bias_B11M=memory_bias_B11M,
         )
 

@@ -199,8 +199,10 @@ PROCESSES = {
 @pytest.mark.parametrize("n_processes", PROCESSES)
 def test_processes_take_what_was_planned(n_processes):
     cases = PROCESSES[n_processes]
-    measured_by_first, *_ = on_ranks(n_processes, measured_bytes_of_all, cases)
-    for case, measured in zip(cases, measured_by_first, strict=True):
+    measured_by_ranks = on_ranks(n_processes, measured_bytes_of_all, cases)
+    for case, *measured_by_rank in zip(cases, *measured_by_ranks, strict=True):
+        # A process that waits for others may have one more block for a moment (docs/scale.md).
+        measured = min(measured_by_rank)
         whole, planned = planned_bytes(case, n_processes)
         assert 100e6 < whole < 500e6
         assert planned == pytest.approx(measured, rel=0.1), case
