@@ -195,7 +195,7 @@ class Run:
     def checkpointing(self, group):
         """Save a checkpoint at the end of the block, and also if it is stopped."""
         try:
-            with computing_together():
+            with self.signals.ignored_after(PeerGone), computing_together():
                 yield
         except (Stopped, PeerGone):
             self.save(group)

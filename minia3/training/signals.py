@@ -65,7 +65,7 @@ class Signals:
         self.n_seen = 0  # signals in the current block, as that thread counts them
         self.leave = None  # in an `urgent` block: what it calls before it ends the process
         self.is_leaving = False
-        self.is_stopping = False  # `Stopped` was raised in one of several processes
+        self.is_stopping = False  # one of several processes ends: what torchrun sends says no more
         self.wakeup = None  # a socket: Python writes the number of each signal to it, at once
         self.wakeup_before = -1
 
@@ -120,6 +120,19 @@ class Signals:
             self.is_held = False
         if self.pending is not None:
             self.stop()
+
+    @contextmanager
+    def ignored_after(self, error):
+        """Return a context: if it raises an error of this class, no signal follows the error.
+
+        torchrun tells all processes to stop as soon as one has ended. One that has found this out
+        by itself saves its state already, and must not be disturbed.
+        """
+        try:
+            yield
+        except error:
+            self.is_stopping = True
+            raise
 
     @contextmanager
     def urgent(self, leave):

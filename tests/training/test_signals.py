@@ -11,11 +11,14 @@ import time
 
 import pytest
 import torch
-from running import ROOT, finish, kill_self, outcome, resume, run, start, words
+from running import ROOT, finish, kill_self, load_checkpoint, outcome, resume, run, start, words
 
 import train
+from minia3.files.processes import GONE, PeerGone
 from minia3.training import signals as training_signals
+from minia3.training.checkpoint import save_checkpoint
 from minia3.training.log import TrainingLog
+from minia3.training.run import Run
 from minia3.training.signals import STOPPING, WAITING, Signals, Stopped
 
 
@@ -152,6 +155,30 @@ def test_a_program_of_several_processes_is_not_ended_before_it_has_said_why(monk
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, before_ctrl_c)
+
+
+def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_ended(
+    tmp_path, monkeypatch
+):
+    def sum_over_processes(run, group):
+        if group.log.step == 7:
+            raise PeerGone(GONE)
+
+    def save_while_torchrun_stops_all(*args):
+        kill_self(signal.SIGTERM)
+        save_checkpoint(*args)
+
+    whole = tmp_path / "whole"
+    out = tmp_path / "run"
+    flags = {"steps": 12, "save_every": 20}
+    assert run(words(whole, **flags)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "sum_over_processes", sum_over_processes)
+        patch.setattr("minia3.training.run.save_checkpoint", save_while_torchrun_stops_all)
+        assert run(words(out, **flags)) == 1
+    assert load_checkpoint(out).n_steps == 7
+    assert resume(out) == 0
+    assert outcome(out) == outcome(whole)
 
 
 # A step that is given up
