@@ -53,15 +53,17 @@ def read_adapter(name_or_path):
         path = adapter_file(path)
 
     vectors = {}
+    stored_names = {}  # our name -> the name in the file
     problems = []
-    for peft_name, entry in read_tensors(path, as_a_whole=True).items():
-        name = rename(peft_name, READ)
-        problem = find_mismatch(peft_name, entry, name, vectors)
+    for stored_name, entry in read_tensors(path, as_a_whole=True).items():
+        name = rename(stored_name, READ)
+        problem = find_mismatch(stored_name, entry, name, vectors)
         if problem is None:
-            vectors[name] = entry.read().detach().float().flatten()
-            problem = find_infinite(peft_name, vectors[name])
-        if problem is not None:
+            vectors[name] = entry.read().float().flatten()
+            stored_names[name] = stored_name
+        else:
             problems.append(problem)
+    problems += find_infinite(vectors, stored_names)
     if not vectors and not problems:
         problems.append("there are no vectors in it")
     if problems:
@@ -112,15 +114,18 @@ def find_mismatch(peft_name, entry, name, vectors):
     return None
 
 
-def find_infinite(peft_name, vector_D):
-    """Return a text about the first entry that is infinite or NaN, or None."""
-    # A sum is quick, even for thousands of vectors, but it may be infinite although no entry is.
-    if math.isfinite(vector_D.sum()):
-        return None
-    positions = (~vector_D.isfinite()).nonzero().flatten().tolist()
-    if not positions:
-        return None
-    return f"{peft_name} is {vector_D[positions[0]]} at {positions[0]}"
+def find_infinite(vectors, stored_names):
+    """Return a text for each vector that has an infinite entry or a NaN: where the first one is."""
+    # One sum of all is quick, but it may be infinite although no entry is.
+    if not vectors or torch.cat(list(vectors.values())).sum().isfinite():
+        return []
+    problems = []
+    for name, vector_D in vectors.items():
+        positions = (~vector_D.isfinite()).nonzero().flatten().tolist()
+        if positions:
+            first = positions[0]
+            problems.append(f"{stored_names[name]} is {vector_D[first]} at {first}")
+    return problems
 
 
 def with_l_ff(vectors):

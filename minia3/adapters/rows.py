@@ -58,7 +58,10 @@ def fill_row(model, adapter, new_vectors, row=None):
         add_vectors(model, new_vectors)
         row = row_of(model, adapter)
     for name, l_D in row.items():
-        l_D[:] = new_vectors.get(name, 1.0)
+        if name in new_vectors:
+            l_D.copy_(new_vectors[name])
+        else:
+            l_D.fill_(1.0)
 
 
 def fitting_vectors(model, adapter_file, origin, row=None):
@@ -77,8 +80,8 @@ def fitting_vectors(model, adapter_file, origin, row=None):
     misfits = []
     for name, vector in adapter_file.vectors.items():
         width = widths.get(name, "none")
-        if len(vector) != width:
-            misfits.append(f"{name} of {len(vector)}, expected {width}")
+        if vector.numel() != width:
+            misfits.append(f"{name} of {vector.numel()}, expected {width}")
     name = getattr(model, "name_or_path", None)
     if misfits:
         trained_on = adapter_file.base or "an unknown base"
@@ -98,8 +101,8 @@ def is_same_base(name, other_name):
 
     The file of an adapter names a local folder without its place (see `public_name`).
     """
-    if realpath(hub_name(name)) == realpath(hub_name(other_name)):
-        return True
     names = (normpath(name), normpath(other_name))
     has_no_place = any(basename(path) == path for path in names)
-    return has_no_place and basename(names[0]) == basename(names[1])
+    if has_no_place and basename(names[0]) == basename(names[1]):
+        return True
+    return realpath(hub_name(name)) == realpath(hub_name(other_name))

@@ -116,7 +116,7 @@ def torch_entries(file):
             found = f"{name!r:.80}: {type(tensor).__name__}"
             raise ValueError(f"expected a dict from names to tensors, found {found}")
         # The tensor is mapped already, so there is nothing left to read.
-        entries[name] = Entry(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        entries[name] = Entry(tuple(tensor.shape), tensor.dtype, tensor.detach)
     return entries
 
 
