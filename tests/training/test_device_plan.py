@@ -162,7 +162,7 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(model):
     """Nearly: large batches are extrapolated, and their logits are computed in parts, so that a
     step of them takes up to a tenth less than in proportion."""
     plan = Plan(KNOWN_MODELS[model].config, torch.bfloat16)
-    memory = 2 * GB
+    memory = GB
     shape = recipe_shape(1, 128)
     largest = plan.largest_batch(1, shape, memory)
     assert largest > 20
@@ -188,9 +188,9 @@ def test_whether_a_model_fits_one_device_depends_on_the_flags():
 # Measured, and published
 
 PROCESSES = {
-    1: [Case("llama", "int8", offload=True)],
-    2: [Case("t5", "int8", offload=True)],
-    4: [Case("t5"), Case("llama", "int8", n_per_copy=2)],
+    1: [Case("small llama", "int8", offload=True)],
+    2: [Case("small t5", "int8", offload=True)],
+    4: [Case("small t5"), Case("small llama", "int8", n_per_copy=2)],
 }
 
 
@@ -204,23 +204,26 @@ def test_processes_take_what_was_planned(n_processes):
         # A process that waits for others may have one more block for a moment (docs/scale.md).
         measured = min(measured_by_rank)
         whole, planned = planned_bytes(case, n_processes)
-        assert 100e6 < whole < 500e6
+        assert 25e6 < whole < 100e6
         assert planned == pytest.approx(measured, rel=0.1), case
         if n_processes > 1:
             assert measured < whole  # so an undivided base would be noticed
 
 
+SOME_MODELS = ("t5-3b", "llama-2-70b")
+
+
 @counted_with_this_torch
 def test_the_tables_in_the_docs_are_those_that_the_command_prints():
     text = SCALE.read_text(encoding="utf-8")
-    for model in ("t5-3b", "llama-2-70b"):
-        for line in (*plans.size_lines([model]), *plans.batch_lines([model])):
-            assert line in text
+    for line in (*plans.size_lines(SOME_MODELS), *plans.batch_lines(SOME_MODELS)):
+        assert line in text
 
 
 @counted_with_this_torch
 @pytest.mark.slow
-def test_all_tables_in_the_docs_are_those_that_the_command_prints():
+def test_all_other_lines_of_the_tables_are_those_that_the_command_prints():
     text = SCALE.read_text(encoding="utf-8")
-    for line in (*plans.size_lines(), *plans.batch_lines(), *plans.by_hand_lines()):
+    models = [model for model in plans.MODELS if model not in SOME_MODELS]
+    for line in (*plans.size_lines(models), *plans.batch_lines(models), *plans.by_hand_lines()):
         assert line in text

@@ -75,7 +75,7 @@ def test_layers_beyond_the_third_are_like_the_third(kind):
 def test_a_batch_that_does_not_fit_is_a_note_with_the_size_that_does(
     flags, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 8e5)
+    monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 2e6)
     monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
     data = write(tmp_path / "task", train=rows(20), validation=rows(150))
     sizes = {"task": data, "steps": 1, "batch_size": 2}
@@ -116,7 +116,7 @@ def test_the_longest_rows_are_planned_and_not_all_of_them(tmp_path, monkeypatch)
 def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 8e5)
+    monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 2e6)
     monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
 
     def full(*args, **options):

@@ -50,7 +50,7 @@ GRID = {
     "lr": "0.05,0.01",
     "eval_every": 3,
     "patience": 2,
-    "steps": 24,
+    "steps": 12,
     "clip": 0.5,
     "warmup_ratio": 0.2,
 }
@@ -139,7 +139,7 @@ def accuracy_by_hand(group, cell):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "recipe", [{}, {"optimizer": "adamw", "weight_decay": 0.1}, {"micro_batch_size": 7}]
+    "recipe", [{}, {"optimizer": "adamw", "weight_decay": 0.1, "micro_batch_size": 7}]
 )
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_adapters_that_train_together_equal_adapters_that_train_apart(
@@ -167,7 +167,7 @@ def test_adapters_that_train_together_equal_adapters_that_train_apart(
         for key, x in alone["saved"].items():
             assert_close(found[name]["saved"][key], x, rtol=1e-6, atol=1e-6)
         assert max((x - 1).abs().max() for x in alone["vectors"].values()) > 0.01
-    assert steps == {9, 24}  # some stop early
+    assert steps == {9, 12}  # some stop early
 
 
 def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
@@ -198,9 +198,9 @@ def test_seeds_of_the_embedded_model_train_together_as_they_do_apart(tmp_path):
     splits = {"train": real_rows.train, "validation": real_rows.validation}
     task = write(tmp_path / "same-colour", **splits, test=real_rows.test[:64])
     flags = {"model": "tiny-t5", "task": task, "shots": 64, "batch_size": 8, **EXACT}
-    flags["steps"] = 60
-    assert run(words(tmp_path / "grid", seed="0,1,2", **flags)) == 0
-    for seed in range(3):
+    flags["steps"] = 30
+    assert run(words(tmp_path / "grid", seed="0,1", **flags)) == 0
+    for seed in range(2):
         assert run(words(tmp_path / str(seed), seed=seed, **flags)) == 0
         alone = load_file(tmp_path / str(seed) / "adapter" / "adapter_model.safetensors")
         found = load_file(tmp_path / "grid" / "adapters" / f"s{seed}" / "adapter_model.safetensors")

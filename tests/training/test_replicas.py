@@ -18,6 +18,8 @@ TOLERANCE = 1e-9  # of float64, after some steps
 NAMES = ("t5", "llama")  # of running.model
 
 TARGETS = {"task": running.task((0,)), "max_new_tokens": 6}
+# In the second step, the optimizer has moments.
+COMMON = {"dtype": "float64", "dropout": 0.0, "steps": 2}
 # Runs whose numbers are compared: what is special about each, and its flags.
 CASES = {
     "one adapter": {},
@@ -30,7 +32,7 @@ CASES = {
     "several numbers of choices": {"task": running.task((2, 4, 3))},
     "lora": {"method": "lora", "lr": 1e-2, "batch_size": 3},
     "full": {"method": "full", "lr": 1e-3, "batch_size": 3},
-    "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3},
+    "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3, "steps": 4},
     "evaluated in small batches": {"eval_batch_size": 5, "steps": 1},
     "generated texts": {**TARGETS, "metric": "exact_match", "steps": 1},
     "a cell that fails": {"lr": "3e-3,1e31", "steps": 12},
@@ -41,10 +43,10 @@ if TORCH < (2, 13):  # whose attention stays finite, and then the cell's numbers
 
 
 def command_lines(name, folder, specials):
-    common = {"model": running.model(name), "dtype": "float64", "dropout": 0.0, "steps": 4}
     lines = []
     for special in specials:
-        lines.append(running.words(folder / special, **(common | CASES[special])))
+        flags = COMMON | CASES[special]
+        lines.append(running.words(folder / special, model=running.model(name), **flags))
     return lines
 
 

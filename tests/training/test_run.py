@@ -52,10 +52,10 @@ RECIPES = {
     },
     "best of": {
         "dropout": 0.1,
-        "eval_every": 3,
+        "eval_every": 2,
         "patience": 2,
-        "save_every": 6,
-        "steps": 24,
+        "save_every": 4,
+        "steps": 16,
         "seed": 26,
         "lr": 0.3,
     },
@@ -78,7 +78,7 @@ RECIPES = {
 }
 
 
-HELD_OUT = {3: 0.5, 6: 0.5, 9: 0.6, 12: 0.7, 15: 0.4, 18: 0.7, 21: 0.1, 24: 0.2}
+HELD_OUT = {2: 0.5, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.4, 12: 0.7, 14: 0.1, 16: 0.2}
 
 
 @contextlib.contextmanager
@@ -170,8 +170,8 @@ def stopped(out):
 def test_the_recipes_are_worth_interrupting():
     (_, lines), _ = uninterrupted("best of")
     accuracies = [line["accuracy"] for line in lines if line["event"] == "eval"]
-    assert accuracies == [HELD_OUT[step] for step in (3, 6, 9, 12, 15, 18)]
-    assert lines[-1]["steps"] == 18 < RECIPES["best of"]["steps"]  # patience
+    assert accuracies == [HELD_OUT[step] for step in (2, 4, 6, 8, 10, 12)]
+    assert lines[-1]["steps"] == 12 < RECIPES["best of"]["steps"]  # patience
     assert len({uninterrupted(name)[0][0] for name in RECIPES}) == len(RECIPES)
     train_lines = [line for line in uninterrupted("adafactor")[0][1] if line["event"] == "train"]
     assert any(line["step"] % 5 for line in train_lines)
@@ -204,8 +204,8 @@ def test_a_run_that_is_stopped_anywhere_says_how_to_continue_and_continues_bit_f
         (training_group, "evaluate", 1, 0),
         (RowOptimizer, "clip", 8, 8),
         (RowOptimizer, "clip", 1, 1),
-        (training_group, "evaluate", 3, 6),
-        (training_group, "evaluate", 8, 18),
+        (training_group, "evaluate", 3, 4),
+        (training_group, "evaluate", 8, 12),
     ],
 )
 def test_every_phase_can_be_stopped_at_once_except_for_a_step(
@@ -230,7 +230,7 @@ def test_every_phase_can_be_stopped_at_once_except_for_a_step(
     monkeypatch.undo()
     steps = steps_that_begin(monkeypatch)
     continues_as_if_it_had_not_stopped("best of", out)
-    assert steps == list(range(n_done, 18))
+    assert steps == list(range(n_done, 12))
 
 
 @pytest.mark.slow
@@ -467,7 +467,7 @@ def torn_line(event, step, part):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [0, 0.5, 1])
 @pytest.mark.parametrize(
-    ("event", "step"), [("before", 0), ("train", 10), ("eval", 6), ("final", 18)]
+    ("event", "step"), [("before", 0), ("train", 10), ("eval", 6), ("final", 12)]
 )
 def test_a_run_that_is_killed_while_it_writes_a_line_has_the_line_once(event, step, part, tmp_path):
     out = tmp_path / "run"

@@ -92,13 +92,13 @@ def test_recomputation_takes_less():
 
 
 def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(step_memory, "free_memory", lambda device: 8e6)
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: 12e6)
     monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
-    assert run(words(tmp_path / "run", batch_size=200, steps=1)) == 0
+    assert run(words(tmp_path / "run", batch_size=128, steps=1)) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "a step takes" in line]
     size = int(note.partition("--micro-batch-size ")[2].split()[0])
-    assert 1 <= size < 200
-    flags = {"batch_size": 200, "micro_batch_size": size, "steps": 1}
+    assert 1 <= size < 128
+    flags = {"batch_size": 128, "micro_batch_size": size, "steps": 1}
     assert run(words(tmp_path / "fits", **flags)) == 0
     assert "a step takes" not in capsys.readouterr().out
 
@@ -116,7 +116,7 @@ def test_a_run_that_exceeds_what_is_free_ends_in_one_line_with_the_size(
     free = 60_000_000
     monkeypatch.setattr(step_memory, "free_memory", lambda device: free)
     data = write(tmp_path / "task", train=rows(20), validation=rows(4))
-    flags = {"task": data, "batch_size": 3000, "steps": 1}
+    flags = {"task": data, "batch_size": 2048, "steps": 1}
     out = tmp_path / "run"
     fails(words(out, **flags), capsys, "out of memory: lower --micro-batch-size (try ", code=1)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
