@@ -87,7 +87,8 @@ def measure(args):
         torch.set_num_threads(args.threads)
     path = args.json
     if args.publish:
-        path = table.PUBLISHED / f"{date.today()}.json"
+        release, _, _ = torch.__version__.partition("+")
+        path = table.PUBLISHED / f"{date.today()}-torch-{release}.json"
     try:
         record = begin_or_continue(settings_of(args), path)
     except ValueError as error:
