@@ -87,8 +87,7 @@ def measure(args):
         torch.set_num_threads(args.threads)
     path = args.json
     if args.publish:
-        release, _, _ = torch.__version__.partition("+")
-        path = table.PUBLISHED / f"{date.today()}-torch-{release}.json"
+        path = published_file()
     try:
         record = begin_or_continue(settings_of(args), path)
     except ValueError as error:
@@ -108,6 +107,12 @@ def measure(args):
     print(table.summary([record]))
     if args.publish:
         table.write_pages()
+
+
+def published_file():
+    """Return where a run of today with this torch is published."""
+    release, _, _ = torch.__version__.partition("+")
+    return table.PUBLISHED / f"{date.today()}-torch-{release}.json"
 
 
 def settings_of(args):

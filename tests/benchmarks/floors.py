@@ -80,7 +80,7 @@ def file_read_seconds(n_bytes, folder, n_rounds=N_ROUNDS, is_cached=True):
 
 
 def copy_file(source, target):
-    """Read a file, write what was read to another one, and remove that. Nothing is kept on the way."""
+    """Write a file again, as fast as a program can that looks at nothing, and remove the copy."""
     piece = bytearray(PIECE)
     with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
         while n_bytes := old.readinto(piece):
