@@ -64,8 +64,9 @@ def make_parser():
     files.add_argument(
         "--publish",
         action="store_true",
-        help="write the result of today into tests/benchmarks/published/, and all results that "
-        "are there into the README and docs/performance.md",
+        help="write the result of today with this release of torch into "
+        "tests/benchmarks/published/, and all results that are there into the README and "
+        "docs/performance.md",
     )
     return parser
 

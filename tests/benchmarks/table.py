@@ -183,7 +183,7 @@ def summary(records):
 def column_names(records):
     ratios = [f"theirs / ours, {letter}" for letter in letters(records)]
     names = ["line", "ours", "theirs", *ratios, "goal", "reached"]
-    names += ["floor of ours", "its bound", "kernels of ours alone", "their bound"]
+    names += ["floor of ours", "bound by floor", "kernels of ours alone", "bound by kernels"]
     return line_of(names) + "\n" + "|---" * len(names) + "|"
 
 
