@@ -267,7 +267,7 @@ def test_products_have_their_own_weights_and_share_inputs_of_one_shape():
 
 def test_the_least_memory_of_a_step_is_torch_the_weights_and_what_is_kept(tmp_path, monkeypatch):
     pair = Pair("t5-base", tmp_path, True, torch.float32)
-    monkeypatch.setattr(training, "run_program", lambda program: "1000")
+    monkeypatch.setattr(training, "run_program", lambda program: "1000\n")
     monkeypatch.setattr(training, "kept_for_backward", lambda forward, model: 20)
     n_weights = sum(parameter.nbytes for parameter in pair.ours().parameters())
     assert training.least_bytes(pair) == 1020 + n_weights
