@@ -1,6 +1,6 @@
 """Compare minia3 with transformers + PEFT, every pair in alternation, as JSON and as a table.
 
-python -m tests.benchmarks --json run.json      all lines; two thirds of an hour on one core
+python -m tests.benchmarks --json run.json      all lines; an hour on one core
 python -m tests.benchmarks --only steps,kept
 python -m tests.benchmarks --device cuda --models t5-large,t0-3b,llama-3.2-1b,llama-2-7b
 python -m tests.benchmarks --quick              every line once on tiny models: does it work
