@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from datetime import date
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.benchmarks.record import Record, begin_or_continue, read_record
 
 STEP = "t5-base, training step, no padding"
 KEPT = "t5-base, bytes kept for backward, against (IA)^3"
+EXPORT = "t5-base, load, merge and export"
 GENERATION = "t5-base, greedy generation, batch 1"
 
 
@@ -88,14 +90,14 @@ def test_several_runs_stand_side_by_side():
     lines = text.splitlines()
     assert lines[2] == "| date | 2026-01-02 03:04 | 2026-01-03 03:04 | 2026-01-04 03:04 |"
     assert lines[4].startswith("| threads, memory, system | 1 of 2 cores, 8 GB, Linux 6.1.0 |")
-    assert "Run A reaches 2 of 2 goals; beyond the floor: 0." in lines
-    assert "Run C reaches 0 of 1 goals; beyond the floor: 0." in lines
+    assert "Run A reaches 2 of 2 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
+    assert "Run C reaches 0 of 1 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
     assert "The runs are of 2 different commits." in lines
     assert "1 ratios were disturbed by other work, and have a star." in lines
     ratios = "1.25 (1.00 to 2.00) | 1.35 (1.00 to 2.00) * | 1.15 (1.00 to 2.00)"
     floor = "1.70 s roof (85%) | 1.47"
-    assert f"| {STEP} | 2.00 s | 2.50 s | {ratios} | 1.2 at 80% | 2 of 3 | {floor} |" in lines
-    assert f"| {KEPT} | 2 MB | 4 MB | 2.00 |  |  | 1.6 | 1 of 1 |  |  |" in lines
+    assert f"| {STEP} | 2.00 s | 2.50 s | {ratios} | 1.2 at 80% | 2 of 3 | {floor} |  |  |" in lines
+    assert f"| {KEPT} | 2 MB | 4 MB | 2.00 |  |  | 1.6 | 1 of 1 |  |  |  |  |" in lines
 
 
 def test_a_row_was_disturbed_if_others_were_busy_or_the_roof_was_low():
@@ -107,15 +109,54 @@ def test_a_row_was_disturbed_if_others_were_busy_or_the_roof_was_low():
     assert not table.is_disturbed(Row("B", 1, 1, 1.0), record)
 
 
-def test_a_goal_beyond_the_floor_is_shown_as_such():
-    row = replace(step_row(ratio=1.08), products=2.0, floor=1.9, theirs=2.16, floor_of="products")
+def test_a_goal_beyond_the_floor_or_beyond_the_kernels_alone_is_shown_as_such():
+    row = replace(step_row(ratio=1.08), theirs=2.16, floor=1.6, floor_of="products")
+    row = replace(row, alone=1.8, alone_of="products")
     text = table.table_row(GENERATION, [record_of({GENERATION: row})])
-    assert text.endswith(
-        "| 1.25 | 0 of 1 | 1.90 s products (95%; products alone 95%) | 1.14, below the goal |"
-    )
-    assert "Run A reaches 0 of 1 goals; beyond the floor: 1." in table.summary(
+    alone = "1.80 s products (90%) | 1.20, below the goal"
+    assert text.endswith(f"| 0 of 1 | 1.60 s products (80%) | 1.35 | {alone} |")
+    assert "beyond the floor: 0, beyond the kernels alone: 1." in table.summary(
         [record_of({GENERATION: row})]
     )
+    row = replace(row, floor=1.79)
+    text = table.table_row(GENERATION, [record_of({GENERATION: row})])
+    assert "| 1.79 s products (90%) | 1.21, below the goal |" in text
+    assert "beyond the floor: 1, beyond the kernels alone: 1." in table.summary(
+        [record_of({GENERATION: row})]
+    )
+
+
+def test_a_floor_of_bytes_is_shown_in_bytes():
+    row = Row("B", 2e6, 4e6, 2.0, floor=1e6, floor_of="weights")
+    text = table.table_row(KEPT, [record_of({KEPT: row})])
+    assert text.endswith("| 1 MB weights (50%) | 4.00 |  |  |")
+
+
+def test_runs_that_measured_less_or_another_floor_stand_beside_a_new_one():
+    oldest = Row("s", 2.0, 4.0, 2.0)
+    old = replace(oldest, floor=1.0, floor_of="writing a file")
+    new = replace(oldest, floor=1.6, floor_of="copying the files", alone=1.8, alone_of="folding")
+    text = table.table_row(EXPORT, [record_of({EXPORT: row}) for row in (oldest, old, new)])
+    assert text.endswith("| 1.60 s copying the files (80%) | 2.50 | 1.80 s folding (90%) | 2.22 |")
+
+
+def test_runs_of_one_day_with_other_releases_of_torch_have_other_files(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    file = benchmarks.published_file()
+    assert file == table.PUBLISHED / f"{date.today()}-torch-2.13.0.json"
+    monkeypatch.setattr(torch, "__version__", "2.15.0")
+    assert benchmarks.published_file() == table.PUBLISHED / f"{date.today()}-torch-2.15.0.json"
+
+
+def test_the_oldest_run_comes_first_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "PUBLISHED", tmp_path)
+    dates = {"a": "2026-01-03 09:10", "b": "2026-01-03 09:09", "c": "2026-01-01 23:00"}
+    for name, day in dates.items():
+        record = record_of({}, date=day)
+        record.path = tmp_path / f"{name}.json"
+        record.write()
+    for files in ((), sorted(tmp_path.glob("*"))):
+        assert [record.path.stem for record in table.read_records(files)] == ["c", "b", "a"]
 
 
 def test_a_goal_with_a_share_of_the_roof_needs_both():

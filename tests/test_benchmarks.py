@@ -37,11 +37,13 @@ from tests.benchmarks import (
     operators,
     rows,
     study_inputs,
+    training,
 )
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
 from tests.benchmarks.measure import Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
+from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
 STARTS_PROCESSES = ("start", "peak")
 COMPILES = ("flags",)  # for half a minute
@@ -101,7 +103,14 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
         "import of torch",
         "reading the tensors",
         "making a tensor",
-        "writing a file",
+        "copying the files",
+        "torch, weights, kept for backward",
+        "the base alone",
+    }
+    assert {row["alone_of"] for row in rows.values() if "alone" in row} == {
+        "products and attention",
+        "products",
+        "folding and writing",
     }
     assert result["lines"] == [f"t5-base, {line}" for line in LINES]
     n_printed = capsys.readouterr().out.count("\n| t5-base, ")
@@ -126,8 +135,8 @@ def test_lines_that_are_quick_work_on_a_llama(tmp_path):
     generations = [row for title, row in rows.items() if "generation" in title]
     assert len(generations) == 2
     for row in generations:
-        assert row["floor_of"] == "products"
-        assert row["products"] > 0
+        assert row["floor_of"] == row["alone_of"] == "products"
+        assert row["bound_of_alone"] == row["theirs"] / row["alone"] > 0
         assert row["tokens_per_second"] > 0
 
 
@@ -173,10 +182,12 @@ def test_a_row_has_medians_and_the_middle_half_of_the_ratios():
 
 
 def test_a_row_says_what_ours_could_reach_at_its_floor_and_can_be_read_back():
-    row = Row("s", ours=2.0, theirs=3.0, ratio=1.5, floor=1.5, floor_of="roof")
+    row = Row("s", ours=2.0, theirs=3.0, ratio=1.5, floor=1.5, floor_of="roof", alone=1.75)
     assert row.share == 0.75
     assert row.bound == 2.0
     assert row.published()["bound"] == 2.0
+    assert row.share_of_alone == 0.875
+    assert row.bound_of_alone == row.published()["bound_of_alone"] == 3 / 1.75
     assert Row.read(row.published()) == row
 
 
@@ -204,16 +215,16 @@ def test_the_roof_takes_turns_with_the_sides(monkeypatch):
     roof_object = Roof(torch.float32, 8)
     monkeypatch.setattr(Roof, "__call__", lambda _: roof())
     bench = Bench(True, 0, roof_object)
-    row = bench.time(side("ours", 2.0), side("theirs", 3.0), products=side("products", 1.0))
-    assert calls == ["ours", "theirs", "roof", "products"]
+    row = bench.time(side("ours", 2.0), side("theirs", 3.0), alone=side("alone", 1.0))
+    assert calls == ["ours", "theirs", "roof", "alone"]
     assert row.peak_flops == 2 * 8**3 / 0.5
-    assert row.products == 1.0
+    assert row.alone == 1.0
     assert row.others_busy == 2.5  # the mean of 1, 2, 3 and 4
 
 
 def test_the_floor_of_products_is_the_longer_of_reading_and_computing():
     weight = torch.ones(5, 7)
-    products = measure.record_products(
+    products = measure.record_kernels(
         lambda: (torch.ones(1, 5) @ weight, torch.ones(9, 5) @ weight)
     )
     # 140 bytes are read in 14 s. 70 and 630 operations take 7 and 63 s.
@@ -228,8 +239,38 @@ def test_flops_and_products_are_those_of_the_matrix_products():
         (x @ weight).sum().backward()
 
     assert measure.count_flops(step) == 2 * (2 * 3 * 5 * 7)  # forward, and the weight's gradient
-    products = measure.record_products(lambda: torch.mm(x, weight.detach()).relu())
-    assert [(len(x), tuple(w.shape)) for x, w in products.pairs] == [(3, (5, 7))]
+    kernels = measure.record_kernels(lambda: torch.mm(x, weight.detach()).relu())
+    assert [(len(x), tuple(w.shape)) for x, w in kernels.products] == [(3, (5, 7))]
+
+
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+@pytest.mark.parametrize("like_rte", LENGTHS.values(), ids=LENGTHS)
+def test_the_kernels_of_a_step_are_all_that_has_operations(model, like_rte, tmp_path):
+    """Alone, they compute what the step computes, forward and backward, and nothing else."""
+    pair = Pair(model, tmp_path, True, torch.bfloat16)
+    ours = pair.ours().train()
+    batch = pair.batch(pair.lengths(like_rte))
+    step = training_step(loss_of(pair, ours, batch), ours.parameters())
+    kernels = measure.record_kernels(step, with_attention=True)
+    assert measure.count_flops(kernels) == measure.count_flops(step)
+    names = {func.name() for func, _, _ in kernels.calls}
+    assert len(names) == 3, "products, attention, and attention's backward pass"
+
+
+def test_products_have_their_own_weights_and_share_inputs_of_one_shape():
+    weights = torch.ones(2, 5, 7)
+    kernels = measure.record_kernels(lambda: [torch.ones(3, 5) @ weight for weight in weights])
+    (first_x, first), (second_x, second) = kernels.products
+    assert first_x is second_x
+    assert (first.data_ptr(), second.data_ptr()) == (weights[0].data_ptr(), weights[1].data_ptr())
+
+
+def test_the_least_memory_of_a_step_is_torch_the_weights_and_what_is_kept(tmp_path, monkeypatch):
+    pair = Pair("t5-base", tmp_path, True, torch.float32)
+    monkeypatch.setattr(training, "run_program", lambda program: "1000\n")
+    monkeypatch.setattr(training, "kept_for_backward", lambda forward, model: 20)
+    n_weights = sum(parameter.nbytes for parameter in pair.ours().parameters())
+    assert training.least_bytes(pair) == 1020 + n_weights
 
 
 def test_what_is_kept_for_backward_counts_once_and_without_the_parameters():
@@ -510,8 +551,11 @@ def test_floors_read_and_write_as_many_bytes_as_they_are_asked_to(tmp_path, monk
     assert floors.file_write_seconds(n_bytes, tmp_path, n_rounds=1, is_synced=True) > 0
     assert floors.file_read_seconds(n_bytes, tmp_path, n_rounds=2) > 0
     assert floors.file_read_seconds(n_bytes, tmp_path, n_rounds=1, is_cached=False) > 0
-    assert sizes == [n_bytes] * 5
-    assert list(tmp_path.iterdir()) == []
+    source = tmp_path / "source"
+    source.write_bytes(bytes(n_bytes))
+    floors.copy_file(source, tmp_path / "floor")
+    assert sizes == [n_bytes] * 6
+    assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.slow

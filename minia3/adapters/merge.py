@@ -34,7 +34,7 @@ from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_divided, is_sharded, shard
 from minia3.model.site_names import SITES
 
-N_ROWS_AT_ONCE = 32  # of a weight: so few rows stay in the cache, which is 4 times as fast
+N_AT_ONCE = 1 << 18  # numbers of a weight: so few stay in the cache, which is 6 times as fast
 
 
 def merge(model, adapter=0):
@@ -125,12 +125,8 @@ def fold_vector(name, weight, l_D):
         factor = l_D.unsqueeze(1)
     factor = factor.expand_as(weight)
     folded = torch.empty_like(weight)
-    parts = zip(
-        weight.split(N_ROWS_AT_ONCE),
-        factor.split(N_ROWS_AT_ONCE),
-        folded.split(N_ROWS_AT_ONCE),
-        strict=True,
-    )
+    n_rows = max(N_AT_ONCE // weight[0].numel(), 1)
+    parts = zip(weight.split(n_rows), factor.split(n_rows), folded.split(n_rows), strict=True)
     for weight_rows, factor_rows, folded_rows in parts:
         # The factor is float32, so the product is, too; `out` rounds it.
         torch.mul(weight_rows, factor_rows, out=folded_rows)

@@ -1,6 +1,6 @@
 """Compare minia3 with transformers + PEFT, every pair in alternation, as JSON and as a table.
 
-python -m tests.benchmarks --json run.json      all lines; two thirds of an hour on one core
+python -m tests.benchmarks --json run.json      all lines; an hour on one core
 python -m tests.benchmarks --only steps,kept
 python -m tests.benchmarks --device cuda --models t5-large,t0-3b,llama-3.2-1b,llama-2-7b
 python -m tests.benchmarks --quick              every line once on tiny models: does it work
@@ -64,8 +64,9 @@ def make_parser():
     files.add_argument(
         "--publish",
         action="store_true",
-        help="write the result of today into tests/benchmarks/published/, and all results that "
-        "are there into the README and docs/performance.md",
+        help="write the result of today with this release of torch into "
+        "tests/benchmarks/published/, and all results that are there into the README and "
+        "docs/performance.md",
     )
     return parser
 
@@ -87,7 +88,7 @@ def measure(args):
         torch.set_num_threads(args.threads)
     path = args.json
     if args.publish:
-        path = table.PUBLISHED / f"{date.today()}.json"
+        path = published_file()
     try:
         record = begin_or_continue(settings_of(args), path)
     except ValueError as error:
@@ -107,6 +108,12 @@ def measure(args):
     print(table.summary([record]))
     if args.publish:
         table.write_pages()
+
+
+def published_file():
+    """Return where a run of today with this torch is published."""
+    release, _, _ = torch.__version__.partition("+")
+    return table.PUBLISHED / f"{date.today()}-torch-{release}.json"
 
 
 def settings_of(args):

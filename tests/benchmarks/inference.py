@@ -11,7 +11,7 @@ import torch
 import minia3
 from minia3.inference.scoring import score_examples
 from tests.benchmarks.floors import memory_read_bytes_per_second
-from tests.benchmarks.measure import record_products
+from tests.benchmarks.measure import record_kernels
 from tests.benchmarks.pairs import batch_on, no_warnings, random_examples
 
 RANKING_BATCH = 8
@@ -100,8 +100,9 @@ def generation(bench, pair):
         # In bfloat16, rounding decides between tokens that are nearly as likely as each other.
         if pair.dtype == torch.float32 and found != expected:
             raise AssertionError(f"the two sides write different texts: {found[0]}, {expected[0]}")
-        products = record_products(our_texts)
-        timed = bench.time(our_texts, their_texts, products)
+        products = record_kernels(our_texts)
+        timed = bench.time(our_texts, their_texts, alone=products)
+        timed.alone_of = "products"
         timed.tokens_per_second = batch_size * n_new / timed.ours
         if pair.device == "cpu":
             bandwidth = memory_read_bytes_per_second(n_rounds=bench.n_floor_rounds)
@@ -132,6 +133,7 @@ def mixed(bench, pair):
     """Compare a batch of 32 prompts for several adapters with the base alone, and with LoRA.
 
     Reading the prompts and one token is timed. In PEFT, LoRA can mix adapters and (IA)^3 cannot.
+    Beside LoRA, the floor is the base alone.
     """
     n = 32
     ours = pair.ours(n_adapters=n)
@@ -164,7 +166,8 @@ def mixed(bench, pair):
         with no_warnings():
             return lora(**inputs)
 
-    row_against_lora = bench.time(lambda: read(torch.arange(n)), read_with_lora)
+    row_against_lora = bench.time(lambda: read(torch.arange(n)), read_with_lora, floor=read)
+    row_against_lora.floor_of = "the base alone"
     yield f"mixed batch of {n}, {n} adapters, against LoRA with adapter_names", row_against_lora
 
 

@@ -74,6 +74,10 @@ class Goal:
         """Whether the ratio cannot be reached, because ours cannot take less than its floor."""
         return row.floor is not None and row.bound < self.ratio
 
+    def is_beyond_alone(self, row):
+        """Whether the ratio cannot be reached with the kernels that were timed alone."""
+        return row.alone is not None and row.bound_of_alone < self.ratio
+
 
 def goal_of(title, is_t5):
     """Return the Goal of a row."""

@@ -49,13 +49,25 @@ class Row:
     # Of times for which the number of tokens or of operations is known:
     tokens_per_second: float | None = None  # ours
     flops: int | None = None  # of one call of ours
-    products: float | None = None  # seconds of the matrix products of ours alone
-    # Of times that have one:
-    floor: float | None = None  # seconds that ours must take at least
+    # Of times and bytes that have one:
+    floor: float | None = None  # seconds or bytes that ours must take at least
     floor_of: str | None = None  # what takes them
+    # Of times that have one:
+    alone: float | None = None  # seconds of kernels of ours, when nothing else runs
+    alone_of: str | None = None  # which kernels
     # Of all lines; None if the line has no goal:
     goal: float | None = None  # of the ratio
     goal_share: float | None = None  # of the floor in our time
+
+    @property
+    def bound_of_alone(self):
+        """The ratio that there would be if ours took just the time of those kernels alone."""
+        return self.theirs / self.alone
+
+    @property
+    def share_of_alone(self):
+        """What part of our time those kernels take alone."""
+        return self.alone / self.ours
 
     @property
     def share(self):
@@ -72,12 +84,15 @@ class Row:
         fields = asdict(self)
         if self.floor is not None:
             fields["bound"] = self.bound
+        if self.alone is not None:
+            fields["bound_of_alone"] = self.bound_of_alone
         return {name: x for name, x in fields.items() if x is not None or name == "goal"}
 
     @classmethod
     def read(cls, published):
         """Return the Row of a dict that `published` made."""
-        return cls(**{name: x for name, x in published.items() if name != "bound"})
+        computed = ("bound", "bound_of_alone")
+        return cls(**{name: x for name, x in published.items() if name not in computed})
 
 
 @dataclass(frozen=True)
@@ -96,15 +111,15 @@ class Bench:
         """How often a floor is measured that takes no turns with the sides."""
         return 1 if self.quick else 5
 
-    def time(self, ours, theirs, products=None, floor=None):
+    def time(self, ours, theirs, alone=None, floor=None):
         """Time two functions, and return a Row.
 
-        The roof takes turns with them, and so do the matrix products of `ours` and its floor, a
-        function that does what `ours` cannot do without, if they are given.
+        The roof takes turns with them, and so do two more functions if they are given. `alone` runs
+        kernels of `ours` and nothing else, and `floor` does what `ours` cannot do without.
         """
         sides = {"ours": ours, "theirs": theirs, "roof": self.roof}
-        if products is not None:
-            sides["products"] = products
+        if alone is not None:
+            sides["alone"] = alone
         if floor is not None:
             sides["floor"] = floor
         others_busy = []
@@ -118,18 +133,22 @@ class Bench:
         if None not in others_busy:
             row.others_busy = statistics.mean(others_busy)
         row.peak_flops = self.roof.flops / statistics.median(times["roof"])
-        if products is not None:
-            row.products = statistics.median(times["products"])
+        if alone is not None:
+            row.alone = statistics.median(times["alone"])
         if floor is not None:
             row.floor = statistics.median(times["floor"])
         return row
 
-    def time_below_roof(self, ours, theirs, n_tokens):
+    def time_below_roof(self, ours, theirs, n_tokens, with_kernels=False):
         """Return the Row of two functions, where the matrix products of `ours` are its floor.
 
         n_tokens: what one call of `ours` reads and writes.
+        with_kernels: time the products and the attention of `ours` alone, too.
         """
-        row = self.time(ours, theirs)
+        kernels = record_kernels(ours, with_attention=True) if with_kernels else None
+        row = self.time(ours, theirs, alone=kernels)
+        if with_kernels:
+            row.alone_of = "products and attention"
         row.tokens_per_second = n_tokens / row.ours
         row.flops = count_flops(ours)
         row.floor = row.flops / row.peak_flops
@@ -230,28 +249,50 @@ class Roof:
         self.a @ self.b
 
 
-class Products(TorchDispatchMode):
-    """Records the matrix products that run inside of it. A call runs these products alone.
+class Kernels(TorchDispatchMode):
+    """Records the matrix products that run inside of it. A call runs them alone.
 
-    One input is kept for each shape, because the weights are what takes time to read.
+    with_attention: record the calls of PyTorch's fused attention, too, and of its backward pass.
+
+    Inputs are kept once for each shape, but weights all, because to read them is what takes time.
     """
 
-    def __init__(self):
+    def __init__(self, with_attention=False):
         super().__init__()
-        self.inputs = {}
-        self.pairs = []
+        self.with_attention = with_attention
+        self.inputs = {}  # operator and shapes: arguments
+        self.calls = []  # (operator, arguments, arguments by name)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is aten.mm.default:
             x, weight = args
-            x = self.inputs.setdefault(x.shape, x)
-            self.pairs.append((x, weight))
-        return func(*args, **kwargs or {})
+            (x,), _ = self.first_of_shape(func, (x,), {})
+            self.calls.append((func, (x, weight.detach()), {}))
+        elif self.with_attention and func.name().startswith("aten::_scaled_dot_product"):
+            self.calls.append((func, *self.first_of_shape(func, args, kwargs)))
+        return func(*args, **kwargs)
 
+    def first_of_shape(self, func, args, kwargs):
+        """Return the arguments of the first call in which the tensors had these shapes."""
+        shapes = [shape_of(x) for x in (*args, *kwargs.values())]
+        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        return self.inputs.setdefault((func, *shapes), (detached, kwargs))
+
+    @property
+    def products(self):
+        """The (input, weight) of each matrix product."""
+        return [args for func, args, _ in self.calls if func is aten.mm.default]
+
+    @torch.no_grad()
     def __call__(self):
-        for x, weight in self.pairs:
-            with fast_products(len(x), weight):
-                x @ weight
+        for func, args, kwargs in self.calls:
+            if func is aten.mm.default:
+                x, weight = args
+                with fast_products(len(x), weight):
+                    x @ weight
+            else:
+                func(*args, **kwargs)
 
     def least_seconds(self, bytes_per_second, flops_per_second):
         """Return the seconds that the products take at least.
@@ -259,18 +300,23 @@ class Products(TorchDispatchMode):
         Each reads its weight from memory, and computes at the roof. The longer of the two counts.
         """
         n_seconds = 0
-        for x, weight in self.pairs:
+        for x, weight in self.products:
             reading = weight.nbytes / bytes_per_second
             computing = 2 * len(x) * weight.numel() / flops_per_second
             n_seconds += max(reading, computing)
         return n_seconds
 
 
-def record_products(function):
-    """Return the Products of `function()` with weights. To call them computes them alone."""
-    with Products() as products:
+def shape_of(x):
+    """Return the shape and the strides of a tensor, and any other argument as it is."""
+    return (x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+
+
+def record_kernels(function, with_attention=False):
+    """Return the Kernels of `function()`. To call them runs them alone."""
+    with Kernels(with_attention) as kernels:
         function()
-    return products
+    return kernels
 
 
 def attention_flops(q_shape, k_shape, *_, **__):

@@ -6,9 +6,11 @@ import shutil
 import torch
 
 import minia3
+from minia3.adapters.merge import fold
+from minia3.adapters.rows import row_of
 from minia3.checkpoints.tensor_names import name_table
 from minia3.model.sequence_state import check_start
-from tests.benchmarks.floors import file_write_seconds, import_seconds
+from tests.benchmarks.floors import copy_file, import_seconds
 from tests.benchmarks.measure import run_program
 from tests.benchmarks.pairs import no_warnings
 from tests.benchmarks.training import check_same_targets
@@ -121,7 +123,9 @@ def adapters(bench, pair):
 def export(bench, pair):
     """Compare loading a model and an adapter, merging them, and writing the result.
 
-    The floor is to write a file of as many bytes, which no side waits for to reach the disk.
+    The floor is to read the files of the weights and to write them again. They come from the memory
+    of the system, and no side waits for them to reach the disk. Alone, each weight is folded and
+    written.
     """
     merged = minia3.merge(pair.ours())
     expected = pair.theirs().merge_and_unload().state_dict()
@@ -137,8 +141,24 @@ def export(bench, pair):
         pair.theirs().merge_and_unload().save_pretrained(pair.scratch / "theirs")
         shutil.rmtree(pair.scratch / "theirs")
 
-    row = bench.time(export_ours, export_theirs)
-    n_bytes = sum(path.stat().st_size for path in pair.folder.glob("*.safetensors"))
-    row.floor = file_write_seconds(n_bytes, pair.scratch, bench.n_floor_rounds)
-    row.floor_of = "writing a file"
+    def copy_files():
+        for path in pair.folder.glob("*.safetensors"):
+            copy_file(path, pair.scratch / "copy")
+
+    model = pair.ours()
+    vectors = row_of(model, 0)
+
+    @torch.no_grad()
+    def fold_and_write():
+        path = pair.scratch / "folded"
+        with path.open("wb", buffering=0) as file:
+            for name in name_table(merged).values():
+                if name is not None:
+                    weight = fold(name, model.get_parameter(name), vectors)
+                    file.write(weight.cpu().view(torch.uint8).numpy())
+        path.unlink()
+
+    row = bench.time(export_ours, export_theirs, alone=fold_and_write, floor=copy_files)
+    row.floor_of = "copying the files"
+    row.alone_of = "folding and writing"
     yield "load, merge and export", row

@@ -53,8 +53,9 @@ def main(argv):
 
 
 def read_records(files=()):
-    """Return the Records of files; without any, of those that are published, the oldest first."""
-    return [read_record(path) for path in files or sorted(PUBLISHED.glob("*.json"))]
+    """Return the Records of files, or of those that are published. The oldest run comes first."""
+    records = [read_record(path) for path in files or PUBLISHED.glob("*.json")]
+    return sorted(records, key=lambda record: record.about["date"])
 
 
 def write_pages(files=()):
@@ -153,16 +154,18 @@ DESCRIPTIONS = {  # name of the line: function of what a Record is about
 
 
 def summary(records):
-    """Return how many goals each run reaches, and which are beyond the floor."""
+    """Return how many goals each run reaches, and how many no code can reach."""
     counts = []
     n_disturbed = 0
     for letter, record in zip(letters(records), records, strict=True):
         goals = {title: goal_of_title(title) for title in record.rows}
         goals = {title: goal for title, goal in goals.items() if goal.ratio is not None}
         n_reached = sum(goal.is_reached(record.rows[title]) for title, goal in goals.items())
-        n_beyond = sum(goal.is_beyond_floor(record.rows[title]) for title, goal in goals.items())
+        n_floor = sum(goal.is_beyond_floor(record.rows[title]) for title, goal in goals.items())
+        n_alone = sum(goal.is_beyond_alone(record.rows[title]) for title, goal in goals.items())
         counts.append(
-            f"Run {letter} reaches {n_reached} of {len(goals)} goals; beyond the floor: {n_beyond}."
+            f"Run {letter} reaches {n_reached} of {len(goals)} goals; beyond the floor: {n_floor}, "
+            f"beyond the kernels alone: {n_alone}."
         )
         n_disturbed += sum(is_disturbed(row, record) for row in record.rows.values())
     if n_disturbed:
@@ -179,7 +182,8 @@ def summary(records):
 
 def column_names(records):
     ratios = [f"theirs / ours, {letter}" for letter in letters(records)]
-    names = ["line", "ours", "theirs", *ratios, "goal", "reached", "floor of ours", "bound"]
+    names = ["line", "ours", "theirs", *ratios, "goal", "reached"]
+    names += ["floor of ours", "bound by floor", "kernels of ours alone", "bound by kernels"]
     return line_of(names) + "\n" + "|---" * len(names) + "|"
 
 
@@ -198,8 +202,8 @@ def table_row(title, records):
     else:
         n_reached = sum(goal.is_reached(row) for row in rows)
         cells += [goal_text(goal), f"{n_reached} of {len(rows)}"]
-    with_floor = [row for row in rows if row.floor is not None]
-    cells += floor_texts(with_floor, goal) if with_floor else ["", ""]
+    cells += floor_texts(rows, goal)
+    cells += alone_texts(rows, goal)
     return line_of(cells)
 
 
@@ -209,16 +213,33 @@ def goal_text(goal):
 
 
 def floor_texts(rows, goal):
-    """Return the texts about the floor, and about the ratio that would be reached there."""
-    floor = f"{with_unit(middle(rows, 'floor'), 's')} {rows[0].floor_of}"
-    share = f"{middle(rows, 'share'):.0%}"
-    if rows[0].products is not None:
-        share_of_products = median([row.floor / row.products for row in rows])
-        share += f"; products alone {share_of_products:.0%}"
-    bound = f"{middle(rows, 'bound'):.2f}"
-    if goal.ratio is not None and all(goal.is_beyond_floor(row) for row in rows):
-        bound += ", below the goal"
-    return [f"{floor} ({share})", bound]
+    """Return the texts about the floor, and about the ratio that would be reached there.
+
+    They are empty if no run has measured it, as those of `alone_texts` are.
+    """
+    rows = [row for row in rows if row.floor is not None]
+    if not rows:
+        return ["", ""]
+    last = rows[-1]
+    rows = [row for row in rows if row.floor_of == last.floor_of]  # older runs may have another
+    floor = f"{with_unit(middle(rows, 'floor'), last.unit)} {last.floor_of}"
+    is_beyond = goal.ratio is not None and all(goal.is_beyond_floor(row) for row in rows)
+    return [f"{floor} ({middle(rows, 'share'):.0%})", bound_text(middle(rows, "bound"), is_beyond)]
+
+
+def alone_texts(rows, goal):
+    """Return the texts about kernels that ran alone, and about the ratio that they would reach."""
+    rows = [row for row in rows if row.alone is not None]
+    if not rows:
+        return ["", ""]
+    alone = f"{with_unit(middle(rows, 'alone'), 's')} {rows[-1].alone_of}"
+    is_beyond = goal.ratio is not None and all(goal.is_beyond_alone(row) for row in rows)
+    bound = bound_text(middle(rows, "bound_of_alone"), is_beyond)
+    return [f"{alone} ({middle(rows, 'share_of_alone'):.0%})", bound]
+
+
+def bound_text(bound, is_beyond):
+    return f"{bound:.2f}, below the goal" if is_beyond else f"{bound:.2f}"
 
 
 def ratio_text(title, record):

@@ -80,11 +80,11 @@ def training_step(loss, parameters):
     return step
 
 
-def time_steps(bench, pair, ours, theirs, batch):
-    """Return the Row of a step of either model."""
+def time_steps(bench, pair, ours, theirs, batch, with_kernels=False):
+    """Return the Row of a step of either model. with_kernels: see `Bench.time_below_roof`."""
     our_step = training_step(loss_of(pair, ours, batch), ours.parameters())
     their_step = training_step(loss_of(pair, theirs, batch), theirs.parameters())
-    return bench.time_below_roof(our_step, their_step, count_tokens(batch))
+    return bench.time_below_roof(our_step, their_step, count_tokens(batch), with_kernels)
 
 
 def compare_kept(pair, ours, theirs, batch):
@@ -109,7 +109,8 @@ def steps(bench, pair):
         theirs = pair.theirs().train()
         batch = pair.batch(pair.lengths(like_rte))
         check_same_targets(pair, batch, ours, theirs)
-        yield f"training step, {title}", time_steps(bench, pair, ours, theirs, batch)
+        row = time_steps(bench, pair, ours, theirs, batch, with_kernels=True)
+        yield f"training step, {title}", row
 
     batch = pair.batch()
     for peer, method in PEERS.items():
@@ -224,7 +225,7 @@ def many_tasks(bench, pair):
     """Compare one pass over a batch with an example of each task with a pass for each adapter."""
     n_tasks = len(pair.lengths())
     our_step, their_step, batch = steps_of_tasks(pair, n_tasks)
-    row = bench.time_below_roof(our_step, their_step, count_tokens(batch))
+    row = bench.time_below_roof(our_step, their_step, count_tokens(batch), with_kernels=True)
     yield f"{n_tasks} tasks in one batch of {n_tasks}, trained in one pass", row
 
 
@@ -291,11 +292,24 @@ step()
 print(peak_memory({device!r}))
 """
 
+# The least that a process needs to train. A quarter of it is torch's compiler, which the first step
+# of an optimizer imports.
+STEP_OF_ONE_NUMBER = """
+import torch
+from tests.benchmarks.measure import peak_memory
+number = torch.ones(1, device={device!r}, requires_grad=True)
+number.sum().backward()
+torch.optim.AdamW([number]).step()
+print(peak_memory({device!r}))
+"""
+
 
 def peak(bench, pair):
     """Compare the peak memory of processes that train.
 
     On a CPU it includes the mapped weights. Each peer has its own process, and PEFT's start slowly.
+    The floor is what is there when the forward pass of a second step ends: torch, the weights, and
+    what autograd keeps.
     """
 
     def bytes_of(method):
@@ -311,5 +325,17 @@ def peak(bench, pair):
         return int(run_program(program))
 
     ours = bytes_of("ours")
+    floor = least_bytes(pair)
     for peer, method in PEERS.items():
-        yield f"peak memory of training, against {peer}", compare(ours, bytes_of(method), "B")
+        row = compare(ours, bytes_of(method), "B")
+        row.floor = floor
+        row.floor_of = "torch, weights, kept for backward"
+        yield f"peak memory of training, against {peer}", row
+
+
+def least_bytes(pair):
+    """Return the bytes of torch, of our weights, and of what autograd keeps of our forward pass."""
+    n_bytes = int(run_program(STEP_OF_ONE_NUMBER.format(device=pair.device)))
+    model = pair.ours().train()
+    n_bytes += sum(parameter.nbytes for parameter in model.parameters())
+    return n_bytes + kept_for_backward(loss_of(pair, model, pair.batch()), model)
