@@ -420,8 +420,9 @@ def read_tensor(path, kind, shape, offset):
     n_rows = math.prod(shape[:-1])
     n_columns = shape[-1]
     byte_shape = quant_shape_to_byte_shape((n_rows, n_columns), kind)
-    # Mode "c" is copy on write: writing to the tensor does not change the file.
-    content = np.memmap(path, np.uint8, "c", offset, byte_shape)
+    # Mode "c" is copy on write: writing to the tensor does not change the file. It becomes a plain
+    # array of the same memory, because gguf takes thousands of slices, and a memmap's are slow.
+    content = np.memmap(path, np.uint8, "c", offset, byte_shape).view(np.ndarray)
     if kind.name in DTYPES:
         return torch.from_numpy(content).view(DTYPES[kind.name]).reshape(shape)
     weight = torch.empty(n_rows, n_columns)
