@@ -3,6 +3,7 @@ files that are written, and it needs neither a network nor weights."""
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.cli.info import add_arguments, count_parameters, devices_of, info, parameters_of
 from minia3.cli.main import main
+from minia3.training.device_plan import Base
 from minia3.training.memory_plan import planned_memory
 
 # The parameters of an adapter (the paper's equation) and of its base (as published; None: unknown)
@@ -269,9 +271,16 @@ def plan_of(model, *arguments):
     return {title: text for title, text in info(model, args.batch, args.length, devices_of(args))}
 
 
+@pytest.fixture(scope="module")
+def bases():
+    """A function that makes each Base once, because llama-3.1-405b has 126 layers."""
+    return functools.cache(Base)
+
+
 @pytest.fixture
-def no_activations(monkeypatch):
+def no_activations(monkeypatch, bases):
     """Let activations take a megabyte per example, because planning them takes seconds."""
+    monkeypatch.setattr("minia3.training.device_plan.Base", bases)
     monkeypatch.setattr(
         "minia3.training.device_plan.planned_activations",
         lambda config, dtype, shape, flags: 10**6 * shape.n_examples,

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,8 +96,16 @@ def change_locale(rng, number, inputs, folder):
 # Rows
 
 
-def make_huge_rows():
-    """Return (content, suffix) of files with too much of something."""
+def thrice(row):
+    """Return the content of a file of JSON lines that has a row three times."""
+    return (json.dumps(row) + "\n") * 3
+
+
+def list_huge_rows():
+    """Return (function that makes the content, suffix) of files with too much of something.
+
+    A case makes its own content, because all of them take a hundred megabytes.
+    """
     words = "w5 " * 50_000
     good = {"input": "w5", "choices": ["w4", "w6"], "label": 0}
     rows = [
@@ -116,22 +125,24 @@ def make_huge_rows():
     ]
     contents = []
     for row in rows:
-        contents.append(((json.dumps(row) + "\n") * 3, ".jsonl"))
+        contents.append((partial(thrice, row), ".jsonl"))
     deep = '{"input": ' + "[" * 100_000 + "]" * 100_000 + "}\n"
-    contents += [(deep * 3, ".jsonl"), ("[" + deep + "]", ".json"), ("\n" * 1_000_000, ".jsonl")]
-    contents += [("input,target\n" + "a," * 100_000 + "\n", ".csv"), ('input\n"' + words, ".csv")]
-    contents += [("input,target\n" + "w5,w4\n" * 3_000, ".csv"), ("w5\tw4\n" * 9, ".tsv")]
+    texts = [(deep * 3, ".jsonl"), ("[" + deep + "]", ".json"), ("\n" * 1_000_000, ".jsonl")]
+    texts += [("input,target\n" + "a," * 100_000 + "\n", ".csv"), ('input\n"' + words, ".csv")]
+    texts += [("input,target\n" + "w5,w4\n" * 3_000, ".csv"), ("w5\tw4\n" * 9, ".tsv")]
+    for text, suffix in texts:
+        contents.append((partial(str, text), suffix))
     return contents
 
 
-HUGE_ROWS = make_huge_rows()
+HUGE_ROWS = list_huge_rows()
 
 
 def read_huge_rows(rng, number, inputs, folder):
     """Too long, too many, too deep: one line, or the right thing, in bounded memory."""
-    content, suffix = HUGE_ROWS[number % len(HUGE_ROWS)]
+    make_content, suffix = HUGE_ROWS[number % len(HUGE_ROWS)]
     file = folder / f"rows{suffix}"
-    file.write_text(content)
+    file.write_text(make_content())
     model = rng.choice(["t5", "llama"])
     flags = ["--model", inputs / model, "--task", file, "--steps", 1, "--out", folder / "run"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,7 @@
 """A run knows before it evaluates whether a batch fits into memory, and says what does."""
 
 import contextlib
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -70,10 +71,18 @@ def test_layers_beyond_the_third_are_like_the_third(kind):
 
 # Runs
 
+PEAKS = functools.cache(peak_of_evaluation)
+
+
+@pytest.fixture
+def plans_once(monkeypatch):
+    """Plan each shape once, because the runs below evaluate the same batches."""
+    monkeypatch.setattr(evaluation_memory, "peak_of_evaluation", PEAKS)
+
 
 @pytest.mark.parametrize("flags", [[], ["--eval-only"]])
 def test_a_batch_that_does_not_fit_is_a_note_with_the_size_that_does(
-    flags, tmp_path, capsys, monkeypatch
+    flags, tmp_path, capsys, monkeypatch, plans_once
 ):
     monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 2e6)
     monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
@@ -114,7 +123,7 @@ def test_the_longest_rows_are_planned_and_not_all_of_them(tmp_path, monkeypatch)
 
 
 def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
-    tmp_path, capsys, monkeypatch
+    tmp_path, capsys, monkeypatch, plans_once
 ):
     monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 2e6)
     monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)

@@ -61,8 +61,9 @@ def test_only_the_chosen_vectors_differ_from_one(seed, name, flags, moves, tmp_p
             "this one has none",
         )
         return
-    assert run(words(tmp_path / "run", *flags, model=model(name), lr=0.1, seed=seed)) == 0
-    trained = last_vectors(tmp_path / "run")
+    out = tmp_path / "run"
+    assert run(words(out, *flags, model=model(name), lr=0.1, seed=seed, steps=3)) == 0
+    trained = last_vectors(out)
     ours = minia3.load_model(model(name))
     folder = tmp_path / "run" / ("adapter" if seed == "0" else "adapters/s1")
     minia3.load_adapter(ours, folder)
