@@ -120,11 +120,11 @@ def find_infinite(vectors, stored_names):
     if not vectors or torch.cat(list(vectors.values())).sum().isfinite():
         return []
     problems = []
-    for name, vector_D in vectors.items():
-        positions = (~vector_D.isfinite()).nonzero().flatten().tolist()
+    for name, vector in vectors.items():
+        positions = (~vector.isfinite()).nonzero().flatten().tolist()
         if positions:
             first = positions[0]
-            problems.append(f"{stored_names[name]} is {vector_D[first]} at {first}")
+            problems.append(f"{stored_names[name]} is {vector[first]} at {first}")
     return problems
 
 
