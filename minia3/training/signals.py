@@ -65,7 +65,7 @@ class Signals:
         self.n_seen = 0  # signals in the current block, as that thread counts them
         self.leave = None  # in an `urgent` block: what it calls before it ends the process
         self.is_leaving = False
-        self.is_stopping = False  # one of several processes ends: what torchrun sends says no more
+        self.is_stopping = False  # one of several processes, and it stops: signals are ignored
         self.wakeup = None  # a socket: Python writes the number of each signal to it, at once
         self.wakeup_before = -1
 
@@ -123,10 +123,10 @@ class Signals:
 
     @contextmanager
     def ignored_after(self, error):
-        """Return a context: if it raises an error of this class, no signal follows the error.
+        """Return a context. If it raises an error of this class, signals are ignored from there on.
 
-        torchrun tells all processes to stop as soon as one has ended. One that has found this out
-        by itself saves its state already, and must not be disturbed.
+        torchrun tells all processes to stop as soon as one has ended. A process that has found this
+        out by itself is saving its state by then, and must not be disturbed.
         """
         try:
             yield
