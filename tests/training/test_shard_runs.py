@@ -46,9 +46,9 @@ def test_processes_that_hold_a_model_together_have_the_numbers_of_one(tmp_path):
 
 
 def run_of_one(run_folder, folder):
-    """Return the folder of the same run in a single process, which computes nothing again.
+    """Return the folder of the same run in a single process, without --recompute and --offload.
 
-    folder: where the runs of this file are. The others are those of test_replicas.py.
+    folder: where this file's own runs of a single process are. The others are in test_replicas.py.
     """
     name, special = run_folder.parts
     if special in ("recomputed", "offloaded"):
