@@ -6,6 +6,7 @@ Nothing here depends on how long something takes, or on how much memory an alloc
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ from tests.benchmarks import (
 )
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.lines import GOALS, LINES, goal_of
-from tests.benchmarks.measure import Bench, Roof, Row
+from tests.benchmarks.measure import LEAST_ROUNDS, Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
@@ -199,27 +200,47 @@ def test_there_are_as_many_rounds_as_fit(seconds_of_a_call, n_rounds, monkeypatc
     assert Bench(True, 30, None).plan_rounds(sides) == 1
 
 
-def test_the_roof_takes_turns_with_the_sides(monkeypatch):
-    calls = []
-    monkeypatch.setattr(measure, "n_others_busy", lambda: len(calls))
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the sides that were called. A side returns how long it took."""
+    names = []
+    monkeypatch.setattr(measure, "n_others_busy", lambda: len(names))
     monkeypatch.setattr(measure, "seconds", lambda function: function())
+    monkeypatch.setattr(Roof, "__call__", lambda _: side(names, "roof", 0.5)())
+    return names
 
-    def side(name, n_seconds):
-        def run():
-            calls.append(name)
-            return n_seconds
 
-        return run
+def side(calls, name, *n_seconds):
+    """Return a function that notes its name, and returns the next of some times."""
+    times = itertools.cycle(n_seconds)
 
-    roof = side("roof", 0.5)
-    roof_object = Roof(torch.float32, 8)
-    monkeypatch.setattr(Roof, "__call__", lambda _: roof())
-    bench = Bench(True, 0, roof_object)
-    row = bench.time(side("ours", 2.0), side("theirs", 3.0), alone=side("alone", 1.0))
-    assert calls == ["ours", "theirs", "roof", "alone"]
+    def run():
+        calls.append(name)
+        return next(times)
+
+    return run
+
+
+def test_the_roof_takes_turns_with_the_sides(calls):
+    bench = Bench(True, 0, Roof(torch.float32, 8))
+    ours = side(calls, "ours", 2.0)
+    theirs = side(calls, "theirs", 3.0)
+    row = bench.time(ours, theirs, alone=side(calls, "alone", 1.0))
+    assert calls == ["ours", "theirs", "alone", "roof"]
     assert row.peak_flops == 2 * 8**3 / 0.5
     assert row.alone == 1.0
     assert row.others_busy == 2.5  # the mean of 1, 2, 3 and 4
+
+
+def test_the_roof_comes_before_each_short_call_and_the_floor_is_the_least(calls):
+    bench = Bench(False, 0, Roof(torch.float32, 8))
+    floor = side(calls, "floor", 4.0, 3.0, 2.0, 6.0)  # the first call is for planning
+    row = bench.time(side(calls, "ours", 5.0), side(calls, "theirs", 6.0), None, floor, True)
+    for name in ("ours", "theirs", "floor"):
+        positions = [i for i, call in enumerate(calls) if call == name]
+        assert len(positions) == 1 + LEAST_ROUNDS
+        assert {calls[i - 1] for i in positions} == {"roof"}
+    assert row.floor == 2.0
 
 
 def test_the_floor_of_products_is_the_longer_of_reading_and_computing():

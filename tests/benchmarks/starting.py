@@ -94,7 +94,7 @@ def adapters(bench, pair):
         theirs.delete_adapter("other")
 
     file = pair.adapter / "adapter_model.safetensors"
-    row = bench.time(load_ours, load_theirs, floor=lambda: load_file(file))
+    row = bench.time(load_ours, load_theirs, floor=lambda: load_file(file), is_short=True)
     row.floor_of = "reading the tensors"
     yield "load an adapter from disk", row
 
@@ -114,7 +114,10 @@ def adapters(bench, pair):
         theirs.set_adapter(names[0])
 
     row = bench.time(
-        switch_ours, switch_theirs, floor=lambda: torch.tensor([1], device=pair.device)
+        switch_ours,
+        switch_theirs,
+        floor=lambda: torch.tensor([1], device=pair.device),
+        is_short=True,
     )
     row.floor_of = "making a tensor"
     yield "switch to another adapter", row
