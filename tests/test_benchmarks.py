@@ -40,14 +40,13 @@ from tests.benchmarks import (
     study_inputs,
     training,
 )
-from tests.benchmarks.__main__ import main
-from tests.benchmarks.lines import GOALS, LINES, goal_of
+from tests.benchmarks.__main__ import in_order, main
+from tests.benchmarks.lines import COMPILES, GOALS, LINES, goal_of
 from tests.benchmarks.measure import LEAST_ROUNDS, Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
 STARTS_PROCESSES = ("start", "peak")
-COMPILES = ("flags",)  # for half a minute
 ROOT = Path(__file__).resolve().parents[1]
 # Those that are built in no time
 SHALLOW_MODELS = {
@@ -198,6 +197,12 @@ def test_there_are_as_many_rounds_as_fit(seconds_of_a_call, n_rounds, monkeypatc
     sides = dict.fromkeys(["ours", "theirs", "roof"])
     assert Bench(False, 30, None).plan_rounds(sides) == n_rounds
     assert Bench(True, 30, None).plan_rounds(sides) == 1
+
+
+def test_lines_that_compile_come_after_all_others_of_all_models():
+    order = in_order(["a", "b"], ["steps", "flags", "generation"])
+    assert order[:3] == [("a", "steps"), ("a", "generation"), ("b", "steps")]
+    assert order[3:] == [("b", "generation"), ("a", "flags"), ("b", "flags")]
 
 
 @pytest.fixture

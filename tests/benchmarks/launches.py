@@ -239,6 +239,7 @@ def train_ours(pair, n_steps, n_cells):
         "--seed": seeds,
         "--batch-size": 8 // n_cells,
         "--steps": n_steps,
+        "--max-new-tokens": 1,  # of the evaluations, which are not counted
         "--out": tempfile.mkdtemp(dir=pair.scratch) + "/run",
     }
     words = [str(word) for pair_of_words in flags.items() for word in pair_of_words]
