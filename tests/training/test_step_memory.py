@@ -1,6 +1,7 @@
 """A run knows before its first step whether the step fits into memory, and says what does."""
 
 import contextlib
+import io
 import resource
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peaks import peak_beyond_weights
-from running import events, fails, rows, run, train, words, write
+from running import events, fails, in_new_process, rows, run, train, words, write
 from torch_version import counted_with_this_torch
 
 import minia3
@@ -109,18 +110,29 @@ def test_a_short_step_is_not_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA"), reason="this system has no limit of data")
-def test_a_run_that_exceeds_what_is_free_ends_in_one_line_with_the_size(
-    tmp_path, capsys, monkeypatch
-):
-    limits = resource.getrlimit(resource.RLIMIT_DATA)
-    free = 60_000_000
-    monkeypatch.setattr(step_memory, "free_memory", lambda device: free)
+def test_a_run_that_exceeds_what_is_free_ends_in_one_line_with_the_size(tmp_path):
     data = write(tmp_path / "task", train=rows(20), validation=rows(4))
-    flags = {"task": data, "batch_size": 2048, "steps": 1}
     out = tmp_path / "run"
-    fails(words(out, **flags), capsys, "out of memory: lower --micro-batch-size (try ", code=1)
-    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+    arguments = words(out, task=data, batch_size=2048, steps=1)
+    # In a new process, because malloc may have kept enough memory in this one.
+    code, err, has_same_limits = in_new_process(run_with_free_memory, 60_000_000, arguments)
+    assert code == 1
+    assert err.startswith("train.py: out of memory: lower --micro-batch-size (try ")
+    assert err.count("\n") == 1
+    assert has_same_limits
     assert events(out, "before")  # the run can be looked at, and resumed
+
+
+def run_with_free_memory(n_bytes, arguments):
+    """Run train.py, and return (its exit code, its errors, whether limits are as before)."""
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    step_memory.free_memory = lambda device: n_bytes
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as errors,
+    ):
+        code = run(arguments)
+    return code, errors.getvalue(), resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 
 @pytest.mark.parametrize(
