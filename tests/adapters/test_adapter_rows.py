@@ -128,3 +128,12 @@ def test_a_base_without_its_place_is_no_other_base(loaded, tmp_path, recwarn):
     model.name_or_path = str(tmp_path / "other")
     with pytest.warns(UserWarning, match="was trained on base, and this model is"):
         load_adapter(model, tmp_path / "adapter")
+
+
+def test_models_of_one_name_in_two_repositories_are_two_bases(loaded, tmp_path):
+    model = loaded("t5-v1.0")
+    model.name_or_path = "one/model"
+    save_adapter(model, tmp_path)
+    model.name_or_path = "another/model"
+    with pytest.warns(UserWarning, match="trained on one/model, and this model is another/model"):
+        load_adapter(model, tmp_path)
