@@ -16,6 +16,8 @@ from dataclasses import replace
 from functools import reduce
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
@@ -37,6 +39,9 @@ from minia3.model.quantized import QUANTIZED, NF4Linear
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
+
+# How PyTorch fills the weights of a new linear or embedding
+INITIALIZERS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
 
 def load_model(
@@ -117,8 +122,21 @@ def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
 def build_model(config, n_adapters=1):
     """Return a model on the meta device, where parameters take no memory."""
     model_class = T5 if isinstance(config, T5Config) else Llama
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInitialization():
         return model_class(config, n_adapters)
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Leaves weights as they are when a linear or an embedding is made.
+
+    On the meta device there is nothing to fill. For a linear, PyTorch would take as long for it as
+    for all else, and for an embedding it would import its compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in INITIALIZERS:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 # Read

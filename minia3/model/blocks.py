@@ -25,18 +25,6 @@ ACTIVATIONS = {
 }
 
 
-class Embedding(nn.Embedding):
-    """nn.Embedding, but without an initialization on the meta device.
-
-    There is nothing to initialize there, and PyTorch would import its compiler, which takes a
-    second.
-    """
-
-    def reset_parameters(self):
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 or wider (Zhang & Sennrich, 1910.07467)."""
 

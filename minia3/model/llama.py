@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
+from minia3.model.blocks import Attention, Block, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
     Cache,
@@ -99,7 +99,7 @@ class Llama(nn.Module):
         self.generations = {}  # of rows: see adapter_rows.py
         self.has_warned = False  # of a text that is too long
         self.n_least_read = 0  # columns of a prompt that `start` reads at least: see shard.py
-        self.embed = Embedding(config.vocab_size, config.d_model)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(config.d_model, config.eps)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minia3.model.blocks import Attention, Block, Embedding, FeedForward, RMSNorm
+from minia3.model.blocks import Attention, Block, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
     Cache,
@@ -66,7 +66,7 @@ class Stack(nn.Module):
         self.norm = RMSNorm(config.d_model, config.eps)
         self.dropout = nn.Dropout(config.dropout)
         n_tables = n_layers if config.own_positions else 1
-        tables = [Embedding(config.n_buckets, config.n_heads) for _ in range(n_tables)]
+        tables = [nn.Embedding(config.n_buckets, config.n_heads) for _ in range(n_tables)]
         self.positions = nn.ModuleList(tables)
         self.max_distance = config.max_distance
         self.is_bidirectional = not is_decoder
@@ -134,7 +134,7 @@ class T5(nn.Module):
         self.config = config
         self.n_adapters = n_adapters
         self.generations = {}  # of rows: see adapter_rows.py
-        self.embed = Embedding(config.vocab_size, config.d_model)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.n_layers, False, n_adapters)
         self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
         self.head = None
