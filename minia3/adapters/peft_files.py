@@ -23,7 +23,7 @@ from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.layout import ADAPTER_FILES
 from minia3.files.read import read_json
 from minia3.files.tensors import FLOATS, read_tensors
-from minia3.files.write import write_json, writing_folder
+from minia3.files.write import write_new_json, writing_folder
 
 N_SHOWN = 2  # problems that a message names; the others are counted
 
@@ -241,4 +241,4 @@ def write_peft(folder, tensors, config):
     """Write an adapter's tensors and adapter_config.json as a PEFT folder, of any kind."""
     with writing_folder(folder, replaces=["adapter_model.*"]) as temporary:
         (temporary / ADAPTER_FILES[0]).write_bytes(save(tensors, metadata={"format": "pt"}))
-        write_json(temporary / "adapter_config.json", config)
+        write_new_json(temporary / "adapter_config.json", config)

@@ -15,7 +15,7 @@ from minia3.checkpoints.known_models import base_of, known_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.processes import is_first
 from minia3.files.progress import progress
-from minia3.files.write import write_json, writing_folder
+from minia3.files.write import write_new_json, writing_folder
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import gathered, is_sharded
 
@@ -66,9 +66,9 @@ def save_others(folder, model, dtype, tokenizer):
     if base and known_model(base):
         # With this key, the model gets the prompts that its base knows from pre-training.
         raw["_name_or_path"] = str(base)
-    write_json(folder / "config.json", raw)
+    write_new_json(folder / "config.json", raw)
     ids = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
-    write_json(folder / "generation_config.json", ids)
+    write_new_json(folder / "generation_config.json", ids)
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -100,4 +100,4 @@ def save_tensors(folder, parts):
         del tensors  # before the tensors of the next shard are read
     if shards.is_sharded and folder is not None:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_new_json(folder / "model.safetensors.index.json", index)

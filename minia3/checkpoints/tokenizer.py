@@ -39,7 +39,7 @@ from minia3.checkpoints.layout import (
 )
 from minia3.checkpoints.sentencepiece import read_sentencepiece
 from minia3.files.read import read_json, reading
-from minia3.files.write import write_json, writing_folder
+from minia3.files.write import write_new_json, writing_folder
 
 N_SENTINELS = 100  # <extra_id_0> ... <extra_id_99> of every published T5
 MAX_SENTINELS = 1000
@@ -261,7 +261,7 @@ class Tokenizer:
             content = self.backend.to_str(pretty=True)
         with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as hidden:
             (hidden / "tokenizer.json").write_text(content, encoding="utf-8")
-            write_json(hidden / "tokenizer_config.json", config)
+            write_new_json(hidden / "tokenizer_config.json", config)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":

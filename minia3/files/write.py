@@ -197,6 +197,11 @@ def disk_errors(folder):
 
 def write_json(path, value):
     """Write `value` as indented JSON, by replacing the file at `path`."""
-    text = json.dumps(value, indent=2) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        write_new_json(temporary, value)
+
+
+def write_new_json(path, value):
+    """Write `value` as indented JSON to a path that nobody reads yet, as in `writing_folder`."""
+    text = json.dumps(value, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
