@@ -58,7 +58,7 @@ class Adapters(dict):
             del self[name]
             # First, so that whoever has read other vectors finds out: see State.check_adapters.
             give_up(row, self.model)
-            fill_row(self.model, number_of(row, self.model), {})
+            fill_row(self.model, row, {})
 
     def rows(self, names):
         """Return (B,) long, on the CPU: the row of each name, for `start`. None is the base."""
@@ -75,9 +75,8 @@ class Adapters(dict):
             rows = self._choose_rows(new_vectors)
             grow(self.model, 1 + max(rows.values()))
             for name, row in rows.items():
-                number = number_of(row, self.model)
-                fill_row(self.model, number, new_vectors[name])
-                self[name] = number
+                fill_row(self.model, row, new_vectors[name])
+                self[name] = number_of(row, self.model)
 
     def _choose_rows(self, names):
         """Return a row for each name: the row that it has, or else a free one."""

@@ -1,10 +1,12 @@
 """Between files and models: an adapter of a file becomes a row of the model's vectors, and back.
 
-Shapes: D width of what is scaled.
+Shapes: D width of what is scaled, A adapters (rows).
 """
 
 import warnings
 from os.path import basename, normpath, realpath
+
+import torch
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
@@ -18,10 +20,15 @@ def row_of(model, adapter):
 
     The rows are views: changing one changes the model. Raise ValueError if there is no such row.
     """
+    row = row_number(model, adapter)
+    return {name: vector.detach()[row] for name, vector in vectors(model).items()}
+
+
+def row_number(model, adapter):
+    """Return the number of the row `adapter`. Raise ValueError if there is no such row."""
     if type(adapter) is not int:
         raise ValueError(f"adapter {adapter!r} is not an int")
-    row = find_row(adapter, model)
-    return {name: vector.detach()[row] for name, vector in vectors(model).items()}
+    return find_row(adapter, model)
 
 
 def save_adapter(model, folder, adapter=0):
@@ -43,38 +50,36 @@ def load_adapter(model, folder_or_file, adapter=0):
     model stays as it was. Warn if the adapter names another base model.
     """
     adapter_file = read_adapter(folder_or_file)
-    row = row_of(model, adapter)
-    new_vectors = fitting_vectors(model, adapter_file, folder_or_file, row)
-    fill_row(model, adapter, new_vectors, row)
+    row = row_number(model, adapter)
+    places = vectors(model)
+    new_vectors = fitting_vectors(model, adapter_file, folder_or_file, places)
+    fill_row(model, row, new_vectors, places)
 
 
-def fill_row(model, adapter, new_vectors, row=None):
-    """Set row `adapter` to `new_vectors` (name -> (D,)). The row's other vectors become ones.
+@torch.no_grad()
+def fill_row(model, row, new_vectors, places=None):
+    """Set a row to `new_vectors` (name -> (D,)). The row's other vectors become ones.
 
-    row: `row_of(model, adapter)`, if it is known. To find it, all modules are looked at.
+    places: `vectors(model)`, if it is known. To find it, all modules are looked at.
     """
-    row = row or row_of(model, adapter)
-    if new_vectors.keys() - row:
+    places = places or vectors(model)
+    if new_vectors.keys() - places:
         add_vectors(model, new_vectors)
-        row = row_of(model, adapter)
-    for name, l_D in row.items():
-        if name in new_vectors:
-            l_D.copy_(new_vectors[name])
-        else:
-            l_D.fill_(1.0)
+        places = vectors(model)
+    for name, vector_AD in places.items():
+        vector_AD[row] = new_vectors.get(name, 1.0)
 
 
-def fitting_vectors(model, adapter_file, origin, row=None):
+def fitting_vectors(model, adapter_file, origin, places=None):
     """Return the vectors of an AdapterFile that came from `origin`.
 
-    row: a row of the model (`row_of`), if one is known. To find the vectors, all modules are looked
-    at.
+    places: `vectors(model)`, if it is known. To find it, all modules are looked at.
 
     Raise ValueError if the model has no place for one of them, or one of another width. Warn if
     they were trained on another base.
     """
-    places = row or vectors(model)
-    widths = {name: place.shape[-1] for name, place in places.items()}
+    places = places or vectors(model)
+    widths = {name: vector_AD.shape[1] for name, vector_AD in places.items()}
     if adapter_file.vectors.keys() - widths:
         widths.update(possible_vectors(model))
     misfits = []

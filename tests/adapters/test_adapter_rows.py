@@ -42,15 +42,15 @@ def test_loading_walks_once_through_the_modules_and_reads_the_file_as_a_whole(
     model = loaded("t5-v1.0", seed=3)
     expected = {name: vector.detach().clone() for name, vector in minia3.vectors(model).items()}
     save_adapter(model, tmp_path)
-    walk = type(model).named_modules
     walks = []
 
-    def count(module, *arguments):
+    def vectors(module):
         walks.append(module)
-        return walk(module, *arguments)
+        return minia3.vectors(module)
 
     again = loaded("t5-v1.0")
-    monkeypatch.setattr(type(model), "named_modules", count)
+    monkeypatch.setattr("minia3.adapters.rows.vectors", vectors)
+    monkeypatch.setattr(type(model), "named_modules", None)
     monkeypatch.setattr("minia3.files.tensors.safe_open", None)
     load_adapter(again, tmp_path)
     assert walks == [again]
