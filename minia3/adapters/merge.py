@@ -58,14 +58,16 @@ def merge(model, adapter=0):
     # The names are those of a plain model: without LoRA, and without vectors of more_vectors.py.
     names = [name for name, _ in merged.named_parameters()]
     for name in names:
-        parameter = model.get_parameter(name)
+        place, _, kind = name.rpartition(".")
+        module = model.get_submodule(place)
+        parameter = getattr(module, kind)
         if is_divided(parameter):
             place_rows(merged, name, fold_rows(name, parameter, row, model.shards))
             continue
         if name.endswith(".scale"):
             tensor = torch.ones_like(parameter[:1])
         else:
-            tensor = fold(name, weight_with_lora(model, name), row).to(parameter.dtype)
+            tensor = fold(name, weight_with_lora(module, kind), row).to(parameter.dtype)
         place_parameter(merged, name, tensor, parameter.requires_grad)
     return finish_merge(model, merged)
 
@@ -79,13 +81,11 @@ def finish_merge(model, merged):
     return merged.train(model.training)
 
 
-def weight_with_lora(model, name):
-    """Return the parameter `name`. If it has a LoRA, add it, in float32 at least."""
-    place, _, kind = name.rpartition(".")
-    module = model.get_submodule(place)
+def weight_with_lora(module, kind):
+    """Return the module's parameter `kind`. If it has a LoRA, add it, in float32 at least."""
     if isinstance(module, LoRA) and kind == "weight":
         return module.merged()
-    return model.get_parameter(name).detach()
+    return getattr(module, kind).detach()
 
 
 def fold(name, weight, vectors):
