@@ -127,8 +127,8 @@ def export(bench, pair):
     """Compare loading a model and an adapter, merging them, and writing the result.
 
     The floor is to read the files of the weights and to write them again. They come from the memory
-    of the system, and no side waits for them to reach the disk. Alone, each weight is folded and
-    written.
+    of the system, and no side waits for them to reach the disk. Alone, all weights are folded, and
+    then written: `merge` returns a model that holds them all, so all of them need memory at once.
     """
     merged = minia3.merge(pair.ours())
     expected = pair.theirs().merge_and_unload().state_dict()
@@ -153,12 +153,14 @@ def export(bench, pair):
 
     @torch.no_grad()
     def fold_and_write():
+        weights = []
+        for name in name_table(merged).values():
+            if name is not None:
+                weights.append(fold(name, model.get_parameter(name), vectors))
         path = pair.scratch / "folded"
         with path.open("wb", buffering=0) as file:
-            for name in name_table(merged).values():
-                if name is not None:
-                    weight = fold(name, model.get_parameter(name), vectors)
-                    file.write(weight.cpu().view(torch.uint8).numpy())
+            for weight in weights:
+                file.write(weight.cpu().view(torch.uint8).numpy())
         path.unlink()
 
     row = bench.time(export_ours, export_theirs, alone=fold_and_write, floor=copy_files)
