@@ -382,6 +382,15 @@ def write_model(folder, config, dtype, form):
     write_weights(folder, tensors, form)
 
 
+@pytest.mark.parametrize("name", ["t5-base", "smollm2-135m", "qwen2.5-0.5b"])
+def test_a_model_is_built_without_an_initialization(name, monkeypatch):
+    """On the meta device it fills nothing, but it took half of the time."""
+    monkeypatch.setattr(torch.Tensor, "uniform_", None)
+    monkeypatch.setattr(torch.Tensor, "normal_", None)
+    model = build_model(KNOWN_MODELS[name].config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="anonymous memory is read from Linux's /proc"

@@ -351,20 +351,3 @@ def test_each_vector_is_looked_up_once_for_a_batch(frozen, name, n_reads):
     with CountTensors(minia3.vectors(model).values()) as counter:
         choice_logprobs(model, batch_of(n_choices=2), torch.tensor([3, 0, 1]))
     assert counter.n_reads == n_reads
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_loading_an_adapter_walks_over_the_modules_once(loaded, name, tmp_path, monkeypatch):
-    """A walk visits all modules by name, and most of the time of loading is spent on it."""
-    model = loaded(name, n_adapters=2)
-    minia3.save_adapter(model, tmp_path)
-    original = torch.nn.Module.named_modules
-    walked = []
-
-    def spy(module, *args):
-        walked.append(module)
-        return original(module, *args)
-
-    monkeypatch.setattr(torch.nn.Module, "named_modules", spy)
-    minia3.load_adapter(model, tmp_path, 1)
-    assert sum(module is model for module in walked) == 1
