@@ -384,7 +384,7 @@ def write_model(folder, config, dtype, form):
 
 @pytest.mark.parametrize("name", ["t5-base", "smollm2-135m", "qwen2.5-0.5b"])
 def test_a_model_is_built_without_an_initialization(name, monkeypatch):
-    """On the meta device it fills nothing, but it took half of the time."""
+    """On the meta device it fills nothing, but it took a quarter of the time."""
     monkeypatch.setattr(torch.Tensor, "uniform_", None)
     monkeypatch.setattr(torch.Tensor, "normal_", None)
     model = build_model(KNOWN_MODELS[name].config)
