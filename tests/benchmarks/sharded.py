@@ -47,8 +47,8 @@ CONFIGS = {
 # A source of one token leaves LLaMA's cache empty, so that only the target runs through the blocks.
 SHAPES = {"llama": StepShape(2, 1, 1, 64), "t5": StepShape(2, 64, 1, 8)}
 
-# For tests: a quarter as wide and as long, so that all parts of the plan keep their shares; and with
-# so few layers that a plan without one block is noticed.
+# For tests: a quarter as wide and as long, so that all parts of the plan keep their shares. One of
+# them has so few layers that a plan without one block is noticed.
 QUARTER = {"d_model": 256, "d_ff": 704, "n_heads": 4, "vocab_size": 512}
 CONFIGS["small llama"] = replace(CONFIGS["llama"], n_kv_heads=2, **QUARTER)
 CONFIGS["small t5"] = replace(CONFIGS["t5"], **QUARTER)
