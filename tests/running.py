@@ -15,6 +15,7 @@ import sys
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -29,6 +30,7 @@ from minia3.checkpoints.load import build_model, place_parameter
 from minia3.files import write as file_writing
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
+from minia3.training import run_folder
 from minia3.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +116,9 @@ def task(n_choices=(2,)):
 
 # Runs in this process
 
+# git takes as long as several steps, and what it finds does not change while tests run.
+known_commit = functools.cache(run_folder.git_commit)
+
 
 def words(out, *flags, **values):
     """Return the command line of a short run into `out` on the random T5 and its task.
@@ -135,7 +140,8 @@ def run(arguments):
     n_threads = torch.get_num_threads()
     environ = dict(os.environ)
     try:
-        with torch.random.fork_rng(devices=[]):
+        commit = mock.patch.object(run_folder, "git_commit", known_commit)
+        with torch.random.fork_rng(devices=[]), commit:
             return train.main([str(word) for word in arguments])
     finally:
         for number, handler in handlers.items():

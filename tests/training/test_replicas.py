@@ -55,14 +55,22 @@ UNEQUAL = ["micro-batches of a grid", "fewer rows than processes", "unlikelihood
 UNEQUAL += ["several numbers of choices", "generated texts", "evaluated in small batches"]
 
 
+def in_turns(specials):
+    """Return a dict from the name of each model to its share of the cases."""
+    return {name: specials[i :: len(NAMES)] for i, name in enumerate(NAMES)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_processes", "specials"), [(2, list(CASES)), (4, UNEQUAL)])
-def test_several_processes_have_the_numbers_of_one(n_processes, specials, tmp_path):
+@pytest.mark.parametrize(
+    ("n_processes", "specials_of"),
+    [(2, {name: list(CASES) for name in NAMES}), (4, in_turns(UNEQUAL))],
+)
+def test_several_processes_have_the_numbers_of_one(n_processes, specials_of, tmp_path):
     lines = []
-    for name in NAMES:
+    for name, specials in specials_of.items():
         lines += command_lines(name, tmp_path / name, specials)
     run_on_ranks(n_processes, *lines)
-    for name in NAMES:
+    for name, specials in specials_of.items():
         for special in specials:
             check_equal(tmp_path / name / special, alone(name) / special)
 

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc"),
 ]
 
-LONG = {"steps": 60, "save_every": 20}
+LONG = {"steps": 30, "save_every": 5}
 
 
 def words(folder, *flags, **values):
@@ -56,7 +56,7 @@ def test_torchrun_adds_a_report_that_has_the_exit_code(tmp_path):
 def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder))
-    process.wait_for("step     30")
+    process.wait_for("step     10")
     os.kill(process.pid_of_rank(rank), signal.SIGKILL)
     began = time.monotonic()
     code, _, err = process.finish()
@@ -64,7 +64,7 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
     assert code == 128 + signal.SIGKILL
     assert err.count("\n") == 1
     assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
-    assert running.load_checkpoint(folder).n_steps >= (20 if rank == 0 else 30)
+    assert running.load_checkpoint(folder).n_steps >= (5 if rank == 0 else 10)
 
     assert "processes so far" not in run_on_ranks(2, ["--resume", folder])
     assert running.outcome(folder) == running.outcome(uninterrupted)
@@ -74,7 +74,7 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
 def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder))
-    process.wait_for("step     30")
+    process.wait_for("step     10")
     process.send_signal(number)
     code, _, err = process.finish()
     assert code == 128 + number
@@ -86,12 +86,12 @@ def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tm
 def test_a_signal_to_one_process_alone_stops_all_of_them(tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder))
-    process.wait_for("step     30")
+    process.wait_for("step     10")
     os.kill(process.pid_of_rank(1), signal.SIGINT)
     code, _, err = process.finish()
     assert code == 128 + signal.SIGINT
     assert err == f"stopped; to continue: torchrun --nproc-per-node 2 train.py --resume {folder}\n"
-    assert 30 <= running.load_checkpoint(folder).n_steps < 60
+    assert 10 <= running.load_checkpoint(folder).n_steps < 30
 
 
 def test_another_number_of_processes_continues_a_run_and_says_so(tmp_path):

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc"),
 ]
 
-FLAGS = {"steps": 40, "save_every": 10, "shard": 2}
+FLAGS = {"steps": 30, "save_every": 5, "shard": 2}
 
 
 def words(folder, **values):
@@ -37,7 +37,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder))
-    process.wait_for("step     20")
+    process.wait_for("step     10")
     os.kill(process.pid_of_rank(1), signal.SIGKILL)
     began = time.monotonic()
     code, _, err = process.finish()
@@ -53,7 +53,7 @@ def test_a_process_that_dies_ends_the_run_and_resume_gives_the_same_bits(uninter
 def test_a_signal_stops_all_processes_and_one_process_may_continue(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     process = several.Torchrun(2, *words(folder, dropout=0.0))
-    process.wait_for("step     20")
+    process.wait_for("step     10")
     process.send_signal(signal.SIGINT)
     code, _, err = process.finish()
     assert code == 128 + signal.SIGINT

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import running
 from ranks import run_on_ranks
-from test_replicas import CASES, COMMON, NAMES, alone, check_equal
+from test_replicas import CASES, COMMON, NAMES, alone, check_equal, in_turns
 from torch_version import divides_a_quantized_base
 
 # Cases that differ in nothing that a divided base would notice: losses, and what trains.
@@ -20,10 +20,13 @@ UNEQUAL = ["micro-batches of a grid", "fewer rows than processes", "several numb
 UNEQUAL += ["generated texts", "quantized"]
 
 
-def command_lines(folder, specials=tuple(RUNS), n_per_copy=None):
-    """Return a dict from the folder of each run, below `folder`, to its command line."""
+def command_lines(folder, specials_of, n_per_copy=None):
+    """Return a dict from the folder of each run, below `folder`, to its command line.
+
+    specials_of: a dict from the name of each model to its cases.
+    """
     lines = {}
-    for name in NAMES:
+    for name, specials in specials_of.items():
         for special in specials:
             flags, switches = RUNS[special]
             run_folder = Path(name, special)
@@ -35,11 +38,12 @@ def command_lines(folder, specials=tuple(RUNS), n_per_copy=None):
 @divides_a_quantized_base
 @pytest.mark.slow
 def test_processes_that_hold_a_model_together_have_the_numbers_of_one(tmp_path):
-    for words in command_lines(tmp_path / "1", ["quantized"]).values():
+    quantized = {name: ["quantized"] for name in NAMES}
+    for words in command_lines(tmp_path / "1", quantized).values():
         assert running.run(words) == 0
-    for n_processes, specials in ((2, RUNS), (4, UNEQUAL)):
+    for n_processes, specials_of in ((2, dict.fromkeys(NAMES, RUNS)), (4, in_turns(UNEQUAL))):
         folder = tmp_path / str(n_processes)
-        lines = command_lines(folder, specials, n_per_copy=2)
+        lines = command_lines(folder, specials_of, n_per_copy=2)
         run_on_ranks(n_processes, *lines.values())
         for run_folder in lines:
             check_equal(folder / run_folder, run_of_one(run_folder, tmp_path / "1"))

@@ -150,6 +150,18 @@ def test_errors_about_memory_are_recognised(error):
     assert is_out_of_memory(error)
 
 
+def test_a_file_of_torch_that_finds_no_memory_is_recognised():
+    class NoRoomForTensors(io.BytesIO):
+        def write(self, content):
+            if len(content) >= 4000:
+                raise MemoryError
+            return super().write(content)
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"x": torch.zeros(1000)}, NoRoomForTensors())
+    assert is_out_of_memory(caught.value)
+
+
 def test_another_error_of_torch_is_a_bug_and_not_a_message(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("expected all tensors on one device")
