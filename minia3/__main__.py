@@ -2,12 +2,14 @@
 
 import sys
 
-from minia3.files.program import begin
+from minia3.files.program import begin, keep_freed_memory
 
 
 def main():
     """Run the command line of this process, and return its exit code."""
     begin("minia3")
+    if sys.argv[1:2] == ["predict"]:  # it computes batch after batch, and all of them are alike
+        keep_freed_memory()
     from minia3.cli.main import main  # takes a while, and Ctrl-C may come meanwhile
 
     return main()

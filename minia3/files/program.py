@@ -6,10 +6,16 @@ Importing torch takes seconds, and Ctrl-C within them would print a traceback of
 """
 
 import atexit
+import ctypes
 import gc
 import os
 import signal
 import sys
+
+# Parameters of glibc's mallopt, from its malloc.h.
+M_TRIM_THRESHOLD = -1  # how much free memory at the end of the heap goes back to the system
+M_MMAP_THRESHOLD = -3  # from which size on a block has pages of its own, which go back when freed
+KEPT = 1 << 30  # bytes
 
 IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the name of its file in Python's frames
 
@@ -44,6 +50,21 @@ def require_utf8():
     is_utf8 = sys.getfilesystemencoding().lower().replace("-", "") == "utf8"
     if not is_utf8 and not sys.flags.utf8_mode:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def keep_freed_memory():
+    """Let glibc's malloc keep the memory of a batch for the next one (Linux).
+
+    Otherwise it goes back to the system, which clears the pages before it gives them out again.
+    Settings of the user (MALLOC_...) stay. Other systems have no mallopt, or another one. A glibc
+    before 2.35 refuses a size of more than 32 MB, and then nothing changes.
+    """
+    has_settings = any(name.startswith("MALLOC_") for name in os.environ)
+    if has_settings or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, KEPT):
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def is_importing(frame):

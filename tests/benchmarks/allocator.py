@@ -13,6 +13,7 @@ changes.
 import argparse
 import statistics
 
+from minia3.files.program import KEPT
 from tests.benchmarks.measure import alternate, run_program
 
 # Title: variables of the environment, whether to give memory back after each step
@@ -23,6 +24,10 @@ SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_=4000000": ({"MALLOC_MMAP_THRESHOLD_": "4000000"}, False),
     "MALLOC_MMAP_THRESHOLD_=8000000": ({"MALLOC_MMAP_THRESHOLD_": "8000000"}, False),
     "MALLOC_MMAP_THRESHOLD_=16000000": ({"MALLOC_MMAP_THRESHOLD_": "16000000"}, False),
+    "as in `minia3 predict`": (
+        {"MALLOC_MMAP_THRESHOLD_": str(KEPT), "MALLOC_TRIM_THRESHOLD_": str(KEPT)},
+        False,
+    ),
     "MALLOC_ARENA_MAX=1": ({"MALLOC_ARENA_MAX": "1"}, False),
     "THP_MEM_ALLOC_ENABLE=1": ({"THP_MEM_ALLOC_ENABLE": "1"}, False),
     "malloc_trim(0) after each step": ({}, True),

@@ -1,6 +1,7 @@
 """A program prepares for Ctrl-C within imports and for UTF-8 before it imports anything slow."""
 
 import atexit
+import ctypes
 import gc
 import os
 import signal
@@ -10,7 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from minia3.files.program import begin, is_importing, require_utf8
+from minia3 import __main__ as entry
+from minia3.files.program import (
+    KEPT,
+    M_MMAP_THRESHOLD,
+    M_TRIM_THRESHOLD,
+    begin,
+    is_importing,
+    keep_freed_memory,
+    require_utf8,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +95,62 @@ def test_python_starts_again_unless_names_of_files_are_utf8(
     require_utf8()
     expected = (sys.executable, [sys.executable, "-X", "utf8", "train.py", "--steps", "2"])
     assert calls == [expected] * is_started_again
+
+
+class Malloc:
+    """Stands in for the C library, and records what is set. is_old: it refuses large thresholds."""
+
+    def __init__(self, is_old=False):
+        self.is_old = is_old
+        self.settings = []
+
+    def mallopt(self, parameter, value):
+        self.settings.append((parameter, value))
+        return 0 if self.is_old else 1
+
+
+@pytest.fixture
+def system(monkeypatch):
+    """Make this process one of Linux without settings of malloc."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def settings_of(library, system):
+    system.setattr(ctypes, "CDLL", lambda name: library)
+    keep_freed_memory()
+    return library.settings
+
+
+def test_malloc_keeps_freed_memory_of_both_kinds(system):
+    expected = [(M_MMAP_THRESHOLD, KEPT), (M_TRIM_THRESHOLD, KEPT)]
+    assert settings_of(Malloc(), system) == expected
+
+
+def test_an_old_malloc_that_refuses_stays_as_it_is(system):
+    assert settings_of(Malloc(is_old=True), system) == [(M_MMAP_THRESHOLD, KEPT)]
+
+
+def test_a_users_settings_of_malloc_stay(system):
+    system.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert settings_of(Malloc(), system) == []
+
+
+def test_a_library_or_a_system_without_mallopt_is_left_alone(system):
+    system.setattr(ctypes, "CDLL", lambda name: object())
+    keep_freed_memory()
+    system.setattr(sys, "platform", "darwin")
+    assert settings_of(Malloc(), system) == []
+
+
+@pytest.mark.parametrize(("word", "n_settings"), [("predict", 2), ("merge", 0)])
+def test_only_predict_keeps_freed_memory(word, n_settings, system):
+    """Its batches are alike. Other commands would only take more memory."""
+    library = Malloc()
+    system.setattr(ctypes, "CDLL", lambda name: library)
+    system.setattr(sys, "argv", ["minia3", word, "--help"])
+    with pytest.raises(SystemExit):
+        entry.main()
+    assert len(library.settings) == n_settings
