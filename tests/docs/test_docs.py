@@ -341,8 +341,10 @@ def run_line(line, is_short=True):
     Of the runs, some are plotted. is_short: a run makes two steps. To fail, it may need more.
     """
     words = simple_commands(Block(README, "sh", "", line))[0]
+    if is_short and words[:2] in (["python", "train.py"], ["minia3", "train"]):
+        words = shortened(words)
     if words[:2] == ["python", "train.py"]:
-        return running.run(shortened(words[2:]) if is_short else words[2:])
+        return running.run(words[2:])
     if words[:2] == ["minia3", "plot"]:
         return main(["plot", *sorted(map(str, Path("runs").iterdir()))[:N_PLOTTED], *words[3:]])
     if words[0] == "minia3":
@@ -354,7 +356,7 @@ def run_line(line, is_short=True):
 
 
 def shortened(words):
-    """Return the flags of a run, but with two steps."""
+    """Return the words of a run, but with two steps."""
     if "--resume" in words:
         return words
     return [*words, "--steps", "2", "--eval-batch-size", "64", "--device", "cpu"]
