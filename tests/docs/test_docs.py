@@ -23,6 +23,7 @@ from minia3.cli.main import COMMANDS, main, parse
 from minia3.model.ia3 import vectors
 from minia3.tasks import splits
 from minia3.tasks.known_tasks import known_tasks
+from minia3.training import memory_plan
 from minia3.training.command_line import parse_flags
 from minia3.training.rules import check_config
 
@@ -295,6 +296,8 @@ def folder(tmp_path, monkeypatch):
     lines = test_split.read_text(encoding="utf-8").splitlines(keepends=True)
     test_split.write_text("".join(lines[:N_TEST_ROWS]), encoding="utf-8")
     monkeypatch.setattr(splits, "SHIPPED", tmp_path / "data")
+    # `minia3 info` would plan for seconds, and no page compares what it plans. test_info.py does.
+    monkeypatch.setattr(memory_plan, "planned_memory", lambda *args, **options: 10**9)
     fork_python(monkeypatch)
     shutil.copy(ROOT / "data" / "pretrain.py", tmp_path / "data" / "pretrain.py")
     return tmp_path
