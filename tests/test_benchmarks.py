@@ -535,7 +535,7 @@ def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp
     shared = Path(os.environ["MINIA3_TEST_DATA"])
     for name in ("cb", "few_shot/cb", "few_shot/storycloze"):
         shutil.copytree(shared / "data" / name, tmp_path / "data" / name)
-    keep_rows(tmp_path / "data" / "cb" / "val.jsonl", 3)
+    keep_rows(tmp_path / "data" / "cb" / "val.jsonl", 8)
     for seed in (32, 42, 1024):  # not those of the runs, which train on all their rows
         split = tmp_path / "data" / "few_shot" / "storycloze" / "70_shot" / f"{seed}_seed.jsonl"
         keep_rows(split, 2)
