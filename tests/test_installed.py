@@ -120,26 +120,30 @@ def train_somewhere(programs, folder):
 
 
 def call_train(programs, folder):
-    """Call minia3.train from Python in a folder. Return the package's folder."""
+    """Call minia3.train from Python in a folder. Return the package's folder, and its train.py."""
     program = (
         "import minia3\n"
+        "from minia3.training.loop import load_loop\n"
         "options = {'method': 'none', 'out': 'x', 'eval_batch_size': 64, 'device': 'cpu'}\n"
         "trained = minia3.train(steps=1, **options)\n"
-        "print(minia3.__file__, trained.results[0]['task'], trained.folder)"
+        "print(trained.results[0]['task'], trained.folder)\n"
+        "print(minia3.__file__)\n"
+        "print(load_loop().__file__)"
     )
-    last_line = call(programs / "python", "-c", program, cwd=folder).stdout.splitlines()[-1]
-    assert last_line.endswith(" same-colour x")
-    return Path(last_line.split()[0]).parent
+    lines = call(programs / "python", "-c", program, cwd=folder).stdout.splitlines()
+    assert lines[-3] == "same-colour x"
+    return Path(lines[-2]).parent, Path(lines[-1])
 
 
 def test_a_wheel_trains_from_any_folder(programs, tmp_path):
     run = train_somewhere(programs, tmp_path)
     done = call(programs / "minia3", "train", "--resume", run, cwd=tmp_path)
     assert done.stdout.endswith(f"to train longer: minia3 train --resume {run} --steps 4\n")
-    package = call_train(programs, tmp_path / "elsewhere")
+    package, script = call_train(programs, tmp_path / "elsewhere")
     assert package.is_relative_to(programs.parent)
     # What a clone has once, a wheel has once, too.
-    assert (package / "shipped" / "train.py").read_text() == (running.ROOT / "train.py").read_text()
+    assert script == package / "shipped" / "train.py"
+    assert script.read_text() == (running.ROOT / "train.py").read_text()
     assert not (package.parent / "train.py").exists()
     assert not (package.parent / "data").exists()
 
@@ -151,10 +155,8 @@ def test_a_source_distribution_trains_from_any_folder(wheel_of_sdist, tmp_path):
 def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(source, tmp_path):
     programs = install(tmp_path, "--editable", source)
     train_somewhere(programs, tmp_path)
-    assert call_train(programs, tmp_path / "elsewhere") == source / "minia3"
-    program = "from minia3.training.loop import load_loop; print(load_loop().__file__)"
-    done = call(programs / "python", "-c", program, cwd=tmp_path)
-    assert done.stdout == f"{source / 'train.py'}\n"
+    found = call_train(programs, tmp_path / "elsewhere")
+    assert found == (source / "minia3", source / "train.py")
 
 
 # The files that people have: one command trains, and one labels or answers new rows
