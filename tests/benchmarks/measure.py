@@ -111,6 +111,11 @@ class Bench:
         """How often a floor is measured that takes no turns with the sides."""
         return 1 if self.quick else 5
 
+    @property
+    def n_processes(self):
+        """How many processes of each side tell how much memory it takes."""
+        return 1 if self.quick else 3
+
     def time(self, ours, theirs, alone=None, floor=None, is_short=False):
         """Time two functions, and return a Row.
 
@@ -223,15 +228,15 @@ def alternate(sides, n_rounds, n_warm_ups=2, after_each=lambda: None):
     return times
 
 
-def summarize(our_times, their_times):
-    """Return the Row of two lists of seconds, one for each round."""
-    row = compare(statistics.median(our_times), statistics.median(their_times), "s")
-    row.ours_min = min(our_times)
-    row.ours_spread = middle_half(our_times)
-    row.theirs_min = min(their_times)
-    row.theirs_spread = middle_half(their_times)
-    row.spread = middle_half([b / a for a, b in zip(our_times, their_times, strict=True)])
-    row.rounds = len(our_times)
+def summarize(ours, theirs, unit="s"):
+    """Return the Row of two lists of seconds or bytes, one for each round."""
+    row = compare(statistics.median(ours), statistics.median(theirs), unit)
+    row.ours_min = min(ours)
+    row.ours_spread = middle_half(ours)
+    row.theirs_min = min(theirs)
+    row.theirs_spread = middle_half(theirs)
+    row.spread = middle_half([b / a for a, b in zip(ours, theirs, strict=True)])
+    row.rounds = len(ours)
     return row
 
 
