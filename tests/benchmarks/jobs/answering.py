@@ -4,7 +4,7 @@ import json
 import statistics
 
 import minia3
-from tests.benchmarks.jobs.processes import Job
+from tests.benchmarks.jobs.processes import SIDES, Job, as_words
 from tests.benchmarks.jobs.products import count_weights
 
 N_PROMPTS = 64
@@ -35,7 +35,7 @@ def answer(inputs, runner):
     their_file = inputs.folder / "their-answers.json"
 
     def ours():
-        runner.script("our_answers.py", out=our_file, **flags)
+        runner(SIDES / "our_answers.py", *as_words({**flags, "out": our_file}))
 
     def theirs():
         runner.script("their_answers.py", out=their_file, **flags)

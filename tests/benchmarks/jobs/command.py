@@ -108,8 +108,13 @@ def run_jobs(name, folder, setting, letters):
         title = f"{name}, ({letter}) {job.title}"
         outcomes[title] = asdict(outcome)
         print(table_row(title, outcome), flush=True)
-        outcomes[title] |= {"start": start, "products": job.flops / roof}
-        bounds.append(f"({letter}) {bound(outcome, start, job.flops / roof)}")
+        parts = {
+            "start": start,
+            "products": job.flops / roof,
+            "kernels": runner.seconds_of_kernels(job),
+        }
+        outcomes[title] |= parts
+        bounds.append(f"({letter}) {bound(outcome, **parts)}")
     print(f"\n{name}: {'; '.join(bounds)}\n", flush=True)
     return outcomes
 
@@ -124,11 +129,17 @@ def seconds_of_start(inputs, runner):
     return statistics.median(times)
 
 
-def bound(outcome, start, products):
-    """Say what part of our time is start, and what part our matrix products would take alone."""
+def bound(outcome, start, products, kernels):
+    """Say what our time consists of, and how fast we would be if it were nothing else.
+
+    products: the seconds that our matrix products would take at the roof. kernels: the seconds that
+    they and attention take.
+    """
     text = (
         f"{start / outcome.ours:.0%} of our time is the start of a process and reading the model, "
-        f"{products / outcome.ours:.0%} are matrix products at the roof"
+        f"{kernels / outcome.ours:.0%} are matrix products and attention (the products would be "
+        f"{products / outcome.ours:.0%} at the roof), so the ratio is bound by "
+        f"{outcome.theirs / (start + kernels):.1f} ({outcome.theirs / (start + products):.1f})"
     )
     text += f"; {outcome.our_cpu:.1f} CPU seconds, theirs {outcome.their_cpu:.1f}"
     if outcome.notes:

@@ -5,6 +5,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Runner:
     """Starts processes that see the same threads, the same caches and no network."""
 
     def __init__(self, setting, cache):
+        self.before_words = []  # of the command line: see `seconds_of_kernels`
         self.environment = os.environ | {
             "OMP_NUM_THREADS": str(setting.threads),
             "RAYON_NUM_THREADS": str(setting.threads),  # of tokenizers
@@ -70,13 +72,23 @@ class Runner:
 
     def __call__(self, *words):
         """Run Python with the words, and wait. Raise RuntimeError if the process fails."""
-        command = [sys.executable, *map(str, words)]
+        command = [sys.executable, *map(str, [*self.before_words, *words])]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr[-3000:]}")
 
     def script(self, name, **flags):
+        """Run a script of their side."""
         self("-c", RUN_SCRIPT, SIDES / name, *as_words(flags))
+
+    def seconds_of_kernels(self, job):
+        """Do our side once more. Return the seconds of its matrix products and of its attention."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "seconds"
+            self.before_words = ["-m", "tests.benchmarks.jobs.timed", file]
+            job.ours()
+            self.before_words = []
+            return float(file.read_text())
 
 
 def as_words(flags):
