@@ -41,6 +41,7 @@ from tests.benchmarks import (
     training,
 )
 from tests.benchmarks.__main__ import in_order, main
+from tests.benchmarks.jobs import timed
 from tests.benchmarks.lines import COMPILES, GOALS, LINES, goal_of
 from tests.benchmarks.measure import LEAST_ROUNDS, Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
@@ -289,6 +290,19 @@ def test_products_have_their_own_weights_and_share_inputs_of_one_shape():
     (first_x, first), (second_x, second) = kernels.products
     assert first_x is second_x
     assert (first.data_ptr(), second.data_ptr()) == (weights[0].data_ptr(), weights[1].data_ptr())
+
+
+def test_kernels_of_a_program_are_timed_and_nothing_else_is(tmp_path, monkeypatch):
+    seconds = {}
+    for name, line in {"product": "x @ x", "sum": "x + x"}.items():
+        program = tmp_path / f"{name}.py"
+        program.write_text(f"import sys, torch\nx = torch.ones(9, 9)\n{line}\nsys.exit(0)\n")
+        monkeypatch.setattr(sys, "argv", ["timed.py", str(tmp_path / name), str(program)])
+        with pytest.raises(SystemExit):
+            timed.main()
+        seconds[name] = float((tmp_path / name).read_text())
+    assert seconds["product"] > 0
+    assert seconds["sum"] == 0
 
 
 def test_the_least_memory_of_a_step_is_torch_the_weights_and_what_is_kept(tmp_path, monkeypatch):
