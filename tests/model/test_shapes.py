@@ -315,15 +315,12 @@ def write_rope_factors():
 def watch(loaded, tmp_path_factory):
     short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_by_rows`
     with watched(PACKAGE) as watch, short_rows_too:
-        for name in ("t5-v1.0", "llama-gqa"):
+        for name in ("t5-v1.0", "t5-deep-decoder", "llama-gqa", "llama3", "mistral", "qwen3"):
             model = loaded(name, n_adapters=3)
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
             run(model, tokenizer, tmp_path_factory.mktemp(name))
-            plan(loaded(name))  # which runs as above, on tensors without values
-        for name in ("t5-deep-decoder", "llama3", "mistral", "qwen3"):
-            model = loaded(name, n_adapters=3)
-            train_steps(model)
-            rank_and_write(model.eval(), word_tokenizer(ends=name.startswith("t5")))
+        for name in ("t5-v1.0", "llama-gqa"):  # which run as above, on tensors without values
+            plan(loaded(name))
         use_quantized(loaded("t5-v1.0", quantize="int8"))
         out = tmp_path_factory.mktemp("run")
         assert running.run(running.words(out, steps=1)) == 0
