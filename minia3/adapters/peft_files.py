@@ -59,7 +59,9 @@ def read_adapter(name_or_path):
         name = rename(stored_name, READ)
         problem = find_mismatch(stored_name, entry, name, vectors)
         if problem is None:
-            vectors[name] = entry.read().float().flatten()
+            vector = entry.read().flatten()
+            # Most are float32, and a call for each that changes nothing takes its time, too.
+            vectors[name] = vector if vector.dtype == torch.float32 else vector.float()
             stored_names[name] = stored_name
         else:
             problems.append(problem)
