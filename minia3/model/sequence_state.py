@@ -21,6 +21,7 @@ N columns of one row, H query heads, G key/value heads, K head width.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,11 +56,19 @@ class Cache:
 
     kv: for self-attention. The first `length` columns are filled, and the others are spare room.
     memory: for cross-attention, made once from the encoder's output. None in LLaMA.
+    make_memory: a function that makes `memory`, if it is not made before it is needed.
     """
 
     kv: tuple | None = None
     memory: tuple | None = None
     length: int = 0
+    make_memory: Callable | None = None
+
+    def read_memory(self):
+        """Return `memory`, and make it if there is none yet."""
+        if self.memory is None and self.make_memory is not None:
+            self.memory = self.make_memory()
+        return self.memory
 
     def append(self, k_BGLK, v_BGLK):
         """Add columns, and return all keys and values so far."""
@@ -115,6 +124,11 @@ class State:
         for number in self.adapter_numbers:
             find_row(number, model)
 
+    def make_memory(self):
+        """Make all keys and values of the source now, and not each block's when the block runs."""
+        for cache in self.caches:
+            cache.read_memory()
+
     def append_columns(self, tokens_RL):
         """Add columns for the next tokens, and return the tokens as the blocks read them.
 
@@ -150,7 +164,7 @@ class State:
 
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""
-        n_sources = len(self.caches[0].memory[0])
+        n_sources = len(self.caches[0].read_memory()[0])
         n_rows_per_source = len(self.start) // n_sources
         adapter_B = self.adapter_B[::n_rows_per_source]
         return Context(adapter_B, NO_PACKING, self.memory_bias_B11M)
@@ -184,7 +198,7 @@ class State:
         if self.n_sharing > 1:
             return self.select(torch.arange(len(self.start))).repeat(c)
         rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
-        caches = [Cache(cache.filled(), cache.memory, cache.length) for cache in self.caches]
+        caches = [replace(cache, kv=cache.filled()) for cache in self.caches]
         if self.length == 0:
             # Nothing is cached yet, so there is nothing to share, and each row gets a cache row.
             adapter_B = pick_adapters(self.adapter_B, rows_R)
@@ -204,7 +218,7 @@ class State:
             kv = memory = None
             if cache.kv is not None:
                 kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
-            if cache.memory is not None:
+            if cache.read_memory() is not None:
                 memory = tuple(selection.rows_of(x) for x in cache.memory)
             caches.append(Cache(kv, memory, self.length))
         return replace(

@@ -4,8 +4,8 @@ Before a block runs, its weights are gathered from all processes, and afterwards
 again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv 2304.11277.
 
     a block                is gathered when it runs, forward or backward
-    k and v of             are gathered together when `start` makes keys and values of the encoder's
-    cross-attention        output, which is before their block runs
+    k and v of             are gathered together when keys and values of the encoder's output are
+    cross-attention        made, which is before their block runs
     the rest               is whole in every process: the embedding, the head, the last norm, T5's
                            tables of positions, and the vectors, which train
 

@@ -12,6 +12,7 @@ Raffel et al. 2019, arXiv 1910.10683. Three things differ from other transformer
 Shapes: B batch, L query length, M memory length, D model, H heads, V vocabulary.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -82,6 +83,7 @@ class Stack(nn.Module):
         mask = context.bias_BHLM
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
+            caches[i].read_memory()  # so that there is one: see `T5.start`
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
             x = block(x, context, caches[i])
@@ -168,10 +170,16 @@ class T5(nn.Module):
 
         caches = []
         for block in self.decoder.blocks:
-            kv = block.cross.kv(memory, context)
-            if not torch.is_grad_enabled():  # every step of decoding reads them
-                kv = tuple(x.contiguous() for x in kv)
-            caches.append(Cache(memory=kv))
+            make_memory = functools.partial(block.cross.kv, memory, context)
+            if torch.is_grad_enabled():
+                # A block's keys and values are made just before the block runs, because the
+                # backward pass goes the other way: it then needs the gradients of one block's at a
+                # time, and not those of all blocks' at once. States that are made of this one
+                # share them.
+                with_gradients = torch.enable_grad()(make_memory)
+                caches.append(Cache(make_memory=functools.cache(with_gradients)))
+            else:  # contiguous, because every step of decoding reads them
+                caches.append(Cache(memory=tuple(x.contiguous() for x in make_memory())))
         return State(
             start=torch.full_like(source[:, :1], self.config.start_id),
             adapter_B=adapter_B,

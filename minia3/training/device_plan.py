@@ -11,6 +11,7 @@
 The sum is slightly too large, because the parts do not peak at the same moment.
 """
 
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -21,10 +22,9 @@ from minia3.training.config import Config
 from minia3.training.memory_plan import TARGET_LENGTH, stored_dtype
 from minia3.training.step_memory import ROOM, TRAINED_BYTES, StepShape, planned_activations
 
-# Blocks that are whole while one is gathered: the one that runs, and the next one twice, because it
-# is gathered into one flat tensor, and gloo gathers into a copy of that. NCCL needs no copy.
-WHILE_GATHERING = 3
-WHILE_RUNNING = 2  # the next one waits for its turn
+# While a group of weights is gathered, it is there twice: it is gathered into one flat tensor, and
+# gloo gathers into a copy of that. NCCL needs no copy.
+WHILE_GATHERED = 2
 
 VECTOR_BYTES = 4 + TRAINED_BYTES  # of an entry: the float32, its gradient and two moments
 
@@ -88,11 +88,14 @@ class Plan:
         dequantized = self.base.largest_dequantized
         if n_shards == 1 and not offload:
             return dequantized
-        block = max(self.base.groups.values())
         copied = self.copied_rows(n_shards) if offload else 0
         if n_shards == 1:  # one weight after the other is copied, and no other block is there
-            return block + max(copied, dequantized)
-        return max(WHILE_GATHERING * block + copied, WHILE_RUNNING * block + dequantized)
+            return max(self.base.groups.values()) + max(copied, dequantized)
+        sizes = []
+        for group, neighbor in self.base.neighbors():  # one runs while the other is gathered
+            gathering = WHILE_GATHERED * max(group, neighbor) + min(group, neighbor)
+            sizes += [gathering + copied, group + neighbor + dequantized]
+        return max(sizes)
 
     def copied_rows(self, n_shards):
         """Return the bytes of the rows that --offload copies to the device at a time."""
@@ -158,6 +161,18 @@ class Base:
         group = (block.group(), is_cross_kv)
         self.groups[group] = self.groups.get(group, 0) + n_rows * row
         self.rows.append((n_rows, row))
+
+    def neighbors(self):
+        """Return the bytes of each two groups that run one after the other, as pairs."""
+        sizes = []
+        for block in dict.fromkeys(name for name, _ in self.groups):
+            # The keys and values of cross-attention come just before the rest of their block.
+            for group in ((block, True), (block, False)):
+                if group in self.groups:
+                    sizes.append(self.groups[group])
+        if len(sizes) == 1:
+            sizes *= 2  # as if there were another block
+        return list(itertools.pairwise(sizes))
 
     @property
     def n_bytes(self):

@@ -403,6 +403,8 @@ def test_keys_and_values_of_the_source_are_not_copied_for_each_choice(models, na
     state = models[name].start(tokens(2, 5), length_mask(5, 3))
     shared = "memory" if name.startswith("t5") else "kv"
     repeated = state.repeat(3)
+    repeated.make_memory()
+    state.make_memory()
     for cache, repeated_cache in zip(state.caches, repeated.caches, strict=True):
         found = getattr(repeated_cache, shared)
         expected = getattr(cache, shared)

@@ -125,7 +125,8 @@ def test_the_target_starts_with_the_token_that_the_config_names(copy):
     )
 
 
-def test_keys_and_values_of_the_source_are_made_once(loaded, monkeypatch):
+@pytest.mark.parametrize("grad", [False, True])
+def test_keys_and_values_of_the_source_are_made_once(loaded, monkeypatch, grad):
     model = loaded("t5-deep-decoder")
     original = Attention.kv
     made = []
@@ -135,10 +136,42 @@ def test_keys_and_values_of_the_source_are_made_once(loaded, monkeypatch):
         return original(attention, memory, context)
 
     monkeypatch.setattr(Attention, "kv", spy)
-    state = model.start(tokens(2, 4))
+    of_encoder = [block.attn for block in model.encoder.blocks]
+    of_decoder = [block.attn for block in model.decoder.blocks]
     cross = [block.cross for block in model.decoder.blocks]
-    assert made == [block.attn for block in model.encoder.blocks] + cross
-    made.clear()
-    for _ in range(2):
+    with torch.set_grad_enabled(grad):
+        state = model.start(tokens(2, 4))
+        assert made == of_encoder + ([] if grad else cross)
+        made.clear()
         model.step(tokens(2, 1), state)
-    assert made == 2 * [block.attn for block in model.decoder.blocks]
+        if grad:  # just before their block runs
+            assert made == [attn for pair in zip(cross, of_decoder, strict=True) for attn in pair]
+        else:
+            assert made == of_decoder
+        made.clear()
+        model.step(tokens(2, 1), state)
+        assert made == of_decoder
+
+
+def test_the_backward_pass_has_the_source_s_keys_and_values_of_one_block_at_a_time(loaded):
+    """The gradients of a block's keys and values become those of its vectors before the next."""
+    model = loaded("t5-deep-decoder")
+    done = []
+    expected = []
+    for i, block in reversed(list(enumerate(model.decoder.blocks))):
+        for kind in ("attn", "cross"):
+            expected.append((kind, i))
+            vector = block.get_submodule(kind).l_k.scale
+            vector.register_post_accumulate_grad_hook(lambda _, of=(kind, i): done.append(of))
+    model.step(tokens(2, 3), model.start(tokens(2, 4))).sum().backward()
+    assert done == expected
+
+
+def test_a_step_without_gradients_takes_none_from_the_steps_that_follow(loaded):
+    model = loaded("t5-v1.0")
+    state = model.start(tokens(2, 4))
+    with torch.no_grad():
+        model.step(state.start, state)
+    model.step(tokens(2, 1), state).sum().backward()
+    for block in model.decoder.blocks:
+        assert block.cross.l_k.scale.grad.any()

@@ -15,8 +15,7 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.model.quantized import quantized_linears
 from minia3.training.config import Config
 from minia3.training.device_plan import (
-    WHILE_GATHERING,
-    WHILE_RUNNING,
+    WHILE_GATHERED,
     Base,
     Plan,
     fits_one_device,
@@ -100,6 +99,24 @@ def test_keys_and_values_of_the_source_are_gathered_apart_from_their_block(folde
     assert groups["decoder.blocks.0.", False] == whole - cross - vectors
 
 
+def test_groups_that_run_one_after_the_other_are_neighbors(folders):
+    """In a decoder, the keys and values of the source come just before the rest of their block."""
+    config = minia3.load_model(folders("t5-v1.0")).config
+    base = Base(replace(config, n_layers=2, n_decoder_layers=2), torch.float32, None)
+    encoder = base.groups["encoder.blocks.0.", False]
+    kv = base.groups["decoder.blocks.0.", True]
+    decoder = base.groups["decoder.blocks.0.", False]
+    assert len({encoder, kv, decoder}) == 3
+    expected = [(encoder, encoder), (encoder, kv), (kv, decoder), (decoder, kv), (kv, decoder)]
+    assert base.neighbors() == expected
+
+
+def test_a_block_that_is_alone_counts_as_two():
+    base = Base(replace(SMALL, n_layers=1), torch.float32, None)
+    (block,) = base.groups.values()
+    assert base.neighbors() == [(block, block)]
+
+
 # The parts
 
 
@@ -111,7 +128,7 @@ def test_one_device_holds_the_whole_base_and_several_hold_shares_and_blocks():
     assert alone.weights == plan.base.n_bytes
     assert alone.unsharded == 0
     assert divided.weights == plan.base.share(4)
-    assert divided.unsharded == WHILE_GATHERING * block
+    assert divided.unsharded == block + WHILE_GATHERED * block
     assert (alone.vectors, alone.activations) == (divided.vectors, divided.activations)
     assert divided.total == sum(divided)
 
@@ -121,8 +138,8 @@ def test_a_quantized_base_has_one_dequantized_weight():
     weight = SMALL.d_model * SMALL.d_ff * 2
     block = max(plan.base.groups.values())
     assert plan.on_device(1, SHAPE).unsharded == weight
-    gathering = WHILE_GATHERING * block
-    running = WHILE_RUNNING * block + weight
+    gathering = block + WHILE_GATHERED * block
+    running = 2 * block + weight
     assert plan.on_device(4, SHAPE).unsharded == max(gathering, running)
 
 
