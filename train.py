@@ -74,11 +74,11 @@ def train(run, group, config):
             with run.uninterrupted():
                 log.start_step()
                 model.train()
-                # Forward and backward, in parts if --micro-batch-size says so. Nothing is updated
-                # yet, so a second Ctrl-C gives up this step, and nothing else.
+                # Forward and backward, in parts if the examples are many. Nothing is updated yet,
+                # so a second Ctrl-C gives up this step, and nothing else.
                 with run.giving_up(group):
                     batch = group.next_batch()
-                    for part in batch.split(config.micro_batch_size):
+                    for part in batch.split(group.micro_batch_size):
                         logp_BCL = choice_logprobs(model, part.batch, part.row_B)
                         loss_A = part.losses(logp_BCL)  # the loss of each cell's examples here
                         loss_A.sum().backward()

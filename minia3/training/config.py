@@ -188,7 +188,10 @@ class Config:
     )
     batch_size: int = flag(8, "examples per step and adapter", at_least=1)
     micro_batch_size: int | None = flag(
-        None, "examples per forward pass, to save memory (default: the whole batch)", at_least=1
+        None,
+        "examples per forward pass, to save memory (default: all of a step; on a CPU, a large grid "
+        "takes several passes)",
+        at_least=1,
     )
     optimizer: str | None = flag(
         None,

@@ -14,7 +14,7 @@ from minia3.inference.evaluation import evaluate, no_answers, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
 from minia3.model.shard import is_sharded, reset_passes
-from minia3.training.batch import MixedBatch
+from minia3.training.batch import MixedBatch, choose_micro_batch_size
 from minia3.training.checkpoint import (
     copy_values,
     on_cpu,
@@ -92,6 +92,7 @@ class Group:
         self.n_trained = 0  # parameters of one cell
         self.parameters = {}  # what a checkpoint holds
         self.optimizer = None
+        self.micro_batch_size = None  # examples of a forward pass: see `draw_batches`
         if config.is_training:
             self.optimizer = make_optimizer(trained.values(), cells[0].config)
             self.n_trained = count_entries(trained) // len(cells)
@@ -113,12 +114,13 @@ class Group:
         return self.model.embed.weight.device
 
     def draw_batches(self):
-        """Draw the examples of all steps.
+        """Draw the examples of all steps, and choose how many of them a forward pass reads.
 
         Raise ValueError if a row does not fit into --max-length, or cannot be read by the model.
         """
         for cell in self.cells:
             cell.batches = draw_batches(cell, self.tokenizer, self.model)
+        self.micro_batch_size = choose_micro_batch_size(self)
 
     def next_batch(self):
         """Return the examples of the next step, for all cells that still train."""

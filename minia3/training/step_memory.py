@@ -116,8 +116,8 @@ def shape_of_step(group):
             targets.append(max(map(len, example.targets)))
             n_choices = max(n_choices, len(example.targets))
     n_examples = ceil(group.config.batch_size * len(group.cells) / n_processes())
-    if group.config.micro_batch_size is not None:
-        n_examples = min(n_examples, group.config.micro_batch_size)
+    if group.micro_batch_size is not None:
+        n_examples = min(n_examples, group.micro_batch_size)
     return StepShape(n_examples, max(sources), n_choices, max(targets))
 
 

@@ -1,6 +1,8 @@
 """A mixed batch has the examples of several cells, and each cell its own loss."""
 
+from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import minia3
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
-from minia3.training.batch import MixedBatch
+from minia3.training import batch as batch_module
+from minia3.training.batch import MixedBatch, choose_micro_batch_size
 from minia3.training.cell import Cell
 from minia3.training.drawing import draw_batches
 from minia3.training.losses import count_terms, count_terms_of, right_tokens, total_loss
@@ -133,3 +136,40 @@ def test_cells_that_do_not_train_any_more_are_left_out(cells):
     loss_A = part.losses(torch.full(part.batch.target_BCL.shape, -1.0))
     assert loss_A[0] == 0
     assert (loss_A[1:] > 0).all()
+
+
+@pytest.fixture
+def group(cells, ours):
+    """What choose_micro_batch_size reads of a grid on a CPU."""
+    config = train.Config(batch_size=3)
+    return SimpleNamespace(config=config, cells=cells, model=ours, device=torch.device("cpu"))
+
+
+def bytes_of(group):
+    """Return the bytes of the inner activations of the longest example."""
+    examples = [
+        example for cell in group.cells for step in (0, 1) for example in cell.batches[step]
+    ]
+    longest = max(len(example.source) + sum(map(len, example.targets)) for example in examples)
+    return longest * group.model.config.d_ff * 8  # float64
+
+
+@pytest.mark.parametrize("n_examples", [3, 5])
+def test_on_a_cpu_the_passes_of_a_grid_are_as_large_as_malloc_keeps(group, n_examples, monkeypatch):
+    monkeypatch.setattr(batch_module, "LARGE_BLOCK", n_examples * bytes_of(group) + 1)
+    assert choose_micro_batch_size(group) == n_examples
+    monkeypatch.setattr(batch_module, "LARGE_BLOCK", n_examples * bytes_of(group))
+    expected = max(n_examples - 1, group.config.batch_size)  # no less than one adapter alone reads
+    assert choose_micro_batch_size(group) == expected
+
+
+def test_no_others_are_divided_unless_the_user_says_so(group, monkeypatch):
+    monkeypatch.setattr(batch_module, "LARGE_BLOCK", 1)
+    assert choose_micro_batch_size(group) == 3
+    group.device = torch.device("cuda")
+    assert choose_micro_batch_size(group) is None
+    group.device = torch.device("cpu")
+    group.cells = group.cells[:1]
+    assert choose_micro_batch_size(group) is None
+    group.config = replace(group.config, micro_batch_size=2)
+    assert choose_micro_batch_size(group) == 2

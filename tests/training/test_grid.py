@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import random
 import re
 import shutil
@@ -37,6 +38,7 @@ from minia3.checkpoints.load import load_model
 from minia3.cli.table import table_rows
 from minia3.tasks.examples import Example
 from minia3.tasks.splits import load_task
+from minia3.training.batch import MixedBatch
 from minia3.training.group import Group
 from minia3.training.optimizer import Adafactor
 from tests.benchmarks.adapters import step_of_adapters
@@ -168,6 +170,25 @@ def test_adapters_that_train_together_equal_adapters_that_train_apart(
             assert_close(found[name]["saved"][key], x, rtol=1e-6, atol=1e-6)
         assert max((x - 1).abs().max() for x in alone["vectors"].values()) > 0.01
     assert steps == {9, 12}  # some stop early
+
+
+def test_a_grid_in_several_passes_is_the_grid_in_one(tmp_path, monkeypatch):
+    flags = {"model": model("t5"), **GRID, **EXACT, "lr": ",".join(RATES["t5"]), "steps": 4}
+    whole = together(tmp_path / "whole", **flags)
+    passes = []
+    original = MixedBatch.split
+
+    def spy(batch, size):
+        passes.append(math.ceil(len(batch.pairs) / size))
+        return original(batch, size)
+
+    monkeypatch.setattr(MixedBatch, "split", spy)
+    monkeypatch.setattr("minia3.training.batch.LARGE_BLOCK", 1)
+    found = together(tmp_path / "parts", **flags)
+    assert min(passes) > 1
+    for name, cell in whole.items():
+        for key, l_D in cell["vectors"].items():
+            assert_close(found[name]["vectors"][key], l_D, rtol=1e-9, atol=1e-9)
 
 
 def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch):
