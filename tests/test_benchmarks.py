@@ -111,7 +111,7 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
     assert {row["alone_of"] for row in rows.values() if "alone" in row} == {
         "products and attention",
         "products",
-        "folding and writing",
+        "building, folding and writing",
     }
     assert result["lines"] == [f"t5-base, {line}" for line in LINES]
     n_printed = capsys.readouterr().out.count("\n| t5-base, ")

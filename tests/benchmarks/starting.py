@@ -4,10 +4,12 @@ import json
 import shutil
 
 import torch
+from safetensors.torch import load_file
 
 import minia3
 from minia3.adapters.merge import fold
 from minia3.adapters.rows import row_of
+from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.model.sequence_state import check_start
 from tests.benchmarks.floors import copy_file, import_seconds
@@ -79,7 +81,6 @@ def adapters(bench, pair):
     tensor that tells the model which row of the vectors to use.
     """
     import peft
-    from safetensors.torch import load_file
 
     ours = minia3.load_model(pair.folder, n_adapters=2, device=pair.device)
     with no_warnings():
@@ -127,8 +128,9 @@ def export(bench, pair):
     """Compare loading a model and an adapter, merging them, and writing the result.
 
     The floor is to read the files of the weights and to write them again. They come from the memory
-    of the system, and no side waits for them to reach the disk. Alone, all weights are folded, and
-    then written: `merge` returns a model that holds them all, so all of them need memory at once.
+    of the system, and no side waits for them to reach the disk. Alone, the layers are built once,
+    the weights are mapped and folded, and then they are written: `merge` returns a model that holds
+    them all, so all of them need memory at once.
     """
     merged = minia3.merge(pair.ours())
     expected = pair.theirs().merge_and_unload().state_dict()
@@ -148,22 +150,20 @@ def export(bench, pair):
         for path in pair.folder.glob("*.safetensors"):
             copy_file(path, pair.scratch / "copy")
 
-    model = pair.ours()
-    vectors = row_of(model, 0)
+    vectors = row_of(pair.ours(), 0)
+    names = {ours: theirs for theirs, ours in name_table(merged).items() if ours is not None}
 
-    @torch.no_grad()
-    def fold_and_write():
-        weights = []
-        for name in name_table(merged).values():
-            if name is not None:
-                weights.append(fold(name, model.get_parameter(name), vectors))
+    def build_fold_and_write():
+        build_model(merged.config)
+        stored = load_file(pair.folder / "model.safetensors")
+        weights = [fold(ours, stored[theirs], vectors) for ours, theirs in names.items()]
         path = pair.scratch / "folded"
         with path.open("wb", buffering=0) as file:
             for weight in weights:
                 file.write(weight.cpu().view(torch.uint8).numpy())
         path.unlink()
 
-    row = bench.time(export_ours, export_theirs, alone=fold_and_write, floor=copy_files)
+    row = bench.time(export_ours, export_theirs, alone=build_fold_and_write, floor=copy_files)
     row.floor_of = "copying the files"
-    row.alone_of = "folding and writing"
+    row.alone_of = "building, folding and writing"
     yield "load, merge and export", row

@@ -6,10 +6,12 @@ All prompts that wait are answered in one batch, whichever adapters they name.
 from arrivals import make_parser, serve
 
 import minia3
+from minia3.files.program import keep_freed_memory
 
 
 def main():
     args = make_parser(__doc__.splitlines()[0]).parse_args()
+    keep_freed_memory()
     model = minia3.load_model(args.model)
     tokenizer = minia3.load_tokenizer(args.model)
     adapters = minia3.Adapters(model)
