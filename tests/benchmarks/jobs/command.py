@@ -139,7 +139,7 @@ def bound(outcome, start, products, kernels):
         f"{start / outcome.ours:.0%} of our time is the start of a process and reading the model, "
         f"{kernels / outcome.ours:.0%} are matrix products and attention (the products would be "
         f"{products / outcome.ours:.0%} at the roof), so the ratio is bound by "
-        f"{outcome.theirs / (start + kernels):.1f} ({outcome.theirs / (start + products):.1f})"
+        f"{outcome.theirs / (start + kernels):.2f} ({outcome.theirs / (start + products):.2f})"
     )
     text += f"; {outcome.our_cpu:.1f} CPU seconds, theirs {outcome.their_cpu:.1f}"
     if outcome.notes:
