@@ -229,7 +229,7 @@ def score_without_padding(model, source_BM, target_BCL):
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_examples, MAX_SIDE_BY_SIDE) // length)
     if n_choices <= n_at_once:
         return score(target_BCL).sum()
-    state.make_memory()
+    state.make_memory()  # once for all turns, as `choice_logprobs` does
     total = 0.0
     for part in target_BCL.split(n_at_once, dim=1):
         total = total + checkpoint(score, part, use_reentrant=False).sum()
