@@ -7,7 +7,7 @@
     total_logprobs    the log-probability of a whole target, for perplexities
 
 Training, evaluation and prediction all go through these. Whatever is large is computed in parts:
-the logits of many tokens, and the choices of a task with many of them.
+the logits of many tokens (target_logprobs.py), and the choices of a task with many of them.
 
 Shapes: B batch, M source length, C choices, L target length, S length of a text (a source and its
 target), R = S - 1 tokens of it that are read, D model, V vocabulary, T tokens that are scored, N
@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minia3.files.ahead import one_ahead
@@ -28,21 +27,14 @@ from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing
-from minia3.model.recompute import recompute
 from minia3.model.sequence_state import check_bias, check_mask
 from minia3.model.shard import compare, is_sharded
+from minia3.model.target_logprobs import target_logprobs
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate, join
 from minia3.tasks.examples import encode_example
 from minia3.tasks.limits import check_ids, equal_choices
 from minia3.tasks.prompts import Rendered
-
-# Logits that may exist at once: 64 MB in float32.
-MAX_LOGITS = 1 << 24
-
-# Logits of a part, if there are more: 16 MB in float32. The C library returns a block of 32 MB or
-# more to the system when it is freed, and the next part would wait for new, zeroed pages.
-MAX_LOGITS_OF_PART = 1 << 22
 
 # Tokens of choices, padding included, that are scored at once, because their activations all exist
 # at once. A batch with more of them (77 intents for each of 8 sources) scores
@@ -93,16 +85,15 @@ def logprobs(model, state, target):
 def masked_logprobs(model, state, target, mask):
     """Return `logprobs` for tokens whose mask (B, L) is True, and 0 for others. None: all are True.
 
-    Only tokens that are asked for get logits. If there are many logits, they are computed for some
-    tokens at a time, and again in the backward pass, so that they never all exist at once.
+    Only tokens that are asked for get logits.
     """
     read_BL = torch.cat((state.start, target[:, :-1]), dim=1)
     x_ND = model.run_blocks(read_BL, state).flatten(0, 1)
     target_N = target.flatten()
     if mask is None:
-        return logprobs_in_parts(model, x_ND, target_N).view(target.shape)
+        return target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
     place_T = places(mask, target.device)
-    logp_T = logprobs_in_parts(model, x_ND[place_T], target_N[place_T])
+    logp_T = target_logprobs(x_ND[place_T], model.head_weight, target_N[place_T])
     return spread(logp_T, place_T, mask.shape)
 
 
@@ -114,30 +105,6 @@ def places(mask, device):
 def spread(x_T, place_T, shape):
     """Return a tensor of this shape that has x_T at the places of its flat tensor, and zeros."""
     return x_T.new_zeros(math.prod(shape)).index_put((place_T,), x_T).view(shape)
-
-
-def logprobs_in_parts(model, x_TD, target_T):
-    """Return `token_logprobs`, without ever holding more than MAX_LOGITS logits."""
-    n_vocab = len(model.head_weight)
-    if len(x_TD) * n_vocab <= MAX_LOGITS:
-        return token_logprobs(model, x_TD, target_T)
-
-    n_tokens = max(1, MAX_LOGITS_OF_PART // n_vocab)
-    score = partial(token_logprobs, model)
-    parts = []
-    for x, targets in zip(x_TD.split(n_tokens), target_T.split(n_tokens), strict=True):
-        parts.append(recompute(score, x, targets, parameters=[model.head_weight]))
-    return torch.cat(parts)
-
-
-def token_logprobs(model, x_TD, target_T):
-    """Return (T,): the log-probability of each target, in float32 at least.
-
-    x_TD: the last block's output at the token before each target.
-    """
-    logits_TV = model.logits(x_TD)
-    wide = torch.promote_types(logits_TV.dtype, torch.float32)
-    return -F.cross_entropy(logits_TV.to(wide), target_T, reduction="none")
 
 
 def choice_logprobs(model, batch, adapter=None):
@@ -211,7 +178,7 @@ def text_logprobs(model, batch, adapter):
 
     place_T = places(texts.is_scored_BS[:, 1:], device)
     next_T = ids_BS[:, 1:].flatten()[place_T]
-    logp_T = logprobs_in_parts(model, x_ND[place_T], next_T)
+    logp_T = target_logprobs(x_ND[place_T], model.head_weight, next_T)
     return spread(logp_T, places(batch.target_mask_BCL, device), batch.target_mask_BCL.shape)
 
 

@@ -155,7 +155,7 @@ class Llama(nn.Module):
         return self.logits(self.run_blocks(tokens, state))
 
     def run_blocks(self, tokens, state, packing=NO_PACKING, keys_only=False):
-        """Continue with tokens (B, L), and return the last block's output (B, L, D), normalized.
+        """Continue with tokens (B, L), and return what the head reads (B, L, D).
 
         packing: the Packing that leaves out the padding of a prompt. keys_only: fill the caches,
         and return None, because nothing else of a prompt is needed. The last block then stops after
@@ -224,7 +224,7 @@ class Llama(nn.Module):
         return torch.cat((cos_B1LP, cos_B1LP), dim=-1), torch.cat((-sin_B1LP, sin_B1LP), dim=-1)
 
     def logits(self, x):
-        """Return the logits (..., V) of the normalized output (..., D) of the last block."""
+        """Return the logits (..., V) of what the head reads (..., D)."""
         return F.linear(x, self.head_weight)
 
     @property

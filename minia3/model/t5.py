@@ -198,7 +198,7 @@ class T5(nn.Module):
         return self.logits(self.run_blocks(tokens, state))
 
     def run_blocks(self, tokens, state):
-        """Append tokens (B, L) to the target, and return the decoder's output (B, L, D)."""
+        """Append tokens (B, L) to the target, and return what the head reads (B, L, D)."""
         tokens_BL = state.append_columns(tokens)
         n_queries = tokens_BL.shape[1]
         x_BLD = self.embed(tokens_BL)
@@ -211,12 +211,12 @@ class T5(nn.Module):
         distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         state.check_adapters(self)  # another thread may have removed one meanwhile
+        if self.config.scale_logits:
+            x_BLD = x_BLD * self.config.d_model**-0.5
         return x_BLD.view(*tokens.shape, -1)
 
     def logits(self, x):
-        """Return the logits (..., V) of the decoder's output (..., D)."""
-        if self.config.scale_logits:
-            x = x * self.config.d_model**-0.5
+        """Return the logits (..., V) of what the head reads (..., D)."""
         return F.linear(x, self.head_weight)
 
     @property

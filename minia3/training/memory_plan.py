@@ -4,8 +4,8 @@ The model runs on fake tensors: they have a shape and a dtype, but no storage. A
 which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside
 kernels, and what the allocator keeps of freed memory come on top.
 
-Shapes: B batch, M source length, L target length, or any length, S length of a text, R = S - 1, D
-model.
+Shapes: B batch, M source length, L target length, or any length, S length of a text, R = S - 1, T
+tokens of all targets, D model.
 """
 
 import weakref
@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minia3.checkpoints.load import build_model, place_parameter
-from minia3.inference.scoring import logprobs, logprobs_in_parts
+from minia3.inference.scoring import logprobs
 from minia3.model.ia3 import freeze, vectors
 from minia3.model.llama import Llama
+from minia3.model.target_logprobs import target_logprobs
 
 TARGET_LENGTH = 8  # tokens of a target in training
 
@@ -95,7 +96,7 @@ def measure_peak(model, tokens_BL, length, is_training):
         if is_training:
             # Adafactor keeps one moment per entry of a vector, from its first step on.
             moments = [torch.zeros_like(vector) for vector in vectors(model).values()]
-            target_logprobs(model, source_BM, tokens_BL[:, :TARGET_LENGTH]).sum().backward()
+            planned_logprobs(model, source_BM, tokens_BL[:, :TARGET_LENGTH]).sum().backward()
             del moments
             model.zero_grad()
         else:
@@ -104,7 +105,7 @@ def measure_peak(model, tokens_BL, length, is_training):
     return counter.peak
 
 
-def target_logprobs(model, source_BM, target_BL):
+def planned_logprobs(model, source_BM, target_BL):
     """Return the log-probabilities (B, L) of one target per source, as training computes them.
 
     This is `choice_logprobs` without masks: fake tensors have no values, so nothing can tell where
@@ -115,5 +116,6 @@ def target_logprobs(model, source_BM, target_BL):
     text_BS = torch.cat((source_BM, target_BL), dim=1)
     state = model.start(text_BS[:, :1])
     x_BRD = model.run_blocks(text_BS[:, :-1], state)
-    x_BLD = x_BRD[:, -target_BL.shape[1] :]
-    return logprobs_in_parts(model, x_BLD.flatten(0, 1), target_BL.flatten()).view(target_BL.shape)
+    x_TD = x_BRD[:, -target_BL.shape[1] :].flatten(0, 1)
+    logp_T = target_logprobs(x_TD, model.head_weight, target_BL.flatten())
+    return logp_T.view(target_BL.shape)

@@ -24,7 +24,7 @@ from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked
 from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze
 from minia3.training.device import free_memory
-from minia3.training.memory_plan import MemoryCounter, model_without_values, target_logprobs
+from minia3.training.memory_plan import MemoryCounter, model_without_values, planned_logprobs
 from minia3.training.prepare import prepare_model
 
 # The plan counts tensors. An allocator also keeps some of what is freed: measured on a CPU, a step
@@ -219,7 +219,7 @@ def score_without_padding(model, source_BM, target_BCL):
     """Return a number that depends on all log-probabilities of `choice_logprobs`."""
     n_examples, n_choices, length = target_BCL.shape
     if n_choices == 1:
-        return target_logprobs(model, source_BM, target_BCL[:, 0]).sum()
+        return planned_logprobs(model, source_BM, target_BCL[:, 0]).sum()
     state = model.start(source_BM)
 
     def score(target_BCL):

@@ -33,6 +33,7 @@ from minia3.inference.scoring import (
     score_examples,
     total_logprobs,
 )
+from minia3.model.target_logprobs import widen
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.training.losses import total_loss
@@ -264,9 +265,22 @@ def test_rank_refuses_a_batch_size_below_1(both, batch_size):
 # Logits in parts
 
 SCORING = "minia3.inference.scoring"
+LOGPROBS = "minia3.model.target_logprobs"
 
 # Scaled embedding, own head, own head; and twice the embedding as it is.
 HEADS = [*NAMES, "t5-unscaled", "llama-tied"]
+
+
+def record_parts(monkeypatch):
+    """Return a list that grows with each part of the logits: how many tokens it has."""
+    n_tokens_of_parts = []
+
+    def record(logits_TV):
+        n_tokens_of_parts.append(len(logits_TV))
+        return widen(logits_TV)
+
+    monkeypatch.setattr(f"{LOGPROBS}.widen", record)
+    return n_tokens_of_parts
 
 
 @pytest.mark.parametrize("is_whole", [False, True], ids=["vectors", "all weights"])
@@ -285,38 +299,27 @@ def test_logits_in_parts_are_the_same_and_so_are_the_gradients(name, is_whole, l
 
     expected = losses_and_gradients()
     n_ids = model.embed.num_embeddings
-    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", 4 * n_ids)
-    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", 3 * n_ids + 5)
-    n_tokens_of_parts = []
-    logits = model.logits
-
-    def record(x):
-        n_tokens_of_parts.append(len(x))
-        return logits(x)
-
-    model.logits = record
+    monkeypatch.setattr(f"{LOGPROBS}.MAX_LOGITS_ON_CPU", 3 * n_ids + 5)
+    n_tokens_of_parts = record_parts(monkeypatch)
     same(losses_and_gradients(), expected, rtol=1e-12, atol=1e-12)
     n_tokens = int(batch.target_mask_BCL.sum())
     n_whole_parts, n_rest = divmod(n_tokens, 3)
     assert n_rest > 0
     parts = [3] * n_whole_parts + [n_rest]
-    assert n_tokens_of_parts == parts + parts[::-1]  # forward, and again for the backward pass
+    again = parts[::-1] if is_whole else []  # for the backward pass
+    assert n_tokens_of_parts == parts + again
 
 
-def test_few_logits_are_made_at_once_and_kept_for_the_backward_pass(loaded, monkeypatch):
+@pytest.mark.parametrize("is_whole", [False, True], ids=["vectors", "all weights"])
+def test_few_logits_are_made_once_and_at_once(is_whole, loaded, monkeypatch):
     model = loaded("t5-v1.1", seed=0)
+    minia3.freeze(model)
+    if is_whole:
+        model.requires_grad_(True)
     batch = batch_of((7, 3, 5))
     n_tokens = int(batch.target_mask_BCL.sum())
-    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", n_tokens * model.embed.num_embeddings)
-    monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", 1)
-    n_tokens_of_parts = []
-    logits = model.logits
-
-    def record(x):
-        n_tokens_of_parts.append(len(x))
-        return logits(x)
-
-    model.logits = record
+    monkeypatch.setattr(f"{LOGPROBS}.MAX_LOGITS_ON_CPU", n_tokens * model.embed.num_embeddings)
+    n_tokens_of_parts = record_parts(monkeypatch)
     loss_of(model, batch).backward()
     assert n_tokens_of_parts == [n_tokens]
 
@@ -329,8 +332,7 @@ def test_no_tensor_holds_the_logits_of_all_tokens(has_grad, loaded, monkeypatch)
     n_logits = int(batch.target_mask_BCL.sum()) * 2000
     minia3.freeze(model)
     for limit, is_large in ((n_logits, True), (n_logits // 4, False)):
-        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", limit)
-        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", limit)
+        monkeypatch.setattr(f"{LOGPROBS}.MAX_LOGITS", limit)  # because the model is on "meta"
         with torch.set_grad_enabled(has_grad), Largest() as largest:
             loss = loss_of(model, batch)
             if has_grad:
@@ -359,8 +361,7 @@ def test_bfloat16_gradients_in_many_parts_are_as_near_to_float64_as_those_in_one
     for dtype, limit in ((torch.float64, 1 << 24), (torch.bfloat16, 1 << 24), (torch.bfloat16, 1)):
         model = loaded("t5-v1.1", seed=0, dtype=torch.bfloat16).to(dtype)
         batch = batch_of((7, 3, 5), n_choices=4)
-        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS", limit)
-        monkeypatch.setattr(f"{SCORING}.MAX_LOGITS_OF_PART", limit)
+        monkeypatch.setattr(f"{LOGPROBS}.MAX_LOGITS_ON_CPU", limit)
         minia3.freeze(model)
         read_by_head = x.to(dtype, copy=True).requires_grad_()
         monkeypatch.setattr(model, "run_blocks", lambda tokens, state, x=read_by_head: x)

@@ -129,7 +129,8 @@ def test_a_step_multiplies_only_for_the_forward_pass_and_for_activation_gradient
     model = frozen(name)
     batch = batch_of()
     forward, unused = expected_flops(name, (M,) * B)
-    assert weight_flops(lambda: loss_of(model, batch)) == forward
+    with torch.no_grad():
+        assert weight_flops(lambda: loss_of(model, batch)) == forward
     assert weight_flops(lambda: run_step(model, batch)) == 2 * forward - unused
 
 
@@ -231,10 +232,10 @@ def test_autograd_records_nothing_below_the_lowest_vector_that_trains(
 @pytest.mark.parametrize(
     ("name", "dtype", "n_bytes"),
     [
-        ("t5-v1.0", torch.float32, 115_048),
-        ("t5-v1.0", torch.bfloat16, 63_352),
-        ("llama-gqa", torch.float32, 85_880),
-        ("llama-gqa", torch.bfloat16, 47_880),
+        ("t5-v1.0", torch.float32, 110_364),
+        ("t5-v1.0", torch.bfloat16, 57_228),
+        ("llama-gqa", torch.float32, 81_196),
+        ("llama-gqa", torch.bfloat16, 41_756),
     ],
 )
 def test_a_step_keeps_this_many_bytes_for_its_backward_pass(frozen, name, dtype, n_bytes):

@@ -26,11 +26,11 @@ from minia3.adapters.mix import MIX, mix
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.inference import decoding, scoring
+from minia3.inference import decoding
 from minia3.inference.decoding import decode_tokens
 from minia3.inference.evaluation import evaluate
 from minia3.inference.metrics import INVERSE_PERPLEXITY
-from minia3.model import packing
+from minia3.model import packing, target_logprobs
 from minia3.model.llama import inverse_frequencies
 from minia3.model.more_vectors import choose_vectors
 from minia3.model.quantized import NF4_BLOCK, NF4Linear
@@ -238,7 +238,7 @@ def train_steps(model):
 def rank_and_write(model, tokenizer):
     choices = [["w3", "w4 w5", "w6"], *[["w7", "w8"]] * 5]
     minia3.rank(model, tokenizer, PROMPTS, choices, adapter=ADAPTER_OF_PROMPTS, batch_size=4)
-    with mock.patch.object(scoring, "MAX_LOGITS", 100):  # logits in parts
+    with mock.patch.object(target_logprobs, "MAX_LOGITS_ON_CPU", 100):  # logits in parts
         minia3.rank(model, tokenizer, PROMPTS, ["w3", "w4 w5"])
     state = model.start(SOURCE, MASK, ADAPTER)
     list(decode_tokens(model, state, 3, {0}))  # a row whose text ends is dropped

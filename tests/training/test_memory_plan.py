@@ -11,7 +11,7 @@ from minia3.checkpoints.load import build_model, place_parameter
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze, vectors
 from minia3.tasks.batches import Batch
-from minia3.training.memory_plan import MemoryCounter, planned_memory, target_logprobs
+from minia3.training.memory_plan import MemoryCounter, planned_logprobs, planned_memory
 from minia3.training.optimizer import Adafactor
 
 SMALL_T5 = replace(KNOWN_MODELS["t5-small"].config, n_layers=2, n_decoder_layers=2, vocab_size=256)
@@ -66,7 +66,7 @@ def test_the_plan_of_training_equals_the_peak_of_real_steps(kind, dtype):
     tokens_BL = torch.ones(4, 48, dtype=torch.long)
     with counter_of(model, tokens_BL) as counter:
         for _ in range(2):
-            target_logprobs(model, tokens_BL, tokens_BL[:, :8]).sum().backward()
+            planned_logprobs(model, tokens_BL, tokens_BL[:, :8]).sum().backward()
             optimizer.step()
             model.zero_grad()
     planned = planned_memory(CONFIGS[kind], dtype, 4, 48, is_training=True)
@@ -86,7 +86,7 @@ def test_planned_log_probabilities_are_those_of_training(kind):
         torch.zeros(4, dtype=torch.long),
     )
     expected = choice_logprobs(model, batch)[:, 0]
-    assert torch.equal(target_logprobs(model, source_BM, target_BL), expected)
+    assert torch.equal(planned_logprobs(model, source_BM, target_BL), expected)
 
 
 def test_a_model_of_any_size_is_planned_on_any_machine():

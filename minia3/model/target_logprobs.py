@@ -1,0 +1,85 @@
+"""Log-probabilities of target tokens, from what the head reads, without keeping a logit.
+
+With a vocabulary of 32,000 to 256,000 tokens, no tensor of a step is as large as its logits. So
+they are computed for some tokens at a time, and training keeps none of them for the backward pass:
+
+    z = W x                                  the logits of one token, from the head's weight W
+    log p(t) = z_t - log sum_v exp(z_v)      the log-probability of the target t
+    d log p(t) / dz = onehot(t) - p
+    d log p(t) / dx = (onehot(t) - p) W
+
+Nothing in the last line comes from the loss, so the forward pass computes it, too, while it has the
+logits. The backward pass multiplies each token's gradient by one number, the gradient of the loss
+with respect to its log-probability.
+
+Shapes: T tokens, D model, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from minia3.model.recompute import recompute
+
+# Logits that may exist at once: 64 MB in float32. A product of fewer rows would leave a GPU waiting
+# for the weights of the head.
+MAX_LOGITS = 1 << 24
+
+# The same on a CPU, where the C library returns a block of 32 MB or more to the system when it is
+# freed. The next part would wait for new, zeroed pages.
+MAX_LOGITS_ON_CPU = 1 << 22
+
+
+def target_logprobs(x_TD, head_VD, target_T):
+    """Return (T,): the log-probability of each target, in float32 at least.
+
+    x_TD: what the head reads at the token before each target. head_VD: the head's weight. If it
+    trains (in full fine-tuning), the logits are kept for the backward pass, or, if they are many,
+    computed again.
+    """
+    max_logits = MAX_LOGITS_ON_CPU if x_TD.device.type == "cpu" else MAX_LOGITS
+    n_at_once = max(1, max_logits // len(head_VD))
+
+    score = plain_logprobs
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not head_VD.requires_grad:
+            score = _WithGradient.apply
+        elif len(x_TD) > n_at_once:
+            score = recompute_logprobs
+    parts = zip(x_TD.split(n_at_once), target_T.split(n_at_once), strict=True)
+    return torch.cat([score(x, head_VD, target) for x, target in parts])
+
+
+def plain_logprobs(x_TD, head_VD, target_T):
+    logits_TV = widen(F.linear(x_TD, head_VD))
+    return -F.cross_entropy(logits_TV, target_T, reduction="none")
+
+
+def recompute_logprobs(x_TD, head_VD, target_T):
+    return recompute(plain_logprobs, x_TD, head_VD, target_T)
+
+
+class _WithGradient(torch.autograd.Function):
+    """`plain_logprobs`, and the gradient of each with respect to its row of x_TD."""
+
+    @staticmethod
+    def forward(ctx, x_TD, head_VD, target_T):
+        logp_TV = widen(F.linear(x_TD, head_VD)).log_softmax(dim=-1)
+        target_T1 = target_T.unsqueeze(1)
+        logp_T1 = logp_TV.gather(1, target_T1)
+        if ctx.needs_input_grad[0]:
+            grad_TV = logp_TV.exp_().neg_()  # in place, because the logits are so large
+            grad_TV.scatter_add_(1, target_T1, torch.ones_like(logp_T1))
+            ctx.save_for_backward(grad_TV.to(x_TD.dtype) @ head_VD)
+        return logp_T1.squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T):
+        (gradient_TD,) = ctx.saved_tensors
+        return (grad_T.unsqueeze(1) * gradient_TD).to(gradient_TD.dtype), None, None
+
+
+def widen(x):
+    """Return x in float32, or in its own dtype if that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
