@@ -37,7 +37,9 @@ class RowOptimizer:
 
         The norm of a row is over all tables. For each row this is torch.nn.utils.clip_grad_norm_.
         """
-        clip_rows([l_AD for l_AD in self.tables if l_AD.grad is not None], most)
+        tables = [l_AD for l_AD in self.tables if l_AD.grad is not None]
+        if tables:  # there are none before the first backward pass
+            clip_rows(tables, most)
 
     @torch.no_grad()
     def step(self, rates=None):

@@ -254,6 +254,16 @@ def test_rows_that_do_not_train_keep_their_bits_even_if_their_gradients_are_nan(
     assert after[2] != before[2]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_before_a_backward_pass_there_is_nothing_to_clip_or_to_update(name):
+    tables = tables_of(2)
+    optimizer = OPTIMIZERS[name](tables, lr=0.1)
+    before = [table.detach().clone() for table in tables]
+    clip_and_step(optimizer, {0: 0.1})
+    for table, expected in zip(tables, before, strict=True):
+        assert_close(table.detach(), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_row_that_is_not_finite_leaves_the_others_as_they_would_be(name, bad):
