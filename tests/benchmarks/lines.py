@@ -7,13 +7,23 @@ from dataclasses import dataclass
 
 from tests.benchmarks.inference import generation, mixed, ranking
 from tests.benchmarks.starting import adapters, export, start
-from tests.benchmarks.training import choices, dropout, flags, kept, many_tasks, peak, steps
+from tests.benchmarks.training import (
+    choices,
+    dropout,
+    flags,
+    kept,
+    long_targets,
+    many_tasks,
+    peak,
+    steps,
+)
 
 LINES = {
     "start": start,
     "adapters": adapters,
     "export": export,
     "steps": steps,
+    "long_targets": long_targets,
     "choices": choices,
     "many_tasks": many_tasks,
     "kept": kept,

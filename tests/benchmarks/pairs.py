@@ -164,11 +164,14 @@ class Pair:
             return [length // 16 for length in lengths]
         return list(lengths)
 
-    def batch(self, lengths=None, n_choices=1):
-        """Return a Batch of random sources, by default `self.lengths()` long."""
+    def batch(self, lengths=None, n_choices=1, n_target=N_TARGET):
+        """Return a Batch of random sources, by default `self.lengths()` long.
+
+        n_target: tokens of each target.
+        """
         if lengths is None:
             lengths = self.lengths()
-        examples = random_examples(lengths, n_choices, N_TARGET, self.vocab_size)
+        examples = random_examples(lengths, n_choices, n_target, self.vocab_size)
         return batch_on(self.device, examples)
 
     def their_inputs(self, batch, target_NL, padding_side="right"):

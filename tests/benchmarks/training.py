@@ -123,6 +123,18 @@ def steps(bench, pair):
             yield title, time_steps(bench, pair, ours, theirs, batch)
 
 
+def long_targets(bench, pair):
+    """Compare the steps with targets as long as the sources, as in conversations: many logits."""
+    n_target = pair.lengths()[0]
+    batch = pair.batch(n_target=n_target)
+    ours = pair.ours().train()
+    theirs = pair.theirs().train()
+    check_same_targets(pair, batch, ours, theirs)
+    title = f"targets of {n_target} tokens"
+    yield f"training step, {title}", time_steps(bench, pair, ours, theirs, batch)
+    yield f"bytes kept for backward, {title}", compare_kept(pair, ours, theirs, batch)
+
+
 def dropout(bench, pair):
     """Compare the steps with T5's own dropout, which is 0 in all other lines. LLaMA has none.
 
