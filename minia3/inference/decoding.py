@@ -6,7 +6,8 @@
     draw_tokens      how a random token is chosen
     Text             how ids become pieces of text
 
-Both public functions run the same generator of pieces. Rows that have ended leave the batch.
+Both public functions run the same generator of pieces. Rows that have ended leave the batch, a few
+at a time.
 
 Shapes: B batch (of rows that are still being written), M source length, R rows that stay in the
 batch, V vocabulary.
@@ -29,6 +30,10 @@ from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
 
 NOT_FINITE = -1  # in place of a token, if a model's scores are NaN or infinite
+
+# Rows that have ended leave the batch once they are this part of it. Then the caches of all other
+# rows are copied, which takes about as long as the rows that leave would take in a few steps.
+LEAVES_AT = 1 / 8
 
 SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
 
@@ -306,8 +311,8 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
     """Yield (row, token) for all rows of `state`, step by step.
 
     sampler: a Sampler; None: take the likeliest token. An end token is not yielded; instead, its
-    row is added to the set `ended`. The caller may add rows, too. From the next step on, rows in
-    `ended` are not in the batch, and cost nothing.
+    row is added to the set `ended`. The caller may add rows, too. Rows in `ended` yield nothing,
+    and once they are an eighth of the batch, they leave it.
     """
     rows = list(range(len(state.start)))
     tokens_B1 = state.start
@@ -315,7 +320,8 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
         kept = [i for i, row in enumerate(rows) if row not in ended]
         if not kept:
             return
-        if len(kept) < len(rows):
+        n_ended = len(rows) - len(kept)
+        if n_ended > 0 and n_ended >= LEAVES_AT * len(rows):
             rows = [rows[i] for i in kept]
             kept_R = torch.tensor(kept)
             state = state.select(kept_R)
@@ -324,7 +330,7 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
         with fast_products(len(rows), model.embed.weight):
             logits_BV = model.step(tokens_B1, state)[:, -1].float()
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
-        for row, token in zip(rows, read_tokens(tokens_B1, logits_BV, rows), strict=True):
+        for row, token in read_tokens(tokens_B1, logits_BV, rows, ended):
             if token in model.config.eos_ids:
                 ended.add(row)
             else:
@@ -351,10 +357,10 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
         if n_written > 0:
             state.advance()
-        for row, token in zip(rows, read_tokens(tokens_B1, logits_BV, rows), strict=True):
+        for row, token in read_tokens(tokens_B1, logits_BV, rows, ended):
             if token in model.config.eos_ids:
                 ended.add(row)
-            elif row not in ended:
+            else:
                 yield row, token
 
 
@@ -376,20 +382,25 @@ def choose_tokens(logits_BV, rows, sampler):
     return sampler.draw(logits_BV, rows)
 
 
-def read_tokens(tokens_B1, logits_BV, rows):
-    """Return the tokens of the rows as a list. Raise NotFiniteError if a best logit is not finite.
+def read_tokens(tokens_B1, logits_BV, rows, ended):
+    """Return (row, token) for the rows of the batch that are not in `ended`.
 
-    It is NaN if any logit is. (A logit of -inf alone is a token that a model rules out.)
+    Raise NotFiniteError if the best logit of one of them is not finite. It is NaN if any logit is.
+    (A logit of -inf alone is a token that a model rules out.)
 
     This is all that a step reads from a GPU, and it reads once, because the GPU waits meanwhile. So
     a mark in place of the token says that the logit is not finite.
     """
     is_finite_B1 = logits_BV.amax(dim=-1, keepdim=True).isfinite()
     tokens = tokens_B1.masked_fill(~is_finite_B1, NOT_FINITE)[:, 0].tolist()
-    if NOT_FINITE in tokens:
-        row = rows[tokens.index(NOT_FINITE)]
-        raise NotFiniteError(f"text {row}", row)
-    return tokens
+    found = []
+    for row, token in zip(rows, tokens, strict=True):
+        if row in ended:
+            continue
+        if token == NOT_FINITE:
+            raise NotFiniteError(f"text {row}", row)
+        found.append((row, token))
+    return found
 
 
 class Sampler:

@@ -28,7 +28,16 @@ from words import N_IDS, PAD, texts, word_tokenizer
 
 import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
-from minia3.inference.decoding import Text, decode_tokens, draw_tokens, generate, stream
+from minia3.inference import decoding
+from minia3.inference.decoding import (
+    Text,
+    decode_tokens,
+    draw_tokens,
+    generate,
+    read_tokens,
+    stream,
+)
+from minia3.inference.scoring import NotFiniteError
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -296,11 +305,43 @@ def test_a_row_that_has_ended_is_in_no_later_step(many, monkeypatch, stop):
             has_ended = ids[-1] in EOS or is_stopped
         expected.append(len(ids))
     steps = adapters_of_steps(many, monkeypatch)
+    monkeypatch.setattr(decoding, "LEAVES_AT", 0)
     generate(
         many, tokenizer, prompts, adapter=range(40), max_new_tokens=n, stop=stop, batch_size=40
     )
     assert [sum(row in adapters for adapters in steps) for row in range(40)] == expected
     assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("stop", [(), ["w5", "w2"]])
+def test_of_a_large_batch_several_rows_leave_together(many, monkeypatch, stop):
+    """What they would write after their end is not seen."""
+    tokenizer = word_tokenizer(ends=hasattr(many, "encoder"))
+    prompts = texts(40, seed=5)
+    written = []
+    rows_of_steps = []
+    for leaves_at in (0, 1 / 8):
+        monkeypatch.setattr(decoding, "LEAVES_AT", leaves_at)
+        with monkeypatch.context() as patch:
+            steps = adapters_of_steps(many, patch)
+            options = {"max_new_tokens": 8, "stop": stop, "batch_size": 40}
+            written.append(generate(many, tokenizer, prompts, adapter=range(40), **options))
+        rows_of_steps.append([set(adapters) for adapters in steps])
+    assert written[0] == written[1]
+
+    at_once, together = rows_of_steps
+    for going_on, rows in zip(at_once, together, strict=True):
+        assert going_on <= rows
+        assert len(rows - going_on) < len(rows) / 8
+    assert len(set(map(len, together))) < len(set(map(len, at_once)))
+
+
+def test_scores_that_are_not_finite_matter_only_until_the_text_has_ended():
+    logits_BV = torch.tensor([[0.0, 1.0], [0.0, float("nan")], [2.0, 0.0]])
+    tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+    assert read_tokens(tokens_B1, logits_BV, [4, 7, 9], {7}) == [(4, 1), (9, 0)]
+    with pytest.raises(NotFiniteError, match="text 7"):
+        read_tokens(tokens_B1, logits_BV, [4, 7, 9], {4})
 
 
 # Texts: stop strings, and pieces
