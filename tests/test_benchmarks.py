@@ -41,6 +41,7 @@ from tests.benchmarks import (
     training,
 )
 from tests.benchmarks.__main__ import in_order, main
+from tests.benchmarks.inference import Ids, random_prompts
 from tests.benchmarks.jobs import timed
 from tests.benchmarks.lines import COMPILES, GOALS, LINES, goal_of
 from tests.benchmarks.measure import LEAST_ROUNDS, Bench, Roof, Row
@@ -282,6 +283,22 @@ def test_the_kernels_of_a_step_are_all_that_has_operations(model, like_rte, tmp_
     assert measure.count_flops(kernels) == measure.count_flops(step)
     names = {func.name() for func, _, _ in kernels.calls}
     assert len(names) == 3, "products, attention, and attention's backward pass"
+
+
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+def test_the_kernels_of_generation_are_all_that_has_operations(model, tmp_path):
+    """The attention of a single query is written out, in products of a batch of matrices."""
+    pair = Pair(model, tmp_path, True, torch.bfloat16)
+    ours = pair.ours()
+    prompts = random_prompts(pair, 3)
+
+    def write():
+        minia3.generate(ours, Ids(), prompts, max_new_tokens=3)
+
+    kernels = measure.record_kernels(write, with_attention=True)
+    assert measure.count_flops(kernels) == measure.count_flops(write)
+    names = {func.name() for func, _, _ in kernels.calls}
+    assert len(names) == 3, "products, fused attention, and attention that is written out"
 
 
 def test_products_have_their_own_weights_and_share_inputs_of_one_shape():

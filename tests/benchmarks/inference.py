@@ -71,10 +71,10 @@ class Ids:
 
 
 def generation(bench, pair):
-    """Compare greedy generation, also with the matrix products of ours alone.
+    """Compare greedy generation, also with the matrix products and the attention of ours alone.
 
-    No token ends a text, so both sides write as many. The floor is what these products must take:
-    at batch 1, reading every weight once per token.
+    No token ends a text, so both sides write as many. The floor is what the products with weights
+    must take: at batch 1, reading every weight once per token.
     """
     n_new = 4 if bench.quick else 32
     ours = pair.ours()
@@ -100,13 +100,13 @@ def generation(bench, pair):
         # In bfloat16, rounding decides between tokens that are nearly as likely as each other.
         if pair.dtype == torch.float32 and found != expected:
             raise AssertionError(f"the two sides write different texts: {found[0]}, {expected[0]}")
-        products = record_kernels(our_texts)
-        timed = bench.time(our_texts, their_texts, alone=products)
-        timed.alone_of = "products"
+        kernels = record_kernels(our_texts, with_attention=True)
+        timed = bench.time(our_texts, their_texts, alone=kernels)
+        timed.alone_of = "products and attention"
         timed.tokens_per_second = batch_size * n_new / timed.ours
         if pair.device == "cpu":
             bandwidth = memory_read_bytes_per_second(n_rounds=bench.n_floor_rounds)
-            timed.floor = products.least_seconds(bandwidth, timed.peak_flops)
+            timed.floor = kernels.least_seconds(bandwidth, timed.peak_flops)
             timed.floor_of = "products"
         return timed
 

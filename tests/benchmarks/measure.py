@@ -268,10 +268,15 @@ class Roof:
         self.a @ self.b
 
 
+# How the names of the kernels of attention begin: PyTorch's fused attention and its backward pass,
+# and the batched products of attention that is written out.
+ATTENTION = ("aten::_scaled_dot_product", "aten::bmm")
+
+
 class Kernels(TorchDispatchMode):
     """Records the matrix products that run inside of it. A call runs them alone.
 
-    with_attention: record the calls of PyTorch's fused attention, too, and of its backward pass.
+    with_attention: record the kernels of attention, too.
 
     Inputs are kept once for each shape, but weights all, because to read them is what takes time.
     """
@@ -288,7 +293,7 @@ class Kernels(TorchDispatchMode):
             x, weight = args
             (x,), _ = self.first_of_shape(func, (x,), {})
             self.calls.append((func, (x, weight.detach()), {}))
-        elif self.with_attention and func.name().startswith("aten::_scaled_dot_product"):
+        elif self.with_attention and func.name().startswith(ATTENTION):
             self.calls.append((func, *self.first_of_shape(func, args, kwargs)))
         return func(*args, **kwargs)
 
