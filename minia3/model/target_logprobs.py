@@ -68,8 +68,8 @@ class _WithGradient(torch.autograd.Function):
         target_T1 = target_T.unsqueeze(1)
         logp_T1 = logp_TV.gather(1, target_T1)
         if ctx.needs_input_grad[0]:
-            grad_TV = logp_TV.exp_().neg_()  # in place, because the logits are so large
-            grad_TV.scatter_add_(1, target_T1, torch.ones_like(logp_T1))
+            grad_TV = logp_TV.exp_().neg_()  # in place, because it is so large
+            grad_TV.scatter_(1, target_T1, -logp_T1.expm1())  # 1 - p of the targets
             ctx.save_for_backward(grad_TV.to(x_TD.dtype) @ head_VD)
         return logp_T1.squeeze(1)
 
