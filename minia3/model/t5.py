@@ -72,10 +72,11 @@ class Stack(nn.Module):
         self.max_distance = config.max_distance
         self.is_bidirectional = not is_decoder
 
-    def forward(self, x, context, distance_LM, caches):
+    def forward(self, x, context, distance_LM, caches=None):
         """Return the output, and append keys and values to the blocks' caches.
 
-        x, output: (B, L, D); or packed, (real tokens, 1, D).
+        x, output: (B, L, D); or packed, (real tokens, 1, D). caches: one per block, or None in an
+        encoder, whose keys and values nobody reads again.
         context: its bias is the mask, to which the blocks add the biases of positions.
         distance_LM: the position of each key minus the position of each query.
         """
@@ -83,10 +84,11 @@ class Stack(nn.Module):
         mask = context.bias_BHLM
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            caches[i].read_memory()  # so that there is one: see `T5.start`
+            cache = Cache() if caches is None else caches[i]
+            cache.read_memory()  # so that there is one: see `T5.start`
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
-            x = block(x, context, caches[i])
+            x = block(x, context, cache)
         return self.dropout(self.norm(x))
 
     def bucket(self, distance_LM):
@@ -165,8 +167,7 @@ class T5(nn.Module):
         check_bias(n_biases, source.shape[1], source.shape[1])
         position_M = torch.arange(source.shape[1], device=source.device)
         distance_MM = position_M - position_M[:, None]
-        unused_caches = [Cache() for _ in self.encoder.blocks]
-        memory = self.encoder(packing.pack(x), context, distance_MM, unused_caches)
+        memory = self.encoder(packing.pack(x), context, distance_MM)
 
         caches = []
         for block in self.decoder.blocks:

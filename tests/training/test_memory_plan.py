@@ -55,6 +55,18 @@ def test_the_plan_of_serving_equals_the_peak_of_a_real_step(kind, dtype):
     assert planned == counter.peak
 
 
+@pytest.mark.parametrize("kind", ["t5", "gated t5"])
+def test_serving_keeps_nothing_of_an_encoder_but_its_output(kind):
+    """So each further layer takes only its weights."""
+    found = []
+    expected = []
+    for n_layers in (2, 5):
+        config = replace(CONFIGS[kind], n_layers=n_layers)
+        found.append(planned_memory(config, torch.float32, 4, 48, is_training=False))
+        expected.append(sum(p.nbytes for p in build_model(config).parameters()))
+    assert found[1] - found[0] == expected[1] - expected[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CONFIGS)
