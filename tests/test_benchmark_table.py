@@ -132,9 +132,9 @@ def test_a_floor_of_bytes_is_shown_in_bytes():
     assert text.endswith("| 1 MB weights (50%) | 4.00 |  |  |")
 
 
-def test_runs_that_measured_less_or_another_floor_stand_beside_a_new_one():
+def test_runs_that_measured_less_or_other_floors_and_kernels_stand_beside_a_new_one():
     oldest = Row("s", 2.0, 4.0, 2.0)
-    old = replace(oldest, floor=1.0, floor_of="writing a file")
+    old = replace(oldest, floor=1.0, floor_of="writing a file", alone=1.0, alone_of="writing")
     new = replace(oldest, floor=1.6, floor_of="copying the files", alone=1.8, alone_of="folding")
     text = table.table_row(EXPORT, [record_of({EXPORT: row}) for row in (oldest, old, new)])
     assert text.endswith("| 1.60 s copying the files (80%) | 2.50 | 1.80 s folding (90%) | 2.22 |")

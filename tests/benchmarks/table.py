@@ -232,7 +232,9 @@ def alone_texts(rows, goal):
     rows = [row for row in rows if row.alone is not None]
     if not rows:
         return ["", ""]
-    alone = f"{with_unit(middle(rows, 'alone'), 's')} {rows[-1].alone_of}"
+    last = rows[-1]
+    rows = [row for row in rows if row.alone_of == last.alone_of]  # older runs may have others
+    alone = f"{with_unit(middle(rows, 'alone'), 's')} {last.alone_of}"
     is_beyond = goal.ratio is not None and all(goal.is_beyond_alone(row) for row in rows)
     bound = bound_text(middle(rows, "bound_of_alone"), is_beyond)
     return [f"{alone} ({middle(rows, 'share_of_alone'):.0%})", bound]
