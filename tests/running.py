@@ -32,6 +32,7 @@ from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
 from minia3.training import run_folder
 from minia3.training.checkpoint import load_checkpoint
+from minia3.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -205,10 +206,11 @@ def contents(folder):
 
 @contextlib.contextmanager
 def at_line(n, act):
-    """Call `act` before the n-th line that a run executes, counted from `train.run_grid` on.
+    """Call `act` before the n-th line that a run executes, from `train.run_grid` to `Run.close`.
 
-    Only lines of train.py, minia3/training and the writing of files count. Yield a list of the
-    lines that were executed so far, as (file name, line number).
+    (When a run is closed, signals do again what they did before it.) Only lines of train.py,
+    minia3/training and the writing of files count. Yield a list of the lines that were executed so
+    far, as (file name, line number).
     """
     executed = []
 
@@ -219,9 +221,15 @@ def at_line(n, act):
                 act()
         return trace_line
 
+    is_running = False
+
     def trace_call(frame, event, _):
-        has_begun = executed or frame.f_code is train.run_grid.__code__
-        if frame.f_code.co_filename in TRACED_FILES and has_begun:
+        nonlocal is_running
+        if frame.f_code is train.run_grid.__code__:
+            is_running = True
+        if frame.f_code is Run.close.__code__:
+            is_running = False
+        if frame.f_code.co_filename in TRACED_FILES and is_running:
             return trace_line
         return None
 

@@ -79,6 +79,7 @@ class Run:
         self.n_done = self.saved.n_done
         self.failure = self.saved.failure
         self.n_bytes = self.saved.n_bytes
+        self.undo_step = None  # a function, while a step computes: see `giving_up`
         self.metrics = None  # see `start_writing`
         self.trackers = []
         # What to try if memory runs out; `check_memory` may know better.
@@ -160,15 +161,15 @@ class Run:
         """Return a context for the part of a step that computes, and changes no parameter.
 
         A second Ctrl-C, or SIGTERM, stops the run within it at once, and so does the end of another
-        process. The step is undone, so that the checkpoint is the one from before the step.
+        process. The step is then undone, so that the checkpoint is the one from before the step.
+        `checkpointing` does this, because a signal may also come between the block's last line and
+        its end, and then Python does not return to this function.
         """
         random = random_state(group.device)  # dropout is drawn from it
-        try:
-            with self.signals.urgent(partial(self.leave, group, random)), computing_together():
-                yield
-        except (Stopped, PeerGone):
-            group.undo_step(random)
-            raise
+        self.undo_step = partial(group.undo_step, random)
+        with self.signals.urgent(partial(self.leave, group, random)), computing_together():
+            yield
+        self.undo_step = None
 
     def sum_over_processes(self, group):
         """Add up the gradients and the losses of all processes, if there are several.
@@ -198,6 +199,8 @@ class Run:
             with self.signals.ignored_after(PeerGone), computing_together():
                 yield
         except (Stopped, PeerGone):
+            if self.undo_step is not None:
+                self.undo_step()
             self.save(group)
             raise
         self.save(group)

@@ -29,6 +29,7 @@ from running import (
 )
 
 import minia3
+import train
 from minia3.checkpoints.load import load_model
 from minia3.training import group as training_group
 from minia3.training.checkpoint import save_checkpoint
@@ -194,6 +195,19 @@ def test_a_run_that_is_stopped_anywhere_says_how_to_continue_and_continues_bit_f
         assert run(recipe(name, out)) == code, ran[-1]
     assert last_words(capsys) == stopped(out)
     continues_as_if_it_had_not_stopped(name, out)
+
+
+@pytest.mark.slow
+def test_a_signal_at_the_very_end_of_what_is_given_up_undoes_the_step(tmp_path):
+    """Python then leaves the block `giving_up` without telling it why."""
+    source = Path(train.__file__).read_text(encoding="utf-8").splitlines()
+    place = source.index("                with run.giving_up(group):") + 1
+    lines = uninterrupted("adamw")[1]
+    passages = [n for n, line in enumerate(lines, 1) if line == ("train.py", place)]
+    assert len(passages) == 2 * 12, "each step enters the block and leaves it"
+    with at_line(passages[13], functools.partial(kill_self, signal.SIGTERM)):
+        assert run(recipe("adamw", tmp_path)) == 143
+    continues_as_if_it_had_not_stopped("adamw", tmp_path)
 
 
 @pytest.mark.slow
