@@ -104,7 +104,7 @@ BEAMS = {"beams": 3, "samples": 2}
         # One more per step: the random numbers.
         (SAMPLING, {"t5": 12, "llama": 14}),
         # LLaMA's samples share the prompt until one of them ends. Then they are taken apart.
-        (SAMPLES, {"t5": 12, "llama": 24}),
+        (SAMPLES, {"t5": 12, "llama": 22}),
         # In a step, four or five: the totals, which rows go on, where they are, and their tokens.
         (BEAMS, {"t5": 40, "llama": 37}),
     ],

@@ -212,7 +212,7 @@ class T5(nn.Module):
         distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         state.check_adapters(self)  # another thread may have removed one meanwhile
-        if self.config.scale_logits:
+        if self.config.scale_logits:  # T5 v1.0, whose head is the embedding
             x_BLD = x_BLD * self.config.d_model**-0.5
         return x_BLD.view(*tokens.shape, -1)
 

@@ -1,12 +1,13 @@
 """Log-probabilities of target tokens, from what the head reads, without keeping a logit.
 
-With a vocabulary of 32,000 to 256,000 tokens, no tensor of a step is as large as its logits. So
-they are computed for some tokens at a time, and training keeps none of them for the backward pass:
+With a vocabulary of 32,000 to 256,000 tokens, no tensor of a step would be as large as the logits
+of long targets. So they are computed for some tokens at a time, and training keeps none of them for
+the backward pass:
 
     z = W x                                  the logits of one token, from the head's weight W
     log p(t) = z_t - log sum_v exp(z_v)      the log-probability of the target t
     d log p(t) / dz = onehot(t) - p
-    d log p(t) / dx = (onehot(t) - p) W
+    d log p(t) / dx = W^T (onehot(t) - p)
 
 Nothing in the last line comes from the loss, so the forward pass computes it, too, while it has the
 logits. The backward pass multiplies each token's gradient by one number, the gradient of the loss
@@ -14,6 +15,8 @@ with respect to its log-probability.
 
 Shapes: T tokens, D model, V vocabulary.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ def target_logprobs(x_TD, head_VD, target_T):
         if not head_VD.requires_grad:
             score = _WithGradient.apply
         elif len(x_TD) > n_at_once:
-            score = recompute_logprobs
+            score = partial(recompute, plain_logprobs)
     parts = zip(x_TD.split(n_at_once), target_T.split(n_at_once), strict=True)
     return torch.cat([score(x, head_VD, target) for x, target in parts])
 
@@ -53,10 +56,6 @@ def target_logprobs(x_TD, head_VD, target_T):
 def plain_logprobs(x_TD, head_VD, target_T):
     logits_TV = widen(F.linear(x_TD, head_VD))
     return -F.cross_entropy(logits_TV, target_T, reduction="none")
-
-
-def recompute_logprobs(x_TD, head_VD, target_T):
-    return recompute(plain_logprobs, x_TD, head_VD, target_T)
 
 
 class _WithGradient(torch.autograd.Function):
