@@ -37,8 +37,7 @@ from minia3.tasks.limits import check_ids, equal_choices
 from minia3.tasks.prompts import Rendered
 
 # Tokens of choices, padding included, that are scored at once, because their activations all exist
-# at once. A batch with more of them (77 intents for each of 8 sources) scores
-# its choices in turns.
+# at once. A batch with more of them (77 intents for each of 8 sources) scores its choices in turns.
 MAX_CHOICE_TOKENS = 1 << 12
 
 # Tokens of one source's choices that are scored at once. A LLaMA reads them side by side in one row

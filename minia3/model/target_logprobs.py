@@ -28,8 +28,8 @@ from minia3.model.recompute import recompute
 # for the weights of the head.
 MAX_LOGITS = 1 << 24
 
-# The same on a CPU, where the C library returns a block of 32 MB or more to the system when it is
-# freed. The next part would wait for new, zeroed pages.
+# On a CPU fewer: 16 MB in float32. When a block of 32 MB or more is freed, the C library gives it
+# back to the system, and the next part would wait for new, zeroed pages.
 MAX_LOGITS_ON_CPU = 1 << 22
 
 

@@ -1,6 +1,6 @@
 """Guards generation. Greedy texts equal the texts of transformers for single rows, whatever the
 batch, the adapters and the padding. What is drawn follows the distribution, and depends only on the
-seed. A row that has ended costs nothing. Pieces join to the text. Mistakes are named."""
+seed. Rows that have ended leave the batch. Pieces join to the text. Mistakes are named."""
 
 from dataclasses import replace
 
