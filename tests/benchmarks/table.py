@@ -169,7 +169,7 @@ def summary(records):
         )
         n_disturbed += sum(is_disturbed(row, record) for row in record.rows.values())
     if n_disturbed:
-        counts.append(f"{n_disturbed} ratios were disturbed by other work, and have a star.")
+        counts.append(f"Disturbed by other work, and marked with a star: {n_disturbed}.")
     if len(records) > 1:
         n_commits = len({record.about["commit"] for record in records})
         same = "the same code" if n_commits == 1 else f"{n_commits} different commits"

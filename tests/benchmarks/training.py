@@ -46,7 +46,7 @@ def loss_of(pair, model, batch, adapter=None):
 
 
 @torch.no_grad()
-def target_logprobs(pair, model, batch, adapter=None):
+def logprobs_of_targets(pair, model, batch, adapter=None):
     """Return (T,): the log-probability that either side's model gives each token of the targets."""
     if is_ours(model):
         return choice_logprobs(model, batch, adapter)[batch.target_mask_BCL]
@@ -63,8 +63,8 @@ def target_logprobs(pair, model, batch, adapter=None):
 
 def check_same_targets(pair, batch, ours, theirs, adapter=None):
     """Raise AssertionError unless both models give the targets the same probabilities."""
-    found = target_logprobs(pair, ours, batch, adapter)
-    pair.check_same(found, target_logprobs(pair, theirs, batch, adapter))
+    found = logprobs_of_targets(pair, ours, batch, adapter)
+    pair.check_same(found, logprobs_of_targets(pair, theirs, batch, adapter))
 
 
 def training_step(loss, parameters, adamw=torch.optim.AdamW):
