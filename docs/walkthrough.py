@@ -31,8 +31,9 @@
 
 # %% [markdown]
 # Names of tensors end in their shape: `x_LD` has L rows and D columns. The letters are B (rows
-# of a batch), L (tokens that read), M (tokens that are read), D (width of the model), K (width of
-# a head), P (pairs of its entries), N (examples), C (choices) and A (adapters).
+# of a batch), L (tokens that read), M (tokens that are read), D (width of the model), H (heads), K
+# (width of a head), P (pairs of its entries), V (vocabulary), N (examples), C (choices) and A
+# (adapters).
 
 # %%
 import copy
@@ -158,9 +159,10 @@ assert gap(sums_L, torch.ones(4)) < 1e-6
 # each slice attends for itself, and a fourth matrix $W_o$ mixes what the heads have read.
 #
 # minia3 has one class `Attention` for both architectures. It works in two calls: `kv` makes keys
-# and values of a memory, and `forward` asks questions of them. Self-attention is `kv` of its own
-# input. *Cross-attention*, by which T5's decoder reads the source, is `kv` of the encoder's output.
-# A `Context` carries what all blocks share: masks, positions, and the adapter of each row.
+# and values of a memory, and `forward` asks questions of them. In self-attention, the memory is the
+# layer's own input. In *cross-attention*, by which T5's decoder reads the source, it is the
+# encoder's output. A `Context` carries what all blocks share: masks, positions, and the adapter of
+# each row.
 #
 # **Predict.** If we give the class our matrices, one head, and 1 as the scale of the scores (T5's
 # choice; LLaMA divides by $\sqrt{K}$), it computes what we computed by hand: the difference is 0,
@@ -256,7 +258,7 @@ assert abs(score - other_score) > 1e-2
 # | order | bias on the scores | rotation of queries and keys |
 # | feed-forward | $W_{down}\,\sigma(W_{gate}x)$ | $W_{down}\,(\sigma(W_{gate}x) * W_{up}x)$ |
 # | $\sigma$ | ReLU: $\max(0, x)$ | SiLU: $x / (1 + e^{-x})$ |
-# | key/value heads | one per query head | one for several query heads |
+# | key/value heads | one per query head | one per query head, or one for several |
 #
 # **Predict.** Without vectors and norms, T5's block has four square matrices and two of the
 # feed-forward: $4 D^2 + 2 D F$. With D = 64 and F = 192 that is 16,384 + 24,576 = 40,960. If
@@ -554,9 +556,9 @@ assert start > 2 * LOG_2
 # %% [markdown]
 # It starts a little below the prediction, because the guesses are a little better than chance.
 # Now the training loop. It is the usual one: draw rows, compute the loss, get gradients, take a
-# step, and let the learning rate fall to 0. `minia3.freeze` has left only the vectors with a
-# gradient. The optimizer is Adafactor, as in the paper: its step is *relative*, so at a rate of
-# 0.01 a step moves a vector by at most 1 % of its size (in the root mean square, RMS).
+# step, and let the learning rate fall to 0. `minia3.freeze` leaves only the vectors trainable. The
+# optimizer is Adafactor, as in the paper: its step is *relative*, so at a rate of 0.01 a step moves
+# a vector by at most 1 % of its size (in the root mean square, RMS).
 
 # %%
 from minia3.training.optimizer import Adafactor
@@ -617,8 +619,9 @@ plt.show()
 # %% [markdown]
 # 1,536 factors were enough. The model could compare colours before, and the factors make it do so
 # unasked. As a check: with an *untrained* base, which has nothing to redirect, they end at
-# 48 to 50 % (`data/README.md`). T-Few, the recipe of the paper, adds two losses to this one.
-# `minia3.training.losses` has them, and `python train.py` uses them.
+# 48 to 50 % (`data/README.md`). T-Few, the recipe of the paper, takes the mean over the tokens of a
+# choice in this loss, and adds two others. `minia3.training.losses` has them, and `python train.py`
+# uses them.
 
 # %% [markdown]
 # ## 5. What the vectors became
@@ -656,11 +659,11 @@ assert largest < 1.5
 
 # %% [markdown]
 # Two of the sixteen moved least: `l_k` of the decoder's *self*-attention. **Predict:** they do
-# nothing at all for the answer's word. The decoder writes this word first. At that moment it has
-# one token to read, its own start token, and the softmax of a single score is 1 *whatever the
-# score is*. So if we reset these 128 entries to 1, $\log p(\text{word})$ stays, up to rounding
-# (below 1e-4). They moved because of the end token that follows the word. It is nearly certain,
-# so its gradients are tiny, but Adafactor divides a gradient by its own size.
+# nothing at all for the first word of the answer. When the decoder writes it, it has one token to
+# read, its own start token, and the softmax of a single score is 1 *whatever the score is*. So if
+# we reset the 64 entries of one of them to 1, $\log p(\text{word})$ stays, up to rounding (below
+# 1e-4). They moved because of the end token that follows the word. It is nearly certain, so its
+# gradients are tiny, but Adafactor divides a gradient by its own size.
 #
 # First a survey: what does the accuracy become if some vectors are reset? **Predict:** if we reset
 # the cross-attention's `l_v`, by which the decoder reads the facts, it falls. If we reset them
@@ -873,7 +876,7 @@ assert error_lora < 1e-9
 
 # %% [markdown]
 # This is a limit of one matrix. A network has many, with nonlinear functions between them, so it
-# says where scaling must make detours, and not what it can never learn.
+# says where scaling needs a detour. It does not say that anything cannot be learned.
 #
 # The weakness that you will meet first is speed. T-Few's learning rate is 0.003, and T-Few trains
 # models of billions of parameters for 1,000 steps. We give (IA)^3 this rate, and LoRA the same
@@ -943,7 +946,7 @@ plt.show()
 # ## What to take away
 #
 # - (IA)^3 multiplies keys, values and inner activations by learned factors. It starts as an exact
-#   copy, it has some thousand parameters where the model has millions, it merges exactly, and
+#   copy, it has one parameter for hundreds or thousands of the model's, it merges exactly, and
 #   it serves many tasks in one batch.
 # - It rescales what the matrices compute, and adds no direction to any of them. Here this was
 #   enough, because the base knew how to compare colours.
