@@ -135,6 +135,12 @@ def root_of(name: str) -> str:
     return re.split(r"[.\[]", name)[0]
 
 
+def value_of(row: dict, name: str):
+    """Return what a field of a format string stands for: a field of the row, or an item of one."""
+    value, _ = string.Formatter().get_field(name, (), row)
+    return value
+
+
 def check_choices(prompt: Prompt, labels: Sequence[str]):
     """Raise ValueError if a prompt has more or fewer choices than there are labels."""
     if len(prompt.choices) != len(labels):
@@ -154,6 +160,18 @@ def rename_field(text: str, name: str, new_name: str) -> str:
             rest = found[len(root) :]
             kept = new_name if root.lower() == name else root
             parts.append(f"{{{kept}{rest}}}")
+    return "".join(parts)
+
+
+def fill_field(text: str, name: str, value: str) -> str:
+    """Return a format string with `value` in place of a field, or of an item of one."""
+    parts = []
+    for literal, found, _, _ in string.Formatter().parse(text):
+        parts.append(escape(literal))
+        if found == name:
+            parts.append(escape(value))
+        elif found is not None:
+            parts.append(f"{{{found}}}")
     return "".join(parts)
 
 
@@ -199,7 +217,7 @@ def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_lengt
     if len(ids) <= max_length:
         return Fitted(rendered, ids, was_cut=False)
     for name in fields_to_cut(prompt, row):
-        row = cut_field(prompt, row, name, encode, max_length)
+        prompt = cut_field(prompt, row, name, encode, max_length)
         shorter = rendered._replace(input=render(prompt, row).input)
         ids = encode(shorter.input)
         if len(ids) <= max_length:
@@ -213,21 +231,25 @@ def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_lengt
 def fields_to_cut(prompt: Prompt, row: dict) -> list[str]:
     """Return the names of the row's texts in the prompt, the longest text first, then by name."""
     names = set(field_names(prompt.text)) - set(prompt.words or ())  # these words are the prompt's
-    texts = [name for name in names if isinstance(row.get(name), str)]
-    return sorted(texts, key=lambda name: (-len(row[name]), name))
+    values = {name: value_of(row, name) for name in names}
+    texts = [name for name in names if isinstance(values[name], str)]
+    return sorted(texts, key=lambda name: (-len(values[name]), name))
 
 
 def cut_field(
     prompt: Prompt, row: dict, name: str, encode: Callable[[str], list[int]], max_length: int
-) -> dict:
-    """Return a row whose field `name` has as many words as fit, and at least one."""
-    words = WORD.findall(row[name])
+) -> Prompt:
+    """Return a prompt with words of the field in its place: as many as fit, and at least one.
+
+    The row stays as it is, because the field may be an item deep inside of a list.
+    """
+    words = WORD.findall(value_of(row, name))
 
     def cut_to(n_words):
-        return row | {name: keep_ends(words, n_words)}
+        return prompt._replace(text=fill_field(prompt.text, name, keep_ends(words, n_words)))
 
     def is_too_long(n_words):
-        return len(encode(render(prompt, cut_to(n_words)).input)) > max_length
+        return len(encode(render(cut_to(n_words), row).input)) > max_length
 
     # In the range 1, 2, ... the position of the first length that is too long is the last length
     # that fits.

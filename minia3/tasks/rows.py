@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 from minia3.tasks.labels import find_choice, find_user_label
 from minia3.tasks.messages import check_messages, has_answer
-from minia3.tasks.prompts import Prompt, check_fields, field_names, nearest_of, root_of
+from minia3.tasks.prompts import (
+    Prompt,
+    check_fields,
+    field_names,
+    nearest_of,
+    root_of,
+    value_of,
+)
 from minia3.tasks.row_files import read_rows
 from minia3.tasks.task import TaskSpec
 
@@ -134,6 +141,26 @@ def check_prompts(row: dict, spec: TaskSpec, split: str):
         if split == PREDICTED:
             prompt = without_target(prompt)
         check_fields(prompt, row)
+        check_values(prompt, row)
+
+
+def check_values(prompt: Prompt, row: dict):
+    """Raise ValueError if a prompt would put a null or a list into words, or write an empty text.
+
+    `check_user_row` has checked the columns that are used as a whole. This is about their items:
+    {answers[text]} may be a list, which would become "['Denver']".
+    """
+    answers = prompt.choices or (prompt.target,)
+    for text in (prompt.text, *answers):
+        for name in field_names(text):
+            value = value_of(row, name)
+            is_number = isinstance(value, int | float) and not is_missing(value)
+            if not is_number and not isinstance(value, str):
+                advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""
+                raise ValueError(f"{name!r} is {value!r:.80}, expected a text{advice}")
+    is_written = bool(prompt.target) and not prompt.choices
+    if is_written and not prompt.target.format_map(row).strip():
+        raise ValueError(f"the target {prompt.target!r:.60} is empty, expected a text")
 
 
 def without_target(prompt: Prompt) -> Prompt:

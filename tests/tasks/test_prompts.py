@@ -124,6 +124,27 @@ def test_the_longest_field_is_found_by_length_and_not_by_place():
     assert cut.input == "p0 p1 p2\nQuestion: h0 h1 h8 h9 True or False?\nAnswer:"
 
 
+def test_items_of_objects_and_lists_are_cut_as_columns_are():
+    columns = row_of(9, 6, note="a {b} c d")
+    items = {
+        "pair": {"premise": columns["premise"], "more": [1, {"hypothesis": columns["hypothesis"]}]},
+        "notes": ["", columns["note"]],
+        "label": 0,
+        "idx": 5,
+    }
+    texts = (
+        "{premise} or {hypothesis} {{}} {note} and {note}",
+        ("{pair[premise]} or {pair[more][1][hypothesis]} {{}} {notes[1]} and {notes[1]}"),
+    )
+    of_columns, of_items = (Prompt(text, ("yes", "no")) for text in texts)
+    for length in range(7, 30):
+        cut = fit(of_items, items, str.split, length)
+        assert cut == fit(of_columns, columns, str.split, length)
+        assert cut.was_cut == (length < 26)
+    with pytest.raises(ValueError, match="row 5 does not fit into max_length 6"):
+        fit(of_items, items, str.split, 6)
+
+
 def test_the_first_field_by_name_is_cut_if_several_are_equally_long():
     row = {name: "a b c" for name in "zyxwvutsrqponm"}
     prompt = Prompt(" ".join(f"{name}: {{{name}}}" for name in row), ("yes", "no"))

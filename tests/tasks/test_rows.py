@@ -156,6 +156,42 @@ def test_a_bad_row_is_reported_with_its_file_its_line_and_the_reason(tmp_path, l
     assert str(error.value).count(str(tmp_path)) == 1, "one bad row is one error"
 
 
+@pytest.mark.parametrize(
+    ("translation", "words"),
+    [
+        ({"de": "Hallo", "en": None}, r"'translation\[en\]' is None, expected a text\Z"),
+        (
+            {"de": "Hallo", "en": ["Hello"]},
+            r"'translation\[en\]' is \['Hello'\], expected a text; "
+            r"\{translation\[en\]\[0\]\} is its first item",
+        ),
+        ({"de": "Hallo", "en": float("nan")}, r"'translation\[en\]' is nan, expected a text\Z"),
+        ({"de": "Hallo", "en": " "}, r"the target '\{translation\[en\]\}' is empty"),
+        ({"de": None, "en": "Hello"}, r"'translation\[de\]' is None, expected a text\Z"),
+        ({"de": {"a": 1}, "en": "Hello"}, r"'translation\[de\]' is \{'a': 1\}, expected a text\Z"),
+    ],
+)
+def test_an_item_that_is_not_a_text_is_refused_as_a_column_is(tmp_path, translation, words):
+    rows = [{"translation": {"de": f"Zahl {n}", "en": n}} for n in range(4)]
+    path = tmp_path / "rows.jsonl"
+    flags = {"input": "{translation[de]}", "target": "{translation[en]}"}
+    path.write_bytes(lines(*rows))
+    assert load_task(path, **flags).answer == "target"
+    path.write_bytes(lines(*rows, {"translation": translation}))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:5: {words}"):
+        load_task(path, **flags)
+
+
+def test_a_null_is_not_a_choice_of_a_task_file(tmp_path):
+    entry = {"labels": ["0", "1"], "prompts": [{"text": "{q}", "choices": ["{a}", "{b[0]}"]}]}
+    (tmp_path / "task.json").write_text(json.dumps(entry))
+    rows = [{"q": "w", "a": "x", "b": [b], "label": "0"} for b in ("y", "z", None)]
+    (tmp_path / "train.jsonl").write_bytes(lines(*rows, {**rows[0], "a": None}))
+    words = r"jsonl:3: 'b\[0\]' is None, expected a text; .*jsonl:4: 'a' is None, expected a text"
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path)
+
+
 def test_only_a_test_row_may_lack_its_label(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(lines(choice(0)))
     (tmp_path / "test.jsonl").write_bytes(
