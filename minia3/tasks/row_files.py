@@ -18,8 +18,8 @@ from typing import BinaryIO
 
 from minia3.files.read import reading
 from minia3.tasks.json_rows import as_row, is_json_lines, parse_json, read_json_rows
-from minia3.tasks.table_rows import label_names, read_table_rows
-from minia3.tasks.text_lines import LineReader
+from minia3.tasks.table_rows import label_names, open_table, read_table_rows
+from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader
 
 CSV = {"strict": True}  # an error for a quote that is never closed
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -85,7 +85,7 @@ def read_rows(
     - .jsonl (and a file without a suffix): a JSON object on each line.
     - .json: a list of objects, or an object with such a list, or the same as .jsonl.
     - .csv: a header, and cells with commas between them, or semicolons, or tabs. An empty cell
-      counts as missing. `choices` is a JSON list, or texts with | between them.
+      counts as missing. `choices` (or `Choices`) is a JSON list, or texts with | between them.
     - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
     - .parquet and .arrow: see `read_table_rows`.
 
@@ -196,14 +196,30 @@ def read_cells(
     lines: LineReader, suffix: str, keep_empty: bool
 ) -> Iterator[tuple[int, dict | ValueError]]:
     """Yield (line number, row or error) for a file with a header and cells."""
+    header, records = open_cells(lines, suffix)
+    parse = partial(parse_cells, header=header, keep_empty=keep_empty)
+    yield from number_rows(lines, records, parse)
+
+
+def open_cells(lines: LineReader, suffix: str) -> tuple[list[str], Iterator[list[str]]]:
+    """Return the header of a file, and an iterator of the cells of each row."""
+    allow_long_cells()
     first_line = next(filter(str.strip, lines), "")
     dialect = TSV
     if suffix == ".csv":
         dialect = {**CSV, "delimiter": find_delimiter(first_line)}
     records = csv.reader(chain([first_line], lines), **dialect)
-    header = read_header(records)
-    parse = partial(parse_cells, header=header, keep_empty=keep_empty)
-    yield from number_rows(lines, records, parse)
+    return read_header(records), records
+
+
+def allow_long_cells():
+    """Let the csv module read a cell that is as long as a row may be. By default, it refuses cells
+    of more than 131,072 characters.
+
+    The module has one limit for the whole process. It is not put back, because another thread may
+    be reading a file, too.
+    """
+    csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))
 
 
 def find_delimiter(header: str) -> str:
@@ -237,9 +253,9 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
     row = dict(zip(header, cells, strict=True))
     if not keep_empty:
         row = {name: cell for name, cell in row.items() if cell}
-    choices = row.get("choices")
-    if choices:
-        row["choices"] = parse_choices(choices)
+    for name, cell in row.items():
+        if name.lower() == "choices" and cell:
+            row[name] = parse_choices(cell)
     return row
 
 
@@ -249,7 +265,24 @@ def parse_choices(cell: str) -> list:
     return [choice.strip() for choice in cell.split("|")]
 
 
-# Labels
+# Columns
+
+
+def column_names(path: str | Path) -> list[str]:
+    """Return the names of a file's columns, or an empty list if each row has its own, as in JSON.
+
+    Raise ValueError if the file is damaged.
+    """
+    path = Path(path)
+    suffix = rows_suffix(path)
+    with reading(path, extra="data"), open_file(path) as file:
+        if suffix in TABLES:
+            _, schema = open_table(file, suffix)
+            return list(schema.names)
+        if suffix in (".csv", ".tsv"):
+            header, _ = open_cells(LineReader(file), suffix)
+            return header
+    return []
 
 
 def read_label_names(path: str | Path) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from minia3.tasks.prompts import (
     root_of,
     value_of,
 )
-from minia3.tasks.row_files import read_rows
+from minia3.tasks.row_files import parse_choices, read_rows
 from minia3.tasks.task import TaskSpec
 
 MAX_PROBLEMS = 5  # in one error message; the others are counted
@@ -186,6 +186,9 @@ def check_user_row(row: dict, spec: TaskSpec, split: str):
             check_texts(row, plain_names(prompt.target))
     else:
         check_input(row, prompt)
+        if "choices" in spec.fields.values() and is_text(row.get("choices")):
+            # A cell that `read_rows` did not know, because its column has another name in the file.
+            row["choices"] = parse_choices(row["choices"])
         check_own_answer(row, split)
 
 

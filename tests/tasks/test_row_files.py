@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 from task_files import choice, lines, target
 
-from minia3.tasks.row_files import find_delimiter, read_rows
+from minia3.tasks.row_files import column_names, find_delimiter, read_rows
 from minia3.tasks.splits import load_task
 
 
@@ -72,7 +72,6 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
         ('a,"[""x"""', "not JSON: "),
         ("a,[x]|y", "not JSON: "),
         ('a,"b" c', "',' expected after '\"'"),
-        ("a" * 200_000 + ",b", "field larger than field limit"),
     ],
 )
 def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, words):
@@ -189,6 +188,56 @@ def test_a_task_in_csv_equals_the_task_in_jsonl(tmp_path, make_row):
         assert getattr(from_csv, field) == getattr(from_jsonl, field)
     digest = hashlib.sha256((tmp_path / "mine.csv").read_bytes()).hexdigest()
     assert from_csv.checksums == {"mine.csv": digest}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+def test_a_cell_may_be_as_long_as_a_row(tmp_path, name):
+    csv.field_size_limit(131_072)  # as in a new process
+    text = "a" * 1_000_000
+    content = f"input\n{text}\nb\n".encode()
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    assert read(tmp_path / name, content) == [(2, {"input": text}), (3, {"input": "b"})]
+
+
+def test_a_larger_limit_on_cells_that_a_program_has_set_stays(tmp_path):
+    before = csv.field_size_limit(1 << 30)
+    try:
+        assert read(tmp_path / "a.csv", "input\na\n") == [(2, {"input": "a"})]
+        assert csv.field_size_limit() == 1 << 30
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_the_choices_of_a_cell_are_found_whatever_the_case_of_their_column(tmp_path):
+    rows = "".join(f"question {n},good|bad,{n % 2}\n" for n in range(12))
+    (tmp_path / "mine.csv").write_text("Input,Choices,Label\n" + rows)
+    task = load_task(tmp_path / "mine.csv")
+    assert task.train[0]["choices"] == ["good", "bad"]
+    assert task.columns == "reads Input, picks Label among the row's choices"
+
+
+def test_the_choices_of_a_cell_are_found_if_a_task_file_names_their_column(tmp_path):
+    rows = "".join(f"question {n},good|bad,{n % 2}\n" for n in range(12))
+    (tmp_path / "train.csv").write_text("input,options,label\n" + rows)
+    (tmp_path / "task.json").write_text('{"fields": {"options": "choices"}}')
+    assert load_task(tmp_path).train[0]["choices"] == ["good", "bad"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+def test_the_columns_of_a_table_are_those_of_its_header(tmp_path, name):
+    content = b"\n id ,Note\n1,\n"
+    if "tsv" in name:
+        content = content.replace(b",", b"\t")
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    (tmp_path / name).write_bytes(content)
+    assert column_names(tmp_path / name) == ["id", "Note"]
+
+
+def test_a_file_of_json_has_no_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n')
+    assert column_names(tmp_path / "a.jsonl") == []
 
 
 # Delimiters
