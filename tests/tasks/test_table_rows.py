@@ -12,7 +12,7 @@ import tracemalloc
 import pytest
 from task_files import choice, lines, target
 
-from minia3.tasks.row_files import read_label_names, read_rows
+from minia3.tasks.row_files import column_names, read_label_names, read_rows
 from minia3.tasks.splits import load_task
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet files")
@@ -129,6 +129,31 @@ def test_the_names_of_labels_are_those_of_the_datasets_library(tmp_path):
 def test_other_files_have_no_names_of_labels(tmp_path):
     assert read_label_names(write(tmp_path / "a.parquet", ROWS)) == {}
     assert read_label_names("anything.csv") == {}
+
+
+def test_the_columns_of_a_table_are_those_of_its_schema(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    for path in (write(tmp_path / "a.parquet", ROWS), write_arrow(tmp_path / "a.arrow", table)):
+        assert column_names(path) == list(ROWS[0])
+
+
+def test_conversations_in_parquet_equal_those_in_jsonl(tmp_path):
+    """In a .parquet file, each message has the keys of all messages."""
+    function = {"name": "weather", "arguments": '{"city": "Paris"}'}
+    call = {"id": "c1", "type": "function", "function": function}
+    messages = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    rows = [{"messages": messages}, {"messages": messages[:1] + messages[3:]}] * 3
+    (tmp_path / "mine.jsonl").write_bytes(lines(*rows))
+    write(tmp_path / "mine.parquet", rows)
+    from_jsonl = load_task(tmp_path / "mine.jsonl")
+    from_parquet = load_task(tmp_path / "mine.parquet")
+    for field in ("train", "validation", "test"):
+        assert getattr(from_parquet, field) == getattr(from_jsonl, field)
 
 
 def test_without_pyarrow_the_message_names_the_extra(tmp_path, monkeypatch):
