@@ -13,6 +13,8 @@ from typing import BinaryIO
 from minia3.tasks.text_lines import MAX_ROW_BYTES, explain_bytes
 
 CHUNK = 1 << 16  # bytes of a .json file that are read at a time
+# So near to the end of a text, an error may come from a symbol that is cut short: true, \u00e9.
+LONGEST_SYMBOL = 16
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -63,6 +65,14 @@ def as_row(value) -> dict | ValueError:
     if isinstance(value, dict):
         return value
     return ValueError(f"expected a JSON object, found {json.dumps(value)[:40]!r}")
+
+
+def is_unfinished(error: Exception, text: str) -> bool:
+    """Return whether more text could mend an error, because the text ends within a value."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False  # a key occurs twice, or a value is too deep or has too many digits
+    is_open = error.msg.startswith("Unterminated string")  # its position is where the string begins
+    return is_open or error.pos > len(text) - LONGEST_SYMBOL
 
 
 class JsonText:
@@ -129,10 +139,11 @@ class JsonText:
             try:
                 value, end = DECODER.raw_decode(self.text, self.position)
             except (ValueError, RecursionError) as error:
-                if is_too_long:
-                    raise ValueError(f"a row of more than {MAX_ROW_BYTES} bytes") from None
-                if self.read_more():
-                    continue
+                if is_unfinished(error, self.text):
+                    if is_too_long:
+                        raise ValueError(f"a row of more than {MAX_ROW_BYTES} bytes") from None
+                    if self.read_more():
+                        continue
                 raise not_json(error, self.text[self.position :]) from None
             # A value that ends where the text ends may continue, as the number 1 of 12 does.
             if end == len(self.text) and self.read_more():

@@ -112,6 +112,28 @@ def test_a_row_that_is_too_long_is_the_last(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"b": 1, "b": 2}', "the key 'b' occurs twice"),
+        ('{"b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
+        ('{"b": no}', "Expecting value"),
+        ('{"b" 1}', "Expecting ':' delimiter"),
+        ('{"b": 1 "c": 2}', "Expecting ',' delimiter"),
+        ('{"b": "\\x"}', "Invalid"),
+        ("[" * 100_000, "maximum recursion depth"),
+    ],
+)
+def test_a_mistake_is_named_however_much_of_the_file_comes_after_it(monkeypatch, row, words):
+    monkeypatch.setattr("minia3.tasks.json_rows.MAX_ROW_BYTES", 1 << 18)
+    content = ('[{"a": 1}, ' + row + ', {"a": 2}' * 200_000 + "]").encode()
+    file = io.BytesIO(content)
+    (_, first), (number, error) = read_json_rows(file)
+    assert (first, number) == ({"a": 1}, 2)
+    assert str(error).startswith(f"not JSON: {words}")
+    assert file.tell() <= 1 << 18
+
+
 def test_a_key_is_in_memory_once_for_all_rows():
     (first,), (second,) = (parse_json('{"a key that is not known": 1}') for _ in range(2))
     assert first is second
