@@ -80,7 +80,20 @@ def describes_task(path: Path) -> bool:
     with suppress(ValueError):
         content = read_json(path)
         has_only_our_keys = bool(content) and content.keys() <= KEYS.keys()
-        return has_only_our_keys or not SIGNS.isdisjoint(content)
+        has_a_sign = not SIGNS.isdisjoint(content)
+        # Whatever mistakes are in a task.json, it is one.
+        may_hold_rows = path.name != TASK_FILE and holds_rows(content)
+        return (has_only_our_keys or has_a_sign) and not may_hold_rows
+    return False
+
+
+def holds_rows(content: dict) -> bool:
+    """Return whether an object has a list of objects that are not prompts: these are rows."""
+    for key, value in content.items():
+        are_objects = bool(value) and is_kind(value, "a list of objects")
+        are_prompts = key == "prompts" and are_objects and "text" in value[0]
+        if are_objects and not are_prompts:
+            return True
     return False
 
 

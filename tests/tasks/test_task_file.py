@@ -143,6 +143,23 @@ def test_a_json_file_with_rows_is_not_a_task_file(tmp_path):
     assert find_task_file("x" * 5000) is find_task_file("a\0b") is None
 
 
+@pytest.mark.parametrize("name", ["prompts", "tasks", "files", "messages", "rows"])
+def test_rows_are_rows_whatever_their_list_is_called(tmp_path, name):
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    (tmp_path / "mine.json").write_text(json.dumps({name: rows}))
+    assert find_task_file(str(tmp_path / "mine.json")) is None
+    assert load_task(tmp_path / "mine.json").columns == "reads prompt, writes completion"
+    # Under this name, it is a mistake in a task file.
+    (tmp_path / TASK_FILE).write_text(json.dumps({"prompts": rows}))
+    assert find_task_file(str(tmp_path)) == tmp_path / TASK_FILE
+
+
+def test_a_task_file_may_have_nothing_but_prompts(tmp_path):
+    prompts = [{"text": "{a}", "target": "{b}"}, {"text": "{a}?", "target": "{b}"}]
+    (tmp_path / "mine.json").write_text(json.dumps({"prompts": prompts}))
+    assert find_task_file(str(tmp_path / "mine.json")) == tmp_path / "mine.json"
+
+
 # Beside an adapter
 
 
