@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import sys
@@ -302,14 +303,21 @@ class Prediction:
             batch_size=self.args.batch_size,
             max_new_tokens=self.args.max_new_tokens,
         )
-        for row, result in islice(results, first_row - first_in_chunk, None):
+        for row_input, result in islice(results, first_row - first_in_chunk, None):
             if "output" in result:
-                self.warn_once(row["adapter"])
-            values = self.select(row, result, columns)
+                self.warn_once(row_input.row["adapter"])
+            values = self.select(row_input, result, columns)
             if self.is_csv:
                 yield csv_line(values.values())
             else:
                 yield json.dumps(values) + "\n"
+
+    @functools.cached_property
+    def columns_of_file(self):
+        """The columns of the file of rows. A row of a .csv file lacks those that are empty."""
+        from minia3.tasks.row_files import column_names
+
+        return column_names(self.args.file)
 
     def warn_once(self, name):
         """Warn if an adapter writes that was not trained to stop. name: of the adapter, or None."""
@@ -320,15 +328,16 @@ class Prediction:
             self.writers.add(path)
             warn_if_endless(self.args, path, self.tokenizer)
 
-    def select(self, row, result, columns):
+    def select(self, row_input, result, columns):
         """Return a dict from the name of each column to its value for a row."""
         from minia3.inference.prediction import COLUMNS
 
         if not columns:
             return result
-        fields = row | dict.fromkeys(COLUMNS) | result
+        fields = row_input.file_row | row_input.row | dict.fromkeys(COLUMNS) | result
         for field in columns.values():
-            if field not in fields:
+            if field not in fields and field not in self.columns_of_file:
                 found = ", ".join(fields)
-                raise ValueError(f"--columns: {field!r} is not in row {row['idx']}; it has {found}")
-        return {name: fields[field] for name, field in columns.items()}
+                message = f"--columns: {field!r} is not in row {result['idx']}"
+                raise ValueError(f"{message}; it has {found}")
+        return {name: fields.get(field) for name, field in columns.items()}

@@ -24,7 +24,7 @@ from minia3.inference.scoring import (
     score_examples,
     warn_of_equal_choices,
 )
-from minia3.inference.turns import end_answers
+from minia3.inference.turns import ending_answers
 from minia3.tasks.columns import ColumnFlags, guess_input, with_flags
 from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
@@ -74,6 +74,8 @@ class Forms(NamedTuple):
     @property
     def csv_columns(self) -> tuple[str, ...]:
         """The columns of a .csv file of results: those that no row leaves empty, if it is known."""
+        if self.flags.labels:
+            return RANKED
         if self.by_adapter or self.default is None:
             return COLUMNS
         spec, prompt = self.default
@@ -97,6 +99,7 @@ class Input(NamedTuple):
     rendered: Rendered  # without choices: the row is to be continued
     example: Example
     labels: Sequence[str]  # the choices as the task's files spell them, if it has such labels
+    file_row: dict  # the row as the file has it: names may be spelled otherwise in `row`
 
 
 class Limits(NamedTuple):
@@ -118,11 +121,11 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
-    for n, (line_number, row) in enumerate(read_rows(path, keep_empty)):
+    for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
-            name = adapter_name(row, keep_empty, adapters, default)
-            spec, prompt = forms.find(name, row)
-            row = check_row(row, spec, PREDICTED, n)
+            name = adapter_name(file_row, keep_empty, adapters, default)
+            spec, prompt = forms.find(name, file_row)
+            row = check_row(file_row, spec, PREDICTED, n)
             row["adapter"] = name
 
             if spec.answer_of(row) == "messages":
@@ -138,7 +141,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
-        yield Input(row, rendered, example, spec.labels)
+        yield Input(row, rendered, example, spec.labels, file_row)
 
 
 def adapter_name(row, keep_empty, adapters, default):
@@ -166,7 +169,7 @@ def check_tokens(rendered, example):
 
 
 def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens=64):
-    """Yield (row, result) for each Input, in order.
+    """Yield (Input, result) for each Input, in order.
 
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
     log-probability per token of each choice), and "word" (the label as the task's files spell it)
@@ -192,10 +195,8 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
                     results = scored_results(model, run, options)
                 else:
                     options["max_new_tokens"] = max_new_tokens
-                    options["stop"] = end_answers(model, tokenizer) if is_chat else ()
-                    results = written_results(model, tokenizer, run, options)
-            for row_input, result in zip(run, results, strict=True):
-                yield row_input.row, result
+                    results = written_results(model, tokenizer, run, is_chat, options)
+            yield from zip(run, results, strict=True)
 
 
 def scored_results(model, inputs, options):
@@ -215,10 +216,14 @@ def scored_results(model, inputs, options):
     return results
 
 
-def written_results(model, tokenizer, inputs, options):
-    """Return the result of each Input. None of them has choices."""
+def written_results(model, tokenizer, inputs, is_chat, options):
+    """Return the result of each Input. None of them has choices, and all or none have messages."""
     sources = [row_input.example.source for row_input in inputs]
-    texts = generate(model, tokenizer, sources, **options)
+    if is_chat:
+        with ending_answers(model, tokenizer) as stop:
+            texts = generate(model, tokenizer, sources, stop=stop, **options)
+    else:
+        texts = generate(model, tokenizer, sources, **options)
     results = []
     for row_input, text in zip(inputs, texts, strict=True):
         results.append({"idx": row_input.row["idx"], "output": text})

@@ -1,5 +1,7 @@
 """Let what ends a turn in a chat template end an answer, too."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 
@@ -19,3 +21,16 @@ def end_answers(model, tokenizer) -> tuple[str, ...]:
     if end_id not in model.config.eos_ids:
         model.config = replace(model.config, eos_ids=(*model.config.eos_ids, end_id))
     return ()
+
+
+@contextmanager
+def ending_answers(model, tokenizer) -> Iterator[tuple[str, ...]]:
+    """Yield what `end_answers` returns. At the end, the model has its own end tokens again.
+
+    Otherwise the text of a plain row would depend on whether a conversation came before it.
+    """
+    config = model.config
+    try:
+        yield end_answers(model, tokenizer)
+    finally:
+        model.config = config

@@ -227,6 +227,8 @@ def test_a_csv_file_has_no_columns_that_every_row_leaves_empty(labeled, tmp_path
     # Without the task, a row says itself how it is answered.
     output(capsys, *ranked[:5], "--out", tmp_path / "any.csv", "--max-new-tokens", 2)
     assert (tmp_path / "any.csv").read_text().startswith("idx,label,choice,scores,output\n")
+    output(capsys, *ranked[:5], "--labels", "w3,w4", "--out", tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_text().startswith("idx,label,choice,scores\n")
     rows = [{"question": f"w{10 + i}", "answer": f"w{3 + i % 2}"} for i in range(20)]
     written = tmp_path / "written"
     questions = write_csv(tmp_path / "questions.csv", rows)

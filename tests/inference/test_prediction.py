@@ -452,6 +452,40 @@ def test_columns_make_the_file_that_a_leaderboard_wants(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet"])
+def test_a_column_that_a_row_leaves_empty_is_empty_in_the_results(tmp_path, capsys, name):
+    """The columns have the names that they have in the file, and not those in the prompt."""
+    notes = [None, "x", None]
+    rows = [
+        {"Key": f"k{n}", "Utterance": f"w{n + 3}", "Note": note} for n, note in enumerate(notes)
+    ]
+    file = tmp_path / name
+    if ".parquet" in name:
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads parquet files")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        with file.open("w", newline="") as out:
+            table = csv.DictWriter(out, list(rows[0]), delimiter="\t" if "tsv" in name else ",")
+            table.writeheader()
+            table.writerows(rows)
+    entry = {
+        "fields": {"Utterance": "said"},
+        "labels": ["w3", "w4"],
+        "prompts": [{"text": "{said} {key}"}],
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(entry))
+    words = [running.model("t5"), file, "--task", tmp_path / "mine.json", "--columns"]
+    names = "Key,Utterance,said,Note,copy=Note"
+    expected = [{**row, "said": row["Utterance"], "copy": row["Note"]} for row in rows]
+    assert predicted(capsys, *words, names) == expected
+    predict(*words, names, "--out", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().splitlines()[1:3] == [
+        "k0,w3,w3,,",
+        "k1,w4,w4,x,x",
+    ]
+    assert "'note' is not in row 0; it has Key, Utterance, " in fails(capsys, *words, "note")
+
+
 # A file that was begun
 
 
