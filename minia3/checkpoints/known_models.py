@@ -13,6 +13,7 @@ from typing import NamedTuple
 from minia3.checkpoints.layout import CONFIG_FILES
 from minia3.files.read import read_json
 from minia3.files.shipped import find_shipped
+from minia3.files.write import finish_writing
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config
 
@@ -535,6 +536,7 @@ def base_of(name_or_path):
     `save_model` writes this name to config.json as `_name_or_path`, so a merged t5-base gets the
     prompts that t5-base knows from pre-training.
     """
+    finish_writing(name_or_path)
     config = Path(name_or_path, "config.json")
     if not config.is_file():
         return name_or_path

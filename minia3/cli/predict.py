@@ -90,6 +90,7 @@ def run(args):
     from minia3.inference.prediction import follow, write_results
 
     check_out(args)
+    finish_adapters(args.adapter)
     check_adapter(args.adapter)
     forms = make_forms(args)
     model = load_model(args)
@@ -115,6 +116,18 @@ def check_out(args):
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
+
+
+def finish_adapters(path):
+    """Finish what a killed process was writing: an adapter, or adapters in the sub-folders.
+
+    This comes first, because a folder without an adapter_config.json is taken for one of adapters.
+    """
+    from minia3.files.write import finish_writing
+
+    if path is not None:
+        for folder in (Path(path), *Path(path).glob("[!.]*")):
+            finish_writing(folder)
 
 
 def check_adapter(path):

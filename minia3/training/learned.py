@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minia3.checkpoints.hub import find_adapter
+from minia3.files.write import finish_writing
 from minia3.tasks.task_file import read_tasks_beside
 
 
@@ -11,5 +12,8 @@ def learned_tasks(model, adapter=None):
 
     The dict is empty if there is no such file. Raise ValueError if there is no such adapter.
     """
-    path = Path(model) if adapter is None else find_adapter(adapter)
+    if adapter is not None:
+        return read_tasks_beside(find_adapter(adapter))
+    path = Path(model)
+    finish_writing(path)
     return read_tasks_beside(path)

@@ -127,6 +127,10 @@ def test_a_folder_names_the_known_model_that_it_was_made_from(loaded, copy, tmp_
     assert base_of("second") == "t5-base"
     for name in ("other", "t5-base", "nowhere", str(copy("t5-v1.0"))):
         assert base_of(name) == name
+    # A killed process has written this folder, and not yet moved the files to their places.
+    os.mkdir("killed")
+    os.rename("second", "killed/.written")
+    assert base_of("killed") == "t5-base"
 
 
 # Shards

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -484,6 +485,47 @@ def test_a_column_that_a_row_leaves_empty_is_empty_in_the_results(tmp_path, caps
         "k1,w4,w4,x,x",
     ]
     assert "'note' is not in row 0; it has Key, Utterance, " in fails(capsys, *words, "note")
+
+
+# Folders that a killed process has left
+
+
+def leave_unfinished(folder):
+    """Leave a folder as a kill does if the files are written, and not yet in their places."""
+    paths = list(folder.iterdir())
+    (folder / ".written").mkdir()
+    for path in paths:
+        path.rename(folder / ".written" / path.name)
+
+
+def test_a_folder_that_a_killed_process_has_written_is_finished(adapters, tmp_path, capsys):
+    for name in ("one", "two"):
+        task = {"labels": ["w3", "w4"], "prompts": [{"text": f"{{input}} w{len(name)}"}]}
+        (adapters / name / "task.json").write_text(json.dumps(task))
+    rows = [{"input": "w9 w5", "adapter": name} for name in ("one", "two")]
+    file = write(tmp_path / "rows.jsonl", rows)
+    expected = predicted(capsys, running.model("t5"), file, "--adapter", adapters)
+    assert all(result["choice"] in ("w3", "w4") for result in expected)
+    for name in ("one", "two"):
+        leave_unfinished(adapters / name)
+    assert predicted(capsys, running.model("t5"), file, "--adapter", adapters) == expected
+
+    single = write(tmp_path / "single.jsonl", [{"input": "w9 w5"}])
+    alone = predicted(capsys, running.model("t5"), single, "--adapter", adapters / "one")
+    leave_unfinished(adapters / "one")
+    assert predicted(capsys, running.model("t5"), single, "--adapter", adapters / "one") == alone
+
+
+def test_a_model_that_a_killed_process_has_written_is_finished(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(running.model("t5"), model)
+    task = {"labels": ["w3", "w4"], "prompts": [{"text": "{input}"}]}
+    (model / "task.json").write_text(json.dumps(task))
+    file = write(tmp_path / "rows.jsonl", [{"input": "w9 w5"}])
+    expected = predicted(capsys, model, file)
+    assert expected[0]["choice"] in ("w3", "w4")
+    leave_unfinished(model)
+    assert predicted(capsys, model, file) == expected
 
 
 # A file that was begun

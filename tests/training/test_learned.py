@@ -16,5 +16,10 @@ def test_an_adapter_comes_before_the_model_and_a_name_has_learned_nothing(tmp_pa
     (of_adapter,) = learned_tasks(tmp_path / "model", tmp_path / "adapter").values()
     assert (of_model.chat_template, of_adapter.chat_template) == ("model", "adapter")
     assert learned_tasks("t5-base") == {}
+    # A killed process has written this folder, and not yet moved the files to their places.
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "model").rename(tmp_path / "killed" / ".written")
+    (finished,) = learned_tasks(tmp_path / "killed").values()
+    assert finished.chat_template == "model"
     with pytest.raises(ValueError, match="nowhere: not found"):
-        learned_tasks(tmp_path / "model", "nowhere")
+        learned_tasks(tmp_path / "killed", "nowhere")
