@@ -8,8 +8,6 @@ and keys come after the vectors (Qwen3), so they do not change.
 A product is computed in float32 at least, and rounded once to the dtype of the weight. Nothing is
 ever divided, so an entry of 0 is an entry like any other, and there is no way back but the base
 model.
-
-Shapes: D width of what is scaled.
 """
 
 from contextlib import suppress
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from minia3.adapters.fold import fold, fold_rows
 from minia3.adapters.lora import LoRA
 from minia3.adapters.merge_quantized import merge_quantized, quantized_entries
 from minia3.adapters.peft_files import read_adapter
@@ -32,16 +31,14 @@ from minia3.files.progress import progress
 from minia3.files.write import is_free, writing_folder
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_divided, is_sharded, shard
-from minia3.model.site_names import SITES
-
-N_AT_ONCE = 1 << 18  # numbers of a weight: so few stay in the cache, which is 6 times as fast
 
 
 def merge(model, adapter=0):
     """Return a new model with row `adapter` folded into its weights, and one row of ones.
 
-    A LoRA is folded in, too. A quantized base stays quantized (merge_quantized.py). If a base is
-    divided among processes, all of them call this, and the new one is divided as well.
+    A LoRA is folded in, too. A quantized base stays quantized, and l_ff may stay a vector that is
+    not ones (merge_quantized.py). If a base is divided among processes, all of them call this, and
+    the new one is divided as well.
     `model` stays as it is, and shares the tensors that do not change with the new one. The new
     model has no name, because adapters that are trained on it are not adapters of the base. Raise
     ValueError if there is no such row, or if a product is not finite.
@@ -86,65 +83,6 @@ def weight_with_lora(module, kind):
     if isinstance(module, LoRA) and kind == "weight":
         return module.merged()
     return getattr(module, kind).detach()
-
-
-def fold(name, weight, vectors):
-    """Return the parameter `name` with its vector folded in; if it has none, `weight` itself.
-
-    vectors: name -> (D,). Raise ValueError if the product is not finite in the weight's dtype.
-    """
-    l_D = vector_of(name, vectors)
-    if l_D is None:
-        return weight
-    return fold_vector(name, weight, l_D)
-
-
-def fold_rows(name, parameter, vectors, shards):
-    """Return what `fold` does, for this process's rows of a divided parameter."""
-    vector = vector_of(name, vectors)
-    rows = parameter.detach().to_local()
-    if vector is None or len(rows) == 0:
-        return rows
-    if not scales_columns(name):
-        vector = vector[shards.rows(len(parameter))]
-    return fold_vector(name, rows, vector.to(rows.device))
-
-
-def scales_columns(name):
-    """Return whether a vector scales the columns of the parameter `name`: its linear's input.
-
-    l_ff does. All other vectors scale the output of a linear, which is the rows of its weight.
-    """
-    return name.endswith(".down.weight")
-
-
-def fold_vector(name, weight, l_D):
-    """Return the parameter `name`, which is `weight`, scaled by l_D. Raise the errors of `fold`."""
-    factor = l_D
-    if name.endswith(".weight") and not scales_columns(name):
-        factor = l_D.unsqueeze(1)
-    factor = factor.expand_as(weight)
-    folded = torch.empty_like(weight)
-    n_rows = max(N_AT_ONCE // weight[0].numel(), 1)
-    parts = zip(weight.split(n_rows), factor.split(n_rows), folded.split(n_rows), strict=True)
-    for weight_rows, factor_rows, folded_rows in parts:
-        # The factor is float32, so the product is, too; `out` rounds it.
-        torch.mul(weight_rows, factor_rows, out=folded_rows)
-    smallest, largest = folded.aminmax()  # a NaN would be both
-    if not (smallest.isfinite() and largest.isfinite()):
-        found = f"{name} with its vector folded in is not finite in {weight.dtype}"
-        raise ValueError(f"{found}: take a wider dtype")
-    return folded
-
-
-def vector_of(name, vectors):
-    """Return the vector that scales the parameter `name`, such as "blocks.0.attn.k.weight"."""
-    module, _, _ = name.rpartition(".")  # weight or bias
-    place, _, linear = module.rpartition(".")
-    for site, scaled_linear in SITES.items():
-        if linear == scaled_linear and f"{place}.l_{site}" in vectors:
-            return vectors[f"{place}.l_{site}"]
-    return None
 
 
 def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None):

@@ -7,6 +7,9 @@ A scale belongs to (a part of) a row of a weight, which is an output of its line
     l_ff of T5 v1.0                      scales the inputs of `down`, which its scales cannot hold,
                                          so it stays a vector
 
+A checkpoint may leave some linears plain. Their weights are folded as in a plain base (fold.py). If
+`up` is plain and `down` is not, l_ff stays a vector as well.
+
 In exact arithmetic all of these are equations. In floating point the products are rounded once.
 
 No file format keeps such scales, so what is written to files has plain weights: those that the
@@ -19,6 +22,7 @@ from functools import partial
 
 import torch
 
+from minia3.adapters.fold import fold
 from minia3.checkpoints.load import build_model, place_parameter
 from minia3.checkpoints.nf4_files import PackedEntry
 from minia3.model.quantized import QUANTIZED, QuantizedLinear, is_quantizable, quantized_linears
@@ -26,35 +30,45 @@ from minia3.model.site_names import SITES
 
 
 def merge_quantized(model, row):
-    """Return a new model with the vectors of `row` folded into the scales of its linears.
+    """Return a new model with the vectors of `row` folded into its linears.
 
-    row: name -> (D,), see `row_of`. The new model has one row of vectors: ones, but for the vectors
-    that cannot be folded. It shares the codes with `model`, which stays as it is.
+    row: name -> (D,), see `row_of`. Quantized linears get other scales. Linears that the checkpoint
+    has left plain (bitsandbytes' llm_int8_skip_modules) get other weights. The new model has one
+    row of vectors: ones, but for each l_ff that cannot be folded. It shares the codes with `model`,
+    which stays as it is.
     """
     merged = build_model(model.config)
-    kept = dict(row)
+    left = dict(row)
     for name, linear in quantized_linears(model).items():
         place, _, kind = name.rpartition(".")
         scales = linear.scales.detach()
         bias = linear.bias
         for vector_name in scaling_vectors(model.get_submodule(place), place, kind):
             if vector_name in row:
-                l_D = kept.pop(vector_name)
+                l_D = left.pop(vector_name)
                 scales = scales * l_D[:, None]
                 bias = scaled_bias(bias, l_D)
         parent = merged.get_submodule(place)
         setattr(parent, kind, type(linear)(linear.codes.detach(), scales, bias))
 
+    kept = {name: l_D for name, l_D in left.items() if scales_quantized(merged, name)}
     for name, _ in list(merged.named_parameters()):
         if isinstance(merged.get_submodule(name.rpartition(".")[0]), QuantizedLinear):
             continue
         parameter = model.get_parameter(name)
-        tensor = parameter.detach()
         if name.endswith(".scale"):
             ones = torch.ones_like(parameter[:1])
             tensor = kept.get(name.removesuffix(".scale"), ones).view_as(ones).clone()
+        else:
+            tensor = fold(name, parameter.detach(), left)
         place_parameter(merged, name, tensor, parameter.requires_grad)
     return merged
+
+
+def scales_quantized(model, vector_name):
+    """Return whether a vector scales the outputs or the inputs of a quantized linear."""
+    place, _, site = vector_name.rpartition(".l_")
+    return isinstance(model.get_submodule(f"{place}.{SITES[site]}"), QuantizedLinear)
 
 
 def scaling_vectors(module, place, kind):

@@ -16,7 +16,7 @@ from conftest import LLAMA_PEERS, PEERS, Peer, logits, off, randomize, rms, toke
 from safetensors.torch import load_file, save_file
 
 import minia3
-from minia3.adapters import merge as merging
+from minia3.adapters import fold
 from minia3.adapters.merge import merge, merge_files
 from minia3.adapters.peft_files import write_adapter
 from minia3.adapters.rows import row_of, save_adapter
@@ -75,10 +75,10 @@ def test_a_merged_row_is_rounded_once_in_bfloat16(loaded, name):
 
 @pytest.mark.parametrize("name", ["t5-wide", "mt5", "llama-odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("n_at_once", [1, 100, merging.N_AT_ONCE])
+@pytest.mark.parametrize("n_at_once", [1, 100, fold.N_AT_ONCE])
 def test_every_weight_is_its_product_rounded_once(loaded, name, dtype, n_at_once, monkeypatch):
     """Also if a weight is folded row by row, or in parts, the last of which has fewer rows."""
-    monkeypatch.setattr(merging, "N_AT_ONCE", n_at_once)
+    monkeypatch.setattr(fold, "N_AT_ONCE", n_at_once)
     model = extreme(loaded(name, n_adapters=2, dtype=dtype))
     before = dict(model.named_parameters())
     merged = dict(merge(model, 1).named_parameters())

@@ -8,6 +8,7 @@ from conftest import logits, make, off, randomize, tokens
 import minia3
 from minia3.adapters.merge import merge_files
 from minia3.cli.main import main
+from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import quantized_linears
 
 SOURCE = tokens(3, 7)
@@ -37,6 +38,34 @@ def test_merged_is_applied(tmp_path, name):
     )
     assert merged.n_adapters == 1
     assert all(len(vector) == 1 for vector in minia3.vectors(merged).values())
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [{"q", "o"}, {"k", "v", "gate"}, {"up"}, {"down"}, {"up", "down"}],
+    ids=lambda kinds: "-".join(sorted(kinds)),
+)
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1", "llama-gqa", "qwen2"])
+def test_merged_is_applied_if_some_linears_are_plain(tmp_path, name, plain):
+    """As in a checkpoint of bitsandbytes that names them in llm_int8_skip_modules."""
+    make(name).save_pretrained(tmp_path)
+    model = minia3.load_model(tmp_path, dtype=torch.float64, quantize="int8")
+    for linear_name, linear in quantized_linears(model).items():
+        place, _, kind = linear_name.rpartition(".")
+        if kind in plain:
+            setattr(model.get_submodule(place), kind, linear.to_linear(torch.float64))
+    add_vectors(model, possible_vectors(model))
+    randomize(model, seed=1)
+    before = {n: value.clone() for n, value in model.state_dict().items()}
+    expected = logits(model, SOURCE, MASK, TARGET)
+    merged = minia3.merge(model)
+    assert quantized_linears(merged).keys() == quantized_linears(model).keys()
+    assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-6
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+    kept = {n for n, vector in minia3.vectors(merged).items() if not (vector == 1).all()}
+    has_place = "down" in plain or (name != "t5-v1.0" and "up" not in plain)
+    assert {n.rpartition(".")[2] for n in kept} == (set() if has_place else {"l_ff"})
 
 
 # From file to file, with plain weights

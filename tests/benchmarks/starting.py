@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import minia3
-from minia3.adapters.merge import fold
+from minia3.adapters.fold import fold
 from minia3.adapters.rows import row_of
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import name_table

@@ -5,10 +5,12 @@ import json
 
 import pytest
 import torch
-from conftest import logits, make, off, tokens
+from conftest import logits, make, off, randomize, tokens
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import minia3
+from minia3.model.more_vectors import add_vectors, possible_vectors
 from minia3.model.quantized import NF4Linear, quantized_linears
 
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -35,15 +37,18 @@ def is_of_block(name, weight):
     return weight.dim() == 2 and is_linear
 
 
-def write_quantized(name, folder, double_quant):
-    """Write a random model in nf4, as transformers does, and return its dequantized weights."""
+def write_quantized(name, folder, double_quant, plain="none"):
+    """Write a random model in nf4, as transformers does, and return its dequantized weights.
+
+    plain: part of the names of linears that stay as they are, as llm_int8_skip_modules says.
+    """
     make(name, **WIDE[name]).save_pretrained(folder)
     tensors = {}
     dequantized = {}
     for key, weight in load_file(folder / "model.safetensors").items():
         tensors[key] = weight
         dequantized[key] = weight
-        if is_of_block(key, weight):
+        if is_of_block(key, weight) and plain not in key:
             codes, state = functional.quantize_4bit(
                 weight, quant_type="nf4", compress_statistics=double_quant
             )
@@ -83,6 +88,18 @@ def test_it_may_be_loaded_in_int8(tmp_path):
     packed = logits(minia3.load_model(tmp_path), SOURCE, MASK, TARGET)
     model = minia3.load_model(tmp_path, quantize="int8")
     assert off(logits(model, SOURCE, MASK, TARGET), packed) < 0.05
+
+
+@pytest.mark.parametrize("plain", ["q_proj", "layers.0.mlp"])
+def test_vectors_fold_into_linears_that_stay_plain(tmp_path, plain):
+    write_quantized("llama-gqa", tmp_path, double_quant=False, plain=plain)
+    model = minia3.load_model(tmp_path)
+    n_linears = sum(type(module) is nn.Linear for module in model.modules())
+    assert n_linears > int(model.head is not None)
+    add_vectors(model, possible_vectors(model))
+    randomize(model, seed=1)
+    expected = logits(model, SOURCE, MASK, TARGET)
+    assert off(logits(minia3.merge(model), SOURCE, MASK, TARGET), expected) < 1e-5
 
 
 def test_merging_from_file_to_file_writes_plain_weights(tmp_path):
