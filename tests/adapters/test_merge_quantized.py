@@ -9,7 +9,7 @@ import minia3
 from minia3.adapters.merge import merge_files
 from minia3.cli.main import main
 from minia3.model.more_vectors import add_vectors, possible_vectors
-from minia3.model.quantized import quantized_linears
+from minia3.model.quantized import dequantize, quantized_linears
 
 SOURCE = tokens(3, 7)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
@@ -117,3 +117,16 @@ def test_a_quantized_checkpoint_is_not_written(tmp_path, capsys):
     folders = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *folders, "--quantize", "int8"]) == 2
     assert "add --dequantize, which writes bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_what_saving_a_quantized_model_advises_keeps_all_vectors(tmp_path, name):
+    model = adapter_and_base(tmp_path, name, "int8")
+    expected = logits(model, SOURCE, MASK, TARGET)
+    merged = minia3.merge(model)
+    with pytest.raises(ValueError, match=r"quantized\.dequantize and then minia3\.merge$"):
+        minia3.save_model(merged, tmp_path / "saved")
+    dequantize(merged, torch.float64)
+    minia3.save_model(minia3.merge(merged), tmp_path / "saved")
+    found = logits(minia3.load_model(tmp_path / "saved"), SOURCE, MASK, TARGET)
+    assert off(found, expected) < 1e-6
