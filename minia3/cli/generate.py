@@ -135,7 +135,14 @@ def run(args):
             raise ValueError("a conversation takes one process: give prompts, or pipe them")
         generator.converse()
     else:
-        generator.answer_all(stdin)
+        generator.answer_all(prompts_of(stdin))
+
+
+def prompts_of(lines):
+    """Yield the lines of a file without their ends. Blank lines are skipped."""
+    for line in lines:
+        if line.strip():
+            yield line.removesuffix("\n")
 
 
 def prepare_chat(model, tokenizer, args):
@@ -172,27 +179,27 @@ class Generator:
         self.tokenizer = tokenizer
         self.args = args
         self.is_conversation = False
-        self.sampling = {
+        self.n_prompts = 0  # so far
+        self.options = {
             "temperature": args.temperature,
             "top_k": args.top_k,
             "top_p": args.top_p,
+            "beams": args.beams,
+            "length_penalty": args.length_penalty,
+            "samples": args.samples,
             "stop": args.stop,
             "seed": args.seed,
             "max_new_tokens": args.max_new_tokens,
             "compile": args.compile,
-        }
-        self.search = {
-            "beams": args.beams,
-            "length_penalty": args.length_penalty,
-            "samples": args.samples,
+            "batch_size": math.ceil(BATCH_SIZE / n_processes()),  # of each process
         }
 
-    def answer_all(self, lines):
-        """Answer lines of text, a batch at a time. Empty lines are skipped."""
+    def answer_all(self, texts):
+        """Answer texts, a batch at a time."""
         if not is_first():
-            lines = ()
-        texts = filter(None, map(str.strip, lines))
-        while batch := from_first(list(islice(texts, BATCH_SIZE))):
+            texts = ()
+        remaining = iter(texts)
+        while batch := from_first(list(islice(remaining, BATCH_SIZE))):
             self.answer(batch)
 
     def converse(self):
@@ -222,7 +229,7 @@ class Generator:
         try:
             output = self.answer([text], messages)
         except (ValueError, KeyboardInterrupt) as reason:
-            show(f"[{reason or 'stopped'}]")
+            show(f"[{str(reason) or 'stopped'}]")  # KeyboardInterrupt has no text
             return
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": output})
@@ -232,26 +239,30 @@ class Generator:
 
         messages: what was said before; a chat template puts it before each text.
         """
+        from minia3.inference.decoding import Options
+
         prompts = texts
         if self.args.chat:
             prompts = []
             for text in texts:
                 prompts.append(self.tokenizer.chat([*messages, {"role": "user", "content": text}]))
+        # With --seed, what is drawn depends on the prompt's place among all prompts.
+        options = Options(**self.options, first_prompt=self.n_prompts)
+        self.n_prompts += len(texts)
         is_single = len(texts) == self.args.beams == self.args.samples == 1
         if is_single and not self.args.json:
-            return self.stream(prompts[0])
-        return self.print_answers(texts, prompts)
+            return self.stream(prompts[0], options)
+        return self.print_answers(texts, prompts, options)
 
-    def stream(self, prompt):
+    def stream(self, prompt, options):
         """Print an output piece by piece, as its tokens come, and return it.
 
         In a conversation, Ctrl-C ends the output and not the program.
         """
-        from minia3.inference.decoding import Options, generate_pieces
+        from minia3.inference.decoding import generate_pieces
 
         output = ""
         cut = set()
-        options = Options(**self.sampling)
         pieces = generate_pieces(self.model, self.tokenizer, [prompt], None, options, cut)
         try:
             for _, piece in pieces:
@@ -267,13 +278,11 @@ class Generator:
         show()
         return output
 
-    def print_answers(self, texts, prompts):
-        from minia3.inference.decoding import generate
+    def print_answers(self, texts, prompts, options):
+        from minia3.inference.decoding import write_texts
 
-        options = self.sampling | self.search
-        options["batch_size"] = math.ceil(BATCH_SIZE / n_processes())  # of each process
         with dividing():
-            outputs = iter(generate(self.model, self.tokenizer, prompts, **options))
+            outputs = iter(write_texts(self.model, self.tokenizer, prompts, None, options))
         first_output = None
         for text in texts:
             samples = list(islice(outputs, self.args.samples))

@@ -40,7 +40,10 @@ SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose byte
 
 @dataclass(frozen=True)
 class Options:
-    """How texts are written. `generate` explains each option."""
+    """How texts are written. `generate` explains all options but the last.
+
+    first_prompt: the index of the first prompt, if others of the same list were answered before.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -53,6 +56,7 @@ class Options:
     seed: int | None = None
     batch_size: int = 16
     compile: bool = False
+    first_prompt: int = 0
 
     @property
     def stops(self):
@@ -155,8 +159,12 @@ def generate(  # noqa: PLR0913 (the contract)
         batch_size=batch_size,
         compile=compile,
     )
-    n_texts = len(prompts) * samples
-    texts = [""] * n_texts
+    return write_texts(model, tokenizer, prompts, adapter, options)
+
+
+def write_texts(model, tokenizer, prompts, adapter, options):
+    """Return what `generate` returns. options: an Options."""
+    texts = [""] * (len(prompts) * options.samples)
     for i, piece in generate_pieces(model, tokenizer, prompts, adapter, options):
         texts[i] += piece
     return combine(join_texts, texts)
@@ -281,7 +289,8 @@ def write_tokens(model, state, numbers, seed, ended, options):
         streams = []
         for number in numbers:
             prompt, sample = divmod(number, options.samples)
-            streams.append(np.random.RandomState([seed, prompt, sample]))
+            index = options.first_prompt + prompt
+            streams.append(np.random.RandomState([seed, index, sample]))
         sampler = Sampler(streams, options)
     rows = state.repeat(options.samples)
     if options.compile:

@@ -118,6 +118,17 @@ def test_one_prompt_is_streamed_piece_by_piece(capsys, monkeypatch):
     assert seen == ["", "one", " two"]
 
 
+def test_a_prompt_of_the_command_line_is_taken_as_it_is(capsys):
+    prompt = " w3 w4 \n"
+    words = ["--max-new-tokens", "3", "--json"]
+    answer = json.loads(output(capsys, "generate", running.model("t5"), prompt, *words))
+    assert answer["prompt"] == prompt
+    out = output(capsys, "generate", running.model("t5"), "", *words[:2])
+    assert out == as_lines(expected([""], max_new_tokens=3))
+    message = failure(capsys, "generate", running.model("llama"), "")
+    assert "prompts [0] have no tokens" in message
+
+
 # A pipe
 
 
@@ -128,6 +139,25 @@ def test_each_line_of_a_pipe_is_a_prompt(capsys, monkeypatch):
     answers = [json.loads(line) for line in output(capsys, *words).splitlines()]
     assert [answer["prompt"] for answer in answers] == prompts
     assert [answer["output"] for answer in answers] == expected(prompts, max_new_tokens=3)
+
+
+def test_a_line_of_a_pipe_loses_only_its_end_and_blank_lines_are_skipped(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("  w3 w4 \n\n   \nw5"))
+    words = ["generate", running.model("t5"), "--max-new-tokens", "1", "--json"]
+    answers = [json.loads(line) for line in output(capsys, *words).splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["  w3 w4 ", "w5"]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_equal_lines_of_a_pipe_have_random_numbers_of_their_own(samples, capsys, monkeypatch):
+    """Also in the second batch, and in the third one, a single prompt that is streamed."""
+    prompts = ["w3 w4"] * 33
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts)))
+    words = ["--temperature", "3", "--seed", "1", "--samples", samples, "--max-new-tokens", "4"]
+    options = {"temperature": 3.0, "seed": 1, "samples": samples, "max_new_tokens": 4}
+    texts = expected(prompts, **options)
+    assert len(set(texts)) > 30 * samples
+    assert output(capsys, "generate", running.model("t5"), *words) == as_lines(texts)
 
 
 @pytest.mark.slow
@@ -190,6 +220,24 @@ def test_without_chat_each_line_that_is_typed_stands_alone(capsys, monkeypatch):
     Terminal(monkeypatch, "w3", "w4")
     out = output(capsys, "generate", running.model("t5"), "--max-new-tokens", "3")
     assert out.splitlines() == expected(["w3", "w4"], max_new_tokens=3)
+
+
+def test_equal_messages_have_random_numbers_of_their_own(capsys, monkeypatch):
+    Terminal(monkeypatch, "w3", "w3")
+    words = ["--temperature", "3", "--seed", "1", "--max-new-tokens", "4"]
+    texts = expected(["w3", "w3"], temperature=3.0, seed=1, max_new_tokens=4)
+    assert texts[0] != texts[1]
+    assert output(capsys, "generate", running.model("t5"), *words) == as_lines(texts)
+
+
+@pytest.mark.parametrize("flags", [[], ["--beams", "4"], ["--json"]])
+def test_an_answer_that_ctrl_c_ends_before_it_is_printed_is_stopped(flags, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoding, "generate_pieces", interrupt)
+    Terminal(monkeypatch, "w3")
+    assert output(capsys, "generate", running.model("t5"), *flags) == "[stopped]\n"
 
 
 def test_a_message_that_cannot_be_answered_is_forgotten(capsys, monkeypatch, tmp_path):
