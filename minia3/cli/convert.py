@@ -12,9 +12,13 @@ from minia3.cli.arguments import (
     writing_new_folder,
 )
 from minia3.cli.terminal import show
+from minia3.files.write import finish_writing
 
 TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
 EXAMPLE = "minia3 convert finish.pt adapter"
+
+ADAPTER_OPTIONS = ("to", "base")
+MODEL_OPTIONS = ("device", "dtype", "check_weights")
 
 
 def add_arguments(parser):
@@ -27,7 +31,7 @@ def add_arguments(parser):
         help="write an adapter of a gated model as a DoRA (default: as (IA)^3)",
     )
     parser.add_argument(
-        "--base", help="the model of the adapter, for --to dora (default: as the adapter says)"
+        "--base", help="the name or path of the adapter's model (default: as the adapter says)"
     )
     add_device_options(parser)
 
@@ -46,12 +50,20 @@ def read_kind(text):
 
 def run(args):
     if is_adapter(Path(args.model)):
+        refuse(args, MODEL_OPTIONS, "a model")
         convert_adapter(args)
-    elif args.to is not None:
-        raise ValueError(f"--to {args.to} is for an adapter, and {args.model} is not one")
     else:
+        refuse(args, ADAPTER_OPTIONS, "an adapter")
         convert_model(args)
     show(f"converted {args.model}: {describe_folder(args.out)}")
+
+
+def refuse(args, options, kind):
+    """Raise ValueError if one of the options, which are for `kind`, was given."""
+    for option in options:
+        if getattr(args, option):
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"{flag} is for {kind}, and {args.model} is not one")
 
 
 def convert_adapter(args):
@@ -76,15 +88,19 @@ def convert_model(args):
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
+    from minia3.tasks.task_file import copy_task_file
 
     model = load_model(args)
-    tokenizer = find_tokenizer(find(args.model, weights=False))  # None if there is none
-    with showing("writing"):
-        save_model(model, args.out, tokenizer)
+    path = find(args.model, weights=False)
+    tokenizer = find_tokenizer(path)  # None if there is none
+    with showing("writing"), writing_new_folder(args.out) as folder:
+        save_model(model, folder, tokenizer)
+        copy_task_file([path], folder)
 
 
 def is_adapter(path):
     """Return whether a path leads to an adapter. The only model in a single file is .gguf."""
     if path.is_file():
         return path.suffix != ".gguf"
+    finish_writing(path)
     return (path / "adapter_config.json").exists()

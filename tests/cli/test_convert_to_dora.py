@@ -54,4 +54,4 @@ def test_other_kinds_are_refused(tmp_path, capsys, kind, found):
 
 def test_a_model_is_no_dora(tmp_path, capsys):
     message = failure(capsys, "convert", "tiny-t5", tmp_path / "y", "--to", "dora")
-    assert message == "minia3: --to dora is for an adapter, and tiny-t5 is not one\n"
+    assert message == "minia3: --to is for an adapter, and tiny-t5 is not one\n"

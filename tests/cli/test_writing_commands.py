@@ -7,7 +7,7 @@ import shutil
 import pytest
 import running
 import torch
-from command_line import output, save_adapters, write_tfew_file
+from command_line import failure, output, save_adapters, write_tfew_file
 from safetensors.torch import load_file
 from torch import nn
 
@@ -146,6 +146,42 @@ def test_a_model_becomes_a_folder_in_the_hugging_face_layout(name, tmp_path):
     assert minia3.load_tokenizer(out).encode("w3 w9") == expected
 
 
+def test_a_model_keeps_its_task_file(adapters):
+    """The words of its rows, which `merge` and full fine-tuning have written beside the model."""
+    task = json.dumps({"prompts": [{"text": "{input}"}], "labels": ["no", "yes"]})
+    (adapters / "one" / "adapter" / "task.json").write_text(task)
+    run("merge", "tiny-t5", adapters / "one" / "adapter", adapters / "merged")
+    run("convert", adapters / "merged", adapters / "out")
+    assert (adapters / "out" / "task.json").read_text() == task
+    assert files_in(adapters / "out") == files_in(adapters / "merged")
+
+
+def test_an_adapter_that_a_killed_process_had_written_is_not_taken_for_a_model(adapters):
+    """All of its files are still in .written."""
+    folder = adapters / "one" / "adapter"
+    expected = vectors_of(folder)
+    folder.rename(adapters / ".written")
+    folder.mkdir()
+    (adapters / ".written").rename(folder / ".written")
+    run("convert", folder, adapters / "out")
+    assert have_same_values(vectors_of(adapters / "out"), expected)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--dtype", "bfloat16"), ("--device", "cpu"), ("--check-weights",)]
+)
+def test_flags_of_models_are_refused_for_an_adapter(adapters, capsys, flags):
+    folder = adapters / "one" / "adapter"
+    for kind in ([], ["--to", "dora"]):
+        message = failure(capsys, "convert", folder, adapters / "out", *flags, *kind)
+        assert message == f"minia3: {flags[0]} is for a model, and {folder} is not one\n"
+
+
+def test_the_base_of_an_adapter_is_refused_for_a_model(adapters, capsys):
+    message = failure(capsys, "convert", "tiny-t5", adapters / "out", "--base", "t5-base")
+    assert message == "minia3: --base is for an adapter, and tiny-t5 is not one\n"
+
+
 # mix
 
 
@@ -180,7 +216,7 @@ def test_a_mixture_of_adapters_of_different_models_names_none_and_says_so(adapte
 # Commands that write in several steps
 
 
-@pytest.mark.parametrize("command", ["merge", "convert", "mix"])
+@pytest.mark.parametrize("command", ["merge", "convert", "convert a model", "mix"])
 def test_a_command_that_fails_before_its_last_file_leaves_nothing(adapters, monkeypatch, command):
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -189,11 +225,12 @@ def test_a_command_that_fails_before_its_last_file_leaves_nothing(adapters, monk
     adapter = adapters / "one" / "adapter"
     out = adapters / "out"
     words = {
-        "merge": ("tiny-t5", adapter, out),
-        "convert": (adapter, out),
-        "mix": (out, f"{adapter}:1"),
+        "merge": ("merge", "tiny-t5", adapter, out),
+        "convert": ("convert", adapter, out),
+        "convert a model": ("convert", "tiny-t5", out),
+        "mix": ("mix", out, f"{adapter}:1"),
     }
-    assert main([command, *map(str, words[command])]) == 1
+    assert main(list(map(str, words[command]))) == 1
     assert not out.exists()
     monkeypatch.undo()
-    run(command, *words[command])
+    run(*words[command])
