@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from itertools import combinations
 
 from minia3.cli.arguments import add_new_folder, describe_folder, writing_new_folder
 from minia3.cli.terminal import show
@@ -41,26 +42,38 @@ def run(args):
     from minia3.adapters.mix import mix
     from minia3.adapters.peft_files import read_adapter, write_adapter
     from minia3.checkpoints.hub import find_adapter
-    from minia3.checkpoints.known_models import hub_name
     from minia3.tasks.task_file import copy_task_file
 
     weighted_vectors = []
-    bases = set()
+    bases = []
     for name, weight in args.adapters:
         adapter = read_adapter(name)
         weighted_vectors.append((adapter.vectors, weight))
-        bases.add(hub_name(adapter.base))
+        bases.append(adapter.base)
     vectors = mix(weighted_vectors, args.how)
-    if len(bases) == 1:
-        (base,) = bases
-    else:
-        base = None
-        names = ", ".join(map(str, bases))
-        warnings.warn(
-            f"the adapters were trained on different models, {names}, so the mixture names none",
-            stacklevel=1,
-        )
+    base = common_base(bases)
     with writing_new_folder(args.out) as folder:
         write_adapter(folder, vectors, base)
         copy_task_file([find_adapter(name) for name, _ in args.adapters], folder)
     show(f"mixed {len(args.adapters)} adapters: {describe_folder(args.out)}")
+
+
+def common_base(bases):
+    """Return the model that all adapters name, or None.
+
+    bases: what the file of each adapter names, or None. Warn if these may be different models.
+    """
+    from minia3.adapters.rows import is_same_base
+
+    known = [base for base in bases if base is not None]
+    if not known:
+        return None
+    has_unknown = len(known) < len(bases)
+    if not has_unknown and all(is_same_base(*pair) for pair in combinations(known, 2)):
+        return known[0]
+    names = list(dict.fromkeys(known))
+    if has_unknown:
+        names.append("an unknown model")
+    found = f"the adapters may be of different models ({', '.join(names)})"
+    warnings.warn(f"{found}, so the mixture names none", stacklevel=1)
+    return None

@@ -202,15 +202,51 @@ def test_mix_writes_what_the_function_returns(how, adapters):
     assert read_adapter(adapters / "out").base == read_adapter(one).base == "tiny-t5"
 
 
-def test_a_mixture_of_adapters_of_different_models_names_none_and_says_so(adapters, capsys):
-    path = adapters / "one" / "adapter" / "adapter_config.json"
+def name_base(folder, base):
+    """Let the files of an adapter name this base; None: none."""
+    path = folder / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"base_model_name_or_path": "other/base"}))
-    run("mix", adapters / "out", f"{path.parent}:1", f"{adapters / 'other' / 'adapter'}:1")
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "other/base" in err
-    assert read_adapter(adapters / "out").base is None
+    path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+
+def mixed_base(adapters, capsys, base, other_base):
+    """Return the base that a mixture of adapters of two bases names, and what is printed."""
+    name_base(adapters / "one", base)
+    name_base(adapters / "other", other_base)
+    weights = [f"{adapters / name / 'adapter'}:0.5" for name in ("one", "other")]
+    run("mix", adapters / "out", *weights)
+    return read_adapter(adapters / "out").base, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "other_base", "expected"),
+    [
+        ("models/t5", "models/t5/", "models/t5"),
+        ("models/t5", "t5", "models/t5"),  # the last part of an absolute path
+        ("t5-base", "google-t5/t5-base", "google-t5/t5-base"),
+        (None, None, None),
+    ],
+)
+def test_a_mixture_names_the_model_of_its_adapters_however_it_is_spelled(
+    adapters, capsys, base, other_base, expected
+):
+    assert mixed_base(adapters, capsys, base, other_base) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    ("base", "other_base", "names"),
+    [
+        ("models/t5", "other/t5", "models/t5, other/t5"),
+        (None, "tiny-t5", "tiny-t5, an unknown model"),
+    ],
+)
+def test_a_mixture_of_adapters_that_may_be_of_different_models_names_none_and_says_so(
+    adapters, capsys, base, other_base, names
+):
+    found, err = mixed_base(adapters, capsys, base, other_base)
+    assert found is None
+    expected = f"the adapters may be of different models ({names}), so the mixture names none"
+    assert err == f"minia3: {expected}\n"
 
 
 # Commands that write in several steps
