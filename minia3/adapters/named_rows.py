@@ -8,6 +8,7 @@ import torch
 
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import fill_row, fitting_vectors
+from minia3.files.write import finish_writing
 from minia3.model.adapter_rows import find_row, give_up, number_of
 from minia3.model.ia3 import vectors
 
@@ -45,11 +46,15 @@ class Adapters(dict):
 
         Raise ValueError, and add none of them, if one of them cannot be read or does not fit.
         """
-        configs = sorted(Path(folder).glob("[!.]*/adapter_config.json"))
-        if not configs:
+        paths = {}
+        for path in sorted(Path(folder).glob("[!.]*")):
+            finish_writing(path)
+            if (path / "adapter_config.json").exists():
+                paths[path.name] = path
+        if not paths:
             expected = "expected sub-folders with an adapter_config.json"
             raise ValueError(f"{folder}: {expected}, found none")
-        self._add({config.parent.name: config.parent for config in configs})
+        self._add(paths)
 
     def remove(self, name):
         """Forget a name. Its row becomes ones, and is free for another adapter."""

@@ -82,6 +82,19 @@ def test_a_folder_of_adapters_may_hold_other_things(loaded, folders):
         adapters.load_folder(folder / "empty")
 
 
+def test_an_adapter_that_a_killed_process_had_written_is_loaded_with_the_others(loaded, folders):
+    """All of its files are still in .written."""
+    folder = folders("t5-v1.0", 2)
+    expected = read_adapter(folder / "a0").vectors
+    (folder / "a0").rename(folder / "moved")
+    (folder / "a0").mkdir()
+    (folder / "moved").rename(folder / "a0" / ".written")
+    adapters = Adapters(loaded("t5-v1.0"))
+    adapters.load_folder(folder)
+    assert list(adapters) == ["a0", "a1"]
+    assert same(row_of(adapters.model, adapters["a0"]), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_growing_keeps_the_parameters_and_their_values_dtype_and_requires_grad(
     loaded, folders, dtype
