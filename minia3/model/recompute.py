@@ -41,6 +41,7 @@ class _Recomputed(torch.autograd.Function):
         return function(*inputs)
 
     @staticmethod
+    @once_differentiable  # the function runs again on inputs that are detached from their graph
     def backward(ctx, grad):
         need_grad = ctx.needs_input_grad[2:]
         inputs = []
@@ -84,6 +85,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * r * weight_D).to(x.dtype)
 
     @staticmethod
+    @once_differentiable  # r depends on x, but nothing leads back from r to x
     def backward(ctx, grad):
         x, weight_D, r = ctx.saved_tensors
         unit = x * r

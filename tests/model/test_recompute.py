@@ -110,6 +110,24 @@ def test_recompute_without_gradients_is_the_plain_call():
     assert found is results[0]
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_second_derivatives_of_what_is_computed_again_are_refused(norm):
+    x = torch.randn(2, 4, requires_grad=True)
+    weight = torch.randn(4)
+
+    def run(x):
+        if norm:
+            return rms_norm(x, weight, 1e-3)
+        return recompute(torch.tanh, x)
+
+    (grad_x,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_x.square().sum().backward()
+    (grad_x,) = torch.autograd.grad(run(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        grad_x.square().sum().backward()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recomputed_blocks_have_the_same_bits_under_dropout_and_keep_less(name, loaded):
     model = loaded(name, seed=0).train()
