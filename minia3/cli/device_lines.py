@@ -11,7 +11,7 @@ from minia3.training.device_plan import Plan, recipe_shape
 from minia3.training.shards import ALL
 
 DTYPE = torch.bfloat16  # of weights that are not quantized, as by default on a GPU
-MOST_DEVICES = 64  # that an advice may ask for
+MOST_DEVICES = 64  # that an advice may ask for, unless there are more already
 
 PART_TITLES = {
     "weights": "the base",
@@ -147,7 +147,7 @@ def advice(model_config, devices, shape):
     if fits(devices.quantize, n_shards, offload=True):
         ways.append("--offload fits, and is slow")
     n_devices = devices.n_devices
-    while n_devices <= MOST_DEVICES:
+    while n_devices <= max(MOST_DEVICES, devices.n_devices):
         for kind in kinds:
             if fits(kind, n_devices):
                 ways.insert(0, f"{flags_of_advice(devices, kind, n_devices)} fits")

@@ -361,6 +361,7 @@ def test_one_device_needs_no_torchrun_and_a_large_batch_needs_micro_batches(no_a
         # A base that is divided would need more: blocks that are gathered ahead of time.
         (["llama-2-70b", "--devices", 4, "--memory", 5, "--shard", 1], "--offload fits"),
         (["llama-2-70b", "--devices", 1, "--memory", 3, "--offload"], "--quantize int8 fits"),
+        (["llama-2-70b", "--devices", 128, "--memory", 6], "--quantize int8 fits"),
         (["llama-3.1-405b", "--devices", 8, "--memory", 5], "more memory, or a smaller model"),
     ],
 )
