@@ -204,14 +204,21 @@ def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple
 
 def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
     """Return whether rows have all the columns that a task reads."""
-    names = [spec.label_field] if spec.labels else []
+    names = [spec.label_field] if has_label(spec) else []
     for prompt in spec.prompts:
         names += roots_of([prompt.text, prompt.target, *(prompt.choices or ())])
+        if not prompt.choices and not prompt.target:
+            names.append("choices")
     try:
         columns = Columns(rows, spec.fields, "")
     except ValueError:  # a column that has another name in the task
         return False
     return all(name in columns for name in names)
+
+
+def has_label(spec: TaskSpec) -> bool:
+    """Return whether a task file says that there is a label."""
+    return bool(spec.labels) or spec.label_field != "label"
 
 
 # Choosing columns
@@ -222,6 +229,7 @@ def choose_columns(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Ch
     choice = asked_columns(spec, flags)
     if choice.label:
         columns.check_name(choice.label, "the task file's 'label_field'")
+        choice = choice._replace(has_row_choices="choices" in columns)
     needs_input = not choice.prompts
     needs_answer = not choice.target and not choice.label
     used = roots_of(prompt.text for prompt in choice.prompts)
@@ -233,13 +241,21 @@ def choose_columns(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Ch
     if needs_input:
         choice = choice._replace(prompts=(Prompt(found.input, None),))
     if needs_answer:
-        has_row_choices = "choices" in found.names and not flags.labels
+        has_row_choices = "choices" in found.names
         choice = choice._replace(
             target=found.target, label=found.label, has_row_choices=has_row_choices
         )
     if flags.labels and choice.target:
         choice = choice._replace(target="", label=only_field(choice.target))
+    if names_choices(spec, flags):
+        choice = choice._replace(has_row_choices=False)
     return choice
+
+
+def names_choices(spec: TaskSpec, flags: ColumnFlags) -> bool:
+    """Return whether the flags or a task file say among what to pick, so that the rows do not."""
+    has_labels = bool(flags.labels or spec.labels)
+    return has_labels or any(prompt.choices for prompt in spec.prompts)
 
 
 def asked_columns(spec: TaskSpec, flags: ColumnFlags) -> Choice:

@@ -19,6 +19,13 @@ def load(tmp_path, *rows, **flags):
     return load_task(path, **flags)
 
 
+def load_described(tmp_path, entry, *rows, **flags):
+    """Return the task of these rows, three times each, as a task file describes them."""
+    (tmp_path / "rows.jsonl").write_bytes(lines(*rows * 3))
+    (tmp_path / "task.json").write_text(json.dumps({"files": "rows.jsonl", **entry}))
+    return load_task(tmp_path / "task.json", **flags)
+
+
 def rendered(task):
     """Return the input, the choices and the label of each row, in the order of the file."""
     rows = sorted([*task.train, *task.validation, *task.test], key=lambda row: row["idx"])
@@ -80,6 +87,46 @@ def test_rows_with_choices_of_their_own_pick_by_index_or_by_word(tmp_path):
     task = load(tmp_path, asked)
     assert rendered(task) == [("a", ["x", "y"], 1)]
     assert task.columns == "reads question, picks answer among the row's choices"
+
+
+def test_rows_keep_their_choices_in_the_words_that_an_adapter_has_learned(tmp_path):
+    rows = [{"question": f"q{i}", "choices": ["x", f"y{i}"], "answer": i} for i in range(2)]
+    trained = load(tmp_path, *rows)
+    evaluated = load(tmp_path, *rows, like=trained.spec)
+    assert rendered(evaluated) == [("q0", ["x", "y0"], 0), ("q1", ["x", "y1"], 1)]
+    assert evaluated.columns == trained.columns
+    assert evaluated.spec == trained.spec
+
+
+def test_rows_that_are_answered_otherwise_are_not_put_into_learned_words(tmp_path):
+    row = {"question": "a", "choices": ["x", "y"]}
+    learned = load(tmp_path, {**row, "answer": "y"}).spec
+    task = load(tmp_path, {**row, "label": "y"}, like=learned)
+    assert task.columns == "reads question, picks label among the row's choices"
+    task = load(tmp_path, {"question": "a", "answer": "y"}, like=learned)
+    assert task.columns == "reads question, writes answer"
+    assert not any("learned" in note for note in task.notes)
+
+
+def test_a_task_file_that_names_only_the_label_keeps_the_choices_of_the_rows(tmp_path):
+    rows = [{"title": "a", "choices": ["x", "y"], "gold": word} for word in ("y", "x")]
+    entry = {"label_field": "gold", "prompts": [{"text": "{title}?"}]}
+    task = load_described(tmp_path, entry, *rows)
+    assert rendered(task) == [("a?", ["x", "y"], 1), ("a?", ["x", "y"], 0)]
+    assert task.columns == "reads title, picks gold among the row's choices"
+    # If the task file says among what to pick, then the rows do not.
+    task = load_described(tmp_path, {**entry, "labels": ["y", "x"]}, *rows)
+    assert rendered(task) == [("a?", ["y", "x"], 0), ("a?", ["y", "x"], 1)]
+    assert task.columns == "reads title, picks gold among y, x; ignores choices"
+    words = {"choices": ["first", "second"]}
+    task = load_described(tmp_path, {**entry, **words}, *rows)
+    assert rendered(task) == [("a?", ["first", "second"], 0), ("a?", ["first", "second"], 1)]
+    usual = [{"text": "a", "choices": ["x", "y"], "label": word} for word in ("y", "x")]
+    task = load_described(tmp_path, {"prompts": [{"text": "{text}", **words}]}, *usual)
+    assert [label for _, _, label in rendered(task)] == [0, 1]
+    task = load_described(tmp_path, {"labels": ["x", "y"]}, *usual)
+    assert task.columns == "reads text, picks label among x, y; ignores choices"
+    assert load(tmp_path, *usual, labels="x,y").columns == task.columns
 
 
 def test_if_choices_are_numbers_the_label_is_an_index(tmp_path):
