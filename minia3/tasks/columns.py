@@ -304,7 +304,7 @@ def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
     fields = dict(spec.fields)
     label_field = spec.label_field
     for name in RESERVED:
-        new_name = f"{name}_text"
+        new_name = columns.free_name(f"{name}_text")
         renamed = [rename_in_prompt(prompt, name, new_name) for prompt in prompts]
         if renamed != prompts:
             prompts = renamed
@@ -365,13 +365,15 @@ class Columns:
         """fields: name in the file -> the name that a task file gives to it."""
         self.rows = rows
         self.origin = origin
-        found = dict.fromkeys(chain.from_iterable(rows))
+        self.found = dict.fromkeys(chain.from_iterable(rows))  # the names in the file
         self.names = {}  # name in lower case -> the name in the file
-        for name in found:
+        for name in self.found:
             known_name = fields.get(name, name)
             self.names.setdefault(known_name.strip().lower(), name)
         for name, known_name in fields.items():
-            if name not in found and known_name not in found:
+            if name in self.found:  # it comes before a column that has the known name already
+                self.names[known_name.strip().lower()] = name
+            elif known_name not in self.found:
                 self.check_name(name, "the task file's 'fields'")
 
     def __contains__(self, name: str) -> bool:
@@ -380,6 +382,12 @@ class Columns:
     def spelled(self, name: str) -> str:
         """Return a column's name as the file spells it."""
         return self.names.get(name.lower(), name)
+
+    def free_name(self, name: str) -> str:
+        """Return a name that no column has: this one, or a longer one."""
+        while name in self:
+            name += "_text"
+        return name
 
     def values(self, name: str) -> Iterable:
         spelled = self.spelled(name)
@@ -433,8 +441,8 @@ class Columns:
         known = {*used, *roots_of([choice.target]), choice.label, *SPECIAL}
         if choice.has_row_choices:
             known |= {"choices", "target"}
-        known = {name.lower() for name in known}
-        ignored = [spelled for name, spelled in self.names.items() if name not in known]
+        known = {self.spelled(name) for name in known}
+        ignored = [name for name in self.found if name not in known]
         return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
 
     def describe_answer(self, choice: Choice, labels: Labels) -> str:

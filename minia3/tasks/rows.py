@@ -4,7 +4,7 @@ One message names all bad rows of all files.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +114,7 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     """
     if isinstance(row, ValueError):
         raise row
-    row = {spec.fields.get(name, name): value for name, value in row.items()}
+    row = rename_columns(row, spec.fields)
     if spec.span_field:
         unpack_spans(row, spec.span_field)
     if not spec.is_published:
@@ -127,6 +127,15 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
         row["idx"] = number
     check_prompts(row, spec, split)
     return row
+
+
+def rename_columns(row: dict, fields: Mapping[str, str]) -> dict:
+    """Return a row with the task's names for its columns. A column that is renamed takes the place
+    of a column that has this name in the file.
+    """
+    renamed = {fields[name]: value for name, value in row.items() if name in fields}
+    kept = {name: value for name, value in row.items() if name not in fields}
+    return kept | renamed
 
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):

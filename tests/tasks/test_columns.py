@@ -246,6 +246,31 @@ def test_columns_with_the_names_of_our_own_fields_are_read_as_the_file_has_them(
         load(tmp_path, row, input="{text} {label}")
 
 
+def test_such_a_column_gets_a_name_that_no_other_column_has(tmp_path):
+    row = {"text": "a", "label": "z", "label_text": "b"}
+    task = load(tmp_path, row, target="{label}")
+    assert rendered(task) == [("a", ["z"], 0)]
+    assert task.columns == "reads text, writes label; ignores label_text"
+    task = load(tmp_path, row, input="{text} {label_text}", target="{label}")
+    assert rendered(task) == [("a b", ["z"], 0)]
+    # A file that comes later may have a column of the name that was free.
+    learned = load(tmp_path, {"text": "a", "label": "z"}, target="{label}").spec
+    task = load(tmp_path, row, like=learned)
+    assert rendered(task) == [("a", ["z"], 0)]
+    assert task.columns == "reads text, writes label; ignores label_text"
+
+
+@pytest.mark.parametrize("names", [("clean", "text"), ("text", "clean")])
+def test_a_renamed_column_comes_before_a_column_that_has_the_name(names, tmp_path):
+    rows = []
+    for label in ("x", "y"):
+        row = {name: f"a {name} text" for name in names}
+        rows.append({**row, "label": label})
+    task = load_described(tmp_path, {"fields": {"clean": "text"}}, *rows)
+    assert [text for text, _, _ in rendered(task)] == ["a clean text"] * 2
+    assert task.columns == "reads clean, picks label among x, y; ignores text"
+
+
 def test_with_labels_the_target_is_the_column_of_the_label(tmp_path):
     rows = [{"text": "a", "mood": "Bad"}, {"text": "b", "mood": "good"}]
     task = load(tmp_path, *rows, target="{mood}", labels="good,bad,none")
