@@ -168,7 +168,7 @@ def make_forms(args):
     Raise ValueError if there is no such task or prompt.
     """
     from minia3.inference.prediction import Forms
-    from minia3.tasks.columns import ColumnFlags
+    from minia3.tasks.columns import ColumnFlags, read_flags
     from minia3.tasks.task_file import read_tasks_beside
     from minia3.training.learned import learned_tasks
 
@@ -182,7 +182,7 @@ def make_forms(args):
             if tasks_of_adapter:
                 spec = only_task(path, tasks_of_adapter)
                 by_adapter[path.name] = make_form(spec, args)
-    flags = ColumnFlags(input=args.input, labels=args.labels)
+    flags = read_flags(ColumnFlags(input=args.input, labels=args.labels))
     if args.task is None and not tasks:
         check_prompt_number(args.prompt, n_prompts=1)
         return Forms(None, by_adapter, flags)

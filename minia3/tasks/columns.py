@@ -113,8 +113,8 @@ def understand(
     """
     flags = read_flags(flags)
     columns = Columns(rows, spec.fields, origin)
-    columns.check_template(flags.input, "--input")
-    columns.check_template(flags.target, "--target")
+    columns.check_names(flags.input or "", "--input")
+    columns.check_names(flags.target or "", "--target")
 
     choice = choose_columns(columns, spec, flags)
     prompts = choice.prompts
@@ -141,22 +141,36 @@ def understand(
 
 
 def read_flags(flags: ColumnFlags) -> ColumnFlags:
-    """Return the flags with line breaks in place of \\n, and with the words of --labels."""
+    """Return the flags with line breaks in place of \\n, and with the words of --labels.
+
+    Raise ValueError if a text is not a format string with columns, or if there are no such words.
+    """
     values = flags._asdict()
     for name in ("input", "target"):
         if values[name] is not None:
             # A shell hands over a backslash and an n.
             values[name] = values[name].replace("\\n", "\n")
+            check_flag(values[name], f"--{name}")
     if isinstance(flags.labels, str):
         values["labels"] = split_words(flags.labels)
     return ColumnFlags(**values)
 
 
+def check_flag(text: str, flag: str):
+    """Raise ValueError unless the text of a flag is a format string with columns."""
+    try:
+        check_template(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} is {text!r:.60}: {error}") from None
+    if not field_names(text):
+        raise ValueError(f"{flag} is {text!r:.60}, expected columns in braces: {{text}}")
+
+
 def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     """Return a known task, or the task of an adapter, as the flags change it.
 
-    --input replaces its prompts, and --labels the words of its choices. Raise ValueError if they
-    do not suit the task.
+    --input replaces its prompts, and --labels the words of its choices. Raise ValueError if a flag
+    is wrong, or does not suit the task.
     """
     flags = read_flags(flags)
     if flags.target:
@@ -395,18 +409,9 @@ class Columns:
 
     # Checks
 
-    def check_template(self, text: str | None, origin: str):
-        """Raise ValueError if a format string is wrong, or names a column that is not there."""
-        if text is None:
-            return
-        try:
-            check_template(text)
-        except ValueError as error:
-            raise ValueError(f"{origin} is {text!r:.60}: {error}") from None
-        names = roots_of([text])
-        if not names:
-            raise ValueError(f"{origin} is {text!r:.60}, expected columns in braces: {{text}}")
-        for name in names:
+    def check_names(self, text: str, origin: str):
+        """Raise ValueError if a format string names a column that is not there."""
+        for name in roots_of([text]):
             self.check_name(name, origin)
 
     def check_name(self, name: str, origin: str):
@@ -418,13 +423,10 @@ class Columns:
             )
 
     def check_prompts(self, prompts: Iterable[Prompt]):
-        """Raise ValueError if a prompt of a task file is wrong, or names a column that is not
-        there.
-        """
+        """Raise ValueError if a prompt names a column that is not there."""
         for prompt in prompts:
             for text in (prompt.text, prompt.target, *(prompt.choices or ())):
-                if "{" in text.replace("{{", ""):
-                    self.check_template(text, "a prompt")
+                self.check_names(text, "a prompt")
 
     # Messages
 

@@ -321,6 +321,9 @@ def test_without_an_adapter_the_usual_columns_are_the_input(tmp_path, capsys):
     (result,) = predicted(capsys, new, "--input", "{question} w9", "--labels", "w3,w4")
     scores = minia3.rank(ours, tokenizer, ["w12 w13 w9"], ["w3", "w4"])[0].tolist()
     assert result["scores"] == pytest.approx(scores, abs=1e-5)
+    error = failure(capsys, "predict", model("t5"), new, "--input", "{question.upper}")
+    assert "--input is '{question.upper}': {question.upper} is not a column" in error
+    assert "new.csv" not in error, "because the file is right"
 
 
 def test_a_task_file_puts_rows_into_words(tmp_path, capsys):

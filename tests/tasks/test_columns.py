@@ -3,6 +3,7 @@ how it understood the file.
 """
 
 import json
+import re
 
 import pytest
 from task_files import lines
@@ -377,3 +378,15 @@ def test_a_known_task_takes_an_input_and_words_but_no_target(tmp_path):
         load_task("rte", tmp_path, target="{hypothesis}")
     with pytest.raises(ValueError, match=r"no field 'premis', .* did you mean 'premise'"):
         load_task("rte", tmp_path, input="{premis}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{premise.upper}", "is '{premise.upper}': {premise.upper} is not a column"),
+        ("premise", "is 'premise', expected columns in braces"),
+    ],
+)
+def test_an_input_for_a_known_task_is_checked_before_its_files_are_read(text, words, tmp_path):
+    with pytest.raises(ValueError, match=rf"\A--input {re.escape(words)}"):
+        load_task("rte", tmp_path, input=text)
