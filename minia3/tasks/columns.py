@@ -292,10 +292,7 @@ def find_set(
     """
     if not needs_input and not needs_answer:
         return ColumnSet((), "")
-    column_sets = COLUMN_SETS
-    if not needs_answer:  # the answer cannot tell which columns are the input, so the most are
-        column_sets = sorted(COLUMN_SETS, key=lambda each: -len(field_names(each.input)))
-    for column_set in column_sets:
+    for column_set in ordered_sets(columns, needs_input, needs_answer):
         is_conversation = not column_set.input  # input and answer in one
         inputs = set(field_names(column_set.input))
         answers = set(column_set.names) - inputs
@@ -310,6 +307,22 @@ def find_set(
         if all(name in columns for name in needed):
             return column_set
     return None
+
+
+def ordered_sets(columns: "Columns", needs_input: bool, needs_answer: bool) -> Sequence[ColumnSet]:
+    """Return the sets in the order in which they are tried."""
+
+    def n_inputs(column_set):
+        return len(field_names(column_set.input))
+
+    def lacks_label(column_set):
+        return column_set.label != "" and column_set.label not in columns
+
+    if not needs_answer:  # the answer cannot tell which columns are the input, so the most are
+        return sorted(COLUMN_SETS, key=n_inputs, reverse=True)
+    if not needs_input:  # `choices` does not tell which column has the label
+        return sorted(COLUMN_SETS, key=lacks_label)
+    return COLUMN_SETS
 
 
 def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:

@@ -219,6 +219,16 @@ def test_an_input_alone_keeps_the_usual_answer(tmp_path):
     assert rendered(task)[0] == ("a b", ["x", "y"], 0)
 
 
+def test_beside_choices_the_label_is_the_column_that_is_there(tmp_path):
+    row = {"question": "a", "subject": "b", "choices": ["x", "y"], "answer": 1}
+    flags = {"input": "{subject}: {question}"}
+    assert rendered(load(tmp_path, row, **flags)) == [("b: a", ["x", "y"], 1)]
+    assert rendered(load(tmp_path, {**row, "label": 0}, **flags)) == [("b: a", ["x", "y"], 0)]
+    del row["answer"]
+    with pytest.raises(ValueError, match="'label' is None, expected one of 0, 1"):
+        load(tmp_path, row, **flags)
+
+
 def test_a_target_alone_keeps_the_usual_input(tmp_path):
     row = {"instruction": "a", "input": "b", "reply": "z"}
     assert rendered(load(tmp_path, row, target="{reply}")) == [("a\nb", ["z"], 0)]
