@@ -207,12 +207,15 @@ def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> t
 
 
 def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple[Prompt, ...]:
-    """Return the prompts with a text to write. Without --target, a prompt's own target stays."""
+    """Return the prompts with a text to write in place of choices.
+
+    is_asked: whether --target gives the text. Otherwise a prompt's own target stays.
+    """
     changed = []
     for prompt in prompts:
         if is_asked or not prompt.target:
             prompt = prompt._replace(target=target)
-        changed.append(prompt)
+        changed.append(prompt._replace(choices=None))
     return tuple(changed)
 
 
@@ -277,9 +280,8 @@ def asked_columns(spec: TaskSpec, flags: ColumnFlags) -> Choice:
     prompts = () if spec.prompts == OWN_PROMPTS else spec.prompts
     target = flags.target or "".join(prompt.target for prompt in prompts[:1])
     if flags.input:
-        prompts = (Prompt(flags.input, None),)
-    has_label = bool(spec.labels) or spec.label_field != "label"
-    label = spec.label_field if has_label and not target else ""
+        prompts = (spec.prompts[0]._replace(text=flags.input, for_model=None),)
+    label = spec.label_field if has_label(spec) and not target else ""
     return Choice(prompts, target, label)
 
 

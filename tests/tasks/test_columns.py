@@ -291,6 +291,16 @@ def test_with_labels_the_target_is_the_column_of_the_label(tmp_path):
         load(tmp_path, *rows, target="{mood}!", labels="good,bad")
 
 
+def test_a_flag_replaces_what_it_names_and_the_rest_of_a_task_file_stays(tmp_path):
+    prompts = [{"text": "{text}?", "choices": ["no", "yes"]}]
+    entry = {"labels": ["0", "1"], "prompts": prompts}
+    rows = [{"text": "a", "label": label, "reply": "z"} for label in (1, 0)]
+    task = load_described(tmp_path, entry, *rows, input="<{text}>")
+    assert rendered(task) == [("<a>", ["no", "yes"], 1), ("<a>", ["no", "yes"], 0)]
+    task = load_described(tmp_path, entry, *rows, target="{reply}")
+    assert rendered(task) == [("a?", ["z"], 0), ("a?", ["z"], 0)]
+
+
 def test_a_metric_must_suit_the_rows(tmp_path):
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     assert load(tmp_path, *rows, metric="macro_f1").metric == "macro_f1"
