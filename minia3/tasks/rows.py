@@ -204,7 +204,7 @@ def check_user_row(row: dict, spec: TaskSpec, split: str):
 def expected_names(spec: TaskSpec) -> list[str]:
     """Return the names of the fields that the task uses."""
     if spec.messages:
-        return [spec.messages]
+        return [spec.messages, "tools"]
     names = [spec.label_field]
     for prompt in spec.prompts:
         for text in (prompt.text, prompt.target, *(prompt.choices or ())):

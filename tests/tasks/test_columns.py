@@ -145,6 +145,14 @@ def test_conversations_stay_as_they_are(tmp_path):
     assert (task.metric, task.answer) == ("inverse_perplexity", "messages")
 
 
+def test_the_tools_of_a_conversation_are_found_whatever_their_case(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function"}]
+    task = load(tmp_path, {"Messages": messages, "Tools": tools})
+    assert task.columns == "reads Messages and Tools, writes what the assistant says"
+    assert all(row["tools"] == tools for row in task.train)
+
+
 def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
     row = {"messages": [{"role": "user", "content": "a"}], "text": "a"}
     task = load(tmp_path, {**row, "label": "x"}, {**row, "label": "y"}, input="{text}")
