@@ -379,12 +379,14 @@ def find_labels(
 
 
 def notes_on(choice: Choice, labels: Labels) -> list[str]:
-    if len(labels.words) <= MANY_LABELS:
+    n_labels = len(labels.words)
+    if n_labels <= MANY_LABELS:
         return []
-    return [
-        f"{len(labels.words)} labels, and each row is scored with all of them: if they are texts "
-        f'to write, give --target "{{{choice.label}}}"'
-    ]
+    note = f"{n_labels} labels, and each row is scored with all of them"
+    if labels.words == labels.spelled:  # otherwise, the column does not have the words
+        advice = f'if they are texts to write, give --target "{{{choice.label}}}"'
+        note = f"{note}: {advice}"
+    return [note]
 
 
 class Columns:

@@ -101,6 +101,8 @@ def name_labels(
     if not counts and not asked:
         raise ValueError(f"{field!r} is empty in every row, expected labels")
     if all(INTEGER.fullmatch(key) for key in counts):
+        if not asked and not names:
+            check_number(counts, field)
         return name_integers(sorted(map(int, counts)), field, asked, names)
     if counts.keys() <= {"false", "true"}:
         return name_values(("false", "true"), spellings, field, asked)
@@ -166,11 +168,11 @@ def name_values(
 
 
 def check_number(counts: Counter, field: str):
-    """Raise ValueError if the labels are texts to write, because there are so many of them."""
+    """Raise ValueError if the labels are to be written, because there are so many of them."""
     n_rows = counts.total()
     if len(counts) > MANY_LABELS and n_rows < FEW_ROWS * len(counts):
         raise ValueError(
-            f"{field!r} has {len(counts)} different texts in {n_rows} rows, which is probably not "
+            f"{field!r} has {len(counts)} different labels in {n_rows} rows, which is probably not "
             f'a classification: to write them, give --target "{{{field}}}"; '
             "to pick one of them, name all with --labels"
         )

@@ -69,6 +69,9 @@ def test_a_data_set_s_own_names_are_the_words(tmp_path):
         ValueError, match="--labels has 2 words, but 'label' has the labels 0, 1, 2"
     ):
         name_labels([0, 1, 2], "label", ("a", "b"), ("x", "y", "z"))
+    # Many names are what the data set says.
+    names = tuple(f"w{i}" for i in range(60))
+    assert name_labels(range(60), "label", (), names).words == names
 
 
 @pytest.mark.slow
@@ -119,12 +122,13 @@ def test_test_rows_may_hide_their_labels_and_others_may_not(tmp_path):
         load_task(tmp_path)
 
 
-def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
-    many = [f"w{i % 60}" for i in range(300)]
+@pytest.mark.parametrize("prefix", ["w", ""], ids=["words", "integers"])
+def test_many_labels_are_a_note_and_labels_that_hardly_repeat_an_error(prefix, tmp_path):
+    many = [f"{prefix}{i % 60}" for i in range(300)]
     notes = load(tmp_path, many).notes
     assert any(note.startswith("60 labels, and each row is scored with all") for note in notes)
     words = (
-        "'label' has 60 different texts in 299 rows, which is probably not a classification: "
+        "'label' has 60 different labels in 299 rows, which is probably not a classification: "
         'to write them, give --target "{label}"'
     )
     with pytest.raises(ValueError, match=words):
@@ -132,8 +136,16 @@ def test_many_labels_are_a_note_and_texts_that_hardly_repeat_an_error(tmp_path):
     task = load(tmp_path, many[:299], target="{label}")
     assert (task.answer, task.metric) == ("target", "exact_match")
     assert render(task.prompts[0], task.train[5]).choices == [many[task.train[5]["idx"]]]
-    named = ",".join(f"w{i}" for i in range(60))
+    named = ",".join(f"{prefix}{i}" for i in range(60))
     assert len(load(tmp_path, many[:299], labels=named).prompts[0].choices) == 60
+
+
+def test_labels_are_not_to_be_written_if_the_column_does_not_have_their_words(tmp_path):
+    many = [i % 60 for i in range(300)]
+    advice = ': if they are texts to write, give --target "{label}"'
+    note = "60 labels, and each row is scored with all of them"
+    assert note + advice in load(tmp_path, many).notes
+    assert note in load(tmp_path, many, labels=",".join(f"w{i}" for i in range(60))).notes
 
 
 @pytest.mark.parametrize(
