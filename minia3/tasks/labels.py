@@ -17,7 +17,8 @@ from minia3.tasks.row_files import parse_json
 MANY_LABELS = 50  # if there are more, they may be texts to write
 FEW_ROWS = 5  # per label: if there are fewer, too, then they surely are
 N_SHOWN = 20  # labels in a line
-INTEGER = re.compile(r"-?\d+")
+# "01" is a word, because its zero would be lost.
+INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 INTEGRAL = re.compile(r"(-?\d+)\.0")  # as pandas writes an integer beside an empty cell
 HIDDEN = ("-1", "none", "null", "nan")  # labels of test rows that stand for "no label"
 
@@ -59,6 +60,12 @@ def label_text(value) -> str | None:
     text = str(value).strip()
     integral = INTEGRAL.fullmatch(text)
     return integral[1] if integral else text or None
+
+
+def label_key(value) -> str | None:
+    """Return what two spellings of a label have in common. None: no label."""
+    text = label_text(value)
+    return text and text.lower()
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -148,9 +155,10 @@ def name_integers(
     if len(found) == n_words:  # such as 1 to 5, or -1 and 1
         return Labels(tuple(map(str, found)), words)
     shown = ", ".join(map(str, found[:N_SHOWN]))
+    advice = "; if -1 stands for no label, leave these rows out" if -1 in found else ""
     raise ValueError(
         f"--labels has {n_words} words, but {field!r} has the labels {shown}: "
-        "expected as many words as labels"
+        f"expected as many words as labels{advice}"
     )
 
 
@@ -190,30 +198,33 @@ def find_user_label(
 
     Raise ValueError if there is no such choice.
     """
-    expected = f"expected one of {list_names(labels):.80}: add it to train, or to --labels"
     try:
-        text = label_text(value)
+        key = label_key(value)
     except ValueError as error:
-        text = ""
-        expected = error
-    key = text and text.lower()
+        raise ValueError(f"{field!r} is {value!r:.40}, {error}") from None
     places = label_places(tuple(labels), prompt.choices)
     if key in places:
         return places[key]
-    if may_be_hidden and (key is None or key in HIDDEN):
+    is_hidden = key is None or key in HIDDEN
+    if is_hidden and may_be_hidden:
         return -1
-    raise ValueError(f"{field!r} is {value!r:.40}, {expected}")
+    advice = "add it to train, or to --labels"
+    if is_hidden:
+        advice = "leave the row out if it has no label"
+    expected = f"expected one of {list_names(labels):.80}"
+    raise ValueError(f"{field!r} is {value!r:.40}, {expected}: {advice}")
 
 
 @lru_cache(maxsize=64)
 def label_places(labels: tuple[str, ...], choices: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of each label, in lower case, and of each word that is no field."""
+    """Return the index of each label, by its key, and of each word that is no field."""
     places = {}
     for index, choice in enumerate(choices):
         if not field_names(choice):
-            places[choice.format().strip().lower()] = index
+            places[label_key(choice.format())] = index
     for index, label in enumerate(labels):  # a label comes before a word that is spelled like it
-        places[label.lower()] = index
+        places[label_key(label)] = index
+    places.pop(None, None)  # an empty text is no label
     return places
 
 
@@ -230,17 +241,21 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
     text = label_text(value) if is_scalar else ""
     if text in indices and not isinstance(value, bool):
         return int(text)
-    are_numbers = all(INTEGER.fullmatch(choice.strip()) for choice in choices)
-    words = [choice.strip() for choice in choices]
+    words = [label_text(choice) for choice in choices]
     lower_words = [word.lower() for word in words]
+    are_numbers = all(map(INTEGER.fullmatch, words))
     if not are_numbers and text in words:
         return words.index(text)
     if not are_numbers and text and text.lower() in lower_words:
         return lower_words.index(text.lower())
     if may_be_hidden and (text is None or text in HIDDEN):
         return -1
-    shown = ", ".join(indices)
-    raise ValueError(f"{field!r} is {value!r:.40}, expected one of {shown} or one of the choices")
+    expected = f"expected one of {', '.join(indices)}"
+    if are_numbers:
+        expected += ", the position of the right choice, because the choices are numbers"
+    else:
+        expected += " or one of the choices"
+    raise ValueError(f"{field!r} is {value!r:.40}, {expected}")
 
 
 def choices_of(words: Iterable[str]) -> tuple[str, ...]:

@@ -5,8 +5,15 @@ import math
 import pytest
 from task_files import lines
 
-from minia3.tasks.labels import Labels, find_choice, label_text, name_labels, split_words
-from minia3.tasks.prompts import render
+from minia3.tasks.labels import (
+    Labels,
+    find_choice,
+    find_user_label,
+    label_text,
+    name_labels,
+    split_words,
+)
+from minia3.tasks.prompts import Prompt, render
 from minia3.tasks.splits import load_task
 
 
@@ -42,6 +49,8 @@ def found_labels(task):
         ([True, True, True, False], "no,yes", ("no", "yes"), [1, 1, 1, 0]),
         # words beside integers are words
         (["1", "2", "many"], None, ("1", "2", "many"), [0, 1, 2]),
+        # and so are codes with zeros in front
+        (["02", "01", "02"], None, ("02", "01"), [0, 1, 0]),
         ([1, 0, 1], '["a, b", "c"]', ("a, b", "c"), [1, 0, 1]),
     ],
 )
@@ -55,6 +64,7 @@ def test_the_line_shows_the_words_and_what_they_stand_for(tmp_path):
     line = "reads text, picks label among "
     assert load(tmp_path, [0, 1, 0], labels="neg,pos").columns == line + "neg (0), pos (1)"
     assert load(tmp_path, [0, 1, 0]).columns.endswith("0, 1 (--labels WORD,WORD gives them words)")
+    assert load(tmp_path, ["01", "02", "01"]).columns == line + "01, 02"
     assert load(tmp_path, ["x", "y", "x"]).columns == line + "x, y"
     many = [f"w{i % 25}" for i in range(250)]
     assert load(tmp_path, many).columns.endswith("w18, w19 and 5 more")
@@ -152,7 +162,8 @@ def test_labels_are_not_to_be_written_if_the_column_does_not_have_their_words(tm
     ("values", "flags", "words"),
     [
         ([None, "", None], {}, "'label' is empty in every row, expected labels"),
-        ([0, 1, 2], {"labels": "a,b"}, "--labels has 2 words, but 'label' has the labels 0, 1, 2"),
+        ([0, 1, 2], {"labels": "a,b"}, r"'label' has the labels 0, 1, 2: .* words as labels\Z"),
+        ([-1, 0, 1], {"labels": "a,b"}, "-1, 0, 1: .*; if -1 stands for no label, leave these ro"),
         ([True, False, True], {"labels": "a,b,c"}, "--labels has 3 words, but .* false, true"),
         (["x", "y", ["x", "y"]], {}, r":3: 'label' is \['x', 'y'\], expected a label: a word, a"),
     ],
@@ -171,9 +182,40 @@ def test_a_label_is_a_text(value, text):
     assert label_text(math.nan) is label_text(None) is None
 
 
+@pytest.mark.parametrize("value", [-1, "-1", None, "", "nan"])
+def test_a_row_to_train_on_that_hides_its_label_is_to_be_left_out(value):
+    message = r"expected one of 0, 1: leave the row out if it has no label\Z"
+    with pytest.raises(ValueError, match=message):
+        find_user_label(value, ("0", "1"), Prompt("{text}", ("no", "yes")), "label", False)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, "1", "1.0"])
+def test_a_task_file_may_spell_its_labels_like_the_rows_or_shorter(value):
+    prompt = Prompt("{text}", ("no", "yes"))
+    for labels in (("0", "1"), ("0.0", "1.0")):
+        assert find_user_label(value, labels, prompt, "label", may_be_hidden=False) == 1
+    numbers = Prompt("{text}", ("0.0", "1.0"))
+    assert find_user_label(value, ("a", "b"), numbers, "label", may_be_hidden=False) == 1
+
+
+def test_an_empty_label_of_a_task_file_is_not_that_of_rows_without_a_label():
+    prompt = Prompt("{text}", ("no", "yes"))
+    assert find_user_label(None, ("", "1"), prompt, "label", may_be_hidden=True) == -1
+
+
 def test_a_choice_is_found_by_its_own_spelling_first():
     assert find_choice("us", ["US", "us"], "label", may_be_hidden=False) == 1
     assert find_choice("Us", ["US", "us"], "label", may_be_hidden=False) == 0
     assert find_choice(True, ["false", "true"], "label", may_be_hidden=False) == 1
     assert find_choice("-1", ["a"], "label", may_be_hidden=True) == -1
+    assert find_choice("02", ["02", "01"], "label", may_be_hidden=False) == 0
     assert split_words(" a ,b") == ("a", "b")
+
+
+@pytest.mark.parametrize("choices", [["3", "4"], ["3.0", "4.0"]])
+def test_if_choices_are_numbers_the_message_does_not_ask_for_them(choices):
+    message = r"is '{}', expected one of 0, 1, the position of the right choice, because .*"
+    with pytest.raises(ValueError, match=message.format(choices[1])) as error:
+        find_choice(choices[1], choices, "label", may_be_hidden=False)
+    assert "or one of the choices" not in str(error.value)
+    assert find_choice("1", choices, "label", may_be_hidden=False) == 1
