@@ -28,14 +28,20 @@ from minia3.checkpoints.layout import check_model_folder, weight_files
 from minia3.checkpoints.load_shards import place_shards
 from minia3.checkpoints.meta import read_meta
 from minia3.checkpoints.nf4_files import PackedEntry, join_packed
-from minia3.checkpoints.place import check_weight, place_linear, place_parameter, place_weight
+from minia3.checkpoints.place import (
+    check_weight,
+    place_linear,
+    place_parameter,
+    place_weight,
+    read_codes,
+)
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
-from minia3.model.quantized import QUANTIZED, NF4Linear
+from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
 from minia3.model.t5 import T5, T5Config
 
 N_SHOWN = 20  # problems that a message names; the others are counted
@@ -64,6 +70,7 @@ def load_model(
         weight is quantized as soon as it is read, so the whole model is never in memory. Weights
         that are stored in bitsandbytes' nf4 stay in it.
     check_finite: look for NaN and infinite numbers in every weight, which reads all files at once.
+        (In nf4, only scales can be NaN or infinite.)
     shards: the Shards (model/shard.py) that divide the blocks among processes. Each process reads
         only its rows (load_shards.py), on the device of the mesh. The base is frozen.
 
@@ -80,13 +87,15 @@ def load_model(
         place_shards(model, stored, weight_dtype, shards, quantize, check_finite)
         return model.eval()
     for name, (stored_name, entry) in progress(stored.items(), total=len(stored)):
-        if isinstance(entry, PackedEntry) and quantize != "int8":
-            parts = [tensor.to(device) for tensor in entry.read_codes()]
+        origin = f"{name_or_path}: {stored_name}"
+        is_packed = isinstance(entry, PackedEntry) and is_quantizable(model, name)
+        if is_packed and quantize != "int8":
+            parts = [part.to(device) for part in read_codes(entry, origin, check_finite)]
             place_linear(model, name, NF4Linear(*parts))
             continue
         weight = entry.read().to(device=device, dtype=weight_dtype).contiguous()
         if check_finite:
-            check_weight(weight, f"{name_or_path}: {stored_name}")
+            check_weight(weight, origin)
         place_weight(model, name, weight, quantize)
     for name, vector in vectors(model).items():
         identity = torch.ones(vector.shape, dtype=torch.float32, device=device)

@@ -11,7 +11,12 @@ Shapes: O outputs and I inputs of a linear.
 import torch
 
 from minia3.checkpoints.nf4_files import PackedEntry
-from minia3.checkpoints.place import check_weight, place_linear, place_parameter
+from minia3.checkpoints.place import (
+    check_weight,
+    place_linear,
+    place_parameter,
+    read_codes,
+)
 from minia3.files.progress import progress
 from minia3.model.ia3 import vectors
 from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
@@ -37,7 +42,8 @@ def place_shards(model, stored, dtype, shards, quantize=None, check_finite=False
         kind = kinds.get(name)
         rows = shards.rows(entry.shape[0])
         if kind is NF4Linear and isinstance(entry, PackedEntry):
-            place_codes(model, name, [part[rows] for part in entry.read_codes()])
+            parts = read_codes(entry, stored_name, check_finite)
+            place_codes(model, name, [part[rows] for part in parts])
             continue
         is_whole = kind is None and not is_divided(model.get_parameter(name))
         weight = entry.read()

@@ -24,6 +24,9 @@ STATE = ".quant_state.bitsandbytes__nf4"
 # The tensors beside the codes.
 PARTS = (STATE, ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
+# The dtypes that a weight may have had before it was quantized.
+DTYPES = ("float32", "float16", "bfloat16")
+
 # What config.json says of a checkpoint that can be read. Other keys say how it was made, or in
 # which dtype to compute.
 REQUIRED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
@@ -51,10 +54,15 @@ def check_quantization(quantization):
 
 
 def join_packed(entries):
-    """Return the entries of a checkpoint, with one PackedEntry for each weight in nf4."""
+    """Return the entries of a checkpoint, with one PackedEntry for each weight in nf4.
+
+    Raise ValueError if the parts of a weight do not fit, or if its codes are missing.
+    """
     packed_names = [name.removesuffix(STATE) for name in entries if name.endswith(STATE)]
     joined = dict(entries)
     for name in packed_names:
+        if name not in entries:
+            raise ValueError(f"{name} is missing, but {name}{STATE} is there: damaged")
         parts = {}
         for suffix in PARTS:
             if name + suffix in entries:
@@ -80,15 +88,18 @@ def packed_entry(name, codes, parts):
 
 
 def read_state(name, entry):
-    """Return the JSON beside a weight. Raise ValueError if it lacks something."""
-    try:
+    """Return the JSON beside a weight. Raise ValueError if it is damaged or lacks something."""
+    with reading(f"{name}{STATE}"):
         state = json.loads(bytes(entry.read().tolist()))
-        complete = isinstance(state, dict) and {"shape", "dtype", "blocksize"} <= state.keys()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}{STATE} is damaged: {error}") from None
-    if not complete or state["dtype"] not in ("float32", "float16", "bfloat16"):
+    is_complete = isinstance(state, dict) and {"shape", "dtype", "blocksize"} <= state.keys()
+    if not is_complete or not is_shape(state["shape"]) or state["dtype"] not in DTYPES:
         raise ValueError(f"{name}{STATE} is {state!r:.200}: expected a shape, dtype and blocksize")
     return state
+
+
+def is_shape(value):
+    """Return whether a value from JSON is the shape of a tensor: a list of whole numbers."""
+    return isinstance(value, list) and all(type(n) is int for n in value)
 
 
 def read_packed(name, codes, parts, shape):

@@ -31,6 +31,18 @@ def check_weight(weight, name):
         )
 
 
+def read_codes(entry, name, check_finite):
+    """Return the codes and the scales of a PackedEntry (nf4_files.py).
+
+    If `check_finite` is set, raise ValueError if a scale is NaN or infinite. (Every code is a
+    number.)
+    """
+    codes, scales = entry.read_codes()
+    if check_finite:
+        check_weight(scales, f"{name}.absmax")
+    return codes, scales
+
+
 def place_parameter(model, name, tensor, requires_grad=True):
     """Replace the parameter `name` of the model by a new parameter that holds `tensor`."""
     module, _, attribute = name.rpartition(".")

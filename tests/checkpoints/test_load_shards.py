@@ -10,10 +10,10 @@ import test_meta
 import torch
 import torch.distributed
 from anonymous_memory import anonymous, sampling
-from checkpoint_folders import FORMS, write_weights
+from checkpoint_folders import FORMS, refusal, write_weights
 from conftest import make
 from ranks import my_shards, on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch_version import divides_a_base, divides_a_quantized_base
 
 import minia3
@@ -86,6 +86,25 @@ def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(p
     cases = [(gguf, {}), (meta, {}), (wide, {"quantize": "nf4"})]
     cases += [(nf4, {}), (nf4, {"quantize": "int8"})]
     check_bits(cases, 3)
+
+
+def refusal_of_divided(folder):
+    return refusal(minia3.load_model, folder, shards=my_shards(), check_finite=True)
+
+
+@divides_a_quantized_base
+@pytest.mark.slow
+def test_scales_of_nf4_that_are_not_finite_are_found_by_every_process(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    import test_nf4_files  # late: see above
+
+    test_nf4_files.write_quantized("llama-gqa", tmp_path, double_quant=False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = "model.layers.0.self_attn.k_proj.weight.absmax"
+    tensors[scales][:] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    for message in on_ranks(2, refusal_of_divided, tmp_path):
+        assert f"{scales} has " in message
 
 
 # Memory

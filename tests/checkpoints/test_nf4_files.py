@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from checkpoint_folders import refusal
 from conftest import logits, make, off, randomize, tokens
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,10 +38,11 @@ def is_of_block(name, weight):
     return weight.dim() == 2 and is_linear
 
 
-def write_quantized(name, folder, double_quant, plain="none"):
+def write_quantized(name, folder, double_quant, plain="none", also=()):
     """Write a random model in nf4, as transformers does, and return its dequantized weights.
 
-    plain: part of the names of linears that stay as they are, as llm_int8_skip_modules says.
+    plain: part of the names of linears that stay as they are, as llm_int8_skip_modules says. also:
+    names of weights outside of the blocks that become nf4, too.
     """
     make(name, **WIDE[name]).save_pretrained(folder)
     tensors = {}
@@ -48,7 +50,8 @@ def write_quantized(name, folder, double_quant, plain="none"):
     for key, weight in load_file(folder / "model.safetensors").items():
         tensors[key] = weight
         dequantized[key] = weight
-        if is_of_block(key, weight) and plain not in key:
+        is_packed = is_of_block(key, weight) and plain not in key
+        if is_packed or key in also:
             codes, state = functional.quantize_4bit(
                 weight, quant_type="nf4", compress_statistics=double_quant
             )
@@ -81,6 +84,17 @@ def test_it_loads_as_it_is_with_the_weights_of_bitsandbytes(tmp_path, name, doub
     assert {type(linear) for linear in linears.values()} == {NF4Linear}
     expected = logits(minia3.load_model(plain_folder), SOURCE, MASK, TARGET)
     assert off(logits(model, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "t5-v1.1"])
+def test_a_head_in_nf4_becomes_a_plain_matrix(tmp_path, name):
+    """transformers leaves the head as it is, unless one says which modules to leave."""
+    folder = tmp_path / "quantized"
+    dequantized = write_quantized(name, folder, double_quant=False, also=["lm_head.weight"])
+    model = minia3.load_model(folder)
+    assert "head" not in quantized_linears(model)
+    assert torch.equal(model.head_weight, dequantized["lm_head.weight"])
+    assert logits(model, SOURCE, MASK, TARGET).isfinite().all()
 
 
 def test_it_may_be_loaded_in_int8(tmp_path):
@@ -129,7 +143,29 @@ def test_another_quantization_is_refused_by_name(tmp_path, change, expected):
         minia3.load_model(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["half", "state", "blocks", "scales", "fewer scales"])
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax"])
+def test_scales_that_are_not_finite_are_found_if_one_asks(tmp_path, part):
+    write_quantized("llama-gqa", tmp_path, double_quant=part == "nested_absmax")
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.0.self_attn.k_proj.weight"
+    tensors[f"{key}.{part}"][0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert minia3.load_model(tmp_path) is not None
+    message = refusal(minia3.load_model, tmp_path, check_finite=True)
+    assert f"{tmp_path}: {key}.absmax has " in message
+    assert "numbers that are NaN or infinite" in message
+
+
+STATES = {
+    "blocks": {"blocksize": 32},
+    "a number as shape": {"shape": 64},
+    "words as shape": {"shape": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize(
+    "damage", ["half", "codes", "state", "scales", "fewer scales", "a float as state", *STATES]
+)
 def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, damage):
     write_quantized("llama-gqa", tmp_path, double_quant=False)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -137,15 +173,19 @@ def test_parts_that_do_not_fit_are_refused_in_one_line(tmp_path, damage):
     state = key + ".quant_state.bitsandbytes__nf4"
     if damage == "half":
         tensors[key] = tensors[key][:100].clone()
+    elif damage == "codes":
+        del tensors[key]
     elif damage == "scales":
         del tensors[key + ".absmax"]
     elif damage == "fewer scales":
         tensors[key + ".absmax"] = tensors[key + ".absmax"][:-1].clone()
     elif damage == "state":
         tensors[state] = tensors[state][:20].clone()
+    elif damage == "a float as state":
+        tensors[state] = torch.tensor([0.5])
     else:
-        text = bytes(tensors[state].tolist()).replace(b'"blocksize": 64', b'"blocksize": 32')
-        tensors[state] = torch.tensor(list(text), dtype=torch.uint8)
+        content = json.loads(bytes(tensors[state].tolist())) | STATES[damage]
+        tensors[state] = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"\A[^\n]*{key}[^\n]*\Z"):
         minia3.load_model(tmp_path)
