@@ -64,8 +64,8 @@ def load_model(
 
     name_or_path: a folder (in the layout of Hugging Face, or of Meta for a LLaMA), a .gguf file,
         a known name (`t5-base`) or a hub id (`org/name`).
-    dtype: None keeps the stored dtype, except that float16 T5 and quantized GGUF become float32.
-        The vectors are float32 in any case.
+    dtype: None keeps the stored dtype of the matrices, except that float16 T5 and quantized GGUF
+        become float32. The vectors are float32 in any case.
     quantize: "int8" or "nf4" keeps the linears of the blocks in 8 or 4 bits (quantized.py). Each
         weight is quantized as soon as it is read, so the whole model is never in memory. Weights
         that are stored in bitsandbytes' nf4 stay in it.
@@ -244,8 +244,13 @@ def nearest_known(name, table):
 
 
 def stored_dtype(stored, is_t5):
-    """Return the widest dtype of the weights. A T5 in float16 would overflow, so return float32."""
-    dtype = reduce(torch.promote_types, [entry.dtype for _, entry in stored.values()])
+    """Return the widest dtype of the matrices. A T5 in float16 would overflow, so return float32.
+
+    Norms and biases do not count, because llama.cpp stores them as float32 in every file, and they
+    would make the whole model as wide.
+    """
+    dtypes = [entry.dtype for _, entry in stored.values() if len(entry.shape) > 1]
+    dtype = reduce(torch.promote_types, dtypes)
     if is_t5 and dtype == torch.float16:
         return torch.float32
     return dtype

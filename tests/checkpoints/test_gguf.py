@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoint_folders import weight_dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minia3
 from minia3.checkpoints.gguf import CONFIG, read_gguf, read_metadata
 from minia3.checkpoints.load import read_checkpoint
+from minia3.checkpoints.tensor_names import name_table
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: pip install 'minia3[gguf]'")
 KINDS = gguf.GGMLQuantizationType
@@ -282,6 +284,22 @@ def test_half_precision_stays_as_it_is_stored(tmp_path, kind, dtype):
         wanted = torch.from_numpy(x).to(stored_dtype)
         assert entries[name].dtype == wanted.dtype
         assert torch.equal(entries[name].read(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(KINDS.F16, torch.float16), (KINDS.BF16, torch.bfloat16)]
+)
+def test_a_model_has_the_dtype_of_its_matrices_and_not_of_its_norms(tmp_path, kind, dtype):
+    tensors = hf_tensors(make_model())
+    stored = gguf_tensors(tensors, kind)
+    model = minia3.load_model(write(tmp_path / "a.gguf", stored))
+    assert weight_dtypes(model) == {dtype}
+    norm = torch.from_numpy(tensors["model.norm.weight"])
+    name = name_table(model)["model.norm.weight"]
+    assert torch.equal(model.get_parameter(name), norm.to(dtype))
+    # A single quantized matrix makes the whole model float32.
+    stored["output.weight"] = (gguf.quants.quantize(tensors["lm_head.weight"], Q8_0), Q8_0)
+    assert weight_dtypes(minia3.load_model(write(tmp_path / "b.gguf", stored))) == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,15 @@ def test_weights_of_mixed_dtypes_become_the_widest_dtype(copy):
     assert weight_dtypes(minia3.load_model(folder)) == {torch.float32}
 
 
+def test_norms_of_a_wider_dtype_do_not_make_a_model_wider(copy):
+    folder = store_as(copy("llama-gqa"), torch.bfloat16)
+    tensors = read_weights(folder)
+    norms = {name: x.float() for name, x in tensors.items() if x.ndim == 1}
+    assert norms
+    write_weights(folder, tensors | norms)
+    assert weight_dtypes(minia3.load_model(folder)) == {torch.bfloat16}
+
+
 def test_float16_is_refused_for_t5_with_the_reason_and_accepted_for_llama(loaded):
     assert "T5 overflows in float16" in refusal(loaded, "t5-v1.0", dtype=torch.float16)
     assert weight_dtypes(loaded("llama-mha", dtype=torch.float16)) == {torch.float16}
