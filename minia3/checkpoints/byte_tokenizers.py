@@ -93,7 +93,7 @@ def byte_bpe_backend(folder, settings):
     backend.decoder = decoders.ByteLevel()
     special = BYTE_BPE_SPECIAL | {key: settings[key] for key in BYTE_BPE_SPECIAL if key in settings}
     backend.add_special_tokens([added_token(token) for token in special.values()])
-    begin, end = (content(special[key]) for key in ("cls_token", "sep_token"))
+    begin, end = (text_of(special[key]) for key in ("cls_token", "sep_token"))
     backend.post_processor = processors.RobertaProcessing(
         (end, backend.token_to_id(end)), (begin, backend.token_to_id(begin))
     )
@@ -108,5 +108,6 @@ def added_token(token):
     return AddedToken(token["content"], special=True, normalized=False, **flags)
 
 
-def content(token):
-    return token if isinstance(token, str) else token["content"]
+def text_of(token):
+    """Return the text of a token, which files give as it is, or in a dict with how it is found."""
+    return token["content"] if isinstance(token, dict) else token

@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
-from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend
+from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend, text_of
 from minia3.checkpoints.chat import EncodedChat, default_template, render_chat
 from minia3.checkpoints.chat_spans import render_conversation
 from minia3.checkpoints.gguf import read_metadata
@@ -366,9 +366,7 @@ def special_id(backend, settings, kind):
         or a dict with the text as "content"), or its id, as `{kind}_token_id` (an id, or a list
         whose first id counts). The text wins.
     """
-    token = settings.get(f"{kind}_token", "")
-    text = token["content"] if isinstance(token, dict) else token
-    named_id = backend.token_to_id(text)
+    named_id = backend.token_to_id(text_of(settings.get(f"{kind}_token", "")))
     if named_id is not None:
         return named_id
     given = settings.get(f"{kind}_token_id")
@@ -404,13 +402,15 @@ def add_tokens_of_fine_tune(backend, folder, settings):
     """Add the tokens that a fine-tune added to a sentencepiece model. (Its file cannot change.)
 
     Older checkpoints have token -> id in added_tokens.json, and newer checkpoints have id ->
-    description of the token in tokenizer_config.json. Raise ValueError if these ids do not follow
-    the ids of the pieces.
+    description of the token in tokenizer_config.json. Without a description, a token is special if
+    the settings list it as an additional special token, such as the sentinels of CodeT5. Raise
+    ValueError if these ids do not follow the ids of the pieces.
     """
+    special = [text_of(token) for token in settings.get("additional_special_tokens", [])]
     added = {}
     if (folder / ADDED_TOKENS_FILE).is_file():
         for token, i in read_json(folder / ADDED_TOKENS_FILE).items():
-            added[i] = {"content": token}
+            added[i] = {"content": token, "special": token in special}
     for i, description in settings.get("added_tokens_decoder", {}).items():
         added[int(i)] = description
     ids = sorted(added)

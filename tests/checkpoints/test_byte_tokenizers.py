@@ -151,6 +151,26 @@ def test_the_ids_of_codet5_are_those_of_transformers(codet5):
     assert ours.pad_id == 0
 
 
+def test_decode_drops_the_sentinels_of_codet5_as_transformers_does(codet5):
+    folder, theirs = codet5
+    ids = theirs("a <extra_id_0> b<extra_id_9>").input_ids
+    text = theirs.decode(ids, skip_special_tokens=True)
+    assert "extra_id" not in text
+    assert Tokenizer.from_folder(folder).decode(ids) == text
+
+
+def test_special_tokens_that_codet5_describes_in_dicts_are_special_too(codet5, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(codet5[0], folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    listed = settings["additional_special_tokens"][:-1]  # without <extra_id_0>
+    described = [{"content": token, "lstrip": True} for token in listed]
+    settings["additional_special_tokens"] = described
+    write_json(folder / "tokenizer_config.json", settings)
+    ours = Tokenizer.from_folder(folder)
+    assert ours.decode(ours.encode("a<extra_id_0>b<extra_id_9>")) == "a<extra_id_0>b"
+
+
 def test_a_target_of_codet5_is_a_sequence_of_its_own(codet5):
     ours = Tokenizer.from_folder(codet5[0])
     assert ours.has_separate_targets
