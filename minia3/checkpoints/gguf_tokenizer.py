@@ -94,6 +94,7 @@ def read_gguf_tokenizer(metadata):
             f"tokenizer {kind!r}, pre {rule_name!r}; expected llama, or gpt2 with {known}"
         )
     settings.setdefault("add_bos_token", has_bos)
+    settings["is_encoder_decoder"] = False  # gguf.py reads no other model
     settings.setdefault("pad_token_id", settings.get("padding_token_id"))
     return backend, settings
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
+from minia3.checkpoints import config_t5
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend, text_of
 from minia3.checkpoints.chat import EncodedChat, default_template, render_chat
 from minia3.checkpoints.chat_spans import render_conversation
@@ -79,10 +80,7 @@ class Tokenizer:
         ids = self.encode(UNKNOWN_CHARACTER)
         begins_with_bos = ids[:1] == [self.bos_id]
         ends_with_eos = ids[-1:] == [self.eos_id]
-        # A T5 adds only eos. (If the files of a LLaMA ask for eos, they also ask for bos.) CodeT5
-        # adds both, but its config says what it is.
-        is_encoder_decoder = settings.get("is_encoder_decoder", not begins_with_bos)
-        self.has_separate_targets = ends_with_eos and bool(is_encoder_decoder)
+        self.has_separate_targets = ends_with_eos and has_encoder(settings, begins_with_bos)
 
     def _find_special_tokens(self, settings):
         """Set bos_id, eos_id, pad_id and special, and tell the backend about these tokens."""
@@ -357,6 +355,18 @@ def read_settings(folder):
                 if value is not None:
                     settings[key] = value
     return settings
+
+
+def has_encoder(settings, begins_with_bos):
+    """Return whether a model whose tokenizer adds eos has an encoder, as T5 does.
+
+    Its config says so. Without a config, we go by bos: a T5 does not add it, and a LLaMA does.
+    """
+    if "is_encoder_decoder" in settings:
+        return bool(settings["is_encoder_decoder"])
+    if "model_type" in settings:
+        return settings["model_type"] in config_t5.DEFAULTS
+    return not begins_with_bos
 
 
 def special_id(backend, settings, kind):

@@ -118,6 +118,20 @@ def test_qwen2_has_the_ids_of_the_tokenizer_that_transformers_makes():
     check()
 
 
+@pytest.mark.parametrize("has_bos", [False, True])
+def test_a_target_continues_the_prompt_also_if_texts_end_in_eos(has_bos):
+    """No model in a GGUF file that we read has an encoder."""
+    _, plain = byte_level()
+    plain |= {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.bos_token_id": 1}
+    plain |= {"tokenizer.ggml.add_bos_token": has_bos}
+    ended = Tokenizer.from_gguf(plain | {"tokenizer.ggml.add_eos_token": True})
+    assert ended.encode("the hats")[-1] == ended.eos_id
+    assert not ended.has_separate_targets
+    for end in (False, True):
+        expected = Tokenizer.from_gguf(plain).encode_target("hats", end)
+        assert ended.encode_target("hats", end) == expected
+
+
 @pytest.mark.parametrize("name", ["llama3", "llama-v3"])
 def test_llama_3_has_three_names(name):
     _, metadata = byte_level()

@@ -284,6 +284,28 @@ def test_the_target_of_a_llama_continues_the_prompt():
     assert small("llama").encode_target("hall", end=False) == peer("llama").encode("hall")
 
 
+@pytest.mark.parametrize(
+    ("config", "is_separate"),
+    [
+        ({"model_type": "qwen2"}, False),
+        ({"model_type": "t5"}, True),
+        ({"model_type": "t5", "is_encoder_decoder": True}, True),
+        ({}, True),  # nothing is known but that it is like a T5's
+    ],
+)
+def test_the_config_decides_about_the_targets_of_a_tokenizer_that_adds_only_eos(
+    tmp_path, config, is_separate
+):
+    backend = word_level()
+    backend.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 3)])
+    beside = {"config": config, "tokenizer_config": {"eos_token": "</s>"}}
+    tokenizer = Tokenizer.from_folder(save_json(backend, tmp_path, **beside))
+    assert tokenizer.encode("a") == [1, 3]
+    assert tokenizer.has_separate_targets == is_separate
+    expected = [1, 3] if is_separate else [1]
+    assert tokenizer.encode_target("a", end=False) == expected
+
+
 # Decoding and saving
 
 
@@ -304,7 +326,8 @@ def test_transformers_has_the_same_ids_with_a_saved_tokenizer(tmp_path, name, mo
         tokenizer = Tokenizer.from_gguf(byte_level()[1] | named)
     folder = tmp_path / "deep" / "folder"
     tokenizer.save(folder)
-    write_beside(folder, config={"model_type": model_type})
+    config = {"model_type": model_type, "is_encoder_decoder": tokenizer.has_separate_targets}
+    write_beside(folder, config=config)
     check_saved(tokenizer, folder, TEXTS)
     # Without this, transformers 4 returns token_type_ids too, and its generate() refuses them.
     config = json.loads((folder / "tokenizer_config.json").read_text())
