@@ -230,6 +230,7 @@ def byte_level():
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     metadata = {
         "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],

@@ -57,7 +57,6 @@ LLAMA3 = WordRule(LLAMA3_WORDS, has_gpt2_words=False, has_whole_words=True, has_
 
 # tokenizer.ggml.pre -> rule
 WORD_RULES = {
-    "default": WordRule(),
     "gpt-2": WordRule(),
     # Each digit is a word.
     "smollm": WordRule(r"\p{N}"),
@@ -80,7 +79,7 @@ def read_gguf_tokenizer(metadata):
     """
     settings = strip_prefixes(metadata)
     kind = settings.get("model")
-    rule_name = settings.get("pre", "default")
+    rule_name = settings.get("pre")
     if kind == "llama":
         backend = backend_with_scores(settings)
         has_bos = True
@@ -88,6 +87,11 @@ def read_gguf_tokenizer(metadata):
         rule = WORD_RULES[rule_name]
         backend = backend_over_bytes(settings, rule)
         has_bos = rule.has_bos
+    elif kind == "gpt2" and rule_name is None:
+        raise ValueError(
+            "the file does not say how a text is cut into words (tokenizer.ggml.pre is missing, as "
+            "in files from before May 2024): take a newer conversion of the model"
+        )
     else:
         known = ", ".join(WORD_RULES)
         raise ValueError(

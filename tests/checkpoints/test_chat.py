@@ -173,6 +173,7 @@ def test_the_template_of_a_gguf_file_is_in_its_metadata():
     tokens = sorted(vocabulary, key=vocabulary.get)
     metadata = {
         "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] * 8 + [1] * (len(tokens) - 8),
         "tokenizer.ggml.merges": [],

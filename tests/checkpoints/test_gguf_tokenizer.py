@@ -17,7 +17,6 @@ few = settings(deadline=None, max_examples=60)
 # Hugging Face's own rules, in the tokenizer.json of GPT-2 and SmolLM2
 PEER_RULES = {
     "gpt-2": BYTE_LEVEL,
-    "default": BYTE_LEVEL,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL]),
 }
 
@@ -72,13 +71,6 @@ def test_a_bpe_over_bytes_has_the_ids_of_the_tokenizer_it_was_made_from(rule):
         assert tokenizer.decode(ids) == text.replace("<|end|>", "").replace("<|pad|>", "")
 
     check()
-
-
-def test_a_text_is_cut_as_gpt_2_does_if_no_rule_is_named():
-    _, metadata = byte_level()
-    unnamed = Tokenizer.from_gguf(metadata)
-    named = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "gpt-2"})
-    assert unnamed.backend.to_str() == named.backend.to_str()
 
 
 def test_llama_3_has_its_own_words_keeps_words_that_are_tokens_and_begins_with_bos():
@@ -149,6 +141,17 @@ def test_a_tokenizer_of_an_unknown_kind_is_refused_by_name():
         Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "tekken"}, "x.gguf")
     with pytest.raises(ValueError, match=r"'bert'.*expected llama, or gpt2"):
         Tokenizer.from_gguf(metadata | {"tokenizer.ggml.model": "bert"})
+
+
+def test_a_bpe_over_bytes_that_does_not_name_its_rule_for_words_is_refused():
+    """Files from before May 2024 do not. Their rule is often Qwen2's or Llama 3's."""
+    _, metadata = byte_level()
+    # llama.cpp gives another rule to this name than GPT-2's.
+    with pytest.raises(ValueError, match=r"pre 'default'; expected .*gpt-2"):
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "default"})
+    del metadata["tokenizer.ggml.pre"]
+    with pytest.raises(ValueError, match=r"^x.gguf: .*cut into words.*take a newer conversion"):
+        Tokenizer.from_gguf(metadata, "x.gguf")
 
 
 @pytest.mark.parametrize("key", ["model", "tokens", "merges", "token_type"])
