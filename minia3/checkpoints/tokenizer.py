@@ -248,7 +248,8 @@ class Tokenizer:
         With these files, AutoTokenizer of transformers has the same ids. The file of an old chat
         template is removed.
         """
-        config = dict(self.special)
+        # A null, or else an id in config.json would become the bos of a tokenizer that has none.
+        config = {"bos_token": None} | self.special
         if self.chat_template:
             config["chat_template"] = self.chat_template
         # transformers' LlamaTokenizer would replace our normalizer.
@@ -347,13 +348,18 @@ def read_backend(file, settings):
 
 
 def read_settings(folder):
-    """Return the content of the JSON files beside a tokenizer. The last file with a key wins."""
+    """Return the content of the JSON files beside a tokenizer. The last file with a key wins.
+
+    A null counts as no key, except for bos_token: Qwen's says that there is no bos, although
+    config.json has an id.
+    """
     settings = {}
     for name in ("config.json", *SETTINGS_FILES):
         if (folder / name).is_file():
-            for key, value in read_json(folder / name).items():
-                if value is not None:
-                    settings[key] = value
+            content = read_json(folder / name)
+            if content.get("bos_token", "") is None:
+                settings.pop("bos_token_id", None)
+            settings |= {key: value for key, value in content.items() if value is not None}
     return settings
 
 

@@ -186,6 +186,24 @@ def test_the_template_of_a_gguf_file_is_in_its_metadata():
         Tokenizer.from_gguf(metadata).chat(CHATS["turns"])
 
 
+def test_a_template_writes_no_bos_if_the_settings_say_that_there_is_none(tmp_path):
+    """As in Qwen2.5-Instruct, whose config.json has an id for it all the same."""
+    folder = folder_with(tmp_path / "a", "{{ bos_token }}" + CHATML)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": None}))
+    saved = tmp_path / "b"
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(saved)
+    for place in (folder, saved):
+        config = {"model_type": "qwen2", "bos_token_id": 0}
+        (place / "config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(place)
+        ids = tokenizer.chat(CHATS["question"])
+        assert ids == theirs(place, CHATS["question"])
+        assert 0 not in ids
+        assert tokenizer.bos_id is None
+
+
 def refused(tokenizer, messages):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers look at the message)
         tokenizer.chat(messages)
