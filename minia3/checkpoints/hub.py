@@ -220,7 +220,8 @@ class Transfer:
 
     huggingface_hub has a limit of time for each byte only, so a server that sends a byte now and
     then could hold a download for days. It reports every 10 MB, and the end of a file: if neither
-    comes within LONGEST_WAIT, less than 17 kB came in a second.
+    comes within LONGEST_WAIT, less than 17 kB came in a second, or huggingface_hub is waiting for
+    another process that downloads the same file, about which it reports nothing.
     """
 
     def __init__(self, download, *args, **options):
@@ -264,7 +265,8 @@ class Transfer:
             thread.join(1.0)
             if self.is_watched and time.monotonic() - self.reported > LONGEST_WAIT:
                 raise TimeoutError(
-                    f"the server sends too slowly: less than 10 MB in {LONGEST_WAIT} seconds"
+                    f"the server sends too slowly: less than 10 MB in {LONGEST_WAIT} seconds. If "
+                    "another process is downloading this file, try again when it is done"
                 )
         if self.error is not None:
             raise self.error

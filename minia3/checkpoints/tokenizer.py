@@ -303,6 +303,12 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     path = find(name_or_path, weights=False)
     if path.is_file():
         return Tokenizer.from_gguf(read_metadata(path), path)
+    is_downloaded = not Path(name_or_path).exists()
+    if is_downloaded and tokenizer_file(path) is None:
+        raise ValueError(
+            f"{name_or_path}: no tokenizer in the hub's cache ({path}): if the hub could not be "
+            "reached, try again with a network; otherwise, the repository has none"
+        )
     return Tokenizer.from_folder(path)
 
 

@@ -333,6 +333,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up_with_the_reason(hub
     (message,) = ask(tmp_path, endpoint, [("load", "org/slow")], longest_wait=1.5)
     assert message.startswith("ValueError: org/slow: ")
     assert "the server sends too slowly: less than 10 MB in 1.5 seconds" in message
+    assert "If another process is downloading this file, try again when it is done" in message
 
 
 def test_an_adapter_on_this_machine_is_not_downloaded(tmp_path, monkeypatch):

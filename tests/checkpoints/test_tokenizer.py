@@ -366,6 +366,15 @@ def test_find_tokenizer_returns_none_for_a_model_without_one(tmp_path):
     assert found.encode("the") == small("llama").encode("the")
 
 
+def test_a_model_whose_tokenizer_may_be_on_the_hub_is_refused_with_what_to_do(
+    tmp_path, monkeypatch
+):
+    """Without a network, the cache may hold the config only."""
+    monkeypatch.setattr("minia3.checkpoints.tokenizer.find", lambda name, weights: tmp_path)
+    with pytest.raises(ValueError, match=r"^org/name: no tokenizer in .*try again with a network"):
+        load_tokenizer("org/name")
+
+
 # Damage
 
 
