@@ -38,7 +38,10 @@ def from_hf(raw, origin="config.json"):
 
 
 def to_hf(config, dtype):
-    """Return the content of a config.json that transformers 4 and 5 read as the same model.
+    """Return the content of a config.json that transformers 5 reads as the same model.
+
+    Version 4 does, too, except for a T5 that is tied and does not scale its logits, or has a head
+    of its own and scales them, because version 4 does not read scale_decoder_outputs.
 
     Raise ValueError if the rope factors (of a GGUF file) are neither Llama 3.1's nor 3.2's.
     """
