@@ -58,6 +58,7 @@ LIMITS = {
 QWEN = {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
+    "bos_token_id": None,
     "eos_token_id": None,
     "sliding_window": 4096,
     "max_window_layers": 28,
@@ -107,7 +108,7 @@ SUPPORTED_BY = {
 
 # Other keys that are read
 OTHER_KEYS = (
-    "rope_scaling", "rope_parameters", "rope_factors", "pad_token_id",
+    "rope_scaling", "rope_parameters", "pad_token_id",
     "sliding_window", "max_window_layers", "layer_types",
 )
 
@@ -137,7 +138,9 @@ def from_hf(raw, origin="config.json"):
     stated |= {key: rope[key] for key in rope if is_rope_key(key)}
     supported = SUPPORTED | SUPPORTED_BY[model_type]
     refuse_unsupported(unsupported(stated, supported) + unsupported_rope(rope))
-    check_keys(raw, origin, NUMBERS, SUPPORTED, OTHER_KEYS, HARMLESS)
+    rope_factors = factors_of_gguf(raw)
+    gguf_keys = () if rope_factors is None else ("rope_factors",)
+    check_keys(raw, origin, NUMBERS, SUPPORTED, OTHER_KEYS, HARMLESS, gguf_keys)
     settings = fill_in(stated)
     numbers = read_numbers(settings, NUMBERS, LlamaConfig)
     scaling = {}
@@ -147,9 +150,6 @@ def from_hf(raw, origin="config.json"):
     faults = wrong_ids(settings, ["pad_token_id", "bos_token_id"])
     raise_if_any(faults + wrong_numbers(numbers | scaling | window, LIMITS))
 
-    rope_factors = settings.get("rope_factors")
-    if not isinstance(rope_factors, tuple):
-        rope_factors = None  # an unknown key of a config.json; only read_gguf makes a tuple
     config = LlamaConfig(
         **{ours: numbers[key] for key, ours in NUMBERS.items()},
         own_head=not settings.get("tie_word_embeddings", False),
@@ -160,7 +160,7 @@ def from_hf(raw, origin="config.json"):
         rope_factors=rope_factors,
         pad_id=settings.get("pad_token_id"),
         eos_ids=tuple(settings["eos_token_id"]),
-        bos_id=settings.get("bos_token_id"),
+        bos_id=stated.get("bos_token_id", LlamaConfig.bos_id),
     )
     check_sizes(config, scaling)
     return config
@@ -220,6 +220,16 @@ def rope_settings(raw):
         renamed = {key: value for key, value in rope.items() if key != "type"}
         return {"rope_type": rope["type"]} | renamed
     return rope
+
+
+def factors_of_gguf(raw):
+    """Return the rope factors of a GGUF file, or None if `raw` comes from another file.
+
+    read_gguf makes a tuple of them. In a config.json, where no value is a tuple, a key of this name
+    is one that nobody knows.
+    """
+    factors = raw.get("rope_factors")
+    return factors if isinstance(factors, tuple) else None
 
 
 def is_rope_key(key):

@@ -139,7 +139,7 @@ def test_every_key_that_is_passed_over_has_a_reason():
 
 
 def test_a_llama_config_without_a_key_means_what_transformers_assumes():
-    assert from_hf(LLAMA) == LlamaConfig(8, 4, 16, 2, 2, 2, 10, bos_id=None)
+    assert from_hf(LLAMA) == LlamaConfig(8, 4, 16, 2, 2, 2, 10)
     nulls = dict.fromkeys(
         ("head_dim", "num_key_value_heads", "rope_scaling", "sliding_window", "pad_token_id")
     )

@@ -113,6 +113,13 @@ def test_absent_keys_of_qwen_mean_what_transformers_assumes():
     assert from_hf(raw).eos_ids == ()
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_an_absent_bos_is_the_one_that_transformers_assumes_and_null_is_none(model_type):
+    raw = {"model_type": model_type, **SIZES}
+    assert from_hf(raw).bos_id == transformers.AutoConfig.for_model(**raw).bos_token_id
+    assert from_hf(raw | {"bos_token_id": None}).bos_id is None
+
+
 # The window
 
 

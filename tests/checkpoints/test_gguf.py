@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -492,7 +493,10 @@ def test_keys_that_are_missing_or_different_change_the_config(tmp_path, changes,
 def test_llama3_scaling_becomes_factors_of_the_config_and_is_not_a_tensor(tmp_path):
     factors = {"rope_freqs.weight": (np.array([1, 2.5, 8], np.float32), F32)}
     path = write(tmp_path / "a.gguf", gguf_tensors(hf_tensors(make_model())) | factors)
-    assert read_gguf(path)[0]["rope_factors"] == (1.0, 2.5, 8.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config, _ = read_checkpoint(path)
+    assert config.rope_factors == (1.0, 2.5, 8.0)
     assert read_gguf(path)[1].keys() == hf_tensors(make_model()).keys()
 
 
