@@ -206,11 +206,13 @@ def flag_words(config, names):
     words = []
     for name in names:
         value = getattr(config, name)
-        words.append(option(name))
-        if isinstance(value, tuple):
-            words.append(",".join(map(str, value)))
-        elif value is not True:
-            words.append(str(value))
+        text = ",".join(map(str, as_tuple(value)))
+        if value is True:
+            words.append(option(name))
+        elif text.startswith("-"):
+            words.append(f"{option(name)}={text}")  # or the value would be taken for a flag
+        else:
+            words += [option(name), text]
     return words
 
 

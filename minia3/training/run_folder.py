@@ -59,7 +59,7 @@ def describe_difference(config, found):
         name = field.name.replace("_", "")
         if value is True:
             text += f"-{name}"
-        elif value in (None, False):
+        elif value is None or value is False:  # and not 0, which equals False
             text += f"-no{name}"
         else:
             text += f"-{name}{short_value(value)}"

@@ -86,7 +86,8 @@ class Choice:
 
 def given_words(flags):
     """Return flags (name of the field -> value) as words of a command line."""
-    names = [name for name, value in flags.items() if value not in (None, False)]
+    # With `is`, because 0 equals False, and a zero is a value.
+    names = [name for name, value in flags.items() if value is not None and value is not False]
     return flag_words(Config(**flags), names)
 
 

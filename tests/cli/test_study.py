@@ -101,6 +101,19 @@ def test_flags_on_the_command_line_replace_those_of_the_file(tmp_path, capsys):
         assert " --out elsewhere/" in line
 
 
+def test_a_zero_on_the_command_line_reaches_every_run_and_every_worker(
+    tmp_path, capsys, monkeypatch
+):
+    path = write_study(tmp_path)
+    for line in output(capsys, "study", path, "--list", "--dropout", 0).splitlines():
+        assert " --dropout 0.0 " in line
+    calls = []
+    monkeypatch.setattr("minia3.cli.submit.submit", lambda *given: calls.append(given))
+    assert main(["study", str(path), "--submit", "local", "--dropout", "0"]) == 0
+    ((_, words, *_),) = calls
+    assert words == ["study", str(path), "--dropout", "0.0", "--only", "*", "--run"]
+
+
 def test_a_flag_of_several_lines_is_not_listed_as_several_commands(tmp_path, capsys):
     path = write_study(tmp_path, '[runs.prompt]\ninput = "{a}\\nIs it?"\ntarget = "{b}"')
     capsys.readouterr()

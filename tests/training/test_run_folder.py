@@ -157,6 +157,7 @@ def test_runs_with_other_flags_are_kept_apart(tmp_path, monkeypatch, capsys):
         ({"steps": 300, "lr": 0.01}, "-steps300-lr0.01"),
         ({"recompute": True, "seed": (0, 1)}, "-seed0,1-recompute"),
         ({"epochs": 2.0}, "-epochs2.0"),
+        ({"dropout": 0.0, "shard": 0}, "-shard0-dropout0.0"),
         ({"eval_prompt": "all", "sites": "k,v"}, "-sitesk,v-evalpromptall"),
     ],
 )

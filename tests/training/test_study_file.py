@@ -61,6 +61,24 @@ def test_values_are_those_of_the_command_line_whatever_the_file_writes(tmp_path)
         read(tmp_path, "[runs.a]\nlr = 1\n[runs.b]\nlr = 1.0")
 
 
+def test_zero_is_a_value_like_others(tmp_path):
+    text = "[flags]\ndropout = 0\n[each]\nwarmup-ratio = [0, 0.06]\n[runs.shared]\nshard = 0"
+    first, second, shared = read(tmp_path, text)
+    assert names([first, second]) == ["warmupratio0", "warmupratio0.06"]
+    assert (first.config.warmup_ratio, second.config.warmup_ratio) == (0.0, 0.06)
+    assert shared.config.shard == 0
+    for run in (first, second, shared):
+        assert run.config.dropout == 0.0
+        assert parse_flags(given_words(run.flags)) == run.flags
+
+
+def test_a_value_may_begin_with_a_dash(tmp_path):
+    text = "[runs.a]\nlabels = '-1,1'\ninput = '- {a}?'\ntarget = '{b}'"
+    (run,) = read(tmp_path, text)
+    assert (run.config.labels, run.config.input) == ("-1,1", "- {a}?")
+    assert parse_flags(given_words(run.flags)) == run.flags
+
+
 def test_only_some_runs_may_be_meant_and_only_their_flags_are_checked(tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(WHOLE)
