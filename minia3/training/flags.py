@@ -162,8 +162,11 @@ def check_value(field, value):
     """Raise ValueError if a field's value has the wrong type, is empty, or is beyond a limit."""
     kinds = kinds_of(field)
     accepted = (*kinds, int) if float in kinds else kinds
+    has_kind = isinstance(value, accepted)
+    if isinstance(value, bool):  # to Python, True is also an int
+        has_kind = bool in kinds
     found = f"{option(field.name)} is {value!r}, expected"
-    if value == "" or isinstance(value, tuple) or not isinstance(value, accepted):
+    if value == "" or isinstance(value, tuple) or not has_kind:
         raise ValueError(f"{found} {kinds[0].__name__}")
     if value is None:
         return

@@ -102,6 +102,8 @@ def test_it_works_in_a_thread_and_several_threads_take_turns(tmp_path):
         ({"batchsize": 1}, 'unknown flag "batchsize": did you mean batch_size'),
         ({"steps": 0}, "--steps is 0, expected at least 1"),
         ({"steps": "3"}, "--steps is '3', expected int"),
+        ({"shard": True}, "--shard is True, expected int"),
+        ({"lr": [True, 0.1]}, "--lr is True, expected float"),
         ({"seed": "0,x"}, "--seed is '0,x', expected int"),
         ({"rank": 4}, "--rank is for --method lora"),
         ({"task": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
