@@ -61,8 +61,7 @@ def complete(given):
         config = restore_flags(Config, given)
     else:
         check_length(given)
-        flags = flags_of_file(given) | given
-        config = Config(**flags)
+        config = Config(**put_over(flags_of_file(given), given))
         config.config = None  # because config.json has the flags themselves
         if config.or_resume:
             config = resume_if_begun(config)
@@ -93,15 +92,24 @@ def check_length(given):
 
 
 def flags_of_file(given):
-    """Return the flags that the file of --config adds to the flags that are given."""
+    """Return the flags in the file of --config, if one is given."""
     if given.get("config") is None:
         return {}
     values = read_config_file(given["config"], Config)
     check_length(values)
+    return values
+
+
+def put_over(flags, given):
+    """Return `flags` with the flags `given` in their place: name of the field -> value.
+
+    --steps and --epochs take each other's place.
+    """
+    kept = dict(flags)
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in given:
-            values.pop(other, None)
-    return values
+            kept.pop(other, None)
+    return kept | given
 
 
 def answer_mistakes(words, program):

@@ -28,7 +28,7 @@ from itertools import product
 from pathlib import Path
 
 from minia3.files.read import reading
-from minia3.training.command_line import complete, parse_flags
+from minia3.training.command_line import check_length, complete, parse_flags, put_over
 from minia3.training.config import Config
 from minia3.training.config_file import as_flag, field_name, read_toml
 from minia3.training.flags import as_tuple, flag_words, option
@@ -69,6 +69,7 @@ class StudyRun:
         """
         with reading(f"{self.origin}: {self.name}"):
             check_config(self.config)
+            check_length(self.flags)
             self.flags = parse_flags(given_words(self.flags))
 
     def resolve(self):
@@ -133,7 +134,8 @@ def read_study(path, given):
         raise ValueError(f"{path}: there are no runs: give lists in [each], or [runs.NAME]")
     runs = []
     for choice in found:
-        flags = {**shared, **choice.flags, **given, "out": str(Path(out, choice.label))}
+        flags = put_over(put_over(shared, choice.flags), given)
+        flags["out"] = str(Path(out, choice.label))
         runs.append(StudyRun(choice.label, flags, path))
     return runs
 

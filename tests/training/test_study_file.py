@@ -95,6 +95,18 @@ def test_flags_that_are_typed_replace_those_of_the_file_in_every_run(tmp_path):
     assert str(runs[-1].folder) == "elsewhere/none"
 
 
+def test_steps_and_epochs_take_each_other_s_place(tmp_path):
+    text = "[flags]\nepochs = 3\n[runs.short]\nsteps = 5\n[runs.long]\nseed = 1"
+    short, long = read(tmp_path, text)
+    assert (short.config.steps, short.config.epochs) == (5, None)
+    assert long.config.epochs == 3
+    for run in read(tmp_path, text, steps=2, out=str(tmp_path)):
+        assert (run.resolve().steps, run.resolve().epochs) == (2, None)
+    for run in read(tmp_path, text, epochs=1.0, out=str(tmp_path)):
+        assert run.resolve().epochs == 1
+        assert "steps" not in run.flags
+
+
 def test_without_a_place_the_runs_are_in_a_folder_of_the_study_s_name(tmp_path):
     (run,) = read(tmp_path, "[runs.a]\nsteps = 2", name="losses.toml")
     assert str(run.folder) == "runs/losses/a"
@@ -183,6 +195,8 @@ MISTAKES = {
     "[runs.a]\nsteps = 0": "a: --steps is 0, expected at least 1",
     "[runs.a]\nsteps = 'x'": "a: --steps is 'x', expected int",
     "[runs.a]\nrank = 4": "a: --rank is for --method lora",
+    "[runs.a]\nshard = true": "a: --shard is True, expected int",
+    "[flags]\nsteps = 3\nepochs = 2\n[runs.a]": "a: --epochs takes the place of --steps",
     "[runs.a]\nout = 'x'": "[runs.a] has --out, which is not for the runs of a study",
     "[flags]\nresume = 'x'\n[runs.a]": "[flags] has --resume, which is not for the runs of a study",
     "[flags]\nconfig = 'x'\n[runs.a]": "[flags] has --config, which is not",
