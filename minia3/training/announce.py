@@ -1,6 +1,5 @@
 """What a run prints before it trains."""
 
-import dataclasses
 import warnings
 from contextlib import contextmanager
 
@@ -8,7 +7,7 @@ from minia3.files.messages import plural
 from minia3.files.processes import n_processes
 from minia3.model.shard import is_sharded
 from minia3.training.command_lines import resume_command
-from minia3.training.flags import as_tuple
+from minia3.training.flags import expand_grid
 from minia3.training.optimizer import learning_rate
 
 
@@ -39,12 +38,12 @@ def announce_finished(run, config):
 
 def announce_extension(n_steps, config):
     """Print what the learning rate of a run does that was made longer after `n_steps` steps."""
-    rates = []
-    for peak in as_tuple(config.lr):
-        rates.append(f"{learning_rate(n_steps, dataclasses.replace(config, lr=peak)):.1e}")
+    _, cell_configs = expand_grid(config)
+    rates = [f"{learning_rate(n_steps, cell_config):.1e}" for cell_config in cell_configs]
+    distinct = ",".join(dict.fromkeys(rates))  # not the same one for each task and seed
     print(
         f"extended from step {n_steps} to step {config.steps}: the learning rate goes on as in a "
-        f"run of {config.steps} steps, at {','.join(rates)}, and falls to 0"
+        f"run of {config.steps} steps, at {distinct}, and falls to 0"
     )
 
 

@@ -101,6 +101,15 @@ def test_the_message_says_what_the_learning_rate_does(tmp_path, capsys):
     assert rates[20] == pytest.approx(0.1 * 1 / 20)
 
 
+def test_the_message_has_each_rate_of_a_grid_once(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=10, seed="0,1", lr=0.1, warmup_ratio="0,0.9")) == 0
+    assert extend(out, 20) == 0
+    # Without a warm-up the rate has fallen to the half; with one of 18 steps it still rises.
+    assert "in a run of 20 steps, at 5.0e-02,5.6e-02, and falls to 0\n" in capsys.readouterr().out
+    assert {line["steps"] for line in events(out, "final")} == {20}
+
+
 def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypatch):
     flags = {"steps": 6, "lr": 0.1, "dropout": 0.1}
     whole = tmp_path / "whole"
