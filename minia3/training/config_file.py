@@ -41,6 +41,8 @@ def read_config_file(path, config_class):
     for name, value in recorded_flags(content, path).items():
         if not (is_record and name in OF_ONE_RUN):
             values[field_name(name, config_class, path)] = value
+    if is_record and values.get("epochs") is not None:
+        values.pop("steps", None)  # the run has worked out how many steps its epochs are
     return values
 
 

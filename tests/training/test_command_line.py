@@ -176,6 +176,17 @@ def test_epochs_are_passes_over_the_rows(epochs, steps, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "epochs" / "config.json").read_text())["steps"] == steps
 
 
+def test_the_config_json_of_a_run_of_epochs_repeats_it(tmp_path):
+    first = tmp_path / "first"
+    assert run(words(first, steps=None, epochs=0.5, lr=0.1, dropout=0)) == 0
+    assert run(["--config", first, "--out", tmp_path / "again"]) == 0
+    assert outcome(tmp_path / "again") == outcome(first)
+    shorter = complete({"config": str(first), "steps": 2})
+    assert (shorter.steps, shorter.epochs) == (2, None)
+    longer = complete({"config": str(first), "epochs": 2.0})
+    assert longer.epochs == 2.0
+
+
 def test_epochs_that_differ_within_a_grid_are_refused(tmp_path, capsys):
     flags = {"task": f"{task()},{task((2, 3, 1))}", "epochs": 2, "steps": None}
     assert run(words(tmp_path / "same", **flags)) == 0  # both have 20 rows
