@@ -32,6 +32,7 @@ PLACES = (
     "device",
     "log_to",
 )  # where a run happens, not what it does
+TEXTS = ("input", "target", "labels")  # in which a slash begins no path
 
 # How runs are started.
 SCRIPT = "python train.py"
@@ -64,10 +65,17 @@ def training_command(config):
     that every installed minia3 has.
     """
     names = ["model", "task"]
-    for name in changed_flags(config):
-        if name not in ("model", "task", *PLACES):
-            names.append(name)
-    return [*COMMAND.split(), *map(without_place, flag_words(config, names))]
+    left_out = [*names, *PLACES]
+    if config.epochs is not None:
+        left_out.append("steps")  # the run has worked out how many steps its epochs are
+    names += [name for name in changed_flags(config) if name not in left_out]
+    words = COMMAND.split()
+    for name in names:
+        typed = flag_words(config, [name])
+        if name not in TEXTS:
+            typed = map(without_place, typed)
+        words += typed
+    return words
 
 
 def without_place(word):

@@ -17,7 +17,7 @@ import minia3
 from minia3.adapters.lora import add_lora, save_lora
 from minia3.checkpoints.known_models import EMBEDDED
 from minia3.cli.main import main
-from minia3.training.command_line import parse_flags
+from minia3.training.command_line import complete, parse_flags
 from minia3.training.model_card import card, write_card
 from minia3.training.run_folder import read_run_config
 
@@ -227,6 +227,18 @@ def test_the_command_makes_the_same_run_again_and_names_no_place():
     assert words[:2] == ["minia3", "train"]
     found = train.Config(**parse_flags(words[2:]))
     assert found == dataclasses.replace(config, out=None, data_dir="data", device=None)
+
+
+def test_the_command_of_a_run_of_epochs_has_its_epochs_and_not_its_steps():
+    config = train.Config(epochs=3.0, steps=30)  # as the run has worked them out
+    words = command_of(make_card(config))
+    assert complete(parse_flags(words[2:])) == train.Config(epochs=3.0)
+
+
+def test_a_slash_or_a_dash_at_the_beginning_of_a_prompt_stays():
+    texts = {"input": "/no_think {q}", "target": "- {a}", "labels": "-1,/1"}
+    words = command_of(make_card(train.Config(**texts, task="/home/me/rows.csv")))
+    assert train.Config(**parse_flags(words[2:])) == train.Config(**texts, task="rows.csv")
 
 
 def test_the_flags_and_the_result_of_a_run_make_its_card(tmp_path):
