@@ -131,9 +131,11 @@ class WandB:
             dir=str(folder),
             config=vars(config),
         )
+        # W&B's own steps may only grow, and ours begin again with each cell that trains alone.
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, line):
-        self.run.log(figures(line), step=line["step"])
+        self.run.log({"step": line["step"], **figures(line)})
 
     def close(self):
         self.run.finish()

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 import running
@@ -127,6 +128,42 @@ def read_wandb_file(path):
             parts = b""
 
 
+class RowsThatOnlyGrow:
+    """A run of W&B, which passes over what has an earlier step of its own than it already has."""
+
+    def __init__(self):
+        self.rows = []
+        self.axes = {}
+        self.step = 0
+
+    def define_metric(self, name, step_metric):
+        self.axes[name] = step_metric
+
+    def log(self, row, step=None):
+        if step is None:
+            step = self.step + 1
+        if step >= self.step:
+            self.rows.append(row)
+            self.step = step
+
+
+def test_wandb_has_the_lines_of_every_cell_that_trains_alone(tmp_path, monkeypatch):
+    tracked = RowsThatOnlyGrow()
+    wandb = SimpleNamespace(init=lambda **settings: tracked)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tracker = trackers.WandB(running.train.Config(), tmp_path)
+    for cell in ("s0", "s1"):
+        for step in (1, 10):
+            tracker.write({"event": "train", "step": step, "losses": {cell: 0.5}})
+    assert tracked.axes == {"*": "step"}
+    assert tracked.rows == [
+        {"step": 1, "train/losses/s0": 0.5},
+        {"step": 10, "train/losses/s0": 0.5},
+        {"step": 1, "train/losses/s1": 0.5},
+        {"step": 10, "train/losses/s1": 0.5},
+    ]
+
+
 @pytest.mark.slow
 def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
@@ -135,7 +172,8 @@ def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
-    assert run(words(out, seed="0,1", log_to="wandb")) == 0
+    # The cells of a LoRA train one after the other, so the steps begin again.
+    assert run(words(out, method="lora", seed="0,1", log_to="wandb")) == 0
     wandb.teardown()  # waits for the process that writes the file, as the end of a program does
     (file,) = out.glob("wandb/offline-run-*/*.wandb")
     found = {}
@@ -146,8 +184,8 @@ def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
         for item in record.history.item:
             values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         for name, value in values.items():
-            if not name.startswith("_"):
-                found[name, values["_step"]] = value
+            if name != "step" and not name.startswith("_"):
+                found[name, values["step"]] = value
     assert found == expected_figures(out)
 
 
