@@ -35,8 +35,9 @@ def train(model=None, task=None, **flags):
 
     Raise ValueError for a mistake, and Failed (a RuntimeError) if the loss becomes NaN. On the main
     thread, an interrupt finishes the step and saves it before it raises KeyboardInterrupt. Settings
-    of torch, its random numbers and the handlers of signals stay as they were. Runs in several
-    threads take turns.
+    of torch, its random numbers and the handlers of signals stay as they were, but compile=True
+    raises a limit of torch's compiler for the rest of the process, and offload=True starts a
+    process group of torch.distributed. Runs in several threads take turns.
     """
     config = complete(given_flags({"model": model, "task": task, **flags}))
     loop = load_loop()
