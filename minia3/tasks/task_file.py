@@ -25,7 +25,7 @@ from pathlib import Path
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_choices, check_template
+from minia3.tasks.prompts import Prompt, check_choices, check_template
 from minia3.tasks.split_files import SPLITS, TASK_FILE
 from minia3.tasks.task import TaskSpec
 
@@ -144,6 +144,9 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
             raise ValueError("a prompt has no 'text'")
         for text in (prompt["text"], prompt.get("target"), *prompt.get("choices", ())):
             check_template(text or "")
+    for key in ("choices", "target"):
+        if entry.get(key) and not entry.get("prompts"):
+            raise ValueError(f"{key!r} needs prompts, which say the text of the input")
     entry = dict(entry)
     files = entry.pop("files", ".")
     target = entry.pop("target", "")
@@ -156,8 +159,6 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
         if prompt.choices and spec.labels:
             check_choices(prompt, spec.labels)
         prompts.append(prompt._replace(choices=prompt.choices or None))
-    if target and prompts == list(OWN_PROMPTS):
-        raise ValueError("'target' needs prompts: expected 'prompts' with the text of the input")
     labels = tuple(spec.labels)
     spec = spec._replace(prompts=tuple(prompts), labels=labels)
     if isinstance(files, str):

@@ -114,6 +114,8 @@ def test_a_target_is_a_text_to_write(tmp_path):
         ({"files": {"train": 1}}, "'files' is {'train': 1}, expected a path, or an object"),
         ({"files": {"train": [0]}}, "'files' has [0] for train, expected paths"),
         ({"prompts": [{"text": None}]}, "a prompt has no 'text'"),
+        ({"prompts": []}, "'choices' needs prompts"),
+        ({"choices": [], "prompts": [], "target": "{title}"}, "'target' needs prompts"),
         ({"files": "none.jsonl"}, "none.jsonl"),
         ({"metric": "bleu"}, "the metric is 'bleu', expected one of accuracy, macro_f1"),
         ({"metric": 1}, "'metric' is 1, expected a text"),
