@@ -18,8 +18,9 @@ from minia3.training.choices import TRAINED_ALONE
 def extend(saved, config):
     """Return the Checkpoint from which a run continues up to `config.steps`.
 
-    saved: its last Checkpoint. Raise ValueError if it has done more steps already, or if it lacks
-    the state to continue from.
+    saved: its last Checkpoint. All cells train on, also those of a stopped run that have a result
+    already or have run out of patience. Raise ValueError if the run has done more steps already, or
+    if it lacks the state to continue from.
     """
     if saved.is_finished and not config.is_training:
         raise ValueError("--steps extends a training, and this run trains nothing")
@@ -28,8 +29,6 @@ def extend(saved, config):
     if config.steps <= saved.n_steps:
         found = f"--steps is {config.steps}, and the run has done {saved.n_steps} steps"
         raise ValueError(f"{found}: expected more than {saved.n_steps}")
-    if not saved.is_finished and place == 0:
-        return saved
     if place > 0:
         group = kept_state(Path(config.resume), 0)
     else:

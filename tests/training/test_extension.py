@@ -61,6 +61,21 @@ def interrupted_at_update(n, monkeypatch):
         yield
 
 
+@contextlib.contextmanager
+def interrupted_in_final_evaluation(monkeypatch):
+    """Press Ctrl-C in the block when the last cell of a group is evaluated after training."""
+    original = train.evaluate_after
+
+    def evaluate_after(group, cell):
+        if cell is group.cells[-1]:
+            kill_self(signal.SIGINT)
+        return original(group, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_after", evaluate_after)
+        yield
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_finished_run_that_is_extended_is_a_run_with_two_schedules(
     name, tmp_path, capsys, monkeypatch
@@ -145,14 +160,54 @@ def test_a_run_that_was_stopped_can_be_made_longer_too(tmp_path, monkeypatch):
     assert metrics(out)[-2]["lr"] == pytest.approx(0.1 / 12)
 
 
-def test_an_adapter_that_ran_out_of_patience_trains_again(tmp_path, monkeypatch):
+AT_THE_END = {
+    "grid": {"seed": "0,3", "lr": 0.1, "dropout": 0.1},
+    "best of": {"lr": "0.3,0.03", "eval_every": 2, "patience": 9},
+    "failed": {"lr": "1e30,0.1"},  # the first cell
+}
+
+
+def results_line(capsys):
+    """Return the line of the last report that says how many results there are."""
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line[1:].startswith(" result")][-1]
+
+
+@pytest.mark.parametrize("name", AT_THE_END)
+def test_a_grid_that_was_stopped_after_the_results_of_a_cell_trains_all_cells_longer(
+    name, tmp_path, monkeypatch, capsys
+):
+    flags = {**AT_THE_END[name], "steps": 6}
+    finished = tmp_path / "finished"
+    assert run(words(finished, **flags)) == 0
+    assert extend(finished, 12) == 0
+    expected_results = results_line(capsys)
+    out = tmp_path / "run"
+    with interrupted_in_final_evaluation(monkeypatch):
+        assert run(words(out, **flags)) == 130
+    assert {line["event"] for line in metrics(out)} & {"final", "failed"}
+    assert extend(out, 12) == 0
+    assert results_line(capsys) == expected_results
+    adapters, lines = outcome(out)
+    expected_adapters, expected_lines = outcome(finished)
+    assert adapters == expected_adapters
+    assert without_events(lines, "extended") == without_events(expected_lines, "extended")
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_an_adapter_that_ran_out_of_patience_trains_again(is_finished, tmp_path, monkeypatch):
     def miss(cell, results):
         cell.progress.n_misses = 1
 
     monkeypatch.setattr(training_cell.Cell, "keep_if_best", miss)
     out = tmp_path / "run"
-    assert run(words(out, steps=6, eval_every=2, patience=1)) == 0
-    assert metrics(out)[-1]["steps"] == 2
+    flags = words(out, steps=6, eval_every=2, patience=1)
+    if is_finished:
+        assert run(flags) == 0
+        assert metrics(out)[-1]["steps"] == 2
+    else:
+        with interrupted_in_final_evaluation(monkeypatch):
+            assert run(flags) == 130
     assert extend(out, 12) == 0
     assert metrics(out)[-1]["steps"] == 4
 
