@@ -16,6 +16,9 @@ from pathlib import Path
 N_SHOWN = 300  # characters of a foreign message: some quote the whole file
 N_HEAD = 512  # bytes that tell an HTML page or a Git LFS pointer
 
+# What an error about memory says, if it is not a MemoryError.
+MEMORY_SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "not enough memory")
+
 
 def read_json(path):
     """Return the object in a JSON file as a dict. Raise ValueError if there is no such object."""
@@ -27,12 +30,14 @@ def read_json(path):
 
 
 @contextmanager
-def reading(origin, damage="damaged or cut short", extra=None):
+def reading(origin, damage="damaged or cut short", extra=None, is_bounded=False):
     """Turn whatever goes wrong in the block into a ValueError of one line that names `origin`.
 
     origin: the Path of the file that the block reads, or a name for anything that is not a file.
     damage: what a library's exception means to the user. A plain ValueError keeps its own message.
     extra: the extra of minia3 to suggest if the block imports a package that is not installed.
+    is_bounded: whether even a damaged file asks for no more memory than it holds. If memory runs
+    out all the same, the file may be good: raise OSError.
     """
     try:
         yield
@@ -41,6 +46,8 @@ def reading(origin, damage="damaged or cut short", extra=None):
         is_panic = type(error).__name__ == "PanicException"
         if not isinstance(error, Exception) and not is_panic:
             raise  # KeyboardInterrupt, SystemExit
+        if is_bounded and is_out_of_memory(error):
+            raise OSError(f"{origin}: not enough memory to read it: {one_line(error)}") from None
         raise ValueError(f"{origin}: {explain(error, origin, damage, extra)}") from None
 
 
@@ -85,6 +92,17 @@ def problem_of_content(head):
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "an HTML page in place of the file: the download went wrong"
     return ""
+
+
+def is_out_of_memory(error):
+    """Return whether an exception says that there is not enough memory, on a GPU or on a CPU."""
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):  # PyTorch's errors about memory are of this class
+        return False
+    # torch.save says that a file has no end, and hides that there was no memory for it.
+    is_hidden = isinstance(error.__context__, MemoryError)
+    return is_hidden or any(sign in str(error) for sign in MEMORY_SIGNS)
 
 
 def one_line(error):

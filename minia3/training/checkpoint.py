@@ -76,7 +76,7 @@ def load_checkpoint(folder):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return None
-    with reading(path, DAMAGED):
+    with reading(path, DAMAGED, is_bounded=True):
         values = read_values(path)
         if values.pop("layout", None) != LAYOUT:
             if values.get("finished") is True:  # as earlier versions wrote it
@@ -119,7 +119,7 @@ def kept_state(folder, place):
     if folder is None or not state_path(folder, place).exists():
         return None
     path = state_path(folder, place)
-    with reading(path, DAMAGED_STATE):
+    with reading(path, DAMAGED_STATE, is_bounded=True):
         values = read_values(path)
         if values.get("layout") != LAYOUT:
             raise ValueError(OTHER_LAYOUT)

@@ -218,7 +218,7 @@ class Run:
         if state is None:  # only the machine of the first process needs to have the folder
             state = from_first(kept_state(self.written_folder, self.n_done))
         if state is not None:
-            with reading(self.folder / "checkpoint.pt", DAMAGED):
+            with reading(self.folder / "checkpoint.pt", DAMAGED, is_bounded=True):
                 group.load_state_dict(state)
             self.saved.group = None
 

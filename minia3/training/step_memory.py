@@ -36,9 +36,6 @@ TRAINED_BYTES = 12
 
 ROOM = 0.9  # the share of the free memory that a step may take
 
-# What an error about memory says, if it is not of a class of its own.
-SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "not enough memory")
-
 
 class StepShape(NamedTuple):
     """The sizes of one forward pass: of a micro-batch, or of the whole batch."""
@@ -259,16 +256,6 @@ def limited_memory(n_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def is_out_of_memory(error):
-    """Return whether an exception says that there is not enough memory, on a GPU or on a CPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    # torch.save says that a file has no end, and hides that there was no memory for it.
-    return isinstance(error.__context__, MemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 def out_of_memory_message(error, run):

@@ -5,11 +5,14 @@ The tests of the readers say what each kind of file may look like, and tests/hos
 the files.
 """
 
+import io
 import json
+import re
 
 import pytest
+import torch
 
-from minia3.files.read import one_line, problem_of_file, read_json, reading
+from minia3.files.read import is_out_of_memory, one_line, problem_of_file, read_json, reading
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
 
@@ -62,7 +65,40 @@ def test_a_value_error_keeps_its_message_and_other_exceptions_are_explained():
     assert message_of(KeyError("a"), "x") == "x: damaged or cut short: KeyError: 'a'"
     assert message_of(KeyError("a"), "x", "cut") == "x: cut: KeyError: 'a'"
     assert message_of(UnicodeError("a"), "x") == "x: damaged or cut short: UnicodeError: a"
-    assert message_of(MemoryError(), "x") == "x: damaged or cut short: MemoryError: MemoryError"
+
+
+NO_MEMORY = (
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY)
+def test_errors_about_memory_mean_damage_only_if_a_damaged_file_asks_for_too_much(error):
+    assert is_out_of_memory(error)
+    assert message_of(error, "x").startswith("x: damaged or cut short: ")
+    message = f"x: not enough memory to read it: {one_line(error)}"
+    with pytest.raises(OSError, match=f"^{re.escape(message)}$"), reading("x", is_bounded=True):
+        raise error
+
+
+def test_a_file_of_torch_that_finds_no_memory_is_recognised():
+    class NoRoomForTensors(io.BytesIO):
+        def write(self, content):
+            if len(content) >= 4000:
+                raise MemoryError
+            return super().write(content)
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"x": torch.zeros(1000)}, NoRoomForTensors())
+    assert is_out_of_memory(caught.value)
+
+
+def test_other_errors_are_not_about_memory():
+    for error in (RuntimeError("expected all tensors on one device"), ValueError("out of memory")):
+        assert not is_out_of_memory(error)
 
 
 def test_only_the_first_sentence_of_a_library_is_kept():

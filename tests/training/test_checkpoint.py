@@ -28,6 +28,25 @@ def test_a_damaged_checkpoint_is_named(damage, tmp_path, capsys):
     fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
 
 
+@pytest.mark.parametrize("reader", ["checkpoint.torch.load", "group.Group.load_state_dict"])
+def test_a_checkpoint_for_which_memory_is_missing_is_not_called_damaged(
+    reader, tmp_path, capsys, monkeypatch
+):
+    """It is good, and the advice about a damaged one is to remove it."""
+
+    def read_without_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    more_steps = ["--resume", out, "--steps", 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"minia3.training.{reader}", read_without_memory)
+        message = "checkpoint.pt: not enough memory to read it: CUDA out of memory"
+        fails(more_steps, capsys, message, code=1)
+    assert run(more_steps) == 0
+
+
 def test_a_byte_that_changed_is_found_by_the_checksums(tmp_path):
     """A wrong number in a vector or in the optimizer's state would go unnoticed otherwise."""
     vector = torch.full((64,), 1.5)

@@ -18,7 +18,7 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze
 from minia3.training import step_memory
-from minia3.training.step_memory import StepShape, is_out_of_memory, peak_of_step, upper_bound
+from minia3.training.step_memory import StepShape, peak_of_step, upper_bound
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
 CONFIGS = {
@@ -133,33 +133,6 @@ def run_with_free_memory(n_bytes, arguments):
     ):
         code = run(arguments)
     return code, errors.getvalue(), resource.getrlimit(resource.RLIMIT_DATA) == limits
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
-        ),
-        RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"),
-    ],
-)
-def test_errors_about_memory_are_recognised(error):
-    assert is_out_of_memory(error)
-
-
-def test_a_file_of_torch_that_finds_no_memory_is_recognised():
-    class NoRoomForTensors(io.BytesIO):
-        def write(self, content):
-            if len(content) >= 4000:
-                raise MemoryError
-            return super().write(content)
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.save({"x": torch.zeros(1000)}, NoRoomForTensors())
-    assert is_out_of_memory(caught.value)
 
 
 def test_another_error_of_torch_is_a_bug_and_not_a_message(tmp_path, monkeypatch):
