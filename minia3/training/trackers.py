@@ -46,9 +46,9 @@ def start_trackers(config, folder):
         except Exception as error:  # each package has its own
             close_trackers(trackers)
             raise ValueError(f"--log-to {name} cannot start: {one_line(error)}") from None
-        for line in lines:
-            tracker.write(line)
         trackers.append(tracker)
+    for line in lines:
+        trackers = hand_over(line, trackers)
     return trackers
 
 

@@ -235,6 +235,34 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, capsys, monkeypatch
     assert running.events(tmp_path / "run", "final")
 
 
+def test_a_tracker_that_fails_while_a_run_is_resumed_does_not_end_it(tmp_path, capsys, monkeypatch):
+    received = []
+
+    class Working:
+        """A service that gets everything."""
+
+        def __init__(self, config, folder):
+            received.clear()
+
+        def write(self, line):
+            received.append(line)
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Working)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    out = tmp_path / "run"
+    assert run(words(out, steps=3, log_to="tensorboard,wandb")) == 0
+    assert received == metrics(out)
+    capsys.readouterr()
+    assert run(["--resume", out, "--steps", 6]) == 0
+    assert capsys.readouterr().out.count("Broken gets no more of this run") == 1
+    assert received == metrics(out)
+    assert metrics(out)[-1]["steps"] == 6
+
+
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
     def refuse(config, folder):
         raise RuntimeError("not\nlogged in")
