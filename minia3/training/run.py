@@ -69,10 +69,15 @@ class Run:
         self.saved = Checkpoint(n_processes=n_processes())
         self.stopped = None  # where a run stood that --steps makes longer
         self.extended_from = None  # how many steps it had done
-        if is_first():
-            self.open_folder(config)
-        opened = (self.folder, self.saved, self.extended_from)
-        self.folder, self.saved, self.extended_from = from_first(opened)
+        try:
+            if is_first():
+                self.open_folder(config)
+            opened = (self.folder, self.saved, self.extended_from)
+            self.folder, self.saved, self.extended_from = from_first(opened)
+        except BaseException:
+            # A notebook keeps the traceback of the last error, which would keep the lock.
+            self.resources.close()
+            raise
         # What this process writes to: the first one writes for all.
         self.written_folder = self.folder if is_first() else None
         self.finals = self.saved.finals
@@ -101,7 +106,7 @@ class Run:
         elif config.out is not None or not config.eval_only:
             folder = Path(config.out or choose_folder(config))
             recorded = dataclasses.replace(config, out=str(folder))
-            self.resources.enter_context(begin_run(folder, recorded))
+            begin_run(folder, recorded, self.resources)
             self.folder = folder
 
     @property
@@ -275,5 +280,5 @@ class Run:
 
     def close(self):
         """Unlock the folder, so that other processes may write into it."""
-        close_trackers(self.trackers)
-        self.resources.close()
+        with self.resources:  # which unlocks it also if a tracker is interrupted
+            close_trackers(self.trackers)

@@ -126,14 +126,15 @@ def join_values(values):
 # Beginning, continuing and undoing a run
 
 
-def begin_run(folder, config):
-    """Make the folder of a new run with its config.json, and return its lock.
+def begin_run(folder, config, resources):
+    """Lock the folder of a new run, which is made if need be, and write its config.json.
 
-    Raise ValueError if the folder cannot be made or written to, or if it holds a run already.
+    resources: the ExitStack that holds the lock from then on. Raise ValueError if the folder cannot
+    be made or written to, or if it holds a run already.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)
+        resources.enter_context(lock_folder(folder))
         found = [name for name in CONTENTS if (folder / name).exists()]
         if found:
             raise RunExists(
@@ -146,7 +147,6 @@ def begin_run(folder, config):
         raise ValueError(
             f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"
         ) from None
-    return lock
 
 
 def discard_run(folder):

@@ -21,6 +21,7 @@ from minia3.cli.results import read_results
 from minia3.files.lock import lock_folder
 from minia3.training import start
 from minia3.training.loop import load_loop
+from minia3.training.run_folder import begin_run
 from minia3.training.study_file import given_words, read_studies
 
 FENCE = re.compile(r"^```(\w*).*\n((?:.*\n)*?)```$", re.MULTILINE)
@@ -210,6 +211,25 @@ def test_a_run_that_another_worker_has_begun_since_we_looked_is_continued(
     printed = output(capsys, "study", path, "--run", "1/4")
     assert n_calls == 2
     assert printed.endswith("\n1 finished before\n")
+
+
+def test_a_run_that_another_worker_has_begun_and_left_since_we_looked_is_continued(
+    tmp_path, capsys, monkeypatch
+):
+    path = write_study(tmp_path, steps=1)
+    first = read_studies([path], {})[0]
+    run_config = start.run_config
+
+    def run_config_but_late(config, *arguments, **options):
+        if not first.has_begun:
+            with contextlib.ExitStack() as resources:  # of a worker that is killed at once
+                begin_run(first.folder, config, resources)
+        return run_config(config, *arguments, **options)
+
+    monkeypatch.setattr(start, "run_config", run_config_but_late)
+    printed = output(capsys, "study", path, "--run", "1/4")
+    assert printed.endswith("\n1 finished now\n")
+    assert "another worker makes this run" not in printed
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ import torch
 from running import ROOT, kill_self, metrics, outcome, run, words
 
 import minia3
+from minia3.files.lock import lock_folder
 from minia3.tasks.labels import split_words
-from minia3.training import from_python
+from minia3.training import from_python, trackers
 from minia3.training.optimizer import RowOptimizer
 from minia3.training.run import Failed
 
@@ -118,6 +119,49 @@ def test_a_mistake_is_a_value_error_and_leaves_nothing(flags, message, tmp_path)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="expected the folder of a run"):
         minia3.train(resume=tmp_path)
+
+
+def test_a_mistake_that_a_notebook_remembers_does_not_keep_the_folder_locked(tmp_path):
+    def mistake(**flags):
+        """Return the error, and with its traceback all that the functions held which it left."""
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is compared below)
+            minia3.train(**flags)
+        return caught.value
+
+    out = tmp_path / "run"
+    call(out, steps=3)
+    errors = [mistake(out=out), mistake(resume=out, steps=2)]
+    checkpoint = out / "checkpoint.pt"
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[:-50])
+    errors.append(mistake(resume=out))
+    checkpoint.write_bytes(content)
+    assert minia3.train(resume=out, steps=5).results[0]["steps"] == 5
+    for error, part in zip(errors, ("holds a run", "--steps is 2", "damaged"), strict=True):
+        assert part in str(error)
+
+
+class Slow:
+    """A service of --log-to for whose end nobody wants to wait."""
+
+    def __init__(self, config, folder):
+        pass
+
+    def write(self, line):
+        pass
+
+    def close(self):
+        kill_self(signal.SIGINT)
+
+
+def test_an_interrupt_while_a_service_ends_does_not_keep_the_folder_locked(tmp_path, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Slow)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        call(tmp_path / "run", steps=1, log_to="wandb")
+    monkeypatch.undo()
+    lock_folder(tmp_path / "run").close()
+    assert interrupt.value.__traceback__ is not None
 
 
 def test_a_failure_is_an_exception(tmp_path):
