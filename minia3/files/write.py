@@ -70,11 +70,12 @@ def replacing(path):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files that killed processes left in a folder and its sub-folders.
+    """Remove the temporary files that killed processes left in a folder, but not below it.
 
-    The caller holds the lock of the folder, so no process is writing them.
+    The caller holds the lock of the folder, so no process is writing them. Sub-folders may have
+    locks of their own.
     """
-    for path in Path(folder).rglob(".*"):
+    for path in Path(folder).glob(".*"):
         if TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

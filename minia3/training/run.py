@@ -18,7 +18,6 @@ from minia3.files.processes import (
     n_processes,
 )
 from minia3.files.read import reading
-from minia3.files.write import remove_leftovers
 from minia3.training.checkpoint import (
     DAMAGED,
     Checkpoint,
@@ -36,6 +35,7 @@ from minia3.training.run_folder import (
     begin_run,
     check_data,
     choose_folder,
+    clean_run,
     discard_run,
     read_run_config,
     record_run,
@@ -96,7 +96,7 @@ class Run:
         if config.resume is not None:
             self.folder = Path(config.resume)
             self.resources.enter_context(lock_folder(self.folder))
-            remove_leftovers(self.folder)
+            clean_run(self.folder)
             saved = load_checkpoint(self.folder)
             if saved and config.steps != read_run_config(self.folder).get("steps"):
                 self.stopped = saved

@@ -26,6 +26,7 @@ from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
 
 CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
+SUB_FOLDERS = ("states", "adapter", "adapters/*", "model")  # in which a run writes
 RUNS = Path("runs")  # the folder of runs without --out
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
 LONGEST_VALUE = 20  # characters of the value of a flag
@@ -147,6 +148,17 @@ def begin_run(folder, config, resources):
         raise ValueError(
             f"--out is {str(folder)!r}, expected a folder to write to: {error.strerror}"
         ) from None
+
+
+def clean_run(folder):
+    """Remove the temporary files that a killed run left in its folder. The caller holds its lock.
+
+    Another run below this folder has a lock of its own, so its files stay.
+    """
+    remove_leftovers(folder)
+    for pattern in SUB_FOLDERS:
+        for place in folder.glob(pattern):
+            remove_leftovers(place)
 
 
 def discard_run(folder):

@@ -37,6 +37,21 @@ def test_what_a_run_left_that_was_killed_at_once_is_removed(tmp_path):
     assert not left.exists()
 
 
+def test_a_run_removes_what_it_left_but_not_what_another_run_below_it_is_writing(tmp_path):
+    out = tmp_path / "run"
+    left = f".checkpoint.pt.{'0' * 32}"
+    below = out / "another" / left
+    below.parent.mkdir(parents=True)
+    below.write_text("half")
+    assert run(words(out, seed="0,1", steps=1)) == 0
+    assert below.exists()
+    for name in (".", "states", "adapters/s0", "adapters/s1"):
+        (out / name).mkdir(exist_ok=True)
+        (out / name / left).write_text("half")
+    assert resume(out) == 0
+    assert list(out.rglob(left)) == [below]
+
+
 def test_a_second_run_in_the_folder_of_one_that_lives_is_refused(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, steps=1)) == 0
