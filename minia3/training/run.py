@@ -138,13 +138,15 @@ class Run:
             check_data(self.folder, checksums)
             if not (self.folder / "checkpoint.pt").exists():
                 forget_states(self.folder)
-            if self.stopped is not None:
-                # config.json comes last: if a kill comes in between, the run can be extended again.
-                keep_last_state(self.stopped, config)
-                self.stopped = None
-                self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
-                self.write_checkpoint(self.saved.group)
-            record_run(self.folder, checksums, config)
+            # A signal waits, because afterwards the run is resumed without --steps.
+            with self.uninterrupted():
+                if self.stopped is not None:
+                    # config.json comes last: after a kill, the run can be extended again.
+                    keep_last_state(self.stopped, config)
+                    self.stopped = None
+                    self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
+                    self.write_checkpoint(self.saved.group)
+                record_run(self.folder, checksums, config)
         self.metrics = Metrics(self.written_folder, self.n_bytes)
         self.trackers = start_trackers(config, self.written_folder)
 

@@ -150,6 +150,31 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
     assert outcome(out) == outcome(whole)
 
 
+@pytest.mark.parametrize("writer", ["reopen_metrics", "save_checkpoint", "record_run"])
+def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
+    writer, tmp_path, monkeypatch, capsys
+):
+    """It writes metrics.jsonl, the checkpoint, which may take long, and config.json in turns."""
+    flags = {"steps": 6, "seed": "0,3", "lr": 0.1, "dropout": 0.1}
+    whole = tmp_path / "whole"
+    assert run(words(whole, **flags)) == 0
+    shutil.copytree(whole, tmp_path / "run")
+    assert extend(whole, 12) == 0
+    out = tmp_path / "run"
+    original = getattr(training_run, writer)
+
+    def write(*arguments):
+        kill_self(signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, writer, write)
+        assert extend(out, 12) == 130
+    assert f"to continue: python train.py --resume {out}\n" in capsys.readouterr().err
+    assert resume(out) == 0
+    assert outcome(out) == outcome(whole)
+
+
 def test_a_run_that_was_stopped_can_be_made_longer_too(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with interrupted_at_update(4, monkeypatch):
