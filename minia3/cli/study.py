@@ -161,7 +161,6 @@ def make_runs(runs, share):
 def make_run(study_run):
     """Make a run, or continue it. Return what became of it, in words that follow a number."""
     from minia3.files.streams import lasting_output
-    from minia3.training.checkpoint import load_checkpoint
     from minia3.training.loop import load_loop
     from minia3.training.run import Failed
     from minia3.training.signals import Stopped
@@ -171,8 +170,7 @@ def make_run(study_run):
     with lasting_output():
         try:
             config = study_run.resolve()
-            checkpoint = load_checkpoint(study_run.folder)
-            if checkpoint is not None and checkpoint.is_finished:
+            if is_finished(study_run.folder):
                 return "finished before"
             show(f"== {study_run.folder}")
             run_config(config, loop.run_grid, COMMAND, is_program=True)
@@ -187,6 +185,14 @@ def make_run(study_run):
                 return make_run(study_run)  # another worker has begun it since we looked
             print(command_line.error_line(COMMAND, error), file=sys.stderr)
             return "failed"
+
+
+def is_finished(folder):
+    """Return whether the run in a folder is finished, and keep no state, which may be large."""
+    from minia3.training.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(folder)
+    return checkpoint is not None and checkpoint.is_finished
 
 
 # States
