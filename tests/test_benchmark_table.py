@@ -93,7 +93,7 @@ def test_several_runs_stand_side_by_side():
     assert "Run A reaches 2 of 2 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
     assert "Run C reaches 0 of 1 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
     assert "The runs are of 2 different commits." in lines
-    assert "1 ratios were disturbed by other work, and have a star." in lines
+    assert "Disturbed by other work, and marked with a star: 1." in lines
     ratios = "1.25 (1.00 to 2.00) | 1.35 (1.00 to 2.00) * | 1.15 (1.00 to 2.00)"
     floor = "1.70 s roof (85%) | 1.47"
     assert f"| {STEP} | 2.00 s | 2.50 s | {ratios} | 1.2 at 80% | 2 of 3 | {floor} |  |  |" in lines
