@@ -205,12 +205,13 @@ class Run:
         try:
             with self.signals.ignored_after(PeerGone), computing_together():
                 yield
+            with self.uninterrupted():
+                self.save(group)
         except (Stopped, PeerGone):
             if self.undo_step is not None:
                 self.undo_step()
             self.save(group)
             raise
-        self.save(group)
 
     def save(self, group):
         if self.written_folder is not None:  # or the copies of a state are made for nothing

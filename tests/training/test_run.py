@@ -310,6 +310,24 @@ def test_a_second_signal_while_the_first_one_saves_keeps_the_last_checkpoint(
     continues_as_if_it_had_not_stopped("adafactor", out)
 
 
+def test_a_signal_while_a_trained_group_is_saved_loses_no_step(tmp_path, monkeypatch):
+    original_save = torch.save
+    steps = steps_that_begin(monkeypatch)
+
+    def save(state, file):
+        if len(steps) == 12 and not signals:
+            signals.append(None)
+            kill_self(signal.SIGINT)
+        original_save(state, file)
+
+    signals = []
+    monkeypatch.setattr(torch, "save", save)
+    assert run(recipe("adafactor", tmp_path / "run")) == 130
+    steps.clear()
+    assert resume(tmp_path / "run") == 0
+    assert steps == []
+
+
 def test_the_command_to_continue_quotes_a_folder_with_a_space(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         training_group, "load_model", lambda *args, **options: kill_self(signal.SIGINT)
