@@ -16,8 +16,6 @@ As a plain LoRA, an adapter cannot be written: diag(l) W - W has full rank.
 Shapes: (out, in) of a linear's weight, A is (1, in) and B is (out, 1).
 """
 
-import torch
-
 from minia3.adapters.lora import PLAIN
 from minia3.adapters.peft_files import any_of, write_peft
 from minia3.adapters.rows import fitting_vectors
@@ -43,10 +41,10 @@ def write_dora(folder, adapter_file, base, origin):
         weight = entry.read().to(dtype)
         linear = stored_name.removesuffix(".weight")
         linears.append(linear)
-        magnitude_out = magnitude(weight, factor_out, linear)
-        tensors[f"{PREFIX}{linear}.lora_A.weight"] = torch.zeros(1, weight.shape[1])
-        tensors[f"{PREFIX}{linear}.lora_B.weight"] = torch.zeros(weight.shape[0], 1)
-        tensors[f"{PREFIX}{linear}.lora_magnitude_vector"] = magnitude_out.float()
+        magnitude_out = magnitude(weight, factor_out, linear).float()
+        tensors[f"{PREFIX}{linear}.lora_A.weight"] = magnitude_out.new_zeros(1, weight.shape[1])
+        tensors[f"{PREFIX}{linear}.lora_B.weight"] = magnitude_out.new_zeros(weight.shape[0], 1)
+        tensors[f"{PREFIX}{linear}.lora_magnitude_vector"] = magnitude_out
     config = {
         **PLAIN,
         "use_dora": True,

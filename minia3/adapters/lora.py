@@ -80,9 +80,10 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
         parent_name, _, kind = name.rpartition(".")
         if kind in where:
             device = linear.weight.device
-            a = torch.empty(rank, linear.in_features)  # on the CPU: the same for every device
+            # On the CPU: the same for every device.
+            a = torch.empty(rank, linear.in_features, dtype=torch.float32)
             nn.init.kaiming_uniform_(a, 5**0.5, generator=generator)
-            b = torch.zeros(linear.out_features, rank, device=device)
+            b = torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device)
             lora = LoRA(linear, a.to(device), b, alpha)
             setattr(model.get_submodule(parent_name), kind, lora)
     return lora_parameters(model)

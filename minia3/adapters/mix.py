@@ -72,7 +72,7 @@ def stack_vectors(name, parts):
     widths = sorted({len(vector) for vector in present})
     if len(widths) > 1:
         refuse(f"{name} of {widths} entries")
-    identity = torch.ones(widths[0])
+    identity = torch.ones_like(present[0])
     return torch.stack([vectors.get(name, identity) for vectors, _ in parts]).double()
 
 

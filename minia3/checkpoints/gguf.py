@@ -425,7 +425,7 @@ def read_tensor(path, kind, shape, offset):
     content = np.memmap(path, np.uint8, "c", offset, byte_shape).view(np.ndarray)
     if kind.name in DTYPES:
         return torch.from_numpy(content).view(DTYPES[kind.name]).reshape(shape)
-    weight = torch.empty(n_rows, n_columns)
+    weight = torch.empty(n_rows, n_columns, dtype=torch.float32)
     # A few rows at a time, because dequantize takes twice the memory of what it returns.
     for row in range(0, n_rows, ROWS_AT_ONCE):
         rows = slice(row, row + ROWS_AT_ONCE)

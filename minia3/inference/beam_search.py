@@ -119,8 +119,9 @@ def best_ways(logp_BV, searches, n_best):
 
     logp_BV: the log-probabilities of the next token, for the live hypotheses of all searches.
     """
-    totals = torch.tensor([[hypothesis.total] for hypothesis in live_hypotheses(searches)])
-    total_BV = to_device(totals, logp_BV.device) + logp_BV
+    totals = [[hypothesis.total] for hypothesis in live_hypotheses(searches)]
+    total_B1 = torch.tensor(totals, dtype=logp_BV.dtype)
+    total_BV = to_device(total_B1, logp_BV.device) + logp_BV
     total_SW = total_BV.view(len(searches), -1)
 
     n_vocab = logp_BV.shape[1]

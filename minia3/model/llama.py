@@ -67,7 +67,7 @@ def inverse_frequencies(config):
     exponent_P = torch.arange(0, config.d_head, 2).float() / config.d_head
     frequency_P = 1.0 / config.rope_theta**exponent_P
     if config.rope_factors is not None:
-        return frequency_P / torch.tensor(config.rope_factors)
+        return frequency_P / torch.tensor(config.rope_factors, dtype=torch.float32)
     if config.rope_scaling is None:
         return frequency_P
     factor, low, high, original_length = config.rope_scaling

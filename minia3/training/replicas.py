@@ -60,7 +60,7 @@ class StepSum:
         Return the number of the signal that any process has got, or None. Raise RuntimeError if the
         processes have not made the same number of passes.
         """
-        reports = torch.zeros(2, n_processes(), device=self.loss_A.device)
+        reports = self.loss_A.new_zeros(2, n_processes())
         reports[0, rank()] = self.n_passes
         reports[1, rank()] = self.signal or 0
         pieces = [*self.gradients, self.loss_A, reports]
