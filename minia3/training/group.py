@@ -141,11 +141,13 @@ class Group:
         signal: the number of the signal that this process has got, or None. Return the number that
         any process has got, or None. Raise the errors of `StepSum.add_up`.
         """
-        n_passes = self.log.n_passes
         if is_sharded(self.model):
-            n_passes = reset_passes(self.model)
+            # The processes of one copy must have made equally many passes through its stacks. Those
+            # of another copy may have made others: a LLaMA reads choices in two passes, and single
+            # targets in one. All processes have read equally many parts of the batch, though.
+            reset_passes(self.model)
         trained = self.parameters.values()  # those without a gradient do not train
-        return StepSum(trained, self.log.loss_A, n_passes, signal).add_up()
+        return StepSum(trained, self.log.loss_A, self.log.n_parts, signal).add_up()
 
     def evaluate(self, cell, assignment, rows, shots=()):
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""

@@ -45,7 +45,7 @@ class TrainingLog:
         self.unread = []  # further steps: the rows that trained, and a tensor of all losses (A,)
         # In the current step:
         self.loss_A = 0.0
-        self.n_passes = 0  # forward passes of this process
+        self.n_parts = 0  # micro-batches that this process has read
 
     def state_dict(self):
         state = {name: getattr(self, name) for name in self.SAVED}
@@ -83,12 +83,12 @@ class TrainingLog:
     def start_step(self):
         self.started = time.perf_counter()
         self.loss_A = 0.0
-        self.n_passes = 0
+        self.n_parts = 0
 
     def add_losses(self, loss_A):
         """Add what a micro-batch adds to the loss of each cell."""
         self.loss_A = self.loss_A + loss_A.detach()
-        self.n_passes += 1
+        self.n_parts += 1
 
     def end_step(self, batch):
         self.unread.append(([cell.row for cell in batch.cells], self.loss_A))

@@ -43,25 +43,25 @@ def seed_dropout(seed, step):
 class StepSum:
     """What the processes add up at the end of a step, in one flat tensor.
 
-    It has the gradients, the losses of the cells, and two numbers of each process: how many passes
-    it has made, and the number of the signal that asks it to stop.
+    It has the gradients, the losses of the cells, and two numbers of each process: how many parts
+    of the batch it has read, and the number of the signal that asks it to stop.
     """
 
-    def __init__(self, parameters, loss_A, n_passes, signal):
+    def __init__(self, parameters, loss_A, n_parts, signal):
         """parameters: some have gradients. loss_A: the losses of the cells."""
         self.gradients = [p.grad for p in parameters if p.grad is not None]
         self.loss_A = loss_A
-        self.n_passes = n_passes
+        self.n_parts = n_parts
         self.signal = signal
 
     def add_up(self):
         """Put the sums into the gradients and the losses.
 
         Return the number of the signal that any process has got, or None. Raise RuntimeError if the
-        processes have not made the same number of passes.
+        processes have not read the same number of parts.
         """
         reports = self.loss_A.new_zeros(2, n_processes())
-        reports[0, rank()] = self.n_passes
+        reports[0, rank()] = self.n_parts
         reports[1, rank()] = self.signal or 0
         pieces = [*self.gradients, self.loss_A, reports]
         flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
@@ -70,7 +70,7 @@ class StepSum:
         sums = flat.split([piece.numel() for piece in pieces])
         for piece, total in zip(pieces, sums, strict=True):
             piece.copy_(total.view(piece.shape))
-        n_passes, signals = reports.int().tolist()
-        if len(set(n_passes)) > 1:
-            raise RuntimeError(f"the processes have made {n_passes} passes in one step")
+        n_parts, signals = reports.int().tolist()
+        if len(set(n_parts)) > 1:
+            raise RuntimeError(f"the processes have read {n_parts} parts of one step")
         return max(signals) or None

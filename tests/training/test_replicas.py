@@ -30,6 +30,7 @@ CASES = {
     "length-normalized": {"losses": "ln"},
     "targets": TARGETS,
     "several numbers of choices": {"task": running.task((2, 4, 3))},
+    "choices and targets": {"task": f"{running.task()},{running.task((0,))}", "batch_size": 2},
     "lora": {"method": "lora", "lr": 1e-2, "batch_size": 3},
     "full": {"method": "full", "lr": 1e-3, "batch_size": 3},
     "early stop": {"eval_every": 2, "patience": 1, "seed": "0,1", "lr": 0.3, "steps": 4},
@@ -115,7 +116,7 @@ def test_the_shares_of_a_step_are_the_whole_step(monkeypatch):
             for rank in range(n_processes):
                 become(monkeypatch, rank, n_processes)
                 shares.append(share_of_step(pairs, size))
-            assert len({len(parts) for parts in shares}) == 1  # equally many passes
+            assert len({len(parts) for parts in shares}) == 1  # equally many
             parts = [part for parts in shares for part in parts]
             assert all(len(part) <= size for part in parts)
             assert sorted(pair for part in parts for pair in part) == pairs
@@ -153,19 +154,19 @@ def test_each_process_and_each_step_draws_its_own_dropout(monkeypatch):
         torch.set_rng_state(before)
 
 
-def test_processes_that_have_not_made_equally_many_passes_are_an_error(monkeypatch):
+def test_processes_that_have_not_read_equally_many_parts_are_an_error(monkeypatch):
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
     become(monkeypatch, 0, 2)
 
     def add(flat):
-        """Add what a second process would have sent: the same, but with other passes."""
+        """Add what a second process would have sent: the same, but with other parts."""
         assert flat.tolist() == [1, 1, 1, 5, 4, 0, 0, 0]
         flat += torch.tensor([2, 2, 2, 7.5, 0, 3, 0, 15])
 
     monkeypatch.setattr("minia3.training.replicas.add_over_processes", add)
     losses = torch.tensor([5.0])
-    with pytest.raises(RuntimeError, match=r"\[4, 3\] passes"):
+    with pytest.raises(RuntimeError, match=r"\[4, 3\] parts"):
         StepSum([parameter], losses, 4, None).add_up()
     monkeypatch.setattr("minia3.training.replicas.add_over_processes", lambda flat: flat.mul_(1))
     become(monkeypatch, 0, 1)
@@ -182,7 +183,7 @@ def test_the_sum_has_all_dtypes_and_the_losses(monkeypatch):
     monkeypatch.setattr("minia3.training.replicas.add_over_processes", lambda flat: flat.mul_(2))
     losses = torch.tensor([1.5, 0.25])
     monkeypatch.setattr("minia3.training.replicas.n_processes", lambda: 2)
-    with pytest.raises(RuntimeError, match=r"\[0, 2\] passes"):
+    with pytest.raises(RuntimeError, match=r"\[0, 2\] parts"):
         StepSum([narrow, wide, unused], losses, 1, None).add_up()
     assert narrow.grad.tolist() == [6, 6]
     assert wide.grad.tolist() == [[0, 2], [4, 6]]

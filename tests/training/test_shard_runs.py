@@ -18,6 +18,8 @@ RUNS["quantized"] = {"quantize": "int8"}, []
 # Cases in which copies of a model have fewer rows than others, or none, and have to wait for them.
 UNEQUAL = ["micro-batches of a grid", "fewer rows than processes", "several numbers of choices"]
 UNEQUAL += ["generated texts", "quantized"]
+# A LLaMA reads choices in two passes and targets in one, and here each copy reads one kind.
+UNEQUAL += ["choices and targets"]
 
 
 def command_lines(folder, specials_of, n_per_copy=None):
