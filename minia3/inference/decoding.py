@@ -144,7 +144,8 @@ def generate(  # noqa: PLR0913 (the contract)
     minute for each new number of rows, and writes the same tokens.
 
     Raise ValueError if an option is out of its range, if a prompt has no tokens or an id that the
-    model does not know, or if the model's scores are not finite.
+    model does not know, if the model's scores are not finite, or if a step of a divided model
+    (shard.py) is to be compiled.
     """
     options = Options(
         max_new_tokens=max_new_tokens,
@@ -217,6 +218,11 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     search does not tell.)
     """
     options.check()
+    if options.compile and is_sharded(model):
+        raise ValueError(
+            "compile does not go with a divided model (--shard, --offload), because what is "
+            "compiled would gather the blocks again and again: leave out one of them"
+        )
     sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings)
     cut = set() if cut is None else cut
     return write_in_batches(model, tokenizer, sources, adapter, options, cut)

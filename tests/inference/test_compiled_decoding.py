@@ -82,6 +82,12 @@ def test_a_beam_search_is_not_compiled(model, tokenizer):
         minia3.generate(model, tokenizer, ["w3"], beams=2, compile=True)
 
 
+def test_a_divided_model_is_not_compiled(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "shards", "of some processes", raising=False)
+    with pytest.raises(ValueError, match="compile does not go with a divided model .*: leave out one"):
+        minia3.generate(model, tokenizer, ["w3"], compile=True)
+
+
 @counted_with_this_torch
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
