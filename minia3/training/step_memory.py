@@ -240,7 +240,7 @@ def score_without_padding(model, source_BM, target_BCL):
 def limited_memory(n_bytes):
     """Let the process allocate `n_bytes` more, and no more than that, until the end of the block.
 
-    On systems other than Linux, nothing is limited.
+    A lower limit that the user has set stays. On systems other than Linux, nothing is limited.
     """
     try:
         import resource
@@ -251,7 +251,11 @@ def limited_memory(n_bytes):
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (now + int(n_bytes), before[1]))
+    limit = now + int(n_bytes)
+    for user_limit in before:  # `ulimit -d` sets a soft limit and a hard one, or either of them
+        if user_limit != resource.RLIM_INFINITY:
+            limit = min(limit, user_limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
     try:
         yield
     finally:

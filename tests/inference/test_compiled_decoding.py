@@ -84,7 +84,7 @@ def test_a_beam_search_is_not_compiled(model, tokenizer):
 
 def test_a_divided_model_is_not_compiled(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model, "shards", "of some processes", raising=False)
-    with pytest.raises(ValueError, match="compile does not go with a divided model .*: leave out one"):
+    with pytest.raises(ValueError, match="compile does not go with a divided model"):
         minia3.generate(model, tokenizer, ["w3"], compile=True)
 
 

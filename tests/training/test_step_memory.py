@@ -3,6 +3,7 @@
 import contextlib
 import io
 import resource
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -133,6 +134,24 @@ def run_with_free_memory(n_bytes, arguments):
     ):
         code = run(arguments)
     return code, errors.getvalue(), resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no limit of data")
+def test_a_limit_of_the_user_stays_if_it_is_lower():
+    none = resource.RLIM_INFINITY
+    for before in ((1 << 40, none), (1 << 40, 1 << 40)):  # a soft one, and both
+        within, after = in_new_process(limits_of_data, before, 1 << 41)
+        assert within == after == before
+    within, _ = in_new_process(limits_of_data, (1 << 40, none), 1 << 30)
+    assert within[0] < 1 << 40
+
+
+def limits_of_data(limits, n_bytes):
+    """Return the limits of data within `limited_memory`, and after it, if the user sets these."""
+    resource.setrlimit(resource.RLIMIT_DATA, limits)
+    with step_memory.limited_memory(n_bytes):
+        within = resource.getrlimit(resource.RLIMIT_DATA)
+    return within, resource.getrlimit(resource.RLIMIT_DATA)
 
 
 def test_another_error_of_torch_is_a_bug_and_not_a_message(tmp_path, monkeypatch):
