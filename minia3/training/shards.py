@@ -5,7 +5,7 @@ from minia3.checkpoints.load import build_model, read_checkpoint
 from minia3.files.processes import gathered, hold_together, n_processes
 from minia3.model.shard import Shards
 from minia3.training.choices import TRAINED_ALONE
-from minia3.training.device import free_memory
+from minia3.training.device import device_module, free_memory
 
 ALL = 0  # the value of --shard without a number
 
@@ -72,13 +72,20 @@ def is_enough_memory(config, dtype, memory):
 
 
 def make_mesh(device, n_per_copy):
-    """Return the DeviceMesh of the processes that hold a copy of the model with this one."""
+    """Return the DeviceMesh of the processes that hold a copy of the model with this one.
+
+    `device` becomes the current one of this process.
+    """
     import torch.distributed
     from torch.distributed.device_mesh import init_device_mesh
 
     if not torch.distributed.is_initialized():  # --offload in a process that is alone
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(store=store, rank=0, world_size=1)
+    module = device_module(device)
+    if device.index is not None and hasattr(module, "set_device"):
+        # A mesh has a kind of device and no index, so FSDP2 computes on the current one.
+        module.set_device(device.index)
     if n_per_copy == n_processes():
         return init_device_mesh(device.type, (n_per_copy,))
     n_copies = n_processes() // n_per_copy

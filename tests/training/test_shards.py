@@ -3,6 +3,7 @@
 import pytest
 import running
 import torch
+from test_devices_of_processes import Accelerators
 
 import minia3
 from minia3.files import processes
@@ -57,6 +58,22 @@ def test_a_number_of_processes_that_does_not_suit_shard_is_refused(monkeypatch):
     monkeypatch.setattr(processes._process, "n_processes", 4)
     with pytest.raises(ValueError, match="--shard 3 makes groups of 3 processes, but there are 4"):
         shards.make_shards(3, False, CPU)
+
+
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", 1), ("cuda", None), ("cpu:0", None)])
+def test_a_base_is_on_the_card_that_was_asked_for(name, current, monkeypatch):
+    cards = Accelerators()
+    made = []
+
+    def make_mesh(kind, shape):
+        made.append((kind, shape, cards.current))
+
+    monkeypatch.setattr(torch, "cuda", cards)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", make_mesh)
+    device = torch.device(name)
+    shards.make_shards(None, True, device)
+    assert made == [(device.type, (1,), current)]
 
 
 def config_of(*words):
