@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minia3.inference.metrics import TEXT_METRICS
+from minia3.model.shard import is_sharded
 from minia3.tasks.examples import encode_rows
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import model_without_values
@@ -89,14 +90,18 @@ def larger(shape, other):
 
 def planned_evaluation(group, shape):
     """Return the bytes that the tensors of a batch take at once, beyond the weights."""
-    dtype = group.model.embed.weight.dtype
-    peak = partial(peak_of_evaluation, dtype=dtype, shape=shape)
-    return over_layers(peak, group.model.config)
+    model = group.model
+    options = {"dtype": model.embed.weight.dtype, "is_divided": is_sharded(model)}
+    return over_layers(partial(peak_of_evaluation, shape=shape, **options), model.config)
 
 
 @torch.no_grad()
-def peak_of_evaluation(model_config, dtype, shape):
-    """Return the most bytes that tensors take while a batch is scored, beyond the weights."""
+def peak_of_evaluation(model_config, dtype, shape, is_divided=False):
+    """Return the most bytes that tensors take while a batch is scored, beyond the weights.
+
+    is_divided: see `peak_of_step`.
+    """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype).eval()
-        return peak_beyond_weights(partial(score_without_padding, model), model, shape)
+        score = partial(score_without_padding, model, is_divided=is_divided)
+        return peak_beyond_weights(score, model, shape)

@@ -23,6 +23,7 @@ from minia3.files.processes import n_processes
 from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
 from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze
+from minia3.model.shard import is_sharded
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import MemoryCounter, model_without_values, planned_logprobs
 from minia3.training.prepare import prepare_model
@@ -148,15 +149,22 @@ def fitting_size(plan, shape, free):
 
 
 def planned_step(group, shape):
-    """Return the bytes that the tensors of a step take at once, beyond the weights."""
-    dtype = group.model.embed.weight.dtype
-    activations = planned_activations(group.model.config, dtype, shape, group.config)
+    """Return the bytes that the tensors of a step take at once, beyond the weights.
+
+    What is whole only while it computes is not counted: a block of a divided base, and a weight of
+    a quantized one.
+    """
+    model = group.model
+    dtype = model.embed.weight.dtype
+    is_divided = is_sharded(model)
+    activations = planned_activations(model.config, dtype, shape, group.config, is_divided)
     return activations + TRAINED_BYTES * group.n_trained
 
 
-def planned_activations(model_config, dtype, shape, config):
+def planned_activations(model_config, dtype, shape, config, is_divided=False):
     """Return `peak_of_step` for a model of any depth, in half a second."""
-    return over_layers(partial(peak_of_step, dtype=dtype, shape=shape, config=config), model_config)
+    options = {"dtype": dtype, "shape": shape, "config": config, "is_divided": is_divided}
+    return over_layers(partial(peak_of_step, **options), model_config)
 
 
 def over_layers(peak, model_config):
@@ -174,10 +182,11 @@ def over_layers(peak, model_config):
     return total
 
 
-def peak_of_step(model_config, dtype, shape, config):
+def peak_of_step(model_config, dtype, shape, config, is_divided=False):
     """Return the most bytes that tensors take in a forward and backward pass, beyond the weights.
 
-    config: the flags of the run; dropout and recomputation change what is kept.
+    config: the flags of the run; dropout and recomputation change what is kept. is_divided: whether
+    processes hold the base together, because then choices do not take turns.
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype)
@@ -190,7 +199,7 @@ def peak_of_step(model_config, dtype, shape, config):
         model.train()
 
         def step(source_BM, target_BCL):
-            score_without_padding(model, source_BM, target_BCL).backward()
+            score_without_padding(model, source_BM, target_BCL, is_divided).backward()
 
         return peak_beyond_weights(step, model, shape)
 
@@ -212,7 +221,7 @@ def peak_beyond_weights(function, model, shape):
     return counter.peak - n_before
 
 
-def score_without_padding(model, source_BM, target_BCL):
+def score_without_padding(model, source_BM, target_BCL, is_divided=False):
     """Return a number that depends on all log-probabilities of `choice_logprobs`."""
     n_examples, n_choices, length = target_BCL.shape
     if n_choices == 1:
@@ -224,7 +233,7 @@ def score_without_padding(model, source_BM, target_BCL):
         return masked_logprobs(model, repeated, target_BCL.flatten(0, 1), None)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_examples, MAX_SIDE_BY_SIDE) // length)
-    if n_choices <= n_at_once:
+    if n_choices <= n_at_once or is_divided:
         return score(target_BCL).sum()
     state.make_memory()  # once for all turns, as `choice_logprobs` does
     total = 0.0

@@ -13,6 +13,7 @@ from torch_version import counted_with_this_torch
 
 import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.inference import scoring
 from minia3.inference.decoding import generate
 from minia3.inference.scoring import choice_logprobs
 from minia3.training import evaluation_memory, step_memory
@@ -41,6 +42,17 @@ def test_the_plan_is_what_a_real_evaluation_takes(name, shape):
     config = minia3.load_model(model(name)).config
     planned = peak_of_evaluation(config, torch.float32, StepShape(*shape))
     assert planned == pytest.approx(real_peak(model(name), shape), rel=0.05)
+
+
+def test_choices_of_a_divided_base_take_no_turns_in_the_plan_either(monkeypatch):
+    shape = (300, 3, 8, 3)
+    divided = minia3.load_model("tiny-t5")
+    in_turns = planned_evaluation(SimpleNamespace(model=divided), StepShape(*shape))
+    divided.shards = "of some processes"
+    at_once = planned_evaluation(SimpleNamespace(model=divided), StepShape(*shape))
+    assert at_once > 1.2 * in_turns
+    monkeypatch.setattr(scoring, "is_sharded", lambda model: True)
+    assert at_once == pytest.approx(real_peak("tiny-t5", shape), rel=0.02)
 
 
 def test_a_plan_for_a_text_is_enough_to_generate_it():

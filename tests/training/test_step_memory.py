@@ -16,6 +16,7 @@ from torch_version import counted_with_this_torch
 import minia3
 from minia3.adapters.lora import add_lora
 from minia3.checkpoints.known_models import KNOWN_MODELS
+from minia3.inference import scoring
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze
 from minia3.training import step_memory
@@ -47,6 +48,20 @@ def test_the_plan_is_what_a_real_step_takes(shape):
     config = minia3.load_model("tiny-t5").config
     planned = peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
     assert planned == pytest.approx(real_peak(shape), rel=0.02)
+
+
+def test_choices_of_a_divided_base_take_no_turns_in_the_plan_either(monkeypatch):
+    shape = (300, 3, 8, 3)
+    model = minia3.load_model("tiny-t5")
+    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0)
+    in_turns = step_memory.planned_step(group, StepShape(*shape))
+    model.shards = "of some processes"
+    at_once = step_memory.planned_step(group, StepShape(*shape))
+    assert at_once > 1.2 * in_turns
+    monkeypatch.setattr(scoring, "is_sharded", lambda model: True)
+    # A divided base is read with a mask, even if there is no padding, and the plan has no masks.
+    assert at_once == pytest.approx(real_peak(shape), rel=0.05)
+    assert upper_bound(model.config, StepShape(*shape)) > at_once
 
 
 @pytest.mark.parametrize("shape", [(4, 20, 2, 3), (16, 9, 3, 2)])
@@ -138,20 +153,26 @@ def run_with_free_memory(n_bytes, arguments):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no limit of data")
 def test_a_limit_of_the_user_stays_if_it_is_lower():
-    none = resource.RLIM_INFINITY
-    for before in ((1 << 40, none), (1 << 40, 1 << 40)):  # a soft one, and both
-        within, after = in_new_process(limits_of_data, before, 1 << 41)
-        assert within == after == before
-    within, _ = in_new_process(limits_of_data, (1 << 40, none), 1 << 30)
-    assert within[0] < 1 << 40
+    soft = (1 << 40, resource.RLIM_INFINITY)
+    both = (1 << 40, 1 << 40)
+    found = in_new_process(limits_of_data, [(soft, 1 << 41), (both, 1 << 41), (both, 1 << 30)])
+    (within_soft, after_soft), (within_both, after_both), (within_lower, after_lower) = found
+    assert within_soft == after_soft == soft
+    assert within_both == after_both == both
+    assert within_lower[0] < 1 << 40
+    assert after_lower == both
 
 
-def limits_of_data(limits, n_bytes):
-    """Return the limits of data within `limited_memory`, and after it, if the user sets these."""
-    resource.setrlimit(resource.RLIMIT_DATA, limits)
-    with step_memory.limited_memory(n_bytes):
-        within = resource.getrlimit(resource.RLIMIT_DATA)
-    return within, resource.getrlimit(resource.RLIMIT_DATA)
+def limits_of_data(cases):
+    """Return, for each (limits of data that the user sets, bytes that are free), the limits within
+    `limited_memory` and after it."""
+    found = []
+    for limits, n_bytes in cases:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+        with step_memory.limited_memory(n_bytes):
+            within = resource.getrlimit(resource.RLIMIT_DATA)
+        found.append((within, resource.getrlimit(resource.RLIMIT_DATA)))
+    return found
 
 
 def test_another_error_of_torch_is_a_bug_and_not_a_message(tmp_path, monkeypatch):
