@@ -33,7 +33,7 @@ from minia3.training.step_memory import (
 def check_evaluation(run, group):
     """Print a note if a batch of an evaluation takes more memory than is free.
 
-    On a CPU, limit the process to what is free, as `check_memory` does.
+    On a CPU, limit the process to what may be taken, as `check_memory` does.
 
     Return an --eval-batch-size to try if memory runs out: the size that fits, or else a half.
     """

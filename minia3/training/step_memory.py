@@ -54,7 +54,7 @@ class StepShape(NamedTuple):
 def check_memory(run, group):
     """Print a note if a step takes more memory than is free.
 
-    On a CPU, limit the process to what is free, so that it ends with a message. Otherwise the
+    On a CPU, limit the process to what may be taken, so that it ends with a message. Otherwise the
     system would end it, or move everything that the user works with to the disk.
 
     Return a micro-batch size to try if memory runs out: the size that fits, or else a half.
@@ -82,7 +82,8 @@ def size_that_fits(run, group, plan, shape, free, words):
     """Return None if `shape` fits into `free` bytes and leaves some of them free.
 
     Else print a note, limit the process on a CPU, and return the number of examples that fits, at
-    least 1. plan: a function from a shape to bytes.
+    least 1: the largest power of two, so that few sizes are planned. plan: a function from a shape
+    to bytes.
     """
     free = int(ROOM * free)
     needed = OVERHEAD * plan(shape)
@@ -92,7 +93,7 @@ def size_that_fits(run, group, plan, shape, free, words):
     advice = f"no {words.flag} fits: take a smaller model, or {words.instead}"
     if fitting > 0:
         advice = f"{words.flag} {fitting} fits"
-    sizes = f"about {gigabytes(needed)}, but {gigabytes(free)} are free"
+    sizes = f"about {gigabytes(needed)}, but {gigabytes(free)} of what is free may be taken"
     print(f"note     {words.subject} {sizes}: {advice}")
     if group.device.type == "cpu":
         run.resources.enter_context(limited_memory(free))
