@@ -32,7 +32,7 @@ UNNAMED_FLAGS = {
     # where things are: the data is compared by its checksums instead
     *("out", "data_dir", "resume", "config", "log_to", "device"),
     # other ways to compute the same result (`checkpoint` is the older name of `recompute`)
-    *("deterministic", "recompute", "checkpoint", "compile"),
+    *("deterministic", "recompute", "checkpoint", "compile", "shard", "offload", "check_weights"),
     *("micro_batch_size", "eval_batch_size", "save_every"),
     "epochs",  # `steps` says how many steps they were
     # not flags

@@ -116,6 +116,15 @@ def test_where_metrics_are_sent_and_how_steps_were_counted_make_no_other_row(tmp
     assert [row.method for row in rows] == ["ia3"]
 
 
+def test_where_a_base_is_kept_and_whether_it_was_checked_make_no_other_row(tmp_path):
+    usual = {"shard": None, "offload": False, "check_weights": False}
+    for seed, changed in enumerate(({"shard": 2}, {"offload": True}, {"check_weights": True})):
+        make_run(tmp_path / str(seed), seed=seed, **usual | changed)
+    rows, note = table_rows([tmp_path])
+    assert [(row.method, row.n_runs) for row in rows] == [("ia3", 3)]
+    assert note == ""
+
+
 def test_rows_are_sorted_by_model_and_trainable_parameters(tmp_path):
     for i, (model, n) in enumerate([("b", 5), ("a", 200), ("a", 0)]):
         make_run(tmp_path / str(i), [{"trainable": n}], model=model)
