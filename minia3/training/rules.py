@@ -29,6 +29,8 @@ def check_config(config):
         raise ValueError(
             "--method icl puts examples before each input: give their number with --shots"
         )
+    if config.weight_decay and config.method == "ia3" and config.optimizer != "adamw":
+        raise ValueError("--weight-decay is for --optimizer adamw: give it, too")
     if config.method in TRAINED_ALONE:
         check_trained_weights(config)
     if config.compile and divides(config):

@@ -31,6 +31,11 @@ from minia3.training.rules import check_config
         (["--method", "full", "--adapter", "x"], ["--method full", "--model"]),
         (["--task", "rte,cb", "--cap", "5"], ["--cap limits", "--adapters one"]),
         (["--method", "lora", "--no-cross"], ["--no-cross is for --method ia3"]),
+        (["--weight-decay", "0.1"], ["--weight-decay is for --optimizer adamw"]),
+        (
+            ["--weight-decay", "0.1", "--optimizer", "adafactor"],
+            ["--weight-decay is for --optimizer adamw"],
+        ),
         (["--method", "full", "--alpha", "3"], ["--alpha is for --method lora"]),
     ],
 )
@@ -51,6 +56,8 @@ def test_flags_that_do_not_go_together_are_one_line(
         {"method": "lora", "rank": 4, "optimizer": "adamw"},
         {"method": "lora", "adapter": "x"},
         {"method": "icl", "shots": 4},
+        {"weight_decay": 0.1, "optimizer": "adamw"},
+        {"weight_decay": 0.1, "method": "lora"},
         {"method": "full", "optimizer": "adamw"},
         {"method": "ia3", "sites": "k", "layers": "0", "no_cross": True, "optimizer": "adafactor"},
     ],

@@ -81,7 +81,7 @@ def test_a_run_is_the_loop_written_out_with_the_optimizers_of_transformers_and_t
         "warmup_ratio": 0.4,
         "lr": 0.03,
         "clip": 0.5,
-        "weight_decay": 0.1,
+        "weight_decay": 0.1 if optimizer == "adamw" else 0.0,
         "optimizer": optimizer,
     }
     out = tmp_path / "run"
