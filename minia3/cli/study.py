@@ -24,6 +24,8 @@ from minia3.training.study_file import given_words, read_studies
 TITLE = "Make the runs that a file describes, or a share of them"
 EXAMPLE = "minia3 study study.toml --run 1/6"
 STATES = ("finished", "failed", "begun", "to come")
+N_WORKERS = 1
+HOURS = 24
 
 
 def add_arguments(parser):
@@ -58,14 +60,12 @@ def add_arguments(parser):
     parser.add_argument(
         "--workers",
         type=positive(int),
-        default=1,
-        help="how many workers --submit starts (default: %(default)s)",
+        help=f"how many workers --submit starts (default: {N_WORKERS})",
     )
     parser.add_argument(
         "--hours",
         type=positive(float),
-        default=24,
-        help="how long a worker of --submit lives (default: %(default)s)",
+        help=f"how long a worker of --submit lives (default: {HOURS})",
     )
     # The flags of train.py replace those of the file in every run.
     command_line.add_arguments(parser)
@@ -98,6 +98,9 @@ def positive(kind):
 
 
 def run(args):
+    for flag, value in (("--workers", args.workers), ("--hours", args.hours)):
+        if value is not None and not args.submit:
+            raise ValueError(f"{flag} is for --submit, which starts workers: give it, too")
     given = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
     runs = read_studies(args.files, given, args.only)
     if args.list:
@@ -111,7 +114,7 @@ def run(args):
 
         words = ["study", *args.files, *given_words(given), "--only", args.only, "--run"]
         folder = runs[0].folder.parent / "workers"
-        submit(args.submit, words, folder, args.workers, args.hours)
+        submit(args.submit, words, folder, args.workers or N_WORKERS, args.hours or HOURS)
     else:
         show_states(runs)
 

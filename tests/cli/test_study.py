@@ -147,6 +147,13 @@ def test_run_before_the_file_is_explained(tmp_path, capsys):
     assert "put --run behind the file" in failure(capsys, "study", "--run", path)
 
 
+@pytest.mark.parametrize("words", [("--workers", "6"), ("--run", "--hours", "8")])
+def test_workers_and_hours_without_submit_are_refused(tmp_path, capsys, words):
+    message = failure(capsys, "study", write_study(tmp_path), *words)
+    assert "is for --submit, which starts workers: give it, too" in message
+    assert not (tmp_path / "runs").exists()
+
+
 # Making runs
 
 

@@ -7,6 +7,8 @@ from command_line import failure, output
 from running import ROOT
 from test_study import states, wait_for, write_study
 
+from minia3.cli.main import main
+
 submitit = pytest.importorskip("submitit", reason="--submit needs submitit")
 
 
@@ -45,6 +47,14 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path, capsys):
 def test_workers_and_hours_are_numbers_above_0(tmp_path, capsys, words):
     path = write_study(tmp_path)
     assert "not a number above 0" in failure(capsys, "study", path, "--submit", "local", *words)
+
+
+@pytest.mark.parametrize(("words", "expected"), [((), (1, 24)), (("--workers", "3"), (3, 24))])
+def test_workers_and_hours_have_defaults(tmp_path, monkeypatch, words, expected):
+    found = []
+    monkeypatch.setattr("minia3.cli.submit.submit", lambda *arguments: found.append(arguments[3:]))
+    assert main(["study", str(write_study(tmp_path)), "--submit", "local", *words]) == 0
+    assert found == [expected]
 
 
 def test_without_submitit_the_extra_is_named(tmp_path, capsys, monkeypatch):
