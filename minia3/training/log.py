@@ -112,7 +112,7 @@ class TrainingLog:
     def read_losses(self):
         """Return the losses since the last line: one dict per step, a cell's row -> its loss.
 
-        This waits for a GPU, so call it only if a line is due.
+        This waits for a GPU, so call it only if a line is due, or once a second for the bar.
         """
         steps = list(self.losses)
         if self.unread:

@@ -70,6 +70,7 @@ class StepSum:
         sums = flat.split([piece.numel() for piece in pieces])
         for piece, total in zip(pieces, sums, strict=True):
             piece.copy_(total.view(piece.shape))
+        # This waits for a GPU, because all processes must stop before the same update.
         n_parts, signals = reports.int().tolist()
         if len(set(n_parts)) > 1:
             raise RuntimeError(f"the processes have read {n_parts} parts of one step")
