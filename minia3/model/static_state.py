@@ -34,7 +34,8 @@ class StaticCache(Cache):
 class StaticState(State):
     """A State with a fixed number of columns. `advance` moves it on after each step of one token.
 
-    `length` is the number of columns, and token_M counts all of them.
+    `length` is the number of columns, and token_M counts all of them. So a LLaMA warns of a text as
+    long as this one may become, because a number that grows would be compiled again at each step.
     """
 
     column_1: torch.Tensor | None = None
