@@ -41,10 +41,10 @@ from tests.benchmarks import (
     training,
 )
 from tests.benchmarks.__main__ import in_order, main
-from tests.benchmarks.inference import Ids, random_prompts
+from tests.benchmarks.inference import Ids, random_prompts, without_vectors
 from tests.benchmarks.jobs import timed
 from tests.benchmarks.lines import COMPILES, GOALS, LINES, goal_of
-from tests.benchmarks.measure import LEAST_ROUNDS, Bench, Roof, Row
+from tests.benchmarks.measure import MOST_ROUNDS, Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
@@ -196,9 +196,29 @@ def test_a_row_says_what_ours_could_reach_at_its_floor_and_can_be_read_back():
 @pytest.mark.parametrize(("seconds_of_a_call", "n_rounds"), [(0.5, 20), (0.001, 21), (20.0, 3)])
 def test_there_are_as_many_rounds_as_fit(seconds_of_a_call, n_rounds, monkeypatch):
     monkeypatch.setattr(measure, "seconds", lambda function: seconds_of_a_call)
-    sides = dict.fromkeys(["ours", "theirs", "roof"])
-    assert Bench(False, 30, None).plan_rounds(sides) == n_rounds
-    assert Bench(True, 30, None).plan_rounds(sides) == 1
+    assert Bench(False, 30, None).plan_rounds([None] * 3) == n_rounds
+    assert Bench(True, 30, None).plan_rounds([None] * 3) == 1
+
+
+def test_programs_that_are_measured_do_not_see_bitsandbytes():
+    with pytest.raises(RuntimeError, match="bitsandbytes"):
+        measure.run_program("import bitsandbytes")
+
+
+@pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
+def test_the_base_alone_is_the_base(model, tmp_path):
+    pair = Pair(model, tmp_path, True, torch.float32)
+    source = torch.tensor([[3, 4, 5]])
+
+    def logits(model):
+        state = model.start(source)
+        return model.step(state.start, state)
+
+    with torch.no_grad():
+        ones = minia3.load_model(pair.folder)
+        base = without_vectors(pair.ours())
+        assert torch.equal(logits(base), logits(ones))
+        assert not torch.equal(logits(base), logits(pair.ours()))
 
 
 def test_lines_that_compile_come_after_all_others_of_all_models():
@@ -240,12 +260,12 @@ def test_the_roof_takes_turns_with_the_sides(calls):
 
 
 def test_the_roof_comes_before_each_short_call_and_the_floor_is_the_least(calls):
-    bench = Bench(False, 0, Roof(torch.float32, 8))
-    floor = side(calls, "floor", 4.0, 3.0, 2.0, 6.0)  # the first call is for planning
+    bench = Bench(False, 1000, Roof(torch.float32, 8))
+    floor = side(calls, "floor", 4.0, 3.0, 2.0, 6.0)
     row = bench.time(side(calls, "ours", 5.0), side(calls, "theirs", 6.0), None, floor, True)
     for name in ("ours", "theirs", "floor"):
-        positions = [i for i, call in enumerate(calls) if call == name]
-        assert len(positions) == 1 + LEAST_ROUNDS
+        positions = [i for i, call in enumerate(calls) if call == name][1:]  # after planning
+        assert len(positions) == MOST_ROUNDS  # so many that each side has been the first
         assert {calls[i - 1] for i in positions} == {"roof"}
     assert row.floor == 2.0
 

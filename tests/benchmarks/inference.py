@@ -3,6 +3,7 @@
 Shapes: B batch, M source length, C choices, L target length, N = B * C, V vocabulary.
 """
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 
 import minia3
 from minia3.inference.scoring import score_examples
+from minia3.model.blocks import Unscaled
+from minia3.model.ia3 import IA3
 from tests.benchmarks.floors import memory_read_bytes_per_second
 from tests.benchmarks.measure import record_kernels
 from tests.benchmarks.pairs import batch_on, no_warnings, random_examples
@@ -137,17 +140,21 @@ def mixed(bench, pair):
     """
     n = 32
     ours = pair.ours(n_adapters=n)
+    base = without_vectors(ours)
     source_BM = torch.tensor(random_prompts(pair, n), device=pair.device)
 
     @torch.no_grad()
-    def read(adapter=None):
-        state = ours.start(source_BM, None, adapter)
-        return ours.step(state.start, state)
+    def read(model, adapter=None):
+        state = model.start(source_BM, None, adapter)
+        return model.step(state.start, state)
+
+    def read_base():
+        return read(base)
 
     def row(n_different):
         adapter = torch.arange(n) % n_different
-        pair.check_same(read(adapter), read())  # because every row is the same adapter
-        return bench.time(lambda: read(adapter), read)
+        pair.check_same(read(ours, adapter), read(ours))  # every row is the same adapter
+        return bench.time(lambda: read(ours, adapter), read_base)
 
     for n_different in (1, 8, 32):
         title = f"mixed batch of {n}, {n_different} adapters, against the base alone (ours)"
@@ -166,9 +173,28 @@ def mixed(bench, pair):
         with no_warnings():
             return lora(**inputs)
 
-    row_against_lora = bench.time(lambda: read(torch.arange(n)), read_with_lora, floor=read)
+    def read_ours():
+        return read(ours, torch.arange(n))
+
+    row_against_lora = bench.time(read_ours, read_with_lora, floor=read_base)
     row_against_lora.floor_of = "the base alone"
     yield f"mixed batch of {n}, {n} adapters, against LoRA with adapter_names", row_against_lora
+
+
+class NoVector(Unscaled):
+    """Stands where the model had a vector."""
+
+    scale = None
+
+
+def without_vectors(model):
+    """Return a model of the same weights that multiplies by no vector: the base alone."""
+    base = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    for module in list(base.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, IA3):
+                setattr(module, name, NoVector())
+    return base
 
 
 def random_prompts(pair, n):

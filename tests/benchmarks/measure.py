@@ -130,14 +130,18 @@ class Bench:
             sides["alone"] = alone
         if floor is not None:
             sides["floor"] = floor
-        if is_short:
-            sides = self.with_cold_caches(sides)
         sides["roof"] = self.roof
+        before_each = nothing
+        calls = list(sides.values())  # of a round
+        if is_short:
+            before_each = self.roof
+            calls += [self.roof] * len(sides)
         others_busy = []
         times = alternate(
             sides,
-            self.plan_rounds(sides),
+            self.plan_rounds(calls),
             n_warm_ups=0,  # because planning has called each side
+            before_each=before_each,
             after_each=lambda: others_busy.append(n_others_busy()),
         )
         row = summarize(times["ours"], times["theirs"])
@@ -149,14 +153,6 @@ class Bench:
         if floor is not None:
             row.floor = min(times["floor"])
         return row
-
-    def with_cold_caches(self, sides):
-        """Return the sides, with the roof before each of them."""
-        cold_sides = {}
-        for name, function in sides.items():
-            cold_sides[f"roof before {name}"] = self.roof
-            cold_sides[name] = function
-        return cold_sides
 
     def time_below_roof(self, ours, theirs, n_tokens, with_kernels=False):
         """Return the Row of two functions, where the matrix products of `ours` are its floor.
@@ -174,11 +170,11 @@ class Bench:
         row.floor_of = "roof"
         return row
 
-    def plan_rounds(self, sides):
-        """Return how many rounds fit. Calls each side, which also warms it up."""
+    def plan_rounds(self, calls):
+        """Return how many rounds of these calls fit. Makes each call, which also warms it up."""
         if self.quick:
             return 1
-        seconds_of_a_round = sum(seconds(function) for function in sides.values())
+        seconds_of_a_round = sum(seconds(function) for function in calls)
         n_that_fit = int(self.seconds / seconds_of_a_round)
         return min(max(n_that_fit, LEAST_ROUNDS), MOST_ROUNDS)
 
@@ -202,13 +198,17 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def alternate(sides, n_rounds, n_warm_ups=2, after_each=lambda: None):
+def nothing():
+    """What is called before or after each side, if there is nothing to do."""
+
+
+def alternate(sides, n_rounds, n_warm_ups=2, before_each=nothing, after_each=nothing):
     """Return the seconds of each round of each side. sides: name to function.
 
     Each round begins with the next side, so that none always goes first. The order is not reversed,
     because then a side would follow itself, and find its data in the caches.
 
-    after_each: called after each call of a side, and not timed.
+    before_each, after_each: called before and after each call of a side, and not timed.
     """
     for _ in range(n_warm_ups):
         for function in sides.values():
@@ -220,6 +220,7 @@ def alternate(sides, n_rounds, n_warm_ups=2, after_each=lambda: None):
     try:
         for _ in range(n_rounds):
             for name in order:
+                before_each()
                 times[name].append(seconds(sides[name]))
                 after_each()
             order.append(order.pop(0))
@@ -424,13 +425,20 @@ def peak_beyond(function, device):
 
 # Processes
 
+# PEFT imports bitsandbytes if it is installed, which takes a second and 20 MB. It is here for the
+# tests of other things, and nothing that is measured needs it, so the programs do not see it.
+WITHOUT_BITSANDBYTES = """
+import sys
+sys.modules["bitsandbytes"] = None
+"""
+
 
 def run_program(program, **variables):
     """Run a Python program in another process, and return what it prints.
 
     variables: of its environment, beside those of this process.
     """
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", WITHOUT_BITSANDBYTES + program]
     environment = os.environ | variables
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -12,7 +12,7 @@ from minia3.adapters.rows import row_of
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.model.sequence_state import check_start
-from tests.benchmarks.floors import copy_file, import_seconds
+from tests.benchmarks.floors import copy_file
 from tests.benchmarks.measure import run_program
 from tests.benchmarks.pairs import no_warnings
 from tests.benchmarks.training import check_same_targets
@@ -68,8 +68,11 @@ def start(bench, pair):
 
     found = logits_of(ours + source + OUR_LOGITS + PRINT)
     pair.check_same(found, logits_of(theirs + source + their_logits + PRINT))
-    row = bench.time(lambda: run_program(ours), lambda: run_program(theirs))
-    row.floor = import_seconds("torch", bench.n_floor_rounds)
+    row = bench.time(
+        lambda: run_program(ours),
+        lambda: run_program(theirs),
+        floor=lambda: run_program("import torch"),
+    )
     row.floor_of = "import of torch"
     yield "process start to ready to train", row
 

@@ -13,11 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 SIDES = Path(__file__).parent / "sides"
-# PEFT imports bitsandbytes if it is installed, which takes a second. It is here for the tests of
-# other things, and no user of these jobs needs it, so their side does not see it.
 RUN_SCRIPT = """
 import runpy, sys
-sys.modules["bitsandbytes"] = None
+sys.modules["bitsandbytes"] = None  # see measure.py
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
