@@ -10,7 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from minia3.tasks.labels import MANY_LABELS, Labels, choices_of, name_labels, split_words
+from minia3.tasks.labels import (
+    MANY_LABELS,
+    Labels,
+    choices_of,
+    name_labels,
+    order_like_choices,
+    split_words,
+)
 from minia3.tasks.prompts import (
     OWN_PROMPTS,
     Prompt,
@@ -375,7 +382,11 @@ def find_labels(
         return Labels(tuple(spec.labels), tuple(flags.labels or words))
     values = columns.values(choice.label)
     names = label_names.get(columns.spelled(choice.label), ())
-    return name_labels(values, choice.label, flags.labels or (), names)
+    found = name_labels(values, choice.label, flags.labels or (), names)
+    if flags.labels:  # which become the choices
+        return found
+    choices = [prompt.choices for prompt in choice.prompts if prompt.choices]
+    return order_like_choices(found, choices, choice.label)
 
 
 def notes_on(choice: Choice, labels: Labels) -> list[str]:

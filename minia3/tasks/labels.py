@@ -19,6 +19,7 @@ FEW_ROWS = 5  # per label: if there are fewer, too, then they surely are
 N_SHOWN = 20  # labels in a line
 # "01" is a word, because its zero would be lost.
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+BOOLEANS = ("false", "true")  # in their own order
 INTEGRAL = re.compile(r"(-?\d+)\.0")  # as pandas writes an integer beside an empty cell
 HIDDEN = ("-1", "none", "null", "nan")  # labels of test rows that stand for "no label"
 
@@ -32,6 +33,10 @@ class Labels(NamedTuple):
     @property
     def are_digits(self) -> bool:
         return all(INTEGER.fullmatch(word) for word in self.words)
+
+    @property
+    def are_booleans(self) -> bool:
+        return {word.lower() for word in self.words} == set(BOOLEANS)
 
     def describe(self) -> str:
         """Return the labels as a text: "negative, positive", or "negative (0), positive (1)"."""
@@ -111,8 +116,8 @@ def name_labels(
         if not asked and not names:
             check_number(counts, field)
         return name_integers(sorted(map(int, counts)), field, asked, names)
-    if counts.keys() <= {"false", "true"}:
-        return name_values(("false", "true"), spellings, field, asked)
+    if counts.keys() <= set(BOOLEANS):
+        return name_values(BOOLEANS, spellings, field, asked)
     if asked:
         return Labels(tuple(asked), tuple(asked))
     words = tuple(spellings[key] for key in counts)
@@ -173,6 +178,31 @@ def name_values(
             "expected as many words as labels"
         )
     return Labels(spelled, tuple(asked) or spelled)
+
+
+def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: str) -> Labels:
+    """Return the labels of a column in the order of the choices that prompts have for them.
+
+    choices: format strings, of each prompt that has its own. The order in which words appear in a
+    file does not say which choices they mean, so the words must be the choices of a prompt.
+    Integers and booleans have an order of their own. Raise ValueError for other words.
+    """
+    keys = [choice.lower() for choice in choices_of(labels.words)]
+    for choices_of_prompt in choices:
+        ordered_keys = [choice.lower() for choice in choices_of_prompt]
+        if set(keys) == set(ordered_keys):
+            places = sorted(range(len(keys)), key=lambda place: ordered_keys.index(keys[place]))
+            spelled = tuple(labels.spelled[place] for place in places)
+            words = tuple(labels.words[place] for place in places)
+            return Labels(spelled, words)
+    has_order = labels.are_digits or labels.are_booleans or labels.words != labels.spelled
+    if choices and not has_order:
+        raise ValueError(
+            f"{field!r} has the labels {list_names(labels.spelled):.80}, but the choices are "
+            f"{list_names(choices[0]):.80}: give 'labels' in the task file, in the order of the "
+            "choices"
+        )
+    return labels
 
 
 def check_number(counts: Counter, field: str):

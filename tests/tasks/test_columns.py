@@ -119,15 +119,56 @@ def test_a_task_file_that_names_only_the_label_keeps_the_choices_of_the_rows(tmp
     task = load_described(tmp_path, {**entry, "labels": ["y", "x"]}, *rows)
     assert rendered(task) == [("a?", ["y", "x"], 0), ("a?", ["y", "x"], 1)]
     assert task.columns == "reads title, picks gold among y, x; ignores choices"
-    words = {"choices": ["first", "second"]}
+    words = {"labels": ["y", "x"], "choices": ["first", "second"]}
     task = load_described(tmp_path, {**entry, **words}, *rows)
     assert rendered(task) == [("a?", ["first", "second"], 0), ("a?", ["first", "second"], 1)]
     usual = [{"text": "a", "choices": ["x", "y"], "label": word} for word in ("y", "x")]
-    task = load_described(tmp_path, {"prompts": [{"text": "{text}", **words}]}, *usual)
-    assert [label for _, _, label in rendered(task)] == [0, 1]
+    prompts = [{"text": "{text}", "choices": ["X", "Y"]}]
+    task = load_described(tmp_path, {"prompts": prompts}, *usual)
+    assert rendered(task) == [("a", ["X", "Y"], 1), ("a", ["X", "Y"], 0)]
     task = load_described(tmp_path, {"labels": ["x", "y"]}, *usual)
     assert task.columns == "reads text, picks label among x, y; ignores choices"
     assert load(tmp_path, *usual, labels="x,y").columns == task.columns
+
+
+@pytest.mark.parametrize("first", ["positive", "negative"])
+def test_a_word_means_the_choice_that_is_spelled_like_it(first, tmp_path):
+    texts = {"Positive": "I loved it", "Negative": "a waste"}
+    rows = [{"text": text, "label": word} for word, text in texts.items()]
+    if first == "negative":
+        rows.reverse()
+    other_words = {"text": "{text} Praise?", "choices": ["no", "yes"]}
+    choices = ["negative", "positive"]
+    entry = {"choices": choices, "prompts": [other_words, {"text": "{text}"}]}
+    task = load_described(tmp_path, entry, *rows)
+    assert task.spec.labels == ("Negative", "Positive")
+    for row in task.train:
+        for prompt, right in zip(task.prompts, (["no", "yes"], choices), strict=True):
+            _, found, label = render(prompt, row)
+            assert found[label] == right[row["text"] == "I loved it"]
+
+
+def test_words_that_are_not_the_choices_need_labels_which_have_an_order(tmp_path):
+    rows = [{"text": "a", "label": word} for word in ("pos", "neg")]
+    for choices in (["negative", "positive"], ["{text}", "no"], ["neg", "neutral", "pos"]):
+        entry = {"choices": choices, "prompts": [{"text": "{text}"}]}
+        with pytest.raises(ValueError, match=r"the labels pos, neg, but .*: give 'labels' in the"):
+            load_described(tmp_path, entry, *rows)
+        task = load_described(tmp_path, entry, *rows, labels="neg,pos")
+        assert rendered(task) == [("a", ["neg", "pos"], 1), ("a", ["neg", "pos"], 0)]
+
+
+@pytest.mark.parametrize("values", [(1, 0), (True, False)])
+def test_integers_and_booleans_have_an_order_of_their_own(values, tmp_path):
+    rows = [{"text": "a", "label": value} for value in values]
+    entry = {"choices": ["no", "yes"], "prompts": [{"text": "{text}"}]}
+    task = load_described(tmp_path, entry, *rows)
+    assert [label for _, _, label in rendered(task)] == [1, 0]
+    # But if the choices have the same words, they say it themselves.
+    words = [str(value).lower() for value in values]
+    entry = {"choices": words, "prompts": [{"text": "{text}"}]}
+    task = load_described(tmp_path, entry, *rows)
+    assert rendered(task) == [("a", words, 0), ("a", words, 1)]
 
 
 def test_if_choices_are_numbers_the_label_is_an_index(tmp_path):
