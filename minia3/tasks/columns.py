@@ -29,6 +29,7 @@ from minia3.tasks.prompts import (
     rename_field,
     root_of,
 )
+from minia3.tasks.rows import find_renamed
 from minia3.tasks.task import TaskSpec
 
 
@@ -233,11 +234,15 @@ def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
         names += roots_of([prompt.text, prompt.target, *(prompt.choices or ())])
         if not prompt.choices and not prompt.target:
             names.append("choices")
-    try:
-        columns = Columns(rows, spec.fields, "")
-    except ValueError:  # a column that has another name in the task
-        return False
+    columns = Columns(rows, spec.fields, "")
     return all(name in columns for name in names)
+
+
+def check_fields(rows: Sequence[dict], fields: Mapping[str, str], origin: str):
+    """Raise ValueError, with the nearest name, if a task file renames a column that is not there."""
+    columns = Columns(rows, {}, origin)
+    for name in fields:
+        columns.check_name(name, "the task file's 'fields'")
 
 
 def has_label(spec: TaskSpec) -> bool:
@@ -301,12 +306,13 @@ def find_set(
     """
     if not needs_input and not needs_answer:
         return ColumnSet((), "")
+    used_keys = {name.lower() for name in used}
     for column_set in ordered_sets(columns, needs_input, needs_answer):
         is_conversation = not column_set.input  # input and answer in one
         inputs = set(field_names(column_set.input))
         answers = set(column_set.names) - inputs
         is_partial = not (needs_input and needs_answer)
-        if (is_conversation and is_partial) or answers.intersection(used):
+        if (is_conversation and is_partial) or answers.intersection(used_keys):
             continue
         needed = set()
         if needs_input:
@@ -408,22 +414,22 @@ class Columns:
         self.rows = rows
         self.origin = origin
         self.found = dict.fromkeys(chain.from_iterable(rows))  # the names in the file
-        self.names = {}  # name in lower case -> the name in the file
-        for name in self.found:
-            known_name = fields.get(name, name)
-            self.names.setdefault(known_name.strip().lower(), name)
-        for name, known_name in fields.items():
-            if name in self.found:  # it comes before a column that has the known name already
-                self.names[known_name.strip().lower()] = name
-            elif known_name not in self.found:
-                self.check_name(name, "the task file's 'fields'")
+        self.renamed = find_renamed(self.found, fields)
+        # A column that is renamed comes before a column that has the new name already.
+        kept = [name for name in self.found if name not in self.renamed]
+        self.exact = {name: name for name in kept}  # name -> the name in the file
+        self.exact |= {new_name: name for name, new_name in self.renamed.items()}
+        # The same, but the key is in lower case.
+        self.names = {name.strip().lower(): found for name, found in self.exact.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name.lower() in self.names
+        return name in self.exact or name.lower() in self.names
 
     def spelled(self, name: str) -> str:
-        """Return a column's name as the file spells it."""
-        return self.names.get(name.lower(), name)
+        """Return a column's name as the file spells it. Case makes no difference, unless there are
+        columns that differ in nothing else.
+        """
+        return self.exact.get(name) or self.names.get(name.lower(), name)
 
     def free_name(self, name: str) -> str:
         """Return a name that no column has: this one, or a longer one."""
@@ -444,11 +450,19 @@ class Columns:
 
     def check_name(self, name: str, origin: str):
         """Raise ValueError, with the nearest name, if there is no such column."""
-        if name not in self:
-            found = nearest_of(name, self.names.values())
+        if name in self:
+            return
+        new_names = {renamed.lower(): new_name for renamed, new_name in self.renamed.items()}
+        new_name = new_names.get(name.lower())
+        if new_name is not None:
             raise ValueError(
-                f"{origin} names the column {name!r}, which {self.origin} does not have{found}"
+                f"{origin} names the column {name!r}, which the task file's 'fields' call "
+                f"{new_name!r}: use this name"
             )
+        found = nearest_of(name, self.exact)
+        raise ValueError(
+            f"{origin} names the column {name!r}, which {self.origin} does not have{found}"
+        )
 
     def check_prompts(self, prompts: Iterable[Prompt]):
         """Raise ValueError if a prompt names a column that is not there."""
@@ -490,7 +504,7 @@ class Columns:
 
     def explain(self) -> str:
         """Return the message for columns that match no known set."""
-        found = list_names(self.names.values())
+        found = list_names(self.exact.values())
         return (
             f"{self.origin} has the columns {found:.200}; expected such as {EXPECTED}: "
             f"{self.advise()}"

@@ -133,9 +133,27 @@ def rename_columns(row: dict, fields: Mapping[str, str]) -> dict:
     """Return a row with the task's names for its columns. A column that is renamed takes the place
     of a column that has this name in the file.
     """
-    renamed = {fields[name]: value for name, value in row.items() if name in fields}
-    kept = {name: value for name, value in row.items() if name not in fields}
+    new_names = find_renamed(row, fields)
+    renamed = {new_names[name]: value for name, value in row.items() if name in new_names}
+    kept = {name: value for name, value in row.items() if name not in new_names}
     return kept | renamed
+
+
+def find_renamed(names: Iterable[str], fields: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns of a file that a task renames: name in the file -> name in the task.
+
+    If no column has just the name that `fields` has, then case makes no difference.
+    """
+    if not fields:
+        return {}
+    spelled = {name.strip().lower(): name for name in names}
+    spelled |= {name: name for name in names}
+    found = {}
+    for name, new_name in fields.items():
+        column = spelled.get(name, spelled.get(name.lower()))
+        if column is not None:
+            found[column] = new_name
+    return found
 
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):

@@ -13,6 +13,7 @@ import numpy as np
 from minia3.tasks.columns import (
     ColumnFlags,
     Understanding,
+    check_fields,
     has_columns,
     understand,
     with_flags,
@@ -228,6 +229,8 @@ def understand_rows(
             is_like = like is not None and has_columns(good_rows, like)
             if is_like:
                 spec = like
+            else:
+                check_fields(good_rows, spec.fields, str(paths[0]))
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
             if is_like:
                 found.notes.append("the rows are put into the words that were learned (task.json)")

@@ -218,6 +218,26 @@ def test_case_and_white_space_in_the_names_of_columns_make_no_difference(tmp_pat
     assert rendered(task) == [("a!", ["z"], 0)]
 
 
+@pytest.mark.parametrize("names", [("Text", "text"), ("text", "Text")])
+def test_of_columns_that_differ_in_case_the_one_with_the_exact_name_is_read(names, tmp_path):
+    row = {name: f"in {name}" for name in names}
+    labels = [{"label": 0, "Label": "zero"}, {"label": 1, "Label": "one"}]
+    rows = [{**row, **label} for label in labels]
+    task = load(tmp_path, *rows)
+    assert rendered(task) == [("in text", ["0", "1"], 0), ("in text", ["0", "1"], 1)]
+    assert task.columns.startswith("reads text, picks label among 0, 1 (")
+    ignored = task.columns.split("; ignores ")[1].split(", ")
+    assert sorted(ignored) == ["Label", "Text"]
+    task = load(tmp_path, *rows, input="{Text} {text}", target="{Label}", labels="zero,one")
+    assert rendered(task)[1] == ("in Text in text", ["zero", "one"], 1)
+
+
+def test_the_answer_is_no_column_of_the_input_whatever_its_case(tmp_path):
+    rows = [{"Question": "a", "Answer": "b", "label": label} for label in ("x", "y")]
+    task = load(tmp_path, *rows, input="{Question} {Answer}")
+    assert rendered(task) == [("a b", ["x", "y"], 0), ("a b", ["x", "y"], 1)]
+
+
 def test_the_input_of_an_instruction_may_be_empty_or_missing(tmp_path):
     row = {"instruction": "a", "output": "z"}
     task = load(tmp_path, row, {**row, "input": ""}, {**row, "input": None}, {**row, "input": "b"})
@@ -329,6 +349,39 @@ def test_a_renamed_column_comes_before_a_column_that_has_the_name(names, tmp_pat
     task = load_described(tmp_path, {"fields": {"clean": "text"}}, *rows)
     assert [text for text, _, _ in rendered(task)] == ["a clean text"] * 2
     assert task.columns == "reads clean, picks label among x, y; ignores text"
+
+
+@pytest.mark.parametrize("names", [("Utterance", "text"), ("text", "Utterance")])
+def test_a_renamed_column_is_found_whatever_its_case(names, tmp_path):
+    rows = []
+    for label in ("x", "y"):
+        row = {name: f"in {name}" for name in names}
+        rows.append({**row, "label": label})
+    task = load_described(tmp_path, {"fields": {"utterance": "text"}}, *rows)
+    assert [text for text, _, _ in rendered(task)] == ["in Utterance"] * 2
+    assert task.columns == "reads Utterance, picks label among x, y; ignores text"
+    exact = [{**row, "utterance": "exact"} for row in rows]
+    task = load_described(tmp_path, {"fields": {"utterance": "text"}}, *exact)
+    assert [text for text, _, _ in rendered(task)] == ["exact"] * 2
+
+
+def test_a_field_that_no_column_has_is_refused(tmp_path):
+    rows = [{"Utterance": "a", "text": "b", "label": label} for label in ("x", "y")]
+    message = "the task file's 'fields' names the column 'Uterance', .* did you mean 'Utterance'"
+    with pytest.raises(ValueError, match=message):
+        load_described(tmp_path, {"fields": {"Uterance": "text"}}, *rows)
+    # What an adapter has learned suits rows that have the learned names already.
+    learned = load_described(tmp_path, {"fields": {"Utterance": "words"}}, *rows, input="{words}?")
+    task = load(tmp_path, *[{"words": "a", "label": label} for label in "xy"], like=learned.spec)
+    assert rendered(task) == [("a?", ["x", "y"], 0), ("a?", ["x", "y"], 1)]
+
+
+def test_a_flag_that_names_a_renamed_column_is_told_its_new_name(tmp_path):
+    rows = [{"Utterance": "a", "label": label} for label in ("x", "y")]
+    message = "--input names the column '{}', which the task file's 'fields' call 'text': use this"
+    for name in ("Utterance", "utterance"):
+        with pytest.raises(ValueError, match=message.format(name)):
+            load_described(tmp_path, {"fields": {"Utterance": "text"}}, *rows, input=f"{{{name}}}!")
 
 
 def test_with_labels_the_target_is_the_column_of_the_label(tmp_path):
