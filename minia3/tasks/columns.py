@@ -190,7 +190,13 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     if flags.labels:
         labels = labels or tuple(flags.labels)
         prompts = with_choices(prompts, Labels(labels, tuple(flags.labels)), is_asked=True)
-    return spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
+    elif labels:  # a task file may have labels, and no prompt that would have choices
+        prompts = with_choices(prompts, Labels(labels, labels), is_asked=False)
+    spec = spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
+    if flags.input:
+        names = dict.fromkeys([*spec.fields, *roots_of([flags.input])])
+        spec = rename_reserved(spec, Columns([names], spec.fields, ""))
+    return spec
 
 
 def guess_input(row: dict) -> tuple[Prompt, ...]:
@@ -239,7 +245,7 @@ def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
 
 
 def check_fields(rows: Sequence[dict], fields: Mapping[str, str], origin: str):
-    """Raise ValueError, with the nearest name, if a task file renames a column that is not there."""
+    """Raise ValueError, with the nearest name, if a task file's fields name no column."""
     columns = Columns(rows, {}, origin)
     for name in fields:
         columns.check_name(name, "the task file's 'fields'")
@@ -345,20 +351,24 @@ def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
     prompts = list(spec.prompts)
     fields = dict(spec.fields)
     label_field = spec.label_field
+    used = roots_of(chain.from_iterable((prompt.text, prompt.target) for prompt in prompts))
     for name in RESERVED:
-        new_name = columns.free_name(f"{name}_text")
-        renamed = [rename_in_prompt(prompt, name, new_name) for prompt in prompts]
-        if renamed != prompts:
-            prompts = renamed
-            fields[columns.spelled(name)] = new_name
-            if label_field.lower() == name:
+        column = columns.spelled(name)
+        # If there are columns of both spellings, then {Label} is none of our names.
+        same = [root for root in used if columns.spelled(root) == column]
+        spellings = [root for root in same if root.lower() == name]
+        if spellings:
+            new_name = columns.free_name(f"{name}_text")
+            prompts = [rename_in_prompt(prompt, spellings, new_name) for prompt in prompts]
+            fields[column] = new_name
+            if columns.spelled(label_field) == column:
                 label_field = new_name
     return spec._replace(prompts=tuple(prompts), fields=fields, label_field=label_field)
 
 
-def rename_in_prompt(prompt: Prompt, name: str, new_name: str) -> Prompt:
-    text = rename_field(prompt.text, name, new_name)
-    target = rename_field(prompt.target, name, new_name)
+def rename_in_prompt(prompt: Prompt, names: Iterable[str], new_name: str) -> Prompt:
+    text = rename_field(prompt.text, names, new_name)
+    target = rename_field(prompt.target, names, new_name)
     return prompt._replace(text=text, target=target)
 
 

@@ -150,15 +150,15 @@ def check_choices(prompt: Prompt, labels: Sequence[str]):
         )
 
 
-def rename_field(text: str, name: str, new_name: str) -> str:
-    """Return a format string with another name for a field, whatever the case of its old name."""
+def rename_field(text: str, names: Iterable[str], new_name: str) -> str:
+    """Return a format string with another name for a field. names: spellings of its old name."""
     parts = []
     for literal, found, _, _ in string.Formatter().parse(text):
         parts.append(escape(literal))
         if found is not None:
             root = root_of(found)
             rest = found[len(root) :]
-            kept = new_name if root.lower() == name else root
+            kept = new_name if root in names else root
             parts.append(f"{{{kept}{rest}}}")
     return "".join(parts)
 

@@ -8,9 +8,12 @@ import re
 import pytest
 from task_files import lines
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, with_flags
 from minia3.tasks.prompts import render
+from minia3.tasks.rows import PREDICTED, check_row
 from minia3.tasks.splits import load_task
+from minia3.tasks.task import TaskSpec
+from minia3.tasks.task_file import read_task_file
 
 
 def load(tmp_path, *rows, **flags):
@@ -230,6 +233,10 @@ def test_of_columns_that_differ_in_case_the_one_with_the_exact_name_is_read(name
     assert sorted(ignored) == ["Label", "Text"]
     task = load(tmp_path, *rows, input="{Text} {text}", target="{Label}", labels="zero,one")
     assert rendered(task)[1] == ("in Text in text", ["zero", "one"], 1)
+    task = load(tmp_path, *rows, input="{Label}? {label}", target="{text}")
+    assert rendered(task) == [("zero? 0", ["in text"], 0), ("one? 1", ["in text"], 0)]
+    task = load(tmp_path, *rows, input="{label}?", target="{Label}", labels="zero,one")
+    assert rendered(task) == [("0?", ["zero", "one"], 0), ("1?", ["zero", "one"], 1)]
 
 
 def test_the_answer_is_no_column_of_the_input_whatever_its_case(tmp_path):
@@ -500,6 +507,28 @@ def test_a_known_task_takes_an_input_and_words_but_no_target(tmp_path):
         load_task("rte", tmp_path, target="{hypothesis}")
     with pytest.raises(ValueError, match=r"no field 'premis', .* did you mean 'premise'"):
         load_task("rte", tmp_path, input="{premis}")
+
+
+@pytest.mark.parametrize("spec", [TaskSpec(), TaskSpec(fields={"Brand": "label"})])
+def test_rows_to_be_answered_keep_a_column_with_the_name_of_our_own_field(spec):
+    spec = with_flags(spec, ColumnFlags(input="Brand: {label}. {text} {idx} {messages[0]}"))
+    file_row = {"Text": "good", "idx": "q7", "messages": ["hi"]}
+    brand = "Brand" if spec.fields.get("Brand") else "Label"
+    row = check_row({**file_row, brand: "Nikon"}, spec, PREDICTED, 0)
+    prompt = spec.prompts[0]._replace(choices=("yes", "no"))
+    assert render(prompt, row).input == "Brand: Nikon. good q7 hi"
+
+
+def test_the_labels_of_a_task_file_without_prompts_are_choices(tmp_path):
+    (tmp_path / "task.json").write_text('{"labels": ["good", "bad"], "label_field": "mood"}')
+    spec = read_task_file(tmp_path / "task.json")
+    for flags in (ColumnFlags(), ColumnFlags(input="{text}!")):
+        changed = with_flags(spec, flags)
+        assert [prompt.choices for prompt in changed.prompts] == [("good", "bad")]
+        assert changed.labels == ("good", "bad")
+    words = with_flags(spec, ColumnFlags(labels="yes,no"))
+    assert words.prompts[0].choices == ("yes", "no")
+    assert words.labels == ("good", "bad")
 
 
 @pytest.mark.parametrize(
