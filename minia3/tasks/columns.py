@@ -201,6 +201,8 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
 
 def guess_input(row: dict) -> tuple[Prompt, ...]:
     """Return the prompts for a row about which nothing is known but its columns."""
+    if "messages" in row:  # they are both input and answer
+        return OWN_PROMPTS
     found = find_set(Columns([row], {}, ""), needs_input=True, needs_answer=False)
     return OWN_PROMPTS if found is None else (Prompt(found.input, None),)
 

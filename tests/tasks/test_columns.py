@@ -8,7 +8,7 @@ import re
 import pytest
 from task_files import lines
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, with_flags
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, guess_input, with_flags
 from minia3.tasks.prompts import render
 from minia3.tasks.rows import PREDICTED, check_row
 from minia3.tasks.splits import load_task
@@ -202,6 +202,22 @@ def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
     task = load(tmp_path, {**row, "label": "x"}, {**row, "label": "y"}, input="{text}")
     assert all("messages" not in row for row in task.train), "or it would be encoded as one"
     assert task.columns == "reads text, picks label among x, y; ignores messages"
+    row |= {"choices": ["x", "y"], "label": "y"}
+    task = load(tmp_path, row, input="{text}?")
+    assert rendered(task) == [("a?", ["x", "y"], 1)]
+    assert task.answer == "choices"
+    assert all("messages" not in row for row in task.train)
+    assert task.columns == "reads text, picks label among the row's choices; ignores messages"
+
+
+def test_a_row_of_which_nothing_is_known_is_a_conversation_if_it_has_messages():
+    file_row = {"text": "a", "messages": [{"role": "user", "content": "a"}]}
+    spec = TaskSpec(guess_input(file_row))
+    assert spec.answer_of(check_row(file_row, spec, PREDICTED, 0)) == "messages"
+    asked = with_flags(spec, ColumnFlags(input="{text}?"))
+    row = check_row(file_row | {"choices": ["x", "y"]}, asked, PREDICTED, 0)
+    assert asked.answer_of(row) == "choices"
+    assert "messages" not in row
 
 
 def test_every_set_of_the_table_is_taken_before_the_smaller_ones_that_it_contains():
