@@ -75,16 +75,19 @@ def find_task_file(name: str) -> Path | None:
 
 def describes_task(path: Path) -> bool:
     """Return whether a .json file describes a task, and does not hold rows."""
+    is_named = path.name == TASK_FILE
     if path.stat().st_size > MAX_BYTES:
         return False
-    with suppress(ValueError):
+    try:
         content = read_json(path)
-        has_only_our_keys = bool(content) and content.keys() <= KEYS.keys()
-        has_a_sign = not SIGNS.isdisjoint(content)
-        # Whatever mistakes are in a task.json, it is one.
-        may_hold_rows = path.name != TASK_FILE and holds_rows(content)
-        return (has_only_our_keys or has_a_sign) and not may_hold_rows
-    return False
+    except ValueError:
+        return is_named  # whatever mistakes are in a task.json, it is one
+    has_a_sign = not SIGNS.isdisjoint(content)
+    if is_named:
+        # Some other keys may be typos. RAFT's task.json has no key of ours.
+        return has_a_sign or not KEYS.keys().isdisjoint(content)
+    has_only_our_keys = bool(content) and content.keys() <= KEYS.keys()
+    return (has_only_our_keys or has_a_sign) and not holds_rows(content)
 
 
 def holds_rows(content: dict) -> bool:
@@ -138,21 +141,15 @@ def read_tasks_beside(path: Path) -> dict[str, TaskSpec]:
 def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     """Return the TaskSpec of an entry. folder: which the paths of `files` are relative to."""
     check_values(entry, KEYS)
-    for prompt in entry.get("prompts", ()):
-        check_values(prompt, PROMPT_KEYS)
-        if prompt.get("text") is None:
-            raise ValueError("a prompt has no 'text'")
-        for text in (prompt["text"], prompt.get("target"), *prompt.get("choices", ())):
-            check_template(text or "")
+    entry = without_nulls(entry)
+    entry["prompts"] = [read_prompt(prompt) for prompt in entry.get("prompts", ())]
     for key in ("choices", "target"):
         if entry.get(key) and not entry.get("prompts"):
             raise ValueError(f"{key!r} needs prompts, which say the text of the input")
-    entry = dict(entry)
     files = entry.pop("files", ".")
     target = entry.pop("target", "")
     if target:
-        prompts = entry.get("prompts", ())
-        entry["prompts"] = [{"target": target, **prompt} for prompt in prompts]
+        entry["prompts"] = [{"target": target, **prompt} for prompt in entry["prompts"]]
     spec = make_spec(entry)
     prompts = []
     for prompt in spec.prompts:
@@ -164,6 +161,22 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     if isinstance(files, str):
         return spec._replace(path=folder / files)
     return spec._replace(files=find_files(files, folder))
+
+
+def read_prompt(prompt: Mapping) -> dict:
+    """Return the entry of a prompt. Raise ValueError if a key or a value is wrong."""
+    check_values(prompt, PROMPT_KEYS)
+    prompt = without_nulls(prompt)
+    if "text" not in prompt:
+        raise ValueError("a prompt has no 'text'")
+    for text in (prompt["text"], prompt.get("target", ""), *prompt.get("choices", ())):
+        check_template(text)
+    return prompt
+
+
+def without_nulls(entry: Mapping) -> dict:
+    """Return an entry without the texts that are null, because they are not there."""
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, list[Path]]:

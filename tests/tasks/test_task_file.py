@@ -127,6 +127,35 @@ def test_a_mistake_in_a_task_file_is_one_line(change, words, tmp_path):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"label_field": "topic", "labels": ["0", "1"],}', "damaged or cut short"),
+        ('{"label_field": "topic", "label": ["0", "1"]}', "unknown key 'label': did you mean"),
+        ("[]", "expected a JSON object, found list"),
+    ],
+)
+def test_a_mistake_in_the_task_file_of_a_folder_is_not_passed_over(text, words, tmp_path):
+    write(tmp_path / "news", {})
+    (tmp_path / "news" / TASK_FILE).write_text(text)
+    for name in (tmp_path / "news", tmp_path / "news" / TASK_FILE):
+        with pytest.raises(ValueError, match=rf"task\.json: [^\n]*{words}"):
+            load_task(name)
+
+
+def test_a_text_that_is_null_is_not_there(tmp_path):
+    prompt = {"text": "{body}", "target": None, "for_model": None, "choices": ["x", "y"]}
+    nulls = {"label_field": None, "target": None, "metric": None, "chat_template": None}
+    usual = {"prompts": [{"text": "{body}", "choices": ["x", "y"]}], "labels": ["0", "1"]}
+    (tmp_path / TASK_FILE).write_text(json.dumps({**usual, "prompts": [prompt], **nulls}))
+    read = read_task_file(tmp_path / TASK_FILE)
+    (tmp_path / TASK_FILE).write_text(json.dumps(usual))
+    assert read == read_task_file(tmp_path / TASK_FILE)
+    entry = {"prompts": [{"text": "{body}", "target": None}], "target": "{title}"}
+    task = load_task(write(tmp_path / "news", entry))
+    assert task.prompts == (Prompt("{body}", None, target="{title}"),)
+
+
 def test_a_task_file_with_too_few_labels_is_refused_before_it_is_used(tmp_path):
     entry = {"labels": ["0"], "prompts": [{"text": "{a}", "choices": ["x", "y"]}]}
     (tmp_path / TASK_FILE).write_text(json.dumps(entry))
