@@ -103,6 +103,14 @@ class Choice(NamedTuple):
     has_row_choices: bool = False  # and not the same labels in each row
     messages: str = ""  # the column of a conversation
 
+    @property
+    def answer_columns(self) -> list[str]:
+        """The columns of which the answers are made: of the text to write, or of the choices."""
+        texts = [self.target]
+        if not self.target:
+            texts += chain.from_iterable(prompt.choices or () for prompt in self.prompts)
+        return roots_of(texts)
+
 
 def understand(
     rows: Sequence[dict],
@@ -494,7 +502,7 @@ class Columns:
             used = roots_of(prompt.text for prompt in choice.prompts)
             answer = self.describe_answer(choice, labels)
         text = f"reads {self.spell(used)}, {answer}"
-        known = {*used, *roots_of([choice.target]), choice.label, *SPECIAL}
+        known = {*used, *choice.answer_columns, choice.label, *SPECIAL}
         if choice.has_row_choices:
             known |= {"choices", "target"}
         known = {self.spelled(name) for name in known}
@@ -506,6 +514,9 @@ class Columns:
             return f"picks {self.spell([choice.label])} among the row's choices"
         if choice.target:
             return f"writes {self.spell(roots_of([choice.target]))}"
+        own_choices = choice.prompts[0].choices or ()
+        if roots_of(own_choices):
+            return f"picks {self.spell([choice.label])} among {list_names(own_choices)}"
         text = f"picks {self.spell([choice.label])} among {labels.describe()}"
         if labels.are_digits:
             text += " (--labels WORD,WORD gives them words)"

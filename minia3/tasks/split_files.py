@@ -76,14 +76,17 @@ def short_name(name: str) -> str:
 # A folder of files
 
 
-def find_split_files(folder: Path) -> FoundFiles:
+def find_split_files(folder: Path, task_file: Path | None = None) -> FoundFiles:
     """Return the files in a folder that are named like splits.
+
+    task_file: which describes the task and so holds no rows, whatever its name is.
 
     Raise ValueError if there are none, if a split has several or not all of its parts, or if a
     split is missing and there is a file with nearly its name.
     """
     try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        found = [path for path in folder.iterdir() if path != task_file]
+        entries = sorted(path for path in found if not path.name.startswith("."))
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from None
     candidates = {split: {} for split in SPLITS}  # split -> name without number -> files

@@ -27,6 +27,7 @@ from minia3.tasks.rows import FileRow, check_files, read_files
 from minia3.tasks.split_files import (
     HUB_PREFIX,
     SPLIT_OF_NAME,
+    TASK_FILE,
     FoundFiles,
     describe_missing_path,
     find_split_files,
@@ -191,15 +192,17 @@ def load_user_task(
     name: str, spec: TaskSpec, flags: ColumnFlags, like: TaskSpec | None
 ) -> tuple[Splits, Understanding]:
     """Return a user's rows, and how their columns were understood."""
-    files, notes = files_of(name, spec)
+    task_file = find_task_file(name)
+    files, notes = files_of(name, spec, task_file)
     rows = read_files(files, keep_empty=False)
     understanding = understand_rows(files, rows, spec, flags, like)
     checked = check_files(rows, files, understanding.spec)
     paths = list(chain.from_iterable(files.values()))
     splits = Splits(short_name(name), paths, notes=[*notes, *understanding.notes])
-    task_file = find_task_file(name)
     if task_file is not None:
         splits.files.append(task_file)  # so that a resumed run finds out if it has changed
+    elif Path(name, TASK_FILE).is_file():
+        splits.notes.append(f"{Path(name, TASK_FILE)} has no key of a task file: not used")
     if list(checked) == ["train"]:
         origin = str(spec.path or name)
         checked = split_in_three(checked["train"], origin)
@@ -238,16 +241,16 @@ def understand_rows(
     return Understanding(spec, "", [])
 
 
-def files_of(name: str, spec: TaskSpec) -> FoundFiles:
+def files_of(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:
     """Return the files of each split. Raise ValueError if there are none."""
     if spec.files:
         return FoundFiles(dict(spec.files), [])
     if spec.path:
         name = str(spec.path)
-    return find_user_files(name, spec)
+    return find_user_files(name, spec, task_file)
 
 
-def find_user_files(name: str, spec: TaskSpec) -> FoundFiles:
+def find_user_files(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:
     """Return the files of each split. Raise ValueError if there are none."""
     if name.startswith(HUB_PREFIX):
         return find_hub_files(name)
@@ -263,7 +266,7 @@ def find_user_files(name: str, spec: TaskSpec) -> FoundFiles:
             f"rows as --task, with --adapter {path}"
         )
     if path.is_dir():
-        return find_saved_files(path) or find_split_files(path)
+        return find_saved_files(path) or find_split_files(path, task_file)
     if not rows_suffix(path):
         raise not_read(path)
     return FoundFiles({"train": [path]}, [])

@@ -174,6 +174,16 @@ def test_integers_and_booleans_have_an_order_of_their_own(values, tmp_path):
     assert rendered(task) == [("a", words, 0), ("a", words, 1)]
 
 
+def test_columns_that_are_choices_are_not_ignored(tmp_path):
+    rows = [{"text": "t", "a": "x", "B": "y", "c": "z", "label": label} for label in (0, 1)]
+    entry = {"choices": ["{a}", "{b}."], "prompts": [{"text": "{text}"}]}
+    task = load_described(tmp_path, entry, *rows)
+    assert rendered(task) == [("t", ["x", "y."], 0), ("t", ["x", "y."], 1)]
+    assert task.columns == "reads text, picks label among {a}, {b}.; ignores c"
+    task = load_described(tmp_path, entry, *rows, target="{c}")
+    assert task.columns == "reads text, writes c; ignores a, B, label"
+
+
 def test_if_choices_are_numbers_the_label_is_an_index(tmp_path):
     row = {"input": "a", "choices": ["2", "1", "7"]}
     assert rendered(load(tmp_path, {**row, "label": "1"}))[0][2] == 1

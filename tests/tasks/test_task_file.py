@@ -73,6 +73,24 @@ def test_the_folder_of_a_task_file_is_the_task(tmp_path):
     assert load_task(single).train == task.train
 
 
+@pytest.mark.parametrize("name", ["news.json", "test-task.json", "test.json"])
+def test_a_task_file_beside_its_rows_is_no_file_of_rows(name, tmp_path):
+    path = write(tmp_path, {"prompts": [{"text": "{body}"}], "label_field": "topic"}, name)
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    task = load_task(path)
+    assert task.notes[0] == "not used, because not named like a split: b.jsonl"
+    assert "is split into train, validation and test" in task.notes[1]
+
+
+def test_a_task_json_of_another_kind_is_not_used_and_a_note_says_so(tmp_path):
+    path = write(tmp_path, {"name": "overruling", "instructions": "..."})
+    (tmp_path / "train.jsonl").write_bytes(lines(*[{"input": "a", "target": "b"}] * 3))
+    task = load_task(tmp_path)
+    assert f"{path} has no key of a task file: not used" in task.notes
+    path.unlink()
+    assert not any("task file" in note for note in load_task(tmp_path).notes)
+
+
 def test_labels_may_be_left_to_the_file(tmp_path):
     path = write(tmp_path, {"prompts": [{"text": "{body}"}], "label_field": "topic"})
     task = load_task(path)
