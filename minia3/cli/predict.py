@@ -150,7 +150,9 @@ def with_progress(lines, args):
 
     if not sys.stderr.isatty():
         return lines
-    n_rows = sum(1 for _ in read_rows(args.file))
+    n_rows = None
+    if Path(args.file).is_file():  # a pipe can be read only once
+        n_rows = sum(1 for _ in read_rows(args.file))
 
     def shown_lines(first_row=0):
         options = {"desc": "predicting", "total": n_rows, "initial": first_row, "leave": False}
@@ -330,6 +332,8 @@ class Prediction:
         """The columns of the file of rows. A row of a .csv file lacks those that are empty."""
         from minia3.tasks.row_files import column_names
 
+        if not Path(self.args.file).is_file():
+            return []  # a pipe can be read only once
         return column_names(self.args.file)
 
     def warn_once(self, name):

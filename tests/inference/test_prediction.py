@@ -487,6 +487,51 @@ def test_a_column_that_a_row_leaves_empty_is_empty_in_the_results(tmp_path, caps
     assert "'note' is not in row 0; it has Key, Utterance, " in fails(capsys, *words, "note")
 
 
+@pytest.mark.parametrize("row", [{"output": "w4"}, {"choices": None}])
+def test_the_answer_of_the_file_is_still_a_column_of_the_results(row, tmp_path, capsys):
+    row = {"input": "w3", "target": "w9", **row}
+    file = write(tmp_path / "rows.jsonl", [row, {"input": "w3"}])
+    words = [running.model("t5"), file, "--max-new-tokens", 2, "--columns"]
+    answered = predicted(capsys, *words[:-1], "--columns", "input,output")
+    error = fails(capsys, *words, "input,target,output")
+    assert "'target' is not in row 1; it has input, " in error
+    write(file, [row])
+    (found,) = predicted(capsys, *words, "input,target,output")
+    assert found == {**answered[0], "target": "w9"}
+
+
+# Pipes
+
+
+def test_a_pipe_is_read_once_also_if_a_bar_shows_the_progress(tmp_path, capsys, monkeypatch):
+    file = write(tmp_path / "rows.jsonl", running.rows(5))
+    whole = tmp_path / "whole.jsonl"
+    predict(running.model("t5"), file, "--out", whole)
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for written in (b"", whole.read_bytes()[:-3]):  # a new file, and one that is continued
+        out.write_bytes(written)
+        reading, writing = os.pipe()
+        os.write(writing, file.read_bytes())
+        os.close(writing)
+        predict(running.model("t5"), f"/dev/fd/{reading}", "--out", out)
+        os.close(reading)
+        assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_pipe_is_not_asked_for_its_columns(tmp_path, capsys, monkeypatch):
+    def read_again(path):
+        raise AssertionError(f"{path} is read a second time")
+
+    monkeypatch.setattr("minia3.tasks.row_files.column_names", read_again)
+    reading, writing = os.pipe()
+    os.write(writing, lines(running.rows(1)).encode())
+    os.close(writing)
+    error = fails(capsys, running.model("t5"), f"/dev/fd/{reading}", "--columns", "note")
+    os.close(reading)
+    assert "'note' is not in row 0; it has input, " in error
+
+
 # Folders that a killed process has left
 
 
