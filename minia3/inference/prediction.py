@@ -132,7 +132,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
                 rendered, example = encode_question(row, tokenizer, limits.source)
             else:
                 (rendered,), (example,), _ = encode_rows(
-                    [(row, without_target(prompt))], tokenizer, limits.source, end=False
+                    [(row, without_target(prompt, row))], tokenizer, limits.source, end=False
                 )
             if spec.answer_of(row) == "target":
                 rendered = rendered._replace(choices=[])

@@ -166,7 +166,7 @@ def check_prompts(row: dict, spec: TaskSpec, split: str):
         return
     for prompt in spec.prompts:
         if split == PREDICTED:
-            prompt = without_target(prompt)
+            prompt = without_target(prompt, row)
         check_fields(prompt, row)
         check_values(prompt, row)
 
@@ -190,9 +190,10 @@ def check_values(prompt: Prompt, row: dict):
         raise ValueError(f"the target {prompt.target!r:.60} is empty, expected a text")
 
 
-def without_target(prompt: Prompt) -> Prompt:
-    """Return a prompt for rows that have no text to write yet. It is "?"."""
-    return prompt._replace(target="?") if prompt.target else prompt
+def without_target(prompt: Prompt, row: dict) -> Prompt:
+    """Return the prompt for a row that is to be answered. If it has no choices, it writes "?"."""
+    has_choices = prompt.choices or "choices" in row
+    return prompt._replace(target="?") if prompt.target or not has_choices else prompt
 
 
 def check_user_row(row: dict, spec: TaskSpec, split: str):
@@ -282,11 +283,10 @@ def check_texts(row: dict, names: Iterable[str], advice: str = ""):
 def check_own_answer(row: dict, split: str):
     """Raise ValueError unless a row has either a target or choices of its own."""
     if split == PREDICTED:
+        row.pop("target", None)
         if row.get("choices") is None:
             row.pop("choices", None)
-            row["target"] = "?"
-        else:
-            row.pop("target", None)
+            return
     if ("target" in row) == ("choices" in row):
         raise ValueError(
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
