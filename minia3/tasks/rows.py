@@ -185,9 +185,10 @@ def check_values(prompt: Prompt, row: dict):
             if not is_number and not isinstance(value, str):
                 advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""
                 raise ValueError(f"{name!r} is {value!r:.80}, expected a text{advice}")
-    is_written = bool(prompt.target) and not prompt.choices
-    if is_written and not prompt.target.format_map(row).strip():
-        raise ValueError(f"the target {prompt.target!r:.60} is empty, expected a text")
+    kind = "choice" if prompt.choices else "target"
+    for text in filter(None, answers):
+        if not text.format_map(row).strip():
+            raise ValueError(f"the {kind} {text!r:.60} is empty, expected a text")
 
 
 def without_target(prompt: Prompt, row: dict) -> Prompt:
@@ -201,19 +202,17 @@ def check_user_row(row: dict, spec: TaskSpec, split: str):
     of missing ones. Raise ValueError if it lacks a text that it should have.
     """
     spell_names(row, expected_names(spec))
-    prompt = spec.prompts[0]
     if spec.answer_of(row) == "messages":
         check_conversation(row, split)
         return
     row.pop("messages", None)  # a column that is not used
-    if prompt.choices:
+    for prompt in spec.prompts:
         check_input(row, prompt)
-    elif prompt.target:
-        check_input(row, prompt)
-        if split != PREDICTED:
-            check_texts(row, plain_names(prompt.target))
-    else:
-        check_input(row, prompt)
+        if prompt.choices or split != PREDICTED:
+            for text in prompt.choices or (prompt.target,):
+                check_texts(row, plain_names(text))
+    first = spec.prompts[0]
+    if not first.choices and not first.target:
         if "choices" in spec.fields.values() and is_text(row.get("choices")):
             # A cell that `read_rows` did not know, because its column has another name in the file.
             row["choices"] = parse_choices(row["choices"])

@@ -8,6 +8,7 @@ import pytest
 from task_files import PARTS, SPLIT_NAMES, YES_OR_NO, choice, lines, target
 
 from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.prompts import render
 from minia3.tasks.rows import rename_columns
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
@@ -196,6 +197,43 @@ def test_a_null_is_not_a_choice_of_a_task_file(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(*rows, {**rows[0], "a": None}))
     words = r"jsonl:3: 'b\[0\]' is None, expected a text; .*jsonl:4: 'a' is None, expected a text"
     with pytest.raises(ValueError, match=words):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_columns_of_every_prompt_are_prepared(tmp_path, order):
+    texts = ["{body}", "{title}: {body} {n}?"][::order]
+    prompts = [{"text": text} for text in texts]
+    (tmp_path / "task.json").write_text(json.dumps({"prompts": prompts}))
+    rows = [{"title": "a", "body": "b", "n": 3.0, "label": "x"}, {"body": "c", "label": "y"}]
+    (tmp_path / "train.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "test.jsonl").write_bytes(lines(*rows))
+    task = load_task(tmp_path)
+    prompt = task.prompts[texts.index("{title}: {body} {n}?")]
+    assert [render(prompt, row).input for row in task.train] == ["a: b 3?", ": c ?"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "'a' is None, expected a text that is not empty; the columns are "),
+        ({"a": " "}, "'a' is ' ', expected a text that is not empty"),
+        ({"a": "x", "b": [" "]}, r"the choice '\{b\[0\]\}' is empty, expected a text"),
+    ],
+)
+def test_an_empty_choice_of_any_prompt_is_refused(tmp_path, more, words):
+    first = {"text": "{q}", "choices": ["no", "yes"]}
+    second = {"text": "{q}", "choices": ["{a}", "{b[0]}"]}
+    entry = {"labels": ["0", "1"], "prompts": [first, second]}
+    (tmp_path / "task.json").write_text(json.dumps(entry))
+    row = {"q": "w", "b": ["y"], "label": "0"}
+    good = {**row, "a": 2.0}
+    (tmp_path / "test.jsonl").write_bytes(lines(good))
+    (tmp_path / "train.jsonl").write_bytes(lines(good, good))
+    task = load_task(tmp_path)
+    assert render(task.prompts[1], task.train[0]).choices == ["2", "y"]
+    (tmp_path / "train.jsonl").write_bytes(lines(good, {**row, **more}))
+    with pytest.raises(ValueError, match=rf"train\.jsonl:2: {words}"):
         load_task(tmp_path)
 
 
