@@ -264,21 +264,24 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
     The label is the index, counted from 0, or a word: one of the choices. If the choices are
     numbers, it is the index, because a word could not be told from it.
 
-    Raise ValueError if there is no such choice.
+    Raise ValueError if there is no such choice, or if the label is a text that means two of them.
     """
     indices = [str(index) for index in range(len(choices))]
     is_scalar = value is None or isinstance(value, str | int | float)
     text = label_text(value) if is_scalar else ""
-    if text in indices and not isinstance(value, bool):
-        return int(text)
     words = [label_text(choice) for choice in choices]
-    lower_words = [word.lower() for word in words]
     are_numbers = all(map(INTEGER.fullmatch, words))
+    if text in indices and not isinstance(value, bool):
+        index = int(text)
+        if isinstance(value, str) and not are_numbers and text in words:
+            check_position(text, index, words, field)
+        return index
+    lower_words = [word.lower() for word in words]
     if not are_numbers and text in words:
         return words.index(text)
     if not are_numbers and text and text.lower() in lower_words:
         return lower_words.index(text.lower())
-    if may_be_hidden and (text is None or text in HIDDEN):
+    if may_be_hidden and (text is None or text.lower() in HIDDEN):
         return -1
     expected = f"expected one of {', '.join(indices)}"
     if are_numbers:
@@ -286,6 +289,17 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
     else:
         expected += " or one of the choices"
     raise ValueError(f"{field!r} is {value!r:.40}, {expected}")
+
+
+def check_position(text: str, index: int, words: Sequence[str], field: str):
+    """Raise ValueError if a text is the position of one choice, and also another choice."""
+    place = words.index(text)
+    if place != index:
+        raise ValueError(
+            f"{field!r} is {text!r}, the position of {words[index]!r:.40}, and also the choice at "
+            f"position {place}: give the position of the right choice as a number, without quotes, "
+            "in a .jsonl file"
+        )
 
 
 def choices_of(words: Iterable[str]) -> tuple[str, ...]:

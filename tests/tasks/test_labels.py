@@ -212,6 +212,25 @@ def test_a_choice_is_found_by_its_own_spelling_first():
     assert split_words(" a ,b") == ("a", "b")
 
 
+def test_a_text_that_is_a_position_and_another_choice_is_refused():
+    choices = ["2", "3", "None of these"]
+    message = "'label' is '2', the position of 'None of these', and also the choice at position 0: "
+    for value in ("2", " 2.0"):
+        with pytest.raises(ValueError, match=f"{message}give the position .* as a number"):
+            find_choice(value, choices, "label", may_be_hidden=False)
+    # What has one meaning is found.
+    for value, expected in ((2, 2), (0, 0), ("0", 0), ("3", 1), ("None of these", 2)):
+        assert find_choice(value, choices, "label", may_be_hidden=False) == expected
+    assert find_choice("1", ["0", "1", "many"], "label", may_be_hidden=False) == 1
+    assert find_choice("2", ["2", "3", "4"], "label", may_be_hidden=False) == 2, "all are numbers"
+
+
+@pytest.mark.parametrize("value", ["None", "NULL", "nan", "-1", "", None])
+def test_a_hidden_label_is_hidden_whatever_its_case(value):
+    assert find_choice(value, ["a", "b"], "label", may_be_hidden=True) == -1
+    assert find_choice("None", ["a", "none"], "label", may_be_hidden=True) == 1
+
+
 @pytest.mark.parametrize("choices", [["3", "4"], ["3.0", "4.0"]])
 def test_if_choices_are_numbers_the_message_does_not_ask_for_them(choices):
     message = r"is '{}', expected one of 0, 1, the position of the right choice, because .*"
