@@ -171,24 +171,42 @@ def make_forms(args):
     """
     from minia3.inference.prediction import Forms
     from minia3.tasks.columns import ColumnFlags, read_flags
-    from minia3.tasks.task_file import read_tasks_beside
     from minia3.training.learned import learned_tasks
 
-    tasks = {}
-    if not is_folder_of_adapters(args.adapter):
-        tasks = learned_tasks(args.model, args.adapter)
     by_adapter = {}
-    if args.task is None and is_folder_of_adapters(args.adapter):
-        for path in sorted(Path(args.adapter).iterdir()):
-            tasks_of_adapter = read_tasks_beside(path)
-            if tasks_of_adapter:
-                spec = only_task(path, tasks_of_adapter)
-                by_adapter[path.name] = make_form(spec, args)
+    if is_folder_of_adapters(args.adapter):
+        tasks, specs = tasks_of_folder(args.adapter, args.task)
+        by_adapter = {name: make_form(spec, args) for name, spec in specs.items()}
+        says_form = args.task is not None
+    else:
+        tasks = learned_tasks(args.model, args.adapter)
+        says_form = args.task is not None or bool(tasks)
     flags = read_flags(ColumnFlags(input=args.input, labels=args.labels))
-    if args.task is None and not tasks:
+    if not says_form:
         check_prompt_number(args.prompt, n_prompts=1)
         return Forms(None, by_adapter, flags)
     return Forms(make_form(choose_task(args, tasks), args), by_adapter, flags)
+
+
+def tasks_of_folder(folder, name):
+    """Return the tasks that the adapters of a folder have learned, and the one of each adapter.
+
+    Both are dicts to TaskSpec: by the name of the task, and by the name of the adapter. name: of
+    --task; an adapter that has not learned it is left out. None: each adapter has only one task, or
+    a ValueError is raised.
+    """
+    from minia3.tasks.task_file import read_tasks_beside
+
+    tasks = {}
+    by_adapter = {}
+    for path in sorted(Path(folder).iterdir()):
+        tasks_of_adapter = read_tasks_beside(path)
+        tasks = tasks_of_adapter | tasks  # the first adapter's, if several have one of this name
+        if name in tasks_of_adapter:
+            by_adapter[path.name] = tasks_of_adapter[name]
+        elif name is None and tasks_of_adapter:
+            by_adapter[path.name] = only_task(path, tasks_of_adapter)
+    return tasks, by_adapter
 
 
 def is_folder_of_adapters(path):

@@ -5,7 +5,7 @@ import shlex
 
 from minia3.files.messages import plural
 from minia3.inference.metrics import INVERSE_PERPLEXITY
-from minia3.training.command_lines import using_command
+from minia3.training.command_lines import is_mixture, using_command
 
 
 def report(config, folder, finals, n_failed=0):
@@ -72,11 +72,6 @@ def grid_axes(config):
         if is_axis and not (field.name == "task" and is_mixture(config)):
             axes.append(field.name)
     return axes
-
-
-def is_mixture(config):
-    """Return whether one adapter is trained on several tasks."""
-    return config.adapters == "one" and isinstance(config.task, tuple)
 
 
 def single_result(config, final):

@@ -217,6 +217,28 @@ def test_an_adapter_of_a_mixture_asks_for_the_task(labeled, tmp_path, capsys):
     assert "expected a task file or the name of a task: moods, questions, anli-r1, " in error
 
 
+def test_the_adapters_of_a_grid_of_mixtures_ask_for_the_task_too(labeled, tmp_path, capsys):
+    rows = [{"question": f"w{10 + i}", "answer": f"w{3 + i % 2}"} for i in range(20)]
+    questions = write_csv(tmp_path / "questions.csv", rows)
+    out = tmp_path / "run"
+    flags = {"task": f"{labeled},{questions}", "adapters": "one", "seed": "0,1", "steps": 2}
+    assert run(words(out, **flags)) == 0
+    new = tmp_path / "new.jsonl"
+    texts = ["w12 w13", "w14"]
+    made = [{"text": text, "adapter": f"s{i}"} for i, text in enumerate(texts)]
+    new.write_text("".join(json.dumps(row) + "\n" for row in [*made, {"text": "w15"}]))
+    command = ["predict", model("t5"), new, "--adapter", out / "adapters"]
+    error = failure(capsys, *command)
+    assert "s0 has learned 2 tasks: give --task moods|questions" in error
+    *results, base = predicted(capsys, *command[2:], "--task", "moods")
+    for i, (text, result) in enumerate(zip(texts, results, strict=True)):
+        assert result["choice"] == expected_choice(out / "adapters" / f"s{i}", text, LABELS)
+        assert result["word"] == result["choice"]
+    assert base["choice"] in LABELS
+    error = failure(capsys, *command, "--task", "mood")
+    assert "expected a task file or the name of a task: did you mean 'moods'?" in error
+
+
 def test_a_csv_file_has_no_columns_that_every_row_leaves_empty(labeled, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, task=labeled, steps=2)) == 0

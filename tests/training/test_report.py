@@ -89,6 +89,11 @@ def test_a_mixture_prints_a_line_for_each_task(capsys):
     assert "predict t5-base new.csv --adapter runs/x/adapter --task TASK\n" in text
 
 
+def test_a_mixture_of_a_single_task_is_used_without_naming_it(capsys):
+    config = train.Config(model="t5-base", task="rte", adapters="one")
+    assert "--task" not in shlex.join(using_command(config, "choices", Path("a")))
+
+
 def test_a_grid_of_mixtures_names_adapter_and_task(capsys):
     config = train.Config(task=("rte", "cb"), adapters="one", seed=(0, 1))
     text = text_of(capsys, config, {"adapter": "s0"}, {"adapter": "s0", "task": "cb"})
