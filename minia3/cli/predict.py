@@ -338,7 +338,7 @@ class Prediction:
         )
         for row_input, result in islice(results, first_row - first_in_chunk, None):
             if "output" in result:
-                self.warn_once(row_input.row["adapter"])
+                self.warn_once(row_input.adapter)
             values = self.select(row_input, result, columns)
             if self.is_csv:
                 yield csv_line(values.values())
@@ -370,6 +370,8 @@ class Prediction:
         if not columns:
             return result
         fields = row_input.file_row | row_input.row | dict.fromkeys(COLUMNS) | result
+        if fields.get("adapter") is None:
+            fields["adapter"] = row_input.adapter
         for field in columns.values():
             if field not in fields and field not in self.columns_of_file:
                 found = ", ".join(fields)

@@ -30,7 +30,7 @@ from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
 from minia3.tasks.row_files import read_rows
-from minia3.tasks.rows import PREDICTED, check_row, without_target
+from minia3.tasks.rows import PREDICTED, check_row, expected_names, without_target
 from minia3.tasks.task import TaskSpec
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
@@ -99,6 +99,7 @@ class Input(NamedTuple):
     rendered: Rendered  # without choices: the row is to be continued
     example: Example
     labels: Sequence[str]  # the choices as the task's files spell them, if it has such labels
+    adapter: str | None  # the name of the adapter that answers it; None: the base
     file_row: dict  # the row as the file has it: names may be spelled otherwise in `row`
 
 
@@ -115,18 +116,22 @@ DEFAULT_LIMITS = Limits()
 def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_LIMITS):
     """Yield an Input for each row of a file (see `read_rows`), in the form of the row's adapter.
 
-    forms: Forms. adapters: an Adapters; row["adapter"] must be one of its names, and becomes
-    `default` if the row names none. Answers in the file are not read. Raise ValueError,
-    "path:line: reason", at the first wrong row.
+    forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
+    and there are adapters, the column `adapter` holds their names. Answers in the file are not
+    read. Raise ValueError, "path:line: reason", at the first wrong row.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
+    has_names = default is None and bool(adapters)
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
-            name = adapter_name(file_row, keep_empty, adapters, default)
+            if isinstance(file_row, ValueError):
+                raise file_row
+            name = default
+            if has_names or not reads_adapter(forms.find(default, file_row).spec):
+                name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row)
             row = check_row(file_row, spec, PREDICTED, n)
-            row["adapter"] = name
 
             if spec.answer_of(row) == "messages":
                 rendered, example = encode_question(row, tokenizer, limits.source)
@@ -141,13 +146,19 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
-        yield Input(row, rendered, example, spec.labels, file_row)
+        yield Input(row, rendered, example, spec.labels, name, file_row)
+
+
+def reads_adapter(spec):
+    """Return whether `adapter` is a column of a task, and so the name of something else."""
+    return "adapter" in (*spec.fields, *expected_names(spec))
 
 
 def adapter_name(row, keep_empty, adapters, default):
-    """Return the name of a row's adapter, or `default`. Raise ValueError if it is not known."""
-    if isinstance(row, ValueError):
-        raise row
+    """Return the name of a row's adapter, or `default`. Raise ValueError if it is not known.
+
+    The base would be a wrong answer if there are no adapters, because --adapter was forgotten.
+    """
     name = row.get("adapter")
     # In the .csv file of a known task, an empty cell is an empty text. In a user's file, the row
     # does not have the field.
@@ -156,7 +167,10 @@ def adapter_name(row, keep_empty, adapters, default):
         name = default
     is_known = isinstance(name, str) and name in adapters
     if name is not None and not is_known:
-        raise ValueError(f"'adapter' is {name!r:.40}, expected one of {', '.join(adapters)}")
+        expected = f"expected one of {', '.join(adapters)}"
+        if not adapters or default is not None:
+            expected = "but --adapter is not a folder of adapters: give one, or rename the column"
+        raise ValueError(f"'adapter' is {name!r:.40}, {expected}")
     return name
 
 
@@ -188,7 +202,7 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
         # Rows of different kinds may alternate: each run of one kind is answered at once.
         for (is_scored, is_chat), run in groupby(chunk, kind_of):
             run = list(run)
-            names = [row_input.row["adapter"] for row_input in run]
+            names = [row_input.adapter for row_input in run]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
             with naming_rows([row_input.row for row_input in run]), dividing():
                 if is_scored:

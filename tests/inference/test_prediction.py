@@ -272,7 +272,31 @@ def test_an_unknown_adapter_is_an_error_with_its_line_and_never_the_base(
     for words in ([], ["--adapter", adapters], ["--adapter", adapters / "one"]):
         error = fails(capsys, running.model("t5"), file, *words)
         assert f"{file}:3: 'adapter' is {name!r}" in error
-    assert "one, two" in fails(capsys, running.model("t5"), file, "--adapter", adapters)
+        is_folder = words[1:] == [adapters]
+        assert ("not a folder of adapters: give one" in error) is not is_folder
+        assert ("expected one of one, two" in error) is is_folder
+
+
+@pytest.mark.parametrize("flags", [["--input", "{adapter} {text}"], ["--task"]])
+def test_a_column_that_the_task_reads_names_no_adapter(flags, adapters, tmp_path, capsys):
+    if flags == ["--task"]:
+        entry = {"fields": {"adapter": "plug"}, "target": "{end}"}
+        entry["prompts"] = [{"text": "{plug} {text}"}]
+        (tmp_path / "mine.json").write_text(json.dumps(entry))
+        flags = ["--task", tmp_path / "mine.json"]
+    rows = [{"adapter": "w3", "text": "w4"}, {"adapter": "w5", "text": "w6"}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    joined = write(tmp_path / "joined.jsonl", [{"input": "w3 w4"}, {"input": "w5 w6"}])
+    for words in ([], ["--adapter", adapters / "one"]):
+        words = [*words, "--max-new-tokens", 3]
+        expected = predicted(capsys, running.model("t5"), joined, *words)
+        assert predicted(capsys, running.model("t5"), file, *words, *flags) == expected
+        named = [*words, *flags, "--columns", "adapter,output"]
+        found = predicted(capsys, running.model("t5"), file, *named)
+        assert [row["adapter"] for row in found] == ["w3", "w5"]
+    assert "expected one of one, two" in fails(
+        capsys, running.model("t5"), file, "--adapter", adapters, *flags
+    )
 
 
 def test_a_folder_that_holds_no_adapter_is_refused(tmp_path, capsys):
