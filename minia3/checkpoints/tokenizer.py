@@ -229,7 +229,8 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 "the tokenizer's files have no chat template: give one with --chat-template FILE "
-                "(in Python: tokenizer.chat_template = ...), or give the whole prompt as a text"
+                "(a flag of train.py and generate; in Python: tokenizer.chat_template = ...), or "
+                "give the whole prompt as a text"
             )
 
     def decode(self, ids: list[int]) -> str:

@@ -41,6 +41,8 @@ from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
 from minia3.tasks.prompts import in_context, render
 
+COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long")  # may differ from prompt to prompt
+
 
 def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limits of a run)
     model,
@@ -218,7 +220,7 @@ def count_tokens(example):
 def over_prompts(results):
     """Return one result for the `results` of several prompts: their medians, and all accuracies.
 
-    The result of a single prompt stays as it is.
+    A count of rows is the largest one. The result of a single prompt stays as it is.
     """
     first = results[0]
     if len(results) == 1:
@@ -230,6 +232,8 @@ def over_prompts(results):
     if "perplexity" in first:
         combined["perplexity"] = perplexity(combined["accuracy"])
     combined["n"] = first["n"]
-    combined["n_cut"] = max(result["n_cut"] for result in results)
+    for key in COUNTS:
+        if key in first:
+            combined[key] = max(result[key] for result in results)
     combined["accuracies"] = [result["accuracy"] for result in results]
     return combined

@@ -17,6 +17,7 @@ from minia3.training.losses import UNLIKELY_EPS
 LEAST_LINES = 3  # in a third of the lines, before their order says anything
 CERTAIN = 0.9  # share of pairs of lines, an early and a late one, whose loss is higher at the end
 BLOWN_UP = 2  # times the highest loss at the beginning
+NEAR_ZERO = 0.001  # a lower loss is good, whatever it was before
 
 # Before training
 
@@ -140,7 +141,7 @@ def has_risen(losses):
     n_third = max(1, len(losses) // 3)
     early = np.array(losses[:n_third])
     late = np.array(losses[-n_third:])
-    if len(losses) < 2:
+    if len(losses) < 2 or losses[-1] < NEAR_ZERO:
         return False
     has_blown_up = losses[-1] > BLOWN_UP * max(early.max(), 0.0)
     is_enough = n_third >= LEAST_LINES

@@ -17,6 +17,7 @@ from minia3.inference.metrics import TEXT_METRICS
 from minia3.inference.scoring import total_logprobs
 from minia3.tasks.examples import Example, encode_rows
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, in_context
+from minia3.training.doubts import notes_on_texts
 
 PROMPT = Prompt("w7 {input} w8", None)
 
@@ -477,6 +478,14 @@ def test_the_result_over_several_prompts_is_the_median_with_all_accuracies():
     for auc in (None, 0.5):
         assert over_prompts([result(0.5, auc), result(0.75, None)])["auc"] is None
     assert over_prompts([result(0.5, 0.25), result(0.75, 0.5, n_cut=3)])["n_cut"] == 3
+
+
+def test_the_counts_over_several_prompts_stay_whole_numbers():
+    counts = {"n": 5, "n_cut": 0, "n_lossy": 1, "n_too_long": 3, "n_equal": 2}
+    first = {"accuracy": 0.5, **counts}
+    combined = over_prompts([first, {**first, "n_lossy": 2}])
+    assert {key: combined[key] for key in counts} == {**counts, "n_lossy": 2}
+    assert notes_on_texts(combined, 64)[1].startswith("3 of 5 targets have more than 64 tokens")
 
 
 def test_without_rows_a_result_has_no_values(ours):

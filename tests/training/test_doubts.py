@@ -145,6 +145,8 @@ def test_a_loss_that_rose_is_noticed(losses):
         [],
         [3.0],
         [1.0, 1.3],  # too few lines to say
+        [1e-6, 3e-6],  # both are as good as 0
+        np.linspace(1e-6, 9e-4, 30).tolist(),
         np.linspace(2, 1, 30).tolist(),
         [1.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0],  # one bad batch
     ],
