@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 from minia3.tasks.text_lines import MAX_ROW_BYTES, explain_bytes
@@ -228,14 +229,27 @@ def values_of_object(text: JsonText) -> Iterator:
 def is_json_lines(file: BinaryIO) -> bool:
     """Return whether a file holds an object on each line, as a .jsonl file does.
 
-    Only the first two lines are read. The reader of one object and the reader of lines would take
-    the first line of such a file in different ways.
+    Only the first two lines are read, without blank ones. The reader of one object and the reader
+    of lines would take the first line of such a file in different ways. A single line is a row
+    unless its object holds rows: a list that begins with an object, or an empty list.
     """
-    first = file.readline(MAX_ROW_BYTES)
-    second = file.readline(MAX_ROW_BYTES)
-    if not second.lstrip().startswith(b"{"):
+    all_lines = iter(partial(file.readline, MAX_ROW_BYTES), b"")
+    lines = filter(None, map(without_space, all_lines))
+    first = next(lines, b"")
+    second = next(lines, b"")
+    is_single = not second
+    if not first.startswith(b"{") or not (is_single or second.startswith(b"{")):
         return False
     try:
-        return isinstance(json.loads(first), dict)
+        row = json.loads(first)
     except (ValueError, RecursionError):
         return False
+    return not (is_single and any(map(may_be_rows, row.values())))
+
+
+def without_space(line: bytes) -> bytes:
+    return line.removeprefix(codecs.BOM_UTF8).strip()
+
+
+def may_be_rows(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])

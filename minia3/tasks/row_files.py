@@ -83,7 +83,7 @@ def read_rows(
     that of the row. Both count from 1.
 
     - .jsonl (and a file without a suffix): a JSON object on each line.
-    - .json: a list of objects, or an object with such a list, or the same as .jsonl.
+    - .json: a list of objects, or an object with such a list; otherwise the same as .jsonl.
     - .csv: a header, and cells with commas between them, or semicolons, or tabs. An empty cell
       counts as missing. `choices` (or `Choices`) is a JSON list, or texts with | between them.
     - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.

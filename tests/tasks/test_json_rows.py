@@ -151,7 +151,13 @@ def test_half_a_surrogate_pair_is_refused_in_either_case():
     [
         (b'{"a": 1}\n{"a": 2}\n', True),
         (b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}', True),
-        (b'{"a": 1}\n', False),
+        (b'{"a": 1}\n', True),
+        (b'{"a": ["b"], "c": {"d": 1}}', True),
+        (b'\n{"a": 1}\r\n \t\r\n\n{"a": 2}', True),
+        (b'\n\n{"a": 1}\n\n', True),
+        (b'{"a": []}\n', False),
+        (b'{"a": [{"b": 1}, 12]}\n', False),
+        (b"{}\n1", False),
         (b'{"a": [{"b": 1}]}', False),
         (b'[\n{"a": 1},\n{"a": 2}]', False),
         (b'{\n"a": 1}', False),
@@ -169,6 +175,15 @@ def test_rows_with_messages_on_each_line_are_rows_and_not_lists_of_messages(tmp_
     row = {"messages": [{"role": "user", "content": "a"}]}
     (tmp_path / "chat.json").write_text((json.dumps(row) + "\n") * 2)
     assert list(read_rows(tmp_path / "chat.json")) == numbered([row, row])
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n\n{"a": 1}\n', '\ufeff\n{"a": 1}\n'])
+def test_lines_in_a_json_file_are_read_as_in_a_jsonl_file(tmp_path, text):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = list(read_rows(tmp_path / "a.json"))
+    assert found == list(read_rows(tmp_path / "a.jsonl"))
+    assert found[0][1] == {"a": 1}
 
 
 def test_reading_takes_the_memory_of_a_few_rows(tmp_path):
