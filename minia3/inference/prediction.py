@@ -128,7 +128,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             if isinstance(file_row, ValueError):
                 raise file_row
             name = default
-            if has_names or not reads_adapter(forms.find(default, file_row).spec):
+            if has_names or not reads_adapter(file_row, forms, default):
                 name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row)
             row = check_row(file_row, spec, PREDICTED, n)
@@ -149,8 +149,11 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
         yield Input(row, rendered, example, spec.labels, name, file_row)
 
 
-def reads_adapter(spec):
-    """Return whether `adapter` is a column of a task, and so the name of something else."""
+def reads_adapter(row, forms, default):
+    """Return whether the task of a row reads its column `adapter`, which then names no adapter."""
+    if "adapter" not in row:
+        return False
+    spec = forms.find(default, row).spec
     return "adapter" in (*spec.fields, *expected_names(spec))
 
 
