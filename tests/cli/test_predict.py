@@ -359,6 +359,20 @@ def test_a_task_file_puts_rows_into_words(tmp_path, capsys):
     assert result["scores"] == pytest.approx(scores[0].tolist(), abs=1e-5)
 
 
+def test_the_choices_of_a_row_to_label_are_prepared_as_in_training(tmp_path, capsys):
+    entry = {"labels": ["0", "1"], "prompts": [{"text": "{q}", "choices": ["w{a}", "{b}"]}]}
+    (tmp_path / "mine.json").write_text(json.dumps(entry))
+    new = tmp_path / "new.jsonl"
+    new.write_text(json.dumps({"q": "w12", "a": 3.0, "b": "w4"}) + "\n")
+    (result,) = predicted(capsys, new, "--task", tmp_path / "mine.json")
+    ours = minia3.load_model(model("t5"))
+    scores = minia3.rank(ours, minia3.load_tokenizer(model("t5")), ["w12"], ["w3", "w4"])
+    assert result["scores"] == pytest.approx(scores[0].tolist(), abs=1e-5)
+    new.write_text(json.dumps({"q": "w12", "a": " ", "b": "w4"}) + "\n")
+    error = failure(capsys, "predict", model("t5"), new, "--task", tmp_path / "mine.json")
+    assert "new.jsonl:1: 'a' is ' ', expected a text that is not empty" in error
+
+
 # Runs
 
 
