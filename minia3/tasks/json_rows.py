@@ -231,7 +231,7 @@ def is_json_lines(file: BinaryIO) -> bool:
 
     Only the first two lines are read, without blank ones. The reader of one object and the reader
     of lines would take the first line of such a file in different ways. A single line is a row
-    unless its object holds rows: a list that begins with an object, or an empty list.
+    unless its object holds rows, or has nothing but lists, which may be columns.
     """
     all_lines = iter(partial(file.readline, MAX_ROW_BYTES), b"")
     lines = filter(None, map(without_space, all_lines))
@@ -244,12 +244,14 @@ def is_json_lines(file: BinaryIO) -> bool:
         row = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    return not (is_single and any(map(may_be_rows, row.values())))
+    return not is_single or may_be_row(row)
 
 
 def without_space(line: bytes) -> bytes:
     return line.removeprefix(codecs.BOM_UTF8).strip()
 
 
-def may_be_rows(value) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])
+def may_be_row(value: dict) -> bool:
+    lists = [entry for entry in value.values() if isinstance(entry, list)]
+    holds_rows = any(not entry or isinstance(entry[0], dict) for entry in lists)
+    return len(lists) < len(value) and not holds_rows
