@@ -279,6 +279,8 @@ class Run:
 
     def discard_if_new(self):
         if self.written_folder and self.is_new:
+            close_trackers(self.trackers)  # because they write into the folder
+            self.trackers = []
             discard_run(self.written_folder)
 
     def close(self):

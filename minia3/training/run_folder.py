@@ -4,6 +4,7 @@ config.json      all flags, versions, and the checksums of the data
 metrics.jsonl    a line per event: before, train, eval, final, failed
 checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
+tensorboard/     see trackers.py
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +27,10 @@ from minia3.training.command_lines import PLACES
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
 
-CONTENTS = ("config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "adapters", "model")
+CONTENTS = (  # a run replaces these without asking, so a new run finds none of them
+    *("config.json", "metrics.jsonl", "checkpoint.pt", "states"),
+    *("adapter", "adapters", "model", "tensorboard"),
+)
 SUB_FOLDERS = ("states", "adapter", "adapters/*", "model")  # in which a run writes
 RUNS = Path("runs")  # the folder of runs without --out
 LONGEST_NAME = 50  # characters of a list of values; a longer one is abbreviated
@@ -167,6 +172,7 @@ def discard_run(folder):
         return
     for name in ("config.json", ".lock"):
         remove_lock(folder / name)
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of --log-to
     with suppress(OSError):  # the folder is not empty: it held other files before
         folder.rmdir()
         if folder.parent == RUNS:

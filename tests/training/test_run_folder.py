@@ -93,6 +93,17 @@ def test_a_folder_that_holds_a_run_or_a_part_of_a_run_is_never_overwritten(name,
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("name", ["states", "tensorboard"])
+def test_a_folder_of_somebody_else_that_a_run_would_replace_is_never_removed(
+    name, tmp_path, capsys
+):
+    other = tmp_path / "run" / name / "mine.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    fails(words(tmp_path / "run", steps=1), capsys, f"{tmp_path}/run holds a run already ({name})")
+    assert other.read_text() == "mine"
+
+
 def test_other_files_in_the_folder_stay(tmp_path):
     out = tmp_path / "run"
     out.mkdir()

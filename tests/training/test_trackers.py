@@ -263,6 +263,27 @@ def test_a_tracker_that_fails_while_a_run_is_resumed_does_not_end_it(tmp_path, c
     assert metrics(out)[-1]["steps"] == 6
 
 
+def test_a_mistake_before_the_first_evaluation_leaves_no_files_of_tensorboard(
+    tmp_path, capsys, monkeypatch
+):
+    class Writer:
+        """Writes the folder `tensorboard`, also as it closes."""
+
+        def __init__(self, config, folder):
+            self.path = folder / "tensorboard" / "events"
+            self.path.parent.mkdir()
+
+        def close(self):
+            self.path.write_text("the end")
+
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Writer)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    flags = words(tmp_path / "run", log_to="tensorboard", adapter=tmp_path / "nowhere")
+    for _ in range(2):  # the second time, the folder is not in the way
+        fails(flags, capsys, "nowhere")
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
     def refuse(config, folder):
         raise RuntimeError("not\nlogged in")
