@@ -34,14 +34,26 @@ def read_config_file(path, config_class):
         content = read_json(path)
     else:
         raise ValueError(f"--config is {str(path)!r}, expected a .toml or .json file")
-    is_record = "versions" in content  # a run wrote it
-    if not is_record and {"config", "resume"} & content.keys():
-        raise ValueError(f"{path}: a file cannot name another --config or --resume")
+    if "versions" in content:  # a run wrote it
+        return flags_of_record(content, config_class, path)
+    values = {}
+    for typed, value in content.items():
+        name = field_name(typed, config_class, path)
+        if name in ("config", "resume"):
+            raise ValueError(f"{path}: a file cannot name another --config or --resume")
+        if name in values:
+            raise ValueError(f"{path} has {option(name)} twice")
+        values[name] = as_flag(value)
+    return values
+
+
+def flags_of_record(content, config_class, path):
+    """Return the flags of a run's config.json that another run can take over."""
     values = {}
     for name, value in recorded_flags(content, path).items():
-        if not (is_record and name in OF_ONE_RUN):
+        if name not in OF_ONE_RUN:
             values[field_name(name, config_class, path)] = value
-    if is_record and values.get("epochs") is not None:
+    if values.get("epochs") is not None:
         values.pop("steps", None)  # the run has worked out how many steps its epochs are
     return values
 
@@ -70,15 +82,16 @@ def as_flag(value):
 
 def field_name(name, config_class, origin):
     """Return the name of a flag's field. A flag may be written as on the command line."""
-    names = [field.name for field in dataclasses.fields(config_class)]
     found = name.removeprefix("--").replace("-", "_")
-    if found in names:
-        return found
+    fields = dataclasses.fields(config_class)
+    for field in fields:
+        if option(found) in (option(field.name), *field.metadata["also"]):
+            return field.name
     message = f"{origin}: unknown flag {json.dumps(name)}"
     advice = ADVICE.get(option(found))
     if advice:
-        raise ValueError(f"{message}: {advice}")
-    similar = difflib.get_close_matches(found, names, n=1)
+        raise ValueError(f"{message}: {advice.format(run='FOLDER')}")
+    similar = difflib.get_close_matches(found, [field.name for field in fields], n=1)
     if similar:
         message += f": did you mean {similar[0]}?"
     raise ValueError(message)

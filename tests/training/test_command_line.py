@@ -136,6 +136,12 @@ def test_a_toml_file_has_the_flags_as_they_are_typed(tmp_path):
         ("flags.toml", "steps = [3, 4]", ["--steps is (3, 4), expected int"]),
         ("flags.toml", "steps = 3\nepochs = 2", ["--epochs takes the place of --steps"]),
         ("flags.toml", 'config = "x.toml"', ["a file cannot name another --config"]),
+        ("flags.toml", '"--resume" = "x"', ["a file cannot name another --config or --resume"]),
+        ("flags.toml", 'data = "x.jsonl"', ['unknown flag "data"', "did you mean --task?"]),
+        ("flags.toml", "similar_lengths = false", ['unknown flag "similar_lengths"']),
+        ("flags.toml", "checkpoint = true", ['"checkpoint"', "as in --resume FOLDER"]),
+        ("flags.toml", "batch-size = 2\nbatch_size = 3", ["flags.toml has --batch-size twice"]),
+        ("flags.toml", 'init = "x"\nadapter = "y"', ["flags.toml has --adapter twice"]),
         ("flags.json", "[1]", ["flags.json", "expected a JSON object"]),
         ("flags.json", '{"lr": 0}', ["--lr is 0", "above 0"]),
     ],
@@ -143,6 +149,12 @@ def test_a_toml_file_has_the_flags_as_they_are_typed(tmp_path):
 def test_a_mistake_in_a_config_file_is_one_line(name, text, parts, tmp_path, capsys):
     (tmp_path / name).write_text(text)
     fails(["--config", tmp_path / name], capsys, *parts)
+
+
+def test_a_file_may_use_another_name_of_a_flag(tmp_path):
+    file = tmp_path / "flags.toml"
+    file.write_text('init = "x"\n')
+    assert complete({"config": str(file)}).adapter == "x"
 
 
 def test_resume_and_config_do_not_mix(tmp_path, capsys):

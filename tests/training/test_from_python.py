@@ -182,6 +182,10 @@ def test_values_are_read_as_on_the_command_line(tmp_path):
     }
 
 
+def test_a_flag_has_its_other_name_in_python_too():
+    assert from_python.given_flags({"init": "x"}) == {"adapter": "x"}
+
+
 def test_a_list_is_what_commas_say_on_the_command_line(tmp_path):
     flags = {"labels": ["no", "yes"], "losses": ("lm", "ul"), "eval_prompt": [0, 1]}
     expected = {"labels": "no,yes", "losses": "lm,ul", "eval_prompt": "0,1"}
