@@ -254,3 +254,8 @@ class Config:
     @property
     def is_training(self):
         return self.method in TRAINED and not self.eval_only
+
+    @property
+    def is_mixture(self):
+        """Whether one adapter is trained on several tasks."""
+        return self.adapters == "one" and isinstance(self.task, tuple)

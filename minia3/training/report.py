@@ -15,7 +15,7 @@ def report(config, folder, finals, n_failed=0):
     folder: of the run; None if nothing was written. n_failed: adapters of a grid without a result.
     """
     axes = grid_axes(config)
-    if axes or is_mixture(config):
+    if axes or config.is_mixture:
         title = "1 result" if len(finals) == 1 else f"{len(finals)} results"
         if n_failed:
             title += f"; failed adapters: {n_failed}"
@@ -69,7 +69,7 @@ def grid_axes(config):
     axes = []
     for field in dataclasses.fields(config):
         is_axis = isinstance(getattr(config, field.name), tuple)
-        if is_axis and not (field.name == "task" and is_mixture(config)):
+        if is_axis and not (field.name == "task" and config.is_mixture):
             axes.append(field.name)
     return axes
 
@@ -98,7 +98,7 @@ def result_name(config, final, axes):
     names = []
     if axes:
         names.append(final["adapter"])
-    if is_mixture(config):
+    if config.is_mixture:
         names.append(final["task"])
     return ": ".join(names)
 

@@ -80,15 +80,16 @@ def describe_failure(tracker, error):
     return f"{name} gets no more of this run, but metrics.jsonl has everything: {one_line(error)}"
 
 
-def figures(line):
+def figures(line, is_mixture):
     """Return the numbers in a line of metrics.jsonl: "train/loss" -> 0.5.
 
-    In a grid, and for a mixture, the names say whose they are: "final/rte-s0/accuracy".
+    The names say whose they are: "final/rte/accuracy", in a grid "final/rte-s0/accuracy", and in a
+    grid of mixtures "final/s0/rte/accuracy".
     """
     place = [line["event"]]
     if "adapter" in line:
         place.append(line["adapter"])
-    elif "task" in line:
+    if "task" in line and (is_mixture or "adapter" not in line):
         place.append(line["task"])
     found = {}
     for name, value in line.items():
@@ -106,12 +107,13 @@ class TensorBoard:
     def __init__(self, config, folder):
         from torch.utils.tensorboard import SummaryWriter
 
+        self.is_mixture = config.is_mixture
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of the run that was stopped
         self.writer = SummaryWriter(folder / "tensorboard")
         self.writer.add_text("flags", f"```json\n{json.dumps(vars(config), indent=1)}\n```")
 
     def write(self, line):
-        for name, value in figures(line).items():
+        for name, value in figures(line, self.is_mixture).items():
             self.writer.add_scalar(name, value, line["step"])
         self.writer.flush()
 
@@ -125,6 +127,7 @@ class WandB:
     def __init__(self, config, folder):
         import wandb
 
+        self.is_mixture = config.is_mixture
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=folder.name,
@@ -135,7 +138,7 @@ class WandB:
         self.run.define_metric("*", step_metric="step")
 
     def write(self, line):
-        self.run.log({"step": line["step"], **figures(line)})
+        self.run.log({"step": line["step"], **figures(line, self.is_mixture)})
 
     def close(self):
         self.run.finish()
@@ -147,6 +150,7 @@ class MLflow:
     def __init__(self, config, folder):
         import mlflow
 
+        self.is_mixture = config.is_mixture
         self.client = mlflow.MlflowClient()  # which, unlike mlflow.start_run, has no global run
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self.client.get_experiment_by_name(name)
@@ -159,7 +163,7 @@ class MLflow:
             self.client.log_param(self.run_id, flag, value)
 
     def write(self, line):
-        for name, value in figures(line).items():
+        for name, value in figures(line, self.is_mixture).items():
             self.client.log_metric(self.run_id, name, value, step=line["step"])
 
     def close(self):

@@ -19,7 +19,7 @@ def expected_figures(folder):
     """Return {(name, step): value} of metrics.jsonl."""
     found = {}
     for line in metrics(folder):
-        for name, value in figures(line).items():
+        for name, value in figures(line, is_mixture=False).items():
             found[name, line["step"]] = pytest.approx(value)
     return found
 
@@ -44,11 +44,45 @@ def test_the_numbers_of_a_line_have_names_that_say_whose_they_are():
         "losses": {"s0": 0.4, "s1": 0.6},
         "auc": None,
     }
-    assert figures(line) == {"train/loss": 0.5, "train/losses/s0": 0.4, "train/losses/s1": 0.6}
+    losses = {"train/loss": 0.5, "train/losses/s0": 0.4, "train/losses/s1": 0.6}
+    assert figures(line, is_mixture=False) == losses
     line = {"event": "final", "step": 10, "adapter": "s0", "task": "rte", "accuracy": 0.5}
-    assert figures(line) == {"final/s0/accuracy": 0.5}
-    assert figures({"event": "eval", "step": 1, "task": "rte", "n": 3}) == {"eval/rte/n": 3}
-    assert figures({"event": "failed", "step": 1, "reason": "the loss"}) == {}
+    assert figures(line, is_mixture=False) == {"final/s0/accuracy": 0.5}
+    assert figures(line, is_mixture=True) == {"final/s0/rte/accuracy": 0.5}
+    line = {"event": "eval", "step": 1, "task": "rte", "n": 3}
+    assert figures(line, is_mixture=False) == figures(line, is_mixture=True) == {"eval/rte/n": 3}
+    assert figures({"event": "failed", "step": 1, "reason": "the loss"}, is_mixture=False) == {}
+
+
+def test_the_tasks_of_a_mixture_in_a_grid_have_a_name_each(tmp_path, monkeypatch):
+    """A tracker would take figures of one name and step for one figure."""
+    names = []
+
+    class Writer:
+        """Writes scalars of TensorBoard, but only into a list."""
+
+        def __init__(self, folder):
+            pass
+
+        def add_text(self, name, text):
+            pass
+
+        def add_scalar(self, name, value, step):
+            names.append((name, step))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    tasks = f"{running.task()},{running.task((2, 3, 1))}"
+    flags = {"task": tasks, "adapters": "one", "seed": "0,1", "log_to": "tensorboard"}
+    assert run(words(tmp_path / "run", steps=2, eval_every=1, **flags)) == 0
+    assert ("final/s1/task-2-3-1/accuracy", 2) in names
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.slow
