@@ -96,7 +96,7 @@ class Run:
     @property
     def is_mixture(self):
         """Whether one adapter was trained on several tasks."""
-        return self.config.get("adapters") == "one"
+        return self.config.get("adapters") == "one" and isinstance(self.config["task"], list)
 
     def missing_results(self):
         """Return a text for each result that this run does not have, or not yet."""
@@ -390,6 +390,8 @@ def select_flags(run, final):
     flags = {name: value for name, value in values.items() if name in names}
     if run.is_mixture:
         flags["mixture"] = "+".join(Path(task).stem for task in run.config["task"])
+    elif flags.get("adapters") == "one":
+        flags["adapters"] = "each"  # which is the same for a single task
     return flags
 
 

@@ -100,6 +100,16 @@ def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
     assert (row.average, row.n_runs) == (62.5, 1)
 
 
+def test_one_adapter_of_a_single_task_is_no_mixture(tmp_path):
+    make_run(tmp_path / "a", adapters="one")
+    make_run(tmp_path / "b", adapters="each", task="cb")
+    rows, _ = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3"]
+    make_run(tmp_path / "c", task=["rte", "cb"], adapters="one", finals=[{}, {"task": "cb"}])
+    rows, _ = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3, adapters one", "ia3, adapters each"]
+
+
 def test_evaluations_in_different_words_are_different_results(tmp_path):
     untrained = [{"trainable": 0, "method": "none"}]
     flags = ({"chat_template": "a.jinja"}, {"chat_template": "b.jinja"}, {"input": "{text}"})
