@@ -72,6 +72,8 @@ def recorded_flags(content, path):
     for name, value in content.items():
         if name not in (*NOT_FLAGS, "similar_lengths"):
             values[EARLIER_NAMES.get(name, name)] = as_flag(value)
+    if values.get("method") == "ia3" and values.get("optimizer") != "adamw":
+        values.pop("weight_decay", None)  # an earlier version took it, and Adafactor ignored it
     return values
 
 

@@ -225,6 +225,23 @@ def test_a_mistake_in_a_resumed_run_leaves_its_folder(tmp_path, capsys, monkeypa
 # --resume, and what it needs
 
 
+def test_a_weight_decay_that_did_nothing_is_not_in_the_way_of_a_run_that_has_begun(
+    tmp_path, capsys
+):
+    """Earlier versions took it with Adafactor."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"weight_decay": 0.1}))
+    assert run(["--resume", out, "--steps", 2]) == 0
+    assert run(words(out, "--or-resume", steps=2)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run(["--config", out, "--out", tmp_path / "again"]) == 0
+    decayed = json.loads((out / "config.json").read_text()) | {"optimizer": "adamw"}
+    (out / "config.json").write_text(json.dumps(decayed | {"weight_decay": 0.1}))
+    assert restore_flags(train.Config, {"resume": out}).weight_decay == 0.1
+
+
 def test_resume_takes_no_other_flags(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, steps=1)) == 0
