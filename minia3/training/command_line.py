@@ -1,14 +1,16 @@
 """From the words of a command line to checked flags. No torch, so mistakes are answered at once."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 from minia3 import __version__
 from minia3.files.messages import message_of
 from minia3.files.processes import has_several_processes
+from minia3.training.command_lines import PLACES
 from minia3.training.config import ADVICE, GROUPS, Config
-from minia3.training.config_file import read_config_file
+from minia3.training.config_file import OF_ONE_RUN, read_config_file
 from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
@@ -61,19 +63,21 @@ def complete(given):
         config = restore_flags(Config, given)
     else:
         check_length(given)
-        config = Config(**put_over(flags_of_file(given), given))
+        flags = put_over(flags_of_file(given), given)
+        config = Config(**flags)
         config.config = None  # because config.json has the flags themselves
         if config.or_resume:
-            config = resume_if_begun(config)
+            config = resume_if_begun(config, flags)
     check_config(config)
     check_trackers(config.log_to)
     return config
 
 
-def resume_if_begun(config):
+def resume_if_begun(config, flags):
     """Return the flags of the run in --out if there is one, and else those of `config`.
 
-    Raise ValueError if there is no --out, or if the run there has other flags.
+    flags: those that are given, with their values. Places among them, such as --data-dir, replace
+    those of the run. Raise ValueError if there is no --out, or if the run there has other flags.
     """
     config.or_resume = False  # because it says nothing about the run, and config.json is of the run
     if config.out is None:
@@ -83,7 +87,8 @@ def resume_if_begun(config):
         return config
     check_config(config)  # before its flags are compared
     check_same_flags(folder, config)
-    return restore_flags(Config, {"resume": config.out})
+    places = {name: flags[name] for name in PLACES if name in flags and name not in OF_ONE_RUN}
+    return dataclasses.replace(restore_flags(Config, {"resume": config.out}), **places)
 
 
 def check_length(given):

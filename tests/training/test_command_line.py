@@ -1,5 +1,6 @@
 """A mistake in a command line is answered before torch is imported; so is Ctrl-C, in one line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -246,6 +247,18 @@ def test_or_resume_needs_a_folder_and_the_same_flags(tmp_path, capsys):
     fails(words(tmp_path / "run", "--or-resume", steps=1, lr=0.1), capsys, found)
     # Where a run happens is not what it does.
     assert run(words(tmp_path / "run", "--or-resume", steps=1, data_dir=tmp_path)) == 0
+
+
+def test_or_resume_takes_the_places_that_are_typed(tmp_path):
+    flags = {"model": str(running.model("t5")), "task": str(task()), "device": "cpu", "steps": 1}
+    flags |= {"out": str(tmp_path / "run"), "or_resume": True}
+    minia3.train(**flags)
+    again = complete(flags)
+    assert (again.resume, again.data_dir, again.device) == (flags["out"], "data", "cpu")
+    moved = complete({**flags, "data_dir": "elsewhere", "device": "meta"})
+    assert moved == dataclasses.replace(again, data_dir="elsewhere", device="meta")
+    del flags["device"]
+    assert complete(flags).device == "cpu"  # that of the run
 
 
 def test_or_resume_knows_a_run_whose_epochs_became_steps(tmp_path, capsys):
