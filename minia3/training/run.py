@@ -20,6 +20,8 @@ from minia3.files.processes import (
 from minia3.files.read import reading
 from minia3.training.checkpoint import (
     DAMAGED,
+    DAMAGED_STATE,
+    STATES,
     Checkpoint,
     forget_states,
     keep_state,
@@ -69,11 +71,12 @@ class Run:
         self.saved = Checkpoint(n_processes=n_processes())
         self.stopped = None  # where a run stood that --steps makes longer
         self.extended_from = None  # how many steps it had done
+        self.extended_to = None  # --steps, until config.json has it
         try:
             if is_first():
                 self.open_folder(config)
-            opened = (self.folder, self.saved, self.extended_from)
-            self.folder, self.saved, self.extended_from = from_first(opened)
+            opened = from_first((self.folder, self.saved, self.extended_from, self.extended_to))
+            self.folder, self.saved, self.extended_from, self.extended_to = opened
         except BaseException:
             # A notebook keeps the traceback of the last error, which would keep the lock.
             self.resources.close()
@@ -98,7 +101,9 @@ class Run:
             self.resources.enter_context(lock_folder(self.folder))
             clean_run(self.folder)
             saved = load_checkpoint(self.folder)
-            if saved and config.steps != read_run_config(self.folder).get("steps"):
+            if config.steps != read_run_config(self.folder).get("steps"):
+                self.extended_to = config.steps
+            if saved and self.extended_to is not None:
                 self.stopped = saved
                 self.extended_from = saved.n_steps
                 saved = extend(saved, config)
@@ -110,17 +115,22 @@ class Run:
             self.folder = folder
 
     @property
+    def continuation(self):
+        """The command that continues this run."""
+        return resume_command(self.program, self.folder, self.extended_to)
+
+    @property
     def stop_message(self):
         """What a run that was stopped says."""
         if self.folder is None:
             return "stopped"
-        return f"stopped; to continue: {resume_command(self.program, self.folder)}"
+        return f"stopped; to continue: {self.continuation}"
 
     def gone_message(self, gone):
         """What a run says if another process of it has ended."""
         if self.folder is None or not (self.folder / "config.json").exists():
             return str(gone)
-        return f"{gone}; to continue: {resume_command(self.program, self.folder)}"
+        return f"{gone}; to continue: {self.continuation}"
 
     @property
     def is_finished(self):
@@ -129,7 +139,8 @@ class Run:
     def start_writing(self, cells, config):
         """Check that the data are the same as when the run began, and open metrics.jsonl.
 
-        Raise ValueError if the data have changed. Until this call, a resumed run changes no file.
+        Raise ValueError if the data have changed. Until this call, a resumed run changes no file,
+        except that it removes temporary files of a killed one.
         """
         if self.written_folder:
             checksums = {}
@@ -147,6 +158,8 @@ class Run:
                     self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
                     self.write_checkpoint(self.saved.group)
                 record_run(self.folder, checksums, config)
+                self.extended_to = None
+        self.extended_to = None  # for the other processes
         self.metrics = Metrics(self.written_folder, self.n_bytes)
         self.trackers = start_trackers(config, self.written_folder)
 
@@ -223,10 +236,14 @@ class Run:
         Without such a state, nothing changes.
         """
         state = self.saved.group
+        origin = "checkpoint.pt"
+        damage = DAMAGED
         if state is None:  # only the machine of the first process needs to have the folder
             state = from_first(kept_state(self.written_folder, self.n_done))
+            origin = f"{STATES}/{self.n_done}.pt"
+            damage = DAMAGED_STATE
         if state is not None:
-            with reading(self.folder / "checkpoint.pt", DAMAGED, is_bounded=True):
+            with reading(self.folder / origin, damage, is_bounded=True):
                 group.load_state_dict(state)
             self.saved.group = None
 

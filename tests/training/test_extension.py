@@ -175,6 +175,22 @@ def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
     assert outcome(out) == outcome(whole)
 
 
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_an_extension_that_is_stopped_before_it_is_recorded_continues_with_steps(
+    has_checkpoint, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    assert run(words(out, steps=6)) == 0
+    if not has_checkpoint:
+        (out / "checkpoint.pt").unlink()
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_cells", lambda config: kill_self(signal.SIGINT))
+        assert extend(out, 12) == 130
+    assert f"to continue: python train.py --resume {out} --steps 12\n" in capsys.readouterr().err
+    assert contents(out) == before
+
+
 def test_a_run_that_was_stopped_can_be_made_longer_too(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with interrupted_at_update(4, monkeypatch):
@@ -338,6 +354,18 @@ def test_a_state_that_is_missing_or_damaged_is_one_line(tmp_path, capsys):
         reason = "cannot be made longer" if damaged != b"" else "the file is empty"
         fails(["--resume", out, "--steps", 9], capsys, "states/0.pt", reason)
         assert contents(out) == before
+
+
+def test_a_state_with_other_values_is_named(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3, **GRIDS["lora"])) == 0
+    with interrupted_at_update(1, monkeypatch):
+        assert extend(out, 4) == 130
+    path = out / "states" / "1.pt"
+    state = torch.load(path, weights_only=True)
+    state["group"]["parameters"] = {"another": torch.ones(1)}
+    torch.save(state, path)
+    fails(["--resume", out], capsys, "states/1.pt: damaged, so the run cannot be made longer")
 
 
 def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_when_it_is_made_longer(
