@@ -5,6 +5,8 @@ taken away. What else a cluster wants to know comes from the environment of sbat
 win over the script: SBATCH_GRES, SBATCH_ACCOUNT ...
 """
 
+import math
+
 from minia3.cli.main import main
 from minia3.cli.terminal import show
 
@@ -37,7 +39,7 @@ def submit(target, words, folder, n_workers, hours):
         raise ValueError("--submit needs submitit: pip install 'minia3[cluster]'") from None
     cluster, _, partition = target.partition(":")
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    executor.update_parameters(name="minia3", timeout_min=round(60 * hours))
+    executor.update_parameters(name="minia3", timeout_min=math.ceil(60 * hours))
     if partition:
         executor.update_parameters(slurm_partition=partition)
     with executor.batch():

@@ -57,6 +57,24 @@ def test_workers_and_hours_have_defaults(tmp_path, monkeypatch, words, expected)
     assert found == [expected]
 
 
+@pytest.mark.filterwarnings("ignore:No submission happened")
+@pytest.mark.parametrize(("hours", "minutes"), [(0.005, 1), (24, 1440), (0.51, 31)])
+def test_a_short_time_is_a_minute_and_not_none(tmp_path, monkeypatch, hours, minutes):
+    """SLURM takes 0 for no limit."""
+    from minia3.cli.submit import submit
+
+    found = []
+    update = submitit.AutoExecutor.update_parameters
+
+    def update_parameters(executor, **parameters):
+        found.append(parameters)
+        update(executor, **parameters)
+
+    monkeypatch.setattr(submitit.AutoExecutor, "update_parameters", update_parameters)
+    submit("local", [], tmp_path, 0, hours)
+    assert found[0]["timeout_min"] == minutes
+
+
 def test_without_submitit_the_extra_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     message = failure(capsys, "study", write_study(tmp_path), "--submit", "slurm")
