@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from minia3.cli.results import read_results
-from minia3.cli.table import COMMONEST, is_unknown, make_rows, short_names, shown_task
+from minia3.cli.table import (
+    COMMONEST,
+    is_unknown,
+    make_rows,
+    short_names,
+    shown_task,
+    shown_values,
+)
 from minia3.cli.terminal import show
 from minia3.files.read import reading
 from minia3.files.write import replacing
@@ -121,18 +128,31 @@ def read_adapters(results):
     resolved = [result.run_folder.resolve() for result in results]
     top = os.path.commonpath([folder.parent for folder in resolved])
     adapters = {}
+    names = {}  # folder of an adapter -> its name
     for result in results:
         if result.method != "ia3" or not result.n_trainable:
             continue
+        if result.adapter_folder in names:  # a mixture has several results and one adapter
+            continue
         parts = result.adapter_folder.resolve().relative_to(top).parts
         name = "-".join(part for part in parts if part not in ("adapter", "adapters"))
-        adapters_of_model = adapters.setdefault(result.model, {})
-        if name not in adapters_of_model:  # a mixture has several results and one adapter
-            vectors = read_adapter(result.adapter_folder).vectors
-            adapters_of_model[name] = {
-                key.replace("blocks.", ""): vector.numpy() for key, vector in vectors.items()
-            }
+        name = distinct_name(name, names.values())
+        names[result.adapter_folder] = name
+        vectors = read_adapter(result.adapter_folder).vectors
+        adapters.setdefault(result.model, {})[name] = {
+            key.replace("blocks.", ""): vector.numpy() for key, vector in vectors.items()
+        }
     return adapters
+
+
+def distinct_name(name, taken):
+    """Return a name, with a number behind it if it is taken: "x-s0", "x-s0-2", "x-s0-3" ..."""
+    found = name
+    number = 1
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
 
 
 # Accuracy and curves
@@ -199,11 +219,15 @@ def draw_task(ax, rows, task):
         share = row.cells[task].median
         if row.method == COMMONEST and not is_unknown(share):
             ax.axvline(share, color="C1", linestyle="--", label="always the commonest label")
-    unit = f"{metric or 'result'} (%)"
-    if metric == INVERSE_PERPLEXITY:
-        unit = "perplexity (lower is better)"
-    ax.set(title=shown_task(task), xlabel=unit)
+    ax.set(title=shown_task(task), xlabel=axis_label(metric or "result"))
     ax.margins(x=0.1)
+
+
+def axis_label(metric):
+    """Return what an axis of a metric's values says, as `shown_values` gives them."""
+    if metric == INVERSE_PERPLEXITY:
+        return "perplexity (lower is better)"
+    return f"{metric} (%)"
 
 
 def draw_curves(figure, results):
@@ -231,7 +255,7 @@ def draw_curves(figure, results):
     quantities = ["training loss"]
     if len(sums) > 1:
         quantities = [f"training loss ({names})" for names in sums]
-    quantities += [f"held-out {metric} (%)" for metric in metrics]
+    quantities += [f"held-out {axis_label(metric)}" for metric in metrics]
     axes = figure.subplots(len(quantities), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
         layer = i % len(LINE_STYLES)
@@ -246,13 +270,19 @@ def draw_curves(figure, results):
             curves = [result.loss_curve for result in group if losses_of(result) == names]
             draw_group(row, curves, group, style)
         for row, metric in zip(axes[len(sums) :], metrics, strict=True):
-            curves = [result.held_out_curve for result in group if result.metric == metric]
+            curves = [shown_curve(result) for result in group if result.metric == metric]
             draw_group(row, curves, group, style)
     for row, quantity in zip(axes, quantities, strict=True):
         row[0].set(xlabel="step", ylabel=quantity)
         row[1].set(xlabel="time (s); in a grid, one adapter's share", ylabel=quantity)
     figure.set_figheight(max(SIZE[1], CURVE_HEIGHT * len(quantities)))
     add_legend(figure, axes[:, 0])
+
+
+def shown_curve(result):
+    """Return the held-out curve, (N, 2), with the values that the table shows."""
+    steps, values = result.held_out_curve.T
+    return np.stack([steps, shown_values(values, result.metric)], axis=1)
 
 
 def losses_of(result):

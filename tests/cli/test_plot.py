@@ -103,6 +103,19 @@ def test_each_adapter_of_a_grid_has_a_picture(runs, tmp_path):
     assert names_of_pictures(grid)[2:4] == ["learned-grid-cb-s0", "learned-grid-rte-s0"]
 
 
+def test_adapters_of_different_folders_keep_apart_if_their_names_are_equal(runs, tmp_path):
+    shutil.copytree(runs / "ia3-0", tmp_path / "x-s0")
+    shutil.copytree(runs / "ia3-1", tmp_path / "x")
+    (tmp_path / "x" / "adapters").mkdir()
+    (tmp_path / "x" / "adapter").rename(tmp_path / "x" / "adapters" / "s0")
+    change_final(tmp_path / "x", adapter="s0")
+    *lines, final = running.metrics(tmp_path / "x")
+    lines = [line for line in lines if line["event"] not in ("train", "eval")]
+    write_metrics(tmp_path / "x", [*lines, final])
+    names = [name for name in names_of_pictures(tmp_path) if "learned" in name]
+    assert names == ["learned-x-s0", "learned-x-s0-2"]
+
+
 def test_a_mixture_has_one_picture_of_its_adapter(runs, tmp_path):
     mixture = tmp_path / "mixture"
     shutil.copytree(runs / "ia3-0", mixture)
@@ -255,6 +268,17 @@ def test_equal_curves_have_each_its_color_in_the_picture(runs):
         color = np.round(np.array(colors.to_rgb(f"C{i}")) * 255)
         n_pixels = (np.abs(pixels - color).max(axis=1) <= 1).sum()
         assert n_pixels > 100, i
+
+
+def test_held_out_curves_show_the_perplexity_and_not_its_inverse(runs):
+    (result,), _ = read_results([runs / "ia3-0"])
+    curve = np.array([[4, 1.0], [8, 2.0]])  # in per cent
+    perplexities = replace(result, metric="inverse_perplexity", held_out_curve=curve)
+    new = drawn(draw_curves, [result, perplexities])
+    axes = np.reshape(new.axes, (3, 2))
+    expected = ["training loss", "held-out accuracy (%)", "held-out perplexity (lower is better)"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == expected
+    assert axes[2, 0].lines[0].get_xydata().tolist() == [[4, 100], [8, 50]]
 
 
 def test_curves_are_medians_over_runs_by_step_and_by_time(runs):
