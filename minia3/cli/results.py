@@ -392,6 +392,8 @@ def select_flags(run, final):
         flags["mixture"] = "+".join(Path(task).stem for task in run.config["task"])
     elif flags.get("adapters") == "one":
         flags["adapters"] = "each"  # which is the same for a single task
+    # A run that was made longer had another learning rate than one that was as long at once.
+    flags["extended from"] = " and ".join(map(str, final.get("extended_from", ()))) or None
     return flags
 
 

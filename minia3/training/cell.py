@@ -28,6 +28,7 @@ class Progress:
     n_misses: int = 0  # evaluations in a row that were not better
     failure: str | None = None  # why the cell failed, if it did
     is_reported: bool = False
+    extended_from: list = field(default_factory=list)  # the steps at which it was made longer
 
 
 class Cell:

@@ -132,10 +132,17 @@ def forget_states(folder):
 
 
 def reopen_cells(group_state):
-    """Return the state of a group whose cells have patience again, and no result yet."""
+    """Return the state of a group whose cells have patience again, and no result yet.
+
+    They know the steps at which they were made longer.
+    """
+    step = group_state["log"]["step"]
     cells = []
     for cell in group_state["cells"]:
         progress = cell["progress"] | {"is_reported": False, "n_misses": 0}
+        if step > 0:
+            # A killed extension has noted the step already.
+            progress["extended_from"] = sorted({*progress.get("extended_from", ()), step})
         cells.append(cell | {"progress": progress})
     return group_state | {"cells": cells}
 

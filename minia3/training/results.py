@@ -84,6 +84,8 @@ def final_line(group, cell, assignment, before, after):
     for name, value in after.items():
         if name not in NOT_FINAL:
             final[name] = value
+    if cell.progress.extended_from:
+        final["extended_from"] = cell.progress.extended_from
     final["answer"] = assignment.task.answer
     final["warnings"] = [
         *assignment.doubts,

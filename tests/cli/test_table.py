@@ -100,6 +100,14 @@ def test_a_mixture_is_a_row_with_a_cell_for_each_task(tmp_path):
     assert (row.average, row.n_runs) == (62.5, 1)
 
 
+def test_a_run_that_was_made_longer_is_another_one(tmp_path):
+    make_run(tmp_path / "a", steps=20)
+    make_run(tmp_path / "b", [{"extended_from": [5, 10]}], steps=20)
+    rows, note = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3", "ia3, extended from 5 and 10"]
+    assert note == ""
+
+
 def test_one_adapter_of_a_single_task_is_no_mixture(tmp_path):
     make_run(tmp_path / "a", adapters="one")
     make_run(tmp_path / "b", adapters="each", task="cb")

@@ -26,6 +26,14 @@ def without_events(lines, *names):
     return [line for line in lines if line["event"] not in names]
 
 
+def without_extension(lines):
+    """Return the lines of an extended run as those of a run that was as long at once."""
+    found = []
+    for line in without_events(lines, "extended"):
+        found.append({name: value for name, value in line.items() if name != "extended_from"})
+    return found
+
+
 def two_schedules(step, config, change):
     """The rate of a run of 6 steps until the step `change`, and then that of a run of 12 steps."""
     steps = 6 if step < change else 12
@@ -96,7 +104,8 @@ def test_a_finished_run_that_is_extended_is_a_run_with_two_schedules(
     adapters, lines = outcome(out)
     expected_adapters, expected_lines = outcome(whole)
     assert adapters == expected_adapters
-    assert without_events(lines, "extended") == expected_lines
+    assert without_extension(lines) == expected_lines
+    assert {tuple(line["extended_from"]) for line in events(out, "final")} == {(6,)}
     finals = [line for line in first if line["event"] == "final"]
     extended = [line for line in metrics(out) if line["event"] == "extended"]
     assert [{**line, "event": "final"} for line in extended] == finals
@@ -285,7 +294,7 @@ def test_each_adapter_of_an_extended_grid_continues_from_its_own_state(name, tmp
     out = tmp_path / "run"
     assert run(words(out, steps=6, **flags)) == 0
     assert extend(out, 12) == 0
-    lines = without_events(outcome(out)[1], "extended")
+    lines = without_extension(outcome(out)[1])
     n_extended = len(events(out, "extended"))
     with monkeypatch.context() as patch:
         two_schedules_of_all(patch)
@@ -296,6 +305,7 @@ def test_each_adapter_of_an_extended_grid_continues_from_its_own_state(name, tmp
     assert n_extended == 2
     assert extend(out, 15) == 0  # and again
     assert [line["steps"] for line in events(out, "final")] == [15, 15]
+    assert [line["extended_from"] for line in events(out, "final")] == [[6, 12], [6, 12]]
 
 
 # A grid of two adapters is stopped in the first and in the second one, before and after it is made

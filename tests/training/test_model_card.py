@@ -161,6 +161,12 @@ def test_a_median_over_prompts_is_called_a_median():
     assert "| accuracy, median over 3 prompts | 51.3% | 100.0% |" in text
 
 
+def test_the_card_of_a_run_that_was_made_longer_says_so():
+    text = make_card(None, {"extended_from": [500, 1500]})
+    assert "The run was made longer (`--resume`) after step 500 and 1,500. Until then" in text
+    assert "made longer" not in make_card()
+
+
 def test_a_card_is_written_in_utf_8_beside_the_other_files(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     write_card(tmp_path, train.Config(), [FINAL | {"task": "Grüße"}], {"train.jsonl": "ab"})
