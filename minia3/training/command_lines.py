@@ -101,7 +101,7 @@ def using_command(config, answer, adapter=None):
         names = ["max_new_tokens", "dtype", "quantize"]
     if adapter is not None:
         words += ["--adapter", str(adapter)]
-    if is_mixture(config) and answer != "messages":
+    if config.is_mixture and answer != "messages":
         words += ["--task", "TASK"]  # one of those that the adapter has learned
     changed = changed_flags(config)
     words += flag_words(config, [name for name in names if name in changed])
@@ -109,11 +109,6 @@ def using_command(config, answer, adapter=None):
     if "eval_prompt" in changed and is_one_prompt and answer != "messages":
         words += ["--prompt", str(config.eval_prompt)]
     return words
-
-
-def is_mixture(config):
-    """Return whether one adapter is trained on several tasks."""
-    return config.adapters == "one" and isinstance(config.task, tuple)
 
 
 def changed_flags(config):
