@@ -100,7 +100,7 @@ def find_turn(conversation, i, whole):
     before = conversation.render(i, ends_with_prompt=True).text
     after = conversation.render(i + 1, ends_with_prompt=False).text
     if after.startswith(before) and whole.startswith(after):
-        turn = without_tail(after[len(before) :], conversation.messages[i])
+        turn = without_tail(after[len(before) :], conversation, i)
         return (len(before), len(before) + len(turn))
     span = probe_turn(conversation, i)
     if span is None:
@@ -108,15 +108,17 @@ def find_turn(conversation, i, whole):
     return span
 
 
-def without_tail(turn, message):
-    """Return the text of a turn without white space after its end token, such as ChatML's line
+def without_tail(turn, conversation, i):
+    """Return the text of turn i without white space after its end token, such as ChatML's line
     break. Generation has ended before it.
     """
-    content = (message.get("content") or "").strip()
-    if content and content in turn:
+    content = (conversation.messages[i].get("content") or "").strip()
+    if content and turn.count(content) == 1:
         ending = turn.partition(content)[2]
-        if not ending.strip():
-            return turn  # there is no end token, so the white space is all that ends the turn
+    else:  # such as "A" in "Assistant: A"
+        ending = conversation.find_content(i, i + 1).after
+    if not ending.strip():
+        return turn  # there is no end token, so the white space is all that ends the turn
     return turn.rstrip()
 
 

@@ -520,6 +520,22 @@ def test_without_an_end_token_the_turn_ends_in_text_which_ends_an_answer():
     assert tokenizer_with(None).end_of_turn() == ""
 
 
+@pytest.mark.parametrize("answer", ["yes", "A", "t", "an", "Assistant: ", "", " a\n"])
+def test_without_an_end_token_the_line_break_ends_a_turn_whatever_the_answer(answer):
+    """The role stands in the turn, because the template passes over `add_generation_prompt`."""
+    template = "{% for m in messages %}{{ m.role.capitalize() }}: {{ m.content }}\n{% endfor %}"
+    text, ((first, end), _) = render_conversation(template, chat("q", answer, "r", "b"), {})
+    assert text[first:end] == f"Assistant: {answer}\n"
+
+
+@pytest.mark.parametrize("answer", ["yes", ">", "im", "assistant", ""])
+def test_the_line_break_after_an_end_token_is_not_scored_whatever_the_answer(answer):
+    text, ((first, end), _) = render_conversation(
+        TEMPLATES["chatml"], chat("q", answer, "r", "b"), {}
+    )
+    assert text[first:end] == f"{answer}<|im_end|>"
+
+
 def test_a_t5_says_which_rows_it_learns_from(loaded):
     from words import word_tokenizer
 
