@@ -95,6 +95,18 @@ def render_conversation(template, messages, special_tokens, tools=None):
     return ChatText(whole.text, spans)
 
 
+def find_end_of_turn(template, special_tokens):
+    """Return what the template writes after the content of an answer, without white space.
+
+    It is empty if there is no such text. Raise ValueError as `render_conversation` does.
+    """
+    messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
+    text, spans = render_conversation(template, messages, special_tokens)
+    first, end = spans[-1]
+    content = Conversation(template, messages, special_tokens, None).find_content(1, 2)
+    return text[max(first, content.end) : end].strip()
+
+
 def find_turn(conversation, i, whole):
     """Return the span of message i in the whole text. Raise ValueError if it cannot be found."""
     before = conversation.render(i, ends_with_prompt=True).text

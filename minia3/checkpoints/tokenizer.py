@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as Backend
 from minia3.checkpoints import config_t5
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend, text_of
 from minia3.checkpoints.chat import EncodedChat, default_template, render_chat
-from minia3.checkpoints.chat_spans import render_conversation
+from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
@@ -204,16 +204,10 @@ class Tokenizer:
         It is often a special token, such as <|im_end|>. It is empty if the template has none, or
         refuses such a conversation.
         """
-        messages = [
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": "answer"},
-        ]
         try:
-            text, spans = render_conversation(self.chat_template, messages, self.special)
+            return find_end_of_turn(self.chat_template, self.special)
         except (ValueError, ImportError):
             return ""
-        first, end = spans[-1]
-        return text[first:end].rpartition("answer")[2].strip()
 
     def check_learning(self):
         """Raise ValueError if a model cannot learn from conversations with this tokenizer."""

@@ -536,6 +536,27 @@ def test_the_line_break_after_an_end_token_is_not_scored_whatever_the_answer(ans
     assert text[first:end] == f"{answer}<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "ending", ["</answer>", "### End of answer", "Hello!", "Alpha.", "<|im_end|>"]
+)
+def test_the_end_of_a_turn_is_found_whatever_words_the_template_has(ending):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nHi.<answer>"
+        f"{{% else %}}{{{{ m.content }}}}{ending}\n{{% endif %}}{{% endfor %}}"
+    )
+    assert tokenizer_with(template).end_of_turn() == ending
+
+
+def test_the_end_of_a_turn_is_what_the_blocks_of_a_template_say():
+    template = (
+        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }} END{% endgeneration %}\n###\n"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert tokenizer_with(template).end_of_turn() == "END"
+    assert tokenizer_with("{{ messages[0].content }}").end_of_turn() == ""
+
+
 def test_a_t5_says_which_rows_it_learns_from(loaded):
     from words import word_tokenizer
 
