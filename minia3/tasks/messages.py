@@ -49,8 +49,8 @@ def check_message(message, i: int):
 def without_nulls(message: dict) -> dict:
     """Return a message without the keys that have no value, apart from its content.
 
-    In a .parquet file, each message has the keys of all messages. A template that asks whether a
-    message has tool_calls must not find the empty ones.
+    Exports of chats write "tool_calls": null. A template that asks whether a message has tool_calls
+    must not find the empty ones.
     """
     return {key: value for key, value in message.items() if value is not None or key == "content"}
 

@@ -21,7 +21,8 @@ def read_table_rows(
     Texts, numbers, booleans, lists and structures keep their types. Dates, times and decimals
     become texts, and so do bytes that are UTF-8. Other bytes (a picture) are left out.
 
-    keep_empty: a null stays as None. By default it is left out, as an empty cell of a .csv file is.
+    keep_empty: a null stays as None. By default it is left out, as an empty cell of a .csv file is,
+        and so is a null inside of a structure.
 
     Raise ValueError if two columns have one name. If a file is damaged, pyarrow raises errors of
     many kinds.
@@ -31,14 +32,14 @@ def read_table_rows(
         for values in batch.to_pylist():
             row = {}
             for name, value in values.items():
-                value = to_plain(value)
+                value = to_plain(value, keep_empty)
                 if keep_empty or value is not None:
                     row[name] = value
             number += 1
             yield number, row
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, keep_empty: bool) -> Any:
     """Return a value of pyarrow as JSON has it, or None for bytes that are not text."""
     if value is None or isinstance(value, str | int | float):
         return value
@@ -48,10 +49,26 @@ def to_plain(value: Any) -> Any:
         except UnicodeDecodeError:
             return None
     if isinstance(value, dict):
-        return {name: to_plain(entry) for name, entry in value.items()}
+        return plain_struct(value, keep_empty)
     if isinstance(value, list | tuple):
-        return [to_plain(entry) for entry in value]
+        return [to_plain(entry, keep_empty) for entry in value]
     return str(value)
+
+
+def plain_struct(struct: dict, keep_empty: bool) -> dict:
+    """Return a structure as a JSON object. Without `keep_empty`, its nulls are left out.
+
+    In a table, all structures of a column have the same keys: the arguments of one function would
+    have those of all others, too. Only a message keeps a content that is null, because templates
+    ask whether it is.
+    """
+    plain = {}
+    for name, entry in struct.items():
+        entry = to_plain(entry, keep_empty)
+        is_content = name == "content" and "role" in struct
+        if keep_empty or is_content or entry is not None:
+            plain[name] = entry
+    return plain
 
 
 def label_names(file: BinaryIO, suffix: str) -> dict[str, list[str]]:

@@ -84,7 +84,7 @@ def test_what_json_does_not_have_becomes_a_text(tmp_path):
         "tree": (
             pyarrow.struct([("days", pyarrow.list_(pyarrow.date32())), ("raw", pyarrow.binary())]),
             {"days": [datetime.date(2024, 1, 1)], "raw": b"\xff"},
-            {"days": ["2024-01-01"], "raw": None},
+            {"days": ["2024-01-01"]},
         ),
     }
     columns = {}
@@ -138,22 +138,42 @@ def test_the_columns_of_a_table_are_those_of_its_schema(tmp_path):
 
 
 def test_conversations_in_parquet_equal_those_in_jsonl(tmp_path):
-    """In a .parquet file, each message has the keys of all messages."""
-    function = {"name": "weather", "arguments": '{"city": "Paris"}'}
-    call = {"id": "c1", "type": "function", "function": function}
-    messages = [
-        {"role": "user", "content": "Weather in Paris?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+    """In a .parquet file, each message, call and schema has the keys of all others."""
+
+    def call(said, name, **arguments):
+        function = {"name": name, "arguments": arguments}
+        calls = [{"id": "c1", "type": "function", "function": function}]
+        return {"role": "assistant", "content": said, "tool_calls": calls}
+
+    def tool(name, **properties):
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    question = {"role": "user", "content": "Weather in Paris?"}
+    answers = [
         {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
         {"role": "assistant", "content": "It is sunny."},
     ]
-    rows = [{"messages": messages}, {"messages": messages[:1] + messages[3:]}] * 3
+    weather = [question, call("", "weather", city="Paris", days=[1, 2]), *answers]
+    note = [question, call(None, "note", content="sunny", place={"city": "Paris"}), *answers]
+    rows = [
+        {"messages": weather, "tools": [tool("weather", city={"type": "string"})]},
+        {"messages": note, "tools": [tool("note", content={"type": "string", "enum": ["a"]})]},
+        {"messages": [question, answers[1]]},
+    ] * 2
     (tmp_path / "mine.jsonl").write_bytes(lines(*rows))
     write(tmp_path / "mine.parquet", rows)
     from_jsonl = load_task(tmp_path / "mine.jsonl")
     from_parquet = load_task(tmp_path / "mine.parquet")
     for field in ("train", "validation", "test"):
         assert getattr(from_parquet, field) == getattr(from_jsonl, field)
+
+
+def test_nulls_in_structures_stay_if_empty_cells_do(tmp_path):
+    rows = [{"pair": {"a": "x", "b": None}}, {"pair": {"a": None, "b": "y"}}]
+    path = write(tmp_path / "a.parquet", rows)
+    assert [row for _, row in read_rows(path, keep_empty=True)] == rows
+    assert [row for _, row in read_rows(path)] == [{"pair": {"a": "x"}}, {"pair": {"b": "y"}}]
 
 
 def test_without_pyarrow_the_message_names_the_extra(tmp_path, monkeypatch):
