@@ -41,16 +41,26 @@ class EncodedChat(NamedTuple):
     is_scored: list[bool]  # whether the assistant wrote the token
 
 
-def default_template(templates):
-    """Return the template to use, or None.
+def by_name(templates):
+    """Return the chat templates that the files hold: nothing (None), one template, or a dict.
 
-    templates: what the files hold. That is nothing (None), one template, or a list of {"name": ...,
-    "template": ...}, from which the template named "default" is used.
+    templates: None, one template, or a list of {"name": ..., "template": ...}.
     """
     if not isinstance(templates, list):
         return templates
-    by_name = {entry["name"]: entry["template"] for entry in templates}
-    return by_name.get("default")
+    return {entry["name"]: entry["template"] for entry in templates}
+
+
+def choose_template(templates, tools):
+    """Return the template for a conversation, or None. templates: see `by_name`.
+
+    As in transformers, one that is named "tool_use" is for conversations with tools.
+    """
+    if not isinstance(templates, dict):
+        return templates
+    if tools is not None and "tool_use" in templates:
+        return templates["tool_use"]
+    return templates.get("default")
 
 
 def read_template(path):

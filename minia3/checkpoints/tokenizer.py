@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints import config_t5
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend, text_of
-from minia3.checkpoints.chat import EncodedChat, default_template, render_chat
+from minia3.checkpoints.chat import EncodedChat, by_name, choose_template, render_chat
 from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
@@ -56,7 +56,8 @@ class Tokenizer:
     pad_id: the id of the pad token, or else eos_id, or else 0. It is always an int. Because padding
         is masked, any id will do.
     special: {"bos_token": "<s>", ...}, the texts of the special tokens that the files name.
-    chat_template: the template for `chat`, or None.
+    chat_template: the template for `chat`, or a dict of templates by name, from which "tool_use" is
+        for conversations with tools and "default" for others, or None.
     has_separate_targets: True if a target is a sequence of its own, as for T5's decoder; False if
         it continues the prompt, as for LLaMA.
     """
@@ -68,7 +69,7 @@ class Tokenizer:
         Raise an exception of any type if the backend or the settings are damaged.
         """
         self.backend = backend
-        self.chat_template = default_template(settings.get("chat_template"))
+        self.chat_template = by_name(settings.get("chat_template"))
         # A tokenizer.json may ask to cut or pad every text, because it keeps the settings of the
         # moment when it was saved.
         backend.no_truncation()
@@ -158,9 +159,9 @@ class Tokenizer:
         They equal the ids of transformers' apply_chat_template. Raise ValueError if there is no
         template or no jinja2, or if the template fails or refuses the messages.
         """
-        self.check_chat()
+        template = self.template_for(tools)
         with reading("chat_template", extra="chat"):
-            rendered = render_chat(self.chat_template, messages, self.special, tools)
+            rendered = render_chat(template, messages, self.special, tools)
             # The template has written the special tokens.
             return self.encode(rendered.text, special=False)
 
@@ -174,9 +175,9 @@ class Tokenizer:
         Raise ValueError as `chat` does, if a turn cannot be found in the text, and for the
         tokenizer of a T5, whose decoder does not continue what its encoder reads.
         """
-        self.check_learning()
+        template = self.learned_template(tools)
         with reading("chat_template", extra="chat"):
-            text, spans = render_conversation(self.chat_template, messages, self.special, tools)
+            text, spans = render_conversation(template, messages, self.special, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
         is_answer = [False] * len(text)  # of each character
         for first, end in spans:
@@ -191,11 +192,9 @@ class Tokenizer:
 
         The errors are those of `conversation`, except for turns that change.
         """
-        self.check_learning()
+        template = self.learned_template(tools)
         with reading("chat_template", extra="chat"):
-            rendered = render_chat(
-                self.chat_template, messages, self.special, tools, ends_with_prompt=False
-            )
+            rendered = render_chat(template, messages, self.special, tools, ends_with_prompt=False)
             return len(self.encode(rendered.text, special=False))
 
     def end_of_turn(self) -> str:
@@ -205,27 +204,32 @@ class Tokenizer:
         refuses such a conversation.
         """
         try:
-            return find_end_of_turn(self.chat_template, self.special)
+            return find_end_of_turn(self.template_for(), self.special)
         except (ValueError, ImportError):
             return ""
 
-    def check_learning(self):
-        """Raise ValueError if a model cannot learn from conversations with this tokenizer."""
+    def learned_template(self, tools: list | None = None):
+        """Return the template for a conversation to learn from.
+
+        Raise ValueError if a model cannot learn from conversations with this tokenizer.
+        """
         if self.has_separate_targets:
             raise ValueError(
                 "only models that continue a text learn from rows with 'messages', and this "
                 "model has an encoder: give rows with 'input' and 'target'"
             )
-        self.check_chat()
+        return self.template_for(tools)
 
-    def check_chat(self):
-        """Raise ValueError if there is no chat template."""
-        if self.chat_template is None:
+    def template_for(self, tools: list | None = None):
+        """Return the chat template for a conversation. Raise ValueError if there is none."""
+        template = choose_template(self.chat_template, tools)
+        if template is None:
             raise ValueError(
                 "the tokenizer's files have no chat template: give one with --chat-template FILE "
                 "(a flag of train.py and generate; in Python: tokenizer.chat_template = ...), or "
                 "give the whole prompt as a text"
             )
+        return template
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids`, without special tokens and without ids that are not tokens.
@@ -245,7 +249,11 @@ class Tokenizer:
         """
         # A null, or else an id in config.json would become the bos of a tokenizer that has none.
         config = {"bos_token": None} | self.special
-        if self.chat_template:
+        if isinstance(self.chat_template, dict):
+            config["chat_template"] = [
+                {"name": name, "template": text} for name, text in self.chat_template.items()
+            ]
+        elif self.chat_template:
             config["chat_template"] = self.chat_template
         # transformers' LlamaTokenizer would replace our normalizer.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

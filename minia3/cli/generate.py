@@ -154,7 +154,7 @@ def prepare_chat(model, tokenizer, args):
         tokenizer.chat_template = read_template(args.chat_template)
     else:
         tokenizer.chat_template = trained_template(args) or tokenizer.chat_template
-    tokenizer.check_chat()
+    tokenizer.template_for()  # raises ValueError if there is none
     args.stop += end_answers(model, tokenizer)
 
 

@@ -108,13 +108,15 @@ def folder_with(folder, template, jinja=None):
     return folder
 
 
-def theirs(folder, messages):
+def theirs(folder, messages, tools=None):
     """Return the ids of transformers' apply_chat_template."""
     transformers = pytest.importorskip(
         "transformers", reason="needs the extra: pip install 'minia3[test]'"
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    batch = tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, return_dict=True
+    )
     return batch["input_ids"]
 
 
@@ -454,6 +456,26 @@ def test_a_call_of_a_tool_is_a_turn_of_the_assistant_and_its_result_is_not(tmp_p
         '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
         "Three.<|im_end|>"
     )
+
+
+@pytest.mark.parametrize("tools", [None, [], TOOLS])
+def test_tools_take_the_template_for_them_as_in_transformers(tmp_path, tools):
+    several = [
+        {"name": "default", "template": CHATML},
+        {"name": "tool_use", "template": "{{ tools | tojson }}" + CHATML},
+    ]
+    folder = folder_with(tmp_path / "a", several)
+    load_tokenizer(folder).save(tmp_path / "b")
+    messages = CHATS["turns"]
+    for place in (folder, tmp_path / "b"):
+        tokenizer = load_tokenizer(place)
+        ids = tokenizer.chat(messages, tools)
+        assert ids == theirs(place, messages, tools)
+        encoded = tokenizer.conversation(messages[:2], tools)
+        assert tokenizer.count_chat(messages[:2], tools) == len(encoded.ids)
+        assert tokenizer.chat(messages[:1], tools) == encoded.ids[: encoded.is_scored.index(True)]
+    tokenizer.chat_template = CHATML
+    assert (tokenizer.chat(messages, tools) == ids) == (tools is None)
 
 
 def cannot_train(template, messages):
