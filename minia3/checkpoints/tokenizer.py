@@ -338,8 +338,11 @@ def read_backend(file, settings):
 
     Raise an exception of any type if the file is damaged.
     """
+    added = added_tokens(file.parent, settings)
     if file.name == "tokenizer.json":
-        return Backend.from_buffer(file.read_bytes()), {}
+        backend = Backend.from_buffer(file.read_bytes())
+        add_missing_tokens(backend, added)
+        return backend, {}
     if file.name == VOCABULARY_FILE:
         backend, defaults = byte_bpe_backend(file.parent, settings)
     elif file.suffix == ".json":
@@ -352,7 +355,8 @@ def read_backend(file, settings):
         if is_t5:
             add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
         defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}
-    add_tokens_of_fine_tune(backend, file.parent, settings)
+    # normalized=False: look for the tokens in the text itself, before it is normalized.
+    add_tokens(backend, {i: token | {"normalized": False} for i, token in added.items()})
     return backend, defaults
 
 
@@ -390,10 +394,19 @@ def special_id(backend, settings, kind):
     kind: "bos", "eos" or "pad". The settings may give the token's text, as `{kind}_token` (a text,
         or a dict with the text as "content"), or its id, as `{kind}_token_id` (an id, or a list
         whose first id counts). The text wins.
+
+    Raise ValueError if the vocabulary lacks the text of a bos or eos token. The id that a config
+    gives may then be that of any token. (A pad token may be missing, because any id can pad.)
     """
-    named_id = backend.token_to_id(text_of(settings.get(f"{kind}_token", "")))
+    text = text_of(settings.get(f"{kind}_token", ""))
+    named_id = backend.token_to_id(text)
     if named_id is not None:
         return named_id
+    if text and kind != "pad":
+        raise ValueError(
+            f"{kind}_token is {text!r:.60}, which the vocabulary lacks: add this token to the "
+            "tokenizer, or name another one in tokenizer_config.json"
+        )
     given = settings.get(f"{kind}_token_id")
     ids = given if isinstance(given, list) else [given]
     for i in ids[:1]:
@@ -423,13 +436,13 @@ def add_sentinels(backend, n_sentinels):
     backend.add_special_tokens(sentinels[::-1])
 
 
-def add_tokens_of_fine_tune(backend, folder, settings):
-    """Add the tokens that a fine-tune added to a sentencepiece model. (Its file cannot change.)
+def added_tokens(folder, settings):
+    """Return the tokens that a fine-tune added to a tokenizer, whose own file may not have changed.
 
-    Older checkpoints have token -> id in added_tokens.json, and newer checkpoints have id ->
-    description of the token in tokenizer_config.json. Without a description, a token is special if
-    the settings list it as an additional special token, such as the sentinels of CodeT5. Raise
-    ValueError if these ids do not follow the ids of the pieces.
+    They are a dict from ids to descriptions. Older checkpoints have token -> id in
+    added_tokens.json, and newer checkpoints have id -> description of the token in
+    tokenizer_config.json. Without a description, a token is special if the settings list it as an
+    additional special token, such as the sentinels of CodeT5.
     """
     special = [text_of(token) for token in settings.get("additional_special_tokens", [])]
     added = {}
@@ -438,11 +451,24 @@ def add_tokens_of_fine_tune(backend, folder, settings):
             added[i] = {"content": token, "special": token in special}
     for i, description in settings.get("added_tokens_decoder", {}).items():
         added[int(i)] = description
+    return added
+
+
+def add_missing_tokens(backend, added):
+    """Add those tokens that a tokenizer.json lacks. It describes the others itself."""
+    missing = {}
+    for i, description in added.items():
+        if backend.token_to_id(description["content"]) is None:
+            missing[i] = description
+    add_tokens(backend, missing)
+
+
+def add_tokens(backend, added):
+    """Add tokens (see `added_tokens`). Raise ValueError if their ids do not follow the others."""
     ids = sorted(added)
-    # normalized=False: look for the tokens in the text itself, before it is normalized.
-    backend.add_tokens([AddedToken(**(added[i] | {"normalized": False})) for i in ids])
+    backend.add_tokens([AddedToken(**added[i]) for i in ids])
     wrong_ids = [i for i in ids if backend.token_to_id(added[i]["content"]) != i]
     if wrong_ids:
         raise ValueError(
-            f"added tokens have the ids {wrong_ids}, but these do not follow the pieces"
+            f"added tokens have the ids {wrong_ids}, but these do not follow the vocabulary"
         )

@@ -28,7 +28,7 @@ from small_tokenizers import (
     write,
     write_beside,
 )
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from minia3.checkpoints.layout import TOKENIZER_FILES
 from minia3.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
@@ -145,7 +145,7 @@ def test_tokens_of_an_older_fine_tune_are_in_added_tokens_json(tmp_path):
     assert tokenizer.encode("a<6><7>") == [1, 3, 4, 6, 7]
     assert (tokenizer.pad_id, tokenizer.decode([4, 6, 7])) == (7, "a<6>")
     write_beside(tmp_path, added_tokens={"<6>": 6, "<8>": 8})
-    check_refused(tmp_path, "added tokens have the ids [8], but these do not follow the pieces")
+    check_refused(tmp_path, "added tokens have the ids [8], but these do not follow the vocabulary")
 
 
 def test_a_word_whose_id_pads_is_still_decoded(tmp_path):
@@ -212,6 +212,57 @@ def test_a_token_that_only_the_config_names_is_special_too(tmp_path):
     tokenizer = Tokenizer.from_folder(save_json(word_level(), tmp_path, config={"eos_token_id": 3}))
     assert tokenizer.eos_id == 3
     assert tokenizer.decode([1, 3, 2]) == "a b"
+
+
+def theirs(folder):
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    write_beside(folder, config={"model_type": "llama", "eos_token_id": 1})
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {
+            "tokenizer_config": {
+                "added_tokens_decoder": {
+                    "5": {"content": "<|end|>", "special": True, "lstrip": True},
+                    "4": {"content": "<more>", "special": False},
+                    "0": {"content": "<unk>", "special": True},
+                }
+            }
+        },
+        {"added_tokens": {"<|end|>": 5, "<more>": 4}, "tokenizer_config": {}},
+    ],
+)
+def test_tokens_that_a_fine_tune_added_beside_a_tokenizer_json_are_found(tmp_path, beside):
+    config = beside["tokenizer_config"] | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    beside = beside | {"tokenizer_config": config | {"eos_token": "<|end|>"}}
+    peer = theirs(save_json(word_level(), tmp_path, **beside))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    text = "a <more>b <|end|> a"
+    assert tokenizer.encode(text) == peer(text)["input_ids"] == [1, 4, 2, 5, 1]
+    assert tokenizer.eos_id == peer.eos_token_id == 5
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").encode(text) == tokenizer.encode(text)
+
+
+def test_added_tokens_that_do_not_follow_a_tokenizer_json_are_refused(tmp_path):
+    save_json(word_level(), tmp_path, added_tokens={"<new>": 9})
+    check_refused(tmp_path, "added tokens have the ids [9], but these do not follow the vocab")
+    save_json(word_level(), tmp_path, added_tokens={"b": 2, "a": 7})  # it has these already
+    assert Tokenizer.from_folder(tmp_path).encode("a b") == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["bos", "eos"])
+def test_a_special_token_that_the_vocabulary_lacks_is_not_taken_for_another(tmp_path, kind):
+    beside = {"config": {f"{kind}_token_id": 1}, "tokenizer_config": {f"{kind}_token": "<|end|>"}}
+    save_json(word_level(), tmp_path, **beside)
+    check_refused(
+        tmp_path, f"{kind}_token is '<|end|>', which the vocabulary lacks: add this token"
+    )
 
 
 # Targets
