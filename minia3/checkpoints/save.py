@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import base_of, known_model
+from minia3.checkpoints.layout import CHAT_TEMPLATE_FILE
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.processes import is_first
 from minia3.files.progress import progress
@@ -23,7 +24,7 @@ SHARD_BYTES = 5 * 10**9
 
 # Files of an older checkpoint in the same folder. If they stayed, they could be read in place of
 # the new files.
-STALE = ("model*.safetensors*", "pytorch_model*.bin*", "chat_template.jinja")
+STALE = ("model*.safetensors*", "pytorch_model*.bin*")
 
 # The keys of config.json that generate() of transformers looks for in generation_config.json.
 TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
@@ -38,6 +39,7 @@ def save_model(model, folder, tokenizer=None):
     """Write the base weights, without the vectors, as a folder that transformers loads.
 
     Weights are written in shards of at most 5 GB. With a `tokenizer`, its files are written too.
+    Otherwise those of the folder stay.
     The folder changes only when everything is written (see `writing_folder`). If the model is
     divided among processes, all of them call this, and the first one writes. It gathers one tensor
     at a time, and keeps those of a shard.
@@ -53,7 +55,10 @@ def save_model(model, folder, tokenizer=None):
     if is_sharded(model) and not is_first():
         save_tensors(None, parts)
         return
-    with writing_folder(folder, replaces=STALE) as temporary:
+    stale = STALE
+    if tokenizer is not None:
+        stale = (*STALE, CHAT_TEMPLATE_FILE)
+    with writing_folder(folder, replaces=stale) as temporary:
         save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
 

@@ -111,6 +111,15 @@ def test_saving_leaves_only_whole_files_that_others_may_read(loaded, tmp_path):
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
+def test_a_chat_template_of_the_folder_stays_if_its_tokenizer_stays(loaded, tmp_path):
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ messages }}")
+    minia3.save_model(loaded("llama-gqa"), tmp_path)
+    assert template.read_text() == "{{ messages }}"
+    minia3.save_model(loaded("llama-gqa"), tmp_path, FakeTokenizer())
+    assert not template.exists()
+
+
 def test_a_folder_names_the_known_model_that_it_was_made_from(loaded, copy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = loaded("t5-v1.0")
