@@ -117,9 +117,15 @@ class Worker:
     def ask(self, request):
         """Return the reply to a request.
 
-        Raise ValueError if the process dies, as it does if it goes beyond its limits.
+        Raise ValueError if it is no JSON, or if the process dies, as it does if it goes beyond its
+        limits.
         """
-        line = json.dumps(request).encode() + b"\n"
+        try:
+            line = json.dumps(request).encode() + b"\n"
+        except TypeError as error:
+            raise ValueError(
+                f"the messages have a value that JSON does not have: {error}"
+            ) from None
         with self.lock:
             self.start_if_needed()
             try:

@@ -5,6 +5,7 @@ The template may be in tokenizer_config.json, in chat_template.jinja or in a GGU
 saving, it runs in a sandbox, and if it fails, the message is one line.
 """
 
+import datetime
 import functools
 import json
 import os
@@ -242,6 +243,13 @@ def test_a_damaged_or_hostile_template_is_refused_in_one_line(template, word):
     message = refused(tokenizer_with(template), CHATS["question"])
     assert message.startswith("chat_template: ")
     assert word in message
+
+
+def test_messages_that_are_no_json_are_not_called_a_damaged_template():
+    messages = [{"role": "user", "content": "hi", "date": datetime.date(2024, 2, 29)}]
+    message = refused(tokenizer_with(CHATML), messages)
+    assert "the messages have a value that JSON does not have: Object of type date" in message
+    assert "damaged" not in message
 
 
 @pytest.mark.parametrize("template", [[1], [{"name": "default"}], ["default"]])

@@ -28,7 +28,7 @@ from small_tokenizers import (
     write,
     write_beside,
 )
-from tokenizers import AddedToken, models, pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors
 
 from minia3.checkpoints.layout import TOKENIZER_FILES
 from minia3.checkpoints.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
