@@ -47,6 +47,9 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 # pieces.
 ADDED_TOKENS_FILE = "added_tokens.json"
 
+# Files whose content stands in tokenizer.json and tokenizer_config.json if we write a tokenizer
+STALE_TOKENIZER_FILES = (CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
+
 
 # What takes part in a run of train.py, and in no model: its folder has a config.json, too.
 RUN_FILES = ("metrics.jsonl", "checkpoint.pt")

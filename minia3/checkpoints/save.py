@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import base_of, known_model
-from minia3.checkpoints.layout import CHAT_TEMPLATE_FILE
+from minia3.checkpoints.layout import STALE_TOKENIZER_FILES
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.processes import is_first
 from minia3.files.progress import progress
@@ -57,7 +57,7 @@ def save_model(model, folder, tokenizer=None):
         return
     stale = STALE
     if tokenizer is not None:
-        stale = (*STALE, CHAT_TEMPLATE_FILE)
+        stale = STALE + STALE_TOKENIZER_FILES
     with writing_folder(folder, replaces=stale) as temporary:
         save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)

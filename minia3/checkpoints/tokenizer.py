@@ -35,6 +35,7 @@ from minia3.checkpoints.layout import (
     ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
     SETTINGS_FILES,
+    STALE_TOKENIZER_FILES,
     TOKENIZER_FILES,
     VOCABULARY_FILE,
 )
@@ -244,8 +245,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
 
-        With these files, AutoTokenizer of transformers has the same ids. The file of an old chat
-        template is removed.
+        With these files, AutoTokenizer of transformers has the same ids. Files of an old chat
+        template and of added tokens are removed.
         """
         # A null, or else an id in config.json would become the bos of a tokenizer that has none.
         config = {"bos_token": None} | self.special
@@ -261,7 +262,7 @@ class Tokenizer:
         config["model_input_names"] = ["input_ids", "attention_mask"]
         with reading("the tokenizer"):
             content = self.backend.to_str(pretty=True)
-        with writing_folder(folder, replaces=[CHAT_TEMPLATE_FILE]) as hidden:
+        with writing_folder(folder, replaces=STALE_TOKENIZER_FILES) as hidden:
             (hidden / "tokenizer.json").write_text(content, encoding="utf-8")
             write_new_json(hidden / "tokenizer_config.json", config)
 

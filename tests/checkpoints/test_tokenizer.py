@@ -247,6 +247,8 @@ def test_tokens_that_a_fine_tune_added_beside_a_tokenizer_json_are_found(tmp_pat
     assert tokenizer.eos_id == peer.eos_token_id == 5
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer.from_folder(tmp_path / "saved").encode(text) == tokenizer.encode(text)
+    Tokenizer.from_folder(save_json(word_level(), tmp_path / "other")).save(tmp_path)
+    assert "<more>" not in Tokenizer.from_folder(tmp_path).backend.get_vocab()
 
 
 def test_added_tokens_that_do_not_follow_a_tokenizer_json_are_refused(tmp_path):
