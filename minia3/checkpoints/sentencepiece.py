@@ -12,9 +12,13 @@ sentencepiece file has only pieces with scores: see `bpe_merges`.
 
 The input is a sentencepiece file (spiece.model of T5, tokenizer.model of LLaMA-2) or the same lists
 from a GGUF file. Whatever a file asks for that would give other ids is refused. Three differences
-are known, all in rare texts, and Hugging Face's tokenizers have them, too:
+are known, and Hugging Face's tokenizers have them, too:
 
-- T5's normalization drops a mark that combines with a ligature ("ĳ" + U+0338).
+- T5's normalization composes a letter and one mark ("e" + U+0301), as sentencepiece's does, but
+  not longer sequences. In decomposed text (NFD), it drops the second mark of a letter ("ệ" becomes
+  "ẹ"), and leaves Hangul, kana, and the vowels of Bengali and Tamil in parts. It also drops a mark
+  that combines with a ligature ("ĳ" + U+0338). To compose all text first (NFC) is no remedy: it
+  would change the order of the marks of Arabic and Hebrew, which sentencepiece keeps.
 - A text that spells a control token, such as "</s>", gets the id of that token. If normalization
   makes the spelling, it does so in a Unigram model only.
 - A text that spells a byte, such as "<0x0A>", gets the id of that byte in a Unigram model.

@@ -3,6 +3,9 @@
 The files are trained here, or written by hand. test_published_tokenizers.py has published files.
 """
 
+import io
+import unicodedata
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -20,7 +23,7 @@ from small_tokenizers import (
     write_beside,
 )
 
-from minia3.checkpoints.sentencepiece import Piece, bpe_merges
+from minia3.checkpoints.sentencepiece import Piece, bpe_merges, read_sentencepiece
 from minia3.checkpoints.tokenizer import Tokenizer
 
 few = settings(deadline=None, max_examples=60)
@@ -47,6 +50,28 @@ def test_unigram_ids_equal_those_of_sentencepiece(name):
             assert tokenizer.decode(ids) == peer(name).decode(ids)
 
     check()
+
+
+def test_marks_stay_in_the_order_in_which_they_are_written():
+    """In Arabic, a doubled consonant is written before its vowel. NFC would swap these marks."""
+    texts = [
+        "\u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f",
+        "\u05d1\u05bc\u05b0",
+        "fac\u0327ade",
+    ]
+    file = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_writer=file,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        vocab_size=40,
+    )
+    processor = spm.SentencePieceProcessor(model_proto=file.getvalue())
+    backend, _ = read_sentencepiece(file.getvalue())
+    for text in texts:
+        assert unicodedata.normalize("NFC", text) != text
+        assert backend.encode(text, add_special_tokens=False).ids == processor.encode(text)
 
 
 @pytest.mark.parametrize("name", LLAMAS)
