@@ -145,7 +145,7 @@ def begin_run(folder, config, resources):
         if found:
             raise RunExists(
                 f"{folder} holds a run already ({', '.join(found)}): "
-                "use --resume or another --out, or remove it"
+                "use --resume or another --out"
             )
         remove_leftovers(folder)  # a run that was killed before it had a config.json
         write_json(folder / "config.json", dataclasses.asdict(config) | environment())
