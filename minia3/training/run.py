@@ -218,8 +218,7 @@ class Run:
         try:
             with self.signals.ignored_after(PeerGone), computing_together():
                 yield
-            with self.uninterrupted():
-                self.save(group)
+            self.save(group)  # here, because a signal may come now, too
         except (Stopped, PeerGone):
             if self.undo_step is not None:
                 self.undo_step()
