@@ -144,8 +144,7 @@ def begin_run(folder, config, resources):
         found = [name for name in CONTENTS if (folder / name).exists()]
         if found:
             raise RunExists(
-                f"{folder} holds a run already ({', '.join(found)}): "
-                "use --resume or another --out"
+                f"{folder} holds a run already ({', '.join(found)}): use --resume or another --out"
             )
         remove_leftovers(folder)  # a run that was killed before it had a config.json
         write_json(folder / "config.json", dataclasses.asdict(config) | environment())
