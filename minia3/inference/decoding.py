@@ -165,7 +165,8 @@ def generate(  # noqa: PLR0913 (the contract)
 
 def write_texts(model, tokenizer, prompts, adapter, options):
     """Return what `generate` returns. options: an Options."""
-    texts = [""] * (len(prompts) * options.samples)
+    n_texts = len(prompts) * options.samples
+    texts = [""] * n_texts
     for i, piece in generate_pieces(model, tokenizer, prompts, adapter, options):
         texts[i] += piece
     return combine(join_texts, texts)

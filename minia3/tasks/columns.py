@@ -105,7 +105,7 @@ class Choice(NamedTuple):
 
     @property
     def answer_columns(self) -> list[str]:
-        """The columns of which the answers are made: of the text to write, or of the choices."""
+        """The columns that the answers use: in the text to write, or in the choices."""
         texts = [self.target]
         if not self.target:
             texts += chain.from_iterable(prompt.choices or () for prompt in self.prompts)

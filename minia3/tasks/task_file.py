@@ -238,7 +238,7 @@ def write_task_file(folder: Path, tasks: Iterable[tuple[str, TaskSpec]]):
 
 
 def copy_task_file(sources: Iterable[Path], folder: Path):
-    """Copy the task.json of adapters to what was made of them, if they all have the same."""
+    """Copy the task.json of adapters or a model to what was made of them, if all have the same."""
     contents = set()
     for source in sources:
         beside = source if source.is_dir() else source.parent

@@ -373,23 +373,23 @@ def test_such_a_column_gets_a_name_that_no_other_column_has(tmp_path):
     assert task.columns == "reads text, writes label; ignores label_text"
 
 
+def rows_with_texts(names):
+    """Return two rows with these columns and a label. A text says in which column it is."""
+    texts = {name: f"in {name}" for name in names}
+    return [{**texts, "label": "x"}, {**texts, "label": "y"}]
+
+
 @pytest.mark.parametrize("names", [("clean", "text"), ("text", "clean")])
 def test_a_renamed_column_comes_before_a_column_that_has_the_name(names, tmp_path):
-    rows = []
-    for label in ("x", "y"):
-        row = {name: f"a {name} text" for name in names}
-        rows.append({**row, "label": label})
+    rows = rows_with_texts(names)
     task = load_described(tmp_path, {"fields": {"clean": "text"}}, *rows)
-    assert [text for text, _, _ in rendered(task)] == ["a clean text"] * 2
+    assert [text for text, _, _ in rendered(task)] == ["in clean"] * 2
     assert task.columns == "reads clean, picks label among x, y; ignores text"
 
 
 @pytest.mark.parametrize("names", [("Utterance", "text"), ("text", "Utterance")])
 def test_a_renamed_column_is_found_whatever_its_case(names, tmp_path):
-    rows = []
-    for label in ("x", "y"):
-        row = {name: f"in {name}" for name in names}
-        rows.append({**row, "label": label})
+    rows = rows_with_texts(names)
     task = load_described(tmp_path, {"fields": {"utterance": "text"}}, *rows)
     assert [text for text, _, _ in rendered(task)] == ["in Utterance"] * 2
     assert task.columns == "reads Utterance, picks label among x, y; ignores text"
