@@ -94,8 +94,8 @@ class Understanding(NamedTuple):
     notes: list[str]
 
 
-class Choice(NamedTuple):
-    """What was chosen among the columns."""
+class ColumnRoles(NamedTuple):
+    """Which columns are the input, and which are the answer."""
 
     prompts: tuple[Prompt, ...]
     target: str = ""  # the text to write
@@ -132,25 +132,25 @@ def understand(
     columns.check_names(flags.input or "", "--input")
     columns.check_names(flags.target or "", "--target")
 
-    choice = choose_columns(columns, spec, flags)
-    prompts = choice.prompts
+    roles = assign_roles(columns, spec, flags)
+    prompts = roles.prompts
     labels = Labels((), ())
-    if choice.label and not choice.has_row_choices:
-        labels = find_labels(columns, choice, spec, flags, label_names)
-        prompts = with_choices(prompts, labels, is_asked=bool(flags.labels))
-    elif choice.target:
-        prompts = with_target(prompts, choice.target, is_asked=bool(flags.target))
+    if roles.label and not roles.has_row_choices:
+        labels = find_labels(columns, roles, spec, flags, label_names)
+        prompts = with_choices(prompts, labels, is_given=bool(flags.labels))
+    elif roles.target:
+        prompts = with_target(prompts, roles.target, is_given=bool(flags.target))
     spec = spec._replace(
         prompts=prompts,
         labels=labels.spelled,
-        label_field=choice.label or "label",
-        messages=choice.messages,
+        label_field=roles.label or "label",
+        messages=roles.messages,
         metric=flags.metric or spec.metric,
     )
-    if not choice.messages and not spec.span_field:  # WSC's spans become fields later
+    if not roles.messages and not spec.span_field:  # WSC's spans become fields later
         columns.check_prompts(prompts)
     spec = rename_reserved(spec, columns)
-    return Understanding(spec, columns.describe(choice, labels), notes_on(choice, labels))
+    return Understanding(spec, columns.describe(roles, labels), notes_on(roles, labels))
 
 
 # What the user says
@@ -182,83 +182,45 @@ def check_flag(text: str, flag: str):
         raise ValueError(f"{flag} is {text!r:.60}, expected columns in braces: {{text}}")
 
 
-def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
-    """Return a known task, or the task of an adapter, as the flags change it.
+# Choosing columns
 
-    --input replaces its prompts, and --labels the words of its choices. Raise ValueError if a flag
-    is wrong, or does not suit the task.
-    """
-    flags = read_flags(flags)
-    if flags.target:
-        raise ValueError("--target is for rows of your own: this task says itself how they end")
-    prompts = spec.prompts
+
+def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
+    """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
+    roles = given_roles(spec, flags)
+    if roles.label:
+        columns.check_name(roles.label, "the task file's 'label_field'")
+        roles = roles._replace(has_row_choices="choices" in columns)
+    needs_input = not roles.prompts
+    needs_answer = not roles.target and not roles.label
+    used = roots_of(prompt.text for prompt in roles.prompts)
+    found = find_set(columns, needs_input, needs_answer, used)
+    if found is None:
+        raise ValueError(columns.explain())
+    if found.names == ("messages",):
+        return ColumnRoles(OWN_PROMPTS, messages="messages")
+    if needs_input:
+        roles = roles._replace(prompts=(Prompt(found.input, None),))
+    if needs_answer:
+        has_row_choices = "choices" in found.names
+        roles = roles._replace(
+            target=found.target, label=found.label, has_row_choices=has_row_choices
+        )
+    if flags.labels and roles.target:
+        roles = roles._replace(target="", label=only_field(roles.target))
+    if names_choices(spec, flags):
+        roles = roles._replace(has_row_choices=False)
+    return roles
+
+
+def given_roles(spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
+    """Return what the flags or else a task file say. Whatever they do not say is empty."""
+    prompts = () if spec.prompts == OWN_PROMPTS else spec.prompts
+    target = flags.target or "".join(prompt.target for prompt in prompts[:1])
     if flags.input:
-        prompts = (prompts[0]._replace(text=flags.input, for_model=None),)
-    labels = tuple(spec.labels)
-    if flags.labels:
-        labels = labels or tuple(flags.labels)
-        prompts = with_choices(prompts, Labels(labels, tuple(flags.labels)), is_asked=True)
-    elif labels:  # a task file may have labels, and no prompt that would have choices
-        prompts = with_choices(prompts, Labels(labels, labels), is_asked=False)
-    spec = spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
-    if flags.input:
-        names = dict.fromkeys([*spec.fields, *roots_of([flags.input])])
-        spec = rename_reserved(spec, Columns([names], spec.fields, ""))
-    return spec
-
-
-def guess_input(row: dict) -> tuple[Prompt, ...]:
-    """Return the prompts for a row about which nothing is known but its columns."""
-    if "messages" in row:  # they are both input and answer
-        return OWN_PROMPTS
-    found = find_set(Columns([row], {}, ""), needs_input=True, needs_answer=False)
-    return OWN_PROMPTS if found is None else (Prompt(found.input, None),)
-
-
-def with_choices(prompts: Iterable[Prompt], labels: Labels, is_asked: bool) -> tuple[Prompt, ...]:
-    """Return the prompts with the words of the labels as their choices.
-
-    is_asked: whether --labels gives the words. Otherwise a prompt's own choices stay. Raise
-    ValueError if there are more or fewer choices than labels.
-    """
-    changed = []
-    for prompt in prompts:
-        if is_asked or not prompt.choices:
-            prompt = prompt._replace(choices=choices_of(labels.words))
-        check_choices(prompt, labels.spelled)
-        changed.append(prompt)
-    return tuple(changed)
-
-
-def with_target(prompts: Iterable[Prompt], target: str, is_asked: bool) -> tuple[Prompt, ...]:
-    """Return the prompts with a text to write in place of choices.
-
-    is_asked: whether --target gives the text. Otherwise a prompt's own target stays.
-    """
-    changed = []
-    for prompt in prompts:
-        if is_asked or not prompt.target:
-            prompt = prompt._replace(target=target)
-        changed.append(prompt._replace(choices=None))
-    return tuple(changed)
-
-
-def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
-    """Return whether rows have all the columns that a task reads."""
-    names = [spec.label_field] if has_label(spec) else []
-    for prompt in spec.prompts:
-        names += roots_of([prompt.text, prompt.target, *(prompt.choices or ())])
-        if not prompt.choices and not prompt.target:
-            names.append("choices")
-    columns = Columns(rows, spec.fields, "")
-    return all(name in columns for name in names)
-
-
-def check_fields(rows: Sequence[dict], fields: Mapping[str, str], origin: str):
-    """Raise ValueError, with the nearest name, if a task file's fields name no column."""
-    columns = Columns(rows, {}, origin)
-    for name in fields:
-        columns.check_name(name, "the task file's 'fields'")
+        prompts = (spec.prompts[0]._replace(text=flags.input, for_model=None),)
+    label = spec.label_field if has_label(spec) and not target else ""
+    return ColumnRoles(prompts, target, label)
 
 
 def has_label(spec: TaskSpec) -> bool:
@@ -266,51 +228,21 @@ def has_label(spec: TaskSpec) -> bool:
     return bool(spec.labels) or spec.label_field != "label"
 
 
-# Choosing columns
-
-
-def choose_columns(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Choice:
-    """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
-    choice = asked_columns(spec, flags)
-    if choice.label:
-        columns.check_name(choice.label, "the task file's 'label_field'")
-        choice = choice._replace(has_row_choices="choices" in columns)
-    needs_input = not choice.prompts
-    needs_answer = not choice.target and not choice.label
-    used = roots_of(prompt.text for prompt in choice.prompts)
-    found = find_set(columns, needs_input, needs_answer, used)
-    if found is None:
-        raise ValueError(columns.explain())
-    if found.names == ("messages",):
-        return Choice(OWN_PROMPTS, messages="messages")
-    if needs_input:
-        choice = choice._replace(prompts=(Prompt(found.input, None),))
-    if needs_answer:
-        has_row_choices = "choices" in found.names
-        choice = choice._replace(
-            target=found.target, label=found.label, has_row_choices=has_row_choices
+def only_field(target: str) -> str:
+    """Return the column that --target names. Raise ValueError if it names more than a column."""
+    names = field_names(target)
+    if len(names) != 1 or target.strip() != f"{{{names[0]}}}":
+        raise ValueError(
+            f"--target is {target!r:.60}, expected a column in braces, because --labels "
+            "says that its words are labels"
         )
-    if flags.labels and choice.target:
-        choice = choice._replace(target="", label=only_field(choice.target))
-    if names_choices(spec, flags):
-        choice = choice._replace(has_row_choices=False)
-    return choice
+    return names[0]
 
 
 def names_choices(spec: TaskSpec, flags: ColumnFlags) -> bool:
     """Return whether the flags or a task file say among what to pick, so that the rows do not."""
     has_labels = bool(flags.labels or spec.labels)
     return has_labels or any(prompt.choices for prompt in spec.prompts)
-
-
-def asked_columns(spec: TaskSpec, flags: ColumnFlags) -> Choice:
-    """Return what the flags or else a task file say. Whatever they do not say is empty."""
-    prompts = () if spec.prompts == OWN_PROMPTS else spec.prompts
-    target = flags.target or "".join(prompt.target for prompt in prompts[:1])
-    if flags.input:
-        prompts = (spec.prompts[0]._replace(text=flags.input, for_model=None),)
-    label = spec.label_field if has_label(spec) and not target else ""
-    return Choice(prompts, target, label)
 
 
 def find_set(
@@ -349,11 +281,66 @@ def ordered_sets(columns: "Columns", needs_input: bool, needs_answer: bool) -> S
     def lacks_label(column_set):
         return column_set.label != "" and column_set.label not in columns
 
-    if not needs_answer:  # the answer cannot tell which columns are the input, so the most are
+    if not needs_answer:
+        # No answer decides between the sets, so those with the most input columns come first.
         return sorted(COLUMN_SETS, key=n_inputs, reverse=True)
-    if not needs_input:  # `choices` does not tell which column has the label
+    if not needs_input:
+        # Some sets with `choices` differ only in the column of the label, so try one that exists.
         return sorted(COLUMN_SETS, key=lacks_label)
     return COLUMN_SETS
+
+
+# The labels, and the prompts that follow from them
+
+
+def find_labels(
+    columns: "Columns",
+    roles: ColumnRoles,
+    spec: TaskSpec,
+    flags: ColumnFlags,
+    label_names: Mapping[str, Sequence[str]],
+) -> Labels:
+    """Return the labels: of the task file, of the flags, or as the column has them."""
+    if spec.labels:
+        choices = roles.prompts[0].choices or ()
+        are_words = bool(choices) and not roots_of(choices)
+        words = [word.format() for word in choices] if are_words else spec.labels
+        return Labels(tuple(spec.labels), tuple(flags.labels or words))
+    values = columns.values(roles.label)
+    names = label_names.get(columns.name_in_file(roles.label), ())
+    found = name_labels(values, roles.label, flags.labels or (), names)
+    if flags.labels:  # which become the choices
+        return found
+    choices = [prompt.choices for prompt in roles.prompts if prompt.choices]
+    return order_like_choices(found, choices, roles.label)
+
+
+def with_choices(prompts: Iterable[Prompt], labels: Labels, is_given: bool) -> tuple[Prompt, ...]:
+    """Return the prompts with the words of the labels as their choices.
+
+    is_given: whether --labels gives the words. Otherwise a prompt's own choices stay. Raise
+    ValueError if there are more or fewer choices than labels.
+    """
+    changed = []
+    for prompt in prompts:
+        if is_given or not prompt.choices:
+            prompt = prompt._replace(choices=choices_of(labels.words))
+        check_choices(prompt, labels.spelled)
+        changed.append(prompt)
+    return tuple(changed)
+
+
+def with_target(prompts: Iterable[Prompt], target: str, is_given: bool) -> tuple[Prompt, ...]:
+    """Return the prompts with a text to write in place of choices.
+
+    is_given: whether --target gives the text. Otherwise a prompt's own target stays.
+    """
+    changed = []
+    for prompt in prompts:
+        if is_given or not prompt.target:
+            prompt = prompt._replace(target=target)
+        changed.append(prompt._replace(choices=None))
+    return tuple(changed)
 
 
 def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
@@ -363,15 +350,15 @@ def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
     label_field = spec.label_field
     used = roots_of(chain.from_iterable((prompt.text, prompt.target) for prompt in prompts))
     for name in RESERVED:
-        column = columns.spelled(name)
+        column = columns.name_in_file(name)
         # If there are columns of both spellings, then {Label} is none of our names.
-        same = [root for root in used if columns.spelled(root) == column]
+        same = [root for root in used if columns.name_in_file(root) == column]
         spellings = [root for root in same if root.lower() == name]
         if spellings:
             new_name = columns.free_name(f"{name}_text")
             prompts = [rename_in_prompt(prompt, spellings, new_name) for prompt in prompts]
             fields[column] = new_name
-            if columns.spelled(label_field) == column:
+            if columns.name_in_file(label_field) == column:
                 label_field = new_name
     return spec._replace(prompts=tuple(prompts), fields=fields, label_field=label_field)
 
@@ -382,46 +369,13 @@ def rename_in_prompt(prompt: Prompt, names: Iterable[str], new_name: str) -> Pro
     return prompt._replace(text=text, target=target)
 
 
-def only_field(target: str) -> str:
-    """Return the column that --target names. Raise ValueError if it names more than a column."""
-    names = field_names(target)
-    if len(names) != 1 or target.strip() != f"{{{names[0]}}}":
-        raise ValueError(
-            f"--target is {target!r:.60}, expected a column in braces, because --labels "
-            "says that its words are labels"
-        )
-    return names[0]
-
-
-def find_labels(
-    columns: "Columns",
-    choice: Choice,
-    spec: TaskSpec,
-    flags: ColumnFlags,
-    label_names: Mapping[str, Sequence[str]],
-) -> Labels:
-    """Return the labels: of the task file, of the flags, or as the column has them."""
-    if spec.labels:
-        choices = choice.prompts[0].choices or ()
-        are_words = bool(choices) and not roots_of(choices)
-        words = [word.format() for word in choices] if are_words else spec.labels
-        return Labels(tuple(spec.labels), tuple(flags.labels or words))
-    values = columns.values(choice.label)
-    names = label_names.get(columns.spelled(choice.label), ())
-    found = name_labels(values, choice.label, flags.labels or (), names)
-    if flags.labels:  # which become the choices
-        return found
-    choices = [prompt.choices for prompt in choice.prompts if prompt.choices]
-    return order_like_choices(found, choices, choice.label)
-
-
-def notes_on(choice: Choice, labels: Labels) -> list[str]:
+def notes_on(roles: ColumnRoles, labels: Labels) -> list[str]:
     n_labels = len(labels.words)
     if n_labels <= MANY_LABELS:
         return []
     note = f"{n_labels} labels, and each row is scored with all of them"
     if labels.words == labels.spelled:  # otherwise, the column does not have the words
-        advice = f'if they are texts to write, give --target "{{{choice.label}}}"'
+        advice = f'if they are texts to write, give --target "{{{roles.label}}}"'
         note = f"{note}: {advice}"
     return [note]
 
@@ -439,17 +393,16 @@ class Columns:
         kept = [name for name in self.found if name not in self.renamed]
         self.exact = {name: name for name in kept}  # name -> the name in the file
         self.exact |= {new_name: name for name, new_name in self.renamed.items()}
-        # The same, but the key is in lower case.
-        self.names = {name.strip().lower(): found for name, found in self.exact.items()}
+        self.by_lower_case = {name.strip().lower(): found for name, found in self.exact.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.exact or name.lower() in self.names
+        return name in self.exact or name.lower() in self.by_lower_case
 
-    def spelled(self, name: str) -> str:
+    def name_in_file(self, name: str) -> str:
         """Return a column's name as the file spells it. Case makes no difference, unless there are
         columns that differ in nothing else.
         """
-        return self.exact.get(name) or self.names.get(name.lower(), name)
+        return self.exact.get(name) or self.by_lower_case.get(name.lower(), name)
 
     def free_name(self, name: str) -> str:
         """Return a name that no column has: this one, or a longer one."""
@@ -458,8 +411,8 @@ class Columns:
         return name
 
     def values(self, name: str) -> Iterable:
-        spelled = self.spelled(name)
-        return (row.get(spelled) for row in self.rows)
+        column = self.name_in_file(name)
+        return (row.get(column) for row in self.rows)
 
     # Checks
 
@@ -492,44 +445,44 @@ class Columns:
 
     # Messages
 
-    def describe(self, choice: Choice, labels: Labels) -> str:
+    def describe(self, roles: ColumnRoles, labels: Labels) -> str:
         """Return how the file was understood: what is read, what is answered, what is ignored."""
-        if choice.messages:
-            used = [choice.messages]
+        if roles.messages:
+            used = [roles.messages]
             used += ["tools"] if "tools" in self else []
             answer = "writes what the assistant says"
         else:
-            used = roots_of(prompt.text for prompt in choice.prompts)
-            answer = self.describe_answer(choice, labels)
-        text = f"reads {self.spell(used)}, {answer}"
-        known = {*used, *choice.answer_columns, choice.label, *SPECIAL}
-        if choice.has_row_choices:
+            used = roots_of(prompt.text for prompt in roles.prompts)
+            answer = self.describe_answer(roles, labels)
+        text = f"reads {self.list_in_file(used)}, {answer}"
+        known = {*used, *roles.answer_columns, roles.label, *SPECIAL}
+        if roles.has_row_choices:
             known |= {"choices", "target"}
-        known = {self.spelled(name) for name in known}
+        known = {self.name_in_file(name) for name in known}
         ignored = [name for name in self.found if name not in known]
         return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
 
-    def describe_answer(self, choice: Choice, labels: Labels) -> str:
-        if choice.has_row_choices:
-            return f"picks {self.spell([choice.label])} among the row's choices"
-        if choice.target:
-            return f"writes {self.spell(roots_of([choice.target]))}"
-        own_choices = choice.prompts[0].choices or ()
+    def describe_answer(self, roles: ColumnRoles, labels: Labels) -> str:
+        if roles.has_row_choices:
+            return f"picks {self.list_in_file([roles.label])} among the row's choices"
+        if roles.target:
+            return f"writes {self.list_in_file(roots_of([roles.target]))}"
+        own_choices = roles.prompts[0].choices or ()
         if roots_of(own_choices):
-            return f"picks {self.spell([choice.label])} among {list_names(own_choices)}"
-        text = f"picks {self.spell([choice.label])} among {labels.describe()}"
+            return f"picks {self.list_in_file([roles.label])} among {list_names(own_choices)}"
+        text = f"picks {self.list_in_file([roles.label])} among {labels.describe()}"
         if labels.are_digits:
             text += " (--labels WORD,WORD gives them words)"
         return text
 
-    def spell(self, names: Iterable[str]) -> str:
-        return " and ".join(list_names([self.spelled(name)]) for name in names)
+    def list_in_file(self, names: Iterable[str]) -> str:
+        return " and ".join(list_names([self.name_in_file(name)]) for name in names)
 
     def explain(self) -> str:
         """Return the message for columns that match no known set."""
         found = list_names(self.exact.values())
         return (
-            f"{self.origin} has the columns {found:.200}; expected such as {EXPECTED}: "
+            f"{self.origin} has the columns {found:.200}; expected columns such as {EXPECTED}: "
             f"{self.advise()}"
         )
 
@@ -538,21 +491,21 @@ class Columns:
         hint = ""
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
-            unknown = [name for name in self.names if name not in column_set.names]
+            unknown = [name for name in self.by_lower_case if name not in column_set.names]
             near = []
             if len(missing) == 1:
                 near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
             if len(missing) == 1 and len(column_set.names) > 2 and not unknown:
                 return f"add a column {missing[0]!r} with the answers"
             if near:
-                hint = f"did you mean {missing[0]!r} by {self.names[near[0]]!r}? Otherwise "
+                hint = f"did you mean {missing[0]!r} by {self.by_lower_case[near[0]]!r}? Otherwise "
                 break
         # The longest texts are the input, most of the time.
-        longest = sorted(self.names.values(), key=self.length_of, reverse=True)
+        longest = sorted(self.by_lower_case.values(), key=self.length_of, reverse=True)
         if len(longest) < 2:
             return "add a column with the answers"
-        input_column, target_column = map(repr, longest[:2])
-        flags = f'--input "{{{input_column[1:-1]}}}" --target "{{{target_column[1:-1]}}}"'
+        input_column, target_column = (repr(name)[1:-1] for name in longest[:2])
+        flags = f'--input "{{{input_column}}}" --target "{{{target_column}}}"'
         return (
             f"{hint}say which is which with {flags}, "
             "and add --labels WORD,WORD if the target is one of a few words"
@@ -567,3 +520,57 @@ def roots_of(texts: Iterable[str]) -> list[str]:
     """Return the columns that format strings use, each once."""
     names = chain.from_iterable(field_names(text) for text in texts)
     return list(dict.fromkeys(map(root_of, names)))
+
+
+# For tasks that are known already, and for single rows
+
+
+def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
+    """Return a known task, or the task of an adapter, as the flags change it.
+
+    --input replaces its prompts, and --labels the words of its choices. Raise ValueError if a flag
+    is wrong, or does not suit the task.
+    """
+    flags = read_flags(flags)
+    if flags.target:
+        raise ValueError("--target is for rows of your own: this task says itself how they end")
+    prompts = spec.prompts
+    if flags.input:
+        prompts = (prompts[0]._replace(text=flags.input, for_model=None),)
+    labels = tuple(spec.labels)
+    if flags.labels:
+        labels = labels or tuple(flags.labels)
+        prompts = with_choices(prompts, Labels(labels, tuple(flags.labels)), is_given=True)
+    elif labels:  # a task file may have labels, and no prompt that would have choices
+        prompts = with_choices(prompts, Labels(labels, labels), is_given=False)
+    spec = spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
+    if flags.input:
+        names = dict.fromkeys([*spec.fields, *roots_of([flags.input])])
+        spec = rename_reserved(spec, Columns([names], spec.fields, ""))
+    return spec
+
+
+def guess_input(row: dict) -> tuple[Prompt, ...]:
+    """Return the prompts for a row about which nothing is known but its columns."""
+    if "messages" in row:  # they are both input and answer
+        return OWN_PROMPTS
+    found = find_set(Columns([row], {}, ""), needs_input=True, needs_answer=False)
+    return OWN_PROMPTS if found is None else (Prompt(found.input, None),)
+
+
+def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
+    """Return whether rows have all the columns that a task reads."""
+    names = [spec.label_field] if has_label(spec) else []
+    for prompt in spec.prompts:
+        names += roots_of([prompt.text, prompt.target, *(prompt.choices or ())])
+        if not prompt.choices and not prompt.target:
+            names.append("choices")
+    columns = Columns(rows, spec.fields, "")
+    return all(name in columns for name in names)
+
+
+def check_fields(rows: Sequence[dict], fields: Mapping[str, str], origin: str):
+    """Raise ValueError, with the nearest name, if a task file's fields name no column."""
+    columns = Columns(rows, {}, origin)
+    for name in fields:
+        columns.check_name(name, "the task file's 'fields'")

@@ -14,13 +14,14 @@ from typing import NamedTuple
 from minia3.tasks.prompts import Prompt, escape, field_names, list_names
 from minia3.tasks.row_files import parse_json
 
-MANY_LABELS = 50  # if there are more, they may be texts to write
-FEW_ROWS = 5  # per label: if there are fewer, too, then they surely are
+# A column with more labels than this, and fewer rows per label, probably holds texts to write.
+MANY_LABELS = 50
+FEW_ROWS = 5  # per label
 N_SHOWN = 20  # labels in a line
 # "01" is a word, because its zero would be lost.
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 BOOLEANS = ("false", "true")  # in their own order
-INTEGRAL = re.compile(r"(-?\d+)\.0")  # as pandas writes an integer beside an empty cell
+INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0")  # as pandas writes an integer beside an empty cell
 HIDDEN = ("-1", "none", "null", "nan")  # labels of test rows that stand for "no label"
 
 
@@ -63,7 +64,7 @@ def label_text(value) -> str | None:
     if not isinstance(value, str | int | float):
         raise ValueError("expected a label: a word, a number, true or false")
     text = str(value).strip()
-    integral = INTEGRAL.fullmatch(text)
+    integral = INTEGER_AS_FLOAT.fullmatch(text)
     return integral[1] if integral else text or None
 
 
@@ -114,14 +115,14 @@ def name_labels(
         raise ValueError(f"{field!r} is empty in every row, expected labels")
     if all(INTEGER.fullmatch(key) for key in counts):
         if not asked and not names:
-            check_number(counts, field)
+            check_label_count(counts, field)
         return name_integers(sorted(map(int, counts)), field, asked, names)
     if counts.keys() <= set(BOOLEANS):
         return name_values(BOOLEANS, spellings, field, asked)
     if asked:
         return Labels(tuple(asked), tuple(asked))
     words = tuple(spellings[key] for key in counts)
-    check_number(counts, field)
+    check_label_count(counts, field)
     return Labels(words, words)
 
 
@@ -205,7 +206,7 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
     return labels
 
 
-def check_number(counts: Counter, field: str):
+def check_label_count(counts: Counter, field: str):
     """Raise ValueError if the labels are to be written, because there are so many of them."""
     n_rows = counts.total()
     if len(counts) > MANY_LABELS and n_rows < FEW_ROWS * len(counts):

@@ -79,7 +79,7 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
     while rows:
         path, number, row = rows.pop()
         try:
-            checked.append(check_row(row, spec, split, len(checked)))
+            checked.append(normalize_row(row, spec, split, len(checked)))
         except ValueError as error:
             place = f"{path}:{number}" if number else path
             problems.append(f"{place}: {error}")
@@ -103,7 +103,7 @@ def find_mixed_kinds(
 # Checking rows
 
 
-def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -> dict:
+def normalize_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -> dict:
     """Return a row with an integer `label` (-1: unlabeled) and an integer `idx`.
 
     number: the `idx` of the row, if it has none in its file.
@@ -118,7 +118,7 @@ def check_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -
     if spec.span_field:
         unpack_spans(row, spec.span_field)
     if not spec.is_published:
-        check_user_row(row, spec, split)
+        normalize_user_row(row, spec, split)
     label = -1
     if split != PREDICTED:
         label = read_label(row, spec, may_be_hidden=split == "test")
@@ -174,8 +174,8 @@ def check_prompts(row: dict, spec: TaskSpec, split: str):
 def check_values(prompt: Prompt, row: dict):
     """Raise ValueError if a prompt would put a null or a list into words, or write an empty text.
 
-    `check_user_row` has checked the columns that are used as a whole. This is about their items:
-    {answers[text]} may be a list, which would become "['Denver']".
+    `normalize_user_row` has checked the columns that are used as a whole. This is about their
+    items: {answers[text]} may be a list, which would become "['Denver']".
     """
     answers = prompt.choices or (prompt.target,)
     for text in (prompt.text, *answers):
@@ -192,12 +192,18 @@ def check_values(prompt: Prompt, row: dict):
 
 
 def without_target(prompt: Prompt, row: dict) -> Prompt:
-    """Return the prompt for a row that is to be answered. If it has no choices, it writes "?"."""
+    """Return the prompt for a row that is to be answered.
+
+    If the answer is a text, the target becomes "?", because a row cannot be put into words without
+    a target. Nothing reads this one.
+    """
     has_choices = prompt.choices or "choices" in row
-    return prompt._replace(target="?") if prompt.target or not has_choices else prompt
+    if prompt.target or not has_choices:
+        return prompt._replace(target="?")
+    return prompt
 
 
-def check_user_row(row: dict, spec: TaskSpec, split: str):
+def normalize_user_row(row: dict, spec: TaskSpec, split: str):
     """Give a user's row the spelling of its names that the task expects, and empty texts in place
     of missing ones. Raise ValueError if it lacks a text that it should have.
     """
@@ -210,7 +216,7 @@ def check_user_row(row: dict, spec: TaskSpec, split: str):
         check_input(row, prompt)
         if prompt.choices or split != PREDICTED:
             for text in prompt.choices or (prompt.target,):
-                check_texts(row, plain_names(text))
+                to_texts(row, plain_names(text))
     first = spec.prompts[0]
     if not first.choices and not first.target:
         if "choices" in spec.fields.values() and is_text(row.get("choices")):
@@ -262,10 +268,10 @@ def check_input(row: dict, prompt: Prompt):
             if is_missing(row.get(name)):
                 row[name] = ""
         names = [name for name in names if row[name] != ""]
-    check_texts(row, names, advice=" (--input says what the model reads)")
+    to_texts(row, names, advice=" (--input says what the model reads)")
 
 
-def check_texts(row: dict, names: Iterable[str], advice: str = ""):
+def to_texts(row: dict, names: Iterable[str], advice: str = ""):
     """Make texts of the numbers in these fields. Raise ValueError for anything else.
 
     advice: what the message says if there is no such field.
@@ -291,7 +297,7 @@ def check_own_answer(row: dict, split: str):
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
         )
     if "target" in row:
-        check_texts(row, ["target"])
+        to_texts(row, ["target"])
     elif not are_choices(row["choices"]):
         raise ValueError(
             f"'choices' is {row['choices']!r:.80}, "

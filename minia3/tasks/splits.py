@@ -280,8 +280,9 @@ def unknown_task(name: str) -> str:
         return describe_missing_path(name)
     message = f"{name!r} is not a known task, a file or a folder"
     entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
-    for near in [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries][:1]:
-        return f"{message}; did you mean {str(near)!r}?"
+    candidates = [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries]
+    if candidates:
+        return f"{message}; did you mean {str(candidates[0])!r}?"
     return f"{message}. Known tasks: {list_known_tasks()}"
 
 
@@ -311,12 +312,12 @@ def note_white_space(splits: Splits, spec: TaskSpec):
     """
     if spec.messages:
         return
-    text = spec.prompts[0].text
-    n_inputs = 0
-    for name in field_names(text)[-1:]:
-        if text.endswith(f"{{{name}}}"):
-            texts = [str(row.get(name)) for row in splits.all_rows()]
-            n_inputs = sum(text != text.rstrip() for text in texts)
+    template = spec.prompts[0].text
+    names = field_names(template)
+    if not names or not template.endswith(f"{{{names[-1]}}}"):
+        return
+    values = [str(row.get(names[-1])) for row in splits.all_rows()]
+    n_inputs = sum(value != value.rstrip() for value in values)
     if n_inputs:
         splits.notes.append(
             f"{n_inputs} inputs end in white space: leave it out, "

@@ -10,7 +10,7 @@ from task_files import lines
 
 from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, guess_input, with_flags
 from minia3.tasks.prompts import render
-from minia3.tasks.rows import PREDICTED, check_row
+from minia3.tasks.rows import PREDICTED, normalize_row
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.task_file import read_task_file
@@ -223,9 +223,9 @@ def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
 def test_a_row_of_which_nothing_is_known_is_a_conversation_if_it_has_messages():
     file_row = {"text": "a", "messages": [{"role": "user", "content": "a"}]}
     spec = TaskSpec(guess_input(file_row))
-    assert spec.answer_of(check_row(file_row, spec, PREDICTED, 0)) == "messages"
+    assert spec.answer_of(normalize_row(file_row, spec, PREDICTED, 0)) == "messages"
     asked = with_flags(spec, ColumnFlags(input="{text}?"))
-    row = check_row(file_row | {"choices": ["x", "y"]}, asked, PREDICTED, 0)
+    row = normalize_row(file_row | {"choices": ["x", "y"]}, asked, PREDICTED, 0)
     assert asked.answer_of(row) == "choices"
     assert "messages" not in row
 
@@ -489,7 +489,7 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
             {"text": "a", "lable": "x"},
             "did you mean 'label' by 'lable'? Otherwise say which is which with --input",
         ),
-        ({"text": "a"}, "has the columns text; expected such as text,label; "),
+        ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
         ({"instruction": "a", "input": "b"}, "add a column 'output' with the answers"),
         ({"premise": "a", "hypothesis": "b"}, "add a column 'label' with the answers"),
@@ -540,7 +540,7 @@ def test_rows_to_be_answered_keep_a_column_with_the_name_of_our_own_field(spec):
     spec = with_flags(spec, ColumnFlags(input="Brand: {label}. {text} {idx} {messages[0]}"))
     file_row = {"Text": "good", "idx": "q7", "messages": ["hi"]}
     brand = "Brand" if spec.fields.get("Brand") else "Label"
-    row = check_row({**file_row, brand: "Nikon"}, spec, PREDICTED, 0)
+    row = normalize_row({**file_row, brand: "Nikon"}, spec, PREDICTED, 0)
     prompt = spec.prompts[0]._replace(choices=("yes", "no"))
     assert render(prompt, row).input == "Brand: Nikon. good q7 hi"
 

@@ -205,7 +205,7 @@ def test_every_prompt_has_a_different_choice_for_each_label(name):
 def test_every_prompt_uses_the_main_fields_of_its_task_and_no_field_that_the_first_prompt_lacks(
     name,
 ):
-    """check_row looks at the first prompt to see whether a row has the fields of all prompts."""
+    """So normalize_row looks at the first prompt alone, to see whether a row has all fields."""
     first = known_tasks()[name].prompts[0]
     for prompt in known_tasks()[name].prompts:
         used = fields_of(prompt.text, *prompt.choices)
