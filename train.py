@@ -9,6 +9,8 @@
 The loop is `train`, and the functions after it call it. It runs the model through `choice_logprobs`
 (minia3/inference/scoring.py). The model is in minia3/model/t5.py or llama.py, and the method is in
 minia3/model/ia3.py.
+
+Shapes: B examples, C choices, L tokens of a choice, A adapters, one per cell.
 """
 
 import sys
@@ -34,7 +36,7 @@ from minia3.training.announce import (
 from minia3.training.choices import TRAINED_ALONE
 from minia3.training.config import Config
 from minia3.training.device import choose_device, choose_dtype, use_deterministic_kernels
-from minia3.training.evaluation_memory import check_evaluation
+from minia3.training.evaluation_memory import plan_evaluation_memory
 from minia3.training.grid import make_cells, set_steps
 from minia3.training.group import Group
 from minia3.training.methods import save_trained
@@ -45,7 +47,7 @@ from minia3.training.report import report
 from minia3.training.results import Baselines, evaluate_after, evaluate_before
 from minia3.training.run import Run
 from minia3.training.start import run_command_line
-from minia3.training.step_memory import check_memory
+from minia3.training.step_memory import plan_step_memory
 
 
 def train(run, group, config):
@@ -76,11 +78,11 @@ def train(run, group, config):
                 model.train()
                 # Forward and backward, in parts if the examples are many. Nothing is updated yet,
                 # so a second Ctrl-C gives up this step, and nothing else.
-                with run.giving_up(group):
+                with run.step_may_be_abandoned(group):
                     batch = group.next_batch()
-                    for part in batch.split(group.micro_batch_size):
-                        logp_BCL = choice_logprobs(model, part.batch, part.row_B)
-                        loss_A = part.losses(logp_BCL)  # the loss of each cell's examples here
+                    for micro_batch in batch.split(group.micro_batch_size):
+                        logp_BCL = choice_logprobs(model, micro_batch.inputs, micro_batch.row_B)
+                        loss_A = micro_batch.losses(logp_BCL)  # of each cell's examples here
                         loss_A.sum().backward()
                         log.add_losses(loss_A)
                     run.sum_over_processes(group)  # if torchrun has started several
@@ -155,15 +157,15 @@ def run_grid(run: Run, config: Config):
         announce_group(group, is_first=run.n_done == 0)
         if config.is_training:
             group.draw_batches()
-            run.micro_batch_size = check_memory(run, group)
-        run.eval_batch_size = check_evaluation(run, group)
+            run.suggested_micro_batch_size = plan_step_memory(run, group)
+        run.suggested_eval_batch_size = plan_evaluation_memory(run, group)
         run_group(run, group, config, baselines)
         del cells[:group_size]
         run.finish_group(group, is_last=not cells)
         del group  # before the next model is loaded
 
-    with_result = {final.get("adapter") for final in run.finals}
-    report(config, run.folder, run.finals, n_failed=n_cells - len(with_result))
+    reported = {final.get("adapter") for final in run.finals}  # {None} if there is a single cell
+    report(config, run.folder, run.finals, n_failed=n_cells - len(reported))
 
 
 def main(words=None, is_program=False):

@@ -1,6 +1,7 @@
 """One forward pass for the examples of several cells.
 
-Shapes: B examples, C choices, L tokens of a choice, A adapters: the rows of the model's vectors.
+Shapes: B examples, C choices, L tokens of a choice, A adapters: the rows of the model's vectors, K
+facts about an example.
 """
 
 import torch
@@ -29,7 +30,7 @@ def choose_micro_batch_size(group):
         return config.micro_batch_size
     is_grid = len(group.cells) > 1
     if not is_grid or group.device.type != "cpu" or is_sharded(group.model):
-        return None  # of a base that is divided, each pass gathers all weights
+        return None  # one pass, because each pass through a sharded base gathers all its weights
     bytes_per_token = group.model.config.d_ff * group.model.embed.weight.itemsize
     longest = 1
     for cell in group.cells:
@@ -85,25 +86,26 @@ class MicroBatch:
 
     def __init__(self, pairs, n_terms, names, n_rows):
         cells = [cell for cell, _ in pairs]  # the owner of each example
-        self.batch = collate([example for _, example in pairs])
+        self.inputs = collate([example for _, example in pairs])
         self.names = names
         self.n_rows = n_rows
         self.row_B = None  # the model's only row
         rows = torch.tensor([cell.row for cell in cells])
         if n_rows > 1:
             self.row_B = rows
-        # What the losses need to know of each example, in one tensor, because a copy of a few
-        # numbers to a GPU takes as long as one of many.
-        numbers = [self.batch.label_B, rows]
+        # Facts that the losses need of each example: its label, its adapter, and how many terms
+        # each loss has. They are one tensor, because to copy a few numbers to a GPU takes as long
+        # as to copy many.
+        facts = [self.inputs.label_B, rows]
         for name in names:
-            numbers.append(torch.tensor([n_terms[cell].get(name, 0) for cell in cells]))
-        self.numbers_KB = torch.stack(numbers)
+            facts.append(torch.tensor([n_terms[cell].get(name, 0) for cell in cells]))
+        self.facts_KB = torch.stack(facts)
 
     def losses(self, logp_BCL):
         """Return (A,): what these examples add to the loss of the cell of each row."""
         device = logp_BCL.device
-        mask_BCL = to_device(self.batch.target_mask_BCL, device)
-        label_B, row_B, *counts = to_device(self.numbers_KB, device)
+        mask_BCL = to_device(self.inputs.target_mask_BCL, device)
+        label_B, row_B, *counts = to_device(self.facts_KB, device)
         n_terms = dict(zip(self.names, counts, strict=True))
         loss_B = losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms)
         return loss_B.new_zeros(self.n_rows).index_add(0, row_B, loss_B)

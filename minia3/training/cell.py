@@ -114,7 +114,10 @@ class Cell:
             progress.best_parameters = copy_values(self.parameters)
 
     def take_best(self):
-        """Go back to the best parameters, if there are any, and fail if these are not finite."""
+        """Restore the best parameters, if an evaluation kept any.
+
+        Otherwise keep the last ones, and fail the cell if they are not finite.
+        """
         if self.progress.best_parameters:
             self.progress.last_parameters = copy_values(self.parameters)  # to extend the run from
             set_values(self.parameters, self.progress.best_parameters)

@@ -30,7 +30,9 @@ class Checkpoint:
     """Where a run stands: the results that it has, and the state of the group that trains."""
 
     is_finished: bool = False
-    n_done: int = 0  # cells in the groups that are done
+    # Cells in the groups that are done. Only groups of one cell follow each other, so this is also
+    # the number of these groups.
+    n_done: int = 0
     finals: list = field(default_factory=list)  # the final lines of metrics.jsonl
     failure: str | None = None  # why a cell failed: the last one that did
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
@@ -111,10 +113,10 @@ def keep_state(folder, place, state):
     write_values({"layout": LAYOUT, "group": state}, state_path(folder, place))
 
 
-def kept_state(folder, place):
+def load_state_to_extend(folder, place):
     """Return the state of a group in an earlier, shorter run of this folder, or None.
 
-    Raise ValueError if its file is damaged.
+    Its cells are reopened. Raise ValueError if its file is damaged.
     """
     if folder is None or not state_path(folder, place).exists():
         return None
@@ -134,7 +136,7 @@ def forget_states(folder):
 def reopen_cells(group_state):
     """Return the state of a group whose cells have patience again, and no result yet.
 
-    They know the steps at which they were made longer.
+    Record the step from which they go on in `extended_from` of each cell.
     """
     step = group_state["log"]["step"]
     cells = []
@@ -187,18 +189,18 @@ def random_state(device):
     state = {"cpu": torch.get_rng_state()}
     module = device_module(device)
     if hasattr(module, "get_rng_state"):
-        state[device.type] = module.get_rng_state(*index_of(device))
+        state[device.type] = module.get_rng_state(*device_arguments(device))
     return state
 
 
 def set_random_state(state, device):
-    """Go back to a `random_state`. If it comes from another kind of device, only the CPU's is."""
+    """Go back to a `random_state`. If another kind of device made it, restore only the CPU's."""
     torch.set_rng_state(state["cpu"])
     module = device_module(device)
     if hasattr(module, "set_rng_state") and device.type in state:
-        module.set_rng_state(state[device.type], *index_of(device))
+        module.set_rng_state(state[device.type], *device_arguments(device))
 
 
-def index_of(device):
+def device_arguments(device):
     """Return the arguments that tell a module which of its devices is meant. (There is one mps.)"""
     return () if device.type == "mps" else (device,)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 from minia3.checkpoints.load import build_model
 from minia3.model.quantized import NF4_BLOCK, is_quantizable
 from minia3.training.config import Config
-from minia3.training.memory_plan import TARGET_LENGTH, stored_dtype
-from minia3.training.step_memory import ROOM, TRAINED_BYTES, StepShape, planned_activations
+from minia3.training.memory_plan import TARGET_LENGTH, dtype_of_parameter
+from minia3.training.step_memory import TRAINED_BYTES, USABLE_SHARE, StepShape, planned_activations
 
 # While a group of weights is gathered, it is there twice: it is gathered into one flat tensor, and
 # gloo gathers into a copy of that. NCCL needs no copy.
@@ -53,7 +53,7 @@ class DevicePlan(NamedTuple):
 
         A tenth must stay free, for PyTorch itself and for the gaps that an allocator leaves.
         """
-        return self.total <= ROOM * memory
+        return self.total <= USABLE_SHARE * memory
 
 
 class Plan:
@@ -124,7 +124,7 @@ class Plan:
         if not plan.fits(memory):
             return 0
         growth = self.activations(shape._replace(n_examples=MANY)) - self.activations(first)
-        room = ROOM * memory - plan.total
+        room = USABLE_SHARE * memory - plan.total
         return 1 + int(room * (MANY - 1) / growth)
 
 
@@ -146,7 +146,7 @@ class Base:
             if name.endswith(".scale"):
                 self.n_vectors += parameter.numel()
                 continue
-            row = row_bytes(parameter, stored_dtype(name, dtype), None)
+            row = row_bytes(parameter, dtype_of_parameter(name, dtype), None)
             if quantize and is_quantizable(model, name):
                 self.largest_dequantized = max(self.largest_dequantized, len(parameter) * row)
                 row = row_bytes(parameter, dtype, quantize)

@@ -11,7 +11,13 @@ import dataclasses
 from pathlib import Path
 
 from minia3.files.read import reading
-from minia3.training.checkpoint import DAMAGED, keep_state, kept_state, reopen_cells, state_path
+from minia3.training.checkpoint import (
+    DAMAGED,
+    keep_state,
+    load_state_to_extend,
+    reopen_cells,
+    state_path,
+)
 from minia3.training.choices import TRAINED_ALONE
 
 
@@ -30,7 +36,7 @@ def extend(saved, config):
         found = f"--steps is {config.steps}, and the run has done {saved.n_steps} steps"
         raise ValueError(f"{found}: expected more than {saved.n_steps}")
     if place > 0:
-        group = kept_state(Path(config.resume), 0)
+        group = load_state_to_extend(Path(config.resume), 0)
     else:
         with reading(Path(config.resume, "checkpoint.pt"), DAMAGED):
             group = reopen_cells(saved.group)

@@ -29,11 +29,11 @@ from minia3.training.log import TrainingLog
 from minia3.training.methods import trainable_parameters
 from minia3.training.optimizer import make_optimizer
 from minia3.training.prepare import prepare_model
-from minia3.training.replicas import StepSum, seed_dropout
+from minia3.training.replicas import seed_dropout, sum_step
 from minia3.training.shards import choose_shards
 
 
-def choose_template(config, cells):
+def template_of_run(config, cells):
     """Return the chat template of --chat-template, or else of the task files and of what --adapter
     or --model has learned.
 
@@ -76,7 +76,7 @@ class Group:
                 shards=shards,
             )
         self.tokenizer = load_tokenizer(config.model)
-        self.chat_template = choose_template(config, cells)
+        self.chat_template = template_of_run(config, cells)
         if self.chat_template is not None:
             self.tokenizer.chat_template = self.chat_template
         self.n_base = count_base(self.model.config)
@@ -123,7 +123,11 @@ class Group:
         self.micro_batch_size = choose_micro_batch_size(self)
 
     def next_batch(self):
-        """Return the examples of the next step, for all cells that still train."""
+        """Return the examples of the next step, for all cells that still train.
+
+        Also prepare the model: seed the dropout of this step, and let the copies of a sharded model
+        agree on their number of passes.
+        """
         seed_dropout(self.cells[0].config.seed, self.log.step)
         if is_sharded(self.model):
             reset_passes(self.model)  # because copies may have made other numbers of them so far
@@ -139,7 +143,7 @@ class Group:
         """Add up the gradients and the losses of this step over all processes.
 
         signal: the number of the signal that this process has got, or None. Return the number that
-        any process has got, or None. Raise the errors of `StepSum.add_up`.
+        any process has got, or None. Raise the errors of `sum_step`.
         """
         if is_sharded(self.model):
             # The processes of one copy must have made equally many passes through its stacks. Those
@@ -147,7 +151,7 @@ class Group:
             # targets in one. All processes have read equally many parts of the batch, though.
             reset_passes(self.model)
         trained = self.parameters.values()  # those without a gradient do not train
-        return StepSum(trained, self.log.loss_A, self.log.n_parts, signal).add_up()
+        return sum_step(trained, self.log.loss_A, self.log.n_parts, signal)
 
     def evaluate(self, cell, assignment, rows, shots=()):
         """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
@@ -205,18 +209,18 @@ class Group:
             "random": random_state(self.device),
         }
 
-    def undo_step(self, random):
+    def undo_step(self, rng_state):
         """Go back to where the current step began. Its gradients exist, but it has updated nothing.
 
-        random: the `random_state` before its forward pass.
+        rng_state: the `random_state` before its forward pass.
         """
-        set_random_state(random, self.device)
+        set_random_state(rng_state, self.device)
         self.model.zero_grad()
         self.model.eval()
 
-    def state_before_step(self, random):
+    def state_before_step(self, rng_state):
         """Return the `state_dict` that `undo_step` would lead to, and change nothing."""
-        return self.state_dict() | {"random": random}
+        return self.state_dict() | {"random": rng_state}
 
     def load_state_dict(self, state):
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):

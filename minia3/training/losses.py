@@ -1,9 +1,9 @@
 """T-Few's three losses (Liu et al. 2022, arXiv 2205.05638, section 3.3), added with equal weights.
 
-    likelihood         L_LM = - mean over tokens t of the right choice of log p(y_t | x, y_<t)
+    likelihood         L_LM = - mean over tokens t of the correct choice of log p(y_t | x, y_<t)
     unlikelihood       L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))
     length-normalized  L_LN = - mean over rows of the log softmax, over the choices and taken at the
-                                right one, of (1/T) sum_t log p(y_t | x, y_<t)
+                                correct one, of (1/T) sum_t log p(y_t | x, y_<t)
 
 A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more. The
 functions return the sum over each example, because the examples of a batch may belong to several
@@ -24,37 +24,40 @@ from minia3.model.to_device import to_device
 UNLIKELY_EPS = 1e-2
 
 
-def right_tokens(mask_BCL, label_B):
-    """Return (B, C, L) bool: which tokens belong to the right choice."""
+def correct_tokens(mask_BCL, label_B):
+    """Return (B, C, L) bool: which tokens belong to the correct choice."""
     choice_C = torch.arange(mask_BCL.shape[1], device=label_B.device)
-    is_right_BC = choice_C == label_B[:, None]
-    return mask_BCL & is_right_BC[:, :, None]
+    is_correct_BC = choice_C == label_B[:, None]
+    return mask_BCL & is_correct_BC[:, :, None]
 
 
 def lm_loss(logp_BCL, mask_BCL, label_B):
-    is_right_BCL = right_tokens(mask_BCL, label_B)
-    return -logp_BCL.masked_fill(~is_right_BCL, 0.0).sum(dim=(1, 2))
+    """Return (B,): the sum of -log p over the tokens of the correct choice."""
+    is_correct_BCL = correct_tokens(mask_BCL, label_B)
+    return -logp_BCL.masked_fill(~is_correct_BCL, 0.0).sum(dim=(1, 2))
 
 
 def unlikelihood_loss(logp_BCL, mask_BCL, label_B):
-    # T-Few's code also sums over padding and over the right choice, as log p = -100. Each adds the
-    # constant -log(1 + eps), which has no gradient. We leave them out, so our value is larger.
-    is_wrong_BCL = mask_BCL & ~right_tokens(mask_BCL, label_B)
+    """Return (B,): the sum of -log(1 - p + eps) over the tokens of the wrong choices."""
+    # T-Few's code also sums over padding and over the correct choice, as log p = -100. Each adds
+    # the constant -log(1 + eps), which has no gradient. We leave them out, so our value is larger.
+    is_wrong_BCL = mask_BCL & ~correct_tokens(mask_BCL, label_B)
     unlikely_BCL = torch.log(1 - logp_BCL.exp() + UNLIKELY_EPS)
     return -unlikely_BCL.masked_fill(~is_wrong_BCL, 0.0).sum(dim=(1, 2))
 
 
-def length_normalised_loss(logp_BCL, mask_BCL, label_B):
+def length_normalized_loss(logp_BCL, mask_BCL, label_B):
+    """Return (B,): the cross entropy of the choices, whose scores are means of log p."""
     return F.cross_entropy(choice_scores(logp_BCL, mask_BCL), label_B, reduction="none")
 
 
-LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalised_loss}
+LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalized_loss}
 
 
 def count_terms(mask_BCL, label_B):
-    """Return how many terms each mean has: tokens of right choices, of wrong choices, and rows."""
-    n_right = int(right_tokens(mask_BCL, label_B).sum())
-    return {"lm": n_right, "ul": int(mask_BCL.sum()) - n_right, "ln": len(label_B)}
+    """Return how many terms each mean has: tokens of correct choices, of wrong ones, and rows."""
+    n_correct = int(correct_tokens(mask_BCL, label_B).sum())
+    return {"lm": n_correct, "ul": int(mask_BCL.sum()) - n_correct, "ln": len(label_B)}
 
 
 def count_terms_of(examples, names=("lm", "ul", "ln")):
@@ -64,9 +67,9 @@ def count_terms_of(examples, names=("lm", "ul", "ln")):
         lengths = [len(target) for target in example.targets]
         if example.is_scored is not None:
             lengths = [sum(example.is_scored[: lengths[0]])]
-        n_right = lengths[example.label]
-        n_terms["lm"] += n_right
-        n_terms["ul"] += sum(lengths) - n_right
+        n_correct = lengths[example.label]
+        n_terms["lm"] += n_correct
+        n_terms["ul"] += sum(lengths) - n_correct
     return {name: n_terms[name] for name in names}
 
 

@@ -75,11 +75,11 @@ def model_without_values(config, dtype):
     """Return a model whose parameters are fake tensors. Call this within FakeTensorMode."""
     model = build_model(config)
     for name, p in list(model.named_parameters()):
-        place_parameter(model, name, torch.empty(p.shape, dtype=stored_dtype(name, dtype)))
+        place_parameter(model, name, torch.empty(p.shape, dtype=dtype_of_parameter(name, dtype)))
     return model
 
 
-def stored_dtype(name, dtype):
+def dtype_of_parameter(name, dtype):
     """Return the dtype of a parameter: vectors are float32 whatever the dtype of the model."""
     return torch.float32 if name.endswith(".scale") else dtype
 

@@ -26,20 +26,20 @@ class RowOptimizer:
 
     def __init__(self, parameters, lr=3e-3):
         self.param_groups = [{"params": list(parameters), "lr": lr}]
-        self.state = {l_AD: {} for l_AD in self.tables}
+        self.state = {l_AD: {} for l_AD in self.tables}  # empty before the first step of a table
 
     @property
     def tables(self):
         return self.param_groups[0]["params"]
 
-    def clip(self, most):
-        """Scale the gradient of each row down to the norm `most`, if its norm is larger.
+    def clip(self, max_norm):
+        """Scale the gradient of each row down to the norm `max_norm`, if its norm is larger.
 
         The norm of a row is over all tables. For each row this is torch.nn.utils.clip_grad_norm_.
         """
         tables = [l_AD for l_AD in self.tables if l_AD.grad is not None]
         if tables:  # there are none before the first backward pass
-            clip_rows(tables, most)
+            clip_rows(tables, max_norm)
 
     @torch.no_grad()
     def step(self, rates=None):
@@ -47,13 +47,13 @@ class RowOptimizer:
 
         Other rows keep their bits. None: all rows train at the rate of the parameter group.
         """
-        for tables in self.alike_tables():
+        for tables in self.group_tables():
             rates_here = rates
             if rates is None:
                 rates_here = dict.fromkeys(range(len(tables[0])), self.param_groups[0]["lr"])
             self.update(tables, rates_here)
 
-    def alike_tables(self):
+    def group_tables(self):
         """Return lists of tables that are updated together: of one shape, after as many steps.
 
         A table without a gradient is left out, and stays as it is.
@@ -61,12 +61,17 @@ class RowOptimizer:
         alike = defaultdict(list)
         for l_AD in self.tables:
             if l_AD.grad is not None:
-                state = self.state[l_AD]
-                if not state:
-                    state["steps"] = [0] * len(l_AD)  # of each row
-                    state.update({name: torch.zeros_like(l_AD) for name in self.moments})
-                alike[l_AD.shape, tuple(state["steps"])].append(l_AD)
+                steps = self.initialized_state(l_AD)["steps"]
+                alike[l_AD.shape, tuple(steps)].append(l_AD)
         return list(alike.values())
+
+    def initialized_state(self, l_AD):
+        """Return the state of a table: the steps of each row, and the moments."""
+        state = self.state[l_AD]
+        if not state:
+            state["steps"] = [0] * len(l_AD)
+            state.update({name: torch.zeros_like(l_AD) for name in self.moments})
+        return state
 
     def update(self, tables, rates):
         """Update rows of tables that are alike, and the moments and steps of these rows."""
@@ -171,7 +176,7 @@ class AdamW(RowOptimizer):
         return l_NRD, m_NRD, v_NRD
 
 
-class AdamWAlone:
+class TorchAdamW:
     """torch's AdamW over all that a cell trains, if the cell has the model to itself.
 
     This is for LoRA and full fine-tuning. It has the methods of the optimizers of tables.
@@ -181,8 +186,8 @@ class AdamWAlone:
         self.parameters = list(parameters)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=weight_decay)
 
-    def clip(self, most):
-        torch.nn.utils.clip_grad_norm_(self.parameters, most)
+    def clip(self, max_norm):
+        torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
 
     def step(self, rates):
         """rates: a dict with the learning rate of the only cell."""
@@ -198,8 +203,8 @@ class AdamWAlone:
 
 
 @torch.no_grad()
-def clip_rows(tables, most):
-    """Scale the gradient of each row of the tables down to the norm `most`, if it is larger."""
+def clip_rows(tables, max_norm):
+    """Scale the gradient of each row of the tables down to the norm `max_norm`, if it is larger."""
     by_shape = defaultdict(list)
     for l_AD in tables:
         by_shape[l_AD.shape].append(l_AD)
@@ -213,14 +218,14 @@ def clip_rows(tables, most):
     # In the order of the tables, because the bits of a sum depend on the order.
     norm_TA = torch.stack([norms[l_AD] for l_AD in tables])
     norm_A1 = torch.linalg.vector_norm(norm_TA, dim=0)[:, None]
-    scale_A1 = (most / (norm_A1 + 1e-6)).clamp(max=1.0)
+    scale_A1 = (max_norm / (norm_A1 + 1e-6)).clamp(max=1.0)
     for shape, alike in by_shape.items():
         clipped = (gradients[shape] * scale_A1).unbind()
         torch._foreach_copy_([l_AD.grad for l_AD in alike], clipped)
 
 
 def per_row(numbers, like):
-    """Return the number of all rows or, if they differ, a tensor (R, 1) beside `like`.
+    """Return one number if all rows share it, else a tensor (R, 1) on the device of `like`.
 
     A number goes to a GPU as part of an operation, but a tensor must be copied there.
     """
@@ -237,7 +242,7 @@ def rms(x_NRD):
 def make_optimizer(parameters, config):
     """Return the optimizer of the flags. By default (IA)^3 trains with Adafactor, as in T-Few."""
     if config.method != "ia3":
-        return AdamWAlone(parameters, config.lr, config.weight_decay)
+        return TorchAdamW(parameters, config.lr, config.weight_decay)
     if config.optimizer == "adamw":
         return AdamW(parameters, config.lr, config.weight_decay)
     return Adafactor(parameters, config.lr)

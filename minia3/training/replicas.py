@@ -40,38 +40,29 @@ def seed_dropout(seed, step):
         torch.manual_seed(int(mixed.generate_state(1)[0]))
 
 
-class StepSum:
-    """What the processes add up at the end of a step, in one flat tensor.
+def sum_step(parameters, loss_A, n_parts, signal):
+    """Add up the gradients and the losses of a step over all processes, in one flat tensor.
 
-    It has the gradients, the losses of the cells, and two numbers of each process: how many parts
-    of the batch it has read, and the number of the signal that asks it to stop.
+    parameters: those that have gradients get the sums. loss_A: the losses of the cells, which get
+    theirs. n_parts: how many parts of the batch this process has read. signal: the number of the
+    signal that asks it to stop, or None.
+
+    Return the number of the signal that any process has got, or None. Raise RuntimeError if the
+    processes have not read the same number of parts.
     """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    reports = loss_A.new_zeros(2, n_processes())
+    reports[0, rank()] = n_parts
+    reports[1, rank()] = signal or 0
+    pieces = [*gradients, loss_A, reports]
+    flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
+    add_over_processes(flat)
 
-    def __init__(self, parameters, loss_A, n_parts, signal):
-        """parameters: some have gradients. loss_A: the losses of the cells."""
-        self.gradients = [p.grad for p in parameters if p.grad is not None]
-        self.loss_A = loss_A
-        self.n_parts = n_parts
-        self.signal = signal
-
-    def add_up(self):
-        """Put the sums into the gradients and the losses.
-
-        Return the number of the signal that any process has got, or None. Raise RuntimeError if the
-        processes have not read the same number of parts.
-        """
-        reports = self.loss_A.new_zeros(2, n_processes())
-        reports[0, rank()] = self.n_parts
-        reports[1, rank()] = self.signal or 0
-        pieces = [*self.gradients, self.loss_A, reports]
-        flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
-        add_over_processes(flat)
-
-        sums = flat.split([piece.numel() for piece in pieces])
-        for piece, total in zip(pieces, sums, strict=True):
-            piece.copy_(total.view(piece.shape))
-        # This waits for a GPU, because all processes must stop before the same update.
-        n_parts, signals = reports.int().tolist()
-        if len(set(n_parts)) > 1:
-            raise RuntimeError(f"the processes have read {n_parts} parts of one step")
-        return max(signals) or None
+    sums = flat.split([piece.numel() for piece in pieces])
+    for piece, total in zip(pieces, sums, strict=True):
+        piece.copy_(total.view(piece.shape))
+    # This waits for a GPU, because all processes must stop before the same update.
+    n_parts_of_each, signals = reports.int().tolist()
+    if len(set(n_parts_of_each)) > 1:
+        raise RuntimeError(f"the processes have read {n_parts_of_each} parts of one step")
+    return max(signals) or None

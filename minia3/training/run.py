@@ -25,8 +25,8 @@ from minia3.training.checkpoint import (
     Checkpoint,
     forget_states,
     keep_state,
-    kept_state,
     load_checkpoint,
+    load_state_to_extend,
     random_state,
     save_checkpoint,
 )
@@ -69,9 +69,10 @@ class Run:
         self.folder = None  # None: the run leaves nothing
         self.is_new = config.resume is None
         self.saved = Checkpoint(n_processes=n_processes())
-        self.stopped = None  # where a run stood that --steps makes longer
-        self.extended_from = None  # how many steps it had done
-        self.extended_to = None  # --steps, until config.json has it
+        # Of a run that --steps makes longer:
+        self.saved_before_extension = None  # its Checkpoint
+        self.extended_from = None  # the steps that it had done
+        self.extended_to = None  # the new --steps, until config.json records it
         try:
             if is_first():
                 self.open_folder(config)
@@ -87,12 +88,14 @@ class Run:
         self.n_done = self.saved.n_done
         self.failure = self.saved.failure
         self.n_bytes = self.saved.n_bytes
-        self.undo_step = None  # a function, while a step computes: see `giving_up`
+        self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.metrics = None  # see `start_writing`
         self.trackers = []
-        # What to try if memory runs out; `check_memory` may know better.
-        self.micro_batch_size = max(1, (config.micro_batch_size or config.batch_size) // 2)
-        self.eval_batch_size = max(1, config.eval_batch_size // 2)
+        # What to advise if memory runs out. Planning it (step_memory.py) may lead to better sizes.
+        self.suggested_micro_batch_size = max(
+            1, (config.micro_batch_size or config.batch_size) // 2
+        )
+        self.suggested_eval_batch_size = max(1, config.eval_batch_size // 2)
 
     def open_folder(self, config):
         """Lock the folder of the run, and read its checkpoint if there is one."""
@@ -104,7 +107,7 @@ class Run:
             if config.steps != read_run_config(self.folder).get("steps"):
                 self.extended_to = config.steps
             if saved and self.extended_to is not None:
-                self.stopped = saved
+                self.saved_before_extension = saved
                 self.extended_from = saved.n_steps
                 saved = extend(saved, config)
             self.saved = saved or self.saved
@@ -151,17 +154,23 @@ class Run:
                 forget_states(self.folder)
             # A signal waits, because afterwards the run is resumed without --steps.
             with self.uninterrupted():
-                if self.stopped is not None:
-                    # config.json comes last: after a kill, the run can be extended again.
-                    keep_last_state(self.stopped, config)
-                    self.stopped = None
-                    self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
-                    self.write_checkpoint(self.saved.group)
-                record_run(self.folder, checksums, config)
-                self.extended_to = None
-        self.extended_to = None  # for the other processes
+                self.record_start(checksums, config)
+        self.extended_to = None
         self.metrics = Metrics(self.written_folder, self.n_bytes)
         self.trackers = start_trackers(config, self.written_folder)
+
+    def record_start(self, checksums, config):
+        """Write the flags into config.json and, before it, what makes an extended run a longer one.
+
+        config.json comes last, so after a kill the run can be extended again.
+        """
+        if self.saved_before_extension is not None:
+            keep_last_state(self.saved_before_extension, config)
+            self.saved_before_extension = None
+            self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
+            self.write_checkpoint(self.saved.group)
+        record_run(self.folder, checksums, config)
+        self.extended_to = None
 
     def write(self, event, **values):
         """Add a line to metrics.jsonl, and hand it to the trackers of --log-to.
@@ -173,11 +182,11 @@ class Run:
         self.trackers = hand_over({"event": event, **values}, self.trackers)
 
     def uninterrupted(self):
-        """Return a context in which signals wait, because the group cannot be saved within it."""
+        """Return a context in which signals wait, because the group's state is inconsistent."""
         return self.signals.uninterrupted()
 
     @contextmanager
-    def giving_up(self, group):
+    def step_may_be_abandoned(self, group):
         """Return a context for the part of a step that computes, and changes no parameter.
 
         A second Ctrl-C, or SIGTERM, stops the run within it at once, and so does the end of another
@@ -185,9 +194,10 @@ class Run:
         `checkpointing` does this, because a signal may also come between the block's last line and
         its end, and then Python does not return to this function.
         """
-        random = random_state(group.device)  # dropout is drawn from it
-        self.undo_step = partial(group.undo_step, random)
-        with self.signals.urgent(partial(self.leave, group, random)), computing_together():
+        rng_state = random_state(group.device)  # dropout is drawn from it
+        self.undo_step = partial(group.undo_step, rng_state)
+        save_and_report = partial(self.save_and_report, group, rng_state)
+        with self.signals.urgent(save_and_report), computing_together():
             yield
         self.undo_step = None
 
@@ -201,14 +211,14 @@ class Run:
             if signal is not None:
                 self.signals.pending = signal
 
-    def leave(self, group, random, number):
+    def save_and_report(self, group, rng_state, signal_number):
         """Save the state before the current step, and say how to continue.
 
         This runs in another thread, while the main thread is in an operation that takes long.
         """
-        self.write_checkpoint(group.state_before_step(random))
+        self.write_checkpoint(group.state_before_step(rng_state))
         sys.stdout.flush()  # because the process ends without cleaning up
-        if has_first_word(128 + number):
+        if has_first_word(128 + signal_number):
             tqdm.write(self.stop_message, file=sys.stderr)
         sys.stderr.flush()
 
@@ -230,7 +240,7 @@ class Run:
             self.write_checkpoint(group.state_dict())
 
     def restore(self, group):
-        """Put the group into its state in the last checkpoint, or before the run was made longer.
+        """Restore the group from the last checkpoint or, in an extended run, from states/.
 
         Without such a state, nothing changes.
         """
@@ -238,7 +248,7 @@ class Run:
         origin = "checkpoint.pt"
         damage = DAMAGED
         if state is None:  # only the machine of the first process needs to have the folder
-            state = from_first(kept_state(self.written_folder, self.n_done))
+            state = from_first(load_state_to_extend(self.written_folder, self.n_done))
             origin = f"{STATES}/{self.n_done}.pt"
             damage = DAMAGED_STATE
         if state is not None:
@@ -258,13 +268,13 @@ class Run:
     def write_checkpoint(self, group_state, is_finished=False):
         self.check_folder()
         checkpoint = Checkpoint(
-            is_finished,
-            self.n_done,
-            self.finals,
-            self.failure,
-            self.n_bytes,
-            group_state,
-            n_processes(),
+            is_finished=is_finished,
+            n_done=self.n_done,
+            finals=self.finals,
+            failure=self.failure,
+            n_bytes=self.n_bytes,
+            group=group_state,
+            n_processes=n_processes(),
         )
         save_checkpoint(self.written_folder, checkpoint)
 

@@ -35,7 +35,7 @@ OVERHEAD = 1.4
 # Of a trained parameter, besides what the plan counts: a gradient, and the moments of AdamW.
 TRAINED_BYTES = 12
 
-ROOM = 0.9  # the share of the free memory that a step may take
+USABLE_SHARE = 0.9  # of the free memory: what a step may take
 
 
 class StepShape(NamedTuple):
@@ -51,7 +51,7 @@ class StepShape(NamedTuple):
         return self.n_examples * (self.source_length + self.n_choices * self.target_length)
 
 
-def check_memory(run, group):
+def plan_step_memory(run, group):
     """Print a note if a step takes more memory than is free.
 
     On a CPU, limit the process to what may be taken, so that it ends with a message. Otherwise the
@@ -62,41 +62,44 @@ def check_memory(run, group):
     shape = shape_of_step(group)
     half = max(1, shape.n_examples // 2)
     free = free_memory(group.device)
-    bound = upper_bound(group.model.config, shape) + 2 * TRAINED_BYTES * group.n_trained
+    bound = upper_bound(group.model.config, shape)
+    bound += 2 * TRAINED_BYTES * group.n_trained  # twice, to be on the safe side
     if free is None or bound < free / 2:
         return half  # nothing to plan
-    words = Words("a step takes", "--micro-batch-size", "a shorter --max-length or --recompute")
+    remedies = "a shorter --max-length or --recompute"
+    note = MemoryNote("a step takes", "--micro-batch-size", remedies)
     plan = partial(planned_step, group)
-    return size_that_fits(run, group, plan, shape, free, words) or half
+    return warn_if_too_large(run, group, plan, shape, free, note) or half
 
 
-class Words(NamedTuple):
-    """What a note about memory says."""
+class MemoryNote(NamedTuple):
+    """The words of a note about memory."""
 
     subject: str  # and the verb: "a step takes"
     flag: str  # which makes it smaller
-    instead: str  # of a smaller model, if no size of the flag fits
+    other_remedies: str  # besides a smaller model, if no size of the flag fits
 
 
-def size_that_fits(run, group, plan, shape, free, words):
-    """Return None if `shape` fits into `free` bytes and leaves some of them free.
+def warn_if_too_large(run, group, plan, shape, free, note):
+    """Print a note unless `shape` fits into `free` bytes and leaves some of them free.
 
-    Else print a note, limit the process on a CPU, and return the number of examples that fits, at
-    least 1: the largest power of two, so that few sizes are planned. plan: a function from a shape
-    to bytes.
+    Return None if it fits. Otherwise also limit the process on a CPU, and return the number of
+    examples that fits, at least 1: the largest power of two, so that few sizes are planned.
+
+    plan: a function from a shape to bytes. note: a MemoryNote.
     """
-    free = int(ROOM * free)
+    usable = int(USABLE_SHARE * free)
     needed = OVERHEAD * plan(shape)
-    if needed <= free:
+    if needed <= usable:
         return None
-    fitting = fitting_size(plan, shape, free)
-    advice = f"no {words.flag} fits: take a smaller model, or {words.instead}"
+    fitting = largest_fitting_size(plan, shape, usable)
+    advice = f"no {note.flag} fits: take a smaller model, or {note.other_remedies}"
     if fitting > 0:
-        advice = f"{words.flag} {fitting} fits"
-    sizes = f"about {gigabytes(needed)}, but {gigabytes(free)} of what is free may be taken"
-    print(f"note     {words.subject} {sizes}: {advice}")
+        advice = f"{note.flag} {fitting} fits"
+    sizes = f"about {gigabytes(needed)}, but {gigabytes(usable)} of what is free may be taken"
+    print(f"note     {note.subject} {sizes}: {advice}")
     if group.device.type == "cpu":
-        run.resources.enter_context(limited_memory(free))
+        run.resources.enter_context(limited_memory(usable))
     return max(1, fitting)
 
 
@@ -123,18 +126,19 @@ def shape_of_step(group):
 def upper_bound(model_config, shape):
     """Return more bytes than a step takes, without planning it.
 
-    Most runs take far less than what is free, and need no plan.
+    Most runs take far less than what is free, and need no plan. The factors are generous: they
+    count more tensors of each width than a layer has, all of them kept, and in float32.
     """
     c = model_config
     n_layers = c.n_layers + getattr(c, "n_decoder_layers", 0)
     length = shape.source_length + shape.n_choices * shape.target_length
     width_of_heads = c.n_heads * c.d_head
     n_numbers = 40 * c.d_model + 8 * c.d_ff + 24 * width_of_heads + 8 * c.n_heads * length
-    n_logits = min(shape.n_tokens * c.vocab_size, 1 << 26)
+    n_logits = min(shape.n_tokens * c.vocab_size, 1 << 26)  # at once: see target_logprobs.py
     return 4 * (shape.n_tokens * n_layers * n_numbers + 4 * n_logits)
 
 
-def fitting_size(plan, shape, free):
+def largest_fitting_size(plan, shape, free):
     """Return the largest power of two below shape.n_examples that fits, or 0 if not even 1 does.
 
     plan: a function from a StepShape to its bytes. free: the bytes that may be taken.
@@ -152,23 +156,23 @@ def fitting_size(plan, shape, free):
 def planned_step(group, shape):
     """Return the bytes that the tensors of a step take at once, beyond the weights.
 
-    What is whole only while it computes is not counted: a block of a divided base, and a weight of
+    What is whole only while it computes is not counted: a block of a sharded base, and a weight of
     a quantized one.
     """
     model = group.model
     dtype = model.embed.weight.dtype
-    is_divided = is_sharded(model)
-    activations = planned_activations(model.config, dtype, shape, group.config, is_divided)
+    sharded = is_sharded(model)
+    activations = planned_activations(model.config, dtype, shape, group.config, sharded)
     return activations + TRAINED_BYTES * group.n_trained
 
 
-def planned_activations(model_config, dtype, shape, config, is_divided=False):
+def planned_activations(model_config, dtype, shape, config, sharded=False):
     """Return `peak_of_step` for a model of any depth, in half a second."""
-    options = {"dtype": dtype, "shape": shape, "config": config, "is_divided": is_divided}
-    return over_layers(partial(peak_of_step, **options), model_config)
+    options = {"dtype": dtype, "shape": shape, "config": config, "sharded": sharded}
+    return extrapolate_depth(partial(peak_of_step, **options), model_config)
 
 
-def over_layers(peak, model_config):
+def extrapolate_depth(peak, model_config):
     """Return peak(model_config), extrapolated from models with two and three layers per stack.
 
     peak: a function from the config of a model to bytes.
@@ -183,11 +187,11 @@ def over_layers(peak, model_config):
     return total
 
 
-def peak_of_step(model_config, dtype, shape, config, is_divided=False):
+def peak_of_step(model_config, dtype, shape, config, sharded=False):
     """Return the most bytes that tensors take in a forward and backward pass, beyond the weights.
 
-    config: the flags of the run; dropout and recomputation change what is kept. is_divided: whether
-    processes hold the base together, because then choices do not take turns.
+    config: the flags of the run; dropout and recomputation change what is kept. sharded: whether
+    processes hold the base together, because then choices are not scored in chunks.
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype)
@@ -200,7 +204,7 @@ def peak_of_step(model_config, dtype, shape, config, is_divided=False):
         model.train()
 
         def step(source_BM, target_BCL):
-            score_without_padding(model, source_BM, target_BCL, is_divided).backward()
+            score_without_padding(model, source_BM, target_BCL, sharded).backward()
 
         return peak_beyond_weights(step, model, shape)
 
@@ -222,8 +226,8 @@ def peak_beyond_weights(function, model, shape):
     return counter.peak - n_before
 
 
-def score_without_padding(model, source_BM, target_BCL, is_divided=False):
-    """Return a number that depends on all log-probabilities of `choice_logprobs`."""
+def score_without_padding(model, source_BM, target_BCL, sharded=False):
+    """Return a scalar to call `backward` on: the sum of what `choice_logprobs` returns."""
     n_examples, n_choices, length = target_BCL.shape
     if n_choices == 1:
         return planned_logprobs(model, source_BM, target_BCL[:, 0]).sum()
@@ -234,9 +238,9 @@ def score_without_padding(model, source_BM, target_BCL, is_divided=False):
         return masked_logprobs(model, repeated, target_BCL.flatten(0, 1), None)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_examples, MAX_SIDE_BY_SIDE) // length)
-    if n_choices <= n_at_once or is_divided:
+    if n_choices <= n_at_once or sharded:
         return score(target_BCL).sum()
-    state.make_memory()  # once for all turns, as `choice_logprobs` does
+    state.make_cross_kv()  # once for all chunks, as in `choice_logprobs`
     total = 0.0
     for part in target_BCL.split(n_at_once, dim=1):
         total = total + checkpoint(score, part, use_reentrant=False).sum()
@@ -275,6 +279,6 @@ def limited_memory(n_bytes):
 def out_of_memory_message(error, run):
     """Return what a run says when memory has run out: what to try, and what failed."""
     reason = shorten(" ".join(str(error).split()), 120) or "no memory is left"
-    micro = f"--micro-batch-size (try {run.micro_batch_size})"
-    evaluation = f"--eval-batch-size (try {run.eval_batch_size})"
+    micro = f"--micro-batch-size (try {run.suggested_micro_batch_size})"
+    evaluation = f"--eval-batch-size (try {run.suggested_eval_batch_size})"
     return f"out of memory: lower {micro} or {evaluation}: {reason}"

@@ -138,7 +138,7 @@ def step_of_adapters(model, examples, n_adapters):
     model.train()
 
     def step():
-        logp_BCL = choice_logprobs(model, part.batch, part.row_B)
+        logp_BCL = choice_logprobs(model, part.inputs, part.row_B)
         part.losses(logp_BCL).sum().backward()
         optimizer.clip(1.0)
         optimizer.step(rates)

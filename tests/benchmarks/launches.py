@@ -89,7 +89,7 @@ class CountLaunches(TorchDispatchMode):
             (F, "rms_norm", self.as_one(F.rms_norm)),
             (norm, "forward", staticmethod(self.as_one(norm.forward))),
             (norm, "backward", staticmethod(self.as_one(norm.backward))),
-            (attend, "is_padded_on_cpu", lambda context: False),
+            (attend, "can_attend_by_rows", lambda context: False),
             (attend, "is_decoding_on_cpu", lambda *args: False),
         )
 

@@ -40,7 +40,7 @@ from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.training.losses import total_loss
 from minia3.training.memory_plan import planned_memory
 from minia3.training.optimizer import Adafactor, AdamW
-from minia3.training.replicas import StepSum
+from minia3.training.replicas import sum_step
 from minia3.training.step_memory import StepShape, peak_of_step
 
 PACKAGE = Path(minia3.__file__).parent
@@ -224,7 +224,7 @@ def train_steps(model):
         logp = logp.view(N_ROWS, N_CHOICES, N_TARGET)
         total_loss(logp, torch.ones_like(logp, dtype=torch.bool), label).backward()
         tables = minia3.vectors(model).values()
-        StepSum(tables, torch.ones(3), 1, None).add_up()
+        sum_step(tables, torch.ones(3), 1, None)
         for optimizer in (AdamW(tables), Adafactor(tables)):
             optimizer.step()
             optimizer.load_state_dict(optimizer.state_dict())

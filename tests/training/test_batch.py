@@ -16,7 +16,7 @@ from minia3.training import batch as batch_module
 from minia3.training.batch import MixedBatch, choose_micro_batch_size
 from minia3.training.cell import Cell
 from minia3.training.drawing import draw_batches
-from minia3.training.losses import count_terms, count_terms_of, right_tokens, total_loss
+from minia3.training.losses import correct_tokens, count_terms, count_terms_of, total_loss
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_each_cell_has_the_losses_of_its_own_batch(size, cells, ours):
     step = 1
     found_A = torch.zeros(3, dtype=torch.float64)
     for part in MixedBatch(cells, step, n_rows=3).split(size):
-        logp_BCL = choice_logprobs(ours, part.batch, part.row_B)
+        logp_BCL = choice_logprobs(ours, part.inputs, part.row_B)
         found_A += part.losses(logp_BCL).detach()
     for cell in cells:
         batch = collate(cell.batches[step])
@@ -79,8 +79,8 @@ def test_what_is_not_finite_in_one_cell_reaches_no_other_cell(bad, cells):
     (part,) = MixedBatch(cells, 0, n_rows=3).split()
     gradients = []
     for is_bad in (False, True):
-        logp_BCL = -torch.linspace(0.1, 3, part.batch.target_BCL.numel())
-        logp_BCL = logp_BCL.view(part.batch.target_BCL.shape)
+        logp_BCL = -torch.linspace(0.1, 3, part.inputs.target_BCL.numel())
+        logp_BCL = logp_BCL.view(part.inputs.target_BCL.shape)
         logp_BCL[part.row_B == 1] = bad if is_bad else -1.0
         logp_BCL.requires_grad_()
         loss_A = part.losses(logp_BCL)
@@ -95,12 +95,12 @@ def test_a_loss_with_which_a_cell_does_not_train_changes_nothing_even_if_it_is_n
     """The second cell trains with the likelihood alone, so that wrong choices do not matter."""
     assert cells[1].config.losses == "lm"
     (part,) = MixedBatch(cells, 0, n_rows=3).split()
-    is_right_BCL = right_tokens(part.batch.target_mask_BCL, part.batch.label_B)
+    is_right_BCL = correct_tokens(part.inputs.target_mask_BCL, part.inputs.label_B)
     is_wrong_BCL = ~is_right_BCL & (part.row_B == 1)[:, None, None]
     assert is_wrong_BCL.any()
     outcomes = []
     for value in (-1.0, float("nan")):
-        logp_BCL = torch.full(part.batch.target_BCL.shape, -2.0)
+        logp_BCL = torch.full(part.inputs.target_BCL.shape, -2.0)
         logp_BCL[is_wrong_BCL] = value
         logp_BCL.requires_grad_()
         loss_A = part.losses(logp_BCL)
@@ -122,7 +122,7 @@ def test_terms_are_counted_without_tensors_as_they_are_in_a_batch(n_choices):
 def test_a_process_without_examples_makes_a_pass_that_adds_0(cells, ours, monkeypatch):
     monkeypatch.setattr("minia3.training.batch.share_of_step", lambda pairs, size: [[]])
     (part,) = MixedBatch(cells, 0, n_rows=3).split()
-    loss_A = part.losses(choice_logprobs(ours, part.batch, part.row_B))
+    loss_A = part.losses(choice_logprobs(ours, part.inputs, part.row_B))
     loss_A.sum().backward()
     assert loss_A.tolist() == [0, 0, 0]
     assert not any(table.grad.any() for table in minia3.vectors(ours).values())
@@ -133,7 +133,7 @@ def test_cells_that_do_not_train_any_more_are_left_out(cells):
     assert {cell.row for cell, _ in batch.pairs} == {1, 2}
     (part,) = batch.split()
     assert set(part.row_B.tolist()) == {1, 2}
-    loss_A = part.losses(torch.full(part.batch.target_BCL.shape, -1.0))
+    loss_A = part.losses(torch.full(part.inputs.target_BCL.shape, -1.0))
     assert loss_A[0] == 0
     assert (loss_A[1:] > 0).all()
 

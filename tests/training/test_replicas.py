@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch_version import TORCH
 
 from minia3.files import processes
-from minia3.training.replicas import StepSum, seed_dropout, share_of_step
+from minia3.training.replicas import seed_dropout, share_of_step, sum_step
 
 TOLERANCE = 1e-9  # of float64, after some steps
 
@@ -167,10 +167,10 @@ def test_processes_that_have_not_read_equally_many_parts_are_an_error(monkeypatc
     monkeypatch.setattr("minia3.training.replicas.add_over_processes", add)
     losses = torch.tensor([5.0])
     with pytest.raises(RuntimeError, match=r"\[4, 3\] parts"):
-        StepSum([parameter], losses, 4, None).add_up()
+        sum_step([parameter], losses, 4, None)
     monkeypatch.setattr("minia3.training.replicas.add_over_processes", lambda flat: flat.mul_(1))
     become(monkeypatch, 0, 1)
-    assert StepSum([parameter], losses, 4, 15).add_up() == 15
+    assert sum_step([parameter], losses, 4, 15) == 15
 
 
 def test_the_sum_has_all_dtypes_and_the_losses(monkeypatch):
@@ -184,7 +184,7 @@ def test_the_sum_has_all_dtypes_and_the_losses(monkeypatch):
     losses = torch.tensor([1.5, 0.25])
     monkeypatch.setattr("minia3.training.replicas.n_processes", lambda: 2)
     with pytest.raises(RuntimeError, match=r"\[0, 2\] parts"):
-        StepSum([narrow, wide, unused], losses, 1, None).add_up()
+        sum_step([narrow, wide, unused], losses, 1, None)
     assert narrow.grad.tolist() == [6, 6]
     assert wide.grad.tolist() == [[0, 2], [4, 6]]
     assert unused.grad is None

@@ -199,9 +199,9 @@ def test_a_run_that_is_stopped_anywhere_says_how_to_continue_and_continues_bit_f
 
 @pytest.mark.slow
 def test_a_signal_at_the_very_end_of_what_is_given_up_undoes_the_step(tmp_path):
-    """Python then leaves the block `giving_up` without telling it why."""
+    """Python then leaves the block `step_may_be_abandoned` without telling it why."""
     source = Path(train.__file__).read_text(encoding="utf-8").splitlines()
-    place = source.index("                with run.giving_up(group):") + 1
+    place = source.index("                with run.step_may_be_abandoned(group):") + 1
     lines = uninterrupted("adamw")[1]
     passages = [n for n, line in enumerate(lines, 1) if line == ("train.py", place)]
     assert len(passages) == 2 * 12, "each step enters the block and leaves it"
