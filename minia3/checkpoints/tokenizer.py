@@ -56,7 +56,7 @@ class Tokenizer:
     bos_id, eos_id: the ids of the special tokens, or None if the files name none.
     pad_id: the id of the pad token, or else eos_id, or else 0. It is always an int. Because padding
         is masked, any id will do.
-    special: {"bos_token": "<s>", ...}, the texts of the special tokens that the files name.
+    special_tokens: {"bos_token": "<s>", ...}, the texts of the special tokens that the files name.
     chat_template: the template for `chat`, or a dict of templates by name, from which "tool_use" is
         for conversations with tools and "default" for others, or None.
     has_separate_targets: True if a target is a sequence of its own, as for T5's decoder; False if
@@ -85,7 +85,7 @@ class Tokenizer:
         self.has_separate_targets = ends_with_eos and has_encoder(settings, begins_with_bos)
 
     def _find_special_tokens(self, settings):
-        """Set bos_id, eos_id, pad_id and special, and tell the backend about these tokens."""
+        """Set the ids and the texts of the special tokens, and tell the backend about them."""
         self.bos_id = special_id(self.backend, settings, "bos")
         self.eos_id = special_id(self.backend, settings, "eos")
         pad_id = special_id(self.backend, settings, "pad")
@@ -99,19 +99,19 @@ class Tokenizer:
         known_ids = {self.eos_id, *self.backend.get_added_tokens_decoder()}
         if settings.get("pad_token") or pad_id in known_ids:
             ids["pad_token"] = pad_id
-        self.special = {
+        self.special_tokens = {
             name: self.backend.id_to_token(i) for name, i in ids.items() if i is not None
         }
-        mark_special(self.backend, self.special.values())
+        mark_special(self.backend, self.special_tokens.values())
 
     def _frame(self, settings):
         """Return a post-processor that puts bos and eos around a text if the settings say so."""
         frame = ["$A"]
-        if settings.get("add_bos_token") and "bos_token" in self.special:
-            frame.insert(0, self.special["bos_token"])
-        if settings.get("add_eos_token") and "eos_token" in self.special:
-            frame.append(self.special["eos_token"])
-        ids = [(token, self.backend.token_to_id(token)) for token in self.special.values()]
+        if settings.get("add_bos_token") and "bos_token" in self.special_tokens:
+            frame.insert(0, self.special_tokens["bos_token"])
+        if settings.get("add_eos_token") and "eos_token" in self.special_tokens:
+            frame.append(self.special_tokens["eos_token"])
+        ids = [(token, self.backend.token_to_id(token)) for token in self.special_tokens.values()]
         return processors.TemplateProcessing(frame, None, ids)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -135,7 +135,7 @@ class Tokenizer:
 
         for a prompt that is not empty and does not end in white space (if encode adds no eos). A
         prompt that ends in a special token is an exception with tokenizers that put a space of
-        their own before the text behind it (older files of LLaMA-2): the target lacks this space.
+        their own before the text after it (older files of LLaMA-2): the target lacks this space.
         end: True adds eos, for LLaMA only. Raise ValueError if there is no eos to add.
         """
         if self.has_separate_targets:
@@ -162,7 +162,7 @@ class Tokenizer:
         """
         template = self.template_for(tools)
         with reading("chat_template", extra="chat"):
-            rendered = render_chat(template, messages, self.special, tools)
+            rendered = render_chat(template, messages, self.special_tokens, tools)
             # The template has written the special tokens.
             return self.encode(rendered.text, special=False)
 
@@ -176,9 +176,9 @@ class Tokenizer:
         Raise ValueError as `chat` does, if a turn cannot be found in the text, and for the
         tokenizer of a T5, whose decoder does not continue what its encoder reads.
         """
-        template = self.learned_template(tools)
+        template = self.template_to_train_on(tools)
         with reading("chat_template", extra="chat"):
-            text, spans = render_conversation(template, messages, self.special, tools)
+            text, spans = render_conversation(template, messages, self.special_tokens, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
         is_answer = [False] * len(text)  # of each character
         for first, end in spans:
@@ -191,11 +191,13 @@ class Tokenizer:
     def count_chat(self, messages: list[dict], tools: list | None = None) -> int:
         """Return how many ids `conversation` would return, without looking for the assistant.
 
-        The errors are those of `conversation`, except for turns that change.
+        The errors are those of `conversation`, but a template that changes turns goes unnoticed.
         """
-        template = self.learned_template(tools)
+        template = self.template_to_train_on(tools)
         with reading("chat_template", extra="chat"):
-            rendered = render_chat(template, messages, self.special, tools, ends_with_prompt=False)
+            rendered = render_chat(
+                template, messages, self.special_tokens, tools, ends_with_prompt=False
+            )
             return len(self.encode(rendered.text, special=False))
 
     def end_of_turn(self) -> str:
@@ -205,11 +207,11 @@ class Tokenizer:
         refuses such a conversation.
         """
         try:
-            return find_end_of_turn(self.template_for(), self.special)
+            return find_end_of_turn(self.template_for(), self.special_tokens)
         except (ValueError, ImportError):
             return ""
 
-    def learned_template(self, tools: list | None = None):
+    def template_to_train_on(self, tools: list | None = None):
         """Return the template for a conversation to learn from.
 
         Raise ValueError if a model cannot learn from conversations with this tokenizer.
@@ -249,7 +251,7 @@ class Tokenizer:
         template and of added tokens are removed.
         """
         # A null, or else an id in config.json would become the bos of a tokenizer that has none.
-        config = {"bos_token": None} | self.special
+        config = {"bos_token": None} | self.special_tokens
         if isinstance(self.chat_template, dict):
             config["chat_template"] = [
                 {"name": name, "template": text} for name, text in self.chat_template.items()
@@ -350,7 +352,7 @@ def read_backend(file, settings):
         backend, defaults = byt5_backend(settings)
     else:
         is_t5 = file.name == "spiece.model"
-        # A LLaMA that is not `legacy` gets no space behind an added token, as in transformers 5.
+        # A LLaMA that is not `legacy` gets no space after an added token, as in transformers 5.
         is_prefix_for_all = is_t5 or settings.get("legacy") is True
         backend, special_ids = read_sentencepiece(file.read_bytes(), is_prefix_for_all)
         if is_t5:

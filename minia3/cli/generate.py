@@ -279,10 +279,10 @@ class Generator:
         return output
 
     def print_answers(self, texts, prompts, options):
-        from minia3.inference.decoding import write_texts
+        from minia3.inference.decoding import generate_texts
 
         with dividing():
-            outputs = iter(write_texts(self.model, self.tokenizer, prompts, None, options))
+            outputs = iter(generate_texts(self.model, self.tokenizer, prompts, None, options))
         first_output = None
         for text in texts:
             samples = list(islice(outputs, self.args.samples))

@@ -365,11 +365,11 @@ class Prediction:
 
     def select(self, row_input, result, columns):
         """Return a dict from the name of each column to its value for a row."""
-        from minia3.inference.prediction import COLUMNS
+        from minia3.inference.prediction import MIXED
 
         if not columns:
             return result
-        fields = row_input.file_row | row_input.row | dict.fromkeys(COLUMNS) | result
+        fields = row_input.file_row | row_input.row | dict.fromkeys(MIXED) | result
         if fields.get("adapter") is None:
             fields["adapter"] = row_input.adapter
         for field in columns.values():

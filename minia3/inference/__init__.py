@@ -2,6 +2,7 @@
 
 `scoring` comes first, because training needs it too: how likely a model finds a target. `decoding`
 and `beam_search` write. `evaluation` and `metrics` say how good the answers are, and `prediction`
-answers the rows of a file. This folder imports `model`, `files` and `tasks`; it works for both
-architectures, and never asks which one it has.
+answers the rows of a file. This folder imports `model`, `files` and `tasks`. It works for both
+architectures, and asks only once which one it has: `scoring` reads a prompt and its only target in
+one pass if the model is a LLaMA.
 """

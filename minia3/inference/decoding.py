@@ -23,6 +23,8 @@ import torch
 from minia3.files.processes import combine, from_first, share_of_copy
 from minia3.inference.beam_search import beam_search
 from minia3.inference.scoring import NotFiniteError, batches_by_length
+from minia3.model.adapter_rows import find_rows
+from minia3.model.sequence_state import adapter_numbers
 from minia3.model.shard import is_sharded
 from minia3.model.single_row import fast_products
 from minia3.model.static_state import StaticState
@@ -141,7 +143,8 @@ def generate(  # noqa: PLR0913 (the contract)
     has more rows if a single prompt has more samples or beams.
 
     compile: compile a step of the whole model, for a GPU (see `decode_compiled`). This takes a
-    minute for each new number of rows, and writes the same tokens.
+    minute for each new shape of a batch (rows, columns, and the sources of a T5), and writes the
+    same tokens.
 
     Raise ValueError if an option is out of its range, if a prompt has no tokens or an id that the
     model does not know, if the model's scores are not finite, or if a step of a divided model
@@ -160,10 +163,10 @@ def generate(  # noqa: PLR0913 (the contract)
         batch_size=batch_size,
         compile=compile,
     )
-    return write_texts(model, tokenizer, prompts, adapter, options)
+    return generate_texts(model, tokenizer, prompts, adapter, options)
 
 
-def write_texts(model, tokenizer, prompts, adapter, options):
+def generate_texts(model, tokenizer, prompts, adapter, options):
     """Return what `generate` returns. options: an Options."""
     n_texts = len(prompts) * options.samples
     texts = [""] * n_texts
@@ -215,24 +218,26 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
 
     The pieces of each text come in order; pieces of different texts alternate.
 
-    cut: a set to which the index of each text is added that `max_new_tokens` has cut. (A beam
-    search does not tell.)
+    cut: a set to which the index of each text is added that `max_new_tokens` has cut. (Not for a
+    beam search, which does not tell which texts it has ended itself.)
     """
     options.check()
     if options.compile and is_sharded(model):
         raise ValueError(
-            "compile does not go with a divided model (--shard, --offload), because what is "
-            "compiled would gather the blocks again and again: leave out one of them"
+            "compile cannot be combined with --shard or --offload, because compiled code would "
+            "gather the blocks again and again: leave out one of them"
         )
-    sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings)
+    sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings, options.first_prompt)
+    find_rows(adapter_numbers(adapter, len(sources)), model)
     cut = set() if cut is None else cut
-    return write_in_batches(model, tokenizer, sources, adapter, options, cut)
+    return generate_in_batches(model, tokenizer, sources, adapter, options, cut)
 
 
-def encode_prompts(prompts, tokenizer, n_ids):
+def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
     """Return the ids of each prompt, which is a text or ids already.
 
     Raise ValueError if a prompt has no tokens, or an id that is not one of the model's.
+    first_prompt: see `Options`.
     """
     is_one_prompt = isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts)
     expect(not is_one_prompt, "prompts", prompts, "a list of texts, or of lists of ids")
@@ -241,14 +246,14 @@ def encode_prompts(prompts, tokenizer, n_ids):
     for i, prompt in enumerate(prompts):
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids or min(ids) < 0 or max(ids) >= n_ids:
-            wrong.append(i)
+            wrong.append(first_prompt + i)
         sources.append(ids)
     if wrong:
         raise ValueError(f"prompts {wrong} have no tokens, or ids outside 0 to {n_ids - 1}")
     return sources
 
 
-def write_in_batches(model, tokenizer, sources, adapter, options, cut):
+def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
     """Yield (index of a text, a piece of it), one batch of sources after the other."""
     device = model.embed.weight.device
     seed = secrets.randbits(32) if options.seed is None else options.seed
@@ -260,29 +265,30 @@ def write_in_batches(model, tokenizer, sources, adapter, options, cut):
         source_BM, mask_BM = pad([sources[i] for i in batch])
         if mask_BM.all():
             mask_BM = None
-        with torch.no_grad():
-            state = model.start(to_device(source_BM, device), mask_BM, adapters)
-
         # Row r of the batch writes the text with the index numbers[r].
         numbers = []
         for i in batch:
             numbers += range(i * options.samples, (i + 1) * options.samples)
         texts = [Text(tokenizer.decode, options.stops) for _ in numbers]
         ended = set()
+        with torch.no_grad():
+            state = model.start(to_device(source_BM, device), mask_BM, adapters)
+        tokens = generate_tokens(model, state, numbers, seed, ended, options)
+        del state  # its keys and values become those of the texts, or are copied and not needed
         try:
-            for row, token in write_tokens(model, state, numbers, seed, ended, options):
+            for row, token in tokens:
                 yield numbers[row], texts[row].add(token)
                 if texts[row].is_stopped:
                     ended.add(row)
         except NotFiniteError as error:
             index = numbers[error.index] // options.samples
-            raise NotFiniteError(f"prompt {index}", index) from None
+            raise NotFiniteError(f"prompt {options.first_prompt + index}", index) from None
         cut.update(number for row, number in enumerate(numbers) if row not in ended)
         for number, text in zip(numbers, texts, strict=True):
             yield number, text.finish()
 
 
-def write_tokens(model, state, numbers, seed, ended, options):
+def generate_tokens(model, state, numbers, seed, ended, options):
     """Return an iterator of (row, token) for a batch, by a beam search, greedily or by drawing.
 
     state: the state of the batch's sources; each source becomes options.samples rows. numbers: the
@@ -360,6 +366,7 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
     Rows that have ended stay in the batch, because its shape must not change.
     """
     rows = list(range(len(state.start)))
+    numbers = state.adapter_numbers
     step = model.step
     tokens_B1 = state.start
     for n_written in range(max_new_tokens):
@@ -370,6 +377,7 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
             step = compile_step(model, state)
 
         logits_BV = step(tokens_B1, state)[:, -1].float()
+        find_rows(numbers, model)  # another thread may have removed an adapter meanwhile
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
         if n_written > 0:
             state.advance()
@@ -384,6 +392,8 @@ def compile_step(model, state, backend="inductor"):
     """Return `model.step`, compiled for a StaticState. On CUDA, it is a CUDA graph."""
     import torch._dynamo  # imported late, because it takes seconds
 
+    # torch compiles a step for each shape of a batch. Beyond a limit, it compiles no more.
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for x in state.tensors_in_place():
         # Otherwise torch would copy them before each step, or not use a CUDA graph at all.
         torch._dynamo.mark_static_address(x)

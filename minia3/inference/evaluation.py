@@ -76,9 +76,11 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
 
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, is_text_metric(metric))
-    if metric not in TEXT_METRICS:  # these only read the source
-        examples, _ = fit_all_targets(rows, examples, max_target_length)
-    check_examples(rows, examples, model, tokenizer)
+    if metric in TEXT_METRICS:  # the model reads only the source
+        read = [example._replace(targets=[]) for example in examples]
+    else:
+        read = examples = fit_all_targets(rows, examples, max_target_length)[0]
+    check_examples(rows, read, model, tokenizer)
 
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
@@ -143,33 +145,36 @@ def perplexity_result(logp_N, n_tokens_N):
 def choice_result(metric, scores_NC, rendered):
     """Return the result of taking the choice with the best score for each row."""
     label_N = np.array([row.label for row in rendered])
-    value = CHOICE_METRICS[metric](scores_NC.argmax(axis=1), label_N)
+    found_N, right_N = number_answers(scores_NC.argmax(axis=1), label_N, rendered)
     return {
-        "accuracy": float(value),
+        "accuracy": float(CHOICE_METRICS[metric](found_N, right_N)),
         "auc": choice_auc(scores_NC, label_N),
-        "commonest": commonest_share(metric, rendered),
+        "commonest": commonest_share(metric, right_N),
     }
 
 
-def commonest_share(metric, rendered):
-    """Return the metric of a model that always gives the commonest answer.
+def number_answers(found_N, label_N, rendered):
+    """Return numbers for the answers that were found and for the right ones, to compare them.
 
-    For the accuracy, this is the share of the commonest label. Answers are compared as texts if all
-    rows have the same choices in any order, and otherwise by their place among the choices.
+    found_N, label_N: their places among the choices of the rows. If all rows have the same choices,
+    in any order, then each text has one number. Otherwise the places are the numbers.
     """
-    answers = right_answers(rendered)
-    _, answer_N = np.unique(answers, return_inverse=True)
-    commonest = np.bincount(answer_N).argmax()
-    value = CHOICE_METRICS[metric](np.full_like(answer_N, commonest), answer_N)
-    return float(value)
-
-
-def right_answers(rendered):
-    """Return the right answer of each row: its text, or its place if the rows' choices differ."""
     choices = {frozenset(row.choices) for row in rendered}
     if len(choices) > 1:
-        return [row.label for row in rendered]
-    return [row.choices[row.label] for row in rendered]
+        return found_N, label_N
+    number = {text: i for i, text in enumerate(rendered[0].choices)}
+    number_NC = np.array([[number[text] for text in row.choices] for row in rendered])
+    row_N = np.arange(len(rendered))
+    return number_NC[row_N, found_N], number_NC[row_N, label_N]
+
+
+def commonest_share(metric, right_N):
+    """Return the metric of a model that always gives the commonest answer.
+
+    For the accuracy, this is the share of the commonest label. right_N: from `number_answers`.
+    """
+    commonest = np.bincount(right_N).argmax()
+    return float(CHOICE_METRICS[metric](np.full_like(right_N, commonest), right_N))
 
 
 # Parts

@@ -30,14 +30,14 @@ from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
 from minia3.tasks.row_files import read_rows
-from minia3.tasks.rows import PREDICTED, check_row, expected_names, without_target
+from minia3.tasks.rows import PREDICTED, expected_names, normalize_row, without_target
 from minia3.tasks.task import TaskSpec
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
-# Of a .csv file, unless --columns is given
+# The columns of a .csv file of results, unless --columns is given
 RANKED = ("idx", "label", "choice", "scores")
-WRITTEN = ("idx", "output")
-COLUMNS = (*RANKED, "output")  # if each row says itself how it is answered
+GENERATED = ("idx", "output")
+MIXED = (*RANKED, "output")  # if rows are answered in both ways, or it is not known how
 
 
 class Form(NamedTuple):
@@ -50,9 +50,9 @@ class Form(NamedTuple):
 class Forms(NamedTuple):
     """The form of each adapter that was trained on a task, and of all other rows."""
 
-    default: Form | None  # None: the columns of each row say it
+    default: Form | None  # None: it is guessed from the columns of each row
     by_adapter: dict[str, Form]
-    flags: ColumnFlags = ColumnFlags()  # for rows whose columns say it
+    flags: ColumnFlags = ColumnFlags()  # for forms that are guessed
 
     @property
     def chat_template(self) -> str | None:
@@ -77,11 +77,11 @@ class Forms(NamedTuple):
         if self.flags.labels:
             return RANKED
         if self.by_adapter or self.default is None:
-            return COLUMNS
+            return MIXED
         spec, prompt = self.default
         if prompt.choices:
             return RANKED
-        return WRITTEN if prompt.target or spec.messages else COLUMNS
+        return GENERATED if prompt.target or spec.messages else MIXED
 
     def find(self, adapter: str | None, row: dict) -> Form:
         """Return the form of a row that has this adapter."""
@@ -131,7 +131,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             if has_names or not reads_adapter(file_row, forms, default):
                 name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row)
-            row = check_row(file_row, spec, PREDICTED, n)
+            row = normalize_row(file_row, spec, PREDICTED, n)
 
             if spec.answer_of(row) == "messages":
                 rendered, example = encode_question(row, tokenizer, limits.source)
@@ -160,7 +160,8 @@ def reads_adapter(row, forms, default):
 def adapter_name(row, keep_empty, adapters, default):
     """Return the name of a row's adapter, or `default`. Raise ValueError if it is not known.
 
-    The base would be a wrong answer if there are no adapters, because --adapter was forgotten.
+    If there are no adapters, a name is an error: --adapter was forgotten, and the base would give
+    another answer.
     """
     name = row.get("adapter")
     # In the .csv file of a known task, an empty cell is an empty text. In a user's file, the row
@@ -212,7 +213,7 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
                     results = scored_results(model, run, options)
                 else:
                     options["max_new_tokens"] = max_new_tokens
-                    results = written_results(model, tokenizer, run, is_chat, options)
+                    results = generated_results(model, tokenizer, run, is_chat, options)
             yield from zip(run, results, strict=True)
 
 
@@ -233,7 +234,7 @@ def scored_results(model, inputs, options):
     return results
 
 
-def written_results(model, tokenizer, inputs, is_chat, options):
+def generated_results(model, tokenizer, inputs, is_chat, options):
     """Return the result of each Input. None of them has choices, and all or none have messages."""
     sources = [row_input.example.source for row_input in inputs]
     if is_chat:
@@ -319,7 +320,7 @@ def check_beginning(path, file, expected):
     file.seek(0)
     found = file.read(len(expected))
     if not expected.startswith(found):
-        message = f"{path} does not hold such results: it begins with {found!r:.80}"
+        message = f"{path} is not a file of these results: it begins with {found!r:.80}"
         raise ValueError(f"{message}, expected {expected!r:.80}. Give another --out, or remove it")
 
 

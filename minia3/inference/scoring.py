@@ -27,7 +27,7 @@ from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing
-from minia3.model.sequence_state import check_bias, check_mask
+from minia3.model.sequence_state import check_mask
 from minia3.model.shard import compare, is_sharded
 from minia3.model.target_logprobs import target_logprobs
 from minia3.model.to_device import to_device
@@ -37,7 +37,8 @@ from minia3.tasks.limits import check_ids, equal_choices
 from minia3.tasks.prompts import Rendered
 
 # Tokens of choices, padding included, that are scored at once, because their activations all exist
-# at once. A batch with more of them (77 intents for each of 8 sources) scores its choices in turns.
+# at once. A batch with more of them, such as 77 intents for each of 8 sources, scores its choices
+# in chunks.
 MAX_CHOICE_TOKENS = 1 << 12
 
 # Tokens of one source's choices that are scored at once. A LLaMA reads them side by side in one row
@@ -110,14 +111,16 @@ def choice_logprobs(model, batch, adapter=None):
     """Return (B, C, L): the log-probabilities of the tokens of every choice, 0 for padding.
 
     batch: a Batch (tasks/batches.py). Its sources are read once, and the choices continue them. If
-    the choices take turns, the backward pass keeps only the sources, and scores each turn again.
+    the choices are scored in chunks, the backward pass keeps only the sources' keys and values, and
+    scores each chunk again.
     """
     if reads_texts_in_one_pass(model, batch):
         return text_logprobs(model, batch, adapter)
 
     device = model.embed.weight.device
     # Masks stay on the CPU, so that asking whether there is padding does not wait for a GPU.
-    # With a mask, a divided LLaMA makes a pass even for sources of one token (see shard.py).
+    # A sharded LLaMA always gets the mask. Without it, sources of one token would skip a pass for
+    # which other processes wait (see shard.py).
     mask_BM = None if batch.mask_BM.all() and not is_sharded(model) else batch.mask_BM
     state = model.start(to_device(batch.source_BM, device), mask_BM, adapter)
 
@@ -128,7 +131,7 @@ def choice_logprobs(model, batch, adapter=None):
         return score_choices(model, state, target_BCL, batch.target_mask_BCL)
 
     n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
-    if is_sharded(model):  # because every turn would gather the whole model again
+    if is_sharded(model):  # because every chunk would gather the whole model again
         n_at_once = n_choices
 
     def score_repeated(target_BCL, mask_BCL):
@@ -136,7 +139,7 @@ def choice_logprobs(model, batch, adapter=None):
 
     score = score_repeated
     if n_choices > n_at_once and torch.is_grad_enabled():
-        state.make_memory()  # once for all turns
+        state.make_cross_kv()  # once for all chunks
         score = partial(checkpoint, score_repeated, use_reentrant=False)
     targets = target_BCL.split(n_at_once, dim=1)
     masks = batch.target_mask_BCL.split(n_at_once, dim=1)
@@ -148,7 +151,8 @@ def reads_texts_in_one_pass(model, batch):
     """Return whether sources and targets are read together.
 
     A LLaMA does so if there is one target per source, because it would have no other use for the
-    keys and values of the source. Processes that hold a model together do the same (see shard.py).
+    keys and values of the source. Processes that hold a model together must make equally many
+    passes (see shard.py). So they ask each other, and if any has several choices, all make two.
     """
     if not isinstance(model, Llama):
         return False
@@ -282,7 +286,7 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     for i, texts in enumerate(choices_of_prompts(choices, len(prompts))):
         example = encode_example(Rendered(prompts[i], texts, 0), tokenizer, end=False)
         examples.append(example)
-        check_example(example, model, tokenizer)
+        check_example(example, model, tokenizer, f"prompt {i}")
         warn_of_equal_choices(example, texts)
         if not (example.source and all(example.targets)):
             without_tokens.append(i)
@@ -293,20 +297,22 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     )
 
 
-def check_example(example, model, tokenizer):
-    """Raise ValueError if the model cannot read an example: an unknown id, or far too many."""
-    check_ids(example, model.embed.num_embeddings, tokenizer)
-    longest = max(map(len, [example.source, *example.targets]))
-    check_bias(model.n_bias_heads, longest, longest)
+def check_example(example, model, tokenizer, name=""):
+    """Raise ValueError if the model cannot read an example: an unknown id, or far too many.
+
+    name: of the row or the prompt, for the message.
+    """
+    try:
+        check_ids(example, model.embed.num_embeddings, tokenizer)
+        model.check_lengths(len(example.source), [len(target) for target in example.targets])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from None
 
 
 def check_examples(rows, examples, model, tokenizer):
     """Raise the errors of `check_example` with the `idx` of the row."""
     for row, example in zip(rows, examples, strict=True):
-        try:
-            check_example(example, model, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"row {row['idx']}: {error}") from None
+        check_example(example, model, tokenizer, f"row {row['idx']}")
 
 
 def warn_of_equal_choices(example, texts):
@@ -323,7 +329,7 @@ def warn_of_equal_choices(example, texts):
 
 def choices_of_prompts(choices, n_prompts):
     """Return a list of choices for each prompt. Raise ValueError if `choices` is neither form."""
-    expected = f"one list of choices, none empty, for all of {n_prompts} prompts or for each"
+    expected = f"one non-empty list of choices for all {n_prompts} prompts, or one for each"
     message = f"expected {expected}: found {choices!r:.80}"
     if isinstance(choices, str) or not choices:
         raise ValueError(message)

@@ -22,6 +22,11 @@ def give_up(row, model):
     model.generations[row] = model.generations.get(row, 0) + 1
 
 
+def find_rows(numbers, model):
+    """Return the row that each number means. The errors are those of `find_row`."""
+    return [find_row(number, model) for number in numbers]
+
+
 def find_row(number, model):
     """Return the row that a number means.
 

@@ -20,7 +20,7 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
     for PyTorch's causal mask, which is right only if L = M.
     """
     bias_BHLM = context.bias_BHLM
-    if is_padded_on_cpu(context):
+    if can_attend_by_rows(context):
         return attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
     if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
@@ -44,9 +44,10 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     )
 
 
-def is_padded_on_cpu(context):
+def can_attend_by_rows(context):
     """Return whether this is the case that is computed row by row."""
-    # In this order: what compiled code reads, it is compiled for.
+    # First of all, ask whether this is compiled code. If it read the packing, it would be compiled
+    # again for each new one.
     return not torch.compiler.is_compiling() and context.packing.lengths is not None
 
 

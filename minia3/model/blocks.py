@@ -187,9 +187,9 @@ class Block(nn.Module):
         if self.cross is not None:
             # Rows that share a source ask together: their queries become one row, because then the
             # source's keys and values need not be copied.
-            n_sources = len(cache.memory[0])
+            n_sources = len(cache.cross_kv[0])
             h = self.cross_norm(x_BLD).unflatten(0, (n_sources, -1)).flatten(1, 2)
-            h = self.cross(h, cache.memory, context.cross)
+            h = self.cross(h, cache.cross_kv, context.cross)
             x_BLD = x_BLD + self.dropout(h.view_as(x_BLD))
 
         h_BLD = self.ffn_norm(x_BLD)

@@ -227,10 +227,19 @@ class Llama(nn.Module):
         """Return the logits (..., V) of what the head reads (..., D)."""
         return F.linear(x, self.head_weight)
 
-    @property
-    def n_bias_heads(self):
-        """How many numbers a bias has for each query and key: a mask serves all heads."""
-        return 1
+    def check_lengths(self, n_source, n_targets):
+        """Raise ValueError if attention cannot read a prompt and its targets of so many tokens.
+
+        n_targets: a list. A text is read with PyTorch's causal mask and needs no bias, unless it is
+        longer than the window. Choices need one, because they follow a prompt that was read before.
+        """
+        longest = max(n_targets, default=0)
+        n_tokens = n_source + longest
+        window = self.config.window
+        if window is not None and n_tokens > window:
+            check_bias(n_tokens, n_tokens)
+        if len(n_targets) > 1:
+            check_bias(longest, n_tokens)
 
     @property
     def head_weight(self):

@@ -17,8 +17,9 @@ class Packing:
 
     mask_BL: bool, True = real. It stays on the CPU, because there `nonzero` waits for no GPU.
 
-    Positions are counted through the whole batch, and each occurs once. So the backward passes are
-    plain copies. That of x[rows, columns] would add up, for which a GPU sorts the positions.
+    Positions are counted through the whole batch, and each occurs once, so both backward passes are
+    plain copies. The backward pass of x[rows, columns] would accumulate, for which a GPU sorts the
+    indices.
     """
 
     def __init__(self, mask_BL, device):

@@ -24,7 +24,8 @@ def recompute(function, *inputs, parameters=()):
     Without gradients, and in torch.compile (which decides for itself what to recompute), this is
     the plain call.
 
-    torch.utils.checkpoint does the same, but importing what it needs takes 2 s and 100 MB.
+    torch.utils.checkpoint does the same, but when it first runs, it imports torch's compiler, which
+    takes 2 s and 100 MB.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
@@ -99,9 +100,10 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight_D, None
 
 
-# Added to each entry of a vector, because a result of 0 does not tell what was scaled. The results
-# differ by less than 1e-18 of what was scaled, and in bfloat16 and float32 mostly not at all.
-NEARLY_ZERO = 2.0**-60
+# Added to each entry of a vector, so that none is 0, because the backward pass divides by it. The
+# results differ by less than 1e-18 of what was scaled, and in bfloat16 and float32 mostly not at
+# all.
+TINY = 2.0**-60
 
 
 def scaled(x_BLD, l_BD):
@@ -110,8 +112,8 @@ def scaled(x_BLD, l_BD):
     The gradient of l is the sum of grad * x, and x is the result divided by l. Attention keeps its
     keys and values anyway, so the result takes no more memory.
 
-    float16 has no number as small as NEARLY_ZERO, and torch.compile decides for itself what to
-    keep: both get the plain product.
+    float16 has no number as small as TINY, and torch.compile decides for itself what to keep: both
+    get the plain product.
     """
     is_plain = x_BLD.dtype == torch.float16 or torch.compiler.is_compiling()
     if is_plain or not l_BD.requires_grad:
@@ -122,7 +124,7 @@ def scaled(x_BLD, l_BD):
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD, l_BD):
-        l_BD = l_BD.to(x_BLD.dtype) + NEARLY_ZERO
+        l_BD = l_BD.to(x_BLD.dtype) + TINY
         out_BLD = x_BLD * l_BD.unsqueeze(1)
         ctx.save_for_backward(out_BLD, l_BD)
         return out_BLD

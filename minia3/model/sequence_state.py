@@ -28,14 +28,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from minia3.model.adapter_rows import find_row
+from minia3.model.adapter_rows import find_rows
 from minia3.model.packing import NO_PACKING
 from minia3.model.to_device import to_device
 
 # Numbers that a bias of attention may have: 4 GB in float32. It grows with the square of a length.
 MAX_BIAS = 1 << 30
 
-ROOM = 64  # spare columns that a cache gets when it grows, so that most steps copy nothing
+SPARE_COLUMNS = 64  # that a cache gets when it grows, so that most steps copy nothing
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Context:
     """The masks, positions and adapters of one call, the same for every block."""
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
-    packing: Any = NO_PACKING  # the models pass it, because a default breaks torch.compile's graph
+    # Models always pass a packing, because this default would break torch.compile's graph.
+    packing: Any = NO_PACKING
     bias_BHLM: torch.Tensor | None = None  # added to the scores: masks (-inf), T5's positions
     is_causal: bool = False  # use PyTorch's causal mask, which is right only if L = M
     rotation: tuple | None = None  # LLaMA's positions: cos and sin (B or 1, 1, L, K)
@@ -55,20 +56,20 @@ class Cache:
     """One block's keys and values (B, G, M, K), scaled and rotated.
 
     kv: for self-attention. The first `length` columns are filled, and the others are spare room.
-    memory: for cross-attention, made once from the encoder's output. None in LLaMA.
-    make_memory: a function that makes `memory`, if it is not made before it is needed.
+    cross_kv: for cross-attention, made once from the encoder's output. None in LLaMA.
+    make_cross_kv: a function that makes `cross_kv` when it is first needed, if it is not there yet.
     """
 
     kv: tuple | None = None
-    memory: tuple | None = None
+    cross_kv: tuple | None = None
     length: int = 0
-    make_memory: Callable | None = None
+    make_cross_kv: Callable | None = None
 
-    def read_memory(self):
-        """Return `memory`, and make it if there is none yet."""
-        if self.memory is None and self.make_memory is not None:
-            self.memory = self.make_memory()
-        return self.memory
+    def read_cross_kv(self):
+        """Return `cross_kv`, and make it if there is none yet."""
+        if self.cross_kv is None and self.make_cross_kv is not None:
+            self.cross_kv = self.make_cross_kv()
+        return self.cross_kv
 
     def append(self, k_BGLK, v_BGLK):
         """Add columns, and return all keys and values so far."""
@@ -95,7 +96,7 @@ class Cache:
 
     def _make_room(self, n_filled):
         if self.kv[0].shape[2] < self.length:
-            n_more = self.length - n_filled + ROOM
+            n_more = self.length - n_filled + SPARE_COLUMNS
             self.kv = tuple(F.pad(x[:, :, :n_filled], (0, 0, 0, n_more)) for x in self.kv)
 
 
@@ -121,13 +122,12 @@ class State:
 
         Another thread may do so at any time, and the logits would be those of another adapter.
         """
-        for number in self.adapter_numbers:
-            find_row(number, model)
+        find_rows(self.adapter_numbers, model)
 
-    def make_memory(self):
+    def make_cross_kv(self):
         """Make all keys and values of the source now, and not each block's when the block runs."""
         for cache in self.caches:
-            cache.read_memory()
+            cache.read_cross_kv()
 
     def append_columns(self, tokens_RL):
         """Add columns for the next tokens, and return the tokens as the blocks read them.
@@ -155,18 +155,24 @@ class State:
             self.mask_BM = torch.cat((self.mask_BM, is_real_BL), dim=1)
 
     def of_queries(self, x, n_queries):
-        """Return the part (..., L) of x (..., M) that belongs to the columns that were appended."""
+        """Return the part (..., L) of x (..., M) that belongs to the columns that were appended.
+
+        A StaticState finds them elsewhere (static_state.py).
+        """
         return x[..., -n_queries:]
 
     def needs_mask(self, n_queries):
-        """Return whether a query must not see all columns. (A single query comes last.)"""
+        """Return whether a query must not see all columns.
+
+        Here, a single query comes last and sees all of them. A StaticState has empty columns.
+        """
         return n_queries > 1
 
     def cross_context(self):
         """Return the Context of cross-attention, in which rows that share a source ask together."""
-        n_sources = len(self.caches[0].read_memory()[0])
-        n_rows_per_source = len(self.start) // n_sources
-        adapter_B = self.adapter_B[::n_rows_per_source]
+        n_sources = len(self.caches[0].read_cross_kv()[0])
+        n_cache_rows = len(self.start) // self.n_sharing
+        adapter_B = self.adapter_B[:: n_cache_rows // n_sources]
         return Context(adapter_B, NO_PACKING, self.memory_bias_B11M)
 
     def positions(self):
@@ -193,7 +199,8 @@ class State:
     def repeat(self, c):
         """Return a new state whose rows b*c ... b*c + c - 1 continue row b of this state.
 
-        Neither state sees the other's later tokens. No keys or values are copied.
+        Neither state sees the other's later tokens. No keys or values are copied, unless rows
+        share a cache row already: then each of them gets its own copy first.
         """
         if self.n_sharing > 1:
             return self.select(torch.arange(len(self.start))).repeat(c)
@@ -215,16 +222,16 @@ class State:
         selection = Selection(self, rows_R)
         caches = []
         for cache in self.caches:
-            kv = memory = None
+            kv = cross_kv = None
             if cache.kv is not None:
                 kv = tuple(selection.columns_of(x, axis=2) for x in cache.kv)
-            if cache.read_memory() is not None:
-                memory = tuple(selection.rows_of(x) for x in cache.memory)
-            caches.append(Cache(kv, memory, self.length))
+            if cache.read_cross_kv() is not None:
+                cross_kv = tuple(selection.rows_of(x) for x in cache.cross_kv)
+            caches.append(Cache(kv, cross_kv, self.length))
         return replace(
             self,
-            start=self.start[selection.row_R],
-            adapter_B=pick_adapters(self.adapter_B, selection.row_R // self.n_sharing),
+            start=self.start[selection.rows_R],
+            adapter_B=pick_adapters(self.adapter_B, selection.rows_R // self.n_sharing),
             caches=caches,
             token_M=selection.token_M,
             owner_M=selection.owner_M,
@@ -235,16 +242,15 @@ class State:
 
 
 class Selection:
-    """Where the tensors of a state have the rows rows_R, and the columns that these rows see.
+    """The indices of the rows rows_R in a state's tensors, and of the columns that they see.
 
-    It computes the indices on the CPU, so that nothing waits for a GPU, and copies them once for
-    all blocks.
+    They are computed on the CPU, so that nothing waits for a GPU, and copied once for all blocks.
     """
 
     def __init__(self, state, rows_R):
-        self.rows_R = rows_R.cpu()
+        self.cpu_rows_R = rows_R.cpu()
         self.device = state.start.device
-        self.row_R = to_device(self.rows_R, self.device)
+        self.rows_R = to_device(self.cpu_rows_R, self.device)
         self.n_rows = len(state.start)
         self.n_sharing = state.n_sharing
         self.serving = {}  # how many rows a row of a tensor serves -> the rows to take of it
@@ -252,7 +258,7 @@ class Selection:
         self.owner_M = state.owner_M
         if self.n_sharing > 1:
             columns = columns_of_rows(state.owner_M, self.n_sharing)
-            self.column_RN = to_device(columns[self.rows_R % self.n_sharing], self.device)
+            self.column_RN = to_device(columns[self.cpu_rows_R % self.n_sharing], self.device)
             self.token_M = state.token_M[to_device(columns[0], self.device)]
             self.owner_M = state.owner_M[columns[0]]
 
@@ -262,7 +268,7 @@ class Selection:
             return None
         n_served = self.n_rows // len(x)
         if n_served not in self.serving:
-            serving = rows_that_serve(self.rows_R, n_served)
+            serving = rows_that_serve(self.cpu_rows_R, n_served)
             self.serving[n_served] = to_device(serving, self.device)
         return x[self.serving[n_served]]
 
@@ -271,7 +277,7 @@ class Selection:
         if x is None or self.n_sharing == 1:
             return self.rows_of(x)
         # This is not index_select, because a GPU sums its gradient in no fixed order.
-        source_R1 = (self.row_R // self.n_sharing)[:, None]
+        source_R1 = (self.rows_R // self.n_sharing)[:, None]
         return x.transpose(1, axis)[source_R1, self.column_RN].transpose(1, axis)
 
 
@@ -287,8 +293,8 @@ def columns_of_rows(owner_M, n_sharing):
 def rows_that_serve(rows_R, n_served):
     """Return the rows of a tensor that serve rows_R, if each of its rows serves `n_served` rows.
 
-    If each row that is picked would again serve that many rows, it is picked only once: beams that
-    share a source go on sharing it.
+    If rows_R again consists of runs of `n_served` rows with one source, each source is returned
+    once, so that beams go on sharing it.
     """
     source_R = rows_R // n_served
     first_of_each = source_R[::n_served]
@@ -333,7 +339,7 @@ def check_start(source_BM, mask_BM, adapter, model):
     if mask_BM is not None:
         check_mask(mask_BM, tuple(source_BM.shape))
     numbers = adapter_numbers(adapter, len(source_BM))
-    rows = [find_row(number, model) for number in numbers]
+    rows = find_rows(numbers, model)
     return to_device(torch.tensor(rows), source_BM.device)
 
 

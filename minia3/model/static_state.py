@@ -53,7 +53,7 @@ class StaticState(State):
         caches = []
         for cache in state.caches:
             kv = tuple(F.pad(x, (0, 0, 0, n_columns - x.shape[2])) for x in cache.filled())
-            caches.append(StaticCache(kv, cache.memory, n_columns, column_1=column_1))
+            caches.append(StaticCache(kv, cache.cross_kv, n_columns, column_1=column_1))
         mask_BM = torch.ones_like(state.token_M, dtype=torch.bool)[None]
         if state.mask_BM is not None:
             mask_BM = state.mask_BM
@@ -63,6 +63,8 @@ class StaticState(State):
             "length": n_columns,
             "mask_BM": F.pad(mask_BM, (0, n_more), value=True),
             "column_1": column_1,
+            # `decode_compiled` checks them, because a step would be compiled again for others.
+            "adapter_numbers": (),
         }
         return cls(**vars(state) | changed)
 

@@ -85,7 +85,7 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            cache.read_memory()  # so that there is one: see `T5.start`
+            cache.read_cross_kv()  # so that there is one: see `T5.start`
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
             x = block(x, context, cache)
@@ -171,16 +171,16 @@ class T5(nn.Module):
 
         caches = []
         for block in self.decoder.blocks:
-            make_memory = functools.partial(block.cross.kv, memory, context)
+            make_cross_kv = functools.partial(block.cross.kv, memory, context)
             if torch.is_grad_enabled():
                 # A block's keys and values are made just before the block runs, because the
                 # backward pass goes the other way: it then needs the gradients of one block's at a
                 # time, and not those of all blocks' at once. States that are made of this one
                 # share them.
-                with_gradients = torch.enable_grad()(make_memory)
-                caches.append(Cache(make_memory=functools.cache(with_gradients)))
+                with_gradients = torch.enable_grad()(make_cross_kv)
+                caches.append(Cache(make_cross_kv=functools.cache(with_gradients)))
             else:  # contiguous, because every step of decoding reads them
-                caches.append(Cache(memory=tuple(x.contiguous() for x in make_memory())))
+                caches.append(Cache(cross_kv=tuple(x.contiguous() for x in make_cross_kv())))
         return State(
             start=torch.full_like(source[:, :1], self.config.start_id),
             adapter_B=adapter_B,
@@ -202,13 +202,13 @@ class T5(nn.Module):
         """Append tokens (B, L) to the target, and return what the head reads (B, L, D)."""
         tokens_BL = state.append_columns(tokens)
         n_queries = tokens_BL.shape[1]
+        check_bias(self.config.n_heads, n_queries, len(state.token_M))
         x_BLD = self.embed(tokens_BL)
         mask_LM = None
         if state.needs_mask(n_queries):
             mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
         cross = state.cross_context()
         context = Context(state.adapter_B, NO_PACKING, mask_LM, cross=cross)
-        check_bias(self.config.n_heads, n_queries, len(state.token_M))
         distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         state.check_adapters(self)  # another thread may have removed one meanwhile
@@ -220,10 +220,13 @@ class T5(nn.Module):
         """Return the logits (..., V) of what the head reads (..., D)."""
         return F.linear(x, self.head_weight)
 
-    @property
-    def n_bias_heads(self):
-        """How many numbers a bias has for each query and key: each head has its own."""
-        return self.config.n_heads
+    def check_lengths(self, n_source, n_targets):
+        """Raise ValueError if attention cannot read a source and its targets of so many tokens.
+
+        n_targets: a list. Each head has its own bias for each pair of tokens.
+        """
+        longest = max([n_source, *n_targets])
+        check_bias(self.config.n_heads, longest, longest)
 
     @property
     def head_weight(self):

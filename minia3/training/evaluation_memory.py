@@ -2,8 +2,9 @@
 
 The batch of the longest rows is planned on fake tensors, as a step is (step_memory.py). Nothing is
 kept for a backward pass, so a batch takes one layer's tensors, the keys and values of all layers,
-and logits. A text that is generated takes at most what it takes to score a text of
---max-new-tokens.
+and logits. A text that is generated takes what it takes to score a text of --max-new-tokens. (When
+rows leave its batch, the keys and values of the others exist twice for a moment, which the plan
+does not count.)
 
 Shapes: B examples, M source length, C choices, L tokens of a choice.
 """
@@ -17,23 +18,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minia3.inference.metrics import TEXT_METRICS
 from minia3.model.shard import is_sharded
 from minia3.tasks.examples import encode_rows
+from minia3.tasks.limits import fit_all_targets
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import model_without_values
 from minia3.training.step_memory import (
+    MemoryNote,
     StepShape,
-    Words,
-    over_layers,
+    extrapolate_depth,
     peak_beyond_weights,
     score_without_padding,
-    size_that_fits,
     upper_bound,
+    warn_if_too_large,
 )
 
 
-def check_evaluation(run, group):
+def plan_evaluation_memory(run, group):
     """Print a note if a batch of an evaluation takes more memory than is free.
 
-    On a CPU, limit the process to what may be taken, as `check_memory` does.
+    On a CPU, limit the process to what may be taken, as `plan_step_memory` does.
 
     Return an --eval-batch-size to try if memory runs out: the size that fits, or else a half.
     """
@@ -45,9 +47,9 @@ def check_evaluation(run, group):
     if upper_bound(group.model.config, shape) < free / 2:
         return half  # nothing to plan
     subject = f"to evaluate {shape.n_examples} rows at once takes"
-    words = Words(subject, "--eval-batch-size", "a shorter --max-length")
+    note = MemoryNote(subject, "--eval-batch-size", "a shorter --max-length")
     plan = partial(planned_evaluation, group)
-    return size_that_fits(run, group, plan, shape, free, words) or half
+    return warn_if_too_large(run, group, plan, shape, free, note) or half
 
 
 def shape_of_evaluation(group):
@@ -64,6 +66,8 @@ def shape_of_evaluation(group):
             for prompt in assignment.eval_prompts:
                 pairs = [(row, prompt) for row in longest]
                 examples = encode_rows(pairs, group.tokenizer, config.max_length, end=True)[1]
+                if assignment.task.metric not in TEXT_METRICS:
+                    examples, _ = fit_all_targets(longest, examples, config.max_target_length)
                 shape = larger(shape, shape_of_batch(examples, assignment, config))
     return shape
 
@@ -91,17 +95,17 @@ def larger(shape, other):
 def planned_evaluation(group, shape):
     """Return the bytes that the tensors of a batch take at once, beyond the weights."""
     model = group.model
-    options = {"dtype": model.embed.weight.dtype, "is_divided": is_sharded(model)}
-    return over_layers(partial(peak_of_evaluation, shape=shape, **options), model.config)
+    options = {"dtype": model.embed.weight.dtype, "sharded": is_sharded(model)}
+    return extrapolate_depth(partial(peak_of_evaluation, shape=shape, **options), model.config)
 
 
 @torch.no_grad()
-def peak_of_evaluation(model_config, dtype, shape, is_divided=False):
+def peak_of_evaluation(model_config, dtype, shape, sharded=False):
     """Return the most bytes that tensors take while a batch is scored, beyond the weights.
 
-    is_divided: see `peak_of_step`.
+    sharded: see `peak_of_step`.
     """
     with FakeTensorMode():
         model = model_without_values(model_config, dtype).eval()
-        score = partial(score_without_padding, model, is_divided=is_divided)
+        score = partial(score_without_padding, model, sharded=sharded)
         return peak_beyond_weights(score, model, shape)

@@ -7,6 +7,7 @@ from words import texts, word_tokenizer
 
 import minia3
 from minia3.inference import decoding
+from minia3.model.adapter_rows import give_up
 
 NAMES = ("t5-v1.0", "t5-v1.1", "llama-gqa", "llama3", "mistral", "qwen3")
 OPTIONS = [
@@ -84,8 +85,41 @@ def test_a_beam_search_is_not_compiled(model, tokenizer):
 
 def test_a_divided_model_is_not_compiled(model, tokenizer, monkeypatch):
     monkeypatch.setattr(model, "shards", "of some processes", raising=False)
-    with pytest.raises(ValueError, match="compile does not go with a divided model"):
+    with pytest.raises(ValueError, match="compile cannot be combined with --shard"):
         minia3.generate(model, tokenizer, ["w3"], compile=True)
+
+
+def test_an_adapter_that_is_removed_meanwhile_is_an_error(model, tokenizer, monkeypatch):
+    steps = []
+
+    def step_and_remove(tokens, state):
+        assert state.adapter_numbers == ()  # a step is not compiled for each of them
+        steps.append(tokens)
+        give_up(1, model)
+        return model.step(tokens, state)
+
+    monkeypatch.setattr(decoding, "compile_step", lambda model, state: step_and_remove)
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed"):
+        minia3.generate(model, tokenizer, ["w3"], adapter=1, max_new_tokens=5, compile=True)
+    assert len(steps) == 1
+
+
+@counted_with_this_torch
+@pytest.mark.slow
+def test_batches_of_many_shapes_are_all_compiled(loaded, tokenizer, monkeypatch):
+    torch.compiler.reset()
+    graphs = []
+    monkeypatch.setattr(decoding, "compile_step", count_graphs(graphs))
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
+    model = loaded("llama-gqa", seed=0, n_adapters=9)
+    for n in range(1, 10):
+        prompts = ["w3 w4"] * n
+        adapter = torch.arange(n)
+        options = {"adapter": adapter, "max_new_tokens": 3}
+        expected = minia3.generate(model, tokenizer, prompts, **options)
+        assert minia3.generate(model, tokenizer, prompts, compile=True, **options) == expected
+        assert len(graphs) == n
+    torch.compiler.reset()
 
 
 @counted_with_this_torch

@@ -2,6 +2,8 @@
 batch, the adapters and the padding. What is drawn follows the distribution, and depends only on the
 seed. Rows that have ended leave the batch. Pieces join to the text. Mistakes are named."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -30,10 +32,12 @@ import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
 from minia3.inference import decoding
 from minia3.inference.decoding import (
+    Options,
     Text,
     decode_tokens,
     draw_tokens,
     generate,
+    generate_texts,
     read_tokens,
     stream,
 )
@@ -566,6 +570,42 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):
         stream(both.model, both.tokenizer, [])
+
+
+def test_a_prompt_is_named_by_its_place_among_all_prompts(both, loaded):
+    options = Options(max_new_tokens=3, first_prompt=16)
+    given = (both.tokenizer, ["w4", "w33"], None, options)
+    model = loaded(both.name)
+    model.embed.weight.data[33] = float("nan")
+    with pytest.raises(ValueError, match=r"^prompt 17: the model's scores are not finite"):
+        generate_texts(model, *given)
+    model.embed = torch.nn.Embedding.from_pretrained(model.embed.weight[:33])
+    with pytest.raises(ValueError, match=r"^prompts \[17\] have no tokens, or ids outside 0 to 32"):
+        generate_texts(model, *given)
+
+
+@pytest.mark.parametrize(("adapter", "found"), [(99, "adapter 99"), ([0, 1], "adapter must be")])
+def test_a_stream_checks_its_adapter_before_the_first_piece(adapter, found, both):
+    with pytest.raises(ValueError, match=found):
+        stream(both.model, both.tokenizer, "w4", adapter=adapter)
+
+
+def test_the_keys_and_values_of_a_prompt_are_kept_once(both, monkeypatch):
+    """While texts are written, nothing refers to the state of their prompts."""
+    states = []
+    start = both.model.start
+
+    def noted_start(*args):
+        state = start(*args)
+        states.append(weakref.ref(state.caches[0]))
+        return state
+
+    monkeypatch.setattr(both.model, "start", noted_start)
+    for n, _ in enumerate(stream(both.model, both.tokenizer, "w4 w5", max_new_tokens=3)):
+        if n > 0:
+            gc.collect()
+            assert states[0]() is None
+    assert n > 0
 
 
 # Scores that are not finite

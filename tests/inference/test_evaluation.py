@@ -258,7 +258,30 @@ def test_for_macro_f1_the_commonest_answer_has_its_macro_f1(ours):
     assert found["commonest"] == pytest.approx((2 * 6 / (8 + 6) + 0) / 2)
 
 
+def test_for_macro_f1_answers_are_texts_if_their_order_differs_from_row_to_row(ours, monkeypatch):
+    rows = []
+    for i in range(10):
+        choices = ["w4", "w5"] if i < 5 else ["w5", "w4"]
+        right = "w4" if i % 5 < (4 if i < 5 else 3) else "w5"
+        rows.append({"input": "w9", "choices": choices, "label": choices.index(right), "idx": i})
+    # A model that always answers "w4", which is right in 7 rows.
+    scores = torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 5)
+    monkeypatch.setattr("minia3.inference.evaluation.score_examples", lambda *_, **__: scores)
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="macro_f1")
+    assert found["accuracy"] == found["commonest"] == pytest.approx((2 * 7 / (7 + 10) + 0) / 2)
+
+
 # Texts
+
+
+@pytest.mark.parametrize("metric", sorted(TEXT_METRICS))
+def test_a_target_that_the_model_does_not_read_may_be_of_any_length(metric, ours, monkeypatch):
+    monkeypatch.setattr("minia3.model.sequence_state.MAX_BIAS", 4 * 20 * 20)
+    rows = targets("w4 w5 " * 50)
+    options = {"max_new_tokens": 3, "max_target_length": 5, "metric": metric}
+    found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
+    assert found["n"] == 1
+    assert found.get("n_too_long", 1) == 1
 
 
 def texts_of(ours, monkeypatch, texts):

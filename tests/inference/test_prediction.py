@@ -700,7 +700,7 @@ def test_a_csv_file_with_other_columns_is_not_appended_to(tmp_path, capsys):
         out.write_bytes(text)
         words = ["--out", out, "--columns", "label,choice"]
         error = fails(capsys, running.model("t5"), file, *words)
-        assert f"{out} does not hold such results" in error
+        assert f"{out} is not a file of these results" in error
         assert out.read_bytes() == text
 
 
@@ -710,7 +710,9 @@ def test_another_file_is_not_appended_to(name, text, tmp_path, capsys):
     out = tmp_path / name
     out.write_text(text)
     file = write(tmp_path / "rows.jsonl", running.rows(3))
-    assert "does not hold such results" in fails(capsys, running.model("t5"), file, "--out", out)
+    assert "is not a file of these results" in fails(
+        capsys, running.model("t5"), file, "--out", out
+    )
     assert out.read_text() == text
 
 

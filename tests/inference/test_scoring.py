@@ -177,7 +177,7 @@ def test_rank_says_what_is_wrong_with_its_lists(both):
     for choices in ([], "w4", [["w4"]], [["w4"], []], [["w4"], "w5"], [["w4"], ["w5"], ["w6"]]):
         with pytest.raises(
             ValueError,
-            match="expected one list of choices, none empty, for all of 2 prompts or for each",
+            match="expected one non-empty list of choices for all 2 prompts, or one for each",
         ):
             rank(["w4", "w5"], choices)
     with pytest.raises(ValueError, match="an adapter for each of 2 rows, found 3"):
@@ -230,7 +230,7 @@ def test_a_token_without_an_embedding_is_refused(both):
     tokenizer = word_tokenizer(both.is_t5)
     tokenizer.backend.add_special_tokens(["<new>"])
     for prompt, choice in (("w4 <new>", "w5"), ("w4", "w5 <new>")):
-        with pytest.raises(ValueError, match=r"the token '<new>' with the id 61, but the model's"):
+        with pytest.raises(ValueError, match=r"^prompt 0: .*the token '<new>' with the id 61"):
             minia3.rank(both.model, tokenizer, [prompt], [choice])
 
 

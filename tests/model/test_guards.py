@@ -23,7 +23,7 @@ from minia3.checkpoints.load import build_model
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import Batch
 from minia3.training.losses import total_loss
-from minia3.training.step_memory import over_layers
+from minia3.training.step_memory import extrapolate_depth
 from tests.benchmarks.measure import kept_for_backward
 
 aten = torch.ops.aten
@@ -164,8 +164,8 @@ def test_a_step_of_a_real_model_costs_two_thirds_of_full_fine_tuning(name, n_our
 
     # Every layer after the second one costs what the third one costs.
     config = KNOWN_MODELS[name].config
-    assert over_layers(functools.partial(flops, is_frozen=False), config) == n_full
-    assert over_layers(functools.partial(flops, is_frozen=True), config) == n_ours
+    assert extrapolate_depth(functools.partial(flops, is_frozen=False), config) == n_full
+    assert extrapolate_depth(functools.partial(flops, is_frozen=True), config) == n_ours
     assert 0.660 < n_ours / n_full < 0.668
 
 

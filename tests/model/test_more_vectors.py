@@ -511,6 +511,22 @@ def test_gradients_of_choices_that_share_a_source_are_those_of_repeated_sources(
     same(results(selected), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_rows_that_share_the_text_so_far_keep_the_vectors_of_their_source(scaled):
+    model = scaled("t5-v1.1", n_adapters=3, seed=3).double()
+    rows = torch.tensor([2, 0, 1, 2])
+    target = tokens(8, 3, seed=5)
+    begun = tokens(4, 2, seed=6)
+    with torch.no_grad():
+        state = model.start(SOURCE, MASK, rows)
+        model.step(begun, state)
+        found = model.step(target, state.repeat(2))
+        repeated = [x.repeat_interleave(2, dim=0) for x in (SOURCE, MASK, rows, begun)]
+        state = model.start(*repeated[:3])
+        model.step(repeated[3], state)
+        expected = model.step(target, state)
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 # Recomputed and compiled
 
 

@@ -401,10 +401,10 @@ def test_selected_rows_that_shared_a_source_are_the_rows_apart(
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_and_values_of_the_source_are_not_copied_for_each_choice(models, name):
     state = models[name].start(tokens(2, 5), length_mask(5, 3))
-    shared = "memory" if name.startswith("t5") else "kv"
+    shared = "cross_kv" if name.startswith("t5") else "kv"
     repeated = state.repeat(3)
-    repeated.make_memory()
-    state.make_memory()
+    repeated.make_cross_kv()
+    state.make_cross_kv()
     for cache, repeated_cache in zip(state.caches, repeated.caches, strict=True):
         found = getattr(repeated_cache, shared)
         expected = getattr(cache, shared)
@@ -426,7 +426,7 @@ def test_beams_continue_from_keys_and_values_of_their_source_without_copies(
     mask = length_mask(5, 3)
     state = model.start(source, mask).repeat(3).select(torch.tensor(rows))
     for cache in state.caches:
-        assert [len(x) for x in cache.memory] == [n_sources, n_sources]
+        assert [len(x) for x in cache.cross_kv] == [n_sources, n_sources]
     assert len(state.memory_bias_B11M) == n_sources
 
     source_row = torch.tensor(rows) // 3
@@ -667,9 +667,40 @@ def test_a_long_target_after_a_source_is_refused_before_its_bias_is_made(name, m
         models[name].step(tokens(1, 8), state)
 
 
+def test_a_t5_makes_no_mask_of_a_target_whose_bias_is_too_large(models, monkeypatch):
+    state = models["t5-v1.0"].start(tokens(1, 4))
+    monkeypatch.setattr(sequence_state, "MAX_BIAS", 50)
+    monkeypatch.setattr(sequence_state.State, "causal_mask", lambda *_: pytest.fail("made"))
+    with pytest.raises(ValueError, match="attention from 8 to"):
+        models["t5-v1.0"].step(tokens(1, 8), state)
+
+
 def test_a_llama_s_prompt_without_padding_needs_no_bias_however_long_it_is(models, monkeypatch):
     monkeypatch.setattr(sequence_state, "MAX_BIAS", 0)
     models["llama-gqa"].start(tokens(1, 50))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_source", "n_targets", "n_numbers"),
+    [
+        ("t5-v1.0", 9, [3], 4 * 9 * 9),  # a bias for each head
+        ("t5-v1.0", 4, [3, 6], 4 * 6 * 6),
+        ("llama-gqa", 9, [3], 0),
+        ("llama-gqa", 9, [3, 6], 6 * (9 + 6)),  # choices follow a prompt that was read before
+        ("mistral", 9, [3], 12 * 12),  # beyond the window
+        ("mistral", 1, [1], 0),
+    ],
+)
+def test_lengths_are_checked_by_the_bias_that_attention_makes_of_them(
+    name, n_source, n_targets, n_numbers, loaded, monkeypatch
+):
+    model = loaded(name)
+    monkeypatch.setattr(sequence_state, "MAX_BIAS", n_numbers)
+    model.check_lengths(n_source, n_targets)
+    if n_numbers > 0:
+        monkeypatch.setattr(sequence_state, "MAX_BIAS", n_numbers - 1)
+        with pytest.raises(ValueError, match="attention from"):
+            model.check_lengths(n_source, n_targets)
 
 
 def warned(model, source, n_new, mask=None):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peaks import peak_beyond_weights
-from running import model, rows, run, words, write
+from running import fails, model, rows, run, words, write
 from torch_version import counted_with_this_torch
 
 import minia3
@@ -132,6 +132,24 @@ def test_the_longest_rows_are_planned_and_not_all_of_them(tmp_path, monkeypatch)
     flags = {"task": data, "steps": 1, "eval_batch_size": 3, "max_new_tokens": 11}
     assert run(words(tmp_path / "texts-run", **flags)) == 0
     assert shapes[1] == (3, 10, 1, 11)
+
+
+def test_targets_are_planned_as_they_are_scored(tmp_path, monkeypatch, capsys):
+    shapes = []
+    monkeypatch.setattr(
+        evaluation_memory, "upper_bound", lambda _, shape: shapes.append(shape) or 0
+    )
+    long = [{"input": "w3", "target": " ".join(["w4"] * 50)}]
+    data = write(tmp_path / "texts", train=long, validation=long)
+    flags = {"task": data, "steps": 1, "max_target_length": 7, "metric": "inverse_perplexity"}
+    assert run(words(tmp_path / "run", **flags)) == 0
+    assert shapes == [(1, 2, 1, 7)]
+
+    long = [{"input": "w3", "choices": ["w4", " ".join(["w5"] * 50)], "label": 0, "idx": 5}]
+    data = write(tmp_path / "choices", train=rows(9), validation=long)
+    fails(
+        words(tmp_path / "long", task=data, max_target_length=7), capsys, "row 5: a choice has 51"
+    )
 
 
 def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
