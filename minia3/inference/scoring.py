@@ -306,7 +306,9 @@ def check_example(example, model, tokenizer, name=""):
         check_ids(example, model.embed.num_embeddings, tokenizer)
         model.check_lengths(len(example.source), [len(target) for target in example.targets])
     except ValueError as error:
-        raise ValueError(f"{name}: {error}" if name else str(error)) from None
+        if not name:
+            raise
+        raise ValueError(f"{name}: {error}") from None
 
 
 def check_examples(rows, examples, model, tokenizer):

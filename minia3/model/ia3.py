@@ -35,8 +35,11 @@ class IA3(nn.Module):
         self.scale = nn.Parameter(torch.ones(n_adapters, d, dtype=torch.float32))
 
     def forward(self, x_BLD, adapter_B):
+        """Return x * l. Without gradients, this overwrites x, which nobody else may need."""
         # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
         l_BD = F.embedding(adapter_B, self.scale)
+        if not torch.is_grad_enabled():
+            return x_BLD.mul_(l_BD.to(x_BLD.dtype).unsqueeze(1))  # new memory would take time
         if self.keeps_result:
             return scaled(x_BLD, l_BD)  # the same numbers as the line below
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)

@@ -9,7 +9,6 @@ import math
 import numpy as np
 
 from minia3.files.messages import part_of
-from minia3.inference.evaluation import right_answers
 from minia3.inference.metrics import area_under_curve
 from minia3.tasks.prompts import render
 from minia3.training.losses import UNLIKELY_EPS
@@ -63,6 +62,14 @@ def doubts_about_labels(rows, prompt, use):
     if len(prompt.choices or ()) == 1:
         text += ", and there is no other label to pick: name all of them with --labels"
     return [text]
+
+
+def right_answers(rendered):
+    """Return the right answer of each row: its text, or its place if the rows' choices differ."""
+    choices = {frozenset(row.choices) for row in rendered}
+    if len(choices) > 1:
+        return [row.label for row in rendered]
+    return [row.choices[row.label] for row in rendered]
 
 
 def count_repeated(train_rows, report_rows):
