@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minia3.checkpoints import template_worker
+from minia3.checkpoints.layout import CHAT_TEMPLATE_FILE, OTHER_TEMPLATES
 from minia3.files.read import reading
 
 
@@ -44,11 +45,30 @@ class EncodedChat(NamedTuple):
 def by_name(templates):
     """Return the chat templates that the files hold: nothing (None), one template, or a dict.
 
-    templates: None, one template, or a list of {"name": ..., "template": ...}.
+    templates: None, one template, a dict, or a list of {"name": ..., "template": ...}.
     """
     if not isinstance(templates, list):
         return templates
     return {entry["name"]: entry["template"] for entry in templates}
+
+
+def read_template_files(folder):
+    """Return the chat templates that have files of their own: None, one, or a dict by name.
+
+    transformers 5 writes them. If there are any, those in tokenizer_config.json do not count.
+    """
+    paths = {}
+    if (folder / CHAT_TEMPLATE_FILE).is_file():
+        paths["default"] = folder / CHAT_TEMPLATE_FILE
+    for path in sorted(folder.glob(OTHER_TEMPLATES)):
+        paths[path.stem] = path
+    templates = {}
+    for name, path in paths.items():
+        with reading(path):
+            templates[name] = path.read_text(encoding="utf-8")
+    if templates.keys() == {"default"}:
+        return templates["default"]
+    return templates or None
 
 
 def choose_template(templates, tools):

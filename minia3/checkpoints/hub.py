@@ -31,6 +31,7 @@ from minia3.checkpoints.layout import (
     MERGES_FILE,
     SETTINGS_FILES,
     TOKENIZER_FILES,
+    TOOL_TEMPLATE_FILE,
     WEIGHT_FILES,
     check_adapter_folder,
     refuse_file,
@@ -71,7 +72,7 @@ def find(name_or_path, weights=True):
         hint = nearest_name(repo) or ". `minia3 info --list` prints the known names"
         expected = "folder, .gguf file, hub id (org/name) or known name"
         raise ValueError(f"{name_or_path}: no such {expected}{hint}")
-    other_files = (MERGES_FILE, CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
+    other_files = (MERGES_FILE, CHAT_TEMPLATE_FILE, TOOL_TEMPLATE_FILE, ADDED_TOKENS_FILE)
     optional = (*SETTINGS_FILES, *TOKENIZER_FILES, *other_files)
     wanted_weights = WEIGHT_FILES if weights else ()
     return fetch(repo, "config.json", optional, wanted_weights)

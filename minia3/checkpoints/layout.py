@@ -40,15 +40,18 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", VOCABULA
 # Settings of the tokenizer. All of these files are read, and if two disagree, the later file wins.
 SETTINGS_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
-# A chat template in a file of its own, as newer writers store it.
+# Chat templates in files of their own, as transformers 5 stores them: the default, and those with
+# another name.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+OTHER_TEMPLATES = "additional_chat_templates/*.jinja"
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 
 # Token -> id. In older tokenizers, this file holds the tokens that were added to sentencepiece's
 # pieces.
 ADDED_TOKENS_FILE = "added_tokens.json"
 
 # Files whose content stands in tokenizer.json and tokenizer_config.json if we write a tokenizer
-STALE_TOKENIZER_FILES = (CHAT_TEMPLATE_FILE, ADDED_TOKENS_FILE)
+STALE_TOKENIZER_FILES = (CHAT_TEMPLATE_FILE, OTHER_TEMPLATES, ADDED_TOKENS_FILE)
 
 
 # What takes part in a run of train.py, and in no model: its folder has a config.json, too.

@@ -26,14 +26,19 @@ from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints import config_t5
 from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend, text_of
-from minia3.checkpoints.chat import EncodedChat, by_name, choose_template, render_chat
+from minia3.checkpoints.chat import (
+    EncodedChat,
+    by_name,
+    choose_template,
+    read_template_files,
+    render_chat,
+)
 from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import (
     ADDED_TOKENS_FILE,
-    CHAT_TEMPLATE_FILE,
     SETTINGS_FILES,
     STALE_TOKENIZER_FILES,
     TOKENIZER_FILES,
@@ -247,8 +252,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.
 
-        With these files, AutoTokenizer of transformers has the same ids. Files of an old chat
-        template and of added tokens are removed.
+        With these files, AutoTokenizer of transformers has the same ids. Files of old chat
+        templates and of added tokens are removed.
         """
         # A null, or else an id in config.json would become the bos of a tokenizer that has none.
         config = {"bos_token": None} | self.special_tokens
@@ -280,10 +285,10 @@ class Tokenizer:
             expected = ", ".join(TOKENIZER_FILES)
             raise ValueError(f"{folder}: no tokenizer; expected one of {expected}")
         settings = read_settings(folder)
+        templates = read_template_files(folder)
+        if templates is not None:
+            settings["chat_template"] = templates
         with reading(file):
-            template_file = folder / CHAT_TEMPLATE_FILE
-            if template_file.is_file():
-                settings["chat_template"] = template_file.read_text(encoding="utf-8")
             backend, defaults = read_backend(file, settings)
             return cls(backend, defaults | settings)
 

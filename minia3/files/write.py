@@ -46,7 +46,7 @@ from minia3.files.read import one_line
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
 WRITING = ".writing"  # the folder of files that are being written
 WRITTEN = ".written"  # the folder of files that are complete, and on their way to their places
-STALE_FILE = ".stale"  # in WRITTEN: the names of the files to remove
+STALE_FILE = ".stale"  # in WRITTEN: the paths of the files to remove
 LOCK_FILE = ".lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yields
 
@@ -86,7 +86,7 @@ def writing_folder(folder, replaces=()):
 
     folder: the path of a folder, which is created if need be.
     replaces: patterns, such as "model*.safetensors". Files in `folder` that match a pattern are
-    removed unless they are written.
+    removed unless they are written. A pattern may lead to a sub-folder ("more/*.txt").
 
     If the block fails, `folder` stays as it was. The docstring of the module says what a kill
     leaves. Raise ValueError if another process is writing there, and OSError if the disk is full.
@@ -101,7 +101,7 @@ def writing_folder(folder, replaces=()):
             hidden.mkdir()
             with disk_errors(folder):
                 yield hidden
-                stale = stale_names(folder, replaces, os.listdir(hidden))
+                stale = stale_paths(folder, replaces, os.listdir(hidden))
                 (hidden / STALE_FILE).write_text(json.dumps(stale), encoding="utf-8")
             os.replace(hidden, folder / WRITTEN)
             move_into_place(folder)
@@ -168,11 +168,11 @@ def move_into_place(folder):
     shutil.rmtree(written)
 
 
-def stale_names(folder, replaces, names):
-    """Return the names in `folder` that match a pattern of `replaces` and are not in `names`."""
+def stale_paths(folder, replaces, names):
+    """Return the paths below `folder` that match a pattern of `replaces` and are not in `names`."""
     found = set()
     for pattern in replaces:
-        found.update(path.name for path in folder.glob(pattern))
+        found.update(str(path.relative_to(folder)) for path in folder.glob(pattern))
     return sorted(found.difference(names))
 
 

@@ -1,8 +1,8 @@
 """Guards minia3/checkpoints/chat.py and `Tokenizer.chat`: with a checkpoint's template, we have the
 ids of transformers.
 
-The template may be in tokenizer_config.json, in chat_template.jinja or in a GGUF file. It survives
-saving, it runs in a sandbox, and if it fails, the message is one line.
+The template may be in tokenizer_config.json, in .jinja files or in a GGUF file. It survives saving,
+it runs in a sandbox, and if it fails, the message is one line.
 """
 
 import datetime
@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import minia3
 from minia3.checkpoints.chat import read_template
 from minia3.checkpoints.chat_spans import Conversation, probe_turn, render_conversation
+from minia3.checkpoints.layout import TOOL_TEMPLATE_FILE
 from minia3.checkpoints.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("jinja2", reason="needs the extra: pip install 'minia3[chat]'")
@@ -169,6 +170,41 @@ def test_saving_over_a_checkpoint_removes_its_template_file(tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+SEVERAL = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML, "rag": STRICT}
+
+
+def save_as_transformers_does(folder, templates):
+    """Save a tokenizer with several templates, of which each gets a file of its own."""
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend(), **SETTINGS)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(folder)
+    assert (folder / TOOL_TEMPLATE_FILE).is_file()
+
+
+def test_templates_in_files_of_their_own_are_read_and_stay_when_saved(tmp_path):
+    first = tmp_path / "a"
+    second = tmp_path / "b"
+    save_as_transformers_does(first, SEVERAL)
+    load_tokenizer(first).save(second)
+    for folder in (first, second):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.chat_template == their_tokenizer(folder).chat_template == SEVERAL
+        for tools in (None, TOOLS):
+            ids = tokenizer.chat(CHATS["turns"], tools)
+            assert ids == theirs(folder, CHATS["turns"], tools)
+        assert tokenizer.chat(CHATS["turns"]) != ids
+
+
+def test_saving_over_several_templates_leaves_none_of_them(tmp_path):
+    save_as_transformers_does(tmp_path, SEVERAL)
+    tokenizer_with(STRICT).save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == STRICT
+    assert their_tokenizer(tmp_path).chat_template == STRICT
 
 
 def test_the_template_of_a_gguf_file_is_in_its_metadata():

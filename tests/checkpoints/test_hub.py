@@ -54,6 +54,9 @@ def ask(cache, endpoint, calls, longest_wait=None, **environment):
     return outcomes
 
 
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+
+
 class Hub(ThreadingHTTPServer):
     """Repositories as dicts from file names to bytes; `requests` lists what was asked for."""
 
@@ -159,7 +162,7 @@ def hub(contents):
             "org/private": whole,
             "org/broken": whole,
             "org/slow": whole,
-            "google-t5/t5-small": whole | {"chat_template.jinja": b"{{ messages }}"},
+            "google-t5/t5-small": whole | {file: b"{{ messages }}" for file in TEMPLATES},
             "user/adapter": {
                 "adapter_config.json": b"{}",
                 "adapter_model.safetensors": b"a",
@@ -200,7 +203,10 @@ def cached(hub, loads, tmp_path_factory):
     found = ask(cache, hub.address, [*calls, ("find without weights", "t5-small")])
     assert found == [
         *sums,
-        ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"],
+        [
+            "additional_chat_templates",
+            *("chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"),
+        ],
     ]
     asked = hub.take()
     for file in ("config.json", "pytorch_model.bin"):
@@ -229,7 +235,7 @@ def test_only_files_that_are_needed_are_downloaded(hub, cached):
         "org/bin": [*common, "pytorch_model.bin"],
         "org/shards": [*common, "model.safetensors.index.json", *shards],
         # a known name, without its weights
-        "google-t5/t5-small": [*common, "tokenizer.json", "chat_template.jinja"],
+        "google-t5/t5-small": [*common, "tokenizer.json", *TEMPLATES],
     }
 
 

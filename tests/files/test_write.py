@@ -475,6 +475,16 @@ def test_matching_files_are_removed_unless_they_are_written_and_others_stay(tmp_
     assert contents(tmp_path) == expected
 
 
+def test_files_of_a_sub_folder_are_removed_too_if_they_match(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("old.txt", "more/old.txt", "more/kept.md"):
+        (tmp_path / name).write_text("old")
+    with writing_folder(tmp_path, replaces=("more/*.txt",)) as hidden:
+        (hidden / "new.txt").write_text("new")
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    assert left == ["more/kept.md", "new.txt", "old.txt"]
+
+
 def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "a.txt"
     with replacing(path) as temporary:
