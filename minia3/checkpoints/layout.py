@@ -37,8 +37,11 @@ MERGES_FILE = "merges.txt"
 # format: T5's and LLaMA's. The last is CodeT5's. (ByT5 has none of these.)
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", VOCABULARY_FILE)
 
+# The texts of the special tokens, as transformers 4 writes them.
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+
 # Settings of the tokenizer. All of these files are read, and if two disagree, the later file wins.
-SETTINGS_FILES = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+SETTINGS_FILES = ("generation_config.json", SPECIAL_TOKENS_FILE, "tokenizer_config.json")
 
 # Chat templates in files of their own, as transformers 5 stores them: the default, and those with
 # another name.
@@ -50,8 +53,14 @@ TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
 # pieces.
 ADDED_TOKENS_FILE = "added_tokens.json"
 
-# Files whose content stands in tokenizer.json and tokenizer_config.json if we write a tokenizer
-STALE_TOKENIZER_FILES = (CHAT_TEMPLATE_FILE, OTHER_TEMPLATES, ADDED_TOKENS_FILE)
+# Files whose content stands in tokenizer.json and tokenizer_config.json if we write a tokenizer.
+# If they stayed, transformers would read some of them first.
+STALE_TOKENIZER_FILES = (
+    CHAT_TEMPLATE_FILE,
+    OTHER_TEMPLATES,
+    ADDED_TOKENS_FILE,
+    SPECIAL_TOKENS_FILE,
+)
 
 
 # What takes part in a run of train.py, and in no model: its folder has a config.json, too.

@@ -253,7 +253,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json.
 
         With these files, AutoTokenizer of transformers has the same ids. Files of old chat
-        templates and of added tokens are removed.
+        templates, special tokens and added tokens are removed.
         """
         # A null, or else an id in config.json would become the bos of a tokenizer that has none.
         config = {"bos_token": None} | self.special_tokens
@@ -372,7 +372,7 @@ def read_settings(folder):
     """Return the content of the JSON files beside a tokenizer. The last file with a key wins.
 
     A null counts as no key, except for bos_token: Qwen's says that there is no bos, although
-    config.json has an id.
+    config.json has an id. Such a null wins over the files before it.
     """
     settings = {}
     for name in ("config.json", *SETTINGS_FILES):
@@ -380,6 +380,7 @@ def read_settings(folder):
             content = read_json(folder / name)
             if content.get("bos_token", "") is None:
                 settings.pop("bos_token_id", None)
+                settings.pop("bos_token", None)
             settings |= {key: value for key, value in content.items() if value is not None}
     return settings
 

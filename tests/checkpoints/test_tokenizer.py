@@ -359,6 +359,17 @@ def test_the_config_decides_about_the_targets_of_a_tokenizer_that_adds_only_eos(
     assert tokenizer.encode_target("a", end=False) == expected
 
 
+def test_null_as_bos_means_that_there_is_none_whatever_the_files_before_say(tmp_path):
+    import transformers
+
+    config = {"bos_token": None, "eos_token": "</s>", "added_tokens_decoder": {}}
+    beside = {"special_tokens_map": {"bos_token": "a"}, "tokenizer_config": config}
+    folder = save_json(word_level(), tmp_path, config={"bos_token_id": 1}, **beside)
+    assert Tokenizer.from_folder(folder).bos_id is None
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs.bos_token is None
+
+
 # Decoding and saving
 
 
@@ -385,6 +396,15 @@ def test_transformers_has_the_same_ids_with_a_saved_tokenizer(tmp_path, name, mo
     # Without this, transformers 4 returns token_type_ids too, and its generate() refuses them.
     config = json.loads((folder / "tokenizer_config.json").read_text())
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_saving_replaces_the_special_tokens_of_a_checkpoint_of_transformers_4(tmp_path, name):
+    """Nothing would say that its special_tokens_map.json is of another tokenizer."""
+    old = {"bos_token": "<s>", "eos_token": {"content": "<eos>"}, "pad_token": "<unk>"}
+    write_beside(tmp_path, special_tokens_map=old)
+    small(name).save(tmp_path)
+    check_saved(small(name), tmp_path, ["the red hats"])
 
 
 # Finding
