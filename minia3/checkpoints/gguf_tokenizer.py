@@ -15,9 +15,12 @@ from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints.sentencepiece import (
     BPE,
+    NORMAL,
     NormalizerSpec,
     Piece,
     add_special_pieces,
+    check_characters,
+    check_ties,
     sentencepiece_backend,
 )
 
@@ -112,13 +115,34 @@ def strip_prefixes(metadata):
 
 
 def backend_with_scores(settings):
-    """Return a backend with the ids of the sentencepiece model that the file was made from."""
+    """Return a backend with the ids of the sentencepiece model that the file was made from.
+
+    The file may list more tokens than that model had: unused ones, and those of a fine-tune. No
+    merges lead to them. Raise ValueError if the backend would not have sentencepiece's ids.
+    """
     columns = (settings["tokens"], settings["scores"], settings["token_type"])
     pieces = [Piece(*row) for row in zip(*columns, strict=True)]
+    check_scores(pieces)
+    check_characters(pieces)
+    check_ties(pieces)
     spec = NormalizerSpec(
         add_dummy_prefix=settings.get("add_space_prefix", True), remove_extra_whitespaces=False
     )
     return sentencepiece_backend(pieces, BPE, spec)
+
+
+def check_scores(pieces):
+    """Raise ValueError if all pieces have one score.
+
+    That is how llama.cpp converts a LLaMA's tokenizer.json: without its merges, and so without the
+    order in which pieces are made.
+    """
+    scores = {piece.score for piece in pieces if piece.kind == NORMAL}
+    if len(scores) == 1:
+        raise ValueError(
+            "the file has no scores of its pieces: convert the model again with tokenizer.model "
+            "beside it"
+        )
 
 
 def backend_over_bytes(settings, rule):

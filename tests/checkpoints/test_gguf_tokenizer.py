@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import BYTE_LEVEL, TEXTS, byte_level, corpus, gguf_of, peer, small
+from small_tokenizers import BASE, BYTE_LEVEL, TEXTS, byte_level, corpus, gguf_of, peer, small
 from tokenizers import pre_tokenizers
 
 from minia3.checkpoints.tokenizer import Tokenizer
@@ -49,6 +49,19 @@ def test_a_vocabulary_without_a_space_prefix_has_the_ids_of_such_a_file():
     for text in TEXTS:
         assert tokenizer.encode(text) == [1, *peer("llama-no-prefix").encode(text)]
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+
+
+def test_tokens_that_were_added_after_the_training_change_no_other_ids():
+    """llama.cpp lists those of a fine-tune, and unused ones up to the size of the embedding."""
+    metadata = gguf_of("llama")
+    metadata["tokenizer.ggml.tokens"] += ["<|im_end|>", "<|tool|>", "[PAD362]"]
+    metadata["tokenizer.ggml.scores"] += [-1000.0, -1000.0, -1000.0]
+    metadata["tokenizer.ggml.token_type"] += [3, 4, 5]
+    tokenizer = Tokenizer.from_gguf(metadata)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == small("llama").encode(text)
+    n_pieces = peer("llama").get_piece_size()
+    assert tokenizer.encode("<|im_end|><|tool|>") == [1, n_pieces, n_pieces + 1]
 
 
 # Over bytes
@@ -152,6 +165,51 @@ def test_a_bpe_over_bytes_that_does_not_name_its_rule_for_words_is_refused():
     del metadata["tokenizer.ggml.pre"]
     with pytest.raises(ValueError, match=r"^x.gguf: .*cut into words.*take a newer conversion"):
         Tokenizer.from_gguf(metadata, "x.gguf")
+
+
+NO_SCORES = r"^GGUF: the file has no scores of its pieces: .* with tokenizer.model beside it$"
+
+
+def test_what_llama_cpp_makes_of_a_tokenizer_json_is_refused_for_its_scores(tmp_path):
+    vocab = pytest.importorskip("gguf.vocab", reason="needs the extra: pip install 'minia3[gguf]'")
+    small("llama").save(tmp_path)
+    columns = zip(*vocab.LlamaHfVocab(tmp_path).all_tokens(), strict=True)
+    tokens, scores, kinds = map(list, columns)
+    assert set(scores) == {-1000.0}
+    metadata = gguf_of("llama") | {
+        "tokenizer.ggml.tokens": [token.decode() for token in tokens],
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+    }
+    with pytest.raises(ValueError, match=NO_SCORES):
+        Tokenizer.from_gguf(metadata)
+
+
+def test_equal_scores_are_refused_also_if_a_piece_stands_for_unknown_characters():
+    metadata = gguf_of("llama")
+    metadata["tokenizer.ggml.scores"] = [0.0] * len(metadata["tokenizer.ggml.tokens"])
+    with pytest.raises(ValueError, match=NO_SCORES):
+        Tokenizer.from_gguf(metadata)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "problem"),
+    [
+        ([("ab", -2.0, 1)], "the piece 'ab' has the character 'b', which is no piece"),
+        (
+            [("b", -9.0, 1), ("ab", -2.0, 1), ("ba", -2.0, 1)],
+            "the pieces 'ab' and 'ba' overlap and have one score",
+        ),
+    ],
+)
+def test_scores_that_tokenizers_cannot_follow_are_refused_as_in_a_sentencepiece_file(
+    pieces, problem
+):
+    columns = zip(*BASE, *pieces, strict=True)
+    names = ("tokens", "scores", "token_type")
+    lists = {f"tokenizer.ggml.{name}": list(x) for name, x in zip(names, columns, strict=True)}
+    with pytest.raises(ValueError, match=f"^GGUF: {problem}"):
+        Tokenizer.from_gguf(gguf_of("llama") | lists)
 
 
 @pytest.mark.parametrize("key", ["model", "tokens", "merges", "token_type"])
