@@ -14,7 +14,7 @@ two other ways, for each turn:
    without something that it reads when it answers, and the conversation is refused.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -93,6 +93,24 @@ def render_conversation(template, messages, special_tokens, tools=None):
             )
         spans.append(find_turn(conversation, i, whole.text))
     return ChatText(whole.text, spans)
+
+
+def within_spans(offsets, spans):
+    """Return for each token of a text whether a part of it is in a span.
+
+    offsets: (first character, end) of each token. They may be equal: some tokenizers say that a
+        token of white space has no characters.
+    spans: in the order of the text.
+
+    As in transformers, a token counts that begins before the end of a span and ends after its
+    beginning.
+    """
+    ends = [end for _, end in spans]
+    is_within = []
+    for first, end in offsets:
+        place = bisect_right(ends, first)  # of the first span that ends after the token begins
+        is_within.append(place < len(spans) and spans[place][0] < end)
+    return is_within
 
 
 def find_end_of_turn(template, special_tokens):

@@ -33,7 +33,7 @@ from minia3.checkpoints.chat import (
     read_template_files,
     render_chat,
 )
-from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation
+from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation, within_spans
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
@@ -162,8 +162,11 @@ class Tokenizer:
         messages: [{"role": "user", "content": "Hello"}, ...]
         tools: descriptions of functions, as JSON schemas, if the template offers them to the model.
 
-        They equal the ids of transformers' apply_chat_template. Raise ValueError if there is no
-        template or no jinja2, or if the template fails or refuses the messages.
+        They equal the ids of transformers' apply_chat_template, except with a tokenizer.json of
+        LLaMA-2, whose normalizer transformers 5 replaces.
+
+        Raise ValueError if there is no template or no jinja2, or if the template fails or refuses
+        the messages.
         """
         template = self.template_for(tools)
         with reading("chat_template", extra="chat"):
@@ -175,8 +178,9 @@ class Tokenizer:
         """Return the ids of a whole conversation, and which of them the assistant wrote.
 
         The assistant's part includes the token that ends its turn, so that a model learns to stop.
-        Ids and mask equal those of transformers' apply_chat_template, whose mask needs a template
-        with {% generation %} blocks; this one does not (see `render_conversation`).
+        Ids and mask equal those of transformers' apply_chat_template, with the exception that
+        `chat` names. The mask there needs a template with {% generation %} blocks; this one does
+        not (see `render_conversation`).
 
         Raise ValueError as `chat` does, if a turn cannot be found in the text, and for the
         tokenizer of a T5, whose decoder does not continue what its encoder reads.
@@ -185,13 +189,7 @@ class Tokenizer:
         with reading("chat_template", extra="chat"):
             text, spans = render_conversation(template, messages, self.special_tokens, tools)
             encoding = self.backend.encode(text, add_special_tokens=False)
-        is_answer = [False] * len(text)  # of each character
-        for first, end in spans:
-            for place in range(first, end):
-                is_answer[place] = True
-        # As in transformers, a token belongs to a span if they share a character.
-        is_scored = [any(is_answer[first:end]) for first, end in encoding.offsets]
-        return EncodedChat(encoding.ids, is_scored)
+        return EncodedChat(encoding.ids, within_spans(encoding.offsets, spans))
 
     def count_chat(self, messages: list[dict], tools: list | None = None) -> int:
         """Return how many ids `conversation` would return, without looking for the assistant.

@@ -375,6 +375,21 @@ def test_ids_and_mask_of_a_conversation_are_those_of_transformers(tmp_path, name
         assert encoded.is_scored == mask
 
 
+def test_white_space_of_an_answer_counts_if_its_tokens_have_no_characters(tmp_path):
+    """A tokenizer.json that trims offsets says so of each token that is a space."""
+    trimming = backend()
+    trimming.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimming.save(str(folder_with(tmp_path, None) / "tokenizer.json"))
+    messages = chat("q  r", "a    b", "  s", "  c  ")
+    expected = their_mask(tmp_path, TAGGED["chatml"], messages)
+    for template in (TEMPLATES["chatml"], TAGGED["chatml"]):
+        tokenizer = Tokenizer(trimming, {**SETTINGS, "chat_template": template})
+        ids, is_scored = tokenizer.conversation(messages)
+        assert (ids, is_scored) == expected
+        scored = [i for i, is_answer in zip(ids, is_scored, strict=True) if is_answer]
+        assert tokenizer.decode(scored) == "a    b  c  "
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_first_turn_follows_the_prompt_of_generation_and_ends_with_the_end_of_turn(name):
     """What is trained is what `generate --chat` asks for, and the model learns to stop."""
