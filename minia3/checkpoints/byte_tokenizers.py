@@ -14,8 +14,8 @@ from minia3.checkpoints.layout import MERGES_FILE, VOCABULARY_FILE
 BYT5_CLASS = "ByT5Tokenizer"
 BYTE_BPE_CLASSES = ("RobertaTokenizer", "RobertaTokenizerFast")
 
-# ByT5's ids: 3 special tokens, 256 bytes, then the sentinels
-BYT5_SPECIAL = ("<pad>", "</s>", "<unk>")
+# ByT5's ids: 3 special tokens, whose texts the files may change, 256 bytes, then the sentinels
+BYT5_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYT5_SENTINELS = 125
 MAX_SENTINELS = 1000
 
@@ -34,8 +34,9 @@ BYTE_BPE_SPECIAL = {
 def byt5_backend(settings):
     """Return the backend and the default settings of a ByT5.
 
-    A special token takes the spaces around it, as in transformers. If bytes are not UTF-8, `decode`
-    puts U+FFFD in their place, as everywhere in minia3; transformers leaves them out.
+    A special token takes the spaces around it, unless the settings describe it in a dict, as in
+    transformers. If bytes are not UTF-8, `decode` puts U+FFFD in their place, as everywhere in
+    minia3; transformers leaves them out.
     Raise ValueError if the settings ask for too many sentinels.
     """
     n_sentinels = settings.get("extra_ids", BYT5_SENTINELS)
@@ -45,17 +46,19 @@ def byt5_backend(settings):
         if n_sentinels not in range(MAX_SENTINELS + 1):
             raise ValueError(f"extra_ids is {n_sentinels!r}, expected 0 to {MAX_SENTINELS}")
         sentinels = [f"<extra_id_{i}>" for i in range(n_sentinels)]
-    vocabulary = {text: i for i, text in enumerate([*BYT5_SPECIAL, *stand_ins()])}
+    special = BYT5_SPECIAL | {key: settings[key] for key in BYT5_SPECIAL if key in settings}
+    tokens = []
+    for token in special.values():
+        if isinstance(token, str):
+            token = {"content": token, "lstrip": True, "rstrip": True}
+        tokens.append(added_token(token))
+    texts = [token.content for token in tokens]
+    vocabulary = {text: i for i, text in enumerate([*texts, *stand_ins()])}
     backend = Backend(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    special = [
-        AddedToken(text, special=True, normalized=False, lstrip=True, rstrip=True)
-        for text in BYT5_SPECIAL
-    ]
-    backend.add_special_tokens([*special, *sentinels])
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return backend, {"add_eos_token": True, **names}
+    backend.add_special_tokens([*tokens, *sentinels])
+    return backend, {"add_eos_token": True, **special}
 
 
 def stand_ins():

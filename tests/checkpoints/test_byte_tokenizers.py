@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 from conftest import make
+from tokenizers import AddedToken
 
 import minia3
 from minia3.checkpoints.tokenizer import Tokenizer, find_tokenizer
@@ -82,6 +83,22 @@ def test_a_saved_byt5_has_the_same_ids_here_and_in_transformers(tmp_path, byt5):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in random_texts(50, seed=2):
         assert again.encode(text) == theirs(text).input_ids == ours.encode(text)
+
+
+@pytest.mark.parametrize(
+    "eos", [{"content": "</s>"}, {"content": "</s>", "rstrip": True}, {"content": "<end>"}, "<end>"]
+)
+def test_a_special_token_of_byt5_in_a_dict_takes_the_spaces_that_the_dict_says(tmp_path, eos):
+    import transformers
+
+    config = {"tokenizer_class": "ByT5Tokenizer", "eos_token": eos}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    token = eos if isinstance(eos, str) else AddedToken(**eos)
+    theirs = transformers.ByT5Tokenizer(eos_token=token)
+    ours = Tokenizer.from_folder(tmp_path)
+    assert (ours.eos_id, ours.encode("a")) == (1, [100, 1])
+    for text in ["a </s> b", "a <end> b", *random_texts(50, seed=4)]:
+        assert ours.encode(text) == their_ids(theirs, text), text
 
 
 def test_bytes_that_are_no_text_are_decoded_with_a_mark_and_do_not_fail(byt5):
