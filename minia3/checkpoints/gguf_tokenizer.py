@@ -103,6 +103,7 @@ def read_gguf_tokenizer(metadata):
     settings.setdefault("add_bos_token", has_bos)
     settings["is_encoder_decoder"] = False  # gguf.py reads no other model
     settings.setdefault("pad_token_id", settings.get("padding_token_id"))
+    settings["chat_template"] = chat_templates(settings)
     return backend, settings
 
 
@@ -112,6 +113,18 @@ def strip_prefixes(metadata):
         key.removeprefix("tokenizer.").removeprefix("ggml."): value
         for key, value in metadata.items()
     }
+
+
+def chat_templates(settings):
+    """Return the chat templates of a file: None, one, or a dict by name if there are others."""
+    default = settings.get("chat_template")
+    prefix = "chat_template."
+    others = {
+        key.removeprefix(prefix): text for key, text in settings.items() if key.startswith(prefix)
+    }
+    if others and default is not None:
+        return {"default": default} | others
+    return others or default
 
 
 def backend_with_scores(settings):

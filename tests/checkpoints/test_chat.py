@@ -223,6 +223,10 @@ def test_the_template_of_a_gguf_file_is_in_its_metadata():
     assert tokenizer.chat(CHATS["turns"]) == tokenizer_with(CHATML).chat(CHATS["turns"])
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer.from_gguf(metadata).chat(CHATS["turns"])
+    several = {"tokenizer.chat_template": CHATML, "tokenizer.chat_template.tool_use": STRICT}
+    several["tokenizer.chat_templates"] = ["tool_use"]
+    templates = Tokenizer.from_gguf(metadata | several).chat_template
+    assert templates == {"default": CHATML, "tool_use": STRICT}
 
 
 def test_a_template_writes_no_bos_if_the_settings_say_that_there_is_none(tmp_path):
