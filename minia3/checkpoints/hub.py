@@ -122,7 +122,7 @@ def fetch(repo, config, optional, weights):
     """
     snapshot = Snapshot(repo, config)
     for name in optional:
-        snapshot.first_of([name])
+        snapshot.look_for(name)
     if weights:
         for shard in shard_names(snapshot.require(weights)):
             snapshot.require([shard])
@@ -133,8 +133,8 @@ class Snapshot:
     """The files of one commit of a hub repository, in huggingface_hub's cache.
 
     The first file decides the commit, so all files of a checkpoint belong together even if somebody
-    pushes to the repository meanwhile. If the hub cannot be reached for one file, the other files
-    are looked up only in the cache, because huggingface_hub retries for a while before it gives up.
+    pushes to the repository meanwhile. Without a network, files are looked up only in the cache,
+    because huggingface_hub retries for a while before it gives up.
     """
 
     def __init__(self, repo, config):
@@ -155,6 +155,22 @@ class Snapshot:
             remedy = "Without a network, give the path of a folder"
             raise ValueError(f"{self.repo}: {wanted} {reason}. {remedy}")
         raise ValueError(f"{self.repo}: this hub repository has no {wanted}")
+
+    def look_for(self, name):
+        """Download a file if the repository has it.
+
+        Raise ValueError if the hub cannot be reached for this file, because it may exist: without
+        its settings, a tokenizer has other ids. (If there was no network from the beginning, the
+        cache has to be enough.)
+        """
+        was_reachable = self.network_error is None
+        self.first_of([name])
+        if was_reachable and self.network_error:
+            raise ValueError(
+                f"{self.repo}: the hub cannot be reached ({self.network_error}), and the cache "
+                f"does not say whether there is a {name}. Try again, or set HF_HUB_OFFLINE=1 to do "
+                "with what is in the cache"
+            )
 
     def first_of(self, names):
         """Return the path of the first of `names` that the repository has, or None."""
@@ -275,12 +291,15 @@ class Transfer:
 
 
 def why_unreachable():
-    """Return why the name of the hub's machine cannot be resolved, or None if it can.
+    """Return why the hub is not asked, or None.
 
-    Without a network this is known at once, but huggingface_hub would try for 24 seconds.
+    It is not if the user says so, or if the name of its machine cannot be resolved. Without a
+    network this is known at once, but huggingface_hub would try for 24 seconds.
     """
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     if getproxies():  # then the proxy resolves names
         return None
     host = urlsplit(constants.ENDPOINT).hostname

@@ -93,6 +93,8 @@ class Handler(HubHandler):
         assert revision in ("main", COMMIT)
         if file not in repository:
             return self.fail(404, "EntryNotFound")
+        if "flaky" in name and file == "tokenizer_config.json":
+            return self.fail(503)
         content = repository[file]
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha1(content + file.encode()).hexdigest()}"')
@@ -161,6 +163,7 @@ def hub(contents):
             "org/gated": whole,
             "org/private": whole,
             "org/broken": whole,
+            "org/flaky": whole | {"tokenizer_config.json": b"{}"},
             "org/slow": whole,
             "google-t5/t5-small": whole | {file: b"{{ messages }}" for file in TEMPLATES},
             "user/adapter": {
@@ -263,12 +266,40 @@ def test_the_cache_is_enough_in_offline_mode_and_missing_files_are_named(hub, ca
 @pytest.mark.slow
 def test_the_cache_is_enough_without_a_network(cached, loads):
     address = f"http://127.0.0.1:{free_port()}"
-    found = ask(cached[0], address, [*loads[0], ("load", "org/others"), ("load", "org/else")])
-    assert found[:4] == [*loads[1], loads[1][0]]
-    assert found[4].startswith(
+    found = ask(cached[0], address, [*loads[0], ("load", "org/else")])
+    assert found[:3] == loads[1]
+    assert found[3].startswith(
         "ValueError: org/else: config.json is not in the cache, and the hub cannot be reached ("
     )
-    assert "\n" not in found[4]
+    assert "\n" not in found[3]
+
+
+def is_unreachable(message, name, file):
+    """Return whether a message says that the hub cannot be reached for a file that may exist."""
+    unknown = f"and the cache does not say whether there is a {file}. Try again, or set HF_HUB_OFF"
+    begins = message.startswith(f"ValueError: {name}: the hub cannot be reached (")
+    return begins and unknown in message and "\n" not in message
+
+
+@pytest.mark.slow
+def test_a_file_for_which_the_hub_cannot_be_reached_is_not_taken_for_one_that_is_not_there(
+    hub, tmp_path
+):
+    """Without its settings, a tokenizer would have other ids."""
+    calls = [("find without weights", "org/flaky")] * 2
+    for message in ask(tmp_path, hub.address, calls):  # also if a part of it is in the cache
+        assert is_unreachable(message, "org/flaky", "tokenizer_config.json")
+    (found,) = ask(tmp_path, hub.address, calls[:1], HF_HUB_OFFLINE="1")
+    assert found == ["config.json", "generation_config.json"]
+
+
+@pytest.mark.slow
+def test_a_cache_that_another_program_filled_is_enough_only_if_the_user_says_so(cached, loads):
+    address = f"http://127.0.0.1:{free_port()}"
+    calls = [("load", "org/others")]
+    (message,) = ask(cached[0], address, calls)
+    assert is_unreachable(message, "org/others", "generation_config.json")
+    assert ask(cached[0], address, calls, HF_HUB_OFFLINE="1") == loads[1][:1]
 
 
 NOWHERE = "the hub has no such repository, or it is private and needs a token"
