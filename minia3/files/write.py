@@ -41,7 +41,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minia3.files.lock import lock_folder, remove_lock
-from minia3.files.read import one_line
+from minia3.files.read import one_line, reading
 
 CONFIGS = ("config.json", "adapter_config.json")  # of a model, and of an adapter
 WRITING = ".writing"  # the folder of files that are being written
@@ -152,7 +152,7 @@ def move_into_place(folder):
     stale = []
     if STALE_FILE in names:
         names.remove(STALE_FILE)
-        stale = json.loads((written / STALE_FILE).read_text(encoding="utf-8"))
+        stale = read_stale(folder)
     new_configs = [name for name in names if name in CONFIGS]
     new_others = [name for name in names if name not in CONFIGS]
     if count_changes(written, folder, names, stale) > 1:
@@ -166,6 +166,20 @@ def move_into_place(folder):
         (written / name).chmod(written.stat().st_mode & 0o666)
         os.replace(written / name, folder / name)
     shutil.rmtree(written)
+
+
+def read_stale(folder):
+    """Return the paths of the files to remove, relative to `folder`.
+
+    Raise ValueError if one is elsewhere, because the folder may come from strangers.
+    """
+    file = folder / WRITTEN / STALE_FILE
+    with reading(file):
+        names = json.loads(file.read_text(encoding="utf-8"))
+        for name in names:
+            if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{name!r:.80} is outside of {folder}")
+    return names
 
 
 def stale_paths(folder, replaces, names):

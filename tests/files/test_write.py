@@ -8,6 +8,7 @@ Here the folders hold whole models, because a mixture shows only when the folder
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -483,6 +484,20 @@ def test_files_of_a_sub_folder_are_removed_too_if_they_match(tmp_path):
         (hidden / "new.txt").write_text("new")
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert left == ["more/kept.md", "new.txt", "old.txt"]
+
+
+@pytest.mark.parametrize("name", ["../kept", "link/kept", "absolute"])
+def test_a_folder_of_strangers_cannot_ask_for_files_elsewhere_to_be_removed(tmp_path, name):
+    kept = tmp_path / "kept"
+    kept.write_text("")
+    folder = tmp_path / "folder"
+    (folder / ".written").mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path)
+    stale = str(kept) if name == "absolute" else name
+    (folder / ".written" / ".stale").write_text(json.dumps([stale]))
+    with pytest.raises(ValueError, match=r"\.stale: .* is outside of "):
+        finish_writing(folder)
+    assert kept.exists()
 
 
 def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
