@@ -119,12 +119,12 @@ def chat_templates(settings):
     """Return the chat templates of a file: None, one, or a dict by name if there are others."""
     default = settings.get("chat_template")
     prefix = "chat_template."
-    others = {
+    templates = {
         key.removeprefix(prefix): text for key, text in settings.items() if key.startswith(prefix)
     }
-    if others and default is not None:
-        return {"default": default} | others
-    return others or default
+    if templates and default is not None:
+        templates["default"] = default
+    return templates or default
 
 
 def backend_with_scores(settings):
