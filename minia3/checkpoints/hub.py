@@ -221,6 +221,7 @@ class Snapshot:
     def explain(self, error):
         """Return why a download failed, and what the user can do."""
         from huggingface_hub import errors
+        from huggingface_hub.utils import HFValidationError
 
         if isinstance(error, errors.GatedRepoError):
             terms = f"Accept its terms at https://huggingface.co/{self.repo}"
@@ -229,7 +230,9 @@ class Snapshot:
         if isinstance(error, errors.RepositoryNotFoundError):
             hint = nearest_name(self.repo)
             return f"the hub has no such repository, or it is private and needs a token{hint}"
-        return f"not a hub id, or the download failed: {one_line(error)}"
+        if isinstance(error, HFValidationError):
+            return f"not a hub id: {one_line(error)}"
+        return f"the download failed: {one_line(error)}"
 
 
 class Transfer:
