@@ -303,13 +303,13 @@ def why_unreachable():
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if getproxies():  # then the proxy resolves names
+    address = urlsplit(constants.ENDPOINT)
+    if {address.scheme, "all"} & getproxies().keys():  # then the proxy resolves names
         return None
-    host = urlsplit(constants.ENDPOINT).hostname
     try:
-        socket.getaddrinfo(host, None)
+        socket.getaddrinfo(address.hostname, None)
     except OSError as error:
-        return f"{host}: {one_line(error)}"
+        return f"{address.hostname}: {one_line(error)}"
     return None
 
 

@@ -27,7 +27,7 @@ from hub_handler import COMMIT, HubHandler
 from safetensors.torch import load_file
 
 import minia3
-from minia3.checkpoints.hub import find, find_adapter
+from minia3.checkpoints.hub import find, find_adapter, why_unreachable
 from minia3.checkpoints.known_models import known_model
 from minia3.cli.info import info
 
@@ -375,6 +375,31 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up_with_the_reason(hub
     assert message.startswith("ValueError: org/slow: ")
     assert "the server sends too slowly: less than 10 MB in 1.5 seconds" in message
     assert "If another process is downloading this file, try again when it is done" in message
+
+
+@pytest.mark.parametrize(
+    ("proxies", "is_told"),
+    [
+        ({}, True),
+        ({"no": "localhost"}, True),
+        ({"https": "http://p"}, False),
+        ({"all": "p"}, False),
+    ],
+)
+def test_without_a_network_it_is_told_at_once_unless_a_proxy_resolves_names(
+    monkeypatch, proxies, is_told
+):
+    """getproxies() lists no_proxy, too, which is not a proxy."""
+
+    def resolve(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("minia3.checkpoints.hub.getproxies", lambda: proxies)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    expected = "huggingface.co: Name or service not known" if is_told else None
+    assert why_unreachable() == expected
 
 
 def test_a_full_disk_is_not_called_a_wrong_name(monkeypatch):
