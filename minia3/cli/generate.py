@@ -20,6 +20,7 @@ from minia3.cli.arguments import (
 )
 from minia3.cli.terminal import show
 from minia3.files.processes import dividing, from_first, is_first, n_processes
+from minia3.files.streams import is_terminal
 
 TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
@@ -127,15 +128,14 @@ def run(args):
     if args.chat:
         prepare_chat(model, tokenizer, args)
     generator = Generator(model, tokenizer, args)
-    stdin = sys.stdin or ()  # it is None if it was closed
     if args.prompts:
         generator.answer_all(args.prompts)
-    elif from_first(bool(stdin) and stdin.isatty()):
+    elif from_first(is_terminal(sys.stdin)):
         if n_processes() > 1:
             raise ValueError("a conversation takes one process: give prompts, or pipe them")
         generator.converse()
     else:
-        generator.answer_all(prompts_of(stdin))
+        generator.answer_all(prompts_of(sys.stdin or ()))  # it is None if it is closed
 
 
 def prompts_of(lines):
@@ -299,13 +299,13 @@ class Generator:
 
 def notice(text, end="\n"):
     """Print what only a person needs to read, on a terminal."""
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         show(text, end=end)
 
 
 def typed_lines():
     """Yield the lines that are typed, without empty ones, until Ctrl-D."""
-    prompt = "> " if sys.stdout.isatty() else ""
+    prompt = "> " if is_terminal(sys.stdout) else ""
     while True:
         try:
             text = input(prompt).strip()

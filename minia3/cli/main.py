@@ -22,7 +22,7 @@ from minia3.cli import (
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
 from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
-from minia3.files.streams import print_last, use_utf8
+from minia3.files.streams import print_error, print_last, use_utf8
 from minia3.training.flags import Parser
 
 COMMANDS = {
@@ -135,4 +135,4 @@ def make_parser(create, name, description, example, **options):
 
 def print_warning(message, *_):
     if is_first():
-        print(f"minia3: {message}", file=sys.stderr)
+        print_error(f"minia3: {message}")

@@ -146,9 +146,10 @@ def check_adapter(path):
 def with_progress(lines, args):
     """Return the function `lines`, which shows a progress bar if standard error is a terminal."""
     from minia3.files.progress import progress_bar
+    from minia3.files.streams import is_terminal
     from minia3.tasks.row_files import read_rows
 
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         return lines
     n_rows = None
     if Path(args.file).is_file():  # a pipe can be read only once

@@ -163,7 +163,7 @@ def make_runs(runs, share):
 
 def make_run(study_run):
     """Make a run, or continue it. Return what became of it, in words that follow a number."""
-    from minia3.files.streams import lasting_output
+    from minia3.files.streams import lasting_output, print_error
     from minia3.training.loop import load_loop
     from minia3.training.run import Failed
     from minia3.training.signals import Stopped
@@ -186,7 +186,7 @@ def make_run(study_run):
         except (Failed, OSError, ValueError) as error:
             if isinstance(error, RunExists) and study_run.has_begun:
                 return make_run(study_run)  # another worker has begun it since we looked
-            print(command_line.error_line(COMMAND, error), file=sys.stderr)
+            print_error(command_line.error_line(COMMAND, error))
             return "failed"
 
 

@@ -1,8 +1,7 @@
 """train: what train.py does, wherever minia3 is installed."""
 
-import sys
-
 from minia3.files.processes import has_several_processes
+from minia3.files.streams import print_error
 from minia3.training import command_line
 from minia3.training.command_lines import COMMAND
 
@@ -25,6 +24,6 @@ def main(words, is_program=False):
 
         loop = load_loop()
     except ValueError as error:
-        print(command_line.error_line(COMMAND, error), file=sys.stderr)
+        print_error(command_line.error_line(COMMAND, error))
         return 2
     return run_command_line(words, loop.run_grid, COMMAND, is_program)

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from tqdm import tqdm
 
 from minia3.files.processes import is_first
+from minia3.files.streams import is_terminal
 
 WIDTH = 80  # columns that a bar takes at most
 INTERVAL = 0.1  # seconds between two pictures of a bar
@@ -53,5 +54,5 @@ def progress(items, total=None, size=None):
 def progress_bar(**options):
     """Return a bar of tqdm that fits into 80 columns, and that is hidden outside of a terminal."""
     columns = min(WIDTH, shutil.get_terminal_size().columns)
-    is_hidden = not sys.stderr.isatty() or not is_first()
+    is_hidden = not is_terminal(sys.stderr) or not is_first()
     return tqdm(ncols=columns, mininterval=INTERVAL, disable=is_hidden, **options)

@@ -43,14 +43,28 @@ def lasting_output():
         sys.stdout, sys.stderr = before
 
 
+def is_terminal(stream):
+    """Return whether a stream is a terminal. Python has None for one that is closed (`2>&-`)."""
+    return stream is not None and stream.isatty()
+
+
+def print_error(text):
+    """Print on standard error, or nowhere if it is closed.
+
+    Without a stream, `print` would take standard output, which another program may read.
+    """
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
+
+
 def print_last(message):
     """Print on standard error why this process ends.
 
     In a terminal, the first of several processes may have left a bar in the line.
     """
-    if not is_first() and sys.stderr.isatty():
+    if not is_first() and is_terminal(sys.stderr):
         message = f"\n{message}"
-    print(message, file=sys.stderr)
+    print_error(message)
 
 
 @contextmanager
@@ -88,7 +102,7 @@ class LastingStream:
                 drop(self.stream)
 
     def isatty(self):
-        return self.stream is not None and self.stream.isatty()
+        return is_terminal(self.stream)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

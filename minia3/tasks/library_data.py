@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minia3.files.read import one_line, read_json, reading
+from minia3.files.streams import is_terminal
 from minia3.tasks.split_files import HUB_PREFIX, SPLIT_OF_NAME, FoundFiles, shorten
 
 TIMEOUT = 10  # seconds to wait for the first answer of the hub
@@ -87,7 +88,7 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     had_bars = not datasets.are_progress_bars_disabled()
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         datasets.disable_progress_bars()
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ from pathlib import Path
 from minia3 import __version__
 from minia3.files.messages import message_of
 from minia3.files.processes import has_several_processes
+from minia3.files.streams import print_error
 from minia3.training.command_lines import PLACES
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import OF_ONE_RUN, read_config_file
@@ -128,7 +129,7 @@ def answer_mistakes(words, program):
     try:
         read_command_line(words, program)
     except ValueError as error:
-        print(error_line(program, error), file=sys.stderr)
+        print_error(error_line(program, error))
         sys.exit(2)
 
 

@@ -242,6 +242,33 @@ def test_a_warning_is_one_line(adapters, capsys):
 # Pipes and signals
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("info t5-bsae", 2),
+        ("train --steps 0", 2),
+        ("predict tiny-t5 rows.jsonl --adapter one/adapter", 0),  # which warns
+        ("merge tiny-t5 one/adapter out", 0),
+    ],
+)
+def test_without_standard_error_a_command_does_the_same_in_silence(
+    words, code, adapters, monkeypatch, capsys
+):
+    """As after `2>&-`: a message must not come between the results on standard output."""
+    monkeypatch.chdir(adapters)
+    config = adapters / "one" / "adapter" / "adapter_config.json"
+    named = json.loads(config.read_text()) | {"base_model_name_or_path": "other/base"}
+    config.write_text(json.dumps(named))
+    (adapters / "rows.jsonl").write_text('{"input": "same colour ?", "choices": ["no", "yes"]}\n')
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(words.split()) == code
+    out = capsys.readouterr().out
+    assert "minia3" not in out
+    if words.startswith("predict"):
+        (line,) = out.splitlines()
+        assert len(json.loads(line)["scores"]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",

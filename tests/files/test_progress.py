@@ -55,6 +55,12 @@ def test_without_a_title_and_outside_of_a_terminal_nothing_is_shown(open_termina
     assert sys.stderr.getvalue() == ""
 
 
+def test_without_standard_error_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after `2>&-`
+    with showing("loading"):
+        assert list(progress([1, 2], total=2)) == [1, 2]
+
+
 def test_a_title_is_of_one_thread(open_terminal):
     terminal = open_terminal()
     with showing("loading"):

@@ -11,7 +11,14 @@ import pytest
 import running
 from running import ROOT, metrics
 
-from minia3.files.streams import LastingStream, lasting_output, use_utf8
+from minia3.files.streams import (
+    LastingStream,
+    is_terminal,
+    lasting_output,
+    print_error,
+    print_last,
+    use_utf8,
+)
 
 
 class Broken(io.StringIO):
@@ -35,6 +42,14 @@ def test_a_program_without_standard_output_prints_nothing():
     assert stream.write("text") == 4
     stream.flush()
     assert not stream.isatty()
+
+
+def test_without_standard_error_no_message_goes_to_standard_output(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after `2>&-`
+    print_error("a mistake")
+    print_last("stopped")
+    assert capsys.readouterr().out == ""
+    assert not is_terminal(sys.stderr)
 
 
 def test_everything_else_of_a_stream_is_as_before(capsys):
