@@ -12,7 +12,6 @@ Folders that older versions wrote are read, too, although their config.json has 
 
 import hashlib
 import json
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ import numpy as np
 from minia3.files.read import read_json
 from minia3.model.costs import flops
 from minia3.training.command_lines import EVALUATION_FLAGS
-
-GRID_FLAGS = ("task", "seed", "lr", "warmup_ratio")  # several values make a grid of adapters
+from minia3.training.outcomes import count_cells, is_mixture, outcomes_of, read_metrics
 
 # These flags do not distinguish results: two runs that differ in nothing else share a row.
 UNNAMED_FLAGS = {
@@ -90,13 +88,12 @@ class Run:
     @property
     def outcomes(self):
         """A dict from each adapter that has ended to "final" or "failed"."""
-        ends = [line for line in self.lines if line["event"] in ("final", "failed")]
-        return {line.get("adapter"): line["event"] for line in ends}
+        return outcomes_of(self.lines)
 
     @property
     def is_mixture(self):
         """Whether one adapter was trained on several tasks."""
-        return self.config.get("adapters") == "one" and isinstance(self.config["task"], list)
+        return is_mixture(self.config)
 
     def missing_results(self):
         """Return a text for each result that this run does not have, or not yet."""
@@ -113,13 +110,7 @@ class Run:
 
     def count_cells(self):
         """Return how many adapters the flags ask for."""
-        lengths = []
-        for flag in GRID_FLAGS:
-            values = self.config.get(flag)
-            is_axis = isinstance(values, list) and not (flag == "task" and self.is_mixture)
-            if is_axis:
-                lengths.append(len(values))
-        return math.prod(lengths)
+        return count_cells(self.config)
 
 
 def read_results(folders):
@@ -200,24 +191,6 @@ def errors_in_one_line(folder):
     except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"  # the text alone may say too little
         raise ValueError(f"{folder}: expected a run of train.py: {reason}") from None
-
-
-def read_metrics(path):
-    """Return the lines of metrics.jsonl. The last one is left out if it is not complete."""
-    if not path.exists():
-        return []
-    complete_text, _, _ = path.read_text("utf-8").rpartition("\n")
-    lines = []
-    for number, text in enumerate(complete_text.splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}, line {number}: {error.msg}") from None
-        if not isinstance(line, dict):
-            found = type(line).__name__
-            raise ValueError(f"{path.name}, line {number}: expected a JSON object, found {found}")
-        lines.append(line)
-    return lines
 
 
 def read_result(run, final):

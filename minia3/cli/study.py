@@ -192,9 +192,9 @@ def make_run(study_run):
 
 def is_finished(folder):
     """Return whether the run in a folder is finished, and keep no state, which may be large."""
-    from minia3.training.checkpoint import load_checkpoint
+    from minia3.training.checkpoint import checkpoint_of_results, load_checkpoint
 
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder) or checkpoint_of_results(folder)
     return checkpoint is not None and checkpoint.is_finished
 
 
@@ -214,8 +214,9 @@ def show_states(runs):
 
 def state_of(study_run):
     """Return one of STATES. It is read from the run's files, so it is true at any time."""
-    from minia3.cli.results import Run, errors_in_one_line, read_metrics
+    from minia3.cli.results import Run, errors_in_one_line
     from minia3.files.read import read_json
+    from minia3.training.outcomes import read_metrics
 
     if not study_run.has_begun:
         return "to come"

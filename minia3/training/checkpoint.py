@@ -14,6 +14,7 @@ from minia3.files.pickles import check_checksums, check_storages
 from minia3.files.read import reading
 from minia3.files.write import replacing
 from minia3.training.device import device_module
+from minia3.training.outcomes import results_of_finished
 
 LAYOUT = 3  # goes up if an older checkpoint cannot be continued
 OTHER_LAYOUT = (
@@ -87,6 +88,15 @@ def load_checkpoint(folder):
         checkpoint = Checkpoint(**values)
         checkpoint.check()
         return checkpoint
+
+
+def checkpoint_of_results(folder):
+    """Return the Checkpoint of a run that is finished although it has no checkpoint.pt, or None.
+
+    A user may delete that file to save space. All results are in metrics.jsonl.
+    """
+    finals = results_of_finished(folder)
+    return None if finals is None else Checkpoint(is_finished=True, finals=finals)
 
 
 def read_values(path):

@@ -80,12 +80,11 @@ def resume_if_begun(config, flags):
     flags: those that are given, with their values. Places among them, such as --data-dir, replace
     those of the run. Raise ValueError if there is no --out, or if the run there has other flags.
     """
-    config.or_resume = False  # because it says nothing about the run, and config.json is of the run
     if config.out is None:
         raise ValueError("--or-resume looks for a run in the folder of --out: give --out, too")
     folder = Path(config.out)
     if not (folder / "config.json").exists():
-        return config
+        return dataclasses.replace(config, or_resume=False)  # which config.json should not have
     check_config(config)  # before its flags are compared
     check_same_flags(folder, config)
     places = {name: flags[name] for name in PLACES if name in flags and name not in OF_ONE_RUN}

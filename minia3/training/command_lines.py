@@ -31,7 +31,8 @@ PLACES = (
     "config",
     "device",
     "log_to",
-)  # where a run happens, not what it does
+    "or_resume",
+)  # where a run happens and whether it goes on, not what it does
 TEXTS = ("input", "target", "labels")  # in which a slash begins no path
 
 # How runs are started.

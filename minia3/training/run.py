@@ -23,6 +23,7 @@ from minia3.training.checkpoint import (
     DAMAGED_STATE,
     STATES,
     Checkpoint,
+    checkpoint_of_results,
     forget_states,
     keep_state,
     load_checkpoint,
@@ -104,6 +105,8 @@ class Run:
             self.resources.enter_context(lock_folder(self.folder))
             clean_run(self.folder)
             saved = load_checkpoint(self.folder)
+            if saved is None and config.or_resume:  # --resume starts over
+                saved = checkpoint_of_results(self.folder)
             if config.steps != read_run_config(self.folder).get("steps"):
                 self.extended_to = config.steps
             if saved and self.extended_to is not None:

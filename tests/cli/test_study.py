@@ -277,6 +277,17 @@ def test_a_loss_that_is_nan_is_a_run_that_failed(tmp_path, capsys):
     assert "1 failed" in output(capsys, "study", path, "--steps", 30)
 
 
+def test_a_finished_run_whose_checkpoint_was_deleted_is_not_made_again(tmp_path, capsys):
+    path = write_study(tmp_path, steps=1)
+    assert "1 finished now" in output(capsys, "study", path, "--run", "1/4")
+    first = read_studies([path], {})[0]
+    (first.folder / "checkpoint.pt").unlink()
+    before = running.contents(first.folder)
+    assert states(capsys, path)[1]["seed0-ia3"] == "finished"
+    assert output(capsys, "study", path, "--run", "1/4") == "1 finished before\n"
+    assert running.contents(first.folder) == before
+
+
 def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, capsys):
     path = write_study(tmp_path, steps=1)
     last = read_studies([path], {})[-1]

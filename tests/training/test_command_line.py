@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import running
-from running import ROOT, fails, metrics, outcome, run, task, train, words
+from running import ROOT, contents, fails, metrics, outcome, run, task, train, words
 
 import minia3
 from minia3.training.command_line import complete, parse_flags
@@ -228,7 +228,39 @@ def test_or_resume_begins_continues_and_leaves_a_run_alone(tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
     assert outcome(tmp_path / "run") == expected
     (tmp_path / "run" / "checkpoint.pt").unlink()  # as if it was killed before the first one
+    *lines, _ = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
     assert run(again) == 0
+    assert outcome(tmp_path / "run") == expected
+
+
+def test_or_resume_leaves_a_finished_run_alone_although_its_checkpoint_was_deleted(
+    tmp_path, capsys
+):
+    again = words(tmp_path / "run", "--or-resume", steps=2, seed="0,1")
+    assert run(again) == 0
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert run(again) == 0
+    printed = capsys.readouterr().out
+    assert "is finished" in printed
+    assert "to train longer" not in printed  # because there is nothing to continue from
+    assert contents(tmp_path / "run") == before
+    assert run(["--resume", tmp_path / "run"]) == 0  # which starts over
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_or_resume_goes_on_with_a_grid_that_has_some_of_its_results(tmp_path, capsys):
+    again = words(tmp_path / "run", "--or-resume", steps=2, seed="0,1")
+    assert run(again) == 0
+    expected = outcome(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    *lines, _ = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
+    capsys.readouterr()
+    assert run(again) == 0
+    assert "is finished" not in capsys.readouterr().out
     assert outcome(tmp_path / "run") == expected
 
 
@@ -272,4 +304,6 @@ def test_or_resume_knows_a_run_whose_epochs_became_steps(tmp_path, capsys):
 def test_or_resume_from_python(tmp_path):
     flags = {"task": str(task()), "steps": 1, "out": tmp_path / "run", "or_resume": True}
     first = minia3.train(running.model("t5"), **flags)
+    assert minia3.train(running.model("t5"), **flags).results == first.results
+    (tmp_path / "run" / "checkpoint.pt").unlink()
     assert minia3.train(running.model("t5"), **flags).results == first.results

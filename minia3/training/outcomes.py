@@ -1,0 +1,67 @@
+"""How the adapters of a run have ended, as its metrics.jsonl says. No torch is needed."""
+
+import json
+import math
+
+from minia3.files.read import read_json, reading
+
+GRID_FLAGS = ("task", "seed", "lr", "warmup_ratio")  # several values make a grid of adapters
+
+
+def read_metrics(path):
+    """Return the lines of metrics.jsonl. The last one is left out if it is not complete."""
+    if not path.exists():
+        return []
+    complete_text, _, _ = path.read_text("utf-8").rpartition("\n")
+    lines = []
+    for number, text in enumerate(complete_text.splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path.name}, line {number}: {error.msg}") from None
+        if not isinstance(line, dict):
+            found = type(line).__name__
+            raise ValueError(f"{path.name}, line {number}: expected a JSON object, found {found}")
+        lines.append(line)
+    return lines
+
+
+def outcomes_of(lines):
+    """Return a dict from each adapter that has ended to "final" or "failed"."""
+    ends = [line for line in lines if line["event"] in ("final", "failed")]
+    return {line.get("adapter"): line["event"] for line in ends}
+
+
+def is_mixture(config):
+    """Return whether one adapter is trained on several tasks. config: of config.json."""
+    return config.get("adapters") == "one" and isinstance(config["task"], list)
+
+
+def count_cells(config):
+    """Return how many adapters the flags of a config.json ask for."""
+    lengths = []
+    for flag in GRID_FLAGS:
+        values = config.get(flag)
+        is_axis = isinstance(values, list) and not (flag == "task" and is_mixture(config))
+        if is_axis:
+            lengths.append(len(values))
+    return math.prod(lengths)
+
+
+def results_of_finished(folder):
+    """Return the results of a run that is finished, as a checkpoint has them, or else None.
+
+    It is finished if all adapters have ended, at least one of them with a result.
+    """
+    with reading(folder):
+        lines = read_metrics(folder / "metrics.jsonl")
+        finals = [line for line in lines if line["event"] == "final"]
+        n_ended = len(outcomes_of(lines))
+        if not finals or n_ended < count_cells(read_json(folder / "config.json")):
+            return None
+    return [result_in(final) for final in finals]
+
+
+def result_in(final):
+    """Return the result in a final line: all but what `Run.finish_cell` has put before it."""
+    return {key: value for key, value in final.items() if key not in ("event", "step")}
