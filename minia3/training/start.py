@@ -3,6 +3,9 @@
 Each of the three hands over `run_grid` of train.py, because no module imports train.py.
 """
 
+import sys
+
+from minia3.files.messages import shorten
 from minia3.files.processes import (
     PeerGone,
     computing_together,
@@ -57,8 +60,8 @@ def exit_code_of(words, run_grid, program, is_program):
 def run_config(config, run_grid, program, is_program=False):
     """Run what the flags say, and return the Run. The process stays as it was.
 
-    Raise ValueError for a user's mistake, Failed if the training failed or memory ran out, and
-    Stopped after a signal.
+    Raise ValueError for a user's mistake, Failed if the training failed, memory ran out, or torch
+    cannot compile the model, and Stopped after a signal.
     """
     run = None
     try:
@@ -85,7 +88,22 @@ def run_config(config, run_grid, program, is_program=False):
             run.discard_if_new()
         if is_out_of_memory(error):
             raise Failed(out_of_memory_message(error, run)) from None
+        if is_compile_error(error):
+            raise Failed(compile_message(error)) from None
         raise
     finally:
         if run:
             run.close()
+
+
+def is_compile_error(error):
+    """Return whether an exception is one of torch's compiler."""
+    module = sys.modules.get("torch._dynamo.exc")  # absent unless something was compiled
+    return module is not None and isinstance(error, module.TorchDynamoException)
+
+
+def compile_message(error):
+    """Return what a run says if --compile fails: why, and what to do."""
+    reason = shorten(" ".join(str(error).split()), 200)
+    needs = "on a CPU it needs a C++ compiler such as g++, and on a GPU Triton"
+    return f"--compile: torch's compiler failed ({needs}): {reason}; or train without --compile"

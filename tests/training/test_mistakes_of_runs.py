@@ -144,3 +144,23 @@ def test_a_folder_without_permission_to_write_is_a_mistake(tmp_path, capsys, mon
 
     monkeypatch.setattr("minia3.training.run_folder.write_json", refuse)
     fails(words(out), capsys, out, "Permission denied")
+
+
+def test_a_compiler_that_fails_is_one_line_and_the_run_leaves_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    """On a machine without a C++ compiler, torch raises what this backend makes it raise."""
+
+    def fail(*_):
+        raise RuntimeError("No working C++ compiler found\n\nin a list")
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compile_module(module, backend=fail, **options),
+    )
+    out = tmp_path / "run"
+    parts = ("--compile: torch's compiler failed", "No working C++ compiler found", "train without")
+    fails(words(out, "--compile", steps=1), capsys, *parts, code=1)
+    assert not out.exists()
