@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minia3.files.processes import first_goes_first
-from minia3.files.write import is_free, writing_folder
+from minia3.files.write import finish_writing, is_free, writing_folder
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
 
@@ -98,7 +98,8 @@ def new_folder(path):
 def load_model(args):
     """Load the model of `args` onto --device in --dtype.
 
-    Of several processes, the first one downloads it, and the adapter.
+    Of several processes, the first one downloads it, and the adapter. It also moves into place
+    what a killed process had written of the adapter.
     """
     import torch
 
@@ -115,8 +116,10 @@ def load_model(args):
     with first_goes_first():
         find(args.model)
         adapter = getattr(args, "adapter", None)
-        if adapter and not Path(adapter).exists():
-            find_adapter(adapter)
+        if adapter:
+            finish_writing(adapter)
+            if not Path(adapter).exists():
+                find_adapter(adapter)
     shards = make_shards(getattr(args, "shard", None), getattr(args, "offload", False), device)
     with showing("loading"):
         return load_model(

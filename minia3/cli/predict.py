@@ -20,7 +20,7 @@ from minia3.cli.arguments import (
     warn_if_endless,
 )
 from minia3.cli.terminal import show
-from minia3.files.processes import is_first
+from minia3.files.processes import first_goes_first, is_first
 
 TITLE = "Label the rows of a file, or continue them"
 EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
@@ -90,9 +90,10 @@ def run(args):
     from minia3.inference.prediction import follow, write_results
 
     check_out(args)
-    finish_adapters(args.adapter)
-    check_adapter(args.adapter)
-    forms = make_forms(args)
+    with first_goes_first():  # because these write and download
+        finish_adapters(args.adapter)
+        check_adapter(args.adapter)
+        forms = make_forms(args)
     model = load_model(args)
     adapters, default_adapter = load_adapters(model, args.adapter)
     tokenizer = load_tokenizer(args.model)

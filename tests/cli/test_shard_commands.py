@@ -1,10 +1,16 @@
-"""`generate` and `predict` over a base that processes hold together."""
+"""`generate` and `predict` in several processes, also over a base that they hold together."""
+
+import json
+from contextlib import contextmanager
 
 import pytest
 import several
+from command_line import output, save_adapters
 from torch_version import divides_a_base
 
+from minia3.cli import arguments, predict
 from minia3.cli.main import main
+from minia3.files import write
 
 PROMPTS = ["anna has a red ball . same colour ?", "ben has a blue box . same colour ?", "anna"]
 ROWS = several.ROOT / "data" / "same-colour" / "test.jsonl"
@@ -25,3 +31,37 @@ def test_a_divided_model_writes_and_labels_as_a_whole_one(tmp_path, capsys):
     code, _, err = several.call(2, "-m", "minia3", *labels, divided, "--shard", "--offload")
     assert (code, err) == (0, "")
     assert divided.read_text() == alone.read_text()
+
+
+@pytest.mark.parametrize("command", ["generate", "predict"])
+def test_only_the_first_process_moves_an_adapter_into_place(command, tmp_path, monkeypatch, capsys):
+    """The lock of the folder would keep out the others: "another run is writing there"."""
+    save_adapters(tmp_path)
+    folder = tmp_path / "one" / "adapter"
+    folder.rename(tmp_path / "complete")
+    folder.mkdir()
+    (tmp_path / "complete").rename(folder / ".written")  # as a killed process leaves it
+    is_first_alone = False
+    alone_at_locks = []
+    lock_folder = write.lock_folder
+
+    @contextmanager
+    def noted_turn():
+        nonlocal is_first_alone
+        is_first_alone = True
+        yield
+        is_first_alone = False
+
+    def noted_lock(*arguments):
+        alone_at_locks.append(is_first_alone)
+        return lock_folder(*arguments)
+
+    for module in (arguments, predict):
+        monkeypatch.setattr(module, "first_goes_first", noted_turn)
+    monkeypatch.setattr(write, "lock_folder", noted_lock)
+    words = [command, "tiny-t5", "same colour ?", "--adapter", folder]
+    if command == "predict":
+        words[2] = tmp_path / "rows.jsonl"
+        words[2].write_text(json.dumps({"input": "same colour ?", "target": "yes"}) + "\n")
+    assert output(capsys, *words)
+    assert alone_at_locks == [True]
