@@ -103,7 +103,7 @@ def plot(folders, out):
 
 
 def choose_pictures(folders):
-    """Return the pictures of the runs in `folders`, and the note of `read_results`."""
+    """Return the pictures of the runs in `folders`, and a note on what is left out."""
     results, note = read_results(folders)
     pictures = [Picture("accuracy", partial(draw_accuracy, rows=make_rows(results)))]
     trained = [result for result in results if len(result.loss_curve)]
@@ -118,11 +118,15 @@ def choose_pictures(folders):
         if len(adapters[model]) > 1:
             name = "similarity-" + model_name.strip("/").replace("/", "-")
             pictures.append(Picture(name, partial(draw_similarity, adapters=adapters[model])))
-    return pictures, note
+    notes = [note, note_on_missing(results)]
+    return pictures, "; ".join(filter(None, notes))
 
 
 def read_adapters(results):
-    """Return the trained (IA)^3 adapters: dicts from model to name to vector to array (D,)."""
+    """Return the trained (IA)^3 adapters: dicts from model to name to vector to array (D,).
+
+    Those whose folders are not there are left out.
+    """
     from minia3.adapters.peft_files import read_adapter  # imports torch, and `--help` is quick
 
     resolved = [result.run_folder.resolve() for result in results]
@@ -130,7 +134,8 @@ def read_adapters(results):
     adapters = {}
     names = {}  # folder of an adapter -> its name
     for result in results:
-        if result.method != "ia3" or not result.n_trainable:
+        # Without the folder, its path would be taken for an adapter on the hub.
+        if not has_adapter(result) or not result.adapter_folder.is_dir():
             continue
         if result.adapter_folder in names:  # a mixture has several results and one adapter
             continue
@@ -143,6 +148,19 @@ def read_adapters(results):
             key.replace("blocks.", ""): vector.numpy() for key, vector in vectors.items()
         }
     return adapters
+
+
+def has_adapter(result):
+    return result.method == "ia3" and result.n_trainable > 0
+
+
+def note_on_missing(results):
+    """Return which adapters have no picture, because their folders are not there, or ""."""
+    folders = dict.fromkeys(result.adapter_folder for result in results if has_adapter(result))
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if not missing:
+        return ""
+    return f"{len(missing)} not drawn, because these folders are not there: {', '.join(missing)}"
 
 
 def distinct_name(name, taken):

@@ -90,6 +90,18 @@ def test_a_run_that_trained_nothing_has_no_adapter_to_draw(tmp_path):
     assert names_of_pictures(tmp_path / "run") == ["accuracy"]
 
 
+def test_adapters_whose_folders_are_gone_are_left_out_with_a_note(runs, tmp_path, monkeypatch):
+    """From inside the folder, such a path has the form of an id on the hub: "ia3-0/adapter"."""
+    for name in ("ia3-0", "ia3-1"):
+        shutil.copytree(runs / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "ia3-0" / "adapter")
+    monkeypatch.setattr("minia3.checkpoints.hub.fetch", None)
+    monkeypatch.chdir(tmp_path)
+    pictures, note = choose_pictures(["ia3-0", "ia3-1"])
+    assert [picture.name for picture in pictures] == ["accuracy", "curves", "learned-ia3-1"]
+    assert note == "1 not drawn, because these folders are not there: ia3-0/adapter"
+
+
 def test_each_adapter_of_a_grid_has_a_picture(runs, tmp_path):
     grid = tmp_path / "grid"
     shutil.copytree(runs / "ia3-0", grid)
