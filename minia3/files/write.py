@@ -130,13 +130,13 @@ def finish_writing(folder):
 def is_free(path):
     """Return whether nothing is lost if a command writes a new folder here.
 
-    There is nothing, an empty folder (hidden files do not count), or what a killed command left.
+    There is nothing, or an empty folder (hidden files do not count), such as one in which a command
+    was killed. What a killed command had written completely is moved into place first, and stays.
     """
     path = Path(path)
+    finish_writing(path)
     if not path.is_dir():
         return not os.path.lexists(path)  # a file, a device, or a link that leads nowhere
-    if (path / WRITTEN).exists():
-        return True
     return all(name.startswith(".") for name in os.listdir(path))
 
 

@@ -270,3 +270,18 @@ def test_a_command_that_fails_before_its_last_file_leaves_nothing(adapters, monk
     assert not out.exists()
     monkeypatch.undo()
     run(*words[command])
+
+
+def test_a_command_does_not_mix_its_files_with_those_that_a_killed_one_had_completed(
+    adapters, capsys
+):
+    adapter = adapters / "one" / "adapter"
+    (adapter / "task.json").write_text("{}")
+    run("mix", adapters / "out", f"{adapter}:1")
+    expected = running.contents(adapters / "out")
+    (adapters / "out").rename(adapters / "complete")
+    (adapters / "out").mkdir()
+    (adapters / "complete").rename(adapters / "out" / ".written")
+    message = failure(capsys, "convert", "tiny-t5", adapters / "out")
+    assert "exists and is not empty: give a new folder" in message
+    assert running.contents(adapters / "out") == expected

@@ -286,8 +286,19 @@ def test_a_folder_is_free_if_nothing_is_lost(tmp_path):
     (tmp_path / "file").write_text("")
     assert not is_free(tmp_path)
     assert not is_free(tmp_path / "file")
-    (tmp_path / ".written").mkdir()  # whoever wrote "file" was killed
-    assert is_free(tmp_path)
+    (tmp_path / "file").unlink()
+    (tmp_path / ".writing").mkdir()
+    (tmp_path / ".writing" / "half a file").write_text("")
+    assert is_free(tmp_path), "a killed command had begun to write"
+
+
+def test_a_folder_that_a_killed_command_had_written_completely_is_finished_and_not_free(tmp_path):
+    """Another command would mix its files with those that are there already."""
+    (tmp_path / "task.json").write_text("{}")  # which it had moved into place
+    (tmp_path / ".written").mkdir()
+    (tmp_path / ".written" / "config.json").write_text("{}")
+    assert not is_free(tmp_path)
+    assert contents(tmp_path) == {"config.json": b"{}", "task.json": b"{}"}
 
 
 def test_whoever_cannot_finish_a_folder_says_why(tmp_path, monkeypatch):
