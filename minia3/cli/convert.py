@@ -95,7 +95,8 @@ def convert_model(args):
     tokenizer = find_tokenizer(path)  # None if there is none
     with showing("writing"), writing_new_folder(args.out) as folder:
         save_model(model, folder, tokenizer)
-        copy_task_file([path], folder)
+        if path.is_dir():  # what lies beside a .gguf file is not of the model
+            copy_task_file([path], folder)
 
 
 def is_adapter(path):

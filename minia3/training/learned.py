@@ -10,10 +10,13 @@ from minia3.tasks.task_file import read_tasks_beside
 def learned_tasks(model, adapter=None):
     """Return the tasks in the task.json of an adapter, or else of a model: name to TaskSpec.
 
-    The dict is empty if there is no such file. Raise ValueError if there is no such adapter.
+    The dict is empty if there is no such file. A model that is a file itself has none, because what
+    lies beside it is not of the model. Raise ValueError if there is no such adapter.
     """
     if adapter is not None:
         return read_tasks_beside(find_adapter(adapter))
     path = Path(model)
+    if path.is_file():
+        return {}
     finish_writing(path)
     return read_tasks_beside(path)

@@ -156,6 +156,17 @@ def test_a_model_keeps_its_task_file(adapters):
     assert files_in(adapters / "out") == files_in(adapters / "merged")
 
 
+def test_a_model_in_a_file_does_not_take_the_task_that_lies_beside_it(tmp_path):
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    import test_gguf
+
+    tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
+    test_gguf.write(tmp_path / "small.gguf", tensors)
+    (tmp_path / "task.json").write_text(json.dumps({"prompts": [{"text": "{input}"}]}))
+    run("convert", tmp_path / "small.gguf", tmp_path / "out")
+    assert "task.json" not in files_in(tmp_path / "out")
+
+
 def test_an_adapter_that_a_killed_process_had_written_is_not_taken_for_a_model(adapters):
     """All of its files are still in .written."""
     folder = adapters / "one" / "adapter"

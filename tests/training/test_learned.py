@@ -16,6 +16,9 @@ def test_an_adapter_comes_before_the_model_and_a_name_has_learned_nothing(tmp_pa
     (of_adapter,) = learned_tasks(tmp_path / "model", tmp_path / "adapter").values()
     assert (of_model.chat_template, of_adapter.chat_template) == ("model", "adapter")
     assert learned_tasks("t5-base") == {}
+    # The task.json beside a file is the user's, who keeps models and rows in one folder.
+    (tmp_path / "model" / "model.gguf").write_text("")
+    assert learned_tasks(tmp_path / "model" / "model.gguf") == {}
     # A killed process has written this folder, and not yet moved the files to their places.
     (tmp_path / "killed").mkdir()
     (tmp_path / "model").rename(tmp_path / "killed" / ".written")
