@@ -10,6 +10,7 @@ from minia3.files.processes import first_goes_first
 from minia3.files.write import finish_writing, is_free, writing_folder
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
+QUANTIZE_HELP = "keep the weights of the blocks in 8 or 4 bits (default: as --dtype says)"
 
 
 def add_model(parser):
@@ -62,12 +63,8 @@ def add_device_options(parser):
     )
 
 
-def add_quantize(parser):
-    parser.add_argument(
-        "--quantize",
-        choices=("int8", "nf4"),
-        help="keep the weights of the blocks in 8 or 4 bits (default: as --dtype says)",
-    )
+def add_quantize(parser, help=QUANTIZE_HELP):
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help=help)
 
 
 def add_shard(parser):

@@ -1,6 +1,7 @@
 """What `info --devices` answers: does a model fit, what takes the memory, and how to run it."""
 
 import math
+import textwrap
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,11 @@ PART_TITLES = {
     "unsharded": "for a moment: blocks that run, a dequantized weight",
 }
 
-NOTE = """\
-Per device. In bfloat16 but for the vectors. A tenth of the memory must stay free: for PyTorch
-itself, and for the gaps that the allocator leaves."""
+NOTE = (
+    "Per device. {dtypes} but for the vectors. A tenth of the memory must stay free: for PyTorch "
+    "itself, and for the gaps that the allocator leaves."
+)
+NOTE_WIDTH = 100
 
 
 class Devices(NamedTuple):
@@ -74,7 +77,10 @@ def device_lines(name, model_config, devices, batch, length):
         yield "command", " ".join(map(str, command(name, devices, n_shards) + sizes))
     else:
         yield "instead", advice(model_config, devices, shape)
-    for line in NOTE.splitlines():
+    dtypes = "In bfloat16"
+    if devices.quantize:
+        dtypes = f"Blocks in {devices.quantize}, the rest in bfloat16"
+    for line in textwrap.wrap(NOTE.format(dtypes=dtypes), NOTE_WIDTH):
         yield "", line
 
 

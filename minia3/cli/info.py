@@ -12,6 +12,17 @@ from minia3.model.costs import LAYER_FIELDS
 TITLE = "Describe a model and the memory that it takes, or list the models that are known by name"
 EXAMPLE = "minia3 info t5-base"
 
+# The flags that say what is planned for a model, and their defaults
+PLAN_DEFAULTS = {
+    "batch": 8,
+    "length": 128,
+    "devices": None,
+    "memory": None,
+    "quantize": None,
+    "shard": None,
+    "offload": False,
+}
+
 MEMORY_NOTE = """\
 The most that tensors take at once, weights included, for {batch} sources of {length} tokens.
 To serve: read the sources and write one token. To train: one step with targets of {target} tokens.
@@ -26,17 +37,20 @@ def add_arguments(parser):
     parser.add_argument(
         "--batch",
         type=int,
-        default=8,
+        default=PLAN_DEFAULTS["batch"],
         help="sources in a batch, to plan memory for (default: %(default)s)",
     )
     parser.add_argument(
-        "--length", type=int, default=128, help="tokens of each source (default: %(default)s)"
+        "--length",
+        type=int,
+        default=PLAN_DEFAULTS["length"],
+        help="tokens of each source (default: %(default)s)",
     )
     parser.add_argument(
         "--devices", type=int, help="plan a run on this many devices (default: plan for no device)"
     )
     parser.add_argument("--memory", type=float, help="memory of each device in GB")
-    add_quantize(parser)
+    add_quantize(parser, "plan a base whose blocks are in 8 or 4 bits (default: in bfloat16)")
     parser.add_argument(
         "--shard",
         nargs="?",
@@ -51,13 +65,18 @@ def add_arguments(parser):
         action="store_true",
         help="keep the weights of the blocks in the memory of the CPU",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object, or with --list a list of them, for programs",
+    )
 
 
 def run(args):
     if args.list == (args.model is not None):
         raise ValueError("info: expected either a model or --list (the known models)")
     if args.list:
+        refuse_plan(args)
         rows = known_rows()
         lines = [json.dumps(rows)] if args.json else table(rows)
         show("\n".join(lines))
@@ -68,6 +87,13 @@ def run(args):
         return
     for title, text in lines:  # one by one, because the memory takes a while
         show(f"{title:<18}{text}")
+
+
+def refuse_plan(args):
+    """Raise ValueError if a flag is given that says what is planned for one model."""
+    for name, default in PLAN_DEFAULTS.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"info: --{name} is for one model, and --list describes all of them")
 
 
 def devices_of(args):

@@ -17,7 +17,11 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument("adapter", help="folder, file or hub id of an adapter")
     add_new_folder(parser)
-    add_quantize(parser)
+    add_quantize(
+        parser,
+        "fold the adapter into the weights that an int8 or nf4 base stands for; needs --dequantize "
+        "(default: into the stored weights)",
+    )
     parser.add_argument(
         "--dequantize",
         action="store_true",

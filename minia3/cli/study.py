@@ -26,6 +26,12 @@ EXAMPLE = "minia3 study study.toml --run 1/6"
 STATES = ("finished", "failed", "begun", "to come")
 N_WORKERS = 1
 HOURS = 24
+HELPS = {  # of flags that mean something else for a study, or nothing
+    "out": "folder of all runs (default: `out` of the file, or runs/<name of the file>)",
+    "resume": argparse.SUPPRESS,  # refused, because a study continues its runs itself
+    "or_resume": argparse.SUPPRESS,
+    "config": argparse.SUPPRESS,
+}
 
 
 def add_arguments(parser):
@@ -68,7 +74,7 @@ def add_arguments(parser):
         help=f"how long a worker of --submit lives (default: {HOURS})",
     )
     # The flags of train.py replace those of the file in every run.
-    command_line.add_arguments(parser)
+    command_line.add_arguments(parser, HELPS)
 
 
 def read_share(text):

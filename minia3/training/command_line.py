@@ -48,11 +48,11 @@ def parse_flags(words, program="train.py"):
     return vars(parser.parse_words(words))
 
 
-def add_arguments(parser):
-    """Declare the flags of a run."""
+def add_arguments(parser, helps=None):
+    """Declare the flags of a run. helps: see `add_flags`."""
     parser.add_argument("--version", action="version", version=f"minia3 {__version__}")
     parser.advice = ADVICE
-    add_flags(parser, Config, GROUPS)
+    add_flags(parser, Config, GROUPS, helps)
 
 
 def complete(given):

@@ -79,20 +79,21 @@ def option(name):
 # Reading a command line
 
 
-def add_flags(parser, config_class, groups):
+def add_flags(parser, config_class, groups, helps=None):
     """Add a flag for each field of a dataclass. A flag that is not typed has no value.
 
     groups: the first field of each group of the help -> the title of the group.
+    helps: name of a field -> its help, if it is not that of the field.
     """
+    helps = helps or {}
     group = parser
     list_flags = []
     for field in dataclasses.fields(config_class):
         if field.name in groups:
             group = parser.add_argument_group(groups[field.name])
         names = [option(field.name), *field.metadata["also"]]
-        group.add_argument(
-            *names, default=argparse.SUPPRESS, help=help_text(field), **reading_options(field)
-        )
+        text = helps.get(field.name, help_text(field))
+        group.add_argument(*names, default=argparse.SUPPRESS, help=text, **reading_options(field))
         if tuple in kinds_of(field):
             list_flags += names
     parser.list_flags = list_flags

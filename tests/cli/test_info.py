@@ -183,6 +183,15 @@ def test_all_known_models_are_listed_without_a_network(capsys):
     assert all(len(line) <= 100 for line in lines)
 
 
+@pytest.mark.parametrize(
+    "flags", ["--batch 4", "--devices 8 --memory 80", "--quantize int8", "--shard", "--offload"]
+)
+def test_the_list_takes_no_flags_that_are_for_one_model(flags, capsys):
+    words = flags.split()
+    message = f"{words[0]} is for one model, and --list describes all of them"
+    assert_refused(["info", "--list", *words], capsys, message)
+
+
 def test_the_list_is_json_too_and_agrees_with_the_description_of_each_model(capsys):
     rows = json.loads(output(capsys, "info", "--list", "--json"))
     assert len(rows) == len(KNOWN_MODELS)
@@ -370,6 +379,21 @@ def test_what_does_not_fit_comes_with_advice(arguments, expected, no_activations
     assert found["fits"].startswith("no: ")
     assert "command" not in found
     assert expected in found["instead"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), "Per device. In bfloat16 but for the vectors. A tenth"),
+        (
+            ("--quantize", "int8"),
+            "Blocks in int8, the rest in bfloat16 but for the vectors. A tenth",
+        ),
+    ],
+)
+def test_the_note_says_in_which_dtypes_the_base_is(flags, expected, no_activations, capsys):
+    lines = output(capsys, "info", "t5-base", "--devices", 1, "--memory", 80, *flags)
+    assert expected in " ".join(lines.split())
 
 
 def test_half_a_question_about_devices_is_one_line(capsys):

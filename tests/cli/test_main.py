@@ -99,6 +99,25 @@ def test_the_help_of_a_command_explains_every_argument_and_ends_with_an_example(
         assert out.splitlines()[-1] == f"example: {COMMANDS[name].EXAMPLE}"
 
 
+@pytest.mark.parametrize(
+    ("name", "present", "absent"),
+    [
+        ("merge", ["--quantize"], ["as --dtype says"]),
+        ("info", ["--quantize"], ["as --dtype says"]),
+        ("predict", ["--quantize", "as --dtype says", "--dtype"], []),
+        ("study", ["folder of all runs", "--steps"], ["--resume", "--or-resume", "--config"]),
+    ],
+)
+def test_a_help_says_what_a_flag_does_in_this_command(name, present, absent, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in present:
+        assert part in text
+    for part in absent:
+        assert part not in text
+
+
 @pytest.mark.slow
 # See tests/test_installed.py for `train`, and test_torchrun.py.
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train", "torchrun"}))

@@ -156,8 +156,9 @@ def test_a_model_keeps_its_task_file(adapters):
     assert files_in(adapters / "out") == files_in(adapters / "merged")
 
 
-def test_a_model_in_a_file_does_not_take_the_task_that_lies_beside_it(tmp_path):
+def test_a_model_in_a_file_does_not_take_the_task_that_lies_beside_it(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs the extra gguf")
+    monkeypatch.syspath_prepend(running.ROOT / "tests" / "checkpoints")
     import test_gguf
 
     tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
