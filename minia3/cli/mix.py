@@ -2,6 +2,7 @@
 
 import argparse
 import warnings
+from contextlib import suppress
 from itertools import combinations
 
 from minia3.cli.arguments import add_new_folder, describe_folder, writing_new_folder
@@ -31,11 +32,11 @@ def add_arguments(parser):
 def weighted_adapter(text):
     """Return an adapter and its weight from "ADAPTER:WEIGHT", for argparse."""
     adapter, _, weight = text.rpartition(":")
-    try:
-        return adapter, float(weight)
-    except ValueError:
-        expected = "expected ADAPTER:WEIGHT, as in path/to/adapter:0.5"
-        raise argparse.ArgumentTypeError(f"found {text!r}, {expected}") from None
+    with suppress(ValueError):
+        if adapter:  # Path("") is the current folder
+            return adapter, float(weight)
+    expected = "expected ADAPTER:WEIGHT, as in path/to/adapter:0.5"
+    raise argparse.ArgumentTypeError(f"found {text!r}, {expected}")
 
 
 def run(args):

@@ -179,6 +179,8 @@ def test_prompts_and_flags_come_in_any_order(words):
         (["mix", "out"], ["adapter:weight", "required"]),
         (["mix", "out", "adapter"], ["adapter:weight", "'adapter'"]),
         (["mix", "out", "adapter:half"], ["'adapter:half'", "expected ADAPTER:WEIGHT"]),
+        (["mix", "out", "0.5"], ["'0.5'", "expected ADAPTER:WEIGHT"]),
+        (["mix", "out", ":0.5"], ["':0.5'", "expected ADAPTER:WEIGHT"]),
         (["mix", "out", "nowhere:1"], ["nowhere"]),
         (["table", "nowhere"], ["nowhere", "expected a run of train.py"]),
         (["plot", "nowhere"], ["nowhere", "expected a run of train.py"]),
