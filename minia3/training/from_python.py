@@ -68,7 +68,8 @@ def given_flags(flags):
 def join_parts(parts):
     """Return the parts of a flag that is a text, such as `labels`, as they are typed."""
     texts = list(map(str, parts))
-    if any("," in text for text in texts):
+    # Commas would not keep these texts apart, or they would be taken for JSON themselves.
+    if any("," in text or text.startswith("[") for text in texts):
         return json.dumps(texts)  # which only --labels reads
     return ",".join(texts)
 

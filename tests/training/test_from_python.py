@@ -190,8 +190,9 @@ def test_a_list_is_what_commas_say_on_the_command_line(tmp_path):
     flags = {"labels": ["no", "yes"], "losses": ("lm", "ul"), "eval_prompt": [0, 1]}
     expected = {"labels": "no,yes", "losses": "lm,ul", "eval_prompt": "0,1"}
     assert from_python.given_flags(flags) == expected
-    with_comma = from_python.given_flags({"labels": ["no, never", "yes"]})["labels"]
-    assert split_words(with_comma) == ("no, never", "yes")
+    for labels in (("no, never", "yes"), ("[neg]", "[pos]"), ("no", "[yes]")):
+        given = from_python.given_flags({"labels": labels})
+        assert split_words(given["labels"]) == labels
     with pytest.raises(ValueError, match="--steps is '1,2', expected int"):
         call(tmp_path / "run", steps=[1, 2])
 
