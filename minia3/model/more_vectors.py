@@ -94,7 +94,7 @@ def check_spans(model, spans):
 def parse_layers(text):
     """Return span -> layers, as a range, for each span of a text such as "0-5,8,20-".
 
-    Raise ValueError if the text has another form.
+    Raise ValueError if the text has another form, or if a span has no layers.
     """
     spans = {}
     for span in text.split(","):
@@ -103,6 +103,9 @@ def parse_layers(text):
             raise ValueError(f"--layers {text!r}: expected layers and spans, as in 0-5,20-")
         first, dash, last = match.groups()
         if last:
+            if int(last) < int(first):
+                found = f"--layers {text!r}: {span} ends before it begins"
+                raise ValueError(f"{found}: did you mean {last}-{first}?")
             spans[span] = range(int(first), int(last) + 1)
         elif dash:
             spans[span] = range(int(first), 10**9)  # up to the last layer

@@ -698,6 +698,14 @@ def test_unknown_sites_and_those_of_another_model_are_refused_and_add_nothing(lo
     assert minia3.vectors(model).keys() == before
 
 
+def test_a_span_that_ends_before_it_begins_is_named(loaded):
+    model = loaded("t5-v1.0")
+    with pytest.raises(
+        ValueError, match="--layers '0,1-0': 1-0 ends before it begins: did you mean 0-1"
+    ):
+        choose_vectors(model, "k", "0,1-0", True)
+
+
 # Runs of train.py
 
 
