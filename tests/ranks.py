@@ -7,10 +7,10 @@ running.py, which has imported torch already.
 import contextlib
 import io
 import os
-import socket
 import traceback
 
 import torch
+from ports import reserved_port
 from running import processes, run
 
 from minia3.files.processes import join, leave, n_processes
@@ -24,29 +24,23 @@ def on_ranks(n_processes, function, *arguments):
     traceback of the first process that fails.
     """
     context = processes()
-    port = free_port()
     pipes = []
     children = []
-    for rank in range(n_processes):
-        receiver, sender = context.Pipe(duplex=False)
-        place = (rank, n_processes, port)
-        child = context.Process(target=run_rank, args=(sender, place, function, arguments))
-        child.start()
-        sender.close()
-        pipes.append(receiver)
-        children.append(child)
-    outcomes = [receive(pipe) for pipe in pipes]
-    for child in children:
-        child.join(60)
+    with reserved_port() as port:
+        for rank in range(n_processes):
+            receiver, sender = context.Pipe(duplex=False)
+            place = (rank, n_processes, port)
+            child = context.Process(target=run_rank, args=(sender, place, function, arguments))
+            child.start()
+            sender.close()
+            pipes.append(receiver)
+            children.append(child)
+        outcomes = [receive(pipe) for pipe in pipes]
+        for child in children:
+            child.join(60)
     for _, error in outcomes:
         assert error is None, error
     return [torch.load(io.BytesIO(content), weights_only=False) for content, _ in outcomes]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def receive(pipe):

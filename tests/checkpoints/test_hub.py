@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import socket
 import tempfile
 import threading
 from http.server import ThreadingHTTPServer
@@ -24,6 +23,7 @@ import torch
 from checkpoint_folders import refusal
 from conftest import make
 from hub_handler import COMMIT, HubHandler
+from ports import reserved_port
 from safetensors.torch import load_file
 
 import minia3
@@ -224,12 +224,6 @@ def cached(hub, loads, tmp_path_factory):
     return cache, asked
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_only_files_that_are_needed_are_downloaded(hub, cached):
     common = ["config.json", "generation_config.json"]
@@ -269,8 +263,9 @@ def test_the_cache_is_enough_in_offline_mode_and_missing_files_are_named(hub, ca
 
 @pytest.mark.slow
 def test_the_cache_is_enough_without_a_network(cached, loads):
-    address = f"http://127.0.0.1:{free_port()}"
-    found = ask(cached[0], address, [*loads[0], ("load", "org/else")])
+    calls = [*loads[0], ("load", "org/else")]
+    with reserved_port() as port:
+        found = ask(cached[0], f"http://127.0.0.1:{port}", calls)
     assert found[:3] == loads[1]
     assert found[3].startswith(
         "ValueError: org/else: config.json is not in the cache, and the hub cannot be reached ("
@@ -299,11 +294,12 @@ def test_a_file_for_which_the_hub_cannot_be_reached_is_not_taken_for_one_that_is
 
 @pytest.mark.slow
 def test_a_cache_that_another_program_filled_is_enough_only_if_the_user_says_so(cached, loads):
-    address = f"http://127.0.0.1:{free_port()}"
     calls = [("load", "org/others")]
-    (message,) = ask(cached[0], address, calls)
+    with reserved_port() as port:
+        address = f"http://127.0.0.1:{port}"
+        (message,) = ask(cached[0], address, calls)
+        assert ask(cached[0], address, calls, HF_HUB_OFFLINE="1") == loads[1][:1]
     assert is_unreachable(message, "org/others", "generation_config.json")
-    assert ask(cached[0], address, calls, HF_HUB_OFFLINE="1") == loads[1][:1]
 
 
 NOWHERE = "the hub has no such repository, or it is private and needs a token"

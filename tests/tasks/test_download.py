@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ports import reserved_port
 from task_files import FILES, PARTS, Handler, files_below, lines, serve, zipped
 
 from minia3.tasks.download import check_rate, download
@@ -182,11 +183,10 @@ def test_a_missing_network_is_named(server, tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_run_is_named(server, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}/T.zip"
-    serve(server, monkeypatch, zipped(FILES), address=address)
-    assert "Connection refused" in failure(tmp_path)
+    with reserved_port() as port:
+        address = f"http://127.0.0.1:{port}/T.zip"
+        serve(server, monkeypatch, zipped(FILES), address=address)
+        assert "Connection refused" in failure(tmp_path)
 
 
 def test_an_answer_that_is_not_http_is_refused(server, tmp_path, monkeypatch):

@@ -5,19 +5,25 @@ import signal
 import pytest
 import running
 import several
-from ranks import free_port
+from ports import reserved_port
 
 pytestmark = pytest.mark.slow
 
 FLAGS = {"steps": 40, "save_every": 20, "dtype": "float64", "dropout": 0.0}
 
 
-def start_two(*arguments, torchrun=several.OURS):
+@pytest.fixture
+def port():
+    with reserved_port() as reserved:
+        yield reserved
+
+
+def start_two(port, *arguments, torchrun=several.OURS):
     """Start a script in one process on each of two machines, and return torchrun's processes.
 
-    The first machine has the first process.
+    The first machine has the first process, and the port at which they meet.
     """
-    place = ("--master-addr", "127.0.0.1", "--master-port", free_port())
+    place = ("--master-addr", "127.0.0.1", "--master-port", port)
     started = []
     for rank in (0, 1):
         machines = ("--nnodes", 2, "--node-rank", rank, *place)
@@ -25,9 +31,9 @@ def start_two(*arguments, torchrun=several.OURS):
     return started
 
 
-def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_process(tmp_path):
+def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_process(tmp_path, port):
     folder = tmp_path / "run"
-    first, second = start_two("train.py", *running.words(folder, **FLAGS))
+    first, second = start_two(port, "train.py", *running.words(folder, **FLAGS))
     first.wait_for("step     10")
     second.send_signal(signal.SIGINT)  # which stops the processes of both machines
     code, out, first_err = first.finish()
@@ -38,7 +44,7 @@ def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_proces
     assert first_err + second_err == message
     assert 10 <= running.load_checkpoint(folder).n_steps < 40
 
-    first, second = start_two("train.py", "--resume", folder, torchrun=several.TORCHRUN)
+    first, second = start_two(port, "train.py", "--resume", folder, torchrun=several.TORCHRUN)
     code, out, _ = first.finish()
     assert code == 0
     assert "each of 2 processes computes a part of every step" in out
@@ -54,8 +60,8 @@ def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_proces
         assert final[name] == pytest.approx(expected[name], abs=1e-9)
 
 
-def test_a_mistake_ends_the_run_on_both_machines():
-    first, second = start_two("train.py", "--steps", 0)
+def test_a_mistake_ends_the_run_on_both_machines(port):
+    first, second = start_two(port, "train.py", "--steps", 0)
     codes_and_errors = [machine.finish()[::2] for machine in (first, second)]
     assert [code for code, _ in codes_and_errors] == [2, 2]
     message = "train.py: --steps is 0, expected at least 1\n"
