@@ -1,5 +1,7 @@
 """--quantize: a run beside a quantized base is the run beside the weights that its codes mean."""
 
+import json
+
 import pytest
 import torch
 from running import (
@@ -62,12 +64,21 @@ def test_an_adapter_of_a_quantized_base_labels_rows_beside_it(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, lr=0.3, quantize="int8")) == 0
     assert "--quantize int8" in capsys.readouterr().out.split("use it")[1]
-    rows = str(task() / "test.jsonl")
-    arguments = ["predict", str(model("t5")), rows, "--adapter", str(out / "adapter")]
-    assert main([*arguments, "--quantize", "int8"]) == 0
-    quantized = capsys.readouterr().out
-    assert main(arguments) == 0
-    assert len(quantized.splitlines()) == len(capsys.readouterr().out.splitlines()) > 0
+    path = task() / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    prompts = [row["input"] for row in rows]
+    choices = [row["choices"] for row in rows]
+    arguments = ["predict", model("t5"), path, "--adapter", out / "adapter"]
+    found = {}
+    for kind, flags in (("int8", ["--quantize", "int8"]), (None, [])):
+        assert main([*map(str, arguments), *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found[kind] = torch.tensor([json.loads(line)["scores"] for line in lines])
+        base = minia3.load_model(model("t5"), quantize=kind)
+        minia3.load_adapter(base, out / "adapter")
+        expected = minia3.rank(base, minia3.load_tokenizer(model("t5")), prompts, choices)
+        assert (found[kind] - expected).abs().max() < 1e-4
+    assert (found["int8"] - found[None]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
