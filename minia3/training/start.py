@@ -104,6 +104,7 @@ def is_compile_error(error):
 
 def compile_message(error):
     """Return what a run says if --compile fails: why, and what to do."""
-    reason = shorten(" ".join(str(error).split()), 200)
+    reason, _, _ = str(error).partition("Set TORCHDYNAMO_VERBOSE")  # for who repairs the compiler
+    reason = shorten(" ".join(reason.split()), 200)
     needs = "on a CPU it needs a C++ compiler such as g++, and on a GPU Triton"
     return f"--compile: torch's compiler failed ({needs}): {reason}; or train without --compile"

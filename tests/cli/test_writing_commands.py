@@ -162,7 +162,8 @@ def test_a_model_in_a_file_does_not_take_the_task_that_lies_beside_it(tmp_path, 
     import test_gguf
 
     tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
-    test_gguf.write(tmp_path / "small.gguf", tensors)
+    tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": [2, 3, 1]}
+    test_gguf.write(tmp_path / "small.gguf", tensors, tokens)
     (tmp_path / "task.json").write_text(json.dumps({"prompts": [{"text": "{input}"}]}))
     run("convert", tmp_path / "small.gguf", tmp_path / "out")
     assert "task.json" not in files_in(tmp_path / "out")
