@@ -273,7 +273,7 @@ def kill_in_a_new_folder(folder):
 @needs_unix
 def test_after_a_kill_in_a_new_folder_the_same_command_works_or_the_folder_is_complete(tmp_path):
     n_free, found, names = in_new_process(kill_in_a_new_folder, tmp_path / "model")
-    assert len(found) > n_free > 5
+    assert len(found) > n_free > 0
     assert set(found) == {2.0}
     assert not has_hidden(names)
 
