@@ -2,6 +2,7 @@
 
 import difflib
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,30 +10,57 @@ import torch
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import fill_row, fitting_vectors
 from minia3.files.write import finish_writing
-from minia3.model.adapter_rows import find_row, give_up, number_of
+from minia3.model.adapter_rows import find_row, give_up, give_up_all, number_of
 from minia3.model.ia3 import vectors
 
 
-class Adapters(dict):
-    """A dict from the name of each adapter to its row (a number: see minia3/model/adapter_rows.py).
+class Adapters(Mapping):
+    """A mapping from the name of each adapter to its row (a number: see model/adapter_rows.py).
 
         adapters = minia3.Adapters(model)
         adapters.load("rte", "runs/t5-base-rte-ia3-0/adapter")
         minia3.generate(model, tokenizer, prompts, adapter=adapters.rows(["rte", None]))
 
-    Row 0 is the base: it is all ones, and its name is None. Any thread may load or remove adapters
-    while others generate: rows that are in use stay where they are. An unknown name is a
-    ValueError, and so are the rows of a name that was removed after they were asked for, also while
-    they are read.
+    Row 0 is the base: it is all ones, and its name is None. The other rows are those of the names,
+    so a model has one Adapters at a time: a new one takes the rows of the one before. It is read
+    like a dict, and only `load`, `load_folder`, `remove` and `del` change it.
+
+    Any thread may load, replace or remove adapters while others generate: rows that are in use stay
+    where they are. An unknown name is a ValueError, also for `get`. So are rows whose adapter was
+    removed or replaced after they were asked for, also while they are read: ask for the rows again,
+    and compute the answer again.
     """
 
     # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
     lock = threading.Lock()
 
     def __init__(self, model):
-        super().__init__()
         self.model = model
-        fill_row(model, 0, {})
+        self._numbers = {}
+        with self.lock:
+            give_up_all(model)
+            fill_row(model, 0, {})
+
+    def __getitem__(self, name):
+        try:
+            return self._numbers[name]
+        except KeyError:
+            raise ValueError(self._describe_unknown(name)) from None
+
+    def __contains__(self, name):
+        return name in self._numbers
+
+    def __iter__(self):
+        return iter(self._numbers)
+
+    def __len__(self):
+        return len(self._numbers)
+
+    def __delitem__(self, name):
+        self.remove(name)
+
+    def __repr__(self):
+        return f"Adapters({self._numbers})"
 
     def load(self, name, name_or_path):
         """Add an adapter (see `load_adapter`) under a name, or replace the one of this name."""
@@ -60,7 +88,7 @@ class Adapters(dict):
         """Forget a name. Its row becomes ones, and is free for another adapter."""
         with self.lock:
             row = find_row(self[name], self.model)
-            del self[name]
+            del self._numbers[name]
             # First, so that whoever has read other vectors finds out: see State.check_adapters.
             give_up(row, self.model)
             fill_row(self.model, row, {})
@@ -80,21 +108,23 @@ class Adapters(dict):
             rows = self._choose_rows(new_vectors)
             grow(self.model, 1 + max(rows.values()))
             for name, row in rows.items():
+                if name in self:
+                    give_up(row, self.model)  # first, as in `remove`
                 fill_row(self.model, row, new_vectors[name])
-                self[name] = number_of(row, self.model)
+                self._numbers[name] = number_of(row, self.model)
 
     def _choose_rows(self, names):
         """Return a row for each name: the row that it has, or else a free one."""
-        rows = {name: find_row(number, self.model) for name, number in self.items()}
+        rows = {name: find_row(number, self.model) for name, number in self._numbers.items()}
         n_most = 1 + len(self) + len(names)
         free = iter(sorted(set(range(1, n_most)) - set(rows.values())))
         return {name: rows[name] if name in rows else next(free) for name in names}
 
-    def __missing__(self, name):
+    def _describe_unknown(self, name):
         names = list(self)  # because another thread may add to it meanwhile
         nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)
         hint = f"the nearest of {len(names)} names: {nearest[0] if nearest else 'none'}"
-        raise ValueError(f"there is no adapter {name!r}; {hint}")
+        return f"there is no adapter {name!r}; {hint}"
 
 
 def grow(model, n_rows):

@@ -13,13 +13,19 @@ GENERATION = 2**32
 
 
 def number_of(row, model):
-    """Return the number that now means a row."""
-    return row + GENERATION * model.generations.get(row, 0)
+    """Return the number that now means a row, and note that it was handed out."""
+    return row + GENERATION * model.generations.setdefault(row, 0)
 
 
 def give_up(row, model):
     """Begin the next generation of a row. Numbers that were handed out before become invalid."""
     model.generations[row] = model.generations.get(row, 0) + 1
+
+
+def give_up_all(model):
+    """Give up each row whose number was handed out."""
+    for row in model.generations:
+        give_up(row, model)
 
 
 def find_rows(numbers, model):
@@ -30,7 +36,7 @@ def find_rows(numbers, model):
 def find_row(number, model):
     """Return the row that a number means.
 
-    Raise ValueError if there is no such row, or if its adapter was removed since.
+    Raise ValueError if there is no such row, or if its adapter was removed or replaced since.
     """
     generation, row = divmod(number, GENERATION)
     if generation < 0 or row >= model.n_adapters:
@@ -38,7 +44,7 @@ def find_row(number, model):
         raise ValueError(f"adapter {number!r} is out of range: {expected}")
     if generation != model.generations.get(row, 0):
         raise ValueError(
-            f"adapter {number!r}: the adapter of row {row} was removed, and the row may belong to "
-            "another one: ask for the rows again, with Adapters.rows"
+            f"adapter {number!r}: the adapter of row {row} was removed or replaced, and the row "
+            "may belong to another one: ask for the rows again, with Adapters.rows"
         )
     return row

@@ -118,7 +118,7 @@ class State:
     adapter_numbers: tuple = ()  # as the caller gave them: see adapter_rows.py
 
     def check_adapters(self, model):
-        """Raise ValueError if an adapter was removed while its vectors were read.
+        """Raise ValueError if an adapter was removed or replaced while its vectors were read.
 
         Another thread may do so at any time, and the logits would be those of another adapter.
         """

@@ -4,7 +4,9 @@ own adapter is each example alone. A load that fails changes nothing."""
 import copy
 import json
 import math
+import operator
 import re
+from collections.abc import MutableMapping
 
 import pytest
 import torch
@@ -17,9 +19,16 @@ from minia3.adapters.named_rows import Adapters
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import row_of, save_adapter
 from minia3.cli.info import info
-from minia3.model.adapter_rows import GENERATION
+from minia3.model.adapter_rows import GENERATION, find_row
 
 BOTH = ["t5-v1.1", "llama-gqa"]
+
+# What makes the numbers of "a0" invalid: the adapters, and another file for the name
+CHANGES = {
+    "remove": lambda adapters, path: adapters.remove("a0"),
+    "del": lambda adapters, path: operator.delitem(adapters, "a0"),
+    "replace": lambda adapters, path: adapters.load("a0", path),
+}
 SOURCE = tokens(4, 7)
 TARGET = tokens(4, 5, seed=1)
 MASK = torch.tensor(
@@ -147,8 +156,8 @@ def test_a_name_can_be_replaced_and_removed_and_its_row_is_used_again(loaded, fo
         adapters.load(a, folder / a)
     row = adapters.rows(["a1"]).item()
     adapters.load("a1", folder / "a3")
-    assert (adapters.rows(["a1"]).item(), len(adapters), model.n_adapters) == (row, 3, 4)
-    assert same(row_of(model, row), read_adapter(folder / "a3").vectors)
+    assert (adapters["a1"] % GENERATION, len(adapters), model.n_adapters) == (row, 3, 4)
+    assert same(row_of(model, adapters["a1"]), read_adapter(folder / "a3").vectors)
     adapters.remove("a1")
     assert list(adapters) == ["a0", "a2"]
     assert all((vector[row] == 1).all() for vector in minia3.vectors(model).values())
@@ -159,41 +168,90 @@ def test_a_name_can_be_replaced_and_removed_and_its_row_is_used_again(loaded, fo
     assert same(row_of(model, adapters["new"]), read_adapter(folder / "a1").vectors)
 
 
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", BOTH)
-def test_rows_that_were_asked_for_before_a_name_was_removed_are_refused(loaded, folders, name):
+def test_rows_that_were_asked_for_before_a_name_changed_are_refused(loaded, folders, name, change):
     """They would give the answers of whoever has the row now."""
     folder = folders(name, 3)
     model = loaded(name)
     adapters = Adapters(model)
     adapters.load_folder(folder)
-    names = ["a1", None, "a0", "a2"]
+    names = ["a0", None, "a1", "a2"]
     old_rows = adapters.rows(names)
     expected = logits(model, SOURCE, MASK, TARGET, old_rows)
-    adapters.remove("a1")
-    with pytest.raises(ValueError, match="the adapter of row 2 was removed"):
+    CHANGES[change](adapters, folder / "a1")
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
         model.start(SOURCE, MASK, old_rows)
-    adapters.load("a1", folder / "a1")  # into the same row
-    with pytest.raises(ValueError, match="the adapter of row 2 was removed"):
+    adapters.load("a0", folder / "a0")  # into the same row
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
         model.start(SOURCE, MASK, old_rows)
-    with pytest.raises(ValueError, match="the adapter of row 2 was removed"):
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
         row_of(model, old_rows[0].item())
     assert torch.equal(logits(model, SOURCE, MASK, TARGET, adapters.rows(names)), expected)
     model.start(SOURCE, MASK, old_rows[[1, 1, 2, 3]])  # the others are where they were
 
 
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", BOTH)
-def test_an_adapter_that_is_removed_while_it_answers_is_an_error(loaded, folders, name):
-    """The layers after its removal would have the vectors of another adapter."""
-    folder = folders(name, 1)
+def test_an_adapter_that_changes_while_it_answers_is_an_error(loaded, folders, name, change):
+    """The layers after the change would have the vectors of another adapter."""
+    folder = folders(name, 2)
     model = loaded(name)
     adapters = Adapters(model)
     adapters.load_folder(folder)
     state = model.start(SOURCE, MASK, adapters.rows(["a0", None, "a0", None]))
     block = (model.decoder.blocks if hasattr(model, "decoder") else model.blocks)[0]
-    hook = block.register_forward_hook(lambda *_: adapters.remove("a0"))
-    with pytest.raises(ValueError, match="the adapter of row 1 was removed"):
+    hook = block.register_forward_hook(lambda *_: CHANGES[change](adapters, folder / "a1"))
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
         model.step(state.start, state)
     hook.remove()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_row_is_given_up_before_its_vectors_change(loaded, folders, monkeypatch, change):
+    """Otherwise a batch could read new vectors, and look before the number is invalid."""
+    folder = folders("t5-v1.0", 2)
+    model = loaded("t5-v1.0")
+    adapters = Adapters(model)
+    adapters.load("a0", folder / "a0")
+    number = adapters["a0"]
+    filled_rows = []
+
+    def fill_row(model, row, new_vectors):
+        with pytest.raises(ValueError, match="was removed or replaced"):
+            find_row(number, model)
+        filled_rows.append(row)
+
+    monkeypatch.setattr("minia3.adapters.named_rows.fill_row", fill_row)
+    CHANGES[change](adapters, folder / "a1")
+    assert filled_rows == [number]
+
+
+def test_nothing_but_its_methods_changes_it(loaded, folders):
+    """What a dict does to a name would leave the row to the next adapter without giving it up."""
+    adapters = Adapters(loaded("t5-v1.0"))
+    adapters.load("a0", folders("t5-v1.0", 1) / "a0")
+    assert not isinstance(adapters, dict | MutableMapping)
+    for method in ("pop", "popitem", "clear", "update", "setdefault", "__setitem__"):
+        assert not hasattr(adapters, method)
+    assert adapters.get("a0") == adapters["a0"] == 1
+
+
+def test_a_second_one_takes_the_rows_of_the_first(loaded, folders):
+    folder = folders("t5-v1.0", 2)
+    model = loaded("t5-v1.0")
+    first = Adapters(model)
+    first.load("a0", folder / "a0")
+    second = Adapters(model)
+    second.load("a1", folder / "a1")
+    assert second["a1"] % GENERATION == first["a0"]
+    assert same(row_of(model, second["a1"]), read_adapter(folder / "a1").vectors)
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
+        model.start(SOURCE[:1], None, first.rows(["a0"]))
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
+        first.load("a0", folder / "a0")
+    assert second.rows([None]).tolist() == [0]
+    model.start(SOURCE[:2], None, second.rows(["a1", None]))
 
 
 def test_a_partial_adapter_in_a_used_row_leaves_nothing_of_the_old_one(loaded, folders, tmp_path):
@@ -216,6 +274,9 @@ def test_an_unknown_name_is_an_error_that_tells_the_nearest(loaded, folders):
     for call in (
         lambda: adapters.rows([None, "superglue-rt"]),
         lambda: adapters.remove("superglue-rt"),
+        lambda: adapters.get("superglue-rt"),
+        lambda: adapters.get("superglue-rt", 0),
+        lambda: operator.delitem(adapters, "superglue-rt"),
     ):
         with pytest.raises(
             ValueError, match=r"no adapter 'superglue-rt'; the nearest of 3 names: superglue-rte$"
