@@ -54,11 +54,16 @@ def fold_vector(name, weight, l_D):
     for weight_rows, factor_rows, folded_rows in parts:
         # The factor is float32, so the product is, too; `out` rounds it.
         torch.mul(weight_rows, factor_rows, out=folded_rows)
+    check_folded(name, folded)
+    return folded
+
+
+def check_folded(name, folded):
+    """Raise ValueError unless all numbers of the parameter `name` are finite after folding."""
     smallest, largest = folded.aminmax()  # a NaN would be both
     if not (smallest.isfinite() and largest.isfinite()):
-        found = f"{name} with its vector folded in is not finite in {weight.dtype}"
+        found = f"{name} with the adapter folded in is not finite in {folded.dtype}"
         raise ValueError(f"{found}: take a wider dtype")
-    return folded
 
 
 def vector_of(name, vectors):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minia3.adapters.fold import fold, fold_rows
+from minia3.adapters.fold import check_folded, fold, fold_rows
 from minia3.adapters.lora import LoRA
 from minia3.adapters.merge_quantized import merge_quantized, quantized_entries
 from minia3.adapters.peft_files import read_adapter
@@ -64,7 +64,7 @@ def merge(model, adapter=0):
         if name.endswith(".scale"):
             tensor = torch.ones_like(parameter[:1])
         else:
-            tensor = fold(name, weight_with_lora(module, kind), row).to(parameter.dtype)
+            tensor = fold_with_lora(name, module, row)
         place_parameter(merged, name, tensor, parameter.requires_grad)
     return finish_merge(model, merged)
 
@@ -78,21 +78,27 @@ def finish_merge(model, merged):
     return merged.train(model.training)
 
 
-def weight_with_lora(module, kind):
-    """Return the module's parameter `kind`. If it has a LoRA, add it, in float32 at least."""
-    if isinstance(module, LoRA) and kind == "weight":
-        return module.merged()
-    return getattr(module, kind).detach()
+def fold_with_lora(name, module, row):
+    """Return what `fold` does for a parameter of `module`, with the module's LoRA in it."""
+    kind = name.rpartition(".")[2]
+    parameter = getattr(module, kind).detach()
+    if not isinstance(module, LoRA) or kind != "weight":
+        return fold(name, parameter, row)
+    folded = fold(name, module.merged(), row).to(parameter.dtype)
+    check_folded(name, folded)
+    return folded
 
 
-def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None):
+def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None, out_dtype=None):
     """Fold an adapter into a checkpoint, and write the result to the new folder `out`.
 
     name_or_path, dtype: see `load_model`; adapter: see `read_adapter`. The result has the same bits
     as load_model, load_adapter, merge and save_model write, but only one shard is in memory at a
     time. All tensors are read back and compared.
     quantize: "int8" or "nf4" writes the weights that such a base stands for (merge_quantized.py),
-    because an adapter that was trained beside it has learned to make up for its errors.
+    because an adapter that was trained beside it has learned to make up for its errors. These
+    depend on `dtype`, so it must be that of the training.
+    out_dtype: to which the merged weights are rounded in the end (default: dtype).
 
     Raise ValueError, and leave nothing, if `out` is not empty, if something cannot be read or does
     not fit, or if the disk gives back other bits.
@@ -105,10 +111,11 @@ def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None):
     tokenizer = find_tokenizer(find(name_or_path))
     if quantize is not None:
         stored = quantized_entries(model, stored, dtype, quantize)
-    tensors = folded_tensors(model, stored, dtype, row)
+    out_dtype = out_dtype or dtype
+    tensors = folded_tensors(model, stored, dtype, row, out_dtype)
     try:
         with writing_folder(out) as temporary:
-            save_others(temporary, model, dtype, tokenizer)
+            save_others(temporary, model, out_dtype, tokenizer)
             save_tensors(temporary, tensors)
             check_written(out, temporary, tensors)
     finally:
@@ -116,17 +123,17 @@ def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None):
             out.rmdir()
 
 
-def folded_tensors(model, stored, dtype, row):
+def folded_tensors(model, stored, dtype, row, out_dtype):
     """Return (name in the checkpoint, bytes, function that makes the tensor) of each parameter."""
 
     def make(name, entry):
-        return fold(name, entry.read().to(dtype), row).contiguous()
+        return fold(name, entry.read().to(dtype), row).to(out_dtype).contiguous()
 
     tensors = []
     for name, parameter in model.named_parameters():
         if name in stored:
             stored_name, entry = stored[name]
-            n_bytes = parameter.numel() * dtype.itemsize
+            n_bytes = parameter.numel() * out_dtype.itemsize
             tensors.append((stored_name, n_bytes, partial(make, name, entry)))
     return tensors
 

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from minia3.adapters.fold import fold
+from minia3.adapters.fold import check_folded, fold
 from minia3.checkpoints.load import build_model, place_parameter
 from minia3.checkpoints.nf4_files import PackedEntry
 from minia3.model.quantized import QUANTIZED, QuantizedLinear, is_quantizable, quantized_linears
@@ -35,21 +35,18 @@ def merge_quantized(model, row):
     row: name -> (D,), see `row_of`. Quantized linears get other scales. Linears that the checkpoint
     has left plain (bitsandbytes' llm_int8_skip_modules) get other weights. The new model has one
     row of vectors: ones, but for each l_ff that cannot be folded. It shares the codes with `model`,
-    which stays as it is.
+    which stays as it is. Raise the errors of `merge`.
     """
     merged = build_model(model.config)
     left = dict(row)
     for name, linear in quantized_linears(model).items():
         place, _, kind = name.rpartition(".")
-        scales = linear.scales.detach()
-        bias = linear.bias
+        scaling = []
         for vector_name in scaling_vectors(model.get_submodule(place), place, kind):
             if vector_name in row:
-                l_D = left.pop(vector_name)
-                scales = scales * l_D[:, None]
-                bias = scaled_bias(bias, l_D)
-        parent = merged.get_submodule(place)
-        setattr(parent, kind, type(linear)(linear.codes.detach(), scales, bias))
+                scaling.append(left.pop(vector_name))
+        folded = fold_into_scales(name, linear, scaling, model.embed.weight.dtype)
+        setattr(merged.get_submodule(place), kind, folded)
 
     kept = {name: l_D for name, l_D in left.items() if scales_quantized(merged, name)}
     for name, _ in list(merged.named_parameters()):
@@ -63,6 +60,25 @@ def merge_quantized(model, row):
             tensor = fold(name, parameter.detach(), left)
         place_parameter(merged, name, tensor, parameter.requires_grad)
     return merged
+
+
+def fold_into_scales(name, linear, scaling, dtype):
+    """Return the quantized linear `name` with vectors folded into its scales and its bias.
+
+    scaling: the vectors (D,) that scale its outputs. dtype: of the weight when it is computed.
+    Raise ValueError if a number of this weight or of the bias is not finite.
+    """
+    scales = linear.scales.detach()
+    bias = linear.bias
+    for l_D in scaling:
+        scales = scales * l_D[:, None]
+        bias = scaled_bias(bias, l_D)
+    folded = type(linear)(linear.codes.detach(), scales, bias)
+    if scaling:
+        check_folded(f"{name}.weight", folded.to_linear(dtype).weight)
+        if bias is not None:
+            check_folded(f"{name}.bias", bias)
+    return folded
 
 
 def scales_quantized(model, vector_name):

@@ -27,13 +27,18 @@ def add_arguments(parser):
         action="store_true",
         help="write bfloat16 weights: of a base stored in nf4, or of the one that --quantize makes",
     )
+    parser.add_argument(
+        "--dtype",
+        help="dtype of the base when the adapter was trained: float32, bfloat16 ... (default: the "
+        "dtype of the stored weights)",
+    )
 
 
 def run(args):
     if args.quantize and not args.dequantize:
         reason = "no file format keeps int8 or nf4 with an adapter folded in"
         raise ValueError(f"merge --quantize: {reason}: add --dequantize, which writes bfloat16")
-    from torch import bfloat16
+    import torch
 
     from minia3.adapters.lora import is_lora, load_lora
     from minia3.adapters.merge import merge, merge_files
@@ -44,17 +49,20 @@ def run(args):
     from minia3.files.progress import showing
     from minia3.tasks.task_file import copy_task_file
 
+    dtype = None
+    if args.dtype is not None:
+        dtype = getattr(torch, args.dtype, args.dtype)  # open_checkpoint refuses other words
     with showing("merging"), writing_new_folder(args.out) as folder:
         if is_lora(args.adapter):
             if args.dequantize:
                 raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
-            model = load_model(args.model)
+            model = load_model(args.model, dtype=dtype)
             load_lora(model, args.adapter)
             save_model(merge(model), folder, find_tokenizer(find(args.model)))
         else:
             # File by file, so that only one shard is in memory.
-            dtype = bfloat16 if args.dequantize else None
-            options = {"dtype": dtype, "quantize": args.quantize}
+            out_dtype = torch.bfloat16 if args.dequantize else None
+            options = {"dtype": dtype, "quantize": args.quantize, "out_dtype": out_dtype}
             merge_files(args.model, args.adapter, folder, **options)
         copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")

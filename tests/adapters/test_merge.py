@@ -93,13 +93,15 @@ def test_every_weight_is_its_product_rounded_once(loaded, name, dtype, n_at_once
     assert all(torch.equal(merged[n], p) for n, p in before.items() if n not in changed)
 
 
+@pytest.mark.parametrize("weight", [8, -8])
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-mha"])
-def test_a_product_beyond_the_range_of_the_dtype_is_refused_by_name(loaded, name):
+def test_a_product_beyond_the_range_of_the_dtype_is_refused_by_name(loaded, name, weight):
     model = loaded(name, dtype=torch.bfloat16)
     minia3.vectors(model)[
         "encoder.blocks.1.ffn.l_ff" if name not in LLAMA_PEERS else "blocks.1.ffn.l_ff"
     ].data[0, 2] = 3e38
-    next(p for n, p in model.named_parameters() if n.endswith("1.ffn.down.weight")).data[:, 2] = 8
+    parameters = dict(model.named_parameters())
+    next(p for n, p in parameters.items() if n.endswith("1.ffn.down.weight")).data[:, 2] = weight
     with pytest.raises(
         ValueError, match=r"blocks\.1\.ffn\.down\.weight with .* not finite in torch.bfloat16"
     ):

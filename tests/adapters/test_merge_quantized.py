@@ -68,6 +68,26 @@ def test_merged_is_applied_if_some_linears_are_plain(tmp_path, name, plain):
     assert {n.rpartition(".")[2] for n in kept} == (set() if has_place else {"l_ff"})
 
 
+@pytest.mark.parametrize(
+    ("kind", "scale", "bias"),
+    [("weight", 2.0, 0.0), ("weight", 0.5, 0.0), ("bias", 1e-6, 2.0), ("bias", 1e-6, -2.0)],
+)
+def test_a_product_beyond_the_range_is_refused_by_name(tmp_path, kind, scale, bias):
+    """Of a scale and its entry, of the new scale and a code, and of the bias."""
+    make("qwen2").save_pretrained(tmp_path)
+    model = minia3.load_model(tmp_path, quantize="int8")
+    minia3.vectors(model)["blocks.1.attn.l_k"].data[0, 2] = 3e38
+    linear = model.blocks[1].attn.k
+    linear.scales.data[2] = scale
+    linear.bias.data[2] = bias
+    expected = rf"blocks\.1\.attn\.k\.{kind} with the adapter .* not finite in torch.float32"
+    with pytest.raises(ValueError, match=expected):
+        minia3.merge(model)
+    linear.scales.data[2] = 1e-6
+    linear.bias.data[2] = 1e-6
+    assert quantized_linears(minia3.merge(model))
+
+
 # From file to file, with plain weights
 
 
@@ -101,16 +121,27 @@ def test_what_is_dequantized_and_merged_is_what_was_trained(tmp_path, name, quan
     assert off(logits(plain, SOURCE, MASK, TARGET), expected) > 1e-3
 
 
-def test_the_command_writes_bfloat16(tmp_path, capsys):
-    model = adapter_and_base(tmp_path, "t5-v1.0", "int8")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_writes_in_bfloat16_what_a_run_in_another_dtype_has_trained(
+    tmp_path, monkeypatch, dtype
+):
+    """The files are in float32, which is the default. The result has several shards."""
+    monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 60_000)
+    adapter_and_base(tmp_path, "t5-v1.0", "int8")
+    run_dtype = getattr(torch, dtype)
+    trained = minia3.load_model(tmp_path / "base", dtype=run_dtype, quantize="int8")
+    minia3.load_adapter(trained, tmp_path / "adapter")
+    dequantize(trained, run_dtype)
+    minia3.save_model(minia3.merge(trained).bfloat16(), tmp_path / "expected")
+
     folders = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
-    assert main(["merge", *folders, "--quantize", "int8", "--dequantize"]) == 0
-    merged = minia3.load_model(tmp_path / "merged")
-    assert merged.embed.weight.dtype == torch.bfloat16
-    l_ff = minia3.vectors(model)["encoder.blocks.0.ffn.l_ff"].detach()
-    down = model.encoder.blocks[0].ffn.down
-    expected = down.dequantize(down.codes, down.scales, torch.float64) * l_ff
-    assert off(merged.encoder.blocks[0].ffn.down.weight.double(), expected) < 0.02
+    flags = [] if dtype == "float32" else ["--dtype", dtype]
+    assert main(["merge", *folders, "--quantize", "int8", "--dequantize", *flags]) == 0
+    expected_files = sorted((tmp_path / "expected").iterdir())
+    assert len(expected_files) > 5
+    assert len(list((tmp_path / "merged").iterdir())) == len(expected_files)
+    for path in expected_files:
+        assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_quantized_checkpoint_is_not_written(tmp_path, capsys):

@@ -82,6 +82,8 @@ def test_lora_generates_predicts_and_merges_too(tmp_path, capsys):
     output(capsys, "merge", "tiny-t5", folder, tmp_path / "merged")
     assert have_same_parameters(minia3.load_model(tmp_path / "merged"), merge(model))
     assert minia3.load_tokenizer(tmp_path / "merged").encode(texts[0]) == tokenizer.encode(texts[0])
+    output(capsys, "merge", "tiny-t5", folder, tmp_path / "narrow", "--dtype", "bfloat16")
+    assert minia3.load_model(tmp_path / "narrow").embed.weight.dtype == torch.bfloat16
 
 
 def test_a_merged_model_remembers_the_model_that_it_was_made_of(adapters):
@@ -251,6 +253,7 @@ def test_a_mixture_names_the_model_of_its_adapters_however_it_is_spelled(
     [
         ("models/t5", "other/t5", "models/t5, other/t5"),
         (None, "tiny-t5", "tiny-t5, an unknown model"),
+        ("", "tiny-t5", "tiny-t5, an unknown model"),
     ],
 )
 def test_a_mixture_of_adapters_that_may_be_of_different_models_names_none_and_says_so(
