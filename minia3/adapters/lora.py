@@ -16,7 +16,7 @@ from minia3.adapters.peft_files import adapter_file, write_peft
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import public_name
-from minia3.checkpoints.load import build_model
+from minia3.checkpoints.load import WithoutInitialization, build_model
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
@@ -64,7 +64,8 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
     Raise ValueError if the model has LoRA already, or none of these linears.
     """
     if quantized_linears(model):
-        raise ValueError("a LoRA needs plain weights, and this base is quantized: load it plainly")
+        advice = "load it without quantize, or call minia3.model.quantized.dequantize first"
+        raise ValueError(f"a LoRA needs plain weights, and this base is quantized: {advice}")
     if is_sharded(model):
         raise ValueError("a LoRA needs a whole base, and this one is divided (--shard, --offload)")
     linears = block_linears(model)
@@ -156,8 +157,10 @@ def load_lora(model, name_or_path):
     entries = read_tensors(adapter_file(path))
     options = (rank, alpha, linears_with_lora(model, entries))
     with reading(path):
-        # A model without storage shows which names and shapes the tensors must have.
-        expected = add_lora(build_model(model.config), *options)
+        # A model without storage shows which names and shapes the tensors must have. A and B have
+        # none either, because `r` may be anything until it is compared with the file.
+        with torch.device("meta"), WithoutInitialization():
+            expected = add_lora(build_model(model.config), *options)
         check_tensors(entries, expected)
         check_targets(config, entries)
     for name, parameter in add_lora(model, *options).items():

@@ -4,8 +4,8 @@ A key that is none of these may change what the adapter computes, so we warn of 
 tables hold all keys of PEFT's IA3Config and LoraConfig; a test compares them.
 """
 
-import math
 import re
+import sys
 import warnings
 
 # fmt: off
@@ -19,8 +19,8 @@ HARMLESS = {
     "peft_version":             "says who wrote the file",
     "revision":                 "says where the base model comes from",
     "inference_mode":           "whether PEFT trains it; here, a flag decides",
-    "target_modules":           "the names of the tensors say which linears have an adapter",
-    "exclude_modules":          "the names of the tensors say which linears have an adapter",
+    "target_modules":           "the names of the tensors say the same (check_targets)",
+    "exclude_modules":          "the names of the tensors say the same (check_targets)",
     "feedforward_modules":      "the shape of a vector says whether it scales an input",
     "fan_in_fan_out":           "PEFT itself corrects it for a linear",
     "init_ia3_weights":         "the values before training",
@@ -91,23 +91,27 @@ def check_lora_config(folder, config):
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{folder}: r is {rank!r:.80}, expected a whole number of 1 or more")
     alpha = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    # An integer of a JSON file may be larger than any float. A NaN is not between the limits.
+    limit = sys.float_info.max
+    if type(alpha) not in (int, float) or not -limit <= alpha <= limit:
         raise ValueError(f"{folder}: lora_alpha is {alpha!r:.80}, expected a finite number")
     warn_of_unknown(folder, config, {*READ, "r", "lora_alpha", *LORA_HARMLESS, *LORA_REFUSED})
     return rank, alpha
 
 
 def check_targets(config, names):
-    """Raise ValueError if `target_modules` leaves out a module whose tensors are in the file.
+    """Raise ValueError if the config leaves out a module whose tensors are in the file.
 
     PEFT would leave these tensors out. names: PEFT's names of the tensors.
     """
     targets = config.get("target_modules")
-    if targets == "all-linear":
-        return
+    excluded = config.get("exclude_modules")
     for name in names:
-        module = re.sub(r"\.lora_[AB]\.weight$", "", name.removeprefix("base_model.model."))
-        if not is_target(module, targets):
+        module = re.sub(r"\.(lora_[AB]\.weight|ia3_l)$", "", name.removeprefix("base_model.model."))
+        if is_target(module, excluded):
+            found = f"found {excluded!r:.200}"
+            raise ValueError(f"expected exclude_modules without {module!r:.200}, {found}")
+        if targets != "all-linear" and not is_target(module, targets):
             found = f"found {targets!r:.200}"
             raise ValueError(f"expected target_modules that name {module!r:.200}, {found}")
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save
 
-from minia3.adapters.peft_config import check_ia3_config
+from minia3.adapters.peft_config import check_ia3_config, check_targets
 from minia3.adapters.vector_names import INPUT_VECTORS, PREFIX, READ, SUFFIX, WRITE, rename
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import public_name
 from minia3.checkpoints.layout import ADAPTER_FILES
-from minia3.files.read import read_json
+from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
 from minia3.files.write import write_new_json, writing_folder
 
@@ -42,14 +42,16 @@ def read_adapter(name_or_path):
     """Return an adapter as an AdapterFile.
 
     name_or_path: a PEFT folder, only its .safetensors or .bin file, T-Few's .pt file, or a hub id.
-    Raise ValueError if the adapter is not (IA)^3. One ValueError counts everything that is wrong
-    with the tensors, and names the first problems: an unknown name, two names for one place, a
-    wrong shape, a dtype that is not a float, an entry that is not finite.
+    Raise ValueError if the adapter is not (IA)^3, or if its config leaves out some of its tensors.
+    One ValueError counts everything that is wrong with the tensors, and names the first problems:
+    an unknown name, two names for one place, a wrong shape, a dtype that is not a float, an entry
+    that is not finite.
     """
     path = find_adapter(name_or_path)
-    base = None
+    config = {}
     if path.is_dir():
-        base = read_base(path)
+        config = read_json(path / "adapter_config.json")
+        check_ia3_config(path, config)
         path = adapter_file(path)
 
     vectors = {}
@@ -70,7 +72,10 @@ def read_adapter(name_or_path):
         problems.append("there are no vectors in it")
     if problems:
         raise ValueError(f"{path}: not an (IA)^3 adapter: {join_problems(problems)}")
-    return AdapterFile(with_l_ff(vectors), base)
+    if config.get("target_modules") is not None:  # None: PEFT takes those of the model's family
+        with reading(path.parent):
+            check_targets(config, stored_names.values())
+    return AdapterFile(with_l_ff(vectors), named_base(config))
 
 
 def join_problems(problems):
@@ -80,15 +85,12 @@ def join_problems(problems):
     return f"{shown}; and {n_more} more" if n_more > 0 else shown
 
 
-def read_base(folder):
-    """Return the base model that adapter_config.json names, or None.
-
-    Raise ValueError unless it is a plain (IA)^3 adapter (see peft_config.py).
-    """
-    config = read_json(folder / "adapter_config.json")
-    check_ia3_config(folder, config)
+def named_base(config):
+    """Return the base model that an adapter_config.json names, or None."""
     base = config.get("base_model_name_or_path")
-    return base if isinstance(base, str) else None
+    # Older versions of PEFT write an empty name for a model that was built from a config.
+    is_name = isinstance(base, str) and base != ""
+    return base if is_name else None
 
 
 def adapter_file(folder):

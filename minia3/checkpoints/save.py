@@ -45,8 +45,10 @@ def save_model(model, folder, tokenizer=None):
     at a time, and keeps those of a shard.
     """
     if quantized_linears(model):
-        advice = "load it plainly, or call minia3.model.quantized.dequantize and then minia3.merge"
-        raise ValueError(f"a checkpoint holds plain weights, and this base is quantized: {advice}")
+        raise ValueError(
+            "a checkpoint holds plain weights, and this base is quantized: load it without "
+            "quantize, or call minia3.model.quantized.dequantize and then minia3.merge"
+        )
     names = {ours: theirs for theirs, ours in name_table(model).items()}
     parts = []
     for ours, parameter in model.named_parameters():

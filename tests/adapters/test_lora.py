@@ -362,6 +362,19 @@ def test_merging_leaves_the_model_as_it_is_and_shares_what_does_not_change(appli
         assert not any(p.requires_grad for p in merged.parameters())
 
 
+@pytest.mark.parametrize("entry", [1000.0, -1000.0])
+def test_a_sum_beyond_the_range_of_the_dtype_is_refused_by_name(applied, entry):
+    model = applied("llama-gqa", dtype=torch.float16)
+    lora = model.blocks[1].attn.q
+    lora.lora_A.data.fill_(100.0)
+    lora.lora_B.data[2] = entry
+    assert lora.merged().isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"blocks\.1\.attn\.q\.weight with .* not finite in torch.float16"
+    ):
+        merge(model)
+
+
 # What is refused
 
 
@@ -413,7 +426,14 @@ def test_a_second_lora_is_refused_and_so_is_saving_none(applied, loaded, tmp_pat
         ),
         ({"r": None}, "r is None, expected a whole number of 1 or more"),
         ({"r": 0}, "r is 0, expected a whole number of 1 or more"),
+        # More than any machine can allocate: r is compared with the file first.
+        (
+            {"r": 10**15},
+            r"expected finite .*\(1000000000000000, 24\)\)\] \.\.\., found .*\(3, 24\)",
+        ),
         ({"lora_alpha": "16"}, "lora_alpha is '16', expected a finite number"),
+        ({"lora_alpha": 10**310}, "lora_alpha is 1000.*, expected a finite number"),
+        ({"lora_alpha": -(10**310)}, "lora_alpha is -1000.*, expected a finite number"),
         ({"lora_alpha": math.inf}, "lora_alpha is inf, expected a finite number"),
         ({"lora_alpha": math.nan}, "lora_alpha is nan, expected a finite number"),
         ({"lora_alpha": True}, "lora_alpha is True, expected a finite number"),
@@ -514,3 +534,15 @@ def test_the_other_forms_of_target_modules_are_read(loaded, peft_folder, targets
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
     load_lora(loaded("llama-gqa"), folder)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+@pytest.mark.parametrize(
+    "excluded", [["v_proj"], r".*\.v_proj", ["model.layers.0.self_attn.v_proj"]]
+)
+def test_tensors_of_modules_that_are_excluded_are_refused(loaded, peft_folder, targets, excluded):
+    _, folder = peft_folder("llama-gqa")
+    path = folder / "adapter_config.json"
+    changes = {"target_modules": targets, "exclude_modules": excluded}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    refused(loaded("llama-gqa"), folder, "expected exclude_modules without 'model.layers.0")

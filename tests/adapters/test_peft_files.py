@@ -179,7 +179,7 @@ def test_keys_that_peft_writes_hold_no_name_of_an_adapter(peft_folder):
     [
         {"feedforward_modules": None, "target_modules": None},
         {
-            "target_modules": ".*(k|v|wo|proj)",
+            "target_modules": ".*(k|v|wo|wi_1|proj)",
             "auto_mapping": {"a": []},
             "peft_version": "9",
             "inference_mode": False,
@@ -187,7 +187,9 @@ def test_keys_that_peft_writes_hold_no_name_of_an_adapter(peft_folder):
         {"base_model_name_or_path": ["no", "text"]},
     ],
 )
-def test_nothing_in_a_config_matters_but_the_kind(loaded, peft_folder, name, changes):
+def test_nothing_in_a_config_matters_but_the_kind_and_the_modules(
+    loaded, peft_folder, name, changes
+):
     """Old PEFT left feedforward_modules out, a regex stands for a list, new PEFT says more."""
     theirs, folder = peft_folder(name)
     raw = json.loads((folder / "adapter_config.json").read_text()) | changes
@@ -536,6 +538,35 @@ def test_other_kinds_of_adapters_are_refused(loaded, tmp_path):
     assert "k_proj.lora_A.weight (8, 24) has no place" in refused(
         loaded("llama-gqa"), tmp_path / "adapter_model.safetensors"
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["k"]},
+        {"target_modules": ["k", "v", "o"]},
+        {"target_modules": r"encoder\..*\.(k|v|wo)"},
+        {"target_modules": []},
+        {"exclude_modules": ["wo"]},
+        {"exclude_modules": r"decoder\..*"},
+    ],
+)
+def test_vectors_that_peft_would_leave_out_are_refused(loaded, peft_folder, changes):
+    """PEFT takes only the modules that the config names, whatever tensors there are."""
+    _, folder = peft_folder("t5-v1.0")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (key,) = changes
+    assert refused(loaded("t5-v1.0"), folder).startswith(f"{folder}: expected {key} ")
+
+
+def test_an_adapter_of_a_model_without_a_name_names_no_base(peft_folder):
+    _, folder = peft_folder("t5-v1.0")
+    path = folder / "adapter_config.json"
+    for name in (None, ""):  # as new and as older versions of PEFT write it
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": name}
+        path.write_text(json.dumps(config))
+        assert read_adapter(folder).base is None
 
 
 def test_whole_modules_beside_the_vectors_are_refused(loaded, peft_folder):

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minia3
+from minia3.adapters.lora import add_lora
 from minia3.model.more_vectors import add_vectors, possible_vectors
-from minia3.model.quantized import NF4Linear, quantized_linears
+from minia3.model.quantized import NF4Linear, dequantize, quantized_linears
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -127,6 +128,21 @@ def test_merging_from_file_to_file_writes_plain_weights(tmp_path):
     assert not quantized_linears(merged)
     expected = logits(model, SOURCE, MASK, TARGET)
     assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
+def test_a_lora_needs_plain_weights_and_the_message_says_how_to_get_them(tmp_path):
+    write_quantized("llama-gqa", tmp_path / "base", double_quant=False)
+    model = minia3.load_model(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"call minia3\.model\.quantized\.dequantize first$"):
+        add_lora(model)
+    expected = logits(model, SOURCE, MASK, TARGET)
+    dequantize(model, torch.float32)
+    for parameter in add_lora(model).values():
+        nn.init.normal_(parameter, std=0.1)
+    applied = logits(model, SOURCE, MASK, TARGET)
+    assert off(applied, expected) > 0.01
+    minia3.save_model(minia3.merge(model), tmp_path / "merged")
+    assert off(logits(minia3.load_model(tmp_path / "merged"), SOURCE, MASK, TARGET), applied) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,16 @@ def test_the_command_writes_a_dora_that_we_do_not_take_for_our_own(tmp_path, cap
     assert "use_dora True" in failure(capsys, "merge", "base", "dora", "merged")
 
 
+@pytest.mark.parametrize("unknown", [None, ""])
 def test_the_base_is_the_one_that_the_adapter_names_unless_it_is_given(
-    tmp_path, capsys, monkeypatch
+    tmp_path, capsys, monkeypatch, unknown
 ):
     monkeypatch.chdir(tmp_path)
     model = gated_model(tmp_path / "base")
     minia3.save_adapter(model, tmp_path / "ia3")  # which names "base", a folder here
     assert "converted" in output(capsys, "convert", "ia3", "dora", "--to", "dora")
     path = tmp_path / "ia3" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": None}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": unknown}))
     message = failure(capsys, "convert", "ia3", "dora2", "--to", "dora")
     assert message == "minia3: ia3 does not say which model it is for: give --base\n"
 
