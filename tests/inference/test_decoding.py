@@ -629,6 +629,15 @@ def test_a_prompt_whose_scores_are_not_finite_is_named(options, both, loaded):
     assert generate(model, both.tokenizer, prompts[:2], max_new_tokens=3, **options)
 
 
+def test_of_a_beam_search_with_several_texts_the_prompt_is_named_that_is_not_finite(both, loaded):
+    model = loaded(both.name)
+    model.embed.weight.data[33] = float("nan")
+    prompts = ["w4 w5 w6", "w33 w4", "w4"]  # one batch, in which each prompt has two texts
+    options = {"beams": 3, "samples": 2, "batch_size": 9, "max_new_tokens": 3}
+    with pytest.raises(ValueError, match=r"^prompt 1: the model's scores are not finite"):
+        generate(model, both.tokenizer, prompts, **options)
+
+
 def test_a_token_that_a_model_rules_out_is_no_error(both, loaded):
     model = loaded(both.name)
     logits = model.logits

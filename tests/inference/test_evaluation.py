@@ -16,6 +16,7 @@ from minia3.inference.evaluation import evaluate, over_prompts
 from minia3.inference.metrics import TEXT_METRICS
 from minia3.inference.scoring import total_logprobs
 from minia3.tasks.examples import Example, encode_rows
+from minia3.tasks.limits import written_target
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt, in_context
 from minia3.training.doubts import notes_on_texts
 
@@ -317,8 +318,10 @@ def test_writing_nothing_does_not_match_a_target_of_which_the_tokenizer_has_noth
 def test_other_metrics_of_texts_are_those_of_their_packages_on_the_targets_themselves(
     metric, ours, monkeypatch
 ):
-    texts = ["w4 w5 w6 w7 w8", "w9 w4 w5 w6 w7"]
-    rows = targets("w4 w5 w6 w7 w9", "w9 w4 w5  w6 w3")
+    """Also if the tokenizer lacks a word of them, so that the model cannot write it."""
+    texts = ["w4 w5 w6 w7", "w9 w4 w5 w6 w7"]
+    rows = targets("w4 w5 w6 w7 zz", "w9 w4 w5  w6 w3")
+    assert written_target("w4 zz", ours.tokenizer) == "w4"
     texts_of(ours, monkeypatch, texts)
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
     expected = TEXT_METRICS[metric](texts, [row["target"] for row in rows])

@@ -189,7 +189,14 @@ def test_the_norm_of_bfloat16_is_computed_in_float32():
     norm = RMSNorm(512, eps=1e-6).bfloat16()
     x = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert torch.equal(norm(x), exact.bfloat16())
+    narrow = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def share_off(found):
+        return (found != exact.bfloat16()).float().mean()
+
+    assert share_off(narrow) > 0.05
+    # Not 0, because processors differ in the last bit of float32, which may decide the rounding.
+    assert share_off(norm(x)) < 0.002
 
 
 def test_attention_drops_weights_only_in_training(monkeypatch):

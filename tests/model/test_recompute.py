@@ -185,17 +185,27 @@ def test_what_keeps_its_result_has_the_gradients_of_the_plain_line(adapter_B, dt
 @pytest.mark.parametrize("adapter_B", [torch.tensor([1]), MIXED], ids=["one row", "mixed rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_of_what_keeps_its_result_is_wrong_by_one_rounding(adapter_B, dtype):
-    """The sum is exact within that of float32, so what remains are the roundings of its terms."""
+    """A term is rounded to the dtype, in the scaled result and in its product with the gradient.
+
+    The sum of the terms is one of float32.
+    """
+    generator = torch.Generator().manual_seed(0)
     vector = IA3(64, n_adapters=2)
-    vector.scale.data = torch.randn(2, 64).bfloat16().float()
-    x = torch.randn(3, 100, 64).bfloat16()
-    grad = torch.randn(3, 100, 64).bfloat16()
+    vector.scale.data = torch.randn(2, 64, generator=generator).bfloat16().float()
+    x = torch.randn(3, 100, 64, generator=generator).bfloat16()
+    grad = torch.randn(3, 100, 64, generator=generator).bfloat16()
     scaled(x.to(dtype), vector.scale[adapter_B]).backward(grad.to(dtype))
 
     exact = torch.zeros(2, 64, dtype=torch.float64)
     exact.index_add_(0, adapter_B.expand(3), (grad.double() * x.double()).sum(1))
     error = (vector.scale.grad - exact).norm() / exact.norm()
     assert error < torch.finfo(dtype).eps
+
+    l_BD = vector.scale.detach()[adapter_B].to(dtype)
+    terms_BLD = grad.to(dtype) * (x.to(dtype) * l_BD.unsqueeze(1))
+    rounded = torch.zeros(2, 64, dtype=torch.float64)
+    rounded.index_add_(0, adapter_B.expand(3), terms_BLD.double().sum(1) / l_BD.double())
+    assert (vector.scale.grad - rounded).norm() / rounded.norm() < 1e-5
 
 
 def test_gradients_of_what_keeps_its_result_pass_gradcheck():
