@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import tempfile
 import threading
 from http.server import ThreadingHTTPServer
