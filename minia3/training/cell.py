@@ -101,9 +101,13 @@ class Cell:
     def keep_if_best(self, results):
         """Keep the parameters if these held-out results (one per member) are the best so far.
 
-        A result that is not better counts as a miss, for --patience.
+        A result that is not better counts as a miss, for --patience, and so does None: the scores
+        were not finite.
         """
         progress = self.progress
+        if results is None:
+            progress.n_misses += 1
+            return
         accuracy = sum(result["accuracy"] for result in results) / len(results)
         is_first = progress.best_accuracy is None
         is_better = is_first or accuracy > progress.best_accuracy

@@ -10,7 +10,7 @@ from minia3.checkpoints.load import build_model, load_model
 from minia3.checkpoints.tokenizer import load_tokenizer
 from minia3.files.processes import dividing, first_goes_first
 from minia3.files.progress import showing
-from minia3.inference.evaluation import evaluate, no_answers, over_prompts
+from minia3.inference.evaluation import evaluate, over_prompts
 from minia3.inference.scoring import NotFiniteError
 from minia3.model.ia3 import vectors
 from minia3.model.shard import is_sharded, reset_passes
@@ -187,16 +187,14 @@ class Group:
     def evaluate_active(self):
         """Return a dict from each cell that still trains to its results on held-out rows.
 
-        A cell whose scores are not finite answers nothing. It still has its best vectors so far.
+        A cell whose scores are not finite has None. It still has its best vectors so far.
         """
         results = {}
         for cell in self.active_cells:
             try:
                 results[cell] = self.evaluate_held_out(cell)
             except NotFiniteError:
-                results[cell] = [
-                    no_answers(len(assignment.held_out_rows)) for assignment in cell.assignments
-                ]
+                results[cell] = None
         return results
 
     def state_dict(self):

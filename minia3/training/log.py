@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from minia3.files.progress import progress_bar
+from minia3.inference.evaluation import no_answers
 from minia3.training.device import peak_memory
 from minia3.training.optimizer import learning_rate
 from minia3.training.report import describe
@@ -124,19 +125,33 @@ class TrainingLog:
     # Lines
 
     def fail_bad_cells(self):
-        """Fail each cell that had a loss that is not finite in a step since the last line."""
+        """Fail each cell that had a loss that is not finite in a step since the last line.
+
+        A cell that has run out of patience before this line has ended, as it would have alone.
+        """
         first_step = self.step - len(self.losses) + 1
         for step, losses in enumerate(self.losses, first_step):
             for row, loss in losses.items():
                 cell = self.cells[row]
-                if not math.isfinite(loss) and cell.progress.failure is None:
+                if not math.isfinite(loss) and cell.is_active:
                     fail_cell(cell, step, loss)
 
     def write_training(self, cells):
         """Write a line about the steps since the last line. cells: they took the last step."""
         means = self.mean_losses()
-        if not means:
-            return  # all cells have failed
+        if means:  # there are none if all cells have failed
+            for cell in self.cells:
+                if cell.name in means:
+                    cell.progress.losses.append(float(means[cell.name]))
+            line = self.training_line(means, cells)
+            self.run.write("train", step=self.step, **line)
+            self.show_training(line)
+        self.losses = []
+        self.n_tokens = 0
+        self.logged_seconds = self.seconds
+
+    def training_line(self, means, cells):
+        """Return the values of a line. means: from `mean_losses`."""
         n_examples = self.config.batch_size * sum(len(losses) for losses in self.losses)
         seconds = self.seconds - self.logged_seconds
         line = {
@@ -148,22 +163,18 @@ class TrainingLog:
         }
         if self.cells[0].name:
             line["losses"] = means
-        for cell in self.cells:
-            if cell.name in means:
-                cell.progress.losses.append(float(means[cell.name]))
-        self.run.write("train", step=self.step, **line)
-        self.losses = []
-        self.n_tokens = 0
-        self.logged_seconds = self.seconds
-        self.show_training(line)
+        return line
 
     def mean_losses(self):
-        """Return the mean loss of each cell that has not failed: from its name."""
+        """Return the mean loss of each cell that has trained since the last line: from its name.
+
+        A cell that has failed has none, and neither has one that has run out of patience after a
+        loss that is not finite.
+        """
         means = {}
-        for row in self.losses[0]:
-            cell = self.cells[row]
-            if cell.progress.failure is None:
-                of_cell = [losses[row] for losses in self.losses if row in losses]
+        for row, cell in enumerate(self.cells):
+            of_cell = [losses[row] for losses in self.losses if row in losses]
+            if cell.progress.failure is None and of_cell and np.isfinite(of_cell).all():
                 means[cell.name] = np.mean(of_cell)
         return means
 
@@ -183,9 +194,12 @@ class TrainingLog:
     def write_evaluations(self, results):
         """Write results on held-out rows.
 
-        results: a dict from each cell to its results, one per member of its task.
+        results: a dict from each cell to its results, one per member of its task. None: its scores
+        were not finite, so it has answered nothing.
         """
         for cell, cell_results in results.items():
+            if cell_results is None:
+                cell_results = [no_answers(len(part.held_out_rows)) for part in cell.assignments]
             for assignment, result in zip(cell.assignments, cell_results, strict=True):
                 self.write_evaluation(cell, assignment.task, result)
         self.evaluated_at = self.step

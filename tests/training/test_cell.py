@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import events, metrics, model, run, task, train, words, write
+from running import events, last_vectors, metrics, model, run, task, train, words, write
 from safetensors.torch import load_file
 from written_out import adapter, read, results_by_hand
 
 import minia3
+from minia3.inference.scoring import NotFiniteError
 from minia3.training.cell import Cell
 from minia3.training.grid import cell_name
 
@@ -74,6 +75,25 @@ def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch
     assert [line["step"] for line in events(folder, "eval")] == [1, 2, 3]
 
 
+def test_an_evaluation_whose_scores_are_not_finite_chooses_no_vectors(tmp_path, monkeypatch):
+    """Its accuracy is 0, and so may be that of the vectors that are the best so far."""
+    best = {}
+
+    def accuracy_of(group, cell):
+        if group.log.step > 2:
+            raise NotFiniteError("row 0", 0)
+        for name, table in minia3.vectors(group.model).items():
+            best[name] = table.detach().clone()
+        return 0.0
+
+    results_by_hand(monkeypatch, accuracy_of)
+    out = tmp_path / "run"
+    assert run(words(out, eval_every=2, steps=4, lr=0.1)) == 0
+    assert [line["accuracy"] for line in events(out, "eval")] == [0.0, 0.0]
+    for name, table in last_vectors(out).items():
+        assert torch.equal(table, best[name])
+
+
 # Without a model
 
 
@@ -103,6 +123,14 @@ def test_parameters_that_are_not_finite_are_never_the_best():
     cell.take_best()
     assert cell.parameters["l"].item() == 1
     assert cell.progress.failure is None
+
+
+def test_an_evaluation_without_results_is_a_miss():
+    cell = CellByHand(1.0, eval_every=1, patience=2)
+    cell.keep_if_best(None)
+    assert cell.is_active
+    cell.keep_if_best(None)
+    assert not cell.is_active
 
 
 def test_a_cell_that_ends_with_parameters_that_are_not_finite_has_failed():

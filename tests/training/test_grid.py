@@ -401,20 +401,21 @@ def test_the_report_of_a_grid_has_a_line_for_each_adapter(tmp_path, capsys):
 
 # Cells that fail
 
+UPDATE = Group.update
+
+
+def update_to_nan(group, rates):
+    """Take a step; the fourth step of one cell ends in NaN. (A huge lr may or may not.)"""
+    UPDATE(group, rates)
+    for cell in rates:
+        if cell.config.lr == 0.3 and cell.progress.n_steps == 4:
+            for l_D in cell.parameters.values():
+                l_D.fill_(float("nan"))
+
 
 def test_an_adapter_whose_loss_is_nan_ends_and_does_not_change_the_others(
     tmp_path, capsys, monkeypatch
 ):
-    update = Group.update
-
-    def update_to_nan(group, rates):
-        """Take a step; the fourth step of one cell ends in NaN. (A huge lr may or may not.)"""
-        update(group, rates)
-        for cell in rates:
-            if cell.config.lr == 0.3 and cell.progress.n_steps == 4:
-                for l_D in cell.parameters.values():
-                    l_D.fill_(float("nan"))
-
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Group, "update", update_to_nan)
@@ -437,6 +438,23 @@ def test_an_adapter_whose_loss_is_nan_ends_and_does_not_change_the_others(
         for line in metrics(out)
         if line["event"] == "train" and line["step"] > 10
     )
+
+
+def test_an_adapter_that_diverges_as_it_runs_out_of_patience_ends_as_it_does_alone(
+    tmp_path, monkeypatch
+):
+    """Its loss is NaN in step 5, it has no patience left after step 6, and step 10 has a line."""
+    results_by_hand(monkeypatch, lambda group, cell: group.log.step / 100)
+    monkeypatch.setattr(Group, "update", update_to_nan)
+    flags = {**EXACT, "warmup_ratio": 0, "eval_every": 3, "patience": 1}
+    found = together(tmp_path / "grid", task=running.task(), lr="0.2,0.3", **flags)
+    alone = apart(tmp_path / "alone", running.task(), lr=0.3, **flags)
+    assert alone["final"]["steps"] == found["lr0.3"]["final"]["steps"] == 6
+    assert found["lr0.3"]["evals"] == alone["evals"]
+    for key, x in alone["saved"].items():
+        assert_close(found["lr0.3"]["saved"][key], x, rtol=1e-6, atol=1e-6)
+    assert found["lr0.2"]["final"]["steps"] == 12
+    assert all(np.isfinite(line["loss"]) for line in events(tmp_path / "grid", "train"))
 
 
 def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):

@@ -34,6 +34,7 @@ from written_out import read
 
 import minia3
 from minia3.training.batch import MicroBatch
+from minia3.training.cell import Progress
 from minia3.training.log import TrainingLog
 from minia3.training.optimizer import Adafactor
 
@@ -119,6 +120,42 @@ def test_a_loss_belongs_to_the_row_of_its_cell_even_if_other_cells_have_stopped(
             cells = [SimpleNamespace(row=row) for row in rows]
             log.end_step(SimpleNamespace(cells=cells, n_tokens=1))
     assert log.read_losses() == [{0: 0.75, 1: 4.0, 2: 7.0}, {1: 4.0, 2: 7.0}]
+
+
+@contextlib.contextmanager
+def log_by_hand(names="ab"):
+    """Yield the log of cells with these names, and a list that gets its lines."""
+    cells = []
+    for row, name in enumerate(names):
+        cell = SimpleNamespace(name=name, row=row, config=train.Config(), progress=Progress())
+        cell.parameters = {"l": torch.zeros(1)}
+        cells.append(cell)
+    lines = []
+    run = SimpleNamespace(write=lambda event, **line: lines.append(line))
+    log = TrainingLog(run, cells, train.Config())
+    log.seconds = 1.0
+    with log.progress_bar():
+        yield log, lines
+
+
+def test_a_line_has_the_loss_of_every_adapter_that_has_trained_since_the_line_before():
+    with log_by_hand() as (log, lines):
+        log.losses = [{0: 1.0}, {0: 3.0, 1: 4.0}]  # the second one trains again
+        log.write_training(log.cells)
+        assert lines[0]["losses"] == {"a": 2.0, "b": 4.0}
+        assert log.cells[1].progress.losses == [4.0]
+
+
+def test_the_losses_of_adapters_that_have_failed_are_in_no_line():
+    with log_by_hand() as (log, lines):
+        log.cells[0].progress.failure = "its loss is NaN"
+        log.losses = [{0: float("nan")}]
+        log.write_training(log.cells)
+        assert (lines, log.losses) == ([], [])
+        log.seconds = 2.0
+        log.losses = [{0: float("nan")}, {1: 4.0}]
+        log.write_training(log.cells)
+        assert lines[0]["losses"] == {"b": 4.0}
 
 
 # Losses that are not finite
