@@ -31,8 +31,8 @@ def announce_device(device, reason, dtype):
 def announce_finished(run, config):
     """Print that there is nothing left to do, and how to train longer."""
     text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
-    can_go_on = (run.folder / "checkpoint.pt").exists()  # or --resume would start over
-    if config.is_training and can_go_on:
+    # Version 0.1.0 kept no state, and users may remove checkpoint.pt.
+    if config.is_training and run.saved.group is not None:
         text += f"; to train longer: {resume_command(run.program, run.folder, 2 * config.steps)}"
     print(text)
 

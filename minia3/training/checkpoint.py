@@ -130,7 +130,20 @@ def load_state_to_extend(folder, place):
     """
     if folder is None or not state_path(folder, place).exists():
         return None
-    path = state_path(folder, place)
+    return read_state(state_path(folder, place))
+
+
+def steps_of_states(folder):
+    """Return how many steps each group has done that has a state in states/: a list.
+
+    Raise ValueError if a file is damaged.
+    """
+    paths = sorted((folder / STATES).glob("*.pt"))
+    return [read_state(path)["log"]["step"] for path in paths]
+
+
+def read_state(path):
+    """Return the state of a group, with its cells reopened. Raise ValueError if it is damaged."""
     with reading(path, DAMAGED_STATE, is_bounded=True):
         values = read_values(path)
         if values.get("layout") != LAYOUT:

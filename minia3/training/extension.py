@@ -1,8 +1,8 @@
 """Make a run longer: `--resume FOLDER --steps N`, also after the run has finished.
 
 From the step at which the run stands, the learning rate is that of a run of N steps. So it rises
-again from 0 to where such a run would be, and falls to 0 at step N. There is no second warm-up, and
-the optimizer keeps its state.
+again from 0 to where such a run would be, and falls to 0 at step N. If such a run would still be in
+its warm-up, it first rises to the peak. The optimizer keeps its state.
 
 If the adapters of a grid were trained one after the other, each continues from its own state.
 """
@@ -17,24 +17,25 @@ from minia3.training.checkpoint import (
     load_state_to_extend,
     reopen_cells,
     state_path,
+    steps_of_states,
 )
 from minia3.training.choices import TRAINED_ALONE
 
 
-def extend(saved, config):
+def extend(saved, config, n_steps):
     """Return the Checkpoint from which a run continues up to `config.steps`.
 
-    saved: its last Checkpoint. All cells train on, also those of a stopped run that have a result
-    already or have run out of patience. Raise ValueError if the run has done more steps already, or
-    if it lacks the state to continue from.
+    saved: its last Checkpoint. n_steps: from `steps_done`. All cells train on, also those of a
+    stopped run that have a result already or have run out of patience. Raise ValueError if the run
+    has done more steps already, or if it lacks the state to continue from.
     """
-    if saved.is_finished and not config.is_training:
+    if not config.is_training:
         raise ValueError("--steps extends a training, and this run trains nothing")
     place = place_of(saved, config)
-    check_state(saved, config, place)
-    if config.steps <= saved.n_steps:
-        found = f"--steps is {config.steps}, and the run has done {saved.n_steps} steps"
-        raise ValueError(f"{found}: expected more than {saved.n_steps}")
+    check_state(saved, config, place, n_steps)
+    if config.steps <= n_steps:
+        found = f"--steps is {config.steps}, and the run has done {n_steps} steps"
+        raise ValueError(f"{found}: expected more than {n_steps}")
     if place > 0:
         group = load_state_to_extend(Path(config.resume), 0)
     else:
@@ -45,6 +46,18 @@ def extend(saved, config):
     )
 
 
+def steps_done(saved, config):
+    """Return how many steps a run has done, or None if there is no state to continue from.
+
+    Cells that train one after the other may have stopped at different steps, and those that come
+    later may have done more: see `keep_last_state`.
+    """
+    steps = steps_of_states(Path(config.resume))
+    if saved.n_steps is not None:
+        steps.append(saved.n_steps)
+    return max(steps, default=None)
+
+
 def place_of(saved, config):
     """Return how many groups come before the one whose state the checkpoint has."""
     if config.method in TRAINED_ALONE:
@@ -52,7 +65,7 @@ def place_of(saved, config):
     return 0  # all cells are one group
 
 
-def check_state(saved, config, place):
+def check_state(saved, config, place, n_steps):
     """Raise ValueError if a state is missing."""
     folder = Path(config.resume)
     missing = [i for i in range(place) if not state_path(folder, i).exists()]
@@ -60,7 +73,7 @@ def check_state(saved, config, place):
     if config.method == "full":
         advice = "begin a new run with --model, which takes a model of this one"
     has_state = saved.group is not None or not saved.is_finished
-    if not missing and (saved.n_steps is None or not has_state):
+    if not missing and (n_steps is None or not has_state):
         raise ValueError(f"{folder} keeps no state to continue from: {advice}")
     if missing:
         path = state_path(folder, missing[0])

@@ -32,7 +32,7 @@ from minia3.training.checkpoint import (
     save_checkpoint,
 )
 from minia3.training.command_lines import SCRIPT, resume_command
-from minia3.training.extension import extend, keep_last_state
+from minia3.training.extension import extend, keep_last_state, steps_done
 from minia3.training.run_folder import (
     Metrics,
     begin_run,
@@ -111,8 +111,8 @@ class Run:
                 self.extended_to = config.steps
             if saved and self.extended_to is not None:
                 self.saved_before_extension = saved
-                self.extended_from = saved.n_steps
-                saved = extend(saved, config)
+                self.extended_from = steps_done(saved, config)
+                saved = extend(saved, config, self.extended_from)
             self.saved = saved or self.saved
         elif config.out is not None or not config.eval_only:
             folder = Path(config.out or choose_folder(config))

@@ -94,7 +94,9 @@ def test_a_finished_run_of_an_earlier_version_is_finished(tmp_path, capsys):
     torch.save({"finished": True, "step": 3}, out / "checkpoint.pt")
     capsys.readouterr()
     assert resume(out) == 0
-    assert "is finished" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "is finished" in shown
+    assert "--steps" not in shown  # because it has kept no state
     after = contents(out)
     assert {name for name in before if before[name] != after[name]} == {Path("checkpoint.pt")}
 

@@ -10,6 +10,7 @@ import pytest
 import running
 import torch
 from running import contents, events, fails, kill_self, metrics, outcome, resume, run, train, words
+from written_out import results_by_hand
 
 from minia3.training import cell as training_cell
 from minia3.training import group as training_group
@@ -260,6 +261,71 @@ def test_an_adapter_that_ran_out_of_patience_trains_again(is_finished, tmp_path,
             assert run(flags) == 130
     assert extend(out, 12) == 0
     assert metrics(out)[-1]["steps"] == 4
+
+
+def one_misses(group, cell):
+    """Return an accuracy with which one of the adapters never improves on its first evaluation."""
+    return 0.5 if cell.config.lr == 0.3 else group.log.step / 100
+
+
+def test_a_line_has_the_loss_of_an_adapter_that_trains_again(tmp_path, monkeypatch):
+    results_by_hand(monkeypatch, one_misses)
+    out = tmp_path / "run"
+    flags = {"lr": "0.1,0.3", "eval_every": 2, "patience": 1, "save_every": 4}
+    with interrupted_at_update(9, monkeypatch):
+        assert run(words(out, **flags)) == 130
+    assert extend(out, 18) == 0
+    cells_of_line = {line["step"]: [*line["losses"]] for line in events(out, "train")}
+    assert cells_of_line[4] == ["lr0.1", "lr0.3"]
+    assert cells_of_line[8] == ["lr0.1"]  # the other one has run out of patience after step 4
+    assert cells_of_line[10] == ["lr0.1", "lr0.3"]  # from step 9 on it trains again
+
+
+def no_model(*args, **options):
+    kill_self(signal.SIGINT)
+
+
+def test_a_grid_is_not_extended_to_fewer_steps_than_one_of_its_adapters_has(
+    tmp_path, monkeypatch, capsys
+):
+    results_by_hand(monkeypatch, one_misses)
+    out = tmp_path / "run"
+    flags = {"method": "lora", "lr": "0.3,0.1", "eval_every": 2, "patience": 1}
+    assert run(words(out, steps=6, **flags)) == 0
+    assert [line["steps"] for line in events(out, "final")] == [4, 6]
+    with monkeypatch.context() as patch:
+        patch.setattr(training_group, "load_model", no_model)
+        assert extend(out, 20) == 130
+    before = contents(out)
+    fails(["--resume", out, "--steps", 5], capsys, "--steps is 5, and the run has done 6 steps")
+    assert contents(out) == before
+
+
+def test_a_grid_whose_first_adapter_failed_can_be_made_longer_before_the_second_one_begins(
+    tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    original = training_group.load_model
+    loaded = []
+
+    def load_one_model(*args, **options):
+        loaded.append(None)
+        return no_model() if len(loaded) == 2 else original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_group, "load_model", load_one_model)
+        assert run(words(out, method="full", lr="1e30,0.01", warmup_ratio=0)) == 130
+    assert [line["event"] for line in metrics(out)][-1] == "failed"
+    assert extend(out, 20) == 0
+    assert "extended from step 10 to step 20: " in capsys.readouterr().out
+    assert [line["steps"] for line in events(out, "final")] == [20]
+
+
+def test_a_stopped_run_that_trains_nothing_cannot_be_extended(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with interrupted_in_final_evaluation(monkeypatch):
+        assert run(words(out, method="none", seed="0,1")) == 130
+    fails(["--resume", out, "--steps", 20], capsys, "this run trains nothing")
 
 
 GRIDS = {
