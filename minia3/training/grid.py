@@ -10,10 +10,11 @@ from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
 from minia3.training.flags import expand_grid
 from minia3.training.learned import learned_tasks
+from minia3.training.rules import check_first_evaluation
 
 
 def make_cells(config):
-    """Return the cells of the grid. Raise ValueError if two of them have the same name."""
+    """Return the cells of the grid. Raise ValueError if two of them have the same folder."""
     whole = ["task"] if config.adapters == "one" else []
     axes, cell_configs = expand_grid(config, whole)
     loaded = {}  # cells of the same seed share the rows of a task
@@ -21,9 +22,13 @@ def make_cells(config):
     for cell_config in cell_configs:
         task = load_task_of(cell_config, loaded)
         cells.append(Cell(cell_config, task, cell_name(cell_config, task, axes), axes))
-    names = [cell.name for cell in cells]
-    if len(set(names)) < len(names):
-        raise ValueError(f"expected a different name for each adapter, found {names!r:.200}")
+    folders = [str(cell.folder).casefold() for cell in cells]  # macOS and Windows ignore case
+    if len(set(folders)) < len(folders):
+        names = [cell.name for cell in cells]
+        raise ValueError(
+            f"expected a different name for each adapter, found {names!r:.200} (as folders, a / is "
+            "written -, and case makes no difference)"
+        )
     return cells
 
 
@@ -68,7 +73,8 @@ def cell_name(config, task, axes):
 def set_steps(config, cells):
     """Return the flags, with --epochs as a number of steps. Set the flags of the cells likewise.
 
-    Raise ValueError if the cells of a grid need different numbers of steps.
+    Raise ValueError if the cells of a grid need different numbers of steps, or if there are too few
+    of them for --eval-every.
     """
     if config.epochs is None or not config.is_training:
         return config
@@ -80,7 +86,9 @@ def set_steps(config, cells):
         )
     for cell in cells:
         cell.config = dataclasses.replace(cell.config, steps=n_steps[0])
-    return dataclasses.replace(config, steps=n_steps[0])
+    config = dataclasses.replace(config, steps=n_steps[0])
+    check_first_evaluation(config)
+    return config
 
 
 def steps_of_epochs(cell):
@@ -89,4 +97,5 @@ def steps_of_epochs(cell):
     n_rows = sum(min(len(part.train_rows), config.cap) for part in cell.assignments)
     if len(cell.assignments) == 1:
         n_rows = len(cell.assignments[0].train_rows)
-    return max(1, math.ceil(config.epochs * n_rows / config.batch_size))
+    n_steps = config.epochs * n_rows / config.batch_size
+    return max(1, math.ceil(round(n_steps, 6)))  # because 0.55 * 800 is 440.00000000000006

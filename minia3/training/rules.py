@@ -18,8 +18,7 @@ def check_config(config):
     check_flags(config)
     if config.log_to is not None and config.eval_only and config.out is None:
         raise ValueError("--log-to needs the folder of a run: give --out, too")
-    if config.patience and not config.eval_every:
-        raise ValueError("--patience counts evaluations on held-out rows: give --eval-every, too")
+    check_evaluations(config)
     if is_given(config, "cap") and config.adapters != "one":
         raise ValueError("--cap limits the rows of a mixture's tasks: give --adapters one, too")
     for name, method in BELONGS_TO.items():
@@ -36,6 +35,27 @@ def check_config(config):
     if config.compile and divides(config):
         reason = "what is compiled would gather the blocks again and again"
         raise ValueError(f"--compile does not go with --shard or --offload ({reason})")
+
+
+def check_evaluations(config):
+    """Raise ValueError if a flag about evaluations on held-out rows does nothing."""
+    if config.patience and not config.eval_every:
+        raise ValueError("--patience counts evaluations on held-out rows: give --eval-every, too")
+    if config.epochs is None:
+        check_first_evaluation(config)  # else, `set_steps` does it
+
+
+def check_first_evaluation(config):
+    """Raise ValueError if a new run ends before its first evaluation on held-out rows.
+
+    The rows would be held out for nothing. A run that has begun already may be made longer.
+    """
+    is_new = config.resume is None
+    if is_new and config.is_training and config.eval_every > config.steps:
+        raise ValueError(
+            f"--eval-every is {config.eval_every}, and the run has {config.steps} steps, so no "
+            f"evaluation would choose the best vectors: expected at most {config.steps}"
+        )
 
 
 def check_trained_weights(config):

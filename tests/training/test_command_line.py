@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import running
-from running import ROOT, contents, fails, metrics, outcome, run, task, train, words
+from running import ROOT, contents, events, fails, metrics, outcome, run, task, train, words
 
 import minia3
 from minia3.training.command_line import complete, parse_flags
+from minia3.training.grid import steps_of_epochs
 
 SCRIPT = [sys.executable, str(ROOT / "train.py")]
 MODULE = [sys.executable, "-m", "minia3"]
@@ -212,6 +214,29 @@ def test_epochs_that_differ_within_a_grid_are_refused(tmp_path, capsys):
     fails(words(tmp_path / "run", **flags), capsys, "5 to 10 steps", "give --steps")
     assert run(words(tmp_path / "one", adapters="one", **flags)) == 0
     assert metrics(tmp_path / "one")[-1]["steps"] == 15  # 29 rows twice, 4 per step
+
+
+def test_an_evaluation_after_the_last_epoch_is_refused_as_one_after_the_last_step_is(
+    tmp_path, capsys
+):
+    out = tmp_path / "run"
+    message = "--eval-every is 6, and the run has 5 steps"
+    fails(words(out, steps=None, epochs=1, eval_every=6), capsys, message)
+    assert not out.exists()
+    assert run(words(out, steps=None, epochs=1, eval_every=5)) == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"eval_every": 6}))  # an earlier version
+    assert run(["--resume", out]) == 0
+    assert run(["--resume", out, "--steps", 7]) == 0
+    assert events(out, "eval")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.55, 55), (0.551, 56), (1 / 3, 34), (3.0, 300)])
+def test_what_rounding_adds_to_a_product_is_not_a_step(epochs, steps):
+    """0.55 * 800 is 440.00000000000006."""
+    part = SimpleNamespace(train_rows=range(800))
+    config = train.Config(epochs=epochs, batch_size=8)
+    assert steps_of_epochs(SimpleNamespace(config=config, assignments=[part])) == steps
 
 
 # --or-resume: a command line that may be given again

@@ -206,7 +206,7 @@ def test_each_adapters_gradient_is_clipped_by_its_own_norm(tmp_path, monkeypatch
         norms.extend(before_A.tolist())
 
     monkeypatch.setattr(Adafactor, "clip", spy)
-    together(tmp_path / "grid", **{**GRID, "steps": 2, "clip": 2})
+    together(tmp_path / "grid", **{**GRID, "steps": 2, "clip": 2, "eval_every": 2})
     assert len(norms) == 16  # one for each adapter and step
     assert min(norms) < 2 < max(norms)
 
@@ -361,6 +361,19 @@ def test_two_adapters_of_the_same_name_are_refused(tmp_path, capsys):
         "a different name for each adapter",
         "'s1', 's1'",
     )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("names", ["raft/a,raft-a", "Moods,moods"])
+def test_two_adapters_whose_names_are_one_folder_are_refused(names, tmp_path, capsys, monkeypatch):
+    data = load_task(running.task())
+
+    def load_under_name(name, *args, **flags):
+        return data._replace(name=name)
+
+    monkeypatch.setattr("minia3.training.grid.load_task", load_under_name)
+    message = f"a different name for each adapter, found {names.split(',')}"
+    fails(words(tmp_path / "run", task=names), capsys, message, "as folders")
     assert not (tmp_path / "run").exists()
 
 

@@ -10,6 +10,10 @@ from minia3.training.rules import check_config
     ("arguments", "parts"),
     [
         (["--patience", "2"], ["--patience", "--eval-every"]),
+        (
+            ["--steps", "5", "--eval-every", "6"],
+            ["--eval-every is 6, and the run has 5 steps", "expected at most 5"],
+        ),
         (["--rank", "4"], ["--rank is for --method lora", "found --method ia3"]),
         (
             ["--method", "lora", "--sites", "k"],
@@ -52,6 +56,10 @@ def test_flags_that_do_not_go_together_are_one_line(
     [
         {},
         {"patience": 2, "eval_every": 5},
+        {"steps": 5, "eval_every": 5},
+        {"epochs": 3.0, "eval_every": 2000},  # how many steps they are is not known yet
+        {"steps": 5, "eval_every": 6, "resume": "x"},
+        {"steps": 5, "eval_every": 6, "eval_only": True},
         {"cap": 5, "adapters": "one", "task": ("rte", "cb")},
         {"method": "lora", "rank": 4, "optimizer": "adamw"},
         {"method": "lora", "adapter": "x"},
