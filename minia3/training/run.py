@@ -43,6 +43,7 @@ from minia3.training.run_folder import (
     read_run_config,
     record_run,
     reopen_metrics,
+    sync_metrics,
 )
 from minia3.training.signals import Stopped
 from minia3.training.trackers import close_trackers, hand_over, start_trackers
@@ -279,6 +280,8 @@ class Run:
             group=group_state,
             n_processes=n_processes(),
         )
+        if self.written_folder is not None:
+            sync_metrics(self.written_folder)
         save_checkpoint(self.written_folder, checkpoint)
 
     def finish_cell(self, cell, finals):

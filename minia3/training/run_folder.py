@@ -257,6 +257,15 @@ def reopen_metrics(folder, n_bytes):
     return path.stat().st_size
 
 
+def sync_metrics(folder):
+    """Wait until the lines of metrics.jsonl are on the disk.
+
+    A checkpoint says how many bytes of it count, and must still be right after a power failure.
+    """
+    with (folder / "metrics.jsonl").open("ab") as file:  # Windows syncs only what may be written
+        os.fsync(file.fileno())
+
+
 def environment():
     """Return what a result depends on besides the flags: versions, and the commit of this code."""
     import numpy as np  # here, because flags must be restored without torch
@@ -295,8 +304,7 @@ class Metrics:
         """Add a line, and return how many bytes the file has."""
         if self.path is None:
             return 0
-        with self.path.open(
-            "a", encoding="utf-8"
-        ) as file:  # closed after each line, so that it is on disk
+        # Closed after each line, so that others can read it, and a kill does not lose it.
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         return self.path.stat().st_size

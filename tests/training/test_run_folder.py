@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import minia3
 from minia3.files.lock import lock_folder
 from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
+from minia3.training import run as training_run
 from minia3.training.run_folder import (
     Metrics,
     describe_difference,
@@ -418,3 +420,27 @@ def test_metrics_that_are_shorter_than_the_checkpoint_says_are_not_filled_up(tmp
     (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
     Metrics(tmp_path, 100).write(b=2)
     assert metrics(tmp_path) == [{"a": 1}, {"b": 2}]
+
+
+def test_the_lines_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path, monkeypatch):
+    synced = {}  # number of a file -> its bytes
+    counted = []
+    fsync = os.fsync
+    save_checkpoint = training_run.save_checkpoint
+
+    def note_size(descriptor):
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def note_lines(folder, checkpoint):
+        file = (folder / "metrics.jsonl").stat()
+        counted.append((checkpoint.n_bytes, synced[file.st_ino]))
+        save_checkpoint(folder, checkpoint)
+
+    monkeypatch.setattr(os, "fsync", note_size)
+    monkeypatch.setattr(training_run, "save_checkpoint", note_lines)
+    out = tmp_path / "run"
+    assert run(words(out, steps=4, save_every=2)) == 0
+    assert run(["--resume", out, "--steps", 6]) == 0
+    assert len(counted) >= 5
+    assert all(n_bytes == n_synced for n_bytes, n_synced in counted)
