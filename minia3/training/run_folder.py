@@ -51,16 +51,17 @@ def choose_folder(config):
     if not (folder / "config.json").exists():
         return folder
     try:
-        found = recorded_flags(read_run_config(folder), folder)
+        content = read_run_config(folder)
+        found = recorded_flags(content, folder)
     except ValueError:  # `begin_run` says that the folder is taken
         return folder
-    return Path(f"{folder}{describe_difference(config, found)}")
+    return Path(f"{folder}{describe_difference(config, found, knows_steps(content))}")
 
 
-def describe_difference(config, found):
+def describe_difference(config, found, has_steps=True):
     """Return the flags of `config` that differ from those of another run: "-lr0.01-steps300"."""
     text = ""
-    for field in different_fields(config, found):
+    for field in different_fields(config, found, has_steps):
         value = getattr(config, field.name)
         name = field.name.replace("_", "")
         if value is True:
@@ -72,25 +73,37 @@ def describe_difference(config, found):
     return text
 
 
-def different_fields(config, found):
+def different_fields(config, found, has_steps=True):
     """Return the fields in which `config` differs from the flags of another run.
 
-    Places do not count.
+    Places do not count. has_steps: from `knows_steps`. Then --steps and --epochs of the other run
+    are the same length, and only the one counts that `config` gives.
     """
-    length = "epochs" if config.epochs is None else "steps"  # the flag that does not count
+    ignored = list(PLACES)
+    if has_steps:
+        ignored.append("epochs" if config.epochs is None else "steps")
     fields = []
     for field in dataclasses.fields(config):
-        is_ignored = field.name in (*PLACES, length)
+        is_ignored = field.name in ignored
         value = getattr(config, field.name)
         if not is_ignored and value != found.get(field.name, field.default):
             fields.append(field)
     return fields
 
 
+def knows_steps(content):
+    """Return whether a run with this config.json has read its data.
+
+    From then on, config.json has the steps that its --epochs are. Before, they are the default.
+    """
+    return "data" in content
+
+
 def check_same_flags(folder, config):
     """Raise ValueError if the run in a folder has other flags than `config`, except for places."""
-    found = recorded_flags(read_run_config(folder), folder)
-    fields = different_fields(config, found)
+    content = read_run_config(folder)
+    found = recorded_flags(content, folder)
+    fields = different_fields(config, found, knows_steps(content))
     if fields:
         name = fields[0].name
         value = found.get(name, fields[0].default)

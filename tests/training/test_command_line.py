@@ -326,6 +326,20 @@ def test_or_resume_knows_a_run_whose_epochs_became_steps(tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_or_resume_does_not_take_epochs_for_steps_before_it_knows_how_many_they_are(
+    tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_cells", lambda config: running.kill_self(signal.SIGINT))
+        assert run(words(out, steps=None, epochs=0.5)) == 130
+    message = "holds a run with other flags: --epochs is 0.5, expected None"
+    fails(words(out, "--or-resume", steps=None), capsys, message)
+    assert run(words(out, "--or-resume", steps=None, epochs=0.5)) == 0
+    assert run(words(out, "--or-resume", steps=3)) == 0  # which they are
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_or_resume_from_python(tmp_path):
     flags = {"task": str(task()), "steps": 1, "out": tmp_path / "run", "or_resume": True}
     first = minia3.train(running.model("t5"), **flags)
