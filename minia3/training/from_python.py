@@ -37,7 +37,8 @@ def train(model=None, task=None, **flags):
     thread, an interrupt finishes the step and saves it before it raises KeyboardInterrupt. Settings
     of torch, its random numbers and the handlers of signals stay as they were, but compile=True
     raises a limit of torch's compiler for the rest of the process, and offload=True starts a
-    process group of torch.distributed. Runs in several threads take turns.
+    process group of torch.distributed and, if it is the first to use CUDA, leaves its card the
+    current one. Runs in several threads take turns.
     """
     config = complete(given_flags({"model": model, "task": task, **flags}))
     loop = load_loop()

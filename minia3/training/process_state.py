@@ -20,8 +20,9 @@ def unchanged_process():
     is_warning_only = torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get(WORKSPACE)
     random = torch.get_rng_state()
-    started = started_accelerators()
+    started = [module for module in accelerators() if module.is_initialized()]
     random_on_accelerators = [module.get_rng_state_all() for module in started]
+    cards = [module.current_device() for module in started]
     torch.set_default_dtype(torch.float32)
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -33,16 +34,22 @@ def unchanged_process():
             # This imports torch's compiler, which takes a second.
             torch.use_deterministic_algorithms(is_deterministic, warn_only=is_warning_only)
         torch.set_rng_state(random)
-        for module, states in zip(started, random_on_accelerators, strict=True):
+        for module, states, card in zip(started, random_on_accelerators, cards, strict=True):
             module.set_rng_state_all(states)
+            module.set_device(card)
+        for module in accelerators():
+            if module not in started:
+                # The run has replaced the seed that an accelerator gets when it is first used.
+                module.manual_seed_all(torch.initial_seed())
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
 
 
-def started_accelerators():
-    """Return those of torch.cuda and torch.xpu that this process has used.
+def accelerators():
+    """Return torch.cuda and torch.xpu, as far as this torch has them.
 
-    Asking the other one for its random numbers would start it, which takes a second and memory.
+    Asking one that is not initialized for its random numbers would start it, which takes a second
+    and memory.
     """
     modules = [getattr(torch, kind, None) for kind in ("cuda", "xpu")]
-    return [module for module in modules if module is not None and module.is_initialized()]
+    return [module for module in modules if module is not None]

@@ -1,5 +1,6 @@
 """The device is the one that was asked for, or a GPU if there is one."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,15 @@ import torch
 from running import fails, model, run, train, words
 from written_out import adapter
 
+from minia3.training import device as training_device
 from minia3.training.checkpoint import random_state, set_random_state
-from minia3.training.device import available_devices, choose_device, free_memory, peak_memory
+from minia3.training.device import (
+    available_devices,
+    choose_device,
+    free_memory,
+    peak_memory,
+    use_deterministic_kernels,
+)
 from minia3.training.process_state import unchanged_process
 
 
@@ -43,6 +51,30 @@ def test_the_flag_asks_torch_for_deterministic_kernels(tmp_path, monkeypatch):
     )
     assert run(words(tmp_path / "run", "--deterministic", method="none")) == 0
     assert asked[0] is True
+
+
+def test_cublas_is_told_to_be_deterministic_unless_the_user_has_told_it_more(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda value: None)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    use_deterministic_kernels()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    use_deterministic_kernels()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_a_container_limits_the_memory_that_is_free(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    used = tmp_path / "memory.current"
+    monkeypatch.setattr(training_device, "CONTAINER_FILES", [(str(limit), str(used))])
+    cpu = torch.device("cpu")
+    limit.write_text("5000\n")
+    for n_used, n_free in ((2000, 3000), (5000, 0), (6000, 0)):
+        used.write_text(f"{n_used}\n")
+        assert free_memory(cpu) == n_free
+    limit.write_text("max\n")
+    n_free = free_memory(cpu)
+    assert n_free is None or n_free > 5000  # those of the machine
 
 
 # Other devices than CUDA
@@ -121,19 +153,36 @@ def test_apples_gpu_is_asked_without_a_number(monkeypatch):
     assert states == ["first", "first"]
 
 
-def test_the_random_numbers_of_an_accelerator_that_was_used_are_put_back(monkeypatch):
+def test_the_random_numbers_and_the_card_of_an_accelerator_that_was_used_are_put_back(monkeypatch):
     states = [["a", "b"]]
+    cards = [0]
     module = SimpleNamespace(
         is_initialized=lambda: True,
         get_rng_state_all=lambda: states[0],
         set_rng_state_all=states.append,
+        current_device=lambda: cards[-1],
+        set_device=cards.append,
     )
-    idle = SimpleNamespace(is_initialized=lambda: False)
+    idle = SimpleNamespace(is_initialized=lambda: False, manual_seed_all=lambda seed: None)
     monkeypatch.setattr(torch, "xpu", module)
     monkeypatch.setattr(torch, "cuda", idle)
     with unchanged_process():
-        pass
+        torch.xpu.set_device(1)  # as --offload does
     assert states == [["a", "b"], ["a", "b"]]
+    assert cards == [0, 1, 0]
+
+
+def test_an_accelerator_that_the_run_was_the_first_to_use_gets_the_seed_of_the_process(monkeypatch):
+    started = []
+    seeds = []
+    module = SimpleNamespace(is_initialized=lambda: bool(started), manual_seed_all=seeds.append)
+    monkeypatch.setattr(torch, "cuda", module)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        with unchanged_process():
+            torch.default_generator.manual_seed(6)
+            started.append("by a tensor")
+    assert seeds == [5]
 
 
 def test_torch_2_5_has_no_module_for_accelerators(monkeypatch):

@@ -66,7 +66,9 @@ def test_two_calls_in_one_process_are_equal_and_leave_it_as_it_was(tmp_path):
 
 def test_settings_of_a_notebook_do_not_change_the_run_and_stay(tmp_path):
     call(tmp_path / "plain")
+    n_threads = torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)  # the run takes one, because the model is small
     try:
         with torch.inference_mode():
             before = process_state()
@@ -74,6 +76,7 @@ def test_settings_of_a_notebook_do_not_change_the_run_and_stay(tmp_path):
             assert process_state() == before
     finally:
         torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(n_threads)
     assert outcome(tmp_path / "plain") == outcome(tmp_path / "changed")
 
 
