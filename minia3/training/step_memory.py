@@ -63,7 +63,7 @@ def plan_step_memory(run, group):
     half = max(1, shape.n_examples // 2)
     free = free_memory(group.device)
     bound = upper_bound(group.model.config, shape)
-    bound += 2 * TRAINED_BYTES * group.n_trained  # twice, to be on the safe side
+    bound += 2 * bytes_of_trained(group)  # twice, to be on the safe side
     if free is None or bound < free / 2:
         return half  # nothing to plan
     remedies = "a shorter --max-length or --recompute"
@@ -163,7 +163,12 @@ def planned_step(group, shape):
     dtype = model.embed.weight.dtype
     sharded = is_sharded(model)
     activations = planned_activations(model.config, dtype, shape, group.config, sharded)
-    return activations + TRAINED_BYTES * group.n_trained
+    return activations + bytes_of_trained(group)
+
+
+def bytes_of_trained(group):
+    """Return the bytes of the gradients and the moments of all cells."""
+    return TRAINED_BYTES * group.n_trained * len(group.cells)
 
 
 def planned_activations(model_config, dtype, shape, config, sharded=False):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peaks import peak_beyond_weights
-from running import events, fails, in_new_process, rows, run, train, words, write
+from running import events, fails, in_new_process, model, rows, run, train, words, write
 from torch_version import counted_with_this_torch
 
 import minia3
@@ -31,12 +31,14 @@ CONFIGS = {
 FLAGS = train.Config()
 
 
-def real_peak(shape, has_lora=False):
+def real_peak(shape, method="ia3"):
     """Return what the tensors of a real step of the embedded model take beyond the weights."""
     model = minia3.load_model("tiny-t5").train()
     freeze(model)
-    if has_lora:
+    if method == "lora":
         add_lora(model, FLAGS.rank, FLAGS.alpha, FLAGS.where.split(","), 0)
+    if method == "full":
+        model.requires_grad_(True)
     return peak_beyond_weights(
         model, shape, lambda batch: choice_logprobs(model, batch).sum().backward()
     )
@@ -53,7 +55,7 @@ def test_the_plan_is_what_a_real_step_takes(shape):
 def test_choices_of_a_divided_base_take_no_turns_in_the_plan_either(monkeypatch):
     shape = (300, 3, 8, 3)
     model = minia3.load_model("tiny-t5")
-    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0)
+    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0, cells=[])
     in_turns = step_memory.planned_step(group, StepShape(*shape))
     model.shards = "of some processes"
     at_once = step_memory.planned_step(group, StepShape(*shape))
@@ -64,12 +66,13 @@ def test_choices_of_a_divided_base_take_no_turns_in_the_plan_either(monkeypatch)
     assert upper_bound(model.config, StepShape(*shape)) > at_once
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("shape", [(4, 20, 2, 3), (16, 9, 3, 2)])
-def test_the_plan_of_a_lora_has_what_its_gradients_need(shape):
+def test_the_plan_of_another_method_has_what_its_gradients_need(shape, method):
     config = minia3.load_model("tiny-t5").config
-    flags = replace(FLAGS, method="lora")
+    flags = replace(FLAGS, method=method)
     planned = peak_of_step(config, torch.float32, StepShape(*shape), flags)
-    assert planned == pytest.approx(real_peak(shape, has_lora=True), rel=0.02)
+    assert planned == pytest.approx(real_peak(shape, method), rel=0.02)
     assert planned != peak_of_step(config, torch.float32, StepShape(*shape), FLAGS)
 
 
@@ -81,7 +84,7 @@ def test_layers_beyond_the_third_are_like_the_third(kind):
     deep = replace(CONFIGS[kind], **dict.fromkeys(fields, 5))
     embed = SimpleNamespace(weight=torch.zeros(1))
     model = SimpleNamespace(config=deep, embed=embed)
-    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0)
+    group = SimpleNamespace(model=model, config=FLAGS, n_trained=0, cells=[])
     extrapolated = step_memory.planned_step(group, shape)
     # A few per cent, because the peak may lie in another layer of a deeper model.
     assert extrapolated == pytest.approx(peak_of_step(deep, torch.float32, shape, FLAGS), rel=0.05)
@@ -115,9 +118,22 @@ def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(tmp_path, ca
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "a step takes" in line]
     size = int(note.partition("--micro-batch-size ")[2].split()[0])
     assert 1 <= size < 128
-    flags = {"batch_size": 128, "micro_batch_size": size, "steps": 1}
-    assert run(words(tmp_path / "fits", **flags)) == 0
+    flags = {"batch_size": 128, "steps": 1}
+    assert run(words(tmp_path / "fits", micro_batch_size=size, **flags)) == 0
     assert "a step takes" not in capsys.readouterr().out
+    assert run(words(tmp_path / "next", micro_batch_size=2 * size, **flags)) == 0
+    assert "a step takes" in capsys.readouterr().out  # so the size is the largest power of two
+
+
+def test_the_plan_has_the_gradients_and_the_moments_of_all_adapters(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_memory, "TRAINED_BYTES", 1e9)
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: 1e9)
+    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
+    assert run(words(tmp_path / "run", seed="0,1,2", steps=1)) == 0
+    loaded = minia3.load_model(model("t5"))
+    n_trained = 3 * sum(len(l_1D[0]) for l_1D in minia3.vectors(loaded).values())
+    needed = f"a step takes about {step_memory.OVERHEAD * n_trained:.1f} GB, but 0.9 GB of "
+    assert needed in capsys.readouterr().out
 
 
 def test_a_short_step_is_not_planned(tmp_path, monkeypatch):
