@@ -103,6 +103,10 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(folder):
     lines = (folder / "run" / "parts" / "metrics.jsonl").read_text().splitlines()
     parts = [json.loads(line) for line in lines]
     assert parts[-1]["accuracy"] == pytest.approx(whole[-1]["accuracy"], rel=1e-4)
+    losses_of_parts = [line["loss"] for line in parts if line["event"] == "train"]
+    losses = [line["loss"] for line in whole if line["event"] == "train"]
+    assert len(losses) == 2
+    assert losses_of_parts == pytest.approx(losses, rel=1e-4)
 
 
 def test_the_first_loss_is_the_mean_over_the_tokens_of_the_assistant(folder):

@@ -247,6 +247,21 @@ def test_targets_that_the_tokenizer_cannot_write_are_counted_in_the_run(tmp_path
     assert metrics(out)[-1]["n_lossy"] == 2
 
 
+def test_a_run_says_how_many_rows_have_two_choices_that_are_one_text(tmp_path, capsys):
+    rows = []
+    for i in range(8):
+        choices = ["w4\nw5", "w4 w5" if i % 4 == 0 else "w4 w6"]
+        rows.append({"input": f"w{5 + i}", "choices": choices, "label": i % 2})
+    folder = write(tmp_path / "data", train=rows[:5], test=rows[5:])
+    assert run(words(tmp_path / "run", task=folder, steps=3)) == 0
+    shown = capsys.readouterr().out
+    assert "note     2 of 5 training examples have two choices that are one text to the" in shown
+    assert "one text" not in shown.partition("training examples")[2].partition("\n")[2]
+    assert run(words(tmp_path / "all", task=write(tmp_path / "b", train=rows, test=rows))) == 0
+    equal = "note     2 of 8 rows have two choices that are one text to the tokenizer"
+    assert equal in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_targets_are_measured_by_their_perplexity_if_the_metric_says_so(name, tmp_path, capsys):
     out = tmp_path / "run"

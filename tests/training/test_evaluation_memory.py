@@ -107,6 +107,8 @@ def test_a_batch_that_does_not_fit_is_a_note_with_the_size_that_does(
     assert 1 <= size < 150
     assert run(words(tmp_path / "fits", *flags, eval_batch_size=size, **sizes)) == 0
     assert "to evaluate" not in capsys.readouterr().out
+    assert run(words(tmp_path / "next", *flags, eval_batch_size=2 * size, **sizes)) == 0
+    assert "to evaluate" in capsys.readouterr().out  # so the size is the largest power of two
 
 
 def test_a_small_evaluation_is_not_planned(tmp_path, monkeypatch):
@@ -132,6 +134,18 @@ def test_the_longest_rows_are_planned_and_not_all_of_them(tmp_path, monkeypatch)
     flags = {"task": data, "steps": 1, "eval_batch_size": 3, "max_new_tokens": 11}
     assert run(words(tmp_path / "texts-run", **flags)) == 0
     assert shapes[1] == (3, 10, 1, 11)
+
+
+def test_shots_fill_a_source_up_to_its_greatest_length_in_the_plan(tmp_path, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        evaluation_memory, "upper_bound", lambda _, shape: shapes.append(shape) or 0
+    )
+    few = [{"input": "w3 w4", "choices": ["w5", "w6 w7"], "label": i % 2} for i in range(4)]
+    flags = {"task": write(tmp_path / "task", train=few, validation=few), "max_length": 40}
+    assert run(words(tmp_path / "none", method="none", **flags)) == 0
+    assert run(words(tmp_path / "icl", method="icl", shots=2, **flags)) == 0
+    assert shapes == [(4, 3, 2, 3), (4, 40, 2, 3)]
 
 
 def test_targets_are_planned_as_they_are_scored(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ that only computes, a second Ctrl-C or SIGTERM stops it, however long an operati
 import contextlib
 import functools
 import hashlib
+import queue
 import signal
 import subprocess
 import sys
@@ -120,18 +121,20 @@ def test_a_second_signal_in_the_part_that_updates_waits(signals):
 def test_the_first_ctrl_c_in_a_long_step_is_announced_and_in_a_short_one_it_is_not(
     signals, monkeypatch, capsys
 ):
-    monkeypatch.setattr(training_signals, "SHORT", 0.01)
-
-    def block(seconds):
+    waiting = queue.SimpleQueue()  # what the second thread would call after some seconds
+    monkeypatch.setattr(training_signals, "call_later", lambda *call: waiting.put(call))
+    for is_long in (True, False):
         with contextlib.suppress(Stopped), signals.uninterrupted():
             kill_self(signal.SIGINT)
-            time.sleep(seconds)
-
-    block(0.3)
-    assert capsys.readouterr().err == WAITING + "\n"
-    block(0)
-    time.sleep(0.1)
-    assert capsys.readouterr().err == ""
+            seconds, announce, block = waiting.get(timeout=60)
+            if is_long:
+                announce(block)
+        assert seconds == training_signals.SHORT
+        assert capsys.readouterr().err == (WAITING + "\n" if is_long else "")
+        announce(block)  # the step has ended
+        with contextlib.suppress(Stopped), signals.uninterrupted():
+            announce(block)  # and the next one goes on
+        assert capsys.readouterr().err == ""
 
 
 def test_handlers_are_as_before_after_the_block():

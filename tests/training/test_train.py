@@ -15,6 +15,7 @@ from running import last_vectors, metrics, model, outcome, rows, run, task, word
 from written_out import KINDS, batches, expected_loss, read
 
 import minia3
+from minia3.adapters.lora import add_lora
 from minia3.checkpoints.load import load_model
 from minia3.training.optimizer import Adafactor
 
@@ -123,6 +124,46 @@ def test_a_run_is_the_loop_written_out_with_the_optimizers_of_transformers_and_t
     first, rest = (line["loss"] for line in metrics(out) if line["event"] == "train")
     assert first == pytest.approx(losses[0], rel=1e-9)
     # A line has the mean since the line before.
+    assert rest == pytest.approx(np.mean(losses[1:]), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_lora_and_full_fine_tuning_are_the_loop_written_out_with_torchs_adamw(method, tmp_path):
+    flags = {"steps": 7, "warmup_ratio": 0.4, "lr": 0.01, "clip": 0.5, "weight_decay": 0.1}
+    exact = {"task": task((2, 3, 1)), "seed": 2, "dropout": 0, "dtype": "float64"}
+    out = tmp_path / "run"
+    assert run(words(out, method=method, **exact, **flags)) == 0
+
+    ours = minia3.load_model(model("t5"), dtype=torch.float64)
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    if method == "lora":
+        parameters = add_lora(ours, rank=8, alpha=16, where=("q", "v"), seed=2)
+    else:
+        ours.requires_grad_(True)
+        parameters = dict(ours.named_parameters())
+        for name in minia3.vectors(ours):
+            parameters.pop(f"{name}.scale").requires_grad_(False)
+    ours.double()
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.1)
+    train_rows = read(task((2, 3, 1)) / "train.jsonl")
+    losses = []
+    rates = [0, 0.01 / 3, 0.02 / 3, 0.01, 0.0075, 0.005, 0.0025]  # up in 3 steps, down in 4
+    for rate, batch in zip(rates, batches(20, 4, 2), strict=False):
+        optimizer.zero_grad()
+        loss = expected_loss(ours, tokenizer, [train_rows[i] for i in batch], "lm,ul,ln")
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in parameters.values()))
+        assert norm > 0.5  # else clipping is not seen
+        for p in parameters.values():
+            p.grad *= 0.5 / norm
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    found = last_vectors(out)
+    for name, p in parameters.items():
+        torch.testing.assert_close(found[name], p.detach(), rtol=1e-5, atol=1e-7)
+    first, rest = (line["loss"] for line in metrics(out) if line["event"] == "train")
+    assert first == pytest.approx(losses[0], rel=1e-9)
     assert rest == pytest.approx(np.mean(losses[1:]), rel=1e-6)
 
 
