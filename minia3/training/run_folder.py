@@ -79,9 +79,8 @@ def different_fields(config, found, has_steps=True):
     Places do not count. has_steps: from `knows_steps`. Then --steps and --epochs of the other run
     are the same length, and only the one counts that `config` gives.
     """
-    ignored = list(PLACES)
-    if has_steps:
-        ignored.append("epochs" if config.epochs is None else "steps")
+    length = "epochs" if config.epochs is None else "steps"  # the flag that `config` does not give
+    ignored = [*PLACES, length] if has_steps else PLACES
     fields = []
     for field in dataclasses.fields(config):
         is_ignored = field.name in ignored
