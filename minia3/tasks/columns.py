@@ -17,6 +17,7 @@ from minia3.tasks.labels import (
     name_labels,
     order_like_choices,
     split_words,
+    words_of,
 )
 from minia3.tasks.prompts import (
     OWN_PROMPTS,
@@ -305,7 +306,9 @@ def find_labels(
         choices = roles.prompts[0].choices or ()
         are_words = bool(choices) and not roots_of(choices)
         words = [word.format() for word in choices] if are_words else spec.labels
-        return Labels(tuple(spec.labels), tuple(flags.labels or words))
+        if flags.labels:
+            words = words_of(spec.labels, flags.labels)
+        return Labels(tuple(spec.labels), tuple(words))
     values = columns.values(roles.label)
     names = label_names.get(columns.name_in_file(roles.label), ())
     found = name_labels(values, roles.label, flags.labels or (), names)
@@ -540,7 +543,8 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     labels = tuple(spec.labels)
     if flags.labels:
         labels = labels or tuple(flags.labels)
-        prompts = with_choices(prompts, Labels(labels, tuple(flags.labels)), is_given=True)
+        words = words_of(labels, flags.labels)
+        prompts = with_choices(prompts, Labels(labels, words), is_given=True)
     elif labels:  # a task file may have labels, and no prompt that would have choices
         prompts = with_choices(prompts, Labels(labels, labels), is_given=False)
     spec = spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)

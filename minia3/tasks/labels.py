@@ -104,7 +104,8 @@ def name_labels(
 ) -> Labels:
     """Return the labels of the values of a column.
 
-    asked: the words of --labels, in the order of the integers or booleans that they stand for.
+    asked: the words of --labels. They are the labels of the file, and perhaps others that test has.
+        Otherwise they stand for its integers or booleans, and are in their order.
     names: the names that the data set gives to the integers 0, 1, ...
 
     Words that the file itself has come in the order in which they first appear, and integers in
@@ -113,6 +114,8 @@ def name_labels(
     counts, spellings = count_labels(values)
     if not counts and not asked:
         raise ValueError(f"{field!r} is empty in every row, expected labels")
+    if asked and counts.keys() <= set(map(label_key, asked)):
+        return Labels(tuple(asked), tuple(asked))  # the labels themselves, in the order of the flag
     if all(INTEGER.fullmatch(key) for key in counts):
         if not asked and not names:
             check_label_count(counts, field)
@@ -124,6 +127,19 @@ def name_labels(
     words = tuple(spellings[key] for key in counts)
     check_label_count(counts, field)
     return Labels(words, words)
+
+
+def words_of(labels: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the words of --labels, one for each of the labels that a task has.
+
+    They are in the order of the labels. But if they are the labels themselves, in any order, then
+    each stands for itself.
+    """
+    word_of_label = {label_key(word): word for word in asked}
+    keys = list(map(label_key, labels))
+    if word_of_label.keys() == set(keys):
+        return tuple(word_of_label[key] for key in keys)
+    return tuple(asked)
 
 
 def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
@@ -149,10 +165,10 @@ def name_integers(
     found: list[int], field: str, asked: Sequence[str], names: Sequence[str]
 ) -> Labels:
     """Return the labels of a column of integers."""
-    words = tuple(asked or names)
-    n_words = len(words)
     if names and not asked:
-        return Labels(tuple(map(str, range(n_words))), words)
+        return Labels(tuple(map(str, range(len(names)))), tuple(names))
+    words = words_of(names, asked)
+    n_words = len(words)
     if not words:
         digits = tuple(map(str, found))
         return Labels(digits, digits)

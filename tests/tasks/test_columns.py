@@ -161,6 +161,14 @@ def test_words_that_are_not_the_choices_need_labels_which_have_an_order(tmp_path
         assert rendered(task) == [("a", ["neg", "pos"], 1), ("a", ["neg", "pos"], 0)]
 
 
+def test_words_of_a_flag_that_are_the_labels_of_a_task_file_stand_for_themselves(tmp_path):
+    rows = [{"text": "a", "label": word} for word in ("pos", "neg")]
+    entry = {"labels": ["neg", "pos"], "prompts": [{"text": "{text}", "choices": ["no", "yes"]}]}
+    for asked in ("neg,pos", "pos,neg"):
+        task = load_described(tmp_path, entry, *rows, labels=asked)
+        assert rendered(task) == [("a", ["neg", "pos"], 1), ("a", ["neg", "pos"], 0)]
+
+
 @pytest.mark.parametrize("values", [(1, 0), (True, False)])
 def test_integers_and_booleans_have_an_order_of_their_own(values, tmp_path):
     rows = [{"text": "a", "label": value} for value in values]

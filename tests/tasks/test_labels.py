@@ -5,6 +5,7 @@ import math
 import pytest
 from task_files import lines
 
+from minia3.tasks.columns import ColumnFlags, with_flags
 from minia3.tasks.labels import (
     Labels,
     find_choice,
@@ -12,9 +13,11 @@ from minia3.tasks.labels import (
     label_text,
     name_labels,
     split_words,
+    words_of,
 )
 from minia3.tasks.prompts import Prompt, render
 from minia3.tasks.splits import load_task
+from minia3.tasks.task import TaskSpec
 
 
 def load(tmp_path, values, **flags):
@@ -58,6 +61,44 @@ def test_the_labels_of_a_column_are_found(values, asked, words, found, tmp_path)
     task = load(tmp_path, values, labels=asked)
     assert task.prompts[0].choices == words
     assert found_labels(task) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "asked"),
+    [
+        ([1, 2, 3], "1,2,3,4"),
+        ([1, 1, 1], "1,2"),
+        ([1, 0, 1], "1,0"),
+        ([True, False, True], "true,false"),
+        (["False", "True", "True"], "TRUE,FALSE,none"),
+    ],
+)
+def test_words_that_are_the_labels_themselves_stand_for_themselves(values, asked, tmp_path):
+    task = load(tmp_path, values, labels=asked)
+    choices = task.prompts[0].choices
+    assert choices == tuple(asked.split(","))
+    picked = [choices[label] for label in found_labels(task)]
+    assert [word.lower() for word in picked] == [str(value).lower() for value in values]
+
+
+def test_a_label_that_only_test_has_can_be_named_as_the_message_says(tmp_path):
+    for name, values in (("train", [1, 2, 3]), ("test", [4, 1])):
+        rows = [{"text": "a", "label": value} for value in values]
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*rows))
+    with pytest.raises(ValueError, match="is 4, expected one of 1, 2, 3: add it to train, or to"):
+        load_task(tmp_path)
+    task = load_task(tmp_path, labels="1,2,3,4")
+    assert [task.prompts[0].choices[row["label"]] for row in task.test] == ["4", "1"]
+
+
+@pytest.mark.parametrize("asked", [("pos", "NEG"), ("NEG", "pos")])
+def test_the_words_of_a_task_s_own_labels_stand_for_themselves(asked):
+    assert words_of(("neg", "pos"), asked) == ("NEG", "pos")
+    names = name_labels([1, 0], "label", asked, ("neg", "pos"))
+    assert names == Labels(("0", "1"), ("NEG", "pos"))
+    prompts = (Prompt("{text}", ("no", "yes")),)
+    spec = with_flags(TaskSpec(prompts, labels=("neg", "pos")), ColumnFlags(labels=asked))
+    assert (spec.labels, spec.prompts[0].choices) == (("neg", "pos"), ("NEG", "pos"))
 
 
 def test_the_line_shows_the_words_and_what_they_stand_for(tmp_path):
