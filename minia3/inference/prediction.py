@@ -25,7 +25,7 @@ from minia3.inference.scoring import (
     warn_of_equal_choices,
 )
 from minia3.inference.turns import ending_answers
-from minia3.tasks.columns import ColumnFlags, guess_input, with_flags
+from minia3.tasks.columns import ColumnFlags, guess_task
 from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
@@ -87,7 +87,7 @@ class Forms(NamedTuple):
         """Return the form of a row that has this adapter."""
         form = self.by_adapter.get(adapter, self.default)
         if form is None:
-            spec = with_flags(TaskSpec(prompts=guess_input(row)), self.flags)
+            spec = guess_task(row, self.flags)
             form = Form(spec, spec.prompts[0])
         return form
 

@@ -216,7 +216,8 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
 
 def given_roles(spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
     """Return what the flags or else a task file say. Whatever they do not say is empty."""
-    prompts = () if spec.prompts == OWN_PROMPTS else spec.prompts
+    # Not ==, because a task file may say the very text of the default.
+    prompts = () if spec.prompts is OWN_PROMPTS else spec.prompts
     target = flags.target or "".join(prompt.target for prompt in prompts[:1])
     if flags.input:
         prompts = (spec.prompts[0]._replace(text=flags.input, for_model=None),)
@@ -531,8 +532,8 @@ def roots_of(texts: Iterable[str]) -> list[str]:
 def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     """Return a known task, or the task of an adapter, as the flags change it.
 
-    --input replaces its prompts, and --labels the words of its choices. Raise ValueError if a flag
-    is wrong, or does not suit the task.
+    --input replaces its prompts, and --labels the words of its choices. With either flag, rows are
+    not conversations. Raise ValueError if a flag is wrong, or does not suit the task.
     """
     flags = read_flags(flags)
     if flags.target:
@@ -548,18 +549,25 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     elif labels:  # a task file may have labels, and no prompt that would have choices
         prompts = with_choices(prompts, Labels(labels, labels), is_given=False)
     spec = spec._replace(prompts=prompts, labels=labels, metric=flags.metric or spec.metric)
+    if flags.input or flags.labels:
+        spec = spec._replace(messages="")
     if flags.input:
         names = dict.fromkeys([*spec.fields, *roots_of([flags.input])])
         spec = rename_reserved(spec, Columns([names], spec.fields, ""))
     return spec
 
 
-def guess_input(row: dict) -> tuple[Prompt, ...]:
-    """Return the prompts for a row about which nothing is known but its columns."""
-    if "messages" in row:  # they are both input and answer
-        return OWN_PROMPTS
-    found = find_set(Columns([row], {}, ""), needs_input=True, needs_answer=False)
-    return OWN_PROMPTS if found is None else (Prompt(found.input, None),)
+def guess_task(row: dict, flags: ColumnFlags) -> TaskSpec:
+    """Return the task of a row about which nothing is known but its columns, and the flags.
+
+    If there are no flags, a row with messages is a conversation.
+    """
+    columns = Columns([row], {}, "")
+    if "messages" in columns and not flags.input and not flags.labels:
+        return TaskSpec(messages="messages")
+    found = find_set(columns, needs_input=True, needs_answer=False)
+    prompts = OWN_PROMPTS if found is None else (Prompt(found.input, None),)
+    return with_flags(TaskSpec(prompts), flags)
 
 
 def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:

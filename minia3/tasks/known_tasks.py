@@ -78,7 +78,7 @@ def make_source(fields: dict) -> Source:
 
 def make_prompt(fields: dict, default_choices: Iterable[str]) -> Prompt:
     choices = fields.get("choices", default_choices)
-    fields = fields | {"choices": tuple(choices)}
+    fields = fields | {"choices": tuple(choices) or None}
     check_keys(fields, Prompt)
     return Prompt(**fields)
 

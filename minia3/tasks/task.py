@@ -84,9 +84,7 @@ class TaskSpec(NamedTuple):
             return "choices"
         if prompt.target:
             return "target"
-        # The row itself says it. A prompt that reads other columns leaves its messages out.
-        has_messages = self.prompts == OWN_PROMPTS and "messages" in row
-        if self.messages or has_messages:
+        if self.messages:
             return "messages"
         return "choices" if "choices" in row else "target"
 

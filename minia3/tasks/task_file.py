@@ -151,13 +151,10 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     if target:
         entry["prompts"] = [{"target": target, **prompt} for prompt in entry["prompts"]]
     spec = make_spec(entry)
-    prompts = []
     for prompt in spec.prompts:
         if prompt.choices and spec.labels:
             check_choices(prompt, spec.labels)
-        prompts.append(prompt._replace(choices=prompt.choices or None))
-    labels = tuple(spec.labels)
-    spec = spec._replace(prompts=tuple(prompts), labels=labels)
+    spec = spec._replace(labels=tuple(spec.labels))
     if isinstance(files, str):
         return spec._replace(path=folder / files)
     return spec._replace(files=find_files(files, folder))

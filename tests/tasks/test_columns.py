@@ -8,7 +8,7 @@ import re
 import pytest
 from task_files import lines
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, guess_input, with_flags
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, guess_task, with_flags
 from minia3.tasks.prompts import render
 from minia3.tasks.rows import PREDICTED, normalize_row
 from minia3.tasks.splits import load_task
@@ -228,14 +228,43 @@ def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
     assert task.columns == "reads text, picks label among the row's choices; ignores messages"
 
 
-def test_a_row_of_which_nothing_is_known_is_a_conversation_if_it_has_messages():
-    file_row = {"text": "a", "messages": [{"role": "user", "content": "a"}]}
-    spec = TaskSpec(guess_input(file_row))
-    assert spec.answer_of(normalize_row(file_row, spec, PREDICTED, 0)) == "messages"
-    asked = with_flags(spec, ColumnFlags(input="{text}?"))
+@pytest.mark.parametrize("name", ["messages", "Messages"])
+def test_a_row_of_which_nothing_is_known_is_a_conversation_if_it_has_messages(name):
+    file_row = {"text": "a", name: [{"role": "user", "content": "a"}]}
+    spec = guess_task(file_row, ColumnFlags())
+    row = normalize_row(file_row, spec, PREDICTED, 0)
+    assert (spec.answer_of(row), "messages" in row) == ("messages", True)
+    # What the user says comes first.
+    asked = guess_task(file_row, ColumnFlags(input="{text}?"))
     row = normalize_row(file_row | {"choices": ["x", "y"]}, asked, PREDICTED, 0)
-    assert asked.answer_of(row) == "choices"
-    assert "messages" not in row
+    assert (asked.answer_of(row), "messages" in row) == ("choices", False)
+    labeled = guess_task(file_row, ColumnFlags(labels="x,y"))
+    row = normalize_row(file_row, labeled, PREDICTED, 0)
+    assert render(labeled.prompts[0], row)[:2] == ("a", ["x", "y"])
+    # An adapter that was trained on conversations obeys the flag, too.
+    learned = with_flags(TaskSpec(messages="messages"), ColumnFlags(input="{text}?"))
+    assert learned.answer_of(normalize_row(file_row, learned, PREDICTED, 0)) == "target"
+
+
+def test_an_input_is_what_the_model_reads_also_if_it_is_called_input(tmp_path):
+    rows = [{"instruction": "a", "input": "b", "topic": topic} for topic in ("x", "y")]
+    entry = {"label_field": "topic", "prompts": [{"text": "{input}"}]}
+    task = load_described(tmp_path, entry, *rows)
+    assert rendered(task) == [("b", ["x", "y"], 0), ("b", ["x", "y"], 1)]
+    assert task.columns == "reads input, picks topic among x, y; ignores instruction"
+    row = {"input": "b", "choices": ["x", "y"], "label": "y"}
+    chat = {**row, "messages": [{"role": "user", "content": "a"}]}
+    assert rendered(load(tmp_path, chat, input="{input}")) == [("b", ["x", "y"], 1)]
+    asked = guess_task(chat, ColumnFlags(input="{input}"))
+    assert asked.answer_of(normalize_row(chat, asked, PREDICTED, 0)) == "choices"
+    # Rows of test are answered as those of train, whatever other columns they have.
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "train.jsonl").write_bytes(lines(row, row))
+    (tmp_path / "both" / "test.jsonl").write_bytes(lines(chat, chat))
+    task = load_task(tmp_path / "both")
+    assert task.answer == "choices"
+    assert [tuple(render(task.prompts[0], row)) for row in task.test] == [("b", ["x", "y"], 1)] * 2
+    assert all("messages" not in row for row in task.test)
 
 
 def test_every_set_of_the_table_is_taken_before_the_smaller_ones_that_it_contains():
