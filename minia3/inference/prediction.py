@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from itertools import groupby, islice
+from pathlib import Path
 from typing import NamedTuple
 
 from minia3.files.ahead import read_ahead
@@ -29,7 +30,7 @@ from minia3.tasks.columns import ColumnFlags, guess_task
 from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
-from minia3.tasks.row_files import read_rows
+from minia3.tasks.row_files import column_names, read_rows
 from minia3.tasks.rows import PREDICTED, expected_names, normalize_row, without_target
 from minia3.tasks.task import TaskSpec
 
@@ -123,6 +124,9 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
     has_names = default is None and bool(adapters)
+    columns = []  # each row has its own
+    if Path(path).is_file():  # a pipe can be read only once
+        columns = column_names(path)
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):
@@ -131,7 +135,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             if has_names or not reads_adapter(file_row, forms, default):
                 name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row)
-            row = normalize_row(file_row, spec, PREDICTED, n)
+            row = normalize_row(file_row, spec, PREDICTED, n, columns)
 
             if spec.answer_of(row) == "messages":
                 rendered, example = encode_question(row, tokenizer, limits.source)

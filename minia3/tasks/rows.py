@@ -5,6 +5,7 @@ One message names all bad rows of all files.
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from minia3.tasks.prompts import (
     root_of,
     value_of,
 )
-from minia3.tasks.row_files import parse_choices, read_rows
+from minia3.tasks.row_files import column_names, parse_choices, read_rows
 from minia3.tasks.task import TaskSpec
 
 MAX_PROBLEMS = 5  # in one error message; the others are counted
@@ -75,11 +76,13 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
     """
     checked = []
     problems = []
+    paths = {found.path for found in rows}
+    columns = {path: column_names(path) for path in paths}
     rows.reverse()
     while rows:
         path, number, row = rows.pop()
         try:
-            checked.append(normalize_row(row, spec, split, len(checked)))
+            checked.append(normalize_row(row, spec, split, len(checked), columns[path]))
         except ValueError as error:
             place = f"{path}:{number}" if number else path
             problems.append(f"{place}: {error}")
@@ -103,10 +106,12 @@ def find_mixed_kinds(
 # Checking rows
 
 
-def normalize_row(row: dict | ValueError, spec: TaskSpec, split: str, number: int) -> dict:
+def normalize_row(
+    row: dict | ValueError, spec: TaskSpec, split: str, number: int, columns: Iterable[str] = ()
+) -> dict:
     """Return a row with an integer `label` (-1: unlabeled) and an integer `idx`.
 
-    number: the `idx` of the row, if it has none in its file.
+    number: the `idx` of the row, if it has none in its file. columns: see `column_names`.
 
     Raise ValueError if something is wrong with the row. If the row is itself a ValueError (see
     `read_rows`), raise it. Only rows of the split "test" may lack a label. The answers of the split
@@ -114,7 +119,8 @@ def normalize_row(row: dict | ValueError, spec: TaskSpec, split: str, number: in
     """
     if isinstance(row, ValueError):
         raise row
-    row = rename_columns(row, spec.fields)
+    expected = () if spec.is_published else expected_names(spec)
+    row = rename_columns(row, spec.fields, expected, columns)
     if spec.span_field:
         unpack_spans(row, spec.span_field)
     if not spec.is_published:
@@ -129,14 +135,48 @@ def normalize_row(row: dict | ValueError, spec: TaskSpec, split: str, number: in
     return row
 
 
-def rename_columns(row: dict, fields: Mapping[str, str]) -> dict:
-    """Return a row with the task's names for its columns. A column that is renamed takes the place
-    of a column that has this name in the file.
+def rename_columns(
+    row: dict,
+    fields: Mapping[str, str],
+    expected: Iterable[str] = (),
+    columns: Iterable[str] = (),
+) -> dict:
+    """Return a row with the task's names for its columns: see `name_columns`.
+
+    columns: those of the row's file, if it is a table. A row lacks the columns in which its cells
+    are empty, and no other column takes their place.
     """
-    new_names = find_renamed(row, fields)
-    renamed = {new_names[name]: value for name, value in row.items() if name in new_names}
-    kept = {name: value for name, value in row.items() if name not in new_names}
-    return kept | renamed
+    names = name_columns(tuple(columns or row), tuple(fields.items()), tuple(expected))
+    return {names[column]: value for column, value in row.items() if column in names}
+
+
+@lru_cache(maxsize=16)  # the rows of a file have the same columns, most of the time
+def name_columns(
+    columns: tuple[str, ...], fields: tuple[tuple[str, str], ...], expected: tuple[str, ...]
+) -> dict[str, str]:
+    """Return the columns of a file that are kept: name in the file -> name in the task.
+
+    fields: the names that a task file gives to columns. expected: the names that the task uses. A
+    column with nearly an expected name, which differs in case or in white space at the ends, gets
+    this name.
+
+    Each name is that of one column: first of a column that is renamed, then of a column with just
+    this name, and then of the last column with nearly this name.
+    """
+    renamed = find_renamed(columns, dict(fields))
+    kept = set(columns) - set(renamed.values())
+    names = {column: column for column in columns if column in kept} | renamed
+    similar = {}
+    for column, name in names.items():
+        if name not in expected:
+            similar.setdefault(name.strip().lower(), []).append(column)
+    for name in expected:
+        unused = similar.pop(name.lower(), [])
+        if unused and name not in names.values():
+            names[unused.pop()] = name
+        for column in unused:
+            del names[column]
+    return names
 
 
 def find_renamed(names: Iterable[str], fields: Mapping[str, str]) -> dict[str, str]:
@@ -204,10 +244,9 @@ def without_target(prompt: Prompt, row: dict) -> Prompt:
 
 
 def normalize_user_row(row: dict, spec: TaskSpec, split: str):
-    """Give a user's row the spelling of its names that the task expects, and empty texts in place
-    of missing ones. Raise ValueError if it lacks a text that it should have.
+    """Give a user's row empty texts in place of missing ones. Raise ValueError if it lacks a text
+    that it should have.
     """
-    spell_names(row, expected_names(spec))
     if spec.answer_of(row) == "messages":
         check_conversation(row, split)
         return
@@ -237,18 +276,6 @@ def expected_names(spec: TaskSpec) -> list[str]:
         if not prompt.choices and not prompt.target:
             names += ("choices", "target")
     return names
-
-
-def spell_names(row: dict, names: Iterable[str]):
-    """Rename fields that differ from an expected name in case or in white space at the ends."""
-    missing = [name for name in names if name not in row]
-    if not missing:
-        return
-    spelled = {name.strip().lower(): name for name in row}
-    for name in missing:
-        found = spelled.get(name.lower())
-        if found in row and found not in names:
-            row[name] = row.pop(found)
 
 
 def plain_names(text: str) -> list[str]:

@@ -524,6 +524,13 @@ def test_the_answer_of_the_file_is_still_a_column_of_the_results(row, tmp_path, 
     assert found == {**answered[0], "target": "w9"}
 
 
+def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, capsys):
+    task = write(tmp_path / "task.json", [{"fields": {"clean": "text"}, "labels": ["w8", "w9"]}])
+    (tmp_path / "rows.csv").write_text("clean,text\nw4,w5\n,w5\n")
+    words = (running.model("t5"), tmp_path / "rows.csv", "--task", task, "--input", "{text}")
+    assert "rows.csv:3: 'text' is None, expected a text" in fails(capsys, *words)
+
+
 # Pipes
 
 

@@ -22,6 +22,36 @@ def test_a_renamed_column_takes_the_place_of_one_that_has_its_new_name():
         assert rename_columns(row, {"a": "b", "b": "a"}) == {"a": 2, "b": 1, "c": 3}
 
 
+EMPTY_CELLS = [
+    # header, two cells per row, and what the last row has in place of its empty cell
+    ("gold,label", "label", {"gold": "label"}),
+    ("Gold,gold", "label", {"Gold": "label"}),
+    ("label,Label", "label", {}),
+]
+
+
+@pytest.mark.parametrize(("header", "name", "fields"), EMPTY_CELLS)
+def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, header, name, fields):
+    (tmp_path / "task.json").write_text(json.dumps({"fields": fields, "label_field": name}))
+    content = f"text,{header}\na,x,y\nb,y,x\n"
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").write_text(content)
+    (tmp_path / "test.csv").write_text(content + "c,,x\n")
+    task = load_task(tmp_path)
+    assert [row["label"] for row in task.test] == [0, 1, -1]
+    (tmp_path / "train.csv").write_text(content + "c,,x\n")
+    with pytest.raises(ValueError, match=r"train\.csv:4: 'label' is None, expected one of x, y"):
+        load_task(tmp_path)
+
+
+def test_an_empty_cell_of_an_input_is_empty_also_if_a_column_differs_from_it_in_case(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("premise,Premise,hypothesis,label\n" + "a,b,c,x\n,b,c,y\n" * 2)
+    task = load_task(path)
+    rows = [*task.train, *task.validation, *task.test]
+    assert sorted(row["premise"] for row in rows) == ["", "", "a", "a"]
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
