@@ -181,9 +181,15 @@ def escape(text: str) -> str:
 
 
 def ends_in_empty_field(prompt: Prompt, fields: dict) -> bool:
-    """Return whether the prompt's text ends in a field that is empty in this row."""
-    last = field_names(prompt.text)[-1:]
-    return any(fields.get(name) == "" for name in last)
+    """Return whether the prompt's text ends in a field, and this field is empty in this row."""
+    name = final_field(prompt.text)
+    return name is not None and fields.get(name) == ""
+
+
+def final_field(text: str) -> str | None:
+    """Return the field in which a format string ends, or None if it ends in other text."""
+    names = [name for _, name, _, _ in string.Formatter().parse(text)]
+    return names[-1] if names else None
 
 
 def check_fields(prompt: Prompt, row: dict):

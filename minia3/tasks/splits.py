@@ -21,7 +21,7 @@ from minia3.tasks.columns import (
 from minia3.tasks.download import download, file_names, remove_leftovers
 from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
 from minia3.tasks.library_data import find_hub_files, find_saved_files
-from minia3.tasks.prompts import field_names
+from minia3.tasks.prompts import field_names, final_field
 from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
 from minia3.tasks.rows import FileRow, check_files, read_files
 from minia3.tasks.split_files import (
@@ -312,11 +312,10 @@ def note_white_space(splits: Splits, spec: TaskSpec):
     """
     if spec.messages:
         return
-    template = spec.prompts[0].text
-    names = field_names(template)
-    if not names or not template.endswith(f"{{{names[-1]}}}"):
+    name = final_field(spec.prompts[0].text)
+    if name is None:
         return
-    values = [str(row.get(names[-1])) for row in splits.all_rows()]
+    values = [str(row.get(name)) for row in splits.all_rows()]
     n_inputs = sum(value != value.rstrip() for value in values)
     if n_inputs:
         splits.notes.append(

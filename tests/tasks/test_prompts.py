@@ -64,6 +64,26 @@ def test_a_target_is_rendered_as_the_only_choice():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "filled", "empty"),
+    [
+        (
+            "{instruction}\n{input}\n\n### Response:\n",
+            "a\nb\n\n### Response:\n",
+            "a\n\n\n### Response:\n",
+        ),
+        ("{instruction}\n{input}\n", "a\nb\n", "a\n\n"),
+        ("{instruction}\n{input}", "a\nb", "a"),
+        ("{input} {instruction}\n{input}", "b a\nb", " a"),
+    ],
+)
+def test_white_space_before_an_empty_field_at_the_end_is_left_out_and_no_other(text, filled, empty):
+    prompt = Prompt(text, ("x", "y"))
+    row = {"instruction": "a", "input": "b", "label": 0}
+    assert render(prompt, row).input == filled
+    assert render(prompt, row | {"input": ""}).input == empty
+
+
 def test_an_unlabeled_row_stays_unlabeled():
     assert render(OWN_PROMPTS[0], {"input": "a", "choices": ["b", "c"], "label": -1}).label == -1
 
