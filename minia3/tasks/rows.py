@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from minia3.tasks.labels import find_choice, find_user_label
+from minia3.tasks.labels import INTEGER, find_choice, find_user_label
 from minia3.tasks.messages import check_messages, has_answer
 from minia3.tasks.prompts import (
     Prompt,
@@ -111,7 +111,8 @@ def normalize_row(
 ) -> dict:
     """Return a row with an integer `label` (-1: unlabeled) and an integer `idx`.
 
-    number: the `idx` of the row, if it has none in its file. columns: see `column_names`.
+    number: the `idx` of the row, if its file has none that is an integer. columns: see
+    `column_names`.
 
     Raise ValueError if something is wrong with the row. If the row is itself a ValueError (see
     `read_rows`), raise it. Only rows of the split "test" may lack a label. The answers of the split
@@ -129,10 +130,17 @@ def normalize_row(
     if split != PREDICTED:
         label = read_label(row, spec, may_be_hidden=split == "test")
     row["label"] = label
-    if type(row.get("idx")) is not int:  # not isinstance, because a bool is an instance of int
-        row["idx"] = number
+    row["idx"] = read_idx(row.get("idx"), number)
     check_prompts(row, spec, split)
     return row
+
+
+def read_idx(value, number: int) -> int:
+    """Return a row's `idx` if it is an integer, also as a text of a .csv file, or else `number`."""
+    if isinstance(value, str) and INTEGER.fullmatch(value):
+        return int(value)
+    is_integer = type(value) is int  # not isinstance, because a bool is an instance of int
+    return value if is_integer else number
 
 
 def rename_columns(
