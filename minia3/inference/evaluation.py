@@ -75,11 +75,12 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
 
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, is_text_metric(metric))
+    are_texts = is_text_metric(metric)
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=are_texts)
     if metric in TEXT_METRICS:  # the model reads only the source
         read = [example._replace(targets=[]) for example in examples]
     else:
-        read = examples = fit_all_targets(rows, examples, max_target_length)[0]
+        read = examples = fit_all_targets(rows, examples, max_target_length, not are_texts)[0]
     check_examples(rows, read, model, tokenizer)
 
     options = {"adapter": adapter, "batch_size": batch_size}

@@ -146,7 +146,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             if spec.answer_of(row) == "target":
                 rendered = rendered._replace(choices=[])
             if rendered.choices:
-                example, _ = fit_targets(example, limits.target)
+                example, _ = fit_targets(example, limits.target, are_choices=True)
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)

@@ -21,18 +21,23 @@ def check_ids(example: Example, n_ids: int, tokenizer):
         )
 
 
-def fit_targets(example: Example, max_length: int | None) -> tuple[Example, bool]:
+def fit_targets(
+    example: Example, max_length: int | None, are_choices: bool
+) -> tuple[Example, bool]:
     """Return an example whose target has at most `max_length` tokens, and whether it was cut.
 
-    None: any length. A cut target keeps its beginning and has no end token, because a model should
-    not learn to stop in the middle of a text. A conversation stays as it is: `fit_chat` has
-    shortened it. Raise ValueError if a choice is too long: without its end, it may be another one.
+    max_length: None is any length. are_choices: whether the answer is picked among the targets,
+    even if there is only one.
+
+    A cut target keeps its beginning and has no end token, because a model should not learn to stop
+    in the middle of a text. A conversation stays as it is: `fit_chat` has shortened it. Raise
+    ValueError if a choice is too long: without its end, it may be another one.
     """
     longest = max(map(len, example.targets))
     is_conversation = example.is_scored is not None
     if max_length is None or longest <= max_length or is_conversation:
         return example, False
-    if len(example.targets) > 1:
+    if are_choices:
         raise ValueError(
             f"a choice has {longest:,} tokens, expected at most {max_length:,}: "
             "shorten it, or raise --max-target-length"
@@ -41,7 +46,7 @@ def fit_targets(example: Example, max_length: int | None) -> tuple[Example, bool
 
 
 def fit_all_targets(
-    rows: list[dict], examples: list[Example], max_length: int | None
+    rows: list[dict], examples: list[Example], max_length: int | None, are_choices: bool
 ) -> tuple[list[Example], int]:
     """Return `fit_targets` of all examples, and the number of targets that were cut.
 
@@ -51,7 +56,7 @@ def fit_all_targets(
     n_cut = 0
     for row, example in zip(rows, examples, strict=True):
         try:
-            example, was_cut = fit_targets(example, max_length)
+            example, was_cut = fit_targets(example, max_length, are_choices)
         except ValueError as error:
             raise ValueError(f"row {row['idx']}: {error}") from None
         fitted.append(example)

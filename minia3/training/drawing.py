@@ -97,9 +97,12 @@ def encode_plan(plan, cell, tokenizer, model):
         rows = [assignment.train_rows[row] for _, row, _ in places]
         prompts = [assignment.prompts[prompt] for _, _, prompt in places]
         pairs = list(zip(rows, prompts, strict=True))
-        has_end = assignment.task.answer != "choices"  # texts to generate must learn to end
+        are_choices = assignment.task.answer == "choices"
+        has_end = not are_choices  # texts to generate must learn to end
         _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
-        encoded, n_targets_cut_here = fit_all_targets(rows, encoded, config.max_target_length)
+        encoded, n_targets_cut_here = fit_all_targets(
+            rows, encoded, config.max_target_length, are_choices
+        )
         if model is not None:
             check_examples(rows, encoded, model, tokenizer)
 

@@ -271,6 +271,9 @@ def test_a_choice_that_is_too_long_is_named_if_the_flag_says_so(tmp_path, capsys
     error = failure(capsys, *command, 3)
     assert "rows.jsonl:1: a choice has 4 tokens, expected at most 3" in error
     assert "raise --max-target-length" in error
+    # The only choice is not cut, either.
+    path.write_text(json.dumps({"input": "w5", "choices": ["w7 w8 w9"]}) + "\n")
+    assert "rows.jsonl:1: a choice has 4 tokens" in failure(capsys, *command, 3)
 
 
 @pytest.mark.parametrize(("name", "is_warned"), [("llama", True), ("t5", False)])

@@ -368,6 +368,9 @@ def test_a_choice_that_is_too_long_is_an_error_that_names_the_row_and_the_flag(o
     message = r"^row 33: a choice has \d+ tokens, expected at most 8: .* --max-target-length$"
     with pytest.raises(ValueError, match=message):
         evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
+    only = [rows[3] | {"choices": rows[3]["choices"][1:], "label": 0}]
+    with pytest.raises(ValueError, match=message):
+        evaluate(ours.model, ours.tokenizer, only, PROMPT, **options)
 
 
 def test_for_the_perplexity_a_target_that_is_too_long_is_cut(ours):

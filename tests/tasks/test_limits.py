@@ -50,22 +50,30 @@ def test_a_row_without_targets_or_tokens_has_no_bad_ids():
 
 def test_a_long_target_keeps_its_beginning_without_the_end_token():
     example = Example([4], [[5, 6, 7, 1]], 0)
-    assert fit_targets(example, 4) == (example, False)
-    assert fit_targets(example, None) == (example, False)
-    assert fit_targets(example, 2) == (Example([4], [[5, 6]], 0), True)
+    assert fit_targets(example, 4, are_choices=False) == (example, False)
+    assert fit_targets(example, None, are_choices=False) == (example, False)
+    assert fit_targets(example, 2, are_choices=False) == (Example([4], [[5, 6]], 0), True)
 
 
 def test_a_long_choice_is_an_error_that_names_the_row():
     rows = [{"idx": 3}, {"idx": 8}]
     short = Example([4], [[5], [6]], 0)
     with pytest.raises(ValueError, match=r"^row 8: a choice has 50,000 tokens, .*at most 512: "):
-        fit_all_targets(rows, [short, Example([4], [[5], [6] * 50_000], 0)], 512)
-    assert fit_all_targets(rows, [short, short], 512) == ([short, short], 0)
+        fit_all_targets(rows, [short, Example([4], [[5], [6] * 50_000], 0)], 512, are_choices=True)
+    assert fit_all_targets(rows, [short, short], 512, are_choices=True) == ([short, short], 0)
+
+
+def test_a_long_choice_is_not_cut_even_if_it_is_the_only_one():
+    example = Example([4], [[5, 6, 7, 1]], 0)
+    assert fit_targets(example, 4, are_choices=True) == (example, False)
+    with pytest.raises(ValueError, match=r"^a choice has 4 tokens, expected at most 2: "):
+        fit_targets(example, 2, are_choices=True)
 
 
 def test_targets_that_are_cut_are_counted():
     examples = [Example([4], [[5] * n], 0) for n in (1, 9, 3, 4)]
-    fitted, n_cut = fit_all_targets([{"idx": i} for i in range(4)], examples, 3)
+    rows = [{"idx": i} for i in range(4)]
+    fitted, n_cut = fit_all_targets(rows, examples, 3, are_choices=False)
     assert n_cut == 2
     assert [len(example.targets[0]) for example in fitted] == [1, 3, 3, 3]
 

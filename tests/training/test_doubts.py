@@ -312,9 +312,12 @@ def test_a_target_of_50_000_words_is_one_line_that_names_the_row_and_the_flag(tm
     )
 
 
-def test_a_choice_of_50_000_words_is_one_line_that_names_the_row_and_the_flag(tmp_path, capsys):
+@pytest.mark.parametrize("others", [["w3"], []], ids=["one of two", "the only one"])
+def test_a_choice_of_50_000_words_is_one_line_that_names_the_row_and_the_flag(
+    others, tmp_path, capsys
+):
     rows = choice_rows(["w3", "w4"] * 5)
-    rows[1]["choices"] = ["w3", " ".join(["w4"] * 50_000)]
+    rows[1] |= {"choices": [*others, " ".join(["w4"] * 50_000)], "label": 0}
     folder = write(tmp_path / "data", train=rows[:6], test=rows[6:])
     running.fails(
         words(tmp_path / "run", task=folder, batch_size=6),
