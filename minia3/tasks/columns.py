@@ -352,7 +352,7 @@ def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
     prompts = list(spec.prompts)
     fields = dict(spec.fields)
     label_field = spec.label_field
-    used = roots_of(chain.from_iterable((prompt.text, prompt.target) for prompt in prompts))
+    used = roots_of(chain.from_iterable(prompt.templates for prompt in prompts))
     for name in RESERVED:
         column = columns.name_in_file(name)
         # If there are columns of both spellings, then {Label} is none of our names.
@@ -370,7 +370,8 @@ def rename_reserved(spec: TaskSpec, columns: "Columns") -> TaskSpec:
 def rename_in_prompt(prompt: Prompt, names: Iterable[str], new_name: str) -> Prompt:
     text = rename_field(prompt.text, names, new_name)
     target = rename_field(prompt.target, names, new_name)
-    return prompt._replace(text=text, target=target)
+    choices = [rename_field(choice, names, new_name) for choice in prompt.choices or ()]
+    return prompt._replace(text=text, target=target, choices=tuple(choices) or None)
 
 
 def notes_on(roles: ColumnRoles, labels: Labels) -> list[str]:
@@ -444,7 +445,7 @@ class Columns:
     def check_prompts(self, prompts: Iterable[Prompt]):
         """Raise ValueError if a prompt names a column that is not there."""
         for prompt in prompts:
-            for text in (prompt.text, prompt.target, *(prompt.choices or ())):
+            for text in prompt.templates:
                 self.check_names(text, "a prompt")
 
     # Messages
@@ -574,7 +575,7 @@ def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
     """Return whether rows have all the columns that a task reads."""
     names = [spec.label_field] if has_label(spec) else []
     for prompt in spec.prompts:
-        names += roots_of([prompt.text, prompt.target, *(prompt.choices or ())])
+        names += roots_of(prompt.templates)
         if not prompt.choices and not prompt.target:
             names.append("choices")
     columns = Columns(rows, spec.fields, "")

@@ -31,6 +31,11 @@ class Prompt(NamedTuple):
     # The text to write, as a format string. "": the row has choices, or a target of its own.
     target: str = ""
 
+    @property
+    def templates(self) -> list[str]:
+        """All format strings of the prompt."""
+        return [self.text, self.target, *(self.choices or ())]
+
 
 class Rendered(NamedTuple):
     """A row in the words of a prompt."""

@@ -278,7 +278,7 @@ def expected_names(spec: TaskSpec) -> list[str]:
         return [spec.messages, "tools"]
     names = [spec.label_field]
     for prompt in spec.prompts:
-        for text in (prompt.text, prompt.target, *(prompt.choices or ())):
+        for text in prompt.templates:
             if "{" in text:
                 names += map(root_of, field_names(text))
         if not prompt.choices and not prompt.target:

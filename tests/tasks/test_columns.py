@@ -396,6 +396,17 @@ def test_columns_with_the_names_of_our_own_fields_are_read_as_the_file_has_them(
         load(tmp_path, row, input="{text} {label}")
 
 
+def test_a_choice_may_be_a_column_with_the_name_of_our_own_field(tmp_path):
+    rows = [{"q": "w", "Label": "x", "alt": "y", "gold": gold} for gold in (0, 1)]
+    prompts = [{"text": "{q}", "choices": ["{label}", "{alt}"]}]
+    task = load_described(tmp_path, {"label_field": "gold", "prompts": prompts}, *rows)
+    assert rendered(task) == [("w", ["x", "y"], 0), ("w", ["x", "y"], 1)]
+    assert task.columns == "reads q, picks gold among {label}, {alt}"
+    # The rows of another file have the words that were learned.
+    row = normalize_row({"Q": "w", "label": "v", "alt": "z"}, task.spec, PREDICTED, 0)
+    assert render(task.spec.prompts[0], row).choices == ["v", "z"]
+
+
 def test_such_a_column_gets_a_name_that_no_other_column_has(tmp_path):
     row = {"text": "a", "label": "z", "label_text": "b"}
     task = load(tmp_path, row, target="{label}")
