@@ -199,6 +199,11 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
     if found is None:
         raise ValueError(columns.explain())
     if found.names == ("messages",):
+        if flags.labels:
+            raise ValueError(
+                f"--labels says that answers are picked, but {columns.origin} has conversations "
+                "('messages'): leave it out, or name the column to read with --input"
+            )
         return ColumnRoles(OWN_PROMPTS, messages="messages")
     if needs_input:
         roles = roles._replace(prompts=(Prompt(found.input, None),))

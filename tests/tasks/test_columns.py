@@ -215,6 +215,15 @@ def test_the_tools_of_a_conversation_are_found_whatever_their_case(tmp_path):
     assert all(row["tools"] == tools for row in task.train)
 
 
+def test_labels_for_conversations_are_refused(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = [{**chat, "text": "a", "label": label} for label in ("x", "y")]
+    for refused in ([chat], rows):
+        with pytest.raises(ValueError, match=r"rows\.jsonl has conversations .*: leave it out, or"):
+            load(tmp_path, *refused, labels="x,y")
+    assert rendered(load(tmp_path, *rows, labels="x,y", input="{text}"))[1] == ("a", ["x", "y"], 1)
+
+
 def test_a_conversation_that_is_not_used_is_not_kept(tmp_path):
     row = {"messages": [{"role": "user", "content": "a"}], "text": "a"}
     task = load(tmp_path, {**row, "label": "x"}, {**row, "label": "y"}, input="{text}")
