@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from minia3.files.shipped import find_shipped
+from minia3.tasks.labels import choices_of
 from minia3.tasks.prompts import OWN_PROMPTS, Prompt
 from minia3.tasks.task import Source, TaskSpec
 
@@ -64,7 +65,7 @@ def make_spec(entry: dict) -> TaskSpec:
     """Return the TaskSpec of an entry without `like`."""
     check_keys(entry, TaskSpec, extra=("choices",))
     entry = dict(entry)
-    choices = entry.pop("choices", entry.get("labels", ()))
+    choices = entry.pop("choices", choices_of(entry.get("labels", ())))
     entry["sources"] = [make_source(fields) for fields in entry.get("sources", ())]
     prompts = [make_prompt(fields, choices) for fields in entry.get("prompts", ())]
     entry["prompts"] = tuple(prompts) or OWN_PROMPTS

@@ -146,6 +146,7 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     for key in ("choices", "target"):
         if entry.get(key) and not entry.get("prompts"):
             raise ValueError(f"{key!r} needs prompts, which say the text of the input")
+    check_answers(entry)
     files = entry.pop("files", ".")
     target = entry.pop("target", "")
     if target:
@@ -158,6 +159,30 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     if isinstance(files, str):
         return spec._replace(path=folder / files)
     return spec._replace(files=find_files(files, folder))
+
+
+def check_answers(entry: Mapping):
+    """Raise ValueError if an answer is not a format string, or if prompts are answered in two ways.
+
+    All rows of a task are of one kind: a target to write, or choices to pick from.
+    """
+    for text in (entry.get("target", ""), *entry.get("choices", ())):
+        check_template(text)
+    prompts = entry["prompts"]
+    targets = [(entry | prompt).get("target") for prompt in prompts]
+    n_targets = len(list(filter(None, targets)))
+    has_choices = any(entry.get(key) for key in ("choices", "labels"))
+    has_choices |= any(prompt.get("choices") for prompt in prompts)
+    if n_targets and has_choices:
+        raise ValueError(
+            "there is a 'target' to write, and there are 'choices' or 'labels' to pick from: "
+            "expected only one of the two"
+        )
+    if 0 < n_targets < len(prompts):
+        raise ValueError(
+            f"{n_targets} of {len(prompts)} prompts have a 'target': expected one in each, or one "
+            "beside 'prompts' for all of them"
+        )
 
 
 def read_prompt(prompt: Mapping) -> dict:
@@ -178,6 +203,8 @@ def without_nulls(entry: Mapping) -> dict:
 
 def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, list[Path]]:
     """Return the files of each split, in the order of SPLITS."""
+    if not names:
+        raise ValueError(f"'files' is empty, expected paths for {', '.join(SPLITS)}")
     for split in names:
         if split not in SPLITS:
             raise ValueError(f"'files' has the split {split!r}, expected {', '.join(SPLITS)}")
@@ -187,7 +214,7 @@ def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, 
             listed = names[split]
             if isinstance(listed, str):
                 listed = [listed]
-            if not is_kind(listed, "a list of texts"):
+            if not listed or not is_kind(listed, "a list of texts"):
                 raise ValueError(f"'files' has {listed!r:.60} for {split}, expected paths")
             files[split] = [folder / name for name in listed]
     return files

@@ -343,6 +343,14 @@ def test_braces_in_texts_and_labels_are_not_fields(tmp_path):
     assert rendered(task) == [("{a} {", ["{x}", "}"], 0), ("}", ["{x}", "}"], 1)]
 
 
+def test_braces_in_the_labels_of_a_task_file_are_not_fields(tmp_path):
+    labels = ["f(x) {", "none"]
+    rows = [{"text": "a", "label": label} for label in labels]
+    task = load_described(tmp_path, {"labels": labels, "prompts": [{"text": "{text}?"}]}, *rows)
+    assert rendered(task) == [("a?", labels, 0), ("a?", labels, 1)]
+    assert task.columns == "reads text, picks label among f(x) {, none"
+
+
 # What the user says
 
 

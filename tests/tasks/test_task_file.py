@@ -135,6 +135,11 @@ def test_a_target_is_a_text_to_write(tmp_path):
         ({"prompts": []}, "'choices' needs prompts"),
         ({"choices": [], "prompts": [], "target": "{title}"}, "'target' needs prompts"),
         ({"files": "none.jsonl"}, "none.jsonl"),
+        ({"files": {"train": [], "test": []}}, "'files' has [] for train, expected paths"),
+        ({"files": {}}, "'files' is empty, expected paths for train, validation, test"),
+        ({"choices": ["{text:>999999999}", "b"]}, "task.json: {text} is not a column"),
+        ({"target": "{answer"}, "task.json: expected '}' before end of string"),
+        ({"target": "{title}"}, "there is a 'target' to write, and there are 'choices' or"),
         ({"metric": "bleu"}, "the metric is 'bleu', expected one of accuracy, macro_f1"),
         ({"metric": 1}, "'metric' is 1, expected a text"),
     ],
@@ -143,6 +148,25 @@ def test_a_mistake_in_a_task_file_is_one_line(change, words, tmp_path):
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
         load_task(write(tmp_path, ENTRY | change))
     assert words in str(error.value)
+
+
+WRITES = {"text": "{body}", "target": "{title}"}
+PICKS = {"text": "{body}", "choices": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"prompts": [WRITES, PICKS]}, "there is a 'target' to write, and"),
+        ({"prompts": [PICKS, WRITES]}, "there is a 'target' to write, and"),
+        ({"prompts": [WRITES], "labels": ["0", "1"]}, "there is a 'target' to write, and"),
+        ({"prompts": [WRITES, {"text": "{body}"}]}, "1 of 2 prompts have a 'target'"),
+        ({"prompts": [{"text": "{body}"}, WRITES]}, "1 of 2 prompts have a 'target'"),
+    ],
+)
+def test_prompts_that_are_answered_in_two_ways_are_refused(entry, words, tmp_path):
+    with pytest.raises(ValueError, match=rf"task\.json: {words}"):
+        load_task(write(tmp_path, entry))
 
 
 @pytest.mark.parametrize(
