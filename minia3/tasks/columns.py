@@ -22,6 +22,7 @@ from minia3.tasks.labels import (
 from minia3.tasks.prompts import (
     OWN_PROMPTS,
     Prompt,
+    can_name,
     check_choices,
     check_template,
     field_names,
@@ -499,9 +500,11 @@ class Columns:
     def advise(self) -> str:
         """Return what the user can do if no known set matches: rename a column, or give flags."""
         hint = ""
+        # pandas and R write the number of a row into a column without a name.
+        named = [name for name in self.by_lower_case if name]
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
-            unknown = [name for name in self.by_lower_case if name not in column_set.names]
+            unknown = [name for name in named if name not in column_set.names]
             near = []
             if len(missing) == 1:
                 near = difflib.get_close_matches(missing[0], unknown, n=1, cutoff=0.7)
@@ -510,14 +513,23 @@ class Columns:
             if near:
                 hint = f"did you mean {missing[0]!r} by {self.by_lower_case[near[0]]!r}? Otherwise "
                 break
+        return hint + self.advise_flags([self.by_lower_case[name] for name in named])
+
+    def advise_flags(self, columns: Iterable[str]) -> str:
+        """Return the flags that say which columns are the input and the target."""
         # The longest texts are the input, most of the time.
-        longest = sorted(self.by_lower_case.values(), key=self.length_of, reverse=True)
+        longest = sorted(columns, key=self.length_of, reverse=True)[:2]
         if len(longest) < 2:
             return "add a column with the answers"
-        input_column, target_column = (repr(name)[1:-1] for name in longest[:2])
-        flags = f'--input "{{{input_column}}}" --target "{{{target_column}}}"'
+        for column in longest:
+            if not can_name(column):
+                return (
+                    f"rename the column {column!r} (in braces, a name has none of . : ! [ ] {{ }} "
+                    "and is not a number), and say which is which with --input and --target"
+                )
+        input_column, target_column = (repr(name)[1:-1] for name in longest)
         return (
-            f"{hint}say which is which with {flags}, "
+            f'say which is which with --input "{{{input_column}}}" --target "{{{target_column}}}", '
             "and add --labels WORD,WORD if the target is one of a few words"
         )
 

@@ -100,7 +100,8 @@ def list_names(names: Iterable[str]) -> str:
     """Return names in one line, with commas between them, whatever characters they have."""
     shown = []
     for name in names:
-        text = name if name.isprintable() else repr(name)
+        is_visible = name.isprintable() and bool(name.strip())
+        text = name if is_visible else repr(name)
         shown.append(text)
     return ", ".join(shown)
 
@@ -122,6 +123,16 @@ def check_template(text: str):
                 f"{{{name}}} is not a column, or has more than letters, spaces and [items] in its "
                 "name: rename it"
             )
+
+
+def can_name(column: str) -> bool:
+    """Return whether a format string can name a column: {text}, but not {a.b}, {1} or {}."""
+    text = f"{{{column}}}"
+    try:
+        check_template(text)
+    except ValueError:
+        return False
+    return field_names(text) == (column,) and root_of(column) == column
 
 
 @lru_cache(maxsize=256)

@@ -554,6 +554,18 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
             {"text": "a", "lable": "x"},
             "did you mean 'label' by 'lable'? Otherwise say which is which with --input",
         ),
+        (
+            {"": 1_000_000_000, "review": "bad", "stars": 1},
+            'say which is which with --input "{review}" --target "{stars}", and add --labels',
+        ),
+        ({"": 7, "review": "bad", "stars": 1}, "has the columns '', review, stars; expected"),
+        ({"": 7, "instruction": "a", "input": "b"}, "add a column 'output' with the answers"),
+        (
+            {"Review.Text": "so bad", "Rating": 1},
+            "rename the column 'Review.Text' (in braces, a name has none of . : ! [ ] { } and is "
+            "not a number), and say which is which with --input and --target",
+        ),
+        ({"0": "so bad", "1": "x"}, "rename the column '0' (in braces"),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
         ({"instruction": "a", "input": "b"}, "add a column 'output' with the answers"),
@@ -572,6 +584,8 @@ def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
     assert load(tmp_path, *rows).columns == (
         "reads text, picks label among 'x\\ny', z; ignores 'a\\nb'"
     )
+    rows = [{"": i, "text": "a", "label": label} for i, label in enumerate("xy")]
+    assert load(tmp_path, *rows).columns == "reads text, picks label among x, y; ignores ''"
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z"):
         load(tmp_path, {"a\nb": "c", "d\ne": "f"})
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from task_files import REAL, needs_real_data
 
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, check_fields, fit, render
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, can_name, check_fields, fit, render
 from minia3.tasks.splits import load_task
 
 COPA = {
@@ -104,6 +104,28 @@ def test_the_error_names_the_field_that_a_row_lacks(prompt, missing):
         render(prompt, row)
     with pytest.raises(ValueError, match=missing):
         check_fields(prompt, row)
+
+
+@pytest.mark.parametrize(
+    ("column", "is_name"),
+    [
+        ("Review Text", True),
+        ("größe_2", True),
+        ("{x", False),
+        ("a}{b", False),
+        ("a.b", False),
+        ("a:b", False),
+        ("a!r", False),
+        ("a[0]", False),
+        ("12", False),
+        ("", False),
+    ],
+)
+def test_a_column_that_can_be_named_is_read_as_its_name_says(column, is_name):
+    assert can_name(column) == is_name
+    if is_name:
+        row = {column: "x", "label": 0}
+        assert render(Prompt(f"{{{column}}}", ("a",)), row).input == "x"
 
 
 # Cutting
