@@ -204,11 +204,12 @@ def read_cells(
 def open_cells(lines: LineReader, suffix: str) -> tuple[list[str], Iterator[list[str]]]:
     """Return the header of a file, and an iterator of the cells of each row."""
     allow_long_cells()
-    first_line = next(filter(str.strip, lines), "")
+    rest = iter(lines)
+    first_lines = [next(filter(str.strip, rest), "")]
     dialect = TSV
     if suffix == ".csv":
-        dialect = {**CSV, "delimiter": find_delimiter(first_line)}
-    records = csv.reader(chain([first_line], lines), **dialect)
+        dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
+    records = csv.reader(chain(first_lines, rest), **dialect)
     return read_header(records), records
 
 
@@ -222,16 +223,28 @@ def allow_long_cells():
     csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))
 
 
-def find_delimiter(header: str) -> str:
-    """Return the delimiter that divides a header into the most cells. If in doubt, a comma."""
+def find_delimiter(lines: list[str], rest: Iterator[str]) -> str:
+    """Return the delimiter that divides a header into the most cells. If in doubt, a comma.
+
+    lines: the first line of the file. If a quoted cell of the header has line breaks, the lines
+    that complete it are taken from `rest` and appended.
+    """
     n_cells = {}
     for delimiter in DELIMITERS:
-        records = csv.reader([header], delimiter=delimiter, strict=True)
+        records = csv.reader(read_on(lines, rest), delimiter=delimiter, strict=True)
         try:
             n_cells[delimiter] = len(next(records, []))
         except csv.Error:
             n_cells[delimiter] = 0  # such as a quote in the middle of a cell
     return max(DELIMITERS, key=n_cells.get)
+
+
+def read_on(lines: list[str], rest: Iterator[str]) -> Iterator[str]:
+    """Yield the lines, and then those of `rest`, which become lines, too."""
+    yield from lines
+    for line in rest:
+        lines.append(line)
+        yield line
 
 
 def read_header(records: Iterator[list[str]]) -> list[str]:

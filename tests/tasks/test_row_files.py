@@ -272,8 +272,23 @@ def test_a_csv_file_may_have_semicolons_or_tabs(tmp_path, delimiter, suffix):
     ],
 )
 def test_the_delimiter_is_the_one_that_makes_the_most_columns(tmp_path, header, names):
-    delimiter = find_delimiter(header)
+    delimiter = find_delimiter([header], iter(()))
     assert next(csv.reader([header], delimiter=delimiter)) == names
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("names", [["Review,\nall of it", "label"], ["id", "a\n\nb;\n", "label"]])
+def test_the_name_of_a_column_may_have_line_breaks(tmp_path, delimiter, names):
+    cells = ["a, b; c"] * len(names)
+    with (tmp_path / "made.csv").open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([names, cells, cells])
+    first = 1 + 1 + "".join(names).count("\n")
+    row = {name.strip(): cell for name, cell in zip(names, cells, strict=True)}
+    assert read(tmp_path / "made.csv", (tmp_path / "made.csv").read_text()) == [
+        (first, row),
+        (first + 1, row),
+    ]
+    assert column_names(tmp_path / "made.csv") == list(row)
 
 
 def test_spaces_around_the_name_of_a_column_do_not_count(tmp_path):
