@@ -196,7 +196,8 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
     needs_input = not roles.prompts
     needs_answer = not roles.target and not roles.label
     used = roots_of(prompt.text for prompt in roles.prompts)
-    found = find_set(columns, needs_input, needs_answer, used)
+    picks = any(prompt.choices for prompt in roles.prompts)
+    found = find_set(columns, needs_input, needs_answer, used, picks)
     if found is None:
         raise ValueError(columns.explain())
     if found.names == ("messages",):
@@ -254,11 +255,16 @@ def names_choices(spec: TaskSpec, flags: ColumnFlags) -> bool:
 
 
 def find_set(
-    columns: "Columns", needs_input: bool, needs_answer: bool, used: Sequence[str] = ()
+    columns: "Columns",
+    needs_input: bool,
+    needs_answer: bool,
+    used: Sequence[str] = (),
+    picks: bool = False,
 ) -> ColumnSet | None:
     """Return the first set whose columns are there: those of the input, the answer, or both.
 
-    used: columns of the input that the user chose, which are not the answer.
+    used: columns of the input that the user chose, which are not the answer. picks: whether the
+    user gave choices, so that the answer is no text to write.
     """
     if not needs_input and not needs_answer:
         return ColumnSet((), "")
@@ -269,6 +275,8 @@ def find_set(
         answers = set(column_set.names) - inputs
         is_partial = not (needs_input and needs_answer)
         if (is_conversation and is_partial) or answers.intersection(used_keys):
+            continue
+        if picks and column_set.target:
             continue
         needed = set()
         if needs_input:

@@ -182,6 +182,14 @@ def test_integers_and_booleans_have_an_order_of_their_own(values, tmp_path):
     assert rendered(task) == [("a", words, 0), ("a", words, 1)]
 
 
+def test_the_choices_of_a_prompt_come_before_a_column_that_could_be_written(tmp_path):
+    rows = [{"q": "a", "target": "z", "label": label} for label in (1, 0)]
+    task = load_described(tmp_path, {"prompts": [{"text": "{q}", "choices": ["no", "yes"]}]}, *rows)
+    assert rendered(task) == [("a", ["no", "yes"], 1), ("a", ["no", "yes"], 0)]
+    task = load_described(tmp_path, {"prompts": [{"text": "{q}"}]}, *rows)
+    assert rendered(task) == [("a", ["z"], 0)] * 2
+
+
 def test_columns_that_are_choices_are_not_ignored(tmp_path):
     rows = [{"text": "t", "a": "x", "B": "y", "c": "z", "label": label} for label in (0, 1)]
     entry = {"choices": ["{a}", "{b}."], "prompts": [{"text": "{text}"}]}
