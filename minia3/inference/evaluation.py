@@ -61,8 +61,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     """Return the result (see above) of a model on rows that are put into the words of one prompt.
 
     metric: one of those in metrics.py. Choices are ranked by their mean log-probability per token.
-    Texts are generated, and compared with the target. For the inverse perplexity, the target is
-    scored.
+    Texts are generated, and compared with the target. The inverse perplexity scores the target.
 
     shots: rows that come before each row with their answers, as many as fit into `max_length`
     tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). See `fit` in tasks/prompts.py
