@@ -164,26 +164,19 @@ def name_columns(
 ) -> dict[str, str]:
     """Return the columns of a file that are kept: name in the file -> name in the task.
 
-    fields: the names that a task file gives to columns. expected: the names that the task uses. A
-    column with nearly an expected name, which differs in case or in white space at the ends, gets
-    this name.
-
-    Each name is that of one column: first of a column that is renamed, then of a column with just
-    this name, and then of the last column with nearly this name.
+    fields: the names that a task file gives to columns. A column that is renamed takes the place of
+    a column that has the new name in the file. expected: the names that the task uses. If no column
+    has such a name, then the last one gets it that differs only in case or in white space at the
+    ends.
     """
     renamed = find_renamed(columns, dict(fields))
     kept = set(columns) - set(renamed.values())
     names = {column: column for column in columns if column in kept} | renamed
-    similar = {}
-    for column, name in names.items():
-        if name not in expected:
-            similar.setdefault(name.strip().lower(), []).append(column)
+    unused = {column: name for column, name in names.items() if name not in expected}
+    spelled = {name.strip().lower(): column for column, name in unused.items()}
     for name in expected:
-        unused = similar.pop(name.lower(), [])
-        if unused and name not in names.values():
-            names[unused.pop()] = name
-        for column in unused:
-            del names[column]
+        if name not in names.values() and name.lower() in spelled:
+            names[spelled.pop(name.lower())] = name
     return names
 
 

@@ -319,6 +319,13 @@ def test_of_columns_that_differ_in_case_the_one_with_the_exact_name_is_read(name
     assert rendered(task) == [("0?", ["zero", "one"], 0), ("1?", ["zero", "one"], 1)]
 
 
+def test_of_columns_that_are_both_spelled_otherwise_the_last_one_is_read(tmp_path):
+    rows = [{"Text": "a", "TEXT": "b", "label": label} for label in ("x", "y")]
+    task = load(tmp_path, *rows)
+    assert [text for text, _, _ in rendered(task)] == ["b", "b"]
+    assert task.columns == "reads TEXT, picks label among x, y; ignores Text"
+
+
 def test_the_answer_is_no_column_of_the_input_whatever_its_case(tmp_path):
     rows = [{"Question": "a", "Answer": "b", "label": label} for label in ("x", "y")]
     task = load(tmp_path, *rows, input="{Question} {Answer}")

@@ -22,6 +22,11 @@ def test_a_renamed_column_takes_the_place_of_one_that_has_its_new_name():
         assert rename_columns(row, {"a": "b", "b": "a"}) == {"a": 2, "b": 1, "c": 3}
 
 
+def test_a_column_with_an_expected_name_is_not_taken_for_another_one():
+    for row in ({"TEXT": 1, "text": 2}, {"text": 2, "TEXT": 1}):
+        assert rename_columns(row, {}, ["Text", "text"]) == {"Text": 1, "text": 2}
+
+
 EMPTY_CELLS = [
     # header, two cells per row, and what the last row has in place of its empty cell
     ("gold,label", "label", {"gold": "label"}),
