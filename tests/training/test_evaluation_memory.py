@@ -166,6 +166,18 @@ def test_targets_are_planned_as_they_are_scored(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_the_choices_of_a_llama_are_planned_without_the_end_token_of_texts(tmp_path, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        evaluation_memory, "upper_bound", lambda _, shape: shapes.append(shape) or 0
+    )
+    long = [{"input": "w3", "choices": ["w4", " ".join(["w5"] * 7)], "label": 0}]
+    data = write(tmp_path / "choices", train=rows(9), validation=long)
+    flags = {"model": model("llama"), "task": data, "steps": 1, "max_target_length": 7}
+    assert run(words(tmp_path / "run", **flags)) == 0
+    assert [shape[2:] for shape in shapes] == [(2, 7)]
+
+
 def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
     tmp_path, capsys, monkeypatch, plans_once
 ):
