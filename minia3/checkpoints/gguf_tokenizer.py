@@ -150,8 +150,8 @@ def check_scores(pieces):
     That is how llama.cpp converts a LLaMA's tokenizer.json: without its merges, and so without the
     order in which pieces are made.
     """
-    scores = {piece.score for piece in pieces if piece.kind == NORMAL}
-    if len(scores) == 1:
+    scores = [piece.score for piece in pieces if piece.kind == NORMAL]
+    if len(scores) > 1 and len(set(scores)) == 1:
         raise ValueError(
             "the file has no scores of its pieces: convert the model again with tokenizer.model "
             "beside it"
