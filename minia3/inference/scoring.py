@@ -286,7 +286,10 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     for i, texts in enumerate(choices_of_prompts(choices, len(prompts))):
         example = encode_example(Rendered(prompts[i], texts, 0), tokenizer, end=False)
         examples.append(example)
-        check_example(example, model, tokenizer, f"prompt {i}")
+        try:
+            check_example(example, model, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from None
         warn_of_equal_choices(example, texts)
         if not (example.source and all(example.targets)):
             without_tokens.append(i)
@@ -297,24 +300,19 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     )
 
 
-def check_example(example, model, tokenizer, name=""):
-    """Raise ValueError if the model cannot read an example: an unknown id, or far too many.
-
-    name: of the row or the prompt, for the message.
-    """
-    try:
-        check_ids(example, model.embed.num_embeddings, tokenizer)
-        model.check_lengths(len(example.source), [len(target) for target in example.targets])
-    except ValueError as error:
-        if not name:
-            raise
-        raise ValueError(f"{name}: {error}") from None
+def check_example(example, model, tokenizer):
+    """Raise ValueError if the model cannot read an example: an unknown id, or far too many."""
+    check_ids(example, model.embed.num_embeddings, tokenizer)
+    model.check_lengths(len(example.source), [len(target) for target in example.targets])
 
 
 def check_examples(rows, examples, model, tokenizer):
     """Raise the errors of `check_example` with the `idx` of the row."""
     for row, example in zip(rows, examples, strict=True):
-        check_example(example, model, tokenizer, f"row {row['idx']}")
+        try:
+            check_example(example, model, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"row {row['idx']}: {error}") from None
 
 
 def warn_of_equal_choices(example, texts):

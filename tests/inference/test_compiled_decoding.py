@@ -110,15 +110,14 @@ def test_batches_of_many_shapes_are_all_compiled(loaded, tokenizer, monkeypatch)
     torch.compiler.reset()
     graphs = []
     monkeypatch.setattr(decoding, "compile_step", count_graphs(graphs))
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)
     model = loaded("llama-gqa", seed=0, n_adapters=9)
-    for n in range(1, 10):
-        prompts = ["w3 w4"] * n
-        adapter = torch.arange(n)
-        options = {"adapter": adapter, "max_new_tokens": 3}
-        expected = minia3.generate(model, tokenizer, prompts, **options)
-        assert minia3.generate(model, tokenizer, prompts, compile=True, **options) == expected
-        assert len(graphs) == n
+    with torch._dynamo.config.patch(cache_size_limit=8):
+        for n in range(1, 10):
+            prompts = ["w3 w4"] * n
+            options = {"adapter": torch.arange(n), "max_new_tokens": 3}
+            expected = minia3.generate(model, tokenizer, prompts, **options)
+            assert minia3.generate(model, tokenizer, prompts, compile=True, **options) == expected
+            assert len(graphs) == n
     torch.compiler.reset()
 
 
