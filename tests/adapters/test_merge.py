@@ -297,7 +297,7 @@ def write_gguf(path):
     writer.add_tokenizer_model("llama")
     writer.add_token_list(["<unk>", "<s>", "</s>", "a"])
     writer.add_token_types([2, 3, 3, 1])
-    writer.add_token_scores([0.0, 0.0, -1.0, -2.0])
+    writer.add_token_scores([0.0] * 4)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     shapes = {
