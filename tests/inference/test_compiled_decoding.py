@@ -110,9 +110,9 @@ def test_batches_of_many_shapes_are_all_compiled(loaded, tokenizer, monkeypatch)
     torch.compiler.reset()
     graphs = []
     monkeypatch.setattr(decoding, "compile_step", count_graphs(graphs))
-    model = loaded("llama-gqa", seed=0, n_adapters=9)
-    with torch._dynamo.config.patch(cache_size_limit=8):
-        for n in range(1, 10):
+    model = loaded("llama-gqa", seed=0, n_adapters=3)
+    with torch._dynamo.config.patch(cache_size_limit=2):
+        for n in (1, 2, 3):
             prompts = ["w3 w4"] * n
             options = {"adapter": torch.arange(n), "max_new_tokens": 3}
             expected = minia3.generate(model, tokenizer, prompts, **options)
