@@ -51,7 +51,7 @@ class Adapters(Mapping):
         return name in self._numbers
 
     def __iter__(self):
-        return iter(self._numbers)
+        return iter(list(self._numbers))  # a copy, because another thread may add to it meanwhile
 
     def __len__(self):
         return len(self._numbers)
@@ -121,7 +121,7 @@ class Adapters(Mapping):
         return {name: rows[name] if name in rows else next(free) for name in names}
 
     def _describe_unknown(self, name):
-        names = list(self)  # because another thread may add to it meanwhile
+        names = list(self)
         nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)
         hint = f"the nearest of {len(names)} names: {nearest[0] if nearest else 'none'}"
         return f"there is no adapter {name!r}; {hint}"

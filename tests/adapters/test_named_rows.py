@@ -324,6 +324,19 @@ def test_names_are_copied_with_their_model(loaded, folders):
     assert not all((x == 1).all() for x in row_of(adapters.model, 1).values())
 
 
+def test_names_may_come_and_go_while_they_are_listed(loaded, folders):
+    path = folders("t5-v1.1", 1) / "a0"
+    adapters = Adapters(loaded("t5-v1.1"))
+    adapters.load("a", path)
+    adapters.load("b", path)
+    names = iter(adapters)
+    found = [next(names)]
+    adapters.load("c", path)
+    adapters.remove("a")
+    assert [*found, *names] == ["a", "b"]
+    assert list(adapters) == ["b", "c"]
+
+
 def test_each_of_several_threads_that_load_gets_its_row(loaded, folders):
     folder = folders("llama-gqa", 6)
     model = loaded("llama-gqa")
