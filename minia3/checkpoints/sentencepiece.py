@@ -11,9 +11,9 @@ with a text in which "▁" stands for a space:
 sentencepiece file has only pieces with scores: see `bpe_merges`.
 
 The input is a sentencepiece file (spiece.model of T5, tokenizer.model of LLaMA-2) or the same lists
-from a GGUF file, of which gguf_tokenizer.py checks what it can. Whatever a sentencepiece file asks
-for that would give other ids is refused. Three differences are known, and Hugging Face's tokenizers
-have them, too:
+from a GGUF file. A sentencepiece file is refused if it asks for anything that would give other ids.
+A GGUF file says less about its tokenizer, and gguf_tokenizer.py checks what it does say. Three
+differences are known, and Hugging Face's tokenizers have them, too:
 
 - T5's normalization composes a letter and one mark ("e" + U+0301), as sentencepiece's does, but
   not longer sequences. In decomposed text (NFD), it drops the second mark of a letter ("ệ" becomes

@@ -159,13 +159,17 @@ def number_answers(found_N, label_N, rendered):
     found_N, label_N: their places among the choices of the rows. If all rows have the same choices,
     in any order, then each text has one number. Otherwise the places are the numbers.
     """
-    choices = {frozenset(row.choices) for row in rendered}
-    if len(choices) > 1:
+    if not have_same_choices(rendered):
         return found_N, label_N
     number = {text: i for i, text in enumerate(rendered[0].choices)}
     number_NC = np.array([[number[text] for text in row.choices] for row in rendered])
     row_N = np.arange(len(rendered))
     return number_NC[row_N, found_N], number_NC[row_N, label_N]
+
+
+def have_same_choices(rendered):
+    """Return whether all rows have the same choices, in any order."""
+    return len({frozenset(row.choices) for row in rendered}) == 1
 
 
 def commonest_share(metric, right_N):

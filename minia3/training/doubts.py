@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from minia3.files.messages import part_of
+from minia3.inference.evaluation import have_same_choices
 from minia3.inference.metrics import area_under_curve
 from minia3.tasks.prompts import render
 from minia3.training.losses import UNLIKELY_EPS
@@ -66,10 +67,9 @@ def doubts_about_labels(rows, prompt, use):
 
 def right_answers(rendered):
     """Return the right answer of each row: its text, or its place if the rows' choices differ."""
-    choices = {frozenset(row.choices) for row in rendered}
-    if len(choices) > 1:
-        return [row.label for row in rendered]
-    return [row.choices[row.label] for row in rendered]
+    if have_same_choices(rendered):
+        return [row.choices[row.label] for row in rendered]
+    return [row.label for row in rendered]
 
 
 def count_repeated(train_rows, report_rows):
