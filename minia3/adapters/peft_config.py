@@ -104,28 +104,42 @@ def check_targets(config, names):
 
     PEFT would leave these tensors out. names: PEFT's names of the tensors.
     """
-    targets = config.get("target_modules")
+    modules = [module_name(name) for name in names]
     excluded = config.get("exclude_modules")
-    for name in names:
-        module = re.sub(r"\.(lora_[AB]\.weight|ia3_l)$", "", name.removeprefix("base_model.model."))
-        if is_target(module, excluded):
-            found = f"found {excluded!r:.200}"
-            raise ValueError(f"expected exclude_modules without {module!r:.200}, {found}")
-        if targets != "all-linear" and not is_target(module, targets):
+    for module in named_by(excluded, modules):
+        found = f"found {excluded!r:.200}"
+        raise ValueError(f"expected exclude_modules without {module!r:.200}, {found}")
+
+    targets = config.get("target_modules")
+    if targets == "all-linear":
+        return
+    targeted = set(named_by(targets, modules))
+    for module in modules:
+        if module not in targeted:
             found = f"found {targets!r:.200}"
             raise ValueError(f"expected target_modules that name {module!r:.200}, {found}")
 
 
-def is_target(module, targets):
-    """Return whether PEFT finds a module by a list of the ends of names, or by a pattern."""
+def module_name(name):
+    """Return the name of the module that a tensor of an adapter belongs to."""
+    name = name.removeprefix("base_model.model.")
+    for suffix in (".ia3_l", ".lora_A.weight", ".lora_B.weight"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def named_by(targets, modules):
+    """Return the modules that PEFT finds by a list of the ends of names, or by a pattern."""
     if isinstance(targets, str):
         try:
-            return bool(re.fullmatch(targets, module))
+            pattern = re.compile(targets)
         except re.error:
-            return False
+            return []
+        return [module for module in modules if pattern.fullmatch(module)]
     if not isinstance(targets, list):
-        return False
-    return any(module == target or module.endswith(f".{target}") for target in targets)
+        return []
+    ends = tuple(f".{target}" for target in targets)
+    return [module for module in modules if f".{module}".endswith(ends)]
 
 
 def other_values(config, neutral):
