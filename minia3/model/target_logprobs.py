@@ -32,6 +32,9 @@ MAX_LOGITS = 1 << 24
 # back to the system, and the next part would wait for new, zeroed pages.
 MAX_LOGITS_ON_CPU = 1 << 22
 
+# Of these, a CPU turns as many at once into gradients as stay in its caches: 1 MB in float32.
+CACHED_LOGITS = 1 << 18
+
 
 def target_logprobs(x_TD, head_VD, target_T):
     """Return (T,): the log-probability of each target, in float32 at least.
@@ -45,7 +48,7 @@ def target_logprobs(x_TD, head_VD, target_T):
 
     score = plain_logprobs
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if not head_VD.requires_grad:
+        if x_TD.requires_grad and not head_VD.requires_grad:
             score = _WithGradient.apply
         elif len(x_TD) > n_at_once:
             score = partial(recompute, plain_logprobs)
@@ -63,20 +66,31 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, head_VD, target_T):
-        logp_TV = widen(F.linear(x_TD, head_VD)).log_softmax(dim=-1)
-        target_T1 = target_T.unsqueeze(1)
-        logp_T1 = logp_TV.gather(1, target_T1)
-        if ctx.needs_input_grad[0]:
-            grad_TV = logp_TV.exp_().neg_()  # in place, because it is so large
-            grad_TV.scatter_(1, target_T1, -logp_T1.expm1())  # 1 - p of the targets
-            ctx.save_for_backward(grad_TV.to(x_TD.dtype) @ head_VD)
-        return logp_T1.squeeze(1)
+        logits_TV = F.linear(x_TD, head_VD)
+        n_at_once = len(x_TD)
+        if x_TD.device.type == "cpu":
+            n_at_once = max(1, CACHED_LOGITS // len(head_VD))
+        parts = zip(logits_TV.split(n_at_once), target_T.split(n_at_once), strict=True)
+        logp_T = torch.cat([replace_with_gradient(logits, target) for logits, target in parts])
+        ctx.save_for_backward(logits_TV @ head_VD)
+        return logp_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T):
         (gradient_TD,) = ctx.saved_tensors
         return (grad_T.unsqueeze(1) * gradient_TD).to(gradient_TD.dtype), None, None
+
+
+def replace_with_gradient(logits_TV, target_T):
+    """Return (T,): log p(t). Overwrite the logits with its gradient, because they are so large."""
+    logp_TV = widen(logits_TV).log_softmax(dim=-1)
+    target_T1 = target_T.unsqueeze(1)
+    logp_T1 = logp_TV.gather(1, target_T1)
+    grad_TV = logp_TV.exp_().neg_()
+    grad_TV.scatter_(1, target_T1, -logp_T1.expm1())  # 1 - p of the targets
+    logits_TV.copy_(grad_TV)
+    return logp_T1.squeeze(1)
 
 
 def widen(x):
