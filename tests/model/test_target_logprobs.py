@@ -33,15 +33,18 @@ def plain(x_TD, head_VD, target_T):
     return logp_TV.gather(1, target_T[:, None])[:, 0]
 
 
-@given(st.integers(0, 9), st.integers(1, 4), st.booleans())
+@given(st.integers(0, 9), st.integers(1, 4), st.integers(1, 3), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_values_and_gradients_are_those_of_the_plain_lines_in_any_parts(n_tokens, part, trains):
+def test_values_and_gradients_are_those_of_the_plain_lines_in_any_parts(
+    n_tokens, part, cached, trains
+):
     x_TD, head_VD, target_T, weight_T = inputs(n_tokens)
     head_VD.requires_grad_(trains)
     wanted = [x_TD, head_VD] if trains else [x_TD]
     results = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_LOGITS_ON_CPU", part * V)
+        patch.setattr(module, "CACHED_LOGITS", cached * V)
         for function in (target_logprobs, plain):
             logp_T = function(x_TD, head_VD, target_T)
             grads = torch.autograd.grad((logp_T * weight_T).sum(), wanted)
@@ -68,6 +71,26 @@ def test_of_16_bits_the_gradient_is_about_as_exact_as_that_of_the_plain_lines(dt
         errors.append((found.double() - exact).norm())
     ours, of_plain_lines = errors
     assert ours < 1.3 * of_plain_lines
+
+
+def test_on_a_cpu_few_logits_are_float32_at_once():
+    x_TD, head_VD, target_T, _ = inputs(7, torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch, LargestFloat32() as largest:
+        patch.setattr(module, "CACHED_LOGITS", 2 * V)
+        target_logprobs(x_TD, head_VD, target_T)
+    assert largest.n == 2 * V
+
+
+class LargestFloat32(TorchDispatchMode):
+    """How many numbers the largest float32 tensor has that is made inside of it."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+            self.n = max(self.n, result.numel())
+        return result
 
 
 def test_a_row_per_token_is_kept_for_the_backward_pass():
