@@ -31,7 +31,13 @@ from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
 from minia3.tasks.row_files import column_names, read_rows
-from minia3.tasks.rows import PREDICTED, expected_names, normalize_row, without_target
+from minia3.tasks.rows import (
+    PREDICTED,
+    check_columns,
+    expected_names,
+    normalize_row,
+    without_target,
+)
 from minia3.tasks.task import TaskSpec
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
@@ -136,6 +142,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
                 name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row)
             row = normalize_row(file_row, spec, PREDICTED, n, columns)
+            check_columns(columns or file_row, spec)
 
             if spec.answer_of(row) == "messages":
                 rendered, example = encode_question(row, tokenizer, limits.source)

@@ -25,6 +25,7 @@ from minia3.tasks.task import TaskSpec
 
 MAX_PROBLEMS = 5  # in one error message; the others are counted
 PREDICTED = "predicted"  # the split of rows that are to be answered, whose answers do not matter
+OPTIONAL = "input"  # the column that a file may lack: not every file of instructions has it
 
 
 class FileRow(NamedTuple):
@@ -76,8 +77,9 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
     """
     checked = []
     problems = []
-    paths = {found.path for found in rows}
+    paths = dict.fromkeys(found.path for found in rows)
     columns = {path: column_names(path) for path in paths}
+    lacking = find_lacking_files(rows, columns, spec)
     rows.reverse()
     while rows:
         path, number, row = rows.pop()
@@ -86,7 +88,27 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
         except ValueError as error:
             place = f"{path}:{number}" if number else path
             problems.append(f"{place}: {error}")
-    return checked, problems
+    return checked, problems or lacking
+
+
+def find_lacking_files(
+    rows: list[FileRow], columns: Mapping[Path, list[str]], spec: TaskSpec
+) -> list[str]:
+    """Return a message for each file that lacks a column of the input.
+
+    columns: of each file, see `column_names`. A file of JSON has the columns of all of its rows.
+    """
+    names = {path: dict.fromkeys(found) for path, found in columns.items()}
+    for path, _, row in rows:
+        if not columns[path] and isinstance(row, dict):
+            names[path].update(dict.fromkeys(row))
+    messages = []
+    for path in names:
+        try:
+            check_columns(names[path], spec)
+        except ValueError as error:
+            messages.append(f"{path}: {error}")
+    return messages
 
 
 def find_mixed_kinds(
@@ -195,6 +217,24 @@ def find_renamed(names: Iterable[str], fields: Mapping[str, str]) -> dict[str, s
         if column is not None:
             found[column] = new_name
     return found
+
+
+def check_columns(columns: Iterable[str], spec: TaskSpec):
+    """Raise ValueError if a user's file lacks a column that the model reads.
+
+    columns: of the file, as it spells them. A column may be empty in a row, and then the model
+    reads the others. But a file without the column was meant for something else, or misspells it.
+    """
+    has_other_columns = spec.messages or spec.span_field
+    if spec.is_published or has_other_columns:
+        return  # each row is checked
+    expected = expected_names(spec)
+    found = name_columns(tuple(columns), tuple(spec.fields.items()), tuple(expected)).values()
+    for prompt in spec.prompts:
+        for name in plain_names(prompt.text):
+            if name not in found and name != OPTIONAL:
+                nearest = nearest_of(name, columns)
+                raise ValueError(f"there is no column {name!r}, which the model reads{nearest}")
 
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):

@@ -346,6 +346,22 @@ def test_a_row_that_lacks_a_field_of_the_task_or_does_not_fit_is_named(tmp_path,
     )
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_file_that_lacks_a_column_of_the_input_is_refused(suffix, tmp_path, capsys):
+    """The rows were answered as if the column were empty in all of them."""
+    file = tmp_path / f"rows{suffix}"
+    words = (running.model("t5"), file, "--labels", "w5,w6", "--input", "{premise} {hypothesis}")
+    good = {".csv": "premise,hypothesis\nw3,\n", ".jsonl": '{"premise": "w3", "hypothesis": ""}\n'}
+    file.write_text(good[suffix])
+    (result,) = predicted(capsys, *words)
+    file.write_text(good[suffix].replace("hypothesis", "hypotesis"))
+    error = fails(capsys, *words)
+    assert "there is no column 'hypothesis', which the model reads; " in error
+    assert "the columns are premise, hypotesis: did you mean 'hypotesis'?" in error
+    file.write_text(good[suffix].replace("hypothesis", "Hypothesis"))
+    assert predicted(capsys, *words) == [result]
+
+
 @pytest.mark.parametrize("text", ["w7", "w8", "w9"])
 def test_an_input_or_a_choice_without_tokens_is_named(text, tmp_path, capsys, monkeypatch):
     rows = [

@@ -3,6 +3,7 @@ line.
 """
 
 import json
+import re
 
 import pytest
 from task_files import PARTS, SPLIT_NAMES, YES_OR_NO, choice, lines, target
@@ -55,6 +56,46 @@ def test_an_empty_cell_of_an_input_is_empty_also_if_a_column_differs_from_it_in_
     task = load_task(path)
     rows = [*task.train, *task.validation, *task.test]
     assert sorted(row["premise"] for row in rows) == ["", "", "a", "a"]
+
+
+LACKING = (
+    "there is no column 'hypothesis', which the model reads; "
+    "the columns are premise, hypotesis, label: did you mean 'hypotesis'?"
+)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json"])
+def test_a_file_that_lacks_a_column_of_the_input_is_refused(tmp_path, suffix):
+    """The rows were read as if the column were empty in all of them."""
+    (tmp_path / "train.csv").write_text("premise,hypothesis,label\na,b,x\na,,y\n")
+    path = tmp_path / f"validation{suffix}"
+    rows = [{"premise": "a", "hypotesis": "b", "label": label} for label in "xy"]
+    content = {
+        ".csv": "premise,hypotesis,label\na,b,x\na,c,y\n",
+        ".tsv": "premise\thypotesis\tlabel\na\tb\tx\na\tc\ty\n",
+        ".jsonl": lines(*rows).decode(),
+        ".json": json.dumps(rows),
+    }[suffix]
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {LACKING}")):
+        load_task(tmp_path)
+    path.write_text(content.replace("hypotesis", "Hypothesis"))
+    assert load_task(tmp_path).validation[0]["hypothesis"] == "b"
+
+
+def test_a_column_of_the_input_may_be_empty_in_a_file_or_missing_in_some_rows_of_json(tmp_path):
+    (tmp_path / "train.csv").write_text("premise,hypothesis,label\na,b,x\na,,y\n")
+    (tmp_path / "val.csv").write_text("premise,hypothesis,label\na,,x\n")
+    rows = [{"premise": "a", "label": "x"}, {"premise": "a", "hypothesis": "b", "label": "y"}]
+    (tmp_path / "test.jsonl").write_bytes(lines(*rows))
+    task = load_task(tmp_path)
+    assert [row["hypothesis"] for row in task.validation + task.test] == ["", "", "b"]
+
+
+def test_a_file_may_lack_the_input_of_instructions(tmp_path):
+    (tmp_path / "train.csv").write_text("instruction,input,output\na,b,x\na,,y\n")
+    (tmp_path / "val.csv").write_text("instruction,output\na,x\n")
+    assert [row["input"] for row in load_task(tmp_path).validation] == [""]
 
 
 @pytest.mark.parametrize(
