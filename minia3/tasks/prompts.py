@@ -61,32 +61,37 @@ def for_family(prompts: tuple[Prompt, ...], family: str | None) -> tuple[Prompt,
 
 def render(prompt: Prompt, row: dict) -> Rendered:
     """Return a row in a prompt's words. Raise ValueError if the row lacks a field of the prompt."""
+    fields = row | values_in_words(prompt, row)
+    if prompt.choices:
+        # In COPA, some choices end in a space.
+        choices = [fill(choice, fields).strip() for choice in prompt.choices]
+    elif prompt.target:
+        # The tokenizer puts a space before the target, and some files have it already.
+        choices = [fill(prompt.target, fields).strip()]
+    elif "choices" in row:
+        choices = row["choices"]
+    else:
+        choices = [fill("{target}", fields)]
+    text = fill(prompt.text, fields)
+    if text[-1:].isspace() and ends_in_empty_field(prompt, fields):
+        text = text.rstrip()  # of an instruction without an input, for example
+    return Rendered(text, choices, row["label"])
+
+
+def fill(text: str, row: dict) -> str:
+    """Return a format string with the fields of a row. Raise ValueError if the row lacks some."""
     try:
-        fields = row | values_in_words(prompt, row)
-        if prompt.choices:
-            # In COPA, some choices end in a space.
-            choices = [choice.format_map(fields).strip() for choice in prompt.choices]
-        elif prompt.target:
-            # The tokenizer puts a space before the target, and some files have it already.
-            choices = [prompt.target.format_map(fields).strip()]
-        elif "choices" in row:
-            choices = row["choices"]
-        else:
-            choices = [row["target"]]
-        text = prompt.text.format_map(fields)
-        if text[-1:].isspace() and ends_in_empty_field(prompt, fields):
-            text = text.rstrip()  # of an instruction without an input, for example
-        return Rendered(text, choices, row["label"])
+        return text.format_map(row)
     except KeyError as error:
         (name,) = error.args
-        raise ValueError(
-            f"the row has no field {name!r}, which the prompt {prompt.text!r:.60} needs"
-            f"{nearest_of(name, row)}"
-        ) from error
+        if name in map(root_of, field_names(text)):
+            raise ValueError(
+                f"the row has no field {name!r}, which {text!r:.60} needs{nearest_of(name, row)}"
+            ) from error
+        found = f"there is no {name!r}"  # in an object, for {translation[english]}
     except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
-        raise ValueError(
-            f"the row has no such item as the prompt {prompt.text!r:.60} needs ({error})"
-        ) from error
+        found = error
+    raise ValueError(f"the row has no such item as {text!r:.60} needs ({found})")
 
 
 def nearest_of(name: str, names: Iterable[str]) -> str:
@@ -217,7 +222,7 @@ def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
     """Return the fields that the prompt puts into words: "cause" may become "This is because"."""
     replaced = {}
     for name, words in (prompt.words or {}).items():
-        value = str(row[name])
+        value = fill(f"{{{name}}}", row)
         if value not in words:
             raise ValueError(f"{name!r} is {value!r:.40}, expected one of {', '.join(words)}")
         replaced[name] = words[value]

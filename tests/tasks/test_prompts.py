@@ -107,6 +107,23 @@ def test_the_error_names_the_field_that_a_row_lacks(prompt, missing):
 
 
 @pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        ({"text": []}, "list index out of range"),
+        ({"texts": ["b"]}, "there is no 'text'"),
+        ("b", "string ind.*"),
+    ],
+)
+def test_the_error_names_the_text_whose_item_a_row_lacks(answers, found):
+    """It named the input if an item of the target was missing, as it is in SQuAD 2."""
+    row = {"question": "a", "answers": answers, "label": 0}
+    prompt = Prompt("{question}", None, target="{answers[text][0]}")
+    words = rf"the row has no such item as '{{answers\[text\]\[0\]}}' needs \({found}\)"
+    with pytest.raises(ValueError, match=words):
+        render(prompt, row)
+
+
+@pytest.mark.parametrize(
     ("column", "is_name"),
     [
         ("Review Text", True),

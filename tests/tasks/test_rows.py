@@ -103,7 +103,7 @@ def test_a_file_may_lack_the_input_of_instructions(tmp_path):
     [
         ({"text": "a", "label": "maybe"}, "'label' is 'maybe', expected one of no, yes"),
         ({"text": "a"}, "'label' is None, expected one of no, yes"),
-        ({"label": "no"}, "the row has no field 'text', which the prompt '{text}[?]' needs"),
+        ({"label": "no"}, "the row has no field 'text', which '{text}[?]' needs"),
         (["text"], r"expected a JSON object, found '\[\"text\"\]"),
     ],
 )
