@@ -111,9 +111,10 @@ def name_labels(
     Words that the file itself has come in the order in which they first appear, and integers in
     their own order. Raise ValueError if the labels cannot be told from the values.
     """
+    values = list(values)
     counts, spellings = count_labels(values)
     if not counts and not asked:
-        raise ValueError(f"{field!r} is empty in every row, expected labels")
+        raise ValueError(f"{field!r} is {describe_no_labels(values)}")
     if asked and counts.keys() <= set(map(label_key, asked)):
         return Labels(tuple(asked), tuple(asked))  # the labels themselves, in the order of the flag
     if all(INTEGER.fullmatch(key) for key in counts):
@@ -159,6 +160,16 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
             counts[key] += 1
             spellings.setdefault(key, text)
     return counts, spellings
+
+
+def describe_no_labels(values: Iterable) -> str:
+    """Return what the values of a column are, none of which is a label, and what was expected."""
+    for value in values:
+        try:
+            label_text(value)
+        except ValueError as error:  # all rows may have lists of labels
+            return f"{value!r:.40}, {error}"
+    return "empty in every row, expected labels"
 
 
 def name_integers(

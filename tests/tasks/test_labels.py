@@ -203,6 +203,8 @@ def test_labels_are_not_to_be_written_if_the_column_does_not_have_their_words(tm
     ("values", "flags", "words"),
     [
         ([None, "", None], {}, "'label' is empty in every row, expected labels"),
+        ([None, ["x", "y"], []], {}, r"'label' is \['x', 'y'\], expected a label: a word, a"),
+        ([{"0": "x"}] * 3, {}, r"'label' is {'0': 'x'}, expected a label: a word, a number"),
         ([0, 1, 2], {"labels": "a,b"}, r"'label' has the labels 0, 1, 2: .* words as labels\Z"),
         ([-1, 0, 1], {"labels": "a,b"}, "-1, 0, 1: .*; if -1 stands for no label, leave these ro"),
         ([True, False, True], {"labels": "a,b,c"}, "--labels has 3 words, but .* false, true"),
