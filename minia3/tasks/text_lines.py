@@ -83,8 +83,10 @@ def explain_bytes(content: bytes, is_first: bool, error: UnicodeDecodeError) -> 
             if content.startswith(magic):
                 return f"not UTF-8, but {meaning}"
     byte = content[error.start]
+    # Texts of Windows in Latin letters are cp1252, which has all letters of latin-1. As latin-1,
+    # their dashes and curly quotes would become control characters.
     before = re.sub(rb"[^ -~]", b"?", content[max(0, error.start - 20) : error.start]).decode()
     return (
         f"not UTF-8: byte 0x{byte:02x} after {before!r}; save the file as UTF-8 "
-        "(if it is latin-1: `iconv -f latin1 -t utf-8 OLD > NEW`)"
+        "(if it is from Windows: `iconv -f cp1252 -t utf-8 OLD > NEW`)"
     )

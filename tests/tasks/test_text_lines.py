@@ -23,9 +23,15 @@ def test_the_message_of_a_latin_1_file_says_where_it_is_not_utf_8(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("iconv") is None, reason="there is no iconv")
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_the_command_of_the_message_makes_the_file_utf_8(tmp_path, encoding):
-    text = "input,target\nché,Größe\n"
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("latin-1", "input,target\nché,Größe\n"),
+        ("cp1252", "input,target\nit\u2019s,5 € \u2013 ché\n"),
+        ("utf-16", "input,target\nché,Größe\n"),
+    ],
+)
+def test_the_command_of_the_message_makes_the_file_utf_8(tmp_path, encoding, text):
     (tmp_path / "OLD").write_bytes(text.encode(encoding))
     with pytest.raises(ValueError, match="not UTF-8") as error:
         list(LineReader((tmp_path / "OLD").open("rb")))
