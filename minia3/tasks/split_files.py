@@ -174,16 +174,25 @@ def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str
             continue
         split = resembled_split(path)
         if split and split not in files:
-            advice = remedy(path) or f"name it {split}{rows_suffix(path)}"
             raise ValueError(
                 f"{path}: not the name of a split, and there is no file of {split}: "
-                f"{advice}, or move it elsewhere"
+                f"{advise_split(path, split)}, or move it elsewhere"
             )
         if split or rows_suffix(path):
             names.append(path.name)
     if not names:
         return []
     return [f"not used, because not named like a split: {shorten(names)}"]
+
+
+def advise_split(path: Path, split: str) -> str:
+    """Return what to do about a file or a folder that was perhaps meant to be a split."""
+    if path.is_dir():
+        return f"put its rows into a file {split}.csv"
+    if rows_suffix(path):
+        ending = path.name.removeprefix(rows_stem(path))  # with .gz
+        return f"name it {split}{ending}"
+    return remedy(path) or f"if it holds rows, name it {split}.csv, or as its format is called"
 
 
 def resembled_split(path: Path) -> str | None:

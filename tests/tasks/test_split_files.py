@@ -126,10 +126,11 @@ def test_a_name_may_resemble_a_split(tmp_path, name, split):
     ("name", "advice"),
     [
         ("tests.jsonl", "name it test.jsonl"),
-        ("test_data.csv.gz", "name it test.csv"),
+        ("test_data.csv.gz", "name it test.csv.gz"),
         ("test.xlsx", "save the sheet as .csv, in UTF-8"),
         ("test.zip", "unpack it"),
-        ("test", "name it test"),
+        ("test", "if it holds rows, name it test.csv, or as its format is called"),
+        ("test.py", "if it holds rows, name it test.csv, or as its format is called"),
     ],
 )
 def test_a_file_that_is_almost_the_missing_split_is_an_error(tmp_path, name, advice):
@@ -137,6 +138,15 @@ def test_a_file_that_is_almost_the_missing_split_is_an_error(tmp_path, name, adv
     assert refused(tmp_path) == (
         f"{tmp_path / name}: not the name of a split, and there is no file of test: "
         f"{advice}, or move it elsewhere"
+    )
+
+
+def test_a_folder_that_is_almost_the_missing_split_is_an_error(tmp_path):
+    fill(tmp_path, "train.jsonl", "val.jsonl")
+    (tmp_path / "test").mkdir()
+    assert refused(tmp_path) == (
+        f"{tmp_path / 'test'}: not the name of a split, and there is no file of test: "
+        "put its rows into a file test.csv, or move it elsewhere"
     )
 
 
