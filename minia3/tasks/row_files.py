@@ -7,6 +7,7 @@ reading. A ValueError takes the place of the row, so one message can name all ba
 import csv
 import gzip
 import io
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,15 @@ from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader
 CSV = {"strict": True}  # an error for a quote that is never closed
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 DELIMITERS = (",", ";", "\t")  # that a .csv file may have
+
+# How an error of the csv module begins -> what it means.
+CSV_ERRORS = {
+    "new-line character": "a line end \\r without \\n: save the file with the line ends of Unix or "
+    "Windows, or put the cell into quotes",
+    "unexpected end of data": "a quote is never closed",
+}
+# For Excel alone, some programs write the delimiter into a line before the header.
+EXCEL_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)
 
 TABLES = (".parquet", ".arrow")  # pyarrow reads them
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TABLES)
@@ -180,9 +190,20 @@ def number_rows(
             if is_blank:
                 continue
             row = parse(record)
-        except (ValueError, csv.Error) as error:
+        except ValueError as error:
             row = ValueError(str(error))
+        except csv.Error as error:
+            row = ValueError(explain_csv(error))
         yield number, row
+
+
+def explain_csv(error: csv.Error) -> str:
+    """Return what an error of the csv module means, because its own words are for programmers."""
+    text = str(error)
+    for beginning, meaning in CSV_ERRORS.items():
+        if text.startswith(beginning):
+            return meaning
+    return text
 
 
 def parse_line(line: str) -> dict:
@@ -205,9 +226,12 @@ def open_cells(lines: LineReader, suffix: str) -> tuple[list[str], Iterator[list
     """Return the header of a file, and an iterator of the cells of each row."""
     allow_long_cells()
     rest = iter(lines)
-    first_lines = [next(filter(str.strip, rest), "")]
+    filled = filter(str.strip, rest)
+    first_lines = [next(filled, "")]
     dialect = TSV
     if suffix == ".csv":
+        if EXCEL_LINE.fullmatch(first_lines[0]):
+            first_lines = [next(filled, "")]
         dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
     records = csv.reader(chain(first_lines, rest), **dialect)
     return read_header(records), records
@@ -249,7 +273,16 @@ def read_on(lines: list[str], rest: Iterator[str]) -> Iterator[str]:
 
 def read_header(records: Iterator[list[str]]) -> list[str]:
     """Return the names of the columns. Raise ValueError if the first line is not a header."""
-    header = [name.strip() for name in next(filter(None, records), [])]
+    try:
+        cells = next(filter(None, records), [])
+    except csv.Error as error:
+        raise ValueError(explain_csv(error)) from None
+    header = [name.strip() for name in cells]
+    n_nameless = header.count("")
+    if n_nameless > 1:  # a spreadsheet writes them if there is something beside the table
+        raise ValueError(
+            f"{n_nameless} columns have no name: delete them, or name them; found {header!r:.80}"
+        )
     has_repeats = len(set(header)) < len(header)
     if not header or has_repeats:
         raise ValueError(f"expected a header, and no name twice; found {header!r:.80}")
@@ -274,7 +307,12 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
 
 def parse_choices(cell: str) -> list:
     if cell.startswith("["):
-        return parse_json(cell)
+        try:
+            return parse_json(cell)
+        except ValueError as error:
+            raise ValueError(
+                f"the choices begin with '[', so they are read as a JSON list: {error}"
+            ) from None
     return [choice.strip() for choice in cell.split("|")]
 
 

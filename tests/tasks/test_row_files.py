@@ -69,8 +69,9 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
         ("a", r"expected 2 cells, .*found 1: \['a'\]"),
         ("a,b,c", r"expected 2 cells, .*found 3: "),
         ("input,choices", "found the header again, expected a row"),
-        ('a,"[""x"""', "not JSON: "),
-        ("a,[x]|y", "not JSON: "),
+        ('a,"[""x"""', r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
+        ("a,[x]|y", r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
+        ("a\rb,c", r"a line end \\r without \\n: save the file with the line ends of Unix or Win"),
         ('a,"b" c', "',' expected after '\"'"),
     ],
 )
@@ -91,7 +92,9 @@ def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, w
         ("", "the file is empty"),
         (" \n\n", r"expected a header, and no name twice; found \[\]"),
         ("input,target,target\na,b,c\n", "found .'input', 'target', 'target'"),
-        ('"input\n', "unexpected end of data"),
+        ("input,target,,\na,b,,\n", r"2 columns have no name: delete them, or name them; found \["),
+        ('"input\n', "a quote is never closed"),
+        ("input,target\ra,b\rc,d\r", r"a line end \\r without \\n: save the file with the line "),
         (b"\xff\xfei\0n\0", "not UTF-8, but UTF-16: save the file as UTF-8, as `iconv -f utf-16"),
     ],
 )
@@ -289,6 +292,14 @@ def test_the_name_of_a_column_may_have_line_breaks(tmp_path, delimiter, names):
         (first + 1, row),
     ]
     assert column_names(tmp_path / "made.csv") == list(row)
+
+
+@pytest.mark.parametrize("first_line", ["sep=;\r\n", "\ufeffSEP=;\n", "sep=\t\n\n"])
+def test_the_line_that_some_programs_write_for_excel_is_no_header(tmp_path, first_line):
+    n_lines = first_line.count("\n")
+    content = f"{first_line}text;label\na, b;x\n"
+    assert read(tmp_path / "a.csv", content) == [(n_lines + 2, {"text": "a, b", "label": "x"})]
+    assert column_names(tmp_path / "a.csv") == ["text", "label"]
 
 
 def test_spaces_around_the_name_of_a_column_do_not_count(tmp_path):
