@@ -26,6 +26,7 @@ from minia3.tasks.prompts import (
     check_choices,
     check_template,
     field_names,
+    fold,
     list_names,
     nearest_of,
     rename_field,
@@ -412,16 +413,16 @@ class Columns:
         kept = [name for name in self.found if name not in self.renamed]
         self.exact = {name: name for name in kept}  # name -> the name in the file
         self.exact |= {new_name: name for name, new_name in self.renamed.items()}
-        self.by_lower_case = {name.strip().lower(): found for name, found in self.exact.items()}
+        self.folded = {fold(name): found for name, found in self.exact.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.exact or name.lower() in self.by_lower_case
+        return name in self.exact or fold(name) in self.folded
 
     def name_in_file(self, name: str) -> str:
         """Return a column's name as the file spells it. Case makes no difference, unless there are
         columns that differ in nothing else.
         """
-        return self.exact.get(name) or self.by_lower_case.get(name.lower(), name)
+        return self.exact.get(name) or self.folded.get(fold(name), name)
 
     def free_name(self, name: str) -> str:
         """Return a name that no column has: this one, or a longer one."""
@@ -444,8 +445,8 @@ class Columns:
         """Raise ValueError, with the nearest name, if there is no such column."""
         if name in self:
             return
-        new_names = {renamed.lower(): new_name for renamed, new_name in self.renamed.items()}
-        new_name = new_names.get(name.lower())
+        new_names = {fold(renamed): new_name for renamed, new_name in self.renamed.items()}
+        new_name = new_names.get(fold(name))
         if new_name is not None:
             raise ValueError(
                 f"{origin} names the column {name!r}, which the task file's 'fields' call "
@@ -509,7 +510,7 @@ class Columns:
         """Return what the user can do if no known set matches: rename a column, or give flags."""
         hint = ""
         # pandas and R write the number of a row into a column without a name.
-        named = [name for name in self.by_lower_case if name]
+        named = [name for name in self.folded if name]
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
             unknown = [name for name in named if name not in column_set.names]
@@ -519,9 +520,9 @@ class Columns:
             if len(missing) == 1 and len(column_set.names) > 2 and not unknown:
                 return f"add a column {missing[0]!r} with the answers"
             if near:
-                hint = f"did you mean {missing[0]!r} by {self.by_lower_case[near[0]]!r}? Otherwise "
+                hint = f"did you mean {missing[0]!r} by {self.folded[near[0]]!r}? Otherwise "
                 break
-        return hint + self.advise_flags([self.by_lower_case[name] for name in named])
+        return hint + self.advise_flags([self.folded[name] for name in named])
 
     def advise_flags(self, columns: Iterable[str]) -> str:
         """Return the flags that say which columns are the input and the target."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from minia3.tasks.prompts import Prompt, escape, field_names, list_names
+from minia3.tasks.prompts import Prompt, escape, field_names, fold, list_names
 from minia3.tasks.row_files import parse_json
 
 # A column with more labels than this, and fewer rows per label, probably holds texts to write.
@@ -43,7 +43,7 @@ class Labels(NamedTuple):
         """Return the labels as a text: "negative, positive", or "negative (0), positive (1)"."""
         texts = []
         for spelled, word in zip(self.spelled, self.words, strict=True):
-            is_word = spelled.lower() == word.lower()
+            is_word = fold(spelled) == fold(word)
             text = word if is_word else f"{word} ({spelled})"
             texts.append(text)
         n_others = len(texts) - N_SHOWN
@@ -71,7 +71,7 @@ def label_text(value) -> str | None:
 def label_key(value) -> str | None:
     """Return what two spellings of a label have in common. None: no label."""
     text = label_text(value)
-    return text and text.lower()
+    return text and fold(text)
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def split_words(text: str) -> tuple[str, ...]:
         words = parse_json(text)
     are_texts = all(isinstance(word, str) for word in words)
     words = tuple(word.strip() for word in words) if are_texts else ()
-    n_different = len({word.lower() for word in words})
+    n_different = len(set(map(fold, words)))
     if not all(words) or n_different < len(words) or n_different < 2:
         raise ValueError(
             f"--labels is {text!r:.80}, expected two words or more that differ, "
@@ -156,7 +156,7 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
         except ValueError:
             continue
         if text is not None:
-            key = text.lower()
+            key = fold(text)
             counts[key] += 1
             spellings.setdefault(key, text)
     return counts, spellings
@@ -215,9 +215,9 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
     file does not say which choices they mean, so the words must be the choices of a prompt.
     Integers and booleans have an order of their own. Raise ValueError for other words.
     """
-    keys = [choice.lower() for choice in choices_of(labels.words)]
+    keys = list(map(fold, choices_of(labels.words)))
     for choices_of_prompt in choices:
-        ordered_keys = [choice.lower() for choice in choices_of_prompt]
+        ordered_keys = list(map(fold, choices_of_prompt))
         if set(keys) == set(ordered_keys):
             places = sorted(range(len(keys)), key=lambda place: ordered_keys.index(keys[place]))
             spelled = tuple(labels.spelled[place] for place in places)
@@ -304,11 +304,11 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
         if isinstance(value, str) and not are_numbers and text in words:
             check_position(text, index, words, field)
         return index
-    lower_words = [word.lower() for word in words]
+    keys = list(map(fold, words))
     if not are_numbers and text in words:
         return words.index(text)
-    if not are_numbers and text and text.lower() in lower_words:
-        return lower_words.index(text.lower())
+    if not are_numbers and text and fold(text) in keys:
+        return keys.index(fold(text))
     if may_be_hidden and (text is None or text.lower() in HIDDEN):
         return -1
     expected = f"expected one of {', '.join(indices)}"

@@ -9,6 +9,7 @@ prompt alone.
 import difflib
 import re
 import string
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -92,6 +93,13 @@ def fill(text: str, row: dict) -> str:
     except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
         found = error
     raise ValueError(f"the row has no such item as {text!r:.60} needs ({found})")
+
+
+def fold(name: str) -> str:
+    """Return what the spellings of a name have in common, whatever their case and the form of their
+    accents: macOS and some spreadsheets write the two characters e and U+0301 for an é.
+    """
+    return unicodedata.normalize("NFC", name.strip().lower())
 
 
 def nearest_of(name: str, names: Iterable[str]) -> str:

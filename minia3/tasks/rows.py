@@ -16,6 +16,7 @@ from minia3.tasks.prompts import (
     Prompt,
     check_fields,
     field_names,
+    fold,
     nearest_of,
     root_of,
     value_of,
@@ -195,10 +196,10 @@ def name_columns(
     kept = set(columns) - set(renamed.values())
     names = {column: column for column in columns if column in kept} | renamed
     unused = {column: name for column, name in names.items() if name not in expected}
-    spelled = {name.strip().lower(): column for column, name in unused.items()}
+    spelled = {fold(name): column for column, name in unused.items()}
     for name in expected:
-        if name not in names.values() and name.lower() in spelled:
-            names[spelled.pop(name.lower())] = name
+        if name not in names.values() and fold(name) in spelled:
+            names[spelled.pop(fold(name))] = name
     return names
 
 
@@ -209,11 +210,11 @@ def find_renamed(names: Iterable[str], fields: Mapping[str, str]) -> dict[str, s
     """
     if not fields:
         return {}
-    spelled = {name.strip().lower(): name for name in names}
+    spelled = {fold(name): name for name in names}
     spelled |= {name: name for name in names}
     found = {}
     for name, new_name in fields.items():
-        column = spelled.get(name, spelled.get(name.lower()))
+        column = spelled.get(name, spelled.get(fold(name)))
         if column is not None:
             found[column] = new_name
     return found

@@ -326,6 +326,16 @@ def test_of_columns_that_are_both_spelled_otherwise_the_last_one_is_read(tmp_pat
     assert task.columns == "reads TEXT, picks label among x, y; ignores Text"
 
 
+def test_the_accents_of_a_column_are_the_same_in_both_of_their_forms(tmp_path):
+    """An é is one character, or an e and U+0301. A keyboard writes the first."""
+    rows = [{"Re\u0301ponse": label, "Crite\u0300re": "a"} for label in "xy"]
+    task = load(tmp_path, *rows, input="{crit\u00e8re}", target="{R\u00e9ponse}")
+    assert rendered(task) == [("a", ["x"], 0), ("a", ["y"], 0)]
+    fields = {"R\u00e9ponse": "answer", "Crit\u00e8re": "question"}
+    task = load_described(tmp_path, {"fields": fields}, *rows)
+    assert rendered(task) == [("a", ["x"], 0), ("a", ["y"], 0)]
+
+
 def test_the_answer_is_no_column_of_the_input_whatever_its_case(tmp_path):
     rows = [{"Question": "a", "Answer": "b", "label": label} for label in ("x", "y")]
     task = load(tmp_path, *rows, input="{Question} {Answer}")

@@ -246,6 +246,16 @@ def test_an_empty_label_of_a_task_file_is_not_that_of_rows_without_a_label():
     assert find_user_label(None, ("", "1"), prompt, "label", may_be_hidden=True) == -1
 
 
+def test_accents_are_the_same_in_both_of_their_forms(tmp_path):
+    """An é is one character, or an e and U+0301. Both look the same, so they are the same label."""
+    task = load(tmp_path, ["caf\u00e9", "bar", "cafe\u0301", "CAFE\u0301"])
+    assert task.columns == "reads text, picks label among caf\u00e9, bar"
+    assert found_labels(task) == [0, 1, 0, 0]
+    task = load(tmp_path, ["cafe\u0301", "bar", "bar"], labels="bar,caf\u00e9")
+    assert found_labels(task) == [1, 0, 0]
+    assert find_choice("cafe\u0301", ["bar", "Caf\u00e9"], "label", False) == 1
+
+
 def test_a_choice_is_found_by_its_own_spelling_first():
     assert find_choice("us", ["US", "us"], "label", may_be_hidden=False) == 1
     assert find_choice("Us", ["US", "us"], "label", may_be_hidden=False) == 0
