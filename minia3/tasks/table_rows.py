@@ -11,6 +11,7 @@ N_ROWS = 256  # that are turned into dicts at a time
 # A parquet file writes a value that is repeated only once, so a few bytes may hold many rows. But a
 # file with more rows than this is damaged, or made to fill the memory.
 MOST_ROWS_PER_BYTE = 100
+FEATHER = b"ARROW1"  # how a file in the format of Feather begins
 
 
 def read_table_rows(
@@ -100,6 +101,17 @@ def read_batches(file: BinaryIO, suffix: str) -> Iterator:
             yield batch.slice(start, N_ROWS)
 
 
+def is_feather(file: BinaryIO) -> bool:
+    """Return whether a file has the format of Feather, and not the one that `datasets` writes.
+
+    Polars and pandas write it, under the name .arrow, too. The file is read from its beginning
+    again afterwards.
+    """
+    beginning = file.read(len(FEATHER))
+    file.seek(0)
+    return beginning == FEATHER
+
+
 def open_table(file: BinaryIO, suffix: str) -> tuple:
     """Return pyarrow's reader of a file, and its schema. The file must be seekable."""
     import pyarrow
@@ -108,7 +120,11 @@ def open_table(file: BinaryIO, suffix: str) -> tuple:
     n_bytes = file.seek(0, 2)
     file.seek(0)
     if suffix == ".arrow":
-        # `datasets` writes a stream. Files in the format of Feather begin with other bytes.
+        if is_feather(file):
+            raise ValueError(
+                "a file in Arrow's other format, which is Feather's; expected the one that the "
+                "`datasets` library writes: save the table as .parquet"
+            )
         reader = pyarrow.ipc.open_stream(file)
         return reader, reader.schema
     # If the writer stored checksums of its pages, damage in a text is found, too. Without

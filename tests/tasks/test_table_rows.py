@@ -191,13 +191,22 @@ def test_two_columns_of_one_name_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"PAR1", b"PAR1" * 9, b"x" * 100, b"ARROW1\0\0", b"\xff\xff\xff\xff\0\0\0\x10"]
+    "content", [b"PAR1", b"PAR1" * 9, b"x" * 100, b"ARROW", b"\xff\xff\xff\xff\0\0\0\x10"]
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".parquet.gz"])
 def test_what_is_no_table_is_one_line(tmp_path, content, suffix):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     with pytest.raises(ValueError, match=rf"\A{path}: damaged or cut short: [^\n]*\Z"):
+        list(read_rows(path))
+
+
+def test_a_file_of_feather_is_named_and_not_called_damaged(tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ValueError, match=rf"\A{path}: a file in Arrow's other format, .*parquet\Z"):
         list(read_rows(path))
 
 
