@@ -37,7 +37,8 @@ def mix(tasks: Sequence[Task]) -> Mixture:
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"expected a different name for each task of a mixture, found {names!r:.200}"
+            f"expected a different name for each task of a mixture, found {names!r:.200}: a task "
+            "has the name of its file or folder, so rename one"
         )
     return Mixture(list(tasks))
 

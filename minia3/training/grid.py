@@ -27,7 +27,8 @@ def make_cells(config):
         names = [cell.name for cell in cells]
         raise ValueError(
             f"expected a different name for each adapter, found {names!r:.200} (as folders, a / is "
-            "written -, and case makes no difference)"
+            "written -, and case makes no difference): give no value twice, and rename a file if "
+            "two tasks have one name"
         )
     return cells
 

@@ -63,6 +63,6 @@ def test_a_plain_task_is_its_only_member_and_a_mixture_has_several():
 
 def test_tasks_of_the_same_name_do_not_mix():
     with pytest.raises(
-        ValueError, match=r"a different name for each task of a mixture, found \['a', 'a'\]"
+        ValueError, match=r"name for each task of a mixture, found \['a', 'a'\]: .*so rename one\Z"
     ):
         mix([make_task("a"), make_task("a")])

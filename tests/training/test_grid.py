@@ -364,6 +364,14 @@ def test_two_adapters_of_the_same_name_are_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_files_of_the_same_name_are_to_be_renamed(tmp_path, capsys):
+    for folder in ("a", "b"):
+        write(tmp_path / folder / "same", train=rows(4), test=rows(4, seed=1))
+    two = f"{tmp_path / 'a' / 'same'},{tmp_path / 'b' / 'same'}"
+    advice = "rename a file if two tasks have one name"
+    fails(words(tmp_path / "run", task=two), capsys, "found ['same', 'same']", advice)
+
+
 @pytest.mark.parametrize("names", ["raft/a,raft-a", "Moods,moods"])
 def test_two_adapters_whose_names_are_one_folder_are_refused(names, tmp_path, capsys, monkeypatch):
     data = load_task(running.task())
