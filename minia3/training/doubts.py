@@ -12,6 +12,7 @@ from minia3.files.messages import part_of
 from minia3.inference.evaluation import have_same_choices
 from minia3.inference.metrics import area_under_curve
 from minia3.tasks.prompts import render
+from minia3.tasks.rows import expected_names
 from minia3.training.losses import UNLIKELY_EPS
 
 LEAST_LINES = 3  # in a third of the lines, before their order says anything
@@ -36,7 +37,8 @@ def doubts_about_rows(assignment, config):
             "nothing is evaluated on held-out rows: how good the adapter is stays unknown"
         )
     if config.is_training:
-        n_known = count_repeated(assignment.train_rows, assignment.report_rows)
+        names = names_of_words(assignment.task.spec)
+        n_known = count_repeated(assignment.train_rows, assignment.report_rows, names)
         if n_known:
             rows = part_of(n_known, len(assignment.report_rows), "row")
             verb = "is" if n_known == 1 else "are"
@@ -72,8 +74,24 @@ def right_answers(rendered):
     return [row.label for row in rendered]
 
 
-def count_repeated(train_rows, report_rows):
-    """Return how many rows to report on are also among the rows to train on."""
+def names_of_words(spec):
+    """Return the fields of a row that are put into words, and its answer.
+
+    Other columns do not matter: two rows with the same words may have different ids.
+    """
+    names = set(expected_names(spec)) - {spec.label_field}  # which files may spell differently
+    return sorted(names | {"label"})
+
+
+def count_repeated(train_rows, report_rows, names):
+    """Return how many rows to report on are also among the rows to train on.
+
+    names: the fields in which such rows are equal.
+    """
+
+    def row_key(row):
+        return repr([row.get(name) for name in names])
+
     n_of_keys = {}
     for row in report_rows:
         key = row_key(row)
@@ -82,11 +100,6 @@ def count_repeated(train_rows, report_rows):
     for row in train_rows:
         n_repeated += n_of_keys.pop(row_key(row), 0)
     return n_repeated
-
-
-def row_key(row):
-    """Return a text that two rows share if they differ in their number only."""
-    return repr(sorted((name, value) for name, value in row.items() if name != "idx"))
 
 
 def notes_on_texts(result, max_new_tokens):

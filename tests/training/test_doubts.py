@@ -98,7 +98,37 @@ def test_rows_to_report_on_that_are_trained_on_are_counted(tmp_path):
     others = [{**row, "input": "w50 w51"} for row in rows[:2]]
     doubts = doubts_of(tmp_path / "a", rows, [*rows[:3], *others])
     assert doubts == ["3 of 5 rows to report on are also trained on"]
-    assert count_repeated([{"idx": 3, "a": 1}], [{"idx": 9, "a": 1}, {"a": 1}, {"a": 2}]) == 2
+    report_rows = [{"idx": 9, "a": 1}, {"a": 1}, {"a": 2}]
+    assert count_repeated([{"idx": 3, "a": 1}], report_rows, ["a"]) == 2
+
+
+def test_rows_that_differ_in_columns_that_no_model_reads_are_the_same(tmp_path):
+    """Exports have ids. A file may also have 1 for the label that another one calls "1.0"."""
+    labels = [0, 1, 0, 1]
+    rows = [{"text": f"w{5 + i}", "label": label} for i, label in enumerate(labels)]
+    again = [{**row, "label": f"{row['label']}.0", "ID": f"w{9 + i}"} for i, row in enumerate(rows)]
+    other = {"text": "w5", "label": 1}
+    assert doubts_of(tmp_path / "a", rows, [*again[:2], other]) == [
+        "2 of 3 rows to report on are also trained on"
+    ]
+    task_file = {"label_field": "gold", "prompts": [{"text": "{text}"}]}
+    folder = write(tmp_path / "b", train=rows, test=again[:3])
+    for path in folder.glob("*.jsonl"):
+        path.write_text(path.read_text().replace('"label"', '"gold"'))
+    (folder / "task.json").write_text(json.dumps(task_file))
+    doubts = assign_rows(minia3.load_task(folder), train.Config(task=str(folder))).doubts
+    assert doubts == ["3 of 3 rows to report on are also trained on"]
+
+
+def test_conversations_that_are_trained_on_are_counted(tmp_path):
+    def chat(answer, **more):
+        messages = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, **more}
+
+    test_rows = [chat("w6", id="a"), chat("w8", id="b")]
+    assert doubts_of(tmp_path / "a", [chat("w6"), chat("w7")], test_rows) == [
+        "1 of 2 rows to report on is also trained on"
+    ]
 
 
 def test_targets_have_no_labels_to_doubt(tmp_path):
