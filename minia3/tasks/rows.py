@@ -234,8 +234,10 @@ def check_columns(columns: Iterable[str], spec: TaskSpec):
     for prompt in spec.prompts:
         for name in plain_names(prompt.text):
             if name not in found and name != OPTIONAL:
-                nearest = nearest_of(name, columns)
-                raise ValueError(f"there is no column {name!r}, which the model reads{nearest}")
+                raise ValueError(
+                    f"there is no column {name!r}, which the model reads (it may be empty)"
+                    f"{nearest_of(name, columns)}"
+                )
 
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):

@@ -356,7 +356,7 @@ def test_a_file_that_lacks_a_column_of_the_input_is_refused(suffix, tmp_path, ca
     (result,) = predicted(capsys, *words)
     file.write_text(good[suffix].replace("hypothesis", "hypotesis"))
     error = fails(capsys, *words)
-    assert "there is no column 'hypothesis', which the model reads; " in error
+    assert "there is no column 'hypothesis', which the model reads (it may be empty); " in error
     assert "the columns are premise, hypotesis: did you mean 'hypotesis'?" in error
     file.write_text(good[suffix].replace("hypothesis", "Hypothesis"))
     assert predicted(capsys, *words) == [result]

@@ -59,7 +59,7 @@ def test_an_empty_cell_of_an_input_is_empty_also_if_a_column_differs_from_it_in_
 
 
 LACKING = (
-    "there is no column 'hypothesis', which the model reads; "
+    "there is no column 'hypothesis', which the model reads (it may be empty); "
     "the columns are premise, hypotesis, label: did you mean 'hypotesis'?"
 )
 
