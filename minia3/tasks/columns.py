@@ -170,7 +170,7 @@ def read_flags(flags: ColumnFlags) -> ColumnFlags:
             # A shell hands over a backslash and an n.
             values[name] = values[name].replace("\\n", "\n")
             check_flag(values[name], f"--{name}")
-    if isinstance(flags.labels, str):
+    if flags.labels is not None:
         values["labels"] = split_words(flags.labels)
     return ColumnFlags(**values)
 

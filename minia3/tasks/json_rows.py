@@ -214,7 +214,8 @@ def values_of_object(text: JsonText) -> Iterator:
             yield from values_of_list(text)
         else:
             raise ValueError(
-                f"two lists of objects, {list_name!r:.40} and {name!r:.40}: keep one of them"
+                f"two lists of objects, {list_name!r:.40} and {name!r:.40}: keep one of them, or "
+                "give a folder with a file for each split"
             )
         is_over = text.take("}")
         if not is_over:

@@ -21,7 +21,8 @@ N_SHOWN = 20  # labels in a line
 # "01" is a word, because its zero would be lost.
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 BOOLEANS = ("false", "true")  # in their own order
-INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0")  # as pandas writes an integer beside an empty cell
+# As pandas writes an integer beside an empty cell, and a database a decimal (1.00).
+INTEGER_AS_FLOAT = re.compile(r"(-?\d+)\.0+")
 HIDDEN = ("-1", "none", "null", "nan")  # labels of test rows that stand for "no label"
 
 
@@ -74,20 +75,23 @@ def label_key(value) -> str | None:
     return text and fold(text)
 
 
-def split_words(text: str) -> tuple[str, ...]:
-    """Return the words of --labels: with commas between them, or a JSON list.
+def split_words(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the words of --labels: with commas between them, or a JSON list. In Python, they may
+    be in a sequence.
 
     Raise ValueError unless there are at least two words, and they differ.
     """
-    words = text.split(",")
-    if text.startswith("["):
-        words = parse_json(text)
+    words = given
+    if isinstance(given, str):
+        words = given.split(",")
+        if given.startswith("["):
+            words = parse_json(given)
     are_texts = all(isinstance(word, str) for word in words)
     words = tuple(word.strip() for word in words) if are_texts else ()
     n_different = len(set(map(fold, words)))
     if not all(words) or n_different < len(words) or n_different < 2:
         raise ValueError(
-            f"--labels is {text!r:.80}, expected two words or more that differ, "
+            f"--labels is {given!r:.80}, expected two words or more that differ, "
             "with commas between them, or a JSON list of them"
         )
     return words

@@ -79,7 +79,11 @@ def test_a_value_that_is_not_an_object_is_an_error_that_does_not_stop_the_readin
         ('[{"a": 1}, {"b": {"c": 1, "c": 1}}]', 2, "not JSON: the key 'c' occurs twice"),
         ('[{"a": 1}, {"b": "\\ud83d"}]', 2, "surrogates that are not a pair are no character"),
         ('[{"a": 1}, ' + "[" * 100_000, 2, "not JSON: "),
-        ('{"x": [{"a": 1}], "y": [{"a": 2}]}', 2, "two lists of objects, 'x' and 'y'"),
+        (
+            '{"x": [{"a": 1}], "y": [{"a": 2}]}',
+            2,
+            "two lists of objects, 'x' and 'y'.*a file for each split",
+        ),
         ('{"x": [{"a": 1}]', 2, "not JSON: expected ',', found the end of the file"),
         (b'[{"a": 1}, {"b": "\xe9"}]', 0, "not UTF-8: byte 0xe9 after '"),
         ("12", 0, "expected a list of objects, found '12'"),

@@ -41,6 +41,7 @@ def found_labels(task):
         # integers, in their own order
         ([1, 0, 1], None, ("0", "1"), [1, 0, 1]),
         (["1", "0.0", 1.0], None, ("0", "1"), [1, 0, 1]),
+        (["1.00", "0.00", "1.00"], "neg,pos", ("neg", "pos"), [1, 0, 1]),
         ([5, 1, 3], None, ("1", "3", "5"), [2, 0, 1]),
         ([1, 0, 1], "neg,pos", ("neg", "pos"), [1, 0, 1]),
         ([2, 0, 2], "a,b,c", ("a", "b", "c"), [2, 0, 2]),
@@ -218,7 +219,10 @@ def test_labels_that_cannot_be_told_are_an_error(values, flags, words, tmp_path)
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1, "1"), (1.0, "1"), ("1.0", "1"), (" a ", "a"), (True, "true"), (1.5, "1.5"), ("", None)],
+    [
+        *((1, "1"), (1.0, "1"), ("1.0", "1"), ("2.00", "2"), (1.5, "1.5"), ("1.05", "1.05")),
+        *((" a ", "a"), (True, "true"), ("", None)),
+    ],
 )
 def test_a_label_is_a_text(value, text):
     assert label_text(value) == text
@@ -263,6 +267,12 @@ def test_a_choice_is_found_by_its_own_spelling_first():
     assert find_choice("-1", ["a"], "label", may_be_hidden=True) == -1
     assert find_choice("02", ["02", "01"], "label", may_be_hidden=False) == 0
     assert split_words(" a ,b") == ("a", "b")
+
+
+@pytest.mark.parametrize("labels", [["a"], ["a", "A"], ("a", " "), [0, 1], []])
+def test_words_that_python_gives_are_checked_like_those_of_the_flag(labels, tmp_path):
+    with pytest.raises(ValueError, match=r"--labels is .*, expected two words or more that differ"):
+        load(tmp_path, [0, 1, 0], labels=labels)
 
 
 def test_a_text_that_is_a_position_and_another_choice_is_refused():
