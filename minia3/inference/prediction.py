@@ -90,11 +90,11 @@ class Forms(NamedTuple):
             return RANKED
         return GENERATED if prompt.target or spec.messages else MIXED
 
-    def find(self, adapter: str | None, row: dict) -> Form:
-        """Return the form of a row that has this adapter."""
+    def find(self, adapter: str | None, row: dict, columns: Sequence[str] = ()) -> Form:
+        """Return the form of a row that has this adapter. columns: see `guess_task`."""
         form = self.by_adapter.get(adapter, self.default)
         if form is None:
-            spec = guess_task(row, self.flags)
+            spec = guess_task(row, self.flags, columns)
             form = Form(spec, spec.prompts[0])
         return form
 
@@ -140,7 +140,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             name = default
             if has_names or not reads_adapter(file_row, forms, default):
                 name = adapter_name(file_row, keep_empty, adapters, default)
-            spec, prompt = forms.find(name, file_row)
+            spec, prompt = forms.find(name, file_row, columns)
             row = normalize_row(file_row, spec, PREDICTED, n, columns)
             check_columns(columns or file_row, spec)
 

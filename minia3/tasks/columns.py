@@ -584,17 +584,23 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     return spec
 
 
-def guess_task(row: dict, flags: ColumnFlags) -> TaskSpec:
+def guess_task(row: dict, flags: ColumnFlags, columns: Iterable[str] = ()) -> TaskSpec:
     """Return the task of a row about which nothing is known but its columns, and the flags.
 
-    If there are no flags, a row with messages is a conversation.
+    columns: those of the row's file, if it is a table. The row lacks the columns in which its cells
+    are empty. If there are no flags, a row with messages is a conversation.
     """
-    columns = Columns([row], {}, "")
-    if "messages" in columns and not flags.input and not flags.labels:
+    columns_of_row = Columns([row], {}, "")
+    if "messages" in columns_of_row and not flags.input and not flags.labels:
         return TaskSpec(messages="messages")
-    found = find_set(columns, needs_input=True, needs_answer=False)
+    columns_of_file = Columns([dict.fromkeys(columns)], {}, "")
+    found = find_inputs(columns_of_row) or find_inputs(columns_of_file)
     prompts = OWN_PROMPTS if found is None else (Prompt(found.input, None),)
     return with_flags(TaskSpec(prompts), flags)
+
+
+def find_inputs(columns: "Columns") -> ColumnSet | None:
+    return find_set(columns, needs_input=True, needs_answer=False)
 
 
 def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:

@@ -362,6 +362,15 @@ def test_a_file_that_lacks_a_column_of_the_input_is_refused(suffix, tmp_path, ca
     assert predicted(capsys, *words) == [result]
 
 
+def test_the_columns_of_a_table_are_found_also_if_a_row_has_empty_cells(tmp_path, capsys):
+    """The rows looked as if they had no column of an input."""
+    file = tmp_path / "rows.csv"
+    file.write_text("premise,hypothesis\nw3,w4\nw3,\n,w4\n")
+    words = (running.model("t5"), file, "--labels", "w5,w6")
+    results = predicted(capsys, *words)
+    assert results == predicted(capsys, *words, "--input", "{premise}\\n{hypothesis}")
+
+
 @pytest.mark.parametrize("text", ["w7", "w8", "w9"])
 def test_an_input_or_a_choice_without_tokens_is_named(text, tmp_path, capsys, monkeypatch):
     rows = [
