@@ -200,7 +200,7 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
     picks = any(prompt.choices for prompt in roles.prompts)
     found = find_set(columns, needs_input, needs_answer, used, picks)
     if found is None:
-        raise ValueError(columns.explain())
+        raise ValueError(columns.explain(needs_input, needs_answer))
     if found.names == ("messages",):
         if flags.labels:
             raise ValueError(
@@ -498,12 +498,23 @@ class Columns:
     def list_in_file(self, names: Iterable[str]) -> str:
         return " and ".join(list_names([self.name_in_file(name)]) for name in names)
 
-    def explain(self) -> str:
-        """Return the message for columns that match no known set."""
+    def explain(self, needs_input: bool, needs_answer: bool) -> str:
+        """Return the message for columns that match no known set.
+
+        needs_input, needs_answer: whether the user has not said what is read, or what is answered.
+        """
         found = list_names(self.exact.values())
+        advice = self.advise()
+        if not needs_answer:
+            advice = 'say what the model reads with --input "{COLUMN}"'
+        elif not needs_input:
+            advice = (
+                'say which column is the answer with --target "{COLUMN}", and add --labels '
+                "WORD,WORD if it is one of a few words"
+            )
         return (
             f"{self.origin} has the columns {found:.200}; expected columns such as {EXPECTED}: "
-            f"{self.advise()}"
+            f"{advice}"
         )
 
     def advise(self) -> str:

@@ -604,6 +604,20 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ({"input": "{review}"}, 'say which column is the answer with --target "{COLUMN}", and add'),
+        ({"target": "{mood}"}, 'say what the model reads with --input "{COLUMN}"'),
+    ],
+)
+def test_what_the_user_has_said_is_not_asked_for_again(flags, advice, tmp_path):
+    with pytest.raises(ValueError, match=r"rows\.jsonl has the columns review, mood; ") as error:
+        load(tmp_path, {"review": "so", "mood": "a long text"}, **flags)
+    assert f": {advice}" in str(error.value)
+    assert "which is which" not in str(error.value)
+
+
 def test_a_line_stays_a_line_whatever_the_names_are(tmp_path):
     rows = [{"text": "a", "label": "x\ny", "a\nb": 1}, {"text": "b", "label": "z"}]
     assert load(tmp_path, *rows).columns == (
