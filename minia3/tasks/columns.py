@@ -192,7 +192,7 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
     """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
     roles = given_roles(spec, flags)
     if roles.label:
-        columns.check_name(roles.label, "the task file's 'label_field'")
+        columns.check_name(roles.label, "the task file's 'label_field' (default: label)")
         roles = roles._replace(has_row_choices="choices" in columns)
     needs_input = not roles.prompts
     needs_answer = not roles.target and not roles.label

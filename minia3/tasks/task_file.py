@@ -25,6 +25,7 @@ from pathlib import Path
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
+from minia3.tasks.labels import label_key
 from minia3.tasks.prompts import Prompt, check_choices, check_template
 from minia3.tasks.split_files import SPLITS, TASK_FILE
 from minia3.tasks.task import TaskSpec
@@ -168,6 +169,11 @@ def check_answers(entry: Mapping):
     """
     for text in (entry.get("target", ""), *entry.get("choices", ())):
         check_template(text)
+    labels = entry.get("labels", ())
+    if len(set(map(label_key, labels))) < len(labels):
+        raise ValueError(
+            f"'labels' is {labels!r:.80}, expected labels that differ, not in case only"
+        )
     prompts = entry["prompts"]
     targets = [(entry | prompt).get("target") for prompt in prompts]
     n_targets = len(list(filter(None, targets)))
