@@ -91,7 +91,7 @@ def fill(text: str, row: dict) -> str:
             ) from error
         found = f"there is no {name!r}"  # in an object, for {translation[english]}
     except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
-        found = error
+        found = str(error)
     raise ValueError(f"the row has no such item as {text!r:.60} needs ({found})")
 
 
