@@ -200,7 +200,7 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
     picks = any(prompt.choices for prompt in roles.prompts)
     found = find_set(columns, needs_input, needs_answer, used, picks)
     if found is None:
-        raise ValueError(columns.explain(needs_input, needs_answer))
+        raise ValueError(columns.explain(needs_answer, used))
     if found.names == ("messages",):
         if flags.labels:
             raise ValueError(
@@ -498,16 +498,18 @@ class Columns:
     def list_in_file(self, names: Iterable[str]) -> str:
         return " and ".join(list_names([self.name_in_file(name)]) for name in names)
 
-    def explain(self, needs_input: bool, needs_answer: bool) -> str:
+    def explain(self, needs_answer: bool, used: Sequence[str]) -> str:
         """Return the message for columns that match no known set.
 
-        needs_input, needs_answer: whether the user has not said what is read, or what is answered.
+        needs_answer: whether the user has not said what is answered. used: the columns of the
+        input, if the user has said what is read.
         """
         found = list_names(self.exact.values())
         advice = self.advise()
+        columns_used = set(map(self.name_in_file, used))
         if not needs_answer:
             advice = 'say what the model reads with --input "{COLUMN}"'
-        elif not needs_input:
+        elif used and not columns_used.issuperset(self.found):
             advice = (
                 'say which column is the answer with --target "{COLUMN}", and add --labels '
                 "WORD,WORD if it is one of a few words"
