@@ -28,7 +28,7 @@ from minia3.files.progress import progress
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import check_mask
-from minia3.model.shard import compare, is_sharded
+from minia3.model.shard import compare_passes, is_sharded
 from minia3.model.target_logprobs import target_logprobs
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate, join
@@ -158,7 +158,7 @@ def reads_texts_in_one_pass(model, batch):
         return False
     n_choices = batch.target_BCL.shape[1]
     if is_sharded(model):
-        n_choices = max(compare(model.shards, model.n_passes, n_choices))
+        n_choices = max(compare_passes(model.shards, model.n_passes, n_choices))
     return n_choices == 1
 
 

@@ -14,17 +14,17 @@ GENERATION = 2**32
 
 def number_of(row, model):
     """Return the number that now means a row, and note that it was handed out."""
-    return row + GENERATION * model.generations.setdefault(row, 0)
+    return row + GENERATION * model.row_generations.setdefault(row, 0)
 
 
 def give_up(row, model):
     """Begin the next generation of a row. Numbers that were handed out before become invalid."""
-    model.generations[row] = model.generations.get(row, 0) + 1
+    model.row_generations[row] = model.row_generations.get(row, 0) + 1
 
 
 def give_up_all(model):
     """Give up each row whose number was handed out."""
-    for row in model.generations:
+    for row in model.row_generations:
         give_up(row, model)
 
 
@@ -42,7 +42,7 @@ def find_row(number, model):
     if generation < 0 or row >= model.n_adapters:
         expected = f"the model has rows 0 to {model.n_adapters - 1}"
         raise ValueError(f"adapter {number!r} is out of range: {expected}")
-    if generation != model.generations.get(row, 0):
+    if generation != model.row_generations.get(row, 0):
         raise ValueError(
             f"adapter {number!r}: the adapter of row {row} was removed or replaced, and the row "
             "may belong to another one: ask for the rows again, with Adapters.rows"

@@ -45,10 +45,10 @@ class Unscaled(nn.Module):
 def rotate(x_BHLK, rotation):
     """Turn each pair (x_i, x_{i + K/2}) by the angle of its position.
 
-    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B, 1, L, K), where
-    sin is negative in the first half, or None for T5, which does not rotate. The entries of a pair
-    are half a head apart, as in Hugging Face's files. In Meta's files and in GGUF they are
-    neighbors, so the readers permute W_q and W_k.
+    RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B or 1, 1, L, K),
+    with a negative first half of sin; None for T5, which does not rotate. The entries of a pair are
+    half a head apart, as in Hugging Face's files. In Meta's files and in GGUF they are neighbors,
+    so the readers permute W_q and W_k.
     """
     if rotation is None:
         return x_BHLK
@@ -114,9 +114,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """act(x W_gate) W_down, or, if it is gated, (act(x W_gate) * x W_up) W_down.
 
-    Gated: Shazeer 2020, arXiv 2002.05202. l_ff scales the input of the down projection. This is the
-    only place that is right for ReLU, GEGLU and SwiGLU alike: scaling before a ReLU is another
-    function if an entry is negative, and some trained entries are.
+    Gated: Shazeer 2020, arXiv 2002.05202. (W_gate has this name even if it gates nothing.) l_ff
+    scales the input of the down projection, the only place that is right for ReLU, GEGLU and SwiGLU
+    alike: before a ReLU it is another function if an entry is negative, and some trained ones are.
     """
 
     def __init__(self, d_model, d_ff, activation, gated, dropout, n_adapters):
@@ -171,16 +171,16 @@ class Block(nn.Module):
         self.ffn = ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BLD, context, cache, keys_only=False):
+    def forward(self, x_BLD, context, cache, kv_only=False):
         """Return the block's output (B, L, D), and append its keys and values to `cache`.
 
-        keys_only: stop after the keys and values, because nothing reads the output of a prompt's
-        last block. Return those of the cache: FSDP2 (shard.py) gathers the weights for the backward
-        pass when a gradient reaches what the block returned.
+        kv_only: stop there, because nothing reads the output of a prompt's last block. Return the
+        keys and values of the cache instead, because FSDP2 (shard.py) gathers the weights for the
+        backward pass when a gradient reaches what the block returned.
         """
         h_BLD = self.attn_norm(x_BLD)
         kv = cache.append(*self.attn.kv(h_BLD, context))
-        if keys_only:
+        if kv_only:
             return cache.kv
         x_BLD = x_BLD + self.dropout(self.attn(h_BLD, kv, context))
 

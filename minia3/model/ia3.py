@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minia3.model.recompute import scaled
+from minia3.model.recompute import scale_keeping_result
 
 
 class IA3(nn.Module):
@@ -35,13 +35,16 @@ class IA3(nn.Module):
         self.scale = nn.Parameter(torch.ones(n_adapters, d, dtype=torch.float32))
 
     def forward(self, x_BLD, adapter_B):
-        """Return x * l. Without gradients, this overwrites x, which nobody else may need."""
+        """Return x * l (B, L, D). Without gradients, this overwrites x, which nobody else may need.
+
+        adapter_B: the row of each example (B,), or one row for all of them (1,).
+        """
         # This is self.scale[adapter_B], but a GPU need not sort the rows in the backward pass.
         l_BD = F.embedding(adapter_B, self.scale)
         if not torch.is_grad_enabled():
             return x_BLD.mul_(l_BD.to(x_BLD.dtype).unsqueeze(1))  # new memory would take time
         if self.keeps_result:
-            return scaled(x_BLD, l_BD)  # the same numbers as the line below
+            return scale_keeping_result(x_BLD, l_BD)  # the product below, but x is not kept
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
 
 

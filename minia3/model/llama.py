@@ -50,7 +50,7 @@ class LlamaConfig:
     rope_scaling: tuple | None = None
     # The same scaling as GGUF stores it: the divisor of each inverse frequency
     rope_factors: tuple | None = None
-    max_length: int = 2048
+    max_length: int = 2048  # tokens of a text that it was made for; a longer one is a warning
     dropout: float = 0.0  # of the attention weights only
     pad_id: int | None = None
     eos_ids: tuple = (2,)
@@ -87,8 +87,8 @@ def make_block(config, n_adapters):
     if c.qk_norm:
         attn.q_norm = RMSNorm(c.d_head, c.eps)
         attn.k_norm = RMSNorm(c.d_head, c.eps)
-    ffn = FeedForward(c.d_model, c.d_ff, "silu", True, 0.0, n_adapters)
-    return Block(attn, None, ffn, c.d_model, c.eps, 0.0)
+    ffn = FeedForward(c.d_model, c.d_ff, "silu", gated=True, dropout=0.0, n_adapters=n_adapters)
+    return Block(attn, cross=None, ffn=ffn, d_model=c.d_model, eps=c.eps, dropout=0.0)
 
 
 class Llama(nn.Module):
@@ -96,9 +96,9 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.n_adapters = n_adapters
-        self.generations = {}  # of rows: see adapter_rows.py
+        self.row_generations = {}  # how many adapters a row had before: see adapter_rows.py
         self.has_warned = False  # of a text that is too long
-        self.n_least_read = 0  # columns of a prompt that `start` reads at least: see shard.py
+        self.n_read_at_least = 0  # columns that `start` reads of any prompt: see shard.py
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         blocks = [make_block(config, n_adapters) for _ in range(config.n_layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -129,7 +129,7 @@ class Llama(nn.Module):
             source_BM = source.gather(1, to_device(order_BM, source.device))
             last_B1 = mask.sum(dim=1, keepdim=True) - 1
             start_B1 = source_BM.gather(1, to_device(last_B1, source.device))
-            read_BL = source_BM[:, : max(self.n_least_read, int(last_B1.max()))]
+            read_BL = source_BM[:, : max(self.n_read_at_least, int(last_B1.max()))]
             mask_BL = torch.arange(read_BL.shape[1], device=mask.device) < last_B1
             packing = Packing(mask_BL, source.device)
             mask_BL = to_device(mask_BL, source.device)
@@ -143,7 +143,7 @@ class Llama(nn.Module):
             adapter_numbers=distinct_numbers(adapter, len(source)),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty
-            self.run_blocks(read_BL, state, packing, keys_only=True)
+            self.run_blocks(read_BL, state, packing, kv_only=True)
             state.mask_BM = mask_BL
         return state
 
@@ -154,27 +154,27 @@ class Llama(nn.Module):
         """
         return self.logits(self.run_blocks(tokens, state))
 
-    def run_blocks(self, tokens, state, packing=NO_PACKING, keys_only=False):
+    def run_blocks(self, tokens, state, packing=NO_PACKING, kv_only=False):
         """Continue with tokens (B, L), and return what the head reads (B, L, D).
 
-        packing: the Packing that leaves out the padding of a prompt. keys_only: fill the caches,
-        and return None, because nothing else of a prompt is needed. The last block then stops after
-        its keys and values.
+        packing: the Packing that leaves out the padding of a prompt. kv_only: fill the caches, and
+        return None, because nothing else of a prompt is needed. The last block then stops after its
+        keys and values.
         """
         tokens_BL = state.append_columns(tokens)
-        self.warn_beyond(state.length)
+        self.warn_if_too_long(state.length)
         x_BLD = self.embed(tokens_BL)
         context = self.context(tokens_BL, state, packing, x_BLD.dtype)
         x = packing.pack(x_BLD)
         last_block = self.blocks[-1]
         for block, cache in zip(self.blocks, state.caches, strict=True):
-            x = block(x, context, cache, keys_only and block is last_block)
-        if keys_only:
+            x = block(x, context, cache, kv_only and block is last_block)
+        if kv_only:
             return None
         state.check_adapters(self)  # another thread may have removed one meanwhile
         return self.norm(packing.unpack(x)).view(*tokens.shape, -1)
 
-    def warn_beyond(self, length):
+    def warn_if_too_long(self, length):
         """Warn, once for this model, if a sequence is longer than those that it was trained on."""
         if length > self.config.max_length and not self.has_warned:
             self.has_warned = True
@@ -190,9 +190,10 @@ class Llama(nn.Module):
         n_queries = tokens_BL.shape[1]
         n_columns = len(state.token_M)
         position_BM = state.positions()
-        position_BL = state.of_queries(position_BM, n_queries)
+        position_BL = state.query_columns(position_BM, n_queries)
 
-        # Without padding, and within the window, PyTorch's causal mask will do, or none.
+        # A bias must hide padding, and what lies beyond the window. It also replaces PyTorch's
+        # causal mask if several tokens continue a text, because that mask is right only if L = M.
         window = self.config.window
         is_beyond_window = window is not None and state.length > window
         bias_BHLM = None
@@ -228,10 +229,11 @@ class Llama(nn.Module):
         return F.linear(x, self.head_weight)
 
     def check_lengths(self, n_source, n_targets):
-        """Raise ValueError if attention cannot read a prompt and its targets of so many tokens.
+        """Raise ValueError if texts of these lengths need too large a bias of attention.
 
-        n_targets: a list. A text is read with PyTorch's causal mask and needs no bias, unless it is
-        longer than the window. Choices need one, because they follow a prompt that was read before.
+        n_source: tokens of the prompt. n_targets: a list, the tokens of each target. A text is read
+        with PyTorch's causal mask and needs no bias, unless it is longer than the window. Several
+        choices need a bias, because they follow a prompt that was read before.
         """
         longest = max(n_targets, default=0)
         n_tokens = n_source + longest

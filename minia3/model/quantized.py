@@ -1,7 +1,7 @@
 """Linears of a frozen base in 8 or 4 bits. (IA)^3 trains beside them as beside any other base.
 
 Nothing of the base trains, so a weight is needed only to be multiplied with. It is kept as small
-codes and scales, and becomes numbers again for the moment of a product:
+codes and scales, and is expanded only for the moment of a product:
 
     y = x W^T            in the forward pass
     dx = dy W            in the backward pass, for which W is made a second time

@@ -2,7 +2,7 @@
 
 Autograd keeps every tensor that a backward pass reads. Four places keep fewer tensors, each with
 one call that replaces the plain line: gated feed-forwards (`recompute`), norms (`rms_norm`), scaled
-keys and values (`scaled`) and, if the user asks for it with --recompute, whole blocks
+keys and values (`scale_keeping_result`) and, if the user asks for it with --recompute, whole blocks
 (`recompute_blocks`).
 
 Shapes: B batch, L length, D width of the model, or of what is scaled.
@@ -106,8 +106,8 @@ class _RMSNorm(torch.autograd.Function):
 TINY = 2.0**-60
 
 
-def scaled(x_BLD, l_BD):
-    """Return x * l, l cast to the dtype of x. Keep the result for the backward pass, and not x.
+def scale_keeping_result(x_BLD, l_BD):
+    """Return x * l (B, L, D), in the dtype of x. Keep it for the backward pass, and not x.
 
     The gradient of l is the sum of grad * x, and x is the result divided by l. Attention keeps its
     keys and values anyway, so the result takes no more memory.
@@ -148,15 +148,15 @@ def recompute_blocks(blocks):
 
 
 def _recomputed_forward(forward):
-    def run(x, context, cache, keys_only=False):
+    def run(x, context, cache, kv_only=False):
         if not torch.is_grad_enabled():
-            return forward(x, context, cache, keys_only)
+            return forward(x, context, cache, kv_only)
 
         before = replace(cache)  # the second pass must start from the same cache as the first
 
         def run_once(x):
             cache_of_this_pass = replace(before)
-            out = forward(x, context, cache_of_this_pass, keys_only)
+            out = forward(x, context, cache_of_this_pass, kv_only)
             return out, cache_of_this_pass.kv
 
         out, cache.kv = checkpoint(run_once, x, use_reentrant=False)

@@ -154,8 +154,8 @@ class State:
             is_real_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
             self.mask_BM = torch.cat((self.mask_BM, is_real_BL), dim=1)
 
-    def of_queries(self, x, n_queries):
-        """Return the part (..., L) of x (..., M) that belongs to the columns that were appended.
+    def query_columns(self, x, n_queries):
+        """Return the columns (..., L) of x (..., M) that were appended last: those of the queries.
 
         A StaticState finds them elsewhere (static_state.py).
         """
@@ -172,6 +172,7 @@ class State:
         """Return the Context of cross-attention, in which rows that share a source ask together."""
         n_sources = len(self.caches[0].read_cross_kv()[0])
         n_cache_rows = len(self.start) // self.n_sharing
+        # Rows that share a source also share an adapter, so the first of them speaks for all.
         adapter_B = self.adapter_B[:: n_cache_rows // n_sources]
         return Context(adapter_B, NO_PACKING, self.memory_bias_B11M)
 
@@ -253,7 +254,7 @@ class Selection:
         self.rows_R = to_device(self.cpu_rows_R, self.device)
         self.n_rows = len(state.start)
         self.n_sharing = state.n_sharing
-        self.serving = {}  # how many rows a row of a tensor serves -> the rows to take of it
+        self.serving = {}  # n_served -> `rows_that_serve`, on the device
         self.token_M = state.token_M
         self.owner_M = state.owner_M
         if self.n_sharing > 1:
@@ -291,7 +292,7 @@ def columns_of_rows(owner_M, n_sharing):
 
 
 def rows_that_serve(rows_R, n_served):
-    """Return the rows of a tensor that serve rows_R, if each of its rows serves `n_served` rows.
+    """Return the rows to take of a tensor in which each row serves `n_served` rows of the state.
 
     If rows_R again consists of runs of `n_served` rows with one source, each source is returned
     once, so that beams go on sharing it.

@@ -82,8 +82,8 @@ def shard(model, shards):
     register(model, "start")
     register(model, "run_blocks")
     model.shards = shards
-    model.n_least_read = 1  # so that a LLaMA makes a pass even for prompts of one token
-    compare_passes(model)
+    model.n_read_at_least = 1  # so that a LLaMA makes a pass even for prompts of one token
+    count_passes(model)
 
 
 def check_torch(model):
@@ -137,13 +137,13 @@ def gathered(parameter):
 # Passes
 
 
-def compare_passes(model):
+def count_passes(model):
     """Let `model.n_passes` count passes through its stacks, with a comparison before each one."""
     model.n_passes = 0
 
     def begin_pass(*_):
         model.n_passes += 1
-        compare(model.shards, model.n_passes)
+        compare_passes(model.shards, model.n_passes)
 
     for name, module in model.named_modules():
         if name.endswith("blocks.0"):
@@ -156,15 +156,18 @@ def reset_passes(model):
     Raise RuntimeError if the processes have made different numbers of passes.
     """
     n_passes = model.n_passes
-    compare(model.shards, -n_passes)  # negative, so that it never equals that before a next pass
+    # Negative, so that it never equals the number that another process gives before its next pass.
+    compare_passes(model.shards, -n_passes)
     model.n_passes = 0
     return n_passes
 
 
-def compare(shards, n_passes, number=0):
-    """Return the number that each process of `shards` gives: 0 before a pass, or a positive one.
+def compare_passes(shards, n_passes, number=0):
+    """Check that the processes of `shards` have made equally many passes, and exchange a number.
 
-    Raise RuntimeError if they have made different numbers of passes, or if only some give 0.
+    Return the list of the numbers that the processes give: 0 before a pass, or a positive one that
+    all of them need to know. Raise RuntimeError if they have made different numbers of passes, or
+    if only some give 0.
     """
     here = torch.tensor([n_passes, number])
     found = [torch.zeros_like(here) for _ in range(shards.mesh.size())]

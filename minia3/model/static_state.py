@@ -34,8 +34,8 @@ class StaticCache(Cache):
 class StaticState(State):
     """A State with a fixed number of columns. `advance` moves it on after each step of one token.
 
-    `length` is the number of columns, and token_M counts all of them. So a LLaMA warns of a text as
-    long as this one may become, because a number that grows would be compiled again at each step.
+    `length` and token_M count all columns from the start, because a step would be compiled again
+    for each new value of a number. So a LLaMA warns at once if this text may become too long.
     """
 
     column_1: torch.Tensor | None = None
@@ -75,7 +75,7 @@ class StaticState(State):
         """Count the token that the last step has read."""
         self.column_1 += 1
 
-    def of_queries(self, x, n_queries):
+    def query_columns(self, x, n_queries):
         return x.index_select(-1, self.column_1)
 
     def needs_mask(self, n_queries):

@@ -77,7 +77,7 @@ class Stack(nn.Module):
 
         x, output: (B, L, D); or packed, (real tokens, 1, D). caches: one per block, or None in an
         encoder, whose keys and values nobody reads again.
-        context: its bias is the mask, to which the blocks add the biases of positions.
+        context: its bias is the mask, to which the biases of positions are added here.
         distance_LM: the position of each key minus the position of each query.
         """
         bucket_LM = self.bucket(distance_LM)
@@ -85,7 +85,7 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            cache.read_cross_kv()  # so that there is one: see `T5.start`
+            cache.read_cross_kv()  # which makes it, if `T5.start` has left that for now
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
             x = block(x, context, cache)
@@ -103,7 +103,9 @@ class Stack(nn.Module):
 
 def make_block(config, is_decoder, n_adapters):
     c = config
-    attention = (c.d_model, c.n_heads, c.n_heads, c.d_head, 1.0, c.dropout, n_adapters)
+    n_kv_heads = c.n_heads  # none is shared
+    scale = 1.0  # the scores are not scaled
+    attention = (c.d_model, c.n_heads, n_kv_heads, c.d_head, scale, c.dropout, n_adapters)
     attn = Attention(*attention)
     cross = Attention(*attention) if is_decoder else None
     ffn = FeedForward(c.d_model, c.d_ff, c.activation, c.gated, c.dropout, n_adapters)
@@ -137,10 +139,11 @@ class T5(nn.Module):
         super().__init__()
         self.config = config
         self.n_adapters = n_adapters
-        self.generations = {}  # of rows: see adapter_rows.py
+        self.row_generations = {}  # how many adapters a row had before: see adapter_rows.py
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config, config.n_layers, False, n_adapters)
-        self.decoder = Stack(config, config.n_decoder_layers, True, n_adapters)
+        self.encoder = Stack(config, config.n_layers, is_decoder=False, n_adapters=n_adapters)
+        n_decoder_layers = config.n_decoder_layers
+        self.decoder = Stack(config, n_decoder_layers, is_decoder=True, n_adapters=n_adapters)
         self.head = None
         if config.own_head:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -173,10 +176,10 @@ class T5(nn.Module):
         for block in self.decoder.blocks:
             make_cross_kv = functools.partial(block.cross.kv, memory, context)
             if torch.is_grad_enabled():
-                # A block's keys and values are made just before the block runs, because the
-                # backward pass goes the other way: it then needs the gradients of one block's at a
-                # time, and not those of all blocks' at once. States that are made of this one
-                # share them.
+                # Make a block's keys and values just before the block runs. The backward pass goes
+                # the other way, so it holds the gradients of one block's keys and values at a time,
+                # and not those of all blocks. States that are made from this one share them, so
+                # they have gradients even if the first step that reads them has none.
                 with_gradients = torch.enable_grad()(make_cross_kv)
                 caches.append(Cache(make_cross_kv=functools.cache(with_gradients)))
             else:  # contiguous, because every step of decoding reads them
@@ -204,12 +207,13 @@ class T5(nn.Module):
         n_queries = tokens_BL.shape[1]
         check_bias(self.config.n_heads, n_queries, len(state.token_M))
         x_BLD = self.embed(tokens_BL)
-        mask_LM = None
+        mask_bias_11LM = None
         if state.needs_mask(n_queries):
-            mask_LM = mask_to_bias(state.causal_mask(n_queries), x_BLD.dtype)
+            mask_11LM = state.causal_mask(n_queries)[None, None]
+            mask_bias_11LM = mask_to_bias(mask_11LM, x_BLD.dtype)
         cross = state.cross_context()
-        context = Context(state.adapter_B, NO_PACKING, mask_LM, cross=cross)
-        distance_LM = state.token_M - state.of_queries(state.token_M, n_queries)[:, None]
+        context = Context(state.adapter_B, NO_PACKING, mask_bias_11LM, cross=cross)
+        distance_LM = state.token_M - state.query_columns(state.token_M, n_queries)[:, None]
         x_BLD = self.decoder(x_BLD, context, distance_LM, state.caches)
         state.check_adapters(self)  # another thread may have removed one meanwhile
         if self.config.scale_logits:  # T5 v1.0, whose head is the embedding
@@ -221,9 +225,10 @@ class T5(nn.Module):
         return F.linear(x, self.head_weight)
 
     def check_lengths(self, n_source, n_targets):
-        """Raise ValueError if attention cannot read a source and its targets of so many tokens.
+        """Raise ValueError if texts of these lengths need too large a bias of attention.
 
-        n_targets: a list. Each head has its own bias for each pair of tokens.
+        n_source: tokens of the source. n_targets: a list, the tokens of each target. Each head has
+        its own bias for each pair of tokens.
         """
         longest = max([n_source, *n_targets])
         check_bias(self.config.n_heads, longest, longest)

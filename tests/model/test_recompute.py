@@ -11,7 +11,7 @@ import minia3
 from minia3.inference.decoding import decode_tokens
 from minia3.model.blocks import FeedForward, RMSNorm, blocks_of
 from minia3.model.ia3 import IA3
-from minia3.model.recompute import recompute, recompute_blocks, rms_norm, scaled
+from minia3.model.recompute import recompute, recompute_blocks, rms_norm, scale_keeping_result
 from tests.benchmarks.measure import kept_for_backward
 
 NAMES = ["t5-v1.0", "t5-v1.1", "llama-gqa"]
@@ -34,7 +34,7 @@ def test_the_plain_lines_have_the_same_results_and_keep_more(loaded, name, monke
         "minia3.model.blocks.rms_norm",
         lambda x, weight, eps: nn.functional.rms_norm(x, weight.shape, weight, eps),
     )
-    monkeypatch.setattr("minia3.model.ia3.scaled", plainly_scaled)
+    monkeypatch.setattr("minia3.model.ia3.scale_keeping_result", plainly_scaled)
     same(gradients(model, batch), expected, rtol=1e-12, atol=1e-12)
     assert kept_for_backward(lambda: loss_of(model, batch), model) > n_kept
 
@@ -176,7 +176,7 @@ def scaled_with_gradients(scale, adapter_B, dtype):
 )
 def test_what_keeps_its_result_has_the_gradients_of_the_plain_line(adapter_B, dtype, rtol):
     """Also if an entry is 0, and if it is so small that its square is 0."""
-    found = scaled_with_gradients(scaled, adapter_B, dtype)
+    found = scaled_with_gradients(scale_keeping_result, adapter_B, dtype)
     expected = scaled_with_gradients(plainly_scaled, adapter_B, dtype)
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=rtol)
@@ -194,7 +194,7 @@ def test_the_gradient_of_what_keeps_its_result_is_wrong_by_one_rounding(adapter_
     vector.scale.data = torch.randn(2, 64, generator=generator).bfloat16().float()
     x = torch.randn(3, 100, 64, generator=generator).bfloat16()
     grad = torch.randn(3, 100, 64, generator=generator).bfloat16()
-    scaled(x.to(dtype), vector.scale[adapter_B]).backward(grad.to(dtype))
+    scale_keeping_result(x.to(dtype), vector.scale[adapter_B]).backward(grad.to(dtype))
 
     exact = torch.zeros(2, 64, dtype=torch.float64)
     exact.index_add_(0, adapter_B.expand(3), (grad.double() * x.double()).sum(1))
@@ -212,13 +212,17 @@ def test_gradients_of_what_keeps_its_result_pass_gradcheck():
     vector = IA3(4, n_adapters=2).double()
     vector.scale.data = torch.tensor([[1.0, 0.0, -2.0, 0.5], [0.0, 1.0, 3.0, -0.1]]).double()
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, _: scaled(x, vector.scale[MIXED]), (x, vector.scale))
+    assert torch.autograd.gradcheck(
+        lambda x, _: scale_keeping_result(x, vector.scale[MIXED]), (x, vector.scale)
+    )
 
 
 def test_second_derivatives_of_what_keeps_its_result_are_refused():
     x = torch.ones(1, 2, 4, requires_grad=True)
     l_BD = torch.ones(1, 4, requires_grad=True)
-    (grad_x,) = torch.autograd.grad(scaled(x, l_BD).square().sum(), x, create_graph=True)
+    (grad_x,) = torch.autograd.grad(
+        scale_keeping_result(x, l_BD).square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad_x.sum().backward()
 
@@ -232,11 +236,14 @@ def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
         return kept_for_backward(lambda: scale(x, vector.scale[row_0]).square(), vector)
 
     n_small = 2 * 8 * 4  # the entries
-    assert x.nbytes <= square(scaled) <= x.nbytes + n_small
+    assert x.nbytes <= square(scale_keeping_result) <= x.nbytes + n_small
     assert square(plainly_scaled) >= 2 * x.nbytes
 
 
 def test_of_a_vector_that_does_not_train_only_the_entries_are_kept():
     vector = IA3(8).requires_grad_(False)
     x = torch.randn(3, 5, 8, requires_grad=True)
-    assert kept_for_backward(lambda: scaled(x, vector.scale[torch.tensor([0])]), vector) <= 8 * 4
+    assert (
+        kept_for_backward(lambda: scale_keeping_result(x, vector.scale[torch.tensor([0])]), vector)
+        <= 8 * 4
+    )
