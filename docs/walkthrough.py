@@ -31,9 +31,9 @@
 
 # %% [markdown]
 # Names of tensors end in their shape: `x_LD` has L rows and D columns. The letters are B (rows
-# of a batch), L (tokens that read), M (tokens that are read), D (width of the model), H (heads), K
-# (width of a head), P (pairs of its entries), V (vocabulary), N (examples), C (choices) and A
-# (adapters).
+# of a batch), L (tokens that read), M (tokens that are read), D (width of the model), F (width
+# inside of a feed-forward), H (heads), K (width of a head), P (pairs of its entries), V
+# (vocabulary), N (examples), C (choices) and A (adapters).
 
 # %%
 import copy
@@ -266,14 +266,15 @@ assert abs(score - other_score) > 1e-2
 # has a third matrix: $3 D^2 + 3 D F$ = 12,288 + 36,864 = 49,152.
 
 # %%
-# T5:                    D, heads, kv heads, K, scale, dropout, adapters
-t5_attention = Attention(64, 4, 4, 16, 1.0, 0.0, 1)
-t5_feed_forward = FeedForward(64, 192, "relu", False, 0.0, 1)
-t5_block = Block(t5_attention, None, t5_feed_forward, 64, 1e-6, 0.0)
+# An attention takes D, heads, key/value heads, K and the scale of the scores.
+# A feed-forward takes D, F and sigma.
+t5_attention = Attention(64, 4, 4, 16, 1.0, dropout=0.0, n_adapters=1)
+t5_feed_forward = FeedForward(64, 192, "relu", gated=False, dropout=0.0, n_adapters=1)
+t5_block = Block(t5_attention, None, t5_feed_forward, d_model=64, eps=1e-6, dropout=0.0)
 
-llama_attention = Attention(64, 4, 2, 16, 16**-0.5, 0.0, 1)
-llama_feed_forward = FeedForward(64, 192, "silu", True, 0.0, 1)
-llama_block = Block(llama_attention, None, llama_feed_forward, 64, 1e-6, 0.0)
+llama_attention = Attention(64, 4, 2, 16, 16**-0.5, dropout=0.0, n_adapters=1)
+llama_feed_forward = FeedForward(64, 192, "silu", gated=True, dropout=0.0, n_adapters=1)
+llama_block = Block(llama_attention, None, llama_feed_forward, d_model=64, eps=1e-6, dropout=0.0)
 
 
 def count(parameters):
@@ -658,16 +659,9 @@ print(f"largest RMS change: {largest:.2f}")
 assert largest < 1.5
 
 # %% [markdown]
-# Two of the sixteen moved least: `l_k` of the decoder's *self*-attention. **Predict:** they do
-# nothing at all for the first word of the answer. When the decoder writes it, it has one token to
-# read, its own start token, and the softmax of a single score is 1 *whatever the score is*. So if
-# we reset the 64 entries of one of them to 1, $\log p(\text{word})$ stays, up to rounding (below
-# 1e-4). They moved because of the end token that follows the word. It is nearly certain, so its
-# gradients are tiny, but Adafactor divides a gradient by its own size.
-#
-# First a survey: what does the accuracy become if some vectors are reset? **Predict:** if we reset
-# the cross-attention's `l_v`, by which the decoder reads the facts, it falls. If we reset them
-# all, it is the base's.
+# Which vectors does the task need? We reset some of them to 1, and look at the accuracy.
+# **Predict:** if we reset the cross-attention's `l_v`, by which the decoder reads the facts, it
+# falls. If we reset all vectors, it is the base's.
 
 
 # %%
@@ -694,8 +688,15 @@ assert accuracies["blocks"] == unasked
 
 # %% [markdown]
 # The last line is without any vector, and is the base again. The lines before it say that in this
-# run values and feed-forwards carry the task, and keys hardly matter. Now the prediction about the
-# two idle vectors, one for each block of the decoder.
+# run values and feed-forwards carry the task, and keys hardly matter.
+#
+# In the figure, two of the sixteen vectors moved least: `l_k` of the decoder's *self*-attention,
+# one for each of its blocks. **Predict:** they do nothing at all for the first word of the answer.
+# When the decoder writes it, it has one token to read, its own start token, and the softmax of a
+# single score is 1 *whatever the score is*. So if we reset the 64 entries of one of them to 1,
+# $\log p(\text{word})$ stays, up to rounding (below 1e-4). They moved because of the end token that
+# follows the word. It is nearly certain, so its gradients are tiny, but Adafactor divides a
+# gradient by its own size.
 
 # %%
 trained_logp = first_logits(model, source).log_softmax(dim=-1)
