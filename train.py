@@ -6,9 +6,9 @@
     python train.py --model t5-base --task rte,cb --seed 0,1    four adapters, trained together
     python train.py --resume runs/t5-base-rte-ia3-0             continue a run that was stopped
 
-The loop is `train`, and the functions after it call it. It runs the model through `choice_logprobs`
-(minia3/inference/scoring.py). The model is in minia3/model/t5.py or llama.py, and the method is in
-minia3/model/ia3.py.
+The loop is `train`, and the functions after it prepare and call it. The loop runs the model through
+`choice_logprobs` (minia3/inference/scoring.py). The model is in minia3/model/t5.py or llama.py, and
+the method is in minia3/model/ia3.py.
 
 Shapes: B examples, C choices, L tokens of a choice, A adapters, one per cell.
 """
@@ -16,13 +16,13 @@ Shapes: B examples, C choices, L tokens of a choice, A adapters, one per cell.
 import sys
 
 from minia3.files.program import begin
-from minia3.training.command_line import answer_mistakes
-from minia3.training.command_lines import SCRIPT
+from minia3.training.command_line import exit_on_mistakes
+from minia3.training.shown_commands import SCRIPT
 
 if __name__ == "__main__":
-    # Before torch is imported, which takes seconds: Ctrl-C, --help, and mistakes in the flags.
+    # Handle Ctrl-C, --help and mistakes in the flags before torch is imported, which takes seconds.
     begin("train.py")
-    answer_mistakes(sys.argv[1:], SCRIPT)
+    exit_on_mistakes(sys.argv[1:], SCRIPT)
 
 from minia3.files.processes import first_goes_first, is_first
 from minia3.inference.scoring import choice_logprobs
@@ -82,7 +82,7 @@ def train(run, group, config):
                     batch = group.next_batch()
                     for micro_batch in batch.split(group.micro_batch_size):
                         logp_BCL = choice_logprobs(model, micro_batch.inputs, micro_batch.row_B)
-                        loss_A = micro_batch.losses(logp_BCL)  # of each cell's examples here
+                        loss_A = micro_batch.losses(logp_BCL)  # per cell, from its examples here
                         loss_A.sum().backward()
                         log.add_losses(loss_A)
                     run.sum_over_processes(group)  # if torchrun has started several
@@ -134,7 +134,7 @@ def run_grid(run: Run, config: Config):
 
     with first_goes_first():  # because this downloads
         cells = make_cells(config)
-        check_model(config.model)  # so that a wrong name is the only line
+        check_model(config.model)  # before anything is printed
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)

@@ -20,8 +20,8 @@ import numpy as np
 
 from minia3.files.read import read_json
 from minia3.model.costs import flops
-from minia3.training.command_lines import EVALUATION_FLAGS
 from minia3.training.outcomes import count_cells, is_mixture, outcomes_of, read_metrics
+from minia3.training.shown_commands import EVALUATION_FLAGS
 
 # These flags do not distinguish results: two runs that differ in nothing else share a row.
 UNNAMED_FLAGS = {

@@ -16,9 +16,9 @@ from collections import Counter
 from minia3.cli.terminal import show
 from minia3.files.lock import FolderLocked
 from minia3.training import command_line
-from minia3.training.command_lines import COMMAND
 from minia3.training.config import Config
 from minia3.training.run_folder import RunExists
+from minia3.training.shown_commands import COMMAND
 from minia3.training.study_file import given_words, read_studies
 
 TITLE = "Make the runs that a file describes, or a share of them"

@@ -3,7 +3,7 @@
 from minia3.files.processes import has_several_processes
 from minia3.files.streams import print_error
 from minia3.training import command_line
-from minia3.training.command_lines import COMMAND
+from minia3.training.shown_commands import COMMAND
 
 TITLE = command_line.TITLE
 EXAMPLE = "minia3 train --model t5-base --task rte"

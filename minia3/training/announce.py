@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from minia3.files.messages import plural
 from minia3.files.processes import n_processes
 from minia3.model.shard import is_sharded
-from minia3.training.command_lines import resume_command
 from minia3.training.flags import expand_grid
 from minia3.training.optimizer import learning_rate
+from minia3.training.shown_commands import resume_command
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def announce_finished(run, config):
 
 
 def announce_extension(n_steps, config):
-    """Print what the learning rate of a run does that was made longer after `n_steps` steps."""
+    """Print that a run continues after `n_steps` steps, and what its learning rate does then."""
     _, cell_configs = expand_grid(config)
     rates = [f"{learning_rate(n_steps, cell_config):.1e}" for cell_config in cell_configs]
     distinct = ",".join(dict.fromkeys(rates))  # not the same one for each task and seed

@@ -101,6 +101,7 @@ def hold_out(task, config, report_split):
 
 def shuffled_rows(rows, seed):
     """Return the rows in a random order, because few-shot rows may be sorted by label (SST-2)."""
+    # The 4 means nothing. It stays, because another number would hold out other rows.
     permutation = np.random.RandomState([seed, 4]).permutation(len(rows))
     return [rows[i] for i in permutation]
 

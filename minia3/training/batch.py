@@ -53,13 +53,13 @@ class MixedBatch:
         self.pairs = []  # (cell, example)
         self.n_terms = {}  # cell -> how many terms each of its losses has in the step
         self.n_rows = n_rows
-        names = set()
+        used = set()
         for cell in cells:
             examples = cell.batches[step]
             self.pairs += [(cell, example) for example in examples]
             self.n_terms[cell] = count_terms_of(examples, cell.config.losses.split(","))
-            names |= self.n_terms[cell].keys()
-        self.names = [name for name in LOSSES if name in names]  # of losses of any cell
+            used |= self.n_terms[cell].keys()
+        self.loss_names = [name for name in LOSSES if name in used]  # the losses of any cell
 
     @property
     def n_tokens(self):
@@ -73,23 +73,24 @@ class MixedBatch:
         """
         for pairs in share_of_step(self.pairs, size or len(self.pairs)):
             if pairs:
-                yield MicroBatch(pairs, self.n_terms, self.names, self.n_rows)
+                yield MicroBatch(pairs, self.n_terms, self.loss_names, self.n_rows)
             else:
                 # Other processes have one more part, and this one must make as many passes. So it
                 # reads any example as if its cell had no losses, which adds 0.
                 no_losses = {cell: {} for cell in self.cells}
-                yield MicroBatch(self.pairs[:1], no_losses, self.names, self.n_rows)
+                yield MicroBatch(self.pairs[:1], no_losses, self.loss_names, self.n_rows)
 
 
 class MicroBatch:
     """The examples of one forward pass. The examples of each cell are contiguous."""
 
-    def __init__(self, pairs, n_terms, names, n_rows):
+    def __init__(self, pairs, n_terms, loss_names, n_rows):
+        """The arguments are attributes of MixedBatch."""
         cells = [cell for cell, _ in pairs]  # the owner of each example
         self.inputs = collate([example for _, example in pairs])
-        self.names = names
+        self.loss_names = loss_names
         self.n_rows = n_rows
-        self.row_B = None  # the model's only row
+        self.row_B = None  # all examples use the only row that the model has
         rows = torch.tensor([cell.row for cell in cells])
         if n_rows > 1:
             self.row_B = rows
@@ -97,7 +98,7 @@ class MicroBatch:
         # each loss has. They are one tensor, because to copy a few numbers to a GPU takes as long
         # as to copy many.
         facts = [self.inputs.label_B, rows]
-        for name in names:
+        for name in loss_names:
             facts.append(torch.tensor([n_terms[cell].get(name, 0) for cell in cells]))
         self.facts_KB = torch.stack(facts)
 
@@ -106,6 +107,6 @@ class MicroBatch:
         device = logp_BCL.device
         mask_BCL = to_device(self.inputs.target_mask_BCL, device)
         label_B, row_B, *counts = to_device(self.facts_KB, device)
-        n_terms = dict(zip(self.names, counts, strict=True))
+        n_terms = dict(zip(self.loss_names, counts, strict=True))
         loss_B = losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms)
         return loss_B.new_zeros(self.n_rows).index_add(0, row_B, loss_B)

@@ -9,12 +9,12 @@ from minia3 import __version__
 from minia3.files.messages import message_of
 from minia3.files.processes import has_several_processes
 from minia3.files.streams import print_error
-from minia3.training.command_lines import PLACES
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import OF_ONE_RUN, read_config_file
 from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
+from minia3.training.shown_commands import PLACES
 from minia3.training.trackers import check_trackers
 
 TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
@@ -117,7 +117,7 @@ def put_over(flags, given):
     return kept | given
 
 
-def answer_mistakes(words, program):
+def exit_on_mistakes(words, program):
     """Print the help, or what is wrong with the flags, and exit. Return if nothing is wrong.
 
     Call this before torch is imported, which takes seconds. One of several processes returns at

@@ -57,12 +57,15 @@ class Batches:
 
 
 def plan_steps(assignments, config):
-    """Yield (member of the task, row, prompt) for each example of a step, as numbers."""
+    """Yield the places of each step: one per example, (member of the task, row, prompt) as numbers.
+
+    The draws depend on nothing but the arguments, so every call yields the same.
+    """
     sizes = [len(assignment.train_rows) for assignment in assignments]
     n_prompts = [len(assignment.prompts) for assignment in assignments]
     steps = draw_rows(sizes, config.cap, config.batch_size, config.seed)
     for step, rows in enumerate(islice(steps, config.steps)):
-        rng = np.random.RandomState([config.seed, 1, step])
+        rng = np.random.RandomState([config.seed, 1, step])  # 1: other draws than `draw_rows`
         prompts = rng.randint([n_prompts[member] for member, _ in rows]).tolist()
         places = []
         for (member, row), prompt in zip(rows, prompts, strict=True):

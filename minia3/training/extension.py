@@ -81,9 +81,10 @@ def check_state(saved, config, place, n_steps):
 
 
 def keep_last_state(stopped, config):
-    """Write the state of the group at which a run stood that is made longer, if others come first.
+    """Write the state of the group that trained last, if other groups come before it.
 
-    stopped: the Checkpoint of that time.
+    The extended run begins again with the first group, and reads this state when it comes to this
+    group. stopped: the last Checkpoint of the run before it was extended.
     """
     place = place_of(stopped, config)
     if place > 0 and stopped.group is not None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minia3.training.command_line import complete
-from minia3.training.command_lines import CALL
 from minia3.training.config import Config
 from minia3.training.config_file import field_name
 from minia3.training.flags import kinds_of, list_reader
 from minia3.training.loop import load_loop
+from minia3.training.shown_commands import CALL
 from minia3.training.signals import Stopped
 from minia3.training.start import run_config
 

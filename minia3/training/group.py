@@ -34,10 +34,10 @@ from minia3.training.shards import choose_shards
 
 
 def template_of_run(config, cells):
-    """Return the chat template of --chat-template, or else of the task files and of what --adapter
-    or --model has learned.
+    """Return the chat template that replaces the model's own, or None.
 
-    None: the model's own. Raise ValueError if they differ.
+    It is that of --chat-template, or else that of the task files and of what --adapter or --model
+    has learned. Raise ValueError if these differ.
     """
     if config.chat_template is not None:
         return read_template(config.chat_template)
@@ -130,7 +130,7 @@ class Group:
         """
         seed_dropout(self.cells[0].config.seed, self.log.step)
         if is_sharded(self.model):
-            reset_passes(self.model)  # because copies may have made other numbers of them so far
+            reset_passes(self.model)  # because the copies need not have made equally many so far
         return MixedBatch(self.active_cells, self.log.step, n_rows=len(self.cells))
 
     def update(self, rates):
@@ -240,8 +240,8 @@ def download(config):
 
 
 def count_base(model_config):
-    """Return how many parameters a model has without vectors. (A quantized model has codes.)"""
-    model = build_model(model_config)
+    """Return how many parameters a model has without vectors."""
+    model = build_model(model_config)  # a new one, because a quantized model has codes instead
     return count_entries(dict(model.named_parameters())) - count_entries(vectors(model))
 
 

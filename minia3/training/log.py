@@ -127,7 +127,8 @@ class TrainingLog:
     def fail_bad_cells(self):
         """Fail each cell that had a loss that is not finite in a step since the last line.
 
-        A cell that has run out of patience before this line has ended, as it would have alone.
+        A cell that ran out of patience before this line is left alone, because its training is
+        over, as it would be if the cell had trained alone.
         """
         first_step = self.step - len(self.losses) + 1
         for step, losses in enumerate(self.losses, first_step):
@@ -166,16 +167,16 @@ class TrainingLog:
         return line
 
     def mean_losses(self):
-        """Return the mean loss of each cell that has trained since the last line: from its name.
+        """Return the mean loss of each cell that has trained since the last line: name -> mean.
 
         A cell that has failed has none, and neither has one that has run out of patience after a
         loss that is not finite.
         """
         means = {}
         for row, cell in enumerate(self.cells):
-            of_cell = [losses[row] for losses in self.losses if row in losses]
-            if cell.progress.failure is None and of_cell and np.isfinite(of_cell).all():
-                means[cell.name] = np.mean(of_cell)
+            cell_losses = [losses[row] for losses in self.losses if row in losses]
+            if cell.progress.failure is None and cell_losses and np.isfinite(cell_losses).all():
+                means[cell.name] = np.mean(cell_losses)
         return means
 
     def show_training(self, line):

@@ -2,8 +2,8 @@
 
     likelihood         L_LM = - mean over tokens t of the correct choice of log p(y_t | x, y_<t)
     unlikelihood       L_UL = - mean over tokens t of the wrong choices of log(1 - p(y_t | x, y_<t))
-    length-normalized  L_LN = - mean over rows of the log softmax, over the choices and taken at the
-                                correct one, of (1/T) sum_t log p(y_t | x, y_<t)
+    length-normalized  L_LN = - mean over rows of log softmax(s) at the correct choice, where s_c is
+                                the mean over tokens t of choice c of log p(y_t | x, y_<t)
 
 A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more. The
 functions return the sum over each example, because the examples of a batch may belong to several

@@ -14,8 +14,8 @@ from pathlib import Path
 from minia3.checkpoints.known_models import hub_name, public_name
 from minia3.files.messages import plural
 from minia3.files.write import replacing
-from minia3.training.command_lines import training_command
 from minia3.training.report import before_after, figure_of, format_value
+from minia3.training.shown_commands import training_command
 
 # The class of transformers for each of our architectures
 AUTO_CLASSES = {"T5": "AutoModelForSeq2SeqLM", "Llama": "AutoModelForCausalLM"}

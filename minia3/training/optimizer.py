@@ -2,7 +2,7 @@
 
 A table holds one vector for several adapters, each in its row. What an adapter's row becomes does
 not depend on the other rows, but all rows and all tables of one width are updated by the same few
-operations: 25 adapters take as many as two.
+operations: 25 adapters take as many operations as two.
 
 Shapes: T tables, N tables of the same width, A adapters (rows of a table), R rows that train, D
 entries of a vector.

@@ -5,7 +5,7 @@ import shlex
 
 from minia3.files.messages import plural
 from minia3.inference.metrics import INVERSE_PERPLEXITY
-from minia3.training.command_lines import using_command
+from minia3.training.shown_commands import using_command
 
 
 def report(config, folder, finals, n_failed=0):

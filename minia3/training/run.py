@@ -31,7 +31,6 @@ from minia3.training.checkpoint import (
     random_state,
     save_checkpoint,
 )
-from minia3.training.command_lines import SCRIPT, resume_command
 from minia3.training.extension import extend, keep_last_state, steps_done
 from minia3.training.run_folder import (
     Metrics,
@@ -45,6 +44,7 @@ from minia3.training.run_folder import (
     reopen_metrics,
     sync_metrics,
 )
+from minia3.training.shown_commands import SCRIPT, resume_command
 from minia3.training.signals import Stopped
 from minia3.training.trackers import close_trackers, hand_over, start_trackers
 
@@ -67,7 +67,7 @@ class Run:
         """
         self.signals = signals
         self.program = program
-        self.resources = ExitStack()  # the lock of the folder
+        self.resources = ExitStack()  # the lock of the folder, and a limit of memory
         self.folder = None  # None: the run leaves nothing
         self.is_new = config.resume is None
         self.saved = Checkpoint(n_processes=n_processes())
@@ -164,7 +164,7 @@ class Run:
         self.trackers = start_trackers(config, self.written_folder)
 
     def record_start(self, checksums, config):
-        """Write the flags into config.json and, before it, what makes an extended run a longer one.
+        """Change the files of a run that is extended, and write the flags into config.json.
 
         config.json comes last, so after a kill the run can be extended again.
         """

@@ -23,9 +23,9 @@ from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json
 from minia3.files.write import remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
-from minia3.training.command_lines import PLACES
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
+from minia3.training.shown_commands import PLACES
 
 CONTENTS = (  # a run replaces these without asking, so a new run finds none of them
     *("config.json", "metrics.jsonl", "checkpoint.pt", "states"),

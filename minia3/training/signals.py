@@ -2,9 +2,9 @@
 
 Where a run is                        the first Ctrl-C        the second Ctrl-C, or SIGTERM
 ----------------------------------    --------------------    -----------------------------
-anywhere else                         stops at once           stops at once
 `uninterrupted`                       waits for the end       waits for the end
 `urgent`, within `uninterrupted`      waits for the end       stops at once
+outside of these blocks               stops at once           stops at once
 """
 
 import os

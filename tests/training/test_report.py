@@ -9,8 +9,8 @@ from running import train
 
 from minia3.cli.main import parse
 from minia3.training.command_line import parse_flags
-from minia3.training.command_lines import training_command, using_command
 from minia3.training.report import before_after, describe, report
+from minia3.training.shown_commands import training_command, using_command
 
 FINAL = {
     "task": "rte",
