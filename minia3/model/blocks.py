@@ -46,7 +46,7 @@ def rotate(x_BHLK, rotation):
     """Turn each pair (x_i, x_{i + K/2}) by the angle of its position.
 
     RoPE, Su et al. 2021, arXiv 2104.09864, equation 34. rotation: cos and sin (B or 1, 1, L, K),
-    with a negative first half of sin; None for T5, which does not rotate. The entries of a pair are
+    the first half of sin negated; None for T5, which does not rotate. The entries of a pair are
     half a head apart, as in Hugging Face's files. In Meta's files and in GGUF they are neighbors,
     so the readers permute W_q and W_k.
     """

@@ -192,8 +192,9 @@ class Llama(nn.Module):
         position_BM = state.positions()
         position_BL = state.query_columns(position_BM, n_queries)
 
-        # A bias must hide padding, and what lies beyond the window. It also replaces PyTorch's
-        # causal mask if several tokens continue a text, because that mask is right only if L = M.
+        # A bias hides the padding of a prompt that was read before, and what lies beyond the
+        # window. It also replaces PyTorch's causal mask if several tokens continue a text, because
+        # that mask is right only if L = M.
         window = self.config.window
         is_beyond_window = window is not None and state.length > window
         bias_BHLM = None

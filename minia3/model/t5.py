@@ -178,8 +178,8 @@ class T5(nn.Module):
             if torch.is_grad_enabled():
                 # Make a block's keys and values just before the block runs. The backward pass goes
                 # the other way, so it holds the gradients of one block's keys and values at a time,
-                # and not those of all blocks. States that are made from this one share them, so
-                # they have gradients even if the first step that reads them has none.
+                # and not those of all blocks. All steps share them, also those of states that are
+                # made from this one, so they have gradients even if the first step has none.
                 with_gradients = torch.enable_grad()(make_cross_kv)
                 caches.append(Cache(make_cross_kv=functools.cache(with_gradients)))
             else:  # contiguous, because every step of decoding reads them

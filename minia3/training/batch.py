@@ -85,7 +85,7 @@ class MicroBatch:
     """The examples of one forward pass. The examples of each cell are contiguous."""
 
     def __init__(self, pairs, n_terms, loss_names, n_rows):
-        """The arguments are attributes of MixedBatch."""
+        """pairs: some of those of a MixedBatch. The other arguments are attributes of it, too."""
         cells = [cell for cell, _ in pairs]  # the owner of each example
         self.inputs = collate([example for _, example in pairs])
         self.loss_names = loss_names
