@@ -99,7 +99,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
             result = choice_result(metric, scores_NC, rendered)
             result["n_equal"] = sum(equal_choices(example) is not None for example in examples)
 
-    n_tokens = np.mean([count_tokens(example) for example in examples])
+    n_tokens = np.mean([example.n_tokens for example in examples])
     result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(n_tokens)}
     if shots:
         result["n_shots"] = float(np.mean(n_shots))
@@ -219,11 +219,6 @@ def choice_auc(scores_NC, label_N):
         return None
     difference_N = scores_NC[:, 1] - scores_NC[:, 0]
     return area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
-
-
-def count_tokens(example):
-    """Return how many tokens of an example a model reads or scores."""
-    return len(example.source) + sum(len(target) for target in example.targets)
 
 
 def over_prompts(results):

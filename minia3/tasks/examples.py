@@ -17,6 +17,11 @@ class Example(NamedTuple):
     # turns count). None: all of them.
     is_scored: list[bool] | None = None
 
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens a model reads or scores."""
+        return len(self.source) + sum(map(len, self.targets))
+
 
 def encode_example(
     rendered: Rendered, tokenizer, end: bool, source: list[int] | None = None

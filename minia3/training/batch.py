@@ -35,13 +35,8 @@ def choose_micro_batch_size(group):
     longest = 1
     for cell in group.cells:
         for example in cell.batches.examples.values():
-            longest = max(longest, n_tokens_of(example))
+            longest = max(longest, example.n_tokens)
     return max(config.batch_size, (LARGE_BLOCK - 1) // (bytes_per_token * longest))
-
-
-def n_tokens_of(example):
-    """Return how many tokens of an example are read or scored."""
-    return len(example.source) + sum(map(len, example.targets))
 
 
 class MixedBatch:
@@ -64,7 +59,7 @@ class MixedBatch:
     @property
     def n_tokens(self):
         """How many tokens the step reads or scores, without padding."""
-        return sum(n_tokens_of(example) for _, example in self.pairs)
+        return sum(example.n_tokens for _, example in self.pairs)
 
     def split(self, size=None):
         """Yield micro-batches of at most `size` examples, or one if `size` is None.
