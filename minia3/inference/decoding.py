@@ -471,7 +471,9 @@ def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
         p_BV = keep_top_p(p_BV, top_p)
     end_BV = p_BV.cumsum(dim=-1)  # where each token's interval ends
     total_B1 = end_BV[:, -1:]  # 1 except for rounding; less after keep_top_p
-    return torch.searchsorted(end_BV, uniform_B1 * total_B1, right=True)
+    tokens_B1 = torch.searchsorted(end_BV, uniform_B1 * total_B1, right=True)
+    # If a logit is NaN, no interval is found. Any token will do: see `read_tokens`.
+    return tokens_B1.clamp(max=end_BV.shape[1] - 1)
 
 
 def keep_top_p(p_BV, top_p):

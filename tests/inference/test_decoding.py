@@ -349,6 +349,42 @@ def test_scores_that_are_not_finite_matter_only_until_the_text_has_ended():
 
 
 # Texts: stop strings, and pieces
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}])
+def test_a_token_that_is_drawn_from_scores_that_are_not_finite_is_one_of_the_model(options):
+    """A text that has ended stays in the batch for some steps, which read its tokens."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0]])
+    uniform = torch.full((3, 1), 0.5, dtype=torch.float64)
+    tokens = draw_tokens(logits, uniform, 1.0, **options)
+    assert tokens[0, 0] == 2
+    assert tokens.max() <= 2
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 0}])
+def test_the_scores_of_a_text_that_has_ended_change_no_other_text(options, both, monkeypatch):
+    """The first of nine texts ends at once, and its scores are then NaN."""
+    prompts = PROMPTS[:1] * 9
+    step = both.model.step
+    found = []
+    for score in (0.0, float("nan")):
+        n_rows = []
+
+        def end_first(tokens, state, score=score, n_rows=n_rows):
+            logits = step(tokens, state)
+            n_rows.append(len(logits))
+            if len(n_rows) == 1:
+                logits[..., list(EOS)] = -1e4
+                logits[0, :, EOS[0]] = 1e4
+            elif len(logits) == len(prompts):
+                logits[0] = score
+            return logits
+
+        monkeypatch.setattr(both.model, "step", end_first)
+        found.append(generate(both.model, both.tokenizer, prompts, max_new_tokens=4, **options))
+        assert n_rows[:2] == [9, 9]  # one of nine is less than an eighth
+    assert found[0] == found[1]
+    assert found[0][0] == ""
+
+
 
 
 def before_stop(text, stops):
