@@ -27,6 +27,7 @@ from minia3.inference.metrics import (
     INVERSE_PERPLEXITY,
     TEXT_METRICS,
     area_under_curve,
+    check_metric,
     inverse_perplexity,
     is_text_metric,
     perplexity,
@@ -67,15 +68,19 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). See `fit` in tasks/prompts.py
     for inputs that are too long without any shot.
 
-    Raise ValueError, with the `idx` of the row, if a choice is longer than `max_target_length`
+    Raise ValueError if there is no such metric. Raise ValueError, with the `idx` of the row, if a
+    row has no label or does not suit the metric, if a choice is longer than `max_target_length`
     tokens, if the model has no embedding for a token, or if a score is not finite.
     """
+    check_metric(metric)
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
 
+    check_labels(rows)
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
     are_texts = is_text_metric(metric)
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=are_texts)
+    check_targets(metric, rows, rendered)
     if metric in TEXT_METRICS:  # the model reads only the source
         read = [example._replace(targets=[]) for example in examples]
     else:
@@ -85,10 +90,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
         if metric in TEXT_METRICS:
-            options["max_new_tokens"] = max_new_tokens
-            options["stop"] = ("\n\n",) if shots else ()  # this ends the answers of the shots, too
-            sources = [example.source for example in examples]
-            texts = generate(model, tokenizer, sources, **options)
+            texts = write_answers(model, tokenizer, examples, shots, max_new_tokens, options)
             result = text_result(metric, texts, rendered, tokenizer)
             if metric == "exact_match":
                 result |= count_unmatchable(rendered, examples, tokenizer, max_new_tokens)
@@ -96,14 +98,39 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
             result = perplexity_result(*total_logprobs(model, examples, **options))
         else:
             scores_NC = score_examples(model, examples, **options).double().numpy()
-            result = choice_result(metric, scores_NC, rendered)
-            result["n_equal"] = sum(equal_choices(example) is not None for example in examples)
+            result = choice_result(metric, scores_NC, rendered, examples)
 
     n_tokens = np.mean([example.n_tokens for example in examples])
     result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(n_tokens)}
     if shots:
         result["n_shots"] = float(np.mean(n_shots))
     return result
+
+
+def check_labels(rows):
+    """Raise ValueError if a row has no label. -1 would be taken for the last choice."""
+    for row in rows:
+        if row.get("label", 0) < 0:
+            raise ValueError(
+                f"row {row['idx']} has no label, expected rows with their answers, such as those "
+                "of task.evaluation"
+            )
+
+
+def check_targets(metric, rows, rendered):
+    """Raise ValueError if a metric of targets is given for a row with several choices.
+
+    The first choice would be taken for the target.
+    """
+    if metric in CHOICE_METRICS:
+        return
+    for row, texts in zip(rows, rendered, strict=True):
+        n_choices = len(texts.choices)
+        if n_choices > 1:
+            raise ValueError(
+                f"row {row['idx']} has {n_choices} choices, expected a single target for the "
+                f"metric {metric}: give {' or '.join(CHOICE_METRICS)}, or a prompt with a target"
+            )
 
 
 # Results, by the kind of the metric
@@ -142,7 +169,7 @@ def perplexity_result(logp_N, n_tokens_N):
     return {"accuracy": value, "auc": None, "perplexity": perplexity(value)}
 
 
-def choice_result(metric, scores_NC, rendered):
+def choice_result(metric, scores_NC, rendered, examples):
     """Return the result of taking the choice with the best score for each row."""
     label_N = np.array([row.label for row in rendered])
     found_N, right_N = number_answers(scores_NC.argmax(axis=1), label_N, rendered)
@@ -150,6 +177,7 @@ def choice_result(metric, scores_NC, rendered):
         "accuracy": float(CHOICE_METRICS[metric](found_N, right_N)),
         "auc": choice_auc(scores_NC, label_N),
         "commonest": commonest_share(metric, right_N),
+        "n_equal": sum(equal_choices(example) is not None for example in examples),
     }
 
 
@@ -204,6 +232,15 @@ def most_shots(row, prompts, tokenizer, max_length):
 
     # The position of the first number (1, 2, ...) that is too long is the number of shots that fit.
     return bisect_left(range(1, len(prompts)), True, key=is_too_long)
+
+
+def write_answers(model, tokenizer, examples, shots, max_new_tokens, options):
+    """Return the text that the model writes after each source. options: those of `generate`."""
+    stop = ()
+    if shots:
+        stop = ("\n\n",)  # this ends the answers of the shots, too
+    sources = [example.source for example in examples]
+    return generate(model, tokenizer, sources, max_new_tokens=max_new_tokens, stop=stop, **options)
 
 
 def choice_auc(scores_NC, label_N):

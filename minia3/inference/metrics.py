@@ -153,6 +153,13 @@ def is_text_metric(metric):
     return metric not in CHOICE_METRICS
 
 
+def check_metric(metric):
+    """Raise ValueError if there is no such metric."""
+    names = (*CHOICE_METRICS, *TEXT_METRICS, INVERSE_PERPLEXITY)
+    if metric not in names:
+        raise ValueError(f"metric is {metric!r:.40}, expected one of {', '.join(names)}")
+
+
 def check_package(metric):
     """Raise ValueError, with the extra of minia3, if a metric needs a package that is missing."""
     if metric in PACKAGES:

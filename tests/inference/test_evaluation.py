@@ -417,6 +417,30 @@ def test_scores_that_are_not_finite_are_an_error_that_names_the_row(metric, ours
         evaluate(model, ours.tokenizer, rows, PROMPT, metric=metric)
 
 
+@pytest.mark.parametrize("n_choices", [2, 0])
+def test_a_row_without_a_label_is_refused(ours, n_choices):
+    rows = rows_of(3, (2,)) if n_choices else targets("w4", "w5", "w6")
+    metric = "accuracy" if n_choices else "inverse_perplexity"
+    rows[1] |= {"label": -1, "idx": 17}
+    with pytest.raises(ValueError, match=r"^row 17 has no label, expected rows with their answers"):
+        evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "Accuracy", "", None])
+def test_a_metric_that_there_is_not_is_refused(ours, metric):
+    message = r"^metric is .*, expected one of accuracy, macro_f1, exact_match, .*, inverse_perpl"
+    with pytest.raises(ValueError, match=message):
+        evaluate(ours.model, ours.tokenizer, rows_of(2, (2,)), PROMPT, metric=metric)
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "inverse_perplexity"])
+def test_a_metric_of_targets_refuses_rows_with_choices(ours, metric):
+    rows = rows_of(3, (1, 3))
+    message = f"^row 1 has 3 choices, expected a single target for the metric {metric}: give accur"
+    with pytest.raises(ValueError, match=message):
+        evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
+
+
 # In-context learning
 
 
