@@ -16,6 +16,11 @@ import torch
 TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 HAS_FAST_PRODUCT = TORCH >= (2, 13) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
+# The names of threads that make no products: tqdm's, which every progress bar starts, and the one
+# that reads the next rows for `predict` (files/ahead.py). If the second counted, then the last bits
+# of an answer would depend on whether the rows had been read by then.
+HARMLESS_THREADS = ("tqdm_monitor", "read_ahead")
+
 
 @contextmanager
 def fast_products(n_rows, weight):
@@ -37,7 +42,6 @@ def fast_products(n_rows, weight):
 def is_faster_without_onednn(n_rows, weight):
     is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     # The switch is one for the whole process, and would make the products of other threads slow.
-    # tqdm's thread, which every progress bar starts, has none.
-    threads = [thread for thread in threading.enumerate() if thread.name != "tqdm_monitor"]
-    is_alone = len(threads) == 1
+    names = [thread.name for thread in threading.enumerate()]
+    is_alone = sum(name not in HARMLESS_THREADS for name in names) == 1
     return HAS_FAST_PRODUCT and n_rows == 1 and is_on_cpu and is_alone

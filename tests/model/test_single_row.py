@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from minia3.files.ahead import read_ahead
 from minia3.inference.decoding import generate, stream
 from minia3.model import single_row
 from minia3.model.single_row import fast_products
@@ -45,7 +46,9 @@ def test_a_single_row_of_bfloat16_on_a_cpu_goes_without_onednn(n_rows, weight, e
         assert has_onednn() == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("worker", True), ("tqdm_monitor", False)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("worker", True), ("tqdm_monitor", False), ("read_ahead", False)]
+)
 def test_no_other_thread_that_computes_loses_onednn(name, expected, monkeypatch):
     both = [threading.current_thread(), threading.Thread(name=name)]
     monkeypatch.setattr(threading, "enumerate", lambda: both)
@@ -56,6 +59,12 @@ def test_no_other_thread_that_computes_loses_onednn(name, expected, monkeypatch)
 def test_the_thread_of_a_progress_bar_is_known_by_its_name():
     with tqdm(total=1, disable=False, file=io.StringIO()) as bar:
         assert bar.monitor.name == "tqdm_monitor"
+
+
+def test_the_thread_that_reads_rows_is_known_by_its_name():
+    """Otherwise what is written in bfloat16 would depend on how fast the rows are read."""
+    (thread,) = read_ahead(threading.current_thread() for _ in range(1))
+    assert thread.name == "read_ahead"
 
 
 def test_a_processor_without_a_fast_product_keeps_onednn(monkeypatch):
