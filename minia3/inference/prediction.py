@@ -18,7 +18,7 @@ from minia3.files.ahead import read_ahead
 from minia3.files.lock import lock_folder
 from minia3.files.processes import dividing, from_first
 from minia3.files.read import reading
-from minia3.inference.decoding import generate
+from minia3.inference.decoding import Options, generate
 from minia3.inference.scoring import (
     check_example,
     naming_rows,
@@ -203,9 +203,13 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
     log-probability per token of each choice), and "word" (the label as the task's files spell it)
     if the task has labels. The result of a row without choices has "idx" and
-    "output", the text that continues it. adapters: an Adapters. Raise ValueError, with the row's
-    idx, if a score is not finite.
+    "output", the text that continues it. adapters: an Adapters.
+
+    Raise ValueError if batch_size or max_new_tokens is below 1, and, with the row's idx, if a score
+    is not finite.
     """
+    # `generate` checks them, too, but rows with choices may have been answered before.
+    Options(batch_size=batch_size, max_new_tokens=max_new_tokens).check()
 
     def kind_of(row_input):
         is_chat = "messages" in row_input.row

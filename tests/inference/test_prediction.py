@@ -122,6 +122,16 @@ def test_a_token_without_an_embedding_is_one_line_that_names_the_line(tmp_path, 
     assert "rows.jsonl:2: the tokenizer has the token '<new>' with the id 61, but" in err
 
 
+@pytest.mark.parametrize("flag", ["--max-new-tokens", "--batch-size"])
+def test_a_number_below_1_is_refused_before_a_row_is_answered(flag, tmp_path, capsys):
+    rows = [{"input": "w3", "choices": ["w4", "w5"]}, {"input": "w6"}]
+    command = ["predict", running.model("t5"), write(tmp_path / "rows.jsonl", rows), flag, "0"]
+    assert main(list(map(str, command))) == 2
+    out, err = capsys.readouterr()
+    name = flag.strip("-").replace("-", "_")
+    assert (out, err) == ("", f"minia3: {name} is 0, expected 1 or more\n")
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_rows_with_choices_get_what_rank_gives_and_rows_without_what_generate_gives(
     name, tmp_path, capsys
