@@ -13,9 +13,11 @@ Shapes: B batch (of rows that are still being written), M source length, R rows 
 batch, V vocabulary.
 """
 
+import operator
 import secrets
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -83,7 +85,8 @@ class Options:
         expect(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, and at most 1")
         if self.seed is not None:
             # NumPy seeds its streams with 32-bit numbers. A bool is an int, but it is not a seed.
-            is_seed = type(self.seed) is int and 0 <= self.seed < 2**32
+            is_integer = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
+            is_seed = is_integer and 0 <= self.seed < 2**32
             expect(is_seed, "seed", self.seed, "an integer from 0 to 2**32 - 1")
 
     def check_search(self):
@@ -236,21 +239,33 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
 def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
     """Return the ids of each prompt, which is a text or ids already.
 
-    Raise ValueError if a prompt has no tokens, or an id that is not one of the model's.
-    first_prompt: see `Options`.
+    Raise ValueError if a prompt is neither, has no tokens, or has an id that is not one of the
+    model's. first_prompt: see `Options`.
     """
     is_one_prompt = isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts)
     expect(not is_one_prompt, "prompts", prompts, "a list of texts, or of lists of ids")
     sources = []
     wrong = []
     for i, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt)
+        else:
+            ids = as_ids(prompt, first_prompt + i)
         if not ids or min(ids) < 0 or max(ids) >= n_ids:
             wrong.append(first_prompt + i)
         sources.append(ids)
     if wrong:
         raise ValueError(f"prompts {wrong} have no tokens, or ids outside 0 to {n_ids - 1}")
     return sources
+
+
+def as_ids(prompt, index):
+    """Return a prompt that is not a text as a list of ids. Raise ValueError if it is none."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        found = f"prompt {index} is {prompt!r:.40}"
+        raise ValueError(f"{found}, expected a text or a list of ids") from None
 
 
 def generate_in_batches(model, tokenizer, sources, adapter, options, cut):

@@ -27,7 +27,7 @@ from minia3.files.processes import combine, share
 from minia3.files.progress import progress
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing
-from minia3.model.sequence_state import check_mask
+from minia3.model.sequence_state import as_numbers, check_mask
 from minia3.model.shard import compare_passes, is_sharded
 from minia3.model.target_logprobs import target_logprobs
 from minia3.model.to_device import to_device
@@ -353,7 +353,7 @@ def batches_by_length(lengths, adapter, batch_size, share=share):
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     if adapter is None:
         adapter = 0
-    adapters = torch.as_tensor(adapter)
+    adapters = as_numbers(adapter)
     is_per_row = adapters.dim() > 0
     if is_per_row and len(adapters) != len(lengths):
         expected = f"expected an adapter for each of {len(lengths)} rows"

@@ -353,12 +353,21 @@ def adapter_numbers(adapter, n_examples):
         return [0]
     if type(adapter) is int:
         return [adapter]  # without a tensor, which would take most of the time of `check_start`
-    numbers = torch.as_tensor(adapter)
+    numbers = as_numbers(adapter)
     is_integer = numbers.dtype in (torch.int64, torch.int32)
     if not is_integer or numbers.shape not in ((), (n_examples,)):
         expected = f"adapter must be None, an int or {(n_examples,)} long"
         raise ValueError(f"{expected}, found {adapter!r}")
     return numbers.flatten().tolist()
+
+
+def as_numbers(adapter):
+    """Return the argument `adapter` of `start` as a tensor. Raise ValueError if it is no number."""
+    try:
+        return torch.as_tensor(adapter)
+    except (TypeError, ValueError, RuntimeError):  # such as the names of adapters
+        expected = "expected rows of the model (Adapters.rows returns the rows of names)"
+        raise ValueError(f"adapter is {adapter!r:.80}, {expected}") from None
 
 
 def distinct_numbers(adapter, n_examples):

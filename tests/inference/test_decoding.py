@@ -6,6 +6,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import LLAMA_PEERS, T5_PEERS
@@ -348,7 +349,6 @@ def test_scores_that_are_not_finite_matter_only_until_the_text_has_ended():
         read_tokens(tokens_B1, logits_BV, [4, 7, 9], {4})
 
 
-# Texts: stop strings, and pieces
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}])
 def test_a_token_that_is_drawn_from_scores_that_are_not_finite_is_one_of_the_model(options):
     """A text that has ended stays in the batch for some steps, which read its tokens."""
@@ -385,6 +385,7 @@ def test_the_scores_of_a_text_that_has_ended_change_no_other_text(options, both,
     assert found[0][0] == ""
 
 
+# Texts: stop strings, and pieces
 
 
 def before_stop(text, stops):
@@ -609,6 +610,11 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):
         stream(both.model, both.tokenizer, [])
+    for bad in (None, ["w4"], [4.0], 0.5):
+        with pytest.raises(ValueError, match=r"^prompt 1 is .*, expected a text or a list of ids"):
+            generate(both.model, both.tokenizer, ["w4", bad])
+    with pytest.raises(ValueError, match=r"^prompt 0 is tensor\(4\), expected a text or a list"):
+        generate(both.model, both.tokenizer, torch.tensor([4, 5]))
 
 
 def test_a_prompt_is_named_by_its_place_among_all_prompts(both, loaded):
@@ -627,6 +633,12 @@ def test_a_prompt_is_named_by_its_place_among_all_prompts(both, loaded):
 def test_a_stream_checks_its_adapter_before_the_first_piece(adapter, found, both):
     with pytest.raises(ValueError, match=found):
         stream(both.model, both.tokenizer, "w4", adapter=adapter)
+
+
+def test_a_seed_may_be_an_integer_of_numpy(both):
+    options = {"max_new_tokens": 4, "temperature": 2.0}
+    expected = generate(both.model, both.tokenizer, PROMPTS, seed=3, **options)
+    assert generate(both.model, both.tokenizer, PROMPTS, seed=np.int64(3), **options) == expected
 
 
 def test_the_keys_and_values_of_a_prompt_are_kept_once(both, monkeypatch):

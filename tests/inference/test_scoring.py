@@ -184,6 +184,8 @@ def test_rank_says_what_is_wrong_with_its_lists(both):
         rank(["w4", "w5"], ["w6"], adapter=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="rows 0 to 2"):
         rank(["w4", "w5"], ["w6"], adapter=[0, 3])
+    with pytest.raises(ValueError, match=r"adapter is \['rte', None\], expected rows of the model"):
+        rank(["w4", "w5"], ["w6"], adapter=["rte", None])
 
 
 def test_the_log_probability_of_a_conversation_is_transformers_loss_on_its_scored_tokens(both):

@@ -633,6 +633,13 @@ def test_a_source_or_mask_that_cannot_be_started_is_refused(models, name, source
         models[name].start(source, mask)
 
 
+@pytest.mark.parametrize("adapter", ["rte", ["rte", "cb"], ["rte", None], [None, 1], [[0], 1]])
+def test_adapters_that_are_no_numbers_are_refused(models, adapter):
+    message = r"adapter is .*, expected rows of the model \(Adapters.rows returns the rows of names"
+    with pytest.raises(ValueError, match=message):
+        models["llama-gqa"].start(tokens(2, 3), None, adapter)
+
+
 # Lengths
 
 
