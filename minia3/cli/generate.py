@@ -20,7 +20,9 @@ from minia3.cli.arguments import (
 )
 from minia3.cli.terminal import show
 from minia3.files.processes import dividing, from_first, is_first, n_processes
+from minia3.files.read import reading
 from minia3.files.streams import is_terminal
+from minia3.tasks.text_lines import decode
 
 TITLE = "Continue a text, answer a prompt, or chat"
 EXAMPLE = "minia3 generate tiny-t5 'anna has a red ball . same colour ?'"
@@ -135,14 +137,21 @@ def run(args):
             raise ValueError("a conversation takes one process: give prompts, or pipe them")
         generator.converse()
     else:
-        generator.answer_all(prompts_of(sys.stdin or ()))  # it is None if it is closed
+        lines = () if sys.stdin is None else sys.stdin.buffer  # it is None if it is closed
+        generator.answer_all(prompts_of(lines))
 
 
-def prompts_of(lines):
-    """Yield the lines of a file without their ends. Blank lines are skipped."""
-    for line in lines:
-        if line.strip():
-            yield line.removesuffix("\n")
+def prompts_of(file):
+    """Yield the lines of a binary file as text, without their ends. Blank lines are skipped.
+
+    The text is UTF-8 whatever the locale is. A byte order mark and Windows line ends are ignored,
+    as in a file of rows. Raise ValueError if a line is not UTF-8.
+    """
+    for number, line in enumerate(file, start=1):
+        with reading(f"standard input, line {number}"):
+            text = decode(line, is_first=number == 1)
+        if text.strip():
+            yield text.removesuffix("\n").removesuffix("\r")
 
 
 def prepare_chat(model, tokenizer, args):

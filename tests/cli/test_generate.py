@@ -132,9 +132,14 @@ def test_a_prompt_of_the_command_line_is_taken_as_it_is(capsys):
 # A pipe
 
 
+def pipe(content, monkeypatch):
+    """Let standard input hold these bytes, in a locale in which Python would misread them."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+
+
 def test_each_line_of_a_pipe_is_a_prompt(capsys, monkeypatch):
     prompts = [f"w{3 + i % 50} w{4 + i % 7}" for i in range(40)]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(prompts)))
+    pipe("\n\n".join(prompts).encode(), monkeypatch)
     words = ["generate", running.model("t5"), "--max-new-tokens", "3", "--json"]
     answers = [json.loads(line) for line in output(capsys, *words).splitlines()]
     assert [answer["prompt"] for answer in answers] == prompts
@@ -142,17 +147,40 @@ def test_each_line_of_a_pipe_is_a_prompt(capsys, monkeypatch):
 
 
 def test_a_line_of_a_pipe_loses_only_its_end_and_blank_lines_are_skipped(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("  w3 w4 \n\n   \nw5"))
+    pipe(b"  w3 w4 \n\n   \nw5", monkeypatch)
     words = ["generate", running.model("t5"), "--max-new-tokens", "1", "--json"]
     answers = [json.loads(line) for line in output(capsys, *words).splitlines()]
     assert [answer["prompt"] for answer in answers] == ["  w3 w4 ", "w5"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"w3 w4\r\nw5 \xc3\xa9\r\n", b"\xef\xbb\xbfw3 w4\nw5 \xc3\xa9"]
+)
+def test_a_pipe_is_utf8_and_may_come_from_windows(content, capsys, monkeypatch):
+    pipe(content, monkeypatch)
+    words = ["generate", running.model("t5"), "--max-new-tokens", "1", "--json"]
+    answers = [json.loads(line) for line in output(capsys, *words).splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["w3 w4", "w5 é"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"w3 w4\n\nw5 \xe9\n", "3: not UTF-8: byte 0xe9 after 'w5 '"),
+        ("w3 w4\n".encode("utf-16"), "1: not UTF-8, but UTF-16: save the file as UTF-8"),
+    ],
+)
+def test_a_line_of_a_pipe_that_is_not_utf8_is_named(content, reason, capsys, monkeypatch):
+    pipe(content, monkeypatch)
+    message = failure(capsys, "generate", running.model("t5"))
+    assert message.startswith(f"minia3: standard input, line {reason}")
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_equal_lines_of_a_pipe_have_random_numbers_of_their_own(samples, capsys, monkeypatch):
     """Also in the second batch, and in the third one, a single prompt that is streamed."""
     prompts = ["w3 w4"] * 33
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts)))
+    pipe("\n".join(prompts).encode(), monkeypatch)
     words = ["--temperature", "3", "--seed", "1", "--samples", samples, "--max-new-tokens", "4"]
     options = {"temperature": 3.0, "seed": 1, "samples": samples, "max_new_tokens": 4}
     texts = expected(prompts, **options)
