@@ -127,7 +127,8 @@ class Tokenizer:
         """
         # This may fail, because a str may hold half a surrogate pair, which is not Unicode, and
         # because some damage to the files shows only now.
-        with reading(f"text {text[:40]!r}"):
+        damage = "it is not Unicode, or the tokenizer is damaged"
+        with reading(f"text {text[:40]!r}", damage):
             return self.backend.encode(text, add_special_tokens=special).ids
 
     def encode_target(self, text: str, end: bool) -> list[int]:
