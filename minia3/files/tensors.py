@@ -111,12 +111,19 @@ def torch_entries(file):
     if not isinstance(tensors, dict):
         raise ValueError(f"expected a dict from names to tensors, found {type(tensors).__name__}")
     entries = {}
+    places = set()  # of the tensors in memory
     for name, tensor in tensors.items():
         if not is_plain(tensor):
             found = f"{name!r:.80}: {type(tensor).__name__}"
             raise ValueError(f"expected a dict from names to tensors, found {found}")
-        # The tensor is mapped already, so there is nothing left to read.
-        entries[name] = Entry(tuple(tensor.shape), tensor.dtype, tensor.detach)
+        # The tensor is mapped already, so there is nothing left to read. But torch.save stores a
+        # tensor with two names once, such as an untied head that is the embedding before training.
+        # Each name gets a tensor of its own, because training may change both.
+        plain = tensor.detach()  # it may be a Parameter
+        place = (plain.data_ptr(), plain.shape)
+        read = plain.clone if place in places else plain.detach
+        places.add(place)
+        entries[name] = Entry(tuple(plain.shape), plain.dtype, read)
     return entries
 
 

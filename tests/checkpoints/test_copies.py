@@ -56,6 +56,24 @@ def test_an_untied_head_may_equal_the_embedding(copy, name):
     assert minia3.load_model(folder).head is not None
 
 
+@pytest.mark.parametrize("form", ["bin", "old bin"])
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-mha"])
+def test_an_untied_head_that_a_file_stores_together_with_the_embedding_is_apart(copy, name, form):
+    """torch.save stores a tensor once, however many names it has."""
+    folder = copy(name)
+    tensors = read_weights(folder)
+    embedding = tensors[embedding_name(name)]
+    write_weights(folder, tensors | {"lm_head.weight": embedding}, form)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
+    model = minia3.load_model(folder)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert torch.equal(model.embed.weight, embedding)
+    minia3.save_model(model, folder)
+    assert have_the_same_bits(minia3.load_model(folder), model)
+
+
 def test_tensors_that_only_older_files_hold_are_ignored(loaded, copy):
     folder = copy("t5-v1.0")
     tensors = read_weights(folder)

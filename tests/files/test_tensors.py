@@ -66,6 +66,18 @@ def test_tensors_that_shared_memory_still_share_it(tmp_path):
     assert entries["both"].read().untyped_storage().data_ptr() == shared
 
 
+@pytest.mark.parametrize("save", [save_bin, save_old_bin])
+def test_a_tensor_with_two_names_is_read_as_two(tmp_path, save):
+    twice = torch.arange(6.0).view(2, 3)
+    parameter = torch.nn.Parameter(twice)
+    save({"a": parameter, "b": parameter, "c": twice}, tmp_path / "pytorch_model.bin")
+    read = [entry.read() for entry in read_tensors(tmp_path / "pytorch_model.bin").values()]
+    for i, tensor in enumerate(read):
+        assert torch.equal(tensor, twice + i)  # the others have not changed it
+        for other in read[i:]:
+            other += 1
+
+
 def test_both_ways_to_read_a_safetensors_file_have_the_same_order(tmp_path):
     """Otherwise, a message about the first of several problems would name another one each time."""
     tensors = {f"{n % 7}.{n}": torch.ones(2) for n in range(40)}
