@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import base_of, known_model
-from minia3.checkpoints.layout import STALE_TOKENIZER_FILES
+from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, WEIGHT_FILES
 from minia3.checkpoints.tensor_names import name_table
 from minia3.files.processes import is_first
 from minia3.files.progress import progress
@@ -23,8 +23,8 @@ from minia3.model.shard import gathered, is_sharded
 SHARD_BYTES = 5 * 10**9
 
 # Files of an older checkpoint in the same folder. If they stayed, they could be read in place of
-# the new files.
-STALE = ("model*.safetensors*", "pytorch_model*.bin*")
+# the new files. No reader looks for other names, such as model-backup.safetensors, so these stay.
+STALE = (*WEIGHT_FILES, "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
 # The keys of config.json that generate() of transformers looks for in generation_config.json.
 TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")

@@ -83,6 +83,18 @@ def test_large_models_are_saved_in_shards_and_old_files_do_not_hide_new_ones(
     assert have_the_same_bits(minia3.load_model(tmp_path), third)
 
 
+def test_files_that_no_reader_takes_for_weights_stay(loaded, tmp_path):
+    shards = ("model-00001-of-00002.safetensors", "pytorch_model-00002-of-00002.bin")
+    indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    others = ["model-backup.safetensors", "model.fp16.safetensors", "pytorch_model_old.bin"]
+    for name in (*shards, *indices, *others, "pytorch_model.bin"):
+        (tmp_path / name).write_text("{}")
+    minia3.save_model(loaded("t5-v1.0"), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*model*")) == sorted(
+        [*others, "model.safetensors"]
+    )
+
+
 def test_weights_may_be_saved_over_the_files_that_they_are_mapped_from(copy):
     folder = copy("llama-gqa")
     model = randomize(minia3.load_model(folder))
