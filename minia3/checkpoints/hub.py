@@ -296,8 +296,8 @@ class Transfer:
 def why_unreachable():
     """Return why the hub is not asked, or None.
 
-    It is not if the user says so, or if the name of its machine cannot be resolved. Without a
-    network this is known at once, but huggingface_hub would try for 24 seconds.
+    It is not if the user says so, or if its address has no name of a machine or one that cannot be
+    resolved. Without a network this is known at once, but huggingface_hub would try for 24 seconds.
     """
     from huggingface_hub import constants
 
@@ -306,6 +306,10 @@ def why_unreachable():
     address = urlsplit(constants.ENDPOINT)
     if {address.scheme, "all"} & getproxies().keys():  # then the proxy resolves names
         return None
+    if address.hostname is None:
+        return (
+            f"HF_ENDPOINT is {constants.ENDPOINT!r:.80}, expected one like https://huggingface.co"
+        )
     try:
         socket.getaddrinfo(address.hostname, None)
     except OSError as error:

@@ -399,6 +399,14 @@ def test_without_a_network_it_is_told_at_once_unless_a_proxy_resolves_names(
     assert why_unreachable() == expected
 
 
+def test_an_address_of_the_hub_without_https_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "mirror.example")
+    expected = "HF_ENDPOINT is 'mirror.example', expected one like https://huggingface.co"
+    assert why_unreachable() == expected
+    assert f"the hub cannot be reached ({expected})" in refusal(find, "org/nowhere-at-all")
+
+
 def test_a_full_disk_is_not_called_a_wrong_name(monkeypatch):
     def download(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
