@@ -96,11 +96,12 @@ class Piece(NamedTuple):
     kind: int
 
 
-def read_sentencepiece(data, is_prefix_for_all=True):
+def read_sentencepiece(data, is_prefix_for_all=True, has_prefix=True):
     """Return (backend, {"bos_token_id": ..., "eos_token_id": ..., "pad_token_id": ...}).
 
     data: the content of a sentencepiece file.
     is_prefix_for_all: see `sentencepiece_backend`.
+    has_prefix: False: no text gets a space at its start, whatever the file says.
 
     An id that is out of range means that the model has no such token. Raise ValueError if the file
     is damaged, or asks for something that is not supported.
@@ -118,6 +119,8 @@ def read_sentencepiece(data, is_prefix_for_all=True):
             f"model_type is {trainer.model_type!r:.40}, expected {UNIGRAM} (Unigram) or {BPE} (BPE)"
         )
     normalizer_spec = merged_message(NormalizerSpec, fields, NORMALIZER_SPEC)
+    if not has_prefix:
+        normalizer_spec.add_dummy_prefix = 0
     denormalizer_spec = merged_message(NormalizerSpec, fields, DENORMALIZER_SPEC)
     check_texts(trainer, normalizer_spec, denormalizer_spec)
     check_kinds(pieces, trainer)

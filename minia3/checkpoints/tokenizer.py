@@ -25,7 +25,13 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
 from minia3.checkpoints import config_t5
-from minia3.checkpoints.byte_tokenizers import BYT5_CLASS, byt5_backend, byte_bpe_backend, text_of
+from minia3.checkpoints.byte_tokenizers import (
+    BYT5_CLASS,
+    added_token,
+    byt5_backend,
+    byte_bpe_backend,
+    text_of,
+)
 from minia3.checkpoints.chat import (
     EncodedChat,
     by_name,
@@ -349,6 +355,7 @@ def read_backend(file, settings):
     if file.name == "tokenizer.json":
         backend = Backend.from_buffer(file.read_bytes())
         add_missing_tokens(backend, added)
+        add_listed_tokens(backend, settings)
         return backend, {}
     if file.name == VOCABULARY_FILE:
         backend, defaults = byte_bpe_backend(file.parent, settings)
@@ -358,12 +365,16 @@ def read_backend(file, settings):
         is_t5 = file.name == "spiece.model"
         # A LLaMA that is not `legacy` gets no space after an added token, as in transformers 5.
         is_prefix_for_all = is_t5 or settings.get("legacy") is True
-        backend, special_ids = read_sentencepiece(file.read_bytes(), is_prefix_for_all)
+        # T5's tokenizer in transformers does not look at the key.
+        has_prefix = is_t5 or settings.get("add_prefix_space") is not False
+        content = file.read_bytes()
+        backend, special_ids = read_sentencepiece(content, is_prefix_for_all, has_prefix)
         if is_t5:
             add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
         defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}
     # normalized=False: look for the tokens in the text itself, before it is normalized.
     add_tokens(backend, {i: token | {"normalized": False} for i, token in added.items()})
+    add_listed_tokens(backend, settings)
     return backend, defaults
 
 
@@ -469,6 +480,23 @@ def add_missing_tokens(backend, added):
         if backend.token_to_id(description["content"]) is None:
             missing[i] = description
     add_tokens(backend, missing)
+
+
+def add_listed_tokens(backend, settings):
+    """Add the special tokens that the settings list without an id, as transformers does.
+
+    They get the next ids, in the order of the list, if the vocabulary lacks them. transformers 4
+    lists them under the second name, and may leave the first one empty. Raise ValueError if they
+    are no list.
+    """
+    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens", [])
+    if isinstance(listed, dict):  # from what a token is for to the token
+        listed = list(listed.values())
+    if not isinstance(listed, list):
+        raise ValueError(f"expected a list of special tokens, found {listed!r:.60}")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    new = [added_token(token) for token in listed if text_of(token) not in known]
+    backend.add_tokens(new)
 
 
 def add_tokens(backend, added):

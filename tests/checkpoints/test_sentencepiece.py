@@ -16,10 +16,12 @@ from small_tokenizers import (
     check_same_segmentation,
     corpus,
     field,
+    gguf_of,
     peer,
     sentencepiece_file,
     small,
     spm,
+    write,
     write_beside,
 )
 
@@ -157,6 +159,19 @@ def test_text_behind_an_added_token_gets_a_space_only_in_a_legacy_llama(tmp_path
     ids = ours.encode("a<sep>b", special=False)
     assert [ours.backend.id_to_token(i) for i in ids] == expected
     assert ours.decode(ours.encode(" a", special=False)) == " a"
+
+
+def test_a_llama_whose_settings_ask_for_no_space_at_the_start_gets_none(tmp_path):
+    """transformers does the same, and passes over the setting of a T5."""
+    settings = {"add_prefix_space": False}
+    llama = Tokenizer.from_folder(write(tmp_path / "llama", "llama", tokenizer_config=settings))
+    t5 = Tokenizer.from_folder(write(tmp_path / "t5", "t5", tokenizer_config=settings))
+    without = Tokenizer.from_gguf(gguf_of("llama") | {"tokenizer.ggml.add_space_prefix": False})
+    for text in TEXTS:
+        ids = llama.encode(text)
+        assert ids == without.encode(text)
+        assert llama.decode(ids) == text.replace("▁", " ")
+        assert t5.encode(text) == small("t5").encode(text)
 
 
 def test_the_name_of_a_byte_in_a_text_is_not_the_byte(tmp_path):

@@ -251,6 +251,40 @@ def test_tokens_that_a_fine_tune_added_beside_a_tokenizer_json_are_found(tmp_pat
     assert "<more>" not in Tokenizer.from_folder(tmp_path).backend.get_vocab()
 
 
+LISTED = ["<more>", "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": LISTED},
+        {"extra_special_tokens": ["a", *LISTED]},
+        {"extra_special_tokens": {"more_token": "<more>", "end_token": "<|end|>"}},
+        {"extra_special_tokens": {}, "additional_special_tokens": LISTED},
+    ],
+)
+def test_special_tokens_that_are_only_listed_are_added(tmp_path, config):
+    config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    peer = theirs(save_json(word_level(), tmp_path, tokenizer_config=config))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("a <more>b <|end|> a")
+    assert ids == peer("a <more>b <|end|> a")["input_ids"] == [1, 4, 2, 5, 1]
+    assert tokenizer.decode(ids) == peer.decode(ids, skip_special_tokens=True)
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_folder(tmp_path / "saved").decode(ids) == tokenizer.decode(ids)
+
+
+def test_listed_special_tokens_follow_those_that_have_ids(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file(BASE))
+    special = {"additional_special_tokens": ["<6>", "</s>", {"content": "<7>"}]}
+    write_beside(tmp_path, added_tokens={"<6>": 6}, special_tokens_map=special)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("a<6><7></s>") == [1, 3, 4, 6, 7, 2]
+    assert tokenizer.decode([4, 6, 7]) == "a"
+    write_beside(tmp_path, special_tokens_map={"additional_special_tokens": "<6>"})
+    check_refused(tmp_path, "expected a list of special tokens, found '<6>'")
+
+
 def test_added_tokens_that_do_not_follow_a_tokenizer_json_are_refused(tmp_path):
     save_json(word_level(), tmp_path, added_tokens={"<new>": 9})
     check_refused(tmp_path, "added tokens have the ids [9], but these do not follow the vocab")
