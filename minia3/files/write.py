@@ -35,7 +35,7 @@ import os
 import re
 import shutil
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -162,8 +162,9 @@ def move_into_place(folder):
         (folder / name).unlink(missing_ok=True)
     for name in new_others + new_configs:
         # safetensors creates files that only their owner may read. The folder has the usual
-        # permissions, so the files get them from it.
-        (written / name).chmod(written.stat().st_mode & 0o666)
+        # permissions, so the files get them from it. (On some shared drives nobody may set them.)
+        with suppress(OSError):
+            (written / name).chmod(written.stat().st_mode & 0o666)
         os.replace(written / name, folder / name)
     shutil.rmtree(written)
 

@@ -7,6 +7,7 @@ Here the folders hold whole models, because a mixture shows only when the folder
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -410,6 +411,19 @@ def test_a_missing_folder_is_created_and_its_files_have_the_usual_permissions(tm
     usual = stat.S_IMODE((tmp_path / "usual").stat().st_mode)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {usual}
     assert names_in(folder) == ["config.json", "x.safetensors"]
+
+
+def test_a_drive_on_which_nobody_may_set_permissions_can_be_written_to(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    for content in ({}, {"a": 1}):
+        with writing_folder(tmp_path) as hidden:
+            write_json(hidden / "config.json", content)
+            write_json(hidden / "other.json", content)
+    assert names_in(tmp_path) == ["config.json", "other.json"]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
 
 
 @pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
