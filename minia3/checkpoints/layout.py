@@ -134,8 +134,12 @@ def has_config(folder):
 
 
 def is_run(folder):
-    """Return whether a folder is one that train.py wrote."""
-    return any((folder / name).exists() for name in RUN_FILES)
+    """Return whether a folder is one that train.py wrote.
+
+    Such a folder has no weights beside its config.json. A model may have a metrics.jsonl, too.
+    """
+    has_weights = any((folder / name).exists() for name in WEIGHT_FILES)
+    return not has_weights and any((folder / name).exists() for name in RUN_FILES)
 
 
 def trained_adapters(folder):

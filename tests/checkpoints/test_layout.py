@@ -6,12 +6,21 @@ import pytest
 from checkpoint_folders import have_the_same_bits, refusal
 
 import minia3
+from minia3.checkpoints.hub import find_adapter
 
 
 def test_safetensors_are_read_even_if_there_is_a_bin_too(loaded, copy):
     folder = copy("t5-v1.0")
     (folder / "pytorch_model.bin").write_text("not looked at")
     assert have_the_same_bits(minia3.load_model(folder), loaded("t5-v1.0"))
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "checkpoint.pt"])
+def test_a_model_beside_the_files_of_another_trainer_is_a_model(loaded, copy, file):
+    folder = copy("t5-v1.0")
+    (folder / file).write_text("{}")
+    assert have_the_same_bits(minia3.load_model(folder), loaded("t5-v1.0"))
+    assert "found a model, expected an adapter" in refusal(find_adapter, folder)
 
 
 def weight_map(*files):
