@@ -98,8 +98,11 @@ def find_adapter(name_or_path):
 
 
 def check_is_name(name, kind):
-    """Raise ValueError if `name` is no text and no path, such as a number."""
-    if not isinstance(name, str | os.PathLike):
+    """Raise ValueError if `name` is no text and no path, such as a number.
+
+    An empty text is no name, either: as a path, it would be the current folder.
+    """
+    if name == "" or not isinstance(name, str | os.PathLike):
         raise ValueError(f"found {name!r:.80}, expected the name or the path of {kind}")
 
 

@@ -442,7 +442,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_nearest_known_name(tmp_pa
         assert message.startswith(f"{name}: found weights without the config of a model, expected")
 
 
-@pytest.mark.parametrize("name", [5, None, 1.5, ["t5-base"]])
+@pytest.mark.parametrize("name", [5, None, 1.5, ["t5-base"], ""])
 def test_what_is_no_name_is_refused(name):
     assert f"found {name!r}, expected the name or the path of a model" in refusal(find, name)
     assert f"found {name!r}, expected the name or the path of an" in refusal(find_adapter, name)
