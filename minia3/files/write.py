@@ -143,9 +143,12 @@ def is_free(path):
 def move_into_place(folder):
     """Replace the files of `folder` with those in .written/, if there are any (steps 4 to 7).
 
-    If a kill interrupts this, a second call does the rest.
+    If a kill interrupts this, a second call does the rest. Raise ValueError if .written/ is a link:
+    we never make one, and a folder of strangers could have files from elsewhere moved by it.
     """
     written = folder / WRITTEN
+    if written.is_symlink():
+        raise ValueError(f"{written}: found a link, expected a folder of new files: remove it")
     if not written.exists():
         return
     names = os.listdir(written)
@@ -161,12 +164,20 @@ def move_into_place(folder):
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     for name in new_others + new_configs:
-        # safetensors creates files that only their owner may read. The folder has the usual
-        # permissions, so the files get them from it. (On some shared drives nobody may set them.)
-        with suppress(OSError):
-            (written / name).chmod(written.stat().st_mode & 0o666)
+        set_usual_permissions(written / name)
         os.replace(written / name, folder / name)
     shutil.rmtree(written)
+
+
+def set_usual_permissions(path):
+    """Give a file the permissions of its folder, which has the usual ones.
+
+    safetensors creates files that only their owner may read. A link stays as it is, because it may
+    lead to a file elsewhere. On some shared drives nobody may set permissions.
+    """
+    if not path.is_symlink():
+        with suppress(OSError):
+            path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def read_stale(folder):

@@ -525,6 +525,33 @@ def test_a_folder_of_strangers_cannot_ask_for_files_elsewhere_to_be_removed(tmp_
     assert kept.exists()
 
 
+def test_a_folder_of_strangers_cannot_move_files_from_elsewhere_by_a_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".written").symlink_to(elsewhere)
+    for function in (finish_writing, is_free):
+        with pytest.raises(ValueError, match=r"\.written: found a link, expected"):
+            function(folder)
+    with pytest.raises(ValueError, match="found a link"), writing_folder(folder):
+        pass
+    assert names_in(elsewhere) == ["kept"]
+
+
+def test_a_folder_of_strangers_cannot_change_permissions_elsewhere_by_a_link(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("")
+    secret.chmod(0o600)
+    written = tmp_path / "folder" / ".written"
+    written.mkdir(parents=True)
+    (written / "link").symlink_to(secret)
+    finish_writing(tmp_path / "folder")
+    assert names_in(tmp_path / "folder") == ["link"]
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+
+
 def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "a.txt"
     with replacing(path) as temporary:
