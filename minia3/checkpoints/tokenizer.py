@@ -429,7 +429,7 @@ def special_id(backend, settings, kind):
     given = settings.get(f"{kind}_token_id")
     ids = given if isinstance(given, list) else [given]
     for i in ids[:1]:
-        is_id = isinstance(i, int) and 0 <= i < N_IDS
+        is_id = type(i) is int and 0 <= i < N_IDS  # True is an instance of int
         if is_id and backend.id_to_token(i) is not None:
             return i
     return None

@@ -104,6 +104,8 @@ LLAMA_IDS = (1, 2, 2)
         # A text and ids that are not in the vocabulary
         ("llama", {"tokenizer_config": {"pad_token": "[PAD]"}}, LLAMA_IDS),
         ("llama", {"config": {"pad_token_id": -1, "bos_token_id": 10**6}}, (None, 2, 2)),
+        # True is no id, although Python takes it for 1
+        ("llama", {"config": {"pad_token_id": True}}, LLAMA_IDS),
     ],
 )
 def test_the_ids_of_special_tokens_come_from_the_files(tmp_path, name, beside, expected):
