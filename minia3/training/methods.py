@@ -7,7 +7,7 @@ none    nothing: the base model is evaluated
 icl     nothing: the base model is evaluated with examples before each input
 """
 
-from minia3.adapters.lora import add_lora, load_lora, lora_parameters, save_lora
+from minia3.adapters.lora import add_lora, is_lora, load_lora, lora_parameters, save_lora
 from minia3.adapters.rows import load_adapter, save_adapter
 from minia3.checkpoints.save import save_model
 from minia3.model.ia3 import freeze
@@ -19,8 +19,10 @@ def trainable_parameters(model, config):
     """Freeze all parameters that the flags do not train. Return the others: name to parameter.
 
     Read --adapter, if it is given; for (IA)^3, into every row. `config` has a single seed, from
-    which LoRA's A is drawn.
+    which LoRA's A is drawn. Raise ValueError if --adapter is not for the method.
     """
+    if config.adapter is not None:
+        check_kind(config)
     if config.method == "lora":
         if config.adapter is not None:
             load_lora(model, config.adapter)
@@ -42,6 +44,19 @@ def trainable_parameters(model, config):
         for row in range(model.n_adapters):
             load_adapter(model, config.adapter, row)
     return choose_vectors(model, config.sites, config.layers, not config.no_cross)
+
+
+def check_kind(config):
+    """Raise ValueError if --adapter is a LoRA and --method takes vectors, or the other way."""
+    found = f"--adapter is {config.adapter!r}"
+    if config.method == "lora" and not is_lora(config.adapter):
+        expected = "expected the folder or the hub id of a LoRA"
+        raise ValueError(f"{found}, {expected}: for (IA)^3, give --method ia3")
+    if config.method != "lora" and is_lora(config.adapter):
+        advice = "give --method lora, with --eval-only if nothing should train"
+        if config.method == "icl":
+            advice = "merge it into its model (minia3 merge), and give the result as --model"
+        raise ValueError(f"{found}, a LoRA, and --method {config.method} takes (IA)^3: {advice}")
 
 
 def save_trained(group, cell, folder):

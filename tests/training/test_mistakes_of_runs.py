@@ -82,6 +82,27 @@ def test_an_adapter_of_another_model_is_one_line(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("trained", "flags", "advice"),
+    [
+        ("lora", ["--eval-only"], "give --method lora, with --eval-only if nothing should train"),
+        ("lora", ["--seed", "0,1"], "give --method lora"),
+        ("lora", ["--method", "none"], "give --method lora"),
+        ("lora", ["--method", "icl", "--shots", "2"], "merge it into its model (minia3 merge)"),
+        ("ia3", ["--method", "lora"], "for (IA)^3, give --method ia3"),
+        ("ia3", ["--method", "lora", "--eval-only"], "for (IA)^3, give --method ia3"),
+    ],
+)
+def test_an_adapter_of_another_method_is_one_line_that_names_the_method(
+    trained, flags, advice, tmp_path, capsys
+):
+    assert run(words(tmp_path / "trained", method=trained, steps=1)) == 0
+    folder = tmp_path / "trained" / "adapter"
+    found = f"--adapter is {str(folder)!r}"
+    fails(words(tmp_path / "run", *flags, adapter=folder), capsys, found, advice)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_adapter_of_another_base_of_the_same_sizes_is_a_note(tmp_path, capsys):
     assert run(words(tmp_path / "run", steps=1)) == 0
     capsys.readouterr()
