@@ -11,6 +11,7 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     n_equal    rows with two choices that are one text to the tokenizer, if there are choices
     n_lossy    targets with characters that the tokenizer cannot write, for exact match
     n_too_long targets with more tokens than are generated, for exact match
+    n_ends_cut targets that were too long and lost their end, for the perplexity
     tokens     mean tokens of a row and its choices
     n_shots    mean shots of a row, if there are shots
 
@@ -42,7 +43,8 @@ from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
 from minia3.tasks.prompts import in_context, render
 
-COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long")  # may differ from prompt to prompt
+# These may differ from prompt to prompt.
+COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_ends_cut")
 
 
 def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limits of a run)
@@ -84,7 +86,8 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     if metric in TEXT_METRICS:  # the model reads only the source
         read = [example._replace(targets=[]) for example in examples]
     else:
-        read = examples = fit_all_targets(rows, examples, max_target_length, not are_texts)[0]
+        examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, not are_texts)
+        read = examples
     check_examples(rows, read, model, tokenizer)
 
     options = {"adapter": adapter, "batch_size": batch_size}
@@ -95,13 +98,12 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
             if metric == "exact_match":
                 result |= count_unmatchable(rendered, examples, tokenizer, max_new_tokens)
         elif metric == INVERSE_PERPLEXITY:
-            result = perplexity_result(*total_logprobs(model, examples, **options))
+            result = perplexity_result(*total_logprobs(model, examples, **options), n_ends_cut)
         else:
             scores_NC = score_examples(model, examples, **options).double().numpy()
             result = choice_result(metric, scores_NC, rendered, examples)
 
-    n_tokens = np.mean([example.n_tokens for example in examples])
-    result |= {"n": len(rows), "n_cut": n_cut, "tokens": float(n_tokens)}
+    result |= {"n": len(rows), "n_cut": n_cut, "tokens": mean_tokens(examples)}
     if shots:
         result["n_shots"] = float(np.mean(n_shots))
     return result
@@ -164,9 +166,10 @@ def count_unmatchable(rendered, examples, tokenizer, max_new_tokens):
     return {"n_lossy": sum(is_lossy), "n_too_long": sum(is_too_long)}
 
 
-def perplexity_result(logp_N, n_tokens_N):
+def perplexity_result(logp_N, n_tokens_N, n_ends_cut):
     value = inverse_perplexity(logp_N, n_tokens_N)
-    return {"accuracy": value, "auc": None, "perplexity": perplexity(value)}
+    values = {"accuracy": value, "auc": None, "perplexity": perplexity(value)}
+    return values | {"n_ends_cut": n_ends_cut}
 
 
 def choice_result(metric, scores_NC, rendered, examples):
@@ -256,6 +259,11 @@ def choice_auc(scores_NC, label_N):
         return None
     difference_N = scores_NC[:, 1] - scores_NC[:, 0]
     return area_under_curve(difference_N[label_N == 1], difference_N[label_N == 0])
+
+
+def mean_tokens(examples):
+    """Return how many tokens of an example a model reads or scores, on average."""
+    return float(np.mean([example.n_tokens for example in examples]))
 
 
 def over_prompts(results):

@@ -116,6 +116,11 @@ def notes_on_texts(result, max_new_tokens):
             f"{part_having(result['n_too_long'], n_rows, 'target')} more than {max_new_tokens} "
             "tokens (--max-new-tokens), which cannot be matched"
         )
+    if result.get("n_ends_cut"):
+        notes.append(
+            f"{part_having(result['n_ends_cut'], n_rows, 'target')} more tokens than "
+            "--max-target-length: the perplexity is that of the beginning"
+        )
     if result.get("n_equal"):
         notes.append(
             f"{part_having(result['n_equal'], n_rows, 'row')} two choices that are one text to the "

@@ -373,11 +373,16 @@ def test_a_choice_that_is_too_long_is_an_error_that_names_the_row_and_the_flag(o
         evaluate(ours.model, ours.tokenizer, only, PROMPT, **options)
 
 
-def test_for_the_perplexity_a_target_that_is_too_long_is_cut(ours):
+def test_for_the_perplexity_a_target_that_is_too_long_is_cut_and_counted(ours):
     options = {"metric": "inverse_perplexity", "prompt": PROMPT}
     found = evaluate(
         ours.model, ours.tokenizer, targets("w4 w5 w6 w7 w8"), max_target_length=3, **options
     )
+    both = targets("w4 w5 w6 w7 w8", "w4")
+    options_of_both = {"max_target_length": 3, **options}
+    of_both = evaluate(ours.model, ours.tokenizer, both, **options_of_both)
+    uncut = evaluate(ours.model, ours.tokenizer, both, **options)
+    assert [result["n_ends_cut"] for result in (found, of_both, uncut)] == [1, 1, 0]
     example = Example([7, 9, 8, *[1] * ours.n_ends], [[4, 5, 6]], 0)
     total_N, n_tokens_N = total_logprobs(ours.model, [example])
     assert n_tokens_N.tolist() == [3]
@@ -534,7 +539,7 @@ def test_the_result_over_several_prompts_is_the_median_with_all_accuracies():
 
 
 def test_the_counts_over_several_prompts_stay_whole_numbers():
-    counts = {"n": 5, "n_cut": 0, "n_lossy": 1, "n_too_long": 3, "n_equal": 2}
+    counts = {"n": 5, "n_cut": 0, "n_lossy": 1, "n_too_long": 3, "n_equal": 2, "n_ends_cut": 4}
     first = {"accuracy": 0.5, **counts}
     combined = over_prompts([first, {**first, "n_lossy": 2}])
     assert {key: combined[key] for key in counts} == {**counts, "n_lossy": 2}

@@ -212,10 +212,11 @@ def test_a_result_below_the_commonest_label_or_below_the_start_is_doubtful():
 
 
 def test_what_an_evaluation_noticed_about_texts_is_said_in_words():
-    result = {"n": 9, "n_lossy": 2, "n_too_long": 3, "n_equal": 4}
-    lossy, too_long, equal = notes_on_texts(result, 64)
+    result = {"n": 9, "n_lossy": 2, "n_too_long": 3, "n_ends_cut": 1, "n_equal": 4}
+    lossy, too_long, ends_cut, equal = notes_on_texts(result, 64)
     assert lossy.startswith("2 of 9 targets have characters that the tokenizer cannot write")
     assert too_long.startswith("3 of 9 targets have more than 64 tokens (--max-new-tokens)")
+    assert ends_cut.startswith("1 of 9 targets has more tokens than --max-target-length")
     assert equal.startswith("4 of 9 rows have two choices that are one text to the tokenizer")
     assert notes_on_texts({"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
 
@@ -329,6 +330,20 @@ def test_long_targets_are_cut_and_counted(name, tmp_path, capsys):
     shown = capsys.readouterr().out
     # With the end token, every target has three tokens.
     assert "note     5 of 5 training targets are cut to 2 tokens" in shown
+
+
+def test_a_run_says_how_many_targets_are_cut_before_their_perplexity_is_measured(tmp_path, capsys):
+    rows = [{"input": f"w{5 + i}", "target": "w3 w4"} for i in range(8)]
+    rows[6]["target"] = "w3 w4 w5 w6 w7"
+    folder = write(tmp_path / "data", train=rows[:5], test=rows[5:])
+    flags = {"task": folder, "steps": 1, "max_target_length": 4, "metric": "inverse_perplexity"}
+    assert run(words(tmp_path / "run", **flags)) == 0
+    expected = (
+        "note     1 of 3 targets has more tokens than --max-target-length: the perplexity is that "
+        "of the beginning\n"
+    )
+    assert expected in capsys.readouterr().out
+    assert metrics(tmp_path / "run")[-1]["n_ends_cut"] == 1
 
 
 def test_a_target_of_50_000_words_is_one_line_that_names_the_row_and_the_flag(tmp_path, capsys):
