@@ -150,27 +150,30 @@ def doubts_about_result(final, losses):
     before = final["accuracy_before"]
     if final["trainable"] and before is not None and value < before:
         doubts.append("the result is worse than before training")
-    if has_risen(losses):
-        doubts.append(
-            f"the training loss rose, from {losses[0]:.3f} to {losses[-1]:.3f}: try a lower --lr"
-        )
+    rise = rise_of(losses)
+    if rise:
+        lower, higher = rise
+        doubts.append(f"the training loss rose, from {lower:.3f} to {higher:.3f}: try a lower --lr")
     return doubts
 
 
-def has_risen(losses):
-    """Return whether the losses of the last third of the lines are above those of the first third.
+def rise_of(losses):
+    """Return from which loss to which the losses of the lines have risen, or None.
 
-    Losses of single batches vary, so nearly all pairs of an early and a late line must say so; or
-    the last loss must be far above all early ones.
+    Losses of single batches vary, so nearly all pairs of a line of the first third and a line of
+    the last third must say so, and then the medians of these thirds are returned: the first line
+    may still be the highest one. Or the last loss must be far above all early ones.
     """
     n_third = max(1, len(losses) // 3)
     early = np.array(losses[:n_third])
     late = np.array(losses[-n_third:])
     if len(losses) < 2 or losses[-1] < NEAR_ZERO:
-        return False
-    has_blown_up = losses[-1] > BLOWN_UP * max(early.max(), 0.0)
-    is_enough = n_third >= LEAST_LINES
-    return bool(has_blown_up or (is_enough and area_under_curve(late, early) > CERTAIN))
+        return None
+    if losses[-1] > BLOWN_UP * max(early.max(), 0.0):
+        return np.median(early), losses[-1]
+    if n_third >= LEAST_LINES and area_under_curve(late, early) > CERTAIN:
+        return np.median(early), np.median(late)
+    return None
 
 
 def loss_notes(assignment, config):
