@@ -123,11 +123,12 @@ class Task(NamedTuple):
 
     def check_evaluation(self):
         """Raise ValueError if there are no labeled rows to report on."""
-        if not self.has_labeled_test and not self.validation:
-            raise ValueError(
-                f"{self.name}: no labeled rows to report on: "
-                "add a validation file, or label all rows of the test file"
-            )
+        if self.has_labeled_test or self.validation:
+            return
+        remedy = "add a validation file, or label all rows of the test file"
+        if self.spec.is_published:  # RAFT
+            remedy = "all of them are shots, so give fewer --shots"
+        raise ValueError(f"{self.name}: no labeled rows to report on: {remedy}")
 
     @property
     def members(self) -> "list[Task]":

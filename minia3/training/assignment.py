@@ -43,7 +43,7 @@ def assign_rows(task, config):
     else:
         split, report_rows = task.evaluation
     train_rows, held_out_rows = hold_out(task, config, split)
-    check_train_rows(task, config, train_rows, held_out_rows)
+    check_train_rows(task, config, train_rows)
     shots = shuffled_rows(task.train, config.seed) if config.method == "icl" else []
     family = family_of(config.model)
     prompts = for_family(task.prompts, family)
@@ -106,12 +106,19 @@ def shuffled_rows(rows, seed):
     return [rows[i] for i in permutation]
 
 
-def check_train_rows(task, config, train_rows, held_out_rows):
+def check_train_rows(task, config, train_rows):
     """Raise ValueError if nothing can be learned from the rows."""
     needs_rows = config.is_training or config.method == "icl"
+    if needs_rows and not task.train:
+        raise ValueError(
+            f"{task.name}: no rows to train on: expected some in a file named train, such as "
+            "train.jsonl"
+        )
     if needs_rows and not train_rows:
-        kept = " besides those that --eval-every holds out" if held_out_rows else ""
-        raise ValueError(f"{task.name}: no rows to train on{kept}: expected more in train.jsonl")
+        raise ValueError(
+            f"{task.name}: --eval-every holds out the only row to train on: expected 2 rows or "
+            "more, or --shots 2 or more"
+        )
     if config.method == "icl" and task.answer == "messages":
         raise ValueError(
             f"{task.name}: icl puts examples before an input, and conversations have none: "

@@ -106,13 +106,15 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path, capsy
     assert run(words(None, "--eval-only", task=only)) == 0
     fails(words(tmp_path / "run", task=only), capsys, "no rows to train on", "train.jsonl")
     assert "before" not in capsys.readouterr().out
+    held_out = {"eval_every": 1, "steps": 2}
+    no_train = write(tmp_path / "no train", validation=rows(5), test=rows(5))
+    fails(words(tmp_path / "run", task=no_train, **held_out), capsys, "no rows to train on: ")
     single = write(tmp_path / "single", train=rows(1), validation=rows(5))
-    fails(
-        words(tmp_path / "run", task=single, eval_every=1),
-        capsys,
-        "no rows to train on",
-        "--eval-every",
-    )
+    only_row = "--eval-every holds out the only row to train on: expected 2 rows or more"
+    fails(words(tmp_path / "run", task=single, **held_out), capsys, only_row)
+    single_shot = write(tmp_path / "single shot", train=rows(9), validation=rows(5))
+    shots = {"task": single_shot, "shots": 1, **held_out}
+    fails(words(tmp_path / "run", **shots), capsys, only_row, "--shots 2 or more")
     assert run(words(tmp_path / "run", task=single, steps=2)) == 0
 
 
@@ -155,11 +157,12 @@ def test_all_labeled_rows_of_raft_may_be_trained_on_and_then_nothing_is_evaluate
         12,
     )
     assert (tmp_path / "run" / "adapter" / "README.md").exists()
-    fails(
-        words(tmp_path / "none", shots=10, method="none", **flags),
-        capsys,
-        "no labeled rows to report on",
-    )
+    for method in ("none", "icl"):
+        fails(
+            words(tmp_path / method, shots=10, method=method, **flags),
+            capsys,
+            "no labeled rows to report on: all of them are shots, so give fewer --shots",
+        )
 
 
 # Prompts
