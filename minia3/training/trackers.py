@@ -10,12 +10,14 @@ The packages are in the extra `log`, and are imported only if they are asked for
 import importlib.util
 import json
 import os
+import re
 import shutil
 
 from minia3.files.processes import is_first
 from minia3.files.read import one_line
 
 PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
+NOT_IN_MLFLOW = r"[^\w./ -]"  # characters that the name of a metric cannot have there
 
 
 def check_trackers(names):
@@ -164,7 +166,8 @@ class MLflow:
 
     def write(self, line):
         for name, value in figures(line, self.is_mixture).items():
-            self.client.log_metric(self.run_id, name, value, step=line["step"])
+            allowed = re.sub(NOT_IN_MLFLOW, "_", name)  # a file may be called "rows (1).csv"
+            self.client.log_metric(self.run_id, allowed, value, step=line["step"])
 
     def close(self):
         self.client.set_terminated(self.run_id)

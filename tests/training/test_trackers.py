@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 from types import SimpleNamespace
@@ -242,6 +243,24 @@ def test_mlflow_in_a_folder_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
     assert found == expected_figures(out)
     assert os.listdir(tmp_path).count("mlflow.db") == 1
     assert running.events(out, "final")
+
+
+def test_mlflow_gets_the_figures_of_a_task_with_any_name():
+    """MLflow refuses other characters in names of metrics, and then it got no more of the run."""
+    logged = {}
+
+    class Client:
+        def log_metric(self, run_id, name, value, step):
+            assert re.fullmatch(r"[\w./ -]*", name)
+            logged[name] = value
+
+    tracker = trackers.MLflow.__new__(trackers.MLflow)
+    tracker.is_mixture = False
+    tracker.client = Client()
+    tracker.run_id = "1"
+    tracker.write({"event": "before", "step": 0, "task": "rows (1)", "accuracy": 0.5, "auc": None})
+    tracker.write({"event": "before", "step": 0, "task": "Zeilen-ä.b", "accuracy": 0.7})
+    assert logged == {"before/rows _1_/accuracy": 0.5, "before/Zeilen-ä.b/accuracy": 0.7}
 
 
 class Broken:
