@@ -54,8 +54,9 @@ def train(run, group, config):
     """Train all cells of a group at once. A cell is one adapter: a row of the model's vectors.
 
     Each cell has its own data order, loss, clipping, optimizer state and early stop, as if it
-    trained alone. The cells share only the forward pass. A signal stops the run at once, except
-    within `run.uninterrupted()`. Outside these blocks the state of the group can always be saved.
+    trained alone. The cells share only the forward pass and the draws of dropout. A signal stops
+    the run at once, except within `run.uninterrupted()`. Outside these blocks the state of the
+    group can always be saved.
     """
     model = group.model
     log = group.log
