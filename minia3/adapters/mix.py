@@ -32,26 +32,39 @@ def mix(parts, equation="average"):
     parts: a list of (vectors, weight). equation: a name of MIX. A vector that an adapter lacks
     counts as ones. Arithmetic is in float64.
 
-    Raise ValueError for adapters of different architectures or widths, for entries that are not
-    positive in a power, and for a result that is not finite.
+    Raise ValueError for adapters of different architectures or widths, for a weight or a result
+    that is not finite, and for entries that are not positive in a power.
     """
     if equation not in MIX or not parts:
         expected = f"expected adapters and one of {', '.join(MIX)}"
         raise ValueError(f"{expected}, found {len(parts)} adapters and {equation!r}")
     weight_P1 = torch.tensor([[weight] for _, weight in parts], dtype=torch.float64)
+    if not weight_P1.isfinite().all():
+        weights = weight_P1.flatten().tolist()
+        raise ValueError(f"the weights are {weights}, expected finite numbers")
     mixed = {}
     for name in names_of_parts(parts):
         l_PD = stack_vectors(name, parts)
-        mixed[name] = MIX[equation](l_PD, weight_P1).float()
-
-        is_wrong = ~mixed[name].isfinite()
         if equation == "power":
-            is_wrong |= (l_PD <= 0).any(0)
-        if is_wrong.any():
-            i = int(is_wrong.nonzero()[0])
-            entries = l_PD[:, i].tolist()
-            raise ValueError(f"{name} at {i}: the {equation} of {entries} is not a finite number")
+            reason = "a power needs positive entries, found"
+            refuse_entries(name, l_PD, l_PD <= 0, reason)
+        l_D = MIX[equation](l_PD, weight_P1).float()
+        reason = f"not finite: the {equation} of"
+        refuse_entries(name, l_PD, ~l_D.isfinite(), reason)
+        mixed[name] = l_D
     return mixed
+
+
+def refuse_entries(name, l_PD, is_wrong, reason):
+    """Raise ValueError if entries are wrong. The message says what each part has at the first.
+
+    is_wrong: (D,), or (P, D).
+    """
+    wrong = is_wrong.nonzero()[:, -1].tolist()
+    if wrong:
+        i = min(wrong)
+        entries = l_PD[:, i].tolist()
+        raise ValueError(f"{name} at {i}: {reason} {entries}")
 
 
 def names_of_parts(parts):

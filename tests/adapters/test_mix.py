@@ -68,14 +68,30 @@ def test_the_default_is_the_average_and_two_halves_of_an_adapter_are_the_adapter
 @pytest.mark.parametrize(
     ("parts", "equation", "message"),
     [
-        ([({A: torch.tensor([1.0, -0.5])}, 1.0)], "power", f"{A} at 1: the power of [-0.5]"),
+        (
+            [({A: torch.tensor([1.0, -0.5])}, 1.0)],
+            "power",
+            f"{A} at 1: a power needs positive entries, found [-0.5]",
+        ),
         (
             [({A: torch.tensor([1.0, 2.0])}, 1.0), ({A: torch.tensor([0.0, 2.0])}, 1.0)],
             "power",
             f"{A} at 0: ",
         ),
-        ([({A: torch.tensor([1.0, 3e38])}, 9.0)], "average", f"{A} at 1: the average of [3"),
-        ([({A: torch.tensor([1.0])}, float("nan"))], "product", f"{A} at 0: "),
+        (
+            [({A: torch.tensor([1.0, 3e38])}, 9.0)],
+            "average",
+            f"{A} at 1: not finite: the average of [3",
+        ),
+        # Not the fault of an entry: a square and a power of 0 are numbers.
+        ([({A: torch.tensor([-0.5])}, 2.0)], "power", "a power needs positive entries, found"),
+        ([({A: torch.tensor([1e30])}, 2.0)], "power", "not finite: the power of [1.0000000"),
+        ([({A: torch.tensor([1.0])}, math.nan)], "product", "the weights are [nan], expected fin"),
+        (
+            [({A: torch.tensor([1.0])}, 1.0), ({A: torch.tensor([1.0])}, math.inf)],
+            "average",
+            "the weights are [1.0, inf], expected finite numbers",
+        ),
         (
             [({A: torch.ones(2)}, 1.0), ({A: torch.ones(3)}, 1.0)],
             "average",
