@@ -87,7 +87,8 @@ def factors_of_linears(model, vectors):
 def magnitude(weight, factor_out, name):
     """Return (out,) in float64: factor * |W|.
 
-    Raise ValueError if a row of W is zero, because DoRA divides by its norm.
+    Raise ValueError if a row of W is zero, because DoRA divides by its norm, or if a magnitude
+    exceeds float32, in which the file has it.
     """
     norm_out = weight.double().norm(dim=1)
     if not norm_out.all():
@@ -96,7 +97,15 @@ def magnitude(weight, factor_out, name):
             f"row {row} of {name} is zero, and a DoRA divides by its norm: "
             "merge the adapter instead"
         )
-    return factor_out * norm_out
+    magnitude_out = factor_out * norm_out
+    is_finite_out = magnitude_out.float().isfinite()
+    if not is_finite_out.all():
+        row = is_finite_out.tolist().index(False)
+        raise ValueError(
+            f"row {row} of {name} has a magnitude of {magnitude_out[row]:.3g}, which exceeds "
+            "float32: merge the adapter instead"
+        )
+    return magnitude_out
 
 
 def target_modules(linears, stored_names):

@@ -175,6 +175,19 @@ def test_a_row_of_zeros_is_refused_because_dora_divides_by_its_norm(tmp_path):
         as_dora(tmp_path, model)
 
 
+def test_a_magnitude_beyond_float32_is_refused_by_name(tmp_path):
+    """It was written as infinity."""
+    model = model_with_adapter(tmp_path, "llama-gqa", ("k", "v", "ff", "up"))
+    with torch.no_grad():
+        for site in ("l_up", "l_ff"):
+            minia3.vectors(model)[f"blocks.1.ffn.{site}"][0, 7] = 1e20
+    with pytest.raises(
+        ValueError, match=r"row 7 of model\.layers\.1\.mlp\.up_proj has a magnitude"
+    ):
+        as_dora(tmp_path, model)
+    assert not (tmp_path / "dora").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path):
     model = model_with_adapter(tmp_path, "llama-gqa")
     minia3.save_adapter(model, tmp_path / "ia3")
