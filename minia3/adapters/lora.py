@@ -8,11 +8,14 @@ train. Unlike (IA)^3, a model has one LoRA for all examples.
 Shapes: (in, out) are the widths of the linear, r is the rank. A is (r, in) and B is (out, r).
 """
 
+import warnings
+
 import torch
 from torch import nn
 
 from minia3.adapters.peft_config import check_lora_config, check_targets
-from minia3.adapters.peft_files import adapter_file, write_peft
+from minia3.adapters.peft_files import adapter_file, named_base, write_peft
+from minia3.adapters.rows import doubt_base
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
 from minia3.checkpoints.known_models import public_name
@@ -150,34 +153,49 @@ def load_lora(model, name_or_path):
     """Put the LoRA of a PEFT folder or a hub id on the model.
 
     Raise ValueError, and leave the model as it was, if it is more than plain LoRA, or does not fit.
+    Warn if it was trained on another base.
     """
     path = find_adapter(name_or_path)
     config = read_json(path / "adapter_config.json")
     rank, alpha = check_lora_config(path, config)
     entries = read_tensors(adapter_file(path))
-    options = (rank, alpha, linears_with_lora(model, entries))
     with reading(path):
         # A model without storage shows which names and shapes the tensors must have. A and B have
         # none either, because `r` may be anything until it is compared with the file.
         with torch.device("meta"), WithoutInitialization():
-            expected = add_lora(build_model(model.config), *options)
+            plain = build_model(model.config)
+            options = (rank, alpha, linears_with_lora(plain, entries))
+            expected = add_lora(plain, *options)
         check_tensors(entries, expected)
         check_targets(config, entries)
+        doubt = doubt_base(model, named_base(config), name_or_path)
     for name, parameter in add_lora(model, *options).items():
         parameter.data.copy_(entries[name].read())
+    if doubt is not None:
+        warnings.warn(doubt, stacklevel=2)
 
 
 def linears_with_lora(model, entries):
-    """Return our names (q, gate ...) of the linears that the tensors of a file belong to."""
-    peft_kinds = {}
+    """Return our names (q, gate ...) of the linears that the tensors of a file belong to.
+
+    Raise ValueError if there are no tensors, or if they belong to a linear that the blocks of the
+    model do not have.
+    """
+    linears = block_linears(model)
+    kinds = {}  # PEFT's name of each linear -> ours
     for theirs, ours in name_table(model).items():
-        if ours is not None:
-            peft_kinds[theirs.split(".")[-2]] = ours.split(".")[-2]
-    where = []
-    for peft_kind, kind in peft_kinds.items():
-        if any(f".{peft_kind}.lora_" in name for name in entries):
-            where.append(kind)
-    return where
+        if ours is not None and ours.removesuffix(".weight") in linears:
+            kinds[theirs.split(".")[-2]] = ours.split(".")[-2]
+    found = set()
+    for name in entries:
+        linear, separator, _ = name.partition(".lora_")
+        if separator:
+            found.add(linear.rpartition(".")[2])
+    unknown = sorted(found - kinds.keys())
+    if unknown or not found:
+        expected = f"expected a LoRA on linears of this model's blocks: {', '.join(kinds)}"
+        raise ValueError(f"{expected}; found {', '.join(unknown) or 'no tensors'}")
+    return [kind for peft_kind, kind in kinds.items() if peft_kind in found]
 
 
 def check_tensors(entries, parameters):
@@ -190,4 +208,7 @@ def check_tensors(entries, parameters):
     if found != expected:
         missing = sorted(expected - found)[:1]
         unknown = sorted(found - expected)[:1]
-        raise ValueError(f"expected finite {missing} ..., found {unknown} ...")
+        reason = ""
+        if missing and missing[0][0] not in entries:
+            reason = ": a LoRA must be on linears of one kind in all layers"
+        raise ValueError(f"expected finite {missing} ..., found {unknown} ...{reason}")

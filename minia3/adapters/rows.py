@@ -95,10 +95,21 @@ def fitting_vectors(model, adapter_file, origin, places=None):
         count = f"{len(misfits)} vectors do not fit, such as {misfits[0]}"
         raise ValueError(f"{origin}: {found}: {count}")
 
-    if adapter_file.base and name and not is_same_base(adapter_file.base, name):
-        message = f"{origin} was trained on {adapter_file.base}, and this model is {name}"
-        warnings.warn(message, stacklevel=3)
+    doubt = doubt_base(model, adapter_file.base, origin)
+    if doubt is not None:
+        warnings.warn(doubt, stacklevel=3)
     return adapter_file.vectors
+
+
+def doubt_base(model, base, origin):
+    """Return a warning if the adapter of `origin` was trained on another base, or None.
+
+    base: the name or path of the base that the adapter names, or None.
+    """
+    name = getattr(model, "name_or_path", None)
+    if not base or not name or is_same_base(base, name):
+        return None
+    return f"{origin} was trained on {base}, and this model is {name}"
 
 
 def is_same_base(name, other_name):

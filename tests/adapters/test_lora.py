@@ -491,7 +491,7 @@ DAMAGE = {
     ),
     "deeper": (lambda x: x | {in_block_9(QA): torch.ones(3, 24)}, r"found \[.*block.9.layer"),
     "half": (without_cross_attention, "expected finite .*block.0.layer.1.EncDecAttention.q"),
-    "nothing": (lambda x: {}, r"found 3 and \[\]"),
+    "nothing": (lambda x: {}, "this model's blocks: q, .*; found no tensors"),
 }
 
 
@@ -506,13 +506,37 @@ def test_tensors_that_do_not_fit_are_refused(loaded, peft_folder, damage):
 
 def test_an_adapter_of_another_model_or_method_is_refused(loaded, peft_folder, tmp_path):
     _, folder = peft_folder("llama-gqa")
-    refused(loaded("t5-v1.0"), folder, r"found 3 and \[\]")
+    refused(loaded("t5-v1.0"), folder, "this model's blocks: q, .*; found q_proj, v_proj")
     _, folder = peft_folder("t5-v1.1", ["q", "lm_head"])
-    refused(loaded("t5-v1.1"), folder, r"found 3 and .*'head'")
+    refused(loaded("t5-v1.1"), folder, "this model's blocks: q, .*; found lm_head$")
     with_peft("t5-v1.0").save_pretrained(tmp_path / "ia3")
     refused(loaded("t5-v1.0"), tmp_path / "ia3", "expected plain LoRA, found peft_type 'IA3'")
     with pytest.raises(ValueError, match="not found"):
         load_lora(loaded("t5-v1.0"), tmp_path / "none")
+
+
+def test_a_lora_of_some_layers_is_refused_with_the_reason(loaded, peft_folder):
+    _, folder = peft_folder("llama-gqa", r".*layers\.0\..*\.q_proj")
+    message = (
+        r"expected finite .*layers\.1\..*: a LoRA must be on linears of one kind in all layers"
+    )
+    refused(loaded("llama-gqa"), folder, message)
+
+
+def test_a_lora_that_names_another_base_is_a_warning(loaded, peft_folder, recwarn):
+    _, folder = peft_folder("llama-gqa")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    model = loaded("llama-gqa")
+    recwarn.clear()
+    for base in (None, "", str(model.name_or_path)):
+        path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        load_lora(loaded("llama-gqa"), folder)
+    assert not recwarn.list
+    path.write_text(json.dumps(config | {"base_model_name_or_path": "llama-2-7b"}))
+    expected = f"^{folder} was trained on llama-2-7b, and this model is {model.name_or_path}$"
+    with pytest.warns(UserWarning, match=expected):
+        load_lora(model, folder)
 
 
 @pytest.mark.parametrize(
