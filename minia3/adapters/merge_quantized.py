@@ -36,6 +36,8 @@ def merge_quantized(model, row):
     has left plain (bitsandbytes' llm_int8_skip_modules) get other weights. The new model has one
     row of vectors: ones, but for each l_ff that cannot be folded. It shares the codes with `model`,
     which stays as it is. Raise the errors of `merge`.
+
+    `merged.keeps_vectors`: whether it needs its row, because an l_ff was not folded.
     """
     merged = build_model(model.config)
     left = dict(row)
@@ -59,6 +61,7 @@ def merge_quantized(model, row):
         else:
             tensor = fold(name, parameter.detach(), left)
         place_parameter(merged, name, tensor, parameter.requires_grad)
+    merged.keeps_vectors = any((l_D != 1).any() for l_D in kept.values())
     return merged
 
 

@@ -28,13 +28,18 @@ class Adapters(Mapping):
     Any thread may load, replace or remove adapters while others generate: rows that are in use stay
     where they are. An unknown name is a ValueError, also for `get`. So are rows whose adapter was
     removed or replaced after they were asked for, also while they are read: ask for the rows again,
-    and compute the answer again.
+    and compute the answer again. A merged model that keeps l_ff in row 0 is refused.
     """
 
     # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
     lock = threading.Lock()
 
     def __init__(self, model):
+        if getattr(model, "keeps_vectors", False):  # see merge_quantized.py
+            raise ValueError(
+                "row 0 of this merged model holds l_ff, so it cannot become ones: call "
+                "minia3.model.quantized.dequantize and then minia3.merge"
+            )
         self.model = model
         self._numbers = {}
         with self.lock:
