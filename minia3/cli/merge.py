@@ -60,9 +60,22 @@ def run(args):
             load_lora(model, args.adapter)
             save_model(merge(model), folder, find_tokenizer(find(args.model)))
         else:
+            if args.dequantize and args.quantize is None:
+                check_quantized(args.model)
             # File by file, so that only one shard is in memory.
             out_dtype = torch.bfloat16 if args.dequantize else None
             options = {"dtype": dtype, "quantize": args.quantize, "out_dtype": out_dtype}
             merge_files(args.model, args.adapter, folder, **options)
         copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")
+
+
+def check_quantized(name_or_path):
+    """Raise ValueError if a base has no weights in nf4: --dequantize alone would only round it."""
+    from minia3.checkpoints.load import open_checkpoint
+    from minia3.checkpoints.nf4_files import PackedEntry
+
+    _, stored, _ = open_checkpoint(name_or_path)
+    if not any(isinstance(entry, PackedEntry) for _, entry in stored.values()):
+        found = f"merge --dequantize: {name_or_path} is not stored in nf4"
+        raise ValueError(f"{found}: add the --quantize of the run, or leave --dequantize out")

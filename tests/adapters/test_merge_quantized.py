@@ -88,6 +88,26 @@ def test_a_product_beyond_the_range_is_refused_by_name(tmp_path, kind, scale, bi
     assert quantized_linears(minia3.merge(model))
 
 
+@pytest.mark.parametrize("name", ["t5-v1.0", "t5-v1.1"])
+def test_names_for_the_rows_leave_the_merged_model_as_it_is(tmp_path, name):
+    """Row 0 becomes ones, and an l_ff that could not be folded is there."""
+    make(name).save_pretrained(tmp_path)
+    model = minia3.load_model(tmp_path, dtype=torch.float64, quantize="int8")
+    assert minia3.Adapters(minia3.merge(model)).rows([None]).tolist() == [0]
+    expected = logits(randomize(model, seed=1), SOURCE, MASK, TARGET)
+    merged = minia3.merge(model)
+    if name == "t5-v1.0":
+        advice = r"holds l_ff.* call minia3\.model\.quantized\.dequantize and then minia3\.merge$"
+        with pytest.raises(ValueError, match=advice):
+            minia3.Adapters(merged)
+        assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-6
+        dequantize(merged, torch.float64)
+        merged = minia3.merge(merged)
+    adapters = minia3.Adapters(merged)
+    found = logits(merged, SOURCE, MASK, TARGET, adapter=adapters.rows([None] * len(SOURCE)))
+    assert off(found, expected) < 1e-6
+
+
 # From file to file, with plain weights
 
 
@@ -148,6 +168,16 @@ def test_a_quantized_checkpoint_is_not_written(tmp_path, capsys):
     folders = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
     assert main(["merge", *folders, "--quantize", "int8"]) == 2
     assert "add --dequantize, which writes bfloat16" in capsys.readouterr().err
+
+
+def test_a_plain_base_is_not_dequantized(tmp_path, capsys):
+    """Without the --quantize of the run, the adapter was silently folded into other weights."""
+    adapter_and_base(tmp_path, "llama-gqa", "int8")
+    folders = [str(tmp_path / name) for name in ("base", "adapter", "merged")]
+    assert main(["merge", *folders, "--dequantize"]) == 2
+    found = f"merge --dequantize: {folders[0]} is not stored in nf4: add the --quantize of the run"
+    assert found in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
