@@ -48,7 +48,7 @@ REFUSED = {
 LORA_REFUSED = REFUSED | {
     "bias":                     (None, "none", False),
     # The others start from the weights of the base, which some of them change.
-    "init_lora_weights":        (None, True, False, "gaussian"),
+    "init_lora_weights":        (None, True, False, "gaussian", "orthogonal"),
     "use_rslora":               (None, False),
     "use_dora":                 (None, False),
     "use_qalora":               (None, False),
@@ -70,11 +70,9 @@ LORA_REFUSED = REFUSED | {
 
 def check_ia3_config(folder, config):
     """Raise ValueError unless the config is of a plain (IA)^3 adapter. Warn of unknown keys."""
-    kind = config.get("peft_type")
-    modules = config.get("modules_to_save")
-    if kind != "IA3" or other_values(config, REFUSED):
-        expected = "expected PEFT's IA3 and no modules_to_save"
-        raise ValueError(f"{folder}: {expected}, found {kind!r} and {modules!r:.200}")
+    found = other_values(config, {"peft_type": ("IA3",), **REFUSED})
+    if found:
+        raise ValueError(f"{folder}: expected plain (IA)^3, found {', '.join(found)}")
     warn_of_unknown(folder, config, {*READ, *HARMLESS, *REFUSED})
 
 

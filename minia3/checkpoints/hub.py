@@ -89,6 +89,9 @@ def find_adapter(name_or_path):
     if path.is_dir():
         finish_writing(path)
         check_adapter_folder(path)
+    elif path.suffix == ".json":
+        expected = "the folder of an adapter, or its .safetensors, .bin or .pt file"
+        raise ValueError(f"{path}: expected {expected}: give {path.parent}")
     if path.exists():
         return path
     if not HUB_ID.fullmatch(str(name_or_path)):

@@ -51,7 +51,7 @@ def plain(config):
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_a_key_that_changes_an_ia3_adapter_is_refused(key):
-    with pytest.raises(ValueError, match=r"^x: expected PEFT's IA3 and no .*\['head'\]"):
+    with pytest.raises(ValueError, match=r"^x: expected plain \(IA\)\^3, found .*\['head'\]"):
         check_ia3_config("x", {**IA3, key: ["head"]})
 
 
@@ -69,9 +69,11 @@ def test_a_key_that_nobody_knows_is_a_warning_that_names_it(check):
         check("x", {**raw, "new_feature": 1})
 
 
-def test_a_lora_that_began_with_gaussian_numbers_is_plain(loaded, tmp_path):
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_a_lora_that_began_with_other_numbers_is_plain(loaded, tmp_path, start):
+    """PEFT draws A and B without a look at the weights of the base, which stay as they are."""
     options = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=2, init_lora_weights="gaussian", target_modules=["q_proj"]
+        task_type="CAUSAL_LM", r=2, init_lora_weights=start, target_modules=["q_proj"]
     )
     theirs = peft.get_peft_model(make("qwen2"), options).eval()
     for name, parameter in theirs.named_parameters():

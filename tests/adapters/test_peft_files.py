@@ -533,7 +533,7 @@ def test_other_kinds_of_adapters_are_refused(loaded, tmp_path):
         make("llama-gqa"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"])
     )
     lora.save_pretrained(tmp_path)
-    expected = f"{tmp_path}: expected PEFT's IA3 and no modules_to_save, found 'LORA' and None"
+    expected = f"{tmp_path}: expected plain (IA)^3, found peft_type 'LORA'"
     assert refused(loaded("llama-gqa"), tmp_path) == expected
     assert "k_proj.lora_A.weight (8, 24) has no place" in refused(
         loaded("llama-gqa"), tmp_path / "adapter_model.safetensors"
@@ -571,7 +571,8 @@ def test_an_adapter_of_a_model_without_a_name_names_no_base(peft_folder):
 
 def test_whole_modules_beside_the_vectors_are_refused(loaded, peft_folder):
     _, folder = peft_folder("t5-v1.1", modules_to_save=["lm_head"])
-    assert "no modules_to_save, found 'IA3' and ['lm_head']" in refused(loaded("t5-v1.1"), folder)
+    found = refused(loaded("t5-v1.1"), folder)
+    assert "expected plain (IA)^3, found modules_to_save ['lm_head']" in found
     assert "lm_head.weight (61, 24) has no place" in refused(
         loaded("t5-v1.1"), folder / "adapter_model.safetensors"
     )
@@ -585,7 +586,9 @@ def test_a_file_that_is_not_an_adapter_is_refused(loaded, tmp_path, peft_folder)
     )
     _, folder = peft_folder("t5-v1.0")
     (folder / "adapter_config.json").write_text("{}")
-    assert "found None and None" in refused(model, folder)
+    assert "found peft_type None" in refused(model, folder)
+    config = folder / "adapter_config.json"
+    assert refused(model, config).endswith(f".safetensors, .bin or .pt file: give {folder}")
     save_file({}, folder / "adapter_model.safetensors")
     assert "there are no vectors in it" in refused(model, folder / "adapter_model.safetensors")
     (folder / "adapter_model.safetensors").write_bytes(b"\x10")
