@@ -185,6 +185,8 @@ def adapter_name(row, keep_empty, adapters, default):
         expected = f"expected one of {', '.join(adapters)}"
         if not adapters or default is not None:
             expected = "but --adapter is not a folder of adapters: give one, or rename the column"
+        elif str(name) in adapters:
+            expected = f"expected the text {str(name)!r}"
         raise ValueError(f"'adapter' is {name!r:.40}, {expected}")
     return name
 

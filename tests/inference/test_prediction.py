@@ -287,6 +287,17 @@ def test_an_unknown_adapter_is_an_error_with_its_line_and_never_the_base(
         assert ("expected one of one, two" in error) is is_folder
 
 
+def test_an_adapter_whose_name_is_a_number_is_expected_as_a_text(adapters, tmp_path, capsys):
+    """The message was: 'adapter' is 7, expected one of 7, one, two."""
+    shutil.copytree(adapters / "one", adapters / "7")
+    rows = [{**row, "adapter": name} for row, name in zip(running.rows(2), ["7", 7], strict=True)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    error = fails(capsys, running.model("t5"), file, "--adapter", adapters)
+    assert error.endswith(f"{file}:2: 'adapter' is 7, expected the text '7'\n")
+    file = write(tmp_path / "rows.jsonl", rows[:1])
+    assert predicted(capsys, running.model("t5"), file, "--adapter", adapters)
+
+
 @pytest.mark.parametrize("flags", [["--input", "{adapter} {text}"], ["--task"]])
 def test_a_column_that_the_task_reads_names_no_adapter(flags, adapters, tmp_path, capsys):
     if flags == ["--task"]:
