@@ -100,6 +100,8 @@ class Adapters(Mapping):
 
     def rows(self, names):
         """Return (B,) long, on the CPU: the row of each name, for `start`. None is the base."""
+        if isinstance(names, str):
+            raise ValueError(f"found {names!r}, expected a list of names: one for each example")
         rows = [0 if name is None else self[name] for name in names]
         return torch.tensor(rows, dtype=torch.long)
 

@@ -285,6 +285,8 @@ def test_an_unknown_name_is_an_error_that_tells_the_nearest(loaded, folders):
     for name in (0, "", ("a0",)):
         with pytest.raises(ValueError, match="there is no adapter"):
             adapters.rows([name])
+    with pytest.raises(ValueError, match="found 'a0', expected a list of names: one for each"):
+        adapters.rows("a0")
     with pytest.raises(ValueError, match="name"):
         adapters.load(None, folders("t5-v1.0", 1) / "a0")
     with pytest.raises(ValueError, match="no adapter None"):
