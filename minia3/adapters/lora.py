@@ -210,5 +210,5 @@ def check_tensors(entries, parameters):
         unknown = sorted(found - expected)[:1]
         reason = ""
         if missing and missing[0][0] not in entries:
-            reason = ": a LoRA must be on linears of one kind in all layers"
+            reason = ": a LoRA must be on the same linears in all layers"
         raise ValueError(f"expected finite {missing} ..., found {unknown} ...{reason}")

@@ -126,6 +126,10 @@ def check_adapter_folder(folder):
         raise ValueError(f"{folder}: found the folder of a run, {expected}: {remedy}")
     if has_config(folder):
         raise ValueError(f"{folder}: found a model, {expected}: give it as the model")
+    adapters = sorted(folder.glob("[!.]*/adapter_config.json"))
+    if adapters:
+        remedy = f"give one of them, such as {adapters[0].parent}"
+        raise ValueError(f"{folder}: found a folder of adapters, {expected}: {remedy}")
     raise ValueError(f"{folder}: found {describe_content(folder)}, {expected}")
 
 

@@ -517,9 +517,7 @@ def test_an_adapter_of_another_model_or_method_is_refused(loaded, peft_folder, t
 
 def test_a_lora_of_some_layers_is_refused_with_the_reason(loaded, peft_folder):
     _, folder = peft_folder("llama-gqa", r".*layers\.0\..*\.q_proj")
-    message = (
-        r"expected finite .*layers\.1\..*: a LoRA must be on linears of one kind in all layers"
-    )
+    message = r"expected finite .*layers\.1\..*: a LoRA must be on the same linears in all layers"
     refused(loaded("llama-gqa"), folder, message)
 
 

@@ -585,6 +585,9 @@ def test_a_file_that_is_not_an_adapter_is_refused(loaded, tmp_path, peft_folder)
         model, tmp_path / "nowhere"
     )
     _, folder = peft_folder("t5-v1.0")
+    found = refused(model, folder.parent)
+    assert found.startswith(f"{folder.parent}: found a folder of adapters, expected an adapter")
+    assert found.endswith(f": give one of them, such as {folder}")
     (folder / "adapter_config.json").write_text("{}")
     assert "found peft_type None" in refused(model, folder)
     config = folder / "adapter_config.json"
