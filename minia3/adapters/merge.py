@@ -20,7 +20,7 @@ from minia3.adapters.fold import check_folded, fold, fold_rows
 from minia3.adapters.lora import LoRA
 from minia3.adapters.merge_quantized import merge_quantized, quantized_entries
 from minia3.adapters.peft_files import read_adapter
-from minia3.adapters.rows import fitting_vectors, row_of
+from minia3.adapters.rows import copy_row, fitting_vectors
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.load import build_model, open_checkpoint, read_checkpoint
 from minia3.checkpoints.load_shards import place_rows
@@ -43,7 +43,7 @@ def merge(model, adapter=0):
     model has no name, because adapters that are trained on it are not adapters of the base. Raise
     ValueError if there is no such row, or if a product is not finite.
     """
-    row = row_of(model, adapter)
+    row = copy_row(model, adapter)
     if quantized_linears(model):
         if is_sharded(model):
             advice = "merge the files of its checkpoint instead (minia3 merge)"

@@ -24,6 +24,17 @@ def row_of(model, adapter):
     return {name: vector.detach()[row] for name, vector in vectors(model).items()}
 
 
+def copy_row(model, adapter):
+    """Return what `row_of` returns, as copies.
+
+    Raise ValueError if there is no such row, or if another thread removes or replaces its adapter
+    meanwhile: the copies may then be of both adapters (see named_rows.py).
+    """
+    copies = {name: vector.clone() for name, vector in row_of(model, adapter).items()}
+    row_number(model, adapter)  # again: the number becomes invalid before the vectors change
+    return copies
+
+
 def row_number(model, adapter):
     """Return the number of the row `adapter`. Raise ValueError if there is no such row."""
     if type(adapter) is not int:
@@ -34,9 +45,9 @@ def row_number(model, adapter):
 def save_adapter(model, folder, adapter=0):
     """Write row `adapter` of the model as a PEFT folder.
 
-    Raise ValueError if there is no such row.
+    Raise ValueError if there is no such row, or if its adapter is replaced meanwhile.
     """
-    write_adapter(folder, row_of(model, adapter), getattr(model, "name_or_path", None))
+    write_adapter(folder, copy_row(model, adapter), getattr(model, "name_or_path", None))
 
 
 def load_adapter(model, folder_or_file, adapter=0):

@@ -208,6 +208,32 @@ def test_an_adapter_that_changes_while_it_answers_is_an_error(loaded, folders, n
 
 
 @pytest.mark.parametrize("change", CHANGES)
+def test_an_adapter_that_changes_while_it_is_copied_is_an_error(
+    loaded, folders, tmp_path, monkeypatch, change
+):
+    """A folder or a merged model would have vectors of both."""
+    folder = folders("t5-v1.0", 2)
+    model = loaded("t5-v1.0")
+    adapters = Adapters(model)
+
+    def row_of_and_change(model, adapter):
+        row = row_of(model, adapter)
+        CHANGES[change](adapters, folder / "a1")
+        return row
+
+    monkeypatch.setattr("minia3.adapters.rows.row_of", row_of_and_change)
+    copies = {
+        "folder": lambda row: save_adapter(model, tmp_path / "copy", row),
+        "merged model": lambda row: minia3.merge(model, row),
+    }
+    for make_copy in copies.values():
+        adapters.load("a0", folder / "a0")
+        with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
+            make_copy(adapters["a0"])
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_row_is_given_up_before_its_vectors_change(loaded, folders, monkeypatch, change):
     """Otherwise a batch could read new vectors, and look before the number is invalid."""
     folder = folders("t5-v1.0", 2)
