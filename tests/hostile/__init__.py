@@ -12,7 +12,7 @@ comes a little sooner or later.)
     numbers  numbers.py: random models of every family, compared with transformers and peft
 
 Cases run in processes that are forked from one that has imported torch (processes.py).
-The slow tests in this folder run a part of it, and CI runs more.
+The slow tests in this folder run a part of it, and .ci/run more, with another seed.
 """
 
 import sys

@@ -44,7 +44,7 @@ def make_parser():
     parser.add_argument("--cases", type=int, default=5000, help="damaged files of all formats")
     parser.add_argument("--kills", type=int, default=0, help="of all that writes")
     parser.add_argument(
-        "--faults", type=int, nargs="?", const=1, default=0, help="rounds of faults (default: 1)"
+        "--faults", type=int, nargs="?", const=1, default=0, help="rounds of faults (no number: 1)"
     )
     parser.add_argument("--numbers", type=int, default=0, help="random models to compare")
     parser.add_argument("--seed", type=int, default=0)

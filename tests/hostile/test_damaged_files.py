@@ -4,8 +4,8 @@ of it gives.
 It never ends in another exception, a crash, a hang, gigabytes, or a wrong model. What is read is in
 damage_targets.py, what happens to it in mutations.py.
 
-Each target has a tenth of its cases here. `python -m tests.hostile`, a part of which is in .ci/run,
-has these cases and more, and repeats one.
+Each target has a tenth of its cases here. `python -m tests.hostile` has these cases and more, and
+repeats one. .ci/run runs it with another seed, so that no case runs twice.
 """
 
 import pickle
