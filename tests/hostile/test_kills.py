@@ -21,9 +21,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def campaign(tmp_path):
-    campaign = kills.KillCampaign(tmp_path)
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """Makes the models that the deeds need, and knows what each deed does if nobody disturbs it."""
+    campaign = kills.KillCampaign(tmp_path_factory.mktemp("campaign"))
     yield campaign
     campaign.close()
 
@@ -49,6 +50,7 @@ def test_a_deed_that_leaves_something_behind_is_noticed(campaign, monkeypatch):
     def again(inputs, folder):
         (folder / "whole").write_text("whole")
 
+    monkeypatch.setattr(campaign, "references", {})  # those of the deed that this one replaces
     monkeypatch.setitem(deeds.DEEDS, "run", deeds.Deed(run, again))
     (tally,) = kills.run_kills(campaign, ["run"], 6, 0, show_nothing)
     assert any("left behind: ['half']" in failure for failure in tally.failures)
@@ -64,6 +66,7 @@ def test_a_traceback_is_noticed(campaign, monkeypatch):
         (folder / "whole").write_text("whole")
         (folder / "more").write_text("")
 
+    monkeypatch.setattr(campaign, "references", {})
     monkeypatch.setitem(deeds.DEEDS, "run", deeds.Deed(run))
     assert "Traceback" in faults.run_fault(campaign, "read-only", 0, 0)[1]
 

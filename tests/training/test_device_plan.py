@@ -1,6 +1,7 @@
 """Guards the plan for devices: its bytes are those of real models, whole, quantized and divided,
 and of real steps of several processes; and docs/scale.md has the tables that it makes."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,8 +121,17 @@ def test_a_block_that_is_alone_counts_as_two():
 # The parts
 
 
+@functools.cache
+def small_plan(quantize=None):
+    """Return the Plan of a small model. Its activations are planned once, for all kinds of base."""
+    plan = Plan(SMALL, torch.bfloat16, quantize)
+    if quantize is not None:
+        plan.planned = small_plan().planned
+    return plan
+
+
 def test_one_device_holds_the_whole_base_and_several_hold_shares_and_blocks():
-    plan = Plan(SMALL, torch.bfloat16)
+    plan = small_plan()
     alone = plan.on_device(1, SHAPE)
     divided = plan.on_device(4, SHAPE)
     block = max(plan.base.groups.values())
@@ -134,7 +144,7 @@ def test_one_device_holds_the_whole_base_and_several_hold_shares_and_blocks():
 
 
 def test_a_quantized_base_has_one_dequantized_weight():
-    plan = Plan(SMALL, torch.bfloat16, "nf4")
+    plan = small_plan("nf4")
     weight = SMALL.d_model * SMALL.d_ff * 2
     block = max(plan.base.groups.values())
     assert plan.on_device(1, SHAPE).unsharded == weight
@@ -144,7 +154,7 @@ def test_a_quantized_base_has_one_dequantized_weight():
 
 
 def test_offloading_keeps_only_what_belongs_to_no_block_on_the_device():
-    plan = Plan(SMALL, torch.bfloat16)
+    plan = small_plan()
     block = max(plan.base.groups.values())
     weight = SMALL.d_model * SMALL.d_ff * 2
     for n_shards in (1, 4):
@@ -160,7 +170,7 @@ def test_offloading_keeps_only_what_belongs_to_no_block_on_the_device():
 
 
 def test_a_tenth_of_the_memory_stays_free():
-    on_device = Plan(SMALL, torch.bfloat16).on_device(1, SHAPE)
+    on_device = small_plan().on_device(1, SHAPE)
     assert on_device.fits(on_device.total / 0.9 + 10)
     assert not on_device.fits(on_device.total / 0.9 - 10)
 

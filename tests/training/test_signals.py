@@ -8,7 +8,9 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,18 +188,26 @@ def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_en
 
 # A step that is given up
 
+# Dropout and a mean over steps would show if anything of the step was left.
+IN_PARTS = {"dropout": 0.1, "steps": 12, "save_every": 20, "micro_batch_size": 2, "seed": "0,1"}
+
+
+@functools.cache
+def whole_run():
+    """Return what a run leaves in which no step is given up."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "whole")
+        assert run(words(out, **IN_PARTS)) == 0
+        return outcome(out)
+
 
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
 @pytest.mark.parametrize("n_parts", [0, 1])
 def test_a_step_that_is_given_up_is_the_only_one_that_is_lost(
     numbers, n_parts, tmp_path, monkeypatch
 ):
-    """Dropout and a mean over steps would show if anything of the step was left."""
-    flags = {"dropout": 0.1, "steps": 12, "save_every": 20, "micro_batch_size": 2, "seed": "0,1"}
-    whole = tmp_path / "whole"
+    whole = whole_run()
     out = tmp_path / "run"
-    assert run(words(whole, **flags)) == 0
-
     original = train.choice_logprobs
     n_calls = []
     n_parts_of_step = 4  # two cells with four examples each, in parts of two
@@ -212,7 +222,7 @@ def test_a_step_that_is_given_up_is_the_only_one_that_is_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "choice_logprobs", choice_logprobs)
-        assert run(words(out, **flags)) == 128 + numbers[-1]
+        assert run(words(out, **IN_PARTS)) == 128 + numbers[-1]
     steps = []
     start_step = TrainingLog.start_step
     monkeypatch.setattr(
@@ -220,7 +230,7 @@ def test_a_step_that_is_given_up_is_the_only_one_that_is_lost(
     )
     assert resume(out) == 0
     assert steps == list(range(6, 12))
-    assert outcome(out) == outcome(whole)
+    assert outcome(out) == whole
 
 
 @contextlib.contextmanager
