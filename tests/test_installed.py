@@ -1,4 +1,5 @@
-"""A wheel, a source distribution and an editable install train in an environment of their own.
+"""A wheel and an editable install train in an environment of their own, and a source distribution
+becomes the same wheel.
 
 The wheel learns from the kinds of files that people have, by one command each.
 """
@@ -148,10 +149,6 @@ def test_a_wheel_trains_from_any_folder(programs, tmp_path):
     assert not (package.parent / "data").exists()
 
 
-def test_a_source_distribution_trains_from_any_folder(wheel_of_sdist, tmp_path):
-    train_somewhere(install(tmp_path, wheel_of_sdist), tmp_path)
-
-
 def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(source, tmp_path):
     programs = install(tmp_path, "--editable", source)
     train_somewhere(programs, tmp_path)
@@ -162,22 +159,38 @@ def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(
 # The files that people have: one command trains, and one labels or answers new rows
 
 
-def trained(programs, folder, file, *flags):
-    """Train on a file of a folder that has nothing of ours. Return what was printed."""
-    command = [programs / "minia3", "train", "--task", file, *flags]
-    done = call(*command, "--out", "run", "--device", "cpu", cwd=folder)
-    assert done.stderr == ""
-    (final,) = [line for line in running.metrics(folder / "run") if line["event"] == "final"]
-    assert final["steps"] == int(flags[flags.index("--steps") + 1])
-    return done.stdout
+END = "(end of the command)\n"
+IN_TURN = f"""
+import json, sys
+from minia3.cli.main import main
+
+for words in json.loads(sys.argv[1]):
+    assert main(words) == 0
+    print({END!r}, end="", flush=True)
+"""
 
 
-def predicted(programs, folder, file):
-    """Return the lines of `minia3 predict` for rows that have only inputs."""
-    command = [programs / "minia3", "predict", "tiny-t5", file, "--adapter", "run/adapter"]
-    done = call(*command, cwd=folder)
+def printed_by(programs, folder, *commands):
+    """Return what each command of minia3 prints. They run in turn, in one process: it takes longer
+    to import torch than to do what they do.
+    """
+    done = call(programs / "python", "-c", IN_TURN, json.dumps(commands), cwd=folder)
     assert done.stderr == ""
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.split(END)[:-1]
+
+
+def training(file, *flags):
+    """Return the words that train on a file of a folder that has nothing of ours."""
+    return ["train", "--task", file, *flags, "--out", "run", "--device", "cpu"]
+
+
+def prediction(file):
+    """Return the words that label or answer rows which have only inputs."""
+    return ["predict", "tiny-t5", file, "--adapter", "run/adapter"]
+
+
+def read_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
 
 
 PRAISE = ["fine", "great", "lovely", "nice"]
@@ -191,11 +204,17 @@ def test_a_csv_of_texts_and_words_as_labels(programs, tmp_path):
     (tmp_path / "reviews.csv").write_text("\n".join(lines))
     (tmp_path / "new.csv").write_text("text\nthe film was dull\nthe film was nice\n")
 
-    printed = trained(programs, tmp_path, "reviews.csv", "--steps", "60", "--lr", "3e-2")
-    assert "columns  reads text, picks label among positive, negative\n" in printed
-    assert "use it      minia3 predict tiny-t5 new.csv --adapter run/adapter\n" in printed
-    rows = predicted(programs, tmp_path, "new.csv")
+    minia3 = programs / "minia3"
+    words = training("reviews.csv", "--steps", "60", "--lr", "3e-2")
+    trained = call(minia3, *words, cwd=tmp_path)
+    assert "columns  reads text, picks label among positive, negative\n" in trained.stdout
+    assert "use it      minia3 predict tiny-t5 new.csv --adapter run/adapter\n" in trained.stdout
+    predicted = call(minia3, *prediction("new.csv"), cwd=tmp_path)
+    rows = read_lines(predicted.stdout)
     assert [row["choice"] for row in rows] == ["negative", "positive"]
+    assert trained.stderr == predicted.stderr == ""
+    (final,) = running.events(tmp_path / "run", "final")
+    assert final["steps"] == 60
 
 
 OPPOSITES = {"hot": "cold", "big": "small", "yes": "no", "in": "out"}
@@ -207,10 +226,10 @@ def test_an_alpaca_file(programs, tmp_path):
     (tmp_path / "alpaca.json").write_text(json.dumps(answered * 6, indent=2))
     (tmp_path / "new.json").write_text(json.dumps(asked))
 
-    printed = trained(programs, tmp_path, "alpaca.json", "--steps", "100", "--lr", "1e-1")
-    assert "columns  reads instruction and input, writes output\n" in printed
-    rows = predicted(programs, tmp_path, "new.json")
-    assert [row["output"] for row in rows] == list(OPPOSITES.values())
+    words = training("alpaca.json", "--steps", "100", "--lr", "1e-1")
+    report, answers = printed_by(programs, tmp_path, words, prediction("new.json"))
+    assert "columns  reads instruction and input, writes output\n" in report
+    assert [row["output"] for row in read_lines(answers)] == list(OPPOSITES.values())
 
 
 def test_a_parquet_file(programs, tmp_path):
@@ -222,10 +241,11 @@ def test_a_parquet_file(programs, tmp_path):
     parquet.write_table(pyarrow.table(columns | {"label": labels}), tmp_path / "pairs.parquet")
     parquet.write_table(pyarrow.table(columns).slice(2, 4), tmp_path / "new.parquet")
 
-    printed = trained(programs, tmp_path, "pairs.parquet", "--steps", "60", "--lr", "3e-2")
-    assert "columns  reads sentence1 and sentence2, picks label among " in printed
-    rows = predicted(programs, tmp_path, "new.parquet")
-    assert [row["choice"] for row in rows] == ["true", "true", "false", "false"]
+    words = training("pairs.parquet", "--steps", "60", "--lr", "3e-2")
+    report, answers = printed_by(programs, tmp_path, words, prediction("new.parquet"))
+    assert "columns  reads sentence1 and sentence2, picks label among " in report
+    choices = [row["choice"] for row in read_lines(answers)]
+    assert choices == ["true", "true", "false", "false"]
 
 
 CAPITALS = {
@@ -247,12 +267,11 @@ def test_a_file_of_conversations(programs, tmp_path):
     (tmp_path / "capitals.jsonl").write_text("".join(lines * 5))
 
     flags = ["--model", "small-llama", "--steps", "150", "--lr", "3e-1"]
-    printed = trained(programs, tmp_path, "capitals.jsonl", *flags)
-    assert "columns  reads messages, writes what the assistant says\n" in printed
-    assert "use it      minia3 generate small-llama --chat --adapter run/adapter\n" in printed
-    command = [programs / "minia3", "generate", "small-llama", "--chat", "--adapter", "run/adapter"]
-    done = call(*command, *CAPITALS, cwd=tmp_path)
-    assert done.stdout.splitlines() == list(CAPITALS.values())
+    question = ["generate", "small-llama", "--chat", "--adapter", "run/adapter", *CAPITALS]
+    report, answers = printed_by(programs, tmp_path, training("capitals.jsonl", *flags), question)
+    assert "columns  reads messages, writes what the assistant says\n" in report
+    assert "use it      minia3 generate small-llama --chat --adapter run/adapter\n" in report
+    assert answers.splitlines() == list(CAPITALS.values())
     for question, answer in CAPITALS.items():
         assert (
             chat_model.answer(tmp_path / "small-llama", tmp_path / "run" / "adapter", question)
@@ -260,11 +279,18 @@ def test_a_file_of_conversations(programs, tmp_path):
         )
 
 
-def test_both_distributions_have_the_same_modules(wheel, wheel_of_sdist):
-    names = sorted(zipfile.ZipFile(wheel).namelist())
-    assert names == sorted(zipfile.ZipFile(wheel_of_sdist).namelist())
+def contents_of(wheel):
+    """Return the bytes of each file of a wheel, by name."""
+    archive = zipfile.ZipFile(wheel)
+    return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_a_source_distribution_becomes_the_same_wheel(wheel, wheel_of_sdist):
+    contents = contents_of(wheel)
+    assert contents_of(wheel_of_sdist) == contents
+    names = contents.keys()
     modules = {str(p.relative_to(running.ROOT)) for p in (running.ROOT / "minia3").rglob("*.py")}
-    assert modules <= set(names)
+    assert modules <= names
     assert "minia3/tasks/tasks.json" in names
 
 
