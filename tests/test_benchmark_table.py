@@ -73,7 +73,9 @@ def test_a_figure_that_is_edited_by_hand_is_noticed(name, place, tmp_path, monke
 
 
 def test_every_published_run_is_a_full_run_without_other_settings():
-    for path in sorted(table.PUBLISHED.glob("*.json")):
+    paths = sorted(table.PUBLISHED.glob("*.json"))
+    assert paths
+    for path in paths:
         record = read_record(path)
         assert not record.about["quick"]
         assert set(table.README_TITLES) <= record.rows.keys()

@@ -387,11 +387,12 @@ def test_an_adapter_is_read_from_a_folder_a_bin_file_or_a_safetensors_file(
 def test_vectors_of_any_float_are_read_as_float32(loaded, tmp_path, dtype):
     save_adapter(loaded("llama-gqa", seed=1), tmp_path)
     change(tmp_path, lambda tensors: tensors.update({n: x.to(dtype) for n, x in tensors.items()}))
-    for name, vector in read_adapter(tmp_path).vectors.items():
+    expected = minia3.vectors(loaded("llama-gqa", seed=1))
+    found = read_adapter(tmp_path).vectors
+    assert found.keys() == expected.keys()
+    for name, vector in found.items():
         assert vector.dtype == torch.float32
-        assert torch.equal(
-            vector, minia3.vectors(loaded("llama-gqa", seed=1))[name][0].to(dtype).float()
-        )
+        assert torch.equal(vector, expected[name][0].to(dtype).float())
 
 
 def test_finite_entries_with_an_infinite_sum_are_read(tmp_path):

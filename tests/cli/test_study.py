@@ -98,8 +98,9 @@ def test_the_list_has_command_lines_that_may_be_given_again(tmp_path, capsys):
 
 def test_flags_on_the_command_line_replace_those_of_the_file(tmp_path, capsys):
     path = write_study(tmp_path)
-    lines = output(capsys, "study", path, "--list", "--steps", 7, "--out", "elsewhere")
-    for line in lines.splitlines():
+    lines = output(capsys, "study", path, "--list", "--steps", 7, "--out", "elsewhere").splitlines()
+    assert len(lines) == 4
+    for line in lines:
         assert "--steps 7 " in line
         assert " --out elsewhere/" in line
 
@@ -108,7 +109,9 @@ def test_a_zero_on_the_command_line_reaches_every_run_and_every_worker(
     tmp_path, capsys, monkeypatch
 ):
     path = write_study(tmp_path)
-    for line in output(capsys, "study", path, "--list", "--dropout", 0).splitlines():
+    lines = output(capsys, "study", path, "--list", "--dropout", 0).splitlines()
+    assert len(lines) == 4
+    for line in lines:
         assert " --dropout 0.0 " in line
     calls = []
     monkeypatch.setattr("minia3.cli.submit.submit", lambda *given: calls.append(given))

@@ -32,6 +32,9 @@ def test_the_picture_has_a_vector_in_each_of_the_eleven_places():
 
 def test_every_text_of_the_picture_lies_inside_it():
     script = load_script()
-    for x, y in re.findall(r'<text x="([\d.]+)" y="([\d.]+)"', script.draw_blocks()):
+    picture = script.draw_blocks()
+    places = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"', picture)
+    assert len(places) == picture.count("<text") > 0
+    for x, y in places:
         assert 0 < float(x) < script.WIDTH
         assert 0 < float(y) < script.HEIGHT

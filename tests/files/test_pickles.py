@@ -87,7 +87,9 @@ def test_an_archive_whose_records_are_not_the_numbers_of_its_tensors_is_refused(
 def test_an_archive_that_was_only_written_again_is_read(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(rewritten(stored))
-    for name, entry in read_tensors(path).items():
+    entries = read_tensors(path)
+    assert entries.keys() == TENSORS.keys()
+    for name, entry in entries.items():
         assert torch.equal(entry.read(), TENSORS[name])
 
 
