@@ -364,6 +364,13 @@ def off(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def equal_tensors(found, expected):
+    """Return whether two dicts have the same names and, bit for bit, the same tensors."""
+    return found.keys() == expected.keys() and all(
+        torch.equal(x, expected[name]) for name, x in found.items()
+    )
+
+
 def rms(x):
     return x.double().square().mean().sqrt().item()
 

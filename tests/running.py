@@ -115,6 +115,19 @@ def task(n_choices=(2,)):
     return write(folder, train=made[:20], validation=made[20:30], test=made[30:])
 
 
+MIXED_SIZES = {"small": 6, "large": 40}
+
+
+@functools.cache
+def mixed_tasks():
+    """Return the paths of two tasks of different sizes, and of different choices: --task."""
+    folder = Path(home().name, "mixture")
+    for n_choices, (name, n) in enumerate(MIXED_SIZES.items(), 2):
+        made = rows(n + 20, (n_choices,), seed=n)
+        write(folder / name, train=made[:n], validation=made[n : n + 8], test=made[n + 8 :])
+    return ",".join(str(folder / name) for name in MIXED_SIZES)
+
+
 # Runs in this process
 
 # git takes as long as several steps, and what it finds does not change while tests run.

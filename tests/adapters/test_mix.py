@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import Peer, logits, make, off, tokens
+from conftest import Peer, equal_tensors, logits, make, off, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,24 +44,18 @@ def test_an_entry_of_1_changes_nothing_and_a_missing_vector_counts_as_ones(equat
     a = {A: torch.tensor([0.3, 2.0, 1.1])}
     b = {B: torch.tensor([0.7, 5.0])}
     identity = {name: torch.ones_like(x) for name, x in (a | b).items()}
-    assert same(mix([(a, 1.0)], equation), a)
-    assert same(mix([(a, 1.0), (b, 1.0)], equation), a | b)
-    assert same(mix([(a, 1.0), (identity, 0.7)], equation), identity | a)
-    assert same(mix([(a, 0.0), (b, 0.0)], equation), identity)
-    assert same(mix([(identity, 0.3), (identity, -2.0)], equation), identity)
-    assert same(mix([(a, 0.5), (b, 0.25)], equation), mix([(b, 0.25), (a, 0.5)], equation))
+    assert equal_tensors(mix([(a, 1.0)], equation), a)
+    assert equal_tensors(mix([(a, 1.0), (b, 1.0)], equation), a | b)
+    assert equal_tensors(mix([(a, 1.0), (identity, 0.7)], equation), identity | a)
+    assert equal_tensors(mix([(a, 0.0), (b, 0.0)], equation), identity)
+    assert equal_tensors(mix([(identity, 0.3), (identity, -2.0)], equation), identity)
+    assert equal_tensors(mix([(a, 0.5), (b, 0.25)], equation), mix([(b, 0.25), (a, 0.5)], equation))
     assert mix([(a, 0.5), (b, 0.25)], equation)[A].tolist() == mix([(a, 0.5)], equation)[A].tolist()
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        torch.equal(x, expected[name]) for name, x in found.items()
-    )
 
 
 def test_the_default_is_the_average_and_two_halves_of_an_adapter_are_the_adapter():
     a = {A: torch.tensor([-0.3, 0.0, 1.1])}
-    assert same(mix([(a, 0.5), (a, 0.5)]), a)
+    assert equal_tensors(mix([(a, 0.5), (a, 0.5)]), a)
     assert mix([(a, 2.0)])[A].tolist() == pytest.approx([-1.6, -1.0, 1.2])
 
 
@@ -135,7 +129,7 @@ def test_a_mixture_of_files_loads_here_and_in_peft(loaded, tmp_path, name):
     write_adapter(tmp_path / "mixed", mixed)
     model = loaded(name)
     minia3.load_adapter(model, tmp_path / "mixed")
-    assert same({n: v[0] for n, v in minia3.vectors(model).items()}, mixed)
+    assert equal_tensors({n: v[0] for n, v in minia3.vectors(model).items()}, mixed)
     theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "mixed").eval()
     expected = Peer(name, None, theirs).logits(source, mask, target)
     assert off(logits(model, source, mask, target), expected) < 1e-5

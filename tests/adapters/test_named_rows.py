@@ -10,7 +10,7 @@ from collections.abc import MutableMapping
 
 import pytest
 import torch
-from conftest import at_once, logits, off, randomize, tokens
+from conftest import at_once, equal_tensors, logits, off, randomize, tokens
 from safetensors.torch import load_file, save_file
 from words import word_tokenizer
 
@@ -35,12 +35,6 @@ MASK = torch.tensor(
     [[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3, [True] + [False] * 6]
 )
 A = "blocks.0.attn.l_k"
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        torch.equal(x, expected[name]) for name, x in found.items()
-    )
 
 
 @pytest.fixture
@@ -72,7 +66,9 @@ def test_a_row_has_the_vectors_of_its_name_and_row_0_is_the_base(loaded, folders
     assert adapters.rows([]).dtype == adapters.rows([None, "a1"]).dtype == torch.long
     assert adapters.rows([None, "a1", None]).tolist() == [0, adapters.rows(["a1"]).item(), 0]
     for a in adapters:
-        assert same(row_of(model, adapters.rows([a]).item()), read_adapter(folder / a).vectors)
+        assert equal_tensors(
+            row_of(model, adapters.rows([a]).item()), read_adapter(folder / a).vectors
+        )
     for row in (0, 6, 7):
         assert all((x == 1).all() for x in row_of(model, row).values())
 
@@ -101,7 +97,7 @@ def test_an_adapter_that_a_killed_process_had_written_is_loaded_with_the_others(
     adapters = Adapters(loaded("t5-v1.0"))
     adapters.load_folder(folder)
     assert list(adapters) == ["a0", "a1"]
-    assert same(row_of(adapters.model, adapters["a0"]), expected)
+    assert equal_tensors(row_of(adapters.model, adapters["a0"]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -157,7 +153,7 @@ def test_a_name_can_be_replaced_and_removed_and_its_row_is_used_again(loaded, fo
     row = adapters.rows(["a1"]).item()
     adapters.load("a1", folder / "a3")
     assert (adapters["a1"] % GENERATION, len(adapters), model.n_adapters) == (row, 3, 4)
-    assert same(row_of(model, adapters["a1"]), read_adapter(folder / "a3").vectors)
+    assert equal_tensors(row_of(model, adapters["a1"]), read_adapter(folder / "a3").vectors)
     adapters.remove("a1")
     assert list(adapters) == ["a0", "a2"]
     assert all((vector[row] == 1).all() for vector in minia3.vectors(model).values())
@@ -165,7 +161,7 @@ def test_a_name_can_be_replaced_and_removed_and_its_row_is_used_again(loaded, fo
         adapters.rows(["a1"])
     adapters.load("new", folder / "a1")
     assert (adapters.rows(["new"]).item() % GENERATION, model.n_adapters) == (row, 4)
-    assert same(row_of(model, adapters["new"]), read_adapter(folder / "a1").vectors)
+    assert equal_tensors(row_of(model, adapters["new"]), read_adapter(folder / "a1").vectors)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -271,7 +267,7 @@ def test_a_second_one_takes_the_rows_of_the_first(loaded, folders):
     second = Adapters(model)
     second.load("a1", folder / "a1")
     assert second["a1"] % GENERATION == first["a0"]
-    assert same(row_of(model, second["a1"]), read_adapter(folder / "a1").vectors)
+    assert equal_tensors(row_of(model, second["a1"]), read_adapter(folder / "a1").vectors)
     with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
         model.start(SOURCE[:1], None, first.rows(["a0"]))
     with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
@@ -340,7 +336,7 @@ def test_a_load_that_fails_leaves_everything_as_it_was(loaded, folders, tmp_path
         with pytest.raises(ValueError, match=r"is inf at 1|another base|not found"):
             call()
         assert (list(adapters), model.n_adapters) == (["a0"], 2)
-        assert same(dict(minia3.vectors(model)), before)
+        assert equal_tensors(dict(minia3.vectors(model)), before)
 
 
 def test_names_are_copied_with_their_model(loaded, folders):
@@ -373,7 +369,7 @@ def test_each_of_several_threads_that_load_gets_its_row(loaded, folders):
     at_once(adapters.load, [(name, folder / name) for name in expected])
     assert sorted(adapters.values()) == [1, 2, 3, 4, 5, 6]
     for name, vectors in expected.items():
-        assert same(row_of(model, adapters[name]), vectors)
+        assert equal_tensors(row_of(model, adapters[name]), vectors)
 
 
 def test_an_adapter_that_names_another_base_is_a_warning(loaded, folders):

@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from batches import loss_of
 from conftest import tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,6 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import Batch
-from minia3.training.losses import total_loss
 from minia3.training.step_memory import extrapolate_depth
 from tests.benchmarks.measure import kept_for_backward
 
@@ -43,11 +43,6 @@ def batch_of(lengths=(M,) * B, n_choices=1):
         target_mask_BCL=torch.ones_like(target_BCL, dtype=torch.bool),
         label_B=torch.arange(len(lengths)) % n_choices,
     )
-
-
-def loss_of(model, batch):
-    logp_BCL = choice_logprobs(model, batch)
-    return total_loss(logp_BCL, batch.target_mask_BCL, batch.label_B)
 
 
 def run_step(model, batch):

@@ -3,20 +3,10 @@
 import functools
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import pytest
-import running
-from running import (
-    model,
-    rows,
-    run,
-    task,
-    train,
-    words,
-    write,
-)
+from running import mixed_tasks, model, run, task, train, words, write
 from written_out import rte_flags
 
 import minia3
@@ -28,18 +18,6 @@ from minia3.training.assignment import assign_rows
 from minia3.training.cell import Cell
 from minia3.training.drawing import draw_batches
 
-SIZES = {"small": 6, "large": 40}
-
-
-@functools.cache
-def tasks():
-    """Two tasks of different sizes, and of different choices: the flag --task."""
-    home = Path(running.home().name, "mixture")
-    for n_choices, (name, n) in enumerate(SIZES.items(), 2):
-        made = rows(n + 20, (n_choices,), seed=n)
-        write(home / name, train=made[:n], validation=made[n : n + 8], test=made[n + 8 :])
-    return ",".join(str(home / name) for name in SIZES)
-
 
 @functools.cache
 def tokenizer_and_model():
@@ -48,7 +26,7 @@ def tokenizer_and_model():
 
 def cell(cap, seed=0, steps=200):
     config = train.Config(
-        task=tuple(tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
+        task=tuple(mixed_tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
     )
     return Cell(config, mix([minia3.load_task(name) for name in config.task]))
 

@@ -7,13 +7,14 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import running
 import torch
 from running import (
+    MIXED_SIZES,
     at_line,
     fails,
     kill_self,
     metrics,
+    mixed_tasks,
     model,
     outcome,
     resume,
@@ -27,42 +28,30 @@ from written_out import read, used
 
 import minia3
 
-SIZES = {"small": 6, "large": 40}
-
-
-@functools.cache
-def tasks():
-    """Two tasks of different sizes, and of different choices: the flag --task."""
-    home = Path(running.home().name, "mixture")
-    for n_choices, (name, n) in enumerate(SIZES.items(), 2):
-        made = rows(n + 20, (n_choices,), seed=n)
-        write(home / name, train=made[:n], validation=made[n : n + 8], test=made[n + 8 :])
-    return ",".join(str(home / name) for name in SIZES)
-
-
 MIXTURE = {"adapters": "one", "lr": 0.1, "eval_every": 4, "steps": 12, "save_every": 5}
 
 
 def test_a_mixture_trains_one_adapter_and_reports_on_each_task(tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(words(out, task=tasks(), **MIXTURE)) == 0
+    assert run(words(out, task=mixed_tasks(), **MIXTURE)) == 0
     shown = capsys.readouterr().out
     finals = [line for line in metrics(out) if line["event"] == "final"]
-    assert [line["task"] for line in finals] == [*SIZES]
+    assert [line["task"] for line in finals] == [*MIXED_SIZES]
     assert not any("adapter" in line for line in finals)
     assert [path.name for path in out.glob("adapter*")] == ["adapter"]
-    for name, final in zip(SIZES, finals, strict=True):
+    paths = mixed_tasks().split(",")
+    for name, path, final in zip(MIXED_SIZES, paths, finals, strict=True):
         figures = f"{final['accuracy_before']:.1%} before, {final['accuracy']:.1%} after"
         commonest = f"(commonest label: {final['commonest']:.1%})"
         assert f"  {name:<12}accuracy {figures} {commonest}, 12 steps\n" in shown
         again = tmp_path / f"again-{name}"
-        measure = {"adapter": out / "adapter", "task": tasks().split(",")[[*SIZES].index(name)]}
+        measure = {"adapter": out / "adapter", "task": path}
         assert run(words(again, "--eval-only", **measure)) == 0
         assert metrics(again)[-1]["accuracy"] == final["accuracy"]
-    assert json.loads((out / "config.json").read_text())["task"] == tasks().split(",")
+    assert json.loads((out / "config.json").read_text())["task"] == paths
     assert {
         name.split("/")[0] for name in json.loads((out / "config.json").read_text())["data"]
-    } == {*SIZES}
+    } == {*MIXED_SIZES}
 
 
 def test_the_best_vectors_of_a_mixture_have_the_best_mean(tmp_path, monkeypatch):
@@ -78,7 +67,7 @@ def test_the_best_vectors_of_a_mixture_have_the_best_mean(tmp_path, monkeypatch)
 
     monkeypatch.setattr("minia3.training.group.Group.evaluate_held_out", evaluate_held_out)
     out = tmp_path / "run"
-    assert run(words(out, task=tasks(), **MIXTURE)) == 0
+    assert run(words(out, task=mixed_tasks(), **MIXTURE)) == 0
     ours = minia3.load_model(model("t5"))
     minia3.load_adapter(ours, out / "adapter")
     found = next(iter(minia3.vectors(ours).values()))
@@ -89,11 +78,11 @@ def test_the_best_vectors_of_a_mixture_have_the_best_mean(tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_a_mixture_that_is_stopped_continues_bit_for_bit(tmp_path):
     with at_line(0, None) as executed:
-        assert run(words(tmp_path / "whole", task=tasks(), **MIXTURE)) == 0
+        assert run(words(tmp_path / "whole", task=mixed_tasks(), **MIXTURE)) == 0
     for n in (len(executed) // 3, len(executed) * 2 // 3):
         out = tmp_path / str(n)
         with at_line(n, functools.partial(kill_self, signal.SIGINT)):
-            assert run(words(out, task=tasks(), **MIXTURE)) == 130
+            assert run(words(out, task=mixed_tasks(), **MIXTURE)) == 130
         assert resume(out) == 0
         assert outcome(out) == outcome(tmp_path / "whole")
 
@@ -103,9 +92,9 @@ def test_mixtures_of_several_seeds_are_a_grid_and_each_starts_from_the_given_ada
     start = tmp_path / "start" / "adapter"
     out = tmp_path / "run"
     flags = {"adapters": "one", "seed": "0,1", "init": start, "steps": 1, "warmup_ratio": 0.6}
-    assert run(words(out, task=tasks(), **flags)) == 0
+    assert run(words(out, task=mixed_tasks(), **flags)) == 0
     finals = [line for line in metrics(out) if line["event"] == "final"]
-    expected = [(f"s{seed}", name) for seed, name in product((0, 1), SIZES)]
+    expected = [(f"s{seed}", name) for seed, name in product((0, 1), MIXED_SIZES)]
     assert [(line["adapter"], line["task"]) for line in finals] == expected
     for seed in (0, 1):  # a first step changes nothing
         found = load_file(out / "adapters" / f"s{seed}" / "adapter_model.safetensors")
@@ -126,7 +115,7 @@ def test_two_tasks_of_the_same_name_do_not_mix(tmp_path, capsys):
 
 
 def test_a_cap_without_a_mixture_is_refused(tmp_path, capsys):
-    fails(words(tmp_path / "run", task=tasks(), cap=5), capsys, "--cap", "--adapters one")
+    fails(words(tmp_path / "run", task=mixed_tasks(), cap=5), capsys, "--cap", "--adapters one")
 
 
 # What train.py prints to use an adapter
@@ -135,9 +124,9 @@ def test_a_cap_without_a_mixture_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("adapters", ["one", "each"])
 def test_the_printed_command_answers_with_each_adapter_of_a_grid(adapters, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(words(out, task=tasks(), adapters=adapters, seed="0,1", steps=4, lr=0.3)) == 0
+    assert run(words(out, task=mixed_tasks(), adapters=adapters, seed="0,1", steps=4, lr=0.3)) == 0
     shown = capsys.readouterr().out
-    folders = {Path(path).name: Path(path) for path in tasks().split(",")}
+    folders = {Path(path).name: Path(path) for path in mixed_tasks().split(",")}
     finals = [line for line in metrics(out) if line["event"] == "final"]
     assert len(finals) == 4
     for final in finals:
