@@ -264,7 +264,7 @@ def kill_self(number=signal.SIGKILL):
 @functools.cache
 def processes():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["running", "several"])
+    context.set_forkserver_preload(["preloaded"])
     before = dict(os.environ)
     paths = [str(Path(__file__).parent), str(ROOT)]
     os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")

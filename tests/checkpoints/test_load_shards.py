@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 
 import pytest
-import test_meta
 import torch
 import torch.distributed
 from anonymous_memory import anonymous, sampling
@@ -72,6 +71,7 @@ def test_gguf_metas_files_and_nf4_are_read_to_the_same_bits_by_three_processes(p
     pytest.importorskip("bitsandbytes")
     # Late, because the processes import this module, too, and these take seconds.
     test_gguf = pytest.importorskip("test_gguf")
+    import test_meta
     import test_nf4_files
 
     tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()), test_gguf.Q8_0)

@@ -1,0 +1,16 @@
+"""What the server of running.py imports, so that the processes that it forks need not.
+
+Such a process imports the module of the function that it calls, and so pytest and conftest.py. Some
+also import bitsandbytes, which takes longer than all that they do. Nothing here may import
+huggingface_hub, because it reads the environment when it is imported, and tests change it.
+"""
+
+import contextlib
+
+import conftest  # noqa: F401
+import several  # noqa: F401
+
+from minia3.model.quantized import bitsandbytes_functions
+
+with contextlib.suppress(ValueError):  # it is not installed
+    bitsandbytes_functions()
