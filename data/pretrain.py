@@ -294,7 +294,7 @@ def sorted_pairs(text):
     return sorted(zip(words[::2], words[1::2], strict=False))
 
 
-def evaluate(model, tokenizer, n_examples=512):
+def evaluate(model, tokenizer, n_examples):
     """Return a dict from each kind of question to the share of right answers to new examples."""
     rng = np.random.RandomState(2**31)
     shares = {}
@@ -336,7 +336,7 @@ def parse_arguments():
         default=D_MODEL,
         help=f"width of the model, a multiple of 8 (default: {D_MODEL})",
     )
-    add("--quick", action="store_true", help="20 steps, to see that the script runs")
+    add("--quick", action="store_true", help="20 steps and few examples, to see that it runs")
     add(
         "--details",
         nargs="+",
@@ -353,17 +353,20 @@ def parse_arguments():
 def main():
     arguments = parse_arguments()
     n_steps = 20 if arguments.quick else arguments.steps
+    n_examples = 16 if arguments.quick else 512  # of each kind, to evaluate on
+    n_rows = 64 if arguments.quick else 1024  # of each held-out task, to evaluate on
     torch.set_num_threads(1)  # enough for a small model, and every run has the same bits
     model, tokenizer = pretrain(arguments.seed, n_steps, arguments.d_model)
     minia3.save_model(model, arguments.out / "tiny-t5", tokenizer)
     for detail in arguments.details:
         write_held_out(arguments.out / f"same-{detail}", detail)
     print("pre-training: right answers to new examples")
-    for name, share in evaluate(model, tokenizer).items():
+    for name, share in evaluate(model, tokenizer, n_examples).items():
         print(f"  {name:12} {share:6.1%}")
     print("held out (no question), before any training on it")
     for detail in DETAILS:
-        accuracy, auc = evaluate_held_out(model, tokenizer, held_out(detail)["test"])
+        rows = held_out(detail)["test"][:n_rows]
+        accuracy, auc = evaluate_held_out(model, tokenizer, rows)
         mark = "  (shipped)" if detail == SHIPPED else ""
         print(f"  same-{detail:7} {accuracy:6.1%}  AUC {auc:.2f}{mark}")
 
