@@ -173,7 +173,11 @@ class Config:
         False, "keep the weights of the blocks in the memory of the CPU until they are needed: slow"
     )
     check_weights: bool = flag(False, "look for NaN and infinite numbers in the weights first")
-    compile: bool = flag(False, "compile the blocks (torch.compile): slow to start, then faster")
+    compile: bool = flag(
+        False,
+        "compile the blocks (torch.compile), for GPUs: slow to start; on a CPU, steps over texts "
+        "of different lengths get slower",
+    )
     recompute: bool = flag(
         False, "recompute blocks in the backward pass: less memory, slower steps"
     )
