@@ -6,6 +6,9 @@ win over the script: SBATCH_GRES, SBATCH_ACCOUNT ...
 """
 
 import math
+import os
+import signal
+from contextlib import contextmanager
 
 from minia3.cli.main import main
 from minia3.cli.terminal import show
@@ -18,13 +21,50 @@ class Worker:
         self.words = words
 
     def __call__(self):
-        return main(self.words)
+        with saving_when_time_is_up():
+            return main(self.words)
 
     def checkpoint(self):
         """Return the job that takes the place of this one. submitit calls it before the end."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+@contextmanager
+def saving_when_time_is_up():
+    """Within the block, let a run save its state when submitit says that the time is up.
+
+    submitit says so with a signal. Its handler queues the job again, and raises SystemExit wherever
+    this process is, so a run would lose all steps since its last checkpoint. Here the run gets a
+    Ctrl-C in place of SystemExit, which is raised at the end of the block.
+    """
+    number = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
+    queue_again = signal.getsignal(number)
+    without_run = signal.getsignal(signal.SIGINT)
+    endings = []
+
+    def receive(number, frame):
+        if endings:  # the run is ending already
+            return
+        try:
+            queue_again(number, frame)
+        except (SystemExit, RuntimeError) as ending:  # RuntimeError: its time was up too often
+            endings.append(ending)
+            if signal.getsignal(signal.SIGINT) == without_run:
+                raise
+            signal.raise_signal(signal.SIGINT)
+
+    if not callable(queue_again):  # submitit has not started this process
+        yield
+        return
+    signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        signal.signal(number, queue_again)
+        if endings:
+            raise endings[0]
 
 
 def submit(target, words, folder, n_workers, hours):

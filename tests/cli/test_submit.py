@@ -1,13 +1,17 @@
 """submitit starts workers that make the runs of a study, here in place of a cluster."""
 
+import contextlib
+import signal
 import sys
 
 import pytest
+import running
 from command_line import failure, output
 from running import ROOT
 from test_study import states, wait_for, write_study
 
 from minia3.cli.main import main
+from minia3.training.group import Group
 
 submitit = pytest.importorskip("submitit", reason="--submit needs submitit")
 
@@ -35,6 +39,71 @@ def test_a_worker_that_is_stopped_is_queued_again_with_the_same_words():
 
     worker = Worker(["study", "a.toml", "--run"])
     assert worker.checkpoint().function is worker
+
+
+@contextlib.contextmanager
+def submitit_handler(ending):
+    """Let the process be one that submitit has started. The handler of its signal raises `ending`.
+
+    Yield a list to which each call of the handler adds.
+    """
+    calls = []
+
+    def queue_again(number, frame):
+        calls.append(number)
+        raise ending
+
+    before = signal.signal(signal.SIGUSR2, queue_again)
+    try:
+        yield calls
+        assert signal.getsignal(signal.SIGUSR2) is queue_again
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+ENDINGS = [SystemExit(122), submitit.core.utils.UncompletedJobError("timed-out too many times")]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_run_whose_time_is_up_saves_its_last_step(tmp_path, capsys, monkeypatch, ending):
+    from minia3.cli.submit import Worker
+
+    original = Group.update
+    updates = []
+
+    def update(group, rates):
+        updates.append(rates)
+        if len(updates) == 5:
+            running.kill_self(signal.SIGUSR2)
+            running.kill_self(signal.SIGUSR2)  # a second one changes nothing
+        original(group, rates)
+
+    monkeypatch.setattr(Group, "update", update)
+    path = write_study(tmp_path, steps=8)
+    words = ["study", str(path), "--only", "seed0-ia3", "--save-every", "100", "--run"]
+    with submitit_handler(ending) as calls, pytest.raises(type(ending)) as caught:
+        Worker(words)()
+    assert caught.value is ending
+    assert len(calls) == 1
+    folder = tmp_path / "runs" / "seed0-ia3"
+    assert capsys.readouterr().err == f"stopped; to continue: minia3 train --resume {folder}\n"
+    assert running.load_checkpoint(folder).n_steps == 5
+    assert Worker(words)() == 0
+    assert len(updates) == 8
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_worker_without_a_run_ends_at_once(tmp_path, monkeypatch, ending):
+    from minia3.cli.submit import Worker
+
+    def load(words):
+        running.kill_self(signal.SIGUSR2)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr("minia3.cli.submit.main", load)
+    with submitit_handler(ending) as calls, pytest.raises(type(ending)):
+        Worker([])()
+    assert len(calls) == 1
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path, capsys):
