@@ -17,12 +17,18 @@ DEVICES = {  # kind -> what it is; by default, a run takes the first one that th
     "cpu": "no GPU found",
 }
 
-# The limit of a container and what it uses, in the two versions of Linux's control groups.
+# The limit of a container, what it uses, and the parts of that, in the two versions of Linux's
+# control groups.
 CONTAINER_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory.current",
+        "/sys/fs/cgroup/memory.stat",
+    ),
     (
         "/sys/fs/cgroup/memory/memory.limit_in_bytes",
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
     ),
 )
 
@@ -144,10 +150,26 @@ def free_memory_of_system():
         for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
-    for limit, used in CONTAINER_FILES:
+    for limit, used, parts in CONTAINER_FILES:
         with suppress(OSError, ValueError):  # the file says "max" if there is no limit
-            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            n_used = int(Path(used).read_text()) - cached_files(Path(parts))
+            limits.append(int(Path(limit).read_text()) - n_used)
     return max(0, min(limits)) // n_on_machine() if limits else None
+
+
+def cached_files(path):
+    """Return the bytes of files that a container keeps in memory until a process needs the memory.
+
+    After a download they may fill the container up to its limit. MemAvailable counts them as free,
+    too. path: of memory.stat. Raise OSError or ValueError if it cannot be read.
+    """
+    sizes = {}
+    for line in path.read_text("utf-8").splitlines():
+        name, n_bytes = line.split()
+        sizes[name] = int(n_bytes)
+    # In version 1, the totals have the groups below, too, as what is used has.
+    prefix = "total_" if "total_active_file" in sizes else ""
+    return sizes.get(f"{prefix}active_file", 0) + sizes.get(f"{prefix}inactive_file", 0)
 
 
 def choose_dtype(config, device):

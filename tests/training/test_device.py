@@ -66,12 +66,20 @@ def test_cublas_is_told_to_be_deterministic_unless_the_user_has_told_it_more(mon
 def test_a_container_limits_the_memory_that_is_free(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     used = tmp_path / "memory.current"
-    monkeypatch.setattr(training_device, "CONTAINER_FILES", [(str(limit), str(used))])
+    parts = tmp_path / "memory.stat"
+    monkeypatch.setattr(training_device, "CONTAINER_FILES", [(str(limit), str(used), str(parts))])
+    parts.write_text("anon 100\n")
     cpu = torch.device("cpu")
     limit.write_text("5000\n")
     for n_used, n_free in ((2000, 3000), (5000, 0), (6000, 0)):
         used.write_text(f"{n_used}\n")
         assert free_memory(cpu) == n_free
+    # Files that were read stay in memory until somebody needs it, so this memory is free, too.
+    version_2 = "active_file 700\ninactive_file 1300\nshmem 50\n"
+    version_1 = "active_file 1\ninactive_file 2\ntotal_active_file 700\ntotal_inactive_file 1300\n"
+    for text in (version_2, version_1):
+        parts.write_text(text)
+        assert free_memory(cpu) == 1000
     limit.write_text("max\n")
     n_free = free_memory(cpu)
     assert n_free is None or n_free > 5000  # those of the machine
