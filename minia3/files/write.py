@@ -29,6 +29,7 @@ the new one. The protocol guards against a kill but not against a power failure,
 wait until the files are on the disk. (`replacing` waits.)
 """
 
+import errno
 import filecmp
 import json
 import os
@@ -48,23 +49,41 @@ WRITING = ".writing"  # the folder of files that are being written
 WRITTEN = ".written"  # the folder of files that are complete, and on their way to their places
 STALE_FILE = ".stale"  # in WRITTEN: the paths of the files to remove
 LOCK_FILE = ".lock"
+# A full disk, a quota, a limit on the size of a file, and a broken disk
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yields
+
+
+@contextmanager
+def naming_file(path):
+    """If the disk takes no more within the block, let the OSError name this path.
+
+    Python names a file that cannot be opened, but not one that cannot be written on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
 def replacing(path):
     """Yield a temporary path beside `path`, and rename it to `path` at the end.
 
-    If the block fails, `path` stays as it was.
+    If the block fails, `path` stays as it was. If the disk is full, the OSError names `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield temporary
-        with open(temporary, "r+b") as file:  # Windows syncs only what may be written
-            os.fsync(file.fileno())  # or a power failure could leave the name without the content
-        os.replace(temporary, path)
+        with naming_file(path):
+            yield temporary
+            with open(temporary, "r+b") as file:  # Windows syncs only what may be written
+                # Or a power failure could leave the name without the content.
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -99,7 +118,7 @@ def writing_folder(folder, replaces=()):
             move_into_place(folder)  # what a killed process had completed
             shutil.rmtree(hidden, ignore_errors=True)  # what a killed process had begun
             hidden.mkdir()
-            with disk_errors(folder):
+            with disk_errors(folder), naming_file(folder):
                 yield hidden
                 stale = stale_paths(folder, replaces, os.listdir(hidden))
                 (hidden / STALE_FILE).write_text(json.dumps(stale), encoding="utf-8")

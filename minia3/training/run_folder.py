@@ -20,8 +20,8 @@ from pathlib import Path
 
 from minia3 import __version__
 from minia3.files.lock import lock_folder, remove_lock
-from minia3.files.read import read_json
-from minia3.files.write import remove_leftovers, replacing, write_json
+from minia3.files.read import read_json, reading
+from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
@@ -251,19 +251,21 @@ def reopen_metrics(folder, n_bytes):
 
     n_bytes: how much of the file counts; a killed run has written what follows. Return how many
     bytes the file has then. A line that says why a cell failed is left out, because the run will
-    write it again.
+    write it again. Raise ValueError if the file is missing or damaged.
     """
     path = folder / "metrics.jsonl"
-    content = path.read_bytes()
-    if content[:n_bytes].endswith(b"\n"):  # or a killed call of this function has written the file
-        content = content[:n_bytes]
     lines = []
-    for text in content.decode().splitlines():
-        line = json.loads(text)
-        if line["event"] == "final":
-            line["event"] = "extended"
-        if line["event"] != "failed":
-            lines.append(json.dumps(line) + "\n")
+    with reading(path):
+        content = path.read_bytes()
+        # If not, a killed call of this function has written the file.
+        if content[:n_bytes].endswith(b"\n"):
+            content = content[:n_bytes]
+        for text in content.decode().splitlines():
+            line = json.loads(text)
+            if line["event"] == "final":
+                line["event"] = "extended"
+            if line["event"] != "failed":
+                lines.append(json.dumps(line) + "\n")
     with replacing(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     return path.stat().st_size
@@ -317,6 +319,6 @@ class Metrics:
         if self.path is None:
             return 0
         # Closed after each line, so that others can read it, and a kill does not lose it.
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_file(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         return self.path.stat().st_size

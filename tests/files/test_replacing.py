@@ -1,5 +1,6 @@
 """Guards `replacing` and `write_json`: a file is the old one or the new one, never half of it."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def test_json_that_is_written_halfway_leaves_the_old_file(tmp_path, monkeypatch)
     with pytest.raises(OSError):  # noqa: PT011
         write_json(file, {"a": 2})
     assert read_json(file) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("number", "is_named"), [(errno.ENOSPC, True), (errno.EFBIG, True), (errno.ECONNRESET, False)]
+)
+def test_what_the_disk_refuses_names_the_file(number, is_named, tmp_path):
+    file = tmp_path / "x.json"
+    with pytest.raises(OSError) as caught, replacing(file) as temporary:  # noqa: PT011, PT012
+        temporary.touch()
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).endswith(f": '{file}'") == is_named
 
 
 def test_a_new_file_is_on_the_disk_before_it_takes_the_name_of_the_old_one(tmp_path, monkeypatch):

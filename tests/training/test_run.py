@@ -618,7 +618,8 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    fails(recipe("adafactor", out), capsys, os.strerror(number), code=1)
+    named = f"{os.strerror(number)}: '{out / 'checkpoint.pt'}'"
+    fails(recipe("adafactor", out), capsys, named, code=1)
     monkeypatch.undo()
     assert sorted(p.name for p in out.iterdir()) == [
         ".lock",
@@ -663,6 +664,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
     log = tmp_path / "log"
     number = errno.EFBIG
     assert finish(start(recipe("adafactor", out), log, functools.partial(small_files, 4096))) == 1
-    assert log.read_text().splitlines()[-1] == f"train.py: [Errno {number}] {os.strerror(number)}"
+    expected = f"train.py: [Errno {number}] {os.strerror(number)}: '{out / 'checkpoint.pt'}'"
+    assert log.read_text().splitlines()[-1] == expected
     assert "Traceback" not in log.read_text()
     continues_as_if_it_had_not_stopped("adafactor", out)

@@ -422,6 +422,15 @@ def test_metrics_that_are_shorter_than_the_checkpoint_says_are_not_filled_up(tmp
     assert metrics(tmp_path) == [{"a": 1}, {"b": 2}]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_metrics_that_the_disk_refuses_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = Metrics(tmp_path, 0)
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        written.write(a=1)
+
+
 def test_the_lines_that_a_checkpoint_counts_are_on_the_disk_before_it(tmp_path, monkeypatch):
     synced = {}  # number of a file -> its bytes
     counted = []
