@@ -50,6 +50,9 @@ def exit_code_of(words, run_grid, program, is_program):
         raise
     except Stopped as stop:
         return 128 + stop.number
+    except KeyboardInterrupt:  # before the run takes signals, or while its trackers close
+        has_first_word(130)
+        return 130
     except (Failed, PeerGone, OSError, ValueError) as error:
         code = 2 if isinstance(error, ValueError) else 1
         if has_first_word(code):

@@ -14,7 +14,8 @@ import re
 import shutil
 
 from minia3.files.processes import is_first
-from minia3.files.read import one_line
+from minia3.files.read import one_line, reading
+from minia3.training.outcomes import read_metrics
 
 PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
 NOT_IN_MLFLOW = r"[^\w./ -]"  # characters that the name of a metric cannot have there
@@ -33,14 +34,12 @@ def start_trackers(config, folder):
     """Return the trackers of --log-to, which know all lines that metrics.jsonl already has.
 
     Of several processes, only the first one has trackers. Raise ValueError if a tracker cannot
-    start, for example without a login.
+    start, for example without a login, or if metrics.jsonl is damaged.
     """
     if config.log_to is None or not is_first():
         return []
-    lines = []
-    if (folder / "metrics.jsonl").exists():
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
+    with reading(folder):
+        lines = read_metrics(folder / "metrics.jsonl")
     trackers = []
     for name in config.log_to.split(","):
         try:

@@ -456,6 +456,18 @@ def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_when_it_is_made_lon
     assert [line["step"] for line in events(out, "train")] == [1, 10, 20, 30]
 
 
+@pytest.mark.parametrize("content", ['{"event": "bef', '{"event": "before"}\n{"ev\n'])
+def test_metrics_that_are_damaged_are_named_and_may_be_put_back(content, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    whole = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text(content)
+    fails(["--resume", out, "--steps", 6], capsys, f"{out / 'metrics.jsonl'}: ")
+    (out / "metrics.jsonl").write_text(whole)
+    assert extend(out, 6) == 0
+    assert metrics(out)[-1]["steps"] == 6
+
+
 @pytest.mark.parametrize(
     ("flags", "steps", "parts"),
     [

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import struct
 import sys
 from types import SimpleNamespace
@@ -314,6 +315,43 @@ def test_a_tracker_that_fails_while_a_run_is_resumed_does_not_end_it(tmp_path, c
     assert capsys.readouterr().out.count("Broken gets no more of this run") == 1
     assert received == metrics(out)
     assert metrics(out)[-1]["steps"] == 6
+
+
+def test_metrics_that_are_damaged_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    out = tmp_path / "run"
+    original = Group.update
+
+    def update(group, rates):
+        running.kill_self(signal.SIGINT)
+        original(group, rates)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "update", update)
+        assert run(words(out, steps=3, log_to="tensorboard")) == 130
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(["{" + lines[0][2:], *lines[1:]]))
+    fails(["--resume", out], capsys, f"{out}: metrics.jsonl, line 1: ")
+
+
+def test_ctrl_c_while_a_tracker_closes_is_no_traceback(tmp_path, capsys, monkeypatch):
+    class Uploading:
+        def __init__(self, config, folder):
+            pass
+
+        def write(self, line):
+            pass
+
+        def close(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Uploading)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    out = tmp_path / "run"
+    assert run(words(out, steps=3, log_to="wandb")) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    assert resume(out) == 0  # it is finished, and its folder is not locked
 
 
 def test_a_mistake_before_the_first_evaluation_leaves_no_files_of_tensorboard(
