@@ -20,7 +20,7 @@ from minia3.cli.arguments import (
     warn_if_endless,
 )
 from minia3.cli.terminal import show
-from minia3.files.processes import first_goes_first, is_first
+from minia3.files.processes import first_goes_first, is_first, n_processes
 
 TITLE = "Label the rows of a file, or continue them"
 EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
@@ -90,6 +90,7 @@ def run(args):
     from minia3.inference.prediction import follow, write_results
 
     check_out(args)
+    check_pipe(args.file)
     with first_goes_first():  # because these write and download
         finish_adapters(args.adapter)
         check_adapter(args.adapter)
@@ -117,6 +118,16 @@ def check_out(args):
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
+
+
+def check_pipe(path):
+    """Raise ValueError if several processes would read one pipe: each would get other rows."""
+    is_pipe = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    if is_pipe and n_processes() > 1:
+        raise ValueError(
+            f"{path} is a pipe, and each of {n_processes()} processes would read a part of it: "
+            "write the rows to a file first"
+        )
 
 
 def finish_adapters(path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 from command_line import failure, output
@@ -443,3 +444,13 @@ def test_peft_ignores_the_task_beside_its_files(labeled, tmp_path):
     assert n_entries == sum(vector.numel() for vector in minia3.vectors(ours).values())
     name = "base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l.default"
     assert theirs[name].flatten().tolist() == ours.encoder.blocks[0].attn.l_k.scale[0].tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_several_processes_do_not_read_one_pipe(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("minia3.cli.predict.n_processes", lambda: 2)
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    assert f"{pipe} is a pipe, and each of 2" in failure(capsys, "predict", model("t5"), pipe)
+    nowhere = tmp_path / "nowhere.jsonl"
+    assert "nowhere.jsonl" in failure(capsys, "predict", model("t5"), nowhere)
