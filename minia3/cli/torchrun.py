@@ -6,11 +6,13 @@ whatever that of the process is. A process cannot change this, so this command c
 
 import logging
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 
 from minia3.files.read import one_line
+from minia3.files.streams import print_error
 
 TITLE = "Start a run in several processes, with torchrun's flags"
 EXAMPLE = "minia3 torchrun --nproc-per-node 4 train.py --model t5-base --task rte"
@@ -27,6 +29,7 @@ def add_arguments(parser):
 
 def run(args):
     """Return the exit code of the process that failed first, or 0. A signal n is 128 + n."""
+    from torch.distributed import DistNetworkError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -38,14 +41,33 @@ def run(args):
         with without_logging():
             torchrun.run(options)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print_error(f"minia3: torchrun: {describe_end(rank, -failure.exitcode)}")
+            return 128 - failure.exitcode
+        return failure.exitcode
     except SignalException as stop:
         return 128 + stop.sigval
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise OSError(
+            "torchrun: its port is in use, perhaps by another run on this machine: give "
+            "--standalone, which takes a free one, or another --master-port"
+        ) from None
     except RendezvousError as error:
         reason = one_line(error.__cause__ or error)
         raise OSError(f"torchrun: the machines of this run do not meet: {reason}") from None
     return 0
+
+
+def describe_end(rank, number):
+    """Return that a signal has ended a process, which could not say so itself.
+
+    The other processes only know that it is gone, or that torchrun has told them to stop.
+    """
+    text = f"process {rank} was ended by signal {number} ({signal.strsignal(number)})"
+    return f"{text}, as the system does if memory runs out" if number == signal.SIGKILL else text
 
 
 def check_script(options):

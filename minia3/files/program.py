@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 
+from minia3.files.processes import is_alone_or_first
+
 # Parameters of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD = -1  # how much free memory at the end of the heap goes back to the system
 M_MMAP_THRESHOLD = -3  # from which size on a block has pages of its own, which go back when freed
@@ -34,7 +36,8 @@ def begin(program):
     def interrupt(number, frame):
         if is_importing(frame):
             # No exception, because a module that is half imported could turn it into another one.
-            os.write(2, f"{program}: stopped\n".encode())
+            if is_alone_or_first():  # Ctrl-C reaches all processes of torchrun
+                os.write(2, f"{program}: stopped\n".encode())
             os._exit(128 + number)
         raise KeyboardInterrupt
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import logging
+import signal
+import socket
 
 import pytest
 import running
@@ -117,8 +119,37 @@ def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == expected
 
 
+def test_a_port_that_another_run_uses_is_one_line(capsys, tmp_path):
+    script = tmp_path / "script.py"
+    script.touch()
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        words = ["--nproc-per-node", "2", "--master-port", port, str(script)]
+        assert main(["torchrun", *words]) == 1
+    assert capsys.readouterr().err.startswith("minia3: torchrun: its port is in use, perhaps by")
+
+
 def test_what_torchrun_starts_decides_about_the_exit_code(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.exit(int(sys.argv[1]))")
     assert several.call(1, script, 3) == (3, "", "")
     assert several.call(1, script, 0) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (signal.SIGKILL, "signal 9 (Killed), as the system does if memory runs out"),
+        (signal.SIGSEGV, "signal 11 (Segmentation fault)"),
+    ],
+)
+def test_a_process_that_a_signal_has_ended_is_named(number, text, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, sys, time
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), int(sys.argv[1]))
+time.sleep(60)
+""")
+    expected = f"minia3: torchrun: process 1 was ended by {text}\n"
+    assert several.call(2, script, int(number)) == (128 + number, "", expected)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from minia3 import __main__ as entry
+from minia3.files.processes import VARIABLES
 from minia3.files.program import (
     KEPT,
     M_MMAP_THRESHOLD,
@@ -48,7 +49,11 @@ def test_ctrl_c_outside_of_an_import_is_as_usual():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_within_an_import_ends_the_process_with_one_line(monkeypatch):
+@pytest.mark.parametrize(("rank", "n_lines"), [(0, 1), (1, 0)])
+def test_ctrl_c_within_an_import_ends_the_process_with_one_line(rank, n_lines, monkeypatch):
+    for name in VARIABLES:  # Ctrl-C reaches all processes that torchrun has started
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("RANK", str(rank))
     begin("program")
     written = []
 
@@ -61,7 +66,7 @@ def test_ctrl_c_within_an_import_ends_the_process_with_one_line(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.code == 130
-    assert written == [(2, b"program: stopped\n")]
+    assert written == [(2, b"program: stopped\n")] * n_lines
 
 
 def test_python_passes_over_all_objects_when_the_program_ends():

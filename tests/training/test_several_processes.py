@@ -62,7 +62,8 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
     code, _, err = process.finish()
     assert time.monotonic() - began < 20
     assert code == 128 + signal.SIGKILL
-    assert err.count("\n") == 1
+    assert err.count("\n") == 2
+    assert f"minia3: torchrun: process {rank} was ended by signal 9 (Killed)" in err
     assert f"to continue: torchrun --nproc-per-node 2 train.py --resume {folder}" in err
     assert running.load_checkpoint(folder).n_steps >= (5 if rank == 0 else 10)
 
