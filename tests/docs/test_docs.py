@@ -47,6 +47,7 @@ OTHER_FLAGS = {
     "--encode-once",
     "--no-deps",
     "--nproc-per-node",  # torchrun
+    "--standalone",
     "--model-path",  # SGLang
     "--outfile",  # llama.cpp
     "--local-dir",
