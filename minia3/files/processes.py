@@ -81,6 +81,9 @@ def join():
         )
     rendezvous = torch.distributed.rendezvous("env://", timeout=FOREVER)
     store, _process.rank, _process.n_processes = next(rendezvous)
+    # With --max-restarts, torchrun starts all processes again, but what they said before is kept.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
     _process.store = torch.distributed.PrefixStore("minia3", store)
     with meeting():
         # torch chooses gloo for tensors on the CPU, and what suits the accelerator for its own.
@@ -335,5 +338,5 @@ def close_connections():
     """Let the other processes find out that this one is gone."""
     import torch.distributed
 
-    with suppress(RuntimeError, ValueError):
+    with suppress(AssertionError, RuntimeError, ValueError):  # the first: they have never met
         torch.distributed.destroy_process_group()

@@ -71,6 +71,33 @@ def test_a_process_that_dies_ends_the_run_within_seconds(rank, uninterrupted, tm
     assert running.outcome(folder) == running.outcome(uninterrupted)
 
 
+# One process dies, the other one says so, and torchrun starts both again.
+DIES_ONCE = """
+import os, signal, sys
+from minia3.files.processes import PeerGone, gathered, has_first_word, join, leave, rank
+
+join()
+if rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+code = 0
+try:
+    ranks = gathered(rank())
+except PeerGone:
+    code = 1
+if code == 1 or rank() == 0:
+    print("gone" if code else ranks, has_first_word(code), flush=True)
+sys.exit(leave(code))
+"""
+
+
+def test_processes_that_torchrun_starts_again_do_not_hear_those_before_them(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DIES_ONCE)
+    code, out, err = several.call_python(2, "--max-restarts", "1", script)
+    assert code == 0, err
+    assert out.splitlines()[-1] == "[0, 1] True"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_processes_at_the_same_step(number, uninterrupted, tmp_path):
     folder = tmp_path / "run"
