@@ -70,10 +70,13 @@ class _WithGradient(torch.autograd.Function):
         n_at_once = len(x_TD)
         if x_TD.device.type == "cpu":
             n_at_once = max(1, CACHED_LOGITS // len(head_VD))
-        parts = zip(logits_TV.split(n_at_once), target_T.split(n_at_once), strict=True)
-        logp_T = torch.cat([replace_with_gradient(logits, target) for logits, target in parts])
+        target_T1 = target_T.unsqueeze(1)
+        logp_T1 = torch.empty_like(target_T1, dtype=wide_dtype(x_TD))
+        parts = [tensor.split(n_at_once) for tensor in (logits_TV, target_T1, logp_T1)]
+        for logits, target, logp in zip(*parts, strict=True):
+            replace_with_gradient(logits, target, logp)
         ctx.save_for_backward(logits_TV @ head_VD)
-        return logp_T
+        return logp_T1.squeeze(1)
 
     @staticmethod
     @once_differentiable
@@ -82,17 +85,19 @@ class _WithGradient(torch.autograd.Function):
         return (grad_T.unsqueeze(1) * gradient_TD).to(gradient_TD.dtype), None, None
 
 
-def replace_with_gradient(logits_TV, target_T):
-    """Return (T,): log p(t). Overwrite the logits with its gradient, because they are so large."""
+def replace_with_gradient(logits_TV, target_T1, logp_T1):
+    """Write log p(t) into logp_T1, and its gradient over the logits, because they are so large."""
     logp_TV = widen(logits_TV).log_softmax(dim=-1)
-    target_T1 = target_T.unsqueeze(1)
-    logp_T1 = logp_TV.gather(1, target_T1)
-    grad_TV = logp_TV.exp_().neg_()
-    grad_TV.scatter_(1, target_T1, -logp_T1.expm1())  # 1 - p of the targets
-    logits_TV.copy_(grad_TV)
-    return logp_T1.squeeze(1)
+    torch.gather(logp_TV, 1, target_T1, out=logp_T1)
+    torch.mul(logp_TV.exp_(), -1, out=logits_TV)  # unlike torch.neg, this casts to 16 bits
+    one_minus_p_T1 = -logp_T1.expm1()
+    logits_TV.scatter_(1, target_T1, one_minus_p_T1.to(logits_TV.dtype))
 
 
 def widen(x):
     """Return x in float32, or in its own dtype if that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
+
+
+def wide_dtype(x):
+    return torch.promote_types(x.dtype, torch.float32)
