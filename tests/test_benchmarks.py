@@ -102,7 +102,7 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
     assert {row["floor_of"] for row in rows.values() if "floor" in row} == {
         "roof",
         "products",
-        "import of torch",
+        "import of torch, mapping the weights",
         "reading the tensors",
         "making a tensor",
         "copying the files",
