@@ -362,7 +362,10 @@ def adapter_numbers(adapter, n_examples):
 
 
 def as_numbers(adapter):
-    """Return the argument `adapter` of `start` as a tensor. Raise ValueError if it is no number."""
+    """Return the argument `adapter` of `start` as a tensor.
+
+    Raise ValueError if there is anything but numbers in it.
+    """
     try:
         return torch.as_tensor(adapter)
     except (TypeError, ValueError, RuntimeError):  # such as the names of adapters

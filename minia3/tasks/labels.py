@@ -167,11 +167,11 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
 
 
 def describe_no_labels(values: Iterable) -> str:
-    """Return what the values of a column are, none of which is a label, and what was expected."""
+    """Explain why there are no labels in a column: it is empty, or the first value is not one."""
     for value in values:
         try:
             label_text(value)
-        except ValueError as error:  # all rows may have lists of labels
+        except ValueError as error:  # such as a list of several labels
             return f"{value!r:.40}, {error}"
     return "empty in every row, expected labels"
 
