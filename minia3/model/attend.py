@@ -1,8 +1,8 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
 PyTorch computes it (`F.scaled_dot_product_attention`), except in two cases on a CPU. A padded batch
-of long rows is computed row by row, without its padding. A single query of 16-bit floats, for which
-decoding asks, is written out, because PyTorch's kernel is slow at it.
+of long rows is computed row by row, without its padding. A single query per row in 16 bits, which
+is what decoding has, is computed by plain products, because PyTorch's kernel is slow at it.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
 per key/value head (H / G), K head width.
@@ -19,9 +19,9 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
     dtype of the queries, because on a CPU another dtype is silently misread. Its `is_causal` asks
     for PyTorch's causal mask, which is right only if L = M.
     """
-    bias_BHLM = context.bias_BHLM
     if can_attend_by_rows(context):
         return attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale)
+    bias_BHLM = context.bias_BHLM
     if is_decoding_on_cpu(q_BHLK, dropout):
         return attend_with_one_query(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, scale)
     return fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, context.is_causal, dropout, scale)
@@ -29,8 +29,9 @@ def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
 
 def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     """Return what `attend` returns, by PyTorch's own function."""
+    # An `if`, because an older torch.compile does not take a comparison of sizes as a bool.
     has_groups = False
-    if q_BHLK.shape[1] != k_BGMK.shape[1]:  # which an older torch.compile takes only in an `if`
+    if q_BHLK.shape[1] != k_BGMK.shape[1]:
         has_groups = True
     return F.scaled_dot_product_attention(
         q_BHLK,
@@ -55,7 +56,7 @@ def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
     """Return what `attend` returns for a batch whose row b has lengths[b] real tokens, L = M.
 
     The padding gets zeros, and takes no time. On a CPU, long rows take about as long one by one as
-    at once; so this is not for short rows (see packing.py).
+    all at once. Short rows take longer, so they are not computed in this way (see packing.py).
     """
     n_rows, _, n_columns, _ = q_BHLK.shape
     biases = [None] * n_rows
@@ -74,7 +75,7 @@ def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
 
 
 def is_decoding_on_cpu(q_BHLK, dropout):
-    """Return whether this is the case that is written out. (It has no dropout and no gradient.)"""
+    """Return whether plain products are faster. (They know no dropout and no gradient.)"""
     is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
     is_one_query = q_BHLK.shape[2] == 1
     is_16_bit = q_BHLK.dtype.itemsize == 2

@@ -116,7 +116,7 @@ class FeedForward(nn.Module):
 
     Gated: Shazeer 2020, arXiv 2002.05202. (W_gate has this name even if it gates nothing.) l_ff
     scales the input of the down projection, the only place that is right for ReLU, GEGLU and SwiGLU
-    alike: before a ReLU it is another function if an entry is negative, and some trained ones are.
+    alike: scaling before a ReLU differs if an entry is negative, and some trained entries are.
     """
 
     def __init__(self, d_model, d_ff, activation, gated, dropout, n_adapters):

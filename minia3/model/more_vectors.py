@@ -45,6 +45,18 @@ def choose_vectors(model, sites, layers, cross=True):
     layers has no vectors, if `layers` has another form, or if there is no cross-attention to leave
     out.
     """
+    chosen = matching_names(model, sites, layers, cross)
+    add_vectors(model, chosen)
+    trained = {}
+    for name, vector in vectors(model).items():
+        vector.requires_grad_(name in chosen)
+        if name in chosen:
+            trained[name] = vector
+    return trained
+
+
+def matching_names(model, sites, layers, cross):
+    """Return the names of the vectors that `choose_vectors` lets train. Raise its errors."""
     spans = parse_layers(layers)
     check_spans(model, spans)
     asked_sites = sites.split(",")
@@ -71,14 +83,7 @@ def choose_vectors(model, sites, layers, cross=True):
         raise ValueError(f"{found} {','.join(missing)!r}; {expected}")
     if not cross and not has_cross:
         raise ValueError("--no-cross is for models with cross-attention, and this one has none")
-
-    add_vectors(model, chosen)
-    trained = {}
-    for name, vector in vectors(model).items():
-        vector.requires_grad_(name in chosen)
-        if name in chosen:
-            trained[name] = vector
-    return trained
+    return chosen
 
 
 def check_spans(model, spans):

@@ -17,9 +17,9 @@ class Packing:
 
     mask_BL: bool, True = real. It stays on the CPU, because there `nonzero` waits for no GPU.
 
-    Positions are counted through the whole batch, and each occurs once, so both backward passes are
-    plain copies. The backward pass of x[rows, columns] would accumulate, for which a GPU sorts the
-    indices.
+    Positions are counted through the whole batch, and each occurs once, so the backward passes of
+    `pack` and `unpack` are plain copies. The backward pass of x[rows, columns] would accumulate,
+    for which a GPU sorts the indices.
     """
 
     def __init__(self, mask_BL, device):

@@ -100,9 +100,9 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight_D, None
 
 
-# Added to each entry of a vector, so that none is 0, because the backward pass divides by it. The
-# results differ by less than 1e-18 of what was scaled, and in bfloat16 and float32 mostly not at
-# all.
+# What `scale_keeping_result` adds to each entry of a vector, so that no entry is 0, because the
+# backward pass divides by it. The results differ by less than 1e-18 of what was scaled, and in
+# bfloat16 and float32 mostly not at all.
 TINY = 2.0**-60
 
 
@@ -133,11 +133,11 @@ class _Scaled(torch.autograd.Function):
     @once_differentiable  # otherwise second derivatives would silently be wrong
     def backward(ctx, grad_BLD):
         out_BLD, l_BD = ctx.saved_tensors
-        summed = 1
+        axes = (1,)
         if len(l_BD) == 1:  # one row for the whole batch
-            summed = (0, 1)
+            axes = (0, 1)
         wide = torch.promote_types(l_BD.dtype, torch.float32)
-        grad_l = (grad_BLD * out_BLD).sum(summed, dtype=wide) / l_BD
+        grad_l = (grad_BLD * out_BLD).sum(axes, dtype=wide) / l_BD
         return grad_BLD * l_BD.unsqueeze(1), grad_l
 
 
@@ -148,6 +148,8 @@ def recompute_blocks(blocks):
 
 
 def _recomputed_forward(forward):
+    """Return a function that does what `Block.forward` does, and keeps less."""
+
     def run(x, context, cache, kv_only=False):
         if not torch.is_grad_enabled():
             return forward(x, context, cache, kv_only)

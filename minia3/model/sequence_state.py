@@ -32,7 +32,7 @@ from minia3.model.adapter_rows import find_rows
 from minia3.model.packing import NO_PACKING
 from minia3.model.to_device import to_device
 
-# Numbers that a bias of attention may have: 4 GB in float32. It grows with the square of a length.
+# The most entries of a bias of attention: 4 GB in float32. They grow with the square of a length.
 MAX_BIAS = 1 << 30
 
 SPARE_COLUMNS = 64  # that a cache gets when it grows, so that most steps copy nothing
@@ -245,7 +245,11 @@ class State:
 class Selection:
     """The indices of the rows rows_R in a state's tensors, and of the columns that they see.
 
-    They are computed on the CPU, so that nothing waits for a GPU, and copied once for all blocks.
+    A tensor may have fewer rows than the state: then each of them serves several rows of the state,
+    which share a source or a row of the caches.
+
+    The indices are computed on the CPU, so that nothing waits for a GPU, and copied once for all
+    blocks.
     """
 
     def __init__(self, state, rows_R):
@@ -292,10 +296,10 @@ def columns_of_rows(owner_M, n_sharing):
 
 
 def rows_that_serve(rows_R, n_served):
-    """Return the rows to take of a tensor in which each row serves `n_served` rows of the state.
+    """Return which rows of a tensor serve rows_R, if each of them serves `n_served` rows.
 
     If rows_R again consists of runs of `n_served` rows with one source, each source is returned
-    once, so that beams go on sharing it.
+    once, so that beams go on sharing it. Otherwise a row is returned for each of rows_R.
     """
     source_R = rows_R // n_served
     first_of_each = source_R[::n_served]

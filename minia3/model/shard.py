@@ -14,6 +14,7 @@ gets rows of another block, or waits forever, and no error says so. So all proce
 same passes, in the same order. Before each pass, they compare how many they have made.
 """
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Shards(NamedTuple):
 
         The last processes may hold fewer rows, or none.
         """
-        n_each = -(-n_rows // self.mesh.size())
+        n_each = math.ceil(n_rows / self.mesh.size())
         first = min(self.mesh.get_local_rank() * n_each, n_rows)
         return slice(first, min(first + n_each, n_rows))
 

@@ -41,7 +41,7 @@ def fast_products(n_rows, weight):
 
 def is_faster_without_onednn(n_rows, weight):
     is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    # The switch is one for the whole process, and would make the products of other threads slow.
+    # The switch is for the whole process, and would make the products of other threads slow.
     names = [thread.name for thread in threading.enumerate()]
     is_alone = sum(name not in HARMLESS_THREADS for name in names) == 1
     return HAS_FAST_PRODUCT and n_rows == 1 and is_on_cpu and is_alone

@@ -85,7 +85,7 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            cache.read_cross_kv()  # which makes it, if `T5.start` has left that for now
+            cache.read_cross_kv()  # makes them, if `T5.start` has put this off (`cross_cache`)
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
             x = block(x, context, cache)
@@ -134,6 +134,23 @@ def distance_bucket(distance_LM, is_bidirectional, n_buckets, max_distance):
     return first_bucket + torch.where(distance_LM < n_exact, distance_LM, far_LM)
 
 
+def cross_cache(cross, memory, context):
+    """Return a Cache with the keys and values that cross-attention makes of the encoder's output.
+
+    With gradients, they are made just before their block runs. The backward pass goes the other
+    way, so it holds the gradients of one block's keys and values at a time, and not those of all
+    blocks.
+    """
+    make_cross_kv = functools.partial(cross.kv, memory, context)
+    if not torch.is_grad_enabled():
+        # contiguous, because every step of decoding reads them
+        return Cache(cross_kv=tuple(x.contiguous() for x in make_cross_kv()))
+    # All steps share them, also those of states that are made from this one. So they are made once,
+    # and have gradients even if the first step has none.
+    with_gradients = torch.enable_grad()(make_cross_kv)
+    return Cache(make_cross_kv=functools.cache(with_gradients))
+
+
 class T5(nn.Module):
     def __init__(self, config, n_adapters=1):
         super().__init__()
@@ -172,18 +189,7 @@ class T5(nn.Module):
         distance_MM = position_M - position_M[:, None]
         memory = self.encoder(packing.pack(x), context, distance_MM)
 
-        caches = []
-        for block in self.decoder.blocks:
-            make_cross_kv = functools.partial(block.cross.kv, memory, context)
-            if torch.is_grad_enabled():
-                # Make a block's keys and values just before the block runs. The backward pass goes
-                # the other way, so it holds the gradients of one block's keys and values at a time,
-                # and not those of all blocks. All steps share them, also those of states that are
-                # made from this one, so they have gradients even if the first step has none.
-                with_gradients = torch.enable_grad()(make_cross_kv)
-                caches.append(Cache(make_cross_kv=functools.cache(with_gradients)))
-            else:  # contiguous, because every step of decoding reads them
-                caches.append(Cache(cross_kv=tuple(x.contiguous() for x in make_cross_kv())))
+        caches = [cross_cache(block.cross, memory, context) for block in self.decoder.blocks]
         return State(
             start=torch.full_like(source[:, :1], self.config.start_id),
             adapter_B=adapter_B,

@@ -1,8 +1,8 @@
 """Log-probabilities of target tokens, from what the head reads, without keeping a logit.
 
-With a vocabulary of 32,000 to 256,000 tokens, no tensor of a step would be as large as the logits
-of long targets. So they are computed for some tokens at a time, and training keeps none of them for
-the backward pass:
+A vocabulary has 32,000 to 256,000 tokens, so the logits of long targets would be the largest tensor
+of a step. So they are computed for some tokens at a time, and training keeps none of them for the
+backward pass:
 
     z = W x                                  the logits of one token, from the head's weight W
     log p(t) = z_t - log sum_v exp(z_v)      the log-probability of the target t
@@ -28,11 +28,11 @@ from minia3.model.recompute import recompute
 # for the weights of the head.
 MAX_LOGITS = 1 << 24
 
-# On a CPU fewer: 16 MB in float32. When a block of 32 MB or more is freed, the C library gives it
-# back to the system, and the next part would wait for new, zeroed pages.
+# The same on a CPU: 16 MB in float32. When a block of 32 MB or more is freed, the C library gives
+# it back to the system, and the next part would wait for new, zeroed pages.
 MAX_LOGITS_ON_CPU = 1 << 22
 
-# Of these, a CPU turns as many at once into gradients as stay in its caches: 1 MB in float32.
+# Logits that a CPU turns into gradients at once, so that they stay in its caches: 1 MB in float32.
 CACHED_LOGITS = 1 << 18
 
 
