@@ -57,7 +57,7 @@ def device_lines(name, model_config, devices, batch, length):
     name: what --model is given. devices: a Devices. The base is divided if that is asked for, or if
     a device cannot hold it, as in a run.
     """
-    n_examples = -(-batch // devices.n_devices)  # of the device that has the most
+    n_examples = math.ceil(batch / devices.n_devices)  # of the device that has the most
     shape = recipe_shape(n_examples, length)
     plan = Plan(model_config, DTYPE, devices.quantize)
     n_shards = choose_shards(plan, devices, shape)

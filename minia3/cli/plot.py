@@ -6,6 +6,7 @@ learned-NAME      the entries of one (IA)^3 adapter, layer by layer
 similarity-MODEL  how alike the adapters of a model are
 """
 
+import math
 import os
 import re
 import textwrap
@@ -186,7 +187,7 @@ def draw_accuracy(figure, rows):
     labels = [row_label(row, names) for row in rows if row.method != COMMONEST]
     tasks = list(rows[0].cells)
     n_columns = min(len(tasks), N_PANELS)
-    n_rows = -(-len(tasks) // n_columns)
+    n_rows = math.ceil(len(tasks) / n_columns)
     n_lines = sum(label.count("\n") + 1.5 for label in labels)
     figure.set_figheight(n_rows * (PANEL_HEIGHT + LINE_HEIGHT * n_lines) + LEGEND_HEIGHT)
     figure.set_figwidth(max(SIZE[0], LABEL_INCHES + n_columns * PANEL_WIDTH))

@@ -12,6 +12,7 @@ Two rules make several processes one program:
   find it gone, and end, too. So no call has a timeout: a download may take hours.
 """
 
+import math
 import os
 import signal
 import threading
@@ -245,7 +246,7 @@ def share(items):
     if not _process.is_dividing:
         return items
     mine = items[_process.rank :: _process.n_processes]
-    n_most = -(-len(items) // _process.n_processes)
+    n_most = math.ceil(len(items) / _process.n_processes)
     if _process.n_per_copy > 1 and len(mine) < n_most:
         mine = [*mine, items[-1]]
     return mine
