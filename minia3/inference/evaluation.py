@@ -18,8 +18,6 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
 Shapes: N examples, C choices.
 """
 
-from bisect import bisect_left
-
 import numpy as np
 
 from minia3.inference.decoding import generate
@@ -30,7 +28,6 @@ from minia3.inference.metrics import (
     area_under_curve,
     check_metric,
     inverse_perplexity,
-    is_text_metric,
     perplexity,
 )
 from minia3.inference.scoring import (
@@ -41,7 +38,7 @@ from minia3.inference.scoring import (
 )
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
-from minia3.tasks.prompts import in_context, render
+from minia3.tasks.prompts import count_fitting, in_context, render
 
 # These may differ from prompt to prompt.
 COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_ends_cut")
@@ -80,15 +77,15 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
 
     check_labels(rows)
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
-    are_texts = is_text_metric(metric)
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=are_texts)
+    are_choices = metric in CHOICE_METRICS
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not are_choices)
     check_targets(metric, rows, rendered)
-    if metric in TEXT_METRICS:  # the model reads only the source
-        read = [example._replace(targets=[]) for example in examples]
+    if metric in TEXT_METRICS:
+        sources = [example._replace(targets=[]) for example in examples]
+        check_examples(rows, sources, model, tokenizer)  # the model does not read the targets
     else:
-        examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, not are_texts)
-        read = examples
-    check_examples(rows, read, model, tokenizer)
+        examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, are_choices)
+        check_examples(rows, examples, model, tokenizer)
 
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
@@ -212,11 +209,14 @@ def commonest_share(metric, right_N):
     return float(CHOICE_METRICS[metric](np.full_like(right_N, commonest), right_N))
 
 
-# Parts
+# Shots, answers and averages
 
 
 def with_shots(rows, prompt, shots, tokenizer, max_length):
-    """Return each row with a prompt that begins with the shots that fit, and their numbers."""
+    """Return a list of (row, prompt that begins with the shots that fit), and how many they are.
+
+    The second result is a list, too: the number of shots of each row.
+    """
     # A shot has at least one token, so more than max_length shots never fit.
     prompts = in_context(prompt, shots[:max_length])
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
@@ -233,8 +233,7 @@ def most_shots(row, prompts, tokenizer, max_length):
     def is_too_long(n):
         return len(tokenizer.encode(render(prompts[n], row).input)) > max_length
 
-    # The position of the first number (1, 2, ...) that is too long is the number of shots that fit.
-    return bisect_left(range(1, len(prompts)), True, key=is_too_long)
+    return count_fitting(len(prompts) - 1, is_too_long)
 
 
 def write_answers(model, tokenizer, examples, shots, max_new_tokens, options):

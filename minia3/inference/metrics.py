@@ -148,11 +148,6 @@ def inverse_perplexity(logp_N, n_tokens_N):
     return math.exp(float(logp_N.sum() / n_tokens_N.sum()))
 
 
-def is_text_metric(metric):
-    """Return whether a metric is about texts to write, and not about choices to pick from."""
-    return metric not in CHOICE_METRICS
-
-
 def check_metric(metric):
     """Raise ValueError if there is no such metric."""
     names = (*CHOICE_METRICS, *TEXT_METRICS, INVERSE_PERPLEXITY)

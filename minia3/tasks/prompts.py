@@ -186,9 +186,9 @@ def rename_field(text: str, names: Iterable[str], new_name: str) -> str:
         parts.append(escape(literal))
         if found is not None:
             root = root_of(found)
-            rest = found[len(root) :]
-            kept = new_name if root in names else root
-            parts.append(f"{{{kept}{rest}}}")
+            items = found[len(root) :]
+            field = new_name if root in names else root
+            parts.append(f"{{{field}{items}}}")
     return "".join(parts)
 
 
@@ -286,10 +286,17 @@ def cut_field(
     def is_too_long(n_words):
         return len(encode(render(cut_to(n_words), row).input)) > max_length
 
-    # In the range 1, 2, ... the position of the first length that is too long is the last length
-    # that fits.
-    n_fitting = bisect_left(range(1, len(words)), True, key=is_too_long)
+    n_fitting = count_fitting(len(words) - 1, is_too_long)
     return cut_to(max(n_fitting, 1))
+
+
+def count_fitting(n_most: int, is_too_long: Callable[[int], bool]) -> int:
+    """Return the largest n from 1 to `n_most` that is not too long, or 0 if all of them are.
+
+    If an n is too long, so must be each larger one.
+    """
+    # In the range 1, 2, ... the index of the first n that is too long is the last n that fits.
+    return bisect_left(range(1, n_most + 1), True, key=is_too_long)
 
 
 def keep_ends(words: list[str], n_words: int) -> str:

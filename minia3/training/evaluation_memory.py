@@ -15,7 +15,7 @@ from heapq import nlargest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minia3.inference.metrics import TEXT_METRICS, is_text_metric
+from minia3.inference.metrics import CHOICE_METRICS, TEXT_METRICS
 from minia3.model.shard import is_sharded
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import fit_all_targets
@@ -65,11 +65,12 @@ def shape_of_evaluation(group):
             longest = nlargest(config.eval_batch_size, rows, key=lambda row: len(repr(row)))
             for prompt in assignment.eval_prompts:
                 pairs = [(row, prompt) for row in longest]
-                are_texts = is_text_metric(assignment.task.metric)
-                _, examples, _ = encode_rows(pairs, group.tokenizer, config.max_length, are_texts)
+                are_choices = assignment.task.metric in CHOICE_METRICS
+                has_end = not are_choices
+                _, examples, _ = encode_rows(pairs, group.tokenizer, config.max_length, has_end)
                 if assignment.task.metric not in TEXT_METRICS:
                     limit = config.max_target_length
-                    examples, _ = fit_all_targets(longest, examples, limit, not are_texts)
+                    examples, _ = fit_all_targets(longest, examples, limit, are_choices)
                 shape = larger(shape, shape_of_batch(examples, assignment, config))
     return shape
 
