@@ -75,10 +75,12 @@ def join(batch: Batch) -> Texts:
     """
     ids_BS = torch.cat((batch.source_BM, batch.target_BCL[:, 0]), dim=1)
     is_scored_BL = batch.target_mask_BCL[:, 0]
+    # Sums from the right: how many scored tokens there are from each place to the end.
     n_still_scored_BL = is_scored_BL.flip(1).cumsum(1).flip(1)
     is_real_BS = torch.cat((batch.mask_BM, n_still_scored_BL > 0), dim=1)
     is_scored_BS = torch.cat((torch.zeros_like(batch.mask_BM), is_scored_BL), dim=1)
 
+    # Move the padding between a source and its target to the end of the text.
     longest = int(is_real_BS.sum(dim=1).max())
     real_first_BS = is_real_BS.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     return Texts(*(x.gather(1, real_first_BS) for x in (ids_BS, is_real_BS, is_scored_BS)))

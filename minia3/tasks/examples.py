@@ -73,14 +73,16 @@ def encode_question(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Ex
 def encode_chat(row: dict, tokenizer, max_length: int) -> tuple[Rendered, Example, bool]:
     """Encode a row of messages within `max_length` tokens, and return whether it was cut.
 
-    The source is everything before the first turn of the assistant, and the target is the rest, in
-    which only turns of the assistant are scored. So the model reads the whole conversation once.
+    The source is everything before the first turn of the assistant, and the target is what follows,
+    up to the last token of the assistant. In it, only turns of the assistant are scored. So the
+    model reads the whole conversation once.
 
     Raise ValueError if the conversation does not fit, or the template does not allow it.
     """
     (ids, is_scored), was_cut = fit_chat(row, tokenizer, max_length)
     first = max(is_scored.index(True), 1)  # nothing comes before the very first token to predict it
-    end = len(ids) - is_scored[::-1].index(True)
+    n_after_last = is_scored[::-1].index(True)
+    end = len(ids) - n_after_last
     example = Example(ids[:first], [ids[first:end]], 0, is_scored[first:end])
     rendered = Rendered(tokenizer.decode(example.source), [tokenizer.decode(ids[first:end])], 0)
     return rendered, example, was_cut

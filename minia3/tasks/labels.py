@@ -308,11 +308,12 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
         if isinstance(value, str) and not are_numbers and text in words:
             check_position(text, index, words, field)
         return index
-    keys = list(map(fold, words))
-    if not are_numbers and text in words:
-        return words.index(text)
-    if not are_numbers and text and fold(text) in keys:
-        return keys.index(fold(text))
+    if text and not are_numbers:
+        keys = list(map(fold, words))
+        if text in words:
+            return words.index(text)
+        if fold(text) in keys:
+            return keys.index(fold(text))
     if may_be_hidden and (text is None or text.lower() in HIDDEN):
         return -1
     expected = f"expected one of {', '.join(indices)}"

@@ -85,20 +85,20 @@ class MicroBatch:
         self.inputs = collate([example for _, example in pairs])
         self.loss_names = loss_names
         self.n_rows = n_rows
-        self.row_B = None  # all examples use the only row that the model has
         rows = torch.tensor([cell.row for cell in cells])
-        if n_rows > 1:
-            self.row_B = rows
-        # Facts that the losses need of each example: its label, its adapter, and how many terms
-        # each loss has. They are one tensor, because to copy a few numbers to a GPU takes as long
-        # as to copy many.
+        self.row_B = rows  # the argument `adapter` of `start`
+        if n_rows == 1:
+            self.row_B = None  # all examples use the only row that the model has
+        # What the losses need to know of each example: its label, its adapter, and how many terms
+        # each loss has. These facts are one tensor, because copying a few numbers to a GPU takes as
+        # long as copying many.
         facts = [self.inputs.label_B, rows]
         for name in loss_names:
             facts.append(torch.tensor([n_terms[cell].get(name, 0) for cell in cells]))
         self.facts_KB = torch.stack(facts)
 
     def losses(self, logp_BCL):
-        """Return (A,): what these examples add to the loss of the cell of each row."""
+        """Return (A,): what these examples add to the loss of each cell, at the cell's row."""
         device = logp_BCL.device
         mask_BCL = to_device(self.inputs.target_mask_BCL, device)
         label_B, row_B, *counts = to_device(self.facts_KB, device)

@@ -15,8 +15,10 @@ from minia3.training.rules import check_first_evaluation
 
 def make_cells(config):
     """Return the cells of the grid. Raise ValueError if two of them have the same folder."""
-    whole = ["task"] if config.adapters == "one" else []
-    axes, cell_configs = expand_grid(config, whole)
+    kept_whole = []
+    if config.adapters == "one":  # the tasks are a mixture, and not cells of their own
+        kept_whole = ["task"]
+    axes, cell_configs = expand_grid(config, kept_whole)
     loaded = {}  # cells of the same seed share the rows of a task
     cells = []
     for cell_config in cell_configs:
@@ -34,7 +36,10 @@ def make_cells(config):
 
 
 def load_task_of(config, loaded):
-    """Return the task of a cell: if --task has several values, their mixture."""
+    """Return the task of a cell: if --task has several values, their mixture.
+
+    loaded: (name, seed) -> the task, for the tasks so far. New ones are added to it.
+    """
     names = config.task if isinstance(config.task, tuple) else (config.task,)
     tasks = []
     for name in names:
@@ -93,10 +98,13 @@ def set_steps(config, cells):
 
 
 def steps_of_epochs(cell):
-    """Return how many steps draw each row of a cell --epochs times. A mixture cuts large tasks."""
+    """Return how many steps draw each row of a cell --epochs times.
+
+    A task of a mixture counts for at most --cap rows.
+    """
     config = cell.config
-    n_rows = sum(min(len(part.train_rows), config.cap) for part in cell.assignments)
-    if len(cell.assignments) == 1:
-        n_rows = len(cell.assignments[0].train_rows)
-    n_steps = config.epochs * n_rows / config.batch_size
+    sizes = [len(assignment.train_rows) for assignment in cell.assignments]
+    if len(sizes) > 1:
+        sizes = [min(size, config.cap) for size in sizes]
+    n_steps = config.epochs * sum(sizes) / config.batch_size
     return max(1, math.ceil(round(n_steps, 6)))  # because 0.55 * 800 is 440.00000000000006

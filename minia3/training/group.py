@@ -79,7 +79,7 @@ class Group:
         self.chat_template = template_of_run(config, cells)
         if self.chat_template is not None:
             self.tokenizer.chat_template = self.chat_template
-        self.n_base = count_base(self.model.config)
+        self.n_base = count_base(self.model.config)  # parameters without the vectors
 
         with warnings.catch_warnings(record=True) as caught:
             trained = trainable_parameters(self.model, cells[0].config)

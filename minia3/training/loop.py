@@ -1,4 +1,4 @@
-"""Find train.py, whose loop is not written twice, and load it when it is asked for."""
+"""Load train.py as a module, so that the package need not have a second copy of its loop."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ NAME = "minia3.train_script"
 
 
 def load_loop():
-    """Return train.py as a module.
+    """Return train.py as a module, which is loaded once.
 
     Its name is not `train`, because a user's own script may be called train.py.
     """

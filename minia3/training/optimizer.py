@@ -16,7 +16,10 @@ from minia3.model.to_device import to_device
 
 
 class RowOptimizer:
-    """What the optimizers of tables have in common. `new_values` has the equations of each.
+    """What the optimizers of tables have in common. A subclass has the equations in `new_values`.
+
+    new_values(g_NRD, l_NRD, *moments, lr, steps) returns the new l_NRD and the new moments of rows.
+    lr: see `per_row`. steps: how many steps each row has taken, with this one.
 
     This has the interface of a torch.optim.Optimizer, but it is not one, because creating the first
     torch.optim.Optimizer of a process loads torch's compiler, which takes a second.
@@ -81,22 +84,23 @@ class RowOptimizer:
         for row in rows:
             steps[row] += 1
 
-        changed = [tables]  # and the moments of the tables
+        # One stack (N, A, D) of the tables, and one of each of their moments.
+        tensors_of_stacks = [tables]
         for name in self.moments:
-            changed.append([state[name] for state in states])
-        stacks = [torch.stack(tensors) for tensors in changed]
+            tensors_of_stacks.append([state[name] for state in states])
+        stacks = [torch.stack(tensors) for tensors in tensors_of_stacks]
         g_NAD = torch.stack([l_AD.grad for l_AD in tables])
 
-        here = slice(None)  # all rows
+        trained = slice(None)  # all rows
         if len(rows) < len(steps):
-            here = to_device(torch.tensor(rows), g_NAD.device)
+            trained = to_device(torch.tensor(rows), g_NAD.device)
         lr = per_row([rates[row] for row in rows], g_NAD)
         steps_of_rows = [steps[row] for row in rows]
-        values = [x_NAD[:, here] for x_NAD in stacks]
-        new_values = self.new_values(g_NAD[:, here], *values, lr=lr, steps=steps_of_rows)
+        values = [x_NAD[:, trained] for x_NAD in stacks]
+        new_values = self.new_values(g_NAD[:, trained], *values, lr=lr, steps=steps_of_rows)
 
-        for tensors, x_NAD, new_NRD in zip(changed, stacks, new_values, strict=True):
-            x_NAD[:, here] = new_NRD
+        for tensors, x_NAD, new_NRD in zip(tensors_of_stacks, stacks, new_values, strict=True):
+            x_NAD[:, trained] = new_NRD
             torch._foreach_copy_(tensors, x_NAD.unbind())
         for state in states:
             state["steps"] = steps
@@ -179,7 +183,7 @@ class AdamW(RowOptimizer):
 class TorchAdamW:
     """torch's AdamW over all that a cell trains, if the cell has the model to itself.
 
-    This is for LoRA and full fine-tuning. It has the methods of the optimizers of tables.
+    This is for LoRA and full fine-tuning. It has those methods of a RowOptimizer that a run calls.
     """
 
     def __init__(self, parameters, lr, weight_decay):

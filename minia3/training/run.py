@@ -106,7 +106,7 @@ class Run:
             self.resources.enter_context(lock_folder(self.folder))
             clean_run(self.folder)
             saved = load_checkpoint(self.folder)
-            if saved is None and config.or_resume:  # --resume starts over
+            if saved is None and config.or_resume:  # --resume alone would start over
                 saved = checkpoint_of_results(self.folder)
             if config.steps != read_run_config(self.folder).get("steps"):
                 self.extended_to = config.steps
