@@ -11,13 +11,13 @@ A DoRA scales outputs. So l_ff, which scales the input of the down projection, b
 the output of `up`: on a gated feed-forward both are factors of one product. Without a gate there is
 no such place.
 
-As a plain LoRA, an adapter cannot be written: diag(l) W - W has full rank.
+An adapter cannot be written as a plain LoRA, because diag(l) W - W has full rank.
 
 Shapes: (out, in) of a linear's weight, A is (1, in) and B is (out, 1).
 """
 
 from minia3.adapters.lora import PLAIN
-from minia3.adapters.peft_files import any_of, write_peft
+from minia3.adapters.peft_files import any_of, task_type, write_peft
 from minia3.adapters.rows import fitting_vectors
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.known_models import public_name
@@ -52,7 +52,7 @@ def write_dora(folder, adapter_file, base, origin):
         "lora_alpha": 1,
         "inference_mode": True,
         "base_model_name_or_path": public_name(base),
-        "task_type": "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM",
+        "task_type": task_type(model),
         "target_modules": target_modules(linears, [name for name, _ in stored.values()]),
     }
     write_peft(folder, tensors, config)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minia3.adapters.peft_config import check_lora_config, check_targets
-from minia3.adapters.peft_files import adapter_file, named_base, write_peft
+from minia3.adapters.peft_files import adapter_file, named_base, task_type, write_peft
 from minia3.adapters.rows import doubt_base
 from minia3.adapters.vector_names import PREFIX
 from minia3.checkpoints.hub import find_adapter
@@ -26,7 +26,7 @@ from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_sharded
 
-# What PEFT's config says about the equation above
+# The keys of PEFT's config that stand for the equation above
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
@@ -84,7 +84,7 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
         parent_name, _, kind = name.rpartition(".")
         if kind in where:
             device = linear.weight.device
-            # On the CPU: the same for every device.
+            # Drawn on the CPU, so that A is the same on every device.
             a = torch.empty(rank, linear.in_features, dtype=torch.float32)
             nn.init.kaiming_uniform_(a, 5**0.5, generator=generator)
             b = torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device)
@@ -132,7 +132,7 @@ def save_lora(model, folder, base=None):
         "r": len(loras[0].lora_A),
         "lora_alpha": loras[0].alpha,
         "base_model_name_or_path": public_name(base),
-        "task_type": "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM",
+        "task_type": task_type(model),
         "target_modules": sorted({peft_linear(name) for name in tensors}),
     }
     write_peft(folder, tensors, config)

@@ -36,12 +36,15 @@ from minia3.model.shard import is_divided, is_sharded, shard
 def merge(model, adapter=0):
     """Return a new model with row `adapter` folded into its weights, and one row of ones.
 
+    `model` stays as it is, and shares the tensors that do not change with the new model. The new
+    model has no name, because adapters that are trained on it are not adapters of the base.
+
     A LoRA is folded in, too. A quantized base stays quantized, and l_ff may stay a vector that is
     not ones (merge_quantized.py). If a base is divided among processes, all of them call this, and
-    the new one is divided as well.
-    `model` stays as it is, and shares the tensors that do not change with the new one. The new
-    model has no name, because adapters that are trained on it are not adapters of the base. Raise
-    ValueError if there is no such row, or if a product is not finite.
+    the new base is divided as well.
+
+    Raise ValueError if there is no such row, if a product is not finite, or if a base is both
+    quantized and divided.
     """
     row = copy_row(model, adapter)
     if quantized_linears(model):
@@ -71,7 +74,7 @@ def merge(model, adapter=0):
 
 def finish_merge(model, merged):
     """Move a merged model to the device of `model`, copy its mode, and record the origin."""
-    # save_model still writes which known model this was made of.
+    # For `save_model`, which writes which known model this was made of.
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
     if not is_sharded(merged):  # its buffers and rows are in their places already
         merged.to(model.embed.weight.device)

@@ -23,8 +23,9 @@ from functools import partial
 import torch
 
 from minia3.adapters.fold import check_folded, fold
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
 from minia3.checkpoints.nf4_files import PackedEntry
+from minia3.checkpoints.place import place_parameter
 from minia3.model.quantized import QUANTIZED, QuantizedLinear, is_quantizable, quantized_linears
 from minia3.model.site_names import SITES
 

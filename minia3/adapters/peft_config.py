@@ -8,6 +8,8 @@ import re
 import sys
 import warnings
 
+from minia3.adapters.vector_names import PREFIX, SUFFIX
+
 # fmt: off
 # Keys that are read
 READ = ("peft_type", "base_model_name_or_path")
@@ -120,8 +122,8 @@ def check_targets(config, names):
 
 def module_name(name):
     """Return the name of the module that a tensor of an adapter belongs to."""
-    name = name.removeprefix("base_model.model.")
-    for suffix in (".ia3_l", ".lora_A.weight", ".lora_B.weight"):
+    name = name.removeprefix(PREFIX)
+    for suffix in (SUFFIX, ".lora_A.weight", ".lora_B.weight"):
         name = name.removesuffix(suffix)
     return name
 

@@ -62,7 +62,7 @@ def read_adapter(name_or_path):
         problem = find_mismatch(stored_name, entry, name, vectors)
         if problem is None:
             vector = entry.read().flatten()
-            # Most are float32, and a call for each that changes nothing takes its time, too.
+            # Most vectors are float32, and even a call of float() that changes nothing takes time.
             vectors[name] = vector if vector.dtype == torch.float32 else vector.float()
             stored_names[name] = stored_name
         else:
@@ -221,6 +221,11 @@ def count_linears(kinds, n_layers):
             stack = ours.partition("blocks.")[0]
             count += n_layers.get(stack, 1)
     return count
+
+
+def task_type(model):
+    """Return PEFT's name for what a model does."""
+    return "SEQ_2_SEQ_LM" if hasattr(model, "encoder") else "CAUSAL_LM"
 
 
 def peft_tensors(vectors):

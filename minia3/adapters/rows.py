@@ -71,7 +71,7 @@ def load_adapter(model, folder_or_file, adapter=0):
 def fill_row(model, row, new_vectors, places=None):
     """Set a row to `new_vectors` (name -> (D,)). The row's other vectors become ones.
 
-    places: `vectors(model)`, if it is known. To find it, all modules are looked at.
+    places: `vectors(model)`, if the caller has it. Finding the vectors takes time.
     """
     places = places or vectors(model)
     if new_vectors.keys() - places:
@@ -82,9 +82,9 @@ def fill_row(model, row, new_vectors, places=None):
 
 
 def fitting_vectors(model, adapter_file, origin, places=None):
-    """Return the vectors of an AdapterFile that came from `origin`.
+    """Return the vectors of an AdapterFile that came from `origin`, if they fit the model.
 
-    places: `vectors(model)`, if it is known. To find it, all modules are looked at.
+    places: `vectors(model)`, if the caller has it. Finding the vectors takes time.
 
     Raise ValueError if the model has no place for one of them, or one of another width. Warn if
     they were trained on another base.
@@ -98,10 +98,9 @@ def fitting_vectors(model, adapter_file, origin, places=None):
         width = widths.get(name, "none")
         if vector.numel() != width:
             misfits.append(f"{name} of {vector.numel()}, expected {width}")
-    name = getattr(model, "name_or_path", None)
     if misfits:
         trained_on = adapter_file.base or "an unknown base"
-        base = name or f"another {type(model).__name__}"
+        base = getattr(model, "name_or_path", None) or f"another {type(model).__name__}"
         found = f"an adapter of another base: trained on {trained_on}, and the model is {base}"
         count = f"{len(misfits)} vectors do not fit, such as {misfits[0]}"
         raise ValueError(f"{origin}: {found}: {count}")
@@ -113,7 +112,7 @@ def fitting_vectors(model, adapter_file, origin, places=None):
 
 
 def doubt_base(model, base, origin):
-    """Return a warning if the adapter of `origin` was trained on another base, or None.
+    """Return the text of a warning if the adapter of `origin` was trained on another base, or None.
 
     base: the name or path of the base that the adapter names, or None.
     """

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.inference.scoring import logprobs
 from minia3.model.ia3 import freeze, vectors
 from minia3.model.llama import Llama
