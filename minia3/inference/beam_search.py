@@ -49,8 +49,8 @@ class Search:
         """Sort the likeliest texts of this length, best first, into `ended` and `live`.
 
         Only the best n_beams of them may end, and the best n_beams that do not end are continued.
-        The search is over (`live` is empty) if n_beams texts have ended, and the best text that has
-        not ended does not have a higher score so far than any of them.
+        The search is over (`live` is empty) if n_beams texts have ended, and no text that has not
+        ended has a higher score so far than the worst of them.
         """
         divisor = length**self.length_penalty
         for candidate in candidates[: self.n_beams]:

@@ -260,7 +260,7 @@ def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
 
 
 def as_ids(prompt, index):
-    """Return a prompt that is not a text as a list of ids. Raise ValueError if it is none."""
+    """Return the ids of a prompt that is not a text. Raise ValueError if they are not integers."""
     try:
         return [operator.index(token) for token in prompt]
     except TypeError:
@@ -289,7 +289,7 @@ def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
         with torch.no_grad():
             state = model.start(to_device(source_BM, device), mask_BM, adapters)
         tokens = generate_tokens(model, state, numbers, seed, ended, options)
-        del state  # its keys and values become those of the texts, or are copied and not needed
+        del state  # or its keys and values would stay in memory beside the copies of them
         try:
             for row, token in tokens:
                 yield numbers[row], texts[row].add(token)
@@ -532,6 +532,11 @@ class Text:
         return self._give(self.decode(self.ids), is_whole=True)
 
     def _give(self, text, is_whole):
+        """Return the part of `text` that is final, from the end of the last piece.
+
+        It ends before a stop text and, unless the text is whole, before what may be the beginning
+        of a stop text.
+        """
         end = self.n_given
         while end < len(text):
             self.is_stopped = text.startswith(self.stops, end)

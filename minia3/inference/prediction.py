@@ -143,21 +143,28 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             spec, prompt = forms.find(name, file_row, columns)
             row = normalize_row(file_row, spec, PREDICTED, n, columns)
             check_columns(columns or file_row, spec)
-
-            if spec.answer_of(row) == "messages":
-                rendered, example = encode_question(row, tokenizer, limits.source)
-            else:
-                (rendered,), (example,), _ = encode_rows(
-                    [(row, without_target(prompt, row))], tokenizer, limits.source, end=False
-                )
-            if spec.answer_of(row) == "target":
-                rendered = rendered._replace(choices=[])
-            if rendered.choices:
-                example, _ = fit_targets(example, limits.target, are_choices=True)
+            rendered, example = encode_input(row, spec, prompt, tokenizer, limits)
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
         yield Input(row, rendered, example, spec.labels, name, file_row)
+
+
+def encode_input(row, spec, prompt, tokenizer, limits):
+    """Return the Rendered and the Example of a row. Without choices, it is a text to continue.
+
+    Raise ValueError if a choice is too long.
+    """
+    answer = spec.answer_of(row)
+    if answer == "messages":
+        return encode_question(row, tokenizer, limits.source)
+    pairs = [(row, without_target(prompt, row))]
+    (rendered,), (example,), _ = encode_rows(pairs, tokenizer, limits.source, end=False)
+    if answer == "target":
+        rendered = rendered._replace(choices=[])
+    if rendered.choices:
+        example, _ = fit_targets(example, limits.target, are_choices=True)
+    return rendered, example
 
 
 def reads_adapter(row, forms, default):
@@ -204,8 +211,8 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
 
     The result of a row with choices has "idx", "label", "choice" and "scores" (the mean
     log-probability per token of each choice), and "word" (the label as the task's files spell it)
-    if the task has labels. The result of a row without choices has "idx" and
-    "output", the text that continues it. adapters: an Adapters.
+    if the task has labels. The result of a row without choices has "idx" and "output", the text
+    that continues it. adapters: an Adapters.
 
     Raise ValueError if batch_size or max_new_tokens is below 1, and, with the row's idx, if a score
     is not finite.
@@ -217,8 +224,7 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
         is_chat = "messages" in row_input.row
         return bool(row_input.rendered.choices), is_chat
 
-    inputs = iter(inputs)
-    chunks = iter(lambda: list(islice(inputs, CHUNK)), [])
+    chunks = in_chunks(inputs)
     for chunk in read_ahead(chunks):  # a GPU would wait while rows are read and tokenized
         # Rows of different kinds may alternate: each run of one kind is answered at once.
         for (is_scored, is_chat), run in groupby(chunk, kind_of):
@@ -232,6 +238,13 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
                     options["max_new_tokens"] = max_new_tokens
                     results = generated_results(model, tokenizer, run, is_chat, options)
             yield from zip(run, results, strict=True)
+
+
+def in_chunks(inputs):
+    """Yield lists of CHUNK inputs. The last one may be shorter."""
+    inputs = iter(inputs)
+    while chunk := list(islice(inputs, CHUNK)):
+        yield chunk
 
 
 def scored_results(model, inputs, options):

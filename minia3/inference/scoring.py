@@ -176,7 +176,7 @@ def text_logprobs(model, batch, adapter):
     if not is_read_BR.all():
         packing = Packing(is_read_BR, device)
 
-    state = model.start(ids_BS[:, :1], None, adapter)
+    state = model.start(ids_BS[:, :1], None, adapter)  # which reads nothing of a single token
     x_ND = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)
 
     place_T = places(texts.is_scored_BS[:, 1:], device)
@@ -342,12 +342,12 @@ def choices_of_prompts(choices, n_prompts):
     return lists
 
 
-def batches_by_length(lengths, adapter, batch_size, share=share):
+def batches_by_length(lengths, adapter, batch_size, choose_share=share):
     """Yield (rows, adapters): indices of rows of similar lengths, and their adapters.
 
     The longest come first: if memory runs out, it does so at once. lengths: of N rows. adapter:
-    None, an int, or (N,) long. share: which of the batches are this process's (processes.py). Raise
-    ValueError if there is not one adapter for each row.
+    None, an int, or (N,) long. choose_share: the function that returns this process's share of the
+    batches (processes.py). Raise ValueError if there is not one adapter for each row.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
@@ -362,7 +362,7 @@ def batches_by_length(lengths, adapter, batch_size, share=share):
     batches = []
     for first in range(0, len(longest_first), batch_size):
         batches.append(longest_first[first : first + batch_size])
-    batches = share(batches)
+    batches = choose_share(batches)
     n_rows = sum(map(len, batches))
     for rows in progress(batches, total=n_rows, size=len):
         yield rows, adapters[rows] if is_per_row else adapters
