@@ -114,17 +114,18 @@ def run_group(run, group, config, baselines):
     if config.is_training:
         train(run, group, config)
     for cell in group.cells:
-        if not cell.progress.is_reported:
-            finals = []
-            if cell.progress.failure is None:
-                finals = evaluate_after(group, cell)
-            if config.is_training and finals and is_first():
-                folder = run.folder / cell.folder
-                save_trained(group, cell, folder)
-                write_card(folder, cell.config, finals, cell.checksums)
-            run.finish_cell(cell, finals)
-            if cell is not group.cells[-1]:  # after the last one, `finish_group` saves
-                run.save(group)
+        if cell.progress.is_reported:  # before this run was resumed
+            continue
+        finals = []  # a cell that has failed has none
+        if cell.progress.failure is None:
+            finals = evaluate_after(group, cell)
+        if config.is_training and finals and is_first():
+            folder = run.folder / cell.folder
+            save_trained(group, cell, folder)
+            write_card(folder, cell.config, finals, cell.checksums)
+        run.finish_cell(cell, finals)
+        if cell is not group.cells[-1]:  # after the last one, `finish_group` saves
+            run.save(group)
 
 
 def run_grid(run: Run, config: Config):
@@ -161,7 +162,7 @@ def run_grid(run: Run, config: Config):
             run.suggested_micro_batch_size = plan_step_memory(run, group)
         run.suggested_eval_batch_size = plan_evaluation_memory(run, group)
         run_group(run, group, config, baselines)
-        del cells[:group_size]
+        del cells[:group_size]  # in place, because a cell holds parameters of its model
         run.finish_group(group, is_last=not cells)
         del group  # before the next model is loaded
 

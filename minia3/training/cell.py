@@ -72,11 +72,12 @@ class Cell:
     @property
     def checksums(self):
         """The checksums of the task's files: name to sha256."""
-        has_several_tasks = self.key or len(self.task.members) > 1
+        # In a grid or a mixture, the files of two tasks may have one name.
+        has_task_names = bool(self.key) or len(self.task.members) > 1
         found = {}
         for member in self.task.members:
             for file, digest in member.checksums.items():
-                name = f"{member.name}/{file}" if has_several_tasks else file
+                name = f"{member.name}/{file}" if has_task_names else file
                 found[name] = digest
         return found
 

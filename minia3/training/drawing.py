@@ -89,7 +89,7 @@ def distinct_places(plan, cell):
 def encode_plan(plan, cell, tokenizer, model):
     """Return a dict from each (member, row, prompt) of the plan to its example.
 
-    An example that the plan uses many times is encoded once.
+    An example that the plan uses many times is encoded once. Print how many examples were cut.
     """
     config = cell.config
     drawn = distinct_places(plan, cell)
@@ -116,7 +116,12 @@ def encode_plan(plan, cell, tokenizer, model):
             n_cut += n_cut_here
         n_targets_cut += n_targets_cut_here
         n_equal += sum(equal_choices(example) is not None for example in encoded)
-    n_all = len(examples)
+    note_limits(config, len(examples), n_cut, n_chats_cut, n_targets_cut, n_equal)
+    return examples
+
+
+def note_limits(config, n_all, n_cut, n_chats_cut, n_targets_cut, n_equal):
+    """Print a note on each kind of training examples that were cut, or that have equal choices."""
     limit = f"{config.max_length} tokens (--max-length)"
     note_part(n_cut, n_all, "input", ("is", "are"), f"cut to {limit}")
     lost = f"oldest turns to fit into {limit}"
@@ -125,7 +130,6 @@ def encode_plan(plan, cell, tokenizer, model):
     note_part(n_targets_cut, n_all, "target", ("is", "are"), f"cut to {limit}")
     reason = "two choices that are one text to the tokenizer"
     note_part(n_equal, n_all, "example", ("has", "have"), reason)
-    return examples
 
 
 def note_part(n, n_all, noun, verbs, text):

@@ -55,7 +55,10 @@ LOSSES = {"lm": lm_loss, "ul": unlikelihood_loss, "ln": length_normalized_loss}
 
 
 def count_terms(mask_BCL, label_B):
-    """Return how many terms each mean has: tokens of correct choices, of wrong ones, and rows."""
+    """Return a dict from each loss to the number of terms of its mean.
+
+    These are the tokens of correct choices, the tokens of wrong choices, and the rows.
+    """
     n_correct = int(correct_tokens(mask_BCL, label_B).sum())
     return {"lm": n_correct, "ul": int(mask_BCL.sum()) - n_correct, "ln": len(label_B)}
 

@@ -115,7 +115,7 @@ class Run:
                 self.extended_from = steps_done(saved, config)
                 saved = extend(saved, config, self.extended_from)
             self.saved = saved or self.saved
-        elif config.out is not None or not config.eval_only:
+        elif config.out is not None or not config.eval_only:  # an evaluation may leave nothing
             folder = Path(config.out or choose_folder(config))
             recorded = dataclasses.replace(config, out=str(folder))
             begin_run(folder, recorded, self.resources)
@@ -156,7 +156,7 @@ class Run:
             check_data(self.folder, checksums)
             if not (self.folder / "checkpoint.pt").exists():
                 forget_states(self.folder)
-            # A signal waits, because afterwards the run is resumed without --steps.
+            # A signal waits, because `continuation` names --steps until config.json has it.
             with self.uninterrupted():
                 self.record_start(checksums, config)
         self.extended_to = None
