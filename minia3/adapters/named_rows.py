@@ -26,9 +26,10 @@ class Adapters(Mapping):
     like a dict, and only `load`, `load_folder`, `remove` and `del` change it.
 
     Any thread may load, replace or remove adapters while others generate: rows that are in use stay
-    where they are. An unknown name is a ValueError, also for `get`. So are rows whose adapter was
-    removed or replaced after they were asked for, also while they are read: ask for the rows again,
-    and compute the answer again. A merged model that keeps l_ff in row 0 is refused.
+    where they are. An unknown name is a ValueError, also for `get`. A row whose adapter is removed
+    or replaced after the row was asked for, or even while it is read, is a ValueError, too: ask for
+    the rows again, and compute the answer again. A merged model that keeps l_ff in row 0 is
+    refused.
     """
 
     # One lock for all instances: an Adapters with a lock inside could not be copied with its model.
@@ -94,7 +95,8 @@ class Adapters(Mapping):
         with self.lock:
             row = find_row(self[name], self.model)
             del self._numbers[name]
-            # First, so that whoever has read other vectors finds out: see State.check_adapters.
+            # Before the vectors change, so that a thread that is reading them finds out: see
+            # State.check_adapters.
             give_up(row, self.model)
             fill_row(self.model, row, {})
 
@@ -123,14 +125,17 @@ class Adapters(Mapping):
     def _choose_rows(self, names):
         """Return a row for each name: the row that it has, or else a free one."""
         rows = {name: find_row(number, self.model) for name, number in self._numbers.items()}
-        n_most = 1 + len(self) + len(names)
-        free = iter(sorted(set(range(1, n_most)) - set(rows.values())))
-        return {name: rows[name] if name in rows else next(free) for name in names}
+        n_enough = 1 + len(self) + len(names)  # if none of the names has a row; 1: the base
+        free = sorted(set(range(1, n_enough)) - set(rows.values()), reverse=True)
+        chosen = {}
+        for name in names:
+            chosen[name] = rows[name] if name in rows else free.pop()  # the lowest first
+        return chosen
 
     def _describe_unknown(self, name):
         names = list(self)
-        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0)
-        hint = f"the nearest of {len(names)} names: {nearest[0] if nearest else 'none'}"
+        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0) or ["none"]
+        hint = f"the nearest of {len(names)} names: {nearest[0]}"
         return f"there is no adapter {name!r}; {hint}"
 
 

@@ -25,8 +25,8 @@ class Packing:
     def __init__(self, mask_BL, device):
         self.position_T = to_device(mask_BL.flatten().nonzero()[:, 0], device)
         self.shape = mask_BL.shape
-        # For long rows on a CPU, if all padding is at the end: the real tokens of each row, see
-        # attend.py.
+        # For long rows on a CPU, if all padding is at the end: how many real tokens each row has.
+        # Attention then computes row by row (attend.py).
         self.lengths = None
         is_long = device.type == "cpu" and mask_BL.shape[1] >= LEAST_COLUMNS
         is_at_end = bool((mask_BL[:, :-1] >= mask_BL[:, 1:]).all())

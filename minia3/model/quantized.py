@@ -66,7 +66,8 @@ class QuantizedLinear(nn.Module):
     def to_linear(self, dtype):
         """Return a plain linear with the weight (O, I) that the codes and scales mean."""
         weight_OI = self.dequantize(self.codes, self.scales, dtype)
-        linear = nn.Linear(*weight_OI.T.shape, bias=False, device="meta")
+        n_outputs, n_inputs = weight_OI.shape
+        linear = nn.Linear(n_inputs, n_outputs, bias=False, device="meta")
         linear.weight = nn.Parameter(weight_OI, requires_grad=False)
         linear.bias = self.bias
         return linear

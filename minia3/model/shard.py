@@ -80,6 +80,7 @@ def shard(model, shards):
             fully_shard([block.cross.k, block.cross.v], **options)
         fully_shard(block, **options)
     fully_shard(model, **options)
+    # FSDP2 gathers around `forward`, which these models do not have.
     register(model, "start")
     register(model, "run_blocks")
     model.shards = shards

@@ -46,7 +46,7 @@ class T5Config:
     activation: str = "relu"
     gated: bool = False
     own_head: bool = False  # False: the head is the embedding
-    scale_logits: bool = True
+    scale_logits: bool = True  # as in v1.0
     own_positions: bool = False  # True: each block has its own table of positions, as in umT5
     n_buckets: int = 32
     max_distance: int = 128
@@ -170,20 +170,22 @@ class T5(nn.Module):
 
         source: (B, M) ids. mask: (B, M) bool, True = real; None: all of it. adapter: None (row 0 of
         the vectors), an int for all rows, or (B,) long. `state.start` is the decoder's start token.
-        Raise ValueError if the source or a row of it is empty, or if an adapter does not exist.
+        Raise ValueError if the source or a row of it is empty or too long, if the mask is not of
+        its shape, or if an adapter does not exist.
         """
         adapter_B = check_start(source, mask, adapter, self)
 
         x = self.embed(source)
         packing = NO_PACKING
         memory_bias_B11M = None
+        n_biases = self.config.n_heads
         if mask is not None:
+            n_biases = n_biases * len(source)  # because each row adds its own mask
             packing = Packing(mask, source.device)
             mask_B11M = to_device(mask, source.device)[:, None, None, :]
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
         context = Context(packing.adapters(adapter_B), packing, memory_bias_B11M)
-        n_biases = self.config.n_heads * (1 if mask is None else len(source))
         check_bias(n_biases, source.shape[1], source.shape[1])
         position_M = torch.arange(source.shape[1], device=source.device)
         distance_MM = position_M - position_M[:, None]

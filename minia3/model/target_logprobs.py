@@ -57,6 +57,7 @@ def target_logprobs(x_TD, head_VD, target_T):
 
 
 def plain_logprobs(x_TD, head_VD, target_T):
+    """Return what `target_logprobs` returns, with all logits at once."""
     logits_TV = widen(F.linear(x_TD, head_VD))
     return -F.cross_entropy(logits_TV, target_T, reduction="none")
 

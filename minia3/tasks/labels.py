@@ -108,8 +108,8 @@ def name_labels(
 ) -> Labels:
     """Return the labels of the values of a column.
 
-    asked: the words of --labels. They are the labels of the file, and perhaps others that test has.
-        Otherwise they stand for its integers or booleans, and are in their order.
+    asked: the words of --labels: the labels of the file, and perhaps others that only test has. Or,
+        if the file has integers or booleans, the words for them, in their order.
     names: the names that the data set gives to the integers 0, 1, ...
 
     Words that the file itself has come in the order in which they first appear, and integers in

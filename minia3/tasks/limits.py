@@ -12,7 +12,8 @@ def check_ids(example: Example, n_ids: int, tokenizer):
     n_ids: how many rows the model's embedding has. A tokenizer may have more tokens: people add a
     `<pad>` to LLaMA-2's and forget the embedding.
     """
-    largest = max(map(max, filter(None, [example.source, *example.targets])), default=0)
+    texts = [ids for ids in (example.source, *example.targets) if ids]
+    largest = max(map(max, texts), default=0)
     if largest >= n_ids:
         token = tokenizer.backend.id_to_token(largest)
         raise ValueError(

@@ -90,7 +90,7 @@ def fill(text: str, row: dict) -> str:
                 f"the row has no field {name!r}, which {text!r:.60} needs{nearest_of(name, row)}"
             ) from error
         found = f"there is no {name!r}"  # in an object, for {translation[english]}
-    except (LookupError, TypeError) as error:  # "{endings[3]}" if endings is a list of two, or 1
+    except (LookupError, TypeError) as error:  # {endings[3]}, of a list of two, or of a number
         found = str(error)
     raise ValueError(f"the row has no such item as {text!r:.60} needs ({found})")
 
