@@ -123,7 +123,18 @@ def commonest_rows(results, tasks):
     if all(is_unknown(cell.median) for cell in cells.values()):
         return []
     average = average_of(cells.values())
-    return [Row("-", COMMONEST, cells, average, 0, 0, UNKNOWN, UNKNOWN, UNKNOWN)]
+    row = Row(
+        model="-",
+        method=COMMONEST,
+        cells=cells,
+        average=average,
+        n_runs=0,
+        n_trainable=0,
+        flops_per_example=UNKNOWN,
+        flops_to_train=UNKNOWN,
+        megabytes=UNKNOWN,
+    )
+    return [row]
 
 
 def average_of(cells):

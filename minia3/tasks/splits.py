@@ -138,19 +138,19 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
 def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:
     answer = spec.answer_of(splits.first_row())
     return Task(
-        splits.name,
-        splits.train,
-        splits.validation,
-        splits.test,
-        spec.prompts,
-        choose_metric(splits.name, answer, spec),
-        spec.seen,
-        splits.checksums(),
-        splits.notes,
-        splits.validation_name,
-        answer,
-        columns,
-        spec,
+        name=splits.name,
+        train=splits.train,
+        validation=splits.validation,
+        test=splits.test,
+        prompts=spec.prompts,
+        metric=choose_metric(splits.name, answer, spec),
+        seen=spec.seen,
+        checksums=splits.checksums(),
+        notes=splits.notes,
+        split=splits.validation_name,
+        answer=answer,
+        columns=columns,
+        spec=spec,
     )
 
 
