@@ -92,12 +92,12 @@ def masked_logprobs(model, state, target, mask):
     target_N = target.flatten()
     if mask is None:
         return target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
-    place_T = places(mask, target.device)
+    place_T = true_places(mask, target.device)
     logp_T = target_logprobs(x_ND[place_T], model.head_weight, target_N[place_T])
     return spread(logp_T, place_T, mask.shape)
 
 
-def places(mask, device):
+def true_places(mask, device):
     """Return (T,) long: where in its flat tensor a mask is True. The mask is on the CPU."""
     return to_device(mask.flatten().nonzero()[:, 0], device)
 
@@ -179,10 +179,11 @@ def text_logprobs(model, batch, adapter):
     state = model.start(ids_BS[:, :1], None, adapter)  # which reads nothing of a single token
     x_ND = model.run_blocks(ids_BS[:, :-1], state, packing).flatten(0, 1)
 
-    place_T = places(texts.is_scored_BS[:, 1:], device)
+    place_T = true_places(texts.is_scored_BS[:, 1:], device)
     next_T = ids_BS[:, 1:].flatten()[place_T]
     logp_T = target_logprobs(x_ND[place_T], model.head_weight, next_T)
-    return spread(logp_T, places(batch.target_mask_BCL, device), batch.target_mask_BCL.shape)
+    target_place_T = true_places(batch.target_mask_BCL, device)
+    return spread(logp_T, target_place_T, batch.target_mask_BCL.shape)
 
 
 def score_choices(model, state, target_BCL, mask_BCL):

@@ -81,24 +81,25 @@ class Stack(nn.Module):
         distance_LM: the position of each key minus the position of each query.
         """
         bucket_LM = self.bucket(distance_LM)
-        mask = context.bias_BHLM
+        mask_bias = context.bias_BHLM
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
             cache.read_cross_kv()  # makes them, if `T5.start` has put this off (`cross_cache`)
             if i < len(self.positions):  # a block without a table uses the table before it
-                context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask))
+                context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask_bias))
             x = block(x, context, cache)
         return self.dropout(self.norm(x))
 
     def bucket(self, distance_LM):
+        """Return the bucket (L, M) of each distance in this stack: see `distance_bucket`."""
         n_buckets = self.positions[0].num_embeddings
         return distance_bucket(distance_LM, self.is_bidirectional, n_buckets, self.max_distance)
 
-    def bias(self, i, bucket_LM, mask):
-        """Return (1 or B, H, L, M): the biases of table i, plus the mask, if there is any."""
+    def bias(self, i, bucket_LM, mask_bias):
+        """Return (1 or B, H, L, M): the biases of table i, plus `mask_bias` if there is one."""
         bias_BHLM = self.positions[i](bucket_LM).permute(2, 0, 1).unsqueeze(0)
-        return bias_BHLM if mask is None else bias_BHLM + mask
+        return bias_BHLM if mask_bias is None else bias_BHLM + mask_bias
 
 
 def make_block(config, is_decoder, n_adapters):

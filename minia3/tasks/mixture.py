@@ -55,7 +55,7 @@ def draw_rows(
     rates = counted / counted.sum()
     streams = [row_stream(size, batch_size, seed) for size in sizes]
     for step in count():
-        rng = np.random.RandomState([seed, 3, step])
+        rng = np.random.RandomState([seed, 3, step])  # 3: other draws than those of prompts
         members = rng.choice(len(sizes), batch_size, p=rates)
         yield [(member, next(streams[member])) for member in members.tolist()]
 

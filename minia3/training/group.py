@@ -62,6 +62,7 @@ class Group:
         """Load the model with a row of vectors per cell. config: the run's flags."""
         self.cells = cells
         self.config = config
+        first_config = cells[0].config  # has one seed and one rate; in a grid, `config` has several
         with first_goes_first():
             download(config)
         shards = choose_shards(config, device, dtype)
@@ -82,7 +83,7 @@ class Group:
         self.n_base = count_base(self.model.config)  # parameters without the vectors
 
         with warnings.catch_warnings(record=True) as caught:
-            trained = trainable_parameters(self.model, cells[0].config)
+            trained = trainable_parameters(self.model, first_config)
         self.warnings = [str(warning.message) for warning in caught]
         if dtype == torch.float64:
             self.model.double()  # so that the vectors are not float32
@@ -94,7 +95,7 @@ class Group:
         self.optimizer = None
         self.micro_batch_size = None  # examples of a forward pass: see `draw_batches`
         if config.is_training:
-            self.optimizer = make_optimizer(trained.values(), cells[0].config)
+            self.optimizer = make_optimizer(trained.values(), first_config)
             self.n_trained = count_entries(trained) // len(cells)
             # Vectors that do not train are saved, too: they may come from --adapter, whose file may
             # change before the run is resumed.
@@ -103,7 +104,7 @@ class Group:
             cell.attach(trained, row)
         self.log = TrainingLog(run, cells, config)
         # Dropout is drawn from torch's global generator, and nothing else is.
-        torch.manual_seed(cells[0].config.seed)
+        torch.manual_seed(first_config.seed)
 
     @property
     def active_cells(self):
