@@ -60,7 +60,7 @@ def choose_device(name):
 
 
 def device_of_process(name):
-    """Return the device of one of several processes: of several accelerators, that of its number.
+    """Return the device of this process: of several accelerators, the one with its number.
 
     Raise ValueError if all processes would share a device, or if there are too few.
     """

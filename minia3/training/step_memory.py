@@ -24,6 +24,7 @@ from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked
 from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze
 from minia3.model.shard import is_sharded
+from minia3.model.target_logprobs import MAX_LOGITS
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import MemoryCounter, model_without_values, planned_logprobs
 from minia3.training.prepare import prepare_model
@@ -32,7 +33,7 @@ from minia3.training.prepare import prepare_model
 # takes 1.4 times the plan.
 OVERHEAD = 1.4
 
-# Of a trained parameter, besides what the plan counts: a gradient, and the moments of AdamW.
+# Bytes per trained parameter that the plan does not count: a gradient, and AdamW's two moments.
 TRAINED_BYTES = 12
 
 USABLE_SHARE = 0.9  # of the free memory: what a step may take
@@ -42,7 +43,7 @@ class StepShape(NamedTuple):
     """The sizes of one forward pass: of a micro-batch, or of the whole batch."""
 
     n_examples: int
-    source_length: int  # tokens, as all others
+    source_length: int  # in tokens, as is target_length
     n_choices: int
     target_length: int
 
@@ -134,7 +135,7 @@ def upper_bound(model_config, shape):
     length = shape.source_length + shape.n_choices * shape.target_length
     width_of_heads = c.n_heads * c.d_head
     n_numbers = 40 * c.d_model + 8 * c.d_ff + 24 * width_of_heads + 8 * c.n_heads * length
-    n_logits = min(shape.n_tokens * c.vocab_size, 1 << 26)  # at once: see target_logprobs.py
+    n_logits = min(shape.n_tokens * c.vocab_size, 4 * MAX_LOGITS)  # at most MAX_LOGITS at once
     return 4 * (shape.n_tokens * n_layers * n_numbers + 4 * n_logits)
 
 
