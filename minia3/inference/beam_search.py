@@ -25,6 +25,7 @@ class Hypothesis:
     parent: "Hypothesis | None" = None
 
     def ids(self):
+        """Return the ids of the text, from its first token on."""
         tokens = []
         hypothesis = self
         while hypothesis.parent is not None:

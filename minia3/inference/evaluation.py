@@ -164,6 +164,7 @@ def count_unmatchable(rendered, examples, tokenizer, max_new_tokens):
 
 
 def perplexity_result(logp_N, n_tokens_N, n_ends_cut):
+    """Return the result for targets that were scored: see `inverse_perplexity`."""
     value = inverse_perplexity(logp_N, n_tokens_N)
     values = {"accuracy": value, "auc": None, "perplexity": perplexity(value)}
     return values | {"n_ends_cut": n_ends_cut}

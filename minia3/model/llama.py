@@ -33,6 +33,8 @@ from minia3.model.to_device import to_device
 
 @dataclass(frozen=True)
 class LlamaConfig:
+    """The sizes of a LLaMA, and what differs between the families."""
+
     d_model: int
     d_head: int
     d_ff: int
@@ -92,6 +94,8 @@ def make_block(config, n_adapters):
 
 
 class Llama(nn.Module):
+    """A decoder with `n_adapters` adapters: `start` reads the prompt, and `step` continues it."""
+
     def __init__(self, config, n_adapters=1):
         super().__init__()
         self.config = config

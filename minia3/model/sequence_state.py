@@ -383,6 +383,7 @@ def distinct_numbers(adapter, n_examples):
 
 
 def check_mask(mask_BM, shape):
+    """Raise ValueError if a mask is not bool of this shape, or if a row has no real token."""
     if mask_BM.shape != shape or mask_BM.dtype != torch.bool:
         found = f"{mask_BM.dtype} {tuple(mask_BM.shape)}"
         raise ValueError(f"mask must be bool {shape}, found {found}")

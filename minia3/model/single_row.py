@@ -40,6 +40,7 @@ def fast_products(n_rows, weight):
 
 
 def is_faster_without_onednn(n_rows, weight):
+    """Return whether oneDNN should be off for products of `n_rows` rows with such a weight."""
     is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     # The switch is for the whole process, and would make the products of other threads slow.
     names = [thread.name for thread in threading.enumerate()]

@@ -36,6 +36,8 @@ from minia3.model.to_device import to_device
 
 @dataclass(frozen=True)
 class T5Config:
+    """The sizes of a T5, and what differs between its versions."""
+
     d_model: int
     d_head: int  # n_heads * d_head need not be d_model: see t5-3b and t5-11b
     d_ff: int
@@ -153,6 +155,8 @@ def cross_cache(cross, memory, context):
 
 
 class T5(nn.Module):
+    """An encoder-decoder with `n_adapters` adapters: `start` encodes, and `step` decodes."""
+
     def __init__(self, config, n_adapters=1):
         super().__init__()
         self.config = config

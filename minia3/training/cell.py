@@ -67,6 +67,7 @@ class Cell:
         return f"{self.title}{member.name}: "
 
     def key_of(self, member):
+        """Return what tells this cell and a member of its task apart in lines of metrics.jsonl."""
         return {**self.key, "task": member.name}
 
     @property

@@ -67,6 +67,7 @@ def save_checkpoint(folder, checkpoint):
 
 
 def write_values(values, path):
+    """Replace a file by a dict: by all of it, or the old file stays."""
     # If the disk is full, torch.save hides the reason, so the file is written by Path.
     buffer = io.BytesIO()
     torch.save(values, buffer)

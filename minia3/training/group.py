@@ -222,6 +222,7 @@ class Group:
         return self.state_dict() | {"random": rng_state}
 
     def load_state_dict(self, state):
+        """Continue from what `state_dict` has returned."""
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
@@ -229,7 +230,7 @@ class Group:
             self.optimizer.load_state_dict(state["optimizer"])
         set_values(self.parameters, state["parameters"])
         for cell in self.cells:
-            cell.take_last()
+            cell.take_last()  # a run that is made longer goes on from its last step
         set_random_state(state["random"], self.device)
 
 

@@ -115,6 +115,7 @@ class RowOptimizer:
         return {"state": dict(enumerate(self.state.values())), "param_groups": [{"lr": lr}]}
 
     def load_state_dict(self, saved):
+        """Continue from what `state_dict` has returned, perhaps on another device."""
         self.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
         for i, l_AD in enumerate(self.tables):
             state = dict(saved["state"].get(i, {}))  # empty before the first step

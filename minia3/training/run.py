@@ -240,6 +240,7 @@ class Run:
             raise
 
     def save(self, group):
+        """Write a checkpoint from which `restore` continues the group."""
         if self.written_folder is not None:  # or the copies of a state are made for nothing
             self.write_checkpoint(group.state_dict())
 
@@ -270,6 +271,10 @@ class Run:
             )
 
     def write_checkpoint(self, group_state, is_finished=False):
+        """Replace the checkpoint. group_state: None between two groups.
+
+        Raise Failed if the folder of the run is gone.
+        """
         self.check_folder()
         checkpoint = Checkpoint(
             is_finished=is_finished,
@@ -310,6 +315,7 @@ class Run:
         self.write_checkpoint(state, is_finished=True)
 
     def discard_if_new(self):
+        """Remove what a new run has written, if it has no results yet, because it has failed."""
         if self.written_folder and self.is_new:
             close_trackers(self.trackers)  # because they write into the folder
             self.trackers = []
