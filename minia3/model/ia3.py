@@ -25,8 +25,8 @@ class IA3(nn.Module):
     The rows are float32 whatever the dtype of the model, because small updates must survive (in
     bfloat16, 1 + 0.003 is 1). They are cast to the dtype of the activations when they are used.
 
-    keeps_result: keep the scaled x for the backward pass, and not x. This takes no memory if
-    attention keeps the scaled x anyway.
+    keeps_result: overwrite x, and keep the result for the backward pass. This takes no memory if
+    attention keeps the result anyway.
     """
 
     def __init__(self, d, n_adapters=1, keeps_result=False):
@@ -35,7 +35,7 @@ class IA3(nn.Module):
         self.scale = nn.Parameter(torch.ones(n_adapters, d, dtype=torch.float32))
 
     def forward(self, x_BLD, adapter_B):
-        """Return x * l (B, L, D). Without gradients, this overwrites x, which nobody else may need.
+        """Return x * l (B, L, D). This may overwrite x, which nobody else may need.
 
         adapter_B: the row of each example (B,), or one row for all of them (1,).
         """
@@ -44,7 +44,7 @@ class IA3(nn.Module):
         if not torch.is_grad_enabled():
             return x_BLD.mul_(l_BD.to(x_BLD.dtype).unsqueeze(1))  # new memory would take time
         if self.keeps_result:
-            return scale_keeping_result(x_BLD, l_BD)  # the product below, but x is not kept
+            return scale_keeping_result(x_BLD, l_BD)  # the product below, in the memory of x
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
 
 

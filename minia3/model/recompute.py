@@ -109,8 +109,9 @@ TINY = 2.0**-60
 def scale_keeping_result(x_BLD, l_BD):
     """Return x * l (B, L, D), in the dtype of x. Keep it for the backward pass, and not x.
 
-    The gradient of l is the sum of grad * x, and x is the result divided by l. Attention keeps its
-    keys and values anyway, so the result takes no more memory.
+    This overwrites x, which nobody else may need. The gradient of l is the sum of grad * x, and x
+    is the result divided by l. Attention keeps its keys and values anyway, so the result takes no
+    more memory.
 
     float16 has no number as small as TINY, and torch.compile decides for itself what to keep: both
     get the plain product.
@@ -125,7 +126,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BLD, l_BD):
         l_BD = l_BD.to(x_BLD.dtype) + TINY
-        out_BLD = x_BLD * l_BD.unsqueeze(1)
+        out_BLD = x_BLD.mul_(l_BD.unsqueeze(1))
+        ctx.mark_dirty(out_BLD)
         ctx.save_for_backward(out_BLD, l_BD)
         return out_BLD
 

@@ -164,7 +164,7 @@ def scaled_with_gradients(scale, adapter_B, dtype):
     if dtype == torch.float64:
         vector.double()
     x = torch.randn(3, 5, len(ENTRIES)).to(dtype).requires_grad_()
-    out = scale(x, vector.scale[adapter_B])
+    out = scale(x.clone(), vector.scale[adapter_B])
     out.backward(torch.randn(out.shape).to(dtype))
     return out.detach(), x.grad, vector.scale.grad
 
@@ -194,7 +194,8 @@ def test_the_gradient_of_what_keeps_its_result_is_wrong_by_one_rounding(adapter_
     vector.scale.data = torch.randn(2, 64, generator=generator).bfloat16().float()
     x = torch.randn(3, 100, 64, generator=generator).bfloat16()
     grad = torch.randn(3, 100, 64, generator=generator).bfloat16()
-    scale_keeping_result(x.to(dtype), vector.scale[adapter_B]).backward(grad.to(dtype))
+    copy = x.to(dtype, copy=True)
+    scale_keeping_result(copy, vector.scale[adapter_B]).backward(grad.to(dtype))
 
     exact = torch.zeros(2, 64, dtype=torch.float64)
     exact.index_add_(0, adapter_B.expand(3), (grad.double() * x.double()).sum(1))
@@ -213,7 +214,7 @@ def test_gradients_of_what_keeps_its_result_pass_gradcheck():
     vector.scale.data = torch.tensor([[1.0, 0.0, -2.0, 0.5], [0.0, 1.0, 3.0, -0.1]]).double()
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, _: scale_keeping_result(x, vector.scale[MIXED]), (x, vector.scale)
+        lambda x, _: scale_keeping_result(x.clone(), vector.scale[MIXED]), (x, vector.scale)
     )
 
 
@@ -221,7 +222,7 @@ def test_second_derivatives_of_what_keeps_its_result_are_refused():
     x = torch.ones(1, 2, 4, requires_grad=True)
     l_BD = torch.ones(1, 4, requires_grad=True)
     (grad_x,) = torch.autograd.grad(
-        scale_keeping_result(x, l_BD).square().sum(), x, create_graph=True
+        scale_keeping_result(x.clone(), l_BD).square().sum(), x, create_graph=True
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad_x.sum().backward()
@@ -229,15 +230,25 @@ def test_second_derivatives_of_what_keeps_its_result_are_refused():
 
 def test_what_keeps_its_result_shares_it_with_whoever_needs_it_too():
     vector = IA3(8)
-    x = torch.randn(3, 5, 8, requires_grad=True) * 2  # not a leaf, and nobody keeps it
+    x = torch.randn(3, 5, 8, requires_grad=True)
     row_0 = torch.tensor([0])
 
     def square(scale):
-        return kept_for_backward(lambda: scale(x, vector.scale[row_0]).square(), vector)
+        return kept_for_backward(lambda: scale(x.clone(), vector.scale[row_0]).square(), vector)
 
     n_small = 2 * 8 * 4  # the entries
     assert x.nbytes <= square(scale_keeping_result) <= x.nbytes + n_small
     assert square(plainly_scaled) >= 2 * x.nbytes
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_what_keeps_its_result_takes_no_new_memory(has_bias):
+    """With a bias, PyTorch's linear returns a view."""
+    vector = IA3(8, keeps_result=True)
+    k_BLD = nn.Linear(4, 8, bias=has_bias)(torch.randn(3, 5, 4))
+    scaled_BLD = vector(k_BLD, torch.tensor([0]))
+    assert scaled_BLD.data_ptr() == k_BLD.data_ptr()
+    assert scaled_BLD.requires_grad
 
 
 def test_of_a_vector_that_does_not_train_only_the_entries_are_kept():
