@@ -1,5 +1,5 @@
-"""A single 16-bit query on a CPU gets our own attention; PyTorch computes everything else, and a
-padded batch of long rows row by row.
+"""A single query on a CPU gets our own attention, in 16 bits or with many rows. PyTorch computes
+everything else, and a padded batch of long rows row by row.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from batches import batch_of, gradients, same
 
 from minia3.model import attend as attend_module
 from minia3.model import packing
-from minia3.model.attend import attend
+from minia3.model.attend import LEAST_ROWS, attend
 from minia3.model.packing import LEAST_COLUMNS, Packing
 from minia3.model.sequence_state import Context, mask_to_bias
 
@@ -49,8 +49,16 @@ def make_inputs(n_heads, n_kv_heads, bias_kind, dtype, n_rows=5):
     return q_BHLK, k_BGMK, v_BGMK, biases[bias_kind]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n_rows", [5, 1])
+@pytest.mark.parametrize(
+    ("n_rows", "dtype"),
+    [
+        (5, torch.bfloat16),
+        (1, torch.bfloat16),
+        (5, torch.float16),
+        (1, torch.float16),
+        (LEAST_ROWS, torch.float32),
+    ],
+)
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "bias_kind"), HEADS_AND_BIASES)
 def test_one_query_is_as_close_to_float64_as_with_pytorch(
     n_heads, n_kv_heads, bias_kind, n_rows, dtype, request
@@ -70,7 +78,7 @@ def test_one_query_is_as_close_to_float64_as_with_pytorch(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_query_with_dropout_is_left_to_pytorch(dtype):
-    inputs = make_inputs(4, 4, None, dtype)
+    inputs = make_inputs(4, 4, None, dtype, n_rows=LEAST_ROWS)
     with torch.no_grad():
         plain = attend_with(*inputs)
         dropped = attend_with(*inputs, dropout=0.9)
