@@ -20,7 +20,8 @@ def read_table_rows(
     """Yield (number of the row, dict) for each row of a .parquet or .arrow file.
 
     Texts, numbers, booleans, lists and structures keep their types. Dates, times and decimals
-    become texts, and so do bytes that are UTF-8. Other bytes (a picture) are left out.
+    become texts, and so do bytes that are UTF-8. Other bytes (a picture) are left out. A column of
+    float32 has the numbers as people write them: 3.8, and not 3.799999952316284.
 
     keep_empty: a null stays as None. By default it is left out, as an empty cell of a .csv file is,
         and so is a null inside of a structure.
@@ -30,7 +31,7 @@ def read_table_rows(
     """
     number = 0
     for batch in read_batches(file, suffix):
-        for values in batch.to_pylist():
+        for values in with_short_floats(batch).to_pylist():
             row = {}
             for name, value in values.items():
                 value = to_plain(value, keep_empty)
@@ -38,6 +39,19 @@ def read_table_rows(
                     row[name] = value
             number += 1
             yield number, row
+
+
+def with_short_floats(batch):
+    """Return a record batch in which each number of a float32 column is the one with the fewest
+    digits that rounds to it. (In Python, the float32 of 3.8 is 3.799999952316284.)
+    """
+    from pyarrow import float32, float64, string
+
+    for place, column in enumerate(batch.schema):
+        if column.type == float32():
+            numbers = batch.column(place).cast(string()).cast(float64())
+            batch = batch.set_column(place, column.name, numbers)
+    return batch
 
 
 def to_plain(value: Any, keep_empty: bool) -> Any:

@@ -68,6 +68,16 @@ def test_rows_come_in_order_whatever_the_groups_of_the_file_are(tmp_path, n_rows
     assert [row for _, row in read_rows(write_arrow(tmp_path / "a.arrow", table))] == rows
 
 
+def test_a_float32_is_the_number_that_people_write(tmp_path):
+    # The scores of GLUE's STS-B are float32. They were 3.799999952316284 to the model.
+    numbers = [3.8, 0.1, 5.0, -1e-8, 1e20, None]
+    score = pyarrow.array(numbers, pyarrow.float32())
+    table = pyarrow.table({"score": score})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for path in (tmp_path / "a.parquet", write_arrow(tmp_path / "a.arrow", table)):
+        assert [row.get("score") for _, row in read_rows(path)] == numbers
+
+
 def test_what_json_does_not_have_becomes_a_text(tmp_path):
     kinds = {
         "day": (pyarrow.date32(), datetime.date(2024, 2, 29), "2024-02-29"),
