@@ -21,7 +21,7 @@ from minia3.tasks.columns import (
 from minia3.tasks.download import download, file_names, remove_leftovers
 from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
 from minia3.tasks.library_data import find_hub_files, find_saved_files
-from minia3.tasks.prompts import field_names, final_field
+from minia3.tasks.prompts import field_names, final_field, fold, list_names
 from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
 from minia3.tasks.rows import FileRow, check_files, read_files
 from minia3.tasks.split_files import (
@@ -235,10 +235,38 @@ def understand_rows(
             else:
                 check_fields(good_rows, spec.fields, str(paths[0]))
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
+            check_label_names(files, found.spec)
             if is_like:
                 found.notes.append("the rows are put into the words that were learned (task.json)")
             return found
     return Understanding(spec, "", [])
+
+
+def check_label_names(files: dict[str, list[Path]], spec: TaskSpec):
+    """Raise ValueError if two files have different names for the integers of the label.
+
+    If each file was encoded by itself, a label that it lacks moves the integers of the others.
+    """
+    if not spec.labels:
+        return
+    columns = {new_name: name for name, new_name in spec.fields.items()}
+    label_column = fold(columns.get(spec.label_field, spec.label_field))
+    first_path = None
+    first_names = []
+    for path in chain.from_iterable(files.values()):
+        for column, names in read_label_names(path).items():
+            if fold(column) != label_column:
+                continue
+            if first_path is None:
+                first_path = path
+                first_names = names
+            n_common = min(len(names), len(first_names))
+            if names[:n_common] != first_names[:n_common]:
+                raise ValueError(
+                    f"the integers of {column!r} stand for {list_names(first_names):.80} in "
+                    f"{first_path}, and for {list_names(names):.80} in {path}: encode the labels "
+                    "of all files together, or leave them as words"
+                )
 
 
 def files_of(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:

@@ -395,3 +395,27 @@ def test_a_folder_may_hold_csv_files_but_only_one_file_for_each_split(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(lines(target(0)))
     with pytest.raises(ValueError, match=r"has train\.csv and train\.jsonl: keep one"):
         load_task(tmp_path)
+
+
+def write_encoded(path, texts, labels, names):
+    """Write a .parquet whose labels are integers with names, as the `datasets` library does."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": list(texts), "Label": labels})
+    features = {"Label": {"names": names, "_type": "ClassLabel"}}
+    description = json.dumps({"info": {"features": features}})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": description}), path)
+
+
+def test_files_whose_labels_are_encoded_differently_are_refused(tmp_path):
+    # test was encoded by itself, and has no a: its 0 is b. It was read as a.
+    write_encoded(tmp_path / "train.parquet", "tuv", [0, 1, 2], ["a", "b", "c"])
+    write_encoded(tmp_path / "test.parquet", "xy", [0, 1], ["b", "c"])
+    for labels in (None, "c,b,a", "x,y,z"):
+        with pytest.raises(ValueError, match=r"stand for a, b, c in .*train.parquet, and for b, c"):
+            load_task(tmp_path, labels=labels)
+
+    assert load_task(tmp_path, input="{text}", target="{Label}").answer == "target"
+    write_encoded(tmp_path / "test.parquet", "xy", [0, 1], ["a", "b"])  # it does without the c
+    assert [row["label"] for row in load_task(tmp_path).test] == [0, 1]
