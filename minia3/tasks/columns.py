@@ -386,7 +386,13 @@ def rename_in_prompt(prompt: Prompt, names: Iterable[str], new_name: str) -> Pro
     text = rename_field(prompt.text, names, new_name)
     target = rename_field(prompt.target, names, new_name)
     choices = [rename_field(choice, names, new_name) for choice in prompt.choices or ()]
-    return prompt._replace(text=text, target=target, choices=tuple(choices) or None)
+    words = dict(prompt.words or {})
+    for name in names:
+        if name in words:
+            words[new_name] = words.pop(name)
+    return prompt._replace(
+        text=text, target=target, choices=tuple(choices) or None, words=words or None
+    )
 
 
 def notes_on(roles: ColumnRoles, labels: Labels) -> list[str]:

@@ -26,7 +26,7 @@ from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
 from minia3.tasks.known_tasks import make_spec
 from minia3.tasks.labels import label_key
-from minia3.tasks.prompts import Prompt, check_choices, check_template
+from minia3.tasks.prompts import Prompt, can_name, check_choices, check_template
 from minia3.tasks.split_files import SPLITS, TASK_FILE
 from minia3.tasks.task import TaskSpec
 
@@ -199,6 +199,11 @@ def read_prompt(prompt: Mapping) -> dict:
         raise ValueError("a prompt has no 'text'")
     for text in (prompt["text"], prompt.get("target", ""), *prompt.get("choices", ())):
         check_template(text)
+    for name in prompt.get("words", ()):
+        if not can_name(name):
+            raise ValueError(
+                f"'words' is about {{{name}}}, expected a column, and not an item of it"
+            )
     return prompt
 
 

@@ -463,6 +463,15 @@ def test_such_a_column_gets_a_name_that_no_other_column_has(tmp_path):
     assert task.columns == "reads text, writes label; ignores label_text"
 
 
+def test_such_a_column_has_the_words_of_its_prompt(tmp_path):
+    # The words of `label` were passed over, because the column had another name already.
+    rows = [{"q": "w", "Label": number, "idx": number} for number in (0, 1)]
+    words = {"Label": {"0": "no", "1": "yes"}, "idx": {"0": "first", "1": "second"}}
+    prompts = [{"text": "{idx} {q}", "target": "{Label}", "words": words}]
+    task = load_described(tmp_path, {"prompts": prompts}, *rows)
+    assert rendered(task) == [("first w", ["no"], 0), ("second w", ["yes"], 0)]
+
+
 def rows_with_texts(names):
     """Return two rows with these columns and a label. A text says in which column it is."""
     texts = {name: f"in {name}" for name in names}

@@ -124,6 +124,7 @@ def test_a_target_is_a_text_to_write(tmp_path):
         ({"prompts": [{"text": "{body"}]}, "expected '}' before end of string"),
         ({"prompts": [{"text": "{body.x}"}]}, "{body.x} is not a column"),
         ({"prompts": [{"text": "{bdy}"}]}, "a prompt names the column 'bdy'"),
+        ({"prompts": [{"text": "{a[b]}", "words": {"a[b]": {}}}]}, "'words' is about {a[b]}"),
         ({"labels": [0, 1]}, "'labels' is [0, 1], expected a list of texts"),
         ({"labels": ["0", "1", "2"]}, "2 choices (sports, arts) for 3 labels (0, 1, 2)"),
         ({"labels": ["0", "0.0"]}, "'labels' is ['0', '0.0'], expected labels that differ"),
