@@ -108,11 +108,10 @@ class ColumnRoles(NamedTuple):
 
     @property
     def answer_columns(self) -> list[str]:
-        """The columns that the answers use: in the text to write, or in the choices."""
-        texts = [self.target]
-        if not self.target:
-            texts += chain.from_iterable(prompt.choices or () for prompt in self.prompts)
-        return roots_of(texts)
+        """The columns that the answers use: in the texts to write, or in the choices."""
+        if self.target:
+            return roots_of(prompt.target for prompt in self.prompts)
+        return roots_of(chain.from_iterable(prompt.choices or () for prompt in self.prompts))
 
 
 def understand(
@@ -153,6 +152,7 @@ def understand(
     if not roles.messages and not spec.span_field:  # WSC's spans become fields later
         columns.check_prompts(prompts)
     spec = rename_reserved(spec, columns)
+    roles = roles._replace(prompts=prompts)
     return Understanding(spec, columns.describe(roles, labels), notes_on(roles, labels))
 
 
@@ -492,7 +492,7 @@ class Columns:
         if roles.has_row_choices:
             return f"picks {self.list_in_file([roles.label])} among the row's choices"
         if roles.target:
-            return f"writes {self.list_in_file(roots_of([roles.target]))}"
+            return f"writes {self.list_in_file(roles.answer_columns)}"
         own_choices = roles.prompts[0].choices or ()
         if roots_of(own_choices):
             return f"picks {self.list_in_file([roles.label])} among {list_names(own_choices)}"

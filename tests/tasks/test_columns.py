@@ -449,6 +449,16 @@ def test_a_choice_may_be_a_column_with_the_name_of_our_own_field(tmp_path):
     assert render(task.spec.prompts[0], row).choices == ["v", "z"]
 
 
+def test_the_line_names_what_each_prompt_writes(tmp_path):
+    # It named only what the first prompt writes, and said that the other column is ignored.
+    row = {"text": "a", "title": "b", "topic": "c", "id": "7"}
+    targets = [{"text": "{text}", "target": target} for target in ("{title}", "{topic}")]
+    task = load_described(tmp_path, {"prompts": targets}, row)
+    assert task.columns == "reads text, writes title and topic; ignores id"
+    task = load_described(tmp_path, {"prompts": targets}, row, target="{id}")
+    assert task.columns == "reads text, writes id; ignores title, topic"
+
+
 def test_such_a_column_gets_a_name_that_no_other_column_has(tmp_path):
     row = {"text": "a", "label": "z", "label_text": "b"}
     task = load(tmp_path, row, target="{label}")
