@@ -39,6 +39,8 @@ LIKENESS = 0.82  # of `difflib`: "tests" is like "test", and "latest" is not
 # The hub divides the rows of a split among several files: train-00000-of-00002.parquet.
 SHARD_NUMBER = re.compile(r"-\d{5}-of-")
 SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})", re.DOTALL)
+# Until 2023, a hash of the part followed: train-00000-of-00001-b42a775f407cee45.parquet.
+SHARD_HASH = re.compile(r"(-\d{5}-of-\d{5})-[0-9a-f]{16}")
 
 # .json files that do not hold rows.
 SIDE_FILES = (
@@ -95,7 +97,7 @@ def find_split_files(folder: Path, task_file: Path | None = None) -> FoundFiles:
         name, _ = divide_name(path)
         split = SPLIT_OF_NAME.get(name.lower())
         if split and rows_suffix(path) and path.is_file():
-            kind = SHARD_NUMBER.sub("-*-of-", path.name)
+            kind = SHARD_NUMBER.sub("-*-of-", without_hash(path.name))
             candidates[split].setdefault(kind, []).append(path)
         else:
             unused.append(path)
@@ -110,11 +112,16 @@ def find_split_files(folder: Path, task_file: Path | None = None) -> FoundFiles:
 
 def divide_name(path: Path) -> tuple[str, int]:
     """Return the name of a split's file without its suffix, and the number of the split's files."""
-    stem = rows_stem(path)
+    stem = without_hash(rows_stem(path))
     match = SHARD.fullmatch(stem)
     if match is None:
         return stem, 1
     return match[1], int(match[2])
+
+
+def without_hash(name: str) -> str:
+    """Return the name of a part as it would be without its hash."""
+    return SHARD_HASH.sub(r"\1", name)
 
 
 def choose_kind(folder: Path, split: str, kinds: list[list[Path]]) -> list[Path]:
@@ -125,8 +132,10 @@ def choose_kind(folder: Path, split: str, kinds: list[list[Path]]) -> list[Path]
             f"{folder} has {paths[0].name} and {kinds[1][0].name}: keep one of them as {split}"
         )
     _, n_expected = divide_name(paths[0])
+    names = ", ".join(path.name for path in paths[:N_SHOWN])
+    if len({without_hash(path.name) for path in paths}) < len(paths):
+        raise ValueError(f"{folder} has a part of {split} twice, from two uploads: {names}")
     if len(paths) != n_expected:
-        names = ", ".join(path.name for path in paths[:N_SHOWN])
         raise ValueError(
             f"{folder}: expected {n_expected} files of {split}, found {len(paths)}: {names}"
         )

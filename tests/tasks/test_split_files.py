@@ -62,6 +62,22 @@ def test_the_parts_of_a_split_are_read_in_order(tmp_path):
     assert list(task.checksums) == [*names, "test-00000-of-00001.jsonl"]
 
 
+def test_the_parts_of_a_split_may_have_hashes(tmp_path):
+    # As `push_to_hub` named them until 2023. They were not known as parts of a split.
+    names = [
+        "train-00000-of-00002-f42a775f407cee45.jsonl",
+        "train-00001-of-00002-042a775f407cee45.jsonl",
+    ]
+    fill(tmp_path, *names, "test-00000-of-00001-b42a775f407cee45.jsonl")
+    task = load_task(tmp_path)
+    assert [row["input"] for row in task.train] == [f"question {n}" for n in range(6)]
+    assert len(task.test) == 3
+    (tmp_path / names[1]).rename(tmp_path / "train-00000-of-00002-042a775f407cee45.jsonl")
+    assert "has a part of train twice, from two uploads: train-00000-of-00002-0" in refused(
+        tmp_path
+    )
+
+
 def test_a_bad_row_of_a_part_is_reported_with_the_name_of_the_part(tmp_path):
     fill(tmp_path, "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "val.jsonl")
     (tmp_path / "train-00001-of-00002.jsonl").write_bytes(lines(target(0), {"input": "a"}))
