@@ -55,9 +55,20 @@ class Fitted(NamedTuple):
 
 
 def for_family(prompts: tuple[Prompt, ...], family: str | None) -> tuple[Prompt, ...]:
-    """Return the prompts that the family was pre-trained on, or else the prompts for all models."""
+    """Return the prompts that the family was pre-trained on, or else the prompts for all models.
+
+    Raise ValueError if all prompts are for other families.
+    """
     familiar = tuple(prompt for prompt in prompts if prompt.for_model == family)
-    return familiar or tuple(prompt for prompt in prompts if prompt.for_model is None)
+    chosen = familiar or tuple(prompt for prompt in prompts if prompt.for_model is None)
+    if not chosen:
+        families = list_names(dict.fromkeys(prompt.for_model for prompt in prompts))
+        found = f"is {family}" if family else "has no known family"
+        raise ValueError(
+            f"all prompts are for other models ('for_model' is {families:.80}), and this model "
+            f"{found}: take 'for_model' out of a prompt"
+        )
+    return chosen
 
 
 def render(prompt: Prompt, row: dict) -> Rendered:

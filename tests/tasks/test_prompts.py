@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from task_files import REAL, needs_real_data
 
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt, can_name, check_fields, fit, render
+from minia3.tasks.prompts import (
+    OWN_PROMPTS,
+    Prompt,
+    can_name,
+    check_fields,
+    fit,
+    for_family,
+    render,
+)
 from minia3.tasks.splits import load_task
 
 COPA = {
@@ -301,3 +309,11 @@ def test_long_real_rows_fit_with_a_real_tokenizer_and_keep_their_question(name):
             before, after = prompt.text.split("{premise}")
             assert cut.input.startswith(before + row["premise"].split()[0])
             assert cut.input.endswith(row["premise"].split()[-1] + after.format_map(row))
+
+
+def test_prompts_that_are_all_for_other_models_are_refused():
+    prompts = (Prompt("a", None, for_model="t5-v1.0"), Prompt("b", None, for_model="llama"))
+    assert for_family(prompts, "llama") == prompts[1:]
+    for family, found in (("t0", "is t0"), (None, "has no known family")):
+        with pytest.raises(ValueError, match=f"is t5-v1.0, llama.*, and this model {found}: take"):
+            for_family(prompts, family)
