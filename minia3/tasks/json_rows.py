@@ -223,7 +223,8 @@ def values_of_object(text: JsonText) -> Iterator:
     if list_name is None:
         raise ValueError(
             "expected a list of objects, or an object with such a list; "
-            f"found an object with {', '.join(map(repr, names)) or 'nothing':.80}"
+            f"found an object with {', '.join(map(repr, names)) or 'nothing':.80} "
+            "(pandas writes such a list with orient='records')"
         )
 
 
@@ -255,4 +256,14 @@ def without_space(line: bytes) -> bytes:
 def may_be_row(value: dict) -> bool:
     lists = [entry for entry in value.values() if isinstance(entry, list)]
     holds_rows = any(not entry or isinstance(entry[0], dict) for entry in lists)
-    return len(lists) < len(value) and not holds_rows
+    return len(lists) < len(value) and not holds_rows and not are_columns(value)
+
+
+def are_columns(value: dict) -> bool:
+    """Return whether an object has columns by the numbers of rows: {"text": {"0": "a", "1": "b"}}.
+    This is what pandas writes if it is not asked for anything else.
+    """
+    for column in value.values():
+        if not isinstance(column, dict) or not all(map(str.isdigit, column)):
+            return False
+    return True

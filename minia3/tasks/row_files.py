@@ -26,8 +26,10 @@ CSV = {"strict": True}  # an error for a quote that is never closed
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 DELIMITERS = (",", ";", "\t")  # that a .csv file may have
 
-# How an error of the csv module begins -> what it means.
+# What an error of the csv module has in its text -> what it means.
 CSV_ERRORS = {
+    "expected after": 'text follows a closing quote: put the whole cell into quotes, and write "" '
+    "for each quote in it",
     "new-line character": "a line end \\r without \\n: save the file with the line ends of Unix or "
     "Windows, or put the cell into quotes",
     "unexpected end of data": "a quote is never closed",
@@ -200,8 +202,8 @@ def number_rows(
 def explain_csv(error: csv.Error) -> str:
     """Return what an error of the csv module means, because its own words are for programmers."""
     text = str(error)
-    for beginning, meaning in CSV_ERRORS.items():
-        if text.startswith(beginning):
+    for part, meaning in CSV_ERRORS.items():
+        if part in text:
             return meaning
     return text
 

@@ -72,7 +72,7 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
         ('a,"[""x"""', r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
         ("a,[x]|y", r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
         ("a\rb,c", r"a line end \\r without \\n: save the file with the line ends of Unix or Win"),
-        ('a,"b" c', "',' expected after '\"'"),
+        ('a,"b" c', "text follows a closing quote: put the whole cell into quotes, and write"),
     ],
 )
 def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, words):
@@ -94,6 +94,7 @@ def test_a_bad_csv_row_is_an_error_with_the_number_of_its_line(tmp_path, line, w
         ("input,target,target\na,b,c\n", "found .'input', 'target', 'target'"),
         ("input,target,,\na,b,,\n", r"2 columns have no name: delete them, or name them; found \["),
         ('"input\n', "a quote is never closed"),
+        ('"in"put\n', 'text follows a closing quote: put the whole cell into quotes, and write ""'),
         ("input,target\ra,b\rc,d\r", r"a line end \\r without \\n: save the file with the line "),
         (b"\xff\xfei\0n\0", "not UTF-8, but UTF-16: save the file as UTF-8, as `iconv -f utf-16"),
     ],
