@@ -173,27 +173,35 @@ def perplexity_result(logp_N, n_tokens_N, n_ends_cut):
 def choice_result(metric, scores_NC, rendered, examples):
     """Return the result of taking the choice with the best score for each row."""
     label_N = np.array([row.label for row in rendered])
-    found_N, right_N = number_answers(scores_NC.argmax(axis=1), label_N, rendered)
+    number_NC = number_choices(rendered, n_choices=scores_NC.shape[1])
+    row_N = np.arange(len(rendered))
+    found_N = number_NC[row_N, scores_NC.argmax(axis=1)]
+    right_N = number_NC[row_N, label_N]
     return {
         "accuracy": float(CHOICE_METRICS[metric](found_N, right_N)),
-        "auc": choice_auc(scores_NC, label_N),
+        "auc": choice_auc(in_order_of_numbers(scores_NC, number_NC), right_N),
         "commonest": commonest_share(metric, right_N),
         "n_equal": sum(equal_choices(example) is not None for example in examples),
     }
 
 
-def number_answers(found_N, label_N, rendered):
-    """Return numbers for the answers that were found and for the right ones, to compare them.
+def number_choices(rendered, n_choices):
+    """Return (N, C): a number for each choice of each row, to compare the answers of rows.
 
-    found_N, label_N: their places among the choices of the rows. If all rows have the same choices,
-    in any order, then each text has one number. Otherwise the places are the numbers.
+    If all rows have the same choices, in any order, then each text has one number: its place in the
+    first row. Otherwise the places are the numbers. n_choices: of the row that has the most.
     """
     if not have_same_choices(rendered):
-        return found_N, label_N
+        return np.tile(np.arange(n_choices), (len(rendered), 1))
     number = {text: i for i, text in enumerate(rendered[0].choices)}
-    number_NC = np.array([[number[text] for text in row.choices] for row in rendered])
-    row_N = np.arange(len(rendered))
-    return number_NC[row_N, found_N], number_NC[row_N, label_N]
+    return np.array([[number[text] for text in row.choices] for row in rendered])
+
+
+def in_order_of_numbers(scores_NC, number_NC):
+    """Return the scores of each row in the order of its choices' numbers."""
+    ordered_NC = np.full_like(scores_NC, -np.inf)  # a number that a row does not have stays so
+    np.put_along_axis(ordered_NC, number_NC, scores_NC, axis=1)
+    return ordered_NC
 
 
 def have_same_choices(rendered):
@@ -204,7 +212,7 @@ def have_same_choices(rendered):
 def commonest_share(metric, right_N):
     """Return the metric of a model that always gives the commonest answer.
 
-    For the accuracy, this is the share of the commonest label. right_N: from `number_answers`.
+    For the accuracy, this is the share of the commonest label. right_N: numbers of the answers.
     """
     commonest = np.bincount(right_N).argmax()
     return float(CHOICE_METRICS[metric](np.full_like(right_N, commonest), right_N))
@@ -248,6 +256,8 @@ def write_answers(model, tokenizer, examples, shots, max_new_tokens, options):
 
 def choice_auc(scores_NC, label_N):
     """Return how well the scores of two choices tell the labels apart, whatever the threshold.
+
+    scores_NC, label_N: with the choices in one order, if all rows have the same ones.
 
     It is the chance that a row of label 1 has a larger difference between its second and its first
     score than a row of label 0. A model that prefers one of the choices may have an accuracy of one

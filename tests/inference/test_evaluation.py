@@ -136,6 +136,22 @@ def test_auc_sees_knowledge_that_a_biased_threshold_hides(ours):
     assert found["auc"] == 1.0
 
 
+def test_auc_is_that_of_texts_if_their_order_differs_from_row_to_row(ours):
+    # By their places, a preference for one text hid the knowledge.
+    rows = rows_of(40, (2,), seed=2)
+    for row in rows:
+        row["choices"] = ["w4", "w5"]
+    swapped = []
+    for i, row in enumerate(rows):
+        if i % 3 == 1:
+            row = {**row, "choices": row["choices"][::-1], "label": 1 - row["label"]}
+        swapped.append(row)
+    options = {"prompt": PROMPT, "metric": "accuracy"}
+    expected = evaluate(ours.model, ours.tokenizer, rows, **options)["auc"]
+    found = evaluate(ours.model, ours.tokenizer, swapped, **options)["auc"]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_exact_match_is_the_share_of_texts_that_equal_the_target_except_for_spaces_at_the_ends(
     ours, monkeypatch
 ):
