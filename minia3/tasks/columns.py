@@ -633,6 +633,20 @@ def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
     return all(name in columns for name in names)
 
 
+def with_label_names(spec: TaskSpec, names: Sequence[str]) -> TaskSpec:
+    """Return the task of an adapter for rows whose labels are integers with names.
+
+    names: of the integers 0, 1, ... If the choices of a prompt are such names, then the rows'
+    integers stand for them, whatever the labels were on which the adapter was trained.
+    """
+    number = {fold(choice): str(i) for i, choice in enumerate(choices_of(names))}
+    for prompt in spec.prompts:
+        words = list(map(fold, prompt.choices or ()))
+        if words and all(word in number for word in words):
+            return spec._replace(labels=tuple(number[word] for word in words))
+    return spec
+
+
 def check_fields(rows: Sequence[dict], fields: Mapping[str, str], origin: str):
     """Raise ValueError, with the nearest name, if a task file's fields name no column."""
     columns = Columns(rows, {}, origin)

@@ -17,6 +17,7 @@ from minia3.tasks.columns import (
     has_columns,
     understand,
     with_flags,
+    with_label_names,
 )
 from minia3.tasks.download import download, file_names, remove_leftovers
 from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
@@ -231,7 +232,7 @@ def understand_rows(
             label_names = read_label_names(paths[0])
             is_like = like is not None and has_columns(good_rows, like)
             if is_like:
-                spec = like
+                spec = with_label_names(like, names_of_labels(paths[0], like))
             else:
                 check_fields(good_rows, spec.fields, str(paths[0]))
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
@@ -249,24 +250,30 @@ def check_label_names(files: dict[str, list[Path]], spec: TaskSpec):
     """
     if not spec.labels:
         return
-    columns = {new_name: name for name, new_name in spec.fields.items()}
-    label_column = fold(columns.get(spec.label_field, spec.label_field))
     first_path = None
     first_names = []
     for path in chain.from_iterable(files.values()):
-        for column, names in read_label_names(path).items():
-            if fold(column) != label_column:
-                continue
-            if first_path is None:
-                first_path = path
-                first_names = names
-            n_common = min(len(names), len(first_names))
-            if names[:n_common] != first_names[:n_common]:
-                raise ValueError(
-                    f"the integers of {column!r} stand for {list_names(first_names):.80} in "
-                    f"{first_path}, and for {list_names(names):.80} in {path}: encode the labels "
-                    "of all files together, or leave them as words"
-                )
+        names = names_of_labels(path, spec)
+        if names and first_path is None:
+            first_path = path
+            first_names = names
+        n_common = min(len(names), len(first_names))
+        if names[:n_common] != first_names[:n_common]:
+            raise ValueError(
+                f"the integers of {spec.label_field!r} stand for {list_names(first_names):.80} in "
+                f"{first_path}, and for {list_names(names):.80} in {path}: encode the labels of "
+                "all files together, or leave them as words"
+            )
+
+
+def names_of_labels(path: Path, spec: TaskSpec) -> list[str]:
+    """Return the names that a file gives to the integers of the label, or an empty list."""
+    columns = {new_name: name for name, new_name in spec.fields.items()}
+    label_column = fold(columns.get(spec.label_field, spec.label_field))
+    for column, names in read_label_names(path).items():
+        if fold(column) == label_column:
+            return names
+    return []
 
 
 def files_of(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:

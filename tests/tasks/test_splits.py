@@ -419,3 +419,21 @@ def test_files_whose_labels_are_encoded_differently_are_refused(tmp_path):
     assert load_task(tmp_path, input="{text}", target="{Label}").answer == "target"
     write_encoded(tmp_path / "test.parquet", "xy", [0, 1], ["a", "b"])  # it does without the c
     assert [row["label"] for row in load_task(tmp_path).test] == [0, 1]
+
+
+def test_integers_with_names_are_the_words_that_an_adapter_has_learned(tmp_path):
+    # Words were refused, and for an adapter of 0 and 1 each label was the other one.
+    write_encoded(tmp_path / "new.parquet", "xyz", [0, 1, 0], ["{POS}", "neg"])
+    (tmp_path / "words.csv").write_text("text,label\na,neg\nb,{pos}\nc,neg\n")
+    (tmp_path / "numbers.csv").write_text("text,label\na,0\nb,1\nc,0\n")
+    for name, labels in (("words.csv", None), ("numbers.csv", "neg,{pos}")):
+        learned = load_task(tmp_path / name, labels=labels).spec
+        task = load_task(tmp_path / "new.parquet", like=learned)
+        assert task.prompts == learned.prompts
+        rows = [*task.train, *task.validation, *task.test]
+        assert {row["text"]: row["label"] for row in rows} == {"x": 1, "y": 0, "z": 1}
+        assert task.columns == "reads text, picks Label among neg (1), {pos} (0)"
+    # Names that are no words of the adapter say nothing about its labels.
+    write_encoded(tmp_path / "new.parquet", "xyz", [0, 1, 0], ["good", "bad"])
+    task = load_task(tmp_path / "new.parquet", like=learned)
+    assert task.columns == "reads text, picks Label among neg (0), {pos} (1)"
