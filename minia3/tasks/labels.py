@@ -162,7 +162,10 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
         if text is not None:
             key = fold(text)
             counts[key] += 1
-            spellings.setdefault(key, text)
+            # Beside 1.5, a 1.0 is a word. (Integers are told by their keys, whatever the spelling.)
+            is_boolean = isinstance(value, bool)
+            spelled = text if is_boolean else str(value).strip()
+            spellings.setdefault(key, spelled)
     return counts, spellings
 
 

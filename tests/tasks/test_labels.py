@@ -126,6 +126,14 @@ def test_a_data_set_s_own_names_are_the_words(tmp_path):
     assert name_labels(range(60), "label", (), names).words == names
 
 
+@pytest.mark.parametrize("values", [["1.0", "1.5", "2.00", "1"], [1.0, 1.5, "2.00", 1.0]])
+def test_numbers_that_are_words_stay_as_the_file_spells_them(tmp_path, values):
+    # The model read 1, 1.5 and 2, and `predict` wrote these as the file's spelling.
+    task = load(tmp_path, values)
+    assert task.prompts[0].choices == task.spec.labels == ("1.0", "1.5", "2.00")
+    assert found_labels(task) == [0, 1, 2, 0]
+
+
 @pytest.mark.slow
 def test_the_names_of_a_class_label_are_the_words(tmp_path):
     datasets = pytest.importorskip("datasets")
