@@ -4,7 +4,8 @@ One message names all bad rows of all files.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -144,18 +145,37 @@ def normalize_row(
     if isinstance(row, ValueError):
         raise row
     expected = () if spec.is_published else expected_names(spec)
+    in_file = name_columns(tuple(columns or row), tuple(spec.fields.items()), tuple(expected))
     row = rename_columns(row, spec.fields, expected, columns)
-    if spec.span_field:
-        unpack_spans(row, spec.span_field)
-    if not spec.is_published:
-        normalize_user_row(row, spec, split)
-    label = -1
-    if split != PREDICTED:
-        label = read_label(row, spec, may_be_hidden=split == "test")
-    row["label"] = label
-    row["idx"] = read_idx(row.get("idx"), number)
-    check_prompts(row, spec, split)
+    with naming_columns(spec.fields):
+        if spec.span_field:
+            unpack_spans(row, spec.span_field)
+        if not spec.is_published:
+            normalize_user_row(row, spec, split, set(in_file.values()))
+        label = -1
+        if split != PREDICTED:
+            label = read_label(row, spec, may_be_hidden=split == "test")
+        row["label"] = label
+        row["idx"] = read_idx(row.get("idx"), number)
+        check_prompts(row, spec, split)
     return row
+
+
+@contextmanager
+def naming_columns(fields: Mapping[str, str]) -> Iterator[None]:
+    """Give a message that begins with the name of a field the name of its column in the file.
+
+    fields: name in the file -> name in the task.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for column, field in fields.items():
+            if message.startswith(f"{field!r} is "):
+                message = repr(column) + message.removeprefix(repr(field))
+                break
+        raise ValueError(message) from None
 
 
 def read_idx(value, number: int) -> int:
@@ -287,25 +307,27 @@ def without_target(prompt: Prompt, row: dict) -> Prompt:
     return prompt
 
 
-def normalize_user_row(row: dict, spec: TaskSpec, split: str):
+def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container[str]):
     """Give a user's row empty texts in place of missing ones. Raise ValueError if it lacks a text
     that it should have.
+
+    in_file: the columns of its file, by their names in the task.
     """
     if spec.answer_of(row) == "messages":
         check_conversation(row, split)
         return
     row.pop("messages", None)  # a column that is not used
     for prompt in spec.prompts:
-        check_input(row, prompt)
+        check_input(row, prompt, in_file)
         if prompt.choices or split != PREDICTED:
             for text in prompt.choices or (prompt.target,):
-                to_texts(row, plain_names(text))
+                to_texts(row, plain_names(text), in_file)
     first = spec.prompts[0]
     if not first.choices and not first.target:
         if "choices" in spec.fields.values() and is_text(row.get("choices")):
             # A cell that `read_rows` did not know, because its column has another name in the file.
             row["choices"] = parse_choices(row["choices"])
-        check_own_answer(row, split)
+        check_own_answer(row, split, in_file)
 
 
 def expected_names(spec: TaskSpec) -> list[str]:
@@ -327,7 +349,7 @@ def plain_names(text: str) -> list[str]:
     return [name for name in field_names(text) if root_of(name) == name]
 
 
-def check_input(row: dict, prompt: Prompt):
+def check_input(row: dict, prompt: Prompt, in_file: Container[str]):
     """Raise ValueError if the fields of a prompt's text are not texts, or all of them are empty.
 
     A field may be empty if another one is not, such as the input of an instruction.
@@ -339,24 +361,26 @@ def check_input(row: dict, prompt: Prompt):
             if is_missing(row.get(name)):
                 row[name] = ""
         names = [name for name in names if row[name] != ""]
-    to_texts(row, names, advice=" (--input says what the model reads)")
+    to_texts(row, names, in_file, advice=" (--input says what the model reads)")
 
 
-def to_texts(row: dict, names: Iterable[str], advice: str = ""):
+def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: str = ""):
     """Make texts of the numbers in these fields. Raise ValueError for anything else.
 
-    advice: what the message says if there is no such field.
+    in_file: see `normalize_user_row`. advice: what the message says if there is no such column.
     """
     for name in names:
         value = row.get(name)
         if isinstance(value, int | float) and not is_missing(value):
             row[name] = str(value).removesuffix(".0")
         elif not is_text(value):
-            found = "" if name in row else nearest_of(name, row) + advice
+            found = ""
+            if name not in row and name not in in_file:
+                found = nearest_of(name, row) + advice
             raise ValueError(f"{name!r} is {value!r:.80}, expected a text that is not empty{found}")
 
 
-def check_own_answer(row: dict, split: str):
+def check_own_answer(row: dict, split: str, in_file: Container[str]):
     """Raise ValueError unless a row has either a target or choices of its own."""
     if split == PREDICTED:
         row.pop("target", None)
@@ -368,7 +392,7 @@ def check_own_answer(row: dict, split: str):
             f"expected either 'target', or 'choices' and 'label'; found {list(row)!r:.100}"
         )
     if "target" in row:
-        to_texts(row, ["target"])
+        to_texts(row, ["target"], in_file)
     elif not are_choices(row["choices"]):
         raise ValueError(
             f"'choices' is {row['choices']!r:.80}, "

@@ -46,8 +46,23 @@ def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, head
     task = load_task(tmp_path)
     assert [row["label"] for row in task.test] == [0, 1, -1]
     (tmp_path / "train.csv").write_text(content + "c,,x\n")
-    with pytest.raises(ValueError, match=r"train\.csv:4: 'label' is None, expected one of x, y"):
+    column = header.split(",")[0]  # as the file calls it
+    message = rf"train\.csv:4: '{column}' is None, expected one of x, y"
+    with pytest.raises(ValueError, match=message):
         load_task(tmp_path)
+
+
+def test_a_message_names_the_column_as_the_file_does(tmp_path):
+    # It had the name of our own field (label_text), and proposed another column for an empty cell.
+    path = tmp_path / "rows.csv"
+    path.write_text("text,Label\na,x\nb,\nc,y\n")
+    with pytest.raises(ValueError, match=r"3: 'Label' is None, expected a text that is not empty$"):
+        load_task(path, target="{Label}")
+    entry = {"files": "rows.csv", "fields": {"text": "words"}, "labels": ["x", "y"]}
+    (tmp_path / "task.json").write_text(json.dumps(entry))
+    path.write_text("text,Label\na,x\n,y\nc,y\n")
+    with pytest.raises(ValueError, match=r"3: 'text' is None, expected a text that is not empty$"):
+        load_task(tmp_path / "task.json", input="{words}")
 
 
 def test_an_empty_cell_of_an_input_is_empty_also_if_a_column_differs_from_it_in_case(tmp_path):
