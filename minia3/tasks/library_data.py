@@ -13,7 +13,8 @@ from pathlib import Path
 
 from minia3.files.read import one_line, read_json, reading
 from minia3.files.streams import is_terminal
-from minia3.tasks.split_files import HUB_PREFIX, SPLIT_OF_NAME, FoundFiles, shorten
+from minia3.tasks.row_files import rows_suffix
+from minia3.tasks.split_files import HUB_PREFIX, SIDE_FILES, SPLIT_OF_NAME, FoundFiles, shorten
 
 TIMEOUT = 10  # seconds to wait for the first answer of the hub
 
@@ -113,7 +114,21 @@ def find_saved_files(folder: Path) -> FoundFiles | None:
         files = {"train": read_state(folder / "state.json")}
     else:
         return None
-    return assign_splits(folder, files)
+    found = assign_splits(folder, files)
+    return found._replace(notes=[*found.notes, *note_other_files(folder)])
+
+
+def note_other_files(folder: Path) -> list[str]:
+    """Return a note in a list if somebody put files of rows into a folder of `save_to_disk`."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        # The library keeps data-*.arrow and cache-*.arrow there.
+        is_other = rows_suffix(path) not in ("", ".arrow") and path.name not in SIDE_FILES
+        if is_other:
+            names.append(path.name)
+    if not names:
+        return []
+    return [f"not used, because {folder} is a data set of `save_to_disk`: {shorten(names)}"]
 
 
 def read_state(path: Path) -> list[Path]:

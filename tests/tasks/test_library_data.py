@@ -101,6 +101,14 @@ def test_splits_that_are_not_used_are_named(tmp_path):
     ]
 
 
+def test_files_of_rows_beside_a_saved_data_set_are_named(tmp_path):
+    datasets.DatasetDict(train=data_set(), val=data_set()).save_to_disk(tmp_path)
+    (tmp_path / "test.csv").write_text("text,label\na,0\n")
+    (tmp_path / "cache-1f.arrow").write_bytes(b"of the library")
+    note = f"not used, because {tmp_path} is a data set of `save_to_disk`: test.csv"
+    assert load_task(tmp_path).notes == [note]
+
+
 def test_a_single_split_of_another_name_is_train(tmp_path):
     datasets.DatasetDict(everything=data_set()).save_to_disk(tmp_path)
     assert len(load_task(tmp_path).train) == 10
