@@ -11,6 +11,7 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     n_equal    rows with two choices that are one text to the tokenizer, if there are choices
     n_lossy    targets with characters that the tokenizer cannot write, for exact match
     n_too_long targets with more tokens than are generated, for exact match
+    n_wordless targets in which rouge_l finds no words, for rouge_l
     n_ends_cut targets that were too long and lost their end, for the perplexity
     tokens     mean tokens of a row and its choices
     n_shots    mean shots of a row, if there are shots
@@ -27,6 +28,7 @@ from minia3.inference.metrics import (
     TEXT_METRICS,
     area_under_curve,
     check_metric,
+    has_rouge_words,
     inverse_perplexity,
     perplexity,
 )
@@ -41,7 +43,7 @@ from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters
 from minia3.tasks.prompts import count_fitting, in_context, render
 
 # These may differ from prompt to prompt.
-COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_ends_cut")
+COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_wordless", "n_ends_cut")
 
 
 def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limits of a run)
@@ -150,7 +152,10 @@ def text_result(metric, texts, rendered, tokenizer):
     targets = [row.choices[0] for row in rendered]
     if metric == "exact_match":
         targets = [written_target(target, tokenizer) for target in targets]
-    return {"accuracy": float(TEXT_METRICS[metric](texts, targets)), "auc": None}
+    result = {"accuracy": float(TEXT_METRICS[metric](texts, targets)), "auc": None}
+    if metric == "rouge_l":
+        result["n_wordless"] = len(targets) - sum(map(has_rouge_words, targets))
+    return result
 
 
 def count_unmatchable(rendered, examples, tokenizer, max_new_tokens):

@@ -95,7 +95,7 @@ def squad_words(text):
 def rouge_l(texts, targets):
     """Return the mean ROUGE-L (Lin 2004): the F1 of the longest common subsequence of words.
 
-    The package rouge-score computes it, without stemming.
+    The package rouge-score computes it, without stemming. See `has_rouge_words`.
     """
     scorer = load_rouge().RougeScorer(["rougeL"], use_stemmer=False)
     scores = []
@@ -104,12 +104,18 @@ def rouge_l(texts, targets):
     return np.mean(scores)
 
 
+def has_rouge_words(text):
+    """Return whether rouge-score finds words in a text: letters from a to z, or digits 0 to 9."""
+    return re.search("[a-z0-9]", text.lower()) is not None
+
+
 def bleu(texts, targets):
     """Return the BLEU of all texts together (Papineni et al. 2002), divided by 100.
 
     The package sacrebleu computes it, with its own tokenizer of words (13a).
     """
-    return load_bleu().corpus_bleu(texts, [targets]).score / 100
+    score = load_bleu().corpus_bleu(texts, [targets]).score
+    return min(score / 100, 1.0)  # of equal texts, the score is 100.00000000000004
 
 
 def load_rouge():

@@ -116,6 +116,11 @@ def notes_on_texts(result, max_new_tokens):
             f"{part_having(result['n_too_long'], n_rows, 'target')} more than {max_new_tokens} "
             "tokens (--max-new-tokens), which cannot be matched"
         )
+    if result.get("n_wordless"):
+        notes.append(
+            f"{part_having(result['n_wordless'], n_rows, 'target')} no letter from a to z and no "
+            "digit, and rouge_l finds no other words: their score is 0"
+        )
     if result.get("n_ends_cut"):
         notes.append(
             f"{part_having(result['n_ends_cut'], n_rows, 'target')} more tokens than "

@@ -18,6 +18,7 @@ from minia3.inference.metrics import (
     bleu,
     check_package,
     exact_match,
+    has_rouge_words,
     inverse_perplexity,
     macro_f1,
     perplexity,
@@ -98,6 +99,8 @@ def test_rouge_l_is_the_mean_of_rouge_score():
     assert rouge_l(TEXTS, TARGETS) == pytest.approx(np.mean(expected))
     # By hand: the longest common subsequence of "a b c d" and "a c e d" has three words.
     assert rouge_l(["a b c d"], ["a c e d"]) == pytest.approx(3 / 4)
+    for text in ("Москва", "漢字", "été", "7", "A", "!"):
+        assert rouge_l([text], [text]) == has_rouge_words(text)
 
 
 def test_bleu_is_sacrebleu_s_of_the_whole_corpus():
@@ -105,6 +108,7 @@ def test_bleu_is_sacrebleu_s_of_the_whole_corpus():
     expected = sacrebleu.BLEU().corpus_score(TEXTS, [TARGETS]).score
     assert bleu(TEXTS, TARGETS) == pytest.approx(expected / 100)
     assert bleu(TARGETS, TARGETS) == pytest.approx(1)
+    assert bleu(["a b c d e"], ["a b c d e"]) == 1  # sacrebleu says 100.00000000000004
 
 
 @pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge_score"), ("bleu", "sacrebleu")])

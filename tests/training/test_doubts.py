@@ -217,9 +217,11 @@ def test_a_result_below_the_commonest_label_or_below_the_start_is_doubtful():
 
 def test_what_an_evaluation_noticed_about_texts_is_said_in_words():
     result = {"n": 9, "n_lossy": 2, "n_too_long": 3, "n_ends_cut": 1, "n_equal": 4}
-    lossy, too_long, ends_cut, equal = notes_on_texts(result, 64)
+    result["n_wordless"] = 5
+    lossy, too_long, wordless, ends_cut, equal = notes_on_texts(result, 64)
     assert lossy.startswith("2 of 9 targets have characters that the tokenizer cannot write")
     assert too_long.startswith("3 of 9 targets have more than 64 tokens (--max-new-tokens)")
+    assert wordless.startswith("5 of 9 targets have no letter from a to z and no digit")
     assert ends_cut.startswith("1 of 9 targets has more tokens than --max-target-length")
     assert equal.startswith("4 of 9 rows have two choices that are one text to the tokenizer")
     assert notes_on_texts({"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
