@@ -224,6 +224,11 @@ def looks_like_path(name: str) -> bool:
 def describe_missing_path(name: str) -> str:
     """Return the message for a path that does not exist, with the nearest one that does."""
     path = Path(name)
+    if "*" in name:
+        return (
+            f"{name}: no such file or folder, and * is no pattern here: give a folder whose files "
+            "are named like splits, or a task file with a list of 'files'"
+        )
     missing = path
     # The first part that does not exist is the one with the typo.
     while not os.path.exists(missing.parent):

@@ -271,3 +271,9 @@ def test_a_name_without_a_slash_may_be_a_folder_with_a_typo(tmp_path, monkeypatc
         load_task("reviws")
     with pytest.raises(ValueError, match="did you mean 'raft/overruling'"):
         load_task("raft/overrulin")
+
+
+def test_a_pattern_is_named_as_such(tmp_path):
+    fill(tmp_path, "a.jsonl", "b.jsonl")
+    message = describe_missing_path(f"{tmp_path}/*.jsonl")
+    assert "* is no pattern here: give a folder whose files are named like splits" in message
