@@ -153,7 +153,8 @@ def understand(
         columns.check_prompts(prompts)
     spec = rename_reserved(spec, columns)
     roles = roles._replace(prompts=prompts)
-    return Understanding(spec, columns.describe(roles, labels), notes_on(roles, labels))
+    notes = notes_on(roles, labels) + notes_on_integers(roles, columns, label_names)
+    return Understanding(spec, columns.describe(roles, labels), notes)
 
 
 # What the user says
@@ -404,6 +405,22 @@ def notes_on(roles: ColumnRoles, labels: Labels) -> list[str]:
         advice = f'if they are texts to write, give --target "{{{roles.label}}}"'
         note = f"{note}: {advice}"
     return [note]
+
+
+def notes_on_integers(
+    roles: ColumnRoles, columns: "Columns", label_names: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return a note for each column whose integers have names, and that is no label."""
+    used = roots_of(prompt.text for prompt in roles.prompts) + roles.answer_columns
+    notes = []
+    for name in dict.fromkeys(used):
+        names = label_names.get(columns.name_in_file(name), ())
+        if names:
+            notes.append(
+                f"the model sees the integers of {name!r}, and not their names "
+                f"({list_names(names):.80})"
+            )
+    return notes
 
 
 class Columns:

@@ -146,6 +146,10 @@ def test_the_names_of_a_class_label_are_the_words(tmp_path):
         task = load_task(path)
         assert task.prompts[0].choices == ("bad", "so so", "good")
         assert found_labels(task) == texts["label"]
+    written = load_task(tmp_path / "rows.parquet", input="{text}", target="{label}")
+    note = "the model sees the integers of 'label', and not their names (bad, so so, good)"
+    assert note in written.notes
+    assert note not in task.notes
     named = load_task(tmp_path / "rows.parquet", labels="x,y,z")
     assert named.columns == "reads text, picks label among x (0), y (1), z (2)"
 
