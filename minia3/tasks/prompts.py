@@ -238,9 +238,14 @@ def check_fields(prompt: Prompt, row: dict):
 
 
 def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
-    """Return the fields that the prompt puts into words: "cause" may become "This is because"."""
+    """Return the fields that the prompt puts into words: "cause" may become "This is because".
+
+    A row that is to be answered lacks the fields of the target.
+    """
     replaced = {}
     for name, words in (prompt.words or {}).items():
+        if not any(name in field_names(text) for text in prompt.templates):
+            continue
         value = fill(f"{{{name}}}", row)
         if value not in words:
             raise ValueError(f"{name!r} is {value!r:.40}, expected one of {', '.join(words)}")

@@ -10,7 +10,7 @@ from task_files import lines
 
 from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, guess_task, with_flags
 from minia3.tasks.prompts import render
-from minia3.tasks.rows import PREDICTED, normalize_row
+from minia3.tasks.rows import PREDICTED, normalize_row, without_target
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.task_file import read_task_file
@@ -480,6 +480,9 @@ def test_such_a_column_has_the_words_of_its_prompt(tmp_path):
     prompts = [{"text": "{idx} {q}", "target": "{Label}", "words": words}]
     task = load_described(tmp_path, {"prompts": prompts}, *rows)
     assert rendered(task) == [("first w", ["no"], 0), ("second w", ["yes"], 0)]
+    # A row that is to be answered has no label. It was refused, because the label has words.
+    row = normalize_row({"q": "w", "idx": 1}, task.spec, PREDICTED, 0)
+    assert render(without_target(task.spec.prompts[0], row), row).input == "second w"
 
 
 def rows_with_texts(names):
