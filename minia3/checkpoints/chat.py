@@ -15,6 +15,7 @@ of time and memory (template_worker.py).
 import atexit
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,14 @@ from typing import NamedTuple
 from minia3.checkpoints import template_worker
 from minia3.checkpoints.layout import CHAT_TEMPLATE_FILE, OTHER_TEMPLATES
 from minia3.files.read import reading
+
+# Names under which people store what a model thought before its answer. Templates read the first,
+# and those of gpt-oss the second.
+THINKING = ("reasoning_content", "thinking", "reasoning")
+
+# DeepSeek's templates ask whether the content of a message `is none`, which it is beside the calls
+# of tools.
+ASKS_FOR_NULL = re.compile(r"content\W{0,5}(is|==|!=)\s*(not\s+)?none", re.IGNORECASE)
 
 
 class ChatText(NamedTuple):
@@ -108,7 +117,7 @@ def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt
         raise ValueError(f"expected a text, found {type(template).__name__}")
     variables = {
         **special_tokens,
-        "messages": messages,
+        "messages": [template_message(message, template) for message in messages],
         "tools": tools,
         "documents": None,
         "add_generation_prompt": ends_with_prompt,
@@ -123,6 +132,25 @@ def render_chat(template, messages, special_tokens, tools=None, ends_with_prompt
     if name != "ValueError":  # which a template raises on purpose, in its author's words
         message = f"{name}: {message}"
     raise ValueError(message)
+
+
+def template_message(message, template):
+    """Return a message as the template gets it: without nulls, and with the thinking it looks for.
+
+    Exports of chats write "content": null and "tool_calls": null. A template would write "None", or
+    take the null for calls. transformers removes these keys, too, also from a template that asks
+    whether the content is none, and which then fails.
+    """
+    if not isinstance(message, dict):
+        return message  # the template fails, and says why
+    kept = {key: value for key, value in message.items() if value is not None}
+    if "content" in message and ASKS_FOR_NULL.search(template):
+        kept["content"] = message["content"]
+    names = [name for name in THINKING if name in kept]
+    if names:
+        thinking = kept[names[0]]
+        kept = {"thinking": thinking, **kept, "reasoning_content": thinking}
+    return kept
 
 
 class Worker:

@@ -15,7 +15,7 @@ def check_messages(row: dict, needs_answer: bool = True):
     """Raise ValueError if a row's `messages` are not a conversation.
 
     Which roles there are, and in which order, is the template's business. Other keys of a message,
-    such as tool_calls, are passed on to the template. Keys without a value are removed.
+    such as tool_calls, are passed on to the template.
 
     needs_answer: whether there must be a message of the assistant.
     """
@@ -26,7 +26,6 @@ def check_messages(row: dict, needs_answer: bool = True):
         )
     for i, message in enumerate(messages):
         check_message(message, i)
-    row["messages"] = [without_nulls(message) for message in messages]
     check_tools(row)
     if needs_answer and not has_answer(messages):
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
@@ -44,15 +43,6 @@ def check_message(message, i: int):
     is_call = content is None and bool(message.get("tool_calls"))  # it may say nothing besides
     if not isinstance(content, str) and not is_call:
         raise ValueError(f"the content of message {i} is {content!r:.60}, expected a text")
-
-
-def without_nulls(message: dict) -> dict:
-    """Return a message without the keys that have no value, apart from its content.
-
-    Exports of chats write "tool_calls": null. A template that asks whether a message has tool_calls
-    must not find the empty ones.
-    """
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
 def check_tools(row: dict):

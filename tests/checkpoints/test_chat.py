@@ -521,6 +521,39 @@ def test_a_call_of_a_tool_is_a_turn_of_the_assistant_and_its_result_is_not(tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", "[q][]"),
+        ("{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}", "[q][]"),
+        ("{% for m in messages if 'tool_calls' in m %}[{{ m.role }}]{% endfor %}", "[assistant]"),
+        # DeepSeek's
+        (
+            "{% for m in messages if m['content'] is none %}[{{ m.role }}]{% endfor %}",
+            "[assistant]",
+        ),
+        ("{{ messages[1].tool_calls[0] | tojson }}", '{"id": null}'),
+    ],
+)
+def test_nulls_of_a_message_do_not_reach_the_template(template, expected):
+    messages = [
+        {"role": "user", "content": "q", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": None}]},
+    ]
+    tokenizer = tokenizer_with(template)
+    assert tokenizer.backend.decode(tokenizer.chat(messages)) == expected
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_reaches_the_template_under_any_of_its_names(name):
+    answer = {"role": "assistant", "content": "Five.", "reasoning_content": None, name: "2 + 3"}
+    messages = [{"role": "user", "content": "2 + 3 ?"}, answer]
+    tokenizer = tokenizer_with(QWEN3)
+    ids, is_scored = tokenizer.conversation(messages)
+    scored = [i for i, is_answer in zip(ids, is_scored, strict=True) if is_answer]
+    assert "<think>\n2 + 3\n</think>\n\nFive." in tokenizer.backend.decode(scored)
+
+
 @pytest.mark.parametrize("tools", [None, [], TOOLS])
 def test_tools_take_the_template_for_them_as_in_transformers(tmp_path, tools):
     several = [

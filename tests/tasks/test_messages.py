@@ -96,13 +96,6 @@ def test_rows_to_predict_need_no_answer_and_lose_theirs():
     assert question(turns("q", "a", "r")) == turns("q", "a", "r")
 
 
-def test_keys_without_a_value_do_not_reach_the_template():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": 1, "note": None}]}
-    checked = row([{"role": "user", "content": "q", "tool_calls": None, "name": None}, call])
-    check_messages(checked)
-    assert checked["messages"] == [{"role": "user", "content": "q"}, call]
-
-
 @pytest.mark.parametrize("tools", ["{}", [1], {"a": 1}])
 def test_tools_are_a_list_of_objects(tools):
     with pytest.raises(ValueError, match=r"'tools' is .*, expected a list of JSON objects"):
