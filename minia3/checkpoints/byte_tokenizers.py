@@ -57,7 +57,8 @@ def byt5_backend(settings):
     backend = Backend(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([*tokens, *sentinels])
+    tokens += [added_token(sentinel) for sentinel in sentinels]
+    backend.add_special_tokens(tokens)
     return backend, {"add_eos_token": True, **special}
 
 

@@ -101,6 +101,15 @@ def test_a_special_token_of_byt5_in_a_dict_takes_the_spaces_that_the_dict_says(t
         assert ours.encode(text) == their_ids(theirs, text), text
 
 
+def test_sentinels_of_byt5_may_be_described_in_dicts(tmp_path, byt5):
+    sentinels = [{"content": f"<extra_id_{i}>", "special": True} for i in range(125)]
+    config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+    write_json(tmp_path / "config.json", config | {"additional_special_tokens": sentinels})
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in random_texts(50, seed=5):
+        assert ours.encode(text) == their_ids(byt5[1], text), text
+
+
 def test_bytes_that_are_no_text_are_decoded_with_a_mark_and_do_not_fail(byt5):
     ours = Tokenizer.from_folder(byt5[0])
     assert ours.decode([100, 198, 100, 383, 384, 1]) == "a\ufffda"
