@@ -416,6 +416,18 @@ def test_ids_that_are_not_tokens_are_left_out(name):
     assert small(name).decode([]) == ""
 
 
+def test_decode_keeps_spaces_that_transformers_takes_out(tmp_path):
+    settings = {"clean_up_tokenization_spaces": True, "tokenizer_class": "T5Tokenizer"}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, "t5", tokenizer_config=settings))
+    text = "the red , 12 !"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    transformers = pytest.importorskip(
+        "transformers", reason="needs the extra: pip install 'minia3[test]'"
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == "the red, 12!"
+
+
 @pytest.mark.parametrize("model_type", ["t5", "llama"])
 @pytest.mark.parametrize("name", [*OPTIONS, "gpt-2", "llama-bpe"])
 def test_transformers_has_the_same_ids_with_a_saved_tokenizer(tmp_path, name, model_type):
