@@ -59,7 +59,7 @@ def byt5_backend(settings):
     backend.decoder = decoders.ByteLevel()
     tokens += [added_token(sentinel) for sentinel in sentinels]
     backend.add_special_tokens(tokens)
-    return backend, {"add_eos_token": True, **special}
+    return backend, special
 
 
 def stand_ins():

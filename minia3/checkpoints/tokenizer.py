@@ -56,6 +56,8 @@ from minia3.files.write import write_new_json, writing_folder
 
 N_SENTINELS = 100  # <extra_id_0> ... <extra_id_99> of every published T5
 MAX_SENTINELS = 1000
+# Every text of a T5 or a ByT5 ends in eos: transformers does not read these settings there.
+T5_FRAME = {"add_bos_token": False, "add_eos_token": True}
 N_IDS = 2**32  # the backend stores an id in 32 bits, and raises an error if an id is larger
 UNKNOWN_CHARACTER = "\U0010fffd"  # a character for private use, which no vocabulary has
 
@@ -294,8 +296,7 @@ class Tokenizer:
         if templates is not None:
             settings["chat_template"] = templates
         with reading(file):
-            backend, defaults = read_backend(file, settings)
-            return cls(backend, defaults | settings)
+            return cls(*read_backend(file, settings))
 
     @classmethod
     def from_gguf(cls, metadata: dict, origin: str | Path = "GGUF") -> "Tokenizer":
@@ -347,7 +348,7 @@ def tokenizer_file(folder):
 
 
 def read_backend(file, settings):
-    """Return the backend of a tokenizer's file, and settings that count if no other file has them.
+    """Return the backend of a tokenizer's file, and the settings with what follows from the file.
 
     Raise an exception of any type if the file is damaged.
     """
@@ -356,11 +357,13 @@ def read_backend(file, settings):
         backend = Backend.from_buffer(file.read_bytes())
         add_missing_tokens(backend, added)
         add_listed_tokens(backend, settings)
-        return backend, {}
+        return backend, settings
+    frame = {}
     if file.name == VOCABULARY_FILE:
         backend, defaults = byte_bpe_backend(file.parent, settings)
     elif file.suffix == ".json":
         backend, defaults = byt5_backend(settings)
+        frame = T5_FRAME
     else:
         is_t5 = file.name == "spiece.model"
         # A LLaMA that is not `legacy` gets no space after an added token, as in transformers 5.
@@ -369,13 +372,14 @@ def read_backend(file, settings):
         has_prefix = is_t5 or settings.get("add_prefix_space") is not False
         content = file.read_bytes()
         backend, special_ids = read_sentencepiece(content, is_prefix_for_all, has_prefix)
+        defaults = {"add_bos_token": True, **special_ids}
         if is_t5:
             add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
-        defaults = {"add_bos_token": not is_t5, "add_eos_token": is_t5, **special_ids}
+            frame = T5_FRAME
     # normalized=False: look for the tokens in the text itself, before it is normalized.
     add_tokens(backend, {i: token | {"normalized": False} for i, token in added.items()})
     add_listed_tokens(backend, settings)
-    return backend, defaults
+    return backend, defaults | settings | frame
 
 
 def read_settings(folder):

@@ -74,6 +74,14 @@ def test_the_name_of_its_class_is_all_that_byt5_needs(tmp_path, byt5, file):
     assert find_tokenizer(tmp_path).encode("a") == [100, 1]
 
 
+def test_a_text_of_a_byt5_ends_in_eos_whatever_the_settings_say(tmp_path, byt5):
+    config = {"tokenizer_class": "ByT5Tokenizer", "add_eos_token": False}
+    write_json(tmp_path / "tokenizer_config.json", config)
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.encode("a") == their_ids(byt5[1], "a") == [100, 1]
+    assert ours.has_separate_targets
+
+
 def test_a_saved_byt5_has_the_same_ids_here_and_in_transformers(tmp_path, byt5):
     import transformers
 
