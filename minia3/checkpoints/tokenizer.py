@@ -510,5 +510,5 @@ def add_tokens(backend, added):
     wrong_ids = [i for i in ids if backend.token_to_id(added[i]["content"]) != i]
     if wrong_ids:
         raise ValueError(
-            f"added tokens have the ids {wrong_ids}, but these do not follow the vocabulary"
+            f"added tokens have the ids {wrong_ids!r:.60}, but these do not follow the vocabulary"
         )

@@ -291,6 +291,8 @@ def test_listed_special_tokens_follow_those_that_have_ids(tmp_path):
 def test_added_tokens_that_do_not_follow_a_tokenizer_json_are_refused(tmp_path):
     save_json(word_level(), tmp_path, added_tokens={"<new>": 9})
     check_refused(tmp_path, "added tokens have the ids [9], but these do not follow the vocab")
+    save_json(word_level(), tmp_path, added_tokens={f"<{i}>": i for i in range(900, 1200)})
+    check_refused(tmp_path, "added tokens have the ids [900, 901, ")
     save_json(word_level(), tmp_path, added_tokens={"b": 2, "a": 7})  # it has these already
     assert Tokenizer.from_folder(tmp_path).encode("a b") == [1, 2]
 
