@@ -95,7 +95,7 @@ class Tokenizer:
         ids = self.encode(UNKNOWN_CHARACTER)
         begins_with_bos = ids[:1] == [self.bos_id]
         ends_with_eos = ids[-1:] == [self.eos_id]
-        self.has_separate_targets = ends_with_eos and has_encoder(settings, begins_with_bos)
+        self.has_separate_targets = has_encoder(settings, begins_with_bos, ends_with_eos)
 
     def _find_special_tokens(self, settings):
         """Set the ids and the texts of the special tokens, and tell the backend about them."""
@@ -142,7 +142,8 @@ class Tokenizer:
     def encode_target(self, text: str, end: bool) -> list[int]:
         """Return the ids of `text` as a target. ("True" and " True" are the same target.)
 
-        T5: encode(text), because the decoder reads the target as a sequence of its own.
+        T5: encode(text), because the decoder reads the target as a sequence of its own. If that
+        does not end in eos, as with a tokenizer.json that adds no special tokens, eos is added.
         LLaMA: the ids of the text after one space, so that
 
             encode(prompt) + encode_target(text, end=False) == encode(prompt + " " + text)
@@ -150,12 +151,17 @@ class Tokenizer:
         for a prompt that is not empty and does not end in white space (if encode adds no eos). A
         prompt that ends in a special token is an exception with tokenizers that put a space of
         their own before the text after it (older files of LLaMA-2): the target lacks this space.
-        end: True adds eos, for LLaMA only. Raise ValueError if there is no eos to add.
+        end: True adds eos, for LLaMA only; a T5's targets always end in it. Raise ValueError if
+        there is no eos to add.
         """
-        if self.has_separate_targets:
-            return self.encode(text)
-        if end and self.eos_id is None:
+        must_end = end or self.has_separate_targets
+        if must_end and self.eos_id is None:
             raise ValueError("a target cannot be ended: the tokenizer's files name no eos token")
+        if self.has_separate_targets:
+            ids = self.encode(text)
+            if ids[-1:] == [self.eos_id]:
+                return ids
+            return [*self.encode(text, special=False), self.eos_id]
         # Encode the text after a prompt, here "a", and cut off the prompt. encode(" " + text) is
         # wrong, because LLaMA-2 puts another space before any text.
         prompt = self.encode("a", special=False)
@@ -399,16 +405,16 @@ def read_settings(folder):
     return settings
 
 
-def has_encoder(settings, begins_with_bos):
-    """Return whether a model whose tokenizer adds eos has an encoder, as T5 does.
+def has_encoder(settings, begins_with_bos, ends_with_eos):
+    """Return whether the model of a tokenizer has an encoder, as T5 does.
 
-    Its config says so. Without a config, we go by bos: a T5 does not add it, and a LLaMA does.
+    Its config says so. Without a config, we go by the special tokens: a T5 adds eos alone.
     """
     if "is_encoder_decoder" in settings:
         return bool(settings["is_encoder_decoder"])
     if "model_type" in settings:
         return settings["model_type"] in config_t5.DEFAULTS
-    return not begins_with_bos
+    return ends_with_eos and not begins_with_bos
 
 
 def special_id(backend, settings, kind):

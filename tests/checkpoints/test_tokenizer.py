@@ -398,6 +398,20 @@ def test_the_config_decides_about_the_targets_of_a_tokenizer_that_adds_only_eos(
     assert tokenizer.encode_target("a", end=False) == expected
 
 
+@pytest.mark.parametrize("content", ["$A", "<s> $A"])
+def test_a_target_of_a_t5_ends_in_eos_also_if_its_tokenizer_adds_none(tmp_path, content):
+    backend = byte_level()[0]
+    backend.add_special_tokens(["<s>"])
+    bos = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing(content, None, [bos])
+    beside = {"config": {"model_type": "t5"}, "tokenizer_config": {"eos_token": "<|end|>"}}
+    tokenizer = Tokenizer.from_folder(save_json(backend, tmp_path, **beside))
+    for end in (True, False):
+        ids = tokenizer.encode_target("hall", end)
+        assert ids == [*tokenizer.encode("hall", special=False), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "hall"  # without a space before it, as in a continued text
+
+
 def test_null_as_bos_means_that_there_is_none_whatever_the_files_before_say(tmp_path):
     import transformers
 

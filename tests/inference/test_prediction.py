@@ -399,12 +399,15 @@ def test_an_input_or_a_choice_without_tokens_is_named(text, tmp_path, capsys, mo
         {"input": "w7", "choices": ["w8", "w6"]},
         {"input": "w9"},
     ]
-    encode = Tokenizer.encode
-    monkeypatch.setattr(
-        Tokenizer,
-        "encode",
-        lambda self, t, special=True: [] if t == text else encode(self, t, special),
-    )
+
+    def without_tokens(method):
+        def encode(self, t, *args, **options):
+            return [] if t == text else method(self, t, *args, **options)
+
+        return encode
+
+    for name in ("encode", "encode_target"):
+        monkeypatch.setattr(Tokenizer, name, without_tokens(getattr(Tokenizer, name)))
     error = fails(capsys, running.model("t5"), write(tmp_path / "rows.jsonl", rows))
     assert f"rows.jsonl:{3 if text == 'w9' else 2}: no tokens" in error
 
