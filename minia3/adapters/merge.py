@@ -33,6 +33,7 @@ from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_divided, is_sharded, shard
 
 
+@torch.inference_mode(False)  # see `load_model`
 def merge(model, adapter=0):
     """Return a new model with row `adapter` folded into its weights, and one row of ones.
 

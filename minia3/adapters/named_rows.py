@@ -139,6 +139,7 @@ class Adapters(Mapping):
         return f"there is no adapter {name!r}; {hint}"
 
 
+@torch.inference_mode(False)  # see `load_model`
 def grow(model, n_rows):
     """Give the model at least `n_rows` rows. The new rows are all ones.
 

@@ -50,6 +50,8 @@ N_SHOWN = 20  # problems that a message names; the others are counted
 INITIALIZERS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
 
+# A tensor that is made in torch.inference_mode can never be changed or trained outside of it.
+@torch.inference_mode(False)
 def load_model(
     name_or_path,
     *,

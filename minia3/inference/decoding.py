@@ -286,7 +286,7 @@ def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
             numbers += range(i * options.samples, (i + 1) * options.samples)
         texts = [Text(tokenizer.decode, options.stops) for _ in numbers]
         ended = set()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # see `decode_tokens`
             state = model.start(to_device(source_BM, device), mask_BM, adapters)
         tokens = generate_tokens(model, state, numbers, seed, ended, options)
         del state  # or its keys and values would stay in memory beside the copies of them
@@ -343,6 +343,7 @@ def search_tokens(model, state, options):
             row += 1
 
 
+@torch.inference_mode(False)  # because a stream that begins in this mode may go on outside of it
 @torch.no_grad()
 def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
     """Yield (row, token) for all rows of `state`, step by step.

@@ -8,6 +8,8 @@ has an `Unscaled` in each of these places, and `add_vectors` puts an IA3 there.
 
 import re
 
+import torch
+
 from minia3.model.blocks import Unscaled
 from minia3.model.ia3 import IA3, vectors
 from minia3.model.site_names import SITE_NAMES, SITES
@@ -24,6 +26,7 @@ def possible_vectors(model):
     return widths
 
 
+@torch.inference_mode(False)  # see `load_model`
 def add_vectors(model, names):
     """Add each vector in `names` that is possible and missing, with a row of ones per adapter."""
     example = next(iter(vectors(model).values()))

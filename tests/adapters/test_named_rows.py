@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from words import word_tokenizer
 
 import minia3
-from minia3.adapters.named_rows import Adapters
+from minia3.adapters.named_rows import Adapters, grow
 from minia3.adapters.peft_files import read_adapter, write_adapter
-from minia3.adapters.rows import row_of, save_adapter
+from minia3.adapters.rows import fill_row, row_of, save_adapter
 from minia3.cli.info import info
 from minia3.model.adapter_rows import GENERATION, find_row
+from minia3.model.more_vectors import add_vectors, possible_vectors
 
 BOTH = ["t5-v1.1", "llama-gqa"]
 
@@ -121,6 +122,25 @@ def test_growing_keeps_the_parameters_and_their_values_dtype_and_requires_grad(
             assert (len(v), v.dtype, v.requires_grad) == (model.n_adapters, dtype, n != A)
             assert torch.equal(v[:2], kept[n])
     assert sizes == [4, 4, 8]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_is_loaded_in_inference_mode_can_change_and_train_outside_of_it(loaded, name):
+    """A tensor that is made in this mode cannot."""
+    with torch.inference_mode():
+        model = loaded(name)
+        adapters = Adapters(model)
+        add_vectors(model, possible_vectors(model))
+        grow(model, 3)
+        merged = minia3.merge(model, 2)
+    for model_here in (model, merged):
+        minia3.freeze(model_here)
+        for vector in minia3.vectors(model_here).values():
+            assert not vector.is_inference()
+        fill_row(model_here, 0, {})
+        state = model_here.start(SOURCE)
+        minia3.logprobs(model_here, state, TARGET).sum().backward()
+    assert adapters.rows([None]).tolist() == [0]
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -517,6 +517,16 @@ def test_streamed_pieces_join_to_what_generate_gives(both, options):
     assert len(n_pieces) > 3
 
 
+def test_a_stream_that_begins_in_inference_mode_may_go_on_outside_of_it(both):
+    texts = []
+    for prompt in PROMPTS:
+        pieces = stream(both.model, both.tokenizer, prompt, max_new_tokens=10)
+        with torch.inference_mode():
+            text = next(pieces, "")
+        texts.append(text + "".join(pieces))
+    assert texts == generate(both.model, both.tokenizer, PROMPTS, max_new_tokens=10)
+
+
 def test_a_stream_steps_only_as_far_as_it_is_read(both, monkeypatch):
     steps = adapters_of_steps(both.model, monkeypatch)
     monkeypatch.setattr(both.model, "config", replace(both.model.config, eos_ids=()))
