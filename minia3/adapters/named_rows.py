@@ -43,9 +43,10 @@ class Adapters(Mapping):
             )
         self.model = model
         self._numbers = {}
+        places = vectors(model)
         with self.lock:
             give_up_all(model)
-            fill_row(model, 0, {})
+            fill_row(model, 0, {}, places)
 
     def __getitem__(self, name):
         try:

@@ -20,8 +20,9 @@ def row_of(model, adapter):
 
     The rows are views: changing one changes the model. Raise ValueError if there is no such row.
     """
+    places = vectors(model)
     row = row_number(model, adapter)
-    return {name: vector.detach()[row] for name, vector in vectors(model).items()}
+    return {name: vector.detach()[row] for name, vector in places.items()}
 
 
 def copy_row(model, adapter):
@@ -61,8 +62,8 @@ def load_adapter(model, folder_or_file, adapter=0):
     model stays as it was. Warn if the adapter names another base model.
     """
     adapter_file = read_adapter(folder_or_file)
-    row = row_number(model, adapter)
     places = vectors(model)
+    row = row_number(model, adapter)
     new_vectors = fitting_vectors(model, adapter_file, folder_or_file, places)
     fill_row(model, row, new_vectors, places)
 

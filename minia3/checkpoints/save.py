@@ -17,6 +17,7 @@ from minia3.checkpoints.tensor_names import name_table
 from minia3.files.processes import is_first
 from minia3.files.progress import progress
 from minia3.files.write import write_new_json, writing_folder
+from minia3.model.ia3 import refuse_wrapper
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import gathered, is_sharded
 
@@ -43,7 +44,11 @@ def save_model(model, folder, tokenizer=None):
     The folder changes only when everything is written (see `writing_folder`). If the model is
     divided among processes, all of them call this, and the first one writes. It gathers one tensor
     at a time, and keeps those of a shard.
+
+    Raise ValueError if the base is quantized, or if the model is in a wrapper, such as that of
+    torch.compile.
     """
+    refuse_wrapper(model)
     if quantized_linears(model):
         raise ValueError(
             "a checkpoint holds plain weights, and this base is quantized: load it without "

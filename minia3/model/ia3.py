@@ -48,8 +48,24 @@ class IA3(nn.Module):
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
 
 
+# Where torch.compile(model) and DistributedDataParallel(model) have the model
+WRAPPED_AT = ("_orig_mod", "module")
+
+
+def refuse_wrapper(model):
+    """Raise ValueError if the model is in a wrapper, because all names would be others."""
+    for place in WRAPPED_AT:
+        if place in model._modules:
+            found = f"found the model in the wrapper {type(model).__name__}"
+            raise ValueError(f"{found}, expected the model itself: give its `.{place}`")
+
+
 def vectors(model):
-    """Return a dict from the name of each vector to its parameter (A, D), in module order."""
+    """Return a dict from the name of each vector to its parameter (A, D), in module order.
+
+    Raise ValueError if the model is in a wrapper, such as that of torch.compile.
+    """
+    refuse_wrapper(model)
     found = {}
     find_vectors(model, "", found)
     return found
@@ -67,6 +83,7 @@ def find_vectors(module, prefix, found):
 
 def freeze(model):
     """Let only the (IA)^3 vectors require a gradient. They are found by type, not by name."""
+    trained = vectors(model).values()
     model.requires_grad_(False)
-    for vector in vectors(model).values():
+    for vector in trained:
         vector.requires_grad_(True)

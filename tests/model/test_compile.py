@@ -51,6 +51,11 @@ def test_a_step_has_no_graph_break_and_other_lengths_do_not_compile_again(name, 
     assert len(graphs) == n_graphs
 
 
+def test_a_model_in_torch_s_wrapper_is_refused(loaded):
+    with pytest.raises(ValueError, match=r"in the wrapper OptimizedModule.*give its `\._orig_mod`"):
+        minia3.merge(torch.compile(loaded("llama-gqa"), backend="eager"))
+
+
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
 def test_a_compiled_model_has_the_gradients_of_the_plain_model(name, loaded):
     model = first_blocks(loaded(name, seed=0))

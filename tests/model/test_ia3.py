@@ -86,6 +86,28 @@ def test_vectors_are_named_by_their_place_and_hold_one_row_per_adapter(loaded):
     assert llama["blocks.1.ffn.l_ff"].shape == (2, 37)
 
 
+@pytest.mark.parametrize("place", ["_orig_mod", "module"])
+def test_a_wrapper_of_a_model_is_refused(loaded, tmp_path, place):
+    """All names begin with its own, so nothing would be folded, frozen or saved."""
+    model = loaded("llama-gqa")
+    minia3.save_adapter(model, tmp_path / "adapter")
+    wrapper = torch.nn.ModuleDict({place: model})
+    uses = [
+        minia3.vectors,
+        minia3.freeze,
+        minia3.merge,
+        minia3.Adapters,
+        lambda wrapper: minia3.load_adapter(wrapper, tmp_path / "adapter"),
+        lambda wrapper: minia3.save_adapter(wrapper, tmp_path / "saved"),
+        lambda wrapper: minia3.save_model(wrapper, tmp_path / "saved"),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=rf"in the wrapper ModuleDict.*give its `\.{place}`"):
+            use(wrapper)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not (tmp_path / "saved").exists()
+
+
 # Learning
 
 
