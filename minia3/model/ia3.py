@@ -47,6 +47,17 @@ class IA3(nn.Module):
             return scale_keeping_result(x_BLD, l_BD)  # the product below, in the memory of x
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
 
+    def _apply(self, fn, recurse=True):
+        """Do what `model.to(...)` or `model.half()` asks for, but keep float32 or wider rows."""
+
+        def keep_wide(x):
+            new = fn(x)
+            if new.dtype.itemsize < torch.float32.itemsize:
+                return x.to(new.device, torch.float32)
+            return new
+
+        return super()._apply(keep_wide, recurse)
+
 
 # Where torch.compile(model) and DistributedDataParallel(model) have the model
 WRAPPED_AT = ("_orig_mod", "module")

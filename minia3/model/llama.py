@@ -114,6 +114,17 @@ class Llama(nn.Module):
             frequency = inverse_frequencies(config)
         self.register_buffer("frequency", frequency, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Do what `model.to(...)` or `model.half()` asks for, but keep float32 frequencies.
+
+        In bfloat16, they would be off by up to 1/512, which is two positions after 1,000 tokens.
+        """
+        frequency = self.frequency
+        super()._apply(fn, recurse)
+        if self.frequency.dtype != torch.float32:
+            self.frequency = frequency.to(self.frequency.device)
+        return self
+
     def start(self, source, mask=None, adapter=None):
         """Read the prompt up to the last real token of each row, and return the State.
 
@@ -224,7 +235,7 @@ class Llama(nn.Module):
 
         (x, y) turns into (x cos - y sin, y cos + x sin), so the first half of sin is negative.
         """
-        angle_BLP = position_BL[..., None].float() * self.frequency.float()
+        angle_BLP = position_BL[..., None].float() * self.frequency
         cos_B1LP = angle_BLP.cos().to(dtype).unsqueeze(1)
         sin_B1LP = angle_BLP.sin().to(dtype).unsqueeze(1)
         return torch.cat((cos_B1LP, cos_B1LP), dim=-1), torch.cat((-sin_B1LP, sin_B1LP), dim=-1)

@@ -65,6 +65,20 @@ def test_vectors_are_float32_and_keep_small_updates_in_a_bfloat16_model(loaded, 
     assert logits(model, tokens(1, 3), None, tokens(1, 2)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_a_model_that_becomes_bfloat16_later_is_one_that_is_loaded_in_bfloat16(loaded, name):
+    source = tokens(2, 40)
+    target = tokens(2, 5, seed=1)
+    model = loaded(name, seed=0)
+    minia3.logprobs(model, model.start(source), target).sum().backward()
+    model.bfloat16()
+    assert {vector.dtype for vector in minia3.vectors(model).values()} == {torch.float32}
+    assert {vector.grad.dtype for vector in minia3.vectors(model).values()} == {torch.float32}
+    expected = logits(loaded(name, seed=0, dtype=torch.bfloat16), source, None, target)
+    assert torch.equal(logits(model, source, None, target), expected)
+    assert {vector.dtype for vector in minia3.vectors(model.double()).values()} == {torch.float64}
+
+
 def test_vectors_are_named_by_their_place_and_hold_one_row_per_adapter(loaded):
     t5 = minia3.vectors(loaded("t5-wide", n_adapters=3))
     assert [name for name in t5 if name.startswith("decoder.")] == [

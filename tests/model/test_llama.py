@@ -173,6 +173,8 @@ def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
     model = loaded("llama3", dtype=torch.bfloat16)
     assert torch.equal(model.frequency, inverse_frequencies(model.config))
     assert "frequency" not in model.state_dict()
+    for dtype in (torch.float16, torch.float64, torch.bfloat16):
+        assert torch.equal(model.to(dtype).frequency, inverse_frequencies(model.config))
 
 
 def test_dropout_in_training_affects_only_attention_as_in_transformers(copy):
