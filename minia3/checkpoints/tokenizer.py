@@ -131,8 +131,10 @@ class Tokenizer:
         """Return the ids of `text`, with the special tokens that the files ask for.
 
         T5 ends a text with `</s>`, LLaMA begins it with `<s>`, and SmolLM2 adds nothing.
-        special: False leaves out these tokens. Raise ValueError if the text cannot be encoded.
+        special: False leaves out these tokens. Raise ValueError if `text` is no text, or cannot be
+        encoded.
         """
+        expect_text(text)
         # This may fail, because a str may hold half a surrogate pair, which is not Unicode, and
         # because some damage to the files shows only now.
         damage = "it is not Unicode, or the tokenizer is damaged"
@@ -154,6 +156,7 @@ class Tokenizer:
         end: True adds eos, for LLaMA only; a T5's targets always end in it. Raise ValueError if
         there is no eos to add.
         """
+        expect_text(text)
         must_end = end or self.has_separate_targets
         if must_end and self.eos_id is None:
             raise ValueError("a target cannot be ended: the tokenizer's files name no eos token")
@@ -316,6 +319,12 @@ class Tokenizer:
         with reading(origin):
             backend, settings = read_gguf_tokenizer(metadata)
             return cls(backend, settings)
+
+
+def expect_text(text):
+    """Raise ValueError if this is not a text, such as the NaN of an empty cell in pandas."""
+    if not isinstance(text, str):
+        raise ValueError(f"found {text!r:.40}, expected a text")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

@@ -262,10 +262,11 @@ def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
 def as_ids(prompt, index):
     """Return the ids of a prompt that is not a text. Raise ValueError if they are not integers."""
     try:
-        return [operator.index(token) for token in prompt]
+        if not isinstance(prompt, bytes):  # their numbers are no ids
+            return [operator.index(token) for token in prompt]
     except TypeError:
-        found = f"prompt {index} is {prompt!r:.40}"
-        raise ValueError(f"{found}, expected a text or a list of ids") from None
+        pass
+    raise ValueError(f"prompt {index} is {prompt!r:.40}, expected a text or a list of ids")
 
 
 def generate_in_batches(model, tokenizer, sources, adapter, options, cut):

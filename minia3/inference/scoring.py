@@ -16,6 +16,7 @@ all examples, or all tokens of a batch.
 
 import math
 import warnings
+from collections.abc import Iterable, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 
@@ -273,6 +274,7 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
 
     A score is the mean log-probability per token; the sum without length_norm. prompts: N texts.
     choices: one list of texts for all prompts, or a list for each; -inf if a list has fewer than C.
+    Instead of lists, these may be arrays of NumPy, or columns of pandas.
     adapter: None (row 0), an int, or (N,) long. T5's choices end in `</s>`, which counts; LLaMA's
     have no end token.
 
@@ -280,17 +282,18 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     lists and adapters differ, if a text has no tokens, if the model has no embedding for a token,
     or if a score is not finite. Warn if two choices of a prompt are one text to the tokenizer.
     """
-    if isinstance(prompts, str) or not prompts:
+    sources = as_list(prompts)
+    if not sources:
         raise ValueError(f"expected a list of prompts, one or more: found {prompts!r:.80}")
     examples = []
     without_tokens = []
-    for i, texts in enumerate(choices_of_prompts(choices, len(prompts))):
-        example = encode_example(Rendered(prompts[i], texts, 0), tokenizer, end=False)
-        examples.append(example)
+    for i, texts in enumerate(choices_of_prompts(choices, len(sources))):
         try:
+            example = encode_example(Rendered(sources[i], texts, 0), tokenizer, end=False)
             check_example(example, model, tokenizer)
         except ValueError as error:
             raise ValueError(f"prompt {i}: {error}") from None
+        examples.append(example)
         warn_of_equal_choices(example, texts)
         if not (example.source and all(example.targets)):
             without_tokens.append(i)
@@ -332,15 +335,19 @@ def choices_of_prompts(choices, n_prompts):
     """Return a list of choices for each prompt. Raise ValueError if `choices` is neither form."""
     expected = f"one non-empty list of choices for all {n_prompts} prompts, or one for each"
     message = f"expected {expected}: found {choices!r:.80}"
-    if isinstance(choices, str) or not choices:
-        raise ValueError(message)
-    lists = choices
-    if isinstance(choices[0], str):
-        lists = [choices] * n_prompts
-    is_wrong = [isinstance(texts, str) or not texts for texts in lists]
-    if len(lists) != n_prompts or any(is_wrong):
+    given = as_list(choices)
+    if given and isinstance(given[0], str):
+        return [given] * n_prompts
+    lists = [as_list(texts) for texts in given]
+    if len(lists) != n_prompts or not all(lists):
         raise ValueError(message)
     return lists
+
+
+def as_list(texts):
+    """Return texts, which may be in an array, as a list; an empty list if they are in no order."""
+    has_order = isinstance(texts, Iterable) and not isinstance(texts, str | Set | Mapping)
+    return list(texts) if has_order else []
 
 
 def batches_by_length(lengths, adapter, batch_size, choose_share=share):

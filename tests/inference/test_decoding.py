@@ -620,7 +620,7 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):
         stream(both.model, both.tokenizer, [])
-    for bad in (None, ["w4"], [4.0], 0.5):
+    for bad in (None, ["w4"], [4.0], 0.5, b"\x04\x05"):
         with pytest.raises(ValueError, match=r"^prompt 1 is .*, expected a text or a list of ids"):
             generate(both.model, both.tokenizer, ["w4", bad])
     with pytest.raises(ValueError, match=r"^prompt 0 is tensor\(4\), expected a text or a list"):

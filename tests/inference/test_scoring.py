@@ -4,6 +4,7 @@ so are their gradients. Mistakes are named."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from batches import batch_of, gradients, loss_of, same
@@ -180,12 +181,31 @@ def test_rank_says_what_is_wrong_with_its_lists(both):
             match="expected one non-empty list of choices for all 2 prompts, or one for each",
         ):
             rank(["w4", "w5"], choices)
+    for choices in ({"w4", "w5"}, {"w4": 1}, None, [1, 2], iter(())):
+        with pytest.raises(ValueError, match="expected one non-empty list of choices"):
+            rank(["w4", "w5"], choices)
+    for bad in (None, float("nan"), 5, b"w4", ["w4"]):
+        with pytest.raises(ValueError, match=r"^prompt 1: found .*, expected a text$"):
+            rank(["w4", bad], ["w4"])
+        with pytest.raises(ValueError, match=r"^prompt 0: found .*, expected a text$"):
+            rank(["w4"], ["w4", bad])
+        with pytest.raises(ValueError, match=r"^found .*, expected a text$"):
+            both.tokenizer.encode(bad)
     with pytest.raises(ValueError, match="an adapter for each of 2 rows, found 3"):
         rank(["w4", "w5"], ["w6"], adapter=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="rows 0 to 2"):
         rank(["w4", "w5"], ["w6"], adapter=[0, 3])
     with pytest.raises(ValueError, match=r"adapter is \['rte', None\], expected rows of the model"):
         rank(["w4", "w5"], ["w6"], adapter=["rte", None])
+
+
+def test_prompts_and_choices_may_be_arrays(both):
+    prompts = ["w4 w5", "w6"]
+    choices = [["w7", "w8 w9"], ["w10", "w11"]]
+    for expected_choices in (choices, choices[0]):
+        expected = minia3.rank(both.model, both.tokenizer, prompts, expected_choices)
+        arrays = (np.array(prompts), np.array(expected_choices))
+        assert torch.equal(minia3.rank(both.model, both.tokenizer, *arrays), expected)
 
 
 def test_the_log_probability_of_a_conversation_is_transformers_loss_on_its_scored_tokens(both):
