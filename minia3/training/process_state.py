@@ -1,11 +1,12 @@
 """What a run changes for the whole process, and how it is put back."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+AUTOCAST_KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
@@ -23,12 +24,17 @@ def unchanged_process():
     started = [module for module in accelerators() if module.is_initialized()]
     random_on_accelerators = [module.get_rng_state_all() for module in started]
     cards = [module.current_device() for module in started]
+    autocast = [kind for kind in AUTOCAST_KINDS if is_autocast_on(kind)]
     torch.set_default_dtype(torch.float32)
+    for kind in autocast:
+        torch.set_autocast_enabled(kind, False)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), cpu_as_default():
             yield
     finally:
         torch.set_default_dtype(dtype)
+        for kind in autocast:
+            torch.set_autocast_enabled(kind, True)
         torch.set_num_threads(n_threads)
         if torch.are_deterministic_algorithms_enabled() != is_deterministic:
             # This imports torch's compiler, which takes a second.
@@ -43,6 +49,22 @@ def unchanged_process():
                 module.manual_seed_all(torch.initial_seed())
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
+
+
+def is_autocast_on(kind):
+    # Older releases of torch raise an error if autocast does not know the kind of device.
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def cpu_as_default():
+    """Return a context in which tensors are made on the CPU if nothing else is said.
+
+    In PyTorch this is so unless torch.set_default_device was called. Only then is it changed here,
+    because this slows down each operation.
+    """
+    if torch.empty(0).device.type == "cpu":
+        return nullcontext()
+    return torch.device("cpu")
 
 
 def accelerators():

@@ -70,10 +70,12 @@ def test_settings_of_a_notebook_do_not_change_the_run_and_stay(tmp_path):
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(2)  # the run takes one, because the model is small
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
             before = process_state()
             call(tmp_path / "changed")
             assert process_state() == before
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.empty(0).device.type == "meta"
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(n_threads)
