@@ -226,9 +226,9 @@ class Group:
         for cell, cell_state in zip(self.cells, state["cells"], strict=True):
             cell.load_state_dict(cell_state)
         self.log.load_state_dict(state["log"])
+        set_values(self.parameters, state["parameters"])
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
-        set_values(self.parameters, state["parameters"])
         for cell in self.cells:
             cell.take_last()  # a run that is made longer goes on from its last step
         set_random_state(state["random"], self.device)

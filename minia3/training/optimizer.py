@@ -115,14 +115,30 @@ class RowOptimizer:
         return {"state": dict(enumerate(self.state.values())), "param_groups": [{"lr": lr}]}
 
     def load_state_dict(self, saved):
-        """Continue from what `state_dict` has returned, perhaps on another device."""
+        """Continue from what `state_dict` has returned, perhaps on another device.
+
+        Raise ValueError if it is the state of other tables, or of another kind of optimizer.
+        """
+        self.check_states(saved["state"])
         self.param_groups[0]["lr"] = saved["param_groups"][0]["lr"]
         for i, l_AD in enumerate(self.tables):
-            state = dict(saved["state"].get(i, {}))  # empty before the first step
+            state = dict(saved["state"][i])  # empty before the first step
             for name in self.moments:
                 if name in state:
                     state[name] = state[name].to(l_AD, copy=True)
             self.state[l_AD] = state
+
+    def check_states(self, states):
+        """Raise ValueError unless these are the states of such tables: number -> its state."""
+        expected = f"expected what {type(self).__name__} keeps of {len(self.tables)} tables"
+        if len(states) != len(self.tables):
+            raise ValueError(f"{expected}, found {len(states)} states")
+        for i, l_AD in enumerate(self.tables):
+            moments = {name: x for name, x in states[i].items() if name != "steps"}
+            found = {name: tuple(getattr(x, "shape", ())) for name, x in moments.items()}
+            shapes = {name: tuple(l_AD.shape) for name in self.moments}
+            if states[i] and found != shapes:
+                raise ValueError(f"{expected}: {shapes} of table {i}, found {found}")
 
 
 class Adafactor(RowOptimizer):

@@ -162,6 +162,22 @@ def test_a_state_is_loaded_in_the_dtype_of_its_vector_and_is_empty_before_the_fi
     assert second.state[rows[1]]["steps"] == [2]
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    wide = vector((2, 9))
+    (g_wide,) = list(gradients((2, 9)))[:1]
+    others = [Adafactor([wide], lr=LR), AdamW([wide], lr=LR), torch.optim.AdamW([wide], lr=LR)]
+    for other in others:
+        take_steps(other, wide, [g_wide])
+    for l_AD, other in zip((vector((1, 9)), wide, wide), others, strict=True):
+        optimizer = Adafactor([l_AD], lr=1.0)
+        with pytest.raises(ValueError, match=r"expected what Adafactor keeps of 1 tables: .*found"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.state == {l_AD: {}}
+        assert optimizer.param_groups[0]["lr"] == 1.0
+    with pytest.raises(ValueError, match=r"keeps of 2 tables, found 1 states"):
+        Adafactor([wide, vector((2, 9))]).load_state_dict(others[0].state_dict())
+
+
 # Rows that train at rates of their own
 
 
