@@ -15,9 +15,10 @@ batch, V vocabulary.
 
 import operator
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -71,12 +72,22 @@ class Options:
 
     def check(self):
         """Raise ValueError if an option is out of its range, or does not go with another."""
+        self.check_types()
         for name in ("max_new_tokens", "beams", "samples", "batch_size"):
             value = getattr(self, name)
             expect(value >= 1, name, value, "1 or more")
-        expect("" not in self.stops, "stop", self.stop, "texts that are not empty")
         self.check_drawing()
         self.check_search()
+
+    def check_types(self):
+        for name in ("max_new_tokens", "beams", "samples", "batch_size", "top_k"):
+            value = getattr(self, name)
+            expect(is_integer(value), name, value, "an integer")
+        for name in ("temperature", "top_p", "length_penalty"):
+            value = getattr(self, name)
+            expect(isinstance(value, Real | torch.Tensor), name, value, "a number")
+        are_texts = isinstance(self.stop, Iterable) and all(map(is_stop, self.stops))
+        expect(are_texts, "stop", self.stop, "texts that are not empty")
 
     def check_drawing(self):
         is_finite = 0 <= self.temperature < inf
@@ -103,6 +114,19 @@ class Options:
                 f"samples is {self.samples}, expected a temperature above 0 or as many beams: "
                 f"{reason}"
             )
+
+
+def is_integer(value):
+    """Return whether a value is an integer, also one of NumPy or torch."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def is_stop(text):
+    return isinstance(text, str) and text != ""
 
 
 def expect(is_right, name, value, expected):
@@ -171,9 +195,10 @@ def generate(  # noqa: PLR0913 (the contract)
 
 def generate_texts(model, tokenizer, prompts, adapter, options):
     """Return what `generate` returns. options: an Options."""
+    pieces = generate_pieces(model, tokenizer, prompts, adapter, options)  # which checks them
     n_texts = len(prompts) * options.samples
     texts = [""] * n_texts
-    for i, piece in generate_pieces(model, tokenizer, prompts, adapter, options):
+    for i, piece in pieces:
         texts[i] += piece
     return combine(join_texts, texts)
 

@@ -573,6 +573,13 @@ OF_BOTH = [
     ({"max_new_tokens": 0}, "max_new_tokens is 0, expected 1 or more"),
     ({"stop": ""}, "stop is '', expected texts that are not empty"),
     ({"stop": ["a", ""]}, r"stop is \['a', ''\], expected texts that are not empty"),
+    ({"stop": None}, "stop is None, expected texts that are not empty"),
+    ({"stop": ["a", 5]}, r"stop is \['a', 5\], expected texts that are not empty"),
+    ({"max_new_tokens": None}, "max_new_tokens is None, expected an integer"),
+    ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0, expected an integer"),
+    ({"top_k": None, "temperature": 1.0}, "top_k is None, expected an integer"),
+    ({"top_p": None, "temperature": 1.0}, "top_p is None, expected a number"),
+    ({"temperature": "0.5"}, "temperature is '0.5', expected a number"),
     ({"seed": -1}, r"seed is -1, expected an integer from 0 to 2\*\*32 - 1"),
     ({"seed": 2**32}, r"seed is 4294967296, expected an integer from 0 to 2\*\*32 - 1"),
     ({"seed": 10**30}, r"expected an integer from 0 to 2\*\*32 - 1"),
@@ -585,6 +592,8 @@ OF_GENERATE = [
     ({"beams": 0}, "beams is 0, expected 1 or more"),
     ({"samples": 0}, "samples is 0, expected 1 or more"),
     ({"batch_size": 0}, "batch_size is 0, expected 1 or more"),
+    ({"samples": None}, "samples is None, expected an integer"),
+    ({"beams": 2.5}, "beams is 2.5, expected an integer"),
     ({"beams": 2, "temperature": 1.0}, "beams is 2 at temperature 1.0, expected temperature 0"),
     ({"samples": 2}, "samples is 2, expected a temperature above 0 or as many beams"),
     ({"samples": 3, "beams": 2}, "samples is 3, expected a temperature above 0 or as many beams"),
@@ -643,6 +652,17 @@ def test_a_prompt_is_named_by_its_place_among_all_prompts(both, loaded):
 def test_a_stream_checks_its_adapter_before_the_first_piece(adapter, found, both):
     with pytest.raises(ValueError, match=found):
         stream(both.model, both.tokenizer, "w4", adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("integer", "number"), [(np.int64, np.float32), (torch.tensor, torch.tensor)]
+)
+def test_options_may_be_numbers_of_numpy_and_torch(both, integer, number):
+    def write(n_tokens, temperature):
+        options = {"max_new_tokens": n_tokens, "temperature": temperature, "seed": 1}
+        return generate(both.model, both.tokenizer, ["w4"], **options)
+
+    assert write(integer(3), number(0.5)) == write(3, 0.5)
 
 
 def test_a_seed_may_be_an_integer_of_numpy(both):
