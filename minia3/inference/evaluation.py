@@ -74,6 +74,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     tokens, if the model has no embedding for a token, or if a score is not finite.
     """
     check_metric(metric)
+    rows = list(rows)  # they are read several times, and may come from a generator
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
 
@@ -88,7 +89,6 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     else:
         examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, are_choices)
         check_examples(rows, examples, model, tokenizer)
-
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
         if metric in TEXT_METRICS:

@@ -81,7 +81,11 @@ def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=No
 
     logp_BCL: see `choice_logprobs`. n_terms: if these rows are part of a larger batch, the
     `count_terms` of that batch; then the losses of the parts add up to the loss of the batch.
+    Raise ValueError unless `names` are those of losses.
     """
+    # A single text is not a list of names: its parts would be letters.
+    if not names or any(name not in LOSSES for name in names):
+        raise ValueError(f"names is {names!r:.80}, expected a list of some of {', '.join(LOSSES)}")
     if n_terms is None:
         n_terms = count_terms(mask_BCL, label_B)
     mask_BCL = to_device(mask_BCL, logp_BCL.device)

@@ -562,6 +562,12 @@ def test_the_counts_over_several_prompts_stay_whole_numbers():
     assert notes_on_texts(combined, 64)[1].startswith("3 of 5 targets have more than 64 tokens")
 
 
+def test_rows_may_come_from_a_generator(ours):
+    rows = rows_of(5, (2,))
+    expected = evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")
+    assert evaluate(ours.model, ours.tokenizer, iter(rows), PROMPT, metric="accuracy") == expected
+
+
 def test_without_rows_a_result_has_no_values(ours):
     found = evaluate(ours.model, ours.tokenizer, [], PROMPT, metric="macro_f1")
     assert found == {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}

@@ -53,6 +53,12 @@ def test_each_loss_is_the_number_worked_out_by_hand():
     assert total_loss(LOGP, MASK, LABEL).item() == pytest.approx(L_LM + L_UL + L_LN, rel=1e-6)
 
 
+@pytest.mark.parametrize("names", ["lm", (), None, ("lm", "nll")])
+def test_names_that_are_no_losses_are_refused(names):
+    with pytest.raises(ValueError, match=r"^names is .*, expected a list of some of lm, ul, ln$"):
+        total_loss(LOGP, MASK, LABEL, names)
+
+
 def test_a_choice_scores_the_mean_or_the_sum_of_its_log_probabilities():
     mean = torch.tensor([[0.0625 ** (1 / 3), 0.2], [0.2, 0.8]]).log()
     total = torch.tensor([[0.0625, 0.2], [0.04, 0.8]]).log()
