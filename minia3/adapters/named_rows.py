@@ -145,8 +145,9 @@ def grow(model, n_rows):
     """Give the model at least `n_rows` rows. The new rows are all ones.
 
     The number doubles, so that loading a thousand adapters one by one copies the rows ten times.
-    The parameters stay the same objects, because an optimizer or a compiled model may hold them. A
-    thread that is computing keeps the tensor that it has.
+    The parameters stay the same objects, because a compiled model may hold them. A thread that is
+    computing keeps the tensor that it has. An optimizer that has made a step cannot go on, because
+    it keeps tensors of the old size.
     """
     n_adapters = model.n_adapters
     while n_adapters < n_rows:

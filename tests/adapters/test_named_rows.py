@@ -125,6 +125,33 @@ def test_growing_keeps_the_parameters_and_their_values_dtype_and_requires_grad(
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_an_adapter_trains_on_while_others_are_loaded(loaded, folders, name):
+    """The model has rows for all of them: an optimizer cannot follow a table that grows."""
+    folder = folders(name, 4)
+    trained = {}
+    for loads_others in (False, True):
+        model = loaded(name, n_adapters=5)
+        minia3.freeze(model)
+        adapters = Adapters(model)
+        adapters.load("mine", folder / "a0")
+        optimizer = minia3.Adafactor(minia3.vectors(model).values(), lr=0.1)
+        for seed in (1, 2, 3):
+            state = model.start(SOURCE, MASK, adapters["mine"])
+            loss = minia3.logprobs(model, state, tokens(4, 5, seed=seed)).sum()
+            if loads_others:
+                adapters.load(f"a{seed}", folder / f"a{seed}")
+            loss.backward()
+            optimizer.clip(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained[loads_others] = copy.deepcopy(row_of(model, adapters["mine"]))
+    assert equal_tensors(trained[True], trained[False])
+    for other in ("a1", "a2", "a3"):
+        expected = read_adapter(folder / other).vectors
+        assert equal_tensors(row_of(model, adapters[other]), expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_what_is_loaded_in_inference_mode_can_change_and_train_outside_of_it(loaded, name):
     """A tensor that is made in this mode cannot."""
     with torch.inference_mode():
