@@ -51,6 +51,19 @@ class EncodedChat(NamedTuple):
     is_scored: list[bool]  # whether the assistant wrote the token
 
 
+def check_turns(messages):
+    """Raise ValueError unless these are a list of messages that have a role.
+
+    A template may write a single text or message as if it were several empty ones.
+    """
+    expected = "expected a list of {'role': 'user', 'content': 'a text'}"
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"messages is {messages!r:.60}, {expected}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"a message is {message!r:.60}, {expected}")
+
+
 def by_name(templates):
     """Return the chat templates that the files hold: nothing (None), one template, or a dict.
 

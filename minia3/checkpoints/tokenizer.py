@@ -35,6 +35,7 @@ from minia3.checkpoints.byte_tokenizers import (
 from minia3.checkpoints.chat import (
     EncodedChat,
     by_name,
+    check_turns,
     choose_template,
     read_template_files,
     render_chat,
@@ -183,9 +184,10 @@ class Tokenizer:
         They equal the ids of transformers' apply_chat_template, except with a tokenizer.json of
         LLaMA-2, whose normalizer transformers 5 replaces.
 
-        Raise ValueError if there is no template or no jinja2, or if the template fails or refuses
-        the messages.
+        Raise ValueError if `messages` is not such a list, if there is no template or no jinja2, or
+        if the template fails or refuses the messages.
         """
+        check_turns(messages)
         template = self.template_for(tools)
         with reading("chat_template", extra="chat"):
             rendered = render_chat(template, messages, self.special_tokens, tools)
@@ -203,6 +205,7 @@ class Tokenizer:
         Raise ValueError as `chat` does, if a turn cannot be found in the text, and for the
         tokenizer of a T5, whose decoder does not continue what its encoder reads.
         """
+        check_turns(messages)
         template = self.template_to_train_on(tools)
         with reading("chat_template", extra="chat"):
             text, spans = render_conversation(template, messages, self.special_tokens, tools)

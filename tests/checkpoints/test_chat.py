@@ -285,6 +285,17 @@ def test_a_damaged_or_hostile_template_is_refused_in_one_line(template, word):
     assert word in message
 
 
+@pytest.mark.parametrize(
+    "messages", ["hi", {"role": "user", "content": "hi"}, ["hi"], [{"content": "hi"}], None]
+)
+def test_what_is_no_list_of_messages_is_refused(messages):
+    """A template would write nothing of it, and the model would answer."""
+    tokenizer = tokenizer_with(CHATML)
+    for use in (tokenizer.chat, tokenizer.conversation):
+        with pytest.raises(ValueError, match=r"^(a message|messages) is .*, expected a list of"):
+            use(messages)
+
+
 def test_messages_that_are_no_json_are_not_called_a_damaged_template():
     messages = [{"role": "user", "content": "hi", "date": datetime.date(2024, 2, 29)}]
     message = refused(tokenizer_with(CHATML), messages)
