@@ -19,6 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from minia3.files.messages import shorten
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError instead of exiting, and guesses what was meant."""
@@ -166,7 +168,9 @@ def check_value(field, value):
     has_kind = isinstance(value, accepted)
     if isinstance(value, bool):  # to Python, True is also an int
         has_kind = bool in kinds
-    found = f"{option(field.name)} is {value!r}, expected"
+    # From Python, this may be a whole model or task, whose text has many lines.
+    shown = shorten(" ".join(repr(value).split()), 200)
+    found = f"{option(field.name)} is {shown}, expected"
     if value == "" or isinstance(value, tuple) or not has_kind:
         raise ValueError(f"{found} {kinds[0].__name__}")
     if value is None:

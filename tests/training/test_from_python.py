@@ -126,6 +126,18 @@ def test_a_mistake_is_a_value_error_and_leaves_nothing(flags, message, tmp_path)
         minia3.train(resume=tmp_path)
 
 
+def test_a_model_or_a_task_in_place_of_its_name_is_refused_in_a_short_line():
+    for flags in (
+        {"model": minia3.load_model("tiny-t5")},
+        {"task": minia3.load_task("same-colour")},
+    ):
+        with pytest.raises(
+            ValueError, match=r"^--(model|task) is .* \.\.\. .*, expected str$"
+        ) as caught:
+            minia3.train(**flags)
+        assert len(str(caught.value)) < 250
+
+
 def test_a_mistake_that_a_notebook_remembers_does_not_keep_the_folder_locked(tmp_path):
     def mistake(**flags):
         """Return the error, and with its traceback all that the functions held which it left."""
