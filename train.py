@@ -15,7 +15,7 @@ Shapes: B examples, C choices, L tokens of a choice, A adapters, one per cell.
 
 import sys
 
-from minia3.files.program import begin
+from minia3.files.program import begin, end
 from minia3.training.command_line import exit_on_mistakes
 from minia3.training.shown_commands import SCRIPT
 
@@ -180,4 +180,6 @@ def main(words=None, is_program=False):
 
 
 if __name__ == "__main__":
-    sys.exit(main(is_program=True))
+    code = main(is_program=True)
+    end()
+    sys.exit(code)

@@ -2,7 +2,7 @@
 
 import sys
 
-from minia3.files.program import begin, keep_freed_memory
+from minia3.files.program import begin, end, keep_freed_memory
 
 
 def main():
@@ -12,7 +12,10 @@ def main():
         keep_freed_memory()
     from minia3.cli.main import main  # takes a while, and Ctrl-C may come meanwhile
 
-    return main()
+    try:
+        return main()
+    finally:
+        end()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What a program does first, before it imports anything that takes seconds.
+"""What a program does first, before it imports anything that takes seconds, and last.
 
     begin("train.py")
 
 Importing torch takes seconds, and Ctrl-C within them would print a traceback of a hundred lines.
+So it would while Python ends, which takes tenths of a second after torch was imported. So a program
+also says when it has done everything: `end()`.
 """
 
 import atexit
@@ -25,8 +27,9 @@ IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the name of its file in Pytho
 def begin(program):
     """Prepare this process to be a program. `program` begins its messages.
 
-    From here on, Ctrl-C while a module is imported ends the process with one line. Files and
-    names of files are UTF-8 whatever the locale is.
+    From here on, Ctrl-C while a module is imported ends the process with one line, and a
+    KeyboardInterrupt that nobody catches ends it in silence. Files and names of files are UTF-8
+    whatever the locale is.
     """
     require_utf8()
     # When Python ends, it looks several times for garbage among all objects. After torch was
@@ -42,6 +45,18 @@ def begin(program):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+
+    def show(kind, error, traceback):
+        # Who presses Ctrl-C twice does so the second time when the run has said that it stops.
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = show
+
+
+def end():
+    """Let Ctrl-C end this process at once from here on, because it has nothing left to do."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 def require_utf8():

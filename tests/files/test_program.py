@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from running import ROOT
 
 from minia3 import __main__ as entry
 from minia3.files.processes import VARIABLES
@@ -29,6 +30,7 @@ def _handler():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+    sys.excepthook = sys.__excepthook__
     atexit.unregister(gc.freeze)
 
 
@@ -67,6 +69,32 @@ def test_ctrl_c_within_an_import_ends_the_process_with_one_line(rank, n_lines, m
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.code == 130
     assert written == [(2, b"program: stopped\n")] * n_lines
+
+
+@pytest.mark.parametrize(
+    ("error", "last_lines"), [("KeyboardInterrupt", []), ("ValueError", ["ValueError"])]
+)
+def test_only_ctrl_c_ends_a_program_in_silence(error, last_lines):
+    """A second Ctrl-C comes when the run has said that it stops, and just before it ends."""
+    code = f"from minia3.files.program import begin\nbegin('program')\nraise {error}\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1:] == last_lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("run_path('train.py'", ["--eval-only"]), ("run_module('minia3'", ["info", "--list"])],
+)
+def test_ctrl_c_while_python_ends_prints_nothing(program, words):
+    """What torch cleans up would end in a traceback."""
+    code = "import atexit, os, runpy, signal, sys\n"
+    code += "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+    code += f"sys.argv[1:] = {words}\n"
+    code += f"runpy.{program}, run_name='__main__')\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_python_passes_over_all_objects_when_the_program_ends():
