@@ -230,7 +230,8 @@ class Run:
     def checkpointing(self, group):
         """Save a checkpoint at the end of the block, and also if it is stopped."""
         try:
-            with self.signals.ignored_after(PeerGone), computing_together():
+            signals = self.signals
+            with signals.ignored_after(PeerGone), signals.arriving(), computing_together():
                 yield
             self.save(group)  # here, because a signal may come now, too
         except (Stopped, PeerGone):

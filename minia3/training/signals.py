@@ -31,6 +31,8 @@ SHORT = 0.3  # seconds: a step that ends before that needs no announcement
 # signal only after it. So a second thread waits this many seconds, and then ends the process.
 PATIENCE = 2.0
 
+SOON = 0.05  # seconds: see `Signals.stop_again`
+
 
 class Stopped(BaseException):
     """A signal asked the run to stop.
@@ -57,6 +59,8 @@ class Signals:
         self.is_held = False
         self.is_urgent = False
         self.pending = None  # the number of the signal that has arrived
+        self.is_raised = False  # Stopped is on its way: see `arriving`
+        self.hook_before = None  # for exceptions that Python drops: see `stop_again`
         self.n_blocks = 0  # `uninterrupted` blocks so far
         self.n_arrived = 0  # signals in the current block
 
@@ -74,6 +78,8 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in STOPPING:
                 self.handlers_before[number] = signal.signal(number, self.receive)
+            self.hook_before = sys.unraisablehook
+            sys.unraisablehook = self.stop_again
             self.start_watching()
         return self
 
@@ -81,6 +87,7 @@ class Signals:
         if self.wakeup is not None:
             signal.set_wakeup_fd(self.wakeup_before)
             self.wakeup.close()  # which ends the second thread
+            sys.unraisablehook = self.hook_before
         if self.is_program and n_processes() > 1:
             # torchrun tells this process to end as soon as another one has ended, but first it must
             # say why the run ends. After that, `leave` (processes.py) ignores signals itself.
@@ -105,7 +112,37 @@ class Signals:
     def stop(self):
         # torchrun tells all processes to stop as soon as one has ended: by then, they know it.
         self.is_stopping = n_processes() > 1
+        self.is_raised = True
         raise Stopped(self.pending)
+
+    def stop_again(self, dropped):
+        """Let a signal come again if Python has dropped its Stopped, and else do as usual.
+
+        Python calls this with an exception that it cannot raise, such as that of a `__del__`.
+        """
+        if isinstance(dropped.exc_value, Stopped):
+            self.is_stopping = False
+            call_later(SOON, signal.raise_signal, self.pending)
+        else:
+            self.hook_before(dropped)
+
+    @contextmanager
+    def arriving(self):
+        """Return a context. If torch replaces Stopped by an error within it, raise Stopped.
+
+        A signal may come while Python code runs within torch's C++, which then raises an error of
+        its own ("could not determine the shape of object").
+        """
+        try:
+            yield
+        except Stopped:
+            self.is_raised = False  # later errors are not its fault
+            raise
+        except Exception:
+            if not self.is_raised:
+                raise
+            self.is_raised = False
+            raise Stopped(self.pending) from None
 
     @contextmanager
     def uninterrupted(self):

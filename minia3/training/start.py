@@ -70,10 +70,16 @@ def run_config(config, run_grid, program, is_program=False):
     try:
         join()
         signals = Signals(is_program)
-        with only_first_prints(), unchanged_process(), announcing_warnings(), signals:
+        with (
+            only_first_prints(),
+            unchanged_process(),
+            announcing_warnings(),
+            signals,
+            signals.arriving(),
+            computing_together(),
+        ):
             run = Run(config, signals, program)
-            with computing_together():
-                run_grid(run, config)
+            run_grid(run, config)
             from_first(None)  # nobody goes on before the first process has written everything
         return run
     except Stopped as stop:

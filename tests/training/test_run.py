@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,50 @@ def test_every_phase_can_be_stopped_at_once_except_for_a_step(
     assert run(recipe("best of", out)) == 130
     assert last_words(capsys) == stopped(out)
     assert len(calls) == call  # at once, and in a step at its end
+    monkeypatch.undo()
+    steps = steps_that_begin(monkeypatch)
+    continues_as_if_it_had_not_stopped("best of", out)
+    assert steps == list(range(n_done, 12))
+
+
+def interrupted_within_torch(*args, **options):
+    """A call of torch in which Ctrl-C arrives, and which raises an error of its own instead."""
+    with contextlib.suppress(BaseException):
+        kill_self(signal.SIGINT)
+    raise RuntimeError("trying to pop from empty mode stack")
+
+
+def interrupted_in_a_finalizer(*args, **options):
+    """A call in which Ctrl-C arrives while a `__del__` runs, whose exceptions Python drops."""
+
+    class Finalized:
+        def __del__(self):
+            kill_self(signal.SIGINT)
+
+    Finalized()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("interrupted", [interrupted_within_torch, interrupted_in_a_finalizer])
+@pytest.mark.parametrize(("function", "call", "n_done"), [("load_model", 1, 0), ("evaluate", 4, 6)])
+def test_a_signal_stops_the_run_although_torch_or_python_loses_its_exception(
+    function, call, n_done, interrupted, tmp_path, monkeypatch, capsys
+):
+    uninterrupted("best of")
+    original = getattr(training_group, function)
+    calls = []
+
+    def call_or_interrupt(*args, **options):
+        calls.append(None)
+        if len(calls) == call:
+            interrupted()
+        return original(*args, **options)
+
+    monkeypatch.setattr(training_group, function, call_or_interrupt)
+    out = tmp_path / "run"
+    capsys.readouterr()
+    assert run(recipe("best of", out)) == 130
+    assert capsys.readouterr().err == stopped(out)
     monkeypatch.undo()
     steps = steps_that_begin(monkeypatch)
     continues_as_if_it_had_not_stopped("best of", out)
