@@ -36,6 +36,7 @@ from minia3.training.run_folder import (
     Metrics,
     begin_run,
     check_data,
+    checksum_of_template,
     choose_folder,
     clean_run,
     discard_run,
@@ -153,6 +154,8 @@ class Run:
             checksums = {}
             for cell in cells:
                 checksums |= cell.checksums
+            if config.chat_template is not None:  # it decides what the rows say, too
+                checksums |= checksum_of_template(config.chat_template)
             check_data(self.folder, checksums)
             if not (self.folder / "checkpoint.pt").exists():
                 forget_states(self.folder)

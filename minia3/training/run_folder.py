@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from minia3 import __version__
+from minia3.checkpoints.chat import read_template
 from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json, reading
 from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
@@ -230,11 +231,20 @@ def read_run_config(folder):
     return config
 
 
+def checksum_of_template(path):
+    """Return a dict from the name of a --chat-template to the sha256 of its text."""
+    text = read_template(path)
+    return {Path(path).name: hashlib.sha256(text.encode()).hexdigest()}
+
+
 def check_data(folder, checksums):
     """Raise ValueError if a resumed run finds other checksums of the data in config.json."""
-    if read_run_config(folder).get("data", checksums) != checksums:
+    recorded = read_run_config(folder).get("data", checksums)
+    names = sorted(recorded.keys() | checksums.keys())
+    changed = [name for name in names if recorded.get(name) != checksums.get(name)]
+    if changed:
         raise ValueError(
-            f"{folder}: the task's files have changed since this run began: "
+            f"{folder}: files have changed since this run began ({', '.join(changed):.200}): "
             "restore them, or begin a new run"
         )
 

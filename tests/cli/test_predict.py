@@ -396,7 +396,7 @@ def test_a_run_is_resumed_with_its_flags_and_finds_changed_files(labeled, tmp_pa
     (out / "checkpoint.pt").unlink()  # as if it had been killed before the first one
     task_file.write_text(json.dumps(entry | {"metric": "accuracy"}))
     assert run(["--resume", out]) == 2
-    assert "the task's files have changed" in capsys.readouterr().err
+    assert "files have changed since this run began (task.json)" in capsys.readouterr().err
     task_file.write_text(json.dumps(entry))
     assert resume(out) == 0
     assert len(events(out, "final")) == 1

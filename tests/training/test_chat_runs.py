@@ -167,6 +167,16 @@ def test_a_second_run_from_the_adapter_uses_its_template(folder):
     assert saved["chat_template"] == WORDS
 
 
+def test_a_run_does_not_continue_with_another_template(folder, capsys):
+    train_in(folder)
+    longer = ["--resume", str(folder / "run"), "--steps", "6"]
+    (folder / "words.jinja").write_text(WORDS.replace("w60", "w58"))
+    assert train.main(longer) == 2
+    assert "have changed since this run began (words.jinja)" in capsys.readouterr().err
+    (folder / "words.jinja").write_text(WORDS)
+    assert train.main(longer) == 0
+
+
 def failure(folder, capsys, **others):
     words = []
     for name, value in flags(folder, **others).items():

@@ -312,7 +312,7 @@ def test_a_run_does_not_continue_with_other_data(tmp_path, capsys, monkeypatch):
     text = (task / "train.jsonl").read_text()
     (task / "train.jsonl").write_text(text.replace("w7", "w8"))
     before = contents(out)
-    fails(["--resume", out], capsys, out, "changed")
+    fails(["--resume", out], capsys, out, "changed since this run began (train.jsonl)")
     assert contents(out) == before
     (task / "train.jsonl").write_text(text)
     assert resume(out) == 0
