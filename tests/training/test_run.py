@@ -33,6 +33,7 @@ import minia3
 import train
 from minia3.checkpoints.load import load_model
 from minia3.training import group as training_group
+from minia3.training import run as training_run
 from minia3.training.checkpoint import save_checkpoint
 from minia3.training.group import Group
 from minia3.training.log import TrainingLog
@@ -290,6 +291,20 @@ def test_a_signal_stops_the_run_although_torch_or_python_loses_its_exception(
     steps = steps_that_begin(monkeypatch)
     continues_as_if_it_had_not_stopped("best of", out)
     assert steps == list(range(n_done, 12))
+
+
+def test_a_stopped_run_that_cannot_be_saved_says_why(tmp_path, monkeypatch, capsys):
+    def clip(*args, **options):
+        kill_self(signal.SIGINT)
+        monkeypatch.setattr(training_run, "save_checkpoint", full_disk)
+
+    def full_disk(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RowOptimizer, "clip", clip)
+    capsys.readouterr()
+    assert run(recipe("adafactor", tmp_path / "run")) == 1
+    assert "No space left on device" in last_words(capsys)
 
 
 @pytest.mark.slow
