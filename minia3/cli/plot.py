@@ -40,6 +40,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
+    "text.parse_math": False,  # $ in the name of a file or in --input begins no formula
 }
 SIZE = (8, 5.5)  # inches
 DPI = 200  # 8 inches are 1600 pixels

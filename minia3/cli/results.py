@@ -20,6 +20,7 @@ import numpy as np
 
 from minia3.files.read import read_json
 from minia3.model.costs import flops
+from minia3.training.choices import TRAINED
 from minia3.training.outcomes import count_cells, is_mixture, outcomes_of, read_metrics
 from minia3.training.shown_commands import EVALUATION_FLAGS
 
@@ -37,6 +38,7 @@ UNNAMED_FLAGS = {
     *("minia3", "git_commit", "versions", "data"),
 }
 BUDGET_FLAGS = ("steps", "batch_size")  # compared between all methods, because they are the effort
+EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer
 
 
 @dataclass
@@ -197,7 +199,7 @@ def read_result(run, final):
     """Return the Result of a final line."""
     adapter = final.get("adapter")  # its name in a grid
     task = str(final["task"])
-    method = str(final["method"])
+    method = method_of(run, final)
     n_trainable = int(final["trainable"])
     n_steps = int(final["steps"])
     is_decoder_only = final["architecture"] == "Llama"
@@ -241,6 +243,15 @@ def read_result(run, final):
         flags=select_flags(run, final),
         data_digest=digest_data(run.config.get("data", {}), task),
     )
+
+
+def method_of(run, final):
+    """Return the method of a result. `--eval-only` without an adapter is `none`: the base alone."""
+    method = str(final["method"])
+    is_base = run.config.get("eval_only") and not run.config.get("adapter")
+    if is_base and method in TRAINED:
+        return "none"
+    return method
 
 
 def read_accuracies(final, key, value):
@@ -358,7 +369,7 @@ def select_flags(run, final):
     names = values.keys() - UNNAMED_FLAGS
     if not final["trainable"]:  # flags of training do not matter if there was none
         names &= {"adapter", *EVALUATION_FLAGS}
-        if final["method"] == "none":  # shots are rows to train on, or to put before a row
+        if method_of(run, final) == "none":  # shots are rows to train on, or to put before a row
             names -= {"shots"}
     flags = {name: value for name, value in values.items() if name in names}
     if run.is_mixture:
@@ -366,7 +377,7 @@ def select_flags(run, final):
     elif flags.get("adapters") == "one":
         flags["adapters"] = "each"  # which is the same for a single task
     # A run that was made longer had another learning rate than one that was as long at once.
-    flags["extended from"] = " and ".join(map(str, final.get("extended_from", ()))) or None
+    flags[EXTENDED] = " and ".join(map(str, final.get("extended_from", ()))) or None
     return flags
 
 
@@ -378,6 +389,7 @@ def label_results(results):
     - the shots between the results of one method on one task, because T-Few's differ by task,
     - any other flag between the results of one method.
     If a flag differs for one adapter of a grid, all adapters of the grid name it: they share a row.
+    That a run was made longer is always named.
     """
     values = {}  # what is compared -> the different values that were found
     for result in results:
@@ -390,7 +402,7 @@ def label_results(results):
     for result in results:
         named = named_flags.setdefault(result.run_folder, set())
         for flag in result.flags:
-            if len(values[comparison(result, flag)]) > 1:
+            if flag == EXTENDED or len(values[comparison(result, flag)]) > 1:
                 named.add(flag)
 
     for result in results:
@@ -408,7 +420,8 @@ def name_flag(flag, value):
         return [name]
     if value is None or value is False:
         return []
-    return [f"{name} {value}"]
+    text = f"{name} {value}".replace("\n", "\\n")  # a table has a line for each row
+    return [text]
 
 
 def comparison(result, flag):

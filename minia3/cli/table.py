@@ -247,12 +247,16 @@ def format_markdown(rows):
 
 
 def format_column(name, texts, side=">"):
-    """Return the lines of a column, all equally wide: its name, Markdown's ruler, its texts."""
-    width = max(map(len, [name, *texts]))
+    """Return the lines of a column, all equally wide: its name, Markdown's ruler, its texts.
+
+    A bar would end a cell of Markdown, so it is escaped.
+    """
+    title, *cells = [text.replace("|", "\\|") for text in [name, *texts]]
+    width = max(map(len, [title, *cells]))
     ruler = "-" * width
     if side == ">":
         ruler = ruler[:-1] + ":"  # to the right
-    return [f"{name:{side}{width}}", ruler, *(f"{text:{side}{width}}" for text in texts)]
+    return [f"{title:{side}{width}}", ruler, *(f"{cell:{side}{width}}" for cell in cells)]
 
 
 def format_cell(cell):

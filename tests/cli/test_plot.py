@@ -64,6 +64,13 @@ def names_of_pictures(*folders):
 # Which pictures
 
 
+def test_dollar_signs_in_names_and_flags_begin_no_formula(tmp_path):
+    make_run(tmp_path / "a", task="$a_$", input="pay $ {x} \\frac $ now")
+    make_run(tmp_path / "b", task="$a_$", input="{x}")
+    path, _ = plot([tmp_path], tmp_path)  # and a note that the adapters are not there
+    assert path == str(tmp_path / "accuracy.png")
+
+
 @pytest.mark.slow
 def test_each_picture_is_a_png_and_a_note_reports_what_is_left_out(runs, tmp_path):
     *paths, note = plot([runs], tmp_path / "new")

@@ -108,6 +108,22 @@ def test_a_run_that_was_made_longer_is_another_one(tmp_path):
     assert note == ""
 
 
+def test_a_run_that_was_made_longer_says_so_even_if_no_other_differs(tmp_path):
+    make_run(tmp_path / "a", steps=20)
+    make_run(tmp_path / "b", [{"extended_from": [5]}], method="lora", steps=20)
+    rows, _ = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3", "lora, extended from 5"]
+
+
+def test_a_base_that_was_only_evaluated_has_the_method_none(tmp_path):
+    untrained = [{"trainable": 0}]
+    make_run(tmp_path / "a", untrained, eval_only=True, adapter=None)
+    make_run(tmp_path / "b", untrained, eval_only=True, adapter="x")
+    make_run(tmp_path / "c", untrained, eval_only=True, adapter=None, method="icl")
+    rows, _ = table_rows([tmp_path])
+    assert [row.method for row in rows] == ["ia3", "icl", "none"]
+
+
 def test_one_adapter_of_a_single_task_is_no_mixture(tmp_path):
     make_run(tmp_path / "a", adapters="one")
     make_run(tmp_path / "b", adapters="each", task="cb")
@@ -207,6 +223,15 @@ def test_markdown_is_aligned_and_has_dashes_for_unknown_values(rows):
         "| nano  | none   |          - | 50.0 |       - |    1 |         0 "
         "|       2.5e+04 |              - | 0.000 |\n"
     )
+
+
+def test_a_row_of_markdown_is_a_line_whatever_the_flags_are(tmp_path):
+    make_run(tmp_path / "a", input="{text} | {from}\ngood?", task="a|b")
+    make_run(tmp_path / "b", input="{text}", task="a|b")
+    lines = format_markdown(table_rows([tmp_path])[0]).splitlines()
+    assert len(lines) == 4
+    assert "a\\|b" in lines[0]
+    assert "input {text} \\| {from}\\ngood?" in lines[3]
 
 
 def test_csv_has_all_digits_and_empty_texts_for_unknown_values(rows):
