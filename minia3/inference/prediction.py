@@ -317,7 +317,21 @@ def write_results(path, lines, to_csv):
         check_beginning(path, file, expected)
         n_rows, n_bytes = count_finished(path, to_csv)
         file.truncate(n_bytes)
-        write_lines(path, file, lines(from_first(n_rows)))
+        new_lines = iter(lines(from_first(n_rows)))
+        if to_csv and n_rows == 0:
+            new_lines = with_header(new_lines)
+        write_lines(path, file, new_lines)
+
+
+def with_header(lines):
+    """Yield lines of which the first one is the header of a csv together with the first row.
+
+    So a mistake in the first row leaves an empty file. A header would stay behind, and the next
+    command, with other columns, would be refused for it.
+    """
+    header = next(lines)
+    yield header + next(lines, "")
+    yield from lines
 
 
 def follow(lines):

@@ -560,6 +560,19 @@ def test_a_column_that_a_row_leaves_empty_is_empty_in_the_results(tmp_path, caps
     assert "'note' is not in row 0; it has Key, Utterance, " in fails(capsys, *words, "note")
 
 
+def test_a_mistake_in_the_columns_does_not_keep_the_file_from_the_right_ones(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", running.rows(2))
+    out = tmp_path / "out.csv"
+    words = [running.model("t5"), file, "--out", out, "--columns"]
+    assert "'wrod' is not in row 0" in fails(capsys, *words, "idx,wrod")
+    predict(*words, "idx,choice")
+    assert out.read_text().splitlines()[0] == "idx,choice"
+    file.write_text("")
+    out.unlink()
+    predict(*words, "idx,choice")
+    assert out.read_text().splitlines() == ["idx,choice"]
+
+
 @pytest.mark.parametrize("row", [{"output": "w4"}, {"choices": None}])
 def test_the_answer_of_the_file_is_still_a_column_of_the_results(row, tmp_path, capsys):
     row = {"input": "w3", "target": "w9", **row}
