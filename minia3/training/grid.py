@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from minia3.checkpoints.chat import read_template
 from minia3.tasks.columns import ColumnFlags
 from minia3.tasks.mixture import mix
 from minia3.tasks.split_files import short_name
@@ -14,7 +15,10 @@ from minia3.training.rules import check_first_evaluation
 
 
 def make_cells(config):
-    """Return the cells of the grid. Raise ValueError if two of them have the same folder."""
+    """Return the cells of the grid.
+
+    Raise ValueError if two of them have the same folder, or if none needs --chat-template.
+    """
     kept_whole = []
     if config.adapters == "one":  # the tasks are a mixture, and not cells of their own
         kept_whole = ["task"]
@@ -32,7 +36,26 @@ def make_cells(config):
             "written -, and case makes no difference): give no value twice, and rename a file if "
             "two tasks have one name"
         )
+    check_chat_template(config, cells)
     return cells
+
+
+def check_chat_template(config, cells):
+    """Raise ValueError if a new run would do nothing with --chat-template, or cannot read it.
+
+    This is before a model is downloaded and loaded.
+    """
+    if config.chat_template is None or config.resume is not None:
+        return
+    read_template(config.chat_template)
+    specs = []
+    for cell in cells:
+        specs += [task.spec for task in cell.task.members]
+    if not any(spec.messages for spec in specs):
+        raise ValueError(
+            "--chat-template is for rows of 'messages', and the rows of this run have none: leave "
+            "it out"
+        )
 
 
 def load_task_of(config, loaded):

@@ -199,6 +199,15 @@ def test_mistakes_are_one_line(folder, capsys):
     assert "does not fit into max_length 3: its last exchange alone has" in message
 
 
+def test_a_chat_template_without_conversations_is_refused_before_a_model_is_loaded(folder, capsys):
+    message = failure(folder, capsys, model="not-here", task=task((2,)))
+    assert "--chat-template is for rows of 'messages', and the rows of this run have " in message
+    message = failure(folder, capsys, model="not-here", chat_template="nowhere.jinja")
+    assert "nowhere.jinja: not found" in message
+    tasks = f"{folder / 'chats'},{task((2,))}"  # one of them has conversations
+    train_in(folder, task=tasks, method="lora", steps=1)
+
+
 def test_a_run_says_how_many_conversations_lose_their_oldest_turns(folder, capsys):
     train_in(folder, max_length=7)
     out = capsys.readouterr().out
