@@ -115,7 +115,7 @@ def fold(name: str) -> str:
 
 def nearest_of(name: str, names: Iterable[str]) -> str:
     """Return what a message says after an unknown name: which names there are, and the nearest."""
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f": did you mean {near[0]!r}?" if near else ""
     return f"; the columns are {list_names(names):.200}{hint}"
 

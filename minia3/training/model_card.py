@@ -182,7 +182,7 @@ def collect_facts(config, finals, checksums):
 
     command = shlex.join(training_command(config))
     length = f"{final['steps']:,} {plural(final['steps'], 'step')}"
-    origin = f"Trained with minia3 for {length} by `{command}`, on files with these"
+    origin = f"Trained with minia3 for {length} by {code_span(command)}, on files with these"
     origin += " SHA-256 checksums:\n\n"
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
     if "extended_from" in final:
@@ -203,6 +203,15 @@ def collect_facts(config, finals, checksums):
         auto_class=auto_class,
         place=place,
     )
+
+
+def code_span(text):
+    """Return a text as code in a line of Markdown: between more backticks than it has in a row."""
+    runs = re.findall("`+", text)
+    if not runs:
+        return f"`{text}`"
+    fence = "`" * (max(map(len, runs)) + 1)
+    return f"{fence} {text} {fence}"
 
 
 def shown_model(name):

@@ -33,7 +33,8 @@ PLACES = (
     "log_to",
     "or_resume",
 )  # where a run happens and whether it goes on, not what it does
-TEXTS = ("input", "target", "labels")  # in which a slash begins no path
+PROMPTS = ("input", "target")
+TEXTS = (*PROMPTS, "labels")  # in which a slash begins no path
 
 # How runs are started.
 SCRIPT = "python train.py"
@@ -75,6 +76,10 @@ def training_command(config):
         typed = flag_words(config, [name])
         if name not in TEXTS:
             typed = map(without_place, typed)
+        if (
+            name in PROMPTS
+        ):  # in which people type \\n, and a file of flags may have the break itself
+            typed = [word.replace("\n", "\\n") for word in typed]
         words += typed
     return words
 

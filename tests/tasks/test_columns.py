@@ -590,6 +590,12 @@ def test_a_wrong_flag_is_answered_in_one_line(flags, words, tmp_path):
         assert part in str(error.value)
 
 
+def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
+    row = {"input": "a", "choices": ["b", "c"], "label": 0}
+    with pytest.raises(ValueError, match=r"the columns are input, choices, label\Z"):
+        load(tmp_path, row, input="{Review}")
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -247,6 +247,14 @@ def test_a_slash_or_a_dash_at_the_beginning_of_a_prompt_stays():
     assert train.Config(**parse_flags(words[2:])) == train.Config(**texts, task="rows.csv")
 
 
+def test_a_prompt_with_line_breaks_and_backticks_stays_in_a_line_of_code():
+    texts = {"input": "{q}\nIn `code`, or ``?", "target": "{a}\\n"}
+    text = make_card(train.Config(**texts))
+    (command,) = re.findall("``` (minia3 train .*) ```, on files", text)
+    found = parse_flags(shlex.split(command)[2:])
+    assert (found["input"], found["target"]) == ("{q}\\nIn `code`, or ``?", "{a}\\n")
+
+
 def test_the_flags_and_the_result_of_a_run_make_its_card(tmp_path):
     out = tmp_path / "run"
     assert running.run(running.words(out, steps=3)) == 0
