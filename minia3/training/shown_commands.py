@@ -76,9 +76,7 @@ def training_command(config):
         typed = flag_words(config, [name])
         if name not in TEXTS:
             typed = map(without_place, typed)
-        if (
-            name in PROMPTS
-        ):  # in which people type \\n, and a file of flags may have the break itself
+        if name in PROMPTS:  # a file of flags may have the line breaks that people type as \n
             typed = [word.replace("\n", "\\n") for word in typed]
         words += typed
     return words
