@@ -25,6 +25,8 @@ from minia3.files.processes import first_goes_first, is_first, n_processes
 TITLE = "Label the rows of a file, or continue them"
 EXAMPLE = "minia3 predict tiny-t5 data/same-colour/test.jsonl"
 
+NOT_WRITTEN = (".tsv", ".parquet", ".arrow", ".gz", ".xlsx")  # formats that --out cannot have
+
 
 def add_arguments(parser):
     add_model(parser)
@@ -111,10 +113,11 @@ def run(args):
 
 
 def check_out(args):
-    """Raise ValueError if the results would go into the file of the rows itself.
-
-    Its rows would be taken for results that are there already.
+    """Raise ValueError if the results would go into the file of the rows itself, whose rows would
+    be taken for results that are there already, or into a file of a format that is not written.
     """
+    if args.out is not None and args.out.lower().endswith(NOT_WRITTEN):
+        raise ValueError(f"--out is {args.out}, expected a name that ends in .jsonl or .csv")
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
@@ -307,7 +310,7 @@ class Prediction:
 
     @property
     def is_csv(self):
-        return self.args.out is not None and self.args.out.endswith(".csv")
+        return self.args.out is not None and self.args.out.lower().endswith(".csv")
 
     @property
     def columns(self):

@@ -58,6 +58,18 @@ def test_results_do_not_go_into_the_file_of_the_rows(tmp_path, capsys):
     assert rows.read_text() == '{"input": "w3 w4"}\n' * 3
 
 
+def test_results_are_not_written_as_json_into_a_file_of_another_format(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input": "w3 w4"}\n')
+    for name in ("out.tsv", "out.csv.gz", "out.Parquet"):
+        error = failure(capsys, "predict", model("t5"), rows, "--out", tmp_path / name)
+        assert f"{name}, expected a name that ends in .jsonl or .csv" in error
+        assert not (tmp_path / name).exists()
+    out = tmp_path / "out.CSV"
+    output(capsys, "predict", model("t5"), rows, "--out", out, "--columns", "input")
+    assert out.read_text() == "input\nw3 w4\n"
+
+
 def evaluated(out, folder, capsys, **flags):
     """Return the final line of an evaluation of the adapter of `folder`, and what it says."""
     capsys.readouterr()
