@@ -12,11 +12,13 @@ from pathlib import Path
 
 from minia3.files.read import read_json, reading
 from minia3.training.config import ADVICE
-from minia3.training.flags import option
+from minia3.training.flags import join_parts, option
 
 # What config.json holds besides flags, and flags that belong to one run only.
 NOT_FLAGS = ("minia3", "git_commit", "versions", "data")
 OF_ONE_RUN = ("out", "resume", "config")
+# Flags of one value, a text whose parts may be a list in a file
+TEXTS_OF_PARTS = ("labels", "losses", "sites", "layers", "where", "eval_prompt", "log_to")
 EARLIER_NAMES = {"checkpoint": "recompute"}
 
 
@@ -43,7 +45,7 @@ def read_config_file(path, config_class):
             raise ValueError(f"{path}: a file cannot name another --config or --resume")
         if name in values:
             raise ValueError(f"{path} has {option(name)} twice")
-        values[name] = as_flag(value)
+        values[name] = as_flag(value, name)
     return values
 
 
@@ -77,9 +79,16 @@ def recorded_flags(content, path):
     return values
 
 
-def as_flag(value):
-    """Return a value of a file as a flag has it: several values are a tuple."""
-    return tuple(value) if isinstance(value, list) else value
+def as_flag(value, name=None):
+    """Return a value of a file as a flag has it: several values are a tuple.
+
+    name: of the field, if a list may also stand for a text with commas, as in `labels`.
+    """
+    if not isinstance(value, list):
+        return value
+    if name in TEXTS_OF_PARTS:
+        return join_parts(value)
+    return tuple(value)
 
 
 def field_name(name, config_class, origin):

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import itertools
+import json
 import math
 import os
 import re
@@ -145,6 +146,15 @@ def kinds_of(field):
 def as_tuple(value):
     """Return the values of a flag that may have several."""
     return value if isinstance(value, tuple) else (value,)
+
+
+def join_parts(parts):
+    """Return the parts of a flag that is a text, such as `labels`, as they are typed."""
+    texts = list(map(str, parts))
+    # Commas would not keep these texts apart, or they would be taken for JSON themselves.
+    if any("," in text or text.startswith("[") for text in texts):
+        return json.dumps(texts)  # which only --labels reads
+    return ",".join(texts)
 
 
 # Checking values

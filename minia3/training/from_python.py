@@ -1,7 +1,6 @@
 """`minia3.train`: a run from Python, in a notebook or in a thread."""
 
 import dataclasses
-import json
 import os
 import signal
 import threading
@@ -11,7 +10,7 @@ from typing import NamedTuple
 from minia3.training.command_line import complete
 from minia3.training.config import Config
 from minia3.training.config_file import field_name
-from minia3.training.flags import kinds_of, list_reader
+from minia3.training.flags import join_parts, kinds_of, list_reader
 from minia3.training.loop import load_loop
 from minia3.training.shown_commands import CALL
 from minia3.training.signals import Stopped
@@ -64,15 +63,6 @@ def given_flags(flags):
         if value is not None:
             given[name] = read_value(fields[name], value)
     return given
-
-
-def join_parts(parts):
-    """Return the parts of a flag that is a text, such as `labels`, as they are typed."""
-    texts = list(map(str, parts))
-    # Commas would not keep these texts apart, or they would be taken for JSON themselves.
-    if any("," in text or text.startswith("[") for text in texts):
-        return json.dumps(texts)  # which only --labels reads
-    return ",".join(texts)
 
 
 def read_value(field, value):

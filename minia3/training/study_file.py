@@ -161,7 +161,7 @@ def read_flags(path, place, table):
         name = read_name(path, place, typed)
         if name in flags:
             raise ValueError(f"{path}: {place} has {option(name)} twice")
-        flags[name] = read_value(path, f"{place} {typed}", value)
+        flags[name] = read_value(path, f"{place} {typed}", name, value)
     return flags
 
 
@@ -176,11 +176,14 @@ def read_name(path, place, typed):
     return name
 
 
-def read_value(path, place, value):
-    """Return the value of a flag. Several values are a tuple, and a list of one is that one."""
+def read_value(path, place, name, value):
+    """Return the value of a flag. Several values are a tuple, and a list of one is that one.
+
+    place: where the file has it. name: of its field.
+    """
     if value == []:
         raise ValueError(f"{path}: {place} is an empty list")
-    value = as_flag(value)
+    value = as_flag(value, name)
     if not isinstance(value, tuple):
         return value
     for part in value:
@@ -224,7 +227,7 @@ def read_list(path, typed, values, origins):
         raise ValueError(f"{path}: {option(name)} is in {origins[name]} and in [each]: choose one")
     choices = []
     for entry in values:
-        value = read_value(path, f"[each] {typed}", entry)
+        value = read_value(path, f"[each] {typed}", name, entry)
         choices.append(Choice(label_of(name, value), {name: value}))
     return choices
 

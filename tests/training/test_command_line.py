@@ -128,6 +128,14 @@ def test_a_toml_file_has_the_flags_as_they_are_typed(tmp_path):
     assert config == train.Config(**expected, seed=3)
 
 
+def test_a_list_in_a_file_is_a_text_with_commas_for_a_flag_of_several_parts(tmp_path):
+    file = tmp_path / "flags.toml"
+    file.write_text('labels = ["so, so", "bad"]\nlosses = ["lm", "ul"]\neval-prompt = [0, 2]\n')
+    config = complete({"config": str(file)})
+    expected = {"labels": '["so, so", "bad"]', "losses": "lm,ul", "eval_prompt": "0,2"}
+    assert config == train.Config(**expected)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "parts"),
     [

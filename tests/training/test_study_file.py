@@ -51,6 +51,13 @@ def test_the_words_of_a_run_are_the_command_line_of_its_flags(tmp_path):
         assert "no_cross" not in run.flags
 
 
+def test_the_words_of_labels_may_be_a_list(tmp_path):
+    text = "[flags]\nlabels = ['bad', 'good']\n[each]\nsites = [['k', 'v'], 'ff']\n"
+    first, second = read(tmp_path, text)
+    assert (first.name, second.name) == ("k,v", "ff")
+    assert [first.config.labels, first.config.sites] == ["bad,good", "k,v"]
+
+
 def test_values_are_those_of_the_command_line_whatever_the_file_writes(tmp_path):
     text = "[runs.a]\nlr = 1\nwarmup-ratio = [0, 0.5]\neval-prompt = 0"
     (run,) = read(tmp_path, text)
