@@ -20,7 +20,7 @@ import numpy as np
 
 from minia3.files.read import read_json
 from minia3.model.costs import flops
-from minia3.training.choices import TRAINED
+from minia3.training.choices import CHAT_TEMPLATE, TRAINED
 from minia3.training.outcomes import count_cells, is_mixture, outcomes_of, read_metrics
 from minia3.training.shown_commands import EVALUATION_FLAGS
 
@@ -303,7 +303,8 @@ def digest_data(checksums, task):
     """
     digests = [digest for file, digest in checksums.items() if file.startswith(f"{task}/")]
     if not digests:
-        digests = checksums.values()
+        # The template is a flag, and no other data.
+        digests = [digest for file, digest in checksums.items() if file != CHAT_TEMPLATE]
     text = json.dumps(sorted(digests))
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 

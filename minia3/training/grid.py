@@ -41,13 +41,15 @@ def make_cells(config):
 
 
 def check_chat_template(config, cells):
-    """Raise ValueError if a new run would do nothing with --chat-template, or cannot read it.
+    """Raise ValueError if a run cannot read --chat-template, or a new one would do nothing with it.
 
     This is before a model is downloaded and loaded.
     """
-    if config.chat_template is None or config.resume is not None:
+    if config.chat_template is None:
         return
     read_template(config.chat_template)
+    if config.resume is not None:
+        return
     specs = []
     for cell in cells:
         specs += [task.spec for task in cell.task.members]

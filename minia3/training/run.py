@@ -36,7 +36,7 @@ from minia3.training.run_folder import (
     Metrics,
     begin_run,
     check_data,
-    checksum_of_template,
+    checksums_of_run,
     choose_folder,
     clean_run,
     discard_run,
@@ -151,11 +151,7 @@ class Run:
         except that it removes temporary files of a killed one.
         """
         if self.written_folder:
-            checksums = {}
-            for cell in cells:
-                checksums |= cell.checksums
-            if config.chat_template is not None:  # it decides what the rows say, too
-                checksums |= checksum_of_template(config.chat_template)
+            checksums = checksums_of_run(cells, config)
             check_data(self.folder, checksums)
             if not (self.folder / "checkpoint.pt").exists():
                 forget_states(self.folder)

@@ -1,6 +1,6 @@
 """The folder of a run: its name, its config.json, and its metrics.jsonl.
 
-config.json      all flags, versions, and the checksums of the data
+config.json      all flags, versions, and the checksums of the data and of --chat-template
 metrics.jsonl    a line per event: before, train, eval, final, failed
 checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
@@ -19,11 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from minia3 import __version__
-from minia3.checkpoints.chat import read_template
 from minia3.files.lock import lock_folder, remove_lock
 from minia3.files.read import read_json, reading
 from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
+from minia3.tasks.splits import sha256
+from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
 from minia3.training.shown_commands import PLACES
@@ -231,10 +232,14 @@ def read_run_config(folder):
     return config
 
 
-def checksum_of_template(path):
-    """Return a dict from the name of a --chat-template to the sha256 of its text."""
-    text = read_template(path)
-    return {Path(path).name: hashlib.sha256(text.encode()).hexdigest()}
+def checksums_of_run(cells, config):
+    """Return the checksums of all files from which a run makes its texts: name to sha256."""
+    checksums = {}
+    for cell in cells:
+        checksums |= cell.checksums
+    if config.chat_template is not None:
+        checksums[CHAT_TEMPLATE] = sha256(Path(config.chat_template))
+    return checksums
 
 
 def check_data(folder, checksums):

@@ -143,6 +143,17 @@ def test_evaluations_in_different_words_are_different_results(tmp_path):
     assert (len(rows), note) == (3, "")
 
 
+def test_runs_with_different_chat_templates_have_the_same_data(tmp_path):
+    for digest in ("a", "b"):
+        data = {"chats.jsonl": "d", "--chat-template": digest}
+        make_run(tmp_path / digest, data=data, chat_template=f"{digest}.jinja")
+    first, second = table_rows([tmp_path])[0]
+    assert list(first.cells) == ["rte"]
+    assert [first.method, second.method] == [
+        f"ia3, chat-template {digest}.jinja" for digest in ("a", "b")
+    ]
+
+
 def test_where_metrics_are_sent_and_how_steps_were_counted_make_no_other_row(tmp_path):
     make_run(tmp_path / "a", seed=0, log_to=None, epochs=None)
     make_run(tmp_path / "b", seed=1, log_to="wandb", epochs=2.0)

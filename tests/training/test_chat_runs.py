@@ -167,16 +167,6 @@ def test_a_second_run_from_the_adapter_uses_its_template(folder):
     assert saved["chat_template"] == WORDS
 
 
-def test_a_run_does_not_continue_with_another_template(folder, capsys):
-    train_in(folder)
-    longer = ["--resume", str(folder / "run"), "--steps", "6"]
-    (folder / "words.jinja").write_text(WORDS.replace("w60", "w58"))
-    assert train.main(longer) == 2
-    assert "have changed since this run began (words.jinja)" in capsys.readouterr().err
-    (folder / "words.jinja").write_text(WORDS)
-    assert train.main(longer) == 0
-
-
 def failure(folder, capsys, **others):
     words = []
     for name, value in flags(folder, **others).items():
@@ -206,6 +196,21 @@ def test_a_chat_template_without_conversations_is_refused_before_a_model_is_load
     assert "nowhere.jinja: not found" in message
     tasks = f"{folder / 'chats'},{task((2,))}"  # one of them has conversations
     train_in(folder, task=tasks, method="lora", steps=1)
+
+
+def test_a_run_is_not_resumed_with_another_chat_template(folder, capsys):
+    train_in(folder, steps=1)
+    template = folder / "words.jinja"
+    resumed = ["--resume", str(folder / "run"), "--steps", "2"]
+    template.write_text(WORDS.replace("w59", "w58"))
+    assert train.main(resumed) == 2
+    expected = "files have changed since this run began (--chat-template)"
+    assert expected in capsys.readouterr().err
+    template.unlink()
+    assert train.main(resumed) == 2
+    assert f"{template}: not found" in capsys.readouterr().err
+    template.write_text(WORDS)
+    assert train.main(resumed) == 0
 
 
 def test_a_run_says_how_many_conversations_lose_their_oldest_turns(folder, capsys):
