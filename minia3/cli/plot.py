@@ -189,7 +189,8 @@ def draw_accuracy(figure, rows):
     tasks = list(rows[0].cells)
     n_columns = min(len(tasks), N_PANELS)
     n_rows = math.ceil(len(tasks) / n_columns)
-    n_lines = sum(label.count("\n") + 1.5 for label in labels)
+    # The rows are equally far apart, so each of them needs the height of the longest label.
+    n_lines = len(labels) * max(label.count("\n") + 1.5 for label in labels)
     figure.set_figheight(n_rows * (PANEL_HEIGHT + LINE_HEIGHT * n_lines) + LEGEND_HEIGHT)
     figure.set_figwidth(max(SIZE[0], LABEL_INCHES + n_columns * PANEL_WIDTH))
     axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).flatten()

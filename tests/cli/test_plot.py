@@ -225,11 +225,13 @@ def test_old_runs_without_a_result_before_training_are_drawn_without_it(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_tasks", [1, 2, 7])
-def test_labels_of_many_rows_do_not_overlap(n_tasks):
+@pytest.mark.parametrize("n_short", [0, 5])
+def test_labels_of_many_rows_do_not_overlap(n_tasks, n_short):
     cells = {f"task {i}": Cell(50.0 + i, 2.0, 40.0, "accuracy") for i in range(n_tasks)}
     method = "ia3, " + ", ".join(f"flag_{i} {i}" for i in range(8))
     costs = {"flops_per_example": 1.0, "flops_to_train": 1.0, "megabytes": 1.0}
-    rows = [Row("model", method, cells, np.nan, 1, i, **costs) for i in range(9)]
+    methods = ["lora"] * n_short + [method] * (9 - n_short)
+    rows = [Row("model", methods[i], cells, np.nan, 1, i, **costs) for i in range(9)]
     new = figure.Figure(layout="constrained")
     draw_accuracy(new, rows)
     new.draw_without_rendering()
