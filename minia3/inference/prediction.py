@@ -125,7 +125,8 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
 
     forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
     and there are adapters, the column `adapter` holds their names. Answers in the file are not
-    read. Raise ValueError, "path:line: reason", at the first wrong row.
+    read. Raise ValueError, "path:line: reason", at the first wrong row, and before the first row if
+    the file has columns, but none for the names.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
@@ -133,6 +134,11 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     columns = []  # each row has its own
     if Path(path).is_file():  # a pipe can be read only once
         columns = column_names(path)
+    if has_names and columns and "adapter" not in columns:
+        raise ValueError(
+            f"{path}: there is no column 'adapter', and --adapter is a folder of adapters: "
+            f"give one of them ({', '.join(adapters):.200}), or name one in each row"
+        )
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):

@@ -287,6 +287,20 @@ def test_an_unknown_adapter_is_an_error_with_its_line_and_never_the_base(
         assert ("expected one of one, two" in error) is is_folder
 
 
+def test_a_table_that_can_name_no_adapter_of_a_folder_is_not_answered_by_the_base(
+    adapters, tmp_path, capsys
+):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,Adapter\nw3,one\n")
+    error = fails(capsys, running.model("t5"), file, "--adapter", adapters)
+    assert "rows.csv: there is no column 'adapter', and --adapter is a folder of ada" in error
+    assert "give one of them (one, two), or name one in each row" in error
+    file.write_text("text,adapter\nw3,one\nw3,\n")  # a row may still name none
+    words = ["--adapter", adapters, "--columns", "adapter"]
+    found = predicted(capsys, running.model("t5"), file, *words)
+    assert found == [{"adapter": "one"}, {"adapter": None}]
+
+
 def test_an_adapter_whose_name_is_a_number_is_expected_as_a_text(adapters, tmp_path, capsys):
     """The message was: 'adapter' is 7, expected one of 7, one, two."""
     shutil.copytree(adapters / "one", adapters / "7")
