@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.cli.main import main as minia3_main
 from minia3.cli.table import PAPER_TASKS
+from minia3.model.blocks import RMSNorm
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training.flags import as_tuple
 from minia3.training.study_file import read_studies
@@ -110,7 +112,7 @@ def test_every_line_works_on_a_t5(tmp_path, capsys, monkeypatch):
         "the base alone",
     }
     assert {row["alone_of"] for row in rows.values() if "alone" in row} == {
-        "products and attention",
+        measure.ALL_KERNELS,
         "building, folding and writing",
     }
     assert result["lines"] == [f"t5-base, {line}" for line in LINES]
@@ -137,7 +139,7 @@ def test_lines_that_are_quick_work_on_a_llama(tmp_path):
     assert len(generations) == 2
     for row in generations:
         assert row["floor_of"] == "products"
-        assert row["alone_of"] == "products and attention"
+        assert row["alone_of"] == measure.ALL_KERNELS
         assert row["bound_of_alone"] == row["theirs"] / row["alone"] > 0
         assert row["tokens_per_second"] > 0
 
@@ -294,15 +296,18 @@ def test_flops_and_products_are_those_of_the_matrix_products():
 @pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
 @pytest.mark.parametrize("like_rte", LENGTHS.values(), ids=LENGTHS)
 def test_the_kernels_of_a_step_are_all_that_has_operations(model, like_rte, tmp_path):
-    """Alone, they compute what the step computes, forward and backward, and nothing else."""
+    """Alone, they compute what the step computes, forward and backward, and nothing but norms."""
     pair = Pair(model, tmp_path, True, torch.bfloat16)
     ours = pair.ours().train()
     batch = pair.batch(pair.lengths(like_rte))
     step = training_step(loss_of(pair, ours, batch), ours.parameters())
-    kernels = measure.record_kernels(step, with_attention=True)
+    kernels = measure.record_kernels(step, are_all=True)
     assert measure.count_flops(kernels) == measure.count_flops(step)
-    names = {func.name() for func, _, _ in kernels.calls}
-    assert len(names) == 3, "products, attention, and attention's backward pass"
+    n_calls = Counter(func for func, _, _ in kernels.calls)
+    n_norms = sum(isinstance(module, RMSNorm) for module in ours.modules())
+    assert n_calls.pop(measure.norm_forward) == n_norms
+    assert 0 < n_calls.pop(measure.norm_backward) <= n_norms
+    assert len(n_calls) == 3, "products, attention, and attention's backward pass"
 
 
 @pytest.mark.parametrize("model", ["t5-base", "smollm2-135m"])
@@ -315,10 +320,10 @@ def test_the_kernels_of_generation_are_all_that_has_operations(model, tmp_path):
     def write():
         minia3.generate(ours, Ids(), prompts, max_new_tokens=3)
 
-    kernels = measure.record_kernels(write, with_attention=True)
+    kernels = measure.record_kernels(write, are_all=True)
     assert measure.count_flops(kernels) == measure.count_flops(write)
-    names = {func.name() for func, _, _ in kernels.calls}
-    assert len(names) == 3, "products, fused attention, and attention that is written out"
+    functions = {func for func, _, _ in kernels.calls} - {torch.nn.functional.rms_norm}
+    assert len(functions) == 3, "products, fused attention, and attention that is written out"
 
 
 def test_products_have_their_own_weights_and_share_inputs_of_one_shape():
@@ -331,7 +336,9 @@ def test_products_have_their_own_weights_and_share_inputs_of_one_shape():
 
 def test_kernels_of_a_program_are_timed_and_nothing_else_is(tmp_path, monkeypatch):
     seconds = {}
-    for name, line in {"product": "x @ x", "sum": "x + x"}.items():
+    norm = "torch.nn.functional.rms_norm(x, (9,))"
+    lines = {"product": "x @ x", "norm": norm, "sum": "x + x"}
+    for name, line in lines.items():
         program = tmp_path / f"{name}.py"
         program.write_text(f"import sys, torch\nx = torch.ones(9, 9)\n{line}\nsys.exit(0)\n")
         monkeypatch.setattr(sys, "argv", ["timed.py", str(tmp_path / name), str(program)])
@@ -339,6 +346,7 @@ def test_kernels_of_a_program_are_timed_and_nothing_else_is(tmp_path, monkeypatc
             timed.main()
         seconds[name] = float((tmp_path / name).read_text())
     assert seconds["product"] > 0
+    assert seconds["norm"] > 0
     assert seconds["sum"] == 0
 
 

@@ -14,7 +14,7 @@ from minia3.inference.scoring import score_examples
 from minia3.model.blocks import Unscaled
 from minia3.model.ia3 import IA3
 from tests.benchmarks.floors import memory_read_bytes_per_second
-from tests.benchmarks.measure import record_kernels
+from tests.benchmarks.measure import ALL_KERNELS, record_kernels
 from tests.benchmarks.pairs import batch_on, no_warnings, random_examples
 
 RANKING_BATCH = 8
@@ -74,7 +74,7 @@ class Ids:
 
 
 def generation(bench, pair):
-    """Compare greedy generation, also with the matrix products and the attention of ours alone.
+    """Compare greedy generation, also with the products, the attention and the norms of ours alone.
 
     No token ends a text, so both sides write as many. The floor is what the products with weights
     must take: at batch 1, reading every weight once per token.
@@ -103,9 +103,9 @@ def generation(bench, pair):
         # In bfloat16, rounding decides between tokens that are nearly as likely as each other.
         if pair.dtype == torch.float32 and found != expected:
             raise AssertionError(f"the two sides write different texts: {found[0]}, {expected[0]}")
-        kernels = record_kernels(our_texts, with_attention=True)
+        kernels = record_kernels(our_texts, are_all=True)
         timed = bench.time(our_texts, their_texts, alone=kernels)
-        timed.alone_of = "products and attention"
+        timed.alone_of = ALL_KERNELS
         timed.tokens_per_second = batch_size * n_new / timed.ours
         if pair.device == "cpu":
             bandwidth = memory_read_bytes_per_second(n_rounds=bench.n_floor_rounds)

@@ -4,6 +4,7 @@ They alternate in one process, so that other work on the machine slows both of t
 counted in bytes: of the tensors that autograd keeps, or of a whole process.
 """
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -14,10 +15,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minia3.model import recompute
 from minia3.model.single_row import fast_products
 from minia3.training.device import device_module
 from tests.benchmarks.machine import n_others_busy
@@ -158,12 +162,12 @@ class Bench:
         """Return the Row of two functions, where the matrix products of `ours` are its floor.
 
         n_tokens: what one call of `ours` reads and writes.
-        with_kernels: time the products and the attention of `ours` alone, too.
+        with_kernels: time the products, the attention and the norms of `ours` alone, too.
         """
-        kernels = record_kernels(ours, with_attention=True) if with_kernels else None
+        kernels = record_kernels(ours, are_all=True) if with_kernels else None
         row = self.time(ours, theirs, alone=kernels)
         if with_kernels:
-            row.alone_of = "products and attention"
+            row.alone_of = ALL_KERNELS
         row.tokens_per_second = n_tokens / row.ours
         row.flops = count_flops(ours)
         row.floor = row.flops / row.peak_flops
@@ -273,20 +277,56 @@ class Roof:
 # and the batched products of attention that is written out.
 ATTENTION = ("aten::_scaled_dot_product", "aten::bmm")
 
+ALL_KERNELS = "products, attention, norms"
+
 
 class Kernels(TorchDispatchMode):
     """Records the matrix products that run inside of it. A call runs them alone.
 
-    with_attention: record the kernels of attention, too.
+    are_all: record attention and norms, too. (A norm is several operators on a CPU.)
 
     Inputs are kept once for each shape, but weights all, because to read them is what takes time.
     """
 
-    def __init__(self, with_attention=False):
+    def __init__(self, are_all=False):
         super().__init__()
-        self.with_attention = with_attention
-        self.inputs = {}  # operator and shapes: arguments
-        self.calls = []  # (operator, arguments, arguments by name)
+        self.are_all = are_all
+        self.inputs = {}  # function and shapes: arguments
+        self.calls = []  # (function, arguments, arguments by name)
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self):
+        if self.are_all:
+            for owner, name, function in self.recorded_norms():
+                self.patches.enter_context(mock.patch.object(owner, name, function))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patches.close()
+
+    def recorded_norms(self):
+        """Return the functions of norms, each of which is recorded: (owner, name, function)."""
+        norm = recompute._RMSNorm
+        plain, forward, backward = F.rms_norm, norm.forward, norm.backward
+
+        def recorded_plain(*args):
+            self.record(plain, args)
+            return plain(*args)
+
+        def recorded_forward(context, *args):
+            self.record(norm_forward, args)
+            return forward(context, *args)
+
+        def recorded_backward(context, grad):
+            self.record(norm_backward, (grad, *context.saved_tensors))
+            return backward(context, grad)
+
+        return (
+            (F, "rms_norm", recorded_plain),
+            (norm, "forward", staticmethod(recorded_forward)),
+            (norm, "backward", staticmethod(recorded_backward)),
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -294,9 +334,13 @@ class Kernels(TorchDispatchMode):
             x, weight = args
             (x,), _ = self.first_of_shape(func, (x,), {})
             self.calls.append((func, (x, weight.detach()), {}))
-        elif self.with_attention and func.name().startswith(ATTENTION):
-            self.calls.append((func, *self.first_of_shape(func, args, kwargs)))
+        elif self.are_all and func.name().startswith(ATTENTION):
+            self.record(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def record(self, func, args, kwargs=None):
+        """Note a call whose inputs may be those of an earlier call with the same shapes."""
+        self.calls.append((func, *self.first_of_shape(func, args, kwargs or {})))
 
     def first_of_shape(self, func, args, kwargs):
         """Return the arguments of the first call in which the tensors had these shapes."""
@@ -332,14 +376,36 @@ class Kernels(TorchDispatchMode):
         return n_seconds
 
 
+def norm_forward(x, weight_D, eps):
+    """Compute a norm whose input will get a gradient."""
+    recompute._RMSNorm.forward(NormContext(), x, weight_D, eps)
+
+
+def norm_backward(grad, x, weight_D, r):
+    """Compute the gradient of the input of a norm. x, weight, r: what the norm has kept."""
+    recompute._RMSNorm.backward(NormContext(x, weight_D, r), grad)
+
+
+class NormContext:
+    """Stands in for the context that autograd gives to a norm. The weight is frozen."""
+
+    needs_input_grad = (True, False, False)
+
+    def __init__(self, *saved_tensors):
+        self.saved_tensors = saved_tensors
+
+    def save_for_backward(self, *tensors):
+        pass
+
+
 def shape_of(x):
     """Return the shape and the strides of a tensor, and any other argument as it is."""
     return (x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
 
 
-def record_kernels(function, with_attention=False):
+def record_kernels(function, are_all=False):
     """Return the Kernels of `function()`. To call them runs them alone."""
-    with Kernels(with_attention) as kernels:
+    with Kernels(are_all) as kernels:
         function()
     return kernels
 

@@ -80,7 +80,7 @@ class Runner:
         self("-c", RUN_SCRIPT, SIDES / name, *as_words(flags))
 
     def seconds_of_kernels(self, job):
-        """Do our side once more. Return the seconds of its matrix products and of its attention."""
+        """Do our side once more. Return the seconds of its products, attention and norms."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "seconds"
             self.before_words = ["-m", "tests.benchmarks.jobs.timed", file]

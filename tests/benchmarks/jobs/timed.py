@@ -1,4 +1,4 @@
-"""Run a program, and write how many seconds its matrix products and its attention take.
+"""Run a program, and write how many seconds its matrix products, attention and norms take.
 
 python -m tests.benchmarks.jobs.timed FILE train.py --steps 10
 python -m tests.benchmarks.jobs.timed FILE -m minia3 predict ...
@@ -7,14 +7,29 @@ On a CPU, an operator has ended when its call returns, so the seconds are those 
 whole program takes longer than it does without this.
 """
 
+import contextlib
 import runpy
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minia3.model import attend, recompute
+
 KERNELS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_dot_product")
+
+
+# Functions whose operators all count, as (owner, name, whether it is a static method): norms, their
+# gradients, and the attention that is written out
+FUNCTIONS = (
+    (F, "rms_norm", False),
+    (recompute._RMSNorm, "forward", True),
+    (recompute._RMSNorm, "backward", True),
+    (attend, "attend_with_one_query", False),
+)
 
 
 class KernelSeconds(TorchDispatchMode):
@@ -23,11 +38,36 @@ class KernelSeconds(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seconds = 0.0
+        self.is_within = False  # one of FUNCTIONS
+        self.patches = contextlib.ExitStack()
+
+    def __enter__(self):
+        for owner, name, is_static in FUNCTIONS:
+            function = self.counted(getattr(owner, name))
+            if is_static:
+                function = staticmethod(function)
+            self.patches.enter_context(mock.patch.object(owner, name, function))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patches.close()
+
+    def counted(self, function):
+        """Return `function`, all of whose operators count."""
+
+        def run(*args, **options):
+            self.is_within = True
+            out = function(*args, **options)
+            self.is_within = False
+            return out
+
+        return run
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         begin = time.perf_counter()
         out = func(*args, **(kwargs or {}))
-        if func.name().startswith(KERNELS):
+        if self.is_within or func.name().startswith(KERNELS):
             self.seconds += time.perf_counter() - begin
         return out
 
