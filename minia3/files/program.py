@@ -3,8 +3,8 @@
     begin("train.py")
 
 Importing torch takes seconds, and Ctrl-C within them would print a traceback of a hundred lines.
-So it would while Python ends, which takes tenths of a second after torch was imported. So a program
-also says when it has done everything: `end()`.
+After torch was imported, Python also takes tenths of a second to end, and Ctrl-C would print a
+traceback then, too. `end()` prevents this. It is called when a program has done everything.
 """
 
 import atexit
@@ -46,17 +46,20 @@ def begin(program):
 
     signal.signal(signal.SIGINT, interrupt)
 
+    hook_before = sys.excepthook
+
     def show(kind, error, traceback):
         # Who presses Ctrl-C twice does so the second time when the run has said that it stops.
         if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, error, traceback)
+            hook_before(kind, error, traceback)
 
     sys.excepthook = show
 
 
 def end():
     """Let Ctrl-C end this process at once from here on, because it has nothing left to do."""
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as `leave` (processes.py) sets it
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 def require_utf8():

@@ -60,6 +60,7 @@ class Signals:
         self.is_urgent = False
         self.pending = None  # the number of the signal that has arrived
         self.is_raised = False  # Stopped is on its way: see `arriving`
+        self.is_dropped = False  # Python has lost a Stopped: see `stop_again`
         self.hook_before = None  # for exceptions that Python drops: see `stop_again`
         self.n_blocks = 0  # `uninterrupted` blocks so far
         self.n_arrived = 0  # signals in the current block
@@ -113,6 +114,7 @@ class Signals:
         # torchrun tells all processes to stop as soon as one has ended: by then, they know it.
         self.is_stopping = n_processes() > 1
         self.is_raised = True
+        self.is_dropped = False
         raise Stopped(self.pending)
 
     def stop_again(self, dropped):
@@ -122,9 +124,16 @@ class Signals:
         """
         if isinstance(dropped.exc_value, Stopped):
             self.is_stopping = False
-            call_later(SOON, signal.raise_signal, self.pending)
+            self.is_raised = False
+            self.is_dropped = True
+            call_later(SOON, self.send_again, self.pending)
         else:
             self.hook_before(dropped)
+
+    def send_again(self, number):
+        """Send a signal whose Stopped was dropped, unless the run has been stopped meanwhile."""
+        if self.is_dropped:
+            signal.raise_signal(number)
 
     @contextmanager
     def arriving(self):
