@@ -151,18 +151,21 @@ def template_message(message, template):
     """Return a message as the template gets it: without nulls, and with the thinking it looks for.
 
     Exports of chats write "content": null and "tool_calls": null. A template would write "None", or
-    take the null for calls. transformers removes these keys, too, also from a template that asks
-    whether the content is none, and which then fails.
+    take the null for calls. transformers removes these keys, too. But a template that asks whether
+    the content is none then fails, so it gets the null.
     """
     if not isinstance(message, dict):
         return message  # the template fails, and says why
     kept = {key: value for key, value in message.items() if value is not None}
-    if "content" in message and ASKS_FOR_NULL.search(template):
-        kept["content"] = message["content"]
+    is_null = message.get("content", "") is None
+    if is_null and ASKS_FOR_NULL.search(template):
+        kept["content"] = None
     names = [name for name in THINKING if name in kept]
     if names:
         thinking = kept[names[0]]
-        kept = {"thinking": thinking, **kept, "reasoning_content": thinking}
+        kept["reasoning_content"] = thinking
+        if not (kept.get("content") and kept.get("tool_calls")):  # gpt-oss refuses all three
+            kept.setdefault("thinking", thinking)
     return kept
 
 

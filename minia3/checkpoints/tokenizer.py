@@ -181,8 +181,9 @@ class Tokenizer:
         messages: [{"role": "user", "content": "Hello"}, ...]
         tools: descriptions of functions, as JSON schemas, if the template offers them to the model.
 
-        They equal the ids of transformers' apply_chat_template, except with a tokenizer.json of
-        LLaMA-2, whose normalizer transformers 5 replaces.
+        They equal the ids of transformers' apply_chat_template, with two exceptions: a
+        tokenizer.json of LLaMA-2, whose normalizer transformers 5 replaces, and thinking and null
+        contents (see `template_message` in chat.py).
 
         Raise ValueError if `messages` is not such a list, if there is no template or no jinja2, or
         if the template fails or refuses the messages.
@@ -198,7 +199,7 @@ class Tokenizer:
         """Return the ids of a whole conversation, and which of them the assistant wrote.
 
         The assistant's part includes the token that ends its turn, so that a model learns to stop.
-        Ids and mask equal those of transformers' apply_chat_template, with the exception that
+        Ids and mask equal those of transformers' apply_chat_template, with the exceptions that
         `chat` names. The mask there needs a template with {% generation %} blocks; this one does
         not (see `render_conversation`).
 

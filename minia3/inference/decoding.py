@@ -15,7 +15,7 @@ batch, V vocabulary.
 
 import operator
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import inf
 from numbers import Integral, Real
@@ -86,7 +86,7 @@ class Options:
         for name in ("temperature", "top_p", "length_penalty"):
             value = getattr(self, name)
             expect(isinstance(value, Real | torch.Tensor), name, value, "a number")
-        are_texts = isinstance(self.stop, Iterable) and all(map(is_stop, self.stops))
+        are_texts = isinstance(self.stop, Collection) and all(map(is_stop, self.stops))
         expect(are_texts, "stop", self.stop, "texts that are not empty")
 
     def check_drawing(self):

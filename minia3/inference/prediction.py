@@ -126,7 +126,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
     and there are adapters, the column `adapter` holds their names. Answers in the file are not
     read. Raise ValueError, "path:line: reason", at the first wrong row, and before the first row if
-    the file has columns, but none for the names.
+    the file has a header without the column `adapter`, which must name the adapters.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
@@ -306,7 +306,8 @@ def write_results(path, lines, to_csv):
     as they are. They are not compared with the model or the rows: the caller must use the same.
 
     lines: a function from the number of a row to an iterator of the lines from this row on. With
-    to_csv, lines(0) begins with the header. Each line is on disk before the next one is asked for.
+    to_csv, lines(0) begins with the header, which is written with the first row. Each row is on
+    disk before the next one is asked for.
 
     Raise ValueError if another process is writing the file, or if it begins differently.
     """

@@ -347,7 +347,8 @@ def choices_of_prompts(choices, n_prompts):
 def as_list(texts):
     """Return texts, which may be in an array, as a list; an empty list if they are in no order."""
     has_order = isinstance(texts, Iterable) and not isinstance(texts, str | Set | Mapping)
-    return list(texts) if has_order else []
+    is_table = hasattr(texts, "columns")  # of pandas, which would give the names of its columns
+    return list(texts) if has_order and not is_table else []
 
 
 def batches_by_length(lengths, adapter, batch_size, choose_share=share):

@@ -102,8 +102,11 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def find_saved_files(folder: Path) -> FoundFiles | None:
-    """Return the files of a folder that `save_to_disk` wrote, or None if it is another folder."""
+def find_saved_files(folder: Path, task_file: Path | None = None) -> FoundFiles | None:
+    """Return the files of a folder that `save_to_disk` wrote, or None if it is another folder.
+
+    task_file: a task file that may be in the folder, too.
+    """
     index = folder / "dataset_dict.json"
     if index.is_file():
         files = {}
@@ -115,16 +118,17 @@ def find_saved_files(folder: Path) -> FoundFiles | None:
     else:
         return None
     found = assign_splits(folder, files)
-    return found._replace(notes=[*found.notes, *note_other_files(folder)])
+    return found._replace(notes=[*found.notes, *note_other_files(folder, task_file)])
 
 
-def note_other_files(folder: Path) -> list[str]:
+def note_other_files(folder: Path, task_file: Path | None) -> list[str]:
     """Return a note in a list if somebody put files of rows into a folder of `save_to_disk`."""
     names = []
     for path in sorted(folder.iterdir()):
         # The library keeps data-*.arrow and cache-*.arrow there.
-        is_other = rows_suffix(path) not in ("", ".arrow") and path.name not in SIDE_FILES
-        if is_other:
+        has_rows = rows_suffix(path) not in ("", ".arrow") and path.name not in SIDE_FILES
+        is_hidden = path.name.startswith(".")
+        if has_rows and not is_hidden and path != task_file:
             names.append(path.name)
     if not names:
         return []

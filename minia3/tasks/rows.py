@@ -147,7 +147,7 @@ def normalize_row(
     expected = () if spec.is_published else expected_names(spec)
     in_file = name_columns(tuple(columns or row), tuple(spec.fields.items()), tuple(expected))
     row = rename_columns(row, spec.fields, expected, columns)
-    with naming_columns(spec.fields):
+    with naming_columns(in_file | dict(spec.fields)):
         if spec.span_field:
             unpack_spans(row, spec.span_field)
         if not spec.is_published:

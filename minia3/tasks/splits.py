@@ -301,7 +301,7 @@ def find_user_files(name: str, spec: TaskSpec, task_file: Path | None) -> FoundF
             f"rows as --task, with --adapter {path}"
         )
     if path.is_dir():
-        return find_saved_files(path) or find_split_files(path, task_file)
+        return find_saved_files(path, task_file) or find_split_files(path, task_file)
     if not rows_suffix(path):
         raise not_read(path)
     return FoundFiles({"train": [path]}, [])
