@@ -113,8 +113,10 @@ def run(args):
 
 
 def check_out(args):
-    """Raise ValueError if the results would go into the file of the rows itself, whose rows would
-    be taken for results that are there already, or into a file of a format that is not written.
+    """Raise ValueError if the results cannot go into the file that --out names.
+
+    Either its format is not written, or it is the file of the rows itself, whose rows would be
+    taken for results that are there already.
     """
     if args.out is not None and args.out.lower().endswith(NOT_WRITTEN):
         raise ValueError(f"--out is {args.out}, expected a name that ends in .jsonl or .csv")

@@ -12,7 +12,7 @@ per key/value head (H / G), K head width.
 import torch
 import torch.nn.functional as F
 
-LEAST_ROWS = 16  # with a single query in float32 for which plain products are faster
+LEAST_ROWS = 16  # from so many on, plain products are faster for single queries in float32
 
 
 def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):

@@ -41,7 +41,7 @@ def make_cells(config):
 
 
 def check_chat_template(config, cells):
-    """Raise ValueError if a run cannot read --chat-template, or a new one would do nothing with it.
+    """Raise ValueError if --chat-template cannot be read, or if a new run has no rows for it.
 
     This is before a model is downloaded and loaded.
     """

@@ -145,9 +145,9 @@ class Run:
         return self.saved.is_finished
 
     def start_writing(self, cells, config):
-        """Check that the data are the same as when the run began, and open metrics.jsonl.
+        """Check that no file of data or chat template has changed, and open metrics.jsonl.
 
-        Raise ValueError if the data have changed. Until this call, a resumed run changes no file,
+        Raise ValueError if one has changed. Until this call, a resumed run changes no file,
         except that it removes temporary files of a killed one.
         """
         if self.written_folder:

@@ -243,7 +243,7 @@ def checksums_of_run(cells, config):
 
 
 def check_data(folder, checksums):
-    """Raise ValueError if a resumed run finds other checksums of the data in config.json."""
+    """Raise ValueError if config.json has other checksums than a resumed run finds."""
     recorded = read_run_config(folder).get("data", checksums)
     names = sorted(recorded.keys() | checksums.keys())
     changed = [name for name in names if recorded.get(name) != checksums.get(name)]
