@@ -248,7 +248,8 @@ def test_what_keeps_its_result_takes_no_new_memory(has_bias):
     k_BLD = nn.Linear(4, 8, bias=has_bias)(torch.randn(3, 5, 4))
     scaled_BLD = vector(k_BLD, torch.tensor([0]))
     assert scaled_BLD.data_ptr() == k_BLD.data_ptr()
-    assert scaled_BLD.requires_grad
+    k_BLD.sum().backward()  # what was overwritten is the result, with its history
+    assert vector.scale.grad is not None
 
 
 def test_of_a_vector_that_does_not_train_only_the_entries_are_kept():
