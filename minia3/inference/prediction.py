@@ -331,7 +331,7 @@ def write_results(path, lines, to_csv):
 
 
 def with_header(lines):
-    """Yield lines of which the first one is the header of a csv together with the first row.
+    """Yield the lines of a csv, but its header and its first row at once, as a single text.
 
     So a mistake in the first row leaves an empty file. A header would stay behind, and the next
     command, with other columns, would be refused for it.

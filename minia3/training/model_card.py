@@ -210,7 +210,8 @@ def code_span(text):
     runs = re.findall("`+", text)
     if not runs:
         return f"`{text}`"
-    fence = "`" * (max(map(len, runs)) + 1)
+    longest = max(runs, key=len)
+    fence = f"`{longest}"
     return f"{fence} {text} {fence}"
 
 

@@ -19,11 +19,9 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import minia3
 import train
@@ -39,6 +37,7 @@ from tests.benchmarks.inference import (
 )
 from tests.benchmarks.machine import versions
 from tests.benchmarks.pairs import TINY, Pair, random_examples
+from tests.benchmarks.patched_mode import PatchedMode
 from tests.benchmarks.training import loss_of
 from tests.words import word_tokenizer
 
@@ -53,7 +52,7 @@ LOOKS = {"_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", 
 FEWER = 3  # steps or tokens; one more is counted
 
 
-class CountLaunches(TorchDispatchMode):
+class CountLaunches(PatchedMode):
     """Count the operators that compute something while this is active, as on CUDA.
 
     Below autograd, each operator of PyTorch arrives here, and its parts do not. On a GPU, the
@@ -64,24 +63,14 @@ class CountLaunches(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators = Counter()
-        self.patches = contextlib.ExitStack()
         self.is_fused = False  # within an operator that is one on CUDA, and several on a CPU
-
-    def __enter__(self):
-        for owner, name, function in self.functions_of_cuda():
-            self.patches.enter_context(mock.patch.object(owner, name, function))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.patches.close()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if launches(function) and not self.is_fused:
             self.operators[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
-    def functions_of_cuda(self):
+    def replaced_functions(self):
         """Return what CUDA computes otherwise than a CPU: (owner, name, function) of each."""
         norm = recompute._RMSNorm  # CUDA has a fused one, see `has_fused_norm`
         return (

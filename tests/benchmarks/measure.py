@@ -4,7 +4,6 @@ They alternate in one process, so that other work on the machine slows both of t
 counted in bytes: of the tensors that autograd keeps, or of a whole process.
 """
 
-import contextlib
 import ctypes
 import gc
 import math
@@ -15,16 +14,15 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minia3.model import recompute
 from minia3.model.single_row import fast_products
 from minia3.training.device import device_module
 from tests.benchmarks.machine import n_others_busy
+from tests.benchmarks.patched_mode import PatchedMode
 
 aten = torch.ops.aten
 
@@ -280,7 +278,7 @@ ATTENTION = ("aten::_scaled_dot_product", "aten::bmm")
 ALL_KERNELS = "products, attention, norms"
 
 
-class Kernels(TorchDispatchMode):
+class Kernels(PatchedMode):
     """Records the matrix products that run inside of it. A call runs them alone.
 
     are_all: record attention and norms, too. (A norm is several operators on a CPU.)
@@ -293,20 +291,11 @@ class Kernels(TorchDispatchMode):
         self.are_all = are_all
         self.inputs = {}  # function and shapes: arguments
         self.calls = []  # (function, arguments, arguments by name)
-        self.patches = contextlib.ExitStack()
 
-    def __enter__(self):
-        if self.are_all:
-            for owner, name, function in self.recorded_norms():
-                self.patches.enter_context(mock.patch.object(owner, name, function))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.patches.close()
-
-    def recorded_norms(self):
+    def replaced_functions(self):
         """Return the functions of norms, each of which is recorded: (owner, name, function)."""
+        if not self.are_all:
+            return ()
         norm = recompute._RMSNorm
         plain, forward, backward = F.rms_norm, norm.forward, norm.backward
 

@@ -7,51 +7,36 @@ On a CPU, an operator has ended when its call returns, so the seconds are those 
 whole program takes longer than it does without this.
 """
 
-import contextlib
 import runpy
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minia3.model import attend, recompute
+from tests.benchmarks.patched_mode import PatchedMode
 
 KERNELS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_dot_product")
 
 
-# Functions whose operators all count, as (owner, name, whether it is a static method): norms, their
-# gradients, and the attention that is written out
-FUNCTIONS = (
-    (F, "rms_norm", False),
-    (recompute._RMSNorm, "forward", True),
-    (recompute._RMSNorm, "backward", True),
-    (attend, "attend_with_one_query", False),
-)
-
-
-class KernelSeconds(TorchDispatchMode):
+class KernelSeconds(PatchedMode):
     """Adds up the seconds of the kernels that are called while this is active."""
 
     def __init__(self):
         super().__init__()
         self.seconds = 0.0
-        self.is_within = False  # one of FUNCTIONS
-        self.patches = contextlib.ExitStack()
+        self.is_within = False  # one of `replaced_functions`
 
-    def __enter__(self):
-        for owner, name, is_static in FUNCTIONS:
-            function = self.counted(getattr(owner, name))
-            if is_static:
-                function = staticmethod(function)
-            self.patches.enter_context(mock.patch.object(owner, name, function))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.patches.close()
+    def replaced_functions(self):
+        """Return the functions of norms, and attention that is written out, which count."""
+        norm = recompute._RMSNorm
+        return (
+            (F, "rms_norm", self.counted(F.rms_norm)),
+            (norm, "forward", staticmethod(self.counted(norm.forward))),
+            (norm, "backward", staticmethod(self.counted(norm.backward))),
+            (attend, "attend_with_one_query", self.counted(attend.attend_with_one_query)),
+        )
 
     def counted(self, function):
         """Return `function`, all of whose operators count."""
