@@ -77,7 +77,7 @@ def call_activations(model):
 def largest(place):
     """The largest known model that trains with 8 sources of 128 tokens in bfloat16."""
     if place.is_dry:
-        limit = 2 * 10**9
+        limit = 4 * 10**9  # torch built for CUDA takes half of it, even without a GPU
         names = ["t5-small", "llama-2-7b"]
     else:
         limit = place.module.get_device_properties(place.device).total_memory

@@ -7,6 +7,7 @@ each, and a check that the campaign notices a deed that leaves something behind.
 import sys
 
 import pytest
+from running import in_new_process
 
 LACKING = "processes are forked by means that Windows lacks"
 kills = pytest.importorskip("tests.hostile.kills", reason=LACKING)
@@ -14,6 +15,7 @@ faults = pytest.importorskip("tests.hostile.faults", reason=LACKING)
 scenes = pytest.importorskip("tests.hostile.scenes", reason=LACKING)
 numbers = pytest.importorskip("tests.hostile.numbers", reason=LACKING)
 deeds = pytest.importorskip("tests.hostile.deeds", reason=LACKING)
+processes = pytest.importorskip("tests.hostile.processes", reason=LACKING)
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,26 +23,47 @@ pytestmark = [
 ]
 
 
+KILLED = ["run", "merge", "predict", "save model", "download"]
+PLAYED = ["pipes", "odd names", "servers", "command lines"]
+
+
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory):
-    """Makes the models that the deeds need, and knows what each deed does if nobody disturbs it."""
-    campaign = kills.KillCampaign(tmp_path_factory.mktemp("campaign"))
-    yield campaign
-    campaign.close()
+def found(tmp_path_factory):
+    """What a small campaign finds, in a process that forks and computes nothing itself.
+
+    This process may have threads of autograd, and then its forks can train nothing: from its first
+    backward pass on if there is a GPU, or if the first one was that of a memory plan and torch is
+    built for CUDA.
+    """
+    return in_new_process(run_campaign, tmp_path_factory.mktemp("campaign"))
+
+
+def run_campaign(folder):
+    processes.warm_up()
+    (folder / "numbers").mkdir()
+    campaign = kills.KillCampaign(folder)
+    try:
+        return {
+            "kills": kills.run_kills(campaign, KILLED, 15, 0, show_nothing),
+            "faults": {name: faults.run_fault(campaign, name, 9, 0)[1] for name in faults.FAULTS},
+            "scenes": {name: play_thrice(campaign, name) for name in PLAYED},
+            "numbers": numbers.run_numbers(2, 0, folder / "numbers").failures,
+            "left behind": kill_what_leaves_a_file_behind(campaign),
+            "traceback": hinder_what_ends_in_a_traceback(campaign),
+        }
+    finally:
+        campaign.close()
 
 
 def show_nothing(tally):
     """Stands for the table."""
 
 
-def test_what_is_killed_can_be_done_again(campaign):
-    names = ["run", "merge", "predict", "save model", "download"]
-    tallies = kills.run_kills(campaign, names, 15, 0, show_nothing)
-    assert [failure for tally in tallies for failure in tally.failures] == []
-    assert sum(tally.n_refused for tally in tallies) > 10, "most processes are killed in time"
+def play_thrice(campaign, name):
+    return [scenes.play(campaign, name, number, 0) for number in range(3)]
 
 
-def test_a_deed_that_leaves_something_behind_is_noticed(campaign, monkeypatch):
+def kill_what_leaves_a_file_behind(campaign):
     def run(inputs, folder):
         """Write a file that only a deed which is not killed removes."""
         (folder / "half").write_text("")
@@ -50,32 +73,48 @@ def test_a_deed_that_leaves_something_behind_is_noticed(campaign, monkeypatch):
     def again(inputs, folder):
         (folder / "whole").write_text("whole")
 
-    monkeypatch.setattr(campaign, "references", {})  # those of the deed that this one replaces
-    monkeypatch.setitem(deeds.DEEDS, "run", deeds.Deed(run, again))
+    replace_run(campaign, deeds.Deed(run, again))
     (tally,) = kills.run_kills(campaign, ["run"], 6, 0, show_nothing)
-    assert any("left behind: ['half']" in failure for failure in tally.failures)
+    return tally.failures
 
 
-def test_a_fault_ends_in_one_line(campaign):
-    for name in faults.FAULTS:
-        assert faults.run_fault(campaign, name, 9, 0)[1] is None, name
-
-
-def test_a_traceback_is_noticed(campaign, monkeypatch):
+def hinder_what_ends_in_a_traceback(campaign):
     def run(inputs, folder):
         (folder / "whole").write_text("whole")
         (folder / "more").write_text("")
 
-    monkeypatch.setattr(campaign, "references", {})
-    monkeypatch.setitem(deeds.DEEDS, "run", deeds.Deed(run))
-    assert "Traceback" in faults.run_fault(campaign, "read-only", 0, 0)[1]
+    replace_run(campaign, deeds.Deed(run))
+    return faults.run_fault(campaign, "read-only", 0, 0)[1]
 
 
-@pytest.mark.parametrize("name", ["pipes", "odd names", "servers", "command lines"])
-def test_a_scene_plays_without_harm(campaign, name):
-    for number in range(3):
-        assert scenes.play(campaign, name, number, 0) is None
+def replace_run(campaign, deed):
+    """Put a deed in the place of "run", in this process."""
+    campaign.references.clear()  # those of the deed that is replaced
+    deeds.DEEDS["run"] = deed
 
 
-def test_random_models_have_the_numbers_of_their_peers(tmp_path):
-    assert numbers.run_numbers(2, 0, tmp_path).failures == []
+def test_what_is_killed_can_be_done_again(found):
+    assert [failure for tally in found["kills"] for failure in tally.failures] == []
+    n_killed = sum(tally.n_refused for tally in found["kills"])
+    assert n_killed > 10, "most processes are killed in time"
+
+
+def test_a_deed_that_leaves_something_behind_is_noticed(found):
+    assert any("left behind: ['half']" in failure for failure in found["left behind"])
+
+
+def test_a_fault_ends_in_one_line(found):
+    assert found["faults"] == dict.fromkeys(faults.FAULTS)
+
+
+def test_a_traceback_is_noticed(found):
+    assert "Traceback" in found["traceback"]
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_a_scene_plays_without_harm(found, name):
+    assert found["scenes"][name] == [None, None, None]
+
+
+def test_random_models_have_the_numbers_of_their_peers(found):
+    assert found["numbers"] == []
