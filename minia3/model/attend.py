@@ -1,8 +1,8 @@
 """Attention itself: softmax(scale * q k^T + bias) v.
 
 PyTorch computes it (`F.scaled_dot_product_attention`), except in two cases on a CPU. A padded batch
-of long rows is computed row by row, without its padding. A single query per row, which is what
-decoding has, is computed by plain products if it has 16 bits, or if there are many rows: PyTorch's
+of long rows is computed row by row, without its padding. If each row has a single query, as in
+decoding, plain products are used in 16-bit dtypes, and in float32 for many rows, because PyTorch's
 kernel is slow there.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
@@ -12,7 +12,7 @@ per key/value head (H / G), K head width.
 import torch
 import torch.nn.functional as F
 
-LEAST_ROWS = 16  # from so many on, plain products are faster for single queries in float32
+LEAST_ROWS = 16  # with this many rows or more, plain products are faster in float32
 
 
 def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
@@ -49,9 +49,9 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
 
 
 def can_attend_by_rows(context):
-    """Return whether this is the case that is computed row by row."""
-    # First of all, ask whether this is compiled code. If it read the packing, it would be compiled
-    # again for each new one.
+    """Return whether this is the padded batch of long rows that is computed row by row."""
+    # Ask first whether this is compiled code. If that read the packing, torch would compile it
+    # again for each new packing.
     return not torch.compiler.is_compiling() and context.packing.lengths is not None
 
 
@@ -59,7 +59,7 @@ def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
     """Return what `attend` returns for a batch whose row b has lengths[b] real tokens, L = M.
 
     The padding gets zeros, and takes no time. On a CPU, long rows take about as long one by one as
-    all at once. Short rows take longer, so they are not computed in this way (see packing.py).
+    all at once. Short rows would take longer one by one: see LEAST_COLUMNS in packing.py.
     """
     n_rows, _, n_columns, _ = q_BHLK.shape
     biases = [None] * n_rows
@@ -78,7 +78,10 @@ def attend_by_rows(q_BHLK, k_BGMK, v_BGMK, context, dropout, scale):
 
 
 def is_decoding_on_cpu(q_BHLK, dropout):
-    """Return whether plain products are faster. (They know no dropout and no gradient.)"""
+    """Return whether `attend_with_one_query` can compute this, and is faster than PyTorch.
+
+    It has no dropout, and records no gradient.
+    """
     is_plain = not (dropout or torch.is_grad_enabled() or torch.compiler.is_compiling())
     n_rows, _, n_queries, _ = q_BHLK.shape
     is_slow = q_BHLK.dtype.itemsize == 2

@@ -1,7 +1,7 @@
-"""What it costs to run a model, by the rule that the paper uses."""
+"""What it costs to run a model: FLOPs, by the rule that the paper uses."""
 
-# Fields of a config: how many layers each stack has. The layers of a stack are alike, so a shallow
-# model tells what a deep one takes.
+# The fields of a config that say how many layers each stack has. All layers of a stack cost the
+# same, so what a deep model takes is extrapolated from shallow ones.
 LAYER_FIELDS = ("n_layers", "n_decoder_layers")
 
 

@@ -35,7 +35,7 @@ class IA3(nn.Module):
         self.scale = nn.Parameter(torch.ones(n_adapters, d, dtype=torch.float32))
 
     def forward(self, x_BLD, adapter_B):
-        """Return x * l (B, L, D). This may overwrite x, which nobody else may need.
+        """Return x * l (B, L, D). This may overwrite x, so the caller must not use x afterwards.
 
         adapter_B: the row of each example (B,), or one row for all of them (1,).
         """
@@ -59,16 +59,16 @@ class IA3(nn.Module):
         return super()._apply(keep_wide, recurse)
 
 
-# Where torch.compile(model) and DistributedDataParallel(model) have the model
+# The attributes in which torch.compile(model) and DistributedDataParallel(model) keep the model
 WRAPPED_AT = ("_orig_mod", "module")
 
 
 def refuse_wrapper(model):
-    """Raise ValueError if the model is in a wrapper, because all names would be others."""
-    for place in WRAPPED_AT:
-        if place in model._modules:
+    """Raise ValueError if the model is in a wrapper, because all names would have a prefix."""
+    for attribute in WRAPPED_AT:
+        if attribute in model._modules:
             found = f"found the model in the wrapper {type(model).__name__}"
-            raise ValueError(f"{found}, expected the model itself: give its `.{place}`")
+            raise ValueError(f"{found}, expected the model itself: give its `.{attribute}`")
 
 
 def vectors(model):
@@ -83,7 +83,7 @@ def vectors(model):
 
 
 def find_vectors(module, prefix, found):
-    """Add the vectors inside of a module to `found`. prefix: what their names begin with."""
+    """Add the vectors inside a module to `found`. prefix: what their names begin with."""
     # `named_modules` takes twice as long, and the walk is a fifth of loading an adapter.
     for name, child in module._modules.items():
         if isinstance(child, IA3):

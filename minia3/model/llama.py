@@ -126,10 +126,10 @@ class Llama(nn.Module):
         return self
 
     def start(self, source, mask=None, adapter=None):
-        """Read the prompt up to the last real token of each row, and return the State.
+        """Read each prompt except for its last real token, and return the State.
 
-        The padding may be anywhere. `state.start` is that last token, which is not in the cache
-        yet. The arguments and the errors are those of T5.start.
+        `state.start` is that last token, because the first `step` reads it. The padding may be
+        anywhere. The arguments and the errors are those of T5.start.
         """
         adapter_B = check_start(source, mask, adapter, self)
         if mask is None:

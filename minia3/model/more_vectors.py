@@ -16,7 +16,10 @@ from minia3.model.site_names import SITE_NAMES, SITES
 
 
 def possible_vectors(model):
-    """Return name -> width for each vector that can be added, or was added already."""
+    """Return a dict from the name of each vector that the paper does not have to its width.
+
+    A block may have the vector already, or only a place for it.
+    """
     widths = {}
     for name, _ in model.named_modules():
         parent_name, _, attribute = name.rpartition(".")

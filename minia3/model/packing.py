@@ -9,13 +9,13 @@ Shapes: B batch, L length, D width, T real tokens of the batch, N positions of t
 
 from minia3.model.to_device import to_device
 
-LEAST_COLUMNS = 64  # attention of shorter rows is faster for all of them at once than one by one
+LEAST_COLUMNS = 64  # attention takes longer for shorter rows one by one than for all at once
 
 
 class Packing:
     """The positions of the real tokens of a padded batch.
 
-    mask_BL: bool, True = real. It stays on the CPU, because there `nonzero` waits for no GPU.
+    mask_BL: bool, True = real. It should be on the CPU, because `nonzero` would wait for a GPU.
 
     Positions are counted through the whole batch, and each occurs once, so the backward passes of
     `pack` and `unpack` are plain copies. The backward pass of x[rows, columns] would accumulate,

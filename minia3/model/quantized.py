@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
         return cls(*cls.quantize(weight_OI), bias)
 
     def to_linear(self, dtype):
-        """Return a plain linear with the weight (O, I) that the codes and scales mean."""
+        """Return a plain linear with the weight (O, I) that the codes and scales stand for."""
         weight_OI = self.dequantize(self.codes, self.scales, dtype)
         n_outputs, n_inputs = weight_OI.shape
         linear = nn.Linear(n_inputs, n_outputs, bias=False, device="meta")
@@ -122,7 +122,7 @@ class NF4Linear(QuantizedLinear):
 
 def bitsandbytes_functions():
     """Return bitsandbytes.functional. Raise ValueError if it is not installed."""
-    # It warns once that its faster products for CPUs are not there. Ours are torch's.
+    # It warns once if its fast products for CPUs are missing. We use torch's products instead.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
@@ -136,7 +136,7 @@ QUANTIZED = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
 def quantized_linears(model):
-    """Return name -> QuantizedLinear for those of a model."""
+    """Return a dict from the name of each quantized linear of a model to the linear."""
     linears = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):

@@ -86,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * r * weight_D).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # r depends on x, but nothing leads back from r to x
+    @once_differentiable  # a second derivative would take r for a constant, and r depends on x
     def backward(ctx, grad):
         x, weight_D, r = ctx.saved_tensors
         unit = x * r
@@ -109,9 +109,9 @@ TINY = 2.0**-60
 def scale_keeping_result(x_BLD, l_BD):
     """Return x * l (B, L, D), in the dtype of x. Keep it for the backward pass, and not x.
 
-    This overwrites x, which nobody else may need. The gradient of l is the sum of grad * x, and x
-    is the result divided by l. Attention keeps its keys and values anyway, so the result takes no
-    more memory.
+    This overwrites x, so the caller must not use x afterwards. The gradient of l is the sum of
+    grad * x, and x is the result divided by l. Attention keeps its keys and values anyway, so the
+    result takes no more memory.
 
     float16 has no number as small as TINY, and torch.compile decides for itself what to keep: both
     get the plain product.

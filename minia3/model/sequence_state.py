@@ -40,7 +40,7 @@ SPARE_COLUMNS = 64  # that a cache gets when it grows, so that most steps copy n
 
 @dataclass
 class Context:
-    """The masks, positions and adapters of one call, the same for every block."""
+    """The masks, positions and adapters of one call, which the blocks of a stack share."""
 
     adapter_B: torch.Tensor  # a row of the vectors per example, or (1,): one row for all
     # Models always pass a packing, because this default would break torch.compile's graph.
@@ -162,9 +162,9 @@ class State:
         return x[..., -n_queries:]
 
     def needs_mask(self, n_queries):
-        """Return whether a query must not see all columns.
+        """Return whether there are columns that some query must not see.
 
-        Here, a single query comes last and sees all of them. A StaticState has empty columns.
+        A single query comes last, so it sees all of them. (A StaticState has empty columns.)
         """
         return n_queries > 1
 

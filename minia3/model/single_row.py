@@ -1,9 +1,9 @@
-"""Products of a single row, as fast as the memory gives the weights.
+"""Products of a single row of bfloat16, as fast as memory delivers the weights.
 
-To write one token of one text, a model reads each of its weights once, and most of the time is this
-reading. On a CPU, PyTorch leaves products of bfloat16 to oneDNN, which reads the weights for a
-single row at less than half the speed of the memory. PyTorch's own product reads them twice as
-fast. It gains a fifth for two rows, and loses from three rows on: 512 rows take nine times as long.
+To write one token of one text, a model reads each of its weights once, and this takes most of the
+time. On a CPU, PyTorch leaves products of bfloat16 to oneDNN, which reads the weights for a single
+row at less than half the speed of the memory. PyTorch's own product reads them twice as fast. For
+two rows it gains only a fifth, and from three rows on it loses: 512 rows take nine times as long.
 """
 
 import threading

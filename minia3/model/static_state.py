@@ -32,7 +32,7 @@ class StaticCache(Cache):
 
 @dataclass
 class StaticState(State):
-    """A State with a fixed number of columns. `advance` moves it on after each step of one token.
+    """A State with a fixed number of columns. Call `advance` after each step of one token.
 
     `length` and token_M count all columns from the start, because a step would be compiled again
     for each new value of a number. So a LLaMA warns at once if this text may become too long.
@@ -42,9 +42,9 @@ class StaticState(State):
 
     @classmethod
     def make(cls, state, n_more):
-        """Return a state that goes on from `state`, for at most `n_more` more tokens.
+        """Return a state that continues `state` by at most `n_more` tokens.
 
-        `state` has read a token already, so that its caches exist. It stays as it is.
+        `state` must have read a token, so that its caches exist. It stays as it is.
         """
         # Rows that share columns get their own copies of them.
         state = state.select(torch.arange(len(state.start)))

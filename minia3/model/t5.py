@@ -87,7 +87,7 @@ class Stack(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             cache = Cache() if caches is None else caches[i]
-            cache.read_cross_kv()  # makes them, if `T5.start` has put this off (`cross_cache`)
+            cache.read_cross_kv()  # with gradients, this is when they are made: see `cross_cache`
             if i < len(self.positions):  # a block without a table uses the table before it
                 context = replace(context, bias_BHLM=self.bias(i, bucket_LM, mask_bias))
             x = block(x, context, cache)
@@ -183,15 +183,15 @@ class T5(nn.Module):
         x = self.embed(source)
         packing = NO_PACKING
         memory_bias_B11M = None
-        n_biases = self.config.n_heads
+        n_masks = 1
         if mask is not None:
-            n_biases = n_biases * len(source)  # because each row adds its own mask
+            n_masks = len(source)  # each row adds its own mask to the biases of positions
             packing = Packing(mask, source.device)
             mask_B11M = to_device(mask, source.device)[:, None, None, :]
             memory_bias_B11M = mask_to_bias(mask_B11M, x.dtype)
 
         context = Context(packing.adapters(adapter_B), packing, memory_bias_B11M)
-        check_bias(n_biases, source.shape[1], source.shape[1])
+        check_bias(n_masks, self.config.n_heads, source.shape[1], source.shape[1])
         position_M = torch.arange(source.shape[1], device=source.device)
         distance_MM = position_M - position_M[:, None]
         memory = self.encoder(packing.pack(x), context, distance_MM)
