@@ -131,7 +131,7 @@ def choice_logprobs(model, batch, adapter=None):
         # A single choice may advance `state` itself, because no other choice continues it.
         return score_choices(model, state, target_BCL, batch.target_mask_BCL)
 
-    n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
+    n_at_once = choices_at_once(n_rows, length)
     if is_sharded(model):  # because every chunk would gather the whole model again
         n_at_once = n_choices
 
@@ -146,6 +146,14 @@ def choice_logprobs(model, batch, adapter=None):
     masks = batch.target_mask_BCL.split(n_at_once, dim=1)
     parts = [score(target, mask) for target, mask in zip(targets, masks, strict=True)]
     return torch.cat(parts, dim=1)
+
+
+def choices_at_once(n_rows, length):
+    """Return how many choices of `length` tokens are scored at once for each of `n_rows` sources.
+
+    The memory plan of a step asks, too (training/step_memory.py).
+    """
+    return max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
 
 
 def reads_texts_in_one_pass(model, batch):

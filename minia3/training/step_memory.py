@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from minia3.adapters.lora import add_lora
 from minia3.files.messages import shorten
 from minia3.files.processes import n_processes
-from minia3.inference.scoring import MAX_CHOICE_TOKENS, MAX_SIDE_BY_SIDE, masked_logprobs
+from minia3.inference.scoring import choices_at_once, masked_logprobs
 from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze
 from minia3.model.shard import is_sharded
@@ -243,7 +243,7 @@ def score_without_padding(model, source_BM, target_BCL, sharded=False):
         repeated = state.repeat(target_BCL.shape[1])
         return masked_logprobs(model, repeated, target_BCL.flatten(0, 1), None)
 
-    n_at_once = max(1, min(MAX_CHOICE_TOKENS // n_examples, MAX_SIDE_BY_SIDE) // length)
+    n_at_once = choices_at_once(n_examples, length)
     if n_choices <= n_at_once or sharded:
         return score(target_BCL).sum()
     state.make_cross_kv()  # once for all chunks, as in `choice_logprobs`
