@@ -36,8 +36,8 @@ from minia3.tasks.batches import pad
 
 NOT_FINITE = -1  # in place of a token, if a model's scores are NaN or infinite
 
-# Rows that have ended leave the batch once they are this part of it. Then the caches of all other
-# rows are copied, which takes about as long as the rows that leave would take in a few steps.
+# Rows that have ended leave the batch together, once they are this share of it. Each time, the
+# caches of the other rows are copied, which takes about as long as a few steps of those that leave.
 LEAVES_AT = 1 / 8
 
 SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
@@ -96,8 +96,8 @@ class Options:
         expect(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, and at most 1")
         if self.seed is not None:
             # NumPy seeds its streams with 32-bit numbers. A bool is an int, but it is not a seed.
-            is_integer = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
-            is_seed = is_integer and 0 <= self.seed < 2**32
+            is_number = isinstance(self.seed, Integral) and not isinstance(self.seed, bool)
+            is_seed = is_number and 0 <= self.seed < 2**32
             expect(is_seed, "seed", self.seed, "an integer from 0 to 2**32 - 1")
 
     def check_search(self):
@@ -242,12 +242,12 @@ def stream(  # noqa: PLR0913 (the contract)
 
 
 def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
-    """Check everything now, and return an iterator of (index of a text, a piece of it).
+    """Check the arguments now, and return an iterator of (index of a text, a piece of it).
 
     The pieces of each text come in order; pieces of different texts alternate.
 
-    cut: a set to which the index of each text is added that `max_new_tokens` has cut. (Not for a
-    beam search, which does not tell which texts it has ended itself.)
+    cut: a set to which this adds the index of each text that `max_new_tokens` has cut. (A beam
+    search does not tell which of its texts were cut, so the set is not for beams.)
     """
     options.check()
     if options.compile and is_sharded(model):

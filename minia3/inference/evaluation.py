@@ -5,16 +5,16 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     accuracy   the value of the metric from 0 to 1, whichever metric it is
     auc        how well the scores tell two labels apart (`choice_auc`), or None
     commonest  the metric of always giving the commonest answer, if there are choices
-    perplexity of the targets, if this is what is measured
-    n          rows
-    n_cut      rows whose input was too long and lost words
-    n_equal    rows with two choices that are one text to the tokenizer, if there are choices
-    n_lossy    targets with characters that the tokenizer cannot write, for exact match
-    n_too_long targets with more tokens than are generated, for exact match
-    n_wordless targets in which rouge_l finds no words, for rouge_l
-    n_ends_cut targets that were too long and lost their end, for the perplexity
-    tokens     mean tokens of a row and its choices
-    n_shots    mean shots of a row, if there are shots
+    perplexity the perplexity of the targets, if the metric is inverse_perplexity
+    n          how many rows
+    n_cut      how many rows have an input that was too long and lost words
+    n_equal    how many rows have two choices with the same tokens, if there are choices
+    n_lossy    how many targets have characters that the tokenizer cannot write, for exact match
+    n_too_long how many targets have more tokens than are generated, for exact match
+    n_wordless how many targets have no words for rouge_l, for rouge_l
+    n_ends_cut how many targets were too long and lost their end, for the perplexity
+    tokens     how many tokens a row and its choices have, on average
+    n_shots    how many shots come before a row, on average, if there are shots
 
 Shapes: N examples, C choices.
 """

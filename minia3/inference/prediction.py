@@ -232,18 +232,18 @@ def predict(model, tokenizer, inputs, adapters, *, batch_size=16, max_new_tokens
 
     chunks = in_chunks(inputs)
     for chunk in read_ahead(chunks):  # a GPU would wait while rows are read and tokenized
-        # Rows of different kinds may alternate: each run of one kind is answered at once.
-        for (is_scored, is_chat), run in groupby(chunk, kind_of):
-            run = list(run)
-            names = [row_input.adapter for row_input in run]
+        # Rows of different kinds may alternate: neighbors of one kind are answered together.
+        for (is_scored, is_chat), neighbors in groupby(chunk, kind_of):
+            neighbors = list(neighbors)
+            names = [row_input.adapter for row_input in neighbors]
             options = {"adapter": adapters.rows(names), "batch_size": batch_size}
-            with naming_rows([row_input.row for row_input in run]), dividing():
+            with naming_rows([row_input.row for row_input in neighbors]), dividing():
                 if is_scored:
-                    results = scored_results(model, run, options)
+                    results = scored_results(model, neighbors, options)
                 else:
                     options["max_new_tokens"] = max_new_tokens
-                    results = generated_results(model, tokenizer, run, is_chat, options)
-            yield from zip(run, results, strict=True)
+                    results = generated_results(model, tokenizer, neighbors, is_chat, options)
+            yield from zip(neighbors, results, strict=True)
 
 
 def in_chunks(inputs):
@@ -331,7 +331,7 @@ def write_results(path, lines, to_csv):
 
 
 def with_header(lines):
-    """Yield the lines of a csv, but its header and its first row at once, as a single text.
+    """Yield the lines of a csv, with its header and its first row in a single text.
 
     So a mistake in the first row leaves an empty file. A header would stay behind, and the next
     command, with other columns, would be refused for it.

@@ -67,7 +67,7 @@ class NotFiniteError(ValueError):
 
 @contextmanager
 def naming_rows(rows):
-    """Give a NotFiniteError of the block the `idx` of the row. rows: those that the block reads."""
+    """Let a NotFiniteError in the block name the `idx` of the row. rows: those that it scores."""
     try:
         yield
     except NotFiniteError as error:
@@ -288,7 +288,7 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
 
     Raise ValueError if there are no prompts, if a prompt has no choices, if the numbers of prompts,
     lists and adapters differ, if a text has no tokens, if the model has no embedding for a token,
-    or if a score is not finite. Warn if two choices of a prompt are one text to the tokenizer.
+    or if a score is not finite. Warn if two choices of a prompt have the same tokens.
     """
     sources = as_list(prompts)
     if not sources:
@@ -328,13 +328,13 @@ def check_examples(rows, examples, model, tokenizer):
 
 
 def warn_of_equal_choices(example, texts):
-    """Warn if the tokenizer takes two of the choices `texts` for one text."""
+    """Warn if two of the choices `texts` have the same tokens."""
     places = equal_choices(example)
     if places:
         first, second = (texts[place] for place in places)
         warnings.warn(
-            f"the choices {first!r:.40} and {second!r:.40} are one text to the tokenizer: their "
-            "scores are equal, and the first always wins",
+            f"the choices {first!r:.40} and {second!r:.40} are the same text to the tokenizer: "
+            "their scores are equal, and the first always wins",
             stacklevel=3,
         )
 

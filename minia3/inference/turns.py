@@ -1,4 +1,4 @@
-"""Let what ends a turn in a chat template end an answer, too."""
+"""Let the token or text that ends a turn in a chat template end an answer, too."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

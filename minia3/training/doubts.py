@@ -128,8 +128,8 @@ def notes_on_texts(result, max_new_tokens):
         )
     if result.get("n_equal"):
         notes.append(
-            f"{part_having(result['n_equal'], n_rows, 'row')} two choices that are one text to the "
-            "tokenizer: their scores are equal, and the first always wins"
+            f"{part_having(result['n_equal'], n_rows, 'row')} two choices that are the same text "
+            "to the tokenizer: their scores are equal, and the first always wins"
         )
     return notes
 

@@ -128,7 +128,7 @@ def note_limits(config, n_all, n_cut, n_chats_cut, n_targets_cut, n_equal):
     note_part(n_chats_cut, n_all, "input", ("loses its", "lose their"), lost)
     limit = f"{config.max_target_length} tokens (--max-target-length)"
     note_part(n_targets_cut, n_all, "target", ("is", "are"), f"cut to {limit}")
-    reason = "two choices that are one text to the tokenizer"
+    reason = "two choices that are the same text to the tokenizer"
     note_part(n_equal, n_all, "example", ("has", "have"), reason)
 
 

@@ -109,7 +109,7 @@ def test_a_choice_that_would_fill_the_memory_is_one_line_that_names_the_line(
 def test_choices_that_are_one_text_to_the_tokenizer_are_a_warning(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", [{"input": "w9", "choices": ["w4\nw5", "w4 w5"]}])
     predict(running.model("t5"), file)
-    assert "are one text to the tokenizer" in capsys.readouterr().err
+    assert "are the same text to the tokenizer" in capsys.readouterr().err
 
 
 def test_a_token_without_an_embedding_is_one_line_that_names_the_line(tmp_path, capsys):

@@ -223,7 +223,7 @@ def test_what_an_evaluation_noticed_about_texts_is_said_in_words():
     assert too_long.startswith("3 of 9 targets have more than 64 tokens (--max-new-tokens)")
     assert wordless.startswith("5 of 9 targets have no letter from a to z and no digit")
     assert ends_cut.startswith("1 of 9 targets has more tokens than --max-target-length")
-    assert equal.startswith("4 of 9 rows have two choices that are one text to the tokenizer")
+    assert equal.startswith("4 of 9 rows have two choices that are the same text to the tokenizer")
     assert notes_on_texts({"n": 9, "n_lossy": 0, "n_too_long": 0}, 64) == []
 
 
@@ -293,10 +293,10 @@ def test_a_run_says_how_many_rows_have_two_choices_that_are_one_text(tmp_path, c
     folder = write(tmp_path / "data", train=rows[:5], test=rows[5:])
     assert run(words(tmp_path / "run", task=folder, steps=3)) == 0
     shown = capsys.readouterr().out
-    assert "note     2 of 5 training examples have two choices that are one text to the" in shown
+    assert "note     2 of 5 training examples have two choices that are the same text to" in shown
     assert "one text" not in shown.partition("training examples")[2].partition("\n")[2]
     assert run(words(tmp_path / "all", task=write(tmp_path / "b", train=rows, test=rows))) == 0
-    equal = "note     2 of 8 rows have two choices that are one text to the tokenizer"
+    equal = "note     2 of 8 rows have two choices that are the same text to the tokenizer"
     assert equal in capsys.readouterr().out
 
 
