@@ -50,7 +50,7 @@ REMEDIES = {
     (".txt", ".tab"): "name it .tsv if its columns have tabs between them",
 }
 
-# A .gz file may hold this many times its size, and a little more, because a small file may hold the
+# A .gz file may hold this many times its size, and 16 MB more, because a small file may hold the
 # same row many times. (Texts shrink to a quarter. Zeros shrink to a thousandth, and fill the disk
 # or the memory of whoever unpacks them.)
 MAX_INFLATION = 100
@@ -168,8 +168,8 @@ class LimitedFile(io.RawIOBase):
         self.n_left -= len(content)
         if self.n_left < 0:
             raise ValueError(
-                f"more than {self.n_bytes} bytes after unpacking, which is {MAX_INFLATION} times "
-                "the size of the file: if that is right, unpack it with gunzip"
+                f"more than {self.n_bytes} bytes after unpacking, expected at most {MAX_INFLATION} "
+                "times the size of the file and 16 MB more: if that is right, unpack it with gunzip"
             )
         buffer[: len(content)] = content
         return len(content)
