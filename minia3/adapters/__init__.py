@@ -4,8 +4,11 @@ Words: an *adapter* is one row of all vectors of a model; a *vector* is one (IA)
 rows belong to the adapters. In a file there is one adapter: an `AdapterFile`, whose `vectors` are a
 dict from our name of each vector to its entries (D,).
 
-`vector_names` has the tables of names, `peft_files` reads and writes files, `rows` moves them into
-and out of a model, `named_rows` gives the rows names, `merge` folds a row into the weights, `mix`
-makes one adapter out of several, and `lora` is the baseline that (IA)^3 is compared with. This
-folder imports `model`, `files` and `checkpoints`.
+    files        peft_files reads and writes them; vector_names, peft_config: their names and keys
+    rows         rows moves them into and out of a model; named_rows gives them names
+    weights      merge folds a row into the weights; fold, merge_quantized: one weight at a time
+    others       mix makes one adapter out of several; dora writes an adapter as a DoRA
+    baseline     lora: what (IA)^3 is compared with
+
+This folder imports `model`, `files` and `checkpoints`.
 """

@@ -9,7 +9,9 @@ import torch
 
 from minia3.model.site_names import SITES
 
-N_AT_ONCE = 1 << 18  # numbers of a weight: so few stay in the cache, which is 6 times as fast
+# Entries of a weight that are multiplied at once. So few stay in the processor's cache, which makes
+# folding 6 times as fast.
+N_AT_ONCE = 1 << 18
 
 
 def fold(name, weight, vectors):
@@ -24,7 +26,7 @@ def fold(name, weight, vectors):
 
 
 def fold_rows(name, parameter, vectors, shards):
-    """Return what `fold` does, for this process's rows of a divided parameter."""
+    """Return what `fold` returns, but only this process's rows of a divided parameter."""
     vector = vector_of(name, vectors)
     rows = parameter.detach().to_local()
     if vector is None or len(rows) == 0:
@@ -67,7 +69,10 @@ def check_folded(name, folded):
 
 
 def vector_of(name, vectors):
-    """Return the vector that scales the parameter `name`, such as "blocks.0.attn.k.weight"."""
+    """Return the vector that scales the parameter `name`, or None.
+
+    name: such as "blocks.0.attn.k.weight". vectors: name -> (D,).
+    """
     module, _, _ = name.rpartition(".")  # weight or bias
     place, _, linear = module.rpartition(".")
     for site, scaled_linear in SITES.items():

@@ -26,7 +26,7 @@ from minia3.files.tensors import FLOATS, read_tensors
 from minia3.model.quantized import quantized_linears
 from minia3.model.shard import is_sharded
 
-# The keys of PEFT's config that stand for the equation above
+# The keys of PEFT's config, with the values that ask for the equation above
 PLAIN = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
 
 
@@ -103,7 +103,7 @@ def block_linears(model):
 
 
 def lora_parameters(model):
-    """Return a dict from PEFT's name of each A and B to the parameter. Nothing else trains."""
+    """Return a dict from PEFT's name of each A and B to the parameter; {} without LoRA."""
     peft_names = {}
     for theirs, ours in name_table(model).items():
         if ours is not None:

@@ -41,8 +41,8 @@ def merge(model, adapter=0):
     model has no name, because adapters that are trained on it are not adapters of the base.
 
     A LoRA is folded in, too. A quantized base stays quantized, and l_ff may stay a vector that is
-    not ones (merge_quantized.py). If a base is divided among processes, all of them call this, and
-    the new base is divided as well.
+    not ones (merge_quantized.py). If a base is divided among processes, all of them must call this,
+    and the new base is divided as well.
 
     Raise ValueError if there is no such row, if a product is not finite, or if a base is both
     quantized and divided.
@@ -83,7 +83,7 @@ def finish_merge(model, merged):
 
 
 def fold_with_lora(name, module, row):
-    """Return what `fold` does for a parameter of `module`, with the module's LoRA in it."""
+    """Return what `fold` returns for a parameter of `module`, after adding the module's LoRA."""
     kind = name.rpartition(".")[2]
     parameter = getattr(module, kind).detach()
     if not isinstance(module, LoRA) or kind != "weight":

@@ -10,7 +10,8 @@ A scale belongs to (a part of) a row of a weight, which is an output of its line
 A checkpoint may leave some linears plain. Their weights are folded as in a plain base (fold.py). If
 `up` is plain and `down` is not, l_ff stays a vector as well.
 
-In exact arithmetic all of these are equations. In floating point the products are rounded once.
+In exact arithmetic, all of these compute the same as the vectors. In floating point, the products
+are rounded once.
 
 No file format keeps such scales, so what is written to files has plain weights: those that the
 codes stand for (`quantized_entries`). Then l_ff folds into `down` as well.

@@ -113,7 +113,7 @@ def fitting_vectors(model, adapter_file, origin, places=None):
 
 
 def doubt_base(model, base, origin):
-    """Return the text of a warning if the adapter of `origin` was trained on another base, or None.
+    """Return a warning (a text) if the adapter of `origin` was trained on another base, or None.
 
     base: the name or path of the base that the adapter names, or None.
     """
