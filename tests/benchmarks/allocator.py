@@ -5,9 +5,9 @@ python -m tests.benchmarks.allocator --models t5-base
 python -m tests.benchmarks.allocator --quick               a tiny model: does it work
 
 Each setting runs in processes of its own, in alternation. They train in float32 on batches of 8
-sources of 64 to 128 tokens with two choices. Measured are the peak beyond what the process had
-after a step of a tiny model, and the time of the processor per step, which other work hardly
-changes.
+sources of 64 to 128 tokens with two choices. For each process, this measures the peak memory beyond
+what it had after a step of a tiny model, and the processor time per step, which other work on the
+machine hardly changes.
 """
 
 import argparse

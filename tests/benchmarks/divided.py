@@ -5,7 +5,7 @@
 
 The model is loaded in another dtype than it is stored in, because weights that keep their dtype are
 mapped from the file, and take no memory of the process on a CPU. Memory is the anonymous memory of
-the first process, as Linux counts it. Of the steps, the first is not counted.
+the first process, as Linux counts it. The first step is not counted.
 """
 
 import argparse

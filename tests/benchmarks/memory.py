@@ -1,13 +1,14 @@
-"""python -m tests.benchmarks.memory: what `python -m minia3 info` plans, and what a process takes.
+"""Compare the memory that `python -m minia3 info` plans with the memory that a process takes.
 
-The plan counts tensors. Measured is the largest resident set of a process beyond what it has after
-steps of a tiny model, whose weights are random numbers in memory and not mapped files. A process
-takes more than its tensors, because glibc's malloc keeps some of what is freed. Therefore it is
-measured twice: as it is, and told to give memory back (MALLOC_TRIM_THRESHOLD_=1000000), which costs
-time.
+python -m tests.benchmarks.memory
+python -m tests.benchmarks.memory --largest 4 [--device cuda]     the largest known model that
+                            trains (bfloat16, 8 x 128) in 4 GB of a process or, on a GPU, of a card
 
-python -m tests.benchmarks.memory --largest 4 [--device cuda]: the largest known model that trains
-(bfloat16, 8 x 128) within 4 GB of a process's memory or, on a GPU, of the card's.
+The plan counts tensors. What a process takes is its largest resident set, beyond what it had after
+steps of a tiny model. The weights are random numbers in memory and not mapped files. A process
+takes more than its tensors, because glibc's malloc keeps some of what is freed. So each line is
+measured twice: with malloc as it is, and told to give memory back, which costs time
+(MALLOC_TRIM_THRESHOLD_=1000000).
 """
 
 import argparse

@@ -5,8 +5,8 @@ python -m tests.benchmarks.operators --only "training step, no padding" --models
 python -m tests.benchmarks.operators --quick       tiny models: does it work
 
 The profiler of torch records how long each operator of a CPU runs, without the operators that it
-calls. The groups are made by names. Two rows are what the groups do not tell: how often an operator
-was called, and how much of the time passed in no operator (Python, and the profiler itself).
+calls. The groups are made by names. Two more rows say what the groups do not: how many operators
+were called, and how much of the time passed in no operator (Python, and the profiler itself).
 """
 
 import argparse
