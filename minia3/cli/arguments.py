@@ -51,7 +51,8 @@ def add_max_new_tokens(parser):
 def add_device_options(parser):
     parser.add_argument(
         "--device",
-        help="cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu that there is)",
+        help="cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu and cpu that "
+        "this machine has)",
     )
     parser.add_argument(
         "--dtype", help="float32, bfloat16 ... (default: the dtype of the stored weights)"

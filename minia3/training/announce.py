@@ -43,7 +43,7 @@ def announce_extension(n_steps, config):
     rates = [f"{learning_rate(n_steps, cell_config):.1e}" for cell_config in cell_configs]
     distinct = ",".join(dict.fromkeys(rates))  # not the same one for each task and seed
     print(
-        f"extended from step {n_steps} to step {config.steps}: the learning rate goes on as in a "
+        f"extended from step {n_steps} to step {config.steps}: the learning rate continues as in a "
         f"run of {config.steps} steps, at {distinct}, and falls to 0"
     )
 

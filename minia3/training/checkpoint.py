@@ -160,7 +160,7 @@ def forget_states(folder):
 def reopen_cells(group_state):
     """Return the state of a group whose cells have patience again, and no result yet.
 
-    Record the step from which they go on in `extended_from` of each cell.
+    Record the step from which each cell continues in its `extended_from`.
     """
     step = group_state["log"]["step"]
     cells = []
@@ -182,7 +182,7 @@ def copy_values(parameters):
 
 
 def on_cpu(state):
-    """Return a state with its tensors on the CPU, because any device can go on from there."""
+    """Return a state with its tensors on the CPU, so that a run may continue on another device."""
     if isinstance(state, torch.Tensor):
         return state.cpu()
     if isinstance(state, dict):

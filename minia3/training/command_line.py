@@ -77,7 +77,7 @@ def complete(given):
 def resume_if_begun(config, flags):
     """Return the flags of the run in --out if there is one, and else those of `config`.
 
-    flags: those that are given, with their values. Places among them, such as --data-dir, replace
+    flags: those that are given, with their values. PLACES among them, such as --data-dir, replace
     those of the run. Raise ValueError if there is no --out, or if the run there has other flags.
     """
     if config.out is None:

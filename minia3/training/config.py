@@ -49,7 +49,7 @@ ADVICE = {
     "--output_dir": "did you mean --out?",
     "--max-seq-length": "did you mean --max-length?",
     "--bf16": "did you mean --dtype bfloat16?",
-    "--fp16": "did you mean --dtype bfloat16?",
+    "--fp16": "did you mean --dtype bfloat16, or float16 (not for T5)?",
     "--checkpoint": "to continue a run, give its folder, as in --resume {run}",
     "--resume-from-checkpoint": "did you mean --resume?",
     "--resume_from_checkpoint": "did you mean --resume?",
@@ -85,7 +85,7 @@ class Config:
     metric: str | None = flag(
         None,
         "accuracy or macro_f1 for labels; exact_match, f1, rouge_l, bleu or inverse_perplexity for "
-        "texts to write (default: the first)",
+        "texts to write (default: accuracy, exact_match, and inverse_perplexity for conversations)",
         one_of=tuple(dict.fromkeys(chain.from_iterable(METRICS.values()))),
     )
     chat_template: str | None = flag(
@@ -149,7 +149,9 @@ class Config:
         some_of=TRACKERS,
     )
     device: str | None = flag(
-        None, "cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu that there is)"
+        None,
+        "cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu and cpu that this "
+        "machine has)",
     )
     dtype: str | None = flag(
         None,

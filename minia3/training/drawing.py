@@ -20,8 +20,8 @@ from minia3.tasks.mixture import draw_rows
 def draw_batches(cell, tokenizer, model=None):
     """Return the examples of each step, as Batches.
 
-    model: if it is given, it is checked that the model can read the examples. Raise ValueError,
-    with the `idx` of the row, if a row cannot be trained on.
+    model: if given, check that it can read the examples. Raise ValueError, with the `idx` of the
+    row, if a row cannot be trained on.
     """
     plan = plan_steps(cell.assignments, cell.config)
     examples = encode_plan(plan, cell, tokenizer, model)
@@ -29,9 +29,9 @@ def draw_batches(cell, tokenizer, model=None):
 
 
 class Batches:
-    """A list of examples for each step, drawn when it is asked for. Steps come in order.
+    """A list of examples for each step, drawn when a step is asked for.
 
-    An earlier step, as at the beginning of a second reading, is drawn again from step 0 on.
+    Ask for the steps in order: to go back to an earlier one, everything is drawn again from step 0.
     """
 
     def __init__(self, assignments, config, examples):
@@ -74,7 +74,10 @@ def plan_steps(assignments, config):
 
 
 def distinct_places(plan, cell):
-    """Return the set of all places of a plan. Stop when it has all that there are."""
+    """Return the set of the places in a plan: (member, row, prompt).
+
+    Stop reading the plan when every place that exists has occurred.
+    """
     n_all = 0
     for assignment in cell.assignments:
         n_all += len(assignment.train_rows) * len(assignment.prompts)

@@ -230,7 +230,7 @@ class Group:
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
         for cell in self.cells:
-            cell.take_last()  # a run that is made longer goes on from its last step
+            cell.take_last()  # a run that is made longer continues from its last step
         set_random_state(state["random"], self.device)
 
 

@@ -10,8 +10,9 @@ from minia3.tasks.task_file import read_tasks_beside
 def learned_tasks(model, adapter=None):
     """Return the tasks in the task.json of an adapter, or else of a model: name to TaskSpec.
 
-    The dict is empty if there is no such file. A model that is a file itself has none, because what
-    lies beside it is not of the model. Raise ValueError if there is no such adapter.
+    The dict is empty if there is no such file. If a model is a single file (.gguf), a task.json
+    beside it does not count, because it may belong to something else. Raise ValueError if there is
+    no such adapter.
     """
     if adapter is not None:
         return read_tasks_beside(find_adapter(adapter))

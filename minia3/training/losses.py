@@ -5,9 +5,9 @@
     length-normalized  L_LN = - mean over rows of log softmax(s) at the correct choice, where s_c is
                                 the mean over tokens t of choice c of log p(y_t | x, y_<t)
 
-A mean is over the whole batch of an adapter, as in T-Few's code: long answers weigh more. The
-functions return the sum over each example, because the examples of a batch may belong to several
-adapters.
+A mean is over the whole batch of an adapter, as in T-Few's code, so long answers weigh more. The
+loss functions return one sum per example, because the examples of a batch may belong to several
+adapters, and `total_loss` and `losses_of_examples` divide by the number of terms.
 
 Shapes: B rows, C choices, L tokens of a choice. Padding, and choices that a row does not have, are
 False in the mask.
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from minia3.inference.scoring import choice_scores
 from minia3.model.to_device import to_device
 
-# T-Few's code adds this inside the logarithm, so that a certain wrong choice has a finite loss. The
-# paper does not mention it.
+# T-Few's code adds this inside the logarithm, so that a wrong choice of probability 1 has a finite
+# loss. The paper does not mention it.
 UNLIKELY_EPS = 1e-2
 
 
@@ -64,7 +64,7 @@ def count_terms(mask_BCL, label_B):
 
 
 def count_terms_of(examples, names=("lm", "ul", "ln")):
-    """Return the `count_terms` of examples (tasks/examples.py), without making tensors of them."""
+    """Return what `count_terms` would return for examples (tasks/examples.py), without tensors."""
     n_terms = {"lm": 0, "ul": 0, "ln": len(examples)}
     for example in examples:
         lengths = [len(target) for target in example.targets]

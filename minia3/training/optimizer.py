@@ -18,8 +18,9 @@ from minia3.model.to_device import to_device
 class RowOptimizer:
     """What the optimizers of tables have in common. A subclass has the equations in `new_values`.
 
-    new_values(g_NRD, l_NRD, *moments, lr, steps) returns the new l_NRD and the new moments of rows.
-    lr: see `per_row`. steps: how many steps each row has taken, with this one.
+    new_values(g_NRD, l_NRD, *moments, lr, steps) returns the new l_NRD and its new moments. g_NRD:
+    the gradients. lr: one number, or (R, 1): see `per_row`. steps: a list, how many steps each row
+    has taken, including this one.
 
     This has the interface of a torch.optim.Optimizer, but it is not one, because creating the first
     torch.optim.Optimizer of a process loads torch's compiler, which takes a second.
@@ -198,9 +199,9 @@ class AdamW(RowOptimizer):
 
 
 class TorchAdamW:
-    """torch's AdamW over all that a cell trains, if the cell has the model to itself.
+    """torch's AdamW for LoRA and full fine-tuning, whose cells have the model to themselves.
 
-    This is for LoRA and full fine-tuning. It has those methods of a RowOptimizer that a run calls.
+    It has those methods of a RowOptimizer that a run calls.
     """
 
     def __init__(self, parameters, lr, weight_decay):

@@ -1,4 +1,4 @@
-"""`minia3.batches`: what a loop of your own trains on. It is what train.py trains on."""
+"""`minia3.batches`: the batches of train.py, for a training loop of your own."""
 
 from minia3.tasks.batches import collate
 from minia3.training.cell import Cell

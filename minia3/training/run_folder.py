@@ -78,8 +78,8 @@ def describe_difference(config, found, has_steps=True):
 def different_fields(config, found, has_steps=True):
     """Return the fields in which `config` differs from the flags of another run.
 
-    Places do not count. has_steps: from `knows_steps`. Then --steps and --epochs of the other run
-    are the same length, and only the one counts that `config` gives.
+    PLACES do not count. has_steps: from `knows_steps`. If so, the --steps and the --epochs of the
+    other run mean the same length, so only the one of them that `config` gives is compared.
     """
     length = "epochs" if config.epochs is None else "steps"  # the flag that `config` does not give
     ignored = [*PLACES, length] if has_steps else PLACES
@@ -101,7 +101,7 @@ def knows_steps(content):
 
 
 def check_same_flags(folder, config):
-    """Raise ValueError if the run in a folder has other flags than `config`, except for places."""
+    """Raise ValueError if the run in a folder has other flags than `config`, except for PLACES."""
     content = read_run_config(folder)
     found = recorded_flags(content, folder)
     fields = different_fields(config, found, knows_steps(content))

@@ -23,7 +23,7 @@ def choose_shards(config, device, dtype):
     if n_per_copy is None and not fits(config, device, dtype):
         n_per_copy = ALL
     if config.resume is not None and n_processes() == 1:
-        n_per_copy = 1  # a divided run may go on alone, on a machine with more memory
+        n_per_copy = 1  # a divided run may be resumed by one process, with more memory
     return make_shards(n_per_copy, config.offload, device)
 
 

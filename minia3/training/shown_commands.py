@@ -24,6 +24,7 @@ EVALUATION_FLAGS = (
     "max_new_tokens",
     "eval_prompt",
 )
+# These flags say where a run happens and what it continues, and not what it computes.
 PLACES = (
     "out",
     "data_dir",
@@ -32,7 +33,7 @@ PLACES = (
     "device",
     "log_to",
     "or_resume",
-)  # where a run happens and whether it goes on, not what it does
+)
 PROMPTS = ("input", "target")
 TEXTS = (*PROMPTS, "labels")  # in which a slash begins no path
 
@@ -61,10 +62,10 @@ def resume_command(program, folder, steps=None):
 
 
 def training_command(config):
-    """Return the words of the command that trains with the flags of `config`, without places.
+    """Return the words of the command that trains with the flags of `config`, without PLACES.
 
-    The command is for others, so an absolute path loses its folders, and the program is the one
-    that every installed minia3 has.
+    The command is for other people, so an absolute path loses its folders, and the program is the
+    one that every installed minia3 has.
     """
     names = ["model", "task"]
     left_out = [*names, *PLACES]

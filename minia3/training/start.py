@@ -80,7 +80,7 @@ def run_config(config, run_grid, program, is_program=False):
         ):
             run = Run(config, signals, program)
             run_grid(run, config)
-            from_first(None)  # nobody goes on before the first process has written everything
+            from_first(None)  # wait until the first process has written everything
         return run
     except Stopped as stop:
         message = run.stop_message if run else "stopped"

@@ -119,7 +119,7 @@ def test_the_message_says_what_the_learning_rate_does(tmp_path, capsys):
     out = tmp_path / "run"
     assert run(words(out, steps=10, lr=0.1, warmup_ratio=0)) == 0
     assert extend(out, 20) == 0
-    text = "the learning rate goes on as in a run of 20 steps, at 5.0e-02, and falls to 0\n"
+    text = "the learning rate continues as in a run of 20 steps, at 5.0e-02, and falls to 0\n"
     assert f"extended from step 10 to step 20: {text}" in capsys.readouterr().out
     rates = {line["step"]: line["lr"] for line in events(out, "train")}
     assert rates[10] == pytest.approx(0.1 * 1 / 10)  # the last step of a run of 10
