@@ -21,9 +21,9 @@ class Adapters(Mapping):
         adapters.load("rte", "runs/t5-base-rte-ia3-0/adapter")
         minia3.generate(model, tokenizer, prompts, adapter=adapters.rows(["rte", None]))
 
-    Row 0 is the base: it is all ones, and its name is None. The other rows are those of the names,
-    so a model has one Adapters at a time: a new one takes the rows of the one before. It is read
-    like a dict, and only `load`, `load_folder`, `remove` and `del` change it.
+    Row 0 is the base: it is all ones, and its name is None. The other rows belong to the adapters
+    with names. A model has one Adapters at a time, because a new one takes over all rows. Read it
+    like a dict; only `load`, `load_folder`, `remove` and `del` change it.
 
     Any thread may load, replace or remove adapters while others generate: rows that are in use stay
     where they are. An unknown name is a ValueError, also for `get`. A row whose adapter is removed
@@ -146,8 +146,8 @@ def grow(model, n_rows):
 
     The number doubles, so that loading a thousand adapters one by one copies the rows ten times.
     The parameters stay the same objects, because a compiled model may hold them. A thread that is
-    computing keeps the tensor that it has. An optimizer that has made a step cannot go on, because
-    it keeps tensors of the old size.
+    computing keeps the tensor that it has. An optimizer that has made a step cannot make another
+    one, because it keeps tensors of the old size.
     """
     n_adapters = model.n_adapters
     while n_adapters < n_rows:

@@ -369,7 +369,7 @@ def search_tokens(model, state, options):
             row += 1
 
 
-@torch.inference_mode(False)  # because a stream that begins in this mode may go on outside of it
+@torch.inference_mode(False)  # because a stream that begins in this mode may continue outside it
 @torch.no_grad()
 def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
     """Yield (row, token) for all rows of `state`, step by step.
@@ -394,11 +394,8 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
         with fast_products(len(rows), model.embed.weight):
             logits_BV = model.step(tokens_B1, state)[:, -1].float()
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
-        for row, token in read_tokens(tokens_B1, logits_BV, rows, ended):
-            if token in model.config.eos_ids:
-                ended.add(row)
-            else:
-                yield row, token
+        pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
+        yield from without_end_tokens(pairs, model.config.eos_ids, ended)
 
 
 @torch.no_grad()
@@ -423,11 +420,8 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
         if n_written > 0:
             state.advance()
-        for row, token in read_tokens(tokens_B1, logits_BV, rows, ended):
-            if token in model.config.eos_ids:
-                ended.add(row)
-            else:
-                yield row, token
+        pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
+        yield from without_end_tokens(pairs, model.config.eos_ids, ended)
 
 
 def compile_step(model, state, backend="inductor"):
@@ -469,6 +463,15 @@ def read_tokens(tokens_B1, logits_BV, rows, ended):
             raise NotFiniteError(f"text {row}", row)
         found.append((row, token))
     return found
+
+
+def without_end_tokens(pairs, end_ids, ended):
+    """Yield the pairs (row, token) without end tokens, and add the rows that end to `ended`."""
+    for row, token in pairs:
+        if token in end_ids:
+            ended.add(row)
+        else:
+            yield row, token
 
 
 class Sampler:

@@ -299,7 +299,7 @@ def rows_that_serve(rows_R, n_served):
     """Return which rows of a tensor serve rows_R, if each of them serves `n_served` rows.
 
     If rows_R again consists of runs of `n_served` rows with one source, each source is returned
-    once, so that beams go on sharing it. Otherwise a row is returned for each of rows_R.
+    once, so that beams still share it. Otherwise a row is returned for each of rows_R.
     """
     source_R = rows_R // n_served
     first_of_each = source_R[::n_served]

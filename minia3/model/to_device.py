@@ -1,4 +1,4 @@
-"""Copy what the CPU has prepared to the device of a model, and go on at once.
+"""Copy what the CPU has prepared to the device of a model, without waiting for the copy.
 
 What a GPU computes is a queue, and the CPU fills it ahead of time. A copy that the CPU waits for
 lets the queue run empty, because such a copy begins only when all work before it is done. A copy

@@ -21,16 +21,17 @@ def choose_micro_batch_size(group):
     """Return how many examples a forward pass of a group reads, or None for all of a step.
 
     On a GPU, a large pass is a fast one. On a CPU, the passes of a grid are only so large that the
-    widest tensors, inside of the feed-forwards, stay below LARGE_BLOCK. Fifteen adapters of t5-base
-    with eight examples each took 1.5 times as long in one pass, and five times the memory. A pass
-    has at least as many examples as a step of one adapter.
+    widest tensors, those inside the feed-forwards, stay below LARGE_BLOCK: in a single pass,
+    fifteen adapters of t5-base with eight examples each take 1.5 times as long, and five times the
+    memory. A pass has at least as many examples as a step of one adapter.
     """
     config = group.config
     if config.micro_batch_size is not None:
         return config.micro_batch_size
-    is_grid = len(group.cells) > 1
-    if not is_grid or group.device.type != "cpu" or is_sharded(group.model):
-        return None  # one pass, because each pass through a sharded base gathers all its weights
+    is_grid_on_cpu = len(group.cells) > 1 and group.device.type == "cpu"
+    has_costly_passes = is_sharded(group.model)  # because each pass gathers all weights
+    if not is_grid_on_cpu or has_costly_passes:
+        return None
     bytes_per_token = group.model.config.d_ff * group.model.embed.weight.itemsize
     longest = 1
     for cell in group.cells:

@@ -35,7 +35,7 @@ class Checkpoint:
     # the number of these groups.
     n_done: int = 0
     finals: list = field(default_factory=list)  # the final lines of metrics.jsonl
-    failure: str | None = None  # why a cell failed: the last one that did
+    failure: str | None = None  # the reason of the last cell that failed
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
     group: dict | None = None  # Group.state_dict of the group that trains
     n_processes: int = 1  # that trained it together

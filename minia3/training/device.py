@@ -10,7 +10,7 @@ import torch
 from minia3.files.processes import local_rank, n_on_machine
 from minia3.files.read import one_line
 
-DEVICES = {  # kind -> what it is; by default, a run takes the first one that there is
+DEVICES = {  # kind -> what it is; by default, a run takes the first one that the machine has
     "cuda": "NVIDIA's or AMD's GPU",
     "mps": "Apple's GPU",
     "xpu": "Intel's GPU",

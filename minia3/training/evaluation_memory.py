@@ -2,9 +2,9 @@
 
 The batch of the longest rows is planned on fake tensors, as a step is (step_memory.py). Nothing is
 kept for a backward pass, so a batch takes one layer's tensors, the keys and values of all layers,
-and logits. A text that is generated takes what it takes to score a text of --max-new-tokens. (When
-rows leave its batch, the keys and values of the others exist twice for a moment, which the plan
-does not count.)
+and logits. Generating a text is planned as scoring a target of --max-new-tokens tokens. (When rows
+leave the batch, the keys and values of the others exist twice for a moment, which the plan does not
+count.)
 
 Shapes: B examples, M source length, C choices, L tokens of a choice.
 """

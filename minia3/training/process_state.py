@@ -68,7 +68,7 @@ def cpu_as_default():
 
 
 def accelerators():
-    """Return torch.cuda and torch.xpu, as far as this torch has them.
+    """Return a list of torch.cuda and torch.xpu, without a module that this torch lacks.
 
     Asking one that is not initialized for its random numbers would start it, which takes a second
     and memory.

@@ -94,7 +94,7 @@ def result_line(config, final, axes):
 
 
 def result_name(config, final, axes):
-    """Return the adapter and the task of a result, as far as they tell it from others."""
+    """Return what tells a result from the others of its run: its adapter, its task, or both."""
     names = []
     if axes:
         names.append(final["adapter"])

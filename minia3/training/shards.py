@@ -49,7 +49,7 @@ def make_shards(n_per_copy, offload, device):
 def fits(config, device, dtype):
     """Return whether the device of every process holds the whole model while an example trains.
 
-    A process that is alone has nobody to divide the model with, so it does not ask.
+    A single process cannot divide the model, so it need not find out, and the answer is True.
     """
     can_divide = config.method not in TRAINED_ALONE and not config.compile
     if n_processes() == 1 or not can_divide:

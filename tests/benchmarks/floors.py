@@ -3,7 +3,7 @@
 python -m tests.benchmarks.floors [--threads 1]
 
 Each function returns the best of some rounds, because other work on the machine only slows them.
-The roof of matrix products stands in measure.py, because it takes turns with what it bounds.
+The roof of matrix products is in measure.py, because it takes turns with the work that it bounds.
 """
 
 import argparse
