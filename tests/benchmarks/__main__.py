@@ -38,7 +38,11 @@ COMMANDS = {"table": table.main, "jobs": jobs.main}
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
     parser.add_argument(

@@ -104,7 +104,9 @@ def print_table(name, quick, n_steps, n_rounds):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.allocator", description=__doc__
+        prog="python -m tests.benchmarks.allocator",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="a tiny model, two steps, one round")

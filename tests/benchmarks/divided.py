@@ -28,7 +28,9 @@ N_TOKENS = 4
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--shard", action="store_true")
     parser.add_argument("--dtype", default="float32")

@@ -98,7 +98,11 @@ def best_seconds(function, n_rounds):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.floors", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.floors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch chooses)")
     parser.add_argument(

@@ -253,7 +253,11 @@ def add_legend(figure, axes):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.growth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--quick", action="store_true", help="tiny models, the end of each sweep, one round"

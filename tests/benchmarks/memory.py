@@ -1,8 +1,10 @@
 """Compare the memory that `python -m minia3 info` plans with the memory that a process takes.
 
 python -m tests.benchmarks.memory
-python -m tests.benchmarks.memory --largest 4 [--device cuda]     the largest known model that
-                            trains (bfloat16, 8 x 128) in 4 GB of a process or, on a GPU, of a card
+python -m tests.benchmarks.memory --largest 4 [--device cuda]
+
+The second command finds the largest known model that trains (bfloat16, 8 x 128) in 4 GB of memory:
+of the process or, on a GPU, of the card.
 
 The plan counts tensors. What a process takes is its largest resident set, beyond what it had after
 steps of a tiny model. The weights are random numbers in memory and not mapped files. A process
@@ -154,7 +156,11 @@ def print_largest(limit, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--largest", type=float, metavar="GB", help="find the largest model that trains in this"

@@ -161,7 +161,9 @@ def print_table(title, ours, theirs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.operators", description=__doc__
+        prog="python -m tests.benchmarks.operators",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")

@@ -90,7 +90,9 @@ N_STEPS = 5
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
     # A base that nobody divides is not planned here.

@@ -41,7 +41,11 @@ LEAST_ROOF = 0.9
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks table", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", nargs="*", type=Path, help="default: those that are published")
     parser.add_argument("--write", action="store_true", help="write the documents, print nothing")
