@@ -26,6 +26,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 
+META_WEIGHTS = "consolidated.*.pth"  # the shards in Meta's layout
+
 # The first file that exists holds the vectors of an adapter.
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -183,6 +185,19 @@ def weight_files(folder):
         names = ", ".join(name if name.isprintable() else repr(name) for name in missing)
         raise ValueError(f"{first}: names shards that are not there: {names:.300}")
     return paths
+
+
+def local_weights(name_or_path):
+    """Return the paths of the weights of a model, or none if it is not a path on this machine.
+
+    Raise the errors of `weight_files`.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return [path]
+    if (path / "config.json").exists():
+        return weight_files(path)
+    return sorted(path.glob(META_WEIGHTS))
 
 
 def refuse_weights(folder):

@@ -22,6 +22,7 @@ params.json leaves out what Meta's code hard-wires. `read_meta` infers it from t
 import torch
 
 from minia3.checkpoints.copies import is_copy
+from minia3.checkpoints.layout import META_WEIGHTS
 from minia3.checkpoints.rotation_layout import neighbors_to_halves
 from minia3.checkpoints.tensor_names import LLAMA_TENSORS, expand
 from minia3.files.read import read_json
@@ -74,7 +75,7 @@ def read_meta(folder):
     that is not supported.
     """
     params = read_params(folder)
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    paths = sorted(folder.glob(META_WEIGHTS))
     if not paths:
         paths = [folder / "consolidated.00.pth"]  # `read_shards` reports that it is not found
     shards = read_shards(paths)

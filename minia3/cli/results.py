@@ -35,7 +35,7 @@ UNNAMED_FLAGS = {
     *("micro_batch_size", "eval_batch_size", "save_every"),
     "epochs",  # `steps` says how many steps they were
     # not flags
-    *("minia3", "git_commit", "versions", "data"),
+    *("minia3", "git_commit", "versions", "data", "weights"),
 }
 BUDGET_FLAGS = ("steps", "batch_size")  # compared between all methods, because they are the effort
 EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer

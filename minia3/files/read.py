@@ -9,12 +9,17 @@ path, because a user's mistake must not end in a traceback:
         vocabulary = parse(path.read_bytes())
 """
 
+import hashlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
 
 N_SHOWN = 300  # characters of a foreign message: some quote the whole file
 N_HEAD = 512  # bytes that tell an HTML page or a Git LFS pointer
+
+# What `sample_digest` reads of a file: this many blocks of this many bytes
+N_SAMPLES = 256
+SAMPLE = 1 << 12
 
 # What an error about memory says, if it is not a MemoryError.
 MEMORY_SIGNS = ("can't allocate memory", "out of memory", "std::bad_alloc", "not enough memory")
@@ -27,6 +32,23 @@ def read_json(path):
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def sample_digest(paths):
+    """Return a checksum of the sizes of files, and of blocks all over them.
+
+    It is for files of gigabytes, and takes milliseconds. A file of up to a megabyte counts whole.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(N_SAMPLES):
+                start = max(size - SAMPLE, 0) * i // (N_SAMPLES - 1)  # the last block ends the file
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 @contextmanager

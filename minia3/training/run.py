@@ -36,9 +36,11 @@ from minia3.training.run_folder import (
     Metrics,
     begin_run,
     check_data,
+    check_same_weights,
     checksums_of_run,
     choose_folder,
     clean_run,
+    digest_weights,
     discard_run,
     read_run_config,
     record_run,
@@ -145,7 +147,7 @@ class Run:
         return self.saved.is_finished
 
     def start_writing(self, cells, config):
-        """Check that no file of data or chat template has changed, and open metrics.jsonl.
+        """Check that no data, chat template or weights have changed, and open metrics.jsonl.
 
         Raise ValueError if one has changed. Until this call, a resumed run changes no file,
         except that it removes temporary files of a killed one.
@@ -153,16 +155,18 @@ class Run:
         if self.written_folder:
             checksums = checksums_of_run(cells, config)
             check_data(self.folder, checksums)
+            weights = digest_weights(config)
+            check_same_weights(self.folder, weights, config)
             if not (self.folder / "checkpoint.pt").exists():
                 forget_states(self.folder)
             # A signal waits, because `continuation` names --steps until config.json has it.
             with self.uninterrupted():
-                self.record_start(checksums, config)
+                self.record_start(checksums, weights, config)
         self.extended_to = None
         self.metrics = Metrics(self.written_folder, self.n_bytes)
         self.trackers = start_trackers(config, self.written_folder)
 
-    def record_start(self, checksums, config):
+    def record_start(self, checksums, weights, config):
         """Change the files of a run that is extended, and write the flags into config.json.
 
         config.json comes last, so after a kill the run can be extended again.
@@ -172,7 +176,7 @@ class Run:
             self.saved_before_extension = None
             self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
             self.write_checkpoint(self.saved.group)
-        record_run(self.folder, checksums, config)
+        record_run(self.folder, checksums, weights, config)
         self.extended_to = None
 
     def write(self, event, **values):

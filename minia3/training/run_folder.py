@@ -1,6 +1,6 @@
 """The folder of a run: its name, its config.json, and its metrics.jsonl.
 
-config.json      all flags, versions, and the checksums of the data and of --chat-template
+config.json      all flags, versions, and checksums of the data, --chat-template and weights
 metrics.jsonl    a line per event: before, train, eval, final, failed
 checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
@@ -19,8 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from minia3 import __version__
+from minia3.checkpoints.layout import local_weights
 from minia3.files.lock import lock_folder, remove_lock
-from minia3.files.read import read_json, reading
+from minia3.files.read import read_json, reading, sample_digest
 from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import sha256
@@ -242,6 +243,30 @@ def checksums_of_run(cells, config):
     return checksums
 
 
+def digest_weights(config):
+    """Return a checksum of samples of the weights of --model, or None if no resumed run needs it.
+
+    A model of the hub has no path on this machine, and --method full has all weights in its state.
+    """
+    paths = local_weights(config.model)
+    if not paths or config.method == "full":
+        return None
+    return sample_digest(paths)
+
+
+def check_same_weights(folder, digest, config):
+    """Raise ValueError if config.json has another digest of the weights than a resumed run finds.
+
+    It has none if an earlier version wrote it, or if the model came from the hub.
+    """
+    recorded = read_run_config(folder).get("weights")
+    if None not in (recorded, digest) and recorded != digest:
+        raise ValueError(
+            f"{folder}: the weights of {config.model} have changed since this run began: "
+            "restore them, or begin a new run"
+        )
+
+
 def check_data(folder, checksums):
     """Raise ValueError if config.json has other checksums than a resumed run finds."""
     recorded = read_run_config(folder).get("data", checksums)
@@ -254,11 +279,14 @@ def check_data(folder, checksums):
         )
 
 
-def record_run(folder, checksums, config):
-    """Add the checksums of the data to config.json, and how long the run is: see --epochs."""
+def record_run(folder, checksums, weights, config):
+    """Add to config.json the checksums of the data, the digest of the weights, and how long the run
+    is: see --epochs.
+    """
     length = {"steps": config.steps, "epochs": config.epochs}
+    found = {"data": checksums, "weights": weights}
     recorded = read_run_config(folder)
-    write_json(folder / "config.json", recorded | length | {"data": checksums})
+    write_json(folder / "config.json", recorded | length | found)
 
 
 def reopen_metrics(folder, n_bytes):

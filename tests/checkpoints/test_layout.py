@@ -7,6 +7,7 @@ from checkpoint_folders import have_the_same_bits, refusal
 
 import minia3
 from minia3.checkpoints.hub import find_adapter
+from minia3.checkpoints.layout import local_weights
 
 
 def test_safetensors_are_read_even_if_there_is_a_bin_too(loaded, copy):
@@ -64,3 +65,16 @@ def test_a_folder_without_a_checkpoint_is_refused(copy, tmp_path):
     message = refusal(minia3.load_model, folder)
     assert "expected model.safetensors or pytorch_model.bin, whole or in shards" in message
     assert "found a folder with config.json, generation_config.json" in message
+
+
+def test_the_weights_of_a_model_on_this_machine_are_found(copy, tmp_path):
+    folder = copy("t5-v1.0")
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert local_weights(folder) == [folder / "model.safetensors"]
+    assert local_weights(file) == [file]
+    assert local_weights("org/name") == local_weights("t5-base") == []
+    for name in ("params.json", "consolidated.01.pth", "consolidated.00.pth"):
+        (tmp_path / name).touch()
+    paths = [tmp_path / "consolidated.00.pth", tmp_path / "consolidated.01.pth"]
+    assert local_weights(tmp_path) == paths

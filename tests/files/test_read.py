@@ -12,7 +12,14 @@ import re
 import pytest
 import torch
 
-from minia3.files.read import is_out_of_memory, one_line, problem_of_file, read_json, reading
+from minia3.files.read import (
+    is_out_of_memory,
+    one_line,
+    problem_of_file,
+    read_json,
+    reading,
+    sample_digest,
+)
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
 
@@ -144,3 +151,35 @@ def test_a_message_is_one_line_of_limited_length():
 def test_a_good_file_has_no_problem(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"html": "<html>"}))
     assert problem_of_file(tmp_path / "a.json") == ""
+
+
+@pytest.mark.parametrize("place", [0, 1_000_000, 2_999_999])
+def test_a_sample_of_a_file_shows_a_change(tmp_path, place):
+    path = tmp_path / "weights"
+    content = bytearray(3_000_000)
+    path.write_bytes(content)
+    digest = sample_digest([path])
+    assert sample_digest([path]) == digest
+    for i in range(place, min(place + 10_000, len(content))):
+        content[i] = 1
+    path.write_bytes(content)
+    assert sample_digest([path]) != digest
+
+
+def test_a_sample_shows_each_byte_of_a_file_of_a_megabyte(tmp_path):
+    path = tmp_path / "weights"
+    digests = set()
+    for place in range(0, 1 << 20, 9_999):
+        content = bytearray(1 << 20)
+        content[place] = 1
+        path.write_bytes(content)
+        digests.add(sample_digest([path]))
+    assert len(digests) == len(range(0, 1 << 20, 9_999))
+
+
+def test_samples_of_files_that_divide_the_same_bytes_otherwise_differ(tmp_path):
+    long, short = tmp_path / "long", tmp_path / "short"
+    long.write_bytes(bytes(30))
+    short.write_bytes(bytes(20))
+    assert sample_digest([long, short]) != sample_digest([short, long])
+    assert sample_digest([]) != sample_digest([short])

@@ -17,6 +17,7 @@ import torch
 from running import contents, fails, kill_self, metrics, resume, run, train, words
 
 import minia3
+from minia3.checkpoints.known_models import EMBEDDED
 from minia3.files.lock import lock_folder
 from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
@@ -262,6 +263,52 @@ def test_a_refused_resume_changes_nothing(tmp_path, capsys):
     data.write_text(data.read_text() + json.dumps(running.rows(1, seed=1)[0]) + "\n")
     fails(["--resume", out], capsys, "files have changed")
     assert contents(out) == before
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run that was killed before its first checkpoint, and the model's folder."""
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    assert run(words(tmp_path / "run", model=model, steps=1)) == 0
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    return tmp_path / "run", model
+
+
+def test_other_weights_than_a_run_began_with_are_refused(begun, capsys):
+    out, model = begun
+    before = contents(out)
+    changed = minia3.load_model(model)
+    changed.get_parameter("decoder.norm.weight").data *= 1.01
+    minia3.save_model(changed, model)
+    fails(["--resume", out], capsys, f"the weights of {model} have changed")
+    assert contents(out) == before
+
+
+def test_weights_that_were_only_copied_again_are_not_refused(begun):
+    out, model = begun
+    shutil.rmtree(model)
+    shutil.copytree(EMBEDDED, model, copy_function=shutil.copyfile)  # with other times
+    assert run(["--resume", out]) == 0
+
+
+def test_a_run_of_an_earlier_version_that_did_not_record_its_weights_is_resumed(begun):
+    out, _ = begun
+    config = json.loads((out / "config.json").read_text())
+    digest = config.pop("weights")
+    (out / "config.json").write_text(json.dumps(config))
+    assert run(["--resume", out]) == 0
+    assert json.loads((out / "config.json").read_text())["weights"] == digest
+
+
+def test_a_run_whose_checkpoint_has_all_weights_does_not_record_those_of_its_model(tmp_path):
+    """Its result may replace its model, and it can still be made longer."""
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
+    out = tmp_path / "run"
+    assert run(words(out, model=model, method="full", steps=1)) == 0
+    shutil.copy(out / "model" / "model.safetensors", model)
+    assert run(["--resume", out, "--steps", 2]) == 0
 
 
 @pytest.mark.parametrize(
