@@ -20,6 +20,7 @@ from minia3.cli.arguments import (
 )
 from minia3.cli.terminal import show
 from minia3.files.processes import dividing, from_first, is_first, n_processes
+from minia3.files.program import forget_interrupt
 from minia3.files.read import reading
 from minia3.files.streams import is_terminal
 from minia3.tasks.text_lines import decode
@@ -235,6 +236,7 @@ class Generator:
 
         If the message cannot be answered, say why, and forget it.
         """
+        forget_interrupt()
         try:
             output = self.answer([text], messages)
         except (ValueError, KeyboardInterrupt) as reason:

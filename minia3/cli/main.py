@@ -22,6 +22,7 @@ from minia3.cli import (
 from minia3.cli.terminal import show
 from minia3.files.messages import message_of
 from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
+from minia3.files.program import was_interrupted
 from minia3.files.streams import print_error, print_last, use_utf8
 from minia3.training.flags import Parser
 
@@ -41,6 +42,8 @@ COMMANDS = {
 
 DIVIDED = ("generate", "predict")  # what several processes do together; other commands need one
 
+# PyTorch's errors about memory are RuntimeErrors.
+EXPECTED_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
 USER_ERRORS = (  # what a user can correct; the other errors are failures of disk, memory or network
     ValueError,
     FileExistsError,
@@ -68,11 +71,12 @@ def main(argv=None):
         finally:
             show(end="")  # --help leaves text in the buffer: fail here rather than as Python exits
         return leave(code)
-    except KeyboardInterrupt:
-        has_first_word(130)
-        return leave(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        # PyTorch's errors about memory are RuntimeErrors.
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or was_interrupted():
+            has_first_word(130)
+            return leave(130)
+        if not isinstance(error, EXPECTED_ERRORS):
+            raise
         code = 2 if isinstance(error, USER_ERRORS) else 1
         if has_first_word(code):
             print_last(f"minia3: {message_of(error)}")

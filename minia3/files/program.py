@@ -21,27 +21,35 @@ M_TRIM_THRESHOLD = -1  # how much free memory at the end of the heap goes back t
 M_MMAP_THRESHOLD = -3  # from which size on a block has pages of its own, which go back when freed
 KEPT = 1 << 30  # bytes
 
-IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the name of its file in Python's frames
+# If an exception of ours comes while these are at work, they may raise another one in its place.
+FRAGILE = ("importlib._bootstrap", "argparse")  # names of modules
+
+
+class CtrlC:
+    """Whether Ctrl-C has raised KeyboardInterrupt: see `was_interrupted`."""
+
+    has_come = False
 
 
 def begin(program):
     """Prepare this process to be a program. `program` begins its messages.
 
-    From here on, Ctrl-C while a module is imported ends the process with one line, and a
-    KeyboardInterrupt that nobody catches ends it in silence. Files and names of files are UTF-8
-    whatever the locale is.
+    From here on, Ctrl-C while a module is imported or a command line is read ends the process with
+    one line, and a KeyboardInterrupt that nobody catches ends it in silence. Files and names of
+    files are UTF-8 whatever the locale is.
     """
+    forget_interrupt()
     require_utf8()
     # When Python ends, it looks several times for garbage among all objects. After torch was
     # imported, these are so many that it takes tenths of a second. Frozen objects are passed over.
     atexit.register(gc.freeze)
 
     def interrupt(number, frame):
-        if is_importing(frame):
-            # No exception, because a module that is half imported could turn it into another one.
+        if is_fragile(frame):
             if is_alone_or_first():  # Ctrl-C reaches all processes of torchrun
                 os.write(2, f"{program}: stopped\n".encode())
             os._exit(128 + number)
+        CtrlC.has_come = True
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
@@ -60,6 +68,20 @@ def end():
     """Let Ctrl-C end this process at once from here on, because it has nothing left to do."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as `leave` (processes.py) sets it
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
+
+def was_interrupted():
+    """Return whether an exception is the fault of Ctrl-C, whatever its class is.
+
+    If Ctrl-C comes while Python code runs within torch's C++, torch raises an error of its own in
+    place of KeyboardInterrupt ("could not determine the shape of object").
+    """
+    return CtrlC.has_come
+
+
+def forget_interrupt():
+    """Let later exceptions be no fault of the Ctrl-C so far: it has ended an answer only."""
+    CtrlC.has_come = False
 
 
 def require_utf8():
@@ -88,10 +110,10 @@ def keep_freed_memory():
         mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
-def is_importing(frame):
-    """Return whether an import is in progress in a frame, or in one that has called it."""
+def is_fragile(frame):
+    """Return whether a module of FRAGILE is at work in a frame, or in one that has called it."""
     while frame is not None:
-        if frame.f_code.co_filename == IMPORT_SYSTEM:
+        if frame.f_globals.get("__name__") in FRAGILE:
             return True
         frame = frame.f_back
     return False

@@ -2,7 +2,9 @@
 line and exit code 2, a failure is one line and 1, and pipes and Ctrl-C make no noise."""
 
 import argparse
+import atexit
 import errno
+import gc
 import json
 import os
 import shlex
@@ -17,7 +19,9 @@ import torch
 from command_line import failure, outcome, python, read_until, save_adapters, write_tfew_file
 from running import ROOT
 
+from minia3.cli import info
 from minia3.cli.main import COMMANDS, main, parse
+from minia3.files.program import begin, forget_interrupt
 
 EXAMPLES = {
     name: shlex.split(command.EXAMPLE.removeprefix("minia3 ")) for name, command in COMMANDS.items()
@@ -28,6 +32,18 @@ EXAMPLES = {
 def adapters(tmp_path):
     save_adapters(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def _program(monkeypatch):
+    """Make this process handle signals as the program `minia3` does."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = signal.getsignal(signal.SIGINT)
+    begin("minia3")
+    yield
+    signal.signal(signal.SIGINT, before)
+    atexit.unregister(gc.freeze)
+    forget_interrupt()
 
 
 # Help
@@ -330,3 +346,19 @@ def test_ctrl_c_causes_no_message():
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b""
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, AttributeError])
+@pytest.mark.usefixtures("_program")
+def test_an_error_in_place_of_ctrl_c_causes_no_message(error, capsys, monkeypatch):
+    """torch raises its own if Ctrl-C comes while Python code runs within its C++."""
+
+    def run(args):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error("could not determine the shape of object") from None
+
+    monkeypatch.setattr(info, "run", run)
+    assert main(["info", "tiny-t5"]) == 130
+    assert capsys.readouterr() == ("", "")

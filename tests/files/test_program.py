@@ -1,5 +1,6 @@
 """A program prepares for Ctrl-C within imports and for UTF-8 before it imports anything slow."""
 
+import argparse
 import atexit
 import ctypes
 import gc
@@ -19,9 +20,11 @@ from minia3.files.program import (
     M_MMAP_THRESHOLD,
     M_TRIM_THRESHOLD,
     begin,
-    is_importing,
+    forget_interrupt,
+    is_fragile,
     keep_freed_memory,
     require_utf8,
+    was_interrupted,
 )
 
 
@@ -31,24 +34,39 @@ def _handler():
     yield
     signal.signal(signal.SIGINT, before)
     sys.excepthook = sys.__excepthook__
+    forget_interrupt()
     atexit.unregister(gc.freeze)
 
 
 def test_an_import_in_progress_is_seen(tmp_path, monkeypatch):
-    code = "import sys\nfrom minia3.files.program import is_importing\n"
-    code += "seen = is_importing(sys._getframe())\n"
+    code = "import sys\nfrom minia3.files.program import is_fragile\n"
+    code += "seen = is_fragile(sys._getframe())\n"
     (tmp_path / "module_of_a_test.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     import module_of_a_test
 
     assert module_of_a_test.seen
-    assert not is_importing(sys._getframe())
+    assert not is_fragile(sys._getframe())
+
+
+def test_the_reading_of_a_command_line_is_seen():
+    """argparse ends in an error of its own if an exception comes while it puts its usage together.
+
+    Nothing else is at work then, so Ctrl-C may end the process at once.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("word", type=lambda word: is_fragile(sys._getframe()))
+    assert parser.parse_args(["x"]).word
 
 
 def test_ctrl_c_outside_of_an_import_is_as_usual():
     begin("program")
+    assert not was_interrupted()
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+    assert was_interrupted()
+    forget_interrupt()
+    assert not was_interrupted()
 
 
 @pytest.mark.parametrize(("rank", "n_lines"), [(0, 1), (1, 0)])
@@ -62,7 +80,7 @@ def test_ctrl_c_within_an_import_ends_the_process_with_one_line(rank, n_lines, m
     def end(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr("minia3.files.program.is_importing", lambda frame: True)
+    monkeypatch.setattr("minia3.files.program.is_fragile", lambda frame: True)
     monkeypatch.setattr(os, "write", lambda file, text: written.append((file, text)))
     monkeypatch.setattr(os, "_exit", end)
     with pytest.raises(SystemExit) as stop:
