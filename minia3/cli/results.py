@@ -21,6 +21,7 @@ import numpy as np
 from minia3.files.read import read_json
 from minia3.model.costs import flops
 from minia3.training.choices import CHAT_TEMPLATE, TRAINED
+from minia3.training.config_file import NOT_FLAGS
 from minia3.training.outcomes import count_cells, is_mixture, outcomes_of, read_metrics
 from minia3.training.shown_commands import EVALUATION_FLAGS
 
@@ -34,8 +35,7 @@ UNNAMED_FLAGS = {
     *("deterministic", "recompute", "checkpoint", "compile", "shard", "offload", "check_weights"),
     *("micro_batch_size", "eval_batch_size", "save_every"),
     "epochs",  # `steps` says how many steps they were
-    # not flags
-    *("minia3", "git_commit", "versions", "data", "weights"),
+    *NOT_FLAGS,
 }
 BUDGET_FLAGS = ("steps", "batch_size")  # compared between all methods, because they are the effort
 EXTENDED = "extended from"  # no flag: the steps after which `--resume --steps` made a run longer

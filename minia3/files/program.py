@@ -22,7 +22,8 @@ M_MMAP_THRESHOLD = -3  # from which size on a block has pages of its own, which 
 KEPT = 1 << 30  # bytes
 
 # If an exception of ours comes while these are at work, they may raise another one in its place.
-FRAGILE = ("importlib._bootstrap", "argparse")  # names of modules
+# The system of imports has its first name until a program imports importlib.
+FRAGILE = ("_frozen_importlib", "importlib._bootstrap", "argparse")  # names of modules
 
 
 class CtrlC:

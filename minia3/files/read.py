@@ -38,12 +38,13 @@ def sample_digest(paths):
     """Return a checksum of the sizes of files, and of blocks all over them.
 
     It is for files of gigabytes, and takes milliseconds. A file of up to a megabyte counts whole.
+    Raise ValueError if a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{size}\n".encode())
             for i in range(N_SAMPLES):
                 start = max(size - SAMPLE, 0) * i // (N_SAMPLES - 1)  # the last block ends the file
                 file.seek(start)

@@ -72,8 +72,8 @@ def test_bytes_are_counted_from_the_files(tmp_path):
 
 
 def test_a_label_names_the_flags_in_which_runs_of_a_method_differ(tmp_path):
-    make_run(tmp_path / "a", losses="lm", out="x", seed=1)
-    other_places = {"out": "y", "data_dir": "elsewhere"}
+    make_run(tmp_path / "a", losses="lm", out="x", weights="x", seed=1)
+    other_places = {"out": "y", "data_dir": "elsewhere", "weights": "y"}
     other_program = {"git_commit": "abc", "versions": {"torch": "3"}}
     make_run(tmp_path / "b", losses="lm,ul,ln", **other_places, **other_program)
     make_run(tmp_path / "c", [{"trainable": 9}], method="lora", lr=0.1)

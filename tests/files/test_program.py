@@ -49,6 +49,11 @@ def test_an_import_in_progress_is_seen(tmp_path, monkeypatch):
     assert not is_fragile(sys._getframe())
 
 
+def test_an_import_is_seen_before_anything_has_imported_importlib():
+    caller = SimpleNamespace(f_globals={"__name__": "_frozen_importlib"}, f_back=None)
+    assert is_fragile(SimpleNamespace(f_globals={"__name__": "module"}, f_back=caller))
+
+
 def test_the_reading_of_a_command_line_is_seen():
     """argparse ends in an error of its own if an exception comes while it puts its usage together.
 

@@ -19,6 +19,7 @@ from running import contents, fails, kill_self, metrics, resume, run, train, wor
 import minia3
 from minia3.checkpoints.known_models import EMBEDDED
 from minia3.files.lock import lock_folder
+from minia3.files.read import sample_digest
 from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
 from minia3.training import run as training_run
@@ -427,7 +428,9 @@ def test_config_json_is_written_before_anything_slow_and_holds_every_flag(tmp_pa
     ).stdout.strip()
     assert (rest["git_commit"] or "").removesuffix("-dirty") == git
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in running.task().iterdir()}
-    assert json.loads((out / "config.json").read_text()) == {**seen[0], "data": sums}
+    weights = sample_digest([running.model("t5") / "model.safetensors"])
+    recorded = {**seen[0], "data": sums, "weights": weights}
+    assert json.loads((out / "config.json").read_text()) == recorded
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git")
