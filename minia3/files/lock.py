@@ -36,7 +36,10 @@ def lock_folder(folder, name=".lock"):
         except OSError as error:
             file.close()
             if error.errno in HELD:
-                raise FolderLocked(f"{folder}: another run is writing there") from None
+                place = folder
+                if not name.startswith("."):  # other files of the folder are free
+                    place = folder / name
+                raise FolderLocked(f"{place}: another run is writing there") from None
             raise ValueError(
                 f"{folder}: its file system has no locks, which keep two runs out of one folder: "
                 f"{error.strerror}"

@@ -835,7 +835,7 @@ def test_two_processes_do_not_write_the_same_file(tmp_path, capsys, monkeypatch)
     def begin_second(*args, **options):
         monkeypatch.setattr("minia3.inference.prediction.score_examples", score)
         error = fails(capsys, running.model("t5"), file, "--out", out)
-        assert "another run is writing there" in error
+        assert f"{out}: another run is writing there" in error
         predict(running.model("t5"), file, "--out", tmp_path / "other.jsonl")  # it is free
         return score(*args, **options)
 
