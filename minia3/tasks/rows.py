@@ -158,6 +158,8 @@ def normalize_row(
         row["label"] = label
         row["idx"] = read_idx(row.get("idx"), number)
         check_prompts(row, spec, split)
+    if not spec.is_published:
+        write_items(row, spec.prompts)
     return row
 
 
@@ -295,6 +297,25 @@ def check_values(prompt: Prompt, row: dict):
             raise ValueError(f"the {kind} {text!r:.60} is empty, expected a text")
 
 
+def write_items(row: dict, prompts: Iterable[Prompt]):
+    """Make texts of the numbers in lists and objects of which a prompt uses items: {answers[0]}."""
+    templates = chain.from_iterable(prompt.templates for prompt in prompts)
+    for name in chain.from_iterable(map(field_names, templates)):
+        root = root_of(name)
+        if root != name and isinstance(row.get(root), list | dict):
+            row[root] = with_texts(row[root])
+
+
+def with_texts(value):
+    """Return a value of JSON with texts in place of its numbers, however deep they are."""
+    if isinstance(value, list):
+        return [with_texts(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: with_texts(entry) for name, entry in value.items()}
+    is_number = isinstance(value, int | float) and not is_missing(value)
+    return number_text(value) if is_number else value
+
+
 def without_target(prompt: Prompt, row: dict) -> Prompt:
     """Return the prompt for a row that is to be answered.
 
@@ -349,6 +370,13 @@ def plain_names(text: str) -> list[str]:
     return [name for name in field_names(text) if root_of(name) == name]
 
 
+def number_text(value: int | float) -> str:
+    """Return a number or a boolean as labels spell it: "3" for 3.0, and "true" for True."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value).removesuffix(".0")
+
+
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):
     """Raise ValueError if the fields of a prompt's text are not texts, or all of them are empty.
 
@@ -365,14 +393,14 @@ def check_input(row: dict, prompt: Prompt, in_file: Container[str]):
 
 
 def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: str = ""):
-    """Make texts of the numbers in these fields. Raise ValueError for anything else.
+    """Make texts of the numbers and booleans in these fields. Raise ValueError for anything else.
 
     in_file: see `normalize_user_row`. advice: what the message says if there is no such column.
     """
     for name in names:
         value = row.get(name)
         if isinstance(value, int | float) and not is_missing(value):
-            row[name] = str(value).removesuffix(".0")
+            row[name] = number_text(value)
         elif not is_text(value):
             found = ""
             if name not in row and name not in in_file:

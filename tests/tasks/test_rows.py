@@ -281,6 +281,26 @@ def test_an_item_that_is_not_a_text_is_refused_as_a_column_is(tmp_path, translat
         load_task(path, **flags)
 
 
+def test_a_number_or_a_boolean_is_one_text_as_a_column_an_item_a_target_and_a_label(tmp_path):
+    """An item kept its ".0", and a boolean was "True" as a text and "true" as a label."""
+    values = {"n": 3.0, "yes": True, "no": False, "half": 0.5}
+    item = {**values, "deep": [{"n": 3.0}, True]}
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(lines(*[{**values, "item": item, "list": [3.0, True]}] * 3))
+    flags = {
+        "input": "{n} {yes} {no} {half}",
+        "target": "{item[n]} {item[yes]} {item[no]} {item[half]}",
+    }
+    (row, *_) = (task := load_task(path, **flags)).train
+    rendered = render(task.prompts[0], row)
+    assert rendered.input == rendered.choices[0] == "3 true false 0.5"
+    flags["input"] = "{list[0]} {list[1]} {item[deep][0][n]} {item[deep][1]}"
+    (row, *_) = (task := load_task(path, **flags)).train
+    assert render(task.prompts[0], row).input == "3 true 3 true"
+    task = load_task(path, input="{n}", target="{yes}", labels="false,true")
+    assert render(task.prompts[0], task.train[0]).choices[1] == rendered.input.split()[1]
+
+
 def test_a_null_is_not_a_choice_of_a_task_file(tmp_path):
     entry = {"labels": ["0", "1"], "prompts": [{"text": "{q}", "choices": ["{a}", "{b[0]}"]}]}
     (tmp_path / "task.json").write_text(json.dumps(entry))
