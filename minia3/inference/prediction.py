@@ -126,7 +126,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
     and there are adapters, the column `adapter` holds their names. Answers in the file are not
     read. Raise ValueError, "path:line: reason", at the first wrong row, and before the first row if
-    the file has a header without the column `adapter`, which must name the adapters.
+    no row of the file has the column `adapter`, which must name the adapters.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
@@ -134,11 +134,11 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     columns = []  # each row has its own
     if Path(path).is_file():  # a pipe can be read only once
         columns = column_names(path)
-    if has_names and columns and "adapter" not in columns:
-        raise ValueError(
-            f"{path}: there is no column 'adapter', and --adapter is a folder of adapters: "
-            f"give one of them ({', '.join(adapters):.200}), or name one in each row"
-        )
+        if has_names and lacks_adapters(path, columns):  # the base would answer all rows
+            raise ValueError(
+                f"{path}: there is no column 'adapter', and --adapter is a folder of adapters: "
+                f"give one of them ({', '.join(adapters):.200}), or name one in each row"
+            )
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):
@@ -154,6 +154,22 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
         yield Input(row, rendered, example, spec.labels, name, file_row)
+
+
+def lacks_adapters(path, columns):
+    """Return whether a file has rows, and none of them has the column `adapter`.
+
+    columns: see `column_names`. A file of JSON is read up to the first row that has it, or that is
+    wrong and will end the command anyway.
+    """
+    if columns:
+        return "adapter" not in columns
+    has_rows = False
+    for _, row in read_rows(path):
+        if isinstance(row, ValueError) or "adapter" in row:
+            return False
+        has_rows = True
+    return has_rows
 
 
 def encode_input(row, spec, prompt, tokenizer, limits):

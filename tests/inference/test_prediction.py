@@ -301,6 +301,34 @@ def test_a_table_that_can_name_no_adapter_of_a_folder_is_not_answered_by_the_bas
     assert found == [{"adapter": "one"}, {"adapter": None}]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz"])
+def test_rows_of_json_that_name_no_adapter_of_a_folder_are_not_answered_by_the_base(
+    suffix, adapters, tmp_path, capsys
+):
+    file = tmp_path / f"rows{suffix}"
+    words = [running.model("t5"), file, "--adapter", adapters, "--columns", "adapter"]
+
+    def write_rows(*rows):
+        content = json.dumps(rows) if suffix == ".json" else lines(rows)
+        if suffix.endswith(".gz"):
+            content = gzip.compress(content.encode()).decode("latin-1")
+        file.write_text(content, "latin-1")
+
+    row = {"input": "w3", "choices": ["w4", "w5"]}
+    write_rows(*[{**row, "Adapter": "one"}] * 300)
+    error = fails(capsys, *words)
+    assert f"rows{suffix}: there is no column 'adapter', and --adapter is a folder of ada" in error
+    assert "give one of them (one, two), or name one in each row" in error
+    write_rows(*[row] * 299, {**row, "adapter": "two"})  # the base still answers a row of them
+    assert predicted(capsys, *words) == [*[{"adapter": None}] * 299, {"adapter": "two"}]
+    write_rows({**row, "adapter": None})  # it is said that the base is meant
+    assert predicted(capsys, *words) == [{"adapter": None}]
+    write_rows("no row", row)  # a wrong row is named, whatever the others lack
+    assert f"rows{suffix}:1: expected a JSON object" in fails(capsys, *words)
+    write_rows()
+    assert predicted(capsys, *words) == []
+
+
 def test_an_adapter_whose_name_is_a_number_is_expected_as_a_text(adapters, tmp_path, capsys):
     """The message was: 'adapter' is 7, expected one of 7, one, two."""
     shutil.copytree(adapters / "one", adapters / "7")
