@@ -653,14 +653,18 @@ def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
 def with_label_names(spec: TaskSpec, names: Sequence[str]) -> TaskSpec:
     """Return the task of an adapter for rows whose labels are integers with names.
 
-    names: of the integers 0, 1, ... If the choices of a prompt are such names, then the rows'
-    integers stand for them, whatever the labels were on which the adapter was trained.
+    names: of the integers 0, 1, ... If the choices of a prompt, or else the labels on which the
+    adapter was trained, are such names, then the rows' integers stand for them.
     """
     number = {fold(choice): str(i) for i, choice in enumerate(choices_of(names))}
-    for prompt in spec.prompts:
-        words = list(map(fold, prompt.choices or ()))
-        if words and all(word in number for word in words):
-            return spec._replace(labels=tuple(number[word] for word in words))
+    candidates = [prompt.choices or () for prompt in spec.prompts]
+    # Labels 0, 1, ... were integers of a data set, too, which may have had names such as "1", "0".
+    if tuple(spec.labels) != tuple(map(str, range(len(spec.labels)))):
+        candidates.append(choices_of(spec.labels))
+    for words in candidates:
+        keys = list(map(fold, words))
+        if keys and all(key in number for key in keys):
+            return spec._replace(labels=tuple(number[key] for key in keys))
     return spec
 
 

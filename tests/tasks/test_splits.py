@@ -437,3 +437,28 @@ def test_integers_with_names_are_the_words_that_an_adapter_has_learned(tmp_path)
     write_encoded(tmp_path / "new.parquet", "xyz", [0, 1, 0], ["good", "bad"])
     task = load_task(tmp_path / "new.parquet", like=learned)
     assert task.columns == "reads text, picks Label among neg (0), {pos} (1)"
+
+
+def test_integers_with_names_are_the_labels_of_an_adapter_that_has_other_words(tmp_path):
+    """Each row was refused: 'label' is 0, expected one of neg, {pos}."""
+    (tmp_path / "words.csv").write_text("text,label\na,neg\nb,{pos}\nc,neg\n")
+    entry = {"files": "words.csv", "labels": ["neg", "{pos}"]}
+    entry["prompts"] = [{"text": "{text} It was", "choices": ["terrible", "great"]}]
+    (tmp_path / "task.json").write_text(json.dumps(entry))
+    learned = load_task(tmp_path / "task.json").spec
+    write_encoded(tmp_path / "new.parquet", "xyz", [0, 2, 0], ["{POS}", "other", "Neg"])
+    task = load_task(tmp_path / "new.parquet", like=learned)
+    rows = [*task.train, *task.validation, *task.test]
+    assert {row["text"]: row["label"] for row in rows} == {"x": 1, "y": 0, "z": 1}
+    assert task.columns == "reads text, picks Label among terrible (2), great (0)"
+
+
+def test_labels_that_were_integers_with_names_stay_integers(tmp_path):
+    # The names are in the order of texts, as `class_encode_column` writes them.
+    names = sorted(map(str, range(12)))
+    write_encoded(tmp_path / "train.parquet", "abcdefghijkl", list(range(12)), names)
+    words = [f"word {name}" for name in names]
+    trained = load_task(tmp_path / "train.parquet", labels=words)
+    evaluated = load_task(tmp_path / "train.parquet", like=trained.spec)
+    assert (evaluated.test, evaluated.prompts) == (trained.test, trained.prompts)
+    assert evaluated.columns == trained.columns
