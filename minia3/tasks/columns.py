@@ -320,11 +320,10 @@ def find_labels(
 ) -> Labels:
     """Return the labels: of the task file, of the flags, or as the column has them."""
     if spec.labels:
-        choices = roles.prompts[0].choices or ()
-        are_words = bool(choices) and not roots_of(choices)
-        words = [word.format() for word in choices] if are_words else spec.labels
+        words = choice_words(roles.prompts[0])
         if flags.labels:
-            words = words_of(spec.labels, flags.labels)
+            words = words_of(spec.labels, flags.labels, words)
+        words = words or spec.labels
         return Labels(tuple(spec.labels), tuple(words))
     values = columns.values(roles.label)
     names = label_names.get(columns.name_in_file(roles.label), ())
@@ -333,6 +332,12 @@ def find_labels(
         return found
     choices = [prompt.choices for prompt in roles.prompts if prompt.choices]
     return order_like_choices(found, choices, roles.label)
+
+
+def choice_words(prompt: Prompt) -> list[str]:
+    """Return the choices of a prompt, or an empty list if there are columns among them."""
+    choices = prompt.choices or ()
+    return [] if roots_of(choices) else [choice.format() for choice in choices]
 
 
 def with_choices(prompts: Iterable[Prompt], labels: Labels, is_given: bool) -> tuple[Prompt, ...]:
@@ -607,7 +612,7 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     labels = tuple(spec.labels)
     if flags.labels:
         labels = labels or tuple(flags.labels)
-        words = words_of(labels, flags.labels)
+        words = words_of(labels, flags.labels, choice_words(spec.prompts[0]))
         prompts = with_choices(prompts, Labels(labels, words), is_given=True)
     elif labels:  # a task file may have labels, and no prompt that would have choices
         prompts = with_choices(prompts, Labels(labels, labels), is_given=False)

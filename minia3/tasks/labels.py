@@ -134,16 +134,19 @@ def name_labels(
     return Labels(words, words)
 
 
-def words_of(labels: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
+def words_of(
+    labels: Sequence[str], asked: Sequence[str], choices: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Return the words of --labels, one for each of the labels that a task has.
 
-    They are in the order of the labels. But if they are the labels themselves, in any order, then
-    each stands for itself.
+    They are in the order of the labels. But if they are the labels themselves, in any order, or the
+    words that the task has for them (choices), then each keeps its meaning.
     """
-    word_of_label = {label_key(word): word for word in asked}
-    keys = list(map(label_key, labels))
-    if word_of_label.keys() == set(keys):
-        return tuple(word_of_label[key] for key in keys)
+    word_of_key = {label_key(word): word for word in asked}
+    for words in (labels, choices):
+        keys = list(map(label_key, words))
+        if word_of_key.keys() == set(keys):
+            return tuple(word_of_key[key] for key in keys)
     return tuple(asked)
 
 

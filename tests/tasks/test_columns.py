@@ -169,6 +169,20 @@ def test_words_of_a_flag_that_are_the_labels_of_a_task_file_stand_for_themselves
         assert rendered(task) == [("a", ["neg", "pos"], 1), ("a", ["neg", "pos"], 0)]
 
 
+def test_words_of_a_flag_that_are_the_choices_of_a_task_keep_their_meaning_in_any_order(tmp_path):
+    """The first of them stood for neg, which had the word no."""
+    rows = [{"text": "a", "label": word} for word in ("pos", "neg")]
+    entry = {"labels": ["neg", "pos"], "prompts": [{"text": "{text}", "choices": ["no", "yes"]}]}
+    for asked in ("no,Yes", "Yes,no"):
+        task = load_described(tmp_path, entry, *rows, labels=asked)
+        assert rendered(task) == [("a", ["no", "Yes"], 1), ("a", ["no", "Yes"], 0)]
+    learned = load_described(tmp_path, entry, *rows).spec
+    for asked in ("no,yes", "yes,no"):
+        assert with_flags(learned, ColumnFlags(labels=asked)) == learned
+    changed = with_flags(learned, ColumnFlags(labels="yes,good"))
+    assert changed.prompts[0].choices == ("yes", "good"), "other words are in the order of labels"
+
+
 @pytest.mark.parametrize("values", [(1, 0), (True, False)])
 def test_integers_and_booleans_have_an_order_of_their_own(values, tmp_path):
     rows = [{"text": "a", "label": value} for value in values]
