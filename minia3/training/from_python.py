@@ -69,6 +69,8 @@ def read_value(field, value):
     """Return the value of a flag: a path as text, and several values as a tuple."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "tolist"):  # a number or an array of NumPy, torch or pandas
+        value = value.tolist()
     kind = kinds_of(field)[0]
     if isinstance(value, str) and tuple in kinds_of(field):
         try:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import running
 import torch
@@ -15,6 +16,7 @@ import minia3
 from minia3.files.lock import lock_folder
 from minia3.tasks.labels import split_words
 from minia3.training import from_python, trackers
+from minia3.training.flags import as_tuple
 from minia3.training.optimizer import RowOptimizer
 from minia3.training.run import Failed
 
@@ -212,6 +214,43 @@ def test_a_list_is_what_commas_say_on_the_command_line(tmp_path):
         assert split_words(given["labels"]) == labels
     with pytest.raises(ValueError, match="--steps is '1,2', expected int"):
         call(tmp_path / "run", steps=[1, 2])
+
+
+NUMBERS = [
+    ({"steps": np.int64(10), "seed": np.uint8(1)}, {"steps": 10, "seed": 1}),
+    ({"seed": np.arange(2), "lr": np.array([0.5, 0.1])}, {"seed": (0, 1), "lr": (0.5, 0.1)}),
+    ({"seed": [np.int64(2), 3], "lr": np.float32(0.5)}, {"seed": (2, 3), "lr": 0.5}),
+    ({"steps": torch.tensor(10), "lr": torch.tensor(0.5)}, {"steps": 10, "lr": 0.5}),
+    (
+        {"labels": np.array(["no", "yes"]), "model": np.str_("m")},
+        {"labels": "no,yes", "model": "m"},
+    ),
+    ({"compile": np.True_, "shots": np.int32(4)}, {"compile": True, "shots": 4}),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), NUMBERS)
+def test_numbers_of_numpy_and_torch_are_those_of_python(flags, expected):
+    """They were refused: --steps is np.int64(10), expected int."""
+    given = from_python.given_flags(flags)
+    assert given == expected
+    kinds = {name: kinds_in(value) for name, value in given.items()}
+    assert kinds == {name: kinds_in(value) for name, value in expected.items()}
+
+
+def kinds_in(value):
+    return [type(part) for part in as_tuple(value)]
+
+
+def test_a_run_takes_numbers_of_numpy_and_refuses_its_booleans_as_numbers(tmp_path):
+    plain = call(tmp_path / "plain", steps=3, seed=1, lr=0.5)
+    found = call(tmp_path / "numpy", steps=np.int64(3), seed=np.int64(1), lr=np.float32(0.5))
+    assert outcome(found.folder) == outcome(plain.folder)
+    for value in (np.True_, torch.tensor(True), [np.True_]):
+        with pytest.raises(ValueError, match="--seed is True, expected int"):
+            call(tmp_path / "run", seed=value)
+    with pytest.raises(ValueError, match=r"--steps is 3\.0, expected int"):
+        call(tmp_path / "run", steps=np.float64(3))
 
 
 def test_an_interrupt_saves_the_run_and_is_then_an_ordinary_interrupt(
