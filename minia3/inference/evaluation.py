@@ -33,6 +33,7 @@ from minia3.inference.metrics import (
     perplexity,
 )
 from minia3.inference.scoring import (
+    as_list,
     check_examples,
     naming_rows,
     score_examples,
@@ -42,6 +43,12 @@ from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
 from minia3.tasks.prompts import count_fitting, in_context, render
 
+# What a message says of rows that are made by hand.
+EXPECTED_ROW = (
+    "a dict with the columns of the prompt, and with 'label', the place of the right choice: "
+    '{"input": "2 + 2 =", "choices": ["3", "4"], "label": 1}, or '
+    '{"input": "2 + 2 =", "target": "4", "label": 0}'
+)
 # These may differ from prompt to prompt.
 COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_wordless", "n_ends_cut")
 
@@ -78,7 +85,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
 
-    check_labels(rows)
+    rows = checked_rows(rows, prompt)
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
     are_choices = metric in CHOICE_METRICS
     rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not are_choices)
@@ -108,14 +115,47 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     return result
 
 
-def check_labels(rows):
-    """Raise ValueError if a row has no label. -1 would be taken for the last choice."""
-    for row in rows:
-        if row.get("label", 0) < 0:
-            raise ValueError(
-                f"row {row['idx']} has no label, expected rows with their answers, such as those "
-                "of task.evaluation"
-            )
+def checked_rows(rows, prompt):
+    """Return rows with an `idx`, which is their place if they have none.
+
+    Raise ValueError if something is not a row, or has no label or no choices to pick from.
+    """
+    checked = []
+    for place, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {place} is {row!r:.60}, expected {EXPECTED_ROW}")
+        row = {**row, "idx": row.get("idx", place)}
+        choices = prompt.choices
+        if not choices and not prompt.target and "choices" in row:
+            choices = as_list(row["choices"])
+            if not choices:
+                found = f"row {row['idx']} has the choices {row['choices']!r:.60}"
+                raise ValueError(f"{found}, expected {EXPECTED_ROW}")
+        check_label(row, choices)
+        checked.append(row)
+    return checked
+
+
+def check_label(row, choices):
+    """Raise ValueError if a row has no label, or if it is not the place of a choice.
+
+    -1 would be taken for the last choice. choices: None if the row is not answered by picking.
+    """
+    name = f"row {row['idx']}"
+    if "label" not in row and "messages" not in row:
+        raise ValueError(f"{name} has no 'label', expected {EXPECTED_ROW}")
+    label = row.get("label", 0)
+    is_index = hasattr(label, "__index__") and not isinstance(label, bool)
+    if not is_index:
+        raise ValueError(f"{name} has the label {label!r:.40}, expected {EXPECTED_ROW}")
+    if label < 0:
+        raise ValueError(
+            f"{name} has no label, expected rows with their answers, such as those of "
+            "task.evaluation"
+        )
+    if choices and label >= len(choices):
+        found = f"{name} has the label {label}, and {len(choices)} choices"
+        raise ValueError(f"{found}, expected {EXPECTED_ROW}")
 
 
 def check_targets(metric, rows, rendered):
@@ -232,7 +272,7 @@ def with_shots(rows, prompt, shots, tokenizer, max_length):
     The second result is a list, too: the number of shots of each row.
     """
     # A shot has at least one token, so more than max_length shots never fit.
-    prompts = in_context(prompt, shots[:max_length])
+    prompts = in_context(prompt, checked_rows(shots[:max_length], prompt))
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
     return pairs, n_shots

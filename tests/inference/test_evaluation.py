@@ -447,6 +447,41 @@ def test_a_row_without_a_label_is_refused(ours, n_choices):
         evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric=metric)
 
 
+CHOICES = {"input": "w4", "choices": ["w5", "w6"]}
+NOT_ROWS = [
+    # a row, and the message about it: most were a KeyError, a TypeError or an IndexError
+    ("w4", "row 2 is 'w4', expected a dict with the columns of the prompt, and with 'label', the "),
+    ([CHOICES], r"row 2 is \[\{'input': 'w4', 'choices': \['w5', 'w6'\]\}\], expected a dict"),
+    (CHOICES, r'row 2 has no .label., expected a dict .*: \{.*"label": 1\}, or \{.*"label": 0\}$'),
+    ({**CHOICES, "idx": 7}, "row 7 has no 'label', expected a dict"),
+    ({**CHOICES, "label": None}, "row 2 has the label None, expected a dict"),
+    ({**CHOICES, "label": "w5"}, "row 2 has the label 'w5', expected a dict"),
+    ({**CHOICES, "label": 1.0}, r"row 2 has the label 1\.0, expected a dict"),
+    ({**CHOICES, "label": True}, "row 2 has the label True, expected a dict"),
+    ({**CHOICES, "label": 2}, "row 2 has the label 2, and 2 choices, expected a dict"),
+    ({**CHOICES, "label": -1}, "row 2 has no label, expected rows with their answers"),
+    ({"input": "w4", "choices": "w5", "label": 0}, "row 2 has the choices 'w5', expected a dict"),
+    ({"input": "w4", "choices": None, "label": 0}, "row 2 has the choices None, expected a dict"),
+    ({"choices": ["w5"], "label": 0}, "the row has no field 'input'"),
+    ({"input": "w4", "label": 0}, "the row has no field 'target'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), NOT_ROWS)
+def test_rows_that_are_made_by_hand_are_checked(ours, row, message):
+    good = [{**CHOICES, "label": np.int64(1)}, {**CHOICES, "label": 0}]
+    found = evaluate(ours.model, ours.tokenizer, good, PROMPT, metric="accuracy")
+    assert found == evaluate(ours.model, ours.tokenizer, numbered(good), PROMPT, metric="accuracy")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        evaluate(ours.model, ours.tokenizer, [*good, row], PROMPT, metric="accuracy")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        evaluate(ours.model, ours.tokenizer, good, PROMPT, metric="accuracy", shots=[*good, row])
+
+
+def numbered(rows):
+    return [{**row, "idx": idx} for idx, row in enumerate(rows)]
+
+
 @pytest.mark.parametrize("metric", ["perplexity", "Accuracy", "", None])
 def test_a_metric_that_there_is_not_is_refused(ours, metric):
     message = r"^metric is .*, expected one of accuracy, macro_f1, exact_match, .*, inverse_perpl"
