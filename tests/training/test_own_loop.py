@@ -1,5 +1,6 @@
 """A loop over public functions trains what train.py trains."""
 
+import numpy as np
 import pytest
 import running
 import torch
@@ -55,3 +56,15 @@ def test_a_mistake_is_found_before_the_first_batch(values, message):
     tokenizer = minia3.load_tokenizer(model("t5"))
     with pytest.raises(ValueError, match=message):
         minia3.batches(ours, tokenizer, minia3.load_task(task()), **values)
+
+
+def test_numbers_of_numpy_and_torch_draw_what_those_of_python_draw():
+    ours = minia3.load_model(model("t5"))
+    tokenizer = minia3.load_tokenizer(model("t5"))
+    rows = minia3.load_task(task())
+    plain = minia3.batches(ours, tokenizer, rows, batch_size=4, steps=3, seed=5)
+    numbers = {"batch_size": torch.tensor(4), "steps": np.int64(3), "seed": np.uint8(5)}
+    found = minia3.batches(ours, tokenizer, rows, **numbers)
+    for batch, same in zip(plain, found, strict=True):
+        assert torch.equal(batch.source_BM, same.source_BM)
+        assert torch.equal(batch.target_BCL, same.target_BCL)
