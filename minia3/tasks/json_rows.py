@@ -7,7 +7,7 @@ import codecs
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import BinaryIO
 
@@ -261,9 +261,13 @@ def may_be_row(value: dict) -> bool:
 
 def are_columns(value: dict) -> bool:
     """Return whether an object has columns by the numbers of rows: {"text": {"0": "a", "1": "b"}}.
-    This is what pandas writes if it is not asked for anything else.
+    This is what pandas writes if it is not asked for anything else. Or it has rows by their
+    numbers: {"0": {"text": "a"}, "1": {"text": "b"}}.
     """
-    for column in value.values():
-        if not isinstance(column, dict) or not all(map(str.isdigit, column)):
-            return False
-    return True
+    if not all(isinstance(entry, dict) for entry in value.values()):
+        return False
+    return all(map(are_numbers, value.values())) or are_numbers(value)
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    return all(map(str.isdigit, names))

@@ -122,6 +122,7 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     Raise ValueError, in one line, if there is no such task, or if its files or rows are not as
     expected.
     """
+    check_arguments(name_or_path, shots, seed)
     name = str(name_or_path)
     flags = ColumnFlags(input, target, labels, metric)
     splits, spec, columns = load_splits(name, flags, data_dir, shots, seed, like)
@@ -134,6 +135,19 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     if not spec.is_published:
         task.check_evaluation()
     return task
+
+
+def check_arguments(name_or_path, shots, seed):
+    """Raise ValueError if an argument of `load_task` is of another kind."""
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise ValueError(
+            "expected the name of a task or a path, found an object of the kind "
+            f"{type(name_or_path).__name__}: write its rows into a .parquet or .jsonl file first"
+        )
+    n_shots = 0 if shots is None else shots
+    for name, value in (("shots", n_shots), ("seed", seed)):
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name} is {value!r:.40}, expected an integer")
 
 
 def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:

@@ -162,6 +162,8 @@ def test_half_a_surrogate_pair_is_refused_in_either_case():
         (b'{"a": [], "b": 1}\n', False),
         (b'{"a": ["b"], "c": [1]}', False),
         (b'{"a": {"0": "b", "1": "c"}, "d": {"0": 1, "1": 0}}', False),  # pandas' to_json
+        (b'{"0": {"a": "b", "d": 1}, "1": {"a": "c", "d": 0}}', False),  # with orient="index"
+        (b'{"translation": {"de": "ein", "en": "one"}}', True),
         (b"{}", False),
         (b'{"a": [{"b": 1}, 12], "c": 1}\n', False),
         (b"{}\n1", False),

@@ -386,6 +386,23 @@ def test_a_name_like_no_other_is_an_error_with_all_names(name):
         load_task(name)
 
 
+@pytest.mark.parametrize("rows", [[{"text": "a", "label": "b"}], {"text": ["a"]}, None, 3])
+def test_rows_in_place_of_their_file_are_refused(rows):
+    kind = type(rows).__name__
+    message = f"^expected the name of a task or a path, found an object of the kind {kind}: write"
+    with pytest.raises(ValueError, match=message):
+        load_task(rows)
+
+
+def test_numbers_that_are_no_integers_are_refused():
+    for flags in ({"shots": 4.0}, {"shots": "4"}, {"shots": 4, "seed": 1.0}, {"seed": None}):
+        *_, (name, value) = flags.items()
+        with pytest.raises(ValueError, match=f"^{name} is {value!r}, expected an integer$"):
+            load_task("same-colour", **flags)
+    drawn = load_task("same-colour", shots=np.int64(4), seed=np.int64(1)).train
+    assert drawn == load_task("same-colour", shots=4, seed=1).train
+
+
 def test_a_folder_may_hold_csv_files_but_only_one_file_for_each_split(tmp_path):
     (tmp_path / "train.csv").write_text("input,target\na,b\n")
     (tmp_path / "dev.jsonl").write_bytes(lines(target(0)))
