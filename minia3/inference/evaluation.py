@@ -41,7 +41,7 @@ from minia3.inference.scoring import (
 )
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
-from minia3.tasks.prompts import count_fitting, in_context, render
+from minia3.tasks.prompts import Prompt, count_fitting, in_context, render
 
 # What a message says of rows that are made by hand.
 EXPECTED_ROW = (
@@ -120,6 +120,11 @@ def checked_rows(rows, prompt):
 
     Raise ValueError if something is not a row, or has no label or no choices to pick from.
     """
+    if not isinstance(prompt, Prompt):
+        raise ValueError(
+            f"the prompt is {prompt!r:.60}, expected a Prompt such as task.prompts[0], or "
+            'Prompt("{input}", None) of minia3.tasks.prompts'
+        )
     checked = []
     for place, row in enumerate(rows):
         if not isinstance(row, dict):

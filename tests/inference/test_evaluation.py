@@ -478,6 +478,12 @@ def test_rows_that_are_made_by_hand_are_checked(ours, row, message):
         evaluate(ours.model, ours.tokenizer, good, PROMPT, metric="accuracy", shots=[*good, row])
 
 
+@pytest.mark.parametrize("prompt", ["w7 {input}", (PROMPT,), None])
+def test_something_else_in_place_of_a_prompt_is_refused(ours, prompt):
+    with pytest.raises(ValueError, match=r"^the prompt is .*, expected a Prompt such as task.pro"):
+        evaluate(ours.model, ours.tokenizer, rows_of(1, (2,)), prompt, metric="accuracy")
+
+
 def numbered(rows):
     return [{**row, "idx": idx} for idx, row in enumerate(rows)]
 
