@@ -189,7 +189,8 @@ def number_rows(
             if record is None:
                 return
             is_blank = not any(part.strip() for part in record)  # of characters, or of cells
-            if is_blank:
+            # In a file with a single column, "" is an empty cell, and not a blank line.
+            if is_blank and record != [""]:
                 continue
             row = parse(record)
         except ValueError as error:

@@ -429,3 +429,13 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
     (tmp_path / name).write_text(pointer)
     message = refusal(tmp_path / name)
     assert "a Git LFS pointer in place of the file: run `git lfs pull`" in message
+
+
+def test_an_empty_text_of_a_file_with_one_column_is_a_row_and_a_blank_line_is_none(tmp_path):
+    """pandas writes "" for it. The row was left out, so later results stood a row too high."""
+    path = tmp_path / "rows.csv"
+    path.write_text('text\na\n\n""\n  \nb\n')
+    assert list(read_rows(path)) == [(2, {"text": "a"}), (4, {}), (6, {"text": "b"})]
+    assert dict(read_rows(path, keep_empty=True))[4] == {"text": ""}
+    path.write_text("text,label\na,x\n,\n\nb,y\n")  # a spreadsheet may write cells around a table
+    assert [number for number, _ in read_rows(path)] == [2, 5]
