@@ -325,6 +325,8 @@ class Prediction:
         columns = {}
         for text in names:
             name, _, field = text.partition("=")
+            if name in columns:
+                raise ValueError(f"--columns names {name!r} twice, expected names that differ")
             columns[name] = field or name
         return columns
 
@@ -387,7 +389,9 @@ class Prediction:
 
         if not columns:
             return result
-        fields = row_input.file_row | row_input.row | dict.fromkeys(MIXED) | result
+        # The row has texts in place of the file's numbers, but also names that the file lacks.
+        fields = row_input.file_row | row_input.row | row_input.file_row
+        fields |= dict.fromkeys(MIXED) | result
         if fields.get("adapter") is None:
             fields["adapter"] = row_input.adapter
         for field in columns.values():

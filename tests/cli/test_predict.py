@@ -312,7 +312,7 @@ def test_an_adapter_for_ranking_that_writes_says_that_it_was_not_trained_to_stop
     assert warnings_for(rows, adapters / "s0") == is_warned  # once
     rows = [row | {"adapter": f"s{i % 2}"} for i, row in enumerate([*rows, *rows])]
     assert warnings_for(rows, adapters) == 2 * is_warned
-    assert warnings_for([{"input": "w8"}], adapters) == 0
+    assert warnings_for([{"input": "w8", "adapter": None}], adapters) == 0
 
 
 def test_a_model_after_full_fine_tuning_labels_new_rows_too(labeled, tmp_path, capsys):

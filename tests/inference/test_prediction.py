@@ -602,6 +602,26 @@ def test_a_column_that_a_row_leaves_empty_is_empty_in_the_results(tmp_path, caps
     assert "'note' is not in row 0; it has Key, Utterance, " in fails(capsys, *words, "note")
 
 
+def test_a_column_of_the_results_has_the_values_of_the_file_also_if_the_model_reads_it(
+    tmp_path, capsys
+):
+    """Numbers were texts ("3" for 3.0), but only in the columns that the model reads."""
+    row = {"n": 3.0, "yes": True, "list": [2.0], "id": 4.0, "text": None}
+    file = write(tmp_path / "rows.jsonl", [row])
+    names = ",".join(row)
+    prompt = "{n} {yes} {list[0]} {text}"
+    words = [running.model("t5"), file, "--input", prompt, "--labels", "w3,w4"]
+    assert predicted(capsys, *words, "--columns", names) == [row]
+    predict(*words, "--columns", names, "--out", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().splitlines()[1] == "3.0,true,[2.0],4.0,"
+
+
+def test_a_name_that_is_given_twice_is_no_column_of_the_results(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", running.rows(1))
+    words = [running.model("t5"), file, "--columns", "a=idx,b=label,a=choice"]
+    assert "--columns names 'a' twice" in fails(capsys, *words)
+
+
 def test_a_mistake_in_the_columns_does_not_keep_the_file_from_the_right_ones(tmp_path, capsys):
     file = write(tmp_path / "rows.jsonl", running.rows(2))
     out = tmp_path / "out.csv"
