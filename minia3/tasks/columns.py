@@ -584,8 +584,12 @@ class Columns:
         )
 
     def length_of(self, name: str) -> int:
-        """Return how long the texts of a column are, in the first rows."""
-        return sum(len(str(row.get(name, ""))) for row in self.rows[:20])
+        """Return how long the texts and numbers of a column are, in the first rows.
+
+        Lists and objects count nothing, because a prompt cannot name them, only their items.
+        """
+        values = [row.get(name, "") for row in self.rows[:20]]
+        return sum(len(str(value)) for value in values if not isinstance(value, list | dict))
 
 
 def roots_of(texts: Iterable[str]) -> list[str]:

@@ -314,7 +314,8 @@ def parse_choices(cell: str) -> list:
             return parse_json(cell)
         except ValueError as error:
             raise ValueError(
-                f"the choices begin with '[', so they are read as a JSON list: {error}"
+                f"the choices begin with '[', so they are read as a JSON list: {error} (pandas "
+                "writes lists in another form: save the rows as .jsonl or .parquet)"
             ) from None
     return [choice.strip() for choice in cell.split("|")]
 

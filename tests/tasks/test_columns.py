@@ -633,6 +633,10 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
             "not a number), and say which is which with --input and --target",
         ),
         ({"0": "so bad", "1": "x"}, "rename the column '0' (in braces"),
+        (
+            {"context": "so bad", "question": "x", "answers": {"text": ["a long text"]}},
+            'say which is which with --input "{context}" --target "{question}", and add --labels',
+        ),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
         ({"instruction": "a", "input": "b"}, "add a column 'output' with the answers"),

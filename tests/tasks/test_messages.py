@@ -67,7 +67,10 @@ def test_a_conversation_with_an_answer_is_accepted(messages):
     ("messages", "problem"),
     [
         ([], r"'messages' is \[\], expected a list"),
-        ("hi", "'messages' is 'hi', expected a list"),
+        (
+            "hi",
+            "'messages' is 'hi', expected a list of .*: save the rows as .jsonl or .par",
+        ),
         (None, "'messages' is None, expected a list"),
         ({"role": "user"}, "expected a list"),
         (["hi"], "message 0 is 'hi', expected {'role': 'user', 'content': 'a text'}"),

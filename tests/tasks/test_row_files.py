@@ -71,6 +71,10 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
         ("input,choices", "found the header again, expected a row"),
         ('a,"[""x"""', r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
         ("a,[x]|y", r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
+        (
+            "a,\"['x', 'y']\"",
+            r"the choices begin.* \(pandas writes lists in another form",
+        ),
         ("a\rb,c", r"a line end \\r without \\n: save the file with the line ends of Unix or Win"),
         ('a,"b" c', "text follows a closing quote: put the whole cell into quotes, and write"),
     ],
