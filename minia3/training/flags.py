@@ -181,7 +181,8 @@ def check_value(field, value):
     # From Python, this may be a whole model or task, whose text has many lines.
     shown = shorten(" ".join(repr(value).split()), 200)
     found = f"{option(field.name)} is {shown}, expected"
-    if value == "" or isinstance(value, tuple) or not has_kind:
+    # The kind comes first, because a table of pandas refuses to be compared.
+    if not has_kind or isinstance(value, tuple) or value == "":
         raise ValueError(f"{found} {kinds[0].__name__}")
     if value is None:
         return

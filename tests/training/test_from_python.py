@@ -140,6 +140,22 @@ def test_a_model_or_a_task_in_place_of_its_name_is_refused_in_a_short_line():
         assert len(str(caught.value)) < 250
 
 
+class Table:
+    """A table of pandas is compared cell by cell, and the result is neither true nor false."""
+
+    def __eq__(self, other):
+        return self
+
+    def __bool__(self):
+        raise ValueError("The truth value of a Table is ambiguous")
+
+
+@pytest.mark.parametrize("task", [Table(), [Table()]])
+def test_a_table_in_place_of_its_file_is_refused(task):
+    with pytest.raises(ValueError, match=r"^--task is <.*Table object.*>, expected str$"):
+        minia3.train(task=task)
+
+
 def test_a_mistake_that_a_notebook_remembers_does_not_keep_the_folder_locked(tmp_path):
     def mistake(**flags):
         """Return the error, and with its traceback all that the functions held which it left."""
