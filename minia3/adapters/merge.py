@@ -93,7 +93,9 @@ def fold_with_lora(name, module, row):
     return folded
 
 
-def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None, out_dtype=None):
+def merge_files(
+    name_or_path, adapter, out, *, dtype=None, quantize=None, out_dtype=None, change=None
+):
     """Fold an adapter into a checkpoint, and write the result to the new folder `out`.
 
     name_or_path, dtype: see `load_model`; adapter: see `read_adapter`. The result has the same bits
@@ -103,6 +105,8 @@ def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None, out_dt
     because an adapter that was trained beside it has learned to make up for its errors. These
     depend on `dtype`, so it must be that of the training.
     out_dtype: to which the merged weights are rounded in the end (default: dtype).
+    change: a function of the model without weights and its tokenizer (None if it has none). It is
+        called before they are saved, and may change what is saved beside the weights.
 
     Raise ValueError, and leave nothing, if `out` is not empty, if something cannot be read or does
     not fit, or if the disk gives back other bits.
@@ -113,6 +117,8 @@ def merge_files(name_or_path, adapter, out, *, dtype=None, quantize=None, out_dt
     model, stored, dtype = open_checkpoint(name_or_path, dtype)
     row = fitting_vectors(model, read_adapter(adapter), adapter)
     tokenizer = find_tokenizer(find(name_or_path))
+    if change is not None:
+        change(model, tokenizer)
     if quantize is not None:
         stored = quantized_entries(model, stored, dtype, quantize)
     out_dtype = out_dtype or dtype

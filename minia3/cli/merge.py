@@ -1,5 +1,7 @@
 """`merge`: write a model with an adapter folded into its weights."""
 
+from functools import partial
+
 from minia3.cli.arguments import (
     add_model,
     add_new_folder,
@@ -47,25 +49,32 @@ def run(args):
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
+    from minia3.inference.turns import chat_as_learned
     from minia3.tasks.task_file import copy_task_file
+    from minia3.training.learned import learned_tasks
 
     dtype = None
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # open_checkpoint refuses other words
+    learned = learned_tasks(args.model, args.adapter).values()
+    chat = partial(chat_as_learned, specs=learned)
     with showing("merging"), writing_new_folder(args.out) as folder:
         if is_lora(args.adapter):
             if args.dequantize:
                 raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
             model = load_model(args.model, dtype=dtype)
             load_lora(model, args.adapter)
-            save_model(merge(model), folder, find_tokenizer(find(args.model)))
+            merged = merge(model)
+            tokenizer = find_tokenizer(find(args.model))
+            chat(merged, tokenizer)
+            save_model(merged, folder, tokenizer)
         else:
             if args.dequantize and args.quantize is None:
                 check_quantized(args.model)
             # File by file, so that only one shard is in memory.
             out_dtype = torch.bfloat16 if args.dequantize else None
             options = {"dtype": dtype, "quantize": args.quantize, "out_dtype": out_dtype}
-            merge_files(args.model, args.adapter, folder, **options)
+            merge_files(args.model, args.adapter, folder, change=chat, **options)
         copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")
 

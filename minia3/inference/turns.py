@@ -1,8 +1,10 @@
 """Let the token or text that ends a turn in a chat template end an answer, too."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+
+from minia3.tasks.task import TaskSpec
 
 
 def end_answers(model, tokenizer) -> tuple[str, ...]:
@@ -34,3 +36,16 @@ def ending_answers(model, tokenizer) -> Iterator[tuple[str, ...]]:
         yield end_answers(model, tokenizer)
     finally:
         model.config = config
+
+
+def chat_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
+    """Let a model and its tokenizer, which are to be saved, chat as the model has learned to.
+
+    specs: the tasks that the model has learned. Programs that do not know task.json take the chat
+    template from the tokenizer's files, and the end tokens from generation_config.json. Without
+    these they would ask in another form, and an answer would not end.
+    """
+    for spec in specs:
+        if spec.messages and tokenizer is not None:
+            tokenizer.chat_template = spec.chat_template or tokenizer.chat_template
+            end_answers(model, tokenizer)

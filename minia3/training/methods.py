@@ -10,6 +10,7 @@ icl     nothing: the base model is evaluated with examples before each input
 from minia3.adapters.lora import add_lora, is_lora, load_lora, lora_parameters, save_lora
 from minia3.adapters.rows import load_adapter, save_adapter
 from minia3.checkpoints.save import save_model
+from minia3.inference.turns import chat_as_learned
 from minia3.model.ia3 import freeze
 from minia3.model.more_vectors import choose_vectors
 from minia3.tasks.task_file import write_task_file
@@ -64,19 +65,22 @@ def save_trained(group, cell, folder):
 
     Write task.json beside it.
     """
-    method = cell.config.method
-    if method == "ia3":
-        save_adapter(group.model, folder, cell.row)
-    elif method == "lora":
-        save_lora(group.model, folder, cell.config.model)
-    else:
-        save_model(group.model, folder, group.tokenizer)
-    # So that `predict` puts further rows into the same words, and `generate` knows whether the
-    # adapter has learned to end a text.
     specs = []
     for task in cell.task.members:
         spec = task.spec._replace(metric=task.metric)
         if spec.messages:
             spec = spec._replace(chat_template=group.chat_template)
         specs.append((task.name, spec))
+    method = cell.config.method
+    if method == "ia3":
+        save_adapter(group.model, folder, cell.row)
+    elif method == "lora":
+        save_lora(group.model, folder, cell.config.model)
+    else:
+        config = group.model.config
+        chat_as_learned(group.model, group.tokenizer, [spec for _, spec in specs])
+        save_model(group.model, folder, group.tokenizer)
+        group.model.config = config  # or other rows of the run would end otherwise than before
+    # So that `predict` puts further rows into the same words, and `generate` knows whether the
+    # adapter has learned to end a text.
     write_task_file(folder, specs)

@@ -1,4 +1,5 @@
-"""What ends a turn of a chat ends an answer of a chat, and no other text."""
+"""What ends a turn of a chat ends an answer of a chat, and no other text. The files of a model that
+has learned to chat say how, for programs that do not know task.json."""
 
 import json
 
@@ -7,6 +8,7 @@ import running
 from tokenizers import AddedToken
 
 import minia3
+from minia3.adapters.lora import add_lora, save_lora
 from minia3.cli.main import main
 
 pytest.importorskip("jinja2", reason="needs the extra: pip install 'minia3[chat]'")
@@ -54,3 +56,62 @@ def test_a_plain_row_has_the_same_answer_before_and_after_a_conversation(
     assert end in alone.split()
     assert end not in answer.split()
     assert alone.startswith(answer)
+
+
+def saved_apart(chatting, folder):
+    """Write the model without its template to a folder. Return the template."""
+    model, _ = chatting
+    tokenizer = minia3.load_tokenizer(model)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = None
+    minia3.save_model(minia3.load_model(model), folder, tokenizer)
+    return template
+
+
+def files_chat(folder, template, end):
+    """Return whether a model's files have the template, and what ends a turn as an end token."""
+    tokenizer = minia3.load_tokenizer(folder)
+    ids = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    return tokenizer.chat_template == template and ids == [1, *tokenizer.encode(end)]
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora"])
+def test_what_is_merged_with_a_chat_adapter_chats_in_other_programs(chatting, tmp_path, method):
+    transformers = pytest.importorskip("transformers", reason="another program")
+    base = tmp_path / "base"
+    template = saved_apart(chatting, base)
+    model = minia3.load_model(base)
+    if method == "lora":
+        add_lora(model)
+        save_lora(model, tmp_path / "adapter")
+    else:
+        minia3.save_adapter(model, tmp_path / "adapter")
+    learned = {"messages": "messages", "metric": "perplexity", "chat_template": template}
+    (tmp_path / "adapter" / "task.json").write_text(json.dumps(learned))
+    words = ["merge", base, tmp_path / "adapter", tmp_path / "merged"]
+    assert main([str(word) for word in words]) == 0
+
+    assert files_chat(tmp_path / "merged", template, chatting[1])
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    messages = [{"role": "user", "content": PROMPT}]
+    inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    ids = peer.generate(**inputs, do_sample=False, max_new_tokens=6)[0]
+    assert tokenizer.decode(ids).split()[-1] == chatting[1]
+
+
+def test_a_model_that_was_trained_as_a_whole_chats_in_other_programs(chatting, tmp_path):
+    template = saved_apart(chatting, tmp_path / "base")
+    (tmp_path / "form.jinja").write_text(template)
+    messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "w7"}]
+    (tmp_path / "chats.jsonl").write_text(3 * (json.dumps({"messages": messages}) + "\n"))
+    minia3.train(
+        tmp_path / "base",
+        tmp_path / "chats.jsonl",
+        method="full",
+        chat_template=tmp_path / "form.jinja",
+        steps=1,
+        device="cpu",
+        out=tmp_path / "run",
+    )
+    assert files_chat(tmp_path / "run" / "model", template, chatting[1])
