@@ -77,6 +77,7 @@ def finish_merge(model, merged):
     """Move a merged model to the device of `model`, copy its mode, and record the origin."""
     # For `save_model`, which writes which known model this was made of.
     merged.made_of = getattr(model, "name_or_path", getattr(model, "made_of", None))
+    merged.generation_defaults = getattr(model, "generation_defaults", {})
     if not is_sharded(merged):  # its buffers and rows are in their places already
         merged.to(model.embed.weight.device)
     return merged.train(model.training)

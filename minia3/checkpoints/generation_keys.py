@@ -11,6 +11,8 @@ They are of four kinds:
 
 import warnings
 
+from minia3.files.read import read_json
+
 # Keys of generation_config.json that win over those of config.json
 USED = ("eos_token_id", "decoder_start_token_id")
 
@@ -107,3 +109,14 @@ def generation_settings(raw, config, origin):
         expected = f"the {other_start!r} of config.json"
         raise ValueError(f"{origin}: decoder_start_token_id is {start!r:.80}, expected {expected}")
     return settings
+
+
+def read_defaults(folder):
+    """Return how tokens are searched and drawn by default, as a generation_config.json says it.
+
+    We pass over these keys, but `save_model` hands them on: transformers and servers read them.
+    folder: of a model. The dict is empty if there is no such file, as for a .gguf file.
+    """
+    file = folder / "generation_config.json"
+    raw = read_json(file) if file.exists() else {}
+    return {key: raw[key] for key in (*STRATEGY, *NOT_DONE) if raw.get(key) is not None}

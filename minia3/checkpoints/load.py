@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from minia3.checkpoints.config import from_hf
 from minia3.checkpoints.copies import keep_one_embedding
-from minia3.checkpoints.generation_keys import generation_settings
+from minia3.checkpoints.generation_keys import generation_settings, read_defaults
 from minia3.checkpoints.gguf import read_gguf
 from minia3.checkpoints.hub import find
 from minia3.checkpoints.layout import check_model_folder, weight_files
@@ -126,6 +126,7 @@ def open_checkpoint(name_or_path, dtype=None, n_adapters=1):
     has_own_head = config.own_head or "lm_head.weight" in entries
     model = build_model(replace(config, own_head=has_own_head), n_adapters)
     model.name_or_path = str(name_or_path)
+    model.generation_defaults = read_defaults(path)
     stored = match_tensors(model, entries, path)
     return model, stored, dtype or stored_dtype(stored, is_t5)
 

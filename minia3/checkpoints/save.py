@@ -80,7 +80,8 @@ def save_others(folder, model, dtype, tokenizer):
         raw["_name_or_path"] = str(base)
     write_new_json(folder / "config.json", raw)
     ids = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
-    write_new_json(folder / "generation_config.json", ids)
+    defaults = getattr(model, "generation_defaults", {})
+    write_new_json(folder / "generation_config.json", ids | defaults)
     if tokenizer is not None:
         tokenizer.save(folder)
 

@@ -19,6 +19,7 @@ from conftest import LLAMA_PEERS, PEERS, Peer, logits, off, randomize
 from safetensors.torch import load_file
 
 import minia3
+from minia3.adapters.merge import merge_files
 from minia3.checkpoints.known_models import base_of
 from minia3.checkpoints.save import save_tensors
 
@@ -152,6 +153,25 @@ def test_a_folder_names_the_known_model_that_it_was_made_from(loaded, copy, tmp_
     os.mkdir("killed")
     os.rename("second", "killed/.written")
     assert base_of("killed") == "t5-base"
+
+
+@pytest.mark.filterwarnings("ignore:.*repetition_penalty=1.1. generate writes without it")
+def test_what_is_made_of_a_model_is_written_with_its_defaults_in_other_programs(copy, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="another program")
+    base = copy("llama-gqa")
+    defaults = {"do_sample": True, "temperature": 0.6, "top_k": 7, "repetition_penalty": 1.1}
+    file = base / "generation_config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | defaults))
+    model = minia3.load_model(base)
+    minia3.save_adapter(model, tmp_path / "adapter")
+    merge_files(base, tmp_path / "adapter", tmp_path / "merged file by file")
+    minia3.save_model(model, tmp_path / "saved")
+    minia3.save_model(minia3.merge(minia3.merge(model)), tmp_path / "merged")
+    for name in ("saved", "merged", "merged file by file"):
+        found = transformers.GenerationConfig.from_pretrained(tmp_path / name)
+        assert {key: getattr(found, key) for key in defaults} == defaults
+        assert found.eos_token_id == raw["eos_token_id"]
 
 
 # Shards
