@@ -34,6 +34,7 @@ from minia3.checkpoints.layout import (
     TOOL_TEMPLATE_FILE,
     WEIGHT_FILES,
     check_adapter_folder,
+    is_gguf,
     refuse_file,
     shard_names,
 )
@@ -65,7 +66,7 @@ def find(name_or_path, weights=True):
         finish_writing(path)
         return path
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             refuse_file(path)
         return path
     if not HUB_ID.fullmatch(repo):

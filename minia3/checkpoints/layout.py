@@ -87,6 +87,14 @@ N_NAMES_SHOWN = 5  # files of a folder that a message names
 # What a path leads to, if not to a model or an adapter
 
 
+def is_gguf(path):
+    """Return whether a file is a GGUF. The names of Ollama's files do not say it, but the bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def refuse_file(path):
     """Raise ValueError about a file that was given as a model, and is not a .gguf file."""
     if path.suffix in WEIGHTS_ALONE:

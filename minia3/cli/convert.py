@@ -100,8 +100,10 @@ def convert_model(args):
 
 
 def is_adapter(path):
-    """Return whether a path leads to an adapter. The only model in a single file is .gguf."""
+    """Return whether a path leads to an adapter. The only model in a single file is a GGUF."""
+    from minia3.checkpoints.layout import is_gguf
+
     if path.is_file():
-        return path.suffix != ".gguf"
+        return not is_gguf(path)
     finish_writing(path)
     return (path / "adapter_config.json").exists()

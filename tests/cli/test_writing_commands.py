@@ -158,17 +158,32 @@ def test_a_model_keeps_its_task_file(adapters):
     assert files_in(adapters / "out") == files_in(adapters / "merged")
 
 
-def test_a_model_in_a_file_does_not_take_the_task_that_lies_beside_it(tmp_path, monkeypatch):
+def write_gguf(path, monkeypatch):
+    """Write a small LLaMA."""
     pytest.importorskip("gguf", reason="needs the extra gguf")
     monkeypatch.syspath_prepend(running.ROOT / "tests" / "checkpoints")
     import test_gguf
 
     tensors = test_gguf.gguf_tensors(test_gguf.hf_tensors(test_gguf.make_model()))
     tokens = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.token_type": [2, 3, 1]}
-    test_gguf.write(tmp_path / "small.gguf", tensors, tokens)
+    test_gguf.write(path, tensors, tokens)
+
+
+def test_a_model_in_a_file_does_not_take_the_task_that_lies_beside_it(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "small.gguf", monkeypatch)
     (tmp_path / "task.json").write_text(json.dumps({"prompts": [{"text": "{input}"}]}))
     run("convert", tmp_path / "small.gguf", tmp_path / "out")
     assert "task.json" not in files_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["Small.GGUF", "sha256-0a1b2c"])
+def test_a_gguf_file_may_have_another_name(tmp_path, monkeypatch, name):
+    """Ollama names its files by their sums."""
+    write_gguf(tmp_path / name, monkeypatch)
+    run("convert", tmp_path / name, tmp_path / "out")
+    model, written = minia3.load_model(tmp_path / name), minia3.load_model(tmp_path / "out")
+    assert have_same_parameters(model, written)
+    assert minia3.load_tokenizer(tmp_path / name).pad_id == 2
 
 
 def test_an_adapter_that_a_killed_process_had_written_is_not_taken_for_a_model(adapters):
