@@ -56,10 +56,11 @@ def run(args):
     dtype = None
     if args.dtype is not None:
         dtype = getattr(torch, args.dtype, args.dtype)  # open_checkpoint refuses other words
-    learned = learned_tasks(args.model, args.adapter).values()
-    chat = partial(chat_as_learned, specs=learned)
     with showing("merging"), writing_new_folder(args.out) as folder:
-        if is_lora(args.adapter):
+        has_lora = is_lora(args.adapter)
+        learned = learned_tasks(args.model, args.adapter).values()
+        chat = partial(chat_as_learned, specs=learned)
+        if has_lora:
             if args.dequantize:
                 raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
             model = load_model(args.model, dtype=dtype)
