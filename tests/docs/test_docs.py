@@ -20,6 +20,7 @@ import minia3
 import train
 from minia3.checkpoints.known_models import KNOWN_MODELS, known_model
 from minia3.checkpoints.load import build_model, load_model
+from minia3.cli import plot
 from minia3.cli.main import COMMANDS, main, parse
 from minia3.model.ia3 import vectors
 from minia3.tasks import splits
@@ -54,7 +55,7 @@ OTHER_FLAGS = {
 }
 
 N_PLOTTED = 3  # runs, of two dozen that a page makes
-N_TEST_ROWS = 64  # of the embedded task, in the copy on which commands run
+N_TEST_ROWS = 16  # of the embedded task, in the copy on which commands run
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -299,6 +300,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(splits, "SHIPPED", tmp_path / "data")
     # `minia3 info` would plan for seconds, and no page compares what it plans. test_info.py does.
     monkeypatch.setattr(memory_plan, "planned_memory", lambda *args, **options: 10**9)
+    # Pictures of fewer dots are drawn in half the time. test_plot.py looks at pictures.
+    monkeypatch.setattr(plot, "DPI", 30)
     fork_python(monkeypatch)
     shutil.copy(ROOT / "data" / "pretrain.py", tmp_path / "data" / "pretrain.py")
     return tmp_path
