@@ -22,6 +22,7 @@ from conftest import (
     their_logits,
     tokens,
     with_peft,
+    write_no_card,
 )
 from safetensors.torch import load_file, save_file
 
@@ -55,6 +56,7 @@ def with_lora(name, targets, r=3, lora_alpha=5, **options):
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     options |= {"r": r, "lora_alpha": lora_alpha, "target_modules": targets}
     model = peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
+    model.create_or_update_model_card = write_no_card
     fill({n: p for n, p in model.named_parameters() if ".lora_" in n})
     return model.eval()
 
