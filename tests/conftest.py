@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,6 +213,17 @@ def their_logits(model, source_BM, mask_BM, target_BL):
 
 def make(name, **overrides):
     """Return a random model of transformers in eval mode, with the same weights at every call."""
+    if overrides:
+        return make_anew(name, **overrides)
+    return deepcopy(made(name))  # in half the time
+
+
+@functools.cache
+def made(name):
+    return make_anew(name)
+
+
+def make_anew(name, **overrides):
     import transformers
 
     transformers.logging.set_verbosity_error()
