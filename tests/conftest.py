@@ -131,6 +131,11 @@ def pytest_collection():
     gc.enable()
 
 
+def pytest_unconfigure():
+    """Unfreeze what is imported, or triton would list on stderr that it was not freed."""
+    gc.unfreeze()
+
+
 def pytest_deselected(items):
     for item in items:
         if item.get_closest_marker("slow") is not None:

@@ -41,9 +41,7 @@ def begin(program):
     """
     forget_interrupt()
     require_utf8()
-    # When Python ends, it looks several times for garbage among all objects. After torch was
-    # imported, these are so many that it takes tenths of a second. Frozen objects are passed over.
-    atexit.register(gc.freeze)
+    atexit.register(freeze_objects)
 
     def interrupt(number, frame):
         if is_fragile(frame):
@@ -83,6 +81,17 @@ def was_interrupted():
 def forget_interrupt():
     """Let later exceptions be no fault of the Ctrl-C so far: it has ended an answer only."""
     CtrlC.has_come = False
+
+
+def freeze_objects():
+    """Let Python pass over all objects when it ends, unless triton was imported.
+
+    Python looks several times for garbage. After torch was imported, the objects are so many that
+    it takes tenths of a second. But triton 3.9 prints pages about its objects that were not freed.
+    Parts of torch import it, such as those for AdamW and for deterministic kernels.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def require_utf8():

@@ -84,6 +84,7 @@ def run_all(groups, args):
             print_line(tallies[-1])
         if args.kills or args.faults:
             tallies += disturb(groups, args, folder)
+    gc.unfreeze()  # or triton would list on stderr what was not freed
     n_cases = sum(tally.n_cases for tally in tallies)
     n_failures = sum(len(tally.failures) for tally in tallies)
     print(f"{n_cases:,} cases, {n_failures:,} failures")
