@@ -39,8 +39,12 @@ LACKING = "cases are limited by means that Windows lacks"
 campaign = pytest.importorskip("tests.hostile.campaign", reason=LACKING)
 program = pytest.importorskip("tests.hostile.__main__", reason=LACKING)
 
+# Python 3.12 warns because pyarrow has threads from its import on. It makes them anew in a fork.
+FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 
 @pytest.mark.slow
+@FORKS
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on memory is Linux's")
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_is(name, tmp_path):
@@ -61,6 +65,7 @@ def test_one_case_can_be_repeated(capsys):
     assert first.splitlines()[-1] in (campaign.REFUSED, campaign.READ)
 
 
+@FORKS
 def test_a_case_that_fails_is_counted_and_told(tmp_path, monkeypatch, capsys):
     def read(folder):
         if (folder / "rows.jsonl").read_bytes() != whole:
