@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LLAMA_PEERS, PEERS, Peer, logits, off, randomize, rms, tokens
+from running import in_new_process
 from safetensors.torch import load_file, save_file
 
 import minia3
@@ -20,11 +21,13 @@ from minia3.adapters import fold
 from minia3.adapters.merge import merge, merge_files
 from minia3.adapters.peft_files import write_adapter
 from minia3.adapters.rows import row_of, save_adapter
+from minia3.checkpoints import save as save_module
 from minia3.checkpoints.save import save_tensors
 
 SOURCE = tokens(3, 7)
 TARGET = tokens(3, 5, seed=1)
 MASK = torch.tensor([[True] * 7, [False, False] + [True] * 5, [True] * 4 + [False] * 3])
+SMALL_SHARD = 40_000  # bytes, so that a tiny model has several
 
 
 def extreme(model):
@@ -404,13 +407,30 @@ def test_a_file_that_is_read_back_with_another_bit_is_refused_and_removed(
 def test_a_kill_at_any_moment_leaves_no_checkpoint_or_a_whole_one(
     copy, adapter, tmp_path, monkeypatch
 ):
-    """A child is killed at its first operation on a file of `out`, the next at its second ..."""
-    monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", 40_000)
+    """The kills happen in a process of their own, because a fork must not inherit threads."""
+    monkeypatch.setattr("minia3.checkpoints.save.SHARD_BYTES", SMALL_SHARD)
     folder = copy("t5-v1.0")
     vectors = adapter("t5-v1.0")
     expected = in_memory(folder, vectors, tmp_path / "expected")
-    out = tmp_path / "out"
-    outcomes = []
+    found = in_new_process(merge_and_be_killed, folder, vectors, tmp_path / "out")
+    for error, files in found:
+        # From the rename that completes it on, the checkpoint counts: loading finishes the rest.
+        if error is None:
+            assert files == expected
+        else:
+            assert re.search(r"expected a folder with|no such folder", error)
+    assert len(found) > 20
+    assert files == expected, "the last child is not killed"
+
+
+def merge_and_be_killed(folder, vectors, out):
+    """Merge in children until one is not killed, and return what each of them left.
+
+    A child is killed at its first operation on a file of `out`, the next at its second ... What it
+    left is the error of loading it and None, or None and its files.
+    """
+    save_module.SHARD_BYTES = SMALL_SHARD
+    found = []
     for moment in range(1, 500):
         child = os.fork()
         if child == 0:
@@ -429,19 +449,16 @@ def test_a_kill_at_any_moment_leaves_no_checkpoint_or_a_whole_one(
             finally:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
-        # From the rename that completes it on, the checkpoint counts: loading finishes the rest.
         error = loading_error(out)
-        outcomes.append(error is None)
+        files = None
         if error is None:
             (out / ".lock").unlink(missing_ok=True)
-            assert tree_of_files(out) == expected
-        else:
-            assert re.search(r"expected a folder with|no such folder", error)
+            files = tree_of_files(out)
+        found.append((error, files))
         if status == 0:
             break
         subprocess.run(["rm", "-rf", out], check=True)
-    assert len(outcomes) > 20
-    assert outcomes[-1]
+    return found
 
 
 def loading_error(folder):
