@@ -26,7 +26,8 @@ PLAN_DEFAULTS = {
 MEMORY_NOTE = """\
 The most that tensors take at once, weights included, for {batch} sources of {length} tokens.
 To serve: read the sources and write one token. To train: one step with targets of {target} tokens.
-Python and PyTorch take about 0.3 GB more. On a CPU, the allocator keeps some of what is freed."""
+Python and PyTorch take about 0.3 GB more, or 0.7 GB if PyTorch is built for CUDA.
+On a CPU, the allocator keeps some of what is freed."""
 
 
 def add_arguments(parser):
