@@ -83,6 +83,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path, capsys):
     with at_line(len(executed) // 2, functools.partial(kill_self, signal.SIGINT)):
         assert run(words(out, save_every=4)) == 130
     config = json.loads((out / "config.json").read_text())
+    del config["weights"]  # as in runs of versions before it, whose weights are not compared
     (out / "config.json").write_text(json.dumps(config | {"model": str(model("llama"))}))
     fails(["--resume", out], capsys, "checkpoint.pt", "damaged")
 
