@@ -320,10 +320,10 @@ def find_labels(
 ) -> Labels:
     """Return the labels: of the task file, of the flags, or as the column has them."""
     if spec.labels:
-        words = choice_words(roles.prompts[0])
+        choices = list(map(choice_words, roles.prompts))
+        words = choices[0] or spec.labels
         if flags.labels:
-            words = words_of(spec.labels, flags.labels, words)
-        words = words or spec.labels
+            words = words_of(spec.labels, flags.labels, *choices)
         return Labels(tuple(spec.labels), tuple(words))
     values = columns.values(roles.label)
     names = label_names.get(columns.name_in_file(roles.label), ())
@@ -568,7 +568,8 @@ class Columns:
     def advise_flags(self, columns: Iterable[str]) -> str:
         """Return the flags that say which columns are the input and the target."""
         # The longest texts are the input, most of the time.
-        longest = sorted(columns, key=self.length_of, reverse=True)[:2]
+        with_texts = [name for name in columns if self.length_of(name) > 0]
+        longest = sorted(with_texts, key=self.length_of, reverse=True)[:2]
         if len(longest) < 2:
             return "add a column with the answers"
         for column in longest:
@@ -588,8 +589,8 @@ class Columns:
 
         Lists and objects count nothing, because a prompt cannot name them, only their items.
         """
-        values = [row.get(name, "") for row in self.rows[:20]]
-        return sum(len(str(value)) for value in values if not isinstance(value, list | dict))
+        values = [row.get(name) for row in self.rows[:20]]
+        return sum(len(str(value)) for value in values if isinstance(value, str | int | float))
 
 
 def roots_of(texts: Iterable[str]) -> list[str]:
@@ -616,7 +617,7 @@ def with_flags(spec: TaskSpec, flags: ColumnFlags) -> TaskSpec:
     labels = tuple(spec.labels)
     if flags.labels:
         labels = labels or tuple(flags.labels)
-        words = words_of(labels, flags.labels, choice_words(spec.prompts[0]))
+        words = words_of(labels, flags.labels, *map(choice_words, spec.prompts))
         prompts = with_choices(prompts, Labels(labels, words), is_given=True)
     elif labels:  # a task file may have labels, and no prompt that would have choices
         prompts = with_choices(prompts, Labels(labels, labels), is_given=False)

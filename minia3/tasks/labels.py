@@ -135,15 +135,16 @@ def name_labels(
 
 
 def words_of(
-    labels: Sequence[str], asked: Sequence[str], choices: Sequence[str] = ()
+    labels: Sequence[str], asked: Sequence[str], *choices: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the words of --labels, one for each of the labels that a task has.
 
     They are in the order of the labels. But if they are the labels themselves, in any order, or the
-    words that the task has for them (choices), then each keeps its meaning.
+    words that a prompt of the task has for them, then each keeps its meaning. choices: the words of
+    each prompt.
     """
     word_of_key = {label_key(word): word for word in asked}
-    for words in (labels, choices):
+    for words in (labels, *choices):
         keys = list(map(label_key, words))
         if word_of_key.keys() == set(keys):
             return tuple(word_of_key[key] for key in keys)

@@ -21,8 +21,9 @@ def check_messages(row: dict, needs_answer: bool = True):
     """
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
-        is_text = isinstance(messages, str)  # what pandas writes into a .csv for a list
-        advice = ": save the rows as .jsonl or .parquet, which keep lists" if is_text else ""
+        advice = ""
+        if isinstance(messages, str):
+            advice = ", and not its text (a .csv keeps no lists, but .jsonl and .parquet do)"
         raise ValueError(
             f"'messages' is {messages!r:.60}, expected a list of {{'role': ..., 'content': ...}}"
             f"{advice}"

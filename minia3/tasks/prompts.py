@@ -247,6 +247,8 @@ def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
         if not any(name in field_names(text) for text in prompt.templates):
             continue
         value = fill(f"{{{name}}}", row)
+        if value in ("true", "false") and value not in words:
+            value = value.capitalize()  # a task file may spell them as Python does
         if value not in words:
             raise ValueError(f"{name!r} is {value!r:.40}, expected one of {', '.join(words)}")
         replaced[name] = words[value]

@@ -127,7 +127,7 @@ def read_rows(
                 yield from read_cells(LineReader(file), suffix, keep_empty)
             else:
                 lines = LineReader(file)
-                yield from number_rows(lines, iter(lines), parse_line)
+                yield from number_rows(lines, iter(lines), parse_line, is_blank_line)
 
 
 # Opening
@@ -179,18 +179,19 @@ class LimitedFile(io.RawIOBase):
 
 
 def number_rows(
-    lines: LineReader, records: Iterator, parse: Callable
+    lines: LineReader, records: Iterator, parse: Callable, is_blank: Callable
 ) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield (line number, row or error). A record is a line, or the list of its cells."""
+    """Yield (line number, row or error). A record is a line, or the list of its cells.
+
+    is_blank: a function of a record. Blank ones are passed over.
+    """
     while True:
         number = lines.begin_row()
         try:
             record = next(records, None)
             if record is None:
                 return
-            is_blank = not any(part.strip() for part in record)  # of characters, or of cells
-            # In a file with a single column, "" is an empty cell, and not a blank line.
-            if is_blank and record != [""]:
+            if is_blank(record):
                 continue
             row = parse(record)
         except ValueError as error:
@@ -209,6 +210,10 @@ def explain_csv(error: csv.Error) -> str:
     return text
 
 
+def is_blank_line(line: str) -> bool:
+    return not line.strip()
+
+
 def parse_line(line: str) -> dict:
     row = as_row(parse_json(line))
     if isinstance(row, ValueError):
@@ -222,7 +227,13 @@ def read_cells(
     """Yield (line number, row or error) for a file with a header and cells."""
     header, records = open_cells(lines, suffix)
     parse = partial(parse_cells, header=header, keep_empty=keep_empty)
-    yield from number_rows(lines, records, parse)
+
+    def is_blank(cells):
+        # In a file with a single column, "" is an empty cell. An empty line has no cell at all.
+        is_row = len(header) == 1 and cells == [""]
+        return not is_row and not any(map(str.strip, cells))
+
+    yield from number_rows(lines, records, parse, is_blank)
 
 
 def open_cells(lines: LineReader, suffix: str) -> tuple[list[str], Iterator[list[str]]]:

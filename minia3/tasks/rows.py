@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from minia3.tasks.labels import INTEGER, find_choice, find_user_label
+from minia3.tasks.labels import INTEGER, find_choice, find_user_label, label_text
 from minia3.tasks.messages import check_messages, has_answer
 from minia3.tasks.prompts import (
     Prompt,
@@ -313,7 +313,7 @@ def with_texts(value):
     if isinstance(value, dict):
         return {name: with_texts(entry) for name, entry in value.items()}
     is_number = isinstance(value, int | float) and not is_missing(value)
-    return number_text(value) if is_number else value
+    return label_text(value) if is_number else value
 
 
 def without_target(prompt: Prompt, row: dict) -> Prompt:
@@ -370,13 +370,6 @@ def plain_names(text: str) -> list[str]:
     return [name for name in field_names(text) if root_of(name) == name]
 
 
-def number_text(value: int | float) -> str:
-    """Return a number or a boolean as labels spell it: "3" for 3.0, and "true" for True."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value).removesuffix(".0")
-
-
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):
     """Raise ValueError if the fields of a prompt's text are not texts, or all of them are empty.
 
@@ -400,7 +393,7 @@ def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: s
     for name in names:
         value = row.get(name)
         if isinstance(value, int | float) and not is_missing(value):
-            row[name] = number_text(value)
+            row[name] = label_text(value)  # "3" for 3.0, and "true" for True
         elif not is_text(value):
             found = ""
             if name not in row and name not in in_file:

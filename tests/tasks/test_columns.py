@@ -183,6 +183,17 @@ def test_words_of_a_flag_that_are_the_choices_of_a_task_keep_their_meaning_in_an
     assert changed.prompts[0].choices == ("yes", "good"), "other words are in the order of labels"
 
 
+def test_words_of_a_flag_may_be_the_choices_of_any_prompt(tmp_path):
+    rows = [{"text": "a", "label": word} for word in ("pos", "neg")]
+    prompts = [{"text": "{text}", "choices": words} for words in (["no", "yes"], ["bad", "good"])]
+    entry = {"labels": ["neg", "pos"], "prompts": prompts}
+    task = load_described(tmp_path, entry, *rows, labels="good,bad")
+    assert rendered(task) == [("a", ["bad", "good"], 1), ("a", ["bad", "good"], 0)]
+    learned = load_described(tmp_path, entry, *rows).spec
+    changed = with_flags(learned, ColumnFlags(labels="good,bad"))
+    assert [prompt.choices for prompt in changed.prompts] == [("bad", "good")] * 2
+
+
 @pytest.mark.parametrize("values", [(1, 0), (True, False)])
 def test_integers_and_booleans_have_an_order_of_their_own(values, tmp_path):
     rows = [{"text": "a", "label": value} for value in values]
@@ -494,6 +505,12 @@ def test_such_a_column_has_the_words_of_its_prompt(tmp_path):
     prompts = [{"text": "{idx} {q}", "target": "{Label}", "words": words}]
     task = load_described(tmp_path, {"prompts": prompts}, *rows)
     assert rendered(task) == [("first w", ["no"], 0), ("second w", ["yes"], 0)]
+    # Booleans, too, spelled as in JSON or as in Python.
+    for words in ({"true": "spam", "false": "ham"}, {"True": "spam", "False": "ham"}):
+        prompt = {"text": "{q}", "target": "{is_spam}", "words": {"is_spam": words}}
+        rows = [{"q": "w", "is_spam": value} for value in (True, False)]
+        booleans = load_described(tmp_path, {"prompts": [prompt]}, *rows)
+        assert rendered(booleans) == [("w", ["spam"], 0), ("w", ["ham"], 0)]
     # A row that is to be answered has no label. It was refused, because the label has words.
     row = normalize_row({"q": "w", "idx": 1}, task.spec, PREDICTED, 0)
     assert render(without_target(task.spec.prompts[0], row), row).input == "second w"
@@ -637,6 +654,7 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
             {"context": "so bad", "question": "x", "answers": {"text": ["a long text"]}},
             'say which is which with --input "{context}" --target "{question}", and add --labels',
         ),
+        ({"prompt": "a", "responses": ["b"]}, "add a column with the answers"),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
         ({"instruction": "a", "input": "b"}, "add a column 'output' with the answers"),

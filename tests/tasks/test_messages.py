@@ -69,7 +69,7 @@ def test_a_conversation_with_an_answer_is_accepted(messages):
         ([], r"'messages' is \[\], expected a list"),
         (
             "hi",
-            "'messages' is 'hi', expected a list of .*: save the rows as .jsonl or .par",
+            r"'messages' is 'hi', expected a list of .*, and not its text \(a .csv keeps no lists",
         ),
         (None, "'messages' is None, expected a list"),
         ({"role": "user"}, "expected a list"),
