@@ -115,10 +115,11 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     return result
 
 
-def checked_rows(rows, prompt):
+def checked_rows(rows, prompt, kind="row"):
     """Return rows with an `idx`, which is their place if they have none.
 
-    Raise ValueError if something is not a row, or has no label or no choices to pick from.
+    kind: what a message calls a row. Raise ValueError if something is not a row, or has no label or
+    no choices to pick from.
     """
     if not isinstance(prompt, Prompt):
         raise ValueError(
@@ -128,28 +129,30 @@ def checked_rows(rows, prompt):
     checked = []
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"row {place} is {row!r:.60}, expected {EXPECTED_ROW}")
+            raise ValueError(f"{kind} {place} is {row!r:.60}, expected {EXPECTED_ROW}")
         row = {**row, "idx": row.get("idx", place)}
+        name = f"{kind} {row['idx']}"
         choices = prompt.choices
         if not choices and not prompt.target and "choices" in row:
             choices = as_list(row["choices"])
             if not choices:
-                found = f"row {row['idx']} has the choices {row['choices']!r:.60}"
+                found = f"{name} has the choices {row['choices']!r:.60}"
                 raise ValueError(f"{found}, expected {EXPECTED_ROW}")
-        check_label(row, choices)
+        if "messages" not in row:
+            check_label(name, row, n_choices=len(choices or ("the target",)))
         checked.append(row)
     return checked
 
 
-def check_label(row, choices):
+def check_label(name, row, n_choices):
     """Raise ValueError if a row has no label, or if it is not the place of a choice.
 
-    -1 would be taken for the last choice. choices: None if the row is not answered by picking.
+    -1 would be taken for the last choice. name: of the row, for messages. n_choices: 1 for a
+    target.
     """
-    name = f"row {row['idx']}"
-    if "label" not in row and "messages" not in row:
+    if "label" not in row:
         raise ValueError(f"{name} has no 'label', expected {EXPECTED_ROW}")
-    label = row.get("label", 0)
+    label = row["label"]
     is_index = hasattr(label, "__index__") and not isinstance(label, bool)
     if not is_index:
         raise ValueError(f"{name} has the label {label!r:.40}, expected {EXPECTED_ROW}")
@@ -158,8 +161,8 @@ def check_label(row, choices):
             f"{name} has no label, expected rows with their answers, such as those of "
             "task.evaluation"
         )
-    if choices and label >= len(choices):
-        found = f"{name} has the label {label}, and {len(choices)} choices"
+    if label >= n_choices:
+        found = f"{name} has the label {label}, and the number of its choices is {n_choices}"
         raise ValueError(f"{found}, expected {EXPECTED_ROW}")
 
 
@@ -277,7 +280,7 @@ def with_shots(rows, prompt, shots, tokenizer, max_length):
     The second result is a list, too: the number of shots of each row.
     """
     # A shot has at least one token, so more than max_length shots never fit.
-    prompts = in_context(prompt, checked_rows(shots[:max_length], prompt))
+    prompts = in_context(prompt, checked_rows(shots[:max_length], prompt, "shot"))
     n_shots = [most_shots(row, prompts, tokenizer, max_length) for row in rows]
     pairs = [(row, prompts[n]) for row, n in zip(rows, n_shots, strict=True)]
     return pairs, n_shots

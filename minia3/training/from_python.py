@@ -65,12 +65,16 @@ def given_flags(flags):
     return given
 
 
+def as_python(value):
+    """Return numbers and arrays of NumPy, torch and pandas as numbers and lists of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def read_value(field, value):
     """Return the value of a flag: a path as text, and several values as a tuple."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):  # a number or an array of NumPy, torch or pandas
-        value = value.tolist()
+    value = as_python(value)
     kind = kinds_of(field)[0]
     if isinstance(value, str) and tuple in kinds_of(field):
         try:

@@ -4,7 +4,7 @@ from minia3.tasks.batches import collate
 from minia3.training.cell import Cell
 from minia3.training.config import Config
 from minia3.training.drawing import draw_batches
-from minia3.training.from_python import given_flags
+from minia3.training.from_python import as_python
 from minia3.training.rules import check_config
 
 
@@ -16,9 +16,15 @@ def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_len
 
     Raise ValueError if a row does not fit or a value is out of range.
     """
-    flags = {"batch_size": batch_size, "steps": steps, "seed": seed, "max_length": max_length}
-    name = str(getattr(model, "name_or_path", "")) or Config.model
-    config = Config(model=name, **given_flags(flags))
+    if isinstance(seed, tuple):  # a grid of train.py has several
+        raise ValueError(f"seed is {seed!r:.60}, expected an integer")
+    config = Config(
+        model=str(getattr(model, "name_or_path", "")) or Config.model,
+        batch_size=as_python(batch_size),
+        steps=as_python(steps),
+        seed=as_python(seed),
+        max_length=as_python(max_length),
+    )
     check_config(config)
     examples = draw_batches(Cell(config, task), tokenizer, model)
     return map(collate, examples)

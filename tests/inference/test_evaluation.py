@@ -1,6 +1,7 @@
 """Guards what a run reports. Accuracy, AUC and exact match are what their definitions say, over the
 texts that fit."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -458,8 +459,12 @@ NOT_ROWS = [
     ({**CHOICES, "label": "w5"}, "row 2 has the label 'w5', expected a dict"),
     ({**CHOICES, "label": 1.0}, r"row 2 has the label 1\.0, expected a dict"),
     ({**CHOICES, "label": True}, "row 2 has the label True, expected a dict"),
-    ({**CHOICES, "label": 2}, "row 2 has the label 2, and 2 choices, expected a dict"),
+    ({**CHOICES, "label": 2}, "row 2 has the label 2, and the number of its choices is 2, expe"),
     ({**CHOICES, "label": -1}, "row 2 has no label, expected rows with their answers"),
+    (
+        {"input": "w4", "target": "w5", "label": 1},
+        "row 2 has the label 1, and the number of its choices is 1",
+    ),
     ({"input": "w4", "choices": "w5", "label": 0}, "row 2 has the choices 'w5', expected a dict"),
     ({"input": "w4", "choices": None, "label": 0}, "row 2 has the choices None, expected a dict"),
     ({"choices": ["w5"], "label": 0}, "the row has no field 'input'"),
@@ -474,6 +479,7 @@ def test_rows_that_are_made_by_hand_are_checked(ours, row, message):
     assert found == evaluate(ours.model, ours.tokenizer, numbered(good), PROMPT, metric="accuracy")
     with pytest.raises(ValueError, match=f"^{message}"):
         evaluate(ours.model, ours.tokenizer, [*good, row], PROMPT, metric="accuracy")
+    message = re.sub("^row", "shot", message)
     with pytest.raises(ValueError, match=f"^{message}"):
         evaluate(ours.model, ours.tokenizer, good, PROMPT, metric="accuracy", shots=[*good, row])
 

@@ -48,6 +48,10 @@ def test_a_loop_of_your_own_over_public_functions_is_train_py(kind, tmp_path):
     [
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"steps": 0}, "--steps is 0"),
+        ({"steps": None}, "--steps is None, expected int"),
+        ({"max_length": None}, "--max-length is None, expected int"),
+        ({"seed": np.arange(2)}, r"--seed is \[0, 1\], expected int"),
+        ({"seed": (0, 1)}, r"seed is \(0, 1\), expected an integer"),
         ({"max_length": 1}, "does not fit into max_length 1"),
     ],
 )
