@@ -20,7 +20,7 @@ from minia3.cli.arguments import (
 )
 from minia3.cli.terminal import show
 from minia3.files.processes import dividing, from_first, is_first, n_processes
-from minia3.files.program import forget_interrupt
+from minia3.files.program import forget_interrupt, was_interrupted
 from minia3.files.read import reading
 from minia3.files.streams import is_terminal
 from minia3.tasks.text_lines import decode
@@ -239,8 +239,12 @@ class Generator:
         forget_interrupt()
         try:
             output = self.answer([text], messages)
-        except (ValueError, KeyboardInterrupt) as reason:
-            show(f"[{str(reason) or 'stopped'}]")  # KeyboardInterrupt has no text
+        except (KeyboardInterrupt, Exception) as reason:
+            if isinstance(reason, KeyboardInterrupt) or was_interrupted():
+                reason = "stopped"
+            elif not isinstance(reason, ValueError):
+                raise
+            show(f"[{reason}]")
             return
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": output})

@@ -79,7 +79,7 @@ def was_interrupted():
 
 
 def forget_interrupt():
-    """Let later exceptions be no fault of the Ctrl-C so far: it has ended an answer only."""
+    """Forget a Ctrl-C that has ended only an answer, so that later errors are reported as such."""
     CtrlC.has_come = False
 
 

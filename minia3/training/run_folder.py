@@ -244,9 +244,10 @@ def checksums_of_run(cells, config):
 
 
 def digest_weights(config):
-    """Return a checksum of samples of the weights of --model, or None if no resumed run needs it.
+    """Return a checksum of samples of the weights of --model, or None.
 
-    A model of the hub has no path on this machine, and --method full has all weights in its state.
+    It is None for a model of the hub, which has no path on this machine, and for --method full,
+    which has all weights in its state.
     """
     paths = local_weights(config.model)
     if not paths or config.method == "full":
@@ -257,10 +258,10 @@ def digest_weights(config):
 def check_same_weights(folder, digest, config):
     """Raise ValueError if config.json has another digest of the weights than a resumed run finds.
 
-    It has none if an earlier version wrote it, or if the model came from the hub.
+    If an earlier version wrote it, it does not say, and nothing is compared.
     """
-    recorded = read_run_config(folder).get("weights")
-    if None not in (recorded, digest) and recorded != digest:
+    recorded = read_run_config(folder).get("weights", digest)
+    if recorded != digest:
         raise ValueError(
             f"{folder}: the weights of {config.model} have changed since this run began: "
             "restore them, or begin a new run"

@@ -20,6 +20,7 @@ from conftest import randomize
 
 import minia3
 from minia3.cli.main import main
+from minia3.files.program import CtrlC
 from minia3.inference import decoding
 
 PROMPTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
@@ -266,6 +267,35 @@ def test_an_answer_that_ctrl_c_ends_before_it_is_printed_is_stopped(flags, capsy
     monkeypatch.setattr(decoding, "generate_pieces", interrupt)
     Terminal(monkeypatch, "w3")
     assert output(capsys, "generate", running.model("t5"), *flags) == "[stopped]\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_an_answer_that_ends_in_an_error_of_torch_after_ctrl_c_is_stopped(
+    error, capsys, monkeypatch
+):
+    """And the conversation continues: an error of the next message is an error."""
+    errors = [error("could not determine the shape"), ValueError("too long")]
+
+    def fail(*_):
+        monkeypatch.setattr(CtrlC, "has_come", len(errors) == 2)
+        raise errors.pop(0)
+
+    monkeypatch.setattr(decoding, "generate_pieces", fail)
+    Terminal(monkeypatch, "w3", "w4")
+    out = output(capsys, "generate", running.model("t5"))
+    assert out.splitlines() == ["[stopped]", "[too long]"]
+
+
+def test_ctrl_c_in_an_answer_is_no_excuse_for_a_later_error(capsys, monkeypatch):
+    """A message without an answer forgets it, so what fails afterwards is told."""
+
+    def fail(*_):
+        raise ValueError("too long")
+
+    monkeypatch.setattr(decoding, "generate_pieces", fail)
+    monkeypatch.setattr(CtrlC, "has_come", True)
+    Terminal(monkeypatch, "w3")
+    assert output(capsys, "generate", running.model("t5")) == "[too long]\n"
 
 
 def test_a_message_that_cannot_be_answered_is_forgotten(capsys, monkeypatch, tmp_path):

@@ -4,7 +4,6 @@ line and exit code 2, a failure is one line and 1, and pipes and Ctrl-C make no 
 import argparse
 import atexit
 import errno
-import gc
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from running import ROOT
 
 from minia3.cli import info
 from minia3.cli.main import COMMANDS, main, parse
-from minia3.files.program import begin, forget_interrupt
+from minia3.files.program import begin, forget_interrupt, freeze_objects
 
 EXAMPLES = {
     name: shlex.split(command.EXAMPLE.removeprefix("minia3 ")) for name, command in COMMANDS.items()
@@ -42,7 +41,7 @@ def _program(monkeypatch):
     begin("minia3")
     yield
     signal.signal(signal.SIGINT, before)
-    atexit.unregister(gc.freeze)
+    atexit.unregister(freeze_objects)
     forget_interrupt()
 
 

@@ -286,6 +286,15 @@ def test_other_weights_than_a_run_began_with_are_refused(begun, capsys):
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("recorded", [None, "another"])
+def test_a_run_that_began_with_weights_of_elsewhere_is_refused(begun, capsys, recorded):
+    """None stands for weights of the hub: a folder may have their name now."""
+    out, model = begun
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"weights": recorded}))
+    fails(["--resume", out], capsys, f"the weights of {model} have changed")
+
+
 def test_weights_that_were_only_copied_again_are_not_refused(begun):
     out, model = begun
     shutil.rmtree(model)
