@@ -45,7 +45,7 @@ LONGEST_WAIT = 600  # seconds without news of a download
 
 # Two parts with one slash between them, as in `org/name`. The first part does not begin like a path
 # (`./x`, `~/x`), and the second does not end in .gguf, because that is a file that does not exist.
-HUB_ID = re.compile(r"[^/.~][^/]*/[^/]*(?<!\.gguf)")
+HUB_ID = re.compile(r"[^/.~][^/]*/[^/]*(?<!\.(?i:gguf))")
 
 
 def find(name_or_path, weights=True):

@@ -12,7 +12,7 @@ A folder with params.json and consolidated.*.pth is in Meta's layout instead (me
 import os
 from pathlib import Path
 
-from minia3.files.read import read_json
+from minia3.files.read import read_json, reading
 
 # A folder with either file holds a model: in Hugging Face's layout, or in Meta's.
 CONFIG_FILES = ("config.json", "params.json")
@@ -91,7 +91,7 @@ def is_gguf(path):
     """Return whether a file is a GGUF. The names of Ollama's files do not say it, but the bytes."""
     if path.suffix.lower() == ".gguf":
         return True
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return file.read(4) == b"GGUF"
 
 

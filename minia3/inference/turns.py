@@ -1,9 +1,11 @@
 """Let the token or text that ends a turn in a chat template end an answer, too."""
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from minia3.files.read import reading
 from minia3.tasks.task import TaskSpec
 
 
@@ -43,9 +45,14 @@ def chat_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
 
     specs: the tasks that the model has learned. Programs that do not know task.json take the chat
     template from the tokenizer's files, and the end tokens from generation_config.json. Without
-    these they would ask in another form, and an answer would not end.
+    these they would ask in another form, and an answer would not end. A text that ends a turn, but
+    is no token, has no place there.
+
+    Raise ValueError if jinja2 is missing, without which nobody knows what ends a turn.
     """
     for spec in specs:
         if spec.messages and tokenizer is not None:
+            with reading("chat_template", extra="chat"):
+                importlib.import_module("jinja2")
             tokenizer.chat_template = spec.chat_template or tokenizer.chat_template
             end_answers(model, tokenizer)

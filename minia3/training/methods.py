@@ -77,10 +77,8 @@ def save_trained(group, cell, folder):
     elif method == "lora":
         save_lora(group.model, folder, cell.config.model)
     else:
-        config = group.model.config
         chat_as_learned(group.model, group.tokenizer, [spec for _, spec in specs])
         save_model(group.model, folder, group.tokenizer)
-        group.model.config = config  # or other rows of the run would end otherwise than before
     # So that `predict` puts further rows into the same words, and `generate` knows whether the
     # adapter has learned to end a text.
     write_task_file(folder, specs)

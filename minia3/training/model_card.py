@@ -225,14 +225,15 @@ def shown_model(name):
 def code_of_base(name, auto_class):
     """Return the lines of code that load the base with transformers.
 
-    transformers does not find the embedded model, and reads no .gguf file as it stands and no
+    transformers does not find the embedded model, and reads no GGUF file as it stands and no
     folder in Meta's layout: `minia3 convert` makes a folder that it reads.
     """
     base = public_name(name)
     comment = ""
     is_folder = os.path.isdir(name)
     is_meta = is_folder and not os.path.exists(os.path.join(name, "config.json"))
-    if base == "tiny-t5" or is_meta or name.endswith(".gguf"):
+    is_gguf = os.path.isfile(name) or name.endswith(".gguf")  # no other model is a single file
+    if base == "tiny-t5" or is_meta or is_gguf:
         folder = f"{os.path.splitext(os.path.basename(base))[0]}-converted"
         command = shlex.join(["minia3", "convert", base, folder])
         comment = f"# transformers reads a folder that this command makes: {command}\n"

@@ -435,7 +435,7 @@ def test_a_name_that_leads_nowhere_is_refused_with_the_nearest_known_name(tmp_pa
     file = tmp_path / "sub" / "weights.pt"
     file.write_text("")
     expected = "no such folder, .gguf file, hub id (org/name) or known name. `minia3 info --list`"
-    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf"):
+    for name in ("xyzzy", "./not/there", tmp_path / "model.gguf", "sub/Small.GGUF"):
         assert refusal(minia3.load_model, name).startswith(f"{name}: {expected}")
     for name in (file, "sub/weights.pt"):
         message = refusal(minia3.load_model, name)

@@ -2,6 +2,7 @@
 has learned to chat say how, for programs that do not know task.json."""
 
 import json
+import sys
 
 import pytest
 import running
@@ -98,6 +99,18 @@ def test_what_is_merged_with_a_chat_adapter_chats_in_other_programs(chatting, tm
     inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
     ids = peer.generate(**inputs, do_sample=False, max_new_tokens=6)[0]
     assert tokenizer.decode(ids).split()[-1] == chatting[1]
+
+
+def test_without_jinja2_a_chat_adapter_is_not_merged(chatting, tmp_path, monkeypatch, capsys):
+    """Nobody knows then what ends a turn. The merged model would never stop in other programs."""
+    model = minia3.load_model(chatting[0])
+    minia3.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "task.json").write_text(json.dumps({"messages": "messages"}))
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    words = ["merge", chatting[0], tmp_path / "adapter", tmp_path / "merged"]
+    assert main([str(word) for word in words]) == 2
+    assert "pip install 'minia3[chat]'" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_model_that_was_trained_as_a_whole_chats_in_other_programs(chatting, tmp_path):

@@ -359,6 +359,13 @@ def test_the_code_for_the_embedded_model_runs(tmp_path, monkeypatch):
     assert len(list(run_blocks(make_card(), tmp_path, monkeypatch))) == 2
 
 
+def test_a_gguf_base_may_have_any_name(tmp_path):
+    for name in ("Small.GGUF", "sha256-12ab"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        text = make_card(train.Config(model=str(tmp_path / name)), {"architecture": "Llama"})
+        assert f"minia3 convert {name} " in text
+
+
 @pytest.mark.slow
 def test_the_code_for_a_gguf_base_runs_after_the_command_that_it_shows(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs the extra gguf")
