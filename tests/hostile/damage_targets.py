@@ -705,7 +705,9 @@ def input_of(row):
 
 
 def as_text(value):
-    """Return the text that a number is read as."""
+    """Return the text that a number or a boolean is read as: "3" for 3.0, and "true" for True."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return value if isinstance(value, str) else str(value).removesuffix(".0")
 
 
