@@ -131,8 +131,15 @@ class Signals:
             self.hook_before(dropped)
 
     def send_again(self, number):
-        """Send a signal whose Stopped was dropped, unless the run has been stopped meanwhile."""
-        if self.is_dropped:
+        """Send a signal whose Stopped was dropped, unless the run has been stopped meanwhile.
+
+        It goes to the main thread, where it also ends a call that waits, such as a download.
+        """
+        if not self.is_dropped:
+            return
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident, number)
+        else:  # Windows, where a signal ends no call that waits
             signal.raise_signal(number)
 
     @contextmanager
