@@ -298,7 +298,7 @@ def check_values(prompt: Prompt, row: dict):
 
 
 def write_items(row: dict, prompts: Iterable[Prompt]):
-    """Make texts of the numbers in lists and objects of which a prompt uses items: {answers[0]}."""
+    """Turn numbers into texts in the lists and objects that prompts index, as in {answers[0]}."""
     templates = chain.from_iterable(prompt.templates for prompt in prompts)
     for name in chain.from_iterable(map(field_names, templates)):
         root = root_of(name)

@@ -133,13 +133,14 @@ class Signals:
     def send_again(self, number):
         """Send a signal whose Stopped was dropped, unless the run has been stopped meanwhile.
 
-        It goes to the main thread, where it also ends a call that waits, such as a download.
+        It is sent to the main thread, so that it also interrupts a blocking call there, such as a
+        download.
         """
         if not self.is_dropped:
             return
         if hasattr(signal, "pthread_kill"):
             signal.pthread_kill(threading.main_thread().ident, number)
-        else:  # Windows, where a signal ends no call that waits
+        else:  # On Windows, a signal cannot interrupt a blocking call.
             signal.raise_signal(number)
 
     @contextmanager

@@ -256,13 +256,13 @@ def interrupted_within_torch(*args, **options):
     raise RuntimeError("trying to pop from empty mode stack")
 
 
-WAITED_TO_THE_END = []  # calls of `interrupted_in_a_finalizer` that no signal has ended
+WAITED_TO_THE_END = []  # calls of `interrupted_in_a_finalizer` that no signal has interrupted
 
 
 def interrupted_in_a_finalizer(*args, **options):
     """A call in which Ctrl-C arrives while a `__del__` runs, whose exceptions Python drops.
 
-    Then it waits, and the signal that comes again ends it.
+    Then it blocks, until the signal that is sent again interrupts it.
     """
 
     class Finalized:
