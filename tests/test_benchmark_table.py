@@ -4,7 +4,6 @@ import json
 import os
 import re
 from dataclasses import replace
-from datetime import date
 
 import pytest
 import torch
@@ -90,8 +89,9 @@ def test_several_runs_stand_side_by_side():
     c = record_of({STEP: step_row(1.15)}, date="2026-01-04 03:04")
     text = table.markdown([a, b, c])
     lines = text.splitlines()
-    assert lines[2] == "| date | 2026-01-02 03:04 | 2026-01-03 03:04 | 2026-01-04 03:04 |"
-    assert lines[4].startswith("| threads, memory, system | 1 of 2 cores, 8 GB, Linux 6.1.0 |")
+    assert lines[:2] == ["#### a core", ""]
+    assert lines[4] == "| date | 2026-01-02 03:04 | 2026-01-03 03:04 | 2026-01-04 03:04 |"
+    assert lines[6].startswith("| threads, memory, system | 1 of 2 cores, 8 GB, Linux 6.1.0 |")
     assert "Run A reaches 2 of 2 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
     assert "Run C reaches 0 of 1 goals; beyond the floor: 0, beyond the kernels alone: 0." in lines
     assert "The runs are of 2 different commits." in lines
@@ -142,12 +142,44 @@ def test_runs_that_measured_less_or_other_floors_and_kernels_stand_beside_a_new_
     assert text.endswith("| 1.60 s copying the files (80%) | 2.50 | 1.80 s folding (90%) | 2.22 |")
 
 
-def test_runs_of_one_day_with_other_releases_of_torch_have_other_files(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
-    file = benchmarks.published_file()
-    assert file == table.PUBLISHED / f"{date.today()}-torch-2.13.0.json"
-    monkeypatch.setattr(torch, "__version__", "2.15.0")
-    assert benchmarks.published_file() == table.PUBLISHED / f"{date.today()}-torch-2.15.0.json"
+def test_runs_of_one_day_have_other_files_if_torch_or_the_processor_is_another(monkeypatch):
+    described = {"processor": "Intel(R) Xeon(R) Processor"}
+    monkeypatch.setattr(table, "describe_machine", lambda device: described)
+    file = table.published_file("2026-01-02", "2.13.0+cpu", "cpu")
+    assert file == table.PUBLISHED / "2026-01-02-intel-xeon-torch-2.13.0.json"
+    file = table.published_file("2026-01-02", "2.15.0", "cpu")
+    assert file == table.PUBLISHED / "2026-01-02-intel-xeon-torch-2.15.0.json"
+    described["accelerator"] = "NVIDIA H100"
+    file = table.published_file("2026-01-02", "2.15.0", "cuda")
+    assert file == table.PUBLISHED / "2026-01-02-nvidia-h100-torch-2.15.0.json"
+
+
+def test_another_processor_has_a_table_of_its_own():
+    def on(processor, date):
+        return record_of({STEP: step_row()}, date=date, machine={**machine_of, **processor})
+
+    machine_of = record_of({}).about["machine"]
+    xeon = on({"processor": "Intel(R) Xeon(R) Processor"}, "2026-01-01 03:04")
+    first = on({"processor": "AMD EPYC"}, "2026-01-02 03:04")
+    second = on({"processor": "AMD EPYC"}, "2026-01-03 03:04")
+    lines = table.markdown([xeon, first, second]).splitlines()
+    heads = [line for line in lines if line.startswith(("####", "| run", "| line"))]
+    assert heads[:2] == ["#### AMD EPYC", "| run | A | B |"]
+    assert heads[2].startswith("| line | ours | theirs | theirs / ours, A | theirs / ours, B |")
+    assert heads[3:5] == ["#### Intel Xeon", "| run | C |"]
+    assert heads[5].startswith("| line | ours | theirs | theirs / ours, C | goal |")
+    reached = [line.partition(" reaches")[0] for line in lines if " reaches " in line]
+    assert reached == ["Run A", "Run B", "Run C"]
+
+
+def test_the_table_of_the_readme_is_of_the_processor_with_the_most_runs():
+    row = {title: step_row() for title in table.README_TITLES}
+    slower = {title: replace(step_row(), ours=9.0) for title in table.README_TITLES}
+    machine_of = record_of({}).about["machine"]
+    records = [record_of(row), record_of(row, date="2026-01-03 03:04")]
+    other = record_of(slower, date="2026-01-01 03:04", machine={**machine_of, "processor": "b"})
+    assert table.markdown_of_readme([other, *records]) == table.markdown_of_readme(records)
+    assert "| 9.00 s |" in table.markdown_of_readme([other])
 
 
 def test_the_oldest_run_comes_first_whatever_its_name(tmp_path, monkeypatch):

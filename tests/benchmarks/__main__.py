@@ -93,7 +93,7 @@ def measure(args):
         torch.set_num_threads(args.threads)
     path = args.json
     if args.publish:
-        path = published_file()
+        path = table.published_file(date.today(), torch.__version__, args.device)
     try:
         record = begin_or_continue(settings_of(args), path)
     except ValueError as error:
@@ -121,12 +121,6 @@ def in_order(models, lines):
     slowly (minia3/model/single_row.py).
     """
     return sorted(itertools.product(models, lines), key=lambda pair: pair[1] in COMPILES)
-
-
-def published_file():
-    """Return where a run of today with this torch is published."""
-    release, _, _ = torch.__version__.partition("+")
-    return table.PUBLISHED / f"{date.today()}-torch-{release}.json"
 
 
 def settings_of(args):

@@ -1,5 +1,7 @@
 """Show runs of the table side by side, as Markdown, so that a reader sees what noise is.
 
+Only runs on the same processor stand side by side: another processor has a table of its own.
+
 python -m tests.benchmarks table A.json B.json
 python -m tests.benchmarks table                the runs in tests/benchmarks/published/
 python -m tests.benchmarks table --write        those, in the README and docs/performance.md
@@ -14,6 +16,7 @@ from string import ascii_uppercase
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.model.t5 import T5Config
 from tests.benchmarks.lines import goal_of
+from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +65,13 @@ def read_records(files=()):
     return sorted(records, key=lambda record: record.about["date"])
 
 
+def published_file(today, torch_version, device):
+    """Return where a run of this date (a text), torch and device is published."""
+    release, _, _ = torch_version.partition("+")
+    words = re.findall("[a-z0-9]+", processor_of(describe_machine(device)).lower())
+    return PUBLISHED / f"{today}-{'-'.join(words)}-torch-{release}.json"
+
+
 def write_pages(files=()):
     """Write the tables of records into the README and the page about performance."""
     records = read_records(files)
@@ -75,15 +85,41 @@ def with_table(text, place, table):
 
 
 def markdown(records):
-    """Return the whole table of one or several Records."""
+    """Return the whole table of one or several Records: one table for each processor."""
+    tables = []
+    letters = ascii_uppercase
+    for processor, on_processor in by_processor(records).items():
+        tables.append(f"#### {processor}\n\n" + table_of_runs(on_processor, letters))
+        letters = letters[len(on_processor) :]
+    return "\n".join(tables)
+
+
+def by_processor(records):
+    """Return {name of a processor: its Records}. The one with the most runs comes first."""
+    groups = {}
+    for record in records:
+        groups.setdefault(processor_of(record.about["machine"]), []).append(record)
+    return dict(sorted(groups.items(), key=lambda group: len(group[1]), reverse=True))
+
+
+def processor_of(machine):
+    """Return the name of the processor that computed, as short as one says it."""
+    name = machine.get("accelerator") or machine["processor"]
+    return re.sub(r"\((R|TM)\)| Processor$", "", name)
+
+
+def table_of_runs(records, letters):
+    """Return the table of Records on the same processor, whose names are the first of letters."""
     titles = {title: None for record in records for title in record.rows}
     rows = [table_row(title, records) for title in titles]
-    parts = [heading(records), "", summary(records), "", column_names(records), *rows]
-    return "\n".join(parts) + "\n"
+    parts = [heading(records, letters), summary(records, letters)]
+    parts.append("\n".join([column_names(records, letters), *rows]))
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown_of_readme(records):
-    """Return the short table of the README."""
+    """Return the short table of the README. It is of the processor with the most runs."""
+    records = next(iter(by_processor(records).values()))
     lines = [README_HEAD, "|---|---|---|---|"]
     for title in README_TITLES:
         _, title_of_line = title.split(", ", 1)
@@ -99,17 +135,14 @@ def markdown_of_readme(records):
 # What the runs were measured on
 
 
-def heading(records):
+def heading(records, letters=ascii_uppercase):
     """Return a small table that has a column for each run."""
-    lines = [line_of(["run", *letters(records)]), "|---" * (len(records) + 1) + "|"]
+    names = letters[: len(records)]
+    lines = [line_of(["run", *names]), "|---" * (len(records) + 1) + "|"]
     for name, describe in DESCRIPTIONS.items():
         lines.append(line_of([name, *[describe(record.about) for record in records]]))
     lines.append(line_of(["best roof", *[roof_of(record) for record in records]]))
     return "\n".join(lines)
-
-
-def letters(records):
-    return ascii_uppercase[: len(records)]
 
 
 def describe_processor(about):
@@ -157,11 +190,11 @@ DESCRIPTIONS = {  # name of the line: function of what a Record is about
 }
 
 
-def summary(records):
+def summary(records, letters=ascii_uppercase):
     """Return how many goals each run reaches, and how many no code can reach."""
     counts = []
     n_disturbed = 0
-    for letter, record in zip(letters(records), records, strict=True):
+    for letter, record in zip(letters, records, strict=False):
         goals = {title: goal_of_title(title) for title in record.rows}
         goals = {title: goal for title, goal in goals.items() if goal.ratio is not None}
         n_reached = sum(goal.is_reached(record.rows[title]) for title, goal in goals.items())
@@ -184,8 +217,8 @@ def summary(records):
 # Lines
 
 
-def column_names(records):
-    ratios = [f"theirs / ours, {letter}" for letter in letters(records)]
+def column_names(records, letters=ascii_uppercase):
+    ratios = [f"theirs / ours, {letter}" for letter in letters[: len(records)]]
     names = ["line", "ours", "theirs", *ratios, "goal", "reached"]
     names += ["floor of ours", "bound by floor", "kernels of ours alone", "bound by kernels"]
     return line_of(names) + "\n" + "|---" * len(names) + "|"
