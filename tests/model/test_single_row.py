@@ -73,6 +73,25 @@ def test_a_processor_without_a_fast_product_keeps_onednn(monkeypatch):
         assert has_onednn()
 
 
+@pytest.mark.parametrize(
+    ("version", "instructions", "has_tiles", "expected"),
+    [
+        ((2, 13), "AVX512", False, True),
+        ((2, 13), "AVX512", True, False),
+        ((2, 13), "AVX2", False, False),
+        ((2, 12), "AVX512", False, False),
+    ],
+)
+def test_which_processors_have_a_fast_product(
+    version, instructions, has_tiles, expected, monkeypatch
+):
+    monkeypatch.setattr(single_row, "TORCH", version)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    found = {"amx_tile": has_tiles}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert single_row.has_fast_product() == expected
+
+
 def test_onednn_is_as_before_after_an_error_and_if_it_was_off():
     with pytest.raises(KeyError), fast_products(1, WEIGHT):
         raise KeyError
