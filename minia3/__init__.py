@@ -6,7 +6,7 @@ when they are first used (PEP 562), so `import minia3` does not import torch.
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {  # public name: its module
     "train": "minia3.training.from_python",
