@@ -201,7 +201,7 @@ assert difference < 1e-6
 # %% [markdown]
 # T5 and LLaMA repair this in two ways. **T5 adds a bias** to each score, a learned number that
 # depends on the distance between the two tokens. **Predict:** a bias of $\log 2$ on the left
-# neighbour doubles its odds. For "ball" this neighbour is "green", whose $e^5$ becomes $2e^5$. The
+# neighbor doubles its odds. For "ball" this neighbor is "green", whose $e^5$ becomes $2e^5$. The
 # first entry of the output adds the weights of both colours:
 # $(2e^5 + e^3) / (2e^5 + e^2 + e^3 + 1) \approx 0.974$.
 

@@ -21,7 +21,7 @@ from minia3.training.run_folder import RunExists
 from minia3.training.shown_commands import COMMAND
 from minia3.training.study_file import given_words, read_studies
 
-TITLE = "Make the runs that a file describes, or a share of them"
+TITLE = "Carry out the runs that a file describes, or a share of them"
 EXAMPLE = "minia3 study study.toml --run 1/6"
 STATES = ("finished", "failed", "begun", "to come")
 N_WORKERS = 1
@@ -61,7 +61,7 @@ def add_arguments(parser):
         "--only",
         default="*",
         metavar="PATTERN",
-        help="leave out runs whose names do not match, as in --only 'ia3-*' (default: all runs)",
+        help="take only runs whose names match, as in --only 'ia3-*' (default: all runs)",
     )
     parser.add_argument(
         "--workers",

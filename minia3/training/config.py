@@ -64,8 +64,8 @@ class Config:
     model: str = flag("tiny-t5", "known name (t5-base ...), hub id, model folder, or .gguf file")
     task: str | tuple = flag(
         "same-colour",
-        "known task (rte ...), file of rows, folder, or task file (task.json); commas separate "
-        "several tasks",
+        "known task (rte ...), file of rows, folder, task file (task.json), or data set of the hub "
+        "(hf:user/name); commas separate several tasks",
     )
     input: str | None = flag(
         None,
@@ -114,7 +114,7 @@ class Config:
         "for several tasks: each (an adapter per task) or one (an adapter for their mixture)",
         one_of=("each", "one"),
     )
-    cap: int = flag(2**16, "a mixture draws a larger task as if it had this many rows", at_least=1)
+    cap: int = flag(2**16, "a mixture counts a task as having at most this many rows", at_least=1)
     seed: int | tuple = flag(
         0,
         "seed of shots, order, prompts and dropout; commas separate several seeds",
