@@ -24,6 +24,7 @@ from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader
 
 CSV = {"strict": True}  # an error for a quote that is never closed
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+QUOTE_AFTER_SPACE = re.compile(' +"')  # see CellReader
 DELIMITERS = (",", ";", "\t")  # that a .csv file may have
 
 # What an error of the csv module has in its text -> what it means.
@@ -80,7 +81,7 @@ def remedy(path: Path) -> str:
 
 
 def not_read(path: Path) -> ValueError:
-    """Return the error for a file that has not the suffix of a file of rows."""
+    """Return the error for a file whose suffix is not one that we read."""
     found = f"{path.suffix} is not read" if path.suffix else "the name has no suffix"
     advice = f": {remedy(path)}" if remedy(path) else ""
     return ValueError(f"{path}: {found}{advice}; expected {FORMATS}")
@@ -98,10 +99,11 @@ def read_rows(
     - .json: a list of objects, or an object with such a list; otherwise the same as .jsonl.
     - .csv: a header, and cells with commas between them, or semicolons, or tabs. An empty cell
       counts as missing. `choices` (or `Choices`) is a JSON list, or texts with | between them.
+      The spaces before a quoted cell are left out.
     - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
     - .parquet and .arrow: see `read_table_rows`.
 
-    keep_empty: an empty cell is an empty text, and not missing.
+    keep_empty: an empty cell is an empty text, and not missing; and spaces before a quote stay.
 
     A byte order mark, Windows line ends and blank lines are ignored. A row that is larger than
     16 MB, or not UTF-8, or not JSON in a .json file, is the last to be read. Raise ValueError if
@@ -225,7 +227,7 @@ def read_cells(
     lines: LineReader, suffix: str, keep_empty: bool
 ) -> Iterator[tuple[int, dict | ValueError]]:
     """Yield (line number, row or error) for a file with a header and cells."""
-    header, records = open_cells(lines, suffix)
+    header, records = open_cells(lines, suffix, skips_spaces=not keep_empty)
     parse = partial(parse_cells, header=header, keep_empty=keep_empty)
 
     def is_blank(cells):
@@ -236,8 +238,13 @@ def read_cells(
     yield from number_rows(lines, records, parse, is_blank)
 
 
-def open_cells(lines: LineReader, suffix: str) -> tuple[list[str], Iterator[list[str]]]:
-    """Return the header of a file, and an iterator of the cells of each row."""
+def open_cells(
+    lines: LineReader, suffix: str, skips_spaces: bool = True
+) -> tuple[list[str], Iterator[list[str]]]:
+    """Return the header of a file, and an iterator of the cells of each row.
+
+    skips_spaces: whether the spaces before a quoted cell of a .csv file are left out.
+    """
     allow_long_cells()
     rest = iter(lines)
     filled = filter(str.strip, rest)
@@ -247,8 +254,39 @@ def open_cells(lines: LineReader, suffix: str) -> tuple[list[str], Iterator[list
         if EXCEL_LINE.fullmatch(first_lines[0]):
             first_lines = [next(filled, "")]
         dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
-    records = csv.reader(chain(first_lines, rest), **dialect)
+    all_lines = chain(first_lines, rest)
+    if suffix == ".csv" and skips_spaces:
+        records = CellReader(all_lines, dialect)
+    else:
+        records = csv.reader(all_lines, **dialect)
     return read_header(records), records
+
+
+class CellReader:
+    """An iterator of the cells of each row of a .csv file.
+
+    People put a space after a comma, as in `1, "a, b"`. The csv module takes the quotes for a part
+    of the text then, and the comma between them for the end of a cell. So a row that has a quote
+    after a space is read once more, without the spaces that follow the delimiters. In other rows,
+    such spaces belong to the cells.
+    """
+
+    def __init__(self, lines: Iterator[str], dialect: dict):
+        self.lines = lines
+        self.dialect = dialect
+        self.lines_of_row = []
+        self.records = csv.reader(read_on(self.lines_of_row, lines), **dialect)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> list[str]:
+        self.lines_of_row.clear()
+        cells = next(self.records)
+        if any(map(QUOTE_AFTER_SPACE.match, cells)):
+            lines = chain(self.lines_of_row, self.lines)  # a quoted cell may have several lines
+            cells = next(csv.reader(lines, skipinitialspace=True, **self.dialect))
+        return cells
 
 
 def allow_long_cells():

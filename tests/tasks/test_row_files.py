@@ -311,6 +311,34 @@ def test_spaces_around_the_name_of_a_column_do_not_count(tmp_path):
     assert read(tmp_path / "a.csv", "input, target \na,b\n") == [(2, {"input": "a", "target": "b"})]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_spaces_before_a_quoted_cell_do_not_count(tmp_path, delimiter):
+    records = [
+        ['"text"', ' "label"', " n"],
+        ['"I loved it, really; yes\t!"', '  "positive"', " 1"],
+        ["a waste", ' "nega\n\ntive"', "0"],
+        [' "a ""good"" one"', '"good"', "  2"],
+        ["  a", " b", " c"],
+        ['5" or 6"', '" ""so"" so"', "d"],
+    ]
+    content = "".join(delimiter.join(cells) + "\n" for cells in records)
+    assert read(tmp_path / "a.csv", content) == [
+        (2, {"text": "I loved it, really; yes\t!", "label": "positive", "n": "1"}),
+        (3, {"text": "a waste", "label": "nega\n\ntive", "n": "0"}),
+        (6, {"text": 'a "good" one', "label": "good", "n": "2"}),
+        (7, {"text": "  a", "label": " b", "n": " c"}),
+        (8, {"text": '5" or 6"', "label": ' "so" so', "n": "d"}),
+    ]
+    assert column_names(tmp_path / "a.csv") == ["text", "label", "n"]
+
+
+@pytest.mark.parametrize(("name", "keep_empty"), [("a.csv", True), ("a.tsv", False)])
+def test_the_quotes_of_a_tsv_file_and_of_a_published_file_stay(tmp_path, name, keep_empty):
+    delimiter = "," if name == "a.csv" else "\t"
+    (tmp_path / name).write_text(f'a{delimiter}b\n1{delimiter} "x"\n')
+    assert list(read_rows(tmp_path / name, keep_empty)) == [(2, {"a": "1", "b": ' "x"'})]
+
+
 def test_a_tsv_file_has_tabs_whatever_its_header_looks_like(tmp_path):
     assert read(tmp_path / "a.tsv", 'a;"b;c\n"1;2\n') == [(2, {'a;"b;c': '"1;2'})]
 
