@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from functools import cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -132,13 +133,22 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     keep_empty = forms.default is not None and forms.default.spec.is_published
     has_names = default is None and bool(adapters)
     columns = []  # each row has its own
-    if Path(path).is_file():  # a pipe can be read only once
+    is_file = Path(path).is_file()  # a pipe can be read only once
+    if is_file:
         columns = column_names(path)
         if has_names and lacks_adapters(path, columns):  # the base would answer all rows
             raise ValueError(
                 f"{path}: there is no column 'adapter', and --adapter is a folder of adapters: "
                 f"give one of them ({', '.join(adapters):.200}), or name one in each row"
             )
+
+    @cache
+    def columns_for(name):
+        """Return the columns of the file, or those that any of its rows with this adapter has."""
+        if columns or not is_file:
+            return columns
+        return columns_of_rows(path, name, has_names)
+
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):
@@ -148,7 +158,7 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
                 name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row, columns)
             row = normalize_row(file_row, spec, PREDICTED, n, columns)
-            check_columns(columns or file_row, spec)
+            check_row_columns(file_row, spec, partial(columns_for, name))
             rendered, example = encode_input(row, spec, prompt, tokenizer, limits)
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
@@ -170,6 +180,31 @@ def lacks_adapters(path, columns):
             return False
         has_rows = True
     return has_rows
+
+
+def columns_of_rows(path, name, has_names):
+    """Return the columns that any row of a file of JSON has.
+
+    has_names: whether rows name their adapters. Then only rows of the adapter `name` count, because
+    others may be put into other words.
+    """
+    columns = {}
+    for _, row in read_rows(path):
+        if isinstance(row, dict) and (not has_names or row.get("adapter") == name):
+            columns |= dict.fromkeys(row)
+    return list(columns)
+
+
+def check_row_columns(row, spec, find_columns):
+    """Raise ValueError if the model reads a column that neither the row nor its file has.
+
+    find_columns: a function that returns the columns of the file. It is asked only if the row lacks
+    one. It returns nothing for a pipe, in which each row must have the columns.
+    """
+    try:
+        check_columns(row, spec)
+    except ValueError:
+        check_columns(find_columns() or row, spec)
 
 
 def encode_input(row, spec, prompt, tokenizer, limits):

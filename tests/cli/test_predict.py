@@ -168,6 +168,26 @@ def test_an_adapter_that_writes_texts_writes_them_for_new_rows(tmp_path, capsys)
     )
 
 
+def test_the_test_rows_of_a_run_are_answered_although_some_lack_a_column(tmp_path, capsys):
+    """`predict` stopped at the first such row, on which the run had reported."""
+    rows = []
+    for i in range(9):
+        context = {"context": f"w{20 + i}"} if i % 2 else {}
+        rows.append({"question": f"w{10 + i}", **context, "answer": "w4"})
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(content)
+    out = tmp_path / "run"
+    assert run(words(out, task=tmp_path, steps=2)) == 0
+    test = tmp_path / "test.jsonl"
+    results = predicted(capsys, test, "--adapter", out / "adapter", "--max-new-tokens", 3)
+    assert [result["idx"] for result in results] == list(range(9))
+    test.write_text(content.replace("context", "contxt"))
+    error = failure(capsys, "predict", model("t5"), test, "--adapter", out / "adapter")
+    assert f"{test}:1: there is no column 'context'" in error
+    assert "did you mean 'contxt'?" in error
+
+
 def test_an_adapter_of_a_known_task_labels_its_rows_without_the_task(tmp_path, capsys):
     folder = tmp_path / "data" / "rte"
     folder.mkdir(parents=True)

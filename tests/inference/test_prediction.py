@@ -425,6 +425,42 @@ def test_a_file_that_lacks_a_column_of_the_input_is_refused(suffix, tmp_path, ca
     assert predicted(capsys, *words) == [result]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_row_of_json_may_lack_a_column_that_another_row_has(suffix, tmp_path, capsys):
+    """Training reads such files, and their rows are those that the adapter is asked about."""
+    file = tmp_path / f"rows{suffix}"
+    words = ("--labels", "w5,w6", "--input", "{premise} {hypothesis}")
+
+    def write_rows(*rows):
+        file.write_text(json.dumps(rows) if suffix == ".json" else lines(rows))
+
+    last = {"Premise": "w3", "Hypothesis": "w4", "note": 1}
+    write_rows(*[{"premise": "w3", "hypothesis": ""}] * 300, last)
+    results = predicted(capsys, running.model("t5"), file, *words)
+    write_rows(*[{"premise": "w3"}] * 300, last)  # in another chunk
+    assert predicted(capsys, running.model("t5"), file, *words) == results
+    reading, writing = os.pipe()
+    os.write(writing, lines([{"premise": "w3"}, last]).encode())
+    os.close(writing)
+    error = fails(capsys, running.model("t5"), f"/dev/fd/{reading}", *words)
+    os.close(reading)
+    assert ":1: there is no column 'hypothesis'" in error, "a pipe is not read ahead"
+
+
+def test_the_columns_of_rows_with_another_adapter_do_not_count(adapters, tmp_path, capsys):
+    words = ("--adapter", adapters, "--labels", "w5,w6", "--input", "{premise} {hypothesis}")
+    rows = [
+        {"premise": "w3", "adapter": "one"},
+        {"premise": "w3", "hypothesis": "w4", "adapter": "two"},
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert f"{file}:1: there is no column 'hypothesis'" in fails(
+        capsys, running.model("t5"), file, *words
+    )
+    file = write(tmp_path / "rows.jsonl", [*rows, {**rows[1], "adapter": "one"}])
+    assert len(predicted(capsys, running.model("t5"), file, *words)) == 3
+
+
 def test_the_columns_of_a_table_are_found_also_if_a_row_has_empty_cells(tmp_path, capsys):
     """The rows looked as if they had no column of an input."""
     file = tmp_path / "rows.csv"
