@@ -14,7 +14,14 @@ from pathlib import Path
 from minia3.files.read import one_line, read_json, reading
 from minia3.files.streams import is_terminal
 from minia3.tasks.row_files import rows_suffix
-from minia3.tasks.split_files import HUB_PREFIX, SIDE_FILES, SPLIT_OF_NAME, FoundFiles, shorten
+from minia3.tasks.split_files import (
+    HUB_PREFIX,
+    SIDE_FILES,
+    SPLIT_OF_NAME,
+    FoundFiles,
+    resembled_split,
+    shorten,
+)
 
 TIMEOUT = 10  # seconds to wait for the first answer of the hub
 
@@ -145,8 +152,9 @@ def read_state(path: Path) -> list[Path]:
 def assign_splits(origin: str | Path, files: dict[str, list[Path]]) -> FoundFiles:
     """Return the files of train, validation and test, out of the splits of a data set.
 
-    The only split of a data set is train, whatever its name is, unless it is one of ours. Raise
-    ValueError if there are several splits, and none of them is ours.
+    If a data set has a single split, that split is train, unless its name is one that we know (such
+    as test). Raise ValueError if there are several splits, and we know none of them, or only train
+    and others that are meant for validation or test.
     """
     names = {}  # our split -> its name there
     for name, split in SPLIT_OF_NAME.items():
@@ -160,7 +168,23 @@ def assign_splits(origin: str | Path, files: dict[str, list[Path]]) -> FoundFile
         raise ValueError(
             f"{origin}: expected splits named train, validation and test; found {found}"
         )
+    if list(names) == ["train"]:
+        check_other_splits(origin, unused)
     notes = []
     if unused:
         notes.append(f"splits of {origin} that are not used: {shorten(unused)}")
     return FoundFiles({split: files[name] for split, name in names.items()}, notes)
+
+
+def check_other_splits(origin: str | Path, names: list[str]):
+    """Raise ValueError if a split beside train has nearly the name of validation or of test.
+
+    A run would report on some rows of train, and not on that split.
+    """
+    meant = [name for name in names if resembled_split(Path(name)) in ("validation", "test")]
+    if meant:
+        raise ValueError(
+            f"{origin}: expected splits named validation or test beside train; found "
+            f"{shorten(meant)}: save those that you mean under these names, with "
+            "`datasets.DatasetDict(train=..., test=...).save_to_disk(FOLDER)`, and give the folder"
+        )

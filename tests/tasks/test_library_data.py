@@ -101,6 +101,21 @@ def test_splits_that_are_not_used_are_named(tmp_path):
     ]
 
 
+def test_a_split_that_is_meant_for_the_results_is_not_replaced_by_rows_of_train(tmp_path):
+    """A run on MNLI reported on a tenth of train."""
+    matched = {"validation_matched": data_set(3), "test_matched": data_set(3)}
+    datasets.DatasetDict(train=data_set(), **matched).save_to_disk(tmp_path / "mnli")
+    words = r"expected splits named validation or test .*; found validation_matched, test_matched: "
+    with pytest.raises(ValueError, match=rf"\A{tmp_path}/mnli: {words}[^\n]*save_to_disk[^\n]*\Z"):
+        load_task(tmp_path / "mnli")
+    datasets.DatasetDict(train=data_set(), test=data_set(3), **matched).save_to_disk(tmp_path / "m")
+    assert load_task(tmp_path / "m").notes == [
+        f"splits of {tmp_path / 'm'} that are not used: validation_matched, test_matched"
+    ]
+    datasets.DatasetDict(train=data_set(), training=data_set()).save_to_disk(tmp_path / "two")
+    assert len(load_task(tmp_path / "two").train) == 10
+
+
 def test_files_of_rows_beside_a_saved_data_set_are_named(tmp_path):
     datasets.DatasetDict(train=data_set(), val=data_set()).save_to_disk(tmp_path)
     (tmp_path / "test.csv").write_text("text,label\na,0\n")
