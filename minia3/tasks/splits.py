@@ -57,6 +57,7 @@ class Splits:
     test: list[dict] = field(default_factory=list)
     validation_name: str = "validation"
     notes: list[str] = field(default_factory=list)
+    is_divided: bool = False  # True if there was only train, which was split in three
     is_shuffled: bool = False  # True if train is in the order of T-Few's published split
 
     def set_rows(self, rows: dict[str, list[dict]]):
@@ -166,6 +167,7 @@ def make_task(splits: Splits, spec: TaskSpec, columns: str) -> Task:
         answer=answer,
         columns=columns,
         spec=spec,
+        is_divided=splits.is_divided,
     )
 
 
@@ -221,6 +223,7 @@ def load_user_task(
     if list(checked) == ["train"]:
         origin = str(spec.path or name)
         checked = split_in_three(checked["train"], origin)
+        splits.is_divided = True
         splits.notes.append(
             f"{origin} is split into train, validation and test, the same way each time"
         )

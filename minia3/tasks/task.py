@@ -115,6 +115,8 @@ class Task(NamedTuple):
     columns: str = ""
     # What it takes to put further rows into words: see task_file.py.
     spec: TaskSpec = TaskSpec()
+    # Whether the three splits are parts of a single file, or of a data set with a single split.
+    is_divided: bool = False
 
     @property
     def has_labeled_test(self) -> bool:

@@ -104,13 +104,13 @@ def describe_assignment(assignment, config):
     """Return lines about the rows of a task and what they are used for."""
     n_train = len(assignment.train_rows)
     n_report = len(assignment.report_rows)
-    use = "train on"
+    uses = []
+    if config.is_training:
+        uses.append(f"{n_train} {plural(n_train, 'row')} to train on")
     if config.method == "icl":
-        use = "put before each input"
-    report = f"{n_report} {plural(n_report, 'row')} of {assignment.report_split} to report on"
-    lines = [
-        f"task     {assignment.task.name}: {n_train} {plural(n_train, 'row')} to {use}, {report}"
-    ]
+        uses.append(f"{n_train} {plural(n_train, 'row')} to put before each input")
+    uses.append(f"{n_report} {plural(n_report, 'row')} of {assignment.report_split} to report on")
+    lines = [f"task     {assignment.task.name}: {', '.join(uses)}"]
     if assignment.task.columns:
         lines.append(f"columns  {assignment.task.columns}")
     for note in assignment.notes:

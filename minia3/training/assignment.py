@@ -15,6 +15,12 @@ from minia3.tasks.prompts import Prompt, for_family
 from minia3.tasks.task import Task
 from minia3.training.doubts import doubts_about_rows, loss_notes
 
+# A note for a run that trains nothing, on a file that is split in three.
+ONLY_A_PART = (
+    "only test, a tenth of these rows, is evaluated: for all of them, give a folder whose only "
+    "file is named test, such as test.csv"
+)
+
 
 @dataclass
 class Assignment:
@@ -63,6 +69,8 @@ def assign_rows(task, config):
     assignment.doubts = doubts_about_rows(assignment, config)
     if config.is_training:
         assignment.notes += loss_notes(assignment, config)
+    elif task.is_divided and config.method != "icl":
+        assignment.notes.append(ONLY_A_PART)
     return assignment
 
 

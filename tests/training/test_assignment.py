@@ -118,6 +118,31 @@ def test_training_needs_rows_to_train_on_and_evaluation_does_not(tmp_path, capsy
     assert run(words(tmp_path / "run", task=single, steps=2)) == 0
 
 
+def test_what_trains_nothing_says_that_a_tenth_of_a_file_is_evaluated(tmp_path, capsys):
+    """The run spoke of rows to train on, and not of the rows that it left out."""
+    made = write(tmp_path, train=rows(30))
+    file = (made / "train.jsonl").rename(tmp_path / "held-out.jsonl")
+    note = "note     only test, a tenth of these rows, is evaluated: for all of them, give a"
+
+    def shown(*flags, task=file, **values):
+        capsys.readouterr()
+        assert run(words(None, *flags, task=task, **values)) == 0
+        return capsys.readouterr().out
+
+    for flags in (["--eval-only"], ["--method", "none", "--shots", "2"]):
+        out = shown(*flags)
+        assert "task     held-out: 3 rows of test to report on\n" in out
+        assert note in out
+    out = shown("--method", "icl", "--shots", "2")
+    assert "held-out: 2 rows to put before each input, 3 rows of test to report on\n" in out
+    assert note not in out
+    (tmp_path / "all").mkdir()
+    file.rename(tmp_path / "all" / "test.jsonl")
+    out = shown("--eval-only", task=tmp_path / "all")
+    assert "task     all: 30 rows of test to report on\n" in out
+    assert "note  " not in out
+
+
 def test_shots_and_held_out_rows_are_of_all_classes(monkeypatch):
     made = []
     for i in range(32):  # sorted by label
