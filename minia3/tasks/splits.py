@@ -212,6 +212,7 @@ def load_user_task(
     task_file = find_task_file(name)
     files, notes = files_of(name, spec, task_file)
     rows = read_files(files, keep_empty=False)
+    notes = [*notes, *note_quotes(files, rows)]
     understanding = understand_rows(files, rows, spec, flags, like)
     checked = check_files(rows, files, understanding.spec)
     paths = list(chain.from_iterable(files.values()))
@@ -356,6 +357,26 @@ def split_in_three(rows: list[dict], origin: str) -> dict[str, list[dict]]:
         "test": sorted(shuffled[n : 2 * n]),
     }
     return {split: [rows[i] for i in indices[split]] for split in indices}
+
+
+def note_quotes(files: dict[str, list[Path]], rows: dict[str, list[FileRow]]) -> list[str]:
+    """Return a note in a list if a program, such as pandas, has put cells of a .tsv into quotes."""
+    paths = {path for path in chain.from_iterable(files.values()) if rows_suffix(path) == ".tsv"}
+    n_cells = 0
+    for found in chain.from_iterable(rows.values()):
+        if isinstance(found.row, dict) and found.path in paths:
+            n_cells += sum(map(is_quoted, found.row.values()))
+    if not n_cells:
+        return []
+    return [
+        f"{n_cells} cells of .tsv files have quotes around them, and two quotes for each inside, "
+        "which the model reads: name the files .csv to leave these quotes out"
+    ]
+
+
+def is_quoted(cell) -> bool:
+    is_in_quotes = isinstance(cell, str) and cell.startswith('"') and cell.endswith('"')
+    return is_in_quotes and '""' in cell[1:-1]
 
 
 def note_white_space(splits: Splits, spec: TaskSpec):

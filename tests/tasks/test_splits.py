@@ -331,6 +331,26 @@ def test_two_rows_cannot_be_split(tmp_path):
         load_task(str(tmp_path / "mine.jsonl"))
 
 
+def test_cells_in_quotes_are_counted_in_a_tsv_file(tmp_path):
+    """pandas writes a cell with quotes like this. The model read all of the quotes, and no note
+    said so."""
+    rows = ['"He said ""hi"""\tgood', '"A ""b"" c"\t"a ""good"" one"', '"so"\tgood', 'a""b\tgood']
+    content = "text\tlabel\n" + "".join(row + "\n" for row in rows)
+    (tmp_path / "train.tsv").write_text(content)
+    (tmp_path / "test.tsv").write_text(content)
+    task = load_task(tmp_path)
+    assert task.train[0]["text"] == '"He said ""hi"""'
+    assert task.notes == [
+        "6 cells of .tsv files have quotes around them, and two quotes for each inside, which the "
+        "model reads: name the files .csv to leave these quotes out"
+    ]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.tsv").rename(tmp_path / f"{name}.csv")
+    task = load_task(tmp_path)
+    assert task.notes == []
+    assert [row["text"] for row in task.train[:3]] == ['He said "hi"', 'A "b" c', "so"]
+
+
 def test_inputs_that_end_in_white_space_are_counted(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(
         lines(target(0), {**target(1), "input": "Answer: "}, {**target(2), "input": "a\n"})
