@@ -75,16 +75,18 @@ class Place(NamedTuple):
 def render_conversation(template, messages, special_tokens, tools=None):
     """Return the whole text of a conversation, with a span for each turn of the assistant.
 
+    A message with the weight 0, as in OpenAI's files, has no span: it is not learned.
+
     Raise ValueError if a turn cannot be found as the docstring of the module says, and whatever
     `render_chat` raises.
     """
     conversation = Conversation(template, messages, special_tokens, tools)
     whole = conversation.render(len(messages), ends_with_prompt=False)
     if whole.spans:
-        return whole
+        return whole._replace(spans=learned_spans(whole.spans, messages))
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:
             continue
         if i == 0:
             raise ValueError(
@@ -93,6 +95,19 @@ def render_conversation(template, messages, special_tokens, tools=None):
             )
         spans.append(find_turn(conversation, i, whole.text))
     return ChatText(whole.text, spans)
+
+
+def learned_spans(spans, messages):
+    """Return the spans of a template's blocks, without those of messages that have the weight 0."""
+    weights = [message.get("weight") for message in messages if message["role"] == "assistant"]
+    if 0 not in weights:
+        return spans
+    if len(spans) != len(weights):
+        raise ValueError(
+            f"a message has the weight 0, but the template has {len(spans)} {{% generation %}} "
+            f"blocks for {len(weights)} messages of the assistant: expected one for each"
+        )
+    return [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
 
 
 def within_spans(offsets, spans):

@@ -200,8 +200,9 @@ class Tokenizer:
 
         The assistant's part includes the token that ends its turn, so that a model learns to stop.
         Ids and mask equal those of transformers' apply_chat_template, with the exceptions that
-        `chat` names. The mask there needs a template with {% generation %} blocks; this one does
-        not (see `render_conversation`).
+        `chat` names, and with another: a message with the weight 0 is left out of our mask. The
+        mask there needs a template with {% generation %} blocks; this one does not (see
+        `render_conversation`).
 
         Raise ValueError as `chat` does, if a turn cannot be found in the text, and for the
         tokenizer of a T5, whose decoder does not continue what its encoder reads.

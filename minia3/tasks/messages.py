@@ -17,7 +17,7 @@ def check_messages(row: dict, needs_answer: bool = True):
     Which roles there are, and in which order, is the template's business. Other keys of a message,
     such as tool_calls, are passed on to the template.
 
-    needs_answer: whether there must be a message of the assistant.
+    needs_answer: whether there must be a message of the assistant to learn.
     """
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
@@ -32,6 +32,10 @@ def check_messages(row: dict, needs_answer: bool = True):
         check_message(message, i)
     check_tools(row)
     if needs_answer and not has_answer(messages):
+        if any(message["role"] == "assistant" for message in messages):
+            raise ValueError(
+                "all messages of the role 'assistant' have weight 0, so there is nothing to learn"
+            )
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise ValueError(
             f"no message of the role 'assistant', so there is nothing to learn: found {roles:.60}"
@@ -47,6 +51,9 @@ def check_message(message, i: int):
     is_call = content is None and bool(message.get("tool_calls"))  # it may say nothing besides
     if not isinstance(content, str) and not is_call:
         raise ValueError(f"the content of message {i} is {content!r:.60}, expected a text")
+    weight = message.get("weight")
+    if message["role"] == "assistant" and weight not in (None, 0, 1):
+        raise ValueError(f"the weight of message {i} is {weight!r:.60}, expected 0 or 1")
 
 
 def check_tools(row: dict):
@@ -57,7 +64,12 @@ def check_tools(row: dict):
 
 
 def has_answer(messages: list[dict]) -> bool:
-    return any(message["role"] == "assistant" for message in messages)
+    return any(map(is_learned, messages))
+
+
+def is_learned(message: dict) -> bool:
+    """Return whether a message is to be learned. In OpenAI's files, 0 as its weight says no."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def question(messages: list[dict]) -> list[dict]:
@@ -82,8 +94,7 @@ def fit_chat(row: dict, tokenizer, max_length: int):
     def count_tokens(part):
         return tokenizer.count_chat(part, tools)
 
-    roles = [message["role"] for message in messages]
-    last_answer = len(roles) - 1 - roles[::-1].index("assistant")
+    last_answer = max(i for i, message in enumerate(messages) if is_learned(message))
     fitted = shorten(messages, last_answer, count_tokens, max_length)
     n_tokens = count_tokens(fitted)
     if n_tokens > max_length:

@@ -390,6 +390,38 @@ def test_ids_and_mask_of_a_conversation_are_those_of_transformers(tmp_path, name
         assert encoded.is_scored == mask
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("templates", [TEMPLATES, TAGGED])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_with_the_weight_0_is_read_and_not_learned(name, templates, place):
+    """The weight was passed over, and such answers were trained on."""
+    tokenizer = tokenizer_with(templates[name])
+    messages = [dict(message) for message in supported(name, TURNS["two"])]
+    ids, is_scored = tokenizer.conversation(messages)
+    end_of_first = is_scored.index(False, is_scored.index(True))
+    parts = [is_scored[:end_of_first], is_scored[end_of_first:]]
+    parts[place] = [False] * len(parts[place])
+    answers = [message for message in messages if message["role"] == "assistant"]
+    answers[place]["weight"] = 0
+    answers[1 - place]["weight"] = 1
+    assert tokenizer.conversation(messages) == (ids, parts[0] + parts[1])
+
+
+def test_a_weight_needs_a_block_for_each_answer():
+    template = ""
+    for block in ("m.role", "m.content"):
+        template += f"{{% generation %}}{{{{ {block} }}}}{{% endgeneration %}}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        f"{template}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    )
+    messages = chat("q", "a", "r", "b")
+    assert any(tokenizer_with(template).conversation(messages).is_scored)
+    messages[1]["weight"] = 0
+    expected = "the template has 4 {% generation %} blocks for 2 messages of the assistant"
+    assert expected in cannot_train(template, messages)
+
+
 def test_white_space_of_an_answer_counts_if_its_tokens_have_no_characters(tmp_path):
     """A tokenizer.json that trims offsets says so of each token that is a space."""
     trimming = backend()

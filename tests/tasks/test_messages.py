@@ -28,7 +28,7 @@ class Letters:
         for message in messages:
             text = message["role"][0] + message["content"] + "."
             ids += map(ord, text)
-            is_answer = message["role"] == "assistant"
+            is_answer = message["role"] == "assistant" and message.get("weight") != 0
             is_scored += [False] + [is_answer] * (len(text) - 1)
         return EncodedChat(ids, is_scored)
 
@@ -91,6 +91,45 @@ def test_what_is_no_conversation_is_named_in_one_line(messages, problem):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         check_messages(row(messages))
     assert caught.match(problem)
+
+
+def weighted(messages, *weights):
+    """Return the messages with weights for those of the assistant, as OpenAI's files have them."""
+    rest = iter(weights)
+    return [
+        message | {"weight": next(rest)} if message["role"] == "assistant" else message
+        for message in messages
+    ]
+
+
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (0.0, 1.0), (None, 0), (0, None)])
+def test_some_answers_may_have_the_weight_0(weights):
+    check_messages(row(weighted(turns("q", "a", "r", "b"), *weights)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ((0, 0), "all messages of the role 'assistant' have weight 0, so there is nothing.*"),
+        ((1, 0.5), "the weight of message 3 is 0.5, expected 0 or 1"),
+        (("0", 1), "the weight of message 1 is '0', expected 0 or 1"),
+    ],
+)
+def test_weights_from_which_nothing_is_learned_are_refused(weights, problem):
+    messages = weighted(turns("q", "a", "r", "b"), *weights)
+    with pytest.raises(ValueError, match=f"\\A{problem}\\Z"):
+        check_messages(row(messages))
+
+
+def test_a_long_conversation_keeps_the_last_answer_that_is_learned():
+    messages = weighted(turns("q1", "a1", "q2", "a2", "q3", "a3"), 1, 1, 0)
+    whole = Letters().conversation(messages)
+    encoded, was_cut = fit_chat(row(messages), Letters(), len(whole.ids) - 1)
+    assert encoded == Letters().conversation(messages[2:])
+    assert was_cut
+    message = "row 7 does not fit into max_length 15: its last exchange alone has 16 tokens"
+    with pytest.raises(ValueError, match=message):
+        fit_chat(row(messages), Letters(), len(encoded.ids) - 1)
 
 
 def test_rows_to_predict_need_no_answer_and_lose_theirs():
