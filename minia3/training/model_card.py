@@ -14,6 +14,10 @@ from pathlib import Path
 from minia3.checkpoints.known_models import hub_name, public_name
 from minia3.files.messages import plural
 from minia3.files.write import replacing
+from minia3.tasks.download import HUB
+from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.split_files import HUB_PREFIX
+from minia3.training.flags import as_tuple
 from minia3.training.report import before_after, figure_of, format_value
 from minia3.training.shown_commands import training_command
 
@@ -31,7 +35,7 @@ class Facts:
     n_trainable: str
     n_base: str
     share: str
-    front_matter: str  # what the hub reads, whatever the method
+    front_matter: str  # lines that the hub reads, whatever the method
     results: str  # a Markdown table
     origin: str  # how it was made, and from which files
     auto_class: str
@@ -62,8 +66,7 @@ def card(config, finals, checksums):
 def ia3_card(facts):
     return f"""\
 ---
-{facts.front_matter}
-library_name: peft
+{facts.front_matter}library_name: peft
 tags: [ia3, peft]
 ---
 
@@ -98,8 +101,7 @@ model = PeftModel.from_pretrained(base, ".")
 def lora_card(facts):
     return f"""\
 ---
-{facts.front_matter}
-library_name: peft
+{facts.front_matter}library_name: peft
 tags: [lora, peft]
 ---
 
@@ -137,8 +139,7 @@ model = PeftModel.from_pretrained(base, ".")
 def full_card(facts):
     return f"""\
 ---
-{facts.front_matter}
-library_name: transformers
+{facts.front_matter}library_name: transformers
 ---
 
 # {facts.model}, fine-tuned for {facts.tasks}
@@ -172,10 +173,13 @@ def collect_facts(config, finals, checksums):
     auto_class = AUTO_CLASSES[final["architecture"]]
     tasks = [final["task"] for final in finals]
 
-    front_matter = f"datasets: {json.dumps(tasks)}"  # a JSON list is valid YAML, whatever the names
+    front_matter = ""
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     if is_on_hub:
-        front_matter = f"base_model: {base}\n{front_matter}"
+        front_matter += f"base_model: {base}\n"
+    data_sets = hub_data_sets(config)
+    if data_sets:
+        front_matter += f"datasets: {json.dumps(data_sets)}\n"  # a JSON list is valid YAML
     place = ""
     if os.path.isabs(base):
         place = "  # the base, which is not in this folder: put it here"
@@ -203,6 +207,23 @@ def collect_facts(config, finals, checksums):
         auto_class=auto_class,
         place=place,
     )
+
+
+def hub_data_sets(config):
+    """Return the data sets of a run that are on the hub, by their names there.
+
+    The hub makes links of them, so files, and tasks that come from elsewhere, are left out.
+    """
+    names = []
+    for task in as_tuple(config.task):
+        if task in known_tasks():
+            addresses = [source.address for source in known_tasks()[task].sources]
+            names += [text.removeprefix(HUB) for text in addresses if text.startswith(HUB)]
+        elif task.startswith(HUB_PREFIX):
+            name = task.removeprefix(HUB_PREFIX).partition(":")[0]
+            if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists():
+                names.append(name)
+    return list(dict.fromkeys(names))
 
 
 def code_span(text):
