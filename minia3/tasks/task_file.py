@@ -147,6 +147,11 @@ def read_entry(entry: Mapping, folder: Path) -> TaskSpec:
     for key in ("choices", "target"):
         if entry.get(key) and not entry.get("prompts"):
             raise ValueError(f"{key!r} needs prompts, which say the text of the input")
+    if entry.get("messages", "messages") != "messages":
+        raise ValueError(
+            f"'messages' is {entry['messages']!r:.60}, expected 'messages': 'fields' gives the "
+            "column of the conversations this name"
+        )
     check_answers(entry)
     files = entry.pop("files", ".")
     target = entry.pop("target", "")

@@ -145,12 +145,24 @@ def test_a_target_is_a_text_to_write(tmp_path):
         ({"target": "{title}"}, "there is a 'target' to write, and there are 'choices' or"),
         ({"metric": "bleu"}, "the metric is 'bleu', expected one of accuracy, macro_f1"),
         ({"metric": 1}, "'metric' is 1, expected a text"),
+        ({"messages": "body"}, "'messages' is 'body', expected 'messages': 'fields' gives"),
     ],
 )
 def test_a_mistake_in_a_task_file_is_one_line(change, words, tmp_path):
     with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as error:
         load_task(write(tmp_path, ENTRY | change))
     assert words in str(error.value)
+
+
+def test_the_column_of_the_conversations_may_have_another_name(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "train.jsonl").write_bytes(lines(*[{"chat": chat}] * 10))
+    entry = {"messages": "messages", "fields": {"chat": "messages"}, "chat_template": "{{ 1 }}"}
+    (tmp_path / TASK_FILE).write_text(json.dumps(entry))
+    task = load_task(tmp_path)
+    assert task.columns == "reads chat, writes what the assistant says"
+    assert [row["messages"] for row in task.test] == [chat]
+    assert task.spec.chat_template == "{{ 1 }}"
 
 
 WRITES = {"text": "{body}", "target": "{title}"}
