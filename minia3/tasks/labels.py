@@ -108,8 +108,8 @@ def name_labels(
 ) -> Labels:
     """Return the labels of the values of a column.
 
-    asked: the words of --labels: the labels of the file, and perhaps others that only test has. Or,
-        if the file has integers or booleans, the words for them, in their order.
+    asked: the words of --labels. Either they are the labels themselves (some may occur only in
+        test), or, if the file has integers or booleans, they are the words for these, in order.
     names: the names that the data set gives to the integers 0, 1, ...
 
     Words that the file itself has come in the order in which they first appear, and integers in

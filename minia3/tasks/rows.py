@@ -211,8 +211,8 @@ def name_columns(
 
     fields: the names that a task file gives to columns. A column that is renamed takes the place of
     a column that has the new name in the file. expected: the names that the task uses. If no column
-    has such a name, then the last one gets it that differs only in case or in white space at the
-    ends.
+    has exactly an expected name, the last column that differs from it only in case or in
+    surrounding white space gets that name.
     """
     renamed = find_renamed(columns, dict(fields))
     kept = set(columns) - set(renamed.values())

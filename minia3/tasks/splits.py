@@ -398,7 +398,7 @@ def note_white_space(splits: Splits, spec: TaskSpec):
 
 
 def note_empty_fields(splits: Splits, spec: TaskSpec):
-    """Note in how many rows a column of the input is empty, because it may be damage."""
+    """Add a note on how many rows have an empty input column: the file may be damaged."""
     for name in field_names(spec.prompts[0].text):
         n_empty = sum(row.get(name) == "" for row in splits.all_rows())
         is_usual = name == "input"  # of an instruction

@@ -1,4 +1,4 @@
-"""Read a file as UTF-8 text, and say what it is if it is something else."""
+"""Read a file as UTF-8 text. If it is not UTF-8, say what it probably is."""
 
 import re
 from collections.abc import Iterator

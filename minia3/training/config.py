@@ -79,8 +79,8 @@ class Config:
     )
     labels: str | None = flag(
         None,
-        "words of the labels, as in negative,positive, in the order of the integers that stand for "
-        "them (default: as the data have them)",
+        "names for the labels, in the order of the integers, as in negative,positive; if the "
+        "labels are words, these words (default: the labels as the file spells them)",
     )
     metric: str | None = flag(
         None,
