@@ -97,7 +97,10 @@ class Cache:
     def _make_room(self, n_filled):
         if self.kv[0].shape[2] < self.length:
             n_more = self.length - n_filled + SPARE_COLUMNS
-            self.kv = tuple(F.pad(x[:, :, :n_filled], (0, 0, 0, n_more)) for x in self.kv)
+            # With gradients, because a later step may need those of the columns so far. Steps may
+            # write into the room, because no backward pass reads it.
+            with torch.inference_mode(False), torch.enable_grad():
+                self.kv = tuple(F.pad(x[:, :, :n_filled], (0, 0, 0, n_more)) for x in self.kv)
 
 
 @dataclass

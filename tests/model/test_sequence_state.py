@@ -564,6 +564,38 @@ def test_steps_with_and_without_gradients_may_follow_one_another(models, name, m
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_takes_none_from_the_tokens_before_it(
+    models, name, without_gradients
+):
+    """Later steps see the tokens of such a step as constants."""
+    model = models[name]
+    source = tokens(4, 4)
+    # The second part makes room for 64 more tokens, and the third one needs more.
+    parts = tokens(4, 71, seed=1).split((2, 2, 65, 2), dim=1)
+
+    state = model.start(source, MASK)
+    model.step(parts[0], state)
+    n_before = state.caches[0].length
+    with without_gradients():
+        model.step(parts[1], state)
+        model.step(parts[2], state)
+    found = gradients(model, model.step(parts[3], state))
+
+    state = model.start(source, MASK)
+    for part in parts[:3]:
+        model.step(part, state)
+    for cache in state.caches:
+        parts_of_kv = [(x[:, :, :n_before], x[:, :, n_before:].detach()) for x in cache.kv]
+        cache.kv = tuple(torch.cat(both, dim=2) for both in parts_of_kv)
+    expected = gradients(model, model.step(parts[3], state))
+
+    assert found.keys() == expected.keys()
+    for vector, gradient in expected.items():
+        torch.testing.assert_close(found[vector], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_flow_through_a_cache_that_grows_and_is_selected_from(models, name):
     model = models[name]
     source = tokens(2, 4)
