@@ -398,6 +398,7 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
         yield from without_end_tokens(pairs, model.config.eos_ids, ended)
 
 
+@torch.inference_mode(False)  # see `decode_tokens`
 @torch.no_grad()
 def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
     """Yield what `decode_tokens` yields, from a compiled step with static shapes (static_state.py).

@@ -150,7 +150,7 @@ def cross_cache(cross, memory, context):
         return Cache(cross_kv=tuple(x.contiguous() for x in make_cross_kv()))
     # All steps share them, also those of states that are made from this one. So they are made once,
     # and have gradients even if the first step has none.
-    with_gradients = torch.enable_grad()(make_cross_kv)
+    with_gradients = torch.inference_mode(False)(torch.enable_grad()(make_cross_kv))
     return Cache(make_cross_kv=functools.cache(with_gradients))
 
 

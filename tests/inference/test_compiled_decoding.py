@@ -1,5 +1,7 @@
 """A step with static shapes writes the tokens of a plain step, and is compiled once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch_version import counted_with_this_torch
@@ -62,6 +64,18 @@ def test_a_stream_and_prompts_of_one_token(model, tokenizer, monkeypatch):
         pieces = minia3.stream(model, tokenizer, prompt, max_new_tokens=9, compile=True)
         assert "".join(pieces) == expected
     assert minia3.generate(model, tokenizer, ["w9"], max_new_tokens=1, compile=True)
+
+
+def test_a_stream_that_begins_in_inference_mode_may_go_on_outside_of_it(
+    model, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(decoding, "compile_step", lambda model, state: model.step)
+    monkeypatch.setattr(model, "config", replace(model.config, eos_ids=()))
+    expected = minia3.generate(model, tokenizer, ["w3 w4 w5"], max_new_tokens=9)[0]
+    pieces = minia3.stream(model, tokenizer, "w3 w4 w5", max_new_tokens=9, compile=True)
+    with torch.inference_mode():
+        text = next(pieces) + next(pieces)  # the second step is the first with static shapes
+    assert text + "".join(pieces) == expected
 
 
 def test_the_state_that_it_starts_from_stays(model):

@@ -167,10 +167,11 @@ def test_the_backward_pass_has_the_source_s_keys_and_values_of_one_block_at_a_ti
     assert done == expected
 
 
-def test_a_step_without_gradients_takes_none_from_the_steps_that_follow(loaded):
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_takes_none_from_the_steps_that_follow(loaded, without_gradients):
     model = loaded("t5-v1.0")
     state = model.start(tokens(2, 4))
-    with torch.no_grad():
+    with without_gradients():
         model.step(state.start, state)
     model.step(tokens(2, 1), state).sum().backward()
     for block in model.decoder.blocks:
