@@ -9,6 +9,7 @@ Shapes: B batch, L length, D width of the model, or of what is scaled.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -146,25 +147,23 @@ class _Scaled(torch.autograd.Function):
 def recompute_blocks(blocks):
     """Make each block keep only its input, and its keys and values, for the backward pass."""
     for block in blocks:
-        block.forward = _recomputed_forward(block.forward)
+        # A partial is copied and pickled with its arguments, so a copy of the block runs itself.
+        block.forward = partial(_recomputed_forward, block)
 
 
-def _recomputed_forward(forward):
-    """Return a function that does what `Block.forward` does, and keeps less."""
+def _recomputed_forward(block, x, context, cache, kv_only=False):
+    """Do what `Block.forward` does, and keep less."""
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(x, context, cache, kv_only)
 
-    def run(x, context, cache, kv_only=False):
-        if not torch.is_grad_enabled():
-            return forward(x, context, cache, kv_only)
+    before = replace(cache)  # the second pass must start from the same cache as the first
 
-        before = replace(cache)  # the second pass must start from the same cache as the first
+    def run_once(x):
+        cache_of_this_pass = replace(before)
+        out = forward(x, context, cache_of_this_pass, kv_only)
+        return out, cache_of_this_pass.kv
 
-        def run_once(x):
-            cache_of_this_pass = replace(before)
-            out = forward(x, context, cache_of_this_pass, kv_only)
-            return out, cache_of_this_pass.kv
-
-        out, cache.kv = checkpoint(run_once, x, use_reentrant=False)
-        cache.length = cache.kv[0].shape[2]
-        return out
-
-    return run
+    out, cache.kv = checkpoint(run_once, x, use_reentrant=False)
+    cache.length = cache.kv[0].shape[2]
+    return out

@@ -1,8 +1,12 @@
 """Whatever keeps less for the backward pass has the results and gradients of the plain lines."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from batches import batch_of, gradients, loss_of, same
+from conftest import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -147,6 +151,23 @@ def test_recomputed_blocks_have_the_same_bits_under_dropout_and_keep_less(name, 
     for block in blocks_of(model):
         del block.forward  # which leaves the forward of the class
     assert decode() == tokens
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_recomputed_model_recomputes_its_own_blocks(name, copied, loaded):
+    model = loaded(name, seed=0)
+    batch = batch_of((7, 3, 5))
+    recompute_blocks(blocks_of(model))
+    n_kept = kept_for_backward(lambda: loss_of(model, batch), model)
+    of_copy = randomize(copied(model), seed=1)
+    expected = gradients(loaded(name, seed=1), batch)
+    same(gradients(of_copy, batch), expected, rtol=0, atol=0)
+    assert kept_for_backward(lambda: loss_of(of_copy, batch), of_copy) == n_kept
 
 
 # Scaled keys and values
