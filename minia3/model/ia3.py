@@ -12,6 +12,8 @@ One model holds many adapters: row `a` of every vector belongs to adapter `a`.
 Shapes: B batch, L length, D width of what is scaled, A adapters (rows).
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,14 +51,15 @@ class IA3(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Do what `model.to(...)` or `model.half()` asks for, but keep float32 or wider rows."""
+        return super()._apply(partial(keep_wide, fn), recurse)
 
-        def keep_wide(x):
-            new = fn(x)
-            if new.dtype.itemsize < torch.float32.itemsize:
-                return x.to(new.device, torch.float32)
-            return new
 
-        return super()._apply(keep_wide, recurse)
+def keep_wide(fn, x):
+    """Return fn(x), but in float32 if fn makes it narrower than that."""
+    new = fn(x)
+    if new.dtype.itemsize < torch.float32.itemsize:
+        return x.to(new.device, torch.float32)
+    return new
 
 
 # The attributes in which torch.compile(model) and DistributedDataParallel(model) keep the model

@@ -12,7 +12,7 @@ codes and scales, and is expanded only for the moment of a product:
             are those of bitsandbytes.
 
 Codes and scales are plain parameters, with a row for each row of W. So they move, are saved and are
-sharded like any other parameter.
+sharded like any other parameter. Scales stay float32 or wider whatever the dtype of the model.
 
 Shapes: O outputs, I inputs, C codes of a row, N scales of a row.
 """
@@ -22,6 +22,8 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from minia3.model.ia3 import keep_wide
 
 INT8_MAX = 127
 NF4_BLOCK = 64  # entries that share a scale
@@ -57,6 +59,14 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y
+
+    def _apply(self, fn, recurse=True):
+        """Do what `model.to(...)` or `model.half()` asks for, but keep float32 or wider scales."""
+
+        def apply(x):
+            return keep_wide(fn, x) if x is self.scales else fn(x)
+
+        return super()._apply(apply, recurse)
 
     @classmethod
     def from_weight(cls, weight_OI, bias=None):

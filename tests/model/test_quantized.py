@@ -172,6 +172,20 @@ def test_a_quantized_model_is_the_plain_model_with_the_weights_that_its_codes_me
         assert off(gradient, expected[vector_name]) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_stay_float32_in_a_model_that_becomes_narrow(folders, kind, dtype):
+    """And its biases become narrow, because a product has the dtype of its input."""
+    model = minia3.load_model(folders("qwen2"), quantize=kind)
+    scales = {name: linear.scales.clone() for name, linear in quantized_linears(model).items()}
+    for name, linear in quantized_linears(model.to(dtype)).items():
+        assert linear.scales.dtype == torch.float32
+        assert torch.equal(linear.scales, scales[name])
+        assert linear.bias is None or linear.bias.dtype == dtype
+    assert logits(model, SOURCE, MASK, TARGET).dtype == dtype
+    for linear in quantized_linears(model.double()).values():
+        assert linear.scales.dtype == torch.float64
+
+
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
 def test_recomputation_gives_the_same_gradients(folders, kind, name):
     model = minia3.load_model(folders(name), dtype=torch.float64, quantize=kind).train()
