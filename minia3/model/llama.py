@@ -110,19 +110,22 @@ class Llama(nn.Module):
         self.head = None
         if config.own_head:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.make_frequency("cpu")
+
+    def make_frequency(self, device):
+        """Compute the angle by which each pair turns per position, on a device."""
         with torch.device("cpu"):  # so it has values even if the model is built on the meta device
-            frequency = inverse_frequencies(config)
-        self.register_buffer("frequency", frequency, persistent=False)
+            frequency = inverse_frequencies(self.config)
+        self.register_buffer("frequency", frequency.to(device), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Do what `model.to(...)` or `model.half()` asks for, but keep float32 frequencies.
+        """Do what `model.to(...)` or `model.half()` asks for, but make the frequencies anew.
 
         In bfloat16, they would be off by up to 1/512, which is two positions after 1,000 tokens.
+        And `model.to_empty(...)` leaves any numbers in them, which no state dict replaces.
         """
-        frequency = self.frequency
         super()._apply(fn, recurse)
-        if self.frequency.dtype != torch.float32:
-            self.frequency = frequency.to(self.frequency.device)
+        self.make_frequency(self.frequency.device)
         return self
 
     def start(self, source, mask=None, adapter=None):

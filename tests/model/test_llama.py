@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minia3
-from minia3.model.llama import LlamaConfig, inverse_frequencies
+from minia3.model.llama import Llama, LlamaConfig, inverse_frequencies
 
 # Padding on the right, on the left, on both sides and in between; no padding; a single real token.
 MASK = torch.tensor(
@@ -175,6 +175,19 @@ def test_frequencies_stay_float32_in_a_bfloat16_model(loaded):
     assert "frequency" not in model.state_dict()
     for dtype in (torch.float16, torch.float64, torch.bfloat16):
         assert torch.equal(model.to(dtype).frequency, inverse_frequencies(model.config))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_that_gets_empty_memory_has_its_frequencies(loaded, device):
+    """They are in no state dict, so nothing else would fill them."""
+    model = loaded("llama3", seed=0)
+    other = Llama(model.config).to(device).to_empty(device="cpu")
+    assert torch.equal(other.frequency, inverse_frequencies(model.config))
+    other.load_state_dict(model.state_dict())
+    source = tokens(2, 5)
+    target = tokens(2, 3, seed=1)
+    expected = logits(model, source, None, target)
+    assert torch.equal(logits(other.eval(), source, None, target), expected)
 
 
 def test_dropout_in_training_affects_only_attention_as_in_transformers(copy):
