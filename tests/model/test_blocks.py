@@ -177,6 +177,14 @@ def test_l_ff_scales_the_input_of_the_down_projection(activation, gated):
     assert_equal(ffn(x, ROW_0), expected)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_two_feed_forwards_share_no_module(activation):
+    """A hook on the modules of a model must not see another model run."""
+    first = FeedForward(5, 7, activation, True, 0.0, n_adapters=1)
+    second = FeedForward(5, 7, activation, True, 0.0, n_adapters=1)
+    assert not set(first.modules()) & set(second.modules())
+
+
 def test_the_norm_divides_by_the_root_of_the_mean_square():
     norm = RMSNorm(6, eps=0.5).double()
     norm.weight.data = random_input(6)
