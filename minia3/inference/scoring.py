@@ -90,7 +90,7 @@ def masked_logprobs(model, state, target, mask):
     """
     read_BL = torch.cat((state.start, target[:, :-1]), dim=1)
     x_ND = model.run_blocks(read_BL, state).flatten(0, 1)
-    target_N = target.flatten()
+    target_N = target.flatten().long()
     if mask is None:
         return target_logprobs(x_ND, model.head_weight, target_N).view(target.shape)
     place_T = true_places(mask, target.device)

@@ -85,6 +85,19 @@ def test_log_probabilities_are_float32_for_a_bfloat16_model_and_float64_for_a_fl
         )
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_ids_may_be_int32(both, loaded, is_frozen):
+    """If the head is frozen, log-probabilities are computed together with their gradients."""
+    model = loaded(both.name)
+    if is_frozen:
+        minia3.freeze(model)
+    source = random_tokens(2, 6)
+    target = random_tokens(2, 3, seed=1)
+    expected = minia3.logprobs(model, model.start(source), target)
+    found = minia3.logprobs(model, model.start(source.int()), target.int())
+    assert torch.equal(found, expected)
+
+
 def test_gradients_of_log_probabilities_reach_only_the_vectors_of_a_row_s_adapter(both):
     both.model.zero_grad()
     minia3.logprobs(
