@@ -111,8 +111,11 @@ def scale_keeping_result(x_BLD, l_BD):
     """Return x * l (B, L, D), in the dtype of x. Keep it for the backward pass, and not x.
 
     This overwrites x, so the caller must not use x afterwards. The gradient of l is the sum of
-    grad * x, and x is the result divided by l. Attention keeps its keys and values anyway, so the
-    result takes no more memory.
+    grad * x, and x is the result divided by l.
+
+    The result takes no more memory if what reads it next keeps it anyway: attention, the unpacking
+    of a packed batch, or Qwen3's norm of keys. Without padding, the keys of other LLaMAs are
+    rotated next, which keeps nothing of them. There the result takes as much memory as x would.
 
     float16 has no number as small as TINY, and torch.compile decides for itself what to keep: both
     get the plain product.

@@ -248,8 +248,8 @@ class State:
 class Selection:
     """The indices of the rows rows_R in a state's tensors, and of the columns that they see.
 
-    A tensor may have fewer rows than the state: then each of them serves several rows of the state,
-    which share a source or a row of the caches.
+    A tensor may have fewer rows than the state, because several rows of the state share one of its
+    rows (one source, or one row of the caches).
 
     The indices are computed on the CPU, so that nothing waits for a GPU, and copied once for all
     blocks.

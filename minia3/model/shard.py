@@ -3,11 +3,11 @@
 Before a block runs, its weights are gathered from all processes, and afterwards they are dropped
 again. So a process holds its rows, and one whole block. Zhao et al. 2023, arXiv 2304.11277.
 
-    a block                is gathered when it runs, forward or backward
-    k and v of             are gathered together when keys and values of the encoder's output are
-    cross-attention        made, which is before their block runs
-    the rest               is whole in every process: the embedding, the head, the last norm, T5's
-                           tables of positions, and the vectors, which train
+    a block                     is gathered when it runs, forward or backward
+    cross-attention's k and v   are gathered together, when the keys and values of the encoder's
+                                output are made, before their block runs
+    the rest                    is whole in every process: the embedding, the head, the last norm,
+                                T5's tables of positions, and the vectors, which train
 
 All processes take part in gathering. If one of them runs a block more often than the others, it
 gets rows of another block, or waits forever, and no error says so. So all processes must make the

@@ -34,8 +34,9 @@ class StaticCache(Cache):
 class StaticState(State):
     """A State with a fixed number of columns. Call `advance` after each step of one token.
 
-    `length` and token_M count all columns from the start, because a step would be compiled again
-    for each new value of a number. So a LLaMA warns at once if this text may become too long.
+    `length` and token_M cover all columns from the start: a number or a shape that changed with
+    each step would make torch compile each step anew. So a LLaMA warns at once if the text may
+    become too long.
     """
 
     column_1: torch.Tensor | None = None

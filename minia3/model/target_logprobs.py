@@ -9,8 +9,8 @@ backward pass:
     d log p(t) / dz = onehot(t) - p
     d log p(t) / dx = W^T (onehot(t) - p)
 
-Nothing in the last line comes from the loss, so the forward pass computes it, too, while it has the
-logits. The backward pass multiplies each token's gradient by one number, the gradient of the loss
+d log p / dx does not depend on the loss, so the forward pass computes it at once, while the logits
+exist. The backward pass multiplies each token's gradient by one number, the gradient of the loss
 with respect to its log-probability.
 
 Shapes: T tokens, D model, V vocabulary.
