@@ -56,7 +56,7 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yiel
 
 @contextmanager
 def naming_file(path):
-    """If the disk takes no more within the block, let the OSError name this path.
+    """If the block cannot write because the disk is full or broken, add this path to the OSError.
 
     Python names a file that cannot be opened, but not one that cannot be written on.
     """

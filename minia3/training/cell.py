@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def title(self):
-        """What lines about this cell on the console begin with, if the run has several cells."""
+        """The prefix of console lines about this cell. It is empty if the run has only one cell."""
         return f"{self.name}: " if self.name else ""
 
     def title_of(self, member):

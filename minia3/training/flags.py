@@ -149,7 +149,10 @@ def as_tuple(value):
 
 
 def join_parts(parts):
-    """Return the parts of a flag that is a text, such as `labels`, as they are typed."""
+    """Join the parts of a flag such as --labels into the text that one types.
+
+    Commas separate the parts. If a part has a comma or begins with [, the text is a JSON list.
+    """
     texts = list(map(str, parts))
     # Commas would not keep these texts apart, or they would be taken for JSON themselves.
     if any("," in text or text.startswith("[") for text in texts):

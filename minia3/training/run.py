@@ -245,7 +245,8 @@ class Run:
 
     def save(self, group):
         """Write a checkpoint from which `restore` continues the group."""
-        if self.written_folder is not None:  # or the copies of a state are made for nothing
+        # Only the process that writes needs the copies that `state_dict` makes.
+        if self.written_folder is not None:
             self.write_checkpoint(group.state_dict())
 
     def restore(self, group):

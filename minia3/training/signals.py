@@ -118,9 +118,10 @@ class Signals:
         raise Stopped(self.pending)
 
     def stop_again(self, dropped):
-        """Let a signal come again if Python has dropped its Stopped, and else do as usual.
+        """If Python has dropped a Stopped, send its signal again.
 
-        Python calls this with an exception that it cannot raise, such as that of a `__del__`.
+        Pass any other exception to the previous hook. Python calls this with an exception that it
+        cannot raise, such as that of a `__del__`.
         """
         if isinstance(dropped.exc_value, Stopped):
             self.is_stopping = False
