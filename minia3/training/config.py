@@ -247,7 +247,8 @@ class Config:
     eval_batch_size: int = flag(16, "rows per forward pass in evaluation", at_least=1)
     eval_every: int = flag(
         0,
-        "steps between evaluations on held-out rows, which choose the best vectors (0: never)",
+        "steps between evaluations on held-out rows, which choose the best vectors; the last step "
+        "has one, too (0: never)",
         at_least=0,
     )
     patience: int = flag(

@@ -70,7 +70,10 @@ class TrainingLog:
 
     def evaluation_is_due(self):
         every = self.config.eval_every
-        return every > 0 and self.step % every == 0 and self.step > self.evaluated_at
+        if every == 0 or self.step == self.evaluated_at:
+            return False
+        # Without the last step, what the lowest rates have trained could not be the best.
+        return self.step % every == 0 or self.step == self.config.steps
 
     def checkpoint_is_due(self):
         return self.step % self.config.save_every == 0

@@ -64,6 +64,19 @@ def test_patience_counts_evaluations_without_a_better_one_and_the_best_vectors_a
         assert torch.equal(found[name], tensor)
 
 
+def test_the_vectors_of_the_last_step_may_be_the_best(tmp_path, monkeypatch):
+    """12 steps are no multiple of 5, and the last two of them have the lowest rates."""
+    results_by_hand(monkeypatch, lambda group, cell: group.log.step / 100)
+    out = tmp_path / "run"
+    assert run(words(out, eval_every=5, lr=0.1)) == 0
+    monkeypatch.undo()
+    assert [line["step"] for line in events(out, "eval")] == [5, 10, 12]
+    assert run(words(tmp_path / "last", eval_every=12, lr=0.1)) == 0
+    expected = adapter(tmp_path / "last")
+    for name, tensor in adapter(out).items():
+        assert torch.equal(tensor, expected[name])
+
+
 def test_a_run_that_diverges_saves_the_last_finite_vectors(tmp_path, monkeypatch):
     accuracies = {1: 0.4, 2: 0.5, 3: 0.5}
     results_by_hand(monkeypatch, lambda group, cell: accuracies[group.log.step])

@@ -263,6 +263,18 @@ def test_an_adapter_that_ran_out_of_patience_trains_again(is_finished, tmp_path,
     assert metrics(out)[-1]["steps"] == 4
 
 
+def test_the_last_step_is_evaluated_once_before_and_after_a_run_is_made_longer(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    with interrupted_in_final_evaluation(monkeypatch):
+        assert run(words(out, steps=5, eval_every=2)) == 130
+    assert resume(out) == 0
+    assert [line["step"] for line in events(out, "eval")] == [2, 4, 5]
+    assert extend(out, 9) == 0
+    assert [line["step"] for line in events(out, "eval")] == [2, 4, 5, 6, 8, 9]
+
+
 def one_misses(group, cell):
     """Return an accuracy with which one of the adapters never improves on its first evaluation."""
     return 0.5 if cell.config.lr == 0.3 else group.log.step / 100
