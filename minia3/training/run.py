@@ -322,11 +322,14 @@ class Run:
     def discard_if_new(self):
         """Remove what a new run has written, if it has no results yet, because it has failed."""
         if self.written_folder and self.is_new:
-            close_trackers(self.trackers)  # because they write into the folder
+            close_trackers(self.trackers, "failed")  # because they write into the folder
             self.trackers = []
             discard_run(self.written_folder)
 
-    def close(self):
-        """Unlock the folder, so that other processes may write into it."""
+    def close(self, ending):
+        """Unlock the folder, so that other processes may write into it.
+
+        ending: how the run has ended, "finished", "stopped" or "failed".
+        """
         with self.resources:  # which unlocks it also if a tracker is interrupted
-            close_trackers(self.trackers)
+            close_trackers(self.trackers, ending)

@@ -67,6 +67,7 @@ def run_config(config, run_grid, program, is_program=False):
     cannot compile the model, and Stopped after a signal.
     """
     run = None
+    ending = "failed"
     try:
         join()
         signals = Signals(is_program)
@@ -81,8 +82,10 @@ def run_config(config, run_grid, program, is_program=False):
             run = Run(config, signals, program)
             run_grid(run, config)
             from_first(None)  # wait until the first process has written everything
+        ending = "finished"
         return run
     except Stopped as stop:
+        ending = "stopped"
         message = run.stop_message if run else "stopped"
         if has_first_word(128 + stop.number):
             print_last(message)
@@ -102,7 +105,7 @@ def run_config(config, run_grid, program, is_program=False):
         raise
     finally:
         if run:
-            run.close()
+            run.close(ending)
 
 
 def is_compile_error(error):

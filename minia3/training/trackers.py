@@ -19,6 +19,9 @@ from minia3.training.outcomes import read_metrics
 
 PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
 NOT_IN_MLFLOW = r"[^\w./ -]"  # characters that the name of a metric cannot have there
+# How a run has ended, as W&B (which reports 255 after a Ctrl-C itself) and MLflow say it
+EXIT_CODES = {"finished": 0, "stopped": 255, "failed": 1}
+STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 def check_trackers(names):
@@ -45,7 +48,7 @@ def start_trackers(config, folder):
         try:
             tracker = TRACKERS[name](config, folder)
         except Exception as error:  # each package has its own
-            close_trackers(trackers)
+            close_trackers(trackers, "failed")
             raise ValueError(f"--log-to {name} cannot start: {one_line(error)}") from None
         trackers.append(tracker)
     for line in lines:
@@ -68,10 +71,11 @@ def hand_over(line, trackers):
     return working
 
 
-def close_trackers(trackers):
+def close_trackers(trackers, ending):
+    """Close the trackers. ending: how the run has ended, "finished", "stopped" or "failed"."""
     for tracker in trackers:
         try:
-            tracker.close()
+            tracker.close(ending)
         except Exception as error:
             print(f"note     {describe_failure(tracker, error)}")
 
@@ -118,7 +122,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, line["step"])
         self.writer.flush()
 
-    def close(self):
+    def close(self, ending):
         self.writer.close()
 
 
@@ -141,8 +145,8 @@ class WandB:
     def write(self, line):
         self.run.log({"step": line["step"], **figures(line, self.is_mixture)})
 
-    def close(self):
-        self.run.finish()
+    def close(self, ending):
+        self.run.finish(exit_code=EXIT_CODES[ending])
 
 
 class MLflow:
@@ -168,8 +172,8 @@ class MLflow:
             allowed = re.sub(NOT_IN_MLFLOW, "_", name)  # a file may be called "rows (1).csv"
             self.client.log_metric(self.run_id, allowed, value, step=line["step"])
 
-    def close(self):
-        self.client.set_terminated(self.run_id)
+    def close(self, ending):
+        self.client.set_terminated(self.run_id, STATUSES[ending])
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}

@@ -185,7 +185,7 @@ class Slow:
     def write(self, line):
         pass
 
-    def close(self):
+    def close(self, ending):
         kill_self(signal.SIGINT)
 
 

@@ -201,7 +201,7 @@ def test_wandb_has_the_lines_of_every_cell_that_trains_alone(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
+def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, capsys, monkeypatch):
     wandb = pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -210,12 +210,20 @@ def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
     out = tmp_path / "run"
     # The cells of a LoRA train one after the other, so the steps begin again.
     assert run(words(out, method="lora", seed="0,1", log_to="wandb")) == 0
+    fails(words(tmp_path / "nan", lr=1e30, log_to="wandb"), capsys, "lower --lr", code=1)
     wandb.teardown()  # waits for the process that writes the file, as the end of a program does
     (file,) = out.glob("wandb/offline-run-*/*.wandb")
+    (failed,) = tmp_path.glob("nan/wandb/offline-run-*/*.wandb")
+    records = {}
+    for path in (file, failed):
+        records[path] = [Record.FromString(data) for data in read_wandb_file(path)]
+    codes = []
+    for path in (file, failed):
+        ends = [record for record in records[path] if record.HasField("exit")]
+        codes += [record.exit.exit_code for record in ends]
+    assert codes == [0, 1]
     found = {}
-    for data in read_wandb_file(file):
-        record = Record()
-        record.ParseFromString(data)
+    for record in records[file]:
         values = {}
         for item in record.history.item:
             values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
@@ -226,7 +234,7 @@ def test_wandb_offline_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mlflow_in_a_folder_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
+def test_mlflow_in_a_folder_has_what_metrics_jsonl_has(tmp_path, capsys, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.chdir(tmp_path)
@@ -243,6 +251,9 @@ def test_mlflow_in_a_folder_has_what_metrics_jsonl_has(tmp_path, monkeypatch):
             found[name, metric.step] = metric.value
     assert found == expected_figures(out)
     assert os.listdir(tmp_path).count("mlflow.db") == 1
+    fails(words(tmp_path / "nan", lr=1e30, log_to="mlflow"), capsys, "lower --lr", code=1)
+    statuses = [entry.info.status for entry in client.search_runs([experiment.experiment_id])]
+    assert sorted(statuses) == ["FAILED", "FINISHED"]
     assert running.events(out, "final")
 
 
@@ -275,7 +286,7 @@ class Broken:
             raise ConnectionError("the network\nis gone")
         self.lines.append(line)
 
-    def close(self):
+    def close(self, ending):
         raise ConnectionError("the network is gone")
 
 
@@ -301,7 +312,7 @@ def test_a_tracker_that_fails_while_a_run_is_resumed_does_not_end_it(tmp_path, c
         def write(self, line):
             received.append(line)
 
-        def close(self):
+        def close(self, ending):
             pass
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Broken)
@@ -343,7 +354,7 @@ def test_ctrl_c_while_a_tracker_closes_is_no_traceback(tmp_path, capsys, monkeyp
         def write(self, line):
             pass
 
-        def close(self):
+        def close(self, ending):
             raise KeyboardInterrupt
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Uploading)
@@ -364,7 +375,7 @@ def test_a_mistake_before_the_first_evaluation_leaves_no_files_of_tensorboard(
             self.path = folder / "tensorboard" / "events"
             self.path.parent.mkdir()
 
-        def close(self):
+        def close(self, ending):
             self.path.write_text("the end")
 
     monkeypatch.setitem(trackers.TRACKERS, "tensorboard", Writer)
@@ -373,6 +384,71 @@ def test_a_mistake_before_the_first_evaluation_leaves_no_files_of_tensorboard(
     for _ in range(2):  # the second time, the folder is not in the way
         fails(flags, capsys, "nowhere")
         assert list(tmp_path.iterdir()) == []
+
+
+class Service:
+    """A stand-in for the packages of W&B and MLflow, which keeps how each run has ended."""
+
+    def __init__(self):
+        self.exit_codes = []
+        self.statuses = []
+
+    # W&B
+
+    def init(self, **settings):
+        return self
+
+    def define_metric(self, name, step_metric):
+        pass
+
+    def log(self, row):
+        pass
+
+    def finish(self, exit_code):
+        self.exit_codes.append(exit_code)
+
+    # MLflow
+
+    def MlflowClient(self):
+        return self
+
+    def get_experiment_by_name(self, name):
+        return SimpleNamespace(experiment_id="1")
+
+    def create_run(self, experiment_id, run_name):
+        return SimpleNamespace(info=SimpleNamespace(run_id="2"))
+
+    def log_param(self, run_id, flag, value):
+        pass
+
+    def log_metric(self, run_id, name, value, step):
+        pass
+
+    def set_terminated(self, run_id, status):
+        self.statuses.append(status)
+
+
+def test_services_hear_how_a_run_has_ended(tmp_path, capsys, monkeypatch):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    original = Group.update
+
+    def update(group, rates):
+        running.kill_self(signal.SIGINT)
+        original(group, rates)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "update", update)
+        assert run(words(out, log_to="wandb,mlflow")) == 130
+    assert resume(out) == 0
+    fails(words(tmp_path / "nan", lr=1e30, log_to="wandb,mlflow"), capsys, "lower --lr", code=1)
+    absent = words(tmp_path / "x", log_to="wandb,mlflow", adapter=tmp_path / "nowhere")
+    fails(absent, capsys, "nowhere")
+    assert service.exit_codes == [255, 0, 1, 1]
+    assert service.statuses == ["KILLED", "FINISHED", "FAILED", "FAILED"]
 
 
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
