@@ -179,11 +179,18 @@ def make_run(study_run):
     with lasting_output():
         try:
             config = study_run.resolve()
-            if is_finished(study_run.folder):
-                return "finished before"
-            show(f"== {study_run.folder}")
-            run_config(config, loop.run_grid, COMMAND, is_program=True)
-            return "finished now"
+            outcome = "finished before"
+            if not is_finished(study_run.folder):
+                show(f"== {study_run.folder}")
+                run_config(config, loop.run_grid, COMMAND, is_program=True)
+                outcome = "finished now"
+            if state_of(study_run) == "failed":
+                raise Failed(
+                    f"{study_run.folder}: some of its adapters failed, as metrics.jsonl says, and "
+                    "the others have their results: to make this run again, correct its flags and "
+                    "remove its folder"
+                )
+            return outcome
         except FolderLocked:
             show("another worker makes this run")
             return "left to another worker"

@@ -7,6 +7,7 @@ win over the script: SBATCH_GRES, SBATCH_ACCOUNT ...
 
 import math
 import os
+import shlex
 import signal
 from contextlib import contextmanager
 
@@ -21,8 +22,12 @@ class Worker:
         self.words = words
 
     def __call__(self):
+        """Raise RuntimeError if a run has failed, because a job that returns is a success."""
         with saving_when_time_is_up():
-            return main(self.words)
+            code = main(self.words)
+            if code != 0:
+                raise RuntimeError(f"minia3 {shlex.join(self.words)}: the exit code is {code}")
+            return code
 
     def checkpoint(self):
         """Return the job that takes the place of this one. submitit calls it before the end."""

@@ -280,6 +280,24 @@ def test_a_loss_that_is_nan_is_a_run_that_failed(tmp_path, capsys):
     assert "1 failed" in output(capsys, "study", path, "--steps", 30)
 
 
+def test_a_grid_in_which_an_adapter_fails_is_a_run_that_failed_and_is_not_made_again(
+    tmp_path, capsys
+):
+    path = write_study(tmp_path, "[runs.grid]\nlr = [1e-12, 1e30]\ndropout = 0\nwarmup-ratio = 0")
+    words = ["study", str(path), "--only", "grid", "--steps", "12"]
+    capsys.readouterr()
+    for _ in range(2):
+        assert main([*words, "--run"]) == 1
+        out, err = capsys.readouterr()
+        assert out.endswith("1 failed\n")
+        first, last = err.splitlines()
+        assert first.startswith(f"minia3 train: {tmp_path}/runs/grid: some of its adapters failed")
+        assert last == f"minia3: 1 of 1 runs failed, see above: {tmp_path}/runs/grid"
+        assert output(capsys, *words).endswith("\n1 runs: 1 failed\n")
+    assert out == "1 failed\n"  # so nothing was trained
+    assert len(read_results([tmp_path / "runs" / "grid"])[0]) == 1
+
+
 def test_a_finished_run_whose_checkpoint_was_deleted_is_not_made_again(tmp_path, capsys):
     path = write_study(tmp_path, steps=1)
     assert "1 finished now" in output(capsys, "study", path, "--run", "1/4")

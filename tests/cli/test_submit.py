@@ -34,6 +34,28 @@ def test_two_local_workers_make_all_runs(tmp_path, capsys, monkeypatch):
     assert states(capsys, path)[0] == "4 runs: 4 finished"
 
 
+@pytest.mark.slow
+def test_a_job_in_which_a_run_fails_is_a_job_that_failed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = write_study(tmp_path, "[runs.bad]\ntask = 'nowhere.csv'")
+    words = ["--only", "bad", "--submit", "local"]
+    _, number, *_ = output(capsys, "study", path, *words).split()
+    job = submitit.LocalJob(tmp_path / "runs" / "workers", number, (0,))
+    wait_for(job.paths.result_pickle.exists, seconds=300)
+    message = "minia3 study .* --only bad --run: the exit code is 1"
+    with pytest.raises(submitit.core.utils.FailedJobError, match=message):
+        job.result()
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_worker_that_fails_does_not_return(monkeypatch, code):
+    from minia3.cli.submit import Worker
+
+    monkeypatch.setattr("minia3.cli.submit.main", lambda words: code)
+    with pytest.raises(RuntimeError, match=f"minia3 study 'a b.toml': the exit code is {code}"):
+        Worker(["study", "a b.toml"])()
+
+
 def test_a_worker_that_is_stopped_is_queued_again_with_the_same_words():
     from minia3.cli.submit import Worker
 
