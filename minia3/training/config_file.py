@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minia3.files.read import read_json, reading
 from minia3.training.config import ADVICE
-from minia3.training.flags import join_parts, option
+from minia3.training.flags import join_parts, option, read_text
 
 # What config.json holds besides flags, and flags that belong to one run only.
 NOT_FLAGS = ("minia3", "git_commit", "versions", "data", "weights")
@@ -38,6 +38,7 @@ def read_config_file(path, config_class):
         raise ValueError(f"--config is {str(path)!r}, expected a .toml or .json file")
     if "versions" in content:  # a run wrote it
         return flags_of_record(content, config_class, path)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     values = {}
     for typed, value in content.items():
         name = field_name(typed, config_class, path)
@@ -46,6 +47,8 @@ def read_config_file(path, config_class):
         if name in values:
             raise ValueError(f"{path} has {option(name)} twice")
         values[name] = as_flag(value, name)
+        if isinstance(value, str):
+            values[name] = read_text(fields[name], value)  # "0,1"
     return values
 
 

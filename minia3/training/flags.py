@@ -138,6 +138,20 @@ def list_reader(kind):
     return read
 
 
+def read_text(field, text):
+    """Return the value of a text as the command line reads it, if the flag may have several values.
+
+    A text that is no such value stays as it is, and `check_flags` refuses it.
+    """
+    kinds = kinds_of(field)
+    if tuple not in kinds:
+        return text
+    try:
+        return list_reader(kinds[0])(text)
+    except ValueError:
+        return text
+
+
 def kinds_of(field):
     """Return the types of a field: (int, NoneType) for `int | None`."""
     return get_args(field.type) or (field.type,)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from minia3.training.command_line import complete
 from minia3.training.config import Config
 from minia3.training.config_file import field_name
-from minia3.training.flags import join_parts, kinds_of, list_reader
+from minia3.training.flags import join_parts, kinds_of, read_text
 from minia3.training.loop import load_loop
 from minia3.training.shown_commands import CALL
 from minia3.training.signals import Stopped
@@ -75,12 +75,8 @@ def read_value(field, value):
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     value = as_python(value)
-    kind = kinds_of(field)[0]
-    if isinstance(value, str) and tuple in kinds_of(field):
-        try:
-            return list_reader(kind)(value)  # "0,1"
-        except ValueError:
-            return value  # which `check_flags` refuses
+    if isinstance(value, str):
+        return read_text(field, value)  # "0,1"
     if isinstance(value, list | tuple | range):
         values = tuple(read_value(field, part) for part in value)
         if tuple not in kinds_of(field):

@@ -128,6 +128,20 @@ def test_a_toml_file_has_the_flags_as_they_are_typed(tmp_path):
     assert config == train.Config(**expected, seed=3)
 
 
+def test_a_text_with_commas_in_a_file_is_read_as_it_is_typed(tmp_path):
+    (tmp_path / "a,b.csv").write_text("text,label\n")
+    flags = {"task": "rte,cb", "seed": "0,1", "lr": "1e-2", "model": "x,y"}
+    expected = train.Config(task=("rte", "cb"), seed=(0, 1), lr=0.01, model="x,y")
+    toml = "".join(f"{name} = '{value}'\n" for name, value in flags.items())
+    (tmp_path / "flags.toml").write_text(toml)
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    for name in ("flags.toml", "flags.json"):
+        assert complete({"config": str(tmp_path / name)}) == expected
+    path = str(tmp_path / "a,b.csv")  # the comma is a part of its name
+    (tmp_path / "flags.json").write_text(json.dumps({"task": path}))
+    assert complete({"config": str(tmp_path / "flags.json")}).task == path
+
+
 def test_a_list_in_a_file_is_a_text_with_commas_for_a_flag_of_several_parts(tmp_path):
     file = tmp_path / "flags.toml"
     file.write_text('labels = ["so, so", "bad"]\nlosses = ["lm", "ul"]\neval-prompt = [0, 2]\n')
@@ -145,6 +159,7 @@ def test_a_list_in_a_file_is_a_text_with_commas_for_a_flag_of_several_parts(tmp_
         ("flags.toml", "[train]\nsteps = 3", ['unknown flag "train"']),
         ("flags.toml", 'steps = "3"', ["--steps is '3', expected int"]),
         ("flags.toml", "steps = [3, 4]", ["--steps is (3, 4), expected int"]),
+        ("flags.toml", 'seed = "0,a"', ["--seed is '0,a', expected int"]),
         ("flags.toml", "steps = 3\nepochs = 2", ["--epochs takes the place of --steps"]),
         ("flags.toml", 'config = "x.toml"', ["a file cannot name another --config"]),
         ("flags.toml", '"--resume" = "x"', ["a file cannot name another --config or --resume"]),
