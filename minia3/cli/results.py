@@ -52,8 +52,8 @@ class Result:
     metric: str
     method: str
     seed: int
-    accuracies: np.ndarray  # one per prompt, in per cent
-    before: np.ndarray  # the same before training
+    accuracy: float  # or another metric, in per cent; of several prompts, it is the median
+    before: float  # the same before training; NaN if not known
     commonest: float  # of always giving the commonest label, in per cent; NaN if not known
     n_trainable: int  # parameters of one adapter
     n_steps: int
@@ -204,10 +204,6 @@ def read_result(run, final):
     n_steps = int(final["steps"])
     is_decoder_only = final["architecture"] == "Llama"
 
-    accuracies = read_accuracies(final, "accuracies", final["accuracy"])
-    before = read_accuracies(final, "accuracies_before", final.get("accuracy_before"))
-    commonest = read_accuracies(final, "", final.get("commonest"))[0]
-
     seconds = float(final["seconds"])
     if method == "ia3":  # its cells train together, and each line has the time of all
         seconds /= len(run.outcomes)
@@ -229,9 +225,9 @@ def read_result(run, final):
         metric=str(final["metric"]),
         method=method,
         seed=int(final.get("seed", run.config["seed"])),
-        accuracies=accuracies,
-        before=before,
-        commonest=float(commonest),
+        accuracy=read_share(final["accuracy"]),
+        before=read_share(final.get("accuracy_before")),
+        commonest=read_share(final.get("commonest")),
         n_trainable=n_trainable,
         n_steps=n_steps,
         n_bytes=n_bytes,
@@ -254,17 +250,14 @@ def method_of(run, final):
     return method
 
 
-def read_accuracies(final, key, value):
-    """Return the numbers under a key of a final line, or else one value, in per cent.
-
-    A value of None is NaN. Raise ValueError if a number is not from 0 to 1.
-    """
+def read_share(value):
+    """Return a number in per cent, or NaN for None. Raise ValueError if it is not from 0 to 1."""
     if value is None:
-        return np.array([np.nan])
-    accuracies = 100 * np.array(final.get(key, [value]), float)
-    if not (abs(accuracies - 50) <= 50).all():
-        raise ValueError(f"accuracies are {accuracies.tolist()!r:.80} %")
-    return accuracies
+        return np.nan
+    share = float(value)
+    if not 0 <= share <= 1:
+        raise ValueError(f"a result is {share}, expected a number from 0 to 1")
+    return 100 * share
 
 
 def name_column(final):

@@ -1,7 +1,11 @@
 """The paper's table: a row per model and method, a column per task, and what each row costs.
 
-A cell is the median over seeds and prompts, with the interquartile range in brackets. The first row
-has what always giving the commonest label would reach.
+A cell is the median over seeds, with the interquartile range in brackets. If an adapter was
+evaluated with several prompts, its result is the median over them, so the brackets show how much
+the seeds differ and not how much the prompts do. T-Few's brackets do, too: its code evaluates each
+seed once, with a prompt drawn for each row (src/data/data_module.py), and takes the quartiles over
+the seeds (src/scripts/get_result_table.py). The first row has what always giving the commonest
+label would reach.
 """
 
 import csv
@@ -42,7 +46,7 @@ COMMONEST = "commonest label"  # the method of the row that is compared with, an
 class Cell:
     """The accuracies (or another metric) of a row on one task, in per cent, or the perplexities."""
 
-    median: float = UNKNOWN  # over seeds and prompts
+    median: float = UNKNOWN  # over seeds
     iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
     before: float = UNKNOWN  # the median before training
     metric: str = ""
@@ -50,7 +54,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """The results that differ in nothing but task, seed and prompt."""
+    """The results that differ in nothing but task and seed."""
 
     model: str
     method: str  # and the flags that distinguish it from other rows
@@ -176,12 +180,12 @@ def make_cell(results):
     if not results:
         return Cell()
     metric = results[0].metric
-    values = shown_values(np.concatenate([result.accuracies for result in results]), metric)
+    values = shown_values(np.array([result.accuracy for result in results]), metric)
     low, median, high = np.percentile(values, (25, 50, 75))
     iqr = UNKNOWN
     if len(values) > 1:
         iqr = float(high - low)
-    before = shown_values(np.concatenate([result.before for result in results]), metric)
+    before = shown_values(np.array([result.before for result in results]), metric)
     return Cell(float(median), iqr, float(np.median(before)), metric)
 
 

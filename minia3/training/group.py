@@ -155,7 +155,10 @@ class Group:
         return sum_step(trained, self.log.loss_A, self.log.n_parts, signal)
 
     def evaluate(self, cell, assignment, rows, shots=()):
-        """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt."""
+        """Return the result of a cell on `rows`: the median over the prompts of --eval-prompt.
+
+        So says the paper (section 3.1). T-Few's code draws a prompt for each row instead.
+        """
         results = []
         for prompt in assignment.eval_prompts:
             with showing(f"{cell.title_of(assignment.task)}evaluating"), dividing():

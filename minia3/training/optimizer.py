@@ -274,6 +274,7 @@ def learning_rate(step, config):
     """Return the learning rate of a step, counted from 0: linear from 0 to the peak, then to 0.
 
     As in T-Few, the rate of step 0 is 0 if there is a warm-up, so the first step changes nothing.
+    T-Few's code does not round the number of warm-up steps.
     """
     warmup_steps = round(config.warmup_ratio * config.steps)
     if step < warmup_steps:

@@ -36,7 +36,7 @@ def test_an_older_run_that_did_not_count_its_tokens_lacks_only_the_flops_to_eval
     final = {key: value for key, value in FINAL.items() if key != "tokens"}
     write_metrics(make_run(tmp_path / "run"), [TRAIN, final])
     (result,), _ = read_results([tmp_path])
-    assert result.accuracies.tolist() == [50]
+    assert result.accuracy == 50
     assert result.flops_to_train == 3 * 1000 * 25 * 8 * 20
     assert np.isnan(result.flops_per_example)
 
@@ -199,7 +199,7 @@ def test_each_adapter_of_a_grid_is_a_result_with_its_task_rate_and_lines(tmp_pat
         TRAIN | {"step": 5},
     ]
     finals = [
-        {"adapter": "raft/x-lr0.1", "task": "raft/x", "lr": 0.1, "accuracies": [0.25, 0.75]},
+        {"adapter": "raft/x-lr0.1", "task": "raft/x", "lr": 0.1, "accuracy": 0.25},
         {"adapter": "cb-lr0.2", "task": "cb", "lr": 0.2},
     ]
     make_run(tmp_path / "grid", finals, lines, task=["raft/x", "cb"], lr=[0.1, 0.2])
@@ -208,7 +208,7 @@ def test_each_adapter_of_a_grid_is_a_result_with_its_task_rate_and_lines(tmp_pat
     assert [x.task, cb.task] == ["raft/x", "cb"]
     assert [x.adapter_folder.name, cb.adapter_folder.name] == ["raft-x-lr0.1", "cb-lr0.2"]
     assert [x.loss_curve[:, 0].tolist(), cb.loss_curve[:, 0].tolist()] == [[10, 5], [20, 5]]
-    assert x.accuracies.tolist() == [25, 75]
+    assert [x.accuracy, cb.accuracy] == [25, 50]
     assert [x.seconds, cb.seconds] == [1.0, 1.0]  # both together took 2
 
 
@@ -296,7 +296,7 @@ def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_pat
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text('{"model_type": "t5"}')
     (result,), note = read_results([tmp_path])
-    assert (result.accuracies.tolist(), note) == ([50], "")
+    assert (result.accuracy, note) == (50, "")
     with pytest.raises(ValueError, match=r"config\.json was not written by train.py"):
         read_results([tmp_path / "merged"])
 
@@ -313,9 +313,9 @@ def test_a_line_that_is_being_written_and_a_model_among_runs_are_skipped(tmp_pat
         ("metrics.jsonl", '{"event": "train"}\n{"event": "final"', "metrics.jsonl, line 2"),
         ("metrics.jsonl", "3", "line 1: expected a JSON object, found int"),
         ("metrics.jsonl", '{"event": "final"}', "'accuracy' is missing"),
-        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": 53.0}), "accuracies are [5300.0] %"),
-        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": float("nan")}), "[nan] %"),
-        ("metrics.jsonl", json.dumps(FINAL | {"accuracies": ["x"]}), "could not convert"),
+        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": 53.0}), "53.0, expected a number from 0"),
+        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": float("nan")}), "nan, expected"),
+        ("metrics.jsonl", json.dumps(FINAL | {"accuracy": "x"}), "could not convert"),
         ("metrics.jsonl", json.dumps(FINAL | {"trainable": None}), "NoneType"),
         ("metrics.jsonl", json.dumps(FINAL | {"steps": float("inf")}), "OverflowError"),
         ("metrics.jsonl", '{"event": "train", "step": 1}\n' + json.dumps(FINAL), "is missing"),
@@ -360,7 +360,7 @@ def test_a_folder_of_train_py_is_read(tmp_path):
     for n, line in zip(n_steps, lines, strict=True):
         n_tokens += n * line["tokens_per_second"] / line["examples_per_second"]
     assert note == ""
-    assert result.accuracies.tolist() == [100 * final["accuracy"]]
+    assert result.accuracy == 100 * final["accuracy"]
     assert result.n_bytes > 4 * result.n_trainable > 0
     n_examples_per_step = 4
     expected = 3 * final["total"] * n_tokens * n_examples_per_step

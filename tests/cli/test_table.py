@@ -1,5 +1,5 @@
-"""Guards the paper's table: the medians over seeds and prompts, which results share a row, the
-order of rows and columns, and the text that is printed."""
+"""Guards the paper's table: the medians over seeds, which results share a row, the order of rows
+and columns, and the text that is printed."""
 
 import csv
 import io
@@ -15,13 +15,30 @@ from minia3.cli.table import format_csv, format_markdown, table_rows
 # Cells
 
 
-def test_a_cell_is_the_median_and_interquartile_range_over_seeds_and_prompts(tmp_path):
-    make_run(tmp_path / "a", [{"accuracies": [0.1, 0.2, 0.6]}], seed=0)
-    make_run(tmp_path / "b", [{"accuracies": [0.7, 0.8]}], seed=1)
+def test_a_cell_is_the_median_and_interquartile_range_over_seeds(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.625, 0.875)):
+        make_run(tmp_path / str(seed), [{"accuracy": accuracy}], seed=seed)
     (row,), note = table_rows([tmp_path])
-    assert row.cells["rte"].median == 60
-    assert row.cells["rte"].iqr == pytest.approx(50)
-    assert (row.average, row.n_runs, note) == (60, 2, "")
+    assert (row.cells["rte"].median, row.cells["rte"].iqr) == (62.5, 18.75)
+    assert (row.average, row.n_runs, note) == (62.5, 3, "")
+
+
+def test_prompts_that_differ_are_no_spread_of_the_seeds(tmp_path):
+    """All seeds have the same median over the prompts."""
+    for seed in range(3):
+        prompts = {"accuracies": [0.125, 0.5, 0.75 + seed / 16], "accuracy": 0.5}
+        prompts |= {"accuracies_before": [0.0, 0.25, 1.0], "accuracy_before": 0.25}
+        make_run(tmp_path / str(seed), [prompts], seed=seed)
+    (row,), _ = table_rows([tmp_path])
+    cell = row.cells["rte"]
+    assert (cell.median, cell.iqr, cell.before) == (50, 0, 25)
+
+
+def test_prompts_of_a_single_seed_have_no_interquartile_range(tmp_path):
+    make_run(tmp_path / "a", [{"accuracies": [0.25, 0.5, 0.75]}])
+    (row,), _ = table_rows([tmp_path])
+    assert row.cells["rte"].median == 50
+    assert np.isnan(row.cells["rte"].iqr)
 
 
 def test_a_row_without_one_of_the_tasks_has_no_average(tmp_path):
