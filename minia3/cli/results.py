@@ -58,7 +58,7 @@ class Result:
     n_trainable: int  # parameters of one adapter
     n_steps: int
     n_bytes: float  # of the adapter's files; NaN if they are gone
-    seconds: float  # of training; cells that train together share their time equally
+    seconds: float  # of training; cells that train together share their time by their steps
     flops_per_example: float  # to evaluate; NaN if the run did not count its tokens
     flops_to_train: float  # NaN if nothing was trained
     loss_curve: np.ndarray  # (N, 2): step, training loss
@@ -91,6 +91,17 @@ class Run:
     def outcomes(self):
         """A dict from each adapter that has ended to "final" or "failed"."""
         return outcomes_of(self.lines)
+
+    @property
+    def n_steps(self):
+        """How many steps the adapters that have ended have taken, all together."""
+        steps = {}  # a mixture has a final line for each of its tasks
+        for line in self.lines:
+            if line["event"] == "final":
+                steps[line.get("adapter")] = int(line["steps"])
+            if line["event"] == "failed":
+                steps[line.get("adapter")] = int(line["step"])
+        return sum(steps.values())
 
     @property
     def is_mixture(self):
@@ -206,7 +217,7 @@ def read_result(run, final):
 
     seconds = float(final["seconds"])
     if method == "ia3":  # its cells train together, and each line has the time of all
-        seconds /= len(run.outcomes)
+        seconds *= n_steps / max(1, run.n_steps)
 
     adapter_folder = saved_folder(run, method, adapter)
     n_bytes = 0.0

@@ -212,6 +212,21 @@ def test_each_adapter_of_a_grid_is_a_result_with_its_task_rate_and_lines(tmp_pat
     assert [x.seconds, cb.seconds] == [1.0, 1.0]  # both together took 2
 
 
+def test_adapters_that_train_together_share_their_time_by_their_steps(tmp_path):
+    """b ran out of patience, and c failed. All of them took two seconds, and 40 steps."""
+    finals = [{"adapter": "a", "seed": 0}, {"adapter": "b", "seed": 1, "steps": 16}]
+    failed = {"event": "failed", "adapter": "c", "step": 4}
+    make_run(tmp_path / "run", finals, [failed], seed=[0, 1, 2])
+    a, b = read_results([tmp_path])[0]
+    assert [a.seconds, b.seconds] == pytest.approx([1.0, 0.8])
+
+
+def test_the_tasks_of_a_mixture_have_the_time_of_their_adapter(tmp_path):
+    finals = [{"task": "rte"}, {"task": "copa"}]
+    make_run(tmp_path / "run", finals, task=["rte", "copa"], adapters="one")
+    assert [result.seconds for result in read_results([tmp_path])[0]] == [2.0, 2.0]
+
+
 def test_the_loss_curve_of_an_adapter_ends_when_it_stops(tmp_path):
     first = TRAIN | {"step": 10, "loss": 9.0, "losses": {"a": 1.0, "b": 3.0}}
     second = TRAIN | {"step": 20, "loss": 9.0, "losses": {"a": 0.5}}
