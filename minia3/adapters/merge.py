@@ -102,9 +102,9 @@ def merge_files(
     name_or_path, dtype: see `load_model`; adapter: see `read_adapter`. The result has the same bits
     as load_model, load_adapter, merge and save_model write, but only one shard is in memory at a
     time. All tensors are read back and compared.
-    quantize: "int8" or "nf4" writes the weights that such a base stands for (merge_quantized.py),
-    because an adapter that was trained beside it has learned to make up for its errors. These
-    depend on `dtype`, so it must be that of the training.
+    quantize: fold the adapter into the weights as int8 or nf4 rounds them ("int8" or "nf4"; see
+        merge_quantized.py), because an adapter trained beside a quantized base has learned to
+        correct its rounding. The rounding depends on `dtype`, so give that of the training.
     out_dtype: to which the merged weights are rounded in the end (default: dtype).
     change: a function of the model without weights and its tokenizer (None if it has none). It is
         called before they are saved, and may change what is saved beside the weights.

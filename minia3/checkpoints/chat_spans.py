@@ -9,9 +9,10 @@ two other ways, for each turn:
    and Mistral's moves the system message to the last question. So replace the content of a message
    by other words: what stays the same around it belongs to the template. The turn begins after what
    the template writes between the message before it and an answer, and ends with what it writes
-   after the answer. The whole text must have both as the text that ends there has them, and must
-   have the contents of all earlier messages before the turn. Otherwise the model would be trained
-   without something that it reads when it answers, and the conversation is refused.
+   after the answer. Each piece is taken from the conversation cut off there, and must occur in the
+   whole conversation exactly as it does there. The contents of all earlier messages must come
+   before the turn. Otherwise the model would be trained without something that it reads when it
+   answers, and the conversation is refused.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,8 +23,8 @@ from minia3.checkpoints.chat import ChatText, render_chat
 
 OR_BLOCKS = "or a template with {% generation %} blocks (--chat-template FILE)"
 
-# Words in place of a content. Their first characters differ, and so do their last ones. So every
-# content differs from at least one of them at its beginning, and from at least one at its end.
+# Two texts that replace a message's content. Their first characters differ, and so do their last
+# ones, so any content differs from at least one of them at each end.
 PROBES = ("Alpha.", "omega!")
 
 

@@ -225,8 +225,8 @@ def rope_settings(raw):
 def factors_of_gguf(raw):
     """Return the rope factors of a GGUF file, or None if `raw` comes from another file.
 
-    read_gguf makes a tuple of them. In a config.json, where no value is a tuple, a key of this name
-    is one that nobody knows.
+    `read_gguf` stores the factors as a tuple, which JSON cannot contain. So a `rope_factors` in a
+    config.json is just an unknown key.
     """
     factors = raw.get("rope_factors")
     return factors if isinstance(factors, tuple) else None

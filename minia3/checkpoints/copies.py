@@ -23,7 +23,8 @@ def keep_one_embedding(entries, config, path):
     else:
         usual = "model.embed_tokens.weight"
         inputs = []
-    # An untied head may equal the embedding by chance or before training, but it is not a copy.
+    # Keep an untied head even if it equals the embedding, as it may before training: it is a
+    # parameter of its own.
     copies = inputs if config.own_head else [*inputs, "lm_head.weight"]
 
     kept = dict(entries)

@@ -303,8 +303,9 @@ class Transfer:
 def why_unreachable():
     """Return why the hub is not asked, or None.
 
-    It is not if the user says so, or if its address has no name of a machine or one that cannot be
-    resolved. Without a network this is known at once, but huggingface_hub would try for 24 seconds.
+    The hub is not asked if the user forbids it, or if its address has no host name, or one that
+    cannot be resolved. Without a network this is known at once, but huggingface_hub would try for
+    24 seconds.
     """
     from huggingface_hub import constants
 
