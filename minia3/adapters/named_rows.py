@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from minia3.adapters.peft_files import read_adapter
-from minia3.adapters.rows import fill_row, fitting_vectors
+from minia3.adapters.rows import check_row_0, fill_row, fitting_vectors
 from minia3.files.write import finish_writing
 from minia3.model.adapter_rows import find_row, give_up, give_up_all, number_of
 from minia3.model.ia3 import vectors
@@ -36,11 +36,7 @@ class Adapters(Mapping):
     lock = threading.Lock()
 
     def __init__(self, model):
-        if getattr(model, "keeps_vectors", False):  # see merge_quantized.py
-            raise ValueError(
-                "row 0 of this merged model holds l_ff, so it cannot become ones: call "
-                "minia3.model.quantized.dequantize and then minia3.merge"
-            )
+        check_row_0(model)
         self.model = model
         self._numbers = {}
         places = vectors(model)

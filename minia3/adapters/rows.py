@@ -43,6 +43,15 @@ def row_number(model, adapter):
     return find_row(adapter, model)
 
 
+def check_row_0(model):
+    """Raise ValueError if row 0 of a merged model holds vectors that belong to its base."""
+    if getattr(model, "keeps_vectors", False):  # see merge_quantized.py
+        raise ValueError(
+            "row 0 of this merged model holds l_ff, so no other adapter can take its place: call "
+            "minia3.model.quantized.dequantize and then minia3.merge"
+        )
+
+
 def save_adapter(model, folder, adapter=0):
     """Write row `adapter` of the model as a PEFT folder.
 
@@ -58,9 +67,11 @@ def load_adapter(model, folder_or_file, adapter=0):
     become ones. Vectors that the model lacks (more_vectors.py) are added to it, as ones in its
     other rows.
 
-    Raise ValueError if there is no such row, or if the adapter cannot be read or does not fit; the
-    model stays as it was. Warn if the adapter names another base model.
+    Raise ValueError if there is no such row, if the adapter cannot be read or does not fit, or if
+    the model is merged and keeps l_ff in row 0; the model stays as it was. Warn if the adapter
+    names another base model.
     """
+    check_row_0(model)
     adapter_file = read_adapter(folder_or_file)
     places = vectors(model)
     row = row_number(model, adapter)

@@ -98,8 +98,11 @@ def test_names_for_the_rows_leave_the_merged_model_as_it_is(tmp_path, name):
     merged = minia3.merge(model)
     if name == "t5-v1.0":
         advice = r"holds l_ff.* call minia3\.model\.quantized\.dequantize and then minia3\.merge$"
+        minia3.save_adapter(randomize(minia3.load_model(tmp_path), seed=2), tmp_path / "other")
         with pytest.raises(ValueError, match=advice):
             minia3.Adapters(merged)
+        with pytest.raises(ValueError, match=advice):
+            minia3.load_adapter(merged, tmp_path / "other")
         assert off(logits(merged, SOURCE, MASK, TARGET), expected) < 1e-6
         dequantize(merged, torch.float64)
         merged = minia3.merge(merged)
