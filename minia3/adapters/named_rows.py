@@ -66,7 +66,10 @@ class Adapters(Mapping):
         return f"Adapters({self._numbers})"
 
     def load(self, name, name_or_path):
-        """Add an adapter (see `load_adapter`) under a name, or replace the one of this name."""
+        """Add an adapter (see `load_adapter`) under a name, or replace the one of this name.
+
+        If Ctrl-C or a lack of memory ends a replacement halfway, there is no adapter of this name.
+        """
         if not isinstance(name, str):
             expected = "expected a text as the name of an adapter"
             raise ValueError(f"{expected}, found {name!r} (None is the base)")
@@ -114,10 +117,20 @@ class Adapters(Mapping):
             rows = self._choose_rows(new_vectors)
             grow(self.model, 1 + max(rows.values()))
             for name, row in rows.items():
-                if name in self:
-                    give_up(row, self.model)  # first, as in `remove`
-                fill_row(self.model, row, new_vectors[name])
-                self._numbers[name] = number_of(row, self.model)
+                self._fill(name, row, new_vectors[name])
+
+    def _fill(self, name, row, new_vectors):
+        """Give a row to a name. If this fails or is interrupted, the name is forgotten."""
+        try:
+            if name in self:
+                give_up(row, self.model)  # first, as in `remove`
+            fill_row(self.model, row, new_vectors)
+            self._numbers[name] = number_of(row, self.model)
+        except BaseException:  # Ctrl-C, or no memory for new vectors
+            # The row may hold vectors of two adapters, and the name its old number.
+            give_up(row, self.model)
+            self._numbers.pop(name, None)
+            raise
 
     def _choose_rows(self, names):
         """Return a row for each name: the row that it has, or else a free one."""

@@ -296,6 +296,40 @@ def test_a_row_is_given_up_before_its_vectors_change(loaded, folders, monkeypatc
     assert filled_rows == [number]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("name", BOTH)
+def test_a_replacement_that_is_interrupted_removes_the_name_and_nothing_else(
+    loaded, folders, monkeypatch, name, error
+):
+    """Its old number stayed, and no adapter could be loaded or removed any more."""
+    folder = folders(name, 3)
+    model = loaded(name)
+    adapters = Adapters(model)
+    adapters.load("a0", folder / "a0")
+    adapters.load("a1", folder / "a1")
+    old_rows = adapters.rows(["a0", "a1", "a0", "a1"])
+
+    def interrupt(model, row, new_vectors):
+        fill_row(model, row, dict([*new_vectors.items()][:1]))
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minia3.adapters.named_rows.fill_row", interrupt)
+        with pytest.raises(error):
+            adapters.load("a0", folder / "a2")
+        with pytest.raises(error):
+            adapters.load("new", folder / "a2")
+    assert list(adapters) == ["a1"]
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
+        model.start(SOURCE, MASK, old_rows)
+    adapters.load("a2", folder / "a2")
+    adapters.load("a0", folder / "a0")
+    adapters.remove("a2")
+    assert list(adapters) == ["a1", "a0"]
+    for a in adapters:
+        assert equal_tensors(row_of(model, adapters[a]), read_adapter(folder / a).vectors)
+
+
 def test_nothing_but_its_methods_changes_it(loaded, folders):
     """What a dict does to a name would leave the row to the next adapter without giving it up."""
     adapters = Adapters(loaded("t5-v1.0"))
