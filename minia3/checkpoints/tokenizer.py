@@ -93,10 +93,7 @@ class Tokenizer:
         if backend.post_processor is None:
             backend.post_processor = self._frame(settings)
         # If the backend cannot encode an unknown character, fail now, not at the first such text.
-        ids = self.encode(UNKNOWN_CHARACTER)
-        begins_with_bos = ids[:1] == [self.bos_id]
-        ends_with_eos = ids[-1:] == [self.eos_id]
-        self.has_separate_targets = has_encoder(settings, begins_with_bos, ends_with_eos)
+        self.has_separate_targets = has_encoder(settings, self._adds_eos_alone())
 
     def _find_special_tokens(self, settings):
         """Set the ids and the texts of the special tokens, and tell the backend about them."""
@@ -127,6 +124,11 @@ class Tokenizer:
             frame.append(self.special_tokens["eos_token"])
         ids = [(token, self.backend.token_to_id(token)) for token in self.special_tokens.values()]
         return processors.TemplateProcessing(frame, None, ids)
+
+    def _adds_eos_alone(self):
+        """Return whether `encode` ends a text with eos, and does not begin it with bos."""
+        ids = self.encode(UNKNOWN_CHARACTER)
+        return ids[-1:] == [self.eos_id] and ids[:1] != [self.bos_id]
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of `text`, with the special tokens that the files ask for.
@@ -284,6 +286,10 @@ class Tokenizer:
             ]
         elif self.chat_template:
             config["chat_template"] = self.chat_template
+        if self.has_separate_targets != self._adds_eos_alone():
+            # The special tokens would mislead `has_encoder` if no config.json is beside them:
+            # CodeT5 adds bos, too.
+            config["is_encoder_decoder"] = self.has_separate_targets
         # transformers' LlamaTokenizer would replace our normalizer.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         # Without this, transformers 4 returns token_type_ids too, which generate() refuses.
@@ -419,7 +425,7 @@ def read_settings(folder):
     return settings
 
 
-def has_encoder(settings, begins_with_bos, ends_with_eos):
+def has_encoder(settings, adds_eos_alone):
     """Return whether the model of a tokenizer has an encoder, as T5 does.
 
     Its config says so. Without a config, we go by the special tokens: a T5 adds eos alone.
@@ -428,7 +434,7 @@ def has_encoder(settings, begins_with_bos, ends_with_eos):
         return bool(settings["is_encoder_decoder"])
     if "model_type" in settings:
         return settings["model_type"] in config_t5.DEFAULTS
-    return ends_with_eos and not begins_with_bos
+    return adds_eos_alone
 
 
 def special_id(backend, settings, kind):

@@ -185,6 +185,20 @@ def test_the_ids_of_codet5_are_those_of_transformers(codet5):
     assert ours.pad_id == 0
 
 
+def test_codet5_that_is_saved_without_a_config_still_has_an_encoder(codet5, tmp_path):
+    """Its special tokens do not say so: it adds bos, too."""
+    import transformers
+
+    ours = Tokenizer.from_folder(codet5[0])
+    ours.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.has_separate_targets
+    assert again.encode_target("x = 1", end=False) == ours.encode_target("x = 1", end=False)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(CODE).input_ids == ours.encode(CODE)
+    again.save(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).has_separate_targets
+
+
 def test_decode_drops_the_sentinels_of_codet5_as_transformers_does(codet5):
     folder, theirs = codet5
     ids = theirs("a <extra_id_0> b<extra_id_9>").input_ids
