@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from minia3.files.processes import combine, from_first, share_of_copy
+from minia3.files.read import one_line
 from minia3.inference.beam_search import beam_search
-from minia3.inference.scoring import NotFiniteError, batches_by_length
+from minia3.inference.scoring import NotFiniteError, batches_by_length, has_order
 from minia3.model.adapter_rows import find_rows
 from minia3.model.sequence_state import adapter_numbers
 from minia3.model.shard import is_sharded
@@ -33,6 +34,8 @@ from minia3.model.single_row import fast_products
 from minia3.model.static_state import StaticState
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
+
+LIST_OF_PROMPTS = "a list of texts, or of lists of ids"
 
 NOT_FINITE = -1  # in place of a token, if a model's scores are NaN or infinite
 
@@ -132,7 +135,8 @@ def is_stop(text):
 def expect(is_right, name, value, expected):
     """Raise ValueError unless `is_right`."""
     if not is_right:
-        raise ValueError(f"{name} is {value!r:.40}, expected {expected}")
+        found = one_line(repr(value))  # a table has several
+        raise ValueError(f"{name} is {found:.40}, expected {expected}")
 
 
 def generate(  # noqa: PLR0913 (the contract)
@@ -173,10 +177,12 @@ def generate(  # noqa: PLR0913 (the contract)
     minute for each new shape of a batch (rows, columns, and the sources of a T5), and writes the
     same tokens.
 
-    Raise ValueError if an option is out of its range, if a prompt has no tokens or an id that the
-    model does not know, if the model's scores are not finite, or if a step of a divided model
-    (shard.py) is to be compiled.
+    Raise ValueError if an option is out of its range, if `prompts` is a single text, a set, a dict
+    or a table, if a prompt has no tokens or an id that the model does not know, if the model's
+    scores are not finite, or if a step of a divided model (shard.py) is to be compiled.
     """
+    expect(has_order(prompts), "prompts", prompts, LIST_OF_PROMPTS)
+    prompts = list(prompts)  # they are read several times, and may come from a generator
     options = Options(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -267,8 +273,8 @@ def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
     Raise ValueError if a prompt is neither, has no tokens, or has an id that is not one of the
     model's. first_prompt: see `Options`.
     """
-    is_one_prompt = isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts)
-    expect(not is_one_prompt, "prompts", prompts, "a list of texts, or of lists of ids")
+    is_one_prompt = any(isinstance(prompt, int) for prompt in prompts)
+    expect(not is_one_prompt, "prompts", prompts, LIST_OF_PROMPTS)
     sources = []
     wrong = []
     for i, prompt in enumerate(prompts):

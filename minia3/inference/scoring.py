@@ -354,9 +354,14 @@ def choices_of_prompts(choices, n_prompts):
 
 def as_list(texts):
     """Return texts, which may be in an array, as a list; an empty list if they are in no order."""
-    has_order = isinstance(texts, Iterable) and not isinstance(texts, str | Set | Mapping)
+    return list(texts) if has_order(texts) else []
+
+
+def has_order(texts):
+    """Return whether these are texts in an order, and neither a single text nor a table."""
     is_table = hasattr(texts, "columns")  # of pandas, which would give the names of its columns
-    return list(texts) if has_order and not is_table else []
+    is_single = isinstance(texts, str | Set | Mapping)
+    return isinstance(texts, Iterable) and not is_single and not is_table
 
 
 def batches_by_length(lengths, adapter, batch_size, choose_share=share):

@@ -636,6 +636,44 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
         generate(both.model, both.tokenizer, torch.tensor([4, 5]))
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        None,
+        5,
+        "",
+        set(),
+        {"w4", "w5"},
+        {"text": ["w4"]},
+        {"input_ids": [[4]], "attention_mask": [1]},
+    ],
+)
+def test_prompts_in_no_order_are_refused(both, prompts):
+    with pytest.raises(ValueError, match=r"^prompts is .*, expected a list of texts, or of lists"):
+        generate(both.model, both.tokenizer, prompts)
+
+
+def test_a_table_is_no_list_of_prompts_but_a_column_is(both):
+    """The texts of a table were the answers to the names of its columns."""
+    pandas = pytest.importorskip("pandas", reason="another library")
+    table = pandas.DataFrame({"w4": PROMPTS[:3], "w5": [0, 1, 0]}, index=[7, 8, 9])
+    with pytest.raises(ValueError, match=r"^prompts is [^\n]*, expected a list of texts[^\n]*$"):
+        generate(both.model, both.tokenizer, table)
+    expected = generate(both.model, both.tokenizer, PROMPTS[:3])
+    assert generate(both.model, both.tokenizer, table["w4"]) == expected
+
+
+def test_prompts_may_come_from_a_generator_or_an_array(both):
+    expected = generate(both.model, both.tokenizer, PROMPTS)
+    for prompts in (iter(PROMPTS), tuple(PROMPTS), np.array(PROMPTS, dtype=object)):
+        assert generate(both.model, both.tokenizer, prompts) == expected
+    ids = [[4, 5], [6, 7]]
+    expected = generate(both.model, both.tokenizer, ids)
+    for prompts in (torch.tensor(ids), np.array(ids)):
+        assert generate(both.model, both.tokenizer, prompts) == expected
+    assert generate(both.model, both.tokenizer, iter(())) == []
+
+
 def test_a_prompt_is_named_by_its_place_among_all_prompts(both, loaded):
     options = Options(max_new_tokens=3, first_prompt=16)
     given = (both.tokenizer, ["w4", "w33"], None, options)
