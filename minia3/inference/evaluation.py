@@ -9,10 +9,10 @@ The result of an evaluation is a dictionary, because it becomes part of a line o
     n          how many rows
     n_cut      how many rows have an input that was too long and lost words
     n_equal    how many rows have two choices with the same tokens, if there are choices
-    n_lossy    how many targets have characters that the tokenizer cannot write, for exact match
-    n_too_long how many targets have more tokens than are generated, for exact match
-    n_wordless how many targets have no words for rouge_l, for rouge_l
-    n_ends_cut how many targets were too long and lost their end, for the perplexity
+    n_lossy    how many targets the tokenizer cannot write exactly, if the metric is exact_match
+    n_too_long how many targets have more tokens than are generated, if the metric is exact_match
+    n_wordless how many targets rouge_l finds no words in, if the metric is rouge_l
+    n_ends_cut how many targets lost their end, if the metric is inverse_perplexity
     tokens     how many tokens a row and its choices have, on average
     n_shots    how many shots come before a row, on average, if there are shots
 
@@ -42,6 +42,7 @@ from minia3.inference.scoring import (
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import equal_choices, fit_all_targets, loses_characters, written_target
 from minia3.tasks.prompts import Prompt, count_fitting, in_context, render
+from minia3.tasks.rows import are_choices
 
 # What a message says of rows that are made by hand.
 EXPECTED_ROW = (
@@ -76,25 +77,25 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). See `fit` in tasks/prompts.py
     for inputs that are too long without any shot.
 
-    Raise ValueError if there is no such metric. Raise ValueError, with the `idx` of the row, if a
-    row has no label or does not suit the metric, if a choice is longer than `max_target_length`
+    Raise ValueError if there is no such metric, and, with the `idx` of the row, if a row has no
+    label or equal choices or does not suit the metric, if a choice has over `max_target_length`
     tokens, if the model has no embedding for a token, or if a score is not finite.
     """
     check_metric(metric)
-    rows = list(rows)  # they are read several times, and may come from a generator
+    rows = checked_rows(rows, prompt)
     if not rows:
         return {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
 
-    rows = checked_rows(rows, prompt)
+    shots = list(shots)  # they are read several times, and may come from a generator
     pairs, n_shots = with_shots(rows, prompt, shots, tokenizer, max_length)
-    are_choices = metric in CHOICE_METRICS
-    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not are_choices)
+    is_ranked = metric in CHOICE_METRICS
+    rendered, examples, n_cut = encode_rows(pairs, tokenizer, max_length, end=not is_ranked)
     check_targets(metric, rows, rendered)
     if metric in TEXT_METRICS:
         sources = [example._replace(targets=[]) for example in examples]
         check_examples(rows, sources, model, tokenizer)  # the model does not read the targets
     else:
-        examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, are_choices)
+        examples, n_ends_cut = fit_all_targets(rows, examples, max_target_length, is_ranked)
         check_examples(rows, examples, model, tokenizer)
     options = {"adapter": adapter, "batch_size": batch_size}
     with naming_rows(rows):
@@ -116,7 +117,7 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
 
 
 def checked_rows(rows, prompt, kind="row"):
-    """Return rows with an `idx`, which is their place if they have none.
+    """Return a list of the rows with an `idx`, which is their place if they have none.
 
     kind: what a message calls a row. Raise ValueError if something is not a row, or has no label or
     no choices to pick from.
@@ -135,9 +136,9 @@ def checked_rows(rows, prompt, kind="row"):
         choices = prompt.choices
         if not choices and not prompt.target and "choices" in row:
             choices = as_list(row["choices"])
-            if not choices:
+            if not are_choices(choices):
                 found = f"{name} has the choices {row['choices']!r:.60}"
-                raise ValueError(f"{found}, expected {EXPECTED_ROW}")
+                raise ValueError(f"{found}, expected texts that differ, as in {EXPECTED_ROW}")
         if "messages" not in row:
             check_label(name, row, n_choices=len(choices or ("the target",)))
         checked.append(row)

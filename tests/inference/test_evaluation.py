@@ -465,8 +465,12 @@ NOT_ROWS = [
         {"input": "w4", "target": "w5", "label": 1},
         "row 2 has the label 1, and the number of its choices is 1",
     ),
-    ({"input": "w4", "choices": "w5", "label": 0}, "row 2 has the choices 'w5', expected a dict"),
-    ({"input": "w4", "choices": None, "label": 0}, "row 2 has the choices None, expected a dict"),
+    ({"input": "w4", "choices": "w5", "label": 0}, "row 2 has the choices 'w5', expected texts"),
+    ({"input": "w4", "choices": None, "label": 0}, "row 2 has the choices None, expected texts"),
+    (
+        {"input": "w4", "choices": ["w5", "w6", "w6"], "label": 0},
+        r"row 2 has the choices \['w5', 'w6', 'w6'\], expected texts that differ, as in a dict",
+    ),
     ({"choices": ["w5"], "label": 0}, "the row has no field 'input'"),
     ({"input": "w4", "label": 0}, "the row has no field 'target'"),
 ]
@@ -534,6 +538,8 @@ def test_as_many_shots_as_fit_come_before_the_row_with_their_answers_and_in_orde
     )
     assert found["n_shots"] == pytest.approx(np.mean(n_shots))
     assert found["n_cut"] == 0
+    options["shots"] = iter(shots)
+    assert evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options) == found
     assert (
         found["tokens"]
         > evaluate(ours.model, ours.tokenizer, rows, PROMPT, metric="accuracy")["tokens"]
