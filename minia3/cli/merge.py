@@ -49,7 +49,7 @@ def run(args):
     from minia3.checkpoints.save import save_model
     from minia3.checkpoints.tokenizer import find_tokenizer
     from minia3.files.progress import showing
-    from minia3.inference.turns import chat_as_learned
+    from minia3.inference.turns import answer_as_learned
     from minia3.tasks.task_file import copy_task_file
     from minia3.training.learned import learned_tasks
 
@@ -59,7 +59,7 @@ def run(args):
     with showing("merging"), writing_new_folder(args.out) as folder:
         has_lora = is_lora(args.adapter)
         learned = learned_tasks(args.model, args.adapter).values()
-        chat = partial(chat_as_learned, specs=learned)
+        answering = partial(answer_as_learned, specs=learned)
         if has_lora:
             if args.dequantize:
                 raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
@@ -67,7 +67,7 @@ def run(args):
             load_lora(model, args.adapter)
             merged = merge(model)
             tokenizer = find_tokenizer(find(args.model))
-            chat(merged, tokenizer)
+            answering(merged, tokenizer)
             save_model(merged, folder, tokenizer)
         else:
             if args.dequantize and args.quantize is None:
@@ -75,7 +75,7 @@ def run(args):
             # File by file, so that only one shard is in memory.
             out_dtype = torch.bfloat16 if args.dequantize else None
             options = {"dtype": dtype, "quantize": args.quantize, "out_dtype": out_dtype}
-            merge_files(args.model, args.adapter, folder, change=chat, **options)
+            merge_files(args.model, args.adapter, folder, change=answering, **options)
         copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")
 

@@ -80,14 +80,15 @@ class Search:
 
 
 @torch.no_grad()
-def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0):
+def beam_search(model, state, n_beams, max_new_tokens, length_penalty=1.0, end_ids=None):
     """Return the `n_beams` best texts for each row of `state`, best first: lists of ids.
 
     The score of a text is the sum of its log-probabilities, divided by length ** length_penalty,
-    and its end token counts. The lists do not hold the end token. `state` stays as it is. Raise
-    NotFiniteError, with the row of `state`, if the model's scores are not finite.
+    and its end token counts. The lists do not hold the end token. end_ids: the end tokens; None:
+    those of the model. `state` stays as it is. Raise NotFiniteError, with the row of `state`, if
+    the model's scores are not finite.
     """
-    end_ids = model.config.eos_ids
+    end_ids = model.config.eos_ids if end_ids is None else end_ids
     searches = [Search(n_beams, end_ids, length_penalty) for _ in state.start]
     active = searches
     state = state.repeat(n_beams)

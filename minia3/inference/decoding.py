@@ -159,8 +159,9 @@ def generate(  # noqa: PLR0913 (the contract)
 ):
     """Return `samples` texts for each of N prompts: all texts of the first prompt, then the second.
 
-    prompts: texts, or lists of ids. adapter: None (row 0), an int, or (N,) long. A text ends before
-    an end token of the model, before the first of the `stop` texts (one or several), or after
+    prompts: texts, or lists of ids. Instead of a list, it may be a tensor, an array of NumPy or a
+    column of pandas. adapter: None (row 0), an int, or (N,) long. A text ends before an end token
+    (see `end_ids_of`), before the first of the `stop` texts (one or several), or after
     `max_new_tokens`.
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
@@ -300,9 +301,22 @@ def as_ids(prompt, index):
     raise ValueError(f"prompt {index} is {prompt!r:.40}, expected a text or a list of ids")
 
 
+def end_ids_of(model, tokenizer):
+    """Return the ids that end a text: those that the model's files name, and the tokenizer's eos.
+
+    They may differ, such as in a merge of a base and a chat model. A model that has learned targets
+    ends its texts with the eos of the tokenizer, because the targets end with it.
+    """
+    eos_id = getattr(tokenizer, "eos_id", None)  # prompts of ids need only its `decode`
+    if eos_id is None or eos_id in model.config.eos_ids:
+        return model.config.eos_ids
+    return (*model.config.eos_ids, eos_id)
+
+
 def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
     """Yield (index of a text, a piece of it), one batch of sources after the other."""
     device = model.embed.weight.device
+    end_ids = end_ids_of(model, tokenizer)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     if is_sharded(model):  # its processes must write the same texts, because they compute together
         seed = from_first(seed)
@@ -320,7 +334,7 @@ def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
         ended = set()
         with torch.inference_mode(False), torch.no_grad():  # see `decode_tokens`
             state = model.start(to_device(source_BM, device), mask_BM, adapters)
-        tokens = generate_tokens(model, state, numbers, seed, ended, options)
+        tokens = generate_tokens(model, state, numbers, seed, ended, end_ids, options)
         del state  # or its keys and values would stay in memory beside the copies of them
         try:
             for row, token in tokens:
@@ -335,14 +349,14 @@ def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
             yield number, text.finish()
 
 
-def generate_tokens(model, state, numbers, seed, ended, options):
+def generate_tokens(model, state, numbers, seed, ended, end_ids, options):
     """Return an iterator of (row, token) for a batch, by a beam search, greedily or by drawing.
 
     state: the state of the batch's sources; each source becomes options.samples rows. numbers: the
     index of the text of each row. ended: the set of rows that are no longer continued.
     """
     if options.beams > 1:
-        return search_tokens(model, state, options)
+        return search_tokens(model, state, end_ids, options)
     sampler = None
     if options.temperature > 0:
         # NumPy's streams, because NumPy keeps them the same in all versions.
@@ -353,16 +367,15 @@ def generate_tokens(model, state, numbers, seed, ended, options):
             streams.append(np.random.RandomState([seed, index, sample]))
         sampler = Sampler(streams, options)
     rows = state.repeat(options.samples)
-    if options.compile:
-        return decode_compiled(model, rows, options.max_new_tokens, ended, sampler)
-    return decode_tokens(model, rows, options.max_new_tokens, ended, sampler)
+    decode = decode_compiled if options.compile else decode_tokens
+    return decode(model, rows, options.max_new_tokens, ended, sampler, end_ids)
 
 
-def search_tokens(model, state, options):
+def search_tokens(model, state, end_ids, options):
     """Yield (row, token) of the best texts of a beam search, one text after the other."""
     try:
         searched = beam_search(
-            model, state, options.beams, options.max_new_tokens, options.length_penalty
+            model, state, options.beams, options.max_new_tokens, options.length_penalty, end_ids
         )
     except NotFiniteError as error:
         row = error.index * options.samples  # the first text of this prompt
@@ -377,13 +390,15 @@ def search_tokens(model, state, options):
 
 @torch.inference_mode(False)  # because a stream that begins in this mode may continue outside it
 @torch.no_grad()
-def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
+def decode_tokens(model, state, max_new_tokens, ended, sampler=None, end_ids=None):
     """Yield (row, token) for all rows of `state`, step by step.
 
-    sampler: a Sampler; None: take the likeliest token. An end token is not yielded; instead, its
-    row is added to the set `ended`. The caller may add rows, too. Rows in `ended` yield nothing,
-    and once they are an eighth of the batch, they leave it.
+    sampler: a Sampler; None: take the likeliest token. end_ids: the end tokens; None: those of the
+    model. An end token is not yielded; instead, its row is added to the set `ended`. The caller may
+    add rows, too. Rows in `ended` yield nothing, and once they are an eighth of the batch, they
+    leave it.
     """
+    end_ids = model.config.eos_ids if end_ids is None else end_ids
     rows = list(range(len(state.start)))
     tokens_B1 = state.start
     for _ in range(max_new_tokens):
@@ -401,16 +416,17 @@ def decode_tokens(model, state, max_new_tokens, ended, sampler=None):
             logits_BV = model.step(tokens_B1, state)[:, -1].float()
         tokens_B1 = choose_tokens(logits_BV, rows, sampler)
         pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
-        yield from without_end_tokens(pairs, model.config.eos_ids, ended)
+        yield from without_end_tokens(pairs, end_ids, ended)
 
 
 @torch.inference_mode(False)  # see `decode_tokens`
 @torch.no_grad()
-def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
+def decode_compiled(model, state, max_new_tokens, ended, sampler=None, end_ids=None):
     """Yield what `decode_tokens` yields, from a compiled step with static shapes (static_state.py).
 
     Rows that have ended stay in the batch, because its shape must not change.
     """
+    end_ids = model.config.eos_ids if end_ids is None else end_ids
     rows = list(range(len(state.start)))
     numbers = state.adapter_numbers
     step = model.step
@@ -428,7 +444,7 @@ def decode_compiled(model, state, max_new_tokens, ended, sampler=None):
         if n_written > 0:
             state.advance()
         pairs = read_tokens(tokens_B1, logits_BV, rows, ended)
-        yield from without_end_tokens(pairs, model.config.eos_ids, ended)
+        yield from without_end_tokens(pairs, end_ids, ended)
 
 
 def compile_step(model, state, backend="inductor"):

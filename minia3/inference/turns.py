@@ -1,4 +1,7 @@
-"""Let the token or text that ends a turn in a chat template end an answer, too."""
+"""Let the token or text that ends a turn in a chat template end an answer, too.
+
+`generate` also ends a text at the tokenizer's eos (`end_ids_of` in decoding.py).
+"""
 
 import importlib
 from collections.abc import Iterable, Iterator
@@ -6,15 +9,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from minia3.files.read import reading
-from minia3.tasks.task import TaskSpec
+from minia3.tasks.task import METRICS, TaskSpec
 
 
 def end_answers(model, tokenizer) -> tuple[str, ...]:
     """Add the end token of a turn to the end tokens of the model, or return the text that ends one.
 
-    The model's files may name another end token: a base model that has learned to chat ends its
-    answers in the token of the template. A template may also end its turns in a text that is no
-    token of its own ("###"). `generate` takes this text as `stop`.
+    A base model that was tuned to chat ends its answers with the template's token, which its config
+    does not name. Some templates end a turn with plain text ("###"), which `generate` takes as
+    `stop`.
     """
     ending = tokenizer.end_of_turn()
     if not ending:
@@ -22,9 +25,14 @@ def end_answers(model, tokenizer) -> tuple[str, ...]:
     end_id = tokenizer.encode(ending, special=False)[0]
     if end_id not in tokenizer.backend.get_added_tokens_decoder():
         return (ending,)
+    add_end(model, end_id)
+    return ()
+
+
+def add_end(model, end_id):
+    """Let an id end the texts of a model, too."""
     if end_id not in model.config.eos_ids:
         model.config = replace(model.config, eos_ids=(*model.config.eos_ids, end_id))
-    return ()
 
 
 @contextmanager
@@ -40,19 +48,23 @@ def ending_answers(model, tokenizer) -> Iterator[tuple[str, ...]]:
         model.config = config
 
 
-def chat_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
-    """Let a model and its tokenizer, which are to be saved, chat as the model has learned to.
+def answer_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
+    """Let a model and its tokenizer, which are to be saved, answer as the model has learned to.
 
     specs: the tasks that the model has learned. Programs that do not know task.json take the chat
     template from the tokenizer's files, and the end tokens from generation_config.json. Without
     these they would ask in another form, and an answer would not end. A text that ends a turn, but
-    is no token, has no place there.
+    is no token, has no place there. Targets end with the tokenizer's eos.
 
     Raise ValueError if jinja2 is missing, without which nobody knows what ends a turn.
     """
+    if tokenizer is None:
+        return
     for spec in specs:
-        if spec.messages and tokenizer is not None:
+        if spec.messages:
             with reading("chat_template", extra="chat"):
                 importlib.import_module("jinja2")
             tokenizer.chat_template = spec.chat_template or tokenizer.chat_template
             end_answers(model, tokenizer)
+        elif spec.metric in METRICS["target"] and tokenizer.eos_id is not None:
+            add_end(model, tokenizer.eos_id)

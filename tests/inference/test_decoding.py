@@ -2,8 +2,10 @@
 batch, the adapters and the padding. What is drawn follows the distribution, and depends only on the
 seed. Rows that have ended leave the batch. Pieces join to the text. Mistakes are named."""
 
+import copy
 import gc
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -127,6 +129,49 @@ def test_greedy_ids_equal_transformers_for_every_kind_of_model(peer, loaded, nam
     for row, expected in zip(source.split(1), expected_rows, strict=True):
         found = [token for _, token in decode_tokens(model, model.start(row), 20, set())]
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0, "seed": 0}, {"samples": 2, "temperature": 1.0, "seed": 0}],
+)
+def test_a_text_ends_at_the_eos_of_the_tokenizer_too(both, options):
+    """Targets are trained with it, and the model's files may name another end token."""
+    options = {**options, "max_new_tokens": 12}
+    written = generate(both.model, both.tokenizer, PROMPTS, **options)
+    tokenizer = word_tokenizer(both.is_t5)
+    tokenizer.eos_id = most_common([text.split()[2:] for text in written])
+    expected = [before_word(text, f"w{tokenizer.eos_id}") for text in written]
+    assert expected != written
+    assert generate(both.model, tokenizer, PROMPTS, **options) == expected
+    if "samples" not in options:
+        streamed = ["".join(stream(both.model, tokenizer, PROMPTS[0], **options))]
+        assert streamed == expected[:1]
+
+
+def test_a_beam_search_ends_texts_at_the_eos_of_the_tokenizer_too(both):
+    options = {"beams": 3, "samples": 3, "max_new_tokens": 8}
+    written = generate(both.model, both.tokenizer, PROMPTS, **options)
+    tokenizer = word_tokenizer(both.is_t5)
+    tokenizer.eos_id = most_common([text.split()[1:] for text in written])
+    found = generate(both.model, tokenizer, PROMPTS, **options)
+    model = copy.copy(both.model)
+    model.config = replace(model.config, eos_ids=(*EOS, tokenizer.eos_id))
+    assert found == generate(model, both.tokenizer, PROMPTS, **options)
+    assert found != written
+
+
+def most_common(lists):
+    """Return the id of the word that most lists have."""
+    counts = Counter(word for words in lists for word in set(words))
+    return int(counts.most_common(1)[0][0].removeprefix("w"))
+
+
+def before_word(text, word):
+    words = text.split()
+    if word in words:
+        words = words[: words.index(word)]
+    return " ".join(words)
 
 
 @pytest.mark.parametrize("options", [{"samples": 2, "temperature": 1.0}, {"beams": 2}])

@@ -1,9 +1,10 @@
 """Guards what a run reports. Accuracy, AUC and exact match are what their definitions say, over the
 texts that fit."""
 
+import copy
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from test_metrics import share_of_pairs
 from words import N_IDS, word_tokenizer
 
 import minia3
+from minia3.checkpoints.tokenizer import Tokenizer
 from minia3.inference.evaluation import evaluate, over_prompts
 from minia3.inference.metrics import TEXT_METRICS
 from minia3.inference.scoring import total_logprobs
@@ -300,6 +302,21 @@ def test_a_target_that_the_model_does_not_read_may_be_of_any_length(metric, ours
     found = evaluate(ours.model, ours.tokenizer, rows, PROMPT, **options)
     assert found["n"] == 1
     assert found.get("n_too_long", 1) == 1
+
+
+def test_an_answer_may_end_at_the_eos_of_the_tokenizer(ours):
+    """Targets are trained with it. The files of a model may name another end token."""
+    options = {"metric": "exact_match", "max_new_tokens": 6}
+    prompt = PROMPT.text.format(input="w9")
+    model = copy.copy(ours.model)
+    model.config = replace(model.config, eos_ids=())
+    (text,) = minia3.generate(model, ours.tokenizer, [prompt], max_new_tokens=6)
+    written = text.split()
+    end = next(word for word in written if word != written[0])
+    rows = targets(" ".join(written[: written.index(end)]))
+    settings = {"eos_token": end, "is_encoder_decoder": ours.is_t5}
+    tokenizer = Tokenizer(word_tokenizer(ours.is_t5).backend, settings)
+    assert evaluate(model, tokenizer, rows, PROMPT, **options)["accuracy"] == 1.0
 
 
 def texts_of(ours, monkeypatch, texts):

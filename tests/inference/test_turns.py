@@ -3,6 +3,7 @@ has learned to chat say how, for programs that do not know task.json."""
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import running
@@ -128,3 +129,39 @@ def test_a_model_that_was_trained_as_a_whole_chats_in_other_programs(chatting, t
         out=tmp_path / "run",
     )
     assert files_chat(tmp_path / "run" / "model", template, chatting[1])
+
+
+def base_with_other_end(folder):
+    """Write a LLaMA whose files name another end token than its tokenizer. Return the folder."""
+    model = minia3.load_model(running.model("llama"))
+    model.config = replace(model.config, eos_ids=(7,))
+    minia3.save_model(model, folder, minia3.load_tokenizer(running.model("llama")))
+    return folder
+
+
+@pytest.mark.parametrize(("n_choices", "ends"), [(0, [7, 1]), (2, 7)])
+def test_what_has_learned_targets_ends_them_in_other_programs(tmp_path, n_choices, ends):
+    """Targets end with the tokenizer's eos, and other programs stop at those that the files name.
+    Choices of a LLaMA have no end.
+    """
+    minia3.train(
+        base_with_other_end(tmp_path / "base"),
+        running.task((n_choices,)),
+        method="full",
+        steps=1,
+        device="cpu",
+        out=tmp_path / "run",
+    )
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "run" / "model" / name).read_text())
+        assert written["eos_token_id"] == ends
+
+
+def test_a_base_into_which_targets_are_merged_ends_them_in_other_programs(tmp_path):
+    base = base_with_other_end(tmp_path / "base")
+    minia3.save_adapter(minia3.load_model(base), tmp_path / "adapter")
+    (tmp_path / "adapter" / "task.json").write_text(json.dumps({"metric": "exact_match"}))
+    words = ["merge", base, tmp_path / "adapter", tmp_path / "merged"]
+    assert main([str(word) for word in words]) == 0
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [7, 1]
