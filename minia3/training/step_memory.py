@@ -188,8 +188,9 @@ def extrapolate_depth(peak, model_config):
     two_layers = peak(shallow)
     total = two_layers
     for name in fields:
-        layer = peak(replace(shallow, **{name: 3})) - two_layers
-        total += layer * (getattr(model_config, name) - 2)
+        n_more = getattr(model_config, name) - 2
+        if n_more != 0:
+            total += n_more * (peak(replace(shallow, **{name: 3})) - two_layers)
     return total
 
 

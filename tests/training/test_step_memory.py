@@ -21,7 +21,7 @@ from minia3.inference import scoring
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze
 from minia3.training import step_memory
-from minia3.training.step_memory import StepShape, peak_of_step, upper_bound
+from minia3.training.step_memory import StepShape, extrapolate_depth, peak_of_step, upper_bound
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
 CONFIGS = {
@@ -94,6 +94,17 @@ def test_layers_beyond_the_third_are_like_the_third(kind):
     extrapolated = step_memory.planned_step(group, shape)
     # A few per cent, because the peak may lie in another layer of a deeper model.
     assert extrapolated == pytest.approx(peak_of_step(deep, torch.float32, shape, FLAGS), rel=0.05)
+
+
+def test_a_third_layer_is_planned_only_in_a_stack_that_is_not_two_deep():
+    planned = []
+
+    def peak(config):
+        planned.append((config.n_layers, config.n_decoder_layers))
+        return 7 * config.n_layers + 5 * config.n_decoder_layers
+
+    assert extrapolate_depth(peak, replace(CONFIGS["t5"], n_decoder_layers=4)) == 34
+    assert planned == [(2, 2), (2, 3)]
 
 
 # A T5's own dropout is 0.1, and a LLaMA's is 0.
