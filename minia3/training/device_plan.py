@@ -11,6 +11,7 @@
 The sum is slightly too large, because the parts do not peak at the same moment.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -141,7 +142,7 @@ class Base:
         self.largest_dequantized = 0
         self.rows = []
         self.groups = {}
-        model = build_model(model_config)
+        model = model_of_shapes(model_config)
         for name, parameter in model.named_parameters():
             if name.endswith(".scale"):
                 self.n_vectors += parameter.numel()
@@ -181,6 +182,12 @@ class Base:
     def share(self, n_shards):
         """Return the bytes on the first of `n_shards` devices, which has the most rows of each."""
         return self.n_whole + sum(math.ceil(n_rows / n_shards) * row for n_rows, row in self.rows)
+
+
+@functools.lru_cache(maxsize=1)  # for all kinds of base: a model of 126 layers takes seconds
+def model_of_shapes(model_config):
+    """Return a model without values, which nobody changes."""
+    return build_model(model_config)
 
 
 def row_bytes(parameter, dtype, quantize):
