@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import running
 from ranks import run_on_ranks
-from test_replicas import CASES, COMMON, NAMES, alone, check_equal, in_turns
+from test_replicas import CASES, COMMON, NAMES, alone, check_equal, in_turns, of_models
 from torch_version import divides_a_quantized_base
 
 # Cases that differ in nothing that a divided base would notice: losses, and what trains.
@@ -15,6 +15,7 @@ RUNS = {special: (CASES[special], []) for special in CASES if special not in ALI
 RUNS["recomputed"] = CASES["grid"], ["--recompute"]
 RUNS["offloaded"] = CASES["grid"], ["--offload"]
 RUNS["quantized"] = {"quantize": "int8"}, []
+PLAIN = {"recomputed": "grid", "offloaded": "grid"}  # the runs that must have the same numbers
 # Cases in which copies of a model have fewer rows than others, or none, and have to wait for them.
 UNEQUAL = ["micro-batches of a grid", "fewer rows than processes", "several numbers of choices"]
 UNEQUAL += ["generated texts", "quantized"]
@@ -39,26 +40,18 @@ def command_lines(folder, specials_of, n_per_copy=None):
 
 @divides_a_quantized_base
 @pytest.mark.slow
-def test_processes_that_hold_a_model_together_have_the_numbers_of_one(tmp_path):
+def test_processes_that_hold_a_model_together_have_the_numbers_of_one(tmp_path, tmp_path_factory):
     quantized = {name: ["quantized"] for name in NAMES}
     for words in command_lines(tmp_path / "1", quantized).values():
         assert running.run(words) == 0
-    for n_processes, specials_of in ((2, dict.fromkeys(NAMES, RUNS)), (4, in_turns(UNEQUAL))):
+    for n_processes, specials_of in ((2, of_models(RUNS)), (4, in_turns(UNEQUAL))):
         folder = tmp_path / str(n_processes)
         lines = command_lines(folder, specials_of, n_per_copy=2)
         run_on_ranks(n_processes, *lines.values())
         for run_folder in lines:
-            check_equal(folder / run_folder, run_of_one(run_folder, tmp_path / "1"))
-
-
-def run_of_one(run_folder, folder):
-    """Return the folder of the same run in a single process, without --recompute and --offload.
-
-    folder: where this file's own runs of a single process are. The others are in test_replicas.py.
-    """
-    name, special = run_folder.parts
-    if special in ("recomputed", "offloaded"):
-        return alone(name) / "grid"
-    if special == "quantized":
-        return folder / run_folder
-    return alone(name) / special
+            name, special = run_folder.parts
+            if special == "quantized":
+                expected = tmp_path / "1" / run_folder
+            else:
+                expected = alone(name, PLAIN.get(special, special), tmp_path_factory)
+            check_equal(folder / run_folder, expected)
