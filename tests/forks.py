@@ -1,4 +1,4 @@
-"""`python ...` as a fork of a process that has imported torch and, for the peers, PEFT and others.
+"""`python ...` as a fork of a process that has imported torch and, for benchmarks, the peers.
 
 Imports are most of what a short program computes: two seconds for torch, three more for the peers.
 A fork is a process with the words, the folder and the environment of the program, and it ends as
@@ -11,6 +11,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from forked import forget_shared_lock, print_into, run_as_python
 from running import ROOT, home, processes
+from several import TORCHRUN, fork_workers
 
 PEERS = (
     "peft",
@@ -28,6 +30,7 @@ PEERS = (
     "transformers.trainer_seq2seq",
     "datasets",
 )
+NAMES_PEERS = re.compile(r"tests.benchmarks|peft|transformers")  # of a word: a name, path, program
 Popen = subprocess.Popen
 
 
@@ -114,8 +117,6 @@ def serve(pipe, environment):
     """Start forks and poll them, until this process is told to end or nobody can ask any more."""
     os.environ.update(environment)
     sys.modules["bitsandbytes"] = None  # PEFT would import it, which takes a second
-    for name in PEERS:
-        importlib.import_module(name)
     fork = multiprocessing.get_context("fork")
     forks = {}
     while True:
@@ -126,6 +127,8 @@ def serve(pipe, environment):
         if word == "end":
             return
         if word == "start":
+            if any(NAMES_PEERS.search(word) for word in arguments[0]):
+                import_peers()
             process = fork.Process(target=run_program, args=arguments)
             process.start()
             forks[process.pid] = process
@@ -133,6 +136,12 @@ def serve(pipe, environment):
         else:
             (pid,) = arguments
             pipe.send(forks[pid].exitcode)
+
+
+@functools.cache
+def import_peers():
+    for name in PEERS:
+        importlib.import_module(name)
 
 
 def run_program(words, folder, environment, output):
@@ -146,4 +155,6 @@ def run_program(words, folder, environment, output):
     seen_here = (str(ROOT), str(ROOT / "tests"))
     path = [place for place in sys.path if place not in seen_here]
     sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *path]
+    if tuple(words[:2]) == TORCHRUN:
+        fork_workers(int(words[words.index("--nproc-per-node") + 1]))
     run_as_python(words)

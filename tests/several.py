@@ -98,7 +98,15 @@ def be_torchrun(words, n_processes, cwd, out, err):
     print_into(out, err, buffering=1)
     os.chdir(cwd)
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    # The processes are forked before torchrun has threads, because a fork copies only one thread.
+    fork_workers(n_processes)
+    run_as_python(words)
+
+
+def fork_workers(n_processes):
+    """Let the torchrun that this process is about to run start forks of this process.
+
+    They are forked before torchrun has threads, because a fork copies only one thread.
+    """
     workers = [Worker() for _ in range(n_processes)]
 
     def begin_worker(handler, command, environ):
@@ -107,7 +115,6 @@ def be_torchrun(words, n_processes, cwd, out, err):
         return workers.pop(0).begin(words, environ)
 
     SubprocessHandler._popen = begin_worker
-    run_as_python(words)
 
 
 class Worker:
