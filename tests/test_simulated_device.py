@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -51,32 +52,58 @@ def load(folder, device, n_adapters=3, **options):
     return loaded, minia3.load_tokenizer(folder)
 
 
-def same(found, expected):
+def same(found, expected, case=None):
     """Assert that results are equal: texts and integers exactly, floats up to rounding.
 
     The CPU has fused operations that the simulated device lacks, so float64 differs in rounding.
+    case: the name of these results, for a message.
     """
-    assert type(found) is type(expected)
+    assert type(found) is type(expected), case
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert found.keys() == expected.keys(), case
         found, expected = list(found.values()), list(expected.values())
     if isinstance(expected, list | tuple):
-        assert len(found) == len(expected)
+        assert len(found) == len(expected), case
         for found_part, expected_part in zip(found, expected, strict=True):
-            same(found_part, expected_part)
+            same(found_part, expected_part, case)
     elif isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        options = {"rtol": 1e-6, "atol": 1e-7, "msg": lambda message: f"{case}: {message}"}
+        torch.testing.assert_close(found, expected, **options)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-6, abs=1e-7)
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-7), case
     else:
-        assert found == expected
+        assert found == expected, case
 
 
 def on_both(job, *arguments):
     """Return what a job gives on the CPU, on the simulated device, and what it counted there."""
-    on_cpu = job("cpu", *arguments)
-    found, counts = on_sim(job, "sim", *arguments)
-    return on_cpu, found, counts
+    ((_, *results),) = on_both_in_turns(job, {job.__name__: arguments})
+    return results
+
+
+def on_both_in_turns(job, cases):
+    """Return a list of what `on_both` returns, with the name of the case in front.
+
+    All cases on the simulated device share a process.
+
+    cases: their arguments, by name.
+    """
+    on_cpu = in_turns("cpu", job, cases)
+    on_device, _ = on_sim(in_turns, "sim", job, cases)
+    return [(case, on_cpu[case][0], *on_device[case]) for case in cases]
+
+
+def in_turns(device, job, cases):
+    """Return what a job gives for each case, and what it counts."""
+    results = {}
+    for case, arguments in cases.items():
+        forget_counts()
+        try:
+            result = job(device, *arguments)
+        except BaseException as error:
+            raise AssertionError(f"{case}, on {device}") from error
+        results[case] = (result, Counter(COUNTS))
+    return results
 
 
 # Texts
@@ -94,30 +121,30 @@ SAMPLES = {"temperature": 1.0, "samples": 3, "seed": 1}
 BEAMS = {"beams": 3, "samples": 2}
 
 
+WAYS = {  # the options, and how often each model copies
+    # T5 copies the source, its mask, where its tokens are, and the adapters. LLaMA copies five
+    # things, and here a row ends and leaves the batch, for which it copies four more.
+    "greedy": (GREEDY, {"t5": 4, "llama": 9}),
+    # One more per step: the random numbers.
+    "sampling": (SAMPLING, {"t5": 12, "llama": 14}),
+    # LLaMA's samples share the prompt until one of them ends. Then they are taken apart.
+    "samples": (SAMPLES, {"t5": 12, "llama": 22}),
+    # In a step, four or five: the totals, which rows go on, where they are, and their tokens.
+    "beams": (BEAMS, {"t5": 40, "llama": 37}),
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("options", "n_copies"),
-    [
-        # T5 copies the source, its mask, where its tokens are, and the adapters. LLaMA copies five
-        # things, and here a row ends and leaves the batch, for which it copies four more.
-        (GREEDY, {"t5": 4, "llama": 9}),
-        # One more per step: the random numbers.
-        (SAMPLING, {"t5": 12, "llama": 14}),
-        # LLaMA's samples share the prompt until one of them ends. Then they are taken apart.
-        (SAMPLES, {"t5": 12, "llama": 22}),
-        # In a step, four or five: the totals, which rows go on, where they are, and their tokens.
-        (BEAMS, {"t5": 40, "llama": 37}),
-    ],
-    ids=["greedy", "sampling", "samples", "beams"],
-)
-def test_texts_are_equal_and_a_token_is_read_once(options, n_copies, name):
-    on_cpu, found, counts = on_both(generated, model(name), options)
-    assert found == on_cpu
-    assert any(on_cpu)
-    n_steps = 8
-    assert total(counts, READ, COPY_OUT) == n_steps
-    assert total(counts, COPY_IN) == 0
-    assert total(counts, COPY_IN_AT_ONCE) == n_copies[name], counts
+def test_texts_are_equal_and_a_token_is_read_once(name):
+    cases = {way: (model(name), options) for way, (options, _) in WAYS.items()}
+    for way, on_cpu, found, counts in on_both_in_turns(generated, cases):
+        assert found == on_cpu, way
+        assert any(on_cpu), way
+        n_steps = 8
+        assert total(counts, READ, COPY_OUT) == n_steps, way
+        assert total(counts, COPY_IN) == 0, way
+        n_copies = WAYS[way][1][name]
+        assert total(counts, COPY_IN_AT_ONCE) == n_copies, (way, counts)
 
 
 def streamed(device, folder):
@@ -177,12 +204,12 @@ def started(device, folder, is_padded):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("is_padded", [True, False])
-def test_start_checks_masks_and_rows_without_reading_anything_back(is_padded, name):
-    (_, expected), (counts, found), _ = on_both(started, model(name), is_padded)
-    same(found, expected)
-    assert total(counts, READ, COPY_OUT, COPY_IN) == 0
-    assert total(counts, COPY_IN_AT_ONCE) > 0
+def test_start_checks_masks_and_rows_without_reading_anything_back(name):
+    cases = {"padded": (model(name), True), "not padded": (model(name), False)}
+    for case, (_, expected), (counts, found), _ in on_both_in_turns(started, cases):
+        same(found, expected, case)
+        assert total(counts, READ, COPY_OUT, COPY_IN) == 0, case
+        assert total(counts, COPY_IN_AT_ONCE) > 0, case
 
 
 # Adapters, merging and files
@@ -260,27 +287,27 @@ RUNS = {
     "grid of micro-batches": {"seed": "0,1", "micro_batch_size": 3, "patience": 1},
     "adamw": {"optimizer": "adamw", "losses": "lm,ul", "clip": 0.1},
     "int8": {"quantize": "int8"},
-    "nf4": {"quantize": "nf4"},
     "more vectors": {"sites": "k,v,ff,q,o", "adapter": None},
+    "targets": {"task": task((0,)), "max_new_tokens": 4},
 }
 # Without dropout, because a CPU draws it row by row for a padded batch, and so draws other numbers.
 EVALUATING = {"steps": 2, "dtype": "float64", "dropout": 0.0, "eval_every": 1, "save_every": 1}
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_run_is_equal(kind, name, tmp_path):
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
-        name = f"{name}-wide"
-    flags = {**EVALUATING, "model": model(name), "task": task(), **RUNS[kind]}
-    on_cpu, found, _ = on_both(trained, tmp_path, flags)
-    same(found, on_cpu)
+def test_runs_are_equal(name, tmp_path):
+    cases = {}
+    for kind, special in RUNS.items():
+        flags = {**EVALUATING, "model": model(name), "task": task(), **special}
+        cases[kind] = (tmp_path / kind, flags)
+    for kind, on_cpu, found, _ in on_both_in_turns(trained, cases):
+        same(found, on_cpu, kind)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_on_targets_is_equal(name, tmp_path):
-    flags = {**EVALUATING, "model": model(name), "task": task((0,)), "max_new_tokens": 4}
+def test_a_run_on_an_nf4_base_is_equal(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    flags = {**EVALUATING, "model": model(f"{name}-wide"), "task": task(), "quantize": "nf4"}
     on_cpu, found, _ = on_both(trained, tmp_path, flags)
     same(found, on_cpu)
 
@@ -313,67 +340,65 @@ def parsed(lines):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("n_choices", [2, 0])
-def test_predictions_are_equal(n_choices, name, tmp_path):
-    rows = task((n_choices,))
-    flags = {**EVALUATING, "model": model(name), "task": rows}
-    trained("cpu", tmp_path, flags)
-    adapter = tmp_path / "cpu" / "adapter"
-    on_cpu, found, _ = on_both(predicted, model(name), adapter, Path(rows, "test.jsonl"))
-    same(parsed(found), parsed(on_cpu))
-    assert len(parsed(on_cpu)) == 12
+def test_predictions_are_equal(name, tmp_path):
+    cases = {}
+    for case, n_choices in {"choices": 2, "targets": 0}.items():
+        rows = task((n_choices,))
+        flags = {**EVALUATING, "model": model(name), "task": rows}
+        trained("cpu", tmp_path / case, flags)
+        adapter = tmp_path / case / "cpu" / "adapter"
+        cases[case] = (model(name), adapter, Path(rows, "test.jsonl"))
+    for case, on_cpu, found, _ in on_both_in_turns(predicted, cases):
+        same(parsed(found), parsed(on_cpu), case)
+        assert len(parsed(on_cpu)) == 12
 
 
 # What a step of training waits for
 
 
-def counted_before_steps(out, flags):
-    """Run train.py, and return what was counted when each step began."""
-    counted = []
+def count_of_a_step(device, out, flags):
+    """Return what the third of four steps counts. Only the first and the last write a line."""
+    counted = []  # when each step begins
     next_batch = Group.next_batch
 
     def next_batch_of_step(group):
         counted.append(Counter(COUNTS))
         return next_batch(group)
 
-    Group.next_batch = next_batch_of_step
-    trained("sim", out, flags)
-    return counted
-
-
-def count_of_a_step(tmp_path, flags):
-    """Return what the third of four steps counts. Only the first and the last write a line."""
-    counted, _ = on_sim(counted_before_steps, tmp_path, {**flags, "steps": 4})
-    assert [line["step"] for line in events(tmp_path / "sim", "train")] == [1, 4]
+    with mock.patch.object(Group, "next_batch", next_batch_of_step):
+        trained(device, out, {**flags, "steps": 4})
+    assert [line["step"] for line in events(out / device, "train")] == [1, 4]
     return counted[3] - counted[2]
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "n_copies"),
-    [
-        # T5 copies the source, its mask, where its tokens are, the adapters, the target, where its
-        # tokens are, and for the losses the mask of the target and, in one tensor, the label, the
-        # row and the counts of each example.
-        ("t5", {}, 8),
-        ("t5", {"method": "lora"}, 8),
-        ("t5", {"seed": "0,1"}, 8),
-        ("t5", {"seed": "0,1,2,3,4,5,6"}, 8),
-        # The rates of the rows, for the tables of either width.
-        ("t5", {"lr": "0.01,0.02,0.03"}, 10),
-        ("t5", {"lr": "0.01,0.02,0.03", "optimizer": "adamw"}, 10),
-        # LLaMA also copies the order of its tokens and the place of the last one, and, if it reads
-        # choices side by side, which choice each token belongs to.
-        ("llama", {}, 11),
-        ("llama", {"seed": "0,1"}, 11),
-        ("llama", {"seed": "0,1,2,3,4"}, 11),
-    ],
-)
-def test_a_step_waits_for_nothing_and_reads_nothing(name, flags, n_copies, tmp_path):
-    counts = count_of_a_step(
-        tmp_path, {"model": model(name), "task": task(), "dtype": "float32", **flags}
-    )
-    assert total(counts, COPY_IN, COPY_OUT, READ) == 0, counts
-    assert total(counts, COPY_IN_AT_ONCE) == n_copies, counts
+STEPS = [
+    # T5 copies the source, its mask, where its tokens are, the adapters, the target, where its
+    # tokens are, and for the losses the mask of the target and, in one tensor, the label, the
+    # row and the counts of each example.
+    ("t5", {}, 8),
+    ("t5", {"method": "lora"}, 8),
+    ("t5", {"seed": "0,1"}, 8),
+    ("t5", {"seed": "0,1,2,3,4,5,6"}, 8),
+    # The rates of the rows, for the tables of either width.
+    ("t5", {"lr": "0.01,0.02,0.03"}, 10),
+    ("t5", {"lr": "0.01,0.02,0.03", "optimizer": "adamw"}, 10),
+    # LLaMA also copies the order of its tokens and the place of the last one, and, if it reads
+    # choices side by side, which choice each token belongs to.
+    ("llama", {}, 11),
+    ("llama", {"seed": "0,1"}, 11),
+    ("llama", {"seed": "0,1,2,3,4"}, 11),
+]
+
+
+def test_a_step_waits_for_nothing_and_reads_nothing(tmp_path):
+    cases = {}
+    for i, (name, flags, _) in enumerate(STEPS):
+        common = {"model": model(name), "task": task(), "dtype": "float32"}
+        cases[i] = (tmp_path / f"{i}", {**common, **flags})
+    found, _ = on_sim(in_turns, "sim", count_of_a_step, cases)
+    for i, (counts, _) in found.items():
+        assert total(counts, COPY_IN, COPY_OUT, READ) == 0, (STEPS[i], counts)
+        assert total(counts, COPY_IN_AT_ONCE) == STEPS[i][2], (STEPS[i], counts)
 
 
 @pytest.mark.parametrize("seed", ["0", "0,1,2"])
