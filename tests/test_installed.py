@@ -5,6 +5,7 @@ The wheel learns from the kinds of files that people have, by one command each.
 """
 
 import email
+import itertools
 import json
 import os
 import re
@@ -104,11 +105,16 @@ def programs(wheel, tmp_path_factory):
     return install(tmp_path_factory.mktemp("installed"), wheel)
 
 
-def train_somewhere(programs, folder):
-    """Train from a folder with a train.py and a data/ of its own. Return the folder of the run."""
+def make_elsewhere(folder):
+    """Return a folder with a train.py and a data/ of its own."""
     elsewhere = folder / "elsewhere"
     (elsewhere / "data").mkdir(parents=True)
     (elsewhere / "train.py").write_text("raise SystemExit('the train.py of a user')")
+    return elsewhere
+
+
+def train_somewhere(programs, elsewhere):
+    """Train from a folder. Return the folder of the run."""
     words = ["--steps", "2", "--eval-batch-size", "64", "--device", "cpu"]
     done = call(programs / "minia3", "train", *words, cwd=elsewhere)
     assert done.stderr == ""
@@ -120,27 +126,34 @@ def train_somewhere(programs, folder):
     return run
 
 
-def call_train(programs, folder):
-    """Call minia3.train from Python in a folder. Return the package's folder, and its train.py."""
+def call_train(programs, folder, *resumed):
+    """Call minia3.train from Python in a folder, and then resume runs on the command line.
+
+    Return the package's folder, its train.py, and what it printed before it told these two.
+    """
     program = (
-        "import minia3\n"
+        "import sys, minia3\n"
+        "from minia3.cli.main import main\n"
         "from minia3.training.loop import load_loop\n"
         "options = {'method': 'none', 'out': 'x', 'eval_batch_size': 64, 'device': 'cpu'}\n"
         "trained = minia3.train(steps=1, **options)\n"
-        "print(trained.results[0]['task'], trained.folder)\n"
+        "assert trained.results[0]['task'] == 'same-colour'\n"
+        "for folder in sys.argv[1:]:\n"
+        "    assert main(['train', '--resume', folder]) == 0\n"
         "print(minia3.__file__)\n"
         "print(load_loop().__file__)"
     )
-    lines = call(programs / "python", "-c", program, cwd=folder).stdout.splitlines()
-    assert lines[-3] == "same-colour x"
-    return Path(lines[-2]).parent, Path(lines[-1])
+    printed = call(programs / "python", "-c", program, *resumed, cwd=folder).stdout
+    *lines, package, script = printed.splitlines()
+    assert json.loads((folder / "x" / "config.json").read_text())["git_commit"] is None
+    return Path(package).parent, Path(script), lines
 
 
 def test_a_wheel_trains_from_any_folder(programs, tmp_path):
-    run = train_somewhere(programs, tmp_path)
-    done = call(programs / "minia3", "train", "--resume", run, cwd=tmp_path)
-    assert done.stdout.endswith(f"to train longer: minia3 train --resume {run} --steps 4\n")
-    package, script = call_train(programs, tmp_path / "elsewhere")
+    elsewhere = make_elsewhere(tmp_path)
+    run = train_somewhere(programs, elsewhere)
+    package, script, lines = call_train(programs, elsewhere, run)
+    assert lines[-1].endswith(f"to train longer: minia3 train --resume {run} --steps 4")
     assert package.is_relative_to(programs.parent)
     # What a clone has once, a wheel has once, too.
     assert script == package / "shipped" / "train.py"
@@ -151,9 +164,11 @@ def test_a_wheel_trains_from_any_folder(programs, tmp_path):
 
 def test_an_editable_install_trains_from_any_folder_with_the_train_py_beside_it(source, tmp_path):
     programs = install(tmp_path, "--editable", source)
-    train_somewhere(programs, tmp_path)
-    found = call_train(programs, tmp_path / "elsewhere")
-    assert found == (source / "minia3", source / "train.py")
+    elsewhere = make_elsewhere(tmp_path)
+    package, script, lines = call_train(programs, elsewhere)
+    assert (package, script) == (source / "minia3", source / "train.py")
+    assert any("same-colour: 1024 rows of test" in line for line in lines)
+    assert call(programs / "minia3", "train", "--help", cwd=elsewhere).stdout.startswith("usage: ")
 
 
 # The files that people have: one command trains, and one labels or answers new rows
@@ -170,23 +185,19 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def printed_by(programs, folder, *commands):
-    """Return what each command of minia3 prints. They run in turn, in one process: it takes longer
-    to import torch than to do what they do.
-    """
-    done = call(programs / "python", "-c", IN_TURN, json.dumps(commands), cwd=folder)
-    assert done.stderr == ""
-    return done.stdout.split(END)[:-1]
-
-
 def training(file, *flags):
     """Return the words that train on a file of a folder that has nothing of ours."""
-    return ["train", "--task", file, *flags, "--out", "run", "--device", "cpu"]
+    return ["train", "--task", file, *flags, "--out", run_of(file), "--device", "cpu"]
 
 
-def prediction(file):
-    """Return the words that label or answer rows which have only inputs."""
-    return ["predict", "tiny-t5", file, "--adapter", "run/adapter"]
+def prediction(file, new):
+    """Return the words that label or answer new rows, which have only inputs."""
+    return ["predict", "tiny-t5", new, "--adapter", f"{run_of(file)}/adapter"]
+
+
+def run_of(file):
+    """Return the folder of the run that is trained on a file."""
+    return f"run-of-{Path(file).stem}"
 
 
 def read_lines(text):
@@ -195,59 +206,7 @@ def read_lines(text):
 
 PRAISE = ["fine", "great", "lovely", "nice"]
 BLAME = ["bad", "dull", "awful", "sad"]
-
-
-def test_a_csv_of_texts_and_words_as_labels(programs, tmp_path):
-    lines = ["text,label"]
-    for good, bad in zip(PRAISE * 5, BLAME * 5, strict=True):
-        lines += [f"the film was {good},positive", f"the film was {bad},negative"]
-    (tmp_path / "reviews.csv").write_text("\n".join(lines))
-    (tmp_path / "new.csv").write_text("text\nthe film was dull\nthe film was nice\n")
-
-    minia3 = programs / "minia3"
-    words = training("reviews.csv", "--steps", "60", "--lr", "3e-2")
-    trained = call(minia3, *words, cwd=tmp_path)
-    assert "columns  reads text, picks label among positive, negative\n" in trained.stdout
-    assert "use it      minia3 predict tiny-t5 new.csv --adapter run/adapter\n" in trained.stdout
-    predicted = call(minia3, *prediction("new.csv"), cwd=tmp_path)
-    rows = read_lines(predicted.stdout)
-    assert [row["choice"] for row in rows] == ["negative", "positive"]
-    assert trained.stderr == predicted.stderr == ""
-    (final,) = running.events(tmp_path / "run", "final")
-    assert final["steps"] == 60
-
-
 OPPOSITES = {"hot": "cold", "big": "small", "yes": "no", "in": "out"}
-
-
-def test_an_alpaca_file(programs, tmp_path):
-    asked = [{"instruction": "Say the opposite.", "input": word} for word in OPPOSITES]
-    answered = [row | {"output": OPPOSITES[row["input"]]} for row in asked]
-    (tmp_path / "alpaca.json").write_text(json.dumps(answered * 6, indent=2))
-    (tmp_path / "new.json").write_text(json.dumps(asked))
-
-    words = training("alpaca.json", "--steps", "100", "--lr", "1e-1")
-    report, answers = printed_by(programs, tmp_path, words, prediction("new.json"))
-    assert "columns  reads instruction and input, writes output\n" in report
-    assert [row["output"] for row in read_lines(answers)] == list(OPPOSITES.values())
-
-
-def test_a_parquet_file(programs, tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="writes a .parquet file")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    first = [f"the film was {word}" for word in (*PRAISE, *BLAME)]
-    columns = {"sentence1": first * 5, "sentence2": ["was it good"] * 40}
-    labels = ([True] * 4 + [False] * 4) * 5
-    parquet.write_table(pyarrow.table(columns | {"label": labels}), tmp_path / "pairs.parquet")
-    parquet.write_table(pyarrow.table(columns).slice(2, 4), tmp_path / "new.parquet")
-
-    words = training("pairs.parquet", "--steps", "60", "--lr", "3e-2")
-    report, answers = printed_by(programs, tmp_path, words, prediction("new.parquet"))
-    assert "columns  reads sentence1 and sentence2, picks label among " in report
-    choices = [row["choice"] for row in read_lines(answers)]
-    assert choices == ["true", "true", "false", "false"]
-
-
 CAPITALS = {
     "Capital of France?": "Paris",
     "Capital of Germany?": "Berlin",
@@ -256,27 +215,116 @@ CAPITALS = {
 }
 
 
-def test_a_file_of_conversations(programs, tmp_path):
+def write_csv(folder):
+    lines = ["text,label"]
+    for good, bad in zip(PRAISE * 5, BLAME * 5, strict=True):
+        lines += [f"the film was {good},positive", f"the film was {bad},negative"]
+    (folder / "reviews.csv").write_text("\n".join(lines))
+    (folder / "new.csv").write_text("text\nthe film was dull\nthe film was nice\n")
+
+
+def write_alpaca(folder):
+    asked = [{"instruction": "Say the opposite.", "input": word} for word in OPPOSITES]
+    answered = [row | {"output": OPPOSITES[row["input"]]} for row in asked]
+    (folder / "alpaca.json").write_text(json.dumps(answered * 6, indent=2))
+    (folder / "new.json").write_text(json.dumps(asked))
+
+
+def write_parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow", reason="writes a .parquet file")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    first = [f"the film was {word}" for word in (*PRAISE, *BLAME)]
+    columns = {"sentence1": first * 5, "sentence2": ["was it good"] * 40}
+    labels = ([True] * 4 + [False] * 4) * 5
+    parquet.write_table(pyarrow.table(columns | {"label": labels}), folder / "pairs.parquet")
+    parquet.write_table(pyarrow.table(columns).slice(2, 4), folder / "new.parquet")
+
+
+def write_conversations(folder):
     pytest.importorskip("jinja2", reason="renders chat templates")
-    chat_model.save(tmp_path / "small-llama")
+    chat_model.save(folder / "small-llama")
     lines = []
     for question, answer in CAPITALS.items():
         asked = {"role": "user", "content": question}
         answered = {"role": "assistant", "content": answer}
         lines.append(json.dumps({"messages": [asked, answered]}) + "\n")
-    (tmp_path / "capitals.jsonl").write_text("".join(lines * 5))
+    (folder / "capitals.jsonl").write_text("".join(lines * 5))
 
-    flags = ["--model", "small-llama", "--steps", "150", "--lr", "3e-1"]
-    question = ["generate", "small-llama", "--chat", "--adapter", "run/adapter", *CAPITALS]
-    report, answers = printed_by(programs, tmp_path, training("capitals.jsonl", *flags), question)
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the files of all kinds, where the commands run."""
+    folder = tmp_path_factory.mktemp("files")
+    for write in (write_csv, write_alpaca, write_parquet, write_conversations):
+        write(folder)
+    return folder
+
+
+COMMANDS = {
+    "reviews.csv": (
+        training("reviews.csv", "--steps", "60", "--lr", "3e-2"),
+        prediction("reviews.csv", "new.csv"),
+    ),
+    "alpaca.json": (
+        training("alpaca.json", "--steps", "100", "--lr", "1e-1"),
+        prediction("alpaca.json", "new.json"),
+    ),
+    "pairs.parquet": (
+        training("pairs.parquet", "--steps", "60", "--lr", "3e-2"),
+        prediction("pairs.parquet", "new.parquet"),
+    ),
+    "capitals.jsonl": (
+        training("capitals.jsonl", "--model", "small-llama", "--steps", "150", "--lr", "3e-1"),
+        ["generate", "small-llama", "--chat", "--adapter", "run-of-capitals/adapter", *CAPITALS],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def printed(programs, folder):
+    """A dict from each file to what the command that trains on it prints, and the one after it.
+
+    They run in turn, in one process: it takes longer to import torch than to do what they do.
+    """
+    commands = list(itertools.chain(*COMMANDS.values()))
+    done = call(programs / "python", "-c", IN_TURN, json.dumps(commands), cwd=folder)
+    assert done.stderr == ""
+    texts = done.stdout.split(END)[:-1]
+    return dict(zip(COMMANDS, zip(texts[::2], texts[1::2], strict=True), strict=True))
+
+
+def test_a_csv_of_texts_and_words_as_labels(folder, printed):
+    report, answers = printed["reviews.csv"]
+    assert "columns  reads text, picks label among positive, negative\n" in report
+    last = "use it      minia3 predict tiny-t5 new.csv --adapter run-of-reviews/adapter\n"
+    assert last in report
+    assert [row["choice"] for row in read_lines(answers)] == ["negative", "positive"]
+    (final,) = running.events(folder / "run-of-reviews", "final")
+    assert final["steps"] == 60
+
+
+def test_an_alpaca_file(printed):
+    report, answers = printed["alpaca.json"]
+    assert "columns  reads instruction and input, writes output\n" in report
+    assert [row["output"] for row in read_lines(answers)] == list(OPPOSITES.values())
+
+
+def test_a_parquet_file(printed):
+    report, answers = printed["pairs.parquet"]
+    assert "columns  reads sentence1 and sentence2, picks label among " in report
+    choices = [row["choice"] for row in read_lines(answers)]
+    assert choices == ["true", "true", "false", "false"]
+
+
+def test_a_file_of_conversations(folder, printed):
+    report, answers = printed["capitals.jsonl"]
     assert "columns  reads messages, writes what the assistant says\n" in report
-    assert "use it      minia3 generate small-llama --chat --adapter run/adapter\n" in report
+    last = "use it      minia3 generate small-llama --chat --adapter run-of-capitals/adapter\n"
+    assert last in report
     assert answers.splitlines() == list(CAPITALS.values())
+    adapter = folder / "run-of-capitals" / "adapter"
     for question, answer in CAPITALS.items():
-        assert (
-            chat_model.answer(tmp_path / "small-llama", tmp_path / "run" / "adapter", question)
-            == answer
-        )
+        assert chat_model.answer(folder / "small-llama", adapter, question) == answer
 
 
 def contents_of(wheel):
