@@ -52,14 +52,17 @@ def call_python(n_processes, *arguments):
 
 
 class Torchrun:
-    """A process of torchrun, which has begun to start a script, or `-m` a module."""
+    """A process of torchrun, which has begun to start a script, or `-m` a module.
 
-    def __init__(self, n_processes, *arguments, cwd=ROOT, **options):
+    n_starts: how often torchrun may start its processes.
+    """
+
+    def __init__(self, n_processes, *arguments, cwd=ROOT, n_starts=1, **options):
         self.folder = tempfile.TemporaryDirectory()
         self.out = Path(self.folder.name, "out")
         self.err = Path(self.folder.name, "err")
         words = torchrun_words(n_processes, arguments, **options)
-        target = (words, n_processes, cwd, str(self.out), str(self.err))
+        target = (words, n_starts * n_processes, cwd, str(self.out), str(self.err))
         self.process = running.processes().Process(target=be_torchrun, args=target)
         self.process.start()
 

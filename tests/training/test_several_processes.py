@@ -36,7 +36,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     arguments = words(tmp_path / "run", model="no-such-model")
-    code, out, err = several.call_python(2, *arguments)
+    code, out, err = several.call(2, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("train.py: no-such-model: no such folder")
     assert err.count("\n") == 1
@@ -93,7 +93,7 @@ sys.exit(leave(code))
 def test_processes_that_torchrun_starts_again_do_not_hear_those_before_them(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DIES_ONCE)
-    code, out, err = several.call_python(2, "--max-restarts", "1", script)
+    code, out, err = several.call(2, "--max-restarts", "1", script, n_starts=2)
     assert code == 0, err
     assert out.splitlines()[-1] == "[0, 1] True"
 
