@@ -16,7 +16,7 @@ import minia3
 from tests.benchmarks.jobs import answering, labelling
 from tests.benchmarks.jobs.command import JOBS, MODELS, main
 from tests.benchmarks.jobs.inputs import Inputs, Setting
-from tests.benchmarks.jobs.processes import ROOT, as_words
+from tests.benchmarks.jobs.processes import ROOT, Runner, as_words
 from tests.benchmarks.jobs.products import count_weights
 from tests.benchmarks.jobs.training import apart, check_accuracy
 from tests.benchmarks.measure import count_flops
@@ -44,6 +44,9 @@ def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys, 
 def test_a_peer_that_pads_less_and_reads_less_has_the_same_results(tmp_path, capsys, monkeypatch):
     """The batches of training differ, so adapters are not compared, but accuracies are."""
     fork_python(monkeypatch)
+    # The test above does all that only tells how long parts take.
+    monkeypatch.setattr("tests.benchmarks.jobs.command.seconds_of_start", lambda *args: 1.0)
+    monkeypatch.setattr(Runner, "seconds_of_kernels", lambda *args: 1.0)
     flags = ["--quick", "--threads", "1", "--models", "t5-base", "--jobs", "a,c"]
     main([*flags, "--folder", str(tmp_path), "--group-by-length", "--encode-once"])
     assert "| 24 of 24 labels;" in capsys.readouterr().out

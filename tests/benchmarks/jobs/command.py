@@ -99,7 +99,8 @@ def run_jobs(name, folder, setting, letters):
     inputs = Inputs(name, folder, setting)
     runner = Runner(setting, folder / "cache")
     roof = roof_flops(setting)
-    start = seconds_of_start(inputs, runner)
+    n_times = 1 if setting.quick else 3
+    start = seconds_of_start(inputs, runner, n_times)
     outcomes = {}
     bounds = []
     for letter in letters:
@@ -119,10 +120,10 @@ def run_jobs(name, folder, setting, letters):
     return outcomes
 
 
-def seconds_of_start(inputs, runner):
+def seconds_of_start(inputs, runner, n_times):
     """Return the seconds of a process of ours that imports, reads the model, and ends."""
     times = []
-    for _ in range(3):
+    for _ in range(n_times):
         begin = time.perf_counter()
         runner("-c", START, inputs.model)
         times.append(time.perf_counter() - begin)
