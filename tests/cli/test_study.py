@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import running
-from command_line import failure, output, python
+from command_line import failure, output
+from forked import forget_shared_lock, print_into, run_as_python
 from running import model, outcome, task
 
 from minia3.cli.main import main
@@ -323,15 +324,23 @@ def test_runs_with_other_flags_are_a_mistake_before_anything_is_made(tmp_path, c
 def test_a_signal_saves_the_run_and_stops_the_worker(tmp_path, capsys, number):
     path = write_study(tmp_path, steps=3000)
     log = tmp_path / "log"
-    with log.open("w") as file:
-        worker = python("study", path, "--run", stdout=file, stderr=file)
-        wait_for(lambda: (tmp_path / "runs/seed0-ia3/checkpoint.pt").exists())
-        worker.send_signal(number)
-        assert worker.wait(180) == 128 + number, log.read_text()
+    words = ["-m", "minia3", "study", str(path), "--run"]
+    worker = running.processes().Process(target=be_program, args=(words, log))
+    worker.start()
+    wait_for(lambda: (tmp_path / "runs/seed0-ia3/checkpoint.pt").exists())
+    os.kill(worker.pid, number)
+    assert running.finish(worker) == 128 + number, log.read_text()
     assert "stopped; to continue: minia3 train --resume" in log.read_text()
     last, found = states(capsys, path)
     assert last == "4 runs: 1 begun, 3 to come"
     assert found["seed0-ia3"] == "begun"
+
+
+def be_program(words, log):
+    """Do what `python WORDS` does, in this process, which was forked for it."""
+    print_into(log, log)
+    forget_shared_lock()
+    run_as_python(words)
 
 
 # Six workers, two of which are killed

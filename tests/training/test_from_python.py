@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import running
 import torch
+from forked import print_into
 from running import ROOT, kill_self, metrics, outcome, run, words
 
 import minia3
@@ -320,15 +320,17 @@ def test_it_works_in_a_notebook(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_saves_the_run_and_then_ends_the_process(tmp_path):
-    program = (
-        "import sys, signal, minia3\n"
-        "from minia3.training.optimizer import RowOptimizer\n"
-        "RowOptimizer.clip = lambda *a: signal.raise_signal(signal.SIGTERM)\n"
-        f"minia3.train(model={str(running.model('t5'))!r}, task={str(running.task())!r},"
-        f" out={str(tmp_path / 'run')!r}, device='cpu', steps=3)\n"
-    )
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True)
-    assert done.returncode == -signal.SIGTERM
-    assert b"to continue: minia3.train(resume=" in done.stderr
+    log = tmp_path / "log"
+    flags = {"model": running.model("t5"), "task": running.task(), "out": tmp_path / "run"}
+    process = running.processes().Process(target=train_until_sigterm, args=(flags, log))
+    process.start()
+    assert running.finish(process) == -signal.SIGTERM
+    assert "to continue: minia3.train(resume=" in log.read_text()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def train_until_sigterm(flags, log):
+    """Train in this process, which was forked for it, until the signal comes in a step."""
+    print_into(log, log, buffering=1)  # as Python does on standard error
+    RowOptimizer.clip = lambda *args: kill_self(signal.SIGTERM)
+    minia3.train(**flags, device="cpu", steps=3)
