@@ -528,18 +528,22 @@ TEXT = st.text(st.sampled_from("ab é中🎉\n\t.<|>[/INST]"), min_size=1, max_s
 
 
 @pytest.fixture(scope="module")
-def plain_folder(tmp_path_factory):
-    return folder_with(tmp_path_factory.mktemp("plain"), None)
+def plain_peer(tmp_path_factory):
+    """Transformers' tokenizer, which has no template of its own."""
+    return their_tokenizer(folder_with(tmp_path_factory.mktemp("plain"), None))
+
+
+kept_tokenizer = functools.cache(tokenizer_with)
 
 
 @pytest.mark.slow
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(TEXT, min_size=2, max_size=6), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_any_conversation_has_the_ids_and_the_mask_of_transformers(plain_folder, name, texts, has):
+def test_any_conversation_has_the_ids_and_the_mask_of_transformers(plain_peer, name, texts, has):
     messages = supported(name, chat(*texts, system="S" if has else None))
-    expected = their_mask(plain_folder, TAGGED[name], messages)
+    expected = ids_and_mask(plain_peer, TAGGED[name], messages)
     for template in (TEMPLATES[name], TAGGED[name]):
-        assert tuple(tokenizer_with(template).conversation(messages)) == expected
+        assert tuple(kept_tokenizer(template).conversation(messages)) == expected
 
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
