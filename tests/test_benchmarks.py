@@ -434,7 +434,11 @@ def test_the_operators_of_both_sides_are_printed_and_written(model, tmp_path, ca
     printed = capsys.readouterr().out
     assert printed.count("| together | ") == len(titles)
 
-    operators.main(["--quick", "--models", model, "--only", "greedy generation, batch 32"])
+
+@pytest.mark.slow
+def test_the_operators_of_one_title_are_printed(capsys):
+    flags = ["--models", "smollm2-135m", "--only", "greedy generation, batch 32"]
+    operators.main(["--quick", *flags])
     assert capsys.readouterr().out.count("| together | ") == 1
 
 
