@@ -204,7 +204,7 @@ def test_merged_weights_in_bfloat16_are_hardly_worse_than_applied_vectors(saved)
 
     exact_model = copy.deepcopy(model).float()
     base = error(model, logits_of(exact_model))
-    for seed in (0, 1, 2):
+    for seed in (0, 1):
         randomize(model, seed, std=0.1)
         randomize(exact_model, seed, std=0.1)  # vectors are float32 in both
         exact = logits_of(exact_model)
@@ -234,17 +234,16 @@ def test_an_adapter_as_a_dora_gives_the_logits_of_the_same_adapter_in_peft(saved
         their_bases[dtype] = theirs.unload()
         return found
 
-    for seed in range(3):
-        randomize(model, seed, std=0.1)
-        ia3 = tmp_path / f"ia3-{seed}"
-        dora = tmp_path / f"dora-{seed}"
-        minia3.save_adapter(model, ia3)
-        write_dora(dora, read_adapter(ia3), saved, ia3)
-        exact = peft_logits(ia3, torch.float32)
-        errors = []
-        for folder, dtype in ((dora, torch.float32), (dora, torch.bfloat16), (ia3, torch.bfloat16)):
-            errors.append(rms(peft_logits(folder, dtype) - exact) / rms(exact))
-        as_text = f"dora in float32 {errors[0]:.1e}, in bfloat16 {errors[1]:.3f}"
-        print(f"seed {seed}: {as_text}, (IA)^3 in bfloat16 {errors[2]:.3f}")
-        assert errors[0] < 2e-5
-        assert errors[1] < 3 * errors[2]
+    randomize(model, std=0.1)
+    ia3 = tmp_path / "ia3"
+    dora = tmp_path / "dora"
+    minia3.save_adapter(model, ia3)
+    write_dora(dora, read_adapter(ia3), saved, ia3)
+    exact = peft_logits(ia3, torch.float32)
+    errors = []
+    for folder, dtype in ((dora, torch.float32), (dora, torch.bfloat16), (ia3, torch.bfloat16)):
+        errors.append(rms(peft_logits(folder, dtype) - exact) / rms(exact))
+    as_text = f"dora in float32 {errors[0]:.1e}, in bfloat16 {errors[1]:.3f}"
+    print(f"{as_text}, (IA)^3 in bfloat16 {errors[2]:.3f}")
+    assert errors[0] < 2e-5
+    assert errors[1] < 3 * errors[2]
