@@ -20,9 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from conftest import double, their_logits
 
 import minia3
@@ -54,6 +52,8 @@ FAMILIES = {
 
 def draw_config(rng):
     """Return the name of a family, and a random config of transformers."""
+    import transformers
+
     name = rng.choice(list(FAMILIES))
     model_type, differences = FAMILIES[name]
     sizes = draw_t5_sizes(rng) if model_type.endswith("t5") else draw_llama_sizes(rng)
@@ -110,6 +110,8 @@ def draw_scaling(rng):
 
 def make_theirs(rng, config):
     """Return a random model, in which norms and biases are random, too."""
+    import transformers
+
     is_t5 = config.is_encoder_decoder
     kind = transformers.AutoModelForSeq2SeqLM if is_t5 else transformers.AutoModelForCausalLM
     model = kind.from_config(config)
@@ -125,6 +127,8 @@ def make_theirs(rng, config):
 
 def add_theirs(rng, model):
     """Add PEFT's (IA)^3 with strange vectors."""
+    import peft
+
     is_t5 = model.config.is_encoder_decoder
     modules = ["k", "v", "wo"] if is_t5 else ["k_proj", "v_proj", "down_proj"]
     options = {"target_modules": modules, "feedforward_modules": modules[2:]}
@@ -225,6 +229,8 @@ def errors(found, truth):
 
 def check_case(seed, number, folder):
     """Compare a random model. Raise AssertionError if a number is wrong."""
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rng = random.Random(f"{seed} numbers {number}")

@@ -10,7 +10,6 @@ import re
 import tempfile
 
 import torch
-import transformers
 from chat_templates import CHATML, LLAMA2, LLAMA3, MISTRAL_V3
 from conftest import make
 
@@ -157,6 +156,7 @@ def read_lora(folder):
 
 def their_lora_logits(folder, source):
     import peft
+    import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(base_folder())
     try:
@@ -185,6 +185,8 @@ def make_generation_config(folder):
 
 def read_generation_config(folder):
     """The tokens that begin and end a text are those with which transformers generates."""
+    import transformers
+
     config = read_checkpoint(folder, weights=False)[0]
     if not (folder / "generation_config.json").is_file():
         return
