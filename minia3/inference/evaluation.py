@@ -50,6 +50,7 @@ EXPECTED_ROW = (
     '{"input": "2 + 2 =", "choices": ["3", "4"], "label": 1}, or '
     '{"input": "2 + 2 =", "target": "4", "label": 0}'
 )
+EXPECTED_CHOICES = 'a list of different texts that are not empty, such as ["3", "4"]'
 # These may differ from prompt to prompt.
 COUNTS = ("n_cut", "n_equal", "n_lossy", "n_too_long", "n_wordless", "n_ends_cut")
 
@@ -138,7 +139,7 @@ def checked_rows(rows, prompt, kind="row"):
             choices = as_list(row["choices"])
             if not are_choices(choices):
                 found = f"{name} has the choices {row['choices']!r:.60}"
-                raise ValueError(f"{found}, expected texts that differ, as in {EXPECTED_ROW}")
+                raise ValueError(f"{found}, expected {EXPECTED_CHOICES}")
         if "messages" not in row:
             check_label(name, row, n_choices=len(choices or ("the target",)))
         checked.append(row)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from minia3.files.ahead import one_ahead
 from minia3.files.processes import combine, share
 from minia3.files.progress import progress
+from minia3.files.read import one_line
 from minia3.model.llama import Llama
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import as_numbers, check_mask
@@ -292,7 +293,8 @@ def rank(model, tokenizer, prompts, choices, *, adapter=None, length_norm=True, 
     """
     sources = as_list(prompts)
     if not sources:
-        raise ValueError(f"expected a list of prompts, one or more: found {prompts!r:.80}")
+        found = one_line(repr(prompts))  # that of a table has several lines
+        raise ValueError(f"expected a list of prompts, one or more: found {found:.80}")
     examples = []
     without_tokens = []
     for i, texts in enumerate(choices_of_prompts(choices, len(sources))):
@@ -360,8 +362,9 @@ def as_list(texts):
 def has_order(texts):
     """Return whether these are texts in an order, and neither a single text nor a table."""
     is_table = hasattr(texts, "columns")  # of pandas, which would give the names of its columns
-    is_single = isinstance(texts, str | Set | Mapping)
-    return isinstance(texts, Iterable) and not is_single and not is_table
+    is_single = isinstance(texts, str) or getattr(texts, "ndim", 1) == 0
+    has_none = isinstance(texts, Set | Mapping)
+    return isinstance(texts, Iterable) and not (is_table or is_single or has_none)
 
 
 def batches_by_length(lengths, adapter, batch_size, choose_share=share):

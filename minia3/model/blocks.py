@@ -20,7 +20,7 @@ from minia3.model.recompute import recompute, rms_norm
 
 ACTIVATIONS = {
     "relu": F.relu,
-    "gelu": nn.GELU(approximate="tanh").forward,  # as in T5 v1.1; a module would be in every model
+    "gelu": nn.GELU(approximate="tanh").forward,  # of T5 v1.1; models would share a module
     "silu": F.silu,
 }
 

@@ -48,14 +48,14 @@ def check_evaluations(config):
 def check_first_evaluation(config):
     """Raise ValueError if a new run has fewer steps than --eval-every.
 
-    Its only evaluation on held-out rows would be that of the last step, with nothing to choose
-    from. A run that has begun already may be made longer.
+    This is probably a mistake: rows would be held out, and the evaluation of the last step alone
+    would have nothing to choose from. A run that has begun already may be made longer.
     """
     is_new = config.resume is None
     if is_new and config.is_training and config.eval_every > config.steps:
         raise ValueError(
-            f"--eval-every is {config.eval_every}, and the run has {config.steps} steps, so only "
-            f"the last step would be evaluated: expected at most {config.steps}"
+            f"--eval-every is {config.eval_every}, and the run has {config.steps} steps: expected "
+            f"at most {config.steps}"
         )
 
 

@@ -690,6 +690,7 @@ def test_prompts_that_are_not_a_list_of_texts_or_ids_are_refused(both):
         set(),
         {"w4", "w5"},
         {"text": ["w4"]},
+        torch.tensor(3),
         {"input_ids": [[4]], "attention_mask": [1]},
     ],
 )

@@ -181,11 +181,20 @@ def test_scores_are_float32_whatever_the_default_dtype_of_the_program_is(both):
     assert scores.dtype == torch.float32
 
 
+def test_rank_refuses_a_table_in_one_line(both):
+    pandas = pytest.importorskip("pandas", reason="another library")
+    table = pandas.DataFrame({"w4": ["w5", "w6"]})
+    with pytest.raises(
+        ValueError, match=r"^expected a list of prompts, one or more: found [^\n]*$"
+    ):
+        minia3.rank(both.model, both.tokenizer, table, ["w4"])
+
+
 def test_rank_says_what_is_wrong_with_its_lists(both):
     def rank(prompts, choices, **options):
         return minia3.rank(both.model, both.tokenizer, prompts, choices, **options)
 
-    for prompts in ([], "w4 w5"):
+    for prompts in ([], "w4 w5", {"w4": "w5"}, torch.tensor(3)):
         with pytest.raises(ValueError, match="expected a list of prompts"):
             rank(prompts, ["w4"])
     for choices in ([], "w4", [["w4"]], [["w4"], []], [["w4"], "w5"], [["w4"], ["w5"], ["w6"]]):

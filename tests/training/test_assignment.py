@@ -122,7 +122,7 @@ def test_what_trains_nothing_says_that_a_tenth_of_a_file_is_evaluated(tmp_path, 
     """The run spoke of rows to train on, and not of the rows that it left out."""
     made = write(tmp_path, train=rows(30))
     file = (made / "train.jsonl").rename(tmp_path / "held-out.jsonl")
-    note = "note     only test, a tenth of these rows, is evaluated: for all of them, give a"
+    note = "note     only test, a tenth of these rows, is evaluated: for all of them, if"
 
     def shown(*flags, task=file, **values):
         capsys.readouterr()

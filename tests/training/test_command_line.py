@@ -239,7 +239,7 @@ def test_epochs_that_differ_within_a_grid_are_refused(tmp_path, capsys):
     assert metrics(tmp_path / "one")[-1]["steps"] == 15  # 29 rows twice, 4 per step
 
 
-def test_epochs_of_fewer_steps_than_eval_every_are_refused_as_such_steps_are(tmp_path, capsys):
+def test_epochs_with_fewer_steps_than_eval_every_are_refused(tmp_path, capsys):
     out = tmp_path / "run"
     message = "--eval-every is 6, and the run has 5 steps"
     fails(words(out, steps=None, epochs=1, eval_every=6), capsys, message)
