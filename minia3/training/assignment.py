@@ -17,8 +17,8 @@ from minia3.training.doubts import doubts_about_rows, loss_notes
 
 # A note for a run that trains nothing, on a file that is split in three.
 ONLY_A_PART = (
-    "only test, a tenth of these rows, is evaluated: for all of them, if none was trained on, give a "
-    "folder whose only file is named test, such as test.csv"
+    "only test, a tenth of these rows, is evaluated: for all of them, if none was trained on, give "
+    "a folder whose only file is named test, such as test.csv"
 )
 
 
