@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,6 @@ from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader
 
 CSV = {"strict": True}  # an error for a quote that is never closed
 TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-QUOTE_AFTER_SPACE = re.compile(' +"')  # see CellReader
 DELIMITERS = (",", ";", "\t")  # that a .csv file may have
 
 # What an error of the csv module has in its text -> what it means.
@@ -99,7 +98,7 @@ def read_rows(
     - .json: a list of objects, or an object with such a list; otherwise the same as .jsonl.
     - .csv: a header, and cells with commas between them, or semicolons, or tabs. An empty cell
       counts as missing. `choices` (or `Choices`) is a JSON list, or texts with | between them.
-      The spaces before a quoted cell are left out.
+      The spaces before a quoted cell are left out, see `read_spaced_cells`.
     - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
     - .parquet and .arrow: see `read_table_rows`.
 
@@ -255,38 +254,35 @@ def open_cells(
             first_lines = [next(filled, "")]
         dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
     all_lines = chain(first_lines, rest)
-    if suffix == ".csv" and skips_spaces:
-        records = CellReader(all_lines, dialect)
-    else:
+    if suffix != ".csv" or not skips_spaces:
         records = csv.reader(all_lines, **dialect)
-    return read_header(records), records
+        return read_header(records), records
+    # A Dialect, because this is a reader for each row, and each would make one out of a dict.
+    read = partial(read_spaced_cells, rest=all_lines, dialect=csv.reader([], **dialect).dialect)
+    header = read_header(map(read, all_lines))
+    # `map`, because a generator would end at the first wrong row.
+    return header, map(partial(read, n_cells=len(header)), all_lines)
 
 
-class CellReader:
-    """An iterator of the cells of each row of a .csv file.
+def read_spaced_cells(
+    line: str, rest: Iterator[str], dialect: csv.Dialect, n_cells: int | None = None
+) -> list[str]:
+    """Return the cells of the row that begins with a line of a .csv file.
 
     People put a space after a comma, as in `1, "a, b"`. The csv module takes the quotes for a part
-    of the text then, and the comma between them for the end of a cell. So a row that has a quote
-    after a space is read once more, without the spaces that follow the delimiters. In other rows,
-    such spaces belong to the cells.
+    of the text then, and the comma between them for the end of a cell. So the spaces before a cell
+    are left out if the whole cell is in quotes. If this does not lead to a row of one line with
+    `n_cells` cells, the line is read as it is, and so are those of `rest` that complete its row.
     """
-
-    def __init__(self, lines: Iterator[str], dialect: dict):
-        self.lines = lines
-        self.dialect = dialect
-        self.lines_of_row = []
-        self.records = csv.reader(read_on(self.lines_of_row, lines), **dialect)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> list[str]:
-        self.lines_of_row.clear()
-        cells = next(self.records)
-        if any(map(QUOTE_AFTER_SPACE.match, cells)):
-            lines = chain(self.lines_of_row, self.lines)  # a quoted cell may have several lines
-            cells = next(csv.reader(lines, skipinitialspace=True, **self.dialect))
-        return cells
+    end = dialect.delimiter
+    if ' "' in line and re.search(f'(?:^|{end}) +"', line):
+        in_quotes = f'"[^"]*(?:""[^"]*)*"(?=[{end}\r\n]|\\Z)'
+        changed = re.sub(f"(^|{end})(?: *({in_quotes})|([^{end}]*))", r"\1\2\3", line)
+        with suppress(csv.Error):
+            cells = next(csv.reader([changed], dialect))
+            if n_cells in (None, len(cells)):
+                return cells
+    return next(csv.reader(chain([line], rest), dialect))
 
 
 def allow_long_cells():

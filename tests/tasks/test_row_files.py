@@ -316,20 +316,61 @@ def test_spaces_before_a_quoted_cell_do_not_count(tmp_path, delimiter):
     records = [
         ['"text"', ' "label"', " n"],
         ['"I loved it, really; yes\t!"', '  "positive"', " 1"],
-        ["a waste", ' "nega\n\ntive"', "0"],
+        ["a waste", ' ""', "0"],
         [' "a ""good"" one"', '"good"', "  2"],
         ["  a", " b", " c"],
+        ["  d", " e", '  "f"'],
         ['5" or 6"', '" ""so"" so"', "d"],
     ]
     content = "".join(delimiter.join(cells) + "\n" for cells in records)
     assert read(tmp_path / "a.csv", content) == [
-        (2, {"text": "I loved it, really; yes\t!", "label": "positive", "n": "1"}),
-        (3, {"text": "a waste", "label": "nega\n\ntive", "n": "0"}),
-        (6, {"text": 'a "good" one', "label": "good", "n": "2"}),
-        (7, {"text": "  a", "label": " b", "n": " c"}),
-        (8, {"text": '5" or 6"', "label": ' "so" so', "n": "d"}),
+        (2, {"text": "I loved it, really; yes\t!", "label": "positive", "n": " 1"}),
+        (3, {"text": "a waste", "n": "0"}),
+        (4, {"text": 'a "good" one', "label": "good", "n": "  2"}),
+        (5, {"text": "  a", "label": " b", "n": " c"}),
+        (6, {"text": "  d", "label": " e", "n": "f"}),
+        (7, {"text": '5" or 6"', "label": ' "so" so', "n": "d"}),
     ]
     assert column_names(tmp_path / "a.csv") == ["text", "label", "n"]
+
+
+def test_spaces_stay_before_quotes_that_are_not_around_a_cell(tmp_path):
+    """Such rows were refused, or took the rest of the file with them."""
+    content = """n, "text"
+1, "Great" is what he said
+2, "unfinished
+3, "" x
+4, "It is ""good"" " she said
+5,"three
+, ""lines"", and ""more"", 6"
+, "so"
+"""
+    assert read(tmp_path / "a.csv", content) == [
+        (2, {"n": "1", "text": ' "Great" is what he said'}),
+        (3, {"n": "2", "text": ' "unfinished'}),
+        (4, {"n": "3", "text": ' "" x'}),
+        (5, {"n": "4", "text": ' "It is ""good"" " she said'}),
+        (6, {"n": "5", "text": 'three\n, "lines", and "more", 6'}),
+        (8, {"text": "so"}),
+    ]
+
+
+def test_no_row_is_lost_after_a_quoted_cell_that_ends_in_a_comma(tmp_path):
+    """Two lines were taken for a row, and the second of them for no row."""
+    content = 'n,text\n1, "Hello,"\n0,size 5"\n1,good\n'
+    assert read(tmp_path / "a.csv", content) == [
+        (2, {"n": "1", "text": "Hello,"}),
+        (3, {"n": "0", "text": 'size 5"'}),
+        (4, {"n": "1", "text": "good"}),
+    ]
+
+
+def test_quotes_around_a_comma_are_text_if_the_header_has_so_many_columns(tmp_path):
+    content = 'n,a,b\n1, "x, y"\n2, "x, y", z\n'
+    assert read(tmp_path / "a.csv", content) == [
+        (2, {"n": "1", "a": ' "x', "b": ' y"'}),
+        (3, {"n": "2", "a": "x, y", "b": " z"}),
+    ]
 
 
 @pytest.mark.parametrize(("name", "keep_empty"), [("a.csv", True), ("a.tsv", False)])
