@@ -82,11 +82,12 @@ def question(messages: list[dict]) -> list[dict]:
 def fit_chat(row: dict, tokenizer, max_length: int):
     """Return (ids, which of them the assistant wrote), and whether the conversation was cut.
 
-    A conversation of more than `max_length` tokens loses as few of its oldest turns as possible: a
-    model that answers sees the newest ones. A turn is never cut.
+    A conversation of more than `max_length` tokens loses the messages after the last one that is
+    learned, which no loss counts, and as few of its oldest turns as possible, because a model that
+    answers sees the newest ones. Only the second is a cut. A turn is never cut.
 
-    Raise ValueError if the last exchange does not fit either, or if the template leaves out what
-    the assistant wrote.
+    Raise ValueError if the last exchange that is learned does not fit either, or if the template
+    leaves out what the assistant wrote.
     """
     messages = row["messages"]
     tools = row.get("tools")
@@ -95,12 +96,15 @@ def fit_chat(row: dict, tokenizer, max_length: int):
         return tokenizer.count_chat(part, tools)
 
     last_answer = max(i for i, message in enumerate(messages) if is_learned(message))
+    has_more = last_answer < len(messages) - 1
+    if has_more and count_tokens(messages) > max_length:
+        messages = messages[: last_answer + 1]
     fitted = shorten(messages, last_answer, count_tokens, max_length)
     n_tokens = count_tokens(fitted)
     if n_tokens > max_length:
         raise ValueError(
             f"row {row['idx']} does not fit into max_length {max_length}: "
-            f"its last exchange alone has {n_tokens} tokens: raise max_length"
+            f"its last learned exchange alone has {n_tokens} tokens: raise max_length"
         )
     encoded = tokenizer.conversation(fitted, tools)
     if not any(encoded.is_scored):

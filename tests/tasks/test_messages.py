@@ -122,14 +122,25 @@ def test_weights_from_which_nothing_is_learned_are_refused(weights, problem):
 
 
 def test_a_long_conversation_keeps_the_last_answer_that_is_learned():
-    messages = weighted(turns("q1", "a1", "q2", "a2", "q3", "a3"), 1, 1, 0)
-    whole = Letters().conversation(messages)
-    encoded, was_cut = fit_chat(row(messages), Letters(), len(whole.ids) - 1)
-    assert encoded == Letters().conversation(messages[2:])
-    assert was_cut
-    message = "row 7 does not fit into max_length 15: its last exchange alone has 16 tokens"
-    with pytest.raises(ValueError, match=message):
-        fit_chat(row(messages), Letters(), len(encoded.ids) - 1)
+    """The messages after it were kept, and it was said to have the tokens of all of them."""
+    messages = turns("q1", "a1", "q2", "a2", "q3", "a3")
+    for weights, limit, expected in [
+        ((1, 1, 0), 24, slice(None)),
+        ((1, 1, 0), 23, slice(4)),
+        ((1, 1, 0), 15, slice(2, 4)),
+        ((1, 0, 0), 23, slice(2)),
+        ((1, 0, 0), 8, slice(2)),
+        ((0, 1, 0), 8, slice(2, 4)),
+        ((0, 0, 1), 23, slice(2, None)),
+    ]:
+        marked = weighted(messages, *weights)
+        encoded, was_cut = fit_chat(row(marked), Letters(), limit)
+        assert encoded == Letters().conversation(marked[expected])
+        assert was_cut == (expected.start is not None)
+    message = "row 7 does not fit into max_length 7: its last learned exchange alone has 8 tokens"
+    for weights in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        with pytest.raises(ValueError, match=message):
+            fit_chat(row(weighted(messages, *weights)), Letters(), 7)
 
 
 def test_rows_to_predict_need_no_answer_and_lose_theirs():
@@ -198,15 +209,15 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_instructions()
         encoded, was_cut = fit_chat(row(messages), Letters(), limit)
         assert encoded == Letters().conversation(expected)
         assert was_cut == (expected is not messages)
-    message = "row 7 does not fit into max_length 10: its last exchange alone has 11 tokens"
+    message = "row 7 does not fit into max_length 10: its last learned exchange alone has 11 tokens"
     with pytest.raises(ValueError, match=message):
         fit_chat(row(messages), Letters(), n_tokens[2] - 1)
 
 
 def test_a_shorter_conversation_must_have_an_answer():
     messages = turns("q1", "a1", "q2")
-    with pytest.raises(ValueError, match="its last exchange alone has 12 tokens"):
-        fit_chat(row(messages), Letters(), 8)
+    with pytest.raises(ValueError, match="its last learned exchange alone has 8 tokens"):
+        fit_chat(row(messages), Letters(), 7)
 
 
 def test_the_oldest_turns_of_an_endless_conversation_are_dropped_at_once():

@@ -186,7 +186,7 @@ def test_mistakes_are_one_line(folder, capsys):
     assert "expected lm in --losses" in failure(folder, capsys, losses="ul,ln")
     assert "has an encoder" in failure(folder, capsys, model=model("t5"))
     message = failure(folder, capsys, max_length=3)
-    assert "does not fit into max_length 3: its last exchange alone has" in message
+    assert "does not fit into max_length 3: its last learned exchange alone has" in message
 
 
 def test_a_chat_template_without_conversations_is_refused_before_a_model_is_loaded(folder, capsys):
