@@ -368,9 +368,10 @@ def note_quotes(files: dict[str, list[Path]], rows: dict[str, list[FileRow]]) ->
             n_cells += sum(map(is_quoted, found.row.values()))
     if not n_cells:
         return []
+    are_quoted = "cell of .tsv files is" if n_cells == 1 else "cells of .tsv files are"
     return [
-        f"{n_cells} cells of .tsv files have quotes around them, and two quotes for each inside, "
-        "which the model reads: name the files .csv to leave these quotes out"
+        f"{n_cells} {are_quoted} in quotes, with each quote inside doubled. The model reads all of "
+        "these quotes: name the file .csv to leave them out"
     ]
 
 

@@ -341,9 +341,14 @@ def test_cells_in_quotes_are_counted_in_a_tsv_file(tmp_path):
     task = load_task(tmp_path)
     assert task.train[0]["text"] == '"He said ""hi"""'
     assert task.notes == [
-        "6 cells of .tsv files have quotes around them, and two quotes for each inside, which the "
-        "model reads: name the files .csv to leave these quotes out"
+        "6 cells of .tsv files are in quotes, with each quote inside doubled. The model reads all "
+        "of these quotes: name the file .csv to leave them out"
     ]
+    (tmp_path / "test.tsv").write_text("text\tlabel\na\tgood\n")
+    (tmp_path / "train.tsv").write_text(f"text\tlabel\n{rows[0]}\nb\tgood\n")
+    assert load_task(tmp_path).notes[0].startswith("1 cell of .tsv files is in quotes, ")
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.tsv").write_text(content)
     for name in ("train", "test"):
         (tmp_path / f"{name}.tsv").rename(tmp_path / f"{name}.csv")
     task = load_task(tmp_path)
