@@ -153,8 +153,8 @@ def assign_splits(origin: str | Path, files: dict[str, list[Path]]) -> FoundFile
     """Return the files of train, validation and test, out of the splits of a data set.
 
     If a data set has a single split, that split is train, unless its name is one that we know (such
-    as test). Raise ValueError if there are several splits, and we know none of them, or only train
-    and others that are meant for validation or test.
+    as test). Raise ValueError if there are several splits and we know none of them, or if train is
+    the only one that we know and another is meant for validation or test.
     """
     names = {}  # our split -> its name there
     for name, split in SPLIT_OF_NAME.items():

@@ -31,8 +31,17 @@ HUB_PREFIX = "hf:"  # as in hf:user/name and hf:user/name:config
 # A file with one of these words in its name, or with a word much like it, was meant to be a split.
 LOOKALIKES = {
     "train": ("train", "training", "trainset"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "development"),
-    "test": ("test", "testing", "testset"),
+    "validation": (
+        "validation",
+        "validate",
+        "valid",
+        "val",
+        "dev",
+        "development",
+        "eval",
+        "evaluation",
+    ),
+    "test": ("test", "testing", "testset", "devtest", "holdout"),
 }
 LIKENESS = 0.82  # of `difflib`: "tests" is like "test", and "latest" is not
 

@@ -112,6 +112,11 @@ def test_a_split_that_is_meant_for_the_results_is_not_replaced_by_rows_of_train(
     assert load_task(tmp_path / "m").notes == [
         f"splits of {tmp_path / 'm'} that are not used: validation_matched, test_matched"
     ]
+    for name in ("devtest", "validate", "holdout"):
+        splits = {"train": data_set(), name: data_set(3)}
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / name)
+        with pytest.raises(ValueError, match=f"test beside train; found {name}: save those"):
+            load_task(tmp_path / name)
     datasets.DatasetDict(train=data_set(), training=data_set()).save_to_disk(tmp_path / "two")
     assert len(load_task(tmp_path / "two").train) == 10
 
