@@ -9,6 +9,8 @@ process is stopped, the same command counts the finished lines and continues aft
 import csv
 import io
 import json
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from itertools import groupby, islice
@@ -35,6 +37,9 @@ from minia3.tasks.row_files import column_names, read_rows
 from minia3.tasks.rows import (
     PREDICTED,
     check_columns,
+    columns_of_rows,
+    describe_empty,
+    empty_columns,
     expected_names,
     normalize_row,
     without_target,
@@ -126,8 +131,9 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
 
     forms: Forms. adapters: an Adapters. default: the adapter of rows that name none; if it is None,
     and there are adapters, the column `adapter` holds their names. Answers in the file are not
-    read. Raise ValueError, "path:line: reason", at the first wrong row, and before the first row if
-    no row of the file has the column `adapter`, which must name the adapters.
+    read. Warn after the last row of columns that are empty in some. Raise ValueError, "path:line:
+    reason", at the first wrong row, and before the first row if no row of the file has the column
+    `adapter`, which must name the adapters.
     """
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
@@ -147,8 +153,9 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
         """Return the columns of the file, or those that any of its rows with this adapter has."""
         if columns or not is_file:
             return columns
-        return columns_of_rows(path, name, has_names)
+        return columns_of_json(path, name, has_names)
 
+    n_empty = Counter()
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
             if isinstance(file_row, ValueError):
@@ -163,7 +170,11 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
             warn_of_equal_choices(example, rendered.choices)
+            if not spec.is_published:
+                n_empty.update(empty_columns(row, prompt))
         yield Input(row, rendered, example, spec.labels, name, file_row)
+    for note in describe_empty(n_empty):
+        warnings.warn(note, stacklevel=1)
 
 
 def lacks_adapters(path, columns):
@@ -182,17 +193,16 @@ def lacks_adapters(path, columns):
     return has_rows
 
 
-def columns_of_rows(path, name, has_names):
+def columns_of_json(path, name, has_names):
     """Return the columns that any row of a file of JSON has.
 
     has_names: whether rows name their adapters. Then only rows of the adapter `name` count, because
     others may be put into other words.
     """
-    columns = {}
-    for _, row in read_rows(path):
-        if isinstance(row, dict) and (not has_names or row.get("adapter") == name):
-            columns |= dict.fromkeys(row)
-    return list(columns)
+    rows = (row for _, row in read_rows(path) if isinstance(row, dict))
+    if has_names:
+        rows = (row for row in rows if row.get("adapter") == name)
+    return columns_of_rows(rows)
 
 
 def check_row_columns(row, spec, find_columns):

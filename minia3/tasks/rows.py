@@ -7,10 +7,12 @@ import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from minia3.files.messages import plural
 from minia3.tasks.labels import INTEGER, find_choice, find_user_label, label_text
 from minia3.tasks.messages import check_messages, has_answer
 from minia3.tasks.prompts import (
@@ -100,17 +102,22 @@ def find_lacking_files(
 
     columns: of each file, see `column_names`. A file of JSON has the columns of all of its rows.
     """
-    names = {path: dict.fromkeys(found) for path, found in columns.items()}
-    for path, _, row in rows:
-        if not columns[path] and isinstance(row, dict):
-            names[path].update(dict.fromkeys(row))
     messages = []
-    for path in names:
+    for path, found in groupby(rows, key=attrgetter("path")):
         try:
-            check_columns(names[path], spec)
+            check_columns(columns[path] or columns_of_rows(row for _, _, row in found), spec)
         except ValueError as error:
             messages.append(f"{path}: {error}")
     return messages
+
+
+def columns_of_rows(rows: Iterable[dict | ValueError]) -> list[str]:
+    """Return the columns that any row has."""
+    columns = {}
+    for row in rows:
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(row)
+    return list(columns)
 
 
 def find_mixed_kinds(
@@ -260,6 +267,19 @@ def check_columns(columns: Iterable[str], spec: TaskSpec):
                     f"there is no column {name!r}, which the model reads (it may be empty)"
                     f"{nearest_of(name, columns)}"
                 )
+
+
+def empty_columns(row: dict, prompt: Prompt) -> list[str]:
+    """Return the columns that the model reads and that are empty in a checked row of a user.
+
+    An instruction often has no input, so that column does not count.
+    """
+    return [name for name in field_names(prompt.text) if row.get(name) == "" and name != OPTIONAL]
+
+
+def describe_empty(n_rows: Mapping[str, int]) -> list[str]:
+    """Return a note on each column that is empty in so many rows: the file may be damaged."""
+    return [f"{name!r} is empty in {n} {plural(n, 'row')}" for name, n in n_rows.items()]
 
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
@@ -22,9 +23,9 @@ from minia3.tasks.columns import (
 from minia3.tasks.download import download, file_names, remove_leftovers
 from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
 from minia3.tasks.library_data import find_hub_files, find_saved_files
-from minia3.tasks.prompts import field_names, final_field, fold, list_names
+from minia3.tasks.prompts import final_field, fold, list_names
 from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
-from minia3.tasks.rows import FileRow, check_files, read_files
+from minia3.tasks.rows import FileRow, check_files, describe_empty, empty_columns, read_files
 from minia3.tasks.split_files import (
     HUB_PREFIX,
     SPLIT_OF_NAME,
@@ -399,12 +400,11 @@ def note_white_space(splits: Splits, spec: TaskSpec):
 
 
 def note_empty_fields(splits: Splits, spec: TaskSpec):
-    """Add a note on how many rows have an empty input column: the file may be damaged."""
-    for name in field_names(spec.prompts[0].text):
-        n_empty = sum(row.get(name) == "" for row in splits.all_rows())
-        is_usual = name == "input"  # of an instruction
-        if n_empty and not is_usual:
-            splits.notes.append(f"{name!r} is empty in {n_empty} rows")
+    """Add a note on how many rows have an empty input column."""
+    n_empty = Counter()
+    for row in splits.all_rows():
+        n_empty.update(empty_columns(row, spec.prompts[0]))
+    splits.notes += describe_empty(n_empty)
 
 
 # Known tasks

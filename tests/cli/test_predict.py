@@ -180,8 +180,12 @@ def test_the_test_rows_of_a_run_are_answered_although_some_lack_a_column(tmp_pat
     out = tmp_path / "run"
     assert run(words(out, task=tmp_path, steps=2)) == 0
     test = tmp_path / "test.jsonl"
-    results = predicted(capsys, test, "--adapter", out / "adapter", "--max-new-tokens", 3)
-    assert [result["idx"] for result in results] == list(range(9))
+    command = ["predict", model("t5"), test, "--adapter", out / "adapter", "--max-new-tokens", 3]
+    capsys.readouterr()
+    assert main([str(word) for word in command]) == 0
+    found = capsys.readouterr()
+    assert [json.loads(line)["idx"] for line in found.out.splitlines()] == list(range(9))
+    assert found.err == "minia3: 'context' is empty in 5 rows\n"
     test.write_text(content.replace("context", "contxt"))
     error = failure(capsys, "predict", model("t5"), test, "--adapter", out / "adapter")
     assert f"{test}:1: there is no column 'context'" in error

@@ -447,6 +447,26 @@ def test_a_row_of_json_may_lack_a_column_that_another_row_has(suffix, tmp_path, 
     assert ":1: there is no column 'hypothesis'" in error, "a pipe is not read ahead"
 
 
+def test_rows_that_lack_a_column_are_counted_at_the_end(tmp_path, capsys):
+    """A column that is misspelled in some rows was passed over, but not in training."""
+    rows = [{"premise": "w3", "input": "w4"}] * 2 + [{"premise": "w3", "hypotesis": "w4"}]
+    rows.append({"hypothesis": "w4"})
+    file = write(tmp_path / "rows.jsonl", rows)
+    words = ("--labels", "w5,w6", "--input", "{premise} {hypothesis} {input}")
+    predict(running.model("t5"), file, *words)
+    found = capsys.readouterr()
+    assert found.err == (
+        "minia3: 'hypothesis' is empty in 3 rows\nminia3: 'premise' is empty in 1 row\n"
+    )
+    assert found.out.count("\n") == 4
+
+
+def test_an_empty_text_of_a_published_task_is_not_counted(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", [{"premise": "w3", "hypothesis": ""}])
+    predict(running.model("t5"), file, "--task", "rte")
+    assert "is empty" not in capsys.readouterr().err
+
+
 def test_the_columns_of_rows_with_another_adapter_do_not_count(adapters, tmp_path, capsys):
     words = ("--adapter", adapters, "--labels", "w5,w6", "--input", "{premise} {hypothesis}")
     rows = [
