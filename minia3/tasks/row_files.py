@@ -269,17 +269,21 @@ def read_spaced_cells(
 ) -> list[str]:
     """Return the cells of the row that begins with a line of a .csv file.
 
-    People put a space after a comma, as in `1, "a, b"`. The csv module takes the quotes for a part
-    of the text then, and the comma between them for the end of a cell. So the spaces before a cell
-    are left out if the whole cell is in quotes. If this does not lead to a row of one line with
-    `n_cells` cells, the line is read as it is, and so are those of `rest` that complete its row.
+    People put a space after a comma, as in `1, "a, b"`. Then the csv module reads three cells, with
+    quotes in two of them. So the spaces before a cell are left out if the whole cell is in quotes.
+
+    Such a row is taken only if it has one line and `n_cells` cells (None: any number). Otherwise,
+    the csv module reads the line as it is, and the lines of `rest` that it needs to end the row.
     """
     end = dialect.delimiter
     if ' "' in line and re.search(f'(?:^|{end}) +"', line):
-        in_quotes = f'"[^"]*(?:""[^"]*)*"(?=[{end}\r\n]|\\Z)'
-        changed = re.sub(f"(^|{end})(?: *({in_quotes})|([^{end}]*))", r"\1\2\3", line)
+        quoted_cell = f'"[^"]*(?:""[^"]*)*"(?=[{end}\r\n]|\\Z)'
+        other_cell = f"[^{end}]*"
+        # The groups are all of a cell but the spaces before its quotes.
+        cell = f"(^|{end})(?: *({quoted_cell})|({other_cell}))"
+        without_spaces = re.sub(cell, r"\1\2\3", line)
         with suppress(csv.Error):
-            cells = next(csv.reader([changed], dialect))
+            cells = next(csv.reader([without_spaces], dialect))
             if n_cells in (None, len(cells)):
                 return cells
     return next(csv.reader(chain([line], rest), dialect))

@@ -103,7 +103,7 @@ def by_processor(records):
 
 
 def processor_of(machine):
-    """Return the name of the processor that computed, as short as one says it."""
+    """Return the short name of the processor that computed, such as "Intel Xeon"."""
     name = machine.get("accelerator") or machine["processor"]
     return re.sub(r"\((R|TM)\)| Processor$", "", name)
 
