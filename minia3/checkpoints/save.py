@@ -4,6 +4,7 @@ This uses the tables of tensor_names.py and config.py in the opposite direction.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -39,8 +40,8 @@ class UnreadTensor(NamedTuple):
 def save_model(model, folder, tokenizer=None):
     """Write the base weights, without the vectors, as a folder that transformers loads.
 
-    Weights are written in shards of at most 5 GB. With a `tokenizer`, its files are written too.
-    Otherwise those of the folder stay.
+    Weights are written in shards of at most 5 GB. With a `tokenizer`, its files are written too,
+    and its end token is one of the model's. Otherwise the files of the folder's tokenizer stay.
     The folder changes only when everything is written (see `writing_folder`). If the model is
     divided among processes, all of them call this, and the first one writes. It gathers one tensor
     at a time, and keeps those of a shard.
@@ -71,8 +72,16 @@ def save_model(model, folder, tokenizer=None):
 
 
 def save_others(folder, model, dtype, tokenizer):
-    """Write config.json, generation_config.json and, unless `tokenizer` is None, its files."""
-    raw = to_hf(model.config, dtype)
+    """Write config.json, generation_config.json and, unless `tokenizer` is None, its files.
+
+    Our `generate` also ends a text at the tokenizer's end token, with which targets are trained.
+    Other programs know only the end tokens that the two configs name, so it is one of these.
+    """
+    config = model.config
+    eos_id = getattr(tokenizer, "eos_id", None)
+    if eos_id is not None and eos_id not in config.eos_ids:
+        config = replace(config, eos_ids=(*config.eos_ids, eos_id))
+    raw = to_hf(config, dtype)
     name = getattr(model, "name_or_path", getattr(model, "made_of", None))
     base = base_of(name) if name else None
     if base and known_model(base):

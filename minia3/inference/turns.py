@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from minia3.files.read import reading
-from minia3.tasks.task import METRICS, TaskSpec
+from minia3.tasks.task import TaskSpec
 
 
 def end_answers(model, tokenizer) -> tuple[str, ...]:
@@ -25,14 +25,9 @@ def end_answers(model, tokenizer) -> tuple[str, ...]:
     end_id = tokenizer.encode(ending, special=False)[0]
     if end_id not in tokenizer.backend.get_added_tokens_decoder():
         return (ending,)
-    add_end(model, end_id)
-    return ()
-
-
-def add_end(model, end_id):
-    """Let an id end the texts of a model, too."""
     if end_id not in model.config.eos_ids:
         model.config = replace(model.config, eos_ids=(*model.config.eos_ids, end_id))
+    return ()
 
 
 @contextmanager
@@ -54,7 +49,7 @@ def answer_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
     specs: the tasks that the model has learned. Programs that do not know task.json take the chat
     template from the tokenizer's files, and the end tokens from generation_config.json. Without
     these they would ask in another form, and an answer would not end. A text that ends a turn, but
-    is no token, has no place there. Targets end with the tokenizer's eos.
+    is no token, has no place there. (`save_model` adds the tokenizer's eos, which ends targets.)
 
     Raise ValueError if jinja2 is missing, without which nobody knows what ends a turn.
     """
@@ -66,5 +61,3 @@ def answer_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
                 importlib.import_module("jinja2")
             tokenizer.chat_template = spec.chat_template or tokenizer.chat_template
             end_answers(model, tokenizer)
-        elif spec.metric in METRICS["target"] and tokenizer.eos_id is not None:
-            add_end(model, tokenizer.eos_id)

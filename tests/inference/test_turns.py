@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import running
+from conftest import randomize
 from tokenizers import AddedToken
 
 import minia3
@@ -135,33 +136,46 @@ def base_with_other_end(folder):
     """Write a LLaMA whose files name another end token than its tokenizer. Return the folder."""
     model = minia3.load_model(running.model("llama"))
     model.config = replace(model.config, eos_ids=(7,))
-    minia3.save_model(model, folder, minia3.load_tokenizer(running.model("llama")))
+    minia3.save_model(model, folder)
+    minia3.load_tokenizer(running.model("llama")).save(folder)
     return folder
 
 
-@pytest.mark.parametrize(("n_choices", "ends"), [(0, [7, 1]), (2, 7)])
-def test_what_has_learned_targets_ends_them_in_other_programs(tmp_path, n_choices, ends):
-    """Targets end with the tokenizer's eos, and other programs stop at those that the files name.
-    Choices of a LLaMA have no end.
-    """
-    minia3.train(
-        base_with_other_end(tmp_path / "base"),
-        running.task((n_choices,)),
-        method="full",
-        steps=1,
-        device="cpu",
-        out=tmp_path / "run",
-    )
+def ends_of(folder):
+    """Return the end tokens that the two configs of a model name."""
+    found = []
     for name in ("config.json", "generation_config.json"):
-        written = json.loads((tmp_path / "run" / "model" / name).read_text())
-        assert written["eos_token_id"] == ends
+        found.append(json.loads((folder / name).read_text())["eos_token_id"])
+    return found
 
 
-def test_a_base_into_which_targets_are_merged_ends_them_in_other_programs(tmp_path):
+def test_what_was_trained_as_a_whole_ends_its_targets_in_other_programs(tmp_path):
+    """Targets end with the tokenizer's eos. Other programs stop at what the files name."""
     base = base_with_other_end(tmp_path / "base")
-    minia3.save_adapter(minia3.load_model(base), tmp_path / "adapter")
-    (tmp_path / "adapter" / "task.json").write_text(json.dumps({"metric": "exact_match"}))
-    words = ["merge", base, tmp_path / "adapter", tmp_path / "merged"]
+    assert ends_of(base) == [7, 7]
+    minia3.train(
+        base, running.task((0,)), method="full", steps=1, device="cpu", out=tmp_path / "run"
+    )
+    assert ends_of(tmp_path / "run" / "model") == [[7, 1], [7, 1]]
+
+
+@pytest.mark.parametrize("method", ["ia3", "lora"])
+def test_python_and_the_command_merge_to_the_same_files(tmp_path, method):
+    """Both name the tokenizer's eos as an end token, because the adapter may have learned it."""
+    base = base_with_other_end(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    model = minia3.load_model(base)
+    if method == "lora":
+        add_lora(model)
+        save_lora(model, adapter)
+    else:
+        minia3.save_adapter(randomize(model), adapter)
+    words = ["merge", base, adapter, tmp_path / "by command"]
     assert main([str(word) for word in words]) == 0
-    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
-    assert written["eos_token_id"] == [7, 1]
+    minia3.save_model(minia3.merge(model), tmp_path / "by python", minia3.load_tokenizer(base))
+    written = {}
+    for name in ("by command", "by python"):
+        written[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert written["by command"] == written["by python"]
+    assert ends_of(tmp_path / "by python") == [[7, 1], [7, 1]]
+    assert minia3.load_tokenizer(tmp_path / "by python").eos_id == 1
