@@ -152,6 +152,9 @@ def is_lora(name_or_path):
 def load_lora(model, name_or_path):
     """Put the LoRA of a PEFT folder or a hub id on the model.
 
+    An rsLoRA (use_rslora; Kalajdzievski 2023, arXiv 2312.03732) has the scale alpha / sqrt(r). Here
+    it is a LoRA with the alpha that gives this scale, and is saved as such.
+
     Raise ValueError, and leave the model as it was, if it is more than plain LoRA, or does not fit.
     Warn if it was trained on another base.
     """
@@ -164,12 +167,14 @@ def load_lora(model, name_or_path):
         # none either, because `r` may be anything until it is compared with the file.
         with torch.device("meta"), WithoutInitialization():
             plain = build_model(model.config)
-            options = (rank, alpha, linears_with_lora(plain, entries))
-            expected = add_lora(plain, *options)
+            kinds = linears_with_lora(plain, entries)
+            expected = add_lora(plain, rank, alpha, kinds)
         check_tensors(entries, expected)
         check_targets(config, entries)
         doubt = doubt_base(model, named_base(config), name_or_path)
-    for name, parameter in add_lora(model, *options).items():
+    if config.get("use_rslora"):
+        alpha *= rank**0.5
+    for name, parameter in add_lora(model, rank, alpha, kinds).items():
         parameter.data.copy_(entries[name].read())
     if doubt is not None:
         warnings.warn(doubt, stacklevel=2)

@@ -51,7 +51,7 @@ LORA_REFUSED = REFUSED | {
     "bias":                     (None, "none", False),
     # The others start from the weights of the base, which some of them change.
     "init_lora_weights":        (None, True, False, "gaussian", "orthogonal"),
-    "use_rslora":               (None, False),
+    "use_rslora":               (None, False, True),  # True: `load_lora` computes the scale
     "use_dora":                 (None, False),
     "use_qalora":               (None, False),
     "use_bdlora":               (None, False),
@@ -79,7 +79,9 @@ def check_ia3_config(folder, config):
 
 
 def check_lora_config(folder, config):
-    """Return (r, lora_alpha) of a plain LoRA, W x + (lora_alpha / r) B A x. Warn of unknown keys.
+    """Return (r, lora_alpha) of a LoRA, W x + (lora_alpha / r) B A x. Warn of unknown keys.
+
+    If use_rslora is true, it has the square root of r in place of r: `load_lora` knows this.
 
     Raise ValueError if the config describes more than this equation, or if a number is missing or
     impossible.

@@ -229,6 +229,23 @@ def test_options_that_do_not_change_the_equation_are_ignored(loaded, peft_folder
     )
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_an_rslora_equals_peft_applied_merged_and_saved_again(loaded, peft_folder, tmp_path, name):
+    theirs, folder = peft_folder(name, ALL[name], r=6, use_rslora=True)
+    expected = Peer(name, None, theirs).logits(SOURCE, MASK, TARGET)
+    ours = loaded(name)
+    load_lora(ours, folder)
+    save_lora(ours, tmp_path / "ours")
+    again = Peer(name, None, in_peft(name, tmp_path / "ours"))
+    for found in (ours, merge(ours)):
+        assert off(logits(found, SOURCE, MASK, TARGET), expected) < 1e-5
+    assert off(again.logits(SOURCE, MASK, TARGET), expected) < 1e-5
+    plain = json.loads((folder / "adapter_config.json").read_text()) | {"use_rslora": False}
+    (folder / "adapter_config.json").write_text(json.dumps(plain))
+    load_lora(other := loaded(name), folder)
+    assert off(logits(other, SOURCE, MASK, TARGET), expected) > 1e-2
+
+
 # How it begins and what it trains
 
 
@@ -416,8 +433,10 @@ def test_a_second_lora_is_refused_and_so_is_saving_none(applied, loaded, tmp_pat
         ({"peft_type": "LOHA"}, "expected plain LoRA, found peft_type 'LOHA'"),
         ({"bias": "all"}, "bias 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-        ({"use_rslora": True, "use_dora": True}, "use_rslora True, use_dora True"),
+        ({"bias": "all", "use_dora": True}, "bias 'all', use_dora True"),
+        ({"use_rslora": "yes"}, "use_rslora 'yes'"),
         ({"rank_pattern": {"q": 4}}, "rank_pattern {'q': 4}"),
+        ({"use_rslora": True, "rank_pattern": {"q": 4}}, "rank_pattern {'q': 4}"),
         ({"alpha_pattern": {"q": 4}}, "alpha_pattern {'q': 4}"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
