@@ -93,6 +93,8 @@ def run(args):
 
     check_out(args)
     check_pipe(args.file)
+    if args.columns:
+        read_columns(args.columns)  # to find mistakes before anything is loaded
     with first_goes_first():  # because these write and download
         finish_adapters(args.adapter)
         check_adapter(args.adapter)
@@ -123,6 +125,20 @@ def check_out(args):
     paths = [args.file, args.out]
     if args.out is not None and all(map(os.path.exists, paths)) and os.path.samefile(*paths):
         raise ValueError(f"--out is {args.out}, the file of the rows: give another one")
+
+
+def read_columns(text):
+    """Return a dict from the name of each column of --columns to its field.
+
+    Raise ValueError if two columns have the same name.
+    """
+    columns = {}
+    for part in text.split(","):
+        name, _, field = part.partition("=")
+        if name in columns:
+            raise ValueError(f"--columns names {name!r} twice, expected names that differ")
+        columns[name] = field or name
+    return columns
 
 
 def check_pipe(path):
@@ -317,18 +333,11 @@ class Prediction:
     @property
     def columns(self):
         """A dict from the name of each column to its field, or empty: all fields of the result."""
-        names = []
         if self.args.columns:
-            names = self.args.columns.split(",")
-        elif self.is_csv:
-            names = self.forms.csv_columns
-        columns = {}
-        for text in names:
-            name, _, field = text.partition("=")
-            if name in columns:
-                raise ValueError(f"--columns names {name!r} twice, expected names that differ")
-            columns[name] = field or name
-        return columns
+            return read_columns(self.args.columns)
+        if self.is_csv:
+            return {name: name for name in self.forms.csv_columns}
+        return {}
 
     def lines(self, first_row=0):
         """Yield the lines of results from a row on; before the first row, the header of a csv."""
