@@ -11,7 +11,7 @@ from minia3.files.processes import has_several_processes
 from minia3.files.streams import print_error
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import OF_ONE_RUN, read_config_file
-from minia3.training.flags import Parser, add_flags
+from minia3.training.flags import Parser, add_flags, expand_home
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
 from minia3.training.shown_commands import PLACES
@@ -24,6 +24,9 @@ examples:
   {program} --model t5-base --task rte          a real model and a real task
   {program} --model t5-base --task rte,cb --seed 0,1    four adapters, trained together
   {program} --resume runs/t5-base-rte-ia3-0     continue a run that was stopped"""
+
+# Flags that are a path, or may be one
+PATHS = ("model", "task", "chat_template", "adapter", "data_dir", "out", "resume", "config")
 
 
 def read_command_line(words, program):
@@ -60,6 +63,7 @@ def complete(given):
 
     given: name of the field -> value. --config and --resume name a file and a folder with others.
     """
+    given = expand_paths(given)
     if given.get("resume") is not None:
         config = restore_flags(Config, given)
     else:
@@ -72,6 +76,15 @@ def complete(given):
     check_config(config)
     check_trackers(config.log_to)
     return config
+
+
+def expand_paths(flags):
+    """Return flags (name of the field -> value) in which no path begins with ~."""
+    expanded = dict(flags)
+    for name in PATHS:
+        if name in flags:
+            expanded[name] = expand_home(flags[name])
+    return expanded
 
 
 def resume_if_begun(config, flags):
@@ -100,7 +113,7 @@ def flags_of_file(given):
     """Return the flags in the file of --config, if one is given."""
     if given.get("config") is None:
         return {}
-    values = read_config_file(given["config"], Config)
+    values = expand_paths(read_config_file(given["config"], Config))
     check_length(values)
     return values
 

@@ -31,7 +31,7 @@ from minia3.files.read import reading
 from minia3.training.command_line import check_length, complete, parse_flags, put_over
 from minia3.training.config import Config
 from minia3.training.config_file import as_flag, field_name, read_toml
-from minia3.training.flags import as_tuple, flag_words, option
+from minia3.training.flags import as_tuple, expand_home, flag_words, option
 from minia3.training.rules import check_config
 from minia3.training.run_folder import RUNS, short_value
 
@@ -128,6 +128,7 @@ def read_study(path, given):
     out = given.get("out", content.get("out", str(RUNS / path.stem)))
     if not isinstance(out, str) or not out:
         raise ValueError(f"{path}: out is {out!r}, expected a folder")
+    out = expand_home(out)
     shared = read_flags(path, "[flags]", content.get("flags", {}))
     found = [*read_product(path, content, shared), *read_explicit(path, content)]
     if not found:

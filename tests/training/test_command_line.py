@@ -13,8 +13,10 @@ import running
 from running import ROOT, contents, events, fails, metrics, outcome, run, task, train, words
 
 import minia3
+from minia3.cli.main import main
 from minia3.training.command_line import complete, parse_flags
 from minia3.training.grid import steps_of_epochs
+from minia3.training.study_file import read_studies
 
 SCRIPT = [sys.executable, str(ROOT / "train.py")]
 MODULE = [sys.executable, "-m", "minia3"]
@@ -36,6 +38,40 @@ def no_torch(tmp_path):
     """A folder in which importing torch is an error."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     return tmp_path
+
+
+def test_a_path_may_begin_with_the_home_folder_wherever_no_shell_expands_it(tmp_path, monkeypatch):
+    """A run made a folder named ~, or looked for one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    typed = ["--model=~/m", "--adapter=~/a", "--data-dir=~/d", "--task=~/a.csv,~/b.csv"]
+    flags = parse_flags([*typed, "--out=~/run", "--input=~/{text}"])
+    config = complete(flags)
+    home = tmp_path / "me"
+    assert (config.model, config.adapter) == (f"{home}/m", f"{home}/a")
+    assert (config.out, config.data_dir) == (f"{home}/run", f"{home}/d")
+    assert config.task == (f"{home}/a.csv", f"{home}/b.csv")
+    assert config.input == "~/{text}"
+
+    home.mkdir()
+    (home / "flags.toml").write_text('out = "~/from file"\nchat-template = "~x"')
+    config = complete({"config": "~/flags.toml"})
+    assert (config.out, config.chat_template) == (f"{home}/from file", "~x")
+    (tmp_path / "study.toml").write_text('out = "~/runs"\n[each]\nseed = [0, 1]')
+    (first, _) = read_studies([tmp_path / "study.toml"], {})
+    assert first.folder == home / "runs" / "seed0"
+
+
+def test_a_run_and_a_command_write_into_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    flags = {"model": running.model("t5"), "task": running.task(), "device": "cpu"}
+    trained = minia3.train(out="~/run", steps=1, **flags)
+    assert trained.folder == tmp_path / "me" / "run"
+    rows = f"{running.task()}/test.jsonl"
+    words = ["predict", flags["model"], rows, "--adapter=~/run/adapter", "--out=~/out.csv"]
+    assert main([*map(str, words), "--device=cpu"]) == 0
+    assert (tmp_path / "me" / "out.csv").exists()
+    assert os.listdir(tmp_path) == ["me"]
 
 
 @pytest.mark.slow
