@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from minia3.files.read import one_line, read_json, reading
@@ -18,6 +19,7 @@ from minia3.tasks.split_files import (
     HUB_PREFIX,
     SIDE_FILES,
     SPLIT_OF_NAME,
+    SPLITS,
     FoundFiles,
     resembled_split,
     shorten,
@@ -29,21 +31,20 @@ TIMEOUT = 10  # seconds to wait for the first answer of the hub
 def find_hub_files(name: str) -> FoundFiles:
     """Return the files of a data set on the hub, after a download if they are not in the cache.
 
-    name: hf:user/name or hf:user/name:config. What follows hf: is given to
+    name: hf:user/name or hf:user/name:config, with the splits that are meant if they have other
+        names, as in hf:user/name:train=train_r1:test=test_r1. What follows hf: is given to
         `datasets.load_dataset`, so the path of a folder is possible, too.
 
-    Raise ValueError, in one line, if the data set cannot be loaded.
+    Raise ValueError, in one line, if the data set cannot be loaded or has no such split.
     """
-    repo, _, config = name.removeprefix(HUB_PREFIX).partition(":")
-    if not repo:
-        raise ValueError(f"{name}: expected {HUB_PREFIX}user/name or {HUB_PREFIX}user/name:config")
+    repo, config, chosen = parse_name(name)
     with reading(name, extra="data"):
         import datasets
     problem = find_network_problem(repo)
     try:
         with quiet(), offline_if(bool(problem)):
             # Not in memory, because the rows are read from the files of the cache.
-            found = datasets.load_dataset(repo, config or None, keep_in_memory=False)
+            found = datasets.load_dataset(repo, config, keep_in_memory=False)
     except Exception as error:  # the library and the hub raise many kinds
         reason = one_line(error)
         if problem:
@@ -53,7 +54,31 @@ def find_hub_files(name: str) -> FoundFiles:
     files = {}
     for split, rows in found.items():
         files[split] = [Path(entry["filename"]) for entry in rows.cache_files]
-    return assign_splits(name, files)
+    return assign_splits(name, files, chosen)
+
+
+def parse_name(name: str) -> tuple[str, str | None, dict[str, list[str]]]:
+    """Return the repository and the configuration in a name, and the splits that it chooses.
+
+    The splits are a dict: our split -> the names of those that it has, in order.
+    """
+    repo, *parts = name.removeprefix(HUB_PREFIX).split(":")
+    configs = []
+    chosen = {}
+    for part in parts:
+        split, is_choice, text = part.partition("=")
+        if not is_choice:
+            configs.append(part)
+        elif split in SPLITS and split not in chosen:
+            chosen[split] = text.split("+")
+        else:
+            raise ValueError(
+                f"{name}: expected :train=, :validation= or :test=, each at most once and with the "
+                f"name of a split; found {part!r:.80}"
+            )
+    if not repo or len(configs) > 1:
+        raise ValueError(f"{name}: expected {HUB_PREFIX}user/name or {HUB_PREFIX}user/name:config")
+    return repo, "".join(configs) or None, chosen
 
 
 def find_network_problem(repo: str) -> str:
@@ -124,7 +149,7 @@ def find_saved_files(folder: Path, task_file: Path | None = None) -> FoundFiles 
         files = {"train": read_state(folder / "state.json")}
     else:
         return None
-    found = assign_splits(folder, files)
+    found = assign_splits(folder, files, chosen={})
     return found._replace(notes=[*found.notes, *note_other_files(folder, task_file)])
 
 
@@ -149,31 +174,56 @@ def read_state(path: Path) -> list[Path]:
         return [path.parent / entry["filename"] for entry in entries]
 
 
-def assign_splits(origin: str | Path, files: dict[str, list[Path]]) -> FoundFiles:
+def assign_splits(
+    origin: str | Path, files: dict[str, list[Path]], chosen: dict[str, list[str]]
+) -> FoundFiles:
     """Return the files of train, validation and test, out of the splits of a data set.
 
-    If a data set has a single split, that split is train, unless its name is one that we know (such
-    as test). Raise ValueError if there are several splits and we know none of them, or if train is
-    the only one that we know and another is meant for validation or test.
+    chosen: see `parse_name`. Raise ValueError if a chosen split does not exist, if there are
+    several splits and we know none of them, or if train is the only one that we know and another is
+    meant for validation or test.
     """
-    names = {}  # our split -> its name there
-    for name, split in SPLIT_OF_NAME.items():
-        if name in files:
-            names.setdefault(split, name)
-    if len(files) == 1 and not names:
-        names = {"train": next(iter(files))}
-    unused = [name for name in files if name not in names.values()]
+    names = name_splits(origin, files, chosen)
+    used = list(chain.from_iterable(names.values()))
+    unused = [name for name in files if name not in used]
     if not names:
         found = shorten(unused) or "none"
         raise ValueError(
             f"{origin}: expected splits named train, validation and test; found {found}"
+            f"{advise_choice(origin, unused)}"
         )
     if list(names) == ["train"]:
         check_other_splits(origin, unused)
     notes = []
     if unused:
         notes.append(f"splits of {origin} that are not used: {shorten(unused)}")
-    return FoundFiles({split: files[name] for split, name in names.items()}, notes)
+    found = {}
+    for split in SPLITS:
+        if split in names:
+            found[split] = list(chain.from_iterable(files[name] for name in names[split]))
+    return FoundFiles(found, notes)
+
+
+def name_splits(
+    origin: str | Path, files: dict[str, list[Path]], chosen: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """Return a dict: our split -> its names in the data set. See `assign_splits`.
+
+    Splits that are not chosen are found by their names. If a data set has a single split, that
+    split is train, unless its name is one that we know (such as test).
+    """
+    names = dict(chosen)
+    taken = list(chain.from_iterable(names.values()))
+    for name in taken:
+        if name not in files:
+            found = ", ".join(files)
+            raise ValueError(f"{origin}: there is no split {name!r:.80}; there are {found:.500}")
+    for name, split in SPLIT_OF_NAME.items():
+        if name in files and name not in taken:
+            names.setdefault(split, [name])
+    if len(files) == 1 and not names:
+        return {"train": list(files)}
+    return names
 
 
 def check_other_splits(origin: str | Path, names: list[str]):
@@ -185,6 +235,20 @@ def check_other_splits(origin: str | Path, names: list[str]):
     if meant:
         raise ValueError(
             f"{origin}: expected splits named validation or test beside train; found "
-            f"{shorten(meant)}: save those that you mean under these names, with "
+            f"{shorten(meant)}{advise_choice(origin, meant)}"
+        )
+
+
+def advise_choice(origin: str | Path, names: list[str]) -> str:
+    """Return how to say which of the splits `names` are meant."""
+    if not str(origin).startswith(HUB_PREFIX):
+        return (
+            ": save those that you mean under these names, with "
             "`datasets.DatasetDict(train=..., test=...).save_to_disk(FOLDER)`, and give the folder"
         )
+    parts = []
+    for name in names:
+        split = resembled_split(Path(name)) or "train"
+        if not any(part.startswith(f":{split}=") for part in parts):
+            parts.append(f":{split}={name}")
+    return f": choose those that you mean, as in {origin}{''.join(parts)}"

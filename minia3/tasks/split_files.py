@@ -24,6 +24,7 @@ SPLIT_OF_NAME = {
     "cloze_test_test__spring2016 - cloze_test_ALL_test": "test",
 }
 SPLITS = ("train", "validation", "test")
+CHOICE = re.compile(f":({'|'.join(SPLITS)})=")  # as in hf:user/name:test=test_r1
 
 TASK_FILE = "task.json"  # see task_file.py
 HUB_PREFIX = "hf:"  # as in hf:user/name and hf:user/name:config
@@ -77,7 +78,7 @@ class FoundFiles(NamedTuple):
 def short_name(name: str) -> str:
     """Return a name for a task that is a file, a folder, or a data set of the hub."""
     if name.startswith(HUB_PREFIX):
-        return name.removeprefix(HUB_PREFIX).replace(":", "-")
+        return CHOICE.sub("-", name.removeprefix(HUB_PREFIX)).replace(":", "-")
     path = Path(os.path.abspath(name))
     if path.name == TASK_FILE:
         path = path.parent

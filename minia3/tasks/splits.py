@@ -111,8 +111,8 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
 
     `read_rows` says which files are read. A folder has files named train, validation (or val, dev,
     valid) and test, or comes from `save_to_disk` of the `datasets` library. "hf:user/name" and
-    "hf:user/name:config" are data sets of the hub. If there is only one file, or only train, its
-    rows are split in three.
+    "hf:user/name:config" are data sets of the hub (see `find_hub_files`). If there is only one
+    file, or only train, its rows are split in three.
 
     shots: train only on T-Few's few-shot split: the first `shots` rows (SST-2: of each class) after
     a shuffle by `seed`.

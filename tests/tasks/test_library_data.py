@@ -7,6 +7,7 @@ A child process asks the hub, because huggingface_hub reads its environment when
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -185,6 +186,69 @@ def test_a_folder_is_read_as_the_library_reads_it(tmp_path, monkeypatch, suffix,
     assert (len(task.train), len(task.test), task.metric) == (9, 3, "exact_match")
     assert capfd.readouterr().err == "", "no bars where there is no terminal"
     assert not datasets.are_progress_bars_disabled(), "and as it was before"
+
+
+def anli(folder):
+    """Write a data set with the names of ANLI's splits, and one more. Return split -> its rows."""
+    splits = {}
+    for n, name in enumerate(("train_r1", "dev_r1", "test_r1", "train_r2", "dev_r2", "test")):
+        splits[name] = data_set(4 + n, 10 * n)
+        (folder / "data").mkdir(exist_ok=True)
+        splits[name].to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    entries = [f"  - split: {name}\n    path: data/{name}-*\n" for name in splits]
+    card = "---\nconfigs:\n- config_name: plain\n  data_files:\n"
+    (folder / "README.md").write_text(f"{card}{''.join(entries)}---\n")
+    return splits
+
+
+def test_splits_are_chosen_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    splits = anli(tmp_path)
+    task = load_task(f"hf:{tmp_path}:plain:train=train_r1+train_r2:validation=dev_r1")
+    both = datasets.concatenate_datasets([splits["train_r1"], splits["train_r2"]])
+    assert task.train == checked(both)
+    assert task.validation == checked(splits["dev_r1"])
+    assert task.test == checked(splits["test"]), "the usual name"
+    assert task.name == f"{tmp_path}-plain-train_r1+train_r2-dev_r1"
+    assert task.notes == [
+        f"splits of hf:{tmp_path}:plain:train=train_r1+train_r2:validation=dev_r1 that are not "
+        "used: test_r1, dev_r2"
+    ]
+    # A split that is chosen has no second place because of its name.
+    task = load_task(f"hf:{tmp_path}:train=train_r1:validation=test")
+    assert (task.validation, task.test) == (checked(splits["test"]), [])
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (":train=train_r3", "there is no split 'train_r3'; there are train_r1, .*, dev_r2, test"),
+        (":train=train_r1+", "there is no split ''; there are train_r1, dev_r1, "),
+        (":val=dev_r1", "expected :train=, :validation= or :test=, .*; found 'val=dev_r1'"),
+        (":test=test_r1:test=test", "expected .* each at most once .*; found 'test=test'"),
+        (":plain:train=train_r1:other", "expected hf:user/name or hf:user/name:config"),
+    ],
+)
+def test_a_mistake_in_a_choice_of_splits_is_one_line(tmp_path, monkeypatch, choice, words):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    anli(tmp_path)
+    with pytest.raises(ValueError, match=rf"\Ahf:{tmp_path}{re.escape(choice)}: {words}[^\n]*\Z"):
+        load_task(f"hf:{tmp_path}{choice}")
+
+
+def test_the_advice_for_other_names_of_splits_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        data_set(3).to_parquet(tmp_path / f"{split}.parquet")
+    entries = [f"  - split: {path.stem}\n    path: {path.name}\n" for path in tmp_path.glob("*.p*")]
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(entries)}---\n"
+    )
+    with pytest.raises(ValueError, match="expected splits named validation or test") as error:
+        load_task(f"hf:{tmp_path}")
+    _, _, advised = str(error.value).partition(": choose those that you mean, as in ")
+    assert advised.startswith(f"hf:{tmp_path}:validation=validation_")
+    assert len(load_task(advised).validation) == 3
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_the_default_folder_is_named_after_model_task_method_and_seed(tmp_path, 
         ({"task": tuple(f"raft/{i:030}" for i in range(11))}, f"tiny-t5-{0:030}+10-ia3-0"),
         # Windows has no colon in a name, and each task file is called task.json.
         ({"task": "hf:user/name:config"}, "tiny-t5-name-config-ia3-0"),
+        ({"task": "hf:user/name:train=a+b:test=c"}, "tiny-t5-name-a+b-c-ia3-0"),
         ({"task": 'a/b?"c.jsonl'}, "tiny-t5-b--c-ia3-0"),
         ({"task": ("moods/task.json", "b.csv.gz")}, "tiny-t5-moods,b-ia3-0"),
         ({"seed": tuple(range(100))}, "tiny-t5-same-colour-ia3-0+99"),
