@@ -31,6 +31,8 @@ def announce_device(device, reason, dtype):
 def announce_finished(run, config):
     """Print that there is nothing left to do, and how to train longer."""
     text = f"{run.folder} is finished: the final lines of its metrics.jsonl are the results"
+    if run.failure is not None:
+        text += f" (an adapter that failed has none: {run.failure})"
     # Version 0.1.0 kept no state, and users may remove checkpoint.pt.
     if config.is_training and run.saved.group is not None:
         text += f"; to train longer: {resume_command(run.program, run.folder, 2 * config.steps)}"

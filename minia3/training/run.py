@@ -32,6 +32,7 @@ from minia3.training.checkpoint import (
     save_checkpoint,
 )
 from minia3.training.extension import extend, keep_last_state, steps_done
+from minia3.training.outcomes import outcomes_of, read_metrics
 from minia3.training.run_folder import (
     Metrics,
     begin_run,
@@ -92,6 +93,7 @@ class Run:
         self.finals = self.saved.finals
         self.n_done = self.saved.n_done
         self.failure = self.saved.failure
+        self.failed_message = None  # see `describe_failures`
         self.n_bytes = self.saved.n_bytes
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.metrics = None  # see `start_writing`
@@ -318,6 +320,30 @@ class Run:
         if not self.finals:
             raise Failed(self.failure)
         self.write_checkpoint(state, is_finished=True)
+
+    @property
+    def ending(self):
+        """How a run has ended that was neither stopped nor raised an error."""
+        return "finished" if self.failed_message is None else "failed"
+
+    def describe_failures(self):
+        """Return which adapters of a grid have failed, and which have results, or None.
+
+        A run that was finished before has said so.
+        """
+        if self.written_folder is None or self.is_finished:
+            return None
+        names = {"final": [], "failed": []}
+        for name, event in outcomes_of(read_metrics(self.folder / "metrics.jsonl")).items():
+            names[event].append(name)
+        if not names["failed"]:
+            return None
+        n_failed = len(names["failed"])
+        return (
+            f"{n_failed} of {n_failed + len(names['final'])} adapters failed, as "
+            f"{self.folder / 'metrics.jsonl'} says: {', '.join(names['failed']):.300}; the others "
+            f"have their results: {', '.join(names['final']):.300}"
+        )
 
     def discard_if_new(self):
         """Remove what a new run has written, if it has no results yet, because it has failed."""

@@ -43,7 +43,9 @@ def exit_code_of(words, run_grid, program, is_program):
         config = None
         if is_first():
             config = read_command_line(words, program)
-        run_config(from_first(config), run_grid, program, is_program)
+        run = run_config(from_first(config), run_grid, program, is_program)
+        if run.failed_message is not None:
+            raise Failed(run.failed_message)
         return 0
     except SystemExit:  # --help
         has_first_word(0)
@@ -63,6 +65,7 @@ def exit_code_of(words, run_grid, program, is_program):
 def run_config(config, run_grid, program, is_program=False):
     """Run what the flags say, and return the Run. The process stays as it was.
 
+    The Run of a grid may have results although some of its adapters failed: see `failed_message`.
     Raise ValueError for a user's mistake, Failed if the training failed, memory ran out, or torch
     cannot compile the model, and Stopped after a signal.
     """
@@ -81,8 +84,9 @@ def run_config(config, run_grid, program, is_program=False):
         ):
             run = Run(config, signals, program)
             run_grid(run, config)
-            from_first(None)  # wait until the first process has written everything
-        ending = "finished"
+            # This waits until the first process has written everything.
+            run.failed_message = from_first(run.describe_failures())
+        ending = run.ending
         return run
     except Stopped as stop:
         ending = "stopped"

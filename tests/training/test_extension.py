@@ -229,15 +229,16 @@ def test_a_grid_that_was_stopped_after_the_results_of_a_cell_trains_all_cells_lo
     name, tmp_path, monkeypatch, capsys
 ):
     flags = {**AT_THE_END[name], "steps": 6}
+    code = 1 if name == "failed" else 0
     finished = tmp_path / "finished"
-    assert run(words(finished, **flags)) == 0
-    assert extend(finished, 12) == 0
+    assert run(words(finished, **flags)) == code
+    assert extend(finished, 12) == code
     expected_results = results_line(capsys)
     out = tmp_path / "run"
     with interrupted_in_final_evaluation(monkeypatch):
         assert run(words(out, **flags)) == 130
     assert {line["event"] for line in metrics(out)} & {"final", "failed"}
-    assert extend(out, 12) == 0
+    assert extend(out, 12) == code
     assert results_line(capsys) == expected_results
     adapters, lines = outcome(out)
     expected_adapters, expected_lines = outcome(finished)
@@ -328,7 +329,7 @@ def test_a_grid_whose_first_adapter_failed_can_be_made_longer_before_the_second_
         patch.setattr(training_group, "load_model", load_one_model)
         assert run(words(out, method="full", lr="1e30,0.01", warmup_ratio=0)) == 130
     assert [line["event"] for line in metrics(out)][-1] == "failed"
-    assert extend(out, 20) == 0
+    assert extend(out, 20) == 1
     assert "extended from step 10 to step 20: " in capsys.readouterr().out
     assert [line["steps"] for line in events(out, "final")] == [20]
 

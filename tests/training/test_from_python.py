@@ -205,6 +205,11 @@ def test_a_failure_is_an_exception(tmp_path):
     assert issubclass(Failed, RuntimeError)
 
 
+def test_a_grid_in_which_an_adapter_fails_returns_the_results_of_the_others(tmp_path):
+    trained = call(tmp_path / "run", lr=[1e-12, 1e30], warmup_ratio=0, dropout=0)
+    assert [result["adapter"] for result in trained.results] == ["lr1e-12"]
+
+
 def test_values_are_read_as_on_the_command_line(tmp_path):
     given = from_python.given_flags(
         {"task": "rte,cb", "seed": range(3), "lr": [0.1], "model": tmp_path, "shots": None}

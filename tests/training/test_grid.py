@@ -440,8 +440,12 @@ def test_an_adapter_whose_loss_is_nan_ends_and_does_not_change_the_others(
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(Group, "update", update_to_nan)
-        assert run(words(out, lr="0.2,0.3", warmup_ratio=0, dtype="float64", dropout=0)) == 0
-    shown = capsys.readouterr().out
+        assert run(words(out, lr="0.2,0.3", warmup_ratio=0, dtype="float64", dropout=0)) == 1
+    shown, last_line = capsys.readouterr()
+    assert last_line == (
+        f"train.py: 1 of 2 adapters failed, as {out / 'metrics.jsonl'} says: lr0.3; the others "
+        "have their results: lr0.2\n"
+    )
     assert re.search(r"\nfailed   lr0\.3: the loss of step 5 is nan: try a lower --lr", shown)
     *_, failed = (line for line in metrics(out) if line["event"] != "final")
     assert (failed["event"], failed["adapter"]) == ("failed", "lr0.3")
@@ -449,6 +453,11 @@ def test_an_adapter_whose_loss_is_nan_ends_and_does_not_change_the_others(
     assert f"failed   {failed['reason']}\n" in shown
     assert [p.name for p in (out / "adapters").iterdir()] == ["lr0.2"]
     assert [line["adapter"] for line in metrics(out) if line["event"] == "final"] == ["lr0.2"]
+    assert running.resume(out) == 0, "nothing is left to do"
+    shown, last_line = capsys.readouterr()
+    assert shown.startswith(f"{out} is finished: the final lines ")
+    assert f"(an adapter that failed has none: {failed['reason']})" in shown
+    assert last_line == ""
     alone = apart(
         tmp_path / "alone", running.task(), lr=0.2, warmup_ratio=0, dtype="float64", dropout=0
     )
@@ -482,7 +491,7 @@ def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):
     flags = {"warmup_ratio": 0, "eval_every": 3, "patience": 1, "dropout": 0}
     fails(words(tmp_path / "one", lr="1e25", **flags), capsys, "try a lower --lr", code=1)
     assert not (tmp_path / "one" / "adapter").exists()
-    assert run(words(tmp_path / "two", lr="1e-12,1e25", **flags)) == 0
+    assert run(words(tmp_path / "two", lr="1e-12,1e25", **flags)) == 1
     assert "1 result; failed adapters: 1" in capsys.readouterr().out
     events = {
         line["adapter"]: line["event"] for line in metrics(tmp_path / "two") if "adapter" in line
@@ -496,7 +505,7 @@ def test_vectors_that_are_not_finite_are_never_saved(tmp_path, capsys):
 
 def test_a_cell_that_fails_alone_leaves_the_cells_after_it_to_train(tmp_path, capsys):
     assert (
-        run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 0
+        run(words(tmp_path / "run", method="full", lr="1e30,0.01", warmup_ratio=0, steps=12)) == 1
     )
     assert "1 result; failed adapters: 1" in capsys.readouterr().out
     events = {

@@ -447,8 +447,10 @@ def test_services_hear_how_a_run_has_ended(tmp_path, capsys, monkeypatch):
     fails(words(tmp_path / "nan", lr=1e30, log_to="wandb,mlflow"), capsys, "lower --lr", code=1)
     absent = words(tmp_path / "x", log_to="wandb,mlflow", adapter=tmp_path / "nowhere")
     fails(absent, capsys, "nowhere")
-    assert service.exit_codes == [255, 0, 1, 1]
-    assert service.statuses == ["KILLED", "FINISHED", "FAILED", "FAILED"]
+    grid = words(tmp_path / "grid", lr="1e-12,1e30", warmup_ratio=0, log_to="wandb,mlflow")
+    fails(grid, capsys, "1 of 2 adapters failed", "lr1e+30; the others have", code=1)
+    assert service.exit_codes == [255, 0, 1, 1, 1]
+    assert service.statuses == ["KILLED", "FINISHED", "FAILED", "FAILED", "FAILED"]
 
 
 def test_a_tracker_that_cannot_start_is_one_line(tmp_path, capsys, monkeypatch):
