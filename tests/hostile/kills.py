@@ -33,7 +33,7 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.syml
 TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Empty files that mean nothing once the process that locked them is dead
 LOCKS = (".lock", ".part-lock")
-TRIED_KINDS = ("change", "change", "write", "moment")
+TRIED_KINDS = ("change", "write", "change", "moment")
 
 
 class Reference:
