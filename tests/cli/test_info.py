@@ -22,8 +22,8 @@ import minia3
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.cli.info import add_arguments, count_parameters, devices_of, info, parameters_of
 from minia3.cli.main import main
+from minia3.training import memory_plan
 from minia3.training.device_plan import Base
-from minia3.training.memory_plan import planned_memory
 
 # The parameters of an adapter (the paper's equation) and of its base (as published; None: unknown)
 PUBLISHED = {
@@ -224,14 +224,22 @@ def assert_refused(arguments, capsys, *parts):
         assert str(part) in err, err
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """Let each plan be made once, however often a test asks for it."""
+    plan = functools.cache(memory_plan.planned_memory)
+    monkeypatch.setattr(memory_plan, "planned_memory", plan)
+    return plan
+
+
 @pytest.mark.slow
-def test_the_command_plans_for_the_batch_and_length_that_are_given(capsys):
+def test_the_command_plans_for_the_batch_and_length_that_are_given(plans, capsys):
     config = KNOWN_MODELS["tiny-t5"].config
     assert main(["info", "tiny-t5", "--batch", "3", "--length", "50", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     for dtype in (torch.float32, torch.bfloat16):
-        serving = planned_memory(config, dtype, 3, 50, is_training=False) / 1e6
-        training = planned_memory(config, dtype, 3, 50, is_training=True) / 1e6
+        serving = plans(config, dtype, 3, 50, is_training=False) / 1e6
+        training = plans(config, dtype, 3, 50, is_training=True) / 1e6
         expected = f"{serving:.2f} MB to serve, {training:.2f} MB to train"
         assert found[str(dtype).removeprefix("torch.")] == expected
 
@@ -423,7 +431,7 @@ def test_help_has_an_example(arguments, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_lines_and_json_has_those_with_a_title(capsys):
+def test_the_command_prints_the_lines_and_json_has_those_with_a_title(plans, capsys):
     lines = list(info("tiny-t5"))
     text = output(capsys, "info", "tiny-t5")
     assert text == "".join(f"{title:<18}{line}\n" for title, line in lines)
