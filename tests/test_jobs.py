@@ -4,8 +4,6 @@ Nothing here depends on how long something takes.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,10 +11,11 @@ from forks import fork_python
 from safetensors.torch import save_file
 
 import minia3
+from tests.benchmarks import __main__ as benchmarks
 from tests.benchmarks.jobs import answering, labelling
 from tests.benchmarks.jobs.command import JOBS, MODELS, main
 from tests.benchmarks.jobs.inputs import Inputs, Setting
-from tests.benchmarks.jobs.processes import ROOT, Runner, as_words
+from tests.benchmarks.jobs.processes import Runner, as_words
 from tests.benchmarks.jobs.products import count_weights
 from tests.benchmarks.jobs.training import apart, check_accuracy
 from tests.benchmarks.measure import count_flops
@@ -26,6 +25,8 @@ from tests.benchmarks.measure import count_flops
 @pytest.mark.parametrize("model", MODELS)
 def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys, monkeypatch):
     fork_python(monkeypatch)
+    if model != MODELS[0]:
+        leave_out_how_long_parts_take(monkeypatch)
     path = tmp_path / "result.json"
     flags = ["--quick", "--threads", "1", "--models", model]
     main([*flags, "--folder", str(tmp_path), "--json", str(path)])
@@ -44,20 +45,22 @@ def test_both_sides_do_every_job_with_the_same_results(model, tmp_path, capsys, 
 def test_a_peer_that_pads_less_and_reads_less_has_the_same_results(tmp_path, capsys, monkeypatch):
     """The batches of training differ, so adapters are not compared, but accuracies are."""
     fork_python(monkeypatch)
-    # The test above does all that only tells how long parts take.
-    monkeypatch.setattr("tests.benchmarks.jobs.command.seconds_of_start", lambda *args: 1.0)
-    monkeypatch.setattr(Runner, "seconds_of_kernels", lambda *args: 1.0)
+    leave_out_how_long_parts_take(monkeypatch)
     flags = ["--quick", "--threads", "1", "--models", "t5-base", "--jobs", "a,c"]
     main([*flags, "--folder", str(tmp_path), "--group-by-length", "--encode-once"])
     assert "| 24 of 24 labels;" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_word_jobs_leads_to_the_jobs():
-    command = [sys.executable, "-m", "tests.benchmarks", "jobs", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0
-    assert "python -m tests.benchmarks jobs" in done.stdout
+def leave_out_how_long_parts_take(monkeypatch):
+    """Do no job again that is only timed. The jobs of the first model are."""
+    monkeypatch.setattr("tests.benchmarks.jobs.command.seconds_of_start", lambda *args: 1.0)
+    monkeypatch.setattr(Runner, "seconds_of_kernels", lambda *args: 1.0)
+
+
+def test_the_word_jobs_leads_to_the_jobs(capsys):
+    with pytest.raises(SystemExit, match=r"\A0\Z"):
+        benchmarks.main(["jobs", "--help"])
+    assert "python -m tests.benchmarks jobs" in capsys.readouterr().out
 
 
 # What must not pass for the same result
