@@ -13,7 +13,7 @@ from minia3.cli.main import main
 from minia3.files import write
 
 PROMPTS = ["anna has a red ball . same colour ?", "ben has a blue box . same colour ?", "anna"]
-ROWS = several.ROOT / "data" / "same-colour" / "test.jsonl"
+TEST_ROWS = several.ROOT / "data" / "same-colour" / "test.jsonl"
 
 
 @divides_a_base
@@ -25,8 +25,10 @@ def test_a_divided_model_writes_and_labels_as_a_whole_one(tmp_path, capsys):
     code, out, err = several.call(2, "-m", "minia3", *sampled, "--shard")
     assert (code, out, err) == (0, expected, "")
 
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(TEST_ROWS.read_text().splitlines(keepends=True)[:99]))
     alone, divided = tmp_path / "alone.csv", tmp_path / "divided.csv"
-    labels = ["predict", "tiny-t5", ROWS, "--dtype", "float64", "--out"]
+    labels = ["predict", "tiny-t5", rows, "--dtype", "float64", "--out"]
     assert main([*map(str, labels), str(alone)]) == 0
     code, _, err = several.call(2, "-m", "minia3", *labels, divided, "--shard", "--offload")
     assert (code, err) == (0, "")

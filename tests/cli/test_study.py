@@ -409,8 +409,8 @@ def read_meanwhile(runs_folder, workers):
 @pytest.mark.slow
 def test_six_workers_make_each_run_once_although_two_are_killed(tmp_path, capsys):
     text = "[runs.none]\nmethod = 'none'\n[runs.grid]\nlr = [1e-3, 3e-3]\n"
-    text += "[runs.long]\nsteps = 60\n[runs.ul]\nlosses = 'lm,ul'\nseed = 5"
-    path = write_study(tmp_path, text, steps=20)
+    text += "[runs.long]\nsteps = 24\n[runs.ul]\nlosses = 'lm,ul'\nseed = 5"
+    path = write_study(tmp_path, text, steps=8)
     words = ["study", str(path), "--run"]
     workers = {}
     for number in sorted(range(N_WORKERS), key=lambda number: number not in VICTIMS):

@@ -828,7 +828,7 @@ def test_a_file_that_was_cut_anywhere_is_completed(kind, tmp_path, small_chunks)
 
     ends = [i + 1 for i, byte in enumerate(text) if byte == 10]
     before_ends = [end - 1 for end in ends]
-    cuts = {0, 1, *ends, *before_ends, *random.Random(0).sample(range(len(text)), 15)}
+    cuts = {0, 1, *ends, *before_ends, *random.Random(0).sample(range(len(text)), 5)}
     out = tmp_path / f"out.{kind}"
     for cut in sorted(cuts):
         out.write_bytes(text[:cut])
