@@ -81,7 +81,7 @@ def test_t5_has_the_ids_of_sentencepiece_and_of_hugging_face():
     theirs = published("t5-base-hf")
     processor = peer("t5-base")
     n_ties = 0
-    for text in real_texts()[::2] + SPACES:
+    for text in real_texts()[::4] + SPACES:
         *ids, end = ours.encode(text)
         assert end == 1
         check_same_segmentation(processor, ids, processor.encode(text))
@@ -90,7 +90,7 @@ def test_t5_has_the_ids_of_sentencepiece_and_of_hugging_face():
         # Hugging Face's tokenizer takes this character for a space, sentencepiece does not.
         plain = text.replace("\x85", " ")
         check_same_segmentation(processor, ours.encode(plain)[:-1], theirs.encode(plain)[:-1])
-    assert n_ties <= 10, "of some 6,000 texts: 666 is 66 and 6, or 6 and 66"
+    assert n_ties <= 5, "of some 3,000 texts: 666 is 66 and 6, or 6 and 66"
 
 
 @real
@@ -121,7 +121,7 @@ def ids_in_llama_2():
     runs = ["  ".join(real_texts()[i : i + 3]) + " " * (i % 40) for i in range(0, 600, 3)]
     spaces = [" " * n for n in range(200)]
     found = {}
-    for text in real_texts() + TEXTS + characters + runs + spaces:
+    for text in real_texts()[::2] + TEXTS + characters + runs + spaces:
         found[text] = [1, *peer("llama2").encode(text)]
         assert peer("llama2").decode(found[text]) == text.replace("▁", " ")
     return found
