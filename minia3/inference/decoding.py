@@ -301,22 +301,29 @@ def as_ids(prompt, index):
     raise ValueError(f"prompt {index} is {prompt!r:.40}, expected a text or a list of ids")
 
 
-def end_ids_of(model, tokenizer):
-    """Return the ids that end a text: those that the model's files name, and the tokenizer's eos.
+def end_ids_of(model, tokenizer, stops=()):
+    """Return the ids that end a text: those that the model's files name, the tokenizer's eos, and
+    those of the stop texts that are special tokens.
 
-    They may differ, such as in a merge of a base and a chat model. A model that has learned targets
-    ends its texts with the eos of the tokenizer, because the targets end with it.
+    The first two may differ, such as in a merge of a base and a chat model. A model that has
+    learned targets ends its texts with the eos of the tokenizer, because the targets end with it.
+    A special token is in no text, because `decode` drops it, so it is found by its id.
     """
+    end_ids = list(model.config.eos_ids)
     eos_id = getattr(tokenizer, "eos_id", None)  # prompts of ids need only its `decode`
-    if eos_id is None or eos_id in model.config.eos_ids:
-        return model.config.eos_ids
-    return (*model.config.eos_ids, eos_id)
+    if eos_id is not None:
+        end_ids.append(eos_id)
+    if stops and hasattr(tokenizer, "backend"):
+        for i, token in tokenizer.backend.get_added_tokens_decoder().items():
+            if token.special and token.content in stops:
+                end_ids.append(i)
+    return tuple(dict.fromkeys(end_ids))
 
 
 def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
     """Yield (index of a text, a piece of it), one batch of sources after the other."""
     device = model.embed.weight.device
-    end_ids = end_ids_of(model, tokenizer)
+    end_ids = end_ids_of(model, tokenizer, options.stops)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     if is_sharded(model):  # its processes must write the same texts, because they compute together
         seed = from_first(seed)

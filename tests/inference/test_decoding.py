@@ -161,6 +161,24 @@ def test_a_beam_search_ends_texts_at_the_eos_of_the_tokenizer_too(both):
     assert found != written
 
 
+@pytest.mark.parametrize("options", [{}, {"beams": 2}, {"temperature": 1.0, "seed": 0}])
+def test_a_stop_text_that_is_a_special_token_ends_a_text(both, options):
+    """`decode` drops the token, so no text has it."""
+    options = {**options, "max_new_tokens": 12}
+    written = generate(both.model, both.tokenizer, PROMPTS, **options)
+    token = f"w{most_common([text.split()[2:] for text in written])}"
+    tokenizer = word_tokenizer(both.is_t5)
+    tokenizer.backend.add_special_tokens([token])
+    assert tokenizer.decode(both.tokenizer.encode(f"w3 {token}", special=False)) == "w3"
+    found = generate(both.model, tokenizer, PROMPTS, stop=[token, "never"], **options)
+    if "beams" not in options:  # the end of a text counts in a beam search, so others may win
+        assert found == [before_word(text, token) for text in written]
+    model = copy.copy(both.model)
+    model.config = replace(model.config, eos_ids=(*EOS, tokenizer.backend.token_to_id(token)))
+    assert found == generate(model, both.tokenizer, PROMPTS, **options)
+    assert found != generate(both.model, tokenizer, PROMPTS, **options)
+
+
 def most_common(lists):
     """Return the id of the word that most lists have."""
     counts = Counter(word for words in lists for word in set(words))
