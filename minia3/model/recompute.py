@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -117,13 +117,21 @@ def scale_keeping_result(x_BLD, l_BD):
     of a packed batch, or Qwen3's norm of keys. Without padding, the keys of other LLaMAs are
     rotated next, which keeps nothing of them. There the result takes as much memory as x would.
 
-    float16 has no number as small as TINY, and torch.compile decides for itself what to keep: both
-    get the plain product.
+    float16 has no number as small as TINY, torch.compile decides for itself what to keep, and x may
+    not be overwritten below a backward hook of the user: all three get the plain product.
     """
     is_plain = x_BLD.dtype == torch.float16 or torch.compiler.is_compiling()
-    if is_plain or not l_BD.requires_grad:
+    if is_plain or not l_BD.requires_grad or is_view_of_function(x_BLD):
         return x_BLD * l_BD.to(x_BLD.dtype).unsqueeze(1)
     return _Scaled.apply(x_BLD, l_BD)
+
+
+def is_view_of_function(x):
+    """Return whether a Function in Python returned x as a view, which may not be overwritten.
+
+    `register_full_backward_hook` puts such a Function around a module.
+    """
+    return x._is_view() and isinstance(x.grad_fn, BackwardCFunction)
 
 
 class _Scaled(torch.autograd.Function):

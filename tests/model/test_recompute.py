@@ -273,6 +273,19 @@ def test_what_keeps_its_result_takes_no_new_memory(has_bias):
     assert vector.scale.grad is not None
 
 
+@pytest.mark.parametrize("name", [*NAMES, "qwen2"])
+def test_backward_hooks_around_keys_and_values_change_nothing(name, loaded):
+    model = loaded(name).double().train()
+    batch = batch_of((9, 5, 7))
+    expected = gradients(model, batch)
+    seen = set()
+    for place, module in model.named_modules():
+        if place.endswith((".k", ".v", ".l_k", ".l_v")):
+            module.register_full_backward_hook(lambda *_, place=place: seen.add(place))
+    same(gradients(model, batch), expected, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 4 * sum(name.endswith(".l_k") for name in minia3.vectors(model))
+
+
 def test_of_a_vector_that_does_not_train_only_the_entries_are_kept():
     vector = IA3(8).requires_grad_(False)
     x = torch.randn(3, 5, 8, requires_grad=True)
