@@ -105,7 +105,7 @@ class Adapters(Mapping):
         if isinstance(names, str):
             raise ValueError(f"found {names!r}, expected a list of names: one for each example")
         rows = [0 if name is None else self[name] for name in names]
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(rows, dtype=torch.long, device="cpu")
 
     def _add(self, paths):
         # Read everything first: if one adapter is wrong, nothing has changed.

@@ -32,7 +32,7 @@ from minia3.model.sequence_state import adapter_numbers
 from minia3.model.shard import is_sharded
 from minia3.model.single_row import fast_products
 from minia3.model.static_state import StaticState
-from minia3.model.to_device import to_device
+from minia3.model.to_device import cpu_as_default, to_device
 from minia3.tasks.batches import pad
 
 LIST_OF_PROMPTS = "a list of texts, or of lists of ids"
@@ -200,6 +200,7 @@ def generate(  # noqa: PLR0913 (the contract)
     return generate_texts(model, tokenizer, prompts, adapter, options)
 
 
+@cpu_as_default()
 def generate_texts(model, tokenizer, prompts, adapter, options):
     """Return what `generate` returns. options: an Options."""
     pieces = generate_pieces(model, tokenizer, prompts, adapter, options)  # which checks them

@@ -32,7 +32,7 @@ from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import as_numbers, check_mask
 from minia3.model.shard import compare_passes, is_sharded
 from minia3.model.target_logprobs import target_logprobs
-from minia3.model.to_device import to_device
+from minia3.model.to_device import cpu_as_default, to_device
 from minia3.tasks.batches import collate, join
 from minia3.tasks.examples import encode_example
 from minia3.tasks.limits import check_ids, equal_choices
@@ -215,6 +215,7 @@ def choice_scores(logp_BCL, mask_BCL, length_norm=True):
     return score_BC.masked_fill(n_BC == 0, float("-inf"))
 
 
+@cpu_as_default()
 @torch.no_grad()
 def score_examples(model, examples, *, adapter=None, length_norm=True, batch_size=16):
     """Return (N, C) float32: the scores of the choices of N examples; -inf for missing choices.
@@ -234,6 +235,7 @@ def score_examples(model, examples, *, adapter=None, length_norm=True, batch_siz
     return scores_NC
 
 
+@cpu_as_default()
 @torch.no_grad()
 def total_logprobs(model, examples, *, adapter=None, batch_size=16):
     """Return (N,) float64 and (N,) long: for the target of each example, the sum of its tokens'

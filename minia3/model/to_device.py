@@ -6,9 +6,24 @@ within the queue would let the GPU wait instead. So copies to a CUDA GPU have a 
 their own: the tensors of a batch arrive while the GPU still computes the batch before.
 """
 
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+
+
+@contextmanager
+def cpu_as_default():
+    """In this context, tensors are made on the CPU if nothing else is said.
+
+    In PyTorch this is so unless torch.set_default_device was called. Only then is it changed here,
+    because this slows down each operation.
+    """
+    if torch.empty(0).device.type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 def to_device(x, device):

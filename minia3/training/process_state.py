@@ -1,9 +1,11 @@
 """What a run changes for the whole process, and how it is put back."""
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
+
+from minia3.model.to_device import cpu_as_default
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 AUTOCAST_KINDS = ("cpu", "cuda", "mps", "xpu")
@@ -54,17 +56,6 @@ def unchanged_process():
 def is_autocast_on(kind):
     # Older releases of torch raise an error if autocast does not know the kind of device.
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def cpu_as_default():
-    """Return a context in which tensors are made on the CPU if nothing else is said.
-
-    In PyTorch this is so unless torch.set_default_device was called. Only then is it changed here,
-    because this slows down each operation.
-    """
-    if torch.empty(0).device.type == "cpu":
-        return nullcontext()
-    return torch.device("cpu")
 
 
 def accelerators():

@@ -2,6 +2,7 @@
 batch, the adapters and the padding. Logits and choices that are computed in parts are the same, and
 so are their gradients. Mistakes are named."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -179,6 +180,25 @@ def test_scores_are_float32_whatever_the_default_dtype_of_the_program_is(both):
     finally:
         torch.set_default_dtype(torch.float32)
     assert scores.dtype == torch.float32
+
+
+def test_scores_and_texts_are_the_same_on_another_default_device(both):
+    """Tensors of the meta device have no numbers, so none may be made there."""
+    model, tokenizer = both.model, both.tokenizer
+    adapter = [i % 2 for i in range(len(PROMPTS))]
+    example = Example([3, 4, 5], [[6, 7]], 0)
+    expected = minia3.rank(model, tokenizer, PROMPTS, CHOICES, adapter=0)
+    logp, n_tokens = total_logprobs(model, [example])
+    texts = minia3.generate(model, tokenizer, PROMPTS, adapter=adapter, max_new_tokens=4)
+    with torch.device("meta"):  # as after torch.set_default_device("meta")
+        found = minia3.rank(model, tokenizer, PROMPTS, CHOICES, adapter=0)
+        found_logp, found_n_tokens = total_logprobs(model, [example])
+        found_texts = minia3.generate(model, tokenizer, PROMPTS, adapter=adapter, max_new_tokens=4)
+        rows = minia3.Adapters(copy.deepcopy(model)).rows([None])
+    assert torch.equal(found, expected)
+    assert torch.equal(found_logp, logp) and torch.equal(found_n_tokens, n_tokens)
+    assert found_texts == texts
+    assert rows.tolist() == [0]
 
 
 def test_rank_refuses_a_table_in_one_line(both):
