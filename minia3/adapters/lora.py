@@ -58,6 +58,7 @@ class LoRA(nn.Linear):
         return (self.weight + self.scale * (self.lora_B @ self.lora_A)).detach()
 
 
+@torch.inference_mode(False)  # see `load_model`
 def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
     """Put LoRA on the linears that `where` names, freeze all else, and return `lora_parameters`.
 

@@ -154,6 +154,7 @@ def quantized_linears(model):
     return linears
 
 
+@torch.inference_mode(False)  # as in `load_model`
 def dequantize(model, dtype):
     """Replace the quantized linears of a model by plain ones of a dtype."""
     for name, linear in quantized_linears(model).items():

@@ -187,6 +187,16 @@ def test_a_saved_lora_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(
     assert torch.equal(logits(again, SOURCE, MASK, TARGET), logits(model, SOURCE, MASK, TARGET))
 
 
+def test_a_lora_that_is_loaded_in_inference_mode_trains_outside_of_it(applied, loaded, tmp_path):
+    save_lora(applied("llama-gqa"), tmp_path)
+    with torch.inference_mode():
+        model = loaded("llama-gqa")
+        load_lora(model, tmp_path)
+    minia3.logprobs(model, model.start(SOURCE, MASK), TARGET).sum().backward()
+    for name, parameter in lora_parameters(model).items():
+        assert parameter.grad.abs().max() > 0, name
+
+
 def test_the_saved_lora_of_a_float64_model_is_float32(applied, tmp_path):
     save_lora(applied("t5-v1.0").double(), tmp_path)
     assert {x.dtype for x in load_file(tmp_path / "adapter_model.safetensors").values()} == {

@@ -196,7 +196,8 @@ def test_scores_and_texts_are_the_same_on_another_default_device(both):
         found_texts = minia3.generate(model, tokenizer, PROMPTS, adapter=adapter, max_new_tokens=4)
         rows = minia3.Adapters(copy.deepcopy(model)).rows([None])
     assert torch.equal(found, expected)
-    assert torch.equal(found_logp, logp) and torch.equal(found_n_tokens, n_tokens)
+    assert torch.equal(found_logp, logp)
+    assert torch.equal(found_n_tokens, n_tokens)
     assert found_texts == texts
     assert rows.tolist() == [0]
 

@@ -228,6 +228,13 @@ def test_the_plain_model_is_never_in_memory_while_a_quantized_one_is_loaded(tmp_
     assert sum(parameter.nbytes for parameter in plain.parameters()) > 2 * counter.peak
 
 
+def test_a_base_that_is_dequantized_in_inference_mode_trains_outside_of_it(folders):
+    with torch.inference_mode():
+        model = minia3.load_model(folders("llama-gqa"), quantize="int8")
+        dequantize(model, torch.float32)
+    assert all(gradient.abs().max() > 0 for gradient in gradients(model).values())
+
+
 @pytest.mark.slow
 def test_a_block_compiles_to_the_same_numbers(tmp_path):
     """On a Qwen2, whose linears are those with a bias and those without.
