@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from contextlib import suppress
 from itertools import islice
 
@@ -123,6 +124,7 @@ def run(args):
 
     if args.chat_template and not args.chat:
         raise ValueError("--chat-template is the form of a conversation: give --chat, too")
+    warn_of_idle_options(args)
     model = load_model(args)
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
@@ -140,6 +142,20 @@ def run(args):
     else:
         lines = () if sys.stdin is None else sys.stdin.buffer  # it is None if it is closed
         generator.answer_all(prompts_of(lines))
+
+
+def warn_of_idle_options(args):
+    """Warn of options that have no effect without another one."""
+    if args.temperature == 0 and (args.top_k != 0 or args.top_p != 1):
+        warnings.warn(
+            "--top-k and --top-p have no effect at --temperature 0, which always takes the most "
+            "likely token: give a --temperature above 0",
+            stacklevel=1,
+        )
+    if args.beams == 1 and args.length_penalty != 1:
+        warnings.warn(
+            "--length-penalty has no effect without a beam search: give --beams", stacklevel=1
+        )
 
 
 def prompts_of(file):

@@ -88,6 +88,23 @@ def test_a_compiled_step_prints_the_same(capsys, monkeypatch):
     assert compiled
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--top-k", "4"], "give a --temperature above 0"),
+        (["--top-p", "0.5", "--seed", "5"], "give a --temperature above 0"),
+        (["--length-penalty", "2"], "give --beams"),
+        (["--temperature", "1", "--top-k", "4", "--top-p", "0.5"], None),
+        (["--beams", "2", "--length-penalty", "2"], None),
+    ],
+)
+def test_an_option_without_the_one_that_it_needs_is_a_warning(words, remedy, capsys):
+    assert main(["generate", str(running.model("t5")), "w3", *words]) == 0
+    error = capsys.readouterr().err
+    assert ("no effect" in error) == (remedy is not None)
+    assert (remedy or "") in error
+
+
 def test_samples_follow_their_prompt(capsys):
     words = ["--temperature", "3", "--seed", "1", "--samples", "2", "--max-new-tokens", "4"]
     words = ["generate", running.model("t5"), *PROMPTS, *words]
