@@ -85,8 +85,10 @@ def add_lora(model, rank=8, alpha=16, where=("q", "v"), seed=0):
         parent_name, _, kind = name.rpartition(".")
         if kind in where:
             device = linear.weight.device
-            # Drawn on the CPU, so that A is the same on every device.
-            a = torch.empty(rank, linear.in_features, dtype=torch.float32)
+            # Drawn on the CPU, so that A is the same on every device. (On the meta device, it has
+            # no numbers.)
+            drawn_on = device if device.type == "meta" else "cpu"
+            a = torch.empty(rank, linear.in_features, dtype=torch.float32, device=drawn_on)
             nn.init.kaiming_uniform_(a, 5**0.5, generator=generator)
             b = torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device)
             lora = LoRA(linear, a.to(device), b, alpha)

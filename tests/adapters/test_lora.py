@@ -304,6 +304,10 @@ def test_a_new_lora_depends_only_on_the_seed(loaded):
     seed = 3
     first = begin()
     assert torch.equal(first, begin(dtype=torch.bfloat16))
+    with torch.device("meta"):  # as after torch.set_default_device
+        model = loaded("t5-v1.0")
+        on_another_default = [p.flatten() for p in add_lora(model, seed=seed).values()]
+    assert torch.equal(first, torch.cat(on_another_default))
     seed = 4
     assert not torch.equal(first, begin())
 
