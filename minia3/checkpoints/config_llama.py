@@ -85,7 +85,7 @@ SUPPORTED = {
     "hidden_act":            ("silu", None),
     "is_causal":             (True, None),  # otherwise, tokens see later tokens
     "is_encoder_decoder":    (False, None),
-    "attention_bias":        (False, None),  # of o, too; no published model has it
+    "attention_bias":        (False, None),  # of o, too
     "mlp_bias":              (False, None),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved":      (False, None),  # in files of SmolLM2; see rotation_layout.py
