@@ -32,6 +32,7 @@ from minia3.tasks.prompts import (
     rename_field,
     root_of,
 )
+from minia3.tasks.row_files import ChoicesCell
 from minia3.tasks.rows import find_renamed
 from minia3.tasks.task import TaskSpec
 
@@ -590,7 +591,8 @@ class Columns:
         Lists and objects count nothing, because a prompt cannot name them, only their items.
         """
         values = [row.get(name) for row in self.rows[:20]]
-        return sum(len(str(value)) for value in values if isinstance(value, str | int | float))
+        texts = [value for value in values if isinstance(value, str | int | float)]
+        return sum(len(str(value)) for value in texts if not isinstance(value, ChoicesCell))
 
 
 def roots_of(texts: Iterable[str]) -> list[str]:

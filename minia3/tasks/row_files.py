@@ -57,6 +57,12 @@ MAX_INFLATION = 100
 FREE_BYTES = 1 << 24
 
 
+class ChoicesCell(str):
+    """A cell of the column `choices`. `parse_choices` makes a list of it for a task that picks one
+    of the choices, or names an item. To another task, it is a text like that of any cell.
+    """
+
+
 def rows_suffix(path: Path) -> str:
     """Return the suffix of a file of rows, in lower case and without .gz, or "" if it has none."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
@@ -97,7 +103,7 @@ def read_rows(
     - .jsonl (and a file without a suffix): a JSON object on each line.
     - .json: a list of objects, or an object with such a list; otherwise the same as .jsonl.
     - .csv: a header, and cells with commas between them, or semicolons, or tabs. An empty cell
-      counts as missing. `choices` (or `Choices`) is a JSON list, or texts with | between them.
+      counts as missing. A cell of `choices` (or `Choices`) is a ChoicesCell.
       The spaces before a quoted cell are left out, see `read_spaced_cells`.
     - .tsv: a header, and cells with tabs between them. Quotes are ordinary characters.
     - .parquet and .arrow: see `read_table_rows`.
@@ -353,11 +359,12 @@ def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
         row = {name: cell for name, cell in row.items() if cell}
     for name, cell in row.items():
         if name.lower() == "choices" and cell:
-            row[name] = parse_choices(cell)
+            row[name] = ChoicesCell(cell)
     return row
 
 
 def parse_choices(cell: str) -> list:
+    """Return the choices in a cell: a JSON list, or texts with | between them."""
     if cell.startswith("["):
         try:
             return parse_json(cell)

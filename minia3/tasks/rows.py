@@ -24,7 +24,7 @@ from minia3.tasks.prompts import (
     root_of,
     value_of,
 )
-from minia3.tasks.row_files import column_names, parse_choices, read_rows
+from minia3.tasks.row_files import ChoicesCell, column_names, parse_choices, read_rows
 from minia3.tasks.task import TaskSpec
 
 MAX_PROBLEMS = 5  # in one error message; the others are counted
@@ -358,6 +358,7 @@ def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container
         check_conversation(row, split)
         return
     row.pop("messages", None)  # a column that is not used
+    list_choices(row, spec)
     for prompt in spec.prompts:
         check_input(row, prompt, in_file)
         if prompt.choices or split != PREDICTED:
@@ -365,10 +366,22 @@ def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container
                 to_texts(row, plain_names(text), in_file)
     first = spec.prompts[0]
     if not first.choices and not first.target:
-        if "choices" in spec.fields.values() and is_text(row.get("choices")):
-            # A cell that `read_rows` did not know, because its column has another name in the file.
-            row["choices"] = parse_choices(row["choices"])
         check_own_answer(row, split, in_file)
+
+
+def list_choices(row: dict, spec: TaskSpec):
+    """Make lists of the cells of choices, if the task picks one of them or names an item."""
+    cells = {name for name, value in row.items() if isinstance(value, ChoicesCell)}
+    if "choices" in spec.fields.values() and is_text(row.get("choices")):
+        cells.add("choices")  # the column has another name in the file, so `read_rows` did not know
+    if not cells:
+        return
+    first = spec.prompts[0]
+    lists = set() if first.choices or first.target else {"choices"}
+    for text in chain.from_iterable(prompt.templates for prompt in spec.prompts):
+        lists |= {root_of(name) for name in field_names(text) if root_of(name) != name}
+    for name in cells & lists:
+        row[name] = parse_choices(row[name])
 
 
 def expected_names(spec: TaskSpec) -> list[str]:

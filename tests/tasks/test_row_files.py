@@ -9,7 +9,8 @@ import tracemalloc
 import pytest
 from task_files import choice, lines, target
 
-from minia3.tasks.row_files import column_names, find_delimiter, read_rows
+from minia3.tasks.prompts import render
+from minia3.tasks.row_files import column_names, find_delimiter, parse_choices, read_rows
 from minia3.tasks.splits import load_task
 
 
@@ -48,19 +49,64 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
         "1,,,,"
     )
     assert read(tmp_path / "a.csv", content) == [
-        (2, {"input": "a", "choices": ["x|y", "z"], "label": "1", "idx": "7"}),
+        (2, {"input": "a", "choices": '["x|y", "z"]', "label": "1", "idx": "7"}),
         (
             4,
             {
                 "input": 'two\nlines, "quoted"',
-                "choices": ["yes", "no"],
+                "choices": "yes | no",
                 "label": "0",
                 "adapter": "b",
             },
         ),
-        (6, {"input": "é \u2028", "choices": ["one"], "label": "-1", "adapter": "1", "idx": "x"}),
+        (6, {"input": "é \u2028", "choices": "one", "label": "-1", "adapter": "1", "idx": "x"}),
         (8, {"input": "1"}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "choices"),
+    [('["x|y", "z"]', ["x|y", "z"]), ("yes | no", ["yes", "no"]), ("one", ["one"])],
+)
+def test_a_cell_of_choices_is_a_json_list_or_has_bars_between_them(cell, choices):
+    assert parse_choices(cell) == choices
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ('["x"', r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
+        ("[x]|y", r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
+        ("['x', 'y']", r"the choices begin.* \(pandas writes lists in another form"),
+    ],
+)
+def test_a_cell_of_choices_that_is_no_list_is_an_error_if_they_are_picked(tmp_path, cell, words):
+    quoted = '"' + cell.replace('"', '""') + '"'
+    (tmp_path / "a.csv").write_text(f"input,choices,label\na,b|c,0\na,{quoted},0\n")
+    with pytest.raises(ValueError, match=rf"a\.csv:3: {words}") as error:
+        load_task(tmp_path / "a.csv")
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("cell", ["A) x | B) y", "['x', 'y']"])
+def test_a_cell_of_choices_is_a_text_like_any_other_if_they_are_not_picked(tmp_path, cell):
+    rows = "".join(f'question {n},"{cell}",{"AB"[n % 2]}\n' for n in range(12))
+    (tmp_path / "mine.csv").write_text("question,choices,answer\n" + rows)
+    ignored = load_task(tmp_path / "mine.csv", input="{question}", target="{answer}")
+    assert ignored.columns == "reads question, writes answer; ignores choices"
+    read_by_model = load_task(
+        tmp_path / "mine.csv", input="{question}\n{choices}", target="{answer}", labels="A,B"
+    )
+    rendered = render(read_by_model.prompts[0], read_by_model.train[0])
+    assert rendered.input.endswith(f"\n{cell}")
+    assert rendered.choices == ["A", "B"]
+
+
+def test_a_prompt_names_an_item_of_a_cell_of_choices(tmp_path):
+    rows = "".join(f"question {n},good|bad,{n % 2}\n" for n in range(12))
+    (tmp_path / "mine.csv").write_text("question,Choices,answer\n" + rows)
+    task = load_task(tmp_path / "mine.csv", input="{question} {Choices[1]}", target="{answer}")
+    assert render(task.prompts[0], task.train[0]).input.endswith(" bad")
 
 
 @pytest.mark.parametrize(
@@ -69,12 +115,6 @@ def test_a_csv_file_has_the_same_rows_as_the_jsonl_file(tmp_path):
         ("a", r"expected 2 cells, .*found 1: \['a'\]"),
         ("a,b,c", r"expected 2 cells, .*found 3: "),
         ("input,choices", "found the header again, expected a row"),
-        ('a,"[""x"""', r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
-        ("a,[x]|y", r"the choices begin with '\[', so they are read as a JSON list: not JSON: "),
-        (
-            "a,\"['x', 'y']\"",
-            r"the choices begin.* \(pandas writes lists in another form",
-        ),
         ("a\rb,c", r"a line end \\r without \\n: save the file with the line ends of Unix or Win"),
         ('a,"b" c', "text follows a closing quote: put the whole cell into quotes, and write"),
     ],
