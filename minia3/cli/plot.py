@@ -226,11 +226,11 @@ def draw_task(ax, rows, task):
         metric = cell.metric
         ax.plot([cell.before, cell.median], [place, place], color="C0", linewidth=1, alpha=0.5)
         ax.plot(cell.before, place, "o", color="C0", mfc="white", label="before training")
-        half_range = np.nan_to_num(cell.iqr) / 2
+        distances = [[cell.median - cell.low], [cell.high - cell.median]]
         ax.errorbar(
             cell.median,
             place,
-            xerr=half_range,
+            xerr=np.nan_to_num(distances),
             fmt="o",
             color="C0",
             capsize=3,

@@ -50,6 +50,8 @@ class Cell:
     iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
     before: float = UNKNOWN  # the median before training
     metric: str = ""
+    low: float = UNKNOWN  # the quartiles, of which `iqr` is the difference
+    high: float = UNKNOWN
 
 
 @dataclass
@@ -186,7 +188,7 @@ def make_cell(results):
     if len(values) > 1:
         iqr = float(high - low)
     before = shown_values(np.array([result.before for result in results]), metric)
-    return Cell(float(median), iqr, float(np.median(before)), metric)
+    return Cell(float(median), iqr, float(np.median(before)), metric, float(low), float(high))
 
 
 def shown_values(accuracies, metric):

@@ -25,7 +25,7 @@ from minia3.cli.plot import (
     plot,
 )
 from minia3.cli.results import read_results
-from minia3.cli.table import COMMONEST, Cell, Row
+from minia3.cli.table import COMMONEST, Cell, Row, make_rows
 
 figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plot")
 colors = pytest.importorskip("matplotlib.colors")
@@ -192,7 +192,7 @@ def points(ax, marker_face):
 
 
 def test_accuracy_has_a_panel_per_task_and_a_line_per_row_and_averages_nothing():
-    first = table_row(5, a=Cell(60.0, 4.0, 50.0, "accuracy"))
+    first = table_row(5, a=Cell(60.0, 4.0, 50.0, "accuracy", low=57.0, high=61.0))
     both = {"a": Cell(60.0, np.nan, 50.0, "accuracy"), "b (f1)": Cell(80.0, 2.0, 20.0, "f1")}
     second = table_row(1000, "lora", **both)
     baseline = table_row(0, COMMONEST, a=Cell(55.0))
@@ -209,10 +209,18 @@ def test_accuracy_has_a_panel_per_task_and_a_line_per_row_and_averages_nothing()
     assert points(other, "C0") == [(80, 1)]
     assert points(other, "white") == [(20, 1)]
     bar = ax.containers[0].lines[2][0].get_segments()[0]
-    assert bar[:, 0].tolist() == [58, 62]  # as long as the interquartile range
+    assert bar[:, 0].tolist() == [57, 61]  # from one quartile to the other
     dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert [line.get_xdata()[0] for line in dashed] == [55]
     assert not [line for line in other.lines if line.get_linestyle() == "--"]
+
+
+def test_the_bar_of_seeds_that_are_nearly_perfect_ends_at_100(tmp_path):
+    for seed, accuracy in enumerate((0.5, 0.75, 1.0, 1.0, 1.0)):
+        make_run(tmp_path / f"run-{seed}", [{"accuracy": accuracy, "seed": seed}])
+    (ax,) = drawn(draw_accuracy, make_rows(read_results([tmp_path])[0])).axes
+    bar = ax.containers[0].lines[2][0].get_segments()[0]
+    assert bar[:, 0].tolist() == [75, 100]
 
 
 def test_old_runs_without_a_result_before_training_are_drawn_without_it(tmp_path):
