@@ -10,11 +10,11 @@ from minia3.files.messages import message_of
 from minia3.files.processes import has_several_processes
 from minia3.files.streams import print_error
 from minia3.training.config import ADVICE, GROUPS, Config
-from minia3.training.config_file import OF_ONE_RUN, read_config_file
+from minia3.training.config_file import read_config_file
 from minia3.training.flags import Parser, add_flags, expand_home
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
-from minia3.training.shown_commands import PLACES
+from minia3.training.shown_commands import PLACES_OF_MACHINE
 from minia3.training.trackers import check_trackers
 
 TITLE = "Train (IA)^3 vectors for a task on a frozen T5 or LLaMA, and evaluate before and after"
@@ -90,8 +90,8 @@ def expand_paths(flags):
 def resume_if_begun(config, flags):
     """Return the flags of the run in --out if there is one, and else those of `config`.
 
-    flags: those that are given, with their values. PLACES among them, such as --data-dir, replace
-    those of the run. Raise ValueError if there is no --out, or if the run there has other flags.
+    flags: those that are given, with their values. PLACES_OF_MACHINE among them replace those of
+    the run. Raise ValueError if there is no --out, or if the run there has other flags.
     """
     if config.out is None:
         raise ValueError("--or-resume looks for a run in the folder of --out: give --out, too")
@@ -100,8 +100,9 @@ def resume_if_begun(config, flags):
         return dataclasses.replace(config, or_resume=False)  # which config.json should not have
     check_config(config)  # before its flags are compared
     check_same_flags(folder, config)
-    places = {name: flags[name] for name in PLACES if name in flags and name not in OF_ONE_RUN}
-    return dataclasses.replace(restore_flags(Config, {"resume": config.out}), **places)
+    places = {name: flags.get(name) for name in PLACES_OF_MACHINE}
+    config = restore_flags(Config, {"resume": config.out, **places})
+    return dataclasses.replace(config, or_resume=True)
 
 
 def check_length(given):

@@ -133,7 +133,8 @@ class Config:
     out: str | None = flag(None, "folder of the run (default: runs/<model>-<task>-<method>-<seed>)")
     resume: str | None = flag(
         None,
-        "continue the run in this folder, with its flags; --steps extends it (default: a new run)",
+        "continue the run in this folder, with its flags; --steps extends it, and --device, "
+        "--data-dir and --log-to may be others (default: a new run)",
     )
     or_resume: bool = flag(
         False, "if --out holds a run with these flags already, continue it, as --resume does"

@@ -28,7 +28,7 @@ from minia3.tasks.splits import sha256
 from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
-from minia3.training.shown_commands import PLACES
+from minia3.training.shown_commands import PLACES, PLACES_OF_MACHINE
 
 CONTENTS = (  # a run replaces these without asking, so a new run finds none of them
     *("config.json", "metrics.jsonl", "checkpoint.pt", "states"),
@@ -194,15 +194,17 @@ def discard_run(folder):
 
 
 def restore_flags(config_class, given):
-    """Return the flags of the run in the folder `given["resume"]`, with more steps if asked.
+    """Return the flags of the run in the folder `given["resume"]`, with more steps if asked, and
+    on another machine if PLACES_OF_MACHINE are given.
 
     Raise ValueError if other flags are given.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    if given.keys() - {"resume", "steps"}:
+    allowed = ("steps", *PLACES_OF_MACHINE)
+    if given.keys() - {"resume", *allowed}:
         raise ValueError(
-            "--resume takes no other flags than --steps: "
-            "they come from the config.json of its folder"
+            f"--resume takes no other flags than {', '.join(map(option, allowed))}: "
+            "the others come from the config.json of its folder"
         )
     folder = Path(given["resume"])
     if folder.name == "checkpoint.pt":
@@ -281,13 +283,14 @@ def check_data(folder, checksums):
 
 
 def record_run(folder, checksums, weights, config):
-    """Add to config.json the checksums of the data, the digest of the weights, and how long the run
-    is: see --epochs.
+    """Add to config.json the checksums of the data, the digest of the weights, how long the run is
+    (see --epochs), and where it goes on.
     """
-    length = {"steps": config.steps, "epochs": config.epochs}
+    names = ("steps", "epochs", *PLACES_OF_MACHINE)
+    flags = {name: getattr(config, name) for name in names}
     found = {"data": checksums, "weights": weights}
     recorded = read_run_config(folder)
-    write_json(folder / "config.json", recorded | length | found)
+    write_json(folder / "config.json", recorded | flags | found)
 
 
 def reopen_metrics(folder, n_bytes):

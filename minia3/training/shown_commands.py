@@ -24,16 +24,10 @@ EVALUATION_FLAGS = (
     "max_new_tokens",
     "eval_prompt",
 )
+# These flags say on which machine a run happens. A resumed run takes other ones.
+PLACES_OF_MACHINE = ("data_dir", "device", "log_to")
 # These flags say where a run happens and what it continues, and not what it computes.
-PLACES = (
-    "out",
-    "data_dir",
-    "resume",
-    "config",
-    "device",
-    "log_to",
-    "or_resume",
-)
+PLACES = (*PLACES_OF_MACHINE, "out", "resume", "config", "or_resume")
 PROMPTS = ("input", "target")
 TEXTS = (*PROMPTS, "labels")  # in which a slash begins no path
 

@@ -255,6 +255,22 @@ def test_resume_takes_no_other_flags(tmp_path, capsys):
     assert contents(out) == before
 
 
+def test_a_run_resumes_on_another_device_with_another_folder_of_data(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    config = json.loads((out / "config.json").read_text())
+    there = {"device": "meta:7", "data_dir": "/mnt/there"}
+    (out / "config.json").write_text(json.dumps(config | there))
+    fails(["--resume", out, "--steps", 2], capsys, "--device is 'meta:7', expected a device")
+    here = {"device": "cpu", "data_dir": str(tmp_path)}
+    again = ["--resume", out, "--device", "cpu", "--data-dir", tmp_path]
+    assert run([*again, "--steps", 2]) == 0
+    recorded = json.loads((out / "config.json").read_text())
+    assert {name: recorded[name] for name in here} == here
+    assert recorded["steps"] == running.metrics(out)[-1]["steps"] == 2
+    assert run(["--resume", out, "--steps", 3]) == 0  # as the run says
+
+
 def test_a_refused_resume_changes_nothing(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     out = tmp_path / "run"
