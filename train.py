@@ -140,7 +140,8 @@ def run_grid(run: Run, config: Config):
     config = set_steps(config, cells)  # --epochs
     device, reason = choose_device(config.device)
     dtype = choose_dtype(config, device)
-    announce_device(device, reason, dtype)
+    run.dtype = str(dtype).removeprefix("torch.")
+    announce_device(device, reason, run.dtype, run.saved.dtype)
     announce_processes(run.saved.n_processes)
     if run.extended_from is not None:
         announce_extension(run.extended_from, config)

@@ -23,9 +23,17 @@ def print_note(message, *_):
     print(f"warning  {message}", flush=True)
 
 
-def announce_device(device, reason, dtype):
-    dtype_name = str(dtype).removeprefix("torch.")
-    print(f"device   {device} ({reason}), {dtype_name}")
+def announce_device(device, reason, dtype, dtype_before):
+    """Print where the run computes, and whether it goes on with weights of another dtype.
+
+    dtype_before: of a resumed run so far; None: not known. By default, it depends on the device.
+    """
+    print(f"device   {device} ({reason}), {dtype}")
+    if dtype_before not in (None, dtype):
+        print(
+            f"note     weights so far: {dtype_before}, from now on: {dtype}, because there was no "
+            "--dtype; results differ by rounding"
+        )
 
 
 def announce_finished(run, config):

@@ -39,6 +39,7 @@ class Checkpoint:
     n_bytes: int = 0  # of metrics.jsonl: what lies beyond was written after this state
     group: dict | None = None  # Group.state_dict of the group that trains
     n_processes: int = 1  # that trained it together
+    dtype: str | None = None  # of the base; None: an earlier version, which does not say
 
     @property
     def n_steps(self):

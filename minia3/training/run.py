@@ -95,6 +95,7 @@ class Run:
         self.failure = self.saved.failure
         self.failed_message = None  # see `describe_failures`
         self.n_bytes = self.saved.n_bytes
+        self.dtype = None  # of the base, for the checkpoints
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.metrics = None  # see `start_writing`
         self.trackers = []
@@ -291,6 +292,7 @@ class Run:
             n_bytes=self.n_bytes,
             group=group_state,
             n_processes=n_processes(),
+            dtype=self.dtype,
         )
         if self.written_folder is not None:
             sync_metrics(self.written_folder)

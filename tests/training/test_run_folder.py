@@ -271,6 +271,19 @@ def test_a_run_resumes_on_another_device_with_another_folder_of_data(tmp_path, c
     assert run(["--resume", out, "--steps", 3]) == 0  # as the run says
 
 
+def test_a_run_says_if_it_resumes_with_weights_of_another_dtype(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "choose_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+        assert run(words(out, steps=1)) == 0
+    assert "so far" not in capsys.readouterr().out
+    assert run(["--resume", out, "--steps", 2]) == 0
+    note = "note     weights so far: bfloat16, from now on: float32, because there was no --dtype"
+    assert note in capsys.readouterr().out
+    assert run(["--resume", out, "--steps", 3]) == 0
+    assert "so far" not in capsys.readouterr().out
+
+
 def test_a_refused_resume_changes_nothing(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     out = tmp_path / "run"
