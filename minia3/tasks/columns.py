@@ -319,7 +319,10 @@ def find_labels(
     flags: ColumnFlags,
     label_names: Mapping[str, Sequence[str]],
 ) -> Labels:
-    """Return the labels: of the task file, of the flags, or as the column has them."""
+    """Return the labels: of the task file, of the flags, or as the column has them.
+
+    Raise ValueError, with the name of the file, if the labels cannot be told from its values.
+    """
     if spec.labels:
         choices = list(map(choice_words, roles.prompts))
         words = choices[0] or spec.labels
@@ -328,11 +331,14 @@ def find_labels(
         return Labels(tuple(spec.labels), tuple(words))
     values = columns.values(roles.label)
     names = label_names.get(columns.name_in_file(roles.label), ())
-    found = name_labels(values, roles.label, flags.labels or (), names)
-    if flags.labels:  # which become the choices
-        return found
     choices = [prompt.choices for prompt in roles.prompts if prompt.choices]
-    return order_like_choices(found, choices, roles.label)
+    try:
+        found = name_labels(values, roles.label, flags.labels or (), names)
+        if flags.labels:  # which become the choices
+            return found
+        return order_like_choices(found, choices, roles.label)
+    except ValueError as error:
+        raise ValueError(f"{columns.origin}: {error}") from None
 
 
 def choice_words(prompt: Prompt) -> list[str]:

@@ -225,8 +225,9 @@ def test_labels_are_not_to_be_written_if_the_column_does_not_have_their_words(tm
     ],
 )
 def test_labels_that_cannot_be_told_are_an_error(values, flags, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         load(tmp_path, values, **flags)
+    assert str(error.value).startswith(f"{tmp_path}/")  # a grid has several files
 
 
 @pytest.mark.parametrize(
