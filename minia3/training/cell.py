@@ -1,11 +1,13 @@
 """One adapter of a run, and how far its training is."""
 
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
+from minia3.inference.scoring import NotFiniteError
 from minia3.training.assignment import assign_rows
 from minia3.training.checkpoint import all_finite, copy_values, set_values
 
@@ -65,6 +67,19 @@ class Cell:
         if len(self.task.members) == 1:
             return self.title
         return f"{self.title}{member.name}: "
+
+    @contextmanager
+    def naming_task(self, member):
+        """Return a context. A message about a row of a member of the task begins with its title.
+
+        Messages name a row by its `idx`, which rows of several tasks have.
+        """
+        try:
+            yield
+        except NotFiniteError:  # this is about the model, and not about the row
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.title_of(member)}{error}") from None
 
     def key_of(self, member):
         """Return what tells this cell and a member of its task apart in lines of metrics.jsonl."""

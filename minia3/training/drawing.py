@@ -105,12 +105,13 @@ def encode_plan(plan, cell, tokenizer, model):
         pairs = list(zip(rows, prompts, strict=True))
         are_choices = assignment.task.answer == "choices"
         has_end = not are_choices  # texts to generate must learn to end
-        _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
-        encoded, n_targets_cut_here = fit_all_targets(
-            rows, encoded, config.max_target_length, are_choices
-        )
-        if model is not None:
-            check_examples(rows, encoded, model, tokenizer)
+        with cell.naming_task(assignment.task):
+            _, encoded, n_cut_here = encode_rows(pairs, tokenizer, config.max_length, has_end)
+            encoded, n_targets_cut_here = fit_all_targets(
+                rows, encoded, config.max_target_length, are_choices
+            )
+            if model is not None:
+                check_examples(rows, encoded, model, tokenizer)
 
         examples |= dict(zip(places, encoded, strict=True))
         if assignment.task.answer == "messages":

@@ -57,21 +57,29 @@ def shape_of_evaluation(group):
 
     The rows with the most characters stand for those with the most tokens.
     """
-    config = group.config
     shape = StepShape(1, 1, 1, 1)
     for cell in group.cells:
         for assignment in cell.assignments:
-            rows = [*assignment.report_rows, *assignment.held_out_rows]
-            longest = nlargest(config.eval_batch_size, rows, key=lambda row: len(repr(row)))
-            for prompt in assignment.eval_prompts:
-                pairs = [(row, prompt) for row in longest]
-                are_choices = assignment.task.metric in CHOICE_METRICS
-                has_end = not are_choices
-                _, examples, _ = encode_rows(pairs, group.tokenizer, config.max_length, has_end)
-                if assignment.task.metric not in TEXT_METRICS:
-                    limit = config.max_target_length
-                    examples, _ = fit_all_targets(longest, examples, limit, are_choices)
-                shape = larger(shape, shape_of_batch(examples, assignment, config))
+            with cell.naming_task(assignment.task):
+                shape = larger(shape, shape_of_rows(group, assignment))
+    return shape
+
+
+def shape_of_rows(group, assignment):
+    """Return the largest shape that a batch of a task's rows can have."""
+    config = group.config
+    shape = StepShape(1, 1, 1, 1)
+    rows = [*assignment.report_rows, *assignment.held_out_rows]
+    longest = nlargest(config.eval_batch_size, rows, key=lambda row: len(repr(row)))
+    for prompt in assignment.eval_prompts:
+        pairs = [(row, prompt) for row in longest]
+        are_choices = assignment.task.metric in CHOICE_METRICS
+        has_end = not are_choices
+        _, examples, _ = encode_rows(pairs, group.tokenizer, config.max_length, has_end)
+        if assignment.task.metric not in TEXT_METRICS:
+            limit = config.max_target_length
+            examples, _ = fit_all_targets(longest, examples, limit, are_choices)
+        shape = larger(shape, shape_of_batch(examples, assignment, config))
     return shape
 
 

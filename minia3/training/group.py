@@ -160,8 +160,9 @@ class Group:
         So says the paper (section 3.1). T-Few's code draws a prompt for each row instead.
         """
         results = []
+        title = f"{cell.title_of(assignment.task)}evaluating"
         for prompt in assignment.eval_prompts:
-            with showing(f"{cell.title_of(assignment.task)}evaluating"), dividing():
+            with cell.naming_task(assignment.task), showing(title), dividing():
                 results.append(self.evaluate_prompt(cell, assignment, rows, prompt, shots))
         return over_prompts(results)
 

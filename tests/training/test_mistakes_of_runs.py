@@ -46,6 +46,19 @@ def test_a_row_that_cannot_be_cut_to_fit_is_found_before_the_first_evaluation(tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("adapters", ["each", "one"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_message_about_a_row_names_its_task_if_there_are_several(
+    split, adapters, tmp_path, capsys
+):
+    long = [{"input": "w3", "choices": ["w4", " ".join(["w5"] * 50)], "label": 0}]
+    short = {"train": rows(4), "validation": rows(4)}
+    tasks = [write(tmp_path / "good", **short), write(tmp_path / "bad", **short)]
+    write(tmp_path / "bad", **{split: long})
+    flags = {"task": ",".join(map(str, tasks)), "adapters": adapters, "max_target_length": 7}
+    fails(words(tmp_path / "run", **flags), capsys, ": bad: row 0: a choice has 51 tokens")
+
+
 def test_every_bad_row_is_named_in_one_line(tmp_path, capsys):
     bad = write(tmp_path / "task", test=rows(3))
     lines = [
