@@ -695,6 +695,9 @@ def check_rows(folder):
     assert sorted(row["input"] for row in rows) == sorted(texts)
     for row in rows:
         assert 0 <= row["label"] < len(render(task.prompts[0], row).choices)
+    if path.suffix == ".csv":
+        choices = sorted(map(repr, map(honest_choices, good)))
+        assert sorted(repr(row.get("choices")) for row in rows) == choices
     assert task.checksums == {path.name: sha256(path.read_bytes()).hexdigest()}
 
 
@@ -757,14 +760,17 @@ def honest_csv(content):
     rows = []
     for cells in csv.DictReader(text, strict=True):
         row = {key.strip(): cell for key, cell in cells.items() if cell}
-        if "choices" in row:
-            row["choices"] = honest_choices(row["choices"])
         if any(cell.strip() for cell in cells.values()):
             rows.append(row)
     return rows
 
 
-def honest_choices(cell):
+def honest_choices(row):
+    """Return the choices in the cell of a .csv, or None if the row has no such column."""
+    cells = [cell for name, cell in row.items() if name.lower() == "choices"]
+    if not cells:
+        return None
+    (cell,) = cells
     if cell.startswith("["):
         return json.loads(cell)
     return [choice.strip() for choice in cell.split("|")]
