@@ -179,9 +179,9 @@ def assign_splits(
 ) -> FoundFiles:
     """Return the files of train, validation and test, out of the splits of a data set.
 
-    chosen: see `parse_name`. Raise ValueError if a chosen split does not exist, if there are
-    several splits and we know none of them, or if train is the only one that we know and another is
-    meant for validation or test.
+    chosen: see `parse_name`. Raise ValueError if a chosen split does not exist, if one is chosen
+    twice, if there are several splits and we know none of them, or if train is the only one that we
+    know and another is meant for validation or test.
     """
     names = name_splits(origin, files, chosen)
     used = list(chain.from_iterable(names.values()))
@@ -218,6 +218,8 @@ def name_splits(
         if name not in files:
             found = ", ".join(files)
             raise ValueError(f"{origin}: there is no split {name!r:.80}; there are {found:.500}")
+        if taken.count(name) > 1:
+            raise ValueError(f"{origin}: the split {name!r} is chosen twice, expected it once")
     for name, split in SPLIT_OF_NAME.items():
         if name in files and name not in taken:
             names.setdefault(split, [name])

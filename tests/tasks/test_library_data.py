@@ -226,6 +226,8 @@ def test_splits_are_chosen_by_their_names(tmp_path, monkeypatch):
         (":train=train_r1+", "there is no split ''; there are train_r1, dev_r1, "),
         (":val=dev_r1", "expected :train=, :validation= or :test=, .*; found 'val=dev_r1'"),
         (":test=test_r1:test=test", "expected .* each at most once .*; found 'test=test'"),
+        (":train=train_r1+train_r1", "the split 'train_r1' is chosen twice, expected it once"),
+        (":train=train_r1:test=train_r1", "the split 'train_r1' is chosen twice, expected it once"),
         (":plain:train=train_r1:other", "expected hf:user/name or hf:user/name:config"),
     ],
 )
