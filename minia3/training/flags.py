@@ -160,7 +160,7 @@ def expand_home(value):
     """
     if isinstance(value, tuple):
         return tuple(map(expand_home, value))
-    if isinstance(value, str) and value.startswith("~/"):
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
         return os.path.expanduser(value)
     return value
 

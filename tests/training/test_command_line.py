@@ -51,6 +51,7 @@ def test_a_path_may_begin_with_the_home_folder_wherever_no_shell_expands_it(tmp_
     assert (config.out, config.data_dir) == (f"{home}/run", f"{home}/d")
     assert config.task == (f"{home}/a.csv", f"{home}/b.csv")
     assert config.input == "~/{text}"
+    assert complete({"data_dir": "~"}).data_dir == str(home)
 
     home.mkdir()
     (home / "flags.toml").write_text('out = "~/from file"\nchat-template = "~x"')
