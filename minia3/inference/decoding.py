@@ -200,7 +200,6 @@ def generate(  # noqa: PLR0913 (the contract)
     return generate_texts(model, tokenizer, prompts, adapter, options)
 
 
-@cpu_as_default()
 def generate_texts(model, tokenizer, prompts, adapter, options):
     """Return what `generate` returns. options: an Options."""
     pieces = generate_pieces(model, tokenizer, prompts, adapter, options)  # which checks them
@@ -266,7 +265,20 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings, options.first_prompt)
     find_rows(adapter_numbers(adapter, len(sources)), model)
     cut = set() if cut is None else cut
-    return generate_in_batches(model, tokenizer, sources, adapter, options, cut)
+    return made_on_cpu(generate_in_batches(model, tokenizer, sources, adapter, options, cut))
+
+
+def made_on_cpu(pieces):
+    """Yield what `pieces` yields, which makes tensors on the CPU if nothing else is said.
+
+    Between two pieces, the default device is the user's.
+    """
+    while True:
+        with cpu_as_default():
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):

@@ -157,7 +157,7 @@ class Llama(nn.Module):
             adapter_B=adapter_B,
             caches=[Cache() for _ in self.blocks],
             token_M=source.new_zeros(0),
-            owner_M=torch.zeros(0, dtype=torch.long),
+            owner_M=torch.zeros(0, dtype=torch.long, device="cpu"),
             adapter_numbers=distinct_numbers(adapter, len(source)),
         )
         if read_BL.shape[1] > 0:  # a prompt of one token leaves the cache empty

@@ -144,7 +144,7 @@ class State:
             raise ValueError(f"{expected}, found {tuple(tokens_RL.shape)}")
         column_N = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
         self.token_M = torch.cat((self.token_M, self.length + column_N % n_tokens))
-        new_owner_N = torch.arange(self.n_sharing).repeat_interleave(n_tokens)
+        new_owner_N = torch.arange(self.n_sharing, device="cpu").repeat_interleave(n_tokens)
         self.owner_M = torch.cat((self.owner_M, new_owner_N))
         self.length += n_tokens
         tokens = tokens_RL.reshape(-1, self.n_sharing * n_tokens)
@@ -207,7 +207,7 @@ class State:
         share a cache row already: then each of them gets its own copy first.
         """
         if self.n_sharing > 1:
-            return self.select(torch.arange(len(self.start))).repeat(c)
+            return self.select(torch.arange(len(self.start), device="cpu")).repeat(c)
         rows_R = torch.arange(len(self.start), device=self.start.device).repeat_interleave(c)
         caches = [replace(cache, kv=cache.filled()) for cache in self.caches]
         if self.length == 0:
@@ -348,7 +348,7 @@ def check_start(source_BM, mask_BM, adapter, model):
         check_mask(mask_BM, tuple(source_BM.shape))
     numbers = adapter_numbers(adapter, len(source_BM))
     rows = find_rows(numbers, model)
-    return to_device(torch.tensor(rows), source_BM.device)
+    return to_device(torch.tensor(rows, device="cpu"), source_BM.device)
 
 
 def adapter_numbers(adapter, n_examples):
@@ -374,7 +374,7 @@ def as_numbers(adapter):
     Raise ValueError if there is anything but numbers in it.
     """
     try:
-        return torch.as_tensor(adapter)
+        return torch.as_tensor(adapter, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # such as the names of adapters
         expected = "expected rows of the model (Adapters.rows returns the rows of names)"
         raise ValueError(f"adapter is {adapter!r:.80}, {expected}") from None

@@ -202,7 +202,7 @@ class T5(nn.Module):
             adapter_B=adapter_B,
             caches=caches,
             token_M=source.new_zeros(0),
-            owner_M=torch.zeros(0, dtype=torch.long),
+            owner_M=torch.zeros(0, dtype=torch.long, device="cpu"),
             adapter_numbers=distinct_numbers(adapter, len(source)),
             memory_bias_B11M=memory_bias_B11M,
         )

@@ -202,6 +202,31 @@ def test_scores_and_texts_are_the_same_on_another_default_device(both):
     assert rows.tolist() == [0]
 
 
+def test_a_stream_is_the_same_on_another_default_device(both):
+    options = {"max_new_tokens": 4, "temperature": 1.0, "seed": 0}
+    expected = list(minia3.stream(both.model, both.tokenizer, PROMPTS[0], **options))
+    found = []
+    with torch.device("meta"):
+        for piece in minia3.stream(both.model, both.tokenizer, PROMPTS[0], **options):
+            found.append(piece)
+            assert torch.empty(0).is_meta, "the caller has another default device between pieces"
+    assert found == expected
+
+
+def test_logprobs_are_the_same_on_another_default_device(both):
+    source, target = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[6, 7]] * 8)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+
+    def logp():
+        state = both.model.start(source, mask, [0, 1]).repeat(2).repeat(2)
+        return minia3.logprobs(both.model, state, target)
+
+    expected = logp()
+    with torch.device("meta"):
+        found = logp()
+    assert torch.equal(found, expected)
+
+
 def test_rank_refuses_a_table_in_one_line(both):
     pandas = pytest.importorskip("pandas", reason="another library")
     table = pandas.DataFrame({"w4": ["w5", "w6"]})
