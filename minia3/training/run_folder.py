@@ -194,8 +194,8 @@ def discard_run(folder):
 
 
 def restore_flags(config_class, given):
-    """Return the flags of the run in the folder `given["resume"]`, with more steps if asked, and
-    on another machine if PLACES_OF_MACHINE are given.
+    """Return the flags of the run in the folder `given["resume"]`, with the --steps and the
+    PLACES_OF_MACHINE that are given.
 
     Raise ValueError if other flags are given.
     """

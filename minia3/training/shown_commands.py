@@ -24,7 +24,7 @@ EVALUATION_FLAGS = (
     "max_new_tokens",
     "eval_prompt",
 )
-# These flags say on which machine a run happens. A resumed run takes other ones.
+# These flags say on which machine a run happens. They may differ when it is resumed.
 PLACES_OF_MACHINE = ("data_dir", "device", "log_to")
 # These flags say where a run happens and what it continues, and not what it computes.
 PLACES = (*PLACES_OF_MACHINE, "out", "resume", "config", "or_resume")

@@ -194,7 +194,7 @@ def run_with_free_memory(n_bytes, arguments):
     """Run train.py, and return (its exit code, its errors, whether limits are as before)."""
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     step_memory.free_memory = lambda device: n_bytes
-    # Too little, so the step begins. What a real plan says, the tests above know.
+    # Too little, so the step begins. The tests above check a real plan.
     step_memory.planned_step = lambda group, shape: 30_000 * shape.n_examples
     with (
         contextlib.redirect_stdout(io.StringIO()),
