@@ -68,20 +68,22 @@ def run_rank(pipe, place, function, arguments):
     leave()
 
 
-def run_on_ranks(n_processes, *command_lines):
+def run_on_ranks(n_processes, *command_lines, codes=None):
     """Run train.py in processes that compute together, and return what it prints.
 
-    Several command lines are several runs, one after the other, in the same processes.
+    Several command lines are several runs, one after the other, in the same processes. codes: the
+    exit code that each of them should have; None: 0. Only a run that fails may print errors.
     """
-    return "".join(on_ranks(n_processes, printed_by_runs, command_lines))
+    codes = codes or [0] * len(command_lines)
+    return "".join(on_ranks(n_processes, printed_by_runs, command_lines, codes))
 
 
-def printed_by_runs(command_lines):
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(errors):
-        for words in command_lines:
-            assert run(words) == 0, errors.getvalue()
-    assert errors.getvalue() == ""
+def printed_by_runs(command_lines, codes):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        for words, code in zip(command_lines, codes, strict=True):
+            with contextlib.redirect_stderr(io.StringIO()) as errors:
+                assert run(words) == code, errors.getvalue()
+            assert code != 0 or errors.getvalue() == ""
     return output.getvalue()
 
 

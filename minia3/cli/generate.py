@@ -121,9 +121,11 @@ def add_chat_options(parser):
 
 def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
+    from minia3.inference.decoding import Options
 
     if args.chat_template and not args.chat:
         raise ValueError("--chat-template is the form of a conversation: give --chat, too")
+    Options(**options_of(args)).check()  # before a model is loaded
     warn_of_idle_options(args)
     model = load_model(args)
     tokenizer = load_tokenizer(args.model)
@@ -142,6 +144,23 @@ def run(args):
     else:
         lines = () if sys.stdin is None else sys.stdin.buffer  # it is None if it is closed
         generator.answer_all(prompts_of(lines))
+
+
+def options_of(args):
+    """Return the options of `minia3.generate` that the flags say."""
+    return {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "beams": args.beams,
+        "length_penalty": args.length_penalty,
+        "samples": args.samples,
+        "stop": args.stop,
+        "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens,
+        "compile": args.compile,
+        "batch_size": math.ceil(BATCH_SIZE / n_processes()),  # of each process
+    }
 
 
 def warn_of_idle_options(args):
@@ -206,19 +225,7 @@ class Generator:
         self.args = args
         self.is_conversation = False
         self.n_prompts = 0  # so far
-        self.options = {
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "beams": args.beams,
-            "length_penalty": args.length_penalty,
-            "samples": args.samples,
-            "stop": args.stop,
-            "seed": args.seed,
-            "max_new_tokens": args.max_new_tokens,
-            "compile": args.compile,
-            "batch_size": math.ceil(BATCH_SIZE / n_processes()),  # of each process
-        }
+        self.options = options_of(args)
 
     def answer_all(self, texts):
         """Answer texts, a batch at a time."""

@@ -80,13 +80,19 @@ def test_several_processes_have_the_numbers_of_one(
     n_processes, specials_of, tmp_path, tmp_path_factory
 ):
     lines = []
+    codes = []
     for name, specials in specials_of.items():
         lines += [command_line(name, tmp_path / name, special) for special in specials]
-    run_on_ranks(n_processes, *lines)
+        codes += map(exit_code, specials)
+    run_on_ranks(n_processes, *lines, codes=codes)
     for name, specials in specials_of.items():
         for special in specials:
             expected = alone(name, special, tmp_path_factory)
             check_equal(tmp_path / name / special, expected)
+
+
+def exit_code(special):
+    return 1 if special == "a cell that fails" else 0
 
 
 def alone(name, special, tmp_path_factory):
@@ -101,7 +107,7 @@ def alone(name, special, tmp_path_factory):
     folder.mkdir(exist_ok=True)
     with waiting_for_lock(folder, f"{special}.lock"):
         if not (folder / special).exists():
-            assert running.run(command_line(name, folder, special)) == 0
+            assert running.run(command_line(name, folder, special)) == exit_code(special)
     return folder / special
 
 
