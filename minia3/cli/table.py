@@ -50,8 +50,8 @@ class Cell:
     iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
     before: float = UNKNOWN  # the median before training
     metric: str = ""
-    low: float = UNKNOWN  # the quartiles, of which `iqr` is the difference
-    high: float = UNKNOWN
+    low: float = UNKNOWN  # the lower quartile
+    high: float = UNKNOWN  # the upper quartile; `iqr` is high - low
 
 
 @dataclass

@@ -24,9 +24,10 @@ def print_note(message, *_):
 
 
 def announce_device(device, reason, dtype, dtype_before):
-    """Print where the run computes, and whether it goes on with weights of another dtype.
+    """Print the device and the dtype, and a note if a resumed run had another dtype before.
 
-    dtype_before: of a resumed run so far; None: not known. By default, it depends on the device.
+    dtype_before: what the weights were until the run was stopped; None: not known. Without --dtype,
+    it depends on the device.
     """
     print(f"device   {device} ({reason}), {dtype}")
     if dtype_before not in (None, dtype):
