@@ -35,6 +35,7 @@ from tests.benchmarks import (
     allocator,
     floors,
     growth,
+    launches,
     measure,
     memory,
     operators,
@@ -49,6 +50,7 @@ from tests.benchmarks.lines import COMPILES, GOALS, LINES, goal_of
 from tests.benchmarks.measure import MOST_ROUNDS, Bench, Roof, Row
 from tests.benchmarks.pairs import Pair, config_of
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
+from tests.gpu.__main__ import main as check_gpu
 
 STARTS_PROCESSES = ("start", "peak")
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,6 +76,29 @@ def quick_collections():
 def run_benchmark(folder, *flags):
     main(["--quick", "--json", str(folder / "result.json"), *flags])
     return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (main, ["--only", "steps,nonsense"]),
+        (main, ["--models", "nonsense"]),
+        (main, ["jobs", "--jobs", "nonsense"]),
+        (main, ["jobs", "--models", "nonsense"]),
+        (adapters.main, ["--models", "nonsense"]),
+        (allocator.main, ["--models", "nonsense"]),
+        (launches.main, ["--models", "nonsense"]),
+        (operators.main, ["--models", "nonsense"]),
+        (check_gpu, ["--only", "nonsense"]),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused_by_the_parser(program, words, capsys):
+    """It was a KeyError after the peers were imported."""
+    with pytest.raises(SystemExit, match=r"\A2\Z"):
+        program(words)
+    message = capsys.readouterr().err.splitlines()[-1]
+    expected = f"error: argument {words[-2]}: 'nonsense' is unknown, expected some of "
+    assert expected in message
 
 
 # The table

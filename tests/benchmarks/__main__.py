@@ -31,6 +31,7 @@ from tests.benchmarks.jobs import command as jobs
 from tests.benchmarks.lines import COMPILES, LINES, goal_of
 from tests.benchmarks.machine import commit, describe_machine, versions
 from tests.benchmarks.measure import Bench, Roof
+from tests.benchmarks.names import some_of
 from tests.benchmarks.pairs import Pair
 from tests.benchmarks.record import begin_or_continue
 
@@ -47,11 +48,15 @@ def make_parser():
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
     parser.add_argument(
         "--models",
+        type=some_of(KNOWN_MODELS),
         default="t5-base,smollm2-135m",
         help=f"comma-separated names from {', '.join(KNOWN_MODELS)} (default: %(default)s)",
     )
     parser.add_argument(
-        "--only", default=",".join(LINES), help="comma-separated lines (default: %(default)s)"
+        "--only",
+        type=some_of(LINES),
+        default=",".join(LINES),
+        help="comma-separated lines (default: %(default)s)",
     )
     parser.add_argument(
         "--seconds",
@@ -105,7 +110,7 @@ def measure(args):
     roof_size = 256 if args.quick else 4096
     bench = Bench(args.quick, args.seconds, Roof(dtype, roof_size, args.device))
     with tempfile.TemporaryDirectory() as scratch:
-        for model, line in in_order(args.models.split(","), args.only.split(",")):
+        for model, line in in_order(args.models, args.only):
             if f"{model}, {line}" not in record.about["lines"]:
                 pair = Pair(model, Path(scratch), args.quick, dtype, args.device)
                 measure_line(bench, pair, line, record)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 import minia3
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference.scoring import choice_logprobs
 from minia3.training.batch import MixedBatch
 from minia3.training.config import Config
@@ -33,6 +34,7 @@ from minia3.training.optimizer import Adafactor
 from tests.benchmarks.launches import count
 from tests.benchmarks.machine import describe_machine, versions
 from tests.benchmarks.measure import Bench, Roof, compare
+from tests.benchmarks.names import some_of
 from tests.benchmarks.pairs import N_TARGET, Pair, random_examples
 from tests.benchmarks.training import loss_of, steps_of_tasks
 
@@ -68,7 +70,12 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--models", default="t5-base,smollm2-135m")
+    parser.add_argument(
+        "--models",
+        type=some_of(KNOWN_MODELS),
+        default="t5-base,smollm2-135m",
+        help="(default: %(default)s)",
+    )
     parser.add_argument(
         "--seconds", type=float, default=30, help="for the rounds of a line (default: %(default)s)"
     )
@@ -104,7 +111,7 @@ def main(argv=None):
 def measure_all(bench, args):
     """Yield (title, Row) for all lines."""
     yield from embedded(bench, args.device)
-    for name in args.models.split(","):
+    for name in args.models:
         with tempfile.TemporaryDirectory() as scratch:
             dtype = getattr(torch, args.dtype)
             pair = Pair(name, Path(scratch), args.quick, dtype, args.device)

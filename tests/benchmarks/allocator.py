@@ -13,8 +13,10 @@ machine hardly changes.
 import argparse
 import statistics
 
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.files.program import KEPT
 from tests.benchmarks.measure import alternate, run_program
+from tests.benchmarks.names import some_of
 
 # Title: variables of the environment, whether to give memory back after each step
 SETTINGS = {
@@ -110,11 +112,13 @@ def main(argv=None):
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="a tiny model, two steps, one round")
-    parser.add_argument("--models", default="t5-small", help="(default: %(default)s)")
+    parser.add_argument(
+        "--models", type=some_of(KNOWN_MODELS), default="t5-small", help="(default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="of each process (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="of all settings (default: 3)")
     args = parser.parse_args(argv)
-    for name in args.models.split(","):
+    for name in args.models:
         if args.quick:
             print_table(name, True, n_steps=2, n_rounds=1)
         else:

@@ -36,6 +36,7 @@ from tests.benchmarks.inference import (
     write_as_peft_users,
 )
 from tests.benchmarks.machine import versions
+from tests.benchmarks.names import some_of
 from tests.benchmarks.pairs import TINY, Pair, random_examples
 from tests.benchmarks.patched_mode import PatchedMode
 from tests.benchmarks.training import loss_of
@@ -269,7 +270,9 @@ def main(argv=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--models", default=MODELS, help="default: %(default)s")
+    parser.add_argument(
+        "--models", type=some_of(KNOWN_MODELS), default=MODELS, help="default: %(default)s"
+    )
     parser.add_argument("--only", help="a part of the titles of the lines; default: all lines")
     parser.add_argument("--quick", action="store_true", help="two layers: does every line work?")
     parser.add_argument("--operators", action="store_true", help="print each line's operators")
@@ -280,7 +283,7 @@ def main(argv=None):
 
     result = {}
     print("| line | ours | theirs | theirs / ours |\n|---|---|---|---|", flush=True)
-    for name in args.models.split(","):
+    for name in args.models:
         with tempfile.TemporaryDirectory() as scratch:
             pair = NarrowPair(name, Path(scratch), args.quick)
             for title, line in LINES.items():

@@ -21,8 +21,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import minia3
+from minia3.checkpoints.known_models import KNOWN_MODELS
 from tests.benchmarks.inference import Ids, random_prompts, write_as_peft_users
 from tests.benchmarks.machine import versions
+from tests.benchmarks.names import some_of
 from tests.benchmarks.pairs import Pair
 from tests.benchmarks.training import LENGTHS, loss_of, training_step
 
@@ -132,7 +134,7 @@ def tables(args):
     """Print the table of each title, and return the rows for JSON."""
     result = {}
     n_rounds = 1 if args.quick else args.rounds
-    for model in args.models.split(","):
+    for model in args.models:
         with tempfile.TemporaryDirectory() as scratch:
             pair = Pair(model, Path(scratch), args.quick, getattr(torch, args.dtype))
             for kind, sides_of in KINDS.items():
@@ -167,7 +169,12 @@ def main(argv=None):
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
-    parser.add_argument("--models", default="t5-base,smollm2-135m", help="(default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        type=some_of(KNOWN_MODELS),
+        default="t5-base,smollm2-135m",
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--only", help="a title, or how it begins (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="calls of each side (default: 3)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch chooses)")

@@ -5,8 +5,8 @@
 In some cases --offload keeps the rows in the memory of the CPU (on which everything is, here), or
 every two processes hold a copy. For each case, print the planned and the measured bytes of a
 process. The bytes are those that the allocator of the CPU was asked for, counted by PyTorch's
-profiler, so they are the same on every machine. The smallest peak of two steps counts, because
-gloo's threads sometimes hold a tensor for a moment longer.
+profiler, so they are the same on every machine. The smallest peak of five steps counts,
+because in some steps one more block is whole for a moment.
 """
 
 import argparse

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from minia3.training.device import available_devices, choose_device
+from tests.benchmarks.names import some_of
 from tests.gpu import measures, numbers, runs
 from tests.gpu.place import Place
 
@@ -41,7 +42,9 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--device", help="default: the first GPU; cpu: a dry run")
-    parser.add_argument("--only", default=",".join(CHECKS), help="default: %(default)s")
+    parser.add_argument(
+        "--only", type=some_of(CHECKS), default=",".join(CHECKS), help="default: %(default)s"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help="default: %(default)s")
     return parser
@@ -65,7 +68,7 @@ def main(argv=None):
     print(f"{place.name}, torch {torch.__version__}{', dry run' * place.is_dry}\n")
     print("| check | result | seconds |\n|---|---|---|", flush=True)
     started = time.perf_counter()
-    for name in args.only.split(","):
+    for name in args.only:
         result = {"result": "left out: the time is up"}
         if time.perf_counter() - started < args.seconds:
             result = run_check(name, place)

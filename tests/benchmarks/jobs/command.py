@@ -28,6 +28,7 @@ from tests.benchmarks.jobs.processes import Runner, run_job
 from tests.benchmarks.jobs.products import roof_flops
 from tests.benchmarks.jobs.training import grid, train
 from tests.benchmarks.machine import versions
+from tests.benchmarks.names import some_of
 
 JOBS = {"a": train, "b": grid, "c": label, "d": answer}
 MODELS = ("t5-base", "smollm2-135m")
@@ -46,10 +47,16 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks jobs", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "--jobs", default=",".join(JOBS), help="comma-separated letters (default: %(default)s)"
+        "--jobs",
+        type=some_of(JOBS),
+        default=",".join(JOBS),
+        help="comma-separated letters (default: %(default)s)",
     )
     parser.add_argument(
-        "--models", default=",".join(MODELS), help="comma-separated names (default: %(default)s)"
+        "--models",
+        type=some_of(MODELS),
+        default=",".join(MODELS),
+        help="comma-separated names (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=1, help="of each job (default: 1)")
     parser.add_argument(
@@ -87,8 +94,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         outcomes = {}
-        for name in args.models.split(","):
-            outcomes |= run_jobs(name, folder, setting, args.jobs.split(","))
+        for name in args.models:
+            outcomes |= run_jobs(name, folder, setting, args.jobs)
             if args.json:  # after each model, because the next one may fail
                 result = {"setting": asdict(setting), "jobs": outcomes}
                 args.json.write_text(json.dumps(result, indent=2) + "\n")
