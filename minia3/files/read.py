@@ -17,6 +17,8 @@ from pathlib import Path
 N_SHOWN = 300  # characters of a foreign message: some quote the whole file
 N_HEAD = 512  # bytes that tell an HTML page or a Git LFS pointer
 
+CHUNK = 1 << 20  # bytes that are read at a time to make a checksum
+
 # What `sample_digest` reads of a file: this many blocks of this many bytes
 N_SAMPLES = 256
 SAMPLE = 1 << 12
@@ -32,6 +34,15 @@ def read_json(path):
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def sha256(path):
+    """Return the checksum of a file, without reading it into memory as a whole."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sample_digest(paths):

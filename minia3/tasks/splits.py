@@ -1,7 +1,6 @@
 """Load a task: find or download its files, read them, and divide their rows into splits."""
 
 import difflib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minia3.files.read import sha256
 from minia3.tasks.columns import (
     ColumnFlags,
     Understanding,
@@ -42,9 +42,6 @@ from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.text_lines import MAX_ROW_BYTES
 
 N_FOLDS = 5
-
-
-CHUNK = 1 << 20  # bytes that are read at a time to make a checksum
 
 
 @dataclass
@@ -541,15 +538,6 @@ def load_published_split(
 
 
 # Every task
-
-
-def sha256(path: Path) -> str:
-    """Return the checksum of a file, without reading it into memory as a whole."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def note_hidden_labels(splits: Splits):

@@ -21,10 +21,9 @@ from pathlib import Path
 from minia3 import __version__
 from minia3.checkpoints.layout import local_weights
 from minia3.files.lock import lock_folder, remove_lock
-from minia3.files.read import read_json, reading, sample_digest
+from minia3.files.read import read_json, reading, sample_digest, sha256
 from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
-from minia3.tasks.splits import sha256
 from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option

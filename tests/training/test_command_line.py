@@ -98,6 +98,15 @@ def test_a_mistake_is_answered_before_torch_is_imported(command, message, no_tor
 
 
 @pytest.mark.slow
+def test_train_py_answers_a_mistake_before_numpy_is_imported(no_torch):
+    """It takes as long to import as all else that reads the flags."""
+    (no_torch / "numpy.py").write_text("raise SystemExit('numpy was imported')")
+    process = start([*SCRIPT, "--steps", "0"], no_torch, PYTHONPATH=f"{no_torch}{os.pathsep}{ROOT}")
+    message = "train.py: --steps is 0, expected at least 1\n"
+    assert (process.communicate(timeout=60), process.returncode) == (("", message), 2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [SCRIPT, MODULE, [*MODULE, "train"]])
 @pytest.mark.parametrize("word", ["--help", "--version"])
 def test_help_and_version_need_no_torch(command, word, no_torch):
