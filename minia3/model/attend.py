@@ -6,13 +6,15 @@ decoding, plain products are used in 16-bit dtypes, and in float32 for many rows
 kernel is slow there.
 
 Shapes: B batch, L query length, M memory length, H query heads, G key/value heads, N query heads
-per key/value head (H / G), K head width.
+per key/value head (H / G), Q queries of N heads (N * L), K head width.
 """
 
 import torch
 import torch.nn.functional as F
 
 LEAST_ROWS = 16  # with this many rows or more, plain products are faster in float32
+
+ALIGNMENT = 8  # a GPU reads this many entries of a bias at once
 
 
 def attend(q_BHLK, k_BGMK, v_BGMK, context, *, dropout=0.0, scale=1.0):
@@ -36,6 +38,8 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
     has_groups = False
     if q_BHLK.shape[1] != k_BGMK.shape[1]:
         has_groups = True
+    if has_groups and needs_equal_heads(q_BHLK, bias_BHLM):
+        return ungrouped(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale)
     return F.scaled_dot_product_attention(
         q_BHLK,
         k_BGMK,
@@ -46,6 +50,58 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
         scale=scale,
         enable_gqa=has_groups,
     )
+
+
+def needs_equal_heads(q_BHLK, bias_BHLM):
+    """Return whether PyTorch has no fused attention for query heads that share a key/value head.
+
+    On a GPU only flash attention has, which takes neither a bias nor float32. Without a kernel,
+    PyTorch would keep the scores of all pairs of tokens, in float32.
+    """
+    is_on_gpu = q_BHLK.device.type != "cpu"
+    return is_on_gpu and (bias_BHLM is not None or q_BHLK.dtype == torch.float32)
+
+
+def ungrouped(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
+    """Return what `fused` returns, with as many query heads as key/value heads.
+
+    The queries of the N heads that share a key/value head become Q = N * L queries of one head. So
+    the bias must be the same for all heads, and is repeated N times. With PyTorch's causal mask,
+    which does not suit such queries, keys and values are repeated instead.
+    """
+    n_sharing = q_BHLK.shape[1] // k_BGMK.shape[1]
+    if is_causal:
+        k_BHMK = k_BGMK.repeat_interleave(n_sharing, dim=1)
+        v_BHMK = v_BGMK.repeat_interleave(n_sharing, dim=1)
+        return fused(q_BHLK, k_BHMK, v_BHMK, bias_BHLM, is_causal, dropout, scale)
+    q_BGQK = q_BHLK.unflatten(1, (-1, n_sharing)).flatten(2, 3)
+    bias = bias_BHLM
+    if bias is not None and q_BHLK.shape[2] > 1:  # a bias of one row serves any number of queries
+        bias = aligned(bias.unsqueeze(2).expand(-1, -1, n_sharing, -1, -1)).flatten(2, 3)
+    out_BGQK = fused(q_BGQK, k_BGMK, v_BGMK, bias, is_causal, dropout, scale)
+    return out_BGQK.reshape(q_BHLK.shape)
+
+
+def zero_bias(shape, dtype, device):
+    """Return zeros (..., M) in the layout that fused attention needs of a bias on a GPU.
+
+    There the entries of a row must be neighbors, or PyTorch does not fuse attention. And a row must
+    begin at a multiple of ALIGNMENT, or PyTorch copies the bias in each block, and the backward
+    pass keeps all the copies. A CPU takes any layout.
+    """
+    n_columns = shape[-1]
+    n_spare = 0
+    if device.type != "cpu":
+        n_spare = -n_columns % ALIGNMENT
+    zeros = torch.zeros(*shape[:-1], n_columns + n_spare, dtype=dtype, device=device)
+    return zeros[..., :n_columns]
+
+
+def aligned(bias):
+    """Return a bias (..., M) in the layout of `zero_bias`."""
+    if bias.device.type == "cpu":
+        return bias
+    return zero_bias(bias.shape, bias.dtype, bias.device).copy_(bias)
 
 
 def can_attend_by_rows(context):

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from minia3.model.adapter_rows import find_rows
+from minia3.model.attend import aligned, zero_bias
 from minia3.model.packing import NO_PACKING
 from minia3.model.to_device import to_device
 
@@ -232,6 +233,9 @@ class State:
             if cache.read_cross_kv() is not None:
                 cross_kv = tuple(selection.rows_of(x) for x in cache.cross_kv)
             caches.append(Cache(kv, cross_kv, self.length))
+        memory_bias_B11M = selection.rows_of(self.memory_bias_B11M)
+        if memory_bias_B11M is not None:
+            memory_bias_B11M = aligned(memory_bias_B11M)
         return replace(
             self,
             start=self.start[selection.rows_R],
@@ -240,7 +244,7 @@ class State:
             token_M=selection.token_M,
             owner_M=selection.owner_M,
             mask_BM=selection.columns_of(self.mask_BM, axis=1),
-            memory_bias_B11M=selection.rows_of(self.memory_bias_B11M),
+            memory_bias_B11M=memory_bias_B11M,
             n_sharing=1,
         )
 
@@ -331,8 +335,7 @@ def check_bias(*shape):
 
 def mask_to_bias(mask, dtype):
     """Return a bias: 0 for True and -inf for False. dtype: that of the queries (see attend.py)."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(~mask, float("-inf"))
+    return zero_bias(mask.shape, dtype, mask.device).masked_fill_(~mask, float("-inf"))
 
 
 def check_start(source_BM, mask_BM, adapter, model):

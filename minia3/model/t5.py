@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minia3.model.attend import aligned
 from minia3.model.blocks import Attention, Block, FeedForward, RMSNorm
 from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import (
@@ -101,7 +102,9 @@ class Stack(nn.Module):
     def bias(self, i, bucket_LM, mask_bias):
         """Return (1 or B, H, L, M): the biases of table i, plus `mask_bias` if there is one."""
         bias_BHLM = self.positions[i](bucket_LM).permute(2, 0, 1).unsqueeze(0)
-        return bias_BHLM if mask_bias is None else bias_BHLM + mask_bias
+        if mask_bias is not None:
+            bias_BHLM = bias_BHLM + mask_bias
+        return aligned(bias_BHLM)  # once for all blocks
 
 
 def make_block(config, is_decoder, n_adapters):

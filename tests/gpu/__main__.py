@@ -25,6 +25,7 @@ CHECKS = {  # the quick ones first; whether they need a folder
     "waiting": (numbers.waiting, False),
     "copies": (numbers.copies, False),
     "attention": (numbers.attention, False),
+    "fused": (numbers.fused, False),
     "precision": (numbers.precision, False),
     "training": (numbers.training, False),
     "deterministic": (runs.deterministic, True),

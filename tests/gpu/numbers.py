@@ -145,6 +145,25 @@ def attention(place):
     return figures
 
 
+def fused(place):
+    """Training and decoding call no attention that PyTorch does not fuse.
+
+    An unfused one keeps the scores of all pairs of tokens, in float32.
+    """
+    kernels = list(KERNELS.values())
+    if not place.is_dry:  # a CPU fuses less
+        kernels.remove(SDPBackend.MATH)
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 7]]
+    with sdpa_kernel(kernels):
+        for name in NAMES:
+            for dtype in DTYPES.values():
+                model = place.model(name, dtype)
+                for n_choices in (1, 2):
+                    place.gradients(model, place.batch(model, LENGTHS, n_choices))
+                generate(model, Numbers(), prompts, max_new_tokens=4)
+    return {"calls that are not fused": 0}
+
+
 def cases(place):
     """Return name -> the arguments of `attend`, at lengths that suit no kernel especially."""
     generator = torch.Generator(place.device).manual_seed(0)

@@ -1,5 +1,6 @@
 """A single query on a CPU gets our own attention, in 16 bits or with many rows. PyTorch computes
-everything else, and a padded batch of long rows row by row.
+everything else, and a padded batch of long rows row by row. On a GPU, it is asked for nothing that
+it would not fuse.
 """
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from batches import batch_of, gradients, same
 
+from minia3.inference.scoring import choice_logprobs
 from minia3.model import attend as attend_module
 from minia3.model import packing
 from minia3.model.attend import LEAST_ROWS, attend
 from minia3.model.packing import LEAST_COLUMNS, Packing
 from minia3.model.sequence_state import Context, mask_to_bias
+from minia3.model.static_state import StaticState
 
 HEADS_AND_BIASES = [
     (4, 4, None),
@@ -199,3 +202,78 @@ def test_a_model_has_the_same_gradients_row_by_row_and_at_once(name, loaded, mon
 )
 def test_other_batches_are_computed_at_once(mask_BL, device):
     assert Packing(mask_BL, torch.device(device)).lengths is None
+
+
+# On a GPU
+
+
+def is_fused(q_BHLK, k_BGMK, v_BGMK, attn_mask, enable_gqa, **_):
+    """Return whether PyTorch has a fused kernel on CUDA that reads the bias where it is.
+
+    Flash attention alone has groups of heads, and takes neither a bias nor float32. The others need
+    a bias whose rows are contiguous, and copy it unless rows begin at multiples of 8.
+    """
+    if attn_mask is None:
+        return not (enable_gqa and q_BHLK.dtype == torch.float32)
+    *strides, last_stride = attn_mask.stride()
+    return not enable_gqa and last_stride == 1 and all(stride % 8 == 0 for stride in strides)
+
+
+@pytest.fixture
+def fused_or_not(monkeypatch):
+    """Whether each call of PyTorch's attention is fused on a GPU."""
+    found = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*qkv, **options):
+        found.append(is_fused(*qkv, **options))
+        return original(*qkv, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n_choices", [1, 2])
+@pytest.mark.parametrize("name", ["t5-v1.0", "umt5", "llama-gqa", "mistral"])
+def test_on_a_gpu_every_call_in_training_is_fused(name, n_choices, dtype, loaded, fused_or_not):
+    model = loaded(name, dtype=dtype).to("meta").train()
+    for lengths in ((9, 5, 1), (7, 7, 7)):
+        choice_logprobs(model, batch_of(lengths, n_choices)).sum().backward()
+    assert set(fused_or_not) == {True}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
+def test_on_a_gpu_every_call_in_decoding_is_fused(name, dtype, loaded, fused_or_not):
+    model = loaded(name, dtype=dtype).to("meta")
+    batch = batch_of((9, 5, 1))
+    with torch.no_grad():
+        for mask_BM in (batch.mask_BM, None):
+            state = model.start(batch.source_BM.to("meta"), mask_BM).repeat(2)
+            for _ in range(3):
+                model.step(state.start, state)
+            state = StaticState.make(state, 3)
+            model.step(state.start, state)
+    assert set(fused_or_not) == {True}
+
+
+@pytest.mark.parametrize(("n_queries", "is_causal"), [(1, False), (3, False), (5, True)])
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(6, 2), (3, 1)])
+def test_heads_without_groups_have_the_same_results(n_heads, n_kv_heads, n_queries, is_causal):
+    torch.manual_seed(2)
+    options = {"dtype": torch.float64, "requires_grad": True}
+    q_BHLK = torch.randn(2, n_heads, n_queries, 8, **options)
+    k_BGMK = torch.randn(2, n_kv_heads, 5, 8, **options)
+    v_BGMK = torch.randn(2, n_kv_heads, 5, 8, **options)
+    bias_B1LM = None
+    if not is_causal:
+        bias_B1LM = torch.randn(2, 1, n_queries, 5, dtype=torch.float64)
+    qkv = (q_BHLK, k_BGMK, v_BGMK)
+    found, expected = (
+        function(*qkv, bias_B1LM, is_causal, 0.0, 0.3)
+        for function in (attend_module.ungrouped, attend_module.fused)
+    )
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(found.shape, dtype=torch.float64)
+    same(torch.autograd.grad(found, qkv, grad), torch.autograd.grad(expected, qkv, grad))

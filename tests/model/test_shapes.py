@@ -289,6 +289,14 @@ def use_adapters(model, tokenizer, folder):
     minia3.rank(model, tokenizer, PROMPTS, ["w3", "w4 w5"], adapter=ADAPTER_OF_PROMPTS)
 
 
+def run_elsewhere(model):
+    """Score targets on another device than the CPU, without values."""
+    model.to("meta")
+    for mask in (MASK, None):
+        state = model.start(SOURCE.to("meta"), mask).repeat(N_CHOICES)
+        minia3.logprobs(model, state, TARGET.repeat_interleave(N_CHOICES, 0).to("meta"))
+
+
 def plan(model):
     planned_memory(model.config, torch.float32, N_ROWS, N_SOURCE, True)
     step_shape = StepShape(N_ROWS, N_SOURCE, N_CHOICES, N_TARGET)
@@ -326,6 +334,7 @@ def watch(loaded, tmp_path_factory):
             train_and_write(loaded(name, n_adapters=3), word_tokenizer(ends=False))
         for name in ("t5-v1.0", "llama-gqa"):  # which run as above, on tensors without values
             plan(loaded(name))
+            run_elsewhere(loaded(name))
         use_quantized(loaded("t5-v1.0", quantize="int8"))
         out = tmp_path_factory.mktemp("run")
         assert running.run(running.words(out, steps=1)) == 0
