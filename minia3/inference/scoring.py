@@ -32,7 +32,7 @@ from minia3.model.packing import NO_PACKING, Packing
 from minia3.model.sequence_state import as_numbers, check_mask
 from minia3.model.shard import compare_passes, is_sharded
 from minia3.model.target_logprobs import target_logprobs
-from minia3.model.to_device import cpu_as_default, to_device
+from minia3.model.to_device import cpu_as_default, start_reading, to_device
 from minia3.tasks.batches import collate, join
 from minia3.tasks.examples import encode_example
 from minia3.tasks.limits import check_ids, equal_choices
@@ -260,16 +260,17 @@ def scored_batches(model, examples, adapter, batch_size):
     """Yield (indices of rows, Batch, log-probabilities (B, C, L) on the CPU) for all examples.
 
     Reading the log-probabilities waits for a GPU, so the GPU gets the next batch to compute first.
+    Their copy is asked for before that batch, because a GPU does everything in order.
     """
 
     def compute():
         lengths = [len(example.source) for example in examples]
         for rows, adapters in batches_by_length(lengths, adapter, batch_size):
             batch = collate([examples[row] for row in rows])
-            yield rows, batch, choice_logprobs(model, batch, adapters)
+            yield rows, batch, start_reading(choice_logprobs(model, batch, adapters))
 
-    for rows, batch, logp_BCL in one_ahead(compute()):
-        yield rows, batch, logp_BCL.cpu()
+    for rows, batch, read in one_ahead(compute()):
+        yield rows, batch, read()
 
 
 def check_finite(scores_NC):

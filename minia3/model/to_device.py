@@ -1,5 +1,8 @@
 """Copy what the CPU has prepared to the device of a model, without waiting for the copy.
 
+    to_device        to the device
+    start_reading    back to the CPU, so that only this copy is waited for
+
 What a GPU computes is a queue, and the CPU fills it ahead of time. A copy that the CPU waits for
 lets the queue run empty, because such a copy begins only when all work before it is done. A copy
 within the queue would let the GPU wait instead. So copies to a CUDA GPU have a queue (a stream) of
@@ -54,3 +57,23 @@ def copy_on_side_stream(x, device):
 def side_stream(device):
     """Return the stream on which copies to a CUDA device are made."""
     return torch.cuda.Stream(device)
+
+
+def start_reading(x):
+    """Begin to copy x to the CPU. Return a function that waits for the copy, and returns it.
+
+    A CUDA GPU may be given other work before the function is called. `x.cpu()` would come after
+    that work in the GPU's queue, and so wait for it, too.
+    """
+    if x.device.type != "cuda":
+        return x.cpu
+    copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    is_there = torch.cuda.Event()
+    is_there.record(torch.cuda.current_stream(x.device))
+
+    def read():
+        is_there.synchronize()
+        return copy
+
+    return read

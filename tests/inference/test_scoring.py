@@ -609,25 +609,33 @@ def test_tokens_that_are_not_scored_are_read(loaded):
 
 
 def test_the_next_batch_is_computed_before_the_scores_of_one_are_read(both, monkeypatch):
-    """Reading waits for a GPU, which must have something to do meanwhile."""
+    """Reading waits for a GPU, which must have something to do meanwhile.
+
+    A copy is asked for before the next batch, because a GPU would make it after that batch.
+    """
     events = []
 
-    class OnGpu:
-        def __init__(self, logp_BCL, number):
-            self.logp_BCL = logp_BCL
-            self.number = number
-
-        def cpu(self):
-            events.append(f"read {self.number}")
-            return self.logp_BCL
+    def note(event):
+        number = sum(other.startswith(event) for other in events)
+        events.append(f"{event} {number}")
 
     def compute(model, batch, adapter):
-        number = sum(event.startswith("compute") for event in events)
-        events.append(f"compute {number}")
-        return OnGpu(choice_logprobs(model, batch, adapter), number)
+        note("compute")
+        return choice_logprobs(model, batch, adapter)
+
+    def start_reading(logp_BCL):
+        note("copy")
+
+        def read():
+            note("read")
+            return logp_BCL
+
+        return read
 
     examples = [Example([3, 4, 5], [[6], [7]], 0)] * 5
     expected = score_examples(both.model, examples, batch_size=2)
     monkeypatch.setattr("minia3.inference.scoring.choice_logprobs", compute)
+    monkeypatch.setattr("minia3.inference.scoring.start_reading", start_reading)
     assert torch.equal(score_examples(both.model, examples, batch_size=2), expected)
-    assert events == ["compute 0", "compute 1", "read 0", "compute 2", "read 1", "read 2"]
+    turns = ["compute 0, copy 0", "compute 1, copy 1", "read 0", "compute 2, copy 2", "read 1"]
+    assert ", ".join(events) == ", ".join([*turns, "read 2"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minia3.model import to_device as module
-from minia3.model.to_device import to_device
+from minia3.model.to_device import start_reading, to_device
 
 
 class Copied:
@@ -107,3 +107,47 @@ def test_each_device_has_one_stream_for_its_copies(calls):
         "in stream 2 of cuda:1",
         "in stream 1 of cuda:0",
     ]
+
+
+# Reading
+
+
+class Pinned:
+    """Memory of the CPU that notes what is copied into it."""
+
+    def __init__(self, calls, **options):
+        assert options == {"dtype": torch.float32, "device": "cpu", "pin_memory": True}
+        self.calls = calls
+
+    def copy_(self, x, non_blocking):
+        assert non_blocking
+        self.calls.append("copied without waiting")
+
+
+class Event:
+    """An event of CUDA that notes what is asked of it."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def record(self, stream):
+        self.calls.append(f"event after {stream.name}")
+
+    def synchronize(self):
+        self.calls.append("waited for the event")
+
+
+def test_reading_from_cuda_waits_for_the_copy_and_for_nothing_later(calls, monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: Pinned(calls, **options))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(calls))
+    x = SimpleNamespace(device=torch.device("cuda:1"), shape=(2, 3), dtype=torch.float32)
+    read = start_reading(x)
+    begun = ["copied without waiting", "event after the computing stream"]
+    assert calls == begun
+    assert isinstance(read(), Pinned)
+    assert calls == [*begun, "waited for the event"]
+
+
+def test_elsewhere_reading_is_a_plain_copy():
+    x = torch.arange(3)
+    assert start_reading(x)() is x
