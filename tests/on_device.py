@@ -11,6 +11,7 @@ import pickle
 import sys
 import tempfile
 import traceback
+from numbers import Number
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,16 @@ def register(data):
         exchange.__set__(tensor, new)
         tensor.raw = new.raw
 
+    # On CUDA, a number that is written into one entry is a tensor on the CPU, which is copied.
+    write = torch.Tensor.__setitem__
+
+    def set_item(tensor, index, value):
+        if isinstance(value, Number) and tensor[index].dim() == 0:
+            count(COPY_IN)
+        write(tensor, index, value)
+
     sim.SimulatedTensor.data = property(exchange.__get__, set_data)
+    sim.SimulatedTensor.__setitem__ = set_item
     sim.run = look_and_run
     sim.count = count
 

@@ -9,6 +9,7 @@ import io
 import json
 from collections import Counter
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -26,12 +27,15 @@ from on_device import (
 )
 from running import TIMES, events, metrics, model, run, task, words
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minia3
 from minia3.cli.main import main
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import pad
+from minia3.training.checkpoint import copy_values
 from minia3.training.group import Group
+from minia3.training.replicas import sum_step
 
 pytestmark = pytest.mark.slow
 
@@ -387,12 +391,16 @@ STEPS = [
     ("llama", {}, 11),
     ("llama", {"seed": "0,1"}, 11),
     ("llama", {"seed": "0,1,2,3,4"}, 11),
+    ("t5-wide", {"quantize": "int8"}, 8),
+    ("t5-wide", {"quantize": "nf4"}, 8),
 ]
 
 
 def test_a_step_waits_for_nothing_and_reads_nothing(tmp_path):
     cases = {}
     for i, (name, flags, _) in enumerate(STEPS):
+        if "nf4" in flags.values() and find_spec("bitsandbytes") is None:
+            continue
         common = {"model": model(name), "task": task(), "dtype": "float32"}
         cases[i] = (tmp_path / f"{i}", {**common, **flags})
     found, _ = on_sim(in_turns, "sim", count_of_a_step, cases)
@@ -406,6 +414,57 @@ def test_the_losses_of_all_steps_and_adapters_are_read_at_once_when_a_line_is_du
     flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 12, "seed": seed}
     _, counts = on_sim(trained, "sim", tmp_path, flags)
     assert counts[READ, "log.py"] == len(events(tmp_path / "sim", "train")) == 3
+
+
+def summed(device):
+    """Return what `sum_step` makes of one process's gradients and losses, on a device."""
+    tables = [torch.nn.Parameter(torch.ones(2, 3, device=device)) for _ in range(4)]
+    for table in tables:
+        table.grad = torch.full((2, 3), 2.0, device=device)
+    loss_A = torch.ones(2, device=device)
+    signal = sum_step(tables, loss_A, 3, 15)
+    counts = Counter(COUNTS)
+    return signal, [table.grad.cpu() for table in tables], loss_A.cpu(), counts
+
+
+def test_processes_read_each_other_s_reports_at_once_and_wait_for_nothing_else():
+    (*found, counts), _ = on_sim(summed, "sim")
+    same(found, list(summed("cpu")[:3]))
+    assert total(counts, READ, COPY_OUT) == 1
+    assert (total(counts, COPY_IN), total(counts, COPY_IN_AT_ONCE)) == (0, 1)
+
+
+@pytest.mark.parametrize("seed", ["0", "0,1"])
+def test_an_evaluation_reads_once_for_each_adapter_whether_it_is_finite(seed, tmp_path):
+    flags = {**EVALUATING, "model": model("t5"), "task": task(), "seed": seed, "save_every": 100}
+    _, counts = on_sim(trained, "sim", tmp_path, flags)
+    n_evaluations = len(events(tmp_path / "sim", "eval"))
+    n_adapters = len(seed.split(","))
+    assert n_evaluations == 2 * n_adapters
+    # One more for each adapter, at the end of training.
+    assert counts[READ, "checkpoint.py"] == n_evaluations + n_adapters
+
+
+def n_copies_of_one(device):
+    """Return how many operations copy a tensor when the values of a parameter are copied."""
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        (copy,) = copy_values({"name": parameter}).values()
+    assert copy.device.type == "cpu"
+    assert copy.data_ptr() != parameter.data_ptr()
+    return sum("copy" in name or "clone" in name for name in names)
+
+
+def test_values_are_copied_once_for_a_checkpoint():
+    on_cpu, found, _ = on_both(n_copies_of_one)
+    assert (on_cpu, found) == (1, 1)
 
 
 def test_the_line_about_the_device_names_it(tmp_path):

@@ -119,10 +119,11 @@ class NF4Linear(QuantizedLinear):
         functions = bitsandbytes_functions()
         n_outputs, n_codes = codes_OC.shape
         known_dtype = torch.float32 if dtype == torch.float64 else dtype
+        # Without `code`, the table of levels: the kernel has its own, and another one would have to
+        # be copied to a GPU for each product.
         state = functions.QuantState(
             absmax=scale_ON.flatten().float(),
             shape=torch.Size((n_outputs, 2 * n_codes)),
-            code=functions.get_4bit_type("nf4", device=codes_OC.device),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=known_dtype,

@@ -179,7 +179,10 @@ def reopen_cells(group_state):
 
 def copy_values(parameters):
     """Return copies on the CPU: name to tensor."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+    copies = {}
+    for name, parameter in parameters.items():
+        copies[name] = parameter.detach().to("cpu", copy=True)
+    return copies
 
 
 def on_cpu(state):
@@ -206,7 +209,11 @@ def set_values(parameters, saved):
 
 
 def all_finite(parameters):
-    return all(bool(parameter.isfinite().all()) for parameter in parameters.values())
+    """Return whether all numbers of all parameters are finite. This waits for a GPU once."""
+    if not parameters:
+        return True
+    are_finite = [parameter.isfinite().all() for parameter in parameters.values()]
+    return bool(torch.stack(are_finite).all())
 
 
 def random_state(device):

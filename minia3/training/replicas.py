@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from minia3.files.processes import add_over_processes, n_processes, rank
+from minia3.model.to_device import to_device
 
 
 def share_of_step(pairs, size):
@@ -51,16 +52,18 @@ def sum_step(parameters, loss_A, n_parts, signal):
     processes have not read the same number of parts.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    reports = loss_A.new_zeros(2, n_processes())
+    # Made on the CPU, because writing a number into a tensor of a GPU waits for the GPU.
+    reports = torch.zeros(2, n_processes(), dtype=loss_A.dtype, device="cpu")
     reports[0, rank()] = n_parts
     reports[1, rank()] = signal or 0
+    reports = to_device(reports, loss_A.device)
     pieces = [*gradients, loss_A, reports]
     flat = torch.cat([piece.flatten() for piece in pieces])  # in the widest of their dtypes
     add_over_processes(flat)
 
     sums = flat.split([piece.numel() for piece in pieces])
-    for piece, total in zip(pieces, sums, strict=True):
-        piece.copy_(total.view(piece.shape))
+    shaped = [total.view(piece.shape) for piece, total in zip(pieces, sums, strict=True)]
+    torch._foreach_copy_(pieces, shaped)
     # This waits for a GPU, because all processes must stop before the same update.
     n_parts_of_each, signals = reports.int().tolist()
     if len(set(n_parts_of_each)) > 1:
