@@ -48,10 +48,18 @@ class Shards(NamedTuple):
         """Return a weight as a DTensor. rows: what this process holds of it. shape: of all rows."""
         from torch.distributed.tensor import DTensor, Shard
 
+        # `from_local` moves rows to the device of the mesh, also those that --offload keeps on the
+        # CPU. It does not move rows without values.
+        are_elsewhere = rows.device.type != self.mesh.device_type
+        local = rows.to("meta") if are_elsewhere else rows
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            rows, self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        weight = DTensor.from_local(
+            local, self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
         )
+        if are_elsewhere:
+            weight = torch.empty_like(weight, device=rows.device)
+            weight.to_local().copy_(rows)
+        return weight
 
 
 def shard(model, shards):

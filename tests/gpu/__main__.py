@@ -31,6 +31,7 @@ CHECKS = {  # the quick ones first; whether they need a folder
     "deterministic": (runs.deterministic, True),
     "out_of_memory": (runs.out_of_memory, True),
     "all_cards": (runs.all_cards, True),
+    "divided": (runs.divided, True),
     "compiled": (numbers.compiled, False),
     "cuda_graphs": (numbers.cuda_graphs, False),
     "performance": (measures.performance, False),

@@ -93,22 +93,50 @@ def out_of_memory(place, folder):
 
 def all_cards(place, folder):
     """All devices of this machine together (NCCL on CUDA) train what one of them trains."""
+    return compare_losses(place, folder, {"several": all_devices(place)})
+
+
+def divided(place, folder):
+    """A base that all devices divide, or that one keeps in the CPU's memory, trains as a whole."""
+    ways = {
+        "offloaded": ["train.py", "--offload", "--device", place.device],
+        "divided": [*all_devices(place), "--shard"],
+    }
+    return compare_losses(place, folder, ways)
+
+
+def all_devices(place):
+    """Return the words for Python that train on all devices of this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", place.n_devices]
+    return [*torchrun, "train.py", "--device", place.device.type]
+
+
+def compare_losses(place, folder, ways):
+    """Train a few steps in each way, and expect the losses of a plain run on one device.
+
+    ways: name -> words for Python.
+    """
     flags = ["--task", few_rows(folder), "--steps", 6, "--dtype", "float32"]
     flags += ["--dropout", 0, "--batch-size", 8]
-    one = folder / "one"
-    expect_success(run_python("train.py", *flags, "--device", place.device, "--out", one))
-    several = folder / "several"
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", place.n_devices]
-    start = time.perf_counter()
-    command = [*torchrun, "train.py", *flags, "--device", place.device.type, "--out", several]
-    expect_success(run_python(*command, timeout=240))
-    seconds = time.perf_counter() - start
-    losses = [line["loss"] for line in read_lines(one) if "loss" in line]
-    found = [line["loss"] for line in read_lines(several) if "loss" in line]
-    difference = max(abs(a - b) for a, b in zip(losses, found, strict=True))
-    if not difference <= 1e-4:
-        raise AssertionError(f"losses of one process {losses}, of several {found}")
-    return {"processes": place.n_devices, "losses differ by": difference, "seconds": seconds}
+    expect_success(
+        run_python("train.py", *flags, "--device", place.device, "--out", folder / "one")
+    )
+    losses = losses_of(folder / "one")
+    figures = {"processes": place.n_devices}
+    for name, words in ways.items():
+        start = time.perf_counter()
+        expect_success(run_python(*words, *flags, "--out", folder / name, timeout=240))
+        figures[f"{name}, seconds"] = time.perf_counter() - start
+        found = losses_of(folder / name)
+        difference = max(abs(a - b) for a, b in zip(losses, found, strict=True))
+        if not difference <= 1e-4:
+            raise AssertionError(f"losses of a plain run {losses}, {name} {found}")
+        figures[f"{name}, losses differ by"] = difference
+    return figures
+
+
+def losses_of(folder):
+    return [line["loss"] for line in read_lines(folder) if "loss" in line]
 
 
 def expect_success(done):

@@ -136,6 +136,21 @@ def test_a_process_alone_keeps_its_rows_on_the_cpu(peer):
 # One choice, or several
 
 
+def rows_beside_a_mesh_of_another_device():
+    """Return rows on the CPU as a part of a weight whose mesh is of another kind of device."""
+    shards = my_shards(offload=True)
+    name = "_device_type" if hasattr(shards.mesh, "_device_type") else "device_type"
+    setattr(shards.mesh, name, "meta")  # in the place of "cuda"
+    weight = shards.join(torch.arange(6.0).view(3, 2), (3, 2))
+    return tuple(weight.shape), weight.device.type, weight.to_local()
+
+
+def test_offloaded_rows_stay_on_the_cpu_whatever_the_device_that_computes():
+    ((shape, device, rows),) = on_ranks(1, rows_beside_a_mesh_of_another_device)
+    assert (shape, device) == ((3, 2), "cpu")
+    assert rows.tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
 def batch_with_choices(n_choices):
     """Return a batch whose examples have only the first `n_choices` of three choices."""
     batch = batch_of(LENGTHS, 3)
