@@ -473,7 +473,7 @@ def compile_step(model, state, backend="inductor"):
 
     # torch compiles a step for each shape of a batch. Beyond a limit, it compiles no more.
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    for x in state.tensors_in_place():
+    for x in state.tensors_that_stay():
         # Otherwise torch would copy them before each step, or not use a CUDA graph at all.
         torch._dynamo.mark_static_address(x)
     options = {"mode": "reduce-overhead"} if backend == "inductor" else {}

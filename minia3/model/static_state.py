@@ -86,9 +86,11 @@ class StaticState(State):
         """Return (1, M) bool: the columns that are filled, with that of the current token."""
         return (self.token_M <= self.column_1)[None]
 
-    def tensors_in_place(self):
-        """Return the tensors that steps change in place, so that their addresses stay."""
-        changed = [self.column_1]
+    def tensors_that_stay(self):
+        """Return all tensors that a step reads, or changes in place. Their addresses stay."""
+        tensors = [self.column_1, self.token_M, self.mask_BM, self.adapter_B]
+        if self.memory_bias_B11M is not None:
+            tensors.append(self.memory_bias_B11M)
         for cache in self.caches:
-            changed += cache.kv
-        return changed
+            tensors += [*cache.kv, *(cache.cross_kv or ())]
+        return tensors

@@ -45,7 +45,7 @@ def test_static_shapes_change_no_token(options, model, tokenizer, monkeypatch):
     steps = []
 
     def plain_step(model, state):
-        steps.append([x.shape for x in state.tensors_in_place()])
+        steps.append([x.shape for x in state.tensors_that_stay()])
         return model.step
 
     monkeypatch.setattr(decoding, "compile_step", plain_step)
@@ -90,6 +90,26 @@ def test_the_state_that_it_starts_from_stays(model):
         found.append(model.step(token, static))
         expected = [model.step(token, state), model.step(token, state)]
     torch.testing.assert_close(torch.cat(found), torch.cat(expected))
+
+
+def tensors_of(state):
+    """Return the tensors of a state and of its caches, but for those that no step reads."""
+    values = [value for name, value in vars(state).items() if name not in ("start", "owner_M")]
+    for cache in state.caches:
+        values += [cache.column_1, *cache.kv, *(cache.cross_kv or ())]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.slow
+def test_no_tensor_of_a_state_is_copied_for_each_step(model):
+    """A CUDA graph copies its inputs, unless torch knows that their addresses stay."""
+    source = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    with torch.no_grad():
+        state = model.start(source, source > 0)
+        model.step(state.start, state)
+        state = decoding.StaticState.make(state, 2)
+        decoding.compile_step(model, state, backend="eager")
+    assert all(hasattr(x, "_dynamo_static_input_type") for x in tensors_of(state))
 
 
 def test_a_beam_search_is_not_compiled(model, tokenizer):
