@@ -351,6 +351,8 @@ def check_start(source_BM, mask_BM, adapter, model):
         check_mask(mask_BM, tuple(source_BM.shape))
     numbers = adapter_numbers(adapter, len(source_BM))
     rows = find_rows(numbers, model)
+    if len(set(rows)) == 1:
+        rows = rows[:1]  # because a single row need not be looked up for each token
     return to_device(torch.tensor(rows, device="cpu"), source_BM.device)
 
 

@@ -665,6 +665,18 @@ def test_a_source_or_mask_that_cannot_be_started_is_refused(models, name, source
         models[name].start(source, mask)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_that_all_rows_share_is_looked_up_once(models, name):
+    """Otherwise the vectors of each token are looked up, if there is padding."""
+    model = models[name]
+    source = tokens(4, 4)
+    states = [model.start(source, MASK, adapter) for adapter in (1, torch.tensor([1] * 4))]
+    assert [state.adapter_B.tolist() for state in states] == [[1], [1]]
+    expected, found = (model.step(state.start, state) for state in states)
+    assert torch.equal(found, expected)
+    assert model.start(source, MASK, [1, 1, 0, 1]).adapter_B.tolist() == [1, 1, 0, 1]
+
+
 @pytest.mark.parametrize("adapter", ["rte", ["rte", "cb"], ["rte", None], [None, 1], [[0], 1]])
 def test_adapters_that_are_no_numbers_are_refused(models, adapter):
     message = r"adapter is .*, expected rows of the model \(Adapters.rows returns the rows of names"
