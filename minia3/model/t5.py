@@ -147,14 +147,18 @@ def cross_cache(cross, memory, context):
     way, so it holds the gradients of one block's keys and values at a time, and not those of all
     blocks.
     """
-    make_cross_kv = functools.partial(cross.kv, memory, context)
     if not torch.is_grad_enabled():
         # contiguous, because every step of decoding reads them
-        return Cache(cross_kv=tuple(x.contiguous() for x in make_cross_kv()))
+        return Cache(cross_kv=tuple(x.contiguous() for x in cross.kv(memory, context)))
+
     # All steps share them, also those of states that are made from this one. So they are made once,
     # and have gradients even if the first step has none.
-    with_gradients = torch.inference_mode(False)(torch.enable_grad()(make_cross_kv))
-    return Cache(make_cross_kv=functools.cache(with_gradients))
+    @functools.cache
+    def make_cross_kv():
+        with torch.inference_mode(False), torch.enable_grad():
+            return cross.kv(memory, context)
+
+    return Cache(make_cross_kv=make_cross_kv)
 
 
 class T5(nn.Module):

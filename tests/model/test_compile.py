@@ -65,3 +65,32 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_model(name, loaded):
     # T5's encoder has nothing that its decoder does not have, and each block takes seconds.
     compile_blocks(getattr(model, "decoder", model), "aot_eager")
     same(gradients(model, batch), expected)
+
+
+class Logits(torch.nn.Module):
+    """A user's own module around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, source):
+        state = self.model.start(source)
+        return self.model.step(state.start, state)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_a_module_around_a_model_may_be_compiled_as_a_whole(name, loaded):
+    model = first_blocks(loaded(name, seed=0))
+    minia3.freeze(model)
+    source = torch.arange(2, 14).view(2, 6)
+    results = []
+    for module in (Logits(model), torch.compile(Logits(model), backend="eager")):
+        logits = module(source)
+        logits.square().sum().backward()
+        results.append([vector.grad.clone() for vector in minia3.vectors(model).values()])
+        model.zero_grad()
+    plain, compiled = results
+    for expected, found in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(found, expected)
