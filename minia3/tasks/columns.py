@@ -6,6 +6,7 @@ understood. COLUMN_SETS is the table of the usual names. What the user says (--i
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -76,6 +77,21 @@ COLUMN_SETS = (
 EXPECTED = "text,label; premise,hypothesis,label; input,target; instruction,input,output; messages"
 # Columns that are used under these names, whatever the others are.
 SPECIAL = ("idx", "adapter")
+# What the names of columns with answers often contain, the likeliest first.
+ANSWER_WORDS = (
+    "answer",
+    "response",
+    "output",
+    "completion",
+    "target",
+    "tgt",
+    "label",
+    "sentiment",
+    "category",
+    "class",
+    "summary",
+)
+N_FIRST_ROWS = 20  # at which a message looks, to say what the columns hold
 # Names that our rows have for something else than a text. If a prompt uses such a column, then the
 # column gets another name.
 RESERVED = ("label", "idx", "messages")
@@ -559,6 +575,12 @@ class Columns:
         hint = ""
         # pandas and R write the number of a row into a column without a name.
         named = [name for name in self.folded if name]
+        conversation = self.find_conversation(self.found)
+        if conversation is not None:
+            return (
+                f"{conversation!r} holds conversations: call the column 'messages', and write "
+                "each message as {'role': 'user', 'content': 'a text'}"
+            )
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
             unknown = [name for name in named if name not in column_set.names]
@@ -572,33 +594,75 @@ class Columns:
                 break
         return hint + self.advise_flags([self.folded[name] for name in named])
 
-    def advise_flags(self, columns: Iterable[str]) -> str:
+    def advise_flags(self, columns: Sequence[str]) -> str:
         """Return the flags that say which columns are the input and the target."""
+        lengths = self.text_lengths(columns)
         # The longest texts are the input, most of the time.
-        with_texts = [name for name in columns if self.length_of(name) > 0]
-        longest = sorted(with_texts, key=self.length_of, reverse=True)[:2]
+        longest = sorted(lengths, key=lengths.get, reverse=True)
         if len(longest) < 2:
             return "add a column with the answers"
-        for column in longest:
+        target = find_answer(lengths) or longest[1]
+        source = next(place for place in longest if place != target)
+        for column in (source[0], target[0]):
             if not can_name(column):
                 return (
                     f"rename the column {column!r} (in braces, a name has none of . : ! [ ] {{ }} "
                     "and is not a number), and say which is which with --input and --target"
                 )
-        input_column, target_column = (repr(name)[1:-1] for name in longest)
+        source_text, target_text = (repr("".join(place))[1:-1] for place in (source, target))
         return (
-            f'say which is which with --input "{{{input_column}}}" --target "{{{target_column}}}", '
+            f'say which is which with --input "{{{source_text}}}" --target "{{{target_text}}}", '
             "and add --labels WORD,WORD if the target is one of a few words"
         )
 
-    def length_of(self, name: str) -> int:
-        """Return how long the texts and numbers of a column are, in the first rows.
+    def text_lengths(self, columns: Sequence[str]) -> dict[tuple[str, str], int]:
+        """Return how long the texts and numbers of each column are, in the first rows.
 
-        Lists and objects count nothing, because a prompt cannot name them, only their items.
+        The keys are a column and nothing, or a column with objects and the place of an item in
+        brackets. Lists count nothing, because a prompt can name only their items.
         """
-        values = [row.get(name) for row in self.rows[:20]]
-        texts = [value for value in values if isinstance(value, str | int | float)]
-        return sum(len(str(value)) for value in texts if not isinstance(value, ChoicesCell))
+        lengths = Counter()
+        for row in self.rows[:N_FIRST_ROWS]:
+            for column in columns:
+                for item, value in cell_items(row.get(column)):
+                    lengths[column, item] += len(str(value))
+        return {place: length for place, length in lengths.items() if length > 0}
+
+    def find_conversation(self, columns: Iterable[str]) -> str | None:
+        """Return the first column with lists of objects that look like messages, or None."""
+        for column in columns:
+            cells = [row.get(column) for row in self.rows[:N_FIRST_ROWS]]
+            if any(is_conversation(cell) for cell in cells):
+                return column
+        return None
+
+
+def cell_items(cell) -> list[tuple[str, object]]:
+    """Return the texts and numbers of a cell, each after its place: "", or "[de]" in an object."""
+    items = [("", cell)]
+    if isinstance(cell, dict):
+        items = [(f"[{key}]", value) for key, value in cell.items() if can_name(key)]
+    return [
+        (place, value)
+        for place, value in items
+        if isinstance(value, str | int | float) and not isinstance(value, ChoicesCell)
+    ]
+
+
+def is_conversation(cell) -> bool:
+    """Return whether a cell is a list of messages, under OpenAI's names or under ShareGPT's."""
+    if not isinstance(cell, list) or not cell or not isinstance(cell[0], dict):
+        return False
+    return {"role", "content"} <= cell[0].keys() or {"from", "value"} <= cell[0].keys()
+
+
+def find_answer(places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
+    """Return the first place whose name is one that answers have, or None."""
+    for word in ANSWER_WORDS:
+        for column, item in places:
+            if word in fold(column + item):
+                return column, item
+    return None
 
 
 def roots_of(texts: Iterable[str]) -> list[str]:

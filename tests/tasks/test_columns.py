@@ -654,6 +654,25 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
             {"context": "so bad", "question": "x", "answers": {"text": ["a long text"]}},
             'say which is which with --input "{context}" --target "{question}", and add --labels',
         ),
+        ({"prompt": "a", "response": "a long text"}, '--input "{prompt}" --target "{response}"'),
+        (
+            {"instruction": "so", "context": "a text", "response": "longer", "category": "x"},
+            '--input "{context}" --target "{response}"',
+        ),
+        ({"text": "so bad", "id": "a1b2", "target": 1}, '--input "{text}" --target "{target}"'),
+        (
+            {"translation": {"de": "schlecht", "en": "bad", "a.b": "a long text"}},
+            '--input "{translation[de]}" --target "{translation[en]}"',
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}], "id": "a long text"},
+            "'conversations' holds conversations: call the column 'messages', and write each "
+            "message as {'role': 'user', 'content': 'a text'}",
+        ),
+        (
+            {"dialog": [{"role": "user", "content": "Hi"}]},
+            "'dialog' holds conversations: call the column 'messages'",
+        ),
         ({"prompt": "a", "responses": ["b"]}, "add a column with the answers"),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
