@@ -56,6 +56,23 @@ def test_the_notebook_has_the_cells_of_the_source():
     assert cells == read_cells(SOURCE)
 
 
+def test_what_the_walkthrough_says_of_the_studies_is_what_they_say():
+    text = " ".join(read_cells(SOURCE)[-1][1].split())
+    said = re.search(
+        r"stays at (\d+) % at 0.003 and reaches (\d+) % at 0.03. "
+        r"LoRA's median over five seeds is (\d+) %",
+        text,
+    )
+    studies = (DOCS / "studies.md").read_text(encoding="utf-8")
+    xor = {}
+    for line in studies.partition("### Methods")[2].splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) > 6 and cells[1] in ("ia3, lr 0.003", "ia3, lr 0.03", "lora"):
+            xor.setdefault(cells[1], round(float(cells[6].split()[0])))
+    found = [xor["ia3, lr 0.003"], xor["ia3, lr 0.03"], xor["lora"]]
+    assert [int(figure) for figure in said.groups()] == found
+
+
 def test_every_code_cell_is_short_and_has_a_paragraph_before_it():
     cells = read_cells(SOURCE)
     previous_kind = None
