@@ -11,6 +11,7 @@ label would reach.
 import csv
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ PAPER_TASKS = (
     "anli-r2",
     "anli-r3",
 )
+NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 UNKNOWN = math.nan
 COMMONEST = "commonest label"  # the method of the row that is compared with, and was never run
 
@@ -96,7 +98,7 @@ def run(args):
 def table_rows(folders):
     """Return the rows of the table, and the note of `read_results` on what is left out.
 
-    Rows are sorted by model, then by trainable parameters, then by label, the shortest first.
+    Rows are sorted by model, then by trainable parameters, then by label: see `label_order`.
     """
     results, note = read_results(folders)
     return make_rows(results), note
@@ -106,10 +108,19 @@ def make_rows(results):
     tasks = sorted({result.task for result in results}, key=task_order)
     groups = {}
     for result in results:
-        key = (result.model, result.n_trainable, len(result.label), result.label)
+        key = (result.model, result.n_trainable, label_order(result.label), result.label)
         groups.setdefault(key, []).append(result)
     rows = [make_row(group, tasks) for _, group in sorted(groups.items())]
     return commonest_rows(results, tasks) + rows
+
+
+def label_order(label):
+    """Return a sort key: first the labels with few flags, and numbers by their value, so that the
+    rates 0.001, 0.003 and 0.01 are in this order.
+    """
+    texts = NUMBER.split(label)
+    texts[1::2] = map(float, texts[1::2])
+    return label.count(", "), tuple(texts)
 
 
 def commonest_rows(results, tasks):

@@ -148,7 +148,7 @@ def test_one_adapter_of_a_single_task_is_no_mixture(tmp_path):
     assert [row.method for row in rows] == ["ia3"]
     make_run(tmp_path / "c", task=["rte", "cb"], adapters="one", finals=[{}, {"task": "cb"}])
     rows, _ = table_rows([tmp_path])
-    assert [row.method for row in rows] == ["ia3, adapters one", "ia3, adapters each"]
+    assert [row.method for row in rows] == ["ia3, adapters each", "ia3, adapters one"]
 
 
 def test_evaluations_in_different_words_are_different_results(tmp_path):
@@ -192,6 +192,19 @@ def test_rows_are_sorted_by_model_and_trainable_parameters(tmp_path):
         make_run(tmp_path / str(i), [{"trainable": n}], model=model)
     found = [(row.model, row.n_trainable) for row in table_rows([tmp_path])[0]]
     assert found == [("a", 0), ("a", 200), ("b", 5)]
+
+
+def test_rows_of_one_method_are_sorted_by_the_numbers_in_their_flags(tmp_path):
+    for i, (lr, shots) in enumerate([(1e-2, 4), (1e-3, 128), (3e-3, 4), (1e-3, 16), (1e-5, 4)]):
+        make_run(tmp_path / str(i), lr=lr, shots=shots)
+    found = [row.method.partition(", ")[2] for row in table_rows([tmp_path])[0]]
+    assert found == [
+        "lr 1e-05, shots 4",
+        "lr 0.001, shots 16",
+        "lr 0.001, shots 128",
+        "lr 0.003, shots 4",
+        "lr 0.01, shots 4",
+    ]
 
 
 def test_costs_are_medians(tmp_path):
