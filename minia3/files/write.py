@@ -51,6 +51,7 @@ STALE_FILE = ".stale"  # in WRITTEN: the paths of the files to remove
 LOCK_FILE = ".lock"
 # A full disk, a quota, a limit on the size of a file, and a broken disk
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+WEIGHT_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")  # the names that `replacing` yields
 
 
@@ -108,9 +109,15 @@ def writing_folder(folder, replaces=()):
     removed unless they are written. A pattern may lead to a sub-folder ("more/*.txt").
 
     If the block fails, `folder` stays as it was. The docstring of the module says what a kill
-    leaves. Raise ValueError if another process is writing there, and OSError if the disk is full.
+    leaves. Raise ValueError if another process is writing there, or if a new folder would have the
+    name of a file of weights, and OSError if the disk is full.
     """
     folder = Path(folder)
+    if folder.suffix.lower() in WEIGHT_FILES and not folder.exists():
+        raise ValueError(
+            f"{folder}: found the name of a file, expected that of a folder: minia3 writes "
+            "safetensors and their config into a folder, and no other format"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     hidden = folder / WRITING
     with lock_folder(folder, LOCK_FILE):

@@ -413,6 +413,18 @@ def test_a_missing_folder_is_created_and_its_files_have_the_usual_permissions(tm
     assert names_in(folder) == ["config.json", "x.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "adapter.SAFETENSORS", "adapter.bin"])
+def test_a_new_folder_does_not_get_the_name_of_a_file_of_weights(tmp_path, name):
+    message = rf"{name}: found the name of a file, expected that of a folder"
+    with pytest.raises(ValueError, match=message), writing_folder(tmp_path / name):
+        pass
+    assert os.listdir(tmp_path) == []
+    (tmp_path / name).mkdir()  # whoever has such a folder means it
+    with writing_folder(tmp_path / name) as hidden:
+        (hidden / "config.json").write_text("{}")
+    assert os.listdir(tmp_path / name) == ["config.json"]
+
+
 def test_a_drive_on_which_nobody_may_set_permissions_can_be_written_to(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EPERM, "Operation not permitted")
