@@ -5,6 +5,7 @@ when they are first used (PEP 562), so `import minia3` does not import torch.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.2.0.dev0"
 
@@ -31,6 +32,29 @@ _MODULES = {  # public name: its module
     "stream": "minia3.inference.decoding",
 }
 __all__ = list(_MODULES)
+
+# Editors and type checkers do not run `__getattr__`: these lines tell them the same.
+if TYPE_CHECKING:
+    from minia3.adapters.merge import merge as merge
+    from minia3.adapters.named_rows import Adapters as Adapters
+    from minia3.adapters.rows import load_adapter as load_adapter
+    from minia3.adapters.rows import save_adapter as save_adapter
+    from minia3.checkpoints.load import load_model as load_model
+    from minia3.checkpoints.save import save_model as save_model
+    from minia3.checkpoints.tokenizer import load_tokenizer as load_tokenizer
+    from minia3.inference.decoding import generate as generate
+    from minia3.inference.decoding import stream as stream
+    from minia3.inference.evaluation import evaluate as evaluate
+    from minia3.inference.scoring import choice_logprobs as choice_logprobs
+    from minia3.inference.scoring import logprobs as logprobs
+    from minia3.inference.scoring import rank as rank
+    from minia3.model.ia3 import freeze as freeze
+    from minia3.model.ia3 import vectors as vectors
+    from minia3.tasks.splits import load_task as load_task
+    from minia3.training.from_python import train as train
+    from minia3.training.losses import total_loss as total_loss
+    from minia3.training.optimizer import Adafactor as Adafactor
+    from minia3.training.own_loop import batches as batches
 
 
 def __getattr__(name):

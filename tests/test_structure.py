@@ -160,6 +160,18 @@ def test_the_state_can_be_repeated():
     check_signature(State.repeat, StateContract.repeat)
 
 
+def test_editors_find_the_public_names_where_they_come_from():
+    tree = ast.parse(Path(minia3.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    found = {}
+    for line in block.body:
+        (name,) = line.names
+        assert name.asname == name.name  # otherwise it is not public to a type checker
+        found[name.name] = line.module
+    assert found == minia3._MODULES
+
+
 @pytest.mark.slow
 def test_public_names_need_no_torch_until_they_are_used(tmp_path):
     code = f"""
