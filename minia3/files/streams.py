@@ -77,6 +77,16 @@ def only_first_prints():
             yield
 
 
+@contextmanager
+def some_output():
+    """Within the block, sys.stdout is a silent stream if there is none, as in pythonw."""
+    if sys.stdout is not None:
+        yield
+    else:
+        with redirect_stdout(LastingStream(None)):
+            yield
+
+
 class LastingStream:
     """A stream that writes to another one, and goes on in silence once that one fails.
 

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from minia3.files.streams import some_output
 from minia3.training.command_line import complete
 from minia3.training.config import Config
 from minia3.training.config_file import field_name
@@ -43,7 +44,8 @@ def train(model=None, task=None, **flags):
     loop = load_loop()
     with ONE_AT_A_TIME:
         try:
-            run = run_config(config, loop.run_grid, CALL)
+            with some_output():
+                run = run_config(config, loop.run_grid, CALL)
         except Stopped as stop:
             number = stop.number
         else:

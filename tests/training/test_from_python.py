@@ -156,6 +156,13 @@ def test_a_table_in_place_of_its_file_is_refused(task):
         minia3.train(task=task)
 
 
+def test_a_program_without_standard_output_trains_in_silence(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as pythonw on Windows has it
+    trained = call(tmp_path / "run", steps=2)
+    assert sys.stdout is None
+    assert trained.results[0]["steps"] == 2
+
+
 def test_a_mistake_that_a_notebook_remembers_does_not_keep_the_folder_locked(tmp_path):
     def mistake(**flags):
         """Return the error, and with its traceback all that the functions held which it left."""
