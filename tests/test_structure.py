@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,13 @@ def test_both_models_have_the_contract_s_methods(kind, name):
 
 def test_the_state_can_be_repeated():
     check_signature(State.repeat, StateContract.repeat)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_docstring_of_a_public_name_can_be_read_alone(name):
+    """`help(minia3.evaluate)` and editors show it without the module around it."""
+    text = inspect.getdoc(getattr(minia3, name))
+    assert not re.search(r"\b(above|below)\b", text), text
 
 
 def test_editors_find_the_public_names_where_they_come_from():

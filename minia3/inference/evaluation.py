@@ -69,14 +69,14 @@ def evaluate(  # noqa: PLR0913 (what is evaluated, by which metric, and the limi
     adapter=None,
     batch_size=16,
 ):
-    """Return the result (see above) of a model on rows that are put into the words of one prompt.
+    """Return the result, a dict, of a model on rows that are put into the words of one prompt.
 
+    `help("minia3.inference.evaluation")` explains its keys. rows: those of a task, or dicts such as
+    {"input": "2 + 2 =", "choices": ["3", "4"], "label": 1}. prompt: one of `task.prompts`.
     metric: one of those in metrics.py. Choices are ranked by their mean log-probability per token.
     Texts are generated, and compared with the target. The inverse perplexity scores the target.
-
     shots: rows that come before each row with their answers, as many as fit into `max_length`
-    tokens: in-context learning (Brown et al. 2020, arXiv 2005.14165). See `fit` in tasks/prompts.py
-    for inputs that are too long without any shot.
+    tokens (in-context learning, Brown et al. 2020, 2005.14165; see `fit` in tasks/prompts.py).
 
     Raise ValueError if there is no such metric, and, with the `idx` of the row, if a row has no
     label or equal choices or does not suit the metric, if a choice has over `max_target_length`
