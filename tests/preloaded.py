@@ -5,7 +5,9 @@ also import bitsandbytes, which takes longer than all that they do. Nothing here
 huggingface_hub, because it reads the environment when it is imported, and tests change it.
 """
 
+import atexit
 import contextlib
+import gc
 
 import conftest  # noqa: F401
 import several  # noqa: F401
@@ -14,3 +16,8 @@ from minia3.model.quantized import bitsandbytes_functions
 
 with contextlib.suppress(ValueError):  # it is not installed
     bitsandbytes_functions()
+
+# A collection in a forked process would look at all this again, and so copy it.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)  # or triton would list on stderr that it was not freed
