@@ -293,9 +293,13 @@ def train_control(folder, **flags):
     return [result["accuracy"] for result in running.events(folder, "final")]
 
 
+def with_fewer_to_test(rows):
+    return {**rows, "test": rows["test"][:N_CONTROL_ROWS]}
+
+
 @pytest.mark.slow
 def test_shuffled_labels_teach_nothing_in_steps_that_teach_the_task(tmp_path, rows):
-    fewer_rows = {**rows, "test": rows["test"][:N_CONTROL_ROWS]}
+    fewer_rows = with_fewer_to_test(rows)
     tasks = [running.write(tmp_path / "true", **fewer_rows)]
     labels = [row["label"] for row in rows["train"]]
     for seed in range(3):
@@ -312,8 +316,9 @@ def test_shuffled_labels_teach_nothing_in_steps_that_teach_the_task(tmp_path, ro
 
 
 @pytest.mark.slow
-def test_an_untrained_base_learns_nothing(tmp_path):
+def test_an_untrained_base_learns_nothing(tmp_path, rows):
     tokenizer = pretrain.make_tokenizer()
     minia3.save_model(pretrain.new_model(tokenizer, seed=0), tmp_path / "untrained", tokenizer)
-    (accuracy,) = train_control(tmp_path / "run", model=tmp_path / "untrained")
+    task = running.write(tmp_path / "task", **with_fewer_to_test(rows))
+    (accuracy,) = train_control(tmp_path / "run", model=tmp_path / "untrained", task=task)
     assert accuracy <= 0.6
