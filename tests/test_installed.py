@@ -273,7 +273,7 @@ def folder(tmp_path_factory):
 
 COMMANDS = {
     "reviews.csv": (
-        training("reviews.csv", "--steps", "60", "--lr", "3e-2"),
+        training("reviews.csv", "--steps", "45", "--lr", "3e-2"),
         prediction("reviews.csv", "new.csv"),
     ),
     "alpaca.json": (
@@ -285,7 +285,7 @@ COMMANDS = {
         prediction("pairs.parquet", "new.parquet"),
     ),
     "capitals.jsonl": (
-        training("capitals.jsonl", "--model", "small-llama", "--steps", "150", "--lr", "3e-1"),
+        training("capitals.jsonl", "--model", "small-llama", "--steps", "75", "--lr", "3e-1"),
         ["generate", "small-llama", "--chat", "--adapter", "run-of-capitals/adapter", *CAPITALS],
     ),
 }
@@ -311,7 +311,7 @@ def test_a_csv_of_texts_and_words_as_labels(folder, printed):
     assert last in report
     assert [row["choice"] for row in read_lines(answers)] == ["negative", "positive"]
     (final,) = running.events(folder / "run-of-reviews", "final")
-    assert final["steps"] == 60
+    assert final["steps"] == 45
 
 
 def test_an_alpaca_file(printed):
