@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import running
 from running import ROOT
 
 from minia3 import __main__ as entry
@@ -105,10 +106,13 @@ def test_only_ctrl_c_ends_a_program_in_silence(error, last_lines):
     assert done.stderr.splitlines()[-1:] == last_lines
 
 
+EVALUATION = running.words(None, "--eval-only")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "words"),
-    [("run_path('train.py'", ["--eval-only"]), ("run_module('minia3'", ["info", "--list"])],
+    [("run_path('train.py'", EVALUATION), ("run_module('minia3'", ["info", "--list"])],
 )
 def test_ctrl_c_while_python_ends_prints_nothing(program, words):
     """What torch cleans up would end in a traceback."""
