@@ -673,7 +673,8 @@ def test_floors_read_and_write_as_many_bytes_as_they_are_asked_to(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_floors_are_printed(capsys):
+def test_floors_are_printed(capsys, monkeypatch):
+    fork_python(monkeypatch)
     flags = ["--rounds", "1", "--file-bytes", "1000", "--memory-bytes", "4000"]
     floors.main(flags)
     lines = capsys.readouterr().out.splitlines()
