@@ -1,6 +1,6 @@
 """Guards the shape suffixes of names (x_BLD).
 
-While models run, a profile hook looks at the package at every call and return. Each name with a
+While models run, a trace hook looks at the package at every call and return. Each name with a
 suffix must have as many axes as letters, each letter must have one size within a function, and a 1
 must be 1. Each letter must be in the legend of its file.
 """
@@ -107,24 +107,45 @@ class Shapes:
 
 
 class Watch:
-    """The profile hook: looks at arguments of a call, and at all locals of a return.
+    """The trace hook: looks at arguments of a call, and at all locals of a return.
 
-    It looks into the files of `folder`.
+    It looks into the functions of the files of `folder` that have such a name. Of all others Python
+    tells it no more than the call.
     """
 
     def __init__(self, folder):
         self.folder = str(folder)
+        self.names_of_code = {}
         self.faults = {}  # (function, name): what is wrong
         self.seen = set()  # (function, name)
 
     def __call__(self, frame, event, argument):
+        names = self.names_of(frame.f_code)
+        if not names:
+            return None
+        frame.f_trace_lines = False
+        if event in ("call", "return"):
+            self.look(frame, names)
+        return self
+
+    def names_of(self, code):
+        """Return the arguments and locals that have a suffix."""
+        if code not in self.names_of_code:
+            names = []
+            if code.co_filename.startswith(self.folder):
+                every_name = code.co_varnames + code.co_cellvars + code.co_freevars
+                names = [name for name in every_name if SUFFIXED.fullmatch(name)]
+            self.names_of_code[code] = names
+        return self.names_of_code[code]
+
+    def look(self, frame, names):
         code = frame.f_code
-        if event not in ("call", "return") or not code.co_filename.startswith(self.folder):
-            return
         function = f"{short_name(code.co_filename)}.{code.co_name}"
         shapes = Shapes()
-        for name, value in frame.f_locals.items():
-            if SUFFIXED.fullmatch(name) and value is not None:
+        values = frame.f_locals
+        for name in names:
+            value = values.get(name)
+            if value is not None:
                 self.seen.add((function, name))
                 fault = shapes.fault(name, value)
                 if fault:
@@ -134,12 +155,12 @@ class Watch:
 @contextmanager
 def watched(folder):
     watch = Watch(folder)
-    before = sys.getprofile()
-    sys.setprofile(watch)
+    before = sys.gettrace()
+    sys.settrace(watch)
     try:
         yield watch
     finally:
-        sys.setprofile(before)
+        sys.settrace(before)
 
 
 # The names in the package
@@ -162,7 +183,9 @@ def suffixed_names(path):
             inner = child.name if isinstance(child, ast.FunctionDef) else function
             visit(child, inner)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")), None)
+    text = path.read_text(encoding="utf-8")
+    if SUFFIXED.search(text):  # most files have no such name, and need not be parsed
+        visit(ast.parse(text), None)
     return found
 
 
@@ -332,8 +355,8 @@ def watch(loaded, tmp_path_factory):
             run(loaded(name, n_adapters=3), tokenizer, tmp_path_factory.mktemp(name))
         for name in ("llama3", "mistral", "qwen3"):  # they differ from llama-gqa in `model/` only
             train_and_write(loaded(name, n_adapters=3), word_tokenizer(ends=False))
-        for name in ("t5-v1.0", "llama-gqa"):  # which run as above, on tensors without values
-            plan(loaded(name))
+        plan(loaded("llama-gqa"))  # which runs as above, on tensors without values
+        for name in ("t5-v1.0", "llama-gqa"):
             run_elsewhere(loaded(name))
         use_quantized(loaded("t5-v1.0", quantize="int8"))
         out = tmp_path_factory.mktemp("run")
