@@ -28,7 +28,6 @@ from conftest import (
 )
 from running import at_line, kill_self, last_vectors, metrics, run, train, words
 from safetensors.torch import load_file
-from test_compile import compile_blocks, first_blocks
 from torch.testing import assert_close
 from words import word_tokenizer
 
@@ -550,30 +549,6 @@ def test_vectors_may_be_added_to_recomputed_blocks(loaded):
         randomize(each, seed=3)
     batch = batch_of((7, 3, 5))
     same(gradients(model, batch), gradients(plain, batch), rtol=0, atol=0)
-
-
-@pytest.mark.slow
-def test_compiled_is_plain_and_other_lengths_compile_nothing_anew(scaled):
-    # The blocks of a LLaMA have no vector that these do not have.
-    model = first_blocks(scaled("t5-v1.1", seed=0))
-    minia3.freeze(model)
-    graphs = []
-
-    def count_graph(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    batch = batch_of((15, 5, 9, 16, 13))
-    expected = gradients(model, batch)
-    compile_blocks(model, count_graph)
-    same(gradients(model, batch), expected)
-    gradients(model, batch_of((18,) * 7))
-    n_graphs = len(graphs)
-    assert n_graphs > 0
-    for lengths in ((4, 9, 2, 2), (8, 8), (30, 1, 1, 1, 1, 2, 9)):
-        gradients(model, batch_of(lengths))
-    assert len(graphs) == n_graphs
-    torch.compiler.reset()
 
 
 # Merging
