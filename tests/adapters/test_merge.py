@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from anonymous_memory import anonymous, sampling
 from conftest import LLAMA_PEERS, PEERS, Peer, logits, off, randomize, rms, tokens
 from running import in_new_process
 from safetensors.torch import load_file, save_file
@@ -21,6 +21,7 @@ from minia3.adapters import fold
 from minia3.adapters.merge import merge, merge_files
 from minia3.adapters.peft_files import write_adapter
 from minia3.adapters.rows import row_of, save_adapter
+from minia3.checkpoints import load
 from minia3.checkpoints import save as save_module
 from minia3.checkpoints.save import save_tensors
 
@@ -457,7 +458,7 @@ def merge_and_be_killed(folder, vectors, out):
         found.append((error, files))
         if status == 0:
             break
-        subprocess.run(["rm", "-rf", out], check=True)
+        shutil.rmtree(out, ignore_errors=True)
     return found
 
 
@@ -482,31 +483,15 @@ def test_after_a_kill_the_same_command_succeeds(copy, adapter, tmp_path):
     assert tree(tmp_path / "out") == in_memory(folder, vectors, tmp_path / "expected")
 
 
-PEAK = """
-import sys, threading, time
-from pathlib import Path
-from minia3.adapters.merge import merge_files
-from minia3.checkpoints import load, save
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-
-save.SHARD_BYTES = 4_000_000
-config, _ = load.read_checkpoint(Path(sys.argv[1]), weights=False)
-load.build_model(config)  # what torch imports on first use does not count
-peak = before = anonymous()
-threading.Thread(target=watch, daemon=True).start()
-merge_files(*sys.argv[1:])
-time.sleep(0.01)
-print(peak - before)
-"""
+def peak_of_merging(folder, adapter, out):
+    """Return by how many bytes the memory of this process grows while it merges files."""
+    save_module.SHARD_BYTES = 4_000_000
+    config, _ = load.read_checkpoint(folder, weights=False)
+    load.build_model(config)  # what torch imports on first use does not count
+    before = anonymous()
+    with sampling() as samples:
+        merge_files(folder, adapter, out)
+    return max(samples) - before
 
 
 @pytest.mark.slow
@@ -533,8 +518,6 @@ def test_merging_files_takes_the_memory_of_a_few_shards_and_not_of_the_model(tmp
     total = sum(p.numel() * 4 for p in model.parameters())
     assert total > 55e6
     save_adapter(randomize(model), tmp_path / "adapter")
-    arguments = [str(tmp_path / name) for name in ("in", "adapter", "out")]
-    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 3 * 4_000_000
+    folders = [tmp_path / name for name in ("in", "adapter", "out")]
+    assert 0 < in_new_process(peak_of_merging, *folders) < 3 * 4_000_000
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 12

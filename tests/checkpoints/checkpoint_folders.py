@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import LLAMA_PEERS, tokens
@@ -12,6 +13,20 @@ import minia3
 SOURCE = tokens(2, 7)
 TARGET = tokens(2, 4, seed=1)
 FORMS = ["safetensors", "sharded safetensors", "bin", "sharded bin", "old bin"]
+
+
+def read_gguf_as_arrays(monkeypatch):
+    """Let the package gguf and transformers see a mapped file as a plain array.
+
+    They cut a million parts out of it, and a part of a map takes several times as long to make as a
+    part of an array.
+    """
+    memmap = np.memmap
+
+    def as_array(*given, **options):
+        return memmap(*given, **options).view(np.ndarray)
+
+    monkeypatch.setattr(np, "memmap", as_array)
 
 
 def have_the_same_bits(model, other):

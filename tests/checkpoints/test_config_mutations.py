@@ -18,7 +18,7 @@ from conftest import T5_PEERS, logits, off, tokens
 
 import minia3
 
-N_CASES = int(os.environ.get("MINIA3_CASES", "150"))
+N_CASES = int(os.environ.get("MINIA3_CASES", "100"))
 ABSENT = "absent"
 NAMES = ["t5-v1.0", "t5-unscaled", "t5-v1.1", "mt5", "umt5", "umt5-tied", "flan-ul2", "codet5"]
 SOURCE = tokens(2, 30)

@@ -2,16 +2,14 @@
 does not fit is refused in one line that says what was found. Nothing in a file is executed.
 """
 
-import json
+import gc
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
+from anonymous_memory import anonymous, sampling
 from checkpoint_folders import (
     FORMS,
     SOURCE,
@@ -25,6 +23,7 @@ from checkpoint_folders import (
     write_weights,
 )
 from conftest import logits, make
+from running import in_new_process
 
 import minia3
 from minia3.checkpoints.config import to_hf
@@ -341,41 +340,21 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(copy, tmp_path, form):
 
 # Memory
 
-MEMORY = """
-    import gc, json, sys, threading, time
-    import torch
-    import minia3.checkpoints.load, safetensors.torch, zipfile
 
-    def anonymous():
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-    def measure(folder, dtype):
+def memory_of_loading(folder, cases):
+    """Return the bytes of (the peak while loading, the model, its largest tensor) for each case."""
+    minia3.load_model(folder / "tiny")  # imports what a first load imports
+    found = []
+    for name, dtype in cases:
         gc.collect()
-        before, peak, done = anonymous(), 0, threading.Event()
+        before = anonymous()
+        with sampling() as samples:
+            model = minia3.load_model(folder / name, dtype=dtype)
+        sizes = [p.nbytes for p in model.parameters()]
+        found.append((max(samples) - before, sum(sizes), max(sizes)))
+    return found
 
-        def sample():
-            nonlocal peak
-            while not done.is_set():
-                peak = max(peak, anonymous())
-                time.sleep(0.0005)
 
-        thread = threading.Thread(target=sample)
-        thread.start()
-        model = minia3.load_model(folder, dtype=dtype)
-        after = anonymous()
-        done.set()
-        thread.join()
-        sizes = [p.numel() * p.element_size() for p in model.parameters()]
-        return {"peak": max(peak, after) - before, "model": sum(sizes), "largest": max(sizes)}
-
-    folder = sys.argv[1]
-    measure(folder + "/tiny", None)  # imports what a first load imports
-    results = []
-    for name, dtype in json.loads(sys.argv[2]):
-        results.append(measure(f"{folder}/{name}", dtype and getattr(torch, dtype)))
-    print(json.dumps(results))
-"""
 ALLOWANCE = 8 * 2**20  # for the sampling thread's stack, the model's modules, the allocator's slack
 
 
@@ -414,21 +393,19 @@ def test_loading_takes_no_more_memory_than_the_model_and_its_largest_tensor(tmp_
     write_model(tmp_path / "float32-bin", config, torch.float32, "bin")
     (tmp_path / "tiny").symlink_to(peer("llama-mha").folder)
     cases = [
-        ("float32", "bfloat16"),
-        ("float32-bin", "bfloat16"),
-        ("bfloat16", "float32"),
+        ("float32", torch.bfloat16),
+        ("float32-bin", torch.bfloat16),
+        ("bfloat16", torch.float32),
         ("float32", None),
         ("bfloat16", None),
         ("float32-bin", None),
     ]
-    child = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path), json.dumps(cases)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(child, capture_output=True, text=True, check=True, env=environment)
-    for (name, dtype), found in zip(cases, json.loads(done.stdout), strict=True):
-        print(name, dtype, {key: f"{value / 2**20:.1f} MiB" for key, value in found.items()})
-        assert found["peak"] <= found["model"] + found["largest"] + ALLOWANCE, (name, dtype)
+    results = in_new_process(memory_of_loading, tmp_path, cases)
+    for (name, dtype), (peak, model, largest) in zip(cases, results, strict=True):
+        print(name, dtype, [f"{n / 2**20:.1f} MiB" for n in (peak, model, largest)])
+        assert peak <= model + largest + ALLOWANCE, (name, dtype)
         if dtype is None:
-            assert found["peak"] <= ALLOWANCE, "weights that keep their dtype are mapped"
+            assert peak <= ALLOWANCE, "weights that keep their dtype are mapped"
 
 
 # NaN

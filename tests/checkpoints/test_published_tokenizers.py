@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import pytest
+from checkpoint_folders import read_gguf_as_arrays
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (
@@ -188,12 +189,13 @@ def test_smollm2_adds_no_special_tokens_and_has_a_token_for_true_and_for_false()
 
 @real
 @pytest.mark.slow
-def test_smollm2_has_the_ids_and_texts_of_transformers():
+def test_smollm2_has_the_ids_and_texts_of_transformers(monkeypatch):
     transformers = pytest.importorskip(
         "transformers", reason="needs the extra: pip install 'minia3[test]'"
     )
     path = smollm_file()
     ours = load_tokenizer(path)
+    read_gguf_as_arrays(monkeypatch)
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in real_texts()[::4] + TEXTS:
         ids = ours.encode(text)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_folders import read_gguf_as_arrays
 from conftest import logits, randomize, rms
 
 import minia3
@@ -61,6 +62,7 @@ def theirs(path):
     from transformers import AutoModelForCausalLM
 
     with pytest.MonkeyPatch.context() as patch:
+        read_gguf_as_arrays(patch)
         for name in ("GGUFReader", "get_tensor_name_map"):
             patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
         return AutoModelForCausalLM.from_pretrained(
@@ -153,7 +155,7 @@ def test_trained_on_conversations_it_answers_in_their_style(path, ours, tmp_path
     question = "Capital of Germany?"
     model, tokenizer = ours
     ids = tokenizer.chat([{"role": "user", "content": question}])
-    (answer,) = minia3.generate(model, tokenizer, [ids], max_new_tokens=12)
+    (answer,) = minia3.generate(model, tokenizer, [ids], max_new_tokens=3)
     assert " " in answer
 
     capsys.readouterr()
@@ -168,11 +170,12 @@ def test_trained_on_conversations_it_answers_in_their_style(path, ours, tmp_path
 def test_greedy_and_beam_search_find_the_ids_of_transformers(ours, theirs):
     model, tokenizer = ours
     prompts = [tokenizer.chat(CHAT), tokenizer.encode("1, 2, 3, 4,")]
+    n = 5
     greedy = []
     ends = model.config.eos_ids
     options = {
         "do_sample": False,
-        "max_new_tokens": 8,
+        "max_new_tokens": n,
         "eos_token_id": list(ends),
         "pad_token_id": tokenizer.pad_id,
     }
@@ -182,12 +185,12 @@ def test_greedy_and_beam_search_find_the_ids_of_transformers(ours, theirs):
             found = theirs.generate(source, num_beams=beams, **options)[0, len(prompt) :].tolist()
             expected = [token for token in found if token not in ends]
             if beams == 1:
-                ids = [token for _, token in decode_tokens(model, model.start(source), 8, set())]
+                ids = [token for _, token in decode_tokens(model, model.start(source), n, set())]
                 greedy.append(tokenizer.decode(ids))
             else:
-                ids = beam_search(model, model.start(source), beams, 8)[0][0]
+                ids = beam_search(model, model.start(source), beams, n)[0][0]
             assert ids == expected
-    texts = minia3.generate(model, tokenizer, prompts, max_new_tokens=8)  # in one batch, padded
+    texts = minia3.generate(model, tokenizer, prompts, max_new_tokens=n)  # in one batch, padded
     assert texts == greedy
 
 

@@ -54,7 +54,7 @@ OTHER_FLAGS = {
     "--local-dir",
 }
 
-N_PLOTTED = 3  # runs, of two dozen that a page makes
+N_PLOTTED = 2  # runs, of two dozen that a page makes
 N_TEST_ROWS = 16  # of the embedded task, in the copy on which commands run
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

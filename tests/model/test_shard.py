@@ -19,7 +19,7 @@ from minia3.training.losses import count_terms, total_loss
 
 pytestmark = divides_a_base
 
-NAMES = ["t5-v1.0", "t5-v1.1", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
+NAMES = ["t5-v1.0", "t5-deep-decoder", "umt5", "llama-gqa", "llama-odd", "qwen2"]
 NAMES += ["qwen3", "mistral"]
 # One of two processes begins with two sources of one token, of which a LLaMA reads nothing.
 LENGTHS = (9, 1, 6, 1, 7, 5, 8, 2)
