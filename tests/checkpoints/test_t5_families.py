@@ -112,9 +112,9 @@ def test_greedy_tokens_are_those_of_transformers(peer, loaded, name):
     theirs = peer(name).model
     for row in SOURCE:
         # Without a cache, because that of transformers has as many layers as the encoder.
-        written = theirs.generate(row[None], max_new_tokens=12, num_beams=1, **NO_DRAWING)
+        written = theirs.generate(row[None], max_new_tokens=8, num_beams=1, **NO_DRAWING)
         expected = until_end(written[0, 1:].tolist(), model.config.eos_ids)
-        pairs = decode_tokens(model, model.start(row[None]), 12, ended=set())
+        pairs = decode_tokens(model, model.start(row[None]), 8, ended=set())
         assert [token for _, token in pairs] == expected
 
 

@@ -685,8 +685,7 @@ def test_a_span_that_ends_before_it_begins_is_named(loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "llama"])
-@pytest.mark.parametrize("recipe", [[], ["--recompute"]])
+@pytest.mark.parametrize(("name", "recipe"), [("t5", ["--recompute"]), ("llama", [])])
 def test_two_seeds_together_are_each_apart_with_all_sites(name, recipe, tmp_path):
     flags = {
         "model": running.model(name),
