@@ -270,7 +270,6 @@ def test_sampled_tokens_follow_the_softmax_at_that_temperature(both):
     n = 6_000
     temperature = 0.5
     options = {"max_new_tokens": 1, "temperature": temperature, "samples": n, "seed": 0}
-    options["batch_size"] = n
     found = generate(both.model, both.tokenizer, PROMPTS[5:6], **options)
     start = both.model.start(torch.tensor([both.tokenizer.encode(PROMPTS[5])]))
     logits = both.model.step(start.start, start)[0, -1].detach()
