@@ -51,7 +51,7 @@ from minia3.checkpoints.layout import (
     TOKENIZER_FILES,
     VOCABULARY_FILE,
 )
-from minia3.checkpoints.sentencepiece import read_sentencepiece
+from minia3.checkpoints.sentencepiece import SPACE, read_sentencepiece
 from minia3.files.read import read_json, reading
 from minia3.files.write import write_new_json, writing_folder
 
@@ -271,6 +271,18 @@ class Tokenizer:
         # Some damage to a tokenizer.json shows only when certain ids are decoded.
         with reading("the tokenizer's decoder"):
             return self.backend.decode(possible_ids)
+
+    def decode_continuation(self, ids: list[int]) -> str:
+        """Return the text of `ids` that continue another text. T5: decode(ids).
+
+        LLaMA-2 puts a space before any text, so `decode` drops it, although it stands between a
+        text and its continuation. Here, a piece for another space is dropped in its place.
+        """
+        space_id = self.backend.token_to_id(SPACE)
+        is_dropped = space_id is not None and self.decode([space_id]) == ""
+        if is_dropped and not self.has_separate_targets:
+            ids = [space_id, *ids]
+        return self.decode(ids)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json.

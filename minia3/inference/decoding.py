@@ -162,7 +162,7 @@ def generate(  # noqa: PLR0913 (the contract)
     prompts: texts, or lists of ids. Instead of a list, it may be a tensor, an array of NumPy or a
     column of pandas. adapter: None (row 0), an int, or (N,) long. A text ends before an end token
     (see `end_ids_of`), before the first of the `stop` texts (one or several), or after
-    `max_new_tokens`.
+    `max_new_tokens`. See `decoder_after` for the space with which it may begin.
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
     `draw_tokens`, also for top_k and top_p. What is drawn depends on `seed` (None: a new one), on
@@ -265,7 +265,12 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     sources = encode_prompts(prompts, tokenizer, model.embed.num_embeddings, options.first_prompt)
     find_rows(adapter_numbers(adapter, len(sources)), model)
     cut = set() if cut is None else cut
-    return made_on_cpu(generate_in_batches(model, tokenizer, sources, adapter, options, cut))
+    decoders = []
+    for prompt, source in zip(prompts, sources, strict=True):
+        decoders.append(decoder_after(prompt, source, tokenizer))
+    end_ids = end_ids_of(model, tokenizer, options.stops)
+    pieces = generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut)
+    return made_on_cpu(pieces)
 
 
 def made_on_cpu(pieces):
@@ -333,10 +338,25 @@ def end_ids_of(model, tokenizer, stops=()):
     return tuple(dict.fromkeys(end_ids))
 
 
-def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
-    """Yield (index of a text, a piece of it), one batch of sources after the other."""
+def decoder_after(prompt, source, tokenizer):
+    """Return the function that makes a text of the ids that follow a prompt.
+
+    A text is continued, so that it and what `generate` returns are one text when they are joined.
+    A list of ids is often a chat, whose answer is a text of its own, without a space before it.
+    source: the ids of the prompt.
+    """
+    is_continued = isinstance(prompt, str) and tokenizer.decode(source) != ""
+    if is_continued:  # a tokenizer of another package has only `decode`
+        return getattr(tokenizer, "decode_continuation", tokenizer.decode)
+    return tokenizer.decode
+
+
+def generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut):
+    """Yield (index of a text, a piece of it), one batch of sources after the other.
+
+    decoders: for each source, see `decoder_after`.
+    """
     device = model.embed.weight.device
-    end_ids = end_ids_of(model, tokenizer, options.stops)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     if is_sharded(model):  # its processes must write the same texts, because they compute together
         seed = from_first(seed)
@@ -350,7 +370,7 @@ def generate_in_batches(model, tokenizer, sources, adapter, options, cut):
         numbers = []
         for i in batch:
             numbers += range(i * options.samples, (i + 1) * options.samples)
-        texts = [Text(tokenizer.decode, options.stops) for _ in numbers]
+        texts = [Text(decoders[i // options.samples], options.stops) for i in numbers]
         ended = set()
         with torch.inference_mode(False), torch.no_grad():  # see `decode_tokens`
             state = model.start(to_device(source_BM, device), mask_BM, adapters)

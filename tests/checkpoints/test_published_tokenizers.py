@@ -115,6 +115,17 @@ def test_hello_world_in_llama_2(name):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
 
 
+@real
+@pytest.mark.parametrize("name", LLAMA2)
+def test_a_continuation_in_llama_2_has_the_space_that_decode_drops(name):
+    tokenizer = published(name)
+    prompt = tokenizer.encode("The capital of France is")
+    answer = tokenizer.encode("The capital of France is Paris.")[len(prompt) :]
+    assert tokenizer.decode(answer) == "Paris."
+    assert tokenizer.decode_continuation(answer) == " Paris."
+    assert tokenizer.decode_continuation(answer[1:]) == "."
+
+
 @functools.cache
 def ids_in_llama_2():
     """Return the ids that sentencepiece gives to texts of many kinds, by text."""

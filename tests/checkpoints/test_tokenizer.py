@@ -358,6 +358,22 @@ def test_prompt_and_target_join_at_a_colon_even_if_pieces_have_spaces_inside():
     check()
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-no-prefix", "gpt-2"])
+def test_a_text_and_its_continuation_join_to_the_whole_text(name):
+    tokenizer = small(name) if name in OPTIONS else Tokenizer.from_gguf(byte_level()[1])
+    for text in ("the red hats  of  anna", " a\n b", "12 305, tom's"):
+        ids = tokenizer.encode(text, special=False)
+        for n in range(1, len(ids)):
+            joined = tokenizer.decode(ids[:n]) + tokenizer.decode_continuation(ids[n:])
+            assert joined == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_a_t5_continues_no_text(name):
+    ids = small(name).encode("red hats")
+    assert small(name).decode_continuation(ids) == small(name).decode(ids) == "red hats"
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_target_is_the_same_with_and_without_its_space(name):
     tokenizer = small(name)

@@ -15,7 +15,7 @@ from conftest import tokens as random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from word_models import (
     ADAPTERS,
     EOS,
@@ -487,14 +487,18 @@ def fallback_tokenizer():
     A character that is not a piece is split over several tokens, of one byte each.
     """
     backend = Backend(models.BPE(FALLBACK, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = llama2_decoder()
+    return Tokenizer(backend, {})
+
+
+def llama2_decoder():
     steps = [
         decoders.Replace("▁", " "),
         decoders.ByteFallback(),
         decoders.Fuse(),
         decoders.Strip(" ", 1, 0),
     ]
-    backend.decoder = decoders.Sequence(steps)
-    return Tokenizer(backend, {})
+    return decoders.Sequence(steps)
 
 
 SPLIT = {"bytes": byte_tokenizer(), "fallback": fallback_tokenizer()}
@@ -623,6 +627,48 @@ def test_prompts_may_be_ids(both):
     assert generate(both.model, both.tokenizer, prompts, max_new_tokens=4) == expected
     pieces = stream(both.model, both.tokenizer, prompts[0], max_new_tokens=4)
     assert "".join(pieces) == expected[0]
+
+
+def piece_tokenizer():
+    """Return a tokenizer that puts a space before any text, and drops it again, as LLaMA-2's does.
+
+    The even pieces begin with a space, and the odd ones continue a word.
+    """
+    vocabulary = {"<pad>": PAD, "</s>": 1, "▁": 2}
+    for i in range(3, N_IDS, 2):
+        vocabulary |= {f"-{i}": i, f"▁{i + 1}": i + 1}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first")
+    backend.decoder = llama2_decoder()
+    return Tokenizer(backend, {"pad_token": "<pad>", "eos_token": "</s>"})
+
+
+def test_a_text_is_continued_with_the_space_between_and_ids_are_answered_without_it(loaded):
+    model = loaded("llama-gqa")
+    tokenizer = piece_tokenizer()
+    prompts = [f"{i} {i + 2}" for i in range(4, 40, 2)]
+    found = generate(model, tokenizer, prompts, max_new_tokens=3)
+    assert {text[:1] for text in found} == {" ", "-"}
+    answers = generate(model, tokenizer, map(tokenizer.encode, prompts), max_new_tokens=3)
+    for prompt, text, answer in zip(prompts, found, answers, strict=True):
+        source = tokenizer.encode(prompt)
+        state = model.start(torch.tensor([source]))
+        ids = [token for _, token in decode_tokens(model, state, 3, set())]
+        assert prompt + text == tokenizer.decode(source + ids)
+        assert answer == tokenizer.decode(ids) == text.removeprefix(" ")
+        assert "".join(stream(model, tokenizer, prompt, max_new_tokens=3)) == text
+        for stop in {text[2:], text[:2]}:
+            (stopped,) = generate(model, tokenizer, [prompt], max_new_tokens=3, stop=stop)
+            assert stopped == before_stop(text, [stop])
+
+
+def test_the_text_of_a_prompt_without_words_begins_without_a_space(loaded):
+    """A text of LLaMA-2 begins so, if the prompt is only <s>."""
+    model = loaded("llama-gqa")
+    tokenizer = piece_tokenizer()
+    found = generate(model, tokenizer, ["</s>"], max_new_tokens=3)
+    assert found == generate(model, tokenizer, [[1]], max_new_tokens=3)
+    assert found[0] != ""
 
 
 def test_generating_leaves_no_graph_and_the_gradient_mode_as_it_was(both):
