@@ -9,6 +9,7 @@ import torch
 
 from minia3.adapters.peft_files import read_adapter
 from minia3.adapters.rows import check_row_0, fill_row, fitting_vectors
+from minia3.files.home import expand_home
 from minia3.files.write import finish_writing
 from minia3.model.adapter_rows import find_row, give_up, give_up_all, number_of
 from minia3.model.ia3 import vectors
@@ -81,7 +82,7 @@ class Adapters(Mapping):
         Raise ValueError, and add none of them, if one of them cannot be read or does not fit.
         """
         paths = {}
-        for path in sorted(Path(folder).glob("[!.]*")):
+        for path in sorted(Path(expand_home(folder)).glob("[!.]*")):
             finish_writing(path)
             if (path / "adapter_config.json").exists():
                 paths[path.name] = path

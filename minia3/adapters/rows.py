@@ -10,6 +10,7 @@ import torch
 
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.checkpoints.known_models import hub_name
+from minia3.files.home import expand_home
 from minia3.model.adapter_rows import find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
@@ -57,7 +58,8 @@ def save_adapter(model, folder, adapter=0):
 
     Raise ValueError if there is no such row, or if its adapter is replaced meanwhile.
     """
-    write_adapter(folder, copy_row(model, adapter), getattr(model, "name_or_path", None))
+    row = copy_row(model, adapter)
+    write_adapter(expand_home(folder), row, getattr(model, "name_or_path", None))
 
 
 def load_adapter(model, folder_or_file, adapter=0):

@@ -38,6 +38,7 @@ from minia3.checkpoints.layout import (
     refuse_file,
     shard_names,
 )
+from minia3.files.home import expand_home
 from minia3.files.read import one_line
 from minia3.files.write import finish_writing
 
@@ -86,7 +87,7 @@ def find_adapter(name_or_path):
         or the download fails.
     """
     check_is_name(name_or_path, "an adapter")
-    path = Path(name_or_path)
+    path = Path(expand_home(name_or_path))
     if path.is_dir():
         finish_writing(path)
         check_adapter_folder(path)

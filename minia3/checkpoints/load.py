@@ -36,6 +36,7 @@ from minia3.checkpoints.place import (
     read_codes,
 )
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.home import expand_home
 from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
@@ -80,6 +81,7 @@ def load_model(
     ValueError if the name leads nowhere, if files cannot be read, if tensors do not fit the config
     (one message names all such tensors), or if a weight that is checked is not finite.
     """
+    name_or_path = expand_home(name_or_path)
     if n_adapters < 1:
         raise ValueError(f"n_adapters must be at least 1, found {n_adapters}")
     if quantize not in (None, *QUANTIZED):

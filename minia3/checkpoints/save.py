@@ -15,6 +15,7 @@ from minia3.checkpoints.config import to_hf
 from minia3.checkpoints.known_models import base_of, known_model
 from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, WEIGHT_FILES
 from minia3.checkpoints.tensor_names import name_table
+from minia3.files.home import expand_home
 from minia3.files.processes import is_first
 from minia3.files.progress import progress
 from minia3.files.write import write_new_json, writing_folder
@@ -66,7 +67,7 @@ def save_model(model, folder, tokenizer=None):
     stale = STALE
     if tokenizer is not None:
         stale = STALE + STALE_TOKENIZER_FILES
-    with writing_folder(folder, replaces=stale) as temporary:
+    with writing_folder(expand_home(folder), replaces=stale) as temporary:
         save_others(temporary, model, model.embed.weight.dtype, tokenizer)
         save_tensors(temporary, parts)
 

@@ -52,6 +52,7 @@ from minia3.checkpoints.layout import (
     VOCABULARY_FILE,
 )
 from minia3.checkpoints.sentencepiece import SPACE, read_sentencepiece
+from minia3.files.home import expand_home
 from minia3.files.read import read_json, reading
 from minia3.files.write import write_new_json, writing_folder
 
@@ -308,7 +309,7 @@ class Tokenizer:
         config["model_input_names"] = ["input_ids", "attention_mask"]
         with reading("the tokenizer"):
             content = self.backend.to_str(pretty=True)
-        with writing_folder(folder, replaces=STALE_TOKENIZER_FILES) as hidden:
+        with writing_folder(expand_home(folder), replaces=STALE_TOKENIZER_FILES) as hidden:
             (hidden / "tokenizer.json").write_text(content, encoding="utf-8")
             write_new_json(hidden / "tokenizer_config.json", config)
 
@@ -355,6 +356,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
     Raise ValueError if there is no tokenizer, or if it is damaged.
     """
+    name_or_path = expand_home(name_or_path)
     path = find(name_or_path, weights=False)
     if path.is_file():
         return Tokenizer.from_gguf(read_metadata(path), path)

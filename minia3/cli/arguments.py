@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from minia3.files.home import expand_home
 from minia3.files.processes import first_goes_first
 from minia3.files.write import finish_writing, is_free, writing_folder
 
@@ -18,7 +19,11 @@ def add_model(parser):
 
 
 def add_adapter_option(parser):
-    parser.add_argument("--adapter", help="folder, file or hub id of an adapter (default: none)")
+    parser.add_argument(
+        "--adapter",
+        type=expand_home,
+        help="folder, file or hub id of an adapter (default: none)",
+    )
 
 
 def add_new_folder(parser):
@@ -86,6 +91,7 @@ def add_shard(parser):
 
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
+    path = expand_home(path)
     if os.path.lexists(path) and not os.path.isdir(path):
         raise argparse.ArgumentTypeError(f"{path} exists and is not a folder: give a new one")
     if not is_free(path):

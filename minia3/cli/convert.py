@@ -12,6 +12,7 @@ from minia3.cli.arguments import (
     writing_new_folder,
 )
 from minia3.cli.terminal import show
+from minia3.files.home import expand_home
 from minia3.files.write import finish_writing
 
 TITLE = "Convert an adapter to a PEFT folder, or a model to the Hugging Face layout"
@@ -31,7 +32,9 @@ def add_arguments(parser):
         help="write an adapter of a gated model as a DoRA (default: as (IA)^3)",
     )
     parser.add_argument(
-        "--base", help="the name or path of the adapter's model (default: as the adapter says)"
+        "--base",
+        type=expand_home,
+        help="the name or path of the adapter's model (default: as the adapter says)",
     )
     add_device_options(parser)
 

@@ -20,6 +20,7 @@ from minia3.cli.arguments import (
     warn_if_endless,
 )
 from minia3.cli.terminal import show
+from minia3.files.home import expand_home
 from minia3.files.processes import dividing, from_first, is_first, n_processes
 from minia3.files.program import forget_interrupt, was_interrupted
 from minia3.files.read import reading
@@ -114,6 +115,7 @@ def add_chat_options(parser):
     )
     parser.add_argument(
         "--chat-template",
+        type=expand_home,
         metavar="FILE",
         help="chat template for --chat (default: the adapter's, or else the model's own)",
     )

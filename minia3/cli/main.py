@@ -24,7 +24,7 @@ from minia3.files.messages import message_of
 from minia3.files.processes import has_first_word, is_alone_or_first, is_first, join, leave
 from minia3.files.program import was_interrupted
 from minia3.files.streams import print_error, print_last, use_utf8
-from minia3.training.flags import Parser, expand_home
+from minia3.training.flags import Parser
 
 COMMANDS = {
     "train": train,
@@ -108,7 +108,6 @@ def parse(words):
         command.add_arguments(parsers[name])
     if not words:
         return parser.parse_args(["--help"])
-    words = [expand_flag(word) for word in words]
     if words[0] in parsers:
         # Only a parser without commands can mix prompts and flags in any order.
         if words[0] == "torchrun" and words[1:] != ["--help"]:
@@ -117,14 +116,6 @@ def parse(words):
     if not words[0].startswith("-"):
         parser.error(f"there is no command {words[0]!r}{nearest_command(words[0])}")
     return parser.parse_args(words)
-
-
-def expand_flag(word):
-    """Return "--out=/home/me/x" for "--out=~/x": a shell expands only a ~ that begins a word."""
-    flag, separator, value = word.partition("=")
-    if separator and flag.startswith("--"):
-        return f"{flag}={expand_home(value)}"
-    return word
 
 
 def nearest_command(word):

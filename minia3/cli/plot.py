@@ -27,6 +27,7 @@ from minia3.cli.table import (
     shown_values,
 )
 from minia3.cli.terminal import show
+from minia3.files.home import expand_home
 from minia3.files.read import reading
 from minia3.files.write import replacing
 from minia3.inference.metrics import INVERSE_PERPLEXITY
@@ -74,7 +75,10 @@ def add_arguments(parser):
         "runs", nargs="+", help="folders of runs, or folders that contain folders of runs"
     )
     parser.add_argument(
-        "--out", default="pictures", help="folder of the pictures (default: %(default)s)"
+        "--out",
+        type=expand_home,
+        default="pictures",
+        help="folder of the pictures (default: %(default)s)",
     )
 
 

@@ -20,6 +20,7 @@ from minia3.cli.arguments import (
     warn_if_endless,
 )
 from minia3.cli.terminal import show
+from minia3.files.home import expand_home
 from minia3.files.processes import first_goes_first, is_first, n_processes
 
 TITLE = "Label the rows of a file, or continue them"
@@ -37,11 +38,13 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--adapter",
+        type=expand_home,
         help="folder, file or hub id of an adapter for all rows, or a folder of adapters for "
         "rows that name them",
     )
     parser.add_argument(
         "--task",
+        type=expand_home,
         help="known task (rte ...) or task file whose prompts and labels the rows get (default: "
         "those that the adapter was trained on)",
     )
@@ -58,6 +61,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--out",
+        type=expand_home,
         help="file of results, .jsonl or .csv (default: print them); an incomplete file "
         "is continued",
     )

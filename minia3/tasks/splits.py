@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minia3.files.home import expand_home
 from minia3.files.read import sha256
 from minia3.tasks.columns import (
     ColumnFlags,
@@ -122,7 +123,8 @@ def load_task(  # noqa: PLR0913 (what to load, and what a user says about the co
     expected.
     """
     check_arguments(name_or_path, shots, seed)
-    name = str(name_or_path)
+    name = str(expand_home(name_or_path))
+    data_dir = expand_home(data_dir)
     flags = ColumnFlags(input, target, labels, metric)
     splits, spec, columns = load_splits(name, flags, data_dir, shots, seed, like)
     note_hidden_labels(splits)

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from minia3 import __version__
+from minia3.files.home import expand_home
 from minia3.files.messages import message_of
 from minia3.files.processes import has_several_processes
 from minia3.files.streams import print_error
 from minia3.training.config import ADVICE, GROUPS, Config
 from minia3.training.config_file import read_config_file
-from minia3.training.flags import Parser, add_flags, expand_home
+from minia3.training.flags import Parser, add_flags
 from minia3.training.rules import check_config
 from minia3.training.run_folder import check_same_flags, restore_flags
 from minia3.training.shown_commands import PLACES_OF_MACHINE

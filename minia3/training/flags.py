@@ -152,19 +152,6 @@ def read_text(field, text):
         return text
 
 
-def expand_home(value):
-    """Return a path, or several in a tuple, with the home folder in place of a first ~.
-
-    A shell expands `--out ~/x`, but neither `--out=~/x` nor the second path of `~/a,~/b`, and no
-    shell reads the paths of Python and of files.
-    """
-    if isinstance(value, tuple):
-        return tuple(map(expand_home, value))
-    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
-        return os.path.expanduser(value)
-    return value
-
-
 def kinds_of(field):
     """Return the types of a field: (int, NoneType) for `int | None`."""
     return get_args(field.type) or (field.type,)

@@ -27,11 +27,12 @@ from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
+from minia3.files.home import expand_home
 from minia3.files.read import reading
 from minia3.training.command_line import check_length, complete, parse_flags, put_over
 from minia3.training.config import Config
 from minia3.training.config_file import as_flag, field_name, read_toml
-from minia3.training.flags import as_tuple, expand_home, flag_words, option
+from minia3.training.flags import as_tuple, flag_words, option
 from minia3.training.rules import check_config
 from minia3.training.run_folder import RUNS, short_value
 

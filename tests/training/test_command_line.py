@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import running
-from running import ROOT, contents, events, fails, metrics, outcome, run, task, train, words
+from running import ROOT, contents, events, fails, metrics, outcome, run, task, train, words, write
 
 import minia3
 from minia3.cli.main import main
@@ -70,9 +72,36 @@ def test_a_run_and_a_command_write_into_the_home_folder(tmp_path, monkeypatch):
     assert trained.folder == tmp_path / "me" / "run"
     rows = f"{running.task()}/test.jsonl"
     words = ["predict", flags["model"], rows, "--adapter=~/run/adapter", "--out=~/out.csv"]
+    words.append("--columns=~/{idx}=idx")
     assert main([*map(str, words), "--device=cpu"]) == 0
-    assert (tmp_path / "me" / "out.csv").exists()
+    assert (tmp_path / "me" / "out.csv").read_text().startswith("~/{idx}\n0\n")
     assert os.listdir(tmp_path) == ["me"]
+
+
+def test_functions_of_python_read_and_write_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    base = running.model("t5")
+    model = minia3.load_model(base)
+    minia3.save_model(model, "~/model", minia3.load_tokenizer(base))
+    minia3.load_tokenizer(Path("~/model")).save("~/tokenizer")
+    model = minia3.load_model("~/model")
+    assert model.name_or_path == str(tmp_path / "me" / "model")
+    minia3.save_adapter(model, Path("~/adapters/a"))
+    minia3.load_adapter(model, "~/adapters/a")
+    adapters = minia3.Adapters(model)
+    adapters.load("b", "~/adapters/a")
+    adapters.load_folder("~/adapters")
+    assert list(adapters) == ["b", "a"]
+    shutil.copytree(running.task(), tmp_path / "me" / "task")
+    assert minia3.load_task("~/task").train
+    row = {"premise": "a", "hypothesis": "b", "label": "entailment", "idx": 0}
+    write(tmp_path / "me" / "rte", train=[row], val=[row], test=[row])
+    assert minia3.load_task("rte", data_dir="~").train[0]["premise"] == "a"
+    with pytest.raises(ValueError, match="~user/x: no such folder"):
+        minia3.load_model("~user/x")
+    assert os.listdir(tmp_path) == ["me"]
+    assert sorted(os.listdir("me")) == ["adapters", "model", "rte", "task", "tokenizer"]
 
 
 @pytest.mark.slow
