@@ -74,6 +74,8 @@ def complete(given):
         config.config = None  # because config.json has the flags themselves
         if config.or_resume:
             config = resume_if_begun(config, flags)
+    if config.log_to == "none":
+        config.log_to = None  # also if the run that is resumed had some
     check_config(config)
     check_trackers(config.log_to)
     return config

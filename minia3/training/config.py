@@ -146,8 +146,9 @@ class Config:
     )
     log_to: str | None = flag(
         None,
-        "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl)",
-        some_of=TRACKERS,
+        "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl; none: "
+        "the same, for --resume of a run that sends them)",
+        some_of=(*TRACKERS, "none"),
     )
     device: str | None = flag(
         None,

@@ -30,7 +30,8 @@ def check_trackers(names):
         return
     for name in names.split(","):
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"--log-to {name} needs a package: pip install 'minia3[log]'")
+            remedy = "pip install 'minia3[log]', or do without: --log-to none"
+            raise ValueError(f"--log-to {name} needs a package: {remedy}")
 
 
 def start_trackers(config, folder):

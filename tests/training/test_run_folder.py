@@ -325,6 +325,22 @@ def test_a_run_that_began_with_weights_of_elsewhere_is_refused(begun, capsys, re
     fails(["--resume", out], capsys, f"the weights of {model} have changed")
 
 
+def test_a_run_whose_model_and_rows_have_moved_takes_their_new_paths_from_config_json(tmp_path):
+    rows = tmp_path / "rows"
+    model = tmp_path / "model"
+    shutil.copytree(running.task(), rows)
+    shutil.copytree(EMBEDDED, model)
+    out = tmp_path / "run"
+    assert run(words(out, model=model, task=rows, steps=1)) == 0
+    rows.rename(tmp_path / "new rows")
+    model.rename(tmp_path / "new model")
+    config = json.loads((out / "config.json").read_text())
+    paths = {"model": f"{model.parent}/new model", "task": f"{rows.parent}/new rows"}
+    (out / "config.json").write_text(json.dumps(config | paths))
+    assert run(["--resume", out, "--steps", 2]) == 0
+    assert json.loads((out / "config.json").read_text())["model"] == paths["model"]
+
+
 def test_weights_that_were_only_copied_again_are_not_refused(begun):
     out, model = begun
     shutil.rmtree(model)

@@ -133,6 +133,23 @@ def test_a_package_that_is_missing_is_named_with_the_extra(tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_resumed_may_do_without_its_trackers(tmp_path, capsys, monkeypatch):
+    """The other machine may lack the package, or a login."""
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: name)
+        assert run(words(out, steps=3, log_to="wandb")) == 0
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    resumed = ["--resume", out, "--steps", 6]
+    fails(resumed, capsys, "--log-to wandb needs a package", "or do without: --log-to none")
+    assert run([*resumed, "--log-to", "none"]) == 0
+    assert metrics(out)[-1]["steps"] == 6
+    assert json.loads((out / "config.json").read_text())["log_to"] is None
+    assert run(words(out, "--or-resume", steps=6, log_to="none")) == 0
+    fails(words(tmp_path / "new", log_to="none,wandb"), capsys, "--log-to none needs a package")
+
+
 def test_without_a_folder_there_is_nothing_to_log(capsys):
     pytest.importorskip("tensorboard")
     fails(words(None, "--eval-only", log_to="tensorboard"), capsys, "give --out")
