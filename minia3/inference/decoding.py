@@ -325,15 +325,17 @@ def end_ids_of(model, tokenizer, stops=()):
 
     The first two may differ, such as in a merge of a base and a chat model. A model that has
     learned targets ends its texts with the eos of the tokenizer, because the targets end with it.
-    A special token is in no text, because `decode` drops it, so it is found by its id.
+    A special token is in no text, because `decode` drops it, so it is found by its id. White space
+    around it does not count: people copy "<|im_end|>\\n" from a chat template.
     """
     end_ids = list(model.config.eos_ids)
     eos_id = getattr(tokenizer, "eos_id", None)  # prompts of ids need only its `decode`
     if eos_id is not None:
         end_ids.append(eos_id)
     if stops and hasattr(tokenizer, "backend"):
+        names = {*stops, *map(str.strip, stops)}
         for i, token in tokenizer.backend.get_added_tokens_decoder().items():
-            if token.special and token.content in stops:
+            if token.special and token.content in names:
                 end_ids.append(i)
     return tuple(dict.fromkeys(end_ids))
 

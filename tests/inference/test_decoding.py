@@ -170,6 +170,8 @@ def test_a_stop_text_that_is_a_special_token_ends_a_text(both, options):
     tokenizer.backend.add_special_tokens([token])
     assert tokenizer.decode(both.tokenizer.encode(f"w3 {token}", special=False)) == "w3"
     found = generate(both.model, tokenizer, PROMPTS, stop=[token, "never"], **options)
+    stop = f" {token}\n"  # as templates have it
+    assert found == generate(both.model, tokenizer, PROMPTS, stop=stop, **options)
     if "beams" not in options:  # the end of a text counts in a beam search, so others may win
         assert found == [before_word(text, token) for text in written]
     model = copy.copy(both.model)
