@@ -44,7 +44,8 @@ def announce_finished(run, config):
         text += f" (an adapter that failed has none: {run.failure})"
     # Version 0.1.0 kept no state, and users may remove checkpoint.pt.
     if config.is_training and run.saved.group is not None:
-        text += f"; to train longer: {resume_command(run.program, run.folder, 2 * config.steps)}"
+        longer = {"steps": 2 * config.steps}
+        text += f"; to train longer: {resume_command(run.program, run.folder, longer)}"
     print(text)
 
 

@@ -48,7 +48,7 @@ from minia3.training.run_folder import (
     reopen_metrics,
     sync_metrics,
 )
-from minia3.training.shown_commands import SCRIPT, resume_command
+from minia3.training.shown_commands import SCRIPT, resume_command, unrecorded_flags
 from minia3.training.signals import Stopped
 from minia3.training.trackers import close_trackers, hand_over, start_trackers
 
@@ -74,16 +74,16 @@ class Run:
         self.resources = ExitStack()  # the lock of the folder, and a limit of memory
         self.folder = None  # None: the run leaves nothing
         self.is_new = config.resume is None
+        self.unrecorded = {}  # see `unrecorded_flags`
         self.saved = Checkpoint(n_processes=n_processes())
         # Of a run that --steps makes longer:
         self.saved_before_extension = None  # its Checkpoint
         self.extended_from = None  # the steps that it had done
-        self.extended_to = None  # the new --steps, until config.json records it
         try:
             if is_first():
                 self.open_folder(config)
-            opened = from_first((self.folder, self.saved, self.extended_from, self.extended_to))
-            self.folder, self.saved, self.extended_from, self.extended_to = opened
+            opened = from_first((self.folder, self.saved, self.extended_from, self.unrecorded))
+            self.folder, self.saved, self.extended_from, self.unrecorded = opened
         except BaseException:
             # A notebook keeps the traceback of the last error, which would keep the lock.
             self.resources.close()
@@ -114,9 +114,8 @@ class Run:
             saved = load_checkpoint(self.folder)
             if saved is None and config.or_resume:  # --resume alone would start over
                 saved = checkpoint_of_results(self.folder)
-            if config.steps != read_run_config(self.folder).get("steps"):
-                self.extended_to = config.steps
-            if saved and self.extended_to is not None:
+            self.unrecorded = unrecorded_flags(config, read_run_config(self.folder))
+            if saved and "steps" in self.unrecorded:
                 self.saved_before_extension = saved
                 self.extended_from = steps_done(saved, config)
                 saved = extend(saved, config, self.extended_from)
@@ -130,7 +129,7 @@ class Run:
     @property
     def continuation(self):
         """The command that continues this run."""
-        return resume_command(self.program, self.folder, self.extended_to)
+        return resume_command(self.program, self.folder, self.unrecorded)
 
     @property
     def stop_message(self):
@@ -162,10 +161,10 @@ class Run:
             check_same_weights(self.folder, weights, config)
             if not (self.folder / "checkpoint.pt").exists():
                 forget_states(self.folder)
-            # A signal waits, because `continuation` names --steps until config.json has it.
+            # A signal waits, because `continuation` names flags until config.json has them.
             with self.uninterrupted():
                 self.record_start(checksums, weights, config)
-        self.extended_to = None
+        self.unrecorded = {}
         self.metrics = Metrics(self.written_folder, self.n_bytes)
         self.trackers = start_trackers(config, self.written_folder)
 
@@ -180,7 +179,7 @@ class Run:
             self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
             self.write_checkpoint(self.saved.group)
         record_run(self.folder, checksums, weights, config)
-        self.extended_to = None
+        self.unrecorded = {}
 
     def write(self, event, **values):
         """Add a line to metrics.jsonl, and hand it to the trackers of --log-to.

@@ -5,7 +5,7 @@ import os
 import shlex
 
 from minia3.files.processes import n_on_machine, n_processes
-from minia3.training.flags import flag_words
+from minia3.training.flags import flag_words, option
 
 # A result depends on these flags even if nothing is trained.
 EVALUATION_FLAGS = (
@@ -37,22 +37,38 @@ COMMAND = "minia3 train"
 CALL = "minia3.train"
 
 
-def resume_command(program, folder, steps=None):
-    """Return what continues the run in a folder, with another number of steps if it is given.
+def unrecorded_flags(config, recorded):
+    """Return the flags of a resumed run that its config.json does not have yet: name -> value.
+
+    recorded: the content of config.json.
+    """
+    flags = {}
+    for name in ("steps", *PLACES_OF_MACHINE):
+        value = getattr(config, name)
+        if value != recorded.get(name):
+            flags[name] = "none" if value is None else value  # of --log-to
+    return flags
+
+
+def resume_command(program, folder, flags):
+    """Return what continues the run in a folder with these flags: name -> value.
 
     This starts as many processes as there are now. On several machines the user knows the flags of
     torchrun, and this process does not.
     """
     if program == CALL:
-        extension = f", steps={steps}" if steps else ""
-        return f"minia3.train(resume={str(folder)!r}{extension})"
-    extension = f" --steps {steps}" if steps else ""
+        given = {"resume": str(folder), **flags}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return f"minia3.train({arguments})"
     if n_processes() > 1:
         started = {SCRIPT: "train.py", COMMAND: "-m minia3 train"}[program]
         is_one_machine = n_processes() == n_on_machine()
         count = f"--nproc-per-node {n_processes()}" if is_one_machine else "..."
         program = f"torchrun {count} {started}"
-    return f"{program} --resume {shlex.quote(str(folder))}{extension}"
+    words = ["--resume", str(folder)]
+    for name, value in flags.items():
+        words += [option(name), str(value)]
+    return f"{program} {shlex.join(words)}"
 
 
 def training_command(config):

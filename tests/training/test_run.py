@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import time
@@ -39,6 +40,7 @@ from minia3.training.group import Group
 from minia3.training.log import TrainingLog
 from minia3.training.optimizer import RowOptimizer
 from minia3.training.run_folder import Metrics
+from minia3.training.shown_commands import resume_command
 from minia3.training.signals import WAITING
 
 RECIPES = {
@@ -407,6 +409,27 @@ def test_the_command_to_continue_quotes_a_folder_with_a_space(tmp_path, capsys, 
     out = tmp_path / "my run"
     assert run(words(out)) == 130
     assert capsys.readouterr().err == f"stopped; to continue: python train.py --resume '{out}'\n"
+
+
+def test_the_command_to_continue_has_the_flags_that_config_json_does_not_have_yet(
+    tmp_path, capsys, monkeypatch
+):
+    """A resumed run that is stopped while it reads its rows has changed no file."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=3)) == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"device": "cuda", "log_to": "wandb"}))
+    given = ["--steps", 6, "--data-dir", tmp_path / "my data", "--device", "cpu"]
+    given += ["--log-to", "none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_cells", lambda config: kill_self(signal.SIGINT))
+        assert run(["--resume", out, *given]) == 130
+        _, _, command = capsys.readouterr().err.partition("python train.py ")
+        assert shlex.split(command) == list(map(str, ["--resume", out, *given]))
+    assert resume_command("minia3.train", out, {"steps": 6, "device": "cpu"}) == (
+        f"minia3.train(resume={str(out)!r}, steps=6, device='cpu')"
+    )
+    assert run(["--resume", out, *given]) == 0
 
 
 def test_a_stopped_evaluation_without_a_folder_has_nothing_to_continue(capsys, monkeypatch):
