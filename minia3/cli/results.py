@@ -368,8 +368,10 @@ def mean_tokens(train_lines):
 def select_flags(run, final):
     """Return the flags of a result that may distinguish it from others, with their values."""
     values = dict(run.config)
-    for flag in ("seed", "lr", "warmup_ratio"):
-        if flag in final:  # config.json has all values of a grid
+    # config.json has all values of a grid, and no --dtype if it depended on the device. (Older
+    # versions do not say which it was.)
+    for flag in ("seed", "lr", "warmup_ratio", "dtype"):
+        if flag in final:
             values[flag] = final[flag]
     names = values.keys() - UNNAMED_FLAGS
     if not final["trainable"]:  # flags of training do not matter if there was none

@@ -67,6 +67,7 @@ def final_line(group, cell, assignment, before, after):
         "method": group.config.method,
         # The config's class, because a wrapper around the model would have another name.
         "architecture": type(group.model.config).__name__.removesuffix("Config"),
+        "dtype": str(group.model.embed.weight.dtype).removeprefix("torch."),  # of the base
         "total": group.n_base,
         "trainable": group.n_trained,
         "seconds": round(group.log.seconds, 3),

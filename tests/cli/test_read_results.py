@@ -80,6 +80,15 @@ def test_a_label_names_the_flags_in_which_runs_of_a_method_differ(tmp_path):
     assert labels(tmp_path) == ["ia3, losses lm", "ia3, losses lm,ul,ln", "lora"]
 
 
+def test_runs_on_devices_with_different_dtypes_have_different_labels(tmp_path):
+    """Without --dtype, config.json does not say it."""
+    make_run(tmp_path / "cpu", [{"dtype": "float32"}], dtype=None)
+    make_run(tmp_path / "cpu2", [{"dtype": "float32"}], dtype="float32", seed=1)
+    assert labels(tmp_path) == ["ia3", "ia3"]
+    make_run(tmp_path / "gpu", [{"dtype": "bfloat16"}], dtype=None)
+    assert labels(tmp_path) == ["ia3, dtype float32", "ia3, dtype float32", "ia3, dtype bfloat16"]
+
+
 def test_budgets_are_compared_between_methods(tmp_path):
     make_run(tmp_path / "a", steps=1000)
     make_run(tmp_path / "b", [{"trainable": 9}], method="lora", steps=150)

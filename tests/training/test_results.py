@@ -30,6 +30,7 @@ def test_the_last_line_is_the_result(tmp_path):
         trainable,
         sum(p.numel() for p in model.parameters()) - trainable,
     )
+    assert final["dtype"] == "float32"
     assert 0 <= final["accuracy"] <= 1
     assert 0 < final["seconds"] < 60
     assert final["peak_memory_bytes"] > 10**7
