@@ -65,7 +65,9 @@ def rms_norm(x, weight_D, eps):
     PyTorch's rms_norm also keeps a float32 copy of a bfloat16 x, if it is not fused. It computes in
     float32 or wider, and so does this function.
     """
-    if not torch.is_grad_enabled() or has_fused_norm(x.device):
+    # PyTorch 2.5 compiles its rms_norm again for each length of the texts.
+    is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if is_plain or has_fused_norm(x.device):
         return F.rms_norm(x, weight_D.shape, weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)
 

@@ -6,6 +6,7 @@ from batches import batch_of, gradients, same
 from conftest import randomize
 
 import minia3
+from minia3.inference.scoring import choice_logprobs
 from minia3.model.blocks import Block
 from minia3.model.more_vectors import choose_vectors
 
@@ -65,6 +66,20 @@ def test_a_step_has_no_graph_break_and_other_lengths_do_not_compile_again(name, 
     assert len(graphs) == n_graphs
     for ours, plain in zip(found, expected, strict=True):
         same(ours, plain)
+
+
+@pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
+def test_an_evaluation_does_not_compile_again_for_other_lengths_either(name, loaded):
+    """PyTorch 2.5 did so, because of its own rms_norm. Without gradients, graphs are different."""
+    model = first_blocks(loaded(name, seed=0))
+    graphs = []
+    compile_blocks(model, lambda graph, _: graphs.append(graph) or graph.forward)
+    n_graphs = []
+    with torch.no_grad():
+        for lengths in ((15, 5, 9, 16, 13), (18,) * 7, (17, 9, 2, 2), (19, 3, 8), (20,) * 3):
+            choice_logprobs(model, batch_of(lengths, seed=len(lengths)))
+            n_graphs.append(len(graphs))
+    assert 0 < n_graphs[1] == n_graphs[-1]
 
 
 def test_a_model_in_torch_s_wrapper_is_refused(loaded):
