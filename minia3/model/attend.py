@@ -53,10 +53,10 @@ def fused(q_BHLK, k_BGMK, v_BGMK, bias_BHLM, is_causal, dropout, scale):
 
 
 def needs_equal_heads(q_BHLK, bias_BHLM):
-    """Return whether PyTorch has no fused attention for query heads that share a key/value head.
+    """Return whether PyTorch may have no fused attention for heads that share a key/value head.
 
-    On a GPU only flash attention has, which takes neither a bias nor float32. Without a kernel,
-    PyTorch would keep the scores of all pairs of tokens, in float32.
+    On a GPU, only flash attention has it in all releases, and takes neither a bias nor float32.
+    Without a kernel, PyTorch would keep the scores of all pairs of tokens, in float32.
     """
     is_on_gpu = q_BHLK.device.type != "cpu"
     return is_on_gpu and (bias_BHLM is not None or q_BHLK.dtype == torch.float32)

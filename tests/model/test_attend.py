@@ -208,10 +208,11 @@ def test_other_batches_are_computed_at_once(mask_BL, device):
 
 
 def is_fused(q_BHLK, k_BGMK, v_BGMK, attn_mask, enable_gqa, **_):
-    """Return whether PyTorch has a fused kernel on CUDA that reads the bias where it is.
+    """Return whether all releases of PyTorch fuse this on CUDA, and read the bias where it is.
 
-    Flash attention alone has groups of heads, and takes neither a bias nor float32. The others need
-    a bias whose rows are contiguous, and copy it unless rows begin at multiples of 8.
+    In the older ones, only flash attention has groups of heads, and it takes neither a bias nor
+    float32. The others need a bias with contiguous rows, and copy it unless rows begin at multiples
+    of 8.
     """
     if attn_mask is None:
         return not (enable_gqa and q_BHLK.dtype == torch.float32)
