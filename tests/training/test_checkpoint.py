@@ -12,6 +12,7 @@ from running import at_line, contents, fails, kill_self, model, resume, run, wor
 from minia3.training.checkpoint import (
     LAYOUT,
     Checkpoint,
+    all_finite,
     load_checkpoint,
     save_checkpoint,
     set_values,
@@ -124,3 +125,13 @@ def test_the_last_checkpoint_of_full_fine_tuning_holds_nothing_twice(
     capsys.readouterr()
     assert resume(out) == 0
     assert capsys.readouterr().out.startswith(f"{out} is finished")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_single_number_of_any_parameter_shows_that_not_all_are_finite(bad):
+    for name in ("first", "last"):
+        parameters = {"first": torch.ones(2, 3), "last": torch.ones(4)}
+        assert all_finite(parameters)
+        parameters[name][-1] = bad
+        assert not all_finite(parameters)
+    assert all_finite({})
