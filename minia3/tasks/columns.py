@@ -163,9 +163,10 @@ def understand(
         prompts=prompts,
         labels=labels.spelled,
         label_field=roles.label or "label",
-        messages=roles.messages,
         metric=flags.metric or spec.metric,
     )
+    if roles.messages:
+        spec = with_conversation(spec, roles.messages)
     if not roles.messages and not spec.span_field:  # WSC's spans become fields later
         columns.check_prompts(prompts)
     spec = rename_reserved(spec, columns)
@@ -217,15 +218,18 @@ def assign_roles(columns: "Columns", spec: TaskSpec, flags: ColumnFlags) -> Colu
     used = roots_of(prompt.text for prompt in roles.prompts)
     picks = any(prompt.choices for prompt in roles.prompts)
     found = find_set(columns, needs_input, needs_answer, used, picks)
+    if found is None and needs_input and needs_answer:
+        found = columns.find_conversation()
     if found is None:
         raise ValueError(columns.explain(needs_answer, used))
-    if found.names == ("messages",):
+    if found.names and not found.input:
+        (conversation,) = found.names
         if flags.labels:
             raise ValueError(
                 f"--labels says that answers are picked, but {columns.origin} has conversations "
-                "('messages'): leave it out, or name the column to read with --input"
+                f"({conversation!r}): leave it out, or name the column to read with --input"
             )
-        return ColumnRoles(OWN_PROMPTS, messages="messages")
+        return ColumnRoles(OWN_PROMPTS, messages=conversation)
     if needs_input:
         roles = roles._replace(prompts=(Prompt(found.input, None),))
     if needs_answer:
@@ -575,12 +579,10 @@ class Columns:
         hint = ""
         # pandas and R write the number of a row into a column without a name.
         named = [name for name in self.folded if name]
-        conversation = self.find_conversation(self.found)
-        if conversation is not None:
-            return (
-                f"{conversation!r} holds conversations: call the column 'messages', and write "
-                "each message as {'role': 'user', 'content': 'a text'}"
-            )
+        conversations = self.conversations()
+        if len(conversations) > 1:
+            names = " and ".join(map(repr, conversations))
+            return f"{names} hold conversations: call the one to learn from 'messages'"
         for column_set in COLUMN_SETS:
             missing = [name for name in column_set.names if name not in self]
             unknown = [name for name in named if name not in column_set.names]
@@ -628,13 +630,18 @@ class Columns:
                     lengths[column, item] += len(str(value))
         return {place: length for place, length in lengths.items() if length > 0}
 
-    def find_conversation(self, columns: Iterable[str]) -> str | None:
-        """Return the first column with lists of objects that look like messages, or None."""
-        for column in columns:
-            cells = [row.get(column) for row in self.rows[:N_FIRST_ROWS]]
-            if any(is_conversation(cell) for cell in cells):
-                return column
-        return None
+    def conversations(self) -> list[str]:
+        """Return the columns with lists of objects that look like messages."""
+        rows = self.rows[:N_FIRST_ROWS]
+        return [name for name in self.found if any(is_conversation(row.get(name)) for row in rows)]
+
+    def find_conversation(self) -> ColumnSet | None:
+        """Return the set of the only column with conversations, whatever its name is.
+
+        Several are none: in files of preferences, one of two is not to be learned.
+        """
+        names = self.conversations()
+        return ColumnSet(tuple(names), "") if len(names) == 1 else None
 
 
 def cell_items(cell) -> list[tuple[str, object]]:
@@ -713,8 +720,19 @@ def guess_task(row: dict, flags: ColumnFlags, columns: Iterable[str] = ()) -> Ta
         return TaskSpec(messages="messages")
     columns_of_file = Columns([dict.fromkeys(columns)], {}, "")
     found = find_inputs(columns_of_row) or find_inputs(columns_of_file)
+    conversation = columns_of_row.find_conversation()
+    if found is None and conversation is not None and not flags.input and not flags.labels:
+        return with_conversation(TaskSpec(), *conversation.names)
     prompts = OWN_PROMPTS if found is None else (Prompt(found.input, None),)
     return with_flags(TaskSpec(prompts), flags)
+
+
+def with_conversation(spec: TaskSpec, column: str) -> TaskSpec:
+    """Return the task whose rows are the conversations in a column of the file."""
+    fields = dict(spec.fields)
+    if fold(column) != "messages":
+        fields[column] = "messages"
+    return spec._replace(messages="messages", fields=fields)
 
 
 def find_inputs(columns: "Columns") -> ColumnSet | None:

@@ -1,6 +1,7 @@
 """Check and shorten conversations: rows with `messages`.
 
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
+    {"messages": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}
 
 A checkpoint's chat template turns them into text (checkpoints/chat.py).
 """
@@ -9,6 +10,23 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 INSTRUCTIONS = ("system", "developer")  # roles of messages that come before the first turn
+
+# What files in ShareGPT's form call the roles. Others, such as system, have the same names.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
+def in_openai_form(message):
+    """Return {"role": "user", "content": "Hi"} for {"from": "human", "value": "Hi"}.
+
+    Whatever is not in ShareGPT's form stays as it is.
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("from"), str):
+        return message
+    kept = dict(message)  # such as a weight
+    name = kept.pop("from")
+    role = SHAREGPT_ROLES.get(name, name)
+    content = kept.pop("value", None)
+    return {"role": role, "content": content, **kept}
 
 
 def check_messages(row: dict, needs_answer: bool = True):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from minia3.files.messages import plural
 from minia3.tasks.labels import INTEGER, find_choice, find_user_label, label_text
-from minia3.tasks.messages import check_messages, has_answer
+from minia3.tasks.messages import check_messages, has_answer, in_openai_form
 from minia3.tasks.prompts import (
     Prompt,
     check_fields,
@@ -457,6 +457,8 @@ def check_own_answer(row: dict, split: str, in_file: Container[str]):
 def check_conversation(row: dict, split: str):
     """Raise ValueError if a row's messages are no conversation, or have no answer to learn."""
     row.setdefault("messages", None)
+    if isinstance(row["messages"], list):
+        row["messages"] = list(map(in_openai_form, row["messages"]))
     check_messages(row, needs_answer=split not in ("test", PREDICTED))
 
 

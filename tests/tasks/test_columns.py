@@ -13,7 +13,7 @@ from minia3.tasks.prompts import render
 from minia3.tasks.rows import PREDICTED, normalize_row, without_target
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
-from minia3.tasks.task_file import read_task_file
+from minia3.tasks.task_file import make_entry, read_task_file
 
 
 def load(tmp_path, *rows, **flags):
@@ -240,6 +240,38 @@ def test_conversations_stay_as_they_are(tmp_path):
     assert (task.metric, task.answer) == ("inverse_perplexity", "messages")
 
 
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}]
+
+
+@pytest.mark.parametrize("name", ["conversations", "Dialog", "messages"])
+def test_a_conversation_is_found_whatever_its_column_is_called_and_read_from_sharegpt(
+    name, tmp_path
+):
+    system = {"from": "system", "value": "s"}
+    task = load(tmp_path, {"id": "a long text", name: [system, *SHAREGPT]})
+    assert task.columns == f"reads {name}, writes what the assistant says; ignores id"
+    for row in task.train:
+        assert row["messages"] == [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "weight": 1},
+        ]
+
+
+def test_an_adapter_of_conversations_reads_them_under_the_name_that_it_has_learned(tmp_path):
+    spec = load(tmp_path, {"conversations": SHAREGPT}).spec
+    for name in ("conversations", "messages"):
+        row = normalize_row({name: SHAREGPT[:1]}, spec, PREDICTED, 0)
+        assert row["messages"] == [{"role": "user", "content": "a"}]
+    task = load_described(tmp_path, make_entry(spec), {"conversations": SHAREGPT})
+    assert task.answer == "messages"
+
+
+def test_columns_with_the_usual_names_come_before_conversations(tmp_path):
+    task = load(tmp_path, {"input": "a", "target": "b", "conversations": SHAREGPT})
+    assert task.columns == "reads input, writes target; ignores conversations"
+
+
 def test_the_tools_of_a_conversation_are_found_whatever_their_case(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tools = [{"type": "function"}]
@@ -286,6 +318,14 @@ def test_a_row_of_which_nothing_is_known_is_a_conversation_if_it_has_messages(na
     # An adapter that was trained on conversations obeys the flag, too.
     learned = with_flags(TaskSpec(messages="messages"), ColumnFlags(input="{text}?"))
     assert learned.answer_of(normalize_row(file_row, learned, PREDICTED, 0)) == "target"
+
+
+def test_a_row_of_which_nothing_is_known_may_hold_a_conversation_under_another_name():
+    spec = guess_task({"id": 3, "chat": SHAREGPT}, ColumnFlags())
+    row = normalize_row({"id": 3, "chat": SHAREGPT}, spec, PREDICTED, 0)
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    spec = guess_task({"text": "a", "chat": SHAREGPT}, ColumnFlags())
+    assert spec.answer_of({"text": "a"}) != "messages"
 
 
 def test_an_input_is_what_the_model_reads_also_if_it_is_called_input(tmp_path):
@@ -665,13 +705,8 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
             '--input "{translation[de]}" --target "{translation[en]}"',
         ),
         (
-            {"conversations": [{"from": "human", "value": "Hi"}], "id": "a long text"},
-            "'conversations' holds conversations: call the column 'messages', and write each "
-            "message as {'role': 'user', 'content': 'a text'}",
-        ),
-        (
-            {"dialog": [{"role": "user", "content": "Hi"}]},
-            "'dialog' holds conversations: call the column 'messages'",
+            {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"from": "", "value": ""}]},
+            "'chosen' and 'rejected' hold conversations: call the one to learn from 'messages'",
         ),
         ({"prompt": "a", "responses": ["b"]}, "add a column with the answers"),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
