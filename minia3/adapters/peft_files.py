@@ -113,7 +113,8 @@ def find_mismatch(peft_name, entry, name, vectors):
     # The shape tells which side of a linear is scaled. Scaling the other side would be another
     # function.
     shape = peft_shape(peft_name, math.prod(entry.shape))
-    if entry.shape == shape[::-1] and entry.dtype in FLOATS:
+    is_turned = entry.shape == shape[::-1] != shape  # a single number has no side
+    if is_turned and entry.dtype in FLOATS:
         sides = ("outputs", "inputs") if scales_input(peft_name) else ("inputs", "outputs")
         return f"{peft_name} {entry.shape} scales the {sides[0]} of its linear, not the {sides[1]}"
     if entry.shape != shape or entry.dtype not in FLOATS:

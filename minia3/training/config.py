@@ -147,7 +147,7 @@ class Config:
     log_to: str | None = flag(
         None,
         "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl; none: "
-        "the same, for --resume of a run that sends them)",
+        "no longer, if the run that is continued does)",
         some_of=(*TRACKERS, "none"),
     )
     device: str | None = flag(
