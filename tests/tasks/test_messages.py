@@ -8,8 +8,10 @@ import torch
 from minia3.checkpoints.chat import EncodedChat
 from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example, encode_chat, encode_question, encode_rows
-from minia3.tasks.messages import check_messages, fit_chat, question
+from minia3.tasks.messages import check_messages, fit_chat, in_openai_form, question
 from minia3.tasks.prompts import OWN_PROMPTS
+from minia3.tasks.rows import normalize_row
+from minia3.tasks.task import TaskSpec
 
 
 def turns(*texts, system=None):
@@ -91,6 +93,15 @@ def test_what_is_no_conversation_is_named_in_one_line(messages, problem):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as caught:
         check_messages(row(messages))
     assert caught.match(problem)
+
+
+def test_a_message_of_sharegpt_s_files_without_a_text_is_named():
+    spec = TaskSpec(messages="messages")
+    for message in ({"from": "gpt"}, {"from": "gpt", "value": 5}):
+        with pytest.raises(ValueError, match=r"the content of message 0 is (None|5), expected"):
+            normalize_row({"messages": [message]}, spec, "train", 0)
+    for message in ({"from": 1, "value": "a"}, "from", None):
+        assert in_openai_form(message) is message
 
 
 def weighted(messages, *weights):
