@@ -549,15 +549,14 @@ def test_the_largest_model_that_trains_is_found_by_bisection(room, monkeypatch, 
 def test_a_study_is_made_of_valid_runs_in_a_folder_of_its_name(path):
     runs = read_studies([path], {})
     assert {run.folder.parts[0] for run in runs} == {"runs"}
-    if path.stem != "mixture":
-        assert {run.folder.parent.name for run in runs} == {path.stem}
+    assert {run.folder.parent.name for run in runs} == {path.stem}
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# "), "its first line says what it asks"
 
 
 def test_all_studies_together_have_no_run_twice():
     runs = read_studies(STUDIES, {})
-    assert len(runs) == 66 + 36 + 17 + 33  # embedded and init, widths, smollm2, t0-3b
+    assert len(runs) == 74 + 36 + 17 + 33  # embedded and init, widths, smollm2, t0-3b
 
 
 def test_the_study_of_the_paper_has_its_tasks_and_t_fews_shots():
