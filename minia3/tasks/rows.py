@@ -355,7 +355,7 @@ def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container
     in_file: the columns of its file, by their names in the task.
     """
     if spec.answer_of(row) == "messages":
-        check_conversation(row, split)
+        normalize_conversation(row, split)
         return
     row.pop("messages", None)  # a column that is not used
     list_choices(row, spec)
@@ -454,8 +454,11 @@ def check_own_answer(row: dict, split: str, in_file: Container[str]):
         )
 
 
-def check_conversation(row: dict, split: str):
-    """Raise ValueError if a row's messages are no conversation, or have no answer to learn."""
+def normalize_conversation(row: dict, split: str):
+    """Give the messages of a row OpenAI's form.
+
+    Raise ValueError if they are no conversation, or have no answer to learn.
+    """
     row.setdefault("messages", None)
     if isinstance(row["messages"], list):
         row["messages"] = list(map(in_openai_form, row["messages"]))
