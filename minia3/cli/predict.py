@@ -208,7 +208,7 @@ def make_forms(args):
     Raise ValueError if there is no such task or prompt.
     """
     from minia3.inference.prediction import Forms
-    from minia3.tasks.columns import ColumnFlags, read_flags
+    from minia3.tasks.column_flags import ColumnFlags, read_flags
     from minia3.training.learned import learned_tasks
 
     by_adapter = {}
@@ -284,7 +284,7 @@ def make_form(spec, args):
     """Return the Form of a task's rows. Raise ValueError if it has no prompt of this number."""
     from minia3.checkpoints.known_models import base_of, known_model
     from minia3.inference.prediction import Form
-    from minia3.tasks.columns import ColumnFlags, with_flags
+    from minia3.tasks.column_flags import ColumnFlags, with_flags
     from minia3.tasks.prompts import for_family
 
     spec = with_flags(spec, ColumnFlags(input=args.input, labels=args.labels))

@@ -1,9 +1,9 @@
 """Standard output, as a command of a pipeline uses it."""
 
-import os
 import sys
 
 from minia3.files.processes import is_first
+from minia3.files.streams import drop
 
 SIGPIPE_EXIT_CODE = 141  # 128 + SIGPIPE, as a shell reports other programs
 
@@ -19,9 +19,7 @@ def show(text="", end="\n"):
     try:
         print(text, end=end, flush=True)
     except OSError as error:
-        # The text is still in the buffer, and Python would fail again when it exits.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        drop(sys.stdout)  # with the text that is still in its buffer
         if isinstance(error, BrokenPipeError):
             raise SystemExit(SIGPIPE_EXIT_CODE) from None
         raise

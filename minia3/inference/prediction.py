@@ -29,7 +29,7 @@ from minia3.inference.scoring import (
     warn_of_equal_choices,
 )
 from minia3.inference.turns import ending_answers
-from minia3.tasks.columns import ColumnFlags, guess_task
+from minia3.tasks.column_flags import ColumnFlags
 from minia3.tasks.examples import Example, encode_question, encode_rows
 from minia3.tasks.limits import fit_targets
 from minia3.tasks.prompts import Prompt, Rendered
@@ -45,6 +45,7 @@ from minia3.tasks.rows import (
     without_target,
 )
 from minia3.tasks.task import TaskSpec
+from minia3.tasks.understanding import guess_task
 
 CHUNK = 256  # rows that are read, sorted by length and answered at a time
 # The columns of a .csv file of results, unless --columns is given

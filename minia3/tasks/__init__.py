@@ -5,9 +5,9 @@
 file, `rows` checks them, and `splits` divides them into train, validation and test. `examples`
 turns texts into token ids, and `batches` pads the ids to tensors. Read them in this order.
 
-`columns` understands which columns of a user's file are the input and the answer, with `labels` for
-what its labels stand for, and `task_file` writes down what it takes to use an adapter.
-
-`row_files` leaves the formats to `text_lines`, `json_rows` and `table_rows`. `split_files` and
-`library_data` find the files of a folder or of a data set on the hub.
+`user_rows` reads a user's rows. `split_files` and `library_data` find the files of a folder or of a
+data set on the hub, and `row_files` leaves their formats to `csv_rows`, `json_rows` and
+`table_rows`. `understanding` finds out which columns are the input and the answer, by their names
+(`columns`) and by what the user says (`column_flags`), with `labels` for what the labels stand for.
+`task_file` writes down what it takes to use an adapter.
 """

@@ -1,4 +1,7 @@
-"""Download the files of a known task: each file whole, with the right checksum, or not at all."""
+"""Find the files of a known task, or download them.
+
+Each file is downloaded whole, with the right checksum, or not at all.
+"""
 
 import hashlib
 import io
@@ -7,15 +10,17 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from urllib.request import urlopen
 
 from minia3.files.lock import lock_folder, remove_lock, waiting_for_lock
 from minia3.files.progress import progress_bar
-from minia3.tasks.task import Source
+from minia3.files.read import one_line
+from minia3.tasks.split_files import SPLIT_OF_NAME
+from minia3.tasks.task import Source, TaskSpec
 
 HUB = "https://huggingface.co/datasets/"
 TIMEOUT = 30  # seconds to wait for the next byte
@@ -31,6 +36,40 @@ SCRATCH = ".part-"  # how the name of a folder with half-written files begins
 MAX_INFLATION = 100
 
 
+def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
+    """Return the file of each split, after a download if a file that is needed is missing."""
+    names = [Path(name) for name in file_names(spec.sources)]
+    suffixes = {name.suffix for name in names}
+    has_validation = any(SPLIT_OF_NAME.get(name.stem) == "validation" for name in names)
+    needed = {"train", "validation"} if has_validation else {"train", "test"}
+    files = find_splits(folder, suffixes)
+    if not needed <= files.keys():
+        download(spec.sources, folder)
+        files = find_splits(folder, suffixes)
+        if not needed <= files.keys():
+            found = ", ".join(sorted(files)) or "nothing"
+            raise ValueError(
+                f"{folder}: downloaded files were removed, only {found} is left: run this again"
+            )
+    else:
+        remove_leftovers(folder)
+    return files
+
+
+def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
+    """Return the file of each split in the folder. Raise ValueError if a split has two files."""
+    files = {}
+    for (name, split), suffix in product(SPLIT_OF_NAME.items(), suffixes):
+        path = folder / f"{name}{suffix}"
+        if not path.is_file():
+            continue
+        if split in files:
+            names = f"{files[split].name} and {path.name}"
+            raise ValueError(f"{folder} has {names}: keep one of them as {split}")
+        files[split] = path
+    return files
+
+
 def download(sources: Sequence[Source], folder: Path):
     """Put the files of `sources` into `folder`. A file that is already there is kept.
 
@@ -44,10 +83,8 @@ def download(sources: Sequence[Source], folder: Path):
             contents = fetch(source)
             write_files(contents, folder)
         except Exception as error:  # the network, the disk and the zip module raise many kinds
-            # A server may answer in several lines, and our message has one.
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"{source.address}: {reason:.300}; or put {names} into {folder} by hand"
+                f"{source.address}: {one_line(error)}; or put {names} into {folder} by hand"
             ) from error
 
 
@@ -63,36 +100,32 @@ def write_files(contents: dict[str, bytes], folder: Path):
     process sees a part of a file. What a killed process left in its scratch folder is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The lock tells the scratch folder of a killed process from that of one that is writing.
-    with (
-        waiting_for_lock(folder, LOCK),
-        tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch,
-    ):
-        remove_other_folders(folder, scratch)
-        for name, content in reversed(contents.items()):  # train last, as above
-            target = folder / name
-            if target.exists():
-                continue
-            scratch_file = Path(scratch, name)
-            scratch_file.write_bytes(content)
-            os.replace(scratch_file, target)
+    with waiting_for_lock(folder, LOCK):
+        remove_scratch(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
+            for name, content in reversed(contents.items()):  # train last, as above
+                target = folder / name
+                if target.exists():
+                    continue
+                scratch_file = Path(scratch, name)
+                scratch_file.write_bytes(content)
+                os.replace(scratch_file, target)
 
 
 def remove_leftovers(folder: Path):
     """Remove what a process left that was killed after its last file, unless another one writes."""
-    if not any(folder.glob(f"{SCRATCH}*/")):
-        return
-    with suppress(OSError, ValueError), lock_folder(folder, LOCK):
-        for path in folder.glob(f"{SCRATCH}*/"):
-            shutil.rmtree(path, ignore_errors=True)
-        remove_lock(folder / LOCK)
+    if any(folder.glob(f"{SCRATCH}*/")):
+        with suppress(OSError, ValueError), lock_folder(folder, LOCK):
+            remove_scratch(folder)
+            remove_lock(folder / LOCK)
 
 
-def remove_other_folders(folder: Path, scratch: str):
-    """Remove the scratch folders in `folder` that killed processes left, but not this one."""
+def remove_scratch(folder: Path):
+    """Remove the scratch folders that killed processes left. The caller holds the lock, so they are
+    not those of a process that is writing.
+    """
     for path in folder.glob(f"{SCRATCH}*/"):
-        if path != Path(scratch):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def fetch(source: Source) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import BinaryIO
 
-from minia3.tasks.text_lines import MAX_ROW_BYTES, explain_bytes
+from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader, explain_bytes, number_rows
 
 CHUNK = 1 << 16  # bytes of a .json file that are read at a time
 # So near to the end of a text, an error may come from a symbol that is cut short: true, \u00e9.
@@ -68,12 +68,26 @@ def as_row(value) -> dict | ValueError:
     return ValueError(f"expected a JSON object, found {json.dumps(value)[:40]!r}")
 
 
-def is_unfinished(error: Exception, text: str) -> bool:
-    """Return whether more text could mend an error, because the text ends within a value."""
-    if not isinstance(error, json.JSONDecodeError):
-        return False  # a key occurs twice, or a value is too deep or has too many digits
-    is_open = error.msg.startswith("Unterminated string")  # its position is where the string begins
-    return is_open or error.pos > len(text) - LONGEST_SYMBOL
+# Lines
+
+
+def read_json_lines(file: BinaryIO) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number, row or error) for each line of a .jsonl file."""
+    lines = LineReader(file)
+    yield from number_rows(lines, iter(lines), parse_line)
+
+
+def parse_line(line: str) -> dict | None:
+    """Return a row, or None if there is nothing in the line."""
+    if not line.strip():
+        return None
+    row = as_row(parse_json(line))
+    if isinstance(row, ValueError):
+        raise ValueError(f"{row}; a file with a list of objects is named .json")
+    return row
+
+
+# A list in one file
 
 
 class JsonText:
@@ -152,6 +166,14 @@ class JsonText:
             check_characters(value, self.text[self.position : end])
             self.position = end
             return value
+
+
+def is_unfinished(error: Exception, text: str) -> bool:
+    """Return whether more text could mend an error, because the text ends within a value."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False  # a key occurs twice, or a value is too deep or has too many digits
+    is_open = error.msg.startswith("Unterminated string")  # its position is where the string begins
+    return is_open or error.pos > len(text) - LONGEST_SYMBOL
 
 
 def read_json_rows(file: BinaryIO) -> Iterator[tuple[int, dict | ValueError]]:

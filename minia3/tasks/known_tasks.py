@@ -11,8 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from minia3.files.shipped import find_shipped
-from minia3.tasks.labels import choices_of
-from minia3.tasks.prompts import OWN_PROMPTS, Prompt
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, choices_of
 from minia3.tasks.task import Source, TaskSpec
 
 TABLE = Path(__file__).with_name("tasks.json")

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from minia3.tasks.prompts import Prompt, escape, field_names, fold, list_names
-from minia3.tasks.row_files import parse_json
+from minia3.tasks.format_strings import field_names
+from minia3.tasks.json_rows import parse_json
+from minia3.tasks.names import fold, list_names
+from minia3.tasks.prompts import Prompt, choices_of
 
 # A column with more labels than this, and fewer rows per label, probably holds texts to write.
 MANY_LABELS = 50
@@ -47,9 +49,7 @@ class Labels(NamedTuple):
             is_word = fold(spelled) == fold(word)
             text = word if is_word else f"{word} ({spelled})"
             texts.append(text)
-        n_others = len(texts) - N_SHOWN
-        shown = list_names(texts[:N_SHOWN])
-        return f"{shown} and {n_others} more" if n_others > 0 else shown
+        return list_names(texts, N_SHOWN)
 
 
 def label_text(value) -> str | None:
@@ -126,7 +126,7 @@ def name_labels(
             check_label_count(counts, field)
         return name_integers(sorted(map(int, counts)), field, asked, names)
     if counts.keys() <= set(BOOLEANS):
-        return name_values(BOOLEANS, spellings, field, asked)
+        return name_booleans(spellings, field, asked)
     if asked:
         return Labels(tuple(asked), tuple(asked))
     words = tuple(spellings[key] for key in counts)
@@ -206,11 +206,9 @@ def name_integers(
     )
 
 
-def name_values(
-    expected: Sequence[str], spellings: dict[str, str], field: str, asked: Sequence[str]
-) -> Labels:
-    """Return the labels of a column that has these values, and no other."""
-    spelled = tuple(spellings.get(value, value) for value in expected)
+def name_booleans(spellings: dict[str, str], field: str, asked: Sequence[str]) -> Labels:
+    """Return the labels of a column of booleans. spellings: see `count_labels`."""
+    spelled = tuple(spellings.get(value, value) for value in BOOLEANS)
     if asked and len(asked) != len(spelled):
         raise ValueError(
             f"--labels has {len(asked)} words, but {field!r} has the labels {list_names(spelled)}: "
@@ -256,6 +254,22 @@ def check_label_count(counts: Counter, field: str):
 
 
 # Finding the label of a row
+
+
+def find_label(value, labels: Sequence[str], field: str, may_be_hidden: bool) -> int:
+    """Return the index of a known task's label, or -1 if it is hidden.
+
+    Raise ValueError if it is neither.
+    """
+    lower_labels = [label.lower() for label in labels]
+    text = str(value).lower()  # files have 1, true, "true" and "True"
+    if text in lower_labels:
+        return lower_labels.index(text)
+    if type(value) is int and 0 <= value < len(labels):  # T-Few's published splits hold the index
+        return value
+    if may_be_hidden and text in ("none", "-1", ""):
+        return -1
+    raise ValueError(f"{field!r} is {value!r:.40}, expected one of {', '.join(labels):.80}")
 
 
 def find_user_label(
@@ -340,8 +354,3 @@ def check_position(text: str, index: int, words: Sequence[str], field: str):
             f"position {place}: give the position of the right choice as a number, without quotes, "
             "in a .jsonl file"
         )
-
-
-def choices_of(words: Iterable[str]) -> tuple[str, ...]:
-    """Return the choices of a prompt for these words: format strings."""
-    return tuple(escape(word) for word in words)

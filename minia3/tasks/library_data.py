@@ -14,15 +14,16 @@ from pathlib import Path
 
 from minia3.files.read import one_line, read_json, reading
 from minia3.files.streams import is_terminal
+from minia3.tasks.names import list_names
 from minia3.tasks.row_files import rows_suffix
 from minia3.tasks.split_files import (
     HUB_PREFIX,
+    N_SHOWN,
     SIDE_FILES,
     SPLIT_OF_NAME,
     SPLITS,
     FoundFiles,
     resembled_split,
-    shorten,
 )
 
 TIMEOUT = 10  # seconds to wait for the first answer of the hub
@@ -164,7 +165,8 @@ def note_other_files(folder: Path, task_file: Path | None) -> list[str]:
             names.append(path.name)
     if not names:
         return []
-    return [f"not used, because {folder} is a data set of `save_to_disk`: {shorten(names)}"]
+    shown = list_names(names, N_SHOWN)
+    return [f"not used, because {folder} is a data set of `save_to_disk`: {shown}"]
 
 
 def read_state(path: Path) -> list[Path]:
@@ -187,7 +189,7 @@ def assign_splits(
     used = list(chain.from_iterable(names.values()))
     unused = [name for name in files if name not in used]
     if not names:
-        found = shorten(unused) or "none"
+        found = list_names(unused, N_SHOWN) or "none"
         raise ValueError(
             f"{origin}: expected splits named train, validation and test; found {found}"
             f"{advise_choice(origin, unused)}"
@@ -196,7 +198,7 @@ def assign_splits(
         check_other_splits(origin, unused)
     notes = []
     if unused:
-        notes.append(f"splits of {origin} that are not used: {shorten(unused)}")
+        notes.append(f"splits of {origin} that are not used: {list_names(unused, N_SHOWN)}")
     found = {}
     for split in SPLITS:
         if split in names:
@@ -237,7 +239,7 @@ def check_other_splits(origin: str | Path, names: list[str]):
     if meant:
         raise ValueError(
             f"{origin}: expected splits named validation or test beside train; found "
-            f"{shorten(meant)}{advise_choice(origin, meant)}"
+            f"{list_names(meant, N_SHOWN)}{advise_choice(origin, meant)}"
         )
 
 

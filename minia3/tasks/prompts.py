@@ -6,14 +6,20 @@ of tokens: it takes words out of the middle of the row's longest field, and leav
 prompt alone.
 """
 
-import difflib
 import re
-import string
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
+
+from minia3.tasks.format_strings import (
+    escape,
+    field_names,
+    fill,
+    fill_field,
+    final_field,
+    value_of,
+)
+from minia3.tasks.names import list_names
 
 # A user's text may have no spaces (Chinese has none), so 20 characters of anything count as a word.
 WORD = re.compile(r"\s*\S{1,20}")
@@ -36,6 +42,10 @@ class Prompt(NamedTuple):
     def templates(self) -> list[str]:
         """All format strings of the prompt."""
         return [self.text, self.target, *(self.choices or ())]
+
+
+# A user's rows are prompts already.
+OWN_PROMPTS = (Prompt("{input}", None),)
 
 
 class Rendered(NamedTuple):
@@ -90,153 +100,6 @@ def render(prompt: Prompt, row: dict) -> Rendered:
     return Rendered(text, choices, row["label"])
 
 
-def fill(text: str, row: dict) -> str:
-    """Return a format string with the fields of a row. Raise ValueError if the row lacks some."""
-    try:
-        return text.format_map(row)
-    except KeyError as error:
-        (name,) = error.args
-        if name in map(root_of, field_names(text)):
-            raise ValueError(
-                f"the row has no field {name!r}, which {text!r:.60} needs{nearest_of(name, row)}"
-            ) from error
-        found = f"there is no {name!r}"  # in an object, for {translation[english]}
-    except (LookupError, TypeError) as error:  # {endings[3]}, of a list of two, or of a number
-        found = str(error)
-    raise ValueError(f"the row has no such item as {text!r:.60} needs ({found})")
-
-
-def fold(name: str) -> str:
-    """Return what the spellings of a name have in common, whatever their case and the form of their
-    accents: macOS and some spreadsheets write the two characters e and U+0301 for an é.
-    """
-    return unicodedata.normalize("NFC", name.strip().lower())
-
-
-def nearest_of(name: str, names: Iterable[str]) -> str:
-    """Return what a message says after an unknown name: which names there are, and the nearest."""
-    near = difflib.get_close_matches(name.lower(), names, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else ""
-    return f"; the columns are {list_names(names):.200}{hint}"
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Return names in one line, with commas between them, whatever characters they have."""
-    shown = []
-    for name in names:
-        is_visible = name.isprintable() and bool(name.strip())
-        text = name if is_visible else repr(name)
-        shown.append(text)
-    return ", ".join(shown)
-
-
-def check_template(text: str):
-    """Raise ValueError unless a text is a format string with nothing but columns and their items.
-
-    A format string can do more, and a file from outside should not: {a.b} reads an attribute, and
-    {a:>999999999} fills the memory.
-    """
-    try:
-        parts = list(string.Formatter().parse(text))
-    except ValueError as error:
-        raise ValueError(f"{error}: write {{{{ and }}}} for braces that are not a column") from None
-    for _, name, spec, conversion in parts:
-        is_column = name is None or not (name == "" or name.isdigit() or "." in name)
-        if not is_column or spec or conversion:
-            raise ValueError(
-                f"{{{name}}} is not a column, or has more than letters, spaces and [items] in its "
-                "name: rename it"
-            )
-
-
-def can_name(column: str) -> bool:
-    """Return whether a format string can name a column: {text}, but not {a.b}, {1} or {}."""
-    text = f"{{{column}}}"
-    try:
-        check_template(text)
-    except ValueError:
-        return False
-    return field_names(text) == (column,) and root_of(column) == column
-
-
-@lru_cache(maxsize=256)
-def field_names(text: str) -> tuple[str, ...]:
-    """Return the fields of a format string, each once: premise, or endings[3].
-
-    Raise ValueError if the text is not a format string.
-    """
-    names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-    return tuple(dict.fromkeys(names))
-
-
-@lru_cache(maxsize=1024)
-def root_of(name: str) -> str:
-    """Return the field of the row to which an item belongs: endings, for endings[3]."""
-    return re.split(r"[.\[]", name)[0]
-
-
-def value_of(row: dict, name: str):
-    """Return what a field of a format string stands for: a field of the row, or an item of one."""
-    value, _ = string.Formatter().get_field(name, (), row)
-    return value
-
-
-def check_choices(prompt: Prompt, labels: Sequence[str]):
-    """Raise ValueError if a prompt has more or fewer choices than there are labels."""
-    if len(prompt.choices) != len(labels):
-        raise ValueError(
-            f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
-            f"{len(labels)} labels ({list_names(labels):.80}): expected as many choices as labels"
-        )
-
-
-def rename_field(text: str, names: Iterable[str], new_name: str) -> str:
-    """Return a format string with another name for a field. names: spellings of its old name."""
-    parts = []
-    for literal, found, _, _ in string.Formatter().parse(text):
-        parts.append(escape(literal))
-        if found is not None:
-            root = root_of(found)
-            items = found[len(root) :]
-            field = new_name if root in names else root
-            parts.append(f"{{{field}{items}}}")
-    return "".join(parts)
-
-
-def fill_field(text: str, name: str, value: str) -> str:
-    """Return a format string with `value` in place of a field, or of an item of one."""
-    parts = []
-    for literal, found, _, _ in string.Formatter().parse(text):
-        parts.append(escape(literal))
-        if found == name:
-            parts.append(escape(value))
-        elif found is not None:
-            parts.append(f"{{{found}}}")
-    return "".join(parts)
-
-
-def escape(text: str) -> str:
-    """Return a format string that makes `text`."""
-    return text.replace("{", "{{").replace("}", "}}")
-
-
-def ends_in_empty_field(prompt: Prompt, fields: dict) -> bool:
-    """Return whether the prompt's text ends in a field, and this field is empty in this row."""
-    name = final_field(prompt.text)
-    return name is not None and fields.get(name) == ""
-
-
-def final_field(text: str) -> str | None:
-    """Return the field in which a format string ends, or None if it ends in other text."""
-    names = [name for _, name, _, _ in string.Formatter().parse(text)]
-    return names[-1] if names else None
-
-
-def check_fields(prompt: Prompt, row: dict):
-    """Raise ValueError if the row lacks a field that the prompt uses."""
-    render(prompt, row)
-
-
 def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
     """Return the fields that the prompt puts into words: "cause" may become "This is because".
 
@@ -253,6 +116,12 @@ def values_in_words(prompt: Prompt, row: dict) -> dict[str, str]:
             raise ValueError(f"{name!r} is {value!r:.40}, expected one of {', '.join(words)}")
         replaced[name] = words[value]
     return replaced
+
+
+def ends_in_empty_field(prompt: Prompt, fields: dict) -> bool:
+    """Return whether the prompt's text ends in a field, and this field is empty in this row."""
+    name = final_field(prompt.text)
+    return name is not None and fields.get(name) == ""
 
 
 def fit(prompt: Prompt, row: dict, encode: Callable[[str], list[int]], max_length: int) -> Fitted:
@@ -340,5 +209,15 @@ def in_context(prompt: Prompt, rows: list[dict]) -> list[Prompt]:
     return prompts
 
 
-# A user's rows are prompts already.
-OWN_PROMPTS = (Prompt("{input}", None),)
+def choices_of(words: Iterable[str]) -> tuple[str, ...]:
+    """Return the choices of a prompt for these words: format strings."""
+    return tuple(map(escape, words))
+
+
+def check_choices(prompt: Prompt, labels: Sequence[str]):
+    """Raise ValueError if a prompt has more or fewer choices than there are labels."""
+    if len(prompt.choices) != len(labels):
+        raise ValueError(
+            f"{len(prompt.choices)} choices ({list_names(prompt.choices):.80}) for "
+            f"{len(labels)} labels ({list_names(labels):.80}): expected as many choices as labels"
+        )

@@ -4,41 +4,23 @@ A file is read piece by piece, so it may be larger than the memory. A bad row do
 reading. A ValueError takes the place of the row, so one message can name all bad rows of all files.
 """
 
-import csv
 import gzip
 import io
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from itertools import chain
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from minia3.files.read import reading
-from minia3.tasks.json_rows import as_row, is_json_lines, parse_json, read_json_rows
+from minia3.tasks.csv_rows import read_cell_rows, read_header
+from minia3.tasks.json_rows import is_json_lines, read_json_lines, read_json_rows
 from minia3.tasks.table_rows import label_names, open_table, read_table_rows
-from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader
-
-CSV = {"strict": True}  # an error for a quote that is never closed
-TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-DELIMITERS = (",", ";", "\t")  # that a .csv file may have
-
-# What an error of the csv module has in its text -> what it means.
-CSV_ERRORS = {
-    "expected after": 'text follows a closing quote: put the whole cell into quotes, and write "" '
-    "for each quote in it",
-    "new-line character": "a line end \\r without \\n: save the file with the line ends of Unix or "
-    "Windows, or put the cell into quotes",
-    "unexpected end of data": "a quote is never closed",
-}
-# For Excel alone, some programs write the delimiter into a line before the header.
-EXCEL_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)
 
 TABLES = (".parquet", ".arrow")  # pyarrow reads them
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", *TABLES)
+CELLS = (".csv", ".tsv")
+SUFFIXES = (".jsonl", ".json", *CELLS, *TABLES)
 FORMATS = ".jsonl, .json, .csv, .tsv or .parquet, or each of them with .gz"
 
 # What to do about files that people have, and that are not read.
@@ -55,12 +37,6 @@ REMEDIES = {
 # or the memory of whoever unpacks them.)
 MAX_INFLATION = 100
 FREE_BYTES = 1 << 24
-
-
-class ChoicesCell(str):
-    """A cell of the column `choices`. `parse_choices` makes a list of it for a task that picks one
-    of the choices, or names an item. To another task, it is a text like that of any cell.
-    """
 
 
 def rows_suffix(path: Path) -> str:
@@ -130,11 +106,10 @@ def read_rows(
                 yield from read_table_rows(file, suffix, keep_empty)
             elif suffix == ".json":
                 yield from read_json_rows(file)
-            elif suffix in (".csv", ".tsv"):
-                yield from read_cells(LineReader(file), suffix, keep_empty)
+            elif suffix in CELLS:
+                yield from read_cell_rows(file, suffix, keep_empty)
             else:
-                lines = LineReader(file)
-                yield from number_rows(lines, iter(lines), parse_line, is_blank_line)
+                yield from read_json_lines(file)
 
 
 # Opening
@@ -182,200 +157,6 @@ class LimitedFile(io.RawIOBase):
         return len(content)
 
 
-# Lines and cells
-
-
-def number_rows(
-    lines: LineReader, records: Iterator, parse: Callable, is_blank: Callable
-) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield (line number, row or error). A record is a line, or the list of its cells.
-
-    is_blank: a function of a record. Blank ones are passed over.
-    """
-    while True:
-        number = lines.begin_row()
-        try:
-            record = next(records, None)
-            if record is None:
-                return
-            if is_blank(record):
-                continue
-            row = parse(record)
-        except ValueError as error:
-            row = ValueError(str(error))
-        except csv.Error as error:
-            row = ValueError(explain_csv(error))
-        yield number, row
-
-
-def explain_csv(error: csv.Error) -> str:
-    """Return what an error of the csv module means, because its own words are for programmers."""
-    text = str(error)
-    for part, meaning in CSV_ERRORS.items():
-        if part in text:
-            return meaning
-    return text
-
-
-def is_blank_line(line: str) -> bool:
-    return not line.strip()
-
-
-def parse_line(line: str) -> dict:
-    row = as_row(parse_json(line))
-    if isinstance(row, ValueError):
-        raise ValueError(f"{row}; a file with a list of objects is named .json")
-    return row
-
-
-def read_cells(
-    lines: LineReader, suffix: str, keep_empty: bool
-) -> Iterator[tuple[int, dict | ValueError]]:
-    """Yield (line number, row or error) for a file with a header and cells."""
-    header, records = open_cells(lines, suffix, skips_spaces=not keep_empty)
-    parse = partial(parse_cells, header=header, keep_empty=keep_empty)
-
-    def is_blank(cells):
-        # In a file with a single column, "" is an empty cell. An empty line has no cell at all.
-        is_row = len(header) == 1 and cells == [""]
-        return not is_row and not any(map(str.strip, cells))
-
-    yield from number_rows(lines, records, parse, is_blank)
-
-
-def open_cells(
-    lines: LineReader, suffix: str, skips_spaces: bool = True
-) -> tuple[list[str], Iterator[list[str]]]:
-    """Return the header of a file, and an iterator of the cells of each row.
-
-    skips_spaces: whether the spaces before a quoted cell of a .csv file are left out.
-    """
-    allow_long_cells()
-    rest = iter(lines)
-    filled = filter(str.strip, rest)
-    first_lines = [next(filled, "")]
-    dialect = TSV
-    if suffix == ".csv":
-        if EXCEL_LINE.fullmatch(first_lines[0]):
-            first_lines = [next(filled, "")]
-        dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
-    all_lines = chain(first_lines, rest)
-    if suffix != ".csv" or not skips_spaces:
-        records = csv.reader(all_lines, **dialect)
-        return read_header(records), records
-    # A Dialect, because this is a reader for each row, and each would make one out of a dict.
-    read = partial(read_spaced_cells, rest=all_lines, dialect=csv.reader([], **dialect).dialect)
-    header = read_header(map(read, all_lines))
-    # `map`, because a generator would end at the first wrong row.
-    return header, map(partial(read, n_cells=len(header)), all_lines)
-
-
-def read_spaced_cells(
-    line: str, rest: Iterator[str], dialect: csv.Dialect, n_cells: int | None = None
-) -> list[str]:
-    """Return the cells of the row that begins with a line of a .csv file.
-
-    People put a space after a comma, as in `1, "a, b"`. Then the csv module reads three cells, with
-    quotes in two of them. So the spaces before a cell are left out if the whole cell is in quotes.
-
-    Such a row is taken only if it has one line and `n_cells` cells (None: any number). Otherwise,
-    the csv module reads the line as it is, and the lines of `rest` that it needs to end the row.
-    """
-    end = dialect.delimiter
-    if ' "' in line and re.search(f'(?:^|{end}) +"', line):
-        quoted_cell = f'"[^"]*(?:""[^"]*)*"(?=[{end}\r\n]|\\Z)'
-        other_cell = f"[^{end}]*"
-        # The groups are all of a cell but the spaces before its quotes.
-        cell = f"(^|{end})(?: *({quoted_cell})|({other_cell}))"
-        without_spaces = re.sub(cell, r"\1\2\3", line)
-        with suppress(csv.Error):
-            cells = next(csv.reader([without_spaces], dialect))
-            if n_cells in (None, len(cells)):
-                return cells
-    return next(csv.reader(chain([line], rest), dialect))
-
-
-def allow_long_cells():
-    """Let the csv module read a cell that is as long as a row may be. By default, it refuses cells
-    of more than 131,072 characters.
-
-    The module has one limit for the whole process. It is not put back, because another thread may
-    be reading a file, too.
-    """
-    csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))
-
-
-def find_delimiter(lines: list[str], rest: Iterator[str]) -> str:
-    """Return the delimiter that divides a header into the most cells. If in doubt, a comma.
-
-    lines: the first line of the file. If a quoted cell of the header has line breaks, the lines
-    that complete it are taken from `rest` and appended.
-    """
-    n_cells = {}
-    for delimiter in DELIMITERS:
-        records = csv.reader(read_on(lines, rest), delimiter=delimiter, strict=True)
-        try:
-            n_cells[delimiter] = len(next(records, []))
-        except csv.Error:
-            n_cells[delimiter] = 0  # such as a quote in the middle of a cell
-    return max(DELIMITERS, key=n_cells.get)
-
-
-def read_on(lines: list[str], rest: Iterator[str]) -> Iterator[str]:
-    """Yield the lines, and then those of `rest`, which become lines, too."""
-    yield from lines
-    for line in rest:
-        lines.append(line)
-        yield line
-
-
-def read_header(records: Iterator[list[str]]) -> list[str]:
-    """Return the names of the columns. Raise ValueError if the first line is not a header."""
-    try:
-        cells = next(filter(None, records), [])
-    except csv.Error as error:
-        raise ValueError(explain_csv(error)) from None
-    header = [name.strip() for name in cells]
-    n_nameless = header.count("")
-    if n_nameless > 1:  # a spreadsheet writes them if there is something beside the table
-        raise ValueError(
-            f"{n_nameless} columns have no name: delete them, or name them; found {header!r:.80}"
-        )
-    has_repeats = len(set(header)) < len(header)
-    if not header or has_repeats:
-        raise ValueError(f"expected a header, and no name twice; found {header!r:.80}")
-    return header
-
-
-def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict:
-    if cells == header:
-        raise ValueError("found the header again, expected a row: remove this line")
-    if len(cells) != len(header):
-        raise ValueError(
-            f"expected {len(header)} cells, as in the header; found {len(cells)}: {cells!r:.80}"
-        )
-    row = dict(zip(header, cells, strict=True))
-    if not keep_empty:
-        row = {name: cell for name, cell in row.items() if cell}
-    for name, cell in row.items():
-        if name.lower() == "choices" and cell:
-            row[name] = ChoicesCell(cell)
-    return row
-
-
-def parse_choices(cell: str) -> list:
-    """Return the choices in a cell: a JSON list, or texts with | between them."""
-    if cell.startswith("["):
-        try:
-            return parse_json(cell)
-        except ValueError as error:
-            raise ValueError(
-                f"the choices begin with '[', so they are read as a JSON list: {error} (pandas "
-                "writes lists in another form: save the rows as .jsonl or .parquet)"
-            ) from None
-    return [choice.strip() for choice in cell.split("|")]
-
-
 # Columns
 
 
@@ -390,9 +171,8 @@ def column_names(path: str | Path) -> list[str]:
         if suffix in TABLES:
             _, schema = open_table(file, suffix)
             return list(schema.names)
-        if suffix in (".csv", ".tsv"):
-            header, _ = open_cells(LineReader(file), suffix)
-            return header
+        if suffix in CELLS:
+            return read_header(file, suffix)
     return []
 
 

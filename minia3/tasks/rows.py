@@ -6,25 +6,20 @@ One message names all bad rows of all files.
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from minia3.files.messages import plural
-from minia3.tasks.labels import INTEGER, find_choice, find_user_label, label_text
+from minia3.tasks.columns import names_in_task
+from minia3.tasks.csv_rows import ChoicesCell, parse_choices
+from minia3.tasks.format_strings import field_names, plain_names, root_of, roots_of, value_of
+from minia3.tasks.labels import INTEGER, find_choice, find_label, find_user_label, label_text
 from minia3.tasks.messages import check_messages, has_answer, in_openai_form
-from minia3.tasks.prompts import (
-    Prompt,
-    check_fields,
-    field_names,
-    fold,
-    nearest_of,
-    root_of,
-    value_of,
-)
-from minia3.tasks.row_files import ChoicesCell, column_names, parse_choices, read_rows
+from minia3.tasks.names import nearest_of
+from minia3.tasks.prompts import Prompt, render
+from minia3.tasks.row_files import column_names, read_rows
 from minia3.tasks.task import TaskSpec
 
 MAX_PROBLEMS = 5  # in one error message; the others are counted
@@ -152,13 +147,14 @@ def normalize_row(
     if isinstance(row, ValueError):
         raise row
     expected = () if spec.is_published else expected_names(spec)
-    in_file = name_columns(tuple(columns or row), tuple(spec.fields.items()), tuple(expected))
-    row = rename_columns(row, spec.fields, expected, columns)
-    with naming_columns(in_file | dict(spec.fields)):
+    # A row lacks the columns in which its cells are empty, and no other column takes their place.
+    names = names_in_task(tuple(columns or row), tuple(spec.fields.items()), tuple(expected))
+    row = {names[column]: value for column, value in row.items() if column in names}
+    with naming_columns(names | dict(spec.fields)):
         if spec.span_field:
             unpack_spans(row, spec.span_field)
         if not spec.is_published:
-            normalize_user_row(row, spec, split, set(in_file.values()))
+            normalize_user_row(row, spec, split, set(names.values()))
         label = -1
         if split != PREDICTED:
             label = read_label(row, spec, may_be_hidden=split == "test")
@@ -195,60 +191,6 @@ def read_idx(value, number: int) -> int:
     return value if is_integer else number
 
 
-def rename_columns(
-    row: dict,
-    fields: Mapping[str, str],
-    expected: Iterable[str] = (),
-    columns: Iterable[str] = (),
-) -> dict:
-    """Return a row with the task's names for its columns: see `name_columns`.
-
-    columns: those of the row's file, if it is a table. A row lacks the columns in which its cells
-    are empty, and no other column takes their place.
-    """
-    names = name_columns(tuple(columns or row), tuple(fields.items()), tuple(expected))
-    return {names[column]: value for column, value in row.items() if column in names}
-
-
-@lru_cache(maxsize=16)  # the rows of a file have the same columns, most of the time
-def name_columns(
-    columns: tuple[str, ...], fields: tuple[tuple[str, str], ...], expected: tuple[str, ...]
-) -> dict[str, str]:
-    """Return the columns of a file that are kept: name in the file -> name in the task.
-
-    fields: the names that a task file gives to columns. A column that is renamed takes the place of
-    a column that has the new name in the file. expected: the names that the task uses. If no column
-    has exactly an expected name, the last column that differs from it only in case or in
-    surrounding white space gets that name.
-    """
-    renamed = find_renamed(columns, dict(fields))
-    kept = set(columns) - set(renamed.values())
-    names = {column: column for column in columns if column in kept} | renamed
-    unused = {column: name for column, name in names.items() if name not in expected}
-    spelled = {fold(name): column for column, name in unused.items()}
-    for name in expected:
-        if name not in names.values() and fold(name) in spelled:
-            names[spelled.pop(fold(name))] = name
-    return names
-
-
-def find_renamed(names: Iterable[str], fields: Mapping[str, str]) -> dict[str, str]:
-    """Return the columns of a file that a task renames: name in the file -> name in the task.
-
-    If no column has just the name that `fields` has, then case makes no difference.
-    """
-    if not fields:
-        return {}
-    spelled = {fold(name): name for name in names}
-    spelled |= {name: name for name in names}
-    found = {}
-    for name, new_name in fields.items():
-        column = spelled.get(name, spelled.get(fold(name)))
-        if column is not None:
-            found[column] = new_name
-    return found
-
-
 def check_columns(columns: Iterable[str], spec: TaskSpec):
     """Raise ValueError if a user's file lacks a column that the model reads.
 
@@ -259,7 +201,7 @@ def check_columns(columns: Iterable[str], spec: TaskSpec):
     if spec.is_published or has_other_columns:
         return  # each row is checked
     expected = expected_names(spec)
-    found = name_columns(tuple(columns), tuple(spec.fields.items()), tuple(expected)).values()
+    found = names_in_task(tuple(columns), tuple(spec.fields.items()), tuple(expected)).values()
     for prompt in spec.prompts:
         for name in plain_names(prompt.text):
             if name not in found and name != OPTIONAL:
@@ -286,14 +228,14 @@ def check_prompts(row: dict, spec: TaskSpec, split: str):
     """Raise ValueError if the row lacks a field of a prompt."""
     if spec.is_published:
         # The first prompt uses every field that any prompt of the task uses (a test says so).
-        check_fields(spec.prompts[0], row)
+        render(spec.prompts[0], row)
         return
     if spec.answer_of(row) == "messages":
         return
     for prompt in spec.prompts:
         if split == PREDICTED:
             prompt = without_target(prompt, row)
-        check_fields(prompt, row)
+        render(prompt, row)
         check_values(prompt, row)
 
 
@@ -390,17 +332,10 @@ def expected_names(spec: TaskSpec) -> list[str]:
         return [spec.messages, "tools"]
     names = [spec.label_field]
     for prompt in spec.prompts:
-        for text in prompt.templates:
-            if "{" in text:
-                names += map(root_of, field_names(text))
+        names += roots_of(prompt.templates)
         if not prompt.choices and not prompt.target:
             names += ("choices", "target")
     return names
-
-
-def plain_names(text: str) -> list[str]:
-    """Return the fields of a format string that are used as a whole: {answer}, not {answers[0]}."""
-    return [name for name in field_names(text) if root_of(name) == name]
 
 
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):
@@ -492,19 +427,6 @@ def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
     if spec.labels:
         return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)
     return find_choice(row.get(field), row["choices"], field, may_be_hidden)
-
-
-def find_label(value, labels: list[str], field: str, may_be_hidden: bool) -> int:
-    """Return the index of a label, or -1 if it is hidden. Raise ValueError if it is neither."""
-    lower_labels = [label.lower() for label in labels]
-    text = str(value).lower()  # files have 1, true, "true" and "True"
-    if text in lower_labels:
-        return lower_labels.index(text)
-    if type(value) is int and 0 <= value < len(labels):  # T-Few's published splits hold the index
-        return value
-    if may_be_hidden and text in ("none", "-1", ""):
-        return -1
-    raise ValueError(f"{field!r} is {value!r:.40}, expected one of {', '.join(labels):.80}")
 
 
 def unpack_spans(row: dict, field: str):

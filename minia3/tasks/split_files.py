@@ -3,11 +3,11 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from minia3.tasks.names import list_names
 from minia3.tasks.row_files import FORMATS, remedy, rows_stem, rows_suffix
 
 # Name of a file without its suffix -> the split that it holds. The long names are StoryCloze's, and
@@ -156,7 +156,7 @@ def describe_folder(folder: Path, entries: list[Path]) -> str:
     """Return the message for a folder without splits."""
     if not entries:
         return f"{folder}: the folder is empty; expected {EXPECTED}"
-    found = shorten(path.name for path in entries)
+    found = list_names((path.name for path in entries), N_SHOWN)
     hint = ""
     for path in entries:
         if path.is_dir() and has_splits(path):
@@ -171,14 +171,6 @@ def has_splits(folder: Path) -> bool:
     with suppress(OSError):
         return any(divide_name(path)[0].lower() in SPLIT_OF_NAME for path in folder.iterdir())
     return False
-
-
-def shorten(names: Iterable[str]) -> str:
-    """Return the first names, with commas between them, and how many others there are."""
-    names = list(names)
-    text = ", ".join(names[:N_SHOWN])
-    n_others = len(names) - N_SHOWN
-    return f"{text} and {n_others} more" if n_others > 0 else text
 
 
 def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str]:
@@ -201,7 +193,7 @@ def describe_unused(paths: list[Path], files: dict[str, list[Path]]) -> list[str
             names.append(path.name)
     if not names:
         return []
-    return [f"not used, because not named like a split: {shorten(names)}"]
+    return [f"not used, because not named like a split: {list_names(names, N_SHOWN)}"]
 
 
 def advise_split(path: Path, split: str) -> str:

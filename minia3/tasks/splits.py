@@ -1,46 +1,24 @@
 """Load a task: find or download its files, read them, and divide their rows into splits."""
 
-import difflib
 import os
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from minia3.files.home import expand_home
 from minia3.files.read import sha256
-from minia3.tasks.columns import (
-    ColumnFlags,
-    Understanding,
-    check_fields,
-    has_columns,
-    understand,
-    with_flags,
-    with_label_names,
-)
-from minia3.tasks.download import download, file_names, remove_leftovers
-from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
-from minia3.tasks.library_data import find_hub_files, find_saved_files
-from minia3.tasks.prompts import final_field, fold, list_names
-from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
-from minia3.tasks.rows import FileRow, check_files, describe_empty, empty_columns, read_files
-from minia3.tasks.split_files import (
-    HUB_PREFIX,
-    SPLIT_OF_NAME,
-    TASK_FILE,
-    FoundFiles,
-    describe_missing_path,
-    find_split_files,
-    looks_like_path,
-    nearest_entries,
-    short_name,
-)
+from minia3.tasks.column_flags import ColumnFlags, with_flags
+from minia3.tasks.download import find_or_download
+from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.rows import check_files, read_files
+from minia3.tasks.split_files import short_name
 from minia3.tasks.task import METRICS, Task, TaskSpec
-from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.text_lines import MAX_ROW_BYTES
+from minia3.tasks.understanding import Understanding
+from minia3.tasks.user_rows import note_gaps, read_task_file_of, read_user_rows
 
 N_FOLDS = 5
 
@@ -196,147 +174,23 @@ def load_splits(
 # A user's rows, and the task that comes with the repository
 
 
-def read_task_file_of(name: str) -> TaskSpec:
-    """Return what a task file says: the file `name`, or task.json in the folder `name`.
-
-    Without a task file, nothing is said.
-    """
-    path = find_task_file(name)
-    return TaskSpec() if path is None else read_task_file(path)
-
-
 def load_user_task(
     name: str, spec: TaskSpec, flags: ColumnFlags, like: TaskSpec | None
 ) -> tuple[Splits, Understanding]:
     """Return a user's rows, and how their columns were understood."""
-    task_file = find_task_file(name)
-    files, notes = files_of(name, spec, task_file)
-    rows = read_files(files, keep_empty=False)
-    notes = [*notes, *note_quotes(files, rows)]
-    understanding = understand_rows(files, rows, spec, flags, like)
-    checked = check_files(rows, files, understanding.spec)
-    paths = list(chain.from_iterable(files.values()))
-    splits = Splits(short_name(name), paths, notes=[*notes, *understanding.notes])
-    if task_file is not None:
-        splits.files.append(task_file)  # so that a resumed run finds out if it has changed
-    elif Path(name, TASK_FILE).is_file():
-        splits.notes.append(f"{Path(name, TASK_FILE)} has no key of a task file: not used")
-    if list(checked) == ["train"]:
+    found = read_user_rows(name, spec, flags, like)
+    splits = Splits(short_name(name), found.files, notes=found.notes)
+    rows = found.rows
+    if list(rows) == ["train"]:
         origin = str(spec.path or name)
-        checked = split_in_three(checked["train"], origin)
+        rows = split_in_three(rows["train"], origin)
         splits.is_divided = True
         splits.notes.append(
             f"{origin} is split into train, validation and test, the same way each time"
         )
-    splits.set_rows(checked)
-    note_white_space(splits, understanding.spec)
-    note_empty_fields(splits, understanding.spec)
-    return splits, understanding
-
-
-def understand_rows(
-    files: dict[str, list[Path]],
-    rows: dict[str, list[FileRow]],
-    spec: TaskSpec,
-    flags: ColumnFlags,
-    like: TaskSpec | None,
-) -> Understanding:
-    """Return how the columns of a user's files are understood: by the rows of train, if there are
-    any. If no row can be read, nothing is understood, and `check_files` says why.
-    """
-    for split, paths in files.items():  # train comes first
-        good_rows = [found.row for found in rows[split] if isinstance(found.row, dict)]
-        if good_rows:
-            label_names = read_label_names(paths[0])
-            is_like = like is not None and has_columns(good_rows, like)
-            if is_like:
-                spec = with_label_names(like, names_of_labels(paths[0], like))
-            else:
-                check_fields(good_rows, spec.fields, str(paths[0]))
-            found = understand(good_rows, spec, flags, label_names, str(paths[0]))
-            check_label_names(files, found.spec)
-            if is_like:
-                found.notes.append("the rows are put into the words that were learned (task.json)")
-            return found
-    return Understanding(spec, "", [])
-
-
-def check_label_names(files: dict[str, list[Path]], spec: TaskSpec):
-    """Raise ValueError if two files have different names for the integers of the label.
-
-    If each file was encoded by itself, a label that it lacks moves the integers of the others.
-    """
-    if not spec.labels:
-        return
-    first_path = None
-    first_names = []
-    for path in chain.from_iterable(files.values()):
-        names = names_of_labels(path, spec)
-        if names and first_path is None:
-            first_path = path
-            first_names = names
-        n_common = min(len(names), len(first_names))
-        if names[:n_common] != first_names[:n_common]:
-            raise ValueError(
-                f"the integers of {spec.label_field!r} stand for {list_names(first_names):.80} in "
-                f"{first_path}, and for {list_names(names):.80} in {path}: encode the labels of "
-                "all files together, or leave them as words"
-            )
-
-
-def names_of_labels(path: Path, spec: TaskSpec) -> list[str]:
-    """Return the names that a file gives to the integers of the label, or an empty list."""
-    columns = {new_name: name for name, new_name in spec.fields.items()}
-    label_column = fold(columns.get(spec.label_field, spec.label_field))
-    for column, names in read_label_names(path).items():
-        if fold(column) == label_column:
-            return names
-    return []
-
-
-def files_of(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:
-    """Return the files of each split. Raise ValueError if there are none."""
-    if spec.files:
-        return FoundFiles(dict(spec.files), [])
-    if spec.path:
-        name = str(spec.path)
-    return find_user_files(name, spec, task_file)
-
-
-def find_user_files(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:
-    """Return the files of each split. Raise ValueError if there are none."""
-    if name.startswith(HUB_PREFIX):
-        return find_hub_files(name)
-    if spec.shipped:
-        path = SHIPPED / spec.shipped
-    elif os.path.exists(name):  # unlike Path.exists, this accepts any text, even a null byte
-        path = Path(name)
-    else:
-        raise ValueError(unknown_task(name))
-    if (path / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{path} has no rows: its task.json says what an adapter has learned. Give a file of "
-            f"rows as --task, with --adapter {path}"
-        )
-    if path.is_dir():
-        return find_saved_files(path, task_file) or find_split_files(path, task_file)
-    if not rows_suffix(path):
-        raise not_read(path)
-    return FoundFiles({"train": [path]}, [])
-
-
-def unknown_task(name: str) -> str:
-    """Return the message for a name that is neither a known task nor a path."""
-    # A name such as raft/overruling has a slash, but is no path.
-    groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
-    if looks_like_path(name) and name.split("/")[0] not in groups:
-        return describe_missing_path(name)
-    message = f"{name!r} is not a known task, a file or a folder"
-    entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
-    candidates = [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries]
-    if candidates:
-        return f"{message}; did you mean {str(candidates[0])!r}?"
-    return f"{message}. Known tasks: {list_known_tasks()}"
+    splits.set_rows(rows)
+    splits.notes += note_gaps(list(splits.all_rows()), found.understanding.spec)
+    return splits, found.understanding
 
 
 def split_in_three(rows: list[dict], origin: str) -> dict[str, list[dict]]:
@@ -357,53 +211,6 @@ def split_in_three(rows: list[dict], origin: str) -> dict[str, list[dict]]:
         "test": sorted(shuffled[n : 2 * n]),
     }
     return {split: [rows[i] for i in indices[split]] for split in indices}
-
-
-def note_quotes(files: dict[str, list[Path]], rows: dict[str, list[FileRow]]) -> list[str]:
-    """Return a note in a list if a program, such as pandas, has put cells of a .tsv into quotes."""
-    paths = {path for path in chain.from_iterable(files.values()) if rows_suffix(path) == ".tsv"}
-    n_cells = 0
-    for found in chain.from_iterable(rows.values()):
-        if isinstance(found.row, dict) and found.path in paths:
-            n_cells += sum(map(is_quoted, found.row.values()))
-    if not n_cells:
-        return []
-    are_quoted = "cell of .tsv files is" if n_cells == 1 else "cells of .tsv files are"
-    return [
-        f"{n_cells} {are_quoted} in quotes, with each quote inside doubled. The model reads all of "
-        "these quotes: name the file .csv to leave them out"
-    ]
-
-
-def is_quoted(cell) -> bool:
-    is_in_quotes = isinstance(cell, str) and cell.startswith('"') and cell.endswith('"')
-    return is_in_quotes and '""' in cell[1:-1]
-
-
-def note_white_space(splits: Splits, spec: TaskSpec):
-    """Note how many inputs end in white space. The answer would then follow two spaces, because the
-    tokenizer puts a space before it.
-    """
-    if spec.messages:
-        return
-    name = final_field(spec.prompts[0].text)
-    if name is None:
-        return
-    values = [str(row.get(name)) for row in splits.all_rows()]
-    n_inputs = sum(value != value.rstrip() for value in values)
-    if n_inputs:
-        splits.notes.append(
-            f"{n_inputs} inputs end in white space: leave it out, "
-            "because the tokenizer puts a space before the answer"
-        )
-
-
-def note_empty_fields(splits: Splits, spec: TaskSpec):
-    """Add a note on how many rows have an empty input column."""
-    n_empty = Counter()
-    for row in splits.all_rows():
-        n_empty.update(empty_columns(row, spec.prompts[0]))
-    splits.notes += describe_empty(n_empty)
 
 
 # Known tasks
@@ -431,40 +238,6 @@ def load_known_task(
 def read_known_files(files: dict[str, Path], spec: TaskSpec) -> dict[str, list[dict]]:
     paths = {split: [path] for split, path in files.items()}
     return check_files(read_files(paths, keep_empty=True), paths, spec)
-
-
-def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
-    """Return the file of each split, after a download if a file that is needed is missing."""
-    names = [Path(name) for name in file_names(spec.sources)]
-    suffixes = {name.suffix for name in names}
-    has_validation = any(SPLIT_OF_NAME.get(name.stem) == "validation" for name in names)
-    needed = {"train", "validation"} if has_validation else {"train", "test"}
-    files = find_splits(folder, suffixes)
-    if not needed <= files.keys():
-        download(spec.sources, folder)
-        files = find_splits(folder, suffixes)
-        if not needed <= files.keys():
-            found = ", ".join(sorted(files)) or "nothing"
-            raise ValueError(
-                f"{folder}: downloaded files were removed, only {found} is left: run this again"
-            )
-    else:
-        remove_leftovers(folder)
-    return files
-
-
-def find_splits(folder: Path, suffixes: Collection[str]) -> dict[str, Path]:
-    """Return the file of each split in the folder. Raise ValueError if a split has two files."""
-    files = {}
-    for (name, split), suffix in product(SPLIT_OF_NAME.items(), suffixes):
-        path = folder / f"{name}{suffix}"
-        if not path.is_file():
-            continue
-        if split in files:
-            names = f"{files[split].name} and {path.name}"
-            raise ValueError(f"{folder} has {names}: keep one of them as {split}")
-        files[split] = path
-    return files
 
 
 def has_label_column(path: Path, spec: TaskSpec) -> bool:

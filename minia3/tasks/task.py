@@ -33,9 +33,9 @@ class Source(NamedTuple):
 class TaskSpec(NamedTuple):
     """How to load a task.
 
-    A published data set has `sources`. Every other task is a user's: `understand` in columns.py
-    makes its TaskSpec from the columns of its files, or completes what a task file says. Until
-    then, `TaskSpec()` says nothing.
+    A published data set has `sources`. Every other task is a user's: understanding.py makes its
+    TaskSpec from the columns of its files, or completes what a task file says. Until then,
+    `TaskSpec()` says nothing.
     """
 
     prompts: tuple[Prompt, ...] = OWN_PROMPTS

@@ -24,9 +24,10 @@ from pathlib import Path
 
 from minia3.files.read import read_json
 from minia3.files.write import replacing, write_json
+from minia3.tasks.format_strings import can_name, check_template
 from minia3.tasks.known_tasks import make_spec
 from minia3.tasks.labels import label_key
-from minia3.tasks.prompts import Prompt, can_name, check_choices, check_template
+from minia3.tasks.prompts import Prompt, check_choices
 from minia3.tasks.split_files import SPLITS, TASK_FILE
 from minia3.tasks.task import TaskSpec
 

@@ -1,7 +1,7 @@
 """Read a file as UTF-8 text. If it is not UTF-8, say what it probably is."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from minia3.files.read import problem_of_content
@@ -58,6 +58,26 @@ class LineReader:
             if is_first and problem_of_content(line):
                 raise ValueError(problem_of_content(line))
             yield decode(line, is_first)
+
+
+def number_rows(
+    lines: LineReader, records: Iterator, parse: Callable
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number, row or error) for each record: a line, or the list of its cells.
+
+    parse: a function from a record to its row, or to None if the record is blank.
+    """
+    while True:
+        number = lines.begin_row()
+        try:
+            record = next(records, None)
+            if record is None:
+                return
+            row = parse(record)
+        except ValueError as error:
+            row = ValueError(str(error))
+        if row is not None:
+            yield number, row
 
 
 def decode(line: bytes, is_first: bool) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from minia3.checkpoints.chat import read_template
-from minia3.tasks.columns import ColumnFlags
+from minia3.tasks.column_flags import ColumnFlags
 from minia3.tasks.mixture import mix
 from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import load_task

@@ -23,7 +23,7 @@ from minia3.checkpoints.load import build_model, load_model
 from minia3.cli import plot
 from minia3.cli.main import COMMANDS, main, parse
 from minia3.model.ia3 import vectors
-from minia3.tasks import splits
+from minia3.tasks import user_rows
 from minia3.tasks.known_tasks import known_tasks
 from minia3.training import memory_plan
 from minia3.training.command_line import parse_flags
@@ -297,7 +297,7 @@ def folder(tmp_path, monkeypatch):
     test_split = tmp_path / "data" / "same-colour" / "test.jsonl"
     lines = test_split.read_text(encoding="utf-8").splitlines(keepends=True)
     test_split.write_text("".join(lines[:N_TEST_ROWS]), encoding="utf-8")
-    monkeypatch.setattr(splits, "SHIPPED", tmp_path / "data")
+    monkeypatch.setattr(user_rows, "SHIPPED", tmp_path / "data")
     # `minia3 info` would plan for seconds, and no page compares what it plans. test_info.py does.
     monkeypatch.setattr(memory_plan, "planned_memory", lambda *args, **options: 10**9)
     # Pictures of fewer dots are drawn in half the time. test_plot.py looks at pictures.

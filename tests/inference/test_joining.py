@@ -43,7 +43,7 @@ def no_network(monkeypatch):
     def refuse(sources, folder):
         raise ValueError(f"{folder} is not there")
 
-    monkeypatch.setattr("minia3.tasks.splits.download", refuse)
+    monkeypatch.setattr("minia3.tasks.download.download", refuse)
 
 
 @functools.cache

@@ -8,12 +8,14 @@ import re
 import pytest
 from task_files import lines
 
-from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnFlags, guess_task, with_flags
+from minia3.tasks.column_flags import ColumnFlags, with_flags
+from minia3.tasks.columns import COLUMN_SETS, EXPECTED, ColumnNames
 from minia3.tasks.prompts import render
 from minia3.tasks.rows import PREDICTED, normalize_row, without_target
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.task_file import make_entry, read_task_file
+from minia3.tasks.understanding import guess_task
 
 
 def load(tmp_path, *rows, **flags):
@@ -356,6 +358,20 @@ def test_every_set_of_the_table_is_taken_before_the_smaller_ones_that_it_contain
     usual = [set(names.split(",")) for names in EXPECTED.split("; ")]
     known = [set(column_set.names) for column_set in COLUMN_SETS]
     assert all(any(names >= one for one in known) for names in usual)
+
+
+def test_a_renamed_column_takes_the_place_of_one_that_has_its_new_name():
+    for found in ("abc", "bac"):
+        columns = ColumnNames(found, {"a": "b"})
+        assert columns.names_in_task(()) == {"a": "b", "c": "c"}
+        columns = ColumnNames(found, {"a": "b", "b": "a"})
+        assert columns.names_in_task(()) == {"a": "b", "b": "a", "c": "c"}
+
+
+def test_a_column_with_an_expected_name_is_not_taken_for_another_one():
+    for found in (("TEXT", "text"), ("text", "TEXT")):
+        columns = ColumnNames(found, {})
+        assert columns.names_in_task(["Text", "text"]) == {"TEXT": "Text", "text": "text"}
 
 
 def test_case_and_white_space_in_the_names_of_columns_make_no_difference(tmp_path):

@@ -319,6 +319,6 @@ def test_files_that_somebody_removes_after_the_download_are_missed(server, tmp_p
         download(sources, folder)
         (folder / "train.jsonl").unlink()
 
-    monkeypatch.setattr("minia3.tasks.splits.download", download_and_lose)
+    monkeypatch.setattr("minia3.tasks.download.download", download_and_lose)
     with pytest.raises(ValueError, match=r"downloaded files were removed, only test, validation"):
         load_task("served", tmp_path)

@@ -5,7 +5,7 @@ import math
 import pytest
 from task_files import lines
 
-from minia3.tasks.columns import ColumnFlags, with_flags
+from minia3.tasks.column_flags import ColumnFlags, with_flags
 from minia3.tasks.labels import (
     Labels,
     find_choice,

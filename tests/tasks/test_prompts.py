@@ -11,16 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_files import REAL, needs_real_data
 
+from minia3.tasks.format_strings import can_name
 from minia3.tasks.known_tasks import known_tasks
-from minia3.tasks.prompts import (
-    OWN_PROMPTS,
-    Prompt,
-    can_name,
-    check_fields,
-    fit,
-    for_family,
-    render,
-)
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt, fit, for_family, render
 from minia3.tasks.splits import load_task
 
 COPA = {
@@ -110,8 +103,6 @@ def test_the_error_names_the_field_that_a_row_lacks(prompt, missing):
     row = {"premise": "It rains.", "label": 0}
     with pytest.raises(ValueError, match=missing):
         render(prompt, row)
-    with pytest.raises(ValueError, match=missing):
-        check_fields(prompt, row)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import tracemalloc
 import pytest
 from task_files import choice, lines, target
 
+from minia3.tasks.csv_rows import find_delimiter, parse_choices
 from minia3.tasks.prompts import render
-from minia3.tasks.row_files import column_names, find_delimiter, parse_choices, read_rows
+from minia3.tasks.row_files import column_names, read_rows
 from minia3.tasks.splits import load_task
 
 

@@ -10,22 +10,10 @@ from task_files import PARTS, SPLIT_NAMES, YES_OR_NO, choice, lines, target
 
 from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.prompts import render
-from minia3.tasks.rows import rename_columns
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 
 # Checking rows
-
-
-def test_a_renamed_column_takes_the_place_of_one_that_has_its_new_name():
-    for row in ({"a": 1, "b": 2, "c": 3}, {"b": 2, "a": 1, "c": 3}):
-        assert rename_columns(row, {"a": "b"}) == {"b": 1, "c": 3}
-        assert rename_columns(row, {"a": "b", "b": "a"}) == {"a": 2, "b": 1, "c": 3}
-
-
-def test_a_column_with_an_expected_name_is_not_taken_for_another_one():
-    for row in ({"TEXT": 1, "text": 2}, {"text": 2, "TEXT": 1}):
-        assert rename_columns(row, {}, ["Text", "text"]) == {"Text": 1, "text": 2}
 
 
 EMPTY_CELLS = [

@@ -250,7 +250,7 @@ def test_a_shipped_task_has_a_users_rows_and_a_name(tmp_path, monkeypatch):
     (tmp_path / "colours").mkdir()
     for split in ("train", "val", "test"):
         (tmp_path / "colours" / f"{split}.jsonl").write_bytes(lines(choice(1), choice(2, label=1)))
-    monkeypatch.setattr("minia3.tasks.splits.SHIPPED", tmp_path)
+    monkeypatch.setattr("minia3.tasks.user_rows.SHIPPED", tmp_path)
     monkeypatch.setitem(known_tasks(), "colour", TaskSpec(OWN_PROMPTS, shipped="colours"))
     task = load_task("colour", tmp_path / "elsewhere")
     assert (task.name, task.metric, task.evaluation) == ("colour", "accuracy", ("test", task.test))

@@ -1,0 +1,204 @@
+"""Read the rows of .csv and .tsv files: a header, and cells with commas or tabs between them."""
+
+import csv
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import chain, repeat
+from typing import BinaryIO
+
+from minia3.tasks.json_rows import parse_json
+from minia3.tasks.text_lines import MAX_ROW_BYTES, LineReader, number_rows
+
+CSV = {"strict": True}  # an error for a quote that is never closed
+TSV = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+DELIMITERS = (",", ";", "\t")  # that a .csv file may have
+
+# What an error of the csv module has in its text -> what it means.
+CSV_ERRORS = {
+    "expected after": 'text follows a closing quote: put the whole cell into quotes, and write "" '
+    "for each quote in it",
+    "new-line character": "a line end \\r without \\n: save the file with the line ends of Unix or "
+    "Windows, or put the cell into quotes",
+    "unexpected end of data": "a quote is never closed",
+}
+# For Excel alone, some programs write the delimiter into a line before the header.
+EXCEL_LINE = re.compile(r"sep=.\s*", re.IGNORECASE)
+
+
+class ChoicesCell(str):
+    """A cell of the column `choices`. `parse_choices` makes a list of it for a task that picks one
+    of the choices, or names an item. To another task, it is a text like that of any cell.
+    """
+
+
+def read_cell_rows(
+    file: BinaryIO, suffix: str, keep_empty: bool
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """Yield (line number, row or error) for each row of a .csv or .tsv file.
+
+    keep_empty: an empty cell is an empty text, and not missing; and spaces before a quote stay.
+    """
+    lines = LineReader(file)
+    header, records = open_cells(lines, suffix, skips_spaces=not keep_empty)
+    parse = partial(parse_cells, header=header, keep_empty=keep_empty)
+    yield from number_rows(lines, records, parse)
+
+
+def read_header(file: BinaryIO, suffix: str) -> list[str]:
+    """Return the names of the columns of a .csv or .tsv file."""
+    header, _ = open_cells(LineReader(file), suffix)
+    return header
+
+
+def open_cells(
+    lines: LineReader, suffix: str, skips_spaces: bool = True
+) -> tuple[list[str], Iterator[list[str]]]:
+    """Return the header of a file, and an iterator of the cells of each row.
+
+    skips_spaces: whether the spaces before a quoted cell of a .csv file are left out.
+    """
+    allow_long_cells()
+    rest = iter(lines)
+    filled = filter(str.strip, rest)
+    first_lines = [next(filled, "")]
+    dialect = TSV
+    if suffix == ".csv":
+        if EXCEL_LINE.fullmatch(first_lines[0]):
+            first_lines = [next(filled, "")]
+        dialect = {**CSV, "delimiter": find_delimiter(first_lines, rest)}
+    all_lines = chain(first_lines, rest)
+    # `map`, because a generator would end at the first wrong row.
+    if suffix != ".csv" or not skips_spaces:
+        records = map(next_cells, repeat(csv.reader(all_lines, **dialect)))
+        return take_header(records), records
+    # A Dialect, because this is a reader for each row, and each would make one out of a dict.
+    read = partial(read_spaced_cells, rest=all_lines, dialect=csv.reader([], **dialect).dialect)
+    header = take_header(map(read, all_lines))
+    return header, map(partial(read, n_cells=len(header)), all_lines)
+
+
+def next_cells(records: Iterator[list[str]]) -> list[str]:
+    """Return the next record of a reader of the csv module. Raise ValueError if it is wrong."""
+    try:
+        return next(records)
+    except csv.Error as error:
+        raise ValueError(explain_csv(error)) from None
+
+
+def explain_csv(error: csv.Error) -> str:
+    """Return what an error of the csv module means, because its own words are for programmers."""
+    text = str(error)
+    for part, meaning in CSV_ERRORS.items():
+        if part in text:
+            return meaning
+    return text
+
+
+def read_spaced_cells(
+    line: str, rest: Iterator[str], dialect: csv.Dialect, n_cells: int | None = None
+) -> list[str]:
+    """Return the cells of the row that begins with a line of a .csv file.
+
+    People put a space after a comma, as in `1, "a, b"`. Then the csv module reads three cells, with
+    quotes in two of them. So the spaces before a cell are left out if the whole cell is in quotes.
+
+    Such a row is taken only if it has one line and `n_cells` cells (None: any number). Otherwise,
+    the csv module reads the line as it is, and the lines of `rest` that it needs to end the row.
+    """
+    end = dialect.delimiter
+    if ' "' in line and re.search(f'(?:^|{end}) +"', line):
+        quoted_cell = f'"[^"]*(?:""[^"]*)*"(?=[{end}\r\n]|\\Z)'
+        other_cell = f"[^{end}]*"
+        # The groups are all of a cell but the spaces before its quotes.
+        cell = f"(^|{end})(?: *({quoted_cell})|({other_cell}))"
+        without_spaces = re.sub(cell, r"\1\2\3", line)
+        with suppress(csv.Error):
+            cells = next(csv.reader([without_spaces], dialect))
+            if n_cells in (None, len(cells)):
+                return cells
+    return next_cells(csv.reader(chain([line], rest), dialect))
+
+
+def allow_long_cells():
+    """Let the csv module read a cell that is as long as a row may be. By default, it refuses cells
+    of more than 131,072 characters.
+
+    The module has one limit for the whole process. It is not put back, because another thread may
+    be reading a file, too.
+    """
+    csv.field_size_limit(max(MAX_ROW_BYTES, csv.field_size_limit()))
+
+
+def find_delimiter(lines: list[str], rest: Iterator[str]) -> str:
+    """Return the delimiter that divides a header into the most cells. If in doubt, a comma.
+
+    lines: the first line of the file. If a quoted cell of the header has line breaks, the lines
+    that complete it are taken from `rest` and appended.
+    """
+    n_cells = {}
+    for delimiter in DELIMITERS:
+        records = csv.reader(read_on(lines, rest), delimiter=delimiter, strict=True)
+        try:
+            n_cells[delimiter] = len(next(records, []))
+        except csv.Error:
+            n_cells[delimiter] = 0  # such as a quote in the middle of a cell
+    return max(DELIMITERS, key=n_cells.get)
+
+
+def read_on(lines: list[str], rest: Iterator[str]) -> Iterator[str]:
+    """Yield the lines, and then those of `rest`, which become lines, too."""
+    yield from lines
+    for line in rest:
+        lines.append(line)
+        yield line
+
+
+def take_header(records: Iterator[list[str]]) -> list[str]:
+    """Return the names of the columns. Raise ValueError if the first line is not a header."""
+    cells = next(filter(None, records), [])
+    header = [name.strip() for name in cells]
+    n_nameless = header.count("")
+    if n_nameless > 1:  # a spreadsheet writes them if there is something beside the table
+        raise ValueError(
+            f"{n_nameless} columns have no name: delete them, or name them; found {header!r:.80}"
+        )
+    has_repeats = len(set(header)) < len(header)
+    if not header or has_repeats:
+        raise ValueError(f"expected a header, and no name twice; found {header!r:.80}")
+    return header
+
+
+def parse_cells(cells: list[str], header: list[str], keep_empty: bool) -> dict | None:
+    """Return a row, or None if there is nothing in the line."""
+    # In a file with a single column, "" is an empty cell. An empty line has no cell at all.
+    is_row = len(header) == 1 and cells == [""]
+    if not is_row and not any(map(str.strip, cells)):
+        return None
+    if cells == header:
+        raise ValueError("found the header again, expected a row: remove this line")
+    if len(cells) != len(header):
+        raise ValueError(
+            f"expected {len(header)} cells, as in the header; found {len(cells)}: {cells!r:.80}"
+        )
+    row = dict(zip(header, cells, strict=True))
+    if not keep_empty:
+        row = {name: cell for name, cell in row.items() if cell}
+    for name, cell in row.items():
+        if name.lower() == "choices" and cell:
+            row[name] = ChoicesCell(cell)
+    return row
+
+
+def parse_choices(cell: str) -> list:
+    """Return the choices in a cell: a JSON list, or texts with | between them."""
+    if cell.startswith("["):
+        try:
+            return parse_json(cell)
+        except ValueError as error:
+            raise ValueError(
+                f"the choices begin with '[', so they are read as a JSON list: {error} (pandas "
+                "writes lists in another form: save the rows as .jsonl or .parquet)"
+            ) from None
+    return [choice.strip() for choice in cell.split("|")]

@@ -1,0 +1,327 @@
+"""Understand the columns of a user's file: which of them is the input, and which is the answer.
+
+`understand` makes a TaskSpec, as a known task has one, and a line that says how the file was
+understood. What the user says (column_flags.py, or a task file) comes before the usual names of
+columns (COLUMN_SETS in columns.py).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from minia3.tasks.column_advice import explain
+from minia3.tasks.column_flags import (
+    ColumnFlags,
+    choice_words,
+    read_flags,
+    rename_reserved,
+    with_choices,
+    with_conversation,
+    with_flags,
+    with_input,
+    with_target,
+)
+from minia3.tasks.columns import ColumnNames, Columns, ColumnSet, find_conversation, find_set
+from minia3.tasks.format_strings import field_names, roots_of
+from minia3.tasks.labels import MANY_LABELS, Labels, name_labels, order_like_choices, words_of
+from minia3.tasks.names import list_names
+from minia3.tasks.prompts import OWN_PROMPTS, Prompt
+from minia3.tasks.task import TaskSpec
+
+# Columns that are used under these names, whatever the others are.
+SPECIAL = ("idx", "adapter")
+
+
+class Understanding(NamedTuple):
+    """How a user's file was understood."""
+
+    spec: TaskSpec
+    line: str
+    notes: list[str]
+
+
+class ColumnRoles(NamedTuple):
+    """Which columns are the input, and which are the answer."""
+
+    prompts: tuple[Prompt, ...]
+    target: str = ""  # the text to write
+    label: str = ""  # the column of the label
+    has_row_choices: bool = False  # and not the same labels in each row
+    messages: str = ""  # the column of a conversation
+
+    @property
+    def answer_columns(self) -> list[str]:
+        """The columns that the answers use: in the texts to write, or in the choices."""
+        if self.target:
+            return roots_of(prompt.target for prompt in self.prompts)
+        return roots_of(chain.from_iterable(prompt.choices or () for prompt in self.prompts))
+
+
+def understand(
+    rows: Sequence[dict],
+    spec: TaskSpec,
+    flags: ColumnFlags,
+    label_names: Mapping[str, Sequence[str]],
+    origin: str,
+) -> Understanding:
+    """Return how the rows of a user's files are to be read.
+
+    rows: the rows of a split as the file has them: of train, if there is such a file. spec: what a
+    task file says, or TaskSpec(). label_names: column -> the names that the data set gives to its
+    integers. origin: the name of the file, for messages.
+
+    Raise ValueError, in one line, if the columns say too little, or lack a name that the user gave.
+    """
+    flags = read_flags(flags)
+    columns = Columns(rows, spec.fields, origin)
+    columns.check_names(flags.input or "", "--input")
+    columns.check_names(flags.target or "", "--target")
+
+    roles = assign_roles(columns, spec, flags)
+    prompts = roles.prompts
+    labels = Labels((), ())
+    if roles.label and not roles.has_row_choices:
+        labels = find_labels(columns, roles, spec, flags, label_names)
+        prompts = with_choices(prompts, labels, is_given=bool(flags.labels))
+    elif roles.target:
+        prompts = with_target(prompts, roles.target, is_given=bool(flags.target))
+    spec = spec._replace(
+        prompts=prompts,
+        labels=labels.spelled,
+        label_field=roles.label or "label",
+        metric=flags.metric or spec.metric,
+    )
+    if roles.messages:
+        spec = with_conversation(spec, roles.messages)
+    elif not spec.span_field:  # WSC's spans become fields later
+        columns.check_prompts(prompts)
+    spec = rename_reserved(spec, columns)
+    roles = roles._replace(prompts=prompts)
+    notes = notes_on(roles, labels) + notes_on_integers(roles, columns, label_names)
+    return Understanding(spec, describe(columns, roles, labels), notes)
+
+
+# Choosing columns
+
+
+def assign_roles(columns: Columns, spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
+    """Return which columns are the input and the answer. Raise ValueError if that is unclear."""
+    roles = given_roles(spec, flags)
+    if roles.label:
+        columns.check_name(roles.label, "the task file's 'label_field' (default: label)")
+        roles = roles._replace(has_row_choices="choices" in columns)
+    roles = with_usual_columns(roles, columns)
+    if roles.messages:
+        if flags.labels:
+            raise ValueError(
+                f"--labels says that answers are picked, but {columns.origin} has conversations "
+                f"({roles.messages!r}): leave it out, or name the column to read with --input"
+            )
+        return roles
+    if flags.labels and roles.target:
+        roles = roles._replace(target="", label=only_field(roles.target))
+    if names_choices(spec, flags):
+        roles = roles._replace(has_row_choices=False)
+    return roles
+
+
+def given_roles(spec: TaskSpec, flags: ColumnFlags) -> ColumnRoles:
+    """Return what the flags or else a task file say. Whatever they do not say is empty."""
+    # Not ==, because a task file may say the very text of the default.
+    prompts = () if spec.prompts is OWN_PROMPTS else spec.prompts
+    target = flags.target or "".join(prompt.target for prompt in prompts[:1])
+    if flags.input:
+        prompts = with_input(spec.prompts, flags.input)
+    label = spec.label_field if has_label(spec) and not target else ""
+    return ColumnRoles(prompts, target, label)
+
+
+def with_usual_columns(roles: ColumnRoles, columns: Columns) -> ColumnRoles:
+    """Return the roles, and for whatever nobody has said, the columns with the usual names.
+
+    Raise ValueError if there are none.
+    """
+    needs_input = not roles.prompts
+    needs_answer = not roles.target and not roles.label
+    if not needs_input and not needs_answer:
+        return roles
+    used = roots_of(prompt.text for prompt in roles.prompts)
+    picks = any(prompt.choices for prompt in roles.prompts)
+    found = find_set(columns, needs_input, needs_answer, used, picks)
+    if found is None and needs_input and needs_answer:
+        found = find_conversation(columns)
+    if found is None:
+        raise ValueError(explain(columns, needs_answer, used))
+    if found.is_conversation:
+        return ColumnRoles(OWN_PROMPTS, messages=found.names[0])
+    if needs_input:
+        roles = roles._replace(prompts=(Prompt(found.input, None),))
+    if needs_answer:
+        has_row_choices = "choices" in found.names
+        roles = roles._replace(
+            target=found.target, label=found.label, has_row_choices=has_row_choices
+        )
+    return roles
+
+
+def has_label(spec: TaskSpec) -> bool:
+    """Return whether a task file says that there is a label."""
+    return bool(spec.labels) or spec.label_field != "label"
+
+
+def only_field(target: str) -> str:
+    """Return the column that --target names. Raise ValueError if it names more than a column."""
+    names = field_names(target)
+    if len(names) != 1 or target.strip() != f"{{{names[0]}}}":
+        raise ValueError(
+            f"--target is {target!r:.60}, expected a column in braces, because --labels "
+            "says that its words are labels"
+        )
+    return names[0]
+
+
+def names_choices(spec: TaskSpec, flags: ColumnFlags) -> bool:
+    """Return whether the flags or a task file say among what to pick, so that the rows do not."""
+    has_labels = bool(flags.labels or spec.labels)
+    return has_labels or any(prompt.choices for prompt in spec.prompts)
+
+
+# The labels
+
+
+def find_labels(
+    columns: Columns,
+    roles: ColumnRoles,
+    spec: TaskSpec,
+    flags: ColumnFlags,
+    label_names: Mapping[str, Sequence[str]],
+) -> Labels:
+    """Return the labels: of the task file, of the flags, or as the column has them.
+
+    Raise ValueError, with the name of the file, if the labels cannot be told from its values.
+    """
+    if spec.labels:
+        choices = list(map(choice_words, roles.prompts))
+        words = choices[0] or spec.labels
+        if flags.labels:
+            words = words_of(spec.labels, flags.labels, *choices)
+        return Labels(tuple(spec.labels), tuple(words))
+    values = columns.values(roles.label)
+    names = label_names.get(columns.name_in_file(roles.label), ())
+    choices = [prompt.choices for prompt in roles.prompts if prompt.choices]
+    try:
+        found = name_labels(values, roles.label, flags.labels or (), names)
+        if flags.labels:  # which become the choices
+            return found
+        return order_like_choices(found, choices, roles.label)
+    except ValueError as error:
+        raise ValueError(f"{columns.origin}: {error}") from None
+
+
+# What a run tells its user
+
+
+def describe(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
+    """Return how the file was understood: what is read, what is answered, what is ignored."""
+    if roles.messages:
+        used = [roles.messages]
+        used += ["tools"] if "tools" in columns else []
+        answer = "writes what the assistant says"
+    else:
+        used = roots_of(prompt.text for prompt in roles.prompts)
+        answer = describe_answer(columns, roles, labels)
+    text = f"reads {list_in_file(columns, used)}, {answer}"
+    known = {*used, *roles.answer_columns, roles.label, *SPECIAL}
+    if roles.has_row_choices:
+        known |= {"choices", "target"}
+    known = {columns.name_in_file(name) for name in known}
+    ignored = [name for name in columns.found if name not in known]
+    return f"{text}; ignores {list_names(ignored):.200}" if ignored else text
+
+
+def describe_answer(columns: Columns, roles: ColumnRoles, labels: Labels) -> str:
+    if roles.has_row_choices:
+        return f"picks {list_in_file(columns, [roles.label])} among the row's choices"
+    if roles.target:
+        return f"writes {list_in_file(columns, roles.answer_columns)}"
+    own_choices = roles.prompts[0].choices or ()
+    if roots_of(own_choices):
+        return f"picks {list_in_file(columns, [roles.label])} among {list_names(own_choices)}"
+    text = f"picks {list_in_file(columns, [roles.label])} among {labels.describe()}"
+    if labels.are_digits:
+        text += " (--labels WORD,WORD gives them words)"
+    return text
+
+
+def list_in_file(columns: Columns, names: Iterable[str]) -> str:
+    return " and ".join(list_names([columns.name_in_file(name)]) for name in names)
+
+
+def notes_on(roles: ColumnRoles, labels: Labels) -> list[str]:
+    n_labels = len(labels.words)
+    if n_labels <= MANY_LABELS:
+        return []
+    note = f"{n_labels} labels, and each row is scored with all of them"
+    if labels.words == labels.spelled:  # otherwise, the column does not have the words
+        advice = f'if they are texts to write, give --target "{{{roles.label}}}"'
+        note = f"{note}: {advice}"
+    return [note]
+
+
+def notes_on_integers(
+    roles: ColumnRoles, columns: Columns, label_names: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return a note for each column whose integers have names, and that is no label."""
+    used = roots_of(prompt.text for prompt in roles.prompts) + roles.answer_columns
+    notes = []
+    for name in dict.fromkeys(used):
+        names = label_names.get(columns.name_in_file(name), ())
+        if names:
+            notes.append(
+                f"the model sees the integers of {name!r}, and not their names "
+                f"({list_names(names):.80})"
+            )
+    return notes
+
+
+# Rows about which something is known, or nothing
+
+
+def has_columns(rows: Sequence[dict], spec: TaskSpec) -> bool:
+    """Return whether rows have all the columns that a task reads."""
+    names = [spec.label_field] if has_label(spec) else []
+    for prompt in spec.prompts:
+        names += roots_of(prompt.templates)
+        if not prompt.choices and not prompt.target:
+            names.append("choices")
+    columns = Columns(rows, spec.fields, "")
+    return all(name in columns for name in names)
+
+
+def check_fields(rows: Sequence[dict], fields: Mapping[str, str], origin: str):
+    """Raise ValueError, with the nearest name, if a task file's fields name no column."""
+    columns = Columns(rows, {}, origin)
+    for name in fields:
+        columns.check_name(name, "the task file's 'fields'")
+
+
+def guess_task(row: dict, flags: ColumnFlags, columns: Iterable[str] = ()) -> TaskSpec:
+    """Return the task of a row about which nothing is known but its columns, and the flags.
+
+    columns: those of the row's file, if it is a table. The row lacks the columns in which its cells
+    are empty. If there are no flags, a row with messages is a conversation.
+    """
+    is_said = bool(flags.input or flags.labels)
+    columns_of_row = Columns([row], {}, "")
+    if "messages" in columns_of_row and not is_said:
+        return TaskSpec(messages="messages")
+    found = find_inputs(columns_of_row) or find_inputs(ColumnNames(columns, {}))
+    conversation = find_conversation(columns_of_row)
+    if found is None and conversation is not None and not is_said:
+        return with_conversation(TaskSpec(), conversation.names[0])
+    prompts = OWN_PROMPTS if found is None else (Prompt(found.input, None),)
+    return with_flags(TaskSpec(prompts), flags)
+
+
+def find_inputs(columns: ColumnNames) -> ColumnSet | None:
+    return find_set(columns, needs_input=True, needs_answer=False)
