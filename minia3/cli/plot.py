@@ -59,6 +59,7 @@ LABEL_INCHES = 3
 ROW_LABEL_WIDTH = 40  # characters
 NO_BREAK = "\u00a0"  # a space at which no line ends
 CURVE_HEIGHT = 2.6  # inches
+NO_CURVE = np.empty((0, 2))
 WIDTHS = (3, 1)  # of the first and the last curve, in points
 N_FURTHEST = 8  # entries that are listed
 MOST_NUMBERED = 36  # adapters; with more of them, the cosines would overlap
@@ -258,9 +259,6 @@ def axis_label(metric):
 def draw_curves(figure, results):
     """Draw loss and held-out results by step and by time.
 
-    There is a row of panels for each sum of losses (--losses), and for each metric, because others
-    cannot be compared.
-
     A line is the median of all results with the same label, and the band shows their quartiles.
     Lines on top are thinner or have gaps, so that they do not hide a line with the same values.
     """
@@ -275,13 +273,8 @@ def draw_curves(figure, results):
 
     if len(titles) == 1:
         figure.suptitle(titles[0])
-    sums = sorted({losses_of(result) for result in results})
-    metrics = sorted({result.metric for result in results if len(result.held_out_curve)})
-    quantities = ["training loss"]
-    if len(sums) > 1:
-        quantities = [f"training loss ({names})" for names in sums]
-    quantities += [f"held-out {axis_label(metric)}" for metric in metrics]
-    axes = figure.subplots(len(quantities), 2, squeeze=False)
+    panels = curve_panels(results)
+    axes = figure.subplots(len(panels), 2, squeeze=False)
     for i, (label, group) in enumerate(groups.items()):
         layer = i % len(LINE_STYLES)
         style = {
@@ -291,23 +284,42 @@ def draw_curves(figure, results):
             "linewidth": np.interp(i, (0, len(groups)), WIDTHS),
             "label": f"{label} (runs: {len(group)})",
         }
-        for row, names in zip(axes, sums, strict=False):
-            curves = [result.loss_curve for result in group if losses_of(result) == names]
-            draw_group(row, curves, group, style)
-        for row, metric in zip(axes[len(sums) :], metrics, strict=True):
-            curves = [shown_curve(result) for result in group if result.metric == metric]
-            draw_group(row, curves, group, style)
-    for row, quantity in zip(axes, quantities, strict=True):
+        for row, curve_of in zip(axes, panels.values(), strict=True):
+            draw_group(row, list(map(curve_of, group)), group, style)
+    for row, quantity in zip(axes, panels, strict=True):
         row[0].set(xlabel="step", ylabel=quantity)
         row[1].set(xlabel="time (s); in a grid, one adapter's share", ylabel=quantity)
-    figure.set_figheight(max(SIZE[1], CURVE_HEIGHT * len(quantities)))
+    figure.set_figheight(max(SIZE[1], CURVE_HEIGHT * len(panels)))
     add_legend(figure, axes[:, 0])
 
 
-def shown_curve(result):
+def curve_panels(results):
+    """Return a dict from what a row of panels shows to a function from a result to its curve there.
+
+    There is a row for each sum of losses (--losses), and for each metric, because others cannot be
+    compared. A result has an empty curve in the rows of others.
+    """
+    sums = sorted({losses_of(result) for result in results})
+    metrics = sorted({result.metric for result in results if len(result.held_out_curve)})
+    panels = {}
+    for names in sums:
+        quantity = f"training loss ({names})" if len(sums) > 1 else "training loss"
+        panels[quantity] = partial(loss_curve, names)
+    for metric in metrics:
+        panels[f"held-out {axis_label(metric)}"] = partial(held_out_curve, metric)
+    return panels
+
+
+def loss_curve(names, result):
+    return result.loss_curve if losses_of(result) == names else NO_CURVE
+
+
+def held_out_curve(metric, result):
     """Return the held-out curve, (N, 2), with the values that the table shows."""
+    if result.metric != metric:
+        return NO_CURVE
     steps, values = result.held_out_curve.T
-    return np.stack([steps, shown_values(values, result.metric)], axis=1)
+    return np.stack([steps, shown_values(values, metric)], axis=1)
 
 
 def losses_of(result):

@@ -103,11 +103,6 @@ class Run:
                 steps[line.get("adapter")] = int(line["step"])
         return sum(steps.values())
 
-    @property
-    def is_mixture(self):
-        """Whether one adapter was trained on several tasks."""
-        return is_mixture(self.config)
-
     def missing_results(self):
         """Return a text for each result that this run does not have, or not yet."""
         if not self.final_lines:
@@ -116,14 +111,10 @@ class Run:
         for adapter, outcome in self.outcomes.items():
             if outcome == "failed":
                 missing.append(f"{self.folder}: {adapter}")
-        n_to_come = self.count_cells() - len(self.outcomes)
+        n_to_come = count_cells(self.config) - len(self.outcomes)
         if n_to_come:
             missing.append(f"{self.folder}: {n_to_come} adapters to come")
         return missing
-
-    def count_cells(self):
-        """Return how many adapters the flags ask for."""
-        return count_cells(self.config)
 
 
 def read_results(folders):
@@ -379,7 +370,7 @@ def select_flags(run, final):
         if method_of(run, final) == "none":  # shots are rows to train on, or to put before a row
             names -= {"shots"}
     flags = {name: value for name, value in values.items() if name in names}
-    if run.is_mixture:
+    if is_mixture(run.config):
         flags["mixture"] = "+".join(Path(task).stem for task in run.config["task"])
     elif flags.get("adapters") == "one":
         flags["adapters"] = "each"  # which is the same for a single task

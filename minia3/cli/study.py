@@ -227,19 +227,18 @@ def show_states(runs):
 
 def state_of(study_run):
     """Return one of STATES. It is read from the run's files, so it is true at any time."""
-    from minia3.cli.results import Run, errors_in_one_line
+    from minia3.cli.results import errors_in_one_line
     from minia3.files.read import read_json
-    from minia3.training.outcomes import read_metrics
+    from minia3.training.outcomes import count_cells, outcomes_of, read_metrics
 
     if not study_run.has_begun:
         return "to come"
     folder = study_run.folder
     with errors_in_one_line(folder):
-        found = Run(
-            folder, read_json(folder / "config.json"), read_metrics(folder / "metrics.jsonl")
-        )
-        if len(found.outcomes) < found.count_cells():
-            return "begun"
-    if "failed" in found.outcomes.values():
+        n_cells = count_cells(read_json(folder / "config.json"))
+        outcomes = outcomes_of(read_metrics(folder / "metrics.jsonl"))
+    if len(outcomes) < n_cells:
+        return "begun"
+    if "failed" in outcomes.values():
         return "failed"
     return "finished"

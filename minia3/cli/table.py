@@ -49,11 +49,15 @@ class Cell:
     """The accuracies (or another metric) of a row on one task, in per cent, or the perplexities."""
 
     median: float = UNKNOWN  # over seeds
-    iqr: float = UNKNOWN  # interquartile range; unknown if there is one accuracy
+    low: float = UNKNOWN  # the lower quartile; unknown if there is one accuracy
+    high: float = UNKNOWN  # the upper quartile
     before: float = UNKNOWN  # the median before training
     metric: str = ""
-    low: float = UNKNOWN  # the lower quartile
-    high: float = UNKNOWN  # the upper quartile; `iqr` is high - low
+
+    @property
+    def iqr(self):
+        """The interquartile range."""
+        return self.high - self.low
 
 
 @dataclass
@@ -64,11 +68,22 @@ class Row:
     method: str  # and the flags that distinguish it from other rows
     cells: dict  # task -> Cell; every row has all tasks of the table
     average: float  # see `average_of`
-    n_runs: int  # adapters
-    n_trainable: int  # parameters of an adapter
-    flops_per_example: float
-    flops_to_train: float
-    megabytes: float  # of an adapter's files
+    n_runs: int = 0  # adapters
+    n_trainable: int = 0  # parameters of an adapter
+    flops_per_example: float = UNKNOWN
+    flops_to_train: float = UNKNOWN
+    megabytes: float = UNKNOWN  # of an adapter's files
+
+
+# The columns after those of the tasks: title -> attribute of a Row, and the form of its number.
+LAST_COLUMNS = {
+    "average": ("average", ".1f"),
+    "runs": ("n_runs", "d"),
+    "trainable": ("n_trainable", ",d"),
+    "FLOPs/example": ("flops_per_example", ".1e"),
+    "FLOPs to train": ("flops_to_train", ".1e"),
+    "MB": ("megabytes", ",.3f"),
+}
 
 
 def add_arguments(parser):
@@ -139,19 +154,7 @@ def commonest_rows(results, tasks):
             cells[task] = Cell(float(share), metric=known[0].metric)
     if all(is_unknown(cell.median) for cell in cells.values()):
         return []
-    average = average_of(cells.values())
-    row = Row(
-        model="-",
-        method=COMMONEST,
-        cells=cells,
-        average=average,
-        n_runs=0,
-        n_trainable=0,
-        flops_per_example=UNKNOWN,
-        flops_to_train=UNKNOWN,
-        megabytes=UNKNOWN,
-    )
-    return [row]
+    return [Row("-", COMMONEST, cells, average_of(cells.values()))]
 
 
 def average_of(cells):
@@ -194,12 +197,13 @@ def make_cell(results):
         return Cell()
     metric = results[0].metric
     values = shown_values(np.array([result.accuracy for result in results]), metric)
-    low, median, high = np.percentile(values, (25, 50, 75))
-    iqr = UNKNOWN
-    if len(values) > 1:
-        iqr = float(high - low)
+    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
     before = shown_values(np.array([result.before for result in results]), metric)
-    return Cell(float(median), iqr, float(np.median(before)), metric, float(low), float(high))
+    cell = Cell(median, before=float(np.median(before)), metric=metric)
+    if len(values) > 1:
+        cell.low = low
+        cell.high = high
+    return cell
 
 
 def shown_values(accuracies, metric):
@@ -223,15 +227,14 @@ def format_csv(rows):
     header = ["model", "method"]
     for task in rows[0].cells:
         header += [shown_task(task), f"{shown_task(task)} IQR"]
-    header += ["average", "runs", "trainable", "FLOPs/example", "FLOPs to train", "MB"]
+    header += LAST_COLUMNS
 
     lines = [header]
     for row in rows:
         line = [row.model, row.method]
         for cell in row.cells.values():
             line += [cell.median, cell.iqr]
-        line += [row.average, row.n_runs, row.n_trainable]
-        line += [row.flops_per_example, row.flops_to_train, row.megabytes]
+        line += [getattr(row, name) for name, _ in LAST_COLUMNS.values()]
         lines.append(["" if is_unknown(value) else value for value in line])
 
     text = io.StringIO()
@@ -249,16 +252,9 @@ def format_markdown(rows):
     for task in rows[0].cells:
         texts = [format_cell(row.cells[task]) for row in rows]
         columns.append(format_column(shown_task(task), texts))
-    columns += [
-        format_column("average", [format_number(row.average, ".1f") for row in rows]),
-        format_column("runs", [format_number(row.n_runs, "d") for row in rows]),
-        format_column("trainable", [format_number(row.n_trainable, ",d") for row in rows]),
-        format_column(
-            "FLOPs/example", [format_number(row.flops_per_example, ".1e") for row in rows]
-        ),
-        format_column("FLOPs to train", [format_number(row.flops_to_train, ".1e") for row in rows]),
-        format_column("MB", [format_number(row.megabytes, ",.3f") for row in rows]),
-    ]
+    for title, (name, form) in LAST_COLUMNS.items():
+        texts = [format_number(getattr(row, name), form) for row in rows]
+        columns.append(format_column(title, texts))
     lines = [f"| {' | '.join(texts)} |\n" for texts in zip(*columns, strict=True)]
     return "".join(lines)
 

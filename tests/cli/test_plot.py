@@ -192,8 +192,11 @@ def points(ax, marker_face):
 
 
 def test_accuracy_has_a_panel_per_task_and_a_line_per_row_and_averages_nothing():
-    first = table_row(5, a=Cell(60.0, 4.0, 50.0, "accuracy", low=57.0, high=61.0))
-    both = {"a": Cell(60.0, np.nan, 50.0, "accuracy"), "b (f1)": Cell(80.0, 2.0, 20.0, "f1")}
+    first = table_row(5, a=Cell(60.0, 57.0, 61.0, 50.0, "accuracy"))
+    both = {
+        "a": Cell(60.0, before=50.0, metric="accuracy"),
+        "b (f1)": Cell(80.0, 79.0, 81.0, 20.0, "f1"),
+    }
     second = table_row(1000, "lora", **both)
     baseline = table_row(0, COMMONEST, a=Cell(55.0))
     ax, other = drawn(draw_accuracy, [baseline, first, second]).axes
@@ -235,7 +238,7 @@ def test_old_runs_without_a_result_before_training_are_drawn_without_it(tmp_path
 @pytest.mark.parametrize("n_tasks", [1, 2, 7])
 @pytest.mark.parametrize("n_short", [0, 5])
 def test_labels_of_many_rows_do_not_overlap(n_tasks, n_short):
-    cells = {f"task {i}": Cell(50.0 + i, 2.0, 40.0, "accuracy") for i in range(n_tasks)}
+    cells = {f"task {i}": Cell(50.0 + i, before=40.0, metric="accuracy") for i in range(n_tasks)}
     method = "ia3, " + ", ".join(f"flag_{i} {i}" for i in range(8))
     costs = {"flops_per_example": 1.0, "flops_to_train": 1.0, "megabytes": 1.0}
     methods = ["lora"] * n_short + [method] * (9 - n_short)
