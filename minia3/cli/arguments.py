@@ -99,14 +99,19 @@ def new_folder(path):
     return path
 
 
+def read_dtype(args):
+    """Return the dtype that --dtype names, or None. Other words stay as they are, to be refused."""
+    import torch
+
+    return args.dtype and getattr(torch, args.dtype, args.dtype)
+
+
 def load_model(args):
     """Load the model of `args` onto --device in --dtype.
 
     Of several processes, the first one downloads it, and the adapter. It also moves into place
     what a killed process had written of the adapter.
     """
-    import torch
-
     from minia3.checkpoints.hub import find, find_adapter
     from minia3.checkpoints.load import load_model
     from minia3.files.progress import showing
@@ -114,9 +119,6 @@ def load_model(args):
     from minia3.training.shards import make_shards
 
     device, _ = choose_device(args.device)
-    dtype = None
-    if args.dtype is not None:
-        dtype = getattr(torch, args.dtype, args.dtype)  # load_model refuses other words
     with first_goes_first():
         find(args.model)
         adapter = getattr(args, "adapter", None)
@@ -128,7 +130,7 @@ def load_model(args):
     with showing("loading"):
         return load_model(
             args.model,
-            dtype=dtype,
+            dtype=read_dtype(args),
             device=device,
             quantize=getattr(args, "quantize", None),
             check_finite=args.check_weights,

@@ -7,6 +7,7 @@ from minia3.cli.arguments import (
     add_new_folder,
     add_quantize,
     describe_folder,
+    read_dtype,
     writing_new_folder,
 )
 from minia3.cli.terminal import show
@@ -40,44 +41,58 @@ def run(args):
     if args.quantize and not args.dequantize:
         reason = "no file format keeps int8 or nf4 with an adapter folded in"
         raise ValueError(f"merge --quantize: {reason}: add --dequantize, which writes bfloat16")
-    import torch
-
-    from minia3.adapters.lora import is_lora, load_lora
-    from minia3.adapters.merge import merge, merge_files
-    from minia3.checkpoints.hub import find, find_adapter
-    from minia3.checkpoints.load import load_model
-    from minia3.checkpoints.save import save_model
-    from minia3.checkpoints.tokenizer import find_tokenizer
+    from minia3.adapters.lora import is_lora
+    from minia3.checkpoints.hub import find_adapter
     from minia3.files.progress import showing
     from minia3.inference.turns import answer_as_learned
     from minia3.tasks.task_file import copy_task_file
     from minia3.training.learned import learned_tasks
 
-    dtype = None
-    if args.dtype is not None:
-        dtype = getattr(torch, args.dtype, args.dtype)  # open_checkpoint refuses other words
     with showing("merging"), writing_new_folder(args.out) as folder:
-        has_lora = is_lora(args.adapter)
+        merge = merge_lora if is_lora(args.adapter) else merge_vectors
         learned = learned_tasks(args.model, args.adapter).values()
-        answering = partial(answer_as_learned, specs=learned)
-        if has_lora:
-            if args.dequantize:
-                raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
-            model = load_model(args.model, dtype=dtype)
-            load_lora(model, args.adapter)
-            merged = merge(model)
-            tokenizer = find_tokenizer(find(args.model))
-            answering(merged, tokenizer)
-            save_model(merged, folder, tokenizer)
-        else:
-            if args.dequantize and args.quantize is None:
-                check_quantized(args.model)
-            # File by file, so that only one shard is in memory.
-            out_dtype = torch.bfloat16 if args.dequantize else None
-            options = {"dtype": dtype, "quantize": args.quantize, "out_dtype": out_dtype}
-            merge_files(args.model, args.adapter, folder, change=answering, **options)
+        merge(args, folder, partial(answer_as_learned, specs=learned))
         copy_task_file([find_adapter(args.adapter)], folder)
     show(f"merged {args.adapter} into {args.model}: {describe_folder(args.out)}")
+
+
+def merge_lora(args, folder, change):
+    """Write a model with a LoRA folded in. change: see `merge_files`."""
+    from minia3.adapters.lora import load_lora
+    from minia3.adapters.merge import merge
+    from minia3.checkpoints.hub import find
+    from minia3.checkpoints.load import load_model
+    from minia3.checkpoints.save import save_model
+    from minia3.checkpoints.tokenizer import find_tokenizer
+
+    if args.dequantize:
+        raise ValueError(f"merge --dequantize: {args.adapter} is a LoRA, expected (IA)^3")
+    model = load_model(args.model, dtype=read_dtype(args))
+    load_lora(model, args.adapter)
+    merged = merge(model)
+    tokenizer = find_tokenizer(find(args.model))
+    change(merged, tokenizer)
+    save_model(merged, folder, tokenizer)
+
+
+def merge_vectors(args, folder, change):
+    """Write a model with an (IA)^3 adapter folded in, file by file. change: see `merge_files`."""
+    import torch
+
+    from minia3.adapters.merge import merge_files
+
+    if args.dequantize and args.quantize is None:
+        check_quantized(args.model)
+    out_dtype = torch.bfloat16 if args.dequantize else None
+    merge_files(
+        args.model,
+        args.adapter,
+        folder,
+        dtype=read_dtype(args),
+        quantize=args.quantize,
+        out_dtype=out_dtype,
+        change=change,
+    )
 
 
 def check_quantized(name_or_path):

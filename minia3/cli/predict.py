@@ -274,8 +274,9 @@ def choose_task(args, tasks):
     if path is None:
         learned = list(filter(None, tasks))
         message = f"--task is {args.task!r}, expected a task file or the name of a task"
-        for near in difflib.get_close_matches(args.task, [*learned, *known_tasks()], n=1):
-            raise ValueError(f"{message}: did you mean {near!r}?")
+        near = difflib.get_close_matches(args.task, [*learned, *known_tasks()], n=1)
+        if near:
+            raise ValueError(f"{message}: did you mean {near[0]!r}?")
         raise ValueError(f"{message}: {', '.join([*learned, list_known_tasks()])}")
     return read_task_file(path)
 

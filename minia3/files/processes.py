@@ -311,7 +311,7 @@ def is_ending():
 
 
 def leave(code=0):
-    """End the part of this process in the run, and return its exit code.
+    """Take no further part in the run, and return the exit code of this process.
 
     That is the code of the process that had the first word, or `code` if nobody had it. Processes
     that wait for this one find it gone, and leave, too. This one waits a moment for them, because

@@ -56,7 +56,7 @@ def begin(program):
     hook_before = sys.excepthook
 
     def show(kind, error, traceback):
-        # Who presses Ctrl-C twice does so the second time when the run has said that it stops.
+        # It may come a second time, after the run has said that it stops.
         if not issubclass(kind, KeyboardInterrupt):
             hook_before(kind, error, traceback)
 

@@ -170,7 +170,7 @@ def move_into_place(folder):
     """Replace the files of `folder` with those in .written/, if there are any (steps 4 to 7).
 
     If a kill interrupts this, a second call does the rest. Raise ValueError if .written/ is a link:
-    we never make one, and a folder of strangers could have files from elsewhere moved by it.
+    we never make one, and in a folder from strangers it could lead to files that are not theirs.
     """
     written = folder / WRITTEN
     if written.is_symlink():

@@ -161,7 +161,7 @@ def rename_reserved(spec: TaskSpec, columns: ColumnNames) -> TaskSpec:
     used = roots_of(chain.from_iterable(prompt.templates for prompt in prompts))
     for name in RESERVED:
         column = columns.name_in_file(name)
-        # If there are columns of both spellings, then {Label} is none of our names.
+        # If a file has the columns "label" and "Label", {Label} is not the reserved one.
         same = [root for root in used if columns.name_in_file(root) == column]
         spellings = [root for root in same if root.lower() == name]
         if spellings:

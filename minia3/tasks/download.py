@@ -43,16 +43,16 @@ def find_or_download(spec: TaskSpec, folder: Path) -> dict[str, Path]:
     has_validation = any(SPLIT_OF_NAME.get(name.stem) == "validation" for name in names)
     needed = {"train", "validation"} if has_validation else {"train", "test"}
     files = find_splits(folder, suffixes)
-    if not needed <= files.keys():
-        download(spec.sources, folder)
-        files = find_splits(folder, suffixes)
-        if not needed <= files.keys():
-            found = ", ".join(sorted(files)) or "nothing"
-            raise ValueError(
-                f"{folder}: downloaded files were removed, only {found} is left: run this again"
-            )
-    else:
+    if needed <= files.keys():
         remove_leftovers(folder)
+        return files
+    download(spec.sources, folder)
+    files = find_splits(folder, suffixes)
+    if not needed <= files.keys():
+        found = ", ".join(sorted(files)) or "nothing"
+        raise ValueError(
+            f"{folder}: downloaded files were removed, only {found} is left: run this again"
+        )
     return files
 
 

@@ -102,7 +102,7 @@ def fit_chat(row: dict, tokenizer, max_length: int):
 
     A conversation of more than `max_length` tokens loses the messages after the last one that is
     learned, which no loss counts, and as few of its oldest turns as possible, because a model that
-    answers sees the newest ones. Only the second is a cut. A turn is never cut.
+    answers sees the newest ones. Only lost turns count as a cut. No turn loses a part of its text.
 
     Raise ValueError if the last exchange that is learned does not fit either, or if the template
     leaves out what the assistant wrote.

@@ -1,7 +1,4 @@
-"""Check the rows of files.
-
-One message names all bad rows of all files.
-"""
+"""Check the rows of files. One message names all bad rows of all files."""
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -90,6 +87,55 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
     return checked, problems or lacking
 
 
+def find_mixed_kinds(
+    rows: dict[str, list[dict]], files: dict[str, list[Path]], spec: TaskSpec
+) -> list[str]:
+    """Return a message if some rows have a target and others choices. (A task has one metric.)"""
+    answers = [spec.answer_of(row) for row in chain.from_iterable(rows.values())]
+    n_targets = answers.count("target")
+    if n_targets in (0, len(answers)):
+        return []
+    names = ", ".join(map(str, chain.from_iterable(files.values())))
+    return [
+        f"{names}: {n_targets} rows have 'target', the others 'choices': expected rows of one kind"
+    ]
+
+
+# The columns of a file
+
+
+def expected_names(spec: TaskSpec) -> list[str]:
+    """Return the names of the fields that the task uses."""
+    if spec.messages:
+        return [spec.messages, "tools"]
+    names = [spec.label_field]
+    for prompt in spec.prompts:
+        names += roots_of(prompt.templates)
+        if not prompt.choices and not prompt.target:
+            names += ("choices", "target")
+    return names
+
+
+def check_columns(columns: Iterable[str], spec: TaskSpec):
+    """Raise ValueError if a user's file lacks a column that the model reads.
+
+    columns: of the file, as it spells them. A column may be empty in a row, and then the model
+    reads the others. But a file without the column was meant for something else, or misspells it.
+    """
+    has_other_columns = spec.messages or spec.span_field
+    if spec.is_published or has_other_columns:
+        return  # each row is checked
+    expected = expected_names(spec)
+    found = names_in_task(tuple(columns), tuple(spec.fields.items()), tuple(expected)).values()
+    for prompt in spec.prompts:
+        for name in plain_names(prompt.text):
+            if name not in found and name != OPTIONAL:
+                raise ValueError(
+                    f"there is no column {name!r}, which the model reads (it may be empty)"
+                    f"{nearest_of(name, columns)}"
+                )
+
+
 def find_lacking_files(
     rows: list[FileRow], columns: Mapping[Path, list[str]], spec: TaskSpec
 ) -> list[str]:
@@ -115,21 +161,20 @@ def columns_of_rows(rows: Iterable[dict | ValueError]) -> list[str]:
     return list(columns)
 
 
-def find_mixed_kinds(
-    rows: dict[str, list[dict]], files: dict[str, list[Path]], spec: TaskSpec
-) -> list[str]:
-    """Return a message if some rows have a target and others choices. (A task has one metric.)"""
-    answers = [spec.answer_of(row) for row in chain.from_iterable(rows.values())]
-    n_targets = answers.count("target")
-    if n_targets in (0, len(answers)):
-        return []
-    names = ", ".join(map(str, chain.from_iterable(files.values())))
-    return [
-        f"{names}: {n_targets} rows have 'target', the others 'choices': expected rows of one kind"
-    ]
+def empty_columns(row: dict, prompt: Prompt) -> list[str]:
+    """Return the columns that the model reads and that are empty in a checked row of a user.
+
+    An instruction often has no input, so that column does not count.
+    """
+    return [name for name in field_names(prompt.text) if row.get(name) == "" and name != OPTIONAL]
 
 
-# Checking rows
+def describe_empty(n_rows: Mapping[str, int]) -> list[str]:
+    """Return a note on each column that is empty in so many rows: the file may be damaged."""
+    return [f"{name!r} is empty in {n} {plural(n, 'row')}" for name, n in n_rows.items()]
+
+
+# A row
 
 
 def normalize_row(
@@ -191,103 +236,42 @@ def read_idx(value, number: int) -> int:
     return value if is_integer else number
 
 
-def check_columns(columns: Iterable[str], spec: TaskSpec):
-    """Raise ValueError if a user's file lacks a column that the model reads.
-
-    columns: of the file, as it spells them. A column may be empty in a row, and then the model
-    reads the others. But a file without the column was meant for something else, or misspells it.
-    """
-    has_other_columns = spec.messages or spec.span_field
-    if spec.is_published or has_other_columns:
-        return  # each row is checked
-    expected = expected_names(spec)
-    found = names_in_task(tuple(columns), tuple(spec.fields.items()), tuple(expected)).values()
-    for prompt in spec.prompts:
-        for name in plain_names(prompt.text):
-            if name not in found and name != OPTIONAL:
-                raise ValueError(
-                    f"there is no column {name!r}, which the model reads (it may be empty)"
-                    f"{nearest_of(name, columns)}"
-                )
-
-
-def empty_columns(row: dict, prompt: Prompt) -> list[str]:
-    """Return the columns that the model reads and that are empty in a checked row of a user.
-
-    An instruction often has no input, so that column does not count.
-    """
-    return [name for name in field_names(prompt.text) if row.get(name) == "" and name != OPTIONAL]
-
-
-def describe_empty(n_rows: Mapping[str, int]) -> list[str]:
-    """Return a note on each column that is empty in so many rows: the file may be damaged."""
-    return [f"{name!r} is empty in {n} {plural(n, 'row')}" for name, n in n_rows.items()]
-
-
-def check_prompts(row: dict, spec: TaskSpec, split: str):
-    """Raise ValueError if the row lacks a field of a prompt."""
+def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
+    """Return the label of a row as an integer, or -1 if it is hidden."""
+    field = spec.label_field
     if spec.is_published:
-        # The first prompt uses every field that any prompt of the task uses (a test says so).
-        render(spec.prompts[0], row)
-        return
+        return find_label(row.get(field), spec.labels, field, may_be_hidden)
     if spec.answer_of(row) == "messages":
-        return
-    for prompt in spec.prompts:
-        if split == PREDICTED:
-            prompt = without_target(prompt, row)
-        render(prompt, row)
-        check_values(prompt, row)
+        return 0 if has_answer(row["messages"]) else -1
+    if spec.answer_of(row) == "target":
+        return 0  # the text to write is the only choice, and the right one
+    if spec.labels:
+        return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)
+    return find_choice(row.get(field), row["choices"], field, may_be_hidden)
 
 
-def check_values(prompt: Prompt, row: dict):
-    """Raise ValueError if a prompt would put a null or a list into words, or write an empty text.
+def unpack_spans(row: dict, field: str):
+    """Replace WSC's object `field` by its entries, and spell the two spans as in the text.
 
-    `normalize_user_row` has checked the columns that are used as a whole. This is about their
-    items: {answers[text]} may be a list, which would become "['Denver']".
+    This follows the "fixed" variant of WSC, on which T-Few trains: if a span does not occur in the
+    text, it takes the spelling at the span's index in the text, provided that only the case, line
+    breaks or a full stop differ.
     """
-    answers = prompt.choices or (prompt.target,)
-    for text in (prompt.text, *answers):
-        for name in field_names(text):
-            value = value_of(row, name)
-            is_number = isinstance(value, int | float) and not is_missing(value)
-            if not is_number and not isinstance(value, str):
-                advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""
-                raise ValueError(f"{name!r} is {value!r:.80}, expected a text{advice}")
-    kind = "choice" if prompt.choices else "target"
-    for text in filter(None, answers):
-        if not text.format_map(row).strip():
-            raise ValueError(f"the {kind} {text!r:.60} is empty, expected a text")
+    try:
+        row |= row.pop(field, {})
+        for prefix in ("span1", "span2"):
+            span = row[f"{prefix}_text"]
+            normalized = span.rstrip(".").replace("\n", " ")
+            words_from_index = row["text"].split()[row[f"{prefix}_index"] :]
+            text_at_index = " ".join(words_from_index)[: len(normalized)]
+            if span not in row["text"] and text_at_index.lower() == normalized.lower():
+                row[f"{prefix}_text"] = text_at_index
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        names = "span1_text, span1_index, span2_text and span2_index"
+        raise ValueError(f"expected 'text', and {field!r} with {names} ({error})") from None
 
 
-def write_items(row: dict, prompts: Iterable[Prompt]):
-    """Turn numbers into texts in the lists and objects that prompts index, as in {answers[0]}."""
-    templates = chain.from_iterable(prompt.templates for prompt in prompts)
-    for name in chain.from_iterable(map(field_names, templates)):
-        root = root_of(name)
-        if root != name and isinstance(row.get(root), list | dict):
-            row[root] = with_texts(row[root])
-
-
-def with_texts(value):
-    """Return a value of JSON with texts in place of its numbers, however deep they are."""
-    if isinstance(value, list):
-        return [with_texts(entry) for entry in value]
-    if isinstance(value, dict):
-        return {name: with_texts(entry) for name, entry in value.items()}
-    is_number = isinstance(value, int | float) and not is_missing(value)
-    return label_text(value) if is_number else value
-
-
-def without_target(prompt: Prompt, row: dict) -> Prompt:
-    """Return the prompt for a row that is to be answered.
-
-    If the answer is a text, the target becomes "?", because a row cannot be put into words without
-    a target. Nothing reads this one.
-    """
-    has_choices = prompt.choices or "choices" in row
-    if prompt.target or not has_choices:
-        return prompt._replace(target="?")
-    return prompt
+# The fields of a user's row
 
 
 def normalize_user_row(row: dict, spec: TaskSpec, split: str, in_file: Container[str]):
@@ -324,18 +308,6 @@ def list_choices(row: dict, spec: TaskSpec):
         lists |= {root_of(name) for name in field_names(text) if root_of(name) != name}
     for name in cells & lists:
         row[name] = parse_choices(row[name])
-
-
-def expected_names(spec: TaskSpec) -> list[str]:
-    """Return the names of the fields that the task uses."""
-    if spec.messages:
-        return [spec.messages, "tools"]
-    names = [spec.label_field]
-    for prompt in spec.prompts:
-        names += roots_of(prompt.templates)
-        if not prompt.choices and not prompt.target:
-            names += ("choices", "target")
-    return names
 
 
 def check_input(row: dict, prompt: Prompt, in_file: Container[str]):
@@ -389,6 +361,12 @@ def check_own_answer(row: dict, split: str, in_file: Container[str]):
         )
 
 
+def are_choices(value) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(map(is_text, value)) and len(set(value)) == len(value)
+
+
 def normalize_conversation(row: dict, split: str):
     """Give the messages of a row OpenAI's form.
 
@@ -409,42 +387,70 @@ def is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def are_choices(value) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(map(is_text, value)) and len(set(value)) == len(value)
+# A row in the words of its prompts
 
 
-def read_label(row: dict, spec: TaskSpec, may_be_hidden: bool) -> int:
-    """Return the label of a row as an integer, or -1 if it is hidden."""
-    field = spec.label_field
+def check_prompts(row: dict, spec: TaskSpec, split: str):
+    """Raise ValueError if the row lacks a field of a prompt."""
     if spec.is_published:
-        return find_label(row.get(field), spec.labels, field, may_be_hidden)
+        # The first prompt uses every field that any prompt of the task uses (a test says so).
+        render(spec.prompts[0], row)
+        return
     if spec.answer_of(row) == "messages":
-        return 0 if has_answer(row["messages"]) else -1
-    if spec.answer_of(row) == "target":
-        return 0  # the text to write is the only choice, and the right one
-    if spec.labels:
-        return find_user_label(row.get(field), spec.labels, spec.prompts[0], field, may_be_hidden)
-    return find_choice(row.get(field), row["choices"], field, may_be_hidden)
+        return
+    for prompt in spec.prompts:
+        if split == PREDICTED:
+            prompt = without_target(prompt, row)
+        render(prompt, row)
+        check_values(prompt, row)
 
 
-def unpack_spans(row: dict, field: str):
-    """Replace WSC's object `field` by its entries, and spell the two spans as in the text.
+def check_values(prompt: Prompt, row: dict):
+    """Raise ValueError if a prompt would put a null or a list into words, or write an empty text.
 
-    This follows the "fixed" variant of WSC, on which T-Few trains: if a span does not occur in the
-    text, it takes the spelling at the span's index in the text, provided that only the case, line
-    breaks or a full stop differ.
+    `normalize_user_row` has checked the columns that are used as a whole. This is about their
+    items: {answers[text]} may be a list, which would become "['Denver']".
     """
-    try:
-        row |= row.pop(field, {})
-        for prefix in ("span1", "span2"):
-            span = row[f"{prefix}_text"]
-            normalized = span.rstrip(".").replace("\n", " ")
-            words_from_index = row["text"].split()[row[f"{prefix}_index"] :]
-            text_at_index = " ".join(words_from_index)[: len(normalized)]
-            if span not in row["text"] and text_at_index.lower() == normalized.lower():
-                row[f"{prefix}_text"] = text_at_index
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        names = "span1_text, span1_index, span2_text and span2_index"
-        raise ValueError(f"expected 'text', and {field!r} with {names} ({error})") from None
+    answers = prompt.choices or (prompt.target,)
+    for text in (prompt.text, *answers):
+        for name in field_names(text):
+            value = value_of(row, name)
+            is_number = isinstance(value, int | float) and not is_missing(value)
+            if not is_number and not isinstance(value, str):
+                advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""
+                raise ValueError(f"{name!r} is {value!r:.80}, expected a text{advice}")
+    kind = "choice" if prompt.choices else "target"
+    for text in filter(None, answers):
+        if not text.format_map(row).strip():
+            raise ValueError(f"the {kind} {text!r:.60} is empty, expected a text")
+
+
+def without_target(prompt: Prompt, row: dict) -> Prompt:
+    """Return the prompt for a row that is to be answered.
+
+    If the answer is a text, the target becomes "?", because a row cannot be put into words without
+    a target. Nothing reads this one.
+    """
+    has_choices = prompt.choices or "choices" in row
+    if prompt.target or not has_choices:
+        return prompt._replace(target="?")
+    return prompt
+
+
+def write_items(row: dict, prompts: Iterable[Prompt]):
+    """Turn numbers into texts in the lists and objects that prompts index, as in {answers[0]}."""
+    templates = chain.from_iterable(prompt.templates for prompt in prompts)
+    for name in chain.from_iterable(map(field_names, templates)):
+        root = root_of(name)
+        if root != name and isinstance(row.get(root), list | dict):
+            row[root] = with_texts(row[root])
+
+
+def with_texts(value):
+    """Return a value of JSON with texts in place of its numbers, however deep they are."""
+    if isinstance(value, list):
+        return [with_texts(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: with_texts(entry) for name, entry in value.items()}
+    is_number = isinstance(value, int | float) and not is_missing(value)
+    return label_text(value) if is_number else value

@@ -16,9 +16,10 @@ from minia3.tasks.known_tasks import known_tasks
 from minia3.tasks.rows import check_files, read_files
 from minia3.tasks.split_files import short_name
 from minia3.tasks.task import METRICS, Task, TaskSpec
+from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.text_lines import MAX_ROW_BYTES
 from minia3.tasks.understanding import Understanding
-from minia3.tasks.user_rows import note_gaps, read_task_file_of, read_user_rows
+from minia3.tasks.user_rows import note_gaps, read_user_rows
 
 N_FOLDS = 5
 
@@ -159,14 +160,16 @@ def load_splits(
 ) -> tuple[Splits, TaskSpec, str]:
     """Return a task's rows, its TaskSpec, and how a user's columns were understood."""
     spec = known_tasks().get(name)
+    task_file = None
     if spec is None:
-        spec = read_task_file_of(name)
+        task_file = find_task_file(name)
+        spec = TaskSpec() if task_file is None else read_task_file(task_file)
     if spec.is_published:
         spec = with_flags(spec, flags)
         return load_known_task(name, spec, data_dir, shots, seed), spec, ""
     if spec != TaskSpec() or flags._replace(metric=None) != ColumnFlags():
         like = None  # because something else is said
-    splits, understanding = load_user_task(name, spec, flags, like)
+    splits, understanding = load_user_task(name, spec, task_file, flags, like)
     columns = "" if spec.shipped else understanding.line
     return splits, understanding.spec, columns
 
@@ -175,10 +178,10 @@ def load_splits(
 
 
 def load_user_task(
-    name: str, spec: TaskSpec, flags: ColumnFlags, like: TaskSpec | None
+    name: str, spec: TaskSpec, task_file: Path | None, flags: ColumnFlags, like: TaskSpec | None
 ) -> tuple[Splits, Understanding]:
-    """Return a user's rows, and how their columns were understood."""
-    found = read_user_rows(name, spec, flags, like)
+    """Return a user's rows, and how their columns were understood. See `read_user_rows`."""
+    found = read_user_rows(name, spec, task_file, flags, like)
     splits = Splits(short_name(name), found.files, notes=found.notes)
     rows = found.rows
     if list(rows) == ["train"]:

@@ -20,6 +20,7 @@ input. PEFT ignores it. An adapter of several tasks has {"tasks": {name: entry}}
 import difflib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from minia3.files.read import read_json
@@ -33,7 +34,7 @@ from minia3.tasks.task import TaskSpec
 
 MAX_BYTES = 1 << 20  # a larger .json file holds rows
 
-# Key -> what its value is, in a message. A file has no other keys.
+# Key -> what its value is, in a message (see KINDS). A file has no other keys.
 KEYS = {
     "files": "a path, or an object of paths",
     "fields": "an object of texts",
@@ -95,7 +96,7 @@ def describes_task(path: Path) -> bool:
 def holds_rows(content: dict) -> bool:
     """Return whether an object has a list of objects that are not prompts: these are rows."""
     for key, value in content.items():
-        are_objects = bool(value) and is_kind(value, "a list of objects")
+        are_objects = bool(value) and is_list_of(dict, value)
         are_prompts = key == "prompts" and are_objects and "text" in value[0]
         if are_objects and not are_prompts:
             return True
@@ -214,7 +215,7 @@ def read_prompt(prompt: Mapping) -> dict:
 
 
 def without_nulls(entry: Mapping) -> dict:
-    """Return an entry without the texts that are null, because they are not there."""
+    """Return an entry without its nulls, which say no more than a key that is not there."""
     return {key: value for key, value in entry.items() if value is not None}
 
 
@@ -231,7 +232,7 @@ def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, 
             listed = names[split]
             if isinstance(listed, str):
                 listed = [listed]
-            if not listed or not is_kind(listed, "a list of texts"):
+            if not listed or not is_list_of(str, listed):
                 raise ValueError(f"'files' has {listed!r:.60} for {split}, expected paths")
             files[split] = [folder / name for name in listed]
     return files
@@ -247,23 +248,36 @@ def check_values(entry: Mapping, kinds: Mapping[str, str]):
             raise ValueError(
                 f"unknown key {key!r}: did you mean {nearest!r}? Known keys: {', '.join(kinds)}"
             )
-        if not is_kind(value, kinds[key]):
+        if not KINDS[kinds[key]](value):
             raise ValueError(f"{key!r} is {value!r:.60}, expected {kinds[key]}")
 
 
-def is_kind(value, kind: str) -> bool:
-    """Return whether a value is what KEYS says. None is a text that is not there."""
-    if kind == "a text":
-        return value is None or isinstance(value, str)
-    if kind.startswith("a list"):
-        expected = str if kind == "a list of texts" else dict
-        return isinstance(value, list) and all(isinstance(item, expected) for item in value)
-    if kind.startswith("a path") and isinstance(value, str):
-        return True
-    if not isinstance(value, dict):
-        return False
-    expected = {"an object of texts": str, "an object of objects": dict}.get(kind, (str, list))
-    return all(isinstance(item, expected) for item in value.values())
+def is_text(value) -> bool:
+    """Return whether a value is a text, or null: see `without_nulls`."""
+    return value is None or isinstance(value, str)
+
+
+def is_list_of(kind: type, value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def is_object_of(kind: type, value) -> bool:
+    return isinstance(value, dict) and is_list_of(kind, list(value.values()))
+
+
+def are_paths(value) -> bool:
+    return isinstance(value, str) or is_object_of(str | list, value)
+
+
+# What KEYS says of a value -> whether the value is that.
+KINDS = {
+    "a text": is_text,
+    "a list of texts": partial(is_list_of, str),
+    "a list of objects": partial(is_list_of, dict),
+    "an object of texts": partial(is_object_of, str),
+    "an object of objects": partial(is_object_of, dict),
+    "a path, or an object of paths": are_paths,
+}
 
 
 # Writing

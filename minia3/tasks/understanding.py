@@ -97,7 +97,7 @@ def understand(
         columns.check_prompts(prompts)
     spec = rename_reserved(spec, columns)
     roles = roles._replace(prompts=prompts)
-    notes = notes_on(roles, labels) + notes_on_integers(roles, columns, label_names)
+    notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)
     return Understanding(spec, describe(columns, roles, labels), notes)
 
 
@@ -257,7 +257,8 @@ def list_in_file(columns: Columns, names: Iterable[str]) -> str:
     return " and ".join(list_names([columns.name_in_file(name)]) for name in names)
 
 
-def notes_on(roles: ColumnRoles, labels: Labels) -> list[str]:
+def notes_on_labels(roles: ColumnRoles, labels: Labels) -> list[str]:
+    """Return a note if there are so many labels that scoring all of them takes long."""
     n_labels = len(labels.words)
     if n_labels <= MANY_LABELS:
         return []

@@ -24,7 +24,6 @@ from minia3.tasks.split_files import (
     nearest_entries,
 )
 from minia3.tasks.task import TaskSpec
-from minia3.tasks.task_file import find_task_file, read_task_file
 from minia3.tasks.understanding import Understanding, check_fields, has_columns, understand
 
 
@@ -37,23 +36,14 @@ class UserRows(NamedTuple):
     notes: list[str]
 
 
-def read_task_file_of(name: str) -> TaskSpec:
-    """Return what a task file says: the file `name`, or task.json in the folder `name`.
-
-    Without a task file, nothing is said.
-    """
-    path = find_task_file(name)
-    return TaskSpec() if path is None else read_task_file(path)
-
-
 def read_user_rows(
-    name: str, spec: TaskSpec, flags: ColumnFlags, like: TaskSpec | None
+    name: str, spec: TaskSpec, task_file: Path | None, flags: ColumnFlags, like: TaskSpec | None
 ) -> UserRows:
-    """Return a user's rows, and how their columns were understood. See `load_task`.
+    """Return a user's rows, and how their columns were understood.
 
-    spec: what `read_task_file_of` returns. Raise ValueError if anything is wrong with them.
+    name, like: see `load_task`. spec: what the task file says, if there is one, or TaskSpec().
+    Raise ValueError if anything is wrong.
     """
-    task_file = find_task_file(name)
     files, notes = find_files(name, spec, task_file)
     rows = read_files(files, keep_empty=False)
     notes = [*notes, *note_quotes(files, rows)]
@@ -62,7 +52,7 @@ def read_user_rows(
     paths = list(chain.from_iterable(files.values()))
     if task_file is not None:
         paths.append(task_file)  # so that a resumed run finds out if it has changed
-    elif Path(name, TASK_FILE).is_file():
+    elif not spec.shipped and Path(name, TASK_FILE).is_file():
         notes.append(f"{Path(name, TASK_FILE)} has no key of a task file: not used")
     checked = check_files(rows, files, understanding.spec)
     return UserRows(checked, paths, understanding, notes)

@@ -257,6 +257,16 @@ def test_a_shipped_task_has_a_users_rows_and_a_name(tmp_path, monkeypatch):
     assert render(task.prompts[0], task.train[1]) == ("question 2", ["yes", "no"], 1)
 
 
+def test_a_shipped_task_does_not_look_into_a_folder_of_its_name(tmp_path, monkeypatch):
+    """The task file of such a folder was taken for a file of the task."""
+    expected = load_task("same-colour")
+    (tmp_path / "same-colour").mkdir()
+    (tmp_path / "same-colour" / "task.json").write_text('{"files": "rows.csv"}')
+    monkeypatch.chdir(tmp_path)
+    task = load_task("same-colour")
+    assert (task.checksums, task.notes) == (expected.checksums, expected.notes)
+
+
 def test_the_files_of_a_users_folder_are_read_as_its_splits(tmp_path):
     mine = tmp_path / "mine.v1"
     mine.mkdir()
