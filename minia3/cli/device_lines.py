@@ -163,7 +163,7 @@ def advice(model_config, devices, shape):
 
 
 def flags_of_advice(devices, kind, n_devices):
-    """Return the flags that change what was planned: a base of this kind on so many devices."""
+    """Return the flags that change the plan: to a base of this kind, and this number of devices."""
     words = []
     if n_devices != devices.n_devices:
         words += ["--devices", str(n_devices)]

@@ -174,7 +174,8 @@ def known_rows():
 def count_parameters(config):
     """Return how many parameters a model of this config has, and one adapter of it.
 
-    A model with one layer in each stack, and models with one more, tell the rest.
+    All layers of a stack are alike, so a model with one layer in each stack is built, and for each
+    stack a model with two.
     """
     fields = [name for name in LAYER_FIELDS if hasattr(config, name)]
     shallow = replace(config, **dict.fromkeys(fields, 1))

@@ -171,7 +171,7 @@ def note_on_missing(results):
 
 
 def distinct_name(name, taken):
-    """Return a name, with a number behind it if it is taken: "x-s0", "x-s0-2", "x-s0-3" ..."""
+    """Return a name, with a number after it if it is taken: "x-s0", "x-s0-2", "x-s0-3" ..."""
     found = name
     number = 1
     while found in taken:
@@ -445,7 +445,7 @@ def draw_similarity(figure, adapters):
 
 
 def compare_changes(adapters):
-    """Return (N, N), the cosines of l - 1. A vector that an adapter does not have is no change."""
+    """Return (N, N), the cosines of l - 1. A vector that an adapter lacks counts as unchanged."""
     widths = {}
     for vectors in adapters:
         for name, vector in vectors.items():

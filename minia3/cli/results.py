@@ -343,7 +343,7 @@ def read_held_out_curve(run, adapter, task):
 def mean_tokens(train_lines):
     """Return the mean tokens of a training example, or NaN if nothing was trained.
 
-    A line tells the speed since the line before, so it counts by the steps in between.
+    A line has the speed since the line before, so its weight is the number of steps in between.
     """
     if not train_lines:
         return np.nan

@@ -1,8 +1,8 @@
 """Start the workers of a study with submitit (the extra `cluster`): on SLURM, or here.
 
 submitit writes the batch script, and queues a worker again if its time is up or its machine is
-taken away. What else a cluster wants to know comes from the environment of sbatch, whose variables
-win over the script: SBATCH_GRES, SBATCH_ACCOUNT ...
+taken away. The other settings of a cluster are environment variables of sbatch, which override the
+script: SBATCH_GRES, SBATCH_ACCOUNT ...
 """
 
 import math

@@ -10,7 +10,7 @@ import os
 import time
 from contextlib import contextmanager, suppress
 
-# On Windows nobody can write to a byte that is locked, so the lock is on a byte far behind the end.
+# On Windows nobody can write to a byte that is locked, so the lock is on a byte far beyond the end.
 FAR = (1 << 31) - 2
 SECONDS_BETWEEN_TRIES = 0.05
 HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # the last two: Windows

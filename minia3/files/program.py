@@ -86,9 +86,9 @@ def forget_interrupt():
 def freeze_objects():
     """Let Python pass over all objects when it ends, unless triton was imported.
 
-    Python looks several times for garbage. After torch was imported, the objects are so many that
-    it takes tenths of a second. But triton 3.9 prints pages about its objects that were not freed.
-    Parts of torch import it, such as those for AdamW and for deterministic kernels.
+    Python looks for garbage several times. After torch was imported, there are so many objects that
+    this takes tenths of a second. But triton 3.9 prints pages about objects that were not freed,
+    and parts of torch import it, such as those for AdamW and for deterministic kernels.
     """
     if "triton" not in sys.modules:
         gc.freeze()

@@ -3,8 +3,8 @@
     with showing("loading"):
         model = load_model("t5-base")
 
-Whoever calls the library decides whether there is a bar, and the loop inside that knows how far it
-is calls `progress`. Bars go to standard error, only if it is a terminal, and disappear at the end.
+The caller of the library decides whether there is a bar. The loop that knows how far the work is
+calls `progress`. Bars go to standard error, only if it is a terminal, and disappear at the end.
 """
 
 import shutil

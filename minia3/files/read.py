@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 N_SHOWN = 300  # characters of a foreign message: some quote the whole file
-N_HEAD = 512  # bytes that tell an HTML page or a Git LFS pointer
+N_HEAD = 512  # bytes in which an HTML page or a Git LFS pointer shows
 
 CHUNK = 1 << 20  # bytes that are read at a time to make a checksum
 

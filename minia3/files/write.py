@@ -139,7 +139,7 @@ def writing_folder(folder, replaces=()):
 def finish_writing(folder):
     """Move files into place that a killed process had written completely, if there are any.
 
-    Whoever reads a folder calls this first. Raise ValueError if the files cannot be moved.
+    Call this before you read a folder. Raise ValueError if the files cannot be moved.
     """
     folder = Path(folder)
     if not (folder / WRITTEN).exists():

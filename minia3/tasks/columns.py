@@ -12,7 +12,7 @@ from minia3.tasks.format_strings import field_names, roots_of
 from minia3.tasks.names import fold, nearest_of
 from minia3.tasks.prompts import Prompt
 
-N_FIRST_ROWS = 20  # which tell what the columns hold
+N_FIRST_ROWS = 20  # enough to see what the columns hold
 
 
 class ColumnNames:
@@ -195,7 +195,7 @@ def find_set(
     """Return the first set whose columns are there: those of the input, the answer, or both.
 
     used: columns of the input that the user chose, which are not the answer. picks: whether the
-    user gave choices, so that the answer is no text to write.
+    user gave choices, so that the answer is picked and not written.
     """
     used_keys = {name.lower() for name in used}
     for column_set in ordered_sets(columns, needs_input, needs_answer):

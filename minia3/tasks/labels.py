@@ -113,7 +113,7 @@ def name_labels(
     names: the names that the data set gives to the integers 0, 1, ...
 
     Words that the file itself has come in the order in which they first appear, and integers in
-    their own order. Raise ValueError if the labels cannot be told from the values.
+    their own order. Raise ValueError if the values do not show what the labels are.
     """
     values = list(values)
     counts, spellings = count_labels(values)
@@ -166,7 +166,7 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
         if text is not None:
             key = fold(text)
             counts[key] += 1
-            # Beside 1.5, a 1.0 is a word. (Integers are told by their keys, whatever the spelling.)
+            # Beside 1.5, a 1.0 is a word. (If all keys are integers, the spellings play no part.)
             is_boolean = isinstance(value, bool)
             spelled = text if is_boolean else str(value).strip()
             spellings.setdefault(key, spelled)
@@ -243,7 +243,7 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
 
 
 def check_label_count(counts: Counter, field: str):
-    """Raise ValueError if the labels are to be written, because there are so many of them."""
+    """Raise ValueError if there are so many labels that they are probably texts to write."""
     n_rows = counts.total()
     if len(counts) > MANY_LABELS and n_rows < FEW_ROWS * len(counts):
         raise ValueError(
@@ -300,7 +300,7 @@ def find_user_label(
 
 @lru_cache(maxsize=64)
 def label_places(labels: tuple[str, ...], choices: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of each label, by its key, and of each word that is no field."""
+    """Return the index of each label, by its key, and of each choice without fields."""
     places = {}
     for index, choice in enumerate(choices):
         if not field_names(choice):
@@ -315,9 +315,10 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
     """Return the index of the row's choice that a label means, or -1 if it is hidden.
 
     The label is the index, counted from 0, or a word: one of the choices. If the choices are
-    numbers, it is the index, because a word could not be told from it.
+    numbers, the label is always the index, because a word would look like one.
 
-    Raise ValueError if there is no such choice, or if the label is a text that means two of them.
+    Raise ValueError if there is no such choice, or if a text is the index of one choice and the
+    words of another.
     """
     indices = [str(index) for index in range(len(choices))]
     is_scalar = value is None or isinstance(value, str | int | float)

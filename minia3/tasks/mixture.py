@@ -32,7 +32,8 @@ class Mixture(NamedTuple):
 def mix(tasks: Sequence[Task]) -> Mixture:
     """Return a mixture.
 
-    Raise ValueError if two tasks have the same name, because results are told apart by it.
+    Raise ValueError if two tasks have the same name, because only the name tells their results
+    apart.
     """
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):

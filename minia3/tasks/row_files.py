@@ -135,7 +135,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 
 
 class LimitedFile(io.RawIOBase):
-    """A file that raises ValueError instead of giving more than so many bytes."""
+    """A file that raises ValueError if more than `n_bytes` bytes are read from it."""
 
     def __init__(self, file: BinaryIO, n_bytes: int):
         self.file = file

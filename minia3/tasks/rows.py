@@ -170,7 +170,10 @@ def empty_columns(row: dict, prompt: Prompt) -> list[str]:
 
 
 def describe_empty(n_rows: Mapping[str, int]) -> list[str]:
-    """Return a note on each column that is empty in so many rows: the file may be damaged."""
+    """Return a note on each column that is empty in some rows, because the file may be damaged.
+
+    n_rows: in how many rows each column is empty.
+    """
     return [f"{name!r} is empty in {n} {plural(n, 'row')}" for name, n in n_rows.items()]
 
 
@@ -370,7 +373,7 @@ def are_choices(value) -> bool:
 def normalize_conversation(row: dict, split: str):
     """Give the messages of a row OpenAI's form.
 
-    Raise ValueError if they are no conversation, or have no answer to learn.
+    Raise ValueError if they are not a conversation, or if there is no answer to learn.
     """
     row.setdefault("messages", None)
     if isinstance(row["messages"], list):

@@ -181,7 +181,7 @@ def only_field(target: str) -> str:
 
 
 def names_choices(spec: TaskSpec, flags: ColumnFlags) -> bool:
-    """Return whether the flags or a task file say among what to pick, so that the rows do not."""
+    """Return whether flags or a task file list the choices. Then those of the rows do not count."""
     has_labels = bool(flags.labels or spec.labels)
     return has_labels or any(prompt.choices for prompt in spec.prompts)
 
@@ -198,7 +198,7 @@ def find_labels(
 ) -> Labels:
     """Return the labels: of the task file, of the flags, or as the column has them.
 
-    Raise ValueError, with the name of the file, if the labels cannot be told from its values.
+    Raise ValueError, with the name of the file, if its values do not show what the labels are.
     """
     if spec.labels:
         choices = list(map(choice_words, roles.prompts))
