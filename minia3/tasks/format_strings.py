@@ -7,6 +7,7 @@ import re
 import string
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import chain
 
 from minia3.tasks.names import nearest_of
 
@@ -43,7 +44,7 @@ def can_name(column: str) -> bool:
 # The fields
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # a task may have a thousand labels, which each row is scored with
 def field_names(text: str) -> tuple[str, ...]:
     """Return the fields of a format string, each once: premise, or endings[3].
 
@@ -61,10 +62,8 @@ def root_of(name: str) -> str:
 
 def roots_of(texts: Iterable[str]) -> list[str]:
     """Return the columns that format strings use, each once."""
-    roots = {}
-    for text in texts:
-        roots |= dict.fromkeys(map(root_of, field_names(text)))
-    return list(roots)
+    names = chain.from_iterable(map(field_names, texts))
+    return list(dict.fromkeys(map(root_of, names)))
 
 
 def plain_names(text: str) -> list[str]:
