@@ -116,17 +116,21 @@ def expected_names(spec: TaskSpec) -> list[str]:
     return names
 
 
+def task_names(columns: Iterable[str], spec: TaskSpec) -> dict[str, str]:
+    """Return the columns of a file that a task keeps: name in the file -> name in the task."""
+    expected = () if spec.is_published else expected_names(spec)
+    return names_in_task(tuple(columns), tuple(spec.fields.items()), tuple(expected))
+
+
 def check_columns(columns: Iterable[str], spec: TaskSpec):
     """Raise ValueError if a user's file lacks a column that the model reads.
 
     columns: of the file, as it spells them. A column may be empty in a row, and then the model
     reads the others. But a file without the column was meant for something else, or misspells it.
     """
-    has_other_columns = spec.messages or spec.span_field
-    if spec.is_published or has_other_columns:
+    if spec.is_published or spec.messages or spec.span_field:
         return  # each row is checked
-    expected = expected_names(spec)
-    found = names_in_task(tuple(columns), tuple(spec.fields.items()), tuple(expected)).values()
+    found = task_names(columns, spec).values()
     for prompt in spec.prompts:
         for name in plain_names(prompt.text):
             if name not in found and name != OPTIONAL:
@@ -194,9 +198,8 @@ def normalize_row(
     """
     if isinstance(row, ValueError):
         raise row
-    expected = () if spec.is_published else expected_names(spec)
     # A row lacks the columns in which its cells are empty, and no other column takes their place.
-    names = names_in_task(tuple(columns or row), tuple(spec.fields.items()), tuple(expected))
+    names = task_names(columns or row, spec)
     row = {names[column]: value for column, value in row.items() if column in names}
     with naming_columns(names | dict(spec.fields)):
         if spec.span_field:
@@ -208,9 +211,12 @@ def normalize_row(
             label = read_label(row, spec, may_be_hidden=split == "test")
         row["label"] = label
         row["idx"] = read_idx(row.get("idx"), number)
-        check_prompts(row, spec, split)
-    if not spec.is_published:
-        write_items(row, spec.prompts)
+        if spec.is_published:
+            # The first prompt uses every field that any prompt of the task uses (a test says so).
+            render(spec.prompts[0], row)
+        else:
+            check_prompts(row, spec, split)
+            write_items(row, spec.prompts)
     return row
 
 
@@ -335,7 +341,7 @@ def to_texts(row: dict, names: Iterable[str], in_file: Container[str], advice: s
     """
     for name in names:
         value = row.get(name)
-        if isinstance(value, int | float) and not is_missing(value):
+        if is_number(value):
             row[name] = label_text(value)  # "3" for 3.0, and "true" for True
         elif not is_text(value):
             found = ""
@@ -386,6 +392,11 @@ def is_missing(value) -> bool:
     return value is None or is_nan or (isinstance(value, str) and not value.strip())
 
 
+def is_number(value) -> bool:
+    """Return whether a value is a number or a boolean, and not NaN."""
+    return isinstance(value, int | float) and not is_missing(value)
+
+
 def is_text(value) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
@@ -394,11 +405,7 @@ def is_text(value) -> bool:
 
 
 def check_prompts(row: dict, spec: TaskSpec, split: str):
-    """Raise ValueError if the row lacks a field of a prompt."""
-    if spec.is_published:
-        # The first prompt uses every field that any prompt of the task uses (a test says so).
-        render(spec.prompts[0], row)
-        return
+    """Raise ValueError if a user's row lacks a field of a prompt, or has no text in it."""
     if spec.answer_of(row) == "messages":
         return
     for prompt in spec.prompts:
@@ -418,8 +425,7 @@ def check_values(prompt: Prompt, row: dict):
     for text in (prompt.text, *answers):
         for name in field_names(text):
             value = value_of(row, name)
-            is_number = isinstance(value, int | float) and not is_missing(value)
-            if not is_number and not isinstance(value, str):
+            if not is_number(value) and not isinstance(value, str):
                 advice = f"; {{{name}[0]}} is its first item" if isinstance(value, list) else ""
                 raise ValueError(f"{name!r} is {value!r:.80}, expected a text{advice}")
     kind = "choice" if prompt.choices else "target"
@@ -455,5 +461,4 @@ def with_texts(value):
         return [with_texts(entry) for entry in value]
     if isinstance(value, dict):
         return {name: with_texts(entry) for name, entry in value.items()}
-    is_number = isinstance(value, int | float) and not is_missing(value)
-    return label_text(value) if is_number else value
+    return label_text(value) if is_number(value) else value

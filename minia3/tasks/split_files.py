@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from minia3.tasks.known_tasks import known_tasks, list_known_tasks
 from minia3.tasks.names import list_names
 from minia3.tasks.row_files import FORMATS, remedy, rows_stem, rows_suffix
 
@@ -215,7 +216,21 @@ def resembled_split(path: Path) -> str | None:
     return None
 
 
-# Paths that do not exist
+# Names of tasks that do not exist
+
+
+def unknown_task(name: str) -> str:
+    """Return the message for a name that is neither a known task nor a path."""
+    # A name such as raft/overruling has a slash, but is no path.
+    groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
+    if looks_like_path(name) and name.split("/")[0] not in groups:
+        return describe_missing_path(name)
+    message = f"{name!r} is not a known task, a file or a folder"
+    entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
+    candidates = [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries]
+    if candidates:
+        return f"{message}; did you mean {str(candidates[0])!r}?"
+    return f"{message}. Known tasks: {list_known_tasks()}"
 
 
 def looks_like_path(name: str) -> bool:

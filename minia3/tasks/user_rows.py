@@ -1,6 +1,5 @@
 """Read a user's rows: find their files, understand their columns, and check them."""
 
-import difflib
 import os
 from collections import Counter
 from itertools import chain
@@ -9,7 +8,7 @@ from typing import NamedTuple
 
 from minia3.tasks.column_flags import ColumnFlags, with_label_names
 from minia3.tasks.format_strings import final_field
-from minia3.tasks.known_tasks import SHIPPED, known_tasks, list_known_tasks
+from minia3.tasks.known_tasks import SHIPPED
 from minia3.tasks.library_data import find_hub_files, find_saved_files
 from minia3.tasks.names import fold, list_names
 from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
@@ -18,10 +17,8 @@ from minia3.tasks.split_files import (
     HUB_PREFIX,
     TASK_FILE,
     FoundFiles,
-    describe_missing_path,
     find_split_files,
-    looks_like_path,
-    nearest_entries,
+    unknown_task,
 )
 from minia3.tasks.task import TaskSpec
 from minia3.tasks.understanding import Understanding, check_fields, has_columns, understand
@@ -85,20 +82,6 @@ def find_files(name: str, spec: TaskSpec, task_file: Path | None) -> FoundFiles:
     if not rows_suffix(path):
         raise not_read(path)
     return FoundFiles({"train": [path]}, [])
-
-
-def unknown_task(name: str) -> str:
-    """Return the message for a name that is neither a known task nor a path."""
-    # A name such as raft/overruling has a slash, but is no path.
-    groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
-    if looks_like_path(name) and name.split("/")[0] not in groups:
-        return describe_missing_path(name)
-    message = f"{name!r} is not a known task, a file or a folder"
-    entries = nearest_entries(Path(name))  # a folder has no suffix, so its name may be any word
-    candidates = [*difflib.get_close_matches(name.lower(), known_tasks(), n=1), *entries]
-    if candidates:
-        return f"{message}; did you mean {str(candidates[0])!r}?"
-    return f"{message}. Known tasks: {list_known_tasks()}"
 
 
 # Their columns
