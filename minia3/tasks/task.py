@@ -98,11 +98,8 @@ class Task(NamedTuple):
     train: list[dict]
     validation: list[dict]
     test: list[dict]
-    prompts: tuple[Prompt, ...]
     # One of METRICS.
     metric: str
-    # See TaskSpec.
-    seen: Sequence[str]
     # File name -> sha256.
     checksums: dict[str, str]
     # What a run should tell its user about these rows, one note per line.
@@ -117,6 +114,10 @@ class Task(NamedTuple):
     spec: TaskSpec = TaskSpec()
     # Whether the three splits are parts of a single file, or of a data set with a single split.
     is_divided: bool = False
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        return self.spec.prompts
 
     @property
     def has_labeled_test(self) -> bool:

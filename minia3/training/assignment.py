@@ -82,7 +82,7 @@ def notes_on(task, family, held_out_rows):
         notes.append(
             f"{n_rows} rows choose the best vectors, and are neither trained on nor reported on"
         )
-    if family in task.seen:
+    if family in task.spec.seen:
         notes.append(
             f"{family} saw this task's labels in its pre-training: these results are not few-shot"
         )

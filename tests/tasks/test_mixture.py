@@ -12,7 +12,7 @@ from minia3.tasks.task import Task
 
 
 def make_task(name):
-    return Task(name, [], [], [], (), "accuracy", (), {}, [])
+    return Task(name, [], [], [], "accuracy", {}, [])
 
 
 def first_steps(n_steps, *arguments):

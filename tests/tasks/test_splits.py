@@ -43,7 +43,7 @@ def test_real_files_are_read_whole(name, sizes, train_labels, validation_labels)
     assert task.evaluation == ("validation", task.validation)
     spec = known_tasks()[name]
     assert (task.name, task.metric) == (name, "accuracy")
-    assert (task.prompts, task.seen) == (spec.prompts, spec.seen)
+    assert task.prompts == spec.prompts
     for file in ("train.jsonl", "val.jsonl", "test.jsonl"):
         digest = hashlib.sha256((DATA / name / file).read_bytes()).hexdigest()
         assert task.checksums.pop(file) == digest
@@ -284,7 +284,7 @@ def test_the_files_of_a_users_folder_are_read_as_its_splits(tmp_path):
     assert [row["label"] for row in task.test] == [-1, -1]
     assert task.evaluation == ("validation", task.validation)
     assert (task.name, task.metric) == ("mine.v1", "accuracy")
-    assert (task.prompts, task.seen) == (OWN_PROMPTS, ())
+    assert task.prompts == OWN_PROMPTS
     assert set(task.checksums) == {"train.jsonl", "dev.jsonl", "test.jsonl"}
     assert task.notes == ["2 of 2 test rows have no label: results are on validation"]
 

@@ -2,12 +2,11 @@
 
 import pytest
 
-from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.tasks.task import Task
 
 
 def make_task(validation, test):
-    return Task("t", [], validation, test, OWN_PROMPTS, "accuracy", (), {}, [])
+    return Task("t", [], validation, test, "accuracy", {}, [])
 
 
 @pytest.mark.parametrize(
