@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from minia3.tasks.format_strings import field_names, roots_of
 from minia3.tasks.names import fold, nearest_of
-from minia3.tasks.prompts import Prompt
 
 N_FIRST_ROWS = 20  # enough to see what the columns hold
 
@@ -114,16 +113,10 @@ class Columns(ColumnNames):
             f"{origin} names the column {name!r}, which {self.origin} does not have{found}"
         )
 
-    def check_names(self, text: str, origin: str):
+    def check_texts(self, texts: Iterable[str], origin: str):
         """Raise ValueError if a format string names a column that is not there."""
-        for name in roots_of([text]):
+        for name in roots_of(texts):
             self.check_name(name, origin)
-
-    def check_prompts(self, prompts: Iterable[Prompt]):
-        """Raise ValueError if a prompt names a column that is not there."""
-        for prompt in prompts:
-            for text in prompt.templates:
-                self.check_names(text, "a prompt")
 
     def conversations(self) -> list[str]:
         """Return the columns with lists of objects that look like messages."""

@@ -20,7 +20,6 @@ input. PEFT ignores it. An adapter of several tasks has {"tasks": {name: entry}}
 import difflib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from minia3.files.read import read_json
@@ -34,9 +33,18 @@ from minia3.tasks.task import TaskSpec
 
 MAX_BYTES = 1 << 20  # a larger .json file holds rows
 
-# Key -> what its value is, in a message (see KINDS). A file has no other keys.
+PATHS = "a path, or an object of paths"
+# What a value is -> its type, and that of what it holds.
+CONTAINERS = {
+    "a list of texts": (list, str),
+    "a list of objects": (list, dict),
+    "an object of texts": (dict, str),
+    "an object of objects": (dict, dict),
+    PATHS: (dict, str | list),
+}
+# Key -> what its value is, in a message. A file has no other keys.
 KEYS = {
-    "files": "a path, or an object of paths",
+    "files": PATHS,
     "fields": "an object of texts",
     "label_field": "a text",
     "labels": "a list of texts",
@@ -96,7 +104,7 @@ def describes_task(path: Path) -> bool:
 def holds_rows(content: dict) -> bool:
     """Return whether an object has a list of objects that are not prompts: these are rows."""
     for key, value in content.items():
-        are_objects = bool(value) and is_list_of(dict, value)
+        are_objects = bool(value) and is_kind(value, "a list of objects")
         are_prompts = key == "prompts" and are_objects and "text" in value[0]
         if are_objects and not are_prompts:
             return True
@@ -232,7 +240,7 @@ def find_files(names: Mapping[str, str | list[str]], folder: Path) -> dict[str, 
             listed = names[split]
             if isinstance(listed, str):
                 listed = [listed]
-            if not listed or not is_list_of(str, listed):
+            if not listed or not is_kind(listed, "a list of texts"):
                 raise ValueError(f"'files' has {listed!r:.60} for {split}, expected paths")
             files[split] = [folder / name for name in listed]
     return files
@@ -248,36 +256,21 @@ def check_values(entry: Mapping, kinds: Mapping[str, str]):
             raise ValueError(
                 f"unknown key {key!r}: did you mean {nearest!r}? Known keys: {', '.join(kinds)}"
             )
-        if not KINDS[kinds[key]](value):
+        if not is_kind(value, kinds[key]):
             raise ValueError(f"{key!r} is {value!r:.60}, expected {kinds[key]}")
 
 
-def is_text(value) -> bool:
-    """Return whether a value is a text, or null: see `without_nulls`."""
-    return value is None or isinstance(value, str)
-
-
-def is_list_of(kind: type, value) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-def is_object_of(kind: type, value) -> bool:
-    return isinstance(value, dict) and is_list_of(kind, list(value.values()))
-
-
-def are_paths(value) -> bool:
-    return isinstance(value, str) or is_object_of(str | list, value)
-
-
-# What KEYS says of a value -> whether the value is that.
-KINDS = {
-    "a text": is_text,
-    "a list of texts": partial(is_list_of, str),
-    "a list of objects": partial(is_list_of, dict),
-    "an object of texts": partial(is_object_of, str),
-    "an object of objects": partial(is_object_of, dict),
-    "a path, or an object of paths": are_paths,
-}
+def is_kind(value, kind: str) -> bool:
+    """Return whether a value is what KEYS says. A text may be null: see `without_nulls`."""
+    if kind == "a text":
+        return value is None or isinstance(value, str)
+    if kind == PATHS and isinstance(value, str):
+        return True
+    container, item_type = CONTAINERS[kind]
+    if not isinstance(value, container):
+        return False
+    items = value.values() if container is dict else value
+    return all(isinstance(item, item_type) for item in items)
 
 
 # Writing

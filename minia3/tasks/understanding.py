@@ -74,8 +74,8 @@ def understand(
     """
     flags = read_flags(flags)
     columns = Columns(rows, spec.fields, origin)
-    columns.check_names(flags.input or "", "--input")
-    columns.check_names(flags.target or "", "--target")
+    columns.check_texts([flags.input or ""], "--input")
+    columns.check_texts([flags.target or ""], "--target")
 
     roles = assign_roles(columns, spec, flags)
     prompts = roles.prompts
@@ -94,7 +94,8 @@ def understand(
     if roles.messages:
         spec = with_conversation(spec, roles.messages)
     elif not spec.span_field:  # WSC's spans become fields later
-        columns.check_prompts(prompts)
+        templates = chain.from_iterable(prompt.templates for prompt in prompts)
+        columns.check_texts(templates, "a prompt")
     spec = rename_reserved(spec, columns)
     roles = roles._replace(prompts=prompts)
     notes = notes_on_labels(roles, labels) + notes_on_integers(roles, columns, label_names)

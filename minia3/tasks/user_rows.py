@@ -25,7 +25,7 @@ from minia3.tasks.understanding import Understanding, check_fields, has_columns,
 
 
 class UserRows(NamedTuple):
-    """The rows of a user, as they are in the files."""
+    """A user's rows, in the splits that their files are."""
 
     rows: dict[str, list[dict]]  # checked, of each split
     files: list[Path]  # all files that were read

@@ -13,7 +13,7 @@ from task_files import REAL, needs_real_data
 
 from minia3.tasks import known_tasks as known_tasks_module
 from minia3.tasks.download import HUB, file_names
-from minia3.tasks.known_tasks import known_tasks
+from minia3.tasks.known_tasks import known_tasks, make_spec, with_inherited
 from minia3.tasks.prompts import Prompt, for_family, render
 from minia3.tasks.task import Source, TaskSpec
 
@@ -264,42 +264,14 @@ def test_the_table_is_sorted_and_has_each_prompt_on_a_line():
             assert json.dumps(prompt, ensure_ascii=False) in lines
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"promts": []}, "rte: TaskSpec has no key 'promts', expected one of prompts, sources, "),
-        (
-            {"prompts": [{"text": "a", "choice": ["b", "c"]}]},
-            "rte: Prompt has no key 'choice', expected one of text, choices, ",
-        ),
-        (
-            {"sources": [{"address": "a", "files": {}, "sha": ""}]},
-            "rte: Source has no key 'sha', expected one of address, files, ",
-        ),
-        ({"prompts": [{"choices": ["b", "c"]}]}, "rte: Prompt lacks the key 'text'"),
-        ({"sources": [{"address": "a"}]}, "rte: Source lacks the key 'files'"),
-        ({"like": "rtee"}, "rte: 'like' is 'rtee', expected one of cb, copa"),
-        ({"like": "copa"}, "rte: 'like' is 'copa', expected a task without 'like'"),
-        ({"like": "rte"}, "rte: 'like' is 'rte', expected a task without 'like'"),
-    ],
-)
-def test_a_wrong_key_or_parent_is_an_error_of_one_line(tmp_path, change, words):
-    entry = {"sources": [], "labels": ["x", "y"], "prompts": [{"text": "{a}"}]}
-    table = {"cb": entry, "copa": {"like": "cb"}, "rte": {**entry, **change}}
-    (tmp_path / "t.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=rf"t\.json: {words}[^\n]*\Z"):
-        known_tasks(tmp_path / "t.json")
-
-
-def test_an_entry_takes_what_it_leaves_out_from_the_entry_that_it_is_like(tmp_path):
+def test_an_entry_takes_what_it_leaves_out_from_the_entry_that_it_is_like():
     parent = {
         "labels": ["x", "y"],
         "metric": "m",
         "prompts": [{"text": "{a}"}, {"text": "b", "choices": ["c", "d"]}],
     }
     table = {"a": {"like": "b", "choices": ["z", "{w}"]}, "b": parent}
-    (tmp_path / "t.json").write_text(json.dumps(table))
-    found = known_tasks(tmp_path / "t.json")
+    found = {name: make_spec(with_inherited(table, name)) for name in table}
     prompts = (Prompt("{a}", ("x", "y")), Prompt("b", ("c", "d")))
     assert found["b"] == TaskSpec(prompts, [], ["x", "y"], metric="m")
     # The choices of an entry apply to the prompts that name none.
