@@ -120,6 +120,8 @@ class Watch:
         self.seen = set()  # (function, name)
 
     def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(self.folder):
+            return None
         names = self.names_of(frame.f_code)
         if not names:
             return None
@@ -131,10 +133,8 @@ class Watch:
     def names_of(self, code):
         """Return the arguments and locals that have a suffix."""
         if code not in self.names_of_code:
-            names = []
-            if code.co_filename.startswith(self.folder):
-                every_name = code.co_varnames + code.co_cellvars + code.co_freevars
-                names = [name for name in every_name if SUFFIXED.fullmatch(name)]
+            every_name = code.co_varnames + code.co_cellvars + code.co_freevars
+            names = [name for name in every_name if SUFFIXED.fullmatch(name)]
             self.names_of_code[code] = names
         return self.names_of_code[code]
 
@@ -346,14 +346,23 @@ def write_rope_factors():
     to_hf(config, torch.bfloat16)
 
 
+WHOLE = ("t5-v1.0", "t5-deep-decoder", "llama-gqa")
+OTHER_LLAMAS = ("llama3", "mistral", "qwen3")  # they differ from llama-gqa in `model/` only
+
+
 @pytest.fixture(scope="module")
-def watch(loaded, tmp_path_factory):
+def watch(peer, loaded, tmp_path_factory):
+    # The hook would make what other packages do here take twice as long.
+    for name in (*WHOLE, *OTHER_LLAMAS):
+        peer(name)
+    if has_bitsandbytes():
+        importlib.import_module("bitsandbytes")
     short_rows_too = mock.patch.object(packing, "LEAST_COLUMNS", 1)  # for `attend_by_rows`
     with watched(PACKAGE) as watch, short_rows_too:
-        for name in ("t5-v1.0", "t5-deep-decoder", "llama-gqa"):
+        for name in WHOLE:
             tokenizer = word_tokenizer(ends=name.startswith("t5"))
             run(loaded(name, n_adapters=3), tokenizer, tmp_path_factory.mktemp(name))
-        for name in ("llama3", "mistral", "qwen3"):  # they differ from llama-gqa in `model/` only
+        for name in OTHER_LLAMAS:
             train_and_write(loaded(name, n_adapters=3), word_tokenizer(ends=False))
         plan(loaded("llama-gqa"))  # which runs as above, on tensors without values
         for name in ("t5-v1.0", "llama-gqa"):
