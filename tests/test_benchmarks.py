@@ -623,23 +623,23 @@ def test_the_study_of_t0_runs_to_its_end_on_a_tiny_model_of_its_architecture(tmp
     for name in ("cb", "few_shot/cb", "few_shot/storycloze"):
         shutil.copytree(shared / "data" / name, tmp_path / "data" / name)
     keep_rows(tmp_path / "data" / "cb" / "val.jsonl", 8)
-    for seed in (32, 42, 1024):  # not those of the runs, which train on all their rows
+    for seed in (1, 32, 42, 1024):  # not that of the run, which trains on all its rows
         split = tmp_path / "data" / "few_shot" / "storycloze" / "70_shot" / f"{seed}_seed.jsonl"
         keep_rows(split, 2)
     study_inputs.main(["tiny-t0", "--tokenizer", str(shared / "tokenizers" / "t5-base")])
     words = ["study", str(ROOT / "tests/benchmarks/studies/t0-3b.toml"), "--run"]
     words += ["--out", "runs/dry", "--model", "runs/tiny-t0", "--data-dir", "data"]
-    words += ["--seed", "0,1", "--steps", "2", "--eval-prompt", "0,1"]
+    words += ["--steps", "2", "--eval-prompt", "0,1"]
     splits = {
-        "ia3-storycloze": "T-Few's other splits",
-        "lora-cb": "validation",
-        "full-cb": "validation",
+        "ia3-storycloze": ("0", "T-Few's other splits"),
+        "lora-cb": ("0,1", "validation"),
+        "full-cb": ("0", "validation"),
     }
-    for name, split in splits.items():
-        assert minia3_main([*words, "--only", name]) == 0
+    for name, (seeds, split) in splits.items():
+        assert minia3_main([*words, "--seed", seeds, "--only", name]) == 0
         run_folder = tmp_path / "runs" / "dry" / name
         finals = [line for line in running.metrics(run_folder) if line["event"] == "final"]
-        assert [final["adapter"] for final in finals] == ["s0", "s1"]
+        assert len(finals) == len(seeds.split(","))
         for final in finals:
             assert final["split"] == split
             assert final["steps"] == 2

@@ -55,7 +55,8 @@ OTHER_FLAGS = {
 }
 
 N_PLOTTED = 2  # runs, of two dozen that a page makes
-N_TEST_ROWS = 16  # of the embedded task, in the copy on which commands run
+N_TEST_ROWS = 16  # of the embedded tasks, in the copy on which commands run
+N_ROWS_OF_SCRIPT = '"test": 1024'  # as data/pretrain.py has them
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -287,8 +288,8 @@ def test_commands_of_the_other_scripts_have_flags_that_exist(script, monkeypatch
 def folder(tmp_path, monkeypatch):
     """A folder that looks like the root of the repository, and is the current one.
 
-    It has a copy of data/, so that no command can change what ships. The copy has fewer rows in
-    its test split, because nearly all runs evaluate on them twice.
+    It has a copy of data/, so that no command can change what ships. The copy has, and makes,
+    fewer rows to test, because nearly all runs evaluate on them twice.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -303,7 +304,10 @@ def folder(tmp_path, monkeypatch):
     # Pictures of fewer dots are drawn in half the time. test_plot.py looks at pictures.
     monkeypatch.setattr(plot, "DPI", 30)
     fork_python(monkeypatch)
-    shutil.copy(ROOT / "data" / "pretrain.py", tmp_path / "data" / "pretrain.py")
+    script = (ROOT / "data" / "pretrain.py").read_text(encoding="utf-8")
+    assert N_ROWS_OF_SCRIPT in script
+    script = script.replace(N_ROWS_OF_SCRIPT, f'"test": {N_TEST_ROWS}')
+    (tmp_path / "data" / "pretrain.py").write_text(script, encoding="utf-8")
     return tmp_path
 
 
@@ -363,9 +367,9 @@ def run_line(line, is_short=True):
 
 
 def shortened(words):
-    """Return the words of a run, but with two steps."""
+    """Return the words of a run, but with two steps. One that is resumed to go on makes a third."""
     if "--resume" in words:
-        return words
+        return [*words, "--steps", "3"] if "--steps" in words else words
     return [*words, "--steps", "2", "--eval-batch-size", "64", "--device", "cpu"]
 
 
