@@ -266,15 +266,15 @@ def test_an_exported_model_is_the_same_class_with_the_same_bits_in_transformers(
 
 @each_family
 def test_greedy_texts_are_those_of_transformers(folder_of, name):
-    """The window is 5 and the texts have up to 11 + 10 tokens."""
+    """The window is 5 and the texts have up to 11 + 6 tokens."""
     theirs = make_theirs(name)
     model = minia3.load_model(folder_of(name))
     state = model.start(SOURCE, MASK)
     found = [[] for _ in SOURCE]
-    for row, token in decode_tokens(model, state, 10, set()):
+    for row, token in decode_tokens(model, state, 6, set()):
         found[row].append(token)
     for row, (source, mask) in enumerate(zip(SOURCE, MASK, strict=True)):
-        options = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": 0}
+        options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
         alone = source[mask][None]
         expected = theirs.generate(alone, attention_mask=torch.ones_like(alone), **options)
         new = expected[0, alone.shape[1] :].tolist()

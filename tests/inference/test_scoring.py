@@ -521,7 +521,7 @@ def test_choices_that_take_turns_are_the_same_and_so_are_the_gradients(name, loa
 def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded, monkeypatch):
     """The backward pass keeps only the ids of a turn, and only one turn's work exists at a time."""
     model = loaded(name, seed=0)
-    batches = {n: batch_of((7, 3), n_choices=n) for n in (8, 40, 80)}
+    batches = {n: batch_of((7, 3), n_choices=n) for n in (8, 24, 48)}
     minia3.freeze(model)
     monkeypatch.setattr(f"{SCORING}.MAX_CHOICE_TOKENS", 16 * 4)
     kept = {}
@@ -535,11 +535,11 @@ def test_more_turns_take_no_more_memory_than_their_ids_and_results(name, loaded,
         with torch.no_grad(), MemoryCounter() as counter:
             choice_logprobs(model, batch)
         peak_of_scoring[n] = counter.peak
-    n_bytes = 2 * 40 * 4 * (8 + 1)  # the ids and the mask of 40 choices more
-    assert kept[80] - kept[40] == n_bytes < kept[8] / 20
-    assert peak_of_training[80] - peak_of_training[40] < 2 * n_bytes
-    assert peak_of_scoring[80] - peak_of_scoring[40] < 2 * n_bytes
-    assert kept[80] < kept[8] / 4  # 8 choices have one turn, which keeps everything
+    n_bytes = 2 * 24 * 4 * (8 + 1)  # the ids and the mask of 24 choices more
+    assert kept[48] - kept[24] == n_bytes < kept[8] / 20
+    assert peak_of_training[48] - peak_of_training[24] < 2 * n_bytes
+    assert peak_of_scoring[48] - peak_of_scoring[24] < 2 * n_bytes
+    assert kept[48] < kept[8] / 4  # 8 choices have one turn, which keeps everything
 
 
 # One target per source: a LLaMA reads both in one pass

@@ -290,8 +290,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
-@pytest.mark.parametrize("n_before", [0, 1, 3])
+@pytest.mark.parametrize(("mask", "n_before"), [(None, 0), (None, 3), (MASK, 0), (MASK, 1)])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_selecting_rows_of_a_state_is_starting_from_these_rows(models, name, mask, n_before, rows):
     model = models[name]
@@ -477,7 +476,8 @@ def test_cached_is_uncached_while_the_cache_grows(models, name, mask):
     source = tokens(4, 4)
     target = tokens(4, 139, seed=1)
     expected = logits(model, source, mask, target)
-    for cuts in ([1] * 140, [63, 1, 1, 65, 6, 4]):
+    # The cache grows by 64 columns. Of the tokens that come alone, some come where it grows.
+    for cuts in ([*[1] * 9, 50, *[1] * 9, 58, *[1] * 14], [63, 1, 1, 65, 6, 4]):
         with torch.no_grad():
             found = step_in_parts(model, model.start(source, mask), target, cuts)
         assert off(found, expected) < 1e-5
@@ -530,7 +530,7 @@ def gradients(model, out):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
-@pytest.mark.parametrize("order", ["ng", "gn", "ngng", "gngn", "nngn", "ggnn"])
+@pytest.mark.parametrize("order", ["ngng", "gngn", "nngn", "ggnn"])
 def test_steps_with_and_without_gradients_may_follow_one_another(models, name, mask, order):
     """g: with gradients, n: without. The logits are those of one step.
 
