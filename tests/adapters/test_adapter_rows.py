@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
+from conftest import equal_tensors, randomize
 from test_peft_files import refused
 
 import minia3
-from minia3.adapters.rows import load_adapter, row_of, save_adapter
+from minia3.adapters.rows import copy_row, load_adapter, row_of, save_adapter
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "t5-wide", "llama-odd"])
@@ -33,6 +34,14 @@ def test_a_row_of_a_model_is_a_view_that_needs_no_gradient(loaded):
             minia3.vectors(model)[name].tolist()[0][0],
             minia3.vectors(model)[name].tolist()[1][0],
         ) == (1.0, 2.0)
+
+
+def test_the_copies_of_a_row_do_not_change_with_the_model(loaded):
+    model = loaded("t5-v1.0", n_adapters=2, seed=3)
+    copies = copy_row(model, 1)
+    expected = {name: l_D.clone() for name, l_D in row_of(model, 1).items()}
+    randomize(model, seed=4)
+    assert equal_tensors(copies, expected)
 
 
 def test_loading_walks_once_through_the_modules_and_reads_the_file_as_a_whole(

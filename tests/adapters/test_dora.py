@@ -1,6 +1,8 @@
 """An adapter that is written as a DoRA computes in PEFT what it computes here, and what PEFT
 computes for it as (IA)^3. What is no DoRA is refused."""
 
+import json
+
 import pytest
 import torch
 from conftest import LLAMA_PEERS, Peer, double, logits, make, off, randomize, tokens
@@ -64,6 +66,16 @@ def test_peft_computes_the_same_with_the_dora(tmp_path, name, recwarn):
     assert off(found, peft_logits(as_ia3, tmp_path, name)) < 2e-5
     base = minia3.load_model(tmp_path / "base")
     assert off(found, logits(base, SOURCE, MASK, TARGET)) > 1e-2, "an adapter changes something"
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("t5-v1.1", ["k", "v", "wi_1"]), ("llama-gqa", ["k_proj", "up_proj", "v_proj"])],
+)
+def test_the_config_names_kinds_of_linears_and_not_each_linear(tmp_path, name, kinds):
+    folder = as_dora(tmp_path, model_with_adapter(tmp_path, name))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == kinds
 
 
 @pytest.mark.parametrize("name", ["t5-v1.1", "flan-ul2", "llama-gqa", "mistral", "qwen3"])

@@ -38,6 +38,19 @@ def test_a_new_row_is_all_ones_in_float32():
     assert scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("keeps_result", [True, False])
+def test_a_bfloat16_product_has_the_same_bits_with_and_without_gradients(keeps_result):
+    """In both, the factors are rounded to the dtype of the activations before the product."""
+    ia3 = IA3(64, keeps_result=keeps_result)
+    torch.manual_seed(0)
+    ia3.scale.data += torch.randn(1, 64)
+    x = torch.randn(2, 3, 64).bfloat16()
+    adapter = torch.tensor([0])
+    with torch.no_grad():
+        found = ia3(x.clone(), adapter)
+    assert torch.equal(found, ia3(x.clone(), adapter))
+
+
 # In a model
 
 
