@@ -637,6 +637,7 @@ def test_lora_and_a_vector_may_share_a_linear_and_merge(loaded):
         ("t5-v1.1", "q,gate", "1-1", False, r".*\.1\.(attn\.l_q|ffn\.l_gate)", r".*"),
         ("t5-v1.0", "k,gate", "0", True, r".*\.0\..*l_(k|wi)", r".*l_wi"),
         ("llama-gqa", "o,up", "0,1", True, r".*l_(o|up)", r".*"),
+        ("llama-gqa", "v", "0-0", True, r".*\.0\..*l_v", r"none"),
         ("llama-gqa", "ff,k", "0-", True, r".*l_(ff|k)", r"none"),
     ],
 )

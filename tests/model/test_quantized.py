@@ -116,6 +116,15 @@ def test_a_row_of_codes_belongs_to_a_row_of_the_weight(kind):
     assert torch.equal(part.scales, whole.scales[32:64])
 
 
+def test_a_16_bit_weight_is_quantized_as_its_float32_copy_is(kind):
+    weight_OI = random_weight(96, 128).bfloat16()
+    found = QUANTIZED[kind].from_weight(weight_OI)
+    expected = QUANTIZED[kind].from_weight(weight_OI.float())
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.scales, expected.scales)
+    assert found.scales.dtype == torch.float32
+
+
 def test_nf4_refuses_rows_that_would_share_a_scale():
     pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match="nf4 of a weight with 24 inputs: expected a multiple"):
