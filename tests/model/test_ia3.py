@@ -38,6 +38,12 @@ def test_a_new_row_is_all_ones_in_float32():
     assert scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("before", [torch.float32, torch.float64])
+def test_rows_that_are_moved_and_narrowed_at_once_move_and_become_float32(before):
+    scale = IA3(3).to(before).to("meta", torch.bfloat16).scale
+    assert (scale.device.type, scale.dtype) == ("meta", torch.float32)
+
+
 @pytest.mark.parametrize("keeps_result", [True, False])
 def test_a_bfloat16_product_has_the_same_bits_with_and_without_gradients(keeps_result):
     """In both, the factors are rounded to the dtype of the activations before the product."""

@@ -95,6 +95,7 @@ def test_an_int8_entry_is_off_by_at_most_half_a_step_and_the_largest_of_a_row_is
     assert ((found_OI - weight_OI).abs() <= linear.scales * 0.5001).all()
     assert torch.allclose(found_OI.abs().amax(1).float(), weight_OI.abs().amax(1))
     assert (found_OI[5] == 0).all()
+    assert (linear.scales > 0).all(), "0 / 0 has no code"
 
 
 def test_nf4_is_bitsandbytes_nf4():
@@ -123,6 +124,12 @@ def test_a_16_bit_weight_is_quantized_as_its_float32_copy_is(kind):
     assert torch.equal(found.codes, expected.codes)
     assert torch.equal(found.scales, expected.scales)
     assert found.scales.dtype == torch.float32
+
+
+def test_nothing_of_a_quantized_linear_trains(kind):
+    linear = QUANTIZED[kind].from_weight(random_weight(96, 128))
+    assert [name for name, p in linear.named_parameters() if p.requires_grad] == []
+    assert not linear.to_linear(torch.float32).weight.requires_grad
 
 
 def test_nf4_refuses_rows_that_would_share_a_scale():
