@@ -38,8 +38,8 @@ def merged_tensors(folders, out):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_processes", "names"),
-    # Rows of llama-odd that 4 processes cannot divide evenly.
-    [(2, NAMES), (4, ("t5-deep-decoder", "llama-odd"))],
+    # Rows of llama-odd that 6 processes cannot divide evenly: the last has none of 10 keys.
+    [(2, NAMES), (6, ("t5-deep-decoder", "llama-odd"))],
 )
 def test_a_divided_model_is_merged_and_saved_with_the_bits_of_a_whole_one(
     n_processes, names, peer, tmp_path, monkeypatch
