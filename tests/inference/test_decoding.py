@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -451,6 +452,14 @@ def test_the_scores_of_a_text_that_has_ended_change_no_other_text(options, both,
 
 
 # Texts: stop strings, and pieces
+
+
+def test_for_prompts_of_ids_and_stop_texts_a_tokenizer_needs_only_decode(both):
+    prompts = [both.tokenizer.encode(prompt) for prompt in PROMPTS]
+    options = {"max_new_tokens": 5, "stop": "w9"}
+    expected = generate(both.model, both.tokenizer, prompts, **options)
+    only_decode = SimpleNamespace(decode=both.tokenizer.decode)
+    assert generate(both.model, only_decode, prompts, **options) == expected
 
 
 def before_stop(text, stops):

@@ -99,6 +99,7 @@ def test_rouge_l_is_the_mean_of_rouge_score():
     assert rouge_l(TEXTS, TARGETS) == pytest.approx(np.mean(expected))
     # By hand: the longest common subsequence of "a b c d" and "a c e d" has three words.
     assert rouge_l(["a b c d"], ["a c e d"]) == pytest.approx(3 / 4)
+    assert rouge_l(["he runs"], ["he running"]) == pytest.approx(1 / 2), "words, not their stems"
     for text in ("Москва", "漢字", "été", "7", "A", "!"):
         assert rouge_l([text], [text]) == has_rouge_words(text)
 

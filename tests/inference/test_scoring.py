@@ -311,9 +311,10 @@ def test_scores_that_are_not_finite_are_an_error_that_names_the_prompt(both, loa
 def test_two_choices_that_are_one_text_to_the_tokenizer_are_a_warning(both):
     with pytest.warns(
         UserWarning, match=r"'w6\\nw7' and 'w6 w7' are the same text .* first always wins"
-    ):
+    ) as caught:
         scores = minia3.rank(both.model, both.tokenizer, ["w4"], ["w5", "w6\nw7", "w6 w7"])
     assert scores[0, 1] == scores[0, 2]
+    assert caught[0].filename == __file__, "it points to the line that calls `rank`"
 
 
 def test_a_token_without_an_embedding_is_refused(both):
