@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_model import save as save_chat_model
 from test_metrics import share_of_pairs
 from words import N_IDS, word_tokenizer
 
@@ -642,3 +643,15 @@ def test_rows_may_come_from_a_generator(ours):
 def test_without_rows_a_result_has_no_values(ours):
     found = evaluate(ours.model, ours.tokenizer, [], PROMPT, metric="macro_f1")
     assert found == {"accuracy": None, "auc": None, "n": 0, "n_cut": 0, "tokens": None}
+
+
+def test_a_conversation_has_no_label_and_needs_none(tmp_path):
+    save_chat_model(tmp_path)
+    model = minia3.load_model(tmp_path)
+    tokenizer = minia3.load_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    found = []
+    for row in ({"messages": messages}, {"messages": messages, "label": 0, "idx": 0}):
+        found.append(evaluate(model, tokenizer, [row], OWN_PROMPTS[0], metric="inverse_perplexity"))
+    assert found[0] == found[1]
+    assert found[0]["n"] == 1
