@@ -5,9 +5,10 @@ CodeT5    vocab.json and merges.txt: the BPE of GPT-2 and RoBERTa, over visible 
           bytes. Published CodeT5s have no tokenizer.json.
 """
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
 
+from minia3.checkpoints.added_tokens import added_token, sentinels, text_of
 from minia3.checkpoints.layout import MERGES_FILE, VOCABULARY_FILE
 
 # The values of `tokenizer_class` in a checkpoint's settings
@@ -17,7 +18,6 @@ BYTE_BPE_CLASSES = ("RobertaTokenizer", "RobertaTokenizerFast")
 # ByT5's ids: 3 special tokens, whose texts the files may change, 256 bytes, then the sentinels
 BYT5_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYT5_SENTINELS = 125
-MAX_SENTINELS = 1000
 
 # CodeT5's special tokens, if its files do not say
 BYTE_BPE_SPECIAL = {
@@ -39,13 +39,8 @@ def byt5_backend(settings):
     minia3; transformers leaves them out.
     Raise ValueError if the settings ask for too many sentinels.
     """
-    n_sentinels = settings.get("extra_ids", BYT5_SENTINELS)
-    # transformers 4 writes 0 or leaves the key out if it lists the sentinels.
-    sentinels = settings.get("additional_special_tokens")
-    if not sentinels:
-        if n_sentinels not in range(MAX_SENTINELS + 1):
-            raise ValueError(f"extra_ids is {n_sentinels!r}, expected 0 to {MAX_SENTINELS}")
-        sentinels = [f"<extra_id_{i}>" for i in range(n_sentinels)]
+    # transformers 4 writes no number of sentinels, or 0, if it lists them.
+    listed = settings.get("additional_special_tokens") or sentinels(settings, BYT5_SENTINELS)
     special = BYT5_SPECIAL | {key: settings[key] for key in BYT5_SPECIAL if key in settings}
     tokens = []
     for token in special.values():
@@ -57,7 +52,7 @@ def byt5_backend(settings):
     backend = Backend(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokens += [added_token(sentinel) for sentinel in sentinels]
+    tokens += [added_token(sentinel) for sentinel in listed]
     backend.add_special_tokens(tokens)
     return backend, special
 
@@ -102,16 +97,3 @@ def byte_bpe_backend(folder, settings):
         (end, backend.token_to_id(end)), (begin, backend.token_to_id(begin))
     )
     return backend, special
-
-
-def added_token(token):
-    """Return an AddedToken for a text, or for a dict with the text and how it is found."""
-    if isinstance(token, str):
-        return AddedToken(token, special=True, normalized=False)
-    flags = {key: token[key] for key in ("lstrip", "rstrip", "single_word") if key in token}
-    return AddedToken(token["content"], special=True, normalized=False, **flags)
-
-
-def text_of(token):
-    """Return the text of a token, which files give as it is, or in a dict with how it is found."""
-    return token["content"] if isinstance(token, dict) else token

@@ -4,62 +4,34 @@
     tokenizer.encode("Hello world")         [8774, 296, 1]
     tokenizer.decode([8774, 296, 1])        "Hello world"
 
-A backend of the package `tokenizers` does the work. It is built from the first of these files that
-a checkpoint has:
-
-    tokenizer.json       the package's own format
-    spiece.model         a sentencepiece model: T5's
-    tokenizer.model      a sentencepiece model: LLaMA-2's
-    vocab.json           a BPE over bytes, with merges.txt: CodeT5's
-    a .gguf file         which holds the tokenizer in its metadata
-
-ByT5 needs no file: its settings say that it reads bytes.
-
-Small JSON files beside it name the special tokens: bos (the beginning of a text), eos (its end) and
-pad.
+A backend of the package `tokenizers` does the work. It is built from the files of a checkpoint's
+folder (tokenizer_files.py), or from the metadata of a GGUF file (gguf_tokenizer.py).
 """
 
 from pathlib import Path
 
-from tokenizers import AddedToken, processors
-from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from minia3.checkpoints import config_t5
-from minia3.checkpoints.byte_tokenizers import (
-    BYT5_CLASS,
-    added_token,
-    byt5_backend,
-    byte_bpe_backend,
-    text_of,
-)
+from minia3.checkpoints.added_tokens import mark_special, text_of
 from minia3.checkpoints.chat import (
     EncodedChat,
     by_name,
     check_turns,
     choose_template,
-    read_template_files,
     render_chat,
 )
 from minia3.checkpoints.chat_spans import find_end_of_turn, render_conversation, within_spans
 from minia3.checkpoints.gguf import read_metadata
 from minia3.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from minia3.checkpoints.hub import find
-from minia3.checkpoints.layout import (
-    ADDED_TOKENS_FILE,
-    SETTINGS_FILES,
-    STALE_TOKENIZER_FILES,
-    TOKENIZER_FILES,
-    VOCABULARY_FILE,
-)
-from minia3.checkpoints.sentencepiece import SPACE, read_sentencepiece
+from minia3.checkpoints.layout import STALE_TOKENIZER_FILES, TOKENIZER_FILES
+from minia3.checkpoints.sentencepiece import SPACE
+from minia3.checkpoints.tokenizer_files import read_backend, read_settings, tokenizer_file
 from minia3.files.home import expand_home
-from minia3.files.read import read_json, reading
+from minia3.files.read import reading
 from minia3.files.write import write_new_json, writing_folder
 
-N_SENTINELS = 100  # <extra_id_0> ... <extra_id_99> of every published T5
-MAX_SENTINELS = 1000
-# Every text of a T5 or a ByT5 ends in eos: transformers does not read these settings there.
-T5_FRAME = {"add_bos_token": False, "add_eos_token": True}
 N_IDS = 2**32  # the backend stores an id in 32 bits, and raises an error if an id is larger
 UNKNOWN_CHARACTER = "\U0010fffd"  # a character for private use, which no vocabulary has
 
@@ -325,9 +297,6 @@ class Tokenizer:
             expected = ", ".join(TOKENIZER_FILES)
             raise ValueError(f"{folder}: no tokenizer; expected one of {expected}")
         settings = read_settings(folder)
-        templates = read_template_files(folder)
-        if templates is not None:
-            settings["chat_template"] = templates
         with reading(file):
             return cls(*read_backend(file, settings))
 
@@ -375,70 +344,6 @@ def find_tokenizer(path: Path) -> Tokenizer | None:
     return load_tokenizer(path) if has_tokenizer else None
 
 
-def tokenizer_file(folder):
-    """Return the first of TOKENIZER_FILES, or the file that names ByT5's class, or None."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    for name in ("config.json", *SETTINGS_FILES):
-        path = folder / name
-        if path.is_file() and read_json(path).get("tokenizer_class") == BYT5_CLASS:
-            return path
-    return None
-
-
-def read_backend(file, settings):
-    """Return the backend of a tokenizer's file, and the settings with what follows from the file.
-
-    Raise an exception of any type if the file is damaged.
-    """
-    added = added_tokens(file.parent, settings)
-    if file.name == "tokenizer.json":
-        backend = Backend.from_buffer(file.read_bytes())
-        add_missing_tokens(backend, added)
-        add_listed_tokens(backend, settings)
-        return backend, settings
-    frame = {}
-    if file.name == VOCABULARY_FILE:
-        backend, defaults = byte_bpe_backend(file.parent, settings)
-    elif file.suffix == ".json":
-        backend, defaults = byt5_backend(settings)
-        frame = T5_FRAME
-    else:
-        is_t5 = file.name == "spiece.model"
-        # A LLaMA that is not `legacy` gets no space after an added token, as in transformers 5.
-        is_prefix_for_all = is_t5 or settings.get("legacy") is True
-        # T5's tokenizer in transformers does not look at the key.
-        has_prefix = is_t5 or settings.get("add_prefix_space") is not False
-        content = file.read_bytes()
-        backend, special_ids = read_sentencepiece(content, is_prefix_for_all, has_prefix)
-        defaults = {"add_bos_token": True, **special_ids}
-        if is_t5:
-            add_sentinels(backend, settings.get("extra_ids", N_SENTINELS))
-            frame = T5_FRAME
-    # normalized=False: look for the tokens in the text itself, before it is normalized.
-    add_tokens(backend, {i: token | {"normalized": False} for i, token in added.items()})
-    add_listed_tokens(backend, settings)
-    return backend, defaults | settings | frame
-
-
-def read_settings(folder):
-    """Return the content of the JSON files beside a tokenizer. The last file with a key wins.
-
-    A null counts as no key, except for bos_token: Qwen's says that there is no bos, although
-    config.json has an id. Such a null wins over the files before it.
-    """
-    settings = {}
-    for name in ("config.json", *SETTINGS_FILES):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            if content.get("bos_token", "") is None:
-                settings.pop("bos_token_id", None)
-                settings.pop("bos_token", None)
-            settings |= {key: value for key, value in content.items() if value is not None}
-    return settings
-
-
 def has_encoder(settings, adds_eos_alone):
     """Return whether the model of a tokenizer has an encoder, as T5 does.
 
@@ -477,78 +382,3 @@ def special_id(backend, settings, kind):
         if is_id and backend.id_to_token(i) is not None:
             return i
     return None
-
-
-def mark_special(backend, texts):
-    """Mark tokens as special, because decode drops only marked tokens, and not every file does it.
-
-    A token that a file describes keeps its description, such as whether it takes spaces around it.
-    """
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for text in texts:
-        token = added.get(text, AddedToken(text, normalized=False))
-        token.special = True
-        backend.add_special_tokens([token])
-
-
-def add_sentinels(backend, n_sentinels):
-    """Add T5's sentinels, which spiece.model lacks, after the pieces. <extra_id_0> is the last."""
-    if n_sentinels not in range(MAX_SENTINELS + 1):
-        raise ValueError(f"extra_ids is {n_sentinels!r}, expected 0 to {MAX_SENTINELS}")
-    sentinels = [f"<extra_id_{i}>" for i in range(n_sentinels)]
-    backend.add_special_tokens(sentinels[::-1])
-
-
-def added_tokens(folder, settings):
-    """Return the tokens that a fine-tune added to a tokenizer, whose own file may not have changed.
-
-    They are a dict from ids to descriptions. Older checkpoints have token -> id in
-    added_tokens.json, and newer checkpoints have id -> description of the token in
-    tokenizer_config.json. Without a description, a token is special if the settings list it as an
-    additional special token, such as the sentinels of CodeT5.
-    """
-    special = [text_of(token) for token in settings.get("additional_special_tokens", [])]
-    added = {}
-    if (folder / ADDED_TOKENS_FILE).is_file():
-        for token, i in read_json(folder / ADDED_TOKENS_FILE).items():
-            added[i] = {"content": token, "special": token in special}
-    for i, description in settings.get("added_tokens_decoder", {}).items():
-        added[int(i)] = description
-    return added
-
-
-def add_missing_tokens(backend, added):
-    """Add those tokens that a tokenizer.json lacks. It describes the others itself."""
-    missing = {}
-    for i, description in added.items():
-        if backend.token_to_id(description["content"]) is None:
-            missing[i] = description
-    add_tokens(backend, missing)
-
-
-def add_listed_tokens(backend, settings):
-    """Add the special tokens that the settings list without an id, as transformers does.
-
-    They get the next ids, in the order of the list, if the vocabulary lacks them. transformers 4
-    lists them under the second name, and may leave the first one empty. Raise ValueError if they
-    are no list.
-    """
-    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens", [])
-    if isinstance(listed, dict):  # from what a token is for to the token
-        listed = list(listed.values())
-    if not isinstance(listed, list):
-        raise ValueError(f"expected a list of special tokens, found {listed!r:.60}")
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    new = [added_token(token) for token in listed if text_of(token) not in known]
-    backend.add_tokens(new)
-
-
-def add_tokens(backend, added):
-    """Add tokens (see `added_tokens`). Raise ValueError if their ids do not follow the others."""
-    ids = sorted(added)
-    backend.add_tokens([AddedToken(**added[i]) for i in ids])
-    wrong_ids = [i for i in ids if backend.token_to_id(added[i]["content"]) != i]
-    if wrong_ids:
-        raise ValueError(
-            f"added tokens have the ids {wrong_ids!r:.60}, but these do not follow the vocabulary"
-        )
