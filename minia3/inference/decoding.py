@@ -3,11 +3,9 @@
     generate         whole texts, for many prompts
     stream           the text for one prompt, in pieces, as they come
     decode_tokens    the loop itself: token ids
-    draw_tokens      how a random token is chosen
-    Text             how ids become pieces of text
 
 Both public functions run the same generator of pieces. Rows that have ended leave the batch, a few
-at a time.
+at a time. Tokens are drawn in sampling.py, and become text in pieces.py.
 
 Shapes: B batch (of rows that are still being written), M source length, R rows that stay in the
 batch, V vocabulary.
@@ -26,6 +24,8 @@ import torch
 from minia3.files.processes import combine, from_first, share_of_copy
 from minia3.files.read import one_line
 from minia3.inference.beam_search import beam_search
+from minia3.inference.pieces import Text
+from minia3.inference.sampling import Sampler
 from minia3.inference.scoring import NotFiniteError, batches_by_length, has_order
 from minia3.model.adapter_rows import find_rows
 from minia3.model.sequence_state import adapter_numbers
@@ -42,8 +42,6 @@ NOT_FINITE = -1  # in place of a token, if a model's scores are NaN or infinite
 # Rows that have ended leave the batch together, once they are this share of it. Each time, the
 # caches of the other rows are copied, which takes about as long as a few steps of those that leave.
 LEAVES_AT = 1 / 8
-
-SPLIT_CHARACTER = "\ufffd"  # decoders put it in place of a character whose bytes are incomplete
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,8 @@ def generate(  # noqa: PLR0913 (the contract)
     `max_new_tokens`. See `decoder_after` for the space with which it may begin.
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
-    `draw_tokens`, also for top_k and top_p. What is drawn depends on `seed` (None: a new one), on
-    the index of the prompt and on the index of the sample, but not on the batch.
+    `draw_tokens` (sampling.py), also for top_k and top_p. What is drawn depends on `seed` (None: a
+    new one), on the index of the prompt and on the index of the sample, but not on the batch.
 
     beams: if there are more than 1, a beam search finds the texts, and its best texts are the
     samples. See `beam_search`, also for length_penalty.
@@ -537,119 +535,3 @@ def without_end_tokens(pairs, end_ids, ended):
             ended.add(row)
         else:
             yield row, token
-
-
-class Sampler:
-    """Draws tokens. Each row has its own random numbers, so other rows do not influence it."""
-
-    def __init__(self, streams, options):
-        self.streams = streams
-        self.options = options
-
-    def draw(self, logits_BV, rows):
-        """Return the next tokens (B, 1) of these rows."""
-        uniform = [[self.streams[row].random_sample()] for row in rows]
-        device = logits_BV.device
-        if device.type == "mps":
-            logits_BV = logits_BV.cpu()  # because Apple's GPU has no float64
-        uniform_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), logits_BV.device)
-        given = self.options
-        tokens_B1 = draw_tokens(logits_BV, uniform_B1, given.temperature, given.top_k, given.top_p)
-        return to_device(tokens_B1, device)
-
-
-def draw_tokens(logits_BV, uniform_B1, temperature, top_k=0, top_p=1.0):
-    """Return the tokens (B, 1) that the random numbers uniform_B1, each from [0, 1), select.
-
-    The probabilities are softmax(logits / temperature) of the `top_k` likeliest tokens (0: of all
-    tokens). If top_p is below 1, only the likeliest of these tokens remain: the fewest whose sum
-    reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751).
-
-    Laid end to end, the probabilities divide the interval from 0 to 1 into a part for each token.
-    The random number lies in one part, and selects its token. The parts are in the order of ids,
-    not of size, because logits differ by rounding from batch to batch: in the order of size, two
-    tokens that are almost equally likely could change places, and the number would select the
-    other one. In the order of ids, the bounds move by no more than the rounding.
-    """
-    if 0 < top_k < logits_BV.shape[1]:
-        least_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -inf)
-    # The largest becomes 0, so that no division by a small temperature gives inf.
-    logits_BV = logits_BV.double() - logits_BV.amax(dim=-1, keepdim=True)
-    p_BV = (logits_BV / temperature).softmax(dim=-1)
-    if top_p < 1:
-        p_BV = keep_top_p(p_BV, top_p)
-    end_BV = p_BV.cumsum(dim=-1)  # where each token's interval ends
-    total_B1 = end_BV[:, -1:]  # 1 except for rounding; less after keep_top_p
-    tokens_B1 = torch.searchsorted(end_BV, uniform_B1 * total_B1, right=True)
-    # If a logit is NaN, no interval is found. Any token will do: see `read_tokens`.
-    return tokens_B1.clamp(max=end_BV.shape[1] - 1)
-
-
-def keep_top_p(p_BV, top_p):
-    """Keep the largest probabilities, the fewest whose sum reaches top_p, and set others to 0."""
-    sorted_BV, order_BV = p_BV.sort(descending=True)
-    sum_before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    kept_BV = sorted_BV.masked_fill(sum_before_BV >= top_p, 0.0)
-    return p_BV.scatter(1, order_BV, kept_BV)
-
-
-class Text:
-    """The text of one row, given out in pieces that are final.
-
-    Two things are held back until more tokens come: a character that is split over several tokens,
-    and text that may be the beginning of a stop text.
-    """
-
-    def __init__(self, decode, stops):
-        self.decode = decode
-        self.stops = stops
-        self.context = []  # the ids of the last text that was read
-        self.new = []  # the ids after them, whose text is not complete yet
-        self.held_back = ""  # text that was read, but is not final
-        self.is_stopped = False  # a stop text was found: nothing follows
-
-    def add(self, token):
-        """Return the piece that becomes final with this token. It is often empty."""
-        if self.is_stopped:
-            return ""
-        self.new.append(token)
-        text = self._read()
-        if text == "" or text.endswith(SPLIT_CHARACTER):
-            return ""
-        self.context = self.new
-        self.new = []
-        return self._give(text, is_whole=False)
-
-    def finish(self):
-        """Return the last piece, after the last token: nothing is held back any longer."""
-        if self.is_stopped:
-            return ""
-        return self._give(self._read(), is_whole=True)
-
-    def _read(self):
-        """Return the text of the new ids.
-
-        It depends on the ids before them: the first word of a text has no space, for example. But
-        the last few of these are enough, and to decode all of them for each token would take longer
-        than a GPU takes for a step.
-        """
-        before = self.decode(self.context)
-        return self.decode(self.context + self.new)[len(before) :]
-
-    def _give(self, text, is_whole):
-        """Return what is final of the text that was held back and of `text`, which follows it.
-
-        It ends before a stop text and, unless the text is whole, before what may be the beginning
-        of a stop text.
-        """
-        text = self.held_back + text
-        end = 0
-        while end < len(text):
-            self.is_stopped = text.startswith(self.stops, end)
-            may_stop = any(stop.startswith(text[end:]) for stop in self.stops)
-            if self.is_stopped or (may_stop and not is_whole):
-                break
-            end += 1
-        self.held_back = text[end:]
-        return text[:end]
