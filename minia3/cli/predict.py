@@ -93,7 +93,7 @@ def add_arguments(parser):
 
 def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
-    from minia3.inference.prediction import follow, write_results
+    from minia3.inference.result_file import follow, write_results
 
     check_out(args)
     check_pipe(args.file)
@@ -346,7 +346,8 @@ class Prediction:
 
     def lines(self, first_row=0):
         """Yield the lines of results from a row on; before the first row, the header of a csv."""
-        from minia3.inference.prediction import CHUNK, Limits, csv_line, predict, read_inputs
+        from minia3.inference.prediction import CHUNK, Limits, predict, read_inputs
+        from minia3.inference.result_file import csv_line
 
         columns = self.columns
         if self.is_csv and first_row == 0:

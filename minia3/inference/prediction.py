@@ -1,25 +1,19 @@
-"""Prediction: the answers to the rows of a file, in their order, written to a file.
+"""Prediction: the answers to the rows of a file, in their order.
 
-    read_inputs -> predict -> write_results
+    read_inputs -> predict -> write_results (result_file.py)
 
-Rows are read, answered and written in chunks, so that memory does not grow with the file. If the
-process is stopped, the same command counts the finished lines and continues after them.
+Rows are read, answered and written in chunks, so that memory does not grow with the file.
 """
 
-import csv
-import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from minia3.files.ahead import read_ahead
-from minia3.files.lock import lock_folder
-from minia3.files.processes import dividing, from_first
+from minia3.files.processes import dividing
 from minia3.files.read import reading
 from minia3.inference.decoding import Options, generate
 from minia3.inference.scoring import (
@@ -127,6 +121,63 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 
 
+class FileColumns:
+    """The columns of a file of rows.
+
+    of_table: those of a table. In a file of JSON, each row has its own, so the list is empty, and
+    the rows are read when somebody asks. A pipe can be read only once, and nothing is known of it.
+    """
+
+    def __init__(self, path, has_names):
+        """has_names: whether the rows name their adapters."""
+        self.path = path
+        self.has_names = has_names
+        self.is_file = Path(path).is_file()
+        self.of_table = column_names(path) if self.is_file else []
+        self.of_adapters = {}  # what `of_adapter` has returned
+
+    def lack_adapters(self):
+        """Return whether the file has rows, and none of them has the column `adapter`.
+
+        A file of JSON is read up to the first row that has it, or that is wrong and will end the
+        command anyway.
+        """
+        if not self.is_file:
+            return False
+        if self.of_table:
+            return "adapter" not in self.of_table
+        has_rows = False
+        for _, row in read_rows(self.path):
+            if isinstance(row, ValueError) or "adapter" in row:
+                return False
+            has_rows = True
+        return has_rows
+
+    def of_adapter(self, name):
+        """Return the columns of a table, those that any row of JSON has, or none for a pipe.
+
+        Rows that name another adapter do not count, because they may be put into other words.
+        """
+        if self.of_table or not self.is_file:
+            return self.of_table
+        if name not in self.of_adapters:
+            rows = (row for _, row in read_rows(self.path) if isinstance(row, dict))
+            if self.has_names:
+                rows = (row for row in rows if row.get("adapter") == name)
+            self.of_adapters[name] = columns_of_rows(rows)
+        return self.of_adapters[name]
+
+    def check(self, row, spec, name):
+        """Raise ValueError if the model reads a column that neither a row nor its file has.
+
+        name: of the row's adapter. In a pipe, each row must have the columns.
+        """
+        try:
+            check_columns(row, spec)
+        except ValueError:
+            check_columns(self.of_adapter(name) or row, spec)
+
+
 def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_LIMITS):
     """Yield an Input for each row of a file (see `read_rows`), in the form of the row's adapter.
 
@@ -139,23 +190,12 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
     # In a published task, an empty text is a text.
     keep_empty = forms.default is not None and forms.default.spec.is_published
     has_names = default is None and bool(adapters)
-    columns = []  # each row has its own
-    is_file = Path(path).is_file()  # a pipe can be read only once
-    if is_file:
-        columns = column_names(path)
-        if has_names and lacks_adapters(path, columns):  # the base would answer all rows
-            raise ValueError(
-                f"{path}: there is no column 'adapter', and --adapter is a folder of adapters: "
-                f"give one of them ({', '.join(adapters):.200}), or name one in each row"
-            )
-
-    @cache
-    def columns_for(name):
-        """Return the columns of the file, or those that any of its rows with this adapter has."""
-        if columns or not is_file:
-            return columns
-        return columns_of_json(path, name, has_names)
-
+    columns = FileColumns(path, has_names)
+    if has_names and columns.lack_adapters():  # the base would answer all rows
+        raise ValueError(
+            f"{path}: there is no column 'adapter', and --adapter is a folder of adapters: "
+            f"give one of them ({', '.join(adapters):.200}), or name one in each row"
+        )
     n_empty = Counter()
     for n, (line_number, file_row) in enumerate(read_rows(path, keep_empty)):
         with reading(f"{path}:{line_number}"):
@@ -164,9 +204,9 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             name = default
             if has_names or not reads_adapter(file_row, forms, default):
                 name = adapter_name(file_row, keep_empty, adapters, default)
-            spec, prompt = forms.find(name, file_row, columns)
-            row = normalize_row(file_row, spec, PREDICTED, n, columns)
-            check_row_columns(file_row, spec, partial(columns_for, name))
+            spec, prompt = forms.find(name, file_row, columns.of_table)
+            row = normalize_row(file_row, spec, PREDICTED, n, columns.of_table)
+            columns.check(file_row, spec, name)
             rendered, example = encode_input(row, spec, prompt, tokenizer, limits)
             check_tokens(rendered, example)
             check_example(example, adapters.model, tokenizer)
@@ -176,46 +216,6 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
         yield Input(row, rendered, example, spec.labels, name, file_row)
     for note in describe_empty(n_empty):
         warnings.warn(note, stacklevel=1)
-
-
-def lacks_adapters(path, columns):
-    """Return whether a file has rows, and none of them has the column `adapter`.
-
-    columns: see `column_names`. A file of JSON is read up to the first row that has it, or that is
-    wrong and will end the command anyway.
-    """
-    if columns:
-        return "adapter" not in columns
-    has_rows = False
-    for _, row in read_rows(path):
-        if isinstance(row, ValueError) or "adapter" in row:
-            return False
-        has_rows = True
-    return has_rows
-
-
-def columns_of_json(path, name, has_names):
-    """Return the columns that any row of a file of JSON has.
-
-    has_names: whether rows name their adapters. Then only rows of the adapter `name` count, because
-    others may be put into other words.
-    """
-    rows = (row for _, row in read_rows(path) if isinstance(row, dict))
-    if has_names:
-        rows = (row for row in rows if row.get("adapter") == name)
-    return columns_of_rows(rows)
-
-
-def check_row_columns(row, spec, find_columns):
-    """Raise ValueError if the model reads a column that neither the row nor its file has.
-
-    find_columns: a function that returns the columns of the file. It is asked only if the row lacks
-    one. It returns nothing for a pipe, in which each row must have the columns.
-    """
-    try:
-        check_columns(row, spec)
-    except ValueError:
-        check_columns(find_columns() or row, spec)
 
 
 def encode_input(row, spec, prompt, tokenizer, limits):
@@ -344,118 +344,3 @@ def generated_results(model, tokenizer, inputs, is_chat, options):
     for row_input, text in zip(inputs, texts, strict=True):
         results.append({"idx": row_input.row["idx"], "output": text})
     return results
-
-
-def csv_line(cells):
-    """Return a line of a .csv file. None is an empty cell, and whatever is not a text is JSON."""
-    texts = []
-    for cell in cells:
-        if cell is None:
-            texts.append("")
-        elif isinstance(cell, str):
-            texts.append(cell)
-        else:
-            texts.append(json.dumps(cell))
-    line = io.StringIO()
-    csv.writer(line).writerow(texts)
-    return line.getvalue()
-
-
-def write_results(path, lines, to_csv):
-    """Write a file of results, or complete it: count its finished lines, and append the others.
-
-    If the process was killed, the last line may be incomplete: it is cut, and the other lines stay
-    as they are. They are not compared with the model or the rows: the caller must use the same.
-
-    lines: a function from the number of a row to an iterator of the lines from this row on. With
-    to_csv, lines(0) begins with the header, which is written with the first row. Each row is on
-    disk before the next one is asked for.
-
-    Raise ValueError if another process is writing the file, or if it begins differently.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a device or a pipe, which holds nothing
-        with path.open("wb", buffering=0) as device:
-            write_lines(path, device, lines(from_first(0)))
-        return
-    # Without a buffer, so that nothing is left in it, to be written again, if the disk is full.
-    with lock_folder(path.parent, path.name), path.open("a+b", buffering=0) as file:
-        expected = b"{"
-        if to_csv:
-            expected = next(iter(lines(0))).encode()
-        check_beginning(path, file, expected)
-        n_rows, n_bytes = count_finished(path, to_csv)
-        file.truncate(n_bytes)
-        new_lines = iter(lines(from_first(n_rows)))
-        if to_csv and n_rows == 0:
-            new_lines = with_header(new_lines)
-        write_lines(path, file, new_lines)
-
-
-def with_header(lines):
-    """Yield the lines of a csv, with its header and its first row in a single text.
-
-    So a mistake in the first row leaves an empty file. A header would stay behind, and the next
-    command, with other columns, would be refused for it.
-    """
-    header = next(lines)
-    yield header + next(lines, "")
-    yield from lines
-
-
-def follow(lines):
-    """Help another process that calls `write_results`: answer this process's share of the rows."""
-    for _ in lines(from_first(None)):
-        pass
-
-
-def write_lines(path, file, lines):
-    """Write each line whole, or not at all. Raise OSError with the path if the disk is full."""
-    for line in lines:
-        rest = line.encode()
-        n_written = 0
-        try:
-            while rest:  # a disk that is nearly full takes a part of a line
-                n_bytes = file.write(rest)
-                n_written += n_bytes
-                rest = rest[n_bytes:]
-        except OSError as error:
-            if file.seekable() and n_written:
-                file.truncate(file.tell() - n_written)
-            raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def check_beginning(path, file, expected):
-    """Raise ValueError if a file, which may be cut short, does not begin with `expected`.
-
-    This keeps results from being appended to a file with other columns, or to some other file.
-    """
-    file.seek(0)
-    found = file.read(len(expected))
-    if not expected.startswith(found):
-        message = f"{path} is not a file of these results: it begins with {found!r:.80}"
-        raise ValueError(f"{message}, expected {expected!r:.80}. Give another --out, or remove it")
-
-
-def count_finished(path, to_csv):
-    """Return how many complete rows a file has, and how many bytes it has up to their end.
-
-    A csv's header without rows does not count, because it is written again.
-    """
-    n_header_lines = 1 if to_csv else 0
-    n_lines = 0
-    n_bytes = 0
-    n_quotes = 0
-    n_read = 0
-    with path.open("rb") as file:
-        for line in file:
-            n_read += len(line)
-            n_quotes += line.count(b'"')
-            # A quoted text of a csv may hold line breaks: the quote is open if their number is odd.
-            is_open = to_csv and n_quotes % 2 == 1
-            if line.endswith(b"\n") and not is_open:
-                n_lines += 1
-                n_bytes = n_read
-    if n_lines <= n_header_lines:
-        return 0, 0
-    return n_lines - n_header_lines, n_bytes
