@@ -22,34 +22,30 @@ from minia3.tasks.limits import fit_all_targets
 from minia3.training.device import free_memory
 from minia3.training.memory_plan import model_without_values
 from minia3.training.step_memory import (
-    MemoryNote,
+    Demand,
     StepShape,
     extrapolate_depth,
     peak_beyond_weights,
     score_without_padding,
+    size_to_try,
     upper_bound,
-    warn_if_too_large,
 )
 
 
 def plan_evaluation_memory(run, group):
-    """Print a note if a batch of an evaluation takes more memory than is free.
-
-    On a CPU, limit the process to what may be taken, as `plan_step_memory` does.
-
-    Return an --eval-batch-size to try if memory runs out: the size that fits, or else a half.
+    """Return an --eval-batch-size to try if memory runs out, and print a note if it will: see
+    `size_to_try`.
     """
-    half = max(1, group.config.eval_batch_size // 2)
-    free = free_memory(group.device)
-    if free is None:
-        return half
     shape = shape_of_evaluation(group)
-    if upper_bound(group.model.config, shape) < free / 2:
-        return half  # nothing to plan
-    subject = f"to evaluate {shape.n_examples} rows at once takes"
-    note = MemoryNote(subject, "--eval-batch-size", "a shorter --max-length")
-    plan = partial(planned_evaluation, group)
-    return warn_if_too_large(run, group, plan, shape, free, note) or half
+    demand = Demand(
+        subject=f"to evaluate {shape.n_examples} rows at once takes",
+        flag="--eval-batch-size",
+        other_remedies="a shorter --max-length",
+        shape=shape,
+        bound=upper_bound(group.model.config, shape),
+        plan=partial(planned_evaluation, group),
+    )
+    return size_to_try(run, group, demand, free_memory(group.device))
 
 
 def shape_of_evaluation(group):

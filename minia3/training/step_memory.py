@@ -7,6 +7,7 @@ much as the third one. This takes half a second whatever the size of the model.
 Shapes: B examples, M source length, C choices, L tokens of a choice.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -52,53 +53,55 @@ class StepShape(NamedTuple):
         return self.n_examples * (self.source_length + self.n_choices * self.target_length)
 
 
-def plan_step_memory(run, group):
-    """Print a note if a step takes more memory than is free.
+class Demand(NamedTuple):
+    """What takes memory: a step, or a batch of an evaluation."""
 
-    On a CPU, limit the process to what may be taken, so that it ends with a message. Otherwise the
-    system would end it, or move everything that the user works with to the disk.
-
-    Return a micro-batch size to try if memory runs out: the size that fits, or else a half.
-    """
-    shape = shape_of_step(group)
-    half = max(1, shape.n_examples // 2)
-    free = free_memory(group.device)
-    bound = upper_bound(group.model.config, shape)
-    bound += 2 * bytes_of_trained(group)  # twice, to be on the safe side
-    if free is None or bound < free / 2:
-        return half  # nothing to plan
-    remedies = "a shorter --max-length or --recompute"
-    note = MemoryNote("a step takes", "--micro-batch-size", remedies)
-    plan = partial(planned_step, group)
-    return warn_if_too_large(run, group, plan, shape, free, note) or half
-
-
-class MemoryNote(NamedTuple):
-    """The words of a note about memory."""
-
-    subject: str  # and the verb: "a step takes"
+    subject: str  # and the verb, for the note: "a step takes"
     flag: str  # which makes it smaller
     other_remedies: str  # besides a smaller model, if no size of the flag fits
+    shape: StepShape
+    bound: int  # more bytes than it takes
+    plan: Callable[[StepShape], int]  # a function from a shape to the bytes that it takes
 
 
-def warn_if_too_large(run, group, plan, shape, free, note):
-    """Print a note unless `shape` fits into `free` bytes and leaves some of them free.
-
-    Return None if it fits. Otherwise also limit the process on a CPU, and return the number of
-    examples that fits, at least 1: the largest power of two, so that few sizes are planned.
-
-    plan: a function from a shape to bytes. note: a MemoryNote.
+def plan_step_memory(run, group):
+    """Return a micro-batch size to try if memory runs out, and print a note if it will: see
+    `size_to_try`.
     """
+    shape = shape_of_step(group)
+    bound = upper_bound(group.model.config, shape)
+    demand = Demand(
+        subject="a step takes",
+        flag="--micro-batch-size",
+        other_remedies="a shorter --max-length or --recompute",
+        shape=shape,
+        bound=bound + 2 * bytes_of_trained(group),  # twice, to be on the safe side
+        plan=partial(planned_step, group),
+    )
+    return size_to_try(run, group, demand, free_memory(group.device))
+
+
+def size_to_try(run, group, demand, free):
+    """Return the number of examples to try if memory runs out: the size that fits, or else a half.
+
+    free: the bytes that are free; None: not known. If they are far more than what is needed,
+    nothing is planned. If they are not enough, print a note and, on a CPU, limit the process to
+    what may be taken, so that it ends with a message. Otherwise the system would end it, or move
+    everything that the user works with to the disk.
+    """
+    half = max(1, demand.shape.n_examples // 2)
+    if free is None or demand.bound < free / 2:
+        return half
     usable = int(USABLE_SHARE * free)
-    needed = OVERHEAD * plan(shape)
+    needed = OVERHEAD * demand.plan(demand.shape)
     if needed <= usable:
-        return None
-    fitting = largest_fitting_size(plan, shape, usable)
-    advice = f"no {note.flag} fits: take a smaller model, or {note.other_remedies}"
+        return half
+    fitting = largest_fitting_size(demand.plan, demand.shape, usable)
+    advice = f"no {demand.flag} fits: take a smaller model, or {demand.other_remedies}"
     if fitting > 0:
-        advice = f"{note.flag} {fitting} fits"
+        advice = f"{demand.flag} {fitting} fits"
     sizes = f"about {gigabytes(needed)}, but {gigabytes(usable)} of what is free may be taken"
-    print(f"note     {note.subject} {sizes}: {advice}")
+    print(f"note     {demand.subject} {sizes}: {advice}")
     if group.device.type == "cpu":
         run.resources.enter_context(limited_memory(usable))
     return max(1, fitting)
@@ -142,7 +145,8 @@ def upper_bound(model_config, shape):
 def largest_fitting_size(plan, shape, free):
     """Return the largest power of two below shape.n_examples that fits, or 0 if not even 1 does.
 
-    plan: a function from a StepShape to its bytes. free: the bytes that may be taken.
+    It is a power of two so that few sizes are planned. plan: see `Demand`. free: the bytes that may
+    be taken.
     """
     size = 1
     while 2 * size < shape.n_examples:

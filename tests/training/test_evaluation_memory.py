@@ -195,3 +195,15 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
     size = out.partition("--eval-batch-size ")[2].split()[0]
     assert f"--eval-batch-size (try {size})" in err
     assert err.count("\n") == 1
+
+
+def test_a_half_of_the_rows_is_offered_if_they_are_fewer_than_a_batch(
+    tmp_path, capsys, monkeypatch
+):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("minia3.inference.evaluation.score_examples", full)
+    data = write(tmp_path / "task", train=rows(20), validation=rows(6))
+    arguments = words(tmp_path / "run", task=data, steps=1, eval_batch_size=16)
+    fails(arguments, capsys, "--eval-batch-size (try 3)", code=1)
