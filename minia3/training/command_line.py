@@ -66,7 +66,7 @@ def complete(given):
     """
     given = expand_paths(given)
     if given.get("resume") is not None:
-        config = restore_flags(Config, given)
+        config = restore_flags(given)
     else:
         check_length(given)
         flags = put_over(flags_of_file(given), given)
@@ -104,7 +104,7 @@ def resume_if_begun(config, flags):
     check_config(config)  # before its flags are compared
     check_same_flags(folder, config)
     places = {name: flags.get(name) for name in PLACES_OF_MACHINE}
-    config = restore_flags(Config, {"resume": config.out, **places})
+    config = restore_flags({"resume": config.out, **places})
     return dataclasses.replace(config, or_resume=True)
 
 
@@ -117,7 +117,7 @@ def flags_of_file(given):
     """Return the flags in the file of --config, if one is given."""
     if given.get("config") is None:
         return {}
-    values = expand_paths(read_config_file(given["config"], Config))
+    values = expand_paths(read_config_file(given["config"]))
     check_length(values)
     return values
 

@@ -1,4 +1,4 @@
-"""Flags from a file, for --config: the config.json of a run, or TOML.
+"""Flags as a file or Python has them. For --config, the file is a run's config.json, or TOML:
 
 model = "t5-base"
 task = ["rte", "cb"]
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from minia3.files.read import read_json, reading
-from minia3.training.config import ADVICE
+from minia3.training.config import ADVICE, Config
 from minia3.training.flags import join_parts, option, read_text
 
 # What config.json holds besides flags, and flags that belong to one run only.
@@ -22,7 +22,7 @@ TEXTS_OF_PARTS = ("labels", "losses", "sites", "layers", "where", "eval_prompt",
 EARLIER_NAMES = {"checkpoint": "recompute"}
 
 
-def read_config_file(path, config_class):
+def read_config_file(path):
     """Return the flags in a file: name of the field -> value.
 
     Raise ValueError if the file is neither JSON nor TOML, or names a flag that does not exist.
@@ -37,27 +37,24 @@ def read_config_file(path, config_class):
     else:
         raise ValueError(f"--config is {str(path)!r}, expected a .toml or .json file")
     if "versions" in content:  # a run wrote it
-        return flags_of_record(content, config_class, path)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+        return flags_of_record(content, path)
     values = {}
     for typed, value in content.items():
-        name = field_name(typed, config_class, path)
-        if name in ("config", "resume"):
+        field = find_field(typed, path)
+        if field.name in ("config", "resume"):
             raise ValueError(f"{path}: a file cannot name another --config or --resume")
-        if name in values:
-            raise ValueError(f"{path} has {option(name)} twice")
-        values[name] = as_flag(value, name)
-        if isinstance(value, str):
-            values[name] = read_text(fields[name], value)  # "0,1"
+        if field.name in values:
+            raise ValueError(f"{path} has {option(field.name)} twice")
+        values[field.name] = as_flag(field, value)
     return values
 
 
-def flags_of_record(content, config_class, path):
+def flags_of_record(content, path):
     """Return the flags of a run's config.json that another run can take over."""
     values = {}
     for name, value in recorded_flags(content, path).items():
         if name not in OF_ONE_RUN:
-            values[field_name(name, config_class, path)] = value
+            values[find_field(name, path).name] = value
     if values.get("epochs") is not None:
         values.pop("steps", None)  # the run has worked out how many steps its epochs are
     return values
@@ -76,31 +73,40 @@ def recorded_flags(content, path):
     values = {}
     for name, value in content.items():
         if name not in (*NOT_FLAGS, "similar_lengths"):
-            values[EARLIER_NAMES.get(name, name)] = as_flag(value)
+            if isinstance(value, list):  # JSON has no tuples
+                value = tuple(value)
+            values[EARLIER_NAMES.get(name, name)] = value
     if values.get("method") == "ia3" and values.get("optimizer") != "adamw":
         values.pop("weight_decay", None)  # an earlier version took it, and Adafactor ignored it
     return values
 
 
-def as_flag(value, name=None):
-    """Return a value of a file as a flag has it: several values are a tuple.
+def as_flag(field, value):
+    """Return a flag's value for what a file or Python has in its place.
 
-    name: of the field, if a list may also stand for a text with commas, as in `labels`.
+    A text with commas may be several values, as on the command line. A list is a tuple or, for a
+    flag that is a text with several parts, this text. A list of a single value is the value.
     """
-    if not isinstance(value, list):
+    if isinstance(value, str):
+        return read_text(field, value)
+    if not isinstance(value, list | tuple | range):
         return value
-    if name in TEXTS_OF_PARTS:
+    if field.name in TEXTS_OF_PARTS:
         return join_parts(value)
-    return tuple(value)
+    values = tuple(as_flag(field, part) for part in value)
+    return values[0] if len(values) == 1 else values
 
 
-def field_name(name, config_class, origin):
-    """Return the name of a flag's field. A flag may be written as on the command line."""
+def find_field(name, origin):
+    """Return the field of a flag, which may be written as on the command line.
+
+    origin: where the flag is. Raise ValueError if there is no such flag.
+    """
     found = name.removeprefix("--").replace("-", "_")
-    fields = dataclasses.fields(config_class)
+    fields = dataclasses.fields(Config)
     for field in fields:
         if option(found) in (option(field.name), *field.metadata["also"]):
-            return field.name
+            return field
     message = f"{origin}: unknown flag {json.dumps(name)}"
     advice = ADVICE.get(option(found))
     if advice:

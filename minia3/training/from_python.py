@@ -1,6 +1,5 @@
 """`minia3.train`: a run from Python, in a notebook or in a thread."""
 
-import dataclasses
 import os
 import signal
 import threading
@@ -9,9 +8,7 @@ from typing import NamedTuple
 
 from minia3.files.streams import some_output
 from minia3.training.command_line import complete
-from minia3.training.config import Config
-from minia3.training.config_file import field_name
-from minia3.training.flags import join_parts, kinds_of, read_text
+from minia3.training.config_file import as_flag, find_field
 from minia3.training.loop import load_loop
 from minia3.training.shown_commands import CALL
 from minia3.training.signals import Stopped
@@ -57,13 +54,11 @@ def train(model=None, task=None, **flags):
 
 def given_flags(flags):
     """Return the flags that are not None, as the command line would read them."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
     given = {}
     for name, value in flags.items():
-        if name not in fields:
-            name = field_name(name, Config, "minia3.train")
+        field = find_field(name, "minia3.train")
         if value is not None:
-            given[name] = read_value(fields[name], value)
+            given[field.name] = as_flag(field, without_classes(value))
     return given
 
 
@@ -72,16 +67,11 @@ def as_python(value):
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def read_value(field, value):
-    """Return the value of a flag: a path as text, and several values as a tuple."""
+def without_classes(value):
+    """Return the value of a flag with texts in place of paths, and Python's numbers and lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     value = as_python(value)
-    if isinstance(value, str):
-        return read_text(field, value)  # "0,1"
     if isinstance(value, list | tuple | range):
-        values = tuple(read_value(field, part) for part in value)
-        if tuple not in kinds_of(field):
-            return join_parts(values)
-        return values[0] if len(values) == 1 else values
+        return [without_classes(part) for part in value]
     return value

@@ -25,6 +25,7 @@ from minia3.files.read import read_json, reading, sample_digest, sha256
 from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
 from minia3.tasks.split_files import short_name
 from minia3.training.choices import CHAT_TEMPLATE
+from minia3.training.config import Config
 from minia3.training.config_file import recorded_flags
 from minia3.training.flags import as_tuple, option
 from minia3.training.shown_commands import PLACES, PLACES_OF_MACHINE
@@ -192,7 +193,7 @@ def discard_run(folder):
             RUNS.rmdir()
 
 
-def restore_flags(config_class, given):
+def restore_flags(given):
     """Return the flags of the run in the folder `given["resume"]`, with the --steps and the
     PLACES_OF_MACHINE that are given.
 
@@ -212,12 +213,12 @@ def restore_flags(config_class, given):
         )
     saved = recorded_flags(read_run_config(folder), folder)
     values = {}
-    for field in dataclasses.fields(config_class):
+    for field in dataclasses.fields(Config):
         if field.name in saved:
             values[field.name] = saved[field.name]
     if "steps" in given:
         values["epochs"] = None
-    return config_class(**values | given)
+    return Config(**values | given)
 
 
 def read_run_config(folder):

@@ -31,8 +31,8 @@ from minia3.files.home import expand_home
 from minia3.files.read import reading
 from minia3.training.command_line import check_length, complete, parse_flags, put_over
 from minia3.training.config import Config
-from minia3.training.config_file import as_flag, field_name, read_toml
-from minia3.training.flags import as_tuple, flag_words, option
+from minia3.training.config_file import as_flag, find_field, read_toml
+from minia3.training.flags import as_tuple, flag_words, kinds_of, option
 from minia3.training.rules import check_config
 from minia3.training.run_folder import RUNS, short_value
 
@@ -160,41 +160,40 @@ def read_flags(path, place, table):
         raise ValueError(f"{path}: {place} is {table!r:.80}, expected flags and their values")
     flags = {}
     for typed, value in table.items():
-        name = read_name(path, place, typed)
-        if name in flags:
-            raise ValueError(f"{path}: {place} has {option(name)} twice")
-        flags[name] = read_value(path, f"{place} {typed}", name, value)
+        field = read_field(path, place, typed)
+        if field.name in flags:
+            raise ValueError(f"{path}: {place} has {option(field.name)} twice")
+        flags[field.name] = read_value(path, f"{place} {typed}", field, value)
     return flags
 
 
-def read_name(path, place, typed):
+def read_field(path, place, typed):
     """Return the field of a flag. Raise ValueError if there is none, or if it is not for a run."""
-    name = field_name(typed, Config, f"{path}: {place}")
-    if name in OF_THE_STUDY:
+    field = find_field(typed, f"{path}: {place}")
+    if field.name in OF_THE_STUDY:
         raise ValueError(
-            f"{path}: {place} has {option(name)}, which is not for the runs of a study: "
+            f"{path}: {place} has {option(field.name)}, which is not for the runs of a study: "
             "`out` at the top of the file names the folder of all runs"
         )
-    return name
+    return field
 
 
-def read_value(path, place, name, value):
-    """Return the value of a flag. Several values are a tuple, and a list of one is that one.
+def read_value(path, place, field, value):
+    """Return the value of a flag (see `as_flag`). A text stays one until `StudyRun.check`.
 
-    place: where the file has it. name: of its field.
+    place: where the file has it.
     """
-    if value == []:
-        raise ValueError(f"{path}: {place} is an empty list")
-    value = as_flag(value, name)
-    if not isinstance(value, tuple):
+    if not isinstance(value, list):
         return value
+    if not value:
+        raise ValueError(f"{path}: {place} is an empty list")
     for part in value:
-        if "," in str(part):
+        if tuple in kinds_of(field) and "," in str(part):
             raise ValueError(
                 f"{path}: {place} has {part!r:.80} in a list, and on a command line the comma "
                 "would divide it"
             )
-    return value[0] if len(value) == 1 else value
+    return as_flag(field, value)
 
 
 def read_product(path, content, shared):
@@ -219,17 +218,18 @@ def read_product(path, content, shared):
 
 def read_list(path, typed, values, origins):
     """Return a Choice for each value of a flag in [each]."""
-    name = read_name(path, "[each]", typed)
+    field = read_field(path, "[each]", typed)
     if not isinstance(values, list) or not values:
         raise ValueError(
             f"{path}: [each] {typed} is {values!r:.80}, expected a list of values: "
             "a run for each of them"
         )
+    name = field.name
     if name in origins:
         raise ValueError(f"{path}: {option(name)} is in {origins[name]} and in [each]: choose one")
     choices = []
     for entry in values:
-        value = read_value(path, f"[each] {typed}", name, entry)
+        value = read_value(path, f"[each] {typed}", field, entry)
         choices.append(Choice(label_of(name, value), {name: value}))
     return choices
 

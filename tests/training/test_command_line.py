@@ -217,6 +217,13 @@ def test_a_text_with_commas_in_a_file_is_read_as_it_is_typed(tmp_path):
     assert complete({"config": str(tmp_path / "flags.json")}).task == path
 
 
+def test_a_list_of_a_single_value_in_a_file_is_this_value_and_makes_no_grid(tmp_path):
+    file = tmp_path / "flags.toml"
+    file.write_text('task = ["rte"]\nseed = [3]\nlr = [1e-2, 3e-2]\n')
+    expected = {"task": "rte", "seed": 3, "lr": (1e-2, 3e-2)}
+    assert complete({"config": str(file)}) == train.Config(**expected)
+
+
 def test_a_list_in_a_file_is_a_text_with_commas_for_a_flag_of_several_parts(tmp_path):
     file = tmp_path / "flags.toml"
     file.write_text('labels = ["so, so", "bad"]\nlosses = ["lm", "ul"]\neval-prompt = [0, 2]\n')

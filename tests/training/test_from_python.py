@@ -114,6 +114,7 @@ def test_it_works_in_a_thread_and_several_threads_take_turns(tmp_path):
         ({"lr": [True, 0.1]}, "--lr is True, expected float"),
         ({"seed": "0,x"}, "--seed is '0,x', expected int"),
         ({"rank": 4}, "--rank is for --method lora"),
+        ({"input": ["{a}", "{b}"]}, r"--input is \('{a}', '{b}'\), expected str"),
         ({"task": "nowhere.jsonl"}, "nowhere.jsonl: no such file or folder"),
         ({"resume": "nowhere"}, "--resume takes no other flags"),
     ],
@@ -240,7 +241,7 @@ def test_a_list_is_what_commas_say_on_the_command_line(tmp_path):
     for labels in (("no, never", "yes"), ("[neg]", "[pos]"), ("no", "[yes]")):
         given = from_python.given_flags({"labels": labels})
         assert split_words(given["labels"]) == labels
-    with pytest.raises(ValueError, match="--steps is '1,2', expected int"):
+    with pytest.raises(ValueError, match=r"--steps is \(1, 2\), expected int"):
         call(tmp_path / "run", steps=[1, 2])
 
 

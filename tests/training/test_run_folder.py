@@ -244,7 +244,7 @@ def test_a_weight_decay_that_did_nothing_is_not_in_the_way_of_a_run_that_has_beg
     assert run(["--config", out, "--out", tmp_path / "again"]) == 0
     decayed = json.loads((out / "config.json").read_text()) | {"optimizer": "adamw"}
     (out / "config.json").write_text(json.dumps(decayed | {"weight_decay": 0.1}))
-    assert restore_flags(train.Config, {"resume": out}).weight_decay == 0.1
+    assert restore_flags({"resume": out}).weight_decay == 0.1
 
 
 def test_resume_takes_no_other_flags(tmp_path, capsys):
@@ -429,7 +429,7 @@ def test_a_run_of_an_earlier_version_keeps_its_flags_under_their_new_names(tmp_p
     config["similar_lengths"] = False
     write_config = (out / "config.json").write_text
     write_config(json.dumps(config))
-    assert restore_flags(train.Config, {"resume": str(out)}).recompute is True
+    assert restore_flags({"resume": str(out)}).recompute is True
     (out / "checkpoint.pt").unlink()
     shutil.rmtree(out / "adapter")
     assert resume(out) == 0
