@@ -51,7 +51,7 @@ def announce_finished(run, config):
 
 def announce_extension(n_steps, config):
     """Print that a run continues after `n_steps` steps, and what its learning rate does then."""
-    _, cell_configs = expand_grid(config)
+    cell_configs = expand_grid(config, config.axes)
     rates = [f"{learning_rate(n_steps, cell_config):.1e}" for cell_config in cell_configs]
     distinct = ",".join(dict.fromkeys(rates))  # not the same one for each task and seed
     print(

@@ -26,33 +26,25 @@ GROUPS = {  # the first field of each group of --help -> the title of the group
     "max_length": "evaluation and checkpoints",
 }
 
-# What other programs call these flags -> what to say.
+# What other programs call these flags, with - or with _ between the words -> what to say.
 ADVICE = {
     "--learning-rate": "did you mean --lr?",
-    "--learning_rate": "did you mean --lr?",
     "--num-epochs": "did you mean --epochs?",
     "--num-train-epochs": "did you mean --epochs?",
-    "--num_train_epochs": "did you mean --epochs?",
     "--max-steps": "did you mean --steps?",
-    "--max_steps": "did you mean --steps?",
     "--per-device-train-batch-size": "did you mean --batch-size?",
-    "--per_device_train_batch_size": "did you mean --batch-size?",
     "--gradient-checkpointing": "did you mean --recompute?",
-    "--gradient_checkpointing": "did you mean --recompute?",
     "--model-name": "did you mean --model?",
-    "--model_name_or_path": "did you mean --model?",
+    "--model-name-or-path": "did you mean --model?",
     "--data": "did you mean --task?",
     "--dataset": "did you mean --task?",
     "--train-file": "did you mean --task?",
-    "--train_file": "did you mean --task?",
     "--output-dir": "did you mean --out?",
-    "--output_dir": "did you mean --out?",
     "--max-seq-length": "did you mean --max-length?",
     "--bf16": "did you mean --dtype bfloat16?",
     "--fp16": "did you mean --dtype bfloat16, or float16 (not for T5)?",
     "--checkpoint": "to continue a run, give its folder, as in --resume {run}",
     "--resume-from-checkpoint": "did you mean --resume?",
-    "--resume_from_checkpoint": "did you mean --resume?",
 }
 
 
@@ -268,3 +260,11 @@ class Config:
     def is_mixture(self):
         """Whether one adapter is trained on several tasks."""
         return self.adapters == "one" and isinstance(self.task, tuple)
+
+    @property
+    def axes(self):
+        """The names of the flags that have several values, and so make a grid of adapters."""
+        names = [name for name, value in vars(self).items() if isinstance(value, tuple)]
+        if self.is_mixture:
+            names.remove("task")
+        return names

@@ -45,11 +45,12 @@ class Parser(argparse.ArgumentParser):
     def guess(self, word, words):
         """Return what the user may have meant by an unknown word: "" or ": ..."."""
         typed, _, value = word.partition("=")
-        if typed in self.advice:
+        advice = self.advice.get(typed.replace("_", "-"))
+        if advice is not None:
             following = words[words.index(word) + 1 :]
             path = Path(value or next(iter(following), "runs/my-run"))
             run = path.parent if path.suffix == ".pt" else path
-            return f": {self.advice[typed].format(run=run)}"
+            return f": {advice.format(run=run)}"
         if typed.startswith("-"):
             known = re.findall(r"--[a-z][\w-]*", self.format_usage())
             similar = difflib.get_close_matches(typed, known, n=1)
@@ -252,17 +253,10 @@ def flag_words(config, names):
     return words
 
 
-def expand_grid(config, whole=()):
-    """Return the names of the fields with several values, and a config for each combination.
-
-    whole: names of fields whose values stay together.
-    """
-    axes = {}
-    for name, value in vars(config).items():
-        if isinstance(value, tuple) and name not in whole:
-            axes[name] = value
+def expand_grid(config, axes):
+    """Return a config for each combination of the values of `axes`, the names of some fields."""
     configs = []
-    for values in product(*axes.values()):
+    for values in product(*(getattr(config, name) for name in axes)):
         changes = dict(zip(axes, values, strict=True))
         configs.append(dataclasses.replace(config, **changes))
-    return list(axes), configs
+    return configs

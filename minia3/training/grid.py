@@ -19,15 +19,12 @@ def make_cells(config):
 
     Raise ValueError if two of them have the same folder, or if none needs --chat-template.
     """
-    kept_whole = []
-    if config.adapters == "one":  # the tasks are a mixture, and not cells of their own
-        kept_whole = ["task"]
-    axes, cell_configs = expand_grid(config, kept_whole)
     loaded = {}  # cells of the same seed share the rows of a task
     cells = []
-    for cell_config in cell_configs:
+    for cell_config in expand_grid(config, config.axes):
         task = load_task_of(cell_config, loaded)
-        cells.append(Cell(cell_config, task, cell_name(cell_config, task, axes), axes))
+        name = cell_name(cell_config, task, config.axes)
+        cells.append(Cell(cell_config, task, name, config.axes))
     folders = [str(cell.folder).casefold() for cell in cells]  # macOS and Windows ignore case
     if len(set(folders)) < len(folders):
         names = [cell.name for cell in cells]

@@ -14,18 +14,17 @@ def report(config, folder, finals, n_failed=0):
     finals: the final lines of metrics.jsonl, one per adapter and task, with the flags of `config`.
     folder: of the run; None if nothing was written. n_failed: adapters of a grid without a result.
     """
-    axes = grid_axes(config)
-    if axes or config.is_mixture:
+    if config.axes or config.is_mixture:
         title = "1 result" if len(finals) == 1 else f"{len(finals)} results"
         if n_failed:
             title += f"; failed adapters: {n_failed}"
-        lines = [result_line(config, final, axes) for final in finals]
+        lines = [result_line(config, final) for final in finals]
     else:
         title, lines = single_result(config, finals[0])
-    lines += cost_lines(config, finals, is_grid=bool(axes))
+    lines += cost_lines(config, finals)
     if finals[0]["trainable"]:
-        lines += adapter_lines(config, folder, finals, axes)
-    lines += warning_lines(config, finals, axes)
+        lines += adapter_lines(config, folder, finals)
+    lines += warning_lines(config, finals)
 
     width = max(12, *(len(name) + 1 for name, _ in lines))
     print(f"\n{title}")
@@ -64,16 +63,6 @@ def before_after(final, name, form):
     return [format_value(value, form) for value in values]
 
 
-def grid_axes(config):
-    """Return the flags that have several values, and so make several adapters."""
-    axes = []
-    for field in dataclasses.fields(config):
-        is_axis = isinstance(getattr(config, field.name), tuple)
-        if is_axis and not (field.name == "task" and config.is_mixture):
-            axes.append(field.name)
-    return axes
-
-
 def single_result(config, final):
     """Return the title and the lines of a run with one result."""
     title = f"{final['task']}: {final['rows']} {plural(final['rows'], 'row')} of {final['split']}"
@@ -86,17 +75,17 @@ def single_result(config, final):
     return title, lines
 
 
-def result_line(config, final, axes):
+def result_line(config, final):
     """Return the line of one result among several: its name, and what came out."""
     name, key, form = figure_of(final["metric"])
     figure = with_commonest(final, format_figure(config, final, key, form))
-    return result_name(config, final, axes), f"{name} {figure}, {final['steps']} steps"
+    return result_name(config, final), f"{name} {figure}, {final['steps']} steps"
 
 
-def result_name(config, final, axes):
+def result_name(config, final):
     """Return what tells a result from the others of its run: its adapter, its task, or both."""
     names = []
-    if axes:
+    if config.axes:
         names.append(final["adapter"])
     if config.is_mixture:
         names.append(final["task"])
@@ -112,11 +101,11 @@ def with_commonest(final, figure):
     return f"{figure} (commonest label: {final['commonest']:.1%})"
 
 
-def warning_lines(config, finals, axes):
+def warning_lines(config, finals):
     """Return a line for each doubt about a result."""
     lines = []
     for final in finals:
-        name = result_name(config, final, axes)
+        name = result_name(config, final)
         for text in final.get("warnings", ()):
             if name:
                 text = f"{name}: {text}"
@@ -131,7 +120,7 @@ def format_figure(config, final, name, form):
     return after
 
 
-def cost_lines(config, finals, is_grid):
+def cost_lines(config, finals):
     """Return lines about shots and memory, and about size and time if anything was trained."""
     lines = []
     n_shots = sorted(final["n_shots"] for final in finals if "n_shots" in final)
@@ -147,7 +136,7 @@ def cost_lines(config, finals, is_grid):
     n_base = finals[0]["total"]
     if n_trained:
         text = f"{n_trained:,} of {n_base:,} parameters ({n_trained / n_base:.3%})"
-        if is_grid:
+        if config.axes:
             text += " each"
         lines.append(("trained", text))
         lines.append(("time", format_time(config, finals)))
@@ -170,11 +159,11 @@ def format_time(config, finals):
     return f"{seconds:.0f} s for {len(seconds_by_adapter)} x {n_steps} steps"
 
 
-def adapter_lines(config, folder, finals, axes):
+def adapter_lines(config, folder, finals):
     """Return lines that say where the adapter is, and how to use it on new rows."""
     kind = "model" if config.method == "full" else "adapter"
     path = folder / kind
-    if axes:
+    if config.axes:
         path = folder / "adapters" / "NAME"  # the user fills it in
     adapter = path
     if kind == "model":

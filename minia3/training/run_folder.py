@@ -127,7 +127,7 @@ def run_name(config):
     """Return the name of a run's folder, which Windows accepts, too."""
     tasks = [Path(short_name(task)).name for task in as_tuple(config.task)]
     method = config.method
-    if config.adapters == "one" and len(tasks) > 1:
+    if config.is_mixture:
         method += "-one"  # not the folder of a grid of the same tasks
     parts = [Path(config.model).name, join_values(tasks), method]
     parts.append(join_values(as_tuple(config.seed)))
