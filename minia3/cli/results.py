@@ -22,7 +22,8 @@ from minia3.files.read import read_json
 from minia3.model.costs import flops
 from minia3.training.choices import CHAT_TEMPLATE, TRAINED
 from minia3.training.config_file import NOT_FLAGS
-from minia3.training.outcomes import count_cells, is_mixture, outcomes_of, read_metrics
+from minia3.training.metrics_file import read_metrics
+from minia3.training.outcomes import count_cells, is_mixture, outcomes_of
 from minia3.training.shown_commands import EVALUATION_FLAGS
 
 # These flags do not distinguish results: two runs that differ in nothing else share a row.

@@ -229,7 +229,8 @@ def state_of(study_run):
     """Return one of STATES. It is read from the run's files, so it is true at any time."""
     from minia3.cli.results import errors_in_one_line
     from minia3.files.read import read_json
-    from minia3.training.outcomes import count_cells, outcomes_of, read_metrics
+    from minia3.training.metrics_file import read_metrics
+    from minia3.training.outcomes import count_cells, outcomes_of
 
     if not study_run.has_begun:
         return "to come"

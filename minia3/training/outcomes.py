@@ -1,29 +1,11 @@
 """How the adapters of a run have ended, as its metrics.jsonl says. No torch is needed."""
 
-import json
 import math
 
 from minia3.files.read import read_json, reading
+from minia3.training.metrics_file import read_metrics
 
 GRID_FLAGS = ("task", "seed", "lr", "warmup_ratio")  # several values make a grid of adapters
-
-
-def read_metrics(path):
-    """Return the lines of metrics.jsonl. The last one is left out if it is not complete."""
-    if not path.exists():
-        return []
-    complete_text, _, _ = path.read_text("utf-8").rpartition("\n")
-    lines = []
-    for number, text in enumerate(complete_text.splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}, line {number}: {error.msg}") from None
-        if not isinstance(line, dict):
-            found = type(line).__name__
-            raise ValueError(f"{path.name}, line {number}: expected a JSON object, found {found}")
-        lines.append(line)
-    return lines
 
 
 def outcomes_of(lines):

@@ -32,9 +32,9 @@ from minia3.training.checkpoint import (
     save_checkpoint,
 )
 from minia3.training.extension import extend, keep_last_state, steps_done
-from minia3.training.outcomes import outcomes_of, read_metrics
+from minia3.training.metrics_file import Metrics, read_metrics
+from minia3.training.outcomes import outcomes_of
 from minia3.training.run_folder import (
-    Metrics,
     begin_run,
     check_data,
     check_same_weights,
@@ -45,8 +45,6 @@ from minia3.training.run_folder import (
     discard_run,
     read_run_config,
     record_run,
-    reopen_metrics,
-    sync_metrics,
 )
 from minia3.training.shown_commands import SCRIPT, resume_command, unrecorded_flags
 from minia3.training.signals import Stopped
@@ -94,10 +92,9 @@ class Run:
         self.n_done = self.saved.n_done
         self.failure = self.saved.failure
         self.failed_message = None  # see `describe_failures`
-        self.n_bytes = self.saved.n_bytes
+        self.metrics = Metrics(self.written_folder, self.saved.n_bytes)
         self.dtype = None  # of the base, for the checkpoints
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
-        self.metrics = None  # see `start_writing`
         self.trackers = []
         # What to advise if memory runs out. Planning it (step_memory.py) may lead to better sizes.
         self.suggested_micro_batch_size = max(
@@ -149,7 +146,7 @@ class Run:
         return self.saved.is_finished
 
     def start_writing(self, cells, config):
-        """Check that no data, chat template or weights have changed, and open metrics.jsonl.
+        """Check that no data, chat template or weights have changed, and begin to write.
 
         Raise ValueError if one has changed. Until this call, a resumed run changes no file,
         except that it removes temporary files of a killed one.
@@ -165,7 +162,7 @@ class Run:
             with self.uninterrupted():
                 self.record_start(checksums, weights, config)
         self.unrecorded = {}
-        self.metrics = Metrics(self.written_folder, self.n_bytes)
+        self.metrics.cut()
         self.trackers = start_trackers(config, self.written_folder)
 
     def record_start(self, checksums, weights, config):
@@ -176,7 +173,7 @@ class Run:
         if self.saved_before_extension is not None:
             keep_last_state(self.saved_before_extension, config)
             self.saved_before_extension = None
-            self.n_bytes = reopen_metrics(self.folder, self.n_bytes)
+            self.metrics.reopen()
             self.write_checkpoint(self.saved.group)
         record_run(self.folder, checksums, weights, config)
         self.unrecorded = {}
@@ -187,7 +184,7 @@ class Run:
         Raise Failed if the folder of the run is gone.
         """
         self.check_folder()
-        self.n_bytes = self.metrics.write(event=event, **values)
+        self.metrics.write(event=event, **values)
         self.trackers = hand_over({"event": event, **values}, self.trackers)
 
     def uninterrupted(self):
@@ -288,13 +285,12 @@ class Run:
             n_done=self.n_done,
             finals=self.finals,
             failure=self.failure,
-            n_bytes=self.n_bytes,
+            n_bytes=self.metrics.n_bytes,
             group=group_state,
             n_processes=n_processes(),
             dtype=self.dtype,
         )
-        if self.written_folder is not None:
-            sync_metrics(self.written_folder)
+        self.metrics.sync()
         save_checkpoint(self.written_folder, checkpoint)
 
     def finish_cell(self, cell, finals):

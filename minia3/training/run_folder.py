@@ -1,7 +1,7 @@
-"""The folder of a run: its name, its config.json, and its metrics.jsonl.
+"""The folder of a run: its name, and its config.json.
 
 config.json      all flags, versions, and checksums of the data, --chat-template and weights
-metrics.jsonl    a line per event: before, train, eval, final, failed
+metrics.jsonl    a line per event: before, train, eval, final, failed; see metrics_file.py
 checkpoint.pt    see checkpoint.py, also for states/
 adapter/         the result; for a grid adapters/<cell>/, for full fine-tuning model/
 tensorboard/     see trackers.py
@@ -9,8 +9,6 @@ tensorboard/     see trackers.py
 
 import dataclasses
 import hashlib
-import json
-import os
 import platform
 import re
 import shutil
@@ -21,8 +19,8 @@ from pathlib import Path
 from minia3 import __version__
 from minia3.checkpoints.layout import local_weights
 from minia3.files.lock import lock_folder, remove_lock
-from minia3.files.read import read_json, reading, sample_digest, sha256
-from minia3.files.write import naming_file, remove_leftovers, replacing, write_json
+from minia3.files.read import read_json, sample_digest, sha256
+from minia3.files.write import remove_leftovers, write_json
 from minia3.tasks.split_files import short_name
 from minia3.training.choices import CHAT_TEMPLATE
 from minia3.training.config import Config
@@ -293,40 +291,6 @@ def record_run(folder, checksums, weights, config):
     write_json(folder / "config.json", recorded | flags | found)
 
 
-def reopen_metrics(folder, n_bytes):
-    """Turn the final lines of metrics.jsonl into lines of the event "extended".
-
-    n_bytes: how much of the file counts; a killed run has written what follows. Return how many
-    bytes the file has then. A line that says why a cell failed is left out, because the run will
-    write it again. Raise ValueError if the file is missing or damaged.
-    """
-    path = folder / "metrics.jsonl"
-    lines = []
-    with reading(path):
-        content = path.read_bytes()
-        # If not, a killed call of this function has written the file.
-        if content[:n_bytes].endswith(b"\n"):
-            content = content[:n_bytes]
-        for text in content.decode().splitlines():
-            line = json.loads(text)
-            if line["event"] == "final":
-                line["event"] = "extended"
-            if line["event"] != "failed":
-                lines.append(json.dumps(line) + "\n")
-    with replacing(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    return path.stat().st_size
-
-
-def sync_metrics(folder):
-    """Wait until the lines of metrics.jsonl are on the disk.
-
-    A checkpoint says how many bytes of it count, and must still be right after a power failure.
-    """
-    with (folder / "metrics.jsonl").open("ab") as file:  # Windows syncs only what may be written
-        os.fsync(file.fileno())
-
-
 def environment():
     """Return what a result depends on besides the flags: versions, and the commit of this code."""
     import numpy as np  # here, because flags must be restored without torch
@@ -350,22 +314,3 @@ def git_commit():
         subprocess.run(is_tracked, capture_output=True, check=True)
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return None
-
-
-class Metrics:
-    """metrics.jsonl. Without a folder, nothing is written."""
-
-    def __init__(self, folder, n_bytes):
-        """Cut what an interrupted run wrote after its last checkpoint: all beyond `n_bytes`."""
-        self.path = folder / "metrics.jsonl" if folder else None
-        if folder and self.path.exists():
-            os.truncate(self.path, min(n_bytes, self.path.stat().st_size))
-
-    def write(self, **values):
-        """Add a line, and return how many bytes the file has."""
-        if self.path is None:
-            return 0
-        # Closed after each line, so that others can read it, and a kill does not lose it.
-        with naming_file(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        return self.path.stat().st_size

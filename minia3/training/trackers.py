@@ -15,7 +15,7 @@ import shutil
 
 from minia3.files.processes import is_first
 from minia3.files.read import one_line, reading
-from minia3.training.outcomes import read_metrics
+from minia3.training.metrics_file import read_metrics
 
 PROJECT = "minia3"  # in W&B and MLflow, unless their variables name another one
 NOT_IN_MLFLOW = r"[^\w./ -]"  # characters that the name of a metric cannot have there

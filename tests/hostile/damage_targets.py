@@ -43,7 +43,8 @@ from minia3.tasks.row_files import read_rows
 from minia3.tasks.splits import load_task
 from minia3.tasks.task import Source, TaskSpec
 from minia3.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
-from minia3.training.run_folder import Metrics, check_data, read_run_config
+from minia3.training.metrics_file import Metrics
+from minia3.training.run_folder import check_data, read_run_config
 from tests.hostile import program_targets as program
 from tests.small_tokenizers import field
 
@@ -844,7 +845,9 @@ def read_run(folder):
     if saved is not None:
         assert type(saved) is Checkpoint
         with suppress(OSError):  # train.py reports it in one line
-            Metrics(folder, saved.n_bytes).write(step=4)
+            written = Metrics(folder, saved.n_bytes)
+            written.cut()
+            written.write(step=4)
 
 
 class Target(NamedTuple):

@@ -160,9 +160,16 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
     assert outcome(out) == outcome(whole)
 
 
-@pytest.mark.parametrize("writer", ["reopen_metrics", "save_checkpoint", "record_run"])
+@pytest.mark.parametrize(
+    ("place", "writer"),
+    [
+        (training_run.Metrics, "reopen"),
+        (training_run, "save_checkpoint"),
+        (training_run, "record_run"),
+    ],
+)
 def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
-    writer, tmp_path, monkeypatch, capsys
+    place, writer, tmp_path, monkeypatch, capsys
 ):
     """It writes metrics.jsonl, the checkpoint, which may take long, and config.json in turns."""
     flags = {"steps": 6, "seed": "0,3", "lr": 0.1, "dropout": 0.1}
@@ -171,14 +178,14 @@ def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
     shutil.copytree(whole, tmp_path / "run")
     assert extend(whole, 12) == 0
     out = tmp_path / "run"
-    original = getattr(training_run, writer)
+    original = getattr(place, writer)
 
     def write(*arguments):
         kill_self(signal.SIGINT)
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, writer, write)
+        patch.setattr(place, writer, write)
         assert extend(out, 12) == 130
     assert f"to continue: python train.py --resume {out}\n" in capsys.readouterr().err
     assert resume(out) == 0

@@ -38,8 +38,8 @@ from minia3.training import run as training_run
 from minia3.training.checkpoint import save_checkpoint
 from minia3.training.group import Group
 from minia3.training.log import TrainingLog
+from minia3.training.metrics_file import Metrics
 from minia3.training.optimizer import RowOptimizer
-from minia3.training.run_folder import Metrics
 from minia3.training.shown_commands import resume_command
 from minia3.training.signals import WAITING
 

@@ -23,8 +23,8 @@ from minia3.files.read import sample_digest
 from minia3.tasks.splits import load_task
 from minia3.training import group as training_group
 from minia3.training import run as training_run
+from minia3.training.metrics_file import Metrics
 from minia3.training.run_folder import (
-    Metrics,
     describe_difference,
     environment,
     restore_flags,
@@ -523,7 +523,9 @@ def test_the_commit_of_the_code_is_recorded_and_whether_files_differ_from_it(tmp
 
 def test_metrics_that_are_shorter_than_the_checkpoint_says_are_not_filled_up(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')
-    Metrics(tmp_path, 100).write(b=2)
+    written = Metrics(tmp_path, 100)
+    written.cut()
+    written.write(b=2)
     assert metrics(tmp_path) == [{"a": 1}, {"b": 2}]
 
 
