@@ -9,7 +9,7 @@ import torch
 from minia3.model.shard import is_sharded
 from minia3.model.to_device import to_device
 from minia3.tasks.batches import collate
-from minia3.training.losses import LOSSES, count_terms_of, losses_of_examples
+from minia3.training.losses import count_terms_of, losses_of_examples
 from minia3.training.replicas import share_of_step
 
 # The C library gives a block of 32 MB or more back to the system when it is freed, and the next one
@@ -47,15 +47,12 @@ class MixedBatch:
         """n_rows: how many rows of vectors the model has."""
         self.cells = cells
         self.pairs = []  # (cell, example)
-        self.n_terms = {}  # cell -> how many terms each of its losses has in the step
+        self.n_terms = {}  # cell -> how many terms each loss has in its examples of the step
         self.n_rows = n_rows
-        used = set()
         for cell in cells:
             examples = cell.batches[step]
             self.pairs += [(cell, example) for example in examples]
             self.n_terms[cell] = count_terms_of(examples, cell.config.losses.split(","))
-            used |= self.n_terms[cell].keys()
-        self.loss_names = [name for name in LOSSES if name in used]  # the losses of any cell
 
     @property
     def n_tokens(self):
@@ -68,24 +65,25 @@ class MixedBatch:
         Their losses, and those of the other processes, add up to the losses of the step.
         """
         for pairs in share_of_step(self.pairs, size or len(self.pairs)):
-            if pairs:
-                yield MicroBatch(pairs, self.n_terms, self.loss_names, self.n_rows)
-            else:
-                # Other processes have one more part, and this one must make as many passes. So it
-                # reads any example as if its cell had no losses, which adds 0.
-                no_losses = {cell: {} for cell in self.cells}
-                yield MicroBatch(self.pairs[:1], no_losses, self.loss_names, self.n_rows)
+            # Other processes may have one more part, and this one must make as many passes. Then it
+            # reads any example, which does not count.
+            is_counted = bool(pairs)
+            yield MicroBatch(pairs or self.pairs[:1], self.n_terms, self.n_rows, is_counted)
 
 
 class MicroBatch:
     """The examples of one forward pass. The examples of each cell are contiguous."""
 
-    def __init__(self, pairs, n_terms, loss_names, n_rows):
-        """pairs: some of those of a MixedBatch. The other arguments are attributes of it, too."""
+    def __init__(self, pairs, n_terms, n_rows, is_counted=True):
+        """pairs: some of those of a MixedBatch, which also has n_terms and n_rows.
+
+        is_counted: whether the losses of these examples count. Otherwise they are 0.
+        """
         cells = [cell for cell, _ in pairs]  # the owner of each example
         self.inputs = collate([example for _, example in pairs])
-        self.loss_names = loss_names
+        self.loss_names = list(n_terms[cells[0]])  # all cells of a run have the same losses
         self.n_rows = n_rows
+        self.is_counted = is_counted
         rows = torch.tensor([cell.row for cell in cells])
         self.row_B = rows  # the argument `adapter` of `start`
         if n_rows == 1:
@@ -94,12 +92,16 @@ class MicroBatch:
         # each loss has. These facts are one tensor, because copying a few numbers to a GPU takes as
         # long as copying many.
         facts = [self.inputs.label_B, rows]
-        for name in loss_names:
-            facts.append(torch.tensor([n_terms[cell].get(name, 0) for cell in cells]))
+        for name in self.loss_names:
+            facts.append(torch.tensor([n_terms[cell][name] for cell in cells]))
         self.facts_KB = torch.stack(facts)
 
     def losses(self, logp_BCL):
         """Return (A,): what these examples add to the loss of each cell, at the cell's row."""
+        if not self.is_counted:
+            # Every score becomes 0, whose gradient is 0 even if the score is NaN.
+            everywhere = torch.ones_like(logp_BCL, dtype=torch.bool)
+            return logp_BCL.masked_fill(everywhere, 0.0).sum().expand(self.n_rows)
         device = logp_BCL.device
         mask_BCL = to_device(self.inputs.target_mask_BCL, device)
         label_B, row_B, *counts = to_device(self.facts_KB, device)

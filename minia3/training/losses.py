@@ -73,7 +73,7 @@ def count_terms_of(examples, names=("lm", "ul", "ln")):
         n_correct = lengths[example.label]
         n_terms["lm"] += n_correct
         n_terms["ul"] += sum(lengths) - n_correct
-    return {name: n_terms[name] for name in names}
+    return {name: n for name, n in n_terms.items() if name in names}
 
 
 def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=None):
@@ -100,14 +100,10 @@ def total_loss(logp_BCL, mask_BCL, label_B, names=("lm", "ul", "ln"), n_terms=No
 def losses_of_examples(logp_BCL, mask_BCL, label_B, n_terms):
     """Return (B,): what each example adds to the `total_loss` of its adapter.
 
-    n_terms: a dict from the name of each loss to (B,): the `count_terms` of the adapter's batch, or
-    0 if the adapter does not train with this loss.
+    n_terms: a dict from the name of each loss to (B,): the `count_terms` of the adapter's batch.
     """
     loss_B = 0
     for name, n_B in n_terms.items():
-        is_absent_B = n_B == 0
-        # A loss that the adapter does not train with adds 0, even if it is infinite or NaN.
-        logp_here_BCL = logp_BCL.masked_fill(is_absent_B[:, None, None], 0.0)
-        mean_B = LOSSES[name](logp_here_BCL, mask_BCL, label_B) / n_B.clamp(min=1)
-        loss_B = loss_B + mean_B.masked_fill(is_absent_B, 0.0)
+        # Rows with a target have no wrong choices: 0 / 1 instead of 0 / 0.
+        loss_B = loss_B + LOSSES[name](logp_BCL, mask_BCL, label_B) / n_B.clamp(min=1)
     return loss_B
