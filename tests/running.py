@@ -26,7 +26,8 @@ from forked import forget_shared_lock, print_into
 from words import N_IDS, word_tokenizer
 
 import minia3
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.files import write as file_writing
 from minia3.model.llama import LlamaConfig
 from minia3.model.t5 import T5Config

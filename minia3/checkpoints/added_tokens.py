@@ -80,7 +80,7 @@ def add_listed_tokens(backend, settings):
 
     They get the next ids, in the order of the list, if the vocabulary lacks them. transformers 4
     lists them under the second name, and may leave the first one empty. Raise ValueError if they
-    are no list.
+    are not in a list.
     """
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens", [])
     if isinstance(listed, dict):  # from what a token is for to the token

@@ -181,7 +181,7 @@ class Worker:
     def ask(self, request):
         """Return the reply to a request.
 
-        Raise ValueError if it is no JSON, or if the process dies, as it does if it goes beyond its
+        Raise ValueError if it is not JSON, or if the process dies, as it does if it goes beyond its
         limits.
         """
         try:

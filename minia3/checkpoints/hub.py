@@ -103,9 +103,9 @@ def find_adapter(name_or_path):
 
 
 def check_is_name(name, kind):
-    """Raise ValueError if `name` is no text and no path, such as a number.
+    """Raise ValueError if `name` is neither a text nor a path, but a number, for example.
 
-    An empty text is no name, either: as a path, it would be the current folder.
+    An empty text is not a name, either: as a path, it would be the current folder.
     """
     if name == "" or not isinstance(name, str | os.PathLike):
         raise ValueError(f"found {name!r:.80}, expected the name or the path of {kind}")
@@ -244,7 +244,7 @@ class Snapshot:
 
 
 class Transfer:
-    """A download in a thread of its own, which is given up if nothing comes for too long.
+    """A download in a thread of its own, which is given up if it is too slow.
 
     huggingface_hub has a limit of time for each byte only, so a server that sends a byte now and
     then could hold a download for days. It reports every 10 MB, and the end of a file: if neither
@@ -254,7 +254,7 @@ class Transfer:
 
     def __init__(self, download, *args, **options):
         """download: hf_hub_download, which is called with the arguments."""
-        self.reported = time.monotonic()  # when it told something
+        self.reported = time.monotonic()  # when the last report came
         self.path = None
         self.error = None
         # Older versions of huggingface_hub do not let us watch: then a transfer is not limited.
@@ -264,7 +264,7 @@ class Transfer:
         self.call = partial(download, *args, **options)
 
     def bar_class(self):
-        """Return the class of huggingface_hub's bar, except that it tells us, too."""
+        """Return the class of huggingface_hub's bar, which reports to this transfer, too."""
         from huggingface_hub.utils import tqdm
 
         transfer = self

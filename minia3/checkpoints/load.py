@@ -31,7 +31,7 @@ from minia3.checkpoints.nf4_files import PackedEntry, join_packed
 from minia3.checkpoints.place import (
     check_weight,
     place_linear,
-    place_parameter,
+    place_ones,
     place_weight,
     read_codes,
 )
@@ -40,7 +40,6 @@ from minia3.files.home import expand_home
 from minia3.files.progress import progress
 from minia3.files.read import read_json, reading
 from minia3.files.tensors import FLOATS, read_tensors
-from minia3.model.ia3 import vectors
 from minia3.model.llama import Llama
 from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
 from minia3.model.t5 import T5, T5Config
@@ -101,9 +100,7 @@ def load_model(
         if check_finite:
             check_weight(weight, origin)
         place_weight(model, name, weight, quantize)
-    for name, vector in vectors(model).items():
-        identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
-        place_parameter(model, f"{name}.scale", identity)
+    place_ones(model, device)
     return model.to(device).eval()  # .to moves the buffers
 
 

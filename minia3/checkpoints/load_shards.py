@@ -14,11 +14,11 @@ from minia3.checkpoints.nf4_files import PackedEntry
 from minia3.checkpoints.place import (
     check_weight,
     place_linear,
+    place_ones,
     place_parameter,
     read_codes,
 )
 from minia3.files.progress import progress
-from minia3.model.ia3 import vectors
 from minia3.model.quantized import QUANTIZED, NF4Linear, is_quantizable
 from minia3.model.shard import is_divided, shard
 
@@ -59,9 +59,7 @@ def place_shards(model, stored, dtype, shards, quantize=None, check_finite=False
             place_rows(model, name, weight)
         else:
             place_codes(model, name, quantized_rows(kind, weight))
-    for name, vector in vectors(model).items():
-        identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
-        place_parameter(model, f"{name}.scale", identity)
+    place_ones(model, device)
 
 
 def kind_of_linear(model, name, entry, quantize):

@@ -1,7 +1,9 @@
 """Put weights into a model that was built without any: on the meta device."""
 
+import torch
 from torch import nn
 
+from minia3.model.ia3 import vectors
 from minia3.model.quantized import QUANTIZED, is_quantizable
 
 
@@ -47,3 +49,10 @@ def place_parameter(model, name, tensor, requires_grad=True):
     """Replace the parameter `name` of the model by a new parameter that holds `tensor`."""
     module, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(module), attribute, nn.Parameter(tensor, requires_grad))
+
+
+def place_ones(model, device):
+    """Make all vectors the identity: ones in float32, whatever the dtype of the base is."""
+    for name, vector in vectors(model).items():
+        identity = torch.ones(vector.shape, dtype=torch.float32, device=device)
+        place_parameter(model, f"{name}.scale", identity)

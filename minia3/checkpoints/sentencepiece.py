@@ -187,7 +187,7 @@ def check_kinds(pieces, trainer):
 
 
 def check_characters(pieces):
-    """Raise ValueError if a BPE has a piece with a character that is no piece.
+    """Raise ValueError if a BPE has a piece with a character that is not a piece itself.
 
     sentencepiece joins such a character with its neighbor, but the package `tokenizers` joins only
     pieces.
@@ -244,7 +244,7 @@ def sentencepiece_backend(pieces, model_type, normalizer_spec, is_prefix_for_all
     """Return a backend of the package `tokenizers` that has the ids of sentencepiece.
 
     pieces: a list of Pieces in the order of their ids.
-    is_prefix_for_all: if a text gets a space at its start, the text behind a special token gets a
+    is_prefix_for_all: if a text gets a space at its start, the text after a special token gets a
         space, too. False: only the start of the whole text does.
     Raise ValueError if the list cannot be a vocabulary.
     """

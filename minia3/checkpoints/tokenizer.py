@@ -107,8 +107,8 @@ class Tokenizer:
         """Return the ids of `text`, with the special tokens that the files ask for.
 
         T5 ends a text with `</s>`, LLaMA begins it with `<s>`, and SmolLM2 adds nothing.
-        special: False leaves out these tokens. Raise ValueError if `text` is no text, or cannot be
-        encoded.
+        special: False leaves out these tokens. Raise ValueError if `text` is not a text, or cannot
+        be encoded.
         """
         expect_text(text)
         # This may fail, because a str may hold half a surrogate pair, which is not Unicode, and

@@ -272,7 +272,7 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
 
 
 def made_on_cpu(pieces):
-    """Yield what `pieces` yields, which makes tensors on the CPU if nothing else is said.
+    """Yield from `pieces` with the CPU as torch's default device.
 
     Between two pieces, the default device is the user's.
     """
@@ -310,7 +310,7 @@ def encode_prompts(prompts, tokenizer, n_ids, first_prompt=0):
 def as_ids(prompt, index):
     """Return the ids of a prompt that is not a text. Raise ValueError if they are not integers."""
     try:
-        if not isinstance(prompt, bytes):  # their numbers are no ids
+        if not isinstance(prompt, bytes):  # whose numbers are not ids
             return [operator.index(token) for token in prompt]
     except TypeError:
         pass

@@ -49,7 +49,7 @@ def answer_as_learned(model, tokenizer, specs: Iterable[TaskSpec]):
     specs: the tasks that the model has learned. Programs that do not know task.json take the chat
     template from the tokenizer's files, and the end tokens from generation_config.json. Without
     these they would ask in another form, and an answer would not end. A text that ends a turn, but
-    is no token, has no place there. (`save_model` adds the tokenizer's eos, which ends targets.)
+    is not a token, has no place there. (`save_model` adds the tokenizer's eos, which ends targets.)
 
     Raise ValueError if jinja2 is missing, without which nobody knows what ends a turn.
     """

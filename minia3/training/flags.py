@@ -142,7 +142,7 @@ def list_reader(kind):
 def read_text(field, text):
     """Return the value of a text as the command line reads it, if the flag may have several values.
 
-    A text that is no such value stays as it is, and `check_flags` refuses it.
+    Any other text stays as it is, and `check_flags` refuses it.
     """
     kinds = kinds_of(field)
     if tuple not in kinds:

@@ -9,7 +9,7 @@ from minia3.tasks.mixture import mix
 from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
-from minia3.training.flags import expand_grid
+from minia3.training.flags import as_tuple, expand_grid
 from minia3.training.learned import learned_tasks
 from minia3.training.rules import check_first_evaluation
 
@@ -62,9 +62,8 @@ def load_task_of(config, loaded):
 
     loaded: (name, seed) -> the task, for the tasks so far. New ones are added to it.
     """
-    names = config.task if isinstance(config.task, tuple) else (config.task,)
     tasks = []
-    for name in names:
+    for name in as_tuple(config.task):
         key = (name, config.seed)
         if key not in loaded:
             flags = {field: getattr(config, field) for field in ColumnFlags._fields}

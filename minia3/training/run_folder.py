@@ -146,7 +146,7 @@ def join_values(values):
 
 
 def begin_run(folder, config, resources):
-    """Lock the folder of a new run, which is made if need be, and write its config.json.
+    """Lock the folder of a new run, after making it if there is none, and write its config.json.
 
     resources: the ExitStack that holds the lock from then on. Raise ValueError if the folder cannot
     be made or written to, or if it holds a run already.

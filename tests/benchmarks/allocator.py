@@ -41,7 +41,8 @@ from dataclasses import replace
 from random import Random
 
 import torch
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze
 from minia3.tasks.batches import collate

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 import minia3
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.inference.scoring import choice_logprobs
 from minia3.training.losses import total_loss
 from tests.benchmarks.measure import kept_for_backward, peak_beyond, seconds

@@ -42,7 +42,8 @@ import resource
 from dataclasses import replace
 
 import torch
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.inference.scoring import logprobs
 from minia3.model.ia3 import freeze
 from minia3.model.llama import LlamaConfig

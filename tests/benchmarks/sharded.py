@@ -22,7 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.checkpoints.load import build_model, place_parameter, place_weight
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter, place_weight
 from minia3.files.processes import join, leave, n_processes
 from minia3.model.ia3 import freeze
 from minia3.model.shard import shard

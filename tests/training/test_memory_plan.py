@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minia3.checkpoints.known_models import KNOWN_MODELS
-from minia3.checkpoints.load import build_model, place_parameter
+from minia3.checkpoints.load import build_model
+from minia3.checkpoints.place import place_parameter
 from minia3.inference.scoring import choice_logprobs
 from minia3.model.ia3 import freeze, vectors
 from minia3.tasks.batches import Batch
