@@ -152,7 +152,7 @@ def choice_logprobs(model, batch, adapter=None):
 def choices_at_once(n_rows, length):
     """Return how many choices of `length` tokens are scored at once for each of `n_rows` sources.
 
-    The memory plan of a step asks, too (training/step_memory.py).
+    The memory plan of a step asks, too (training/memory_plan.py).
     """
     return max(1, min(MAX_CHOICE_TOKENS // n_rows, MAX_SIDE_BY_SIDE) // length)
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 from minia3.checkpoints.load import build_model
 from minia3.model.quantized import NF4_BLOCK, is_quantizable
 from minia3.training.config import Config
-from minia3.training.memory_plan import TARGET_LENGTH, dtype_of_parameter
-from minia3.training.step_memory import TRAINED_BYTES, USABLE_SHARE, StepShape, planned_activations
+from minia3.training.memory_fit import USABLE_SHARE
+from minia3.training.memory_plan import TARGET_LENGTH, StepShape, dtype_of_parameter
+from minia3.training.step_memory import TRAINED_BYTES, planned_activations
 
 # While a group of weights is gathered, it is there twice: it is gathered into one flat tensor, and
 # gloo gathers into a copy of that. NCCL needs no copy.

@@ -20,15 +20,13 @@ from minia3.model.shard import is_sharded
 from minia3.tasks.examples import encode_rows
 from minia3.tasks.limits import fit_all_targets
 from minia3.training.device import free_memory
-from minia3.training.memory_plan import model_without_values
-from minia3.training.step_memory import (
-    Demand,
+from minia3.training.memory_fit import Demand, size_to_try, upper_bound
+from minia3.training.memory_plan import (
     StepShape,
     extrapolate_depth,
+    model_without_values,
     peak_beyond_weights,
     score_without_padding,
-    size_to_try,
-    upper_bound,
 )
 
 

@@ -4,20 +4,24 @@ The model runs on fake tensors: they have a shape and a dtype, but no storage. A
 which of them are alive. Only tensors are planned. Python, PyTorch, temporary buffers inside
 kernels, and what the allocator keeps of freed memory come on top.
 
-Shapes: B batch, M source length, L target length, or any length, S length of a text, R = S - 1, T
-tokens of all targets, D model.
+Shapes: B batch, M source length, C choices, L target length, or any length, S length of a text, R =
+S - 1, T tokens of all targets, D model.
 """
 
 import weakref
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from minia3.checkpoints.load import build_model
 from minia3.checkpoints.place import place_parameter
-from minia3.inference.scoring import logprobs
+from minia3.inference.scoring import choices_at_once, logprobs, masked_logprobs
+from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze, vectors
 from minia3.model.llama import Llama
 from minia3.model.target_logprobs import target_logprobs
@@ -120,3 +124,73 @@ def planned_logprobs(model, source_BM, target_BL):
     x_TD = x_BRD[:, -target_BL.shape[1] :].flatten(0, 1)
     logp_T = target_logprobs(x_TD, model.head_weight, target_BL.flatten())
     return logp_T.view(target_BL.shape)
+
+
+# The steps and the evaluations of a run
+
+
+class StepShape(NamedTuple):
+    """The sizes of one forward pass: of a micro-batch, or of the whole batch."""
+
+    n_examples: int
+    source_length: int  # in tokens, as is target_length
+    n_choices: int
+    target_length: int
+
+    @property
+    def n_tokens(self):
+        return self.n_examples * (self.source_length + self.n_choices * self.target_length)
+
+
+def peak_beyond_weights(function, model, shape):
+    """Return the most bytes that tensors take while function(source_BM, target_BCL) runs.
+
+    Call this within FakeTensorMode. The parameters of the model and the ids do not count.
+    """
+    source_BM = torch.zeros(shape.n_examples, shape.source_length, dtype=torch.long)
+    target_shape = (shape.n_examples, shape.n_choices, shape.target_length)
+    target_BCL = torch.zeros(target_shape, dtype=torch.long)
+    counter = MemoryCounter()
+    for tensor in (*model.parameters(), source_BM, target_BCL):
+        counter.add(tensor)
+    n_before = counter.now
+    with counter:
+        function(source_BM, target_BCL)
+    return counter.peak - n_before
+
+
+def score_without_padding(model, source_BM, target_BCL, sharded=False):
+    """Return a scalar to call `backward` on: the sum of what `choice_logprobs` returns."""
+    n_examples, n_choices, length = target_BCL.shape
+    if n_choices == 1:
+        return planned_logprobs(model, source_BM, target_BCL[:, 0]).sum()
+    state = model.start(source_BM)
+
+    def score(target_BCL):
+        repeated = state.repeat(target_BCL.shape[1])
+        return masked_logprobs(model, repeated, target_BCL.flatten(0, 1), None)
+
+    n_at_once = choices_at_once(n_examples, length)
+    if n_choices <= n_at_once or sharded:
+        return score(target_BCL).sum()
+    state.make_cross_kv()  # once for all chunks, as in `choice_logprobs`
+    total = 0.0
+    for part in target_BCL.split(n_at_once, dim=1):
+        total = total + checkpoint(score, part, use_reentrant=False).sum()
+    return total
+
+
+def extrapolate_depth(peak, model_config):
+    """Return peak(model_config), extrapolated from models with two and three layers per stack.
+
+    peak: a function from the config of a model to bytes.
+    """
+    fields = [name for name in LAYER_FIELDS if hasattr(model_config, name)]
+    shallow = replace(model_config, **dict.fromkeys(fields, 2))
+    two_layers = peak(shallow)
+    total = two_layers
+    for name in fields:
+        n_more = getattr(model_config, name) - 2
+        if n_more != 0:
+            total += n_more * (peak(replace(shallow, **{name: 3})) - two_layers)
+    return total

@@ -96,7 +96,7 @@ class Run:
         self.dtype = None  # of the base, for the checkpoints
         self.undo_step = None  # a function, while a step computes: see `step_may_be_abandoned`
         self.trackers = []
-        # What to advise if memory runs out. Planning it (step_memory.py) may lead to better sizes.
+        # What to advise if memory runs out. Planning it (memory_fit.py) may lead to better sizes.
         self.suggested_micro_batch_size = max(
             1, (config.micro_batch_size or config.batch_size) // 2
         )

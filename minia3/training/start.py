@@ -19,10 +19,10 @@ from minia3.files.read import is_out_of_memory
 from minia3.files.streams import lasting_output, only_first_prints, print_last, use_utf8
 from minia3.training.announce import announcing_warnings
 from minia3.training.command_line import error_line, read_command_line
+from minia3.training.memory_fit import out_of_memory_message
 from minia3.training.process_state import unchanged_process
 from minia3.training.run import Failed, Run
 from minia3.training.signals import Signals, Stopped
-from minia3.training.step_memory import out_of_memory_message
 
 
 def run_command_line(words, run_grid, program, is_program=False):

@@ -29,9 +29,9 @@ from minia3.model.ia3 import freeze
 from minia3.model.shard import shard
 from minia3.training.config import Config
 from minia3.training.device_plan import Plan
+from minia3.training.memory_plan import StepShape, score_without_padding
 from minia3.training.prepare import prepare_model
 from minia3.training.shards import make_shards
-from minia3.training.step_memory import StepShape, score_without_padding
 
 CONFIGS = {
     "llama": replace(

@@ -18,7 +18,7 @@ import sys
 from contextlib import nullcontext
 import torch
 import train
-from minia3.training.step_memory import limited_memory
+from minia3.training.memory_fit import limited_memory
 device, n_bytes, folder, *flags = sys.argv[1:]
 common = ["--device", device, "--dtype", "float32", "--steps", "1"]
 assert train.main([*common, "--out", folder + "-first", *flags[:2]]) == 0

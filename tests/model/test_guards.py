@@ -23,7 +23,7 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.checkpoints.load import build_model
 from minia3.inference.scoring import choice_logprobs
 from minia3.tasks.batches import Batch
-from minia3.training.step_memory import extrapolate_depth
+from minia3.training.memory_plan import extrapolate_depth
 from tests.benchmarks.measure import kept_for_backward
 
 aten = torch.ops.aten

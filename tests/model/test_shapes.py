@@ -38,10 +38,10 @@ from minia3.tasks.batches import collate
 from minia3.tasks.examples import Example
 from minia3.tasks.prompts import OWN_PROMPTS
 from minia3.training.losses import total_loss
-from minia3.training.memory_plan import planned_memory
+from minia3.training.memory_plan import StepShape, planned_memory
 from minia3.training.optimizer import Adafactor, AdamW
 from minia3.training.replicas import sum_step
-from minia3.training.step_memory import StepShape, peak_of_step
+from minia3.training.step_memory import peak_of_step
 
 PACKAGE = Path(minia3.__file__).parent
 SUFFIXED = re.compile(r"[a-z][a-z0-9_]*_([A-Z1]*[A-Z][A-Z1]*)")

@@ -16,10 +16,9 @@ from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference import scoring
 from minia3.inference.decoding import generate
 from minia3.inference.scoring import choice_logprobs
-from minia3.training import evaluation_memory, step_memory
+from minia3.training import evaluation_memory, memory_fit
 from minia3.training.evaluation_memory import peak_of_evaluation, planned_evaluation
-from minia3.training.memory_plan import MemoryCounter
-from minia3.training.step_memory import StepShape
+from minia3.training.memory_plan import MemoryCounter, StepShape
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
 CONFIGS = {
@@ -97,7 +96,7 @@ def test_a_batch_that_does_not_fit_is_a_note_with_the_size_that_does(
     flags, tmp_path, capsys, monkeypatch, plans_once
 ):
     monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 2e6)
-    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(memory_fit, "limited_memory", contextlib.nullcontext)
     data = write(tmp_path / "task", train=rows(20), validation=rows(150))
     sizes = {"task": data, "steps": 1, "batch_size": 2}
     assert run(words(tmp_path / "run", *flags, eval_batch_size=150, **sizes)) == 0
@@ -182,7 +181,7 @@ def test_memory_that_runs_out_in_an_evaluation_is_one_line_with_the_size(
     tmp_path, capsys, monkeypatch, plans_once
 ):
     monkeypatch.setattr(evaluation_memory, "free_memory", lambda device: 2e6)
-    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(memory_fit, "limited_memory", contextlib.nullcontext)
 
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -19,9 +19,12 @@ from minia3.adapters.lora import add_lora
 from minia3.checkpoints.known_models import KNOWN_MODELS
 from minia3.inference import scoring
 from minia3.inference.scoring import choice_logprobs
+from minia3.model.costs import LAYER_FIELDS
 from minia3.model.ia3 import freeze
-from minia3.training import step_memory
-from minia3.training.step_memory import StepShape, extrapolate_depth, peak_of_step, upper_bound
+from minia3.training import memory_fit, step_memory
+from minia3.training.memory_fit import upper_bound
+from minia3.training.memory_plan import StepShape, extrapolate_depth
+from minia3.training.step_memory import peak_of_step
 
 SMALL = dict.fromkeys(("n_layers", "n_decoder_layers"), 2)
 CONFIGS = {
@@ -86,7 +89,7 @@ def test_the_plan_of_another_method_has_what_its_gradients_need(shape, method):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_layers_beyond_the_third_are_like_the_third(kind):
     shape = StepShape(4, 32, 2, 4)
-    fields = [name for name in step_memory.LAYER_FIELDS if hasattr(CONFIGS[kind], name)]
+    fields = [name for name in LAYER_FIELDS if hasattr(CONFIGS[kind], name)]
     deep = replace(CONFIGS[kind], **dict.fromkeys(fields, 5))
     embed = SimpleNamespace(weight=torch.zeros(1))
     model = SimpleNamespace(config=deep, embed=embed)
@@ -148,7 +151,7 @@ def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(
     tmp_path, capsys, monkeypatch, plans_once
 ):
     monkeypatch.setattr(step_memory, "free_memory", lambda device: 12e6)
-    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(memory_fit, "limited_memory", contextlib.nullcontext)
     assert run(words(tmp_path / "run", batch_size=128, steps=1)) == 0
     (note,) = [line for line in capsys.readouterr().out.splitlines() if "a step takes" in line]
     size = int(note.partition("--micro-batch-size ")[2].split()[0])
@@ -163,11 +166,11 @@ def test_a_step_that_does_not_fit_is_a_note_with_the_size_that_does(
 def test_the_plan_has_the_gradients_and_the_moments_of_all_adapters(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_memory, "TRAINED_BYTES", 1e9)
     monkeypatch.setattr(step_memory, "free_memory", lambda device: 1e9)
-    monkeypatch.setattr(step_memory, "limited_memory", contextlib.nullcontext)
+    monkeypatch.setattr(memory_fit, "limited_memory", contextlib.nullcontext)
     assert run(words(tmp_path / "run", seed="0,1,2", steps=1)) == 0
     loaded = minia3.load_model(model("t5"))
     n_trained = 3 * sum(len(l_1D[0]) for l_1D in minia3.vectors(loaded).values())
-    needed = f"a step takes about {step_memory.OVERHEAD * n_trained:.1f} GB, but 0.9 GB of "
+    needed = f"a step takes about {memory_fit.OVERHEAD * n_trained:.1f} GB, but 0.9 GB of "
     assert needed in capsys.readouterr().out
 
 
@@ -222,7 +225,7 @@ def limits_of_data(cases):
     found = []
     for limits, n_bytes in cases:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-        with step_memory.limited_memory(n_bytes):
+        with memory_fit.limited_memory(n_bytes):
             within = resource.getrlimit(resource.RLIMIT_DATA)
         found.append((within, resource.getrlimit(resource.RLIMIT_DATA)))
     return found
