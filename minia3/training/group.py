@@ -1,5 +1,6 @@
 """The cells that share a model: with (IA)^3 the whole grid, otherwise one cell at a time."""
 
+import functools
 import warnings
 
 import torch
@@ -245,6 +246,7 @@ def download(config):
         find_adapter(config.adapter)
 
 
+@functools.lru_cache(maxsize=1)  # all groups of a run have the same base
 def count_base(model_config):
     """Return how many parameters a model has without vectors."""
     model = build_model(model_config)  # a new one, because a quantized model has codes instead
