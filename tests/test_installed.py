@@ -57,28 +57,36 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory):
-    return build(source, tmp_path_factory.mktemp("wheel"))
+def built(source, tmp_path_factory):
+    """A folder with the source distribution and the wheel, as pip would ask for them."""
+    folder = tmp_path_factory.mktemp("built")
+    program = (
+        "import sys\n"
+        "from hatchling.build import build_sdist, build_wheel\n"
+        "build_sdist(sys.argv[1])\n"
+        "build_wheel(sys.argv[1])"
+    )
+    call(sys.executable, "-c", program, folder, cwd=source)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def sdist(source, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdist")
-    program = "import sys; from hatchling.build import build_sdist; build_sdist(sys.argv[1])"
-    call(sys.executable, "-c", program, folder, cwd=source)
-    (path,) = folder.glob("*.tar.gz")
+def wheel(built):
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(built):
+    (path,) = built.glob("*.tar.gz")
     return path
 
 
 @pytest.fixture(scope="module")
 def wheel_of_sdist(sdist, tmp_path_factory):
     """What pip installs if it is given the source distribution."""
-    return build(sdist, tmp_path_factory.mktemp("wheel-of-sdist"))
-
-
-def build(source, folder):
-    """Return the path of a wheel of `source`: a folder, or a source distribution."""
-    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
+    folder = tmp_path_factory.mktemp("wheel-of-sdist")
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 
