@@ -25,7 +25,7 @@ from on_device import (
     on_sim,
     total,
 )
-from running import TIMES, events, metrics, model, run, task, words
+from running import TIMES, events, metrics, model, rows, run, task, words, write
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -294,6 +294,11 @@ RUNS = {
     "more vectors": {"sites": "k,v,ff,q,o", "adapter": None},
     "targets": {"task": task((0,)), "max_new_tokens": 4},
 }
+# What the two architectures do in the same way, one of them does. The rest both do.
+LEFT_OUT = {
+    "t5": {"full", "none", "micro-batches", "adamw", "int8"},
+    "llama": {"lora", "icl", "grid of micro-batches"},
+}
 # Without dropout, because a CPU draws it row by row for a padded batch, and so draws other numbers.
 EVALUATING = {"steps": 2, "dtype": "float64", "dropout": 0.0, "eval_every": 1, "save_every": 1}
 
@@ -302,8 +307,9 @@ EVALUATING = {"steps": 2, "dtype": "float64", "dropout": 0.0, "eval_every": 1, "
 def test_runs_are_equal(name, tmp_path):
     cases = {}
     for kind, special in RUNS.items():
-        flags = {**EVALUATING, "model": model(name), "task": task(), **special}
-        cases[kind] = (tmp_path / kind, flags)
+        if kind not in LEFT_OUT[name]:
+            flags = {**EVALUATING, "model": model(name), "task": task(), **special}
+            cases[kind] = (tmp_path / kind, flags)
     for kind, on_cpu, found, _ in on_both_in_turns(trained, cases):
         same(found, on_cpu, kind)
 
@@ -382,7 +388,7 @@ STEPS = [
     ("t5", {}, 8),
     ("t5", {"method": "lora"}, 8),
     ("t5", {"seed": "0,1"}, 8),
-    ("t5", {"seed": "0,1,2,3,4,5,6"}, 8),
+    ("t5", {"seed": "0,1,2,3"}, 8),
     # The rates of the rows, for the tables of either width.
     ("t5", {"lr": "0.01,0.02,0.03"}, 10),
     ("t5", {"lr": "0.01,0.02,0.03", "optimizer": "adamw"}, 10),
@@ -390,18 +396,19 @@ STEPS = [
     # choices side by side, which choice each token belongs to.
     ("llama", {}, 11),
     ("llama", {"seed": "0,1"}, 11),
-    ("llama", {"seed": "0,1,2,3,4"}, 11),
+    ("llama", {"seed": "0,1,2,3"}, 11),
     ("t5-wide", {"quantize": "int8"}, 8),
     ("t5-wide", {"quantize": "nf4"}, 8),
 ]
 
 
 def test_a_step_waits_for_nothing_and_reads_nothing(tmp_path):
+    few_to_evaluate = write(tmp_path / "task", train=rows(20), test=rows(1))
     cases = {}
     for i, (name, flags, _) in enumerate(STEPS):
         if "nf4" in flags.values() and find_spec("bitsandbytes") is None:
             continue
-        common = {"model": model(name), "task": task(), "dtype": "float32"}
+        common = {"model": model(name), "task": few_to_evaluate, "dtype": "float32"}
         cases[i] = (tmp_path / f"{i}", {**common, **flags})
     found, _ = on_sim(in_turns, "sim", count_of_a_step, cases)
     for i, (counts, _) in found.items():
@@ -409,9 +416,8 @@ def test_a_step_waits_for_nothing_and_reads_nothing(tmp_path):
         assert total(counts, COPY_IN_AT_ONCE) == STEPS[i][2], (STEPS[i], counts)
 
 
-@pytest.mark.parametrize("seed", ["0", "0,1,2"])
-def test_the_losses_of_all_steps_and_adapters_are_read_at_once_when_a_line_is_due(seed, tmp_path):
-    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 12, "seed": seed}
+def test_the_losses_of_all_steps_and_adapters_are_read_at_once_when_a_line_is_due(tmp_path):
+    flags = {"model": model("t5"), "task": task(), "dtype": "float32", "steps": 11, "seed": "0,1"}
     _, counts = on_sim(trained, "sim", tmp_path, flags)
     assert counts[READ, "log.py"] == len(events(tmp_path / "sim", "train")) == 3
 

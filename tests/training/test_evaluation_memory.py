@@ -123,7 +123,7 @@ def test_the_longest_rows_are_planned_and_not_all_of_them(tmp_path, monkeypatch)
         return 0
 
     monkeypatch.setattr(evaluation_memory, "upper_bound", note_shape)
-    texts = [*(["w3"] * 50), " ".join(["w4"] * 9), " ".join(["w5"] * 7)]
+    texts = [*(["w3"] * 10), " ".join(["w4"] * 9), " ".join(["w5"] * 7)]
     held_out = [{"input": text, "choices": ["w6", "w7 w8"], "label": 0} for text in texts]
     data = write(tmp_path / "task", train=rows(20), validation=held_out)
     assert run(words(tmp_path / "run", task=data, steps=1, eval_batch_size=2)) == 0

@@ -110,10 +110,8 @@ def test_a_third_layer_is_planned_only_in_a_stack_that_is_not_two_deep():
     assert planned == [(2, 2), (2, 3)]
 
 
-# A T5's own dropout is 0.1, and a LLaMA's is 0.
-@pytest.mark.parametrize(
-    ("kind", "dropout"), [("t5", None), ("gated t5", None), ("llama", None), ("llama", 0.1)]
-)
+# A T5's own dropout is 0.1, and a LLaMA's is 0, with which a step keeps less.
+@pytest.mark.parametrize(("kind", "dropout"), [("t5", None), ("gated t5", None), ("llama", 0.1)])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (8, 100, 4, 8), (64, 12, 30, 2)])
 def test_the_bound_is_never_below_the_plan(kind, shape, dropout):
     shape = StepShape(*shape)
@@ -167,7 +165,8 @@ def test_the_plan_has_the_gradients_and_the_moments_of_all_adapters(tmp_path, ca
     monkeypatch.setattr(step_memory, "TRAINED_BYTES", 1e9)
     monkeypatch.setattr(step_memory, "free_memory", lambda device: 1e9)
     monkeypatch.setattr(memory_fit, "limited_memory", contextlib.nullcontext)
-    assert run(words(tmp_path / "run", seed="0,1,2", steps=1)) == 0
+    # With one example in a pass, no smaller size is planned.
+    assert run(words(tmp_path / "run", seed="0,1,2", steps=1, micro_batch_size=1)) == 0
     loaded = minia3.load_model(model("t5"))
     n_trained = 3 * sum(len(l_1D[0]) for l_1D in minia3.vectors(loaded).values())
     needed = f"a step takes about {memory_fit.OVERHEAD * n_trained:.1f} GB, but 0.9 GB of "
