@@ -141,7 +141,7 @@ def words(out, *flags, **values):
     values: flags that differ from this; None leaves a flag out.
     """
     defaults = {"model": model("t5"), "task": task(), "device": "cpu"}
-    defaults |= {"steps": 12, "batch_size": 4, "eval_batch_size": 64, "out": out}
+    defaults |= {"steps": 6, "batch_size": 4, "eval_batch_size": 64, "out": out}
     typed = []
     for name, value in {**defaults, **values}.items():
         if value is not None:
@@ -217,6 +217,8 @@ def contents(folder):
 
 # Interruptions
 
+name_of = functools.cache(os.path.basename)
+
 
 @contextlib.contextmanager
 def at_line(n, act):
@@ -227,25 +229,25 @@ def at_line(n, act):
     far, as (file name, line number).
     """
     executed = []
+    is_running = False
 
     def trace_line(frame, event, _):
         if event == "line":
-            executed.append((os.path.basename(frame.f_code.co_filename), frame.f_lineno))
+            executed.append((name_of(frame.f_code.co_filename), frame.f_lineno))
             if len(executed) == n:
                 act()
         return trace_line
 
-    is_running = False
-
     def trace_call(frame, event, _):
         nonlocal is_running
-        if frame.f_code is train.run_grid.__code__:
+        code = frame.f_code
+        if code.co_filename not in TRACED_FILES:  # nearly all calls, and so the first question
+            return None
+        if code is train.run_grid.__code__:
             is_running = True
-        if frame.f_code is Run.close.__code__:
+        if code is Run.close.__code__:
             is_running = False
-        if frame.f_code.co_filename in TRACED_FILES and is_running:
-            return trace_line
-        return None
+        return trace_line if is_running else None
 
     before = sys.gettrace()
     sys.settrace(trace_call)

@@ -37,8 +37,8 @@ def runs(tmp_path_factory):
     """Two seeds with held-out evaluations, the base alone, and a run that was not finished."""
     folder = tmp_path_factory.mktemp("plots") / "runs"
     for seed in (0, 1):
-        words = running.words(folder / f"ia3-{seed}", seed=seed, eval_every=4, lr=0.1)
-        assert running.run(words) == 0
+        flags = {"seed": seed, "steps": 12, "eval_every": 4, "lr": 0.1}
+        assert running.run(running.words(folder / f"ia3-{seed}", **flags)) == 0
     assert running.run(running.words(folder / "none", method="none")) == 0
     shutil.copytree(folder / "none", folder / "begun").joinpath("metrics.jsonl").unlink()
     return folder

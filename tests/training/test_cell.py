@@ -15,9 +15,9 @@ from minia3.training.grid import cell_name
 
 
 def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path, monkeypatch):
-    accuracies = {3: 0.5, 6: 0.7, 9: 0.6, 12: 0.1}
+    accuracies = {2: 0.5, 4: 0.7, 6: 0.6, 8: 0.1}
     real = results_by_hand(monkeypatch, lambda group, cell: accuracies[group.log.step])
-    assert run(words(tmp_path / "run", eval_every=3, lr=0.1)) == 0
+    assert run(words(tmp_path / "run", steps=8, eval_every=2, lr=0.1)) == 0
     monkeypatch.undo()
     adapter_folder = tmp_path / "run" / "adapter"
     swapped = write(tmp_path / "swapped", test=read(task() / "validation.jsonl"))
@@ -25,7 +25,7 @@ def test_the_saved_vectors_are_the_best_on_the_held_out_rows(tmp_path, monkeypat
     assert run(again) == 0
     step, _, best = real[1]
     final = metrics(tmp_path / "again")[-1]
-    assert step == 6
+    assert step == 4
     assert (final["accuracy"], final["auc"]) == (best["accuracy"], best["auc"])
 
 
@@ -50,10 +50,10 @@ def test_patience_counts_evaluations_without_a_better_one_and_the_best_vectors_a
         return held_out[len(seen) - 1]
 
     results_by_hand(monkeypatch, accuracy_of)
-    flags = {"eval_every": 2, "patience": patience, "steps": 2 * len(held_out), "lr": 0.1}
+    flags = {"eval_every": 1, "patience": patience, "steps": len(held_out), "lr": 0.1}
     assert run(words(tmp_path / "run", **flags)) == 0
     assert len(seen) == n
-    assert metrics(tmp_path / "run")[-1]["steps"] == 2 * n
+    assert metrics(tmp_path / "run")[-1]["steps"] == n
     expected = minia3.load_model(model("t5"))
     with torch.no_grad():
         for name, table in minia3.vectors(expected).items():
@@ -65,13 +65,13 @@ def test_patience_counts_evaluations_without_a_better_one_and_the_best_vectors_a
 
 
 def test_the_vectors_of_the_last_step_may_be_the_best(tmp_path, monkeypatch):
-    """12 steps are no multiple of 5, and the last two of them have the lowest rates."""
+    """6 steps are no multiple of 4, and the last two of them have the lowest rates."""
     results_by_hand(monkeypatch, lambda group, cell: group.log.step / 100)
     out = tmp_path / "run"
-    assert run(words(out, eval_every=5, lr=0.1)) == 0
+    assert run(words(out, eval_every=4, lr=0.1)) == 0
     monkeypatch.undo()
-    assert [line["step"] for line in events(out, "eval")] == [5, 10, 12]
-    assert run(words(tmp_path / "last", eval_every=12, lr=0.1)) == 0
+    assert [line["step"] for line in events(out, "eval")] == [4, 6]
+    assert run(words(tmp_path / "last", eval_every=6, lr=0.1)) == 0
     expected = adapter(tmp_path / "last")
     for name, tensor in adapter(out).items():
         assert torch.equal(tensor, expected[name])

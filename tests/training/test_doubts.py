@@ -257,7 +257,7 @@ def test_a_loss_that_rises_in_a_run_is_a_warning(tmp_path, capsys, monkeypatch):
         return -0.03
 
     monkeypatch.setattr(train, "learning_rate", uphill)
-    assert run(words(tmp_path / "run", steps=90, dropout=0)) == 0
+    assert run(words(tmp_path / "run", steps=80, dropout=0)) == 0
     losses = [line["loss"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
     lower, higher = np.median(losses[:3]), np.median(losses[-3:])
     expected = f"the training loss rose, from {lower:.3f} to {higher:.3f}: try a lower --lr"
@@ -304,7 +304,7 @@ def test_a_run_says_how_many_rows_have_two_choices_that_are_one_text(tmp_path, c
 def test_targets_are_measured_by_their_perplexity_if_the_metric_says_so(name, tmp_path, capsys):
     out = tmp_path / "run"
     flags = {"model": model(name), "task": task((0,)), "metric": "inverse_perplexity"}
-    flags["eval_every"] = 6
+    flags |= {"eval_every": 6, "steps": 12}
     assert run(words(out, lr=0.1, **flags)) == 0
     final = metrics(out)[-1]
     assert final["perplexity"] == pytest.approx(1 / final["accuracy"])

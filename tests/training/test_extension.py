@@ -18,8 +18,10 @@ from minia3.training import log as training_log
 from minia3.training import run as training_run
 from minia3.training.optimizer import learning_rate
 
+SHORT, LONG = 4, 8  # steps of a run, before and after it is made longer
 
-def extend(folder, steps):
+
+def extend(folder, steps=LONG):
     return run(["--resume", folder, "--steps", steps])
 
 
@@ -36,10 +38,16 @@ def without_extension(lines):
 
 
 def two_schedules(step, config, change):
-    """The rate of a run of 6 steps until the step `change`, and then that of a run of 12 steps."""
-    steps = 6 if step < change else 12
+    """The rate of a SHORT run until the step `change`, and then that of a LONG run."""
+    steps = SHORT if step < change else LONG
     config = type(config)(**{**vars(config), "steps": steps})
     return learning_rate(step, config)
+
+
+def two_schedules_of_all(monkeypatch):
+    patched = functools.partial(two_schedules, change=SHORT)
+    monkeypatch.setattr(train, "learning_rate", patched)
+    monkeypatch.setattr(training_log, "learning_rate", patched)
 
 
 RECIPES = {
@@ -91,26 +99,24 @@ def test_a_finished_run_that_is_extended_is_a_run_with_two_schedules(
 ):
     flags = {"lr": 0.1, **RECIPES[name]}
     out = tmp_path / "run"
-    assert run(words(out, steps=6, **flags)) == 0
+    assert run(words(out, steps=SHORT, **flags)) == 0
     first = metrics(out)
-    assert extend(out, 12) == 0
-    assert "extended from step 6 to step 12: " in capsys.readouterr().out
+    assert extend(out) == 0
+    assert f"extended from step {SHORT} to step {LONG}: " in capsys.readouterr().out
 
-    patched = functools.partial(two_schedules, change=6)
-    monkeypatch.setattr(train, "learning_rate", patched)
-    monkeypatch.setattr(training_log, "learning_rate", patched)
+    two_schedules_of_all(monkeypatch)
     whole = tmp_path / "whole"
-    # A line at step 6 is what the shorter run writes at its end.
-    assert run(words(whole, steps=12, save_every=6, **flags)) == 0
+    # A line at step SHORT is what the shorter run writes at its end.
+    assert run(words(whole, steps=LONG, save_every=SHORT, **flags)) == 0
     adapters, lines = outcome(out)
     expected_adapters, expected_lines = outcome(whole)
     assert adapters == expected_adapters
     assert without_extension(lines) == expected_lines
-    assert {tuple(line["extended_from"]) for line in events(out, "final")} == {(6,)}
+    assert {tuple(line["extended_from"]) for line in events(out, "final")} == {(SHORT,)}
     finals = [line for line in first if line["event"] == "final"]
     extended = [line for line in metrics(out) if line["event"] == "extended"]
     assert [{**line, "event": "final"} for line in extended] == finals
-    assert json.loads((out / "config.json").read_text())["steps"] == 12
+    assert json.loads((out / "config.json").read_text())["steps"] == LONG
     assert resume(out) == 0  # it is finished again
     assert "is finished" in capsys.readouterr().out
 
@@ -136,11 +142,11 @@ def test_the_message_has_each_rate_of_a_grid_once(tmp_path, capsys):
 
 
 def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypatch):
-    flags = {"steps": 6, "lr": 0.1, "dropout": 0.1}
+    flags = {"steps": SHORT, "lr": 0.1, "dropout": 0.1}
     whole = tmp_path / "whole"
     assert run(words(whole, **flags)) == 0
     shutil.copytree(whole, tmp_path / "run")
-    assert extend(whole, 12) == 0
+    assert extend(whole) == 0
     out = tmp_path / "run"
 
     class Killed(BaseException):
@@ -153,9 +159,9 @@ def test_an_extension_can_be_stopped_and_killed_and_repeated(tmp_path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, break_off)
             with pytest.raises(Killed):
-                extend(out, 12)
-    with interrupted_at_update(3, monkeypatch):
-        assert extend(out, 12) == 130
+                extend(out)
+    with interrupted_at_update(2, monkeypatch):
+        assert extend(out) == 130
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
 
@@ -172,11 +178,11 @@ def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
     place, writer, tmp_path, monkeypatch, capsys
 ):
     """It writes metrics.jsonl, the checkpoint, which may take long, and config.json in turns."""
-    flags = {"steps": 6, "seed": "0,3", "lr": 0.1, "dropout": 0.1}
+    flags = {"steps": SHORT, "seed": "0,3", "lr": 0.1, "dropout": 0.1}
     whole = tmp_path / "whole"
     assert run(words(whole, **flags)) == 0
     shutil.copytree(whole, tmp_path / "run")
-    assert extend(whole, 12) == 0
+    assert extend(whole) == 0
     out = tmp_path / "run"
     original = getattr(place, writer)
 
@@ -186,7 +192,7 @@ def test_an_extension_that_is_stopped_as_it_begins_continues_without_steps(
 
     with monkeypatch.context() as patch:
         patch.setattr(place, writer, write)
-        assert extend(out, 12) == 130
+        assert extend(out) == 130
     assert f"to continue: python train.py --resume {out}\n" in capsys.readouterr().err
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
@@ -235,17 +241,17 @@ def results_line(capsys):
 def test_a_grid_that_was_stopped_after_the_results_of_a_cell_trains_all_cells_longer(
     name, tmp_path, monkeypatch, capsys
 ):
-    flags = {**AT_THE_END[name], "steps": 6}
+    flags = {**AT_THE_END[name], "steps": SHORT}
     code = 1 if name == "failed" else 0
     finished = tmp_path / "finished"
     assert run(words(finished, **flags)) == code
-    assert extend(finished, 12) == code
+    assert extend(finished) == code
     expected_results = results_line(capsys)
     out = tmp_path / "run"
     with interrupted_in_final_evaluation(monkeypatch):
         assert run(words(out, **flags)) == 130
     assert {line["event"] for line in metrics(out)} & {"final", "failed"}
-    assert extend(out, 12) == code
+    assert extend(out) == code
     assert results_line(capsys) == expected_results
     adapters, lines = outcome(out)
     expected_adapters, expected_lines = outcome(finished)
@@ -291,7 +297,7 @@ def one_misses(group, cell):
 def test_a_line_has_the_loss_of_an_adapter_that_trains_again(tmp_path, monkeypatch):
     results_by_hand(monkeypatch, one_misses)
     out = tmp_path / "run"
-    flags = {"lr": "0.1,0.3", "eval_every": 2, "patience": 1, "save_every": 4}
+    flags = {"lr": "0.1,0.3", "steps": 12, "eval_every": 2, "patience": 1, "save_every": 4}
     with interrupted_at_update(9, monkeypatch):
         assert run(words(out, **flags)) == 130
     assert extend(out, 18) == 0
@@ -336,9 +342,9 @@ def test_a_grid_whose_first_adapter_failed_can_be_made_longer_before_the_second_
         patch.setattr(training_group, "load_model", load_one_model)
         assert run(words(out, method="full", lr="1e30,0.01", warmup_ratio=0)) == 130
     assert [line["event"] for line in metrics(out)][-1] == "failed"
-    assert extend(out, 20) == 1
-    assert "extended from step 10 to step 20: " in capsys.readouterr().out
-    assert [line["steps"] for line in events(out, "final")] == [20]
+    assert extend(out, 9) == 1
+    assert "extended from step 6 to step 9: " in capsys.readouterr().out
+    assert [line["steps"] for line in events(out, "final")] == [9]
 
 
 def test_a_stopped_run_that_trains_nothing_cannot_be_extended(tmp_path, monkeypatch, capsys):
@@ -367,64 +373,57 @@ def by_adapter(lines):
     return found
 
 
-def two_schedules_of_all(monkeypatch):
-    patched = functools.partial(two_schedules, change=6)
-    monkeypatch.setattr(train, "learning_rate", patched)
-    monkeypatch.setattr(training_log, "learning_rate", patched)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_each_adapter_of_an_extended_grid_continues_from_its_own_state(name, tmp_path, monkeypatch):
     flags = GRIDS[name]
     out = tmp_path / "run"
-    assert run(words(out, steps=6, **flags)) == 0
-    assert extend(out, 12) == 0
+    assert run(words(out, steps=SHORT, **flags)) == 0
+    assert extend(out) == 0
     lines = without_extension(outcome(out)[1])
     n_extended = len(events(out, "extended"))
     with monkeypatch.context() as patch:
         two_schedules_of_all(patch)
         whole = tmp_path / "whole"
-        assert run(words(whole, steps=12, save_every=6, **flags)) == 0
+        assert run(words(whole, steps=LONG, save_every=SHORT, **flags)) == 0
     assert outcome(out)[0] == outcome(whole)[0]
     assert by_adapter(lines) == by_adapter(outcome(whole)[1])
     assert n_extended == 2
-    assert extend(out, 15) == 0  # and again
-    assert [line["steps"] for line in events(out, "final")] == [15, 15]
-    assert [line["extended_from"] for line in events(out, "final")] == [[6, 12], [6, 12]]
+    assert extend(out, LONG + 1) == 0  # and again
+    assert [line["steps"] for line in events(out, "final")] == [LONG + 1] * 2
+    assert [line["extended_from"] for line in events(out, "final")] == [[SHORT, LONG]] * 2
 
 
 # A grid of two adapters is stopped in the first and in the second one, before and after it is made
 # longer.
 @pytest.mark.slow
-@pytest.mark.parametrize("n_updates", [3, 9])
-@pytest.mark.parametrize("is_stopped_again", [True, False])
+@pytest.mark.parametrize(("n_updates", "is_stopped_again"), [(2, False), (6, True)])
 def test_a_grid_that_was_stopped_can_be_made_longer(
     n_updates, is_stopped_again, tmp_path, monkeypatch
 ):
-    flags = {**GRIDS["lora"], "steps": 6, "warmup_ratio": 0}
+    flags = {**GRIDS["lora"], "steps": SHORT, "warmup_ratio": 0}
     out = tmp_path / "run"
     with interrupted_at_update(n_updates, monkeypatch):
         assert run(words(out, **flags)) == 130
     if is_stopped_again:
-        with interrupted_at_update(10, monkeypatch):
-            assert extend(out, 12) == 130
+        with interrupted_at_update(LONG - 1, monkeypatch):  # in the second adapter
+            assert extend(out) == 130
         assert resume(out) == 0
     else:
-        assert extend(out, 12) == 0
+        assert extend(out) == 0
 
     expected = {}
-    for seed, change in (("0", min(n_updates, 6)), ("3", max(n_updates - 6, 0))):
+    for seed, change in (("0", min(n_updates, SHORT)), ("3", max(n_updates - SHORT, 0))):
         whole = tmp_path / f"whole-{seed}"
         with monkeypatch.context() as patch:
             patched = functools.partial(two_schedules, change=change)
             patch.setattr(train, "learning_rate", patched)
-            assert run(words(whole, **flags | {"steps": 12, "seed": seed})) == 0
+            assert run(words(whole, **flags | {"steps": LONG, "seed": seed})) == 0
         (path,) = (whole / "adapter").glob("*.safetensors")
         expected[f"s{seed}"] = path.read_bytes()
     found = {path.parent.name: path.read_bytes() for path in out.rglob("*.safetensors")}
     assert found == expected
-    assert [line["steps"] for line in events(out, "final")] == [12, 12]
+    assert [line["steps"] for line in events(out, "final")] == [LONG, LONG]
 
 
 def test_a_run_that_starts_over_does_not_continue_from_old_states(tmp_path):

@@ -20,7 +20,7 @@ from minia3.training.flags import as_tuple
 from minia3.training.optimizer import RowOptimizer
 from minia3.training.run import Failed
 
-FLAGS = {"device": "cpu", "steps": 12, "batch_size": 4, "eval_batch_size": 64}
+FLAGS = {"device": "cpu", "steps": 6, "batch_size": 4, "eval_batch_size": 64}
 
 
 def call(out, **flags):

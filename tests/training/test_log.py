@@ -62,7 +62,7 @@ def test_metrics_are_on_disk_line_by_line_at_least_every_ten_steps(tmp_path, mon
 
 
 def test_each_line_logs_the_learning_rate_of_its_step(tmp_path):
-    assert run(words(tmp_path / "run", warmup_ratio=0.5)) == 0
+    assert run(words(tmp_path / "run", steps=12, warmup_ratio=0.5)) == 0
     rates = {
         line["step"]: line["lr"] for line in metrics(tmp_path / "run") if line["event"] == "train"
     }
@@ -92,7 +92,7 @@ def test_the_seconds_add_up_those_of_all_steps_even_if_the_run_was_stopped(tmp_p
 
     def slow_clip(*args):
         clips.append(None)
-        if len(clips) == 8:
+        if len(clips) == 4:
             kill_self(signal.SIGINT)
         clock[0] += 2
         original_clip(*args)
@@ -103,8 +103,8 @@ def test_the_seconds_add_up_those_of_all_steps_even_if_the_run_was_stopped(tmp_p
     out = tmp_path / "run"
     assert run(words(out, eval_every=3)) == 130
     assert resume(out) == 0
-    assert len(clips) == 12
-    assert metrics(out)[-1]["seconds"] == 12 * 2
+    assert len(clips) == 6
+    assert metrics(out)[-1]["seconds"] == 6 * 2
     speeds = [line["examples_per_second"] for line in events(out, "train")]
     assert speeds == [4 / 2] * len(speeds)
 
@@ -169,14 +169,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_step_and_what_to_try(
 
     def losses(part, logp_BCL):
         calls.append(None)
-        return original(part, logp_BCL) * (float("nan") if len(calls) == 7 else 1)
+        return original(part, logp_BCL) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(MicroBatch, "losses", losses)
-    fails(words(tmp_path / "run"), capsys, "the loss of step 7 is nan", "--lr", "--dtype", code=1)
+    fails(words(tmp_path / "run"), capsys, "the loss of step 4 is nan", "--lr", "--dtype", code=1)
     *lines, failed = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1]
     assert failed["event"] == "failed"
-    assert "step 7" in failed["reason"]
+    assert "step 4" in failed["reason"]
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path, capsys):
@@ -192,7 +192,7 @@ def test_a_learning_rate_that_explodes_stops_the_run(tmp_path, capsys):
 
 def test_an_evaluation_that_is_due_when_every_cell_has_failed_changes_nothing(tmp_path, capsys):
     # Losses are read when a line is due: at step 10, and so is the evaluation.
-    flags = {"lr": 1e30, "warmup_ratio": 0, "eval_every": 10, "dropout": 0}
+    flags = {"lr": 1e30, "warmup_ratio": 0, "steps": 12, "eval_every": 10, "dropout": 0}
     fails(words(tmp_path / "run", **flags), capsys, "the loss of step ", "lower --lr", code=1)
     assert [line["event"] for line in metrics(tmp_path / "run")] == ["before", "train", "failed"]
     fails(["--resume", tmp_path / "run"], capsys, "the loss of step ", "lower --lr", code=1)
@@ -203,7 +203,7 @@ def test_an_evaluation_that_is_due_when_every_cell_has_failed_changes_nothing(tm
 
 
 def test_progress_is_plain_lines_if_stderr_is_not_a_terminal(tmp_path, capsys):
-    assert run(words(tmp_path / "run", eval_every=6)) == 0
+    assert run(words(tmp_path / "run", steps=12, eval_every=6)) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "\r" not in out
@@ -226,9 +226,8 @@ def terminal(name):
 def test_progress_is_a_bar_in_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # lines, columns
-    process = start(
-        words(tmp_path / "run"), tmp_path / "log", functools.partial(terminal, os.ttyname(theirs))
-    )
+    prepare = functools.partial(terminal, os.ttyname(theirs))
+    process = start(words(tmp_path / "run", steps=12), tmp_path / "log", prepare)
     assert finish(process) == 0
     os.close(theirs)
     shown = b""

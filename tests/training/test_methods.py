@@ -110,7 +110,7 @@ def test_lora_trains_what_it_adds_and_its_folder_gives_the_same_result(name, tmp
         "lr": 0.05,
     }
     out = tmp_path / "run"
-    assert run(words(out, steps=10, **flags)) == 0
+    assert run(words(out, **flags)) == 0
     final = metrics(out)[-1]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert final["trainable"] == sum(x.numel() for x in tensors.values())
@@ -130,7 +130,7 @@ def test_lora_is_drawn_by_the_seed_of_its_run():
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_full_trains_everything_except_the_vectors_and_saves_a_model(name, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(words(out, model=model(name), method="full", lr=0.01, steps=10)) == 0
+    assert run(words(out, model=model(name), method="full", lr=0.01)) == 0
     final = metrics(out)[-1]
     before = minia3.load_model(model(name))
     after = minia3.load_model(out / "model")
@@ -150,9 +150,8 @@ def test_full_trains_everything_except_the_vectors_and_saves_a_model(name, tmp_p
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_baseline_that_is_stopped_continues_bit_for_bit(method, tmp_path):
     flags = {"method": method, "lr": 0.01, "eval_every": 3, "dropout": 0.1}
-    assert run(words(tmp_path / "whole", **flags)) == 0
     with at_line(0, None) as executed:
-        assert run(words(tmp_path / "again", **flags)) == 0
+        assert run(words(tmp_path / "whole", **flags)) == 0
     with at_line(int(0.7 * len(executed)), functools.partial(kill_self, signal.SIGINT)):
         assert run(words(tmp_path / "run", **flags)) == 130
     assert resume(tmp_path / "run") == 0

@@ -288,6 +288,6 @@ def test_a_run_ends_with_one_short_table(tmp_path, capsys):
     assert cells["AUC"] == f"{final['auc_before']:.2f} before, {final['auc']:.2f} after"
     assert cells["trained"] == f"448 of 23,512 parameters ({448 / 23512:.3%})"
     assert cells["adapter"] == str(tmp_path / "run" / "adapter")
-    assert cells["time"].endswith(" s for 12 steps")
+    assert cells["time"].endswith(" s for 6 steps")
     assert cells["peak memory"].endswith(" MB")
     assert cells["use it"].startswith("minia3 predict ")

@@ -122,7 +122,7 @@ def start(arguments, log, prepare):
 
 def recipe(name, out):
     """The command line of a run of RECIPES into `out`."""
-    values = dict(RECIPES[name])
+    values = {"steps": 12, **RECIPES[name]}
     values |= {
         "task": running.task(values.pop("choices", (2,))),
         "model": running.model(values.pop("model", "t5")),
@@ -323,10 +323,23 @@ def test_a_stopped_run_that_cannot_be_saved_says_why(tmp_path, monkeypatch, caps
 
 @pytest.mark.slow
 def test_an_evaluation_on_held_out_rows_counts_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Copies of a run that has stopped just before an evaluation are stopped within it."""
+    begun = tmp_path / "begun"
     evaluations = []
     steps = []
     original_evaluate = Group.evaluate_held_out
     original_start = TrainingLog.start_step
+
+    def stop_at_the_fourth(group, cell):  # after which there is no better one
+        evaluations.append(None)
+        if len(evaluations) == 4:
+            kill_self(signal.SIGINT)
+        return original_evaluate(group, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "evaluate_held_out", stop_at_the_fourth)
+        assert run(recipe("best of", begun)) == 130
+    shutil.copytree(begun, tmp_path / "marked")
 
     with at_line(0, None) as executed, monkeypatch.context() as patch:
 
@@ -340,16 +353,15 @@ def test_an_evaluation_on_held_out_rows_counts_as_a_whole_or_not_at_all(tmp_path
 
         patch.setattr(Group, "evaluate_held_out", evaluate_held_out)
         patch.setattr(TrainingLog, "start_step", start_step)
-        assert run(recipe("best of", tmp_path / "marked")) == 0
-    first = evaluations[3]  # the fourth, after which there is no better one
-    last = next(step for step in steps if step > first)
+        continues_as_if_it_had_not_stopped("best of", tmp_path / "marked")
     watched = ("train.py", "cell.py", "log.py", "signals.py")
-    stops = [n for n in range(first, last) if executed[n - 1][0] in watched]
+    stops = [n for n in range(evaluations[4], steps[0]) if executed[n - 1][0] in watched]
     assert {executed[n - 1][0] for n in stops} == set(watched)
     for n in random.Random(0).sample(stops, 8):
         out = tmp_path / str(n)
+        shutil.copytree(begun, out)
         with at_line(n, functools.partial(kill_self, signal.SIGINT)):
-            assert run(recipe("best of", out)) == 130
+            assert resume(out) == 130
         continues_as_if_it_had_not_stopped("best of", out)
 
 
@@ -669,7 +681,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     assert (
         capsys.readouterr().out
         == f"{out} is finished: the final lines of its metrics.jsonl are the results; "
-        f"to train longer: python train.py --resume {out} --steps 24\n"
+        f"to train longer: python train.py --resume {out} --steps 12\n"
     )
     assert before == (
         contents(out),
@@ -677,7 +689,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("at_step", [0, 5, 11])
+@pytest.mark.parametrize("at_step", [0, 3, 5])
 def test_a_folder_that_is_deleted_while_the_run_trains_is_one_line(
     at_step, tmp_path, capsys, monkeypatch
 ):

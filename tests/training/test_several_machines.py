@@ -9,7 +9,7 @@ from ports import reserved_port
 
 pytestmark = pytest.mark.slow
 
-FLAGS = {"steps": 40, "save_every": 20, "dtype": "float64", "dropout": 0.0}
+FLAGS = {"steps": 30, "save_every": 20, "dtype": "float64", "dropout": 0.0}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_run_on_two_machines_stops_continues_and_has_the_numbers_of_one_proces
     assert (code, out) == (128 + signal.SIGINT, "")
     message = f"stopped; to continue: torchrun ... train.py --resume {folder}\n"
     assert first_err + second_err == message
-    assert 10 <= running.load_checkpoint(folder).n_steps < 40
+    assert 10 <= running.load_checkpoint(folder).n_steps < FLAGS["steps"]
 
     first, second = start_two(port, "train.py", "--resume", folder, torchrun=several.TORCHRUN)
     code, out, _ = first.finish()

@@ -166,7 +166,7 @@ def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_en
     tmp_path, monkeypatch
 ):
     def sum_over_processes(run, group):
-        if group.log.step == 7:
+        if group.log.step == 3:
             raise PeerGone(GONE)
 
     def save_while_torchrun_stops_all(*args):
@@ -175,13 +175,13 @@ def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_en
 
     whole = tmp_path / "whole"
     out = tmp_path / "run"
-    flags = {"steps": 12, "save_every": 20}
+    flags = {"steps": 6, "save_every": 20}
     assert run(words(whole, **flags)) == 0
     with monkeypatch.context() as patch:
         patch.setattr(Run, "sum_over_processes", sum_over_processes)
         patch.setattr("minia3.training.run.save_checkpoint", save_while_torchrun_stops_all)
         assert run(words(out, **flags)) == 1
-    assert load_checkpoint(out).n_steps == 7
+    assert load_checkpoint(out).n_steps == 3
     assert resume(out) == 0
     assert outcome(out) == outcome(whole)
 
@@ -189,7 +189,7 @@ def test_torchrun_cannot_disturb_a_process_that_saves_because_another_one_has_en
 # A step that is given up
 
 # Dropout and a mean over steps would show if anything of the step was left.
-IN_PARTS = {"dropout": 0.1, "steps": 12, "save_every": 20, "micro_batch_size": 2, "seed": "0,1"}
+IN_PARTS = {"dropout": 0.1, "steps": 6, "save_every": 20, "micro_batch_size": 2, "seed": "0,1"}
 
 
 @functools.cache
@@ -215,7 +215,7 @@ def test_a_step_that_is_given_up_is_the_only_one_that_is_lost(
     def choice_logprobs(*args):
         n_calls.append(None)
         result = original(*args)
-        if len(n_calls) == 6 * n_parts_of_step + n_parts + 1:
+        if len(n_calls) == 3 * n_parts_of_step + n_parts + 1:
             for number in numbers:
                 kill_self(number)
         return result
@@ -229,7 +229,7 @@ def test_a_step_that_is_given_up_is_the_only_one_that_is_lost(
         TrainingLog, "start_step", lambda log: (steps.append(log.step), start_step(log))
     )
     assert resume(out) == 0
-    assert steps == list(range(6, 12))
+    assert steps == list(range(3, 6))
     assert outcome(out) == whole
 
 
@@ -279,7 +279,7 @@ def test_a_single_operation_that_takes_a_minute_is_given_up_within_five_seconds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("delay", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("program", "command"),
     [("train.py", ["train.py", "--out"]), ("minia3", ["-m", "minia3", "convert", "tiny-t5"])],

@@ -91,7 +91,7 @@ def test_the_tasks_of_a_mixture_in_a_grid_have_a_name_each(tmp_path, monkeypatch
 def test_tensorboard_has_what_metrics_jsonl_has(tmp_path):
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
-    assert run(words(out, seed="0,1", eval_every=6, log_to="tensorboard")) == 0
+    assert run(words(out, steps=12, seed="0,1", eval_every=6, log_to="tensorboard")) == 0
     found = tensorboard_figures(out)
     assert found == expected_figures(out)
     assert ("train/losses/s0", 10) in found
