@@ -1,6 +1,7 @@
 """Arguments that several commands share, and the functions that load what they name."""
 
 import argparse
+import math
 import os
 import warnings
 from contextlib import contextmanager, suppress
@@ -9,6 +10,7 @@ from pathlib import Path
 from minia3.files.home import expand_home
 from minia3.files.processes import first_goes_first
 from minia3.files.write import finish_writing, is_free, writing_folder
+from minia3.training.choices import DTYPES
 
 MODEL_HELP = "known name (t5-base ...), hub id, folder or .gguf file"
 QUANTIZE_HELP = "keep the weights of the blocks in 8 or 4 bits (default: as --dtype says)"
@@ -47,7 +49,7 @@ def writing_new_folder(out):
 def add_max_new_tokens(parser):
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=positive(int),
         default=64,
         help="most tokens to generate for an output (default: %(default)s)",
     )
@@ -59,14 +61,16 @@ def add_device_options(parser):
         help="cpu, cuda, cuda:1, mps, xpu ... (default: the first of cuda, mps, xpu and cpu that "
         "this machine has)",
     )
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16 ... (default: the dtype of the stored weights)"
-    )
+    add_dtype(parser, "dtype of the weights (default: that of the stored weights)")
     parser.add_argument(
         "--check-weights",
         action="store_true",
         help="look for NaN and infinite numbers in the weights first",
     )
+
+
+def add_dtype(parser, help):
+    parser.add_argument("--dtype", choices=DTYPES, help=help)
 
 
 def add_quantize(parser, help=QUANTIZE_HELP):
@@ -89,6 +93,19 @@ def add_shard(parser):
     )
 
 
+def positive(kind):
+    """Return a function that reads a number above 0, for argparse."""
+
+    def read(text):
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        return number
+
+    read.__name__ = kind.__name__  # argparse names it in an error
+    return read
+
+
 def new_folder(path):
     """Return `path` if nothing would be overwritten there, for argparse."""
     path = expand_home(path)
@@ -100,10 +117,10 @@ def new_folder(path):
 
 
 def read_dtype(args):
-    """Return the dtype that --dtype names, or None. Other words stay as they are, to be refused."""
+    """Return the dtype that --dtype names, or None."""
     import torch
 
-    return args.dtype and getattr(torch, args.dtype, args.dtype)
+    return args.dtype and getattr(torch, args.dtype)
 
 
 def load_model(args):

@@ -17,6 +17,7 @@ from minia3.cli.arguments import (
     add_shard,
     load_any_adapter,
     load_model,
+    positive,
     warn_if_endless,
 )
 from minia3.cli.terminal import show
@@ -25,6 +26,7 @@ from minia3.files.processes import dividing, from_first, is_first, n_processes
 from minia3.files.program import forget_interrupt, was_interrupted
 from minia3.files.read import reading
 from minia3.files.streams import is_terminal
+from minia3.inference.options import Options
 from minia3.tasks.text_lines import decode
 
 TITLE = "Continue a text, answer a prompt, or chat"
@@ -50,11 +52,11 @@ def add_arguments(parser):
     add_chat_options(parser)
     add_drawing_options(parser)
     parser.add_argument(
-        "--samples", type=int, default=1, help="outputs per prompt (default: %(default)s)"
+        "--samples", type=positive(int), default=1, help="outputs per prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--beams",
-        type=int,
+        type=positive(int),
         default=1,
         help="width of the beam search (default: %(default)s, no beam search)",
     )
@@ -122,13 +124,12 @@ def add_chat_options(parser):
 
 
 def run(args):
-    from minia3.checkpoints.tokenizer import load_tokenizer
-    from minia3.inference.decoding import Options
-
     if args.chat_template and not args.chat:
         raise ValueError("--chat-template is the form of a conversation: give --chat, too")
-    Options(**options_of(args)).check()  # before a model is loaded
+    Options(**options_of(args)).check()  # before torch is imported
     warn_of_idle_options(args)
+    from minia3.checkpoints.tokenizer import load_tokenizer
+
     model = load_model(args)
     tokenizer = load_tokenizer(args.model)
     if args.adapter:
@@ -279,8 +280,6 @@ class Generator:
 
         messages: what was said before; a chat template puts it before each text.
         """
-        from minia3.inference.decoding import Options
-
         prompts = texts
         if self.args.chat:
             prompts = []

@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import asdict, replace
 
-from minia3.cli.arguments import MODEL_HELP, add_quantize
+from minia3.cli.arguments import MODEL_HELP, add_quantize, positive
 from minia3.cli.terminal import format_size, show
 from minia3.model.costs import LAYER_FIELDS
 
@@ -37,13 +37,13 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--batch",
-        type=int,
+        type=positive(int),
         default=PLAN_DEFAULTS["batch"],
         help="sources in a batch, to plan memory for (default: %(default)s)",
     )
     parser.add_argument(
         "--length",
-        type=int,
+        type=positive(int),
         default=PLAN_DEFAULTS["length"],
         help="tokens of each source (default: %(default)s)",
     )
@@ -127,8 +127,6 @@ def info(name_or_path, batch=8, length=128, devices=None):
     from minia3.model.ia3 import vectors
     from minia3.model.t5 import T5Config
 
-    if batch < 1 or length < 1:
-        raise ValueError(f"batch and length are {batch} and {length}, expected at least 1")
     name, config = find_config(name_or_path)
     model = build_model(config)
     rows = {vector_name: vector[0] for vector_name, vector in vectors(model).items()}

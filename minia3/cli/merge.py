@@ -3,6 +3,7 @@
 from functools import partial
 
 from minia3.cli.arguments import (
+    add_dtype,
     add_model,
     add_new_folder,
     add_quantize,
@@ -30,10 +31,9 @@ def add_arguments(parser):
         action="store_true",
         help="write bfloat16 weights: of a base stored in nf4, or of the one that --quantize makes",
     )
-    parser.add_argument(
-        "--dtype",
-        help="dtype of the base when the adapter was trained: float32, bfloat16 ... (default: the "
-        "dtype of the stored weights)",
+    add_dtype(
+        parser,
+        "dtype of the base when the adapter was trained (default: that of the stored weights)",
     )
 
 

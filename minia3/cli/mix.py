@@ -23,6 +23,7 @@ def add_arguments(parser):
     )
     parser.add_argument(
         "--how",
+        choices=("average", "product", "power"),
         default="average",
         help="average: 1 + sum of w (l - 1); product: product of 1 + w (l - 1); "
         "power: product of l ** w (default: %(default)s)",

@@ -17,6 +17,7 @@ from minia3.cli.arguments import (
     add_quantize,
     add_shard,
     load_model,
+    positive,
     warn_if_endless,
 )
 from minia3.cli.terminal import show
@@ -71,24 +72,31 @@ def add_arguments(parser):
         "a field is one of the row's, or idx, label, choice, scores, output, or word (the label as "
         "the task's file spells it)",
     )
+    add_size_options(parser)
+    add_max_new_tokens(parser)
+    add_device_options(parser)
+    add_quantize(parser)
+    add_shard(parser)
+
+
+def add_size_options(parser):
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="rows per forward pass (default: %(default)s)"
+        "--batch-size",
+        type=positive(int),
+        default=16,
+        help="rows per forward pass (default: %(default)s)",
     )
     parser.add_argument(
         "--max-length",
-        type=int,
+        type=positive(int),
         default=512,
         help="most tokens of an input; a longer input loses its middle (default: %(default)s)",
     )
     parser.add_argument(
         "--max-target-length",
-        type=int,
+        type=positive(int),
         help="most tokens of a choice; a row with a longer one is an error (default: any number)",
     )
-    add_max_new_tokens(parser)
-    add_device_options(parser)
-    add_quantize(parser)
-    add_shard(parser)
 
 
 def run(args):

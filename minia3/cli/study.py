@@ -6,13 +6,13 @@ stands in the folder says how far the run is.
 """
 
 import argparse
-import math
 import os
 import re
 import shlex
 import sys
 from collections import Counter
 
+from minia3.cli.arguments import positive
 from minia3.cli.terminal import show
 from minia3.files.lock import FolderLocked
 from minia3.training import command_line
@@ -88,19 +88,6 @@ def read_share(text):
     if not 1 <= i <= n:
         raise argparse.ArgumentTypeError(f"{text} is not a share: i is from 1 to n")
     return i, n
-
-
-def positive(kind):
-    """Return a function that reads a number above 0, for argparse."""
-
-    def read(text):
-        number = kind(text)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
-
-    read.__name__ = kind.__name__  # argparse names it in an error
-    return read
 
 
 def run(args):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from minia3.files.ahead import read_ahead
 from minia3.files.processes import dividing
 from minia3.files.read import reading
-from minia3.inference.decoding import Options, generate
+from minia3.inference.decoding import generate
+from minia3.inference.options import Options
 from minia3.inference.scoring import (
     check_example,
     naming_rows,

@@ -249,7 +249,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     assert_refused(["info", str(tmp_path / "nowhere")], capsys, "nowhere", "prints the known names")
     assert_refused(["info", str(tmp_path)], capsys, "config.json", "an empty folder")
     assert_refused(["inof", "t5-base"], capsys, "inof", "did you mean info?")
-    assert_refused(["info", "t5-base", "--length", "0"], capsys, "8 and 0")
+    assert_refused(["info", "t5-base", "--length", "0"], capsys, "--length: 0 is not")
     assert_refused(["info"], capsys, "expected either a model or --list")
     assert_refused(["info", "t5-base", "--list"], capsys, "expected either a model or --list")
     assert_refused(["info", "t5-base", "t5-large"], capsys, "t5-large")

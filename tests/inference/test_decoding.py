@@ -35,13 +35,13 @@ import minia3
 from minia3.checkpoints.tokenizer import Tokenizer
 from minia3.inference import decoding
 from minia3.inference.decoding import (
-    Options,
     decode_tokens,
     generate,
     generate_texts,
     read_tokens,
     stream,
 )
+from minia3.inference.options import Options
 from minia3.inference.pieces import Text
 from minia3.inference.sampling import draw_tokens
 from minia3.inference.scoring import NotFiniteError

@@ -128,8 +128,8 @@ def test_a_number_below_1_is_refused_before_a_row_is_answered(flag, tmp_path, ca
     command = ["predict", running.model("t5"), write(tmp_path / "rows.jsonl", rows), flag, "0"]
     assert main(list(map(str, command))) == 2
     out, err = capsys.readouterr()
-    name = flag.strip("-").replace("-", "_")
-    assert (out, err) == ("", f"minia3: {name} is 0, expected 1 or more\n")
+    message = f"argument {flag}: 0 is not a number above 0 (see minia3 predict --help)"
+    assert (out, err) == ("", f"minia3: {message}\n")
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])

@@ -116,6 +116,15 @@ def test_functions_of_python_read_and_write_in_the_home_folder(tmp_path, monkeyp
         ([*MODULE, "train", "--learning-rate", "1"], "minia3 train: '--learning-rate' is neither"),
         ([*MODULE, "trian"], "minia3: there is no command 'trian': did you mean train?"),
         ([*MODULE, "info", "--lenght", "3", "x"], "minia3: '--lenght' is neither"),
+        ([*MODULE, "info", "x", "--batch", "0"], "minia3: argument --batch: 0 is not"),
+        ([*MODULE, "generate", "x", "--beams", "0"], "minia3: argument --beams: 0 is not"),
+        ([*MODULE, "generate", "x", "--top-p", "2"], "minia3: top_p is 2.0, expected above 0"),
+        ([*MODULE, "generate", "x", "--beams=2", "--temperature=1"], "minia3: beams is 2 at temp"),
+        ([*MODULE, "generate", "x", "--chat-template", "y"], "minia3: --chat-template is the"),
+        ([*MODULE, "predict", "x", "y", "--dtype", "half"], "minia3: argument --dtype: invalid"),
+        ([*MODULE, "predict", "x", "y", "--max-length=0"], "minia3: argument --max-length: 0 is"),
+        ([*MODULE, "merge", "x", "y", "z", "--dtype", "half"], "minia3: argument --dtype: inval"),
+        ([*MODULE, "mix", "z", "x:1", "--how", "sum"], "minia3: argument --how: invalid choice"),
     ],
 )
 def test_a_mistake_is_answered_before_torch_is_imported(command, message, no_torch):
