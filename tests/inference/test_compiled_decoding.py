@@ -11,7 +11,7 @@ import minia3
 from minia3.inference import decoding
 from minia3.model.adapter_rows import give_up
 
-NAMES = ("t5-v1.0", "t5-v1.1", "llama-gqa", "llama3", "mistral", "qwen3")
+NAMES = ("t5-v1.0", "t5-v1.1", "umt5", "llama-gqa", "mistral", "qwen3")
 OPTIONS = [
     {},
     {"temperature": 1.0, "seed": 3, "samples": 3},

@@ -22,7 +22,7 @@ import minia3
 from minia3.model import sequence_state
 from minia3.model.sequence_state import State
 
-NAMES = ["t5-v1.0", "t5-wide", "llama-gqa", "llama3"]
+NAMES = ["t5-v1.0", "t5-wide", "llama-gqa", "mistral"]
 MASK = torch.tensor(
     [
         [False, True, True, True],
@@ -92,7 +92,7 @@ def test_a_padded_row_is_the_row_without_padding(models, name, mask, seed):
     check_rows(models[name], mask, seed)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama3"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral"])
 @given(mask=masks(holes=True), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=8)
 def test_a_llama_row_with_holes_is_the_row_without_them(models, name, mask, seed):
