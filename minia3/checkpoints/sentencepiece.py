@@ -196,7 +196,7 @@ def check_characters(pieces):
     for text in texts:
         missing = [character for character in text if character not in texts]
         if missing:
-            problem = f"has the character {missing[0]!r}, which is no piece"
+            problem = f"has the character {missing[0]!r}, which is not a piece"
             raise ValueError(f"the piece {text!r:.40} {problem}: not supported")
 
 

@@ -119,7 +119,7 @@ class Llama(nn.Module):
         self.register_buffer("frequency", frequency.to(device), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Do what `model.to(...)` or `model.half()` asks for, but make the frequencies anew.
+        """Do what `model.to(...)` or `model.half()` asks for, but compute the frequencies again.
 
         In bfloat16, they would be off by up to 1/512, which is two positions after 1,000 tokens.
         And `model.to_empty(...)` leaves any numbers in them, which no state dict replaces.

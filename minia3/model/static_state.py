@@ -35,7 +35,7 @@ class StaticState(State):
     """A State with a fixed number of columns. Call `advance` after each step of one token.
 
     `length` and token_M cover all columns from the start: a number or a shape that changed with
-    each step would make torch compile each step anew. So a LLaMA warns at once if the text may
+    each step would make torch compile each step again. So a LLaMA warns at once if the text may
     become too long.
     """
 

@@ -53,7 +53,7 @@ def check_characters(value, text: str):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("surrogates that are not a pair are no character") from None
+            raise ValueError("a surrogate without its pair is not a character") from None
 
 
 def not_json(error: Exception, text: str) -> ValueError:

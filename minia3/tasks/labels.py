@@ -307,7 +307,7 @@ def label_places(labels: tuple[str, ...], choices: tuple[str, ...]) -> dict[str,
             places[label_key(choice.format())] = index
     for index, label in enumerate(labels):  # a label comes before a word that is spelled like it
         places[label_key(label)] = index
-    places.pop(None, None)  # an empty text is no label
+    places.pop(None, None)  # an empty text is not a label
     return places
 
 

@@ -89,7 +89,7 @@ def decode(line: bytes, is_first: bool) -> str:
         raise ValueError(explain_bytes(line, is_first, error)) from None
     if "\0" in text:
         # UTF-16 without a byte order mark looks like this, and so does a file that a crash left.
-        raise ValueError("a null byte: expected text in UTF-8, so save the file anew")
+        raise ValueError("a null byte: expected text in UTF-8, so save the file as UTF-8")
     return text
 
 

@@ -282,7 +282,7 @@ def check_data(folder, checksums):
 
 def record_run(folder, checksums, weights, config):
     """Add to config.json the checksums of the data, the digest of the weights, how long the run is
-    (see --epochs), and where it goes on.
+    (see --epochs), and where it continues.
     """
     names = ("steps", "epochs", *PLACES_OF_MACHINE)
     flags = {name: getattr(config, name) for name in names}

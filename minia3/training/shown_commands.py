@@ -86,7 +86,7 @@ def training_command(config):
     for name in names:
         typed = flag_words(config, [name])
         if name not in TEXTS:
-            typed = map(without_place, typed)
+            typed = [without_place(word) for word in typed]
         if name in PROMPTS:  # a file of flags may have the line breaks that people type as \n
             typed = [word.replace("\n", "\\n") for word in typed]
         words += typed

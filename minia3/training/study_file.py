@@ -107,11 +107,11 @@ def read_studies(paths, given, only="*"):
         raise ValueError(f"--out is the folder of one study, found {len(paths)} studies")
     if {"resume", "config"} & given.keys():
         raise ValueError("--resume and --config are for one run: a study continues its runs itself")
-    found = []
+    all_runs = []
     for path in paths:
-        found += read_study(Path(path), given)
-    names = [run.name for run in found]
-    runs = [run for run in found if fnmatchcase(run.name, only)]
+        all_runs += read_study(Path(path), given)
+    names = [run.name for run in all_runs]
+    runs = [run for run in all_runs if fnmatchcase(run.name, only)]
     if not runs:
         found = f"--only is {only!r}, and no run has such a name"
         raise ValueError(f"{found}: expected a pattern of some of {', '.join(names):.300}")

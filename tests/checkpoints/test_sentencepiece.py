@@ -246,7 +246,7 @@ def test_options_in_two_messages_are_those_of_both(tmp_path):
         ([("", -1.0, 1)], "damaged: a piece is empty, or there twice"),
         ([("a", -1.0, 1)], "damaged: a piece is empty, or there twice"),
         ([("b", 0.0, 2)], "damaged: several pieces stand for unknown characters"),
-        ([("ab", -2.0, 1)], "the piece 'ab' has the character 'b', which is no piece"),
+        ([("ab", -2.0, 1)], "the piece 'ab' has the character 'b', which is not a piece"),
         (
             [("b", -9.0, 1), ("ab", -2.0, 1), ("ba", -2.0, 1)],
             "the pieces 'ab' and 'ba' overlap and have one score",

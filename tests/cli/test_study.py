@@ -148,7 +148,7 @@ def test_a_share_that_does_not_exist_is_refused(tmp_path, capsys, share):
 
 def test_run_before_the_file_is_explained(tmp_path, capsys):
     path = write_study(tmp_path)
-    assert "put --run behind the file" in failure(capsys, "study", "--run", path)
+    assert "put --run after the file" in failure(capsys, "study", "--run", path)
 
 
 @pytest.mark.parametrize("words", [("--workers", "6"), ("--run", "--hours", "8")])

@@ -280,7 +280,7 @@ def decoded_as_graph(name, place):
     if texts["compiled"] != texts["plain"]:
         raise AssertionError(f"{name}: {texts}")
     if place.device.type == "cuda":
-        expect_at_most(n_skipped, 0, f"{name}: steps that were no CUDA graph")
+        expect_at_most(n_skipped, 0, f"{name}: steps that were not a CUDA graph")
     return {"tokens/s": tokens_per_second, "graphs that were skipped": n_skipped}
 
 
