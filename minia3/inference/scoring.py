@@ -79,8 +79,9 @@ def logprobs(model, state, target):
     """Return (B, L): log p(target_t | source, target_<t), in float32 (float64 for a float64 model).
 
     target: (B, L) ids, padded on the right with any valid id; the caller masks the padding.
-    Gradients flow to the vectors. `state` advances.
+    Gradients flow to the vectors. `state` advances. The errors are those of `model.step`.
     """
+    state.check_tokens(target)
     return masked_logprobs(model, state, target, None)
 
 
@@ -114,7 +115,9 @@ def choice_logprobs(model, batch, adapter=None):
 
     batch: a Batch (tasks/batches.py). Its sources are read once, and the choices continue them. If
     the choices are scored in chunks, the backward pass keeps only the sources' keys and values, and
-    scores each chunk again.
+    scores each chunk again. adapter: None (row 0), an int, or (B,) long.
+
+    Raise ValueError if an adapter does not exist, if a source is empty, or if a text is too long.
     """
     if reads_texts_in_one_pass(model, batch):
         return text_logprobs(model, batch, adapter)

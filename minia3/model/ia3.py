@@ -96,7 +96,10 @@ def find_vectors(module, prefix, found):
 
 
 def freeze(model):
-    """Let only the (IA)^3 vectors require a gradient. They are found by type, not by name."""
+    """Let only the (IA)^3 vectors require a gradient. They are found by type, not by name.
+
+    Raise ValueError if the model is in a wrapper, such as that of torch.compile.
+    """
     trained = vectors(model).values()
     model.requires_grad_(False)
     for vector in trained:

@@ -168,7 +168,7 @@ class Llama(nn.Module):
     def step(self, tokens, state):
         """Continue with tokens (B, L), and return the logits (B, L, V) of what follows each token.
 
-        This advances `state`.
+        This advances `state`. The errors are those of T5.step.
         """
         return self.logits(self.run_blocks(tokens, state))
 

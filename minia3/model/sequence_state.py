@@ -133,16 +133,21 @@ class State:
         for cache in self.caches:
             cache.read_cross_kv()
 
+    def check_tokens(self, tokens):
+        """Raise ValueError unless these are tokens (R, L) for each row."""
+        n_rows = len(self.start)
+        if tokens.dim() != 2 or len(tokens) != n_rows or tokens.shape[1] == 0:
+            expected = f"expected tokens for each of {n_rows} rows"
+            raise ValueError(f"{expected}, found {tuple(tokens.shape)}")
+
     def append_columns(self, tokens_RL):
         """Add columns for the next tokens, and return the tokens as the blocks read them.
 
         tokens_RL (R, L) becomes (R / n_sharing, n_sharing * L): rows that share a cache row stand
         side by side in it. Raise ValueError if the number of rows is wrong.
         """
-        n_rows, n_tokens = tokens_RL.shape
-        if n_rows != len(self.start) or n_tokens == 0:
-            expected = f"expected tokens for each of {len(self.start)} rows"
-            raise ValueError(f"{expected}, found {tuple(tokens_RL.shape)}")
+        self.check_tokens(tokens_RL)
+        n_tokens = tokens_RL.shape[1]
         column_N = torch.arange(self.n_sharing * n_tokens, device=tokens_RL.device)
         self.token_M = torch.cat((self.token_M, self.length + column_N % n_tokens))
         new_owner_N = torch.arange(self.n_sharing, device="cpu").repeat_interleave(n_tokens)

@@ -217,7 +217,8 @@ class T5(nn.Module):
     def step(self, tokens, state):
         """Append tokens (B, L) to the target, and return the logits (B, L, V) after each token.
 
-        This advances `state`.
+        This advances `state`. Raise ValueError if there are no tokens, too many, or tokens for
+        another number of rows.
         """
         return self.logits(self.run_blocks(tokens, state))
 

@@ -145,6 +145,9 @@ class RowOptimizer:
 class Adafactor(RowOptimizer):
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) for tables of vectors.
 
+    parameters: tables (A, D), such as the values of `vectors(model)`. Each row is a vector of its
+    own. lr: how far a step goes, relative to the size of a vector.
+
     The options are those that T-Few passes to transformers' Adafactor: relative_step=False,
     scale_parameter=True, warmup_init=False. At step t, for a vector l with the gradient g:
 

@@ -7,6 +7,7 @@ still needs what was there. What cannot be started is refused.
 
 import gc
 import math
+import re
 import warnings
 import weakref
 from dataclasses import replace
@@ -631,12 +632,15 @@ def test_gradients_of_rows_that_share_a_source_are_those_of_the_rows_apart(model
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
-@pytest.mark.parametrize("shape", [(1, 3), (4, 3), (6, 3), (3, 0)])
+@pytest.mark.parametrize("shape", [(1, 3), (4, 3), (6, 3), (3, 0), (3,)])
 def test_tokens_for_another_number_of_rows_are_refused(models, name, shape):
     state = models[name].start(tokens(3, 4))
-    expected = rf"expected tokens for each of 3 rows, found \({shape[0]}, {shape[1]}\)"
+    expected = re.escape(f"expected tokens for each of 3 rows, found {shape}")
     with pytest.raises(ValueError, match=expected):
         models[name].step(tokens(*shape), state)
+    with pytest.raises(ValueError, match=expected):
+        minia3.logprobs(models[name], state, tokens(*shape))
+    assert state.length == models[name].start(tokens(3, 4)).length
 
 
 @pytest.mark.parametrize("name", ["t5-v1.0", "llama-gqa"])
