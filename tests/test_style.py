@@ -39,7 +39,7 @@ def findings(tree):
             yield node.lineno, "several assignments on one line"
         if isinstance(node, ast.Call):
             arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            if any(isinstance(argument, ast.IfExp) for argument in arguments):
+            if any(map(has_condition, arguments)):
                 yield node.lineno, "a conditional expression inside arguments"
         if isinstance(node, ast.FunctionDef):
             n_lines = node.end_lineno - node.lineno + 1
@@ -48,6 +48,10 @@ def findings(tree):
         name = bound_name(node)
         if name in NOT_NAMES:
             yield node.lineno, f"{name!r} is not the name of a thing"
+
+
+def has_condition(argument):
+    return any(isinstance(part, ast.IfExp) for part in ast.walk(argument))
 
 
 def in_comprehension(node):
@@ -136,6 +140,7 @@ MISTAKES = {
     "a, b = x, y": "several assignments",
     "f(x if y else z)": "inside arguments",
     "f(key=x if y else z)": "inside arguments",
+    "f([x if x else y for x in z])": "inside arguments",
     "own = 1": "not the name of a thing",
     "def f(of): pass": "not the name of a thing",
     "def f():\n" + "    x\n" * MOST_LINES: "61 lines",

@@ -190,7 +190,8 @@ def weight_files(folder):
     # os.path.exists, because Path.exists raises OSError if a name is too long for the file system.
     missing = [path.name for path in paths if not os.path.exists(path)]
     if missing:
-        names = ", ".join(name if name.isprintable() else repr(name) for name in missing)
+        shown_names = [name if name.isprintable() else repr(name) for name in missing]
+        names = ", ".join(shown_names)
         raise ValueError(f"{first}: names shards that are not there: {names:.300}")
     return paths
 

@@ -143,8 +143,13 @@ def join(parts, axis):
     first = parts[0]
     if axis is None:
         return first
-    shape = tuple(n * len(parts) if i == axis else n for i, n in enumerate(first.shape))
-    return Entry(shape, first.dtype, lambda: torch.cat([part.read() for part in parts], axis))
+    # A damaged shard may lack this axis. Its shape is refused later.
+    shape = [n * len(parts) if i == axis else n for i, n in enumerate(first.shape)]
+
+    def read():
+        return torch.cat([part.read() for part in parts], axis)
+
+    return Entry(tuple(shape), first.dtype, read)
 
 
 def has_tied_head(shard):

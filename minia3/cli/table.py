@@ -235,7 +235,8 @@ def format_csv(rows):
         for cell in row.cells.values():
             line += [cell.median, cell.iqr]
         line += [getattr(row, name) for name, _ in LAST_COLUMNS.values()]
-        lines.append(["" if is_unknown(value) else value for value in line])
+        line = ["" if is_unknown(value) else value for value in line]
+        lines.append(line)
 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)

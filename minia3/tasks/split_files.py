@@ -221,7 +221,7 @@ def resembled_split(path: Path) -> str | None:
 
 def unknown_task(name: str) -> str:
     """Return the message for a name that is neither a known task nor a path."""
-    # A name such as raft/overruling has a slash, but is no path.
+    # A name such as raft/overruling has a slash, but is not a path.
     groups = {known.split("/")[0] for known in known_tasks() if "/" in known}
     if looks_like_path(name) and name.split("/")[0] not in groups:
         return describe_missing_path(name)

@@ -273,7 +273,7 @@ def notes_on_labels(roles: ColumnRoles, labels: Labels) -> list[str]:
 def notes_on_integers(
     roles: ColumnRoles, columns: Columns, label_names: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Return a note for each column whose integers have names, and that is no label."""
+    """Return a note for each column whose integers have names, unless it is a label."""
     used = roots_of(prompt.text for prompt in roles.prompts) + roles.answer_columns
     notes = []
     for name in dict.fromkeys(used):
