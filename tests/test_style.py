@@ -23,6 +23,14 @@ QUESTION_WORDS = {"how", "what", "which", "who", "there"}
 NOT_NAMES = PRONOUNS | PREPOSITIONS | QUESTION_WORDS
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+LITERALS = {
+    "list": (ast.List, ast.ListComp),
+    "dict": (ast.Dict, ast.DictComp),
+    "set": (ast.Set, ast.SetComp),
+    "tuple": ast.Tuple,
+    "str": ast.JoinedStr,
+    "bool": ast.Compare,
+}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
@@ -45,6 +53,7 @@ def findings(tree):
             n_lines = node.end_lineno - node.lineno + 1
             if n_lines > MOST_LINES:
                 yield node.lineno, f"{node.name} has {n_lines} lines"
+            yield from second_kinds(node)
         name = bound_name(node)
         if name in NOT_NAMES:
             yield node.lineno, f"{name!r} is not the name of a thing"
@@ -63,6 +72,25 @@ def in_comprehension(node):
         yield node.lineno, "a comprehension over a conditional expression"
     if any(isinstance(part, ast.NamedExpr) for part in ast.walk(node)):
         yield node.lineno, "an assignment inside a comprehension"
+
+
+def second_kinds(function):
+    """Yield each name that is bound to, say, a list and then a text, as far as literals tell."""
+    kinds = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            kind = kind_of_literal(node.value)
+            name = node.targets[0].id
+            if kind is not None and kinds.setdefault(name, kind) != kind:
+                yield node.lineno, f"{name!r} is a {kinds[name]}, and then a {kind}"
+
+
+def kind_of_literal(value):
+    for kind, classes in LITERALS.items():
+        if isinstance(value, classes):
+            return kind
+    is_constant = isinstance(value, ast.Constant) and value.value is not None
+    return type(value.value).__name__ if is_constant else None
 
 
 def has_several_values(assignment):
@@ -141,6 +169,7 @@ MISTAKES = {
     "f(x if y else z)": "inside arguments",
     "f(key=x if y else z)": "inside arguments",
     "f([x if x else y for x in z])": "inside arguments",
+    "def f():\n    x = []\n    x = f'{y}'": "'x' is a list, and then a str",
     "own = 1": "not the name of a thing",
     "def f(of): pass": "not the name of a thing",
     "def f():\n" + "    x\n" * MOST_LINES: "61 lines",
