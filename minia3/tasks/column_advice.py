@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from minia3.tasks.columns import COLUMN_SETS, EXPECTED, N_FIRST_ROWS, Columns
 from minia3.tasks.csv_rows import ChoicesCell
 from minia3.tasks.format_strings import can_name
-from minia3.tasks.names import fold, list_names
+from minia3.tasks.names import fold_case, list_names
 
 # What the names of columns with answers often contain, the likeliest first.
 ANSWER_WORDS = (
@@ -122,6 +122,6 @@ def find_answer(places: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     """Return the first place whose name is one that answers have, or None."""
     for word in ANSWER_WORDS:
         for column, item in places:
-            if word in fold(column + item):
+            if word in fold_case(column + item):
                 return column, item
     return None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from minia3.tasks.columns import ColumnNames
 from minia3.tasks.format_strings import check_template, field_names, rename_field, roots_of
 from minia3.tasks.labels import Labels, split_words, words_of
-from minia3.tasks.names import fold
+from minia3.tasks.names import fold_case
 from minia3.tasks.prompts import Prompt, check_choices, choices_of
 from minia3.tasks.task import TaskSpec
 
@@ -130,7 +130,7 @@ def with_target(prompts: Iterable[Prompt], target: str, is_given: bool) -> tuple
 def with_conversation(spec: TaskSpec, column: str) -> TaskSpec:
     """Return the task whose rows are the conversations in a column of the file."""
     fields = dict(spec.fields)
-    if fold(column) != "messages":
+    if fold_case(column) != "messages":
         fields[column] = "messages"
     return spec._replace(messages="messages", fields=fields)
 
@@ -141,13 +141,13 @@ def with_label_names(spec: TaskSpec, names: Sequence[str]) -> TaskSpec:
     names: of the integers 0, 1, ... If the choices of a prompt, or else the labels on which the
     adapter was trained, are such names, then the rows' integers stand for them.
     """
-    number = {fold(choice): str(i) for i, choice in enumerate(choices_of(names))}
+    number = {fold_case(choice): str(i) for i, choice in enumerate(choices_of(names))}
     candidates = [prompt.choices or () for prompt in spec.prompts]
     # Labels 0, 1, ... were integers of a data set, too, which may have had names such as "1", "0".
     if tuple(spec.labels) != tuple(map(str, range(len(spec.labels)))):
         candidates.append(choices_of(spec.labels))
     for words in candidates:
-        keys = list(map(fold, words))
+        keys = list(map(fold_case, words))
         if keys and all(key in number for key in keys):
             return spec._replace(labels=tuple(number[key] for key in keys))
     return spec

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from minia3.tasks.format_strings import field_names, roots_of
-from minia3.tasks.names import fold, nearest_of
+from minia3.tasks.names import fold_case, nearest_of
 
 N_FIRST_ROWS = 20  # enough to see what the columns hold
 
@@ -25,16 +25,16 @@ class ColumnNames:
         kept = [name for name in self.found if name not in self.renamed]
         self.exact = {name: name for name in kept}  # name in the task -> name in the file
         self.exact |= {new_name: name for name, new_name in self.renamed.items()}
-        self.folded = {fold(name): found for name, found in self.exact.items()}
+        self.folded = {fold_case(name): found for name, found in self.exact.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.exact or fold(name) in self.folded
+        return name in self.exact or fold_case(name) in self.folded
 
     def name_in_file(self, name: str) -> str:
         """Return a column's name as the file spells it. Case makes no difference, unless there are
         columns that differ in nothing else.
         """
-        return self.exact.get(name) or self.folded.get(fold(name), name)
+        return self.exact.get(name) or self.folded.get(fold_case(name), name)
 
     def free_name(self, name: str) -> str:
         """Return a name that no column has: this one, or a longer one."""
@@ -49,10 +49,12 @@ class ColumnNames:
         of the other columns that differs from it only in case or in white space gets that name.
         """
         names = {column: name for name, column in self.exact.items()}
-        unused = {fold(names[column]): column for column in names if names[column] not in expected}
+        unused = {
+            fold_case(names[column]): column for column in names if names[column] not in expected
+        }
         for name in expected:
-            if name not in self.exact and fold(name) in unused:
-                names[unused.pop(fold(name))] = name
+            if name not in self.exact and fold_case(name) in unused:
+                names[unused.pop(fold_case(name))] = name
         return names
 
 
@@ -63,11 +65,11 @@ def find_renamed(names: Iterable[str], fields: Mapping[str, str]) -> dict[str, s
     """
     if not fields:
         return {}
-    spelled = {fold(name): name for name in names}
+    spelled = {fold_case(name): name for name in names}
     spelled |= {name: name for name in names}
     found = {}
     for name, new_name in fields.items():
-        column = spelled.get(name, spelled.get(fold(name)))
+        column = spelled.get(name, spelled.get(fold_case(name)))
         if column is not None:
             found[column] = new_name
     return found
@@ -101,8 +103,8 @@ class Columns(ColumnNames):
         """
         if name in self:
             return
-        new_names = {fold(renamed): new_name for renamed, new_name in self.renamed.items()}
-        new_name = new_names.get(fold(name))
+        new_names = {fold_case(renamed): new_name for renamed, new_name in self.renamed.items()}
+        new_name = new_names.get(fold_case(name))
         if new_name is not None:
             raise ValueError(
                 f"{origin} names the column {name!r}, which the task file's 'fields' call "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from minia3.tasks.format_strings import field_names
 from minia3.tasks.json_rows import parse_json
-from minia3.tasks.names import fold, list_names
+from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.prompts import Prompt, choices_of
 
 # A column with more labels than this, and fewer rows per label, probably holds texts to write.
@@ -46,7 +46,7 @@ class Labels(NamedTuple):
         """Return the labels as a text: "negative, positive", or "negative (0), positive (1)"."""
         texts = []
         for spelled, word in zip(self.spelled, self.words, strict=True):
-            is_word = fold(spelled) == fold(word)
+            is_word = fold_case(spelled) == fold_case(word)
             text = word if is_word else f"{word} ({spelled})"
             texts.append(text)
         return list_names(texts, N_SHOWN)
@@ -72,7 +72,7 @@ def label_text(value) -> str | None:
 def label_key(value) -> str | None:
     """Return what two spellings of a label have in common. None: no label."""
     text = label_text(value)
-    return text and fold(text)
+    return text and fold_case(text)
 
 
 def split_words(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -88,7 +88,7 @@ def split_words(given: str | Sequence[str]) -> tuple[str, ...]:
             words = parse_json(given)
     are_texts = all(isinstance(word, str) for word in words)
     words = tuple(word.strip() for word in words) if are_texts else ()
-    n_different = len(set(map(fold, words)))
+    n_different = len(set(map(fold_case, words)))
     if not all(words) or n_different < len(words) or n_different < 2:
         raise ValueError(
             f"--labels is {given!r:.80}, expected two words or more that differ, "
@@ -164,7 +164,7 @@ def count_labels(values: Iterable) -> tuple[Counter, dict[str, str]]:
         except ValueError:
             continue
         if text is not None:
-            key = fold(text)
+            key = fold_case(text)
             counts[key] += 1
             # Beside 1.5, a 1.0 is a word. (If all keys are integers, the spellings play no part.)
             is_boolean = isinstance(value, bool)
@@ -224,9 +224,9 @@ def order_like_choices(labels: Labels, choices: Sequence[Sequence[str]], field: 
     file does not say which choices they mean, so the words must be the choices of a prompt.
     Integers and booleans have an order of their own. Raise ValueError for other words.
     """
-    keys = list(map(fold, choices_of(labels.words)))
+    keys = list(map(fold_case, choices_of(labels.words)))
     for choices_of_prompt in choices:
-        ordered_keys = list(map(fold, choices_of_prompt))
+        ordered_keys = list(map(fold_case, choices_of_prompt))
         if set(keys) == set(ordered_keys):
             places = sorted(range(len(keys)), key=lambda place: ordered_keys.index(keys[place]))
             spelled = tuple(labels.spelled[place] for place in places)
@@ -331,11 +331,11 @@ def find_choice(value, choices: Sequence[str], field: str, may_be_hidden: bool) 
             check_position(text, index, words, field)
         return index
     if text and not are_numbers:
-        keys = list(map(fold, words))
+        keys = list(map(fold_case, words))
         if text in words:
             return words.index(text)
-        if fold(text) in keys:
-            return keys.index(fold(text))
+        if fold_case(text) in keys:
+            return keys.index(fold_case(text))
     if may_be_hidden and (text is None or text.lower() in HIDDEN):
         return -1
     expected = f"expected one of {', '.join(indices)}"

@@ -29,7 +29,7 @@ class Mixture(NamedTuple):
         return "+".join(task.name for task in self.members)
 
 
-def mix(tasks: Sequence[Task]) -> Mixture:
+def make_mixture(tasks: Sequence[Task]) -> Mixture:
     """Return a mixture.
 
     Raise ValueError if two tasks have the same name, because only the name tells their results

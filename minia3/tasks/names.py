@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable
 
 
-def fold(name: str) -> str:
+def fold_case(name: str) -> str:
     """Return what the spellings of a name have in common, whatever their case and the form of their
     accents: macOS and some spreadsheets write the two characters e and U+0301 for an é.
     """

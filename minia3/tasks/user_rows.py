@@ -10,7 +10,7 @@ from minia3.tasks.column_flags import ColumnFlags, with_label_names
 from minia3.tasks.format_strings import final_field
 from minia3.tasks.known_tasks import SHIPPED
 from minia3.tasks.library_data import find_hub_files, find_saved_files
-from minia3.tasks.names import fold, list_names
+from minia3.tasks.names import fold_case, list_names
 from minia3.tasks.row_files import not_read, read_label_names, rows_suffix
 from minia3.tasks.rows import FileRow, check_files, describe_empty, empty_columns, read_files
 from minia3.tasks.split_files import (
@@ -140,9 +140,9 @@ def check_label_names(files: dict[str, list[Path]], spec: TaskSpec):
 def names_of_labels(path: Path, spec: TaskSpec) -> list[str]:
     """Return the names that a file gives to the integers of the label, or an empty list."""
     columns = {new_name: name for name, new_name in spec.fields.items()}
-    label_column = fold(columns.get(spec.label_field, spec.label_field))
+    label_column = fold_case(columns.get(spec.label_field, spec.label_field))
     for column, names in read_label_names(path).items():
-        if fold(column) == label_column:
+        if fold_case(column) == label_column:
             return names
     return []
 

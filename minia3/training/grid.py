@@ -5,7 +5,7 @@ import math
 
 from minia3.checkpoints.chat import read_template
 from minia3.tasks.column_flags import ColumnFlags
-from minia3.tasks.mixture import mix
+from minia3.tasks.mixture import make_mixture
 from minia3.tasks.split_files import short_name
 from minia3.tasks.splits import load_task
 from minia3.training.cell import Cell
@@ -70,7 +70,7 @@ def load_task_of(config, loaded):
             flags["like"] = learned_task(name, config)
             loaded[key] = load_task(name, config.data_dir, config.shots, config.seed, **flags)
         tasks.append(loaded[key])
-    return tasks[0] if len(tasks) == 1 else mix(tasks)
+    return tasks[0] if len(tasks) == 1 else make_mixture(tasks)
 
 
 def learned_task(name, config):

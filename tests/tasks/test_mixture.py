@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minia3.tasks.batches import order
-from minia3.tasks.mixture import draw_rows, mix
+from minia3.tasks.mixture import draw_rows, make_mixture
 from minia3.tasks.task import Task
 
 
@@ -58,11 +58,11 @@ def test_the_members_of_a_step_are_a_function_of_the_seed_and_the_step():
 def test_a_plain_task_is_its_only_member_and_a_mixture_has_several():
     tasks = [make_task("a"), make_task("b")]
     assert tasks[0].members == [tasks[0]]
-    assert mix(tasks).members == tasks
+    assert make_mixture(tasks).members == tasks
 
 
 def test_tasks_of_the_same_name_do_not_mix():
     with pytest.raises(
         ValueError, match=r"name for each task of a mixture, found \['a', 'a'\]: .*so rename one\Z"
     ):
-        mix([make_task("a"), make_task("a")])
+        make_mixture([make_task("a"), make_task("a")])

@@ -12,7 +12,7 @@ from written_out import rte_flags
 import minia3
 from minia3.tasks.batches import order
 from minia3.tasks.examples import encode_rows
-from minia3.tasks.mixture import mix
+from minia3.tasks.mixture import make_mixture
 from minia3.tasks.prompts import for_family
 from minia3.training.assignment import assign_rows
 from minia3.training.cell import Cell
@@ -28,7 +28,7 @@ def cell(cap, seed=0, steps=200):
     config = train.Config(
         task=tuple(mixed_tasks().split(",")), adapters="one", cap=cap, seed=seed, steps=steps
     )
-    return Cell(config, mix([minia3.load_task(name) for name in config.task]))
+    return Cell(config, make_mixture([minia3.load_task(name) for name in config.task]))
 
 
 @pytest.mark.parametrize(("cap", "share"), [(10**6, 6 / 46), (10, 6 / 16), (1, 1 / 2)])
