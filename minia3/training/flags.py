@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from minia3.files.home import expand_home
 from minia3.files.messages import shorten
 
 
@@ -130,7 +131,7 @@ def list_reader(kind):
     """Return a function that reads "a,b" as a tuple, and "a" or an existing path as one value."""
 
     def read(text):
-        if os.path.exists(text):  # a path may have a comma in it
+        if os.path.exists(expand_home(text)):  # a path may have a comma in it
             return kind(text)
         values = tuple(kind(part) for part in text.split(","))
         return values if len(values) > 1 else values[0]

@@ -17,6 +17,7 @@ from running import ROOT, contents, events, fails, metrics, outcome, run, task, 
 import minia3
 from minia3.cli.main import main
 from minia3.training.command_line import complete, parse_flags
+from minia3.training.from_python import given_flags
 from minia3.training.grid import steps_of_epochs
 from minia3.training.study_file import read_studies
 
@@ -210,6 +211,16 @@ def test_a_toml_file_has_the_flags_as_they_are_typed(tmp_path):
     config = complete({"config": str(file), "seed": 3})
     expected = {"task": ("rte", "cb"), "batch_size": 16, "eval_only": True, "lr": 1, "out": "x"}
     assert config == train.Config(**expected, seed=3)
+
+
+def test_a_file_in_the_home_folder_with_a_comma_in_its_name_is_a_single_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a,b.csv").write_text("text,label\n")
+    path = f"{tmp_path}/a,b.csv"
+    assert complete(parse_flags(["--task=~/a,b.csv"])).task == path
+    assert complete(given_flags({"task": Path("~/a,b.csv")})).task == path
+    (tmp_path / "flags.toml").write_text('task = ["~/a,b.csv", "rte"]')
+    assert complete({"config": str(tmp_path / "flags.toml")}).task == (path, "rte")
 
 
 def test_a_text_with_commas_in_a_file_is_read_as_it_is_typed(tmp_path):
