@@ -85,8 +85,9 @@ def different_fields(config, found, has_steps=True):
     fields = []
     for field in dataclasses.fields(config):
         is_ignored = field.name in ignored
-        value = getattr(config, field.name)
-        if not is_ignored and value != found.get(field.name, field.default):
+        # A list of a single value was a grid of a single adapter once.
+        value = as_tuple(getattr(config, field.name))
+        if not is_ignored and value != as_tuple(found.get(field.name, field.default)):
             fields.append(field)
     return fields
 

@@ -463,6 +463,17 @@ def test_or_resume_does_not_take_epochs_for_steps_before_it_knows_how_many_they_
     assert "is finished" in capsys.readouterr().out
 
 
+def test_or_resume_knows_a_grid_of_a_single_adapter(tmp_path, capsys):
+    """Such a run began when a list of a single value in a file still made a grid."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1, seed=3)) == 0
+    record = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(record | {"seed": [3]}))
+    assert run(words(out, "--or-resume", steps=1, seed=3)) == 0
+    assert f"{out} is finished" in capsys.readouterr().out
+    fails(words(out, "--or-resume", steps=1, seed=4), capsys, "--seed is (3,), expected 4")
+
+
 def test_or_resume_from_python(tmp_path):
     flags = {"task": str(task()), "steps": 1, "out": tmp_path / "run", "or_resume": True}
     first = minia3.train(running.model("t5"), **flags)
