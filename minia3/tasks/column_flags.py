@@ -1,6 +1,7 @@
 """What a user says about columns (--input, --target, --labels), and how it changes a task.
 
-Each function returns another TaskSpec, or other prompts of it.
+`read_flags` checks what the user says. Functions named with_... return another TaskSpec, or other
+prompts of one.
 """
 
 from collections.abc import Iterable, Sequence

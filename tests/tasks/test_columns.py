@@ -368,6 +368,16 @@ def test_a_renamed_column_takes_the_place_of_one_that_has_its_new_name():
         assert columns.names_in_task(()) == {"a": "b", "b": "a", "c": "c"}
 
 
+def test_a_renamed_column_comes_before_one_that_has_its_new_name_in_another_case(tmp_path):
+    """The line of the run named the renamed column, and the model read the other one."""
+    (tmp_path / "rows.csv").write_text("body,TEXT,label\n" + "good,bad,x\nfine,worse,y\n" * 5)
+    task_file = {"files": "rows.csv", "fields": {"body": "Text"}}
+    (tmp_path / "task.json").write_text(json.dumps(task_file))
+    task = load_task(tmp_path)
+    assert task.columns == "reads body, picks label among x, y; ignores TEXT"
+    assert {row["text"] for row in [*task.train, *task.validation, *task.test]} == {"good", "fine"}
+
+
 def test_a_column_with_an_expected_name_is_not_taken_for_another_one():
     for found in (("TEXT", "text"), ("text", "TEXT")):
         columns = ColumnNames(found, {})
