@@ -178,10 +178,18 @@ def find_runs(folders):
             inside = sorted(path.parent for path in folder.glob("*/config.json"))
             if not inside:
                 expected = "expected a run of train.py, or a folder of runs"
-                raise ValueError(f"{folder}: {expected}, found no config.json")
+                raise ValueError(f"{folder}: {expected}, {found_instead(folder)}")
         for path in inside or [folder]:
             found[path.resolve()] = (path, bool(inside))
     return dict(found.values())
+
+
+def found_instead(folder):
+    """Return the end of a message about a folder without runs."""
+    folders = sorted({str(path.parents[1]) for path in folder.glob("*/*/metrics.jsonl")})
+    if folders:  # as in the folder `runs` after a study
+        return f"found folders of runs inside: give {' '.join(folders):.200}"
+    return "found no config.json"
 
 
 @contextmanager

@@ -52,6 +52,10 @@ class Parser(argparse.ArgumentParser):
             path = Path(value or next(iter(following), "runs/my-run"))
             run = path.parent if path.suffix == ".pt" else path
             return f": {advice.format(run=run)}"
+        positionals = [action.dest for action in self._get_positional_actions()]
+        if typed.removeprefix("--") in positionals:
+            order = " ".join(positionals).upper()
+            return f": give its value alone, as in {self.prog} {order}"
         if typed.startswith("-"):
             known = re.findall(r"--[a-z][\w-]*", self.format_usage())
             similar = difflib.get_close_matches(typed, known, n=1)

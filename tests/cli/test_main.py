@@ -185,6 +185,10 @@ def test_prompts_and_flags_come_in_any_order(words):
         (["info", "t5-bsae"], ["did you mean t5-base?"]),
         (["generate"], ["model", "required"]),
         (["generate", "tiny-t5", "--beam", "2"], ["'--beam'", "did you mean --beams?"]),
+        (
+            ["merge", "tiny-t5", "--adapter", "a", "--out", "b"],
+            ["'--adapter'", "give its value alone, as in minia3 merge MODEL ADAPTER OUT"],
+        ),
         (["generate", "tiny-t5", "--beams", "two", "x"], ["--beams", "'two'"]),
         (["generate", "tiny-t5", "--beams", "0", "x"], ["beams", "0"]),
         (["generate", "tiny-t5", "--top-p", "2", "x"], ["top_p", "2.0"]),

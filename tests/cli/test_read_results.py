@@ -367,6 +367,13 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
             read_results([folder])
 
 
+def test_a_folder_of_folders_of_runs_is_told_apart(tmp_path):
+    make_run(tmp_path / "runs" / "study" / "run")
+    with pytest.raises(ValueError, match=r"runs: expected a run") as error:
+        read_results([tmp_path / "runs"])
+    assert str(error.value).endswith(f"give {tmp_path / 'runs' / 'study'}")
+
+
 def test_a_folder_of_nothing_but_other_folders_has_no_result(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "t5"}')
