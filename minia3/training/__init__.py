@@ -10,7 +10,7 @@ metrics.jsonl? Most of the other modules
     hold the equations                losses, optimizer
     plan the memory                   memory_plan, memory_fit, step_memory, evaluation_memory
     add up over processes             replicas
-    keep and continue a run           run_folder, checkpoint, extension, signals
+    keep and continue a run           run_folder, metrics_file, checkpoint, extension, signals
     print what the user sees          announce, results, doubts, report, shown_commands, model_card
 
 and docs/design.md has a line about each of them.
