@@ -73,12 +73,12 @@ def fold_into_scales(name, linear, scaling, dtype):
     scaling: the vectors (D,) that scale its outputs. dtype: of the weight when it is computed.
     Raise ValueError if a number of this weight or of the bias is not finite.
     """
-    scales = linear.scales.detach()
+    scales = linear.scales
     bias = linear.bias
     for l_D in scaling:
         scales = scales * l_D[:, None]
         bias = scaled_bias(bias, l_D)
-    folded = type(linear)(linear.codes.detach(), scales, bias)
+    folded = type(linear)(linear.codes, scales, bias)
     if scaling:
         check_folded(f"{name}.weight", folded.to_linear(dtype).weight)
         if bias is not None:
@@ -104,7 +104,7 @@ def scaling_vectors(module, place, kind):
 def scaled_bias(bias, l_D):
     if bias is None:
         return None
-    return torch.nn.Parameter((bias.detach() * l_D).to(bias.dtype), requires_grad=False)
+    return torch.nn.Parameter((bias.detach() * l_D).to(bias.dtype), bias.requires_grad)
 
 
 def quantized_entries(model, stored, dtype, quantize):

@@ -68,6 +68,18 @@ def test_merged_is_applied_if_some_linears_are_plain(tmp_path, name, plain):
     assert {n.rpartition(".")[2] for n in kept} == (set() if has_place else {"l_ff"})
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_the_merged_model_trains_what_the_model_trains(tmp_path, is_frozen):
+    """The biases that a vector scales are new parameters."""
+    make("qwen2").save_pretrained(tmp_path)
+    model = minia3.load_model(tmp_path, quantize="int8")
+    if is_frozen:
+        minia3.freeze(model)
+    merged = minia3.merge(model)
+    for name, parameter in merged.named_parameters():
+        assert parameter.requires_grad == model.get_parameter(name).requires_grad, name
+
+
 @pytest.mark.parametrize(
     ("kind", "scale", "bias"),
     [("weight", 2.0, 0.0), ("weight", 0.5, 0.0), ("bias", 1e-6, 2.0), ("bias", 1e-6, -2.0)],
