@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from conftest import equal_tensors, randomize
+from safetensors.torch import load_file
 from test_peft_files import refused
 
 import minia3
@@ -24,6 +25,12 @@ def test_a_row_comes_back_bit_for_bit_whatever_the_dtype_of_the_base(loaded, tmp
     for n, vector in minia3.vectors(again).items():
         assert torch.equal(vector[1], minia3.vectors(model)[n][0])
         assert torch.equal(vector[0], torch.ones_like(vector[0]))
+
+
+def test_the_saved_row_of_a_float64_model_is_float32(loaded, tmp_path):
+    save_adapter(loaded("t5-v1.0").double(), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 def test_a_row_of_a_model_is_a_view_that_needs_no_gradient(loaded):

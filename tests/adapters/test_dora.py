@@ -81,7 +81,10 @@ def test_the_config_names_kinds_of_linears_and_not_each_linear(tmp_path, name, k
 @pytest.mark.parametrize("name", ["t5-v1.1", "flan-ul2", "llama-gqa", "mistral", "qwen3"])
 def test_in_float64_both_are_one_function(tmp_path, name):
     model = model_with_adapter(tmp_path, name, dtype=torch.float64)
-    theirs = double(in_peft(tmp_path, name, as_dora(tmp_path, model)))
+    folder = as_dora(tmp_path, model)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    theirs = double(in_peft(tmp_path, name, folder))
     factors = factors_of_linears(model, row_of(model, 0))
     assert len(factors) == len(lora_layers(theirs))
     for layer, (linear, factor) in zip(lora_layers(theirs), in_their_order(factors), strict=True):

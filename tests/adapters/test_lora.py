@@ -133,6 +133,14 @@ def test_logits_and_gradients_of_a_padded_batch_equal_peft(loaded, peft_folder, 
         assert off(p.grad, gradients[n]) < 1e-9, n
 
 
+def test_a_lora_of_rank_1_equals_peft(loaded, peft_folder):
+    theirs, folder = peft_folder("t5-v1.0", r=1)
+    ours = loaded("t5-v1.0")
+    load_lora(ours, folder)
+    expected = their_logits(theirs, SOURCE, MASK, TARGET)
+    assert off(logits(ours, SOURCE, MASK, TARGET), expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_our_folder_gives_the_same_logits_in_peft_without_a_warning(applied, tmp_path, name):
     model = applied(name)

@@ -19,7 +19,7 @@ from minia3.adapters.named_rows import Adapters, grow
 from minia3.adapters.peft_files import read_adapter, write_adapter
 from minia3.adapters.rows import fill_row, row_of, save_adapter
 from minia3.cli.info import info
-from minia3.model.adapter_rows import GENERATION, find_row
+from minia3.model.adapter_rows import GENERATION, find_row, give_up
 from minia3.model.more_vectors import add_vectors, possible_vectors
 
 BOTH = ["t5-v1.1", "llama-gqa"]
@@ -328,6 +328,31 @@ def test_a_replacement_that_is_interrupted_removes_the_name_and_nothing_else(
     assert list(adapters) == ["a1", "a0"]
     for a in adapters:
         assert equal_tensors(row_of(model, adapters[a]), read_adapter(folder / a).vectors)
+
+
+def test_a_replacement_that_is_interrupted_before_it_begins_gives_up_its_row(
+    loaded, folders, monkeypatch
+):
+    """Whoever has the old number must not read the next adapter of the row."""
+    folder = folders("t5-v1.0", 2)
+    model = loaded("t5-v1.0")
+    adapters = Adapters(model)
+    adapters.load("a0", folder / "a0")
+    old_rows = adapters.rows(["a0"])
+    ended = []
+
+    def interrupt_first(row, model):
+        if not ended:
+            ended.append(row)
+            raise KeyboardInterrupt
+        give_up(row, model)
+
+    monkeypatch.setattr("minia3.adapters.named_rows.give_up", interrupt_first)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.load("a0", folder / "a1")
+    adapters.load("a1", folder / "a1")
+    with pytest.raises(ValueError, match="the adapter of row 1 was removed or replaced"):
+        model.start(SOURCE[:1], MASK[:1], old_rows)
 
 
 def test_nothing_but_its_methods_changes_it(loaded, folders):
