@@ -2,6 +2,7 @@
 names, and everything that is made of the adapter uses the same template."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -187,6 +188,17 @@ def test_mistakes_are_one_line(folder, capsys):
     assert "has an encoder" in failure(folder, capsys, model=model("t5"))
     message = failure(folder, capsys, max_length=3)
     assert "does not fit into max_length 3: its last learned exchange alone has" in message
+
+
+def test_tasks_of_different_chat_templates_are_refused(folder, capsys):
+    entry = {"messages": "messages", "fields": {"messages": "messages"}}
+    tasks = [folder / "chats", folder / "others"]
+    shutil.copytree(*tasks)
+    for path, template in zip(tasks, (WORDS, WORDS.replace("w59", "w58")), strict=True):
+        (path / "task.json").write_text(json.dumps(entry | {"chat_template": template}))
+    both = ",".join(map(str, tasks))
+    message = failure(folder, capsys, task=both, chat_template=None)
+    assert "have different chat templates: train them in separate runs" in message
 
 
 def test_a_chat_template_without_conversations_is_refused_before_a_model_is_loaded(folder, capsys):

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import json
 import math
 import random
 import re
@@ -348,6 +349,17 @@ def test_a_single_cell_is_an_ordinary_run(tmp_path):
     assert run(words(tmp_path / "run", steps=1)) == 0
     assert (tmp_path / "run" / "adapter").is_dir()
     assert not any({"adapter", "losses"} & line.keys() for line in metrics(tmp_path / "run"))
+
+
+def test_a_run_of_a_single_cell_and_task_names_neither(tmp_path, capsys):
+    """Not on the console, and not in the names of the data files."""
+    out = tmp_path / "run"
+    assert run(words(out, steps=1)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    results = [line for line in lines if line.startswith(("before", "after"))]
+    assert [line.split()[1] for line in results] == ["accuracy", "accuracy"]
+    data = json.loads((out / "config.json").read_text())["data"]
+    assert data.keys() == {"train.jsonl", "validation.jsonl", "test.jsonl"}
 
 
 def test_a_path_with_a_comma_is_a_single_task(tmp_path):
