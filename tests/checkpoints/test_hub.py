@@ -368,9 +368,9 @@ def test_an_adapter_that_cannot_be_downloaded_is_refused_like_a_model(hub, tmp_p
 @pytest.mark.slow
 def test_a_server_that_sends_a_byte_now_and_then_is_given_up_with_the_reason(hub, tmp_path):
     endpoint = f"http://127.0.0.1:{hub.server_port}"
-    (message,) = ask(tmp_path, endpoint, [("load", "org/slow")], longest_wait=0.5)
+    (message,) = ask(tmp_path, endpoint, [("load", "org/slow")], longest_wait=1.5)
     assert message.startswith("ValueError: org/slow: ")
-    assert "the server sends too slowly: less than 10 MB in 0.5 seconds" in message
+    assert "the server sends too slowly: less than 10 MB in 1.5 seconds" in message
     assert "If another process is downloading this file, try again when it is done" in message
 
 
