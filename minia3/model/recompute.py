@@ -86,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, weight_D, r)
-        return (wide * r * weight_D).to(x.dtype)
+        return (wide * r).mul_(weight_D).to(x.dtype)
 
     @staticmethod
     @once_differentiable  # a second derivative would take r for a constant, and r depends on x
@@ -96,7 +96,7 @@ class _RMSNorm(torch.autograd.Function):
         weighted = grad * weight_D.to(r.dtype)
         # The part of the gradient along x drops out, because scaling x does not change the result.
         along = (weighted * unit).mean(-1, keepdim=True)
-        grad_x = ((weighted - unit * along) * r).to(x.dtype)
+        grad_x = weighted.addcmul_(unit, along, value=-1).mul_(r).to(x.dtype)
         grad_weight_D = None
         if ctx.needs_input_grad[1]:
             grad_weight_D = (grad * unit).sum_to_size(weight_D.shape)
