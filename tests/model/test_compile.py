@@ -114,7 +114,8 @@ class Logits(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", ["t5-v1.1", "llama-gqa"])
 def test_a_module_around_a_model_may_be_compiled_as_a_whole(name, loaded):
-    model = first_blocks(loaded(name, seed=0))
+    # In float64, because compiled code has norms of its own, which round differently.
+    model = first_blocks(loaded(name, seed=0)).double()
     minia3.freeze(model)
     source = torch.arange(2, 14).view(2, 6)
     results = []
