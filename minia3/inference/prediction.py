@@ -36,7 +36,9 @@ from minia3.tasks.rows import (
     describe_empty,
     empty_columns,
     expected_names,
+    find_rivals,
     normalize_row,
+    task_names,
     without_target,
 )
 from minia3.tasks.task import TaskSpec
@@ -136,6 +138,7 @@ class FileColumns:
         self.is_file = Path(path).is_file()
         self.of_table = column_names(path) if self.is_file else []
         self.of_adapters = {}  # what `of_adapter` has returned
+        self.rivals = {}  # of each adapter: what `find_rivals` has returned
 
     def lack_adapters(self):
         """Return whether the file has rows, and none of them has the column `adapter`.
@@ -162,11 +165,28 @@ class FileColumns:
         if self.of_table or not self.is_file:
             return self.of_table
         if name not in self.of_adapters:
-            rows = (row for _, row in read_rows(self.path) if isinstance(row, dict))
-            if self.has_names:
-                rows = (row for row in rows if row.get("adapter") == name)
-            self.of_adapters[name] = columns_of_rows(rows)
+            self.of_adapters[name] = columns_of_rows(self.rows_of_adapter(name))
         return self.of_adapters[name]
+
+    def rows_of_adapter(self, name):
+        rows = (row for _, row in read_rows(self.path) if isinstance(row, dict))
+        if self.has_names:
+            rows = (row for row in rows if row.get("adapter") == name)
+        return rows
+
+    def that_row_may_lack(self, row, spec, name):
+        """Return the columns of a table, or those of JSON that `find_rivals` finds.
+
+        JSON is read for them only if a column of the row is not just the one that the task names.
+        """
+        columns = {field: column for column, field in spec.fields.items()}
+        names = task_names(row, spec)
+        is_exact = all(column == columns.get(field, field) for column, field in names.items())
+        if self.of_table or not self.is_file or is_exact:
+            return self.of_table
+        if name not in self.rivals:
+            self.rivals[name] = find_rivals(self.rows_of_adapter(name), spec)
+        return self.rivals[name]
 
     def check(self, row, spec, name):
         """Raise ValueError if the model reads a column that neither a row nor its file has.
@@ -206,7 +226,8 @@ def read_inputs(path, tokenizer, forms, adapters, default=None, limits=DEFAULT_L
             if has_names or not reads_adapter(file_row, forms, default):
                 name = adapter_name(file_row, keep_empty, adapters, default)
             spec, prompt = forms.find(name, file_row, columns.of_table)
-            row = normalize_row(file_row, spec, PREDICTED, n, columns.of_table)
+            may_lack = columns.that_row_may_lack(file_row, spec, name)
+            row = normalize_row(file_row, spec, PREDICTED, n, may_lack)
             columns.check(file_row, spec, name)
             rendered, example = encode_input(row, spec, prompt, tokenizer, limits)
             check_tokens(rendered, example)

@@ -1,6 +1,7 @@
 """Check the rows of files. One message names all bad rows of all files."""
 
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, groupby
@@ -76,6 +77,8 @@ def check_split(rows: list[FileRow], spec: TaskSpec, split: str) -> tuple[list[d
     paths = dict.fromkeys(found.path for found in rows)
     columns = {path: column_names(path) for path in paths}
     lacking = find_lacking_files(rows, columns, spec)
+    for path, found in groupby(rows, key=attrgetter("path")):
+        columns[path] = columns[path] or find_rivals((row for _, _, row in found), spec)
     rows.reverse()
     while rows:
         path, number, row = rows.pop()
@@ -165,6 +168,20 @@ def columns_of_rows(rows: Iterable[dict | ValueError]) -> list[str]:
     return list(columns)
 
 
+def find_rivals(rows: Iterable[dict | ValueError], spec: TaskSpec) -> list[str]:
+    """Return the columns that share a row with a column for which the task has the same name.
+
+    They are two columns in the whole file of JSON: `Label` does not stand in for `label` in a row
+    that lacks it. If no row has both, they are two spellings of one column.
+    """
+    found = {}
+    for columns in dict.fromkeys(tuple(row) for row in rows if isinstance(row, dict)):
+        names = {column: task_names([column], spec)[column] for column in columns}
+        n_columns = Counter(names.values())
+        found |= dict.fromkeys(column for column in columns if n_columns[names[column]] > 1)
+    return list(found)
+
+
 def empty_columns(row: dict, prompt: Prompt) -> list[str]:
     """Return the columns that the model reads and that are empty in a checked row of a user.
 
@@ -189,8 +206,8 @@ def normalize_row(
 ) -> dict:
     """Return a row with an integer `label` (-1: unlabeled) and an integer `idx`.
 
-    number: the `idx` of the row, if its file has none that is an integer. columns: see
-    `column_names`.
+    number: the `idx` of the row, if its file has none that is an integer. columns: of its file, see
+    `column_names` and `find_rivals`.
 
     Raise ValueError if something is wrong with the row. If the row is itself a ValueError (see
     `read_rows`), raise it. Only rows of the split "test" may lack a label. The answers of the split
@@ -199,7 +216,7 @@ def normalize_row(
     if isinstance(row, ValueError):
         raise row
     # A row lacks the columns in which its cells are empty, and no other column takes their place.
-    names = task_names(columns or row, spec)
+    names = task_names(dict.fromkeys((*columns, *row)), spec)
     row = {names[column]: value for column, value in row.items() if column in names}
     with naming_columns(names | dict(spec.fields)):
         if spec.span_field:

@@ -447,6 +447,20 @@ def test_a_row_of_json_may_lack_a_column_that_another_row_has(suffix, tmp_path, 
     assert ":1: there is no column 'hypothesis'" in error, "a pipe is not read ahead"
 
 
+def test_a_row_that_lacks_a_column_is_not_given_another_one(tmp_path, capsys):
+    """`Premise` was read in its place, although other rows have both."""
+    words = ("--labels", "w5,w6", "--input", "{premise} {hypothesis}")
+    rows = [{"Premise": "w4", "hypothesis": "w5"}, {"premise": "w3", "hypothesis": "w5"}]
+    file = write(tmp_path / "rows.jsonl", rows)
+    one_name = predicted(capsys, running.model("t5"), file, *words)
+    both = {"premise": "w3", "Premise": "w4", "hypothesis": "w5"}
+    results = predicted(capsys, running.model("t5"), write(file, [*rows, both]), *words)
+    assert results[1]["scores"] == results[2]["scores"] == one_name[1]["scores"]
+    assert results[0]["scores"] != one_name[0]["scores"]
+    predict(running.model("t5"), file, *words)
+    assert capsys.readouterr().err == "minia3: 'premise' is empty in 1 row\n"
+
+
 def test_rows_that_lack_a_column_are_counted_at_the_end(tmp_path, capsys):
     """A column that is misspelled in some rows was passed over, but not in training."""
     rows = [{"premise": "w3", "input": "w4"}] * 2 + [{"premise": "w3", "hypotesis": "w4"}]

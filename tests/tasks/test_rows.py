@@ -40,6 +40,27 @@ def test_an_empty_cell_is_not_filled_by_a_column_that_is_not_read(tmp_path, head
         load_task(tmp_path)
 
 
+@pytest.mark.parametrize(("header", "name", "fields"), EMPTY_CELLS)
+def test_a_row_of_json_without_a_column_is_not_given_another_one(tmp_path, header, name, fields):
+    """The line of the run said that the other column is ignored, and its label was taken."""
+    (tmp_path / "task.json").write_text(json.dumps({"fields": fields, "label_field": name}))
+    read, other = header.split(",")
+    rows = [{"text": "a", read: "x", other: "y"}, {"text": "b", read: "y", other: "x"}]
+    lacking = {"text": "c", other: "x"}
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_bytes(lines(*rows))
+    (tmp_path / "test.jsonl").write_bytes(lines(lacking, *rows))
+    assert [row["label"] for row in load_task(tmp_path).test] == [-1, 0, 1]
+    (tmp_path / "train.jsonl").write_bytes(lines(*rows, lacking))
+    with pytest.raises(ValueError, match=r"train\.jsonl:3: .* is None, expected one of x, y"):
+        load_task(tmp_path)
+    # If no row has both, they are two names for one column.
+    rows = [{"text": "a", read: "x"}, {"text": "b", read: "y"}, {"text": "c", other: "x"}]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(lines(*rows))
+    assert [row["label"] for row in load_task(tmp_path).test] == [0, 1, 0]
+
+
 def test_a_message_names_the_column_as_the_file_does(tmp_path):
     # It had the name of our own field (label_text), and proposed another column for an empty cell.
     path = tmp_path / "rows.csv"
