@@ -34,8 +34,9 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument(
         "file",
-        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it, with the columns that the "
-        "adapter was trained on; a row may have its own `choices`, and the name of an `adapter`",
+        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it (-: JSON lines from standard "
+        "input), with the columns that the adapter was trained on; a row may have its own "
+        "`choices`, and the name of an `adapter`",
     )
     parser.add_argument(
         "--adapter",
@@ -103,6 +104,8 @@ def run(args):
     from minia3.checkpoints.tokenizer import load_tokenizer
     from minia3.inference.result_file import follow, write_results
 
+    if args.file == "-":
+        args.file = "/dev/stdin"
     check_out(args)
     check_pipe(args.file)
     if args.columns:

@@ -753,6 +753,25 @@ def test_a_pipe_is_read_once_also_if_a_bar_shows_the_progress(tmp_path, capsys, 
         assert out.read_bytes() == whole.read_bytes()
 
 
+def test_a_dash_is_standard_input(tmp_path, capsys):
+    file = write(tmp_path / "rows.jsonl", running.rows(3))
+    expected = predicted(capsys, running.model("t5"), file)
+    standard_input = os.dup(0)
+    try:
+        with file.open() as rows:
+            os.dup2(rows.fileno(), 0)
+            assert predicted(capsys, running.model("t5"), "-") == expected
+        reading, writing = os.pipe()
+        os.write(writing, file.read_bytes())
+        os.close(writing)
+        os.dup2(reading, 0)
+        os.close(reading)
+        assert predicted(capsys, running.model("t5"), "-") == expected
+    finally:
+        os.dup2(standard_input, 0)
+        os.close(standard_input)
+
+
 def test_a_pipe_is_not_asked_for_its_columns(tmp_path, capsys, monkeypatch):
     def read_again(path):
         raise AssertionError(f"{path} is read a second time")
