@@ -11,6 +11,7 @@ from minia3.tasks.names import fold_case, list_names
 
 # What the names of columns with answers often contain, the likeliest first.
 ANSWER_WORDS = (
+    "chosen",
     "answer",
     "response",
     "output",
@@ -51,8 +52,9 @@ def advise(columns: Columns) -> str:
     """Return what the user can do if no known set matches: rename a column, or give flags."""
     conversations = columns.conversations()
     if len(conversations) > 1:
-        names = " and ".join(map(repr, conversations))
-        return f"{names} hold conversations: call the one to learn from 'messages'"
+        return advise_conversations(conversations)
+    if "chosen" in columns and "rejected" in columns:
+        return advise_pairs(columns)
     named = list(filter(None, columns.folded))
     for column_set in COLUMN_SETS:
         missing = [name for name in column_set.names if name not in columns]
@@ -66,6 +68,26 @@ def advise(columns: Columns) -> str:
             found = columns.folded[near[0]]
             return f"did you mean {missing[0]!r} by {found!r}? Otherwise {advise_flags(columns)}"
     return advise_flags(columns)
+
+
+def advise_conversations(names: Sequence[str]) -> str:
+    """Return what the user can do with several columns of conversations."""
+    advice = "call the one to learn from 'messages'"
+    if {"prompt", "chosen"} <= set(map(fold_case, names)):
+        advice = "write the turns of the prompt and of the chosen answer into a column 'messages'"
+    return f"{' and '.join(map(repr, names))} hold conversations: {advice}"
+
+
+def advise_pairs(columns: Columns) -> str:
+    """Return what the user can do with texts that were chosen and rejected, as for DPO."""
+    advice = advise_flags(columns)
+    if len(text_lengths(columns)) < 2:
+        advice = "put the prompts into a column of their own"
+    return (
+        f"{advice}; to learn from both answers, write rows such as "
+        '{"input": PROMPT, "choices": [REJECTED, CHOSEN], "label": CHOSEN}, with the choices in '
+        "random order"
+    )
 
 
 def advise_flags(columns: Columns) -> str:
@@ -96,8 +118,9 @@ def text_lengths(columns: Columns) -> dict[tuple[str, str], int]:
     The keys are a column and nothing, or a column with objects and the place of an item in
     brackets. Lists count nothing, because a prompt can name only their items.
     """
-    # pandas and R write the number of a row into a column without a name.
-    named = [column for name, column in columns.folded.items() if name]
+    # pandas and R write the number of a row into a column without a name. Nobody wants to learn what
+    # was rejected.
+    named = [column for name, column in columns.folded.items() if name not in ("", "rejected")]
     lengths = Counter()
     for row in columns.rows[:N_FIRST_ROWS]:
         for column in named:

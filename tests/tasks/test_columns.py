@@ -693,6 +693,9 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
         load(tmp_path, row, input="{Review}")
 
 
+TURN = [{"role": "assistant", "content": "b"}]  # an answer of a row for DPO
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -734,6 +737,22 @@ def test_a_column_that_hardly_resembles_a_name_is_not_advised(tmp_path):
             {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"from": "", "value": ""}]},
             "'chosen' and 'rejected' hold conversations: call the one to learn from 'messages'",
         ),
+        (
+            {"prompt": [{"role": "user", "content": "a"}], "chosen": TURN, "rejected": TURN},
+            "'prompt' and 'chosen' and 'rejected' hold conversations: write the turns of the "
+            "prompt and of the chosen answer into a column 'messages'",
+        ),
+        (
+            {"prompt": "a", "chosen": "long", "rejected": "longer"},
+            'say which is which with --input "{prompt}" --target "{chosen}", and add --labels '
+            "WORD,WORD if the target is one of a few words; to learn from both answers, write rows "
+            'such as {"input": PROMPT, "choices": [REJECTED, CHOSEN], "label": CHOSEN}, with the '
+            "choices in random order",
+        ),
+        (
+            {"Chosen": "a long text", "Rejected": "a"},
+            "put the prompts into a column of their own; to learn from both answers, write rows",
+        ),
         ({"prompt": "a", "responses": ["b"]}, "add a column with the answers"),
         ({"text": "a"}, "has the columns text; expected columns such as text,label; "),
         ({"text": "a"}, "add a column with the answers"),
@@ -746,6 +765,18 @@ def test_columns_that_say_too_little_are_answered_with_what_would_do(row, words,
     with pytest.raises(ValueError, match=r"rows\.jsonl has the columns [^\n]*\Z") as error:
         load(tmp_path, row)
     assert words in str(error.value)
+
+
+def test_what_is_advised_for_pairs_of_answers_works(tmp_path):
+    """The rejected answers were advised as the texts to write."""
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    task = load(tmp_path, pair, input="{prompt}", target="{chosen}")
+    assert rendered(task) == [("a", ["b"], 0)]
+    assert task.columns == "reads prompt, writes chosen; ignores rejected"
+    task = load(tmp_path, {"input": "a", "choices": ["c", "b"], "label": "b"})
+    assert rendered(task) == [("a", ["c", "b"], 1)]
+    task = load(tmp_path, {"messages": [{"role": "user", "content": "a"}, *TURN]})
+    assert task.train[0]["messages"][1:] == TURN
 
 
 @pytest.mark.parametrize(
