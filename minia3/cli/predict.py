@@ -34,8 +34,8 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument(
         "file",
-        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it (-: JSON lines from standard "
-        "input), with the columns that the adapter was trained on; a row may have its own "
+        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it (-: JSON lines from "
+        "standard input), with the columns that the adapter was trained on; a row may have its own "
         "`choices`, and the name of an `adapter`",
     )
     parser.add_argument(

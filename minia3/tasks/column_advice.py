@@ -118,8 +118,8 @@ def text_lengths(columns: Columns) -> dict[tuple[str, str], int]:
     The keys are a column and nothing, or a column with objects and the place of an item in
     brackets. Lists count nothing, because a prompt can name only their items.
     """
-    # pandas and R write the number of a row into a column without a name. Nobody wants to learn what
-    # was rejected.
+    # pandas and R write the number of a row into a column without a name. And nobody wants to learn
+    # what was rejected.
     named = [column for name, column in columns.folded.items() if name not in ("", "rejected")]
     lengths = Counter()
     for row in columns.rows[:N_FIRST_ROWS]:
