@@ -81,19 +81,20 @@ def recorded_flags(content, path):
     return values
 
 
-def as_flag(field, value):
+def as_flag(field, value, is_single=False):
     """Return a flag's value for what a file or Python has in its place.
 
-    A text with commas may be several values, as on the command line. A list is a tuple or, for a
-    flag that is a text with several parts, this text. A list of a single value is the value.
+    A text with commas may be several values, as on the command line, unless it is in a list or
+    `is_single`. A list is a tuple or, for a flag that is a text with several parts, this text. A
+    list of a single value is the value.
     """
     if isinstance(value, str):
-        return read_text(field, value)
+        return read_text(field, value, is_single)
     if not isinstance(value, list | tuple | range):
         return value
     if field.name in TEXTS_OF_PARTS:
         return join_parts(value)
-    values = tuple(as_flag(field, part) for part in value)
+    values = tuple(as_flag(field, part, is_single=True) for part in value)
     return values[0] if len(values) == 1 else values
 
 

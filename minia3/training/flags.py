@@ -144,16 +144,18 @@ def list_reader(kind):
     return read
 
 
-def read_text(field, text):
+def read_text(field, text, is_single=False):
     """Return the value of a text as the command line reads it, if the flag may have several values.
 
-    Any other text stays as it is, and `check_flags` refuses it.
+    is_single: whether the text is a single value, whatever commas it has. Any other text stays as
+    it is, and `check_flags` refuses it.
     """
     kinds = kinds_of(field)
     if tuple not in kinds:
         return text
+    read = kinds[0] if is_single else list_reader(kinds[0])
     try:
-        return list_reader(kinds[0])(text)
+        return read(text)
     except ValueError:
         return text
 

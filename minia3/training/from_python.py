@@ -58,7 +58,8 @@ def given_flags(flags):
     for name, value in flags.items():
         field = find_field(name, "minia3.train")
         if value is not None:
-            given[field.name] = as_flag(field, without_classes(value))
+            is_path = isinstance(value, os.PathLike)
+            given[field.name] = as_flag(field, without_classes(value), is_single=is_path)
     return given
 
 

@@ -245,6 +245,16 @@ def test_a_list_is_what_commas_say_on_the_command_line(tmp_path):
         call(tmp_path / "run", steps=[1, 2])
 
 
+def test_a_path_is_not_divided_at_its_commas(tmp_path):
+    """The message was about "missing", or about a tuple."""
+    path = tmp_path / "missing,x.csv"
+    for task in (path, [path], [str(path)], [str(path), "rte"]):
+        with pytest.raises(ValueError, match=r"/missing,x\.csv: no such file or folder"):
+            call(tmp_path / "run", task=task)
+    given = from_python.given_flags({"task": [path, "rte"], "seed": ["0", "1"]})
+    assert given == {"task": (str(path), "rte"), "seed": (0, 1)}
+
+
 NUMBERS = [
     ({"steps": np.int64(10), "seed": np.uint8(1)}, {"steps": 10, "seed": 1}),
     ({"seed": np.arange(2), "lr": np.array([0.5, 0.1])}, {"seed": (0, 1), "lr": (0.5, 0.1)}),
