@@ -14,6 +14,7 @@ from minia3.files.home import expand_home
 from minia3.model.adapter_rows import find_row
 from minia3.model.ia3 import vectors
 from minia3.model.more_vectors import add_vectors, possible_vectors
+from minia3.model.sequence_state import INTEGERS, as_numbers
 
 
 def row_of(model, adapter):
@@ -38,10 +39,14 @@ def copy_row(model, adapter):
 
 
 def row_number(model, adapter):
-    """Return the number of the row `adapter`. Raise ValueError if there is no such row."""
-    if type(adapter) is not int:
+    """Return the number of the row `adapter`, an int, also one of NumPy or torch.
+
+    Raise ValueError if there is no such row.
+    """
+    number = as_numbers(adapter)
+    if number.dtype not in INTEGERS or number.dim() > 0:
         raise ValueError(f"adapter {adapter!r} is not an int")
-    return find_row(adapter, model)
+    return find_row(number.item(), model)
 
 
 def check_row_0(model):

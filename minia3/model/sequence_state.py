@@ -36,6 +36,8 @@ from minia3.model.to_device import to_device
 # The most entries of a bias of attention: 4 GB in float32. They grow with the square of a length.
 MAX_BIAS = 1 << 30
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 SPARE_COLUMNS = 64  # that a cache gets when it grows, so that most steps copy nothing
 
 
@@ -371,8 +373,7 @@ def adapter_numbers(adapter, n_examples):
     if type(adapter) is int:
         return [adapter]  # without a tensor, which would take most of the time of `check_start`
     numbers = as_numbers(adapter)
-    is_integer = numbers.dtype in (torch.int64, torch.int32)
-    if not is_integer or numbers.shape not in ((), (n_examples,)):
+    if numbers.dtype not in INTEGERS or numbers.shape not in ((), (n_examples,)):
         expected = f"adapter must be None, an int or {(n_examples,)} long"
         raise ValueError(f"{expected}, found {adapter!r}")
     return numbers.flatten().tolist()

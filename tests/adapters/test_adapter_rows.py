@@ -3,8 +3,10 @@ refused, and another base is a warning."""
 
 import json
 import os
+import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import equal_tensors, randomize
@@ -85,14 +87,39 @@ def test_a_row_that_is_not_there_is_refused(loaded, tmp_path, adapter):
 
 
 @pytest.mark.parametrize(
-    "adapter", [True, False, 1.0, "0", None, torch.tensor([1]), torch.tensor(1)]
+    ("adapter", "message"),
+    [
+        (True, "is not an int"),
+        (False, "is not an int"),
+        (np.True_, "is not an int"),
+        (torch.tensor(True), "is not an int"),
+        (1.0, "is not an int"),
+        (torch.tensor([1]), "is not an int"),
+        ("rte", "adapter is 'rte', expected rows of the model (Adapters.rows returns the rows of"),
+        (None, "adapter is None, expected rows of the model"),
+    ],
 )
-def test_a_row_that_is_not_an_int_is_refused(loaded, tmp_path, adapter):
+def test_a_row_that_is_not_an_int_is_refused(loaded, tmp_path, adapter, message):
     model = loaded("t5-v1.0", n_adapters=2)
     save_adapter(model, tmp_path / "good")
-    assert "is not an int" in refused(model, tmp_path / "good", adapter=adapter)
-    with pytest.raises(ValueError, match="is not an int"):
+    assert message in refused(model, tmp_path / "good", adapter=adapter)
+    with pytest.raises(ValueError, match=re.escape(message)):
         minia3.merge(model, adapter)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor, np.array])
+def test_a_row_may_be_an_integer_of_numpy_or_torch(loaded, tmp_path, kind):
+    """`generate` took them, and `save_adapter` refused what it gets from `Adapters.rows`."""
+    model = loaded("t5-v1.0", n_adapters=2, seed=3)
+    source = torch.tensor([[5, 6]])
+    expected = model.start(source, None, 1)
+    assert torch.equal(model.start(source, None, kind(1)).adapter_B, expected.adapter_B)
+    save_adapter(model, tmp_path, kind(1))
+    load_adapter(model, tmp_path, kind(0))
+    for vector in minia3.vectors(model).values():
+        assert torch.equal(vector[0], vector[1])
+    merged = minia3.merge(model, kind(1))
+    assert equal_tensors(merged.state_dict(), minia3.merge(model, 1).state_dict())
 
 
 def test_another_name_of_the_base_is_a_warning_and_another_spelling_is_not(loaded, tmp_path):
