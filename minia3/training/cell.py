@@ -31,6 +31,7 @@ class Progress:
     failure: str | None = None  # why the cell failed, if it did
     is_reported: bool = False
     extended_from: list = field(default_factory=list)  # the steps at which it was made longer
+    dtypes: list = field(default_factory=list)  # of the base, in order
 
 
 class Cell:
@@ -114,6 +115,11 @@ class Cell:
             self.parameters = {}
             for name, table in trained.items():
                 self.parameters[name] = table.data[row : row + 1]
+
+    def note_dtype(self, dtype):
+        """Note the dtype of the base. It may change if a run continues on another device."""
+        if self.progress.dtypes[-1:] != [dtype]:
+            self.progress.dtypes.append(dtype)
 
     def keep_if_best(self, results):
         """Keep the parameters if these held-out results (one per member) are the best so far.

@@ -162,6 +162,14 @@ def doubts_about_result(final, losses):
     return doubts
 
 
+def doubts_about_dtypes(dtypes):
+    """Return a text in a list if the base had several dtypes, one after the other."""
+    if len(dtypes) == 1:
+        return []
+    found = " then ".join(dtypes)
+    return [f"the weights were {found}, because there was no --dtype: results differ by rounding"]
+
+
 def rise_of(losses):
     """Return from which loss to which the losses of the lines have risen, or None.
 

@@ -2,7 +2,7 @@
 
 from minia3.inference.scoring import NotFiniteError
 from minia3.training.device import peak_memory
-from minia3.training.doubts import doubts_about_result, notes_on_texts
+from minia3.training.doubts import doubts_about_dtypes, doubts_about_result, notes_on_texts
 from minia3.training.report import describe
 
 # A final line has these before training, too.
@@ -67,7 +67,7 @@ def final_line(group, cell, assignment, before, after):
         "method": group.config.method,
         # The config's class, because a wrapper around the model would have another name.
         "architecture": type(group.model.config).__name__.removesuffix("Config"),
-        "dtype": str(group.model.embed.weight.dtype).removeprefix("torch."),  # of the base
+        "dtype": " then ".join(cell.progress.dtypes),  # of the base
         "total": group.n_base,
         "trainable": group.n_trained,
         "seconds": round(group.log.seconds, 3),
@@ -90,6 +90,7 @@ def final_line(group, cell, assignment, before, after):
     final["answer"] = assignment.task.answer
     final["warnings"] = [
         *assignment.doubts,
+        *doubts_about_dtypes(cell.progress.dtypes),
         *doubts_about_result(final, cell.progress.losses),
     ]
     return final

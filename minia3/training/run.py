@@ -251,7 +251,7 @@ class Run:
     def restore(self, group):
         """Restore the group from the last checkpoint or, in an extended run, from states/.
 
-        Without such a state, nothing changes.
+        Without such a state, the group begins.
         """
         state = self.saved.group
         origin = "checkpoint.pt"
@@ -264,6 +264,8 @@ class Run:
             with reading(self.folder / origin, damage, is_bounded=True):
                 group.load_state_dict(state)
             self.saved.group = None
+        for cell in group.cells:
+            cell.note_dtype(self.dtype)
 
     def check_folder(self):
         """Raise Failed if somebody has deleted the folder: a new one would hold half a run."""

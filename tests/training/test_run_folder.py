@@ -281,7 +281,14 @@ def test_a_run_says_if_it_resumes_with_weights_of_another_dtype(tmp_path, capsys
     note = "note     weights so far: bfloat16, from now on: float32, because there was no --dtype"
     assert note in capsys.readouterr().out
     assert run(["--resume", out, "--steps", 3]) == 0
-    assert "so far" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "so far" not in printed
+    # Only the last dtype was in the results, and nothing said that there was another one.
+    finals = [line for line in running.metrics(out) if line["event"] in ("extended", "final")]
+    both = "bfloat16 then float32"
+    assert [line["dtype"] for line in finals] == ["bfloat16", both, both]
+    assert f"  warning     the weights were {both}, because there was no --dtype" in printed
+    assert f"the weights were {both}" in (out / "adapter" / "README.md").read_text()
 
 
 def test_a_refused_resume_changes_nothing(tmp_path, capsys):
