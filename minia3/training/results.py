@@ -70,7 +70,7 @@ def final_line(group, cell, assignment, before, after):
         "dtype": " then ".join(cell.progress.dtypes),  # of the base
         "total": group.n_base,
         "trainable": group.n_trained,
-        "seconds": round(group.log.seconds, 3),
+        "seconds": round(group.log.seconds, 3),  # of the steps: 0 if nothing was trained
         "metric": assignment.task.metric,
         "split": assignment.report_split,
         "rows": len(assignment.report_rows),
