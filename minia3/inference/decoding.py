@@ -13,6 +13,7 @@ batch, V vocabulary.
 
 import operator
 import secrets
+import warnings
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def generate(  # noqa: PLR0913 (the contract)
     prompts: texts, or lists of ids. Instead of a list, it may be a tensor, an array of NumPy or a
     column of pandas. adapter: None (row 0), an int, or (N,) long. A text ends before an end token
     (see `end_ids_of`), before the first of the `stop` texts (one or several), or after
-    `max_new_tokens`. See `decoder_after` for the space with which it may begin.
+    `max_new_tokens`. A stop text may be a special token, but not one and other text. See
+    `decoder_after` for the space with which it may begin.
 
     temperature 0 takes the likeliest token at each step. Above 0, tokens are drawn: see
     `draw_tokens` (sampling.py), also for top_k and top_p. What is drawn depends on `seed` (None: a
@@ -170,6 +172,7 @@ def generate_pieces(model, tokenizer, prompts, adapter, options, cut=None):
     for prompt, source in zip(prompts, sources, strict=True):
         decoders.append(decoder_after(prompt, source, tokenizer))
     end_ids = end_ids_of(model, tokenizer, options.stops)
+    warn_of_hidden_stops(tokenizer, options.stops, end_ids)
     pieces = generate_in_batches(model, sources, decoders, end_ids, adapter, options, cut)
     return made_on_cpu(pieces)
 
@@ -233,12 +236,32 @@ def end_ids_of(model, tokenizer, stops=()):
     eos_id = getattr(tokenizer, "eos_id", None)  # prompts of ids need only its `decode`
     if eos_id is not None:
         end_ids.append(eos_id)
-    if stops and hasattr(tokenizer, "backend"):
-        names = {*stops, *map(str.strip, stops)}
-        for i, token in tokenizer.backend.get_added_tokens_decoder().items():
-            if token.special and token.content in names:
-                end_ids.append(i)
+    names = {*stops, *map(str.strip, stops)}
+    if stops:
+        end_ids += [i for i, name in special_tokens_of(tokenizer).items() if name in names]
     return tuple(dict.fromkeys(end_ids))
+
+
+def special_tokens_of(tokenizer):
+    """Return the special tokens, which are in no text: id -> name. A tokenizer of another package,
+    of which nothing but `decode` is known, has none.
+    """
+    if not hasattr(tokenizer, "backend"):
+        return {}
+    tokens = tokenizer.backend.get_added_tokens_decoder()
+    return {i: token.content for i, token in tokens.items() if token.special and token.content}
+
+
+def warn_of_hidden_stops(tokenizer, stops, end_ids):
+    """Warn of stop texts that no text has, because they have a special token and other text."""
+    for stop in stops:
+        for i, name in special_tokens_of(tokenizer).items():
+            if name in stop and i not in end_ids:
+                warnings.warn(
+                    f"stop is {stop!r:.80}, but {name!r} is a special token, which is in no text: "
+                    f"give {name!r} alone, and texts end before it",
+                    stacklevel=1,
+                )
 
 
 def decoder_after(prompt, source, tokenizer):

@@ -3,6 +3,7 @@ batch, the adapters and the padding. What is drawn follows the distribution, and
 seed. Rows that have ended leave the batch. Pieces join to the text. Mistakes are named."""
 
 import copy
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -159,6 +160,25 @@ def test_a_beam_search_ends_texts_at_the_eos_of_the_tokenizer_too(both):
     model.config = replace(model.config, eos_ids=(*EOS, tokenizer.eos_id))
     assert found == generate(model, both.tokenizer, PROMPTS, **options)
     assert found != written
+
+
+def test_a_stop_text_with_a_special_token_and_other_text_is_a_warning(both):
+    """It is in no text, so the text went on without a word."""
+    (written,) = generate(both.model, both.tokenizer, ["w3"], max_new_tokens=6)
+    token, following = written.split()[2:4]
+    tokenizer = word_tokenizer(both.is_t5)
+    tokenizer.backend.add_special_tokens([token])
+    options = {"max_new_tokens": 6, "stop": ["never", f"{token} {following}"]}
+    with pytest.warns(match=f"'{token}' is a special token, .* give '{token}' alone") as found:
+        (text,) = generate(both.model, tokenizer, ["w3"], **options)
+    assert len(found) == 1
+    assert text.split() == [word for word in written.split() if word != token]
+    # A text ends before an end token, so no more can follow it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.eos_id = tokenizer.backend.token_to_id(token)
+        (text,) = generate(both.model, tokenizer, ["w3"], **options)
+    assert text.split() == written.split()[:2]
 
 
 @pytest.mark.parametrize("options", [{}, {"beams": 2}, {"temperature": 1.0, "seed": 0}])
