@@ -51,7 +51,7 @@ def add_max_new_tokens(parser):
         "--max-new-tokens",
         type=positive(int),
         default=64,
-        help="most tokens to generate for an output (default: %(default)s)",
+        help="maximum tokens to generate for an output (default: %(default)s)",
     )
 
 

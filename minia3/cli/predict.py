@@ -34,8 +34,8 @@ def add_arguments(parser):
     add_model(parser)
     parser.add_argument(
         "file",
-        help=".jsonl, .json, .csv, .tsv or .parquet file, or .gz of it (-: JSON lines from "
-        "standard input), with the columns that the adapter was trained on; a row may have its own "
+        help=".jsonl, .json, .csv, .tsv or .parquet file, also as .gz (-: JSON lines from standard "
+        "input), with the columns that the adapter was trained on; a row may have its own "
         "`choices`, and the name of an `adapter`",
     )
     parser.add_argument(
@@ -91,12 +91,12 @@ def add_size_options(parser):
         "--max-length",
         type=positive(int),
         default=512,
-        help="most tokens of an input; a longer input loses its middle (default: %(default)s)",
+        help="maximum tokens of an input; a longer input loses its middle (default: %(default)s)",
     )
     parser.add_argument(
         "--max-target-length",
         type=positive(int),
-        help="most tokens of a choice; a row with a longer one is an error (default: any number)",
+        help="maximum tokens of a choice; a longer choice is an error (default: any number)",
     )
 
 

@@ -35,7 +35,13 @@ HELPS = {  # of flags that mean something else for a study, or nothing
 
 
 def add_arguments(parser):
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a study: a .toml file")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a study: a .toml file. Without --list, --run or --submit, the state of its runs is "
+        "printed",
+    )
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument(
         "--list",
@@ -49,8 +55,8 @@ def add_arguments(parser):
         type=read_share,
         const=(1, 1),
         metavar="i/n",
-        help="make the runs: the i-th of n shares, or all. Skip a run that is finished, or that "
-        "another worker makes",
+        help="make the runs: the i-th of n shares, or all. Skip runs that are finished, or that "
+        "another worker is making",
     )
     actions.add_argument(
         "--submit",
@@ -71,7 +77,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--hours",
         type=positive(float),
-        help=f"how long a worker of --submit lives (default: {HOURS})",
+        help=f"time limit of a worker of --submit, in hours (default: {HOURS})",
     )
     # The flags of train.py replace those of the file in every run.
     command_line.add_arguments(parser, HELPS)

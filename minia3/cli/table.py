@@ -22,7 +22,7 @@ from minia3.cli.results import read_results
 from minia3.cli.terminal import show
 from minia3.inference.metrics import INVERSE_PERPLEXITY
 
-TITLE = "Print a table of runs, in the form of the paper's"
+TITLE = "Print a table of runs, in the form of the paper's tables"
 EXAMPLE = "minia3 table runs"
 
 # The tasks of the paper come first, in the order of its tables.

@@ -87,10 +87,13 @@ class Config:
         "ia3", "ia3, lora, full, none, or icl (--shots examples before each input)", one_of=METHODS
     )
     sites: str = flag(
-        "k,v,ff", "vectors that train; q,o,up,gate are not in the paper", some_of=SITE_NAMES
+        "k,v,ff",
+        "vectors to train: some of k,v,ff, and of q,o,up,gate, which are not in the paper",
+        some_of=SITE_NAMES,
     )
     layers: str = flag(
-        "0-", "layers whose vectors train, such as 0-5,20-; for T5, of the encoder and the decoder"
+        "0-",
+        "layers whose vectors train, such as 0-5,20-; for T5, in the encoder and in the decoder",
     )
     no_cross: bool = flag(False, "do not train the vectors of cross-attention")
     rank: int = flag(8, "rank of LoRA", at_least=1)
@@ -133,13 +136,13 @@ class Config:
     )
     config: str | None = flag(
         None,
-        "take flags from the config.json of a run or from a .toml file; typed flags win "
-        "(default: none)",
+        "take flags from the config.json of a run or from a .toml file; flags of the "
+        "command line win (default: none)",
     )
     log_to: str | None = flag(
         None,
         "also send metrics to some of tensorboard,wandb,mlflow (default: only metrics.jsonl; none: "
-        "no longer, if the run that is continued does)",
+        "stop sending them, if a run that is continued did)",
         some_of=(*TRACKERS, "none"),
     )
     device: str | None = flag(
@@ -210,7 +213,7 @@ class Config:
         at_least=0,
         below=1,
     )
-    clip: float = flag(1.0, "largest norm of an adapter's gradient", above=0)
+    clip: float = flag(1.0, "maximum norm of an adapter's gradient", above=0)
     weight_decay: float = flag(
         0.0,
         "weight decay of adamw; it pulls vectors toward 0, although 1 is the identity",
@@ -218,7 +221,8 @@ class Config:
     )
     losses: str = flag(
         "lm,ul,ln",
-        "losses to add up: lm likelihood, ul unlikelihood, ln length-normalized",
+        "losses to add up: lm (likelihood), ul (unlikelihood of wrong choices), ln "
+        "(length-normalized likelihood)",
         some_of=LOSSES,
     )
     dropout: float | None = flag(
@@ -227,14 +231,15 @@ class Config:
 
     # Evaluation and checkpoints
     max_length: int = flag(
-        512, "most tokens of an input; a longer input loses words from its middle", at_least=1
+        512, "maximum tokens of an input; a longer input loses words from its middle", at_least=1
     )
     max_target_length: int = flag(
         512,
-        "most tokens of a target; a longer target loses its end, and a longer choice is an error",
+        "maximum tokens of a target; a longer target loses its end, and a longer choice is an "
+        "error",
         at_least=1,
     )
-    max_new_tokens: int = flag(64, "most tokens to generate for a row with a target", at_least=1)
+    max_new_tokens: int = flag(64, "maximum tokens to generate for a row with a target", at_least=1)
     eval_prompt: str | int = flag(
         "0", "prompts to evaluate with: 0, or 0,1,2, or all; the result is the median"
     )
@@ -247,7 +252,7 @@ class Config:
     )
     patience: int = flag(
         0,
-        "stop after this many evaluations in a row without a better one (0: never)",
+        "stop after this many evaluations in a row without an improvement (0: never)",
         at_least=0,
     )
     save_every: int = flag(100, "steps between checkpoints", at_least=1)

@@ -12,7 +12,7 @@ def batches(model, tokenizer, task, *, batch_size=8, steps=1000, seed=0, max_len
     """Return an iterator of Batches (minia3/tasks/batches.py), drawn as train.py draws them.
 
     model: its name decides which of the task's prompts suit it. task: from `load_task`.
-    max_length: most tokens of an input; a longer one loses words from its middle.
+    max_length: maximum tokens of an input; a longer one loses words from its middle.
 
     Raise ValueError if a row does not fit or a value is out of range.
     """
