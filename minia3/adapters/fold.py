@@ -65,7 +65,7 @@ def check_folded(name, folded):
     smallest, largest = folded.aminmax()  # a NaN would be both
     if not (smallest.isfinite() and largest.isfinite()):
         found = f"{name} with the adapter folded in is not finite in {folded.dtype}"
-        raise ValueError(f"{found}: take a wider dtype")
+        raise ValueError(f"{found}: use a wider dtype")
 
 
 def vector_of(name, vectors):

@@ -93,7 +93,7 @@ def read_gguf_tokenizer(metadata):
     elif kind == "gpt2" and rule_name is None:
         raise ValueError(
             "the file does not say how a text is cut into words (tokenizer.ggml.pre is missing, as "
-            "in files from before May 2024): take a newer conversion of the model"
+            "in files from before May 2024): use a newer conversion of the model"
         )
     else:
         known = ", ".join(WORD_RULES)

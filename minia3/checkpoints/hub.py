@@ -176,8 +176,8 @@ class Snapshot:
         if was_reachable and self.network_error:
             raise ValueError(
                 f"{self.repo}: the hub cannot be reached ({self.network_error}), and the cache "
-                f"does not say whether there is a {name}. Try again, or set HF_HUB_OFFLINE=1 to do "
-                "with what is in the cache"
+                f"does not say whether there is a {name}. Try again, or set HF_HUB_OFFLINE=1 to "
+                "use only what is in the cache"
             )
 
     def first_of(self, names):

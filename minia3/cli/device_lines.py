@@ -159,7 +159,7 @@ def advice(model_config, devices, shape):
                 ways.insert(0, f"{flags_of_advice(devices, kind, n_devices)} fits")
                 return "; ".join(ways)
         n_devices *= 2
-    return "; ".join(ways) or "take devices with more memory, or a smaller model"
+    return "; ".join(ways) or "use devices with more memory, or a smaller model"
 
 
 def flags_of_advice(devices, kind, n_devices):

@@ -57,7 +57,7 @@ def run(args):
         ) from None
     except RendezvousError as error:
         reason = one_line(error.__cause__ or error)
-        raise OSError(f"torchrun: the machines of this run do not meet: {reason}") from None
+        raise OSError(f"torchrun: the machines of this run cannot meet: {reason}") from None
     return 0
 
 

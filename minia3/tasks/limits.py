@@ -18,7 +18,7 @@ def check_ids(example: Example, n_ids: int, tokenizer):
         token = tokenizer.backend.id_to_token(largest)
         raise ValueError(
             f"the tokenizer has the token {token!r} with the id {largest}, but the model's "
-            f"embedding ends at {n_ids - 1}: take the token out of the text or the tokenizer"
+            f"embedding ends at {n_ids - 1}: remove the token from the text or the tokenizer"
         )
 
 

@@ -109,7 +109,7 @@ def understand_rows(
             found = understand(good_rows, spec, flags, label_names, str(paths[0]))
             check_label_names(files, found.spec)
             if is_like:
-                found.notes.append("the rows are put into the words that were learned (task.json)")
+                found.notes.append("the rows get the learned prompt and words (task.json)")
             return found
     return Understanding(spec, "", [])
 

@@ -45,7 +45,7 @@ def size_to_try(run, group, demand, free):
     if needed <= usable:
         return half
     fitting = largest_fitting_size(demand.plan, demand.shape, usable)
-    advice = f"no {demand.flag} fits: take a smaller model, or {demand.other_remedies}"
+    advice = f"no {demand.flag} fits: use a smaller model, or {demand.other_remedies}"
     if fitting > 0:
         advice = f"{demand.flag} {fitting} fits"
     sizes = f"about {gigabytes(needed)}, but {gigabytes(usable)} of what is free may be taken"

@@ -191,7 +191,7 @@ def collect_facts(config, finals, checksums):
     origin += "\n".join(f"- {name} `{checksum}`" for name, checksum in checksums.items())
     if "extended_from" in final:
         steps = " and ".join(f"{step:,}" for step in final["extended_from"])
-        origin += f"\n\nThe run was made longer (`--resume`) after step {steps}. Until then, the"
+        origin += f"\n\nThe run was extended (`--resume`) after step {steps}. Until then, the"
         origin += " learning rate was that of a shorter run, so the command gives another result."
 
     return Facts(

@@ -163,7 +163,7 @@ def test_a_bpe_over_bytes_that_does_not_name_its_rule_for_words_is_refused():
     with pytest.raises(ValueError, match=r"pre 'default'; expected .*gpt-2"):
         Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": "default"})
     del metadata["tokenizer.ggml.pre"]
-    with pytest.raises(ValueError, match=r"^x.gguf: .*cut into words.*take a newer conversion"):
+    with pytest.raises(ValueError, match=r"^x.gguf: .*cut into words.*use a newer conversion"):
         Tokenizer.from_gguf(metadata, "x.gguf")
 
 

@@ -86,7 +86,7 @@ def test_an_evaluation_uses_the_words_that_the_adapter_has_learned(labeled, tmp_
     assert run(words(out, task=file, **flags)) == 0
     trained = metrics(out)[-1]
     final, shown = evaluated(tmp_path / "again", out, capsys, task=file)
-    assert "note     the rows are put into the words that were learned (task.json)\n" in shown
+    assert "note     the rows get the learned prompt and words (task.json)\n" in shown
     assert "columns  reads text, picks label among w6 (0), w7 (1), w8 (2)\n" in shown
     assert (final["accuracy"], final["metric"]) == (trained["accuracy"], "macro_f1")
     # What the command says comes first, and so does a file without the adapter's columns.

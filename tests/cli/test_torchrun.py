@@ -115,7 +115,7 @@ def test_machines_that_do_not_meet_are_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr("torch.distributed.run.run", run)
     assert main(["torchrun", "-m", "minia3"]) == 1
-    expected = "minia3: torchrun: the machines of this run do not meet: timed out\n"
+    expected = "minia3: torchrun: the machines of this run cannot meet: timed out\n"
     assert capsys.readouterr().err == expected
 
 
