@@ -23,7 +23,7 @@ OTHER_LAYOUT = (
 )
 DAMAGED = "damaged: remove the file to start over from step 0"
 STATES = "states"  # the folder of the states of groups that are done
-DAMAGED_STATE = "damaged, so the run cannot be made longer: begin a new one with --adapter"
+DAMAGED_STATE = "damaged, so the run cannot be extended: begin a new one with --adapter"
 
 
 @dataclass

@@ -77,7 +77,7 @@ def check_state(saved, config, place, n_steps):
         raise ValueError(f"{folder} keeps no state to continue from: {advice}")
     if missing:
         path = state_path(folder, missing[0])
-        raise ValueError(f"{path}: not found, so the run cannot be made longer: {advice}")
+        raise ValueError(f"{path}: not found, so the run cannot be extended: {advice}")
 
 
 def keep_last_state(stopped, config):

@@ -446,7 +446,7 @@ def test_a_state_that_is_missing_or_damaged_is_one_line(tmp_path, capsys):
         if damaged is not None:
             state.write_bytes(damaged)
         before = contents(out)
-        reason = "cannot be made longer" if damaged != b"" else "the file is empty"
+        reason = "cannot be extended" if damaged != b"" else "the file is empty"
         fails(["--resume", out, "--steps", 9], capsys, "states/0.pt", reason)
         assert contents(out) == before
 
@@ -460,7 +460,7 @@ def test_a_state_with_other_values_is_named(tmp_path, monkeypatch, capsys):
     state = torch.load(path, weights_only=True)
     state["group"]["parameters"] = {"another": torch.ones(1)}
     torch.save(state, path)
-    fails(["--resume", out], capsys, "states/1.pt: damaged, so the run cannot be made longer")
+    fails(["--resume", out], capsys, "states/1.pt: damaged, so the run cannot be extended")
 
 
 def test_what_a_killed_run_wrote_after_its_checkpoint_is_cut_when_it_is_made_longer(
