@@ -16,7 +16,7 @@
 #
 # This walkthrough explains (IA)^3 (Liu et al. 2022, [arXiv
 # 2205.05638](https://arxiv.org/abs/2205.05638)) to a reader who knows Python and linear algebra,
-# and who has never seen a transformer. (IA)^3 adapts a large frozen network to a new task by
+# but has never seen a transformer. (IA)^3 adapts a large frozen network to a new task by
 # learning a few vectors that rescale some of its activations. At the end you will have trained such
 # vectors, looked at them, folded them into the weights, served eight adapters in one batch, and
 # seen where the method falls behind.
@@ -25,9 +25,9 @@
 # and an assertion compares the two. If a prediction surprises you, stop there: that is the place
 # to learn something.
 #
-# It needs minia3 and matplotlib (`pip install -e '.[plot]'`), no GPU, no network, and about a
-# minute. The text is `docs/walkthrough.py`; `python docs/build_notebook.py` executes it and
-# writes the notebook, outputs included.
+# The notebook needs minia3 and matplotlib (`pip install -e '.[plot]'`), no GPU, no network, and
+# about a minute. Its source is `docs/walkthrough.py`; `python docs/build_notebook.py` executes it
+# and writes the notebook, outputs included.
 
 # %% [markdown]
 # Names of tensors end in their shape: `x_LD` has L rows and D columns. The letters are B (rows
@@ -75,7 +75,7 @@ def gap(a, b):
 # weighted mean of the values.
 #
 # Our query matrix says: a colour looks for things, a thing looks for colours (both with strength
-# 3), and everybody looks for its own fact (with strength 2). Keys and values are the vectors
+# 3), and every token looks for its own fact (with strength 2). Keys and values are the vectors
 # themselves.
 
 # %%
@@ -153,13 +153,14 @@ assert gap(sums_L, torch.ones(4)) < 1e-6
 # ## 2. A T5 block and a LLaMA block
 #
 # T5 has two parts: its *encoder* reads a source text, and its *decoder* writes the target, token
-# by token. LLaMA has one part, which reads a prompt and continues it. Both are a stack of blocks.
+# by token. LLaMA has one part, which reads a prompt and continues it. Each part is a stack of
+# blocks.
 #
 # A real attention has several *heads*. Queries, keys and values are cut into slices of width K,
-# each slice attends for itself, and a fourth matrix $W_o$ mixes what the heads have read.
+# each slice attends separately, and a fourth matrix $W_o$ mixes what the heads have read.
 #
 # minia3 has one class `Attention` for both architectures. It works in two calls: `kv` makes keys
-# and values of a memory, and `forward` asks questions of them. In self-attention, the memory is the
+# and values of a memory, and `forward` queries them. In self-attention, the memory is the
 # layer's own input. In *cross-attention*, by which T5's decoder reads the source, it is the
 # encoder's output. A `Context` carries what all blocks share: masks, positions, and the adapter of
 # each row.
@@ -199,8 +200,8 @@ print(f"reversed in, reversed out: {difference:.0e}")
 assert difference < 1e-6
 
 # %% [markdown]
-# T5 and LLaMA repair this in two ways. **T5 adds a bias** to each score, a learned number that
-# depends on the distance between the two tokens. **Predict:** a bias of $\log 2$ on the left
+# T5 and LLaMA repair this in different ways. **T5 adds a bias** to each score, a learned number
+# that depends on the distance between the two tokens. **Predict:** a bias of $\log 2$ on the left
 # neighbor doubles its odds. For "ball" this neighbor is "green", whose $e^5$ becomes $2e^5$. The
 # first entry of the output adds the weights of both colours:
 # $(2e^5 + e^3) / (2e^5 + e^2 + e^3 + 1) \approx 0.974$.
@@ -332,9 +333,9 @@ assert gap(out_BLD, written_out_BLD) < 1e-5
 # ![A T5 block and a LLaMA block with the three vectors in their places](pictures/blocks.svg)
 #
 # Look again at "ball", whose scores were 5, 2, 3 and 0. **Predict.** `l_k` = (1, 1, 2, 2) doubles
-# what fact 1 and fact 2 count: the scores become 7, 4, 3 and 0, and "green" gets
-# $1 / (1 + e^{-3} + e^{-4} + e^{-7}) \approx 0.935$. With `l_k` = (0, 1, 1, 1) nobody can be found
-# by colour any more: the scores are 2, 2, 0 and 0, and "green" gets
+# the influence of fact 1 and fact 2: the scores become 7, 4, 3 and 0, and "green" gets
+# $1 / (1 + e^{-3} + e^{-4} + e^{-7}) \approx 0.935$. With `l_k` = (0, 1, 1, 1) no token can be
+# found by its colour any more: the scores are 2, 2, 0 and 0, and "green" gets
 # $1 / (2 + 2e^{-2}) \approx 0.440$. No weight of the network was touched.
 
 # %%
@@ -355,9 +356,10 @@ assert abs(facts_LM[1, 0] - 0.935) < 0.001
 assert abs(colourless_LM[1, 0] - 0.440) < 0.001
 
 # %% [markdown]
-# `l_v` is simpler still. It comes out of the sum: $\sum_m w_m\,(l_v * v_m) = l_v * \sum_m w_m v_m$.
-# **Predict:** with `l_v` = (2, 1, 1, 1) the weights stay, and the first entry of every output
-# doubles. So `l_k` changes *who is read*, and `l_v` changes *what is passed on*.
+# `l_v` is simpler still. It can be taken out of the sum:
+# $\sum_m w_m\,(l_v * v_m) = l_v * \sum_m w_m v_m$. **Predict:** with `l_v` = (2, 1, 1, 1) the
+# weights stay, and the first entry of every output doubles. So `l_k` changes *who is read*, and
+# `l_v` changes *what is passed on*.
 
 # %%
 l_v = torch.tensor([2.0, 1.0, 1.0, 1.0])
@@ -374,7 +376,7 @@ assert gap(scaled_LD, l_v * out_LD) < 1e-6
 # copy of the pre-trained model. We check it on the embedded model, a T5 of 218,112 parameters: with
 # its vectors of ones, and with all vectors taken out, it gives the same bits. (`source` is any
 # text. `start` reads it, and `step` returns the *logits*, a score for each of the 320 tokens of the
-# vocabulary to come next. `base`, the model without vectors, stays with us.)
+# vocabulary to come next. We keep `base`, the model without vectors, for later.)
 
 # %%
 from minia3.model.ia3 import IA3
@@ -472,7 +474,7 @@ assert counts == [614_400, 524_288]
 #
 # The embedded model was trained on pairs of facts *followed by a question*: "same colour ?",
 # "different place ?", "compare ." and so on. The task `same-colour` gives it two facts and **no
-# question**, and wants "yes" if the colours agree. The model has never seen such an input, and
+# question**, and expects "yes" if the colours agree. The model has never seen such an input, and
 # nothing in it says that colour is meant.
 
 # %%
@@ -484,10 +486,10 @@ for row in task.train[:3]:
 print(len(task.train), "rows to train on,", len(task.test), "to test")
 
 # %% [markdown]
-# To answer, the model scores both words, and takes the better one. `model.start` reads the
+# To answer, the model scores both words, and picks the better one. `model.start` reads the
 # source, `repeat(2)` continues each source twice, and `minia3.logprobs` returns
-# $\log p(\text{token} \mid \text{source, earlier tokens})$ for each token of the two answers,
-# which are the word and the end token. Sources have different lengths, so shorter ones are
+# $\log p(\text{token} \mid \text{source, earlier tokens})$ for each token of the two answers (the
+# word and the end token). Sources have different lengths, so shorter ones are
 # padded, and the mask says which tokens are real.
 
 
@@ -534,7 +536,7 @@ assert asked > 0.95
 
 # %% [markdown]
 # The loss is the cross-entropy between the two scores and the right answer. Where does it start?
-# A model that knows that it does not know would give both answers 1/2, and have a loss of
+# A model that knows how little it knows would give both answers 1/2, and have a loss of
 # $\log 2 \approx 0.69$. Ours is not so modest: it is *sure*, and wrong half of the time.
 #
 # **Predict.** Let $d$ be the score of "yes" minus that of "no". The loss of a row is
@@ -630,9 +632,9 @@ plt.show()
 # The figure shows each of the sixteen vectors: extremes (thin), the middle half of its entries
 # (thick) and the median (point). All entries started at 1, the dashed line. Values (`l_v`) and
 # feed-forwards (`l_ff`) moved most, some entries to half or to one and a half, and the medians
-# stayed near 1: the vectors *choose among* entries; they do not turn the volume of everything up.
+# stayed near 1: the vectors *choose among* entries; they do not turn up the volume of everything.
 #
-# **Predict.** How far can a vector have gone? A step at rate $r$ moves it by at most $r$ times its
+# **Predict.** How far can a vector have moved? A step at rate $r$ moves it by at most $r$ times its
 # RMS, which is about 1. The rates add up to $0.01 \cdot 301 / 2 \approx 1.5$. So no RMS change can
 # exceed about 1.5; and as gradients of different batches partly cancel, it will be far less.
 
@@ -660,8 +662,8 @@ assert largest < 1.5
 
 # %% [markdown]
 # Which vectors does the task need? We reset some of them to 1, and look at the accuracy.
-# **Predict:** if we reset the cross-attention's `l_v`, by which the decoder reads the facts, it
-# falls. If we reset all vectors, it is the base's.
+# **Predict:** if we reset the cross-attention's `l_v`, by which the decoder reads the facts, the
+# accuracy falls. If we reset all vectors, it is that of the base.
 
 
 # %%
@@ -694,9 +696,9 @@ assert accuracies["blocks"] == unasked
 # one for each of its blocks. **Predict:** they do nothing at all for the first word of the answer.
 # When the decoder writes it, it has one token to read, its own start token, and the softmax of a
 # single score is 1 *whatever the score is*. So if we reset the 64 entries of one of them to 1,
-# $\log p(\text{word})$ stays, up to rounding (below 1e-4). They moved because of the end token that
-# follows the word. It is nearly certain, so its gradients are tiny, but Adafactor divides a
-# gradient by its own size.
+# $\log p(\text{word})$ stays the same, up to rounding (below 1e-4). They moved because of the end
+# token that follows the word. It is nearly certain, so its gradients are tiny, but Adafactor
+# divides a gradient by its own size.
 
 # %%
 trained_logp = first_logits(model, source).log_softmax(dim=-1)
@@ -719,9 +721,9 @@ assert max(differences) < 1e-4
 #
 # `minia3.merge` returns a new model with ordinary weights and vectors of ones, which computes
 # what the adapted model computes, at the cost of the base. **Predict.** On paper both are equal.
-# In a computer they round at different places. A float64 has 53 bits, so one rounding costs about
-# $2^{-53} \approx$ 1e-16 of a number. The scores are about 10, and some hundred roundings follow
-# each other: we expect 1e-14 to 1e-13, and certainly less than 1e-12. On the way we save the
+# In a computer, rounding happens at different places. A float64 has 53 bits, so one rounding costs
+# about $2^{-53} \approx$ 1e-16 of a number. The scores are about 10, and some hundred roundings
+# follow each other: we expect 1e-14 to 1e-13, and certainly less than 1e-12. On the way we save the
 # adapter and load it again: 1,536 parameters of 4 bytes are 6,144 bytes, and the file also has a
 # header with their names, in the format of PEFT.
 
@@ -849,7 +851,7 @@ assert replies[1] == answer
 # and $B$ has $r$ columns. It merges as (IA)^3 does. But it has more parameters, and in a mixed
 # batch each example needs two matrix products of its own in place of one multiplication.
 #
-# What does it buy? Rows scaled by $\mathrm{diag}(l)$ keep their direction, and low-rank matrices
+# What does this buy? Rows scaled by $\mathrm{diag}(l)$ keep their direction, and low-rank matrices
 # add *new* directions. **Predict.** Let $W$ have orthonormal rows, and let the task be to exchange
 # two of them. If nothing is done, the squared error is $|w_1 - w_2|^2 + |w_2 - w_1|^2 = 4$. The
 # best scaling of a row towards an orthogonal one is 0, which leaves $|w_2|^2 + |w_1|^2 = 2$: half
